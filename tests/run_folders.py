@@ -13,7 +13,7 @@ from rnode_plugin.recipes.recipe import Recipe
 
 HEADER = (
     "epoch,seconds,seconds_per_step,step,train/bpd,train/nfe,train_seconds,val/bpd,val/jacfrob,val/kinetic,val/nfe,"
-    "val/gap,train/step_size"
+    "val/gap"
 )
 
 
@@ -38,12 +38,11 @@ def write_run(
     (path / "recipe.json").write_text(json.dumps(recipe.to_plain()))
     (path / "environment.json").write_text(json.dumps({"torch": "2.9", "threads": 2, "plugins": {"a": "b 1"}}))
     rows = [HEADER]
-    found = "0.25" if recipe.solver.step == "auto" else ""
     for step in range(1, steps + 1):
-        rows.append(f"{step / 10},{step / 2},0.5,{step},{bits + 10 / step},{40 + step},{step / 2},,,,,,{found}")
+        rows.append(f"{step / 10},{step / 2},0.5,{step},{bits + 10 / step},{40 + step},{step / 2},,,,,")
         if step in checks:
             rows.append(
-                f",,,{step},,,,{bits + 8 / step},{jacfrob * step / steps},{step / 100},{nfe + step},{-step / 1e4},"
+                f",,,{step},,,,{bits + 8 / step},{jacfrob * step / steps},{step / 100},{nfe + step},{-step / 1e4}"
             )
     (path / "metrics.csv").write_text("\n".join(rows) + "\n")
     if finished:

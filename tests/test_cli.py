@@ -170,7 +170,7 @@ def test_recipes_are_listed_and_shown() -> None:
     assert re.search(r"^data.shape +1,8,8$", shown, re.M)
     flow = get_recipe("digits").override(["model.hidden=4"]).build_flow()
     parameters = sum(parameter.numel() for parameter in flow.parameters())
-    assert re.search(rf"^{parameters:,} parameters, about \d.* GFLOP for a step of 48 evaluations", shown, re.M)
+    assert re.search(rf"^{parameters:,} parameters$", shown, re.M)
     vanilla = json.loads(rnode("recipes", "show", "mnist", "--ffjord", "--json").output)
     assert vanilla["regularizers"] == {}
     assert vanilla["solver"]["method"] == "dopri5"

@@ -114,7 +114,3 @@ def test_what_fills_no_step_waits_for_another_epoch(tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="80 training images do not fill one batch of 100"):
         train(tiny_recipe("data.batch_size=100"), tmp_path, max_steps=1)
-    recipe = tiny_recipe("solver.step=auto")
-    data = ImageDataModule(recipe)
-    with pytest.raises(ConfigError, match="train with ImageDataModule"):
-        trainer(tmp_path, max_steps=1).fit(RnodeModule(recipe), data.train_dataloader(), data.val_dataloader())

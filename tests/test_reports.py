@@ -326,7 +326,7 @@ def test_a_run_that_is_not_finished_does_not_count_beside_finished_ones(runs: li
 def test_a_validation_that_is_not_finite_and_a_plugin_that_is_not_here(tmp_path: Path) -> None:
     path = write_run(tmp_path / "0", digits(penalties=("length",)), checks=range(1, 40, 5), finished=False)
     with (path / "metrics.csv").open("a") as file:
-        file.write(",,,41,,,,inf,1.0,0.1,90,0.0,\n")
+        file.write(",,,41,,,,inf,1.0,0.1,90,0.0\n")
     report = write_report([path], tmp_path / "out")
     found = cells(report.table, "digits")
     assert "parameters" not in found

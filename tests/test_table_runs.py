@@ -96,7 +96,7 @@ def test_the_nll_of_a_run_is_that_of_its_flow_in_the_unit_of_the_file(file: Path
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(file: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(file, "data.given=dose", "training.ema=0.9", "solver.step=auto", "training.tune_every=3")
+    recipe = recipe_of(file, "data.given=dose", "training.ema=0.9")
     whole = run(recipe, tmp_path / "whole")
     part = run(recipe, tmp_path / "part", callbacks=[signal_at(5)])
     assert (part.stopped, part.steps) == ("SIGTERM", 5)

@@ -50,7 +50,7 @@ def recipes(ctx: click.Context) -> None:
 @settings
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as in the recipe.json of a run.")
 def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool) -> None:
-    """Print every setting of the recipe NAME, as --set takes it, its parameters and the cost of a training step."""
+    """Print every setting of the recipe NAME, as --set takes it, and the number of its parameters."""
     from ..recipes.recipe import as_text, get_recipe
 
     recipe = get_recipe(name)
@@ -60,12 +60,14 @@ def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool
         return
     click.echo(f"{recipe.name}: {recipe.description}\n")
     click.echo(table((path, as_text(value)) for path, value in recipe.settings()))
-    from ..evaluation.cost import step_cost  # seconds of imports, after what is known without torch
+    import torch  # seconds of imports, after what is known without it
 
     try:
-        click.echo(f"\n{step_cost(recipe)}")
+        with torch.device("meta"):  # shapes without values
+            count = sum(parameter.numel() for parameter in recipe.build_flow().parameters())
+        click.echo(f"\n{count:,} parameters")
     except (RnodeError, RuntimeError) as error:  # of a model that needs values
-        click.echo(f"\nThe cost of a step is not known: {first_line(error)}")
+        click.echo(f"\nThe number of parameters is not known: {first_line(error)}")
 
 
 @click.group()

@@ -197,11 +197,9 @@ def _print_result(result: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
         return
     limit = ", time limit" if result.stopped == "max_time" else ""
     skipped = f", {result.skipped} of them without a usable gradient" if result.skipped else ""
-    step = None if result.step_size is None else f"{result.step_size:g} at the end, by measurement"
     rows = [
         ("steps", f"{result.steps} of {result.planned}{limit}{skipped}"),
         ("training time", f"{duration(result.training_seconds)}  without validation"),
-        *([] if step is None else [("solver.step", step)]),
         *result.evaluation.rows(recipe.task),
         ("checkpoint", str(folder.best)),
         ("metrics", str(folder.metrics)),

@@ -19,7 +19,6 @@ class Stream(IntEnum):
     TRAIN = 2
     VALIDATE = 3
     SAMPLE = 4
-    TUNE = 5
     DIAGNOSE = 6
 
 

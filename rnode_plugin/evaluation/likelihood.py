@@ -63,7 +63,7 @@ def evaluate(
             error from the samples, one to eight. To measure it the first samples are drawn twice.
         solver: the integrator; None for the flow's own.
         seed: the seed of the noise.
-        training_solver: a fixed grid of known step to be compared with ``solver``; others are not compared.
+        training_solver: a fixed grid to be compared with ``solver``; others are not compared.
         progress: called with batches done and batches in all.
 
     Returns:
@@ -89,7 +89,7 @@ def evaluate(
     nfe = [solves.encode(solver, batch, index=index, alone=True).nfe for index, batch in enumerate(batches)]
     whole = undivided(flow.regularizers)
     gap = None
-    if training_solver is not None and not training_solver.adaptive and training_solver.step != "auto":
+    if training_solver is not None and not training_solver.adaptive:
         accurate = solves.scores[0, 0, 0]
         gap = measure_solver_gap(
             lambda each: solves.encode(each, solves.batches[0]), solves.scores_of, training_solver, accurate

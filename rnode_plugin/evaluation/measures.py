@@ -60,7 +60,7 @@ class Evaluation:
         undivided: names of the penalties that are not divided.
         seconds: wall-clock time.
         gap: mean score by the training solver, less that by the accurate one, of the first batch with the same
-            noise; infinite if the training solver fails there, None if it is not a fixed grid with a known step.
+            noise; infinite if the training solver fails there, None if it is not a fixed grid.
     """
 
     samples: int

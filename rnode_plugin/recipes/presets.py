@@ -17,10 +17,9 @@ _DOPRI5 = Solver(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6)
 _RK4 = Solver(method="rk4_38", step=0.25)
 _SAMPLED = Solver(method="rk4_38", step=0.5, quadrature="sampled")
 _MUON = Optimizer(name="muon", lr=2e-2, vector_lr=1e-2, warmup=20, schedule="cosine")
-# With a fixed step of 0.5 the flow overfits the solver: in 500 steps of Muon from a trained MNIST flow the training
-# bits/dim fell to 0.07 while the accurate ones rose to 1.60. The measurements of "auto" can be too far apart to see
-# it: with the full quadrature they chose 0.5, and 240 steps later it took 60 steps from 1.09 to 0.48
-_SAMPLED_AUTO = dataclasses.replace(_SAMPLED, step="auto")
+# With a step of 0.5 a large flow overfits the solver: in 500 steps of Muon from a trained MNIST flow the training
+# bits/dim fell to 0.07 while the accurate ones rose to 1.60
+_SAMPLED_QUARTER = dataclasses.replace(_SAMPLED, step=0.25)
 # the rate of digits, 2e-2, explodes on the full MNIST model within 40 steps, also at the small step; a fall over
 # half of the steps ends as a cosine does on 14x14 MNIST, and a run that is stopped before it can be made longer.
 # A batch of photographs at 98 bits/dim gave a gradient of norm 12,485 where 1.5 is usual, and the momentum kept
@@ -101,7 +100,7 @@ def pictures() -> Recipe:
         description="your pictures (--data-root FOLDER, --size N to scale them), trained fast",
         data=Data("folder", (3, 32, 32), batch_size=50, val_batch_size=50),
         model=Model(),
-        solver=_SAMPLED_AUTO,
+        solver=_SAMPLED_QUARTER,
         test_solver=_DOPRI5,
         optimizer=_MUON_LARGE,
         training=Training(
@@ -111,11 +110,11 @@ def pictures() -> Recipe:
 
 
 def mnist_fast() -> Recipe:
-    return _fast(mnist(), dataclasses.replace(_RK4, quadrature="sampled"))
+    return _fast(mnist())
 
 
 def cifar10_fast() -> Recipe:
-    return _fast(cifar10(), _SAMPLED_AUTO)  # which began at 0.125 on photographs, and then chose 0.25
+    return _fast(cifar10())
 
 
 def table() -> Recipe:
@@ -126,7 +125,7 @@ def table() -> Recipe:
         description="your table (--data-root FILE), or cell nuclei of scikit-learn: a minute on a CPU",
         data=TableData("table", CELLS),
         model=TableModel(),
-        solver=Solver(method="rk4_38", step="auto"),
+        solver=_RK4,
         test_solver=_DOPRI5,
         # on the nuclei -2.85 nats; Adam at 5e-3 took 600 steps to -2.51 (seed 42)
         optimizer=_MUON,
@@ -141,7 +140,7 @@ def table() -> Recipe:
     )
 
 
-def _fast(recipe: Recipe, solver: Solver) -> Recipe:
+def _fast(recipe: Recipe) -> Recipe:
     """The model and the objective of a recipe of the paper, with all that makes training faster."""
     # after 24,000 steps of matching, 240 of likelihood reached on MNIST what 800 reach after 6,000, in more time
     matching, likelihood = 6_000, 2_400
@@ -152,7 +151,7 @@ def _fast(recipe: Recipe, solver: Solver) -> Recipe:
         # matching learns from many small steps: on 14x14 MNIST the same images in batches of 100, 50 and 25 ended
         # at 1.871, 1.819 and 1.795 bits/dim (three seeds)
         data=dataclasses.replace(recipe.data, batch_size=25),
-        solver=solver,
+        solver=_SAMPLED_QUARTER,
         # at 5e-3 the likelihood of MNIST left what its steps resolve after 40 of them, and at 2e-3 after 230: the
         # training bits/dim fell below the accurate ones by 0.44, and jacfrob rose from 0.5 to 4
         optimizer=dataclasses.replace(_MUON_LARGE, lr=1e-3, vector_lr=5e-4, matching_factor=5),

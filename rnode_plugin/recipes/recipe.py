@@ -108,8 +108,6 @@ class Recipe:
                 raise ConfigError(f"{name} of a recipe must name its method and its gradient, to be plain data.")
             gradient_of(solver)  # refuses what they cannot have together
             refuse_sampled_density(solver, name)
-        if self.test_solver.step == "auto":
-            raise ConfigError("test_solver.step cannot be auto: the training solver is compared with this solver.")
         precision = self.training.precision
         rounding = next((eps for name, eps in _ROUNDING.items() if precision.startswith(name)), 0.0)
         if self.solver.adaptive and min(self.solver.atol, self.solver.rtol) < rounding:

@@ -138,7 +138,6 @@ class Training:
             ``bf16-mixed`` for a fixed grid where the device computes bfloat16 natively, else ``32-true``.
         compile: send the evaluations of the stack fields through torch.compile while training; or ``auto``: on
             CUDA only.
-        tune_every: steps between two measurements of ``solver.step=auto``.
         val_every: epochs between two validations, each with a grid of samples if the data are images.
         val_every_steps: steps between two validations instead; None for epochs.
         val_images: number of images or rows that a validation uses; None for all. ``rnode-cli eval`` uses all.
@@ -161,7 +160,6 @@ class Training:
     weights: Text | None = None
     precision: Annotated[str, AfterValidator(_known_precision)] = "32-true"
     compile: bool | Literal["auto"] = False
-    tune_every: PositiveInt = 100
     val_every: PositiveInt = 1
     val_every_steps: PositiveInt | None = None
     val_images: PositiveInt | None = None

@@ -45,8 +45,6 @@ class Task(ABC):
         quantities: the means of an evaluation; validations and comparisons use the first.
         baselines: means of other densities, for comparison.
         max_gap: the error of a training solver, in the unit, above which a validation warns.
-        step_gap, step_round_trip: tolerances of ``solver.step=auto``, in the unit and in ``step_unit``.
-        step_unit: the unit of the error of a round trip.
         exact_dims: largest number of dimensions for which an evaluation takes the whole Jacobian.
         noisy: whether the scores of one sample differ between draws even if the trace is exact.
         event: the shape of one sample, or the number of modelled columns.
@@ -60,9 +58,6 @@ class Task(ABC):
     quantities: ClassVar[tuple[Quantity, ...]]
     baselines: ClassVar[tuple[Quantity, ...]] = ()
     max_gap: ClassVar[float]
-    step_gap: ClassVar[float]
-    step_round_trip: ClassVar[float]
-    step_unit: ClassVar[str]
     exact_dims: ClassVar[int]
     noisy: ClassVar[bool]
 
@@ -116,10 +111,6 @@ class Task(ABC):
     def scores(self, log_prob: Tensor) -> Tensor:
         """Scores ``(B,)`` in the unit, from log-densities ``(B,)`` in nats of the :meth:`inputs`."""
 
-    @abstractmethod
-    def distance(self, flow: Any, one: Tensor, other: Tensor) -> float:
-        """Root mean square distance of samples, in :attr:`step_unit`."""
-
     def baseline_scores(self, data: Any, count: int) -> dict[str, np.ndarray]:
         """Scores ``(count,)`` of the first held-out samples under each of :attr:`baselines`, by name."""
         return {}
@@ -142,7 +133,6 @@ class ImageTask(Task):
         Quantity("clean", "bits/dim, clean", "density at the bins' centres: no bound"),
     )
     max_gap = 0.02
-    step_gap, step_round_trip, step_unit = 0.005, 0.5, "levels"
     exact_dims = 16  # a product per dimension: beyond this, draws cost less
     noisy = True
 
@@ -175,9 +165,6 @@ class ImageTask(Task):
 
         return bits_per_dim(log_prob, dims=self.dims, levels=self.levels)
 
-    def distance(self, flow: Any, one: Tensor, other: Tensor) -> float:
-        return float((one - other).cpu().double().square().mean().sqrt()) * self.levels
-
 
 class TableTask(Task):
     """Nats per row of rows ``(B, C)``, float: the modelled columns first, then the given ones.
@@ -193,7 +180,6 @@ class TableTask(Task):
     quantities = (Quantity("nll", "NLL", "nats per row, in the unit of the data"),)
     baselines = (Quantity("gaussian", "NLL of a Gaussian", "with the training rows' mean and covariance"),)
     max_gap = 0.05
-    step_gap, step_round_trip, step_unit = 0.02, 0.01, "deviations"
     exact_dims = 64  # rows are cheap, and an exact trace leaves no noise
     noisy = False
 
@@ -221,9 +207,6 @@ class TableTask(Task):
 
     def scores(self, log_prob: Tensor) -> Tensor:
         return -log_prob
-
-    def distance(self, flow: Any, one: Tensor, other: Tensor) -> float:
-        return float(((one - other) / flow.scale[: self.dims]).cpu().double().square().mean().sqrt())
 
     def baseline_scores(self, data: Table, count: int) -> dict[str, np.ndarray]:
         from ..data.tables import gaussian_scores

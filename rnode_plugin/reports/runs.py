@@ -123,7 +123,6 @@ class Run:
             "nfe_train": float(np.mean(nfe[-max(1, len(nfe) // 10) :])) if len(nfe) else math.nan,
             "training_seconds": seconds,
             "seconds_per_step": float(np.median(times)) if len(times) else math.nan,
-            "step_size": _last(self.steps.get("train/step_size")),
             "steps": self.done,
         }
 

@@ -96,7 +96,6 @@ def _detail_lines(configurations: Sequence[Configuration], base: Configuration) 
     yield "steps", "", _known("steps", lambda steps: f"{steps:,.0f}")
     yield "parameters", "", _parameters
     yield "training solver", "", lambda one: solver_text(one.recipe.solver)
-    yield "last step", "of solver.step=auto", _known("step_size", "{:g}".format)
     yield "test solver", "", lambda one: solver_text(one.recipe.test_solver)
     yield "seeds", "", lambda one: ", ".join(str(run.recipe.training.seed) for run in one.counted)
     yield f"held-out {task.samples}", "measured for the scores and penalties", _held_out

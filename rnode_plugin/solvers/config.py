@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import ConfigError, suggest
 
@@ -26,8 +26,7 @@ class Solver:
         method: fixed grid: ``euler``, ``midpoint``, ``rk4`` (classical), ``rk4_38`` (3/8 rule, the paper's);
             adaptive: ``dopri5``, ``tsit5``. Or a :class:`~rnode_plugin.solvers.Method`.
         step: longest step of a fixed grid; each interval of ``t_span`` is divided evenly into steps no longer
-            than it. None: one step per interval. ``"auto"``, only for training by a recipe: the coarsest step
-            that agrees with an adaptive solve, measured now and then. Adaptive methods do not use it.
+            than it. None: one step per interval. Adaptive methods do not use it.
         atol: absolute tolerance of an adaptive method; fixed grids use no tolerance. One of ``atol`` and ``rtol``
             may be 0.
         rtol: relative tolerance of an adaptive method.
@@ -59,7 +58,7 @@ class Solver:
     """
 
     method: Any = "rk4_38"
-    step: float | Literal["auto"] | None = 0.25
+    step: float | None = 0.25
     atol: float = 1e-5
     rtol: float = 1e-5
     first_step: float | None = None
@@ -79,17 +78,12 @@ class Solver:
         for name in ("step", "first_step", "max_nfe"):
             value = getattr(self, name)
             positive = _is_number(value) and value > 0
-            if value is not None and not positive and (name, value) != ("step", "auto"):
+            if value is not None and not positive:
                 raise ConfigError(f"{name} must be a number > 0 or None, not {value!r}.")
         for name in ("atol", "rtol"):
             check_tolerance(getattr(self, name), name)
         if self.adaptive and all(isinstance(x, (int, float)) and x == 0 for x in (self.atol, self.rtol)):
             raise ConfigError("atol and rtol are both 0, which no step can meet: raise one of them.")
-        if self.step == "auto" and self.adaptive:
-            raise ConfigError(
-                f"step='auto' needs a fixed grid, but {self.name} chooses its own steps: use one of "
-                f"{', '.join(FIXED_METHODS)}."
-            )
 
     @property
     def adaptive(self) -> bool:
@@ -117,7 +111,7 @@ def solver_text(solver: Solver) -> str:
         return f"{solver.name}, tolerance {solver.atol:g}"
     if solver.step is None:
         return f"{solver.name}, one step per interval"
-    return f"{solver.name}, step {solver.step if solver.step == 'auto' else format(solver.step, 'g')}"
+    return f"{solver.name}, step {solver.step:g}"
 
 
 def count_steps(length: float, longest: float) -> int:

@@ -57,11 +57,6 @@ def solve(
     """
     solver = solver or Solver()
     method, gradient = get_method(solver.method), gradient_of(solver)
-    if solver.step == "auto":
-        raise ConfigError(
-            "solver.step='auto' is found while a recipe trains. Give a number everywhere else: the log of a "
-            "run with solver.step=auto has one."
-        )
     if dynamics.divergence and solver.quadrature == "sampled":
         refuse_sampled_density(solver)
     check_times(t_span)

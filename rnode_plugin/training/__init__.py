@@ -4,7 +4,6 @@
   evaluation.
 - ``module`` is what Lightning trains: the step, its optimizer (``optimizers``), the validation.
 - ``step`` has the objective of a batch (eq. 17), the record of a step and the sums of a validation.
-- ``auto_step`` finds the step of the solver while training.
 - ``datamodule`` chooses the samples of a step; ``callbacks`` writes metrics and checkpoints and ends the run.
 - ``checkpoints`` are files of weights.
 """

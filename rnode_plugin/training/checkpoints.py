@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import hashlib
 import json
@@ -106,10 +105,7 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
 def load_with_recipe(
     path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu"
 ) -> tuple[DensityModel, Recipe]:
-    """As :func:`load_flow`, with the recipe that the flow was trained by; arguments and errors are the same.
-
-    ``recipe.solver`` has the step that ``auto`` found last.
-    """
+    """As :func:`load_flow`, with the recipe that the flow was trained by; arguments and errors are the same."""
     import torch
 
     file = find_checkpoint(path)
@@ -129,8 +125,6 @@ def load_with_recipe(
         raise CheckpointError(f"{problem}: {first_line(error)}") from None
     flow = recipe.build_flow()
     put_weights(flow, contents, problem)
-    if (found := contents.get("progress", {}).get("step_size")) is not None:
-        recipe = dataclasses.replace(recipe, solver=dataclasses.replace(recipe.solver, step=found))
     return flow.to(map_location).eval(), recipe
 
 

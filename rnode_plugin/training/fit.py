@@ -35,7 +35,7 @@ from ..evaluation.samples import save_samples
 from ..recipes.recipe import Recipe
 from ..text import batch_counter
 from .callbacks import BusyProcessor, MetricsTable, RunControl, SampleGrids, Stopped
-from .checkpoints import find_checkpoint, load_with_recipe, newest_intact, put_weights
+from .checkpoints import find_checkpoint, load_flow, newest_intact, put_weights
 from .datamodule import RecipeDataModule
 from .loggers import check_loggers, make_logger
 from .module import RnodeModule
@@ -57,7 +57,6 @@ class FitResult:
         training_seconds: time of all steps of the run, without validations.
         run_seconds: wall-clock time of the whole run so far, without the final evaluation.
         skipped: steps of the run without a usable gradient, which changed nothing.
-        step_size: the last one of ``solver.step=auto``; None for any other solver.
         first_process: whether this is the process of a distributed run that reports; the others evaluate nothing.
         evaluation: the result of the best weights on the held-out samples, an
             :class:`~rnode_plugin.evaluation.measures.Evaluation`; None after a signal.
@@ -71,7 +70,6 @@ class FitResult:
     training_seconds: float
     run_seconds: float
     skipped: int = 0
-    step_size: float | None = None
     first_process: bool = True
     evaluation: Any = None
     samples: Path | None = None
@@ -79,7 +77,7 @@ class FitResult:
     @property
     def ended(self) -> dict[str, Any]:
         """How the run ended, for ``result.json``."""
-        names = ("stopped", "steps", "planned", "training_seconds", "run_seconds", "skipped", "step_size")
+        names = ("stopped", "steps", "planned", "training_seconds", "run_seconds", "skipped")
         return {name: vars(self)[name] for name in names}
 
 
@@ -179,7 +177,6 @@ def fit(
             training_seconds=control.training_seconds,
             run_seconds=control.run_seconds,
             skipped=module.skipped,
-            step_size=module.auto.step if module.auto is not None else None,
             first_process=trainer.is_global_zero,
         )
         if by_signal or not trainer.is_global_zero:
@@ -258,7 +255,7 @@ def _conclude(
 ) -> FitResult:
     """Evaluate the best weights, draw samples, write ``result.json``; a TrainingError if a solve fails."""
     folder, task = result.folder, recipe.task
-    flow, trained_by = load_with_recipe(folder.best, map_location=device)
+    flow = load_flow(folder.best, map_location=device)
     try:
         evaluation = evaluate(
             flow,
@@ -266,7 +263,7 @@ def _conclude(
             measure=task,
             batch_size=recipe.data.val_batch_size,
             seed=recipe.training.seed,
-            training_solver=trained_by.solver,
+            training_solver=recipe.solver,
             progress=batch_counter("evaluating the best weights") if progress else None,
         ).with_baselines(task, data)
         samples = None

@@ -17,8 +17,6 @@ from ..errors import ConfigError, LocalError, SolverError, TrainingError
 from ..fields import compile_fields
 from ..flows.base import BlockFlow
 from ..recipes.recipe import Recipe
-from ..solvers import Solver
-from .auto_step import AutoStep
 from .checkpoints import header_with, load_weights
 from .datamodule import RecipeDataModule
 from .optimizers import learning_rate_factor, make_optimizer
@@ -76,8 +74,6 @@ class RnodeModule(L.LightningModule):
                     "parameters, which it gives no gradient."
                 )
         self.objective = StepObjective(self.flow, recipe)
-        automatic = recipe.solver.step == "auto"
-        self.auto = AutoStep(recipe.solver, self.task, seed=recipe.training.seed) if automatic else None
         self.skipped = self.skipped_in_row = 0  # steps without a usable gradient: of the run, and the last ones
         self._batches = self._world = 1  # of a step: per device, and devices
         self._terms: list[StepTerms] = []  # of the batches of this step
@@ -85,11 +81,6 @@ class RnodeModule(L.LightningModule):
         self._row: dict[str, float] | None = None  # the same as numbers and means over the devices
         self._groups: list[dict[str, Any]] = []  # of the optimizer; none if a subclass makes its own
         self._warned = False
-
-    @property
-    def solver(self) -> Solver:
-        """The integrator of the training steps at the moment."""
-        return self.recipe.solver if self.auto is None else self.auto.solver
 
     @property
     def matches(self) -> bool:
@@ -108,7 +99,7 @@ class RnodeModule(L.LightningModule):
         if self.matches:
             terms = self.objective.matching(inputs)
         else:
-            terms = self.objective(inputs, self.solver, step=self.global_step - self.recipe.matching)
+            terms = self.objective(inputs, self.recipe.solver, step=self.global_step - self.recipe.matching)
         detached = dataclasses.replace(terms, loss=terms.loss.detach())
         self._terms = [*(self._terms if part else ()), detached]
         return terms.loss
@@ -126,8 +117,6 @@ class RnodeModule(L.LightningModule):
                 raise TrainingError(self._why_skipped())
         rows = [terms.row for terms in self._terms]
         self._values = {f"train/{name}": sum(row[name] / len(rows) for row in rows) for name in rows[0]}
-        if self.auto is not None and not self.matches:
-            self._values["train/step_size"] = float(self.solver.step or 0)
         self._values |= {"train/grad_norm": norm, "train/skipped": float(self.skipped)}
         self._values["lr"] = optimizer.param_groups[0]["lr"]
         self._row = None
@@ -200,24 +189,9 @@ class RnodeModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self._batches, self._world = self.trainer.accumulate_grad_batches, self.trainer.world_size
-        if batch_idx % self._batches == 0:
-            if 0 < self.global_step == self.recipe.matching:
-                optimizer: Any = self.optimizers(use_pl_optimizer=False)
-                optimizer.state.clear()
-            self._tune()
-
-    def _tune(self) -> None:
-        """Measure the step again if that is due; all processes take the result of the first one."""
-        auto, step = self.auto, self.global_step
-        if auto is None or self.matches:
-            return
-        if auto.step is not None and step % self.recipe.training.tune_every:
-            return
-        if (data := self._data()) is None:
-            kind = "TableDataModule" if self.task.samples == "rows" else "ImageDataModule"
-            raise ConfigError(f"solver.step=auto measures on held-out {self.task.samples}: train with {kind}.")
-        found = self.trainer.strategy.broadcast(auto.measure(self.flow, data.data.val, self.device))
-        self._print(auto.take(found, step))
+        if batch_idx % self._batches == 0 and 0 < self.global_step == self.recipe.matching:
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            optimizer.state.clear()
 
     def _print(self, line: str | None) -> None:
         if line and self.global_rank == 0:
@@ -235,7 +209,7 @@ class RnodeModule(L.LightningModule):
             with torch.inference_mode(False), torch.no_grad():
                 row = measure_batch(
                     self.flow, self.recipe, batch.clone(),
-                    index=batch_idx, rank=self.global_rank, training_solver=self.solver,
+                    index=batch_idx, rank=self.global_rank, training_solver=self.recipe.solver,
                 )  # fmt: skip
         except SolverError as error:
             where = f"in the validation at training step {self.global_step}"
@@ -261,10 +235,9 @@ class RnodeModule(L.LightningModule):
         if abs(gap) <= self.task.max_gap or self._warned or matched or self.trainer.sanity_checking:
             return
         self._warned = True
-        finer = "training.tune_every" if self.auto is not None else "solver.step (or --set solver.step=auto)"
         self._print(
             f"warning: at step {self.global_step} the training solver is off by {gap:+.3f} {self.task.unit} from "
-            f"the accurate one (val/gap), so the model learns its errors: lower {finer}, or raise the lambdas."
+            f"the accurate one (val/gap), so the model learns its errors: lower solver.step, or raise the lambdas."
         )
 
     # hooks of Lightning ----------------------------------------------------------------------------------------
@@ -286,11 +259,8 @@ class RnodeModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
-        step = {} if self.auto is None else {"step_size": self.auto.step}
-        checkpoint.update(header_with(self.recipe), progress={**progress, **step})
+        checkpoint.update(header_with(self.recipe), progress=progress)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = checkpoint["progress"]
         self.skipped, self.skipped_in_row = progress["skipped"], progress["skipped_in_row"]
-        if self.auto is not None:
-            self.auto.step = progress.get("step_size")

@@ -95,8 +95,6 @@ def diagnose(
     """
     start = time.monotonic()
     subject = Subject(model)
-    if training_solver is not None and training_solver.step == "auto" and not training_solver.adaptive:
-        training_solver = None
     if min(len(x), samples or 2) < 2:
         raise ConfigError("a diagnosis needs at least two held-out samples.")
     context = model.context_rows(context, x)
