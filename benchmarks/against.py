@@ -92,11 +92,13 @@ def cases() -> dict[str, Callable[[], list[object]]]:
             for p in model.parameters():
                 p.add_(0.02 * torch.randn_like(p))
         inputs = torch.rand(batch, *shape)
+        # in the first commits a recipe held a solver, not its settings
+        solver = recipe.solver.build() if hasattr(recipe.solver, "build") else recipe.solver
 
         def run() -> list[object]:
             torch.manual_seed(1)
             noise = model.draw_noise(batch)
-            output = model(inputs, noise=noise, solver=recipe.solver, penalties=True)
+            output = model(inputs, noise=noise, solver=solver, penalties=True)
             latent = -0.5 * output.z.square().flatten(1).sum(1) + output.logdet
             loss = objective(latent, output.regularization, lambdas=recipe.lambdas, dims=model.dims).loss
             return result(loss, model)

@@ -81,7 +81,7 @@ def work_of_step(recipe: Recipe, *, batch: int) -> DeviceWork:
         flow: Any = recipe.build_flow()
         x = torch.rand(batch, *recipe.images.shape)
     with DeviceWork() as work:
-        output = flow(x, solver=recipe.solver)
+        output = flow(x, solver=recipe.solver.build())
         lambdas = recipe.lambdas
         log_prob = flow.log_prob_of(output)
         objective(log_prob, output.regularization, lambdas=lambdas, dims=recipe.dims).loss.backward()

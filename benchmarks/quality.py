@@ -26,7 +26,7 @@ import torch
 from measure import print_environment, set_up, table, threads_option
 from training_runs import METHODS, Point, Trainer, rk4
 
-from rnode_plugin import MultiscaleFlow, Solver, get_recipe
+from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, Solver, get_recipe
 from rnode_plugin.core.objective import bits_per_dim
 from rnode_plugin.data import ImageData
 from rnode_plugin.flows.multiscale import dequantize
@@ -71,7 +71,7 @@ def measured(flow: MultiscaleFlow, images: Any, levels: int, coarse: Solver) -> 
     ``gap`` is the bits/dim of the first batch by the ``coarse`` solver less the bits/dim by the accurate one.
     """
     sums: dict[str, float] = dict.fromkeys(QUANTITIES, 0.0)
-    gap, accurate = 0.0, Solver("dopri5", first_step=1 / 6)
+    gap, accurate = 0.0, Adaptive("dopri5", first_step=1 / 6)
     for first in range(0, len(images), 100):
         torch.manual_seed(first)
         x = dequantize(torch.from_numpy(images[first : first + 100]), levels)
@@ -183,7 +183,7 @@ def main(data: str, out: str, assignments: tuple[str, ...], **options: Any) -> N
         found, ended = trainer.run(every=options["every"], images=limit, show=show)
         own = {**same, "method": name, "seed": str(seed)}
         points = append(folder / "quality_points.csv", [{**own, **dataclasses.asdict(point)} for point in found])
-        step = None if method.solver is None else method.solver.step
+        step = method.solver.step if isinstance(method.solver, FixedGrid) else None
         final = measured(
             trainer.trained().eval(), images.val[:limit], changed.images.levels, rk4(step=step or 0.25)
         )

@@ -18,11 +18,12 @@ import torch
 from measure import alternate, device_option, print_environment, repeats_option, set_up, table, threads_option
 from torch import Tensor, nn
 
-from rnode_plugin import MultiscaleFlow, NeuralODE, Solver, objective
+from rnode_plugin import MultiscaleFlow, NeuralODE, objective
 from rnode_plugin.core.schedules import strength_at
 from rnode_plugin.fields.potential import PotentialField
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import undivided
+from rnode_plugin.solvers import SolverSettings
 
 NAMES = [
     "kinetic", "jacfrob", "kinetic+jacfrob", "total_derivative", "finite_difference", "directional",
@@ -71,7 +72,7 @@ def digits_step(name: str, where: torch.device, *, penalized: bool = True) -> Ca
     torch.manual_seed(0)
     weighted = resolve_regularizers(name.split("+") if penalized else [])
     regularizers = [entry.regularizer for entry in weighted.values()]
-    solver = Solver(method_for(name), step=None if name == "error" else 0.25)
+    solver = SolverSettings(method_for(name), step=None if name == "error" else 0.25).build()
     flow = MultiscaleFlow((1, 8, 8), hidden=32, layers=4, solver=solver, regularizers=regularizers).to(where)
     for field in flow.fields:
         for parameter in field.parameters():

@@ -19,13 +19,13 @@ from measure import table
 from torch import Tensor, nn
 from torchdyn.datasets import ToyDataset
 
-from rnode_plugin import Dynamics, Exact, NeuralODE, Solver
+from rnode_plugin import Adaptive, Dynamics, Exact, NeuralODE, Solver
 from rnode_plugin.regularizers import jacfrob, total_derivative
-from rnode_plugin.solvers import ADAPTIVE_METHODS, solve
+from rnode_plugin.solvers import ADAPTIVE_METHODS
 from rnode_plugin.torchdyn.solver_names import method_from_torchdyn, resolve_solver
 
 Field = Callable[[Tensor, Tensor], Tensor]
-ACCURATE = Solver("dopri5", atol=1e-9, rtol=1e-9)
+ACCURATE = Adaptive("dopri5", atol=1e-9, rtol=1e-9)
 
 
 class Perceptron(nn.Module):
@@ -72,7 +72,7 @@ def classifier() -> nn.Module:
 def integrals(field: Field, x: Tensor, solver: Solver) -> dict[str, Tensor]:
     dynamics = Dynamics(field, regularizers=[jacfrob, total_derivative], estimator=Exact(), divergence=False)
     with torch.no_grad():
-        return solve(dynamics.bind(None), x, x.new_tensor([0.0, 1.0]), solver).penalties
+        return solver.solve(dynamics.bind(None), x, x.new_tensor([0.0, 1.0])).penalties
 
 
 def off(found: Tensor, expected: Tensor) -> tuple[float, float]:
@@ -100,7 +100,7 @@ def main() -> None:
         for tolerance in (1e-3, 1e-5):
             for each in ADAPTIVE_METHODS:
                 method = method_from_torchdyn(resolve_solver(each), each)  # the steps of a NeuralODE
-                solver = Solver(method, atol=tolerance, rtol=tolerance)
+                solver = Adaptive(method, atol=tolerance, rtol=tolerance)
                 full = integrals(field, x, solver)
                 drawn = integrals(field, x, replace(solver, method=replace(method, weights=method.draws)))
                 cells = [off(*pair) for key in full for pair in ((drawn[key], full[key]), (full[key], exact[key]))]

@@ -30,9 +30,10 @@ from measure import (
 from torch import Tensor, nn
 from usual import UsualFlow
 
-from rnode_plugin import MultiscaleFlow, Solver, get_recipe, objective
+from rnode_plugin import FixedGrid, MultiscaleFlow, Solver, get_recipe, objective
 from rnode_plugin.core import chains
 from rnode_plugin.fields import compile_fields
+from rnode_plugin.solvers import SolverSettings
 
 BASELINE, EXACT, CHAINS = "usual formulation", "exact", "+ fused chains"
 
@@ -49,7 +50,7 @@ class Path:
         compiled: whether torch.compile has a share in it.
     """
 
-    solver: Solver = Solver(method="rk4_38", step=0.25)  # noqa: RUF009  (frozen)
+    solver: Solver = FixedGrid("rk4_38", step=0.25)  # noqa: RUF009  (frozen)
     bf16: bool = False
     fused: bool = True
     chains: bool = True
@@ -57,7 +58,7 @@ class Path:
 
 
 def _rk4(**changes: object) -> Solver:
-    return Solver(**{"method": "rk4_38", "step": 0.25, **changes})  # pyright: ignore[reportArgumentType]
+    return SolverSettings(**{"method": "rk4_38", "step": 0.25, **changes}).build()  # pyright: ignore[reportArgumentType]
 
 
 PATHS = {

@@ -19,7 +19,7 @@ from rnode_plugin.core.random_streams import Stream, stream_seed
 from rnode_plugin.data import ImageData
 from rnode_plugin.flows.multiscale import dequantize, random_flip
 from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.solvers import Solver
+from rnode_plugin.solvers import Solver, SolverSettings
 from rnode_plugin.training.datamodule import StepOrder
 from rnode_plugin.training.optimizers import learning_rate_factor, make_optimizer
 
@@ -30,7 +30,7 @@ _PIXELS, _PROBES = 0, 1  # purposes of noise at one step
 
 def rk4(**changes: object) -> Solver:
     """The paper's fixed grid with some settings changed."""
-    return Solver(**{"method": "rk4_38", "step": 0.25, **changes})  # pyright: ignore[reportArgumentType]
+    return SolverSettings(**{"method": "rk4_38", "step": 0.25, **changes}).build()  # pyright: ignore[reportArgumentType]
 
 
 SAMPLED = rk4(quadrature="sampled", step=0.5)

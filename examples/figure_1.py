@@ -10,16 +10,15 @@ import torch
 from torch import nn
 from torchdyn.datasets import ToyDataset
 
-from rnode_plugin import Dynamics, Solver, objective
+from rnode_plugin import Adaptive, Dynamics, FixedGrid, objective
 from rnode_plugin.core.objective import standard_normal_log_prob
 from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.regularizers import jacfrob, kinetic
-from rnode_plugin.solvers import solve
 
 MEANS, DEVIATION = torch.tensor([-1.5, 1.5]), 0.35
 PLANE = ("moons", "spirals", "gaussians", "gaussians_spiral")
-TRAIN, TEST = Solver(method="rk4", step=1 / 10), Solver(method="dopri5", atol=1e-5, rtol=1e-5)
-EXACT = Solver(method="dopri5", atol=1e-6, rtol=1e-6)
+TRAIN, TEST = FixedGrid("rk4", step=1 / 10), Adaptive("dopri5", atol=1e-5, rtol=1e-5)
+EXACT = Adaptive("dopri5", atol=1e-6, rtol=1e-6)
 SPAN = torch.tensor([0.0, 1.0])
 GREY, COLOURS = "#808080", ("#d55e00", "#0072b2")
 
@@ -82,7 +81,7 @@ def train_field(x, *, lambdas, steps, seed=0, batch_size=256, lr=5e-3):
     adam = torch.optim.Adam(field.parameters(), lr=lr)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     for batch in batches:
-        solution = solve(dynamics.bind(None), x[batch], SPAN, TRAIN)
+        solution = TRAIN.solve(dynamics.bind(None), x[batch], SPAN)
         adam.zero_grad()
         objective(log_prob(solution), solution.penalties, lambdas=lambdas, dims=x.shape[1]).loss.backward()
         adam.step()
@@ -93,14 +92,14 @@ def train_field(x, *, lambdas, steps, seed=0, batch_size=256, lr=5e-3):
 @torch.no_grad()
 def follow(field, x, *, points=201):
     """Paths ``(points, B, D)`` from ``x (B, D)`` at evenly spread times from 0 to 1."""
-    return solve(Dynamics(field, divergence=False).bind(None), x, torch.linspace(0, 1, points), EXACT).z
+    return EXACT.solve(Dynamics(field, divergence=False).bind(None), x, torch.linspace(0, 1, points)).z
 
 
 @torch.no_grad()
 def measure(field, x, *, points=201):
     """What a flow does to ``x (B, D)``: the rows of the table."""
     dynamics = Dynamics(field, regularizers=(kinetic, jacfrob), estimator="exact")
-    solution = solve(dynamics.bind(None), x, SPAN, TEST)
+    solution = TEST.solve(dynamics.bind(None), x, SPAN)
     path, dims = follow(field, x, points=points), x.shape[1]
     steps = (path[1:] - path[:-1]).norm(dim=2)
     return {
@@ -115,7 +114,7 @@ def measure(field, x, *, points=201):
 
 @torch.no_grad()
 def log_density(field, x):
-    return log_prob(solve(Dynamics(field, estimator="exact").bind(None), x, SPAN, TEST))
+    return log_prob(TEST.solve(Dynamics(field, estimator="exact").bind(None), x, SPAN))
 
 
 def paint_line(axes, field, x, label, colour):

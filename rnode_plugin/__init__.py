@@ -20,7 +20,9 @@ _PUBLIC = {
     "DensityModel": "core.distribution",
     "FlowOutput": "core.objective",
     "Solution": "solvers.solution",
-    "Solver": "solvers",
+    "Adaptive": "solvers.adaptive",
+    "FixedGrid": "solvers.fixed",
+    "Solver": "solvers.solver",
     "Dynamics": "core.dynamics",
     "Regularizer": "regularizers",
     "Exact": "core.trace_estimators",
@@ -61,8 +63,10 @@ if TYPE_CHECKING:
     from .plugins.hookspecs import hookimpl
     from .recipes.recipe import get_recipe
     from .regularizers import Regularizer
-    from .solvers import Solver
+    from .solvers.adaptive import Adaptive
+    from .solvers.fixed import FixedGrid
     from .solvers.solution import Solution
+    from .solvers.solver import Solver
     from .torchdyn.cnf import CNF
     from .torchdyn.density import RegularizedCNF
     from .torchdyn.neural_ode import NeuralODE, install, uninstall

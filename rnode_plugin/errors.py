@@ -16,9 +16,9 @@ class RnodeError(Exception):
     """Base of all errors that this package raises on purpose.
 
     Example:
-        >>> from rnode_plugin import Solver
+        >>> from rnode_plugin import FixedGrid
         >>> try:
-        ...     Solver(method="rk5")
+        ...     FixedGrid("rk5")
         ... except RnodeError as error:
         ...     print(str(error).partition(" Known")[0])
         unknown solver method 'rk5'; did you mean 'rk4'?
@@ -56,11 +56,10 @@ class SolverError(RnodeError, RuntimeError):
 
     Example:
         >>> import torch
-        >>> from rnode_plugin import Dynamics, Solver
-        >>> from rnode_plugin.solvers import solve
+        >>> from rnode_plugin import Adaptive, Dynamics
         >>> dynamics = Dynamics(lambda t, z: z**2, divergence=False)  # z(t) = 1 / (1 - t)
         >>> try:
-        ...     _ = solve(dynamics.bind(None), torch.ones(1, 1), torch.tensor([0.0, 2.0]), Solver(method="dopri5"))
+        ...     _ = Adaptive("dopri5").solve(dynamics.bind(None), torch.ones(1, 1), torch.tensor([0.0, 2.0]))
         ... except SolverError as error:
         ...     print(error.reason, round(error.t, 1))
         underflow 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,8 +18,8 @@ from .core.surroundings import module_of
 from .core.view import View, check_batch_dim
 from .errors import ConfigError
 from .plugins.registry import resolve_regularizers
-from .solvers import Solver, solve
-from .solvers.config import FIXED_METHODS
+from .solvers import Adaptive, FixedGrid, Solver, get_method
+from .solvers.checks import FIXED_METHODS
 
 _METHODS = {"rk4": "rk4_38"}  # flow_matching takes torchdiffeq's names, and its rk4 is the 3/8 rule
 
@@ -207,7 +206,7 @@ class ODESolver:
         grid = _grid((0.0, 1.0), time_grid, method, step_size).to(x_init)
         with torch.set_grad_enabled(enable_grad):
             dynamics = Dynamics(self._field(model_extras), divergence=False).bind(None)
-            solution = solve(dynamics, x_init, grid, _solver(method, step_size, atol, rtol)).check()
+            solution = _solver(method, step_size, atol, rtol).solve(dynamics, x_init, grid).check()
         self.nfe = solution.stats.nfe
         return solution.z if return_intermediates else solution.z[-1]
 
@@ -268,8 +267,8 @@ class ODESolver:
 
 
 def _solver(method: str, step_size: float | None, atol: float, rtol: float) -> Solver:
-    solver = Solver(method=_METHODS.get(method, method), step=None, atol=atol, rtol=rtol)
-    return solver if solver.adaptive else dataclasses.replace(solver, step=step_size)
+    chosen = get_method(_METHODS.get(method, method))
+    return Adaptive(chosen, atol=atol, rtol=rtol) if chosen.adaptive else FixedGrid(chosen, step=step_size)
 
 
 def _grid(ends: tuple[float, float], time_grid: Tensor | None, method: str, step_size: float | None) -> Tensor:

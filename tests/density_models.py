@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, StudentT
 from written_model import LaplaceFlow
 
-from rnode_plugin import DensityModel, MultiscaleFlow, RegularizedCNF, Solver, TableFlow
+from rnode_plugin import Adaptive, DensityModel, MultiscaleFlow, RegularizedCNF, Solver, TableFlow
 
-ACCURATE = Solver("dopri5", atol=1e-8, rtol=1e-8)
+ACCURATE = Adaptive("dopri5", atol=1e-8, rtol=1e-8)
 TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
 
 

@@ -63,8 +63,8 @@ LIGHT = [
     ],
     [
         (  # a flow whose regularizers are objects
-            "import torch; from rnode_plugin import MultiscaleFlow, Solver\n"
-            "flow = MultiscaleFlow((1, 4, 4), hidden=2, solver=Solver('euler', step=None))\n"
+            "import torch; from rnode_plugin import FixedGrid, MultiscaleFlow\n"
+            "flow = MultiscaleFlow((1, 4, 4), hidden=2, solver=FixedGrid('euler', step=None))\n"
             "assert set(flow(torch.rand(2, 1, 4, 4)).regularization) == {'kinetic', 'jacfrob'}",
             {"pluggy", "torchdyn", "pytorch_lightning", "rnode_plugin.plugins.registry"},
         ),

@@ -47,7 +47,7 @@ def file(recipe: Recipe, tmp_path: Path) -> Path:
 def test_there_and_back(file: Path, recipe: Recipe) -> None:
     flow, found = load_with_recipe(file)
     assert found == recipe
-    assert flow.solver == recipe.test_solver
+    assert flow.solver == recipe.test_solver.build()
     assert not flow.training
     for name, tensor in torch.load(file.parent / "weights.pt").items():
         assert torch.equal(flow.state_dict()[name], tensor)

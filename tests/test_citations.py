@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from rnode_plugin import MultiscaleFlow, NeuralODE, RegularizedCNF, Solver
+from rnode_plugin import Adaptive, MultiscaleFlow, NeuralODE, RegularizedCNF
 from rnode_plugin.cli import main
 from rnode_plugin.core.citations import _entries
 from rnode_plugin.plugins.registry import get, names
@@ -47,7 +47,7 @@ def test_each_declared_paper_has_an_entry() -> None:
             ["chen2018neural", "grathwohl2019ffjord", "dormand1980family"],
         ),
         (
-            lambda: MultiscaleFlow((1, 4, 4), hidden=2, trace_noise="hutch++:3", solver=Solver("dopri5")),
+            lambda: MultiscaleFlow((1, 4, 4), hidden=2, trace_noise="hutch++:3", solver=Adaptive("dopri5")),
             ["chen2018neural", "grathwohl2019ffjord", "finlay2020how", "meyer2021hutch", "dormand1980family"],
         ),
     ],

@@ -42,7 +42,7 @@ _FUSED_CHAINS = """
 from unittest import mock
 
 import torch
-from rnode_plugin import MultiscaleFlow, Solver
+from rnode_plugin import FixedGrid, MultiscaleFlow
 from rnode_plugin.core import chains
 
 
@@ -58,9 +58,9 @@ def numbers(flow, x, solver, amp):
 
 
 torch.manual_seed(1)
-x, sampled = torch.rand(3, 1, 4, 4), Solver("rk4_38", step=0.5, quadrature="sampled")
+x, sampled = torch.rand(3, 1, 4, 4), FixedGrid("rk4_38", step=0.5, quadrature="sampled")
 for activation, solver, amp, tolerance in (
-    ("softplus", Solver("rk4_38", step=0.5), False, 1e-5),
+    ("softplus", FixedGrid("rk4_38", step=0.5), False, 1e-5),
     ("silu", sampled, False, 1e-5),
     ("tanh", sampled, True, 3e-2),
 ):

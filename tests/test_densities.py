@@ -24,7 +24,7 @@ from torch.distributions import (
 from torchdyn.numerics.solvers.ode import Euler
 from torchdyn_fields import mlp
 
-from rnode_plugin import Hutchinson, NeuralODE, RegularizedCNF, Solver, TableFlow
+from rnode_plugin import FixedGrid, Hutchinson, NeuralODE, RegularizedCNF, TableFlow
 from rnode_plugin.core.distribution import FlowDistribution
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flow_matching import ODESolver
@@ -317,7 +317,7 @@ def test_the_times_of_a_velocity_are_named_by_what_makes_them() -> None:
 # --- distribution() ---
 
 
-QUICK = Solver("rk4_38", step=0.5)
+QUICK = FixedGrid("rk4_38", step=0.5)
 
 
 def plain() -> Any:

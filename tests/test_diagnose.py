@@ -28,7 +28,7 @@ from diagnosed_models import (
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from rnode_plugin import MultiscaleFlow, RegularizedCNF, Solver, diagnose
+from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, RegularizedCNF, diagnose
 from rnode_plugin.core.derivatives import AutogradField
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.diagnostics import checks, texts
@@ -71,14 +71,14 @@ def of(name: str, model: nn.Module, x: Tensor = X, context: Tensor | None = None
 
 def image_flow(**options: Any) -> MultiscaleFlow:
     torch.manual_seed(0)
-    flow = MultiscaleFlow((1, 4, 4), hidden=6, alpha=0.05, **{"solver": Solver("dopri5"), **options})
+    flow = MultiscaleFlow((1, 4, 4), hidden=6, alpha=0.05, **{"solver": Adaptive("dopri5"), **options})
     for parameter in flow.parameters():
         nn.init.normal_(parameter, std=0.3)
     return flow
 
 
 def table_flow() -> TableFlow:
-    flow = TableFlow(2, hidden=4, solver=Solver("dopri5"))
+    flow = TableFlow(2, hidden=4, solver=Adaptive("dopri5"))
     flow.fields = nn.ModuleList([Linear()])
     flow.standardize(torch.tensor([10.0, 0.1]) * X)
     return flow
@@ -208,8 +208,8 @@ def test_a_field_on_which_no_solver_works_fails() -> None:
 
 
 def test_a_training_solver_that_is_too_coarse() -> None:
-    assert of("solver gap", density(), training=Solver("rk4", step=0.25)).verdict == "ok"
-    coarse = of("solver gap", density(trace_estimator="exact"), training=Solver("euler", step=0.5))
+    assert of("solver gap", density(), training=FixedGrid("rk4", step=0.25)).verdict == "ok"
+    coarse = of("solver gap", density(trace_estimator="exact"), training=FixedGrid("euler", step=0.5))
     assert coarse.verdict == "failed"
     step = torch.eye(2) + MATRIX / 2
     z, exact = X @ (step @ step).T, X @ torch.linalg.matrix_exp(MATRIX).T
@@ -220,7 +220,7 @@ def test_a_training_solver_that_is_too_coarse() -> None:
     assert coarse.numbers["nfe"] == 2
     own = of("solver gap", density(solver="euler"))
     assert (own.verdict, own.numbers["nfe"]) == ("failed", 1)
-    blown = of("solver gap", density(), training=Solver("dopri5", max_nfe=3))
+    blown = of("solver gap", density(), training=Adaptive("dopri5", max_nfe=3))
     assert blown.verdict == "failed"
     assert "fails on held-out data" in blown.sentence
 
@@ -339,7 +339,7 @@ def test_samples_of_an_untrained_flow() -> None:
     assert of("samples", density(), X[:19]).verdict == "left out"
     assert of("samples", density(), X[:20], seed=2**40).verdict == "cannot tell"  # NumPy takes no such seed
     assert of("samples", density(), X).verdict == "cannot tell"  # 200 against 200: up to 62 % pass
-    flow = image_flow(solver=Solver("euler", step=1.0))
+    flow = image_flow(solver=FixedGrid("euler", step=1.0))
     assert of("samples", flow, torch.zeros(40, 1, 4, 4)).verdict == "failed"
 
 

@@ -252,7 +252,7 @@ def test_figures_of_the_reproduction_page_are_those_of_the_recipes():
 
 def test_the_public_names_are_in_the_reference():
     pages = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
-    shown = re.findall(r"^\.\. auto\w+:: rnode_plugin\.(\w+)$", pages, re.MULTILINE)
+    shown = re.findall(r"^\.\. auto(?!module)\w+:: rnode_plugin\.(\w+)$", pages, re.MULTILINE)
     assert sorted(shown) == sorted(set(rnode_plugin.__all__) - {"__version__"})  # each once
 
 
@@ -283,7 +283,7 @@ ENTRY = re.compile(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*):", re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", sorted(
-    PUBLIC.keys() - {"__version__", "hookimpl", "DensityModel", "Regularizer", "RnodeError"}
+    PUBLIC.keys() - {"__version__", "hookimpl", "DensityModel", "Regularizer", "RnodeError", "Solver"}
 ))  # fmt: skip
 def test_each_parameter_of_a_public_name_is_described(name):
     sections = SECTION.findall(inspect.getdoc(PUBLIC[name]) or "")

@@ -15,7 +15,7 @@ from scipy import stats
 from scipy.linalg import expm
 from torch import Tensor, nn
 
-from rnode_plugin import MultiscaleFlow, Solver
+from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow
 from rnode_plugin.core.distribution import DensityModel, StandardNormal
 from rnode_plugin.core.objective import FlowOutput
 from rnode_plugin.core.random_streams import Stream, seeded, stream_seed
@@ -28,7 +28,7 @@ from rnode_plugin.flows.table import TableFlow
 from rnode_plugin.plugins.registry import get_regularizer
 from rnode_plugin.recipes.task import FlowInput, ImageTask, TableTask
 
-RK4 = Solver(method="rk4", step=0.5)
+RK4 = FixedGrid("rk4", step=0.5)
 
 
 class Known(DensityModel):
@@ -204,7 +204,7 @@ def test_a_grid_shows_each_image_in_its_bin(tmp_path: Path) -> None:
 def test_nfe_is_that_of_separate_solves_of_the_same_batches() -> None:
     """One checkpoint has one NFE, for all draws and batch sizes."""
     flow, pictures = active_flow((1, 2, 2), "gaussian"), images(350, 17, (1, 2, 2))
-    solver = Solver(method="dopri5", atol=1e-3, rtol=1e-3)
+    solver = Adaptive("dopri5", atol=1e-3, rtol=1e-3)
     settings: tuple[dict[str, Any], ...] = ({"draws": 1, "batch_size": 350}, {"draws": 2, "batch_size": 175})
     found = [evaluate(flow, pictures, solver=solver, **options) for options in settings]
     assert len({(each.nfe_mean, each.nfe_min, each.nfe_max) for each in found}) == 1
@@ -244,7 +244,7 @@ def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form(monkeypatch: pytes
     field = Scaling()
     flow = MultiscaleFlow((1, 2, 2), alpha=0.05, levels=17, trace_noise="exact", field=lambda shape: field).double()
     blocks, pictures = len(flow.fields), images(5, 17, (1, 2, 2))
-    euler, tight = Solver("euler", step=0.5), Solver("dopri5", atol=1e-10, rtol=1e-10)
+    euler, tight = FixedGrid("euler", step=0.5), Adaptive("dopri5", atol=1e-10, rtol=1e-10)
     calls: list[int] = []
     encode = flow.encode
 
@@ -291,7 +291,7 @@ def test_the_plain_numbers_of_a_table_by_scipy() -> None:
     random = np.random.default_rng(0)
     data = (random.normal(size=(60, 3)) @ random.normal(size=(3, 3)) * [0.1, 1, 20] + 5).astype(np.float32)
     train, held_out = data[:50], data[50:]
-    flow, a = TableFlow(3, solver=Solver("dopri5", atol=1e-6, rtol=1e-6)), 0.4 * random.normal(size=(3, 3))
+    flow, a = TableFlow(3, solver=Adaptive("dopri5", atol=1e-6, rtol=1e-6)), 0.4 * random.normal(size=(3, 3))
     flow.fields = nn.ModuleList([Linear(torch.from_numpy(a).float())])
     flow.standardize(torch.from_numpy(train))
     measure = TableTask(("a", "b", "c"))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from rnode_plugin import NeuralODE, Solver
+from rnode_plugin import Adaptive, NeuralODE
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
@@ -99,7 +99,7 @@ def test_the_perfect_noise_gives_the_density_of_the_data():
     torch.manual_seed(0)
     x = data.sample((200,))
     model = example["density"](example["perfect"](schedule), schedule, 0.0)
-    model = model.solved_with(solver=Solver("dopri5", atol=1e-6, rtol=1e-6))
+    model = model.solved_with(solver=Adaptive("dopri5", atol=1e-6, rtol=1e-6))
     with torch.no_grad():
         found = model.log_prob(x)
     # at data_time the data have the noise of the first step

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from rnode_plugin import (
+    Adaptive,
+    FixedGrid,
     MultiscaleFlow,
     RegularizedCNF,
-    Solver,
     export_program,
     get_recipe,
     load_flow,
@@ -32,7 +33,7 @@ from rnode_plugin.flows.table import TableFlow
 from rnode_plugin.regularizers import LearnedEndTime
 from rnode_plugin.training.checkpoints import save_flow
 
-GRID = Solver("midpoint", step=1.0)
+GRID = FixedGrid("midpoint", step=1.0)
 
 ALONE = """
 import sys
@@ -99,7 +100,7 @@ SLOW: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_program_equals_its_model_for_any_batch_size(name: str) -> None:
     model = {**QUICK, **SLOW}[name]()
-    grid = Solver("midpoint", step=0.5)
+    grid = FixedGrid("midpoint", step=0.5)
     twin = model.solved_with(solver=grid)
     sampler, log_prob = (export_program(model, which, solver=grid).module() for which in ("sampler", "log_prob"))
     like = next(model.parameters())
@@ -165,8 +166,8 @@ def test_refusals(tmp_path: Path) -> None:
         export_program(images(), cast("Which", "sample"))
     with pytest.raises(ConfigError, match="takes no context"):
         export_program(images(), "sampler", context=torch.zeros(1))
-    with pytest.raises(ConfigError, match=r"chooses its steps while it runs.*Solver\('rk4_38', step=0\.25\)"):
-        export_program(images(solver=Solver("dopri5")), "log_prob")
+    with pytest.raises(ConfigError, match=r"chooses its steps while it runs.*FixedGrid\('rk4_38', step=0\.25\)"):
+        export_program(images(solver=Adaptive("dopri5")), "log_prob")
     with pytest.raises(ConfigError, match=r"must end in \.pt2"):
         save_program(cast("ExportedProgram", None), tmp_path / "model.pt")
 
@@ -178,7 +179,7 @@ def test_the_command_writes_files_that_run_without_the_package(tmp_path: Path) -
     run, file = tmp_path / "run.ckpt", tmp_path / "digits.pt2"
     done = rnode("export", run, file, "--format", "torch-export", "--step", "1", "--method", "euler")
     assert done.exit_code == 0, done.output
-    flow = load_flow(run).solved_with(solver=Solver("euler", step=1.0))
+    flow = load_flow(run).solved_with(solver=FixedGrid("euler", step=1.0))
     z, noise = torch.randn(3, 16), flow.draw_noise(3)
     x = flow.inverse(z).clamp(0, 1)
     expected = {"digits-sampler.pt2": x, "digits-log_prob.pt2": flow.log_prob(x, noise=noise)}

@@ -19,7 +19,14 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from rnode_plugin import MultiscaleFlow, NeuralODE, RegularizedCNF, Solver, TableFlow, objective
+from rnode_plugin import (
+    FixedGrid,
+    MultiscaleFlow,
+    NeuralODE,
+    RegularizedCNF,
+    TableFlow,
+    objective,
+)
 
 HERE = Path(__file__).parent
 STORED = HERE / "golden" / "values.json"
@@ -72,7 +79,7 @@ def densities() -> dict[str, list[float]]:
     flow = MultiscaleFlow((1, 8, 8), hidden=6)
     shaken(flow)
     images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(2))
-    solver = Solver(method="rk4_38", step=0.25)
+    solver = FixedGrid("rk4_38", step=0.25)
     torch.manual_seed(6)
     out = flow(images, solver=solver)
     found["image_flow"] = out.logdet.tolist() + out.z.square().sum(1).tolist()

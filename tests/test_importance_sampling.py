@@ -12,7 +12,7 @@ from density_models import TIGHT, linear
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from rnode_plugin import Hutchinson, MultiscaleFlow, RegularizedCNF, Solver
+from rnode_plugin import FixedGrid, Hutchinson, MultiscaleFlow, RegularizedCNF
 from rnode_plugin.core.importance_sampling import weigh
 from rnode_plugin.core.trace_estimators import HutchPlusPlus
 from rnode_plugin.errors import ConfigError
@@ -160,6 +160,6 @@ def test_evaluations_of_importance_sampling_are_those_of_the_last_solve(dims: in
     model, exact = density(matrix(0.3)[:dims, :dims], "gaussian")
     model.importance_sample(exact, 5)
     assert model.nfe == 4
-    flow = MultiscaleFlow((1, 4, 4), hidden=2, solver=Solver("euler", step=0.5))
+    flow = MultiscaleFlow((1, 4, 4), hidden=2, solver=FixedGrid("euler", step=0.5))
     flow.importance_sample(lambda x: x.flatten(1).sum(1), 2)
     assert flow.nfe == 2 * len(flow.block_shapes)

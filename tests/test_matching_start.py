@@ -11,7 +11,7 @@ import torch
 from tiny_runs import run, tiny_recipe
 from torch import Tensor, nn
 
-from rnode_plugin import MultiscaleFlow, Solver
+from rnode_plugin import Adaptive, MultiscaleFlow
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flows.multiscale import logit
 from rnode_plugin.flows.table import TableFlow
@@ -45,7 +45,7 @@ class _Best(nn.Module):
 
 
 def best(factor: float = 1.0) -> TableFlow:
-    flow = TableFlow(1, blocks=BLOCKS, solver=Solver("dopri5", atol=1e-9, rtol=1e-9)).double()
+    flow = TableFlow(1, blocks=BLOCKS, solver=Adaptive("dopri5", atol=1e-9, rtol=1e-9)).double()
     flow.fields = nn.ModuleList(_Best(index, factor) for index in range(BLOCKS))
     return flow
 

@@ -15,11 +15,11 @@ import torch
 from density_models import ACCURATE, MODELS, make
 from torch import Tensor, nn
 
-from rnode_plugin import FlowOutput, RegularizedCNF, Solver
+from rnode_plugin import FixedGrid, FlowOutput, RegularizedCNF
 from rnode_plugin.errors import SolverError
 from rnode_plugin.solvers import GRADIENTS
 
-QUICK = Solver("rk4_38", step=0.5)
+QUICK = FixedGrid("rk4_38", step=0.5)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -72,7 +72,7 @@ def test_penalties_are_followed_if_asked_for_or_in_training(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_solver_of_a_call(name: str) -> None:
     model, x, given = make(name)
-    euler = Solver("euler", step=0.25)
+    euler = FixedGrid("euler", step=0.25)
     twin, z = model.solved_with(solver=euler), model.encode(x, **given).z
     for one, other in (
         (model.encode(x, **given, solver=euler), twin.encode(x, **given)),
@@ -122,7 +122,7 @@ def test_evaluations_of_the_last_solve(name: str) -> None:
     assert model.encode(x, **given).nfe == model.nfe == nfe
     model.sample(2, **{key: value[:2] for key, value in given.items()})
     assert model.nfe == nfe
-    output = model.encode(x, **given, solver=Solver("euler", step=0.5))
+    output = model.encode(x, **given, solver=FixedGrid("euler", step=0.5))
     assert output.nfe == model.nfe == nfe // 4
     called = model(x, *given.values()) if isinstance(model, RegularizedCNF) else model(x, **given)
     if isinstance(model, RegularizedCNF):  # what its users wrap
@@ -169,7 +169,7 @@ def test_the_weights_of_its_own_density_are_one(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_another_solver_shares_the_parameters(name: str) -> None:
     model, x, given = make(name)
-    other = model.solved_with(solver=Solver("euler", step=0.5))
+    other = model.solved_with(solver=FixedGrid("euler", step=0.5))
     before, blocks = model.log_prob(x, **given), len(model.block_shapes)
     assert other.encode(x, **given).nfe == 2 * blocks
     with torch.no_grad():
@@ -188,7 +188,7 @@ def saved(model: nn.Module) -> Any:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved])
 @pytest.mark.parametrize("name", MODELS)
 def test_copies_are_independent(name: str, copied: Callable[[Any], Any]) -> None:
-    model, x, given = make(name, Solver("rk4_38", step=0.5))
+    model, x, given = make(name, FixedGrid("rk4_38", step=0.5))
     before = model.log_prob(x, **given).detach()
     twin = copied(model)
     with torch.no_grad():

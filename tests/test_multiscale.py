@@ -21,7 +21,7 @@ from rnode_plugin.flows.multiscale import (
     squeeze,
     unsqueeze,
 )
-from rnode_plugin.solvers import Solver
+from rnode_plugin.solvers import Adaptive, FixedGrid
 
 SHAPE = (1, 8, 8)
 
@@ -29,7 +29,7 @@ SHAPE = (1, 8, 8)
 def make_flow(shape: tuple[int, int, int] = SHAPE, *, std: float = 0.3, **options: Any) -> MultiscaleFlow:
     torch.manual_seed(0)
     flow = MultiscaleFlow(
-        shape, **{"hidden": 4, "layers": 3, "alpha": 0.05, "solver": Solver(step=0.5), **options}
+        shape, **{"hidden": 4, "layers": 3, "alpha": 0.05, "solver": FixedGrid(step=0.5), **options}
     ).double()
     for p in flow.parameters():
         nn.init.normal_(p, std=std)
@@ -135,19 +135,19 @@ def test_log_prob_integrates_in_full_whatever_the_solver() -> None:
     flow = make_flow()
     x = images(2)
     noise = flow.draw_noise(2)
-    full = flow.solved_with(solver=Solver()).log_prob(x, noise=noise)
-    flow.solver = Solver(quadrature="sampled")
+    full = flow.solved_with(solver=FixedGrid()).log_prob(x, noise=noise)
+    flow.solver = FixedGrid(quadrature="sampled")
     assert torch.equal(flow.log_prob(x, noise=noise), full)
 
 
 def test_batches_in_a_row_share_their_steps_and_agree_with_single_ones() -> None:
-    flow, solver = make_flow(std=0.1).double(), Solver("dopri5", atol=1e-6, rtol=1e-6, first_step=0.01)
+    flow, solver = make_flow(std=0.1).double(), Adaptive("dopri5", atol=1e-6, rtol=1e-6, first_step=0.01)
     x = images(4).double()
     noise = flow.draw_noise(4)
     with torch.no_grad():
         alone = flow(x, noise=noise, solver=solver)
-        after = flow(x, noise=noise, solver=solver, first_steps=alone.next_steps)
-    assert len(alone.next_steps) == len(flow.fields)
+        after = flow(x, noise=noise, solver=solver, first_steps=alone.longest_safe_steps)
+    assert len(alone.longest_safe_steps) == len(flow.fields)
     assert after.nfe < alone.nfe
     torch.testing.assert_close(after.logdet, alone.logdet, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(after.z, alone.z, rtol=1e-6, atol=1e-6)

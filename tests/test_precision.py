@@ -9,12 +9,11 @@ import pytest
 import torch
 from tiny_runs import BeforeStep, rows, run, tiny_recipe
 
-from rnode_plugin import Solver, get_recipe, load_flow
+from rnode_plugin import FixedGrid, get_recipe, load_flow
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.regularizers import kinetic
-from rnode_plugin.solvers import solve
 from rnode_plugin.training import trainer
 from rnode_plugin.training.checkpoints import load_with_recipe
 from rnode_plugin.training.trainer import computes_bf16, decided_compile, decided_precision
@@ -31,7 +30,7 @@ def test_bits_per_dim_of_a_field_in_bfloat16() -> None:
     bits = []
     for bf16 in (False, True):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            bits.append(flow.solved_with(solver=Solver(step=0.5)).bits_per_dim(x, noise=noise))
+            bits.append(flow.solved_with(solver=FixedGrid(step=0.5)).bits_per_dim(x, noise=noise))
     one, other = bits
     assert one.dtype == other.dtype == torch.float32
     with torch.no_grad():
@@ -47,7 +46,7 @@ def test_integrals_are_the_same_sums_under_autocast() -> None:
     ends = []
     for bf16 in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            ends.append(solve(dynamics, torch.ones(1, 4), torch.tensor([0.0, 1.0]), Solver()))
+            ends.append(FixedGrid().solve(dynamics, torch.ones(1, 4), torch.tensor([0.0, 1.0])))
     one, other = ([end.logdet[-1], end.penalties["kinetic"]] for end in ends)
     assert all(x.dtype is torch.float32 for x in other)
     torch.testing.assert_close(other, one, rtol=1e-6, atol=0)

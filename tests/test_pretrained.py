@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from rnode_plugin import Solver, load_flow
+from rnode_plugin import FixedGrid, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError
 from rnode_plugin.recipes.pretrained import PRETRAINED, pretrained_file
@@ -48,7 +48,7 @@ def test_it_knows_real_digits() -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         flow: Any = load_flow("mnist-pretrained")
-        bits = flow.solved_with(solver=Solver(step=0.5)).bits_per_dim((images + noise) / 256)
+        bits = flow.solved_with(solver=FixedGrid(step=0.5)).bits_per_dim((images + noise) / 256)
     assert float(bits.mean()) < 1.4
 
 

@@ -10,7 +10,7 @@ import torch
 from problems import Linear, Wave
 from torch import Tensor, nn
 
-from rnode_plugin import MultiscaleFlow, NeuralODE, Solver
+from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, NeuralODE
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.plugins.registry import resolve_regularizers
@@ -169,7 +169,7 @@ def test_learned_end_time_has_the_gradient_of_the_end(mode: str) -> None:
 
 def small_flow(*regularizers: object) -> MultiscaleFlow:
     torch.manual_seed(0)
-    flow = MultiscaleFlow((1, 4, 4), hidden=4, solver=Solver("rk4", step=0.5), regularizers=regularizers)
+    flow = MultiscaleFlow((1, 4, 4), hidden=4, solver=FixedGrid("rk4", step=0.5), regularizers=regularizers)
     for field in flow.fields:
         for parameter in field.parameters():
             nn.init.normal_(parameter, std=0.2)
@@ -183,7 +183,7 @@ def test_the_image_flow_takes_every_kind() -> None:
     found: list[list[Tensor]] = []
     for gradient in ("autograd", "checkpointed"):
         flow = small_flow(*names).double()
-        solver = Solver("rk4", step=1.0, gradient=gradient)
+        solver = FixedGrid("rk4", step=1.0, gradient=gradient)
         torch.manual_seed(1)
         out = flow(x.double(), solver=solver)
         assert set(out.regularization) == set(names)
@@ -195,13 +195,13 @@ def test_the_image_flow_takes_every_kind() -> None:
         latent = flow(x.double(), penalties=False).z
     torch.testing.assert_close(flow.inverse(latent), x.double(), rtol=1e-2, atol=1e-2)
     with pytest.raises(ConfigError, match="use 'autograd' or 'checkpointed'"):
-        small_flow("stiffness")(x, solver=Solver("dopri5", gradient="adjoint"))
+        small_flow("stiffness")(x, solver=Adaptive("dopri5", gradient="adjoint"))
 
 
 def test_several_probes_through_the_image_flow() -> None:
     x = torch.rand(3, 1, 4, 4)
     for estimator in ("rademacher:3", "hutch++:2"):
-        flow = MultiscaleFlow((1, 4, 4), hidden=4, solver=Solver("euler", step=0.5), trace_noise=estimator,
+        flow = MultiscaleFlow((1, 4, 4), hidden=4, solver=FixedGrid("euler", step=0.5), trace_noise=estimator,
                               regularizers=["jacfrob", "curl"])  # fmt: skip
         out = flow(x)
         (out.logdet.sum() + out.regularization["jacfrob"].sum()).backward()

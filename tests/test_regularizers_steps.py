@@ -11,7 +11,7 @@ from problems import Linear, Wave, difference, directions, slope
 from scipy.integrate._ivp.rk import RK45
 from torch import Tensor, nn
 
-from rnode_plugin import NeuralODE, Solver, TableFlow
+from rnode_plugin import Adaptive, FixedGrid, NeuralODE, TableFlow
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import (
@@ -24,10 +24,10 @@ from rnode_plugin.regularizers import (
     step_penalty,
     stiffness,
 )
-from rnode_plugin.solvers import solve
+from rnode_plugin.solvers import SolverSettings
 
 T = torch.tensor([0.0, 2.0], dtype=torch.float64)
-TIGHT = Solver("dopri5", atol=1e-6, rtol=1e-6)
+TIGHT = Adaptive("dopri5", atol=1e-6, rtol=1e-6)
 STEPS = [error, stiffness]
 OF_STEPS = ["error", "stiffness"]  # they need the steps in the graph
 OTHERS = [
@@ -71,9 +71,10 @@ def one_step(field: nn.Module, z: Tensor, times: Tensor) -> StepRecord:
     """One step of tsit5 between two times."""
     steps: list[StepRecord] = []
     watch = FunctionStepPenalty("watch", lambda step: steps.append(step) or step.z0[:, 0])
-    solver = Solver("tsit5", first_step=float(times.diff()), atol=1e3, rtol=1e3)
-    solve(Dynamics(field, regularizers=[watch], divergence=False).bind(None), z, times, solver)
+    solver = Adaptive("tsit5", first_step=float(times.diff()), atol=1e3, rtol=1e2)  # one step, whatever its error
+    solver.solve(Dynamics(field, regularizers=[watch], divergence=False).bind(None), z, times)
     (step,) = steps
+    assert (step.atol, step.rtol) == (1e3, 1e2)
     return step
 
 
@@ -82,7 +83,7 @@ def accepted_times() -> Tensor:
     seen: list[Tensor] = []
     watch = FunctionStepPenalty("watch", lambda step: seen.append(step.t.reshape(())) or step.z0[:, 0])
     with torch.no_grad():
-        solve(Dynamics(Wave(), regularizers=[watch], divergence=False).bind(None), states(), T, TIGHT)
+        TIGHT.solve(Dynamics(Wave(), regularizers=[watch], divergence=False).bind(None), states(), T)
     # a rejected step begins where the next one does
     times = torch.stack([*{float(t): t for t in seen}.values(), T[-1]])
     assert len(times) > 4, "one step replays nothing"
@@ -93,8 +94,8 @@ def accepted_times() -> Tensor:
 def test_values_and_gradients_are_those_of_the_accepted_steps(mode: str) -> None:
     """The steps frozen: differences across accept and reject mean nothing."""
     field, z = Wave(), states()
-    solver = Solver("dopri5", atol=1e-6, rtol=1e-6, gradient=mode)
-    found = solve(Dynamics(field, regularizers=STEPS, divergence=False).bind(None), z, T, solver).penalties
+    solver = Adaptive("dopri5", atol=1e-6, rtol=1e-6, gradient=mode)
+    found = solver.solve(Dynamics(field, regularizers=STEPS, divergence=False).bind(None), z, T).penalties
     wanted = replay(field, z, accepted_times())
     for name in ("error", "stiffness"):
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-8, atol=0, msg=name)
@@ -107,7 +108,7 @@ def test_values_and_gradients_are_those_of_the_accepted_steps(mode: str) -> None
 def test_stiffness_of_a_scalar_linear_field_is_its_rate() -> None:
     for method in ("dopri5", "tsit5", "rk4"):
         dynamics = Dynamics(lambda t, z: -3.0 * z, regularizers=[stiffness, local_stiffness], divergence=False)
-        found = solve(dynamics.bind(None), states(), T, Solver(method, step=0.1)).penalties
+        found = SolverSettings(method, step=0.1).build().solve(dynamics.bind(None), states(), T).penalties
         for name in ("stiffness", "local_stiffness"):
             torch.testing.assert_close(found[name], torch.full((3,), 3.0, dtype=torch.float64), msg=name)
 
@@ -121,19 +122,19 @@ def test_reductions_and_what_a_step_shows() -> None:
 
     penalties = [FunctionStepPenalty(reduction, value, reduction=reduction) for reduction in ("sum", "mean", "max")]
     dynamics = Dynamics(Wave(), regularizers=penalties, divergence=False)
-    found = solve(dynamics.bind(None), states(), T, Solver("rk4_38", step=0.5, atol=1e-3, rtol=1e-2))
+    found = FixedGrid("rk4_38", step=0.5).solve(dynamics.bind(None), states(), T)
     assert len(seen) == 12
     values = torch.stack([value(step) for step in seen[:12:3]])
     torch.testing.assert_close(found.penalties["sum"], values.sum(0))
     torch.testing.assert_close(found.penalties["mean"], values.mean(0))
     torch.testing.assert_close(found.penalties["max"], values.max(0).values)
     first = seen[0]
-    assert (first.atol, first.rtol, first.error, first.pair) == (1e-3, 1e-2, None, None)
+    assert (first.atol, first.rtol, first.error, first.pair) == (None, None, None, None)
     assert [round(float(t), 6) for t in first.times] == [0.0, 0.166667, 0.333333, 0.5]
     for t, z, v in zip(first.times, first.states, first.velocities, strict=True):
         torch.testing.assert_close(Wave()(t, z), v)
     torch.testing.assert_close(seen[3].z0, first.z1)
-    back = solve(dynamics.bind(None), found.z[-1].detach(), T.flip(0), Solver("rk4_38", step=0.5))
+    back = FixedGrid("rk4_38", step=0.5).solve(dynamics.bind(None), found.z[-1].detach(), T.flip(0))
     assert bool((back.penalties["sum"] > 0).all())  # h is a length
 
 
@@ -158,7 +159,7 @@ def test_local_penalties_are_unbiased_for_the_time_average_of_a_step() -> None:
     draws = []
     for _ in range(many):
         with torch.no_grad():
-            found = solve(dynamics.bind(None), z0, T, Solver("rk4_38", step=step))
+            found = FixedGrid("rk4_38", step=step).solve(dynamics.bind(None), z0, T)
         draws.append(torch.stack([found.penalties["local_error"], found.penalties["local_stiffness"]]))
         assert found.stats.nfe == 16 + 9  # the steps, the interpolant's ends, the extra step
     values = torch.stack(draws)[:, :, 0]
@@ -227,7 +228,7 @@ def test_what_cannot_work_together_names_what_does(name: str, solver: str, mode:
         NeuralODE(Wave(), solver, sensitivity=mode, regularizers=[name])
     model = Dynamics(Wave(), regularizers=[{"error": error, "stiffness": stiffness}[name]], divergence=False)
     with pytest.raises(ConfigError, match=words):
-        solve(model.bind(None), states(), T, Solver(solver, gradient=mode))
+        SolverSettings(solver, gradient=mode).build().solve(model.bind(None), states(), T)
 
 
 def test_stages_at_one_time_are_found_in_torchdyns_rk4() -> None:
@@ -255,8 +256,8 @@ def test_means_and_maxima_of_a_flow_are_those_of_all_its_steps(method: str) -> N
         FunctionStepPenalty("mean", lambda step: step.velocities[0].square().mean(1), reduction="mean"),
         FunctionStepPenalty("steps", lambda step: torch.ones(len(step.z0))),
     ]
-    flow = TableFlow(2, blocks=3, hidden=4, solver=Solver(method, step=None if method == "dopri5" else 0.5),
-                     regularizers=penalties)  # fmt: skip
+    solver = SolverSettings(method, step=0.5).build()
+    flow = TableFlow(2, blocks=3, hidden=4, solver=solver, regularizers=penalties)
     torch.manual_seed(0)
     for field, scale in zip(flow.fields, (0.5, 1.5, 1.0), strict=True):
         for parameter in field.parameters():

@@ -27,7 +27,7 @@ from rnode_plugin.reports.configurations import paired_difference as paired
 from rnode_plugin.reports.figures import draw
 from rnode_plugin.reports.runs import read_run, read_runs
 from rnode_plugin.reports.table import Table, make_table
-from rnode_plugin.solvers import Solver
+from rnode_plugin.solvers import SolverSettings
 from rnode_plugin.text import change_with_error, significant, with_error
 
 
@@ -196,7 +196,7 @@ def test_a_broken_run_is_refused_by_name_and_left_out_below_a_folder(
 def test_seeds_are_one_configuration_and_other_settings_another(runs: list[Path], tmp_path: Path) -> None:
     configurations = configurations_of(*reversed(runs))
     assert [(one.label, len(one.runs)) for one in configurations] == [("none", 1), ("rnode", 2)]
-    dopri5 = Solver(method="dopri5", atol=1e-4)
+    dopri5 = SolverSettings("dopri5", atol=1e-4)
     other = write_run(tmp_path / "o", dataclasses.replace(digits(penalties=()), solver=dopri5))
     configurations = configurations_of(*runs, other)
     method = digits().solver.method

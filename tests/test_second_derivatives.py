@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rnode_plugin import MultiscaleFlow, NeuralODE, Solver
+from rnode_plugin import FixedGrid, MultiscaleFlow, NeuralODE
 from rnode_plugin.errors import ConfigError
 
 SPAN = torch.linspace(0, 1, 3, dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_an_image_flow(mode: str) -> None:
     x, noise = torch.rand(2, 1, 2, 2, dtype=torch.float64), flow.draw_noise(2)
 
     def loss() -> Tensor:
-        output = flow(x, noise=noise, solver=Solver("rk4_38", step=0.5, gradient=mode))
+        output = flow(x, noise=noise, solver=FixedGrid("rk4_38", step=0.5, gradient=mode))
         return output.logdet.sum() + sum(output.regularization.values(), torch.zeros(2)).sum() + output.z.sum() ** 2
 
     assert_gradient_of_a_gradient(loss, list(flow.parameters()))

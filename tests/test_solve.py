@@ -17,7 +17,18 @@ from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import Rate, jacfrob, kinetic
-from rnode_plugin.solvers import ADAPTIVE_METHODS, GRADIENTS, METHODS, Adjoint, Solver, check_all, get_method, solve
+from rnode_plugin.solvers import (
+    ADAPTIVE_METHODS,
+    GRADIENTS,
+    METHODS,
+    Adaptive,
+    Adjoint,
+    FixedGrid,
+    Solver,
+    SolverSettings,
+    check_all,
+    get_method,
+)
 
 # the step at which each fixed method's error on these problems is far below the tolerance that it is held to
 FINE = {"midpoint": 1 / 200, "rk4": 1 / 20, "rk4_38": 1 / 20}
@@ -26,7 +37,7 @@ TOLERANCE = {"midpoint": 1e-5, "rk4": 1e-7, "rk4_38": 1e-7, "dopri5": 1e-7, "tsi
 
 def tight(method: str, gradient: str = "autograd", **changes: object) -> Solver:
     settings: dict[str, object] = {"method": method, "gradient": gradient, "atol": 1e-10, "rtol": 1e-10}
-    return Solver(**{**settings, "step": FINE.get(method, 0.25), **changes})  # pyright: ignore[reportArgumentType]
+    return SolverSettings(**{**settings, "step": FINE.get(method, 0.25), **changes}).build()  # pyright: ignore[reportArgumentType]
 
 
 def linear_dynamics(field: Linear) -> Dynamics:
@@ -59,7 +70,7 @@ def test_linear_field_against_closed_form(method: str, gradient: str, backward_i
             closed = linear_closed_form(field.a, z, t)
             parts = (closed.z, closed.logdet, closed.kinetic, closed.jacfrob)
         else:
-            s = solve(linear_dynamics(field).bind(None), z, t, tight(method, gradient))
+            s = tight(method, gradient).solve(linear_dynamics(field).bind(None), z, t)
             assert s.logdet is not None
             assert torch.equal(s.t, t)
             parts = (s.z, s.logdet, s.penalties["kinetic"], s.penalties["jacfrob"])
@@ -78,7 +89,7 @@ def test_gradcheck_of_the_discrete_solve(method: str) -> None:
     dynamics = Dynamics(field, regularizers=[kinetic, jacfrob])
     noise = torch.randn(2, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     # a loose adaptive solve, whose steps do not move under the differences: max_factor and tolerance leave one step
-    solver = Solver(method=method, step=0.5, atol=10.0, rtol=10.0, first_step=0.5)
+    solver = SolverSettings(method=method, step=0.5, atol=10.0, rtol=10.0, first_step=0.5).build()
     names = [name for name, _ in field.named_parameters()]
 
     def run(z: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
@@ -86,7 +97,7 @@ def test_gradcheck_of_the_discrete_solve(method: str) -> None:
         swapped = Dynamics(
             lambda t, z: torch.func.functional_call(field, replaced, (t, z)), regularizers=dynamics.regularizers
         )
-        s = solve(swapped.bind(noise), z, torch.tensor([0.0, 1.0], dtype=torch.float64), solver)
+        s = solver.solve(swapped.bind(noise), z, torch.tensor([0.0, 1.0], dtype=torch.float64))
         assert s.logdet is not None
         return s.z[-1], s.logdet[-1], s.penalties["kinetic"], s.penalties["jacfrob"]
 
@@ -112,8 +123,8 @@ def test_a_penalty_that_holds_the_fields_parameters_counts_them_once() -> None:
     for gradient in ("autograd", "adjoint"):
         field = Wave()
         dynamics = Dynamics(field, regularizers=[Weight(field)], divergence=False)
-        solver = Solver("rk4", step=0.05, gradient=gradient)
-        s = solve(dynamics, torch.ones(2, 3).double(), torch.tensor([0.0, 1.0]).double(), solver)
+        solver = FixedGrid("rk4", step=0.05, gradient=gradient)
+        s = solver.solve(dynamics, torch.ones(2, 3).double(), torch.tensor([0.0, 1.0]).double())
         s.penalties["weight"].sum().backward()
         gradients.append([p.grad for p in field.parameters()])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
@@ -121,7 +132,7 @@ def test_a_penalty_that_holds_the_fields_parameters_counts_them_once() -> None:
 
 def test_noise_that_was_not_bound_is_told() -> None:
     with pytest.raises(ConfigError, match=r"dynamics\.bind\(dynamics\.draw"):
-        solve(Dynamics(Wave()), torch.ones(2, 3).double(), torch.tensor([0.0, 1.0]).double(), Solver("rk4"))
+        FixedGrid("rk4").solve(Dynamics(Wave()), torch.ones(2, 3).double(), torch.tensor([0.0, 1.0]).double())
 
 
 def test_checkpointed_evaluates_a_step_twice_and_no_more() -> None:
@@ -136,8 +147,8 @@ def test_checkpointed_evaluates_a_step_twice_and_no_more() -> None:
 
         z = torch.ones(2, 3, dtype=torch.float64)
         dynamics = Dynamics(counting, regularizers=penalties, divergence=bool(penalties))
-        solver = Solver("rk4", step=0.25, gradient="checkpointed")
-        s = solve(dynamics.bind(torch.ones_like(z)), z, torch.tensor([0.0, 1.0]).double(), solver)
+        solver = FixedGrid("rk4", step=0.25, gradient="checkpointed")
+        s = solver.solve(dynamics.bind(torch.ones_like(z)), z, torch.tensor([0.0, 1.0]).double())
         assert s.stats.nfe == 16
         s.z[-1].sum().backward()
         assert calls == expected
@@ -151,7 +162,7 @@ def test_checkpointed_with_parameters_of_another_computation() -> None:
     for gradient in ("autograd", "checkpointed"):
         weights = torch.outer(seed, seed.sin())
         dynamics = Dynamics(lambda t, z, w=weights: torch.tanh(z @ w), regularizers=[kinetic, jacfrob])
-        s = solve(dynamics.bind(torch.ones_like(z)), z, t, Solver("rk4", gradient=gradient))
+        s = FixedGrid("rk4", gradient=gradient).solve(dynamics.bind(torch.ones_like(z)), z, t)
         assert s.logdet is not None
         gradients += torch.autograd.grad(s.logdet[-1].sum() + s.penalties["jacfrob"].sum(), seed)
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
@@ -176,7 +187,7 @@ def test_checkpointed_with_dropout_and_parameters_read_at_some_times_only() -> N
         t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
         with torch.random.fork_rng():
             # the evaluation that finds the leaves must not shift the draws
-            s = solve(bound, z, t, Solver("euler", step=0.25, gradient=gradient))
+            s = FixedGrid("euler", step=0.25, gradient=gradient).solve(bound, z, t)
         loss = s.z[-1].sum() + s.penalties["jacfrob"].sum()
         results.append((s.z, torch.autograd.grad(loss, list(field.parameters()))))
     assert torch.equal(results[0][0], results[1][0])
@@ -186,7 +197,7 @@ def test_checkpointed_with_dropout_and_parameters_read_at_some_times_only() -> N
 
     readers = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2)]
     hidden = Dynamics(lambda t, z: z * readers[int(t >= 0.5)], regularizers=[jacfrob])
-    s = solve(hidden.bind(torch.ones_like(z)), z, t, Solver("euler", step=0.25, gradient="checkpointed"))
+    s = FixedGrid("euler", step=0.25, gradient="checkpointed").solve(hidden.bind(torch.ones_like(z)), z, t)
     with pytest.raises(ConfigError, match="make it a parameter"):
         s.z[-1].sum().backward()
 
@@ -197,7 +208,7 @@ def exact_wave() -> tuple[Tensor, Any, Any]:
     z0 = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
     dynamics = Dynamics(Wave(), regularizers=[kinetic, jacfrob], estimator=Exact()).bind(None)
     with torch.no_grad():
-        solution = solve(dynamics, z0, torch.tensor([0.0, 2.0]).double(), Solver("dopri5", atol=1e-14, rtol=1e-14))
+        solution = Adaptive("dopri5", atol=1e-14, rtol=1e-14).solve(dynamics, z0, torch.tensor([0.0, 2.0]).double())
     return z0, dynamics, solution
 
 
@@ -213,7 +224,7 @@ def test_order_of_convergence(method: str, order: int) -> None:
         t = torch.linspace(0, 2, round(2 / h) + 1, dtype=torch.float64)
         with torch.no_grad():
             # adaptive: tolerances so loose that every step is accepted, and outputs that cut it into equal steps
-            s = solve(dynamics, z0, t, Solver(method, step=h, atol=1e6, rtol=1e6, first_step=h))
+            s = SolverSettings(method, step=h, atol=1e6, rtol=1e6, first_step=h).build().solve(dynamics, z0, t)
         assert s.stats.steps == round(2 / h)
         assert s.logdet is not None
         errors["z"].append(float((s.z[-1] - truth.z[-1]).norm()))
@@ -237,9 +248,9 @@ def test_logdet_takes_part_in_the_error_control() -> None:
         return Rates(torch.zeros_like(z), None, {})
 
     z0, t = torch.ones(2, 1, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
-    solver = Solver("dopri5", atol=1e-8, rtol=1e-8, first_step=1 / 6)
-    followed = solve(FunctionDynamics(stiff_divergence), z0, t, solver)
-    assert followed.stats.steps > 3 * solve(FunctionDynamics(without), z0, t, solver).stats.steps
+    solver = Adaptive("dopri5", atol=1e-8, rtol=1e-8, first_step=1 / 6)
+    followed = solver.solve(FunctionDynamics(stiff_divergence), z0, t)
+    assert followed.stats.steps > 3 * solver.solve(FunctionDynamics(without), z0, t).stats.steps
     assert followed.logdet is not None
     torch.testing.assert_close(followed.logdet[-1, 0], torch.sin(40 * t[1]) / 40, rtol=1e-6, atol=1e-8)
 
@@ -271,7 +282,7 @@ def _draws(solver: Solver, count: int) -> Tensor:
     found = []
     for _ in range(count):
         toy = _Toy()
-        penalties = solve(toy, z, t, solver).penalties
+        penalties = solver.solve(toy, z, t).penalties
         gradients = list(torch.autograd.grad(penalties["costly"].sum(), [toy.w, z, t]))
         gradients[2] = gradients[2][[0, 2]]  # a penalty does not depend on the time between
         values = torch.stack([penalties["free"].sum(), penalties["costly"].sum()]).detach()
@@ -294,7 +305,7 @@ def test_stages_are_drawn_by_the_weights_of_a_quadrature(name: str) -> None:
 @pytest.mark.parametrize("method", ["rk4", pytest.param("dopri5", marks=pytest.mark.slow)])
 def test_sampled_penalties_are_unbiased(method: str) -> None:
     """Means of value and gradients are the full ones within 3 standard errors, which are below 10 percent."""
-    solver, count = Solver(method, step=0.25, atol=1e-6, rtol=1e-6), 400
+    solver, count = SolverSettings(method, step=0.25, atol=1e-6, rtol=1e-6).build(), 400
     full = _draws(solver, 1)[0]
     draws = _draws(dataclasses.replace(solver, quadrature="sampled"), count)
     torch.testing.assert_close(draws[:, 0], full[0].expand(count), rtol=1e-12, atol=0)  # needs no product
@@ -308,7 +319,9 @@ def test_sampled_penalties_are_unbiased(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["rk4_38", "dopri5"])
 def test_checkpointed_repeats_the_draws(method: str) -> None:
-    solvers = [Solver(method, quadrature="sampled", gradient=g) for g in ("autograd", "checkpointed")]
+    solvers = [
+        SolverSettings(method, quadrature="sampled", gradient=g).build() for g in ("autograd", "checkpointed")
+    ]
     torch.testing.assert_close(*(_draws(solver, 3) for solver in solvers), rtol=1e-12, atol=0)
 
 
@@ -317,14 +330,14 @@ def test_how_many_products_a_sampled_quadrature_makes() -> None:
     z, t = torch.ones(2, 2, dtype=torch.float64), torch.tensor([0.0, 4.0], dtype=torch.float64)
     for method in ("rk4", "dopri5"):
         toy, full = _Toy(), _Toy()
-        solver = Solver(method, step=0.5, quadrature="sampled")
-        stats = solve(toy, z, t, solver).stats
-        plain = solve(full, z, t, dataclasses.replace(solver, quadrature="full")).stats
+        solver = SolverSettings(method, step=0.5, quadrature="sampled").build()
+        stats = solver.solve(toy, z, t).stats
+        plain = dataclasses.replace(solver, quadrature="full").solve(full, z, t).stats
         assert stats == plain
         assert toy.calls[RATES] == (stats.nfe / 8 if method == "rk4" else stats.steps + stats.rejected)
-    euler = Solver("euler", step=None)
+    euler = FixedGrid("euler", step=None)
     once = dataclasses.replace(euler, quadrature="sampled")
-    assert torch.equal(*(solve(_Toy(), z, t, s).penalties["costly"] for s in (euler, once)))
+    assert torch.equal(*(s.solve(_Toy(), z, t).penalties["costly"] for s in (euler, once)))
 
 
 def test_a_sampled_trace_is_unbiased() -> None:
@@ -336,7 +349,7 @@ def test_a_sampled_trace_is_unbiased() -> None:
     bound = Dynamics(field, regularizers=[kinetic, jacfrob]).bind(noise)
 
     def sums(quadrature: str) -> Tensor:
-        s = solve(bound, z0, t, Solver("rk4_38", step=0.5, quadrature=quadrature))
+        s = FixedGrid("rk4_38", step=0.5, quadrature=quadrature).solve(bound, z0, t)
         assert s.logdet is not None
         loss = s.logdet[-1].sum() + s.penalties["jacfrob"].sum()
         (gradient,) = torch.autograd.grad(loss, field.a)
@@ -353,15 +366,13 @@ def test_a_sampled_trace_is_unbiased() -> None:
     assert float(distance.max()) < 4
 
 
-@pytest.mark.parametrize("gradient", ["adjoint", "interpolated_adjoint", Adjoint(atol=1e-6)])
+@pytest.mark.parametrize("gradient", ["adjoint", "interpolated_adjoint", Adjoint(Adaptive(atol=1e-6))])
 def test_what_cannot_be_sampled(gradient: Any) -> None:
     with pytest.raises(ConfigError, match="gradient of the steps that were drawn"):
-        solve(_Toy(), torch.ones(1, 2), torch.tensor([0.0, 1.0]), Solver(gradient=gradient, quadrature="sampled"))
+        FixedGrid(gradient=gradient, quadrature="sampled").solve(_Toy(), torch.ones(1, 2), torch.tensor([0.0, 1.0]))
     bound = Dynamics(Wave()).bind(torch.ones(2, 3, dtype=torch.float64))
     with pytest.raises(ConfigError, match="of a density needs a fixed grid: dopri5"):
-        solve(bound, torch.ones(2, 3), torch.tensor([0.0, 1.0]), Solver("dopri5", quadrature="sampled"))
-    with pytest.raises(ConfigError, match="rtol of the adjoint must be a number >= 0"):
-        Adjoint(rtol=float("nan"))
+        Adaptive("dopri5", quadrature="sampled").solve(bound, torch.ones(2, 3), torch.tensor([0.0, 1.0]))
 
 
 def test_a_field_is_told_what_is_asked_each_time() -> None:
@@ -401,7 +412,7 @@ def test_explosion_in_finite_time_ends(method: str) -> None:
         return Rates(z.square(), None, {})
 
     with pytest.raises(SolverError) as caught:
-        solve(FunctionDynamics(blow_up), torch.ones(1, 1), torch.tensor([0.0, 2.0]), Solver(method))
+        SolverSettings(method).build().solve(FunctionDynamics(blow_up), torch.ones(1, 1), torch.tensor([0.0, 2.0]))
     assert caught.value.reason in ("underflow", "nonfinite")
     assert abs(caught.value.t - 1) < 1e-3
 
@@ -412,14 +423,14 @@ def test_a_first_step_of_no_length_ends(method: str, times: list[float]) -> None
     """The speed of z' = 1e30 z overflows in the norm that the first step is chosen by."""
     field = FunctionDynamics(lambda t, z: Rates(1e30 * z, None, {}))
     with pytest.raises(SolverError) as caught:
-        solve(field, torch.full((1, 1), 1e4), torch.tensor(times), Solver(method))
+        SolverSettings(method).build().solve(field, torch.full((1, 1), 1e4), torch.tensor(times))
     assert caught.value.reason in ("underflow", "nonfinite")
 
 
 @pytest.mark.parametrize("times", [[0.0], [0.0, 1.0, 0.5], [0.0, 0.0], [0, 1], [0.0, torch.nan], [[0.0, 1.0]]])
 def test_bad_times_are_refused(times: Any) -> None:
     with pytest.raises(ConfigError, match="t_span"):
-        solve(Dynamics(Wave()).bind(torch.ones(1, 3)), torch.ones(1, 3), torch.tensor(times), Solver())
+        FixedGrid().solve(Dynamics(Wave()).bind(torch.ones(1, 3)), torch.ones(1, 3), torch.tensor(times))
 
 
 @pytest.mark.parametrize(
@@ -439,7 +450,7 @@ def test_bad_times_are_refused(times: Any) -> None:
 )
 def test_bad_settings_are_refused(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        Solver(**settings)  # pyright: ignore[reportArgumentType]
+        SolverSettings(**settings).build()  # pyright: ignore[reportArgumentType]
 
 
 def test_several_solves_are_looked_at_together() -> None:
@@ -450,7 +461,7 @@ def test_several_solves_are_looked_at_together() -> None:
         return FunctionDynamics(rates)
 
     z, times = torch.ones(2, 3), torch.tensor([0.0, 1.0])
-    solved = [solve(fails_at(time), z, times, Solver("euler", step=0.25)) for time in (2.0, 0.4, 0.0)]
+    solved = [FixedGrid("euler", step=0.25).solve(fails_at(time), z, times) for time in (2.0, 0.4, 0.0)]
     with pytest.raises(SolverError, match=r"no longer finite") as caught:
         check_all([check for solution in solved for check in solution.health])
     assert (caught.value.t, caught.value.step, caught.value.nfe) == (0.5, 2, 3)
@@ -476,7 +487,7 @@ def penalties_at(
     z0 = torch.randn(2, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     t = torch.tensor(times, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(0)  # the polynomial's times
-    solution = solve(dynamics.bind(None), z0, t, Solver("rk4", step=0.06, gradient=gradient))
+    solution = FixedGrid("rk4", step=0.06, gradient=gradient).solve(dynamics.bind(None), z0, t)
     return {name: value.sum() for name, value in solution.penalties.items()}, t
 
 

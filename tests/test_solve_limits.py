@@ -19,10 +19,11 @@ from rnode_plugin.solvers import (
     ADAPTIVE_METHODS,
     GRADIENTS,
     METHODS,
+    Adaptive,
+    FixedGrid,
     Method,
-    Solver,
+    SolverSettings,
     get_method,
-    solve,
 )
 
 T = torch.tensor([0.0, 1.0], dtype=torch.float64)
@@ -37,10 +38,10 @@ def test_a_stiff_field_ends_at_the_default_budget(method: str, monkeypatch: pyte
     monkeypatch.setattr("rnode_plugin.solvers.adaptive.DEFAULT_MAX_NFE", 300)
     stiff = FunctionDynamics(functools.partial(decay, rate=1e5))
     with pytest.raises(SolverError, match=r"budget of 300 evaluations.* max_nfe=3000") as caught:
-        solve(stiff, torch.ones(1, 1, dtype=torch.float64), T, Solver(method))
+        SolverSettings(method).build().solve(stiff, torch.ones(1, 1, dtype=torch.float64), T)
     assert caught.value.reason == "max_nfe"
     assert caught.value.nfe <= 300
-    solve(stiff, torch.ones(1, 1, dtype=torch.float64), T / 1e4, Solver(method, max_nfe=3000))
+    SolverSettings(method, max_nfe=3000).build().solve(stiff, torch.ones(1, 1, dtype=torch.float64), T / (1e4))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -49,7 +50,7 @@ def test_the_penalty_that_is_not_finite_is_named(method: str) -> None:
         return Rates(-z, None, {"good": z[:, 0], "bad": (z[:, 0] - 2).log()})
 
     with pytest.raises(SolverError, match="the penalty 'bad' is no longer finite, but the state is") as caught:
-        solve(FunctionDynamics(rates), torch.ones(2, 2), T.float(), Solver(method)).check()
+        SolverSettings(method).build().solve(FunctionDynamics(rates), torch.ones(2, 2), T.float()).check()
     assert caught.value.reason == "nonfinite"
     assert "exploded" not in str(caught.value)
 
@@ -79,7 +80,7 @@ def test_a_penalty_beside_the_steps_that_is_not_finite_is_named(penalty: Any, gr
     bound = Dynamics(Wave(), regularizers=[kinetic, penalty], divergence=False).bind(None)
     z = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
     with pytest.raises(SolverError, match="the penalty 'bad' is no longer finite, but the state is"):
-        solve(bound, z, T, Solver("dopri5", gradient=gradient)).check()
+        Adaptive("dopri5", gradient=gradient).solve(bound, z, T).check()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -89,11 +90,10 @@ def test_a_state_that_explodes_is_reported_with_its_time_and_not_blamed_on_the_p
         return Rates(dz, None, {"kinetic": dz.square().sum(1)})
 
     with pytest.raises(SolverError, match=r"the state .* is no longer finite.* lower the learning rate") as caught:
-        solve(
+        SolverSettings(method, step=0.125, first_step=0.05).build().solve(
             FunctionDynamics(rates),
             torch.ones(2, 2),
             torch.tensor([0.0, 0.5, 1.0]),
-            Solver(method, step=0.125, first_step=0.05),
         ).check()
     assert caught.value.reason == "nonfinite"
     assert 0.3 < caught.value.t < 0.65
@@ -111,7 +111,7 @@ def test_a_field_that_is_singular_at_an_end_of_the_times_gets_advice_about_the_t
 
     times = torch.tensor([1.0, 0.0] if backward else [0.0, 1.0])
     with pytest.raises(SolverError, match=r"data_time=1e-3 or noise_time=0\.999") as caught:
-        solve(FunctionDynamics(rates), torch.ones(2, 2), times, Solver(method, step=0.5)).check()
+        SolverSettings(method, step=0.5).build().solve(FunctionDynamics(rates), torch.ones(2, 2), times).check()
     if not backward:
         assert caught.value.step == 0
         assert "exploded" not in str(caught.value)
@@ -124,13 +124,13 @@ def test_half_precision(gradient: str, dtype: torch.dtype) -> None:
     """Right within its precision on a fixed grid, refused with adaptive steps."""
     field, noise = Linear().to(dtype), torch.ones(2, 3, dtype=dtype)
     bound = Dynamics(field, regularizers=[kinetic, jacfrob], estimator=Exact()).bind(None)
-    exact = solve(
+    exact = FixedGrid().solve(
         Dynamics(Linear(), regularizers=[kinetic, jacfrob], estimator=Exact()).bind(None), noise.double(), T
     )
     assert exact.logdet is not None
     precision = torch.finfo(dtype).eps
     z = noise.clone().requires_grad_()
-    s = solve(bound, z, T.float(), Solver("rk4", gradient=gradient))
+    s = FixedGrid("rk4", gradient=gradient).solve(bound, z, T.float())
     assert s.z.dtype is dtype
     assert s.logdet is not None
     torch.testing.assert_close(s.z[-1].double(), exact.z[-1], rtol=4 * precision, atol=4 * precision)
@@ -139,13 +139,13 @@ def test_half_precision(gradient: str, dtype: torch.dtype) -> None:
     assert z.grad is not None
     assert bool(z.grad.isfinite().all())
     with pytest.raises(ConfigError, match=r"dopri5 needs a state of float32 or float64, not torch\."):
-        solve(bound, noise, T.float(), Solver("dopri5", gradient=gradient))
+        Adaptive("dopri5", gradient=gradient).solve(bound, noise, T.float())
 
 
 def test_a_large_batch_in_half_precision_is_finite() -> None:
     still = Dynamics(lambda t, z: torch.zeros_like(z), divergence=False).bind(None)
     z = torch.full((64, 2048), 2.0, dtype=torch.float16)
-    assert torch.equal(solve(still, z, T.float(), Solver("rk4")).check().z[-1], z)
+    assert torch.equal(FixedGrid("rk4").solve(still, z, T.float()).check().z[-1], z)
 
 
 def test_the_number_of_steps_forgives_rounding_and_nothing_more() -> None:
@@ -154,12 +154,12 @@ def test_the_number_of_steps_forgives_rounding_and_nothing_more() -> None:
         t = torch.tensor([0.8, end], dtype=torch.float64)
         assert float(t[1] - t[0]) > 0.3
         one = torch.ones(1, 1, dtype=torch.float64)
-        assert solve(FunctionDynamics(decay), one, t, Solver("rk4", step=0.1)).stats.steps == steps
+        assert FixedGrid("rk4", step=0.1).solve(FunctionDynamics(decay), one, t).stats.steps == steps
 
 
 def test_a_step_that_would_not_end_is_refused() -> None:
     with pytest.raises(ConfigError, match="step=1e-09 divides the times of this solve into 1,000,000,000 steps"):
-        solve(FunctionDynamics(decay), torch.ones(1, 1), T.float(), Solver("rk4", step=1e-9))
+        FixedGrid("rk4", step=1e-9).solve(FunctionDynamics(decay), torch.ones(1, 1), T.float())
 
 
 class Watched(Tensor):
@@ -184,7 +184,7 @@ def test_each_attempted_step_reads_one_number(method: str) -> None:
     for first_step, more in ((None, 2), (3.0, 0)):
         Watched.reads = 0
         with torch.no_grad():
-            s = solve(bound, z, t, Solver(method, atol=1e-6, rtol=1e-8, first_step=first_step))
+            s = SolverSettings(method, atol=1e-6, rtol=1e-8, first_step=first_step).build().solve(bound, z, t)
         assert first_step is None or s.stats.rejected > 0
         attempts = s.stats.steps + s.stats.rejected
         assert Watched.reads == attempts + more + 1  # and one look at the penalties
@@ -195,8 +195,8 @@ def step_lengths(t: Tensor, method: Method) -> list[float]:
     seen: dict[float, float] = {}  # by the time of its start; a rejected step is followed by a shorter one
     watch = FunctionStepPenalty("watch", lambda step: seen.update({float(step.t): float(step.h)}) or step.z0[:, 0])
     bound = Dynamics(Wave(), regularizers=[watch]).bind(torch.ones(2, 3, dtype=torch.float64))
-    solver = Solver(method, atol=1e-6, rtol=1e-6, first_step=0.37)
-    solve(bound, torch.ones(2, 3, dtype=torch.float64), t, solver)
+    solver = Adaptive(method, atol=1e-6, rtol=1e-6, first_step=0.37)
+    solver.solve(bound, torch.ones(2, 3, dtype=torch.float64), t)
     return list(seen.values())
 
 
@@ -215,7 +215,7 @@ def test_even_steps_leave_no_sliver(backward: bool) -> None:
     assert even[-1] > 0.9 * even[-2]
 
 
-def test_the_next_step_is_the_longest_that_would_have_passed() -> None:
+def test_the_safe_step_is_the_longest_that_would_have_passed() -> None:
     """At order 5, half of a step whose error was 32 times too large."""
 
     def advance(f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> Any:
@@ -223,10 +223,23 @@ def test_the_next_step_is_the_longest_that_would_have_passed() -> None:
         return f(t + dt, x), x, error, [x]
 
     method = dataclasses.replace(get_method("dopri5"), advance=advance, weights=None)
-    solver = Solver(method, atol=1.0, rtol=0.0, first_step=0.5)
-    found = solve(FunctionDynamics(decay), torch.zeros(1, 1, dtype=torch.float64), T, solver)
+    solver = Adaptive(method, atol=1.0, rtol=0.0, first_step=0.5)
+    found = solver.solve(FunctionDynamics(decay), torch.zeros(1, 1, dtype=torch.float64), T)
     assert found.stats.rejected > 0
-    assert found.next_step == pytest.approx(0.25)
+    assert found.longest_safe_step == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+@pytest.mark.parametrize("divergence", [False, True])
+def test_a_solve_that_begins_with_the_longest_safe_step_rejects_nothing(method: str, divergence: bool) -> None:
+    bound = Dynamics(Wave(), estimator="exact", divergence=divergence).bind(None)
+    z = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    solver = Adaptive(method, atol=1e-9, rtol=1e-9, first_step=1.0)
+    first = solver.solve(bound, z, T)
+    assert first.stats.rejected > 0
+    second = solver.solve(bound, z, T, first_step=first.longest_safe_step)
+    assert second.stats.rejected == 0
+    assert second.stats.nfe < first.stats.nfe
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
@@ -234,11 +247,11 @@ def test_the_next_step_is_the_longest_that_would_have_passed() -> None:
 def test_accepted_steps_are_saved_if_asked_for(method: str, gradient: str) -> None:
     bound, z = Dynamics(Wave(), divergence=False).bind(None), torch.ones(2, 3, dtype=torch.float64)
     t = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
-    solver = Solver(method, step=0.25, gradient=gradient)
-    found = solve(bound, z, t, solver, save_steps=True)
+    solver = SolverSettings(method, step=0.25, gradient=gradient).build()
+    found = solver.solve(bound, z, t, save_steps=True)
     assert found.steps is not None
     assert len(found.steps.t) == len(found.steps.z) == found.stats.steps + 1
     assert bool((found.steps.t.diff() > 0).all())
     for time, state in zip(found.t, found.z, strict=True):
         assert torch.equal(found.steps.z[found.steps.t == time], state[None])
-    assert solve(bound, z, t, solver).steps is None
+    assert solver.solve(bound, z, t).steps is None

@@ -13,7 +13,7 @@ from torch import Tensor
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import jacfrob, kinetic
-from rnode_plugin.solvers import FIXED_METHODS, Solver, solve
+from rnode_plugin.solvers import FIXED_METHODS, Adaptive, Solver, SolverSettings
 
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 Z = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
@@ -30,14 +30,14 @@ def losses(z: Tensor, solver: Solver, *, weights: Mapping[str, Tensor] = WEIGHTS
     def field(t: Tensor, z: Tensor) -> Tensor:
         return torch.func.functional_call(FIELD, dict(weights), (t, z))
 
-    s = solve(Dynamics(field, regularizers=[kinetic, jacfrob]).bind(noise), z, T, solver)
+    s = solver.solve(Dynamics(field, regularizers=[kinetic, jacfrob]).bind(noise), z, T)
     assert s.logdet is not None
     total = s.z.square().sum((0, 2)) + 0.3 * s.logdet.sum(0)
     return total + 0.7 * s.penalties["kinetic"] + 0.2 * s.penalties["jacfrob"]
 
 
 def fixed(method: str = "rk4", gradient: str = "autograd") -> Solver:
-    return Solver(method, step=0.25, gradient=gradient)
+    return SolverSettings(method, step=0.25, gradient=gradient).build()
 
 
 def by_autograd(solver: Solver) -> tuple[Tensor, Tensor]:
@@ -88,10 +88,10 @@ def test_an_ensemble_of_weights() -> None:
 
 
 def test_adaptive_steps_inside_of_grad_and_not_inside_of_vmap() -> None:
-    solver = Solver("dopri5")
+    solver = Adaptive("dopri5")
     dz, _ = by_autograd(solver)
     close(torch.func.grad(lambda z: losses(z, solver).sum())(Z), dz)
-    for refused in (solver, Solver("dopri5", first_step=0.1)):
+    for refused in (solver, Adaptive("dopri5", first_step=0.1)):
         alone = functools.partial(losses, solver=refused, noise=NOISE[:1])
         with pytest.raises(ConfigError, match=r"dopri5 chooses its steps .* use a fixed grid"):
             torch.func.vmap(lambda z, alone=alone: alone(z[None]))(Z)
@@ -103,13 +103,13 @@ def test_a_fixed_grid_and_its_backward_pass_read_nothing_from_the_device(gradien
     field = Wave().to("meta")
     z = torch.empty(2, 3, dtype=torch.float64, device="meta", requires_grad=True)
     bound = Dynamics(field, regularizers=[kinetic, jacfrob]).bind(torch.empty_like(z))
-    s = solve(bound, z, T, fixed(gradient=gradient))
+    s = fixed(gradient=gradient).solve(bound, z, T)
     assert s.logdet is not None
     (s.z.sum() + s.logdet.sum() + s.penalties["jacfrob"].sum()).backward()
     assert z.grad is not None
     assert z.grad.is_meta
     with pytest.raises(ConfigError, match="device meta"):
-        solve(bound, z, T, Solver("dopri5"))
+        Adaptive("dopri5").solve(bound, z, T)
 
 
 def test_samples_of_one_number_keep_their_rates_apart_on_a_device() -> None:

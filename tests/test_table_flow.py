@@ -9,12 +9,12 @@ import torch
 from diagnosed_models import Linear
 from torch import Tensor, nn
 
-from rnode_plugin import Solver
+from rnode_plugin import Adaptive, FixedGrid
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields.potential import PotentialField
 from rnode_plugin.flows.table import TableFlow
 
-TIGHT = Solver(method="dopri5", atol=1e-10, rtol=1e-10)
+TIGHT = Adaptive("dopri5", atol=1e-10, rtol=1e-10)
 
 
 def active_flow(**options: Any) -> TableFlow:
@@ -96,7 +96,7 @@ def test_refusals(act: Any, message: str) -> None:
 def test_penalties_in_inference_mode(columns_given: int) -> None:
     torch.manual_seed(0)
     names = ["taylor:3", "total_derivative", "curl", "jacfrob"]
-    solver = Solver("rk4", step=0.5)
+    solver = FixedGrid("rk4", step=0.5)
     flow = TableFlow(3, context=columns_given, hidden=4, regularizers=names, solver=solver).double()
     for parameter in flow.parameters():
         nn.init.normal_(parameter, std=0.5)

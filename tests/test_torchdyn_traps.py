@@ -22,10 +22,18 @@ from torchdyn.nn import DepthCat, Fourier, GalLinear
 from torchdyn.numerics.solvers.ode import DormandPrince45
 from torchdyn_fields import WithTime, mlp
 
-from rnode_plugin import CNF, Exact, NeuralODE, RegularizedCNF, Solver, SolverError, penalties_at
+from rnode_plugin import (
+    CNF,
+    Exact,
+    FixedGrid,
+    NeuralODE,
+    RegularizedCNF,
+    SolverError,
+    penalties_at,
+)
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.solvers import GRADIENTS, solve
+from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdiffeq import odeint
 
 TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10, "atol_adjoint": 1e-10, "rtol_adjoint": 1e-10}
@@ -272,7 +280,7 @@ def test_step_control_and_tableaus_are_torchdyns_to_the_bit() -> None:
     from torchdyn.numerics.utils import adapt_step, hairer_norm, init_step
 
     from rnode_plugin.solvers import get_method
-    from rnode_plugin.solvers.adaptive import guess_first_step, next_step, rms_norm
+    from rnode_plugin.solvers.adaptive import guess_first_step, next_length, rms_norm
 
     constructors = {"rk4": construct_rk4, "dopri5": construct_dopri5, "tsit5": construct_tsit5}
     for name, construct in constructors.items():
@@ -307,7 +315,7 @@ def test_step_control_and_tableaus_are_torchdyns_to_the_bit() -> None:
             safety, low, high = (torch.tensor([v], dtype=dtype) for v in (0.9, 0.2, 10.0))
             for ratio in (0.0, 1e-9, 0.5, 1.0, 1.7, 1e6):
                 step, of = torch.tensor([scale], dtype=dtype), torch.tensor(ratio, dtype=dtype)
-                ours = next_step(method, step, of)
+                ours = next_length(method, step, of)
                 assert torch.equal(ours, adapt_step(step, of, safety, low, high, 5))
 
 
@@ -641,7 +649,7 @@ def test_a_field_without_a_graph_has_no_jacobian_to_estimate(how: str) -> None:
         with pytest.raises(ConfigError, match="without a graph"):
             penalties_at(cut, times[0], x, [name])
     with pytest.raises(ConfigError, match="without a graph"):
-        solve(Dynamics(cut, estimator="exact").bind(None), x, times, Solver())
+        FixedGrid().solve(Dynamics(cut, estimator="exact").bind(None), x, times)
 
 
 def test_a_field_that_ignores_its_state_has_a_jacobian_of_zero() -> None:

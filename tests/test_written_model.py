@@ -18,7 +18,7 @@ from tiny_runs import rnode, rows, run
 from torch.distributions import Distribution, Normal
 from written_model import LaplaceFlow
 
-from rnode_plugin import Solver, TableFlow, get_recipe, hookimpl, load_flow, plugins
+from rnode_plugin import FixedGrid, TableFlow, get_recipe, hookimpl, load_flow, plugins
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.evaluation.likelihood import evaluate
 from rnode_plugin.recipes.recipe import Recipe
@@ -99,7 +99,7 @@ def test_through_training_evaluation_diagnosis_samples_and_a_report(
 @pytest.mark.parametrize("name", [name for name in MODELS if "image" not in name])
 def test_a_step_a_validation_and_an_evaluation_take_the_density_of_the_model(name: str) -> None:
     """Its log-density is compared with a dense Jacobian in test_model_contract."""
-    grid = Solver("rk4_38", step=0.5)
+    grid = FixedGrid("rk4_38", step=0.5)
     model, x, given = make(name, grid)
     task = TableTask(("a", "b"), ("c", "d") if given else ())
     settings: Any = SimpleNamespace(
@@ -116,8 +116,8 @@ def test_a_step_a_validation_and_an_evaluation_take_the_density_of_the_model(nam
         torch.testing.assert_close(found, exact)
     model.eval()
     with torch.no_grad():
-        row = measure_batch(model, settings, batch, index=0, rank=0, training_solver=Solver("euler", step=0.5))
-        coarse = -model.log_prob_of(model.encode(x, **given, solver=Solver("euler", step=0.5)))
+        row = measure_batch(model, settings, batch, index=0, rank=0, training_solver=FixedGrid("euler", step=0.5))
+        coarse = -model.log_prob_of(model.encode(x, **given, solver=FixedGrid("euler", step=0.5)))
     assert float(row["nll"]) == pytest.approx(float(nll.mean()), rel=1e-9)
     assert float(row["gap"]) == pytest.approx(float((coarse - nll).mean()), rel=1e-9)
     assert float(row["kinetic"]) == pytest.approx(float(kinetic.mean()) / 2, rel=1e-9)

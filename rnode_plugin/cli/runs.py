@@ -10,7 +10,8 @@ from typing import Any, get_args
 import click
 
 from ..errors import ConfigError
-from ..solvers.config import FIXED_METHODS, Solver, solver_text
+from ..solvers.checks import FIXED_METHODS
+from ..solvers.settings import SolverSettings
 from ..text import batch_counter, counted, duration, table
 from .options import (
     as_json,
@@ -106,8 +107,8 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
         measure=recipe.task,
         batch_size=options["batch_size"] or recipe.data.val_batch_size,
         draws=options["draws"],
-        solver=recipe.test_solver,
-        training_solver=recipe.solver,
+        solver=recipe.test_solver.build(),
+        training_solver=recipe.solver.build(),
         seed=recipe.training.seed if options["seed"] is None else options["seed"],
         progress=None if quiet else batch_counter("evaluating"),
     ).with_baselines(recipe.task, data)
@@ -166,7 +167,7 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
         flow,
         held_out.x.to(place),
         context=None if held_out.context is None else held_out.context.to(place),
-        training_solver=recipe.solver,
+        training_solver=recipe.solver.build(),
         samples=samples,
         seed=seed,
         progress=None if quiet else lambda name: click.echo(f"checking: {name}", err=True),
@@ -289,10 +290,10 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
         save_flow(flow, path, recipe=recipe)
         click.echo(file)
         return
-    grid = flow.solver if step is None else Solver(method or "rk4_38", step=step)
+    grid = flow.solver if step is None else SolverSettings(method or "rk4_38", step=step).build()
     for which, target in programs.items():
         save_program(export_program(flow, which, solver=grid), target)
-        click.echo(f"{target} ({solver_text(grid)}, {target.stat().st_size / 1e6:.1f} MB)")
+        click.echo(f"{target} ({grid.text}, {target.stat().st_size / 1e6:.1f} MB)")
 
 
 @click.command()

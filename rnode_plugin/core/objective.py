@@ -29,9 +29,8 @@ class FlowOutput:
         nfe: evaluations of the vector fields, summed over blocks.
         health: checks, on the device, that the solves stayed finite and the samples were in range. :meth:`check`
             reads them.
-        next_steps: for each block the step that its adaptive solve would try next, see
-            :class:`~rnode_plugin.Solution`; None for a fixed grid. Where it is not empty, the model's ``encode``
-            takes it as ``first_steps=`` for the next batch.
+        longest_safe_steps: ``longest_safe_step`` of each block's :class:`~rnode_plugin.Solution`; None for a fixed
+            grid. Where it is not empty, the model's ``encode`` takes it as ``first_steps=`` for the next batch.
 
     Example:
         >>> import torch
@@ -47,7 +46,7 @@ class FlowOutput:
     regularization: dict[str, Tensor] = field(default_factory=dict)
     nfe: int = 0
     health: tuple[HealthCheck, ...] = ()
-    next_steps: tuple[float | None, ...] = ()
+    longest_safe_steps: tuple[float | None, ...] = ()
 
     def check(self) -> FlowOutput:
         """This output, or the error of what was not finite or out of range; it waits for the device."""

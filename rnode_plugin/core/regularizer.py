@@ -87,6 +87,11 @@ class Regularizer:
         formula: what is penalized, in one line; the first line of the docstring if it is left out.
         cost: what an evaluation costs beyond the velocity, or what a penalty needs of the solve.
         source: who proposed it.
+
+    Example:
+        >>> from rnode_plugin.regularizers import jacfrob
+        >>> isinstance(jacfrob, Regularizer), jacfrob.name, str(jacfrob.source)
+        (True, 'jacfrob', 'RNODE (Finlay et al., 2020), eqs. 13 and 16')
     """
 
     name: str
@@ -274,7 +279,7 @@ class StepRecord:
         times, states, velocities: one for each stage, in the order of their evaluation.
         error: the embedded estimate of the error of ``z1``, ``(B, *event)``; None if the method has none.
         pair: indices of two stages at the same time; None if the method has no two.
-        atol, rtol: the solve's tolerances; a fixed grid does not use them.
+        atol, rtol: the solve's tolerances; None for a fixed grid.
     """
 
     t: Tensor
@@ -286,8 +291,8 @@ class StepRecord:
     velocities: Sequence[Tensor]
     error: Tensor | None
     pair: tuple[int, int] | None
-    atol: float
-    rtol: float
+    atol: float | None
+    rtol: float | None
 
 
 @dataclass(frozen=True)

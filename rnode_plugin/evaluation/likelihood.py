@@ -154,7 +154,7 @@ class _Solves:
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
         self._device = next(flow.parameters()).device
         self._total = len(self._kinds) * (len(self.batches) + self._pilot)
-        self._next_steps: tuple[float | None, ...] = ()
+        self._safe_steps: tuple[float | None, ...] = ()
 
     def choose_draws(self) -> int:
         """Draw the first samples twice; the number of draws that makes the noise small enough."""
@@ -193,11 +193,11 @@ class _Solves:
         """Solve a batch with the noise of this draw, quantity and index; ``alone`` without another solve's step."""
         with seeded(self._seed, Stream.VALIDATE, draw, kind, index):
             x, context = self._measure.inputs(batch_of(self._samples, batch).to(self._device), kind)
-            known: dict[str, Any] = {"first_steps": self._next_steps} if self._next_steps and not alone else {}
+            known: dict[str, Any] = {"first_steps": self._safe_steps} if self._safe_steps and not alone else {}
             full = self._flow.full_quadrature(solver)
             output = self._flow.encode(x, context=context, solver=full, penalties=penalties, **known)
         if not alone:
-            self._next_steps = output.next_steps
+            self._safe_steps = output.longest_safe_steps
         return output
 
     def scores_of(self, output: FlowOutput) -> Tensor:

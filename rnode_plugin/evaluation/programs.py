@@ -57,9 +57,9 @@ def export_program(
 
     Example:
         >>> import torch
-        >>> from rnode_plugin import MultiscaleFlow, Solver
+        >>> from rnode_plugin import FixedGrid, MultiscaleFlow
         >>> flow = MultiscaleFlow((1, 4, 4), hidden=4)
-        >>> program = export_program(flow, "sampler", solver=Solver("rk4_38", step=1.0))
+        >>> program = export_program(flow, "sampler", solver=FixedGrid("rk4_38", step=1.0))
         >>> tuple(program.module()(torch.randn(5, 16)).shape)
         (5, 1, 4, 4)
     """
@@ -124,9 +124,9 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path
     Example:
         >>> import tempfile
         >>> import torch
-        >>> from rnode_plugin import MultiscaleFlow, Solver
+        >>> from rnode_plugin import FixedGrid, MultiscaleFlow
         >>> flow = MultiscaleFlow((1, 4, 4), hidden=4)
-        >>> program = export_program(flow, "sampler", solver=Solver("euler", step=1.0))
+        >>> program = export_program(flow, "sampler", solver=FixedGrid("euler", step=1.0))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     sampler = torch.export.load(save_program(program, f"{folder}/sampler.pt2")).module()
         >>> tuple(sampler(torch.randn(2, 16)).shape)
@@ -145,7 +145,7 @@ def _on_grid(model: Any, chosen: Solver | None) -> Any:
     if solver.adaptive:
         raise ConfigError(
             f"{solver.name} chooses its steps while it runs, and a program takes the same steps for every input. "
-            "Give a fixed grid: --step 0.25 to the command, or solver=Solver('rk4_38', step=0.25)."
+            "Give a fixed grid: --step 0.25 to the command, or solver=FixedGrid('rk4_38', step=0.25)."
         )
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for parameter in model.parameters():

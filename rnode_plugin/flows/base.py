@@ -20,7 +20,7 @@ from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..core.weighing import weigh_regularizers
 from ..errors import ConfigError
 from ..fields.stack import AtContext, StackField
-from ..solvers import HealthCheck, Solver, check_all, gradient_of, solve
+from ..solvers import FixedGrid, HealthCheck, Solver, check_all
 
 # Photographs fill few of their dimensions, and fields that are trained on the paths alone carry other states away:
 # after 600 steps on 32x32 pictures, a quarter of the held-out ones left every bound. Noise of one width keeps them,
@@ -49,7 +49,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
 
     def __init__(self, *, solver: Solver | None, regularizers: Any, trace_noise: str | TraceEstimator) -> None:
         super().__init__()
-        self.solver = solver or Solver()
+        self.solver = solver or FixedGrid()
         self.estimator = get_estimator(trace_noise)
         if isinstance(regularizers, Mapping) and any(each is not None for each in regularizers.values()):
             raise ConfigError("a flow applies no lambda: name the regularizers, and give lambdas= to objective().")
@@ -115,8 +115,8 @@ class BlockFlow(OneProcessADevice, DensityModel):
             solver: the integrator; None for :attr:`solver`.
             check: whether to wait for the device, and fail if a solve did or a sample is out of range. False: the
                 caller reads the output's ``health``.
-            first_steps: first step of an adaptive solver for each block, such as the ``next_steps`` of the batch
-                before; empty: each block finds one.
+            first_steps: first step of an adaptive solver for each block, such as the ``longest_safe_steps`` of the
+                batch before; empty: each block finds one.
 
         Returns:
             FlowOutput: latent ``(B, D)``, log-determinant ``(B,)`` in nats, the logit or the standardisation
@@ -272,7 +272,7 @@ class _Pass:
         self._divergence, self._estimator = divergence, flow.estimator
         self._logdets: list[Tensor] = []
         self._totals: dict[str, Tensor] = {}
-        self._next_steps: list[float | None] = []
+        self._safe_steps: list[float | None] = []
         self._steps = 0
         self.nfe = 0
         self.health: list[HealthCheck] = []  # that the solves stayed finite
@@ -280,7 +280,7 @@ class _Pass:
     def __call__(self, z: Tensor) -> Tensor:
         index, (field, noise) = next(self._blocks)
         # a continuous adjoint differentiates again at other times, with respect to the parameters themselves
-        if isinstance(field, (StackField, AtContext)) and gradient_of(self._solver).through_steps:
+        if isinstance(field, (StackField, AtContext)) and self._solver.gradient.through_steps:
             if isinstance(field, StackField):
                 z = field.layout(z)
                 if noise is not None and noise.shape == z.shape:  # not the noise of several probes
@@ -290,11 +290,11 @@ class _Pass:
             field, regularizers=self._followed.penalties, estimator=self._estimator, divergence=self._divergence
         )
         first_step = self._first_steps[index] if self._first_steps else None
-        solution = solve(dynamics.bind(noise), z, self._times(z), self._solver, first_step=first_step)
+        solution = self._solver.solve(dynamics.bind(noise), z, self._times(z), first_step=first_step)
         if solution.logdet is not None:
             self._logdets.append(solution.logdet[-1])
         self.health += solution.health
-        self._next_steps.append(solution.next_step)
+        self._safe_steps.append(solution.longest_safe_step)
         self.nfe += solution.stats.nfe
         self._steps += solution.stats.steps
         for penalty in self._followed.penalties:
@@ -321,7 +321,7 @@ class _Pass:
             regularization=self._followed.complete(self._totals, x),
             nfe=self.nfe,
             health=(*health, *self.health),
-            next_steps=tuple(self._next_steps),
+            longest_safe_steps=tuple(self._safe_steps),
         )
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..solvers.config import Solver
+from ..solvers.settings import SolverSettings
 from .recipe import Data, Model, Optimizer, Paper, Recipe, TableData, TableModel, Training
 
-_DOPRI5 = Solver(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6)
-_RK4 = Solver(method="rk4_38", step=0.25)
-_SAMPLED = Solver(method="rk4_38", step=0.5, quadrature="sampled")
+_DOPRI5 = SolverSettings(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6)
+_RK4 = SolverSettings(method="rk4_38", step=0.25)
+_SAMPLED = SolverSettings(method="rk4_38", step=0.5, quadrature="sampled")
 _MUON = Optimizer(name="muon", lr=2e-2, vector_lr=1e-2, warmup=20, schedule="cosine")
 # With a step of 0.5 a large flow overfits the solver: in 500 steps of Muon from a trained MNIST flow the training
 # bits/dim fell to 0.07 while the accurate ones rose to 1.60

@@ -23,8 +23,8 @@ from ..core.schedules import LinearWarmup, WrittenStrength, final_strength
 from ..errors import ConfigError, PluginError
 from ..files import check_path_name
 from ..plugins import registry
-from ..solvers.config import Solver, refuse_sampled_density
-from ..solvers.gradients import gradient_of
+from ..solvers.checks import refuse_sampled_density
+from ..solvers.settings import SolverSettings
 from .data import Data, TableData
 from .fields import CONFIG, listed, refused
 from .settings import Model, Optimizer, Paper, TableModel, Training
@@ -91,8 +91,8 @@ class Recipe:
     description: str
     data: _AnyData
     model: _AnyModel
-    solver: Solver
-    test_solver: Solver
+    solver: SolverSettings
+    test_solver: SolverSettings
     optimizer: Optimizer = Field(default_factory=Optimizer)
     regularizers: Mapping[str, _Strength] = Field(default_factory=lambda: {"kinetic": 0.01, "jacfrob": 0.01})
     training: Training = Field(default_factory=Training)
@@ -104,10 +104,7 @@ class Recipe:
             raise ConfigError("the data and the model of a recipe must both be of images or both of a table.")
         self.task.grid_rows(self.training.sample_temperatures)  # refuses several for a table
         for name, solver in (("solver", self.solver), ("test_solver", self.test_solver)):
-            if not (isinstance(solver.method, str) and isinstance(solver.gradient, str)):
-                raise ConfigError(f"{name} of a recipe must name its method and its gradient, to be plain data.")
-            gradient_of(solver)  # refuses what they cannot have together
-            refuse_sampled_density(solver, name)
+            refuse_sampled_density(solver.method, solver.quadrature, adaptive=solver.adaptive, setting=name)
         precision = self.training.precision
         rounding = next((eps for name, eps in _ROUNDING.items() if precision.startswith(name)), 0.0)
         if self.solver.adaptive and min(self.solver.atol, self.solver.rtol) < rounding:
@@ -177,7 +174,9 @@ class Recipe:
 
     def ffjord(self) -> Recipe:
         """The FFJORD baseline (section 6): no penalties, Dormand-Prince at 1e-5, no flow matching."""
-        solver = Solver(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6, gradient=self.solver.gradient)
+        solver = SolverSettings(
+            method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6, gradient=self.solver.gradient
+        )
         name = self.name if self.name.endswith("-ffjord") else f"{self.name}-ffjord"
         with refused():
             training = dataclasses.replace(self.training, matching=0)
@@ -286,7 +285,7 @@ class Recipe:
             self.task.event,
             **self.model.options,
             **self.task.model_options,
-            solver=self.test_solver,
+            solver=self.test_solver.build(),
             regularizers=self.measured,
         )
         if not isinstance(flow, DensityModel):

@@ -10,7 +10,6 @@ from ..core.schedules import strength_text
 from ..errors import RnodeError
 from ..recipes.settings import Paper
 from ..recipes.task import Task
-from ..solvers.config import solver_text
 from ..text import change_with_error, duration, signed, significant, with_error
 from .configurations import Configuration, base_of, paired_difference
 
@@ -95,8 +94,8 @@ def _detail_lines(configurations: Sequence[Configuration], base: Configuration) 
     yield "solver gap", meaning, _known("gap", lambda gap: f"{signed(gap)} {_unit(task)}")
     yield "steps", "", _known("steps", lambda steps: f"{steps:,.0f}")
     yield "parameters", "", _parameters
-    yield "training solver", "", lambda one: solver_text(one.recipe.solver)
-    yield "test solver", "", lambda one: solver_text(one.recipe.test_solver)
+    yield "training solver", "", lambda one: one.recipe.solver.text
+    yield "test solver", "", lambda one: one.recipe.test_solver.text
     yield "seeds", "", lambda one: ", ".join(str(run.recipe.training.seed) for run in one.counted)
     yield f"held-out {task.samples}", "measured for the scores and penalties", _held_out
     yield "device", "of each run", _each(lambda run: run.environment.get("device", ""))

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,111 +22,168 @@ from ..core.dynamics import BoundDynamics, Rates
 from ..core.health import health
 from ..core.modes import read
 from ..errors import ConfigError, SolverError
-from .config import DEFAULT_MAX_NFE, FIXED_METHODS, Solver
+from .checks import (
+    ADAPTIVE_METHODS,
+    DEFAULT_MAX_NFE,
+    FIXED_METHODS,
+    adaptive_text,
+    check_positive,
+    check_tolerances,
+)
+from .gradients import Gradient
 from .solution import Solution
-from .step import Step, StepTaker, Totals, draw_stage, fail_integrals, fail_max_nfe, fail_nonfinite, stepper
-from .tableaus import Method, get_method
+from .solver import Solver
+from .step import Step, StepTaker, Totals, draw_stage, fail_integrals, fail_max_nfe, fail_nonfinite
+from .tableaus import Method
 
 _LEAST = 1e-37  # allowed error of an entry whose size is 0, if atol is 0 too
 
 
-def solve_adaptive(
-    dynamics: BoundDynamics,
-    z: Tensor,
-    t_span: Tensor,
-    solver: Solver,
-    *,
-    take: StepTaker | None = None,
-    first_step: float | None = None,
-    save_steps: bool = False,
-) -> Solution:
-    """Solve with steps that the errors of the state and of the log-determinant decide on.
+@dataclass(frozen=True, init=False)
+class Adaptive(Solver):
+    """Steps as long as the errors of the state and of the log-determinant allow.
 
-    Arguments and errors as for :func:`~rnode_plugin.solvers.solve`. ``take`` makes the steps; None:
-    :func:`~rnode_plugin.solvers.step.stepper`. A state in half precision is refused.
+    Args:
+        method: ``dopri5`` or ``tsit5``, or a :class:`~rnode_plugin.solvers.Method` with an error estimate.
+        atol: absolute tolerance. One of ``atol`` and ``rtol`` may be 0.
+        rtol: relative tolerance.
+        first_step: first trial step; None estimates one with one more evaluation.
+        max_nfe, gradient, quadrature: see :class:`FixedGrid`.
+
+    Raises:
+        ConfigError: for an unknown name, a number out of range, and a method without an error estimate.
+
+    Example:
+        >>> Adaptive("dopri5", atol=1e-6, rtol=1e-6).adaptive
+        True
     """
-    method = get_method(solver.method)
-    if z.dtype.to_real().itemsize < 4:
-        raise ConfigError(
-            f"{method.name} needs a state of float32 or float64, not {z.dtype}, which cannot show the errors that "
-            "it compares: use autocast, which leaves the state as it is, or a fixed grid "
-            f"({', '.join(FIXED_METHODS)})."
-        )
-    device, span = z.device, t_span.cpu()
-    take = stepper(dynamics, solver) if take is None else take
-    budget = int(solver.max_nfe or DEFAULT_MAX_NFE)
-    sign = 1.0 if bool(span[-1] >= span[0]) else -1.0
 
-    def before(a: Tensor, b: Tensor) -> bool:
-        return bool((b - a) * sign > 0)
+    atol: float
+    rtol: float
+    first_step: float | None
+    adaptive: ClassVar[bool] = True
 
-    t, end, upcoming = span[:1], span[-1], 1  # upcoming of the output times
-    shortest = math.inf  # of the steps that would have passed where one was tried
-    sampled = solver.quadrature == "sampled"
-    draw = draw_stage(method) if sampled else None
-    rates: Rates | None = dynamics.evaluate(span[0].to(device), z, VELOCITY if draw else RATES)
-    totals = Totals()
-    totals.nfe += 1
-    if first_step is not None:
-        dt = torch.full_like(span[0].detach(), sign * min(first_step, float((span[-1] - span[0]).abs())))
-    else:
-        dt = _first_step(dynamics, z, rates.dz, span, sign, solver, totals)
-    dt = method.fit(dt, span[-1 if method.interpolate is not None else upcoming] - t, sign)
-    times, states = [span[0].to(device)], [z]
-    logdets: list[Tensor | None] = [None]
-    passed = [(t.to(device).reshape(()), z)]
-    while before(t, end):
-        # the chosen step, cut off at the end and, if the solve stops there, at the next output
-        uncut = None
-        if before(end, t + dt):
-            dt = end - t
-        if method.interpolate is None and before(span[upcoming], t + dt):
-            dt, uncut = span[upcoming] - t, dt.detach()
-        if bool(t + dt == t):
-            _fail_underflow(float(t.detach()), totals.steps, totals.nfe, abs(float(dt.detach())))
-        if totals.nfe + method.stages - 1 > budget:
-            fail_max_nfe(float(t.detach()), totals.steps, totals.nfe, budget)
-        step = take(z, t.to(device), dt.to(device), rates, draw)
-        totals.nfe += step.nfe
-        ratio = _error_ratio(step, z, totals.logdet, solver) if z.numel() else span.new_zeros(())
-        if not math.isfinite(float(ratio)):
-            fail_nonfinite(float(t.detach()), totals.steps, totals.nfe)
-        if bool(ratio <= 1):
-            reached = t + dt
-            if method.interpolate is not None:
-                first, last = upcoming, upcoming
-                while last < len(span) - 1 and before(span[last], reached):
-                    last += 1
-                inside = [x.to(device) for x in span[first:last]]
-                times += inside
-                states += method.interpolate(step, z, rates, t.to(device), dt.to(device), inside)
-                logdets += [None] * len(inside)
-                upcoming = last
-            totals.add(step)
-            # not equality: rounding may have carried a step that was cut off at this time just past it
-            if not before(reached, span[upcoming]):
-                times.append(reached.to(device).reshape(()))
-                states.append(step.z)
-                logdets.append(totals.logdet)
-                upcoming = min(upcoming + 1, len(span) - 1)
-            t, z, rates = reached, step.z, step.last
-            if sampled:
-                draw = draw_stage(method)  # for a step until it is accepted
-            if save_steps:
-                passed.append((t.to(device).reshape(()), z))
+    def __init__(
+        self,
+        method: str | Method = "dopri5",
+        *,
+        atol: float = 1e-5,
+        rtol: float = 1e-5,
+        first_step: float | None = None,
+        max_nfe: int | None = None,
+        gradient: str | Gradient = "autograd",
+        quadrature: str = "full",
+    ) -> None:
+        super().__init__(method, gradient=gradient, quadrature=quadrature, max_nfe=max_nfe)
+        if not self.method.adaptive:
+            raise ConfigError(
+                f"{self.name} has no error estimate to choose steps by: use FixedGrid({self.name!r}, step=...), or "
+                f"one of {', '.join(ADAPTIVE_METHODS)}."
+            )
+        check_tolerances(atol, rtol)
+        check_positive(first_step, "first_step")
+        self._set(atol=atol, rtol=rtol, first_step=first_step)
+
+    @property
+    def text(self) -> str:
+        return adaptive_text(self.name, self.atol)
+
+    @property
+    def tolerances(self) -> tuple[float, float]:
+        return self.atol, self.rtol
+
+    def march(
+        self,
+        dynamics: BoundDynamics,
+        z: Tensor,
+        t_span: Tensor,
+        *,
+        take: StepTaker | None = None,
+        first_step: float | None = None,
+        save_steps: bool = False,
+    ) -> Solution:
+        method = self.method
+        if z.dtype.to_real().itemsize < 4:
+            raise ConfigError(
+                f"{method.name} needs a state of float32 or float64, not {z.dtype}, which cannot show the errors "
+                "that it compares: use autocast, which leaves the state as it is, or a fixed grid "
+                f"({', '.join(FIXED_METHODS)})."
+            )
+        device, span = z.device, t_span.cpu()
+        take = self.stepper(dynamics) if take is None else take
+        budget = int(self.max_nfe or DEFAULT_MAX_NFE)
+        sign = 1.0 if bool(span[-1] >= span[0]) else -1.0
+
+        def before(a: Tensor, b: Tensor) -> bool:
+            return bool((b - a) * sign > 0)
+
+        t, end, upcoming = span[:1], span[-1], 1  # upcoming of the output times
+        safe = math.inf  # the longest step that would have passed wherever one was tried
+        sampled = self.quadrature == "sampled"
+        draw = draw_stage(method) if sampled else None
+        rates: Rates | None = dynamics.evaluate(span[0].to(device), z, VELOCITY if draw else RATES)
+        totals = Totals()
+        totals.nfe += 1
+        if first_step is not None:
+            dt = torch.full_like(span[0].detach(), sign * min(first_step, float((span[-1] - span[0]).abs())))
         else:
-            totals.rejected += 1
-        length = dt.detach()
-        if ratio > 0:  # the error grows with the order-th power of a step's length
-            shortest = min(shortest, abs(float(length)) * float(ratio) ** (-1 / method.order))
-        if uncut is not None:
-            rest = uncut - length
-            length = rest if bool(t + rest != t) else uncut
-        dt = next_step(method, length, ratio)
+            dt = _first_step(dynamics, z, rates.dz, span, sign, self, totals)
         dt = method.fit(dt, span[-1 if method.interpolate is not None else upcoming] - t, sign)
-    if totals.penalties and not read(torch.isfinite(health(*totals.penalties.values()))):
-        fail_integrals(z, None, totals.penalties, float(t.detach()), totals.steps, totals.nfe)
-    return totals.solution(times, states, logdets, next_step=shortest, passed=passed if save_steps else ())
+        times, states = [span[0].to(device)], [z]
+        logdets: list[Tensor | None] = [None]
+        passed = [(t.to(device).reshape(()), z)]
+        while before(t, end):
+            # the chosen step, cut off at the end and, if the solve stops there, at the next output
+            uncut = None
+            if before(end, t + dt):
+                dt = end - t
+            if method.interpolate is None and before(span[upcoming], t + dt):
+                dt, uncut = span[upcoming] - t, dt.detach()
+            if bool(t + dt == t):
+                _fail_underflow(float(t.detach()), totals.steps, totals.nfe, abs(float(dt.detach())))
+            if totals.nfe + method.stages - 1 > budget:
+                fail_max_nfe(float(t.detach()), totals.steps, totals.nfe, budget)
+            step = take(z, t.to(device), dt.to(device), rates, draw)
+            totals.nfe += step.nfe
+            ratio = _error_ratio(step, z, totals.logdet, self) if z.numel() else span.new_zeros(())
+            if not math.isfinite(float(ratio)):
+                fail_nonfinite(float(t.detach()), totals.steps, totals.nfe)
+            if bool(ratio <= 1):
+                reached = t + dt
+                if method.interpolate is not None:
+                    first, last = upcoming, upcoming
+                    while last < len(span) - 1 and before(span[last], reached):
+                        last += 1
+                    inside = [x.to(device) for x in span[first:last]]
+                    times += inside
+                    states += method.interpolate(step, z, rates, t.to(device), dt.to(device), inside)
+                    logdets += [None] * len(inside)
+                    upcoming = last
+                totals.add(step)
+                # not equality: rounding may have carried a step that was cut off at this time just past it
+                if not before(reached, span[upcoming]):
+                    times.append(reached.to(device).reshape(()))
+                    states.append(step.z)
+                    logdets.append(totals.logdet)
+                    upcoming = min(upcoming + 1, len(span) - 1)
+                t, z, rates = reached, step.z, step.last
+                if sampled:
+                    draw = draw_stage(method)  # for a step until it is accepted
+                if save_steps:
+                    passed.append((t.to(device).reshape(()), z))
+            else:
+                totals.rejected += 1
+            length = dt.detach()
+            if ratio > 0:  # the error grows with the order-th power of a step's length
+                safe = min(safe, abs(float(length)) * float(ratio) ** (-1 / method.order))
+            if uncut is not None:
+                rest = uncut - length
+                length = rest if bool(t + rest != t) else uncut
+            dt = next_length(method, length, ratio)
+            dt = method.fit(dt, span[-1 if method.interpolate is not None else upcoming] - t, sign)
+        if totals.penalties and not read(torch.isfinite(health(*totals.penalties.values()))):
+            fail_integrals(z, None, totals.penalties, float(t.detach()), totals.steps, totals.nfe)
+        return totals.solution(times, states, logdets, longest_safe_step=safe, passed=passed if save_steps else ())
 
 
 # errors and the sizes of steps ----------------------------------------------------------------------------------
@@ -137,7 +195,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _error_ratio(step: Step, z: Tensor, logdet: Tensor | None, solver: Solver) -> Tensor:
+def _error_ratio(step: Step, z: Tensor, logdet: Tensor | None, solver: Adaptive) -> Tensor:
     """The error of a step from ``z`` over what the tolerances allow, over all entries of state and log-determinant.
 
     A scalar on the CPU, the one number that a step reads from the device.
@@ -151,11 +209,11 @@ def _error_ratio(step: Step, z: Tensor, logdet: Tensor | None, solver: Solver) -
             size = torch.max(logdet.abs(), (logdet + step.dlogdet).abs())
         of_logdet = step.dlogdet_error / (solver.atol + solver.rtol * size).clamp(min=_LEAST)
         scaled = torch.cat([scaled.flatten(), of_logdet.flatten()])
-    return _on_host(get_method(solver.method), rms_norm(scaled))[0]
+    return _on_host(solver.method, rms_norm(scaled))[0]
 
 
 @torch.no_grad()
-def next_step(method: Method, dt: Tensor, error_ratio: Tensor) -> Tensor:
+def next_length(method: Method, dt: Tensor, error_ratio: Tensor) -> Tensor:
     """The step after ``dt``, whose error was ``error_ratio`` times what the tolerances allow."""
     factors = [[method.safety], [method.min_factor], [method.max_factor]]
     safety, least, most = torch.tensor(factors, dtype=dt.dtype)
@@ -173,7 +231,7 @@ def _first_step(
     velocity: Tensor,
     t_span: Tensor,
     sign: float,
-    solver: Solver,
+    solver: Adaptive,
     totals: Totals,
 ) -> Tensor:
     """The first step to try, without a graph: the solver's, or a guess, whose evaluations are counted.
@@ -181,7 +239,7 @@ def _first_step(
     The evaluations are in the grad mode of the solve. A field may differentiate inside.
     """
     z, velocity, t_span = z.detach(), velocity.detach(), t_span.detach()
-    start, method = t_span[0], get_method(solver.method)
+    start, method = t_span[0], solver.method
     if solver.first_step is not None:
         return torch.full_like(start, sign * solver.first_step)
     if z.numel() == 0:

@@ -22,11 +22,9 @@ from ..core.derivatives import VELOCITY
 from ..core.dynamics import BoundDynamics, FunctionDynamics, Rates
 from ..core.modes import next_number
 from ..errors import ConfigError
-from .adaptive import solve_adaptive
 from .checkpoint import is_complete
-from .config import Solver
-from .fixed import solve_fixed
 from .solution import Solution, Steps
+from .step import Integrator
 from .tableaus import hermite
 
 
@@ -46,7 +44,7 @@ class AdjointCall:
 
     dynamics: BoundDynamics
     forward: Callable[[Tensor, Tensor], Solution]
-    backward: Solver
+    backward: Integrator
     outputs: Callable[[Solution], tuple[Tensor, Tensor]]
     interpolated: bool = False
     solution: Solution | None = None
@@ -64,11 +62,6 @@ def solve_adjoint(call: AdjointCall, z0: Tensor, t_span: Tensor) -> Solution:
     assert solution is not None
     penalties = dict(zip(solution.penalties, integrals, strict=True))
     return replace(solution, t=times, z=z, logdet=logdet, penalties=penalties)
-
-
-def _solve(dynamics: BoundDynamics, z: Tensor, t_span: Tensor, solver: Solver) -> Solution:
-    engine = solve_adaptive if solver.adaptive else solve_fixed
-    return engine(dynamics, z, t_span, solver).check()
 
 
 class _Adjoint(torch.autograd.Function):
@@ -166,7 +159,7 @@ class _Backward:
             return Rates(rate, None, {str(i): self.sign * g for i, g in enumerate(dparams)})
 
         times = torch.stack([t1, t0])
-        solution = _solve(FunctionDynamics(adjoint_system), state, times, self.solver)
+        solution = self.solver.march(FunctionDynamics(adjoint_system), state, times).check()
         for i, gradient in enumerate(self.gradients):
             # of shape [1] for a scalar parameter if times have that shape
             gradient += solution.penalties[str(i)].reshape(gradient.shape)

@@ -1,11 +1,12 @@
-"""Fixed grids: the steps that divide each interval of the times evenly, and the stages that a quadrature draws."""
+"""FixedGrid: steps that divide each interval of the times evenly, and the stages that a quadrature draws."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,80 +15,127 @@ from ..core.dynamics import BoundDynamics
 from ..core.health import HealthCheck, health
 from ..core.modes import on_host, read
 from ..errors import ConfigError
-from .config import Solver, count_steps
+from .checks import FIXED_METHODS, check_positive, count_steps, grid_text
+from .gradients import Gradient
 from .solution import Solution
-from .step import Draw, StepTaker, Totals, draw_stage, fail_integrals, fail_max_nfe, fail_nonfinite, stepper
-from .tableaus import Method, get_method
+from .solver import Solver
+from .step import Draw, StepTaker, Totals, draw_stage, fail_integrals, fail_max_nfe, fail_nonfinite
+from .tableaus import Method
 
 _MOST_STEPS = 1_000_000
 
 
-def solve_fixed(
-    dynamics: BoundDynamics,
-    z: Tensor,
-    t_span: Tensor,
-    solver: Solver,
-    *,
-    take: StepTaker | None = None,
-    first_step: float | None = None,
-    save_steps: bool = False,
-) -> Solution:
-    """Solve on a fixed grid, differentiable through its steps. The host reads nothing from the device.
+@dataclass(frozen=True, init=False)
+class FixedGrid(Solver):
+    """Steps of one length: each interval of the times is divided evenly. The host reads nothing from the device.
 
-    Arguments and errors as for :func:`~rnode_plugin.solvers.solve`. ``take`` makes the steps; None:
-    :func:`~rnode_plugin.solvers.step.stepper`. ``first_step`` is for other engines.
+    Args:
+        method: ``euler``, ``midpoint``, ``rk4`` (classical) or ``rk4_38`` (3/8 rule, the paper's), or a
+            :class:`~rnode_plugin.solvers.Method`.
+        step: longest step; None: one step for each interval of the times.
+        max_nfe, quadrature: see :class:`Solver`.
+        gradient: an object of :mod:`~rnode_plugin.solvers.gradients`, or a name: ``autograd`` keeps all
+            activations; ``checkpointed`` gives the same gradient with the activations of one step at a time, for
+            one more evaluation pass; ``adjoint`` solves the continuous adjoint backward (as in the paper; its
+            gradient differs from the gradient of the discrete loss by the discretization error);
+            ``interpolated_adjoint`` does so along an interpolant of the forward states.
+
+    Raises:
+        ConfigError: for an unknown name, a number out of range, and a method that chooses its own steps.
+
+    Example:
+        >>> FixedGrid("rk4_38", step=0.25).adaptive
+        False
     """
-    method = get_method(solver.method)
-    counts, draws = [1] * (len(t_span) - 1), None
-    sampled = solver.quadrature == "sampled"
-    if solver.step is not None:
-        times = read(t_span) or t_span.tolist()  # constants of a program can be listed, and `read` gives none there
-        counts = [count_steps(b - a, float(solver.step)) for a, b in itertools.pairwise(times)]
-        if sum(counts) > _MOST_STEPS:
+
+    step: float | None
+    adaptive: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        method: str | Method = "rk4_38",
+        *,
+        step: float | None = 0.25,
+        max_nfe: int | None = None,
+        gradient: str | Gradient = "autograd",
+        quadrature: str = "full",
+    ) -> None:
+        super().__init__(method, gradient=gradient, quadrature=quadrature, max_nfe=max_nfe)
+        if self.method.adaptive:
             raise ConfigError(
-                f"step={solver.step:g} divides the times of this solve into {sum(counts):,} steps, and more than "
-                f"{_MOST_STEPS:,} would take too long: choose a longer step."
+                f"{self.name} chooses its own steps and is no fixed grid: use Adaptive({self.name!r}), or one of "
+                f"{', '.join(FIXED_METHODS)}."
             )
-    if sampled and not dynamics.divergence:
-        intervals = itertools.pairwise(read(t_span) or range(len(t_span)))
-        lengths = [abs(b - a) / n for (a, b), n in zip(intervals, counts, strict=True) for _ in range(n)]
-        draws = _draw_stages(method, lengths)
-    if t_span.device.type != "cpu" or t_span.requires_grad:
-        t_span = t_span.to(z.device)
-    take = stepper(dynamics, solver) if take is None else take
-    with on_host():
-        outputs, grid = _grid(t_span, counts, z.device)
-    totals, finite = Totals(), []
-    states, logdets, passed = [z], list[Tensor | None]([None]), [(outputs[0], z)]
-    steps = iter(grid)
-    for count in counts:
-        for start, dt, end in itertools.islice(steps, count):
-            draw = draws[totals.steps] if draws is not None else draw_stage(method) if sampled else None
-            step = take(z, start, dt, None, draw)
-            totals.add(step)
-            totals.nfe += step.nfe
-            z = step.z
-            if save_steps:
-                passed.append((end, z))
-            finite.append(health(z))
-            if solver.max_nfe is not None and totals.nfe > solver.max_nfe:
-                fail_max_nfe(float(end.detach()), totals.steps, totals.nfe, int(solver.max_nfe))
-        states.append(z)
-        logdets.append(totals.logdet)
-    # an integral that is not finite stays so: one look at the end is enough
-    integrals = [x for x in (totals.logdet, *totals.penalties.values()) if x is not None]
-    if integrals:
-        finite[-1] = health(torch.cat([finite[-1].reshape(1), *(x.flatten() for x in integrals)]))
+        check_positive(step, "step")
+        self._set(step=step)
 
-    def fail(bad: int) -> NoReturn:
-        t = float(grid[bad][0].detach())
-        nfe = (bad + 1) * totals.nfe // totals.steps
-        if bad < totals.steps - 1:
-            fail_nonfinite(t, bad, nfe)
-        fail_integrals(z, totals.logdet, totals.penalties, t, bad, nfe)
+    @property
+    def text(self) -> str:
+        return grid_text(self.name, self.step)
 
-    check = HealthCheck(torch.stack(finite), fail)
-    return totals.solution(list(outputs), states, logdets, health=(check,), passed=passed if save_steps else ())
+    def march(
+        self,
+        dynamics: BoundDynamics,
+        z: Tensor,
+        t_span: Tensor,
+        *,
+        take: StepTaker | None = None,
+        first_step: float | None = None,
+        save_steps: bool = False,
+    ) -> Solution:
+        method = self.method
+        counts, draws = [1] * (len(t_span) - 1), None
+        sampled = self.quadrature == "sampled"
+        if self.step is not None:
+            times = (
+                read(t_span) or t_span.tolist()
+            )  # constants of a program can be listed, and `read` gives none there
+            counts = [count_steps(b - a, float(self.step)) for a, b in itertools.pairwise(times)]
+            if sum(counts) > _MOST_STEPS:
+                raise ConfigError(
+                    f"step={self.step:g} divides the times of this solve into {sum(counts):,} steps, and more than "
+                    f"{_MOST_STEPS:,} would take too long: choose a longer step."
+                )
+        if sampled and not dynamics.divergence:
+            intervals = itertools.pairwise(read(t_span) or range(len(t_span)))
+            lengths = [abs(b - a) / n for (a, b), n in zip(intervals, counts, strict=True) for _ in range(n)]
+            draws = _draw_stages(method, lengths)
+        if t_span.device.type != "cpu" or t_span.requires_grad:
+            t_span = t_span.to(z.device)
+        take = self.stepper(dynamics) if take is None else take
+        with on_host():
+            outputs, grid = _grid(t_span, counts, z.device)
+        totals, finite = Totals(), []
+        states, logdets, passed = [z], list[Tensor | None]([None]), [(outputs[0], z)]
+        steps = iter(grid)
+        for count in counts:
+            for start, dt, end in itertools.islice(steps, count):
+                draw = draws[totals.steps] if draws is not None else draw_stage(method) if sampled else None
+                step = take(z, start, dt, None, draw)
+                totals.add(step)
+                totals.nfe += step.nfe
+                z = step.z
+                if save_steps:
+                    passed.append((end, z))
+                finite.append(health(z))
+                if self.max_nfe is not None and totals.nfe > self.max_nfe:
+                    fail_max_nfe(float(end.detach()), totals.steps, totals.nfe, int(self.max_nfe))
+            states.append(z)
+            logdets.append(totals.logdet)
+        # an integral that is not finite stays so: one look at the end is enough
+        integrals = [x for x in (totals.logdet, *totals.penalties.values()) if x is not None]
+        if integrals:
+            finite[-1] = health(torch.cat([finite[-1].reshape(1), *(x.flatten() for x in integrals)]))
+
+        def fail(bad: int) -> NoReturn:
+            t = float(grid[bad][0].detach())
+            nfe = (bad + 1) * totals.nfe // totals.steps
+            if bad < totals.steps - 1:
+                fail_nonfinite(t, bad, nfe)
+            fail_integrals(z, totals.logdet, totals.penalties, t, bad, nfe)
+
+        check = HealthCheck(torch.stack(finite), fail)
+        return totals.solution(list(outputs), states, logdets, health=(check,), passed=passed if save_steps else ())
 
 
 def _grid(

@@ -1,32 +1,30 @@
 """How a solve is differentiated: through its steps, with or without their activations kept, or by an adjoint.
 
-``Solver(gradient=)`` takes one of these objects, or its name, which :func:`gradient_of` reads. An object runs the
-engine that makes the steps, and refuses what its gradient cannot give. Importing this needs no torch.
+A solver has one of these objects. It runs the solver's steps, and refuses what its gradient cannot give. Importing
+this needs no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import ConfigError
-from .config import check_tolerance
+from .checks import GRADIENTS, check_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..core.dynamics import BoundDynamics
-    from .config import Solver
+    from ..core.regularizer import StepPenalty
     from .solution import Solution
-    from .tableaus import Method
-
-    Engine = Callable[..., Solution]
+    from .step import Integrator
 
 
 class Gradient:
-    """How a solve is differentiated. This base leaves it to automatic differentiation of the engine.
+    """How a solve is differentiated. This base leaves it to automatic differentiation of the steps.
 
     Attributes:
         through_steps: whether backward goes through the evaluations that the solve made, so that they may share one
@@ -36,25 +34,22 @@ class Gradient:
     through_steps: ClassVar[bool] = True
 
     def solve(
-        self, engine: Engine, dynamics: BoundDynamics, z: Tensor, t: Tensor, solver: Solver, **options: Any
+        self,
+        solver: Integrator,
+        dynamics: BoundDynamics,
+        z: Tensor,
+        t: Tensor,
+        *,
+        first_step: float | None = None,
+        save_steps: bool = False,
     ) -> Solution:
-        """The solution of ``engine``, with its gradient.
-
-        Args:
-            engine: makes the steps, such as :func:`~rnode_plugin.solvers.fixed.solve_fixed`.
-            dynamics, z, t, solver: as for :func:`~rnode_plugin.solvers.solve`.
-            options: further arguments of the engine.
-        """
-        return engine(dynamics, z, t, solver, **options)
-
-    def with_method(self, method: Method) -> Gradient:
-        """This gradient with another method of its backward solve, if it has one."""
-        return self
+        """The solution by the steps of ``solver``, with its gradient; arguments as for its ``march``."""
+        return solver.march(dynamics, z, t, first_step=first_step, save_steps=save_steps)
 
     def check_sampling(self) -> None:
         """Refuse a sampled quadrature if this gradient cannot have it."""
 
-    def check_penalties(self, penalties: Sequence[Any]) -> None:
+    def check_penalties(self, penalties: Sequence[StepPenalty]) -> None:
         """Refuse step penalties that this gradient cannot give, and name what works."""
 
     def check_field(self, field: nn.Module) -> None:
@@ -71,13 +66,19 @@ class Checkpointed(Gradient):
     """The same gradient with the activations of one step at a time, for one more pass of evaluations."""
 
     def solve(
-        self, engine: Engine, dynamics: BoundDynamics, z: Tensor, t: Tensor, solver: Solver, **options: Any
+        self,
+        solver: Integrator,
+        dynamics: BoundDynamics,
+        z: Tensor,
+        t: Tensor,
+        *,
+        first_step: float | None = None,
+        save_steps: bool = False,
     ) -> Solution:
         from .checkpoint import checkpointed
-        from .step import stepper
 
-        take = checkpointed(stepper(dynamics, solver), dynamics, z, t[0].to(z.device))
-        return engine(dynamics, z, t, solver, take=take, **options)
+        take = checkpointed(solver.stepper(dynamics), dynamics, z, t[0].to(z.device))
+        return solver.march(dynamics, z, t, take=take, first_step=first_step, save_steps=save_steps)
 
 
 @dataclass(frozen=True)
@@ -87,54 +88,42 @@ class Adjoint(Gradient):
     Its gradient differs from the gradient of the discrete loss by the discretization error.
 
     Args:
-        atol, rtol: tolerances of an adaptive backward solve; None: the solver's.
+        backward: the solver of the backward pass, such as ``Adaptive("dopri5", atol=1e-6)``; None: the solver of
+            the forward pass. Its own gradient has no meaning.
         interpolated: whether the backward solve reads the states from the cubic through the accepted ones, and does
             not solve for them again.
-        method: of the backward solve, a name or a :class:`~rnode_plugin.solvers.Method`; None: the solver's.
     """
 
-    atol: Any = None
-    rtol: Any = None
+    backward: Integrator | None = None
     interpolated: bool = False
-    method: Any = None
     through_steps: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        for name in ("atol", "rtol"):
-            if getattr(self, name) is not None:
-                check_tolerance(getattr(self, name), f"{name} of the adjoint")
-
     def solve(
-        self, engine: Engine, dynamics: BoundDynamics, z: Tensor, t: Tensor, solver: Solver, **options: Any
+        self,
+        solver: Integrator,
+        dynamics: BoundDynamics,
+        z: Tensor,
+        t: Tensor,
+        *,
+        first_step: float | None = None,
+        save_steps: bool = False,
     ) -> Solution:
         import torch
 
         from ..core.modes import transforms_active
         from .adjoint import AdjointCall, solve_adjoint
-        from .tableaus import get_method
 
-        if self.interpolated:
-            options = {**options, "save_steps": True}
-        forward = partial(engine, dynamics, solver=solver, **options)
+        save_steps = save_steps or self.interpolated
+        forward = partial(solver.march, dynamics, first_step=first_step, save_steps=save_steps)
         if transforms_active() or not torch.is_grad_enabled():
             solution = forward(z, t)
             times, states = self.outputs(solution)
             return replace(solution, t=times, z=states)
-        backward = replace(
-            solver,
-            method=replace(get_method(self.method or solver.method), interpolate=None),
-            gradient="autograd",
-            atol=solver.atol if self.atol is None else self.atol,
-            rtol=solver.rtol if self.rtol is None else self.rtol,
-        )
-        return solve_adjoint(
-            AdjointCall(dynamics, forward, backward, self.outputs, interpolated=self.interpolated),
-            z,
-            t.to(z.device),
-        )
-
-    def with_method(self, method: Method) -> Adjoint:
-        return replace(self, method=method)
+        call = AdjointCall(
+            dynamics, forward, (self.backward or solver).without_interpolation(), self.outputs,
+            interpolated=self.interpolated,
+        )  # fmt: skip
+        return solve_adjoint(call, z, t.to(z.device))
 
     def outputs(self, solution: Solution) -> tuple[Tensor, Tensor]:
         """The times and states of a solve that are its outputs."""
@@ -146,7 +135,7 @@ class Adjoint(Gradient):
             "not take: use 'autograd' or 'checkpointed' (sensitivity= of a NeuralODE), or quadrature='full'."
         )
 
-    def check_penalties(self, penalties: Sequence[Any]) -> None:
+    def check_penalties(self, penalties: Sequence[StepPenalty]) -> None:
         for penalty in penalties:
             if not penalty.local:
                 raise ConfigError(
@@ -168,13 +157,13 @@ _NAMED: dict[str, Gradient] = {
 }
 
 
-def gradient_of(solver: Solver) -> Gradient:
-    """The gradient of a solver.
+def get_gradient(gradient: str | Gradient) -> Gradient:
+    """A gradient by its name, or the gradient itself.
 
     Raises:
-        ConfigError: for an adjoint with a sampled quadrature.
+        ConfigError: for an unknown name.
     """
-    gradient = _NAMED[solver.gradient] if isinstance(solver.gradient, str) else solver.gradient
-    if solver.quadrature == "sampled":
-        gradient.check_sampling()
-    return gradient
+    if isinstance(gradient, Gradient):
+        return gradient
+    check_name(gradient, GRADIENTS, "gradient mode")
+    return _NAMED[gradient]

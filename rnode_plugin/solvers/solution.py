@@ -51,19 +51,19 @@ class Solution:
         stats: evaluations and steps.
         health: checks, on the device, that the solve stayed finite. :meth:`check` reads them;
             :func:`~rnode_plugin.solvers.check_all` reads several solves together.
-        next_step: the longest step that would have passed everywhere in an adaptive solve; None for a fixed grid.
-            A solve of the same field that gets it as ``first_step`` wastes no evaluation on finding one.
+        longest_safe_step: the longest step whose error would have been accepted everywhere in an adaptive solve;
+            None for a fixed grid. A solve of the same field that begins with it as its ``first_step`` needs no
+            evaluation to find one, and its step is not rejected.
         steps: the accepted steps of a solve with ``save_steps``. They carry gradients in the modes that go through
             the steps.
 
     Example:
         >>> import torch
-        >>> from rnode_plugin import Dynamics, Solver
+        >>> from rnode_plugin import Adaptive, Dynamics
         >>> from rnode_plugin.regularizers import kinetic
-        >>> from rnode_plugin.solvers import solve
         >>> dynamics = Dynamics(lambda t, z: -z, regularizers=[kinetic], estimator="exact")
         >>> z0, times = torch.ones(1, 2), torch.linspace(0, 1, 2)
-        >>> solution = solve(dynamics.bind(None), z0, times, Solver(method="dopri5"))
+        >>> solution = Adaptive("dopri5").solve(dynamics.bind(None), z0, times)
         >>> [round(value, 4) for value in solution.z[-1, 0].tolist()]  # exp(-1)
         [0.3679, 0.3679]
         >>> round(solution.logdet[-1].item(), 3), round(solution.penalties["kinetic"].item(), 3)  # -2, 1 - exp(-2)
@@ -76,7 +76,7 @@ class Solution:
     penalties: dict[str, Tensor]
     stats: SolveStats
     health: tuple[HealthCheck, ...] = ()
-    next_step: float | None = None
+    longest_safe_step: float | None = None
     steps: Steps | None = None
 
     def check(self) -> Solution:

@@ -7,7 +7,7 @@ the quadrature of the step's stages: it costs no evaluation, and no penalty ente
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -18,9 +18,8 @@ from ..core.health import HealthCheck
 from ..core.modes import constant, read, transforms_active
 from ..core.regularizer import StepRecord
 from ..errors import SolverError
-from .config import Solver
 from .solution import Solution, SolveStats, Steps
-from .tableaus import Method, get_method
+from .tableaus import Method
 
 _CPU = torch.device("cpu")
 
@@ -54,19 +53,42 @@ class Step(NamedTuple):
 StepTaker = Callable[[Tensor, Tensor, Tensor, "Rates | None", "Draw | None"], Step]
 
 
-def stepper(dynamics: BoundDynamics, solver: Solver, *, local: bool = False) -> StepTaker:
+class Integrator(Protocol):
+    """The part of a solver that its gradient runs; see :class:`~rnode_plugin.Solver`."""
+
+    adaptive: ClassVar[bool]
+
+    def march(
+        self,
+        dynamics: BoundDynamics,
+        z: Tensor,
+        t_span: Tensor,
+        *,
+        take: StepTaker | None = None,
+        first_step: float | None = None,
+        save_steps: bool = False,
+    ) -> Solution: ...
+
+    def stepper(self, dynamics: BoundDynamics) -> StepTaker: ...
+
+    def without_interpolation(self) -> Integrator: ...
+
+
+def stepper(
+    dynamics: BoundDynamics, method: Method, tolerances: tuple[float, float] | None, *, local: bool = False
+) -> StepTaker:
     """A function ``(z, t, dt, first, draw) -> Step``.
 
     ``first`` holds the rates at ``(t, z)`` if the step before has evaluated them. With a ``draw`` its stages alone
     make the products with the Jacobian, and all others the velocity alone.
 
-    A ``local`` step computes the local step penalties; the others see the accepted steps.
+    A ``local`` step computes the local step penalties; the others see the accepted steps. Step penalties see the
+    ``tolerances``, None for a fixed grid.
     """
     path = dynamics.path
     if path is not None and not (path.local if local else path.steps):
         path = None
-    method = get_method(solver.method)
-    weights = method.weights or (1.0,)
+    weights, (atol, rtol) = method.weights or (1.0,), tolerances or (None, None)
 
     def take(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, draw: Draw | None) -> Step:
         rates: list[Rates] = [] if first is None else [first]
@@ -103,8 +125,7 @@ def stepper(dynamics: BoundDynamics, solver: Solver, *, local: bool = False) -> 
         if path is not None:
             times, states = zip(*asked, strict=True)
             record = StepRecord(
-                t, dt.abs(), z, new, times, states, [r.dz for r in rates], error, method.pair, solver.atol,
-                solver.rtol,
+                t, dt.abs(), z, new, times, states, [r.dz for r in rates], error, method.pair, atol, rtol,
             )  # fmt: skip
             of_path = path.of_step(record, local=local)
         return Step(new, error, last, dlogdet, dlogdet_error, penalties, of_path, more[0] if more else None, nfe)
@@ -197,7 +218,7 @@ class Totals:
         logdet: list[Tensor | None],
         *,
         health: tuple[HealthCheck, ...] = (),
-        next_step: float | None = None,
+        longest_safe_step: float | None = None,
         passed: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> Solution:
         """The solution with outputs at the times ``t``; a log-determinant of None is zero.
@@ -213,7 +234,14 @@ class Totals:
         stats = SolveStats(self.nfe, self.steps, self.rejected)
         steps = Steps(*(torch.stack(row) for row in zip(*passed, strict=True))) if passed else None
         return Solution(
-            torch.stack(list(t)), torch.stack(list(z)), logdets, self.penalties, stats, health, next_step, steps
+            torch.stack(list(t)),
+            torch.stack(list(z)),
+            logdets,
+            self.penalties,
+            stats,
+            health,
+            longest_safe_step,
+            steps,
         )
 
 

@@ -14,7 +14,7 @@ from ..core.chains import Chain, one_kernel
 from ..core.derivatives import Velocity
 from ..core.modes import constant, traced
 from ..errors import ConfigError, suggest
-from .config import METHODS, count_steps
+from .checks import METHODS, count_steps
 
 # f at the new state or None, the new state, its error estimate or None, and, if shown, the stages' velocities
 StepResult = (

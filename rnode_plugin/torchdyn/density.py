@@ -23,11 +23,17 @@ from ..core.signature import accepts, refuse_state_first, time_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, check_count
 from ..plugins.registry import resolve_regularizers
-from ..solvers import Solver, gradient_of, solve
-from ..solvers.integrate import check_steps, check_times
+from ..solvers import METHODS, FixedGrid, Solver, get_method
+from ..solvers.solver import check_times
 from .cnf import check_shape
 from .field import NetDynamics
-from .solver_names import gradient_from_torchdyn, method_from_torchdyn, refuse_leapfrog, resolve_solver
+from .solver_names import (
+    gradient_from_torchdyn,
+    method_from_torchdyn,
+    refuse_leapfrog,
+    resolve_solver,
+    solver_of_torchdyn,
+)
 
 
 class RegularizedCNF(OneProcessADevice, DensityModel):
@@ -98,10 +104,10 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         self.keep_regularizers(self._penalties.weighted)
         self.objects, self.solver = _objects_and_solver(solver, **options)
         steps = Kinds.of(self.regularizers).steps
-        check_steps(steps, self.solver.method)
-        gradient_of(self.solver).check_penalties(steps)
+        self.solver.check_steps(steps)
+        self.solver.gradient.check_penalties(steps)
         if isinstance(net, nn.Module):
-            gradient_of(self.solver).check_field(net)
+            self.solver.gradient.check_field(net)
         given = (0.0, 1.0) if t_span is None else t_span
         if not (isinstance(given, Tensor) and given.is_floating_point()):
             given = torch.as_tensor(given, dtype=_precision(net))
@@ -310,9 +316,10 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         """The solver of a call, with torchdyn's steps if it has their method, and the times of its solve."""
         if solver is None:
             return self.solver, self.t_span
-        if solver.method == self.solver.name:
+        if self.solver.name in METHODS and solver.method is get_method(self.solver.name):
             solver = dataclasses.replace(solver, method=self.solver.method)
-        return solver, self.t_span[[0, -1]] if solver.adaptive or solver.step is not None else self.t_span
+        steps_at_times = isinstance(solver, FixedGrid) and solver.step is None
+        return solver, self.t_span if steps_at_times else self.t_span[[0, -1]]
 
     def _carry(
         self,
@@ -342,7 +349,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
                 estimator=self.estimator,
             )  # fmt: skip
             bound = dynamics.bind(dynamics.draw(x) if noise is None else noise[0])
-            solution = solve(bound, x.clone(), times, solver)
+            solution = solver.solve(bound, x.clone(), times)
             if check:
                 solution.check()
             assert solution.logdet is not None
@@ -364,7 +371,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         self._check(x)
         with outside_inference(x, self.context_rows(context, x), times) as (x, rows, times):
             dynamics = NetDynamics(self.net, x, rows, solver, divergence=False)
-            solution = solve(dynamics.bind(None), x.clone(), times, solver).check()
+            solution = solver.solve(dynamics.bind(None), x.clone(), times).check()
             self.nfe = solution.stats.nfe
             return solution.z
 
@@ -401,8 +408,11 @@ def _objects_and_solver(
     backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
     given = (solver, solver if solver_adjoint is None else solver_adjoint)
     names = [each if isinstance(each, str) else None for each in given]
-    gradient = gradient_from_torchdyn(sensitivity, backward, names[1], atol=atol_adjoint, rtol=rtol_adjoint)
-    made = Solver(method_from_torchdyn(forward, names[0]), step=None, gradient=gradient, **options)
+    gradient = gradient_from_torchdyn(
+        sensitivity, backward, names[1], atol=atol_adjoint, rtol=rtol_adjoint, max_nfe=options.get("max_nfe")
+    )
+    method = method_from_torchdyn(forward, names[0])
+    made = solver_of_torchdyn(method, gradient=gradient, **{"atol": 1e-5, "rtol": 1e-5, **options})
     return nn.ModuleDict({"solver": forward, "adjoint": backward}), made
 
 

@@ -29,7 +29,7 @@ from ..core.view import Columns, Places, View, places_of
 from ..errors import ConfigError, RnodeError
 from ..fields.recognise import recognise
 from ..fields.stack import AtContext, StackField
-from ..solvers import Solver, gradient_of
+from ..solvers import Solver
 from .cnf import CNF, estimator_of, first_order_system, noise_of
 
 CONTROL = "_control"
@@ -234,7 +234,7 @@ class NetDynamics(Dynamics):
             field = TorchdynField(function, context, slots=slots, aux=aux_of(modules, needs), plain=not slots.found)
         if divergence:
             field = fastest(
-                field, net, z, context, exact=type(estimator) is Exact, one_graph=gradient_of(solver).through_steps
+                field, net, z, context, exact=type(estimator) is Exact, one_graph=solver.gradient.through_steps
             )
         super().__init__(
             field, regularizers=regularizers, estimator=estimator, divergence=divergence,

@@ -30,9 +30,8 @@ from ..core.view import as_columns, check_batch_dim
 from ..core.weighing import warn_of_flat_state
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
-from ..solvers import Autograd, Solver, get_method, solve
-from ..solvers.config import check_tolerance
-from ..solvers.integrate import check_steps
+from ..solvers import Autograd, FixedGrid, Solver
+from ..solvers.checks import check_tolerance
 from ..solvers.solution import Solution
 from .field import INTEGRAL_LOSS, Followed, TorchdynSystem, system_of, warn_of_unread_columns
 from .solver_names import (
@@ -44,6 +43,7 @@ from .solver_names import (
     refuse_leapfrog,
     resolve_solver,
     solver_name,
+    solver_of_torchdyn,
     tableau_of,
 )
 
@@ -197,7 +197,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             self.regularizer_modules = nn.ModuleList(with_parameters)
         made = self._solver({})  # checks what it is made of
         steps = Kinds.of(self._penalties.regularizers).steps
-        check_steps(steps, made.method)
+        made.check_steps(steps)
         made.gradient.check_penalties(steps)
         made.gradient.check_field(self.vf)
         if sensitivity == "checkpointed":
@@ -260,12 +260,11 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             if penalties and x.ndim == 1 and followed.batch_dim == 0:
                 warn_of_flat_state(x, left.regularizers)
             solver, kept = self._solver(args), None
-            if solver.method.adaptive:
+            if solver.adaptive:
                 if len(save_at) > 0:
                     warnings.warn("Setting save_at has no effect on adaptive-step methods", stacklevel=3)
                 if x.ndim > 0 and x.shape[0] == 0:  # no sample has an error to choose steps by
-                    euler = get_method("euler")
-                    solver = replace(solver, method=euler, gradient=solver.gradient.with_method(euler))
+                    solver = FixedGrid("euler", step=None)
             else:
                 if (self.atol, self.rtol) != (1e-3, 1e-3):  # torchdyn's defaults
                     warnings.warn("Setting tolerances has no effect on fixed-step methods", stacklevel=3)
@@ -280,7 +279,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 lone = system.event_shape is None and followed.penalized is None and followed.batch_dim == 0
                 self._columns_known = not lone or warn_of_unread_columns(system, t_span[0], x)
             nfe = self.vf.nfe
-            solution = solve(system, x, t_span, solver).check()
+            solution = solver.solve(system, x, t_span).check()
             self.vf.nfe = nfe + solution.stats.nfe  # without evaluations that prepare a replay
             if kept is not None:
                 solution = replace(solution, t=solution.t[kept], z=solution.z[kept])
@@ -295,10 +294,9 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             x, t_span = self._start(x, t_span)
             with on_host():
                 t_span = FollowedSolve.of(self._penalties.regularizers).times(t_span)
-            solver = self._solver({})
-            solver = replace(solver, method=replace(solver.method, interpolate=None), gradient=Autograd())
+            solver = replace(self._solver({}).without_interpolation(), gradient=Autograd())
             system = system_of(self.vf, x, {}, replace(self._followed, regularizers=()), one_graph=True)
-            return solve(system, x, t_span, solver).check().z
+            return solver.solve(system, x, t_span).check().z
 
     def collect_penalties(self) -> AbstractContextManager[Penalties]:
         """For a loss that solves several times: :meth:`reg_loss` of all calls in a ``with`` block, summed::
@@ -435,10 +433,10 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         method = method_from_torchdyn(self.solver, names[0], args, interpolator=self.interpolator)
         gradient = gradient_from_torchdyn(
             self.sensalg, self.solver_adjoint, names[1], atol=self.atol_adjoint, rtol=self.rtol_adjoint, args=args,
-            interpolated=StepwiseAdjoint,
+            max_nfe=self._max_nfe, interpolated=StepwiseAdjoint,
         )  # fmt: skip
-        solver = Solver(
-            method, step=None, atol=self.atol, rtol=self.rtol, max_nfe=self._max_nfe, gradient=gradient,
+        solver = solver_of_torchdyn(
+            method, atol=self.atol, rtol=self.rtol, max_nfe=self._max_nfe, gradient=gradient,
             quadrature=self._quadrature,
         )  # fmt: skip
         if not with_args:

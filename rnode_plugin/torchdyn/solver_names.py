@@ -25,7 +25,8 @@ from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDi
 from ..core.derivatives import Velocity
 from ..core.modes import on_host, transforms_active
 from ..errors import ConfigError, suggest
-from ..solvers import Adjoint, Gradient, Method, Solution, Solver, get_method, gradient_of
+from ..solvers import Adaptive, Adjoint, FixedGrid, Gradient, Method, Solution, Solver, get_gradient, get_method
+from ..solvers.checks import check_tolerance
 from ..solvers.tableaus import StepResult
 
 _FAMILIES = {
@@ -138,6 +139,7 @@ def gradient_from_torchdyn(
     atol: Any,
     rtol: Any,
     args: Any = None,
+    max_nfe: int | None = None,
     interpolated: type[Adjoint] = Adjoint,
 ) -> Gradient:
     """The gradient of a ``sensitivity`` of torchdyn's classes, or of ours.
@@ -147,18 +149,28 @@ def gradient_from_torchdyn(
         adjoint: the solver object of a continuous adjoint. The adjoint depends on time if the path is interpolated,
             and need not match torchdyn's values, so its ``rk4`` evaluates at the right times.
         name, args: of this object, as in :func:`method_from_torchdyn`.
-        atol, rtol: tolerances of the adjoint.
+        atol, rtol, max_nfe: of the adjoint.
         interpolated: the class of an interpolated adjoint.
 
     Raises:
         ConfigError: for an unknown sensitivity and a tolerance out of range.
     """
-    gradient: Gradient = gradient_of(Solver(gradient=sensitivity))
+    gradient = get_gradient(sensitivity)
     if not isinstance(gradient, Adjoint):
         return gradient
-    method: Any = "rk4" if type(adjoint) is RungeKutta4 else method_from_torchdyn(adjoint, name, args)
+    method = get_method("rk4") if type(adjoint) is RungeKutta4 else method_from_torchdyn(adjoint, name, args)
     kind = interpolated if gradient.interpolated else Adjoint
-    return kind(atol, rtol, interpolated=gradient.interpolated, method=method)
+    check_tolerance(atol, "atol of the adjoint")
+    check_tolerance(rtol, "rtol of the adjoint")
+    backward = solver_of_torchdyn(method, atol=atol, rtol=rtol, max_nfe=max_nfe)
+    return kind(backward, interpolated=gradient.interpolated)
+
+
+def solver_of_torchdyn(method: Method, *, atol: Any, rtol: Any, **options: Any) -> Solver:
+    """The solver of a method of torchdyn's: one step for each interval of the times, or steps by the tolerances."""
+    if method.adaptive:
+        return Adaptive(method, atol=atol, rtol=rtol, **options)
+    return FixedGrid(method, step=None, **options)
 
 
 def method_from_torchdyn(
@@ -321,7 +333,7 @@ class StepwiseAdjoint(Adjoint):
     """torchdyn's interpolated adjoint, for which each accepted step of an adaptive solver is an output too."""
 
     def outputs(self, solution: Solution) -> tuple[Tensor, Tensor]:
-        if solution.next_step is None or solution.steps is None:  # of a fixed grid
+        if solution.longest_safe_step is None or solution.steps is None:  # of a fixed grid
             return solution.t, solution.z
         t, z = (torch.cat(pair) for pair in zip((solution.t, solution.z), solution.steps, strict=True))
         times = t.detach()

@@ -263,7 +263,7 @@ def _conclude(
             measure=task,
             batch_size=recipe.data.val_batch_size,
             seed=recipe.training.seed,
-            training_solver=recipe.solver,
+            training_solver=recipe.solver.build(),
             progress=batch_counter("evaluating the best weights") if progress else None,
         ).with_baselines(task, data)
         samples = None

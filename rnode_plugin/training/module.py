@@ -73,7 +73,7 @@ class RnodeModule(L.LightningModule):
                     "training.matching needs a flow of blocks, such as MultiscaleFlow, and regularizers without "
                     "parameters, which it gives no gradient."
                 )
-        self.objective = StepObjective(self.flow, recipe)
+        self.objective, self.solver = StepObjective(self.flow, recipe), recipe.solver.build()
         self.skipped = self.skipped_in_row = 0  # steps without a usable gradient: of the run, and the last ones
         self._batches = self._world = 1  # of a step: per device, and devices
         self._terms: list[StepTerms] = []  # of the batches of this step
@@ -99,7 +99,7 @@ class RnodeModule(L.LightningModule):
         if self.matches:
             terms = self.objective.matching(inputs)
         else:
-            terms = self.objective(inputs, self.recipe.solver, step=self.global_step - self.recipe.matching)
+            terms = self.objective(inputs, self.solver, step=self.global_step - self.recipe.matching)
         detached = dataclasses.replace(terms, loss=terms.loss.detach())
         self._terms = [*(self._terms if part else ()), detached]
         return terms.loss
@@ -209,7 +209,7 @@ class RnodeModule(L.LightningModule):
             with torch.inference_mode(False), torch.no_grad():
                 row = measure_batch(
                     self.flow, self.recipe, batch.clone(),
-                    index=batch_idx, rank=self.global_rank, training_solver=self.recipe.solver,
+                    index=batch_idx, rank=self.global_rank, training_solver=self.solver,
                 )  # fmt: skip
         except SolverError as error:
             where = f"in the validation at training step {self.global_step}"

@@ -13,8 +13,7 @@ from torch import Tensor
 from ...core.trace_estimators import Exact
 from ...data.tables import gaussian_scores
 from ...errors import ConfigError, SolverError
-from ...solvers import Solver
-from ...solvers.config import solver_text
+from ...solvers import Adaptive, FixedGrid, Solver
 from ..measures import measure_solver_gap, standard_error
 from .result import Check, Verdict
 from .subject import Encoded, HeldOut, Subject
@@ -52,13 +51,13 @@ def _severity(value: float, limits: tuple[float, float]) -> int:
 _VERDICTS: tuple[Verdict, Verdict, Verdict] = ("ok", "warning", "failed")
 
 
-def accurate(dtype: torch.dtype, times: float = 1.0) -> Solver:
+def accurate(dtype: torch.dtype, times: float = 1.0) -> Adaptive:
     """The reference solver: ``dopri5`` at ``times`` 1e-6, in double precision 1e-9."""
     return _at(times * (1e-9 if dtype is torch.float64 else 1e-6))
 
 
-def _at(tolerance: float) -> Solver:
-    return Solver(method="dopri5", atol=tolerance, rtol=tolerance, max_nfe=BUDGET)
+def _at(tolerance: float) -> Adaptive:
+    return Adaptive("dopri5", atol=tolerance, rtol=tolerance, max_nfe=BUDGET)
 
 
 def solver_gap(subject: Subject, data: HeldOut, training: Solver | None = None) -> Check:
@@ -68,7 +67,7 @@ def solver_gap(subject: Subject, data: HeldOut, training: Solver | None = None) 
     found = measure_solver_gap(
         lambda solver: subject.encode(data, solver=solver), lambda encoded: encoded.nll, coarse_solver, exact.nll
     )
-    words = {"solver": solver_text(coarse_solver), "failure": str(found.failure)}
+    words = {"solver": coarse_solver.text, "failure": str(found.failure)}
     if found.output is None:
         return _check(SOLVER_GAP, "failed", "fails", words, {}, nfe_accurate=exact.nfe)
     coarse, severity = found.output, _severity(found.typical, GAP)
@@ -171,7 +170,7 @@ def gradient(subject: Subject, data: HeldOut) -> Check:
     """
     few, directions = data.first(4), 4
     twin = copy.deepcopy(subject.model)
-    model = twin.solved_with(solver=Solver(method="rk4_38", step=0.25))
+    model = twin.solved_with(solver=FixedGrid("rk4_38", step=0.25))
     parameters = [p for p in twin.parameters() if p.is_floating_point()]
     if not parameters:
         return _check(GRADIENT, "left out", "no parameters", {}, {})

@@ -13,7 +13,6 @@ from ...core.random_streams import Stream, seeded
 from ...core.trace_estimators import TraceEstimator
 from ...errors import ConfigError
 from ...solvers import Solver
-from ...solvers.config import solver_text
 
 _BATCH_NUMBERS = 400_000  # of the state in one solve: 510 images of MNIST
 _MAX_BATCH = 4096
@@ -72,9 +71,9 @@ class Subject:
             )
         self.model, self.dims = model, model.event_shape.numel()
         self.batch_size = max(1, min(_MAX_BATCH, _BATCH_NUMBERS // self.dims))
-        solver: Solver = model.solver
-        self.solver_text = solver_text(solver)
-        self.tolerance = max(solver.atol, solver.rtol) if solver.adaptive else None
+        solver = model.solver
+        self.solver_text = solver.text
+        self.tolerance = None if solver.tolerances is None else max(solver.tolerances)
 
     def encode(
         self, data: HeldOut, *, solver: Solver | None = None, estimator: TraceEstimator | None = None

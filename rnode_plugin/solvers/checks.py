@@ -1,0 +1,82 @@
+"""The names of methods, gradients and quadratures, and the checks of a solver's values, without torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..errors import ConfigError, suggest
+
+FIXED_METHODS = ("euler", "midpoint", "rk4", "rk4_38")
+ADAPTIVE_METHODS = ("dopri5", "tsit5")
+METHODS = FIXED_METHODS + ADAPTIVE_METHODS
+GRADIENTS = ("autograd", "checkpointed", "adjoint", "interpolated_adjoint")
+QUADRATURES = ("full", "sampled")
+
+DEFAULT_MAX_NFE = 100_000
+"""Evaluations that an adaptive solve may use by default, so that a stiff field does not run forever."""
+
+
+def check_name(value: str, known: tuple[str, ...], what: str) -> None:
+    """Refuse an unknown name, with the known ones."""
+    if value not in known:
+        raise ConfigError(suggest(str(value), known, what))
+
+
+def check_quadrature(quadrature: str) -> None:
+    """Refuse an unknown quadrature."""
+    check_name(quadrature, QUADRATURES, "quadrature")
+
+
+def check_positive(value: Any, name: str) -> None:
+    """Refuse what is neither None nor a finite number > 0."""
+    if value is not None and not (_is_number(value) and value > 0):
+        raise ConfigError(f"{name} must be a number > 0 or None, not {value!r}.")
+
+
+def check_tolerances(atol: Any, rtol: Any) -> None:
+    """Refuse tolerances that are not numbers >= 0, and two that are 0."""
+    check_tolerance(atol, "atol")
+    check_tolerance(rtol, "rtol")
+    if all(isinstance(x, (int, float)) and x == 0 for x in (atol, rtol)):
+        raise ConfigError("atol and rtol are both 0, which no step can meet: raise one of them.")
+
+
+def check_tolerance(value: Any, name: str) -> None:
+    """Refuse a tolerance that is not a number >= 0."""
+    # a tensor of tolerances is checked where it is given: a check here would make each solve wait
+    tensor = hasattr(value, "dtype") and not isinstance(value, float)
+    if not (tensor or (_is_number(value) and value >= 0)):
+        raise ConfigError(f"{name} must be a number >= 0, not {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite number, not a truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def refuse_sampled_density(method: str, quadrature: str, *, adaptive: bool, setting: str = "solver") -> None:
+    """Refuse a sampled quadrature of a density by an adaptive method; ``setting`` names the solver."""
+    if quadrature == "sampled" and adaptive:
+        raise ConfigError(
+            f"{setting}.quadrature='sampled' of a density needs a fixed grid: {method} would control an error that "
+            f"the log-determinant does not have. Use one of {', '.join(FIXED_METHODS)}, or quadrature='full'."
+        )
+
+
+def adaptive_text(name: str, atol: Any) -> str:
+    """``dopri5, tolerance 1e-05``."""
+    return f"{name}, tolerance {atol:g}"
+
+
+def grid_text(name: str, step: float | None) -> str:
+    """``rk4_38, step 0.25``."""
+    return f"{name}, one step per interval" if step is None else f"{name}, step {step:g}"
+
+
+def count_steps(length: float, longest: float) -> int:
+    """How many steps no longer than ``longest`` a length is divided into, at least one.
+
+    It forgives rounding: from 0.8 to 1.1 there are three steps of 0.1, not four.
+    """
+    return max(1, math.ceil(abs(length) / longest - 1e-6))

@@ -1,0 +1,43 @@
+"""get_solver: a solver from the name of its method and options of either kind."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from ..errors import ConfigError
+from .adaptive import Adaptive
+from .fixed import FixedGrid
+from .solver import Solver
+from .tableaus import Method, get_method
+
+_LACKS = {
+    "step": "chooses its own steps and takes no step=: give atol= and rtol=",
+    "atol": "controls no error and takes no atol=: give step=",
+    "rtol": "controls no error and takes no rtol=: give step=",
+    "first_step": "controls no error and takes no first_step=: give step=",
+}
+
+
+def get_solver(method: str | Method, **options: Any) -> Solver:
+    """The solver of a method: a :class:`FixedGrid`, or an :class:`Adaptive` solver.
+
+    Args:
+        method: a name such as ``"rk4_38"`` or ``"dopri5"``, or a :class:`~rnode_plugin.solvers.Method`.
+        options: of the class that the method belongs to.
+
+    Raises:
+        ConfigError: for an unknown name, an option that this class does not take, and as its constructor.
+
+    Example:
+        >>> from rnode_plugin.solvers import get_solver
+        >>> get_solver("dopri5", atol=1e-6).tolerances
+        (1e-06, 1e-05)
+    """
+    found = get_method(method)
+    kind = Adaptive if found.adaptive else FixedGrid
+    known = inspect.signature(kind).parameters
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"{found.name} {_LACKS.get(name, f'takes no {name}=')}.")
+    return kind(found, **options)

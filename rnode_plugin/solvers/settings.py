@@ -1,0 +1,93 @@
+"""SolverSettings: a solver as plain data. Importing this needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .checks import (
+    ADAPTIVE_METHODS,
+    METHODS,
+    adaptive_text,
+    check_name,
+    check_positive,
+    check_quadrature,
+    check_tolerances,
+    grid_text,
+)
+from .gradients import get_gradient
+
+if TYPE_CHECKING:
+    from .solver import Solver
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """A solver as a recipe or a command line has it: flat, by names. :meth:`build` makes the solver.
+
+    Args:
+        method: of a :class:`~rnode_plugin.FixedGrid`, ``euler``, ``midpoint``, ``rk4`` or ``rk4_38``; of an
+            :class:`~rnode_plugin.Adaptive` solver, ``dopri5`` or ``tsit5``.
+        step: of a fixed grid; an adaptive solver does not use it.
+        atol, rtol, first_step: of an adaptive solver; a fixed grid does not use them.
+        max_nfe, quadrature: of both.
+        gradient: ``autograd``, ``checkpointed``, ``adjoint`` or ``interpolated_adjoint``.
+
+    Raises:
+        ConfigError: for an unknown name, a number out of range, and a quadrature that the gradient cannot have.
+
+    Example:
+        >>> from rnode_plugin.solvers import SolverSettings
+        >>> SolverSettings(method="dopri5", atol=1e-6).build().adaptive
+        True
+        >>> SolverSettings(method="rk4_38", step=0.25).text
+        'rk4_38, step 0.25'
+    """
+
+    method: str = "rk4_38"
+    step: float | None = 0.25
+    atol: float = 1e-5
+    rtol: float = 1e-5
+    first_step: float | None = None
+    max_nfe: int | None = None
+    gradient: str = "autograd"
+    quadrature: str = "full"
+
+    def __post_init__(self) -> None:
+        check_name(self.method, METHODS, "solver method")
+        check_quadrature(self.quadrature)
+        gradient = get_gradient(self.gradient)
+        for name in ("step", "first_step", "max_nfe"):
+            check_positive(getattr(self, name), name)
+        check_tolerances(self.atol, self.rtol)
+        if self.quadrature == "sampled":
+            gradient.check_sampling()
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the method chooses its own steps."""
+        return self.method in ADAPTIVE_METHODS
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.method
+
+    @property
+    def text(self) -> str:
+        """``dopri5, tolerance 1e-05`` or ``rk4_38, step 0.25``."""
+        return adaptive_text(self.method, self.atol) if self.adaptive else grid_text(self.method, self.step)
+
+    def build(self) -> Solver:
+        """The solver: a :class:`~rnode_plugin.FixedGrid` or an :class:`~rnode_plugin.Adaptive` one."""
+        from .adaptive import Adaptive
+        from .fixed import FixedGrid
+
+        if self.adaptive:
+            return Adaptive(
+                self.method, atol=self.atol, rtol=self.rtol, first_step=self.first_step, max_nfe=self.max_nfe,
+                gradient=self.gradient, quadrature=self.quadrature,
+            )  # fmt: skip
+        return FixedGrid(
+            self.method, step=self.step, max_nfe=self.max_nfe, gradient=self.gradient, quadrature=self.quadrature
+        )

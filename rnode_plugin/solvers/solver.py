@@ -1,0 +1,275 @@
+"""Solver, the base of all solvers: one solve with its gradient and the penalties of its steps and trajectories."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..core.derivatives import VELOCITY
+from ..core.dynamics import BoundDynamics, PathPenalties, refuse_held
+from ..core.health import HealthCheck, health
+from ..core.modes import on_host, transforms_active
+from ..core.regularizer import StepPenalty
+from ..errors import ConfigError
+from .checks import check_positive, check_quadrature, refuse_sampled_density
+from .gradients import Gradient, get_gradient
+from .solution import Solution, Steps
+from .step import StepTaker, fail_integrals, stepper
+from .tableaus import Method, get_method, hermite
+
+_Self = TypeVar("_Self", bound="Solver")
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Solver(ABC):
+    """How an initial value problem is integrated and differentiated: a :class:`FixedGrid` or :class:`Adaptive`.
+
+    Attributes:
+        method: how a step is taken.
+        gradient: how a solve is differentiated.
+        quadrature: ``"full"``, or ``"sampled"``: few evaluations make products with the Jacobian. Where a density
+            is followed, one stage of each step of a fixed grid makes them, for trace and penalties. Elsewhere
+            about one evaluation in eight of a fixed grid, or one in each adaptive step, makes them for the
+            penalties. On a fixed grid they are drawn by their weights in the step's quadrature, which is unbiased
+            in value and gradient. Some weights of dopri5 and tsit5 are negative, so these draw by others, of order
+            3: the mean over draws is another quadrature, which differs from the full one where the tolerances are
+            loose. Penalties that need no product stay full. It needs a gradient through the steps, and an adaptive
+            method may not follow a density, whose error it controls.
+        max_nfe: most evaluations that one solve may use; None: no limit for a fixed grid, 100,000 for an adaptive
+            solver.
+        adaptive: whether it chooses its own steps.
+        name: the method's name.
+        text: it in words, such as ``rk4_38, step 0.25``.
+
+    Example:
+        >>> from rnode_plugin import Adaptive, FixedGrid
+        >>> [solver.text for solver in (FixedGrid("rk4_38", step=0.25), Adaptive("dopri5"))]
+        ['rk4_38, step 0.25', 'dopri5, tolerance 1e-05']
+    """
+
+    method: Method
+    gradient: Gradient
+    quadrature: str
+    max_nfe: int | None
+    adaptive: ClassVar[bool]
+
+    def __init__(
+        self, method: str | Method, *, gradient: str | Gradient, quadrature: str, max_nfe: int | None
+    ) -> None:
+        method, gradient = get_method(method), get_gradient(gradient)
+        check_quadrature(quadrature)
+        check_positive(max_nfe, "max_nfe")
+        if quadrature == "sampled":
+            gradient.check_sampling()
+        self._set(method=method, gradient=gradient, quadrature=quadrature, max_nfe=max_nfe)
+
+    def _set(self, **attributes: object) -> None:
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)  # a frozen object sets its attributes once, here
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    @property
+    @abstractmethod
+    def text(self) -> str: ...
+
+    @property
+    def tolerances(self) -> tuple[float, float] | None:
+        """Absolute and relative tolerance; None for a fixed grid."""
+        return None
+
+    def solve(
+        self,
+        dynamics: BoundDynamics,
+        z0: Tensor,
+        t_span: Tensor,
+        *,
+        first_step: float | None = None,
+        save_steps: bool = False,
+    ) -> Solution:
+        """Solve the augmented system (RNODE) from ``t_span[0]`` through all of ``t_span``.
+
+        Args:
+            dynamics: the system with its noise fixed: ``Dynamics(...).bind(noise)``.
+            z0: state ``(B, *event)`` at ``t_span[0]``.
+            t_span: times ``(T,)``, increasing or decreasing; on the CPU they are read without waiting for the
+                device. Inside a transform of torch.func every gradient goes through the steps, as ``autograd``.
+            first_step: first step that an adaptive solver tries, such as the ``longest_safe_step`` of a solve of
+                the same field; it is cut off at the end. None: the solver's own.
+            save_steps: whether the solution holds the accepted steps.
+
+        Returns:
+            Solution: states at all of ``t_span``, log-determinant (nats), integrals of the penalties, and the cost.
+            A fixed grid does not look whether it stayed finite: call :meth:`Solution.check`.
+
+        Raises:
+            ConfigError: for times that are not finite and strictly monotonic, for a quadrature or a penalty that
+                the method or the gradient cannot have, and for an adaptive solver where nothing can be read: inside
+                ``torch.func.vmap`` and on the device ``meta``.
+            SolverError: non-finite state of an adaptive solver, step-size underflow, or the budget of evaluations
+                used up.
+        """
+        if dynamics.divergence:
+            refuse_sampled_density(self.name, self.quadrature, adaptive=self.adaptive)
+        check_times(t_span)
+        if self.gradient.through_steps or transforms_active():
+            refuse_held(dynamics.held, t_span)
+        path = dynamics.path
+        if path is None:
+            solution = self.gradient.solve(self, dynamics, z0, t_span, first_step=first_step, save_steps=save_steps)
+        else:
+            solution = self._solve_with_path(
+                dynamics, z0, t_span, path, first_step=first_step, save_steps=save_steps
+            )
+        return solution if save_steps or solution.steps is None else replace(solution, steps=None)
+
+    def _solve_with_path(
+        self,
+        dynamics: BoundDynamics,
+        z0: Tensor,
+        t_span: Tensor,
+        path: PathPenalties,
+        *,
+        first_step: float | None,
+        save_steps: bool,
+    ) -> Solution:
+        """A solve with penalties of steps and trajectories, which stops where a trajectory penalty wants states."""
+        self.check_steps(path.steps)
+        if torch.is_grad_enabled():  # values alone are the same in every mode
+            self.gradient.check_penalties(path.steps)
+        times, asked, inner = path.stops(t_span) if path.trajectories else (t_span, None, [])
+        save_steps = save_steps or bool(path.local)
+        solution = self.gradient.solve(self, dynamics, z0, times, first_step=first_step, save_steps=save_steps)
+        solution = _with_path_penalties(solution, dynamics, path, self, times, inner)
+        if asked is not None and len(asked) < len(times) == len(solution.t):
+            logdet = None if solution.logdet is None else solution.logdet[asked]
+            solution = replace(solution, t=solution.t[asked], z=solution.z[asked], logdet=logdet)
+        return solution
+
+    @abstractmethod
+    def march(
+        self,
+        dynamics: BoundDynamics,
+        z: Tensor,
+        t_span: Tensor,
+        *,
+        take: StepTaker | None = None,
+        first_step: float | None = None,
+        save_steps: bool = False,
+    ) -> Solution:
+        """The steps alone, differentiable through them: without another gradient, and without path penalties.
+
+        Args:
+            dynamics, z, t_span, first_step, save_steps: as for :meth:`solve`.
+            take: makes the steps; None: :meth:`stepper`.
+        """
+
+    def stepper(self, dynamics: BoundDynamics) -> StepTaker:
+        """What takes the steps of a solve."""
+        return stepper(dynamics, self.method, self.tolerances)
+
+    def without_interpolation(self: _Self) -> _Self:
+        """The same solver, which stops at each output time."""
+        return replace(self, method=replace(self.method, interpolate=None))
+
+    def check_steps(self, penalties: Sequence[StepPenalty]) -> None:
+        """Refuse penalties on accepted steps that the method cannot give, and name what works."""
+        for penalty in penalties:
+            if penalty.local:
+                continue
+            has = {"error": self.adaptive, "pair": self.method.pair is not None}
+            for use in penalty.uses:
+                if not has[use]:
+                    what, good = _WITHOUT[use]
+                    raise ConfigError(
+                        f"{penalty.name!r} cannot be computed: the method {self.name!r} {what}; use {good}, or "
+                        f"'local_error' or 'local_stiffness', which take a separate step with any method."
+                    )
+
+
+def check_times(t_span: Tensor) -> None:
+    """Refuse times that are not a finite, strictly monotonic row of at least two."""
+    good = t_span.ndim == 1 and len(t_span) >= 2 and t_span.is_floating_point()
+    if good:
+        with on_host():
+            steps = t_span.detach().diff()
+            good = bool(((steps > 0).all() | (steps < 0).all()) & torch.isfinite(t_span.detach()).all())
+    if not good:
+        raise ConfigError(
+            "t_span must be finite and strictly increasing or decreasing, a row of at least two floating-point "
+            f"times, not {t_span.tolist()}: where it turns back or stands still, start another solve from the last "
+            "state."
+        )
+
+
+# penalties of steps and trajectories ----------------------------------------------------------------------------
+
+_WITHOUT = {
+    "error": ("has no error estimate", "dopri5 or tsit5"),
+    "pair": ("has no two stages at one time", "dopri5, tsit5 or rk4"),
+}
+
+
+def _with_path_penalties(
+    solution: Solution,
+    dynamics: BoundDynamics,
+    path: PathPenalties,
+    solver: Solver,
+    times: Tensor,
+    inner: Sequence[Tensor],
+) -> Solution:
+    """The solution with trajectory penalties at ``inner`` places of ``times``, and local ones along its steps."""
+    extra, stats, checks = {}, solution.stats, solution.health
+    for i, places in enumerate(inner):
+        found = places.tolist()
+        if len(solution.t) != len(times):  # a gradient with more outputs; rounding may have moved these
+            found = [int((solution.t.detach() - float(times[k].detach())).abs().argmin()) for k in found]
+        # the times that the solve was given carry the graph of t_span: the outputs of a continuous adjoint do not
+        mine, states = times[places].to(solution.t.device), [solution.z[k] for k in found]
+        name, value = path.of_trajectory(i, mine, states, solution.penalties)
+        extra[name] = value
+    if path.local:
+        assert solution.steps is not None
+        local, nfe = _local_penalties(dynamics, solver, solution.steps)
+        extra |= local
+        stats = replace(stats, nfe=stats.nfe + nfe)
+    penalties = {name: x for name, x in (solution.penalties | extra).items() if name not in path.hidden}
+    if extra:
+
+        def fail(_: int) -> NoReturn:
+            fail_integrals(solution.z[-1], None, penalties, float(solution.t[-1].detach()), stats.steps, stats.nfe)
+
+        check = HealthCheck(torch.stack([health(value) for value in extra.values()]), fail)
+        checks = (*checks, check)
+    return replace(solution, penalties=penalties, stats=stats, health=checks)
+
+
+def _local_penalties(dynamics: BoundDynamics, solver: Solver, steps: Steps) -> tuple[dict[str, Tensor], int]:
+    """The local penalties of one step of tsit5 from a uniformly random time, and the evaluations that it took.
+
+    The step starts, detached, on the cubic interpolant of the accepted states, and is as long as the accepted step
+    there, or as what is left of the solve.
+    """
+    knots = steps.t.detach()
+    start, end = knots[0], knots[-1]
+    # drawn on the CPU, so that one seed gives the same time on every device
+    s = start + (end - start) * torch.rand((), dtype=torch.float64).to(knots)
+    backward = bool(end < start)
+    passed = (knots >= s) if backward else (knots <= s)
+    k = min(max(int(passed.sum()) - 1, 0), len(knots) - 2)
+    (t0, t1), (z0, z1) = knots[k : k + 2], steps.z[k : k + 2].detach()
+    with torch.no_grad():
+        v0, v1 = (dynamics.evaluate(t, z, VELOCITY).dz for t, z in ((t0, z0), (t1, z1)))
+        z = hermite(t0, z0, v0, t1, z1, v1, s)
+    h = torch.minimum((t1 - t0).abs(), (end - s).abs())
+    take = stepper(dynamics, get_method("tsit5"), solver.tolerances, local=True)
+    step = take(z, s, -h if backward else h, None, {})  # no stage makes products
+    return {name: value for name, (_, value) in step.path.items()}, step.nfe + 2
