@@ -99,7 +99,28 @@ REFUSED = {
     "train digits --set data.shape=1,2": "data.shape: an image has three numbers C,H,W (channels, height, width), "
     "as in 1,28,28, got '1,2'.",
     "train digits --batch-size 0": "data.batch_size: input should be greater than 0, got '0'",
-    "train runs/table/0": "is not a recipe: a run is continued by rnode-cli train --resume runs/table/0.",
+    "train runs/none/0": "is not a recipe: a run is continued by rnode-cli train --resume runs/none/0.",
+    "train digits --set model.name=multi": "unknown model 'multi'. Known: MultiscaleFlow, TableFlow.",
+    "train digits --size 12": "the images of digits have one size: leave --size out. It scales the pictures of a",
+    "train digits --data-root nowhere": "the digits come with scikit-learn, so --data-root has no effect.",
+    "train digits --callback nothing_of_that_name:Stop": "no module 'nothing_of_that_name' is here or installed.",
+    "train digits --callback math": "--callback math: write MODULE:NAME.",
+    "train table --set data.columns=radius,textur": "data.columns: unknown column 'textur'; did you mean",
+    "compare digits --configuration kinetic --configuration kinetik": "unknown configuration 'kinetik'; did",
+    "compare digits --configuration none.json": "none.json cannot be read: No such file",
+    "eval runs/digits/0 --solver metod=rk4": "unknown setting 'test_solver.metod'. Did you mean test_solver.method",
+    "eval runs/digits/0 --solver method=rk5": "unknown solver method 'rk5'; did you mean 'rk4'?",
+    "eval runs/digits/0 --solver atol=x": "test_solver.atol: input should be a valid number",
+    "eval runs/digits/0 --data-root nowhere": "so --data-root has no effect",
+    "diagnose runs/digits/0 --data-root nowhere": "so --data-root has no effect",
+    "sample runs/digits/0 --out x.jpg": "x.jpg is not a picture: its name must end in .png.",
+    "sample runs/digits/0 --given-values a=1": "are for tables that were trained with --given",
+    "sample runs/table/0 --given-values textur=1": "unknown given column 'textur'; did you mean 'texture'?",
+    "sample runs/table/0": "this density is given texture, and texture has no value. Name the values with",
+    "sample runs/table/0 --given-values texture=1 --columns 4": "rows of a table are in no grid: leave --columns",
+    "sample runs/table/0 --given-values texture=1 -t 1 -t 2": "at one temperature: give --temperature once.",
+    "sample runs/table/0 --given-values texture=1 --out x.xlsx": "x.xlsx is not a table: its name must end in .csv",
+    "report runs/digit/0": "no run at runs/digit/0; did you mean 'runs/digits/0'? Give a run folder",
 }
 ABSENT = {
     "train table --data-root nothing.csv": "nothing.csv does not exist",
@@ -112,10 +133,18 @@ ABSENT = {
     "diagnose mnist-pretraned": "did you mean 'mnist-pretrained'?",
     "export mnist-pretraned a.safetensors": "did you mean 'mnist-pretrained'?",
     "cite mnist-pretraned": "did you mean 'mnist-pretrained'?",
+    "eval runs/digit/0": "no checkpoint at runs/digit/0; did you mean 'runs/digits/0'?",
+    "eval runs/table/0 --data-root nothing.csv": "nothing.csv does not exist",
+    "diagnose runs/table/0 --data-root nothing.csv": "nothing.csv does not exist",
 }
 
 
-def test_a_wrong_name_or_setting_is_refused_before_torch_is_imported() -> None:
+def test_a_wrong_name_or_setting_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    for name, changes in (("digits", []), ("table", ["data.given=texture"])):
+        run = tmp_path / "runs" / name / "0"
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "checkpoints" / "best.ckpt").touch()  # which is not read
+        (run / "recipe.json").write_text(json.dumps(get_recipe(name).override(changes).to_plain()))
     code = (
         "import json, sys\nfrom click.testing import CliRunner\nfrom rnode_plugin.cli import main\n"
         "run = CliRunner().invoke\n"
@@ -123,7 +152,8 @@ def test_a_wrong_name_or_setting_is_refused_before_torch_is_imported() -> None:
         "print(json.dumps([{w: [d.exit_code, d.output] for w, d in done.items()}, 'torch' in sys.modules]))"
     )
     command = [sys.executable, "-c", code, json.dumps([*REFUSED, *ABSENT])]
-    found, imported = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    found, imported = json.loads(done.stdout)
     for words, message in {**REFUSED, **ABSENT}.items():
         assert found[words][0] == (2 if words in REFUSED else 1), found[words]
         assert message in " ".join(found[words][1].split())

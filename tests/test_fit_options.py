@@ -104,8 +104,9 @@ def test_a_callback_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert done.output.count("half 0.0") == 2
         assert float(torch.tensor(2e-40) * 0.5) > 0, "a program that calls the command has its arithmetic back"
     for name, words in (
-        ("no_module:Prints", "No module named"),
-        ("my_callbacks", "Write MODULE:NAME"),
+        ("no_module:Prints", "no module 'no_module' is here or installed"),
+        ("my_callbacks", "write MODULE:NAME"),
+        ("my_callbacks:Print", "has no attribute 'Print'"),
         ("my_callbacks:broken", "OSError: no such thing"),
         ("builtins:dict", "makes a dict, not a callback"),
     ):

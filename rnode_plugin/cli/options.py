@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from ..errors import ConfigError, RnodeError
+from ..errors import ConfigError, RnodeError, suggest
 from ..plugins import registry
 
 if TYPE_CHECKING:
@@ -175,13 +175,14 @@ def changed(recipe: Recipe, options: dict[str, Any]) -> Recipe:
             raise ConfigError(f"--given is for tables, and {recipe.name} is a recipe of images.")
         changes.append(f"{setting.format(samples=recipe.task.samples)}={value}")
     new = recipe.override([*changes, *options.pop("assignments")])
+    if new.data.name == "table" and new.task.columns and new.table.columns != recipe.table.columns:
+        from ..data.tables import table_columns
+
+        known = table_columns(new.data.root)  # the head of the file, before torch is imported
+        if unknown := [each for each in new.table.columns if each not in known]:
+            raise ConfigError(f"data.columns: {suggest(unknown[0], known, 'column')}")
     if new.data.name == "folder" and new.data.root is None:
         raise ConfigError("name the folder of your pictures: --data-root FOLDER.")
-    if new.data.name == "digits" and new.data.root is not None:
-        raise ConfigError(
-            "the digits come with scikit-learn, so --data-root has no effect. To train on your pictures: rnode-cli "
-            f"train pictures --data-root {shlex.quote(os.path.relpath(new.data.root))}"
-        )
     return new
 
 

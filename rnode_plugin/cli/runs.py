@@ -81,18 +81,22 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
     rnode-cli eval runs/digits/0
     rnode-cli eval mnist-pretrained --limit 100 --solver method=rk4 --solver step=0.25
 
-    Bits/dim are dirty (uniform noise in each bin) and clean (the centres of the bins), with standard errors from
+    Bits/dim are dirty (uniform noise in each bin) and clean (the centers of the bins), with standard errors from
     the choice of images and from the noise. The table also has the NFE of one solve, the penalties, and the time.
     The trace is exact in up to 16 dimensions (64 for a table), and estimated with Rademacher probes in more. The
     NLL of a table, in nats per row, is shown with the NLL of a Gaussian.
     """
+    from ..recipes.recipe import recipe_beside
     from ..training.checkpoints import find_checkpoint, load_with_recipe
 
     if options["summary"] and not as_json:
         raise click.UsageError("--summary shortens the JSON: add --json.")
     if wrong := [each for each in options["solver_settings"] if "=" not in each]:
         raise click.UsageError(f"--solver takes KEY=VALUE, as in --solver method=rk4, not {wrong[0]!r}.")
-    path = find_checkpoint(run)  # before torch is imported
+    path = find_checkpoint(run)
+    if (known := recipe_beside(path)) is not None:  # what cannot work is refused before torch is imported
+        known.override([f"test_solver.{change}" for change in options["solver_settings"]])
+        known.at_root(options["data_root"])
     from ..evaluation.likelihood import evaluate
     from ..evaluation.loading import load_for_evaluation, pick_device
 
@@ -149,9 +153,12 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     Writes diagnosis.json and diagnosis/ (PNG and SVG). `rnode-cli report` shows the diagnosis of the best weights
     of a run. The exit code is 3 if a check failed.
     """
+    from ..recipes.recipe import recipe_beside
     from ..training.checkpoints import find_checkpoint, load_with_recipe
 
-    path = find_checkpoint(run)  # before torch is imported
+    path = find_checkpoint(run)
+    if (known := recipe_beside(path)) is not None:  # what cannot work is refused before torch is imported
+        known.at_root(options["data_root"])
     from ..evaluation.diagnostics.diagnose import compared_for, diagnose, held_out_samples
     from ..evaluation.loading import pick_device
     from ..reports.diagnosis import save_diagnosis
@@ -222,24 +229,29 @@ def sample(*, run: str, **options: Any) -> None:
     have the given columns in addition to the drawn ones.
     """
     from ..data.table_files import column_names
+    from ..evaluation.requests import check_samples
+    from ..recipes.recipe import recipe_beside
     from ..training.checkpoints import find_checkpoint, load_with_recipe
 
     values, file = options.pop("given_values"), options.pop("given_file")
     if values and file:
         raise ConfigError("give the context with --given-values or with --given-file, not both.")
-    checkpoint = find_checkpoint(run)
+    checkpoint, given, named = find_checkpoint(run), values or file, options.pop("out")
     if file is not None:
-        column_names(file)  # a file that cannot be read is refused before torch is imported
+        column_names(file)
+    asked = {"given": given, "temperatures": options["temperatures"], "columns": options["columns"]}
+    if (known := recipe_beside(checkpoint)) is not None:  # what cannot work is refused before torch is imported
+        check_samples(known.task, None if named is None else Path(named), **asked)
     from ..evaluation.loading import pick_device
     from ..evaluation.samples import write_samples
 
     flush_denormals()
     flow, recipe = load_with_recipe(checkpoint, map_location=pick_device(options.pop("device")))
     default = "samples.png" if recipe.task.samples == "images" else "samples.csv"
-    place = free_path(options.pop("out"), default, force=options.pop("force"))
+    place = free_path(named, default, force=options.pop("force"))
     chosen = {name: value for name, value in options.items() if value is not None and name != "count"}
     ranges = recipe.table.given_ranges if recipe.task.columns else None
-    drawn = write_samples(recipe.task, flow, place, options["count"], given=values or file, ranges=ranges, **chosen)
+    drawn = write_samples(recipe.task, flow, place, options["count"], given=given, ranges=ranges, **chosen)
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
     temperatures = ", ".join(f"{each:g}" for each in options["temperatures"])
     click.echo(f"{counted(drawn, recipe.task.sample)} at temperature {temperatures}{averaged}: {place}")
@@ -313,6 +325,10 @@ def report(*, runs: tuple[str, ...], out: str | None, title: str | None, force: 
     read are left out. Runs that differ by their seed alone are one configuration.
     Writes report.html (one file that opens offline) and figures/ (PNG and SVG).
     """
+    from ..training.checkpoints import runs_at
+
+    for run in map(Path, runs):
+        runs_at(run)  # before torch is imported
     from ..reports import write_report
 
     written = write_report(runs, free_path(out, "report", force=force), title=title)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pkgutil
 import shlex
@@ -92,6 +93,8 @@ def train(
     """
     try:
         check_loggers(options["loggers"])
+        for name in options["callbacks"]:
+            _check_callback(name)
         found, resume = _chosen(recipe, resume, ctx, ffjord=options.pop("ffjord"))
         chosen = changed(found, options)
         if resume is None and chosen.training.weights is not None:
@@ -171,18 +174,28 @@ def _has_gpu() -> bool:
     return torch.accelerator.is_available()
 
 
+def _check_callback(name: str) -> None:
+    """Refuse what is no ``MODULE:NAME`` and a module that is not there, before Lightning is imported."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the user's module lies in the folder where the command is given
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(f"--callback {name}: write MODULE:NAME.")
+    package = module.partition(".")[0]
+    if package not in sys.modules and importlib.util.find_spec(package) is None:
+        raise ConfigError(f"--callback {name}: no module {package!r} is here or installed. Write MODULE:NAME.")
+
+
 def _callback(name: str) -> Any:
     """The callback of Lightning that ``MODULE:NAME`` means; a ConfigError for anything else."""
     from pytorch_lightning.callbacks import Callback
 
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the user's module lies in the folder where the command is given
     try:
         found = pkgutil.resolve_name(name)
         made = found if isinstance(found, Callback) else found()
     except Exception as error:  # of the module or the constructor
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"--callback {name} cannot be made: {reason}. Write MODULE:NAME.") from error
+        raise ConfigError(f"--callback {name} cannot be made: {reason}.") from error
     if not isinstance(made, Callback):
         raise ConfigError(f"--callback {name} makes a {type(made).__name__}, not a callback of Lightning.")
     return made
@@ -252,11 +265,14 @@ def compare(*, recipe: str, quiet: bool, as_json: bool, **options: Any) -> None:
 
     Runs that train at the same time on a CPU take longer steps than one alone.
     """
+    from ..comparison.configurations import configured_recipes
     from ..recipes.recipe import get_recipe
 
     refuse_place(recipe)
     chosen = changed(get_recipe(recipe), options)
-    from ..comparison.compare import compare  # seconds of imports, which a wrong name does not wait for
+    # what cannot work is refused before seconds of imports
+    configured_recipes(chosen, options["configurations"], seeds=options["seeds"])
+    from ..comparison.compare import compare
 
     # it would end this process and leave its runs alone
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

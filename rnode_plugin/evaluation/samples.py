@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..core.random_streams import Stream, seeded
-from ..data.table_files import check_written, read_columns, write_rows
-from ..errors import ConfigError, suggest
+from ..data.table_files import read_columns, write_rows
 from ..files import write_atomically
 from ..recipes.task import ImageTask, Task
+from .requests import check_samples
 
 if TYPE_CHECKING:
     from ..core.distribution import DensityModel
@@ -99,7 +99,7 @@ def save_grid(
     Args:
         path: the PNG, which is written whole or not at all.
         samples: images ``(N, C, H, W)`` in [0, 1] by temperature, as :func:`sample_images` returns them.
-        levels: number of grey levels of the data; a sample is shown as the level of its bin.
+        levels: number of gray levels of the data; a sample is shown as the level of its bin.
         columns: images in a row; None makes the blocks about square, or one row each if there are several.
 
     Raises:
@@ -170,20 +170,13 @@ def write_samples(
         options: ``seed`` and ``batch_size`` of :func:`sample_images` or :func:`sample_rows`.
 
     Raises:
-        ConfigError: for columns that are missing or that the density is not given, a file of another kind, and
-            options of the other task.
+        ConfigError: as :func:`~rnode_plugin.evaluation.requests.check_samples` refuses it.
     """
+    check_samples(task, path, temperatures=temperatures, given=given, columns=columns)
     if isinstance(task, ImageTask):
-        if given is not None:
-            raise ConfigError("--given-values and --given-file are for tables that were trained with --given.")
-        if path.suffix.lower() != ".png":
-            raise ConfigError(f"{path} is not a picture: its name must end in .png.")
         images = sample_images(flow, count or 64, temperatures=temperatures, **options)
         save_grid(path, images, levels=task.levels, columns=columns)
         return count or 64
-    if len(temperatures) > 1 or columns:
-        raise ConfigError("rows of a table are drawn at one temperature, and in no grid: leave --columns out.")
-    check_written(path)
     modelled, names = task.columns
     context = _contexts(names, given, count)
     if ranges is not None:
@@ -198,20 +191,7 @@ def _contexts(names: Sequence[str], given: Mapping[str, float] | str | None, cou
     """The given columns of each row to draw, ``(rows, len(names))``."""
     if isinstance(given, str) and names:
         return np.repeat(read_columns(given, names).astype(np.float32), count or 1, axis=0)
-    if given is not None and not names:
-        raise ConfigError(
-            "this run was trained without --given, so its density takes no context: leave --given-values and "
-            "--given-file out."
-        )
     values = given if isinstance(given, Mapping) else {}
-    if unknown := [name for name in values if name not in names]:
-        raise ConfigError(suggest(unknown[0], names, "given column"))
-    if missing := [name for name in names if not math.isfinite(values.get(name, math.nan))]:
-        example = ",".join(f"{name}=VALUE" for name in names)
-        raise ConfigError(
-            f"this density is given {', '.join(names)}, and {missing[0]} has no value. Name the values with "
-            f"--given-values {example!r}, or a file that has these columns with --given-file FILE."
-        )
     return np.tile(np.array([values[name] for name in names], dtype=np.float32), (count or 1000, 1))
 
 

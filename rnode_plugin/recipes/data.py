@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -57,6 +58,13 @@ class Data:
     train_images: PositiveInt | None = None
     size: Annotated[int, Field(ge=1, le=8192)] | None = None  # a typing error may not fill the memory
 
+    def __post_init__(self) -> None:
+        if self.name == "digits" and self.root is not None:
+            raise ConfigError(
+                "the digits come with scikit-learn, so --data-root has no effect. To train on your pictures: "
+                f"rnode-cli train pictures --data-root {shlex.quote(os.path.relpath(self.root))}"
+            )
+
     @property
     def task(self) -> ImageTask:
         """The images as a task."""
@@ -76,8 +84,13 @@ class Data:
         new = dataclasses.replace(self, **{**follows, **_at_absolute_root(assigned)})
         if "shape" in assigned or not assigned.keys() & {"name", "root", "size"}:
             return new
-        from ..data.catalog import image_shape  # numpy, which a bad value does not wait for
+        from ..data.catalog import image_shape, taken_by  # numpy, which a bad value does not wait for
 
+        if new.size is not None and not taken_by(new.name, {"size": new.size}):
+            raise ConfigError(
+                f"the images of {new.name} have one size: leave --size out. It scales the pictures of a folder, as "
+                f"in rnode-cli train pictures --data-root FOLDER --size {new.size}."
+            )
         shape = image_shape(new.name, root=new.root, size=new.size)
         if shape is None and new.size is not None:
             shape = (new.shape[0], new.size, new.size)

@@ -20,7 +20,7 @@ from pydantic import Discriminator, Field, PlainSerializer, PlainValidator, Tag,
 from pydantic.dataclasses import dataclass
 
 from ..core.schedules import LinearWarmup, WrittenStrength, final_strength
-from ..errors import ConfigError, PluginError
+from ..errors import ConfigError, DataError, PluginError
 from ..files import check_path_name
 from ..plugins import registry
 from ..solvers.checks import refuse_sampled_density
@@ -169,6 +169,8 @@ class Recipe:
                 raise ConfigError(
                     f"unknown setting {path!r}.{hint} `rnode-cli recipes show {self.name}` lists all settings."
                 )
+            elif path == "model.name":
+                registry.check_name("models", text)  # before the data are loaded
             changes.setdefault(group, {})[key] = None if text.lower() in ("none", "null") else text
         return changes
 
@@ -245,9 +247,16 @@ class Recipe:
         return self.data.load(download=download, val_images=None if all_val else self.training.val_images)
 
     def at_root(self, root: str | None) -> Recipe:
-        """The recipe with its data at another place. A table keeps its columns, and may be another table."""
+        """The recipe with its data at another place. A table keeps its columns, and may be another table.
+
+        Raises:
+            ConfigError: the data have no place.
+            DataError: a table or a folder that is not there.
+        """
         if root is None or os.path.abspath(root) == self.data.root:
             return self
+        if self.data.name in ("table", "folder") and not os.path.exists(root):
+            raise DataError(f"{os.path.abspath(root)} does not exist.")
         with refused("data"):
             data = dataclasses.replace(self.data.for_new_run(), root=root and os.path.abspath(root))
         return dataclasses.replace(self, data=data)
@@ -346,6 +355,17 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         raise ConfigError(f"{path} does not hold a recipe: {reason}.") from None
     registry.resolve_regularizers(recipe.regularizers)  # an unknown one is refused here, before the data is loaded
     return dataclasses.replace(recipe, data=recipe.data.for_new_run())
+
+
+def recipe_beside(checkpoint: Path) -> Recipe | None:
+    """The recipe in the folder of the run that a checkpoint belongs to, read without an import of torch.
+
+    Commands check their requests against it before they import torch and read the checkpoint, which has the same
+    recipe. None if there is no such file, or a damaged one.
+    """
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        return Recipe.from_plain(json.loads((checkpoint.parent.parent / "recipe.json").read_text(encoding="utf-8")))
+    return None
 
 
 def as_text(value: Any) -> str:

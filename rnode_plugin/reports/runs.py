@@ -24,6 +24,7 @@ from ..evaluation.diagnostics.result import Diagnosis
 from ..evaluation.measures import Evaluation
 from ..recipes.recipe import Recipe
 from ..recipes.task import Task
+from ..training.checkpoints import runs_at
 
 Columns = Mapping[str, NDArray[np.float64]]
 
@@ -157,10 +158,7 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[
     runs: dict[Path, Run] = {}
     left_out: dict[str, None] = {}
     for path in map(Path, paths):
-        is_run = (path / "recipe.json").is_file()
-        inside = [path] if is_run else sorted(recipe.parent for recipe in path.rglob("recipe.json"))
-        if not inside:
-            raise ConfigError(f"no run at {path}: give a run folder (it holds recipe.json), or a folder of them.")
+        inside, is_run = runs_at(path), (path / "recipe.json").is_file()
         for each in inside:
             try:
                 run = read_run(each)

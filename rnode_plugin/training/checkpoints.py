@@ -207,6 +207,22 @@ def runs_here() -> list[str]:
     return sorted(str(path.parent) for path in Path().glob("runs/*/*/recipe.json"))
 
 
+def runs_at(path: Path) -> list[Path]:
+    """The run folder ``path``, or the run folders below it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if (path / "recipe.json").is_file():
+        return [path]
+    inside = sorted(each.parent for each in path.rglob("recipe.json"))
+    if not inside:
+        near = difflib.get_close_matches(str(path), runs_here(), n=1)
+        hint = f"; did you mean {near[0]!r}? Give" if near and not path.exists() else ": give"
+        raise ConfigError(f"no run at {path}{hint} a run folder (it holds recipe.json), or a folder of them.")
+    return inside
+
+
 def _files(path: Path, prefer: str) -> list[Path]:
     """The files that ``path`` can mean; the preferred one of a run folder, then the others from the newest on."""
     packaged = None if path.exists() else pretrained_file(str(path))
