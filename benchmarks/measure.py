@@ -92,7 +92,7 @@ def alternate(
     Args:
         cases: what to run, by name.
         repeats: timed runs of each.
-        device: synchronised before the clock is read.
+        device: synchronized before the clock is read.
         calls: calls in one timed run, for cases of microseconds; times are of one call.
         clock: ``time.process_time`` counts what this process computes, whatever else the machine does.
     """

@@ -131,7 +131,7 @@ class Trainer:
         return iter(StepOrder(len(self.data.train), batch_size=size, seed=seed, endless=True))
 
     def images(self) -> Tensor:
-        """The next batch, dequantised; the same for all methods."""
+        """The next batch, dequantized; the same for all methods."""
         seed = stream_seed(self.recipe.training.seed, Stream.TRAIN, _PIXELS, self._drawn)
         self._drawn += 1
         generator = torch.Generator(self.device).manual_seed(seed)

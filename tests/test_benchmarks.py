@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
 def test_probes_are_independent_of_the_pixels_noise() -> None:
-    """A probe that follows the dequantisation noise would bias the divergence of what is trained on."""
+    """A probe that follows the dequantization noise would bias the divergence of what is trained on."""
     from training_runs import METHODS, Trainer
 
     recipe = get_recipe("digits").override(["data.batch_size=500", "model.hidden=2"])
@@ -26,7 +26,7 @@ def test_probes_are_independent_of_the_pixels_noise() -> None:
     correlations = []
     for step in range(4):
         trainer.steps = step
-        noise = (trainer.images() * recipe.images.levels).frac()  # what dequantisation has added to whole numbers
+        noise = (trainer.images() * recipe.images.levels).frac()  # what dequantization has added to whole numbers
         probe = trainer.draw_noise(len(noise), step)[0]
         pair = torch.stack([noise.flatten(), probe.square().flatten()])
         correlations.append(torch.corrcoef(pair)[0, 1])

@@ -38,7 +38,7 @@ from rnode_plugin.evaluation.diagnostics.subject import HeldOut, Subject
 from rnode_plugin.flows.table import TableFlow
 
 NAMES = [
-    texts.SOLVER_GAP, texts.TOLERANCE, texts.INVERTIBILITY, texts.NORMALISATION, texts.GRADIENT, texts.SAMPLES,
+    texts.SOLVER_GAP, texts.TOLERANCE, texts.INVERTIBILITY, texts.NORMALIZATION, texts.GRADIENT, texts.SAMPLES,
     texts.GAUSSIAN,
 ]  # fmt: skip
 X = gaussian(MATRIX, 200)
@@ -122,7 +122,7 @@ def test_every_number_of_a_sentence_is_one_of_the_check() -> None:
     models = [density(solver="euler"), WrongInverse(Linear(), event_shape=2)]
     found = [of(name, model) for model in models for name in NAMES if name != texts.SAMPLES]
     found += [of("tolerance", density(Blows()), torch.full((10, 2), 3.0)), of("samples", density(), 2 * X[:30])]
-    found += [of("normalisation", WrongLogdet(Linear(), event_shape=2), X[:20]), of("gaussian", density(), X[:19])]
+    found += [of("normalization", WrongLogdet(Linear(), event_shape=2), X[:20]), of("gaussian", density(), X[:19])]
     assert {check.verdict for check in found} >= {"ok", "cannot tell", "failed", "left out"}
     for check in found:
         # the sentence again, from the numbers that are stored
@@ -271,7 +271,7 @@ def test_a_model_without_parameters_has_no_gradient() -> None:
     assert of("gradient", density(Still())).verdict == "left out"
 
 
-# invertibility, normalisation ----------------------------------------------------------------------------------
+# invertibility, normalization ----------------------------------------------------------------------------------
 
 
 def test_the_round_trip_of_a_coarse_step_and_of_a_wrong_inverse() -> None:
@@ -291,17 +291,17 @@ def test_the_round_trip_of_a_coarse_step_and_of_a_wrong_inverse() -> None:
 
 
 @pytest.mark.parametrize("extra", [1.0, -0.05])
-def test_a_density_that_is_not_normalised_fails(extra: float) -> None:
+def test_a_density_that_is_not_normalized_fails(extra: float) -> None:
     model = WrongLogdet(Linear(), event_shape=2)
     model.extra = extra
-    found = of("normalisation", model, X[:40])
+    found = of("normalization", model, X[:40])
     assert found.verdict == "failed"
     assert found.numbers["difference"] == pytest.approx(extra, abs=1e-3)
     assert of("invertibility", model, X[:40]).verdict == "ok"
 
 
 def test_a_field_with_a_wrong_product_fails() -> None:
-    wrong = of("normalisation", density(WrongProduct(MATRIX + torch.eye(2))))
+    wrong = of("normalization", density(WrongProduct(MATRIX + torch.eye(2))))
     assert wrong.verdict == "failed"
     assert wrong.numbers["difference"] == pytest.approx(0.2 * float(MATRIX.trace() + 2), rel=1e-3)
 
@@ -315,14 +315,14 @@ def test_a_field_with_a_wrong_product_fails() -> None:
         (image_flow(), (IMAGES[:2],)),
     ],
 )
-def test_a_normalised_density_passes(model: Any, data: tuple[Tensor, ...]) -> None:
-    found = of("normalisation", model, *data)
+def test_a_normalized_density_passes(model: Any, data: tuple[Tensor, ...]) -> None:
+    found = of("normalization", model, *data)
     assert found.verdict == "ok", found.sentence
     assert abs(found.numbers["difference"]) < 1e-3
 
 
 def test_the_jacobian_of_large_images_is_left_out() -> None:
-    check = of("normalisation", MultiscaleFlow((1, 20, 20), hidden=2), torch.rand(2, 1, 20, 20))
+    check = of("normalization", MultiscaleFlow((1, 20, 20), hidden=2), torch.rand(2, 1, 20, 20))
     assert check.verdict == "left out"
     assert "400 backward passes" in check.sentence
 

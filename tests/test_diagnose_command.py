@@ -25,7 +25,7 @@ from rnode_plugin.reports.diagnosis import draw_check
 from rnode_plugin.reports.runs import read_run
 from rnode_plugin.training.runs import RunFolder
 
-NAMES = ["solver gap", "tolerance", "invertibility", "normalisation", "gradient", "samples", "gaussian"]
+NAMES = ["solver gap", "tolerance", "invertibility", "normalization", "gradient", "samples", "gaussian"]
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_held_out_samples_are_in_no_order() -> None:
 
 def test_a_check_that_could_not_measure_has_no_figure() -> None:
     checks = (
-        Check("normalisation", "left out", "too large"),
+        Check("normalization", "left out", "too large"),
         Check("tolerance", "failed", "gave up", {"failed_at": 1e-2}, {"tolerance": [], "nfe": []}),
         Check("unknown", "ok", "fine", {}, {"a": [1.0]}),
     )

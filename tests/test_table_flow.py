@@ -18,7 +18,7 @@ TIGHT = Adaptive("dopri5", atol=1e-10, rtol=1e-10)
 
 
 def active_flow(**options: Any) -> TableFlow:
-    """A flow in double precision whose field is not zero, with a standardisation."""
+    """A flow in double precision whose field is not zero, with a standardization."""
     torch.manual_seed(0)
     flow = TableFlow(3, **{"hidden": 6, "solver": TIGHT, "trace_noise": "exact", **options}).double()
     for parameter in flow.parameters():

@@ -140,7 +140,7 @@ def test_traces_on_images() -> None:
     torch.manual_seed(0)
     net, x = nn.Conv2d(1, 1, 3, padding=1), torch.randn(2, 1, 3, 3)
     z = x.clone().requires_grad_()
-    exact = 9 * net.weight[0, 0, 1, 1]  # each output pixel depends on its own input pixel by the kernel's centre
+    exact = 9 * net.weight[0, 0, 1, 1]  # each output pixel depends on its own input pixel by the kernel's center
     trace: Any = autograd_trace(net(z), z)
     assert trace.shape != (2,)
     with pytest.raises(RuntimeError):

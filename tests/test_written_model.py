@@ -87,7 +87,7 @@ def test_through_training_evaluation_diagnosis_samples_and_a_report(
     assert json.loads(found.stdout)["means"]["nll"]["mean"] == pytest.approx(expected.mean(), abs=1e-4)
     found = rnode("diagnose", made, "--json")
     checks = {each["name"]: each for each in json.loads(found.stdout)["checks"]}
-    assert checks["normalisation"]["verdict"] == checks["invertibility"]["verdict"] == "ok"
+    assert checks["normalization"]["verdict"] == checks["invertibility"]["verdict"] == "ok"
     assert checks["gaussian"]["numbers"]["nll"] == pytest.approx(expected.mean() / 2, abs=1e-4)
     drawn = tmp_path / "drawn.csv"
     for words in (("sample", made, "--out", drawn, "-n", 5), ("report", made, "--out", tmp_path / "report")):

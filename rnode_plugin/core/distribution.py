@@ -222,7 +222,7 @@ class DensityModel(nn.Module, ABC):
     def importance_sample(
         self, log_target: Callable[[Tensor], Tensor], n: int, *, context: Tensor | None = None
     ) -> ImportanceSample:
-        """Samples weighted by an unnormalised target: its normalising constant, and expectations under it.
+        """Samples weighted by an unnormalized target: its normalizing constant, and expectations under it.
 
         A noisy ``log p`` would bias ``exp(-log p)``. So the trace is exact in up to 64 dimensions, or where the
         estimator has as many probes as there are dimensions. In more, each sample is solved with at least four
@@ -231,7 +231,7 @@ class DensityModel(nn.Module, ABC):
         estimator has), the answer is a ConfigError.
 
         Args:
-            log_target: logarithm of the target's unnormalised density: ``(n, *event_shape)`` to ``(n,)``.
+            log_target: logarithm of the target's unnormalized density: ``(n, *event_shape)`` to ``(n,)``.
             n: number of samples.
             context: ``context_shape`` for all samples or ``(n, *context_shape)``; only for a conditional density.
 

@@ -32,7 +32,7 @@ class ImportanceSample:
 
     Attributes:
         x: samples ``(n, *event_shape)``.
-        log_weights: ``log p~(x) - log q(x) (n,)`` of the unnormalised target and the density, in double precision.
+        log_weights: ``log p~(x) - log q(x) (n,)`` of the unnormalized target and the density, in double precision.
     """
 
     x: Tensor
@@ -50,7 +50,7 @@ class ImportanceSample:
 
     @property
     def log_z(self) -> Tensor:
-        """Estimate of the logarithm of the target's normalising constant."""
+        """Estimate of the logarithm of the target's normalizing constant."""
         return self.log_weights.logsumexp(0) - math.log(len(self.log_weights))
 
     @property

@@ -133,7 +133,7 @@ def objective(
 def bits_per_dim(log_prob: Tensor, *, dims: int, levels: int, low: float = 0.0, high: float = 1.0) -> Tensor:
     """``-log2 p / d`` of each sample for values in bins: ``(B,)``.
 
-    The log-density belongs to dequantised data ``low + (high - low) (k + u) / levels`` of values ``k`` in
+    The log-density belongs to dequantized data ``low + (high - low) (k + u) / levels`` of values ``k`` in
     ``0 .. levels - 1`` and uniform noise ``u`` in [0, 1), as
     :func:`~rnode_plugin.flows.multiscale.dequantize` gives them. In expectation over u the result is then an upper
     bound on the bits that the values themselves need. It is ``-log2 p / d + log2(levels / (high - low))``.

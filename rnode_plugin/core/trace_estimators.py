@@ -139,7 +139,7 @@ class Hutchinson(TraceEstimator):
 
 
 class HutchPlusPlus(TraceEstimator):
-    """Hutch++ (Meyer et al., 2021): exact on a few directions that ``J`` favours, Hutchinson on the rest.
+    """Hutch++ (Meyer et al., 2021): exact on a few directions that ``J`` favors, Hutchinson on the rest.
 
     It suits fields whose Jacobian is close to low rank. With ``Q`` an orthonormal basis of ``J^T S`` for a random
     ``S`` of ``rank`` columns, the trace is ``tr(Q^T J Q)`` plus Hutchinson's estimate of the rest with probes

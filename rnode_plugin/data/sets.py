@@ -27,7 +27,7 @@ _WAIT_SECONDS = 3600.0  # for another process that downloads
 
 
 def digits(*, root: str | None = None) -> ImageData:
-    """1,797 handwritten digits, 1x8x8, 17 grey levels, 297 held out; they come with scikit-learn."""
+    """1,797 handwritten digits, 1x8x8, 17 gray levels, 297 held out; they come with scikit-learn."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)

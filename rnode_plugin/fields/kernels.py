@@ -3,7 +3,7 @@
 The static methods are what all layers of a kind share. An instance is one layer prepared for the evaluations of one
 solve, without a graph.
 
-Between few channels and many, a 3x3 convolution on a CPU is one product of two matrices: the nine neighbours of
+Between few channels and many, a 3x3 convolution on a CPU is one product of two matrices: the nine neighbors of
 each pixel of the few channels side by side, times the weights. The libraries' own convolutions, made for many
 channels on both sides, take up to ten times as long there.
 """
@@ -211,7 +211,7 @@ class Columns(Convolution):
 
     def __init__(self, weight: Tensor) -> None:
         self._outputs_are_few = weight.shape[0] < weight.shape[1]
-        # with few outputs it is their cotangents whose neighbours are taken, and a transposed kernel is flipped
+        # with few outputs it is their cotangents whose neighbors are taken, and a transposed kernel is flipped
         taps = weight.detach().flip(2, 3).transpose(0, 1) if self._outputs_are_few else weight.detach()
         self._few = taps.shape[1]
         self._weight = taps.permute(2, 3, 1, 0).flatten(0, 2).contiguous()  # (9 * few, many)
@@ -238,7 +238,7 @@ class Columns(Convolution):
         if parts.dtype is torch.bfloat16:  # nine roundings are enough: the sums are made in float32
             parts = parts.float()
         parts = parts.view(3, 3, self._few, batch, h, w)
-        # to each pixel what its neighbours have for it: first along rows, then along columns
+        # to each pixel what its neighbors have for it: first along rows, then along columns
         before, out, after = parts.unbind(1)
         out[..., :-1].add_(before[..., 1:])
         out[..., 1:].add_(after[..., :-1])

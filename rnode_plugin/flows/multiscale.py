@@ -70,7 +70,7 @@ def dequantize(
         images: uint8 ``(B, C, H, W)`` with values 0..levels-1.
         levels: number of values a pixel can take, 1 to 256.
         low, high: the outer edges of the first and the last bin, as for :func:`~rnode_plugin.bits_per_dim`.
-        clean: ``u = 1/2``, the bins' centres: a density there is not a bound on the likelihood of the
+        clean: ``u = 1/2``, the bins' centers: a density there is not a bound on the likelihood of the
             discrete image. Otherwise u is uniform in [0, 1), which bounds it from below in expectation.
         generator: draws u; of the images' device.
 
@@ -119,7 +119,7 @@ def inverse_logit(y: Tensor, alpha: float) -> Tensor:
 
 
 def squeeze(z: Tensor) -> Tensor:
-    """``(B, C, 2 H, 2 W) -> (B, 4 C, H, W)``: each channel becomes the four of its 2x2 neighbours (section 6)."""
+    """``(B, C, 2 H, 2 W) -> (B, 4 C, H, W)``: each channel becomes the four of its 2x2 neighbors (section 6)."""
     return F.pixel_unshuffle(z, 2)
 
 
@@ -264,7 +264,7 @@ class MultiscaleFlow(BlockFlow):
         """Bits/dim of each image ``(B,)``, in bins of 1 / :attr:`levels`.
 
         Args:
-            x: images ``(B, C, H, W)`` in [0, 1], already dequantised.
+            x: images ``(B, C, H, W)`` in [0, 1], already dequantized.
             noise: probes of the trace, as :meth:`draw_noise` gives them; None draws them.
         """
         return bits_per_dim(self.log_prob(x, noise=noise), dims=self.dims, levels=self.levels)

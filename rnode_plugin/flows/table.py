@@ -1,4 +1,4 @@
-"""The flow of a table: rows of real numbers, standardised, through neural ODE blocks; with or without contexts."""
+"""The flow of a table: rows of real numbers, standardized, through neural ODE blocks; with or without contexts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FIELDS = ("mlp", "potential")
 class TableFlow(BlockFlow):
     """Rows of a table to a standard normal latent and back: FFJORD's flow for flat data, with or without contexts.
 
-    A row is first standardised, ``y = (x - mean) / scale``, with the mean and the deviation of the training rows
+    A row is first standardized, ``y = (x - mean) / scale``, with the mean and the deviation of the training rows
     (:meth:`standardize`). They are part of the flow, and ``-log scale`` is part of its log-determinant, so
     densities are in the units of the data.
 
@@ -42,7 +42,7 @@ class TableFlow(BlockFlow):
         trace_noise: ``"exact"``, ``"gaussian"`` or ``"rademacher"``; ``"auto"`` is exact for the potential, whose
             divergence is known, and up to 16 columns, else Rademacher.
 
-    A fresh flow of perceptrons has f = 0: it is a Gaussian with the standardisation's mean and deviation.
+    A fresh flow of perceptrons has f = 0: it is a Gaussian with the standardization's mean and deviation.
 
     Raises:
         ConfigError: for a number or a name that cannot work.

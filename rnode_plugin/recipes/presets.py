@@ -31,7 +31,7 @@ _DOPRI5_LEAN = dataclasses.replace(_DOPRI5, gradient="checkpointed")
 def digits() -> Recipe:
     return Recipe(
         name="digits",
-        description="8x8 handwritten digits of scikit-learn, 17 grey levels: at most two minutes on a CPU",
+        description="8x8 handwritten digits of scikit-learn, 17 gray levels: at most two minutes on a CPU",
         data=Data("digits", (1, 8, 8), levels=17, batch_size=50, val_batch_size=297),
         model=Model(hidden=32),
         solver=_SAMPLED,

@@ -181,7 +181,7 @@ class Paper:
     """The figures of the paper for this data set (Tables 1 and 2). None of them was measured by this package.
 
     Attributes:
-        bits_dirty, bits_clean: bits/dim of RNODE with uniform noise and at the bins' centres.
+        bits_dirty, bits_clean: bits/dim of RNODE with uniform noise and at the bins' centers.
         hours, gpus: time of the RNODE run, and its number of devices.
         parameters: number of parameters of the model, to the three digits of Table 2.
         vanilla_bits, vanilla_hours: bits/dim with noise and time of FFJORD; None if the paper has no such run.

@@ -130,7 +130,7 @@ class ImageTask(Task):
     samples = "images"
     quantities = (
         Quantity("dirty", "bits/dim, dirty", "uniform noise in each bin: bounds the discrete likelihood"),
-        Quantity("clean", "bits/dim, clean", "density at the bins' centres: no bound"),
+        Quantity("clean", "bits/dim, clean", "density at the bins' centers: no bound"),
     )
     max_gap = 0.02
     exact_dims = 16  # a product per dimension: beyond this, draws cost less

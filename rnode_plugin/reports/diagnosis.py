@@ -85,7 +85,7 @@ _PAINTERS: Mapping[str, Callable[[Any, Check], None]] = {
     ),
     texts.TOLERANCE: _tolerance,
     texts.INVERTIBILITY: _invertibility,
-    texts.NORMALISATION: _differences(
+    texts.NORMALIZATION: _differences(
         "by_jacobian", "reported", "log-density by the Jacobian of the map [nats]", "model minus Jacobian [nats]"
     ),
     texts.GRADIENT: _differences(

@@ -2,7 +2,7 @@
 
 The preprocessing follows Papamakarios, Pavlakou and Murray, "Masked Autoregressive Flow for Density Estimation"
 (2017), appendix D and the authors' program (github.com/gpapamak/maf), so that likelihoods can be compared with the
-papers since: that program's order of rows and choice of columns, centred and scaled. The files are theirs too:
+papers since: that program's order of rows and choice of columns, centered and scaled. The files are theirs too:
 https://zenodo.org/records/1161203.
 """
 

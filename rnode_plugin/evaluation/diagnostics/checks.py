@@ -17,7 +17,7 @@ from ...solvers import Adaptive, FixedGrid, Solver
 from ..measures import measure_solver_gap, standard_error
 from .result import Check, Verdict
 from .subject import Encoded, HeldOut, Subject
-from .texts import GAUSSIAN, GRADIENT, INVERTIBILITY, NORMALISATION, SAMPLES, SOLVER_GAP, TOLERANCE, text_of
+from .texts import GAUSSIAN, GRADIENT, INVERTIBILITY, NORMALIZATION, SAMPLES, SOLVER_GAP, TOLERANCE, text_of
 
 # thresholds: warning and failed
 GAP = 0.005, 0.05  # nats per dimension
@@ -129,13 +129,13 @@ def _lost(subject: Subject, data: HeldOut, solver: Solver | None) -> Tensor:
     return ((back - data.x).cpu().double() / spread.where(spread > 0, 1.0)).flatten(1).square().mean(1).sqrt()
 
 
-def normalisation(subject: Subject, data: HeldOut) -> Check:
+def normalization(subject: Subject, data: HeldOut) -> Check:
     """The log-density of the model, with exact traces, against the change of variables along the inverse map.
 
     ``log p(x) = log q(z) - log |det dx/dz|``, with the Jacobian of the map from latent to sample by autograd.
     """
     if subject.dims > MAX_JACOBIAN:
-        return _check(NORMALISATION, "left out", "too large", {}, {}, dims=subject.dims, limit=MAX_JACOBIAN)
+        return _check(NORMALIZATION, "left out", "too large", {}, {}, dims=subject.dims, limit=MAX_JACOBIAN)
     few = data.first(16 if subject.dims <= 16 else 4 if subject.dims <= 64 else 1)
     fine, coarse = (accurate(few.x.dtype, times) for times in (1.0, 10.0))
     encoded, rougher = (subject.encode(few, solver=solver, estimator=Exact()) for solver in (fine, coarse))
@@ -145,7 +145,7 @@ def normalisation(subject: Subject, data: HeldOut) -> Check:
     allowed = UNEXPLAINED * subject.dims + 10 * float((rougher.log_prob - encoded.log_prob).abs().max())
     right = abs(worst) <= allowed
     return _check(
-        NORMALISATION, "ok" if right else "failed", "normalised" if right else "not normalised", {},
+        NORMALIZATION, "ok" if right else "failed", "normalized" if right else "not normalized", {},
         {"reported": encoded.log_prob.tolist(), "by_jacobian": expected.tolist()},
         difference=worst, allowed=allowed, samples=len(few.x),
     )  # fmt: skip

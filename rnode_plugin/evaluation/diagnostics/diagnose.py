@@ -19,7 +19,7 @@ from ..loading import load_for_evaluation
 from . import checks
 from .result import Check, Diagnosis
 from .subject import HeldOut, Subject
-from .texts import FAILED, GAUSSIAN, GRADIENT, INVERTIBILITY, NORMALISATION, SAMPLES, SOLVER_GAP, TOLERANCE
+from .texts import FAILED, GAUSSIAN, GRADIENT, INVERTIBILITY, NORMALIZATION, SAMPLES, SOLVER_GAP, TOLERANCE
 
 
 def samples_for(dims: int) -> int:
@@ -37,7 +37,7 @@ def held_out_samples(
 ) -> FlowInput:
     """At most ``count`` held-out samples of a recipe in random order, as a flow takes them.
 
-    Images are dequantised; the rows of a conditional density come with contexts. ``root`` is another place of the
+    Images are dequantized; the rows of a conditional density come with contexts. ``root`` is another place of the
     data, and ``seed`` the seed of the order and of the noise.
     """
     held_out = load_for_evaluation(recipe, root=root, download=download).held_out
@@ -64,7 +64,7 @@ def diagnose(
     Args:
         model: a :class:`~rnode_plugin.RegularizedCNF`, a :class:`~rnode_plugin.MultiscaleFlow`, or another
             :class:`~rnode_plugin.core.distribution.DensityModel`. It is in evaluation mode meanwhile.
-        x: held-out data as ``model.log_prob`` takes them, ``(N, *event)``: images in [0, 1], dequantised. They must
+        x: held-out data as ``model.log_prob`` takes them, ``(N, *event)``: images in [0, 1], dequantized. They must
             be in random order.
         context: ``(N, *context_shape)`` of a conditional model, one for each sample.
         training_solver: the solver that the model was trained with; None, or one whose step is ``auto``, for the
@@ -75,7 +75,7 @@ def diagnose(
         progress: called with the name of each check before it is made.
 
     Returns:
-        Diagnosis: solver gap, tolerance, invertibility, normalisation, gradient, samples and gaussian. NLL and gaps
+        Diagnosis: solver gap, tolerance, invertibility, normalization, gradient, samples and gaussian. NLL and gaps
         are in nats per dimension. A check in which a solver fails has failed. The last two checks are statistical
         and fail a correct model about once in 1000 times each.
 
@@ -106,7 +106,7 @@ def diagnose(
         SOLVER_GAP: lambda: checks.solver_gap(subject, data, training_solver),
         TOLERANCE: lambda: checks.tolerance(subject, data),
         INVERTIBILITY: lambda: checks.invertibility(subject, data),
-        NORMALISATION: lambda: checks.normalisation(subject, data),
+        NORMALIZATION: lambda: checks.normalization(subject, data),
         GRADIENT: lambda: checks.gradient(subject, data),
         SAMPLES: lambda: checks.samples(subject, everything),
         GAUSSIAN: lambda: checks.gaussian(subject, data, everything),

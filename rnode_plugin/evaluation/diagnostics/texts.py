@@ -5,7 +5,7 @@ from __future__ import annotations
 SOLVER_GAP = "solver gap"
 TOLERANCE = "tolerance"
 INVERTIBILITY = "invertibility"
-NORMALISATION = "normalisation"
+NORMALIZATION = "normalization"
 GRADIENT = "gradient"
 SAMPLES = "samples"
 GAUSSIAN = "gaussian"
@@ -27,7 +27,7 @@ FOUND = {
         "Held-out data return from the latent with an error of {error:.2g} of their spread, root mean square, by "
         "{solver}. The worst sample has an error of {largest:.2g}. "
     ),
-    NORMALISATION: (
+    NORMALIZATION: (
         "The log-density of the model differs by at most {difference:+.2g} nats from the change of variables with "
         "the Jacobian of the whole map. {allowed:.2g} nats are allowed, for {samples:.0f} samples with exact "
         "traces and an accurate solver. "
@@ -76,8 +76,8 @@ MEANING = {
         "With an accurate solver the error is {error_accurate:.2g}, so the inverse does not undo the forward "
         "direction. Look for an error in the inverse of the model."
     ),
-    (NORMALISATION, "normalised"): "The density integrates to one.",
-    (NORMALISATION, "not normalised"): (
+    (NORMALIZATION, "normalized"): "The density integrates to one.",
+    (NORMALIZATION, "not normalized"): (
         "The density does not integrate to one. Look for a missing or doubled term of the log-determinant, such as "
         "a scale or a logit, for its sign, and for an error in the products that the field computes."
     ),
@@ -118,7 +118,7 @@ INSTEAD = {
         "The solver fails at tolerance {failed_at:g}: {failure} The density cannot be computed this accurately. "
         "The field is stiff or not smooth. Train it with penalties, or with a smaller learning rate."
     ),
-    (NORMALISATION, "too large"): (
+    (NORMALIZATION, "too large"): (
         "The Jacobian of the whole map takes {dims:.0f} backward passes through a solve, and the limit is "
         "{limit:.0f}. Check a smaller model with the same layers."
     ),
