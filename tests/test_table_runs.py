@@ -102,6 +102,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(file: Path, tmp_path: Path) -> Non
     assert (part.stopped, part.steps) == ("SIGTERM", 5)
     done = run(recipe, tmp_path / "part", resume=part.folder.path)
     assert_same(whole.folder.path, done.folder.path)
+    assert done.evaluation is not None and whole.evaluation is not None
     assert done.evaluation.nll == whole.evaluation.nll
 
 
@@ -395,6 +396,7 @@ def test_weights_of_other_columns_are_refused(tmp_path: Path, file: Path, condit
 def test_a_potential_and_its_penalties(file: Path, tmp_path: Path) -> None:
     settings = ["model.field=potential", "regularizers.hjb=0.1", "training.max_steps=4", "data.given=dose"]
     result = run(recipe_of(file, *settings), tmp_path)
+    assert result.evaluation is not None
     assert set(result.evaluation.penalties) == {"kinetic", "jacfrob", "hjb"}
     assert "PotentialField" in repr(load_flow(result.folder.path))
 

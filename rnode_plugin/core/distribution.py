@@ -63,7 +63,7 @@ class DensityModel(nn.Module, ABC):
         event_shape: shape of one sample.
         context_shape: shape of one context; None if the density takes none.
         base: distribution of the latents, with an empty batch shape.
-        solver: the :class:`~rnode_plugin.Solver` of a call that brings none.
+        solver (Solver): the one of a call that brings none.
         estimator: of the trace.
         regularizers: the penalties that a solve can follow; :meth:`keep_regularizers` sets them.
         nfe: evaluations of the vector fields in the last solve, also of :meth:`sample`.

@@ -61,7 +61,7 @@ class Task(ABC):
     exact_dims: ClassVar[int]
     noisy: ClassVar[bool]
 
-    event: Any
+    event: tuple[int, ...] | int
     model_options: dict[str, Any]
     columns: tuple[tuple[str, ...], ...] = ()
     dims: int
@@ -137,7 +137,8 @@ class ImageTask(Task):
     noisy = True
 
     def __init__(self, shape: tuple[int, ...], levels: int, *, flip: bool = False) -> None:
-        self.event, self.dims = shape, math.prod(shape)
+        self.event = self._shape = shape
+        self.dims = math.prod(shape)
         self.model_options = {"levels": levels}
         self.levels, self._flip = levels, flip
 
@@ -158,7 +159,7 @@ class ImageTask(Task):
     def random_inputs(self, count: int) -> FlowInput:
         import torch
 
-        return FlowInput(torch.rand(count, *self.event))
+        return FlowInput(torch.rand(count, *self._shape))
 
     def scores(self, log_prob: Tensor) -> Tensor:
         from ..core.objective import bits_per_dim

@@ -31,6 +31,7 @@ from ..errors import (
 )
 from ..evaluation.likelihood import evaluate
 from ..evaluation.loading import load_for_training
+from ..evaluation.measures import Evaluation
 from ..evaluation.samples import save_samples
 from ..recipes.recipe import Recipe
 from ..text import batch_counter
@@ -58,8 +59,7 @@ class FitResult:
         run_seconds: wall-clock time of the whole run so far, without the final evaluation.
         skipped: steps of the run without a usable gradient, which changed nothing.
         first_process: whether this is the process of a distributed run that reports; the others evaluate nothing.
-        evaluation: the result of the best weights on the held-out samples, an
-            :class:`~rnode_plugin.evaluation.measures.Evaluation`; None after a signal.
+        evaluation: the result of the best weights on the held-out samples; None after a signal.
         samples: the last picture of samples; None if there is none.
     """
 
@@ -71,7 +71,7 @@ class FitResult:
     run_seconds: float
     skipped: int = 0
     first_process: bool = True
-    evaluation: Any = None
+    evaluation: Evaluation | None = None
     samples: Path | None = None
 
     @property
