@@ -120,6 +120,7 @@ REFUSED = {
     "sample runs/table/0 --given-values texture=1 --columns 4": "rows of a table are in no grid: leave --columns",
     "sample runs/table/0 --given-values texture=1 -t 1 -t 2": "at one temperature: give --temperature once.",
     "sample runs/table/0 --given-values texture=1 --out x.xlsx": "x.xlsx is not a table: its name must end in .csv",
+    "exec --regularizer kinetik=1 script.py": "unknown regularizer 'kinetik'; did you mean 'kinetic'?",
     "report runs/digit/0": "no run at runs/digit/0; did you mean 'runs/digits/0'? Give a run folder",
 }
 ABSENT = {
@@ -145,6 +146,7 @@ def test_a_wrong_name_or_setting_is_refused_before_torch_is_imported(tmp_path: P
         (run / "checkpoints").mkdir(parents=True)
         (run / "checkpoints" / "best.ckpt").touch()  # which is not read
         (run / "recipe.json").write_text(json.dumps(get_recipe(name).override(changes).to_plain()))
+    (tmp_path / "script.py").touch()
     code = (
         "import json, sys\nfrom click.testing import CliRunner\nfrom rnode_plugin.cli import main\n"
         "run = CliRunner().invoke\n"

@@ -227,12 +227,14 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
     """
     import runpy
 
+    spec = read_regularizers(regularizers) or None
+    for name in spec or ():
+        registry.check_name("regularizers", name.partition(":")[0])  # before torch is imported
     sys.path.insert(0, str(script.resolve().parent))  # a copy of torchdiffeq there is the script's
     try:
         from .. import install, torchdiffeq
     except ImportError as error:
         raise ConfigError(str(error)) from None
-    spec = read_regularizers(regularizers) or None
     if spec is None and of_torchdiffeq != {"penalized": None, "batch_dim": 0, "trace_noise": "gaussian"}:
         raise click.UsageError("--penalized, --batch-dim and --trace-noise need a --regularizer.")
     tally = install(torchdiffeq=True, regularizers=spec)
