@@ -102,7 +102,8 @@ def test_a_resumed_run_is_the_same_to_the_bit(file: Path, tmp_path: Path) -> Non
     assert (part.stopped, part.steps) == ("SIGTERM", 5)
     done = run(recipe, tmp_path / "part", resume=part.folder.path)
     assert_same(whole.folder.path, done.folder.path)
-    assert done.evaluation is not None and whole.evaluation is not None
+    assert done.evaluation is not None
+    assert whole.evaluation is not None
     assert done.evaluation.nll == whole.evaluation.nll
 
 
