@@ -125,7 +125,7 @@ def table() -> Recipe:
         description="your table (--data-root FILE), or cell nuclei of scikit-learn: a minute on a CPU",
         data=TableData("table", CELLS),
         model=TableModel(),
-        solver=_RK4,
+        solver=dataclasses.replace(_RK4, step=0.125),  # on the nuclei 0.25 is off by 0.065 nats, and warns
         test_solver=_DOPRI5,
         # on the nuclei -2.85 nats; Adam at 5e-3 took 600 steps to -2.51 (seed 42)
         optimizer=_MUON,
