@@ -49,7 +49,7 @@ def plane_data(name, count, *, seed=0, noise=0.15):
 
 
 class TimeField(nn.Module):
-    """A field ``f(t, z)`` with sines of time, large at first: a likelihood alone leaves much of such a start."""
+    """A field ``f(t, z)`` with sines of time, large at first: training by likelihood alone keeps much of it."""
 
     def __init__(self, dims, *, hidden=64, periods=4, gain=2.0):
         super().__init__()

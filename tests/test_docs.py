@@ -33,7 +33,7 @@ DOCS = [
     *sorted((ROOT / "examples").rglob("README.md")),
 ]
 RUN_MARK = "<!-- run -->"
-OF_OTHERS = ("arclength",)  # names that the example of a third-party plugin brings
+OF_OTHERS = ("arclength", "laplace")  # names that the plugins of examples bring
 
 
 class Block(NamedTuple):

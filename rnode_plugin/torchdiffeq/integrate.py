@@ -42,7 +42,7 @@ def odeint(
     trace_noise: str = "gaussian",
     quadrature: str = "full",
 ) -> Any:
-    """torchdiffeq's ``odeint`` with penalties on the vector field (sections 4 and 5).
+    """torchdiffeq's ``odeint`` with penalties on the vector field (sections 4 and 5 of the paper).
 
     Without ``regularizers`` this is torchdiffeq's own call. With them torchdiffeq takes the same steps, with one
     evaluation of ``func`` per stage. ``jacfrob`` costs one product with its Jacobian per evaluation.
