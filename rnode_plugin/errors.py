@@ -80,6 +80,10 @@ class TrainingError(RnodeError):
     """Training cannot continue. The last good checkpoint stays."""
 
 
+class CompilerError(ConfigError):
+    """torch.compile does not work in this environment."""
+
+
 class LocalError(TrainingError):
     """One process of a run failed on its own. The others only lose the connection."""
 

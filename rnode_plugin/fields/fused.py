@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ..core.derivatives import VELOCITY, Ask, Linearization, trace_of_rows, unit_vectors
 from ..core.modes import traced
-from ..errors import ConfigError
+from ..errors import CompilerError, ConfigError
 from .activations import Activation
 from .chains import chained
 from .kernels import Dense, LayerMap
@@ -294,7 +294,7 @@ def _run_compiled(
     except TorchDynamoException as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "Error" in line or "ompiler" in line), type(error).__name__)
-        raise ConfigError(f"torch.compile does not work here: {reason.rstrip('.')}. Train without it.") from error
+        raise CompilerError(f"torch.compile does not work here: {reason.rstrip('.')}. Train without it.") from error
 
 
 @cache

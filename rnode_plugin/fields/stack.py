@@ -176,15 +176,19 @@ def linear_field(
     return _build(ConcatLinear, features, hidden, layers, activation, context)
 
 
-def compile_fields(model: nn.Module) -> int:
+def compile_fields(model: nn.Module, *, compiled: bool = True) -> int:
     """Send the evaluations of all stack fields of a model through torch.compile while it is in training mode.
+
+    Args:
+        model: the module that holds the fields.
+        compiled: False undoes it.
 
     Returns:
         The number of these fields.
     """
     fields = [each for each in model.modules() if isinstance(each, StackField)]
     for field in fields:
-        field.compiled = True
+        field.compiled = compiled
     return len(fields)
 
 

@@ -137,7 +137,7 @@ class Training:
         precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` or ``64-true``, as Lightning names them; or ``auto``:
             ``bf16-mixed`` for a fixed grid where the device computes bfloat16 natively, else ``32-true``.
         compile: send the evaluations of the stack fields through torch.compile while training; or ``auto``: on
-            CUDA only.
+            CUDA, where it works.
         val_every: epochs between two validations, each with a grid of samples if the data are images.
         val_every_steps: steps between two validations instead; None for epochs.
         val_images: number of images or rows that a validation uses; None for all. ``rnode-cli eval`` uses all.

@@ -168,7 +168,10 @@ def _weigh(
         make = constant.__wrapped__ if transforms_active() else constant
         row = make(tuple(weights[:count]), like.dtype, like.device) * dt.to(like.dtype)
         alone = len(together) == 1
-        product = row @ (table if alone else table.view(count, len(together) * like.shape[0]))
+        if like.is_cpu:
+            product = row @ (table if alone else table.view(count, len(together) * like.shape[0]))
+        else:  # a product of matrices may round to TF32 there, and a log-determinant must not
+            product = (row[:, None] * table.view(count, len(together) * like.shape[0])).sum(0)
         if product.dtype is like.dtype:  # else autocast has rounded it
             parts = (product,) if alone else product.view(len(together), like.shape[0]).unbind()
             found |= zip(together, parts, strict=True)

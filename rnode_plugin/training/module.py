@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.random_streams import Stream, seed_everything, seeded
-from ..errors import ConfigError, LocalError, SolverError, TrainingError
+from ..errors import CompilerError, ConfigError, LocalError, SolverError, TrainingError
 from ..fields import compile_fields
 from ..flows.base import BlockFlow
 from ..recipes.recipe import Recipe
@@ -94,15 +94,25 @@ class RnodeModule(L.LightningModule):
         part = batch_idx % self._batches
         # a device that takes the batches of several in turn draws the noise of each
         device = part * self._world + self.global_rank
-        seed_everything(self.recipe.training.seed, Stream.TRAIN, device, self.global_step)
-        inputs = self.task.training_inputs(batch)
-        if self.matches:
-            terms = self.objective.matching(inputs)
-        else:
-            terms = self.objective(inputs, self.solver, step=self.global_step - self.recipe.matching)
+        try:
+            terms = self._terms_of(batch, device)
+        except CompilerError as error:
+            if self.recipe.training.compile != "auto":
+                raise
+            compile_fields(self.flow, compiled=False)
+            self._print(f"{error} With training.compile=auto the run trains uncompiled.")
+            terms = self._terms_of(batch, device)
         detached = dataclasses.replace(terms, loss=terms.loss.detach())
         self._terms = [*(self._terms if part else ()), detached]
         return terms.loss
+
+    def _terms_of(self, batch: Tensor, device: int) -> StepTerms:
+        """The objective of a batch, with the noise of this step on the device of this number."""
+        seed_everything(self.recipe.training.seed, Stream.TRAIN, device, self.global_step)
+        inputs = self.task.training_inputs(batch)
+        if self.matches:
+            return self.objective.matching(inputs)
+        return self.objective(inputs, self.solver, step=self.global_step - self.recipe.matching)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the step; one without a usable gradient changes nothing, and too many in a row end the training."""
@@ -174,10 +184,13 @@ class RnodeModule(L.LightningModule):
         if self.trainer.ckpt_path is None:  # else the checkpoint has them, and more steps
             self.load_weights()
         if decided_compile(self.recipe, self.device):
-            if not compile_fields(self.flow):
+            if compile_fields(self.flow):
+                self._print("the fields are compiled: the first step takes longer")
+            elif self.recipe.training.compile == "auto":
+                self._print(f"the model {self.recipe.model.name} has no field that can be compiled.")
+            else:
                 name = self.recipe.model.name
-                raise ConfigError(f"the model {name} has no field that can be compiled: train without.")
-            self._print("the fields are compiled: the first step takes longer")
+                raise ConfigError(f"the model {name} has no field that can be compiled: train without --compile.")
 
     def on_train_start(self) -> None:
         if self._groups:  # a checkpoint has replaced them by the settings of its recipe
