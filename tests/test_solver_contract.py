@@ -1,0 +1,171 @@
+"""One table of solvers: what each of them is, keeps, refuses and solves."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rnode_plugin import Adaptive, Dynamics, FixedGrid, Solver
+from rnode_plugin.core.followed_solve import FollowedSolve, Kinds
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.regularizers import LearnedEndTime, Steer, Straightness, error, jacfrob, kinetic
+from rnode_plugin.solvers import (
+    ADAPTIVE_METHODS,
+    FIXED_METHODS,
+    GRADIENTS,
+    Adjoint,
+    Autograd,
+    Checkpointed,
+    SolverSettings,
+    get_gradient,
+    get_method,
+    get_solver,
+)
+
+SOLVERS: dict[str, Callable[[], Solver]] = {
+    **{method: lambda method=method: FixedGrid(method, step=0.01) for method in FIXED_METHODS},
+    **{method: lambda method=method: Adaptive(method, atol=1e-8, rtol=1e-8) for method in ADAPTIVE_METHODS},
+}
+ACCURACY = {"euler": 2e-2, "midpoint": 1e-4}  # of the others 1e-6
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("backward", [False, True])
+def test_it_solves_a_linear_equation_with_its_log_determinant(name: str, backward: bool) -> None:
+    """``dz/dt = a z`` with the closed forms ``z exp(a t)``, ``a d t`` and ``a (exp(2 a t) - 1) |z|^2 / 2``."""
+    a, z = -0.7, torch.tensor([[1.0, 2.0, -1.0]], dtype=torch.float64)
+    dynamics = Dynamics(lambda t, z: a * z, regularizers=[kinetic, jacfrob], estimator="exact").bind(None)
+    times = torch.tensor([1.0, 0.25] if backward else [0.25, 1.0], dtype=torch.float64)
+    solution = SOLVERS[name]().solve(dynamics, z, times).check()
+    length = float(times[1] - times[0])
+    accuracy = ACCURACY.get(name, 1e-6)
+    assert solution.logdet is not None
+    torch.testing.assert_close(solution.z[-1], z * math.exp(a * length), rtol=accuracy, atol=0)
+    torch.testing.assert_close(
+        solution.logdet[-1], torch.full_like(solution.logdet[-1], 3 * a * length), rtol=1e-9, atol=0
+    )
+    energy = a * (math.exp(2 * a * length) - 1) / 2 * z.square().sum(1) * (-1 if backward else 1)
+    torch.testing.assert_close(solution.penalties["kinetic"], energy, rtol=accuracy, atol=0)
+    torch.testing.assert_close(solution.penalties["jacfrob"], torch.full_like(energy, 3 * a**2 * abs(length)))
+    assert (solution.longest_safe_step is None) == (not SOLVERS[name]().adaptive)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_it_is_a_frozen_value(name: str) -> None:
+    solver = SOLVERS[name]()
+    assert solver == SOLVERS[name]()
+    assert hash(solver) == hash(SOLVERS[name]())
+    assert copy.deepcopy(solver) == solver
+    assert pickle.loads(pickle.dumps(solver)) == solver
+    changed = dataclasses.replace(solver, quadrature="sampled", max_nfe=7)
+    assert (type(changed), changed.method, changed.max_nfe) == (type(solver), solver.method, 7)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        solver.quadrature = "sampled"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_name_settings_and_object_make_the_same_solver(name: str) -> None:
+    options: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-4} if name in ADAPTIVE_METHODS else {"step": 0.1}
+    made = get_solver(name, **options, max_nfe=50, gradient="checkpointed")
+    assert made == get_solver(get_method(name), **options, max_nfe=50, gradient=Checkpointed())
+    settings = SolverSettings(name, **options, max_nfe=50, gradient="checkpointed")
+    assert settings.build() == made
+    assert (settings.text, settings.name, settings.adaptive) == (made.text, made.name, made.adaptive)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_gradient_by_name_is_the_object(gradient: str) -> None:
+    kinds = {"autograd": Autograd(), "checkpointed": Checkpointed(), "adjoint": Adjoint()}
+    assert get_gradient(gradient) == kinds.get(gradient, Adjoint(interpolated=True))
+    assert FixedGrid(gradient=gradient).gradient is Adaptive(gradient=gradient).gradient
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("gradient", [*GRADIENTS, Adjoint(Adaptive(atol=1e-10, rtol=1e-10))])
+def test_its_gradient_is_the_closed_form(name: str, gradient: str | Adjoint) -> None:
+    a = torch.nn.Parameter(torch.tensor(-0.7, dtype=torch.float64))
+
+    class Linear(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = a
+
+        def forward(self, t: Tensor, z: Tensor) -> Tensor:
+            return self.a * z
+
+    z = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
+    dynamics = Dynamics(Linear(), estimator="exact").bind(None)
+    solver = dataclasses.replace(SOLVERS[name](), gradient=gradient)
+    solution = solver.solve(dynamics, z, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert solution.logdet is not None
+    (solution.z[-1].sum() + solution.logdet[-1].sum()).backward()
+    accuracy = ACCURACY.get(name, 1e-5)
+    assert a.grad is not None
+    assert z.grad is not None
+    torch.testing.assert_close(a.grad, 2 * a.detach().exp() + 2, rtol=accuracy, atol=0)
+    torch.testing.assert_close(z.grad, a.detach().exp().expand(1, 2), rtol=accuracy, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FixedGrid("dopri5"), r"dopri5 chooses its own steps.*Adaptive\('dopri5'\)"),
+        (lambda: Adaptive("rk4"), r"rk4 has no error estimate.*FixedGrid\('rk4', step=...\)"),
+        (lambda: FixedGrid("rk5"), "unknown solver method 'rk5'; did you mean 'rk4'"),
+        (lambda: Adaptive("dopri"), "did you mean 'dopri5'"),
+        (lambda: FixedGrid(step=0), "step must be a number > 0 or None, not 0"),
+        (lambda: FixedGrid(step=math.nan), "step must be a number > 0"),
+        (lambda: Adaptive(atol=-1), "atol must be a number >= 0, not -1"),
+        (lambda: Adaptive(atol=0, rtol=0), "atol and rtol are both 0"),
+        (lambda: Adaptive(first_step=-1), "first_step must be a number > 0"),
+        (lambda: Adaptive(max_nfe=0), "max_nfe must be a number > 0"),
+        (lambda: FixedGrid(gradient="adjiont"), "unknown gradient mode 'adjiont'; did you mean 'adjoint'"),
+        (lambda: FixedGrid(quadrature="half"), "unknown quadrature 'half'"),
+        (lambda: FixedGrid(gradient="adjoint", quadrature="sampled"), "gradient of the steps that were drawn"),
+        (lambda: get_solver("dopri5", step=0.1), "dopri5 chooses its own steps and takes no step="),
+        (lambda: get_solver("rk4", rtol=0.1), "rk4 controls no error and takes no rtol="),
+        (lambda: get_solver("rk4", stepp=0.1), "rk4 takes no stepp="),
+        (lambda: SolverSettings("rk4", gradient="adjoint", quadrature="sampled"), "steps that were drawn"),
+    ],
+)
+def test_what_cannot_be_is_refused_where_it_is_made(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+# what a solve follows --------------------------------------------------------------------------------------------
+
+
+def test_kinds_keep_their_order_and_sort_each_regularizer() -> None:
+    steer, paths = Steer(), Straightness()
+    kinds = Kinds.of([error, steer, jacfrob, paths, kinetic])
+    assert kinds == Kinds((error, jacfrob, paths, kinetic), (jacfrob, kinetic), (error,), (paths,), steer)
+    assert kinds.needs == {"vjp"}
+    with pytest.raises(ConfigError, match="steer and learned_end_time both change the times"):
+        Kinds.of([steer, LearnedEndTime()])
+
+
+@pytest.mark.parametrize("penalized", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_followed_solve_changes_times_and_adds_the_policys_penalty(penalized: bool, training: bool) -> None:
+    times, z = torch.tensor([0.0, 1.0]), torch.ones(3, 2)
+    learned = FollowedSolve.of([kinetic, LearnedEndTime(2.0)], penalized=penalized, training=training)
+    assert learned.times(times).tolist() == [0.0, 2.0]  # the end time is the model's, whatever is followed
+    assert learned.penalties == ((kinetic,) if penalized else ())
+    found = learned.complete({"kinetic": z[:, 0]}, z)
+    assert found.keys() == ({"kinetic", "learned_end_time"} if penalized else {"kinetic"})
+    if penalized:
+        torch.testing.assert_close(found["learned_end_time"], torch.full((3,), 2.0))
+    drawn = FollowedSolve.of([Steer()], penalized=penalized, training=training).times(times)
+    assert torch.equal(drawn, times) == (not (penalized and training))
+    plain = FollowedSolve.of([kinetic], penalized=penalized, training=training)
+    assert plain.times(times) is times
+    assert plain.complete({}, z) == {}
