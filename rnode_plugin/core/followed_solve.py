@@ -50,7 +50,7 @@ class Kinds:
                 trajectories.append(each)
             elif not isinstance(each, SpanPolicy):
                 kinds = ", ".join(kind.__name__ for kind in KINDS.values())
-                raise ConfigError(f"{each!r} is no regularizer: its class must derive from one of {kinds}.")
+                raise ConfigError(f"{each!r} is not a regularizer: its class must derive from one of {kinds}.")
             elif span is not None:
                 raise ConfigError(f"{span.name} and {each.name} both change the times of a solve: choose one.")
             else:

@@ -63,7 +63,7 @@ class FixedGrid(Solver):
         super().__init__(method, gradient=gradient, quadrature=quadrature, max_nfe=max_nfe)
         if self.method.adaptive:
             raise ConfigError(
-                f"{self.name} chooses its own steps and is no fixed grid: use Adaptive({self.name!r}), or one of "
+                f"{self.name} chooses its own steps and has no fixed grid: use Adaptive({self.name!r}), or one of "
                 f"{', '.join(FIXED_METHODS)}."
             )
         check_positive(step, "step")
