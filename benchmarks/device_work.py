@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from rnode_plugin import get_recipe, objective
-from rnode_plugin.recipes.recipe import Recipe
+from rnode_plugin.experiments.recipes.recipe import Recipe
 
 __all__ = ["CASES", "DeviceWork", "work_of_step"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import click
 import torch
 
-from rnode_plugin.training.runs import environment
+from rnode_plugin.experiments.training.runs import environment
 
 __all__ = [
     "Memory",

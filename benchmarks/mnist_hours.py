@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from rnode_plugin.reports.runs import read_run
+from rnode_plugin.experiments.reports.runs import read_run
 
 # hours and dirty bits/dim of all test images, of the paper by its Table 1
 POINTS = {"mnist-pretrained": (18.8, 0.999), "RNODE, one GPU": (24.4, 0.97), "FFJORD, one GPU": (68.5, 0.97)}

@@ -27,7 +27,7 @@ from measure import print_environment, set_up, table, threads_option
 from torch import Tensor
 
 from rnode_plugin import RegularizedCNF
-from rnode_plugin.reports.figures import draw, legend
+from rnode_plugin.experiments.reports.figures import draw, legend
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from figure_1 import TimeField, plane_data  # pyright: ignore[reportMissingImports]

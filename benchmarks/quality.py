@@ -28,9 +28,9 @@ from training_runs import METHODS, Point, Trainer, rk4
 
 from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, Solver, get_recipe
 from rnode_plugin.core.objective import bits_per_dim
-from rnode_plugin.data import ImageData
+from rnode_plugin.experiments.data import ImageData
+from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.flows.multiscale import dequantize
-from rnode_plugin.recipes.recipe import Recipe
 
 BASE = "likelihood"
 QUANTITIES = ("dirty", "nfe", "kinetic", "jacfrob")

@@ -16,12 +16,12 @@ from usual import UsualFlow
 
 from rnode_plugin import MultiscaleFlow, SolverError, objective
 from rnode_plugin.core.random_streams import Stream, stream_seed
-from rnode_plugin.data import ImageData
+from rnode_plugin.experiments.data import ImageData
+from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.training.datamodule import StepOrder
+from rnode_plugin.experiments.training.optimizers import learning_rate_factor, make_optimizer
 from rnode_plugin.flows.multiscale import dequantize, random_flip
-from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.solvers import Solver, SolverSettings
-from rnode_plugin.training.datamodule import StepOrder
-from rnode_plugin.training.optimizers import learning_rate_factor, make_optimizer
 
 __all__ = ["METHODS", "Method", "Point", "Trainer", "rk4"]
 

@@ -152,7 +152,7 @@ TYPES = {
     "rnode_plugin.CNF": {"noise_dist": "torch.distributions.Distribution | None"},
     "rnode_plugin.RegularizedCNF": {"net": "nn.Module | Callable"},
     "rnode_plugin.diagnose": {"model": "DensityModel"},
-    "rnode_plugin.evaluation": {"flow": "DensityModel", "samples": "Tensor | np.ndarray"},
+    "rnode_plugin.experiments.evaluation": {"flow": "DensityModel", "samples": "Tensor | np.ndarray"},
     "rnode_plugin.solvers.Adjoint": {
         "atol": "float | None",
         "rtol": "float | None",

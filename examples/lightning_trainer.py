@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from pytorch_lightning.loggers import CSVLogger
 
 from rnode_plugin import ImageDataModule, RnodeModule, get_recipe
-from rnode_plugin.evaluation.samples import sample_images, save_grid
+from rnode_plugin.experiments.evaluation.samples import sample_images, save_grid
 
 
 def main():

@@ -6,9 +6,9 @@ The paper's ImageNet 64x64 on four GPUs: python train_images.py imagenet64 --dev
 import argparse
 
 from rnode_plugin import get_recipe, load_flow
-from rnode_plugin.evaluation.samples import sample_images, save_grid
-from rnode_plugin.training.fit import fit
-from rnode_plugin.training.runs import RunOptions
+from rnode_plugin.experiments.evaluation.samples import sample_images, save_grid
+from rnode_plugin.experiments.training.fit import fit
+from rnode_plugin.experiments.training.runs import RunOptions
 
 
 def main():

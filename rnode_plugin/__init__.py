@@ -29,14 +29,14 @@ _PUBLIC = {
     "Hutchinson": "core.trace_estimators",
     "objective": "core.objective",
     "bits_per_dim": "core.objective",
-    "get_recipe": "recipes.recipe",
-    "RnodeModule": "training.module",
-    "ImageDataModule": "training.datamodule",
-    "TableDataModule": "training.datamodule",
-    "load_flow": "training.checkpoints",
-    "diagnose": "evaluation.diagnostics.diagnose",
-    "export_program": "evaluation.programs",
-    "save_program": "evaluation.programs",
+    "get_recipe": "experiments.recipes.recipe",
+    "RnodeModule": "experiments.training.module",
+    "ImageDataModule": "experiments.training.datamodule",
+    "TableDataModule": "experiments.training.datamodule",
+    "load_flow": "experiments.training.checkpoints",
+    "diagnose": "diagnostics.diagnose",
+    "export_program": "experiments.evaluation.programs",
+    "save_program": "experiments.evaluation.programs",
     "penalties_at": "flow_matching",
     "velocity_from_noise": "diffusion",
     "install": "torchdyn.neural_ode",
@@ -53,15 +53,18 @@ if TYPE_CHECKING:
     from .core.dynamics import Dynamics
     from .core.objective import FlowOutput, bits_per_dim, objective
     from .core.trace_estimators import Exact, Hutchinson
+    from .diagnostics.diagnose import diagnose
     from .diffusion import velocity_from_noise
     from .errors import RnodeError, SolverError
-    from .evaluation.diagnostics.diagnose import diagnose
-    from .evaluation.programs import export_program, save_program
+    from .experiments.evaluation.programs import export_program, save_program
+    from .experiments.recipes.recipe import get_recipe
+    from .experiments.training.checkpoints import load_flow
+    from .experiments.training.datamodule import ImageDataModule, TableDataModule
+    from .experiments.training.module import RnodeModule
     from .flow_matching import penalties_at
     from .flows.multiscale import MultiscaleFlow
     from .flows.table import TableFlow
     from .plugins.hookspecs import hookimpl
-    from .recipes.recipe import get_recipe
     from .regularizers import Regularizer
     from .solvers.adaptive import Adaptive
     from .solvers.fixed import FixedGrid
@@ -70,9 +73,6 @@ if TYPE_CHECKING:
     from .torchdyn.cnf import CNF
     from .torchdyn.density import RegularizedCNF
     from .torchdyn.neural_ode import NeuralODE, install, uninstall
-    from .training.checkpoints import load_flow
-    from .training.datamodule import ImageDataModule, TableDataModule
-    from .training.module import RnodeModule
 
 
 def __getattr__(name: str) -> Any:

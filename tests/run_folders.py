@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rnode_plugin.recipes.recipe import Recipe
+from rnode_plugin.experiments.recipes.recipe import Recipe
 
 HEADER = (
     "epoch,seconds,seconds_per_step,step,train/bpd,train/nfe,train_seconds,val/bpd,val/jacfrob,val/kinetic,val/nfe,"

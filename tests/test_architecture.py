@@ -14,10 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rnode_plugin"
 ROOMS = {
-    "core", "regularizers", "solvers", "fields", "plugins", "torchdiffeq", "torchdyn", "flows", "data", "recipes",
-    "evaluation", "training", "reports", "comparison", "cli",
+    "core", "regularizers", "solvers", "fields", "plugins", "torchdiffeq", "torchdyn", "flows", "diagnostics",
+    "experiments", "cli",
 }  # fmt: skip
-FLOORS = {"__init__", "__main__", "_version", "diffusion", "errors", "files", "flow_matching", "text"}
+FLOORS = {"__init__", "__main__", "_version", "diffusion", "errors", "files", "flow_matching", "text", "validation"}
 
 try:
     import tomllib

@@ -12,7 +12,7 @@ from image_files import random_images, write_picture
 
 from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
-from rnode_plugin.training.checkpoints import save_flow
+from rnode_plugin.experiments.training.checkpoints import save_flow
 
 RECIPE = get_recipe("digits").override(["model.hidden=4", "solver.step=none", "test_solver.method=rk4"])
 

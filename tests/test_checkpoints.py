@@ -17,8 +17,8 @@ from tiny_runs import run, tiny_recipe
 
 from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.errors import CheckpointError, RnodeError
-from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.training.checkpoints import (
+from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.training.checkpoints import (
     checksum,
     find_checkpoint,
     header_with,

@@ -358,7 +358,7 @@ def test_nothing_is_overwritten_in_silence(trained: Path, tmp_path: Path, monkey
 )
 def test_memory_that_is_used_up_is_one_message(trained: Path, error: Exception) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rnode_plugin.evaluation.likelihood.evaluate", Mock(side_effect=error))
+        patch.setattr("rnode_plugin.experiments.evaluation.likelihood.evaluate", Mock(side_effect=error))
         message = failure(rnode("eval", trained, "--device", "cpu"), 1)
     assert f"out of memory ({str(error).splitlines()[0].rstrip('.')}). Use fewer samples" in message
 

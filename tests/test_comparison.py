@@ -21,14 +21,14 @@ from run_folders import write_run
 from tiny_runs import as_options, rnode, rows
 
 from rnode_plugin import get_recipe
-from rnode_plugin.comparison import compare as comparison
-from rnode_plugin.comparison.compare import Comparison, compare, configured_recipes
 from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError, DataError, TrainingError
+from rnode_plugin.experiments.comparison import compare as comparison
+from rnode_plugin.experiments.comparison.compare import Comparison, compare, configured_recipes
+from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.reports import page
+from rnode_plugin.experiments.training.runs import training_lock
 from rnode_plugin.files import check_path_name
-from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.reports import page
-from rnode_plugin.training.runs import training_lock
 
 TINY = [
     "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none", "data.batch_size=50",

@@ -22,8 +22,8 @@ from torch.utils._config_module import ConfigModule
 from rnode_plugin import get_recipe
 from rnode_plugin.core import chains
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.experiments.training.checkpoints import read_checkpoint
 from rnode_plugin.fields import compile_fields, conv_field, fused, linear_field
-from rnode_plugin.training.checkpoints import read_checkpoint
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
@@ -227,7 +227,7 @@ def test_auto_trains_uncompiled_where_compiling_fails(
 
     plain = run(tiny_recipe("training.max_steps=3"), tmp_path / "plain")
     monkeypatch.setattr("rnode_plugin.fields.fused._compiler", lambda: broken(lambda: None))
-    monkeypatch.setattr("rnode_plugin.training.module.decided_compile", lambda recipe, device: True)
+    monkeypatch.setattr("rnode_plugin.experiments.training.module.decided_compile", lambda recipe, device: True)
     automatic = run(tiny_recipe("training.max_steps=3", "training.compile=auto"), tmp_path / "auto")
     assert capsys.readouterr().err.count("InvalidCxxCompiler: No C++ compiler found. Train without it.") == 1
     a, b = (read_checkpoint(each.folder.last)["state_dict"] for each in (plain, automatic))
@@ -238,8 +238,8 @@ def test_auto_trains_uncompiled_where_compiling_fails(
 def test_auto_trains_a_model_without_such_a_field(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("rnode_plugin.training.module.compile_fields", lambda flow: 0)
-    monkeypatch.setattr("rnode_plugin.training.module.decided_compile", lambda recipe, device: True)
+    monkeypatch.setattr("rnode_plugin.experiments.training.module.compile_fields", lambda flow: 0)
+    monkeypatch.setattr("rnode_plugin.experiments.training.module.decided_compile", lambda recipe, device: True)
     assert run(tiny_recipe("training.max_steps=1", "training.compile=auto"), tmp_path).steps == 1
     assert capsys.readouterr().err.count("has no field that can be compiled") == 1
 
@@ -247,6 +247,6 @@ def test_auto_trains_a_model_without_such_a_field(
 def test_a_model_without_such_a_field_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert compile_fields(torch.nn.Linear(2, 2)) == 0
     plain = get_recipe("digits").override(["training.compile=true"])
-    monkeypatch.setattr("rnode_plugin.training.module.compile_fields", lambda flow: 0)
+    monkeypatch.setattr("rnode_plugin.experiments.training.module.compile_fields", lambda flow: 0)
     with pytest.raises(ConfigError, match="no field that can be compiled"):
         run(plain, tmp_path)

@@ -14,11 +14,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from rnode_plugin import get_recipe
-from rnode_plugin.data import ArrayDataset, folders, get_dataset
-from rnode_plugin.data.batches import keep_batch
-from rnode_plugin.data.folders import ImageFiles, PackedImages, decode
-from rnode_plugin.data.images import Selection
 from rnode_plugin.errors import ConfigError, DataError
+from rnode_plugin.experiments.data import ArrayDataset, folders, get_dataset
+from rnode_plugin.experiments.data.batches import keep_batch
+from rnode_plugin.experiments.data.folders import ImageFiles, PackedImages, decode
+from rnode_plugin.experiments.data.images import Selection
 
 
 def _write(where, images, split="train", suffix=".png"):

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from image_files import npz_batch, picture_bytes, random_images
 
 from rnode_plugin.cli.lists import data as data_group
-from rnode_plugin.data import get_dataset, pack
 from rnode_plugin.errors import ConfigError, DataError
+from rnode_plugin.experiments.data import get_dataset, pack
 
 SHAPE = (3, 8, 8)
 TRAIN, VAL = random_images(6, SHAPE, 1), random_images(3, SHAPE, 2)

@@ -17,8 +17,8 @@ from image_files import random_images, real_data
 from published_sets import publish, serve
 from tiny_runs import CONTEXT, as_options, rnode
 
-from rnode_plugin.data import ImageData, catalog, get_dataset, get_table, one_download, sets
 from rnode_plugin.errors import ConfigError, DataError
+from rnode_plugin.experiments.data import ImageData, catalog, get_dataset, get_table, one_download, sets
 
 
 def test_digits_are_the_real_ones_with_a_fixed_split():

@@ -30,11 +30,11 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, RegularizedCNF, diagnose
 from rnode_plugin.core.derivatives import AutogradField
+from rnode_plugin.diagnostics import checks, texts
+from rnode_plugin.diagnostics.diagnose import compared_for, samples_for
+from rnode_plugin.diagnostics.result import Check, Diagnosis
+from rnode_plugin.diagnostics.subject import HeldOut, Subject
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.evaluation.diagnostics import checks, texts
-from rnode_plugin.evaluation.diagnostics.diagnose import compared_for, samples_for
-from rnode_plugin.evaluation.diagnostics.result import Check, Diagnosis
-from rnode_plugin.evaluation.diagnostics.subject import HeldOut, Subject
 from rnode_plugin.flows.table import TableFlow
 
 NAMES = [

@@ -18,12 +18,12 @@ from tiny_runs import rnode, run, tiny_recipe
 
 from rnode_plugin import get_recipe
 from rnode_plugin.cli.runs import CHECK_FAILED
+from rnode_plugin.diagnostics.result import Check, Diagnosis
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.evaluation.diagnostics.diagnose import held_out_samples
-from rnode_plugin.evaluation.diagnostics.result import Check, Diagnosis
-from rnode_plugin.reports.diagnosis import draw_check
-from rnode_plugin.reports.runs import read_run
-from rnode_plugin.training.runs import RunFolder
+from rnode_plugin.experiments.evaluation.loading import held_out_samples
+from rnode_plugin.experiments.reports.diagnosis import draw_check
+from rnode_plugin.experiments.reports.runs import read_run
+from rnode_plugin.experiments.training.runs import RunFolder
 
 NAMES = ["solver gap", "tolerance", "invertibility", "normalization", "gradient", "samples", "gaussian"]
 
@@ -78,7 +78,7 @@ def canned(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         called.update(options, images=len(x))
         return _diagnosis((Check("tolerance", "ok", "fine", {"nll": math.nan}),))
 
-    monkeypatch.setattr("rnode_plugin.evaluation.diagnostics.diagnose.diagnose", diagnose)
+    monkeypatch.setattr("rnode_plugin.diagnostics.diagnose.diagnose", diagnose)
     return called
 
 
@@ -108,7 +108,9 @@ def test_weights_outside_of_a_run(
 def test_the_report_shows_it(
     trained: Path, diagnosed: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rnode_plugin.reports.page.make_panels", lambda configurations: [])  # the other figures
+    monkeypatch.setattr(
+        "rnode_plugin.experiments.reports.page.make_panels", lambda configurations: []
+    )  # the other figures
     assert diagnosed.exit_code == CHECK_FAILED
     found = read_run(trained).diagnosis
     assert found is not None

@@ -20,13 +20,13 @@ from rnode_plugin.core.distribution import DensityModel, StandardNormal
 from rnode_plugin.core.objective import FlowOutput
 from rnode_plugin.core.random_streams import Stream, seeded, stream_seed
 from rnode_plugin.core.trace_estimators import Exact, Hutchinson
-from rnode_plugin.data.tables import Table
-from rnode_plugin.evaluation.likelihood import evaluate, nfe_batches
-from rnode_plugin.evaluation.samples import sample_images, save_grid
+from rnode_plugin.experiments.data.tables import Table
+from rnode_plugin.experiments.evaluation.likelihood import evaluate, nfe_batches
+from rnode_plugin.experiments.evaluation.samples import sample_images, save_grid
+from rnode_plugin.experiments.recipes.task import FlowInput, ImageTask, TableTask
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.flows.table import TableFlow
 from rnode_plugin.plugins.registry import get_regularizer
-from rnode_plugin.recipes.task import FlowInput, ImageTask, TableTask
 
 RK4 = FixedGrid("rk4", step=0.5)
 

@@ -12,9 +12,9 @@ from tiny_runs import BeforeStep, rows, run, tiny_recipe
 from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError
-from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.training.checkpoints import load_with_recipe, save_flow
-from rnode_plugin.training.module import RnodeModule
+from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.training.checkpoints import load_with_recipe, save_flow
+from rnode_plugin.experiments.training.module import RnodeModule
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from pytorch_lightning.loggers import CSVLogger
 from tiny_runs import SETTINGS, BeforeStep, as_options, rnode, rows, run, signal_at, tiny_recipe
 
 from rnode_plugin.errors import CheckpointError, ConfigError
-from rnode_plugin.training import runs
-from rnode_plugin.training.checkpoints import load_with_recipe, read_checkpoint
-from rnode_plugin.training.runs import training_lock
+from rnode_plugin.experiments.training import runs
+from rnode_plugin.experiments.training.checkpoints import load_with_recipe, read_checkpoint
+from rnode_plugin.experiments.training.runs import training_lock
 
 
 def train(*arguments: object) -> Result:

@@ -14,11 +14,11 @@ from image_files import npz_batch, picture_bytes, random_images
 from run_folders import write_run
 
 from rnode_plugin import get_recipe
-from rnode_plugin.data import get_dataset, pack
-from rnode_plugin.data.table_files import column_names, read_columns, write_rows
 from rnode_plugin.errors import RnodeError
-from rnode_plugin.reports.runs import read_run
-from rnode_plugin.training.checkpoints import load_flow, save_flow
+from rnode_plugin.experiments.data import get_dataset, pack
+from rnode_plugin.experiments.data.table_files import column_names, read_columns, write_rows
+from rnode_plugin.experiments.reports.runs import read_run
+from rnode_plugin.experiments.training.checkpoints import load_flow, save_flow
 
 IMAGES = random_images(12, (3, 8, 8))
 ROWS = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)

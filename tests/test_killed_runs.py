@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_runs import CONTEXT, assert_same, rows, train
 
 from rnode_plugin.errors import CheckpointError
-from rnode_plugin.training.checkpoints import newest_intact, read_checkpoint
+from rnode_plugin.experiments.training.checkpoints import newest_intact, read_checkpoint
 
 STEPS = ["training.max_steps=8", "training.val_every_steps=4"]
 
@@ -137,7 +137,8 @@ def pictures(folder: Path) -> list[str]:
 def test_data_that_vanish(tmp_path: Path) -> None:
     settings = [*pictures(tmp_path / "pictures"), "data.workers=1"]
     vanish = f"import shutil; shutil.rmtree({str(tmp_path / 'pictures')!r}, ignore_errors=True)"
-    large = "import rnode_plugin.data.folders as folders; folders._IN_MEMORY_BYTES = 0\n"  # read while training
+    # pictures that do not fit into memory are read while training
+    large = "import rnode_plugin.experiments.data.folders as folders; folders._IN_MEMORY_BYTES = 0\n"
     message = Child(tmp_path / "runs", settings, large + at(3, vanish)).error()
     assert "DataError: training stopped: " in message
     assert ".png" in message

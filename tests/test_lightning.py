@@ -16,7 +16,7 @@ from tiny_runs import tiny_recipe
 
 from rnode_plugin import ImageDataModule, RnodeModule, load_flow
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.recipes.recipe import Recipe
+from rnode_plugin.experiments.recipes.recipe import Recipe
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from rnode_plugin import Adaptive, MultiscaleFlow
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.experiments.reports.runs import read_run
+from rnode_plugin.experiments.training.checkpoints import read_checkpoint
+from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.flows.multiscale import logit
 from rnode_plugin.flows.table import TableFlow
-from rnode_plugin.reports.runs import read_run
-from rnode_plugin.training.checkpoints import read_checkpoint
-from rnode_plugin.training.module import RnodeModule
 
 SIGMA, BLOCKS = 1.7, 3
 VARIANCE = 0.1**2 / 3  # of the noise around the paths, over samples

@@ -7,7 +7,7 @@ import torch
 from tiny_runs import tiny_recipe
 from torch import nn
 
-from rnode_plugin.training.optimizers import Muon, make_optimizer, orthogonalized
+from rnode_plugin.experiments.training.optimizers import Muon, make_optimizer, orthogonalized
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 9), (2, 9, 4), (1, 5, 5)])

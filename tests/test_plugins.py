@@ -23,8 +23,8 @@ from click.testing import CliRunner
 
 from rnode_plugin import NeuralODE, get_recipe, hookimpl
 from rnode_plugin.cli import main
-from rnode_plugin.data import ImageData, Table, get_dataset
 from rnode_plugin.errors import ConfigError, PluginError
+from rnode_plugin.experiments.data import ImageData, Table, get_dataset
 from rnode_plugin.plugins import builtin
 from rnode_plugin.plugins import registry as plugins
 from rnode_plugin.plugins.registry import KINDS, Plugin, Registry, get_regularizer

@@ -12,11 +12,11 @@ from tiny_runs import BeforeStep, rows, run, tiny_recipe
 from rnode_plugin import FixedGrid, get_recipe, load_flow
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.random_streams import Stream, seeded
+from rnode_plugin.experiments.training import trainer
+from rnode_plugin.experiments.training.checkpoints import load_with_recipe
+from rnode_plugin.experiments.training.trainer import computes_bf16, decided_compile, decided_precision
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.regularizers import kinetic
-from rnode_plugin.training import trainer
-from rnode_plugin.training.checkpoints import load_with_recipe
-from rnode_plugin.training.trainer import computes_bf16, decided_compile, decided_precision
 
 
 def test_bits_per_dim_of_a_field_in_bfloat16() -> None:

@@ -14,8 +14,8 @@ from PIL import Image
 from rnode_plugin import FixedGrid, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError
-from rnode_plugin.recipes.pretrained import PRETRAINED, pretrained_file
-from rnode_plugin.training.checkpoints import load_with_recipe
+from rnode_plugin.experiments.recipes.pretrained import PRETRAINED, pretrained_file
+from rnode_plugin.experiments.training.checkpoints import load_with_recipe
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -20,11 +20,11 @@ from image_files import write_picture
 
 from rnode_plugin import get_recipe
 from rnode_plugin.cli.options import Duration
-from rnode_plugin.data import pack
-from rnode_plugin.data.folders import assign, split_named
 from rnode_plugin.errors import ConfigError, DataError
+from rnode_plugin.experiments.data import pack
+from rnode_plugin.experiments.data.folders import assign, split_named
+from rnode_plugin.experiments.recipes.recipe import Recipe, as_text
 from rnode_plugin.files import check_path_name
-from rnode_plugin.recipes.recipe import Recipe, as_text
 from rnode_plugin.text import duration, significant
 
 RECIPE = get_recipe("digits")

@@ -9,7 +9,7 @@ import pytest
 
 from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.recipes.recipe import Recipe, as_text, get_recipe
+from rnode_plugin.experiments.recipes.recipe import Recipe, as_text, get_recipe
 
 PAPER = ["mnist", "cifar10", "imagenet64", "celebahq256"]
 FAST = ["mnist-fast", "cifar10-fast"]

@@ -20,13 +20,13 @@ from tiny_runs import rnode
 from rnode_plugin import get_recipe
 from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.reports import figures, page, write_report
-from rnode_plugin.reports.configurations import Configuration, Difference, base_of, group_runs
-from rnode_plugin.reports.configurations import paired_difference as paired
-from rnode_plugin.reports.figures import draw
-from rnode_plugin.reports.runs import read_run, read_runs
-from rnode_plugin.reports.table import Table, make_table
+from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.reports import figures, page, write_report
+from rnode_plugin.experiments.reports.configurations import Configuration, Difference, base_of, group_runs
+from rnode_plugin.experiments.reports.configurations import paired_difference as paired
+from rnode_plugin.experiments.reports.figures import draw
+from rnode_plugin.experiments.reports.runs import read_run, read_runs
+from rnode_plugin.experiments.reports.table import Table, make_table
 from rnode_plugin.solvers import SolverSettings
 from rnode_plugin.text import change_with_error, significant, with_error
 

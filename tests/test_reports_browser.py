@@ -12,7 +12,7 @@ import pytest
 from run_folders import write_run
 from test_reports import digits
 
-from rnode_plugin.reports import write_report
+from rnode_plugin.experiments.reports import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = [

@@ -11,9 +11,9 @@ from click.testing import Result
 from tiny_runs import rnode, rows, run, tiny_recipe
 
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.recipes.recipe import Recipe, read_recipe
-from rnode_plugin.training.checkpoints import read_checkpoint
-from rnode_plugin.training.runs import training_lock
+from rnode_plugin.experiments.recipes.recipe import Recipe, read_recipe
+from rnode_plugin.experiments.training.checkpoints import read_checkpoint
+from rnode_plugin.experiments.training.runs import training_lock
 
 
 def train(*arguments: object) -> Result:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rnode_plugin.training.datamodule import StepOrder
+from rnode_plugin.experiments.training.datamodule import StepOrder
 
 
 def order_of(done: int = 0, **options: Any) -> StepOrder:

@@ -19,14 +19,15 @@ from tiny_runs import as_options, assert_same, rnode, rows, run, signal_at
 
 from rnode_plugin import get_recipe, hookimpl, load_flow
 from rnode_plugin.cli.runs import Values
-from rnode_plugin.data.table_files import column_names, read_columns
-from rnode_plugin.data.tables import Table, gaussian_scores
+from rnode_plugin.diagnostics.gaussian import gaussian_scores
 from rnode_plugin.errors import CheckpointError, ConfigError
-from rnode_plugin.evaluation.likelihood import evaluate
-from rnode_plugin.evaluation.samples import sample_rows
+from rnode_plugin.experiments.data.table_files import column_names, read_columns
+from rnode_plugin.experiments.data.tables import Table
+from rnode_plugin.experiments.evaluation.likelihood import evaluate
+from rnode_plugin.experiments.evaluation.samples import sample_rows
+from rnode_plugin.experiments.recipes.recipe import Recipe, read_recipe
+from rnode_plugin.experiments.recipes.task import TableTask
 from rnode_plugin.flows.table import TableFlow
-from rnode_plugin.recipes.recipe import Recipe, read_recipe
-from rnode_plugin.recipes.task import TableTask
 
 SETTINGS = [
     "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=0.5", "data.batch_size=40",

@@ -26,19 +26,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnode_plugin import load_flow
 from rnode_plugin.core.random_streams import Stream, seeded
-from rnode_plugin.data import ArrayDataset
 from rnode_plugin.errors import CheckpointError, ConfigError, SolverError, TrainingError
+from rnode_plugin.experiments.data import ArrayDataset
+from rnode_plugin.experiments.recipes.recipe import Optimizer, Recipe
+from rnode_plugin.experiments.recipes.task import FlowInput
+from rnode_plugin.experiments.training import callbacks
+from rnode_plugin.experiments.training.callbacks import RunControl, Stopped
+from rnode_plugin.experiments.training.checkpoints import read_checkpoint
+from rnode_plugin.experiments.training.fit import FitResult
+from rnode_plugin.experiments.training.module import RnodeModule
+from rnode_plugin.experiments.training.optimizers import learning_rate_factor
+from rnode_plugin.experiments.training.runs import RunFolder, RunPlan
+from rnode_plugin.experiments.training.step import StepObjective
 from rnode_plugin.flows.multiscale import dequantize
-from rnode_plugin.recipes.recipe import Optimizer, Recipe
-from rnode_plugin.recipes.task import FlowInput
-from rnode_plugin.training import callbacks
-from rnode_plugin.training.callbacks import RunControl, Stopped
-from rnode_plugin.training.checkpoints import read_checkpoint
-from rnode_plugin.training.fit import FitResult
-from rnode_plugin.training.module import RnodeModule
-from rnode_plugin.training.optimizers import learning_rate_factor
-from rnode_plugin.training.runs import RunFolder, RunPlan
-from rnode_plugin.training.step import StepObjective
 
 SETTINGS = [
     "data.batch_size=50", "data.train_images=200", "training.val_images=60", "data.val_batch_size=40",

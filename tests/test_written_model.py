@@ -20,10 +20,10 @@ from written_model import LaplaceFlow
 
 from rnode_plugin import FixedGrid, TableFlow, get_recipe, hookimpl, load_flow, plugins
 from rnode_plugin.errors import ConfigError, PluginError
-from rnode_plugin.evaluation.likelihood import evaluate
-from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.recipes.task import FlowInput, TableTask
-from rnode_plugin.training.step import StepObjective, measure_batch
+from rnode_plugin.experiments.evaluation.likelihood import evaluate
+from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.recipes.task import FlowInput, TableTask
+from rnode_plugin.experiments.training.step import StepObjective, measure_batch
 
 SETTINGS = [
     "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=0.5", "data.batch_size=40",

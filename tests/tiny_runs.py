@@ -19,10 +19,10 @@ from click.testing import CliRunner, Result
 
 from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
-from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.training.checkpoints import read_checkpoint
-from rnode_plugin.training.fit import FitResult, fit
-from rnode_plugin.training.runs import RunOptions
+from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.training.checkpoints import read_checkpoint
+from rnode_plugin.experiments.training.fit import FitResult, fit
+from rnode_plugin.experiments.training.runs import RunOptions
 
 SETTINGS = [
     "model.hidden=8", "model.layers=2", "solver.step=none", "test_solver.method=midpoint", "test_solver.step=none",
@@ -34,7 +34,7 @@ SETTINGS = [
 
 # children of a server that has imported all: a start costs no seconds, and no thread of this process is copied
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["rnode_plugin.training.fit"])
+CONTEXT.set_forkserver_preload(["rnode_plugin.experiments.training.fit"])
 
 _TIMES = {"seconds", "seconds_per_step", "train_seconds"}
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from rnode_plugin import hookimpl
-from rnode_plugin.data import ImageData
-from rnode_plugin.data.folders import decode
-from rnode_plugin.data.images import naming
 from rnode_plugin.errors import DataError
+from rnode_plugin.experiments.data import ImageData
+from rnode_plugin.experiments.data.folders import decode
+from rnode_plugin.experiments.data.images import naming
 
 __all__ = ["pictures", "rnode_register_datasets"]
 

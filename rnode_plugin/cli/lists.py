@@ -39,7 +39,7 @@ def recipes(ctx: click.Context) -> None:
     """List the recipes, or show every setting of one."""
     if ctx.invoked_subcommand is not None:
         return
-    from ..recipes.recipe import get_recipe
+    from ..experiments.recipes.recipe import get_recipe
 
     click.echo(table(loaded("recipes", lambda name: get_recipe(name).description)))
 
@@ -51,7 +51,7 @@ def recipes(ctx: click.Context) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as in the recipe.json of a run.")
 def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool) -> None:
     """Print every setting of the recipe NAME, as --set takes it, and the number of its parameters."""
-    from ..recipes.recipe import as_text, get_recipe
+    from ..experiments.recipes.recipe import as_text, get_recipe
 
     recipe = get_recipe(name)
     recipe = (recipe.ffjord() if ffjord else recipe).override(assignments)
@@ -103,7 +103,7 @@ def prepare(sources: tuple[Path, ...], target: Path, channels: str, **options: A
     The files hold 8 bits a value. celebahq256 reduces them to 5 when it reads them. Nothing appears in TARGET
     before all of it is written.
     """
-    from ..data import pack
+    from ..experiments.data import pack
 
     def shown(files: Sequence[Any]) -> Iterator[Any]:
         with click.progressbar(files, label="packing", file=sys.stderr) as bar:
@@ -171,7 +171,7 @@ def info() -> None:
     """
     import torch
 
-    from ..training.runs import environment
+    from ..experiments.training.runs import environment
 
     facts = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     facts["gpus"] = torch.cuda.device_count()

@@ -19,7 +19,7 @@ from ..errors import ConfigError, RnodeError, suggest
 from ..plugins import registry
 
 if TYPE_CHECKING:
-    from ..recipes.recipe import Recipe
+    from ..experiments.recipes.recipe import Recipe
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
@@ -82,7 +82,7 @@ def complete(kind: str, suffix: str = "") -> _Completer:
 
 def complete_setting(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The settings of the recipe that the line names, or else of digits."""
-    from ..recipes.recipe import get_recipe
+    from ..experiments.recipes.recipe import get_recipe
 
     names = registry.names("recipes")
     words = [*ctx.params.values(), *ctx.args]  # click leaves it among the latter while --set lacks its value
@@ -92,8 +92,8 @@ def complete_setting(ctx: click.Context, param: click.Parameter, incomplete: str
 
 def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Packaged weights and run folders; any file or folder if none of them begins like that."""
-    from ..recipes.pretrained import PRETRAINED
-    from ..training.checkpoints import runs_here
+    from ..experiments.recipes.pretrained import PRETRAINED
+    from ..experiments.training.checkpoints import runs_here
 
     return _items([*PRETRAINED, *runs_here()], incomplete) or [CompletionItem(incomplete, type="file")]
 
@@ -176,7 +176,7 @@ def changed(recipe: Recipe, options: dict[str, Any]) -> Recipe:
         changes.append(f"{setting.format(samples=recipe.task.samples)}={value}")
     new = recipe.override([*changes, *options.pop("assignments")])
     if new.data.name == "table" and new.task.columns and new.table.columns != recipe.table.columns:
-        from ..data.tables import table_columns
+        from ..experiments.data.tables import table_columns
 
         known = table_columns(new.data.root)  # the head of the file, before torch is imported
         if unknown := [each for each in new.table.columns if each not in known]:
@@ -191,7 +191,7 @@ def refuse_place(name: str) -> None:
     path = Path(name)
     if name in registry.names("recipes") or not (path.exists() or os.sep in name):
         return
-    from ..data.table_files import is_table  # numpy, for what exists only
+    from ..experiments.data.table_files import is_table  # numpy, for what exists only
 
     place = shlex.quote(name)
     if not path.exists() or (path / "recipe.json").is_file() or (path / "checkpoints").is_dir():

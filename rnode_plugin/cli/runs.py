@@ -86,8 +86,8 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
     The trace is exact in up to 16 dimensions (64 for a table), and estimated with Rademacher probes in more. The
     NLL of a table, in nats per row, is shown with the NLL of a Gaussian.
     """
-    from ..recipes.recipe import recipe_beside
-    from ..training.checkpoints import find_checkpoint, load_with_recipe
+    from ..experiments.recipes.recipe import recipe_beside
+    from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
 
     if options["summary"] and not as_json:
         raise click.UsageError("--summary shortens the JSON: add --json.")
@@ -97,8 +97,8 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
     if (known := recipe_beside(path)) is not None:  # what cannot work is refused before torch is imported
         known.override([f"test_solver.{change}" for change in options["solver_settings"]])
         known.at_root(options["data_root"])
-    from ..evaluation.likelihood import evaluate
-    from ..evaluation.loading import load_for_evaluation, pick_device
+    from ..experiments.evaluation.likelihood import evaluate
+    from ..experiments.evaluation.loading import load_for_evaluation, pick_device
 
     flush_denormals()
     flow, recipe = load_with_recipe(path, map_location=pick_device(options["device"]))
@@ -153,16 +153,16 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     Writes diagnosis.json and diagnosis/ (PNG and SVG). `rnode-cli report` shows the diagnosis of the best weights
     of a run. The exit code is 3 if a check failed.
     """
-    from ..recipes.recipe import recipe_beside
-    from ..training.checkpoints import find_checkpoint, load_with_recipe
+    from ..experiments.recipes.recipe import recipe_beside
+    from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
 
     path = find_checkpoint(run)
     if (known := recipe_beside(path)) is not None:  # what cannot work is refused before torch is imported
         known.at_root(options["data_root"])
-    from ..evaluation.diagnostics.diagnose import compared_for, diagnose, held_out_samples
-    from ..evaluation.loading import pick_device
-    from ..reports.diagnosis import save_diagnosis
-    from ..training.runs import RunFolder
+    from ..diagnostics.diagnose import compared_for, diagnose
+    from ..experiments.evaluation.loading import held_out_samples, pick_device
+    from ..experiments.reports.diagnosis import save_diagnosis
+    from ..experiments.training.runs import RunFolder
 
     flush_denormals()
     place = pick_device(options["device"])
@@ -228,10 +228,10 @@ def sample(*, run: str, **options: Any) -> None:
     Each temperature is a block of rows of images, made from the same latents. The rows of a conditional density
     have the given columns in addition to the drawn ones.
     """
-    from ..data.table_files import column_names
-    from ..evaluation.requests import check_samples
-    from ..recipes.recipe import recipe_beside
-    from ..training.checkpoints import find_checkpoint, load_with_recipe
+    from ..experiments.data.table_files import column_names
+    from ..experiments.evaluation.requests import check_samples
+    from ..experiments.recipes.recipe import recipe_beside
+    from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
 
     values, file = options.pop("given_values"), options.pop("given_file")
     if values and file:
@@ -242,8 +242,8 @@ def sample(*, run: str, **options: Any) -> None:
     asked = {"given": given, "temperatures": options["temperatures"], "columns": options["columns"]}
     if (known := recipe_beside(checkpoint)) is not None:  # what cannot work is refused before torch is imported
         check_samples(known.task, None if named is None else Path(named), **asked)
-    from ..evaluation.loading import pick_device
-    from ..evaluation.samples import write_samples
+    from ..experiments.evaluation.loading import pick_device
+    from ..experiments.evaluation.samples import write_samples
 
     flush_denormals()
     flow, recipe = load_with_recipe(checkpoint, map_location=pick_device(options.pop("device")))
@@ -280,10 +280,10 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
     With `--format torch-export`, write the sampler and the log-density as two programs on a fixed grid, which need
     torch alone: FILE-sampler.pt2 and FILE-log_prob.pt2 for FILE.pt2.
     """
-    from ..training.checkpoints import SAFETENSORS, find_checkpoint, load_with_recipe, save_flow
+    from ..experiments.training.checkpoints import SAFETENSORS, find_checkpoint, load_with_recipe, save_flow
 
     source, path = find_checkpoint(run), Path(file)  # before torch is imported
-    from ..evaluation.programs import SUFFIX, Which, export_program, save_program
+    from ..experiments.evaluation.programs import SUFFIX, Which, export_program, save_program
 
     suffix = SAFETENSORS if kind == "safetensors" else SUFFIX
     if path.suffix != suffix:
@@ -325,11 +325,11 @@ def report(*, runs: tuple[str, ...], out: str | None, title: str | None, force: 
     read are left out. Runs that differ by their seed alone are one configuration.
     Writes report.html (one file that opens offline) and figures/ (PNG and SVG).
     """
-    from ..training.checkpoints import runs_at
+    from ..experiments.training.checkpoints import runs_at
 
     for run in map(Path, runs):
         runs_at(run)  # before torch is imported
-    from ..reports import write_report
+    from ..experiments.reports import write_report
 
     written = write_report(runs, free_path(out, "report", force=force), title=title)
     for message in written.left_out:
@@ -347,7 +347,7 @@ def cite(*, run: str | None) -> None:
 
     RUN is a run folder or a checkpoint. Without it, the papers of the method of this package are printed.
     """
-    from ..training.checkpoints import find_checkpoint, load_with_recipe
+    from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
 
     checkpoint = None if run is None else find_checkpoint(run)  # before torch is imported
     from ..core.citations import citation

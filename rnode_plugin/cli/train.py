@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ConfigError, RnodeError, TrainingError
+from ..experiments.training.loggers import LOGGERS, check_loggers
 from ..text import counted, duration, table
-from ..training.loggers import LOGGERS, check_loggers
 from .options import (
     Devices,
     Duration,
@@ -36,8 +36,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..recipes.recipe import Recipe
-    from ..training.fit import FitResult
+    from ..experiments.recipes.recipe import Recipe
+    from ..experiments.training.fit import FitResult
 
 
 @click.command()
@@ -98,14 +98,14 @@ def train(
         found, resume = _chosen(recipe, resume, ctx, ffjord=options.pop("ffjord"))
         chosen = changed(found, options)
         if resume is None and chosen.training.weights is not None:
-            from ..training.checkpoints import find_checkpoint
+            from ..experiments.training.checkpoints import find_checkpoint
 
             find_checkpoint(chosen.training.weights)
         options |= _place(options.pop("device"), options["devices"])
         flush_denormals()
         # seconds of imports, which a wrong name or setting does not wait for
-        from ..training.fit import fit
-        from ..training.runs import RunOptions
+        from ..experiments.training.fit import fit
+        from ..experiments.training.runs import RunOptions
 
         made = [_callback(name) for name in options.pop("callbacks")]
         mine = {name: options.pop(name) for name in ("runs", "run_folder", "max_time", "download")}
@@ -131,14 +131,14 @@ def train(
 
 def _chosen(name: str | None, resume: str | None, ctx: click.Context, *, ffjord: bool) -> tuple[Recipe, str | None]:
     """The recipe of a name, of a file, or of the run to continue, and that run or the checkpoint that was read."""
-    from ..recipes.recipe import get_recipe, is_recipe_file, read_recipe
+    from ..experiments.recipes.recipe import get_recipe, is_recipe_file, read_recipe
 
     if resume is not None and ffjord:
         raise click.UsageError("--ffjord makes another model of the recipe. It cannot go with --resume.", ctx)
     if name is not None and is_recipe_file(name):
         found = read_recipe(name)
     elif resume is not None:
-        from ..training.checkpoints import newest_intact, recipe_of
+        from ..experiments.training.checkpoints import newest_intact, recipe_of
 
         path, contents = newest_intact(resume)
         found = recipe_of(contents, path)
@@ -162,7 +162,7 @@ def _place(device: str, devices: str) -> dict[str, str]:
     if devices.isdecimal() and int(devices) > cores and (name == "cpu" or (name == "auto" and not _has_gpu())):
         raise ConfigError(f"--devices {devices} is more than the {counted(cores, 'core')} of this machine.")
     if name not in ("auto", "cpu"):
-        from ..evaluation.loading import check_device
+        from ..experiments.evaluation.loading import check_device
 
         check_device(device)
     return {"accelerator": name, "devices": f"{index}," if colon else devices}
@@ -265,14 +265,14 @@ def compare(*, recipe: str, quiet: bool, as_json: bool, **options: Any) -> None:
 
     Runs that train at the same time on a CPU take longer steps than one alone.
     """
-    from ..comparison.configurations import configured_recipes
-    from ..recipes.recipe import get_recipe
+    from ..experiments.comparison.configurations import configured_recipes
+    from ..experiments.recipes.recipe import get_recipe
 
     refuse_place(recipe)
     chosen = changed(get_recipe(recipe), options)
     # what cannot work is refused before seconds of imports
     configured_recipes(chosen, options["configurations"], seeds=options["seeds"])
-    from ..comparison.compare import compare
+    from ..experiments.comparison.compare import compare
 
     # it would end this process and leave its runs alone
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

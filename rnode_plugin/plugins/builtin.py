@@ -27,30 +27,30 @@ def rnode_register_models() -> dict[str, str]:
 @hookimpl
 def rnode_register_datasets() -> dict[str, str]:
     return {
-        "digits": "rnode_plugin.data.sets:digits",
-        "mnist": "rnode_plugin.data.sets:mnist",
-        "fashion-mnist": "rnode_plugin.data.sets:fashion_mnist",
-        "cifar10": "rnode_plugin.data.sets:cifar10",
-        "svhn": "rnode_plugin.data.sets:svhn",
-        "imagenet64": "rnode_plugin.data.folders:imagenet64",
-        "celebahq256": "rnode_plugin.data.folders:celebahq256",
-        "folder": "rnode_plugin.data.folders:folder",
-        "table": "rnode_plugin.data.tables:table",
+        "digits": "rnode_plugin.experiments.data.sets:digits",
+        "mnist": "rnode_plugin.experiments.data.sets:mnist",
+        "fashion-mnist": "rnode_plugin.experiments.data.sets:fashion_mnist",
+        "cifar10": "rnode_plugin.experiments.data.sets:cifar10",
+        "svhn": "rnode_plugin.experiments.data.sets:svhn",
+        "imagenet64": "rnode_plugin.experiments.data.folders:imagenet64",
+        "celebahq256": "rnode_plugin.experiments.data.folders:celebahq256",
+        "folder": "rnode_plugin.experiments.data.folders:folder",
+        "table": "rnode_plugin.experiments.data.tables:table",
     }
 
 
 @hookimpl
 def rnode_register_recipes() -> dict[str, str]:
     return {
-        "digits": "rnode_plugin.recipes.presets:digits",
-        "mnist": "rnode_plugin.recipes.presets:mnist",
-        "mnist-fast": "rnode_plugin.recipes.presets:mnist_fast",
-        "cifar10": "rnode_plugin.recipes.presets:cifar10",
-        "cifar10-fast": "rnode_plugin.recipes.presets:cifar10_fast",
-        "imagenet64": "rnode_plugin.recipes.presets:imagenet64",
-        "celebahq256": "rnode_plugin.recipes.presets:celebahq256",
-        "pictures": "rnode_plugin.recipes.presets:pictures",
-        "table": "rnode_plugin.recipes.presets:table",
+        "digits": "rnode_plugin.experiments.recipes.presets:digits",
+        "mnist": "rnode_plugin.experiments.recipes.presets:mnist",
+        "mnist-fast": "rnode_plugin.experiments.recipes.presets:mnist_fast",
+        "cifar10": "rnode_plugin.experiments.recipes.presets:cifar10",
+        "cifar10-fast": "rnode_plugin.experiments.recipes.presets:cifar10_fast",
+        "imagenet64": "rnode_plugin.experiments.recipes.presets:imagenet64",
+        "celebahq256": "rnode_plugin.experiments.recipes.presets:celebahq256",
+        "pictures": "rnode_plugin.experiments.recipes.presets:pictures",
+        "table": "rnode_plugin.experiments.recipes.presets:table",
     }
 
 

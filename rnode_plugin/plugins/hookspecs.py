@@ -55,8 +55,8 @@ def rnode_register_models() -> Mapping[str, Any]:
 def rnode_register_datasets() -> Mapping[str, Any]:
     """Data sets, images or tables, for ``rnode-cli train --data NAME``.
 
-    A set of images is a function ``(*, root)`` that returns an :class:`~rnode_plugin.data.ImageData`. The
-    parameters ``size``, ``channels`` and ``bits``, if it has them, get the values of the recipe. If it has the
+    A set of images is a function ``(*, root)`` that returns an :class:`~rnode_plugin.experiments.data.ImageData`.
+    The parameters ``size``, ``channels`` and ``bits``, if it has them, get the values of the recipe. If it has the
     parameter ``download``, it is called with ``download=False`` first. If that fails and a download is allowed, it
     is called with ``download=True``, in one process at a time. A table is a function ``(*, root)`` that returns a
     ``Table`` with its split. It may also take ``columns``, ``validation``, ``held_out`` and ``split_seed`` of the

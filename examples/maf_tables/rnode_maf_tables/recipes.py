@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rnode_plugin.recipes.recipe import Optimizer, Recipe, TableData, TableModel, Training
+from rnode_plugin.experiments.recipes.recipe import Optimizer, Recipe, TableData, TableModel, Training
 from rnode_plugin.solvers import SolverSettings
 
 __all__ = ["bsds300", "gas", "hepmass", "miniboone", "power"]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rnode_plugin.data import Table
-from rnode_plugin.data.images import naming
 from rnode_plugin.errors import ConfigError, DataError
+from rnode_plugin.experiments.data import Table
+from rnode_plugin.experiments.data.images import naming
 
 __all__ = ["bsds300", "gas", "hepmass", "miniboone", "power"]
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from rnode_plugin import get_recipe
-from rnode_plugin.data import get_table
 from rnode_plugin.errors import ConfigError, DataError
+from rnode_plugin.experiments.data import get_table
 from rnode_plugin.plugins import registry
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

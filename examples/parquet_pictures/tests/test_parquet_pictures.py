@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rnode_plugin.data import get_dataset
 from rnode_plugin.errors import DataError
+from rnode_plugin.experiments.data import get_dataset
 from rnode_plugin.plugins import registry
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

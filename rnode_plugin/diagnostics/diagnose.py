@@ -1,0 +1,108 @@
+"""diagnose: all checks of a density model on held-out data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, SolverError
+from ..solvers import Solver
+from . import checks
+from .result import Check, Diagnosis
+from .subject import HeldOut, Subject
+from .texts import FAILED, GAUSSIAN, GRADIENT, INVERTIBILITY, NORMALIZATION, SAMPLES, SOLVER_GAP, TOLERANCE
+
+
+def samples_for(dims: int) -> int:
+    """Number of held-out samples for the solves of a diagnosis: 256, in more than 195 dimensions fewer."""
+    return max(8, min(256, 50_000 // dims))
+
+
+def compared_for(dims: int) -> int:
+    """Number of held-out samples that are compared with the model's: 10,000, in more than 25 dimensions fewer."""
+    return max(samples_for(dims), min(10_000, 250_000 // dims))
+
+
+@torch.no_grad()
+def diagnose(
+    model: Any,
+    x: Tensor,
+    *,
+    context: Tensor | None = None,
+    training_solver: Solver | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str], object] | None = None,
+) -> Diagnosis:
+    """Check whether the densities and samples of a model can be trusted.
+
+    Args:
+        model: a :class:`~rnode_plugin.RegularizedCNF`, a :class:`~rnode_plugin.MultiscaleFlow`, or another
+            :class:`~rnode_plugin.core.distribution.DensityModel`. It is in evaluation mode meanwhile.
+        x: held-out data as ``model.log_prob`` takes them, ``(N, *event)``: images in [0, 1], dequantized. They must
+            be in random order.
+        context: ``(N, *context_shape)`` of a conditional model, one for each sample.
+        training_solver: the solver that the model was trained with; None for the solver of the model.
+        samples: number of samples of ``x``; None: for solves 256, in many dimensions fewer (50000 / dims, at least
+            8); for the comparison with the model's samples and with a Gaussian all, at most 10000 (250000 / dims).
+        seed: the seed of all noise.
+        progress: called with the name of each check before it is made.
+
+    Returns:
+        Diagnosis: solver gap, tolerance, invertibility, normalization, gradient, samples and gaussian. NLL and gaps
+        are in nats per dimension. A check in which a solver fails has failed. The last two checks are statistical
+        and fail a correct model about once in 1000 times each.
+
+    Raises:
+        ConfigError: for another class of model, fewer than two samples, values that are not finite, and a context
+            that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin.fields import linear_field
+        >>> model = RegularizedCNF(linear_field(2), event_shape=2)  # fresh: f = 0, a standard normal
+        >>> diagnosis = diagnose(model, torch.randn(600, 2, generator=torch.Generator().manual_seed(0)))
+        >>> [(check.name, check.verdict) for check in diagnosis.checks[:3]]
+        [('solver gap', 'ok'), ('tolerance', 'ok'), ('invertibility', 'ok')]
+        >>> diagnosis.failed
+        False
+    """
+    start = time.monotonic()
+    subject = Subject(model)
+    if min(len(x), samples or 2) < 2:
+        raise ConfigError("a diagnosis needs at least two held-out samples.")
+    context = model.context_rows(context, x)
+    if not all(bool(each.isfinite().all()) for each in (x, context) if each is not None):
+        raise ConfigError("the held-out data contain values that are not finite: leave those samples out.")
+    everything = HeldOut(x, context, seed).first(samples or compared_for(subject.dims))
+    data = everything.first(samples or samples_for(subject.dims))
+    measurements: dict[str, Callable[[], Check]] = {
+        SOLVER_GAP: lambda: checks.solver_gap(subject, data, training_solver),
+        TOLERANCE: lambda: checks.tolerance(subject, data),
+        INVERTIBILITY: lambda: checks.invertibility(subject, data),
+        NORMALIZATION: lambda: checks.normalization(subject, data),
+        GRADIENT: lambda: checks.gradient(subject, data),
+        SAMPLES: lambda: checks.samples(subject, everything),
+        GAUSSIAN: lambda: checks.gaussian(subject, data, everything),
+    }
+    found: list[Check] = []
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for name, measure in measurements.items():
+            if progress is not None:
+                progress(name)
+            try:
+                with data.noise():
+                    found.append(measure())
+            except SolverError as error:
+                found.append(Check(name, "failed", FAILED.format(failure=error)))
+    finally:
+        for module, training in modes:
+            module.training = training
+    seconds = time.monotonic() - start
+    return Diagnosis(tuple(found), len(data.x), subject.dims, subject.solver_text, seed, seconds)

@@ -1,0 +1,82 @@
+"""The result of a diagnosis: one ``Check`` for each question, and the ``Diagnosis`` with all of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, TypeAdapter
+
+from ..validation import refused
+
+Verdict = Literal["ok", "left out", "cannot tell", "warning", "failed"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+"""From the best to the worst."""
+
+_Number = Annotated[int | float, BeforeValidator(lambda value: math.nan if value is None else value)]
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result of one check.
+
+    Attributes:
+        name: the name of the check, such as ``invertibility``.
+        verdict: ``ok``, ``warning``, ``failed``, ``cannot tell`` if the data are too few to see a difference that
+            matters, or ``left out`` for a check that could not be made.
+        sentence: the finding, its meaning and advice.
+        numbers: measurements by name; the sentence contains no others.
+        curves: data of the figure, by name.
+    """
+
+    name: str
+    verdict: Verdict
+    sentence: str
+    numbers: Mapping[str, _Number] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[_Number]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All checks of one model.
+
+    Attributes:
+        checks: all checks in the order in which they were made.
+        samples: held-out samples that were used.
+        dims: number of dimensions of one sample.
+        solver: the model's own, in words.
+        seed: the seed of all noise.
+        seconds: wall-clock time.
+    """
+
+    checks: tuple[Check, ...]
+    samples: int
+    dims: int
+    solver: str
+    seed: int
+    seconds: float
+
+    @property
+    def failed(self) -> bool:
+        """Whether a check failed."""
+        return any(check.verdict == "failed" for check in self.checks)
+
+    def to_plain(self) -> dict[str, Any]:
+        """As dictionaries, lists, numbers and texts, for JSON; a number that is not finite is None."""
+        return json.loads(_PLAIN.dump_json(self))
+
+    @staticmethod
+    def from_plain(plain: Any) -> Diagnosis:
+        """The inverse of :meth:`to_plain`; None is NaN.
+
+        Raises:
+            ConfigError: it is not a diagnosis.
+        """
+        with refused("diagnosis"):
+            return _PLAIN.validate_python(plain)
+
+
+_PLAIN = TypeAdapter(Diagnosis)

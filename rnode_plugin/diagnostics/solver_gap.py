@@ -1,0 +1,74 @@
+"""The solver gap: the scores by a coarse solver minus the scores by an accurate one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import SolverError
+from ..solvers import Solver
+
+Output = TypeVar("Output")
+
+
+@dataclass(frozen=True)
+class SolverGap(Generic[Output]):
+    """The solver gap of some samples.
+
+    Attributes:
+        values: the gap of each sample, ``(B,)``, in double precision on the CPU; infinite if the solver fails.
+        output: what the solve returned; None if the solver fails.
+        failure: the error of a solver that fails.
+    """
+
+    values: Tensor
+    output: Output | None
+    failure: SolverError | None
+
+    @property
+    def mean(self) -> float:
+        """The mean over the samples."""
+        return float(self.values.mean())
+
+    @property
+    def typical(self) -> float:
+        """The mean of the absolute values."""
+        return float(self.values.abs().mean())
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean."""
+        return standard_error(self.values)
+
+
+def standard_error(values: Tensor) -> float:
+    """The standard error of the mean of ``values (B,)``; NaN for a single one."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+
+
+def measure_solver_gap(
+    solve: Callable[[Solver], Output],
+    scores: Callable[[Output], Tensor],
+    solver: Solver,
+    accurate: Tensor,
+) -> SolverGap[Output]:
+    """Scores by ``solver`` minus ``accurate`` ones.
+
+    Args:
+        solve: solves the samples with a solver, with the same noise at each call.
+        scores: the score of each sample ``(B,)`` from what ``solve`` returns, such as bits/dim.
+        solver: the solver in question. It is measured with all products of its quadrature, because the noise of a
+            sampled quadrature is not an error of the solver.
+        accurate: the scores ``(B,)`` by the accurate solver.
+    """
+    try:
+        output = solve(dataclasses.replace(solver, quadrature="full"))
+    except SolverError as error:
+        return SolverGap(torch.full((len(accurate),), math.inf, dtype=torch.float64), None, error)
+    return SolverGap(scores(output).cpu().double() - accurate.cpu().double(), output, None)

@@ -1,0 +1,106 @@
+"""The model and the data of a diagnosis; the model is solved batch by batch with a chosen solver or estimator."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.distribution import DensityModel
+from ..core.random_streams import Stream, seeded
+from ..core.trace_estimators import TraceEstimator
+from ..errors import ConfigError
+from ..solvers import Solver
+
+_BATCH_NUMBERS = 400_000  # of the state in one solve: 510 images of MNIST
+_MAX_BATCH = 4096
+
+
+class HeldOut(NamedTuple):
+    """The data of a diagnosis: samples ``x (N, *event)``, their contexts or None, and the seed of all noise."""
+
+    x: Tensor
+    context: Tensor | None
+    seed: int
+
+    def first(self, n: int) -> HeldOut:
+        """The first ``n`` samples."""
+        return self._replace(x=self.x[:n], context=None if self.context is None else self.context[:n])
+
+    def noise(self) -> AbstractContextManager[None]:
+        """A block that draws the same noise each time."""
+        return seeded(self.seed, Stream.DIAGNOSE)
+
+
+class Encoded(NamedTuple):
+    """Data pushed to the latent.
+
+    Attributes:
+        z: latent ``(B, D)``.
+        log_prob: the log-density of the data, ``(B,)`` in nats, double precision, on the CPU.
+        nll: its negative in nats per dimension.
+        nfe: evaluations of the vector fields, mean over the batches, each solved alone.
+    """
+
+    z: Tensor
+    log_prob: Tensor
+    nll: Tensor
+    nfe: float
+
+
+class Subject:
+    """A density model under diagnosis.
+
+    Attributes:
+        dims: number of dimensions of one sample.
+        solver_text: the solver of the model in words.
+        tolerance: the tolerance of that solver; None for a fixed grid.
+        batch_size: samples of one solve.
+
+    Raises:
+        ConfigError: the model is not a :class:`~rnode_plugin.core.distribution.DensityModel`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if not isinstance(model, DensityModel):
+            raise ConfigError(
+                f"{type(model).__name__} cannot be diagnosed: give a RegularizedCNF, a MultiscaleFlow, a TableFlow "
+                "or a subclass of rnode_plugin.core.distribution.DensityModel."
+            )
+        self.model, self.dims = model, model.event_shape.numel()
+        self.batch_size = max(1, min(_MAX_BATCH, _BATCH_NUMBERS // self.dims))
+        solver = model.solver
+        self.solver_text = solver.text
+        self.tolerance = None if solver.tolerances is None else max(solver.tolerances)
+
+    def encode(
+        self, data: HeldOut, *, solver: Solver | None = None, estimator: TraceEstimator | None = None
+    ) -> Encoded:
+        """Push the data to the latent, batch by batch, with the same noise at each call."""
+        model = self.model.solved_with(solver=solver, estimator=estimator)
+        with data.noise():
+            outputs = [
+                model.encode(part, context=given, penalties=False, solver=model.full_quadrature())
+                for part, given in self._batches(data.x, data.context)
+            ]
+        log_prob = torch.cat([model.log_prob_of(each).cpu().double() for each in outputs])
+        nfe = sum(each.nfe for each in outputs) / len(outputs)
+        return Encoded(torch.cat([each.z.flatten(1) for each in outputs]), log_prob, -log_prob / self.dims, nfe)
+
+    def decode(self, z: Tensor, data: HeldOut, *, solver: Solver | None = None) -> Tensor:
+        """The data of latents ``z (B, D)``, with the contexts of ``data``."""
+        model = self.model.solved_with(solver=solver)
+        z = z.reshape(len(z), *self.model.base.event_shape)
+        return torch.cat([model.inverse(part, context=given) for part, given in self._batches(z, data.context)])
+
+    def sample(self, n: int, context: Tensor | None) -> Tensor:
+        """``n`` samples; ``context`` has one row for each."""
+        rows = self._batches(torch.empty(n, 0), context)
+        return torch.cat([self.model.sample(len(part), context=given) for part, given in rows])
+
+    def _batches(self, x: Tensor, context: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        parts = x.split(self.batch_size)
+        contexts = [None] * len(parts) if context is None else context.split(self.batch_size)
+        return list(zip(parts, contexts, strict=True))

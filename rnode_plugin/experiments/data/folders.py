@@ -1,0 +1,376 @@
+"""Folders of pictures and packed arrays as data sets: ``folder``, ``imagenet64`` and ``celebahq256``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import ConfigError, DataError
+from ...text import counted
+from .images import ImageArray, ImageData, naming, shown
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DEFAULT_ROOT = Path("data")
+"""The folder of the data sets unless another is named."""
+
+# pictures that fit are decoded once; more than that are decoded batch by batch, which workers and packing speed up
+_IN_MEMORY_BYTES = 2**30
+_LARGEST = 256  # height or width of pictures that are trained on without a size
+
+
+def folder(
+    *,
+    root: str | None = None,
+    size: int | None = None,
+    channels: int | None = None,
+    bits: int = 8,
+) -> ImageData:
+    """Your pictures: a folder (--data-root FOLDER), or arrays that `data prepare` made.
+
+    Args:
+        root: the folder. Subfolders for training and for validation (``train`` and ``val`` or ``test``) make the
+            split. Without them about a tenth is held out, chosen by the names. If there are ``train.npy`` and
+            ``val.npy``, these are read and not the pictures.
+        size: height and width that pictures are scaled to; None if all have the same size already.
+        channels: 3 or 1; None for 3 with pictures, and for the number that packed images have.
+        bits: bits per value, 1 to 8. The 8 bits ``x`` become ``floor(x / 2**(8 - bits))``.
+
+    Raises:
+        ConfigError: an option that cannot work.
+        DataError: the images are missing or cannot be read.
+    """
+    if root is None:
+        raise ConfigError("the data set 'folder' needs the folder of your pictures: --data-root DIRECTORY.")
+    return _read("folder", Path(root), size=size, channels=channels, bits=bits)
+
+
+def imagenet64(*, root: str | None = None) -> ImageData:
+    """ImageNet at 3x64x64, 8 bits: train/ and val/ of pictures, or packed by `data prepare`."""
+    source = (
+        "Imagenet64_train_part1_npz.zip, Imagenet64_train_part2_npz.zip and Imagenet64_val_npz.zip from "
+        "https://image-net.org/download-images (free, after registration), unpack all three into one folder"
+    )
+    return _brought("imagenet64", root, source, size=64, bits=8)
+
+
+def celebahq256(*, root: str | None = None) -> ImageData:
+    """CelebA-HQ at 3x256x256, 5 bits (when read): train/ and val/ of pictures, or packed by `data prepare`."""
+    source = "the folder CelebA-HQ-img of CelebAMask-HQ.zip from https://github.com/switchablenorms/CelebAMask-HQ"
+    return _brought("celebahq256", root, source, size=256, bits=5)
+
+
+def _brought(name: str, root: str | None, source: str, *, size: int, bits: int) -> ImageData:
+    """A set that users bring themselves, in the folder of its name below the root."""
+    where = (Path(root) if root is not None else DEFAULT_ROOT) / name
+    if not where.is_dir():
+        raise DataError(
+            f"the data set {name} is not there, and it cannot be downloaded for you. Get {source}, then run "
+            f"`rnode-cli data prepare FOLDER {where} --size {size}`, or put pictures into train and val there."
+        )
+    return _read(name, where, size=size, channels=3, bits=bits)
+
+
+def _read(name: str, where: Path, *, size: int | None, channels: int | None, bits: int) -> ImageData:
+    if not 1 <= bits <= 8 or channels not in (None, 1, 3) or (size is not None and size < 1):
+        raise ConfigError(
+            f"{name}: bits must be 1 to 8, channels 1 or 3, the size at least 1, not {bits}, {channels} and {size}."
+        )
+    parts: list[ImageArray]
+    if _is_packed(where):
+        parts = [PackedImages(where / file, shift=8 - bits) for file in (TRAIN_FILE, VAL_FILE)]
+    else:
+        names = _pictures(where, notice=True)
+        splits = assign([split_named(n) for n in names], names, where=str(where))
+        chosen = [[n for n, split in zip(names, splits, strict=True) if split == part] for part in ("train", "val")]
+        options = {"size": size, "channels": channels or 3, "shift": 8 - bits}
+        parts = [ImageFiles(where, part, **options).in_memory() for part in chosen]
+    train, val = parts
+    _, c, h, w = train.shape
+    wanted = (channels or c, size or h, size or w)
+    for images in parts:
+        if images.shape[1:] != wanted:
+            raise DataError(
+                f"{name}: {where} holds images of {shown(images.shape[1:])}, not {shown(wanted)}. Scale pictures "
+                "with --size, and pack arrays again with `rnode-cli data prepare --overwrite`."
+            )
+    return ImageData(name=name, train=train, val=val, shape=(c, h, w), levels=2**bits)
+
+
+def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the pictures below a folder, or of its packed arrays, without decoding them.
+
+    Args:
+        root: the folder.
+        size: height and width that the pictures are scaled to; None if all have the same size already.
+
+    Raises:
+        DataError: no pictures, one that cannot be read, or different or large sizes without a ``size``.
+    """
+    where = Path(root)
+    if _is_packed(where):
+        _, c, h, w = PackedImages(where / TRAIN_FILE).shape
+        return c, h, w
+    grey = True
+    first: tuple[str, tuple[int, int]] | None = None
+    for name in _pictures(where):
+        with _opened(where / name, where / name) as image:
+            turned = image.getexif().get(0x0112, 1) > 4  # to be shown upright
+            found = (image.width, image.height) if turned else (image.height, image.width)
+            grey = grey and image.mode in ("1", "L", "LA")
+        first = (name, found) if first is None else first
+        if size is None and found != first[1]:
+            raise different(name, found, *first)
+    assert first is not None  # there are pictures
+    h, w = first[1] if size is None else (size, size)
+    if size is None and max(h, w) > _LARGEST:
+        raise DataError(
+            f"the pictures are {shown((h, w))}, too large to train on: the largest of the paper are 256x256. Give "
+            "the height and width that all of them are scaled to, such as --size 32."
+        )
+    return (1 if grey else 3), h, w
+
+
+def _is_packed(where: Path) -> bool:
+    return any((where / file).exists() for file in (TRAIN_FILE, VAL_FILE))
+
+
+def _pictures(where: Path, *, notice: bool = False) -> list[str]:
+    names, others = separated(where, is_picture)
+    if notice:
+        notice_left_out(where, others)
+    if not names:
+        raise DataError(
+            f"the folder {where} holds neither pictures (png, jpg, webp, ...) nor {TRAIN_FILE}. Unpack an archive, "
+            "or name another folder with --data-root."
+        )
+    return names
+
+
+def different(name: str, found: tuple[int, ...], other: str, size: tuple[int, ...]) -> DataError:
+    """The error for pictures of different sizes."""
+    return DataError(
+        f"the pictures differ in size: {name} is {shown(found)}, {other} is {shown(size)}. Give the height and "
+        "width that all of them are scaled to, such as --size 32."
+    )
+
+
+# Training and held-out pictures --------------------------------------------------------------------------------
+
+_FOLDERS = {
+    **dict.fromkeys(("train", "training", "train_64x64"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "valid_64x64"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+_BATCH = re.compile(r"(train|val)_data(_batch_\d+)?\.npz")  # as the ImageNet 64x64 archives name theirs
+
+
+def split_named(name: str) -> str | None:
+    """``"train"``, ``"val"`` or ``"test"`` where one of the first three folders of a path has such a name.
+
+    A published ImageNet batch has it in the name of its file.
+    """
+    *folders, file = PurePosixPath(name).parts
+    if batch := _BATCH.fullmatch(file):
+        return batch[1]
+    return next((_FOLDERS[f.lower()] for f in folders[:3] if f.lower() in _FOLDERS), None)
+
+
+_HELD_OUT = 0.1
+
+
+def assign(splits: Sequence[str | None], names: Sequence[str], *, where: str) -> list[str | None]:
+    """``"train"``, ``"val"`` or None (left out) for each picture, from its :func:`split_named`.
+
+    If there are folders for both, they decide, and ``test`` counts only if there is no ``val``. Otherwise about a
+    tenth of the pictures is held out. The name of a picture decides, so a new picture moves none that a run has
+    trained on. ``where`` is for messages.
+    """
+    found = Counter(splits)
+    held_out = "val" if found["val"] else "test"
+    if found["train"] and found[held_out]:
+        if found[None]:
+            stray = names[splits.index(None)]
+            raise DataError(
+                f"{where}: {stray} lies outside of the folders for training and validation "
+                f"({found[None]} such files). Move them into one of the folders, or away."
+            )
+        return ["train" if s == "train" else "val" if s == held_out else None for s in splits]
+    if len(splits) < 2:
+        raise DataError(f"{where}: one picture is too few to hold one out.")
+    seen = Counter[str]()
+    places: list[float] = []  # of each picture, evenly spread over [0, 1)
+    for name in names:
+        digest = hashlib.sha256(f"{name}\0{seen[name]}".encode("utf-8", "surrogateescape")).digest()
+        places.append(int.from_bytes(digest[:6], "big") / 2**48)
+        seen[name] += 1
+    lowest, highest = min(places), max(places)  # one of each part
+    return ["val" if place == lowest or place < min(_HELD_OUT, highest) else "train" for place in places]
+
+
+# Picture files --------------------------------------------------------------------------------------------------
+
+# JPEG covers the multi-picture files of cameras. Formats whose readers start other programs are left out
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file has the suffix of a picture."""
+    return PurePosixPath(name).suffix.lower() in _SUFFIXES
+
+
+def files_in(folder: Path) -> Iterator[str]:
+    """Names of the files below a folder, relative, with ``/``, sorted folder by folder. Links are followed once."""
+
+    def refuse(error: OSError) -> None:  # os.walk would pass over a folder that it may not read
+        raise DataError(f"the folder {error.filename} cannot be read: {(error.strerror or '').lower()}.") from error
+
+    seen: set[str] = set()
+    for here, subfolders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(here)
+        if real in seen:  # a link back up would lead in circles
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()
+        for file in sorted(files):
+            path = Path(here, file)
+            name = path.relative_to(folder).as_posix()
+            # file managers and archivers leave hidden files, and reading a pipe could wait for ever
+            if path.is_file() and not any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+                yield name
+
+
+def separated(folder: Path, wanted: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """The names in :func:`files_in` that are wanted, and the others."""
+    names: tuple[list[str], list[str]] = [], []
+    for name in files_in(folder):
+        names[not wanted(name)].append(name)
+    return names
+
+
+def notice_left_out(where: object, others: Sequence[object]) -> None:
+    """Print that files are left out: a folder may hold pictures in a format that is not read."""
+    if others:
+        left_out = f"{counted(len(others), 'file')} without a known suffix of pictures, such as {others[0]}"
+        print(f"{where}: left out {left_out}", file=sys.stderr)
+
+
+@contextmanager
+def _opened(file: Path | IO[bytes], name: object) -> Iterator[Image.Image]:
+    """A picture whose pixels are not decoded yet. A fault in it is a DataError, also inside the context."""
+    from PIL import Image
+
+    with naming(name), Image.open(file, formats=_FORMATS) as image:
+        if image.mode not in _MODES:  # PIL would cut larger values off
+            raise DataError(f"{name} has pixels of the kind {image.mode!r}, more than 8 bits per channel.")
+        yield image
+
+
+def decode(file: Path | IO[bytes], *, size: int | None, channels: int, name: str | None = None) -> np.ndarray:
+    """One picture as ``(C, H, W)``, uint8, without its transparency. ``name`` is for messages.
+
+    The shorter side is scaled to a ``size``, and the longer one is cut around the middle.
+    """
+    from PIL import Image, ImageOps
+
+    with _opened(file, name or file) as opened:
+        image = ImageOps.exif_transpose(opened).convert("RGB" if channels == 3 else "L")
+        if size is not None and image.size != (size, size):
+            image = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
+    pixels = np.asarray(image, dtype=np.uint8)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if pixels.ndim == 3 else pixels[None]
+
+
+class ImageFiles:
+    """Picture files as an array ``(N, C, H, W)`` of uint8 that decodes the indexed ones.
+
+    Args:
+        folder, names: the files.
+        size: height and width that they are scaled to; None if all have the size of the first.
+        channels: 1 or 3.
+        shift: number of bits to drop from each value. The 8 bits ``x`` become ``floor(x / 2**shift)``.
+    """
+
+    def __init__(
+        self, folder: Path, names: Sequence[str], *, size: int | None, channels: int, shift: int = 0
+    ) -> None:
+        self._folder, self._names, self._size = folder, names, size
+        self._channels, self._shift = channels, shift
+        self.shape, self.dtype = (len(names), *self._read(0).shape), np.dtype(np.uint8)
+
+    def in_memory(self) -> ImageArray:
+        """All of them, decoded, if they fit."""
+        return self[:] if np.prod(self.shape, dtype=np.int64) <= _IN_MEMORY_BYTES else self
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: Any, /) -> np.ndarray:
+        positions, shape = np.arange(len(self))[index], self.shape[1:]
+        images = np.empty((*positions.shape, *shape), np.uint8)
+        for position, out in zip(positions.flat, images.reshape(-1, *shape), strict=True):
+            image = self._read(int(position))
+            if image.shape != shape:
+                raise different(self._names[int(position)], image.shape, self._names[0], shape)
+            np.right_shift(image, self._shift, out=out)
+        return images
+
+    def _read(self, position: int) -> np.ndarray:
+        return decode(self._folder / self._names[position], size=self._size, channels=self._channels)
+
+
+# Packed arrays --------------------------------------------------------------------------------------------------
+
+TRAIN_FILE, VAL_FILE = "train.npy", "val.npy"
+
+_PROBED = 64  # images that are checked for fewer than 8 bits
+
+
+class PackedImages:
+    """A ``.npy`` file of images ``(N, C, H, W)``, uint8, that is read when it is indexed.
+
+    It is pickled by its path, so that worker processes map the file instead of receiving its content. ``shift``
+    bits are dropped from each value, as in :class:`ImageFiles`.
+    """
+
+    def __init__(self, path: Path, *, shift: int = 0) -> None:
+        self._path, self._shift = path, shift
+        with naming(path, " Make it again with `rnode-cli data prepare --overwrite`."):
+            array = np.lib.format.open_memmap(path, mode="r")
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
+            raise DataError(
+                f"{path} holds {array.dtype} {array.shape}, but packed images are uint8 (N, C, H, W) with 1 or 3 "
+                "channels, which come first."
+            )
+        self._array, self.shape, self.dtype = array, array.shape, array.dtype
+        if shift:
+            probe = array[np.linspace(0, len(array) - 1, min(len(array), _PROBED)).astype(int)]
+            if probe.max() < 2 ** (8 - shift):
+                raise DataError(
+                    f"{path} has no value above {probe.max()}, so it seems to hold {8 - shift} bits already, "
+                    f"where 8 are expected. Multiply it by {2**shift}."
+                )
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, index: Any, /) -> np.ndarray:
+        # without bits to drop this still copies, because a tensor can be written to and a mapped file cannot
+        return np.right_shift(self._array[index], self._shift)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(PackedImages, self._path, shift=self._shift), ()

@@ -1,0 +1,272 @@
+"""Files of tables: names of their columns, the values of some of them, and rows written back.
+
+pandas reads text and parquet, and NumPy reads ``.npy``. A text that pandas could misread is refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import shlex
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ...errors import ConfigError, DataError, suggest
+from ...files import write_atomically
+from ...text import counted
+from .images import naming
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_MOST_NAMES = 50  # in an advice
+
+_FORM = (
+    "Write UTF-8 text with a first line of column names, all different and no numbers, one cell for each name in "
+    "every row, points in decimals, and no row names (index=False in pandas, row.names=FALSE in R)."
+)
+
+
+def column_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Names of the columns of a table.
+
+    Raises:
+        DataError: the file is missing or no table.
+        ConfigError: another ending, or a reader that is not installed.
+    """
+    return tuple(_frame(Path(path), rows=1).columns)
+
+
+def leave_out(others: Sequence[str]) -> str:
+    """How to use the other columns of a table, as the end of a sentence."""
+    names = ",".join(others)
+    if len(others) > _MOST_NAMES:
+        names = "NAME,NAME,..."
+    elif any("," in name or name != name.strip() for name in others):
+        names = json.dumps(list(others), ensure_ascii=False)
+    return f"leave it out with --set {shlex.quote(f'data.columns={names}')}"
+
+
+def read_columns(path: str | os.PathLike[str], wanted: Sequence[str], *, optional: bool = False) -> np.ndarray:
+    """The columns ``wanted`` of a table, ``(N, len(wanted))``, float64 and finite.
+
+    Args:
+        path: the file.
+        wanted: names of the columns.
+        optional: whether a column can be left out, which the message of an error then advises.
+
+    Raises:
+        DataError, ConfigError: as for :func:`column_names`. Also if a column is missing or not numeric, or if a
+            value is missing or infinite.
+    """
+    frame = _frame(Path(path))
+    for name in wanted:
+        if name not in frame.columns:
+            raise DataError(f"{path}: {suggest(name, frame.columns, 'column')}")
+    columns = {name: _as_numbers(frame[name]) for name in wanted}
+    numeric = [name for name, (_, fault) in columns.items() if not fault]
+    for name, (_, fault) in columns.items():
+        if fault:
+            advice = f", or {leave_out(numeric)}" if optional and numeric else ""
+            raise DataError(
+                f"the column {name!r} of {path} is not numeric: {fault}. Write plain numbers with a point{advice}."
+            )
+    return np.stack(
+        [_finite(f"the column {name!r} of {path}", each) for name, (each, _) in columns.items()], axis=1
+    )
+
+
+def _as_numbers(column: pd.Series) -> tuple[pd.Series, str]:
+    """A column as numbers, and the first fault for which it is not numeric; empty if it is."""
+    import pandas
+
+    if column.dtype.kind in "fiub":
+        return column, ""
+    if column.dtype.kind != "O":
+        return column, f"it is {column.dtype}"
+    # texts, also of whole numbers that have more than 64 bits. This only finds what cannot be read: the texts are
+    # converted below, to the last bit
+    numbers = pandas.Series(pandas.to_numeric(column, errors="coerce"))
+    wrong = np.flatnonzero(numbers.isna() & column.notna())
+    return column, f"row {wrong[0] + 1} holds {str(column.iloc[wrong[0]])[:40]!r}" if len(wrong) else ""
+
+
+def _finite(what: str, column: pd.Series) -> np.ndarray:
+    values = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    if len(gaps := np.flatnonzero(~np.isfinite(values))):
+        raise DataError(
+            f"{what} is missing or infinite in {len(gaps)} of {len(values)} rows, the first of which is row "
+            f"{gaps[0] + 1}. Remove these rows, or fill them in."
+        )
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _frame(path: Path, rows: int | None = None) -> pd.DataFrame:
+    """A table with checked names, of which at least the first ``rows`` are read."""
+    read = _format_of(path).read
+    with naming(path):
+        path.stat()  # a missing file is refused before pandas is imported
+        frame = read(path, rows)
+    names = list(frame.columns)
+    for name in names:
+        if not name or name.startswith("Unnamed: ") or name == "...1":  # pandas' and R's names for no name
+            raise _refused(path, "a column has no name")
+        if names.count(name) > 1:
+            raise _refused(path, f"{names.count(name)} columns have the name {name!r}")
+    if frame.empty:
+        raise DataError(f"{path} has {'columns, but no rows' if names else 'no columns'}.")
+    return frame
+
+
+# Formats -------------------------------------------------------------------------------------------------------
+
+
+def _refused(path: Path, fault: str) -> DataError:
+    return DataError(f"{path} could be misread: {fault}. {_FORM}")
+
+
+def _read_text(path: Path, rows: int | None) -> pd.DataFrame:
+    import pandas
+
+    try:
+        with path.open(encoding="utf-8-sig") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            names, separator = _header(path, file.readline().strip("\n "))
+            # before 3.1 pandas rounds some last bits wrongly by default; since then it deprecates the choice
+            old = tuple(map(int, pandas.__version__.split(".")[:2])) < (3, 1)
+            exact: dict[str, Any] = {"float_precision": "round_trip"} if old else {}
+            try:
+                # with a header, pandas would cut rows that are too long, or take the first column for row names
+                frame = pandas.read_csv(
+                    file,
+                    sep=separator,
+                    header=None,
+                    nrows=rows,
+                    skipinitialspace=True,
+                    low_memory=False,
+                    **exact,
+                    skip_blank_lines=len(names) > 1,  # with one column an empty line is an empty cell
+                )
+            except pandas.errors.EmptyDataError:
+                frame = pandas.DataFrame(columns=range(len(names)))
+            except pandas.errors.ParserError:
+                frame = pandas.DataFrame()
+    except UnicodeDecodeError:
+        raise _refused(path, "it is not text in UTF-8") from None
+    # pandas fills rows that are too short
+    if frame.shape[1] != len(names) or frame.iloc[:, -1].isna().any():
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            split = map(str.split, file) if separator == r"\s+" else csv.reader(file, delimiter=separator)
+            for row, cells in enumerate(filter(None, split)):
+                if row and len(cells) != len(names):
+                    there = counted(len(cells), "cell")
+                    raise _refused(path, f"row {row} has {there}, but there are {len(names)} names")
+        if frame.shape[1] != len(names):
+            raise _refused(path, "its quotation marks do not enclose cells")
+    return frame.set_axis(names, axis=1)
+
+
+def _header(path: Path, line: str) -> tuple[list[str], str]:
+    """The names in the first line of a text, and what separates cells."""
+    if not line:
+        raise _refused(path, "its first line is empty")
+    tabs = path.suffix.lower() == ".tsv" or "\t" in line
+    separator, *others = ["\t"] if tabs else [each for each in ",;|" if each in line] or [" "]
+    if others:
+        raise _refused(path, f"{separator!r} and {others[0]!r} in its first line may both separate the names")
+    names = [cell.strip() for cell in next(csv.reader([line], delimiter=separator, skipinitialspace=True))]
+    if numbers := [name for name in names if _is_number(name) and not name.isalpha()]:
+        raise _refused(path, f"its first line holds the number {numbers[0]}")
+    if names[0].startswith("#"):
+        raise _refused(path, "its first line begins with #, like a comment")
+    return names, r"\s+" if separator == " " else separator
+
+
+def _read_array(path: Path, rows: int | None) -> pd.DataFrame:
+    import pandas
+
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.ndim != 2 or array.dtype.names:
+        raise DataError(f"{path} holds {array.dtype} {array.shape}, but a table is an array (rows, columns).")
+    return pandas.DataFrame(array[:rows], columns=[f"column_{number}" for number in range(1, array.shape[1] + 1)])
+
+
+def _read_parquet(path: Path, rows: int | None) -> pd.DataFrame:
+    import pandas
+
+    _need_pyarrow()
+    frame = pandas.read_parquet(path)  # an index that pandas has written is not a column
+    return frame.set_axis(frame.columns.map(str), axis=1)
+
+
+def _need_pyarrow() -> None:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError("parquet files need pyarrow: pip install 'rnode-plugin[parquet]'.")
+
+
+def check_written(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that :func:`write_rows` could not write, with a ConfigError."""
+    _format_of(Path(path))
+
+
+def write_rows(path: str | os.PathLike[str], names: Sequence[str], rows: np.ndarray) -> None:
+    """Write rows ``(N, len(names))`` as a table, whole or not at all.
+
+    Raises:
+        ConfigError: another ending, or a writer that is not installed.
+        CheckpointError: the file cannot be written.
+    """
+    import pandas
+
+    frame, write = pandas.DataFrame(rows, columns=list(names)), _format_of(Path(path)).write
+    write_atomically(Path(path), lambda file: write(file, frame))
+
+
+def _write_text(file: IO[bytes], frame: pd.DataFrame, separator: str) -> None:
+    # nine digits are enough for each 32-bit number
+    file.write(frame.to_csv(sep=separator, index=False, float_format="%.9g", lineterminator="\n").encode())
+
+
+def _write_parquet(file: IO[bytes], frame: pd.DataFrame) -> None:
+    _need_pyarrow()
+    frame.to_parquet(file, index=False)
+
+
+class _Format(NamedTuple):
+    read: Callable[[Path, int | None], Any]
+    write: Callable[[IO[bytes], pd.DataFrame], None]
+
+
+_FORMATS = {
+    ".csv": _Format(_read_text, lambda file, frame: _write_text(file, frame, ",")),
+    ".tsv": _Format(_read_text, lambda file, frame: _write_text(file, frame, "\t")),
+    ".txt": _Format(_read_text, lambda file, frame: _write_text(file, frame, "\t")),
+    ".npy": _Format(_read_array, lambda file, frame: np.save(file, frame.to_numpy())),
+    ".parquet": _Format(_read_parquet, _write_parquet),
+}
+
+
+def is_table(path: Path) -> bool:
+    """Whether the name of a file ends as the name of a table does."""
+    return path.suffix.lower() in _FORMATS
+
+
+def _format_of(path: Path) -> _Format:
+    found = _FORMATS.get(path.suffix.lower())
+    if found is None:
+        raise ConfigError(f"{path} is not a table: its name must end in {', '.join(_FORMATS)}.")
+    return found

@@ -1,0 +1,214 @@
+"""``Table``, rows of numbers with a split, the user's file as a table, and checks of the columns."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...errors import DataError, suggest
+from ...text import counted
+from .images import limited
+from .table_files import column_names, leave_out, read_columns
+
+CELLS = ("radius", "texture", "perimeter", "area", "smoothness", "compactness", "symmetry", "fractal dimension")
+"""Columns of the table that comes along: means over the cell nuclei in an image, in the units of the file."""
+
+_FEWEST = 20  # rows: with fewer, the parts of a split are too small to measure anything
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A table of real numbers for density estimation.
+
+    Attributes:
+        name: the name in messages and runs.
+        columns: names of the columns.
+        train: rows ``(N, len(columns))``, float.
+        val: rows whose likelihood chooses the best weights.
+        held_out: rows that measure the result.
+        rows, checksum: number of rows in all parts, and a hash of their values and of the split. They are computed
+            if they are not given, and :meth:`limit` keeps them.
+
+    Raises:
+        DataError: the arrays are not such rows.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    train: np.ndarray
+    val: np.ndarray
+    held_out: np.ndarray
+    rows: int = 0
+    checksum: str = ""
+
+    def __post_init__(self) -> None:
+        for part, rows in self._parts.items():
+            if rows.ndim != 2 or rows.shape[1] != len(self.columns) or rows.dtype.kind != "f" or len(rows) == 0:
+                raise DataError(
+                    f"{self.name}: the {part} rows are {rows.dtype} {rows.shape}; they must be floating-point "
+                    f"numbers of shape (N, {len(self.columns)})."
+                )
+        if not self.checksum:
+            found = hashlib.sha256()
+            for part in self._parts.values():
+                rows = np.ascontiguousarray(part, dtype="<f8")
+                found.update(f"{rows.shape}".encode())
+                found.update(rows.data)
+            object.__setattr__(self, "checksum", found.hexdigest()[:16])
+            object.__setattr__(self, "rows", sum(map(len, self._parts.values())))
+
+    @property
+    def _parts(self) -> dict[str, np.ndarray]:
+        return {"train": self.train, "val": self.val, "held_out": self.held_out}
+
+    def select(self, columns: Sequence[str]) -> Table:
+        """The same rows with these columns, in this order.
+
+        Raises:
+            DataError: the table does not have one of them.
+        """
+        for name in columns:
+            if name not in self.columns:
+                raise DataError(f"{self.name}: {suggest(name, self.columns, 'column')}")
+        at = [self.columns.index(name) for name in columns]
+        parts = {part: np.ascontiguousarray(rows[:, at]) for part, rows in self._parts.items()}
+        return dataclasses.replace(self, columns=tuple(columns), rows=0, checksum="", **parts)
+
+    def limit(self, n_train: int | None = None, n_val: int | None = None) -> Table:
+        """The same table with at most so many training and validation rows, the same ones each time."""
+        return dataclasses.replace(self, train=limited(self.train, n_train), val=limited(self.val, n_val))
+
+    def single(self) -> Table:
+        """The same rows in 32-bit numbers, in which a flow computes.
+
+        Raises:
+            DataError: a value is outside of their range.
+        """
+        with np.errstate(over="ignore"):
+            parts = {part: rows.astype(np.float32) for part, rows in self._parts.items()}
+        for place, name in enumerate(self.columns):
+            if not all(np.isfinite(rows[:, place]).all() for rows in parts.values()):
+                raise DataError(
+                    f"the column {name!r} of {self.name} has values outside of 32-bit numbers: divide it by a "
+                    "constant c, which lowers its NLL by log(c)."
+                )
+        return dataclasses.replace(self, **parts)
+
+    def described(self) -> str:
+        """The first line of a run: rows and columns."""
+        columns = ", ".join(self.columns[:20]) + (", ..." if len(self.columns) > 20 else "")
+        return f"{self.name}: {self.rows:,} rows, columns {columns}"
+
+
+def split_rows(
+    name: str,
+    columns: Sequence[str],
+    rows: np.ndarray,
+    *,
+    validation: float,
+    held_out: float,
+    seed: int,
+) -> Table:
+    """Draw the parts of a table of ``rows (N, C)`` at random.
+
+    ``validation`` and ``held_out`` are shares of the rows. Each part has at least one row.
+
+    Raises:
+        DataError: too few rows, or shares that leave none to train on.
+    """
+    if len(rows) < _FEWEST:
+        there = counted(len(rows), "row")
+        raise DataError(f"{name} has {there}, but a density needs at least {_FEWEST}, better hundreds.")
+    order = np.random.RandomState(seed).permutation(len(rows))  # a stream that NumPy keeps for good
+    n_held_out, n_val = (max(1, round(share * len(rows))) for share in (held_out, validation))
+    parts = np.split(rows[order], [n_held_out, n_held_out + n_val])
+    return Table(name, tuple(columns), train=parts[2], val=parts[1], held_out=parts[0])
+
+
+def table(
+    *,
+    root: str | None = None,
+    columns: Sequence[str] = (),
+    validation: float = 0.1,
+    held_out: float = 0.2,
+    split_seed: int = 0,
+) -> Table:
+    """Your own file (--data-root), or 569 cell nuclei of scikit-learn's breast cancer data.
+
+    Args:
+        root: a ``.csv``, ``.tsv``, ``.txt``, ``.npy`` or ``.parquet`` file; None for the table of scikit-learn
+            (Wisconsin Diagnostic, 8 columns that are real numbers without repeated zeros).
+        columns: names of the columns to read; empty for all.
+        validation, held_out: shares of the rows, see :class:`~rnode_plugin.experiments.data.tables.Table`.
+        split_seed: seed of the split.
+
+    Raises:
+        DataError: the file cannot be read, or has too few rows.
+    """
+    split = {"validation": validation, "held_out": held_out, "seed": split_seed}
+    if root is None:
+        return split_rows("table", CELLS, _cells(), **split).select(columns or CELLS)
+    columns = columns or column_names(root)
+    return split_rows(str(root), columns, read_columns(root, columns, optional=True), **split)
+
+
+def table_columns(root: str | None) -> tuple[str, ...]:
+    """Names of all columns of :func:`table`."""
+    return CELLS if root is None else column_names(root)
+
+
+def _cells() -> np.ndarray:
+    from sklearn.datasets import load_breast_cancer
+
+    loaded: Any = load_breast_cancer()
+    names = [str(name) for name in loaded["feature_names"]]
+    return np.asarray(loaded["data"], dtype=np.float64)[:, [names.index(f"mean {cell}") for cell in CELLS]]
+
+
+# Columns without a density -------------------------------------------------------------------------------------
+
+_RESOLVED = 1e-5  # deviation over size; two of the seven digits of 32-bit numbers are left for the values
+_DEPENDENT = 1e-6  # share of a column's deviation that the other columns do not determine
+_ROWS = 100_000  # enough to find a dependent column
+
+
+def check_columns(table: Table, modelled: int) -> None:
+    """Refuse a table whose rows have no density that 32-bit numbers could show.
+
+    Its first ``modelled`` columns are modelled, the others are given.
+
+    Raises:
+        DataError: a column that is constant or whose values differ by too little, one that is a linear function of
+            the others, or fewer training rows than columns.
+    """
+    rows = np.asarray(table.train[:_ROWS], dtype=np.float64)
+    if len(rows) <= rows.shape[1]:
+        raise DataError(f"{table.name}: {len(rows)} training rows are too few for {rows.shape[1]} columns.")
+    largest = np.maximum(np.abs(rows).max(0), np.finfo(np.float32).tiny)
+    scaled = rows / largest  # without an overflow
+    for name, column, size in zip(table.columns, scaled.T, largest, strict=True):
+        if column.std() < _RESOLVED:
+            raise DataError(
+                f"the column {name!r} of {table.name} is {size * column.mean():.10g} ± {size * column.std():.2g}, "
+                "constant or nearly so for 32-bit numbers. Subtract its mean, which changes no likelihood, or "
+                f"{_leave_out(name, table)}."
+            )
+    standard = (scaled - scaled.mean(0)) / scaled.std(0)
+    # the given columns first, because a column that they determine has no conditional density either
+    order = [*range(modelled, rows.shape[1]), *range(modelled)]
+    alone = np.abs(np.diag(np.linalg.qr(standard[:, order], mode="r"))) / np.sqrt(len(rows))
+    for place, share in zip(order, alone, strict=True):
+        if share < _DEPENDENT and place < modelled:
+            raise DataError(
+                f"the column {table.columns[place]!r} of {table.name} is a linear function of the others, so the "
+                f"rows have no density together: {_leave_out(table.columns[place], table)}."
+            )
+
+
+def _leave_out(name: str, table: Table) -> str:
+    return leave_out([each for each in table.columns if each != name])

@@ -1,0 +1,251 @@
+"""``evaluate``: the likelihood of a flow on held-out samples, its NFE and penalties."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...core.distribution import DensityModel
+from ...core.followed_solve import Kinds
+from ...core.objective import FlowOutput
+from ...core.random_streams import Stream, seeded
+from ...core.trace_estimators import Exact, Hutchinson
+from ...core.weighing import undivided
+from ...diagnostics.solver_gap import measure_solver_gap
+from ...errors import ConfigError
+from ...flows.multiscale import MultiscaleFlow
+from ..recipes.task import ImageTask, Task
+from .measures import Evaluation, Mean, batch_of
+
+if TYPE_CHECKING:
+    from ...solvers import Solver
+
+_PILOT = 32  # samples: at least so many are drawn twice to measure the noise
+_FEWEST_TO_JUDGE = 8  # samples: with fewer the noise is not compared with the samples' error
+_MAX_DRAWS = 8
+_NOISE_SHARE = 0.5  # largest error of the noise over the error of the samples
+_NFE_BATCHES, _NFE_BATCH, _NFE_NUMBERS = 4, 100, 400_000  # batches, and samples and numbers of one
+
+
+@torch.no_grad()
+def evaluate(
+    flow: DensityModel,
+    samples: Any,
+    *,
+    measure: Task | None = None,
+    batch_size: int = 200,
+    draws: int | None = None,
+    solver: Solver | None = None,
+    seed: int = 0,
+    training_solver: Solver | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure ``flow`` on samples.
+
+    Args:
+        flow: the model; it stays on its device and in its mode. Its trace estimator is replaced: the trace is exact
+            or, above 16 dimensions of images and 64 columns of tables, estimated with Rademacher probes, which have
+            the smallest variance among independent ones.
+        samples: the data as they come, array or tensor ``(N, ...)``: uint8 images ``(N, C, H, W)`` with values in
+            0..levels-1, or rows of a table.
+        measure: the task of a recipe; None for a :class:`~rnode_plugin.MultiscaleFlow`, images of its shape and
+            levels.
+        batch_size: samples per solve. An adaptive solver chooses its steps for a whole batch, and begins with the
+            last step of the batch before.
+        draws: draws of noise per sample. None for as many as make the error from the noise at most half of the
+            error from the samples, one to eight. To measure it the first samples are drawn twice.
+        solver: the integrator; None for the flow's own.
+        seed: the seed of the noise.
+        training_solver: a fixed grid to be compared with ``solver``; others are not compared.
+        progress: called with batches done and batches in all.
+
+    Returns:
+        Means over samples: the last, smaller batch counts by its samples. NFE is counted in separate solves, which
+        begin with no step of another solve: of four batches of 100 samples, of large samples fewer, see
+        :func:`nfe_batches`.
+
+    Raises:
+        ConfigError: for no samples, and for a model without images and without a ``measure``.
+        SolverError: if the integration fails.
+    """
+    if not len(samples):
+        raise ConfigError("an evaluation needs at least one row or image.")
+    start = time.monotonic()
+    if measure is None:
+        if not isinstance(flow, MultiscaleFlow):
+            raise ConfigError(f"give measure=, the task of {type(flow).__name__}: only images have a default.")
+        measure = ImageTask(flow.image_shape, flow.levels)
+    solves = _Solves(measure, flow, samples, batch_size, solver, seed, progress)
+    draws = draws or solves.choose_draws()
+    solves.take(range(draws), len(solves.batches))
+    batches = nfe_batches(len(samples), measure.dims)
+    nfe = [solves.encode(solver, batch, index=index, alone=True).nfe for index, batch in enumerate(batches)]
+    whole = undivided(flow.regularizers)
+    gap = None
+    if training_solver is not None and not training_solver.adaptive:
+        accurate = solves.scores[0, 0, 0]
+        gap = measure_solver_gap(
+            lambda each: solves.encode(each, solves.batches[0]), solves.scores_of, training_solver, accurate
+        ).mean
+    return Evaluation(
+        samples=len(samples),
+        means={quantity.name: solves.mean(draws, kind) for kind, quantity in enumerate(measure.quantities)},
+        draws=draws,
+        nfe_mean=float(np.mean(nfe)),
+        nfe_min=min(nfe),
+        nfe_max=max(nfe),
+        nfe_batches=len(batches),
+        nfe_batch_size=batches[0].stop,
+        penalties={
+            name: integral if name in whole else integral / measure.dims
+            for name, integral in solves.integrals(draws).items()
+        },
+        undivided=tuple(sorted(whole)),
+        gap=gap,
+        seconds=time.monotonic() - start,
+    )
+
+
+def nfe_batches(samples: int, dims: int) -> list[slice]:
+    """The batches for the NFE: four of 100 samples, of ``400,000 / dims`` where that is less; at least one each.
+
+    Args:
+        samples: number of held-out samples.
+        dims: dimensions of one sample.
+    """
+    size = min(samples, max(1, min(_NFE_BATCH, _NFE_NUMBERS // dims)))
+    return [slice(k * size, (k + 1) * size) for k in range(min(_NFE_BATCHES, samples // size))]
+
+
+class _Solves:
+    """The solves of an evaluation: each draw of noise, quantity and batch of samples once.
+
+    Attributes:
+        batches: places of the samples of each.
+        scores: ``(B,)`` in double precision, by draw, quantity and batch.
+    """
+
+    def __init__(
+        self,
+        measure: Task,
+        flow: DensityModel,
+        samples: Any,
+        batch_size: int,
+        solver: Solver | None,
+        seed: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._measure, self._flow = measure, _with_least_noise(flow, measure)
+        self._samples, self._solver, self._seed, self._progress = samples, solver, seed, progress
+        self.batches = [slice(first, first + batch_size) for first in range(0, len(samples), batch_size)]
+        self.scores: dict[tuple[int, int, int], Tensor] = {}
+        self._pilot = min(len(self.batches), math.ceil(_PILOT / batch_size))
+        # penalties of steps and trajectories may evaluate the field, which counts in no other solve
+        kinds = Kinds.of(flow.regularizers)
+        self._apart = bool(kinds.steps or kinds.trajectories or kinds.span)
+        self._kinds = range(len(measure.quantities))
+        self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
+        self._device = next(flow.parameters()).device
+        self._total = len(self._kinds) * (len(self.batches) + self._pilot)
+        self._safe_steps: tuple[float | None, ...] = ()
+
+    def choose_draws(self) -> int:
+        """Draw the first samples twice; the number of draws that makes the noise small enough."""
+        if not self._measure.noisy and isinstance(self._flow.estimator, Exact):
+            return 1
+        self.take(range(2), self._pilot, total=self._total)
+        return max(_draws_needed(self._rows(range(2), kind, self._pilot)) for kind in self._kinds)
+
+    def take(self, draws: range, batches: int, *, total: int | None = None) -> None:
+        """Solve these draws of the first batches, as far as they are not solved."""
+        keys = [key for key in itertools.product(draws, self._kinds, range(batches)) if key not in self.scores]
+        total = total or len(self.scores) + len(keys)
+        for draw, kind, index in keys:
+            batch, along = self.batches[index], kind == 0 and not self._apart
+            output = self.encode(self._solver, batch, draw, kind, index, penalties=along)
+            self.scores[draw, kind, index] = self.scores_of(output)
+            if kind == 0:  # the samples as training sees them
+                if self._apart:
+                    output = self.encode(self._solver, batch, draw, kind, index, penalties=True)
+                sums = {name: float(each.cpu().double().sum()) for name, each in output.regularization.items()}
+                self._integrals[draw, index] = sums
+            if self._progress is not None:
+                self._progress(len(self.scores), total)
+
+    def encode(
+        self,
+        solver: Solver | None,
+        batch: slice,
+        draw: int = 0,
+        kind: int = 0,
+        index: int = 0,
+        *,
+        penalties: bool = False,
+        alone: bool = False,
+    ) -> FlowOutput:
+        """Solve a batch with the noise of this draw, quantity and index; ``alone`` without another solve's step."""
+        with seeded(self._seed, Stream.VALIDATE, draw, kind, index):
+            x, context = self._measure.inputs(batch_of(self._samples, batch).to(self._device), kind)
+            known: dict[str, Any] = {"first_steps": self._safe_steps} if self._safe_steps and not alone else {}
+            full = self._flow.full_quadrature(solver)
+            output = self._flow.encode(x, context=context, solver=full, penalties=penalties, **known)
+        if not alone:
+            self._safe_steps = output.longest_safe_steps
+        return output
+
+    def scores_of(self, output: FlowOutput) -> Tensor:
+        """The scores ``(B,)`` of a solve."""
+        return self._measure.scores(self._flow.log_prob_of(output)).cpu().double()
+
+    def mean(self, draws: int, kind: int) -> Mean:
+        """Mean and errors of all samples."""
+        scores = self._rows(range(draws), kind, len(self.batches))
+        count = scores.shape[1]
+        several, noise = scores, None
+        if draws == 1 and (1, kind, 0) in self.scores:
+            several = self._rows(range(2), kind, self._pilot)
+        if len(several) > 1:
+            noise = math.sqrt(float(several.var(0).mean()) / (draws * count))
+        of_samples = float(scores.mean(0).std() / count**0.5) if count > 1 else None
+        return Mean(float(scores.mean()), of_samples, noise, tuple(scores.mean(0).tolist()))
+
+    def integrals(self, draws: int) -> dict[str, float]:
+        """The mean integral of each penalty over samples and draws."""
+        solves = [self._integrals[each] for each in itertools.product(range(draws), range(len(self.batches)))]
+        count = len(self._samples) * draws
+        return {name: sum(each[name] for each in solves) / count for name in solves[0]}
+
+    def _rows(self, draws: range, kind: int, batches: int) -> Tensor:
+        """Scores ``(draws, samples)``."""
+        rows = [torch.cat([self.scores[draw, kind, index] for index in range(batches)]) for draw in draws]
+        return torch.stack(rows)
+
+
+def _with_least_noise(flow: DensityModel, measure: Task) -> DensityModel:
+    """The same flow, the same parameters, with the trace estimator of an evaluation."""
+    if isinstance(flow.estimator, Exact):
+        return flow
+    quiet = copy.copy(flow)
+    quiet.estimator = Exact() if flow.dims <= measure.exact_dims else Hutchinson("rademacher")
+    return quiet
+
+
+def _draws_needed(rows: Tensor) -> int:
+    """The number of draws that makes the noise small against the samples, from two draws, ``rows (2, samples)``."""
+    if rows.shape[1] < _FEWEST_TO_JUDGE:
+        return len(rows)
+    noise = float(rows.var(0).mean())  # variance of one draw of one sample
+    own = max(
+        float(rows.mean(0).var()) - noise / 2, 0.0
+    )  # variance of the samples, without the noise of their means
+    if noise <= _NOISE_SHARE**2 * own:
+        return 1
+    return min(_MAX_DRAWS, math.ceil(noise / (_NOISE_SHARE**2 * own))) if own > 0 else _MAX_DRAWS

@@ -1,0 +1,190 @@
+"""Programs that need torch alone: the sampler and the log-density of a model on a fixed grid."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ...core.distribution import DensityModel
+from ...core.modes import recording
+from ...errors import ConfigError, first_line, suggest
+from ...files import write_atomically
+from ...solvers import Solver
+
+Which = Literal["sampler", "log_prob"]
+
+SUFFIX = ".pt2"
+"""The suffix of a program's file."""
+
+
+def export_program(
+    model: nn.Module, which: Which, *, solver: Solver | None = None, context: Tensor | None = None
+) -> ExportedProgram:
+    """The sampler or the log-density of ``model`` as a program that needs torch alone.
+
+    It runs on the CPU, in the dtype of the model's parameters, for any batch size, and gives the model's values on
+    that grid, to rounding, without gradients. :func:`save_program` writes it.
+
+    - ``"sampler"``: ``program(z)``, where ``z`` is a draw of the base distribution, for images the standard normal
+      ``(B, D)``. The result is a sample, for images in [0, 1].
+    - ``"log_prob"``: ``program(x, *noise)``, the log-density ``(B,)`` in nats. ``noise`` is what the model's
+      ``draw_noise(B)`` gives: one tensor for each block, and nothing if the trace is exact.
+
+    A conditional model takes its contexts ``(B, *context_shape)`` as the second input of both.
+
+    Args:
+        model: a :class:`~rnode_plugin.MultiscaleFlow`, :class:`~rnode_plugin.TableFlow`,
+            :class:`~rnode_plugin.RegularizedCNF`, or another ``DensityModel``.
+        which: ``"sampler"`` or ``"log_prob"``.
+        solver: the fixed grid, or None for the model's.
+        context: one context ``(*context_shape)`` to record a conditional model with, if its contexts are not
+            floating-point numbers.
+
+    Raises:
+        ConfigError: for a solver that chooses its steps, and for a model whose field is not made of torch's
+            operations alone, independent of their values.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin import FixedGrid, MultiscaleFlow
+        >>> flow = MultiscaleFlow((1, 4, 4), hidden=4)
+        >>> program = export_program(flow, "sampler", solver=FixedGrid("rk4_38", step=1.0))
+        >>> tuple(program.module()(torch.randn(5, 16)).shape)
+        (5, 1, 4, 4)
+    """
+    if which not in get_args(Which):
+        raise ConfigError(suggest(str(which), get_args(Which), "program"))
+    if not isinstance(model, DensityModel):
+        raise ConfigError(
+            f"a program is made of a density, such as a RegularizedCNF, not of {type(model).__name__}."
+        )
+    flow, conditional = _on_grid(model, solver), model.context_shape is not None
+
+    def compute(*given: Tensor) -> Tensor:
+        # a gradient through recorded derivatives would be wrong
+        x, *rest = (each.detach() for each in given)
+        options: dict[str, Any] = {"context": rest.pop(0)} if conditional else {}
+        if which == "sampler":
+            return flow.in_range(flow.inverse(x, **options))
+        return flow.log_prob(x, noise=rest or None, **options)
+
+    with torch.no_grad():
+        sizes = {size for x in _inputs(flow, which, context, 1) for size in x.shape}
+        # a size that no other dimension has, because the recorder takes equal sizes for one
+        size = next(size for size in itertools.count(3) if size not in sizes)
+        inputs, others = (_inputs(flow, which, context, batch) for batch in (size, 2))
+        expected = compute(*others)
+        try:
+            with recording():
+                graph = make_fx(compute, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
+            batch = Dim("batch", min=1)
+            shapes = tuple({x.shape.index(size): batch} for x in inputs)
+            program = torch.export.export(_with_named_weights(graph, flow), inputs, dynamic_shapes=shapes)
+        except Exception as error:  # torch's recorders fail in many ways
+            raise ConfigError(
+                f"this model cannot be exported ({type(error).__name__}: {first_line(error)[:100]}). Write its "
+                "field with tensor operations alone: no .item(), no numpy, no `if` about values, no len(x)."
+            ) from error
+        for node in program.graph.nodes:
+            node.meta = {"val": node.meta.get("val")}  # the lines of source would be half of a file
+            if node.target is torch.ops.aten.alias.default:  # what torch 2.15 makes of `detach`: gradients pass
+                node.target = torch.ops.aten.detach.default
+        if not torch.allclose(program.module()(*others), expected, rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise ConfigError(
+                "the program gives other values than the model, because its field draws random numbers or keeps "
+                "something from one call to the next. Remove that to export it."
+            )
+    return program
+
+
+def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
+    """Write a program of :func:`export_program` for ``torch.export.load``, and return the path.
+
+    The file holds the weights once, and nothing else is needed to run it.
+
+    Args:
+        program: the program to write.
+        path: the file, which ends in ``.pt2``.
+
+    Raises:
+        ConfigError: for another suffix than ``.pt2``.
+        CheckpointError: the file cannot be written. An earlier one stays.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from rnode_plugin import FixedGrid, MultiscaleFlow
+        >>> flow = MultiscaleFlow((1, 4, 4), hidden=4)
+        >>> program = export_program(flow, "sampler", solver=FixedGrid("euler", step=1.0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sampler = torch.export.load(save_program(program, f"{folder}/sampler.pt2")).module()
+        >>> tuple(sampler(torch.randn(2, 16)).shape)
+        (2, 1, 4, 4)
+    """
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise ConfigError(f"a program's file must end in {SUFFIX}, not {str(path)!r}.")
+    write_atomically(path, lambda file: torch.export.save(program, file))
+    return path
+
+
+def _on_grid(model: Any, chosen: Solver | None) -> Any:
+    """A copy of a density for the CPU, without gradients and checks of values, with another solver."""
+    solver: Solver = chosen or model.solver
+    if solver.adaptive:
+        raise ConfigError(
+            f"{solver.name} chooses its steps while it runs, and a program takes the same steps for every input. "
+            "Give a fixed grid: --step 0.25 to the command, or solver=FixedGrid('rk4_38', step=0.25)."
+        )
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # as files hold them
+    parts: list[Any] = [model.base]
+    while parts:
+        part = parts.pop()
+        part._validate_args = False  # values are unknown while they are recorded
+        parts += [each for each in vars(part).values() if isinstance(each, Distribution)]
+    return model.solved_with(solver=dataclasses.replace(solver, gradient="autograd", quadrature="full"))
+
+
+def _inputs(model: Any, which: Which, context: Tensor | None, batch: int) -> tuple[Tensor, ...]:
+    """Tensors to record a program with."""
+    like = next(model.parameters(), torch.empty(0))
+    z = model.base.sample(torch.Size([batch])).to(like)
+    inputs = [z]
+    if context is not None:
+        model.context_batch_shape(context)  # raises a ConfigError unless it fits
+        inputs.append(context.cpu().expand(batch, *context.shape).clone())
+    elif model.context_shape is not None:
+        inputs.append(torch.randn(batch, *model.context_shape).to(like))
+    if which == "log_prob":
+        inputs[0] = model.in_range(model.inverse(z, **dict(zip(("context",), inputs[1:], strict=False))))
+        inputs += [noise for noise in model.draw_noise(batch) if noise is not None]
+    return tuple(x.clone() for x in inputs)  # in a view the recorder would see the tensor behind it
+
+
+def _with_named_weights(graph: GraphModule, model: nn.Module) -> GraphModule:
+    """The recorded operations with the model's weights under their names, each once."""
+    named = {id(x): name for name, x in [*model.named_parameters(), *model.named_buffers()]}
+    known: dict[Any, str] = {}
+    values: dict[str, Tensor] = {}
+    for node in graph.graph.find_nodes(op="get_attr"):
+        value = getattr(graph, node.target)
+        name = named.get(id(value))
+        key = name or (value.dtype, value.shape, value.numpy().tobytes())  # equal coefficients of each block
+        if key not in known:
+            known[key] = name or f"constants.c{len(known)}"
+            values[known[key]] = value if name else value.clone()  # it may be a view of a larger one
+        node.target = known[key]
+    return GraphModule(values, graph.graph)

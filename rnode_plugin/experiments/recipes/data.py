@@ -1,0 +1,273 @@
+"""The data settings of a recipe, for images or for a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from ...errors import ConfigError, DataError, suggest
+from .fields import CONFIG, Fraction, Listed, Names, Text, listed
+from .task import ImageTask, TableTask
+
+if TYPE_CHECKING:
+    from ..data import ImageData, Table
+
+
+def _of_an_image(value: Any) -> Any:
+    """The entries of a shape. A number that is missing or too many has no place that pydantic could name well."""
+    entries = listed(value)
+    if isinstance(entries, (list, tuple)) and len(entries) != 3:
+        raise ValueError("an image has three numbers C,H,W (channels, height, width), as in 1,28,28")
+    return entries
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Data:
+    """Which images a run uses, and in which batches.
+
+    Attributes:
+        name: a data set that ``rnode-cli data list`` shows.
+        shape: (channels, height, width) of one image.
+        levels: number of values that a pixel can take, 256 for 8 bits.
+        batch_size: images per device and step.
+        val_batch_size: images per device and batch of an evaluation. An adaptive solver chooses its steps for the
+            batch as a whole, so the size changes the result within the tolerance.
+        flip: mirror each training image left-right with probability 1/2.
+        root: folder of the data set; None for the default one.
+        workers: number of processes that read batches; 0 to read them in the training process.
+        train_images: number of training images to use, drawn from all of them; None for all.
+        size: height and width that the pictures of a folder are scaled to; None if they have the shape already.
+    """
+
+    kind = "images"
+
+    name: Text
+    shape: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_of_an_image)]
+    levels: Annotated[int, Field(ge=2)] = 256
+    batch_size: PositiveInt = 200
+    val_batch_size: PositiveInt = 200
+    flip: bool = False
+    root: Text | None = None
+    workers: NonNegativeInt = 0
+    train_images: PositiveInt | None = None
+    size: Annotated[int, Field(ge=1, le=8192)] | None = None  # a typing error may not fill the memory
+
+    def __post_init__(self) -> None:
+        if self.name == "digits" and self.root is not None:
+            raise ConfigError(
+                "the digits come with scikit-learn, so --data-root has no effect. To train on your pictures: "
+                f"rnode-cli train pictures --data-root {shlex.quote(os.path.relpath(self.root))}"
+            )
+
+    @property
+    def task(self) -> ImageTask:
+        """The images as a task."""
+        return ImageTask(self.shape, self.levels, flip=self.flip)
+
+    def changed(self, assigned: Mapping[str, Any]) -> Data:
+        """These settings with others, and with what follows from them.
+
+        Pictures of a folder bring their shape, and a ``size`` becomes the shape of all images. Images of another
+        name are mirrored only if ``flip`` is assigned.
+
+        Raises:
+            ValidationError: a bad value.
+            DataError: the pictures of a folder cannot be read.
+        """
+        follows = {} if assigned.get("name", self.name) == self.name else {"flip": False}
+        new = dataclasses.replace(self, **{**follows, **_at_absolute_root(assigned)})
+        if "shape" in assigned or not assigned.keys() & {"name", "root", "size"}:
+            return new
+        from ..data.catalog import image_shape, taken_by  # numpy, which a bad value does not wait for
+
+        if new.size is not None and not taken_by(new.name, {"size": new.size}):
+            raise ConfigError(
+                f"the images of {new.name} have one size: leave --size out. It scales the pictures of a folder, as "
+                f"in rnode-cli train pictures --data-root FOLDER --size {new.size}."
+            )
+        shape = image_shape(new.name, root=new.root, size=new.size)
+        if shape is None and new.size is not None:
+            shape = (new.shape[0], new.size, new.size)
+        return new if shape is None else dataclasses.replace(new, shape=shape)
+
+    def load(self, *, download: bool = False, val_images: int | None = None) -> ImageData:
+        """The data set, cut to its numbers of images.
+
+        Args:
+            download: fetch it if it is missing.
+            val_images: at most so many held-out images; None for all.
+
+        Raises:
+            DataError: it is missing, or its images are not of this shape or number of levels.
+            ConfigError: there is no data set of that name.
+        """
+        from ..data.catalog import get_dataset, taken_by
+        from ..data.images import shown
+
+        # pictures of a folder are read with the channels and bits of the recipe, and other sets have fixed ones
+        asked = {"channels": self.shape[0], "bits": (self.levels - 1).bit_length()}
+        options = taken_by(self.name, asked)
+        data = get_dataset(self.name, root=self.root, download=download, size=self.size, **options)
+        if (data.shape, data.levels) != (self.shape, self.levels):
+            channels, height, width = data.shape
+            raise DataError(
+                f"the images of {self.name} are {shown(data.shape)} with {data.levels} levels, but the recipe is "
+                f"for {shown(self.shape)} with {self.levels}. Choose another data set, or add "
+                f"--set data.shape={channels},{height},{width} --set data.levels={data.levels}."
+            )
+        return data.limit(self.train_images, val_images)
+
+    def trained_on(self, data: Any) -> Data:
+        """These settings with what a run records of its ``data``, which is nothing for images."""
+        return self
+
+    def for_new_run(self) -> Data:
+        """These settings without what a run has recorded."""
+        return self
+
+
+_Range = Annotated[tuple[float, float], Listed]
+
+
+@dataclass(frozen=True, config=CONFIG)
+class TableData:
+    """Which table and columns a run uses, and in which batches.
+
+    Attributes:
+        name: a data set that ``rnode-cli data list`` shows; ``table`` is your file.
+        columns: names of the columns that are used. The other columns of the file are not read.
+        given: columns that a conditional density is given. It is the density of the other columns.
+        root: the file of ``table``, or the folder of another data set; None for the table that comes with
+            scikit-learn, or for the default folder.
+        validation: share of the rows whose likelihood chooses the best weights.
+        held_out: share of the rows that measure the result, and take part in neither training nor that choice.
+        split_seed: seed of the split.
+        batch_size: rows per device and step.
+        val_batch_size: rows per device and batch of an evaluation; see :class:`Data`.
+        train_rows: number of training rows to use, drawn from all of them; None for all.
+        workers: number of processes that read batches; 0 to read them in the training process.
+        rows, checksum: number of rows and checksum of the table that a run was trained on, which training fills in.
+            If a table changes, its new split could hold out rows that were trained on. None for no comparison.
+        given_ranges: the smallest and the largest value of each given column in the training rows, which training
+            fills in, so that sampling can warn of an extrapolation. None if they are not known.
+        kind: marks the settings of a table.
+    """
+
+    name: Text
+    columns: Names
+    given: Names = ()
+    root: Text | None = None
+    validation: Fraction = 0.1
+    held_out: Fraction = 0.2
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    batch_size: PositiveInt = 200
+    val_batch_size: PositiveInt = 1000
+    train_rows: PositiveInt | None = None
+    workers: NonNegativeInt = 0
+    rows: PositiveInt | None = None
+    checksum: Text | None = None
+    given_ranges: Annotated[tuple[_Range, ...], Listed] | None = None
+    kind: Literal["table"] = "table"
+
+    def __post_init__(self) -> None:
+        for name, names in (("columns", self.columns), ("given", self.given)):
+            if len(set(names)) < len(names):
+                raise ConfigError(f"data.{name} names a column twice: {', '.join(names)}.")
+        if unknown := [each for each in self.given if each not in self.columns]:
+            raise ConfigError(f"data.given: {suggest(unknown[0], self.columns, 'column')}")
+        if not self.modelled:
+            left = "data.given names all of them" if self.columns else "data.columns names none"
+            raise ConfigError(f"a density needs at least one column that is not given: {left}.")
+        if self.validation + self.held_out >= 1:
+            raise ConfigError("data.validation and data.held_out together must leave rows to train on.")
+
+    @property
+    def modelled(self) -> tuple[str, ...]:
+        """The columns that are modelled, in the order of the file."""
+        return tuple(name for name in self.columns if name not in self.given)
+
+    @property
+    def task(self) -> TableTask:
+        """The rows as a task."""
+        return TableTask(self.modelled, self.given)
+
+    def changed(self, assigned: Mapping[str, Any]) -> TableData:
+        """These settings with others, and with what follows from them.
+
+        Another table brings its columns, unless ``columns`` are assigned. With other rows, what a run has recorded
+        of its rows is left out.
+
+        Raises:
+            ConfigError: there is no such table.
+            DataError: the table cannot be read.
+            ValidationError: a bad value, or a given column that is not in the table.
+        """
+        assigned = _at_absolute_root(assigned)
+        name, root = assigned.get("name", self.name), assigned.get("root", self.root)
+        published = name == self.name != "table"  # the same table at another place
+        if (name, root) != (self.name, self.root) and "columns" not in assigned and not published:
+            from ..data.catalog import table_columns  # numpy, which a bad value does not wait for
+
+            assigned["columns"] = table_columns(name, root=root)
+        new = dataclasses.replace(self, **assigned)
+        same = all(vars(new)[key] == vars(self)[key] for key in ("name", "root", "columns", "given", *_SPLIT))
+        return new if same else new.for_new_run()
+
+    def load(self, *, download: bool = False, val_images: int | None = None) -> Table:
+        """The table in 32-bit numbers: the columns that are modelled, then those that are given.
+
+        Args:
+            download: fetch it if it is missing.
+            val_images: at most so many rows to choose weights by; None for all.
+
+        Raises:
+            DataError: it is missing, or its columns have no density.
+            ConfigError: there is no table of that name, or it has a fixed split and these settings ask for another.
+        """
+        from ..data.catalog import get_table, taken_by
+        from ..data.tables import check_columns
+
+        columns = (*self.modelled, *self.given)
+        options = taken_by(self.name, {"columns": columns, **{name: vars(self)[name] for name in _SPLIT}})
+        for name, default in _SPLIT.items():
+            if name not in options and vars(self)[name] != default:
+                raise ConfigError(f"the table {self.name} has a fixed split: leave data.{name} at {default}.")
+        table = get_table(self.name, root=self.root, download=download, **options).select(columns)
+        if self.checksum not in (None, table.checksum):
+            now = f"{table.rows:,} rows" if table.rows != self.rows else "as many rows, but not the same"
+            raise DataError(
+                f"{table.name} has changed since the training: it had {self.rows:,} rows, and has {now} now. "
+                "In a new split, rows that were trained on could be held out. Put the old file back, name it with "
+                "--data-root, or train a new run on this one."
+            )
+        table = table.limit(self.train_rows, val_images)
+        check_columns(table, len(self.modelled))
+        return table.single()
+
+    def trained_on(self, data: Any) -> TableData:
+        """These settings with what a run records of its ``data``. A table smaller than a batch is one batch."""
+        given = data.train[:, len(self.modelled) :]
+        ranges = tuple(zip(given.min(0).tolist(), given.max(0).tolist(), strict=True))
+        batch_size = min(self.batch_size, len(data.train))
+        return dataclasses.replace(
+            self, batch_size=batch_size, rows=data.rows, checksum=data.checksum, given_ranges=ranges or None
+        )
+
+    def for_new_run(self) -> TableData:
+        """These settings without what a run has recorded, so that a new run may train on a changed table."""
+        return dataclasses.replace(self, rows=None, checksum=None, given_ranges=None)
+
+
+_SPLIT = {"validation": TableData.validation, "held_out": TableData.held_out, "split_seed": TableData.split_seed}
+
+
+def _at_absolute_root(assigned: Mapping[str, Any]) -> dict[str, Any]:
+    """Assigned settings with an absolute ``root``, which a command in another folder finds."""
+    root = assigned.get("root")
+    return {**assigned, "root": os.path.abspath(root)} if root else dict(assigned)

@@ -1,0 +1,196 @@
+"""The groups of settings of a recipe: model, optimizer, training, and the paper's figures."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from ...errors import ConfigError, suggest
+from .fields import CONFIG, Decay, Fraction, Listed, Text
+
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "auto")
+_SHORT = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}  # Lightning's
+
+
+def _known_precision(name: str) -> str:
+    name = _SHORT.get(name, name)
+    if name in ("16-true", "bf16-true"):
+        raise ConfigError(
+            f"training.precision={name} would round the data themselves: use 32-true or "
+            f"{name.replace('true', 'mixed')}."
+        )
+    if name not in _PRECISIONS:
+        raise ConfigError(suggest(name, _PRECISIONS, "precision"))
+    return name
+
+
+class _Options:
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that the model is made with."""
+        return {name: value for name, value in vars(self).items() if name not in ("name", "kind")}
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Model(_Options):
+    """The flow.
+
+    Attributes:
+        name: a model that is registered with the plugin host; ``MultiscaleFlow`` is the paper's.
+        hidden: channels of the hidden convolutions of a block's field.
+        layers: convolutions of a block's field.
+        alpha: margin of the logit transform, ``y = logit(alpha + (1 - 2 alpha) x)``.
+        trace_noise: distribution of the noise of the divergence estimate.
+    """
+
+    kind = "images"
+
+    name: Text = "MultiscaleFlow"
+    hidden: PositiveInt = 64
+    layers: PositiveInt = 4
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    trace_noise: Literal["gaussian", "rademacher"] = "gaussian"
+
+
+@dataclass(frozen=True, config=CONFIG)
+class TableModel(_Options):
+    """The flow of a table.
+
+    Attributes:
+        name: a model that is registered with the plugin host; ``TableFlow`` is ours.
+        field: ``mlp``, a multilayer perceptron, or ``potential``, the gradient of OT-Flow's potential.
+        hidden: width of a block's field.
+        layers: linear layers of the perceptron, or layers of the potential's network.
+        activation: activation function of the perceptron: ``softplus``, ``tanh``, ``elu``, ``silu`` or ``gelu``.
+        blocks: flows one after the other, each with its own field.
+        trace_noise: how the divergence is found: ``exact``, or the distribution of the noise of its estimate.
+            ``auto`` is exact for the potential and up to 16 columns, else ``rademacher``.
+        kind: marks the settings of a table's model.
+    """
+
+    name: Text = "TableFlow"
+    field: Literal["mlp", "potential"] = "mlp"
+    hidden: PositiveInt = 64
+    layers: PositiveInt = 3
+    activation: Literal["softplus", "tanh", "elu", "silu", "gelu"] = "softplus"
+    blocks: PositiveInt = 1
+    trace_noise: Literal["auto", "exact", "gaussian", "rademacher"] = "auto"
+    kind: Literal["table"] = "table"
+
+    def __post_init__(self) -> None:
+        if self.field == "potential" and self.activation != "softplus":
+            raise ConfigError("model.activation is for the perceptron: model.field=potential has a fixed one.")
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Optimizer:
+    """The optimizer and its learning rate.
+
+    Attributes:
+        name: ``adam``, or ``muon``: Muon for the convolution kernels and Adam for the biases.
+        lr: learning rate after the warm-up.
+        warmup: steps over which the rate rises linearly to ``lr``.
+        schedule: after the warm-up. ``constant``; ``cosine``, down to zero at the last planned step; or
+            ``cooldown``, constant and then a linear fall to zero. A limit on time does not change it.
+        cooldown: share of the steps in which the rate of ``cooldown`` falls, the last ones.
+        beta1, beta2: decay rates of Adam's moments.
+        weight_decay: L2 coefficient that ``adam`` adds to the gradient. ``muon`` shrinks its weights by the rate
+            times it instead.
+        momentum: decay rate of the mean of the gradients in ``muon``.
+        vector_lr: learning rate of the biases in ``muon``.
+        matching_factor: the learning rates of flow matching are this multiple of ``lr`` and ``vector_lr``. Its loss
+            has no solves, so it stays stable at higher rates.
+        clip: bound of the gradient's norm in a step of maximum likelihood; None for no bound. One step's gradient
+            can outweigh the gradients of many steps. Flow matching has no solves, so its gradients are not clipped.
+    """
+
+    name: Literal["adam", "muon"] = "adam"
+    lr: PositiveFloat = 1e-3
+    warmup: NonNegativeInt = 1000
+    schedule: Literal["constant", "cosine", "cooldown"] = "constant"
+    cooldown: Fraction = 0.2
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
+    weight_decay: NonNegativeFloat = 0.0
+    momentum: Decay = 0.9
+    vector_lr: PositiveFloat = 1e-2
+    matching_factor: PositiveFloat = 1.0
+    clip: PositiveFloat | None = None
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Training:
+    """How long a run trains, how often it validates and saves, and its seed.
+
+    Attributes:
+        max_epochs: passes over the training samples, images or rows; None if ``max_steps`` decides alone.
+        max_steps: optimizer steps; None if ``max_epochs`` decides alone. The first limit that is met stops.
+        seed: seed of the weights, the data order and all noise.
+        matching: optimizer steps of flow matching, the first ones of the run: all fields learn at once to carry
+            data straight to noise, with one evaluation each and no likelihood
+            (:meth:`~rnode_plugin.flows.base.BlockFlow.matching_loss`). They count among ``max_steps``, and the
+            optimizer and its schedule begin again after them. A run from ``weights`` makes none.
+        weights: weights of the first step: a run folder, a ``.ckpt`` or ``.safetensors`` file, or a name of weights
+            in the package; None for fresh ones.
+        precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` or ``64-true``, as Lightning names them; or ``auto``:
+            ``bf16-mixed`` for a fixed grid where the device computes bfloat16 natively, else ``32-true``.
+        compile: send the evaluations of the stack fields through torch.compile while training; or ``auto``: on
+            CUDA, where it works.
+        val_every: epochs between two validations, each with a grid of samples if the data are images.
+        val_every_steps: steps between two validations instead; None for epochs.
+        val_images: number of images or rows that a validation uses; None for all. ``rnode-cli eval`` uses all.
+        log_every: steps between two rows of the metrics.
+        accumulate: batches whose gradients are averaged for one step. One device with ``accumulate`` 4 makes the
+            same steps as four devices with 1, up to rounding.
+        ema: decay of an exponential moving average of the weights, such as 0.999, for validations, checkpoints,
+            evaluation and sampling; None for the trained weights themselves.
+        max_skipped: steps in a row without a usable gradient after which training stops.
+        save_every: steps between two checkpoints. Each validation saves one, too.
+        sample_temperatures: standard deviations of latents in the grids, one row of images each. A table has one.
+        sample_images: images per temperature in the grids, or held-out rows and samples in a table's corner plot;
+            0 for none.
+    """
+
+    max_epochs: PositiveInt | None = 100
+    max_steps: PositiveInt | None = None
+    seed: NonNegativeInt = 42
+    matching: NonNegativeInt = 0
+    weights: Text | None = None
+    precision: Annotated[str, AfterValidator(_known_precision)] = "32-true"
+    compile: bool | Literal["auto"] = False
+    val_every: PositiveInt = 1
+    val_every_steps: PositiveInt | None = None
+    val_images: PositiveInt | None = None
+    log_every: PositiveInt = 10
+    accumulate: PositiveInt = 1
+    ema: Fraction | None = None
+    max_skipped: PositiveInt = 5
+    save_every: PositiveInt = 100
+    sample_temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1), Listed] = (0.6, 0.8, 1.0)
+    sample_images: NonNegativeInt = 8
+
+    def __post_init__(self) -> None:
+        if self.max_epochs is None and self.max_steps is None:
+            raise ConfigError("training.max_epochs and training.max_steps cannot both be none: give one of them.")
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Paper:
+    """The figures of the paper for this data set (Tables 1 and 2). None of them was measured by this package.
+
+    Attributes:
+        bits_dirty, bits_clean: bits/dim of RNODE with uniform noise and at the bins' centers.
+        hours, gpus: time of the RNODE run, and its number of devices.
+        parameters: number of parameters of the model, to the three digits of Table 2.
+        vanilla_bits, vanilla_hours: bits/dim with noise and time of FFJORD; None if the paper has no such run.
+    """
+
+    bits_dirty: float
+    bits_clean: float
+    hours: float
+    gpus: int
+    parameters: int
+    vanilla_bits: float | None = None
+    vanilla_hours: float | None = None

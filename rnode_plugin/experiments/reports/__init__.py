@@ -1,0 +1,70 @@
+"""From run folders to one report folder: ``report.html``, one page that opens offline, and ``figures/``."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...files import write_atomically
+from ...text import table as text_table
+from .configurations import group_runs
+from .page import make_page
+from .runs import read_runs
+from .table import Table
+
+__all__ = ["Report", "write_report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The files of a report, its table, and the runs that were left out."""
+
+    html: Path
+    figures: tuple[Path, ...]
+    table: Table
+    left_out: tuple[str, ...]
+
+    def as_text(self) -> str:
+        """The table for a terminal."""
+        heads = ["", *(column.label for column in self.table.columns)]
+        return text_table([heads, *([row.name, *row.cells] for row in self.table.rows)])
+
+    def to_plain(self) -> dict[str, Any]:
+        """The files and the table as ``{row: {column: text}}``, for JSON."""
+        labels = [column.label for column in self.table.columns]
+        rows = {row.name: dict(zip(labels, row.cells, strict=True)) for row in self.table.rows}
+        return {"html": self.html, "figures": self.figures, "left_out": self.left_out, "table": rows}
+
+
+def write_report(
+    runs: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str] = "report", *, title: str | None = None
+) -> Report:
+    """Write the report of some runs, finished or running.
+
+    Args:
+        runs: run folders, or folders with run folders below them. Runs below a folder that cannot be read, runs
+            without a logged step and repetitions are left out and named in the report.
+        out: folder for ``report.html`` (one file with everything in it, nothing is fetched) and ``figures/`` (PNG
+            and SVG). Samples and diagnoses of a report that is there are removed.
+        title: None for one that names the recipe or the data sets.
+
+    Raises:
+        ConfigError: there is no run at one of the places, it cannot be read, or nothing is left to report.
+        CheckpointError: the report cannot be written.
+    """
+    found, left_out = read_runs(runs)
+    html, table, pictures = make_page(group_runs(found), title, left_out)
+    files = {Path(out) / "figures" / name: contents for name, contents in pictures.items()}
+    place = Path(out) / "report.html"
+    # the name of a folder need not be text
+    for path, contents in {**files, place: html.encode(errors="replace")}.items():
+        write_atomically(path, lambda file, contents=contents: file.write(contents))
+    for figure in (Path(out) / "figures").iterdir() if files else ():
+        # only names that carry the number of a run or a configuration: a user may keep other pictures here
+        if figure not in files and re.fullmatch(r"(samples|diagnosis)-\d+-.+\.(png|svg)", figure.name):
+            figure.unlink()  # it would look like one of these runs
+    return Report(place, tuple(path for path in files if path.suffix == ".png"), table, tuple(left_out))

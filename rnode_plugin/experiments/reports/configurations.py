@@ -1,0 +1,206 @@
+"""Configurations: runs that differ by their seed only, their means and errors, and the difference of two."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...core.schedules import final_strength, strength_text
+from ..recipes.recipe import Recipe
+from ..recipes.task import Task
+from .runs import Run, penalties_of
+
+_LEVEL = 0.95
+_RESOLUTION = 1e-5  # bits/dim, nats: single precision does not resolve smaller differences
+_OF_TRAINING = ("batch_size", "workers", "flip", "train_images", "train_rows")  # settings of the data
+_ORDER = ("none", "ffjord", "kinetic", "jacfrob", "rnode")  # of the paper's ablation
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Runs of the same settings but for the seed.
+
+    Attributes:
+        label: differs from the labels of the other configurations of a report.
+        runs: one for each seed.
+        number: its place in the report, from 0.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+    number: int
+
+    @property
+    def penalties(self) -> str:
+        """Their name, see :func:`~rnode_plugin.experiments.reports.runs.penalties_of`."""
+        return penalties_of(self.recipe)
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """How it is drawn: one of six colours, of seven markers and of four lines."""
+        lines = "-", "--", "-.", ":"
+        return {
+            "color": f"C{self.number % 6}",
+            "marker": "oDs^vPX"[self.number % 7],
+            "linestyle": lines[self.number % 4],
+        }
+
+    @property
+    def task(self) -> Task:
+        """The task of the recipe, which has the words and units; of one kind in a report."""
+        return self.runs[0].task
+
+    @property
+    def recipe(self) -> Recipe:
+        """The settings of all of its runs, but for the seed."""
+        return self.runs[0].recipe
+
+    @property
+    def counted(self) -> tuple[Run, ...]:
+        """The runs whose figures are shown: those with a result, or all if none has one."""
+        return tuple(run for run in self.runs if run.result is not None) or self.runs
+
+    def mean(self, name: str) -> float:
+        """The mean of a quantity over the counted runs; NaN if one of them has not measured it.
+
+        Args:
+            name: a quantity of the task (``dirty`` and ``clean`` of images, ``nll`` of tables) or a baseline,
+                ``nfe_test``, ``nfe_train``, ``gap``, ``training_seconds``, ``seconds_per_step``, ``steps``, or the
+                name of a penalty.
+        """
+        return float(np.mean([run.numbers.get(name, math.nan) for run in self.counted]))
+
+    def error(self, name: str) -> float | None:
+        """Standard error of a score or of ``nfe_test``: over the seeds; with one seed over the samples.
+
+        The error of a baseline is always over the samples, because a baseline does not depend on the seed. None if
+        the error is not known, as for one NFE and for runs that are not finished.
+        """
+        result, values = self.counted[0].result, [run.numbers[name] for run in self.counted]
+        if result is None:
+            return None
+        if len(values) > 1 and name not in [each.name for each in self.task.baselines]:
+            return float(np.std(values, ddof=1) / len(values) ** 0.5)
+        score = result.evaluation.means.get(name)
+        return None if score is None else score.stderr
+
+
+def group_runs(runs: Sequence[Run]) -> list[Configuration]:
+    """The configurations of some runs: the paper's first, the others in their order, a sweep by its lambdas."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        training = dataclasses.replace(run.recipe.training, seed=0)
+        settings = dataclasses.replace(run.recipe, training=training).to_plain()
+        groups.setdefault(repr(settings), []).append(run)
+    order = list(dict.fromkeys([*_ORDER, *(penalties_of(group[0].recipe) for group in groups.values())]))
+    members = sorted(
+        groups.values(),
+        key=lambda group: (order.index(penalties_of(group[0].recipe)), _by_strength(group[0].recipe)),
+    )
+    labels = _labels([group[0] for group in members])
+    return [
+        Configuration(label, tuple(group), number)
+        for number, (label, group) in enumerate(zip(labels, members, strict=True))
+    ]
+
+
+def _by_strength(recipe: Recipe) -> list[tuple[str, float, str]]:
+    """A key that sorts recipes with the same penalties by their lambdas, schedules by their last value."""
+    return sorted((name, final_strength(each), str(each)) for name, each in recipe.regularizers.items())
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """For each run the shortest text that no other run has."""
+    texts: tuple[Callable[[Run], str], ...] = (
+        lambda run: penalties_of(run.recipe),
+        lambda run: _with_lambdas(run.recipe),
+        lambda run: f"{_with_lambdas(run.recipe)} ({run.recipe.solver.method})",
+        lambda run: run.recipe.name,
+        lambda run: str(run.path),
+    )
+    if len(runs) == 1:
+        return [runs[0].recipe.name]
+    labels = [texts[0](run) for run in runs]
+    for text in texts[1:]:
+        labels = [text(run) if labels.count(label) > 1 else label for run, label in zip(runs, labels, strict=True)]
+    return labels
+
+
+def _with_lambdas(recipe: Recipe) -> str:
+    """``kinetic=0.01+jacfrob=0.1``, or ``none`` or ``ffjord`` without penalties."""
+    used = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
+    terms = [f"{name}={strength_text(strength)}" for name, strength in used.items()]
+    return "+".join(terms) or penalties_of(recipe)
+
+
+# ---- differences ----
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference in the unit of the task, and its standard error.
+
+    Attributes:
+        mean: negative if the configuration is better than the one it is compared with.
+        error: standard error of the mean, from ``count`` paired differences.
+        count: number of differences.
+        unit: ``seeds``, ``images`` or ``rows``.
+    """
+
+    mean: float
+    error: float
+    count: int
+    unit: str
+
+    @property
+    def verdict(self) -> str:
+        """``better`` or ``worse`` if the 95 % interval (Student's t) excludes 0, else ``no difference shown``."""
+        from scipy.stats import t
+
+        limit = max(_RESOLUTION, float(t.ppf((1 + _LEVEL) / 2, self.count - 1)) * self.error)
+        if not abs(self.mean) > limit:  # also of a mean that is not a number
+            return "no difference shown"
+        return "better" if self.mean < 0 else "worse"
+
+
+def base_of(configurations: Sequence[Configuration]) -> Configuration:
+    """The one that the others are compared with: without penalties, preferably with the solver of the others."""
+    plain = [each for each in configurations if each.penalties == "none"] or list(configurations)
+    solvers = [each.recipe.solver for each in configurations if each.penalties != "none"]
+    return next((each for each in plain if each.recipe.solver in solvers), plain[0])
+
+
+def paired_difference(one: Configuration, base: Configuration) -> Difference | None:
+    """Scores of ``one`` minus scores of ``base`` on the same held-out samples with the same noise.
+
+    The scores are the first quantity of the task: dirty bits/dim of images. With several common seeds each
+    difference is the mean over the samples for one seed; with one seed there is one for each sample. None if
+    nothing can be paired.
+    """
+    pairs = [(run, other) for run in one.runs for other in base.runs if _same_samples(run, other)]
+    name = one.task.quantities[0].name
+    differences = [run.scores[name] - other.scores[name] for run, other in pairs]
+    if not differences:
+        return None
+    unit = one.task.samples if len(differences) == 1 else "seeds"
+    values = differences[0] if unit != "seeds" else np.array([each.mean() for each in differences])
+    if len(values) < 2:
+        return None
+    return Difference(float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))), len(values), unit)
+
+
+def _same_samples(one: Run, other: Run) -> bool:
+    """Whether both evaluated the same samples with the same noise."""
+
+    def shown(run: Run) -> tuple[object, ...]:
+        # the noise is a function of the seed and of a sample's place in its batch
+        data = {name: value for name, value in vars(run.recipe.data).items() if name not in _OF_TRAINING}
+        training = run.recipe.training
+        return (data, training.val_images, training.seed, len(run.scores[run.task.sample]))
+
+    return len(one.scores[one.task.sample]) > 0 and shown(one) == shown(other)

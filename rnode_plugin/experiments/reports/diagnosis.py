@@ -1,0 +1,101 @@
+"""The figures of a diagnosis: one for each check that has curves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...diagnostics import texts
+from ...diagnostics.checks import LOST
+from ...diagnostics.result import Check, Diagnosis
+from ...files import write_atomically
+from ..training.runs import DIAGNOSIS, write_json
+from .figures import Drawing, draw, finish, legend
+
+_GREY = "0.5"
+
+
+def save_diagnosis(diagnosis: Diagnosis, folder: Path, **head: str) -> Path:
+    """Write ``diagnosis.json``, with ``head`` in front, and the figures; the path of the former."""
+    for check in diagnosis.checks:
+        name = check.name.replace(" ", "-")
+        drawing = draw_check(check, name)
+        for file, contents in ({} if drawing is None else drawing.files(name)).items():
+            write_atomically(folder / "diagnosis" / file, lambda out, contents=contents: out.write(contents))
+    write_json(folder / DIAGNOSIS, {**head, **diagnosis.to_plain()})
+    return folder / DIAGNOSIS
+
+
+def draw_check(check: Check, name: str) -> Drawing | None:
+    """The figure of a check; None for a check without curves. ``name`` is the name of its files."""
+    paint = _PAINTERS.get(check.name)
+    if paint is None or not any(map(len, check.curves.values())):
+        return None
+    grid: dict[str, Any] = {"nrows": 2, "sharex": True} if check.name == texts.TOLERANCE else {}
+    return draw(name, lambda axes: paint(axes, check), **grid)
+
+
+def _tolerance(axes: Any, check: Check) -> None:
+    above, below = axes
+    tolerance, distance = (np.array(check.curves[name]) for name in ("tolerance", "distance"))
+    above.plot(tolerance[:-1], np.maximum(distance[:-1], 1e-9), color="C0", marker="o", markersize=4)
+    above.axhline(check.numbers["limit"], color=_GREY, linestyle=":", label="small enough")
+    above.set_yscale("log")
+    above.set_ylabel("error of the NLL\n[nats/dim]")
+    below.plot(tolerance, check.curves["nfe"], color="C1", marker="s", markersize=4)
+    below.set_xscale("log")
+    below.invert_xaxis()
+    below.set_xlabel("tolerance of dopri5")
+    below.set_ylabel("NFE")
+    legend(above)
+
+
+def _invertibility(axes: Any, check: Check) -> None:
+    error = np.maximum(check.curves["error"], 1e-12)
+    axes.step(error, np.linspace(0, 100, len(error) + 1)[1:], where="post", color="C0")
+    axes.set_xscale("log")
+    for place, text, colour in zip(LOST, ("warning", "failed"), (_GREY, "C1"), strict=True):
+        axes.axvline(place, color=colour, linestyle=":", label=f"{text}, if the mean error is larger")
+    finish(axes, "error after the round trip / spread of the data", "samples with a smaller error [%]")
+
+
+def _differences(one_name: str, other_name: str, x: str, y: str) -> Callable[[Any, Check], None]:
+    def paint(axes: Any, check: Check) -> None:
+        one, other = (np.array(check.curves[name]) for name in (one_name, other_name))
+        axes.scatter(one, other - one, s=14, color="C0", alpha=0.6, linewidth=0)
+        axes.axhline(0, color=_GREY, linewidth=1)
+        finish(axes, x, y)
+
+    return paint
+
+
+def _samples(axes: Any, check: Check) -> None:
+    bins = np.linspace(0, 1, 21).tolist()
+    for name, label, colour in (("held_out", "held-out data", "C0"), ("samples", "samples", "C1")):
+        axes.hist(check.curves[name], bins=bins, color=colour, alpha=0.5, label=label)
+    finish(axes, "probability of being a sample, by the classifier", "count")
+
+
+_PAINTERS: Mapping[str, Callable[[Any, Check], None]] = {
+    texts.SOLVER_GAP: _differences(
+        "nll_accurate", "nll", "NLL by the accurate solver [nats/dim]", "solver gap [nats/dim]"
+    ),
+    texts.TOLERANCE: _tolerance,
+    texts.INVERTIBILITY: _invertibility,
+    texts.NORMALIZATION: _differences(
+        "by_jacobian", "reported", "log-density by the Jacobian of the map [nats]", "model minus Jacobian [nats]"
+    ),
+    texts.GRADIENT: _differences(
+        "by_differences",
+        "by_autograd",
+        "slope of the log-density by differences [nats]",
+        "autograd minus differences",
+    ),
+    texts.SAMPLES: _samples,
+    texts.GAUSSIAN: _differences(
+        "nll_gaussian", "nll", "NLL of a Gaussian [nats/dim]", "model minus Gaussian [nats/dim]"
+    ),
+}

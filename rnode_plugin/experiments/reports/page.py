@@ -1,0 +1,129 @@
+"""The page of a report: one HTML file that opens offline, from a template of Jinja2."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ...diagnostics.result import VERDICTS, Check
+from ...plugins import registry
+from ..recipes.recipe import as_text
+from .configurations import Configuration
+from .diagnosis import draw_check
+from .figures import Drawing, make_panels
+from .runs import own_data
+from .table import Table, lambdas_text, make_table, summary
+
+
+class Page(NamedTuple):
+    """The text of ``report.html``, its table, and its pictures by the name of their file."""
+
+    html: str
+    table: Table
+    pictures: Mapping[str, bytes]
+
+
+class _Grid(NamedTuple):
+    """A picture of samples: a grid with one row of images for each temperature, or a table's corner plot."""
+
+    name: str
+    label: str
+    png: bytes
+    temperatures: tuple[float, ...]
+    origin: str
+
+
+class _Diagnosed(NamedTuple):
+    """The diagnosis of a run: its checks with the names of their figures, and the figures."""
+
+    label: str
+    samples: int
+    checks: list[tuple[Check, str, Drawing | None]]
+
+    @property
+    def verdicts(self) -> list[tuple[str, int]]:
+        """Verdicts and their numbers, from the worst to the best."""
+        counts = Counter(check.verdict for check, _, _ in self.checks)
+        return [(verdict, counts[verdict]) for verdict in reversed(VERDICTS) if counts[verdict]]
+
+
+def make_page(configurations: Sequence[Configuration], title: str | None, left_out: Sequence[str]) -> Page:
+    """The page of some configurations; everything is in it, nothing is fetched."""
+    facts, table, panels = _facts(configurations), make_table(configurations), make_panels(configurations)
+    grids, diagnoses = list(_grids(configurations)), list(_diagnoses(configurations))
+    environment = Environment(
+        loader=PackageLoader("rnode_plugin.experiments.reports"), undefined=StrictUndefined, autoescape=True
+    )
+    environment.filters |= {"base64": lambda contents: base64.b64encode(contents).decode(), "as_text": as_text}
+    html = environment.get_template("page.html").render(
+        title=title or _title(configurations, facts),
+        summary=summary(configurations),
+        facts=facts,
+        diagnoses=diagnoses,
+        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        table=table,
+        left_out=left_out,
+        grids=grids,
+        panels=panels,
+        configurations=configurations,
+    )
+    drawings = [(panel.name, panel.drawing) for panel in panels]
+    drawings += [(name, drawing) for each in diagnoses for _, name, drawing in each.checks if drawing is not None]
+    pictures = {f"{grid.name}.png": grid.png for grid in grids}
+    for name, drawing in drawings:
+        pictures |= drawing.files(name)
+    return Page(html, table, pictures)
+
+
+def _facts(configurations: Sequence[Configuration]) -> dict[str, str]:
+    """What was trained, for the head of the page."""
+    facts: dict[str, Any] = {
+        "recipe": dict.fromkeys(_recipe_name(one.recipe.name) for one in configurations),
+        "data": dict.fromkeys(own_data(one.recipe) or one.recipe.data.name for one in configurations),
+        "λ": [lambdas_text(one) for one in configurations] if len(configurations) == 1 else [],
+        "seed": sorted({str(run.recipe.training.seed) for one in configurations for run in one.counted}),
+    }
+    return {name: ", ".join(values) for name, values in facts.items() if values}
+
+
+def _title(configurations: Sequence[Configuration], facts: Mapping[str, str]) -> str:
+    if len(configurations) > 1:
+        return f"{len(configurations)} configurations on {facts['data']}"
+    recipe = configurations[0].recipe
+    own = own_data(recipe)
+    return f"Recipe {recipe.name}" if own is None else f"{own}, recipe {recipe.name}"
+
+
+def _recipe_name(name: str) -> str:
+    """The recipe that a run's name begins with. ``compare`` adds the configuration to it: ``digits-rnode``."""
+    known = [each for each in registry.names("recipes") if name == each or name.startswith(f"{each}-")]
+    return max(known, key=len, default=name)
+
+
+def _diagnoses(configurations: Sequence[Configuration]) -> Iterator[_Diagnosed]:
+    runs = [(one, run) for one in configurations for run in one.counted if run.diagnosis is not None]
+    for number, (one, run) in enumerate(runs, 1):
+        assert run.diagnosis is not None
+        label = one.label if len(one.counted) == 1 else f"{one.label}, seed {run.recipe.training.seed}"
+        names = [f"diagnosis-{number}-{check.name.replace(' ', '-')}" for check in run.diagnosis.checks]
+        checks = zip(run.diagnosis.checks, names, strict=True)
+        yield _Diagnosed(
+            label, run.diagnosis.samples, [(each, name, draw_check(each, name)) for each, name in checks]
+        )
+
+
+def _grids(configurations: Sequence[Configuration]) -> Iterator[_Grid]:
+    for number, one in enumerate(configurations, 1):
+        found = next((run.grid for run in one.counted if run.grid is not None), None)
+        if found is None:
+            continue
+        origin = f"weights of step {int(found.stem[5:])}" if found.stem.startswith("step-") else "best weights"
+        label = re.sub(r"[^a-z0-9._]+", "-", one.label.lower())[:60].strip("-.")  # file systems limit names
+        temperatures = one.task.grid_rows(one.recipe.training.sample_temperatures)
+        yield _Grid(f"samples-{number}-{label}", one.label, found.read_bytes(), temperatures, origin)

@@ -1,0 +1,303 @@
+"""Checkpoints: a recipe as plain data and a state dict, read without running code from the file."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import pickle
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..._version import __version__
+from ...errors import CheckpointError, ConfigError, PluginError, first_line
+from ...files import write_atomically
+from ..recipes.pretrained import PRETRAINED, pretrained_file
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ...core.distribution import DensityModel
+    from ..recipes.recipe import Recipe
+
+BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+SAFETENSORS = ".safetensors"
+_FORMAT = 1
+_KEY, _CHECKSUM = "rnode_plugin", "sha256"
+_PREFIX = "flow."
+_HARMLESS = 1000  # layers that are quick to build, whatever a file contains
+
+
+def header_with(recipe: Recipe) -> dict[str, Any]:
+    """The header of a file as plain data: its format, the version that wrote it, and the recipe."""
+    return {_KEY: {"format": _FORMAT, "version": __version__, "recipe": recipe.to_plain()}}
+
+
+def save_flow(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe) -> None:
+    """Write the weights of ``flow`` and the recipe that builds it; :func:`load_flow` reads it back.
+
+    A ``path`` that ends in ``.safetensors`` gets that format, which many programs read. Its metadata hold the
+    recipe and a checksum of everything.
+
+    Raises:
+        CheckpointError: the file cannot be written; one that was there before is left as it was.
+    """
+    if Path(path).suffix == SAFETENSORS:
+        from safetensors.torch import save
+
+        # copies: the format refuses tensors that share memory or have unusual strides
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in flow.state_dict().items()}
+        header = json.dumps(header_with(recipe)[_KEY])
+        metadata = {"format": "pt", _KEY: header, _CHECKSUM: checksum(tensors, header)}
+        encoded = save(tensors, metadata=metadata)
+        write_atomically(path, lambda file: file.write(encoded))
+        return
+    import torch
+
+    state = {_PREFIX + name: tensor for name, tensor in flow.state_dict().items()}
+    contents = {**header_with(recipe), "state_dict": state}
+    write_atomically(path, lambda file: torch.save(contents, file))
+
+
+def checksum(tensors: Mapping[str, Tensor], header: str) -> str:
+    """The SHA-256 of tensors, their names, types and shapes, and the text of our header."""
+    import torch
+
+    digest = hashlib.sha256(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> DensityModel:
+    """The flow of a run folder (its best checkpoint, else its last), or of a ``.ckpt`` or ``.safetensors`` file.
+
+    ``"mnist-pretrained"`` are weights that come with the package.
+
+    Nothing in the file is executed: only tensors and plain values are read, and the recipe builds the model.
+
+    Args:
+        path: a folder or file, or the name of weights in the package.
+        map_location: device of the flow.
+
+    Raises:
+        CheckpointError: missing, truncated, not ours, or not the weights of the model that its recipe describes.
+
+    Example:
+        >>> import tempfile
+        >>> from rnode_plugin.experiments.training.checkpoints import save_flow
+        >>> recipe = get_recipe("digits")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_flow(recipe.build_flow(), f"{folder}/flow.ckpt", recipe=recipe)
+        ...     flow = load_flow(f"{folder}/flow.ckpt")
+        >>> tuple(flow.sample(1).shape)
+        (1, 1, 8, 8)
+    """
+    return load_with_recipe(path, map_location=map_location)[0]
+
+
+def load_with_recipe(
+    path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu"
+) -> tuple[DensityModel, Recipe]:
+    """As :func:`load_flow`, with the recipe that the flow was trained by; arguments and errors are the same."""
+    import torch
+
+    file = find_checkpoint(path)
+    contents = read_checkpoint(file)
+    recipe, state = recipe_of(contents, file), _state_in(contents)
+    problem = f"{file} does not fit the model of its recipe"
+    # a model that is larger than the tensors of its file is refused before it takes time and memory
+    options = recipe.model.options
+    if (layers := options.get("blocks", 1) * options["layers"]) > max(len(state), _HARMLESS):
+        raise CheckpointError(f"{problem}: the recipe has {layers:,} layers, the file {len(state)} tensors.")
+    try:
+        with torch.device("meta"):  # shapes without values
+            _compare(recipe.build_flow(), state, problem)
+    except PluginError:  # a plugin's model may need values, and what is wrong with it is found when it is built
+        pass
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # sizes that no tensor can have
+        raise CheckpointError(f"{problem}: {first_line(error)}") from None
+    flow = recipe.build_flow()
+    put_weights(flow, contents, problem)
+    return flow.to(map_location).eval(), recipe
+
+
+def load_weights(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe) -> None:
+    """Give ``flow``, which ``recipe`` has built, the weights of a run, a file, or the package.
+
+    Raises:
+        CheckpointError: missing, truncated, not ours, or of a model of another shape or of other columns.
+    """
+    file = find_checkpoint(path)
+    contents = read_checkpoint(file)
+    columns = [each.task.columns for each in (recipe_of(contents, file), recipe)]
+    if columns[0] != columns[1]:  # the weights hold means and deviations of their columns
+        there, here = (" given ".join(", ".join(part) for part in each if part) or "images" for each in columns)
+        raise CheckpointError(f"the weights of {file} are of other columns: {there} there and {here} here.")
+    put_weights(flow, contents, f"the weights of {file} do not fit this model")
+
+
+def _state_in(contents: Mapping[str, Any]) -> dict[str, Any]:
+    state = contents["state_dict"]
+    return {str(name).removeprefix(_PREFIX): state[name] for name in state} if isinstance(state, Mapping) else {}
+
+
+def put_weights(flow: torch.nn.Module, contents: Mapping[str, Any], problem: str) -> None:
+    """Give ``flow`` the weights in the contents of a checkpoint; a CheckpointError if they do not fit."""
+    state = _state_in(contents)
+    _compare(flow, state, problem)
+    flow.load_state_dict(state)
+
+
+def _compare(flow: torch.nn.Module, state: Mapping[str, Any], problem: str) -> None:
+    """Compare names, shapes and kinds of numbers; a CheckpointError names the first tensor that differs."""
+    here, there = _shapes(flow.state_dict()), _shapes(state)
+    if differ := [name for name in {**here, **there} if here.get(name) != there.get(name)]:
+        name, more = differ[0], f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
+        shapes = f"{there.get(name, 'missing')} there and {here.get(name, 'missing')} in the model"
+        raise CheckpointError(f"{problem}: {name} is {shapes}{more}.")
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, str]:
+    from torch import Tensor
+
+    return {
+        name: ("complex " if each.is_complex() else "") + ("x".join(map(str, each.shape)) or "a number")
+        for name, each in state.items()
+        if isinstance(each, Tensor)
+    }
+
+
+def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path:
+    """The checkpoint file that ``path`` means: itself, one of the run folder ``path``, or weights of the package.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    return _files(Path(path), prefer)[0]
+
+
+def newest_intact(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint file that ``path`` means and its contents: of a run folder, the newest that can be read.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    errors: list[CheckpointError] = []
+    for file in _files(Path(path), LAST):
+        try:
+            contents = read_checkpoint(file)
+        except CheckpointError as error:
+            errors.append(error)
+            continue
+        for error in errors:
+            print(f"{error} Continuing from {file.name}.", file=sys.stderr)
+        return file, contents
+    raise errors[0]
+
+
+def runs_here() -> list[str]:
+    """The folders of runs below ``runs`` in the working directory."""
+    return sorted(str(path.parent) for path in Path().glob("runs/*/*/recipe.json"))
+
+
+def runs_at(path: Path) -> list[Path]:
+    """The run folder ``path``, or the run folders below it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if (path / "recipe.json").is_file():
+        return [path]
+    inside = sorted(each.parent for each in path.rglob("recipe.json"))
+    if not inside:
+        near = difflib.get_close_matches(str(path), runs_here(), n=1)
+        hint = f"; did you mean {near[0]!r}? Give" if near and not path.exists() else ": give"
+        raise ConfigError(f"no run at {path}{hint} a run folder (it holds recipe.json), or a folder of them.")
+    return inside
+
+
+def _files(path: Path, prefer: str) -> list[Path]:
+    """The files that ``path`` can mean; the preferred one of a run folder, then the others from the newest on."""
+    packaged = None if path.exists() else pretrained_file(str(path))
+    names = dict.fromkeys((prefer, LAST, PREVIOUS, BEST))
+    files = [file for file in (path, *(path / "checkpoints" / name for name in names)) if file.is_file()]
+    if packaged is None and not files:
+        to_resume = prefer == LAST  # which needs more than weights
+        near = difflib.get_close_matches(str(path), [*([] if to_resume else PRETRAINED), *runs_here()], n=1)
+        hint = f"; did you mean {near[0]!r}? Give" if near and not path.exists() else ": give"
+        others = "or one of its .ckpt files" if to_resume else f"a .ckpt or .safetensors file, or {PRETRAINED[0]}"
+        raise CheckpointError(f"no checkpoint at {path}{hint} a run folder, with checkpoints/{prefer}, {others}.")
+    return files if packaged is None else [packaged]
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The contents of a checkpoint file: tensors on the CPU and plain values. No code in it is run.
+
+    Raises:
+        CheckpointError: unreadable, damaged, or written by another program.
+    """
+    read = _read_safetensors if path.suffix == SAFETENSORS else _read
+    try:
+        contents = read(path)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of rnode-plugin: it holds more than tensors and plain values, and such a "
+            "file is not opened because it could run code."
+        ) from None
+    except Exception as error:  # a damaged file can make the reader fail in any way
+        raise CheckpointError(
+            f"{path} cannot be read. It is truncated or not a checkpoint: {first_line(error)}"
+        ) from None
+    header = contents.get(_KEY) if isinstance(contents, Mapping) else None
+    if not isinstance(header, Mapping) or "recipe" not in header or "state_dict" not in contents:
+        raise CheckpointError(f"{path} is not a checkpoint of rnode-plugin: it holds no recipe.")
+    if header.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path} was written by rnode-plugin {header.get('version')} in format {header.get('format')!r}; this "
+            f"is {__version__}, which reads format {_FORMAT}. Install that version to use it."
+        )
+    return dict(contents)
+
+
+def _read(path: Path) -> Any:
+    import torch
+
+    with zipfile.ZipFile(path) as archive:  # a bare pickle is not even looked at
+        if (bad := archive.testzip()) is not None:  # torch does not check the checksums of its archives
+            raise zipfile.BadZipFile(f"the checksum of {bad} in it differs")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if (header := metadata.get(_KEY)) is None:
+        return {}
+    if metadata.get(_CHECKSUM) != checksum(state, header):
+        raise ValueError("the checksum in its metadata differs from its contents")
+    return {_KEY: json.loads(header), "state_dict": state}
+
+
+def recipe_of(contents: Mapping[str, Any], path: Path) -> Recipe:
+    """The recipe in a checkpoint.
+
+    Raises:
+        CheckpointError: it is not one that this version understands.
+    """
+    from ..recipes.recipe import Recipe
+
+    try:
+        return Recipe.from_plain(contents[_KEY]["recipe"])
+    except (ConfigError, RecursionError) as error:
+        version = contents[_KEY].get("version")
+        raise CheckpointError(f"the recipe in {path}, written by rnode-plugin {version}: {error}") from None

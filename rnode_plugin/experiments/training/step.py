@@ -1,0 +1,132 @@
+"""Equation 17 on a batch, with what a training step reports of it, and the measurements of a validation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...core.distribution import DensityModel
+from ...core.objective import FlowOutput, objective
+from ...core.random_streams import Stream, seeded
+from ...core.schedules import final_strength, strength_at
+from ...core.weighing import undivided
+from ...diagnostics.solver_gap import measure_solver_gap
+from ...errors import SolverError
+from ...flows.base import BlockFlow
+from ...solvers import HealthCheck, Solver, all_finite, check_all
+from ..recipes.task import FlowInput
+
+if TYPE_CHECKING:
+    from ..recipes.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class StepTerms:
+    """The terms of one batch, each a mean over its samples; all are NaN if the batch is not usable.
+
+    Attributes:
+        loss: equation 17 in nats per dimension, with its graph. If it is NaN, so is its gradient.
+        row: detached values to log, by name: ``loss``, the score in the unit of the data's task, ``nfe`` over all
+            blocks and each penalty per dimension; of flow matching ``matching``, the squared error per dimension,
+            and ``nfe``.
+        health: the outcomes of the solves, on the device.
+        failure: the error of a solve that did not end.
+    """
+
+    loss: Tensor
+    row: dict[str, Tensor | float]
+    health: tuple[HealthCheck, ...] = ()
+    failure: SolverError | None = None
+
+    def why_unusable(self) -> str | None:
+        """What went wrong in the solves of this batch; None for nothing."""
+        try:
+            check_all(self.health)
+        except SolverError as error:
+            return f"the solver failed ({error})"
+        return None if self.failure is None else f"the solver failed ({self.failure})"
+
+
+class StepObjective:
+    """Equation 17 for a flow and the regularizers of a recipe."""
+
+    def __init__(self, flow: DensityModel, recipe: Recipe) -> None:
+        self._flow, self._measured, self._task = flow, recipe.measured, recipe.task
+        self._lambdas = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
+
+    def __call__(self, inputs: FlowInput, solver: Solver, *, step: int = 0) -> StepTerms:
+        """The terms of samples as the flow takes them; a fixed grid reads nothing from the device.
+
+        ``step`` counts the steps of maximum likelihood so far, for strengths that depend on it.
+        """
+        dims, metric = self._task.dims, self._task.metric
+        penalized = bool(self._lambdas)
+        try:
+            output = self._flow.encode(
+                inputs.x, context=inputs.context, solver=solver, penalties=penalized, check=False
+            )
+        except SolverError as error:
+            # every process of a run needs a gradient and an equal row
+            loss = torch.nan * torch.stack([parameter.sum() for parameter in self._flow.parameters()]).sum()
+            nan = torch.full_like(loss.detach(), torch.nan)
+            penalties = dict.fromkeys(self._measured if penalized else (), nan)
+            return StepTerms(loss, {"loss": nan, metric: nan, "nfe": float(error.nfe), **penalties}, failure=error)
+        log_prob = self._flow.log_prob_of(output)
+        whole = undivided(self._flow.regularizers)
+        lambdas = {name: strength_at(name, strength, step) for name, strength in self._lambdas.items()}
+        goal = objective(log_prob, output.regularization, lambdas=lambdas, dims=dims, undivided=whole)
+        # a factor of NaN makes the gradient NaN too, so that all processes of the run skip the step
+        usable = torch.isfinite(goal.loss.detach())
+        if output.health:
+            usable = usable & all_finite(output.health)
+        one = torch.where(usable, 1.0, torch.nan).to(goal.loss.dtype)
+        loss, score = one * goal.loss, one * self._task.scores(log_prob.detach()).mean()
+        means = {name: value.detach().mean() for name, value in output.regularization.items()}
+        penalties = {name: one * (mean if name in whole else mean / dims) for name, mean in means.items()}
+        row = {"loss": loss.detach(), metric: score, "nfe": float(output.nfe), **penalties}
+        return StepTerms(loss, row, output.health)
+
+    def matching(self, inputs: FlowInput) -> StepTerms:
+        """The terms of a step of flow matching: the squared error per dimension, one evaluation per block."""
+        flow = self._flow
+        assert isinstance(flow, BlockFlow)  # RnodeModule has refused others
+        loss = flow.matching_loss(inputs.x, context=inputs.context).mean() / self._task.dims
+        loss = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan) * loss
+        return StepTerms(loss, {"matching": loss.detach(), "nfe": float(len(flow.fields))})
+
+
+def measure_batch(
+    flow: DensityModel, recipe: Recipe, batch: Tensor, *, index: int, rank: int, training_solver: Solver
+) -> dict[str, Tensor | float]:
+    """Means over a batch of held-out samples by the flow's own solver: score, ``nfe``, penalties per dimension.
+
+    The first batch also has ``gap``: the score by ``training_solver``, if that is a fixed grid, minus the score by
+    the accurate solver. The noise is a function of the seed, the number of the batch and the process.
+
+    Raises:
+        SolverError: the accurate integration failed.
+    """
+    task = recipe.task
+
+    def scored(solver: Solver | None = None, *, penalties: bool) -> tuple[Tensor, FlowOutput]:
+        with seeded(recipe.training.seed, Stream.VALIDATE, rank, index):
+            x, context = task.inputs(batch)
+            output = flow.encode(x, context=context, solver=flow.full_quadrature(solver), penalties=penalties)
+        return task.scores(flow.log_prob_of(output)), output
+
+    # rounded to 8 or 11 bits a field is too rough for an adaptive method, which may never end
+    with torch.autocast(batch.device.type, enabled=False):
+        scores, output = scored(penalties=True)
+    whole = undivided(flow.regularizers)
+    means = {name: value.mean() for name, value in output.regularization.items()}
+    row = {task.metric: scores.mean(), "nfe": float(output.nfe)}
+    row |= {name: mean if name in whole else mean / task.dims for name, mean in means.items()}
+    if index == 0 and not training_solver.adaptive:
+        gap = measure_solver_gap(
+            lambda solver: scored(solver, penalties=False)[0], lambda coarse: coarse, training_solver, scores
+        )
+        row["gap"] = gap.mean
+    return row
