@@ -95,7 +95,9 @@ def weigh(
             raise ConfigError(
                 f"the log-densities of this model have noise of variance {float(variance.mean()):.3g} nats^2, so "
                 f"that weights would need {needed:,} probes. Make the trace exact (trace_estimator='exact' of a "
-                "RegularizedCNF, trace_noise='exact' of a flow), or give an estimator with that many probes."
+                "RegularizedCNF, trace_noise='exact' of a flow), take the density of the discrete map by "
+                "jacobian='map' (of a fixed grid, in at most 256 dimensions), or give an estimator with that many "
+                "probes."
             )
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.map_jacobian import MOST_DIMS, jacobian_of, log_abs_det
+from ..core.objective import FlowOutput
 from ..core.trace_estimators import Exact
 from ..errors import ConfigError, SolverError
 from ..solvers import Adaptive, FixedGrid, Solver
@@ -31,7 +33,6 @@ WRONG, ROUGH = (
 FALSE_ALARM = 1e-3  # probability in each check that is statistical
 # sizes
 BUDGET = 20_000  # evaluations of one solve
-MAX_JACOBIAN = 256  # dimensions: the Jacobian of the map takes a backward pass through a whole solve for each
 FEWEST, MOST = 20, 2000  # samples of the classifier, fewest also of a Gaussian
 COMPONENTS = 32  # principal components, for more dimensions than twice that
 FOLDS = 5
@@ -134,8 +135,8 @@ def normalization(subject: Subject, data: HeldOut) -> Check:
 
     ``log p(x) = log q(z) - log |det dx/dz|``, with the Jacobian of the map from latent to sample by autograd.
     """
-    if subject.dims > MAX_JACOBIAN:
-        return _check(NORMALIZATION, "left out", "too large", {}, {}, dims=subject.dims, limit=MAX_JACOBIAN)
+    if subject.dims > MOST_DIMS:
+        return _check(NORMALIZATION, "left out", "too large", {}, {}, dims=subject.dims, limit=MOST_DIMS)
     few = data.first(16 if subject.dims <= 16 else 4 if subject.dims <= 64 else 1)
     fine, coarse = (accurate(few.x.dtype, times) for times in (1.0, 10.0))
     encoded, rougher = (subject.encode(few, solver=solver, estimator=Exact()) for solver in (fine, coarse))
@@ -153,13 +154,10 @@ def normalization(subject: Subject, data: HeldOut) -> Check:
 
 def _by_jacobian(subject: Subject, z: Tensor, context: Tensor | None, solver: Solver) -> Tensor:
     """``log p (B,)`` in nats, double precision, of the samples of latents ``z (B, D)``."""
-    base, model = subject.model.base, subject.model.solved_with(solver=solver)
-    with torch.inference_mode(False), torch.enable_grad():
-        z = z.detach().clone().requires_grad_()
-        x = model.inverse(z.reshape(len(z), *base.event_shape), context=context).flatten(1)
-        rows = [torch.autograd.grad(x[:, k].sum(), z, retain_graph=True)[0] for k in range(subject.dims)]
-    logdet = torch.linalg.slogdet(torch.stack(rows, 1).cpu().double()).logabsdet
-    return base.log_prob(z.detach().reshape(len(z), *base.event_shape)).cpu().double() - logdet
+    model, z = subject.model, z.reshape(len(z), *subject.model.base.event_shape)
+    x, jacobian = jacobian_of(lambda z: model.inverse(z, context=context, solver=solver), z)
+    logdet, _ = log_abs_det(jacobian)
+    return model.log_prob_of(FlowOutput(x=x, z=z, logdet=-logdet)).cpu()
 
 
 def gradient(subject: Subject, data: HeldOut) -> Check:

@@ -16,6 +16,7 @@ from torch.distributions.transforms import Transform
 
 from ..core.distribution import DensityModel, check_floating
 from ..core.followed_solve import FollowedSolve, Kinds
+from ..core.map_jacobian import Jacobian, wants_map
 from ..core.modes import on_host, outside_inference
 from ..core.objective import FlowOutput
 from ..core.penalties import OneProcessADevice, Penalties, attach
@@ -271,11 +272,22 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         context: Tensor | None = None,
         noise: Sequence[Tensor | None] | None = None,
         penalties: bool | None = None,
+        jacobian: Jacobian = "trace",
     ) -> tuple[Tensor, Tensor]:
-        """The samples of latents ``z`` and their ``log p(x) (B,)`` in nats, from one solve.
+        """The samples of latents ``z`` and their ``log p(x) (B,)`` in nats.
 
-        Arguments and errors as for :meth:`encode`; the penalties stay for :meth:`reg_loss`.
+        Args:
+            z, context, noise, jacobian: as in :meth:`DensityModel.inverse_and_log_prob`.
+            penalties: as for :meth:`encode`; they stay for :meth:`reg_loss`. With ``jacobian="map"`` they take a
+                solve more.
+
+        Raises:
+            ConfigError, SolverError: as there.
         """
+        if wants_map(jacobian):
+            if self.follows_penalties(penalties):
+                self.decode(z, context=context, penalties=True)
+            return super().inverse_and_log_prob(z, context=context, noise=noise, jacobian=jacobian)
         solver = self.full_quadrature()
         output = self.decode(z, context=context, noise=noise, penalties=penalties, solver=solver)
         return output.x, self.log_prob_of(output)

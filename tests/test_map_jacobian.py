@@ -1,0 +1,299 @@
+"""The density of the discrete map: closed forms, dense Jacobians, the trace at fine steps, refusals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from density_models import MODELS, linear, make
+from problems import Wave
+from torch import Tensor, nn
+from torch.distributions import Independent, MultivariateNormal, Normal
+
+from rnode_plugin import Adaptive, DensityModel, FixedGrid, RegularizedCNF
+from rnode_plugin.core import map_jacobian
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.solvers import GRADIENTS
+
+QUICK = FixedGrid("rk4_38", step=0.5)
+# the factor of a step h of z' = a z, by powers of h a
+POLYNOMIALS = {"euler": [1, 1], "midpoint": [1, 1, 1 / 2], "rk4": [1, 1, 1 / 2, 1 / 6, 1 / 24]}
+MATRIX = torch.tensor([[0.9, 0.7, 0.0], [-0.8, 0.2, 0.5], [0.3, 0.0, -1.1]], dtype=torch.float64)
+
+
+def back(a: Tensor, solver: str, steps: int) -> Tensor:
+    """The matrix of the discrete map from latents to samples, which runs from time 1 to 0."""
+    h = -a / steps
+    step = sum(c * torch.linalg.matrix_power(h, k) for k, c in enumerate(POLYNOMIALS[solver]))
+    return torch.linalg.matrix_power(torch.as_tensor(step), steps)
+
+
+def of_linear(a: Tensor, solver: str = "midpoint", steps: int = 2, **options: Any) -> RegularizedCNF:
+    times = torch.linspace(0, 1, steps + 1)
+    return RegularizedCNF(linear(a), event_shape=len(a), solver=solver, t_span=times, **options).double()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("solver", POLYNOMIALS)
+def test_the_determinant_of_a_linear_map(solver: str, steps: int) -> None:
+    """The samples are Gaussian with the covariance ``M M^T``, and their density is of that Gaussian."""
+    torch.manual_seed(0)
+    model, m = of_linear(MATRIX, solver, steps), back(MATRIX, solver, steps)
+    z = torch.randn(5, 3).double()
+    x, log_prob = model.inverse_and_log_prob(z, jacobian="map")
+    torch.testing.assert_close(x, z @ m.T)
+    exact = MultivariateNormal(torch.zeros(3).double(), m @ m.T).log_prob(x)
+    torch.testing.assert_close(log_prob, exact, rtol=1e-12, atol=1e-12)
+    trace = model.inverse_and_log_prob(z)[1]
+    assert float((trace - exact).abs().min()) > 1e-5  # which is the density of another map
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_determinant_of_each_model(name: str) -> None:
+    model, x, given = make(name, QUICK)
+    z = model.encode(x, **given).z.detach()
+    jacobian: Any = torch.autograd.functional.jacobian(
+        lambda z: model.inverse(z, **given).flatten(1).sum(0), z
+    )  # (D, B, *event): samples do not mix
+    exact = model.base.log_prob(z) - torch.linalg.slogdet(jacobian.flatten(2).transpose(0, 1)).logabsdet
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            found, log_prob = model.inverse_and_log_prob(z, **given, jacobian="map")
+        torch.testing.assert_close(found, model.inverse(z, **given))
+        torch.testing.assert_close(log_prob, exact, rtol=1e-9, atol=1e-9)
+        assert found.requires_grad == log_prob.requires_grad == gradients
+    assert model.nfe == 8 * len(model.block_shapes)
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("rk4_38", 4)])
+def test_trace_and_map_agree_at_fine_steps_with_the_order_of_the_method(method: str, order: int) -> None:
+    model, _, _ = make("cnf")
+    z, gaps = torch.randn(6, 2, generator=torch.Generator().manual_seed(1)).double(), []
+    for steps in (8, 16):
+        grid = model.solved_with(solver=FixedGrid(method, step=1 / steps))
+        by_map, by_trace = (grid.inverse_and_log_prob(z, jacobian=each)[1] for each in ("map", "trace"))
+        gaps.append(float((by_map - by_trace).abs().max()))
+    assert gaps[1] > 0
+    assert math.log2(gaps[0] / gaps[1]) == pytest.approx(order, abs=0.35)
+
+
+def test_the_density_of_a_coarse_map_integrates_to_one() -> None:
+    """In one dimension, over the samples of a fine grid of latents, by the trapezoidal rule."""
+    model = RegularizedCNF(Wave(1), event_shape=1, trace_estimator="exact", solver="euler").double()
+    for parameter, value in zip(model.parameters(), (0.8, 0.3, 1.5), strict=True):
+        nn.init.constant_(parameter, value)
+    z = torch.linspace(-9, 9, 16_001).double()[:, None]
+    with torch.no_grad():
+        integrals = {}
+        for jacobian in ("map", "trace"):
+            x, log_prob = model.inverse_and_log_prob(z, jacobian=jacobian)
+            integrals[jacobian] = float(torch.trapezoid(log_prob.exp(), x[:, 0]))
+    assert integrals["map"] == pytest.approx(1, abs=1e-6)
+    assert abs(integrals["trace"] - 1) > 0.01
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+def test_gradients_of_the_closed_form_in_every_mode(sensitivity: str) -> None:
+    """Also where the solver has an adjoint, which is not the gradient of the discrete map."""
+    torch.manual_seed(0)
+    model = of_linear(MATRIX, sensitivity=sensitivity)
+    z = torch.randn(4, 3).double().requires_grad_()
+    a = model.net.weight
+    weights = torch.linspace(1, 2, 4).double()
+    x, log_prob = model.inverse_and_log_prob(z, jacobian="map")
+    m = back(a, "midpoint", 2)
+    exact = model.base.log_prob(z) - torch.linalg.slogdet(m).logabsdet
+    ours = (weights * log_prob).sum() + (x**3).sum()
+    true = (weights * exact).sum() + ((z @ m.T) ** 3).sum()
+    for found, wanted in zip(*(torch.autograd.grad(each, [a, z]) for each in (ours, true)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["image flow", "table flow with contexts", "table flow of a potential"])
+def test_gradients_of_flows_are_those_of_finite_differences(name: str) -> None:
+    model, x, given = make(name, QUICK)
+    z = model.encode(x, **given).z.detach()
+    parameter = max(model.parameters(), key=lambda each: each.numel())
+
+    def loss() -> Tensor:
+        found, log_prob = model.inverse_and_log_prob(z, **given, jacobian="map")
+        return log_prob.sum() + found.sum()
+
+    (gradient,) = torch.autograd.grad(loss(), parameter)
+    direction, h = torch.randn_like(parameter), 1e-5
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            parameter.add_(sign * h * direction)
+            values.append(float(loss()))
+            parameter.sub_(sign * h * direction)
+    assert (values[0] - values[1]) / (2 * h) == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
+
+
+# --- importance sampling, distributions, penalties ---
+
+
+def test_weights_of_a_coarse_sampler_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target is three times the density of the samples: all weights are 3, in batches too."""
+    model, m = of_linear(MATRIX, steps=1), back(MATRIX, "midpoint", 1)
+    own = MultivariateNormal(torch.zeros(3).double(), m @ m.T)
+    torch.manual_seed(0)
+    found = model.importance_sample(lambda x: own.log_prob(x) + math.log(3), 50, jacobian="map")
+    three = torch.full((50,), math.log(3), dtype=torch.float64)
+    torch.testing.assert_close(found.log_weights, three, rtol=0, atol=1e-12)
+    assert model.nfe == 2
+    monkeypatch.setattr(map_jacobian, "_BATCH", 7)
+    torch.manual_seed(0)
+    again = model.importance_sample(lambda x: own.log_prob(x) + math.log(3), 50, jacobian="map")
+    torch.testing.assert_close((again.x, again.log_weights), (found.x, found.log_weights))
+
+
+def test_contexts_are_cut_with_the_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, given = make("table flow with contexts", QUICK)
+    z = model.encode(x, **given).z.detach()
+    with torch.no_grad():
+        whole = model.inverse_and_log_prob(z, **given, jacobian="map")
+        monkeypatch.setattr(map_jacobian, "_BATCH", 2)
+        torch.testing.assert_close(model.inverse_and_log_prob(z, **given, jacobian="map"), whole)
+
+
+def test_log_z_of_few_steps_has_no_bias_by_the_map() -> None:
+    torch.manual_seed(2)
+    model = RegularizedCNF(
+        Wave(3), event_shape=3, trace_estimator="exact", solver="midpoint", t_span=torch.linspace(0, 1, 3)
+    ).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    target = Independent(Normal(torch.zeros(3).double(), torch.ones(3).double()), 1)
+    z = {}
+    for jacobian in ("map", "trace"):
+        torch.manual_seed(10)
+        found = model.importance_sample(target.log_prob, 200_000, jacobian=jacobian)
+        z[jacobian] = float(found.log_z / found.log_z_error)
+    assert abs(z["map"]) < 3.5
+    assert abs(z["trace"]) > 7
+
+
+def test_a_distribution_gives_the_density_of_its_samples() -> None:
+    model, m = of_linear(MATRIX), back(MATRIX, "midpoint", 2)
+    x, log_prob = model.distribution().rsample_and_log_prob((2, 4), jacobian="map")
+    exact = MultivariateNormal(torch.zeros(3).double(), m @ m.T).log_prob(x)
+    torch.testing.assert_close(log_prob, exact)
+    assert log_prob.shape == (2, 4)
+
+
+def test_penalties_of_training_by_the_map() -> None:
+    model, z = of_linear(MATRIX, regularizers=["kinetic"]), torch.randn(4, 3).double()
+    wanted = model.decode(z, penalties=True).regularization["kinetic"]
+    model.log_prob(z + 1)
+    model.inverse_and_log_prob(z, jacobian="map")
+    torch.testing.assert_close(model.regularization["kinetic"], wanted)
+    (model.reg_loss() + model.inverse_and_log_prob(z, jacobian="map")[1].mean()).backward()
+    assert model.net.weight.grad is not None
+
+
+class Once(torch.autograd.Function):
+    """tanh whose backward is a kernel, as of an attention: it cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(x.tanh())
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return g * (1 - ctx.saved_tensors[0] ** 2)
+
+
+class Kernel(nn.Module):
+    """A field of a linear layer and a tanh, by torch or by :class:`Once`."""
+
+    def __init__(self, tanh: Any) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.linear, self.tanh = nn.Linear(2, 2), tanh
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.tanh(self.linear(z))
+
+
+def test_layers_without_a_second_or_a_forward_derivative() -> None:
+    found = []
+    for tanh in (torch.tanh, Once.apply):
+        model = RegularizedCNF(Kernel(tanh), event_shape=2, solver="rk4").double()
+        torch.manual_seed(0)
+        found.append(model.importance_sample(lambda x: -x.square().sum(1), 5, jacobian="map").log_weights)
+    torch.testing.assert_close(found[0], found[1])
+    with pytest.raises(ConfigError, match="backward pass of Once cannot be differentiated"):
+        model.inverse_and_log_prob(torch.randn(3, 2).double(), jacobian="map")
+
+
+# --- refusals ---
+
+
+class Sine(nn.Module):
+    """A field for which one Euler step from the latent folds: ``x = z - 3 sin(2 z)``."""
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return 3 * torch.sin(2 * z)
+
+
+def test_a_map_that_folds_is_refused_and_a_finer_one_is_not() -> None:
+    model = RegularizedCNF(Sine(), event_shape=1, solver="euler", trace_estimator="exact").double()
+    z = torch.linspace(-1, 1, 101).double()[:, None]
+    folded = int((1 - 6 * torch.cos(2 * z) < 0).sum())
+    fewer = min(folded, 101 - folded)
+    with pytest.raises(ConfigError, match=rf"other sign at {fewer} of 101 samples.*Take a finer step"):
+        model.inverse_and_log_prob(z, jacobian="map")
+    with pytest.raises(ConfigError, match="of 2,500 samples"):
+        model.importance_sample(lambda x: -x.square().sum(1), 2500, jacobian="map")
+    finer = model.solved_with(solver=FixedGrid("euler", step=1 / 16))
+    finer.inverse_and_log_prob(z, jacobian="map")
+
+
+def test_a_map_that_reflects_all_samples_is_not_refused() -> None:
+    """One Euler step of z' = 2 z is ``x = -z``."""
+    model = of_linear(torch.tensor([[2.0]]).double(), "euler", 1)
+    z = torch.randn(9, 1).double()
+    x, log_prob = model.inverse_and_log_prob(z, jacobian="map")
+    torch.testing.assert_close((x, log_prob), (-z, model.base.log_prob(z)))
+
+
+def test_a_singular_map_is_refused() -> None:
+    model = of_linear(torch.tensor([[1.0]]).double(), "euler", 1)  # x = 0
+    with pytest.raises(ConfigError, match="singular or not finite at 4 of 4 samples"):
+        model.inverse_and_log_prob(torch.randn(4, 1).double(), jacobian="map")
+
+
+def wide() -> DensityModel:
+    return RegularizedCNF(nn.Linear(257, 257), event_shape=257, solver="rk4")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda m, z: m.solved_with(solver=Adaptive("dopri5")).inverse_and_log_prob(z, jacobian="map"),
+            "dopri5 chooses its steps",
+        ),
+        (lambda m, z: m.inverse_and_log_prob(z, noise=m.draw_noise(2), jacobian="map"), "leave noise= out"),
+        (lambda m, z: m.inverse_and_log_prob(z, jacobian="maps"), "did you mean 'map'"),
+        (lambda m, z: m.importance_sample(lambda x: x.sum(1), 2, jacobian="no"), "unknown jacobian"),
+        (lambda m, z: wide().importance_sample(lambda x: x.sum(1), 2, jacobian="map"), "256 dimensions.*257"),
+    ],
+)
+def test_mistakes(call: Any, message: str) -> None:
+    model = of_linear(MATRIX)
+    with pytest.raises(ConfigError, match=message):
+        call(model, torch.randn(2, 3).double())
+
+
+def test_a_cut_is_small_where_jacobians_are_large() -> None:
+    assert map_jacobian.chunks(torch.zeros(3, 2)) == 1024
+    assert map_jacobian.chunks(torch.zeros(3, 4, 8, 8)) == 61
+    assert map_jacobian.chunks(torch.zeros(0, 2)) == 1
+    empty = of_linear(MATRIX).inverse_and_log_prob(torch.zeros(0, 3).double(), jacobian="map")
+    assert [tuple(each.shape) for each in empty] == [(0, 3), (0,)]
