@@ -1,18 +1,26 @@
 """A density trained to an energy and used to weigh samples: effective sample size, log Z and NFE.
 
 The energy has four wells of different depth in the plane. A CNF learns its Boltzmann density by the reverse KL
-divergence, which needs no data. Importance sampling then corrects what the CNF has not learned.
+divergence, which needs no data. Importance sampling then corrects what the CNF has not learned. Finally, samplers
+of four steps draw for equal time, with weights by the integrated trace and by the Jacobian of their discrete map.
 """
 
 import argparse
+import time
 
 import matplotlib.pyplot as plt
 import torch
 
-from rnode_plugin import RegularizedCNF
+from rnode_plugin import Adaptive, FixedGrid, RegularizedCNF
+from rnode_plugin.core.importance_sampling import ImportanceSample
 from rnode_plugin.fields import linear_field
 
 PENALTIES = {"none": {}, "kinetic": {"kinetic": 0.01}, "both": {"kinetic": 0.01, "jacfrob": 0.01}}
+SAMPLERS = {
+    "dopri5": Adaptive("dopri5"),
+    "midpoint, 4 steps": FixedGrid("midpoint", step=0.25),
+    "euler, 4 steps": FixedGrid("euler", step=0.25),
+}
 AXIS = torch.linspace(-4, 4, 401)
 
 
@@ -40,9 +48,40 @@ def train(regularizers, *, steps, seed):
     return RegularizedCNF(field, event_shape=2, trace_estimator="exact", solver="dopri5")
 
 
+def weigh_for(seconds, model, jacobian):
+    """The weighted samples that a model draws in so many seconds of processor time."""
+    end, parts = time.process_time() + seconds, []
+    while not parts or time.process_time() < end:
+        parts.append(model.importance_sample(log_target, 1000, jacobian=jacobian))
+    x, log_weights = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "log_weights"))
+    return ImportanceSample(x, log_weights)
+
+
+def compare(density, log_z, axes, *, seconds, seed):
+    print(f"the density of both penalties, {seconds:g} s of processor time for each sampler:")
+    print(f"{'sampler':<18} {'log q by':<8} {'NFE':>4} {'samples':>8} {'ESS':>7} {'difference':>11} its error")
+    labels = []
+    for name, solver in SAMPLERS.items():
+        model = density.solved_with(solver=solver)
+        for jacobian in ["trace"] if solver.adaptive else ["trace", "map"]:
+            torch.manual_seed(seed + 2)
+            found = weigh_for(seconds, model, jacobian)
+            gap, error, n = found.log_z - log_z, found.log_z_error, len(found.x)
+            print(
+                f"{name:<18} {jacobian:<8} {model.nfe:>4} {n:>8} {found.ess:>7.0f} {gap:>+11.4f} {error:>9.4f}",
+                flush=True,
+            )
+            color = "C0" if jacobian == "map" else "C1"
+            axes.errorbar(gap, -len(labels), xerr=2 * error, fmt="o", color=color)
+            labels.append(f"{name}, {jacobian}")
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set(title="log Z minus its value", yticks=range(0, -len(labels), -1), yticklabels=labels)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seconds", type=float, default=4.0, help="processor time of each last sampler")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="importance_sampling.png", help="file of the plot")
     options = parser.parse_args()
@@ -51,15 +90,16 @@ def main():
     area = (AXIS[1] - AXIS[0]).double() ** 2
     log_z = energy.logsumexp(0) + area.log()
     plt.style.use("rnode_plugin.plots")
-    figure, panels = plt.subplots(1, 2 + len(PENALTIES), figsize=(16, 3.6), sharex=True, sharey=True)
+    figure, panels = plt.subplots(1, 3 + len(PENALTIES), figsize=(19, 3.6), layout="constrained")
     density = (energy - log_z).exp().reshape(401, 401).T
     panels[0].pcolormesh(AXIS.numpy(), AXIS.numpy(), density.numpy(), shading="auto")
     panels[0].set(title="target", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
     print(f"log Z by a sum over a grid: {log_z:.4f}")
     print(f"{'penalties':<10} {'NFE':>4} {'ESS of 4000':>12} {'log Z':>8} {'its error':>10} {'difference':>11}")
+    densities = {}
     rows = {"untrained": ({}, 0), **{name: (each, options.steps) for name, each in PENALTIES.items()}}
-    for axes, (name, (regularizers, steps)) in zip(panels[1:], rows.items(), strict=True):
-        model = train(regularizers, steps=steps, seed=options.seed)
+    for axes, (name, (regularizers, steps)) in zip(panels[1:-1], rows.items(), strict=True):
+        model = densities[name] = train(regularizers, steps=steps, seed=options.seed)
         torch.manual_seed(options.seed + 1)  # the same latents for all
         found = model.importance_sample(log_target, 4000)
         gap = found.log_z - log_z
@@ -69,7 +109,8 @@ def main():
             flush=True,
         )
         axes.scatter(*found.x.T, s=4000 * found.weights, linewidth=0, alpha=0.5)
-        axes.set(title=f"{name}, ESS {found.ess:.0f}", aspect="equal")
+        axes.set(title=f"{name}, ESS {found.ess:.0f}", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+    compare(densities["both"], log_z, panels[-1], seconds=options.seconds, seed=options.seed)
     figure.savefig(options.output, dpi=120, bbox_inches="tight")
 
 
