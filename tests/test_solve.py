@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from rnode_plugin.solvers import (
 
 # the step at which each fixed method's error on these problems is far below the tolerance that it is held to
 FINE = {"midpoint": 1 / 200, "rk4": 1 / 20, "rk4_38": 1 / 20}
+T = torch.tensor([0.0, 1.0], dtype=torch.float64)
 TOLERANCE = {"midpoint": 1e-5, "rk4": 1e-7, "rk4_38": 1e-7, "dopri5": 1e-7, "tsit5": 1e-7}
 
 
@@ -255,6 +257,60 @@ def test_logdet_takes_part_in_the_error_control() -> None:
     torch.testing.assert_close(followed.logdet[-1, 0], torch.sin(40 * t[1]) / 40, rtol=1e-6, atol=1e-8)
 
 
+def cubes(t: Tensor, z: Tensor) -> Rates:
+    """``z' = -z^3`` in each entry, solved by ``z / sqrt(1 + 2 z^2 t)``; its divergence is an integral."""
+    return Rates(-(z**3), (-3 * z**2).sum(1), {})
+
+
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+@pytest.mark.parametrize("backward_in_time", [False, True])
+def test_the_worst_sample_decides_as_if_it_were_alone(method: str, *, backward_in_time: bool) -> None:
+    sign = -1 if backward_in_time else 1
+
+    def rates(t: Tensor, z: Tensor) -> Rates:
+        of = cubes(t, z)
+        assert of.dlogdet is not None
+        return Rates(sign * of.dz, sign * of.dlogdet, {})
+
+    # one sample far from rest among 63 close to it
+    z0 = torch.full((64, 2), 0.1, dtype=torch.float64)
+    z0[17] = torch.tensor([6.0, 0.5])
+    t = torch.tensor([0.0, sign * 0.7, sign * 1.0], dtype=torch.float64)
+    found = {}
+    for name, z, norm in (("alone", z0[17:18], "rms"), ("worst", z0, "worst"), ("rms", z0, "rms")):
+        solver = Adaptive(method, atol=1e-6, rtol=1e-6, first_step=0.01, error_norm=norm)
+        found[name] = solver.solve(FunctionDynamics(rates), z, t)
+    alone, worst, rms = found["alone"], found["worst"], found["rms"]
+    assert worst.stats == alone.stats
+    assert rms.stats.nfe < alone.stats.nfe
+    assert alone.logdet is not None
+    assert worst.logdet is not None
+    torch.testing.assert_close(worst.z[:, 17], alone.z[:, 0], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(worst.logdet[:, 17], alone.logdet[:, 0], rtol=1e-13, atol=1e-13)
+    exact = z0[17] / (1 + 2 * z0[17] ** 2).sqrt()
+    errors = {
+        name: float((solution.z[-1, 17] - exact).abs().max()) for name, solution in (("worst", worst), ("rms", rms))
+    }
+    assert errors["rms"] > 3 * errors["worst"]
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 2, 3)])
+def test_the_worst_sample_of_states_of_any_shape(shape: tuple[int, ...]) -> None:
+    z0 = torch.linspace(0.5, 2, math.prod(shape)).double().reshape(shape)
+    solver = Adaptive("dopri5", atol=1e-8, rtol=1e-8, error_norm="worst")
+    z = solver.solve(FunctionDynamics(lambda t, z: Rates(-(z**3), None, {})), z0, T).z[-1]
+    torch.testing.assert_close(z, z0 / (1 + 2 * z0**2).sqrt(), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_gradients_with_the_error_of_the_worst_sample(gradient: str) -> None:
+    z0 = torch.tensor([[0.1], [2.0]], dtype=torch.float64, requires_grad=True)
+    solver = tight("dopri5", gradient, error_norm="worst")
+    solver.solve(FunctionDynamics(cubes), z0, T).z[-1].sum().backward()
+    assert z0.grad is not None
+    torch.testing.assert_close(z0.grad, (1 + 2 * z0.detach() ** 2) ** -1.5, rtol=1e-7, atol=1e-7)
+
+
 class _Toy(BoundDynamics):
     """``z' = w tanh(z)``, whose penalty ``costly`` counts as one that needs a product."""
 
@@ -443,6 +499,8 @@ def test_bad_times_are_refused(times: Any) -> None:
         ({"method": "dopri5", "atol": 0.0, "rtol": 0.0}, "both 0"),
         ({"gradient": "checkpoint"}, "did you mean 'checkpointed'"),
         ({"quadrature": "half"}, "unknown quadrature 'half'"),
+        ({"method": "dopri5", "error_norm": "max"}, "unknown error norm 'max'"),
+        ({"method": "rk4", "error_norm": "worst"}, "error_norm='worst' is for adaptive methods"),
         ({"gradient": 3}, "unknown gradient mode '3'"),
         ({"method": Solver}, "unknown solver method"),
         ({"max_nfe": float("inf")}, "max_nfe must"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -25,8 +25,10 @@ from ..errors import ConfigError, SolverError
 from .checks import (
     ADAPTIVE_METHODS,
     DEFAULT_MAX_NFE,
+    ERROR_NORMS,
     FIXED_METHODS,
     adaptive_text,
+    check_name,
     check_positive,
     check_tolerances,
 )
@@ -48,6 +50,11 @@ class Adaptive(Solver):
         atol: absolute tolerance. One of ``atol`` and ``rtol`` may be 0.
         rtol: relative tolerance.
         first_step: first trial step; None estimates one with one more evaluation.
+        error_norm: what is compared with the tolerances: ``rms``, the root mean square of the error over all
+            entries of the batch, so that one sample of B may have an error of sqrt(B) times the tolerance; or
+            ``worst``, the largest root mean square of one sample (dimension 0 holds the samples). Then each sample
+            meets the tolerance in each step, whatever the batch, for more steps. The backward pass of a continuous
+            adjoint takes ``rms``.
         max_nfe, gradient, quadrature: see :class:`FixedGrid`.
 
     Raises:
@@ -61,6 +68,7 @@ class Adaptive(Solver):
     atol: float
     rtol: float
     first_step: float | None
+    error_norm: str
     adaptive: ClassVar[bool] = True
 
     def __init__(
@@ -70,6 +78,7 @@ class Adaptive(Solver):
         atol: float = 1e-5,
         rtol: float = 1e-5,
         first_step: float | None = None,
+        error_norm: str = "rms",
         max_nfe: int | None = None,
         gradient: str | Gradient = "autograd",
         quadrature: str = "full",
@@ -82,7 +91,8 @@ class Adaptive(Solver):
             )
         check_tolerances(atol, rtol)
         check_positive(first_step, "first_step")
-        self._set(atol=atol, rtol=rtol, first_step=first_step)
+        check_name(error_norm, ERROR_NORMS, "error norm")
+        self._set(atol=atol, rtol=rtol, first_step=first_step, error_norm=error_norm)
 
     @property
     def text(self) -> str:
@@ -91,6 +101,9 @@ class Adaptive(Solver):
     @property
     def tolerances(self) -> tuple[float, float]:
         return self.atol, self.rtol
+
+    def of_adjoint(self) -> Adaptive:
+        return replace(super().of_adjoint(), error_norm="rms")
 
     def march(
         self,
@@ -189,27 +202,33 @@ class Adaptive(Solver):
 # errors and the sizes of steps ----------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """The root of the mean square of all entries (Hairer, Norsett and Wanner, 1993, eq. II.4.11)."""
-    return (x.abs() if x.is_complex() else x).pow(2).mean().sqrt()
+def rms_norm(x: Tensor, dim: int | None = None) -> Tensor:
+    """The root of the mean square over ``dim``, or all entries (Hairer, Norsett and Wanner, 1993, eq. II.4.11)."""
+    return (x.abs() if x.is_complex() else x).pow(2).mean(dim).sqrt()
 
 
 @torch.no_grad()
 def _error_ratio(step: Step, z: Tensor, logdet: Tensor | None, solver: Adaptive) -> Tensor:
-    """The error of a step from ``z`` over what the tolerances allow, over all entries of state and log-determinant.
+    """The error of a step from ``z`` over what the tolerances allow, by the solver's ``error_norm``.
 
-    A scalar on the CPU, the one number that a step reads from the device.
+    It is a root mean square over the entries of state and log-determinant, of the whole batch or the worst
+    sample. A scalar on the CPU, the one number that a step reads from the device.
     """
     assert step.error is not None
     size = torch.max(z.abs(), step.z.abs())
     scaled = step.error / (solver.atol + solver.rtol * size).clamp(min=_LEAST)
+    by_sample = solver.error_norm == "worst"
+    if by_sample:
+        scaled = scaled.reshape(len(scaled), -1)
     if step.dlogdet_error is not None and step.dlogdet is not None:
         size = step.dlogdet.abs()
         if logdet is not None:
             size = torch.max(logdet.abs(), (logdet + step.dlogdet).abs())
         of_logdet = step.dlogdet_error / (solver.atol + solver.rtol * size).clamp(min=_LEAST)
-        scaled = torch.cat([scaled.flatten(), of_logdet.flatten()])
-    return _on_host(solver.method, rms_norm(scaled))[0]
+        columns = [scaled, of_logdet.unsqueeze(1)] if by_sample else [scaled.flatten(), of_logdet.flatten()]
+        scaled = torch.cat(columns, -1)
+    norm = rms_norm(scaled, 1).amax() if by_sample else rms_norm(scaled)
+    return _on_host(solver.method, norm)[0]
 
 
 @torch.no_grad()

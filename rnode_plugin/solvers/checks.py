@@ -12,6 +12,7 @@ ADAPTIVE_METHODS = ("dopri5", "tsit5")
 METHODS = FIXED_METHODS + ADAPTIVE_METHODS
 GRADIENTS = ("autograd", "checkpointed", "adjoint", "interpolated_adjoint")
 QUADRATURES = ("full", "sampled")
+ERROR_NORMS = ("rms", "worst")
 
 DEFAULT_MAX_NFE = 100_000
 """Evaluations that an adaptive solve may use by default, so that a stiff field does not run forever."""
@@ -61,6 +62,15 @@ def refuse_sampled_density(method: str, quadrature: str, *, adaptive: bool, sett
         raise ConfigError(
             f"{setting}.quadrature='sampled' of a density needs a fixed grid: {method} would control an error that "
             f"the log-determinant does not have. Use one of {', '.join(FIXED_METHODS)}, or quadrature='full'."
+        )
+
+
+def refuse_worst(error_norm: str, method: str) -> None:
+    """Refuse the error of the worst sample for a fixed grid."""
+    if error_norm != "rms":
+        raise ConfigError(
+            f"error_norm={error_norm!r} is for adaptive methods ({', '.join(ADAPTIVE_METHODS)}): {method} does not "
+            "look at its errors."
         )
 
 

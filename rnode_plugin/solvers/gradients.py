@@ -120,7 +120,7 @@ class Adjoint(Gradient):
             times, states = self.outputs(solution)
             return replace(solution, t=times, z=states)
         call = AdjointCall(
-            dynamics, forward, (self.backward or solver).without_interpolation(), self.outputs,
+            dynamics, forward, (self.backward or solver).of_adjoint(), self.outputs,
             interpolated=self.interpolated,
         )  # fmt: skip
         return solve_adjoint(call, z, t.to(z.device))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .checks import (
     ADAPTIVE_METHODS,
+    ERROR_NORMS,
     METHODS,
     adaptive_text,
     check_name,
@@ -14,6 +15,7 @@ from .checks import (
     check_quadrature,
     check_tolerances,
     grid_text,
+    refuse_worst,
 )
 from .gradients import get_gradient
 
@@ -30,6 +32,7 @@ class SolverSettings:
             :class:`~rnode_plugin.Adaptive` solver, ``dopri5`` or ``tsit5``.
         step: of a fixed grid; an adaptive solver does not use it.
         atol, rtol, first_step: of an adaptive solver; a fixed grid does not use them.
+        error_norm: of an adaptive solver; a fixed grid refuses ``worst``.
         max_nfe, quadrature: of both.
         gradient: ``autograd``, ``checkpointed``, ``adjoint`` or ``interpolated_adjoint``.
 
@@ -52,6 +55,7 @@ class SolverSettings:
     max_nfe: int | None = None
     gradient: str = "autograd"
     quadrature: str = "full"
+    error_norm: str = "rms"
 
     def __post_init__(self) -> None:
         check_name(self.method, METHODS, "solver method")
@@ -60,6 +64,9 @@ class SolverSettings:
         for name in ("step", "first_step", "max_nfe"):
             check_positive(getattr(self, name), name)
         check_tolerances(self.atol, self.rtol)
+        check_name(self.error_norm, ERROR_NORMS, "error norm")
+        if not self.adaptive:
+            refuse_worst(self.error_norm, self.method)
         if self.quadrature == "sampled":
             gradient.check_sampling()
 
@@ -86,7 +93,7 @@ class SolverSettings:
         if self.adaptive:
             return Adaptive(
                 self.method, atol=self.atol, rtol=self.rtol, first_step=self.first_step, max_nfe=self.max_nfe,
-                gradient=self.gradient, quadrature=self.quadrature,
+                gradient=self.gradient, quadrature=self.quadrature, error_norm=self.error_norm,
             )  # fmt: skip
         return FixedGrid(
             self.method, step=self.step, max_nfe=self.max_nfe, gradient=self.gradient, quadrature=self.quadrature

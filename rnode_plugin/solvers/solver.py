@@ -180,6 +180,10 @@ class Solver(ABC):
         """The same solver, which stops at each output time."""
         return replace(self, method=replace(self.method, interpolate=None))
 
+    def of_adjoint(self: _Self) -> _Self:
+        """The solver for the backward pass of an adjoint, whose state is not a batch of samples."""
+        return self.without_interpolation()
+
     def check_steps(self, penalties: Sequence[StepPenalty]) -> None:
         """Refuse penalties on accepted steps that the method cannot give, and name what works."""
         for penalty in penalties:

@@ -59,7 +59,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         solver: a name or object of torchdyn's, as in :class:`~rnode_plugin.NeuralODE`. The attribute ``solver`` is
             a :class:`~rnode_plugin.Solver`.
         options: ``atol`` and ``rtol`` of an adaptive solver, 1e-5, the paper's, unless given; ``sensitivity``,
-            ``solver_adjoint``, ``atol_adjoint``, ``rtol_adjoint`` and ``max_nfe`` as in
+            ``solver_adjoint``, ``atol_adjoint``, ``rtol_adjoint``, ``max_nfe`` and ``error_norm`` as in
             :class:`~rnode_plugin.NeuralODE`.
 
     Raises:
@@ -410,7 +410,7 @@ def _objects_and_solver(
     **options: Any,
 ) -> tuple[nn.ModuleDict, Solver]:
     """torchdyn's solver objects, whose parameters belong to the model, and the solver that steps by them."""
-    for name in options.keys() - {"atol", "rtol", "max_nfe"}:
+    for name in options.keys() - {"atol", "rtol", "max_nfe", "error_norm"}:
         raise ConfigError(f"{name}= has no meaning for a density: NeuralODE and CNF may take it.")
     for name in ("atol", "rtol"):
         if isinstance(options.get(name), Tensor):

@@ -91,6 +91,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             the rows of its state; the nodes of a graph are not samples.
         quadrature: ``"full"``, or ``"sampled"``: few evaluations make the product that ``jacfrob`` and its
             like need, see :class:`~rnode_plugin.Solver`. With a CNF, whose trace makes it anyway, it stays full.
+        error_norm: ``"rms"``, or ``"worst"`` for steps in which each sample meets the tolerances of an adaptive
+            solver, see :class:`~rnode_plugin.Solver`.
 
     After a call :attr:`regularization` holds the integral of each penalty along the trajectory and
     :meth:`reg_loss` gives their weighted sum. :meth:`trajectory` follows no penalties and keeps the last ones. For
@@ -127,6 +129,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     _named: tuple[tuple[nn.Module, str, list[Any]], ...] = ()
     _followed: Followed = Followed((), Hutchinson("gaussian"))
     _quadrature: str = "full"
+    _error_norm: str = "rms"
     _made: tuple[tuple[Any, ...], Any] = ((), None)
     _known: tuple[Any, Any] = (None, None)
     _columns_known: bool = False
@@ -154,6 +157,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         penalized: slice | Tensor | Iterable[bool] | None = None,
         batch_dim: int | None = 0,
         quadrature: str = "full",
+        error_norm: str = "rms",
     ) -> None:
         added = regularizers is None and _installed_regularizers is not None
         weighted = resolve_regularizers(_installed_regularizers if added else regularizers)
@@ -166,6 +170,10 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             )
         refuse_state_first(vector_field, "NeuralODE")
         check_batch_dim(batch_dim)
+        if batch_dim is None and error_norm == "worst":
+            raise ConfigError(
+                "error_norm='worst' is the error of the worst sample, and batch_dim=None has one sample."
+            )
         columns = as_columns(penalized)
         if penalized is not None and (columns is None or (isinstance(columns, Tensor) and columns.ndim > 1)):
             raise ConfigError(
@@ -187,7 +195,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         self.solver_adjoint = backward
         self._penalties, self._tally = Penalties(weighted), _installed_tally if added else None
         self._followed = Followed((), get_estimator(trace_noise), columns, batch_dim)
-        self._max_nfe, self._quadrature = max_nfe, quadrature
+        self._max_nfe, self._quadrature, self._error_norm = max_nfe, quadrature, error_norm
         built = ((forward, solver), (backward, solver_adjoint))
         self._named = tuple((made, name, tableau_of(made)) for made, name in built if isinstance(name, str))
         if weighted:
@@ -437,7 +445,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         )  # fmt: skip
         solver = solver_of_torchdyn(
             method, atol=self.atol, rtol=self.rtol, max_nfe=self._max_nfe, gradient=gradient,
-            quadrature=self._quadrature,
+            quadrature=self._quadrature, error_norm=self._error_norm,
         )  # fmt: skip
         if not with_args:
             self._made = parts, solver
