@@ -397,6 +397,24 @@ def test_differences_train_through_a_kernel(kernel: Any) -> None:
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_differences_train_through_fused_attention() -> None:
+    """torch's own kernel, which has no second derivative, against the product through the kernel that has one."""
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def log_prob_and_gradient(estimator: str) -> tuple[Tensor, Tensor]:
+        net = Attention().double()
+        model = RegularizedCNF(net, event_shape=(5, 4), trace_estimator=estimator, solver="rk4", regularizers=[])
+        signs = model.draw_noise(3, generator=torch.Generator().manual_seed(1))
+        log_prob = model.log_prob(x, noise=signs)
+        return log_prob, gradient(log_prob.mean(), net)
+
+    with pytest.raises(ConfigError, match=r"SDPBackend\.MATH"):
+        log_prob_and_gradient("rademacher")
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = log_prob_and_gradient("rademacher")
+    torch.testing.assert_close(log_prob_and_gradient("difference"), expected, rtol=1e-8, atol=1e-8)
+
+
 def test_a_compiled_net_stays_compiled() -> None:
     runs: list[int] = []
 

@@ -277,3 +277,54 @@ def test_a_score_where_there_is_none_is_refused() -> None:
             score(lambda t, x: x, t, torch.randn(2, 2), noise_time=noise_time)
     with pytest.raises(ConfigError, match="noise_time must be 0 or 1"):
         score(lambda t, x: x, 0.5, torch.randn(2, 2), noise_time=0.999)
+
+
+# a transformer, whose attention has no second derivative --------------------------------------------------------
+
+
+class ModesByAttention(nn.Module):
+    """The velocity of flow matching to three Gaussians, whose responsibilities are the softmax of an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes = nn.Parameter(torch.tensor([[2.0, 0.0], [0.0, 2.0], [-2.0, 0.0]], dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        variance = (t * 0.5) ** 2 + (1 - t) ** 2
+        query, keys = (t / variance * x)[:, None, None], self.modes.expand(len(x), 1, 3, 2)
+        mode = nn.functional.scaled_dot_product_attention(query, keys, keys, scale=1.0)[:, 0, 0]
+        slope = (0.25 * t - (1 - t)) / variance
+        return slope * x + (1 - slope * t) * mode
+
+
+def log_mean_of_modes(x: Tensor, modes: Tensor) -> Tensor:
+    parts = torch.distributions.Independent(torch.distributions.Normal(modes, 0.5), 1).log_prob(x[:, None])
+    return parts.logsumexp(1) - math.log(3)
+
+
+def density_of_attention(estimator: str) -> tuple[ModesByAttention, RegularizedCNF]:
+    velocity = ModesByAttention()
+    return velocity, RegularizedCNF.from_velocity(
+        velocity, event_shape=2, trace_estimator=estimator, regularizers=[], atol=1e-8, rtol=1e-8
+    )
+
+
+def test_the_likelihood_of_an_attention_is_exact_without_gradients() -> None:
+    velocity, model = density_of_attention("exact")
+    x = 2 * points(7, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(model.log_prob(x), log_mean_of_modes(x, velocity.modes), rtol=0, atol=1e-6)
+    with pytest.raises(ConfigError, match="trace_noise='difference'"):
+        model.log_prob(x)
+
+
+def test_an_attention_trains_by_its_likelihood() -> None:
+    """Over all signs of two dimensions the estimate is the trace. The gradient is along a rotation of the modes."""
+    velocity, model = density_of_attention("difference:4")
+    x = 2 * points(7, 2)
+    signs = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1]], dtype=x.dtype)[:, None].expand(4, 7, 2)
+    found, exact = model.log_prob(x, noise=[signs]), log_mean_of_modes(x, velocity.modes)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-6)
+    rotated = velocity.modes.detach().flip(1) * torch.tensor([-1.0, 1.0])  # the modes keep their length
+    slopes = [slope(each.mean(), [velocity.modes], [rotated]) for each in (found, exact)]
+    torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-6)

@@ -52,8 +52,9 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         event_shape: shape of one sample; may be left out if ``base`` has it.
         context_shape: shape of one context, for a conditional density ``p(x | context)``; each method then takes
             ``context=``, one for all samples or ``(B, *context_shape)``. Gradients reach it in every gradient mode.
-        trace_estimator: ``"gaussian"``, ``"rademacher"`` (Hutchinson, noise drawn once per solve), ``"exact"``, or
-            an estimator object; also an attribute, ``estimator``.
+        trace_estimator: ``"gaussian"``, ``"rademacher"`` (Hutchinson, noise drawn once per solve), ``"exact"``,
+            ``"difference"`` for layers without a second derivative, or an estimator object; also an attribute,
+            ``estimator``.
         regularizers: as in :class:`~rnode_plugin.NeuralODE`.
         t_span: times of the solve from data to base; None: 0 to 1. A fixed-step solver takes one step per interval.
         solver: a name or object of torchdyn's, as in :class:`~rnode_plugin.NeuralODE`. The attribute ``solver`` is

@@ -80,7 +80,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         regularizers: names (``"kinetic"``, ``"jacfrob"``, names of plugins), regularizer objects or functions
             ``rate(t, z, dz) -> (B,)``, or a mapping from these to lambda.
         trace_noise: noise of the product that ``jacfrob`` needs if no CNF makes one: ``"gaussian"``,
-            ``"rademacher"``, ``"exact"`` for the whole Jacobian, or an estimator.
+            ``"rademacher"``, ``"exact"`` for the whole Jacobian, ``"difference"`` for layers without a second
+            derivative, or an estimator.
         max_nfe: most evaluations of the field that one solve may use; None: 100,000 for an adaptive solver, no
             limit for fixed steps.
         penalized: the columns (dimension 1) of the state that the penalties are about, a slice or a mask ``(D,)``
