@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from rnode_plugin.diffusion import PREDICTIONS, Level, cosine, from_betas, linea
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flow_matching import ODESolver
 
+PAGE = Path(__file__).parents[1] / "docs" / "start" / "diffusion.md"
 STEPS = 1000
 BETAS = torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64)  # DDPM's
 ANGLES = torch.arange(8, dtype=torch.float64) * math.pi / 4
@@ -99,6 +102,34 @@ def test_the_log_density_is_that_of_the_mixture(name: str, predicts: str) -> Non
     # the mixture of the data themselves, of which the noise at data_time takes little
     assert abs(found.mean() - mixture(torch.ones(()), torch.zeros(())).log_prob(x).mean()) < 1e-3
     assert model.nfe < 120
+
+
+class PerfectForGaussians(nn.Module):
+    """The noise in data with a standard deviation of 0.5, in the place of the page's DDPM."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (each.expand(len(x))[:, None] for each in of_betas(t))
+        return sigma * x / ((0.5 * alpha) ** 2 + sigma**2)
+
+
+def test_the_snippets_of_the_page_are_right(capsys: pytest.CaptureFixture[str]) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names: dict[str, Any] = {"__name__": "page", "perfect": PerfectForGaussians()}
+    (check,) = (each for each in snippets if "data_and_noise" in each)
+    exec(snippets[0] + check, {"__name__": "page"})
+    assert "network = Noise()" in snippets[0]
+    torch.manual_seed(0)
+    exec(snippets[0].replace("network = Noise()", "network = perfect"), names)
+    alpha, sigma = of_betas(torch.zeros(()))
+    exact = Independent(Normal(torch.zeros(2), ((0.5 * alpha) ** 2 + sigma**2).sqrt().float()), 1)
+    torch.testing.assert_close(names["log_prob"], exact.log_prob(names["x"]), rtol=0, atol=1e-3)
+    names["x"] = 0.5 * torch.randn(100_000, 2)
+    capsys.readouterr()
+    exec(check, names)
+    found = float(re.findall(r"[\d.]+", capsys.readouterr().out)[0])
+    alpha, sigma = of_betas(torch.linspace(0, STEPS - 1, 10_000, dtype=torch.float64))
+    expected = ((0.5 * alpha) ** 2 / ((0.5 * alpha) ** 2 + sigma**2)).mean()
+    assert abs(found - float(expected)) < 0.005
 
 
 def test_samples_are_those_of_the_mixture() -> None:
