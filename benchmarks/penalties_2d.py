@@ -132,14 +132,22 @@ def paint(panels: Any, found: dict[Case, dict[str, Found]]) -> None:
 
 @click.command(help=__doc__)
 @click.option("--name", "names", multiple=True, help="Penalties, joined by + into a set. [default: six]")
+@click.option("--strength", "strengths", multiple=True, type=float, help="λ. [default: 0.01, 0.1 and 1]")
 @click.option("--steps", default=200, show_default=True, help="Steps of Adam.")
 @click.option("--seed", default=0, show_default=True, help="Of weights, points and batches.")
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="A PNG of it.")
 @threads_option
-def main(names: tuple[str, ...], steps: int, seed: int, figure: Path | None, threads: int) -> None:
+def main(
+    names: tuple[str, ...],
+    strengths: tuple[float, ...],
+    steps: int,
+    seed: int,
+    figure: Path | None,
+    threads: int,
+) -> None:
     print_environment(set_up("cpu", threads))
     cases: list[Case] = [("none", None)]
-    cases += [(name, strength) for name in names or PENALTIES for strength in STRENGTHS]
+    cases += [(name, strength) for name in names or PENALTIES for strength in strengths or STRENGTHS]
     options = {"cases": cases, "steps": steps, "seed": seed, "threads": threads}
     with ProcessPoolExecutor(len(DATA), mp_context=multiprocessing.get_context("spawn")) as pool:
         of_data = dict(zip(DATA, pool.map(partial(all_cases, **options), DATA), strict=True))
