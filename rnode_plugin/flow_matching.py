@@ -16,6 +16,7 @@ from .core.regularizer import Rate
 from .core.signature import call_of, time_first
 from .core.surroundings import module_of
 from .core.view import View, check_batch_dim
+from .core.weighing import Regularizers
 from .errors import ConfigError
 from .plugins.registry import resolve_regularizers
 from .solvers import Adaptive, FixedGrid, Solver, get_method
@@ -28,7 +29,7 @@ def penalties_at(
     field: Callable[..., Tensor],
     t: Tensor | float,
     z: Tensor,
-    regularizers: Any,
+    regularizers: Regularizers,
     *,
     trace_noise: str = "gaussian",
     batch_dim: int | None = 0,

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import jacfwd, jvp
 
 from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
-from rnode_plugin.regularizers import LearnedEndTime
+from rnode_plugin.regularizers import LearnedEndTime, Regularizer
 from rnode_plugin.torchdiffeq import odeint
 
 DOUBLE = torch.float64
@@ -51,7 +51,7 @@ def test_a_state_made_from_the_time_of_its_rate() -> None:
 def test_times_with_a_graph_change_no_value_in_odeint(method: str) -> None:
     z, t = torch.tensor([[0.5], [-1.2]], dtype=DOUBLE), torch.linspace(0.2, 1.4, 13, dtype=DOUBLE)
 
-    def values(t: Tensor, *others: object) -> Tensor:
+    def values(t: Tensor, *others: str | Regularizer) -> Tensor:
         penalties = odeint(
             swinging, z, t, method=method, regularizers=["total_derivative", "taylor:3", *others]
         )[1]  # fmt: skip

@@ -16,6 +16,7 @@ from rnode_plugin.errors import ConfigError
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import (
     LearnedEndTime,
+    Regularizer,
     Steer,
     Straightness,
     TrajectoryPenalty,
@@ -167,7 +168,7 @@ def test_learned_end_time_has_the_gradient_of_the_end(mode: str) -> None:
         model(z)
 
 
-def small_flow(*regularizers: object) -> MultiscaleFlow:
+def small_flow(*regularizers: str | Regularizer) -> MultiscaleFlow:
     torch.manual_seed(0)
     flow = MultiscaleFlow((1, 4, 4), hidden=4, solver=FixedGrid("rk4", step=0.5), regularizers=regularizers)
     for field in flow.fields:

@@ -291,8 +291,8 @@ class StepRecord:
     velocities: Sequence[Tensor]
     error: Tensor | None
     pair: tuple[int, int] | None
-    atol: float | None
-    rtol: float | None
+    atol: float | Tensor | None
+    rtol: float | Tensor | None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
+State = Tensor | tuple[Tensor, ...]
+"""What a solve integrates: a tensor, or the tensors of a tuple."""
+
 Columns = slice | Tensor
 """A slice of the first dimension of a sample, or a mask of booleans over its first dimensions."""
 

@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ..errors import ConfigError
 from .followed_solve import Kinds
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .field_evaluation import FieldEvaluation
+
+
+One: TypeAlias = "str | Regularizer | Callable[..., Tensor]"
+Regularizers: TypeAlias = "One | Iterable[One] | Mapping[Any, Strength | None] | None"
+"""What ``regularizers=`` takes: one or several names, objects or functions ``rate(t, z, dz)``, or their lambdas."""
 
 
 class Weighted(NamedTuple):
@@ -42,7 +47,7 @@ def undivided(regularizers: Iterable[Regularizer]) -> frozenset[str]:
 
 
 def weigh_regularizers(
-    spec: Mapping[Any, Strength | None] | Iterable[Any] | Any | None,
+    spec: Regularizers,
     *,
     by_name: Callable[[str], Any],
 ) -> dict[str, Weighted]:
@@ -63,8 +68,10 @@ def weigh_regularizers(
     if isinstance(spec, Mapping):
         items = list(spec.items())
     else:
-        several = isinstance(spec, Iterable) and not (isinstance(spec, str) or callable(spec))
-        items = [(entry, None) for entry in (spec if several else [spec])]
+        # a name is iterable, and so may a regularizer be
+        several = isinstance(spec, Iterable) and not isinstance(spec, str) and not callable(spec)
+        entries: Iterable[Any] = spec if several else [spec]
+        items = [(entry, None) for entry in entries]
     resolved: dict[str, Weighted] = {}
     for entry, strength in items:
         found = _regularizer(entry, by_name)

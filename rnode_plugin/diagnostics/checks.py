@@ -54,7 +54,11 @@ _VERDICTS: tuple[Verdict, Verdict, Verdict] = ("ok", "warning", "failed")
 
 def accurate(dtype: torch.dtype, times: float = 1.0) -> Adaptive:
     """The reference solver: ``dopri5`` at ``times`` 1e-6, in double precision 1e-9."""
-    return _at(times * (1e-9 if dtype is torch.float64 else 1e-6))
+    return _at(times * _tightest(dtype))
+
+
+def _tightest(dtype: torch.dtype) -> float:
+    return 1e-9 if dtype is torch.float64 else 1e-6
 
 
 def _at(tolerance: float) -> Adaptive:
@@ -81,7 +85,7 @@ def solver_gap(subject: Subject, data: HeldOut, training: Solver | None = None) 
 
 def tolerance(subject: Subject, data: HeldOut) -> Check:
     """The NLL and the evaluations of ``dopri5`` at several tolerances, and whether the NLL has converged."""
-    tightest = accurate(data.x.dtype).atol
+    tightest = _tightest(data.x.dtype)
     own = None if subject.tolerance is None else max(subject.tolerance, tightest)
     levels = {float(f"1e-{k}") for k in range(2, 1 - round(math.log10(tightest)))} | {own or tightest}
     points: dict[float, Encoded] = {}

@@ -17,7 +17,7 @@ from ..core.modes import on_host
 from ..core.objective import FlowOutput
 from ..core.penalties import OneProcessADevice
 from ..core.trace_estimators import TraceEstimator, get_estimator
-from ..core.weighing import weigh_regularizers
+from ..core.weighing import Regularizers, weigh_regularizers
 from ..errors import ConfigError
 from ..fields.stack import AtContext, StackField
 from ..solvers import FixedGrid, HealthCheck, Solver, check_all
@@ -47,7 +47,9 @@ class BlockFlow(OneProcessADevice, DensityModel):
     solver: Solver
     called = "samples"  # in messages
 
-    def __init__(self, *, solver: Solver | None, regularizers: Any, trace_noise: str | TraceEstimator) -> None:
+    def __init__(
+        self, *, solver: Solver | None, regularizers: Regularizers, trace_noise: str | TraceEstimator
+    ) -> None:
         super().__init__()
         self.solver = solver or FixedGrid()
         self.estimator = get_estimator(trace_noise)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.objective import bits_per_dim
 from ..core.trace_estimators import TraceEstimator
+from ..core.weighing import Regularizers
 from ..errors import ConfigError
 from ..fields import conv_field
 from ..regularizers import jacfrob, kinetic
@@ -175,7 +176,7 @@ class MultiscaleFlow(BlockFlow):
         alpha: float = 1e-5,
         levels: int = 256,
         solver: Solver | None = None,
-        regularizers: Any = (kinetic, jacfrob),
+        regularizers: Regularizers = (kinetic, jacfrob),
         trace_noise: str | TraceEstimator = "gaussian",
         field: Callable[[Shape], nn.Module] | None = None,
     ) -> None:

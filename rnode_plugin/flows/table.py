@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.trace_estimators import TraceEstimator
+from ..core.weighing import Regularizers
 from ..errors import ConfigError, suggest
 from ..fields import linear_field
 from ..fields.potential import PotentialField
@@ -73,7 +73,7 @@ class TableFlow(BlockFlow):
         activation: str = "softplus",
         blocks: int = 1,
         solver: Solver | None = None,
-        regularizers: Any = (kinetic, jacfrob),
+        regularizers: Regularizers = (kinetic, jacfrob),
         trace_noise: str | TraceEstimator = "auto",
     ) -> None:
         for name, value, least in (("columns", columns, 1), ("context", context, 0), ("blocks", blocks, 1)):

@@ -27,6 +27,7 @@ from .checks import (
     DEFAULT_MAX_NFE,
     ERROR_NORMS,
     FIXED_METHODS,
+    Tolerance,
     adaptive_text,
     check_name,
     check_positive,
@@ -65,8 +66,8 @@ class Adaptive(Solver):
         True
     """
 
-    atol: float
-    rtol: float
+    atol: Tolerance
+    rtol: Tolerance
     first_step: float | None
     error_norm: str
     adaptive: ClassVar[bool] = True
@@ -75,8 +76,8 @@ class Adaptive(Solver):
         self,
         method: str | Method = "dopri5",
         *,
-        atol: float = 1e-5,
-        rtol: float = 1e-5,
+        atol: Tolerance = 1e-5,
+        rtol: Tolerance = 1e-5,
         first_step: float | None = None,
         error_norm: str = "rms",
         max_nfe: int | None = None,
@@ -99,7 +100,7 @@ class Adaptive(Solver):
         return adaptive_text(self.name, self.atol)
 
     @property
-    def tolerances(self) -> tuple[float, float]:
+    def tolerances(self) -> tuple[Tolerance, Tolerance]:
         return self.atol, self.rtol
 
     def of_adjoint(self) -> Adaptive:
@@ -286,8 +287,8 @@ def guess_first_step(
     t: Tensor,
     *,
     method: Method,
-    atol: Any,
-    rtol: Any,
+    atol: Tolerance,
+    rtol: Tolerance,
 ) -> Tensor:
     """A first step whose error should be about as large as the tolerances, a scalar on the CPU.
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import ConfigError, suggest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FIXED_METHODS = ("euler", "midpoint", "rk4", "rk4_38")
 ADAPTIVE_METHODS = ("dopri5", "tsit5")
@@ -13,6 +16,8 @@ METHODS = FIXED_METHODS + ADAPTIVE_METHODS
 GRADIENTS = ("autograd", "checkpointed", "adjoint", "interpolated_adjoint")
 QUADRATURES = ("full", "sampled")
 ERROR_NORMS = ("rms", "worst")
+
+Tolerance: TypeAlias = "float | Tensor"
 
 DEFAULT_MAX_NFE = 100_000
 """Evaluations that an adaptive solve may use by default, so that a stiff field does not run forever."""
@@ -35,7 +40,7 @@ def check_positive(value: Any, name: str) -> None:
         raise ConfigError(f"{name} must be a number > 0 or None, not {value!r}.")
 
 
-def check_tolerances(atol: Any, rtol: Any) -> None:
+def check_tolerances(atol: Tolerance, rtol: Tolerance) -> None:
     """Refuse tolerances that are not numbers >= 0, and two that are 0."""
     check_tolerance(atol, "atol")
     check_tolerance(rtol, "rtol")
@@ -74,7 +79,7 @@ def refuse_worst(error_norm: str, method: str) -> None:
         )
 
 
-def adaptive_text(name: str, atol: Any) -> str:
+def adaptive_text(name: str, atol: Tolerance) -> str:
     """``dopri5, tolerance 1e-05``."""
     return f"{name}, tolerance {atol:g}"
 

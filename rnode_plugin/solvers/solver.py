@@ -17,7 +17,7 @@ from ..core.health import HealthCheck, health
 from ..core.modes import on_host, transforms_active
 from ..core.regularizer import StepPenalty
 from ..errors import ConfigError
-from .checks import check_positive, check_quadrature, refuse_sampled_density
+from .checks import Tolerance, check_positive, check_quadrature, refuse_sampled_density
 from .gradients import Gradient, get_gradient
 from .solution import Solution, Steps
 from .step import StepTaker, fail_integrals, stepper
@@ -82,7 +82,7 @@ class Solver(ABC):
     def text(self) -> str: ...
 
     @property
-    def tolerances(self) -> tuple[float, float] | None:
+    def tolerances(self) -> tuple[Tolerance, Tolerance] | None:
         """Absolute and relative tolerance; None for a fixed grid."""
         return None
 

@@ -18,6 +18,7 @@ from ..core.health import HealthCheck
 from ..core.modes import constant, read, transforms_active
 from ..core.regularizer import StepRecord
 from ..errors import SolverError
+from .checks import Tolerance
 from .solution import Solution, SolveStats, Steps
 from .tableaus import Method
 
@@ -75,7 +76,7 @@ class Integrator(Protocol):
 
 
 def stepper(
-    dynamics: BoundDynamics, method: Method, tolerances: tuple[float, float] | None, *, local: bool = False
+    dynamics: BoundDynamics, method: Method, tolerances: tuple[Tolerance, Tolerance] | None, *, local: bool = False
 ) -> StepTaker:
     """A function ``(z, t, dt, first, draw) -> Step``.
 

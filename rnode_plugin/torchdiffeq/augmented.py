@@ -38,7 +38,13 @@ class Augmented:
     """
 
     def __init__(
-        self, func: Any, layout: Layout, wanted: Follow, penalties: Sequence[Regularizer], z0: Tensor, t: Tensor
+        self,
+        func: Callable[..., Any],
+        layout: Layout,
+        wanted: Follow,
+        penalties: Sequence[Regularizer],
+        z0: Tensor,
+        t: Tensor,
     ) -> None:
         self.func, self.layout = func, layout
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # integrals are along the path

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..core.modes import transforms_active
 from ..core.regularizer import Regularizer, StepPenalty
 from ..core.trace_estimators import TraceEstimator, get_estimator
-from ..core.view import Columns, View, as_columns, places_of
-from ..core.weighing import Weighted
+from ..core.view import Columns, State, View, as_columns, places_of
+from ..core.weighing import Regularizers, Weighted
 from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import QUADRATURES
@@ -40,7 +40,7 @@ class Follow:
 
 
 def follow(
-    regularizers: Any,
+    regularizers: Regularizers,
     *,
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
@@ -89,7 +89,7 @@ class Layout:
     view: View
 
     @classmethod
-    def of(cls, y0: Any, wanted: Follow) -> Layout:
+    def of(cls, y0: State, wanted: Follow) -> Layout:
         """The layout of ``y0``; a ConfigError for a state that penalties cannot measure."""
         tensors = (y0,) if isinstance(y0, Tensor) else y0
         if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
@@ -129,7 +129,7 @@ class Layout:
         own = flat[: sum(shape.numel() for shape in self.shapes)]
         return own if self.view.is_tuple else own.view(self.shapes[0])
 
-    def warn_of_still(self, y0: Any, end: Sequence[Tensor]) -> None:
+    def warn_of_still(self, y0: State, end: Sequence[Tensor]) -> None:
         """Warn if a solve from ``y0`` to ``end`` moved the state but nothing of what the penalties are about."""
         others = self.view.columns is not None or len(self.shapes) > len(self.view.places)
         if not others or transforms_active():

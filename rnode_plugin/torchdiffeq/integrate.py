@@ -7,7 +7,7 @@ NFE and values of the user's state are the same as in the plain call.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,14 @@ from torch import Tensor
 from ..core.dynamics import refuse_held
 from ..core.followed_solve import FollowedSolve
 from ..core.penalties import ReturnedPenalties, attach
-from ..core.weighing import warn_of_flat_state
+from ..core.view import State
+from ..core.weighing import Regularizers, warn_of_flat_state
 from ..errors import ConfigError
 from .augmented import Augmented, extended, to_event
 from .followed import Follow, Layout, Penalized, follow
+
+Tolerances = float | Tensor | Sequence[float | Tensor] | None
+"""One tolerance, or one for each tensor of a tuple; None for the default of an adjoint."""
 
 # as they were before `install` or `regularize` put others in their place
 PLAIN: dict[str, Any] = {"odeint": torchdiffeq.odeint, "odeint_adjoint": torchdiffeq.odeint_adjoint}
@@ -28,15 +32,15 @@ PLAIN: dict[str, Any] = {"odeint": torchdiffeq.odeint, "odeint_adjoint": torchdi
 
 def odeint(
     func: Callable[..., Any],
-    y0: Any,
+    y0: State,
     t: Tensor,
     *,
-    rtol: Any = 1e-7,
-    atol: Any = 1e-9,
+    rtol: Tolerances = 1e-7,
+    atol: Tolerances = 1e-9,
     method: str | None = None,
     options: dict[str, Any] | None = None,
     event_fn: Callable[..., Tensor] | None = None,
-    regularizers: Any = None,
+    regularizers: Regularizers = None,
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
     trace_noise: str = "gaussian",
@@ -106,20 +110,20 @@ def odeint(
 
 def odeint_adjoint(
     func: Callable[..., Any],
-    y0: Any,
+    y0: State,
     t: Tensor,
     *,
-    rtol: Any = 1e-7,
-    atol: Any = 1e-9,
+    rtol: Tolerances = 1e-7,
+    atol: Tolerances = 1e-9,
     method: str | None = None,
     options: dict[str, Any] | None = None,
     event_fn: Callable[..., Tensor] | None = None,
-    adjoint_rtol: Any = None,
-    adjoint_atol: Any = None,
+    adjoint_rtol: Tolerances = None,
+    adjoint_atol: Tolerances = None,
     adjoint_method: str | None = None,
     adjoint_options: dict[str, Any] | None = None,
     adjoint_params: Any = None,
-    regularizers: Any = None,
+    regularizers: Regularizers = None,
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
     trace_noise: str = "gaussian",
@@ -153,7 +157,7 @@ def odeint_adjoint(
 
 
 def _with_penalties(
-    name: str, func: Any, y0: Any, t: Tensor, given: dict[str, Any], wanted: Follow
+    name: str, func: Callable[..., Any], y0: State, t: Tensor, given: dict[str, Any], wanted: Follow
 ) -> tuple[Any, ...]:
     penalties = ReturnedPenalties(wanted.weighted)
     solution, integrals, dims = solve(name, func, y0, t, given, wanted)
@@ -162,7 +166,7 @@ def _with_penalties(
 
 
 def solve(
-    name: str, func: Any, y0: Any, t: Tensor, given: dict[str, Any], wanted: Follow
+    name: str, func: Callable[..., Any], y0: State, t: Tensor, given: dict[str, Any], wanted: Follow
 ) -> tuple[Any, dict[str, Tensor], int]:
     """One solve by torchdiffeq's function ``name``.
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..core.penalties import Penalties, ReturnedPenalties, attach
 from ..core.tally import Tally
+from ..core.view import State
+from ..core.weighing import Regularizers
 from ..errors import ConfigError
 from . import integrate
 from .augmented import here
@@ -41,7 +43,7 @@ def _leading(name: str) -> Any:
     defaults = {key: value for key, value in with_penalties.__kwdefaults__.items() if key not in _OURS}
 
     @functools.wraps(plain)
-    def leading(func: Any, y0: Any, t: Tensor, **given: Any) -> Any:
+    def leading(func: Callable[..., Any], y0: State, t: Tensor, **given: Any) -> Any:
         if given.get("regularizers") is not None:
             return with_penalties(func, y0, t, **given)
         given = {key: value for key, value in given.items() if key not in _OURS}
@@ -101,7 +103,7 @@ def regularize(
     found = ReturnedPenalties(wanted.weighted, absent=_NOT_SEEN)
     trains = False
 
-    def collect(name: str, func: Any, y0: Any, t: Tensor, given: dict[str, Any]) -> Any:
+    def collect(name: str, func: Callable[..., Any], y0: State, t: Tensor, given: dict[str, Any]) -> Any:
         nonlocal trains
         with_gradients = torch.is_grad_enabled()
         if trains and not with_gradients:
@@ -121,7 +123,7 @@ def regularize(
         here.following = None
 
 
-def install(regularizers: Any = None, *, tally: Tally | None = None, **options: Any) -> Tally:
+def install(regularizers: Regularizers = None, *, tally: Tally | None = None, **options: Any) -> Tally:
     """Give torchdiffeq's ``odeint`` and ``odeint_adjoint`` the arguments of the functions in this package.
 
     With ``regularizers`` every solve with gradients enabled follows them, and the gradient of eq. 17's sum is added
@@ -148,7 +150,7 @@ def install(regularizers: Any = None, *, tally: Tally | None = None, **options: 
     global _installed
     wanted, counted = follow(regularizers, **options), tally or Tally()
 
-    def add_gradient(name: str, func: Any, y0: Any, t: Tensor, given: dict[str, Any]) -> Any:
+    def add_gradient(name: str, func: Callable[..., Any], y0: State, t: Tensor, given: dict[str, Any]) -> Any:
         if not wanted.weighted or not torch.is_grad_enabled():
             return PLAIN[name](func, y0, t, **given)
         solution, integrals, dims = solve(name, func, y0, t, given, wanted)

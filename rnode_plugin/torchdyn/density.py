@@ -22,6 +22,7 @@ from ..core.objective import FlowOutput
 from ..core.penalties import OneProcessADevice, Penalties, attach
 from ..core.signature import accepts, refuse_state_first, time_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
+from ..core.weighing import Regularizers
 from ..errors import ConfigError, check_count
 from ..plugins.registry import resolve_regularizers
 from ..solvers import METHODS, FixedGrid, Solver, get_method
@@ -90,7 +91,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         event_shape: Sequence[int] | int | None = None,
         context_shape: Sequence[int] | int | None = None,
         trace_estimator: str | TraceEstimator = "gaussian",
-        regularizers: Any = ("kinetic", "jacfrob"),
+        regularizers: Regularizers = ("kinetic", "jacfrob"),
         t_span: Tensor | Sequence[float] | None = None,
         solver: str | nn.Module = "dopri5",
         **options: Any,

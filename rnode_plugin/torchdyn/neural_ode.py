@@ -27,7 +27,7 @@ from ..core.signature import Takes, field_takes, refuse_state_first
 from ..core.tally import Tally
 from ..core.trace_estimators import Hutchinson, TraceEstimator, get_estimator
 from ..core.view import as_columns, check_batch_dim
-from ..core.weighing import warn_of_flat_state
+from ..core.weighing import Regularizers, warn_of_flat_state
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import Autograd, FixedGrid, Solver
@@ -152,7 +152,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         return_t_eval: bool = True,
         optimizable_params: Iterable[nn.Parameter] | Generator[nn.Parameter, None, None] = (),
         *,
-        regularizers: Any = None,
+        regularizers: Regularizers = None,
         trace_noise: str | TraceEstimator = "gaussian",
         max_nfe: int | None = None,
         penalized: slice | Tensor | Iterable[bool] | None = None,
@@ -467,7 +467,7 @@ _installed_tally = Tally()
 _installed_torchdiffeq = False
 
 
-def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> Tally:
+def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> Tally:
     """Give torchdyn's ``NeuralODE`` the arguments and the behaviour of :class:`~rnode_plugin.NeuralODE`.
 
     From then on this package solves each of its objects, also those made before: with the same values, with

@@ -26,7 +26,7 @@ from ..core.derivatives import Velocity
 from ..core.modes import on_host, transforms_active
 from ..errors import ConfigError, suggest
 from ..solvers import Adaptive, Adjoint, FixedGrid, Gradient, Method, Solution, Solver, get_gradient, get_method
-from ..solvers.checks import check_tolerance, refuse_worst
+from ..solvers.checks import Tolerance, check_tolerance, refuse_worst
 from ..solvers.tableaus import StepResult
 
 _FAMILIES = {
@@ -136,8 +136,8 @@ def gradient_from_torchdyn(
     adjoint: nn.Module,
     name: str | None = None,
     *,
-    atol: Any,
-    rtol: Any,
+    atol: Tolerance,
+    rtol: Tolerance,
     args: Any = None,
     max_nfe: int | None = None,
     interpolated: type[Adjoint] = Adjoint,
@@ -166,7 +166,9 @@ def gradient_from_torchdyn(
     return kind(backward, interpolated=gradient.interpolated)
 
 
-def solver_of_torchdyn(method: Method, *, atol: Any, rtol: Any, error_norm: str = "rms", **options: Any) -> Solver:
+def solver_of_torchdyn(
+    method: Method, *, atol: Tolerance, rtol: Tolerance, error_norm: str = "rms", **options: Any
+) -> Solver:
     """The solver of a method of torchdyn's: one step for each interval of the times, or steps by the tolerances."""
     if method.adaptive:
         return Adaptive(method, atol=atol, rtol=rtol, error_norm=error_norm, **options)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +43,7 @@ def draw_check(check: Check, name: str) -> Drawing | None:
     return draw(name, lambda axes: paint(axes, check), **grid)
 
 
-def _tolerance(axes: Any, check: Check) -> None:
+def _tolerance(axes: Sequence[Axes], check: Check) -> None:
     above, below = axes
     tolerance, distance = (np.array(check.curves[name]) for name in ("tolerance", "distance"))
     above.plot(tolerance[:-1], np.maximum(distance[:-1], 1e-9), color="C0", marker="o", markersize=4)
@@ -53,7 +58,7 @@ def _tolerance(axes: Any, check: Check) -> None:
     legend(above)
 
 
-def _invertibility(axes: Any, check: Check) -> None:
+def _invertibility(axes: Axes, check: Check) -> None:
     error = np.maximum(check.curves["error"], 1e-12)
     axes.step(error, np.linspace(0, 100, len(error) + 1)[1:], where="post", color="C0")
     axes.set_xscale("log")
@@ -63,7 +68,7 @@ def _invertibility(axes: Any, check: Check) -> None:
 
 
 def _differences(one_name: str, other_name: str, x: str, y: str) -> Callable[[Any, Check], None]:
-    def paint(axes: Any, check: Check) -> None:
+    def paint(axes: Axes, check: Check) -> None:
         one, other = (np.array(check.curves[name]) for name in (one_name, other_name))
         axes.scatter(one, other - one, s=14, color="C0", alpha=0.6, linewidth=0)
         axes.axhline(0, color=_GREY, linewidth=1)
@@ -72,7 +77,7 @@ def _differences(one_name: str, other_name: str, x: str, y: str) -> Callable[[An
     return paint
 
 
-def _samples(axes: Any, check: Check) -> None:
+def _samples(axes: Axes, check: Check) -> None:
     bins = np.linspace(0, 1, 21).tolist()
     for name, label, colour in (("held_out", "held-out data", "C0"), ("samples", "samples", "C1")):
         axes.hist(check.curves[name], bins=bins, color=colour, alpha=0.5, label=label)

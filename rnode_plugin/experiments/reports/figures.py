@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -55,7 +60,7 @@ def draw(
     return Drawing(png.getvalue(), svg.getvalue())
 
 
-def legend(axes: Any) -> None:
+def legend(axes: Axes) -> None:
     """A legend of all labels above the axes, where none of its marks can be taken for a measurement."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
@@ -63,7 +68,7 @@ def legend(axes: Any) -> None:
         axes.figure.legend(handles, labels, loc="outside upper left", ncols=columns, fontsize=8)
 
 
-def finish(axes: Any, x: str, y: str) -> None:
+def finish(axes: Axes, x: str, y: str) -> None:
     """The names of the axes, and a legend."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -154,7 +159,7 @@ class _Curve(NamedTuple):
                 x, y = columns[self.x] / self.unit, columns[self.y]
                 yield x, y if columns is run.checks else smooth(y, max(1, len(y) // _WINDOWS))
 
-    def paint(self, axes: Any, configurations: Sequence[Configuration]) -> None:
+    def paint(self, axes: Axes, configurations: Sequence[Configuration]) -> None:
         """Draw the runs; the first of a configuration has its label, unless it is the only one."""
         late = [np.array([])]
         for one in configurations:
@@ -174,7 +179,7 @@ class _Curve(NamedTuple):
             margin = 0.05 * float(np.ptp(values)) or 0.05
             axes.set_ylim(values.min() - margin, values.max() + margin)
         if self.y == "val/nfe":
-            axes.yaxis.get_major_locator().set_params(integer=True)
+            axes.locator_params(axis="y", integer=True)
         finish(axes, self.x_label, self.y_label)
 
 
@@ -190,7 +195,7 @@ def _plain_text(label: str) -> str:
     return f"\u200b{text}" if text.startswith("_") else text
 
 
-def _trade_off(axes: Any, configurations: Sequence[Configuration]) -> None:
+def _trade_off(axes: Axes, configurations: Sequence[Configuration]) -> None:
     """A mark for each configuration, with its errors."""
     task = configurations[0].task
     name = task.quantities[0].name
@@ -198,5 +203,5 @@ def _trade_off(axes: Any, configurations: Sequence[Configuration]) -> None:
         axes.errorbar(one.mean("nfe_test"), one.mean(name), xerr=one.error("nfe_test"), yerr=one.error(name),
                       markersize=6, markeredgewidth=0, elinewidth=1, capsize=2, label=_plain_text(one.label),
                       **{**one.look, "linestyle": "none"})  # fmt: skip
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     finish(axes, _NFE, f"held-out, {task.score}")
