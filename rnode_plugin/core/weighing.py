@@ -69,9 +69,9 @@ def weigh_regularizers(
         items = list(spec.items())
     else:
         # a name is iterable, and so may a regularizer be
-        several = isinstance(spec, Iterable) and not isinstance(spec, str) and not callable(spec)
-        entries: Iterable[Any] = spec if several else [spec]
-        items = [(entry, None) for entry in entries]
+        given: Any = spec
+        several = isinstance(given, Iterable) and not isinstance(given, str) and not callable(given)
+        items = [(entry, None) for entry in (given if several else [given])]
     resolved: dict[str, Weighted] = {}
     for entry, strength in items:
         found = _regularizer(entry, by_name)
