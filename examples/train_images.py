@@ -43,8 +43,8 @@ def main():
     if evaluation is None:  # a signal stopped it; fit(recipe, RunOptions(resume=result.folder.path)) continues
         raise SystemExit(f"stopped by {result.stopped} after {result.steps} steps")
     print(f"steps              {result.steps} in {result.training_seconds:.1f} s")
-    print(f"bits/dim dirty     {evaluation.dirty.mean:.3f} ± {evaluation.dirty.stderr:.3f}")
-    print(f"bits/dim clean     {evaluation.clean.mean:.3f} (density at the bins' centers: no bound)")
+    print(f"bits/dim dirty     {evaluation.means['dirty'].mean:.3f} ± {evaluation.means['dirty'].stderr:.3f}")
+    print(f"bits/dim clean     {evaluation.means['clean'].mean:.3f} (density at the bins' centers: no bound)")
     print(f"NFE of a solve     {evaluation.nfe_mean:.0f}, all blocks together")
     for name, value in evaluation.penalties.items():
         print(f"{name + ' / dim':<18} {value:.4f}")

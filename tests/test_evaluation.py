@@ -67,7 +67,7 @@ def test_means_and_standard_errors_are_over_images_not_batches() -> None:
     # draws alternate dirty and clean, three batches each
     x = torch.cat(flow.seen[:-1]).reshape(3, 2, 10, -1).double()
     bits = 2 - x.sum(3) / (4 * math.log(2))
-    for index, found in ((0, result.dirty), (1, result.clean)):
+    for index, found in ((0, result.means["dirty"]), (1, result.means["clean"])):
         each = bits[:, index].numpy()
         assert found.mean == pytest.approx(each.mean(), abs=1e-6)
         assert found.stderr == pytest.approx(each.mean(0).std(ddof=1) / 10**0.5, abs=1e-6)
@@ -93,7 +93,7 @@ def test_draws_make_the_noise_small_against_the_images(noise: float, draws: int)
     found = evaluate(Noisy(1.0, noise), pictures, measure=KNOWN, batch_size=4000)
     assert found.draws == draws, found.draws
     own = np.var(pictures[:, 0, 0, 0])
-    for bits in (found.dirty, found.clean):
+    for bits in (found.means["dirty"], found.means["clean"]):
         assert bits.stderr_noise == pytest.approx(noise / (draws * 4000) ** 0.5, rel=0.05)
         assert bits.stderr == pytest.approx(((own + noise**2 / draws) / 4000) ** 0.5, rel=0.05)
 
@@ -132,9 +132,10 @@ def test_the_trace_is_exact_in_few_dimensions_and_by_rademacher_probes_in_many(
     assert len(probes) == draws * len(flow.fields)
     assert all((probe.abs() == 1).all() for probe in probes)
     exact = evaluate(active_flow(shape, "exact"), pictures, draws=1)
-    assert found.clean.stderr_noise is not None
-    assert (found.clean.stderr_noise > 0) is bool(draws)
-    assert found.clean.mean == pytest.approx(exact.clean.mean, abs=4 * found.clean.stderr_noise + 1e-6)
+    clean = found.means["clean"]
+    assert clean.stderr_noise is not None
+    assert (clean.stderr_noise > 0) is bool(draws)
+    assert clean.mean == pytest.approx(exact.means["clean"].mean, abs=4 * clean.stderr_noise + 1e-6)
 
 
 def test_evaluations_of_a_penalty_of_its_own_are_not_the_flows() -> None:
@@ -145,7 +146,7 @@ def test_evaluations_of_a_penalty_of_its_own_are_not_the_flows() -> None:
     local.load_state_dict(plain.state_dict())
     one, other = (evaluate(flow, images(3, 17, (1, 8, 8)), draws=1) for flow in (plain, local))
     assert (other.nfe_min, other.nfe_max) == (one.nfe_min, one.nfe_max)
-    assert other.dirty == one.dirty
+    assert other.means["dirty"] == one.means["dirty"]
     assert other.penalties["kinetic"] == one.penalties["kinetic"]
     assert "local_error" in other.penalties
 
@@ -273,10 +274,12 @@ def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form(monkeypatch: pytes
         with seeded(0, Stream.VALIDATE, 0, 0, index):
             drawn.append(dequantize(torch.from_numpy(part), 17).double().numpy())
     dirty = bits(np.concatenate(drawn), np.exp(0.8))
-    assert found.dirty.samples == pytest.approx(dirty, abs=1e-7)
-    assert found.dirty.mean == pytest.approx(dirty.mean(), abs=1e-7)
-    assert found.clean.samples == pytest.approx(bits((pictures + 0.5) / 17, np.exp(0.8)), abs=1e-5)  # float32
-    assert found.clean.stderr == pytest.approx(np.std(found.clean.samples, ddof=1) / 5**0.5)
+    assert found.means["dirty"].samples == pytest.approx(dirty, abs=1e-7)
+    assert found.means["dirty"].mean == pytest.approx(dirty.mean(), abs=1e-7)
+    assert found.means["clean"].samples == pytest.approx(
+        bits((pictures + 0.5) / 17, np.exp(0.8)), abs=1e-5
+    )  # float32
+    assert found.means["clean"].stderr == pytest.approx(np.std(found.means["clean"].samples, ddof=1) / 5**0.5)
     # a block moves z to e^0.8 z, so its kinetic energy is 0.64 |z|^2 (e^1.6 - 1) / 1.6
     squares = np.square(latent(np.concatenate(drawn))[1]).mean() * sum(np.exp(1.6 * k) for k in range(blocks))
     kinetic = 0.64 * squares * (np.exp(1.6) - 1) / 1.6

@@ -105,7 +105,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(file: Path, tmp_path: Path) -> Non
     assert_same(whole.folder.path, done.folder.path)
     assert done.evaluation is not None
     assert whole.evaluation is not None
-    assert done.evaluation.nll == whole.evaluation.nll
+    assert done.evaluation.means["nll"] == whole.evaluation.means["nll"]
 
 
 def test_a_run_stays_with_its_columns_and_its_split(file: Path, tmp_path: Path) -> None:
@@ -315,13 +315,14 @@ def test_an_exact_evaluation_draws_once_and_an_estimate_agrees() -> None:
     samples = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
     measure = TableTask(("a", "b", "c"))
     exact = evaluate(flow, samples, measure=measure, batch_size=20)
-    assert (exact.draws, exact.nll.stderr_noise) == (1, None)
+    assert (exact.draws, exact.means["nll"].stderr_noise) == (1, None)
     nll = -_flow(3).solved_with(solver=flow.solver).log_prob(torch.from_numpy(samples))
-    assert exact.nll.samples == pytest.approx(nll.tolist(), abs=1e-5)
+    assert exact.means["nll"].samples == pytest.approx(nll.tolist(), abs=1e-5)
     measure.exact_dims = 2  # pyright: ignore[reportAttributeAccessIssue]  (of this object)
     estimated = evaluate(flow, samples, measure=measure, batch_size=20, draws=8)
-    assert estimated.nll.stderr_noise is not None
-    assert abs(estimated.nll.mean - exact.nll.mean) < 5 * estimated.nll.stderr_noise
+    noisy = estimated.means["nll"]
+    assert noisy.stderr_noise is not None
+    assert abs(noisy.mean - exact.means["nll"].mean) < 5 * noisy.stderr_noise
 
 
 def test_an_evaluation_of_a_table_without_its_baseline() -> None:

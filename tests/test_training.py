@@ -103,9 +103,9 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, whole: FitResult) -> None:
     assert [float(row["lr"]) for row in found[:3]] == pytest.approx([2e-3 / 3, 2e-3 * 2 / 3, 2e-3])
     assert float(found[3]["epoch"]) == 1.0
     assert float(found[0]["train/nfe"]) == 24  # six blocks of four stages
-    assert len(result.evaluation.dirty.samples) == 60
+    assert len(result.evaluation.means["dirty"].samples) == 60
     assert float(found[-1]["val/bpd"]) < float(found[0]["train/bpd"])
-    assert result.evaluation.dirty.mean == pytest.approx(float(found[-1]["val/bpd"]), abs=0.02)
+    assert result.evaluation.means["dirty"].mean == pytest.approx(float(found[-1]["val/bpd"]), abs=0.02)
     assert result.run_seconds > 0
 
 
@@ -247,7 +247,7 @@ def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, whole: FitRes
     again = run(recipe, tmp_path, resume=result.folder.path)
     assert (again.steps, again.folder, again.stopped) == (6, result.folder, "finished")
     assert again.evaluation is not None
-    assert again.evaluation.dirty == result.evaluation.dirty
+    assert again.evaluation.means["dirty"] == result.evaluation.means["dirty"]
     assert result.folder.result.exists()
     with pytest.raises(CheckpointError, match=r"model\.hidden is 8 there and 9 here, model\.alpha is 0\.05 there"):
         run(recipe.override(["model.hidden=9", "model.alpha=0.1"]), tmp_path, resume=result.folder.path)

@@ -38,9 +38,6 @@ class Mean:
 class Evaluation:
     """Likelihoods, NFE and penalties of a flow on held-out samples.
 
-    The means are also attributes, by their names: ``evaluation.dirty`` and ``evaluation.clean`` of images,
-    ``evaluation.nll`` and ``evaluation.gaussian`` of tables.
-
     Attributes:
         samples: number of held-out samples.
         means: the mean scores in the unit of the task, by the name of their
@@ -69,12 +66,6 @@ class Evaluation:
     undivided: tuple[str, ...] = ()
     seconds: float
     gap: float | None = None
-
-    def __getattr__(self, name: str) -> Mean:
-        try:
-            return self.__dict__["means"][name]
-        except KeyError:
-            raise AttributeError(f"this evaluation has no {name!r}.") from None
 
     def with_baselines(self, task: Task, data: Any) -> Evaluation:
         """This evaluation with the means of the task's baselines, which follow from the training data."""
