@@ -190,3 +190,26 @@ def test_a_column_name_may_hold_a_comma() -> None:
         f"{path}={as_text(value)}" for path, value in recipe.settings() if path in ("data.columns", "data.given")
     ]
     assert get_recipe("table").override(texts).table == recipe.table
+
+
+def test_the_settings_that_a_resumed_run_keeps_are_marked() -> None:
+    weights = {"data.shape", "model.name", "model.hidden", "model.layers"}
+    marks = get_recipe("digits").kept()
+    assert {name for name, mark in marks.items() if mark.weights} == weights
+    others = {
+        "data.name",
+        "data.levels",
+        "model.alpha",
+        "optimizer.name",
+        "training.weights",
+        "training.accumulate",
+    }
+    assert marks.keys() == weights | others
+    of_table = get_recipe("table").kept()
+    assert of_table.keys() - marks.keys() == {
+        "data.columns", "data.given", "data.kind", "data.validation", "data.held_out", "data.split_seed",
+        "data.train_rows", "model.field", "model.activation", "model.blocks",
+    }  # fmt: skip
+    for name in ("digits", "table"):
+        recipe = get_recipe(name)
+        assert recipe.kept().keys() <= {path for path, _ in recipe.settings()}

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from ...errors import ConfigError, DataError, suggest
-from .fields import CONFIG, Fraction, Listed, Names, Text, listed
+from .fields import CONFIG, KEPT, OF_THE_WEIGHTS, Fraction, Listed, Names, Text, listed
 from .task import ImageTask, TableTask
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ class Data:
 
     kind = "images"
 
-    name: Text
-    shape: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_of_an_image)]
-    levels: Annotated[int, Field(ge=2)] = 256
+    name: Annotated[Text, KEPT]
+    shape: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_of_an_image), OF_THE_WEIGHTS]
+    levels: Annotated[int, Field(ge=2), KEPT] = 256
     batch_size: PositiveInt = 200
     val_batch_size: PositiveInt = 200
     flip: bool = False
@@ -159,21 +159,21 @@ class TableData:
         kind: marks the settings of a table.
     """
 
-    name: Text
-    columns: Names
-    given: Names = ()
+    name: Annotated[Text, KEPT]
+    columns: Annotated[Names, OF_THE_WEIGHTS]
+    given: Annotated[Names, OF_THE_WEIGHTS] = ()
     root: Text | None = None
-    validation: Fraction = 0.1
-    held_out: Fraction = 0.2
-    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    validation: Annotated[Fraction, KEPT] = 0.1
+    held_out: Annotated[Fraction, KEPT] = 0.2
+    split_seed: Annotated[int, Field(ge=0, lt=2**32), KEPT] = 0
     batch_size: PositiveInt = 200
     val_batch_size: PositiveInt = 1000
-    train_rows: PositiveInt | None = None
+    train_rows: Annotated[PositiveInt | None, KEPT] = None
     workers: NonNegativeInt = 0
     rows: PositiveInt | None = None
     checksum: Text | None = None
     given_ranges: Annotated[tuple[_Range, ...], Listed] | None = None
-    kind: Literal["table"] = "table"
+    kind: Annotated[Literal["table"], OF_THE_WEIGHTS] = "table"
 
     def __post_init__(self) -> None:
         for name, names in (("columns", self.columns), ("given", self.given)):

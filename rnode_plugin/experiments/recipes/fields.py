@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
@@ -30,3 +31,30 @@ Names = Annotated[tuple[str, ...], Listed]
 Text = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+# what a resumed run keeps ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Marks a setting that a resumed run keeps.
+
+    Attributes:
+        weights: whether the shapes of the weights depend on it, so that other weights do not fit it either.
+    """
+
+    weights: bool = False
+
+
+KEPT, OF_THE_WEIGHTS = Kept(), Kept(weights=True)
+
+
+def kept(group: type[Any]) -> dict[str, Kept]:
+    """The settings of a group that are marked, by name."""
+    return {
+        name: mark
+        for name, hint in get_type_hints(group, include_extras=True).items()
+        for mark in getattr(hint, "__metadata__", ())
+        if isinstance(mark, Kept)
+    }

@@ -27,7 +27,7 @@ from ...solvers.checks import refuse_sampled_density
 from ...solvers.settings import SolverSettings
 from ...validation import refused
 from .data import Data, TableData
-from .fields import CONFIG, listed
+from .fields import CONFIG, Kept, kept, listed
 from .settings import Model, Optimizer, Paper, TableModel, Training
 from .task import Task
 
@@ -198,6 +198,11 @@ class Recipe:
             if not (value is None or isinstance(value, str))
             for key, entry in (value if isinstance(value, Mapping) else vars(value)).items()
         ]
+
+    def kept(self) -> dict[str, Kept]:
+        """The settings that a resumed run keeps, as ``group.key``, and the mark of each."""
+        groups = {group: type(value) for group, value in vars(self).items() if dataclasses.is_dataclass(value)}
+        return {f"{group}.{key}": mark for group, kind in groups.items() for key, mark in kept(kind).items()}
 
     def to_plain(self) -> dict[str, Any]:
         """As dictionaries, lists, numbers and texts, for JSON and checkpoints."""

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, Po
 from pydantic.dataclasses import dataclass
 
 from ...errors import ConfigError, suggest
-from .fields import CONFIG, Decay, Fraction, Listed, Text
+from .fields import CONFIG, KEPT, OF_THE_WEIGHTS, Decay, Fraction, Listed, Text
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "auto")
 _SHORT = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}  # Lightning's
@@ -47,10 +47,10 @@ class Model(_Options):
 
     kind = "images"
 
-    name: Text = "MultiscaleFlow"
-    hidden: PositiveInt = 64
-    layers: PositiveInt = 4
-    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    name: Annotated[Text, OF_THE_WEIGHTS] = "MultiscaleFlow"
+    hidden: Annotated[PositiveInt, OF_THE_WEIGHTS] = 64
+    layers: Annotated[PositiveInt, OF_THE_WEIGHTS] = 4
+    alpha: Annotated[float, Field(gt=0, lt=0.5), KEPT] = 0.05
     trace_noise: Literal["gaussian", "rademacher"] = "gaussian"
 
 
@@ -70,12 +70,12 @@ class TableModel(_Options):
         kind: marks the settings of a table's model.
     """
 
-    name: Text = "TableFlow"
-    field: Literal["mlp", "potential"] = "mlp"
-    hidden: PositiveInt = 64
-    layers: PositiveInt = 3
-    activation: Literal["softplus", "tanh", "elu", "silu", "gelu"] = "softplus"
-    blocks: PositiveInt = 1
+    name: Annotated[Text, OF_THE_WEIGHTS] = "TableFlow"
+    field: Annotated[Literal["mlp", "potential"], OF_THE_WEIGHTS] = "mlp"
+    hidden: Annotated[PositiveInt, OF_THE_WEIGHTS] = 64
+    layers: Annotated[PositiveInt, OF_THE_WEIGHTS] = 3
+    activation: Annotated[Literal["softplus", "tanh", "elu", "silu", "gelu"], OF_THE_WEIGHTS] = "softplus"
+    blocks: Annotated[PositiveInt, OF_THE_WEIGHTS] = 1
     trace_noise: Literal["auto", "exact", "gaussian", "rademacher"] = "auto"
     kind: Literal["table"] = "table"
 
@@ -106,7 +106,7 @@ class Optimizer:
             can outweigh the gradients of many steps. Flow matching has no solves, so its gradients are not clipped.
     """
 
-    name: Literal["adam", "muon"] = "adam"
+    name: Annotated[Literal["adam", "muon"], KEPT] = "adam"
     lr: PositiveFloat = 1e-3
     warmup: NonNegativeInt = 1000
     schedule: Literal["constant", "cosine", "cooldown"] = "constant"
@@ -157,14 +157,14 @@ class Training:
     max_steps: PositiveInt | None = None
     seed: NonNegativeInt = 42
     matching: NonNegativeInt = 0
-    weights: Text | None = None
+    weights: Annotated[Text | None, KEPT] = None
     precision: Annotated[str, AfterValidator(_known_precision)] = "32-true"
     compile: bool | Literal["auto"] = False
     val_every: PositiveInt = 1
     val_every_steps: PositiveInt | None = None
     val_images: PositiveInt | None = None
     log_every: PositiveInt = 10
-    accumulate: PositiveInt = 1
+    accumulate: Annotated[PositiveInt, KEPT] = 1
     ema: Fraction | None = None
     max_skipped: PositiveInt = 5
     save_every: PositiveInt = 100

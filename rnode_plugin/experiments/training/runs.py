@@ -35,16 +35,6 @@ DIAGNOSIS = "diagnosis.json"  # the result of `rnode-cli diagnose`
 _SCORES = ("images.csv", "rows.csv")
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdyn", "torchdiffeq", "numpy")
 
-# settings that a run keeps, of images and of tables: the ones that its weights depend on, and others
-_OF_THE_WEIGHTS = (
-    "data.kind", "data.shape", "data.columns", "data.given",
-    "model.name", "model.hidden", "model.layers", "model.field", "model.activation", "model.blocks",
-)  # fmt: skip
-_FIXED = (
-    *_OF_THE_WEIGHTS, "data.name", "data.levels", "data.validation", "data.held_out", "data.split_seed",
-    "data.train_rows", "model.alpha", "optimizer.name", "training.weights", "training.accumulate",
-)  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -283,8 +273,10 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tupl
     path, contents = newest_intact(resume)
     if "optimizer_states" not in contents:
         raise CheckpointError(f"{path} has only weights, so a training cannot be resumed from it.")
-    old, new = dict(recipe_of(contents, path).settings()), dict(recipe.settings())
-    differ = [name for name in _FIXED if old.get(name) != new.get(name)]
+    former = recipe_of(contents, path)
+    old, new = dict(former.settings()), dict(recipe.settings())
+    marks = {**former.kept(), **recipe.kept()}
+    differ = [name for name in marks if old.get(name) != new.get(name)]
     ends = {settings["training.matching"] for settings in (old, new)}
     if len(ends) > 1 and contents["global_step"] >= min(ends):  # maximum likelihood began, in one of the two
         differ.append("training.matching")
@@ -293,7 +285,7 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tupl
     if differ:
         what = ", ".join(f"{name} is {old.get(name)} there and {new.get(name)} here" for name in differ)
         advice = f"--weights {path} in place of --resume starts a new run from it"
-        if set(differ) & set(_OF_THE_WEIGHTS):  # which do not fit another model
+        if any(name in marks and marks[name].weights for name in differ):  # they do not fit another model
             advice = "Leave these settings out, or train a new run without --resume"
         raise CheckpointError(f"{path} cannot continue with other settings: {what}. {advice}.")
     recorded = {name: old[f"data.{name}"] for name in ("rows", "checksum") if f"data.{name}" in old}
