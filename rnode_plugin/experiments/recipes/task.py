@@ -40,7 +40,8 @@ class Task(ABC):
 
     Attributes:
         metric: name of the score in the logs: ``train/METRIC``, ``val/METRIC``.
-        unit: the unit of a score.
+        short_unit: the unit of a score beside a number: ``bits/dim`` or ``nats``.
+        per_sample: what the unit counts per, with a space in front; empty for ``bits/dim``.
         samples: what the samples are called, ``images`` or ``rows``.
         quantities: the means of an evaluation; validations and comparisons use the first.
         baselines: means of other densities, for comparison.
@@ -53,7 +54,8 @@ class Task(ABC):
     """
 
     metric: ClassVar[str]
-    unit: ClassVar[str]
+    short_unit: ClassVar[str]
+    per_sample: ClassVar[str] = ""
     samples: ClassVar[str]
     quantities: ClassVar[tuple[Quantity, ...]]
     baselines: ClassVar[tuple[Quantity, ...]] = ()
@@ -86,6 +88,11 @@ class Task(ABC):
     def score(self) -> str:
         """The axis of a figure: ``dirty [bits/dim]`` or ``NLL [nats per row]``."""
         return f"{self.quantities[0].heading.rpartition(', ')[2]} [{self.unit}]"
+
+    @property
+    def unit(self) -> str:
+        """The unit of a score, such as ``nats per row``."""
+        return self.short_unit + self.per_sample
 
     @abstractmethod
     def grid_rows(self, temperatures: tuple[float, ...]) -> tuple[float, ...]:
@@ -126,7 +133,7 @@ class ImageTask(Task):
     """
 
     metric = "bpd"
-    unit = "bits/dim"
+    short_unit = "bits/dim"
     samples = "images"
     quantities = (
         Quantity("dirty", "bits/dim, dirty", "uniform noise in each bin: bounds the discrete likelihood"),
@@ -176,7 +183,7 @@ class TableTask(Task):
     """
 
     metric = "nll"
-    unit = "nats per row"
+    short_unit, per_sample = "nats", " per row"
     samples = "rows"
     quantities = (Quantity("nll", "NLL", "nats per row, in the unit of the data"),)
     baselines = (Quantity("gaussian", "NLL of a Gaussian", "with the training rows' mean and covariance"),)

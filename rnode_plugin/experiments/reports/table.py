@@ -11,7 +11,7 @@ from ...errors import RnodeError
 from ...text import change_with_error, duration, signed, significant, with_error
 from ..recipes.settings import Paper
 from ..recipes.task import Task
-from .configurations import Configuration, base_of, paired_difference
+from .configurations import Configuration, Difference, base_of, paired_difference
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _detail_lines(configurations: Sequence[Configuration], base: Configuration) 
         yield heading, f"{meaning}, test solver", _known(name)
     likelihood = task.likelihood
     meaning = f"{likelihood} by the training solver minus {likelihood} by the test solver"
-    yield "solver gap", meaning, _known("gap", lambda gap: f"{signed(gap)} {_unit(task)}")
+    yield "solver gap", meaning, _known("gap", lambda gap: f"{signed(gap)} {task.short_unit}")
     yield "steps", "", _known("steps", lambda steps: f"{steps:,.0f}")
     yield "parameters", "", _parameters
     yield "training solver", "", lambda one: one.recipe.solver.text
@@ -153,19 +153,22 @@ def _known(name: str, text: Callable[[float], str] = significant) -> _Cell:
 
 
 def _score(name: str) -> _Cell:
-    return lambda one: _known(name, lambda value: f"{with_error(value, one.error(name))} {_unit(one.task)}")(one)
-
-
-def _unit(task: Task) -> str:
-    """The unit next to a number: ``bits/dim`` or ``nats``; the meaning of a row has what it counts per."""
-    return task.unit.partition(" ")[0]
+    return lambda one: _known(name, lambda value: f"{with_error(value, one.error(name))} {one.task.short_unit}")(
+        one
+    )
 
 
 def _difference(one: Configuration, base: Configuration) -> str:
-    difference = None if one is base else paired_difference(one, base)
-    if difference is None:
-        return ""
-    return f"{change_with_error(difference.mean, difference.error)} {_unit(one.task)}: {difference.verdict}"
+    found = _compared(one, base)
+    return "" if found is None else f"{_change(found, one.task)}: {found.verdict}"
+
+
+def _compared(one: Configuration, base: Configuration) -> Difference | None:
+    return None if one is base else paired_difference(one, base)
+
+
+def _change(found: Difference, task: Task) -> str:
+    return f"{change_with_error(found.mean, found.error)} {task.short_unit}"
 
 
 def _each(text: Callable[..., object]) -> _Cell:
@@ -231,12 +234,10 @@ def _sentence(one: Configuration, base: Configuration) -> str:
     task = one.task
     if not (score := _score(task.quantities[0].name)(one)):
         return f"{one.label} has not been validated yet ({one.runs[0].state})."
-    per = task.unit.removeprefix(_unit(task))
     text = (
-        f"{one.label} reaches {score}{per} on held-out {task.samples} with {_known('nfe_test')(one)} "
+        f"{one.label} reaches {score}{task.per_sample} on held-out {task.samples} with {_known('nfe_test')(one)} "
         f"evaluations for a solve, after {_known('training_seconds', duration)(one)} of training"
     )
-    if difference := _difference(one, base):
-        change, _, verdict = difference.partition(": ")
-        text += f", {change} against {base.label} ({verdict})"
+    if (found := _compared(one, base)) is not None:
+        text += f", {_change(found, task)} against {base.label} ({found.verdict})"
     return f"{text}."
