@@ -16,7 +16,7 @@ from torch import Tensor
 from rnode_plugin import Adaptive, Dynamics, FixedGrid, Solver
 from rnode_plugin.core.followed_solve import FollowedSolve, Kinds
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.regularizers import LearnedEndTime, Steer, Straightness, error, jacfrob, kinetic
+from rnode_plugin.regularizers import FiniteDifference, LearnedEndTime, Steer, Straightness, error, jacfrob, kinetic
 from rnode_plugin.solvers import (
     ADAPTIVE_METHODS,
     FIXED_METHODS,
@@ -147,8 +147,11 @@ def test_what_cannot_be_is_refused_where_it_is_made(make: Callable[[], object], 
 def test_kinds_keep_their_order_and_sort_each_regularizer() -> None:
     steer, paths = Steer(), Straightness()
     kinds = Kinds.of([error, steer, jacfrob, paths, kinetic])
-    assert kinds == Kinds((error, jacfrob, paths, kinetic), (jacfrob, kinetic), (error,), (paths,), steer)
-    assert kinds.needs == {"vjp"}
+    assert (kinds.penalties, kinds.rates) == ((error, jacfrob, paths, kinetic), (jacfrob, kinetic))
+    assert (kinds.steps, kinds.trajectories, kinds.span) == ((error,), (paths,), steer)
+    assert (kinds.needs, kinds.held, kinds.repeats) == ({"vjp"}, (), False)
+    again = Kinds.of([FiniteDifference(), kinetic])
+    assert (again.needs, again.held, again.repeats) == ({"field"}, ("finite_difference",), True)
     with pytest.raises(ConfigError, match="steer and learned_end_time both change the times"):
         Kinds.of([steer, LearnedEndTime()])
 

@@ -248,7 +248,7 @@ class Dynamics(BoundDynamics):
                 hidden=frozenset(hidden),
             )
         self.needs = kinds.needs
-        self.held = [rate.name for rate in self.rates.values() if not rate.time_gradient]
+        self.held = kinds.held
         self.needs_products = divergence or "vjp" in self.needs
         self._noisy = self.needs_products and isinstance(self.estimator, (Hutchinson, HutchPlusPlus, Difference))
         by_autograd = isinstance(self.field, AutogradField) and self.estimator.asks != ""
@@ -263,11 +263,11 @@ class Dynamics(BoundDynamics):
             pull="vjp" in self.needs,
             products=self.estimator.asks if self._estimates else "",
         )
+        self._repeats = self.estimator.repeats or kinds.repeats
         self.door = self._open()
 
     def _open(self) -> Door:
-        repeats = self.estimator.repeats or any(r.repeats or "field" in r.needs for r in self.rates.values())
-        return Door(self.field, self.net, view=self._view, repeats=repeats)
+        return Door(self.field, self.net, view=self._view, repeats=self._repeats)
 
     def parameters(self) -> Iterable[Tensor]:
         """The parameters of the field and of all regularizers that are modules, each once."""

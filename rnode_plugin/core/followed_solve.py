@@ -19,6 +19,9 @@ class Kinds:
         penalties: all that a solve follows: rates, step penalties and trajectory penalties.
         rates, steps, trajectories: each of the three.
         span: the one span policy; None if there is none.
+        needs: what the rates, and the rates that trajectory penalties read, need of an evaluation.
+        held: names of those whose gradient by the times is wrong through the steps of a solve.
+        repeats: whether one of them evaluates the field again.
     """
 
     penalties: tuple[Regularizer, ...] = ()
@@ -26,6 +29,9 @@ class Kinds:
     steps: tuple[StepPenalty, ...] = ()
     trajectories: tuple[TrajectoryPenalty, ...] = ()
     span: SpanPolicy | None = None
+    needs: frozenset[str] = frozenset()
+    held: tuple[str, ...] = ()
+    repeats: bool = False
 
     @classmethod
     def of(cls, regularizers: Iterable[Regularizer]) -> Kinds:
@@ -55,18 +61,21 @@ class Kinds:
                 raise ConfigError(f"{span.name} and {each.name} both change the times of a solve: choose one.")
             else:
                 span = each
-        return cls(tuple(followed), tuple(rates), tuple(steps), tuple(trajectories), span)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the rates, and the rates that trajectory penalties read, need of an evaluation."""
+        read = list(rates)
+        for penalty in trajectories:
+            read += penalty.rates
         needs: set[str] = set()
-        for rate in self.rates:
+        held: list[str] = []
+        repeats = False
+        for rate in read:
             needs.update(rate.needs)
-        for penalty in self.trajectories:
-            for rate in penalty.rates:
-                needs.update(rate.needs)
-        return frozenset(needs)
+            repeats = repeats or rate.repeats or "field" in rate.needs
+            if not rate.time_gradient:
+                held.append(rate.name)
+        return cls(
+            tuple(followed), tuple(rates), tuple(steps), tuple(trajectories), span, frozenset(needs), tuple(held),
+            repeats,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

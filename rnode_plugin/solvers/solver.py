@@ -117,7 +117,7 @@ class Solver(ABC):
             SolverError: non-finite state of an adaptive solver, step-size underflow, or the budget of evaluations
                 used up.
         """
-        if dynamics.divergence:
+        if dynamics.divergence and self.quadrature == "sampled":
             refuse_sampled_density(self.name, self.quadrature, adaptive=self.adaptive)
         check_times(t_span)
         if self.gradient.through_steps or transforms_active():
