@@ -255,3 +255,15 @@ def test_accepted_steps_are_saved_if_asked_for(method: str, gradient: str) -> No
     for time, state in zip(found.t, found.z, strict=True):
         assert torch.equal(found.steps.z[found.steps.t == time], state[None])
     assert solver.solve(bound, z, t).steps is None
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_velocity_that_is_not_finite_at_the_start_is_named_so(value: float, backward: bool) -> None:
+    def rates(t: Tensor, z: Tensor) -> Rates:
+        return Rates(torch.where(t == T[1 if backward else 0], value, -z), None, {})
+
+    times = T.flip(0) if backward else T
+    with pytest.raises(SolverError, match=r"no longer finite.*Check the input and the parameters for NaN") as caught:
+        Adaptive("dopri5").solve(FunctionDynamics(rates), torch.ones(2, 2, dtype=torch.float64), times)
+    assert (caught.value.reason, caught.value.t) == ("nonfinite", float(times[0]))

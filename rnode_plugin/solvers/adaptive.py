@@ -275,7 +275,7 @@ def _first_step(
     guess = guess_first_step(field, sign * velocity, z, sign * start, **options)
     if sign < 0 and not (0 < float(guess) < math.inf):
         guess = guess_first_step(lambda t, z: -field(-t, z), sign * velocity, z, sign * start, **options)
-    if not math.isfinite(float(guess)):
+    if not 0 < float(guess) < math.inf:  # an infinite velocity makes it 0
         fail_nonfinite(float(start), 0, totals.nfe)
     return sign * guess
 
