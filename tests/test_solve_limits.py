@@ -264,6 +264,6 @@ def test_a_velocity_that_is_not_finite_at_the_start_is_named_so(value: float, ba
         return Rates(torch.where(t == T[1 if backward else 0], value, -z), None, {})
 
     times = T.flip(0) if backward else T
-    with pytest.raises(SolverError, match=r"no longer finite.*Check the input and the parameters for NaN") as caught:
+    with pytest.raises(SolverError, match=r"no longer finite.*Check the input and the parameters") as caught:
         Adaptive("dopri5").solve(FunctionDynamics(rates), torch.ones(2, 2, dtype=torch.float64), times)
     assert (caught.value.reason, caught.value.t) == ("nonfinite", float(times[0]))
