@@ -40,7 +40,7 @@ class Task(ABC):
 
     Attributes:
         metric: name of the score in the logs: ``train/METRIC``, ``val/METRIC``.
-        short_unit: the unit of a score beside a number: ``bits/dim`` or ``nats``.
+        short_unit: the unit of a score next to a number, ``bits/dim`` or ``nats``.
         per_sample: what the unit counts per, with a space in front; empty for ``bits/dim``.
         samples: what the samples are called, ``images`` or ``rows``.
         quantities: the means of an evaluation; validations and comparisons use the first.
