@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from usual import UsualFlow
 
 from rnode_plugin import FixedGrid, MultiscaleFlow, Solver, get_recipe, objective
-from rnode_plugin.core import chains
+from rnode_plugin.core import device as devices
+from rnode_plugin.core import operations
 from rnode_plugin.fields import compile_fields
 from rnode_plugin.solvers import SolverSettings
 
@@ -127,7 +128,8 @@ def build(recipe_name: str, case: str, batch: int, device: str, *, dtype: torch.
 
     def run() -> Tensor:
         step.zero_grad()
-        kernels = nullcontext() if path.chains else mock.patch.object(chains, "single_kernels", return_value=False)
+        one_by_one = mock.patch.object(operations, "of_device", return_value=devices.OneByOne())
+        kernels = nullcontext() if path.chains else one_by_one
         with kernels:
             with torch.autocast(device, torch.bfloat16) if path.bf16 else nullcontext():
                 output = step(x, noise=noise, **options)

@@ -20,7 +20,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils._config_module import ConfigModule
 
 from rnode_plugin import get_recipe
-from rnode_plugin.core import chains
+from rnode_plugin.core import device
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
 from rnode_plugin.fields import compile_fields, conv_field, fused, linear_field
@@ -43,7 +43,7 @@ from unittest import mock
 
 import torch
 from rnode_plugin import FixedGrid, MultiscaleFlow
-from rnode_plugin.core import chains
+from rnode_plugin.core import device, operations
 
 
 def numbers(flow, x, solver, amp):
@@ -68,7 +68,7 @@ for activation, solver, amp, tolerance in (
     for field in flow.fields:
         field.layers[-1].reset_parameters()
     plain = numbers(flow, x, solver, amp)
-    with mock.patch.object(chains, "single_kernels", lambda x: True):
+    with mock.patch.object(operations, "PLAIN", device.SingleKernels()):
         fused = numbers(flow, x, solver, amp)
     for one, other in zip(plain, fused, strict=True):
         assert (one - other).norm() <= tolerance * (1e-3 + one.norm()), (activation, one, other)
@@ -132,7 +132,7 @@ def test_chains_do_without_a_compiler_that_refuses_this_python(monkeypatch: pyte
 
     monkeypatch.setattr(torch, "compile", refuse)
     with pytest.warns(UserWarning, match="does not work on cpu .* operations run one by one"):
-        assert not chains._compiler_works.__wrapped__("cpu")
+        assert type(device.operations("cpu")) is device.OneByOne
 
 
 def test_two_threads_may_run_one_chain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_two_threads_may_run_one_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     both = threading.Barrier(2)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(ConfigModule, "patch", lambda config, **changes: Patch())
-    run = chains._compiled.__wrapped__(lambda x: (both.wait(5), x)[1])
+    run = device._compiled.__wrapped__(lambda x: (both.wait(5), x)[1])
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(run, (1, 2))) == [1, 2]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, check_count, suggest
-from .chains import sum_products, sum_squares
 from .derivatives import VELOCITY, Ask, Linearization, trace_of_rows, unit_vectors
 from .door import Door
+from .operations import sum_products, sum_squares
 
 _NOISES = ("gaussian", "rademacher")
 

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import chains
-from ..core.chains import Chain
+from ..core.device import Chain, SingleKernels
+from ..core.operations import operations_for
 from .activations import Activation, get_activation
 
 
 def chained(activation: Activation, like: Tensor) -> Activation:
     """The activation whose operations are single kernels on the device of ``like``; on a CPU the activation."""
-    return _Chained(activation) if chains.single_kernels(like) else activation
+    return _Chained(activation) if isinstance(operations_for(like), SingleKernels) else activation
 
 
 class _Chained(Activation):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.chains import sum_squares
+from ..core.operations import sum_squares
 from ..core.regularizer import Source, Trajectory, TrajectoryPenalty
 from ..errors import ConfigError, check_count
 from .rates import kinetic

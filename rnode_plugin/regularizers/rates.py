@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..core.chains import sum_event, sum_squares
+from ..core.operations import sum_event, sum_squares
 from ..core.regularizer import Rate, Source, rate
 from ..errors import ConfigError
 

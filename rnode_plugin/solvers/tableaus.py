@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.chains import Chain, one_kernel
 from ..core.derivatives import Velocity
-from ..core.modes import constant, traced
+from ..core.operations import Combination, operations_for
 from ..errors import ConfigError, suggest
 from .checks import METHODS, count_steps
 
@@ -113,89 +112,16 @@ def _explicit(
     fsal = len(a) == len(b) - 1 and a[-1:] == (b[:-1],) and b[-1] == 0
 
     def advance(f: Velocity, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
-        stages = [f(t, x) if k1 is None else k1]
-        argument, add = x, _in_one_kernel if one_kernel(x, dt) and not dt.requires_grad else _one_by_one
+        step = operations_for(x).combination(x, dt, [f(t, x) if k1 is None else k1])
+        argument = x
         for node, row in zip(nodes, a, strict=True):
-            argument, x, stages = add(x, dt, row, stages)
-            stages.append(f(t + node * dt, argument))
-        new = argument if fsal else add(x, dt, b, stages)[0]
-        estimate = None if error is None else _combine(None, dt, error, stages)
-        return (stages[-1] if fsal else None), new, estimate, stages
+            argument = step.at(row)
+            step.stages.append(f(t + node * dt, argument))
+        new = argument if fsal else step.at(b)
+        estimate = None if error is None else Combination(None, dt, step.stages).at(error)
+        return (step.stages[-1] if fsal else None), new, estimate, step.stages
 
     return Method(name, advance, order, error is not None, b, error, draws or b, nodes=(0.0, *nodes))
-
-
-_Arguments = tuple[Tensor, Tensor, list[Tensor]]
-
-
-def _one_by_one(x: Tensor, dt: Tensor, row: Sequence[float], stages: list[Tensor]) -> _Arguments:
-    return _combine(x, dt, row, stages), x, stages
-
-
-def _in_one_kernel(x: Tensor, dt: Tensor, row: Sequence[float], stages: list[Tensor]) -> _Arguments:
-    """``x + dt sum_j row_j stages_j``, and state and stages for the next combination."""
-    if traced(*stages):
-        return _one_by_one(x, dt, row, stages)
-    used = [k for k, weight in enumerate(row) if weight]
-    length = dt if dt.device == x.device else constant(float(dt), x.dtype, x.device)
-    weights = constant(tuple(row[k] for k in used), x.dtype, x.device)
-    outputs: Any = _Combination.apply(weights, length, x, *(stages[k] for k in used))
-    new, x, *passed = outputs
-    again = dict(zip(used, passed, strict=True))
-    return new, x, [again.get(k, stage) for k, stage in enumerate(stages)]
-
-
-class _Combination(torch.autograd.Function):
-    """``x + dt sum_j row_j stages_j``, and its arguments.
-
-    The next combination of a step takes the arguments from here, so that their gradients add up in one kernel.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        row, dt, x, *stages = args
-        ctx.row, ctx.dt = row, dt
-        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        ctx.layout = torch.channels_last if last else torch.contiguous_format
-        ctx.set_materialize_grads(False)
-        return _COMBINE(x, stages, row, dt), x, *stages
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        g, *more = grad_outputs
-        if g is None:
-            return None, None, *more
-        return None, None, *_SPREAD(g.contiguous(memory_format=ctx.layout), more, ctx.row, ctx.dt)
-
-
-def combine(x: Tensor, stages: list[Tensor], row: Tensor, dt: Tensor) -> Tensor:
-    for stage, weight in zip(stages, (row * dt).to(x.dtype).unbind(), strict=True):
-        x = x + weight * stage
-    return x
-
-
-def spread(g: Tensor, more: list[Tensor | None], row: Tensor, dt: Tensor) -> list[Tensor]:
-    parts = [g.clone(), *(weight * g for weight in (row * dt).to(g.dtype).unbind())]
-    return [part if each is None else each + part for part, each in zip(parts, more, strict=True)]
-
-
-_COMBINE = Chain(combine, "(Tensor x, Tensor[] stages, Tensor row, Tensor dt) -> Tensor")
-_SPREAD = Chain(spread, "(Tensor g, Tensor?[] more, Tensor row, Tensor dt) -> Tensor[]")
-
-
-def _combine(x: Tensor | None, dt: Tensor, row: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
-    if x is not None and dt.device != x.device:  # a length on the host: one operation per stage
-        for weight, stage in zip(row, stages, strict=False):
-            if weight:
-                x = torch.add(x, stage, alpha=weight * float(dt.detach()))
-        return x
-    total: Tensor | None = None
-    for weight, stage in zip(row, stages, strict=False):
-        if weight:
-            total = stage * weight if total is None else torch.add(total, stage, alpha=weight)
-    assert total is not None
-    increment = total * dt.to(total.dtype)
-    return increment if x is None else x + increment
 
 
 _DOPRI5_B = (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0)

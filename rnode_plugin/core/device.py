@@ -1,0 +1,218 @@
+"""Everything that exists for a device, where launches and bytes are what a step costs.
+
+A chain is a small pure function of tensors that runs as one kernel. Inside transforms and where a graph is recorded
+it runs as it is written, operation by operation. Else it goes through torch.compile, which makes one kernel of it.
+On ``meta`` a custom operator stands for that kernel, so that kernels and bytes can be counted without a card.
+
+Nobody has measured this file on a card yet.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .modes import constant, traced, transforms_active
+from .operations import Combination, Operations
+
+
+def operations(device: str) -> Operations:
+    """The operations of a device: single kernels on ``meta`` and where torch can compile."""
+    return SingleKernels() if device == "meta" or _compiler_works(device) else OneByOne()
+
+
+def _compiler_works(device: str) -> bool:
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except RuntimeError as error:  # torch's own errors of its compiler are of this kind too
+        warnings.warn(
+            f"torch.compile does not work on {device} ({type(error).__name__}), so pointwise operations run one by "
+            "one. The numbers are the same, and a step takes longer.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+# chains ---------------------------------------------------------------------------------------------------------
+
+
+class Chain:
+    """A pure function whose first argument is a tensor, as one kernel.
+
+    Args:
+        function: of tensors, lists of tensors and names. Its results share no memory with its arguments.
+        schema: its arguments and results, as ``torch.library`` writes them.
+    """
+
+    def __init__(self, function: Callable[..., Any], schema: str) -> None:
+        self._function = function
+        self._operator = torch.library.custom_op(
+            f"rnode_plugin::{function.__name__}", function, mutates_args=(), schema=schema
+        )
+        self._operator.register_fake(function)
+
+    def __call__(self, x: Tensor, *rest: Any) -> Any:
+        if torch.is_grad_enabled() or transforms_active() or torch.compiler.is_compiling():
+            return self._function(x, *rest)
+        # on a real device the operator would double what a call costs the host
+        return (self._operator if x.is_meta else _compiled(self._function))(x, *rest)
+
+
+class _OfThread(threading.local):
+    """A patch of torch's configuration for each thread: older versions of torch let only one enter it at a time."""
+
+    limit: Any = None
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    from torch._dynamo.config import patch
+
+    compiled, of_thread = torch.compile(function, dynamic=True), _OfThread()
+
+    def run(*args: Any) -> Any:
+        if of_thread.limit is None:  # names, numbers of tensors and layouts
+            of_thread.limit = patch(cache_size_limit=64)
+        with of_thread.limit:
+            return compiled(*args)
+
+    return run
+
+
+# sums over an event ---------------------------------------------------------------------------------------------
+
+
+class _Sums(torch.autograd.Function):
+    """``sum x y`` over an event, of squares if there is no ``y``."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        ctx.save_for_backward(*args)
+        x, y = args
+        return _SUM(x, x if y is None else y)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        x, y = ctx.saved_tensors
+        g = grad_outputs[0].reshape(-1, *[1] * (x.ndim - 1))
+        if y is None:
+            return _TWICE(x, g), None
+        return g * y if ctx.needs_input_grad[0] else None, g * x if ctx.needs_input_grad[1] else None
+
+
+def event_sum(x: Tensor) -> Tensor:
+    return x if x.ndim == 1 else x.sum(tuple(range(1, x.ndim)))  # to flatten it could copy it
+
+
+def summed(x: Tensor, y: Tensor) -> Tensor:
+    return event_sum(x * y)
+
+
+def twice(x: Tensor, g: Tensor) -> Tensor:
+    return 2 * g * x
+
+
+_SUM = Chain(summed, "(Tensor x, Tensor y) -> Tensor")
+_TWICE = Chain(twice, "(Tensor x, Tensor g) -> Tensor")
+
+
+# combinations of the stages of a step ---------------------------------------------------------------------------
+
+
+class _OneByOneCombination(Combination):
+    """Where the length of the step is on the host, one operation per stage."""
+
+    def at(self, row: Sequence[float]) -> Tensor:
+        x = self.x
+        if x is None or self.dt.device == x.device:
+            return super().at(row)
+        for weight, stage in zip(row, self.stages, strict=False):
+            if weight:
+                x = torch.add(x, stage, alpha=weight * float(self.dt.detach()))
+        return x
+
+
+class _KernelCombination(_OneByOneCombination):
+    """Each combination in one kernel.
+
+    It hands state and stages on to the next one, so that their gradients add up in one kernel too.
+    """
+
+    def at(self, row: Sequence[float]) -> Tensor:
+        x, dt, stages = self.x, self.dt, self.stages
+        if x is None or dt.requires_grad or traced(x, dt, *stages):
+            return super().at(row)
+        used = [k for k, weight in enumerate(row) if weight]
+        length = dt if dt.device == x.device else constant(float(dt), x.dtype, x.device)
+        weights = constant(tuple(row[k] for k in used), x.dtype, x.device)
+        outputs: Any = _Combine.apply(weights, length, x, *(stages[k] for k in used))
+        new, self.x, *passed = outputs
+        again = dict(zip(used, passed, strict=True))
+        self.stages = [again.get(k, stage) for k, stage in enumerate(stages)]
+        return new
+
+
+class _Combine(torch.autograd.Function):
+    """``x + dt sum_j row_j stages_j``, and its arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        row, dt, x, *stages = args
+        ctx.row, ctx.dt = row, dt
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        ctx.layout = torch.channels_last if last else torch.contiguous_format
+        ctx.set_materialize_grads(False)
+        return _COMBINE(x, stages, row, dt), x, *stages
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        g, *more = grad_outputs
+        if g is None:
+            return None, None, *more
+        return None, None, *_SPREAD(g.contiguous(memory_format=ctx.layout), more, ctx.row, ctx.dt)
+
+
+def combine(x: Tensor, stages: list[Tensor], row: Tensor, dt: Tensor) -> Tensor:
+    for stage, weight in zip(stages, (row * dt).to(x.dtype).unbind(), strict=True):
+        x = x + weight * stage
+    return x
+
+
+def spread(g: Tensor, more: list[Tensor | None], row: Tensor, dt: Tensor) -> list[Tensor]:
+    parts = [g.clone(), *(weight * g for weight in (row * dt).to(g.dtype).unbind())]
+    return [part if each is None else each + part for part, each in zip(parts, more, strict=True)]
+
+
+_COMBINE = Chain(combine, "(Tensor x, Tensor[] stages, Tensor row, Tensor dt) -> Tensor")
+_SPREAD = Chain(spread, "(Tensor g, Tensor?[] more, Tensor row, Tensor dt) -> Tensor[]")
+
+
+# the operations -------------------------------------------------------------------------------------------------
+
+
+class OneByOne(Operations):
+    """Operation by operation, in the forms that are fast on a device."""
+
+    combination = _OneByOneCombination
+
+    def sum_event(self, x: Tensor) -> Tensor:
+        return event_sum(x)
+
+
+class SingleKernels(OneByOne):
+    """Chains of operations as single kernels, where no graph of them is asked for."""
+
+    combination = _KernelCombination
+
+    def sum_products(self, x: Tensor, y: Tensor) -> Tensor:
+        if traced(x, y):
+            return super().sum_products(x, y)
+        sums: Any = _Sums.apply(x, None if y is x else y)
+        return sums

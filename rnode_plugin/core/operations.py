@@ -1,0 +1,90 @@
+"""Sums over an event, and the combinations of the stages of a step.
+
+:func:`operations_for` is the only place that asks where a tensor is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Combination:
+    """``x + dt sum_j row_j k_j`` for the rows of the tableau of one step.
+
+    Attributes:
+        x: the state at the step's start. Without it there is only the increment.
+        dt: the step's length, ``()``.
+        stages: the velocities ``k_j`` so far.
+    """
+
+    x: Tensor | None
+    dt: Tensor
+    stages: list[Tensor]
+
+    def at(self, row: Sequence[float]) -> Tensor:
+        """The combination with the weights of ``row``, one for each of the first stages."""
+        total: Tensor | None = None
+        for weight, stage in zip(row, self.stages, strict=False):
+            if weight:
+                total = stage * weight if total is None else torch.add(total, stage, alpha=weight)
+        assert total is not None
+        increment = total * self.dt.to(total.dtype)
+        return increment if self.x is None else self.x + increment
+
+
+class Operations:
+    """Small functions of a few tensors, of which a step needs many.
+
+    Attributes:
+        combination: the class for the combinations of a step.
+    """
+
+    combination: type[Combination] = Combination
+
+    def sum_event(self, x: Tensor) -> Tensor:
+        """As :func:`sum_event`."""
+        return x if x.ndim == 1 else x.flatten(1).sum(1)
+
+    def sum_products(self, x: Tensor, y: Tensor) -> Tensor:
+        """As :func:`sum_products`. Where ``y`` is ``x``, these are squares."""
+        return self.sum_event(x.square() if y is x else x * y)
+
+
+PLAIN = Operations()
+
+
+def operations_for(x: Tensor) -> Operations:
+    """The operations that are fast where ``x`` is."""
+    # torch.compile fuses a whole program by itself, on every device
+    if x.is_cpu or torch.compiler.is_compiling():
+        return PLAIN
+    return of_device(x.device.type)
+
+
+@cache
+def of_device(device: str) -> Operations:
+    """The operations of a device other than the CPU."""
+    # that file builds on this one, and it registers operators that a CPU does not need, so it is loaded by its name
+    return import_module(".device", __package__).operations(device)
+
+
+def sum_event(x: Tensor) -> Tensor:
+    """Sum over all but the first dimension: ``(B, *event)`` to ``(B,)``; of ``(B,)`` each entry is its own sum."""
+    return operations_for(x).sum_event(x)
+
+
+def sum_products(x: Tensor, y: Tensor) -> Tensor:
+    """``sum x y`` over all but the first dimension: two ``(B, *event)`` to ``(B,)``."""
+    return operations_for(x).sum_products(x, y)
+
+
+def sum_squares(x: Tensor) -> Tensor:
+    """``sum x^2`` over all but the first dimension: ``(B, *event)`` to ``(B,)``."""
+    return operations_for(x).sum_products(x, x)
