@@ -1,4 +1,4 @@
-"""Everything that exists for a device, where launches and bytes are what a step costs.
+"""The operations of a device, where launches and bytes are what a step costs.
 
 A chain is a small pure function of tensors that runs as one kernel. Inside transforms and where a graph is recorded
 it runs as it is written, operation by operation. Else it goes through torch.compile, which makes one kernel of it.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from .modes import constant, traced, transforms_active
 from .operations import Combination, Operations
+from .pointwise import Activation, BetweenLayers, Layer
 
 
 def operations(device: str) -> Operations:
@@ -194,6 +196,81 @@ _COMBINE = Chain(combine, "(Tensor x, Tensor[] stages, Tensor row, Tensor dt) ->
 _SPREAD = Chain(spread, "(Tensor g, Tensor?[] more, Tensor row, Tensor dt) -> Tensor[]")
 
 
+# between two layers ---------------------------------------------------------------------------------------------
+
+# an operator takes no objects, so it finds an activation by its name
+_activations: dict[str, Activation] = {}
+
+
+@dataclass(eq=False)
+class _KernelsBetweenLayers(BetweenLayers):
+    """A kernel adds bias and time before it takes the value, and computes the slope again from what was kept."""
+
+    _rows: list[tuple[Tensor, ...]] = field(default_factory=list[tuple[Tensor, ...]], init=False)
+
+    def __post_init__(self) -> None:
+        _activations[self.activation.name] = self.activation
+
+    def shifts(self, t: Tensor, maps_of: Callable[..., list[Tensor]]) -> list[Any]:
+        if not self._rows:  # the same in a whole solve
+            rows = [maps_of(row, self.bias.dtype) for row in (self.bias, self.response) if row is not None]
+            self._rows = list(zip(*rows, strict=True))
+        return [(t, *row) for row in self._rows]
+
+    def add(self, layer: Layer, x: Tensor, shift: Any) -> Tensor:
+        return _VALUE(layer.apply(x), "", *shift)
+
+    def enter(self, layer: Layer, x: Tensor, shift: Any) -> tuple[Tensor | None, Tensor, Tensor]:
+        if not self.activation.keeps_output:
+            return super().enter(layer, x, shift)
+        u = _VALUE(layer.apply(x), self.activation.name, *shift)
+        return None, u, u
+
+    def times_slope(self, x: Tensor, kept: Tensor, a: Tensor | None = None) -> Tensor:
+        return _TIMES_SLOPE(x, kept, self.activation.name)
+
+    def slope(self, kept: Tensor) -> Tensor:
+        return kept
+
+    def scale(self, x: Tensor, slope: Tensor) -> Tensor:
+        return _TIMES_SLOPE(x, slope, self.activation.name)
+
+    def bend(
+        self, p: Tensor, slope: Tensor, kept: Tensor, x: Tensor, *, scratch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return _BEND(p, kept, x, self.activation.name)
+
+    def pull(self, below: Tensor, slope: Tensor, added: Tensor) -> Tensor:
+        return _PULL(below, slope, added, self.activation.name)
+
+
+def activated(y: Tensor, name: str, t: Tensor, bias: Tensor, response: Tensor | None = None) -> Tensor:
+    row = bias if response is None else torch.addcmul(bias, response, t.to(bias.dtype))
+    a = y + row.to(y.dtype)
+    return _activations[name].value(a) if name else a
+
+
+def times_slope(x: Tensor, kept: Tensor, name: str) -> Tensor:
+    return _activations[name].times_slope(x, kept)
+
+
+def bend(p: Tensor, kept: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    activation = _activations[name]
+    slope, x = activation.slope(kept), x * p
+    x = x.sum(0) if x.dim() > kept.dim() else x
+    return x * activation.slope_derivative(kept, slope), p * slope
+
+
+def pull(below: Tensor, kept: Tensor, added: Tensor, name: str) -> Tensor:
+    return torch.addcmul(added, below, _activations[name].slope(kept))
+
+
+_VALUE = Chain(activated, "(Tensor y, str name, Tensor t, Tensor bias, Tensor? response=None) -> Tensor")
+_TIMES_SLOPE = Chain(times_slope, "(Tensor x, Tensor kept, str name) -> Tensor")
+_BEND = Chain(bend, "(Tensor p, Tensor kept, Tensor x, str name) -> (Tensor, Tensor)")
+_PULL = Chain(pull, "(Tensor below, Tensor kept, Tensor added, str name) -> Tensor")
+
+
 # the operations -------------------------------------------------------------------------------------------------
 
 
@@ -205,11 +282,19 @@ class OneByOne(Operations):
     def sum_event(self, x: Tensor) -> Tensor:
         return event_sum(x)
 
+    def convolved(self, y: Tensor) -> Tensor:
+        if not y.is_meta:
+            return y
+        # meta forgets the layout that a device's libraries give their results
+        _, channels, h, w = y.shape
+        return y.as_strided(y.shape, (h * w * channels, 1, w * channels, channels))
+
 
 class SingleKernels(OneByOne):
     """Chains of operations as single kernels, where no graph of them is asked for."""
 
     combination = _KernelCombination
+    between_layers = _KernelsBetweenLayers
 
     def sum_products(self, x: Tensor, y: Tensor) -> Tensor:
         if traced(x, y):

@@ -1,6 +1,6 @@
-"""Sums over an event, and the combinations of the stages of a step.
+"""Sums over an event, the combinations of the stages of a step, and what happens between two layers.
 
-:func:`operations_for` is the only place that asks where a tensor is.
+:func:`operations_for` chooses between these plain forms and what a device has in their place.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from importlib import import_module
 
 import torch
 from torch import Tensor
+
+from .pointwise import BetweenLayers
 
 
 @dataclass(eq=False)
@@ -44,9 +46,11 @@ class Operations:
 
     Attributes:
         combination: the class for the combinations of a step.
+        between_layers: the class for the steps between the layers of a stack.
     """
 
     combination: type[Combination] = Combination
+    between_layers: type[BetweenLayers] = BetweenLayers
 
     def sum_event(self, x: Tensor) -> Tensor:
         """As :func:`sum_event`."""
@@ -55,6 +59,10 @@ class Operations:
     def sum_products(self, x: Tensor, y: Tensor) -> Tensor:
         """As :func:`sum_products`. Where ``y`` is ``x``, these are squares."""
         return self.sum_event(x.square() if y is x else x * y)
+
+    def convolved(self, y: Tensor) -> Tensor:
+        """The result of one of the library's convolutions in the layout that the next layer takes."""
+        return y
 
 
 PLAIN = Operations()

@@ -3,87 +3,15 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.pointwise import Activation
 from ..errors import ConfigError, suggest
 
 _aten = torch.ops.aten
-
-
-class Activation(ABC):
-    """A pointwise function s with its first two derivatives.
-
-    A pass keeps one tensor of each activation: its output ``s(a)`` if the slope is cheap to get from that,
-    otherwise its input ``a``. The derivatives take what was kept. ``value`` and ``times_slope`` can be
-    differentiated and transformed. The other methods are for passes without a graph.
-
-    Attributes:
-        name: what a user calls it.
-        keeps_output: whether ``s(a)`` is kept.
-    """
-
-    name: str
-    keeps_output: bool = False
-
-    def __repr__(self) -> str:
-        return f"Activation({self.name!r})"
-
-    @abstractmethod
-    def value(self, a: Tensor) -> Tensor:
-        """``s(a)``."""
-
-    @abstractmethod
-    def slope(self, kept: Tensor) -> Tensor:
-        """``s'(a)``."""
-
-    def times_slope(self, x: Tensor, kept: Tensor) -> Tensor:
-        """``s'(a) x``."""
-        return x * self.slope(kept)
-
-    def times_slope_at(self, x: Tensor, a: Tensor, kept: Tensor) -> Tensor:
-        """``s'(a) x`` while ``a`` is still at hand; may overwrite ``a``, if not kept."""
-        return self.times_slope(x, kept)
-
-    @abstractmethod
-    def slope_derivative(self, kept: Tensor, slope: Tensor) -> Tensor:
-        """The derivative of ``s'(a)``, which is given, with respect to what was kept."""
-
-    def output(self, kept: Tensor) -> Tensor:
-        """``s(a)`` from what was kept."""
-        return kept if self.keeps_output else self.value(kept)
-
-    # between two layers, the first two with a graph too ----------------------------------------------------------
-
-    def add(self, layer: Any, x: Tensor, shift: Any) -> Tensor:
-        """``W x + shift``."""
-        return layer.apply(x, shift)
-
-    def enter(self, layer: Any, x: Tensor, shift: Any) -> tuple[Tensor | None, Tensor, Tensor]:
-        """``a = W x + shift`` if it is at hand, ``s(a)``, and what is kept."""
-        a = self.add(layer, x, shift)
-        u = self.value(a)
-        return a, u, u if self.keeps_output else a
-
-    def scale(self, x: Tensor, slope: Tensor) -> Tensor:
-        """``slope x``."""
-        return slope * x
-
-    def bend(
-        self, p: Tensor, slope: Tensor, kept: Tensor, x: Tensor, *, scratch: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """``x p`` times the slope's derivative, summed over several noises, and ``slope p``; overwrites ``p``."""
-        x = torch.mul(x, p, out=scratch)
-        x = x.sum(0) if x.dim() > kept.dim() else x
-        return x.mul_(self.slope_derivative(kept, slope)), p.mul_(slope)
-
-    def pull(self, below: Tensor, slope: Tensor, added: Tensor) -> Tensor:
-        """``slope below + added``; overwrites ``added``."""
-        return added.addcmul_(below, slope)
 
 
 class _Softplus(Activation):

@@ -13,7 +13,7 @@ backpropagation from D picks those up. The gradient of a product along a directi
 sweep downward: ``p_k = W_{k+1}^T q_{k+1}``, ``q_k = s'(a_k) p_k``, and ``s''(a_k) y_k p_k`` for ``a_k``. It goes to
 what the evaluation kept of its activations, which are outputs of its graph node.
 
-An evaluation keeps one tensor of each activation (:class:`~rnode_plugin.fields.activations.Activation`) and with a
+An evaluation keeps one tensor of each activation (:class:`~rnode_plugin.core.pointwise.Activation`) and with a
 product one more, but for the last; a product along a direction keeps one. The velocity and its gradient take three
 times the convolutions of a forward pass, each product as many more, without a double backward. Gradients that are
 to be differentiated again are computed by automatic differentiation.
@@ -34,9 +34,9 @@ from torch import Tensor
 
 from ..core.derivatives import VELOCITY, Ask, Linearization, trace_of_rows, unit_vectors
 from ..core.modes import traced
+from ..core.operations import operations_for
+from ..core.pointwise import Activation, BetweenLayers
 from ..errors import CompilerError, ConfigError
-from .activations import Activation
-from .chains import chained
 from .kernels import Dense, LayerMap
 
 
@@ -94,10 +94,7 @@ class Stack:
         if fast:
             bias, response, weights = self._pieces(self.theta.detach())
             maps = [kind.prepared(weight.to(self.dtype)) for weight in weights]
-            self.fast = Layers(maps, chained(activation, z), bias, response)
-            if self.fast.activation is not activation:  # a kernel adds bias and time before it takes the value
-                rows = [self.maps_of(x, bias.dtype) for x in (bias, response) if x is not None]
-                self.fast = self.fast._replace(shifts=list(zip(*rows, strict=True)))
+            self.fast = Layers(maps, operations_for(z).between_layers(activation, bias, response))
         several = noise is not None and noise.ndim > 2 + len(self.event)
         self._noise = None if several and kind is not Dense else noise
         self._pulled = None if self._noise is None else self._pull(self._noise)
@@ -117,9 +114,8 @@ class Stack:
     def layers_of(self, theta: Tensor) -> Layers:
         """The layers in operations that autograd and torch.func know, with the parameters ``theta``."""
         bias, response, weights = self._pieces(theta)
-        return Layers(
-            [_PlainMap(self.kind, weight.to(self.dtype)) for weight in weights], self.activation, bias, response
-        )
+        maps = [_PlainMap(self.kind, weight.to(self.dtype)) for weight in weights]
+        return Layers(maps, BetweenLayers(self.activation, bias, response))
 
     def maps_of(self, row: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
         """What a row adds to the pre-activations of each layer, ``(1, out, ...)``; views."""
@@ -238,16 +234,10 @@ class _PlainMap:
 
 
 class Layers(NamedTuple):
-    """The layers of a stack as a sweep takes them; bias and response are rows in the order of memory.
-
-    ``shifts`` are the maps of both for each layer, where a kernel adds them.
-    """
+    """The layers of a stack as a sweep takes them."""
 
     maps: Sequence[Any]
-    activation: Activation
-    bias: Tensor
-    response: Tensor | None
-    shifts: Sequence[tuple[Tensor, ...]] | None = None
+    between: BetweenLayers
 
 
 def _autocast_enabled(device: str) -> bool:
@@ -309,20 +299,15 @@ def _velocity(
     stack: Stack, layers: Layers, t: Tensor, z: Tensor, pre: list[Tensor | None] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """The velocity, and what is kept of each activation; the pre-activations are added to ``pre``."""
-    maps, activation, bias, response, pairs = layers
-    u = stack.enter(z)
+    maps, between = layers
+    u, shifts = stack.enter(z), between.shifts(t, stack.maps_of)
     kept: list[Tensor] = []  # torch.compile cannot trace list[Tensor]()
-    if pairs is None:
-        row = bias if response is None else torch.addcmul(bias, response, t.to(bias.dtype))
-        shifts: list[Any] = stack.maps_of(row)
-    else:
-        shifts = [(t, *pair) for pair in pairs]
     for layer, shift in zip(maps[:-1], shifts[:-1], strict=True):
-        a, u, keep = activation.enter(layer, u, shift)
+        a, u, keep = between.enter(layer, u, shift)
         kept.append(keep)
         if pre is not None:
             pre.append(a)
-    return activation.add(maps[-1], u, shifts[-1]), kept
+    return between.add(maps[-1], u, shifts[-1]), kept
 
 
 def _product(
@@ -332,11 +317,10 @@ def _product(
 
     Without a graph it may take the pre-activations, ``pre``, which it uses up.
     """
-    activation, g, cotangents = layers.activation, pulled.to(stack.dtype), []
+    between, g, cotangents = layers.between, pulled.to(stack.dtype), []
     for layer, c in zip(layers.maps[-2::-1], kept[::-1], strict=True):
         cotangents.append(g)
-        a = pre.pop() if pre else None
-        g = layer.transpose(activation.times_slope(g, c) if a is None else activation.times_slope_at(g, a, c))
+        g = layer.transpose(between.times_slope(g, c, pre.pop() if pre else None))
     return g, cotangents[:0:-1]
 
 
@@ -344,14 +328,15 @@ def _direction(
     stack: Stack, layers: Layers, kept: Sequence[Tensor], v: Tensor, dt: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """The product along a direction, and what comes to each activation in it."""
-    maps, activation, _, response, _ = layers
+    maps, between = layers
+    response = between.response
     x, shifts = stack.enter(v), [None] * len(maps)
     inner: list[Tensor] = []
     if dt is not None and response is not None:
         shifts = stack.maps_of(response * dt.to(response.dtype))
     for layer, shift, c in zip(maps[:-1], shifts[:-1], kept, strict=True):
         inner.append(layer.apply(x, shift))
-        x = activation.times_slope(inner[-1], c)
+        x = between.times_slope(inner[-1], c)
     return maps[-1].apply(x, shifts[-1]), inner
 
 
@@ -474,7 +459,7 @@ def _pull_back(
     """Gradients of an evaluation's inputs from the cotangents of velocity, product and what was kept."""
     assert stack.fast is not None
     dz, product, *turned = cotangents
-    activation = stack.fast.activation
+    between, activation = stack.fast.between, stack.fast.between.activation
     needs_t, needs_z, needs_pulled, needs_theta = needs
     up = pulled_grad = None
     if product is not None and pulled is not None:
@@ -488,10 +473,7 @@ def _pull_back(
         more = turned[k]
         if more is not None and activation.keeps_output:
             below = below.add_(more)
-        if up is None:
-            a = activation.times_slope(below, kept[k])
-        else:
-            a = activation.pull(below, up.slopes[k], up.added[k])
+        a = between.times_slope(below, kept[k]) if up is None else between.pull(below, up.slopes[k], up.added[k])
         return a if more is None or activation.keeps_output else a.add_(more)
 
     dz = z.new_zeros(len(z), stack.shapes[-1][0], *stack.event) if dz is None else dz
@@ -515,19 +497,19 @@ def _pull_back_direction(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs of a product along a direction, from its cotangent."""
     assert stack.fast is not None
-    activation, turned = stack.fast.activation, list[Tensor]()
+    between, turned = stack.fast.between, list[Tensor]()
 
     def entry(k: int) -> Tensor:
-        return activation.times_slope(inner[k - 1], kept[k - 1]) if k else stack.enter(v)
+        return between.times_slope(inner[k - 1], kept[k - 1]) if k else stack.enter(v)
 
     def through(k: int, p: Tensor) -> Tensor:
-        bent, q = activation.bend(p, activation.slope(kept[k]), kept[k], inner[k])
+        bent, q = between.bend(p, between.slope(kept[k]), kept[k], inner[k])
         turned.append(bent)
         return q
 
     dt_grad, v_grad, theta_grad = _downward(stack, stack.enter(q), entry, through, dt, needs[:3])
     if theta_grad is not None:
-        theta_grad[: len(stack.fast.bias)].zero_()
+        theta_grad[: len(between.bias)].zero_()
     return dt_grad, None if v_grad is None else v_grad.to(v.dtype), theta_grad, *turned[::-1]
 
 
@@ -536,15 +518,15 @@ def _upward(
 ) -> _Upward:
     """The transpose of the product, from its cotangent ``h``; ``cotangents`` belong to the activations in it."""
     assert stack.fast is not None
-    activation = stack.fast.activation
+    between, keeps_output = stack.fast.between, stack.fast.between.activation.keeps_output
     added, slopes, gradients = list[Tensor](), list[Tensor](), list[Tensor]()
     for layer, c, g in zip(stack.fast.maps, kept, cotangents, strict=False):
-        slope = activation.slope(c)
-        v = activation.scale(g, slope)
+        slope = between.slope(c)
+        v = between.scale(g, slope)
         if weights:
             gradients.append(stack.kind.flat(layer.gradient(h, v)))
         # s'' is the derivative of s' with respect to the output, times s'
-        bent, h = activation.bend(layer.apply(h), slope, c, v if activation.keeps_output else g, scratch=v)
+        bent, h = between.bend(layer.apply(h), slope, c, v if keeps_output else g, scratch=v)
         added.append(bent)
         slopes.append(slope)
     return _Upward(added, slopes, gradients, h)
@@ -566,7 +548,7 @@ def _downward(
     """
     assert stack.fast is not None
     needs_t, needs_z, needs_theta = needs
-    bias, response = stack.fast.bias, stack.fast.response
+    bias, response = stack.fast.between.bias, stack.fast.between.response
     sums, gradients = list[Tensor](), list[Tensor]()
     below: Tensor | None = None
     for k in range(stack.hidden, -1, -1):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.modes import on_host, transforms_active
+from ..core.operations import operations_for
 
 # channels up to which a convolution is faster as one product of matrices
 _FEW = {torch.float64: 8, torch.float32: 8, torch.bfloat16: 3}
@@ -132,16 +133,17 @@ class Convolution(LayerMap):
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.detach()
+        self._convolved = operations_for(weight).convolved
 
     def apply(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        y = _channels_last(F.conv2d(x, self._weight, padding=1))
+        y = self._convolved(F.conv2d(x, self._weight, padding=1))
         return y if shift is None else y.add_(shift)
 
     def transpose(self, v: Tensor) -> Tensor:
-        return _channels_last(F.conv_transpose2d(v, self._weight, padding=1))
+        return self._convolved(F.conv_transpose2d(v, self._weight, padding=1))
 
     def gradient(self, x: Tensor, v: Tensor) -> Tensor:
-        return _channels_last(
+        return self._convolved(
             torch.ops.aten.convolution_backward(
                 v, x, self._weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (False, True, False)
             )[1]
@@ -257,14 +259,6 @@ def _neighbours(few: Tensor) -> Tensor:
 def _rows(many: Tensor) -> Tensor:
     """``(B * H * W, channels)`` of ``many (B, channels, H, W)``."""
     return many.permute(0, 2, 3, 1).reshape(-1, many.shape[1])
-
-
-def _channels_last(y: Tensor) -> Tensor:
-    """A convolution's result; on ``meta``, which forgets it, in the layout that a device's libraries give it."""
-    if not y.is_meta:
-        return y
-    _, channels, h, w = y.shape
-    return y.as_strided(y.shape, (h * w * channels, 1, w * channels, channels))
 
 
 @lru_cache(maxsize=64)
