@@ -165,12 +165,12 @@ def test_a_wrong_name_or_setting_is_refused_before_torch_is_imported(tmp_path: P
 @pytest.mark.parametrize(
     ("chosen", "imported", "expected"),
     [
-        ({}, False, "30000"),
+        ({}, False, "3000"),
         ({}, True, None),
         ({"GOMP_SPINCOUNT": "7"}, False, "7"),
         ({"OMP_WAIT_POLICY": "active"}, False, None),
         ({"KMP_BLOCKTIME": "0"}, False, None),
-        ({"OMP_NUM_THREADS": "2"}, False, "30000"),
+        ({"OMP_NUM_THREADS": "2"}, False, "3000"),
     ],
 )
 def test_waiting_threads_sleep_soon_unless_the_user_has_chosen(

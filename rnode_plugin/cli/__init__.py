@@ -104,4 +104,4 @@ def _wait_briefly() -> None:
     it. A variable by which the user has chosen how to wait stays.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in _WAITING):
-        os.environ["GOMP_SPINCOUNT"] = "30000"
+        os.environ["GOMP_SPINCOUNT"] = "3000"
