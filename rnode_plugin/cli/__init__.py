@@ -98,7 +98,7 @@ def main(ctx: click.Context, *, debug: bool) -> None:
 
 
 def _wait_briefly() -> None:
-    """Let OpenMP's threads that wait for each other sleep after a tenth of the time that libgomp would spin.
+    """Let OpenMP's threads that wait for each other sleep after a hundredth of the turns that libgomp would spin.
 
     On a busy machine the thread that they wait for needs their core. libgomp reads the variable when torch loads
     it. A variable by which the user has chosen how to wait stays.
