@@ -36,7 +36,7 @@ from .checks import (
 from .gradients import Gradient
 from .solution import Solution
 from .solver import Solver
-from .step import Step, StepTaker, Totals, draw_stage, fail_integrals, fail_max_nfe, fail_nonfinite
+from .step import Problem, Step, StepTaker, Totals, draw_stage, fail_integrals, fail_max_nfe, fail_nonfinite
 from .tableaus import Method
 
 _LEAST = 1e-37  # allowed error of an entry whose size is 0, if atol is 0 too
@@ -106,16 +106,8 @@ class Adaptive(Solver):
     def of_adjoint(self) -> Adaptive:
         return replace(super().of_adjoint(), error_norm="rms")
 
-    def march(
-        self,
-        dynamics: BoundDynamics,
-        z: Tensor,
-        t_span: Tensor,
-        *,
-        take: StepTaker | None = None,
-        first_step: float | None = None,
-        save_steps: bool = False,
-    ) -> Solution:
+    def march(self, problem: Problem, *, take: StepTaker | None = None) -> Solution:
+        dynamics, z, t_span, first_step, save_steps = problem
         method = self.method
         if z.dtype.to_real().itemsize < 4:
             raise ConfigError(

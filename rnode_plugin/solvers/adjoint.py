@@ -24,7 +24,7 @@ from ..core.modes import next_number
 from ..errors import ConfigError
 from .checkpoint import is_complete
 from .solution import Solution, Steps
-from .step import Integrator
+from .step import Integrator, Problem
 from .tableaus import hermite
 
 
@@ -159,7 +159,7 @@ class _Backward:
             return Rates(rate, None, {str(i): self.sign * g for i, g in enumerate(dparams)})
 
         times = torch.stack([t1, t0])
-        solution = self.solver.march(FunctionDynamics(adjoint_system), state, times).check()
+        solution = self.solver.march(Problem(FunctionDynamics(adjoint_system), state, times)).check()
         for i, gradient in enumerate(self.gradients):
             # of shape [1] for a scalar parameter if times have that shape
             gradient += solution.penalties[str(i)].reshape(gradient.shape)

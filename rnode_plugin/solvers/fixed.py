@@ -11,7 +11,6 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from ..core.dynamics import BoundDynamics
 from ..core.health import HealthCheck, health
 from ..core.modes import on_host, read
 from ..errors import ConfigError
@@ -19,7 +18,7 @@ from .checks import FIXED_METHODS, check_positive, count_steps, grid_text
 from .gradients import Gradient
 from .solution import Solution
 from .solver import Solver
-from .step import Draw, StepTaker, Totals, draw_stage, fail_integrals, fail_max_nfe, fail_nonfinite
+from .step import Draw, Problem, StepTaker, Totals, draw_stage, fail_integrals, fail_max_nfe, fail_nonfinite
 from .tableaus import Method
 
 _MOST_STEPS = 1_000_000
@@ -73,23 +72,14 @@ class FixedGrid(Solver):
     def text(self) -> str:
         return grid_text(self.name, self.step)
 
-    def march(
-        self,
-        dynamics: BoundDynamics,
-        z: Tensor,
-        t_span: Tensor,
-        *,
-        take: StepTaker | None = None,
-        first_step: float | None = None,
-        save_steps: bool = False,
-    ) -> Solution:
+    def march(self, problem: Problem, *, take: StepTaker | None = None) -> Solution:
+        dynamics, z, t_span, _, save_steps = problem
         method = self.method
         counts, draws = [1] * (len(t_span) - 1), None
         sampled = self.quadrature == "sampled"
         if self.step is not None:
-            times = (
-                read(t_span) or t_span.tolist()
-            )  # constants of a program can be listed, and `read` gives none there
+            # constants of a program can be listed, and `read` gives none there
+            times = read(t_span) or t_span.tolist()
             counts = [count_steps(b - a, float(self.step)) for a, b in itertools.pairwise(times)]
             if sum(counts) > _MOST_STEPS:
                 raise ConfigError(

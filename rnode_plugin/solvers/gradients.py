@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import ConfigError
@@ -17,10 +16,9 @@ from .checks import GRADIENTS, check_name
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..core.dynamics import BoundDynamics
     from ..core.regularizer import StepPenalty
     from .solution import Solution
-    from .step import Integrator
+    from .step import Integrator, Problem
 
 
 class Gradient:
@@ -33,18 +31,9 @@ class Gradient:
 
     through_steps: ClassVar[bool] = True
 
-    def solve(
-        self,
-        solver: Integrator,
-        dynamics: BoundDynamics,
-        z: Tensor,
-        t: Tensor,
-        *,
-        first_step: float | None = None,
-        save_steps: bool = False,
-    ) -> Solution:
-        """The solution by the steps of ``solver``, with its gradient; arguments as for its ``march``."""
-        return solver.march(dynamics, z, t, first_step=first_step, save_steps=save_steps)
+    def solve(self, solver: Integrator, problem: Problem) -> Solution:
+        """The solution by the steps of ``solver``, with its gradient."""
+        return solver.march(problem)
 
     def check_sampling(self) -> None:
         """Refuse a sampled quadrature if this gradient cannot have it."""
@@ -65,20 +54,12 @@ class Autograd(Gradient):
 class Checkpointed(Gradient):
     """The same gradient with the activations of one step at a time, for one more pass of evaluations."""
 
-    def solve(
-        self,
-        solver: Integrator,
-        dynamics: BoundDynamics,
-        z: Tensor,
-        t: Tensor,
-        *,
-        first_step: float | None = None,
-        save_steps: bool = False,
-    ) -> Solution:
+    def solve(self, solver: Integrator, problem: Problem) -> Solution:
         from .checkpoint import checkpointed
 
+        dynamics, z, t, *_ = problem
         take = checkpointed(solver.stepper(dynamics), dynamics, z, t[0].to(z.device))
-        return solver.march(dynamics, z, t, take=take, first_step=first_step, save_steps=save_steps)
+        return solver.march(problem, take=take)
 
 
 @dataclass(frozen=True)
@@ -98,23 +79,19 @@ class Adjoint(Gradient):
     interpolated: bool = False
     through_steps: ClassVar[bool] = False
 
-    def solve(
-        self,
-        solver: Integrator,
-        dynamics: BoundDynamics,
-        z: Tensor,
-        t: Tensor,
-        *,
-        first_step: float | None = None,
-        save_steps: bool = False,
-    ) -> Solution:
+    def solve(self, solver: Integrator, problem: Problem) -> Solution:
         import torch
 
         from ..core.modes import transforms_active
         from .adjoint import AdjointCall, solve_adjoint
+        from .step import Problem
 
-        save_steps = save_steps or self.interpolated
-        forward = partial(solver.march, dynamics, first_step=first_step, save_steps=save_steps)
+        dynamics, z, t, first_step, save_steps = problem
+
+        def forward(z: Tensor, t: Tensor) -> Solution:
+            # not by the problem: what the backward pass keeps would hold its state
+            return solver.march(Problem(dynamics, z, t, first_step, save_steps or self.interpolated))
+
         if transforms_active() or not torch.is_grad_enabled():
             solution = forward(z, t)
             times, states = self.outputs(solution)

@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from .checks import Tolerance, check_positive, check_quadrature, refuse_sampled_density
 from .gradients import Gradient, get_gradient
 from .solution import Solution, Steps
-from .step import StepTaker, fail_integrals, stepper
+from .step import Problem, StepTaker, fail_integrals, stepper
 from .tableaus import Method, get_method, hermite
 
 _Self = TypeVar("_Self", bound="Solver")
@@ -122,53 +122,30 @@ class Solver(ABC):
         check_times(t_span)
         if self.gradient.through_steps or transforms_active():
             refuse_held(dynamics.held, t_span)
-        path = dynamics.path
-        if path is None:
-            solution = self.gradient.solve(self, dynamics, z0, t_span, first_step=first_step, save_steps=save_steps)
-        else:
-            solution = self._solve_with_path(
-                dynamics, z0, t_span, path, first_step=first_step, save_steps=save_steps
-            )
+        problem, path = Problem(dynamics, z0, t_span, first_step, save_steps), dynamics.path
+        solution = self.gradient.solve(self, problem) if path is None else self._solve_with_path(problem, path)
         return solution if save_steps or solution.steps is None else replace(solution, steps=None)
 
-    def _solve_with_path(
-        self,
-        dynamics: BoundDynamics,
-        z0: Tensor,
-        t_span: Tensor,
-        path: PathPenalties,
-        *,
-        first_step: float | None,
-        save_steps: bool,
-    ) -> Solution:
+    def _solve_with_path(self, problem: Problem, path: PathPenalties) -> Solution:
         """A solve with penalties of steps and trajectories, which stops where a trajectory penalty wants states."""
         self.check_steps(path.steps)
         if torch.is_grad_enabled():  # values alone are the same in every mode
             self.gradient.check_penalties(path.steps)
-        times, asked, inner = path.stops(t_span) if path.trajectories else (t_span, None, [])
-        save_steps = save_steps or bool(path.local)
-        solution = self.gradient.solve(self, dynamics, z0, times, first_step=first_step, save_steps=save_steps)
-        solution = _with_path_penalties(solution, dynamics, path, self, times, inner)
+        times, asked, inner = path.stops(problem.t_span) if path.trajectories else (problem.t_span, None, [])
+        save_steps = problem.save_steps or bool(path.local)
+        solution = self.gradient.solve(self, problem._replace(t_span=times, save_steps=save_steps))
+        solution = _with_path_penalties(solution, problem.dynamics, path, self, times, inner)
         if asked is not None and len(asked) < len(times) == len(solution.t):
             logdet = None if solution.logdet is None else solution.logdet[asked]
             solution = replace(solution, t=solution.t[asked], z=solution.z[asked], logdet=logdet)
         return solution
 
     @abstractmethod
-    def march(
-        self,
-        dynamics: BoundDynamics,
-        z: Tensor,
-        t_span: Tensor,
-        *,
-        take: StepTaker | None = None,
-        first_step: float | None = None,
-        save_steps: bool = False,
-    ) -> Solution:
+    def march(self, problem: Problem, *, take: StepTaker | None = None) -> Solution:
         """The steps alone, differentiable through them: without another gradient, and without path penalties.
 
         Args:
-            dynamics, z, t_span, first_step, save_steps: as for :meth:`solve`.
+            problem: the arguments of :meth:`solve`.
             take: makes the steps; None: :meth:`stepper`.
         """
 

@@ -54,21 +54,22 @@ class Step(NamedTuple):
 StepTaker = Callable[[Tensor, Tensor, Tensor, "Rates | None", "Draw | None"], Step]
 
 
+class Problem(NamedTuple):
+    """An initial value problem, and what its caller wants of the steps; see :meth:`Solver.solve`."""
+
+    dynamics: BoundDynamics
+    z: Tensor
+    t_span: Tensor
+    first_step: float | None = None
+    save_steps: bool = False
+
+
 class Integrator(Protocol):
     """The part of a solver that its gradient runs; see :class:`~rnode_plugin.Solver`."""
 
     adaptive: ClassVar[bool]
 
-    def march(
-        self,
-        dynamics: BoundDynamics,
-        z: Tensor,
-        t_span: Tensor,
-        *,
-        take: StepTaker | None = None,
-        first_step: float | None = None,
-        save_steps: bool = False,
-    ) -> Solution: ...
+    def march(self, problem: Problem, *, take: StepTaker | None = None) -> Solution: ...
 
     def stepper(self, dynamics: BoundDynamics) -> StepTaker: ...
 
