@@ -19,8 +19,9 @@ from .core.view import View, check_batch_dim
 from .core.weighing import Regularizers
 from .errors import ConfigError
 from .plugins.registry import resolve_regularizers
-from .solvers import Adaptive, FixedGrid, Solver, get_method
+from .solvers import Solver
 from .solvers.checks import FIXED_METHODS
+from .solvers.named import solver_of
 
 _METHODS = {"rk4": "rk4_38"}  # flow_matching takes torchdiffeq's names, and its rk4 is the 3/8 rule
 
@@ -268,8 +269,7 @@ class ODESolver:
 
 
 def _solver(method: str, step_size: float | None, atol: float, rtol: float) -> Solver:
-    chosen = get_method(_METHODS.get(method, method))
-    return Adaptive(chosen, atol=atol, rtol=rtol) if chosen.adaptive else FixedGrid(chosen, step=step_size)
+    return solver_of(_METHODS.get(method, method), step=step_size, atol=atol, rtol=rtol)
 
 
 def _grid(ends: tuple[float, float], time_grid: Tensor | None, method: str, step_size: float | None) -> Tensor:

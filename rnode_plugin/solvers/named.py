@@ -1,4 +1,4 @@
-"""get_solver: a solver from the name of its method and options of either kind."""
+"""get_solver and solver_of: a solver from its method, where the caller does not know of which kind it is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .adaptive import Adaptive
+from .checks import Tolerance, refuse_worst
 from .fixed import FixedGrid
 from .solver import Solver
 from .tableaus import Method, get_method
@@ -41,3 +42,31 @@ def get_solver(method: str | Method, **options: Any) -> Solver:
         if name not in known:
             raise ConfigError(f"{found.name} {_LACKS.get(name, f'takes no {name}=')}.")
     return kind(found, **options)
+
+
+def solver_of(
+    method: str | Method,
+    *,
+    step: float | None,
+    atol: Tolerance,
+    rtol: Tolerance,
+    first_step: float | None = None,
+    error_norm: str = "rms",
+    **shared: Any,
+) -> Solver:
+    """The solver of a method from options of both kinds, of which it takes its own.
+
+    Args:
+        method: as for :func:`get_solver`.
+        step: of a fixed grid.
+        atol, rtol, first_step, error_norm: of an adaptive solver.
+        shared: options of both.
+
+    Raises:
+        ConfigError: as :func:`get_solver`, and for the error norm ``worst`` with a fixed grid.
+    """
+    found = get_method(method)
+    if found.adaptive:
+        return Adaptive(found, atol=atol, rtol=rtol, first_step=first_step, error_norm=error_norm, **shared)
+    refuse_worst(error_norm, found.name)
+    return FixedGrid(found, step=step, **shared)

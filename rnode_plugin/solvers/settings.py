@@ -87,14 +87,6 @@ class SolverSettings:
 
     def build(self) -> Solver:
         """The solver: a :class:`~rnode_plugin.FixedGrid` or an :class:`~rnode_plugin.Adaptive` one."""
-        from .adaptive import Adaptive
-        from .fixed import FixedGrid
+        from .named import solver_of
 
-        if self.adaptive:
-            return Adaptive(
-                self.method, atol=self.atol, rtol=self.rtol, first_step=self.first_step, max_nfe=self.max_nfe,
-                gradient=self.gradient, quadrature=self.quadrature, error_norm=self.error_norm,
-            )  # fmt: skip
-        return FixedGrid(
-            self.method, step=self.step, max_nfe=self.max_nfe, gradient=self.gradient, quadrature=self.quadrature
-        )
+        return solver_of(**vars(self))

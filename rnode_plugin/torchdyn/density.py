@@ -26,6 +26,7 @@ from ..core.weighing import Regularizers
 from ..errors import ConfigError, check_count
 from ..plugins.registry import resolve_regularizers
 from ..solvers import METHODS, FixedGrid, Solver, get_method
+from ..solvers.named import solver_of
 from ..solvers.solver import check_times
 from .cnf import check_shape
 from .field import NetDynamics
@@ -34,7 +35,6 @@ from .solver_names import (
     method_from_torchdyn,
     refuse_leapfrog,
     resolve_solver,
-    solver_of_torchdyn,
 )
 
 
@@ -426,7 +426,7 @@ def _objects_and_solver(
         sensitivity, backward, names[1], atol=atol_adjoint, rtol=rtol_adjoint, max_nfe=options.get("max_nfe")
     )
     method = method_from_torchdyn(forward, names[0])
-    made = solver_of_torchdyn(method, gradient=gradient, **{"atol": 1e-5, "rtol": 1e-5, **options})
+    made = solver_of(method, step=None, gradient=gradient, **{"atol": 1e-5, "rtol": 1e-5, **options})
     return nn.ModuleDict({"solver": forward, "adjoint": backward}), made
 
 

@@ -32,6 +32,7 @@ from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import Autograd, FixedGrid, Solver
 from ..solvers.checks import check_tolerance
+from ..solvers.named import solver_of
 from ..solvers.solution import Solution
 from .field import INTEGRAL_LOSS, Followed, TorchdynSystem, system_of, warn_of_unread_columns
 from .solver_names import (
@@ -43,7 +44,6 @@ from .solver_names import (
     refuse_leapfrog,
     resolve_solver,
     solver_name,
-    solver_of_torchdyn,
     tableau_of,
 )
 
@@ -444,8 +444,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             self.sensalg, self.solver_adjoint, names[1], atol=self.atol_adjoint, rtol=self.rtol_adjoint, args=args,
             max_nfe=self._max_nfe, interpolated=StepwiseAdjoint,
         )  # fmt: skip
-        solver = solver_of_torchdyn(
-            method, atol=self.atol, rtol=self.rtol, max_nfe=self._max_nfe, gradient=gradient,
+        solver = solver_of(
+            method, step=None, atol=self.atol, rtol=self.rtol, max_nfe=self._max_nfe, gradient=gradient,
             quadrature=self._quadrature, error_norm=self._error_norm,
         )  # fmt: skip
         if not with_args:

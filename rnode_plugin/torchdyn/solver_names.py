@@ -25,8 +25,9 @@ from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDi
 from ..core.derivatives import Velocity
 from ..core.modes import on_host, transforms_active
 from ..errors import ConfigError, suggest
-from ..solvers import Adaptive, Adjoint, FixedGrid, Gradient, Method, Solution, Solver, get_gradient, get_method
-from ..solvers.checks import Tolerance, check_tolerance, refuse_worst
+from ..solvers import Adjoint, Gradient, Method, Solution, get_gradient, get_method
+from ..solvers.checks import Tolerance, check_tolerance
+from ..solvers.named import solver_of
 from ..solvers.tableaus import StepResult
 
 _FAMILIES = {
@@ -162,18 +163,8 @@ def gradient_from_torchdyn(
     kind = interpolated if gradient.interpolated else Adjoint
     check_tolerance(atol, "atol of the adjoint")
     check_tolerance(rtol, "rtol of the adjoint")
-    backward = solver_of_torchdyn(method, atol=atol, rtol=rtol, max_nfe=max_nfe)
+    backward = solver_of(method, step=None, atol=atol, rtol=rtol, max_nfe=max_nfe)  # torchdyn's steps are its times
     return kind(backward, interpolated=gradient.interpolated)
-
-
-def solver_of_torchdyn(
-    method: Method, *, atol: Tolerance, rtol: Tolerance, error_norm: str = "rms", **options: Any
-) -> Solver:
-    """The solver of a method of torchdyn's: one step for each interval of the times, or steps by the tolerances."""
-    if method.adaptive:
-        return Adaptive(method, atol=atol, rtol=rtol, error_norm=error_norm, **options)
-    refuse_worst(error_norm, method.name)
-    return FixedGrid(method, step=None, **options)
 
 
 def method_from_torchdyn(
