@@ -1,7 +1,7 @@
 """The operations of a device, where launches and bytes are what a step costs.
 
 A chain is a small pure function of tensors that runs as one kernel. Inside transforms and where a graph is recorded
-it runs as it is written, operation by operation. Else it goes through torch.compile, which makes one kernel of it.
+it runs operation by operation. Else it goes through torch.compile, which makes one kernel of it.
 On ``meta`` a custom operator stands for that kernel, so that kernels and bytes can be counted without a card.
 
 Nobody has measured this file on a card yet.
