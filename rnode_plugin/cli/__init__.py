@@ -13,17 +13,10 @@ import click
 
 from .._version import __version__
 from ..errors import NO_MEMORY, ConfigError, PluginError, RnodeError, first_line, suggest
-from ..plugins import registry
+from ..plugins import builtin, registry
 from .options import loaded
 
 __all__ = ["main"]
-
-_TASKS = {
-    "Train": ("train", "compare"),
-    "Use what was trained": ("eval", "sample", "report", "diagnose", "export", "cite"),
-    "Look up": ("recipes", "regularizers", "data", "plugins", "info"),
-    "Run a program": ("exec",),
-}
 
 _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")  # how a thread of OpenMP waits for the others
 
@@ -57,10 +50,11 @@ class _Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sentences = dict(loaded("commands", lambda name: _command(name).get_short_help_str(limit=200)))
-        ours = {name for names in _TASKS.values() for name in names}
-        for task, names in {**_TASKS, "From plugins": sorted(sentences.keys() - ours)}.items():
+        ours = builtin.COMMANDS
+        others = sorted(sentences.keys() - {name for section in ours.values() for name in section})
+        for title, names in [*ours.items(), ("From plugins", others)]:
             if rows := [(name, sentences[name]) for name in names if name in sentences]:
-                with formatter.section(task):
+                with formatter.section(title):
                     formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -8,7 +8,33 @@ from __future__ import annotations
 from ..regularizers import BUILTIN
 from .hookspecs import hookimpl
 
-__all__: list[str] = []
+__all__ = ["COMMANDS"]
+
+COMMANDS = {
+    "Train": {
+        "train": "train:train",
+        "compare": "train:compare",
+    },
+    "Use what was trained": {
+        "eval": "runs:eval",
+        "sample": "runs:sample",
+        "report": "runs:report",
+        "diagnose": "runs:diagnose",
+        "export": "runs:export",
+        "cite": "runs:cite",
+    },
+    "Look up": {
+        "recipes": "lists:recipes",
+        "regularizers": "lists:regularizers",
+        "data": "lists:data",
+        "plugins": "lists:plugins",
+        "info": "lists:info",
+    },
+    "Run a program": {
+        "exec": "lists:exec_script",
+    },
+}
+"""Sections of ``rnode-cli --help``, and the place of each command below ``rnode_plugin.cli``."""
 
 
 @hookimpl
@@ -56,19 +82,4 @@ def rnode_register_recipes() -> dict[str, str]:
 
 @hookimpl
 def rnode_register_commands() -> dict[str, str]:
-    return {
-        "train": "rnode_plugin.cli.train:train",
-        "compare": "rnode_plugin.cli.train:compare",
-        "eval": "rnode_plugin.cli.runs:eval",
-        "diagnose": "rnode_plugin.cli.runs:diagnose",
-        "sample": "rnode_plugin.cli.runs:sample",
-        "export": "rnode_plugin.cli.runs:export",
-        "report": "rnode_plugin.cli.runs:report",
-        "cite": "rnode_plugin.cli.runs:cite",
-        "recipes": "rnode_plugin.cli.lists:recipes",
-        "data": "rnode_plugin.cli.lists:data",
-        "plugins": "rnode_plugin.cli.lists:plugins",
-        "regularizers": "rnode_plugin.cli.lists:regularizers",
-        "info": "rnode_plugin.cli.lists:info",
-        "exec": "rnode_plugin.cli.lists:exec_script",
-    }
+    return {name: f"rnode_plugin.cli.{place}" for section in COMMANDS.values() for name, place in section.items()}
