@@ -79,7 +79,7 @@ def work_of_step(recipe: Recipe, *, batch: int) -> DeviceWork:
     torch.manual_seed(0)
     with torch.device("meta"):
         flow: Any = recipe.build_flow()
-        x = torch.rand(batch, *recipe.images.shape)
+        x = recipe.task.random_inputs(batch).x
     with DeviceWork() as work:
         output = flow(x, solver=recipe.solver.build())
         lambdas = recipe.lambdas

@@ -165,7 +165,7 @@ def main(data: str, out: str, assignments: tuple[str, ...], **options: Any) -> N
     print_environment(device)
     torch.set_flush_denormal(True)
     recipe, folder, steps = settings(data, options["data_root"], assignments), Path(out), options["steps"]
-    images = (recipe.override(["data.shape=1,28,28"]) if data == "mnist14" else recipe).images.load()
+    images: Any = (recipe.override(["data.shape=1,28,28"]) if data == "mnist14" else recipe).load_data(all_val=True)
     images = halved(images) if data == "mnist14" else images
     limit = min(100 if data == "mnist" else 300, len(images.val))
     same = {"data": data, "steps": str(steps), "settings": " ".join(assignments)}
@@ -184,9 +184,7 @@ def main(data: str, out: str, assignments: tuple[str, ...], **options: Any) -> N
         own = {**same, "method": name, "seed": str(seed)}
         points = append(folder / "quality_points.csv", [{**own, **dataclasses.asdict(point)} for point in found])
         step = method.solver.step if isinstance(method.solver, FixedGrid) else None
-        final = measured(
-            trainer.trained().eval(), images.val[:limit], changed.images.levels, rk4(step=step or 0.25)
-        )
+        final = measured(trainer.trained().eval(), images.val[:limit], images.levels, rk4(step=step or 0.25))
         last = {"images": trainer.seen, "seconds": trainer.seconds, "ended": ended}
         rows = append(folder / "quality.csv", [{**own, **final, **last}])
 

@@ -103,7 +103,8 @@ def build(recipe_name: str, case: str, batch: int, device: str, *, dtype: torch.
     recipe = get_recipe(recipe_name)
     path = PATHS.get(case, Path())
     torch.manual_seed(0)
-    data, model = recipe.images, recipe.model
+    data: Any = recipe.data
+    model = recipe.model
     flow = MultiscaleFlow(
         data.shape,
         hidden=model.hidden,

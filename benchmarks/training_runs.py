@@ -17,7 +17,7 @@ from usual import UsualFlow
 from rnode_plugin import MultiscaleFlow, SolverError, objective
 from rnode_plugin.core.random_streams import Stream, stream_seed
 from rnode_plugin.experiments.data import ImageData
-from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.recipes.recipe import Data, Recipe
 from rnode_plugin.experiments.training.datamodule import StepOrder
 from rnode_plugin.experiments.training.optimizers import learning_rate_factor, make_optimizer
 from rnode_plugin.flows.multiscale import dequantize, random_flip
@@ -112,6 +112,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.data, self.method, self.device = recipe, data, method, device
         self._clock = clock
+        self._flips = isinstance(recipe.data, Data) and recipe.data.flip
         torch.manual_seed(recipe.training.seed)
         self.flow: MultiscaleFlow = recipe.build_flow().to(device)  # pyright: ignore[reportAttributeAccessIssue]
         self.model: nn.Module = self.flow
@@ -137,8 +138,8 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(seed)
         batch = torch.from_numpy(self.data.train[next(self._batches)]).to(self.device)
         self.seen += len(batch)
-        x = dequantize(batch, self.recipe.images.levels, generator=generator)
-        return random_flip(x, generator=generator) if self.recipe.images.flip else x
+        x = dequantize(batch, self.data.levels, generator=generator)
+        return random_flip(x, generator=generator) if self._flips else x
 
     def draw_noise(self, images: int, step: int) -> list[Any]:
         """Noise for the divergence of each block; the same for all methods.
@@ -207,7 +208,7 @@ class Trainer:
         for first in range(0, images, size):
             torch.manual_seed(first)
             batch = torch.from_numpy(self.data.val[first : min(first + size, images)]).to(self.device)
-            bits.append(flow.bits_per_dim(dequantize(batch, self.recipe.images.levels)))
+            bits.append(flow.bits_per_dim(dequantize(batch, self.data.levels)))
         flow.train()
         return Point(self.steps, self.seconds, float(torch.cat(bits).mean()))
 

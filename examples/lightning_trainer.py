@@ -4,13 +4,14 @@ On several devices: python lightning_trainer.py --devices 2
 """
 
 import argparse
+from pathlib import Path
 
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
 from rnode_plugin import ImageDataModule, RnodeModule, get_recipe
-from rnode_plugin.experiments.evaluation.samples import sample_images, save_grid
+from rnode_plugin.experiments.recipes.task import SampleRequest
 
 
 def main():
@@ -42,8 +43,8 @@ def main():
         print(f"steps      {trainer.global_step}")
         print(f"bits/dim   {scores['val/bpd']:.3f} on {recipe.training.val_images} held-out digits")
         print(f"NFE        {scores['val/nfe']:.0f} per batch, all blocks together")
-        images = sample_images(module.flow, 16, temperatures=(0.6, 0.8, 1.0))
-        save_grid(options.output, images, levels=recipe.images.levels, columns=16)
+        request = SampleRequest(count=16, temperatures=(0.6, 0.8, 1.0), columns=16)
+        recipe.task.write_samples(module.flow, Path(options.output), request)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ The paper's ImageNet 64x64 on four GPUs: python train_images.py imagenet64 --dev
 """
 
 import argparse
+from pathlib import Path
 
 from rnode_plugin import get_recipe, load_flow
-from rnode_plugin.experiments.evaluation.samples import sample_images, save_grid
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.experiments.recipes.task import SampleRequest
 from rnode_plugin.experiments.training.fit import fit
 from rnode_plugin.experiments.training.runs import RunOptions
 
@@ -32,9 +34,11 @@ def main():
     elif options.steps:
         settings += [f"training.max_steps={options.steps}", "training.max_epochs=none"]
     recipe = get_recipe(options.recipe).override(settings)
-    if not hasattr(recipe.data, "levels"):
-        parser.error(f"{recipe.name} is a recipe of a table")
-    levels = recipe.images.levels
+    request = SampleRequest(count=16, temperatures=(0.6, 0.8, 1.0), columns=16)
+    try:
+        recipe.task.check_request(request, Path(options.output))
+    except ConfigError as error:  # now, not after the training
+        parser.error(f"no samples of {recipe.name} can be drawn: {error}")
     result = fit(recipe, RunOptions(progress=False), devices=options.devices, num_nodes=options.num_nodes)
 
     if not result.first_process:  # of several, one reports
@@ -51,8 +55,7 @@ def main():
     print(f"run                {result.folder.path}")
 
     flow = load_flow(result.folder.path)  # the best weights, on the CPU
-    images = sample_images(flow, 16, temperatures=(0.6, 0.8, 1.0))
-    save_grid(options.output, images, levels=levels, columns=16)
+    recipe.task.write_samples(flow, Path(options.output), request)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,15 @@ LIGHT = [
             "for name in ('digits', 'mnist-fast', 'cifar10', 'celebahq256'): get_recipe(name).ffjord().to_plain()",
             {"torch"},
         ),
+        (
+            "from rnode_plugin.experiments.recipes.task import SampleRequest\n"
+            "get_recipe('digits').task.check_request(SampleRequest(), None)",
+            {"torch", "numpy"},
+        ),
+        (
+            "get_recipe('table').task.check_request(SampleRequest(), None)",
+            {"torch"},
+        ),
     ],
     [
         (  # a flow whose regularizers are objects

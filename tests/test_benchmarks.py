@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rnode_plugin import get_recipe
+from rnode_plugin.experiments.data import ImageData
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -21,12 +22,13 @@ def test_probes_are_independent_of_the_pixels_noise() -> None:
     from training_runs import METHODS, Trainer
 
     recipe = get_recipe("digits").override(["data.batch_size=500", "model.hidden=2"])
-    data = recipe.images.load()
+    data = recipe.load_data()
+    assert isinstance(data, ImageData)
     trainer = Trainer(recipe, data, METHODS["exact divergence"], steps=10, device=torch.device("cpu"))
     correlations = []
     for step in range(4):
         trainer.steps = step
-        noise = (trainer.images() * recipe.images.levels).frac()  # what dequantization has added to whole numbers
+        noise = (trainer.images() * data.levels).frac()  # what dequantization has added to whole numbers
         probe = trainer.draw_noise(len(noise), step)[0]
         pair = torch.stack([noise.flatten(), probe.square().flatten()])
         correlations.append(torch.corrcoef(pair)[0, 1])

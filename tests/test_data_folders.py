@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from rnode_plugin import get_recipe
 from rnode_plugin.errors import ConfigError, DataError
-from rnode_plugin.experiments.data import ArrayDataset, folders, get_dataset
+from rnode_plugin.experiments.data import ArrayDataset, ImageData, folders, get_dataset
 from rnode_plugin.experiments.data.batches import keep_batch
 from rnode_plugin.experiments.data.folders import ImageFiles, PackedImages, decode
 from rnode_plugin.experiments.data.images import Selection
@@ -159,20 +159,21 @@ def test_a_recipe_takes_the_shape_of_the_pictures(tmp_path, shape, options, foun
     for i, image in enumerate(random_images(30, shape)):
         write_picture(tmp_path / f"{i}.png", image)
     recipe = get_recipe("pictures").override([f"data.root={tmp_path}", *options])
-    assert (recipe.images.shape, recipe.images.levels) == (found, 256)
-    data = recipe.images.load()
+    assert (recipe.task.event, recipe.task.model_options) == (found, {"levels": 256})
+    data = recipe.load_data(all_val=True)
+    assert isinstance(data, ImageData)
     assert (data.shape, len(data.train) + len(data.val)) == (found, 30)
     assert data.described() == f"folder: images of {'x'.join(map(str, found))}, 256 levels"
     assert recipe.override(["training.seed=3"]).data == recipe.data
     other = get_recipe("mnist").override(["data.name=folder", f"data.root={tmp_path}", *options])
-    assert (other.images.shape, other.paper) == (found, None)
+    assert (other.task.event, other.paper) == (found, None)
 
 
 def test_colours_and_sizes_are_those_of_all_pictures(tmp_path):
     _write(tmp_path, random_images(3, (1, 8, 8)))
     write_picture(tmp_path / "val" / "z.png", random_images(1)[0])
     recipe = get_recipe("pictures").override([f"data.root={tmp_path}"])
-    assert recipe.images.shape == (3, 8, 8)
+    assert recipe.task.event == (3, 8, 8)
     write_picture(tmp_path / "train" / "z.png", random_images(1, (3, 9, 8))[0])
     for load in (recipe.load_data, lambda: get_recipe("pictures").override([f"data.root={tmp_path}"])):
         with pytest.raises(DataError, match=r"the pictures differ in size: .*z\.png.*9x8.*--size"):
@@ -184,7 +185,7 @@ def test_pictures_of_a_camera_need_a_size(tmp_path):
     write_picture(tmp_path / "a.png", random_images(1, (3, 300, 200))[0])
     with pytest.raises(DataError, match=r"300x200, too large .*--size 32"):
         get_recipe("pictures").override([f"data.root={tmp_path}"])
-    assert get_recipe("pictures").override([f"data.root={tmp_path}", "data.size=32"]).images.shape == (3, 32, 32)
+    assert get_recipe("pictures").override([f"data.root={tmp_path}", "data.size=32"]).task.event == (3, 32, 32)
 
 
 def test_a_recipe_for_another_shape_says_what_to_add():

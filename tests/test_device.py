@@ -23,7 +23,7 @@ from rnode_plugin import get_recipe, objective
 
 recipe = get_recipe("digits")
 flow, solver = recipe.build_flow(), recipe.solver.build()
-output = flow(torch.rand(2, *recipe.images.shape), solver=solver)
+output = flow(recipe.task.random_inputs(2).x, solver=solver)
 objective(flow.log_prob_of(output), output.regularization, lambdas=recipe.lambdas, dims=recipe.dims).loss.backward()
 assert "rnode_plugin.core.operations" in sys.modules
 assert "rnode_plugin.core.device" not in sys.modules

@@ -22,8 +22,10 @@ from rnode_plugin.core.random_streams import Stream, seeded, stream_seed
 from rnode_plugin.core.trace_estimators import Exact, Hutchinson
 from rnode_plugin.experiments.data.tables import Table
 from rnode_plugin.experiments.evaluation.likelihood import evaluate, nfe_batches
-from rnode_plugin.experiments.evaluation.samples import sample_images, save_grid
-from rnode_plugin.experiments.recipes.task import FlowInput, ImageTask, TableTask
+from rnode_plugin.experiments.recipes.image_task import ImageTask
+from rnode_plugin.experiments.recipes.table_task import TableTask
+from rnode_plugin.experiments.recipes.task import FlowInput, Quantity
+from rnode_plugin.experiments.samples import sample_images, save_grid
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.flows.table import TableFlow
 from rnode_plugin.plugins.registry import get_regularizer
@@ -234,11 +236,14 @@ class Scaling(nn.Module):
         return self.rate * z
 
 
-class Doubles(ImageTask):
-    """Images in double precision."""
+class Double(Quantity):
+    """A likelihood in double precision."""
 
-    def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
-        return FlowInput(super().inputs(batch, quantity).x.double())
+    def __init__(self, single: Quantity) -> None:
+        self.name, self._single = single.name, single
+
+    def inputs(self, batch: Tensor) -> FlowInput:
+        return FlowInput(self._single.inputs(batch).x.double())
 
 
 def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +251,8 @@ def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form(monkeypatch: pytes
     flow = MultiscaleFlow((1, 2, 2), alpha=0.05, levels=17, trace_noise="exact", field=lambda shape: field).double()
     blocks, pictures = len(flow.fields), images(5, 17, (1, 2, 2))
     euler, tight = FixedGrid("euler", step=0.5), Adaptive("dopri5", atol=1e-10, rtol=1e-10)
+    measure = ImageTask((1, 2, 2), 17)
+    measure.quantities = tuple(map(Double, measure.quantities))
     calls: list[int] = []
     encode = flow.encode
 
@@ -256,7 +263,7 @@ def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form(monkeypatch: pytes
         return output
 
     monkeypatch.setattr(flow, "encode", counted)
-    found = evaluate(flow, pictures, measure=Doubles((1, 2, 2), 17), batch_size=3, draws=1, solver=tight,
+    found = evaluate(flow, pictures, measure=measure, batch_size=3, draws=1, solver=tight,
                      training_solver=euler)  # fmt: skip
 
     def latent(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ import importlib.util
 import random
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from rnode_plugin.errors import ConfigError, DataError, RnodeError
 from rnode_plugin.experiments.data.table_files import column_names, read_columns, write_rows
 from rnode_plugin.experiments.data.tables import CELLS, Table, check_columns, split_rows, table
-from rnode_plugin.experiments.recipes.recipe import get_recipe
+from rnode_plugin.experiments.recipes.recipe import TableData, get_recipe
 
 NAMES = ("temperature (K)", "dose", "a, b")
 ROWS = np.random.default_rng(0).normal(size=(30, 3)) * [50, 1, 1e-3] + [300, 0, 0]
@@ -263,9 +264,9 @@ def test_the_advice_to_leave_columns_out_can_be_pasted(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"'sex' of .* is not numeric: row 1 holds 'f'.*, or leave it out"
     ) as refused:
-        recipe.table.load()
+        recipe.load_data()
     (setting,) = shlex.split(str(refused.value).rpartition("--set ")[2].removesuffix("."))
-    loaded = recipe.override([setting]).table.load()  # also without the other column of texts
+    loaded: Any = recipe.override([setting]).load_data()  # also without the other column of texts
     assert loaded.columns == ("a", "b, mean", "c")
     with pytest.raises(DataError, match=r"leave it out with --set data\.columns=a,b\.$"):
         _accept(_table(X, Y, 0 * X), 3)
@@ -281,23 +282,25 @@ def test_columns_that_are_only_close() -> None:
 def test_a_recipe_takes_the_columns_of_its_file(tmp_path: Path) -> None:
     path = write(tmp_path / "data.csv")
     recipe = get_recipe("table").override([f"data.root={path}", "data.given=dose,temperature (K)"])
-    assert (recipe.table.columns, recipe.table.given) == (NAMES, ("dose", "temperature (K)"))
-    assert (recipe.dims, recipe.table.modelled) == (1, ("a, b",))
-    loaded = recipe.table.load()
+    settings = recipe.data
+    assert isinstance(settings, TableData)
+    assert (settings.columns, settings.given) == (NAMES, ("dose", "temperature (K)"))
+    assert (recipe.dims, settings.modelled) == (1, ("a, b",))
+    loaded = settings.load()
     assert loaded.columns == ("a, b", "dose", "temperature (K)")  # those that are given follow the others
     assert loaded.train.dtype == np.float32
     whole = np.concatenate([loaded.train, loaded.val, loaded.held_out])
     np.testing.assert_allclose(np.sort(whole[:, 2]), np.sort(ROWS[:, 0]), rtol=1e-6)
     chosen = get_recipe("table").override([f"data.root={path}", "data.columns=dose,temperature (K)"])
-    assert chosen.table.load().columns == ("dose", "temperature (K)")
+    assert chosen.task.columns == ("dose", "temperature (K)")
     assert recipe.override(["training.seed=3"]).data == recipe.data
     assert type(recipe).from_plain(recipe.to_plain()) == recipe
 
 
 def test_the_table_that_comes_along() -> None:
     recipe = get_recipe("table")
-    assert recipe.table.columns == CELLS == table().columns
-    loaded = recipe.table.load()
+    assert recipe.task.columns == CELLS == table().columns
+    loaded = recipe.load_data()
     assert (len(loaded.train), len(loaded.val), len(loaded.held_out)) == (398, 57, 114)
     assert recipe.override(["data.root=none"]).data == recipe.data
 

@@ -24,9 +24,9 @@ from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.data.table_files import column_names, read_columns
 from rnode_plugin.experiments.data.tables import Table
 from rnode_plugin.experiments.evaluation.likelihood import evaluate
-from rnode_plugin.experiments.evaluation.samples import sample_rows
 from rnode_plugin.experiments.recipes.recipe import Recipe, read_recipe
-from rnode_plugin.experiments.recipes.task import TableTask
+from rnode_plugin.experiments.recipes.table_task import TableTask
+from rnode_plugin.experiments.samples import sample_rows
 from rnode_plugin.flows.table import TableFlow
 
 SETTINGS = [
@@ -85,7 +85,7 @@ def test_a_run_folder_of_a_table(conditional: Path) -> None:
 def test_the_nll_of_a_run_is_that_of_its_flow_in_the_unit_of_the_file(file: Path, conditional: Path) -> None:
     flow: Any = load_flow(conditional)
     recipe = recipe_of(file, "data.given=temperature,dose")
-    data = recipe.table.load()
+    data = cast(Table, recipe.load_data())
     assert data.columns == ("pressure", "yield", "temperature", "dose")
     np.testing.assert_allclose(flow.mean, data.train.mean(0), rtol=1e-5)
     np.testing.assert_allclose(flow.scale, data.train.std(0), rtol=1e-4)
@@ -162,14 +162,11 @@ AT = ["--given-values", "temperature=3,dose=1"]
     ("options", "message"),
     [
         ([], "given temperature, dose, and temperature has no value. Name the values with --given-values"),
-        (["--given-values", "temperature=300,dosis=1"], "unknown given column 'dosis'; did you mean 'dose'"),
         (["--given-values", "temperature=300,dose=much"], "needs a number for each column, as in dose=1.5"),
         (["--given-values", "dose=1,temperature=3, dose=2"], "it has the column 'dose' twice"),
         ([*AT, "--given-file", "x.csv"], "with --given-file, not both."),
         (["--given-file", "missing.csv"], "missing.csv does not exist"),
         ([*AT, "-t", "0.5", "-t", "1"], "drawn at one temperature"),
-        ([*AT, "--columns", "4"], "leave --columns out"),
-        ([*AT, "--out", "x.png"], "x.png is not a table"),
     ],
 )
 def test_samples_that_cannot_be_drawn(conditional: Path, options: list[str], message: str) -> None:
@@ -200,7 +197,7 @@ def test_given_values(text: str, found: dict[str, float] | str) -> None:
 
 def test_contexts_outside_of_the_training_rows_are_named(file: Path, conditional: Path, tmp_path: Path) -> None:
     recorded = json.loads((conditional / "recipe.json").read_text())["data"]["given_ranges"]
-    train = recipe_of(file, "data.given=temperature,dose").table.load().train[:, 2:]
+    train = recipe_of(file, "data.given=temperature,dose").load_data().train[:, 2:]
     assert recorded == np.stack([train.min(0), train.max(0)], 1).tolist()
     (low, high), dose = recorded[0], recorded[1][1]
     place = tmp_path / "values.csv"
@@ -228,15 +225,8 @@ def test_the_next_step_of_a_conditional_run_names_its_columns(file: Path, tmp_pa
     assert f"rnode-cli sample {tmp_path}/table/0 --given-values temperature=VALUE,dose=VALUE\n" in trained.output
 
 
-def test_a_run_without_given_columns_takes_no_values(file: Path, tmp_path: Path) -> None:
-    made = run(recipe_of(file, "training.max_steps=1"), tmp_path).folder.path
-    outcome = rnode("sample", made, "--given-values", "dose=1", "--out", tmp_path / "x.csv")
-    assert outcome.exit_code == 2
-    assert "this run was trained without --given, so its density takes no context" in outcome.output
-
-
-def test_samples_at_contexts(file: Path, conditional: Path, tmp_path: Path) -> None:
-    values, of_file = tmp_path / "values.parquet", tmp_path / "file.csv"
+def test_samples_at_contexts(conditional: Path, tmp_path: Path) -> None:
+    values = tmp_path / "values.parquet"
     at = rnode(
         "sample", str(conditional), "--given-values", "dose=2,temperature=310", "-n", "5", "--out", str(values)
     )
@@ -249,13 +239,6 @@ def test_samples_at_contexts(file: Path, conditional: Path, tmp_path: Path) -> N
     np.testing.assert_allclose(
         drawn[:, 2:], sample_rows(cast(TableFlow, load_flow(conditional)), 5, context=context)
     )
-    both = rnode("sample", str(conditional), "--given-file", str(file), "-n", "2", "--out", str(of_file))
-    assert both.exit_code == 0, both.output
-    with of_file.open() as text:
-        again = [row[0] for row in csv.reader(text)][1:]
-    with file.open() as text:
-        temperatures = [float(row[0]) for row in csv.reader(text) if row[0] != "temperature"]
-    np.testing.assert_allclose(np.array(again, dtype=float), np.repeat(temperatures, 2), rtol=1e-6)
 
 
 @pytest.mark.slow  # three processes
@@ -278,8 +261,8 @@ def test_a_comparison_of_penalties(file: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_options_of_the_other_kind(conditional: Path) -> None:
     assert "--given is for tables, and digits" in rnode("train", "digits", "--given", "a").output
+    assert "--size is for images, and table is a recipe of a table" in rnode("train", "table", "--size", "8").output
     assert "--given-file are for tables" in rnode("sample", "mnist-pretrained", "--given-values", "a=1").output
-    assert "the data set 'digits' holds images" in rnode("train", "table", "--data", "digits").output
 
 
 # a Gaussian of the same rows
@@ -325,17 +308,6 @@ def test_an_exact_evaluation_draws_once_and_an_estimate_agrees() -> None:
     assert abs(noisy.mean - exact.means["nll"].mean) < 5 * noisy.stderr_noise
 
 
-def test_an_evaluation_of_a_table_without_its_baseline() -> None:
-    measure = TableTask(("a", "b"))
-    samples = np.zeros((3, 2), np.float32)
-    result = evaluate(_flow(2), samples, measure=measure)
-    assert list(result.means) == ["nll"]
-    compared = result.with_baselines(measure, Table("t", ("a", "b"), np.eye(4, 2), samples, samples))
-    assert list(compared.means) == ["nll", "gaussian"]
-    with pytest.raises(ConfigError, match="at least one row"):
-        evaluate(_flow(2), samples[:0], measure=measure)
-
-
 # a file that changes
 
 
@@ -358,7 +330,7 @@ def test_a_table_that_has_changed_is_not_split_again(file: Path, tmp_path: Path)
             assert result.exit_code != 0
             assert re.search(f"has changed since the training.*{words}.*--data-root", result.output)
         new = read_recipe(folder / "recipe.json")
-        assert new.table.load().rows == len(changed) - 1, "a new run takes the new rows"
+        assert cast(Table, new.load_data()).rows == len(changed) - 1, "a new run takes the new rows"
     elsewhere = path.rename(tmp_path / "changed.csv")
     assert "is another table than the one" in rnode("eval", folder, "--data-root", elsewhere).output
     again = rnode("eval", str(folder), "--json", "--data-root", str(tmp_path / "moved.csv"))
@@ -379,7 +351,7 @@ def test_a_table_of_a_plugin_with_a_split_of_its_own(register: Any) -> None:
 
     register(Plugin(), "ring")
     recipe = get_recipe("table").override(["data.name=ring"])  # whose own share of held-out rows is 0.2
-    assert (recipe.table.columns, len(recipe.table.load().train)) == (("x", "y"), 40)
+    assert (recipe.task.columns, len(recipe.load_data().train)) == (("x", "y"), 40)
     with pytest.raises(ConfigError, match="has a fixed split"):
         recipe.override(["data.held_out=0.3"]).load_data()
 

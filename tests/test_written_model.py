@@ -20,9 +20,11 @@ from written_model import LaplaceFlow
 
 from rnode_plugin import FixedGrid, TableFlow, get_recipe, hookimpl, load_flow, plugins
 from rnode_plugin.errors import ConfigError, PluginError
+from rnode_plugin.experiments.data.tables import Table
 from rnode_plugin.experiments.evaluation.likelihood import evaluate
 from rnode_plugin.experiments.recipes.recipe import Recipe
-from rnode_plugin.experiments.recipes.task import FlowInput, TableTask
+from rnode_plugin.experiments.recipes.table_task import TableTask
+from rnode_plugin.experiments.recipes.task import FlowInput
 from rnode_plugin.experiments.training.step import StepObjective, measure_batch
 
 SETTINGS = [
@@ -68,7 +70,8 @@ def test_through_training_evaluation_diagnosis_samples_and_a_report(
     made = run(recipe, tmp_path / "runs").folder.path
     flow = load_flow(made)
     assert isinstance(flow, LaplaceFlow if name == "laplace" else HeavyTails)
-    data = recipe.table.load()
+    data = recipe.load_data()
+    assert isinstance(data, Table)
     torch.testing.assert_close(flow.mean, torch.from_numpy(data.train.mean(0)), rtol=1e-4, atol=0)
 
     def nll(rows: np.ndarray) -> np.ndarray:

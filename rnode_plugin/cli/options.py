@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from ..errors import ConfigError, RnodeError, suggest
+from ..errors import ConfigError, RnodeError
 from ..plugins import registry
 
 if TYPE_CHECKING:
@@ -171,18 +171,11 @@ def changed(recipe: Recipe, options: dict[str, Any]) -> Recipe:
             continue
         if name == "data":
             registry.check_name("datasets", value)
-        if name == "given" and not recipe.task.columns:
-            raise ConfigError(f"--given is for tables, and {recipe.name} is a recipe of images.")
+        if (foreign := recipe.data.foreign.get(name)) is not None:
+            raise ConfigError(f"--{name} is for {foreign}, and {recipe.name} is a recipe of {recipe.data.subject}.")
         changes.append(f"{setting.format(samples=recipe.task.samples)}={value}")
     new = recipe.override([*changes, *options.pop("assignments")])
-    if new.data.name == "table" and new.task.columns and new.table.columns != recipe.table.columns:
-        from ..experiments.data.tables import table_columns
-
-        known = table_columns(new.data.root)  # the head of the file, before torch is imported
-        if unknown := [each for each in new.table.columns if each not in known]:
-            raise ConfigError(f"data.columns: {suggest(unknown[0], known, 'column')}")
-    if new.data.name == "folder" and new.data.root is None:
-        raise ConfigError("name the folder of your pictures: --data-root FOLDER.")
+    new.data.check_chosen(recipe.data)
     return new
 
 

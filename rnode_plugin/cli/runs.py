@@ -229,8 +229,8 @@ def sample(*, run: str, **options: Any) -> None:
     have the given columns in addition to the drawn ones.
     """
     from ..experiments.data.table_files import column_names
-    from ..experiments.evaluation.requests import check_samples
     from ..experiments.recipes.recipe import recipe_beside
+    from ..experiments.recipes.task import SampleRequest
     from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
 
     values, file = options.pop("given_values"), options.pop("given_file")
@@ -239,21 +239,18 @@ def sample(*, run: str, **options: Any) -> None:
     checkpoint, given, named = find_checkpoint(run), values or file, options.pop("out")
     if file is not None:
         column_names(file)
-    asked = {"given": given, "temperatures": options["temperatures"], "columns": options["columns"]}
+    device, force = options.pop("device"), options.pop("force")
+    request = SampleRequest(given=given, **options)
     if (known := recipe_beside(checkpoint)) is not None:  # what cannot work is refused before torch is imported
-        check_samples(known.task, None if named is None else Path(named), **asked)
+        known.task.check_request(request, None if named is None else Path(named))
     from ..experiments.evaluation.loading import pick_device
-    from ..experiments.evaluation.samples import write_samples
 
     flush_denormals()
-    flow, recipe = load_with_recipe(checkpoint, map_location=pick_device(options.pop("device")))
-    default = "samples.png" if recipe.task.samples == "images" else "samples.csv"
-    place = free_path(named, default, force=options.pop("force"))
-    chosen = {name: value for name, value in options.items() if value is not None and name != "count"}
-    ranges = recipe.table.given_ranges if recipe.task.columns else None
-    drawn = write_samples(recipe.task, flow, place, options["count"], given=given, ranges=ranges, **chosen)
+    flow, recipe = load_with_recipe(checkpoint, map_location=pick_device(device))
+    place = free_path(named, recipe.task.samples_file, force=force)
+    drawn = recipe.task.write_samples(flow, place, request)
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
-    temperatures = ", ".join(f"{each:g}" for each in options["temperatures"])
+    temperatures = ", ".join(f"{each:g}" for each in request.temperatures)
     click.echo(f"{counted(drawn, recipe.task.sample)} at temperature {temperatures}{averaged}: {place}")
 
 

@@ -221,7 +221,7 @@ def _print_result(result: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
     click.echo(f"\n{table(rows)}")
     if next_steps:
         left = result.stopped == "max_time" and result.steps < result.planned
-        given = ",".join(f"{name}=VALUE" for name in recipe.task.columns[1]) if recipe.task.columns else ""
+        given = ",".join(f"{name}=VALUE" for name in recipe.task.given)
         show_next(
             *([f"rnode-cli train --resume {run}"] if left else []),
             f"rnode-cli sample {run}" + (f" --given-values {shlex.quote(given)}" if given else ""),

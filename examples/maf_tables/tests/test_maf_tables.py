@@ -102,7 +102,7 @@ def test_recipes_and_what_is_said_of_a_missing_file(name: str, tmp_path: Path) -
     recipe = get_recipe(name).override([f"data.root={tmp_path}"])
     assert recipe.dims == COLUMNS[name]
     with pytest.raises(DataError, match=rf"{name} is missing: {tmp_path}.*zenodo\.org/records/1161203"):
-        recipe.table.load()
+        recipe.load_data()
     with pytest.raises(ConfigError, match=r"fixed split"):
         recipe.override(["data.held_out=0.3"]).load_data()
 

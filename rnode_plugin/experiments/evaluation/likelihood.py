@@ -21,8 +21,8 @@ from ...core.trace_estimators import Exact, Hutchinson
 from ...core.weighing import undivided
 from ...diagnostics.solver_gap import measure_solver_gap
 from ...errors import ConfigError
-from ...flows.multiscale import MultiscaleFlow
-from ..recipes.task import ImageTask, Task
+from ..recipes.image_task import ImageTask
+from ..recipes.task import Task
 from .measures import Evaluation, Mean, batch_of
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def evaluate(
     flow: DensityModel,
     samples: Any,
     *,
-    measure: Task | None = None,
+    measure: Task[Any] | None = None,
     batch_size: int = 200,
     draws: int | None = None,
     solver: Solver | None = None,
@@ -54,35 +54,32 @@ def evaluate(
         flow: the model; it stays on its device and in its mode. Its trace estimator is replaced: the trace is exact
             or, above 16 dimensions of images and 64 columns of tables, estimated with Rademacher probes, which have
             the smallest variance among independent ones.
-        samples: the data as they come, array or tensor ``(N, ...)``: uint8 images ``(N, C, H, W)`` with values in
+        samples: the raw data, array or tensor ``(N, ...)``: uint8 images ``(N, C, H, W)`` with values in
             0..levels-1, or rows of a table.
-        measure: the task of a recipe; None for a :class:`~rnode_plugin.MultiscaleFlow`, images of its shape and
-            levels.
+        measure: the task of a recipe. None takes the task of a :class:`~rnode_plugin.MultiscaleFlow`: images with
+            its shape and levels.
         batch_size: samples per solve. An adaptive solver chooses its steps for a whole batch, and begins with the
-            last step of the batch before.
-        draws: draws of noise per sample. None for as many as make the error from the noise at most half of the
-            error from the samples, one to eight. To measure it the first samples are drawn twice.
+            longest safe step of the previous batch.
+        draws: draws of noise per sample, or None to choose between one and eight, so that the error from the noise
+            is at most half of the error from the samples. To measure that error the first samples are drawn twice.
         solver: the integrator; None for the flow's own.
         seed: the seed of the noise.
-        training_solver: a fixed grid to be compared with ``solver``; others are not compared.
-        progress: called with batches done and batches in all.
+        training_solver: a fixed grid to compare with ``solver``. An adaptive one is not compared.
+        progress: called with the number of batches done and the number of all batches.
 
     Returns:
-        Means over samples: the last, smaller batch counts by its samples. NFE is counted in separate solves, which
-        begin with no step of another solve: of four batches of 100 samples, of large samples fewer, see
-        :func:`nfe_batches`.
+        Means over samples, where a smaller last batch has the weight of its samples. The NFE come from separate
+        solves, which do not reuse the steps of another solve, over the batches of :func:`nfe_batches`.
 
     Raises:
-        ConfigError: for no samples, and for a model without images and without a ``measure``.
+        ConfigError: there are no samples, or no ``measure`` for a model other than a ``MultiscaleFlow``.
         SolverError: if the integration fails.
     """
     if not len(samples):
         raise ConfigError("an evaluation needs at least one row or image.")
     start = time.monotonic()
     if measure is None:
-        if not isinstance(flow, MultiscaleFlow):
-            raise ConfigError(f"give measure=, the task of {type(flow).__name__}: only images have a default.")
-        measure = ImageTask(flow.image_shape, flow.levels)
+        measure = ImageTask.of(flow)
     solves = _Solves(measure, flow, samples, batch_size, solver, seed, progress)
     draws = draws or solves.choose_draws()
     solves.take(range(draws), len(solves.batches))
@@ -115,7 +112,7 @@ def evaluate(
 
 
 def nfe_batches(samples: int, dims: int) -> list[slice]:
-    """The batches for the NFE: four of 100 samples, of ``400,000 / dims`` where that is less; at least one each.
+    """The batches for the NFE: at most four, with 100 samples each, or ``400,000 / dims`` if that is less.
 
     Args:
         samples: number of held-out samples.
@@ -126,16 +123,16 @@ def nfe_batches(samples: int, dims: int) -> list[slice]:
 
 
 class _Solves:
-    """The solves of an evaluation: each draw of noise, quantity and batch of samples once.
+    """The solves of an evaluation. Each draw of noise, quantity and batch of samples is solved once.
 
     Attributes:
-        batches: places of the samples of each.
+        batches: the samples of each batch, as a slice.
         scores: ``(B,)`` in double precision, by draw, quantity and batch.
     """
 
     def __init__(
         self,
-        measure: Task,
+        measure: Task[Any],
         flow: DensityModel,
         samples: Any,
         batch_size: int,
@@ -158,21 +155,21 @@ class _Solves:
         self._safe_steps: tuple[float | None, ...] = ()
 
     def choose_draws(self) -> int:
-        """Draw the first samples twice; the number of draws that makes the noise small enough."""
+        """The number of draws that makes the noise small enough, from two draws of the first samples."""
         if not self._measure.noisy and isinstance(self._flow.estimator, Exact):
             return 1
         self.take(range(2), self._pilot, total=self._total)
         return max(_draws_needed(self._rows(range(2), kind, self._pilot)) for kind in self._kinds)
 
     def take(self, draws: range, batches: int, *, total: int | None = None) -> None:
-        """Solve these draws of the first batches, as far as they are not solved."""
+        """Solve these draws of the first batches, except where that was done before."""
         keys = [key for key in itertools.product(draws, self._kinds, range(batches)) if key not in self.scores]
         total = total or len(self.scores) + len(keys)
         for draw, kind, index in keys:
             batch, along = self.batches[index], kind == 0 and not self._apart
             output = self.encode(self._solver, batch, draw, kind, index, penalties=along)
             self.scores[draw, kind, index] = self.scores_of(output)
-            if kind == 0:  # the samples as training sees them
+            if kind == 0:  # training sees the samples with the first quantity's noise
                 if self._apart:
                     output = self.encode(self._solver, batch, draw, kind, index, penalties=True)
                 sums = {name: float(each.cpu().double().sum()) for name, each in output.regularization.items()}
@@ -191,9 +188,9 @@ class _Solves:
         penalties: bool = False,
         alone: bool = False,
     ) -> FlowOutput:
-        """Solve a batch with the noise of this draw, quantity and index; ``alone`` without another solve's step."""
+        """Solve a batch with the noise of this draw, quantity and index; ``alone`` reuses no other solve's step."""
         with seeded(self._seed, Stream.VALIDATE, draw, kind, index):
-            x, context = self._measure.inputs(batch_of(self._samples, batch).to(self._device), kind)
+            x, context = self._measure.quantities[kind].inputs(batch_of(self._samples, batch).to(self._device))
             known: dict[str, Any] = {"first_steps": self._safe_steps} if self._safe_steps and not alone else {}
             full = self._flow.full_quadrature(solver)
             output = self._flow.encode(x, context=context, solver=full, penalties=penalties, **known)
@@ -229,8 +226,8 @@ class _Solves:
         return torch.stack(rows)
 
 
-def _with_least_noise(flow: DensityModel, measure: Task) -> DensityModel:
-    """The same flow, the same parameters, with the trace estimator of an evaluation."""
+def _with_least_noise(flow: DensityModel, measure: Task[Any]) -> DensityModel:
+    """The same flow, which shares its parameters, with the trace estimator of an evaluation."""
     if isinstance(flow.estimator, Exact):
         return flow
     quiet = copy.copy(flow)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import textwrap
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ def load_for_training(recipe: Recipe, *, download: bool = False) -> tuple[Recipe
     Raises:
         DataError, ConfigError: see :meth:`~rnode_plugin.experiments.recipes.recipe.Recipe.load_data`.
     """
-    data = recipe.load_data(download=download)
+    data: Any = recipe.load_data(download=download)  # of the kind that the settings are for
     return dataclasses.replace(recipe, data=recipe.data.trained_on(data)), data
 
 
@@ -34,18 +35,14 @@ def load_for_evaluation(recipe: Recipe, *, root: str | None = None, download: bo
     Raises:
         DataError, ConfigError: see :meth:`~rnode_plugin.experiments.recipes.recipe.Recipe.load_data`.
     """
-    data = recipe.at_root(root).load_data(download=download, all_val=True)
-    if isinstance(data, Table) and recipe.table.checksum not in (None, data.checksum):
-        print(
-            f"{data.name} is another table than the one of the training. If they share rows, some that were "
-            "trained on may be held out now.",
-            file=sys.stderr,
-        )
+    data: Any = recipe.at_root(root).load_data(download=download, all_val=True)
+    if (doubt := recipe.data.doubt(data)) is not None:
+        print(doubt, file=sys.stderr)
     return data
 
 
 def check_device(name: str) -> None:
-    """Refuse a CUDA or MPS device that PyTorch does not find. None is put to use for that.
+    """Refuse a CUDA or MPS device that PyTorch does not find, without opening any device.
 
     Raises:
         ConfigError: it is not there.

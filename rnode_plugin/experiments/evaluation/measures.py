@@ -69,7 +69,7 @@ class Evaluation:
 
     def with_baselines(self, task: Task, data: Any) -> Evaluation:
         """This evaluation with the means of the task's baselines, which follow from the training data."""
-        means = {name: _mean_of(scores) for name, scores in task.baseline_scores(data, self.samples).items()}
+        means = {each.name: _mean_of(each.scores(data, self.samples)) for each in task.baselines}
         return dataclasses.replace(self, means={**self.means, **means})
 
     def rows(self, task: Task) -> list[tuple[str, str]]:

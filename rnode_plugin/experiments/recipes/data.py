@@ -6,21 +6,22 @@ import dataclasses
 import os
 import shlex
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from ...errors import ConfigError, DataError, suggest
 from .fields import CONFIG, KEPT, OF_THE_WEIGHTS, Fraction, Listed, Names, Text, listed
-from .task import ImageTask, TableTask
+from .image_task import ImageTask
+from .table_task import TableTask
 
 if TYPE_CHECKING:
     from ..data import ImageData, Table
 
 
 def _of_an_image(value: Any) -> Any:
-    """The entries of a shape. A number that is missing or too many has no place that pydantic could name well."""
+    """The entries of a shape. They are counted here, because pydantic could not say well which one is missing."""
     entries = listed(value)
     if isinstance(entries, (list, tuple)) and len(entries) != 3:
         raise ValueError("an image has three numbers C,H,W (channels, height, width), as in 1,28,28")
@@ -43,9 +44,14 @@ class Data:
         workers: number of processes that read batches; 0 to read them in the training process.
         train_images: number of training images to use, drawn from all of them; None for all.
         size: height and width that the pictures of a folder are scaled to; None if they have the shape already.
+        kind: marks the settings of images.
+        subject: what they describe, in a message.
+        foreign: options of the command line that other data take, and which data.
     """
 
-    kind = "images"
+    kind: ClassVar[str] = "images"
+    subject: ClassVar[str] = "images"
+    foreign: ClassVar[Mapping[str, str]] = {"given": "tables"}
 
     name: Annotated[Text, KEPT]
     shape: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_of_an_image), OF_THE_WEIGHTS]
@@ -64,6 +70,11 @@ class Data:
                 "the digits come with scikit-learn, so --data-root has no effect. To train on your pictures: "
                 f"rnode-cli train pictures --data-root {shlex.quote(os.path.relpath(self.root))}"
             )
+
+    @property
+    def of_user(self) -> bool:
+        """Whether the images are the user's own pictures, in the folder ``root``."""
+        return self.name == "folder"
 
     @property
     def task(self) -> ImageTask:
@@ -123,8 +134,16 @@ class Data:
             )
         return data.limit(self.train_images, val_images)
 
-    def trained_on(self, data: Any) -> Data:
-        """These settings with what a run records of its ``data``, which is nothing for images."""
+    def check_chosen(self, before: AnyData) -> None:
+        """Refuse a folder of pictures that has no place. See :meth:`TableData.check_chosen`."""
+        if self.of_user and self.root is None:
+            raise ConfigError("name the folder of your pictures: --data-root FOLDER.")
+
+    def doubt(self, data: ImageData) -> str | None:
+        """None, because other images in a folder do not change on which side of the split an image is."""
+
+    def trained_on(self, data: ImageData) -> Data:
+        """These settings with what a run records about its ``data``, which is nothing for images."""
         return self
 
     def for_new_run(self) -> Data:
@@ -157,7 +176,11 @@ class TableData:
         given_ranges: the smallest and the largest value of each given column in the training rows, which training
             fills in, so that sampling can warn of an extrapolation. None if they are not known.
         kind: marks the settings of a table.
+        subject, foreign: as for :class:`Data`.
     """
+
+    subject: ClassVar[str] = "a table"
+    foreign: ClassVar[Mapping[str, str]] = {"size": "images"}
 
     name: Annotated[Text, KEPT]
     columns: Annotated[Names, OF_THE_WEIGHTS]
@@ -193,9 +216,14 @@ class TableData:
         return tuple(name for name in self.columns if name not in self.given)
 
     @property
+    def of_user(self) -> bool:
+        """Whether the rows come from the user's file ``root``, or from the table that stands in for it."""
+        return self.name == "table"
+
+    @property
     def task(self) -> TableTask:
         """The rows as a task."""
-        return TableTask(self.modelled, self.given)
+        return TableTask(self.modelled, self.given, given_ranges=self.given_ranges)
 
     def changed(self, assigned: Mapping[str, Any]) -> TableData:
         """These settings with others, and with what follows from them.
@@ -210,7 +238,7 @@ class TableData:
         """
         assigned = _at_absolute_root(assigned)
         name, root = assigned.get("name", self.name), assigned.get("root", self.root)
-        published = name == self.name != "table"  # the same table at another place
+        published = name == self.name and not self.of_user  # the same table at another place
         if (name, root) != (self.name, self.root) and "columns" not in assigned and not published:
             from ..data.catalog import table_columns  # numpy, which a bad value does not wait for
 
@@ -250,8 +278,35 @@ class TableData:
         check_columns(table, len(self.modelled))
         return table.single()
 
-    def trained_on(self, data: Any) -> TableData:
-        """These settings with what a run records of its ``data``. A table smaller than a batch is one batch."""
+    def check_chosen(self, before: AnyData) -> None:
+        """Refuse what a command line has changed and cannot work, without an import of torch or reading all rows.
+
+        Args:
+            before: the settings that were changed.
+
+        Raises:
+            ConfigError: a column that the user's file does not have.
+            DataError: the file cannot be read.
+        """
+        if not self.of_user or (isinstance(before, TableData) and self.columns == before.columns):
+            return
+        from ..data.tables import table_columns
+
+        known = table_columns(self.root)
+        if unknown := [each for each in self.columns if each not in known]:
+            raise ConfigError(f"data.columns: {suggest(unknown[0], known, 'column')}")
+
+    def doubt(self, data: Table) -> str | None:
+        """Why the held-out rows of ``data`` may have been trained on; None if nothing is known against them."""
+        if self.checksum in (None, data.checksum):
+            return None
+        return (
+            f"{data.name} is another table than the one of the training. If they share rows, some that were "
+            "trained on may be held out now."
+        )
+
+    def trained_on(self, data: Table) -> TableData:
+        """These settings with what a run records about its ``data``. A table smaller than a batch is one batch."""
         given = data.train[:, len(self.modelled) :]
         ranges = tuple(zip(given.min(0).tolist(), given.max(0).tolist(), strict=True))
         batch_size = min(self.batch_size, len(data.train))
@@ -263,6 +318,9 @@ class TableData:
         """These settings without what a run has recorded, so that a new run may train on a changed table."""
         return dataclasses.replace(self, rows=None, checksum=None, given_ranges=None)
 
+
+AnyData = Data | TableData
+"""The data settings of a recipe."""
 
 _SPLIT = {"validation": TableData.validation, "held_out": TableData.held_out, "split_seed": TableData.split_seed}
 

@@ -118,8 +118,8 @@ class Recipe:
     def override(self, assignments: Iterable[str]) -> Recipe:
         """A copy with ``group.key=value`` texts applied, all at once.
 
-        Another data set brings its columns or its shape, see :meth:`Data.changed` and :meth:`TableData.changed`.
-        The paper has no figures for it.
+        Another data set brings its columns or its shape, see :meth:`Data.changed` and :meth:`TableData.changed`,
+        and drops the figures of the paper.
 
         Raises:
             ConfigError: for an unknown setting or regularizer, or a bad value.
@@ -219,26 +219,14 @@ class Recipe:
             return TypeAdapter(Recipe).validate_python(plain)
 
     @property
-    def task(self) -> Task:
-        """The task, images or a table: inputs and scores of the flow, words and units."""
+    def task(self) -> Task[Any]:
+        """What the recipe models, images or a table: inputs and scores of the flow, samples, words and units."""
         return self.data.task
 
     @property
     def dims(self) -> int:
         """Number of dimensions d of one sample: C*H*W of an image, or the modelled columns of a table."""
         return self.task.dims
-
-    @property
-    def images(self) -> Data:
-        """The data settings of a recipe of images."""
-        assert isinstance(self.data, Data), f"the recipe {self.name} is for a table"
-        return self.data
-
-    @property
-    def table(self) -> TableData:
-        """The data settings of a recipe of a table."""
-        assert isinstance(self.data, TableData), f"the recipe {self.name} is for images"
-        return self.data
 
     def load_data(self, *, download: bool = False, all_val: bool = False) -> ImageData | Table:
         """The images or the table, with the numbers of samples that the recipe has.
@@ -261,7 +249,7 @@ class Recipe:
         """
         if root is None or os.path.abspath(root) == self.data.root:
             return self
-        if self.data.name in ("table", "folder") and not os.path.exists(root):
+        if self.data.of_user and not os.path.exists(root):
             raise DataError(f"{os.path.abspath(root)} does not exist.")
         with refused("data"):
             data = dataclasses.replace(self.data.for_new_run(), root=root and os.path.abspath(root))

@@ -1,98 +1,173 @@
-"""The task of a recipe, images or rows of a table: inputs and scores of its flow, words and units."""
+"""``Task``: what a recipe models, images or rows of a table, as one object that callers ask nothing about.
+
+:class:`~rnode_plugin.experiments.recipes.image_task.ImageTask` and
+:class:`~rnode_plugin.experiments.recipes.table_task.TableTask` are the two of them. ``recipe.task`` makes the right
+one, so no other place decides between images and tables. All three modules are imported without torch and numpy.
+"""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
-
-from ...errors import ConfigError
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ..data import Table
+    from ...core.distribution import DensityModel
+
+D = TypeVar("D")
+"""The data of a task: ``ImageData`` or ``Table``."""
 
 
 class FlowInput(NamedTuple):
-    """The arguments of a model: samples ``x (B, *event)``, and their contexts if it is conditional."""
+    """The arguments of a model.
+
+    Attributes:
+        x: samples ``(B, *event)``.
+        context: their contexts ``(B, *context_shape)`` if the model is conditional.
+    """
 
     x: Tensor
     context: Tensor | None = None
 
 
-class Quantity(NamedTuple):
+class Quantity(ABC):
     """A likelihood that an evaluation measures.
 
     Attributes:
         name: its name in ``result.json``, and the name of its column in the file of all samples.
-        heading, meaning: its row in the terminal and in a report.
+        heading: what it is called in the terminal and in a report.
+        meaning: what it measures, in the same places.
     """
 
     name: str
     heading: str
     meaning: str
 
+    @abstractmethod
+    def inputs(self, batch: Tensor) -> FlowInput:
+        """A batch of data as the input whose log-density is measured, with noise from torch's generator."""
 
-class Task(ABC):
-    """What a recipe models. ``recipe.task`` is chosen once, and callers use its methods. Lower scores are better.
+
+class Baseline(ABC, Generic[D]):
+    """A simple density that the model is compared with. It is fitted to the training data.
+
+    Attributes:
+        name, heading, meaning: as for a :class:`Quantity`.
+    """
+
+    name: str
+    heading: str
+    meaning: str
+
+    @abstractmethod
+    def scores(self, data: D, count: int) -> np.ndarray:
+        """Scores ``(count,)`` of the first held-out samples, in the unit of the task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """Which samples a user wants.
+
+    Attributes:
+        count: images for each temperature, or rows, or rows for each context of a ``given`` file; None for the
+            default of the task.
+        temperatures: standard deviations of the latent; rows take only one.
+        given: the context of a conditional density, as values of the given columns or as a file that has them.
+        columns: images in a row of the grid; None for the default of
+            :func:`~rnode_plugin.experiments.samples.save_grid`.
+        seed: seed of the latents.
+        batch_size: samples per solve; None for the default of the task.
+    """
+
+    count: int | None = None
+    temperatures: tuple[float, ...] = (1.0,)
+    given: Mapping[str, float] | str | None = None
+    columns: int | None = None
+    seed: int = 0
+    batch_size: int | None = None
+
+
+class Task(ABC, Generic[D]):
+    """What a recipe models: the inputs and scores of its flow, its samples, words and units.
+
+    Lower scores are better.
 
     Attributes:
         metric: name of the score in the logs: ``train/METRIC``, ``val/METRIC``.
+        unit: the unit of a score, such as ``nats per row``.
         short_unit: the unit of a score next to a number, ``bits/dim`` or ``nats``.
-        per_sample: what the unit counts per, with a space in front; empty for ``bits/dim``.
-        samples: what the samples are called, ``images`` or ``rows``.
-        quantities: the means of an evaluation; validations and comparisons use the first.
-        baselines: means of other densities, for comparison.
+        per_sample: what ``unit`` adds to ``short_unit``, with a space in front; empty for ``bits/dim``.
+        likelihood: what a score is called in a sentence of a report: ``bits/dim`` or ``NLL``.
+        score: the label of a score on the axis of a figure, with its unit.
+        sample, samples: what one sample is called, and several: ``image`` and ``images``.
+        file: the file of the scores of all held-out samples, in the folder of a run.
+        samples_file: the default file of drawn samples.
+        draws_while_training: whether each validation draws a picture of samples. It is drawn once, at the end of
+            the run, if it takes as long as several steps.
         max_gap: the error of a training solver, in the unit, above which a validation warns.
         exact_dims: largest number of dimensions for which an evaluation takes the whole Jacobian.
         noisy: whether the scores of one sample differ between draws even if the trace is exact.
-        event: the shape of one sample, or the number of modelled columns.
+        quantities: the likelihoods that an evaluation measures. Training, validation and comparison use the first.
+        baselines: other densities, for comparison.
+        event: the shape of one sample, or the number of modelled columns: the first argument of a model.
+        dims: number of dimensions of one sample.
         model_options: further arguments of a model that follow from the data.
-        columns: names of the modelled and of the given columns of a table; empty for images.
+        columns, given: names of the modelled and of the given columns of a table; empty for images.
+        subject: what is modelled, in a message: ``images``, or the names of the columns.
     """
 
     metric: ClassVar[str]
+    unit: ClassVar[str]
     short_unit: ClassVar[str]
-    per_sample: ClassVar[str] = ""
+    per_sample: ClassVar[str]
+    likelihood: ClassVar[str]
+    score: ClassVar[str]
+    sample: ClassVar[str]
     samples: ClassVar[str]
-    quantities: ClassVar[tuple[Quantity, ...]]
-    baselines: ClassVar[tuple[Quantity, ...]] = ()
+    file: ClassVar[str]
+    samples_file: ClassVar[str]
+    draws_while_training: ClassVar[bool]
     max_gap: ClassVar[float]
     exact_dims: ClassVar[int]
     noisy: ClassVar[bool]
 
+    quantities: tuple[Quantity, ...]
+    baselines: tuple[Baseline[D], ...] = ()
     event: tuple[int, ...] | int
-    model_options: dict[str, Any]
-    columns: tuple[tuple[str, ...], ...] = ()
     dims: int
-    """Number of dimensions of one sample."""
+    model_options: dict[str, int]
+    columns: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
+    subject: str
 
-    @property
-    def sample(self) -> str:
-        """What one sample is called: ``image`` or ``row``."""
-        return self.samples[:-1]
+    # what a flow takes and gives -------------------------------------------------------------------------------
 
-    @property
-    def file(self) -> str:
-        """The file of the scores of all held-out samples, in a run's folder."""
-        return f"{self.samples}.csv"
+    @abstractmethod
+    def prepare(self, flow: DensityModel, data: D) -> None:
+        """Let a fresh flow take from its training data what it needs before the first step."""
 
-    @property
-    def likelihood(self) -> str:
-        """What a score is called in a report: ``bits/dim`` or ``NLL``."""
-        return self.quantities[0].heading.partition(",")[0]
+    def inputs(self, batch: Tensor) -> FlowInput:
+        """A batch of data as input of a flow, for the first quantity, with noise from torch's generator."""
+        return self.quantities[0].inputs(batch)
 
-    @property
-    def score(self) -> str:
-        """The axis of a figure: ``dirty [bits/dim]`` or ``NLL [nats per row]``."""
-        return f"{self.quantities[0].heading.rpartition(', ')[2]} [{self.unit}]"
+    def training_inputs(self, batch: Tensor) -> FlowInput:
+        """A batch of data as input of a training step."""
+        return self.inputs(batch)
 
-    @property
-    def unit(self) -> str:
-        """The unit of a score, such as ``nats per row``."""
-        return self.short_unit + self.per_sample
+    @abstractmethod
+    def random_inputs(self, count: int) -> FlowInput:
+        """Random samples, from torch's generator, on its default device."""
+
+    @abstractmethod
+    def scores(self, log_prob: Tensor) -> Tensor:
+        """Scores ``(B,)`` in the unit, from log-densities ``(B,)`` in nats of a quantity's inputs."""
+
+    # samples ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def grid_rows(self, temperatures: tuple[float, ...]) -> tuple[float, ...]:
@@ -103,120 +178,54 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
-        """A batch of data as input of a flow, for one of :attr:`quantities`, with noise from torch's generator."""
+    def save_picture(
+        self,
+        flow: DensityModel,
+        path: Path,
+        *,
+        count: int,
+        temperatures: tuple[float, ...],
+        seed: int,
+        data: D | None,
+    ) -> None:
+        """Draw samples and write them as one PNG.
 
-    def training_inputs(self, batch: Tensor) -> FlowInput:
-        """A batch of the data as input of a training step."""
-        return self.inputs(batch)
+        Args:
+            flow: the model.
+            path: the PNG, which is written whole or not at all.
+            count: samples per temperature.
+            temperatures: standard deviations of the latent.
+            seed: seed of the latents.
+            data: the data of the run. A corner plot shows held-out rows next to the drawn ones; a grid needs none.
+
+        Raises:
+            SolverError: a latent cannot be integrated.
+            CheckpointError: the file cannot be written.
+        """
 
     @abstractmethod
-    def random_inputs(self, count: int) -> FlowInput:
-        """Random samples, from torch's generator, on its default device."""
+    def check_request(self, request: SampleRequest, path: Path | None) -> None:
+        """Refuse samples that cannot be drawn or written, without an import of torch.
+
+        Args:
+            request: the samples.
+            path: the file to write; None for a default, which fits.
+
+        Raises:
+            ConfigError: given columns that are missing or that the density is not given, a file of another kind,
+                or an option of the other task.
+        """
 
     @abstractmethod
-    def scores(self, log_prob: Tensor) -> Tensor:
-        """Scores ``(B,)`` in the unit, from log-densities ``(B,)`` in nats of the :meth:`inputs`."""
+    def write_samples(self, flow: DensityModel, path: Path, request: SampleRequest) -> int:
+        """Draw samples into a file.
 
-    def baseline_scores(self, data: Any, count: int) -> dict[str, np.ndarray]:
-        """Scores ``(count,)`` of the first held-out samples under each of :attr:`baselines`, by name."""
-        return {}
+        Returns:
+            The number of samples, for images of each temperature.
 
-
-class ImageTask(Task):
-    """Bits/dim of uint8 images ``(B, C, H, W)``.
-
-    Args:
-        shape: ``(C, H, W)``.
-        levels: number of values of a pixel.
-        flip: whether training mirrors images at random.
-    """
-
-    metric = "bpd"
-    short_unit = "bits/dim"
-    samples = "images"
-    quantities = (
-        Quantity("dirty", "bits/dim, dirty", "uniform noise in each bin: bounds the discrete likelihood"),
-        Quantity("clean", "bits/dim, clean", "density at the bins' centers: no bound"),
-    )
-    max_gap = 0.02
-    exact_dims = 16  # a product per dimension: beyond this, draws cost less
-    noisy = True
-
-    def __init__(self, shape: tuple[int, ...], levels: int, *, flip: bool = False) -> None:
-        self.event = self._shape = shape
-        self.dims = math.prod(shape)
-        self.model_options = {"levels": levels}
-        self.levels, self._flip = levels, flip
-
-    def grid_rows(self, temperatures: tuple[float, ...]) -> tuple[float, ...]:
-        return temperatures
-
-    def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
-        from ...flows.multiscale import dequantize
-
-        return FlowInput(dequantize(batch, self.levels, clean=quantity == 1))
-
-    def training_inputs(self, batch: Tensor) -> FlowInput:
-        from ...flows.multiscale import random_flip
-
-        inputs = self.inputs(batch)
-        return FlowInput(random_flip(inputs.x)) if self._flip else inputs
-
-    def random_inputs(self, count: int) -> FlowInput:
-        import torch
-
-        return FlowInput(torch.rand(count, *self._shape))
-
-    def scores(self, log_prob: Tensor) -> Tensor:
-        from ...core.objective import bits_per_dim
-
-        return bits_per_dim(log_prob, dims=self.dims, levels=self.levels)
-
-
-class TableTask(Task):
-    """Nats per row of rows ``(B, C)``, float: the modelled columns first, then the given ones.
-
-    Args:
-        columns: names of the modelled columns.
-        given: names of the others.
-    """
-
-    metric = "nll"
-    short_unit, per_sample = "nats", " per row"
-    samples = "rows"
-    quantities = (Quantity("nll", "NLL", "nats per row, in the unit of the data"),)
-    baselines = (Quantity("gaussian", "NLL of a Gaussian", "with the training rows' mean and covariance"),)
-    max_gap = 0.05
-    exact_dims = 64  # rows are cheap, and an exact trace leaves no noise
-    noisy = False
-
-    def __init__(self, columns: tuple[str, ...], given: tuple[str, ...] = ()) -> None:
-        self.event = self.dims = len(columns)
-        self.model_options = {"context": len(given)}
-        self.columns = columns, given
-
-    def grid_rows(self, temperatures: tuple[float, ...]) -> tuple[float, ...]:
-        if len(temperatures) > 1:
-            raise ConfigError("training.sample_temperatures: samples of a table have one temperature, such as 1.")
-        return ()
-
-    def context(self, batch: Any) -> Any:
-        """The given columns of rows; None for a density without any."""
-        return batch[:, self.dims :] if self.columns[1] else None
-
-    def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
-        return FlowInput(batch[:, : self.dims], self.context(batch))
-
-    def random_inputs(self, count: int) -> FlowInput:
-        import torch
-
-        return self.inputs(torch.randn(count, self.dims + self.model_options["context"]))
-
-    def scores(self, log_prob: Tensor) -> Tensor:
-        return -log_prob
-
-    def baseline_scores(self, data: Table, count: int) -> dict[str, np.ndarray]:
-        from ...diagnostics.gaussian import gaussian_scores
-
-        return {"gaussian": gaussian_scores(data.train, data.held_out[:count], self.dims)}
+        Raises:
+            ConfigError: :meth:`check_request` refuses the request.
+            DataError: the file of the given columns cannot be read.
+            SolverError: a latent cannot be integrated.
+            CheckpointError: the file cannot be written.
+        """

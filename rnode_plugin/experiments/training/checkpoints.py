@@ -136,10 +136,11 @@ def load_weights(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe:
     """
     file = find_checkpoint(path)
     contents = read_checkpoint(file)
-    columns = [each.task.columns for each in (recipe_of(contents, file), recipe)]
-    if columns[0] != columns[1]:  # the weights hold means and deviations of their columns
-        there, here = (" given ".join(", ".join(part) for part in each if part) or "images" for each in columns)
-        raise CheckpointError(f"the weights of {file} are of other columns: {there} there and {here} here.")
+    there, here = recipe_of(contents, file).task, recipe.task
+    if (there.columns, there.given) != (here.columns, here.given):  # weights hold the means of their columns
+        raise CheckpointError(
+            f"the weights of {file} are of other columns: {there.subject} there and {here.subject} here."
+        )
     put_weights(flow, contents, f"the weights of {file} do not fit this model")
 
 

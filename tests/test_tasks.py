@@ -1,0 +1,352 @@
+"""The contract of a task, which images and tables keep: inputs, scores, preparation, samples, words."""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from torch import Tensor
+
+from rnode_plugin import FixedGrid, MultiscaleFlow, TableFlow, get_recipe
+from rnode_plugin.core.distribution import DensityModel
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.experiments.data import ImageData, Table, get_dataset
+from rnode_plugin.experiments.evaluation.likelihood import evaluate
+from rnode_plugin.experiments.recipes.image_task import ImageTask
+from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.recipes.table_task import TableTask
+from rnode_plugin.experiments.recipes.task import SampleRequest, Task
+from rnode_plugin.experiments.samples import sample_images, sample_rows
+from rnode_plugin.plugins import builtin, registry
+
+RK4 = FixedGrid("rk4", step=0.5)
+LEVELS = 5
+NAMES, GIVEN = ("a", "b"), ("c", "d, e")
+AT = {"c": 0.5, "d, e": -1.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task with its data and a flow that fits them.
+
+    Attributes:
+        task: the task.
+        data: data of 9 held-out samples.
+        flow: a model with weights that are not zero.
+        quantities: the names of the likelihoods, in their order.
+        flips: whether training mirrors the samples.
+    """
+
+    task: Task[Any]
+    data: ImageData | Table
+    flow: DensityModel
+    quantities: tuple[str, ...]
+    flips: bool = False
+
+    @property
+    def batch(self) -> Tensor:
+        return torch.from_numpy(np.array(self.data.held_out))
+
+
+def _moved(flow: DensityModel) -> DensityModel:
+    torch.manual_seed(0)
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return flow.eval()
+
+
+def images(*, flip: bool = False) -> Case:
+    random = np.random.default_rng(0)
+    train, val = (random.integers(0, LEVELS, (n, 1, 4, 2), dtype=np.uint8) for n in (30, 9))
+    flow = _moved(MultiscaleFlow((1, 4, 2), hidden=3, levels=LEVELS, alpha=0.05, solver=RK4))
+    data = ImageData(name="images", train=train, val=val, shape=(1, 4, 2), levels=LEVELS)
+    return Case(ImageTask((1, 4, 2), LEVELS, flip=flip), data, flow, ("dirty", "clean"), flip)
+
+
+def rows(given: tuple[str, ...] = ()) -> Case:
+    random, size = np.random.default_rng(0), 2 + len(given)
+    train, val, held_out = (random.normal(3, [0.1, 20, 1, 2][:size], (n, size)).astype("f4") for n in (30, 7, 9))
+    flow = _moved(TableFlow(2, context=len(given), hidden=4, solver=RK4))
+    task = TableTask(NAMES, given, given_ranges=((0, 1), (-2, 2)) if given else None)
+    return Case(task, Table("rows", (*NAMES, *given), train, val, held_out), flow, ("nll",))
+
+
+CASES = {
+    "images": images,
+    "mirrored images": lambda: images(flip=True),
+    "rows": rows,
+    "rows given others": lambda: rows(GIVEN),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]()
+
+
+# inputs and scores ---------------------------------------------------------------------------------------------
+
+
+def test_each_quantity_has_its_input(case: Case) -> None:
+    task, batch = case.task, case.batch
+    assert tuple(each.name for each in task.quantities) == case.quantities
+    for each in task.quantities:
+        x, context = each.inputs(batch)
+        if isinstance(task, TableTask):
+            assert torch.equal(x, batch[:, :2])
+            assert (context is None) == (not task.given)
+            assert context is None or torch.equal(context, batch[:, 2:])
+            continue
+        assert context is None
+        assert torch.equal((x * LEVELS).floor(), batch.float()), "a pixel has left its bin"
+        centers = (batch + 0.5) / LEVELS
+        assert torch.allclose(x, centers) == (each.name == "clean")
+        assert torch.equal(each.inputs(batch).x, x) == (each.name == "clean"), "the noise is the same twice"
+
+
+def test_training_takes_the_first_quantity_and_may_mirror(case: Case) -> None:
+    found: list[Tensor] = []
+    for inputs in (case.task.quantities[0].inputs, case.task.inputs, case.task.training_inputs):
+        torch.manual_seed(7)
+        found.append(inputs(case.batch).x)
+    first, again, trained = found
+    assert torch.equal(first, again)
+    mirrored = [not torch.equal(one, other) for one, other in zip(first, trained, strict=True)]
+    assert any(mirrored) == case.flips
+    assert not all(mirrored)
+    for one, other, is_mirrored in zip(first, trained, mirrored, strict=True):
+        assert torch.equal(one.flip(-1) if is_mirrored else one, other)
+
+
+def test_random_inputs_are_of_the_same_shapes(case: Case) -> None:
+    found, data = case.task.random_inputs(6), case.task.inputs(case.batch[:6])
+    assert found.x.shape == data.x.shape
+    assert (found.context is None) == (data.context is None)
+    assert found.context is None or (data.context is not None and found.context.shape == data.context.shape)
+    assert case.flow.log_prob(found.x, context=found.context).isfinite().all()
+
+
+def test_bits_of_a_density_that_is_known() -> None:
+    """The density ``p(x) = 2 x`` of each pixel gives bin k the probability ``(2 k + 1) / levels**2``."""
+    task, batch = images().task, images().batch
+    for quantity, wanted in (
+        # the middle of a bin has the mean of a linear density over the bin
+        (task.quantities[1], -((2 * batch + 1).double() / LEVELS**2).log2().mean((1, 2, 3))),
+        # the integral of -log2(2 (k + u) / levels**2) over u from 0 to 1
+        (
+            task.quantities[0],
+            -(_entropy(batch + 1) - _entropy(batch) - 1 + np.log(2 / LEVELS**2)).mean((1, 2, 3)) / np.log(2),
+        ),
+    ):
+        torch.manual_seed(0)
+        x = torch.stack([quantity.inputs(batch).x for _ in range(2000)]).double()
+        scores = torch.stack([task.scores((2 * each).log().sum((1, 2, 3))) for each in x])
+        error = scores.std(0) / 2000**0.5
+        assert ((scores.mean(0) - wanted).abs() <= 5 * error + 1e-6).all()
+
+
+def _entropy(k: Tensor) -> Tensor:
+    return torch.special.xlogy(k.double(), k.double())
+
+
+@pytest.mark.parametrize("given", [(), GIVEN])
+def test_nats_of_a_density_that_is_known_and_its_baseline(given: tuple[str, ...]) -> None:
+    case = rows(given)
+    normal: Any = stats.norm([1.0, -2.0], [2.0, 0.5])
+    x = case.task.inputs(case.batch).x.double()
+    wanted = -normal.logpdf(x.numpy()).sum(1)
+    log_prob = torch.distributions.Normal(torch.tensor([1.0, -2.0]), torch.tensor([2.0, 0.5])).log_prob(x).sum(1)
+    assert case.task.scores(log_prob).tolist() == pytest.approx(wanted.tolist(), rel=1e-6)
+    (gaussian,) = case.task.baselines
+    train, held_out = (np.asarray(part, dtype=float) for part in (case.data.train, case.data.held_out[:4]))
+
+    def joint(first: int) -> np.ndarray:
+        """The Gaussian log-density of the columns from ``first`` on."""
+        normal: Any = stats.multivariate_normal
+        part = train[:, first:]
+        return normal(part.mean(0), np.cov(part.T, ddof=0)).logpdf(held_out[:, first:])
+
+    expected = joint(2) - joint(0) if given else -joint(0)
+    np.testing.assert_allclose(gaussian.scores(case.data, 4), expected, rtol=1e-6)
+
+
+def test_an_evaluation_has_all_quantities_and_baselines(case: Case) -> None:
+    result = evaluate(case.flow, case.batch, measure=case.task, draws=1)
+    assert tuple(result.means) == case.quantities
+    whole = result.with_baselines(case.task, case.data)
+    assert tuple(whole.means) == (*case.quantities, *(each.name for each in case.task.baselines))
+    headings = [heading for heading, _ in whole.rows(case.task)]
+    for each in (*case.task.quantities, *case.task.baselines):
+        assert each.heading in headings
+    with pytest.raises(ConfigError, match="an evaluation needs at least one row or image"):
+        evaluate(case.flow, case.batch[:0], measure=case.task)
+    if isinstance(case.task, ImageTask):  # the task that follows from a flow of images
+        assert evaluate(case.flow, case.batch, draws=1).means == result.means
+    else:
+        with pytest.raises(ConfigError, match="give measure=, the task of TableFlow: only images have a default"):
+            evaluate(case.flow, case.batch)
+        # the trace is exact and nothing is noisy, so each row has the flow's own density
+        x, context = case.task.inputs(case.batch)
+        wanted = -case.flow.log_prob(x, context=context)
+        assert result.means["nll"].samples == pytest.approx(wanted.tolist(), rel=1e-5)
+
+
+def test_preparation(case: Case) -> None:
+    before = {name: value.clone() for name, value in case.flow.state_dict().items()}
+    case.task.prepare(case.flow, case.data)
+    changed = {name for name, value in case.flow.state_dict().items() if not torch.equal(value, before[name])}
+    if isinstance(case.task, ImageTask):
+        assert changed == set()
+        return
+    assert isinstance(case.flow, TableFlow)
+    np.testing.assert_allclose(case.flow.mean, case.data.train[:].mean(0), rtol=1e-5)
+    assert changed == {"mean", "scale"}
+
+
+# samples -------------------------------------------------------------------------------------------------------
+
+
+def test_samples_in_a_file(case: Case, tmp_path: Path) -> None:
+    task, flow = case.task, case.flow
+    path = tmp_path / task.samples_file
+    given: Any = AT if task.given else None
+    request = SampleRequest(count=6, given=given, seed=3, batch_size=4)
+    assert task.write_samples(flow, path, request) == 6
+    if isinstance(task, ImageTask):
+        drawn = sample_images(flow, 6, seed=3, batch_size=4)[1.0]
+        pixels = np.asarray(Image.open(path))[..., 0]
+        scale = 16  # four pixels are shown as 64
+        for place, image in enumerate(drawn):
+            top, left = ((place // 3) * (4 * scale + 2) + 2, (place % 3) * (2 * scale + 2) + 2)
+            shown = pixels[top : top + 4 * scale : scale, left : left + 2 * scale : scale]
+            wanted = (image[0] * LEVELS).floor().clamp(0, LEVELS - 1) / (LEVELS - 1) * 255
+            np.testing.assert_allclose(shown, wanted, atol=1)
+        assert task.write_samples(flow, path, SampleRequest(columns=10)) == 64
+        assert Image.open(path).size == (10 * (2 * scale + 2) + 2, 7 * (4 * scale + 2) + 2)
+        return
+    context = np.tile(np.array([AT[name] for name in task.given], "f4"), (6, 1))
+    drawn = sample_rows(flow, 6, context=context if task.given else None, seed=3, batch_size=4)
+    found = _read(path, [*task.given, *NAMES])
+    np.testing.assert_allclose(found, np.concatenate([context, drawn], 1), rtol=1e-6)
+    assert task.write_samples(flow, path, SampleRequest(given=given)) == 1000
+
+
+def _read(path: Path, header: list[str]) -> np.ndarray:
+    with path.open(newline="") as file:
+        first, *lines = csv.reader(file)
+    assert first == header
+    return np.array(lines, dtype=float)
+
+
+def test_samples_at_the_contexts_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case, contexts, path = rows(GIVEN), tmp_path / "contexts.csv", tmp_path / "drawn.csv"
+    contexts.write_text('"d, e",other,c\n-1,7,0.5\n0,8,1.5\n')
+    request = SampleRequest(count=2, given=str(contexts))
+    assert case.task.write_samples(case.flow, path, request) == 4
+    wanted = [[0.5, -1], [0.5, -1], [1.5, 0], [1.5, 0]]
+    assert _read(path, [*GIVEN, *NAMES])[:, :2].tolist() == wanted
+    assert capsys.readouterr().err == (
+        "warning: 2 of 4 values of c, such as 1.5, are outside of the training rows (0 to 1), where the density is "
+        "an extrapolation.\n"
+    )
+    unknown = TableTask(NAMES, GIVEN)  # of a run that has not recorded its rows
+    unknown.write_samples(case.flow, path, request)
+    assert capsys.readouterr().err == ""
+
+
+IMAGES, ROWS, GIVEN_ROWS = "images", "rows", "rows given others"
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "path", "message"),
+    [
+        (IMAGES, SampleRequest(given=AT), None, "--given-file are for tables that were trained with --given"),
+        (IMAGES, SampleRequest(given="x.csv"), None, "--given-file are for tables that were trained with --given"),
+        (IMAGES, SampleRequest(), "x.csv", "x.csv is not a picture: its name must end in .png"),
+        (ROWS, SampleRequest(temperatures=(0.5, 1.0)), None, "drawn at one temperature"),
+        (ROWS, SampleRequest(columns=3), None, "rows of a table are in no grid: leave --columns out"),
+        (ROWS, SampleRequest(), "x.png", "x.png is not a table"),
+        (ROWS, SampleRequest(given=AT), None, "trained without --given, so its density takes no context"),
+        (ROWS, SampleRequest(given="x.csv"), None, "trained without --given, so its density takes no context"),
+        (
+            GIVEN_ROWS,
+            SampleRequest(),
+            None,
+            "given c, d, e, and c has no value. Name the values with --given-values",
+        ),
+        (GIVEN_ROWS, SampleRequest(given={"c": 1.0}), None, "d, e has no value"),
+        (GIVEN_ROWS, SampleRequest(given={**AT, "c": float("nan")}), None, "c has no value"),
+        (GIVEN_ROWS, SampleRequest(given={**AT, "cc": 1.0}), None, "unknown given column 'cc'; did you mean 'c'"),
+    ],
+)
+def test_requests_that_are_refused(
+    name: str, asked: SampleRequest, path: str | None, message: str, tmp_path: Path
+) -> None:
+    case = CASES[name]()
+    place = None if path is None else tmp_path / path
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        case.task.check_request(asked, place)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        case.task.write_samples(case.flow, place or tmp_path / case.task.samples_file, asked)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_of_samples(case: Case, tmp_path: Path) -> None:
+    path, of_images = tmp_path / "picture.png", isinstance(case.data, ImageData)
+    temperatures = (0.5, 1.0) if of_images else (1.0,)
+    case.task.save_picture(case.flow, path, count=5, temperatures=temperatures, seed=0, data=case.data)
+    assert Image.open(path).width > 100
+    assert case.task.draws_while_training == of_images
+    assert case.task.grid_rows(temperatures) == (temperatures if of_images else ())
+
+
+# recipes and words ---------------------------------------------------------------------------------------------
+
+
+RECIPES = {
+    "digits": ["model.hidden=3"],
+    "pictures": ["model.hidden=3", "data.shape=3,8,8"],
+    "table": ["model.hidden=3"],
+    "table given area": ["model.hidden=3", "data.given=area"],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_flow_of_a_recipe_takes_the_inputs_of_its_task(name: str) -> None:
+    recipe = get_recipe(name.partition(" ")[0]).override([*RECIPES[name], "test_solver.method=rk4"])
+    flow, task = recipe.build_flow(), recipe.task
+    x, context = task.random_inputs(3)
+    assert task.scores(flow.log_prob(x, context=context)).shape == (3,)
+    assert recipe.dims == task.dims == x[0].numel()
+    assert task.given == (("area",) if "given" in name else ())
+
+
+def test_the_words_of_a_task(case: Case) -> None:
+    task = case.task
+    assert task.unit == task.short_unit + task.per_sample
+    assert task.score.endswith(f" [{task.unit}]")
+    assert task.samples == f"{task.sample}s"
+    assert task.subject == {(): "images", NAMES: "a, b" + " given c, d, e" * bool(task.given)}[task.columns]
+
+
+@pytest.mark.parametrize("name", builtin.rnode_register_recipes())
+def test_a_recipe_is_registered_under_its_name(name: str) -> None:
+    recipe = get_recipe(name)
+    assert isinstance(recipe, Recipe)
+    assert recipe.name == name
+    registry.check_name("datasets", recipe.data.name)
+    registry.check_name("models", recipe.model.name)
+
+
+def test_a_recipe_of_images_gets_no_table() -> None:
+    assert isinstance(get_dataset("digits"), ImageData)
+    with pytest.raises(ConfigError, match="the data set 'digits' holds images: use it with a recipe for images"):
+        get_recipe("table").override(["data.name=digits"])
