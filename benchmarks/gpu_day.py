@@ -17,10 +17,11 @@ from typing import Any
 import click
 import torch
 from device_work import work_of_step
-from measure import alternate, environment, peak_memory, set_up, table
+from measure import alternate, peak_memory, set_up, table
 from step_time import BASELINE, CHAINS, EXACT, build, build_run, gradient_of
 
 from rnode_plugin import get_recipe
+from rnode_plugin.experiments.runs.environment import Environment
 
 STACK = (
     BASELINE, EXACT, CHAINS, "compiled", "bf16", "compiled, bf16", "sampled, step 0.5", "sampled, bf16, step 0.5",
@@ -103,7 +104,7 @@ def waits(recipe: str, device: torch.device, *, batch: int) -> str:
 def page(device: torch.device, *, recipes: Sequence[str], batch: int, repeats: int, rehearse: bool) -> str:
     """The measurements as a dated page."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 as it says
-    found: dict[str, Any] = environment(device)
+    found = Environment.of(device).to_plain()
     name = found["device"] if device.type == "cuda" else "CPU"
     work = {recipe: work_of_step(get_recipe(recipe), batch=batch) for recipe in recipes}
     parts = [

@@ -15,14 +15,13 @@ from typing import Any
 import click
 import torch
 
-from rnode_plugin.experiments.training.runs import environment
+from rnode_plugin.experiments.runs.environment import Environment
 
 __all__ = [
     "Memory",
     "Timing",
     "alternate",
     "device_option",
-    "environment",
     "peak_memory",
     "print_environment",
     "repeats_option",
@@ -149,12 +148,11 @@ def _status(key: str) -> int:
 
 def print_environment(device: torch.device) -> None:
     """Device, versions and threads, one line."""
-    found = environment(device)
-    name = found["device"] if device.type == "cuda" else _cpu_model()
-    versions = ", ".join(
-        f"{key} {found[key]}" for key in ("python", "torch", "torchdiffeq", "torchdyn", "rnode-plugin")
-    )
-    click.echo(f"{name}, {found['cpus']} CPUs, {found['threads']} threads, {versions}, {found['platform']}\n")
+    found = Environment.of(device)
+    name = found.device if device.type == "cuda" else _cpu_model()
+    packages = (f"{key} {found.packages[key]}" for key in ("torch", "torchdiffeq", "torchdyn", "rnode-plugin"))
+    versions = ", ".join([f"python {found.python}", *packages])
+    click.echo(f"{name}, {found.cpus} CPUs, {found.threads} threads, {versions}, {found.platform}\n")
 
 
 def _cpu_model() -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from rnode_plugin.experiments.reports.runs import read_run
+from rnode_plugin.experiments.runs.run import Run
 
 # hours and dirty bits/dim of all test images, of the paper by its Table 1
 POINTS = {"mnist-pretrained": (18.8, 0.999), "RNODE, one GPU": (24.4, 0.97), "FFJORD, one GPU": (68.5, 0.97)}
@@ -28,7 +28,7 @@ def main(runs: tuple[Path, ...], cores: int, out: Path) -> None:
 
     plt.style.use("rnode_plugin.plots")
     points: list[tuple[float, float]] = []
-    for run in map(read_run, runs):
+    for run in (Run(path).read() for path in runs):
         offset = points[-1][0] if points else 0.0
         hours = offset + cores * run.checks["train_seconds"] / 3600
         points += zip(hours, run.checks["val/bpd"], strict=True)

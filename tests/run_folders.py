@@ -1,19 +1,29 @@
-"""Run folders with known contents, as training writes them."""
+"""Run folders with known contents, written by the writers of training."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from rnode_plugin.experiments.evaluation.measures import Evaluation, Mean
 from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.runs.environment import Environment
+from rnode_plugin.experiments.runs.metrics import MetricsTable
+from rnode_plugin.experiments.runs.results import Result
+from rnode_plugin.experiments.runs.run import Run
 
-HEADER = (
-    "epoch,seconds,seconds_per_step,step,train/bpd,train/nfe,train_seconds,val/bpd,val/jacfrob,val/kinetic,val/nfe,"
-    "val/gap"
+ENVIRONMENT = Environment(
+    packages={"rnode-plugin": "1.0", "torch": "2.9"},
+    plugins={"a": "b 1"},
+    python="3.12",
+    platform="Linux",
+    device="cpu",
+    cuda=None,
+    threads=2,
+    cpus=None,
 )
 
 
@@ -25,7 +35,7 @@ def write_run(
     checks: Sequence[int] = (10, 20, 30, 40),
     bits: float = 2.0,
     jacfrob: float = 1.0,
-    nfe: float = 90.0,
+    nfe: int = 90,
     finished: bool = True,
     stopped: str = "finished",
     images: Sequence[float] = (),
@@ -35,33 +45,39 @@ def write_run(
     ``images`` are bits/dim of the held-out images.
     """
     path.mkdir(parents=True)
-    (path / "recipe.json").write_text(json.dumps(recipe.to_plain()))
-    (path / "environment.json").write_text(json.dumps({"torch": "2.9", "threads": 2, "plugins": {"a": "b 1"}}))
-    rows = [HEADER]
+    run = Run(path)
+    run.describe(recipe, ENVIRONMENT)
+    table = MetricsTable(run.metrics)
     for step in range(1, steps + 1):
-        rows.append(f"{step / 10},{step / 2},0.5,{step},{bits + 10 / step},{40 + step},{step / 2},,,,,")
+        times = {"epoch": step / 10, "seconds": step / 2, "seconds_per_step": 0.5, "train_seconds": step / 2}
+        table.add({**times, "train/bpd": bits + 10 / step, "train/nfe": 40 + step}, step)
         if step in checks:
-            rows.append(
-                f",,,{step},,,,{bits + 8 / step},{jacfrob * step / steps},{step / 100},{nfe + step},{-step / 1e4}"
-            )
-    (path / "metrics.csv").write_text("\n".join(rows) + "\n")
+            measured = {"val/jacfrob": jacfrob * step / steps, "val/kinetic": step / 100, "val/nfe": nfe + step}
+            table.add({**measured, "val/bpd": bits + 8 / step, "val/gap": -step / 1e4}, step)
     if finished:
-        evaluation = {
-            "samples": len(images) or 297,
-            "means": {
-                "dirty": {"mean": bits, "stderr": 0.02, "stderr_noise": None},
-                "clean": {"mean": bits - 0.1, "stderr": 0.03, "stderr_noise": None},
-            },
-            **{"draws": 1, "nfe_mean": nfe, "nfe_min": nfe, "nfe_max": nfe, "nfe_batches": 2},
-            **{"nfe_batch_size": 100, "undivided": [], "gap": -0.002, "seconds": 1.0},
-            "penalties": {"kinetic": 0.4, "jacfrob": jacfrob},
-        }
-        ended = {"stopped": stopped, "steps": steps, "planned": steps, "training_seconds": steps / 2}
-        (path / "result.json").write_text(json.dumps({**ended, "evaluation": evaluation}))
-        if images:
-            lines = [f"{number},{each},{each - 0.1}" for number, each in enumerate(images)]
-            (path / "images.csv").write_text("\n".join(["image,dirty,clean", *lines]) + "\n")
-    (path / "samples").mkdir()
+        run.conclude(_result(steps, stopped, bits, jacfrob, nfe, images), recipe)
+    run.samples.mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (60, 90), dtype=np.uint8)
-    Image.fromarray(pixels).save(path / "samples" / ("best.png" if finished else "step-0000030.png"))
+    Image.fromarray(pixels).save(run.picture(None if finished else 30))
     return path
+
+
+def _result(steps: int, stopped: str, bits: float, jacfrob: float, nfe: int, images: Sequence[float]) -> Result:
+    evaluation = Evaluation(
+        samples=len(images) or 297,
+        means={
+            "dirty": Mean(bits, 0.02, None, tuple(images)),
+            "clean": Mean(bits - 0.1, 0.03, None, tuple(each - 0.1 for each in images)),
+        },
+        draws=1,
+        nfe_mean=nfe,
+        nfe_min=nfe,
+        nfe_max=nfe,
+        nfe_batches=2,
+        nfe_batch_size=100,
+        penalties={"kinetic": 0.4, "jacfrob": jacfrob},
+        gap=-0.002,
+        seconds=1.0,
+    )
+    times = {"training_seconds": steps / 2, "run_seconds": float(steps)}
+    return Result(stopped=stopped, steps=steps, planned=steps, skipped=0, evaluation=evaluation, **times)

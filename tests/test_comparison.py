@@ -27,7 +27,7 @@ from rnode_plugin.experiments.comparison import compare as comparison
 from rnode_plugin.experiments.comparison.compare import Comparison, compare, configured_recipes
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.reports import page
-from rnode_plugin.experiments.training.runs import training_lock
+from rnode_plugin.experiments.runs.run import training_lock
 from rnode_plugin.files import check_path_name
 
 TINY = [

@@ -19,11 +19,9 @@ from tiny_runs import rnode, run, tiny_recipe
 from rnode_plugin import get_recipe
 from rnode_plugin.cli.runs import CHECK_FAILED
 from rnode_plugin.diagnostics.result import Check, Diagnosis
-from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.evaluation.loading import held_out_samples
 from rnode_plugin.experiments.reports.diagnosis import draw_check
-from rnode_plugin.experiments.reports.runs import read_run
-from rnode_plugin.experiments.training.runs import RunFolder
+from rnode_plugin.experiments.runs.run import Run
 
 NAMES = ["solver gap", "tolerance", "invertibility", "normalization", "gradient", "samples", "gaussian"]
 
@@ -112,8 +110,9 @@ def test_the_report_shows_it(
         "rnode_plugin.experiments.reports.page.make_panels", lambda configurations: []
     )  # the other figures
     assert diagnosed.exit_code == CHECK_FAILED
-    found = read_run(trained).diagnosis
-    assert found is not None
+    of_run = Run(trained).read().diagnosed
+    assert of_run is not None
+    found = of_run.diagnosis
     assert [check.name for check in found.checks] == NAMES
     result = rnode("report", str(trained), "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
@@ -123,17 +122,6 @@ def test_the_report_shows_it(
     for check in found.checks:
         assert page.count(html.escape(check.sentence).replace("&#x27;", "&#39;")) == 1
     assert (tmp_path / "out" / "figures" / "diagnosis-1-tolerance.png").is_file()
-
-
-def test_a_run_that_goes_on_loses_its_diagnosis(tmp_path: Path) -> None:
-    recipe = tiny_recipe()
-    folder = RunFolder.create(tmp_path, recipe)
-    (folder.path / "diagnosis.json").write_text("{}")
-    folder.describe(recipe, torch.device("cpu"))
-    assert not (folder.path / "diagnosis.json").exists()
-    (folder.path / "diagnosis.json").write_text('{"checks": 3}')
-    with pytest.raises(ConfigError, match=r"diagnosis\.json does not hold"):
-        read_run(folder.path)
 
 
 def test_held_out_samples_are_in_no_order() -> None:

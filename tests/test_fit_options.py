@@ -15,14 +15,14 @@ import pytest
 import pytorch_lightning as L
 import torch
 from click.testing import Result
+from filelock import FileLock
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger
 from tiny_runs import SETTINGS, BeforeStep, as_options, rnode, rows, run, signal_at, tiny_recipe
 
 from rnode_plugin.errors import CheckpointError, ConfigError
-from rnode_plugin.experiments.training import runs
+from rnode_plugin.experiments.runs.run import training_lock
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe, read_checkpoint
-from rnode_plugin.experiments.training.runs import training_lock
 
 
 def train(*arguments: object) -> Result:
@@ -223,6 +223,6 @@ def test_a_second_process_is_refused_and_a_killed_one_is_not_missed(
 
     with training_lock(tmp_path):
         pass
-    monkeypatch.setattr(runs.FileLock, "acquire", refuse)
+    monkeypatch.setattr(FileLock, "acquire", refuse)
     with training_lock(tmp_path):
         pass

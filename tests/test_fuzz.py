@@ -17,7 +17,7 @@ from rnode_plugin import get_recipe
 from rnode_plugin.errors import RnodeError
 from rnode_plugin.experiments.data import get_dataset, pack
 from rnode_plugin.experiments.data.table_files import column_names, read_columns, write_rows
-from rnode_plugin.experiments.reports.runs import read_run
+from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.training.checkpoints import load_flow, save_flow
 
 IMAGES = random_images(12, (3, 8, 8))
@@ -85,7 +85,7 @@ FORMATS: list[tuple[str, Callable[[Path], Any], Callable[[Path], Any]]] = [
     ),
     ("a.ckpt", flow, load_flow),
     ("a.safetensors", flow, load_flow),
-    *((name, lambda folder: write_run(folder / "run", RECIPE), lambda file: read_run(file.parent))
+    *((name, lambda folder: write_run(folder / "run", RECIPE), lambda file: Run(file.parent).read())
       for name in ("run/recipe.json", "run/result.json", "run/metrics.csv")),
 ]  # fmt: skip
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from rnode_plugin import Adaptive, MultiscaleFlow
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.experiments.reports.runs import read_run
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.flows.multiscale import logit
@@ -155,7 +154,7 @@ def test_a_run_with_steps_of_matching(tmp_path: Path, capsys: pytest.CaptureFixt
     # the optimizer begins again after step 4
     state = read_checkpoint(whole.folder.last)["optimizer_states"][0]["state"]
     assert {each["step"] for each in state.values() if "step" in each} == {4}
-    times = read_run(whole.folder.path).checks["train_seconds"]  # of a validation at step 4 and one at step 8
+    times = whole.folder.read().checks["train_seconds"]  # of a validation at step 4 and one at step 8
     seconds = [float(row["train_seconds"]) for row in every if row["step"] in ("4", "8") and "lr" in row]
     assert times.tolist() == pytest.approx(seconds)
 

@@ -9,12 +9,10 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
-from run_folders import write_run
+from run_folders import ENVIRONMENT, write_run
 from tiny_runs import rnode
 
 from rnode_plugin import get_recipe
@@ -25,8 +23,11 @@ from rnode_plugin.experiments.reports import figures, page, write_report
 from rnode_plugin.experiments.reports.configurations import Configuration, Difference, base_of, group_runs
 from rnode_plugin.experiments.reports.configurations import paired_difference as paired
 from rnode_plugin.experiments.reports.figures import draw
-from rnode_plugin.experiments.reports.runs import read_run, read_runs
+from rnode_plugin.experiments.reports.runs import read_runs
 from rnode_plugin.experiments.reports.table import Table, make_table
+from rnode_plugin.experiments.runs.environment import write_environment
+from rnode_plugin.experiments.runs.metrics import MetricsTable
+from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.solvers import SolverSettings
 from rnode_plugin.text import change_with_error, significant, with_error
 
@@ -53,7 +54,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def configurations_of(*paths: Path) -> list[Configuration]:
-    return group_runs([read_run(path) for path in paths])
+    return group_runs([Run(path).read() for path in paths])
 
 
 def cells(table: Table, column: str) -> dict[str, str]:
@@ -71,42 +72,13 @@ def difference(one: Configuration, base: Configuration) -> Difference:
 # reading -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_as_data(runs: list[Path]) -> None:
-    run = read_run(runs[1])
-    assert run.recipe == digits()
-    assert (run.done, run.state) == (40, "step 40 of 40")
-    np.testing.assert_allclose(run.steps["train/bpd"], 2.0 + 10 / np.arange(1, 41))
-    assert run.checks["step"].tolist() == [10, 20, 30, 40]
-    # epoch and time of a validation are interpolated from its step
-    np.testing.assert_allclose(run.checks["epoch"], [1, 2, 3, 4])
-    np.testing.assert_allclose(run.checks["train_seconds"], [5, 10, 15, 20])
-    assert run.grid == runs[1] / "samples" / "best.png"
-
-
 def test_a_run_that_is_still_writing(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "0", digits(), steps=25, finished=False)
-    whole = read_run(path)
-    text = (path / "metrics.csv").read_text()
-    for cut in range(1, len(text.splitlines()[-1]) + 1):  # the last row, cut anywhere
-        (path / "metrics.csv").write_text(text[:-cut])
-        run = read_run(path)
-        assert run.checks["step"].tolist() == [10, 20]
-        assert run.done == 24
-        np.testing.assert_array_equal(run.steps["train_seconds"], whole.steps["train_seconds"][:24])
+    path = write_run(tmp_path / "0", digits(), steps=24, checks=(10, 20), finished=False)
     found = cells(make_table(configurations_of(path)), "digits")
     assert found["bits/dim, dirty"] == "2.4000 bits/dim"  # of the last validation, without an error
     assert found["NFE, test"] == "110"
     assert found["state"] == "not finished: step 24"
     assert "bits/dim, clean" not in found
-
-
-@pytest.mark.parametrize(("file", "where"), [("metrics.csv", "step 40 of 41"), ("images.csv", "image 3 of 297")])
-def test_a_file_of_a_finished_run_that_is_cut_off(tmp_path: Path, file: str, where: str) -> None:
-    path = write_run(tmp_path / "0", digits(), steps=41 if file == "metrics.csv" else 40, images=[2.0] * 297)
-    lines = (path / file).read_text().splitlines()
-    (path / file).write_text("\n".join(lines[:-1] if file == "metrics.csv" else lines[:4]) + "\n")
-    with pytest.raises(ConfigError, match=f"{file} is cut off: it ends with {where}"):
-        read_run(path)
 
 
 def test_finding_runs(runs: list[Path], tmp_path: Path) -> None:
@@ -138,7 +110,7 @@ def test_a_run_without_a_logged_step_is_left_out_by_name(
     """A seed that was killed early, or that was refused, does not take the report of the others away."""
     begun = write_run(tmp_path / "r" / "2", digits(seed=44), steps=0, checks=(), finished=False)
     early = write_run(tmp_path / "r" / "3", digits(seed=45), steps=0, checks=(), finished=False)
-    (early / "metrics.csv").unlink()
+    (begun / "metrics.csv").write_text("epoch,step,train/bpd\n")
     with pytest.raises(ConfigError, match="3 has no logged step of likelihood"):
         write_report([early], tmp_path / "none")
     assert not (tmp_path / "none").exists()
@@ -151,43 +123,13 @@ def test_a_run_without_a_logged_step_is_left_out_by_name(
     assert (found["seeds"], found["bits/dim, dirty"]) == ("42, 43", "2.020 ± 0.020 bits/dim")
 
 
-def test_runs_without_logged_steps(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "0", digits(), finished=False)
-    for text in ("", "a,b\n1,2\n", "step,train/bpd\n1,2\nx,y\n"):
-        (path / "metrics.csv").write_text(text)
-        assert read_run(path).done == 0
-    run = read_run(write_run(tmp_path / "1", digits(), steps=0, checks=()))  # fewer steps than one that is logged
-    assert run.has_begun
-    assert run.state == "step 0 of 0"
-
-
-@pytest.mark.parametrize(("file", "text", "word"), [
-    ("recipe.json", "{", "Expecting"),
-    ("recipe.json", "\udcff", "decode"),
-    ("recipe.json", '{"name": "x", "colour": 1}', "unknown setting 'colour'"),
-    ("result.json", '{"stopped": "finished", "steps": 1}', "planned"),
-    ("result.json", "null", "dictionary"),
-    ("result.json", {"means": {"dirty": {}}}, "evaluation.means.dirty"),
-    ("result.json", {"means": {"dirty": {"mean": 1.0, "stderr": "a"}}}, "evaluation.means.dirty.stderr"),
-    ("result.json", {"penalties": {"kinetic": {}}}, "evaluation.penalties.kinetic"),
-    ("result.json", {"nfe_mean": None}, "evaluation.nfe_mean"),
-    ("diagnosis.json", '{"a":' * 100_000, "recursion"),
-    ("metrics.csv", "step\n\udcff\n", "decode"),
-    ("metrics.csv", "step\n1,2,3\n4\n5,6,7,8,9\n", "Expected"),
-    ("environment.json", "[]", "dictionary"),
-])  # fmt: skip
-def test_a_broken_run_is_refused_by_name_and_left_out_below_a_folder(
-    runs: list[Path], tmp_path: Path, file: str, text: Any, word: str
-) -> None:
-    if isinstance(text, dict):
-        result = json.loads((runs[1] / file).read_text())
-        text = json.dumps({**result, "evaluation": {**result["evaluation"], **text}})
-    (runs[1] / file).write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ConfigError, match=rf"{runs[1] / file} does not hold what a run writes.*{word}"):
-        read_run(runs[1])
+def test_a_broken_run_is_refused_and_left_out_below_a_folder(runs: list[Path], tmp_path: Path) -> None:
+    (runs[1] / "result.json").write_text("null")
+    with pytest.raises(ConfigError, match=f"^{runs[1] / 'result.json'} does not hold what a run writes"):
+        read_runs([runs[1]])
     found, left_out = read_runs([tmp_path])
     assert {run.path for run in found} == {runs[0], runs[2]}
-    assert str(runs[1] / file) in left_out[0]
+    assert str(runs[1] / "result.json") in left_out[0]
 
 
 # configurations ------------------------------------------------------------------------------------------------
@@ -325,8 +267,7 @@ def test_a_run_that_is_not_finished_does_not_count_beside_finished_ones(runs: li
 
 def test_a_validation_that_is_not_finite_and_a_plugin_that_is_not_here(tmp_path: Path) -> None:
     path = write_run(tmp_path / "0", digits(penalties=("length",)), checks=range(1, 40, 5), finished=False)
-    with (path / "metrics.csv").open("a") as file:
-        file.write(",,,41,,,,inf,1.0,0.1,90,0.0\n")
+    MetricsTable(path / "metrics.csv", keep=40).add({"val/bpd": math.inf, "val/nfe": 90}, 41)
     report = write_report([path], tmp_path / "out")
     found = cells(report.table, "digits")
     assert "parameters" not in found
@@ -423,7 +364,8 @@ def test_the_page_needs_nothing_but_itself_and_escapes_texts(runs: list[Path], t
     folder = tmp_path / "x" / "<b>"
     folder.parent.mkdir()
     runs[0].rename(folder)
-    (folder / "environment.json").write_text('{"device": "<img src=x onerror=alert(1)>"}')
+    environment = dataclasses.replace(ENVIRONMENT, device="<img src=x onerror=alert(1)>")
+    write_environment(folder / "environment.json", environment)
     report = write_report([folder, *runs[1:]], tmp_path / "out", title="<Digits> & more")
     text = report.html.read_text()
     references = re.findall(r'(?:src|href)="([^"]*)"', text)

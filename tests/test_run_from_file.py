@@ -12,8 +12,8 @@ from tiny_runs import rnode, rows, run, tiny_recipe
 
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.recipes.recipe import Recipe, read_recipe
+from rnode_plugin.experiments.runs.run import training_lock
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
-from rnode_plugin.experiments.training.runs import training_lock
 
 
 def train(*arguments: object) -> Result:

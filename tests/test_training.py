@@ -30,13 +30,15 @@ from rnode_plugin.errors import CheckpointError, ConfigError, SolverError, Train
 from rnode_plugin.experiments.data import ArrayDataset
 from rnode_plugin.experiments.recipes.recipe import Optimizer, Recipe
 from rnode_plugin.experiments.recipes.task import FlowInput
+from rnode_plugin.experiments.runs.results import Result
+from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.training import callbacks
 from rnode_plugin.experiments.training.callbacks import RunControl, Stopped
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
 from rnode_plugin.experiments.training.fit import FitResult
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.experiments.training.optimizers import learning_rate_factor
-from rnode_plugin.experiments.training.runs import RunFolder, RunPlan
+from rnode_plugin.experiments.training.runs import RunPlan
 from rnode_plugin.experiments.training.step import StepObjective
 from rnode_plugin.flows.multiscale import dequantize
 
@@ -61,7 +63,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> FitResult:
 def copy_of(result: FitResult, folder: Path) -> FitResult:
     """The same run in another folder, to change."""
     shutil.copytree(result.folder.path, folder / "digits" / "0")
-    return dataclasses.replace(result, folder=RunFolder(folder / "digits" / "0"))
+    return dataclasses.replace(result, folder=Run(folder / "digits" / "0"))
 
 
 def rows(result: FitResult) -> list[dict[str, str]]:
@@ -72,10 +74,7 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, whole: FitResult) -> None:
     result, folder = whole, whole.folder.path
     assert folder.parts[-3:] == ("runs", "digits", "0")
     assert (result.steps, result.planned, result.stopped) == (6, 6, "finished")
-    assert Recipe.from_plain(json.loads((folder / "recipe.json").read_text())) == recipe
-    versions = json.loads((folder / "environment.json").read_text())
-    assert versions["torch"] == torch.__version__
-    assert versions["threads"] == torch.get_num_threads()
+    assert result.folder.recipe() == recipe
     checkpoints = sorted(each.name for each in (folder / "checkpoints").iterdir())
     assert checkpoints == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     grids = ["best.png", "step-0000004.png", "step-0000006.png"]
@@ -85,15 +84,13 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, whole: FitResult) -> None:
         "samples",
     ]  # fmt: skip
     assert result.evaluation is not None
-    measured = json.loads((folder / "result.json").read_text())["evaluation"]["means"]
-    bits = {kind: result.evaluation.means[kind].samples for kind in ("dirty", "clean")}
-    with (folder / "images.csv").open() as file:
-        of_images = list(csv.DictReader(file))
-    assert [int(row["image"]) for row in of_images] == list(range(60))
-    for kind, values in bits.items():
-        assert [float(row[kind]) for row in of_images] == pytest.approx(values, rel=1e-6)
-        assert np.mean(values) == pytest.approx(measured[kind]["mean"])
-        assert np.std(values, ddof=1) / len(values) ** 0.5 == pytest.approx(measured[kind]["stderr"])
+    read = result.folder.read()
+    assert read.result == Result(**result.ended, evaluation=result.evaluation)
+    assert read.picture == (result.samples, None)
+    for mean in result.evaluation.means.values():
+        assert len(mean.samples) == 60
+        assert np.mean(mean.samples) == pytest.approx(mean.mean)
+        assert np.std(mean.samples, ddof=1) / 60**0.5 == pytest.approx(mean.stderr)
     found = rows(result)
     assert [int(row["step"]) for row in found] == [1, 2, 3, 4, 4, 5, 6, 6]
     train = {"epoch", "lr", "step", "train/bpd", "train/grad_norm", "train/jacfrob", "train/kinetic", "train/loss",
@@ -103,7 +100,6 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, whole: FitResult) -> None:
     assert [float(row["lr"]) for row in found[:3]] == pytest.approx([2e-3 / 3, 2e-3 * 2 / 3, 2e-3])
     assert float(found[3]["epoch"]) == 1.0
     assert float(found[0]["train/nfe"]) == 24  # six blocks of four stages
-    assert len(result.evaluation.means["dirty"].samples) == 60
     assert float(found[-1]["val/bpd"]) < float(found[0]["train/bpd"])
     assert result.evaluation.means["dirty"].mean == pytest.approx(float(found[-1]["val/bpd"]), abs=0.02)
     assert result.run_seconds > 0
@@ -325,7 +321,7 @@ def test_a_busy_processor_is_named_once(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     strategy = SimpleNamespace(root_device=torch.device(device))
     trainer: Any = SimpleNamespace(world_size=world, strategy=strategy)
-    control: Any = SimpleNamespace(folder=RunFolder(Path("runs/digits/0")))
+    control: Any = SimpleNamespace(folder=Run(Path("runs/digits/0")))
     watch = callbacks.BusyProcessor(control)
 
     def step(seconds: float, share: float) -> None:
@@ -446,7 +442,7 @@ def test_the_last_step_is_logged(tmp_path: Path) -> None:
 # steps without a usable gradient -------------------------------------------------------------------------------
 
 
-def states(folder: RunFolder) -> tuple[dict, dict]:
+def states(folder: Run) -> tuple[dict, dict]:
     contents = read_checkpoint(folder.last)
     return contents["state_dict"], contents["optimizer_states"][0]["state"]
 
@@ -493,7 +489,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
         run(recipe, tmp_path, callbacks=[SpoiltGradient(2, 6, 7)])
     message = str(caught.value)
     assert "the gradient is not finite at training step 7, and 2 steps in a row were skipped" in message
-    folder = RunFolder(tmp_path / "digits" / "0")
+    folder = Run(tmp_path / "digits" / "0")
     assert f"The last good checkpoint is {folder.last}" in message
     contents = read_checkpoint(folder.last)
     assert (contents["global_step"], contents["progress"]["skipped"]) == (5, 1)

@@ -171,9 +171,9 @@ def info() -> None:
     """
     import torch
 
-    from ..experiments.training.runs import environment
+    from ..experiments.runs.environment import Environment
 
-    facts = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    facts = Environment.of(torch.device("cuda" if torch.cuda.is_available() else "cpu")).to_plain()
     facts["gpus"] = torch.cuda.device_count()
     facts |= {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     del facts["plugins"]

@@ -93,9 +93,9 @@ def complete_setting(ctx: click.Context, param: click.Parameter, incomplete: str
 def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Packaged weights and run folders; any file or folder if none of them begins like that."""
     from ..experiments.recipes.pretrained import PRETRAINED
-    from ..experiments.training.checkpoints import runs_here
+    from ..experiments.runs.run import Run
 
-    return _items([*PRETRAINED, *runs_here()], incomplete) or [CompletionItem(incomplete, type="file")]
+    return _items([*PRETRAINED, *Run.here()], incomplete) or [CompletionItem(incomplete, type="file")]
 
 
 # options -------------------------------------------------------------------------------------------------------

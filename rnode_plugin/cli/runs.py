@@ -162,7 +162,8 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     from ..diagnostics.diagnose import compared_for, diagnose
     from ..experiments.evaluation.loading import held_out_samples, pick_device
     from ..experiments.reports.diagnosis import save_diagnosis
-    from ..experiments.training.runs import RunFolder
+    from ..experiments.runs.results import DiagnosedWeights
+    from ..experiments.runs.run import Run
 
     flush_denormals()
     place = pick_device(options["device"])
@@ -179,19 +180,21 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
         seed=seed,
         progress=None if quiet else lambda name: click.echo(f"checking: {name}", err=True),
     )
-    head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
-    own = RunFolder.of_checkpoint(path)
+    diagnosed = DiagnosedWeights(
+        checkpoint=str(path), recipe=recipe.name, weights=recipe.weights, diagnosis=diagnosis
+    )
+    own = Run.of_checkpoint(path)
     default = own.path if own and path == own.best else free_path(None, "diagnosis", force=False)
-    folder = Path(options["out"] or default)
-    file = save_diagnosis(diagnosis, folder, **head)
+    place_of_files = Run(Path(options["out"] or default))
+    save_diagnosis(diagnosed, place_of_files)
     if as_json:
-        print_json({**head, **diagnosis.to_plain()})
+        print_json(diagnosed.to_plain())
     else:
         text = click.HelpFormatter(width=min(120, shutil.get_terminal_size().columns))
         text.write_dl([(f"{check.name}: {check.verdict}", check.sentence) for check in diagnosis.checks])
         click.echo(text.getvalue().rstrip())
         used = f"{diagnosis.samples} held-out {recipe.task.samples} (--samples N changes that)"
-        click.echo(f"\n{used}, {duration(diagnosis.seconds)}\n{file}\n{folder / 'diagnosis'}")
+        click.echo(f"\n{used}, {duration(diagnosis.seconds)}\n{place_of_files.diagnosis}\n{place_of_files.figures}")
     if diagnosis.failed:
         ctx.exit(CHECK_FAILED)
 
@@ -322,10 +325,10 @@ def report(*, runs: tuple[str, ...], out: str | None, title: str | None, force: 
     read are left out. Runs that differ by their seed alone are one configuration.
     Writes report.html (one file that opens offline) and figures/ (PNG and SVG).
     """
-    from ..experiments.training.checkpoints import runs_at
+    from ..experiments.runs.run import Run
 
     for run in map(Path, runs):
-        runs_at(run)  # before torch is imported
+        Run.find(run)  # before torch is imported
     from ..experiments.reports import write_report
 
     written = write_report(runs, free_path(out, "report", force=force), title=title)

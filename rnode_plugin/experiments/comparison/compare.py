@@ -22,8 +22,8 @@ from ...errors import ConfigError, TrainingError
 from ..evaluation.loading import check_device, load_for_training
 from ..recipes.recipe import Recipe
 from ..reports import Report, write_report
-from ..reports.runs import own_data, read_run
-from ..training.runs import training_lock
+from ..reports.runs import own_data
+from ..runs.run import Run, training_lock
 from .configurations import configured_recipes
 
 _TRAIN = (sys.executable, "-m", "rnode_plugin", "train")
@@ -145,8 +145,8 @@ def compare(
             raise
         finally:
             pool.shutdown()
-        runs = [folder for folder in folders if (folder / "recipe.json").is_file()]
-        if not any(read_run(folder).has_begun for folder in runs):
+        runs = [folder for folder in folders if Run(folder).is_described]
+        if not any(Run(folder).read().has_begun for folder in runs):
             raise TrainingError(" ".join(failures) or "the runs ended before a step was logged.")
         own = own_data(recipe)
         subject = recipe.name if own is None else f"{own}, recipe {recipe.name}"
@@ -160,8 +160,9 @@ def _begin(folder: Path, recipe: Recipe, max_time: float | None) -> list[str] | 
     Raises:
         ConfigError: the folder has a run of other settings, or cannot be read.
     """
-    if (folder / "recipe.json").is_file():
-        run = read_run(folder)
+    there = Run(folder)
+    if there.is_described:
+        run = there.read()
         old, new = dict(run.recipe.settings()), dict(recipe.settings())
         differ = [f"{name} is {old.get(name)} there and {new.get(name)} here" for name in {**old, **new}
                   if old.get(name) != new.get(name)]  # fmt: skip
@@ -169,10 +170,10 @@ def _begin(folder: Path, recipe: Recipe, max_time: float | None) -> list[str] | 
             raise ConfigError(f"{folder} has other settings ({', '.join(differ)}): choose another --out.")
         if run.result is not None:
             return None
-        if any((folder / "checkpoints").glob("*.ckpt")):
+        if there.has_checkpoints:
             seconds = [0.0, *run.steps.get("seconds", ()), *run.checks.get("seconds", ())]
             return ["--resume", str(folder), *_limit(max_time, spent=np.nanmax(seconds))]
-    elif any((folder / "checkpoints").glob("*.ckpt")):
+    elif there.has_checkpoints:
         raise ConfigError(f"{folder} has checkpoints, but no recipe.json: choose another --out.")
     if folder.exists():  # a run that ended before its first checkpoint
         with training_lock(folder):

@@ -13,7 +13,8 @@ import numpy as np
 from ...core.schedules import final_strength, strength_text
 from ..recipes.recipe import Recipe
 from ..recipes.task import Task
-from .runs import Run, penalties_of
+from ..runs.contents import RunContents
+from .runs import penalties_of
 
 _LEVEL = 0.95
 _RESOLUTION = 1e-5  # bits/dim, nats: single precision does not resolve smaller differences
@@ -32,7 +33,7 @@ class Configuration:
     """
 
     label: str
-    runs: tuple[Run, ...]
+    runs: tuple[RunContents, ...]
     number: int
 
     @property
@@ -61,7 +62,7 @@ class Configuration:
         return self.runs[0].recipe
 
     @property
-    def counted(self) -> tuple[Run, ...]:
+    def counted(self) -> tuple[RunContents, ...]:
         """The runs whose figures are shown: those with a result, or all if none has one."""
         return tuple(run for run in self.runs if run.result is not None) or self.runs
 
@@ -90,9 +91,9 @@ class Configuration:
         return None if score is None else score.stderr
 
 
-def group_runs(runs: Sequence[Run]) -> list[Configuration]:
+def group_runs(runs: Sequence[RunContents]) -> list[Configuration]:
     """The configurations of some runs: the paper's first, the others in their order, a sweep by its lambdas."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[RunContents]] = {}
     for run in runs:
         training = dataclasses.replace(run.recipe.training, seed=0)
         settings = dataclasses.replace(run.recipe, training=training).to_plain()
@@ -114,9 +115,9 @@ def _by_strength(recipe: Recipe) -> list[tuple[str, float, str]]:
     return sorted((name, final_strength(each), str(each)) for name, each in recipe.regularizers.items())
 
 
-def _labels(runs: Sequence[Run]) -> list[str]:
+def _labels(runs: Sequence[RunContents]) -> list[str]:
     """For each run the shortest text that no other run has."""
-    texts: tuple[Callable[[Run], str], ...] = (
+    texts: tuple[Callable[[RunContents], str], ...] = (
         lambda run: penalties_of(run.recipe),
         lambda run: _with_lambdas(run.recipe),
         lambda run: f"{_with_lambdas(run.recipe)} ({run.recipe.solver.method})",
@@ -183,8 +184,7 @@ def paired_difference(one: Configuration, base: Configuration) -> Difference | N
     nothing can be paired.
     """
     pairs = [(run, other) for run in one.runs for other in base.runs if _same_samples(run, other)]
-    name = one.task.quantities[0].name
-    differences = [run.scores[name] - other.scores[name] for run, other in pairs]
+    differences = [run.scores - other.scores for run, other in pairs]
     if not differences:
         return None
     unit = one.task.samples if len(differences) == 1 else "seeds"
@@ -194,13 +194,13 @@ def paired_difference(one: Configuration, base: Configuration) -> Difference | N
     return Difference(float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))), len(values), unit)
 
 
-def _same_samples(one: Run, other: Run) -> bool:
+def _same_samples(one: RunContents, other: RunContents) -> bool:
     """Whether both evaluated the same samples with the same noise."""
 
-    def shown(run: Run) -> tuple[object, ...]:
+    def shown(run: RunContents) -> tuple[object, ...]:
         # the noise is a function of the seed and of a sample's place in its batch
         data = {name: value for name, value in vars(run.recipe.data).items() if name not in _OF_TRAINING}
         training = run.recipe.training
-        return (data, training.val_images, training.seed, len(run.scores[run.task.sample]))
+        return (data, training.val_images, training.seed, len(run.scores))
 
-    return len(one.scores[one.task.sample]) > 0 and shown(one) == shown(other)
+    return len(one.scores) > 0 and shown(one) == shown(other)

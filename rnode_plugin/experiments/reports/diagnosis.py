@@ -8,30 +8,28 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...diagnostics import texts
 from ...diagnostics.checks import LOST
-from ...diagnostics.result import Check, Diagnosis
-from ...files import write_atomically
-from ..training.runs import DIAGNOSIS, write_json
+from ...diagnostics.result import Check
+from ..runs.results import DiagnosedWeights
+from ..runs.run import Run
 from .figures import Drawing, draw, finish, legend
 
 _GREY = "0.5"
 
 
-def save_diagnosis(diagnosis: Diagnosis, folder: Path, **head: str) -> Path:
-    """Write ``diagnosis.json``, with ``head`` in front, and the figures; the path of the former."""
-    for check in diagnosis.checks:
+def save_diagnosis(diagnosed: DiagnosedWeights, run: Run) -> None:
+    """Write a diagnosis and its figures into a folder."""
+    figures: dict[str, bytes] = {}
+    for check in diagnosed.diagnosis.checks:
         name = check.name.replace(" ", "-")
         drawing = draw_check(check, name)
-        for file, contents in ({} if drawing is None else drawing.files(name)).items():
-            write_atomically(folder / "diagnosis" / file, lambda out, contents=contents: out.write(contents))
-    write_json(folder / DIAGNOSIS, {**head, **diagnosis.to_plain()})
-    return folder / DIAGNOSIS
+        figures |= {} if drawing is None else drawing.files(name)
+    run.add_diagnosis(diagnosed, figures)
 
 
 def draw_check(check: Check, name: str) -> Drawing | None:

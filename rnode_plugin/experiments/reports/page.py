@@ -107,23 +107,21 @@ def _recipe_name(name: str) -> str:
 
 
 def _diagnoses(configurations: Sequence[Configuration]) -> Iterator[_Diagnosed]:
-    runs = [(one, run) for one in configurations for run in one.counted if run.diagnosis is not None]
-    for number, (one, run) in enumerate(runs, 1):
-        assert run.diagnosis is not None
+    runs = [(one, run, run.diagnosed) for one in configurations for run in one.counted if run.diagnosed is not None]
+    for number, (one, run, diagnosed) in enumerate(runs, 1):
+        found = diagnosed.diagnosis
         label = one.label if len(one.counted) == 1 else f"{one.label}, seed {run.recipe.training.seed}"
-        names = [f"diagnosis-{number}-{check.name.replace(' ', '-')}" for check in run.diagnosis.checks]
-        checks = zip(run.diagnosis.checks, names, strict=True)
-        yield _Diagnosed(
-            label, run.diagnosis.samples, [(each, name, draw_check(each, name)) for each, name in checks]
-        )
+        names = [f"diagnosis-{number}-{check.name.replace(' ', '-')}" for check in found.checks]
+        checks = zip(found.checks, names, strict=True)
+        yield _Diagnosed(label, found.samples, [(each, name, draw_check(each, name)) for each, name in checks])
 
 
 def _grids(configurations: Sequence[Configuration]) -> Iterator[_Grid]:
     for number, one in enumerate(configurations, 1):
-        found = next((run.grid for run in one.counted if run.grid is not None), None)
+        found = next((run.picture for run in one.counted if run.picture is not None), None)
         if found is None:
             continue
-        origin = f"weights of step {int(found.stem[5:])}" if found.stem.startswith("step-") else "best weights"
+        origin = "best weights" if found.step is None else f"weights of step {found.step}"
         label = re.sub(r"[^a-z0-9._]+", "-", one.label.lower())[:60].strip("-.")  # file systems limit names
         temperatures = one.task.grid_rows(one.recipe.training.sample_temperatures)
-        yield _Grid(f"samples-{number}-{label}", one.label, found.read_bytes(), temperatures, origin)
+        yield _Grid(f"samples-{number}-{label}", one.label, found.path.read_bytes(), temperatures, origin)

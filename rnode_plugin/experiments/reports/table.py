@@ -98,8 +98,8 @@ def _detail_lines(configurations: Sequence[Configuration], base: Configuration) 
     yield "test solver", "", lambda one: one.recipe.test_solver.text
     yield "seeds", "", lambda one: ", ".join(str(run.recipe.training.seed) for run in one.counted)
     yield f"held-out {task.samples}", "measured for the scores and penalties", _held_out
-    yield "device", "of each run", _each(lambda run: run.environment.get("device", ""))
-    yield "threads", "of each run", _each(lambda run: run.environment.get("threads", ""))
+    yield "device", "of each run", _each(lambda run: run.environment.device if run.environment else "")
+    yield "threads", "of each run", _each(lambda run: run.environment.threads if run.environment else "")
     yield "state", "", _each(lambda run: run.state)
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import math
 import os
 import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,11 +17,12 @@ import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint
 
 from ...errors import SolverError, TrainingError
-from ...files import write_atomically
 from ...text import duration
 from ..evaluation.samples import save_samples
 from ..recipes.recipe import Recipe
-from .runs import RunFolder, RunPlan
+from ..runs.metrics import MetricsTable
+from ..runs.run import Run
+from .runs import RunPlan
 
 _TO_STOP = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has two
 _INTERVAL = 10.0  # least seconds between two lines of progress
@@ -77,7 +75,7 @@ class RunControl(Checkpoint):
         recipe: Recipe,
         plan: RunPlan,
         *,
-        folder: RunFolder | None = None,
+        folder: Run | None = None,
         max_time: float | None = None,
         progress: bool = False,
     ) -> None:
@@ -219,7 +217,7 @@ class RunControl(Checkpoint):
             self.table.add({"epoch": epoch, **row, **times, "seconds": self.run_seconds}, step)
 
     @property
-    def _run(self) -> RunFolder:
+    def _run(self) -> Run:
         assert self.folder is not None  # the first process has sent it in setup
         return self.folder
 
@@ -257,43 +255,6 @@ class RunControl(Checkpoint):
 def _any(trainer: L.Trainer, decision: bool) -> bool:
     """Whether any process of the run decides so."""
     return decision if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(decision, all=False)
-
-
-class MetricsTable:
-    """Rows of numbers by step in a CSV file, with a column for each name that comes along.
-
-    Rows that are there stay if their step is not greater than ``keep``; the rest has no checkpoint.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, keep: int = 0) -> None:
-        self._path, self._names = Path(path), list[str]()
-        if self._path.is_file():
-            self._names, rows = self._read()
-            self._replace([row for row in rows if row["step"].isdigit() and int(row["step"]) <= keep])
-
-    def add(self, row: dict[str, float], step: int) -> None:
-        """Write a row; it is in the file when this returns."""
-        full: dict[str, Any] = {**row, "step": step}
-        if new := full.keys() - set(self._names):
-            rows = self._read()[1] if self._path.exists() else []
-            self._names = sorted({*self._names, *new})
-            self._replace(rows)
-        with self._path.open("a", newline="") as file:
-            csv.DictWriter(file, self._names).writerow(full)
-
-    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
-        text = self._path.read_text(encoding="utf-8", errors="replace")
-        whole = text[: text.rfind("\n") + 1]  # a kill can cut the last row in two
-        reader = csv.DictReader(io.StringIO(whole, newline=""))
-        names = list(reader.fieldnames or [])
-        return names, [{name: row.get(name) or "" for name in {*names, "step"}} for row in reader]
-
-    def _replace(self, rows: list[dict[str, str]]) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(self._path, lambda file: file.write(text.getvalue().encode()))
 
 
 class BusyProcessor(Callback):
@@ -349,7 +310,7 @@ class SampleGrids(Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero or (folder := self._control.folder) is None:
             return
-        picture = folder.samples / f"step-{trainer.global_step:07d}.png"
+        picture = folder.picture(trainer.global_step)
         try:
             save_samples(pl_module.task, pl_module.flow, None, pl_module.recipe.training, picture)
         except SolverError as error:  # training may continue if a latent far out cannot be integrated

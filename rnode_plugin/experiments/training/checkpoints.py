@@ -17,6 +17,7 @@ from ..._version import __version__
 from ...errors import CheckpointError, ConfigError, PluginError, first_line
 from ...files import write_atomically
 from ..recipes.pretrained import PRETRAINED, pretrained_file
+from ..runs.run import BEST, LAST, Run
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from ...core.distribution import DensityModel
     from ..recipes.recipe import Recipe
 
-BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 SAFETENSORS = ".safetensors"
 _FORMAT = 1
 _KEY, _CHECKSUM = "rnode_plugin", "sha256"
@@ -203,35 +203,13 @@ def newest_intact(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     raise errors[0]
 
 
-def runs_here() -> list[str]:
-    """The folders of runs below ``runs`` in the working directory."""
-    return sorted(str(path.parent) for path in Path().glob("runs/*/*/recipe.json"))
-
-
-def runs_at(path: Path) -> list[Path]:
-    """The run folder ``path``, or the run folders below it.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if (path / "recipe.json").is_file():
-        return [path]
-    inside = sorted(each.parent for each in path.rglob("recipe.json"))
-    if not inside:
-        near = difflib.get_close_matches(str(path), runs_here(), n=1)
-        hint = f"; did you mean {near[0]!r}? Give" if near and not path.exists() else ": give"
-        raise ConfigError(f"no run at {path}{hint} a run folder (it holds recipe.json), or a folder of them.")
-    return inside
-
-
 def _files(path: Path, prefer: str) -> list[Path]:
     """The files that ``path`` can mean; the preferred one of a run folder, then the others from the newest on."""
     packaged = None if path.exists() else pretrained_file(str(path))
-    names = dict.fromkeys((prefer, LAST, PREVIOUS, BEST))
-    files = [file for file in (path, *(path / "checkpoints" / name for name in names)) if file.is_file()]
+    files = [path] if path.is_file() else Run(path).checkpoints(prefer)
     if packaged is None and not files:
         to_resume = prefer == LAST  # which needs more than weights
-        near = difflib.get_close_matches(str(path), [*([] if to_resume else PRETRAINED), *runs_here()], n=1)
+        near = difflib.get_close_matches(str(path), [*([] if to_resume else PRETRAINED), *Run.here()], n=1)
         hint = f"; did you mean {near[0]!r}? Give" if near and not path.exists() else ": give"
         others = "or one of its .ckpt files" if to_resume else f"a .ckpt or .safetensors file, or {PRETRAINED[0]}"
         raise CheckpointError(f"no checkpoint at {path}{hint} a run folder, with checkpoints/{prefer}, {others}.")

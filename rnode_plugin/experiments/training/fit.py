@@ -35,12 +35,16 @@ from ..evaluation.loading import load_for_training
 from ..evaluation.measures import Evaluation
 from ..evaluation.samples import save_samples
 from ..recipes.recipe import Recipe
-from .callbacks import BusyProcessor, MetricsTable, RunControl, SampleGrids, Stopped
+from ..runs.environment import Environment
+from ..runs.metrics import MetricsTable
+from ..runs.results import Result
+from ..runs.run import Run, training_lock
+from .callbacks import BusyProcessor, RunControl, SampleGrids, Stopped
 from .checkpoints import find_checkpoint, load_flow, newest_intact, put_weights
 from .datamodule import RecipeDataModule
 from .loggers import check_loggers, make_logger
 from .module import RnodeModule
-from .runs import RunFolder, RunOptions, RunPlan, checkpoint_to_resume, training_lock
+from .runs import RunOptions, RunPlan, checkpoint_to_resume, continue_from
 from .trainer import end_other_processes, find_place, make_trainer, quiet
 
 
@@ -63,7 +67,7 @@ class FitResult:
         samples: the last picture of samples; None if there is none.
     """
 
-    folder: RunFolder
+    folder: Run
     steps: int
     planned: int
     stopped: str
@@ -119,7 +123,7 @@ def fit(
     checkpoint = before = contents = None
     if options.resume is not None:  # refuses other settings before data are downloaded for them
         checkpoint, contents, recipe = checkpoint_to_resume(options.resume, recipe)
-        before = RunFolder.of_checkpoint(checkpoint)  # of the run that continues
+        before = Run.of_checkpoint(checkpoint)  # of the run that continues
     if recipe.training.weights is not None and contents is None:
         find_checkpoint(recipe.training.weights)
     with quiet(), explained():
@@ -155,8 +159,8 @@ def fit(
             folder = before or _new_folder(recipe, options)
             stack.enter_context(training_lock(folder.path))
             if checkpoint is not None and before is not None:
-                before.continue_from(checkpoint, done)
-            folder.describe(recipe, trainer.strategy.root_device)
+                continue_from(before, checkpoint, done)
+            folder.describe(recipe, Environment.of(trainer.strategy.root_device))
             control.folder, control.table = folder, MetricsTable(folder.metrics, keep=done)
             trainer.loggers += [make_logger(name, folder.path) for name in loggers if isinstance(name, str)]
             if options.progress:
@@ -199,10 +203,10 @@ def _own_callbacks(recipe: Recipe, data: ImageData | Table, control: RunControl)
     return found
 
 
-def _new_folder(recipe: Recipe, options: RunOptions) -> RunFolder:
+def _new_folder(recipe: Recipe, options: RunOptions) -> Run:
     if options.run_folder is not None:
-        return RunFolder.claim(options.run_folder)
-    return RunFolder.create(options.runs, recipe)
+        return Run.claim(options.run_folder)
+    return Run.create(options.runs, recipe)
 
 
 def _train(
@@ -224,7 +228,7 @@ def _train(
     return "finished" if trainer.global_step >= trainer.max_steps else "early"
 
 
-def _saved_steps(folder: RunFolder) -> int:
+def _saved_steps(folder: Run) -> int:
     try:
         return newest_intact(folder.path)[1]["global_step"]
     except CheckpointError:  # it was stopped before the first one
@@ -232,7 +236,7 @@ def _saved_steps(folder: RunFolder) -> int:
 
 
 def _announce(
-    module: RnodeModule, data: ImageData | Table, plan: RunPlan, trainer: L.Trainer, folder: RunFolder, done: int
+    module: RnodeModule, data: ImageData | Table, plan: RunPlan, trainer: L.Trainer, folder: Run, done: int
 ) -> None:
     recipe, task = module.recipe, module.task
     parameters = sum(p.numel() for p in module.flow.parameters())
@@ -268,14 +272,14 @@ def _conclude(
         ).with_baselines(task, data)
         samples = None
         if recipe.training.sample_images:
-            samples = folder.samples / "best.png"
+            samples = folder.picture()
             save_samples(task, flow, data, recipe.training, samples)
     except SolverError as error:
         raise TrainingError(
             f"training is done, but its best weights could not be evaluated: {error} They are in {folder.best}; "
             f"rnode-cli eval {folder.path} tries again, with another solver by --solver KEY=VALUE."
         ) from error
-    folder.conclude(result.ended, evaluation, task)
+    folder.conclude(Result(**result.ended, evaluation=evaluation), recipe)
     return dataclasses.replace(result, evaluation=evaluation, samples=samples)
 
 

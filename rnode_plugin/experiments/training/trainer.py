@@ -22,7 +22,8 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from ...errors import ConfigError
 from ...files import write_atomically
 from ..recipes.recipe import Recipe
-from .checkpoints import LAST, PREVIOUS, read_checkpoint
+from ..runs.run import LAST, PREVIOUS
+from .checkpoints import read_checkpoint
 from .runs import RunPlan
 
 _UNSEEN = ("fast_dev_run", "limit_val_batches", "overfit_batches")

@@ -1,0 +1,130 @@
+"""What is in the folder of a run, as one value, and the quantities that follow from it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..recipes.recipe import Recipe
+from ..recipes.task import Task
+from .environment import Environment
+from .metrics import Metrics
+from .results import DiagnosedWeights, Result
+
+if TYPE_CHECKING:
+    from .texts import Columns
+
+
+class Picture(NamedTuple):
+    """A PNG of samples by the weights of a training step, or by the best weights if ``step`` is None."""
+
+    path: Path
+    step: int | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunContents:
+    """The contents of a run folder, of a run that is finished or still running.
+
+    Attributes:
+        path: the folder.
+        recipe: its settings.
+        environment: versions, device and threads; None if unknown.
+        metrics: what was logged.
+        result: the end of the run and the evaluation of its best weights; None for a run that has not ended.
+        picture: the newest picture of samples; None if there is none.
+        diagnosed: the result of ``rnode-cli diagnose``; None for a run that was not diagnosed.
+    """
+
+    path: Path
+    recipe: Recipe
+    environment: Environment | None
+    metrics: Metrics
+    result: Result | None
+    picture: Picture | None
+    diagnosed: DiagnosedWeights | None
+
+    @property
+    def task(self) -> Task:
+        """The task of the recipe, which has the words and units."""
+        return self.recipe.task
+
+    @property
+    def steps(self) -> Columns:
+        """The logged training steps, see :class:`~rnode_plugin.experiments.runs.metrics.Metrics`."""
+        return self.metrics.steps
+
+    @property
+    def checks(self) -> Columns:
+        """The validations, see :class:`~rnode_plugin.experiments.runs.metrics.Metrics`."""
+        return self.metrics.checks
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is something to report: a logged step or a result."""
+        return self.result is not None or len(self.steps["step"]) > 0
+
+    @property
+    def done(self) -> int:
+        """Training steps so far."""
+        return int(max(self.steps["step"], default=0 if self.result is None else self.result.steps))
+
+    @property
+    def state(self) -> str:
+        """The steps of the run, and whether it is finished or was stopped by its time limit."""
+        if self.result is None:
+            return f"not finished: step {self.done:,}"
+        limit = ", stopped by its time limit" if self.result.stopped == "max_time" else ""
+        return f"step {self.result.steps:,} of {self.result.planned:,}{limit}"
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """The score of each held-out sample, in the first quantity of the task; empty if unknown."""
+        means = {} if self.result is None else self.result.evaluation.means
+        mean = means.get(self.task.quantities[0].name)
+        return np.array([] if mean is None else mean.samples)
+
+    @property
+    def penalties(self) -> Mapping[str, float]:
+        """Mean integrals of the best weights, or at the last validation of a run without a result."""
+        if self.result is not None:
+            return self.result.evaluation.penalties
+        known = (name for name in self.recipe.measured if f"val/{name}" in self.checks)
+        return {name: _last(self.checks[f"val/{name}"]) for name in known}
+
+    @functools.cached_property
+    def numbers(self) -> Mapping[str, float]:
+        """The known quantities of :meth:`~rnode_plugin.experiments.reports.configurations.Configuration.mean`.
+
+        Scores and test NFE are of the best weights, or of the last validation of a run without a result.
+        """
+        if self.result is not None:
+            evaluation = self.result.evaluation
+            scores = {name: score.mean for name, score in evaluation.means.items()}
+            gap, nfe_test, seconds = evaluation.gap, evaluation.nfe_mean, self.result.training_seconds
+        else:
+            scores = {self.task.quantities[0].name: _last(self.checks[f"val/{self.task.metric}"])}
+            gap, nfe_test = (_last(self.checks.get(f"val/{name}")) for name in ("gap", "nfe"))
+            seconds = _last(self.steps["train_seconds"])
+        nfe, times = (self.steps.get(name, np.array([])) for name in ("train/nfe", "seconds_per_step"))
+        return {
+            **self.penalties,
+            **scores,
+            "nfe_test": nfe_test,
+            "gap": math.nan if gap is None else gap,
+            "nfe_train": float(np.mean(nfe[-max(1, len(nfe) // 10) :])) if len(nfe) else math.nan,
+            "training_seconds": seconds,
+            "seconds_per_step": float(np.median(times)) if len(times) else math.nan,
+            "steps": self.done,
+        }
+
+
+def _last(values: NDArray[np.float64] | None) -> float:
+    return float(values[-1]) if values is not None and len(values) else math.nan

@@ -1,0 +1,101 @@
+"""Where a run was trained: ``environment.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+
+from ..._version import __version__
+from ...plugins import registry
+from .texts import reading, write_json
+
+_PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdyn", "torchdiffeq", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Versions, device and threads.
+
+    Attributes:
+        packages: the version of each package, this one included. The version of torch names its CUDA.
+        plugins: distribution and version of each plugin that is loaded, by its name.
+        python, platform: as Python's ``platform`` names them.
+        device: the name of the GPU, or the kind of the device and the processor.
+        cuda: the CUDA that torch was built with; None on another device.
+        threads: threads of torch.
+        cpus: logical CPUs of the machine; None if they are not known.
+    """
+
+    packages: Mapping[str, str]
+    plugins: Mapping[str, str]
+    python: str
+    platform: str
+    device: str
+    cuda: str | None
+    threads: int
+    cpus: int | None
+
+    @staticmethod
+    def of(device: torch.device) -> Environment:
+        """The environment of this process, with a device of it."""
+        cuda = device.type == "cuda"
+        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+        return Environment(
+            packages={"rnode-plugin": __version__, **versions, "torch": torch.__version__},
+            plugins={
+                each.name: f"{each.distribution} {each.version}"
+                for each in registry.report()
+                if each.status == "loaded" and each.distribution not in (None, "rnode-plugin")
+            },
+            python=platform.python_version(),
+            platform=platform.platform(),
+            device=torch.cuda.get_device_name(device) if cuda else f"{device.type} {platform.processor()}".strip(),
+            cuda=torch.version.cuda if cuda else None,
+            threads=torch.get_num_threads(),
+            cpus=os.cpu_count(),
+        )
+
+    def to_plain(self) -> dict[str, object]:
+        """For JSON and for a list of facts, with the packages among the others."""
+        plain = dataclasses.asdict(self)
+        return {**plain.pop("packages"), **plain}
+
+    @staticmethod
+    def from_plain(plain: object) -> Environment:
+        """The inverse of :meth:`to_plain`.
+
+        Raises:
+            ValueError: it is not an environment.
+        """
+        facts = _FACTS.validate_python(plain)
+        own = {field.name for field in dataclasses.fields(Environment)}
+        packages = {name: value for name, value in facts.items() if name not in own}
+        return _ENVIRONMENT.validate_python({**facts, "packages": packages})
+
+
+_FACTS = TypeAdapter(dict[str, object])
+_ENVIRONMENT = TypeAdapter(Environment)
+
+
+def write_environment(path: Path, environment: Environment) -> None:
+    """Write an ``environment.json``."""
+    write_json(path, environment.to_plain())
+
+
+def read_environment(path: Path) -> Environment | None:
+    """The environment in a file; None if there is no file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not an environment.
+    """
+    with reading(path) as text:
+        return None if text is None else Environment.from_plain(json.loads(text))

@@ -1,0 +1,104 @@
+"""The metrics of a run: ``metrics.csv``, a row for each logged training step and for each validation."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ...files import write_atomically
+from .texts import known_rows, numbers, reading, whole_lines
+
+if TYPE_CHECKING:
+    from .texts import Columns
+
+_AXES = ("step", "epoch", "train_seconds")
+
+
+class MetricsTable:
+    """Rows of numbers by step in a CSV file, with a column for each name that comes along.
+
+    Rows that are there stay if their step is not greater than ``keep``; the rest has no checkpoint.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, keep: int = 0) -> None:
+        self._path, self._names = Path(path), list[str]()
+        if self._path.is_file():
+            self._names, rows = self._read()
+            self._replace([row for row in rows if row["step"].isdigit() and int(row["step"]) <= keep])
+
+    def add(self, row: Mapping[str, float], step: int) -> None:
+        """Write a row; it is in the file when this returns."""
+        full = {**row, "step": step}
+        if new := full.keys() - set(self._names):
+            rows = self._read()[1] if self._path.exists() else []
+            self._names = sorted({*self._names, *new})
+            self._replace(rows)
+        with self._path.open("a", newline="") as file:
+            csv.DictWriter(file, self._names).writerow(full)
+
+    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
+        """Names and rows as texts, so that a row that stays keeps each digit; nothing in a file is refused here."""
+        text = self._path.read_text(encoding="utf-8", errors="replace")
+        reader = csv.DictReader(io.StringIO(whole_lines(text), newline=""))
+        names = list(reader.fieldnames or [])
+        return names, [{name: row.get(name) or "" for name in {*names, "step"}} for row in reader]
+
+    def _replace(self, rows: list[dict[str, str]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self._path, lambda file: file.write(text.getvalue().encode()))
+
+
+class Metrics(NamedTuple):
+    """The rows of a ``metrics.csv``, by column.
+
+    Attributes:
+        steps: an entry for each logged training step of likelihood: ``step``, ``epoch``, ``train_seconds``,
+            ``train/bpd``, ...
+        checks: an entry for each validation: the same three axes and ``val/bpd``, ``val/nfe``, ...; of a table
+            ``nll`` in place of ``bpd``.
+    """
+
+    steps: Columns
+    checks: Columns
+
+    @property
+    def last_step(self) -> int:
+        """The last step that has an entry; 0 if there is none."""
+        return int(max([0, *self.steps["step"], *self.checks["step"]]))
+
+
+def read_metrics(path: Path, metric: str) -> Metrics:
+    """The metrics in a file that :class:`MetricsTable` has written, also while it writes; empty if there is none.
+
+    Args:
+        path: a ``metrics.csv``.
+        metric: the score of the task, ``bpd`` or ``nll``.
+
+    Raises:
+        ConfigError: it cannot be read, or does not hold a table.
+    """
+    with reading(path) as text:
+        table = numbers(text or "")
+    axes = [name for name in _AXES if name in table]
+    table[axes] = table[axes].where(np.isfinite(table[axes]))  # a score may be infinite, a time cannot
+    score, checked = f"train/{metric}", f"val/{metric}"
+    matching = table.get("train/matching")  # steps before the likelihood count as training
+    trained = table.get(score) if matching is None else matching.fillna(table.get(score, np.nan))
+    times = known_rows(table.assign(trained=trained), [*_AXES, "trained"])
+    checks = known_rows(table, ["step", checked])
+    # a validation is logged with its step only, so its epoch and time are interpolated between steps
+    known, unknown = len(times["step"]) > 0, np.full(len(checks["step"]), np.nan)
+    places = {
+        name: np.interp(checks["step"], times["step"], times[name]) if known else unknown
+        for name in ("epoch", "train_seconds")
+    }
+    return Metrics(known_rows(table, [*_AXES, score]), {**checks, **places})

@@ -1,0 +1,145 @@
+"""What is known of the best weights of a run: ``result.json`` with the scores by sample, and ``diagnosis.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas
+from pydantic import TypeAdapter
+
+from ...diagnostics.result import Diagnosis
+from ...errors import ConfigError
+from ..evaluation.measures import Evaluation
+from .texts import known_rows, numbers, reading, write_json, write_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The end of a run, and the evaluation of its best weights.
+
+    Attributes:
+        stopped: why it ended: ``"finished"``, ``"max_time"``, or ``"early"`` if a callback ended it.
+        steps: optimizer steps of the whole run.
+        planned: steps of the recipe.
+        training_seconds: time of all steps of the run, without validations.
+        run_seconds: wall-clock time of the whole run, without the final evaluation.
+        skipped: steps without a usable gradient, which changed nothing.
+        evaluation: likelihoods, NFE and penalties on the held-out samples.
+    """
+
+    stopped: str
+    steps: int
+    planned: int
+    training_seconds: float
+    run_seconds: float
+    skipped: int
+    evaluation: Evaluation
+
+
+_RESULT = TypeAdapter(Result)
+
+
+def write_result(path: Path, result: Result, scores: Path, sample: str) -> None:
+    """Write a ``result.json`` and, before it, the scores of each held-out sample.
+
+    Args:
+        path: the file of the result, which has the means.
+        result: both.
+        scores: the file of the scores: a column for each mean, and one with the numbers of the samples.
+        sample: name of the latter column, ``image`` or ``row``.
+    """
+    evaluation = result.evaluation
+    table = pandas.DataFrame({name: mean.samples for name, mean in evaluation.means.items()})
+    write_text(scores, table.to_csv(index_label=sample, na_rep="nan", lineterminator="\n"))
+    write_json(path, {**vars(result), "evaluation": evaluation.to_plain()})
+
+
+def read_result(path: Path, scores: Path, sample: str) -> Result | None:
+    """The result that :func:`write_result` has written; None if there is none.
+
+    The means have no scores by sample if the file of the scores is missing or empty.
+
+    Raises:
+        ConfigError: one of the two cannot be read, does not hold what a run writes, or is cut off.
+    """
+    with reading(path) as text:
+        result = None if text is None else _RESULT.validate_python(json.loads(text))
+    with reading(scores) as text:
+        table = known_rows(numbers(text or ""), [sample])
+    if result is None:
+        return None
+    evaluation, there = result.evaluation, len(table[sample])
+    check_whole(scores, sample, there, evaluation.samples)
+    means = {
+        name: dataclasses.replace(mean, samples=tuple(table[name].tolist() if name in table else ()))
+        for name, mean in evaluation.means.items()
+    }
+    return dataclasses.replace(result, evaluation=dataclasses.replace(evaluation, means=means))
+
+
+def check_whole(path: Path, what: str, there: int, whole: int) -> None:
+    """Refuse a file that ends before the last ``what`` of a finished run; an empty one is a missing one."""
+    if 0 < there < whole:
+        raise ConfigError(f"{path} is cut off: it ends with {what} {there} of {whole}.")
+
+
+# diagnosis -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosedWeights:
+    """The diagnosis of some weights.
+
+    Attributes:
+        checkpoint: the file of the weights.
+        recipe: name of their recipe.
+        weights: what they are, ``as trained`` or an average.
+        diagnosis: all checks.
+    """
+
+    checkpoint: str
+    recipe: str
+    weights: str
+    diagnosis: Diagnosis
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON: the weights, then what :meth:`Diagnosis.to_plain` gives."""
+        return {
+            "checkpoint": self.checkpoint,
+            "recipe": self.recipe,
+            "weights": self.weights,
+            **self.diagnosis.to_plain(),
+        }
+
+    @staticmethod
+    def from_plain(plain: object) -> DiagnosedWeights:
+        """The inverse of :meth:`to_plain`.
+
+        Raises:
+            ValueError: it is not a diagnosis.
+        """
+        diagnosis = Diagnosis.from_plain(plain)
+        return _DIAGNOSED.validate_python({**_FACTS.validate_python(plain), "diagnosis": diagnosis})
+
+
+_FACTS = TypeAdapter(dict[str, object])
+_DIAGNOSED = TypeAdapter(DiagnosedWeights)
+
+
+def write_diagnosis(path: Path, diagnosed: DiagnosedWeights) -> None:
+    """Write a ``diagnosis.json``."""
+    write_json(path, diagnosed.to_plain())
+
+
+def read_diagnosis(path: Path) -> DiagnosedWeights | None:
+    """The diagnosis in a file; None if there is no file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not a diagnosis.
+    """
+    with reading(path) as text:
+        return None if text is None else DiagnosedWeights.from_plain(json.loads(text))

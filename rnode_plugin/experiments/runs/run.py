@@ -1,0 +1,284 @@
+"""``Run``: a folder of a run, the names of all that is in it, and how it is made, found, written and read.
+
+The modules ``environment``, ``metrics`` and ``results`` have the format of a file each, with its writer and its
+reader. They import torch or pandas, so they are imported where they are needed, and a command that only looks for a
+run does not wait for them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import ConfigError
+from ...files import write_atomically
+from .texts import reading, write_json
+
+if TYPE_CHECKING:
+    from ..recipes.recipe import Recipe
+    from .contents import RunContents
+    from .environment import Environment
+    from .results import DiagnosedWeights, Result
+
+BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+
+_RECIPE = "recipe.json"  # which marks a folder as a run
+_CHECKPOINTS = "checkpoints"
+_LOCK = ".lock"  # held while a run is trained
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of a run, which need not be there yet.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from rnode_plugin.experiments.runs.run import Run
+        >>> run = Run(Path("runs/digits/0"))
+        >>> run.best.as_posix(), run.picture(500).as_posix()
+        ('runs/digits/0/checkpoints/best.ckpt', 'runs/digits/0/samples/step-0000500.png')
+    """
+
+    path: Path
+
+    # ---- finding ----
+
+    @staticmethod
+    def find(path: Path) -> list[Run]:
+        """The run at ``path``, or the runs below it.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if Run(path).is_described:
+            return [Run(path)]
+        inside = sorted(each.parent for each in path.rglob(_RECIPE))
+        if not inside:
+            near = difflib.get_close_matches(str(path), Run.here(), n=1)
+            hint = f"; did you mean {near[0]!r}? Give" if near and not path.exists() else ": give"
+            raise ConfigError(f"no run at {path}{hint} a run folder (it holds {_RECIPE}), or a folder of them.")
+        return [Run(each) for each in inside]
+
+    @staticmethod
+    def here() -> list[str]:
+        """The folders of runs below ``runs`` in the working directory."""
+        return sorted(str(path.parent) for path in Path().glob(f"runs/*/*/{_RECIPE}"))
+
+    @staticmethod
+    def of_checkpoint(checkpoint: Path) -> Run | None:
+        """The run that a checkpoint lies in; None for a file elsewhere."""
+        run = Run(checkpoint.parent.parent)
+        return run if checkpoint.parent.name == _CHECKPOINTS and run.is_described else None
+
+    # ---- paths ----
+
+    @property
+    def is_described(self) -> bool:
+        """Whether the folder is one of a run: it has a recipe."""
+        return (self.path / _RECIPE).is_file()
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether there are weights of any name."""
+        return any((self.path / _CHECKPOINTS).glob("*.ckpt"))
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the lowest score of a validation: bits/dim, or nats of a table."""
+        return self.path / _CHECKPOINTS / BEST
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint, from which a run continues."""
+        return self.path / _CHECKPOINTS / LAST
+
+    @property
+    def previous(self) -> Path:
+        """The newest checkpoint but one, for the case that a kill or a disk has damaged the newest."""
+        return self.path / _CHECKPOINTS / PREVIOUS
+
+    def checkpoints(self, prefer: str) -> list[Path]:
+        """The checkpoints that are there: the one with the name ``prefer``, then the others from the newest on."""
+        names = dict.fromkeys((prefer, LAST, PREVIOUS, BEST))
+        return [file for file in (self.path / _CHECKPOINTS / name for name in names) if file.is_file()]
+
+    @property
+    def metrics(self) -> Path:
+        """What was logged, a :class:`~rnode_plugin.experiments.runs.metrics.MetricsTable`."""
+        return self.path / "metrics.csv"
+
+    @property
+    def samples(self) -> Path:
+        """The folder of the pictures of samples."""
+        return self.path / "samples"
+
+    def picture(self, step: int | None = None) -> Path:
+        """The picture of samples of the weights of a step; of the best weights if it is None."""
+        return self.samples / ("best.png" if step is None else f"step-{step:07d}.png")
+
+    @property
+    def result(self) -> Path:
+        """How the run ended and the scores of its best weights; absent while it runs and after an interruption."""
+        return self.path / "result.json"
+
+    @property
+    def diagnosis(self) -> Path:
+        """The diagnosis of the best weights."""
+        return self.path / "diagnosis.json"
+
+    @property
+    def figures(self) -> Path:
+        """The folder of the figures of the diagnosis."""
+        return self.path / "diagnosis"
+
+    @property
+    def _environment(self) -> Path:
+        return self.path / "environment.json"
+
+    def _scores(self, recipe: Recipe) -> Path:
+        return self.path / recipe.task.file
+
+    def _pictures(self) -> dict[int, Path]:
+        """The pictures of steps."""
+        found = ((re.fullmatch(r"step-(\d+)\.png", each.name), each) for each in self.samples.glob("step-*.png"))
+        return {int(match[1]): each for match, each in found if match}
+
+    # ---- writing ----
+
+    @staticmethod
+    def create(runs: str | os.PathLike[str], recipe: Recipe) -> Run:
+        """The next free version under ``runs/RECIPE``."""
+        parent = Path(runs) / recipe.name
+        parent.mkdir(parents=True, exist_ok=True)
+        version = 1 + max((int(each.name) for each in parent.iterdir() if each.name.isdigit()), default=-1)
+        while True:
+            try:
+                (parent / str(version)).mkdir()
+                return Run(parent / str(version))
+            except FileExistsError:  # another run took it in the meantime
+                version += 1
+
+    @staticmethod
+    def claim(path: str | os.PathLike[str]) -> Run:
+        """A run folder at exactly ``path``, made if it is not there.
+
+        Raises:
+            ConfigError: another process trains in it, or it is not empty.
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        with training_lock(path):
+            if (taken := next((each for each in path.iterdir() if each.name != _LOCK), None)) is not None:
+                raise ConfigError(
+                    f"the run folder {path} is not empty: it holds {taken.name}. --resume continues a run."
+                )
+        return Run(path)
+
+    def describe(self, recipe: Recipe, environment: Environment) -> None:
+        """Write the recipe and the environment; remove the results of an earlier part of the run."""
+        from .environment import write_environment
+
+        for each in (self.result, self.picture(), self.diagnosis, self._scores(recipe)):
+            each.unlink(missing_ok=True)
+        shutil.rmtree(self.figures, ignore_errors=True)
+        write_json(self.path / _RECIPE, recipe.to_plain())
+        write_environment(self._environment, environment)
+
+    def go_back(self, checkpoint: Path, step: int) -> None:
+        """Make a checkpoint of this run the newest one, and remove the pictures of steps after its ``step``."""
+        for later in (path for at, path in self._pictures().items() if at > step):
+            later.unlink()
+        if checkpoint.name != LAST:
+            contents = checkpoint.read_bytes()
+            keep = None if checkpoint.name == PREVIOUS else self.previous
+            write_atomically(self.last, lambda file: file.write(contents), keep=keep)
+
+    def conclude(self, result: Result, recipe: Recipe) -> None:
+        """Write the result and, before it, the scores by held-out sample (``images.csv``, ``rows.csv``)."""
+        from .results import write_result
+
+        write_result(self.result, result, self._scores(recipe), recipe.task.sample)
+        self.diagnosis.unlink(missing_ok=True)  # one that was made in the meantime is of other weights
+
+    def add_diagnosis(self, diagnosed: DiagnosedWeights, figures: Mapping[str, bytes]) -> None:
+        """Write a diagnosis and its figures, by the names of their files."""
+        from .results import write_diagnosis
+
+        for name, contents in figures.items():
+            write_atomically(self.figures / name, lambda file, contents=contents: file.write(contents))
+        write_diagnosis(self.diagnosis, diagnosed)
+
+    # ---- reading ----
+
+    def recipe(self) -> Recipe:
+        """The settings of the run, read without an import of torch.
+
+        Raises:
+            ConfigError: they cannot be read, or are not what a run writes.
+        """
+        from ..recipes.recipe import Recipe
+
+        with reading(self.path / _RECIPE) as text:
+            return Recipe.from_plain(json.loads(text or ""))
+
+    def read(self) -> RunContents:
+        """All that is in the folder, finished or still running; files that are missing count as empty.
+
+        Raises:
+            ConfigError: a file cannot be read, or does not hold what a run writes; the message names it.
+        """
+        from .contents import Picture, RunContents
+        from .environment import read_environment
+        from .metrics import read_metrics
+        from .results import check_whole, read_diagnosis, read_result
+
+        recipe = self.recipe()
+        metrics = read_metrics(self.metrics, recipe.task.metric)
+        result = read_result(self.result, self._scores(recipe), recipe.task.sample)
+        if result is not None:
+            check_whole(self.metrics, "step", metrics.last_step, result.steps)
+        pictures = self._pictures()
+        newest = Picture(pictures[max(pictures)], max(pictures)) if pictures else None
+        return RunContents(
+            path=self.path,
+            recipe=recipe,
+            environment=read_environment(self._environment),
+            metrics=metrics,
+            result=result,
+            picture=Picture(self.picture(), None) if self.picture().is_file() else newest,
+            diagnosed=read_diagnosis(self.diagnosis),
+        )
+
+
+@contextmanager
+def training_lock(folder: Path) -> Iterator[None]:
+    """Hold the run in ``folder`` for this process.
+
+    The system frees the lock of a process that ends, also of one that is killed. On a file system without locks,
+    two processes that train one run are not noticed.
+
+    Raises:
+        ConfigError: another process trains the run.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"{folder} is being trained by another process: wait for its end, or stop it.") from None
+    except (OSError, NotImplementedError) as error:  # no locks here, or a folder that cannot be written
+        print(f"{folder} cannot be locked ({error}): start no other process that trains it.", file=sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,432 @@
+"""The folder of a run: all that is written is read back equal, and a damaged file is an error with its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from run_folders import ENVIRONMENT, write_run
+
+from rnode_plugin import get_recipe
+from rnode_plugin.diagnostics.result import Check, Diagnosis
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.experiments.evaluation.measures import Evaluation, Mean
+from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.runs.environment import Environment
+from rnode_plugin.experiments.runs.metrics import MetricsTable
+from rnode_plugin.experiments.runs.results import DiagnosedWeights, Result
+from rnode_plugin.experiments.runs.run import BEST, LAST, PREVIOUS, Run, training_lock
+
+
+class Kind(NamedTuple):
+    """A recipe, the names of its scores and the file of them."""
+
+    recipe: Recipe
+    means: tuple[str, ...]
+    file: str
+
+    @property
+    def metric(self) -> str:
+        return self.recipe.task.metric
+
+
+IMAGES = Kind(get_recipe("digits").override(["training.matching=3"]), ("dirty", "clean"), "images.csv")
+TABLE = Kind(
+    get_recipe("table").override(["data.columns=a,b,c", "data.given=c", "data.rows=40"]),
+    ("nll", "gaussian"),
+    "rows.csv",
+)
+KINDS = pytest.mark.parametrize("kind", [IMAGES, TABLE], ids=["images", "table"])
+
+DIAGNOSED = DiagnosedWeights(
+    checkpoint="a/checkpoints/best.ckpt",
+    recipe="digits",
+    weights="average of 0.99",
+    diagnosis=Diagnosis(
+        (
+            Check("tolerance", "warning", "It is coarse.", {"nll": 0.1 + 0.2, "nfe": 3}, {"nfe": [1, 2.5]}),
+            Check("samples", "left out", "Too few."),
+        ),
+        samples=24,
+        dims=64,
+        solver="rk4",
+        seed=3,
+        seconds=1 / 3,
+    ),
+)
+
+
+def result(kind: Kind, *, stopped: str = "finished", steps: int = 8, samples: int = 5) -> Result:
+    """A result whose numbers have all digits, with what need not be known left out of one of its means."""
+    scores = np.random.default_rng(samples).normal(size=(len(kind.means), samples)) * 1e3
+    known, unknown = kind.means
+    return Result(
+        stopped=stopped,
+        steps=steps,
+        planned=8,
+        training_seconds=0.1 + 0.2,
+        run_seconds=1e-7,
+        skipped=1,
+        evaluation=Evaluation(
+            samples=samples,
+            means={
+                known: Mean(1 / 3, 2 / 3, 1e-9, tuple(scores[0].tolist())),
+                unknown: Mean(-1 / 7, None, None, tuple(scores[1].tolist())),
+            },
+            draws=2,
+            nfe_mean=90.25,
+            nfe_min=80,
+            nfe_max=96,
+            nfe_batches=4,
+            nfe_batch_size=100,
+            penalties={"kinetic": 0.1, "l1": 1e20},
+            undivided=("l1",),
+            seconds=2.5,
+            gap=math.inf,
+        ),
+    )
+
+
+def log(run: Run, kind: Kind, steps: Sequence[int], *, keep: int = 0) -> None:
+    """A row for each step, three steps to an epoch, and a validation after every fourth."""
+    table = MetricsTable(run.metrics, keep=keep)
+    for step in steps:
+        times = {"epoch": step / 3, "seconds": step / 7, "train_seconds": step / 9}
+        table.add({**times, f"train/{kind.metric}": 1 / step, "train/nfe": 24}, step)
+        if step % 4 == 0:
+            table.add({f"val/{kind.metric}": 2 / step, "val/gap": -1e-17, "seconds": step / 7}, step)
+
+
+def assert_logged(run: Run, kind: Kind, steps: int) -> None:
+    found = run.read().metrics
+    numbers = np.arange(1, steps + 1)
+    for name, divisor in {"step": 1, "epoch": 3, "seconds": 7, "train_seconds": 9}.items():
+        np.testing.assert_array_equal(found.steps[name], numbers / divisor, err_msg=name)
+    np.testing.assert_array_equal(found.steps[f"train/{kind.metric}"], 1 / numbers)
+    np.testing.assert_array_equal(found.steps["train/nfe"], np.full(steps, 24))
+    checks = numbers[numbers % 4 == 0]
+    np.testing.assert_array_equal(found.checks["step"], checks)
+    np.testing.assert_array_equal(found.checks[f"val/{kind.metric}"], 2 / checks)
+    np.testing.assert_array_equal(found.checks["val/gap"], np.full(len(checks), -1e-17))
+    # epoch and time of a validation are interpolated from its step
+    np.testing.assert_allclose(found.checks["epoch"], checks / 3)
+    np.testing.assert_allclose(found.checks["train_seconds"], checks / 9)
+    assert found.last_step == steps
+
+
+def refusal(run: Run) -> str:
+    with pytest.raises(ConfigError) as caught:
+        run.read()
+    return str(caught.value)
+
+
+# a run from its beginning to its end ---------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("state", ["new", "resumed", "finished", "max_time", "diagnosed"])
+def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) -> None:
+    run = Run.create(tmp_path, kind.recipe)
+    assert run.path == tmp_path / kind.recipe.name / "0"
+    run.describe(kind.recipe, ENVIRONMENT)
+    log(run, kind, range(1, 7))
+    if state == "resumed":  # from step 5, and what was known of other weights is gone
+        run.conclude(result(kind), kind.recipe)
+        run.add_diagnosis(DIAGNOSED, {"tolerance.png": b"png"})
+        run.describe(kind.recipe, ENVIRONMENT)
+        log(run, kind, range(6, 9), keep=5)
+    steps = 8 if state == "resumed" else 6
+    ended = None
+    if state not in ("new", "resumed"):
+        ended = result(kind, stopped="max_time" if state == "max_time" else "finished", steps=steps)
+        run.conclude(ended, kind.recipe)
+    if state == "diagnosed":
+        run.add_diagnosis(DIAGNOSED, {"tolerance.png": b"png"})
+        assert (run.figures / "tolerance.png").read_bytes() == b"png"
+    found = run.read()
+    assert (found.path, found.recipe, found.environment) == (run.path, kind.recipe, ENVIRONMENT)
+    assert found.result == ended
+    assert found.diagnosed == (DIAGNOSED if state == "diagnosed" else None)
+    assert found.picture is None
+    assert found.has_begun
+    assert found.scores.tolist() == ([] if ended is None else list(ended.evaluation.means[kind.means[0]].samples))
+    assert_logged(run, kind, steps)
+    assert found.state == {
+        "new": "not finished: step 6", "resumed": "not finished: step 8", "finished": "step 6 of 8",
+        "max_time": "step 6 of 8, stopped by its time limit", "diagnosed": "step 6 of 8",
+    }[state]  # fmt: skip
+    files = {"recipe.json", "environment.json", "metrics.csv"}
+    files |= set() if ended is None else {"result.json", kind.file}
+    files |= {"diagnosis.json", "diagnosis"} if state == "diagnosed" else set()
+    assert {each.name for each in run.path.iterdir()} == files
+
+
+# a file each ---------------------------------------------------------------------------------------------------
+
+
+@KINDS
+def test_the_recipe(kind: Kind, tmp_path: Path) -> None:
+    run = Run(tmp_path / "a")
+    assert not run.is_described
+    assert Run.of_checkpoint(run.best) is None
+    run.describe(kind.recipe, ENVIRONMENT)
+    assert run.is_described
+    assert run.recipe() == kind.recipe
+    assert Run.of_checkpoint(run.last) == run
+    assert Run.of_checkpoint(run.path / "elsewhere" / LAST) is None
+
+
+@pytest.mark.parametrize("environment", [
+    ENVIRONMENT, Environment.of(torch.device("cpu")), dataclasses.replace(ENVIRONMENT, plugins={}, cuda="12.8"),
+])  # fmt: skip
+def test_the_environment(environment: Environment, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.describe(IMAGES.recipe, environment)
+    assert run.read().environment == environment
+    assert environment.packages.items() <= json.loads((tmp_path / "environment.json").read_text()).items()
+    (tmp_path / "environment.json").unlink()
+    assert run.read().environment is None
+
+
+def test_this_environment() -> None:
+    found = Environment.of(torch.device("cpu"))
+    assert (found.packages["torch"], found.cuda) == (torch.__version__, None)
+    assert found.threads == torch.get_num_threads()
+    assert found.packages.keys() > {"rnode-plugin", "torchdyn", "torchdiffeq", "pytorch-lightning", "numpy"}
+
+
+def test_metrics_have_any_number_and_columns_that_come_later(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.describe(IMAGES.recipe, ENVIRONMENT)
+    values = np.array([0.1 + 0.2, 1e-300, math.inf, -math.inf, math.nan, 3.0])
+    table = MetricsTable(run.metrics)
+    for step, value in enumerate(values, 1):
+        late = {"train/late": step} if step > 4 else {}
+        table.add({"epoch": 0.5, "train_seconds": 0.25, "train/bpd": 2.0, "train/x": value, **late}, step)
+    found = run.read().steps
+    np.testing.assert_array_equal(found["train/x"], values)
+    np.testing.assert_array_equal(found["train/late"], [math.nan] * 4 + [5, 6])
+    table.add({"val/bpd": math.inf}, 6)
+    assert run.read().checks["val/bpd"].tolist() == [math.inf]
+    # a row with a time that is not finite has no place on the axis of a figure
+    table.add({"epoch": 0.5, "train_seconds": math.inf, "train/bpd": 2.0}, 7)
+    assert run.read().metrics.last_step == 6
+
+
+def test_steps_of_flow_matching_count_as_training(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.describe(IMAGES.recipe, ENVIRONMENT)
+    table = MetricsTable(run.metrics)
+    for step in (1, 2):
+        table.add({"epoch": step, "train_seconds": 3 * step, "train/matching": 0.5}, step)
+    table.add({"val/bpd": 4.0}, 2)
+    found = run.read()
+    assert found.steps["step"].tolist() == []  # none of likelihood
+    assert not found.has_begun
+    assert (found.checks["epoch"].tolist(), found.checks["train_seconds"].tolist()) == ([2.0], [6.0])
+
+
+def test_metrics_that_are_being_written(tmp_path: Path) -> None:
+    """A process may be in the middle of a row, and a kill may leave it there; the next row is whole again."""
+    run = Run(tmp_path)
+    run.describe(IMAGES.recipe, ENVIRONMENT)
+    log(run, IMAGES, range(1, 6))
+    text = run.metrics.read_text()
+    for cut in range(1, len(text.splitlines()[-1]) + 1):
+        run.metrics.write_text(text[:-cut])
+        assert_logged(run, IMAGES, 4)
+    log(run, IMAGES, [5, 6], keep=4)
+    assert_logged(run, IMAGES, 6)
+
+
+def test_metrics_without_a_logged_step(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.describe(IMAGES.recipe, ENVIRONMENT)
+    for text in (None, "", "a,b\n1,2\n", "step,train/bpd\n1,2\nx,y\n"):
+        if text is not None:
+            run.metrics.write_text(text)
+        assert (run.read().done, run.read().has_begun) == (0, False)
+    run.conclude(result(IMAGES, steps=0), IMAGES.recipe)  # fewer steps than one that is logged
+    assert run.read().has_begun
+    assert run.read().state == "step 0 of 8"
+
+
+@KINDS
+@pytest.mark.parametrize("samples", [1, 300])
+def test_the_result_and_its_scores(kind: Kind, samples: int, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.describe(kind.recipe, ENVIRONMENT)
+    ended = result(kind, samples=samples)
+    run.conclude(ended, kind.recipe)
+    assert run.read().result == ended
+    lines = (tmp_path / kind.file).read_text().splitlines()
+    assert lines[0] == ",".join([kind.recipe.task.sample, *kind.means])
+    assert [line.partition(",")[0] for line in lines[1:]] == [str(number) for number in range(samples)]
+    assert "samples" not in json.loads(run.result.read_text())["evaluation"]["means"][kind.means[0]]
+    (tmp_path / kind.file).unlink()  # the means are known without it
+    found = run.read()
+    assert found.result is not None
+    assert found.result.evaluation.means[kind.means[0]] == dataclasses.replace(
+        ended.evaluation.means[kind.means[0]], samples=()
+    )
+    assert found.scores.tolist() == []
+
+
+def test_a_diagnosis_is_of_the_weights_of_the_result(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.describe(IMAGES.recipe, ENVIRONMENT)
+    run.add_diagnosis(DIAGNOSED, {})
+    assert run.read().diagnosed == DIAGNOSED
+    assert json.loads(run.diagnosis.read_text()) == DIAGNOSED.to_plain()
+    run.conclude(result(IMAGES), IMAGES.recipe)  # one that was made in the meantime is of other weights
+    assert run.read().diagnosed is None
+
+
+def test_pictures_and_what_later_steps_have_left(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.describe(IMAGES.recipe, ENVIRONMENT)
+    run.samples.mkdir()
+    (run.samples / "step-of-mine.png").touch()
+    assert run.read().picture is None
+    for step in (9, 10_000_000, 12):
+        run.picture(step).touch()
+    assert run.read().picture == (run.picture(10_000_000), 10_000_000)
+    run.last.parent.mkdir()
+    for checkpoint in (run.last, run.previous, run.best):
+        checkpoint.write_text(checkpoint.name)
+    run.go_back(run.last, 12)
+    assert run.read().picture == (run.picture(12), 12)
+    run.picture().touch()
+    assert run.read().picture == (run.picture(), None)
+    run.go_back(run.best, 9)
+    assert sorted(each.name for each in run.samples.glob("*.png")) == [
+        "best.png", "step-0000009.png", "step-of-mine.png",
+    ]  # fmt: skip
+    assert [each.read_text() for each in (run.last, run.previous)] == [BEST, LAST]
+    run.previous.write_text(PREVIOUS)
+    run.go_back(run.previous, 9)
+    assert [each.read_text() for each in (run.last, run.previous)] == [PREVIOUS, PREVIOUS]
+    run.describe(IMAGES.recipe, ENVIRONMENT)
+    assert run.read().picture == (run.picture(9), 9)
+
+
+def test_checkpoints_in_the_order_in_which_they_are_tried(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert (run.checkpoints(BEST), run.has_checkpoints) == ([], False)
+    run.last.parent.mkdir()
+    for checkpoint in (run.last, run.previous, run.best):
+        checkpoint.touch()
+    assert run.checkpoints(BEST) == [run.best, run.last, run.previous]
+    assert run.checkpoints(LAST) == [run.last, run.previous, run.best]
+    run.last.unlink()
+    assert run.checkpoints(LAST) == [run.previous, run.best]
+    assert run.has_checkpoints
+
+
+# folders -------------------------------------------------------------------------------------------------------
+
+
+def test_new_folders(tmp_path: Path) -> None:
+    for name in ("notes", "0", "7"):
+        (tmp_path / "digits" / name).mkdir(parents=True)
+    assert Run.create(tmp_path, IMAGES.recipe).path == tmp_path / "digits" / "8"
+    claimed = Run.claim(tmp_path / "a" / "b")
+    assert Run.claim(claimed.path) == claimed  # it holds nothing but its lock
+    with training_lock(claimed.path), pytest.raises(ConfigError, match="is being trained by another process"):
+        Run.claim(claimed.path)
+    claimed.describe(IMAGES.recipe, ENVIRONMENT)
+    with pytest.raises(ConfigError, match=r"is not empty: it holds \w+\.json\. --resume continues a run"):
+        Run.claim(claimed.path)
+
+
+def test_finding_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [Path("runs") / "digits" / name for name in ("0", "1")]
+    for path in paths:
+        Run(path).describe(IMAGES.recipe, ENVIRONMENT)
+    assert Run.here() == [str(path) for path in paths]
+    assert Run.find(Path("runs")) == [Run(path) for path in paths]
+    assert Run.find(paths[1]) == [Run(paths[1])]
+    with pytest.raises(ConfigError, match=r"^no run at runs.digits.2; did you mean '.*'\? Give a run folder "):
+        Run.find(Path("runs/digits/2"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"^no run at empty: give a run folder \(it holds recipe.json\), or a"):
+        Run.find(Path("empty"))
+
+
+# damaged files -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Run:
+    """A finished run with all files."""
+    run = Run(write_run(tmp_path / "run", IMAGES.recipe, images=[2.0] * 30))
+    run.add_diagnosis(DIAGNOSED, {})
+    return run
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "environment.json", "result.json", "diagnosis.json"])
+def test_json_that_is_cut_off(whole: Run, name: str) -> None:
+    text = (whole.path / name).read_text()
+    for length in (0, 1, len(text) // 2, len(text) - 2):
+        (whole.path / name).write_text(text[:length])
+        assert refusal(whole).startswith(f"{whole.path / name} does not hold what a run writes: ")
+
+
+@pytest.mark.parametrize(("name", "rows", "where"), [
+    ("metrics.csv", 43, "step 39 of 40"), ("images.csv", 4, "image 3 of 30"),
+])  # fmt: skip
+def test_a_table_of_a_finished_run_that_is_cut_off(whole: Run, name: str, rows: int, where: str) -> None:
+    lines = (whole.path / name).read_text().splitlines(keepends=True)
+    (whole.path / name).write_text("".join(lines[:rows]))
+    assert refusal(whole) == f"{whole.path / name} is cut off: it ends with {where}."
+
+
+@pytest.mark.parametrize(("name", "text", "word"), [
+    ("recipe.json", "{", "Expecting"),
+    ("recipe.json", "\udcff", "decode"),
+    ("recipe.json", '{"name": "x", "colour": 1}', "unknown setting 'colour'"),
+    ("environment.json", "[]", "dictionary"),
+    ("environment.json", '{"device": "cpu"}', "Field required"),
+    ("result.json", '{"stopped": "finished", "steps": 1}', "planned"),
+    ("result.json", "null", "dictionary"),
+    ("result.json", "[1, 2", "Expecting"),
+    ("diagnosis.json", '{"a":' * 100_000, "recursion"),
+    ("diagnosis.json", '{"checks": 3}', "checks"),
+    ("diagnosis.json", "[]", "dictionary"),
+    ("metrics.csv", "step\n\udcff\n", "decode"),
+    ("metrics.csv", "step\n1,2,3\n4\n5,6,7,8,9\n", "Expected"),
+    ("images.csv", "image\n\udcff\n", "decode"),
+    ("images.csv", "image,dirty\n1,2\n1,2,3\n", "Expected"),
+])  # fmt: skip
+def test_a_file_that_no_run_writes(whole: Run, name: str, text: str, word: str) -> None:
+    (whole.path / name).write_bytes(text.encode(errors="surrogateescape"))
+    message = refusal(whole)
+    assert message.startswith(f"{whole.path / name} does not hold what a run writes: ")
+    assert word in message
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    ({"means": {"dirty": {}}}, "evaluation.means.dirty.mean"),
+    ({"means": {"dirty": {"mean": 1.0, "stderr": "a"}}}, "evaluation.means.dirty.stderr"),
+    ({"penalties": {"kinetic": {}}}, "evaluation.penalties.kinetic"),
+    ({"nfe_mean": None}, "evaluation.nfe_mean"),
+])  # fmt: skip
+def test_an_evaluation_that_no_run_writes(whole: Run, change: dict[str, object], word: str) -> None:
+    plain = json.loads(whole.result.read_text())
+    whole.result.write_text(json.dumps({**plain, "evaluation": {**plain["evaluation"], **change}}))
+    assert f"{whole.result} does not hold what a run writes: {word}: " in refusal(whole)
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "metrics.csv", "result.json", "images.csv", "diagnosis.json"])
+def test_a_folder_in_the_place_of_a_file(whole: Run, name: str) -> None:
+    (whole.path / name).unlink()
+    (whole.path / name).mkdir()
+    assert f"{whole.path / name} cannot be read: " in refusal(whole)
