@@ -22,7 +22,7 @@ from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.environment import Environment
 from rnode_plugin.experiments.runs.metrics import MetricsTable
 from rnode_plugin.experiments.runs.results import DiagnosedWeights, Result
-from rnode_plugin.experiments.runs.run import BEST, LAST, PREVIOUS, Run, training_lock
+from rnode_plugin.experiments.runs.run import BEST, LAST, PREVIOUS, Run, recipe_beside, training_lock
 
 
 class Kind(NamedTuple):
@@ -175,12 +175,14 @@ def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) ->
 def test_the_recipe(kind: Kind, tmp_path: Path) -> None:
     run = Run(tmp_path / "a")
     assert not run.is_described
-    assert Run.of_checkpoint(run.best) is None
+    assert Run.of_checkpoint(run.best) is recipe_beside(run.best) is None
     run.describe(kind.recipe, ENVIRONMENT)
     assert run.is_described
-    assert run.recipe() == kind.recipe
+    assert run.recipe() == recipe_beside(run.best) == kind.recipe
     assert Run.of_checkpoint(run.last) == run
     assert Run.of_checkpoint(run.path / "elsewhere" / LAST) is None
+    (run.path / "recipe.json").write_text("{")
+    assert recipe_beside(run.best) is None
 
 
 @pytest.mark.parametrize("environment", [

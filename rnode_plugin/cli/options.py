@@ -185,9 +185,10 @@ def refuse_place(name: str) -> None:
     if name in registry.names("recipes") or not (path.exists() or os.sep in name):
         return
     from ..experiments.data.table_files import is_table  # numpy, for what exists only
+    from ..experiments.runs.run import Run
 
     place = shlex.quote(name)
-    if not path.exists() or (path / "recipe.json").is_file() or (path / "checkpoints").is_dir():
+    if not path.exists() or Run(path).is_described or Run(path).has_checkpoints:
         advice = f"a run is continued by rnode-cli train --resume {place}"
     elif path.suffix in (".ckpt", ".safetensors"):
         advice = f"a new run starts from its weights by --weights {place}"

@@ -86,7 +86,7 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
     The trace is exact in up to 16 dimensions (64 for a table), and estimated with Rademacher probes in more. The
     NLL of a table, in nats per row, is shown with the NLL of a Gaussian.
     """
-    from ..experiments.recipes.recipe import recipe_beside
+    from ..experiments.runs.run import recipe_beside
     from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
 
     if options["summary"] and not as_json:
@@ -153,7 +153,7 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     Writes diagnosis.json and diagnosis/ (PNG and SVG). `rnode-cli report` shows the diagnosis of the best weights
     of a run. The exit code is 3 if a check failed.
     """
-    from ..experiments.recipes.recipe import recipe_beside
+    from ..experiments.runs.run import recipe_beside
     from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
 
     path = find_checkpoint(run)
@@ -232,8 +232,8 @@ def sample(*, run: str, **options: Any) -> None:
     have the given columns in addition to the drawn ones.
     """
     from ..experiments.data.table_files import column_names
-    from ..experiments.recipes.recipe import recipe_beside
     from ..experiments.recipes.task import SampleRequest
+    from ..experiments.runs.run import recipe_beside
     from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
 
     values, file = options.pop("given_values"), options.pop("given_file")

@@ -351,17 +351,6 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     return dataclasses.replace(recipe, data=recipe.data.for_new_run())
 
 
-def recipe_beside(checkpoint: Path) -> Recipe | None:
-    """The recipe in the folder of the run that a checkpoint belongs to, read without an import of torch.
-
-    Commands check their requests against it before they import torch and read the checkpoint, which has the same
-    recipe. None if there is no such file, or a damaged one.
-    """
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        return Recipe.from_plain(json.loads((checkpoint.parent.parent / "recipe.json").read_text(encoding="utf-8")))
-    return None
-
-
 def as_text(value: Any) -> str:
     """A value as :meth:`Recipe.override` reads it back."""
     if isinstance(value, tuple):
