@@ -10,7 +10,7 @@ from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.recipes.task import SampleRequest
 from rnode_plugin.experiments.training.fit import fit
-from rnode_plugin.experiments.training.runs import RunOptions
+from rnode_plugin.experiments.training.plan import RunOptions
 
 
 def main():

@@ -29,17 +29,18 @@ from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.errors import CheckpointError, ConfigError, SolverError, TrainingError
 from rnode_plugin.experiments.data import ArrayDataset
 from rnode_plugin.experiments.recipes.recipe import Optimizer, Recipe
-from rnode_plugin.experiments.recipes.task import FlowInput
+from rnode_plugin.experiments.training import progress, stops
 from rnode_plugin.experiments.runs.results import Result
 from rnode_plugin.experiments.runs.run import Run
-from rnode_plugin.experiments.training import callbacks
-from rnode_plugin.experiments.training.callbacks import RunControl, Stopped
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
+from rnode_plugin.experiments.training.clock import Clock
 from rnode_plugin.experiments.training.fit import FitResult
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.experiments.training.optimizers import learning_rate_factor
-from rnode_plugin.experiments.training.runs import RunPlan
-from rnode_plugin.experiments.training.step import StepObjective
+from rnode_plugin.experiments.training.plan import RunPlan
+from rnode_plugin.experiments.training.recorder import Recorder
+from rnode_plugin.experiments.training.step import LikelihoodLoss
+from rnode_plugin.experiments.training.stops import Stopped, Stops
 from rnode_plugin.flows.multiscale import dequantize
 
 SETTINGS = [
@@ -256,16 +257,17 @@ def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, whole: FitRes
     assert len(list((tmp_path / "digits").iterdir())) == 1  # nothing was begun
 
 
-def control(recipe: Recipe) -> RunControl:
-    return RunControl(recipe, RunPlan.of(recipe, 200))
+def recorder(recipe: Recipe) -> Recorder:
+    plan = RunPlan.of(recipe, 200)
+    return Recorder(recipe, plan, Clock(), Stops(plan))
 
 
 def test_another_validation_chooses_the_best_weights_again(recipe: Recipe) -> None:
     """The lowest value of easier images would keep weights that are no longer the best."""
-    before = control(recipe)
+    before = recorder(recipe)
     before.best = 1.0
     for other, best in (([], 1.0), (["training.val_images=30"], math.inf), (["test_solver.step=0.5"], math.inf)):
-        later = control(recipe.override(other))
+        later = recorder(recipe.override(other))
         later.load_state_dict(before.state_dict())
         assert later.best == best
 
@@ -275,27 +277,31 @@ def test_a_process_with_another_checkpoint_is_refused(recipe: Recipe) -> None:
     strategy = SimpleNamespace(broadcast=lambda step: 20)
     trainer: Any = SimpleNamespace(global_step=10, world_size=1, strategy=strategy)
     with pytest.raises(TrainingError, match="from step 10, the first one from step 20"):
-        control(recipe).on_train_start(trainer, RnodeModule(recipe))
+        recorder(recipe).on_train_start(trainer, RnodeModule(recipe))
 
 
-def test_a_second_signal_ends_a_run_at_once_but_an_echo_of_the_first_does_not(recipe: Recipe) -> None:
+def test_a_second_signal_ends_a_run_at_once_but_an_echo_of_the_first_does_not(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(stops, "time", SimpleNamespace(monotonic=lambda: now[0]))
     for signum, later, ends in (
         (signal.SIGTERM, 0.0, False),
         (signal.SIGTERM, 2.0, True),
         (signal.SIGINT, 0.0, True),
     ):
-        run_control = control(recipe)
-        run_control._on_signal(signum, None)
-        run_control._since -= later
+        decides = Stops(RunPlan.of(recipe, 200))
+        decides.receive(signum)
+        now[0] += later
         with pytest.raises(Stopped) if ends else nullcontext():
-            run_control._on_signal(signum, None)
+            decides.receive(signum)
 
 
 def test_progress_has_the_time_that_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(callbacks, "_INTERVAL", math.inf)  # the first line alone
-    monkeypatch.setattr(callbacks, "_FIRST_LINE", 2)
+    monkeypatch.setattr(progress, "_INTERVAL", math.inf)  # the first line alone
+    monkeypatch.setattr(progress, "_FIRST_LINE", 2)
     run(tiny_recipe("training.max_steps=4"), tmp_path, progress=True)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("step 3/4"))
     assert re.fullmatch(r"step 3/4  bits/dim \d\.\d{4}  NFE 24  \d+\.\d\d s/step, about \d.* left", line)
@@ -317,18 +323,18 @@ def test_a_busy_processor_is_named_once(
 ) -> None:
     now = {"clock": 0.0, "thread": 0.0}
     clock = SimpleNamespace(monotonic=lambda: now["clock"], thread_time=lambda: now["thread"])
-    monkeypatch.setattr(callbacks, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     strategy = SimpleNamespace(root_device=torch.device(device))
     trainer: Any = SimpleNamespace(world_size=world, strategy=strategy)
-    control: Any = SimpleNamespace(folder=Run(Path("runs/digits/0")))
-    watch = callbacks.BusyProcessor(control)
+    written: Any = SimpleNamespace(run=Run(Path("runs/digits/0")))
+    watch, module = progress.BusyProcessor(written), L.LightningModule()
 
     def step(seconds: float, share: float) -> None:
-        watch.on_train_batch_start(trainer, None, None, 0)
+        watch.on_train_batch_start(trainer, module, None, 0)
         now["clock"] += seconds
         now["thread"] += seconds * share
-        watch.on_train_batch_end(trainer, None, None, None, 0)
+        watch.on_train_batch_end(trainer, module, None, None, 0)
 
     step(100.0, 0.0)  # the first one, in which this thread waits for a compiler
     for _ in range(9):
@@ -371,7 +377,7 @@ def test_plan(recipe: Recipe) -> None:
     assert (plan.steps_per_epoch, plan.total, plan.val_every) == (4, 12, 4)
     by_epochs = recipe.override(["training.val_every_steps=none", "training.val_every=2", "training.max_steps=9"])
     assert RunPlan.of(by_epochs, 230).val_every == 8
-    assert RunPlan.of(by_epochs, 230, world=2).steps_per_epoch == 2
+    assert RunPlan.of(by_epochs, 230, devices=2).steps_per_epoch == 2
     assert RunPlan.of(by_epochs.override(["training.max_epochs=1"]), 230).total == 4  # the first limit stops
     assert RunPlan.of(by_epochs, 2000).val_every == 9  # never longer than the run
     short = recipe.override([
@@ -556,8 +562,8 @@ def test_a_step_copies_nothing_to_the_device(quadrature: str) -> None:
     recipe = tiny_recipe("solver.step=0.5", f"solver.quadrature={quadrature}", "data.shape=1,4,4")
     with torch.device("meta"):
         flow = recipe.build_flow()
-    images = torch.zeros(2, 1, 4, 4, device="meta")
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8, device="meta")
     with Copies() as copies:
         torch.zeros(3).to("meta")  # shows that copies are seen
-        StepObjective(flow, recipe)(FlowInput(images), recipe.solver.build()).loss.backward()
+        LikelihoodLoss(flow, recipe)(images, 0).loss.backward()
     assert copies.shapes == [(3,)]

@@ -24,8 +24,7 @@ from rnode_plugin.experiments.data.tables import Table
 from rnode_plugin.experiments.evaluation.likelihood import evaluate
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.recipes.table_task import TableTask
-from rnode_plugin.experiments.recipes.task import FlowInput
-from rnode_plugin.experiments.training.step import StepObjective, measure_batch
+from rnode_plugin.experiments.training.step import LikelihoodLoss, measure_batch
 
 SETTINGS = [
     "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=0.5", "data.batch_size=40",
@@ -106,12 +105,13 @@ def test_a_step_a_validation_and_an_evaluation_take_the_density_of_the_model(nam
     model, x, given = make(name, grid)
     task = TableTask(("a", "b"), ("c", "d") if given else ())
     settings: Any = SimpleNamespace(
-        task=task, regularizers={"kinetic": 0.1}, measured=(), training=get_recipe("table").training
-    )
-    inputs, batch = FlowInput(x, given.get("context")), torch.cat([x, *given.values()], 1)
+        task=task, regularizers={"kinetic": 0.1}, measured=(), training=get_recipe("table").training,
+        solver=SimpleNamespace(build=lambda: grid),
+    )  # fmt: skip
+    batch = torch.cat([x, *given.values()], 1)
     nll = -model.log_prob(x, **given)
     kinetic = model.encode(x, **given).regularization["kinetic"]
-    terms = StepObjective(model, settings)(inputs, grid)
+    terms = LikelihoodLoss(model, settings)(batch, 0)
     assert float(terms.row["nll"]) == pytest.approx(float(nll.mean()), rel=1e-9)
     parameters = list(model.parameters())
     wanted = torch.autograd.grad((nll + 0.1 * kinetic).mean() / 2, parameters, allow_unused=True)

@@ -21,8 +21,9 @@ from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
+from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.fit import FitResult, fit
-from rnode_plugin.experiments.training.runs import RunOptions
+from rnode_plugin.experiments.training.plan import RunOptions
 
 SETTINGS = [
     "model.hidden=8", "model.layers=2", "solver.step=none", "test_solver.method=midpoint", "test_solver.step=none",
@@ -44,7 +45,7 @@ def tiny_recipe(*settings: str) -> Recipe:
     return get_recipe("digits").override([*SETTINGS, *settings])
 
 
-def run(recipe: Recipe, runs: Path, **options: Any) -> FitResult:
+def run(recipe: Recipe | Experiment, runs: Path, **options: Any) -> FitResult:
     """Train in this process on one CPU without a word."""
     names = {each.name for each in dataclasses.fields(RunOptions)} & options.keys()
     mine = {"runs": runs, "progress": False, **{name: options.pop(name) for name in names}}

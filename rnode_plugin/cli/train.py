@@ -105,7 +105,7 @@ def train(
         flush_denormals()
         # seconds of imports, which a wrong name or setting does not wait for
         from ..experiments.training.fit import fit
-        from ..experiments.training.runs import RunOptions
+        from ..experiments.training.plan import RunOptions
 
         made = [_callback(name) for name in options.pop("callbacks")]
         mine = {name: options.pop(name) for name in ("runs", "run_folder", "max_time", "download")}

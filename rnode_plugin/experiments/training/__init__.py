@@ -1,9 +1,11 @@
-"""Training. A step is ``RnodeModule.training_step`` in ``module``; these are the pieces around it.
+"""Training, from an experiment to a run.
 
-- ``fit`` makes a run: the data, Lightning's Trainer (``trainer``, ``loggers``), the run's folder (``runs``), the
-  evaluation.
-- ``module`` is what Lightning trains: the step, its optimizer (``optimizers``), the validation.
-- ``step`` has the objective of a batch (eq. 17), the record of a step and the sums of a validation.
-- ``datamodule`` chooses the samples of a step; ``callbacks`` writes metrics and checkpoints and ends the run.
+- ``experiment`` has the data, the model, the loss and the plan of a recipe as values; ``step`` has the losses, and
+  ``plan`` the steps of a run and how a run continues.
+- ``fit`` trains an experiment: Lightning's Trainer (``trainer``, ``loggers``), the run's folder (``runs``), the
+  evaluation, and ``failures``, what went wrong.
+- ``module`` is what Lightning trains: the step, its optimizer (``optimizers``), the validation. ``datamodule``
+  chooses the samples of a step.
+- After each step Lightning calls ``clock``, ``stops``, ``progress`` and ``recorder``, in this order.
 - ``checkpoints`` are files of weights.
 """

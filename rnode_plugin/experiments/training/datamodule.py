@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ...core.random_streams import Stream, stream_seed
-from ...errors import ConfigError
 from ..data import ImageArray, ImageData, Table
 from ..data.batches import ArrayDataset, keep_batch
 from ..recipes.recipe import Recipe
-from .runs import RunPlan
+from .plan import check_held_out, steps_per_epoch
 
 D = TypeVar("D", ImageData, Table)
 
@@ -141,11 +140,9 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
             self.recipe.load_data(download=True)
 
     def setup(self, stage: str) -> None:
-        (world, _, _), held_out = self._share, len(self.data.val)
-        RunPlan.of(self.recipe, len(self.data.train), world)  # refuses too few training samples
-        if held_out < world:
-            samples = self.recipe.task.samples
-            raise ConfigError(f"{held_out} held-out {samples} are too few for {world} devices: each needs one.")
+        devices = self._share[0]
+        steps_per_epoch(self.recipe, len(self.data.train), devices)  # refuses samples that fill no step
+        check_held_out(self.recipe, len(self.data.val), devices)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Batches of the training samples; only as many per epoch as fill whole steps."""

@@ -3,49 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as L
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, WeightAveraging
 from pytorch_lightning.loggers import Logger
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ...errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    LocalError,
-    RnodeError,
-    SolverError,
-    TrainingError,
-    first_line,
-)
+from ...errors import CheckpointError, ConfigError, SolverError, TrainingError
 from ...text import batch_counter
-from ..data import ImageData, Table
 from ..evaluation.likelihood import evaluate
-from ..evaluation.loading import load_for_training
 from ..evaluation.measures import Evaluation
 from ..evaluation.samples import save_samples
 from ..recipes.recipe import Recipe
 from ..runs.environment import Environment
-from ..runs.metrics import MetricsTable
 from ..runs.results import Result
 from ..runs.run import Run, training_lock
-from .callbacks import BusyProcessor, RunControl, SampleGrids, Stopped
-from .checkpoints import find_checkpoint, load_flow, newest_intact, put_weights
+from .checkpoints import find_checkpoint, load_flow, newest_intact
+from .clock import Clock
 from .datamodule import RecipeDataModule
+from .experiment import Experiment
+from .failures import explained, with_advice
 from .loggers import check_loggers, make_logger
 from .module import RnodeModule
-from .runs import RunOptions, RunPlan, checkpoint_to_resume, continue_from
-from .trainer import end_other_processes, find_place, make_trainer, quiet
+from .plan import Resumed, RunOptions, RunPlan
+from .progress import BusyProcessor, Progress
+from .recorder import Recorder, SampleGrids
+from .stops import Stopped, Stops
+from .trainer import Place, end_other_processes, find_place, make_trainer, quiet
 
 
 @dataclass(frozen=True)
@@ -86,14 +77,14 @@ class FitResult:
 
 
 def fit(
-    recipe: Recipe,
+    experiment: Experiment | Recipe,
     options: RunOptions | None = None,
     *,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Logger | str] = (),
     **trainer_options: Any,
 ) -> FitResult:
-    """Train the flow of ``recipe`` and evaluate its best weights.
+    """Train the flow of an experiment and evaluate its best weights.
 
     This is :class:`~rnode_plugin.RnodeModule` with :class:`~rnode_plugin.ImageDataModule` (or ``TableDataModule``)
     in Lightning's Trainer, with callbacks that write ``runs/RECIPE/VERSION/``: ``recipe.json``,
@@ -102,7 +93,8 @@ def fit(
     image) or ``rows.csv`` (NLL of each held-out row). On a CPU, the same recipe gives the same numbers.
 
     Args:
-        recipe: all settings; see :func:`rnode_plugin.get_recipe`.
+        experiment: data, model, loss and plan. A recipe (:func:`rnode_plugin.get_recipe`) stands for the
+            :class:`~rnode_plugin.experiments.training.experiment.Experiment` that it describes.
         options: folders, resuming and limits of this call; None for the defaults.
         callbacks: Lightning's callbacks, which are called before ours.
         loggers: Lightning's loggers, or ``tensorboard``, ``wandb`` or ``mlflow``. They get the values of
@@ -119,88 +111,114 @@ def fit(
             checkpoint stays.
     """
     options = options or RunOptions()
-    check_loggers(each for each in loggers if isinstance(each, str))
-    checkpoint = before = contents = None
-    if options.resume is not None:  # refuses other settings before data are downloaded for them
-        checkpoint, contents, recipe = checkpoint_to_resume(options.resume, recipe)
-        before = Run.of_checkpoint(checkpoint)  # of the run that continues
-    if recipe.training.weights is not None and contents is None:
+    names = [each for each in loggers if isinstance(each, str)]
+    check_loggers(names)
+    recipe = experiment if isinstance(experiment, Recipe) else experiment.recipe
+    # other settings than the run's, and weights that are missing, are refused before data are downloaded for them
+    resumed = None if options.resume is None else Resumed.of(options.resume, recipe)
+    if resumed is None and recipe.training.weights is not None:
         find_checkpoint(recipe.training.weights)
-    with quiet(), explained():
-        place = find_place(trainer_options)
-    recipe, data = load_for_training(recipe, download=options.download)
-    done = contents["global_step"] if contents else 0
     with quiet(), explained(), ExitStack() as stack:
-        plan = RunPlan.of(recipe, len(data.train), place.world)
-        if done >= plan.total and (before is None or before.result.exists() or done > plan.total):
-            raise ConfigError(
-                f"{options.resume} has done {done} of {plan.total} steps: raise --max-steps or --max-epochs."
-            )
-        control = RunControl(recipe, plan, folder=before, max_time=options.max_time, progress=options.progress)
-        busy = [BusyProcessor(control)] if options.progress else []  # first, so that it times no other callback
+        place = find_place(trainer_options)
+        experiment = _with_weights(experiment, resumed, place, download=options.download)
+        recipe, plan = experiment.recipe, experiment.plan
+        if resumed is not None:
+            _refuse_finished(resumed, plan, options)
+        clock, stops = Clock(), Stops(plan, max_time=options.max_time, announce=options.progress)
+        recorder = Recorder(recipe, plan, clock, stops, folder=resumed and resumed.folder)
         trainer = make_trainer(
             recipe,
             plan,
             place,
-            callbacks=[*busy, *callbacks, *_own_callbacks(recipe, data, control), control],
-            loggers=[logger for logger in loggers if isinstance(logger, Logger)],
+            callbacks=_in_order(experiment, callbacks, recorder, stops, clock, progress=options.progress),
+            loggers=[each for each in loggers if isinstance(each, Logger)],
             options=trainer_options,
         )
-        samples = RecipeDataModule[Any](recipe, data=data, endless=True)
-        samples.trainer = trainer
-        samples.setup("fit")  # refuses too few samples before other processes start and a folder is made
-        module = RnodeModule(recipe)
-        # Lightning loads them again, but here weights that do not fit leave no folder and cost no result
-        if contents is None:
-            module.load_weights()
-        else:
-            put_weights(module.flow, contents, f"the weights of {checkpoint} do not fit this model")
         if trainer.is_global_zero:  # one process makes the folder and writes into it
-            folder = before or _new_folder(recipe, options)
+            folder = recorder.folder or _new_folder(recipe, options)
             stack.enter_context(training_lock(folder.path))
-            if checkpoint is not None and before is not None:
-                continue_from(before, checkpoint, done)
+            if resumed is not None and resumed.folder is not None:
+                resumed.go_back(resumed.folder)
             folder.describe(recipe, Environment.of(trainer.strategy.root_device))
-            control.folder, control.table = folder, MetricsTable(folder.metrics, keep=done)
-            trainer.loggers += [make_logger(name, folder.path) for name in loggers if isinstance(name, str)]
+            recorder.open(folder, keep=resumed.done if resumed else 0)
+            trainer.loggers += [make_logger(name, folder.path) for name in names]
             if options.progress:
-                _announce(module, data, plan, trainer, folder, done)
-        with _errors_with_advice(control, trainer, is_new=before is None), explained():
+                _announce(experiment, trainer, folder, done=resumed.done if resumed else 0)
+        checkpoint = None if resumed is None else resumed.checkpoint
+        with with_advice(recorder, trainer, is_new=resumed is None or resumed.folder is None), explained():
             # a run that was killed while its best weights were evaluated has no step left
-            stopped = _train(module, samples, trainer, control, checkpoint)
-        assert control.folder is not None  # all processes have it once training has begun
-        folder = control.folder
+            stopped, skipped = _train(experiment, trainer, stops, checkpoint)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # one that is left at the end of a process can abort it
         by_signal = stopped in signal.Signals.__members__
         result = FitResult(
-            folder=folder,
-            steps=_saved_steps(folder) if by_signal else trainer.global_step,
+            folder=recorder.run,
+            steps=_saved_steps(recorder.run) if by_signal else trainer.global_step,
             planned=plan.total,
             stopped=stopped,
-            training_seconds=control.training_seconds,
-            run_seconds=control.run_seconds,
-            skipped=module.skipped,
+            training_seconds=clock.training_seconds,
+            run_seconds=clock.run_seconds,
+            skipped=skipped,
             first_process=trainer.is_global_zero,
         )
         if by_signal or not trainer.is_global_zero:
             return result
-        return _conclude(result, recipe, data, trainer.strategy.root_device, progress=options.progress)
+        return _conclude(result, experiment, trainer.strategy.root_device, progress=options.progress)
 
 
-def _own_callbacks(recipe: Recipe, data: ImageData | Table, control: RunControl) -> list[Callback]:
-    """Grids of samples and averages of the weights, in this order: a grid is of the averaged weights.
+def _with_weights(
+    experiment: Experiment | Recipe, resumed: Resumed | None, place: Place, *, download: bool
+) -> Experiment:
+    """The experiment of this call with the weights of its first step."""
+    if isinstance(experiment, Recipe):
+        recipe = experiment if resumed is None else resumed.recipe
+        return Experiment.of(recipe, devices=place.world, download=download, resumed=resumed)
+    if experiment.plan.devices != place.world:
+        there = experiment.plan.devices
+        raise ConfigError(f"the experiment was made for {there} devices, and this call has {place.world}.")
+    if resumed is not None:
+        resumed.put_into(experiment.flow)
+    return experiment
 
-    ``average = decay * average + (1 - decay) * weights`` after each step. In a checkpoint ``state_dict`` holds the
-    average, so that a loaded model has it, and ``current_model_state`` the weights that training continues from.
+
+def _refuse_finished(resumed: Resumed, plan: RunPlan, options: RunOptions) -> None:
+    done, folder = resumed.done, resumed.folder
+    if done > plan.total or (done == plan.total and (folder is None or folder.result.exists())):
+        raise ConfigError(
+            f"{options.resume} has done {done} of {plan.total} steps: raise --max-steps or --max-epochs."
+        )
+
+
+def _in_order(
+    experiment: Experiment,
+    callbacks: Sequence[Callback],
+    recorder: Recorder,
+    stops: Stops,
+    clock: Clock,
+    *,
+    progress: bool,
+) -> list[Callback]:
+    """All callbacks of a run in the order in which Lightning calls them.
+
+    1. ``BusyProcessor`` times a step without any other callback.
+    2. The user's own see the weights as they were trained.
+    3. ``SampleGrids`` draws before ``WeightAveraging`` puts the trained weights back in place of their average.
+    4. ``Clock`` times the step, ``Stops`` decides whether it was the last one, ``Progress`` prints it.
+    5. ``Recorder`` writes what all of these have left, and ends the run if ``Stops`` has decided so.
     """
-    found: list[Callback] = []
-    # the picture of a table takes as long as some of its steps, and is drawn at the end
-    if recipe.training.sample_images and isinstance(data, ImageData):
-        found.append(SampleGrids(control))
+    recipe = experiment.recipe
+    found: list[Callback] = [BusyProcessor(recorder)] if progress else []
+    found += callbacks
+    if recipe.training.sample_images and experiment.task.draws_while_training:
+        found.append(SampleGrids(recorder))
     if (decay := recipe.training.ema) is not None:
+        # average = decay * average + (1 - decay) * weights after each step. In a checkpoint `state_dict` holds the
+        # average, so that a loaded model has it, and `current_model_state` the weights that training continues from
         found.append(WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay)))
-    return found
+    found += [clock, stops]
+    if progress:
+        found.append(Progress(recipe, experiment.plan, clock, stops))
+    return [*found, recorder]
 
 
 def _new_folder(recipe: Recipe, options: RunOptions) -> Run:
@@ -209,23 +227,20 @@ def _new_folder(recipe: Recipe, options: RunOptions) -> Run:
     return Run.create(options.runs, recipe)
 
 
-def _train(
-    module: RnodeModule,
-    samples: RecipeDataModule[Any],
-    trainer: L.Trainer,
-    control: RunControl,
-    checkpoint: Path | None,
-) -> str:
-    """Train; the reason of its end, as in :class:`FitResult`."""
+def _train(experiment: Experiment, trainer: L.Trainer, stops: Stops, checkpoint: Path | None) -> tuple[str, int]:
+    """Train; the reason of its end, as in :class:`FitResult`, and the number of skipped steps."""
+    recipe = experiment.recipe
+    module = RnodeModule(recipe, flow=experiment.flow, loss=experiment.loss)
+    samples = RecipeDataModule[Any](recipe, data=experiment.data, endless=True)
     try:
         trainer.fit(module, samples, ckpt_path=checkpoint)
     except Stopped as stop:
         if stop.at_once:
             end_other_processes(trainer, signal.SIGKILL)
-        return stop.signal_name
-    if control.out_of_time:
-        return "max_time"
-    return "finished" if trainer.global_step >= trainer.max_steps else "early"
+        return stop.signal_name, module.skipped
+    if stops.out_of_time:
+        return "max_time", module.skipped
+    return "finished" if trainer.global_step >= trainer.max_steps else "early", module.skipped
 
 
 def _saved_steps(folder: Run) -> int:
@@ -235,11 +250,9 @@ def _saved_steps(folder: Run) -> int:
         return 0
 
 
-def _announce(
-    module: RnodeModule, data: ImageData | Table, plan: RunPlan, trainer: L.Trainer, folder: Run, done: int
-) -> None:
-    recipe, task = module.recipe, module.task
-    parameters = sum(p.numel() for p in module.flow.parameters())
+def _announce(experiment: Experiment, trainer: L.Trainer, folder: Run, *, done: int) -> None:
+    recipe, data, task, plan = experiment.recipe, experiment.data, experiment.task, experiment.plan
+    parameters = sum(p.numel() for p in experiment.flow.parameters())
     counts = f"{len(data.train):,} training and {len(data.held_out):,} held-out {task.samples}"
     if data.held_out is not data.val:
         counts += f", {len(data.val):,} to choose the weights by"
@@ -254,11 +267,9 @@ def _announce(
         print(f"validations and checkpoints use the {recipe.weights}")
 
 
-def _conclude(
-    result: FitResult, recipe: Recipe, data: ImageData | Table, device: torch.device, *, progress: bool
-) -> FitResult:
+def _conclude(result: FitResult, experiment: Experiment, device: torch.device, *, progress: bool) -> FitResult:
     """Evaluate the best weights, draw samples, write ``result.json``; a TrainingError if a solve fails."""
-    folder, task = result.folder, recipe.task
+    folder, recipe, data, task = result.folder, experiment.recipe, experiment.data, experiment.task
     flow = load_flow(folder.best, map_location=device)
     try:
         evaluation = evaluate(
@@ -281,60 +292,3 @@ def _conclude(
         ) from error
     folder.conclude(Result(**result.ended, evaluation=evaluation), recipe)
     return dataclasses.replace(result, evaluation=evaluation, samples=samples)
-
-
-# errors --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _errors_with_advice(control: RunControl, trainer: L.Trainer, *, is_new: bool) -> Iterator[None]:
-    """Add to an error how the run can continue, and end the other processes, which may wait for this one."""
-    try:
-        yield
-    except RnodeError as error:
-        end_other_processes(trainer, signal.SIGKILL)
-        left = "No checkpoint had been written yet."
-        if (folder := control.folder) is not None:
-            if folder.last.is_file():
-                best = f", --resume {folder.best} from the best one" if folder.best.is_file() else ""
-                left = f"The last good checkpoint is {folder.last}; --resume {folder.path} continues from it{best}."
-            elif is_new and trainer.is_global_zero and not folder.metrics.exists():
-                shutil.rmtree(folder.path, ignore_errors=True)  # it holds no result of a step
-        # the arguments of a SolverError are not its message
-        kind = TrainingError if isinstance(error, SolverError) else type(error)
-        raise kind(f"training stopped: {str(error).rstrip('.')}. {left}") from error
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Raise the errors of PyTorch, Lightning and the system while training as errors of this package.
-
-    Raises:
-        RnodeError: for these; the rest is a bug and passes through.
-    """
-    try:
-        yield
-    except DataError as error:  # a worker sends its whole traceback along
-        last = str(error).strip().splitlines()[-1]
-        raise DataError(last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from error
-    except RnodeError:
-        raise
-    except MisconfigurationException as error:
-        raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
-    except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        raise LocalError(f"the system refused: {error.strerror or error}{place}.") from error
-    except torch.distributed.DistError as error:
-        raise TrainingError(
-            f"the processes of this run cannot reach each other ({first_line(error).rstrip('.')}). If one has "
-            "ended, its message has the reason, unless the system killed it, for example because memory ran out."
-        ) from error
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise LocalError(
-            f"out of memory: {first_line(error).rstrip('.')}. Lower --batch-size and raise --accumulate "
-            "by the same factor, or --set solver.gradient=checkpointed."
-        ) from error
-    except RuntimeError as error:  # of PyTorch: memory of a CPU, a worker or a process that died, a bug
-        raise LocalError(
-            f"PyTorch failed: {first_line(error).rstrip('.')}. `rnode-cli --debug ...` shows where."
-        ) from error

@@ -12,15 +12,16 @@ import pytorch_lightning as L
 import torch
 from torch import Tensor
 
-from ...core.random_streams import Stream, seed_everything, seeded
+from ...core.distribution import DensityModel
+from ...core.random_streams import Stream, seed_everything
 from ...errors import CompilerError, ConfigError, LocalError, SolverError, TrainingError
 from ...fields import compile_fields
-from ...flows.base import BlockFlow
 from ..recipes.recipe import Recipe
 from .checkpoints import header_with, load_weights
 from .datamodule import RecipeDataModule
+from .experiment import new_flow
 from .optimizers import learning_rate_factor, make_optimizer
-from .step import StepObjective, StepTerms, measure_batch
+from .step import Loss, StepTerms, loss_of, measure_batch
 from .trainer import decided_compile
 
 
@@ -43,9 +44,14 @@ class RnodeModule(L.LightningModule):
 
     Args:
         recipe: all settings; as plain data if Lightning rebuilds the module from a checkpoint.
+        flow: the model as an :class:`~rnode_plugin.experiments.training.experiment.Experiment` has it, with the
+            weights of the first step. By default the module builds it, and gives it the weights that the recipe
+            starts from and the rows of its table when the Trainer begins.
+        loss: what a step minimizes, a function of a batch and the number of steps before it; by default flow
+            matching and equation 17, as the recipe says.
 
     Attributes:
-        flow: the model.
+        flow, loss: the model and the loss.
         task: the task of the recipe.
 
     Raises:
@@ -58,26 +64,22 @@ class RnodeModule(L.LightningModule):
         (2, 1, 8, 8)
     """
 
-    def __init__(self, recipe: Recipe | Mapping[str, Any]) -> None:
+    def __init__(
+        self, recipe: Recipe | Mapping[str, Any], *, flow: DensityModel | None = None, loss: Loss | None = None
+    ) -> None:
         super().__init__()
         if not isinstance(recipe, Recipe):
             recipe = Recipe.from_plain(recipe)
         self.save_hyperparameters({"recipe": recipe.to_plain()})
         self.recipe, self.task = recipe, recipe.task
-        with seeded(recipe.training.seed, Stream.WEIGHTS):
-            self.flow = recipe.build_flow()
-        if recipe.matching:
-            learned = any(name.startswith("regularizer_modules.") for name, _ in self.flow.named_parameters())
-            if learned or not isinstance(self.flow, BlockFlow):
-                raise ConfigError(
-                    "training.matching needs a flow of blocks, such as MultiscaleFlow, and regularizers without "
-                    "parameters, which it gives no gradient."
-                )
-        self.objective, self.solver = StepObjective(self.flow, recipe), recipe.solver.build()
+        self.flow = new_flow(recipe) if flow is None else flow
+        self.loss = loss_of(self.flow, recipe) if loss is None else loss
+        self.solver = recipe.solver.build()
         self.skipped = self.skipped_in_row = 0  # steps without a usable gradient: of the run, and the last ones
+        self._is_fresh = flow is None  # whether its weights and rows are still to be given
         self._batches = self._world = 1  # of a step: per device, and devices
         self._terms: list[StepTerms] = []  # of the batches of this step
-        self._values: dict[str, Any] = {}  # of the last step, to log: tensors of this device
+        self._values: dict[str, Tensor | float] = {}  # of the last step, to log: tensors of this device
         self._row: dict[str, float] | None = None  # the same as numbers and means over the devices
         self._groups: list[dict[str, Any]] = []  # of the optimizer; none if a subclass makes its own
         self._warned = False
@@ -107,30 +109,38 @@ class RnodeModule(L.LightningModule):
         return terms.loss
 
     def _terms_of(self, batch: Tensor, device: int) -> StepTerms:
-        """The objective of a batch, with the noise of this step on the device of this number."""
+        """The loss of a batch, with the noise of this step on the device of this number."""
         seed_everything(self.recipe.training.seed, Stream.TRAIN, device, self.global_step)
-        inputs = self.task.training_inputs(batch)
-        if self.matches:
-            return self.objective.matching(inputs)
-        return self.objective(inputs, self.solver, step=self.global_step - self.recipe.matching)
+        return self.loss(batch, self.global_step)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the step; one without a usable gradient changes nothing, and too many in a row end the training."""
+        self._log_step(optimizer, norm=self._clip_or_skip(optimizer))
+
+    def _clip_or_skip(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Clip the gradient, and drop one that is not finite; its norm before that.
+
+        Without gradients an optimizer changes neither the weights nor its own state. Too many such steps in a row
+        end the training.
+        """
         bound = math.inf if self.matches else self.recipe.optimizer.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), bound)  # before it is clipped
+        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), bound)
         if norm.isfinite():  # the one value of a step that is read from the device
             self.skipped_in_row = 0
-        else:
-            optimizer.zero_grad()  # without gradients an optimizer changes neither weights nor its own state
-            self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
-            if self.skipped_in_row >= self.recipe.training.max_skipped:
-                raise TrainingError(self._why_skipped())
+            return norm
+        optimizer.zero_grad()
+        self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+        if self.skipped_in_row >= self.recipe.training.max_skipped:
+            raise TrainingError(self._why_skipped())
+        return norm
+
+    def _log_step(self, optimizer: torch.optim.Optimizer, *, norm: Tensor) -> None:
         rows = [terms.row for terms in self._terms]
         self._values = {f"train/{name}": sum(row[name] / len(rows) for row in rows) for name in rows[0]}
         self._values |= {"train/grad_norm": norm, "train/skipped": float(self.skipped)}
         self._values["lr"] = optimizer.param_groups[0]["lr"]
         self._row = None
-        # tensors come from a device one by one, and devices wait for each other: not at each step
+        # reading a tensor waits for its device, and a mean over devices for all of them, so only a step that is
+        # written has numbers
         values = self.row() if self.is_logged(self.global_step + 1) else self._values
         for name, value in values.items():
             self.log(name, value, prog_bar=name in (f"train/{self.task.metric}", "train/matching", "train/nfe"))
@@ -161,28 +171,16 @@ class RnodeModule(L.LightningModule):
     # before a step ---------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Give the model of a table the training rows."""
-        data = self._data()
-        if stage == "fit" and self.task.samples == "rows" and data is not None:
-            self.flow.standardize(torch.from_numpy(data.data.train))
-
-    def _data(self) -> RecipeDataModule[Any] | None:
-        """The data module of this package that the Trainer was given; None for another one, or loaders."""
-        data = getattr(self.trainer, "datamodule", None)
-        return data if isinstance(data, RecipeDataModule) else None
-
-    def load_weights(self) -> None:
-        """Take the weights that the recipe starts from, if it names some.
-
-        Raises:
-            CheckpointError: they cannot be read, or are of another model.
-        """
-        if (weights := self.recipe.training.weights) is not None:
-            load_weights(self.flow, weights, recipe=self.recipe)
+        """Prepare a model that the module has built for the training samples of its data module."""
+        samples = getattr(self.trainer, "datamodule", None)  # none if the Trainer was given loaders
+        if stage == "fit" and self._is_fresh and isinstance(samples, RecipeDataModule):
+            self.task.prepare(self.flow, samples.data)
 
     def on_fit_start(self) -> None:
-        if self.trainer.ckpt_path is None:  # else the checkpoint has them, and more steps
-            self.load_weights()
+        weights = self.recipe.training.weights
+        # a checkpoint that the Trainer continues from has later weights
+        if self._is_fresh and weights is not None and self.trainer.ckpt_path is None:
+            load_weights(self.flow, weights, recipe=self.recipe)
         if decided_compile(self.recipe, self.device):
             if compile_fields(self.flow):
                 self._print("the fields are compiled: the first step takes longer")

@@ -1,9 +1,9 @@
-"""Equation 17 on a batch, with what a training step reports of it, and the measurements of a validation."""
+"""The losses of a training step, with what it reports of them, and the measurements of a validation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +14,9 @@ from ...core.random_streams import Stream, seeded
 from ...core.schedules import final_strength, strength_at
 from ...core.weighing import undivided
 from ...diagnostics.solver_gap import measure_solver_gap
-from ...errors import SolverError
+from ...errors import ConfigError, SolverError
 from ...flows.base import BlockFlow
 from ...solvers import HealthCheck, Solver, all_finite, check_all
-from ..recipes.task import FlowInput
 
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
@@ -50,23 +49,41 @@ class StepTerms:
         return None if self.failure is None else f"the solver failed ({self.failure})"
 
 
-class StepObjective:
-    """Equation 17 for a flow and the regularizers of a recipe."""
+class Loss(Protocol):
+    """What training minimizes.
+
+    Called with a batch as the data come, and the number of steps before this one. The noise is from torch's
+    generator, which the caller seeds, so that a loss is a function of its arguments.
+
+    Raises nothing for a batch that cannot be used: its terms are NaN and say why, and the step is skipped.
+    """
+
+    def __call__(self, batch: Tensor, step: int) -> StepTerms: ...
+
+
+class LikelihoodLoss:
+    """Equation 17: the negative log-likelihood and the penalties, by the training solver.
+
+    Args:
+        flow: the model.
+        recipe: its lambdas, its solver and the task of its data.
+
+    ``step`` counts the steps of maximum likelihood so far, for lambdas that depend on it. On a fixed grid a call
+    reads nothing from the device.
+    """
 
     def __init__(self, flow: DensityModel, recipe: Recipe) -> None:
         self._flow, self._measured, self._task = flow, recipe.measured, recipe.task
+        self._solver = recipe.solver.build()
         self._lambdas = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
 
-    def __call__(self, inputs: FlowInput, solver: Solver, *, step: int = 0) -> StepTerms:
-        """The terms of samples as the flow takes them; a fixed grid reads nothing from the device.
-
-        ``step`` counts the steps of maximum likelihood so far, for strengths that depend on it.
-        """
+    def __call__(self, batch: Tensor, step: int) -> StepTerms:
+        inputs = self._task.training_inputs(batch)
         dims, metric = self._task.dims, self._task.metric
         penalized = bool(self._lambdas)
         try:
             output = self._flow.encode(
-                inputs.x, context=inputs.context, solver=solver, penalties=penalized, check=False
+                inputs.x, context=inputs.context, solver=self._solver, penalties=penalized, check=False
             )
         except SolverError as error:
             # every process of a run needs a gradient and an equal row
@@ -89,13 +106,50 @@ class StepObjective:
         row = {"loss": loss.detach(), metric: score, "nfe": float(output.nfe), **penalties}
         return StepTerms(loss, row, output.health)
 
-    def matching(self, inputs: FlowInput) -> StepTerms:
-        """The terms of a step of flow matching: the squared error per dimension, one evaluation per block."""
-        flow = self._flow
-        assert isinstance(flow, BlockFlow)  # RnodeModule has refused others
-        loss = flow.matching_loss(inputs.x, context=inputs.context).mean() / self._task.dims
+
+class MatchingLoss:
+    """Flow matching: the squared error of the velocity per dimension, by one evaluation of each block.
+
+    Raises:
+        ConfigError: the model has no blocks to match, or parameters that matching gives no gradient.
+    """
+
+    def __init__(self, flow: DensityModel, recipe: Recipe) -> None:
+        learned = any(name.startswith("regularizer_modules.") for name, _ in flow.named_parameters())
+        if learned or not isinstance(flow, BlockFlow):
+            raise ConfigError(
+                "training.matching needs a flow of blocks, such as MultiscaleFlow, and regularizers without "
+                "parameters, which it gives no gradient."
+            )
+        self._flow, self._task = flow, recipe.task
+
+    def __call__(self, batch: Tensor, step: int) -> StepTerms:
+        inputs = self._task.training_inputs(batch)
+        loss = self._flow.matching_loss(inputs.x, context=inputs.context).mean() / self._task.dims
         loss = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan) * loss
-        return StepTerms(loss, {"matching": loss.detach(), "nfe": float(len(flow.fields))})
+        return StepTerms(loss, {"matching": loss.detach(), "nfe": float(len(self._flow.fields))})
+
+
+class StagedLoss:
+    """One loss for the first steps of a run, another one for the rest, each with its own count of steps."""
+
+    def __init__(self, first: Loss, steps: int, then: Loss) -> None:
+        self._first, self._steps, self._then = first, steps, then
+
+    def __call__(self, batch: Tensor, step: int) -> StepTerms:
+        return self._first(batch, step) if step < self._steps else self._then(batch, step - self._steps)
+
+
+def loss_of(flow: DensityModel, recipe: Recipe) -> Loss:
+    """The loss of a recipe for its model: flow matching for the first steps if it names some, then equation 17.
+
+    Raises:
+        ConfigError: the recipe has steps of flow matching, and the model has no blocks to match.
+    """
+    likelihood = LikelihoodLoss(flow, recipe)
+    if not recipe.matching:
+        return likelihood
+    return StagedLoss(MatchingLoss(flow, recipe), recipe.matching, likelihood)
 
 
 def measure_batch(

@@ -24,7 +24,7 @@ from ...files import write_atomically
 from ..recipes.recipe import Recipe
 from ..runs.run import LAST, PREVIOUS
 from .checkpoints import read_checkpoint
-from .runs import RunPlan
+from .plan import RunPlan
 
 _UNSEEN = ("fast_dev_run", "limit_val_batches", "overfit_batches")
 """Options of Lightning's Trainer that would change the numbers of a run in silence."""

@@ -1,0 +1,189 @@
+"""What a call of fit trains: ``RunOptions``, the steps of a run in ``RunPlan``, and how a run continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import CheckpointError, ConfigError
+from ..recipes.recipe import Recipe
+from ..runs.run import Run
+from .checkpoints import newest_intact, put_weights, read_checkpoint, recipe_of
+
+if TYPE_CHECKING:
+    from ...core.distribution import DensityModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a run writes, from where it continues, and how long a call may take.
+
+    Attributes:
+        runs: folder of all runs.
+        run_folder: exact folder of a new run, missing or empty, instead of the next free one under ``runs``.
+        resume: run folder or checkpoint to continue from, in the same folder if it lies in one.
+        max_time: seconds after which the call ends with a last validation and a checkpoint; the schedule of the
+            learning rate does not change.
+        download: fetch the data set if it is missing.
+        progress: print the progress on the terminal.
+
+    Raises:
+        ConfigError: for both ``run_folder`` and ``resume``.
+    """
+
+    runs: str | os.PathLike[str] = "runs"
+    run_folder: str | os.PathLike[str] | None = None
+    resume: str | os.PathLike[str] | None = None
+    max_time: float | None = None
+    download: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.run_folder is not None and self.resume is not None:
+            raise ConfigError("a run that is resumed stays in its folder: give either run_folder or resume.")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The steps of a run.
+
+    Attributes:
+        steps_per_epoch: optimizer steps per epoch. Samples that do not fill a last batch are left out of it.
+        total: steps of the whole run.
+        val_every: steps between two validations.
+        devices: number of devices that share a step.
+    """
+
+    steps_per_epoch: int
+    total: int
+    val_every: int
+    devices: int = 1
+
+    @staticmethod
+    def of(recipe: Recipe, samples: int, devices: int = 1) -> RunPlan:
+        """The plan of a recipe for a number of training samples and devices.
+
+        Raises:
+            ConfigError: the samples do not fill one batch on each device, or flow matching fills all steps.
+        """
+        training, per_epoch = recipe.training, steps_per_epoch(recipe, samples, devices)
+        limits = [training.max_steps, training.max_epochs and training.max_epochs * per_epoch]
+        total = min(limit for limit in limits if limit is not None)
+        if total <= recipe.matching:
+            raise ConfigError(
+                f"training.matching={recipe.matching} leaves none of {total} steps for maximum likelihood: "
+                "raise --max-steps or lower training.matching."
+            )
+        check = training.val_every_steps or training.val_every * per_epoch
+        return RunPlan(per_epoch, total, min(check, total), devices)
+
+    def validates_after(self, step: int) -> bool:
+        """Whether a validation follows this step, counted from 1."""
+        return step % self.val_every == 0
+
+    def stages(self, recipe: Recipe) -> dict[int, str]:
+        """What begins after so many steps, in words; empty for a run with steps of one kind."""
+        matching, optimizer = recipe.matching, recipe.optimizer
+        found = {0: "flow matching", matching: "maximum likelihood"} if matching else {}
+        if optimizer.schedule == "cooldown":
+            for first, end in {(0, matching or self.total), (matching, self.total)}:
+                if steps := math.floor(optimizer.cooldown * (end - first)):
+                    found[end - steps] = f"the learning rate falls until step {end}"
+        return dict(sorted(found.items()))
+
+
+def steps_per_epoch(recipe: Recipe, samples: int, devices: int = 1) -> int:
+    """Optimizer steps of one pass through the training samples.
+
+    Raises:
+        ConfigError: the samples do not fill one step.
+    """
+    batch, accumulate = recipe.data.batch_size, recipe.training.accumulate
+    if steps := samples // (batch * devices * accumulate):
+        return steps
+    each = f" on each of {devices} devices" if devices > 1 else ""
+    times = f", {accumulate} times" if accumulate > 1 else ""
+    raise ConfigError(
+        f"{samples} training {recipe.task.samples} do not fill one batch of {batch}{each}{times}: "
+        "use a smaller --batch-size."
+    )
+
+
+def check_held_out(recipe: Recipe, samples: int, devices: int) -> None:
+    """Refuse fewer held-out samples than devices, because each device validates at least one."""
+    if samples < devices:
+        named = recipe.task.samples
+        raise ConfigError(f"{samples} held-out {named} are too few for {devices} devices: each needs one.")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run continues from.
+
+    Attributes:
+        checkpoint: its file.
+        contents: what is in it.
+        recipe: the settings to train with, which have what the run has recorded of its table.
+        folder: the run that the file lies in, which continues there; None for a file elsewhere.
+    """
+
+    checkpoint: Path
+    contents: Mapping[str, Any]
+    recipe: Recipe
+    folder: Run | None
+
+    @property
+    def done(self) -> int:
+        """Steps that the run has made."""
+        return self.contents["global_step"]
+
+    def put_into(self, flow: DensityModel) -> None:
+        """Give ``flow`` the weights; a CheckpointError if they are of another model."""
+        put_weights(flow, self.contents, f"the weights of {self.checkpoint} do not fit this model")
+
+    def go_back(self, run: Run) -> None:
+        """Make the checkpoint the newest one of its run, and remove what later steps have left.
+
+        If the newest one had more steps, a run that is killed soon would continue from it, and ``metrics.csv``
+        would lack the steps in between.
+        """
+        with suppress(CheckpointError):  # from a file that is missing or damaged
+            if read_checkpoint(run.best)["global_step"] > self.done:
+                run.best.unlink()
+        run.go_back(self.checkpoint, self.done)
+
+    @staticmethod
+    def of(resume: str | os.PathLike[str], recipe: Recipe) -> Resumed:
+        """The file ``resume``, or the newest intact checkpoint of that run folder.
+
+        Raises:
+            CheckpointError: there is none, it has no state of an optimizer, or ``recipe`` changes a setting that a
+                resumed run keeps.
+        """
+        path, contents = newest_intact(resume)
+        if "optimizer_states" not in contents:
+            raise CheckpointError(f"{path} has only weights, so a training cannot be resumed from it.")
+        former = recipe_of(contents, path)
+        old, new = dict(former.settings()), dict(recipe.settings())
+        marks = {**former.kept(), **recipe.kept()}
+        differ = [name for name in marks if old.get(name) != new.get(name)]
+        ends = {settings["training.matching"] for settings in (old, new)}
+        if len(ends) > 1 and contents["global_step"] >= min(ends):  # maximum likelihood began, in one of the two
+            differ.append("training.matching")
+        if new["training.ema"] is None and old["training.ema"] is not None:  # its weights are the average
+            differ.append("training.ema")
+        if differ:
+            what = ", ".join(f"{name} is {old.get(name)} there and {new.get(name)} here" for name in differ)
+            advice = f"--weights {path} in place of --resume starts a new run from it"
+            if any(name in marks and marks[name].weights for name in differ):  # they do not fit another model
+                advice = "Leave these settings out, or train a new run without --resume"
+            raise CheckpointError(f"{path} cannot continue with other settings: {what}. {advice}.")
+        recorded = {name: old[f"data.{name}"] for name in ("rows", "checksum") if f"data.{name}" in old}
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **recorded))
+        return Resumed(path, contents, recipe, Run.of_checkpoint(path))

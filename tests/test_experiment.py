@@ -1,0 +1,134 @@
+"""An experiment composes: its parts are values, and a run takes the ones that it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as L
+import torch
+from pytorch_lightning.callbacks import WeightAveraging
+from tiny_runs import assert_same, rows, run, signal_at, tiny_recipe, weights
+from torch import Tensor
+
+from rnode_plugin import get_recipe
+from rnode_plugin.core.random_streams import Stream, seed_everything
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.training.clock import Clock
+from rnode_plugin.experiments.training.experiment import Experiment
+from rnode_plugin.experiments.training.module import RnodeModule
+from rnode_plugin.experiments.training.progress import BusyProcessor, Progress
+from rnode_plugin.experiments.training.recorder import Recorder, SampleGrids
+from rnode_plugin.experiments.training.step import LikelihoodLoss, StagedLoss, StepTerms
+from rnode_plugin.experiments.training.stops import Stops
+from rnode_plugin.experiments.training.trainer import find_place
+
+SHORT = ("training.max_steps=4",)
+
+
+def short_table() -> Recipe:
+    return get_recipe("table").override([
+        "model.hidden=8", "model.layers=2", "training.max_steps=3", "training.val_every_steps=3",
+        "training.sample_images=0", "training.log_every=1",
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [tiny_recipe(*SHORT), short_table()], ids=["images", "table"])
+def test_a_recipe_stands_for_its_experiment(recipe: Recipe, tmp_path: Path) -> None:
+    by_recipe = run(recipe, tmp_path / "a")
+    by_experiment = run(Experiment.of(recipe), tmp_path / "b")
+    assert_same(by_recipe.folder.path, by_experiment.folder.path)
+
+
+def test_a_run_takes_another_loss(tmp_path: Path) -> None:
+    """A loss without penalties trains as lambdas of zero do, and the rest of the recipe stays."""
+    recipe = tiny_recipe(*SHORT)
+    without = recipe.override(["regularizers.kinetic=0", "regularizers.jacfrob=0"])
+    experiment = Experiment.of(recipe)
+    replaced = dataclasses.replace(experiment, loss=LikelihoodLoss(experiment.flow, without))
+    found, wanted = run(replaced, tmp_path / "a"), run(without, tmp_path / "b")
+    assert weights(found.folder.path).equal(weights(wanted.folder.path))
+    assert not weights(found.folder.path).equal(weights(run(recipe, tmp_path / "c").folder.path))
+
+
+def test_a_run_takes_other_samples_and_continues(tmp_path: Path) -> None:
+    """As the recipe that names the same samples, also after it was stopped and continued."""
+    first = tiny_recipe(*SHORT, "data.train_images=40")
+
+    def experiment() -> Experiment:
+        other = Experiment.of(first)
+        return dataclasses.replace(Experiment.of(tiny_recipe(*SHORT)), data=other.data, plan=other.plan)
+
+    whole = run(first, tmp_path / "a")
+    assert_same(whole.folder.path, run(experiment(), tmp_path / "b").folder.path)
+    part = run(experiment(), tmp_path / "c", callbacks=[signal_at(2)])
+    assert part.steps == 2
+    rest = run(experiment(), tmp_path / "c", resume=part.folder.path)
+    assert rows(rest.folder.path) == rows(whole.folder.path)
+    assert weights(rest.folder.path).equal(weights(whole.folder.path))
+
+
+def test_an_experiment_for_other_devices_is_refused(tmp_path: Path) -> None:
+    experiment = Experiment.of(tiny_recipe("data.batch_size=10"), devices=2)
+    with pytest.raises(ConfigError, match="made for 2 devices, and this call has 1"):
+        run(experiment, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_is_a_function_of_its_arguments_and_the_seed() -> None:
+    experiment = Experiment.of(tiny_recipe())
+    batch = torch.from_numpy(experiment.data.train[:7])
+
+    def value(step: int) -> Tensor:
+        seed_everything(1, Stream.TRAIN)
+        return experiment.loss(batch, step).loss.detach()
+
+    first = value(0)
+    assert value(3).equal(first)  # the lambdas are numbers
+    torch.manual_seed(2)
+    assert not experiment.loss(batch, 0).loss.detach().equal(first)
+
+
+def test_a_staged_loss_counts_the_steps_of_each_stage() -> None:
+    def named(name: str) -> Any:
+        return lambda batch, step: StepTerms(torch.zeros(()), {name: float(step)})
+
+    staged = StagedLoss(named("first"), 2, named("then"))
+    found = [staged(torch.zeros(1), step).row for step in range(4)]
+    assert found == [{"first": 0.0}, {"first": 1.0}, {"then": 0.0}, {"then": 1.0}]
+
+
+def test_a_module_trains_the_flow_and_the_loss_that_it_is_given() -> None:
+    experiment = Experiment.of(tiny_recipe())
+    module = RnodeModule(experiment.recipe, flow=experiment.flow, loss=experiment.loss)
+    assert module.flow is experiment.flow
+    assert module.loss is experiment.loss
+    again = RnodeModule(experiment.recipe)
+    for mine, own in zip(again.flow.parameters(), experiment.flow.parameters(), strict=True):
+        assert mine.equal(own)  # fresh weights are a function of the seed
+
+
+def test_callbacks_come_in_the_order_that_is_written_down(tmp_path: Path) -> None:
+    """A picture shows averaged weights, a time limit is known to the line of its step, the last one records."""
+
+    class Own(L.Callback):
+        order: list[type] = []  # noqa: RUF012
+
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+            self.order[:] = [type(each) for each in callbacks]
+
+    recipe = tiny_recipe("training.max_steps=1", "training.ema=0.5", "training.sample_images=1")
+    run(recipe, tmp_path, callbacks=[Own()], progress=True)
+    assert Own.order == [BusyProcessor, Own, SampleGrids, WeightAveraging, Clock, Stops, Progress, Recorder]
+
+
+def test_the_devices_of_a_call_are_found_before_its_trainer_is_made() -> None:
+    place = find_place({"accelerator": "cpu", "devices": 2})
+    assert (place.device.type, place.world) == ("cpu", 2)
+    with pytest.raises(ConfigError, match=re.escape("this device or precision cannot be used")):
+        find_place({"accelerator": "cpu", "devices": 0})
