@@ -3,10 +3,11 @@
     python benchmarks/quality.py digits --threads 1
     python benchmarks/quality.py mnist14 --data-root data --method likelihood --method "likelihood, no penalties"
 
-The methods of a seed start from the same weights and see the same images with the same noise. Seconds are processor
-time of training steps alone. Every run validates as it trains and ends with an accurate evaluation of held-out
-images. It appends its points to one CSV and its final figures to another; the table shows all final figures with
-the same steps and settings, and the difference to the first method seed by seed.
+A method is the recipe with other settings, or another loss in its experiment, trained by the package's ``fit``. The
+methods of a seed start from the same weights and see the same images with the same noise in their pixels. Seconds
+are processor time of training steps alone. Every run validates as it trains, and ends with an accurate evaluation
+of its best weights on the same held-out images. It appends its points to one CSV and its final figures to another.
+The table shows all final figures with the same steps and settings, and the difference to the first method by seed.
 """
 
 from __future__ import annotations
@@ -15,26 +16,140 @@ import csv
 import dataclasses
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import numpy as np
+import pytorch_lightning as L
 import torch
 from measure import print_environment, set_up, table, threads_option
-from training_runs import METHODS, Point, Trainer, rk4
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+from usual import UsualFlow
 
-from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, Solver, get_recipe
-from rnode_plugin.core.objective import bits_per_dim
+from rnode_plugin import MultiscaleFlow, get_recipe, objective
+from rnode_plugin.errors import RnodeError
 from rnode_plugin.experiments.data import ImageData
 from rnode_plugin.experiments.recipes.recipe import Recipe
-from rnode_plugin.flows.multiscale import dequantize
+from rnode_plugin.experiments.training.experiment import Experiment
+from rnode_plugin.experiments.training.fit import fit
+from rnode_plugin.experiments.training.plan import RunOptions
+from rnode_plugin.experiments.training.step import StepTerms
 
 BASE = "likelihood"
 QUANTITIES = ("dirty", "nfe", "kinetic", "jacfrob")
 COLUMNS = ("data", "steps", "settings", "method", "seed", *QUANTITIES, "gap", "images", "seconds", "ended")
+
+SAMPLED = ("solver.method=rk4_38", "solver.quadrature=sampled", "solver.step=0.5")
+UNPENALIZED = ("regularizers.kinetic=0", "regularizers.jacfrob=0")
+ADAM = ("optimizer.name=adam", "optimizer.lr=5e-3", "optimizer.warmup=50")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        settings: changes of the recipe.
+        share: steps of likelihood, as a share of the steps of a run.
+        usual: torchdiffeq's options of the usual formulation; None for ours.
+    """
+
+    settings: tuple[str, ...] = SAMPLED
+    share: float = 1.0
+    usual: Mapping[str, object] | None = None
+
+    @property
+    def penalized(self) -> bool:
+        """Whether the penalties are part of the loss."""
+        return not set(UNPENALIZED) <= set(self.settings)
+
+
+def matched(steps: int, *settings: str) -> Method:
+    """Steps of flow matching, then half the steps of likelihood."""
+    return Method((*SAMPLED, f"training.matching={steps}", *settings), share=0.5)
+
+
+METHODS = {
+    "likelihood": Method(),
+    "likelihood, no penalties": Method((*SAMPLED, *UNPENALIZED)),
+    "half the steps": Method(share=0.5),
+    "step 0.25": Method((*SAMPLED, "solver.step=0.25")),
+    "exact divergence": Method(("solver.method=rk4_38", "solver.quadrature=full", "solver.step=0.25")),
+    "constant rate, EMA 0.98": Method((*SAMPLED, "optimizer.schedule=constant", "training.ema=0.98")),
+    **{f"{n} steps of matching, half the steps": matched(n) for n in (300, 1000, 1500, 3000, 6000)},
+    "300 steps of matching, half the steps, no penalties": matched(300, *UNPENALIZED),
+    "vanilla FFJORD": Method((*ADAM, *UNPENALIZED), usual={"method": "dopri5", "atol": 1e-5, "rtol": 1e-5}),
+    "usual RNODE": Method(ADAM, usual={"method": "rk4", "options": {"step_size": 0.25}}),
+}
+
+
+class UsualLoss:
+    """Equation 17 in the usual formulation, for the parameters of the flow of an experiment.
+
+    Args:
+        experiment: gives the flow, the lambdas and the task.
+        penalties: whether they are part of the loss.
+        solver: torchdiffeq's options.
+    """
+
+    def __init__(self, experiment: Experiment, *, penalties: bool, **solver: Any) -> None:
+        assert isinstance(experiment.flow, MultiscaleFlow)
+        self._flow, self._task = experiment.flow, experiment.task
+        self._usual = UsualFlow(self._flow, penalties=penalties, **solver)
+        self._lambdas = experiment.recipe.lambdas if penalties else {}
+
+    def __call__(self, batch: Tensor, step: int) -> StepTerms:
+        x = self._task.training_inputs(batch).x
+        output = self._usual(x, noise=self._flow.draw_noise(len(x)))
+        log_prob = self._flow.log_prob_of(output)
+        dims = self._task.dims
+        loss = objective(log_prob, output.regularization, lambdas=self._lambdas, dims=dims).loss
+        means = {name: value.detach().mean() / dims for name, value in output.regularization.items()}
+        score = self._task.scores(log_prob.detach()).mean()
+        return StepTerms(loss, {"loss": loss.detach(), self._task.metric: score, "nfe": float(output.nfe), **means})
+
+
+@dataclass(frozen=True)
+class Point:
+    """One validation: after how many steps and seconds of training, and its bits/dim."""
+
+    step: int
+    seconds: float
+    bits_per_dim: float
+
+
+class Points(Callback):
+    """The validations of a run by the processor time of its training steps.
+
+    Attributes:
+        found: the points so far.
+        seconds: processor time of the steps so far, with the fetch of their batches.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.found: list[Point] = []
+        self.seconds, self._name, self._mark = 0.0, name, 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._mark = time.process_time()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        now = time.process_time()
+        self.seconds, self._mark = self.seconds + now - self._mark, now
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        bits = float(trainer.callback_metrics["val/bpd"])
+        self.found.append(Point(trainer.global_step, self.seconds, bits))
+        click.echo(f"{self._name}: step {trainer.global_step}, {self.seconds:.1f} s, {bits:.4f} bits/dim")
+        self._mark = time.process_time()
 
 
 def settings(data: str, root: str, assignments: Sequence[str]) -> Recipe:
@@ -64,37 +179,24 @@ def halved(data: ImageData) -> ImageData:
     return dataclasses.replace(data, train=pooled(data.train[:]), val=pooled(data.val[:]), shape=shape)
 
 
-@torch.no_grad()
-def measured(flow: MultiscaleFlow, images: Any, levels: int, coarse: Solver) -> dict[str, float]:
-    """Means over held-out images of an accurate solve, in independent batches of 100.
-
-    ``gap`` is the bits/dim of the first batch by the ``coarse`` solver less the bits/dim by the accurate one.
-    """
-    sums: dict[str, float] = dict.fromkeys(QUANTITIES, 0.0)
-    gap, accurate = 0.0, Adaptive("dopri5", first_step=1 / 6)
-    for first in range(0, len(images), 100):
-        torch.manual_seed(first)
-        x = dequantize(torch.from_numpy(images[first : first + 100]), levels)
-        noise = flow.draw_noise(len(x))
-        output = flow.encode(x, noise=noise, solver=accurate, penalties=True)
-        bits = bits_per_dim(flow.log_prob_of(output), dims=flow.dims, levels=levels).mean()
-        penalties = {name: value.mean() / flow.dims for name, value in output.regularization.items()}
-        for key, value in {"dirty": bits, "nfe": output.nfe, **penalties}.items():
-            sums[key] += float(value) * len(x) / len(images)
-        if first == 0:
-            gap = float(flow.solved_with(solver=coarse).bits_per_dim(x, noise=noise).mean() - bits)
-    return {**sums, "gap": gap}
+def experiment_of(recipe: Recipe, data: ImageData, method: Method) -> Experiment:
+    """The experiment of a method: the recipe's, perhaps with the usual formulation as its loss."""
+    experiment = Experiment.of(recipe, data=data)
+    if method.usual is None:
+        return experiment
+    loss = UsualLoss(experiment, penalties=method.penalized, **method.usual)
+    return dataclasses.replace(experiment, loss=loss)
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for each method: means over seeds, and the difference to :data:`BASE` with its standard error."""
-    base = {row["seed"]: float(row["dirty"]) for row in rows if row["method"] == BASE}
+    base = {row["seed"]: float(row["dirty"]) for row in rows if row["method"] == BASE and row["dirty"]}
     lines = []
     for name in METHODS:
-        found = [row for row in rows if row["method"] == name]
+        found = [row for row in rows if row["method"] == name and row["dirty"]]  # a run that failed has none
         if not found:
             continue
-        mean = {key: statistics.mean(float(row[key]) for row in found) for key in COLUMNS[5:-1]}
+        mean = {key: statistics.mean(float(row[key] or "nan") for row in found) for key in COLUMNS[5:-1]}
         gaps = [float(row["dirty"]) - base[row["seed"]] for row in found if row["seed"] in base]
         spread = f" ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.3f}" if len(gaps) > 1 else ""
         lines.append([
@@ -127,7 +229,7 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], final: Sequence[Mapping[
             axes.plot(*curves[-1], color=f"C{colour}", linewidth=0.8, alpha=0.6)
         if len({len(curve[0]) for curve in curves}) == 1:
             nfe = statistics.mean(float(row["nfe"]) for row in final if row["method"] == name)
-            penalties = ", both penalties" if METHODS[name].penalties else ""
+            penalties = ", both penalties" if METHODS[name].penalized else ""
             label = f"{name}{penalties}: NFE {nfe:.0f} at the end"
             axes.plot(*np.mean(curves, axis=0), color=f"C{colour}", linewidth=2.5, label=label)
     lowest = min(float(row["bits_per_dim"]) for row in rows)
@@ -165,27 +267,45 @@ def main(data: str, out: str, assignments: tuple[str, ...], **options: Any) -> N
     print_environment(device)
     torch.set_flush_denormal(True)
     recipe, folder, steps = settings(data, options["data_root"], assignments), Path(out), options["steps"]
-    images: Any = (recipe.override(["data.shape=1,28,28"]) if data == "mnist14" else recipe).load_data(all_val=True)
+    recipe = recipe.override([
+        f"training.val_images={100 if data == 'mnist' else 300}", f"training.val_every_steps={options['every']}",
+        "training.max_epochs=none", "training.sample_images=0",
+    ])  # fmt: skip
+    whole = recipe.override(["data.shape=1,28,28"]) if data == "mnist14" else recipe
+    images = cast("ImageData", whole.load_data())
     images = halved(images) if data == "mnist14" else images
-    limit = min(100 if data == "mnist" else 300, len(images.val))
     same = {"data": data, "steps": str(steps), "settings": " ".join(assignments)}
     rows: list[Any] = []
     points: list[Any] = []
     for seed, name in itertools.product(options["seeds"], options["methods"] or METHODS):
         method = METHODS[name]
         changed = recipe.override([*method.settings, f"training.seed={seed}"])
-        trainer = Trainer(changed, images, method, steps=steps, device=device, clock=time.process_time)
-
-        def show(point: Point, name: str = name, seed: int = seed) -> None:
-            text = f"{name}, seed {seed}: step {point.step}, {point.seconds:.1f} s"
-            click.echo(f"{text}, {point.bits_per_dim:.4f} bits/dim")
-
-        found, ended = trainer.run(every=options["every"], images=limit, show=show)
+        total = changed.matching + round(steps * method.share)
+        changed = changed.override([f"training.max_steps={total}"])
+        seen = Points(f"{name}, seed {seed}")
         own = {**same, "method": name, "seed": str(seed)}
-        points = append(folder / "quality_points.csv", [{**own, **dataclasses.asdict(point)} for point in found])
-        step = method.solver.step if isinstance(method.solver, FixedGrid) else None
-        final = measured(trainer.trained().eval(), images.val[:limit], images.levels, rk4(step=step or 0.25))
-        last = {"images": trainer.seen, "seconds": trainer.seconds, "ended": ended}
+        final: dict[str, float | str] = dict.fromkeys((*QUANTITIES, "gap"), "")
+        with tempfile.TemporaryDirectory() as runs:
+            try:
+                result = fit(
+                    experiment_of(changed, images, method),
+                    RunOptions(runs=runs, progress=False),
+                    callbacks=[seen],
+                    accelerator="cpu",
+                    devices=1,
+                )
+            except RnodeError as error:
+                ended = str(error)
+            else:
+                ended = result.stopped
+                if (evaluation := result.evaluation) is not None:
+                    gap = "" if evaluation.gap is None else evaluation.gap
+                    final = {"dirty": evaluation.means["dirty"].mean, "nfe": evaluation.nfe_mean, "gap": gap}
+                    final |= {name: evaluation.penalties[name] for name in ("kinetic", "jacfrob")}
+        if seen.found:
+            found = [{**own, **dataclasses.asdict(point)} for point in seen.found]
+            points = append(folder / "quality_points.csv", found)
+        last = {"images": total * changed.data.batch_size, "seconds": seen.seconds, "ended": ended}
         rows = append(folder / "quality.csv", [{**own, **final, **last}])
 
     def with_these_settings(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

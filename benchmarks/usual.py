@@ -17,21 +17,20 @@ from torch import Tensor, nn
 from torchdiffeq import odeint_adjoint
 
 from rnode_plugin import FlowOutput, MultiscaleFlow
+from rnode_plugin.fields.layers import ConcatConv2d
 from rnode_plugin.flows.multiscale import logit, squeeze
 
 __all__ = ["UsualFlow"]
 
 
 class _ConcatConv(nn.Module):
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, layer: ConcatConv2d) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1, device=weight.device)
-        with torch.no_grad():
-            for own, given in zip(self.conv.parameters(), (weight, bias), strict=True):
-                own.copy_(given)
+        self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return self.conv(torch.cat([torch.ones_like(z[:, :1]) * t, z], dim=1))
+        z = torch.cat([torch.ones_like(z[:, :1]) * t, z], dim=1)
+        return F.conv2d(z, self.weight, self.bias, padding=1)
 
 
 class _Block(nn.Module):
@@ -39,7 +38,7 @@ class _Block(nn.Module):
 
     def __init__(self, field: Any, *, penalties: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_ConcatConv(layer.weight, layer.bias) for layer in field.layers)
+        self.layers = nn.ModuleList(map(_ConcatConv, field.layers))
         self.penalties = penalties
         self.noise: Tensor
         self.nfe = 0
@@ -59,16 +58,18 @@ class _Block(nn.Module):
 
 
 class UsualFlow(nn.Module):
-    """A flow with the weights of ``flow``, solved and differentiated the usual way.
+    """A flow solved and differentiated the usual way.
 
     Args:
-        flow: gives architecture and weights, which are copied.
+        flow: gives the architecture and the parameters, which both flows share. Their layout is the usual one
+            afterwards, not the one in which the flow itself is fastest.
         penalties: RNODE, or FFJORD without them.
         solver: torchdiffeq's options: method, tolerances, step size.
     """
 
     def __init__(self, flow: MultiscaleFlow, *, penalties: bool = True, **solver: Any) -> None:
         super().__init__()
+        flow.to(memory_format=torch.contiguous_format)
         self.blocks = nn.ModuleList(_Block(field, penalties=penalties) for field in flow.fields)
         self.stages, self.alpha, self.penalties = flow.stages, flow.alpha, penalties
         self.solver = solver
@@ -98,9 +99,3 @@ class UsualFlow(nn.Module):
         regularization: dict[str, Tensor] = dict(zip(names, penalties, strict=True))
         latent = torch.cat(leaving, dim=1)
         return FlowOutput(x=x, z=latent, logdet=logdet + trace, regularization=regularization, nfe=nfe)
-
-    def copy_weights_to(self, flow: MultiscaleFlow) -> None:
-        """Give the weights back, to evaluate them."""
-        with torch.no_grad():
-            for own, other in zip(self.parameters(), flow.parameters(), strict=True):
-                other.copy_(own)

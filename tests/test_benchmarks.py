@@ -9,31 +9,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import tiny_recipe
 
 from rnode_plugin import get_recipe
-from rnode_plugin.experiments.data import ImageData
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
-def test_probes_are_independent_of_the_pixels_noise() -> None:
-    """A probe that follows the dequantization noise would bias the divergence of what is trained on."""
-    from training_runs import METHODS, Trainer
+def test_the_usual_formulation_trains_the_flow_of_an_experiment(tmp_path: Path) -> None:
+    """Its loss has the value and the gradient of ours on the same grid, for the same parameters."""
+    from quality import ADAM, Method, experiment_of
 
-    recipe = get_recipe("digits").override(["data.batch_size=500", "model.hidden=2"])
+    grid = ("solver.method=rk4_38", "solver.quadrature=full", "solver.step=0.25")
+    recipe = tiny_recipe(*grid, "model.layers=3", "test_solver.method=dopri5")
+    usual = Method(ADAM, usual={"method": "rk4", "options": {"step_size": 0.25}})
     data = recipe.load_data()
-    assert isinstance(data, ImageData)
-    trainer = Trainer(recipe, data, METHODS["exact divergence"], steps=10, device=torch.device("cpu"))
-    correlations = []
-    for step in range(4):
-        trainer.steps = step
-        noise = (trainer.images() * data.levels).frac()  # what dequantization has added to whole numbers
-        probe = trainer.draw_noise(len(noise), step)[0]
-        pair = torch.stack([noise.flatten(), probe.square().flatten()])
-        correlations.append(torch.corrcoef(pair)[0, 1])
-    # under independence a correlation of 32,000 pairs is within 5 / sqrt(32,000) but for one in a million
-    assert max(abs(float(c)) for c in correlations) < 5 / 32_000**0.5
+    gradients = []
+    for method in (Method(grid), usual):
+        experiment = experiment_of(recipe, data, method)  # pyright: ignore[reportArgumentType]
+        torch.manual_seed(1)
+        for parameter in experiment.flow.parameters():  # a fresh flow is zero, and so are its products
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape))
+        torch.manual_seed(2)
+        terms = experiment.loss(torch.from_numpy(data.train[:4]), 0)
+        terms.loss.backward()
+        gradients.append([parameter.grad for parameter in experiment.flow.parameters()])
+        assert terms.row["nfe"] == 96
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-6)
 
 
 # kernels and bytes at most; before chains were single kernels: 18,208 and 300 GB, 6,395 and 84, 25,652 and 415

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import WeightAveraging
 from tiny_runs import assert_same, rows, run, signal_at, tiny_recipe, weights
 from torch import Tensor
 
-from rnode_plugin import get_recipe
+from rnode_plugin import MultiscaleFlow, get_recipe
 from rnode_plugin.core.random_streams import Stream, seed_everything
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.recipes.recipe import Recipe
@@ -91,6 +91,31 @@ def test_a_loss_is_a_function_of_its_arguments_and_the_seed() -> None:
     assert value(3).equal(first)  # the lambdas are numbers
     torch.manual_seed(2)
     assert not experiment.loss(batch, 0).loss.detach().equal(first)
+
+
+def test_probes_are_independent_of_the_pixels_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe that follows the dequantization noise would bias the divergence of what is trained on."""
+    experiment = Experiment.of(tiny_recipe("model.hidden=2"))
+    flow, levels = experiment.flow, experiment.recipe.task.model_options["levels"]
+    assert isinstance(flow, MultiscaleFlow)
+    drawn, draw, encode = [], flow.draw_noise, flow.encode
+
+    def seen(x: Tensor, **options: Any) -> Any:
+        noise = draw(len(x))
+        drawn.append(((x * levels).frac(), noise[0]))  # what dequantization has added to whole numbers
+        return encode(x, **{**options, "noise": noise})
+
+    monkeypatch.setattr(flow, "encode", seen)
+    batch = torch.from_numpy(experiment.data.train[:]).repeat(7, 1, 1, 1)
+    correlations = []
+    for step in range(4):
+        seed_everything(experiment.recipe.training.seed, Stream.TRAIN, 0, step)
+        experiment.loss(batch[:500], step)
+        pixels, probe = drawn[-1]
+        pair = torch.stack([pixels.flatten(), probe.square().flatten()])
+        correlations.append(torch.corrcoef(pair)[0, 1])
+    # under independence a correlation of 32,000 pairs is within 5 / sqrt(32,000) except for one in a million
+    assert max(abs(float(c)) for c in correlations) < 5 / 32_000**0.5
 
 
 def test_a_staged_loss_counts_the_steps_of_each_stage() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from ...core.distribution import DensityModel
 from ...core.random_streams import Stream, seeded
 from ..data import ImageData, Table
-from ..evaluation.loading import load_for_training
 from ..recipes.recipe import Recipe
 from ..recipes.task import Task
 from .checkpoints import load_weights
@@ -48,12 +48,19 @@ class Experiment:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, *, devices: int = 1, download: bool = False, resumed: Resumed | None = None
+        cls,
+        recipe: Recipe,
+        *,
+        data: ImageData | Table | None = None,
+        devices: int = 1,
+        download: bool = False,
+        resumed: Resumed | None = None,
     ) -> Experiment:
         """The experiment of a recipe.
 
         Args:
             recipe: all settings.
+            data: samples of the shape that the recipe names, in place of its data set.
             devices: number of devices that share a step, each with ``data.batch_size`` samples of it.
             download: fetch the data set if it is missing.
             resumed: the checkpoint that has the weights, in place of the ones that the recipe starts from.
@@ -64,7 +71,9 @@ class Experiment:
             CheckpointError: weights that are missing or of another model.
             PluginError: a plugin failed.
         """
-        recipe, data = load_for_training(recipe, download=download)
+        if data is None:
+            data = recipe.load_data(download=download)
+        recipe = dataclasses.replace(recipe, data=recipe.data.trained_on(data))
         plan = RunPlan.of(recipe, len(data.train), devices)
         check_held_out(recipe, len(data.val), devices)
         flow = new_flow(recipe)

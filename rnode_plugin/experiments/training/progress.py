@@ -44,7 +44,7 @@ class Progress(StepCallback):
         self._stages = plan.stages(recipe)
         self._printed = time.monotonic()
         # step and training seconds at the last line, or after the first step of this call, which also measures,
-        # compiles and opens files, and so says nothing of the pace
+        # compiles and opens files, which would hide the pace
         self._mark: tuple[int, float] | None = None
         self._pace = 0.0  # seconds per step before the mark
 
@@ -90,7 +90,7 @@ class Progress(StepCallback):
             seconds = self._clock.training_seconds
             self._mark, self._pace = (step, seconds), (seconds - spent) / (step - done)
         figures = {_SHOWN[name]: value for name, value in trainer.progress_bar_metrics.items() if name in _SHOWN}
-        # a step of flow matching is quicker than one of maximum likelihood, so its pace says nothing about the rest
+        # a step of flow matching is quicker than one of maximum likelihood, so its pace does not predict the rest
         left = total - step if step > self._matching and not ends else 0
         if step > self._matching:
             figures.pop("matching error", None)
