@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ...errors import ConfigError, TrainingError
-from ..evaluation.loading import check_device, load_for_training
+from ..evaluation.loading import check_device
 from ..recipes.recipe import Recipe
 from ..reports import Report, write_report
 from ..reports.runs import own_data
@@ -83,7 +83,7 @@ def compare(
     """
     configured_recipes(recipe, configurations, seeds=seeds)  # refuses names before data are downloaded
     check_device(accelerator)
-    recipe, _ = load_for_training(recipe, download=download)
+    recipe = recipe.trained_on(recipe.load_data(download=download))
     training = recipe.training
     if training.max_steps is not None and training.val_every_steps is None:
         every = max(1, training.max_steps // _VALIDATIONS)

@@ -1,8 +1,7 @@
-"""The data of a recipe for a training or an evaluation, and the device of a name."""
+"""The data of a recipe for an evaluation, and the device of a name."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import textwrap
 from typing import Any
@@ -15,16 +14,6 @@ from ...errors import ConfigError, first_line
 from ..data import ImageData, Table
 from ..recipes.recipe import Recipe
 from ..recipes.task import FlowInput
-
-
-def load_for_training(recipe: Recipe, *, download: bool = False) -> tuple[Recipe, ImageData | Table]:
-    """The data of a recipe, and the recipe with what is recorded of them, see ``recipe.data.trained_on``.
-
-    Raises:
-        DataError, ConfigError: see :meth:`~rnode_plugin.experiments.recipes.recipe.Recipe.load_data`.
-    """
-    data: Any = recipe.load_data(download=download)  # of the kind that the settings are for
-    return dataclasses.replace(recipe, data=recipe.data.trained_on(data)), data
 
 
 def load_for_evaluation(recipe: Recipe, *, root: str | None = None, download: bool = False) -> ImageData | Table:

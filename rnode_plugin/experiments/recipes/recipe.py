@@ -240,6 +240,11 @@ class Recipe:
         """
         return self.data.load(download=download, val_images=None if all_val else self.training.val_images)
 
+    def trained_on(self, data: ImageData | Table) -> Recipe:
+        """The recipe with what a run records about its data, such as the ranges of given columns."""
+        settings: Any = self.data  # they are for the kind of data that they load
+        return dataclasses.replace(self, data=settings.trained_on(data))
+
     def at_root(self, root: str | None) -> Recipe:
         """The recipe with its data at another place. A table keeps its columns, and may be another table.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from ...core.distribution import DensityModel
@@ -73,7 +72,7 @@ class Experiment:
         """
         if data is None:
             data = recipe.load_data(download=download)
-        recipe = dataclasses.replace(recipe, data=recipe.data.trained_on(data))
+        recipe = recipe.trained_on(data)
         plan = RunPlan.of(recipe, len(data.train), devices)
         check_held_out(recipe, len(data.val), devices)
         flow = new_flow(recipe)
