@@ -29,9 +29,9 @@ from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.errors import CheckpointError, ConfigError, SolverError, TrainingError
 from rnode_plugin.experiments.data import ArrayDataset
 from rnode_plugin.experiments.recipes.recipe import Optimizer, Recipe
-from rnode_plugin.experiments.training import progress, stops
 from rnode_plugin.experiments.runs.results import Result
 from rnode_plugin.experiments.runs.run import Run
+from rnode_plugin.experiments.training import progress, stops
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
 from rnode_plugin.experiments.training.clock import Clock
 from rnode_plugin.experiments.training.fit import FitResult
