@@ -22,7 +22,7 @@ from torchdyn.datasets import ToyDataset
 from rnode_plugin import Adaptive, Dynamics, Exact, NeuralODE, Solver
 from rnode_plugin.regularizers import jacfrob, total_derivative
 from rnode_plugin.solvers import ADAPTIVE_METHODS
-from rnode_plugin.torchdyn.solver_names import method_from_torchdyn, resolve_solver
+from rnode_plugin.torchdyn.choice import method_from_torchdyn, resolve_solver
 
 Field = Callable[[Tensor, Tensor], Tensor]
 ACCURATE = Adaptive("dopri5", atol=1e-9, rtol=1e-9)

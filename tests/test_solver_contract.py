@@ -162,7 +162,7 @@ def test_a_followed_solve_changes_times_and_adds_the_policys_penalty(penalized: 
     times, z = torch.tensor([0.0, 1.0]), torch.ones(3, 2)
     learned = FollowedSolve.of([kinetic, LearnedEndTime(2.0)], penalized=penalized, training=training)
     assert learned.times(times).tolist() == [0.0, 2.0]  # the end time is the model's, whatever is followed
-    assert learned.penalties == ((kinetic,) if penalized else ())
+    assert learned.kinds.penalties == ((kinetic,) if penalized else ())
     found = learned.complete({"kinetic": z[:, 0]}, z)
     assert found.keys() == ({"kinetic", "learned_end_time"} if penalized else {"kinetic"})
     if penalized:

@@ -7,8 +7,10 @@ differentiation. A field that has a faster pass implements the protocol itself.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -113,25 +115,23 @@ def has_hooks(module: nn.Module) -> bool:
 
     Hooks of all modules count too, except torch's own, which count operations and leave values.
     """
-    own = vars(module)
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(own.get(name) for name in names) or "forward" in own or _global_hooks()
-
-
-def _global_hooks() -> bool:
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
     # torch has no public names for these
     of_torch = nn.modules.module
-    hooks = (*of_torch._global_forward_hooks.values(), *of_torch._global_forward_pre_hooks.values())
-    return any(not getattr(hook, "__module__", "").startswith("torch.") for hook in hooks)
+    for hook in (*of_torch._global_forward_hooks.values(), *of_torch._global_forward_pre_hooks.values()):
+        if not getattr(hook, "__module__", "").startswith("torch."):
+            return True
+    return "forward" in vars(module)
 
 
+@dataclass(slots=True)
 class _Known:
     """What is known about a field, so that no evaluation finds it out again."""
 
-    __slots__ = ("ignores_state", "samples_are_apart", "twice_differentiable")
-
-    def __init__(self) -> None:
-        self.ignores_state = self.samples_are_apart = self.twice_differentiable = False
+    ignores_state: bool = False
+    samples_are_apart: bool = False
+    twice_differentiable: bool = False
 
 
 class AutogradField:
@@ -222,7 +222,7 @@ class AutogradField:
             dz = f(t, z)
             if looks:
                 known.twice_differentiable = check_second_derivative(
-                    dz, z, start, self._elsewhere(f, t, z), t, net=self._around.net, jvp=ask.jvp
+                    dz, z, start, functools.partial(self._aside, f, z), t, net=self._around.net, jvp=ask.jvp
                 )
 
             def pull(v: Tensor) -> Tensor:
@@ -245,16 +245,13 @@ class AutogradField:
         if not keep:
             found = without_graph(dz)
             products = None if products is None else without_graph(products)
-        return Linearization(found, products, jvp, divergence, aux, _later(pull, keep=keep) if ask.pull else None)
+        later = functools.partial(_later, pull, keep) if ask.pull else None
+        return Linearization(found, products, jvp, divergence, aux, later)
 
-    def _elsewhere(self, f: Velocity, t: Tensor, z: Tensor) -> Velocity:
-        """``f`` at other states, without a trace of the evaluation in the net or in the random numbers."""
-
-        def elsewhere(time: Tensor, state: Tensor) -> Tensor:
-            with self._around.aside(z):
-                return f(time, state)
-
-        return elsewhere
+    def _aside(self, f: Velocity, z: Tensor, t: Tensor, state: Tensor) -> Tensor:
+        """``f`` at another state than ``z``, without a trace of it in the net or in the random numbers."""
+        with self._around.aside(z):
+            return f(t, state)
 
     def _zero(self, f: Velocity, t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
         """The product with the Jacobian of a field whose graph does not reach its state: zero.
@@ -272,7 +269,7 @@ class AutogradField:
             # another value in each entry, so that no symmetry of the field hides the change
             shift = torch.linspace(0.1, 0.3, max(state.numel(), 1), dtype=state.real.dtype, device=state.device)
             moved = state + shift[: state.numel()].reshape(state.shape) * (1 + state.abs())
-            there = self._elsewhere(f, t, z)(t.detach(), moved)
+            there = self._aside(f, z, t.detach(), moved)
         if not torch.equal(there, dz):
             raise ConfigError(
                 "the vector field runs without a graph (no_grad, detach or numpy inside it), so its Jacobian would "
@@ -283,15 +280,11 @@ class AutogradField:
         return torch.zeros_like(z)
 
 
-def _later(pull: Callable[[Tensor], Tensor], *, keep: bool) -> Callable[[Tensor], Tensor]:
-    """``pull`` for a call after its evaluation, in any grad mode."""
-
-    def later(v: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad():
-            found = pull(v)
-        return found if keep else without_graph(found)
-
-    return later
+def _later(pull: Callable[[Tensor], Tensor], keep: bool, v: Tensor) -> Tensor:
+    """``pull`` of an evaluation, called after it, in any grad mode."""
+    with torch.inference_mode(False), torch.enable_grad():
+        found = pull(v)
+    return found if keep else without_graph(found)
 
 
 def _in_transform(f: Velocity, t: Tensor, z: Tensor, noise: Tensor | None, ask: Ask) -> Linearization:

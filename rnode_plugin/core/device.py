@@ -282,6 +282,9 @@ class OneByOne(Operations):
     def sum_event(self, x: Tensor) -> Tensor:
         return event_sum(x)
 
+    def sum_products(self, x: Tensor, y: Tensor) -> Tensor:
+        return event_sum(x.square() if y is x else x * y)
+
     def convolved(self, y: Tensor) -> Tensor:
         if not y.is_meta:
             return y

@@ -9,6 +9,7 @@ and trajectories, which the solver calls.
 from __future__ import annotations
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -179,8 +180,8 @@ class Dynamics(BoundDynamics):
 
     Args:
         field: ``f(t, z)``, or a :class:`~rnode_plugin.core.derivatives.Field`, which makes its own products.
-        regularizers: rates, step penalties and trajectory penalties to follow. A span policy does not belong here:
-            the code that chooses the times of a solve applies it.
+        regularizers: rates, step penalties and trajectory penalties to follow, sorted already or not. A span policy
+            does not belong here: the code that chooses the times of a solve applies it.
         estimator: ``"gaussian"``, ``"rademacher"``, ``"exact"``, see
             :func:`~rnode_plugin.core.trace_estimators.get_estimator`, or an object.
         divergence: whether a density is followed (a continuous normalizing flow) or the state alone.
@@ -211,7 +212,7 @@ class Dynamics(BoundDynamics):
         self,
         field: Velocity,
         *,
-        regularizers: Iterable[Regularizer] = (),
+        regularizers: Iterable[Regularizer] | Kinds = (),
         estimator: str | TraceEstimator = "gaussian",
         divergence: bool = True,
         view: View | None = None,
@@ -221,16 +222,16 @@ class Dynamics(BoundDynamics):
         self.field = as_field(field, view)
         self.net, self._view = module_of(field) if net is None else net, view
         self.estimator = estimator if isinstance(estimator, TraceEstimator) else get_estimator(estimator)
-        self.regularizers = tuple(regularizers)
         self.divergence = divergence
         self.noise: Tensor | None = None
         self._given = field
-        kinds = Kinds.of(self.regularizers)
+        kinds = regularizers if isinstance(regularizers, Kinds) else Kinds.of(regularizers)
         if kinds.span is not None:
             raise ConfigError(
                 f"{kinds.span.name!r} changes the times of a solve, which Dynamics does not choose: give it "
                 "to NeuralODE, RegularizedCNF or a flow, or call its `times(t_span, training=...)`."
             )
+        self.regularizers = kinds.penalties
         self.rates: dict[str, Rate] = {rate.name: rate for rate in kinds.rates}
         hidden: dict[str, Rate] = {}  # rates that trajectory penalties alone read, by names that no other rate has
         for penalty in kinds.trajectories:
@@ -263,11 +264,9 @@ class Dynamics(BoundDynamics):
             pull="vjp" in self.needs,
             products=self.estimator.asks if self._estimates else "",
         )
-        self._repeats = self.estimator.repeats or kinds.repeats
+        repeats = self.estimator.repeats or kinds.repeats
+        self._open = functools.partial(Door, self.field, self.net, view=view, repeats=repeats)  # for each solve
         self.door = self._open()
-
-    def _open(self) -> Door:
-        return Door(self.field, self.net, view=self._view, repeats=self._repeats)
 
     def parameters(self) -> Iterable[Tensor]:
         """The parameters of the field and of all regularizers that are modules, each once."""

@@ -72,26 +72,11 @@ class FieldEvaluation:
             if there is none.
     """
 
-    __slots__ = ("_needs", "_record")
+    __slots__ = ("_needs", "_record", "dz", "noise", "t", "z")
 
     def __init__(self, record: Record, needs: Collection[str]) -> None:
         self._record, self._needs = record, needs
-
-    @property
-    def t(self) -> Tensor:
-        return self._record.t
-
-    @property
-    def z(self) -> Tensor:
-        return self._record.z
-
-    @property
-    def dz(self) -> Tensor:
-        return self._record.dz
-
-    @property
-    def noise(self) -> Tensor | None:
-        return self._record.noise
+        self.t, self.z, self.dz, self.noise = record.t, record.z, record.dz, record.noise
 
     def divergence(self) -> Tensor:
         """``div f (B,)``, exact or estimated (eq. 5)."""
@@ -100,16 +85,19 @@ class FieldEvaluation:
 
     def squared_frobenius(self) -> Tensor:
         """``||df/dz||_F^2 (B,)``, exact or estimated (eq. 16)."""
-        products, estimator = self._products()
-        known = self._record.known
+        self._require("vjp")
+        record, known = self._record, self._record.known
         if "frobenius" not in known:
-            known["frobenius"] = estimator.squared_frobenius(products, self.noise)
+            assert record.products is not None
+            known["frobenius"] = record.estimator.squared_frobenius(record.products, self.noise)
         return known["frobenius"]
 
     def probes(self) -> Probes:
         """The probe vectors ``v_i``, their weights and the shared products ``v_i^T df/dz``."""
-        products, estimator = self._products()
-        return self._once("probes", lambda: estimator.probes(products, self.noise))
+        self._require("vjp")
+        record, products = self._record, self._record.products
+        assert products is not None
+        return self._once("probes", lambda: record.estimator.probes(products, self.noise))
 
     @property
     def has_jacobian(self) -> bool:
@@ -204,11 +192,6 @@ class FieldEvaluation:
     def _again(self, ask: Ask, noise: Tensor | None = None) -> Any:
         """Another pass over the field, for what the first one did not give."""
         return self._record.door.again(self.t, self._record.state, ask, noise)
-
-    def _products(self) -> tuple[Tensor, TraceEstimator]:
-        self._require("vjp")
-        assert self._record.products is not None
-        return self._record.products, self._record.estimator
 
     def _require(self, need: str) -> None:
         if need not in self._needs:

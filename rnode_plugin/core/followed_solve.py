@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -82,35 +82,36 @@ class Kinds:
 class FollowedSolve:
     """The regularizers of one solve: penalties for its dynamics, and a span policy for its times.
 
-    Every interface asks it in this order: :meth:`times` before the solve, ``penalties`` for the dynamics, and
+    Every interface asks it in this order: :meth:`times` before the solve, ``kinds`` for the dynamics, and
     :meth:`complete` after the solve.
 
     Attributes:
-        penalties: the rates, step penalties and trajectory penalties that the dynamics follow.
+        kinds: the rates, step penalties and trajectory penalties that the dynamics follow.
         policy: what changes the times; None if they stay.
         training: whether the policy may draw times.
         penalized: whether the policy's own penalty is wanted.
     """
 
-    penalties: tuple[Regularizer, ...] = ()
+    kinds: Kinds = Kinds()
     policy: SpanPolicy | None = None
     training: bool = False
     penalized: bool = False
 
     @classmethod
     def of(
-        cls, regularizers: Iterable[Regularizer], *, penalized: bool = False, training: bool = False
+        cls, regularizers: Iterable[Regularizer] | Kinds, *, penalized: bool = False, training: bool = False
     ) -> FollowedSolve:
         """What a solve follows of the regularizers of a model.
 
         Args:
-            regularizers: all of them.
+            regularizers: all of them; a model that solves often has sorted them once.
             penalized: whether to follow the penalties. A span policy acts in any case, since a solve to the learned
                 end time is the model.
             training: whether a span policy may draw times.
         """
-        kinds = Kinds.of(regularizers)
-        return cls(kinds.penalties if penalized else (), kinds.span, training and penalized, penalized)
+        kinds = regularizers if isinstance(regularizers, Kinds) else Kinds.of(regularizers)
+        followed = Kinds() if not penalized else kinds if kinds.span is None else replace(kinds, span=None)
+        return cls(followed, kinds.span, training and penalized, penalized)
 
     def times(self, t_span: Tensor) -> Tensor:
         """The times ``(T,)`` to solve through, in the direction of ``t_span (T,)``.

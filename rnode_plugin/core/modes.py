@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
@@ -26,10 +26,8 @@ from torch.utils._pytree import tree_map_only
 _recording: ContextVar[bool] = ContextVar("_recording", default=False)
 
 
-def transforms_active() -> bool:
-    """Whether a transform of torch.func is active."""
-    # torch has no public name for this; autograd.Function calls the same function
-    return torch._C._are_functorch_transforms_active()
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Whether a transform of torch.func is active. It has no public name; autograd.Function calls the same function."""
 
 
 def escaped(x: Tensor) -> bool:
@@ -65,8 +63,9 @@ def on_host() -> AbstractContextManager[object]:
 
 def traced(*tensors: Tensor | None) -> bool:
     """Whether a transform of torch.func or an export is active, or a tensor has a tangent of forward mode."""
-    given = (x for x in tensors if x is not None)
-    return transforms_active() or exporting() or any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+    if transforms_active() or exporting():
+        return True
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 @lru_cache(maxsize=512)

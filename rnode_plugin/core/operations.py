@@ -58,7 +58,8 @@ class Operations:
 
     def sum_products(self, x: Tensor, y: Tensor) -> Tensor:
         """As :func:`sum_products`. Where ``y`` is ``x``, these are squares."""
-        return self.sum_event(x.square() if y is x else x * y)
+        x = x.square() if y is x else x * y
+        return x if x.ndim == 1 else x.flatten(1).sum(1)
 
     def convolved(self, y: Tensor) -> Tensor:
         """The result of one of the library's convolutions in the layout that the next layer takes."""

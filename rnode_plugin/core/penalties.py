@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, suggest
+from .followed_solve import Kinds
 from .modes import escaped, transforms_active
 from .objective import penalty
-from .regularizer import Regularizer
 from .schedules import check_lambda, strength_at
 from .weighing import Weighted, undivided
 
@@ -48,8 +49,6 @@ class Penalties(Mapping[str, Tensor]):
         weighted: the regularizers with their strengths, by name.
         absent: why there may be no penalties yet and what to do, for the message of the error.
 
-    Attributes:
-        regularizers: the regularizers themselves.
     """
 
     _storage: type[Any] = _FollowedByThread
@@ -61,8 +60,12 @@ class Penalties(Mapping[str, Tensor]):
         absent: str = "call the model first, in this thread.",
     ) -> None:
         self.weighted, self._absent = dict(weighted or {}), absent
-        self.regularizers: list[Regularizer] = [each.regularizer for each in self.weighted.values()]
         self._followed = self._storage()
+
+    @functools.cached_property
+    def kinds(self) -> Kinds:
+        """The regularizers, sorted."""
+        return Kinds.of(each.regularizer for each in self.weighted.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Penalties:
         return Penalties(copy.deepcopy(self.weighted, memo))
@@ -150,7 +153,7 @@ class Penalties(Mapping[str, Tensor]):
                 raise ConfigError(suggest(name, strengths, "penalty"))
             strengths[name] = check_lambda(name, strength)
         numbers = {name: strength_at(name, s, step) for name, s in strengths.items()}
-        whole = undivided(self.regularizers)
+        whole = undivided(each.regularizer for each in self.weighted.values())
         losses: list[Tensor] = []
         for integrals, dims, *_ in self._solves():
             if any(len(value) == 0 for value in integrals.values()):

@@ -31,9 +31,9 @@ class Weighted(NamedTuple):
     strength: Strength
 
 
-def warn_of_flat_state(z: Tensor, regularizers: Iterable[Regularizer]) -> None:
+def warn_of_flat_state(z: Tensor, kinds: Kinds) -> None:
     """Warn of a state ``(D,)``, which counts as D samples, if a penalty reads derivatives: they may be between."""
-    if len(z) > 1 and Kinds.of(regularizers).needs:
+    if len(z) > 1 and kinds.needs:
         warnings.warn(  # Python shows it once
             f"a state of shape {tuple(z.shape)} counts as {len(z)} samples of one dimension, which must not depend "
             "on each other: give one sample as (1, D), or batch_dim=None.",

@@ -86,6 +86,7 @@ class Stack:
         flat = [kind.flat(weight) for _, weight, _ in layers]
         self.theta = torch.cat([(both if self._timed else both[0]).reshape(-1), *flat])
         self.shapes = [weight.shape for _, weight, _ in layers]
+        self.hidden = len(layers) - 1  # the number of activations
         self.start = both.shape[1] * (1 + self._timed)  # of the weights in theta
         self._sizes = [both.shape[1]] * (1 + self._timed) + [each.numel() for each in flat]
         self._last = kind.unflat(flat[-1], self.shapes[-1])
@@ -105,11 +106,6 @@ class Stack:
         if self._plain is None:  # not cached_property, whose lock torch.compile cannot trace
             self._plain = self.layers_of(self.theta)
         return self._plain
-
-    @property
-    def hidden(self) -> int:
-        """The number of activations."""
-        return len(self.shapes) - 1
 
     def layers_of(self, theta: Tensor) -> Layers:
         """The layers in operations that autograd and torch.func know, with the parameters ``theta``."""

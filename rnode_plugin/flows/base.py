@@ -289,7 +289,7 @@ class _Pass:
                     noise = field.layout(noise)
             field = field.prepare(z, noise)
         dynamics = Dynamics(
-            field, regularizers=self._followed.penalties, estimator=self._estimator, divergence=self._divergence
+            field, regularizers=self._followed.kinds, estimator=self._estimator, divergence=self._divergence
         )
         first_step = self._first_steps[index] if self._first_steps else None
         solution = self._solver.solve(dynamics.bind(noise), z, self._times(z), first_step=first_step)
@@ -299,7 +299,7 @@ class _Pass:
         self._safe_steps.append(solution.longest_safe_step)
         self.nfe += solution.stats.nfe
         self._steps += solution.stats.steps
-        for penalty in self._followed.penalties:
+        for penalty in self._followed.kinds.penalties:
             before, value = self._totals.get(penalty.name), solution.penalties[penalty.name]
             if before is not None:
                 value = penalty.join(before, value, solves=index + 1, share=solution.stats.steps / self._steps)

@@ -36,7 +36,17 @@ from .checks import (
 from .gradients import Gradient
 from .solution import Solution
 from .solver import Solver
-from .step import Problem, Step, StepTaker, Totals, draw_stage, fail_integrals, fail_max_nfe, fail_nonfinite
+from .step import (
+    Problem,
+    Step,
+    StepTaker,
+    Totals,
+    draw_stage,
+    fail_integrals,
+    fail_max_nfe,
+    fail_nonfinite,
+    stepper,
+)
 from .tableaus import Method
 
 _LEAST = 1e-37  # allowed error of an entry whose size is 0, if atol is 0 too
@@ -116,7 +126,7 @@ class Adaptive(Solver):
                 f"({', '.join(FIXED_METHODS)})."
             )
         device, span = z.device, t_span.cpu()
-        take = self.stepper(dynamics) if take is None else take
+        take = stepper(dynamics, method, (self.atol, self.rtol)) if take is None else take
         budget = int(self.max_nfe or DEFAULT_MAX_NFE)
         sign = 1.0 if bool(span[-1] >= span[0]) else -1.0
 
@@ -134,11 +144,12 @@ class Adaptive(Solver):
             dt = torch.full_like(span[0].detach(), sign * min(first_step, float((span[-1] - span[0]).abs())))
         else:
             dt = _first_step(dynamics, z, rates.dz, span, sign, self, totals)
-        dt = method.fit(dt, span[-1 if method.interpolate is not None else upcoming] - t, sign)
         times, states = [span[0].to(device)], [z]
         logdets: list[Tensor | None] = [None]
         passed = [(t.to(device).reshape(()), z)]
         while before(t, end):
+            if method.fit is not None:
+                dt = method.fit(dt, span[-1 if method.interpolate is not None else upcoming] - t, sign)
             # the chosen step, cut off at the end and, if the solve stops there, at the next output
             uncut = None
             if before(end, t + dt):
@@ -186,7 +197,6 @@ class Adaptive(Solver):
                 rest = uncut - length
                 length = rest if bool(t + rest != t) else uncut
             dt = next_length(method, length, ratio)
-            dt = method.fit(dt, span[-1 if method.interpolate is not None else upcoming] - t, sign)
         if totals.penalties and not read(torch.isfinite(health(*totals.penalties.values()))):
             fail_integrals(z, None, totals.penalties, float(t.detach()), totals.steps, totals.nfe)
         return totals.solution(times, states, logdets, longest_safe_step=safe, passed=passed if save_steps else ())

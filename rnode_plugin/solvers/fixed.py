@@ -18,7 +18,17 @@ from .checks import FIXED_METHODS, check_positive, count_steps, grid_text
 from .gradients import Gradient
 from .solution import Solution
 from .solver import Solver
-from .step import Draw, Problem, StepTaker, Totals, draw_stage, fail_integrals, fail_max_nfe, fail_nonfinite
+from .step import (
+    Draw,
+    Problem,
+    StepTaker,
+    Totals,
+    draw_stage,
+    fail_integrals,
+    fail_max_nfe,
+    fail_nonfinite,
+    stepper,
+)
 from .tableaus import Method
 
 _MOST_STEPS = 1_000_000
@@ -92,7 +102,7 @@ class FixedGrid(Solver):
             draws = _draw_stages(method, lengths)
         if t_span.device.type != "cpu" or t_span.requires_grad:
             t_span = t_span.to(z.device)
-        take = self.stepper(dynamics) if take is None else take
+        take = stepper(dynamics, method, None) if take is None else take
         with on_host():
             outputs, grid = _grid(t_span, counts, z.device)
         totals, finite = Totals(), []

@@ -56,9 +56,10 @@ class Checkpointed(Gradient):
 
     def solve(self, solver: Integrator, problem: Problem) -> Solution:
         from .checkpoint import checkpointed
+        from .step import stepper
 
         dynamics, z, t, *_ = problem
-        take = checkpointed(solver.stepper(dynamics), dynamics, z, t[0].to(z.device))
+        take = checkpointed(stepper(dynamics, solver.method, solver.tolerances), dynamics, z, t[0].to(z.device))
         return solver.march(problem, take=take)
 
 

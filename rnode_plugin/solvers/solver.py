@@ -117,10 +117,10 @@ class Solver(ABC):
             SolverError: non-finite state of an adaptive solver, step-size underflow, or the budget of evaluations
                 used up.
         """
-        if dynamics.divergence and self.quadrature == "sampled":
+        if dynamics.divergence and self.adaptive and self.quadrature == "sampled":
             refuse_sampled_density(self.name, self.quadrature, adaptive=self.adaptive)
         check_times(t_span)
-        if self.gradient.through_steps or transforms_active():
+        if dynamics.held and (self.gradient.through_steps or transforms_active()):
             refuse_held(dynamics.held, t_span)
         problem, path = Problem(dynamics, z0, t_span, first_step, save_steps), dynamics.path
         solution = self.gradient.solve(self, problem) if path is None else self._solve_with_path(problem, path)
@@ -146,12 +146,8 @@ class Solver(ABC):
 
         Args:
             problem: the arguments of :meth:`solve`.
-            take: makes the steps; None: :meth:`stepper`.
+            take: makes the steps; None: :func:`~rnode_plugin.solvers.step.stepper`.
         """
-
-    def stepper(self, dynamics: BoundDynamics) -> StepTaker:
-        """What takes the steps of a solve."""
-        return stepper(dynamics, self.method, self.tolerances)
 
     def without_interpolation(self: _Self) -> _Self:
         """The same solver, which stops at each output time."""

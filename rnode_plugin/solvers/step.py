@@ -7,6 +7,7 @@ the quadrature of the step's stages: it costs no evaluation, and no penalty ente
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
 
 import torch
@@ -69,9 +70,13 @@ class Integrator(Protocol):
 
     adaptive: ClassVar[bool]
 
-    def march(self, problem: Problem, *, take: StepTaker | None = None) -> Solution: ...
+    @property
+    def method(self) -> Method: ...
 
-    def stepper(self, dynamics: BoundDynamics) -> StepTaker: ...
+    @property
+    def tolerances(self) -> tuple[Tolerance, Tolerance] | None: ...
+
+    def march(self, problem: Problem, *, take: StepTaker | None = None) -> Solution: ...
 
     def of_adjoint(self) -> Integrator: ...
 
@@ -159,9 +164,10 @@ def _weigh(
         if draw is not None and any(value is None for value in values[: len(weights)]):
             parts = [values[stage] * (dt * share) for stage, share in draw.items()]
             found[place] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        elif values[0].ndim == 1 and (like is None or _alike(values[0], like)):
-            together.append(place)
-            like = values[0]
+        elif (first := values[0]).ndim == 1:
+            like = first if like is None else like
+            if first.dtype is like.dtype and first.shape == like.shape:
+                together.append(place)
     # launching operations dominates the time of small problems, so use few. torch.compile fuses them anyway
     if like is not None and not torch.compiler.is_compiling():
         count = min(len(weights), len(rows[together[0]]))
@@ -180,10 +186,6 @@ def _weigh(
     return [found[k] if k in found else _weigh_row(values, weights, dt) for k, values in enumerate(rows)]
 
 
-def _alike(x: Tensor, y: Tensor) -> bool:
-    return (x.dtype, x.shape) == (y.dtype, y.shape)
-
-
 def _weigh_row(values: Sequence[Tensor], weights: Sequence[float], dt: Tensor) -> Tensor:
     total: Tensor | None = None
     for value, weight in zip(values, weights, strict=False):
@@ -193,14 +195,16 @@ def _weigh_row(values: Sequence[Tensor], weights: Sequence[float], dt: Tensor) -
     return total * dt.to(total.dtype)
 
 
+@dataclass(eq=False)
 class Totals:
     """Sums over the accepted steps of a solve: the integrals, the step penalties by their reduction, the cost."""
 
-    def __init__(self) -> None:
-        self.logdet: Tensor | None = None
-        self.penalties: dict[str, Tensor] = {}
-        self._means: set[str] = set()  # penalties that are sums until the number of steps is known
-        self.nfe = self.steps = self.rejected = 0
+    logdet: Tensor | None = None
+    penalties: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    nfe: int = 0
+    steps: int = 0
+    rejected: int = 0
+    _means: set[str] = field(default_factory=set[str])  # penalties that are sums until the number of steps is known
 
     def add(self, step: Step) -> None:
         """Add an accepted step."""

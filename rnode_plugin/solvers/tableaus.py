@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Method:
             weights of a quadrature without negative ones. None: there are no sampled quadratures.
         safety, min_factor, max_factor: constants of the step-size controller.
         nodes: time of each stage as a fraction of the step, in the order of their evaluation; None if not known.
-        fit: fits the length of an adaptive step to what is left up to the next stop.
+        fit: fits the length of an adaptive step to what is left up to the next stop; None leaves it.
         interpolate: gives the states at output times inside a step; None: the solve stops at each.
     """
 
@@ -76,14 +77,14 @@ class Method:
     min_factor: float = 0.2
     max_factor: float = 10.0
     nodes: tuple[float, ...] | None = None
-    fit: FitStep = evenly
+    fit: FitStep | None = evenly
     interpolate: Interpolate | None = None
 
     def __reduce__(self) -> Any:
         """One of the package is copied and pickled by its name: its step is a local function."""
         return (get_method, (self.name,)) if _BY_NAME.get(self.name) is self else super().__reduce__()
 
-    @property
+    @functools.cached_property
     def stages(self) -> int:
         """Evaluations that a step needs at most."""
         return len(self.weights) if self.weights else 1

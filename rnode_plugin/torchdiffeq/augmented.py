@@ -15,7 +15,7 @@ from torchdiffeq._impl.misc import _mixed_norm, _rms_norm
 
 from ..core.derivatives import RATES, VELOCITY, AutogradField
 from ..core.dynamics import Dynamics
-from ..core.regularizer import Regularizer
+from ..core.followed_solve import Kinds
 from ..core.surroundings import module_of
 from ..errors import ConfigError
 from .followed import Follow, Layout
@@ -42,7 +42,7 @@ class Augmented:
         func: Callable[..., Any],
         layout: Layout,
         wanted: Follow,
-        penalties: Sequence[Regularizer],
+        kinds: Kinds,
         z0: Tensor,
         t: Tensor,
     ) -> None:
@@ -51,7 +51,7 @@ class Augmented:
         lone = layout.view.is_whole and not layout.view.is_tuple
         field = AutogradField(func) if lone else func
         self.dynamics = Dynamics(
-            field, regularizers=penalties, estimator=wanted.estimator, divergence=False,
+            field, regularizers=kinds, estimator=wanted.estimator, divergence=False,
             view=None if lone else layout.view, net=module_of(func),
         )  # fmt: skip
         self.dynamics = self.dynamics.bind(self.dynamics.draw(z0))

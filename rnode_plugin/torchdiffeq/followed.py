@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.followed_solve import Kinds
 from ..core.modes import transforms_active
-from ..core.regularizer import Regularizer, StepPenalty
+from ..core.regularizer import StepPenalty
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..core.view import Columns, State, View, as_columns, places_of
 from ..core.weighing import Regularizers, Weighted
@@ -34,9 +36,10 @@ class Follow:
     estimator: TraceEstimator
     sampled: bool
 
-    @property
-    def regularizers(self) -> list[Regularizer]:
-        return [w.regularizer for w in self.weighted.values()]
+    @functools.cached_property
+    def kinds(self) -> Kinds:
+        """The regularizers, sorted."""
+        return Kinds.of(w.regularizer for w in self.weighted.values())
 
 
 def follow(

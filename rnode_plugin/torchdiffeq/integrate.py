@@ -184,12 +184,12 @@ def solve(
     layout = Layout.of(y0, wanted)
     event_fn: Any = given["event_fn"]
     training = torch.is_grad_enabled() and getattr(func, "training", True)
-    followed = FollowedSolve.of(wanted.regularizers, penalized=True, training=training)
+    followed = FollowedSolve.of(wanted.kinds, penalized=True, training=training)
     t = followed.times(t)
     z0 = layout.view.of(y0)
     if z0.ndim == 1:
-        warn_of_flat_state(z0, wanted.regularizers)
-    system = Augmented(func, layout, wanted, followed.penalties, z0, t)
+        warn_of_flat_state(z0, wanted.kinds)
+    system = Augmented(func, layout, wanted, followed.kinds, z0, t)
     rates, path = system.dynamics.rates, system.dynamics.path
     if name == "odeint":
         refuse_held(system.dynamics.held, t)

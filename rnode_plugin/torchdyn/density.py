@@ -15,7 +15,7 @@ from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.transforms import Transform
 
 from ..core.distribution import DensityModel, check_floating
-from ..core.followed_solve import FollowedSolve, Kinds
+from ..core.followed_solve import FollowedSolve
 from ..core.map_jacobian import Jacobian, wants_map
 from ..core.modes import on_host, outside_inference
 from ..core.objective import FlowOutput
@@ -26,16 +26,10 @@ from ..core.weighing import Regularizers
 from ..errors import ConfigError, check_count
 from ..plugins.registry import resolve_regularizers
 from ..solvers import METHODS, FixedGrid, Solver, get_method
-from ..solvers.named import solver_of
 from ..solvers.solver import check_times
+from .choice import refuse_leapfrog, resolve_solver, solver_from_torchdyn
 from .cnf import check_shape
 from .field import NetDynamics
-from .solver_names import (
-    gradient_from_torchdyn,
-    method_from_torchdyn,
-    refuse_leapfrog,
-    resolve_solver,
-)
 
 
 class RegularizedCNF(OneProcessADevice, DensityModel):
@@ -106,7 +100,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         self._penalties = Penalties(resolve_regularizers(regularizers))
         self.keep_regularizers(self._penalties.weighted)
         self.objects, self.solver = _objects_and_solver(solver, **options)
-        steps = Kinds.of(self.regularizers).steps
+        steps = self._penalties.kinds.steps
         self.solver.check_steps(steps)
         self.solver.gradient.check_penalties(steps)
         if isinstance(net, nn.Module):
@@ -264,7 +258,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         """
         solver, times = self._on_grid(solver)
         return self._states(
-            z, self._times(z, times, FollowedSolve.of(self.regularizers), backward=True), context, solver
+            z, self._times(z, times, FollowedSolve.of(self._penalties.kinds), backward=True), context, solver
         )[-1]
 
     def inverse_and_log_prob(
@@ -303,7 +297,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             context: as for :meth:`encode`.
         """
         times = self.t_span if t_span is None else t_span
-        return self._states(x, self._times(x, times, FollowedSolve.of(self.regularizers)), context, self.solver)
+        return self._states(x, self._times(x, times, FollowedSolve.of(self._penalties.kinds)), context, self.solver)
 
     def collect_penalties(self) -> AbstractContextManager[Penalties]:
         """The penalties of several :meth:`log_prob`; see :meth:`NeuralODE.collect_penalties`."""
@@ -356,11 +350,10 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         solver, times = self._on_grid(solver)
         with outside_inference(start, self.context_rows(context, start), noise) as (x, rows, noise):
             training = self.follows_penalties(None)
-            followed = FollowedSolve.of(left.regularizers, penalized=penalties, training=training)
+            followed = FollowedSolve.of(left.kinds, penalized=penalties, training=training)
             times = self._times(x, times, followed, backward=backward)
             dynamics = NetDynamics(
-                self.net, x, rows, solver, regularizers=followed.penalties,
-                estimator=self.estimator,
+                self.net, x, rows, solver, kinds=followed.kinds, estimator=self.estimator,
             )  # fmt: skip
             bound = dynamics.bind(dynamics.draw(x) if noise is None else noise[0])
             solution = solver.solve(bound, x.clone(), times)
@@ -384,7 +377,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         """The states alone at ``times``."""
         self._check(x)
         with outside_inference(x, self.context_rows(context, x), times) as (x, rows, times):
-            dynamics = NetDynamics(self.net, x, rows, solver, divergence=False)
+            dynamics = NetDynamics(self.net, x, rows, solver, estimator=self.estimator, divergence=False)
             solution = solver.solve(dynamics.bind(None), x.clone(), times).check()
             self.nfe = solution.stats.nfe
             return solution.z
@@ -422,11 +415,10 @@ def _objects_and_solver(
     backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
     given = (solver, solver if solver_adjoint is None else solver_adjoint)
     names = [each if isinstance(each, str) else None for each in given]
-    gradient = gradient_from_torchdyn(
-        sensitivity, backward, names[1], atol=atol_adjoint, rtol=rtol_adjoint, max_nfe=options.get("max_nfe")
-    )
-    method = method_from_torchdyn(forward, names[0])
-    made = solver_of(method, step=None, gradient=gradient, **{"atol": 1e-5, "rtol": 1e-5, **options})
+    made = solver_from_torchdyn(
+        forward, backward, sensitivity, names=names, atol_adjoint=atol_adjoint, rtol_adjoint=rtol_adjoint,
+        **{"atol": 1e-5, "rtol": 1e-5, **options},
+    )  # fmt: skip
     return nn.ModuleDict({"solver": forward, "adjoint": backward}), made
 
 

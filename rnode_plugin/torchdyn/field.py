@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from inspect import isfunction
 from typing import Any, NamedTuple
@@ -21,10 +21,9 @@ from ..core.derivatives import RATES, Ask, AutogradField, Field, has_hooks
 from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
 from ..core.followed_solve import Kinds
 from ..core.modes import transforms_active
-from ..core.regularizer import Regularizer
 from ..core.signature import COMPILED_FUNCTION, COMPILED_IN_PLACE, COMPILED_MODULE, Takes, call_of, field_takes
 from ..core.surroundings import lock_of
-from ..core.trace_estimators import Exact, TraceEstimator, get_estimator
+from ..core.trace_estimators import Exact, TraceEstimator
 from ..core.view import Columns, Places, View, places_of
 from ..errors import ConfigError, RnodeError
 from ..fields.recognise import recognise
@@ -78,9 +77,11 @@ class Slots:
         self.values: list[tuple[_Slot, Tensor]] = []
         self.borrowed: list[_Slot] = []  # of modules that are not torchdyn's: they hold None again
         self.results: list[_Slot] = []  # weights that Galerkin layers compute and keep
-        shape = None
+        shape = holder = None
         for module in modules:
             own = vars(module)
+            if holder is None and isinstance(module, (DepthCat, DataControl)):
+                holder = module
             if isinstance(module, DepthCat):
                 self.times.append(_Slot(own, "t"))
             elif "t" in own and own["t"] is None and module is not cnf:
@@ -100,8 +101,7 @@ class Slots:
             if isinstance(module, GalLayer):
                 self.results += [_Slot(own, name) for name in ("weight", "bias") if name in own]
         self.found = bool(self.times or self.values or self.results)
-        holder = next((module for module in modules if isinstance(module, (DepthCat, DataControl))), None)
-        self.lock = lock_of((holder or modules[0]) if self.found else None)
+        self.lock = lock_of(holder or modules[0]) if self.found else contextlib.nullcontext()
 
     def fill(self, t: Tensor) -> None:
         """Set all of them for an evaluation at ``t``."""
@@ -188,7 +188,8 @@ def field_of(
         function = first_order_system(function, order)
     if not needs.isdisjoint(("vjp", "jvp")):
         function = originals(function, modules)
-    return TorchdynField(function, slots=slots, aux=aux_of(modules, needs), plain=plain)
+    aux = aux_of(modules) if "aux" in needs else None
+    return TorchdynField(function, slots=slots, aux=aux, plain=plain)
 
 
 class NetDynamics(Dynamics):
@@ -201,7 +202,8 @@ class NetDynamics(Dynamics):
         z: the state ``(B, *event)`` at the start.
         context: one row for each sample; None if the net takes none.
         solver: of the solve.
-        regularizers, estimator, divergence: as in :class:`~rnode_plugin.core.dynamics.Dynamics`.
+        kinds: the penalties.
+        estimator, divergence: as in :class:`~rnode_plugin.core.dynamics.Dynamics`.
     """
 
     def __init__(
@@ -211,14 +213,13 @@ class NetDynamics(Dynamics):
         context: Tensor | None,
         solver: Solver,
         *,
-        regularizers: Sequence[Regularizer] = (),
-        estimator: str | TraceEstimator = "exact",
+        kinds: Kinds = Kinds(),  # noqa: B008  (a frozen value)
+        estimator: TraceEstimator,
         divergence: bool = True,
     ) -> None:
         self._net, self._context = net, context
         modules = list(net.modules()) if isinstance(net, nn.Module) else []
-        slots, needs = Slots(modules, z), Kinds.of(regularizers).needs | ({"vjp"} if divergence else set())
-        estimator = get_estimator(estimator)
+        slots, needs = Slots(modules, z), kinds.needs | ({"vjp"} if divergence else set[str]())
         differentiates = divergence and estimator.asks != ""
         if context is None:
             field: Any = field_of(
@@ -231,13 +232,14 @@ class NetDynamics(Dynamics):
             )
         else:
             function = originals(net, modules) if differentiates else net
-            field = TorchdynField(function, context, slots=slots, aux=aux_of(modules, needs), plain=not slots.found)
+            aux = aux_of(modules) if "aux" in needs else None
+            field = TorchdynField(function, context, slots=slots, aux=aux, plain=not slots.found)
         if divergence:
             field = fastest(
                 field, net, z, context, exact=type(estimator) is Exact, one_graph=solver.gradient.through_steps
             )
         super().__init__(
-            field, regularizers=regularizers, estimator=estimator, divergence=divergence,
+            field, regularizers=kinds, estimator=estimator, divergence=divergence,
             net=net if isinstance(net, nn.Module) else None,
         )  # fmt: skip
 
@@ -250,19 +252,19 @@ class Followed:
     """What a solve of a NeuralODE follows in addition to the state, and which part of the state it is about.
 
     Attributes:
-        regularizers: the penalties.
+        kinds: the penalties.
         estimator: of products that no CNF makes.
         penalized: the columns of the state that are ``z``; None: all but the columns of a cost and a trace.
         batch_dim: None: all of ``z`` is one sample, and the penalties see it as ``(1, B, ...)``.
     """
 
-    regularizers: Sequence[Regularizer]
+    kinds: Kinds
     estimator: TraceEstimator
     penalized: Columns | None = None
     batch_dim: int | None = 0
 
-    def view(self, x: Tensor, state: Tensor, traces: int) -> View:
-        """Where ``z`` is in a state without the column of a cost.
+    def view(self, x: Tensor, state: Tensor, traces: int) -> View | None:
+        """Where ``z`` is in a state without the column of a cost; None if it is all of that state.
 
         Args:
             x: the initial state.
@@ -274,8 +276,8 @@ class Followed:
         """
         if self.batch_dim is None and traces:
             raise ConfigError("batch_dim=None has no meaning for a CNF: the density is one of each sample.")
-        if not self.regularizers:
-            return View()
+        if not self.kinds.penalties:
+            return None
         if x.ndim == 0:
             raise ConfigError("penalties need a state with a batch dimension, (B, ...), not a single number.")
         if x.is_complex():
@@ -289,7 +291,7 @@ class Followed:
         if columns is None and traces:
             columns = slice(traces, None)
         if columns is None:
-            return View(batch_dim=self.batch_dim)
+            return None if self.batch_dim == 0 else View(batch_dim=None)
         entries, first, last = places_of(columns, state.shape[1:], x.device)
         shift = 0 if self.batch_dim == 0 else 1  # a state that is one sample gets a dimension in front
         return View(columns=Places(entries, first + shift, last + shift), batch_dim=self.batch_dim)
@@ -321,9 +323,7 @@ class TorchdynSystem(BoundDynamics):
     counters: Sequence[dict[str, Any]]
     dims: int
     path: PathPenalties | None = None
-
-    def __post_init__(self) -> None:
-        self.held = self.dynamics.held
+    held: Sequence[str] = ()
 
     def parameters(self) -> Sequence[Tensor]:
         return tensors_of((self.module, *self.dynamics.regularizers, self.hidden_cost), self.args)
@@ -422,8 +422,8 @@ def system_of(
     net, order, counters = _unwrapped(vf)
     traced = len(cnfs) == 1 and followed.penalized is None and _is_transparent(net, state)
     slots = Slots(modules, x, ahead=0 if cost is None else 1, cnf=net if traced else None)
-    regularizers, estimator = followed.regularizers, followed.estimator
-    needs = Kinds.of(regularizers).needs | ({"vjp"} if cnfs else set())
+    kinds, estimator = followed.kinds, followed.estimator
+    needs = kinds.needs | ({"vjp"} if cnfs else set[str]())
     if estimator.asks == "" and not cnfs:  # differences of the velocity, which a compiled net can give
         needs -= {"vjp"}
 
@@ -434,22 +434,25 @@ def system_of(
         estimator, event_shape = estimator_of(net) or estimator, z.shape[1:]
         net, order = net.net, net.order
     else:
-        z = view.of(state)
+        z = state if view is None else view.of(state)
         if cnfs and followed.penalized is None:
             estimator = estimator_of(cnfs[0]) or estimator
     field: Any = field_of(net, modules, slots, args, takes=takes(net), order=order, needs=needs)
-    whole = traced or view.is_whole
-    if whole and (traced or regularizers) and not needs.isdisjoint(("vjp", "jvp")):
+    whole = traced or view is None
+    if whole and (traced or kinds.penalties) and not needs.isdisjoint(("vjp", "jvp")):
         exact = order == 1 and type(estimator) is Exact and "vjp" in needs
         field = fastest(field, net, z, exact=exact, one_graph=one_graph)
+    event = None if view is None else view.of
+    if cost is not None:  # its column is in front of z
+        event = lambda x: x[:, 1:] if view is None else view.of(x[:, 1:])  # noqa: E731
     dynamics = Dynamics(
-        field, regularizers=regularizers, estimator=estimator, divergence=traced, view=None if whole else view,
-        event=view.of if cost is None else lambda x: view.of(x[:, 1:]), net=vf,
+        field, regularizers=kinds, estimator=estimator, divergence=traced, view=None if whole else view,
+        event=event, net=vf,
     )  # fmt: skip
     return TorchdynSystem(
         module=vf, args=args, dynamics=dynamics.bind(noise if traced else dynamics.draw(z)),
         event_shape=event_shape, cost=cost, hidden_cost=hidden_cost, counters=counters, dims=z.shape[1:].numel(),
-        path=dynamics.path,
+        path=dynamics.path, held=dynamics.held,
     )  # fmt: skip
 
 
@@ -514,10 +517,8 @@ def is_cnf(module: nn.Module) -> bool:
     return hasattr(module, "noise_dist")
 
 
-def aux_of(modules: Iterable[nn.Module], needs: Set[str]) -> Any:
-    """The method ``aux`` of the module that has one, if it is needed."""
-    if "aux" not in needs:
-        return None
+def aux_of(modules: Iterable[Any]) -> Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None:
+    """The method ``aux`` of the first module that has one."""
     return next((module.aux for module in modules if callable(getattr(type(module), "aux", None))), None)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import operator
 import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
@@ -32,20 +31,9 @@ from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import Autograd, FixedGrid, Solver
 from ..solvers.checks import check_tolerance
-from ..solvers.named import solver_of
 from ..solvers.solution import Solution
+from .choice import Choice, kept_times, refuse_leapfrog, resolve_solver, solver_name
 from .field import INTEGRAL_LOSS, Followed, TorchdynSystem, system_of, warn_of_unread_columns
-from .solver_names import (
-    StepwiseAdjoint,
-    constants_of,
-    gradient_from_torchdyn,
-    kept_times,
-    method_from_torchdyn,
-    refuse_leapfrog,
-    resolve_solver,
-    solver_name,
-    tableau_of,
-)
 
 _Torchdyn = torchdyn_neuralde.NeuralODE
 _THEIRS = dict(vars(_Torchdyn))  # from before install() can replace them
@@ -127,11 +115,11 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     _penalties: Penalties = Penalties()
     _tally: Tally | None = None
     _max_nfe: int | None = None
-    _named: tuple[tuple[nn.Module, str, list[Any]], ...] = ()
-    _followed: Followed = Followed((), Hutchinson("gaussian"))
+    _named: tuple[tuple[nn.Module, str], ...] = ()
+    _followed: Followed = Followed(Kinds(), Hutchinson("gaussian"))
     _quadrature: str = "full"
     _error_norm: str = "rms"
-    _made: tuple[tuple[Any, ...], Any] = ((), None)
+    _choice: Choice | None = None
     _known: tuple[Any, Any] = (None, None)
     _columns_known: bool = False
 
@@ -195,19 +183,20 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             )  # fmt: skip
         self.solver_adjoint = backward
         self._penalties, self._tally = Penalties(weighted), _installed_tally if added else None
-        self._followed = Followed((), get_estimator(trace_noise), columns, batch_dim)
+        self._followed = Followed(Kinds(), get_estimator(trace_noise), columns, batch_dim)
         self._max_nfe, self._quadrature, self._error_norm = max_nfe, quadrature, error_norm
         built = ((forward, solver), (backward, solver_adjoint))
-        self._named = tuple((made, name, tableau_of(made)) for made, name in built if isinstance(name, str))
+        self._named = tuple((made, name) for made, name in built if isinstance(name, str))
         if weighted:
             refuse_leapfrog(forward)
-        with_parameters = [each for each in self._penalties.regularizers if isinstance(each, nn.Module)]
+        kinds = self._penalties.kinds
+        given = [each.regularizer for each in weighted.values()]
+        with_parameters = [each for each in given if isinstance(each, nn.Module)]
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
         made = self._solver({})  # checks what it is made of
-        steps = Kinds.of(self._penalties.regularizers).steps
-        made.check_steps(steps)
-        made.gradient.check_penalties(steps)
+        made.check_steps(kinds.steps)
+        made.gradient.check_penalties(kinds.steps)
         made.gradient.check_field(self.vf)
         if sensitivity == "checkpointed":
             self.vf.sensitivity = "autograd"  # decides whether integral_loss is a column of the state
@@ -260,15 +249,15 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
             return ODEProblem.odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
         penalties = training if penalties is None else penalties
-        of_solve = FollowedSolve.of(left.regularizers, penalized=penalties, training=training)
-        followed = replace(self._followed, regularizers=of_solve.penalties)
+        of_solve = FollowedSolve.of(left.kinds, penalized=penalties, training=training)
+        followed = replace(self._followed, kinds=of_solve.kinds)
         with outside_inference(x, t_span, args) as (x, t_span, args):
-            x, t_span = self._start(x, t_span)
+            solver, kept = self._solver(args), None
+            x, t_span = self._start(x, t_span, solver)
             with on_host():
                 t_span = of_solve.times(t_span)
             if penalties and x.ndim == 1 and followed.batch_dim == 0:
-                warn_of_flat_state(x, left.regularizers)
-            solver, kept = self._solver(args), None
+                warn_of_flat_state(x, left.kinds)
             if solver.adaptive:
                 if len(save_at) > 0:
                     warnings.warn("Setting save_at has no effect on adaptive-step methods", stacklevel=3)
@@ -284,7 +273,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             system = system_of(
                 self.vf, x, args, followed, takes=self._takes, one_graph=through_steps, hidden_cost=hidden
             )
-            if not self._columns_known and penalties and followed.regularizers and x.ndim == 2:
+            if not self._columns_known and penalties and followed.kinds.penalties and x.ndim == 2:
                 lone = system.event_shape is None and followed.penalized is None and followed.batch_dim == 0
                 self._columns_known = not lone or warn_of_unread_columns(system, t_span[0], x)
             nfe = self.vf.nfe
@@ -300,11 +289,11 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         :meth:`reg_loss` and :attr:`regularization` still belong to the last call of the model itself.
         """
         with outside_inference(x, t_span) as (x, t_span):
-            x, t_span = self._start(x, t_span)
-            with on_host():
-                t_span = FollowedSolve.of(self._penalties.regularizers).times(t_span)
             solver = replace(self._solver({}).without_interpolation(), gradient=Autograd())
-            system = system_of(self.vf, x, {}, replace(self._followed, regularizers=()), one_graph=True)
+            x, t_span = self._start(x, t_span, solver)
+            with on_host():
+                t_span = FollowedSolve.of(self._penalties.kinds).times(t_span)
+            system = system_of(self.vf, x, {}, self._followed, one_graph=True)
             return solver.solve(system, x, t_span).check().z
 
     def collect_penalties(self) -> AbstractContextManager[Penalties]:
@@ -350,8 +339,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
     def citation(self) -> str:
         """BibTeX of the papers behind the penalties, the trace estimator and the solver of this model."""
-        given = self._penalties.regularizers
-        estimator = self._followed.estimator if "vjp" in Kinds.of(given).needs else None
+        estimator = self._followed.estimator if "vjp" in self._penalties.kinds.needs else None
+        given = [each.regularizer for each in self._penalties.weighted.values()]
         return citation(given, estimator=estimator, methods=[solver_name(self.solver)])
 
     @property
@@ -366,7 +355,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     def vf_params(self, value: Tensor) -> None:
         """torchdyn's constructor and solves assign it; there is nothing to keep."""
 
-    def _start(self, x: Any, t_span: Any) -> tuple[Tensor, Tensor]:
+    def _start(self, x: Any, t_span: Any, solver: Solver) -> tuple[Tensor, Tensor]:
         """The checked state and times of a solve, which a field or a penalty may mark or write into."""
         if not isinstance(x, Tensor):
             raise ConfigError(
@@ -392,10 +381,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             if times.is_complex() or times.dtype == torch.bool:
                 raise ConfigError(f"t_span must hold real times, not {times.dtype}.")
             # steps of more precise times would raise an adaptive solve to their precision
-            raises = (
-                self.solver.stepping_class == "adaptive"
-                and torch.promote_types(times.dtype, precision) != precision
-            )
+            raises = solver.adaptive and torch.promote_types(times.dtype, precision) != precision
             times = times.to(precision) if raises or not times.is_floating_point() else times
             return x, times.to(x.device, copy=True)
 
@@ -424,39 +410,18 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             self._known = known, field_takes(net)
         return self._known[1]
 
-    def _name_of(self, solver: Any) -> str | None:
-        """The name that a solver object was made from; None for a user's object or a changed tableau."""
-        found = (name for made, name, tableau in self._named if made is solver and tableau_of(made) == tableau)
-        return next(found, None)
-
     def _solver(self, args: Any) -> Solver:
-        """The solver that the attributes describe, made again after one, or a solver object's constant, changed."""
-        parts = (
-            self.solver, self.solver_adjoint, self.sensalg, self.atol, self.rtol, self.atol_adjoint,
-            self.rtol_adjoint, self.interpolator, *constants_of(self.solver), *constants_of(self.solver_adjoint),
-        )  # fmt: skip
-        with_args = not (isinstance(args, dict) and not args)
-        if not with_args and self._made[0] and all(map(operator.is_, parts, self._made[0])):
-            return self._made[1]
-        names = [self._name_of(each) for each in parts[:2]]
-        method = method_from_torchdyn(self.solver, names[0], args, interpolator=self.interpolator)
-        gradient = gradient_from_torchdyn(
-            self.sensalg, self.solver_adjoint, names[1], atol=self.atol_adjoint, rtol=self.rtol_adjoint, args=args,
-            max_nfe=self._max_nfe, interpolated=StepwiseAdjoint,
-        )  # fmt: skip
-        solver = solver_of(
-            method, step=None, atol=self.atol, rtol=self.rtol, max_nfe=self._max_nfe, gradient=gradient,
-            quadrature=self._quadrature, error_norm=self._error_norm,
-        )  # fmt: skip
-        if not with_args:
-            self._made = parts, solver
-        return solver
+        """The solver of a call with ``args``, resolved again after an attribute or a solver object has changed."""
+        choice = self._choice
+        if choice is None or not choice.is_current(self):
+            choice = self._choice = Choice.of(self)
+        return choice.solver if isinstance(args, dict) and not args else choice.solver_for(args)
 
 
 # The class itself is changed, not the names that refer to it: modules that imported it, subclasses, isinstance
 # and pickle all keep working. It gets all attributes of our class and of the one that guards it, but those that
 # Python puts into every class.
-_BEHAVIOUR = {
+_BEHAVIOR = {
     name: value
     for name, value in {**vars(OneProcessADevice), **vars(NeuralODE)}.items()
     if name == "__init__" or not name.startswith(("__", "_abc_"))
@@ -468,7 +433,7 @@ _installed_torchdiffeq = False
 
 
 def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> Tally:
-    """Give torchdyn's ``NeuralODE`` the arguments and the behaviour of :class:`~rnode_plugin.NeuralODE`.
+    """Give torchdyn's ``NeuralODE`` the arguments and the behavior of :class:`~rnode_plugin.NeuralODE`.
 
     From then on this package solves each of its objects, also those made before: with the same values, with
     correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``batch_dim=``,
@@ -513,7 +478,7 @@ def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> 
         face.install(regularizers, tally=tally)
         _installed_torchdiffeq = True
     _installed_regularizers, _installed_tally = regularizers, tally
-    for name, value in _BEHAVIOUR.items():
+    for name, value in _BEHAVIOR.items():
         setattr(_Torchdyn, name, value)
     return tally
 
@@ -533,7 +498,7 @@ def uninstall() -> None:
         False
     """
     global _installed_regularizers, _installed_torchdiffeq
-    for name in _BEHAVIOUR.keys() & vars(_Torchdyn).keys():
+    for name in _BEHAVIOR.keys() & vars(_Torchdyn).keys():
         if name in _THEIRS:
             setattr(_Torchdyn, name, _THEIRS[name])
         else:

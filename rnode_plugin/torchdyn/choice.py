@@ -1,9 +1,11 @@
-"""A :class:`~rnode_plugin.Solver` from the names, the solver objects and the options of torchdyn's classes."""
+"""Choice: the :class:`~rnode_plugin.Solver` that torchdyn's names, solver objects and options describe."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDi
 from ..core.derivatives import Velocity
 from ..core.modes import on_host, transforms_active
 from ..errors import ConfigError, suggest
-from ..solvers import Adjoint, Gradient, Method, Solution, get_gradient, get_method
+from ..solvers import Adjoint, Method, Solution, Solver, get_gradient, get_method
 from ..solvers.checks import Tolerance, check_tolerance
 from ..solvers.named import solver_of
 from ..solvers.tableaus import StepResult
@@ -102,12 +104,12 @@ def refuse_leapfrog(solver: Any) -> None:
         )
 
 
-def tableau_of(solver: Any) -> list[Any]:
-    """The numbers in a solver object's tableau: nodes, rows, weights, and weights of the error."""
+def _tableau_of(solver: Any) -> list[Tensor]:
+    """A solver object's tableau: nodes, rows, weights, and weights of the error."""
     if getattr(solver, "tableau", None) is None:
         return []
     nodes, rows, weights, errors = solver.tableau
-    return [x.tolist() for x in (nodes, *rows, weights, errors)]
+    return [nodes, *rows, weights, errors]
 
 
 def solver_name(solver: Any) -> str:
@@ -129,47 +131,161 @@ def kept_times(t_span: Tensor, save_at: Any) -> list[int]:
     return matches.any(1).nonzero().flatten().tolist()
 
 
-# --- the solver of a solve ---
+# --- the solver of a model ---
 
 
-def gradient_from_torchdyn(
-    sensitivity: str,
+class Chooser(Protocol):
+    """The attributes of a NeuralODE that choose its solver; all but the last four are torchdyn's."""
+
+    solver: Any
+    solver_adjoint: Any
+    sensalg: str
+    atol: float
+    rtol: float
+    atol_adjoint: float
+    rtol_adjoint: float
+    interpolator: Any
+    _max_nfe: int | None
+    _quadrature: str
+    _error_norm: str
+    _named: Sequence[tuple[nn.Module, str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The solver that the attributes of a NeuralODE describe, resolved once.
+
+    torchdyn reads its attributes, and the constants and the tableau of a solver object, at each solve, so its users
+    set them between two solves, some of them in place. A choice is a copy of all these, and a copy can be out of
+    date without an error. So :func:`_read`, the one place that knows them, is compared with what it gave when the
+    choice was made. That costs about as much as one evaluation of a small penalty.
+
+    Attributes:
+        solver: the solver.
+        made_of: what :func:`_read` gave for it.
+    """
+
+    solver: Solver
+    made_of: Sequence[object]
+
+    @classmethod
+    def of(cls, model: Chooser) -> Choice:
+        """The choice that a model's attributes describe now.
+
+        Raises:
+            ConfigError: for an unknown sensitivity, a number out of range, and options that the method cannot have.
+        """
+        solver = solver_from_torchdyn(
+            model.solver, model.solver_adjoint, model.sensalg,
+            names=[_name_of(model.solver, model._named), _name_of(model.solver_adjoint, model._named)],
+            atol=model.atol, rtol=model.rtol, atol_adjoint=model.atol_adjoint, rtol_adjoint=model.rtol_adjoint,
+            max_nfe=model._max_nfe, quadrature=model._quadrature, error_norm=model._error_norm,
+            interpolator=model.interpolator, interpolated=StepwiseAdjoint,
+        )  # fmt: skip
+        return cls(solver, _read(model))
+
+    def is_current(self, model: Chooser) -> bool:
+        """Whether nothing has changed that the choice was made of."""
+        return all(map(operator.is_, self.made_of, _read(model)))
+
+    def solver_for(self, args: object) -> Solver:
+        """The solver of a call, whose solver objects get the ``args`` of the call."""
+        solver, gradient = self.solver, self.solver.gradient
+        if isinstance(gradient, Adjoint) and isinstance(gradient.backward, Solver):
+            gradient = replace(gradient, backward=_handing_on(gradient.backward, args))
+        return replace(_handing_on(solver, args), gradient=gradient)
+
+
+_CONSTANTS = ("order", "stepping_class", "weights", "safety", "min_factor", "max_factor")
+
+
+def _read(model: Chooser) -> list[object]:
+    """All that a choice is made of and that a user may change between two solves."""
+    found: list[object] = [
+        model.solver, model.solver_adjoint, model.sensalg, model.atol, model.rtol, model.atol_adjoint,
+        model.rtol_adjoint, model.interpolator,
+    ]  # fmt: skip
+    for solver in found[:1] if model.solver_adjoint is model.solver else found[:2]:
+        for name in _CONSTANTS:
+            found.append(getattr(solver, name, None))
+        if type(solver) in _FAMILIES:  # another class may keep anything in its tableau, which nothing here reads
+            found += _tableau_of(solver)
+    for each in found[:]:
+        if isinstance(each, Tensor) and not each.is_inference():  # which counts its changes in place
+            found.append(each._version)
+    return found
+
+
+def _name_of(solver: nn.Module, named: Sequence[tuple[nn.Module, str]]) -> str | None:
+    """The name that a solver object was made from; None for a user's object or a changed tableau."""
+    for made, name in named:
+        if made is solver:
+            fresh, own = _tableau_of(_build(name, torch.float32)), _tableau_of(made)
+            return name if [x.tolist() for x in own] == [x.tolist() for x in fresh] else None
+    return None
+
+
+def _handing_on(solver: Solver, args: object) -> Solver:
+    """The solver whose solver object gets ``args``. torchdyn's own methods read none, so theirs stay."""
+    step = solver.method.advance
+    if not isinstance(step, _Step) or step.known:
+        return solver
+    return replace(solver, method=replace(solver.method, advance=_Step(step.solver, step.name, args)))
+
+
+def solver_from_torchdyn(
+    solver: nn.Module,
     adjoint: nn.Module,
-    name: str | None = None,
+    sensitivity: str,
     *,
+    names: Sequence[str | None],
     atol: Tolerance,
     rtol: Tolerance,
-    args: Any = None,
+    atol_adjoint: Tolerance,
+    rtol_adjoint: Tolerance,
     max_nfe: int | None = None,
+    quadrature: str = "full",
+    error_norm: str = "rms",
+    interpolator: Any = None,
     interpolated: type[Adjoint] = Adjoint,
-) -> Gradient:
-    """The gradient of a ``sensitivity`` of torchdyn's classes, or of ours.
+) -> Solver:
+    """The solver that steps as torchdyn's solver objects do.
 
     Args:
+        solver, adjoint: the objects, of the solve and of a continuous adjoint.
         sensitivity: as in :class:`~rnode_plugin.NeuralODE`.
-        adjoint: the solver object of a continuous adjoint. The adjoint depends on time if the path is interpolated,
-            and need not match torchdyn's values, so its ``rk4`` evaluates at the right times.
-        name, args: of this object, as in :func:`method_from_torchdyn`.
-        atol, rtol, max_nfe: of the adjoint.
+        names: the names from which the two objects were made; None for a user's object.
+        atol, rtol: of the solve.
+        atol_adjoint, rtol_adjoint: of the adjoint.
+        max_nfe, quadrature, error_norm: see :class:`~rnode_plugin.Solver`.
+        interpolator: as in :func:`method_from_torchdyn`.
         interpolated: the class of an interpolated adjoint.
 
     Raises:
-        ConfigError: for an unknown sensitivity and a tolerance out of range.
+        ConfigError: for an unknown sensitivity, a number out of range, and options that the method cannot have.
     """
+    method = method_from_torchdyn(solver, names[0], interpolator=interpolator)
     gradient = get_gradient(sensitivity)
-    if not isinstance(gradient, Adjoint):
-        return gradient
-    method = get_method("rk4") if type(adjoint) is RungeKutta4 else method_from_torchdyn(adjoint, name, args)
-    kind = interpolated if gradient.interpolated else Adjoint
-    check_tolerance(atol, "atol of the adjoint")
-    check_tolerance(rtol, "rtol of the adjoint")
-    backward = solver_of(method, step=None, atol=atol, rtol=rtol, max_nfe=max_nfe)  # torchdyn's steps are its times
-    return kind(backward, interpolated=gradient.interpolated)
+    if isinstance(gradient, Adjoint):
+        check_tolerance(atol_adjoint, "atol of the adjoint")
+        check_tolerance(rtol_adjoint, "rtol of the adjoint")
+        # the adjoint depends on time if the path is interpolated, and need not match torchdyn's values, so its rk4
+        # evaluates at the right times
+        ours = type(adjoint) is RungeKutta4
+        backward = get_method("rk4") if ours else method_from_torchdyn(adjoint, names[1])
+        kind = interpolated if gradient.interpolated else Adjoint
+        gradient = kind(
+            # torchdyn's steps are its times
+            solver_of(backward, step=None, atol=atol_adjoint, rtol=rtol_adjoint, max_nfe=max_nfe),
+            interpolated=gradient.interpolated,
+        )
+    return solver_of(
+        method, step=None, atol=atol, rtol=rtol, max_nfe=max_nfe, gradient=gradient, quadrature=quadrature,
+        error_norm=error_norm,
+    )  # fmt: skip
 
 
-def method_from_torchdyn(
-    solver: Any, name: str | None = None, args: Any = None, *, interpolator: Any = None
-) -> Method:
+def method_from_torchdyn(solver: Any, name: str | None = None, *, interpolator: Any = None) -> Method:
     """The steps of a torchdyn solver object, hypersolvers and a user's solver included, exactly as torchdyn's.
 
     A solver of a known family (or a subclass: a hypersolver adds its correction to the same stages) has that
@@ -179,7 +295,6 @@ def method_from_torchdyn(
     Args:
         solver: the object.
         name: the name from which it was made, if any, and if its tableau was not changed.
-        args: for its ``step``.
         interpolator: torchdyn's, for output times inside of a step of an adaptive solver. Its own tsit5 ignores it.
     """
     if type(solver) is RungeKutta38:
@@ -199,7 +314,7 @@ def method_from_torchdyn(
     interpolates = adaptive and interpolator is not None and not isinstance(solver, Tsitouras45)
     return Method(
         family.name if family else type(solver).__name__,
-        _Step(solver, name, {} if args is None else args),
+        _Step(solver, name, {}),
         getattr(solver, "order", 1),
         adaptive,
         weights,
@@ -209,37 +324,21 @@ def method_from_torchdyn(
         min_factor=float(getattr(solver, "min_factor", 0.2)),
         max_factor=float(getattr(solver, "max_factor", 10.0)),
         nodes=_RK4_NODES if type(solver) is RungeKutta4 else family.nodes if family else None,
-        fit=_as_it_is,
+        fit=None,  # torchdyn divides no interval evenly
         interpolate=_Interpolate(interpolator) if interpolates else None,
     )
 
 
 def _changed_weights(solver: Any, family: Method) -> Any:
     """The weights in a tableau that a user changed, and the weights of its error; None for unchanged weights."""
-    tableau = tableau_of(solver) if type(solver) in _FAMILIES else []  # a subclass may keep anything there
+    tableau = _tableau_of(solver) if type(solver) in _FAMILIES else []  # a subclass may keep anything there
     if not tableau or family.weights is None:
         return None
-    weights, errors = tableau[-2:]
+    weights, errors = (x.tolist() for x in tableau[-2:])
     rounding = 1e-6  # a tableau may be one of single precision
     close = (abs(a - b) < rounding for a, b in zip(weights, family.weights, strict=False))
     same = len(weights) == len(family.weights) and all(close)
     return None if same else (tuple(weights), tuple(errors) if family.adaptive else None)
-
-
-def constants_of(solver: Any) -> list[Any]:
-    """What :func:`method_from_torchdyn` reads of a solver object, which a user may change between two solves."""
-    names = ("order", "stepping_class", "weights", "safety", "min_factor", "max_factor", "tableau")
-    found = [getattr(solver, name, None) for name in names]
-    if type(solver) in _FAMILIES and found[-1] is not None:
-        nodes, rows, weights, errors = found[-1]
-        for x in (nodes, *rows, weights, errors):  # an entry may be changed in place
-            found.append(None if x.is_inference() else x._version)
-    return found
-
-
-def _as_it_is(dt: Tensor, rest: Tensor, sign: float) -> Tensor:
-    """torchdyn divides no interval evenly."""
-    return dt
 
 
 class _Step:
@@ -249,41 +348,40 @@ class _Step:
     that may do more with the step than scale velocities.
     """
 
-    def __init__(self, solver: Any, name: str | None, args: Any) -> None:
-        self._solver, self._name, self._args = solver, name, args
-        self._known = type(solver) in _FAMILIES
-        self._named: tuple[Any, Any] = (None, None)
+    def __init__(self, solver: Any, name: str | None, args: object) -> None:
+        self.solver, self.name, self.args = solver, name, {} if args is None else args
+        self.known = type(solver) in _FAMILIES
+        self._ready: tuple[tuple[torch.dtype, torch.device] | None, Any] = (None, None)
 
     def __call__(self, f: Velocity, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
-        solver = self._like(x, t)
+        like, solver = self._ready
+        if like != (x.dtype, x.device):
+            solver = self._solver_like(x, t)
         if isinstance(solver, ImplicitEuler) and torch.is_grad_enabled():
             raise ConfigError(
                 "the steps of torchdyn's implicit Euler have no gradient, because an optimizer finds each new "
                 "state: use sensitivity='adjoint', or torch.no_grad() for values alone."
             )
-        if not self._known:
+        if not self.known:
             with on_host():
                 backward = not bool(dt > 0)
             if backward:
                 mirrored = _Mirrored(f)
                 k1 = None if k1 is None else -k1
-                new_velocity, new, error, *_ = solver.step(mirrored, x, -t, -dt, k1=k1, args=self._args)
+                new_velocity, new, error, *_ = solver.step(mirrored, x, -t, -dt, k1=k1, args=self.args)
                 return mirrored.original(new_velocity), new, error
-        return solver.step(f, x, t, dt, k1=k1, args=self._args)
+        return solver.step(f, x, t, dt, k1=k1, args=self.args)
 
-    def _like(self, x: Tensor, t: Tensor) -> Any:
+    def _solver_like(self, x: Tensor, t: Tensor) -> Any:
         """The solver object for states like ``x``. One made from a name is ours: no other model moves it."""
-        kind, solver = self._named
-        if kind == (x.dtype, x.device):
-            return solver
         with on_host():
-            solver: Any = self._solver
-            if self._name is not None:
-                solver = _build(self._name, torch.float64 if x.dtype is torch.float64 else torch.float32)
+            solver: Any = self.solver
+            if self.name is not None:
+                solver = _build(self.name, torch.float64 if x.dtype is torch.float64 else torch.float32)
             if hasattr(solver, "sync_device_dtype"):
                 solver.sync_device_dtype(x, t)
-        if self._name is not None and not transforms_active():  # what is made inside a transform belongs to it
-            self._named = (x.dtype, x.device), solver
+        if self.name is not None and not transforms_active():  # what is made inside a transform belongs to it
+            self._ready = (x.dtype, x.device), solver
         return solver
 
 
