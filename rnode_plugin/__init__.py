@@ -6,7 +6,7 @@ The public names are imported on first use, so ``import rnode_plugin`` costs not
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ._version import __version__
 
@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from .torchdyn.neural_ode import NeuralODE, install, uninstall
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)

@@ -22,7 +22,7 @@ _MOST_DATA = 0.1  # alpha / sigma at the noise end, where the base counts the st
 
 
 def velocity_from_noise(
-    net: Callable[..., Any],
+    net: Callable[..., Tensor],
     alpha: Level,
     sigma: Level,
     *,
@@ -86,7 +86,9 @@ class DiffusionVelocity(nn.Module):
         alpha, sigma, predicts, time_scale: as there.
     """
 
-    def __init__(self, net: Any, alpha: Level, sigma: Level, predicts: str, time_scale: float) -> None:
+    def __init__(
+        self, net: Callable[..., Tensor], alpha: Level, sigma: Level, predicts: str, time_scale: float
+    ) -> None:
         super().__init__()
         self.net, self.alpha, self.sigma, self.predicts, self.time_scale = net, alpha, sigma, predicts, time_scale
 

@@ -9,7 +9,7 @@ import difflib
 import functools
 from collections.abc import Iterable
 from numbers import Integral
-from typing import Any
+from typing import TypeGuard
 
 
 class RnodeError(Exception):
@@ -106,12 +106,12 @@ def suggest(name: str, known: Iterable[str], kind: str) -> str:
     return f"unknown {kind} {name!r}{hint} Known: {listed}."
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """Whether ``value`` is a whole number of at least 1; True is not."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
-def check_count(value: Any, what: str) -> int:
+def check_count(value: object, what: str) -> int:
     """``value``, a whole number of at least 1, or a ConfigError that calls it ``what``."""
     if not is_count(value):
         raise ConfigError(f"{what} must be a whole number of at least 1, not {value!r}.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from .regularizer import Regularizer, Source
 from .trace_estimators import Hutchinson, HutchPlusPlus
@@ -17,7 +16,7 @@ _METHODS = {"dopri5": "dormand1980family", "tsit5": "tsitouras2011runge"}
 def citation(
     regularizers: Iterable[Regularizer] = (),
     *,
-    estimator: Any = None,
+    estimator: object = None,
     methods: Iterable[str] = (),
     density: bool = False,
 ) -> str:

@@ -135,7 +135,7 @@ class _Known:
 
 
 class AutogradField:
-    """Any differentiable function ``(t, z)`` as a :class:`Field`, by reverse-mode automatic differentiation.
+    """A differentiable function ``(t, z)`` as a :class:`Field`, by reverse-mode automatic differentiation.
 
     It also works under ``no_grad``, ``inference_mode`` and the transforms of ``torch.func``. Results have a graph
     if gradients are enabled. Reverse mode twice gives ``J v``. It is faster in training than forward mode, and it
@@ -185,10 +185,11 @@ class AutogradField:
         view = self.view
         if view is None:
             return self._differentiate(self, t, z, noise, ask, aux)
-        velocities: list[Any] = []
+        velocities: list[Tensor] = []
 
         def part(t: Tensor, x: Tensor) -> Tensor:
-            velocities.append(self(t, view.into(z, x)))
+            state: Any = view.into(z, x)
+            velocities.append(self(t, state))
             return view.of(velocities[-1])
 
         found = self._differentiate(part, t, view.of(z), noise, ask, aux)
@@ -462,13 +463,13 @@ class _Variables(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: object, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.view_as(x) for x in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, ...]:
         return gradients
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> tuple[Tensor, ...]:
+    def jvp(ctx: object, *tangents: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.view_as(x) for x in tangents)

@@ -95,13 +95,13 @@ class _Sums(torch.autograd.Function):
     """``sum x y`` over an event, of squares if there is no ``y``."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
+    def forward(ctx: Any, *args: Any) -> Tensor:
         ctx.save_for_backward(*args)
         x, y = args
         return _SUM(x, x if y is None else y)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
         g = grad_outputs[0].reshape(-1, *[1] * (x.ndim - 1))
         if y is None:
@@ -165,7 +165,7 @@ class _Combine(torch.autograd.Function):
     """``x + dt sum_j row_j stages_j``, and its arguments."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         row, dt, x, *stages = args
         ctx.row, ctx.dt = row, dt
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
@@ -174,7 +174,7 @@ class _Combine(torch.autograd.Function):
         return _COMBINE(x, stages, row, dt), x, *stages
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         g, *more = grad_outputs
         if g is None:
             return None, None, *more

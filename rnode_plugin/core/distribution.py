@@ -421,7 +421,7 @@ class DensityModel(nn.Module, ABC):
         """Samples moved into the range of the data by :meth:`sample`; a model of images clamps them to [0, 1]."""
         return x
 
-    def context_rows(self, context: Any, like: Tensor) -> Tensor | None:
+    def context_rows(self, context: Tensor | None, like: Tensor) -> Tensor | None:
         """``context`` with one row for each sample of ``like``; None for a density without contexts.
 
         Args:
@@ -434,6 +434,7 @@ class DensityModel(nn.Module, ABC):
         shape, batch_shape = self.context_shape, self.context_batch_shape(context)
         if shape is None:
             return None
+        assert context is not None
         if not batch_shape:
             context = context.expand(like.shape[0], *shape)
         elif batch_shape != like.shape[:1]:
@@ -443,7 +444,7 @@ class DensityModel(nn.Module, ABC):
             )
         return context.to(like) if context.is_floating_point() else context.to(like.device)
 
-    def context_batch_shape(self, context: Any) -> torch.Size:
+    def context_batch_shape(self, context: Tensor | None) -> torch.Size:
         """The batch shape of ``context``, in front of its ``context_shape``; errors as in :meth:`context_rows`."""
         shape = self.context_shape
         if shape is None:
@@ -534,7 +535,7 @@ class FlowDistribution(Distribution):
     def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.real, len(self.event_shape))
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
         new: Any = self._get_checked_instance(FlowDistribution, _instance)
         new.model, new.context, new.has_rsample = self.model, None, self.has_rsample
         batch_shape = torch.Size(batch_shape)
@@ -553,20 +554,20 @@ class FlowDistribution(Distribution):
         return self.model.log_prob(rows, context=self._rows(shape)).reshape(shape)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = _ONE) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = _ONE) -> Tensor:
         """``(*sample_shape, *batch_shape, *event_shape)``, without a gradient."""
         shape = torch.Size(sample_shape) + self.batch_shape
         z = self.model.base.sample(torch.Size([shape.numel()]))
         return self.model.inverse(z, context=self._rows(shape)).reshape(shape + self.event_shape)
 
-    def rsample(self, sample_shape: Any = _ONE) -> Tensor:
+    def rsample(self, sample_shape: Sequence[int] = _ONE) -> Tensor:
         """Like :meth:`sample`, with gradients to the field, the base and the context."""
         shape = torch.Size(sample_shape) + self.batch_shape
         z = self.model.base.rsample(torch.Size([shape.numel()]))
         return self.model.inverse(z, context=self._rows(shape)).reshape(shape + self.event_shape)
 
     def rsample_and_log_prob(
-        self, sample_shape: Any = _ONE, *, jacobian: Jacobian = "trace"
+        self, sample_shape: Sequence[int] = _ONE, *, jacobian: Jacobian = "trace"
     ) -> tuple[Tensor, Tensor]:
         """Samples as from :meth:`rsample` and their log-densities in nats, from one solve.
 

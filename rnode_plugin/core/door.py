@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .derivatives import VELOCITY, Ask, AutogradField, Field, Linearization
 from .surroundings import Surroundings
-from .view import View
+from .view import State, View
 
 _NO_GRADIENTS = (
     "the vector field differentiates inside (torch.autograd.grad), but gradients are disabled here: under no_grad, "
@@ -46,11 +46,11 @@ class Door:
         self, field: Field, net: nn.Module | None = None, *, view: View | None = None, repeats: bool = False
     ) -> None:
         self._around = Surroundings(net, repeats=repeats)
-        self._field, self.view = field, view
-        if isinstance(field, AutogradField):
-            self._field = field.inside(self._around)
+        self.view = view
+        # Any: with a view it takes the whole state, which may be a tuple
+        self._field: Any = field.inside(self._around) if isinstance(field, AutogradField) else field
 
-    def evaluate(self, t: Tensor, state: Any, ask: Ask = VELOCITY, noise: Tensor | None = None) -> Linearization:
+    def evaluate(self, t: Tensor, state: State, ask: Ask = VELOCITY, noise: Tensor | None = None) -> Linearization:
         """The solve's own evaluation.
 
         Args:
@@ -80,7 +80,7 @@ class Door:
             raise explained from error
 
     def again(
-        self, t: Tensor, state: Any, ask: Ask = VELOCITY, noise: Tensor | None = None, *, z: Tensor | None = None
+        self, t: Tensor, state: State, ask: Ask = VELOCITY, noise: Tensor | None = None, *, z: Tensor | None = None
     ) -> Linearization:
         """The function of the last evaluation, without a trace of this one.
 
@@ -104,9 +104,12 @@ class Door:
                 raise
             raise explained from error
 
-    def part(self, state: Any) -> Tensor:
+    def part(self, state: State) -> Tensor:
         """The part of a state or a velocity that the view shows."""
-        return state if self.view is None else self.view.of(state)
+        if self.view is not None:
+            return self.view.of(state)
+        assert isinstance(state, Tensor)
+        return state
 
     def repeating(self) -> AbstractContextManager[None]:
         """Context for evaluations that recompute earlier ones, as a backward pass does: they leave the buffers."""

@@ -28,7 +28,7 @@ from .followed_solve import Kinds
 from .regularizer import Rate, Regularizer, StepPenalty, StepRecord, Trajectory, TrajectoryPenalty
 from .surroundings import module_of
 from .trace_estimators import Difference, Exact, Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
-from .view import View
+from .view import State, View
 
 
 class Rates(NamedTuple):
@@ -74,7 +74,7 @@ class BoundDynamics(ABC):
         """What a continuous adjoint differentiates by."""
         return ()
 
-    def repeating(self) -> AbstractContextManager[Any]:
+    def repeating(self) -> AbstractContextManager[object]:
         """Context for evaluations that recompute earlier ones, as a backward pass does: they leave no trace."""
         return nullcontext()
 
@@ -286,7 +286,7 @@ class Dynamics(BoundDynamics):
     def repeating(self) -> AbstractContextManager[None]:
         return self.door.repeating()
 
-    def evaluate(self, t: Tensor, z: Any, ask: Ask = RATES) -> Rates:
+    def evaluate(self, t: Tensor, z: State, ask: Ask = RATES) -> Rates:
         """The right-hand side at one time.
 
         Args:
@@ -316,6 +316,7 @@ class Dynamics(BoundDynamics):
         state, dz = z, whole
         if self._view is not None:
             z, dz = self._view.of(state), self._view.of(whole)
+        assert isinstance(z, Tensor)
         if dz.shape != z.shape:
             raise ConfigError(
                 f"the vector field returned shape {tuple(dz.shape)} for a state of shape {tuple(z.shape)}; f(t, z) "

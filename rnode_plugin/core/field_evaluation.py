@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +13,9 @@ from ..errors import ConfigError
 from .derivatives import Ask, DirectionalDerivative, total_derivative
 from .door import Door
 from .trace_estimators import Probes, TraceEstimator
+from .view import State
+
+_Found = TypeVar("_Found")
 
 _MAX_DIMS = 128  # of an exact Jacobian: as many products at each evaluation
 
@@ -36,7 +39,7 @@ class Record:
     """
 
     t: Tensor
-    state: Any
+    state: State
     z: Tensor
     dz: Tensor
     noise: Tensor | None
@@ -46,7 +49,7 @@ class Record:
     jvp: DirectionalDerivative | None
     pull: Callable[[Tensor], Tensor] | None
     aux: Mapping[str, Tensor] | None
-    known: dict[Any, Any] = field(default_factory=dict)
+    known: dict[object, Any] = field(default_factory=dict)
 
     def divergence(self) -> Tensor:
         """``div f (B,)`` from the products."""
@@ -119,7 +122,7 @@ class FieldEvaluation:
                 f"an exact Jacobian takes one product per dimension, too many for {dims} dimensions (the limit is "
                 f"{_MAX_DIMS}): use a penalty that estimates, such as 'jacfrob', 'curl' or 'strain'."
             )
-        return _matrices(self._once("rows", lambda: self._again(Ask("rows")).products.to(self.z.dtype)))
+        return _matrices(self._once("rows", lambda: self._more_products(Ask("rows"))))
 
     def vjp(self, v: Tensor) -> Tensor:
         """``v^T df/dz`` of the shape of ``z``, for any ``v (B, *event)``."""
@@ -130,8 +133,9 @@ class FieldEvaluation:
             return shared
 
         def compute() -> tuple[Tensor, Tensor]:
-            pulled = self._again(Ask("noise"), v).products if record.pull is None else record.pull(v)
-            return v, pulled.to(self.z.dtype)
+            if record.pull is None:
+                return v, self._more_products(Ask("noise"), v)
+            return v, record.pull(v).to(self.z.dtype)
 
         return self._once(("vjp", id(v)), compute)[1]  # the tuple keeps v, and with it its id
 
@@ -140,7 +144,9 @@ class FieldEvaluation:
         self._require("jvp")
 
         def compute() -> tuple[Tensor, Tensor]:
-            jvp = self._record.jvp or self._again(Ask(jvp=True)).jvp
+            record = self._record
+            jvp = record.jvp or record.door.again(self.t, record.state, Ask(jvp=True)).jvp
+            assert jvp is not None
             return v, jvp(v, dt).to(self.z.dtype)
 
         return self._once(("jvp", id(v), dt), compute)[1]
@@ -183,15 +189,17 @@ class FieldEvaluation:
             )
         return aux[name]
 
-    def _once(self, key: Any, compute: Callable[[], Any]) -> Any:
+    def _once(self, key: object, compute: Callable[[], _Found]) -> _Found:
         known = self._record.known
         if key not in known:
             known[key] = compute()
         return known[key]
 
-    def _again(self, ask: Ask, noise: Tensor | None = None) -> Any:
-        """Another pass over the field, for what the first one did not give."""
-        return self._record.door.again(self.t, self._record.state, ask, noise)
+    def _more_products(self, ask: Ask, noise: Tensor | None = None) -> Tensor:
+        """Products of another pass over the field, which the first one did not give."""
+        products = self._record.door.again(self.t, self._record.state, ask, noise).products
+        assert products is not None
+        return products.to(self.z.dtype)
 
     def _require(self, need: str) -> None:
         if need not in self._needs:

@@ -102,7 +102,8 @@ def next_number(x: Tensor) -> int:
 
     torch numbers the nodes of its graphs in the order of their creation, but keeps the number private.
     """
-    node: Any = (x * 1).grad_fn
+    node = (x * 1).grad_fn
+    assert node is not None
     return node._sequence_nr()
 
 

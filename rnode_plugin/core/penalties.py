@@ -51,7 +51,7 @@ class Penalties(Mapping[str, Tensor]):
 
     """
 
-    _storage: type[Any] = _FollowedByThread
+    _storage: type[_Followed] = _FollowedByThread
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Penalties(Mapping[str, Tensor]):
         """The regularizers, sorted."""
         return Kinds.of(each.regularizer for each in self.weighted.values())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Penalties:
+    def __deepcopy__(self, memo: dict[int, object]) -> Penalties:
         return Penalties(copy.deepcopy(self.weighted, memo))
 
     def __reduce__(self) -> tuple[type[Penalties], tuple[dict[str, Weighted]]]:

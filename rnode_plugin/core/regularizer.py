@@ -104,7 +104,7 @@ class Regularizer:
 
         def __call__(self, record: Any, /) -> Tensor: ...
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
         if "formula" not in vars(cls):
             cls.formula = _first_line(cls)
@@ -347,7 +347,7 @@ class FunctionRegularizer(Rate):
     def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
         return self.function(evaluation)
 
-    def __reduce__(self) -> str | tuple[Any, ...]:
+    def __reduce__(self) -> str | tuple[object, ...]:
         return _by_reference(self) or super().__reduce__()
 
 
@@ -379,7 +379,7 @@ class FunctionStepPenalty(StepPenalty):
     def __call__(self, step: StepRecord, /) -> Tensor:
         return self.function(step)
 
-    def __reduce__(self) -> str | tuple[Any, ...]:
+    def __reduce__(self) -> str | tuple[object, ...]:
         return _by_reference(self) or super().__reduce__()
 
 

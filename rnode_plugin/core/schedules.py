@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..errors import ConfigError
 
@@ -62,7 +62,7 @@ def linear_warmup(steps: int, strength: float = DEFAULT_LAMBDA) -> LinearWarmup:
     return LinearWarmup(steps, _number("linear_warmup", strength))
 
 
-def check_lambda(name: str, strength: Any) -> Strength:
+def check_lambda(name: str, strength: object) -> Strength:
     """A number that is finite and not negative, or a function as it is; a ConfigError for anything else."""
     return strength if callable(strength) else _number(name, strength)  # pyright: ignore[reportReturnType]
 
@@ -92,9 +92,9 @@ def strength_text(strength: WrittenStrength) -> str:
     return str(strength) if isinstance(strength, LinearWarmup) else f"{strength:g}"
 
 
-def _number(name: str, strength: Any) -> float:
+def _number(name: str, strength: object) -> float:
     try:
-        value = float(strength)
+        value = float(strength)  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError):
         value = math.nan
     if not (math.isfinite(value) and value >= 0):

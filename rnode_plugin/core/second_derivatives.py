@@ -8,12 +8,12 @@ of a log-determinant. So a field that holds such a function is compared with a d
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction  # torch has no public name for it
+from torch.autograd.graph import Node
 
 from ..errors import ConfigError
 from .modes import exporting
@@ -88,15 +88,16 @@ def check_second_derivative(
     return bool(found)
 
 
-def _functions(dz: Tensor, z: Tensor, start: int) -> tuple[dict[Any, str], bool]:
+def _functions(dz: Tensor, z: Tensor, start: int) -> tuple[dict[type | str, str], bool]:
     """Custom functions and fused attention between ``z`` and ``dz`` by name, and whether parameters are read.
 
     Nodes older than ``start`` belong to other computations and cannot lead to ``z``.
     """
-    end: Any = z.grad_fn
-    parents: dict[Any, list[Any]] = {}  # from an input of a node to the node
-    pending: list[Any] = [dz.grad_fn]
-    seen, suspects, ends = {dz.grad_fn}, dict[Any, tuple[Any, str]](), list[Any]()
+    end = z.grad_fn
+    parents: dict[Node, list[Node]] = {}  # from an input of a node to the node
+    assert dz.grad_fn is not None
+    pending: list[Node] = [dz.grad_fn]
+    seen, suspects, ends = {dz.grad_fn}, dict[Node, tuple[type | str, str]](), list[Node]()
     depends = False
     while pending:
         node = pending.pop()
@@ -124,7 +125,7 @@ def _functions(dz: Tensor, z: Tensor, start: int) -> tuple[dict[Any, str], bool]
                     pending.append(parent)
     if not suspects:
         return {}, depends
-    between = set[Any]()
+    between = set[Node]()
     while ends:
         for node in parents.get(ends.pop(), ()):
             if node not in between:

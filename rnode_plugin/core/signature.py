@@ -45,7 +45,7 @@ class Takes(NamedTuple):
     rest: tuple[str, ...] = ()
 
 
-def field_takes(field: Any) -> Takes:
+def field_takes(field: object) -> Takes:
     """How a module, a function or another callable is called.
 
     A wrapper that passes all arguments on is called as the module inside. A parameter among
@@ -75,7 +75,7 @@ def field_takes(field: Any) -> Takes:
     return Takes(order, args, time, tuple(rest))
 
 
-def accepts(field: Any, *positional: object) -> bool:
+def accepts(field: Callable[..., object], *positional: object) -> bool:
     """Whether ``field`` can be called with these positional arguments."""
     try:
         inspect.signature(_function(field)).bind(*positional)
@@ -86,7 +86,7 @@ def accepts(field: Any, *positional: object) -> bool:
     return True
 
 
-def call_of(field: Any, args: Any = None, takes: Takes | None = None) -> Callable[..., Tensor]:
+def call_of(field: Callable[..., Tensor], args: object = None, takes: Takes | None = None) -> Callable[..., Tensor]:
     """``field`` as a function of time and state.
 
     Args:
@@ -142,7 +142,7 @@ def original(field: Any) -> Any:
     return field
 
 
-def refuse_state_first(field: Any, caller: str) -> None:
+def refuse_state_first(field: object, caller: str) -> None:
     """Refuse a field whose names put the time elsewhere than first, for a caller that calls it as ``(t, x)``."""
     takes = field_takes(field)
     if takes.order == "x" and takes.rest:

@@ -7,7 +7,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +20,7 @@ _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # p
 _making = threading.Lock()
 
 
-def lock_of(module: nn.Module | None) -> AbstractContextManager[Any]:
+def lock_of(module: nn.Module | None) -> AbstractContextManager[object]:
     """The lock of a net, which all models that hold the net share; without a net, nothing.
 
     The lock is not an attribute of the net, because a deepcopy of the net would fail.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -22,10 +21,10 @@ class Tally:
 
     def __init__(self) -> None:
         self.solves = 0
-        self._sums: dict[str, Any] = defaultdict(int)  # tensors on the device of the solve: no wait for it
+        self._sums: dict[str, Tensor | int] = defaultdict(int)  # tensors on the device of the solve: no wait for it
         self._samples: dict[str, int] = defaultdict(int)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tally:
+    def __deepcopy__(self, memo: dict[int, object]) -> Tally:
         return self
 
     def __reduce__(self) -> tuple[type[Tally], tuple[()]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..errors import ConfigError, check_count, suggest
 from .derivatives import VELOCITY, Ask, Linearization, trace_of_rows, unit_vectors
 from .door import Door
 from .operations import sum_products, sum_squares
+from .view import State
 
 _NOISES = ("gaussian", "rademacher")
 
@@ -57,7 +58,7 @@ class TraceEstimator(ABC):
         """Noise for one solve from the state ``z (B, *event)``, from ``generator``; None if none is needed."""
 
     def linearize(
-        self, door: Door, t: Tensor, state: Any, noise: Tensor | None = None, ask: Ask = VELOCITY
+        self, door: Door, t: Tensor, state: State, noise: Tensor | None = None, ask: Ask = VELOCITY
     ) -> Linearization:
         """One evaluation of a field: velocity, products, and what ``ask`` names.
 
@@ -177,7 +178,7 @@ class HutchPlusPlus(TraceEstimator):
         return _draw(self.noise, torch.Size([2 * self.rank, *z.shape]), z, generator)
 
     def linearize(
-        self, door: Door, t: Tensor, state: Any, noise: Tensor | None = None, ask: Ask = VELOCITY
+        self, door: Door, t: Tensor, state: State, noise: Tensor | None = None, ask: Ask = VELOCITY
     ) -> Linearization:
         assert noise is not None
         with torch.no_grad():
@@ -285,7 +286,7 @@ class Difference(TraceEstimator):
         return _draw("rademacher", shape, z, generator)
 
     def linearize(
-        self, door: Door, t: Tensor, state: Any, noise: Tensor | None = None, ask: Ask = VELOCITY
+        self, door: Door, t: Tensor, state: State, noise: Tensor | None = None, ask: Ask = VELOCITY
     ) -> Linearization:
         assert noise is not None
         found, z = door.evaluate(t, state, ask._replace(pull=False)), door.part(state)

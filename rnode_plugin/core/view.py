@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ def check_batch_dim(batch_dim: object) -> None:
         raise ConfigError(f"batch_dim must be 0, or None for a state that is one sample, not {batch_dim!r}.")
 
 
-def as_columns(penalized: Any) -> Columns | None:
+def as_columns(penalized: object) -> Columns | None:
     """``penalized`` as a slice or a mask, on the CPU; None if it is neither."""
     if isinstance(penalized, slice):
         return penalized
@@ -92,15 +92,15 @@ class View:
         """Whether ``z`` is one of the tensors. Views of it would cost an evaluation of a small net a tenth."""
         return len(self.places) == 1 and self.batch_dim == 0 and self.columns is None
 
-    def tensors(self, state: Any) -> tuple[Tensor, ...]:
+    def tensors(self, state: State) -> tuple[Tensor, ...]:
         """The tensors of a state, or of its velocity."""
-        return tuple(state) if self.is_tuple else (state,)
+        return (state,) if isinstance(state, Tensor) else tuple(state)
 
     def samples_first(self, x: Tensor) -> Tensor:
         """``x`` with the samples along dimension 0."""
         return x.unsqueeze(0) if self.batch_dim is None else x.movedim(self.batch_dim, 0)
 
-    def of(self, state: Any) -> Tensor:
+    def of(self, state: State) -> Tensor:
         """``z (B, *event)`` of a state, or the same part of its velocity."""
         tensors = self.tensors(state)
         if self.is_whole:
@@ -111,7 +111,7 @@ class View:
             return parts[0].flatten(first, last).index_select(first, index)
         return parts[0] if len(parts) == 1 else torch.cat([x.unsqueeze(-1).flatten(1) for x in parts], 1)
 
-    def into(self, state: Any, z: Tensor) -> Any:
+    def into(self, state: State, z: Tensor) -> State:
         """The state with ``z`` as its part."""
         tensors = list(self.tensors(state))
         if self.is_whole:

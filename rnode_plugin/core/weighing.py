@@ -49,7 +49,7 @@ def undivided(regularizers: Iterable[Regularizer]) -> frozenset[str]:
 def weigh_regularizers(
     spec: Regularizers,
     *,
-    by_name: Callable[[str], Any],
+    by_name: Callable[[str], Regularizer | Callable[..., Tensor]],
 ) -> dict[str, Weighted]:
     """Regularizers by name with their strengths.
 
@@ -93,7 +93,7 @@ def _strength(regularizer: Regularizer, strength: Strength | None) -> Strength:
     return 1.0
 
 
-def _regularizer(entry: Any, by_name: Callable[[str], Any]) -> Regularizer:
+def _regularizer(entry: Any, by_name: Callable[[str], Regularizer | Callable[..., Tensor]]) -> Regularizer:
     if isinstance(entry, str):
         entry = by_name(entry)
     if isinstance(entry, Regularizer):
@@ -112,7 +112,7 @@ def _regularizer(entry: Any, by_name: Callable[[str], Any]) -> Regularizer:
 class _OfPlainFunction:
     """A function of ``(t, z, dz)`` as a function of an evaluation; a class, because pickle takes no closure."""
 
-    function: Callable[..., Any]
+    function: Callable[[Tensor, Tensor, Tensor], Tensor]
 
     def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
         return self.function(evaluation.t, evaluation.z, evaluation.dz)

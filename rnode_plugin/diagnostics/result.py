@@ -64,7 +64,7 @@ class Diagnosis:
         """Whether a check failed."""
         return any(check.verdict == "failed" for check in self.checks)
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, object]:
         """As dictionaries, lists, numbers and texts, for JSON; a number that is not finite is None."""
         return json.loads(_PLAIN.dump_json(self))
 

@@ -343,7 +343,7 @@ class _Evaluation(torch.autograd.Function):
     """Velocity, product (None without a noise), what is kept of each activation and of the product."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         stack, t, z, pulled, _ = ctx.stack, *tensors = args
         with _without_autocast(z):
             pre = None if pulled is None else list[Tensor | None]()
@@ -358,7 +358,7 @@ class _Evaluation(torch.autograd.Function):
         return a.to(z.dtype), product, *kept, *inner
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         stack: Stack = ctx.stack
         cotangents = grad_outputs[: 2 + stack.hidden]
         if all(each is None for each in cotangents):
@@ -381,7 +381,7 @@ class _Direction(torch.autograd.Function):
     """Product along a direction, and what comes to each activation in it."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         stack, dt, v, _, *kept = ctx.stack, *tensors = args
         with _without_autocast(v):
             y, inner = _direction(stack, stack.fast, kept, v, dt)
@@ -391,7 +391,7 @@ class _Direction(torch.autograd.Function):
         return y.to(v.dtype), *inner
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         stack: Stack = ctx.stack
         q, needs = grad_outputs[0], ctx.needs_input_grad[1:]
         if q is None:

@@ -32,7 +32,7 @@ _UNKNOWN: Part = ("?", None)
 
 
 def recognise(
-    module: Any, z: Tensor, *, adds_time: Callable[[nn.Module], bool] = lambda module: False
+    module: object, z: Tensor, *, adds_time: Callable[[nn.Module], bool] = lambda module: False
 ) -> Stack | None:
     """``module`` as the field of one solve from a state like ``z``; None if it is not a stack for such states.
 
@@ -63,7 +63,7 @@ def _split(weight: Tensor, timed: bool) -> tuple[Tensor | None, Tensor]:
     return time, state
 
 
-def _parts(module: Any, adds_time: Callable[[nn.Module], bool]) -> Iterator[Part]:
+def _parts(module: object, adds_time: Callable[[nn.Module], bool]) -> Iterator[Part]:
     """The layers of nested ``nn.Sequential`` in a row."""
     if not isinstance(module, nn.Module) or has_hooks(module):
         yield _UNKNOWN

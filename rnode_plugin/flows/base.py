@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from ..core.followed_solve import FollowedSolve
 from ..core.modes import on_host
 from ..core.objective import FlowOutput
 from ..core.penalties import OneProcessADevice
+from ..core.regularizer import Regularizer
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..core.weighing import Regularizers, weigh_regularizers
 from ..errors import ConfigError
@@ -327,7 +327,7 @@ class _Pass:
         )
 
 
-def _registered(name: str) -> Any:
+def _registered(name: str) -> Regularizer:
     """The regularizer of a name: only a name loads the plugin host."""
     from ..plugins.registry import get_regularizer
 

@@ -9,7 +9,6 @@ torch is not imported in order to list names.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import pluggy
 
@@ -30,7 +29,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def rnode_register_regularizers() -> Mapping[str, Any]:
+def rnode_register_regularizers() -> Mapping[str, object]:
     """Regularizers for ``regularizers=["length"]`` and for the ``regularizers`` group of a recipe.
 
     A regularizer is a callable whose ``name`` is the registered one, or a class of such objects that takes options
@@ -42,7 +41,7 @@ def rnode_register_regularizers() -> Mapping[str, Any]:
 
 
 @hookspec
-def rnode_register_models() -> Mapping[str, Any]:
+def rnode_register_models() -> Mapping[str, object]:
     """Models that a recipe can name.
 
     A model is a callable that takes the shape of an image or the number of columns, and the settings of the recipe
@@ -52,7 +51,7 @@ def rnode_register_models() -> Mapping[str, Any]:
 
 
 @hookspec
-def rnode_register_datasets() -> Mapping[str, Any]:
+def rnode_register_datasets() -> Mapping[str, object]:
     """Data sets, images or tables, for ``rnode-cli train --data NAME``.
 
     A set of images is a function ``(*, root)`` that returns an :class:`~rnode_plugin.experiments.data.ImageData`.
@@ -66,13 +65,13 @@ def rnode_register_datasets() -> Mapping[str, Any]:
 
 
 @hookspec
-def rnode_register_recipes() -> Mapping[str, Any]:
+def rnode_register_recipes() -> Mapping[str, object]:
     """Functions without arguments that return a ``Recipe``, for ``rnode-cli train NAME`` and ``get_recipe``."""
     ...
 
 
 @hookspec
-def rnode_register_commands() -> Mapping[str, Any]:
+def rnode_register_commands() -> Mapping[str, object]:
     """``click`` commands or groups of ``rnode-cli``, by the name that the user types.
 
     Import torch and other large packages inside the command's function, because ``rnode-cli --help`` imports its

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core import regularizer as _contract
 from ..core.regularizer import *  # noqa: F403
@@ -48,7 +48,7 @@ __all__ = ["BUILTIN", "linear_warmup", *_MODULES]  # pyright: ignore[reportUnsup
 __all__ += _contract.__all__
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

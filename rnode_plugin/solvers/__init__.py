@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .checks import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS, QUADRATURES
 from .gradients import Adjoint, Autograd, Checkpointed, Gradient, get_gradient
@@ -57,7 +57,7 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)

@@ -9,10 +9,11 @@ error's size.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -266,7 +267,10 @@ def _first_step(
         return torch.full_like(start, sign * solver.first_step)
     if z.numel() == 0:
         return t_span[-1] - start
-    options: dict[str, Any] = {"method": method, "atol": solver.atol, "rtol": solver.rtol}
+    guess_from = functools.partial(
+        guess_first_step, velocity=sign * velocity, z=z, t=sign * start, method=method, atol=solver.atol,
+        rtol=solver.rtol,
+    )  # fmt: skip
 
     # Backward in time torchdyn evaluates the field itself, not its mirror image, and the same guess gives the same
     # numbers. A guess of no use is made again with the mirror image.
@@ -274,9 +278,9 @@ def _first_step(
         totals.nfe += 1
         return dynamics.evaluate(t.to(z.device), z, VELOCITY).dz.detach()
 
-    guess = guess_first_step(field, sign * velocity, z, sign * start, **options)
+    guess = guess_from(field)
     if sign < 0 and not (0 < float(guess) < math.inf):
-        guess = guess_first_step(lambda t, z: -field(-t, z), sign * velocity, z, sign * start, **options)
+        guess = guess_from(lambda t, z: -field(-t, z))
     if not 0 < float(guess) < math.inf:  # an infinite velocity makes it 0
         fail_nonfinite(float(start), 0, totals.nfe)
     return sign * guess

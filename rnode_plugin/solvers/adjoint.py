@@ -66,7 +66,9 @@ def solve_adjoint(call: AdjointCall, z0: Tensor, t_span: Tensor) -> Solution:
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: AdjointCall, z0: Tensor, t_span: Tensor, *params: Tensor) -> tuple[Any, ...]:
+    def forward(
+        ctx: Any, call: AdjointCall, z0: Tensor, t_span: Tensor, *params: Tensor
+    ) -> tuple[Tensor | None, ...]:
         solution = call.forward(z0, t_span)
         t, z = call.outputs(solution)
         call.solution, call.steps = solution, solution.steps if call.interpolated else None
@@ -76,7 +78,7 @@ class _Adjoint(torch.autograd.Function):
         return t, z, solution.logdet, *solution.penalties.values()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True, as in a Hessian, whose entries would be zero
             raise ConfigError(
                 "a continuous adjoint gives first derivatives only, and this gradient is to be differentiated "
@@ -87,7 +89,7 @@ class _Adjoint(torch.autograd.Function):
             return _sweep(ctx, dz, dlogdet, dpenalties)
 
 
-def _sweep(ctx: Any, dz: Tensor, dlogdet: Tensor | None, dpenalties: Sequence[Tensor]) -> tuple[Any, ...]:
+def _sweep(ctx: Any, dz: Tensor, dlogdet: Tensor | None, dpenalties: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """The gradients of all inputs, from the last output back to the first."""
     t_span, t, z, *params = ctx.saved_tensors
     pass_ = _Backward(ctx.call, t, z, params, dict(zip(ctx.names, dpenalties, strict=True)))

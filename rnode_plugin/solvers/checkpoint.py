@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten  # torch has no public name for it
+from torch.autograd.graph import Node
+from torch.utils._pytree import (  # torch has no public name for it
+    TreeSpec,
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+)
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from ..core.dynamics import BoundDynamics
@@ -21,8 +27,12 @@ from ..core.modes import next_number, transforms_active
 from ..core.second_derivatives import FUSED_ATTENTION
 from ..errors import ConfigError
 
+_Result = TypeVar("_Result")
 
-def checkpointed(function: Callable[..., Any], dynamics: BoundDynamics, z: Tensor, t: Tensor) -> Callable[..., Any]:
+
+def checkpointed(
+    function: Callable[..., _Result], dynamics: BoundDynamics, z: Tensor, t: Tensor
+) -> Callable[..., _Result]:
     """``function`` without its activations kept; values and gradients are the same.
 
     Under a transform of torch.func, which records a step in its own way, this is ``function`` itself.
@@ -42,11 +52,11 @@ def checkpointed(function: Callable[..., Any], dynamics: BoundDynamics, z: Tenso
     return lambda *args: _replay(_first_run_alone(function, dynamics), args, leaves)
 
 
-def _first_run_alone(function: Callable[..., Any], dynamics: BoundDynamics) -> Callable[..., Any]:
+def _first_run_alone(function: Callable[..., _Result], dynamics: BoundDynamics) -> Callable[..., _Result]:
     """``function``, whose runs after the first one only repeat it."""
     ran = False
 
-    def run(*args: Any) -> Any:
+    def run(*args: object) -> _Result:
         nonlocal ran
         with dynamics.repeating() if ran else contextlib.nullcontext():
             ran = True
@@ -74,7 +84,7 @@ def _leaves(dynamics: BoundDynamics, z: Tensor, t: Tensor) -> list[Tensor] | Non
     return list({id(x): x for x in [*found, *known] if x is not state}.values())
 
 
-def _find_leaves(outputs: Sequence[Tensor], start: int, known: Sequence[Any] = ()) -> list[Tensor] | None:
+def _find_leaves(outputs: Sequence[Tensor], start: int, known: Sequence[object] = ()) -> list[Tensor] | None:
     """The leaves of the graph of ``outputs``; None if one of its nodes is older than number ``start``.
 
     It ends at the tensors ``known``, too.
@@ -82,8 +92,8 @@ def _find_leaves(outputs: Sequence[Tensor], start: int, known: Sequence[Any] = (
     The graph of one evaluation ends in its leaves. An older node in it belongs to another computation's graph.
     """
     leaves: dict[int, Tensor] = {}
-    pending: list[Any] = [x.grad_fn for x in outputs if x.grad_fn is not None]
-    seen: set[Any] = {x.grad_fn for x in known if isinstance(x, Tensor)}
+    pending: list[Node] = [x.grad_fn for x in outputs if x.grad_fn is not None]
+    seen: set[Node | None] = {x.grad_fn for x in known if isinstance(x, Tensor)}
     while pending:
         node = pending.pop()
         if node in seen:
@@ -104,17 +114,17 @@ def _find_leaves(outputs: Sequence[Tensor], start: int, known: Sequence[Any] = (
 class _Call:
     """One call of a function of nested arguments, for autograd, which wants them in a row."""
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def __init__(self, function: Callable[..., object], args: tuple[object, ...]) -> None:
         self.function = function
         self.flat, self.arguments = tree_flatten(args)
-        self.result: Any = None  # the structure of the result
+        self.result: TreeSpec | None = None  # the structure of the result
 
-    def run(self, flat: Sequence[Any]) -> list[Any]:
+    def run(self, flat: Sequence[object]) -> list[Any]:
         outputs, self.result = tree_flatten(self.function(*tree_unflatten(flat, self.arguments)))
         return outputs
 
 
-def _replay(function: Callable[..., Any], args: tuple[Any, ...], leaves: Sequence[Tensor]) -> Any:
+def _replay(function: Callable[..., _Result], args: tuple[object, ...], leaves: Sequence[Tensor]) -> _Result:
     """``function(*args)``, whose graph is made in the backward pass.
 
     Gradients reach the tensors in ``args`` and ``leaves``. The second run has the random numbers and the autocast
@@ -122,6 +132,7 @@ def _replay(function: Callable[..., Any], args: tuple[Any, ...], leaves: Sequenc
     """
     call = _Call(function, args)
     outputs: Any = _Replay.apply(call, len(call.flat), *call.flat, *leaves)
+    assert call.result is not None
     return tree_unflatten(outputs, call.result)
 
 
@@ -129,7 +140,7 @@ class _Replay(torch.autograd.Function):
     """A call as one node of the graph. Its forward looks at the random state, so it keeps its own context."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, count: int, *values: Any) -> tuple[Any, ...]:
+    def forward(ctx: Any, call: _Call, count: int, *values: Any) -> tuple[object, ...]:
         ctx.call, ctx.count = call, count
         ctx.autocast = _autocast_of(values[0].device.type)
         ctx.random = (torch.get_rng_state(), *get_device_states(*values[:count]))
@@ -141,12 +152,12 @@ class _Replay(torch.autograd.Function):
         return tuple(x.view_as(x) if id(x) in inputs else x for x in call.run(values[:count]))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         count, needed = ctx.count, ctx.needs_input_grad[2:]
         values = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
         leaves = values[count:]
 
-        def gradient(args: Sequence[Any], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        def gradient(args: Sequence[object], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
             again = torch.is_grad_enabled()  # it is to be differentiated itself, and its arguments are leaves
             known = [*(args if again else map(_variable, args)), *leaves]
             with torch.enable_grad(), _random_state(*ctx.random), ctx.autocast():
@@ -181,16 +192,17 @@ class _Replay(torch.autograd.Function):
         return None, None, *_replay(gradient, (values[:count], gradients), leaves)
 
 
-def _variable(x: Any) -> Any:
+def _variable(x: object) -> object:
     """A tensor of numbers as a leaf that requires a gradient; anything else as it is.
 
     All of them do, so that nothing inside makes another leaf from one that does not.
     """
-    differentiable = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-    return x.detach().requires_grad_() if differentiable else x
+    if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
+        return x.detach().requires_grad_()
+    return x
 
 
-def is_complete(outputs: Sequence[Tensor], known: Sequence[Any], start: int) -> bool:
+def is_complete(outputs: Sequence[Tensor], known: Sequence[object], start: int) -> bool:
     """Whether the graph of ``outputs``, made since number ``start``, ends in tensors that are ``known``.
 
     A leaf may also share the memory of one of them, since a derivative by the time makes a new variable from it.
@@ -207,7 +219,7 @@ def _random_state(cpu: Tensor, devices: list[int], states: list[Tensor]) -> Iter
         yield
 
 
-def _autocast_of(kind: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+def _autocast_of(kind: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
     """A context of autocast as it is now on devices of this kind."""
     if not torch.amp.is_autocast_available(kind):  # such as meta
         return contextlib.nullcontext

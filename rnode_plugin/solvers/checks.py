@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 from ..errors import ConfigError, suggest
 
@@ -34,7 +34,7 @@ def check_quadrature(quadrature: str) -> None:
     check_name(quadrature, QUADRATURES, "quadrature")
 
 
-def check_positive(value: Any, name: str) -> None:
+def check_positive(value: object, name: str) -> None:
     """Refuse what is neither None nor a finite number > 0."""
     if value is not None and not (_is_number(value) and value > 0):
         raise ConfigError(f"{name} must be a number > 0 or None, not {value!r}.")
@@ -48,7 +48,7 @@ def check_tolerances(atol: Tolerance, rtol: Tolerance) -> None:
         raise ConfigError("atol and rtol are both 0, which no step can meet: raise one of them.")
 
 
-def check_tolerance(value: Any, name: str) -> None:
+def check_tolerance(value: object, name: str) -> None:
     """Refuse a tolerance that is not a number >= 0."""
     # a tensor of tolerances is checked where it is given: a check here would make each solve wait
     tensor = hasattr(value, "dtype") and not isinstance(value, float)
@@ -56,7 +56,7 @@ def check_tolerance(value: Any, name: str) -> None:
         raise ConfigError(f"{name} must be a number >= 0, not {value!r}.")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     """Whether ``value`` is a finite number, not a truth value."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -6,7 +6,7 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -186,11 +186,11 @@ def _draw_stages(method: Method, lengths: Sequence[float]) -> list[Draw | None]:
         # a step needs a stage that is not drawn, which lacks the penalties that need a product
         return [draw_stage(method) for _ in lengths]
     points = (torch.rand(count, dtype=torch.float64) + torch.arange(count)) * size
-    draws: list[Draw | None] = [{} for _ in lengths]
+    draws: list[Draw] = [{} for _ in lengths]
     starts, ends = [0.0, *itertools.accumulate(lengths)], list(itertools.accumulate(method.draws))
     for point in points.tolist():
         k = min(bisect.bisect_right(starts, point), len(lengths)) - 1
         stage = min(bisect.bisect_right(ends, (point - starts[k]) / lengths[k]), len(ends) - 1)
-        draw: Any = draws[k]
+        draw = draws[k]
         draw[stage] = draw.get(stage, 0.0) + size / lengths[k]
-    return draws
+    return list(draws)

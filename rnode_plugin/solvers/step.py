@@ -164,7 +164,8 @@ def _weigh(
         if draw is not None and any(value is None for value in values[: len(weights)]):
             parts = [values[stage] * (dt * share) for stage, share in draw.items()]
             found[place] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        elif (first := values[0]).ndim == 1:
+        elif values[0].ndim == 1:
+            first: Tensor = values[0]
             like = first if like is None else like
             if first.dtype is like.dtype and first.shape == like.shape:
                 together.append(place)

@@ -6,7 +6,7 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ..core.derivatives import RATES, VELOCITY, AutogradField
 from ..core.dynamics import Dynamics
 from ..core.followed_solve import Kinds
 from ..core.surroundings import module_of
+from ..core.view import State
 from ..errors import ConfigError
 from .followed import Follow, Layout
 
@@ -85,7 +86,7 @@ class Augmented:
         if not name.endswith("_adjoint"):
             return lambda t, state, dt: found(t, layout.of_user(state), dt)
 
-        def of_adjoint(t: Tensor, state: Sequence[Tensor], dt: Tensor) -> Any:
+        def of_adjoint(t: Tensor, state: Sequence[Tensor], dt: Tensor) -> object:
             time, y, adjoint, *rest = state
             return found(t, (time, layout.flat_of_user(y), layout.flat_of_user(adjoint), *rest), dt)
 
@@ -182,7 +183,7 @@ def _one_in_eight() -> Iterator[int]:
 def to_event(
     system: Augmented,
     event_fn: Any,
-    start: tuple[Tensor, Any],
+    start: tuple[Tensor, State],
     end: tuple[Tensor, Sequence[Tensor]],
     integrals: dict[str, Tensor],
 ) -> dict[str, Tensor]:
@@ -206,7 +207,7 @@ def to_event(
     if not change.requires_grad:
         return integrals
 
-    def slopes() -> tuple[Any, tuple[Tensor, ...]]:
+    def slopes() -> tuple[Tensor | int, tuple[Tensor, ...]]:
         with torch.enable_grad():
             at = [x.clone().requires_grad_() for x in (t, *y)]
             by = torch.autograd.grad(value(at[0], at[1:]), at, allow_unused=True)
@@ -223,7 +224,9 @@ class _ToEvent(torch.autograd.Function):
     """Integrals whose end moves with the value of an event function."""
 
     @staticmethod
-    def forward(ctx: Any, slopes: Callable[[], Any], change: Tensor, *integrals: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, slopes: Callable[[], tuple[Tensor | int, tuple[Tensor, ...]]], change: Tensor, *integrals: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.slopes = slopes
         ctx.save_for_backward(change)
         return tuple(value.clone() for value in integrals)
@@ -239,9 +242,9 @@ class _Once(torch.autograd.Function):
     """The gradient by a value, which cannot be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: object, value: Tensor, gradient: Tensor) -> Tensor:
         return gradient.clone()
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
+    def backward(ctx: object, *_: object) -> NoReturn:
         raise ConfigError("penalties up to an event have no second derivatives: differentiate them once.")

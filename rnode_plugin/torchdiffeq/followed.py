@@ -21,6 +21,9 @@ from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import QUADRATURES
 
+Given = dict[str, Any]
+"""The keyword arguments of torchdiffeq's functions."""
+
 Penalized = int | Sequence[int] | slice | Tensor
 """A tensor of a tuple or several, or the columns of one tensor: a slice, or a mask of booleans."""
 
@@ -120,10 +123,10 @@ class Layout:
             view = View(view.is_tuple, places, columns, dim)
         return cls(tuple(x.shape for x in tensors), view)
 
-    def tensors(self, y: Any) -> tuple[Tensor, ...]:
+    def tensors(self, y: State) -> tuple[Tensor, ...]:
         return self.view.tensors(y)
 
-    def of_user(self, state: Sequence[Tensor]) -> Any:
+    def of_user(self, state: Sequence[Tensor]) -> State:
         """The user's state, from a state that may have penalties after it."""
         return tuple(state[: len(self.shapes)]) if self.view.is_tuple else state[0]
 

@@ -21,24 +21,24 @@ from ..core.view import State
 from ..core.weighing import Regularizers, warn_of_flat_state
 from ..errors import ConfigError
 from .augmented import Augmented, extended, to_event
-from .followed import Follow, Layout, Penalized, follow
+from .followed import Follow, Given, Layout, Penalized, follow
 
 Tolerances = float | Tensor | Sequence[float | Tensor] | None
 """One tolerance, or one for each tensor of a tuple; None for the default of an adjoint."""
 
 # as they were before `install` or `regularize` put others in their place
-PLAIN: dict[str, Any] = {"odeint": torchdiffeq.odeint, "odeint_adjoint": torchdiffeq.odeint_adjoint}
+PLAIN: dict[str, Callable[..., Any]] = {"odeint": torchdiffeq.odeint, "odeint_adjoint": torchdiffeq.odeint_adjoint}
 
 
 def odeint(
-    func: Callable[..., Any],
+    func: Callable[..., State],
     y0: State,
     t: Tensor,
     *,
     rtol: Tolerances = 1e-7,
     atol: Tolerances = 1e-9,
     method: str | None = None,
-    options: dict[str, Any] | None = None,
+    options: dict[str, object] | None = None,
     event_fn: Callable[..., Tensor] | None = None,
     regularizers: Regularizers = None,
     penalized: Penalized | None = None,
@@ -109,19 +109,19 @@ def odeint(
 
 
 def odeint_adjoint(
-    func: Callable[..., Any],
+    func: Callable[..., State],
     y0: State,
     t: Tensor,
     *,
     rtol: Tolerances = 1e-7,
     atol: Tolerances = 1e-9,
     method: str | None = None,
-    options: dict[str, Any] | None = None,
+    options: dict[str, object] | None = None,
     event_fn: Callable[..., Tensor] | None = None,
     adjoint_rtol: Tolerances = None,
     adjoint_atol: Tolerances = None,
     adjoint_method: str | None = None,
-    adjoint_options: dict[str, Any] | None = None,
+    adjoint_options: dict[str, object] | None = None,
     adjoint_params: Any = None,
     regularizers: Regularizers = None,
     penalized: Penalized | None = None,
@@ -157,7 +157,7 @@ def odeint_adjoint(
 
 
 def _with_penalties(
-    name: str, func: Callable[..., Any], y0: State, t: Tensor, given: dict[str, Any], wanted: Follow
+    name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given, wanted: Follow
 ) -> tuple[Any, ...]:
     penalties = ReturnedPenalties(wanted.weighted)
     solution, integrals, dims = solve(name, func, y0, t, given, wanted)
@@ -166,7 +166,7 @@ def _with_penalties(
 
 
 def solve(
-    name: str, func: Callable[..., Any], y0: State, t: Tensor, given: dict[str, Any], wanted: Follow
+    name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given, wanted: Follow
 ) -> tuple[Any, dict[str, Tensor], int]:
     """One solve by torchdiffeq's function ``name``.
 

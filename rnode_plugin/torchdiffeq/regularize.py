@@ -20,11 +20,11 @@ from ..core.weighing import Regularizers
 from ..errors import ConfigError
 from . import integrate
 from .augmented import here
-from .followed import Penalized, follow
+from .followed import Given, Penalized, follow
 from .integrate import PLAIN, solve
 
 # makes a solve with penalties of the arguments (name, func, y0, t, given), and returns what torchdiffeq would
-Following = Callable[[str, Any, Any, Tensor, dict[str, Any]], Any]
+Following = Callable[[str, Callable[..., State], State, Tensor, Given], Any]
 
 _OURS = ("regularizers", "penalized", "batch_dim", "trace_noise", "quadrature")
 
@@ -37,13 +37,13 @@ _NOT_SEEN = (
 _installed: Following | None = None
 
 
-def _leading(name: str) -> Any:
+def _leading(name: str) -> Callable[..., Any]:
     """The replacement of torchdiffeq's function ``name``, which it calls outside of blocks and ``install``."""
     plain, with_penalties = PLAIN[name], getattr(integrate, name)
     defaults = {key: value for key, value in with_penalties.__kwdefaults__.items() if key not in _OURS}
 
     @functools.wraps(plain)
-    def leading(func: Callable[..., Any], y0: State, t: Tensor, **given: Any) -> Any:
+    def leading(func: Callable[..., State], y0: State, t: Tensor, **given: Any) -> Any:
         if given.get("regularizers") is not None:
             return with_penalties(func, y0, t, **given)
         given = {key: value for key, value in given.items() if key not in _OURS}
@@ -103,7 +103,7 @@ def regularize(
     found = ReturnedPenalties(wanted.weighted, absent=_NOT_SEEN)
     trains = False
 
-    def collect(name: str, func: Callable[..., Any], y0: State, t: Tensor, given: dict[str, Any]) -> Any:
+    def collect(name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given) -> Any:
         nonlocal trains
         with_gradients = torch.is_grad_enabled()
         if trains and not with_gradients:
@@ -150,7 +150,7 @@ def install(regularizers: Regularizers = None, *, tally: Tally | None = None, **
     global _installed
     wanted, counted = follow(regularizers, **options), tally or Tally()
 
-    def add_gradient(name: str, func: Callable[..., Any], y0: State, t: Tensor, given: dict[str, Any]) -> Any:
+    def add_gradient(name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given) -> Any:
         if not wanted.weighted or not torch.is_grad_enabled():
             return PLAIN[name](func, y0, t, **given)
         solution, integrals, dims = solve(name, func, y0, t, given, wanted)
@@ -187,7 +187,7 @@ def _with_cost(solution: Any, cost: Tensor) -> Any:
 
 
 _lock = threading.Lock()
-_bound: list[tuple[dict[str, Any], str, Any]] = []
+_bound: list[tuple[dict[str, object], str, object]] = []
 
 
 def _bind() -> None:

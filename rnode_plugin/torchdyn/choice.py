@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,16 @@ _FAMILIES = {
 _RK4_NODES = (0.0, 0.0, 0.5, 0.5)  # the times at which torchdyn's rk4 evaluates, see NeuralODE
 
 
+class SolverObject(Protocol):
+    """What every solver object has, torchdyn's or a user's. Other attributes are read where they are there."""
+
+    stepping_class: str
+
+    def step(
+        self, f: Velocity, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None = None, args: Any = None
+    ) -> StepResult: ...
+
+
 class RungeKutta38(DiffEqSolver):
     """Kutta's 3/8 rule (order 4, fixed steps), the paper's training solver, which torchdyn does not have.
 
@@ -56,12 +66,12 @@ class RungeKutta38(DiffEqSolver):
         self.dtype = dtype
 
     def step(
-        self, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None = None, args: Any = None
+        self, f: Velocity, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None = None, args: object = None
     ) -> tuple[None, Tensor, None]:
         return None, get_method("rk4_38").advance(f, x, t, dt, k1)[1], None
 
 
-def resolve_solver(solver: str | nn.Module, role: str = "solver") -> nn.Module:
+def resolve_solver(solver: str | nn.Module, role: str = "solver") -> SolverObject:
     """torchdyn's solver object for a name, or the object itself.
 
     Raises:
@@ -77,7 +87,7 @@ def resolve_solver(solver: str | nn.Module, role: str = "solver") -> nn.Module:
             "torchdyn's MultipleShootingLayer, which takes no regularizers."
         )
     if not isinstance(solver, str):
-        if callable(getattr(solver, "step", None)) and hasattr(solver, "stepping_class"):
+        if _is_solver(solver):
             return solver
         raise ConfigError(
             f"{role}={solver!r} is not a solver: give a name, or an object with `step(f, x, t, dt, k1, args)` and "
@@ -86,7 +96,11 @@ def resolve_solver(solver: str | nn.Module, role: str = "solver") -> nn.Module:
     return _build(solver, torch.float32, role)
 
 
-def _build(name: str, dtype: torch.dtype, role: str = "solver") -> nn.Module:
+def _is_solver(solver: object) -> TypeGuard[SolverObject]:
+    return callable(getattr(solver, "step", None)) and hasattr(solver, "stepping_class")
+
+
+def _build(name: str, dtype: torch.dtype, role: str = "solver") -> SolverObject:
     # torchdyn builds the tableau of a name in single precision and only then converts it to the type of the state
     if name == "rk4_38":
         return RungeKutta38(dtype)
@@ -95,7 +109,7 @@ def _build(name: str, dtype: torch.dtype, role: str = "solver") -> nn.Module:
     return str_to_solver(name, dtype)
 
 
-def refuse_leapfrog(solver: Any) -> None:
+def refuse_leapfrog(solver: object) -> None:
     """Refuse a solver that evaluates the field on one half of the state's columns, the positions."""
     if isinstance(solver, AsynchronousLeapfrog):
         raise ConfigError(
@@ -104,15 +118,16 @@ def refuse_leapfrog(solver: Any) -> None:
         )
 
 
-def _tableau_of(solver: Any) -> list[Tensor]:
+def _tableau_of(solver: object) -> list[Tensor]:
     """A solver object's tableau: nodes, rows, weights, and weights of the error."""
-    if getattr(solver, "tableau", None) is None:
+    tableau = getattr(solver, "tableau", None)
+    if tableau is None:
         return []
-    nodes, rows, weights, errors = solver.tableau
+    nodes, rows, weights, errors = tableau
     return [nodes, *rows, weights, errors]
 
 
-def solver_name(solver: Any) -> str:
+def solver_name(solver: SolverObject) -> str:
     """The name of a solver object's family; for a user's solver, ``"dopri5"`` or ``"euler"``."""
     for kind, name in _FAMILIES.items():
         if isinstance(solver, kind):
@@ -122,7 +137,7 @@ def solver_name(solver: Any) -> str:
     return "dopri5" if solver.stepping_class == "adaptive" else "euler"
 
 
-def kept_times(t_span: Tensor, save_at: Any) -> list[int]:
+def kept_times(t_span: Tensor, save_at: Tensor | Sequence[float]) -> list[int]:
     """The places of ``save_at`` in ``t_span``; a ConfigError unless each of these times is one of them, once."""
     save_at = save_at.to(t_span) if isinstance(save_at, Tensor) else torch.tensor(save_at).to(t_span)
     matches = torch.isclose(t_span[:, None], save_at[None])
@@ -137,18 +152,18 @@ def kept_times(t_span: Tensor, save_at: Any) -> list[int]:
 class Chooser(Protocol):
     """The attributes of a NeuralODE that choose its solver; all but the last four are torchdyn's."""
 
-    solver: Any
-    solver_adjoint: Any
+    solver: SolverObject
+    solver_adjoint: SolverObject
     sensalg: str
     atol: float
     rtol: float
     atol_adjoint: float
     rtol_adjoint: float
-    interpolator: Any
+    interpolator: str | Callable[..., object] | None
     _max_nfe: int | None
     _quadrature: str
     _error_norm: str
-    _named: Sequence[tuple[nn.Module, str]]
+    _named: Sequence[tuple[SolverObject, str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +231,7 @@ def _read(model: Chooser) -> list[object]:
     return found
 
 
-def _name_of(solver: nn.Module, named: Sequence[tuple[nn.Module, str]]) -> str | None:
+def _name_of(solver: SolverObject, named: Sequence[tuple[SolverObject, str]]) -> str | None:
     """The name that a solver object was made from; None for a user's object or a changed tableau."""
     for made, name in named:
         if made is solver:
@@ -234,8 +249,8 @@ def _handing_on(solver: Solver, args: object) -> Solver:
 
 
 def solver_from_torchdyn(
-    solver: nn.Module,
-    adjoint: nn.Module,
+    solver: SolverObject,
+    adjoint: SolverObject,
     sensitivity: str,
     *,
     names: Sequence[str | None],
@@ -246,7 +261,7 @@ def solver_from_torchdyn(
     max_nfe: int | None = None,
     quadrature: str = "full",
     error_norm: str = "rms",
-    interpolator: Any = None,
+    interpolator: str | Callable[..., object] | None = None,
     interpolated: type[Adjoint] = Adjoint,
 ) -> Solver:
     """The solver that steps as torchdyn's solver objects do.
@@ -285,7 +300,9 @@ def solver_from_torchdyn(
     )  # fmt: skip
 
 
-def method_from_torchdyn(solver: Any, name: str | None = None, *, interpolator: Any = None) -> Method:
+def method_from_torchdyn(
+    solver: SolverObject, name: str | None = None, *, interpolator: str | Callable[..., object] | None = None
+) -> Method:
     """The steps of a torchdyn solver object, hypersolvers and a user's solver included, exactly as torchdyn's.
 
     A solver of a known family (or a subclass: a hypersolver adds its correction to the same stages) has that
@@ -311,7 +328,9 @@ def method_from_torchdyn(solver: Any, name: str | None = None, *, interpolator: 
     if draws is None and weights is not None and min(weights) >= 0 and solver.stepping_class == "fixed":
         draws = weights
     adaptive = solver.stepping_class == "adaptive"
-    interpolates = adaptive and interpolator is not None and not isinstance(solver, Tsitouras45)
+    interpolate = None
+    if adaptive and interpolator is not None and not isinstance(solver, Tsitouras45):
+        interpolate = _Interpolate(interpolator)
     return Method(
         family.name if family else type(solver).__name__,
         _Step(solver, name, {}),
@@ -325,11 +344,13 @@ def method_from_torchdyn(solver: Any, name: str | None = None, *, interpolator: 
         max_factor=float(getattr(solver, "max_factor", 10.0)),
         nodes=_RK4_NODES if type(solver) is RungeKutta4 else family.nodes if family else None,
         fit=None,  # torchdyn divides no interval evenly
-        interpolate=_Interpolate(interpolator) if interpolates else None,
+        interpolate=interpolate,
     )
 
 
-def _changed_weights(solver: Any, family: Method) -> Any:
+def _changed_weights(
+    solver: SolverObject, family: Method
+) -> tuple[tuple[float, ...], tuple[float, ...] | None] | None:
     """The weights in a tableau that a user changed, and the weights of its error; None for unchanged weights."""
     tableau = _tableau_of(solver) if type(solver) in _FAMILIES else []  # a subclass may keep anything there
     if not tableau or family.weights is None:
@@ -348,10 +369,10 @@ class _Step:
     that may do more with the step than scale velocities.
     """
 
-    def __init__(self, solver: Any, name: str | None, args: object) -> None:
+    def __init__(self, solver: SolverObject, name: str | None, args: object) -> None:
         self.solver, self.name, self.args = solver, name, {} if args is None else args
         self.known = type(solver) in _FAMILIES
-        self._ready: tuple[tuple[torch.dtype, torch.device] | None, Any] = (None, None)
+        self._ready: tuple[tuple[torch.dtype, torch.device] | None, SolverObject] = (None, solver)
 
     def __call__(self, f: Velocity, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
         like, solver = self._ready
@@ -372,14 +393,14 @@ class _Step:
                 return mirrored.original(new_velocity), new, error
         return solver.step(f, x, t, dt, k1=k1, args=self.args)
 
-    def _solver_like(self, x: Tensor, t: Tensor) -> Any:
+    def _solver_like(self, x: Tensor, t: Tensor) -> SolverObject:
         """The solver object for states like ``x``. One made from a name is ours: no other model moves it."""
         with on_host():
-            solver: Any = self.solver
+            solver = self.solver
             if self.name is not None:
                 solver = _build(self.name, torch.float64 if x.dtype is torch.float64 else torch.float32)
-            if hasattr(solver, "sync_device_dtype"):
-                solver.sync_device_dtype(x, t)
+            if sync := getattr(solver, "sync_device_dtype", None):
+                sync(x, t)
         if self.name is not None and not transforms_active():  # what is made inside a transform belongs to it
             self._ready = (x.dtype, x.device), solver
         return solver
@@ -405,7 +426,7 @@ class _Mirrored:
 class _Interpolate:
     """torchdyn's fourth-order interpolant as a function of one of our steps."""
 
-    def __init__(self, interpolator: Any) -> None:
+    def __init__(self, interpolator: str | Callable[..., object]) -> None:
         self._interpolator = interpolator
 
     def __call__(
@@ -413,8 +434,8 @@ class _Interpolate:
     ) -> list[Tensor]:
         if not times:
             return []
-        by = self._interpolator
-        by = str_to_interp(by, z.dtype) if isinstance(by, str) else by
+        given = self._interpolator
+        by: Any = str_to_interp(given, z.dtype) if isinstance(given, str) else given
         by.sync_device_dtype(z, t)
         middle = z + dt * sum(w * k for w, k in zip(by.bmid, step.stages, strict=True))
         coefficients = by.fit(dt, first.dz, step.last.dz, z, step.z, middle)

@@ -63,7 +63,7 @@ class CNF(torchdyn_cnf.CNF):
         self.event_shape = None if event_shape is None else tuple(check_shape(event_shape, "event_shape"))
         self.t: Tensor | None = None  # filled as DepthCat's is, for when the module is called with the state alone
 
-    def forward(self, t: Tensor, x: Tensor | None = None, args: Any = None) -> Tensor:  # pyright: ignore
+    def forward(self, t: Tensor, x: Tensor | None = None, args: object = None) -> Tensor:  # pyright: ignore
         """The field at ``t`` and ``x [B, 1 + D]``; ``cnf(x)``, in an nn.Sequential, is at the solver's time."""
         if x is None:
             x, t = t, self.t  # pyright: ignore[reportAssignmentType]
@@ -92,7 +92,7 @@ class CNF(torchdyn_cnf.CNF):
             return z
         return z.reshape(z.shape[0], *self.event_shape)
 
-    def _velocity(self, args: Any) -> Callable[..., Tensor]:
+    def _velocity(self, args: object) -> Callable[..., Tensor]:
         function = call_of(self.net, args)
         return function if self.order == 1 else first_order_system(function, self.order)
 
@@ -153,8 +153,7 @@ def _estimator(spec: str | TraceEstimator | Callable[..., Tensor] | None) -> Tra
 
 def check_shape(shape: Sequence[int] | int, name: str) -> torch.Size:
     """The shape of one sample or context: a whole number >= 1 or a sequence of them."""
-    sizes: Any = [shape] if is_count(shape) else shape
-    good = isinstance(sizes, Sequence) and len(sizes) > 0 and all(map(is_count, sizes))
-    if not good:
+    sizes: object = [shape] if is_count(shape) else shape
+    if not isinstance(sizes, Sequence) or not sizes or not all(map(is_count, sizes)):
         raise ConfigError(f"{name} must hold one or more whole numbers >= 1, not {shape!r}.")
     return torch.Size(int(size) for size in sizes)

@@ -20,6 +20,7 @@ from ..core.map_jacobian import Jacobian, wants_map
 from ..core.modes import on_host, outside_inference
 from ..core.objective import FlowOutput
 from ..core.penalties import OneProcessADevice, Penalties, attach
+from ..core.regularizer import Regularizer
 from ..core.signature import accepts, refuse_state_first, time_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..core.weighing import Regularizers
@@ -178,7 +179,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         *,
         solver: Solver | None = None,
         estimator: TraceEstimator | None = None,
-        regularizers: Sequence[Any] = (),
+        regularizers: Sequence[Regularizer] = (),
     ) -> RegularizedCNF:
         """A copy that shares the parameters, with another solver, trace estimator or penalties.
 
@@ -388,7 +389,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             times = times.to(like)
             return followed.times(times.flip(0) if backward else times)
 
-    def _check(self, x: Any) -> None:
+    def _check(self, x: object) -> None:
         if not isinstance(x, Tensor) or x.shape[1:] != self.event_shape:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ConfigError(f"samples must be a tensor (B, *{tuple(self.event_shape)}), not {got}.")
@@ -419,10 +420,11 @@ def _objects_and_solver(
         forward, backward, sensitivity, names=names, atol_adjoint=atol_adjoint, rtol_adjoint=rtol_adjoint,
         **{"atol": 1e-5, "rtol": 1e-5, **options},
     )  # fmt: skip
-    return nn.ModuleDict({"solver": forward, "adjoint": backward}), made
+    objects: dict[str, Any] = {"solver": forward, "adjoint": backward}
+    return nn.ModuleDict(objects), made
 
 
-def _precision(net: Any) -> torch.dtype:
+def _precision(net: object) -> torch.dtype:
     """The precision of times for a net: of its parameters, and no less than torch's default."""
     parameters = net.parameters() if isinstance(net, nn.Module) else ()
     dtypes = [p.dtype for p in parameters if p.is_floating_point()]
@@ -448,7 +450,7 @@ def _base_and_shape(
     return copy.deepcopy(base), check_shape(base.event_shape, "the base's event shape")
 
 
-def _moved(part: Any, fn: Callable[[Tensor], Tensor], done: dict[int, Any]) -> Any:
+def _moved(part: Any, fn: Callable[[Tensor], Tensor], done: dict[int, object]) -> Any:
     """A distribution with ``fn`` applied to all of its tensors; they are not parameters, so torch moves none.
 
     ``done`` holds what is moved already, by the id of the original: a transform and its inverse share references.

@@ -49,7 +49,7 @@ class _Slot(NamedTuple):
     attributes: dict[str, Any]
     name: str
 
-    def fill(self, value: Any) -> None:
+    def fill(self, value: object) -> None:
         self.attributes[self.name] = value
 
 
@@ -142,7 +142,7 @@ class TorchdynField(AutogradField):
         function: Callable[..., Tensor],
         *extra: Tensor,
         slots: Slots,
-        aux: Any,
+        aux: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None,
         plain: bool = False,
     ) -> None:
         super().__init__(function, aux=aux)
@@ -164,7 +164,7 @@ def field_of(
     net: Any,
     modules: Sequence[nn.Module],
     slots: Slots,
-    args: Any,
+    args: object,
     *,
     takes: Takes,
     order: int = 1,
@@ -222,7 +222,7 @@ class NetDynamics(Dynamics):
         slots, needs = Slots(modules, z), kinds.needs | ({"vjp"} if divergence else set[str]())
         differentiates = divergence and estimator.asks != ""
         if context is None:
-            field: Any = field_of(
+            field: Field = field_of(
                 net,
                 modules,
                 slots,
@@ -314,8 +314,8 @@ class TorchdynSystem(BoundDynamics):
         dims: number of dimensions of a sample that the penalties are about.
     """
 
-    module: Any
-    args: Any
+    module: nn.Module
+    args: object
     dynamics: Dynamics
     event_shape: Sequence[int] | None
     cost: Cost | None
@@ -394,10 +394,10 @@ def warn_of_unread_columns(system: TorchdynSystem, t: Tensor, x: Tensor) -> bool
 def system_of(
     vf: Any,
     x: Tensor,
-    args: Any,
+    args: object,
     followed: Followed,
     *,
-    takes: Callable[[Any], Takes] = field_takes,
+    takes: Callable[[object], Takes] = field_takes,
     one_graph: bool,
     hidden_cost: Cost | None = None,
 ) -> TorchdynSystem:
@@ -437,7 +437,7 @@ def system_of(
         z = state if view is None else view.of(state)
         if cnfs and followed.penalized is None:
             estimator = estimator_of(cnfs[0]) or estimator
-    field: Any = field_of(net, modules, slots, args, takes=takes(net), order=order, needs=needs)
+    field: Field = field_of(net, modules, slots, args, takes=takes(net), order=order, needs=needs)
     whole = traced or view is None
     if whole and (traced or kinds.penalties) and not needs.isdisjoint(("vjp", "jvp")):
         exact = order == 1 and type(estimator) is Exact and "vjp" in needs
@@ -505,7 +505,7 @@ def adds_time(module: nn.Module) -> bool:
     return type(module) is DepthCat and module.idx_cat in (1, -1)
 
 
-def tensors_of(parts: Iterable[Any], args: Any) -> list[Tensor]:
+def tensors_of(parts: Iterable[object], args: object) -> list[Tensor]:
     """What an adjoint differentiates by: the parameters of the modules in ``parts``, and tensors in ``args``."""
     found = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
     given = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.requires_grad]
@@ -522,7 +522,7 @@ def aux_of(modules: Iterable[Any]) -> Callable[[Tensor, Tensor], Mapping[str, Te
     return next((module.aux for module in modules if callable(getattr(type(module), "aux", None))), None)
 
 
-def originals(function: Callable[..., Any], modules: Iterable[nn.Module]) -> Callable[..., Any]:
+def originals(function: Callable[..., Tensor], modules: Iterable[nn.Module]) -> Callable[..., Tensor]:
     """``function`` with the originals of all that is compiled inside: torch.compile has no double backward."""
     for module in modules:
         held = vars(module)
@@ -534,8 +534,8 @@ def originals(function: Callable[..., Any], modules: Iterable[nn.Module]) -> Cal
     return function
 
 
-def _without_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
-    def evaluate(*args: Any) -> Any:
+def _without_compiler(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def evaluate(*args: object) -> Tensor:
         # inside a compiled region the stance cannot change; the caller's compiler decides there
         inside = torch.compiler.is_compiling()
         with contextlib.nullcontext() if inside else torch.compiler.set_stance("force_eager"):

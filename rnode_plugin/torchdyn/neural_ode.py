@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -32,8 +32,8 @@ from ..plugins.registry import resolve_regularizers
 from ..solvers import Autograd, FixedGrid, Solver
 from ..solvers.checks import check_tolerance
 from ..solvers.solution import Solution
-from .choice import Choice, kept_times, refuse_leapfrog, resolve_solver, solver_name
-from .field import INTEGRAL_LOSS, Followed, TorchdynSystem, system_of, warn_of_unread_columns
+from .choice import Choice, SolverObject, kept_times, refuse_leapfrog, resolve_solver, solver_name
+from .field import INTEGRAL_LOSS, Cost, Followed, TorchdynSystem, system_of, warn_of_unread_columns
 
 _Torchdyn = torchdyn_neuralde.NeuralODE
 _THEIRS = dict(vars(_Torchdyn))  # from before install() can replace them
@@ -106,26 +106,26 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     """
 
     vf: Any
-    solver: Any
-    solver_adjoint: Any
-    integral_loss: Any
-    interpolator: Any
+    solver: SolverObject
+    solver_adjoint: SolverObject
+    integral_loss: Cost | None
+    interpolator: str | Callable[..., object] | None
 
     # defaults of objects that torchdyn's class made before install(), which have no penalties
     _penalties: Penalties = Penalties()
     _tally: Tally | None = None
     _max_nfe: int | None = None
-    _named: tuple[tuple[nn.Module, str], ...] = ()
+    _named: Sequence[tuple[SolverObject, str]] = ()
     _followed: Followed = Followed(Kinds(), Hutchinson("gaussian"))
     _quadrature: str = "full"
     _error_norm: str = "rms"
     _choice: Choice | None = None
-    _known: tuple[Any, Any] = (None, None)
+    _known: tuple[object, Takes] = (None, Takes("?"))
     _columns_known: bool = False
 
     def __init__(
         self,
-        vector_field: Callable[..., Any] | nn.Module,
+        vector_field: Callable[..., Tensor] | nn.Module,
         solver: str | nn.Module = "tsit5",
         order: int = 1,
         atol: float = 1e-3,
@@ -134,7 +134,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         solver_adjoint: str | nn.Module | None = None,
         atol_adjoint: float = 1e-4,
         rtol_adjoint: float = 1e-4,
-        interpolator: str | Callable[..., Any] | None = None,
+        interpolator: str | Callable[..., object] | None = None,
         integral_loss: Callable[..., Tensor] | None = None,
         seminorm: bool = False,
         return_t_eval: bool = True,
@@ -168,7 +168,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             raise ConfigError(
                 f"penalized= must be a slice of the state's columns or a mask of booleans (D,), not {penalized!r}."
             )
-        tolerances: dict[str, Any] = {
+        tolerances: dict[str, float] = {
             "atol": atol, "rtol": rtol, "atol_adjoint": atol_adjoint, "rtol_adjoint": rtol_adjoint,
         }  # fmt: skip
         for name, value in tolerances.items():
@@ -205,8 +205,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         self,
         x: Any,
         t_span: Any = None,
-        save_at: Any = (),
-        args: Any = {},  # noqa: B006  (torchdyn's default; never written to)
+        save_at: Tensor | Sequence[float] = (),
+        args: object = {},
         *,
         penalties: bool | None = None,
     ) -> Any:
@@ -234,8 +234,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         self,
         x: Any,
         t_span: Any,
-        save_at: Any = (),
-        args: Any = {},  # noqa: B006
+        save_at: Tensor | Sequence[float] = (),
+        args: object = {},
         *,
         penalties: bool | None = None,
     ) -> tuple[Tensor, Any]:
@@ -313,7 +313,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     def regularization(self) -> dict[str, Tensor]:
         """Integral of each penalty along the last call's trajectory, ``(B,)`` by name, differentiable.
 
-        After :meth:`collect_penalties` it is the sum over the collected calls.
+        After :meth:`collect_penalties` it is the sum over the collected calls. Without ``regularizers`` it is {}.
 
         Raises:
             ConfigError: if there is none: no call yet, one that did not follow penalties or ended in an error, or
@@ -325,7 +325,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         """Sum over penalties of lambda * mean over the batch / dimensions of ``z`` (eq. 17): a scalar in nats/dim.
 
         It belongs to the last call, or to all calls of a :meth:`collect_penalties` block. A batch without samples
-        counts as 0.
+        counts as 0. Without ``regularizers`` it is 0, before the first call too, so that one training loop serves a
+        baseline as well.
 
         Args:
             step: steps that the optimizer has taken, for a lambda that is a function of it.
@@ -355,7 +356,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     def vf_params(self, value: Tensor) -> None:
         """torchdyn's constructor and solves assign it; there is nothing to keep."""
 
-    def _start(self, x: Any, t_span: Any, solver: Solver) -> tuple[Tensor, Tensor]:
+    def _start(self, x: object, t_span: Any, solver: Solver) -> tuple[Tensor, Tensor]:
         """The checked state and times of a solve, which a field or a penalty may mark or write into."""
         if not isinstance(x, Tensor):
             raise ConfigError(
@@ -403,14 +404,14 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         left.add(integrals, system.dims)
         return sol
 
-    def _takes(self, net: Any) -> Takes:
+    def _takes(self, net: object) -> Takes:
         """How ``net`` is called, found out once for each forward method: another one may be put in its place."""
         known = net, getattr(net, "forward", None)
         if self._known[0] != known:
             self._known = known, field_takes(net)
         return self._known[1]
 
-    def _solver(self, args: Any) -> Solver:
+    def _solver(self, args: object) -> Solver:
         """The solver of a call with ``args``, resolved again after an attribute or a solver object has changed."""
         choice = self._choice
         if choice is None or not choice.is_current(self):
@@ -427,7 +428,7 @@ _BEHAVIOR = {
     if name == "__init__" or not name.startswith(("__", "_abc_"))
 }
 
-_installed_regularizers: Any = None  # names: each model resolves them to its own objects
+_installed_regularizers: Regularizers = None  # names: each model resolves them to its own objects
 _installed_tally = Tally()
 _installed_torchdiffeq = False
 
