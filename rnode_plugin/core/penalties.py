@@ -116,7 +116,7 @@ class Penalties(Mapping[str, Tensor]):
         return len(self.weighted)
 
     def as_dict(self) -> dict[str, Tensor]:
-        """The integrals ``(B,)``, summed over solves, whose batches must be of one size.
+        """The integrals ``(B,)``, summed over solves, whose batches must be of one size; none without regularizers.
 
         Raises:
             ConfigError: if there are none, after the end of the ``torch.func.vmap`` that they were made in, and for
@@ -124,7 +124,7 @@ class Penalties(Mapping[str, Tensor]):
         """
         rows = [solve.integrals for solve in self._solves()]
         if not rows[1:]:
-            return dict(rows[0])
+            return dict(rows[0]) if rows else {}
         sizes = sorted({len(value) for row in rows for value in row.values()})
         if sizes[1:]:
             raise ConfigError(
@@ -136,7 +136,8 @@ class Penalties(Mapping[str, Tensor]):
     def loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
         """Sum over penalties of lambda * mean over the batch / dimensions of ``z`` (eq. 17): a scalar in nats/dim.
 
-        Several solves are summed. A batch without samples counts as 0. After a backward pass, which frees the
+        Several solves are summed. A batch without samples counts as 0, and so does a model without regularizers,
+        before its first call too. After a backward pass, which frees the
         graph, the value can still be read, and torch refuses a second backward pass through it.
 
         Args:
@@ -165,11 +166,8 @@ class Penalties(Mapping[str, Tensor]):
     def _solves(self) -> list[_Solve]:
         mine = self._followed
         if not mine.solves:
-            if not self.weighted:
-                raise ConfigError(
-                    "there are no penalties: none were asked for. Give regularizers=, such as "
-                    "regularizers={'kinetic': 0.01}."
-                )
+            if not self.weighted:  # a sum over nothing, before a call as after it
+                return []
             if mine.begun:
                 raise ConfigError(
                     "there are no penalties: the last call ended in an error before they were complete. Its error "

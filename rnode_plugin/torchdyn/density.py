@@ -307,7 +307,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
     def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
         """The penalties of the last :meth:`log_prob` or :meth:`inverse_and_log_prob` in nats/dim.
 
-        ``step`` and ``lambdas`` as in :meth:`NeuralODE.reg_loss`.
+        ``step`` and ``lambdas`` as in :meth:`NeuralODE.reg_loss`; 0 without regularizers.
         """
         return self._penalties.loss(step=step, **lambdas)
 
