@@ -149,6 +149,44 @@ def test_a_solver_object_may_be_changed_between_solves(solver: Any) -> None:
     assert model.vf.nfe > 2 * before
 
 
+def test_the_choice_of_a_solver_is_made_once_until_something_changes() -> None:
+    model = NeuralODE(lambda x: -x, "dopri5", sensitivity="adjoint", solver_adjoint=RungeKutta4())
+    x, span = torch.ones(2, 3), torch.linspace(0, 1, 2)
+    changes: dict[str, Callable[[], object]] = {
+        "a tolerance": lambda: setattr(model, "atol", 1e-4),
+        "another solver": lambda: setattr(model, "solver", DormandPrince45()),
+        "a constant in place": lambda: model.solver.max_factor.fill_(5),  # pyright: ignore
+        "the adjoint's tableau in place": lambda: model.solver_adjoint.tableau[2].mul_(0.5),  # pyright: ignore
+        "the gradient": lambda: setattr(model, "sensalg", "autograd"),
+    }
+    for what, change in changes.items():
+        for args in ({}, {"a": 1}, {}):
+            chosen = model._choice
+            model(x, span, args=args)
+            assert model._choice is chosen, what
+        change()
+        model(x, span)
+        assert model._choice is not chosen, what
+    assert model._choice is not None
+    assert (model._choice.solver.method.max_factor, model._choice.solver.gradient.through_steps) == (5.0, True)
+
+
+@pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
+def test_a_solver_object_gets_the_arguments_of_each_call(sensitivity: str) -> None:
+    seen: list[object] = []
+
+    class Listening(Euler):
+        def step(self, f, x, t, dt, k1=None, args=None):
+            seen.append(args)
+            return super().step(f, x, t, dt, k1, args)
+
+    model, x, span = NeuralODE(nn.Linear(3, 3), Listening(), sensitivity=sensitivity), torch.ones(2, 3), [0.0, 1.0]
+    for args in ({"a": 1}, {}, {"b": 2}):
+        seen.clear()
+        model(x, span, args=args)[1].sum().backward()
+        assert seen == [args] * (1 if sensitivity == "autograd" else 2)
+
+
 @pytest.mark.parametrize("by_name", [True, False])
 def test_a_changed_tableau_is_the_one_that_steps_and_integrates(by_name: bool) -> None:
     """Kutta's method becomes Euler's, for a state and a penalty in double precision."""

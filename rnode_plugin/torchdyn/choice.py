@@ -171,9 +171,9 @@ class Choice:
     """The solver that the attributes of a NeuralODE describe, resolved once.
 
     torchdyn reads its attributes, and the constants and the tableau of a solver object, at each solve, so its users
-    set them between two solves, some of them in place. A choice is a copy of all these, and a copy can be out of
-    date without an error. So :func:`_read`, the one place that knows them, is compared with what it gave when the
-    choice was made. That costs about as much as one evaluation of a small penalty.
+    change them between two solves, also in place. A stale copy of them would give wrong numbers in silence, and no
+    setter sees a change in place. So :func:`_read`, the one function that knows them, is compared with what it gave
+    when the choice was made, which takes less than a hundredth of a small solve.
 
     Attributes:
         solver: the solver.
