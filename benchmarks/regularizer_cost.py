@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, NeuralODE, objective
 from rnode_plugin.core.schedules import strength_at
+from rnode_plugin.core.weighing import undivided
 from rnode_plugin.fields.potential import PotentialField
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.regularizers import undivided
 from rnode_plugin.solvers import SolverSettings
 
 NAMES = [

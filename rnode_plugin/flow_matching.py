@@ -187,7 +187,7 @@ class ODESolver:
         time_grid: Tensor | None = None,
         return_intermediates: bool = False,
         enable_grad: bool = False,
-        **model_extras: Any,
+        **model_extras: object,
     ) -> Tensor:
         """Samples from source points ``x_init (B, *event)``; the arguments are flow_matching's.
 
@@ -224,7 +224,7 @@ class ODESolver:
         return_intermediates: bool = False,
         exact_divergence: bool = False,
         enable_grad: bool = False,
-        **model_extras: Any,
+        **model_extras: object,
     ) -> tuple[Tensor, Tensor]:
         """Source points of samples ``x_1``, and ``log p(x_1) (B,)`` in nats; the arguments are flow_matching's.
 
@@ -261,7 +261,7 @@ class ODESolver:
         self.nfe = found.nfe
         return path, log_prob
 
-    def _field(self, extras: dict[str, Any]) -> Any:
+    def _field(self, extras: dict[str, object]) -> Any:
         """The velocity as a function of time and state."""
         model = self.velocity_model
         model = functools.partial(model, **extras) if extras else model

@@ -155,8 +155,8 @@ def test_the_choice_of_a_solver_is_made_once_until_something_changes() -> None:
     changes: dict[str, Callable[[], object]] = {
         "a tolerance": lambda: setattr(model, "atol", 1e-4),
         "another solver": lambda: setattr(model, "solver", DormandPrince45()),
-        "a constant in place": lambda: model.solver.max_factor.fill_(5),  # pyright: ignore
-        "the adjoint's tableau in place": lambda: model.solver_adjoint.tableau[2].mul_(0.5),  # pyright: ignore
+        "a constant in place": lambda: model.solver.max_factor.fill_(5),
+        "the adjoint's tableau in place": lambda: model.solver_adjoint.tableau[2].mul_(0.5),
         "the gradient": lambda: setattr(model, "sensalg", "autograd"),
     }
     for what, change in changes.items():

@@ -112,7 +112,7 @@ def _regularizer(entry: Any, by_name: Callable[[str], Regularizer | Callable[...
 class _OfPlainFunction:
     """A function of ``(t, z, dz)`` as a function of an evaluation; a class, because pickle takes no closure."""
 
-    function: Callable[[Tensor, Tensor, Tensor], Tensor]
+    function: Callable[..., Any]
 
     def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
         return self.function(evaluation.t, evaluation.z, evaluation.dz)

@@ -153,7 +153,7 @@ class Registry:
             )
         return owners[0]
 
-    def call(self, kind: str, name: str, /, *arguments: Any, **options: Any) -> Any:
+    def call(self, kind: str, name: str, /, *arguments: object, **options: object) -> Any:
         """Call the object that is registered as ``name``, so that an exception in it names the plugin.
 
         All errors of this package's own registrations pass, because they are bugs. A RnodeError also passes, except

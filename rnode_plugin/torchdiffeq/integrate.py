@@ -7,7 +7,7 @@ NFE and values of the user's state are the same as in the plain call.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def odeint(
     rtol: Tolerances = 1e-7,
     atol: Tolerances = 1e-9,
     method: str | None = None,
-    options: dict[str, object] | None = None,
+    options: Mapping[str, object] | None = None,
     event_fn: Callable[..., Tensor] | None = None,
     regularizers: Regularizers = None,
     penalized: Penalized | None = None,
@@ -116,12 +116,12 @@ def odeint_adjoint(
     rtol: Tolerances = 1e-7,
     atol: Tolerances = 1e-9,
     method: str | None = None,
-    options: dict[str, object] | None = None,
+    options: Mapping[str, object] | None = None,
     event_fn: Callable[..., Tensor] | None = None,
     adjoint_rtol: Tolerances = None,
     adjoint_atol: Tolerances = None,
     adjoint_method: str | None = None,
-    adjoint_options: dict[str, object] | None = None,
+    adjoint_options: Mapping[str, object] | None = None,
     adjoint_params: Any = None,
     regularizers: Regularizers = None,
     penalized: Penalized | None = None,

@@ -48,7 +48,7 @@ class SolverObject(Protocol):
     stepping_class: str
 
     def step(
-        self, f: Velocity, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None = None, args: Any = None
+        self, f: Velocity, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None = None, args: object = None
     ) -> StepResult: ...
 
 

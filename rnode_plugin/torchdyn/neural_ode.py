@@ -106,8 +106,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     """
 
     vf: Any
-    solver: SolverObject
-    solver_adjoint: SolverObject
+    solver: Any
+    solver_adjoint: Any
     integral_loss: Cost | None
     interpolator: str | Callable[..., object] | None
 
@@ -125,7 +125,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
     def __init__(
         self,
-        vector_field: Callable[..., Tensor] | nn.Module,
+        vector_field: Callable[..., Any] | nn.Module,
         solver: str | nn.Module = "tsit5",
         order: int = 1,
         atol: float = 1e-3,
@@ -205,7 +205,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         self,
         x: Any,
         t_span: Any = None,
-        save_at: Tensor | Sequence[float] = (),
+        save_at: Any = (),
         args: object = {},
         *,
         penalties: bool | None = None,
