@@ -20,10 +20,11 @@ def citation(
     methods: Iterable[str] = (),
     density: bool = False,
 ) -> str:
-    """BibTeX entries, one for each paper, the paper of neural ODEs first.
+    """Collect the BibTeX entries of all papers behind a model, each once, the paper on neural ODEs first.
 
     Args:
-        regularizers: penalties, cited by their ``source``. A paper of another package is left to that package.
+        regularizers: penalties, cited by their ``source``. One from another package is left out if papers.bib does
+            not list its key.
         estimator: the estimator of the trace; None if none is estimated.
         methods: names of the solver methods.
         density: whether the model is a continuous normalizing flow.
@@ -38,6 +39,7 @@ def citation(
 
 
 def _entries() -> dict[str, str]:
-    """The entries of papers.bib by their keys."""
+    """The entries in papers.bib by key."""
     text = Path(__file__).with_name("papers.bib").read_text(encoding="utf-8")
+    # an entry ends at the first brace that stands alone on its line
     return {entry[1]: entry[0].strip() for entry in re.finditer(r"^@\w+\{(\w+),.*?^\}$", text, re.M | re.S)}

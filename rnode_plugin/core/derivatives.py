@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""A vector field ``f(t, z)``: time, a scalar tensor, and state ``(B, *event)`` to velocity ``(B, *event)``."""
+"""A vector field ``f(t, z)``. It maps a scalar time and a state ``(B, *event)`` to a velocity ``(B, *event)``."""
 
 DirectionalDerivative = Callable[[Tensor, float], Tensor]
 
@@ -52,10 +52,10 @@ class Ask(NamedTuple):
 
 
 VELOCITY = Ask()
-"""The velocity alone. Of an augmented system also the penalties that need nothing more."""
+"""The velocity alone. An augmented system adds the penalties that read nothing else."""
 
 RATES = Ask("noise", jvp=True, divergence=True, aux=True)
-"""All rates of an augmented system, from the one pass over the field that it needs for them."""
+"""All rates of an augmented system, computed from a single pass over the field."""
 
 
 class Linearization(NamedTuple):
@@ -63,11 +63,11 @@ class Linearization(NamedTuple):
 
     Attributes:
         dz: velocity ``f(t, z)``, ``(B, *event)``.
-        products: ``noise^T df/dz`` of the shape of the noise, or all rows of ``df/dz``, ``(D, B, *event)``.
-        jvp: ``(v, dt)`` to ``df/dz v + dt df/dt``, ``v`` and the result of the shape of ``z``.
+        products: ``noise^T df/dz`` with the shape of the noise, or all rows of ``df/dz``, ``(D, B, *event)``.
+        jvp: function from ``(v, dt)`` to ``df/dz v + dt df/dt``; ``v`` and the result have the shape of ``z``.
         divergence: exact ``div f``, ``(B,)``.
-        aux: values by name, such as ``"potential_rate"``, the ``(B,)`` of a potential's d/dt that ``hjb`` reads.
-        pull: ``v`` to ``v^T df/dz``, ``v`` and the result of the shape of ``z``.
+        aux: values by name, such as ``"potential_rate"``, the ``dPhi/dt (B,)`` of a potential that ``hjb`` reads.
+        pull: function from ``v`` to ``v^T df/dz``; ``v`` and the result have the shape of ``z``.
     """
 
     dz: Tensor
@@ -103,6 +103,7 @@ class Field(Protocol):
 
 def as_field(field: Velocity, view: View | None = None) -> Field:
     """``field`` itself if it implements the protocol for all of the state, else an :class:`AutogradField` of it."""
+    # a field with a faster pass differentiates the whole state, so with a view autograd does the work instead
     if isinstance(field, AutogradField) and field.view is view:
         return field
     if view is None and isinstance(field, Field):
@@ -111,9 +112,9 @@ def as_field(field: Velocity, view: View | None = None) -> Field:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of ``module`` may do more than its class does: it has hooks, or another forward method.
+    """Whether a call of ``module`` may do more than its class does, through hooks or a replaced ``forward``.
 
-    Hooks of all modules count too, except torch's own, which count operations and leave values.
+    Hooks that are registered for all modules count too, except torch's own, which only count operations.
     """
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
@@ -122,12 +123,13 @@ def has_hooks(module: nn.Module) -> bool:
     for hook in (*of_torch._global_forward_hooks.values(), *of_torch._global_forward_pre_hooks.values()):
         if not getattr(hook, "__module__", "").startswith("torch."):
             return True
+    # a forward that was assigned to this one instance, as offloading tools do
     return "forward" in vars(module)
 
 
 @dataclass(slots=True)
 class _Known:
-    """What is known about a field, so that no evaluation finds it out again."""
+    """What checks have found out about a field. Copies of the field share it, so each check runs once."""
 
     ignores_state: bool = False
     samples_are_apart: bool = False
@@ -138,12 +140,11 @@ class AutogradField:
     """A differentiable function ``(t, z)`` as a :class:`Field`, by reverse-mode automatic differentiation.
 
     It also works under ``no_grad``, ``inference_mode`` and the transforms of ``torch.func``. Results have a graph
-    if gradients are enabled. Reverse mode twice gives ``J v``. It is faster in training than forward mode, and it
-    is right for custom autograd Functions, for which nested forward mode silently gives zero. A field that cuts its
-    graph is refused, and so is the exact Jacobian of a field that mixes samples.
+    if gradients are enabled. ``J v`` comes from applying reverse mode twice. In training this is faster than
+    forward mode, and it is right for custom autograd Functions, for which nested forward mode silently gives zero.
 
-    Subclasses override ``__call__``. Do not pass ``self.method`` as the function: it would create a reference cycle
-    in every solve.
+    Subclasses override ``__call__``. Do not pass ``self.method`` as the function, because it would create a
+    reference cycle in every solve.
 
     Args:
         field: the function.
@@ -152,6 +153,10 @@ class AutogradField:
         aux: maps ``(t, z)`` to values by name that the field offers. None takes the function's method ``aux``, if
             it has one.
         around: what the function reads and changes in addition to its arguments.
+
+    Raises:
+        ConfigError: from :meth:`linearize`, for a field that cuts its graph, for the exact Jacobian of a field that
+            mixes samples, and for layers whose backward pass cannot be differentiated.
     """
 
     def __init__(
@@ -172,6 +177,7 @@ class AutogradField:
 
     def inside(self, around: Surroundings) -> Self:
         """This field with other surroundings."""
+        # a shallow copy, so that both share _known
         twin = copy.copy(self)
         twin._around = around
         return twin
@@ -185,6 +191,8 @@ class AutogradField:
         view = self.view
         if view is None:
             return self._differentiate(self, t, z, noise, ask, aux)
+        # Only the part is a variable: the rest of the state enters as a constant. The whole velocity is picked up
+        # on the way, since a second evaluation would cost as much and could draw other random numbers.
         velocities: list[Tensor] = []
 
         def part(t: Tensor, x: Tensor) -> Tensor:
@@ -193,8 +201,8 @@ class AutogradField:
             return view.of(velocities[-1])
 
         found = self._differentiate(part, t, view.of(z), noise, ask, aux)
-        whole = velocities[0]
-        if not torch.is_grad_enabled():  # a product has made a graph
+        whole = velocities[0]  # from the first call; checks may have added more
+        if not torch.is_grad_enabled():  # the graph was for the products, the caller wants none
             whole = tuple(map(without_graph, whole)) if view.is_tuple else without_graph(whole)
         return found._replace(dz=whole)
 
@@ -218,8 +226,9 @@ class AutogradField:
                 t, z = _as_variables(t, z, keep=keep)
             else:
                 t, z = _usable(t), _as_variable(z, keep=keep)
+            # products are differentiated again by a loss (keep), and J v takes two derivatives for its value
             looks = not known.twice_differentiable and (keep or ask.jvp)
-            start = next_number(z) if looks else 0
+            start = next_number(z) if looks else 0  # nodes with a lower number are older than this evaluation
             dz = f(t, z)
             if looks:
                 known.twice_differentiable = check_second_derivative(
@@ -230,6 +239,7 @@ class AutogradField:
                 """``v^T d(dz)/dz``; zero for a field that ignores its state."""
                 vjp = None
                 if dz.requires_grad:
+                    # without a further reader, torch may free the graph during this product
                     retain = keep or several or ask.jvp or ask.pull
                     v = _usable(v).to(dz.dtype)
                     vjp = torch.autograd.grad(dz, z, v, retain, create_graph=keep, allow_unused=True)[0]
@@ -282,7 +292,7 @@ class AutogradField:
 
 
 def _later(pull: Callable[[Tensor], Tensor], keep: bool, v: Tensor) -> Tensor:
-    """``pull`` of an evaluation, called after it, in any grad mode."""
+    """Call ``pull`` after its evaluation has ended, in any grad mode."""
     with torch.inference_mode(False), torch.enable_grad():
         found = pull(v)
     return found if keep else without_graph(found)
@@ -302,6 +312,7 @@ def _in_transform(f: Velocity, t: Tensor, z: Tensor, noise: Tensor | None, ask: 
     products, divergence = _products(ask, z, noise, lambda v: pull_both(v.to(dz.dtype))[1])
 
     def jvp(v: Tensor, dt: float = 0.0) -> Tensor:
+        # u -> (u^T df/dt, u^T df/dz) is linear, so its transpose at any u, here 0, gives df/dt dt + df/dz v
         transpose = torch.func.vjp(pull_both, torch.zeros_like(dz))[1]
         return transpose((torch.full_like(t, dt), v.to(z.dtype)))[0]
 
@@ -325,7 +336,7 @@ def total_derivative(field: Velocity, t: Tensor, z: Tensor, order: int) -> Tenso
 
 
 def without_graph(x: Tensor) -> Tensor:
-    """``x`` without its graph. A tangent of forward-mode differentiation stays; ``detach`` would drop it."""
+    """``x`` without its graph, but with its forward-mode tangent, which ``detach`` alone would drop."""
     if transforms_active():  # no graph is made there unless the caller's gradients are enabled
         return x
     primal, tangent = forward_ad.unpack_dual(x)
@@ -334,6 +345,7 @@ def without_graph(x: Tensor) -> Tensor:
 
 def trace_of_rows(rows: Tensor) -> Tensor:
     """The trace ``(B,)`` of Jacobians given by their rows ``(D, B, *event)``."""
+    # (D, B, *event) -> (D, B, D); the extra dimension is for samples (B,), which have no event to flatten
     return rows.unsqueeze(-1).flatten(2).diagonal(dim1=0, dim2=2).sum(-1)
 
 
@@ -373,7 +385,7 @@ def _double_reverse(
 ) -> DirectionalDerivative:
     """Derivatives along directions from the graph of ``dz``; ``zero()`` where that does not reach ``z``.
 
-    ``u^T J`` is linear in ``u``, and its own transpose is the product wanted.
+    ``u^T J`` is linear in ``u``, so its derivative by ``u``, pulled back with ``v``, is ``J v`` for any ``u``.
     """
 
     def jvp(v: Tensor, dt: float = 0.0) -> Tensor:
@@ -385,12 +397,13 @@ def _double_reverse(
         if not dz.requires_grad:
             return zero()
         u = torch.zeros_like(dz).requires_grad_()
-        u = _Variables.apply(z, u)[1] if keep else u
+        u = _Variables.apply(z, u)[1] if keep else u  # younger than z, which keeps the walk back to it short
         inputs, tangents = ((z,), (v,)) if dt == 0 else ((z, t), (v, torch.full_like(t, dt)))
         pulled = torch.autograd.grad(dz, inputs, u, create_graph=True, allow_unused=True)
         if pulled[0] is None:
-            zero()
+            zero()  # for its check alone: df/dt may still contribute
         pairs = [(p, w.to(p.dtype)) for p, w in zip(pulled, tangents, strict=True) if p is not None]
+        # what is linear in u and does not depend on u is zero
         pairs = [(p, w) for p, w in pairs if p.requires_grad]
         if not pairs:
             return torch.zeros_like(z)
@@ -403,11 +416,11 @@ def _double_reverse(
 
 
 def _refuse_mixed_samples(z: Tensor, dz: Tensor) -> None:
-    """Refuse a field whose velocity at one sample depends on other samples: a row of its Jacobian adds them up.
+    """Refuse a field whose velocity at one sample depends on other samples, since one product would mix their rows.
 
-    Where samples are apart, a vector that is scaled by one number per sample gives the product scaled by the same
-    numbers. They are powers of two, so that low precision rounds both in the same way. The check is left out where
-    the host does not see values.
+    If samples are independent, scaling a vector by one number per sample scales the product by the same numbers.
+    They are powers of two, so that low precision rounds both in the same way. The check is left out where the host
+    cannot read values.
     """
     capturing = z.is_cuda and torch.cuda.is_current_stream_capturing()
     unseen = z.is_meta or capturing or exporting() or torch.compiler.is_compiling()
@@ -437,12 +450,12 @@ def _usable(x: Tensor) -> Tensor:
 def _as_variable(x: Tensor, *, keep: bool) -> Tensor:
     """``x`` as a new variable to differentiate by, with the tangent of ``x``.
 
-    It is a new one even if ``x`` requires a gradient: a derivative by the time must not run through a state that
-    was computed from the same time.
+    It is a new one even if ``x`` requires a gradient, because a derivative by the time must not run through a state
+    that was computed from the same time.
     """
     x = _usable(x)
     if keep and x.requires_grad:
-        return x.view_as(x)
+        return x.view_as(x)  # a node of the graph, so that the loss still reaches x
     primal, tangent = forward_ad.unpack_dual(x)
     variable = primal.detach().requires_grad_()
     return variable if tangent is None else forward_ad.make_dual(variable, tangent)
@@ -456,10 +469,10 @@ def _as_variables(t: Tensor, z: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
 
 
 class _Variables(torch.autograd.Function):
-    """The tensors as they are, as the outputs of one node of the graph.
+    """Views of the tensors as outputs of one node of the graph.
 
-    Autograd walks the graph back to the earliest tensor that it differentiates by. From a leaf it would visit all
-    steps of a solve at each evaluation.
+    Autograd walks the graph back as far as the earliest tensor that it differentiates by. If one of these were a
+    leaf, each evaluation would walk back over all earlier steps of the solve.
     """
 
     @staticmethod

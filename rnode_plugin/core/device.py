@@ -1,10 +1,10 @@
-"""The operations of a device, where launches and bytes are what a step costs.
+"""The operations of a device, where kernel launches and memory traffic dominate the time of a step.
 
 A chain is a small pure function of tensors that runs as one kernel. Inside transforms and where a graph is recorded
-it runs operation by operation. Else it goes through torch.compile, which makes one kernel of it.
-On ``meta`` a custom operator stands for that kernel, so that kernels and bytes can be counted without a card.
+it runs operation by operation. Elsewhere torch.compile fuses it into one kernel.
+On ``meta`` a custom operator represents that kernel, so that kernels and bytes can be counted without a GPU.
 
-Nobody has measured this file on a card yet.
+The speed of this file has not been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .pointwise import Activation, BetweenLayers, Layer
 
 
 def operations(device: str) -> Operations:
-    """The operations of a device: single kernels on ``meta`` and where torch can compile."""
+    """The operations for a device. These are single kernels on ``meta`` and where torch can compile."""
     return SingleKernels() if device == "meta" or _compiler_works(device) else OneByOne()
 
 
@@ -46,7 +46,7 @@ def _compiler_works(device: str) -> bool:
 
 
 class Chain:
-    """A pure function whose first argument is a tensor, as one kernel.
+    """A pure function whose first argument is a tensor, run as one kernel.
 
     Args:
         function: of tensors, lists of tensors and names. Its results share no memory with its arguments.
@@ -63,7 +63,7 @@ class Chain:
     def __call__(self, x: Tensor, *rest: Any) -> Any:
         if torch.is_grad_enabled() or transforms_active() or torch.compiler.is_compiling():
             return self._function(x, *rest)
-        # on a real device the operator would double what a call costs the host
+        # on a real device the custom operator would double the host's time per call
         return (self._operator if x.is_meta else _compiled(self._function))(x, *rest)
 
 
@@ -80,7 +80,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     compiled, of_thread = torch.compile(function, dynamic=True), _OfThread()
 
     def run(*args: Any) -> Any:
-        if of_thread.limit is None:  # names, numbers of tensors and layouts
+        if of_thread.limit is None:
+            # each name, number of tensors and layout is compiled separately, above torch's limit of 8
             of_thread.limit = patch(cache_size_limit=64)
         with of_thread.limit:
             return compiled(*args)
@@ -92,7 +93,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Sums(torch.autograd.Function):
-    """``sum x y`` over an event, of squares if there is no ``y``."""
+    """``sum x y`` over an event, or ``sum x^2`` if ``y`` is None."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
@@ -110,7 +111,7 @@ class _Sums(torch.autograd.Function):
 
 
 def event_sum(x: Tensor) -> Tensor:
-    return x if x.ndim == 1 else x.sum(tuple(range(1, x.ndim)))  # to flatten it could copy it
+    return x if x.ndim == 1 else x.sum(tuple(range(1, x.ndim)))  # flatten would copy a channels_last tensor
 
 
 def summed(x: Tensor, y: Tensor) -> Tensor:
@@ -129,10 +130,11 @@ _TWICE = Chain(twice, "(Tensor x, Tensor g) -> Tensor")
 
 
 class _OneByOneCombination(Combination):
-    """Where the length of the step is on the host, one operation per stage."""
+    """One operation per stage, where the length of the step is on the host."""
 
     def at(self, row: Sequence[float]) -> Tensor:
         x = self.x
+        # a length on the device would have to be read for alpha=, which waits for the device
         if x is None or self.dt.device == x.device:
             return super().at(row)
         for weight, stage in zip(row, self.stages, strict=False):
@@ -144,7 +146,8 @@ class _OneByOneCombination(Combination):
 class _KernelCombination(_OneByOneCombination):
     """Each combination in one kernel.
 
-    It hands state and stages on to the next one, so that their gradients add up in one kernel too.
+    State and stages pass through the kernel to the next combination. In the backward pass their gradients then
+    arrive together and are summed by the same kernel, not by one addition for each combination.
     """
 
     def at(self, row: Sequence[float]) -> Tensor:
@@ -162,7 +165,7 @@ class _KernelCombination(_OneByOneCombination):
 
 
 class _Combine(torch.autograd.Function):
-    """``x + dt sum_j row_j stages_j``, and its arguments."""
+    """``x + dt sum_j row_j stages_j``, followed by ``x`` and the stages, unchanged."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -170,7 +173,7 @@ class _Combine(torch.autograd.Function):
         ctx.row, ctx.dt = row, dt
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         ctx.layout = torch.channels_last if last else torch.contiguous_format
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # a stage that nothing reads later has no gradient to add
         return _COMBINE(x, stages, row, dt), x, *stages
 
     @staticmethod
@@ -198,13 +201,13 @@ _SPREAD = Chain(spread, "(Tensor g, Tensor?[] more, Tensor row, Tensor dt) -> Te
 
 # between two layers ---------------------------------------------------------------------------------------------
 
-# an operator takes no objects, so it finds an activation by its name
+# a custom operator takes tensors, numbers and strings only, so it looks up the activation by name
 _activations: dict[str, Activation] = {}
 
 
 @dataclass(eq=False)
 class _KernelsBetweenLayers(BetweenLayers):
-    """A kernel adds bias and time before it takes the value, and computes the slope again from what was kept."""
+    """One kernel adds bias and time and applies the activation. Others recompute the slope from what was kept."""
 
     _rows: list[tuple[Tensor, ...]] = field(default_factory=list[tuple[Tensor, ...]], init=False)
 
@@ -212,7 +215,7 @@ class _KernelsBetweenLayers(BetweenLayers):
         _activations[self.activation.name] = self.activation
 
     def shifts(self, t: Tensor, maps_of: Callable[..., list[Tensor]]) -> list[Any]:
-        if not self._rows:  # the same in a whole solve
+        if not self._rows:  # weights do not change within a solve, so the rows are cut once
             rows = [maps_of(row, self.bias.dtype) for row in (self.bias, self.response) if row is not None]
             self._rows = list(zip(*rows, strict=True))
         return [(t, *row) for row in self._rows]
@@ -230,7 +233,7 @@ class _KernelsBetweenLayers(BetweenLayers):
         return _TIMES_SLOPE(x, kept, self.activation.name)
 
     def slope(self, kept: Tensor) -> Tensor:
-        return kept
+        return kept  # each kernel recomputes the slope, so none is written to memory
 
     def scale(self, x: Tensor, slope: Tensor) -> Tensor:
         return _TIMES_SLOPE(x, slope, self.activation.name)
@@ -275,7 +278,7 @@ _PULL = Chain(pull, "(Tensor below, Tensor kept, Tensor added, str name) -> Tens
 
 
 class OneByOne(Operations):
-    """Operation by operation, in the forms that are fast on a device."""
+    """One kernel per operation, in the forms that are fast on a device."""
 
     combination = _OneByOneCombination
 
@@ -288,13 +291,13 @@ class OneByOne(Operations):
     def convolved(self, y: Tensor) -> Tensor:
         if not y.is_meta:
             return y
-        # meta forgets the layout that a device's libraries give their results
+        # a device's libraries return channels_last here, which the kernels of `meta` do not reproduce
         _, channels, h, w = y.shape
         return y.as_strided(y.shape, (h * w * channels, 1, w * channels, channels))
 
 
 class SingleKernels(OneByOne):
-    """Chains of operations as single kernels, where no graph of them is asked for."""
+    """Chains of operations run as single kernels, except inside transforms and exports."""
 
     combination = _KernelCombination
     between_layers = _KernelsBetweenLayers

@@ -1,4 +1,4 @@
-"""Densities with or without a context: the base class of all models, and its torch.distributions.Distribution."""
+"""The base class of all densities, with or without a context, and its torch.distributions.Distribution."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ _ONE = torch.Size()
 
 
 class StandardNormal(Independent):
-    """The standard normal of vectors, whose draws may come from a generator.
+    """The standard normal distribution of vectors, whose draws may come from a generator.
 
-    Its log-density is one sum of squares, without the scale and the place that torch's has.
+    Its log-density is one sum of squares. torch's would also subtract a mean of 0 and divide by a scale of 1.
     """
 
     @classmethod
     def like(cls, z: Tensor) -> StandardNormal:
-        """The standard normal of vectors like ``z (D,)``, of its dtype and on its device."""
+        """The standard normal distribution of vectors like ``z (D,)``, with its dtype and on its device."""
         zeros = torch.zeros_like(z)
         return cls(Normal(zeros, zeros + 1, validate_args=False), 1, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """``log N(value; 0, I)`` in nats, of the shape in front of the last dimension."""
+        """``log N(value; 0, I)`` in nats, ``(...)`` for ``value (..., D)``."""
         found = standard_normal_log_prob(value)
         return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape)) if self.batch_shape else found
 
     def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        """``n`` draws ``(n, D)`` from ``generator``, of the distribution's device; None: torch's global one."""
+        """``n`` draws ``(n, D)`` from ``generator``, which is on this device; None: torch's global generator."""
         like = self.mean
         return torch.randn(n, *self.event_shape, dtype=like.dtype, device=like.device, generator=generator)
 
@@ -58,18 +58,19 @@ class StandardNormal(Independent):
 class DensityModel(nn.Module, ABC):
     """A density ``p(x)`` or ``p(x | context)`` that a flow carries to a base distribution.
 
-    All models of this package are of this class. Training, evaluation, diagnosis, importance sampling and export
-    call what is documented here and nothing else. Your own model sets the attributes and writes :meth:`encode` and
-    :meth:`decode`; the other methods follow from these two. The page "Write a model" has an example.
+    All models here derive from this class. Training, evaluation, diagnosis, importance sampling and export call
+    what is documented here and nothing else. To write your own model, set the attributes and implement
+    :meth:`encode` and :meth:`decode`; the other methods follow from these two. The page "Write a model" has an
+    example.
 
     Attributes:
         event_shape: shape of one sample.
         context_shape: shape of one context; None if the density takes none.
         base: distribution of the latents, with an empty batch shape.
-        solver (Solver): the one of a call that brings none.
-        estimator: of the trace.
+        solver (Solver): the solver of calls that do not give one.
+        estimator: the estimator of the trace.
         regularizers: the penalties that a solve can follow; :meth:`keep_regularizers` sets them.
-        nfe: evaluations of the vector fields in the last solve, also of :meth:`sample`.
+        nfe: number of evaluations of the vector fields in the last solve, :meth:`sample` included.
 
     Example:
         >>> import torch
@@ -107,14 +108,15 @@ class DensityModel(nn.Module, ABC):
             x: samples ``(B, *event_shape)``.
             context: ``context_shape`` for all samples or ``(B, *context_shape)``; only for a conditional density.
             noise: probe vectors of the trace as :meth:`draw_noise` gives them; None draws them.
-            penalties: whether to follow the penalties; None: in training mode with gradients enabled, which
-                :meth:`follows_penalties` decides.
+            penalties: whether to integrate the penalties. None means yes in training mode with gradients enabled,
+                and no otherwise (:meth:`follows_penalties`).
             solver: the integrator, with its quadrature; None: :attr:`solver`.
-            check: whether to wait for the device and raise the error of a solve that failed. False: the caller
+            check: whether to wait for the device and raise the error of a solve that failed. With False the caller
                 reads the output's ``health``.
 
         Returns:
-            FlowOutput: ``x`` as given, the latents ``z``, and ``logdet`` of the map from ``x`` to ``z``.
+            FlowOutput: ``x`` as given, the latents ``z``, and ``logdet (B,)`` in nats of the map from ``x`` to
+            ``z``.
 
         Raises:
             ConfigError: for samples, contexts or noise of the wrong shape, type or range.
@@ -137,15 +139,16 @@ class DensityModel(nn.Module, ABC):
         Arguments and errors as for :meth:`encode`.
 
         Returns:
-            FlowOutput: the samples ``x``, ``z`` as given, and ``logdet`` of the map from ``x`` to ``z``.
+            FlowOutput: the samples ``x``, ``z`` as given, and ``logdet (B,)`` in nats of the map from ``x`` to
+            ``z``.
         """
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        """:meth:`encode`."""
+        """Call :meth:`encode`."""
         return self.encode(*args, **options)
 
     def log_prob_of(self, output: FlowOutput) -> Tensor:
-        """``log p(x) (B,)`` in nats of the samples of an output (eq. 4), with its graph.
+        """``log p(x) (B,)`` in nats for the samples of an output (eq. 4), with its graph.
 
         Raises:
             ConfigError: for a base, or an output, that does not give one number for each sample.
@@ -164,10 +167,10 @@ class DensityModel(nn.Module, ABC):
     def log_prob(
         self, x: Tensor, *, context: Tensor | None = None, noise: Sequence[Tensor | None] | None = None
     ) -> Tensor:
-        """``log p(x) (B,)`` in nats (eq. 4), unbiased with Hutchinson's estimator.
+        """``log p(x) (B,)`` in nats (eq. 4), an unbiased estimate with Hutchinson's estimator.
 
-        The trace is taken at every evaluation, also by a solver whose quadrature is sampled. Arguments and errors
-        as for :meth:`encode`.
+        The trace is taken at every evaluation, even if the solver's quadrature is sampled. Arguments and errors as
+        for :meth:`encode`.
         """
         solver = self.full_quadrature()
         return self.log_prob_of(self.encode(x, context=context, noise=noise, penalties=False, solver=solver))
@@ -175,7 +178,7 @@ class DensityModel(nn.Module, ABC):
     def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Any = None) -> Tensor:
         """The samples ``(B, *event_shape)`` of latents ``z``; arguments and errors as for :meth:`encode`.
 
-        A subclass may write a cheaper one, which follows no trace.
+        A subclass may override it with a cheaper solve that does not follow the trace.
         """
         return self.decode(z, context=context, penalties=False, solver=solver).x
 
@@ -189,20 +192,21 @@ class DensityModel(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """The samples of latents ``z`` and their ``log p(x) (B,)`` in nats, from one solve.
 
-        With ``jacobian="map"`` this is the density of the samples that the solver makes, whatever its step:
-        ``log q(z) - log |det dx/dz|``, by the Jacobian of its discrete map (as in arXiv 2512.09914). It has no
-        error of the step and none of probes wherever the map is one to one, and takes a backward pass through the
-        solve for each dimension. With gradients disabled, layers may be without a second derivative.
+        With ``jacobian="map"`` this is the density of the samples that the solver computes with its finite step,
+        ``log q(z) - log |det dx/dz|`` by the Jacobian of the discrete map (as in arXiv 2512.09914). Wherever that
+        map is one to one, the density has neither discretization error nor noise from probes. It takes one backward
+        pass through the solve for each dimension. With gradients disabled, layers need no second derivative.
 
         Args:
             z: latents ``(B, *base.event_shape)``.
             context, noise: as for :meth:`encode`.
-            jacobian: ``"trace"``, the integral of the field's trace, or ``"map"``, of a fixed grid in at most 256
-                dimensions. With gradients enabled both can be differentiated.
+            jacobian: ``"trace"`` integrates the trace of the field's Jacobian. ``"map"`` takes the Jacobian of the
+                discrete map, for a fixed grid in at most 256 dimensions. With gradients enabled both can be
+                differentiated.
 
         Raises:
-            ConfigError: as in :meth:`encode`; for a map of an adaptive solver, of more dimensions, or with noise;
-                and for a discrete map that folds, which determinants of both signs show.
+            ConfigError: as in :meth:`encode`; for ``"map"`` with an adaptive solver, with more dimensions or with
+                noise; and for a discrete map that folds, as determinants of both signs show.
             SolverError: from the solve.
         """
         if wants_map(jacobian):
@@ -228,9 +232,10 @@ class DensityModel(nn.Module, ABC):
                 f"jacobian='map' takes a backward pass through the solve for each dimension, so it is limited to "
                 f"{MOST_DIMS} dimensions. This density has {self.dims:,}: use jacobian='trace'."
             )
-        # the gradient of an adjoint is not the one of the discrete map
+        # a continuous adjoint differentiates the exact flow, not the discrete map
         solver = dataclasses.replace(self.solver, gradient="autograd")
         graph, rows = torch.is_grad_enabled(), self.context_rows(context, z)
+        # chunks bound the memory; with gradients the graph of every chunk would stay alive anyway
         size = max(len(z), 1) if graph else chunks(z)
         contexts = itertools.repeat(None) if rows is None else rows.split(size)
         parts = []
@@ -256,10 +261,10 @@ class DensityModel(nn.Module, ABC):
 
         Args:
             n: number of samples.
-            temperature: scales the latents about the mean of the base. 1 is the density itself; with less, samples
-                are nearer to its mode (the paper shows images at 0.5 to 1).
+            temperature: factor on the deviation of the latents from the mean of the base. 1 samples the density
+                itself; lower values give samples nearer to its mode (the paper shows images at 0.5 to 1).
             context: ``context_shape`` for all samples or ``(n, *context_shape)``; only for a conditional density.
-            generator: draws the latents; of the model's device. Only for a base that takes one.
+            generator: draws the latents; it is on the model's device. Only for a standard normal base.
 
         Raises:
             ConfigError: for a number or a temperature that is not positive, and for a context as in :meth:`encode`.
@@ -283,23 +288,30 @@ class DensityModel(nn.Module, ABC):
         context: Tensor | None = None,
         jacobian: Jacobian = "trace",
     ) -> ImportanceSample:
-        """Samples weighted by an unnormalized target: its normalizing constant, and expectations under it.
+        """Draw samples and weight them by an unnormalized target density.
+
+        The result estimates the target's normalizing constant and expectations under it.
 
         A noisy ``log p`` would bias ``exp(-log p)``. So the trace is exact in up to 64 dimensions, or where the
-        estimator has as many probes as there are dimensions. In more, each sample is solved with at least four
-        probes, and with more until what their noise does to log Z is below a quarter of its standard error, see
-        :func:`~rnode_plugin.core.importance_sampling.weigh`. If more than 64 were needed (or more than the
-        estimator has), the answer is a ConfigError.
+        estimator has as many probes as there are dimensions. In more dimensions each sample is solved with at least
+        four probes, and with more until the bias that their noise causes in log Z is below a quarter of the
+        standard error of log Z, see :func:`~rnode_plugin.core.importance_sampling.weigh`. If this takes more than
+        64 probes (or more than the estimator has), a ConfigError is raised.
 
-        The trace belongs to the exact flow, so a coarse step biases the weights. With ``jacobian="map"`` they have
-        no such bias, and a few steps suffice, wherever the discrete map is one to one. A map that folds at a sample
-        is refused. Where it folds at none, the places at which it does have a mass below 3 / n, at 95 %.
+        The trace belongs to the exact flow, so a coarse step biases the weights. With ``jacobian="map"`` there is
+        no such bias wherever the discrete map is one to one, and a few steps suffice. A map that folds at a sample
+        is refused. If it folds at none of n samples, the places where it does fold have a mass below 3 / n with 95
+        % confidence.
 
         Args:
-            log_target: logarithm of the target's unnormalized density: ``(n, *event_shape)`` to ``(n,)``.
+            log_target: logarithm of the target's unnormalized density in nats; maps ``(n, *event_shape)`` to
+                ``(n,)``.
             n: number of samples.
             context: ``context_shape`` for all samples or ``(n, *context_shape)``; only for a conditional density.
             jacobian: as in :meth:`inverse_and_log_prob`.
+
+        Returns:
+            ImportanceSample: the samples and their log-weights.
 
         Raises:
             ConfigError: for a number below one, a ``log_target`` that does not give ``(n,)``, a trace that is too
@@ -320,7 +332,7 @@ class DensityModel(nn.Module, ABC):
         exact = noiseless or self.dims <= max(EXACT_DIMS, probes)
         if exact:
             model = self if noiseless else self.solved_with(estimator=Exact())
-        else:  # probes of one sample are separate solves, whose spread is the noise
+        else:  # one probe for each of several solves of a sample, because their spread measures the noise
             one = Hutchinson(estimator.noise) if isinstance(estimator, Hutchinson) else None
             model = self.solved_with(estimator=one)
         z = self._draw_latents(check_count(n, "the number of samples"), None)
@@ -365,18 +377,20 @@ class DensityModel(nn.Module, ABC):
 
         Args:
             solver: a :class:`~rnode_plugin.Solver`; None: the model's.
-            estimator: of the trace; None: the model's.
-            regularizers: the penalties that the copy follows. An end time that is learned stays.
+            estimator: the estimator of the trace; None: the model's.
+            regularizers: the penalties that the copy follows. A span policy of the model, such as a learned end
+                time, stays.
         """
         twin = copy.copy(self)
-        twin._modules, twin._buffers = dict(self._modules), dict(self._buffers)  # assignments stay in the copy
+        # nn.Module keeps submodules in a dict, which a shallow copy would share: assignments must stay in the copy
+        twin._modules, twin._buffers = dict(self._modules), dict(self._buffers)
         twin.solver, twin.estimator = solver or self.solver, estimator or self.estimator
         policy = Kinds.of(self.regularizers).span
         twin.regularizers = (*regularizers, *(() if policy is None else (policy,)))
         return twin
 
     def citation(self) -> str:
-        """BibTeX of the papers behind the penalties, the trace estimator and the solver of this model."""
+        """BibTeX entries of the papers behind the penalties, the trace estimator and the solver of this model."""
         return citation(self.regularizers, estimator=self.estimator, methods=[self.solver.name], density=True)
 
     @property
@@ -390,9 +404,10 @@ class DensityModel(nn.Module, ABC):
         return [tuple(self.event_shape)]
 
     def draw_noise(self, batch: int, *, generator: torch.Generator | None = None) -> list[Tensor | None]:
-        """Noise of the trace for :meth:`encode` of ``batch`` samples, one entry for each of :attr:`block_shapes`.
+        """Draw probe vectors of the trace for ``batch`` samples, one entry for each of :attr:`block_shapes`.
 
-        ``(batch, *shape)``, with several probes ``(k, batch, *shape)``; None where the trace is exact.
+        An entry has shape ``(batch, *shape)``, or ``(k, batch, *shape)`` with k probes; it is None where the trace
+        is exact.
         """
         like = self._like()
         return [
@@ -400,25 +415,26 @@ class DensityModel(nn.Module, ABC):
         ]
 
     def follows_penalties(self, penalties: bool | None) -> bool:
-        """The argument ``penalties`` of a call, decided: None means in training mode with gradients enabled."""
+        """Resolve the argument ``penalties`` of a call. None means yes in training mode with gradients enabled."""
         return self.training and torch.is_grad_enabled() if penalties is None else penalties
 
     def full_quadrature(self, solver: Any = None) -> Any:
-        """``solver``, or None for :attr:`solver`, with the trace at every evaluation, as the argument of a call.
+        """The argument ``solver`` of a call that takes the trace at every evaluation.
 
-        It is None where :attr:`solver` itself is such a solver.
+        The result is ``solver``, or :attr:`solver` for None, with ``quadrature="full"``. It stays None if
+        :attr:`solver` has that quadrature already.
         """
         chosen = self.solver if solver is None else solver
         return solver if chosen.quadrature == "full" else dataclasses.replace(chosen, quadrature="full")
 
     def standardize(self, rows: Tensor) -> None:
-        """Called before training with all training rows of a table ``(N, columns + context)``, contexts last.
+        """Training calls this first, with all training rows of a table ``(N, columns + context)``, contexts last.
 
-        A model of tables may take their mean and deviation; this one takes nothing.
+        A model of tables may store their mean and standard deviation. The base class does nothing.
         """
 
     def in_range(self, x: Tensor) -> Tensor:
-        """Samples moved into the range of the data by :meth:`sample`; a model of images clamps them to [0, 1]."""
+        """Samples moved into the range of the data; :meth:`sample` calls it. Image models clamp to [0, 1]."""
         return x
 
     def context_rows(self, context: Tensor | None, like: Tensor) -> Tensor | None:
@@ -426,7 +442,8 @@ class DensityModel(nn.Module, ABC):
 
         Args:
             context: one for all samples, of shape ``context_shape``, or one for each, ``(B, *context_shape)``.
-            like: samples ``(B, *event_shape)``, whose precision and device a context gets.
+            like: samples ``(B, *event_shape)``. A context is moved to their device, a floating-point one also to
+                their dtype.
 
         Raises:
             ConfigError: for a context that is missing, misshapen or not asked for.
@@ -468,7 +485,7 @@ class DensityModel(nn.Module, ABC):
         return base.sample(torch.Size([n]))
 
     def keep_regularizers(self, weighted: Mapping[str, Weighted]) -> None:
-        """Set :attr:`regularizers`; those with parameters become modules of this one.
+        """Set :attr:`regularizers`. Those that are modules become submodules, so that their parameters train.
 
         Args:
             weighted: by name, as ``rnode_plugin.plugins.registry.resolve_regularizers`` gives them.
@@ -502,7 +519,7 @@ class DensityModel(nn.Module, ABC):
 
 
 def check_floating(x: Tensor, what: str) -> None:
-    """Refuse samples that are not floating-point numbers: a solve takes the precision of its times from them."""
+    """Refuse samples that are not floating-point numbers, since the times of a solve take their precision."""
     if not x.is_floating_point():
         raise ConfigError(f"{what} must be floating-point numbers, not {x.dtype}: give x.float().")
 
@@ -510,7 +527,7 @@ def check_floating(x: Tensor, what: str) -> None:
 class FlowDistribution(Distribution):
     """The distribution of a :class:`DensityModel`, given its context.
 
-    It is a view of the model: it follows the model's parameters, and :meth:`log_prob` leaves penalties for the
+    It does not copy the model. It follows the model's parameters, and :meth:`log_prob` leaves penalties for the
     model's ``reg_loss()``. With Hutchinson's estimator log-densities are unbiased estimates.
 
     Args:
@@ -546,7 +563,10 @@ class FlowDistribution(Distribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """``log p(value | context)`` in nats, of ``value``'s shape before its event, broadcast to the batch."""
+        """``log p(value | context)`` in nats.
+
+        ``value`` has shape ``(..., *event_shape)``; the result has shape ``(...)``, broadcast with ``batch_shape``.
+        """
         if self._validate_args and value.numel() > 0:  # torch's check fails without values
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape[: value.ndim - len(self.event_shape)], self.batch_shape)
@@ -555,7 +575,7 @@ class FlowDistribution(Distribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = _ONE) -> Tensor:
-        """``(*sample_shape, *batch_shape, *event_shape)``, without a gradient."""
+        """Samples ``(*sample_shape, *batch_shape, *event_shape)``, without a gradient."""
         shape = torch.Size(sample_shape) + self.batch_shape
         z = self.model.base.sample(torch.Size([shape.numel()]))
         return self.model.inverse(z, context=self._rows(shape)).reshape(shape + self.event_shape)

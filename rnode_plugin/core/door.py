@@ -29,15 +29,16 @@ _RUNS_ONCE = (
 class Door:
     """The field of one solve, and the only object that evaluates it.
 
-    :meth:`evaluate` is the solve's own evaluation: it moves running statistics and draws masks, as a call of the
-    net does. :meth:`again` gives the same function once more, for a penalty that needs it at another point or with
-    another product. It leaves running statistics as they are and repeats the draws of the last :meth:`evaluate`.
+    :meth:`evaluate` is the evaluation that the solver asks for. It updates running statistics and draws dropout
+    masks, as a call of the net does. :meth:`again` evaluates the same function once more, for a penalty that needs
+    another point or another product. It leaves running statistics unchanged and repeats the random draws of the
+    last :meth:`evaluate`.
 
     Args:
         field: the field of the whole state.
-        net: the module that it calls; None: none is known.
+        net: the module that the field calls; None: none is known.
         view: the part of the state that penalties measure; None: all of it.
-        repeats: whether :meth:`again` may be called, for which the generators are read at each evaluation.
+        repeats: whether :meth:`again` may be called. If so, the random generators are read at each evaluation.
     """
 
     __slots__ = ("_around", "_field", "view")
@@ -51,13 +52,13 @@ class Door:
         self._field: Any = field.inside(self._around) if isinstance(field, AutogradField) else field
 
     def evaluate(self, t: Tensor, state: State, ask: Ask = VELOCITY, noise: Tensor | None = None) -> Linearization:
-        """The solve's own evaluation.
+        """Evaluate the field for the solver.
 
         Args:
-            t: the time.
+            t: the time, a scalar tensor.
             state: the whole state.
-            ask: what is wanted of the part that the view shows.
-            noise: of its products.
+            ask: what to compute for the part that the view shows, in addition to the velocity.
+            noise: the vectors of the products that ``ask`` names.
 
         Returns:
             Linearization: the velocity of the whole state, and derivatives of the part.
@@ -67,7 +68,7 @@ class Door:
         """
         around = self._around
         if around.repeats:
-            around.mark(self.part(state))
+            around.mark(self.part(state))  # before the field draws, so that `again` can repeat the draws
         try:
             if around.exclusive is None:
                 return self._field.linearize(t, state, noise, ask=ask)
@@ -82,19 +83,24 @@ class Door:
     def again(
         self, t: Tensor, state: State, ask: Ask = VELOCITY, noise: Tensor | None = None, *, z: Tensor | None = None
     ) -> Linearization:
-        """The function of the last evaluation, without a trace of this one.
+        """Evaluate the function of the last :meth:`evaluate` once more, without side effects.
 
         Args:
             t, state, ask, noise: as for :meth:`evaluate`.
             z: another value of the part that the view shows; None: the state's.
 
         Returns:
-            Linearization: as of :meth:`evaluate`.
+            Linearization: as from :meth:`evaluate`.
+
+        Raises:
+            ConfigError: as for :meth:`evaluate`; for a field that draws random numbers, if ``repeats`` is False;
+                and for a layer whose backward pass runs only once.
         """
         if z is not None:
             state = z if self.view is None else self.view.into(state, z)
         try:
             with self._around.repeated(self.part(state)):
+                # a call can be differentiated any number of times, a linearization perhaps only once
                 if ask == VELOCITY:
                     return Linearization(self._field(t, state))
                 return self._field.linearize(t, state, noise, ask=ask)
@@ -112,12 +118,13 @@ class Door:
         return state
 
     def repeating(self) -> AbstractContextManager[None]:
-        """Context for evaluations that recompute earlier ones, as a backward pass does: they leave the buffers."""
+        """Context for evaluations that recompute earlier ones, as a backward pass does. Buffers do not change."""
         return self._around.kept()
 
 
 def _explained(error: RuntimeError | AttributeError) -> ConfigError | None:
     """An error that names the remedy for a gradient inside a field; None for another error."""
+    # torch has no error classes for these two cases, so its texts have to tell them apart
     text = str(error)
     if isinstance(error, AttributeError):
         return ConfigError(_RUNS_ONCE.format(text)) if "Backward' object has no attribute" in text else None

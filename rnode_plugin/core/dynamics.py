@@ -1,9 +1,9 @@
 """The augmented system (RNODE): velocity, divergence and penalties of one evaluation, one step or one trajectory.
 
 A solve integrates :class:`Dynamics`, whose noise is fixed by ``bind``. Each evaluation passes through the field
-once and makes one product with the Jacobian at most. Rates read a
-:class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`; :class:`PathPenalties` holds the penalties of steps
-and trajectories, which the solver calls.
+once, and with one probe computes one product with the Jacobian, which the density and the penalties share. Rates
+read a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`. :class:`PathPenalties` holds the penalties on
+steps and trajectories, which the solver calls.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class Rates(NamedTuple):
 
 
 class BoundDynamics(ABC):
-    """What the integrator integrates: an augmented system whose noise is fixed for one solve.
+    """The augmented system that a solver integrates, with its noise fixed for one solve.
 
     Attributes:
-        path: the penalties of steps and trajectories; None if there are none.
+        path: the penalties on steps and trajectories; None if there are none.
         divergence: whether a density is followed, so that rates have a log-determinant.
         inner_autograd: whether an evaluation differentiates inside, which a checkpoint must allow for.
-        held: names of the rates whose gradient by the times is wrong through the steps of a solve.
+        held: names of the rates whose gradient by the times of a solve is wrong if it is taken through the steps.
     """
 
     held: Sequence[str] = ()
@@ -62,25 +62,25 @@ class BoundDynamics(ABC):
 
     @abstractmethod
     def evaluate(self, t: Tensor, z: Tensor, ask: Ask = RATES) -> Rates:
-        """The right-hand side at a time ``t`` and a state ``z (B, *event)``.
+        """Evaluate the right-hand side at a time ``t`` and a state ``z (B, *event)``.
 
         Args:
             t, z: where to evaluate it.
-            ask: ``RATES``, all of it; or ``VELOCITY``, without the log-determinant and without the penalties that
-                read more of the field than its velocity.
+            ask: ``RATES`` for all of it. ``VELOCITY`` leaves out the log-determinant and the penalties that read
+                more of the field than its velocity.
         """
 
     def parameters(self) -> Iterable[Tensor]:
-        """What a continuous adjoint differentiates by."""
+        """The tensors that a continuous adjoint differentiates by."""
         return ()
 
     def repeating(self) -> AbstractContextManager[object]:
-        """Context for evaluations that recompute earlier ones, as a backward pass does: they leave no trace."""
+        """Context for evaluations that recompute earlier ones, as a backward pass does, without side effects."""
         return nullcontext()
 
 
 def refuse_held(held: Sequence[str], t: Tensor) -> None:
-    """Refuse times with a gradient through the steps of a solve, for penalties that hold a part of themselves.
+    """Refuse times with a gradient through the steps of a solve, for penalties that detach a part of themselves.
 
     Raises:
         ConfigError: for the ``held`` penalties, if ``t`` has a graph or a tangent.
@@ -94,7 +94,7 @@ def refuse_held(held: Sequence[str], t: Tensor) -> None:
 
 
 class FunctionDynamics(BoundDynamics):
-    """A function ``(t, z) -> Rates`` as a system that gives all of its rates at each evaluation."""
+    """A function ``(t, z) -> Rates`` as a system, which computes all of its rates at each evaluation."""
 
     def __init__(self, function: Callable[[Tensor, Tensor], Rates]) -> None:
         self._function = function
@@ -111,9 +111,9 @@ class PathPenalties:
         steps: penalties on all accepted steps.
         local: penalties on one extra step.
         trajectories: penalties on states at separate times.
-        event: takes from a state ``(B, ...)`` what the penalties are about; a torchdyn state may hold more.
+        event: extracts the part that the penalties measure from a state ``(B, ...)``, which may hold more.
         rates: the rates that are integrated, by the key of their integral.
-        hidden: keys of those that are integrated for trajectory penalties alone.
+        hidden: keys of the rates that are integrated for trajectory penalties alone.
     """
 
     steps: Sequence[StepPenalty]
@@ -126,6 +126,7 @@ class PathPenalties:
     def of_step(self, record: StepRecord, *, local: bool = False) -> dict[str, tuple[str, Tensor]]:
         """``(reduction, value (B,))`` of one step by name."""
         event = self.event
+        # `event` selects the same entries of a state, of its velocity and of its error
         seen = replace(
             record,
             z0=event(record.z0),
@@ -139,11 +140,14 @@ class PathPenalties:
         return {r.name: (r.reduction, _checked(r, seen, untouched, seen.z0)) for r in penalties}
 
     def stops(self, t: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The times of a solve to ``t`` that also stops where trajectory penalties want states.
+        """Merge the times ``t (T,)`` of a solve with the times at which trajectory penalties want states.
 
         Returns:
-            All times in the order of ``t``, the places of ``t`` among them, and for each penalty the places of both
-            ends and of its times.
+            All times in the order of ``t``; the indices of ``t`` among them; and for each penalty the indices of
+            both ends and of its times.
+
+        Raises:
+            ConfigError: if a penalty wants a state outside of the solve.
         """
         inner = [penalty.times(t[0], t[-1]).to(t) for penalty in self.trajectories]
         together = torch.cat([t, *inner])
@@ -154,7 +158,7 @@ class PathPenalties:
         if own[0] != 0 or own[-1] != len(times) - 1:
             names = " or ".join(repr(penalty.name) for penalty in self.trajectories)
             raise ConfigError(f"{names} wants states at times outside of the solve, {t[0]:g} to {t[-1]:g}.")
-        # both carry a graph, the times of `unique` do not
+        # unique was given detached times: write the originals back, whose graph leads to a learned end time
         times = times.index_copy(0, places[len(t) :], together[len(t) :]).index_copy(0, own, t)
         return times, own, [torch.cat([own[:1], x, own[-1:]]).unique() for x in others]
 
@@ -164,6 +168,7 @@ class PathPenalties:
         """Name and value ``(B,)`` of one trajectory penalty for states at the times ``t``."""
         penalty = self.trajectories[index]
         states = torch.stack([self.event(each) for each in z])
+        # a rate that the user asked for as well is integrated once, so compare the rates, not their keys
         mine = {
             rate.name: integrals[key]
             for rate in penalty.rates
@@ -176,28 +181,29 @@ class PathPenalties:
 class Dynamics(BoundDynamics):
     """The augmented system (RNODE) of a vector field: state, log-determinant and penalties.
 
-    A solve takes ``dynamics.bind(noise)``.
+    Solve ``dynamics.bind(noise)``, with ``noise`` from :meth:`draw`.
 
     Args:
-        field: ``f(t, z)``, or a :class:`~rnode_plugin.core.derivatives.Field`, which makes its own products.
+        field: ``f(t, z)``, or a :class:`~rnode_plugin.core.derivatives.Field`, which computes its own products.
         regularizers: rates, step penalties and trajectory penalties to follow, sorted already or not. A span policy
-            does not belong here: the code that chooses the times of a solve applies it.
+            is refused, because it acts on the times of a solve, which are chosen elsewhere.
         estimator: ``"gaussian"``, ``"rademacher"``, ``"exact"``, see
             :func:`~rnode_plugin.core.trace_estimators.get_estimator`, or an object.
         divergence: whether a density is followed (a continuous normalizing flow) or the state alone.
         view: the part of the state that penalties measure; None: all of it.
-        event: takes from a state of the solve what step and trajectory penalties measure; None: the view's part.
-        net: the module that the field calls; None: the field, if it is one.
+        event: extracts what step and trajectory penalties measure from a state; None: the view's part.
+        net: the module that the field calls; None: the field itself, if it is a module.
 
     Attributes:
         door: evaluates the field.
         rates: the rates that are integrated, by the key of their integral.
-        needs: what they read of an evaluation.
-        needs_products: whether an evaluation makes products with the Jacobian.
-        noise: of these products; None until it is bound, and where none is needed.
+        needs: what the rates read of an evaluation.
+        needs_products: whether an evaluation computes products with the Jacobian.
+        noise: the probe vectors of these products; None until they are bound, and where none are needed.
 
     Raises:
-        ConfigError: for an unknown estimator and a span policy; later for a penalty that does not return ``(B,)``.
+        ConfigError: for an unknown estimator and a span policy; at an evaluation, for a penalty that does not
+            return ``(B,)``.
 
     Example:
         >>> import torch
@@ -252,9 +258,10 @@ class Dynamics(BoundDynamics):
         self.held = kinds.held
         self.needs_products = divergence or "vjp" in self.needs
         self._noisy = self.needs_products and isinstance(self.estimator, (Hutchinson, HutchPlusPlus, Difference))
+        # a hand-written field gives products without autograd, and differences need none
         by_autograd = isinstance(self.field, AutogradField) and self.estimator.asks != ""
         self.inner_autograd = "jvp" in self.needs or (self.needs_products and by_autograd)
-        # the exact divergence alone is asked for without its rows: some fields know it in closed form
+        # without a penalty on J, ask for the exact divergence without the rows of J: some fields have a closed form
         closed = "vjp" not in self.needs and type(self.estimator) is Exact
         self._estimates = self.needs_products and not closed
         self._ask = Ask(
@@ -274,11 +281,12 @@ class Dynamics(BoundDynamics):
         return {id(p): p for module in modules for p in module.parameters()}.values()
 
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
-        """Noise for one solve from ``z (B, *event)``, from ``generator``; None if no product is needed."""
+        """Draw the probe vectors for one solve of ``z (B, *event)`` from ``generator``; None if none are needed."""
         return self.estimator.draw(z, generator=generator) if self.needs_products else None
 
     def bind(self, noise: Tensor | None) -> Dynamics:
-        """The system with its ``noise`` fixed, as :meth:`draw` gives it, ready to be integrated."""
+        """A copy with fixed ``noise``, as :meth:`draw` gives it, ready to be integrated."""
+        # with a door of its solve, so that solves in other threads do not mix their random draws
         bound = copy.copy(self)
         bound.noise, bound.door = noise, self._open()
         return bound
@@ -287,17 +295,18 @@ class Dynamics(BoundDynamics):
         return self.door.repeating()
 
     def evaluate(self, t: Tensor, z: State, ask: Ask = RATES) -> Rates:
-        """The right-hand side at one time.
+        """Evaluate the right-hand side at one time.
 
         Args:
-            t: the time, a scalar.
-            z: the state ``(B, *event)``; with a view, what the view is one of, and so is the velocity.
+            t: the time, a scalar tensor.
+            z: the state ``(B, *event)``. With a view it is the whole state, of which the view selects a part; the
+                velocity ``dz`` belongs to the whole state too.
             ask: ``RATES`` or ``VELOCITY``, see :meth:`BoundDynamics.evaluate`.
 
         Raises:
-            ConfigError: a velocity of another shape, or a regularizer whose result is not real numbers ``(B,)``, or
-                that writes into the state.
-            PluginError: a regularizer raised something.
+            ConfigError: for a velocity of another shape, for a regularizer that does not return real numbers
+                ``(B,)`` or writes into the state, and for noise that was not bound.
+            PluginError: if a regularizer raises another error.
         """
         noise = self.noise
         if noise is None and self._noisy and ask != VELOCITY:
@@ -322,7 +331,7 @@ class Dynamics(BoundDynamics):
                 f"the vector field returned shape {tuple(dz.shape)} for a state of shape {tuple(z.shape)}; f(t, z) "
                 "must have the shape of z."
             )
-        # under autocast the field runs in low precision; everything that is summed does not
+        # under autocast the field runs in low precision, but integrals are summed in the precision of the state
         dz = dz.to(z.dtype)
         record = Record(
             t, state, z, dz, noise, None if rows is None else rows.to(z.dtype), self.estimator, door, jvp, pull, aux
@@ -350,7 +359,7 @@ def _checked(regularizer: Regularizer, record: Any, untouched: Sequence[Tensor],
     """
     if torch.compiler.is_compiling():  # the same call was made uncompiled before
         return regularizer(record)
-    # tensors of inference mode have no version
+    # torch counts writes into a tensor in its version; tensors made in inference mode have none
     versions = [None if x.is_inference() else x._version for x in untouched]
     try:
         value = regularizer(record)
@@ -358,7 +367,7 @@ def _checked(regularizer: Regularizer, record: Any, untouched: Sequence[Tensor],
         raise
     except Exception as error:
         if type(error).__module__ == "torch.utils.checkpoint":
-            raise  # torch ends the second run of a checkpointed step by it
+            raise  # torch stops the second run of a checkpointed step early by raising this
         text = " ".join(str(error).split())
         if "appears to not have been used in the graph" in text or "does not require grad" in text:
             text += (

@@ -1,4 +1,4 @@
-"""FieldEvaluation: what a regularizer may read at one time of a solve."""
+"""FieldEvaluation: what a regularizer may read at one time in a solve."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from .view import State
 
 _Found = TypeVar("_Found")
 
-_MAX_DIMS = 128  # of an exact Jacobian: as many products at each evaluation
+_MAX_DIMS = 128  # of an exact Jacobian, which takes as many products at each evaluation
 
 
-@dataclass(eq=False, slots=True)  # not frozen: that makes each evaluation slower
+@dataclass(eq=False, slots=True)  # not frozen, which would slow down each evaluation
 class Record:
-    """One evaluation of the vector field, which all its readers share.
+    """One evaluation of the vector field, shared by all regularizers that read it.
 
     Attributes:
         t: time, a scalar tensor.
         state: the state of the solve.
-        z: the part of it that penalties measure, ``(B, *event)``.
-        dz: velocity of that part, of the same shape.
+        z: the part of the state that penalties measure, ``(B, *event)``.
+        dz: velocity of that part, with the same shape.
         noise: the probe vectors of the solve; None if there are none.
         products: what the estimator computed along with the velocity; None unless products were asked for.
-        estimator: what reduces the products.
-        door: the field, for what did not come with the evaluation.
-        jvp, pull: derivatives from the pass that gave the velocity; None: the pass gave none.
+        estimator: reduces the products to a divergence or a norm.
+        door: evaluates the field again, for what did not come with this evaluation.
+        jvp, pull: derivatives from the pass that gave the velocity; None if the pass gave none.
         aux: values that the field offers by name.
-        known: what readers have computed, by what it is.
+        known: results that a regularizer has computed, by what they are.
     """
 
     t: Tensor
@@ -60,19 +60,21 @@ class Record:
 
 
 class FieldEvaluation:
-    """What one regularizer reads of an evaluation of the vector field. What follows from it is computed once.
+    """What one regularizer reads of an evaluation of the vector field.
+
+    All regularizers share the results of these methods, so each result is computed once per evaluation.
 
     A regularizer declares what it reads in ``needs``: ``"vjp"`` for :meth:`divergence`, :meth:`squared_frobenius`,
     :meth:`probes`, :meth:`jacobian` and :meth:`vjp`, ``"jvp"`` for :meth:`jvp` and :meth:`total_derivative`,
-    ``"aux"`` for :meth:`aux`, ``"field"`` for :meth:`velocity`. What it has not declared is refused (ConfigError),
-    whatever other regularizers have declared.
+    ``"aux"`` for :meth:`aux`, ``"field"`` for :meth:`velocity`. A method whose need is not declared raises a
+    ConfigError, even if another regularizer has declared that need.
 
     Attributes:
         t: time, a scalar tensor.
         z: state ``(B, *event)``.
-        dz: velocity ``f(t, z)``, of the same shape.
-        noise: the probe vector of the solve, of the same shape, or several, with one more dimension in front; None
-            if there is none.
+        dz: velocity ``f(t, z)``, with the same shape.
+        noise: the probe vector of the solve, with the same shape, or several, ``(k, B, *event)``; None if there is
+            none.
     """
 
     __slots__ = ("_needs", "_record", "dz", "noise", "t", "z")
@@ -82,12 +84,12 @@ class FieldEvaluation:
         self.t, self.z, self.dz, self.noise = record.t, record.z, record.dz, record.noise
 
     def divergence(self) -> Tensor:
-        """``div f (B,)``, exact or estimated (eq. 5)."""
+        """``div f (B,)``, exact (eq. 3) or estimated (eq. 5), in nats per unit of time."""
         self._require("vjp")
         return self._record.divergence()
 
     def squared_frobenius(self) -> Tensor:
-        """``||df/dz||_F^2 (B,)``, exact or estimated (eq. 16)."""
+        """``||df/dz||_F^2 (B,)``, exact (eq. 13) or estimated (eq. 16)."""
         self._require("vjp")
         record, known = self._record, self._record.known
         if "frobenius" not in known:
@@ -96,7 +98,11 @@ class FieldEvaluation:
         return known["frobenius"]
 
     def probes(self) -> Probes:
-        """The probe vectors ``v_i``, their weights and the shared products ``v_i^T df/dz``."""
+        """The probe vectors ``v_i``, their weights and the shared products ``v_i^T df/dz``.
+
+        Raises:
+            ConfigError: for the estimator ``"difference"``, which has no such products.
+        """
         self._require("vjp")
         record, products = self._record, self._record.products
         assert products is not None
@@ -108,7 +114,7 @@ class FieldEvaluation:
         return self._record.products is not None and self._record.estimator.asks == "rows"
 
     def jacobian(self) -> Tensor:
-        """The exact ``df/dz (B, D, D)`` with every estimator; row i is the gradient of component i.
+        """The exact ``df/dz (B, D, D)``, whatever the estimator; row i is the gradient of component i.
 
         Raises:
             ConfigError: for more than 128 dimensions.
@@ -125,9 +131,10 @@ class FieldEvaluation:
         return _matrices(self._once("rows", lambda: self._more_products(Ask("rows"))))
 
     def vjp(self, v: Tensor) -> Tensor:
-        """``v^T df/dz`` of the shape of ``z``, for any ``v (B, *event)``."""
+        """``v^T df/dz``, with the shape of ``z``, for any ``v (B, *event)``."""
         self._require("vjp")
         record = self._record
+        # Hutch++ projects its noise, so there the products belong to other vectors; their shape differs as well
         shared = record.products if record.estimator.asks == "noise" and v is self.noise else None
         if shared is not None and shared.shape == v.shape:
             return shared
@@ -137,10 +144,10 @@ class FieldEvaluation:
                 return v, self._more_products(Ask("noise"), v)
             return v, record.pull(v).to(self.z.dtype)
 
-        return self._once(("vjp", id(v)), compute)[1]  # the tuple keeps v, and with it its id
+        return self._once(("vjp", id(v)), compute)[1]  # the result holds v, so that no other tensor gets its id
 
     def jvp(self, v: Tensor, dt: float = 0.0) -> Tensor:
-        """``df/dz v + df/dt dt`` of the shape of ``z``, for any ``v (B, *event)``."""
+        """``df/dz v + df/dt dt``, with the shape of ``z``, for any ``v (B, *event)``."""
         self._require("jvp")
 
         def compute() -> tuple[Tensor, Tensor]:
@@ -152,9 +159,10 @@ class FieldEvaluation:
         return self._once(("jvp", id(v), dt), compute)[1]
 
     def total_derivative(self, order: int = 2) -> Tensor:
-        """``d^order z / dt^order`` along the trajectory, of the shape of ``z``; order 1 is the velocity.
+        """``d^order z / dt^order`` along the trajectory, with the shape of ``z``.
 
-        Order 2 is ``df/dz f + df/dt`` (eq. 7).
+        Order 1 is the velocity, order 2 is ``df/dz f + df/dt`` (eq. 7). A regularizer that reads a higher order
+        must declare ``repeats = True``, because the field is evaluated again.
         """
         if order == 1:
             return self.dz
@@ -169,7 +177,7 @@ class FieldEvaluation:
         return self._once(("total", order), lambda: total_derivative(again, self.t, self.z, order))
 
     def velocity(self, t: Tensor, z: Tensor) -> Tensor:
-        """``f(t, z)`` at another time and state, with the random draws of this evaluation."""
+        """``f(t, z)`` at another time and state ``(B, *event)``, with the random draws of this evaluation."""
         self._require("field")
         door = self._record.door
         return door.part(door.again(t, self._record.state, z=z).dz).to(z.dtype)

@@ -16,12 +16,12 @@ class Kinds:
     """Regularizers, sorted by what they see of a solve; each group keeps its order.
 
     Attributes:
-        penalties: all that a solve follows: rates, step penalties and trajectory penalties.
-        rates, steps, trajectories: each of the three.
+        penalties: all regularizers except the span policy, in the order in which they were given.
+        rates, steps, trajectories: the penalties of each kind.
         span: the one span policy; None if there is none.
-        needs: what the rates, and the rates that trajectory penalties read, need of an evaluation.
-        held: names of those whose gradient by the times is wrong through the steps of a solve.
-        repeats: whether one of them evaluates the field again.
+        needs: what an evaluation must provide for the rates, and for the rates that trajectory penalties read.
+        held: names of the rates whose gradient by the times is wrong if it is taken through the steps of a solve.
+        repeats: whether a rate evaluates the field again.
     """
 
     penalties: tuple[Regularizer, ...] = ()
@@ -35,7 +35,7 @@ class Kinds:
 
     @classmethod
     def of(cls, regularizers: Iterable[Regularizer]) -> Kinds:
-        """The sorted regularizers.
+        """Sort regularizers by kind.
 
         Raises:
             ConfigError: for an object of none of the four classes, and for two span policies.
@@ -87,7 +87,7 @@ class FollowedSolve:
 
     Attributes:
         kinds: the rates, step penalties and trajectory penalties that the dynamics follow.
-        policy: what changes the times; None if they stay.
+        policy: the span policy that changes the times; None if they stay.
         training: whether the policy may draw times.
         penalized: whether the policy's own penalty is wanted.
     """
@@ -101,13 +101,13 @@ class FollowedSolve:
     def of(
         cls, regularizers: Iterable[Regularizer] | Kinds, *, penalized: bool = False, training: bool = False
     ) -> FollowedSolve:
-        """What a solve follows of the regularizers of a model.
+        """Choose what a solve follows from the regularizers of a model.
 
         Args:
             regularizers: all of them; a model that solves often has sorted them once.
-            penalized: whether to follow the penalties. A span policy acts in any case, since a solve to the learned
-                end time is the model.
-            training: whether a span policy may draw times.
+            penalized: whether to follow the penalties. A span policy acts in any case, since a learned end time is
+                part of the model.
+            training: whether a span policy may draw times. Without penalties it draws none.
         """
         kinds = regularizers if isinstance(regularizers, Kinds) else Kinds.of(regularizers)
         followed = Kinds() if not penalized else kinds if kinds.span is None else replace(kinds, span=None)
@@ -122,7 +122,7 @@ class FollowedSolve:
         return t_span if self.policy is None else self.policy.times(t_span, training=self.training)
 
     def complete(self, integrals: Mapping[str, Tensor], z: Tensor) -> dict[str, Tensor]:
-        """The penalties ``(B,)`` of the solve by name: of its dynamics, and the policy's for ``z (B, *event)``."""
+        """Add the policy's penalty for ``z (B, *event)`` to the integrals ``(B,)`` of a solve, by name."""
         completed = dict(integrals)
         if self.policy is not None and self.penalized:
             completed[self.policy.name] = self.policy(z)

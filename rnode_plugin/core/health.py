@@ -1,4 +1,4 @@
-"""Whether computations stayed finite: values on their device, which the caller reads together when it needs to."""
+"""Checks whether computations stayed finite. Values stay on the device until the caller reads them together."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class HealthCheck(NamedTuple):
     """A check whether a computation stayed finite, to be read from its device later.
 
     Attributes:
-        values: one entry for each step, ``(steps,)``, that is finite where the computation still was.
-        fail: raises the error of the step whose number it is given.
+        values: one entry for each step, ``(steps,)``, finite as long as the computation was finite.
+        fail: raises the error for the step with a given number.
     """
 
     values: Tensor
@@ -24,14 +24,14 @@ class HealthCheck(NamedTuple):
 
 
 def all_finite(checks: Sequence[HealthCheck]) -> Tensor:
-    """Whether all of these solves stayed finite: a 0-d bool tensor, no host sync."""
+    """Whether all of these solves stayed finite, as a 0-d bool tensor. The host does not wait for the device."""
     return torch.isfinite(torch.cat([check.values for check in checks])).all()
 
 
 def check_all(checks: Sequence[HealthCheck]) -> None:
-    """One look at the device for all of these solves, and the error of the first one that is no longer finite.
+    """Read all checks from the device at once, and raise the error of the first solve that is not finite.
 
-    Nothing can be seen on the device ``meta`` and inside ``vmap``.
+    On the device ``meta`` and inside ``vmap`` values cannot be read, so nothing is checked there.
     """
     if not checks or read(all_finite(checks)) in (True, None):
         return
@@ -42,14 +42,14 @@ def check_all(checks: Sequence[HealthCheck]) -> None:
 
 
 def health(*tensors: Tensor | None) -> Tensor:
-    """A number that is finite if and only if all entries are, without waiting for the device.
+    """A 0-d tensor that is finite if and only if all entries are; the host does not wait for the device.
 
-    (The sum of finite entries can overflow only if they are about to.)
+    (A sum of finite entries overflows only if the entries themselves are close to overflow.)
     """
     total: Tensor | None = None
     for x in tensors:
         if x is not None:
-            # float16 ends at 65504
+            # the largest float16 is 65504, which a sum of ordinary entries exceeds
             part = x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32))
             total = part if total is None else total + part.to(total.dtype)
     assert total is not None

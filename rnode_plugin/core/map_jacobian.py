@@ -1,7 +1,7 @@
-"""The Jacobian of the map that a solver makes, its determinant, and whether a change of variables holds for it.
+"""The Jacobian of the map that a solver computes, its determinant, and whether a change of variables holds for it.
 
-The trace of the Jacobian of the *field*, integrated, is the log-determinant of the exact flow. A few coarse steps
-make another map, whose density follows from the Jacobian of that map alone.
+The integrated trace of the *field's* Jacobian is the log-determinant of the exact flow. A solver with a few coarse
+steps computes another map, and the density of its samples follows from the Jacobian of that map.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from .modes import next_number
 from .second_derivatives import check_second_derivative
 
 Jacobian = Literal["trace", "map"]
-"""What gives a log-determinant: the integrated trace of the field's Jacobian, or the discrete map's Jacobian."""
+"""The source of a log-determinant: the integrated trace of the field's Jacobian, or the discrete map's Jacobian."""
 
 MOST_DIMS = 256
-"""A Jacobian of a map takes one backward pass through the solve for each dimension: more than this are refused."""
+"""Most dimensions of a map whose Jacobian is taken, since each takes one backward pass through the solve."""
 
-_BATCH, _NUMBERS = 1024, 4_000_000  # samples of one solve with its graph, and numbers of their Jacobians
+_BATCH, _NUMBERS = 1024, 4_000_000  # most samples of one solve with its graph, and most entries of their Jacobians
 
 
 def jacobian_of(
     carry: Callable[[Tensor], Tensor], z: Tensor, *, graph: bool = False, net: nn.Module | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The values and the Jacobian of a map that does not mix samples.
+    """Compute the values and the Jacobian of a map that does not mix samples.
 
-    The rows come from one backward pass of the whole batch each. Forward mode, vectorized over the columns, is not
-    faster (2.2 times as slow in 4 dimensions, equal in 128), and some layers, such as attention kernels, refuse it.
+    Each row takes one backward pass of the whole batch. Forward mode, vectorized over the columns, is not faster
+    (2.2 times as slow in 4 dimensions, equal in 128), and some layers, such as attention kernels, refuse it.
 
     Args:
         carry: the map, ``(B, *event)`` to ``(B, *other)`` with as many numbers.
-        z: where, ``(B, *event)``.
+        z: the points ``(B, *event)``.
         graph: whether the results have gradients by ``z`` and all else that the map depends on.
-        net: the module of the map, whose layers are looked through once for second derivatives.
+        net: the module of the map, whose layers are checked once for second derivatives.
 
     Returns:
-        The values ``(B, *other)``, and ``(B, D, D)`` with the derivatives of one number of the value in each row.
+        The values ``(B, *other)`` and the Jacobians ``(B, D, D)``, with the gradient of output i in row i.
 
     Raises:
         ConfigError: with ``graph``, for a layer whose backward pass cannot be differentiated.
@@ -73,7 +73,7 @@ def log_abs_det(jacobian: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chunks(z: Tensor) -> int:
-    """How many samples of ``z (B, *event)`` have their Jacobians computed at once, which bounds the memory."""
+    """How many samples of ``z (B, *event)`` to take at once, so that the memory of their Jacobians is bounded."""
     return max(1, min(_BATCH, _NUMBERS // z[:1].numel() ** 2)) if len(z) else 1
 
 
@@ -85,10 +85,11 @@ def wants_map(jacobian: str) -> bool:
 
 
 def refuse_folds(logdet: Tensor, sign: Tensor) -> None:
-    """Refuse a map that is not one to one at the samples where its determinants are known (ConfigError).
+    """Refuse a map whose determinants ``(B,)`` at the samples show that it is not one to one (ConfigError).
 
-    All signs may be negative, because a map may reflect. Equal signs at n samples do not show that the map is one
-    to one, but then the places with the other sign have a mass below 3 / n, with a probability of 95 %.
+    All signs may be negative, because a map may reflect. Equal signs at n samples do not prove that the map is one
+    to one. But then the places with the other sign have a mass below 3 / n with 95 % confidence (the rule of
+    three).
     """
     n, singular, negative = len(sign), int((~logdet.isfinite()).sum()), int((sign < 0).sum())
     finer = "Take a finer step, or a method of higher order."

@@ -1,4 +1,4 @@
-"""What torch does with the operations of this thread: transforms, programs and inference mode."""
+"""The modes in which torch runs the operations of this thread: transforms, captured programs and inference mode."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_activ
 
 
 def escaped(x: Tensor) -> bool:
-    """Whether ``x`` was made inside a ``torch.func.vmap`` that has ended, so that no operation takes it."""
+    """Whether ``x`` was made inside a ``torch.func.vmap`` that has ended, so that no operation accepts it."""
     current = maybe_current_level() or 0
+    # each transform wraps a tensor once; a level above the current one belongs to a transform that has ended
     while is_functorch_wrapped_tensor(x):
         if is_batchedtensor(x) and (maybe_get_level(x) or 0) > current:
             return True
@@ -41,14 +42,14 @@ def escaped(x: Tensor) -> bool:
 
 
 def exporting() -> bool:
-    """Whether the operations of this thread become a program: values of its inputs are unknown."""
+    """Whether the operations of this thread are captured as a program, so that values of inputs are unknown."""
     # torch.compile cannot trace a context variable, and what it compiles is never recorded
     return not torch.compiler.is_compiling() and _recording.get()
 
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Around operations that become a program."""
+    """Context for operations that are captured as a program."""
     token = _recording.set(True)
     try:
         yield
@@ -57,7 +58,7 @@ def recording() -> Iterator[None]:
 
 
 def on_host() -> AbstractContextManager[object]:
-    """Around operations that a program does not repeat: their results are constants of it, with known values."""
+    """Context for operations that a captured program must not contain. Their results enter it as constants."""
     return _disable_current_modes() if exporting() else nullcontext()
 
 
@@ -70,10 +71,10 @@ def traced(*tensors: Tensor | None) -> bool:
 
 @lru_cache(maxsize=512)
 def constant(values: float | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers as a tensor, made once, because every step needs them. Not to be written into."""
+    """Numbers as a tensor, cached because every step needs them. Do not write into the result."""
     # a tensor made in inference mode could not serve a later backward pass
     with on_host(), torch.inference_mode(False):
-        if isinstance(values, float):  # without a copy, for which the host would wait
+        if isinstance(values, float):  # full needs no copy from the host, for which the host would wait
             return torch.full((), values, dtype=dtype, device=device)
         return torch.tensor(values, dtype=dtype, device=device)
 
@@ -81,8 +82,8 @@ def constant(values: float | tuple[float, ...], dtype: torch.dtype, device: torc
 def read(x: Tensor) -> Any:
     """The numbers in ``x``, as ``x.tolist()`` gives them, for which the host waits; None if they do not exist.
 
-    That is so on the device ``meta``, in an export, and inside ``torch.func.vmap``, where they differ from sample
-    to sample.
+    They do not exist on the device ``meta``, in an export, and inside ``torch.func.vmap``, where they differ from
+    sample to sample.
     """
     if x.is_meta or exporting():
         return None
@@ -98,9 +99,10 @@ def read(x: Tensor) -> Any:
 
 
 def next_number(x: Tensor) -> int:
-    """The number that the next node of a graph gets; ``x`` is any tensor that requires a gradient.
+    """The number of the newest node of the graph; ``x`` is any tensor that requires a gradient.
 
-    torch numbers the nodes of its graphs in the order of their creation, but keeps the number private.
+    Nodes that are made later have a higher number. torch numbers nodes in the order of their creation, but keeps
+    the number private, so this makes a node and reads its number.
     """
     node = (x * 1).grad_fn
     assert node is not None
@@ -109,10 +111,10 @@ def next_number(x: Tensor) -> int:
 
 @contextmanager
 def outside_inference(*values: Any) -> Iterator[tuple[Any, ...]]:
-    """A block outside of inference mode, for solves of fields that differentiate; it gives what it was given.
+    """Leave inference mode within a block, for solves of fields that differentiate. The block gets ``values``.
 
-    Where inference mode was enabled, gradients stay disabled, and tensors are clones: those made in inference mode
-    cannot be differentiated.
+    If inference mode was enabled, gradients stay disabled, and the tensors in ``values`` are cloned, because
+    tensors made in inference mode cannot be differentiated.
     """
     if not torch.is_inference_mode_enabled():
         yield values

@@ -1,4 +1,4 @@
-"""The objective (eq. 17) and bits per dimension: the only place with units and lambda."""
+"""The objective (eq. 17) and bits per dimension. Only this file applies units and lambda."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .health import HealthCheck, check_all
 
 @dataclass(frozen=True, kw_only=True)
 class FlowOutput:
-    """Samples and their latents, with the log-determinant of the map from the ones to the others.
+    """Samples, their latents, and the log-determinant of the map from samples to latents.
 
     :meth:`DensityModel.encode` computes ``z`` from ``x``, and :meth:`DensityModel.decode` computes ``x`` from
     ``z``. The other attributes have the same meaning in both, so :meth:`DensityModel.log_prob_of` takes either.
 
     Attributes:
         x: samples ``(B, *event_shape)``.
-        z: latents, which the base is the distribution of. A flow of blocks has ``(B, D)``: parts that leave early
-            are flattened in the order in which they leave, and the last scale is last.
+        z: latents, distributed as the model's base. A flow of blocks has ``(B, D)``: parts that leave early are
+            flattened in the order in which they leave, and the last scale is last.
         logdet: ``log |det dz/dx| (B,)`` in nats, a logit transform or a standardization included.
         regularization: integral of each penalty over all blocks by name, ``(B,)``, not divided by D.
-        nfe: evaluations of the vector fields, summed over blocks.
+        nfe: number of evaluations of the vector fields, summed over blocks.
         health: checks, on the device, that the solves stayed finite and the samples were in range. :meth:`check`
             reads them.
         longest_safe_steps: ``longest_safe_step`` of each block's :class:`~rnode_plugin.Solution`; None for a fixed
@@ -49,18 +49,23 @@ class FlowOutput:
     longest_safe_steps: tuple[float | None, ...] = ()
 
     def check(self) -> FlowOutput:
-        """This output, or the error of what was not finite or out of range; it waits for the device."""
+        """Wait for the device, raise the error of what was not finite or out of range, else return this output.
+
+        Raises:
+            SolverError: if a solve was not finite.
+            ConfigError: if samples were out of range.
+        """
         check_all(self.health)
         return self
 
 
 class Objective(NamedTuple):
-    """The objective and its parts, scalars, in nats per dimension, mean over the batch.
+    """The objective and its parts: scalar tensors in nats per dimension, averaged over the batch.
 
     Attributes:
-        loss: ``nll`` plus all of ``penalties``.
+        loss: ``nll`` plus the sum of ``penalties``.
         nll: negative log-likelihood.
-        penalties: lambda times the mean integral over d, by name.
+        penalties: lambda times the mean integral, divided by d, by name.
     """
 
     loss: Tensor
@@ -75,13 +80,14 @@ def penalty(
     dims: int,
     undivided: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """``lambda * mean over the batch / dims`` of each penalty that ``lambdas`` names.
+    """Weight each penalty that ``lambdas`` names: ``lambda * mean over the batch / dims``, a scalar by name.
 
     Args:
         regularization: raw value of each penalty, ``(B,)``.
         lambdas: strength by name.
         dims: number of dimensions d of one sample.
-        undivided: names of the penalties that are not divided by ``dims``, those that are not a sum over the event.
+        undivided: names of the penalties that are not divided by ``dims``, because they are not sums over the
+            event.
 
     Raises:
         ConfigError: if ``lambdas`` names a penalty that was not integrated.
@@ -103,12 +109,12 @@ def objective(
     dims: int,
     undivided: Collection[str] = (),
 ) -> Objective:
-    """Equation 17: mean over samples and dimensions of ``-log p + lambda_K E + lambda_J n``, in nats/dim.
+    """Compute eq. 17, the mean over samples and dimensions of ``-log p + lambda_K E + lambda_J n``, in nats/dim.
 
     Args:
-        log_prob: ``log q(z(T)) + l(T)`` of each sample, ``(B,)`` in nats (eq. 4).
+        log_prob: ``log q(z(T)) + l(T)`` for each sample, ``(B,)`` in nats (eq. 4).
         regularization: raw value of each penalty, ``(B,)``, summed over blocks and dimensions.
-        lambdas: strength by name; penalties that it does not name do not count.
+        lambdas: strength by name. A penalty without a strength does not enter the objective.
         dims: number of dimensions d of one sample, for an image C*H*W.
         undivided: see :func:`penalty`.
 
@@ -131,12 +137,12 @@ def objective(
 
 
 def bits_per_dim(log_prob: Tensor, *, dims: int, levels: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """``-log2 p / d`` of each sample for values in bins: ``(B,)``.
+    """Convert log-densities of dequantized data to bits per dimension, ``(B,)``.
 
-    The log-density belongs to dequantized data ``low + (high - low) (k + u) / levels`` of values ``k`` in
-    ``0 .. levels - 1`` and uniform noise ``u`` in [0, 1), as
-    :func:`~rnode_plugin.flows.multiscale.dequantize` gives them. In expectation over u the result is then an upper
-    bound on the bits that the values themselves need. It is ``-log2 p / d + log2(levels / (high - low))``.
+    The result is ``-log2 p / d + log2(levels / (high - low))``. It belongs to data
+    ``low + (high - low) (k + u) / levels`` with integers ``k`` in ``0 .. levels - 1`` and uniform noise ``u`` in
+    [0, 1), as :func:`~rnode_plugin.flows.multiscale.dequantize` gives them. In expectation over ``u`` it is an
+    upper bound on the bits per dimension that the integers themselves need.
 
     Args:
         log_prob: log-density ``(B,)`` in nats with respect to the data that the model was given.

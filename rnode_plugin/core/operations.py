@@ -1,6 +1,6 @@
-"""Sums over an event, the combinations of the stages of a step, and what happens between two layers.
+"""Sums over an event, the combinations of the stages of a step, and the operations between two layers.
 
-:func:`operations_for` chooses between these plain forms and what a device has in their place.
+:func:`operations_for` chooses between these plain forms and the forms for a device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Combination:
     """``x + dt sum_j row_j k_j`` for the rows of the tableau of one step.
 
     Attributes:
-        x: the state at the step's start. Without it there is only the increment.
+        x: the state at the step's start; None for the increment alone.
         dt: the step's length, ``()``.
         stages: the velocities ``k_j`` so far.
     """
@@ -33,7 +33,7 @@ class Combination:
     def at(self, row: Sequence[float]) -> Tensor:
         """The combination with the weights of ``row``, one for each of the first stages."""
         total: Tensor | None = None
-        for weight, stage in zip(row, self.stages, strict=False):
+        for weight, stage in zip(row, self.stages, strict=False):  # a row may be shorter, and later stages unknown
             if weight:
                 total = stage * weight if total is None else torch.add(total, stage, alpha=weight)
         assert total is not None
@@ -42,11 +42,11 @@ class Combination:
 
 
 class Operations:
-    """Small functions of a few tensors, of which a step needs many.
+    """Small functions of a few tensors, which a step calls many times.
 
     Attributes:
         combination: the class for the combinations of a step.
-        between_layers: the class for the steps between the layers of a stack.
+        between_layers: the class for the operations between the layers of a stack.
     """
 
     combination: type[Combination] = Combination
@@ -62,7 +62,7 @@ class Operations:
         return x if x.ndim == 1 else x.flatten(1).sum(1)
 
     def convolved(self, y: Tensor) -> Tensor:
-        """The result of one of the library's convolutions in the layout that the next layer takes."""
+        """The result ``y`` of a convolution, in the memory layout that the next layer expects."""
         return y
 
 
@@ -80,20 +80,20 @@ def operations_for(x: Tensor) -> Operations:
 @cache
 def of_device(device: str) -> Operations:
     """The operations of a device other than the CPU."""
-    # that file builds on this one, and it registers operators that a CPU does not need, so it is loaded by its name
+    # device.py imports this file and registers operators that a CPU does not need, so import it late, by name
     return import_module(".device", __package__).operations(device)
 
 
 def sum_event(x: Tensor) -> Tensor:
-    """Sum over all but the first dimension: ``(B, *event)`` to ``(B,)``; of ``(B,)`` each entry is its own sum."""
+    """Sum over all but the first dimension, ``(B, *event)`` to ``(B,)``. ``(B,)`` is returned unchanged."""
     return operations_for(x).sum_event(x)
 
 
 def sum_products(x: Tensor, y: Tensor) -> Tensor:
-    """``sum x y`` over all but the first dimension: two ``(B, *event)`` to ``(B,)``."""
+    """``sum x y`` over all but the first dimension, for two ``(B, *event)``; the result is ``(B,)``."""
     return operations_for(x).sum_products(x, y)
 
 
 def sum_squares(x: Tensor) -> Tensor:
-    """``sum x^2`` over all but the first dimension: ``(B, *event)`` to ``(B,)``."""
+    """``sum x^2`` over all but the first dimension, ``(B, *event)`` to ``(B,)``."""
     return operations_for(x).sum_products(x, x)

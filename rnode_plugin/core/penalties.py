@@ -1,4 +1,4 @@
-"""Penalties: the integral of each penalty over one or several solves, by name, and their sum (eq. 17)."""
+"""Penalties: the integral of each penalty over one or several solves by name, and their weighted sum (eq. 17)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Solve(NamedTuple):
 
 
 class _Followed:
-    """The solves that were followed, whether they are collected, and whether one has begun and not ended."""
+    """The solves that were followed, whether a block collects them, and whether one has begun but not ended."""
 
     def __init__(self) -> None:
         self.solves: list[_Solve] = []
@@ -40,15 +40,14 @@ class _FollowedByThread(threading.local, _Followed):
 
 
 class Penalties(Mapping[str, Tensor]):
-    """The integral of each penalty ``(B,)`` by name, differentiable: of the last solve, or the sum over several.
+    """The integral of each penalty ``(B,)`` by name, differentiable, for the last solve or summed over several.
 
-    Each thread sees the solves that it made, so threads may solve one model at the same time. A copied or unpickled
+    Each thread sees the solves that it ran, so threads may solve one model at the same time. A copied or unpickled
     object holds no solve, which also keeps graphs out of a deepcopy of the model.
 
     Args:
         weighted: the regularizers with their strengths, by name.
-        absent: why there may be no penalties yet and what to do, for the message of the error.
-
+        absent: what to do if there are no penalties yet, for the message of the error.
     """
 
     _storage: type[_Followed] = _FollowedByThread
@@ -64,7 +63,7 @@ class Penalties(Mapping[str, Tensor]):
 
     @functools.cached_property
     def kinds(self) -> Kinds:
-        """The regularizers, sorted."""
+        """The regularizers, sorted by kind."""
         return Kinds.of(each.regularizer for each in self.weighted.values())
 
     def __deepcopy__(self, memo: dict[int, object]) -> Penalties:
@@ -78,7 +77,7 @@ class Penalties(Mapping[str, Tensor]):
 
     @contextmanager
     def collecting(self) -> Iterator[Penalties]:
-        """Keep the penalties of every solve of the block, and after it until the next solve.
+        """Collect the penalties of every solve in the block, and keep them after the block until the next solve.
 
         A solve under ``torch.no_grad()`` that integrated no penalties, such as one for a log line, does not count.
 
@@ -95,13 +94,13 @@ class Penalties(Mapping[str, Tensor]):
             mine.collecting = False
 
     def begin(self) -> None:
-        """Start a new solve and discard the previous one, which a ``collecting`` block keeps."""
+        """Start a new solve and discard the previous one, unless a ``collecting`` block is active."""
         self._followed.begun = True
         if not self._followed.collecting:
             self._followed.solves = []
 
     def add(self, integrals: dict[str, Tensor], dims: int) -> None:
-        """Add what a solve left: integrals ``(B,)`` by name, from :func:`attach`, and the dimensions of a state."""
+        """Record a solve: its integrals ``(B,)`` by name, from :func:`attach`, and the dimensions of one sample."""
         self._followed.begun = False
         solve = _Solve(integrals, dims, torch.is_grad_enabled(), transforms_active())
         self._followed.solves.append(solve)
@@ -116,10 +115,12 @@ class Penalties(Mapping[str, Tensor]):
         return len(self.weighted)
 
     def as_dict(self) -> dict[str, Tensor]:
-        """The integrals ``(B,)``, summed over solves, whose batches must be of one size; none without regularizers.
+        """The integrals ``(B,)`` by name, summed over solves, which must have batches of one size.
+
+        Without regularizers the dictionary is empty.
 
         Raises:
-            ConfigError: if there are none, after the end of the ``torch.func.vmap`` that they were made in, and for
+            ConfigError: if there was no solve yet, if the ``torch.func.vmap`` around the solve has ended, and for
                 solves with batches of several sizes.
         """
         rows = [solve.integrals for solve in self._solves()]
@@ -134,19 +135,19 @@ class Penalties(Mapping[str, Tensor]):
         return {name: torch.stack([row[name] for row in rows]).sum(0) for name in rows[0]}
 
     def loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
-        """Sum over penalties of lambda * mean over the batch / dimensions of ``z`` (eq. 17): a scalar in nats/dim.
+        """Sum lambda * mean over the batch / dimensions of ``z`` over all penalties (eq. 17): a scalar in nats/dim.
 
         Several solves are summed. A batch without samples counts as 0, and so does a model without regularizers,
-        before its first call too. After a backward pass, which frees the
-        graph, the value can still be read, and torch refuses a second backward pass through it.
+        even before its first call. After a backward pass, which frees the graph, the value can still be read, but
+        torch refuses a second backward pass through it.
 
         Args:
-            step: steps that the optimizer has taken, for a lambda that is a function of it.
+            step: number of steps that the optimizer has taken, for a lambda that is a function of the step.
             lambdas: strengths to use instead of the given ones, by name of the penalty.
 
         Raises:
-            ConfigError: if there are no penalties, after the end of the ``torch.func.vmap`` that they were made in,
-                for an unknown name, and for a strength that is negative or not finite.
+            ConfigError: if there was no solve yet, if the ``torch.func.vmap`` around the solve has ended, for an
+                unknown name, and for a strength that is negative or not finite.
         """
         strengths = {name: w.strength for name, w in self.weighted.items()}
         for name, strength in lambdas.items():
@@ -157,6 +158,7 @@ class Penalties(Mapping[str, Tensor]):
         whole = undivided(each.regularizer for each in self.weighted.values())
         losses: list[Tensor] = []
         for integrals, dims, *_ in self._solves():
+            # the mean over no samples is NaN; the sum is 0 and keeps the graph
             if any(len(value) == 0 for value in integrals.values()):
                 losses += [value.sum() for value in integrals.values()]
             else:
@@ -174,6 +176,7 @@ class Penalties(Mapping[str, Tensor]):
                     "names the cause. Call the model again."
                 )
             raise ConfigError(f"there are no penalties yet: {self._absent}")
+        # leave out solves for a log line; if there are no others, they are the ones to complain about
         asked = [solve for solve in mine.solves if solve.with_gradients or self._missing(solve) == []]
         for solve in asked or mine.solves:
             if missing := self._missing(solve):
@@ -193,7 +196,7 @@ class Penalties(Mapping[str, Tensor]):
 
 
 class ReturnedPenalties(Penalties):
-    """Penalties that belong to a call or a block instead of a model: every thread sees all of its solves."""
+    """Penalties that belong to a call or a block instead of a model. Every thread sees all solves in them."""
 
     _storage = _Followed
 
@@ -203,10 +206,11 @@ def attach(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Tie solution and penalties to one node of the graph.
 
-    So DistributedDataParallel finds from the solution the parameters that only the penalties use. ``hidden_cost``,
-    the running cost of an adjoint, gets its gradient of one whenever backward goes through the solution.
+    This lets DistributedDataParallel, which walks the graph from the solution, also reach parameters that only a
+    penalty uses. ``hidden_cost``, the running cost of an adjoint, gets a gradient of one whenever backward passes
+    through the solution.
     """
-    # nested forward mode would silently take the derivative of an autograd Function for zero
+    # nested forward mode would silently treat the derivative of an autograd Function as zero
     if hidden_cost is None and (not integrals or transforms_active()):
         return sol, dict(integrals)
     tied, *values = _Tie.apply(sol, hidden_cost, *integrals.values())
@@ -218,7 +222,7 @@ class _Tie(torch.autograd.Function):
 
     @staticmethod
     def forward(sol: Tensor, cost: Tensor | None, *integrals: Tensor) -> tuple[Tensor, ...]:
-        # copies, not views: the caller may change the solution in place
+        # copies, not views, because the caller may change the solution in place
         return sol.clone(), *map(torch.clone, integrals)
 
     @staticmethod
@@ -239,7 +243,7 @@ class _Tie(torch.autograd.Function):
 
 
 class OneProcessADevice:
-    """A module that refuses DataParallel: its copies would lose penalties and NFE with the thread they ran in."""
+    """A module that refuses DataParallel, whose copies run in threads, because penalties and NFE would be lost."""
 
     def _replicate_for_data_parallel(self) -> NoReturn:  # torch's DataParallel calls it for each module inside
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What stands between the layers of a stack: the contract of an activation, and the steps of a pass by hand."""
+"""What happens between the layers of a stack: activations, and the operations of a hand-written pass."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 class Activation(ABC):
     """A pointwise function s with its first two derivatives.
 
-    A pass keeps one tensor of each activation: its output ``s(a)`` if the slope is cheap to get from that,
-    otherwise its input ``a``. The derivatives take what was kept. ``value`` and ``times_slope`` can be
+    A pass keeps one tensor per activation. This is the output ``s(a)`` if the slope follows cheaply from it, and
+    otherwise the input ``a``. The derivatives take what was kept. ``value`` and ``times_slope`` can be
     differentiated and transformed. The other methods are for passes without a graph.
 
     Attributes:
-        name: what a user calls it.
+        name: its name in recipes and options.
         keeps_output: whether ``s(a)`` is kept.
     """
 
@@ -42,12 +42,12 @@ class Activation(ABC):
         return x * self.slope(kept)
 
     def times_slope_at(self, x: Tensor, a: Tensor, kept: Tensor) -> Tensor:
-        """``s'(a) x`` while ``a`` is still at hand; may overwrite ``a``, if not kept."""
+        """``s'(a) x`` while ``a`` is still available; may overwrite ``a`` if it is not kept."""
         return self.times_slope(x, kept)
 
     @abstractmethod
     def slope_derivative(self, kept: Tensor, slope: Tensor) -> Tensor:
-        """The derivative of ``s'(a)``, which is given, with respect to what was kept."""
+        """The derivative of ``slope``, which is ``s'(a)``, with respect to what was kept."""
 
     def output(self, kept: Tensor) -> Tensor:
         """``s(a)`` from what was kept."""
@@ -64,14 +64,14 @@ class Layer(Protocol):
 
 @dataclass(eq=False)
 class BetweenLayers:
-    """The steps between the layers of one solve: bias and time come in, the activation acts, cotangents pass it.
+    """The operations between the layers in one solve: bias and time, the activation, and pulling back through it.
 
     The methods from :meth:`slope` on are for passes without a graph.
 
     Attributes:
-        activation: between each two layers.
-        bias: of all layers, as one row in the order of memory.
-        response: what a unit of time adds, as such a row; None if no layer takes the time.
+        activation: the function between two layers.
+        bias: the biases of all layers, concatenated to one row.
+        response: how much a unit of time adds to each bias, as a row of the same kind; None if no layer takes time.
     """
 
     activation: Activation
@@ -79,9 +79,9 @@ class BetweenLayers:
     response: Tensor | None
 
     def shifts(self, t: Tensor, maps_of: Callable[..., list[Tensor]]) -> list[Any]:
-        """What :meth:`add` and :meth:`enter` take for each layer at time ``t``.
+        """The shift of each layer at time ``t``, as :meth:`add` and :meth:`enter` take it.
 
-        ``maps_of`` cuts a row into the layers' maps, in the layers' dtype or in a given one.
+        ``maps_of`` cuts a row into one piece per layer, in the layers' dtype or in a given one.
         """
         bias, response = self.bias, self.response
         return maps_of(bias if response is None else torch.addcmul(bias, response, t.to(bias.dtype)))
@@ -91,7 +91,7 @@ class BetweenLayers:
         return layer.apply(x, shift)
 
     def enter(self, layer: Layer, x: Tensor, shift: Any) -> tuple[Tensor | None, Tensor, Tensor]:
-        """``a = W x + shift`` if it is at hand, ``s(a)``, and what is kept."""
+        """``a = W x + shift`` (None if a kernel does not write it), ``s(a)``, and what is kept."""
         a = self.add(layer, x, shift)
         u = self.activation.value(a)
         return a, u, u if self.activation.keeps_output else a
@@ -103,7 +103,7 @@ class BetweenLayers:
         return self.activation.times_slope_at(x, a, kept)
 
     def slope(self, kept: Tensor) -> Tensor:
-        """``s'(a)`` in the form in which the methods below take it."""
+        """``s'(a)``, in the form that the methods below take."""
         return self.activation.slope(kept)
 
     def scale(self, x: Tensor, slope: Tensor) -> Tensor:
@@ -113,7 +113,10 @@ class BetweenLayers:
     def bend(
         self, p: Tensor, slope: Tensor, kept: Tensor, x: Tensor, *, scratch: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``x p`` times the slope's derivative, summed over several noises, and ``slope p``; overwrites ``p``."""
+        """``x p s''`` summed over the noise vectors, and ``slope p``; overwrites ``p``.
+
+        ``s''`` stands for :meth:`Activation.slope_derivative`.
+        """
         x = torch.mul(x, p, out=scratch)
         x = x.sum(0) if x.dim() > kept.dim() else x
         return x.mul_(self.activation.slope_derivative(kept, slope)), p.mul_(slope)

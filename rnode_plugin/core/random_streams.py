@@ -1,7 +1,7 @@
 """Stateless seeding of torch's generators from (seed, purpose, rank, index).
 
-Each training step, validation batch and sample is seeded before it draws. So a resumed run, or one that validated
-more often, draws the same noise at the same step, and no state of a generator has to be saved.
+Each training step, validation batch and sample is seeded before it draws. So a resumed run, or one that validates
+more often, draws the same noise at the same step, and no generator state has to be saved.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from enum import IntEnum
 
 
 class Stream(IntEnum):
-    """What the noise is for; streams of different purposes are independent."""
+    """What the noise is for. Streams with different purposes are independent."""
 
     WEIGHTS = 0
     ORDER = 1
@@ -26,6 +26,7 @@ def stream_seed(seed: int, stream: Stream, *index: int) -> int:
     """A 63-bit seed for one place in one stream, such as (rank, step)."""
     import numpy as np
 
+    # SeedSequence hashes its entries, so that neighboring seeds and indices give unrelated streams
     return int(np.random.SeedSequence([seed, int(stream), *index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -38,9 +39,10 @@ def seed_everything(seed: int, stream: Stream, *index: int) -> None:
 
 @contextmanager
 def seeded(seed: int, stream: Stream, *index: int) -> Iterator[None]:
-    """Like :func:`seed_everything`, and back to the former state at the end."""
+    """Context like :func:`seed_everything` that restores the generators at its end."""
     import torch
 
+    # reading the state of a GPU would initialize CUDA, which a program on the CPU should not pay for
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         seed_everything(seed, stream, *index)

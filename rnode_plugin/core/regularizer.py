@@ -1,12 +1,12 @@
-"""The contract of a regularizer: a class for each of the four things that a penalty can see of a solve.
+"""The contract of a regularizer, with one class for each of the four things that a penalty can see in a solve.
 
 - A :class:`Rate` is a number per unit of time; its integral along the trajectory is the penalty.
 - A :class:`StepPenalty` sees each accepted step of the solver.
 - A :class:`TrajectoryPenalty` sees states at times that it chooses.
 - A :class:`SpanPolicy` changes the times of the solve.
 
-The objective (eq. 17) adds the penalties, each per sample ``(B,)``. Another package offers its regularizers through
-the hook ``rnode_register_regularizers``.
+The objective (eq. 17) adds the penalties, each given per sample, ``(B,)``. Another package offers its regularizers
+through the hook ``rnode_register_regularizers``.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Source(NamedTuple):
 
     Attributes:
         method: the name of the method, such as ``"RNODE"``; ``""`` if it has none.
-        authors: such as ``"Finlay et al."``.
+        authors: the paper's authors, such as ``"Finlay et al."``.
         year: year of the paper.
-        key: key of its BibTeX entry.
-        place: where in the paper, such as ``"eq. 9a"``, or ``"code"``.
+        key: key of the paper's BibTeX entry.
+        place: where the paper defines it, such as ``"eq. 9a"``, or ``"code"`` for the authors' code.
     """
 
     method: str
@@ -61,7 +61,7 @@ class Source(NamedTuple):
     place: str = ""
 
     def at(self, place: str, *, method: str = "") -> Source:
-        """The same at a place, or for another method of the paper."""
+        """The same source with a place in the paper, and optionally another method from it."""
         return self._replace(place=place, method=method or self.method)
 
     def __str__(self) -> str:
@@ -78,14 +78,14 @@ def _first_line(described: object) -> str:
 class Regularizer:
     """What the four kinds of regularizers share. Derive a regularizer from one of them, not from this class.
 
-    A regularizer that is a ``torch.nn.Module`` as well trains its parameters.
+    The parameters of a regularizer that also is a ``torch.nn.Module`` are trained with the model.
 
     Attributes:
         name: the key of its penalty in every result.
         divided_by_dims: whether the objective divides the penalty by the number of dimensions, as it must for a sum
             over the event.
         formula: what is penalized, in one line; the first line of the docstring if it is left out.
-        cost: what an evaluation costs beyond the velocity, or what a penalty needs of the solve.
+        cost: what an evaluation costs beyond the velocity, or what the penalty needs from the solver.
         source: who proposed it.
 
     Example:
@@ -110,7 +110,7 @@ class Regularizer:
             cls.formula = _first_line(cls)
 
     def check(self) -> None:
-        """Refuse a declaration that is incomplete. A solve does not check it again.
+        """Refuse an incomplete declaration. This runs once, before any solve.
 
         Raises:
             ConfigError: if it has no ``name`` or no call, or an attribute has a value that it cannot have.
@@ -119,13 +119,13 @@ class Regularizer:
             raise ConfigError(f"the regularizer {self!r} lacks a `name` or a call.")
 
     def join(self, before: Tensor, last: Tensor, *, solves: int, share: float) -> Tensor:
-        """The penalty ``(B,)`` of several solves one after the other, such as the blocks of a flow.
+        """Combine the penalties ``(B,)`` of consecutive solves, such as the blocks of a flow.
 
         Args:
-            before: penalty of all solves but the last, ``(B,)``.
-            last: penalty of the last one.
-            solves: how many there are.
-            share: the last one's share of all steps, between 0 and 1.
+            before: penalty of all solves except the last one, ``(B,)``.
+            last: penalty of the last solve, ``(B,)``.
+            solves: number of solves, the last one included.
+            share: number of steps in the last solve, as a fraction of all steps, between 0 and 1.
         """
         return before + last
 
@@ -141,16 +141,17 @@ def _refuse_others(
 class Rate(Regularizer):
     """A rate per unit of time, whose integral along the trajectory is the penalty.
 
-    A call gives the rate ``(B,)`` of a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`.
+    A call maps a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation` to the rate ``(B,)``.
 
     Attributes:
-        needs: what it reads of an evaluation beyond ``t, z, dz, noise``: ``"vjp"``, ``"jvp"``, ``"aux"``,
-            ``"field"``. Without a need, and without a density, an evaluation computes no product with the Jacobian.
+        needs: what it reads of an evaluation beyond ``t, z, dz, noise``: any of ``"vjp"``, ``"jvp"``, ``"aux"`` and
+            ``"field"``. If no rate needs one and no density is followed, an evaluation computes no product with the
+            Jacobian.
         repeats: whether it evaluates the field again, for ``jacobian()`` with a random estimator or for a
-            ``total_derivative()`` above order 2. Then each evaluation notes its random draws, as it does for the
-            need ``"field"``.
-        time_gradient: whether a sum over the steps of a solve has the right gradient by the times of the solve. It
-            has not for a rate that holds a part of itself fixed.
+            ``total_derivative()`` above order 2. Then the state of the random generators is noted at each
+            evaluation, as it is for the need ``"field"``.
+        time_gradient: whether backward through the steps of a solve gives the right gradient by the times of the
+            solve. Set it to False for a rate that detaches a part of itself.
 
     Example:
         >>> from rnode_plugin.regularizers import Rate
@@ -176,15 +177,15 @@ class Rate(Regularizer):
 class StepPenalty(Regularizer):
     """A penalty on the steps that the solver accepts.
 
-    A call gives the value ``(B,)`` of a :class:`StepRecord`. By default the objective does not divide it by the
-    number of dimensions, because a solver's error norm is a mean over them.
+    A call maps a :class:`StepRecord` to a value ``(B,)``. By default the objective does not divide it by the number
+    of dimensions, because a solver's error norm is a mean over the dimensions.
 
     Attributes:
-        uses: what it reads that not every method has: ``"error"``, the embedded error estimate, and ``"pair"``, two
-            stages at the same time.
+        uses: what it reads that not every method has: ``"error"`` for the embedded error estimate, ``"pair"`` for
+            two stages at the same time.
         reduction: ``"sum"``, ``"mean"`` or ``"max"`` over the steps.
-        local: whether it sees one extra step instead, from a uniformly random time. It is unbiased for the time
-            average of a step's value. The step's start is detached.
+        local: whether it sees one extra step from a uniformly random time instead of the accepted steps. Its value
+            is an unbiased estimate of the time average. The start of the extra step is detached.
     """
 
     divided_by_dims: bool = False
@@ -206,11 +207,12 @@ class StepPenalty(Regularizer):
             return before.maximum(last)
         if self.reduction == "sum":
             return before + last
+        # a running mean: over the solves, which have one local step each, or else over their steps
         return before + (last - before) * (1 / solves if self.local else share)
 
 
 class TrajectoryPenalty(Regularizer):
-    """A penalty on states at times that it chooses. A call gives the value ``(B,)`` of a :class:`Trajectory`.
+    """A penalty on states at times that it chooses. A call maps a :class:`Trajectory` to a value ``(B,)``.
 
     Attributes:
         rates: the rates whose integrals it reads.
@@ -223,7 +225,7 @@ class TrajectoryPenalty(Regularizer):
         def __call__(self, trajectory: Trajectory, /) -> Tensor: ...
 
         def times(self, t0: Tensor, t1: Tensor, /) -> Tensor:
-            """Times ``(k,)`` between both ends at which it wants states; asked for before each solve."""
+            """Times ``(k,)`` between both ends at which it wants states. Each solve calls this first."""
             ...
 
     def check(self) -> None:
@@ -233,10 +235,10 @@ class TrajectoryPenalty(Regularizer):
 
 
 class SpanPolicy(Regularizer):
-    """A rule that changes the times of a solve. A call gives its penalty ``(B,)`` for a state ``(B, *event)``.
+    """A rule that changes the times of a solve. A call maps a state ``(B, *event)`` to its penalty ``(B,)``.
 
     Attributes:
-        penalized: whether it has a penalty, and so takes a lambda.
+        penalized: whether it has a penalty and therefore takes a lambda.
     """
 
     divided_by_dims: bool = False
@@ -247,7 +249,7 @@ class SpanPolicy(Regularizer):
         def __call__(self, z: Tensor, /) -> Tensor: ...
 
         def times(self, t_span: Tensor, /, *, training: bool) -> Tensor:
-            """The times to solve through instead of ``t_span (T,)``: as many, in the same direction."""
+            """The times ``(T,)`` to solve through instead of ``t_span (T,)``, in the same direction."""
             ...
 
     def check(self) -> None:
@@ -259,11 +261,11 @@ class SpanPolicy(Regularizer):
 KINDS: Mapping[str, type[Regularizer]] = {
     "rate": Rate, "step": StepPenalty, "trajectory": TrajectoryPenalty, "span": SpanPolicy,
 }  # fmt: skip
-"""The four classes by the word that lists and tables show."""
+"""The four classes, by the word that stands for each in lists and tables."""
 
 
 def kind_of(regularizer: Regularizer | type[Regularizer]) -> str:
-    """The word in :data:`KINDS` of a regularizer, or of a class that makes one."""
+    """The word in :data:`KINDS` for a regularizer or its class."""
     made = regularizer if isinstance(regularizer, type) else type(regularizer)
     return next(word for word, kind in KINDS.items() if issubclass(made, kind))
 
@@ -273,12 +275,12 @@ class StepRecord:
     """One step of a solve, as a step penalty sees it.
 
     Attributes:
-        t: time at its start, a tensor of one entry.
-        h: its length, positive, a tensor of one entry.
-        z0, z1: states ``(B, *event)`` at its two ends.
-        times, states, velocities: one for each stage, in the order of their evaluation.
-        error: the embedded estimate of the error of ``z1``, ``(B, *event)``; None if the method has none.
-        pair: indices of two stages at the same time; None if the method has no two.
+        t: time at the start of the step, a tensor with one entry.
+        h: length of the step, positive, a tensor with one entry.
+        z0, z1: states ``(B, *event)`` at the two ends of the step.
+        times, states, velocities: one entry for each stage, in the order of evaluation.
+        error: the embedded estimate of the error in ``z1``, ``(B, *event)``; None if the method has none.
+        pair: indices of two stages at the same time; None if the method has no such stages.
         atol, rtol: the solve's tolerances; None for a fixed grid.
     """
 
@@ -301,8 +303,8 @@ class Trajectory:
 
     Attributes:
         t: times ``(T,)`` in the order of the solve: both ends, and between them those that the penalty asked for.
-        z: states at them, ``(T, B, *event)``.
-        integrals: integral along the path of each rate that the penalty asked for by name, ``(B,)``.
+        z: states at these times, ``(T, B, *event)``.
+        integrals: integral along the path, ``(B,)``, of each rate in the penalty's ``rates``, by name.
     """
 
     t: Tensor
@@ -315,11 +317,11 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class FunctionRegularizer(Rate):
-    """A rate from a function. One that :func:`rate` made is copied by reference.
+    """A rate from a function. Copies and pickles of one that :func:`rate` made refer to it by name.
 
     Args:
         name: the key of its penalty in every result.
-        function: of a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation` to ``(B,)``.
+        function: maps a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation` to ``(B,)``.
         formula: what is penalized; the first line of the function's docstring if it is left out.
         needs, repeats, time_gradient, divided_by_dims, cost, source: see :class:`Rate` and :class:`Regularizer`.
 
@@ -341,7 +343,8 @@ class FunctionRegularizer(Rate):
     source: str | Source = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "needs", frozenset(self.needs))  # hashable: a key of {regularizer: lambda}
+        # hashable, since a regularizer may be a key of {regularizer: lambda}
+        object.__setattr__(self, "needs", frozenset(self.needs))
         object.__setattr__(self, "formula", self.formula or _first_line(self.function))
 
     def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
@@ -353,11 +356,11 @@ class FunctionRegularizer(Rate):
 
 @dataclass(frozen=True)
 class FunctionStepPenalty(StepPenalty):
-    """A step penalty from a function. One that :func:`step_penalty` made is copied by reference.
+    """A step penalty from a function. Copies and pickles of one that :func:`step_penalty` made refer to it by name.
 
     Args:
         name: the key of its penalty in every result.
-        function: of a :class:`StepRecord` to ``(B,)``.
+        function: maps a :class:`StepRecord` to ``(B,)``.
         formula: what is penalized; the first line of the function's docstring if it is left out.
         uses, reduction, local, divided_by_dims, cost, source: see :class:`StepPenalty` and :class:`Regularizer`.
     """
@@ -387,7 +390,7 @@ _Made = TypeVar("_Made", FunctionRegularizer, FunctionStepPenalty)
 
 
 def rate(name: str, **attributes: Any) -> Callable[[Callable[[FieldEvaluation], Tensor]], FunctionRegularizer]:
-    """Decorator that makes a function the rate ``name``, with the arguments of :class:`FunctionRegularizer`."""
+    """Decorator that turns a function into a rate, with the arguments of :class:`FunctionRegularizer`."""
 
     def declare(function: Callable[[FieldEvaluation], Tensor]) -> FunctionRegularizer:
         return _standing_for(function, FunctionRegularizer(name, function, **attributes))
@@ -396,7 +399,7 @@ def rate(name: str, **attributes: Any) -> Callable[[Callable[[FieldEvaluation], 
 
 
 def step_penalty(name: str, **attributes: Any) -> Callable[[Callable[[StepRecord], Tensor]], FunctionStepPenalty]:
-    """Decorator that makes a function the step penalty ``name``, with those of :class:`FunctionStepPenalty`."""
+    """Decorator that turns a function into a step penalty, with the arguments of :class:`FunctionStepPenalty`."""
 
     def declare(function: Callable[[StepRecord], Tensor]) -> FunctionStepPenalty:
         return _standing_for(function, FunctionStepPenalty(name, function, **attributes))
@@ -405,11 +408,12 @@ def step_penalty(name: str, **attributes: Any) -> Callable[[Callable[[StepRecord
 
 
 def _standing_for(function: Callable[..., Tensor], made: _Made) -> _Made:
+    # the decorated name now means the regularizer, so documentation and pickle look for it where the function was
     object.__setattr__(made, "__module__", function.__module__)
     object.__setattr__(made, "__doc__", function.__doc__)
     return made
 
 
 def _by_reference(made: FunctionRegularizer | FunctionStepPenalty) -> str:
-    """The name by which pickle finds a regularizer that stands in its function's place; else ``""``."""
+    """The name by which pickle finds a regularizer that a decorator put in its function's place; else ``""``."""
     return made.function.__name__ if "__module__" in vars(made) else ""

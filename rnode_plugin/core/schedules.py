@@ -1,4 +1,4 @@
-"""The strength lambda of a penalty: a number, or a function of the optimizer's step. Without torch, for recipes."""
+"""The strength lambda of a penalty, a number or a function of the optimizer step. Importing this needs no torch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Strength = float | Callable[[int], float]
 
 @dataclass(frozen=True)
 class LinearWarmup:
-    """Lambda from 0 to ``strength`` over the first ``steps`` steps of the optimizer; see :func:`linear_warmup`.
+    """A lambda that grows from 0 to ``strength`` over ``steps`` optimizer steps; see :func:`linear_warmup`.
 
-    ``str`` gives its text in a recipe: ``linear_warmup(1000)*0.01``.
+    ``str`` gives its text in a recipe, such as ``linear_warmup(1000)*0.01``.
     """
 
     spelling: ClassVar[str] = "linear_warmup(STEPS)*LAMBDA with STEPS a whole number >= 1 and LAMBDA >= 0"
@@ -37,7 +37,12 @@ class LinearWarmup:
 
     @classmethod
     def from_text(cls, text: str) -> LinearWarmup:
-        """The inverse of ``str``, or a ValueError; without a lambda its default."""
+        """Parse what ``str`` gives. A text without a lambda gets :data:`DEFAULT_LAMBDA`.
+
+        Raises:
+            ValueError: for another text.
+            ConfigError: as :func:`linear_warmup`.
+        """
         found = re.fullmatch(r"linear_warmup\(\s*(\d+)\s*\)\s*(?:\*\s*(\S+))?", text.strip())
         if found is None:
             raise ValueError(f"expected {cls.spelling}")
@@ -49,10 +54,11 @@ WrittenStrength = float | LinearWarmup
 
 
 def linear_warmup(steps: int, strength: float = DEFAULT_LAMBDA) -> LinearWarmup:
-    """A lambda that grows from 0 to ``strength`` over the first ``steps`` steps of the optimizer.
+    """Make a lambda that grows linearly from 0 to ``strength`` over the first ``steps`` steps of the optimizer.
 
-    ``NeuralODE(..., regularizers={"kinetic": linear_warmup(1000)})``, then ``model.reg_loss(step=n)``. A recipe
-    spells it ``regularizers.kinetic=linear_warmup(1000)*0.01``, and training passes the step.
+    Give it as ``NeuralODE(..., regularizers={"kinetic": linear_warmup(1000)})``, and call
+    ``model.reg_loss(step=n)``. A recipe spells it ``regularizers.kinetic=linear_warmup(1000)*0.01``, and training
+    passes the step.
 
     Raises:
         ConfigError: for fewer than one step, or a strength that is negative or not finite.
@@ -63,7 +69,7 @@ def linear_warmup(steps: int, strength: float = DEFAULT_LAMBDA) -> LinearWarmup:
 
 
 def check_lambda(name: str, strength: object) -> Strength:
-    """A number that is finite and not negative, or a function as it is; a ConfigError for anything else."""
+    """The strength if it is a function, or a finite number >= 0 as a float; a ConfigError for anything else."""
     return strength if callable(strength) else _number(name, strength)  # pyright: ignore[reportReturnType]
 
 

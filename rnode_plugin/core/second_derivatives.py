@@ -1,8 +1,9 @@
-"""Whether the products of a field with its Jacobian can be differentiated: layers whose backward pass cannot.
+"""Whether the products of a field with its Jacobian can be differentiated.
 
-A ``torch.autograd.Function`` whose backward is a kernel, or which runs under ``no_grad``, gives right products. How
-these depend on the state and the parameters is lost without an error, and with it the gradient of ``jacfrob`` and
-of a log-determinant. So a field that holds such a function is compared with a difference quotient.
+A ``torch.autograd.Function`` whose backward is a kernel, or which runs under ``no_grad``, gives correct products.
+But how these depend on the state and the parameters is lost without an error, and with it the gradient of
+``jacfrob`` and of a log-determinant. So the second derivative of a field that holds such a function is compared
+with a difference quotient.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.autograd.graph import Node
 from ..errors import ConfigError
 from .modes import exporting
 
-_right: WeakKeyDictionary[nn.Module, set[type]] = WeakKeyDictionary()  # functions that were compared, by net
+_right: WeakKeyDictionary[nn.Module, set[type]] = WeakKeyDictionary()  # functions that passed, by net
 
 _WAYS = (
     "Use trace_noise='difference' (trace_estimator= of a density), which needs no product, the penalty "
@@ -49,15 +50,16 @@ def check_second_derivative(
     which is symmetric. So reverse mode and a difference of products give the same tensor, entry by entry.
 
     Args:
-        dz: the velocity at ``z``, a variable, with its graph.
-        start: number of the first node of that graph.
-        elsewhere: the same field at other times and states.
+        dz: the velocity at ``z``, with its graph.
+        z: the state, a variable of that graph.
+        start: nodes with a lower number are not part of that graph.
+        elsewhere: evaluates the same field at another time and state.
         t: the time.
-        net: the module of the field; its functions are compared once.
-        jvp: whether derivatives along directions are asked for, which take a second derivative for their value.
+        net: the module of the field; each of its functions is compared once.
+        jvp: whether derivatives along directions are asked for, whose values take a second derivative.
 
     Returns:
-        Whether the question is settled. It is not where nothing can be seen, as for a velocity of zero.
+        Whether the question is settled. It stays open where a comparison shows nothing, as for a velocity of zero.
 
     Raises:
         ConfigError: if the comparison fails, and for an attention kernel without a second derivative.
@@ -65,12 +67,14 @@ def check_second_derivative(
     if dz.grad_fn is None or z.is_meta or exporting() or torch.compiler.is_compiling():
         return dz.grad_fn is not None
     foreign, depends = _functions(dz, z, start)
+    # without parameters and with a state that is a leaf, no gradient of a product is ever taken
     if not foreign or not (jvp or depends or z.grad_fn is not None):
         return True
     for name in foreign.values():
         if name.startswith("ScaledDotProduct"):
             raise ConfigError(FUSED_ATTENTION)
     known = set[type]() if net is None else _right.setdefault(net, set())
+    # differences of a velocity in half precision are mostly rounding, so nothing can be compared
     half = dz.dtype.itemsize < 4 or torch.is_autocast_enabled(dz.device.type)
     new = {function for function in foreign if function not in known}
     if not new or half:
@@ -125,6 +129,7 @@ def _functions(dz: Tensor, z: Tensor, start: int) -> tuple[dict[type | str, str]
                     pending.append(parent)
     if not suspects:
         return {}, depends
+    # a function that z does not reach, such as one on the time or the weights alone, is not to blame
     between = set[Node]()
     while ends:
         for node in parents.get(ends.pop(), ()):
@@ -135,7 +140,7 @@ def _functions(dz: Tensor, z: Tensor, start: int) -> tuple[dict[type | str, str]
 
 
 def _compare(dz: Tensor, z: Tensor, elsewhere: Callable[[Tensor, Tensor], Tensor], t: Tensor) -> bool | None:
-    """Whether the second derivative by autograd is right; None where differences cannot show it, as at kinks."""
+    """Whether autograd's second derivative is right; None where differences cannot tell, such as at kinks."""
     generator = torch.Generator().manual_seed(0)
     v, w = (torch.randint(2, dz.shape, generator=generator).to(dz) * 2 - 1 for _ in range(2))
     point, w, t = z.detach(), w.to(z.dtype), t.detach()
@@ -151,10 +156,12 @@ def _compare(dz: Tensor, z: Tensor, elsewhere: Callable[[Tensor, Tensor], Tensor
         later, before = (torch.zeros_like(point) if end is None else end for end in ends)
         return (later - before) / (2 * step)
 
+    # A central difference has an error of order step^2, so that its change with the step shows how far to trust it.
     fine, coarse = difference(size), difference(2 * size)
     expected, doubt = float(fine.norm()), float((fine - coarse).norm())
     if not expected > 0 or not doubt < 0.1 * expected:
         return None
+    # the Hessian of v^T f is symmetric: the gradient of the product along w is the derivative of the product by w
     state = point.requires_grad_()
     found, exact = product(state, again=True), None
     if found is not None and found.requires_grad:

@@ -21,7 +21,7 @@ _making = threading.Lock()
 
 
 def lock_of(module: nn.Module | None) -> AbstractContextManager[object]:
-    """The lock of a net, which all models that hold the net share; without a net, nothing.
+    """The lock of a net, shared by all models that hold the net; without a net, a context that does nothing.
 
     The lock is not an attribute of the net, because a deepcopy of the net would fail.
     """
@@ -35,8 +35,8 @@ def lock_of(module: nn.Module | None) -> AbstractContextManager[object]:
 def module_of(function: object) -> nn.Module | None:
     """The module that a call of ``function`` runs; None if it is not known.
 
-    For a function that is not a module itself: the module of its bound method, of its closure, or among the global
-    names that it reads. Several become one ModuleList.
+    If ``function`` is not a module itself, this is the owner of a bound method, or a module that the function reads
+    from its closure or from global names. Several modules become one ModuleList.
     """
     while isinstance(function, functools.partial):
         function = function.func
@@ -49,7 +49,7 @@ def module_of(function: object) -> nn.Module | None:
         return None
     held = [function.__globals__.get(name) for name in function.__code__.co_names]
     for cell in function.__closure__ or ():
-        with suppress(ValueError):  # of a name that has no value yet
+        with suppress(ValueError):  # a cell is empty until its name has a value
             held.append(cell.cell_contents)
     found = [value for value in held if isinstance(value, nn.Module)]
     return found[0] if len(found) == 1 else nn.ModuleList(found) if found else None
@@ -58,17 +58,17 @@ def module_of(function: object) -> nn.Module | None:
 class Surroundings:
     """The buffers of a net and the state of the random generators, in one solve.
 
-    Running statistics of batch norm, the vectors of an old spectral norm and the masks of dropout are neither
-    arguments nor results of a vector field. An evaluation that a solve does not take must leave the buffers, and
-    it must draw the same masks, or it is another function.
+    The running statistics of batch norm, the vectors of spectral norm and the masks of dropout are neither
+    arguments nor results of a vector field. An extra evaluation, which the solver did not ask for, must not change
+    the buffers, and it must draw the same masks, because with others the field is another function.
 
     Args:
         net: the module that the field calls; None: none is known.
-        repeats: whether evaluations may be repeated, so that the generators' state is worth reading.
+        repeats: whether evaluations may be repeated, so that the generators' state has to be noted.
 
     Attributes:
-        exclusive: a lock for an evaluation while another thread may replace the buffers that the evaluation writes
-            into; None: no thread does.
+        exclusive: the lock to hold during an evaluation that writes into buffers, while another thread may have
+            replaced them by copies; None if that cannot happen.
     """
 
     __slots__ = ("_draws", "_modules", "exclusive", "net", "repeats")
@@ -81,13 +81,13 @@ class Surroundings:
         self.exclusive = lock_of(net) if shared else None
 
     def mark(self, z: Tensor) -> None:
-        """Note the random numbers that the next evaluation at a state like ``z`` will draw."""
+        """Note the state of the generators that the next evaluation, on the device of ``z``, will draw from."""
         if not _unseen(z):
             self._draws = _states(z)
 
     @contextmanager
     def repeated(self, z: Tensor) -> Iterator[None]:
-        """Evaluations inside repeat the draws of the last one that was marked, and leave no trace.
+        """Context for evaluations that repeat the draws of the last marked one and have no side effects.
 
         Raises:
             ConfigError: for a field that draws, if its evaluations are not marked.
@@ -96,6 +96,7 @@ class Surroundings:
             if self._draws is not None:
                 _restore(self._draws)
             yield
+            # nothing was marked, so draws inside were new ones
             if before is not None and not self.repeats and not torch.equal(before.cpu, torch.get_rng_state()):
                 raise ConfigError(
                     "a regularizer evaluates the vector field again, which draws random numbers (dropout), so the "
@@ -104,7 +105,7 @@ class Surroundings:
 
     @contextmanager
     def aside(self, z: Tensor) -> Iterator[_States | None]:
-        """Evaluations inside leave no trace in buffers and random numbers. Blocks in a row draw the same."""
+        """Context for evaluations that change neither buffers nor generators. Consecutive blocks draw the same."""
         with self.kept():
             before = None if _unseen(z) else _states(z)
             try:
@@ -115,7 +116,7 @@ class Surroundings:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Evaluations inside write into copies of the buffers of layers in training mode."""
+        """Context for evaluations that write into copies of the buffers of layers in training mode."""
         if self._modules is None:
             modules = () if self.net is None else self.net.modules()
             self._modules = [part for part in modules if part._buffers]
@@ -123,7 +124,9 @@ class Surroundings:
         if not changing:
             yield
             return
-        with lock_of(self.net):  # another thread that solves the same model must not see the copies
+        # Copies during the block, not restored values after it: the graph of an earlier evaluation may hold the
+        # original buffers, and a write into them would invalidate it. Other threads must not see the copies.
+        with lock_of(self.net):
             kept = [
                 (part._buffers, name, x) for part in changing for name, x in part._buffers.items() if x is not None
             ]
@@ -155,7 +158,7 @@ def _restore(states: _States) -> None:
 
 
 def _unseen(z: Tensor) -> bool:
-    """Whether the generators' state does not exist here: in a program that is captured, and on the device meta."""
+    """Whether the generators have no state to read here, as in a captured program and on the device meta."""
     if torch.compiler.is_compiling() or exporting() or z.is_meta:
         return True
     return z.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""Tally: how many solves were penalized, and the mean of each penalty."""
+"""Tally: counts the solves that were penalized, and averages each penalty."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .modes import transforms_active
 
 
 class Tally:
-    """Counts the solves whose penalties took part in a backward pass, and sums up their penalties.
+    """Counts the solves whose penalties took part in a backward pass, and averages their penalties.
 
-    A model that is copied keeps the tally, because its solves are counted with the others.
+    A copy of a model shares the tally, so that its solves are counted with the others.
 
     Attributes:
-        solves: number of these solves. Solves inside of a transform of ``torch.func`` are not counted.
+        solves: number of these solves. Solves inside a transform of ``torch.func`` are not counted.
     """
 
     def __init__(self) -> None:
         self.solves = 0
-        self._sums: dict[str, Tensor | int] = defaultdict(int)  # tensors on the device of the solve: no wait for it
+        self._sums: dict[str, Tensor | int] = defaultdict(int)  # stay on the device: only `means` waits for them
         self._samples: dict[str, int] = defaultdict(int)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Tally:
@@ -31,7 +31,7 @@ class Tally:
         return Tally, ()
 
     def watch(self, cost: Tensor, integrals: Mapping[str, Tensor]) -> None:
-        """Count a solve once, when a backward pass goes through its ``cost``.
+        """Count a solve once, when a backward pass reaches its ``cost``.
 
         Args:
             cost: the sum of eq. 17 that is added to the loss, a scalar.
@@ -39,10 +39,11 @@ class Tally:
         """
         if not cost.requires_grad or transforms_active():
             return
+        # a list, so that the hook can empty it: the hook lives as long as the graph, the values need not
         values: list[dict[str, Tensor]] = [{name: each.detach() for name, each in integrals.items()}]
 
         def count(gradient: Tensor) -> None:
-            if values:  # else a second backward pass through the same graph
+            if values:  # empty in a second backward pass through the same graph
                 self.solves += 1
                 for name, each in values.pop().items():
                     self._sums[name] += each.sum()

@@ -1,7 +1,7 @@
-"""Divergence of a vector field and Frobenius norm of its Jacobian: exact, by Hutchinson's estimator, by Hutch++.
+"""Divergence of a vector field and Frobenius norm of its Jacobian: exact, or estimated with random probes.
 
 Both come from the same products ``v^T J`` with ``J = df/dz``, taken for probe vectors ``v``. The penalties
-``jacfrob``, ``curl`` and ``strain`` read those products too, so that an evaluation never makes a second one.
+``jacfrob``, ``curl`` and ``strain`` read those products too, so that no product is computed twice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NOISES = ("gaussian", "rademacher")
 
 
 class Probes(NamedTuple):
-    """Probe vectors whose weighted outer products have the identity as their mean.
+    """Probe vectors with ``E[sum_i w_i v_i v_i^T] = I``.
 
     So ``sum_i w_i g(v_i)`` is an unbiased estimate of the trace of any quadratic form ``g``.
 
@@ -39,14 +39,14 @@ class Probes(NamedTuple):
 
 
 class TraceEstimator(ABC):
-    """How to obtain the divergence and the Frobenius norm from products with the Jacobian.
+    """Computes the divergence and the Frobenius norm from products with the Jacobian.
 
-    :meth:`draw` is called once per solve. :meth:`linearize` is called at every evaluation and gives the velocity
-    and the products, which the other methods reduce.
+    A solve calls :meth:`draw` once and :meth:`linearize` at every evaluation. The latter gives the velocity and the
+    products, which the other methods reduce.
 
     Attributes:
-        asks: the products that a field computes for it, ``"noise"`` or ``"rows"``, see
-            :class:`~rnode_plugin.core.derivatives.Ask`; ``""`` for one that needs none.
+        asks: the products that a field computes for the estimator, ``"noise"`` or ``"rows"``, see
+            :class:`~rnode_plugin.core.derivatives.Ask`; ``""`` if it needs none.
         repeats: whether :meth:`linearize` evaluates the field more than once.
     """
 
@@ -55,45 +55,48 @@ class TraceEstimator(ABC):
 
     @abstractmethod
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
-        """Noise for one solve from the state ``z (B, *event)``, from ``generator``; None if none is needed."""
+        """Draw noise for one solve of ``z (B, *event)`` from ``generator``; None if the estimator needs none."""
 
     def linearize(
         self, door: Door, t: Tensor, state: State, noise: Tensor | None = None, ask: Ask = VELOCITY
     ) -> Linearization:
-        """One evaluation of a field: velocity, products, and what ``ask`` names.
+        """Evaluate a field once, with its velocity, its products and what ``ask`` names.
 
         Args:
             door: evaluates the field.
-            t, state: where.
+            t, state: the time and the whole state.
             noise: as :meth:`draw` gives it.
-            ask: what is wanted in addition to the products, which it may name as :attr:`asks`.
+            ask: what to compute in addition to the products that :attr:`asks` names.
         """
         ask = ask if ask.products == self.asks else ask._replace(products=self.asks)
         return door.evaluate(t, state, ask, noise)
 
     @abstractmethod
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
-        """The probe vectors of ``products``, which a bound evaluation made with ``noise``."""
+        """The probe vectors, their weights, and the ``products`` that :meth:`linearize` computed with ``noise``."""
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        """``div f (B,)`` (eq. 3) or an unbiased estimate (eq. 5); ``products, noise`` as in :meth:`probes`."""
+        """``div f (B,)`` (eq. 3) or an unbiased estimate (eq. 5), in nats per unit of time.
+
+        ``products`` and ``noise`` are as for :meth:`probes`.
+        """
         probes = self.probes(products, noise)
         terms = (w * sum_products(v, row) for w, v, row in zip(*probes, strict=True))
         return torch.stack(list(terms)).sum(0)
 
     def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        """``||df/dz||_F^2 (B,)`` (eq. 13), or an unbiased estimate (eq. 16), of the same ``products, noise``."""
+        """``||df/dz||_F^2 (B,)`` (eq. 13), or an unbiased estimate (eq. 16); arguments as for :meth:`probes`."""
         probes = self.probes(products, noise)
         terms = (w * sum_squares(row) for w, _, row in zip(*probes, strict=True))
         return torch.stack(list(terms)).sum(0)
 
 
 class Hutchinson(TraceEstimator):
-    """Hutchinson's unbiased estimator, the mean over one or more probe vectors: one product each.
+    """Hutchinson's unbiased estimator: the mean over one or more probe vectors, with one product for each.
 
     Args:
         noise: ``"gaussian"`` (the paper's) or ``"rademacher"`` (signs; smaller variance of the divergence).
-        probes: number of probe vectors; the variance falls in proportion, the cost grows.
+        probes: number k of probe vectors. The variance falls as 1 / k, and the cost grows as k.
 
     The noise of one probe has the shape of the state, the noise of k probes ``(k, B, *event)``.
 
@@ -144,9 +147,9 @@ class HutchPlusPlus(TraceEstimator):
 
     It suits fields whose Jacobian is close to low rank. With ``Q`` an orthonormal basis of ``J^T S`` for a random
     ``S`` of ``rank`` columns, the trace is ``tr(Q^T J Q)`` plus Hutchinson's estimate of the rest with probes
-    ``(I - Q Q^T) g``. ``Q`` is found again at each evaluation and detached. Value and gradient stay unbiased, as
-    they are for any fixed ``Q``, and the gradient of the QR decomposition, not finite at ``J = 0``, is not needed.
-    An evaluation makes three products per rank, because there are as many probes ``g`` as columns of ``S``, and
+    ``(I - Q Q^T) g``. ``Q`` is computed at each evaluation and detached. Value and gradient are unbiased for any
+    fixed ``Q``, so no gradient through the QR decomposition is needed, which is not finite at ``J = 0``. An
+    evaluation computes three products per rank, because there are as many probes ``g`` as columns of ``S``, and
     passes through the field twice.
 
     Args:
@@ -204,9 +207,9 @@ class HutchPlusPlus(TraceEstimator):
 
 
 class Exact(TraceEstimator):
-    """The whole Jacobian, one product per dimension: exact, for few dimensions.
+    """Computes the whole Jacobian with one product per dimension. It is exact, and affordable in few dimensions.
 
-    The products are its rows, ``(D, B, *event)``.
+    The products are the rows of the Jacobian, ``(D, B, *event)``.
 
     Example:
         >>> import torch
@@ -239,22 +242,23 @@ class Exact(TraceEstimator):
 
 
 class Difference(TraceEstimator):
-    """Hutchinson's estimator by differences of the velocity instead of products with the Jacobian.
+    """Hutchinson's estimator with differences of the velocity instead of products with the Jacobian.
 
-    With signs ``e`` and ``s`` a small length, ``d = (f(z + s e) - f(z - s e)) / (2 s)`` is ``J e`` up to an error
+    With signs ``e`` and a small length ``s``, ``d = (f(z + s e) - f(z - s e)) / (2 s)`` is ``J e`` up to an error
     of order ``s^2``. ``e . d`` estimates the divergence and ``||d||^2`` the squared Frobenius norm, whose mean over
     ``e`` is the mean of ``||e^T J||^2``. A gradient takes one backward pass through the field and no second
     derivative. So it works for attention kernels, compiled nets and layers whose backward pass cannot be
     differentiated.
 
-    ``s`` is ``2 eps^(1/3)`` times the root mean square of a sample's state, with ``eps`` the machine epsilon: 0.01
-    in single precision. There truncation and rounding are about equally large. Half precision is refused.
+    ``s`` is ``2 eps^(1/3)`` times the root mean square of a sample's state (at least 0.1), with the machine epsilon
+    ``eps``. The factor is 0.01 in single precision. At this length truncation and rounding errors are about equal.
+    Half precision is refused.
 
     Args:
-        probes: number of probe vectors, two more evaluations each.
+        probes: number of probe vectors; each takes two more evaluations.
 
-    The noise is as for :class:`Hutchinson`. Penalties that compare ``e^T J`` with ``J e`` (``curl``, ``strain``)
-    need products and are refused.
+    The noise has the shape that :class:`Hutchinson` describes. Penalties that compare ``e^T J`` with ``J e``
+    (``curl``, ``strain``) need products and are refused.
 
     Raises:
         ConfigError: for a number below 1; at an evaluation, for a velocity in half precision.
@@ -295,6 +299,7 @@ class Difference(TraceEstimator):
                 "the estimator 'difference' needs a velocity in float32 or float64: differences of a velocity in "
                 f"{door.part(found.dz).dtype} are mostly rounding. Leave autocast, or use a product ('rademacher')."
             )
+        # detached: the step is a constant of the estimator, not a function of the state to differentiate
         size = z.detach().flatten(1).square().mean(1).sqrt().clamp(min=0.1)
         step = (2 * torch.finfo(z.dtype).eps ** (1 / 3) * size).reshape(-1, *(1 for _ in z.shape[1:]))
 
@@ -335,10 +340,11 @@ def _draw(kind: str, shape: torch.Size, like: Tensor, generator: torch.Generator
 
 
 def get_estimator(spec: str | TraceEstimator) -> TraceEstimator:
-    """An estimator from its name.
+    """Make an estimator from its name; an estimator is returned unchanged.
 
-    ``"gaussian"`` and ``"rademacher"`` are Hutchinson's, ``"rademacher:4"`` with 4 probes; ``"hutch++"`` or
-    ``"hutch++:3"`` of rank 3; ``"difference"`` or ``"difference:4"``; ``"exact"``.
+    ``"gaussian"`` and ``"rademacher"`` are Hutchinson's with one probe, ``"rademacher:4"`` has 4 probes.
+    ``"hutch++"`` has rank 2, ``"hutch++:3"`` rank 3. ``"difference"`` has one probe, ``"difference:4"`` has 4.
+    ``"exact"`` takes no number.
 
     Raises:
         ConfigError: for another name or a number below 1.

@@ -1,4 +1,4 @@
-"""View: the part of a solver's state that penalties measure, such as columns given by a slice or a mask."""
+"""View: selects the part of a solver's state that penalties measure, such as columns given by a slice or a mask."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Columns = slice | Tensor
 
 
 def check_batch_dim(batch_dim: object) -> None:
-    """Refuse a dimension of the samples other than 0, or None for a state that is one sample."""
+    """Refuse a ``batch_dim`` that is neither 0 nor None (None: the state is one sample)."""
     if batch_dim not in (0, None):
         raise ConfigError(f"batch_dim must be 0, or None for a state that is one sample, not {batch_dim!r}.")
 
 
 def as_columns(penalized: object) -> Columns | None:
-    """``penalized`` as a slice or a mask, on the CPU; None if it is neither."""
+    """``penalized`` as a slice or as a mask on the CPU; None if it is neither."""
     if isinstance(penalized, slice):
         return penalized
     if (
@@ -42,11 +42,11 @@ def as_columns(penalized: object) -> Columns | None:
 
 
 class Places(NamedTuple):
-    """Entries of a state whose samples are along dimension 0.
+    """Selected entries of a state whose samples are along dimension 0.
 
     Attributes:
-        entries: where they are along the joined dimensions, rising.
-        first, last: the dimensions that are joined, both included.
+        entries: indices of the entries along the flattened dimensions, increasing.
+        first, last: the first and the last dimension that are flattened.
     """
 
     entries: Tensor
@@ -55,7 +55,7 @@ class Places(NamedTuple):
 
 
 def places_of(columns: Columns, event: Sequence[int], device: torch.device) -> Places:
-    """The entries of a sample of shape ``event`` that ``columns`` selects.
+    """Find the entries that ``columns`` selects in a sample of shape ``event``.
 
     Raises:
         ConfigError: if they select nothing, or a mask has another shape.
@@ -73,12 +73,12 @@ def places_of(columns: Columns, event: Sequence[int], device: torch.device) -> P
 
 @dataclass(frozen=True)
 class View:
-    """Where the ``z (B, *event)`` of the penalties is in a state. The rest of the state counts as constant.
+    """Where a state holds the ``z (B, *event)`` that penalties measure. The rest of the state is held constant.
 
     Attributes:
         is_tuple: whether a state is a tuple of tensors.
-        places: the tensors of a tuple that ``z`` consists of, rising. Several are joined to ``(B, D)``.
-        columns: the entries of a sample that ``z`` consists of; None: all.
+        places: indices of the tensors in a tuple that make up ``z``, increasing. Several are joined to ``(B, D)``.
+        columns: the entries of a sample that make up ``z``; None: all.
         batch_dim: the dimension of the samples; None: the whole state is one sample.
     """
 
@@ -89,7 +89,7 @@ class View:
 
     @property
     def is_whole(self) -> bool:
-        """Whether ``z`` is one of the tensors. Views of it would cost an evaluation of a small net a tenth."""
+        """Whether ``z`` is one of the tensors, unchanged. Views of it would slow a small net down by a tenth."""
         return len(self.places) == 1 and self.batch_dim == 0 and self.columns is None
 
     def tensors(self, state: State) -> tuple[Tensor, ...]:
@@ -101,7 +101,7 @@ class View:
         return x.unsqueeze(0) if self.batch_dim is None else x.movedim(self.batch_dim, 0)
 
     def of(self, state: State) -> Tensor:
-        """``z (B, *event)`` of a state, or the same part of its velocity."""
+        """Extract ``z (B, *event)`` from a state, or the same part from its velocity."""
         tensors = self.tensors(state)
         if self.is_whole:
             return tensors[self.places[0]]
@@ -112,7 +112,7 @@ class View:
         return parts[0] if len(parts) == 1 else torch.cat([x.unsqueeze(-1).flatten(1) for x in parts], 1)
 
     def into(self, state: State, z: Tensor) -> State:
-        """The state with ``z`` as its part."""
+        """A copy of the state in which ``z`` replaces its part."""
         tensors = list(self.tensors(state))
         if self.is_whole:
             tensors[self.places[0]] = z

@@ -1,4 +1,4 @@
-"""From what a user writes as ``regularizers=`` to objects by name with their strengths, sorted by kind."""
+"""Turns what a user writes as ``regularizers=`` into objects by name with their strengths."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ class Weighted(NamedTuple):
 
 
 def warn_of_flat_state(z: Tensor, kinds: Kinds) -> None:
-    """Warn of a state ``(D,)``, which counts as D samples, if a penalty reads derivatives: they may be between."""
+    """Warn about a state of shape ``(D,)`` if a penalty reads derivatives.
+
+    Such a state is read as D samples of one number, so a Jacobian penalty misses the coupling between the entries.
+    """
     if len(z) > 1 and kinds.needs:
         warnings.warn(  # Python shows it once
             f"a state of shape {tuple(z.shape)} counts as {len(z)} samples of one dimension, which must not depend "
@@ -42,7 +45,7 @@ def warn_of_flat_state(z: Tensor, kinds: Kinds) -> None:
 
 
 def undivided(regularizers: Iterable[Regularizer]) -> frozenset[str]:
-    """Names of those whose penalty the objective does not divide by the number of dimensions."""
+    """Names of the regularizers whose penalty the objective does not divide by the number of dimensions."""
     return frozenset(r.name for r in regularizers if not r.divided_by_dims)
 
 
@@ -51,7 +54,7 @@ def weigh_regularizers(
     *,
     by_name: Callable[[str], Regularizer | Callable[..., Tensor]],
 ) -> dict[str, Weighted]:
-    """Regularizers by name with their strengths.
+    """Resolve a specification to regularizers with their strengths, by name.
 
     Args:
         spec: names, :class:`Regularizer` objects or plain functions ``rate(t, z, dz) -> (B,)``, one or several,
@@ -68,7 +71,7 @@ def weigh_regularizers(
     if isinstance(spec, Mapping):
         items = list(spec.items())
     else:
-        # a name is iterable, and so may a regularizer be
+        # a string is iterable, and so may be a regularizer, such as a module list with a call
         given: Any = spec
         several = isinstance(given, Iterable) and not isinstance(given, str) and not callable(given)
         items = [(entry, None) for entry in (given if several else [given])]
@@ -78,7 +81,7 @@ def weigh_regularizers(
         if found.name in resolved:
             raise ConfigError(f"the regularizer {found.name!r} is named twice; name each once.")
         resolved[found.name] = Weighted(found, _strength(found, strength))
-    Kinds.of(entry.regularizer for entry in resolved.values())
+    Kinds.of(entry.regularizer for entry in resolved.values())  # for its check: at most one span policy
     return resolved
 
 
