@@ -1,6 +1,7 @@
 """Regularizers: rates, step penalties, trajectory penalties and span policies.
 
-``BUILTIN`` is the one list of them. Their names are listed without torch, so each object is imported on first use.
+``BUILTIN`` is the only list of the built-in ones. Listing their names must not import torch, so each object is
+imported on first use.
 """
 
 from __future__ import annotations

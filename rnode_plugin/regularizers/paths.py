@@ -1,4 +1,4 @@
-"""Trajectory penalties: of the states at some times of the path."""
+"""Trajectory penalties, which measure the states at chosen times along the path."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from .rates import kinetic
 
 @dataclass(frozen=True)
 class Straightness(TrajectoryPenalty):
-    """``int ||f||^2 dt - ||z(T) - z(0)||^2 / T``: 0 for straight paths at constant speed, summed over the event.
+    """``int ||f||^2 dt - ||z(T) - z(0)||^2 / T``, summed over the event: 0 for straight paths at constant speed.
 
-    Rectified flow's measure. By Cauchy and Schwarz it is never negative in the limit of small steps; on a grid
-    that is guaranteed only for methods without negative weights (dopri5 and tsit5 have some). No product.
+    This is rectified flow's measure of straightness. By the Cauchy-Schwarz inequality it is never negative in the
+    limit of small steps. On a grid this is guaranteed only for methods without negative weights (dopri5 and tsit5
+    have some). It needs no product with the Jacobian.
     """
 
     formula = "∫‖f‖² dt − ‖z(T) − z(0)‖²/T; 0 for straight paths at constant speed"
@@ -29,7 +30,7 @@ class Straightness(TrajectoryPenalty):
     name: str = "straightness"
 
     def times(self, t0: Tensor, t1: Tensor, /) -> Tensor:
-        return t0.new_empty(0)
+        return t0.new_empty(0)  # it reads both ends only, which every trajectory has
 
     def __call__(self, trajectory: Trajectory, /) -> Tensor:
         length = (trajectory.t[-1] - trajectory.t[0]).abs()
@@ -41,12 +42,13 @@ class Straightness(TrajectoryPenalty):
 class TrajectoryPolynomial(TrajectoryPenalty):
     """Squared residual of the least-squares polynomial in time through both ends and random times between them.
 
-    TPR (Huang and Yeh, 2021), summed over the times and the event; lambda 5 and order 1 in the paper. The random
-    times become stops of the solve. No product.
+    It is TPR (Huang and Yeh, 2021), summed over the times and the event. The paper takes lambda 5 and order 1. The
+    solver stops at the random times. It needs no product with the Jacobian.
 
     Args:
-        order: of the polynomial.
-        points: random times; at least ``order``, for otherwise the polynomial goes through all of them.
+        order: degree of the polynomial.
+        points: number of random times, at least ``order``, because with fewer the polynomial would pass through all
+            states and the residual would be 0.
         name: the key of its penalty; ``"trajectory_polynomial"`` if left out.
 
     Raises:
@@ -76,6 +78,8 @@ class TrajectoryPolynomial(TrajectoryPenalty):
 
     def __call__(self, trajectory: Trajectory, /) -> Tensor:
         t, z = trajectory.t.double(), trajectory.z
+        # times on [-1, 1], where powers are well conditioned; Q spans the polynomials, and I - Q Q^T leaves the
+        # rest
         x = 2 * (t - t[0]) / (t[-1] - t[0]) - 1
         q = torch.linalg.qr(torch.stack([x**k for k in range(self.order + 1)], 1))[0]
         project = (torch.eye(len(t), dtype=q.dtype, device=q.device) - q @ q.mT).to(z.dtype)

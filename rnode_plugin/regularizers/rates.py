@@ -1,7 +1,7 @@
-"""Rates, integrated along the trajectory: the paper's ``kinetic`` and ``jacfrob`` and the literature's others.
+"""Rates, integrated along the trajectory: the paper's ``kinetic`` and ``jacfrob``, and others from the literature.
 
-D is the number of dimensions of one sample's event, ``J = df/dz``, ``v`` the trace estimator's probes. Each rate is
-``(B,)``, summed over the event; the objective alone divides by D.
+D is the number of dimensions of one sample, ``J = df/dz``, and ``v`` stands for the probes of the trace estimator.
+Each rate is ``(B,)``, summed over the event. Only the objective divides by D.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _EACH = "D products, for small D"
 
 @rate("kinetic", formula="‖f‖², the squared speed", source=_RNODE.at("eq. 9a"))
 def kinetic(evaluation: FieldEvaluation) -> Tensor:
-    """``||f(t, z)||^2``, the integrand of the kinetic energy (RNODE, eq. 9a). No product.
+    """``||f(t, z)||^2``, the integrand of the kinetic energy (RNODE, eq. 9a).
 
-    The authors' code takes half the mean over D.
+    It needs no product with the Jacobian. The authors' code takes half the mean over D.
     """
     return sum_squares(evaluation.dz)
 
@@ -40,8 +40,8 @@ def kinetic(evaluation: FieldEvaluation) -> Tensor:
 def jacfrob(evaluation: FieldEvaluation) -> Tensor:
     """``||v^T J||^2`` (RNODE, eq. 16), or ``||J||_F^2`` itself (eq. 13) with the exact estimator.
 
-    The authors' code takes the mean over D; FFJORD's code the root of the mean square, averaged over the batch.
-    The shared product.
+    It reads the product that the trace estimator computes. The authors' code takes the mean over D, and FFJORD's
+    code takes the root of the mean square, averaged over the batch.
     """
     return evaluation.squared_frobenius()
 
@@ -51,42 +51,42 @@ def jacfrob(evaluation: FieldEvaluation) -> Tensor:
     source=_RNODE.at("eq. 7"),
 )  # fmt: skip
 def total_derivative(evaluation: FieldEvaluation) -> Tensor:
-    """``||J f + df/dt||^2 = ||d^2 z/dt^2||^2``, the squared acceleration (RNODE, eq. 7). One jvp along (f, 1).
+    """``||J f + df/dt||^2 = ||d^2 z/dt^2||^2``, the squared acceleration (RNODE, eq. 7).
 
-    The authors' code takes half the mean of ``(J^T f + df/dt)^2``, with the transposed product, which is not the
-    second derivative, and fails for a field that ignores time.
+    It needs one jvp along (f, 1). The authors' code takes half the mean of ``(J^T f + df/dt)^2``. Its transposed
+    product does not give the second derivative, and it fails for a field that ignores time.
     """
     return sum_squares(evaluation.total_derivative(2))
 
 
 @rate("directional", formula="‖J f‖², without ∂f/∂t", cost="one jvp", source=_RNODE.at("eq. 7"), needs={"jvp"})
 def directional(evaluation: FieldEvaluation) -> Tensor:
-    """``||J f||^2``, the first term of RNODE's eq. 7. One jvp along f."""
+    """``||J f||^2``, the first term of RNODE's eq. 7. It needs one jvp along f."""
     return sum_squares(evaluation.jvp(evaluation.dz))
 
 
 @rate("directional_vjp", formula="‖Jᵀ f‖²", cost="one vjp", source=_RNODE.at('code ("directional")'),
              needs={"vjp"})  # fmt: skip
 def directional_vjp(evaluation: FieldEvaluation) -> Tensor:
-    """``||J^T f||^2``, what RNODE's and FFJORD's codes compute under the name "directional". One vjp with f.
+    """``||J^T f||^2``, which RNODE's and FFJORD's codes compute under the name "directional".
 
-    FFJORD's code takes the root of the mean square.
+    It needs one vjp with f. FFJORD's code takes the root of the mean square.
     """
     return sum_squares(evaluation.vjp(evaluation.dz))
 
 
 @dataclass(frozen=True)
 class FiniteDifference(Rate):
-    """``||f(t, z) - sg[f(t + eps, z + eps f)]||^2 / eps^2``, with ``sg`` held fixed (Iso-FM; Khan, 2026).
+    """``||f(t, z) - sg[f(t + eps, z + eps f)]||^2 / eps^2``, where ``sg`` stops the gradient (Iso-FM; Khan, 2026).
 
     Its value tends to ``total_derivative`` as eps goes to 0. Its gradient is about
     ``-2 (d^2 z/dt^2)^T df / eps``, so lambda depends on eps. It needs one more evaluation and no product, so it
-    works where a field has no second derivative, such as a fused attention or a compiled network. Both evaluations
-    have the same dropout mask. In low precision they differ by rounding: under bf16 autocast take eps 0.1, because
-    at 0.01 the rounding of the field counts more than the acceleration does.
+    works where a field has no second derivative, such as fused attention or a compiled network. Both evaluations
+    have the same dropout mask. In low precision they differ by rounding. Under bf16 autocast take eps 0.1, because
+    at 0.01 the rounding error of the field exceeds the difference that the acceleration causes.
 
-    Through the steps of a solve, a gradient by its times would be wrong, because a later evaluation is held fixed.
-    So times with a gradient and ``learned_end_time`` need a continuous adjoint.
+    A gradient by the times, taken through the steps of a solve, would be wrong, because the later evaluation has no
+    gradient. So times with a gradient and ``learned_end_time`` need a continuous adjoint.
 
     Args:
         eps: the step of the difference in time.
@@ -121,9 +121,9 @@ class FiniteDifference(Rate):
 class Taylor(Rate):
     """``||d^K z/dt^K||^2`` (TayNODE; Kelly et al., 2020), summed over the event.
 
-    ``K - 1`` nested jvps through the field's plain path, each about three times the cost of the one before; order 2
-    is ``total_derivative``. The authors' code has a true Taylor mode and takes the mean over D; lambda 0.01 for
-    tabular data.
+    It needs ``K - 1`` nested jvps through the field's plain path, each at about three times the cost of the one
+    before. Order 2 is ``total_derivative``. The authors' code has a true Taylor mode and takes the mean over D,
+    with lambda 0.01 for tabular data.
 
     Args:
         order: K, 2 to 5.
@@ -154,22 +154,22 @@ class Taylor(Rate):
 
 @rate("l1", formula="‖f‖₁", source=_FFJORD)
 def l1(evaluation: FieldEvaluation) -> Tensor:
-    """``||f||_1`` (FFJORD's code, which takes the mean). No product."""
+    """``||f||_1``. FFJORD's code takes the mean. It needs no product with the Jacobian."""
     return sum_event(evaluation.dz.abs())
 
 
 @rate("jacdiag", formula="Σ J_ii²", cost=_EACH, source=_FFJORD, needs={"vjp"}, repeats=True)
 def jacdiag(evaluation: FieldEvaluation) -> Tensor:
-    """``sum_i J_ii^2``. The exact Jacobian: D products, for small D.
+    """``sum_i J_ii^2``, from the exact Jacobian, which needs D products, so D must be small.
 
-    FFJORD's code means this, takes the root of the mean square, and slices the first column by mistake.
+    FFJORD's code intends this, takes the root of the mean square, and slices the first column by mistake.
     """
     return evaluation.jacobian().diagonal(dim1=1, dim2=2).square().sum(1)
 
 
 @rate("jacoffdiag", formula="Σ J_ij² over i ≠ j", cost=_EACH, source=_FFJORD, needs={"vjp"}, repeats=True)
 def jacoffdiag(evaluation: FieldEvaluation) -> Tensor:
-    """``sum_{i != j} J_ij^2`` (FFJORD's code, which takes the mean). The exact Jacobian: D products."""
+    """``sum_{i != j} J_ij^2``, from the exact Jacobian, which needs D products. FFJORD's code takes the mean."""
     squares = evaluation.jacobian().square()
     return squares.sum((1, 2)) - squares.diagonal(dim1=1, dim2=2).sum(1)
 
@@ -179,7 +179,8 @@ def jacoffdiag(evaluation: FieldEvaluation) -> Tensor:
 def curl(evaluation: FieldEvaluation) -> Tensor:
     """``||J - J^T||_F^2``, estimated as ``||v^T J - J v||^2``; 0 for gradient fields (optimal transport maps).
 
-    The shared product and one jvp for each probe; none with the exact estimator, which has J.
+    It reads the trace estimator's product and needs one jvp for each probe. The exact estimator has J already, so
+    it needs none.
     """
     return _with_transpose(evaluation, -1.0)
 
@@ -189,13 +190,14 @@ def curl(evaluation: FieldEvaluation) -> Tensor:
 def strain(evaluation: FieldEvaluation) -> Tensor:
     """``||(J + J^T)/2||_F^2``, estimated as ``||v^T J + J v||^2 / 4``; 0 for rigid motions.
 
-    The shared product and one jvp for each probe; none with the exact estimator, which has J.
+    It reads the trace estimator's product and needs one jvp for each probe. The exact estimator has J already, so
+    it needs none.
     """
     return _with_transpose(evaluation, 1.0) / 4
 
 
 def _with_transpose(evaluation: FieldEvaluation, sign: float) -> Tensor:
-    """``||J + sign J^T||_F^2``."""
+    """``||J + sign J^T||_F^2 (B,)``, exact or estimated."""
     if evaluation.has_jacobian:
         jacobian = evaluation.jacobian()
         return (jacobian + sign * jacobian.mT).square().sum((1, 2))
@@ -215,6 +217,7 @@ def hjb(evaluation: FieldEvaluation) -> Tensor:
     """``|dPhi/dt - ||grad Phi||^2 / 2|`` for a potential field ``f = -grad Phi`` (OT-Flow; Onken et al., 2021).
 
     It is 0 if Phi solves the Hamilton-Jacobi-Bellman equation, as the potential of the optimal transport does. It
-    is read from the field's ``aux`` without a product, and it is not divided by D.
+    reads ``dPhi/dt`` from the field's ``aux`` and needs no product. The objective does not divide it by D.
     """
+    # with f = -grad Phi, ||grad Phi||^2 is the squared speed
     return (evaluation.aux("potential_rate") - sum_squares(evaluation.dz) / 2).abs()

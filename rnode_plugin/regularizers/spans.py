@@ -13,15 +13,15 @@ from ..errors import ConfigError
 
 
 def with_end_time(t_span: Tensor, end: Tensor) -> Tensor:
-    """``t_span (T,)`` stretched so that its later end lies at ``end``; its earlier end stays.
+    """Stretch ``t_span (T,)`` so that its later end lies at ``end``, a scalar; its earlier end stays.
 
-    A solve backward in time, as for samples, starts there.
+    A solve backward in time, such as the one that draws samples, then starts at ``end``.
     """
     backward = bool(t_span[-1] < t_span[0])
     first, last = (t_span[-1], t_span[0]) if backward else (t_span[0], t_span[-1])
     end = end.to(t_span)
     stretched = first + (t_span - first) * ((end - first) / (last - first))
-    # the two ends to the bit
+    # stretching rounds, and the two ends must be exact
     if backward:
         return torch.cat([end[None], stretched[1:-1], first[None]])
     return torch.cat([first[None], stretched[1:-1], end[None]])
@@ -31,12 +31,12 @@ def with_end_time(t_span: Tensor, end: Tensor) -> Tensor:
 class Steer(SpanPolicy):
     """STEER (Ghosh et al., 2020): in training the end time T is drawn from U(T - b, T + b) for each solve.
 
-    Times between the ends move in proportion. Evaluation and sampling end at T. It has no penalty and takes no
+    Times between the ends move in proportion. Evaluation and sampling end at T. STEER has no penalty and takes no
     lambda; its strength is the width.
 
     Args:
         width: b, smaller than the length of the solve.
-        name: its key; ``"steer"`` if left out.
+        name: the policy's key; ``"steer"`` if left out.
 
     Raises:
         ConfigError: for a width that is not a positive number; when solving, for one that is not smaller than the
@@ -64,6 +64,7 @@ class Steer(SpanPolicy):
             raise ConfigError(
                 f"steer: the width {self.width} must be smaller than the solve's length, {float(last - first):.6g}."
             )
+        # drawn on the CPU, so that one seed gives the same end on every device
         shift = (2 * torch.rand((), dtype=torch.float64) - 1) * self.width
         return with_end_time(t_span, t_span.max() + shift.to(t_span))
 
@@ -72,14 +73,14 @@ class Steer(SpanPolicy):
 
 
 class LearnedEndTime(nn.Module, SpanPolicy):
-    """The end time T is a parameter, in evaluation too, with penalty ``T^2 / 2`` (SNOpt; Liu et al., 2021).
+    """Makes the end time T a parameter, in evaluation too, with penalty ``T^2 / 2`` (SNOpt; Liu et al., 2021).
 
     Lambda is the paper's c. Times between the ends move in proportion. Every solve, with any ``t_span``, ends at
-    T, or starts there if it goes backward. Not divided by D.
+    T, or starts at T if it runs backward in time. The objective does not divide the penalty by D.
 
     Args:
-        end: the first value of T.
-        name: its key; ``"learned_end_time"`` if left out.
+        end: initial value of T.
+        name: the policy's key; ``"learned_end_time"`` if left out.
 
     Raises:
         ConfigError: for an end that is not a finite number; when solving, for a T that has fallen to the start.

@@ -1,8 +1,8 @@
-"""Step penalties: what the solver's own steps say about the vector field.
+"""Step penalties: what the solver's steps reveal about the vector field.
 
-Each is ``(B,)`` and not divided by D: norms over the event are root mean squares, as in a solver's own error norm.
-They need a gradient mode that differentiates through the steps (``autograd``, ``checkpointed``). The local ones
-work in every mode.
+Each is ``(B,)``. The objective does not divide it by D, because norms over the event are root mean squares, as in a
+solver's error norm. Penalties on accepted steps need a gradient mode that differentiates through the steps
+(``autograd``, ``checkpointed``). The local ones work in every mode.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _EXTRA = "one extra step of `tsit5`"
     cost="an adaptive method", source=_PAL.at("", method="ERNODE"), uses={"error"},
 )  # fmt: skip
 def error(step: StepRecord) -> Tensor:
-    """``sum_j E_j h_j`` over the accepted steps (ERNODE; Pal et al., 2021). Needs an adaptive method.
+    """``sum_j E_j h_j`` over the accepted steps (ERNODE; Pal et al., 2021). It needs an adaptive method.
 
-    ``E`` is the root mean square of the embedded error estimate, ``h`` the step's length. The authors' code divides
-    the estimate by ``atol + rtol |z|`` first, as their solver's norm does. At an estimate of 0 the gradient of the
-    root is 0.
+    ``E`` is the root mean square of the embedded error estimate, and ``h`` is the length of the step. The authors'
+    code divides the estimate by ``atol + rtol |z|`` first, as their solver's norm does. At an estimate of 0 the
+    gradient of the root is 0.
     """
     assert step.error is not None
     return _rms(step.error) * step.h
@@ -37,16 +37,17 @@ def error(step: StepRecord) -> Tensor:
     cost="`dopri5`, `tsit5` or `rk4`", source=_PAL.at("", method="SRNODE"), uses={"pair"}, reduction="mean",
 )  # fmt: skip
 def stiffness(step: StepRecord) -> Tensor:
-    """The mean over the accepted steps, of all blocks of a flow, of an estimate of the Jacobian's norm.
+    """An estimate of the Jacobian's norm, averaged over the accepted steps in all blocks of a flow.
 
-    ``||f(b) - f(a)|| / ||b - a||`` of two stages a, b at one time (SRNODE; Pal et al., 2021): the last two of
-    dopri5 and tsit5, the two at the midpoint of rk4. torchdyn's rk4 has its last two at its midpoint, so its value
-    differs. Safe form: 0 with the gradient 0 where the stages coincide, as at f = 0.
+    It is ``||f(b) - f(a)|| / ||b - a||`` for two stages a, b at one time (SRNODE; Pal et al., 2021): the last two
+    stages of dopri5 and tsit5, or the two at the midpoint of rk4. torchdyn's rk4 evaluates its last two stages at
+    the midpoint, so its value differs. Where the stages coincide, as at f = 0, value and gradient are 0.
     """
     assert step.pair is not None
     a, b = step.pair
     apart = _rms(step.states[b] - step.states[a])
     change = _rms(step.velocities[b] - step.velocities[a])
+    # both branches of torch.where have a gradient, so the unused one must not divide by 0 either
     same = apart == 0
     return torch.where(same, torch.zeros_like(apart), change / torch.where(same, torch.ones_like(apart), apart))
 
@@ -67,13 +68,14 @@ def local_error(step: StepRecord) -> Tensor:
 def local_stiffness(step: StepRecord) -> Tensor:
     """``||f(b) - f(a)|| / ||b - a||`` of one extra step of tsit5 from a uniformly random time (Pal et al., 2023).
 
-    Its start is detached, a and b are as in :func:`stiffness`; of several blocks it is the mean over the blocks.
+    The start of the step is detached, and a and b are as in :func:`stiffness`. A flow of several blocks has the
+    mean over its blocks.
     """
     return stiffness(step)
 
 
 def _rms(x: Tensor) -> Tensor:
-    """The root mean square over the event, ``(B,)``: 0 with the gradient 0 for ``x = 0``."""
+    """The root mean square over the event, ``(B,)``; value and gradient are 0 for ``x = 0``."""
     square = x.reshape(x.shape[0], -1).square().mean(1)
     zero = square == 0
     return torch.where(zero, torch.zeros_like(square), torch.where(zero, torch.ones_like(square), square).sqrt())
