@@ -1,10 +1,10 @@
-"""Adaptive: a solve whose steps are as long as their error allows, by torchdyn's rules to the bit.
+"""Adaptive: a solve whose steps are as long as their error allows, bitwise by torchdyn's rules.
 
-First step, controller and a stop at every output time are torchdyn's, so that a torchdyn model keeps its numbers.
-NaN and a vanishing step end in an error.
+The first step, the controller and the stop at every output time are torchdyn's, so that a torchdyn model keeps its
+numbers. NaN and a vanishing step end in an error.
 
-Times and step sizes stay on the CPU. For each step that is tried the host reads one number from the device, its
-error's size.
+Times and step sizes stay on the CPU. For each step that is tried the host reads one number from the device, the
+size of the error.
 """
 
 from __future__ import annotations
@@ -50,23 +50,23 @@ from .step import (
 )
 from .tableaus import Method
 
-_LEAST = 1e-37  # allowed error of an entry whose size is 0, if atol is 0 too
+_LEAST = 1e-37  # allowed error for an entry whose size is 0 if atol is 0 too, to avoid 0 / 0
 
 
 @dataclass(frozen=True, init=False)
 class Adaptive(Solver):
-    """Steps as long as the errors of the state and of the log-determinant allow.
+    """Takes steps as long as the errors in the state and in the log-determinant allow.
 
     Args:
         method: ``dopri5`` or ``tsit5``, or a :class:`~rnode_plugin.solvers.Method` with an error estimate.
         atol: absolute tolerance. One of ``atol`` and ``rtol`` may be 0.
         rtol: relative tolerance.
         first_step: first trial step; None estimates one with one more evaluation.
-        error_norm: what is compared with the tolerances: ``rms``, the root mean square of the error over all
-            entries of the batch, so that one sample of B may have an error of sqrt(B) times the tolerance; or
-            ``worst``, the largest root mean square of one sample (dimension 0 holds the samples). Then each sample
-            meets the tolerance in each step, whatever the batch, for more steps. The backward pass of a continuous
-            adjoint takes ``rms``.
+        error_norm: the norm that is compared with the tolerances. ``rms`` is the root mean square of the error over
+            all entries of the batch, so that one of B samples may have an error of sqrt(B) times the tolerance.
+            ``worst`` is the largest root mean square of one sample (dimension 0 holds the samples). With it each
+            sample meets the tolerance in each step, whatever the batch, at the cost of more steps. The backward
+            pass of a continuous adjoint takes ``rms``.
         max_nfe, gradient, quadrature: see :class:`FixedGrid`.
 
     Raises:
@@ -134,8 +134,8 @@ class Adaptive(Solver):
         def before(a: Tensor, b: Tensor) -> bool:
             return bool((b - a) * sign > 0)
 
-        t, end, upcoming = span[:1], span[-1], 1  # upcoming of the output times
-        safe = math.inf  # the longest step that would have passed wherever one was tried
+        t, end, upcoming = span[:1], span[-1], 1  # `upcoming` is the index of the next output time
+        safe = math.inf  # smallest, over all steps tried, of the length whose error just meets the tolerances
         sampled = self.quadrature == "sampled"
         draw = draw_stage(method) if sampled else None
         rates: Rates | None = dynamics.evaluate(span[0].to(device), z, VELOCITY if draw else RATES)
@@ -151,7 +151,7 @@ class Adaptive(Solver):
         while before(t, end):
             if method.fit is not None:
                 dt = method.fit(dt, span[-1 if method.interpolate is not None else upcoming] - t, sign)
-            # the chosen step, cut off at the end and, if the solve stops there, at the next output
+            # cut the step off at the end of the solve and, if the method does not interpolate, at the next output
             uncut = None
             if before(end, t + dt):
                 dt = end - t
@@ -168,7 +168,7 @@ class Adaptive(Solver):
                 fail_nonfinite(float(t.detach()), totals.steps, totals.nfe)
             if bool(ratio <= 1):
                 reached = t + dt
-                if method.interpolate is not None:
+                if method.interpolate is not None:  # outputs strictly inside the step, read off without a stop
                     first, last = upcoming, upcoming
                     while last < len(span) - 1 and before(span[last], reached):
                         last += 1
@@ -178,7 +178,7 @@ class Adaptive(Solver):
                     logdets += [None] * len(inside)
                     upcoming = last
                 totals.add(step)
-                # not equality: rounding may have carried a step that was cut off at this time just past it
+                # not `==`, because rounding may carry a step that was cut off at this time just past it
                 if not before(reached, span[upcoming]):
                     times.append(reached.to(device).reshape(()))
                     states.append(step.z)
@@ -186,7 +186,7 @@ class Adaptive(Solver):
                     upcoming = min(upcoming + 1, len(span) - 1)
                 t, z, rates = reached, step.z, step.last
                 if sampled:
-                    draw = draw_stage(method)  # for a step until it is accepted
+                    draw = draw_stage(method)  # one draw for each accepted step, which a rejected trial keeps
                 if save_steps:
                     passed.append((t.to(device).reshape(()), z))
             else:
@@ -194,7 +194,7 @@ class Adaptive(Solver):
             length = dt.detach()
             if ratio > 0:  # the error grows with the order-th power of a step's length
                 safe = min(safe, abs(float(length)) * float(ratio) ** (-1 / method.order))
-            if uncut is not None:
+            if uncut is not None:  # after a stop, torchdyn continues with the part that was cut off
                 rest = uncut - length
                 length = rest if bool(t + rest != t) else uncut
             dt = next_length(method, length, ratio)
@@ -207,16 +207,16 @@ class Adaptive(Solver):
 
 
 def rms_norm(x: Tensor, dim: int | None = None) -> Tensor:
-    """The root of the mean square over ``dim``, or all entries (Hairer, Norsett and Wanner, 1993, eq. II.4.11)."""
+    """The root mean square over ``dim``, or over all entries (Hairer, Norsett and Wanner, 1993, eq. II.4.11)."""
     return (x.abs() if x.is_complex() else x).pow(2).mean(dim).sqrt()
 
 
 @torch.no_grad()
 def _error_ratio(step: Step, z: Tensor, logdet: Tensor | None, solver: Adaptive) -> Tensor:
-    """The error of a step from ``z`` over what the tolerances allow, by the solver's ``error_norm``.
+    """The error of a step from ``z``, divided by what the tolerances allow, in the solver's ``error_norm``.
 
-    It is a root mean square over the entries of state and log-determinant, of the whole batch or the worst
-    sample. A scalar on the CPU, the one number that a step reads from the device.
+    It is a root mean square over the entries of state and log-determinant, in the whole batch or in the worst
+    sample. The result is a scalar on the CPU, the only number that a step reads from the device.
     """
     assert step.error is not None
     size = torch.max(z.abs(), step.z.abs())
@@ -237,12 +237,12 @@ def _error_ratio(step: Step, z: Tensor, logdet: Tensor | None, solver: Adaptive)
 
 @torch.no_grad()
 def next_length(method: Method, dt: Tensor, error_ratio: Tensor) -> Tensor:
-    """The step after ``dt``, whose error was ``error_ratio`` times what the tolerances allow."""
+    """The length of the step after ``dt``, whose error was ``error_ratio`` times what the tolerances allow."""
     factors = [[method.safety], [method.min_factor], [method.max_factor]]
     safety, least, most = torch.tensor(factors, dtype=dt.dtype)
     if error_ratio == 0:
         return dt * most
-    if error_ratio < 1:  # an accepted step is not followed by a smaller one
+    if error_ratio < 1:  # the safety factor alone must not shorten the step after an accepted one
         least = torch.ones_like(dt)
     exponent = torch.tensor(method.order, dtype=dt.dtype).reciprocal()
     return dt * torch.min(most, torch.max(safety / error_ratio**exponent, least))
@@ -257,9 +257,9 @@ def _first_step(
     solver: Adaptive,
     totals: Totals,
 ) -> Tensor:
-    """The first step to try, without a graph: the solver's, or a guess, whose evaluations are counted.
+    """The first step to try, without a graph: the solver's ``first_step``, or a guess, whose evaluations count.
 
-    The evaluations are in the grad mode of the solve. A field may differentiate inside.
+    The evaluations run in the grad mode of the solve, since a field may differentiate inside.
     """
     z, velocity, t_span = z.detach(), velocity.detach(), t_span.detach()
     start, method = t_span[0], solver.method
@@ -272,8 +272,9 @@ def _first_step(
         rtol=solver.rtol,
     )  # fmt: skip
 
-    # Backward in time torchdyn evaluates the field itself, not its mirror image, and the same guess gives the same
-    # numbers. A guess of no use is made again with the mirror image.
+    # Backward in time torchdyn evaluates the field itself instead of its mirror image -f(-t, z), which would be
+    # right, so the first guess does the same to keep torchdyn's numbers. If it is useless, the mirror image is
+    # used.
     def field(t: Tensor, z: Tensor) -> Tensor:
         totals.nfe += 1
         return dynamics.evaluate(t.to(z.device), z, VELOCITY).dz.detach()
@@ -298,8 +299,8 @@ def guess_first_step(
 ) -> Tensor:
     """A first step whose error should be about as large as the tolerances, a scalar on the CPU.
 
-    The rule of Hairer, Norsett and Wanner (1993, section II.4): a small Euler step, for one evaluation of the field
-    ``f``, forward in time, shows how fast the ``velocity``, ``f(t, z)``, changes.
+    This is the rule of Hairer, Norsett and Wanner (1993, section II.4). A small Euler step forward in time, with
+    one evaluation of the field ``f``, shows how fast the ``velocity``, ``f(t, z)``, changes.
     """
     scale = atol + torch.abs(z) * rtol
     scale = torch.where(scale == 0, math.inf, scale)  # an entry of size 0 does not count without atol
@@ -316,7 +317,7 @@ def guess_first_step(
 
 
 def _on_host(method: Method, *norms: Tensor) -> Sequence[Tensor]:
-    """Scalars as scalars on the CPU, by one read from the device."""
+    """Copy scalars to the CPU with a single read from the device."""
     together = torch.stack(norms)
     values = read(together)
     if values is None:

@@ -2,9 +2,9 @@
 
 The loss may depend on the states at the output times, the log-determinants and the penalties. The Hamiltonian is
 ``H = a . f + l div f + sum_p w_p r_p``. Here ``l`` and ``w_p`` are the loss's derivatives with respect to the
-integrals; they are constant along the path. The adjoint obeys ``da/dt = -dH/dz`` and jumps by the loss's derivative
-at each output time. The gradient of the parameters is the integral of ``dH/dtheta``, a quadrature like the
-integrals of the penalties, which does not enter the error norm.
+integrals. ``w_p`` is constant along the path, ``l`` between outputs. The adjoint obeys ``da/dt = -dH/dz`` and jumps
+by the loss's derivative at each output time. The gradient with respect to the parameters is the integral of
+``dH/dtheta``. Like the integrals of the penalties it is a quadrature, which does not enter the error norm.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from .tableaus import hermite
 
 @dataclass
 class AdjointCall:
-    """One solve by an adjoint, which its two passes share.
+    """One solve by an adjoint, shared by its forward and backward pass.
 
     Attributes:
-        dynamics: the system; it must give the same rates in the backward pass as in the forward one.
-        forward: solves it from a state ``z`` through times ``t``.
+        dynamics: the system; it must give the same rates in both passes.
+        forward: solves the system from a state ``z`` through times ``t``.
         backward: the solver of the backward pass.
-        outputs: the times and states of a solution that are outputs.
+        outputs: gives the times and states of a solution that are outputs.
         interpolated: whether the backward pass reads the states from the accepted steps.
-        solution: of the forward pass, without a graph.
-        steps: its accepted steps, for the backward pass.
+        solution: the solution of the forward pass, without a graph.
+        steps: the accepted steps of the forward pass, which the backward pass reads.
     """
 
     dynamics: BoundDynamics
@@ -58,7 +58,8 @@ def solve_adjoint(call: AdjointCall, z0: Tensor, t_span: Tensor) -> Solution:
     """
     wanted = [p for p in call.dynamics.parameters() if p.requires_grad]
     times, z, logdet, *integrals = _Adjoint.apply(call, z0, t_span, *wanted)
-    solution, call.solution = call.solution, None  # the backward pass has its tensors saved
+    # the call lives in the graph: drop the solution, because the tensors that backward reads are saved by autograd
+    solution, call.solution = call.solution, None
     assert solution is not None
     penalties = dict(zip(solution.penalties, integrals, strict=True))
     return replace(solution, t=times, z=z, logdet=logdet, penalties=penalties)
@@ -79,18 +80,18 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True, as in a Hessian, whose entries would be zero
+        if torch.is_grad_enabled():  # create_graph=True, as for a Hessian, which would silently be zero
             raise ConfigError(
                 "a continuous adjoint gives first derivatives only, and this gradient is to be differentiated "
                 "again (create_graph=True): use the gradient mode 'autograd' or 'checkpointed'."
             )
-        with ctx.call.dynamics.repeating():  # which leaves the running statistics of the field as they are
+        with ctx.call.dynamics.repeating():  # the forward pass has updated running statistics once already
             _, dz, dlogdet, *dpenalties = gradients
             return _sweep(ctx, dz, dlogdet, dpenalties)
 
 
 def _sweep(ctx: Any, dz: Tensor, dlogdet: Tensor | None, dpenalties: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients of all inputs, from the last output back to the first."""
+    """The gradients with respect to all inputs, by a sweep from the last output back to the first."""
     t_span, t, z, *params = ctx.saved_tensors
     pass_ = _Backward(ctx.call, t, z, params, dict(zip(ctx.names, dpenalties, strict=True)))
     wants_times, last = ctx.needs_input_grad[2], len(t) - 1
@@ -109,19 +110,20 @@ def _sweep(ctx: Any, dz: Tensor, dlogdet: Tensor | None, dpenalties: Sequence[Te
         if dl is not None and dlogdet is not None:
             dl = dl + dlogdet[k]
         before = k - 1
-        if pass_.may_skip:
+        if pass_.may_skip:  # the adjoint jumps only where the loss has a gradient
             while before > 0 and not _any(dz[before], None if dlogdet is None else dlogdet[before]):
                 before -= 1
         if bool(t[k] != t[before]):
             a = pass_.interval(t[k], t[before], z[k], a, dl)
         k = before
     if wants_times:
+        # a later start shortens the path; the first output is z0 at any start, so `a` has no jump from it here
         dt[0] = -pass_.hamiltonian(t[0], z[0], a, dl, penalties=True)
     return None, a + dz[0], dt if wants_times else None, *pass_.gradients
 
 
 def _positions(t_span: Tensor, t: Tensor) -> dict[int, int]:
-    """Where the times of ``t_span`` are among the outputs ``t``, which hold more if every step is an output."""
+    """Indices of the times of ``t_span`` among the outputs ``t``, which are more if every step is an output."""
     return {int((t - time).abs().argmin()): j for j, time in enumerate(t_span)}
 
 
@@ -130,7 +132,7 @@ def _any(*gradients: Tensor | None) -> bool:
 
 
 class _Backward:
-    """The backward system of one solve and the parameters' gradients that it accumulates."""
+    """The backward system of one solve, and the gradients with respect to parameters that it accumulates."""
 
     def __init__(
         self, call: AdjointCall, t: Tensor, z: Tensor, params: Sequence[Tensor], dpenalties: dict[str, Tensor]
@@ -138,7 +140,7 @@ class _Backward:
         self.dynamics, self.solver = call.dynamics, call.backward
         self.params = params
         self.sign = 1.0 if bool(t[-1] >= t[0]) else -1.0
-        # a penalty is integrated along the path, whichever way time runs
+        # a penalty is integrated over |dt|, but the adjoint over dt
         self.dpenalties = {name: self.sign * g for name, g in dpenalties.items()}
         self.gradients = [torch.zeros_like(p) for p in params]
         self.checked = False
@@ -146,33 +148,35 @@ class _Backward:
 
     @property
     def may_skip(self) -> bool:
-        """Whether outputs without a gradient need no stop: the states come from the interpolant."""
+        """Whether outputs without a gradient need no stop, because the states come from the interpolant."""
         return self.path is not None and self.solver.adaptive
 
     def interval(self, t1: Tensor, t0: Tensor, z: Tensor, a: Tensor, dl: Tensor | None) -> Tensor:
-        """Take the adjoint from ``t1`` back to ``t0``."""
+        """Solve the adjoint from ``t1``, with state ``z`` and adjoint ``a``, back to ``t0``."""
         path = self.path
+        # without an interpolant of the states, solve for them again, backward, together with the adjoint
         state = a if path is not None else torch.stack([z, a])
 
         def adjoint_system(t: Tensor, z: Tensor) -> Rates:
             z, a = (path(t), z) if path is not None else z.unbind()
             dz, da, *dparams = self._gradients(t, z, a, dl)
             rate = -da if path is not None else torch.stack([dz, -da])
+            # the gradients of the parameters are integrated as penalties, over |dt|; the sign makes it dt
             return Rates(rate, None, {str(i): self.sign * g for i, g in enumerate(dparams)})
 
         times = torch.stack([t1, t0])
         solution = self.solver.march(Problem(FunctionDynamics(adjoint_system), state, times)).check()
         for i, gradient in enumerate(self.gradients):
-            # of shape [1] for a scalar parameter if times have that shape
+            # the integral for a scalar parameter has shape [1] if the times have that shape
             gradient += solution.penalties[str(i)].reshape(gradient.shape)
         return solution.z[-1] if path is not None else solution.z[-1, 1]
 
     def hamiltonian(self, t: Tensor, z: Tensor, a: Tensor, dl: Tensor | None, *, penalties: bool) -> Tensor:
-        """``H``, summed over the batch, without a graph."""
+        """``H`` at one time and state, summed over the batch."""
         return self._hamiltonian(self.dynamics.evaluate(t, z), a, dl, penalties=penalties)
 
     def _hamiltonian(self, rates: Rates, a: Tensor, dl: Tensor | None, *, penalties: bool = True) -> Tensor:
-        total = (a.conj() * rates.dz).sum().real  # a complex state counts as its two parts
+        total = (a.conj() * rates.dz).sum().real  # the inner product of real and imaginary parts
         if dl is not None and rates.dlogdet is not None:
             total = total + (dl * rates.dlogdet).sum()
         if penalties:
@@ -181,14 +185,14 @@ class _Backward:
         return total
 
     def _gradients(self, t: Tensor, z: Tensor, a: Tensor, dl: Tensor | None) -> list[Tensor]:
-        """``dz/dt``, ``dH/dz`` and ``dH/dtheta`` of each parameter."""
+        """``dz/dt``, ``dH/dz``, and ``dH/dtheta`` for each parameter."""
         with torch.enable_grad():
             z, t = z.detach().requires_grad_(), t.detach()
             start = None if self.checked else next_number(z)
             rates = self.dynamics.evaluate(t, z)
             total = self._hamiltonian(rates, a, dl)
             inputs = [z, *self.params]
-            if start is not None:
+            if start is not None:  # once for each backward pass, because it walks the whole graph
                 self.checked = True
                 if not is_complete([total], [t, *inputs], start):
                     warnings.warn(  # Python shows it once
@@ -198,18 +202,18 @@ class _Backward:
                         stacklevel=2,
                     )
             found: Sequence[Tensor | None] = [None] * len(inputs)
-            if total.requires_grad:  # not so for a field without state and parameters
+            if total.requires_grad:  # a constant field has no graph
                 found = torch.autograd.grad(total, inputs, allow_unused=True)
         filled = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
         return [rates.dz.detach(), *filled]
 
 
 class _Path:
-    """The accepted states, interpolated; the velocities at the knots are evaluated when needed."""
+    """Interpolates the accepted states by cubics. The velocities at the knots are evaluated when needed."""
 
     def __init__(self, dynamics: BoundDynamics, steps: Steps, sign: float) -> None:
         self.dynamics, self.steps = dynamics, steps
-        self.keys = [sign * t for t in steps.t.tolist()]
+        self.keys = [sign * t for t in steps.t.tolist()]  # increasing in both directions of time, for bisect
         self.sign = sign
         self.velocities: dict[int, Tensor] = {}
 
@@ -231,7 +235,7 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropo
 
 
 def warn_of_dropout(field: nn.Module) -> None:
-    """Warn of dropout under a continuous adjoint, which evaluates the field again."""
+    """Warn about dropout under a continuous adjoint, whose backward pass evaluates the field again."""
     for place, layer in field.named_modules():
         if isinstance(layer, _DROPOUTS) and layer.p > 0:
             warnings.warn(

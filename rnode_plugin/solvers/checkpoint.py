@@ -1,8 +1,8 @@
-"""Steps that keep their inputs alone and run again in the backward pass.
+"""Steps that keep only their inputs and run again in the backward pass.
 
-torch's own checkpoint does this well for a plain field. If the field differentiates inside its evaluation (a
-product with the Jacobian by automatic differentiation), it runs the step again within the forward pass, once per
-stage. For such fields there is a replay: it runs a step once forward, without a graph, and once backward.
+torch's checkpoint does this well for a plain field. If the field differentiates inside its evaluation (a product
+with the Jacobian by automatic differentiation), torch's checkpoint runs the step again within the forward pass,
+once per stage. For such fields a replay runs a step once forward, without a graph, and once backward.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ _Result = TypeVar("_Result")
 def checkpointed(
     function: Callable[..., _Result], dynamics: BoundDynamics, z: Tensor, t: Tensor
 ) -> Callable[..., _Result]:
-    """``function`` without its activations kept; values and gradients are the same.
+    """``function`` without keeping its activations. Values and gradients stay the same.
 
     Under a transform of torch.func, which records a step in its own way, this is ``function`` itself.
 
     Args:
-        function: of tensors and nested tuples and dictionaries of tensors, to the same; it evaluates ``dynamics``.
+        function: takes and returns tensors and nested tuples and dictionaries of tensors; it evaluates
+            ``dynamics``.
         dynamics: the system.
-        z, t: where to evaluate it once to find the tensors that it depends on.
+        z, t: state and time at which the system is evaluated once, to find the tensors that it depends on.
     """
     if transforms_active():
         return function
@@ -53,7 +54,7 @@ def checkpointed(
 
 
 def _first_run_alone(function: Callable[..., _Result], dynamics: BoundDynamics) -> Callable[..., _Result]:
-    """``function``, whose runs after the first one only repeat it."""
+    """``function``, with all runs after the first one marked as repetitions, which do not change buffers."""
     ran = False
 
     def run(*args: object) -> _Result:
@@ -70,16 +71,17 @@ def _first_run_alone(function: Callable[..., _Result], dynamics: BoundDynamics) 
 
 def _leaves(dynamics: BoundDynamics, z: Tensor, t: Tensor) -> list[Tensor] | None:
     """The leaf tensors that the dynamics depend on; None if they read the result of another computation."""
-    # draws nothing from the streams that the solve will draw from
+    # restore the generators, so that this extra evaluation does not change what the solve draws
     devices = [z.device] if z.is_cuda else []
     with torch.enable_grad(), torch.random.fork_rng(devices), dynamics.repeating():
         state = z.detach().requires_grad_()
         start = next_number(state)
-        rates = dynamics.evaluate(t.detach(), state.clone())  # not a leaf, whose change in place torch refuses
+        # a clone, because torch refuses a field that changes a leaf in place
+        rates = dynamics.evaluate(t.detach(), state.clone())
     found = _find_leaves([x for x in tree_leaves(rates) if isinstance(x, Tensor)], start)
     if found is None:  # a replay would run through that other graph at each step
         return None
-    # a module may read some of its parameters at other times only
+    # add all parameters, because a module may read some of them at other times only
     known = [p for p in dynamics.parameters() if p.requires_grad]
     return list({id(x): x for x in [*found, *known] if x is not state}.values())
 
@@ -87,9 +89,7 @@ def _leaves(dynamics: BoundDynamics, z: Tensor, t: Tensor) -> list[Tensor] | Non
 def _find_leaves(outputs: Sequence[Tensor], start: int, known: Sequence[object] = ()) -> list[Tensor] | None:
     """The leaves of the graph of ``outputs``; None if one of its nodes is older than number ``start``.
 
-    It ends at the tensors ``known``, too.
-
-    The graph of one evaluation ends in its leaves. An older node in it belongs to another computation's graph.
+    An older node belongs to the graph of another computation. The search also ends at the tensors ``known``.
     """
     leaves: dict[int, Tensor] = {}
     pending: list[Node] = [x.grad_fn for x in outputs if x.grad_fn is not None]
@@ -112,7 +112,7 @@ def _find_leaves(outputs: Sequence[Tensor], start: int, known: Sequence[object] 
 
 
 class _Call:
-    """One call of a function of nested arguments, for autograd, which wants them in a row."""
+    """One call of a function with nested arguments, flattened for autograd."""
 
     def __init__(self, function: Callable[..., object], args: tuple[object, ...]) -> None:
         self.function = function
@@ -125,10 +125,10 @@ class _Call:
 
 
 def _replay(function: Callable[..., _Result], args: tuple[object, ...], leaves: Sequence[Tensor]) -> _Result:
-    """``function(*args)``, whose graph is made in the backward pass.
+    """``function(*args)``, whose graph is built in the backward pass by a second run.
 
-    Gradients reach the tensors in ``args`` and ``leaves``. The second run has the random numbers and the autocast
-    of the first.
+    Gradients reach the tensors in ``args`` and ``leaves``. The second run repeats the random numbers and the
+    autocast state of the first one.
     """
     call = _Call(function, args)
     outputs: Any = _Replay.apply(call, len(call.flat), *call.flat, *leaves)
@@ -137,7 +137,7 @@ def _replay(function: Callable[..., _Result], args: tuple[object, ...], leaves: 
 
 
 class _Replay(torch.autograd.Function):
-    """A call as one node of the graph. Its forward looks at the random state, so it keeps its own context."""
+    """A call as one node of the graph, which notes the random state and autocast before it runs."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, count: int, *values: Any) -> tuple[object, ...]:
@@ -147,7 +147,7 @@ class _Replay(torch.autograd.Function):
         ctx.others = [None if isinstance(x, Tensor) else x for x in values]
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in values))
         ctx.set_materialize_grads(False)
-        # a function may hand an input through, which autograd must see as a new tensor
+        # a function may return one of its inputs, which autograd must see as a new tensor
         inputs = {id(x) for x in values if isinstance(x, Tensor)}
         return tuple(x.view_as(x) if id(x) in inputs else x for x in call.run(values[:count]))
 
@@ -158,7 +158,7 @@ class _Replay(torch.autograd.Function):
         leaves = values[count:]
 
         def gradient(args: Sequence[object], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-            again = torch.is_grad_enabled()  # it is to be differentiated itself, and its arguments are leaves
+            again = torch.is_grad_enabled()  # create_graph=True: the arguments themselves must stay in the graph
             known = [*(args if again else map(_variable, args)), *leaves]
             with torch.enable_grad(), _random_state(*ctx.random), ctx.autocast():
                 start = next_number(torch.zeros((), requires_grad=True))
@@ -188,14 +188,14 @@ class _Replay(torch.autograd.Function):
 
         if not torch.is_grad_enabled():
             return None, None, *gradient(values[:count], gradients)
-        # a gradient with a graph is a call like the one it belongs to, with the same leaves
+        # with create_graph=True the gradient is itself a replayed call, with the same leaves
         return None, None, *_replay(gradient, (values[:count], gradients), leaves)
 
 
 def _variable(x: object) -> object:
-    """A tensor of numbers as a leaf that requires a gradient; anything else as it is.
+    """A floating-point or complex tensor as a leaf that requires a gradient; anything else unchanged.
 
-    All of them do, so that nothing inside makes another leaf from one that does not.
+    Every such tensor requires a gradient, so that no code inside makes another leaf from one that does not.
     """
     if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
         return x.detach().requires_grad_()
@@ -203,9 +203,9 @@ def _variable(x: object) -> object:
 
 
 def is_complete(outputs: Sequence[Tensor], known: Sequence[object], start: int) -> bool:
-    """Whether the graph of ``outputs``, made since number ``start``, ends in tensors that are ``known``.
+    """Whether the graph of ``outputs``, built since number ``start``, ends in tensors that are ``known``.
 
-    A leaf may also share the memory of one of them, since a derivative by the time makes a new variable from it.
+    A leaf may also share its memory with one of them, since a derivative by the time makes a new variable from it.
     """
     leaves, places = _find_leaves(outputs, start, known), {x.data_ptr() for x in known if isinstance(x, Tensor)}
     return leaves is not None and all(x.data_ptr() in places for x in leaves)
@@ -220,7 +220,7 @@ def _random_state(cpu: Tensor, devices: list[int], states: list[Tensor]) -> Iter
 
 
 def _autocast_of(kind: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
-    """A context of autocast as it is now on devices of this kind."""
+    """A function that makes a context with the current autocast settings for devices of this kind."""
     if not torch.amp.is_autocast_available(kind):  # such as meta
         return contextlib.nullcontext
     dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)

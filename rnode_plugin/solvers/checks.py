@@ -1,4 +1,4 @@
-"""The names of methods, gradients and quadratures, and the checks of a solver's values, without torch."""
+"""Names of methods, gradients and quadratures, and checks of a solver's values. Importing this needs no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ERROR_NORMS = ("rms", "worst")
 Tolerance: TypeAlias = "float | Tensor"
 
 DEFAULT_MAX_NFE = 100_000
-"""Evaluations that an adaptive solve may use by default, so that a stiff field does not run forever."""
+"""Most evaluations of an adaptive solve by default, so that a solve of a stiff field ends."""
 
 
 def check_name(value: str, known: tuple[str, ...], what: str) -> None:
@@ -50,19 +50,19 @@ def check_tolerances(atol: Tolerance, rtol: Tolerance) -> None:
 
 def check_tolerance(value: object, name: str) -> None:
     """Refuse a tolerance that is not a number >= 0."""
-    # a tensor of tolerances is checked where it is given: a check here would make each solve wait
+    # a tensor of tolerances is checked where the user gives it, because here each solve would wait for the device
     tensor = hasattr(value, "dtype") and not isinstance(value, float)
     if not (tensor or (_is_number(value) and value >= 0)):
         raise ConfigError(f"{name} must be a number >= 0, not {value!r}.")
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    """Whether ``value`` is a finite number, not a truth value."""
+    """Whether ``value`` is a finite number, but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def refuse_sampled_density(method: str, quadrature: str, *, adaptive: bool, setting: str = "solver") -> None:
-    """Refuse a sampled quadrature of a density by an adaptive method; ``setting`` names the solver."""
+    """Refuse a sampled quadrature for a density with an adaptive method; ``setting`` names the solver."""
     if quadrature == "sampled" and adaptive:
         raise ConfigError(
             f"{setting}.quadrature='sampled' of a density needs a fixed grid: {method} would control an error that "
@@ -71,7 +71,7 @@ def refuse_sampled_density(method: str, quadrature: str, *, adaptive: bool, sett
 
 
 def refuse_worst(error_norm: str, method: str) -> None:
-    """Refuse the error of the worst sample for a fixed grid."""
+    """Refuse the error norm ``worst`` for a fixed grid."""
     if error_norm != "rms":
         raise ConfigError(
             f"error_norm={error_norm!r} is for adaptive methods ({', '.join(ADAPTIVE_METHODS)}): {method} does not "
@@ -90,8 +90,8 @@ def grid_text(name: str, step: float | None) -> str:
 
 
 def count_steps(length: float, longest: float) -> int:
-    """How many steps no longer than ``longest`` a length is divided into, at least one.
+    """The number of steps, at least one, that divide ``length`` into steps no longer than ``longest``.
 
-    It forgives rounding: from 0.8 to 1.1 there are three steps of 0.1, not four.
+    A small slack absorbs rounding. From 0.8 to 1.1 there are three steps of 0.1, although 1.1 - 0.8 is above 0.3.
     """
     return max(1, math.ceil(abs(length) / longest - 1e-6))

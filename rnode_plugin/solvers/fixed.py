@@ -1,4 +1,4 @@
-"""FixedGrid: steps that divide each interval of the times evenly, and the stages that a quadrature draws."""
+"""FixedGrid: steps that divide each interval of the times evenly, and the stages that are drawn on them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MOST_STEPS = 1_000_000
 
 @dataclass(frozen=True, init=False)
 class FixedGrid(Solver):
-    """Steps of one length: each interval of the times is divided evenly. The host reads nothing from the device.
+    """Divides each interval of the times into equal steps. The host reads nothing from the device.
 
     Args:
         method: ``euler``, ``midpoint``, ``rk4`` (classical) or ``rk4_38`` (3/8 rule, the paper's), or a
@@ -44,10 +44,10 @@ class FixedGrid(Solver):
         step: longest step; None: one step for each interval of the times.
         max_nfe, quadrature: see :class:`Solver`.
         gradient: an object of :mod:`~rnode_plugin.solvers.gradients`, or a name: ``autograd`` keeps all
-            activations; ``checkpointed`` gives the same gradient with the activations of one step at a time, for
-            one more evaluation pass; ``adjoint`` solves the continuous adjoint backward (as in the paper; its
-            gradient differs from the gradient of the discrete loss by the discretization error);
-            ``interpolated_adjoint`` does so along an interpolant of the forward states.
+            activations. ``checkpointed`` gives the same gradient with the activations of one step at a time, and
+            evaluates each step once more. ``adjoint`` solves the continuous adjoint backward (as in the paper); its
+            gradient differs from the gradient of the discrete loss by the discretization error.
+            ``interpolated_adjoint`` solves the adjoint along an interpolant of the forward states.
 
     Raises:
         ConfigError: for an unknown name, a number out of range, and a method that chooses its own steps.
@@ -88,7 +88,7 @@ class FixedGrid(Solver):
         counts, draws = [1] * (len(t_span) - 1), None
         sampled = self.quadrature == "sampled"
         if self.step is not None:
-            # constants of a program can be listed, and `read` gives none there
+            # in a captured program `read` gives None, but times that are constants of the program can be listed
             times = read(t_span) or t_span.tolist()
             counts = [count_steps(b - a, float(self.step)) for a, b in itertools.pairwise(times)]
             if sum(counts) > _MOST_STEPS:
@@ -96,10 +96,13 @@ class FixedGrid(Solver):
                     f"step={self.step:g} divides the times of this solve into {sum(counts):,} steps, and more than "
                     f"{_MOST_STEPS:,} would take too long: choose a longer step."
                 )
+        # a density draws one stage in each step, below; penalties alone draw fewer evaluations, over the whole
+        # solve
         if sampled and not dynamics.divergence:
             intervals = itertools.pairwise(read(t_span) or range(len(t_span)))
             lengths = [abs(b - a) / n for (a, b), n in zip(intervals, counts, strict=True) for _ in range(n)]
             draws = _draw_stages(method, lengths)
+        # times on the CPU stay there, so that step lengths are numbers for the host, unless they carry a gradient
         if t_span.device.type != "cpu" or t_span.requires_grad:
             t_span = t_span.to(z.device)
         take = stepper(dynamics, method, None) if take is None else take
@@ -122,14 +125,14 @@ class FixedGrid(Solver):
                     fail_max_nfe(float(end.detach()), totals.steps, totals.nfe, int(self.max_nfe))
             states.append(z)
             logdets.append(totals.logdet)
-        # an integral that is not finite stays so: one look at the end is enough
+        # an integral that is not finite once never is again, so one check at the end is enough
         integrals = [x for x in (totals.logdet, *totals.penalties.values()) if x is not None]
         if integrals:
             finite[-1] = health(torch.cat([finite[-1].reshape(1), *(x.flatten() for x in integrals)]))
 
         def fail(bad: int) -> NoReturn:
             t = float(grid[bad][0].detach())
-            nfe = (bad + 1) * totals.nfe // totals.steps
+            nfe = (bad + 1) * totals.nfe // totals.steps  # all steps of a grid cost the same
             if bad < totals.steps - 1:
                 fail_nonfinite(t, bad, nfe)
             fail_integrals(z, totals.logdet, totals.penalties, t, bad, nfe)
@@ -141,16 +144,17 @@ class FixedGrid(Solver):
 def _grid(
     t_span: Tensor, counts: Sequence[int], device: torch.device
 ) -> tuple[Tensor | list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
-    """The times of ``t_span`` on ``device``, and start, length and end of each step of a fixed grid between them.
+    """The times of ``t_span`` on ``device``, and start, length and end of each step in a fixed grid between them.
 
-    Starts and ends are on ``device``, lengths where ``t_span`` is. With one step per interval this is torchdyn's
-    grid to the bit: a step's length is what is left to the next time.
+    Starts and ends are on ``device``, lengths where ``t_span`` is. With one step per interval this is bitwise
+    torchdyn's grid, in which the length of a step is what is left to the next time.
     """
     times, lengths = [t_span[0]], []
     for k, count in enumerate(counts, start=1):
         start = times[-1]
         for i in range(1, count + 1):
             goal = t_span[k] if i == count else start + (t_span[k] - start) * (i / count)
+            # not `goal`, because torchdyn's next step starts at start + length, which may round differently
             lengths.append(goal - times[-1])
             times.append(times[-1] + lengths[-1])
     outputs: Tensor | list[Tensor] = t_span
@@ -161,21 +165,21 @@ def _grid(
 
 
 def _on_device(times: Tensor, device: torch.device) -> list[Tensor]:
-    """Each of the times ``(T,)`` on another device."""
+    """The times ``(T,)`` on another device, one by one."""
     known = read(times) if times.device.type == "cpu" else None
     if known is None:
         return list(times.to(device).unbind())
-    # a kernel for each: the host would wait for a copy, and a CUDA graph cannot hold one
+    # one kernel fills each time, because the host would wait for a copy, and a CUDA graph cannot contain one
     made = {time: torch.full((), time, dtype=times.dtype, device=device) for time in {*known}}
     return [made[time] for time in known]
 
 
 def _draw_stages(method: Method, lengths: Sequence[float]) -> list[Draw | None]:
-    """About one in eight of all evaluations of a fixed grid, as a stratified sample.
+    """Draw about one in eight of all evaluations in a fixed grid, as a stratified sample.
 
-    An evaluation has a part in the integral: its weight times the length of its step. The parts lie side by side
-    and are cut into strata of one size, with a random point in each. The evaluation that it falls upon counts with
-    the inverse of its probability, so that there is no bias.
+    Each evaluation has weight ``w_i * dt``. The weights are laid end to end on a line, which is divided into equal
+    strata. One point is drawn in each stratum. The evaluation that it falls on counts with the inverse of its
+    probability, so that the integral is unbiased.
     """
     stages = method.stages
     if method.draws is None or stages == 1:
@@ -183,12 +187,13 @@ def _draw_stages(method: Method, lengths: Sequence[float]) -> list[Draw | None]:
     count = max(1, round(len(lengths) * stages / 8))
     size = sum(lengths) / count
     if max(lengths) > (stages - 2) * size and min(method.draws) > 0:
-        # a step needs a stage that is not drawn, which lacks the penalties that need a product
+        # Points could fall on all stages of a step. But the quadrature recognizes a sampled step by a stage without
+        # the penalties that need a product, so take one stage in each step instead.
         return [draw_stage(method) for _ in lengths]
     points = (torch.rand(count, dtype=torch.float64) + torch.arange(count)) * size
     draws: list[Draw] = [{} for _ in lengths]
     starts, ends = [0.0, *itertools.accumulate(lengths)], list(itertools.accumulate(method.draws))
-    for point in points.tolist():
+    for point in points.tolist():  # first the step in which a point lies, then the stage
         k = min(bisect.bisect_right(starts, point), len(lengths)) - 1
         stage = min(bisect.bisect_right(ends, (point - starts[k]) / lengths[k]), len(ends) - 1)
         draw = draws[k]

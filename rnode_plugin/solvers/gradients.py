@@ -1,7 +1,7 @@
-"""How a solve is differentiated: through its steps, with or without their activations kept, or by an adjoint.
+"""How a solve is differentiated: through its steps, with or without keeping activations, or by an adjoint.
 
-A solver has one of these objects. It runs the solver's steps, and refuses what its gradient cannot give. Importing
-this needs no torch.
+A solver holds one of these objects. The object runs the solver's steps, and refuses what its gradient cannot give.
+Importing this needs no torch.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ if TYPE_CHECKING:
 
 
 class Gradient:
-    """How a solve is differentiated. This base leaves it to automatic differentiation of the steps.
+    """How a solve is differentiated. This base class lets autograd differentiate the steps.
 
     Attributes:
-        through_steps: whether backward goes through the evaluations that the solve made, so that they may share one
-            graph of what depends on the parameters alone. Otherwise the backward pass makes other evaluations.
+        through_steps: whether backward passes through the evaluations of the forward solve, so that these may share
+            the graph of what depends on the parameters alone. Otherwise the backward pass evaluates the field
+            again.
     """
 
     through_steps: ClassVar[bool] = True
 
     def solve(self, solver: Integrator, problem: Problem) -> Solution:
-        """The solution by the steps of ``solver``, with its gradient."""
+        """Solve ``problem`` by the steps of ``solver``, and attach this gradient to the solution."""
         return solver.march(problem)
 
     def check_sampling(self) -> None:
-        """Refuse a sampled quadrature if this gradient cannot have it."""
+        """Refuse a sampled quadrature (ConfigError) if this gradient cannot have it."""
 
     def check_penalties(self, penalties: Sequence[StepPenalty]) -> None:
-        """Refuse step penalties that this gradient cannot give, and name what works."""
+        """Refuse step penalties that this gradient cannot give (ConfigError), and name what works."""
 
     def check_field(self, field: nn.Module) -> None:
         """Warn if this gradient is wrong for the field."""
@@ -47,12 +48,12 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Autograd(Gradient):
-    """Through the steps, with the activations of all evaluations kept."""
+    """Differentiates through the steps and keeps the activations of all evaluations."""
 
 
 @dataclass(frozen=True)
 class Checkpointed(Gradient):
-    """The same gradient with the activations of one step at a time, for one more pass of evaluations."""
+    """Gives the same gradient with the activations of one step at a time, and evaluates each step once more."""
 
     def solve(self, solver: Integrator, problem: Problem) -> Solution:
         from .checkpoint import checkpointed
@@ -65,15 +66,15 @@ class Checkpointed(Gradient):
 
 @dataclass(frozen=True)
 class Adjoint(Gradient):
-    """The continuous adjoint, solved backward in time (the paper's).
+    """Solves the continuous adjoint backward in time, as the paper does.
 
     Its gradient differs from the gradient of the discrete loss by the discretization error.
 
     Args:
         backward: the solver of the backward pass, such as ``Adaptive("dopri5", atol=1e-6)``; None: the solver of
-            the forward pass. Its own gradient has no meaning.
-        interpolated: whether the backward solve reads the states from the cubic through the accepted ones, and does
-            not solve for them again.
+            the forward pass. The ``gradient`` of this solver is ignored.
+        interpolated: whether the backward pass reads the states from cubics through the accepted states instead of
+            solving for them again.
     """
 
     backward: Integrator | None = None
@@ -90,7 +91,7 @@ class Adjoint(Gradient):
         dynamics, z, t, first_step, save_steps = problem
 
         def forward(z: Tensor, t: Tensor) -> Solution:
-            # not by the problem: what the backward pass keeps would hold its state
+            # built from the arguments: the graph keeps this function, which must not hold the problem's state
             return solver.march(Problem(dynamics, z, t, first_step, save_steps or self.interpolated))
 
         if transforms_active() or not torch.is_grad_enabled():
@@ -104,7 +105,7 @@ class Adjoint(Gradient):
         return solve_adjoint(call, z, t.to(z.device))
 
     def outputs(self, solution: Solution) -> tuple[Tensor, Tensor]:
-        """The times and states of a solve that are its outputs."""
+        """The times and states of a solution that are outputs of the autograd node."""
         return solution.t, solution.z
 
     def check_sampling(self) -> None:
@@ -136,7 +137,7 @@ _NAMED: dict[str, Gradient] = {
 
 
 def get_gradient(gradient: str | Gradient) -> Gradient:
-    """A gradient by its name, or the gradient itself.
+    """Look up a gradient by its name; a gradient is returned unchanged.
 
     Raises:
         ConfigError: for an unknown name.

@@ -1,4 +1,4 @@
-"""get_solver and solver_of: a solver from its method, where the caller does not know of which kind it is."""
+"""get_solver and solver_of: make a solver from a method whose kind the caller does not know."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LACKS = {
 
 
 def get_solver(method: str | Method, **options: Any) -> Solver:
-    """The solver of a method: a :class:`FixedGrid`, or an :class:`Adaptive` solver.
+    """Make the solver for a method, a :class:`FixedGrid` or an :class:`Adaptive` solver.
 
     Args:
         method: a name such as ``"rk4_38"`` or ``"dopri5"``, or a :class:`~rnode_plugin.solvers.Method`.
-        options: of the class that the method belongs to.
+        options: keyword arguments of the class that the method belongs to.
 
     Raises:
         ConfigError: for an unknown name, an option that this class does not take, and as its constructor.
@@ -54,13 +54,13 @@ def solver_of(
     error_norm: str = "rms",
     **shared: Any,
 ) -> Solver:
-    """The solver of a method from options of both kinds, of which it takes its own.
+    """Make the solver for a method from the options of both kinds, of which it uses its own.
 
     Args:
         method: as for :func:`get_solver`.
-        step: of a fixed grid.
-        atol, rtol, first_step, error_norm: of an adaptive solver.
-        shared: options of both.
+        step: option of a fixed grid.
+        atol, rtol, first_step, error_norm: options of an adaptive solver.
+        shared: options of both kinds.
 
     Raises:
         ConfigError: as :func:`get_solver`, and for the error norm ``worst`` with a fixed grid.

@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """A solver as a recipe or a command line has it: flat, by names. :meth:`build` makes the solver.
+    """A solver as flat, plain data, as recipes and the command line write it. :meth:`build` makes the solver.
 
     Args:
-        method: of a :class:`~rnode_plugin.FixedGrid`, ``euler``, ``midpoint``, ``rk4`` or ``rk4_38``; of an
-            :class:`~rnode_plugin.Adaptive` solver, ``dopri5`` or ``tsit5``.
-        step: of a fixed grid; an adaptive solver does not use it.
-        atol, rtol, first_step: of an adaptive solver; a fixed grid does not use them.
-        error_norm: of an adaptive solver; a fixed grid refuses ``worst``.
-        max_nfe, quadrature: of both.
+        method: ``euler``, ``midpoint``, ``rk4`` or ``rk4_38`` for a :class:`~rnode_plugin.FixedGrid`; ``dopri5`` or
+            ``tsit5`` for an :class:`~rnode_plugin.Adaptive` solver.
+        step: longest step of a fixed grid, None for one per interval; an adaptive solver does not use it.
+        atol, rtol, first_step: as for an adaptive solver; a fixed grid does not use them.
+        error_norm: as for an adaptive solver; a fixed grid refuses ``worst``.
+        max_nfe, quadrature: as for both kinds.
         gradient: ``autograd``, ``checkpointed``, ``adjoint`` or ``interpolated_adjoint``.
 
     Raises:
@@ -86,7 +86,7 @@ class SolverSettings:
         return adaptive_text(self.method, self.atol) if self.adaptive else grid_text(self.method, self.step)
 
     def build(self) -> Solver:
-        """The solver: a :class:`~rnode_plugin.FixedGrid` or an :class:`~rnode_plugin.Adaptive` one."""
+        """Make the solver, a :class:`~rnode_plugin.FixedGrid` or an :class:`~rnode_plugin.Adaptive` one."""
         from .named import solver_of
 
         return solver_of(**vars(self))

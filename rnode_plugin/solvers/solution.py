@@ -1,4 +1,4 @@
-"""The result of one solve, and what it cost."""
+"""The result of one solve, and its cost."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..core.health import HealthCheck, check_all
 
 @dataclass(frozen=True)
 class SolveStats:
-    """What a solve cost.
+    """The cost of a solve.
 
     Attributes:
-        nfe: evaluations of the vector field, also in rejected steps and for the guess of the first step.
-        steps: accepted steps.
-        rejected: rejected steps.
+        nfe: number of evaluations of the vector field, including rejected steps and the guess of the first step.
+        steps: number of accepted steps.
+        rejected: number of rejected steps.
     """
 
     nfe: int
@@ -29,8 +29,8 @@ class Steps(NamedTuple):
     """The steps that a solve accepted.
 
     Attributes:
-        t: their times ``(steps + 1,)``, the first time of the solve included.
-        z: the states at them ``(steps + 1, B, *event)``.
+        t: times ``(steps + 1,)`` between the steps, the first and last time of the solve included.
+        z: states ``(steps + 1, B, *event)`` at these times.
     """
 
     t: Tensor
@@ -43,19 +43,19 @@ class Solution:
 
     Attributes:
         t: output times ``(T,)``.
-        z: states at them ``(T, B, *event)``.
+        z: states at the output times, ``(T, B, *event)``.
         logdet: log-determinant of the flow's Jacobian from the first time to each output time, ``(T, B)`` in
             nats (eq. 4); None where the dynamics follow no density.
-        penalties: each penalty of the whole trajectory by name, ``(B,)``; the integral of a rate that is never
-            negative is not negative either, whichever way time runs.
-        stats: evaluations and steps.
-        health: checks, on the device, that the solve stayed finite. :meth:`check` reads them;
+        penalties: each penalty of the whole trajectory by name, ``(B,)``. Integrals are taken over ``|dt|``, so a
+            non-negative rate has a non-negative integral also backward in time.
+        stats: numbers of evaluations and steps.
+        health: checks, on the device, that the solve stayed finite. :meth:`check` reads them, and
             :func:`~rnode_plugin.solvers.check_all` reads several solves together.
         longest_safe_step: the longest step whose error would have been accepted everywhere in an adaptive solve;
-            None for a fixed grid. A solve of the same field that begins with it as its ``first_step`` needs no
-            evaluation to find one, and its step is not rejected.
-        steps: the accepted steps of a solve with ``save_steps``. They carry gradients in the modes that go through
-            the steps.
+            None for a fixed grid. A solve of the same field with this ``first_step`` needs no evaluation to guess
+            one, and its first step is not rejected.
+        steps: the accepted steps of a solve with ``save_steps``, else None. They carry gradients in the gradient
+            modes that differentiate through the steps.
 
     Example:
         >>> import torch
@@ -80,6 +80,10 @@ class Solution:
     steps: Steps | None = None
 
     def check(self) -> Solution:
-        """This solution, or the SolverError of the first step that was not finite; it waits for the device."""
+        """Wait for the device, and return this solution if it is finite.
+
+        Raises:
+            SolverError: for the first step that was not finite.
+        """
         check_all(self.health)
         return self

@@ -1,4 +1,4 @@
-"""Solver, the base of all solvers: one solve with its gradient and the penalties of its steps and trajectories."""
+"""Solver, the base of all solvers: one solve with its gradient and the penalties on its steps and trajectories."""
 
 from __future__ import annotations
 
@@ -33,19 +33,20 @@ class Solver(ABC):
     Attributes:
         method: how a step is taken.
         gradient: how a solve is differentiated.
-        quadrature: ``"full"``, or ``"sampled"``: few evaluations make products with the Jacobian. Where a density
-            is followed, one stage of each step of a fixed grid makes them, for trace and penalties. Elsewhere
-            about one evaluation in eight of a fixed grid, or one in each adaptive step, makes them for the
-            penalties. On a fixed grid they are drawn by their weights in the step's quadrature, which is unbiased
-            in value and gradient. Some weights of dopri5 and tsit5 are negative, so these draw by others, of order
-            3: the mean over draws is another quadrature, which differs from the full one where the tolerances are
-            loose. Penalties that need no product stay full. It needs a gradient through the steps, and an adaptive
-            method may not follow a density, whose error it controls.
+        quadrature: ``"full"``, or ``"sampled"`` to compute products with the Jacobian in a few evaluations only.
+            For a density, one stage of each step in a fixed grid computes them, for trace and penalties. Otherwise
+            about one evaluation in eight of a fixed grid, or one in each adaptive step, computes them for the
+            penalties. On a fixed grid a stage is drawn with probability proportional to its quadrature weight,
+            which is unbiased in value and gradient. dopri5 and tsit5 have negative weights, so for them a
+            third-order quadrature without negative weights is used. Its mean over draws differs from the full
+            quadrature where the tolerances are loose. Penalties that need no product stay full. Sampling needs a
+            gradient through the steps, and an adaptive method cannot sample a density, because it controls the
+            density's error.
         max_nfe: most evaluations that one solve may use; None: no limit for a fixed grid, 100,000 for an adaptive
             solver.
-        adaptive: whether it chooses its own steps.
+        adaptive: whether the method chooses the steps.
         name: the method's name.
-        text: it in words, such as ``rk4_38, step 0.25``.
+        text: a short description, such as ``rk4_38, step 0.25``.
 
     Example:
         >>> from rnode_plugin import Adaptive, FixedGrid
@@ -100,22 +101,23 @@ class Solver(ABC):
         Args:
             dynamics: the system with its noise fixed: ``Dynamics(...).bind(noise)``.
             z0: state ``(B, *event)`` at ``t_span[0]``.
-            t_span: times ``(T,)``, increasing or decreasing; on the CPU they are read without waiting for the
-                device. Inside a transform of torch.func every gradient goes through the steps, as ``autograd``.
-            first_step: first step that an adaptive solver tries, such as the ``longest_safe_step`` of a solve of
-                the same field; it is cut off at the end. None: the solver's own.
+            t_span: times ``(T,)``, increasing or decreasing. If they are on the CPU, they are read without waiting
+                for the device.
+            first_step: first step that an adaptive solver tries, such as the ``longest_safe_step`` of an earlier
+                solve of the same field; it is cut off at the end of the solve. None: the solver's ``first_step``.
             save_steps: whether the solution holds the accepted steps.
 
         Returns:
             Solution: states at all of ``t_span``, log-determinant (nats), integrals of the penalties, and the cost.
-            A fixed grid does not look whether it stayed finite: call :meth:`Solution.check`.
+            A fixed grid does not check that the solve stayed finite; call :meth:`Solution.check`. Inside a
+            transform of torch.func every gradient goes through the steps, as with ``autograd``.
 
         Raises:
             ConfigError: for times that are not finite and strictly monotonic, for a quadrature or a penalty that
-                the method or the gradient cannot have, and for an adaptive solver where nothing can be read: inside
-                ``torch.func.vmap`` and on the device ``meta``.
-            SolverError: non-finite state of an adaptive solver, step-size underflow, or the budget of evaluations
-                used up.
+                the method or the gradient cannot have, and for an adaptive solver inside ``torch.func.vmap`` or on
+                the device ``meta``, where errors cannot be read.
+            SolverError: if a state of an adaptive solver is not finite, if the step size underflows, and if the
+                budget of evaluations is used up.
         """
         if dynamics.divergence and self.adaptive and self.quadrature == "sampled":
             refuse_sampled_density(self.name, self.quadrature, adaptive=self.adaptive)
@@ -127,14 +129,15 @@ class Solver(ABC):
         return solution if save_steps or solution.steps is None else replace(solution, steps=None)
 
     def _solve_with_path(self, problem: Problem, path: PathPenalties) -> Solution:
-        """A solve with penalties of steps and trajectories, which stops where a trajectory penalty wants states."""
+        """Solve with penalties on steps and trajectories, and stop where a trajectory penalty wants states."""
         self.check_steps(path.steps)
-        if torch.is_grad_enabled():  # values alone are the same in every mode
+        if torch.is_grad_enabled():  # without gradients the values are the same in every mode
             self.gradient.check_penalties(path.steps)
         times, asked, inner = path.stops(problem.t_span) if path.trajectories else (problem.t_span, None, [])
         save_steps = problem.save_steps or bool(path.local)
         solution = self.gradient.solve(self, problem._replace(t_span=times, save_steps=save_steps))
         solution = _with_path_penalties(solution, problem.dynamics, path, self, times, inner)
+        # drop the outputs that only the penalties wanted, unless the gradient made every step an output
         if asked is not None and len(asked) < len(times) == len(solution.t):
             logdet = None if solution.logdet is None else solution.logdet[asked]
             solution = replace(solution, t=solution.t[asked], z=solution.z[asked], logdet=logdet)
@@ -142,19 +145,19 @@ class Solver(ABC):
 
     @abstractmethod
     def march(self, problem: Problem, *, take: StepTaker | None = None) -> Solution:
-        """The steps alone, differentiable through them: without another gradient, and without path penalties.
+        """Take all steps of a solve, differentiable through the steps, without trajectory and local penalties.
 
         Args:
             problem: the arguments of :meth:`solve`.
-            take: makes the steps; None: :func:`~rnode_plugin.solvers.step.stepper`.
+            take: takes one step; None: :func:`~rnode_plugin.solvers.step.stepper`.
         """
 
     def without_interpolation(self: _Self) -> _Self:
-        """The same solver, which stops at each output time."""
+        """The same solver, but one that stops at each output time instead of interpolating."""
         return replace(self, method=replace(self.method, interpolate=None))
 
     def of_adjoint(self: _Self) -> _Self:
-        """The solver for the backward pass of an adjoint, whose state is not a batch of samples."""
+        """This solver adapted to the backward pass of an adjoint, whose state is not a batch of samples."""
         return self.without_interpolation()
 
     def check_steps(self, penalties: Sequence[StepPenalty]) -> None:
@@ -173,7 +176,7 @@ class Solver(ABC):
 
 
 def check_times(t_span: Tensor) -> None:
-    """Refuse times that are not a finite, strictly monotonic row of at least two."""
+    """Refuse times that are not a finite, strictly monotonic row of at least two (ConfigError)."""
     good = t_span.ndim == 1 and len(t_span) >= 2 and t_span.is_floating_point()
     if good:
         with on_host():
@@ -203,13 +206,13 @@ def _with_path_penalties(
     times: Tensor,
     inner: Sequence[Tensor],
 ) -> Solution:
-    """The solution with trajectory penalties at ``inner`` places of ``times``, and local ones along its steps."""
+    """Add trajectory penalties, with states at the indices ``inner`` of ``times``, and local penalties."""
     extra, stats, checks = {}, solution.stats, solution.health
     for i, places in enumerate(inner):
         found = places.tolist()
-        if len(solution.t) != len(times):  # a gradient with more outputs; rounding may have moved these
+        if len(solution.t) != len(times):  # every step is an output: find the nearest, since rounding moves times
             found = [int((solution.t.detach() - float(times[k].detach())).abs().argmin()) for k in found]
-        # the times that the solve was given carry the graph of t_span: the outputs of a continuous adjoint do not
+        # `times` carry the graph of t_span, which the output times of a continuous adjoint do not
         mine, states = times[places].to(solution.t.device), [solution.z[k] for k in found]
         name, value = path.of_trajectory(i, mine, states, solution.penalties)
         extra[name] = value
@@ -230,10 +233,10 @@ def _with_path_penalties(
 
 
 def _local_penalties(dynamics: BoundDynamics, solver: Solver, steps: Steps) -> tuple[dict[str, Tensor], int]:
-    """The local penalties of one step of tsit5 from a uniformly random time, and the evaluations that it took.
+    """The local penalties of one step of tsit5 from a uniformly random time, and the number of its evaluations.
 
-    The step starts, detached, on the cubic interpolant of the accepted states, and is as long as the accepted step
-    there, or as what is left of the solve.
+    The step starts, detached, on the cubic interpolant of the accepted states, and has the length of the accepted
+    step there, or less if the solve ends earlier.
     """
     knots = steps.t.detach()
     start, end = knots[0], knots[-1]
@@ -248,5 +251,5 @@ def _local_penalties(dynamics: BoundDynamics, solver: Solver, steps: Steps) -> t
         z = hermite(t0, z0, v0, t1, z1, v1, s)
     h = torch.minimum((t1 - t0).abs(), (end - s).abs())
     take = stepper(dynamics, get_method("tsit5"), solver.tolerances, local=True)
-    step = take(z, s, -h if backward else h, None, {})  # no stage makes products
+    step = take(z, s, -h if backward else h, None, {})  # an empty draw: no stage computes products
     return {name: value for name, (_, value) in step.path.items()}, step.nfe + 2

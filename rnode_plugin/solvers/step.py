@@ -1,7 +1,7 @@
 """One step of the augmented system, the sums over steps, and the errors that a solve can end in.
 
 The state steps by a Runge-Kutta method. Everything else, the log-determinant and the penalties, is integrated by
-the quadrature of the step's stages: it costs no evaluation, and no penalty enters the error of an adaptive step.
+the quadrature of the step's stages. This costs no evaluation, and no penalty enters the error of an adaptive step.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _CPU = torch.device("cpu")
 
 
 class Step(NamedTuple):
-    """What one step gives.
+    """The result of one step.
 
     Attributes:
         z: new state.
-        error: its error estimate; None for a fixed grid.
+        error: error estimate of the new state; None for a fixed grid.
         last: rates at the new state if the method has evaluated them (first same as last).
-        dlogdet: increment ``(B,)`` of the log-determinant; None where there is none.
-        dlogdet_error: its error estimate.
-        penalties: increment of the integral of each rate.
-        path: reduction and value of each step penalty.
-        stages: stage velocities, if the method shows them.
-        nfe: evaluations that this step made.
+        dlogdet: increment ``(B,)`` of the log-determinant in nats; None without a density.
+        dlogdet_error: error estimate of this increment.
+        penalties: increment of the integral of each rate by name, ``(B,)``.
+        path: reduction and value of each step penalty by name.
+        stages: stage velocities, if the method returns them.
+        nfe: number of evaluations in this step.
     """
 
     z: Tensor
@@ -56,7 +56,7 @@ StepTaker = Callable[[Tensor, Tensor, Tensor, "Rates | None", "Draw | None"], St
 
 
 class Problem(NamedTuple):
-    """An initial value problem, and what its caller wants of the steps; see :meth:`Solver.solve`."""
+    """An initial value problem with the options of :meth:`Solver.solve`."""
 
     dynamics: BoundDynamics
     z: Tensor
@@ -66,7 +66,7 @@ class Problem(NamedTuple):
 
 
 class Integrator(Protocol):
-    """The part of a solver that its gradient runs; see :class:`~rnode_plugin.Solver`."""
+    """The part of a :class:`~rnode_plugin.Solver` that a :class:`~rnode_plugin.solvers.Gradient` runs."""
 
     adaptive: ClassVar[bool]
 
@@ -84,13 +84,13 @@ class Integrator(Protocol):
 def stepper(
     dynamics: BoundDynamics, method: Method, tolerances: tuple[Tolerance, Tolerance] | None, *, local: bool = False
 ) -> StepTaker:
-    """A function ``(z, t, dt, first, draw) -> Step``.
+    """Make a function ``(z, t, dt, first, draw) -> Step`` that takes one step.
 
-    ``first`` holds the rates at ``(t, z)`` if the step before has evaluated them. With a ``draw`` its stages alone
-    make the products with the Jacobian, and all others the velocity alone.
+    ``first`` holds the rates at ``(t, z)`` if the previous step has evaluated them. With a ``draw`` only the drawn
+    stages compute products with the Jacobian, and all others compute the velocity alone.
 
-    A ``local`` step computes the local step penalties; the others see the accepted steps. Step penalties see the
-    ``tolerances``, None for a fixed grid.
+    A ``local`` step computes the local step penalties, any other step the penalties on accepted steps. Step
+    penalties see the ``tolerances``, which are None for a fixed grid.
     """
     path = dynamics.path
     if path is not None and not (path.local if local else path.steps):
@@ -104,28 +104,29 @@ def stepper(
         def f(time: Tensor, state: Tensor, args: object = None) -> Tensor:
             if path is not None:
                 asked.append((time, state))
-            # a user's solver may hand on the arguments it was given; the dynamics were bound to them already
+            # a user's solver passes on its `args`, which the dynamics have received already
             ask = RATES if draw is None or len(rates) in draw else VELOCITY
             rates.append(dynamics.evaluate(time, state, ask))
             return rates[-1].dz
 
         new_velocity, new, error, *more = method.advance(f, z, t, dt, None if first is None else first.dz)
         nfe = len(rates) - (first is not None)
-        source = rates[min(draw) if draw else 0]
+        source = rates[min(draw) if draw else 0]  # a stage that has every rate of this step
         rows: list[Sequence[Any]] = [[r.penalties.get(name) for r in rates] for name in source.penalties]
         dlogdet = dlogdet_error = None
         if source.dlogdet is not None:
             traces = [r.dlogdet for r in rates]
-            rows.append(traces)  # in the same operations
+            rows.append(traces)  # weighed together with the penalties, to save operations
             if error is not None and method.error_weights is not None:
                 dlogdet_error = _weigh([traces], method.error_weights, dt.detach())[0]
-        # the integral of every penalty is along the path, whichever way time runs
+        # penalties are integrated over |dt|, so that they are not negative backward in time; the trace over dt
         integrals = _weigh(rows, weights, dt.abs(), draw)
         if source.dlogdet is not None:
-            forward = dt.is_cpu and (read(dt.reshape(())) or -1) > 0
+            forward = dt.is_cpu and (read(dt.reshape(())) or -1) > 0  # if known, saves a product with the sign
             dlogdet = integrals.pop() if forward else integrals.pop() * dt.sign().to(source.dlogdet.dtype)
         penalties = dict(zip(source.penalties, integrals, strict=True))
         last = None
+        # first same as last: the method returns the very tensor of the last stage
         for each in rates:  # torch.compile of torch 2.6 cannot trace next()
             last = each if each.dz is new_velocity else last
         of_path: dict[str, tuple[str, Tensor]] = {}
@@ -141,12 +142,12 @@ def stepper(
 
 
 Draw = dict[int, float]
-"""The stages of a step that make the products with the Jacobian in a sampled quadrature, and what their rates count
-relative to the step's length."""
+"""The stages of a step that compute products with the Jacobian in a sampled quadrature. The value of a stage is the
+weight of its rates, relative to the length of the step."""
 
 
 def draw_stage(method: Method) -> Draw | None:
-    """One stage that stands for its step, drawn by the weights of a quadrature; None if they are not known."""
+    """Draw one stage to represent its step, by the weights of a quadrature; None if they are not known."""
     if method.draws is None:
         return None
     weights = constant(method.draws, torch.float64, _CPU)
@@ -156,7 +157,10 @@ def draw_stage(method: Method) -> Draw | None:
 def _weigh(
     rows: Sequence[Sequence[Any]], weights: Sequence[float], dt: Tensor, draw: Draw | None = None
 ) -> list[Tensor]:
-    """``dt`` times the weighted sum of each row of stages. If some have no value, the drawn ones stand for all."""
+    """``dt`` times the weighted sum over the stages in each row.
+
+    In a row in which stages were not evaluated (None), the drawn stages represent them.
+    """
     found: dict[int, Tensor] = {}
     together: list[int] = []
     like: Tensor | None = None
@@ -169,17 +173,18 @@ def _weigh(
             like = first if like is None else like
             if first.dtype is like.dtype and first.shape == like.shape:
                 together.append(place)
-    # launching operations dominates the time of small problems, so use few. torch.compile fuses them anyway
+    # Launching operations dominates the time of small problems, so all rows of one shape are weighed as one matrix.
+    # torch.compile fuses the operations by itself.
     if like is not None and not torch.compiler.is_compiling():
         count = min(len(weights), len(rows[together[0]]))
         table = torch.stack([rows[place][k] for k in range(count) for place in together])
-        # a tensor that is made inside a transform belongs to it, and no later call may find it
+        # inside a transform without the cache: a tensor made there must not outlive the transform
         make = constant.__wrapped__ if transforms_active() else constant
         row = make(tuple(weights[:count]), like.dtype, like.device) * dt.to(like.dtype)
         alone = len(together) == 1
         if like.is_cpu:
             product = row @ (table if alone else table.view(count, len(together) * like.shape[0]))
-        else:  # a product of matrices may round to TF32 there, and a log-determinant must not
+        else:  # a matrix product on a GPU may round to TF32, which a log-determinant must not
             product = (row[:, None] * table.view(count, len(together) * like.shape[0])).sum(0)
         if product.dtype is like.dtype:  # else autocast has rounded it
             parts = (product,) if alone else product.view(len(together), like.shape[0]).unbind()
@@ -198,7 +203,7 @@ def _weigh_row(values: Sequence[Tensor], weights: Sequence[float], dt: Tensor) -
 
 @dataclass(eq=False)
 class Totals:
-    """Sums over the accepted steps of a solve: the integrals, the step penalties by their reduction, the cost."""
+    """Accumulates the accepted steps of a solve: integrals, step penalties by their reduction, and cost."""
 
     logdet: Tensor | None = None
     penalties: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -231,9 +236,9 @@ class Totals:
         longest_safe_step: float | None = None,
         passed: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> Solution:
-        """The solution with outputs at the times ``t``; a log-determinant of None is zero.
+        """Make the solution with outputs at the times ``t``; a log-determinant of None stands for zero.
 
-        ``passed`` are the times and states of the steps, if they are saved.
+        ``passed`` holds the times and states between the steps, if they are saved.
         """
         logdets = None
         if self.logdet is not None:

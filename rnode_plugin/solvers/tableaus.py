@@ -16,32 +16,33 @@ from ..core.operations import Combination, operations_for
 from ..errors import ConfigError, suggest
 from .checks import METHODS, count_steps
 
-# f at the new state or None, the new state, its error estimate or None, and, if shown, the stages' velocities
+# velocity at the new state or None, the new state, its error estimate or None, and optionally the stage velocities
 StepResult = (
     tuple["Tensor | None", Tensor, "Tensor | None"]
     | tuple["Tensor | None", Tensor, "Tensor | None", "Sequence[Tensor] | None"]
 )
 StepFunction = Callable[[Velocity, Tensor, Tensor, Tensor, "Tensor | None"], StepResult]
-"""``(f, x, t, dt, k1) -> StepResult``; ``k1`` is ``f(t, x)`` if it is known already."""
+"""``(f, x, t, dt, k1) -> StepResult``; ``k1`` is ``f(t, x)`` if it is known already, else None."""
 
 
 FitStep = Callable[[Tensor, Tensor, float], Tensor]
-"""``(dt, rest, sign)`` to the length of a step, where ``rest`` is left up to the next stop."""
+"""``(dt, rest, sign)`` to the length of a step, where ``rest`` is the time left to the next stop."""
 Interpolate = Callable[[Any, Tensor, Any, Tensor, Tensor, Sequence[Tensor]], "list[Tensor]"]
-"""``(step, z, first, t, dt, times)`` to states, of a step from ``(t, z)`` with the rates ``first`` there."""
+"""``(step, z, first, t, dt, times)`` to the states at ``times`` inside a step from ``(t, z)``, where ``first`` are
+the rates."""
 
 
 @torch.no_grad()
 def evenly(dt: Tensor, rest: Tensor, sign: float) -> Tensor:
-    """A step no longer than ``dt`` that divides ``rest``, what is left up to the next stop, evenly.
+    """A step no longer than ``dt`` that divides ``rest``, the time left to the next stop, evenly.
 
-    So no sliver is left, which would cost as many evaluations as any step.
+    Without this a short last step would often remain, which costs as many evaluations as any step.
     """
     rest = rest.detach()
     steps = float(rest / dt)
     if not math.isfinite(steps):  # dt is 0 or NaN, and the solve ends
         return dt
-    # the last step is cut off at its end, which carries the gradient for the time
+    # Make the last step overshoot. The solve cuts it off exactly at the stop, whose time carries the gradient.
     count = count_steps(steps, 1.0)
     return rest / count if count > 1 else torch.maximum(dt * sign, 2 * rest * sign) * sign
 
@@ -51,19 +52,19 @@ class Method:
     """One way to take a step.
 
     Attributes:
-        name: for messages.
-        advance: the step itself.
+        name: the name in messages.
+        advance: computes the step.
         order: order of convergence, which the step-size controller uses.
         adaptive: whether ``advance`` gives an error estimate.
         weights: quadrature weight of each evaluation of the field in a step, in their order. None if they are not
-            known (a user's solver object): a rate is then taken at the start of the step.
-        error_weights: the same for the error estimate of a quadrature.
-        draws: the probability of each evaluation to stand for the step in a sampled quadrature; they are the
-            weights of a quadrature without negative ones. None: there are no sampled quadratures.
+            known (a user's solver object); a rate is then taken at the start of the step.
+        error_weights: the weights for the error estimate of a quadrature.
+        draws: the probability that an evaluation represents the step in a sampled quadrature. These are the weights
+            of a quadrature without negative weights. None: quadratures cannot be sampled.
         safety, min_factor, max_factor: constants of the step-size controller.
         nodes: time of each stage as a fraction of the step, in the order of their evaluation; None if not known.
-        fit: fits the length of an adaptive step to what is left up to the next stop; None leaves it.
-        interpolate: gives the states at output times inside a step; None: the solve stops at each.
+        fit: fits the length of an adaptive step to the time left to the next stop; None leaves the length.
+        interpolate: gives the states at output times inside a step; None: the solve stops at each output time.
     """
 
     name: str
@@ -81,12 +82,12 @@ class Method:
     interpolate: Interpolate | None = None
 
     def __reduce__(self) -> Any:
-        """One of the package is copied and pickled by its name: its step is a local function."""
+        """Pickle a built-in method by its name, because its step is a local function."""
         return (get_method, (self.name,)) if _BY_NAME.get(self.name) is self else super().__reduce__()
 
     @functools.cached_property
     def stages(self) -> int:
-        """Evaluations that a step needs at most."""
+        """Number of evaluations that a step needs at most."""
         return len(self.weights) if self.weights else 1
 
     @property
@@ -107,9 +108,13 @@ def _explicit(
     error: tuple[float, ...] | None = None,
     draws: tuple[float, ...] | None = None,
 ) -> Method:
-    """A method from its tableau in double precision; row i of ``a`` belongs to stage i + 1, at the row's sum."""
+    """A method from its tableau in double precision. Row i of ``a`` belongs to stage i + 1.
+
+    The time of a stage, as a fraction of the step, is the sum of its row unless ``c`` gives it.
+    """
     nodes = tuple(sum(row) for row in a) if c is None else c
-    # first same as last: the last stage is taken at the new state, so that its velocity is the next step's first
+    # first same as last: the last stage is taken at the new state, so its velocity is the first one of the next
+    # step
     fsal = len(a) == len(b) - 1 and a[-1:] == (b[:-1],) and b[-1] == 0
 
     def advance(f: Velocity, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
@@ -154,8 +159,8 @@ _TSIT5_A = (
 
 
 # Dormand and Prince (1980); Tsitouras (2011); the others are in every textbook. Some weights of dopri5 and tsit5
-# are negative, so their draws are quadratures of order 3 on the same stages that have none. The first stage, which
-# is the last one of the step before, has no part in them.
+# are negative, so their draws are the non-negative weights of third-order quadratures on the same stages. The first
+# stage has weight 0 there, because the previous step has evaluated it already.
 _METHODS = [
     _explicit("euler", 1, (), (1.0,)),
     _explicit("midpoint", 2, ((0.5,),), (0.0, 1.0)),
@@ -190,7 +195,7 @@ _BY_NAME = {method.name: method for method in _METHODS}
 
 
 def get_method(method: str | Method) -> Method:
-    """A method by name, with coefficients in double precision for every state, or the method itself.
+    """Look up a method by its name; a method is returned unchanged.
 
     Raises:
         ConfigError: for an unknown name.
@@ -204,6 +209,7 @@ def get_method(method: str | Method) -> Method:
 
 def hermite(t0: Tensor, z0: Tensor, v0: Tensor, t1: Tensor, z1: Tensor, v1: Tensor, t: Tensor) -> Tensor:
     """The cubic through the states ``z0``, ``z1`` at ``t0``, ``t1`` with velocities ``v0``, ``v1``, at ``t``."""
+    # linear interpolation plus a correction that vanishes at both ends
     h = (t1 - t0).to(z0.dtype)
     s = ((t - t0) / (t1 - t0)).to(z0.dtype)
     rise = z1 - z0
