@@ -1,4 +1,4 @@
-"""Pointwise activations and the derivatives of them that a backward pass by hand needs."""
+"""Pointwise activations with the derivatives that a hand-written backward pass needs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ _aten = torch.ops.aten
 
 class _Softplus(Activation):
     name = "softplus"
-    keeps_output = True  # its logarithm takes longest on a processor: it is taken once
-    # torch's default of 20 has a kink of 2e-9 there; beyond 40 the linear branch is exact in float64 too
+    # With the output y = log(1 + e^a), s'(a) = 1 - e^-y, so the logarithm, which is slow on a CPU, is taken once.
+    keeps_output = True
+    # at torch's default threshold of 20 the value jumps by 2e-9; beyond 40 the linear branch is exact in float64
+    # too
     _threshold = 40.0
 
     def value(self, a: Tensor) -> Tensor:
@@ -30,7 +32,7 @@ class _Softplus(Activation):
         return torch.addcmul(x, x, torch.neg(kept).exp_(), value=-1)
 
     def times_slope_at(self, x: Tensor, a: Tensor, kept: Tensor) -> Tensor:
-        # one operation for three, into memory that is there if it has the shape
+        # one operation instead of three, written into `a` if it has the same shape and layout
         over = {"grad_input": a} if x.shape == a.shape and x.stride() == a.stride() else {}
         return _aten.softplus_backward(x, a, 1, self._threshold, **over)
 
@@ -63,7 +65,7 @@ class _Elu(Activation):
         return F.elu(a)
 
     def slope(self, kept: Tensor) -> Tensor:
-        return kept.clamp(max=0) + 1
+        return kept.clamp(max=0) + 1  # the output is e^a - 1 for a < 0
 
     def slope_derivative(self, kept: Tensor, slope: Tensor) -> Tensor:
         return (kept < 0).to(kept.dtype)
@@ -108,7 +110,11 @@ ACTIVATIONS: dict[str, Activation] = {each.name: each for each in (_Softplus(), 
 
 
 def get_activation(name: str) -> Activation:
-    """The activation of that name; an error lists the known ones."""
+    """Look up an activation by its name.
+
+    Raises:
+        ConfigError: for an unknown name; the message lists the known ones.
+    """
     try:
         return ACTIVATIONS[name]
     except (KeyError, TypeError):

@@ -1,24 +1,27 @@
-"""A stack of layers prepared for one solve: its velocity and products with its Jacobian, with a backward by hand.
+"""A stack of layers prepared for one solve: its velocity and Jacobian products, with a hand-written backward pass.
 
-With layers ``a_k = W_k u_{k-1} + b_k + t r_k``, activations ``u_k = s(a_k)``, ``u_0 = z`` and ``f = a_L``, the
-product ``e^T df/dz`` runs backward through the stack: ``g_{L-1} = W_L^T e``, the same in a whole solve,
-``v_k = s'(a_k) g_k``, ``g_{k-1} = W_k^T v_k``, and ends as ``g_0``. Several noises at once, for the whole Jacobian,
-are a dimension in front of the batch. A product along a direction of state and time, ``df/dz v + df/dt dt``, runs
-forward: ``x_0 = v``, ``y_k = W_k x_{k-1} + dt r_k``, ``x_k = s'(a_k) y_k``, and ends as ``y_L``.
+The layers are ``a_k = W_k u_{k-1} + b_k + t r_k`` with activations ``u_k = s(a_k)``, ``u_0 = z`` and ``f = a_L``.
+The product ``e^T df/dz`` runs backward through the stack: ``g_{L-1} = W_L^T e``, which is the same in a whole
+solve, then ``v_k = s'(a_k) g_k`` and ``g_{k-1} = W_k^T v_k``. It ends as ``g_0``. Several noise vectors at once,
+for the whole Jacobian, form a dimension in front of the batch. A product along a direction of state and time,
+``df/dz v + df/dt dt``, runs forward: ``x_0 = v``, ``y_k = W_k x_{k-1} + dt r_k``, ``x_k = s'(a_k) y_k``. It ends as
+``y_L``.
 
-Given cotangents D of the velocity and P of the product, their gradients are two sweeps. Upward, the product's own
-transpose, ``h_0 = P``, ``p_k = W_k h_{k-1}``, ``h_k = s'(a_k) p_k``, with ``s''(a_k) g_k p_k`` as what the product
-adds to the cotangent of ``a_k``, and ``h_{L-1}`` as the cotangent of ``g_{L-1}``. Downward, ordinary
-backpropagation from D picks those up. The gradient of a product along a direction, with cotangent ``q_L``, is one
-sweep downward: ``p_k = W_{k+1}^T q_{k+1}``, ``q_k = s'(a_k) p_k``, and ``s''(a_k) y_k p_k`` for ``a_k``. It goes to
-what the evaluation kept of its activations, which are outputs of its graph node.
+Given cotangents D of the velocity and P of the product, two sweeps compute the gradients. The upward sweep is the
+transpose of the product: ``h_0 = P``, ``p_k = W_k h_{k-1}``, ``h_k = s'(a_k) p_k``. It gives ``s''(a_k) g_k p_k``,
+which the product adds to the cotangent of ``a_k``, and ``h_{L-1}``, the cotangent of ``g_{L-1}``. The downward
+sweep is ordinary backpropagation from D, which picks these up. The gradient of a product along a direction, with
+cotangent
+``q_L``, takes one downward sweep: ``p_k = W_{k+1}^T q_{k+1}``, ``q_k = s'(a_k) p_k``, and ``s''(a_k) y_k p_k`` for
+``a_k``. This last gradient flows to the activations that the evaluation kept, which are outputs of its graph node.
 
-An evaluation keeps one tensor of each activation (:class:`~rnode_plugin.core.pointwise.Activation`) and with a
-product one more, but for the last; a product along a direction keeps one. The velocity and its gradient take three
-times the convolutions of a forward pass, each product as many more, without a double backward. Gradients that are
-to be differentiated again are computed by automatic differentiation.
+An evaluation keeps one tensor per activation (:class:`~rnode_plugin.core.pointwise.Activation`), and with a product
+one more for each activation except the last. A product along a direction keeps one. The velocity and its gradient
+take three times the convolutions of a forward pass, and each product takes as many more, without a double backward.
+Gradients that are to be differentiated again are computed by automatic differentiation.
 
-All parameters of a stack lie in one row, ``theta``, so that the evaluations of a solve add up one gradient.
+All parameters of a stack lie in one row, ``theta``, so that the evaluations of a solve accumulate a single
+gradient.
 """
 
 from __future__ import annotations
@@ -41,21 +44,22 @@ from .kernels import Dense, LayerMap
 
 
 class Stack:
-    """A stack as the field of one solve, for states of one shape, with the weights of the moment.
+    """A stack as the field of one solve, for states of one shape, with the current weights.
 
-    It is a :class:`~rnode_plugin.core.derivatives.Field`. It has a graph that leads to the parameters, so nothing
-    in it can go stale, and what is done here is not done again at each evaluation. Another noise than the given one
-    takes longer. Products and derivatives are those by ``z`` alone.
+    It is a :class:`~rnode_plugin.core.derivatives.Field`. Work that depends only on the weights is done once here
+    and reused by every evaluation. It is part of the autograd graph. A ``Stack`` belongs to one solve; make a new
+    one after each optimizer step. Products with any other noise vector work but are slower. Products and
+    derivatives are taken with respect to ``z`` alone, not to the context.
 
     Args:
-        kind: of its layers.
-        activation: the function between them.
-        layers: each layer's weights of time and state, and its bias.
+        kind: the class of the layers.
+        activation: the function between the layers.
+        layers: each layer's weight of time, weight of the state, and bias; None if it has none.
         z: a state. The layers compute in autocast's dtype if it is float32, else in its dtype.
-        noise: of the solve.
+        noise: the probe vectors of the solve, whose part that does not depend on the state is computed here.
         context: ``(B, C)``, for layers that take it after the state.
-        fast: whether there are passes with a backward by hand.
-        compiled: whether evaluations go through torch.compile, which makes their backward itself.
+        fast: whether evaluations use the hand-written backward pass.
+        compiled: whether evaluations go through torch.compile, which derives their backward pass.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class Stack:
         self.theta = torch.cat([(both if self._timed else both[0]).reshape(-1), *flat])
         self.shapes = [weight.shape for _, weight, _ in layers]
         self.hidden = len(layers) - 1  # the number of activations
-        self.start = both.shape[1] * (1 + self._timed)  # of the weights in theta
+        self.start = both.shape[1] * (1 + self._timed)  # where the weights begin in theta, after bias and response
         self._sizes = [both.shape[1]] * (1 + self._timed) + [each.numel() for each in flat]
         self._last = kind.unflat(flat[-1], self.shapes[-1])
         self._plain = self.layers_of(self.theta) if compiled else None
@@ -96,32 +100,33 @@ class Stack:
             bias, response, weights = self._pieces(self.theta.detach())
             maps = [kind.prepared(weight.to(self.dtype)) for weight in weights]
             self.fast = Layers(maps, operations_for(z).between_layers(activation, bias, response))
+        # several noises of convolutions are evaluated as one larger batch, see _several
         several = noise is not None and noise.ndim > 2 + len(self.event)
         self._noise = None if several and kind is not Dense else noise
         self._pulled = None if self._noise is None else self._pull(self._noise)
 
     @property
     def plain(self) -> Layers:
-        """The layers with a graph."""
+        """The layers, in operations that record a graph."""
         if self._plain is None:  # not cached_property, whose lock torch.compile cannot trace
             self._plain = self.layers_of(self.theta)
         return self._plain
 
     def layers_of(self, theta: Tensor) -> Layers:
-        """The layers in operations that autograd and torch.func know, with the parameters ``theta``."""
+        """The layers with parameters ``theta``, in operations that autograd and torch.func can differentiate."""
         bias, response, weights = self._pieces(theta)
         maps = [_PlainMap(self.kind, weight.to(self.dtype)) for weight in weights]
         return Layers(maps, BetweenLayers(self.activation, bias, response))
 
     def maps_of(self, row: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """What a row adds to the pre-activations of each layer, ``(1, out, ...)``; views."""
+        """Cut a row into what it adds to the pre-activations of each layer, ``(1, out, ...)``, as views."""
         pixels = torch.Size(self.event).numel()
         outputs = [shape[0] for shape in self.shapes]
         rows = row.to(dtype or self.dtype).split([n * pixels for n in outputs])
         return [self.kind.as_map(r, n, self.event) for r, n in zip(rows, outputs, strict=True)]
 
     def enter(self, x: Tensor) -> Tensor:
-        """``x (B, *event)`` in the dtype and the layout in which the layers compute."""
+        """``x (B, *event)`` in the dtype and the memory layout in which the layers compute."""
         return self.kind.layout(x.to(self.dtype))
 
     def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
@@ -133,7 +138,7 @@ class Stack:
         self, t: Tensor | float, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY
     ) -> Linearization:
         """As :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`."""
-        if ask.products == "noise" and ask.divergence:
+        if ask.products == "noise" and ask.divergence:  # one pass for the products, one for the rows
             products = self.linearize(t, z, noise, ask=Ask("noise")).products
             return self.linearize(t, z, ask=ask._replace(products=""))._replace(products=products)
         flat, rows = self.kind is Dense, ask.products == "rows" or ask.divergence
@@ -142,13 +147,13 @@ class Stack:
         if not flat and noise is not None and noise.ndim > z.ndim:
             return self._several(t, z, noise, ask)
         pulled = None
-        if rows:
+        if rows:  # W_L^T e for the unit vectors e: the rows of W_L, the same for all samples
             pulled = self._last.unsqueeze(1)
         elif ask.products:
             assert noise is not None
             pulled = self._pulled if noise is self._noise and self._pulled is not None else self._pull(noise)
         dz, products, jvp = self._pass(t, self._with_context(z), pulled)
-        if self._context is not None:
+        if self._context is not None:  # the layers see the context as more columns of the state; leave these out
             products = None if products is None else products[..., : z.shape[1]]
             still, whole = torch.zeros_like(self._context), jvp
             jvp = lambda v, dt=0.0: whole(torch.cat([v, still.to(v.dtype)], 1), dt)  # noqa: E731
@@ -156,7 +161,7 @@ class Stack:
         return Linearization(dz, products, jvp, divergence, {})
 
     def _several(self, t: Tensor | float, z: Tensor, vectors: Tensor, ask: Ask) -> Linearization:
-        """Several products of convolutions, as one batch."""
+        """Several products of convolutions, computed as one batch, since a convolution has one batch dimension."""
         count, batch = len(vectors), z.shape[0]
         repeated = z.unsqueeze(0).expand(count, *z.shape).flatten(0, 1)
         dz, products, _ = self._pass(t, repeated, self._pull(vectors.flatten(0, 1)))
@@ -168,14 +173,14 @@ class Stack:
     def _pass(
         self, t: Tensor | float, z: Tensor, pulled: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Callable[..., Tensor]]:
-        """The velocity, its products with noises, and its products along any direction to come, from one pass.
+        """The velocity, its products with noise, and a function for products along directions, from one pass.
 
-        First-order gradients cost no double backward, also where a direction is the velocity itself. ``pulled`` is
-        a noise as :meth:`_pull` made it; for ``(K, B, ...)`` or ``(K, 1, ...)`` of linear layers there are K
-        products, ``(K, B, ...)``.
+        First-order gradients cost no double backward, even if a direction is the velocity itself. ``pulled`` is
+        what :meth:`_pull` gives for the noise. With ``(K, B, ...)`` or ``(K, 1, ...)`` for linear layers there are
+        K products, ``(K, B, ...)``.
         """
         t = _as_time(t, z)
-        # the product of a single layer is constant: nothing to do by hand
+        # the product of a single layer does not depend on the state, so the hand-written pass has nothing to do
         if self.fast is None or (pulled is not None and not self.hidden) or traced(t, z, pulled, self.theta):
             dz, product, kept = _plain(self, t, z, pulled)
         elif self._compiled:
@@ -186,7 +191,7 @@ class Stack:
         return dz, product, lambda v, dt=0.0: self._along(kept, v, dt)
 
     def _along(self, kept: Sequence[Tensor], v: Tensor, dt: Tensor | float) -> Tensor:
-        """``df/dz v + df/dt dt`` of the shape and dtype of ``v``, where an evaluation ``kept`` its activations."""
+        """``df/dz v + df/dt dt``, like ``v``, at the state of the evaluation that ``kept`` its activations."""
         turn = dt if isinstance(dt, Tensor) else v.new_tensor(dt) if dt else None
         turn = turn if self._timed else None
         if self.fast is None or traced(v, turn, self.theta, *kept):
@@ -196,9 +201,10 @@ class Stack:
         return outputs[0]
 
     def _pull(self, noise: Tensor) -> Tensor:
-        """``W_L^T noise``, from which products start: the same at all times of a solve.
+        """``W_L^T noise``, from which products start. It is the same at all times of a solve.
 
-        It has the noise's dtype, not the layers': the gradients of many evaluations add up in it.
+        It has the dtype of the noise, not of the layers, because the gradients of many evaluations accumulate in
+        it.
         """
         with _without_autocast(noise):
             pulled = self.kind.transposed(self.enter(noise), self._last.to(self.dtype))
@@ -208,7 +214,7 @@ class Stack:
         return z if self._context is None else torch.cat([z, self._context.to(z.dtype)], 1)
 
     def _pieces(self, theta: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """What is added to the pre-activations of all layers, what a unit of time adds, the weights; views."""
+        """Biases of all layers, what a unit of time adds to them (None without time), and weights, as views."""
         bias, *rest = theta.split(self._sizes)
         response = rest.pop(0) if self._timed else None
         return bias, response, [self.kind.unflat(row, shape) for row, shape in zip(rest, self.shapes, strict=True)]
@@ -216,7 +222,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class _PlainMap:
-    """A layer with a graph."""
+    """A layer in operations that record a graph."""
 
     kind: type[LayerMap]
     weight: Tensor
@@ -230,7 +236,7 @@ class _PlainMap:
 
 
 class Layers(NamedTuple):
-    """The layers of a stack as a sweep takes them."""
+    """The linear maps of a stack, and the operations between them."""
 
     maps: Sequence[Any]
     between: BetweenLayers
@@ -242,7 +248,7 @@ def _autocast_enabled(device: str) -> bool:
 
 
 def _without_autocast(z: Tensor) -> AbstractContextManager[object]:
-    """No autocast on the device of ``z``: what runs inside chooses its dtypes itself."""
+    """Context without autocast on the device of ``z``, for code that chooses its dtypes itself."""
     device = z.device.type
     return torch.autocast(device, enabled=False) if _autocast_enabled(device) else nullcontext()
 
@@ -250,7 +256,7 @@ def _without_autocast(z: Tensor) -> AbstractContextManager[object]:
 def _as_time(t: Tensor | float, z: Tensor) -> Tensor:
     if not isinstance(t, Tensor):
         return z.new_tensor(t)
-    if t.numel() != 1:  # would go along the units of the layers
+    if t.numel() != 1:  # one time per sample would be broadcast along the units of the layers
         raise ConfigError(f"this field takes one time for all samples, not times of shape {tuple(t.shape)}.")
     return t
 
@@ -258,7 +264,7 @@ def _as_time(t: Tensor | float, z: Tensor) -> Tensor:
 def _plain(
     stack: Stack, t: Tensor, z: Tensor, pulled: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
-    """Velocity, product, and what is kept of each activation, in operations that autograd and torch.func know."""
+    """Velocity, product and kept activations, in operations that autograd and torch.func can differentiate."""
     with _without_autocast(z):
         a, kept = _velocity(stack, stack.plain, t, z)
         if pulled is None:
@@ -270,12 +276,12 @@ def _plain(
 def _run_compiled(
     stack: Stack, t: Tensor, z: Tensor, pulled: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
-    """The same as one graph of torch.compile for each shape."""
+    """:func:`_plain`, compiled once for each shape."""
     from torch._dynamo.config import patch
     from torch._dynamo.exc import TorchDynamoException
 
     try:
-        with patch(cache_size_limit=64):  # shapes, times kinds of evaluations
+        with patch(cache_size_limit=64):  # one entry for each shape and kind of evaluation
             return _compiler()(stack, t, z, pulled)
     except TorchDynamoException as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -294,7 +300,7 @@ def _compiler() -> Callable[..., Any]:
 def _velocity(
     stack: Stack, layers: Layers, t: Tensor, z: Tensor, pre: list[Tensor | None] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The velocity, and what is kept of each activation; the pre-activations are added to ``pre``."""
+    """The velocity and what is kept of each activation. If ``pre`` is given, pre-activations are appended to it."""
     maps, between = layers
     u, shifts = stack.enter(z), between.shifts(t, stack.maps_of)
     kept: list[Tensor] = []  # torch.compile cannot trace list[Tensor]()
@@ -309,9 +315,9 @@ def _velocity(
 def _product(
     stack: Stack, layers: Layers, kept: Sequence[Tensor], pulled: Tensor, pre: list[Tensor | None] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The product with the Jacobian, and in it the cotangent of each activation but the last, ``pulled``.
+    """The product with the Jacobian, and the cotangents ``g_k`` of all activations except the last, ``pulled``.
 
-    Without a graph it may take the pre-activations, ``pre``, which it uses up.
+    Without a graph it may be given the pre-activations ``pre``, whose memory it overwrites.
     """
     between, g, cotangents = layers.between, pulled.to(stack.dtype), []
     for layer, c in zip(layers.maps[-2::-1], kept[::-1], strict=True):
@@ -323,7 +329,7 @@ def _product(
 def _direction(
     stack: Stack, layers: Layers, kept: Sequence[Tensor], v: Tensor, dt: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The product along a direction, and what comes to each activation in it."""
+    """The product along a direction, and the ``y_k`` before each activation."""
     maps, between = layers
     response = between.response
     x, shifts = stack.enter(v), [None] * len(maps)
@@ -340,7 +346,7 @@ def _direction(
 
 
 class _Evaluation(torch.autograd.Function):
-    """Velocity, product (None without a noise), what is kept of each activation and of the product."""
+    """Velocity, product (None without noise), and what is kept of the activations and of the product."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
@@ -363,10 +369,10 @@ class _Evaluation(torch.autograd.Function):
         cotangents = grad_outputs[: 2 + stack.hidden]
         if all(each is None for each in cotangents):
             return (None,) * 5
-        saved = ctx.saved_tensors  # a checkpoint unpacks them once
+        saved = ctx.saved_tensors  # read once, because torch's checkpoint unpacks saved tensors only once
         inputs, rest = saved[:4], saved[4:]
         with _without_autocast(inputs[1]):
-            if torch.is_grad_enabled():  # the gradient is to be differentiated: autograd must see it
+            if torch.is_grad_enabled():  # create_graph=True: compute again in operations that autograd records
                 t, z, pulled, theta = inputs = _ends(inputs)
                 layers = stack.layers_of(theta)
                 a, kept = _velocity(stack, layers, t, z)
@@ -378,7 +384,7 @@ class _Evaluation(torch.autograd.Function):
 
 
 class _Direction(torch.autograd.Function):
-    """Product along a direction, and what comes to each activation in it."""
+    """Product along a direction, and the ``y_k`` before each activation."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
@@ -408,9 +414,9 @@ class _Direction(torch.autograd.Function):
 
 
 def _ends(inputs: Sequence[Tensor | None]) -> list[Any]:
-    """The inputs of a node as new tensors, at which the derivatives of this node alone end.
+    """The inputs of a node as new tensors, at which the derivatives of this node end.
 
-    The state was made from the weights by the evaluations before, and their nodes add that part themselves.
+    The state depends on the weights through earlier evaluations. The nodes of those add that part themselves.
     """
     # not view_as, which changes the strides of dimensions of size 1 and so the layout that a convolution sees
     return [None if x is None else x[...] for x in inputs]
@@ -419,11 +425,11 @@ def _ends(inputs: Sequence[Tensor | None]) -> list[Any]:
 def _by_autograd(
     outputs: Sequence[Tensor | None], cotangents: Sequence[Tensor | None], arguments: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients by automatic differentiation, for ``create_graph=True``: slow, but with a graph."""
+    """Compute the gradients by automatic differentiation, for ``create_graph=True``. It is slower, with a graph."""
     pairs = zip(outputs, cotangents, strict=True)
     given = [(x, c) for x, c in pairs if x is not None and c is not None and x.requires_grad]
     inputs = [x for x in arguments if x is not None and x.requires_grad]
-    if not given:  # of the inputs only the time has a gradient, and no layer takes it
+    if not given:  # only the time requires a gradient, and no layer takes the time
         return [None] * len(arguments)
     ends, seeds = zip(*given, strict=True)
     found = iter(torch.autograd.grad(ends, inputs, seeds, create_graph=True, allow_unused=True))
@@ -434,11 +440,11 @@ def _by_autograd(
 
 
 class _Upward(NamedTuple):
-    """What the sweep upward finds at each hidden layer, and the cotangent of ``g_{L-1}`` at its end."""
+    """What the upward sweep computes at each hidden layer, and the cotangent of ``g_{L-1}`` at its end."""
 
     added: list[Tensor]  # s'' g p
     slopes: list[Tensor]
-    gradients: list[Tensor]  # of the weights, as rows
+    gradients: list[Tensor]  # by the weights, as rows
     end: Tensor
 
 
@@ -452,7 +458,7 @@ def _pull_back(
     kept: Sequence[Tensor],
     inner: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of an evaluation's inputs from the cotangents of velocity, product and what was kept."""
+    """Gradients by the inputs of an evaluation, from the cotangents of velocity, product and what was kept."""
     assert stack.fast is not None
     dz, product, *turned = cotangents
     between, activation = stack.fast.between, stack.fast.between.activation
@@ -466,6 +472,7 @@ def _pull_back(
         return activation.output(kept[k - 1]) if k else stack.enter(z)
 
     def through(k: int, below: Tensor) -> Tensor:
+        # a product along a direction sends a cotangent to what was kept: the output, or else the pre-activation
         more = turned[k]
         if more is not None and activation.keeps_output:
             below = below.add_(more)
@@ -491,7 +498,7 @@ def _pull_back_direction(
     q: Tensor,
     inner: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the inputs of a product along a direction, from its cotangent."""
+    """Gradients by the inputs of a product along a direction, from its cotangent."""
     assert stack.fast is not None
     between, turned = stack.fast.between, list[Tensor]()
 
@@ -504,7 +511,7 @@ def _pull_back_direction(
         return q
 
     dt_grad, v_grad, theta_grad = _downward(stack, stack.enter(q), entry, through, dt, needs[:3])
-    if theta_grad is not None:
+    if theta_grad is not None:  # a direction adds no bias; its sums served the response only
         theta_grad[: len(between.bias)].zero_()
     return dt_grad, None if v_grad is None else v_grad.to(v.dtype), theta_grad, *turned[::-1]
 
@@ -512,7 +519,7 @@ def _pull_back_direction(
 def _upward(
     stack: Stack, h: Tensor, kept: Sequence[Tensor], cotangents: Sequence[Tensor], weights: bool
 ) -> _Upward:
-    """The transpose of the product, from its cotangent ``h``; ``cotangents`` belong to the activations in it."""
+    """The transpose of the product, from its cotangent ``h``; ``cotangents`` are the ``g_k`` of the product."""
     assert stack.fast is not None
     between, keeps_output = stack.fast.between, stack.fast.between.activation.keeps_output
     added, slopes, gradients = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -521,7 +528,7 @@ def _upward(
         v = between.scale(g, slope)
         if weights:
             gradients.append(stack.kind.flat(layer.gradient(h, v)))
-        # s'' is the derivative of s' with respect to the output, times s'
+        # if the output is kept, s'' is the derivative of s' by the output, times s', which v = s' g already has
         bent, h = between.bend(layer.apply(h), slope, c, v if keeps_output else g, scratch=v)
         added.append(bent)
         slopes.append(slope)
@@ -538,8 +545,8 @@ def _downward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Backpropagation from ``q``, the cotangent of the last layer, through all layers.
 
-    ``entry`` gives what comes to a layer. ``through`` takes the cotangent of a layer's input and gives the
-    cotangent of the output of the layer below. The gradients are of the time, of the first layer's input and of
+    ``entry`` gives the input of a layer. ``through`` maps the cotangent of a layer's input to the cotangent of the
+    output of the layer below. The result holds the gradients by the time, by the first layer's input and by
     ``theta``.
     """
     assert stack.fast is not None
@@ -558,7 +565,8 @@ def _downward(
             q = through(k - 1, below)
     if not sums:
         return None, below, None
-    # the gradient of t times the response, once it is known, goes into the place of the response
+    # The gradient by the response is t times the gradient by the bias. Reserve its place in the row, to be filled
+    # below, since a second concatenation would copy everything.
     room = [] if response is None or not needs_theta else [response]
     grad = torch.cat([*sums[::-1], *room, *gradients[::-1]]).to(stack.theta.dtype)
     row, of_response = grad[: len(bias)], grad[len(bias) :][: len(bias)]

@@ -1,11 +1,11 @@
-"""The linear part of a layer, of either kind: linear maps and 3x3 convolutions, without the time input.
+"""The linear part of a layer without the time input: linear maps and 3x3 convolutions.
 
-The static methods are what all layers of a kind share. An instance is one layer prepared for the evaluations of one
-solve, without a graph.
+All layers of a kind share its static methods. An instance is one layer prepared for the evaluations in one solve,
+without a graph.
 
-Between few channels and many, a 3x3 convolution on a CPU is one product of two matrices: the nine neighbors of
-each pixel of the few channels side by side, times the weights. The libraries' own convolutions, made for many
-channels on both sides, take up to ten times as long there.
+Between few channels and many, a 3x3 convolution on a CPU is computed as one product of two matrices: the nine
+neighbors of each pixel in the few channels, side by side, times the weights. The libraries' convolutions are made
+for many channels on both sides and are up to ten times slower there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FEW = {torch.float64: 8, torch.float32: 8, torch.bfloat16: 3}
 class LayerMap(ABC):
     """``x -> W x`` for one weight, its transpose, and the gradient of ``v^T W x`` with respect to the weight.
 
-    It is made from the weight of the moment, without a graph.
+    It is made from the current weight, without a graph.
     """
 
     @abstractmethod
@@ -36,20 +36,20 @@ class LayerMap(ABC):
 
     @abstractmethod
     def apply(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """Inputs ``(B, in, ...)`` to outputs ``(B, out, ...)``, plus a ``shift (1, out, ...)``."""
+        """Map inputs ``(B, in, ...)`` to outputs ``(B, out, ...)``, and add a ``shift (1, out, ...)``."""
 
     @abstractmethod
     def transpose(self, v: Tensor) -> Tensor:
-        """Outputs' cotangents ``(B, out, ...)`` to inputs' cotangents ``(B, in, ...)``."""
+        """Map cotangents of outputs ``(B, out, ...)`` to cotangents of inputs ``(B, in, ...)``."""
 
     @abstractmethod
     def gradient(self, x: Tensor, v: Tensor) -> Tensor:
-        """Cotangent of the weight, in its shape, for inputs ``x`` and outputs' cotangents ``v``."""
+        """Gradient by the weight, in its shape, for inputs ``x`` and cotangents ``v`` of outputs."""
 
     @staticmethod
     @abstractmethod
     def product(x: Tensor, weight: Tensor) -> Tensor:
-        """``W x`` in operations that autograd and torch.func know."""
+        """``W x`` in operations that autograd and torch.func can differentiate."""
 
     @staticmethod
     @abstractmethod
@@ -63,7 +63,7 @@ class LayerMap(ABC):
 
     @staticmethod
     def split(weight: Tensor) -> tuple[Tensor, Tensor]:
-        """A weight as the weight of time, with an input of size 1, and the weight of the state."""
+        """Split a weight into the weight of time, with an input of size 1, and the weight of the state."""
         time, state = weight.split([1, weight.shape[1] - 1], dim=1)
         return time, state
 
@@ -74,12 +74,12 @@ class LayerMap(ABC):
 
     @staticmethod
     def flat(weight: Tensor) -> Tensor:
-        """A weight as one row in the order of memory."""
+        """A weight as one row, in the order in which its entries lie in memory."""
         return weight.reshape(-1)
 
     @staticmethod
     def unflat(row: Tensor, shape: Sequence[int]) -> Tensor:
-        """The weight of a row; a view."""
+        """The inverse of :meth:`flat`, as a view of the row."""
         return row.view(*shape)
 
     @staticmethod
@@ -89,9 +89,9 @@ class LayerMap(ABC):
 
     @staticmethod
     def shift_rows(time: Tensor, bias: Tensor, event: Sequence[int]) -> Tensor:
-        """What the bias and a unit of time add for a state with these spatial dimensions, ``(2, out * ...)``.
+        """What the bias and a unit of time add to a state with these spatial dimensions, ``(2, out * ...)``.
 
-        Both are rows in the order of memory.
+        Both rows are in the order of memory.
         """
         return torch.stack([bias, time.squeeze(1)])
 
@@ -102,11 +102,11 @@ class LayerMap(ABC):
 
 
 class Dense(LayerMap):
-    """A linear map, ``weight (out, in)``, of ``(..., in)``, samples, or probes and samples, in front."""
+    """A linear map with ``weight (out, in)`` on ``(..., in)``, with samples, or probes and samples, in front."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.detach()
-        self._transposed = self._weight.t().contiguous()  # a narrow result takes a quarter of the time from it
+        self._transposed = self._weight.t().contiguous()  # four times as fast where the result is narrow
 
     def apply(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         return F.linear(x, self._weight, None if shift is None else shift[0])
@@ -116,7 +116,7 @@ class Dense(LayerMap):
 
     def gradient(self, x: Tensor, v: Tensor) -> Tensor:
         v, x = v.flatten(0, -2), x.flatten(0, -2)
-        # few rows times many columns are up to six times as fast as the reverse
+        # a product with few rows and many columns is up to six times as fast as one with many rows and few columns
         return (x.t() @ v).t() if x.shape[1] < v.shape[1] else v.t() @ x
 
     @staticmethod
@@ -129,7 +129,7 @@ class Dense(LayerMap):
 
 
 class Convolution(LayerMap):
-    """A 3x3 convolution, ``weight (out, in, 3, 3)``, with zero padding 1, by the library's convolutions."""
+    """A 3x3 convolution with ``weight (out, in, 3, 3)`` and zero padding 1, by torch's convolutions."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.detach()
@@ -164,15 +164,16 @@ class Convolution(LayerMap):
 
     @staticmethod
     def split(weight: Tensor) -> tuple[Tensor, Tensor]:
-        # in the order of memory, so that gradients come in it too
+        # split the channels_last view, so that gradients have that memory layout too
         time, state = weight.permute(0, 2, 3, 1).split([1, weight.shape[1] - 1], dim=3)
         return time.permute(0, 3, 1, 2), state.permute(0, 3, 1, 2)
 
     @staticmethod
     def layout(x: Tensor) -> Tensor:
         if x.shape[1] > 1:
-            return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # vmap knows no other way to say it
-        # one channel is in both layouts, but torch reads the strides, so take the strides of the fast layout
+            return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # memory_format= is not supported by vmap
+        # a single channel is in both layouts, but torch decides by the strides, so set the strides of the fast
+        # layout
         batch, _, h, w = x.shape
         return x.reshape(batch, h, w, 1).permute(0, 3, 1, 2)
 
@@ -188,7 +189,7 @@ class Convolution(LayerMap):
     @staticmethod
     def sum_batch(v: Tensor) -> Tensor:
         rows = v.permute(0, 2, 3, 1)
-        if v.is_cpu:  # torch sums channels last twenty times as slowly as this
+        if v.is_cpu:  # torch's sum over channels_last is twenty times slower than this product
             return (v.new_ones(1, len(v)) @ rows.reshape(len(v), -1)).view(-1)
         return rows.sum(0).view(-1)
 
@@ -196,8 +197,9 @@ class Convolution(LayerMap):
     def shift_rows(time: Tensor, bias: Tensor, event: Sequence[int]) -> Tensor:
         h, w = event
         rows = torch.cat([bias.unsqueeze(0), time.flatten(1).t()])  # (1 + 9, out)
-        # what is made inside a transform of torch.func must not outlive it
+        # without the cache inside a transform of torch.func, since tensors made there must not outlive it
         basis = _shift_basis.__wrapped__ if transforms_active() else _shift_basis
+        # a layer is affine, so time adds t times a fixed map, which zero padding changes only near the border
         return (basis(h, w, bias.dtype, bias.device) @ rows).view(2, -1)
 
     @staticmethod
@@ -206,14 +208,14 @@ class Convolution(LayerMap):
 
 
 class Columns(Convolution):
-    """The same map, fast where the inputs or the outputs have few channels.
+    """The same map, computed as a matrix product, for few channels of the inputs or of the outputs.
 
-    Results with many channels are ``channels_last``; arguments with many are fastest in that layout.
+    Results with many channels are ``channels_last``, and arguments with many channels are fastest in that layout.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self._outputs_are_few = weight.shape[0] < weight.shape[1]
-        # with few outputs it is their cotangents whose neighbors are taken, and a transposed kernel is flipped
+        # With few outputs, the transpose takes the neighbors of the few channels, and its kernel is flipped.
         taps = weight.detach().flip(2, 3).transpose(0, 1) if self._outputs_are_few else weight.detach()
         self._few = taps.shape[1]
         self._weight = taps.permute(2, 3, 1, 0).flatten(0, 2).contiguous()  # (9 * few, many)
@@ -237,10 +239,10 @@ class Columns(Convolution):
     def _narrow(self, many: Tensor) -> Tensor:
         batch, _, h, w = many.shape
         parts = self._weight @ _rows(many).t()
-        if parts.dtype is torch.bfloat16:  # nine roundings are enough: the sums are made in float32
+        if parts.dtype is torch.bfloat16:  # the nine parts are rounded already, so sum them in float32
             parts = parts.float()
         parts = parts.view(3, 3, self._few, batch, h, w)
-        # to each pixel what its neighbors have for it: first along rows, then along columns
+        # each pixel receives the parts that its neighbors computed for it: first along rows, then along columns
         before, out, after = parts.unbind(1)
         out[..., :-1].add_(before[..., 1:])
         out[..., 1:].add_(after[..., :-1])
@@ -263,7 +265,7 @@ def _rows(many: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _shift_basis(h: int, w: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``(2 H W, 10)``: the maps that a bias of 1 makes, then the maps of each tap of a constant image."""
+    """``(2 H W, 10)``: the map that a bias of 1 adds, and below it the maps that the nine taps add at time 1."""
     with on_host(), torch.inference_mode(False), torch.no_grad():
         patches = F.unfold(torch.ones(1, 1, h, w, dtype=dtype, device=device), 3, padding=1)[0].t()
         one, zero = torch.ones_like(patches[:, :1]), torch.zeros_like(patches)

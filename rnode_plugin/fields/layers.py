@@ -1,9 +1,9 @@
 """Layers that see time as one more input.
 
 A layer's weight holds the time input first: ``(out, 1 + in, 3, 3)`` for a convolution, ``(out, 1 + in)`` for a
-linear map. Nothing is concatenated, though. The layer is affine, so time adds ``t * response``, where the response
-is what the layer makes of a constant one: a map of shape ``(1, out, H, W)`` that differs from a constant only where
-the convolution's zero padding is felt.
+linear map. Nothing is concatenated, though. The layer is affine, so time adds ``t * response``. The response is
+what the layer computes from an input of constant one. For a convolution it is a map of shape ``(1, out, H, W)``,
+which differs from a constant only at the border, because of the zero padding.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class _Concat(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """torch's own default draw for a layer with the time input among its inputs."""
+        """Draw weight and bias as torch does by default, for a layer whose inputs include the time."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         bound = 1 / math.sqrt(self.weight[0].numel())
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """``layer([t, x])``: time, a scalar, and inputs ``(B, in, ...)`` to outputs ``(B, out, ...)``."""
+        """``layer([t, x])``, from a scalar time and inputs ``(B, in, ...)`` to outputs ``(B, out, ...)``."""
         kind, event = self.kind, x.shape[2:]
         time, weight = kind.split(self.weight)
         bias, response = kind.shift_rows(time, self.bias, event)
@@ -43,11 +43,11 @@ class _Concat(nn.Module):
 
 
 class ConcatConv2d(_Concat):
-    """A 3x3 convolution of the image with time as a constant channel 0, zero padding 1 on both.
+    """A 3x3 convolution of the image with time as a constant channel 0, with zero padding 1 for both.
 
     Args:
-        in_channels: channels of the image, time not counted.
-        out_channels: channels of the result.
+        in_channels: number of channels of the image, without the time.
+        out_channels: number of channels of the result.
 
     The weight is ``(out_channels, 1 + in_channels, 3, 3)``.
     """
@@ -56,7 +56,7 @@ class ConcatConv2d(_Concat):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__((out_channels, 1 + in_channels, 3, 3))
-        # the layout in which torch convolves fastest, which a checkpoint does not store
+        # torch convolves fastest in this layout, and a checkpoint does not store the layout
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
 
@@ -64,7 +64,7 @@ class ConcatLinear(_Concat):
     """A linear map of the state with time as input 0; the weight is ``(out_features, 1 + in_features)``.
 
     Args:
-        in_features: size of the state, time not counted.
+        in_features: size of the state, without the time.
         out_features: size of the result.
     """
 

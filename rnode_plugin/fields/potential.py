@@ -32,9 +32,9 @@ class PotentialField(nn.Module):
     Args:
         dims: number of dimensions of one sample; an event of another shape is flattened.
         hidden: width of the network.
-        layers: its layers, at least 1.
-        rank: rows of ``A``.
-        context: more numbers that the potential depends on, ``s = (z, t, c)``; the methods then take
+        layers: number of layers of the network, at least 1.
+        rank: number of rows of ``A``.
+        context: how many more numbers the potential depends on, ``s = (z, t, c)``; the methods then take
             ``context (B, context)``.
 
     Raises:
@@ -61,7 +61,7 @@ class PotentialField(nn.Module):
         return self._run(s)[1] @ self.w + (s @ self.a.T).square().sum(1) / 2 + s @ self.b
 
     def forward(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """``-grad Phi``, of the shape of ``z (B, *event)``, at a scalar time."""
+        """``-grad Phi``, with the shape of ``z (B, *event)``, at a scalar time."""
         s = self._joined(t, z, context)
         return -self._gradient(s, self._run(s)[0])[0][:, : self.dims].reshape(z.shape)
 
@@ -76,8 +76,8 @@ class PotentialField(nn.Module):
     ) -> Linearization:
         """``-grad Phi`` and what ``ask`` names, in closed form; the Jacobian, ``-Hess Phi``, is symmetric.
 
-        ``aux`` is ``{"potential_rate": dPhi/dt (B,)}``. A field with hooks is called, and automatic differentiation
-        gives its products.
+        ``aux`` is ``{"potential_rate": dPhi/dt (B,)}``. If the field has hooks, it is called instead, so that they
+        run, and its products come from automatic differentiation.
         """
         if has_hooks(self):
             field = AutogradField(lambda t, z: self(t, z, context), aux=lambda t, z: self.aux(t, z, context))
@@ -109,17 +109,19 @@ class PotentialField(nn.Module):
         return {"potential_rate": self._gradient(s, self._run(s)[0])[0][:, self.dims]}
 
     def _direction(self, v: Tensor, dt: float) -> Tensor:
-        """A direction ``(k, B, D)`` of the state and ``dt`` of time as one of ``s = (z, t, c)``."""
+        """Join directions ``(k, B, D)`` of the state and ``dt`` of time to directions of ``s = (z, t, c)``."""
         still = v.new_zeros(*v.shape[:2], self._given)
         return torch.cat([v, torch.full_like(v[..., :1], dt), still], 2)
 
     def _hessian_times(self, layers: list[_Layer], pulled: list[Tensor], v: Tensor) -> Tensor:
-        """The part by ``z`` of ``Hess Phi v`` for directions ``v (k, B, inputs)``, ``(k, B, D)``."""
-        pushed = [v @ layers[0].weight.T]  # of the pre-activations of each layer
-        moved = layers[0].slope * pushed[0]  # of its activations
+        """The rows by ``z`` of ``Hess Phi v``, ``(k, B, D)``, for directions ``v (k, B, inputs)``."""
+        # Differentiate the backward pass in _gradient along v. First push v forward through the network.
+        pushed = [v @ layers[0].weight.T]  # change of each layer's pre-activations
+        moved = layers[0].slope * pushed[0]  # change of the activations
         for layer in layers[1:]:
             pushed.append(moved @ layer.weight.T)
             moved = moved + layer.slope * pushed[-1]
+        # then run backward: each layer adds sigma'' times what reaches it from above times the change
         back = torch.zeros_like(moved)
         for layer, above, push in zip(layers[:0:-1], pulled[:0:-1], pushed[:0:-1], strict=True):
             back = back + (layer.curvature * above * push + layer.slope * back) @ layer.weight
@@ -127,7 +129,8 @@ class PotentialField(nn.Module):
         return first @ layers[0].weight[:, : self.dims] + (v @ self.a.T) @ self.a[:, : self.dims]
 
     def _laplacian(self, layers: list[_Layer], pulled: list[Tensor]) -> Tensor:
-        """``tr(Hess Phi) (B,)``, by z."""
+        """The Laplacian of Phi with respect to z, ``(B,)``."""
+        # tr(J^T diag(sigma'' g) J) for each layer, with J the Jacobian of its pre-activations by z
         by_z = self.weights[0][:, : self.dims]
         trace = (layers[0].curvature * pulled[0]) @ by_z.square().sum(1)
         jacobian = layers[0].slope.unsqueeze(2) * by_z  # of u_0 by z, (B, hidden, D)
@@ -138,7 +141,7 @@ class PotentialField(nn.Module):
         return trace + self.a[:, : self.dims].square().sum()
 
     def _rows(self, s: Tensor, layers: list[_Layer], pulled: list[Tensor]) -> Tensor:
-        """All rows of ``-Hess Phi`` by z, ``(D, B, D)``."""
+        """All rows of ``-Hess Phi`` with respect to z, ``(D, B, D)``."""
         by_z = self.a[:, : self.dims]
         pushed = self.weights[0][:, : self.dims].expand(s.shape[0], -1, -1)  # pre-activations by z, (B, hidden, D)
         jacobian, hessian = torch.zeros_like(pushed), by_z.T @ by_z
@@ -165,7 +168,7 @@ class PotentialField(nn.Module):
         return torch.cat([flat, t.to(z).reshape(-1, 1).expand(z.shape[0], 1), *given], 1)
 
     def _run(self, s: Tensor) -> tuple[list[_Layer], Tensor]:
-        """Each layer at ``s``, and ``N(s)``; the derivatives of log(e^x + e^-x) are tanh and 1 - tanh^2."""
+        """Each layer at ``s``, and ``N(s)``. The derivatives of log(e^x + e^-x) are tanh and 1 - tanh^2."""
         layers, u = list[_Layer](), s
         for weight, bias in zip(self.weights, self.biases, strict=True):
             a = u @ weight.T + bias
@@ -175,7 +178,7 @@ class PotentialField(nn.Module):
         return layers, u
 
     def _gradient(self, s: Tensor, layers: list[_Layer]) -> tuple[Tensor, list[Tensor]]:
-        """``grad_s Phi (B, D + 1)``, and what reaches the activation of each layer from above."""
+        """``grad_s Phi (B, D + 1 + context)``, and the gradient that reaches each layer's activation from above."""
         g = self.w.expand(s.shape[0], -1)
         pulled = [g]
         for layer in layers[:0:-1]:
@@ -186,6 +189,6 @@ class PotentialField(nn.Module):
 
 
 def _log_cosh(x: Tensor) -> Tensor:
-    """``log(e^x + e^-x)``, without overflow."""
+    """``log(e^x + e^-x)``, computed without overflow."""
     size = x.abs()
     return size + torch.log1p(torch.exp(-2 * size))

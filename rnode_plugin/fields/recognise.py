@@ -1,6 +1,7 @@
-"""recognise: a user's multilayer perceptron as a stack with fast products.
+"""recognise: turns a user's multilayer perceptron into a stack with fast products.
 
-A stack is linear layers with one kind of activation between them, each with or without time as its last input.
+Such a perceptron has linear layers, with or without time as the last input, and one kind of activation between
+them.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def recognise(
     """``module`` as the field of one solve from a state like ``z``; None if it is not a stack for such states.
 
     A stack is a linear layer, or nested ``nn.Sequential`` of linear layers and one kind of activation. A module
-    with hooks is left alone, because what they do is unknown. ``adds_time`` finds the modules that
-    append the time to their input as the last column.
+    with hooks is left alone, because the effect of its hooks is unknown. ``adds_time`` finds the modules
+    that append the time to their input as the last column.
     """
     parts = list(_parts(module, adds_time))
     kinds = "".join(kind for kind, _ in parts)
@@ -52,7 +53,8 @@ def recognise(
         return None
     parameters = [(*_split(each.weight, last), each.bias) for each, last in zip(linear, timed, strict=True)]
     activation = activations.pop() if activations else get_activation("tanh")
-    return Stack(Dense, activation, parameters, z, fast=not exporting())  # a program has no backward pass
+    # the hand-written backward pass is of no use in an exported program, which has none
+    return Stack(Dense, activation, parameters, z, fast=not exporting())
 
 
 def _split(weight: Tensor, timed: bool) -> tuple[Tensor | None, Tensor]:
@@ -73,7 +75,8 @@ def _parts(module: object, adds_time: Callable[[nn.Module], bool]) -> Iterator[P
     elif type(module) in _SETTINGS:
         name, wanted = _SETTINGS[type(module)]
         known = all(getattr(module, key) == value for key, value in wanted.items())
-        known = known and getattr(module, "threshold", 20) >= 20  # ours is without softplus' kink there: 2e-9 at 20
+        # our softplus has no threshold that matters, and a user's from 20 on changes values by at most 2e-9
+        known = known and getattr(module, "threshold", 20) >= 20
         yield ("a", get_activation(name)) if known else _UNKNOWN
     elif type(module) is nn.Linear:
         yield "L", module

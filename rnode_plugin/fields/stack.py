@@ -19,25 +19,25 @@ from .layers import ConcatConv2d, ConcatLinear
 
 
 class StackField(nn.Module):
-    """``f(t, z)``: layers with an activation between them.
+    """A vector field ``f(t, z)`` that consists of layers with an activation between them.
 
-    It is a :class:`~rnode_plugin.core.derivatives.Field`: the velocity, products with the Jacobian and derivatives
-    along directions come from one pass with a backward by hand. First-order gradients of all of them with respect
-    to time, state, noise and parameters cost no double backward. With ``create_graph=True`` they are computed again
-    by automatic differentiation, so that they can be differentiated in turn. A call is in operations that autograd
-    and ``torch.func`` know.
+    It is a :class:`~rnode_plugin.core.derivatives.Field`. Velocity, products with the Jacobian and derivatives
+    along directions come from one pass with a hand-written backward. First-order gradients of all of them with
+    respect to time, state, noise and parameters cost no double backward. With ``create_graph=True`` the gradients
+    are computed by automatic differentiation, so that they can be differentiated in turn. A call uses operations
+    that autograd and ``torch.func`` can differentiate.
 
     Args:
         layers: ``ConcatConv2d`` or ``ConcatLinear``, all of one kind.
         activation: ``"softplus"``, ``"tanh"``, ``"elu"``, ``"silu"`` or ``"gelu"``.
 
-    If the first layer takes more than the last one gives, the field is one of ``z`` and a context; see
-    :class:`AtContext`.
+    If the first layer has more inputs than the last layer has outputs, the field depends on ``z`` and a context;
+    see :class:`AtContext`.
 
-    The layers keep the weights that they come with; :func:`conv_field` and :func:`linear_field` start from f = 0.
-    Under ``torch.autocast`` the layers compute in its dtype; the result has the state's. If the field
-    or a layer has hooks, such as those of ``torch.nn.utils.weight_norm``, automatic differentiation gives the
-    products, which takes longer.
+    The layers keep their weights; :func:`conv_field` and :func:`linear_field` start from f = 0. Under
+    ``torch.autocast`` the layers compute in its dtype, and the result has the dtype of the state. If the field or a
+    layer has hooks, such as those that ``torch.nn.utils.weight_norm`` registers, automatic differentiation computes
+    the products, which is slower.
 
     Raises:
         ConfigError: for another kind of layer or an unknown activation.
@@ -56,16 +56,16 @@ class StackField(nn.Module):
         self._kind: type[LayerMap] = kinds.pop().kind
 
     def prepare(self, z: Tensor, noise: Tensor | None = None, *, context: Tensor | None = None) -> Field:
-        """This field for the evaluations of one solve, from a state like ``z (B, *event)``.
+        """Prepare this field for the evaluations in one solve from a state like ``z (B, *event)``.
 
-        All that depends only on the weights and the ``noise`` of the solve is computed here, once, with its graph;
-        do not keep the result for longer than the weights.
+        Everything that depends only on the weights and the ``noise`` of the solve is computed here once, with its
+        graph. Do not use the result after the weights have changed.
         """
         if any(map(has_hooks, (self, *self.layers))):
             return AutogradField(lambda t, z: self(t, z, context))
-        # not where shapes come and go, as in validation and sampling: each would be compiled again
+        # skipped where batch shapes vary (validation, sampling), because every new shape triggers a compilation
         compiled = self.compiled and self.training
-        with outside_inference():  # a penalty may differentiate by the state, through weights as they are here
+        with outside_inference():  # a penalty may differentiate by the state, through tensors that are made here
             return self._stack(z, noise=noise, context=context, fast=not exporting(), compiled=compiled)
 
     def linearize(
@@ -82,7 +82,7 @@ class StackField(nn.Module):
         return self.prepare(z, context=context).linearize(t, z, noise, ask=ask)
 
     def layout(self, x: Tensor) -> Tensor:
-        """``x (B, *event)`` in the memory layout in which this field is fast, and in which its velocity comes."""
+        """``x (B, *event)`` in the memory layout in which this field is fast and returns its velocity."""
         return self._kind.layout(x)
 
     def forward(self, t: Tensor | float, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -105,9 +105,9 @@ class StackField(nn.Module):
 
 
 class AtContext(nn.Module):
-    """A field ``f(t, z, context)`` of flat states ``(B, D)`` at one ``context (B, C)`` for each sample.
+    """A field ``f(t, z, context)`` on flat states ``(B, D)``, with its ``context (B, C)`` fixed.
 
-    The field has ``linearize(..., context=)``.
+    The field must have ``linearize(..., context=)``.
     """
 
     def __init__(self, field: nn.Module, context: Tensor) -> None:
@@ -116,13 +116,13 @@ class AtContext(nn.Module):
         self._context = context
 
     def parameters(self, recurse: bool = True) -> Iterator[Any]:
-        """What a continuous adjoint differentiates by: the context too, if it has a graph."""
+        """The tensors that a continuous adjoint differentiates by, with the context if it requires a gradient."""
         yield from super().parameters(recurse)
         if self._context.requires_grad:
             yield self._context
 
     def prepare(self, z: Tensor, noise: Tensor | None = None) -> Field:
-        """As :meth:`StackField.prepare`, for a stack; another field as it is."""
+        """Call :meth:`StackField.prepare` of a stack; another field is not prepared."""
         if isinstance(self.field, StackField):
             return self.field.prepare(z, noise, context=self._context)
         return self
@@ -132,18 +132,18 @@ class AtContext(nn.Module):
         return self.field(t, z, self._context)
 
     def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
-        """As :meth:`~rnode_plugin.core.derivatives.Field.linearize`; products are those by ``z``."""
+        """As :meth:`~rnode_plugin.core.derivatives.Field.linearize`; products are with the Jacobian by ``z``."""
         return self.field.linearize(t, z, noise, ask=ask, context=self._context)
 
 
 def conv_field(channels: int, *, hidden: int = 64, layers: int = 4, activation: str = "softplus") -> StackField:
-    """The paper's field (section 6) of images ``(B, channels, H, W)``: 3x3 convolutions that take the time too.
+    """Make the paper's field for images ``(B, channels, H, W)``: 3x3 convolutions that also see time (section 6).
 
     The weight and the bias of the last layer are zero, so f = 0.
 
     Args:
-        channels: channels of the image.
-        hidden: channels between the layers.
+        channels: number of channels of the image.
+        hidden: number of channels between the layers.
         layers: number of layers.
         activation: as for :class:`StackField`.
 
@@ -161,14 +161,16 @@ def linear_field(
     activation: str = "softplus",
     context: int = 0,
 ) -> StackField:
-    """A multilayer perceptron as the field of flat states ``(B, features)``; each layer takes the time too.
+    """Make a multilayer perceptron as a field on flat states ``(B, features)``. Each layer also sees the time.
+
+    The weight and the bias of the last layer are zero, so f = 0.
 
     Args:
-        features: dimensions D of one sample.
+        features: number of dimensions D of one sample.
         hidden: width of the hidden layers.
-        layers: linear layers, the last one included.
-        activation: between them, such as ``"softplus"`` or ``"tanh"``.
-        context: more numbers that the first layer takes; see :class:`AtContext`.
+        layers: number of linear layers, the last one included.
+        activation: the function between the layers, such as ``"softplus"`` or ``"tanh"``.
+        context: how many more numbers the first layer takes; see :class:`AtContext`.
 
     Raises:
         ConfigError: for a size below 1 or an unknown activation.
@@ -177,14 +179,14 @@ def linear_field(
 
 
 def compile_fields(model: nn.Module, *, compiled: bool = True) -> int:
-    """Send the evaluations of all stack fields of a model through torch.compile while it is in training mode.
+    """Send the evaluations of all stack fields in a model through torch.compile while it is in training mode.
 
     Args:
         model: the module that holds the fields.
-        compiled: False undoes it.
+        compiled: whether to compile; False returns to uncompiled evaluations.
 
     Returns:
-        The number of these fields.
+        The number of stack fields in the model.
     """
     fields = [each for each in model.modules() if isinstance(each, StackField)]
     for field in fields:
