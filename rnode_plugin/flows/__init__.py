@@ -1,1 +1,1 @@
-"""The flows of images and tables."""
+"""Normalizing flows for images and tables."""

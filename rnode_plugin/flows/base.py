@@ -1,4 +1,4 @@
-"""BlockFlow, the base of flows whose blocks are neural ODEs: densities, samples, noise and penalties."""
+"""BlockFlow, the base class of flows whose blocks are neural ODEs, with densities, samples and penalties."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from ..errors import ConfigError
 from ..fields.stack import AtContext, StackField
 from ..solvers import FixedGrid, HealthCheck, Solver, check_all
 
-# Photographs fill few of their dimensions, and fields that are trained on the paths alone carry other states away:
-# after 600 steps on 32x32 pictures, a quarter of the held-out ones left every bound. Noise of one width keeps them,
-# but blurs the data. With random widths a state shows how far off the path it is.
+# Images lie near a low-dimensional set. A field trained only on the paths is unconstrained elsewhere: after 600
+# steps on 32x32 images, a quarter of the held-out images diverged. Noise of one width prevents this but blurs the
+# data. With random widths a state shows how far off the path it is.
 _WIDTH = 0.1
 
-_Through = Callable[[Tensor], Tensor]  # a state to the state after the next block
+_Through = Callable[[Tensor], Tensor]  # maps a state to the state after the next block
 
 
 class BlockFlow(OneProcessADevice, DensityModel):
-    """Base of the flows whose blocks are neural ODEs, one after the other, from data to a standard normal latent.
+    """Base class of flows whose blocks are consecutive neural ODEs, from data to a standard normal latent.
 
     A subclass sets :attr:`event_shape`, and :attr:`context_shape` if it has contexts, makes :attr:`fields`, one for
-    each block, and writes :attr:`block_shapes`, :meth:`_enter`, :meth:`_leave`, :meth:`_push` and :meth:`_pull`. It
-    may have another :attr:`base`, of vectors ``(D,)``.
+    each block, and implements :attr:`block_shapes`, :meth:`_enter`, :meth:`_leave`, :meth:`_push` and
+    :meth:`_pull`. It may replace :attr:`base` by another distribution of vectors ``(D,)``.
 
     Args:
-        solver: the integrator; also an attribute, :attr:`solver`.
+        solver: the integrator, kept as the attribute :attr:`solver`; None: the default :class:`FixedGrid`.
         regularizers: penalties to integrate: names, objects or functions.
         trace_noise: ``"gaussian"``, ``"rademacher"`` or ``"exact"``, or an estimator.
     """
@@ -69,7 +69,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
 
     @property
     def base(self) -> Distribution:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The standard normal of the latents ``(D,)``."""
+        """The standard normal distribution of the latents ``(D,)``."""
         return StandardNormal.like(self._like().new_zeros(self.dims))
 
     @abstractmethod
@@ -78,20 +78,20 @@ class BlockFlow(OneProcessADevice, DensityModel):
 
     @abstractmethod
     def _leave(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The samples of a state before the first block, and the log-determinant ``(B,)`` of the map to them."""
+        """The samples of a state before the first block, and the log-determinant ``(B,)`` of the map to samples."""
 
     @abstractmethod
     def _push(self, z: Tensor, through: _Through) -> Tensor:
-        """The latent ``(B, D)`` of a state before the first block; ``through`` takes a state through the next."""
+        """The latent ``(B, D)`` of a state before the first block; ``through`` applies the next block."""
 
     @abstractmethod
     def _pull(self, z: Tensor, through: _Through) -> Tensor:
-        """The inverse of :meth:`_push`; ``through`` goes backward through the blocks, from the last one."""
+        """The inverse of :meth:`_push`; ``through`` applies the inverses of the blocks, from the last one on."""
 
     def _fields_at(self, context: Tensor | None, like: Tensor) -> Sequence[nn.Module]:
         """The fields of the blocks as functions of time and state, for samples ``like``."""
         if context is not None:
-            self.context_rows(context, like)  # which refuses it
+            self.context_rows(context, like)  # raises the error for a flow without contexts
         return list(self.fields)
 
     def encode(
@@ -105,28 +105,28 @@ class BlockFlow(OneProcessADevice, DensityModel):
         check: bool = True,
         first_steps: Sequence[float | None] = (),
     ) -> FlowOutput:
-        """Push samples through the flow, with the log-determinant and the penalties: a step of training.
+        """Push samples through the flow, and compute the log-determinant and the penalties for training.
 
         Args:
-            x: ``(B, *event_shape)``: images in [0, 1], already dequantised, or rows in the unit of the data.
-            context: ``context_shape`` for all samples or ``(B, *context_shape)``, in the unit of the data; only for
-                a conditional density.
-            noise: probe vectors of the divergence, one for each block, ``(B, *shape)`` with the shapes of
+            x: ``(B, *event_shape)``: images in [0, 1], already dequantized, or rows in the units of the data.
+            context: ``context_shape`` for all samples or ``(B, *context_shape)``, in the units of the data; only
+                for a conditional density.
+            noise: probe vectors of the divergence, one entry for each block, ``(B, *shape)`` with the shapes of
                 :attr:`block_shapes`; None draws them.
-            penalties: whether to integrate the penalties; None: in training mode with gradients enabled.
+            penalties: whether to integrate the penalties; None means yes in training mode with gradients enabled.
             solver: the integrator; None for :attr:`solver`.
-            check: whether to wait for the device, and fail if a solve did or a sample is out of range. False: the
-                caller reads the output's ``health``.
+            check: whether to wait for the device, and raise an error if a solve failed or a sample is out of range.
+                With False the caller reads the output's ``health``.
             first_steps: first step of an adaptive solver for each block, such as the ``longest_safe_steps`` of the
-                batch before; empty: each block finds one.
+                previous batch; empty: each block estimates one.
 
         Returns:
-            FlowOutput: latent ``(B, D)``, log-determinant ``(B,)`` in nats, the logit or the standardisation
+            FlowOutput: latent ``(B, D)``, log-determinant ``(B,)`` in nats, the logit or the standardization
             included, integrals of the penalties over all blocks ``(B,)``, and the evaluations of all blocks.
 
         Raises:
             ConfigError: for samples, contexts or noise of the wrong shape, type or range.
-            SolverError: where the integration fails.
+            SolverError: if the integration fails.
         """
         self._check(x, self.event_shape, self.called)
         solver = self.solver if solver is None else solver
@@ -157,7 +157,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
 
         Raises:
             ConfigError: for latents, contexts or noise of the wrong shape or type.
-            SolverError: where the integration fails.
+            SolverError: if the integration fails.
         """
         self._check(z, (self.dims,), "latents")
         if noise is None:
@@ -174,10 +174,10 @@ class BlockFlow(OneProcessADevice, DensityModel):
         return output.check() if check else output
 
     def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Solver | None = None) -> Tensor:
-        """The samples ``(B, *event_shape)`` of latents ``z (B, D)``; images are in [0, 1] for the latent of one.
+        """The samples ``(B, *event_shape)`` of latents ``z (B, D)``.
 
-        The state is integrated alone, backward in time: no products with the Jacobian. Errors as for
-        :meth:`decode`.
+        Only the state is integrated, backward in time, without products with the Jacobian. Images lie in [0, 1] if
+        ``z`` is the latent of an image, and otherwise may be slightly outside. Errors as for :meth:`decode`.
         """
         self._check(z, (self.dims,), "latents")
         blocks = ((field, None) for field in reversed(self._fields_at(context, z)))
@@ -189,24 +189,29 @@ class BlockFlow(OneProcessADevice, DensityModel):
         return self._leave(y)[0]
 
     def matching_loss(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
-        """Error of all fields against straight paths from data to noise: flow matching through all blocks at once.
+        """Compare all fields with straight paths from data to noise: flow matching through all blocks at once.
 
-        A coordinate that leaves the flow after block k goes from its value y to noise e in k blocks,
-        ``(1 - s / k) y + (s / k) e`` at time s, so that each block's field should be ``(e - y) / k``. It is
-        compared at one uniformly random time per block and batch, at states with Gaussian noise around the path
-        (as in arXiv 2302.00482), whose standard deviation is uniform between 0 and 0.1 for each sample. The noise
-        and the times come from torch's global generator.
+        A coordinate that leaves the flow after block k moves from its value y to noise e in k blocks. At time s it
+        is at ``(1 - s / k) y + (s / k) e``, so the field of each block should be ``(e - y) / k``. The fields are
+        compared at one uniformly random time per block and batch, at states with Gaussian noise around the path (as
+        in arXiv 2302.00482), whose standard deviation is uniform between 0 and 0.1 for each sample. The noise and
+        the times come from torch's global generator.
 
         Args:
-            x, context: as for :meth:`forward`.
+            x, context: as for :meth:`encode`.
 
         Returns:
-            The squared error of each sample, ``(B,)``, summed over blocks and coordinates. It is not a likelihood:
-            its minimum is not zero.
+            The squared error of each sample, ``(B,)``, summed over blocks and coordinates. It is not a likelihood,
+            and its minimum is not zero.
+
+        Raises:
+            ConfigError: for samples or contexts of the wrong shape, type or range.
         """
         self._check(x, self.event_shape, self.called)
         y, _, health = self._enter(x, self.solver)
         check_all(health)
+        # Passes that change no state record y, e and k in the shape that each block sees, because squeezes and
+        # leaving channels rearrange coordinates between the blocks.
         data, noise, blocks = _States(), _States(), _States()
         self._push(y, data)
         self._pull(torch.randn(len(x), self.dims, dtype=x.dtype, device=x.device), noise)
@@ -214,6 +219,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
         times = torch.rand(len(data.seen), dtype=x.dtype).to(x.device)
         error, width = x.new_zeros(len(x)), _WIDTH * torch.rand(len(x), dtype=x.dtype, device=x.device)
         for index, field in enumerate(self._fields_at(context, x)):
+            # _pull passes the blocks in reverse
             y, e, k = data.seen[index], noise.seen[-1 - index], blocks.seen[-1 - index]
             share = (index + times[index]) / k
             offset = width.view(-1, *[1] * (y.ndim - 1)) * torch.randn_like(y)
@@ -233,7 +239,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
 
 
 class _States:
-    """A stand-in for the blocks that changes no state and remembers those it has seen."""
+    """A stand-in for the blocks that changes no state and records all states."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
@@ -244,13 +250,13 @@ class _States:
 
 
 class _Pass:
-    """One pass through the blocks of a flow: a call takes a state through the next one.
+    """One pass through the blocks of a flow. A call carries a state through the next block.
 
     Args:
-        flow: the flow, in its mode.
+        flow: the flow, in training or evaluation mode.
         blocks: field and noise of each block in the order of the pass.
         solver: the integrator.
-        first_steps: first step of an adaptive solver for each block; empty: each block finds one.
+        first_steps: first step of an adaptive solver for each block; empty: each block estimates one.
         backward: whether time runs from 1 to 0.
         divergence: whether the log-determinant is followed.
         penalties: whether to integrate the penalties.
@@ -277,11 +283,12 @@ class _Pass:
         self._safe_steps: list[float | None] = []
         self._steps = 0
         self.nfe = 0
-        self.health: list[HealthCheck] = []  # that the solves stayed finite
+        self.health: list[HealthCheck] = []  # checks that the solves stayed finite
 
     def __call__(self, z: Tensor) -> Tensor:
         index, (field, noise) = next(self._blocks)
-        # a continuous adjoint differentiates again at other times, with respect to the parameters themselves
+        # A prepared field shares one graph of its weights between evaluations. A continuous adjoint needs a new
+        # graph at each evaluation, which leads to the parameters themselves.
         if isinstance(field, (StackField, AtContext)) and self._solver.gradient.through_steps:
             if isinstance(field, StackField):
                 z = field.layout(z)
@@ -307,13 +314,13 @@ class _Pass:
         return solution.z[-1]
 
     def _times(self, z: Tensor) -> Tensor:
-        """The times of one block ``(2,)``, on the CPU: the host reads them without waiting for the device."""
+        """The times of one block ``(2,)``, on the CPU, where the host reads them without waiting for the device."""
         with on_host():
             times = self._followed.times(torch.tensor((0.0, 1.0), dtype=z.dtype))
             return times.flip(0) if self._backward else times
 
     def output(self, x: Tensor, z: Tensor, logdet: Tensor, health: tuple[HealthCheck, ...] = ()) -> FlowOutput:
-        """The output of a pass between ``x`` and ``z``; ``logdet``, in its direction."""
+        """The output of a pass between ``x`` and ``z``; ``logdet`` belongs to the direction of the pass."""
         for of_block in self._logdets:
             logdet = logdet + of_block
         return FlowOutput(
@@ -328,7 +335,7 @@ class _Pass:
 
 
 def _registered(name: str) -> Regularizer:
-    """The regularizer of a name: only a name loads the plugin host."""
+    """The regularizer with this name. The plugin host is imported here, because objects do not need it."""
     from ..plugins.registry import get_regularizer
 
     return get_regularizer(name)

@@ -1,4 +1,4 @@
-"""MultiscaleFlow, the image flow of the paper, and the transforms between an image and its blocks."""
+"""MultiscaleFlow, the paper's flow for images, and the transforms between an image and the blocks."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .base import BlockFlow
 Shape = tuple[int, int, int]
 
 BLOCKS = 2
-"""Blocks of equal shape in a row, everywhere."""
-_SMALLEST = 4  # pixels: a scale is not made smaller than this
+"""Number of consecutive blocks with the same shape."""
+_SMALLEST = 4  # pixels; no scale has a smaller height or width
 
 
 class Stage(NamedTuple):
-    """Blocks of one shape in a row.
+    """Consecutive blocks with the same shape.
 
     Attributes:
-        shape: ``(C, H, W)`` of their state.
-        squeezes: whether their result is squeezed and continues whole.
+        shape: ``(C, H, W)``, the shape of their state.
+        squeezes: whether their result is squeezed and continues with all channels.
         keeps: how many channels of their result continue; the others leave for the latent.
     """
 
@@ -41,10 +41,11 @@ class Stage(NamedTuple):
 
 
 def plan_stages(image_shape: Shape) -> list[Stage]:
-    """The stages of an image of that shape (``C, H, W``).
+    """Plan the stages for images of shape ``(C, H, W)``.
 
-    The height and the width are halved as often as both stay whole and at least 4. A scale that is followed by a
-    smaller one is two blocks, squeeze, two blocks, half of the channels leaves; the last is two blocks.
+    The height and the width are halved as long as both remain whole and at least 4. Each scale except the last has
+    two blocks, a squeeze and two more blocks, after which half of the channels leave. The last scale has two
+    blocks.
     """
     stages: list[Stage] = []
     c, h, w = image_shape
@@ -65,18 +66,19 @@ def dequantize(
     clean: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """``low + (high - low) (images + u) / levels`` as float32: a density for values that come in bins.
+    """Turn integers into real values ``low + (high - low) (images + u) / levels`` in float32.
 
     Args:
         images: uint8 ``(B, C, H, W)`` with values 0..levels-1.
-        levels: number of values a pixel can take, 1 to 256.
+        levels: number of values that a pixel can take, 1 to 256.
         low, high: the outer edges of the first and the last bin, as for :func:`~rnode_plugin.bits_per_dim`.
-        clean: ``u = 1/2``, the bins' centers: a density there is not a bound on the likelihood of the
-            discrete image. Otherwise u is uniform in [0, 1), which bounds it from below in expectation.
-        generator: draws u; of the images' device.
+        clean: whether to take ``u = 1/2``, the centers of the bins. A density there does not bound the likelihood
+            of the discrete image. Otherwise u is uniform in [0, 1), and the log-density bounds the log-likelihood
+            from below in expectation.
+        generator: draws u; it is on the device of the images.
 
     Returns:
-        Values from ``low`` to ``high``, of the shape of ``images``.
+        Values from ``low`` to ``high``, with the shape of ``images``.
 
     Raises:
         ConfigError: for another dtype.
@@ -104,7 +106,7 @@ def logit(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     Returns:
         ``y`` of the shape of x, and ``log |det dy/dx|`` of each sample ``(B,)`` in nats.
     """
-    # 1 - p is computed from 1 - x, not from p: near 1 it would lose most of its digits
+    # compute 1 - p from 1 - x, because from p it would lose most of its digits near 1
     log_p = torch.log(alpha + (1 - 2 * alpha) * x)
     log_q = torch.log(alpha + (1 - 2 * alpha) * (1 - x))
     logdet = (math.log1p(-2 * alpha) - log_p - log_q).flatten(1).sum(1)
@@ -114,13 +116,13 @@ def logit(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 def inverse_logit(y: Tensor, alpha: float) -> Tensor:
     """``x = (sigmoid(y) - alpha) / (1 - 2 alpha)``, the inverse of :func:`logit`.
 
-    The result is outside of [0, 1], by up to ``alpha / (1 - 2 alpha)``, where no image has this y.
+    If no image in [0, 1] has this y, the result is outside of [0, 1] by up to ``alpha / (1 - 2 alpha)``.
     """
     return (torch.sigmoid(y) - alpha) / (1 - 2 * alpha)
 
 
 def squeeze(z: Tensor) -> Tensor:
-    """``(B, C, 2 H, 2 W) -> (B, 4 C, H, W)``: each channel becomes the four of its 2x2 neighbors (section 6)."""
+    """``(B, C, 2 H, 2 W) -> (B, 4 C, H, W)``: four channels hold the pixels of each 2x2 patch (section 6)."""
     return F.pixel_unshuffle(z, 2)
 
 
@@ -130,26 +132,27 @@ def unsqueeze(z: Tensor) -> Tensor:
 
 
 class MultiscaleFlow(BlockFlow):
-    """Images to a standard normal latent and back (FFJORD's multi-scale architecture; section 6 of the paper).
+    """A flow between images and a standard normal latent, with FFJORD's multi-scale architecture (section 6).
 
     Args:
         image_shape: ``(C, H, W)``.
-        hidden: channels of the hidden convolutions of a block's field.
-        layers: convolutions of a block's field.
-        activation: between them, see :class:`~rnode_plugin.fields.StackField`.
+        hidden: number of hidden channels in the field of a block.
+        layers: number of convolutions in the field of a block.
+        activation: the function between the convolutions, see :class:`~rnode_plugin.fields.StackField`.
         alpha: margin of the logit transform, ``y = logit(alpha + (1 - 2 alpha) x)``.
-        levels: number of values a pixel of the data can take; :meth:`bits_per_dim` counts with it.
-        solver: the integrator where a call brings none; also an attribute, :attr:`solver`.
+        levels: number of values that a pixel of the data can take, for :meth:`bits_per_dim`.
+        solver: the integrator of calls that give none, kept as the attribute :attr:`solver`; None: the default
+            :class:`~rnode_plugin.FixedGrid`.
         regularizers: penalties to integrate: names, objects or functions.
-        trace_noise: ``"gaussian"`` (the paper's), ``"rademacher"`` or ``"exact"``, for tiny images.
-        field: makes the field of a block from the shape of its state, in place of the paper's.
+        trace_noise: ``"gaussian"`` (the paper's), ``"rademacher"``, or ``"exact"`` for tiny images.
+        field: makes the field of a block from the shape of its state, in place of the paper's field.
 
-    A fresh flow has f = 0: it is the logit map, and its penalties are zero. The blocks' fields are in
-    :attr:`fields`, in the order in which an image meets them; weights of another implementation of the same layers
-    load in that order by ``flow.load_state_dict(dict(zip(flow.state_dict(), tensors, strict=True)))``: each layer's
-    weight ``(out, 1 + in, 3, 3)``, time as input channel 0, then its bias.
+    A fresh flow has f = 0, so it is the logit map, and its penalties are zero. :attr:`fields` holds the fields of
+    the blocks, in the order in which an image passes them. Weights of another implementation of the same layers
+    load in that order by ``flow.load_state_dict(dict(zip(flow.state_dict(), tensors, strict=True)))``. For each
+    layer ``tensors`` must hold the weight ``(out, 1 + in, 3, 3)``, with time as input channel 0, and then the bias.
 
-    Under ``torch.autocast`` the fields compute in its dtype, all else in the state's.
+    Under ``torch.autocast`` the fields compute in its dtype, and everything else in the dtype of the state.
 
     Raises:
         ConfigError: for a shape or a setting that cannot work.
@@ -219,11 +222,12 @@ class MultiscaleFlow(BlockFlow):
 
     def _enter(self, x: Tensor, solver: Solver) -> tuple[Tensor, Tensor, tuple[HealthCheck, ...]]:
         in_range = _range_check(x, self.alpha / (1 - 2 * self.alpha))
-        if solver.adaptive:  # which would fail with another error on values out of range
+        if solver.adaptive:  # check now, because the solve itself would fail with a less helpful error
             check_all([in_range])
         return *logit(x, self.alpha), (in_range,)
 
     def _leave(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        # dx/dy = sigmoid(y) sigmoid(-y) / (1 - 2 alpha), and log sigmoid(y) = -softplus(-y)
         logdet = -(F.softplus(y) + F.softplus(-y) + math.log1p(-2 * self.alpha)).flatten(1).sum(1)
         return inverse_logit(y, self.alpha), logdet
 
@@ -262,7 +266,7 @@ class MultiscaleFlow(BlockFlow):
         super()._check(x, shape, what)
 
     def bits_per_dim(self, x: Tensor, *, noise: Sequence[Tensor | None] | None = None) -> Tensor:
-        """Bits/dim of each image ``(B,)``, in bins of 1 / :attr:`levels`.
+        """Bits/dim of each image, ``(B,)``, for pixels in bins of width 1 / :attr:`levels`.
 
         Args:
             x: images ``(B, C, H, W)`` in [0, 1], already dequantized.
@@ -271,14 +275,14 @@ class MultiscaleFlow(BlockFlow):
         return bits_per_dim(self.log_prob(x, noise=noise), dims=self.dims, levels=self.levels)
 
     def in_range(self, x: Tensor) -> Tensor:
-        """Images clamped to [0, 1], which :meth:`inverse` leaves by up to ``alpha / (1 - 2 alpha)``."""
+        """Images clamped to [0, 1], from which :meth:`inverse` may deviate by up to ``alpha / (1 - 2 alpha)``."""
         return x.clamp(0, 1)
 
 
 def _range_check(x: Tensor, margin: float) -> HealthCheck:
     """A check that images lie in [0, 1], read together with the health of the solves.
 
-    They may be outside of it by ``margin``, as samples of the flow may.
+    They may exceed the range by ``margin``, because samples of the flow may.
     """
     low, high = x.detach().aminmax()
 

@@ -1,4 +1,4 @@
-"""The flow of a table: rows of real numbers, standardized, through neural ODE blocks; with or without contexts."""
+"""TableFlow, a flow for rows of real numbers, with or without contexts."""
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ from ..regularizers import jacfrob, kinetic
 from ..solvers import HealthCheck, Solver
 from .base import BlockFlow
 
-_EXACT_COLUMNS = 16  # the perceptron's whole Jacobian takes a product per column: beyond this, noise costs less
+_EXACT_COLUMNS = 16  # the whole Jacobian takes a product per column; beyond this, estimates are cheaper
 _FIELDS = ("mlp", "potential")
 
 
 class TableFlow(BlockFlow):
-    """Rows of a table to a standard normal latent and back: FFJORD's flow for flat data, with or without contexts.
+    """A flow between rows of a table and a standard normal latent: FFJORD's flow for flat data.
 
-    A row is first standardized, ``y = (x - mean) / scale``, with the mean and the deviation of the training rows
-    (:meth:`standardize`). They are part of the flow, and ``-log scale`` is part of its log-determinant, so
-    densities are in the units of the data.
+    A row is first standardized, ``y = (x - mean) / scale``, with the mean and the standard deviation of the
+    training rows (:meth:`standardize`). They are part of the flow, and ``-log scale`` is part of its
+    log-determinant, so densities are in the units of the data.
 
     Args:
-        columns: number of columns that are modelled.
-        context: number of columns that are given.
-        field: of a block: ``"mlp"``, a multilayer perceptron with time as an input, or ``"potential"``, the
-            gradient of OT-Flow's potential.
+        columns: number of columns that are modeled.
+        context: number of columns that are given as context.
+        field: ``"mlp"`` for blocks with a multilayer perceptron that has time as an input, or ``"potential"`` for
+            the gradient of OT-Flow's potential.
         hidden: width of the fields.
-        layers: linear layers of the perceptron, or layers of the potential's network.
-        activation: of the perceptron.
-        blocks: neural ODEs one after the other, each from time 0 to 1.
-        solver: the integrator where a call brings none; also an attribute, :attr:`solver`.
+        layers: number of linear layers of the perceptron, or of layers in the potential's network.
+        activation: activation of the perceptron.
+        blocks: number of consecutive neural ODEs, each from time 0 to 1.
+        solver: the integrator of calls that give none, kept as the attribute :attr:`solver`; None: the default
+            :class:`~rnode_plugin.FixedGrid`.
         regularizers: penalties to integrate: names, objects or functions.
-        trace_noise: ``"exact"``, ``"gaussian"`` or ``"rademacher"``; ``"auto"`` is exact for the potential, whose
-            divergence is known, and up to 16 columns, else Rademacher.
+        trace_noise: ``"exact"``, ``"gaussian"`` or ``"rademacher"``. ``"auto"`` is exact for the potential, whose
+            divergence is known, and for up to 16 columns, and Rademacher otherwise.
 
-    A fresh flow of perceptrons has f = 0: it is a Gaussian with the standardization's mean and deviation.
+    A fresh flow of perceptrons has f = 0, so it is a Gaussian with the mean and the deviation of the
+    standardization.
 
     Raises:
         ConfigError: for a number or a name that cannot work.
@@ -108,10 +110,10 @@ class TableFlow(BlockFlow):
         return f"columns={self.dims}, context={self.context}, solver={self.solver}"
 
     def standardize(self, rows: Tensor) -> None:
-        """Take the mean and the deviation of each column from ``rows (N, columns + context)``, contexts last.
+        """Set mean and standard deviation of each column from ``rows (N, columns + context)``, contexts last.
 
         Raises:
-            ConfigError: another shape, fewer than two rows, or a column without a deviation.
+            ConfigError: for another shape, fewer than two rows, and a column that is constant or not finite.
         """
         if rows.ndim != 2 or rows.shape[1] != len(self.mean) or len(rows) < 2:
             raise ConfigError(f"standardize takes rows (N, {len(self.mean)}) with N >= 2, not {tuple(rows.shape)}.")
@@ -135,10 +137,10 @@ class TableFlow(BlockFlow):
             z = through(z)
         return z
 
-    _pull = _push
+    _pull = _push  # all blocks have one shape, so only the order differs, which `through` determines
 
     def _of_columns(self) -> tuple[Tensor, Tensor]:
-        """Mean and scale of the modelled columns."""
+        """Mean and scale of the modeled columns."""
         return self.mean[: self.dims], self.scale[: self.dims]
 
     def _fields_at(self, context: Tensor | None, like: Tensor) -> Sequence[nn.Module]:
