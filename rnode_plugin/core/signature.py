@@ -1,4 +1,4 @@
-"""How a vector field is called: with or without a time, time or state first, by the names of its parameters."""
+"""Finds out how a vector field is called, with or without a time and with time or state first, by parameter names."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .derivatives import Field
 TIME_NAMES = frozenset({"t", "time", "timestep", "timesteps"})
 STATE_NAMES = frozenset({"x", "z", "y", "u", "h", "state", "sample"})
 TIME_SHAPES = {"(B,)": 1, "(B, 1)": 2}
-"""Shapes of the time that a field may take instead of a scalar, and their dimensions."""
+"""Shapes of the time that a field may take instead of a scalar, with their numbers of dimensions."""
 
-# private names of torch for what it has compiled: a wrapper's module, a function, a module in place
+# torch's private names for the original of a compiled module, of a compiled function, and of a module in place
 COMPILED_MODULE = "_orig_mod"
 COMPILED_FUNCTION = "_torchdynamo_orig_callable"
 COMPILED_IN_PLACE = "_compiled_call_impl"
@@ -33,10 +33,10 @@ class Takes(NamedTuple):
     Attributes:
         order: ``"x"`` without a time, ``"t, x"``, ``"x, t"``, or ``"x, *, t"`` with the time as a keyword. ``"?"``
             for two arguments whose names are not informative, ``"..., t"`` for a time after the second argument.
-        args: whether it takes ``args=...`` as well: a parameter of that name, or ``**kwargs``. A ``*args`` is not
-            one.
-        time: the name of the time.
-        rest: names of further parameters without a default, which a call with time and state leaves out.
+        args: whether it also takes ``args=...``, by a parameter with that name or by ``**kwargs``. ``*args`` does
+            not count.
+        time: the name of the time; ``""`` if there is none.
+        rest: names of further parameters without a default, which a call with time and state does not fill.
     """
 
     order: str
@@ -46,9 +46,9 @@ class Takes(NamedTuple):
 
 
 def field_takes(field: object) -> Takes:
-    """How a module, a function or another callable is called.
+    """Find out how a module, a function or another callable is called.
 
-    A wrapper that passes all arguments on is called as the module inside. A parameter among
+    A wrapper that passes all arguments on is called like the module inside. A parameter with one of the names in
     :data:`TIME_NAMES` is the time.
     """
     function = _function(field)
@@ -59,6 +59,7 @@ def field_takes(field: object) -> Takes:
     args = any(p.kind is p.VAR_KEYWORD for p in parameters) or any(
         p.name == "args" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters
     )
+    # a time that functools.partial has filled is no longer an argument
     given = function.keywords if isinstance(function, functools.partial) else {}
     time = next((p.name for p in parameters if p.name in TIME_NAMES and p.name not in given), "")
     if time in positional:
@@ -66,6 +67,7 @@ def field_takes(field: object) -> Takes:
     elif time:
         order = "x, *, t"
     else:
+        # (x, context) is a state alone with more parameters; (a, b) may be time and state
         named = positional[:1] and positional[0] in STATE_NAMES
         unnamed = (starred and not positional) or (len(required) > 1 and not named) or not parameters
         order = "?" if unnamed else "x"
@@ -92,7 +94,7 @@ def call_of(field: Callable[..., Tensor], args: object = None, takes: Takes | No
     Args:
         field: the field. One that is called ``(t, x)`` is the function itself.
         args: passed to a field that takes ``args``.
-        takes: what :func:`field_takes` gives, if it is known.
+        takes: the result of :func:`field_takes`, if it is known.
     """
     takes = takes or field_takes(field)
     keywords = {"args": {} if args is None else args} if takes.args else {}
@@ -102,10 +104,10 @@ def call_of(field: Callable[..., Tensor], args: object = None, takes: Takes | No
 
 
 def _without_time(field: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A field of the state alone as a function of time and state.
+    """A field that takes only the state, as a function of time and state.
 
     Raises:
-        ConfigError: when called, for a field that fails and would work with the time as one more column.
+        ConfigError: when called, for a field that fails but works with the time as one more column.
     """
 
     def evaluate(t: Tensor, x: Tensor) -> Tensor:
@@ -125,7 +127,7 @@ def _without_time(field: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor
 
 @torch.no_grad()
 def _takes_time_as_column(field: Callable[[Tensor], Tensor], t: Tensor, x: Tensor) -> bool:
-    """Whether ``field`` gives a velocity for a state that has the time in one more column."""
+    """Whether ``field`` gives a velocity if the time is appended to the state as one more column."""
     try:
         column = t.reshape(-1, *[1] * (x.ndim - 1)).to(x).expand(len(x), 1, *x.shape[2:])
         return field(torch.cat([x, column], 1)).shape == x.shape
@@ -134,7 +136,7 @@ def _takes_time_as_column(field: Callable[[Tensor], Tensor], t: Tensor, x: Tenso
 
 
 def original(field: Any) -> Any:
-    """The module or function that ``torch.compile`` was given; ``field`` itself if it is not compiled."""
+    """The module or function that was passed to ``torch.compile``; ``field`` itself if it is not compiled."""
     for name in (COMPILED_MODULE, COMPILED_FUNCTION):
         found = getattr(field, name, None)
         if found is not None:
@@ -143,7 +145,7 @@ def original(field: Any) -> Any:
 
 
 def refuse_state_first(field: object, caller: str) -> None:
-    """Refuse a field whose names put the time elsewhere than first, for a caller that calls it as ``(t, x)``."""
+    """Refuse a field whose time is not the first parameter, for a caller that calls it as ``(t, x)``."""
     takes = field_takes(field)
     if takes.order == "x" and takes.rest:
         raise ConfigError(
@@ -164,23 +166,23 @@ def time_first(
     time_shape: str | None = None,
     with_context: bool = True,
 ) -> Any:
-    """``field`` as something that is called ``(t, x)``, or ``(t, x, context)``, with a scalar time.
+    """Turn ``field`` into a callable ``(t, x)``, or ``(t, x, context)``, with a scalar time.
 
-    The names of its parameters decide which is which: :data:`TIME_NAMES`, :data:`STATE_NAMES`. If they are not
-    informative, the first of two is the time. A field without a time is returned as it is, and so is a
+    The names of the parameters in :data:`TIME_NAMES` and :data:`STATE_NAMES` decide which is which. If they are not
+    informative, the first of two parameters is the time. A field without a time is returned unchanged, and so is a
     :class:`~rnode_plugin.core.derivatives.Field`.
 
     Args:
-        field: the velocity: a module, or another callable.
-        call: calls it instead, as ``call(field, t, x)`` or ``call(field, t, x, context)``.
-        time_shape: the shape of the time that it takes for states ``(B, ...)``, ``"(B,)"`` or ``"(B, 1)"``. None: a
-            scalar.
-        with_context: whether it is called with a context as well, so that it may need a third argument.
+        field: the velocity, a module or another callable.
+        call: a function that calls the field instead, as ``call(field, t, x)`` or ``call(field, t, x, context)``.
+        time_shape: the shape of the time that the field takes for states ``(B, ...)``, ``"(B,)"`` or ``"(B, 1)"``.
+            None: a scalar.
+        with_context: whether the field is also called with a context, so that it may need a third argument.
 
     Raises:
         ConfigError: for another ``time_shape``, for a time that is neither the first nor the second parameter, for
-            a second parameter whose name is not a time's after a state, and for further parameters without a
-            default; when called, for a field that fails with the time and works in another shape of it.
+            a second parameter after the state whose name is not known as a time, and for further parameters without
+            a default; when called, for a field that fails with the time but works with another shape of the time.
     """
     if time_shape is not None and time_shape not in TIME_SHAPES:
         raise ConfigError(f"time_shape must be one of {', '.join(map(repr, TIME_SHAPES))}, not {time_shape!r}.")
@@ -195,7 +197,7 @@ def time_first(
 
 
 def _refuse_unclear(takes: Takes, *, with_context: bool) -> None:
-    """Refuse a velocity whose names do not say how it is called."""
+    """Refuse a velocity whose parameter names do not determine how it is called."""
     if takes.order == "..., t":
         raise ConfigError(
             f"{takes.time!r} is neither the first nor the second parameter of this velocity: "
@@ -218,7 +220,7 @@ def _refuse_unclear(takes: Takes, *, with_context: bool) -> None:
 
 
 def _write(call: str) -> str:
-    """What to do where names do not say how a velocity is called."""
+    """Advice for a velocity whose parameter names do not determine how it is called."""
     return (
         f"give call=, such as RegularizedCNF.from_velocity(net, call=lambda net, t, x: {call}), or elsewhere the "
         f"function lambda t, x: {call}"
@@ -248,6 +250,7 @@ class _TimeFirst(nn.Module):
         try:
             return self._evaluate(t, x, *context)
         except (IndexError, RuntimeError) as error:
+            # try other shapes of the time, so that the message can name the one that works
             if self.time_shape is not None or isinstance(error, torch.OutOfMemoryError):
                 raise
             if t.ndim > 0 and self._works(t.flatten()[0], x, *context):
@@ -280,13 +283,13 @@ class _TimeFirst(nn.Module):
 
 
 def _in_shape(t: Tensor, x: Tensor, name: str) -> Tensor:
-    """A time, or one for each sample of ``x``, in a shape of :data:`TIME_SHAPES`."""
+    """A time, or one time for each sample of ``x``, in a shape of :data:`TIME_SHAPES`."""
     shape = (len(x), 1)[: TIME_SHAPES[name]]
     return t.reshape(-1, *shape[1:]).expand(shape)
 
 
 def _function(field: Any) -> Any:
-    """The function with the signature of ``field``."""
+    """The function whose signature tells how ``field`` is called."""
     field = original(field)
     if isinstance(field, functools.partial) and isinstance(field.func, nn.Module):
         return functools.partial(_function(field.func), *field.args, **field.keywords)
@@ -295,7 +298,7 @@ def _function(field: Any) -> Any:
     inner = getattr(field, "module", None)  # DistributedDataParallel and AveragedModel keep what they wrap there
     if isinstance(inner, nn.Module):
         kinds = {p.kind for p in inspect.signature(field.forward).parameters.values()}
-        if kinds == {_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD}:  # it passes all on
+        if kinds == {_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD}:  # the wrapper passes all arguments on
             return _function(inner)
     return field.forward
 
@@ -305,7 +308,7 @@ def _parameters(function: Any) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(function).parameters.values())
     except ValueError:
-        schema = getattr(function, "schema", None)  # of a scripted or traced function
+        schema = getattr(function, "schema", None)  # a scripted or traced function has one
         return [
             _Parameter(
                 argument.name, _Parameter.POSITIONAL_OR_KEYWORD,
