@@ -1,4 +1,4 @@
-"""Choice: the :class:`~rnode_plugin.Solver` that torchdyn's names, solver objects and options describe."""
+"""Choice: turns torchdyn's names, solver objects and options into a :class:`~rnode_plugin.Solver`."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ _FAMILIES = {
     DormandPrince45: "dopri5",
     Tsitouras45: "tsit5",
 }
-_RK4_NODES = (0.0, 0.0, 0.5, 0.5)  # the times at which torchdyn's rk4 evaluates, see NeuralODE
+_RK4_NODES = (0.0, 0.0, 0.5, 0.5)  # where torchdyn's rk4 evaluates, instead of (0, 1/2, 1/2, 1); see NeuralODE
 
 
 class SolverObject(Protocol):
-    """What every solver object has, torchdyn's or a user's. Other attributes are read where they are there."""
+    """What every solver object has, torchdyn's or a user's. Other attributes are optional."""
 
     stepping_class: str
 
@@ -72,7 +72,7 @@ class RungeKutta38(DiffEqSolver):
 
 
 def resolve_solver(solver: str | nn.Module, role: str = "solver") -> SolverObject:
-    """torchdyn's solver object for a name, or the object itself.
+    """Look up torchdyn's solver object by its name; an object is returned unchanged.
 
     Raises:
         ConfigError: for an unknown name, or a multiple-shooting solver, whose iterates are not a trajectory that a
@@ -110,7 +110,7 @@ def _build(name: str, dtype: torch.dtype, role: str = "solver") -> SolverObject:
 
 
 def refuse_leapfrog(solver: object) -> None:
-    """Refuse a solver that evaluates the field on one half of the state's columns, the positions."""
+    """Refuse a solver that evaluates the field on half of the state's columns only, the positions."""
     if isinstance(solver, AsynchronousLeapfrog):
         raise ConfigError(
             "torchdyn's leapfrog evaluates the field on half of the state, so that neither penalties nor a density "
@@ -119,7 +119,7 @@ def refuse_leapfrog(solver: object) -> None:
 
 
 def _tableau_of(solver: object) -> list[Tensor]:
-    """A solver object's tableau: nodes, rows, weights, and weights of the error."""
+    """The tableau of a solver object as a list of nodes, rows, weights and error weights; empty without one."""
     tableau = getattr(solver, "tableau", None)
     if tableau is None:
         return []
@@ -128,7 +128,7 @@ def _tableau_of(solver: object) -> list[Tensor]:
 
 
 def solver_name(solver: SolverObject) -> str:
-    """The name of a solver object's family; for a user's solver, ``"dopri5"`` or ``"euler"``."""
+    """The name of a solver object's family; for a user's solver ``"dopri5"`` if adaptive, else ``"euler"``."""
     for kind, name in _FAMILIES.items():
         if isinstance(solver, kind):
             return name
@@ -138,7 +138,7 @@ def solver_name(solver: SolverObject) -> str:
 
 
 def kept_times(t_span: Tensor, save_at: Tensor | Sequence[float]) -> list[int]:
-    """The places of ``save_at`` in ``t_span``; a ConfigError unless each of these times is one of them, once."""
+    """The indices of ``save_at`` in ``t_span``; a ConfigError unless each time occurs there exactly once."""
     save_at = save_at.to(t_span) if isinstance(save_at, Tensor) else torch.tensor(save_at).to(t_span)
     matches = torch.isclose(t_span[:, None], save_at[None])
     if not bool((matches.sum(0) == 1).all()):
@@ -170,14 +170,14 @@ class Chooser(Protocol):
 class Choice:
     """The solver that the attributes of a NeuralODE describe, resolved once.
 
-    torchdyn reads its attributes, and the constants and the tableau of a solver object, at each solve, so its users
-    change them between two solves, also in place. A stale copy of them would give wrong numbers in silence, and no
-    setter sees a change in place. So :func:`_read`, the one function that knows them, is compared with what it gave
-    when the choice was made, which takes less than a hundredth of a small solve.
+    torchdyn reads its attributes, and the constants and the tableau of a solver object, at each solve. So users may
+    change them between two solves, also in place. A stale copy would give wrong numbers silently, and a setter does
+    not see a change in place. So each solve compares what :func:`_read` gives, which reads them all, with what it
+    gave when the choice was made. This takes less than a hundredth of the time of a small solve.
 
     Attributes:
         solver: the solver.
-        made_of: what :func:`_read` gave for it.
+        made_of: what :func:`_read` gave when the solver was made.
     """
 
     solver: Solver
@@ -185,7 +185,7 @@ class Choice:
 
     @classmethod
     def of(cls, model: Chooser) -> Choice:
-        """The choice that a model's attributes describe now.
+        """Resolve what the attributes of a model describe now.
 
         Raises:
             ConfigError: for an unknown sensitivity, a number out of range, and options that the method cannot have.
@@ -200,11 +200,12 @@ class Choice:
         return cls(solver, _read(model))
 
     def is_current(self, model: Chooser) -> bool:
-        """Whether nothing has changed that the choice was made of."""
+        """Whether everything that the choice was made of is unchanged."""
+        # Identity, because tensors cannot be compared by ==. A new object with the same value only resolves again.
         return all(map(operator.is_, self.made_of, _read(model)))
 
     def solver_for(self, args: object) -> Solver:
-        """The solver of a call, whose solver objects get the ``args`` of the call."""
+        """The solver for a call, whose solver objects receive the ``args`` of the call."""
         solver, gradient = self.solver, self.solver.gradient
         if isinstance(gradient, Adjoint) and isinstance(gradient.backward, Solver):
             gradient = replace(gradient, backward=_handing_on(gradient.backward, args))
@@ -215,7 +216,7 @@ _CONSTANTS = ("order", "stepping_class", "weights", "safety", "min_factor", "max
 
 
 def _read(model: Chooser) -> list[object]:
-    """All that a choice is made of and that a user may change between two solves."""
+    """Everything that a choice is made of and that a user may change between two solves."""
     found: list[object] = [
         model.solver, model.solver_adjoint, model.sensalg, model.atol, model.rtol, model.atol_adjoint,
         model.rtol_adjoint, model.interpolator,
@@ -223,16 +224,16 @@ def _read(model: Chooser) -> list[object]:
     for solver in found[:1] if model.solver_adjoint is model.solver else found[:2]:
         for name in _CONSTANTS:
             found.append(getattr(solver, name, None))
-        if type(solver) in _FAMILIES:  # another class may keep anything in its tableau, which nothing here reads
+        if type(solver) in _FAMILIES:  # the tableau of another class may hold anything, and nothing here reads it
             found += _tableau_of(solver)
     for each in found[:]:
-        if isinstance(each, Tensor) and not each.is_inference():  # which counts its changes in place
+        if isinstance(each, Tensor) and not each.is_inference():  # a tensor counts writes into it in its version
             found.append(each._version)
     return found
 
 
 def _name_of(solver: SolverObject, named: Sequence[tuple[SolverObject, str]]) -> str | None:
-    """The name that a solver object was made from; None for a user's object or a changed tableau."""
+    """The name from which a solver object was made; None for a user's object or a changed tableau."""
     for made, name in named:
         if made is solver:
             fresh, own = _tableau_of(_build(name, torch.float32)), _tableau_of(made)
@@ -241,7 +242,7 @@ def _name_of(solver: SolverObject, named: Sequence[tuple[SolverObject, str]]) ->
 
 
 def _handing_on(solver: Solver, args: object) -> Solver:
-    """The solver whose solver object gets ``args``. torchdyn's own methods read none, so theirs stay."""
+    """The solver, with ``args`` handed to its solver object. torchdyn's own methods do not read ``args``."""
     step = solver.method.advance
     if not isinstance(step, _Step) or step.known:
         return solver
@@ -264,14 +265,14 @@ def solver_from_torchdyn(
     interpolator: str | Callable[..., object] | None = None,
     interpolated: type[Adjoint] = Adjoint,
 ) -> Solver:
-    """The solver that steps as torchdyn's solver objects do.
+    """Make a solver that steps as torchdyn's solver objects do.
 
     Args:
-        solver, adjoint: the objects, of the solve and of a continuous adjoint.
+        solver, adjoint: the objects for the solve and for a continuous adjoint.
         sensitivity: as in :class:`~rnode_plugin.NeuralODE`.
         names: the names from which the two objects were made; None for a user's object.
-        atol, rtol: of the solve.
-        atol_adjoint, rtol_adjoint: of the adjoint.
+        atol, rtol: tolerances of the solve.
+        atol_adjoint, rtol_adjoint: tolerances of the adjoint.
         max_nfe, quadrature, error_norm: see :class:`~rnode_plugin.Solver`.
         interpolator: as in :func:`method_from_torchdyn`.
         interpolated: the class of an interpolated adjoint.
@@ -284,13 +285,13 @@ def solver_from_torchdyn(
     if isinstance(gradient, Adjoint):
         check_tolerance(atol_adjoint, "atol of the adjoint")
         check_tolerance(rtol_adjoint, "rtol of the adjoint")
-        # the adjoint depends on time if the path is interpolated, and need not match torchdyn's values, so its rk4
-        # evaluates at the right times
+        # The adjoint system depends on time if the path is interpolated. Its values need not match torchdyn's, so
+        # take the rk4 that evaluates at the right times.
         ours = type(adjoint) is RungeKutta4
         backward = get_method("rk4") if ours else method_from_torchdyn(adjoint, names[1])
         kind = interpolated if gradient.interpolated else Adjoint
         gradient = kind(
-            # torchdyn's steps are its times
+            # without a step, since torchdyn takes one step per interval of the times
             solver_of(backward, step=None, atol=atol_adjoint, rtol=rtol_adjoint, max_nfe=max_nfe),
             interpolated=gradient.interpolated,
         )
@@ -303,16 +304,17 @@ def solver_from_torchdyn(
 def method_from_torchdyn(
     solver: SolverObject, name: str | None = None, *, interpolator: str | Callable[..., object] | None = None
 ) -> Method:
-    """The steps of a torchdyn solver object, hypersolvers and a user's solver included, exactly as torchdyn's.
+    """A method that takes exactly the steps of a torchdyn solver object, a hypersolver's or a user's included.
 
-    A solver of a known family (or a subclass: a hypersolver adds its correction to the same stages) has that
-    family's quadrature weights, unless its tableau was changed. Another solver may have an attribute ``weights``,
-    one number per evaluation in a step. Without it, a penalty's rate counts with its value at a step's start.
+    A solver of a known family, or of a subclass, has the family's quadrature weights, unless its tableau was
+    changed. (A hypersolver is a subclass that adds a correction to the same stages.) Another solver may have an
+    attribute ``weights``, one number per evaluation in a step. Without it, a penalty's rate is taken at the start
+    of a step.
 
     Args:
         solver: the object.
-        name: the name from which it was made, if any, and if its tableau was not changed.
-        interpolator: torchdyn's, for output times inside of a step of an adaptive solver. Its own tsit5 ignores it.
+        name: the name from which it was made; None for a user's object or a changed tableau.
+        interpolator: torchdyn's, for output times inside a step of an adaptive solver. torchdyn's tsit5 ignores it.
     """
     if type(solver) is RungeKutta38:
         return get_method("rk4_38")
@@ -343,7 +345,7 @@ def method_from_torchdyn(
         min_factor=float(getattr(solver, "min_factor", 0.2)),
         max_factor=float(getattr(solver, "max_factor", 10.0)),
         nodes=_RK4_NODES if type(solver) is RungeKutta4 else family.nodes if family else None,
-        fit=None,  # torchdyn divides no interval evenly
+        fit=None,  # torchdyn does not fit steps to the next stop
         interpolate=interpolate,
     )
 
@@ -356,17 +358,17 @@ def _changed_weights(
     if not tableau or family.weights is None:
         return None
     weights, errors = (x.tolist() for x in tableau[-2:])
-    rounding = 1e-6  # a tableau may be one of single precision
+    rounding = 1e-6  # torchdyn builds a tableau in single precision
     close = (abs(a - b) < rounding for a, b in zip(weights, family.weights, strict=False))
     same = len(weights) == len(family.weights) and all(close)
     return None if same else (tuple(weights), tuple(errors) if family.adaptive else None)
 
 
 class _Step:
-    """The step of a solver object, for states of any type on any device.
+    """The step of a solver object, for states of any dtype on any device.
 
-    torchdyn never shows a solver a negative step: it mirrors time and the field. The same happens here for solvers
-    that may do more with the step than scale velocities.
+    torchdyn never gives a solver a negative step. It mirrors time and the field instead. This class does the same
+    for solvers that may do more with the step than scale velocities.
     """
 
     def __init__(self, solver: SolverObject, name: str | None, args: object) -> None:
@@ -394,20 +396,20 @@ class _Step:
         return solver.step(f, x, t, dt, k1=k1, args=self.args)
 
     def _solver_like(self, x: Tensor, t: Tensor) -> SolverObject:
-        """The solver object for states like ``x``. One made from a name is ours: no other model moves it."""
+        """The solver object for states like ``x``. One with a name is built here, so no other model moves it."""
         with on_host():
             solver = self.solver
             if self.name is not None:
                 solver = _build(self.name, torch.float64 if x.dtype is torch.float64 else torch.float32)
             if sync := getattr(solver, "sync_device_dtype", None):
                 sync(x, t)
-        if self.name is not None and not transforms_active():  # what is made inside a transform belongs to it
+        if self.name is not None and not transforms_active():  # tensors made in a transform must not outlive it
             self._ready = (x.dtype, x.device), solver
         return solver
 
 
 class _Mirrored:
-    """A field with time reversed, ``-f(-t, x)``, which remembers the velocities whose sign it has changed."""
+    """A field with time reversed, ``-f(-t, x)``, which remembers the original velocities."""
 
     def __init__(self, field: Velocity) -> None:
         self._field = field
@@ -419,7 +421,7 @@ class _Mirrored:
         return self._pairs[-1][0]
 
     def original(self, mirrored: Tensor | None) -> Tensor | None:
-        """The field's velocity of which this is the mirror image; None for a tensor that is not one of them."""
+        """The original of a mirrored velocity; None for any other tensor."""
         return next((velocity for opposite, velocity in self._pairs if opposite is mirrored), None)
 
 
@@ -437,19 +439,21 @@ class _Interpolate:
         given = self._interpolator
         by: Any = str_to_interp(given, z.dtype) if isinstance(given, str) else given
         by.sync_device_dtype(z, t)
+        # the state in the middle of the step, by torchdyn's weights for it
         middle = z + dt * sum(w * k for w, k in zip(by.bmid, step.stages, strict=True))
         coefficients = by.fit(dt, first.dz, step.last.dz, z, step.z, middle)
         return [by.evaluate(coefficients, t, t + dt, time) for time in times]
 
 
 class StepwiseAdjoint(Adjoint):
-    """torchdyn's interpolated adjoint, for which each accepted step of an adaptive solver is an output too."""
+    """torchdyn's interpolated adjoint, in which each accepted step of an adaptive solver is also an output."""
 
     def outputs(self, solution: Solution) -> tuple[Tensor, Tensor]:
-        if solution.longest_safe_step is None or solution.steps is None:  # of a fixed grid
+        if solution.longest_safe_step is None or solution.steps is None:  # a fixed grid
             return solution.t, solution.z
         t, z = (torch.cat(pair) for pair in zip((solution.t, solution.z), solution.steps, strict=True))
         times = t.detach()
+        # merge both in the order of time; of equal times the stable sort keeps the output before the step
         order = times.argsort(stable=True, descending=bool(times[0] > solution.t[-1]))
         times = times[order]
         order = order[torch.cat([times[:1] == times[:1], times[1:] != times[:-1]])]

@@ -1,4 +1,4 @@
-"""CNF: torchdyn's field of a continuous normalizing flow, for any event shape; penalties share its products."""
+"""CNF: torchdyn's field of a continuous normalizing flow, for any event shape, whose products penalties share."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from ..errors import ConfigError, check_count, is_count
 class CNF(torchdyn_cnf.CNF):
     """The field ``(t, [a, z]) -> [-div f(t, z), f(t, z)]`` on a state ``[B, 1 + D]`` (eq. 3 and 4).
 
-    torchdyn's contract: the first column accumulates minus the divergence in nats, so that after a solve
-    ``log p(x) = log q(z) - column``. Put it into a :class:`~rnode_plugin.NeuralODE`, which draws the noise once per
-    solve and lets ``jacfrob`` read the products that the trace is made of; torchdyn's own class takes it too.
+    As in torchdyn, the first column accumulates minus the divergence in nats, so that after a solve
+    ``log p(x) = log q(z) - column``. Put the field into a :class:`~rnode_plugin.NeuralODE`, which draws the noise
+    once per solve and lets ``jacfrob`` read the products from which the trace is computed. torchdyn's own NeuralODE
+    accepts the field too.
 
     Args:
-        net: ``net(t, z)`` or ``net(z)``, of the shape of ``z``.
+        net: ``net(t, z)`` or ``net(z)``, whose result has the shape of ``z``.
         trace_estimator: None or ``"exact"`` for the exact divergence, ``"gaussian"`` or ``"rademacher"`` for
             Hutchinson's estimator, a :class:`~rnode_plugin.core.trace_estimators.TraceEstimator`, one of torchdyn's
             two functions, or a custom function ``(x_out, x_in, noise=...) -> (B,)``.
         noise_dist: distribution of the noise ``(D,)`` with ``sample(shape)``; None: the estimator draws its own.
-        order: order of the differential equation; ``z`` then holds position, velocity, ... in its first dimension.
-        event_shape: shape that ``net`` wants for ``z``; None: ``(D,)``.
+        order: order of the differential equation. Above 1, ``z`` holds position, velocity, ... along dimension 1.
+        event_shape: shape of one sample of ``z`` as ``net`` takes it; None: ``(D,)``.
 
     Raises:
         ConfigError: for an unknown estimator, and an order or an event shape that is not made of whole numbers
@@ -61,10 +62,10 @@ class CNF(torchdyn_cnf.CNF):
         super().__init__(net, None, noise_dist, check_count(order, "order"))
         self.trace_estimator = _estimator(trace_estimator)
         self.event_shape = None if event_shape is None else tuple(check_shape(event_shape, "event_shape"))
-        self.t: Tensor | None = None  # filled as DepthCat's is, for when the module is called with the state alone
+        self.t: Tensor | None = None  # a solve fills it, as in DepthCat, for calls with the state alone
 
     def forward(self, t: Tensor, x: Tensor | None = None, args: object = None) -> Tensor:  # pyright: ignore
-        """The field at ``t`` and ``x [B, 1 + D]``; ``cnf(x)``, in an nn.Sequential, is at the solver's time."""
+        """The field at ``t`` and ``x [B, 1 + D]``. ``cnf(x)``, as in an nn.Sequential, takes the solver's time."""
         if x is None:
             x, t = t, self.t  # pyright: ignore[reportAssignmentType]
         if t is None and field_takes(self.net).order == "t, x":
@@ -98,14 +99,14 @@ class CNF(torchdyn_cnf.CNF):
 
 
 def noise_of(cnf: Any, z: Tensor) -> Tensor | None:
-    """Noise of a CNF's trace for one solve from ``z``: of its ``noise_dist``, its estimator's, or None."""
+    """Noise for a CNF's trace in one solve from ``z``, by ``noise_dist`` or the estimator; None if neither draws."""
     if cnf.noise_dist is None:
         return cnf.trace_estimator.draw(z) if isinstance(cnf.trace_estimator, TraceEstimator) else None
     return cnf.noise_dist.sample((z.shape[0],)).to(z).reshape(z.shape)
 
 
 class _AutogradTrace(Exact):
-    """The exact trace, summed as torchdyn does, to the bit."""
+    """The exact trace, summed in torchdyn's order, so that values agree bitwise."""
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         total = products[0][:, 0]
@@ -115,7 +116,7 @@ class _AutogradTrace(Exact):
 
 
 class _HutchTrace(Hutchinson):
-    """Hutchinson's estimate, summed as torchdyn does, to the bit."""
+    """Hutchinson's estimate, summed by torchdyn's einsum, so that values agree bitwise."""
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         assert noise is not None
@@ -123,7 +124,7 @@ class _HutchTrace(Hutchinson):
 
 
 def estimator_of(cnf: Any) -> TraceEstimator | None:
-    """The estimator of a CNF's trace; None for a function that its author wrote."""
+    """The estimator of a CNF's trace; None for a custom function."""
     estimator = cnf.trace_estimator
     if isinstance(estimator, TraceEstimator):
         return estimator
@@ -133,7 +134,10 @@ def estimator_of(cnf: Any) -> TraceEstimator | None:
 
 
 def first_order_system(function: Callable[..., Tensor], order: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """``x = (position, velocity, ...)`` along dimension 1; the function gives the highest derivative."""
+    """The first-order system for ``x = (position, velocity, ...)`` along dimension 1.
+
+    ``function`` gives the highest derivative.
+    """
 
     def system(t: Tensor, x: Tensor) -> Tensor:
         size = x.size(1) // order

@@ -1,4 +1,4 @@
-"""RegularizedCNF: a density model from a vector field, with log-likelihood, samples and the paper's penalties."""
+"""RegularizedCNF: a density model from a vector field, with log-likelihoods, samples and the paper's penalties."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from .field import NetDynamics
 
 
 class RegularizedCNF(OneProcessADevice, DensityModel):
-    """The density of ``x`` that a vector field carries to a base distribution (eq. 4), with torchdyn's options.
+    """A density of ``x`` that a vector field carries to a base distribution (eq. 4), with torchdyn's options.
 
-    It is a flow of one block. Add :meth:`reg_loss` to the loss after each :meth:`log_prob`::
+    It is a flow with one block. Add :meth:`reg_loss` to the loss after each :meth:`log_prob`::
 
         loss = -model.log_prob(x).mean() / model.dims + model.reg_loss()      # eq. 17, nats/dim
 
@@ -44,13 +44,14 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         net: the field, ``net(t, z)`` or ``net(z)`` on ``z (B, *event_shape)``; with a ``context_shape``
             ``net(t, z, context)``. torchdyn's DepthCat and Galerkin layers may be in it.
         base: distribution of ``z`` with an empty batch shape and the event shape of the data; None: the standard
-            normal. Its tensors follow ``.to()`` of the model; they are not trained.
+            normal distribution. The model's ``.to()`` moves its tensors, which are not trained.
         event_shape: shape of one sample; may be left out if ``base`` has it.
         context_shape: shape of one context, for a conditional density ``p(x | context)``; each method then takes
-            ``context=``, one for all samples or ``(B, *context_shape)``. Gradients reach it in every gradient mode.
-        trace_estimator: ``"gaussian"``, ``"rademacher"`` (Hutchinson, noise drawn once per solve), ``"exact"``,
-            ``"difference"`` for layers without a second derivative, or an estimator object; also an attribute,
-            ``estimator``.
+            ``context=``, one for all samples or ``(B, *context_shape)``. Gradients reach the context in all
+            gradient modes.
+        trace_estimator: ``"gaussian"`` or ``"rademacher"`` (Hutchinson, with noise drawn once per solve),
+            ``"exact"``, ``"difference"`` for layers without a second derivative, or an estimator object. The model
+            keeps it as the attribute ``estimator``.
         regularizers: as in :class:`~rnode_plugin.NeuralODE`.
         t_span: times of the solve from data to base; None: 0 to 1. A fixed-step solver takes one step per interval.
         solver: a name or object of torchdyn's, as in :class:`~rnode_plugin.NeuralODE`. The attribute ``solver`` is
@@ -60,8 +61,8 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             :class:`~rnode_plugin.NeuralODE`.
 
     Raises:
-        ConfigError: for shapes that do not fit together, times that do not run one way, and a solver, a number or
-            a name that :class:`~rnode_plugin.NeuralODE` refuses.
+        ConfigError: for shapes that do not fit together, times that are not strictly monotonic, and a solver, a
+            number or a name that :class:`~rnode_plugin.NeuralODE` refuses.
 
     Example:
         >>> import torch
@@ -124,34 +125,34 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         time_shape: str | None = None,
         **options: Any,
     ) -> RegularizedCNF:
-        """The density of a flow-matching model: its samples follow ``net`` from the base to the data.
+        """Make the density of a flow-matching model, whose samples follow ``net`` from the base to the data.
 
-        ``log_prob`` solves from the data to the noise, ``sample`` the other way. Choose ``trace_estimator="exact"``
-        for exact log-densities, another one for unbiased estimates.
+        ``log_prob`` solves from the data to the noise, and ``sample`` solves the other way. Choose
+        ``trace_estimator="exact"`` for exact log-densities, and another estimator for unbiased estimates.
 
         Args:
-            net: the velocity; its third argument is the context if there is a ``context_shape``. It is called by
-                the names of its parameters: ``t``, ``time``, ``timestep`` or ``timesteps`` is the time, ``x``,
-                ``z``, ``y``, ``u``, ``h``, ``state`` or ``sample`` the state. Where these are others, it is
-                ``net(t, x)``.
-            data_time: the time at which its paths arrive at the data: 1 for flow matching, 0 in diffusion's order.
-            noise_time: the time at which they are the base's; None: ``1 - data_time``.
-            steps: steps of a fixed-step solver between the two, which needs them; an adaptive one also stops at
-                the times between them.
-            call: calls it instead, as ``call(net, t, x)`` or ``call(net, t, x, context)`` with a scalar ``t``, such
-                as ``lambda net, t, x: net(x, sigma=1 - t)``.
+            net: the velocity. With a ``context_shape`` its third argument is the context. The names of its
+                parameters decide how it is called: ``t``, ``time``, ``timestep`` or ``timesteps`` is the time, and
+                ``x``, ``z``, ``y``, ``u``, ``h``, ``state`` or ``sample`` is the state. With other names it is
+                called ``net(t, x)``.
+            data_time: the time at which paths arrive at the data: 1 for flow matching, 0 for diffusion models.
+            noise_time: the time at which paths are distributed as the base; None: ``1 - data_time``.
+            steps: number of steps between the two times; a fixed-step solver needs it. An adaptive solver also
+                stops at the times between the steps.
+            call: a function that calls the net instead, as ``call(net, t, x)`` or ``call(net, t, x, context)`` with
+                a scalar ``t``, such as ``lambda net, t, x: net(x, sigma=1 - t)``.
             time_shape: ``"(B,)"`` or ``"(B, 1)"`` for a net that takes one time for each sample in this shape;
                 None: a scalar.
-            options: further arguments of the class, such as ``event_shape`` or ``base``; ``regularizers`` are none
-                unless given.
+            options: further arguments of the class, such as ``event_shape`` or ``base``. The default of
+                ``regularizers`` is none.
 
-        A net with a method ``check_ends(data_time, noise_time, *, base=None)`` may refuse times there, as those of
-        :func:`~rnode_plugin.velocity_from_noise` do where they are singular.
+        If the net has a method ``check_ends(data_time, noise_time, *, base=None)``, it is called first and may
+        refuse the times. :func:`~rnode_plugin.velocity_from_noise` refuses times at which the velocity is singular.
 
         Raises:
-            ConfigError: for all that the class or the net refuses, for a fixed-step solver without ``steps``, for
-                ``t_span``, which ``data_time``, ``noise_time`` and ``steps`` make, and for a velocity whose names
-                do not say how it is called.
+            ConfigError: for everything that the class or the net refuses, for a fixed-step solver without
+                ``steps``, for ``t_span``, which follows from ``data_time``, ``noise_time`` and ``steps``, and for a
+                velocity whose parameter names do not determine how it is called.
         """
         if "t_span" in options:
             raise ConfigError(
@@ -184,10 +185,11 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         """A copy that shares the parameters, with another solver, trace estimator or penalties.
 
         Args:
-            solver: a :class:`~rnode_plugin.Solver`; None: the model's. A fixed grid without a step has the times of
-                this model's ``t_span``. One with the same method keeps torchdyn's steps.
-            estimator: of the trace; None: the model's.
-            regularizers: the penalties that the copy follows. An end time that is learned stays.
+            solver: a :class:`~rnode_plugin.Solver`; None: the model's. With ``step=None`` the grid is the model's
+                ``t_span``. If the method is unchanged, torchdyn's steps are kept.
+            estimator: the estimator of the trace; None: the model's.
+            regularizers: the penalties that the copy follows. A span policy of the model, such as a learned end
+                time, stays.
         """
         solver, times = self._on_grid(solver)
         twin = super().solved_with(solver=solver, estimator=estimator, regularizers=regularizers)
@@ -196,7 +198,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         return twin
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """:meth:`log_prob`, so that the model can be wrapped (DistributedDataParallel)."""
+        """Call :meth:`log_prob`, so that the model can be wrapped, for example by DistributedDataParallel."""
         return self.log_prob(x, context=context)
 
     def encode(
@@ -213,8 +215,8 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
 
         Args:
             x, context, noise, check: as there.
-            penalties: whether to follow the penalties, which stay for :meth:`reg_loss`; None: in training mode with
-                gradients enabled.
+            penalties: whether to integrate the penalties, which are kept for :meth:`reg_loss`. None means yes in
+                training mode with gradients enabled.
             solver: as in :meth:`solved_with`.
 
         Raises:
@@ -245,17 +247,18 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         noise: Sequence[Tensor | None] | None = None,
         penalties: bool | None = None,
     ) -> Tensor:
-        """``log p(x) (B,)`` in nats (eq. 4), unbiased with Hutchinson's estimator.
+        """``log p(x) (B,)`` in nats (eq. 4), an unbiased estimate with Hutchinson's estimator.
 
-        Arguments and errors as for :meth:`encode`; the penalties stay for :meth:`reg_loss`.
+        Arguments and errors as for :meth:`encode`. The penalties are kept for :meth:`reg_loss`.
         """
         solver = self.full_quadrature()
         return self.log_prob_of(self.encode(x, context=context, noise=noise, penalties=penalties, solver=solver))
 
     def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Solver | None = None) -> Tensor:
-        """The samples of latents ``z``, without a product with the Jacobian; errors as for :meth:`encode`.
+        """The samples of latents ``z``, without products with the Jacobian; errors as for :meth:`encode`.
 
-        It follows no penalties, and the penalties of the last solve stay, as after :meth:`sample`.
+        It does not integrate penalties. :meth:`reg_loss` still belongs to the solve before, as after
+        :meth:`sample`.
         """
         solver, times = self._on_grid(solver)
         return self._states(
@@ -275,8 +278,8 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
 
         Args:
             z, context, noise, jacobian: as in :meth:`DensityModel.inverse_and_log_prob`.
-            penalties: as for :meth:`encode`; they stay for :meth:`reg_loss`. With ``jacobian="map"`` they take a
-                solve more.
+            penalties: as for :meth:`encode`; they are kept for :meth:`reg_loss`. With ``jacobian="map"`` they take
+                one more solve.
 
         Raises:
             ConfigError, SolverError: as there.
@@ -290,24 +293,27 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         return output.x, self.log_prob_of(output)
 
     def trajectory(self, x: Tensor, t_span: Tensor | None = None, *, context: Tensor | None = None) -> Tensor:
-        """The states ``(T, B, *event_shape)`` on the way from samples ``x`` to their latents, without penalties.
+        """The states ``(T, B, *event_shape)`` between samples ``x`` and their latents, without penalties.
 
         Args:
-            x: the states at the first time.
-            t_span: times of the output; None: the model's.
+            x: the states at the first time, ``(B, *event_shape)``.
+            t_span: output times ``(T,)``; None: the model's.
             context: as for :meth:`encode`.
+
+        Raises:
+            ConfigError, SolverError: as for :meth:`encode`.
         """
         times = self.t_span if t_span is None else t_span
         return self._states(x, self._times(x, times, FollowedSolve.of(self._penalties.kinds)), context, self.solver)
 
     def collect_penalties(self) -> AbstractContextManager[Penalties]:
-        """The penalties of several :meth:`log_prob`; see :meth:`NeuralODE.collect_penalties`."""
+        """Sum the penalties of several calls of :meth:`log_prob`; see :meth:`NeuralODE.collect_penalties`."""
         return self._penalties.collecting()
 
     def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
-        """The penalties of the last :meth:`log_prob` or :meth:`inverse_and_log_prob` in nats/dim.
+        """Sum the weighted penalties of the last :meth:`log_prob` or :meth:`inverse_and_log_prob`, in nats/dim.
 
-        ``step`` and ``lambdas`` as in :meth:`NeuralODE.reg_loss`; 0 without regularizers.
+        ``step``, ``lambdas`` and errors are as for :meth:`NeuralODE.reg_loss`. Without regularizers it is 0.
         """
         return self._penalties.loss(step=step, **lambdas)
 
@@ -322,7 +328,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         return self
 
     def _on_grid(self, solver: Solver | None) -> tuple[Solver, Tensor]:
-        """The solver of a call, with torchdyn's steps if it has their method, and the times of its solve."""
+        """The solver for a call and its times. A solver with the model's method gets torchdyn's steps."""
         if solver is None:
             return self.solver, self.t_span
         if self.solver.name in METHODS and solver.method is get_method(self.solver.name):
@@ -357,7 +363,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
                 self.net, x, rows, solver, kinds=followed.kinds, estimator=self.estimator,
             )  # fmt: skip
             bound = dynamics.bind(dynamics.draw(x) if noise is None else noise[0])
-            solution = solver.solve(bound, x.clone(), times)
+            solution = solver.solve(bound, x.clone(), times)  # a field may write into its state, but not into x
             if check:
                 solution.check()
             assert solution.logdet is not None
@@ -375,7 +381,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             )
 
     def _states(self, x: Tensor, times: Tensor, context: Tensor | None, solver: Solver) -> Tensor:
-        """The states alone at ``times``."""
+        """The states at ``times``, without density and penalties."""
         self._check(x)
         with outside_inference(x, self.context_rows(context, x), times) as (x, rows, times):
             dynamics = NetDynamics(self.net, x, rows, solver, estimator=self.estimator, divergence=False)
@@ -405,7 +411,7 @@ def _objects_and_solver(
     rtol_adjoint: float = 1e-4,
     **options: Any,
 ) -> tuple[nn.ModuleDict, Solver]:
-    """torchdyn's solver objects, whose parameters belong to the model, and the solver that steps by them."""
+    """torchdyn's solver objects, whose parameters belong to the model, and a solver that takes their steps."""
     for name in options.keys() - {"atol", "rtol", "max_nfe", "error_norm"}:
         raise ConfigError(f"{name}= has no meaning for a density: NeuralODE and CNF may take it.")
     for name in ("atol", "rtol"):
@@ -425,7 +431,7 @@ def _objects_and_solver(
 
 
 def _precision(net: object) -> torch.dtype:
-    """The precision of times for a net: of its parameters, and no less than torch's default."""
+    """The dtype of times for a net: its parameters' dtype, but at least torch's default dtype."""
     parameters = net.parameters() if isinstance(net, nn.Module) else ()
     dtypes = [p.dtype for p in parameters if p.is_floating_point()]
     return torch.promote_types(dtypes[0] if dtypes else torch.float16, torch.get_default_dtype())
@@ -434,7 +440,7 @@ def _precision(net: object) -> torch.dtype:
 def _base_and_shape(
     base: Distribution | None, event_shape: Sequence[int] | int | None
 ) -> tuple[Distribution, torch.Size]:
-    """The model's own base and the shape of a sample; a ConfigError for shapes that are missing or do not fit."""
+    """A copy of the base, and the shape of a sample; a ConfigError for shapes that are missing or do not fit."""
     shape = None if event_shape is None else check_shape(event_shape, "event_shape")
     if base is None:
         if shape is None:
@@ -451,9 +457,10 @@ def _base_and_shape(
 
 
 def _moved(part: Any, fn: Callable[[Tensor], Tensor], done: dict[int, object]) -> Any:
-    """A distribution with ``fn`` applied to all of its tensors; they are not parameters, so torch moves none.
+    """A distribution with ``fn`` applied to all of its tensors, which torch does not move, being no parameters.
 
-    ``done`` holds what is moved already, by the id of the original: a transform and its inverse share references.
+    ``done`` holds what has been moved, by the id of the original, because a transform and its inverse refer to each
+    other.
     """
     if isinstance(part, Tensor):
         return fn(part.detach())
@@ -463,7 +470,7 @@ def _moved(part: Any, fn: Callable[[Tensor], Tensor], done: dict[int, object]) -
         return part
     if id(part) not in done:
         done[id(part)] = twin = copy.copy(part)
-        # a weak reference is one to a transform's inverse, which has the old tensors
+        # a weak reference points to a transform's inverse with the old tensors; None makes torch build another
         values = {k: None if isinstance(v, weakref.ref) else _moved(v, fn, done) for k, v in part.__dict__.items()}
         twin.__dict__.update(values)
     return done[id(part)]

@@ -1,4 +1,4 @@
-"""A user's vector field, torchdyn's layers included, as the system of one solve."""
+"""Turns a user's vector field, which may contain torchdyn's layers, into the system of one solve."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONTROL = "_control"
 """torchdyn's private name for the initial state that a layer reads."""
 
 INTEGRAL_LOSS = "<integral_loss>"
-"""Key under which the rate of a hidden ``integral_loss`` travels; no regularizer can have this name."""
+"""Key of the rate of a hidden ``integral_loss`` among the penalties; no regularizer can have this name."""
 
 Cost = Callable[[Tensor, Tensor], Tensor]
 
@@ -54,20 +54,21 @@ class _Slot(NamedTuple):
 
 
 class Slots:
-    """The placeholders of a field with the values of a solve that starts at ``x``; they are given back each time.
+    """The placeholders of a field, which are filled for each evaluation in a solve that starts at ``x``.
 
-    A layer has a placeholder if it is torchdyn's own, or if the attribute is a plain one that holds None. A
-    submodule's own ``t`` or ``_control`` is left alone. Noise is drawn and the control is taken in the order of the
-    modules, as in torchdyn: a layer after a CNF has a control without the CNF's trace, in the shape of its event.
+    A layer has a placeholder if it is torchdyn's own, or if the attribute is a plain one that holds None. Any other
+    ``t`` or ``_control`` of a submodule is left alone. Noise is drawn and the control is taken in the order of the
+    modules, as in torchdyn. So a layer after a CNF has a control without the CNF's trace, in the shape of its
+    event.
 
     Args:
-        modules: of the field, in their order; the first one holds the others.
+        modules: the modules of the field in their order; the first one holds the others.
         x: the initial state.
-        ahead: columns of ``x`` in front of the control: a cost.
-        cnf: the CNF whose net the solve calls itself.
+        ahead: number of columns of ``x`` in front of the control, 1 for the column of a cost.
+        cnf: the CNF whose net the solve calls directly.
 
     Attributes:
-        lock: held while the placeholders are filled, because two threads may solve one model.
+        lock: to be held while the placeholders are filled, because two threads may solve one model.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Slots:
     ) -> None:
         self.times: list[_Slot] = []
         self.values: list[tuple[_Slot, Tensor]] = []
-        self.borrowed: list[_Slot] = []  # of modules that are not torchdyn's: they hold None again
+        self.borrowed: list[_Slot] = []  # in modules that are not torchdyn's; None again after each evaluation
         self.results: list[_Slot] = []  # weights that Galerkin layers compute and keep
         shape = holder = None
         for module in modules:
@@ -104,14 +105,14 @@ class Slots:
         self.lock = lock_of(holder or modules[0]) if self.found else contextlib.nullcontext()
 
     def fill(self, t: Tensor) -> None:
-        """Set all of them for an evaluation at ``t``."""
+        """Fill all placeholders for an evaluation at ``t``."""
         for slot in self.times:
             slot.fill(t)
         for slot, value in self.values:
             slot.fill(value)
 
     def clear(self, t: Tensor) -> None:
-        """Leave no graph on a module: it would keep memory, and deepcopy refuses it."""
+        """Remove graphs from the modules, because they keep memory alive and deepcopy refuses them."""
         if t.requires_grad:
             for slot in self.times:
                 slot.fill(t.detach())
@@ -125,16 +126,16 @@ class Slots:
 
 
 class TorchdynField(AutogradField):
-    """The user's function for one solve, ``f(t, z)``, without torchdyn's wrappers; its products are autograd's.
+    """The user's function for one solve, ``f(t, z)``, without torchdyn's wrappers; autograd computes its products.
 
-    It sets what belongs to the solve (control, noise, arguments) at each evaluation, also at those that a backward
-    pass repeats: another solve in between changes nothing.
+    It sets what belongs to the solve (control, noise, arguments) at each evaluation, also at the evaluations that a
+    backward pass repeats. So another solve in between has no influence.
 
     Args:
-        function, extra: called as ``function(t, z, *extra)``.
+        function, extra: the function, called as ``function(t, z, *extra)``.
         slots: the placeholders of the modules inside.
-        aux: ``(t, z)`` to values that the field offers by name.
-        plain: whether a call of it is a call of the user's net and nothing else.
+        aux: maps ``(t, z)`` to values that the field offers by name.
+        plain: whether a call of the field only calls the user's net.
     """
 
     def __init__(
@@ -170,16 +171,16 @@ def field_of(
     order: int = 1,
     needs: Set[str] = frozenset(),
 ) -> TorchdynField:
-    """The field of a net that is called with ``args`` if it takes them.
+    """Make the field of a net, which is called with ``args`` if it takes them.
 
     Args:
         net: the user's module or function, without torchdyn's wrappers.
-        modules: all of the field, with those around the net.
-        slots: their placeholders.
+        modules: all modules of the field, including the wrappers.
+        slots: the placeholders of these modules.
         args: handed to a net that takes ``args``.
         takes: how the net is called.
         order: order of the differential equation.
-        needs: what is read of an evaluation; see :class:`~rnode_plugin.core.regularizer.Rate`.
+        needs: what penalties read of an evaluation; see :class:`~rnode_plugin.core.regularizer.Rate`.
     """
     is_plain = takes.order == "t, x" and not takes.args
     function = net if is_plain else call_of(net, args, takes)
@@ -195,13 +196,13 @@ def field_of(
 class NetDynamics(Dynamics):
     """The dynamics of a user's net in one solve: state, log-determinant and penalties.
 
-    An adjoint differentiates by a context too.
+    An adjoint also differentiates by the context.
 
     Args:
         net: ``net(z)``, ``net(t, z)``, or with a context ``net(t, z, context)``.
         z: the state ``(B, *event)`` at the start.
         context: one row for each sample; None if the net takes none.
-        solver: of the solve.
+        solver: the solver, whose gradient decides whether evaluations may share a graph.
         kinds: the penalties.
         estimator, divergence: as in :class:`~rnode_plugin.core.dynamics.Dynamics`.
     """
@@ -249,13 +250,13 @@ class NetDynamics(Dynamics):
 
 @dataclass(frozen=True)
 class Followed:
-    """What a solve of a NeuralODE follows in addition to the state, and which part of the state it is about.
+    """The penalties that a solve of a NeuralODE follows, and the part of the state that they measure.
 
     Attributes:
         kinds: the penalties.
-        estimator: of products that no CNF makes.
-        penalized: the columns of the state that are ``z``; None: all but the columns of a cost and a trace.
-        batch_dim: None: all of ``z`` is one sample, and the penalties see it as ``(1, B, ...)``.
+        estimator: the estimator of products, unless a CNF brings one.
+        penalized: the columns of the state that are ``z``; None: all except the columns of a cost and a trace.
+        batch_dim: 0, or None if all of ``z`` is one sample, which the penalties see as ``(1, B, ...)``.
     """
 
     kinds: Kinds
@@ -264,11 +265,11 @@ class Followed:
     batch_dim: int | None = 0
 
     def view(self, x: Tensor, state: Tensor, traces: int) -> View | None:
-        """Where ``z`` is in a state without the column of a cost; None if it is all of that state.
+        """The place of ``z`` in a state without the column of a cost; None if ``z`` is the whole state.
 
         Args:
             x: the initial state.
-            state: the same without the column of a cost.
+            state: the initial state without the column of a cost.
             traces: number of CNFs, whose traces are in front of ``z``.
 
         Raises:
@@ -304,14 +305,15 @@ class TorchdynSystem(BoundDynamics):
     Attributes:
         module: torchdyn's wrapped field.
         args: arguments of the field.
-        dynamics: the velocity of the state, and the penalties of the state or of a part of it.
-        event_shape: shape of ``z`` where the state holds a lone CNF's trace in front of it. Its net is evaluated,
-            so that trace and penalties share the products with its Jacobian.
-        cost: ``integral_loss`` in the first column of the state, as torchdyn has it with gradients through steps.
+        dynamics: the velocity of the state, and the penalties on the state or on a part of it.
+        event_shape: shape of ``z`` if the state holds the trace of a single CNF in front of it. Then the net inside
+            the CNF is evaluated, so that trace and penalties share the products with its Jacobian.
+        cost: ``integral_loss`` in the first column of the state, where torchdyn puts it for gradients through
+            steps.
         hidden_cost: ``integral_loss`` for an adjoint, whose state has no column for it. Its rate, summed over the
-            batch, is the penalty :data:`INTEGRAL_LOSS`.
+            batch, is integrated as the penalty :data:`INTEGRAL_LOSS`.
         counters: attributes of torchdyn's wrappers, whose ``nfe`` counts evaluations.
-        dims: number of dimensions of a sample that the penalties are about.
+        dims: number of dimensions of one sample that the penalties measure.
     """
 
     module: nn.Module
@@ -335,7 +337,7 @@ class TorchdynSystem(BoundDynamics):
         for counter in self.counters:
             counter["nfe"] += 1
         state = z if self.cost is None else z[:, 1:]
-        if self.event_shape is not None:  # the products of a trace are always made
+        if self.event_shape is not None:  # a trace needs its products in every evaluation, whatever is asked
             events = state[:, 1:].reshape(state.shape[0], *self.event_shape)
             dz, divergence, penalties = self.dynamics.evaluate(t, events)
             assert divergence is not None
@@ -346,7 +348,7 @@ class TorchdynSystem(BoundDynamics):
         else:
             dx, penalties = self.dynamics.door.evaluate(t, state).dz, {}
             if dx.dtype is not state.dtype and torch.promote_types(dx.dtype, state.dtype) is state.dtype:
-                dx = dx.to(state.dtype)  # autocast gives low precision, and sums of many steps need the state's
+                dx = dx.to(state.dtype)  # under autocast dx has low precision, which sums over many steps must not
         if self.cost is not None:
             running = self.cost(t, state)
             dx = torch.cat([running[:, None] if running.ndim == 1 else running, dx], 1).to(dx)
@@ -356,13 +358,13 @@ class TorchdynSystem(BoundDynamics):
 
 
 def warn_of_unread_columns(system: TorchdynSystem, t: Tensor, x: Tensor) -> bool:
-    """Warn about columns that the field never reads but moves: a trace or a cost that it accumulates itself.
+    """Warn about columns that the field moves but never reads, such as a trace or a cost that it accumulates.
 
-    The penalties would count such columns as a part of ``z``. One product with random signs shows the columns of
-    the Jacobian that are zero.
+    The penalties would count such columns as a part of ``z``. One product with random signs shows which columns of
+    the Jacobian are zero.
 
     Returns:
-        Whether the question is settled. A velocity of zero, with which a net may start, shows nothing.
+        Whether the question is settled. A velocity of zero, which a fresh net may have, shows nothing.
     """
     state = x if system.cost is None else x[:, 1:]
     chosen = system.dynamics.door.view is not None  # a trace or columns are set apart already
@@ -372,7 +374,7 @@ def warn_of_unread_columns(system: TorchdynSystem, t: Tensor, x: Tensor) -> bool
     try:
         with torch.no_grad():
             velocity, products, *_ = system.dynamics.door.again(t.to(state.device), state, Ask("noise"), signs)
-    except RnodeError:  # a field without a graph, which penalties without a derivative allow
+    except RnodeError:  # a field without a graph, which is fine for penalties that need no derivative
         return True
     assert products is not None
     unread = (products == 0).all(0)
@@ -401,10 +403,11 @@ def system_of(
     one_graph: bool,
     hidden_cost: Cost | None = None,
 ) -> TorchdynSystem:
-    """The right-hand side of one solve of torchdyn's wrapped field ``vf`` that starts at ``x (B, ...)``.
+    """Make the right-hand side for one solve of torchdyn's wrapped field ``vf`` that starts at ``x (B, ...)``.
 
     Args:
-        vf, x: the field and the initial state: the column of a cost, the traces of CNFs, and ``z``.
+        vf: the field.
+        x: the initial state, with the column of a cost, the traces of CNFs, and ``z``.
         args: handed to fields that take ``args``.
         followed: the penalties.
         takes: gives how a field is called.
@@ -420,11 +423,12 @@ def system_of(
     cnfs = list(filter(is_cnf, modules))
     view = followed.view(x, state, len(cnfs))
     net, order, counters = _unwrapped(vf)
+    # look inside a single CNF, so that its trace and the penalties share one evaluation of its net
     traced = len(cnfs) == 1 and followed.penalized is None and _is_transparent(net, state)
     slots = Slots(modules, x, ahead=0 if cost is None else 1, cnf=net if traced else None)
     kinds, estimator = followed.kinds, followed.estimator
     needs = kinds.needs | ({"vjp"} if cnfs else set[str]())
-    if estimator.asks == "" and not cnfs:  # differences of the velocity, which a compiled net can give
+    if estimator.asks == "" and not cnfs:  # differences of the velocity, for which a compiled net may stay compiled
         needs -= {"vjp"}
 
     noise = event_shape = None
@@ -481,14 +485,14 @@ def _is_transparent(field: Any, state: Tensor) -> bool:
 def fastest(
     field: TorchdynField, net: Any, z: Tensor, context: Tensor | None = None, *, exact: bool, one_graph: bool
 ) -> Field:
-    """The net's own products where it has some, without a double backward; else ``field``.
+    """A field with faster products than autograd's, without a double backward, if ``net`` has one; else ``field``.
 
     Args:
-        field: the field of ``net``, whose products are autograd's.
+        field: the field of ``net``, whose products come from autograd.
         net: the user's module or function.
         z: a state.
-        context: one row for each sample, for a net that takes one.
-        exact: whether the trace is exact. A stack of layers then makes its products faster.
+        context: one row for each sample, for a net that takes a context.
+        exact: whether the trace is exact. A perceptron is then turned into a stack, whose rows are faster.
         one_graph: whether evaluations may share one graph of what depends on the parameters alone.
     """
     stack = recognise(net, z, adds_time=adds_time) if exact and one_graph and context is None else None
@@ -506,14 +510,14 @@ def adds_time(module: nn.Module) -> bool:
 
 
 def tensors_of(parts: Iterable[object], args: object) -> list[Tensor]:
-    """What an adjoint differentiates by: the parameters of the modules in ``parts``, and tensors in ``args``."""
+    """The tensors that an adjoint differentiates by: parameters of modules in ``parts``, tensors in ``args``."""
     found = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
     given = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.requires_grad]
     return list({id(x): x for x in [*found, *given]}.values())
 
 
 def is_cnf(module: nn.Module) -> bool:
-    """Whether ``module`` keeps a trace in front of ``z``: torchdyn's CNF, ours, or one with a ``noise_dist``."""
+    """Whether ``module`` keeps a trace in front of ``z``, as every CNF does; they have a ``noise_dist``."""
     return hasattr(module, "noise_dist")
 
 
@@ -523,7 +527,7 @@ def aux_of(modules: Iterable[Any]) -> Callable[[Tensor, Tensor], Mapping[str, Te
 
 
 def originals(function: Callable[..., Tensor], modules: Iterable[nn.Module]) -> Callable[..., Tensor]:
-    """``function`` with the originals of all that is compiled inside: torch.compile has no double backward."""
+    """``function``, run without torch.compile if it contains compiled parts, which have no double backward."""
     for module in modules:
         held = vars(module)
         if COMPILED_MODULE in module._modules or held.get(COMPILED_IN_PLACE) is not None:

@@ -1,4 +1,4 @@
-"""NeuralODE: torchdyn's class with ``regularizers=`` and gradients that are right in every mode; install()."""
+"""NeuralODE, torchdyn's class with ``regularizers=`` and gradients that are right in every mode; and install()."""
 
 from __future__ import annotations
 
@@ -40,59 +40,62 @@ _THEIRS = dict(vars(_Torchdyn))  # from before install() can replace them
 
 
 class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
-    """torchdyn's neural ODE with penalties on its vector field (sections 4 and 5).
+    """torchdyn's neural ODE with penalties on its vector field (sections 4 and 5 of the paper).
 
-    Without new arguments it returns what torchdyn's class returns, to the bit if the coefficients of the solver are
+    Without new arguments it returns what torchdyn's class returns, bitwise if the coefficients of the solver are
     the same. torchdyn rounds the coefficients of a solver given by name to single precision. This class does so
     only for a state in single precision.
 
-    The arguments before ``regularizers`` are torchdyn's, in its order. ``seminorm`` changes nothing, here as there:
-    a continuous adjoint never controls the error of the parameters' gradient.
+    The arguments before ``regularizers`` are torchdyn's, in its order.
 
     Args:
         vector_field: a module or function ``(x)`` or ``(t, x)``, either with ``args``; see docs/torchdyn.md.
+        solver: a name or object from torchdyn, or ``"rk4_38"``, the 3/8 rule. torchdyn's ``"rk4"`` evaluates stages
+            2 to 4 of a time-dependent field at t, t + h/2 and t + h/2 instead of t + h/2, t + h/2 and t + h, which
+            lowers its order. ``"rk4"`` keeps this behavior, so that results do not change.
         order: order of the differential equation; the state ``(B, order * D)`` is position, velocity, and so on.
         atol, rtol: tolerances of an adaptive solver.
-        solver: a name or object of torchdyn's, or ``"rk4_38"``, the 3/8 rule. torchdyn's ``"rk4"`` evaluates stages
-            2 to 4 of a time-dependent field at t, t + h/2 and t + h/2 instead of t + h/2, t + h/2 and t + h, which
-            costs it its order; it stays as it is under its name.
         sensitivity: ``"autograd"``, ``"adjoint"``, ``"interpolated_adjoint"`` or ``"checkpointed"`` (autograd's
             gradient with the activations of one step at a time).
-        solver_adjoint: solver of a continuous adjoint; None: the forward one.
-        atol_adjoint, rtol_adjoint: its tolerances.
-        interpolator: ``"4th"`` or None; with ``"dopri5"``, output times then cost no steps.
+        solver_adjoint: solver of a continuous adjoint; None: ``solver``.
+        atol_adjoint, rtol_adjoint: tolerances of a continuous adjoint.
+        interpolator: ``"4th"`` or None; with ``"4th"`` and ``"dopri5"``, output times cost no steps.
         integral_loss: a running cost ``(t, x) -> (B,)``, integrated with the state.
-        seminorm: torchdyn's; it changes nothing.
+        seminorm: has no effect, as in torchdyn, because a continuous adjoint never controls the error in the
+            gradient of the parameters.
         return_t_eval: whether a call returns ``(t_eval, trajectory)`` or the trajectory alone.
         optimizable_params: parameters of an adjoint for a field without any, as in torchdyn.
-        regularizers: names (``"kinetic"``, ``"jacfrob"``, names of plugins), regularizer objects or functions
+        regularizers: names (``"kinetic"``, ``"jacfrob"``, names from plugins), regularizer objects or functions
             ``rate(t, z, dz) -> (B,)``, or a mapping from these to lambda.
-        trace_noise: noise of the product that ``jacfrob`` needs if no CNF makes one: ``"gaussian"``,
+        trace_noise: noise for the product that ``jacfrob`` needs if no CNF computes one: ``"gaussian"``,
             ``"rademacher"``, ``"exact"`` for the whole Jacobian, ``"difference"`` for layers without a second
             derivative, or an estimator.
         max_nfe: most evaluations of the field that one solve may use; None: 100,000 for an adaptive solver, no
             limit for fixed steps.
-        penalized: the columns (dimension 1) of the state that the penalties are about, a slice or a mask ``(D,)``
-            of booleans: for a custom field that keeps a divergence or a cost in the state. They count without
-            the column of an ``integral_loss``. None: all columns except the columns of an ``integral_loss`` and a
-            CNF's trace, which are recognised (a module with an attribute ``noise_dist`` counts as a CNF).
-        batch_dim: 0, the dimension of the samples. None: the whole state is one sample, as for a field that mixes
-            the rows of its state; the nodes of a graph are not samples.
-        quadrature: ``"full"``, or ``"sampled"``: few evaluations make the product that ``jacfrob`` and its
-            like need, see :class:`~rnode_plugin.Solver`. With a CNF, whose trace makes it anyway, it stays full.
+        penalized: the columns (dimension 1) of the state that the penalties measure, a slice or a mask ``(D,)`` of
+            booleans, for a custom field that keeps a divergence or a cost in the state. They are counted without
+            the column of an ``integral_loss``. None: all columns except the column of an ``integral_loss`` and the
+            trace of a CNF, which are recognized (a module with an attribute ``noise_dist`` counts as a CNF).
+        batch_dim: 0, the dimension of the samples. None: the whole state is one sample, for a field that mixes the
+            rows of its state, such as the nodes of a graph.
+        quadrature: ``"full"``, or ``"sampled"`` to compute the products that penalties such as ``jacfrob`` need in
+            a few evaluations only, see :class:`~rnode_plugin.Solver`. A CNF's trace needs the product in every
+            evaluation, so there the quadrature stays full.
         error_norm: ``"rms"``, or ``"worst"`` for steps in which each sample meets the tolerances of an adaptive
-            solver, see :class:`~rnode_plugin.Solver`.
+            solver, see :class:`~rnode_plugin.Adaptive`.
 
-    After a call :attr:`regularization` holds the integral of each penalty along the trajectory and
-    :meth:`reg_loss` gives their weighted sum. :meth:`trajectory` follows no penalties and keeps the last ones. For
-    ``order`` 2 and higher, ``z`` is the whole state (position, velocity, ...), and penalties see the field of its
-    first-order system.
+    After a call :attr:`regularization` holds the integral of each penalty along the trajectory, and
+    :meth:`reg_loss` gives their weighted sum. :meth:`trajectory` does not integrate penalties and keeps those from
+    the last call. For ``order`` 2 and higher, ``z`` is the whole state (position, velocity, ...), and penalties see
+    the field of the first-order system.
 
-    ``integral_loss`` with an adjoint is added to the loss by itself, as in torchdyn, with its whole gradient.
+    With an adjoint the gradient of ``integral_loss`` is added in the backward pass by itself, as in torchdyn, and
+    it is complete.
 
     Raises:
         ConfigError: for an unknown solver, sensitivity, regularizer, noise or interpolator, a number out of range,
-            for multiple shooting and SDEs, which carry no penalties. A call raises the errors of :meth:`forward`.
+            and for multiple shooting and SDEs, which carry no penalties. A call raises the errors of
+            :meth:`forward`.
 
     Example:
         >>> import torch
@@ -111,7 +114,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     integral_loss: Cost | None
     interpolator: str | Callable[..., object] | None
 
-    # defaults of objects that torchdyn's class made before install(), which have no penalties
+    # class attributes, because objects that torchdyn's class made before install() did not run our __init__
     _penalties: Penalties = Penalties()
     _tally: Tally | None = None
     _max_nfe: int | None = None
@@ -175,7 +178,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             check_tolerance(float(value.min()) if isinstance(value, Tensor) else value, name)
         forward = resolve_solver(solver)
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
-        with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints about fields without time or weights
+        with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints remarks on fields without time or weights
             _THEIRS["__init__"](
                 self, vector_field, solver=forward, order=order, sensitivity=sensitivity,
                 interpolator=interpolator, integral_loss=integral_loss, seminorm=seminorm,
@@ -194,12 +197,13 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         with_parameters = [each for each in given if isinstance(each, nn.Module)]
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
-        made = self._solver({})  # checks what it is made of
+        made = self._solver({})  # resolved now, so that a wrong option fails here and not in the first call
         made.check_steps(kinds.steps)
         made.gradient.check_penalties(kinds.steps)
         made.gradient.check_field(self.vf)
         if sensitivity == "checkpointed":
-            self.vf.sensitivity = "autograd"  # decides whether integral_loss is a column of the state
+            # torchdyn's field reads it to decide whether integral_loss is a column of the state
+            self.vf.sensitivity = "autograd"
 
     def forward(
         self,
@@ -210,22 +214,25 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         *,
         penalties: bool | None = None,
     ) -> Any:
-        """Solve from ``x (B, ...)`` through ``t_span``: ``(t_eval, solution (T, B, ...))``, or the solution alone.
+        """Solve from ``x (B, ...)`` through ``t_span``.
 
         Args:
             x: initial state.
-            t_span: times, increasing or decreasing; None: ``self.t_span``, or 0 to 1.
+            t_span: times ``(T,)``, increasing or decreasing; None: ``self.t_span``, or 0 to 1.
             save_at: times of ``t_span`` to keep (fixed steps only).
-            args: given to the field if it takes ``args``, and to a solver object's ``step``. Gradients reach the
-                tensors in it in every mode.
-            penalties: whether to integrate the penalties; None: in training mode with gradients enabled.
+            args: passed to the field if it takes ``args``, and to a solver object's ``step``. Gradients reach the
+                tensors in ``args`` in every mode.
+            penalties: whether to integrate the penalties. None means yes in training mode with gradients enabled.
 
-        With ``sensitivity="interpolated_adjoint"`` and an adaptive solver each step is an output, as in torchdyn.
+        Returns:
+            ``(t_eval, solution)`` with the solution ``(T, B, ...)``, or the solution alone if ``return_t_eval`` is
+            False. With ``sensitivity="interpolated_adjoint"`` and an adaptive solver each step is an output, as in
+            torchdyn.
 
         Raises:
-            ConfigError: for a state that is not a tensor, times that are not a row that runs one way, a
-                ``save_at`` that is not among them, and a regularizer that the solver or the state cannot have.
-            SolverError: non-finite state, step-size underflow, ``max_nfe`` used up.
+            ConfigError: for a state that is not a tensor, times that are not strictly monotonic, a ``save_at`` that
+                is not among the times, and a regularizer that the solver or the state cannot have.
+            SolverError: if the state is not finite, the step size underflows, or ``max_nfe`` is used up.
         """
         t_eval, sol = self.odeint(x, t_span, save_at, args, penalties=penalties)
         return (t_eval, sol) if self.return_t_eval else sol
@@ -239,7 +246,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         *,
         penalties: bool | None = None,
     ) -> tuple[Tensor, Any]:
-        """``(t_eval, solution)``; see :meth:`forward`."""
+        """Solve and return ``(t_eval, solution)``; arguments and errors as for :meth:`forward`."""
         left, training = self._penalties, torch.is_grad_enabled() and self.training
         left.begin()
         if t_span is None:
@@ -278,15 +285,16 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 self._columns_known = not lone or warn_of_unread_columns(system, t_span[0], x)
             nfe = self.vf.nfe
             solution = solver.solve(system, x, t_span).check()
-            self.vf.nfe = nfe + solution.stats.nfe  # without evaluations that prepare a replay
+            self.vf.nfe = nfe + solution.stats.nfe  # not counting the evaluation that prepares checkpointing
             if kept is not None:
                 solution = replace(solution, t=solution.t[kept], z=solution.z[kept])
             return solution.t, self._record(x, t_span, system, solution, of_solve)
 
     def trajectory(self, x: Tensor, t_span: Tensor) -> Tensor:
-        """The solution ``(T, B, ...)`` at ``t_span`` alone, differentiable through the steps, without penalties.
+        """Solve without penalties. The solution ``(T, B, ...)`` at ``t_span`` is differentiable through the steps.
 
-        :meth:`reg_loss` and :attr:`regularization` still belong to the last call of the model itself.
+        :meth:`reg_loss` and :attr:`regularization` still belong to the last call of the model. Errors are as for
+        :meth:`forward`.
         """
         with outside_inference(x, t_span) as (x, t_span):
             solver = replace(self._solver({}).without_interpolation(), gradient=Autograd())
@@ -297,15 +305,16 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             return solver.solve(system, x, t_span).check().z
 
     def collect_penalties(self) -> AbstractContextManager[Penalties]:
-        """For a loss that solves several times: :meth:`reg_loss` of all calls in a ``with`` block, summed::
+        """Sum :meth:`reg_loss` over all calls in a ``with`` block, for a loss that solves several times::
 
             with model.collect_penalties():
                 for x in sequence:
                     h = model(jump(x, h))[1][-1]
             (loss(h) + model.reg_loss()).backward()
 
-        The sum stands until the next call after the block. A call under ``torch.no_grad()``, for a log line, counts
-        only if it integrates penalties (``penalties=True``). Such blocks cannot be nested (ConfigError).
+        The sum is kept until the next call after the block. A call under ``torch.no_grad()``, for example for a log
+        line, counts only if it integrates penalties (``penalties=True``). Such blocks cannot be nested
+        (ConfigError).
         """
         return self._penalties.collecting()
 
@@ -316,20 +325,20 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         After :meth:`collect_penalties` it is the sum over the collected calls. Without ``regularizers`` it is {}.
 
         Raises:
-            ConfigError: if there is none: no call yet, one that did not follow penalties or ended in an error, or
-                one inside a ``torch.func.vmap`` that has ended.
+            ConfigError: if there was no call yet, or if the last call did not integrate penalties, ended in an
+                error, or was inside a ``torch.func.vmap`` that has ended.
         """
         return self._penalties.as_dict()
 
     def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
-        """Sum over penalties of lambda * mean over the batch / dimensions of ``z`` (eq. 17): a scalar in nats/dim.
+        """Sum lambda * mean over the batch / dimensions of ``z`` over all penalties (eq. 17): a scalar in nats/dim.
 
-        It belongs to the last call, or to all calls of a :meth:`collect_penalties` block. A batch without samples
-        counts as 0. Without ``regularizers`` it is 0, before the first call too, so that one training loop serves a
-        baseline as well.
+        It belongs to the last call, or to all calls in a :meth:`collect_penalties` block. A batch without samples
+        counts as 0. Without ``regularizers`` it is 0, even before the first call, so that one training loop also
+        serves an unpenalized baseline.
 
         Args:
-            step: steps that the optimizer has taken, for a lambda that is a function of it.
+            step: number of steps that the optimizer has taken, for a lambda that is a function of the step.
             lambdas: strengths to use instead of the constructor's, by name of the penalty.
 
         Raises:
@@ -339,25 +348,26 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         return self._penalties.loss(step=step, **lambdas)
 
     def citation(self) -> str:
-        """BibTeX of the papers behind the penalties, the trace estimator and the solver of this model."""
+        """BibTeX entries of the papers behind the penalties, the trace estimator and the solver of this model."""
         estimator = self._followed.estimator if "vjp" in self._penalties.kinds.needs else None
         given = [each.regularizer for each in self._penalties.weighted.values()]
         return citation(given, estimator=estimator, methods=[solver_name(self.solver)])
 
     @property
     def vf_params(self) -> Tensor:
-        """The parameters of the vector field in one row, as they are now.
+        """The current parameters of the vector field in one row.
 
-        torchdyn stores this tensor; not a leaf of a graph, it would make deepcopy and pickle fail.
+        torchdyn stores this tensor. It is not a leaf of a graph, so a stored one would make deepcopy and pickle
+        fail.
         """
         return torch.cat([p.contiguous().flatten() for p in self.vf.parameters()])
 
     @vf_params.setter
     def vf_params(self, value: Tensor) -> None:
-        """torchdyn's constructor and solves assign it; there is nothing to keep."""
+        """Ignore the value. torchdyn's constructor and solves assign one."""
 
     def _start(self, x: object, t_span: Any, solver: Solver) -> tuple[Tensor, Tensor]:
-        """The checked state and times of a solve, which a field or a penalty may mark or write into."""
+        """Check the state and the times of a solve, and copy them, because a field or a penalty may change them."""
         if not isinstance(x, Tensor):
             raise ConfigError(
                 f"the initial state must be a tensor (B, ...), not {type(x).__name__}. For a tuple: CNF follows a "
@@ -381,7 +391,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 raise ConfigError(f"t_span must be a row of times, not {t_span!r}.") from None
             if times.is_complex() or times.dtype == torch.bool:
                 raise ConfigError(f"t_span must hold real times, not {times.dtype}.")
-            # steps of more precise times would raise an adaptive solve to their precision
+            # the steps of an adaptive solve take the precision of the times, which would promote the state
             raises = solver.adaptive and torch.promote_types(times.dtype, precision) != precision
             times = times.to(precision) if raises or not times.is_floating_point() else times
             return x, times.to(x.device, copy=True)
@@ -389,13 +399,13 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     def _record(
         self, x: Tensor, t_span: Tensor, system: TorchdynSystem, solution: Solution, followed: FollowedSolve
     ) -> Tensor:
-        """The states of a solution, tied to its penalties, which stay for :meth:`reg_loss`."""
+        """The states of a solution, tied to the penalties, which are kept for :meth:`reg_loss`."""
         left, integrals = self._penalties, dict(solution.penalties)
         cost = integrals.pop(INTEGRAL_LOSS, None)
         if cost is not None and bool(t_span[-1] < t_span[0]):
-            cost = -cost  # an integral over time, like the column it is with autograd; not one along the path
+            cost = -cost  # penalties are integrated over |dt|, but torchdyn's column for the cost over dt
         integrals = followed.complete(integrals, x if self._followed.batch_dim == 0 else x.unsqueeze(0))
-        if self._tally is not None and integrals:
+        if self._tally is not None and integrals:  # install(regularizers=...): the backward pass adds the penalties
             penalties_of_all = Penalties(left.weighted)
             penalties_of_all.add(integrals, system.dims)
             self._tally.watch(added := penalties_of_all.loss(), integrals)
@@ -405,30 +415,30 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         return sol
 
     def _takes(self, net: object) -> Takes:
-        """How ``net`` is called, found out once for each forward method: another one may be put in its place."""
+        """How ``net`` is called. This is looked up once for each forward method, because a user may replace it."""
         known = net, getattr(net, "forward", None)
         if self._known[0] != known:
             self._known = known, field_takes(net)
         return self._known[1]
 
     def _solver(self, args: object) -> Solver:
-        """The solver of a call with ``args``, resolved again after an attribute or a solver object has changed."""
+        """The solver for a call with ``args``, resolved again if an attribute or a solver object has changed."""
         choice = self._choice
         if choice is None or not choice.is_current(self):
             choice = self._choice = Choice.of(self)
         return choice.solver if isinstance(args, dict) and not args else choice.solver_for(args)
 
 
-# The class itself is changed, not the names that refer to it: modules that imported it, subclasses, isinstance
-# and pickle all keep working. It gets all attributes of our class and of the one that guards it, but those that
-# Python puts into every class.
+# install() changes torchdyn's class itself, not the names that refer to it. So modules that have imported it,
+# subclasses, isinstance and pickle all keep working. The class gets all attributes of our class and of
+# OneProcessADevice, except those that Python puts into every class.
 _BEHAVIOR = {
     name: value
     for name, value in {**vars(OneProcessADevice), **vars(NeuralODE)}.items()
     if name == "__init__" or not name.startswith(("__", "_abc_"))
 }
 
-_installed_regularizers: Regularizers = None  # names: each model resolves them to its own objects
+_installed_regularizers: Regularizers = None  # unresolved, because each model gets its own objects
 _installed_tally = Tally()
 _installed_torchdiffeq = False
 
@@ -436,25 +446,26 @@ _installed_torchdiffeq = False
 def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> Tally:
     """Give torchdyn's ``NeuralODE`` the arguments and the behavior of :class:`~rnode_plugin.NeuralODE`.
 
-    From then on this package solves each of its objects, also those made before: with the same values, with
-    correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``batch_dim=``,
+    From then on every object of that class, also one that was made before, is solved by rnode_plugin: with the same
+    values, with correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``batch_dim=``,
     ``quadrature=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second call replaces the ``regularizers``.
 
-    It works in this process alone; ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed.
+    It affects this process only. ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed.
 
     Args:
-        torchdiffeq: whether torchdiffeq's ``odeint`` and ``odeint_adjoint``, also where a loaded module has bound
-            their names, become those of :mod:`rnode_plugin.torchdiffeq`.
-        regularizers: penalties for code that names none, as for ``NeuralODE``: of each ``NeuralODE`` that is made
-            from now on, and of each solve by torchdiffeq. Their gradient (eq. 17) is added whenever backward goes
-            through a solution; the losses that the code computes and prints stay without them. So lambda follows
-            how the code scales its loss: k accumulated batches of ``loss / k`` count as k lambda (give lambda / k),
-            two backward passes through one solution as 2 lambda, and a loss that is multiplied by s, as by a
-            ``GradScaler``, as lambda / s (use bf16, or add ``reg_loss()`` to the loss). A gradient with respect to
-            the input that goes through a solution contains the penalties' gradient too.
+        torchdiffeq: whether to replace torchdiffeq's ``odeint`` and ``odeint_adjoint`` by the functions in
+            :mod:`rnode_plugin.torchdiffeq`, also under the names that loaded modules have bound.
+        regularizers: penalties for code that names none, as for ``NeuralODE``. They apply to each ``NeuralODE``
+            that is made from now on, and to each solve by torchdiffeq. Their gradient (eq. 17) is added whenever
+            backward passes through a solution; the losses that the code computes and prints do not contain them. So
+            the effective lambda depends on how the code scales its loss. With k accumulated batches of ``loss / k``
+            it is k lambda (give lambda / k), with two backward passes through one solution 2 lambda, and with a
+            loss that is multiplied by s, for example by a ``GradScaler``, lambda / s (use bf16, or add
+            ``reg_loss()`` to the loss). A gradient by the input that passes through a solution contains the
+            gradient of the penalties too.
 
     Returns:
-        How many solves these ``regularizers`` have penalized so far, and the mean of each penalty.
+        The tally: how many solves these ``regularizers`` have penalized so far, and the mean of each penalty.
 
     Raises:
         ConfigError: for ``regularizers`` that ``NeuralODE`` refuses.
@@ -485,9 +496,9 @@ def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> 
 
 
 def uninstall() -> None:
-    """Undo all that :func:`install` did; without an install, do nothing.
+    """Undo everything that :func:`install` did; without an install, do nothing.
 
-    Objects stay usable. Arguments beyond torchdyn's no longer have an effect. Those with
+    Objects remain usable, but arguments beyond torchdyn's lose their effect. Objects with
     ``sensitivity="checkpointed"``, which torchdyn does not have, must be made again.
 
     Example:
