@@ -1,4 +1,4 @@
-"""torchdiffeq's ``odeint`` and ``odeint_adjoint`` with ``regularizers=``, and ``regularize`` around code."""
+"""torchdiffeq's ``odeint`` and ``odeint_adjoint`` with ``regularizers=``, and ``regularize`` for existing code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The longer state that torchdiffeq integrates: field, arguments, and the end of a solve by an event."""
+"""The augmented state that torchdiffeq integrates: its field, its arguments, and solves that end by an event."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .followed import Follow, Layout
 
 
 class _Here(threading.local):
-    """This thread: whether it evaluates the field of a solve with penalties, and how its block makes a solve."""
+    """The state of a thread: whether it evaluates the field of a solve with penalties, and how its block solves."""
 
     evaluating = False
     following: Any = None
@@ -33,9 +33,9 @@ here = _Here()
 
 
 class Augmented:
-    """``func`` with the rates of the penalties after its velocity: what torchdiffeq calls.
+    """The field that torchdiffeq calls: ``func``, with the rates of the penalties after its velocity.
 
-    What its callers read off ``func`` (callbacks, counters) is still there.
+    Attributes of ``func``, such as callbacks and counters, can still be read.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Augmented:
         t: Tensor,
     ) -> None:
         self.func, self.layout = func, layout
-        self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # integrals are along the path
+        self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # penalties are integrated over |dt|
         lone = layout.view.is_whole and not layout.view.is_tuple
         field = AutogradField(func) if lone else func
         self.dynamics = Dynamics(
@@ -62,8 +62,9 @@ class Augmented:
         return self.evaluate(t, state, next(self._factors))
 
     def evaluate(self, t: Tensor, state: Sequence[Tensor], factor: int = 1) -> tuple[Tensor, ...]:
-        """Velocity and rates. Rates that need products are multiplied by ``factor``; 0 makes no products."""
+        """Velocity and rates. Rates that need products are multiplied by ``factor``; 0 computes no products."""
         layout = self.layout
+        # a field that calls torchdiffeq itself gets the plain solve
         before, here.evaluating = here.evaluating, True
         try:
             velocity, _, found = self.dynamics.evaluate(t, layout.of_user(state), RATES if factor else VELOCITY)
@@ -83,6 +84,7 @@ class Augmented:
         found, layout = getattr(self.func, name), self.layout
         if not name.startswith("callback_"):
             return found
+        # a user's callback expects the state without penalties
         if not name.endswith("_adjoint"):
             return lambda t, state, dt: found(t, layout.of_user(state), dt)
 
@@ -97,15 +99,18 @@ _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "impli
 
 
 def extended(given: Mapping[str, Any], layout: Layout, system: Augmented, *, grid: Tensor | None) -> dict[str, Any]:
-    """torchdiffeq's arguments for the longer state: norms, tolerances and callables see the user's part alone.
+    """torchdiffeq's arguments for the augmented state. Norms, tolerances and callables see the user's part only.
 
     Args:
+        given: the user's arguments.
+        layout: where the user's state is in the augmented one.
+        system: the augmented field.
         grid: times at which a fixed method steps; None: the times of the solve.
     """
     changed, options = dict(given), dict(given["options"] or {})
     norm = options.get("norm", _mixed_norm if layout.view.is_tuple else _rms_norm)
-    # torchdiffeq's step lengths follow from these norms. A gradient through them would be one of the step control,
-    # which a penalty that holds another evaluation fixed gets wrong
+    # torchdiffeq's step lengths follow from these norms. A gradient through a norm would differentiate the step
+    # control, which is wrong for a penalty that detaches another evaluation.
     options["norm"] = lambda state: norm(layout.of_user(state)).detach()
     if constructor := options.get("grid_constructor"):
         options["grid_constructor"] = lambda func, y, t: constructor(func, layout.flat_of_user(y), t)
@@ -127,9 +132,9 @@ def extended(given: Mapping[str, Any], layout: Layout, system: Augmented, *, gri
 
 
 def _tolerances(value: Any, layout: Layout, of_penalties: list[float]) -> Any:
-    """A tolerance of the user's state, one for each of its tensors or entries, extended to the longer state."""
+    """A tolerance for the tensors or entries of the user's state, extended to the augmented state."""
     if layout.view.is_tuple and (isinstance(value, (tuple, list)) or torch.as_tensor(value).ndim > 0):
-        rows = [torch.as_tensor(x) for x in value]  # float32 of a number, as in torchdiffeq
+        rows = [torch.as_tensor(x) for x in value]  # a number becomes float32, as in torchdiffeq
         if len(rows) != len(layout.shapes):
             return value  # torchdiffeq raises the error
     else:
@@ -144,25 +149,26 @@ def _tolerances(value: Any, layout: Layout, of_penalties: list[float]) -> Any:
 def _adjoint(given: Mapping[str, Any], layout: Layout, system: Augmented) -> dict[str, Any]:
     """The arguments of the backward solve, whose state holds time, state, adjoint state and parameters."""
     changed: dict[str, Any] = {}
-    for name in ("rtol", "atol"):  # torchdiffeq would take the tolerances of the longer state
+    for name in ("rtol", "atol"):  # torchdiffeq would take the tolerances of the augmented state
         own = given[f"adjoint_{name}"]
         changed[f"adjoint_{name}"] = given[name] if own is None else own
     parameters = given["adjoint_params"]
     if parameters is None and isinstance(system.func, nn.Module):
         parameters = find_parameters(system.func)
-    if parameters is not None:  # each once, or its gradient would count twice
+    if parameters is not None:  # each only once, because its gradient would otherwise count twice
         regularizers = [r for r in system.dynamics.regularizers if isinstance(r, nn.Module)]
         parameters = [*parameters, *(p for r in regularizers for p in r.parameters())]
         changed["adjoint_params"] = tuple({id(p): p for p in parameters}.values())
     options, own = given["options"], given["adjoint_options"]
     if own is None and (options is None or given["adjoint_method"] in (None, given["method"])):
-        # torchdiffeq would infer them from the options of the longer state
+        # torchdiffeq would infer them from the options for the augmented state
         changed["adjoint_options"] = {k: v for k, v in (options or {}).items() if k != "norm"}
     elif own is not None and callable(own.get("norm")):
         norm = own["norm"]
 
         def of_user(state: Sequence[Tensor]) -> Tensor:
             n, k = len(layout.shapes), len(layout.shapes) + len(system.dynamics.rates)
+            # torchdiffeq's order is time, state, adjoint state, parameters; drop the penalties in both states
             time, parts, rest = state[0], state[1 : 1 + 2 * k], state[1 + 2 * k :]
             return norm((time, *parts[:n], *parts[k : k + n], *rest))
 
@@ -171,7 +177,7 @@ def _adjoint(given: Mapping[str, Any], layout: Layout, system: Augmented) -> dic
 
 
 def _one_in_eight() -> Iterator[int]:
-    """8 for one evaluation in each eight, at random, and 0 for the others."""
+    """8 for one randomly chosen evaluation in each group of eight, and 0 for the others."""
     while True:
         chosen = int(torch.randint(8, ()))
         yield from (8 if i == chosen else 0 for i in range(8))
@@ -187,10 +193,10 @@ def to_event(
     end: tuple[Tensor, Sequence[Tensor]],
     integrals: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The integrals up to an event, with the gradient that goes through the event's time.
+    """The integrals up to an event, with the gradient that passes through the time of the event.
 
-    torchdiffeq differentiates at a fixed time. If the event function changes by ``dc`` there, the event's time
-    moves by ``-dc / (dc/dt)`` (implicit function theorem), and an integral by its rate times that.
+    torchdiffeq differentiates at a fixed time. If the event function changes by ``dc`` there, the time of the event
+    moves by ``-dc / (dc/dt)`` (implicit function theorem), and an integral changes by its rate times this shift.
     """
     of_user = system.layout.of_user
     with torch.no_grad():
@@ -200,7 +206,7 @@ def to_event(
 
     def value(t: Tensor, y: Sequence[Tensor]) -> Tensor:
         values = event_fn(t, of_user(y)) * signs
-        return values[signs != 0].min()  # the first of several to change its sign ends the solve
+        return values[signs != 0].min()  # with several event functions, the first to change its sign ends the solve
 
     t, y = end[0].detach(), [x.detach() for x in end[1]]
     change = value(t, end[1])
@@ -208,6 +214,7 @@ def to_event(
         return integrals
 
     def slopes() -> tuple[Tensor | int, tuple[Tensor, ...]]:
+        # dc/dt along the trajectory, and the rates there; only a backward pass needs them
         with torch.enable_grad():
             at = [x.clone().requires_grad_() for x in (t, *y)]
             by = torch.autograd.grad(value(at[0], at[1:]), at, allow_unused=True)
@@ -221,7 +228,7 @@ def to_event(
 
 
 class _ToEvent(torch.autograd.Function):
-    """Integrals whose end moves with the value of an event function."""
+    """Returns integrals whose upper limit moves with the value of an event function."""
 
     @staticmethod
     def forward(
@@ -239,7 +246,7 @@ class _ToEvent(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """The gradient by a value, which cannot be differentiated again."""
+    """Returns a gradient that raises an error if it is differentiated again."""
 
     @staticmethod
     def forward(ctx: object, value: Tensor, gradient: Tensor) -> Tensor:

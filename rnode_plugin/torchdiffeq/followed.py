@@ -1,4 +1,4 @@
-"""What a solve by torchdiffeq follows: the penalties, and the part of its state that they are about."""
+"""What a solve by torchdiffeq follows: the penalties, and the part of its state that they measure."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Given = dict[str, Any]
 """The keyword arguments of torchdiffeq's functions."""
 
 Penalized = int | Sequence[int] | slice | Tensor
-"""A tensor of a tuple or several, or the columns of one tensor: a slice, or a mask of booleans."""
+"""The index of a tensor in a tuple, several indices, or columns of one tensor as a slice or a mask of booleans."""
 
 
 @dataclass(frozen=True)
 class Follow:
-    """The penalties to follow in a solve, and where: made by :func:`follow`, which checks them."""
+    """The penalties to follow in a solve, and the part of the state that they measure; :func:`follow` makes it."""
 
     weighted: dict[str, Weighted]
     penalized: tuple[int, ...]
@@ -41,7 +41,7 @@ class Follow:
 
     @functools.cached_property
     def kinds(self) -> Kinds:
-        """The regularizers, sorted."""
+        """The regularizers, sorted by kind."""
         return Kinds.of(w.regularizer for w in self.weighted.values())
 
 
@@ -53,7 +53,7 @@ def follow(
     trace_noise: str = "gaussian",
     quadrature: str = "full",
 ) -> Follow:
-    """The arguments that :func:`odeint` adds, checked as far as no state is needed."""
+    """Check the arguments that :func:`odeint` adds, as far as this is possible without a state."""
     weighted = resolve_regularizers(regularizers)
     steps = [name for name, w in weighted.items() if isinstance(w.regularizer, StepPenalty)]
     if steps:
@@ -69,7 +69,7 @@ def follow(
 
 
 def _chosen(penalized: Any) -> tuple[tuple[int, ...], Columns | None]:
-    """The tensors of a state and the columns, None for all, that ``penalized`` names."""
+    """The indices of tensors, and the columns (None: all), that ``penalized`` names."""
     columns = as_columns(penalized)
     if penalized is None or columns is not None:
         return (0,), columns
@@ -96,7 +96,7 @@ class Layout:
 
     @classmethod
     def of(cls, y0: State, wanted: Follow) -> Layout:
-        """The layout of ``y0``; a ConfigError for a state that penalties cannot measure."""
+        """Find the layout of ``y0``; a ConfigError for a state that penalties cannot measure."""
         tensors = (y0,) if isinstance(y0, Tensor) else y0
         if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
             inner = f" of {', '.join(type(x).__name__ for x in y0) or 'nothing'}" if isinstance(y0, tuple) else ""
@@ -131,12 +131,12 @@ class Layout:
         return tuple(state[: len(self.shapes)]) if self.view.is_tuple else state[0]
 
     def flat_of_user(self, flat: Tensor) -> Tensor:
-        """The user's part of a flattened state, flat for a tuple as torchdiffeq has it."""
+        """The user's part of a flattened state. For a tuple it stays flat, as in torchdiffeq."""
         own = flat[: sum(shape.numel() for shape in self.shapes)]
         return own if self.view.is_tuple else own.view(self.shapes[0])
 
     def warn_of_still(self, y0: State, end: Sequence[Tensor]) -> None:
-        """Warn if a solve from ``y0`` to ``end`` moved the state but nothing of what the penalties are about."""
+        """Warn if a solve from ``y0`` to ``end`` moved the state, but not the part that the penalties measure."""
         others = self.view.columns is not None or len(self.shapes) > len(self.view.places)
         if not others or transforms_active():
             return
@@ -151,6 +151,6 @@ class Layout:
 
 
 def _equal(start: Tensor, end: Tensor) -> bool:
-    """Whether they are equal up to rounding: the interpolation of a constant may differ from it by a little."""
+    """Whether two tensors are equal up to rounding, since interpolation of a constant may round."""
     start, end = start.detach().to(end), end.detach()
     return torch.allclose(start, end, rtol=100 * torch.finfo(end.dtype).eps, atol=0)

@@ -1,7 +1,7 @@
 """torchdiffeq's ``odeint`` and ``odeint_adjoint`` with penalties on the vector field along the trajectory.
 
-torchdiffeq integrates. The state gets one more ``(B,)`` per penalty, which the error norm does not see, so steps,
-NFE and values of the user's state are the same as in the plain call.
+torchdiffeq integrates. The state gets one more tensor ``(B,)`` per penalty, which the error norm does not see. So
+steps, NFE and values of the user's state are the same as in the plain call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .followed import Follow, Given, Layout, Penalized, follow
 Tolerances = float | Tensor | Sequence[float | Tensor] | None
 """One tolerance, or one for each tensor of a tuple; None for the default of an adjoint."""
 
-# as they were before `install` or `regularize` put others in their place
+# torchdiffeq's own functions, saved before `install` or `regularize` can replace them
 PLAIN: dict[str, Callable[..., Any]] = {"odeint": torchdiffeq.odeint, "odeint_adjoint": torchdiffeq.odeint_adjoint}
 
 
@@ -48,47 +48,49 @@ def odeint(
 ) -> Any:
     """torchdiffeq's ``odeint`` with penalties on the vector field (sections 4 and 5 of the paper).
 
-    Without ``regularizers`` this is torchdiffeq's own call. With them torchdiffeq takes the same steps, with one
-    evaluation of ``func`` per stage. ``jacfrob`` costs one product with its Jacobian per evaluation.
+    Without ``regularizers`` it only calls torchdiffeq. With regularizers torchdiffeq takes the same steps, with one
+    evaluation of ``func`` per stage. ``jacfrob`` costs one product with the Jacobian per evaluation.
 
     The arguments before ``regularizers`` are torchdiffeq's.
 
     Args:
         func: the vector field ``(t, y) -> dy``; ``dy`` has the shapes of ``y0``.
-        y0: the first state, a tensor or a tuple of tensors.
-        t: times ``(T,)``, rising or falling; ``y0`` is the state at the first of them.
+        y0: the initial state, a tensor or a tuple of tensors.
+        t: times ``(T,)``, increasing or decreasing; ``y0`` is the state at the first of them.
         rtol, atol: tolerances of an adaptive method.
         method: torchdiffeq's name of the method; None: ``"dopri5"``. Only ``"scipy_solver"`` accepts no error norm,
             so there the penalties take part in the choice of the steps, and values differ within the tolerance.
         options: options of the method, such as ``{"step_size": 0.1}``.
         event_fn: ``(t, y)``; the solve ends where its value crosses zero. The gradient of the penalties includes
-            the motion of the event's time; the time and the solution have such a gradient with ``odeint_event``.
+            the motion of the event's time. The time and the solution have this gradient with ``odeint_event`` only.
         regularizers: names (``"kinetic"``, ``"jacfrob"``), regularizer objects or functions ``rate(t, z, dz) ->
             (B,)``, or a mapping from these to lambda, as for :class:`~rnode_plugin.NeuralODE`. Step penalties need
             the solver's steps, which torchdiffeq does not show, so they are refused.
-        penalized: index of the tensor of a tuple ``y0`` that the penalties are about, or indices of several, which
-            are joined; None: the first. The others count as constants, so ``total_derivative`` needs both of a
-            position and its velocity. A slice or a mask of booleans chooses columns of one tensor, or of the first
-            tensor of a tuple: a slice along dimension 1 of ``(B, D, ...)``, a mask over the first dimensions of a
-            sample.
-        batch_dim: dimension of this tensor that holds the samples; None: the whole state is one sample, as for a
-            field that mixes its rows; the nodes of a graph are not samples.
+        penalized: index of the tensor in a tuple ``y0`` that the penalties measure, or indices of several, which
+            are joined; None: the first. The others are held constant, so for a position and its velocity
+            ``total_derivative`` needs both. A slice or a mask of booleans selects columns of one tensor, or of the
+            first tensor in a tuple: a slice along dimension 1 of ``(B, D, ...)``, a mask over the first dimensions
+                of
+            a sample.
+        batch_dim: dimension of this tensor that holds the samples. None: the whole state is one sample, for a field
+            that mixes the rows of its state, such as the nodes of a graph.
         trace_noise: noise of the product that ``jacfrob`` needs, such as ``"gaussian"``, ``"rademacher:4"`` or
-            ``"exact"``; drawn once per solve from torch's generator, so random numbers that are drawn later differ
-            from the plain call's.
-        quadrature: ``"full"``; or ``"sampled"``: one evaluation in eight, drawn at random, makes the
+            ``"exact"``. It is drawn once per solve from torch's generator, so random numbers that are drawn later
+            differ from a run with the plain call.
+        quadrature: ``"full"``, or ``"sampled"``, with which one evaluation in eight, drawn at random, computes the
             products with the Jacobian and counts eight times. This is unbiased, and penalties that need no product
-            stay full. ``odeint_adjoint`` does not have it, since its error norm would see the draws.
+            stay full. ``odeint_adjoint`` does not offer it, since its error norm would see the draws.
 
     Returns:
-        The solution as torchdiffeq returns it. With ``regularizers`` the pair of solution and penalties
+        Without ``regularizers``, what torchdiffeq returns. With them, the pair of the solution and the penalties
         (:class:`~rnode_plugin.core.penalties.Penalties`), a mapping from names to integrals ``(B,)`` along the path
-        whose ``loss()`` is the sum of eq. 17. With ``event_fn`` the triple of time, solution and penalties.
+        whose ``loss()`` is the weighted sum in eq. 17. With ``event_fn`` too, the triple of the time, the solution
+        and the penalties.
 
     Raises:
         ConfigError: for a state that is complex or neither a tensor nor a tuple of tensors; for a ``penalized`` or
-            ``batch_dim`` that the state does not have; for a regularizer that is unknown, given twice or about the
-            solver's steps.
+            ``batch_dim`` that the state does not have; for a regularizer that is unknown, given twice or measures
+            the solver's steps.
 
     Example:
         >>> import torch
@@ -130,20 +132,20 @@ def odeint_adjoint(
 ) -> Any:
     """torchdiffeq's ``odeint_adjoint`` with penalties on the vector field; see :func:`odeint`.
 
-    The adjoint carries the penalties; its error norm sees the user's part of the state alone.
+    The adjoint carries the penalties. Its error norm sees only the user's part of the state.
 
     Args:
-        adjoint_rtol, adjoint_atol: tolerances of the solve backward; None: ``rtol`` and ``atol``.
-        adjoint_method: method of the solve backward; None: ``method``.
+        adjoint_rtol, adjoint_atol: tolerances of the backward solve; None: ``rtol`` and ``atol``.
+        adjoint_method: method of the backward solve; None: ``method``.
         adjoint_options: options of that method.
-        adjoint_params: the parameters that get gradients; None: those of ``func``. Parameters of regularizers that
-            are modules are added.
+        adjoint_params: the parameters that get gradients; None: all parameters of ``func``. Parameters of
+            regularizers that are modules are added.
 
     Returns:
-        As :func:`odeint`.
+        As for :func:`odeint`.
 
     Raises:
-        ConfigError: as :func:`odeint`.
+        ConfigError: as for :func:`odeint`.
     """
     given = {
         "rtol": rtol, "atol": atol, "method": method, "options": options, "event_fn": event_fn,
@@ -168,13 +170,14 @@ def _with_penalties(
 def solve(
     name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given, wanted: Follow
 ) -> tuple[Any, dict[str, Tensor], int]:
-    """One solve by torchdiffeq's function ``name``.
+    """Solve once by torchdiffeq's function ``name``, and integrate the penalties.
 
     Args:
-        given: all of its keyword arguments.
+        given: all keyword arguments of that function.
 
     Returns:
-        Its result, the penalties' integrals ``(B,)`` by name, and the number of dimensions of one sample.
+        The result of that function, the integrals ``(B,)`` of the penalties by name, and the number of dimensions
+        of one sample.
     """
     if wanted.sampled and name != "odeint":
         raise ConfigError(
@@ -197,6 +200,7 @@ def solve(
         raise ConfigError(
             "a penalty of the trajectory or its times needs the end of the solve, which event_fn decides."
         )
+    # trajectory penalties want states at more times, which become outputs but, on a fixed grid, not steps
     times, rows, inner = (t, None, []) if path is None else path.stops(t)
     state = (*layout.tensors(y0), *(z0.new_zeros(len(z0)) for _ in rates))
     grid = t if len(times) > len(t) else None

@@ -1,4 +1,4 @@
-"""Penalties in code that cannot be changed: torchdiffeq's functions replaced, in a block or until ``uninstall``."""
+"""Penalties in code that cannot be changed: replaces torchdiffeq's functions in a block or until ``uninstall``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .augmented import here
 from .followed import Given, Penalized, follow
 from .integrate import PLAIN, solve
 
-# makes a solve with penalties of the arguments (name, func, y0, t, given), and returns what torchdiffeq would
+# solves with penalties, for arguments (name, func, y0, t, given), and returns what torchdiffeq would return
 Following = Callable[[str, Callable[..., State], State, Tensor, Given], Any]
 
 _OURS = ("regularizers", "penalized", "batch_dim", "trace_noise", "quadrature")
@@ -38,7 +38,7 @@ _installed: Following | None = None
 
 
 def _leading(name: str) -> Callable[..., Any]:
-    """The replacement of torchdiffeq's function ``name``, which it calls outside of blocks and ``install``."""
+    """The replacement for torchdiffeq's function ``name``. Outside of blocks and ``install`` it only calls that."""
     plain, with_penalties = PLAIN[name], getattr(integrate, name)
     defaults = {key: value for key, value in with_penalties.__kwdefaults__.items() if key not in _OURS}
 
@@ -48,7 +48,7 @@ def _leading(name: str) -> Callable[..., Any]:
             return with_penalties(func, y0, t, **given)
         given = {key: value for key, value in given.items() if key not in _OURS}
         following = here.following or _installed
-        if following is None or here.evaluating:
+        if following is None or here.evaluating:  # a solve inside a field is part of the field
             return plain(func, y0, t, **given)
         return following(name, func, y0, t, {**defaults, **given})
 
@@ -66,14 +66,14 @@ def regularize(
     trace_noise: str = "gaussian",
     quadrature: str = "full",
 ) -> Iterator[Penalties]:
-    """Penalties of all solves by torchdiffeq in a block, for code that cannot be changed.
+    """Integrate penalties in all solves by torchdiffeq within a block, for code that cannot be changed.
 
-    The block leaves alone the solves of other threads, and those that a field makes inside of a solve. Solves under
-    ``torch.no_grad()`` count if no solve of the block has gradients, so a block also measures an evaluation.
+    The block does not affect solves in other threads, nor solves that a field runs inside a solve. Solves under
+    ``torch.no_grad()`` count if no solve in the block has gradients, so a block can also measure an evaluation.
 
-    The first block binds every name that a loaded module has for torchdiffeq's ``odeint`` or ``odeint_adjoint``
-    to a function that calls torchdiffeq's outside of blocks; :func:`uninstall` puts the names back. A model that
-    keeps the function as an attribute has to be made after that, or after :func:`install`.
+    The first block rebinds every name that a loaded module has for torchdiffeq's ``odeint`` or ``odeint_adjoint``
+    to a function that only calls torchdiffeq outside of blocks; :func:`uninstall` restores the names. A model that
+    keeps the function as an attribute has to be made after the first block, or after :func:`install`.
 
     Args:
         regularizers: names, objects or functions, or one mapping from these to lambda, as for
@@ -81,7 +81,7 @@ def regularize(
         penalized, batch_dim, trace_noise, quadrature: as there.
 
     Yields:
-        The penalties by name, ``(B,)``, summed over the solves, with the sum of eq. 17 as ``loss()``.
+        The penalties by name, ``(B,)``, summed over the solves, with the weighted sum in eq. 17 as ``loss()``.
 
     Raises:
         ConfigError: inside another such block, and as :func:`~rnode_plugin.torchdiffeq.odeint` does.
@@ -109,7 +109,7 @@ def regularize(
         if trains and not with_gradients:
             return PLAIN[name](func, y0, t, **given)
         solution, integrals, dims = solve(name, func, y0, t, given, wanted)
-        if with_gradients and not trains:
+        if with_gradients and not trains:  # the first solve with gradients discards the solves without
             trains = True
             found.begin()
         found.add(integrals, dims)
@@ -124,22 +124,23 @@ def regularize(
 
 
 def install(regularizers: Regularizers = None, *, tally: Tally | None = None, **options: Any) -> Tally:
-    """Give torchdiffeq's ``odeint`` and ``odeint_adjoint`` the arguments of the functions in this package.
+    """Give torchdiffeq's ``odeint`` and ``odeint_adjoint`` the arguments of the functions in this module's package.
 
-    With ``regularizers`` every solve with gradients enabled follows them, and the gradient of eq. 17's sum is added
-    whenever backward goes through its solution: the loss that the code prints has no penalties, its gradient has.
-    Blocks of :func:`regularize` take precedence.
+    With ``regularizers`` every solve with gradients enabled integrates them, and the gradient of the weighted sum
+    in eq. 17 is added whenever backward passes through the solution. The loss that the code prints does not contain
+    the penalties, but its gradient does. Blocks of :func:`regularize` take precedence.
 
-    Each backward pass adds it once, so lambda follows how the code scales its loss: k accumulated batches of
-    ``loss / k`` count as k lambda (give lambda / k), two backward passes through one solution as 2 lambda, and a
-    loss that is multiplied by s, as by a ``GradScaler``, as lambda / s (use bf16, or add ``penalties.loss()`` to
-    the loss). A gradient with respect to the input that goes through a solution contains their gradient
-    too.
+    Each backward pass adds the gradient once, so the effective lambda depends on how the code scales its loss. With
+    k accumulated batches of ``loss / k`` it is k lambda (give lambda / k), with two backward passes through one
+    solution 2 lambda, and with a loss that is multiplied by s, for example by a ``GradScaler``, lambda / s (use
+    bf16, or add ``penalties.loss()`` to the loss). A gradient by the input that passes through a solution contains
+    the gradient of the penalties too.
 
     Args:
         regularizers: as for :func:`~rnode_plugin.torchdiffeq.odeint`; None: only the arguments are added.
         tally: counts the solves; None for a new one.
-        options: ``penalized``, ``batch_dim``, ``trace_noise`` and ``quadrature`` of the same.
+        options: ``penalized``, ``batch_dim``, ``trace_noise`` and ``quadrature``, as for
+            :func:`~rnode_plugin.torchdiffeq.odeint`.
 
     Returns:
         The tally: how many solves were penalized so far, and the mean of each penalty.
@@ -165,7 +166,7 @@ def install(regularizers: Regularizers = None, *, tally: Tally | None = None, **
 
 
 def uninstall() -> None:
-    """Put torchdiffeq's own functions back."""
+    """Restore torchdiffeq's own functions."""
     global _installed
     _installed = None
     with _lock:
@@ -176,7 +177,7 @@ def uninstall() -> None:
 
 
 def _with_cost(solution: Any, cost: Tensor) -> Any:
-    """The solution, whose backward gives ``cost`` the gradient 1."""
+    """The solution, tied to ``cost``, which gets a gradient of 1 when backward passes through the solution."""
     if isinstance(solution, Tensor):
         return attach(solution, {}, cost)[0]
     first, *rest = solution
@@ -191,19 +192,19 @@ _bound: list[tuple[dict[str, object], str, object]] = []
 
 
 def _bind() -> None:
-    """Bind the names that loaded modules have for torchdiffeq's functions to their replacements, until `uninstall`.
+    """Rebind the names that loaded modules have for torchdiffeq's functions to the replacements, until `uninstall`.
 
-    Once is enough: modules that are loaded later find the replacements in torchdiffeq.
+    Once is enough, because modules that are loaded later find the replacements in torchdiffeq.
     """
     with _lock:
         if _bound:
             return
         of = {id(PLAIN[name]): leading for name, leading in _LEADING.items()}
         modules = [(getattr(m, "__name__", ""), getattr(m, "__dict__", None)) for m in list(sys.modules.values())]
-        # odeint_adjoint solves by the name `odeint` of its module
+        # leave out this package and the module whose odeint_adjoint calls `odeint`, which would add penalties twice
         own = (__package__ or "rnode_plugin", "torchdiffeq._impl.adjoint")
         places = [place for name, place in modules if isinstance(place, dict) and not str(name).startswith(own)]
-        defaults: Any = torchdiffeq.odeint_event.__kwdefaults__
+        defaults: Any = torchdiffeq.odeint_event.__kwdefaults__  # odeint_event has odeint as a default argument
         for place in (*places, defaults):
             if not of.keys().isdisjoint(map(id, list(place.values()))):
                 for key, value in list(place.items()):
