@@ -1,4 +1,4 @@
-"""The plugin host: which plugin offers which regularizer, model, data set, recipe and command."""
+"""The plugin host, which finds regularizers, models, data sets, recipes and commands."""
 
 from .registry import get, names, register, report, unregister
 

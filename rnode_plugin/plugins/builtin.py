@@ -1,6 +1,6 @@
-"""The registrations of this package, by the same hooks as a plugin's: one line for each object.
+"""The built-in registrations, one line for each object, by the same hooks that plugins use.
 
-Each object is given by its place, because the names are listed without an import of torch.
+Each object is given as ``"module:attribute"``, so that listing names does not import torch.
 """
 
 from __future__ import annotations

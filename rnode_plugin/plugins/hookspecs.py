@@ -1,9 +1,9 @@
-"""The hooks by which a plugin registers its objects. docs/plugins.md has an example for each.
+"""The hooks by which a plugin registers its objects. docs/plugins.md has an example for each hook.
 
 A plugin is a module, or any object, whose functions are marked by :data:`hookimpl`. Its package lists the module
 under the entry-point group ``rnode_plugin``. Each hook takes no argument and returns a mapping from names to
-objects, or to texts ``"module:attribute"``, which are imported when the name is first used. Prefer the text: then
-torch is not imported in order to list names.
+objects, or to texts ``"module:attribute"``, which are imported when the name is first used. Prefer texts, so that
+listing names does not import torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROJECT = "rnode_plugin"  # also the group of entry points
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
-"""Marks a function of a module, or a method of an object, as an implementation of the hook of that name."""
+"""Marks a function of a module, or a method of an object, as an implementation of the hook with the same name."""
 
 
 @hookspec
@@ -33,9 +33,9 @@ def rnode_register_regularizers() -> Mapping[str, object]:
     """Regularizers for ``regularizers=["length"]`` and for the ``regularizers`` group of a recipe.
 
     A regularizer is a callable whose ``name`` is the registered one, or a class of such objects that takes options
-    and ``name=``, for names like ``"taylor:3"``. :mod:`rnode_plugin.regularizers` states the contract of each
-    kind. A rate is called with an evaluation of the field and returns ``(B,)``, the rate per unit of time and per
-    sample: a sum over the event, not a mean.
+    and ``name=``, for names like ``"taylor:3"``. :mod:`rnode_plugin.regularizers` states the contract of each kind.
+    A rate is called with an evaluation of the field and returns the rate per unit of time for each sample,
+    ``(B,)``, as a sum over the event, not a mean.
     """
     ...
 
@@ -44,8 +44,9 @@ def rnode_register_regularizers() -> Mapping[str, object]:
 def rnode_register_models() -> Mapping[str, object]:
     """Models that a recipe can name.
 
-    A model is a callable that takes the shape of an image or the number of columns, and the settings of the recipe
-    by name. It returns a :class:`~rnode_plugin.DensityModel`. The page "Write a model" states the contract.
+    A model is a callable that takes the shape of an image or the number of columns, and the recipe's settings as
+    keyword arguments. It returns a :class:`~rnode_plugin.DensityModel`. The page "Write a model" states the
+    contract.
     """
     ...
 
@@ -58,8 +59,8 @@ def rnode_register_datasets() -> Mapping[str, object]:
     The parameters ``size``, ``channels`` and ``bits``, if it has them, get the values of the recipe. If it has the
     parameter ``download``, it is called with ``download=False`` first. If that fails and a download is allowed, it
     is called with ``download=True``, in one process at a time. A table is a function ``(*, root)`` that returns a
-    ``Table`` with its split. It may also take ``columns``, ``validation``, ``held_out`` and ``split_seed`` of the
-    recipe.
+    ``Table`` with its split. It may also take ``columns``, ``validation``, ``held_out`` and ``split_seed``, which
+    get the values of the recipe.
     """
     ...
 
@@ -72,9 +73,9 @@ def rnode_register_recipes() -> Mapping[str, object]:
 
 @hookspec
 def rnode_register_commands() -> Mapping[str, object]:
-    """``click`` commands or groups of ``rnode-cli``, by the name that the user types.
+    """``click`` commands or groups for ``rnode-cli``, by the name that the user types.
 
-    Import torch and other large packages inside the command's function, because ``rnode-cli --help`` imports its
-    module.
+    Import torch and other large packages inside the command's function, because ``rnode-cli --help`` imports the
+    module of the command.
     """
     ...

@@ -1,10 +1,10 @@
-"""The registry: which plugin registers which regularizer, model, data set, recipe and command.
+"""The registry of all plugins, and of the regularizers, models, data sets, recipes and commands that they register.
 
 All plugins are loaded at the first look-up, never at import. A plugin that cannot be loaded, or that misuses a
-hook, is named and skipped, and everything else works. docs/plugins.md shows how to write one.
+hook, is reported and skipped, and everything else works. docs/plugins.md shows how to write a plugin.
 
 The environment variable ``RNODE_PLUGINS_BLOCK="name,..."`` excludes plugins of other packages whose distribution or
-entry point has one of the names, and ``"*"`` all of them.
+entry point has one of the names. ``"*"`` excludes all of them.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Plugin:
     """A plugin, its registrations and its errors.
 
     Attributes:
-        name: the name of its entry point, or the one given to :func:`register`.
-        distribution, version: the package that brought it, or None for an object registered in this process.
+        name: the name of its entry point, or the name given to :func:`register`.
+        distribution, version: the package that contains it; None for an object registered in this process.
         status: ``"loaded"``, ``"failed"`` or ``"blocked"``.
-        registers: the registered objects, or their places, by kind and name.
-        errors: one line each. A loaded plugin can have some, such as a hook that failed.
+        registers: the registered objects, or their texts ``"module:attribute"``, by kind and name.
+        errors: one line for each error. A loaded plugin can have some, such as a hook that failed.
     """
 
     name: str
@@ -69,7 +69,8 @@ class Plugin:
         return f"plugin {self.name!r} of {source}"
 
     def load(self, load: Callable[[], object]) -> None:
-        """Load the plugin and call its hooks. Each failure is noted and logged, and the rest is kept."""
+        """Load the plugin and call its hooks. Each failure is recorded and logged, and the rest is kept."""
+        # a manager for each plugin, so that one plugin's mistake cannot affect another
         manager = pluggy.PluginManager(hookspecs.PROJECT)
         manager.add_hookspecs(hookspecs)
         with self._noting("it cannot be loaded"):
@@ -90,10 +91,10 @@ class Plugin:
 
     @contextmanager
     def guarded(self, what: str, *, passing: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-        """Run code of the plugin, so that an error in it becomes a sentence.
+        """Context for code of the plugin, in which an error becomes a PluginError with a readable message.
 
         Raises:
-            PluginError: the code raised something other than ``passing``, or ended the program.
+            PluginError: if the code raised something other than ``passing``, or called ``sys.exit``.
         """
         try:
             yield
@@ -117,17 +118,17 @@ class Plugin:
 
 
 class Registry:
-    """All plugins of one process. The functions of this module are the methods of one shared registry."""
+    """All plugins in one process. The functions of this module are the methods of one shared registry."""
 
     def __init__(self) -> None:
         self._plugins: list[Plugin] = []
 
     def get(self, kind: str, name: str) -> Any:
-        """The object that is registered as ``name``, which is imported now if a ``"module:attribute"`` was given.
+        """Get the object that is registered as ``name``, importing it first if it is a ``"module:attribute"``.
 
         Raises:
-            ConfigError: no plugin registers the name, or there is no such kind.
-            PluginError: two plugins register it, or its module cannot be imported.
+            ConfigError: if no plugin registers the name, or there is no such kind.
+            PluginError: if two plugins register the name, or its module cannot be imported.
         """
         owner, what = self.check_name(kind, name), f"the {KINDS[kind]} {name!r}"
         value = owner.registers[kind][name]
@@ -139,7 +140,7 @@ class Registry:
         return value
 
     def check_name(self, kind: str, name: str) -> Plugin:
-        """The plugin that registers a name, without an import of the object; the errors of :meth:`get`."""
+        """Find the plugin that registers a name, without importing the object; errors as for :meth:`get`."""
         known = self.names(kind)
         owners = [plugin for plugin in self._plugins if name in plugin.registers[kind]]
         if not owners:
@@ -156,11 +157,11 @@ class Registry:
     def call(self, kind: str, name: str, /, *arguments: object, **options: object) -> Any:
         """Call the object that is registered as ``name``, so that an exception in it names the plugin.
 
-        All errors of this package's own registrations pass, because they are bugs. A RnodeError also passes, except
-        in a recipe, which takes no argument that could be wrong.
+        Errors from built-in objects are raised unchanged, because they are bugs. A RnodeError is also raised
+        unchanged, except from a recipe: a recipe takes no arguments, so the error must be a bug in the plugin.
 
         Raises:
-            PluginError: the object raised something else.
+            PluginError: if the object raised another error.
         """
         owner, found = self.check_name(kind, name), self.get(kind, name)
         passing = Exception if owner.distribution == "rnode-plugin" else RnodeError if kind != "recipes" else ()
@@ -168,13 +169,13 @@ class Registry:
             return found(*arguments, **options)
 
     def names(self, kind: str) -> list[str]:
-        """All names of one kind, sorted; a ConfigError for a kind that does not exist."""
+        """List all names of one kind, sorted; a ConfigError for a kind that does not exist."""
         if kind not in KINDS:
             raise ConfigError(suggest(kind, KINDS, "kind of plugin"))
         return sorted({name for plugin in self.report() for name in plugin.registers[kind]})
 
     def report(self) -> list[Plugin]:
-        """All plugins: ours first, then by distribution, then the ones of this process."""
+        """List all plugins: the built-in one, then by distribution, then objects registered in this process."""
         if not self._plugins:
             self._add(Plugin("builtin", "rnode-plugin", __version__), lambda: builtin)
             for plugin, entry_point in _installed():
@@ -182,14 +183,14 @@ class Registry:
         return list(self._plugins)
 
     def register(self, plugin: object, *, name: str) -> None:
-        """Register an object of this process, such as a class instance in a notebook, as a plugin.
+        """Register an object in this process, such as a class instance in a notebook, as a plugin.
 
         Args:
             plugin: an object or module with functions marked by ``hookimpl``.
             name: a name for reports and :meth:`unregister`.
 
         Raises:
-            PluginError: the name is taken, or the plugin misuses a hook. Then nothing of it stays registered.
+            PluginError: if the name is taken, or the plugin misuses a hook. Then nothing of it stays registered.
         """
         record = Plugin(name)
         if str(record) in map(str, self.report()):
@@ -200,14 +201,14 @@ class Registry:
             raise PluginError(f"{record}: {' '.join(record.errors)}")
 
     def unregister(self, name: str) -> None:
-        """Take back a :meth:`register`; a ConfigError if no object of this process has that name."""
+        """Undo :meth:`register`; a ConfigError if no object was registered in this process under that name."""
         mine = {plugin.name: plugin for plugin in self._plugins if plugin.distribution is None}
         if name not in mine:
             raise ConfigError(suggest(name, mine, "plugin of this process"))
         self._plugins.remove(mine[name])
 
     def _add(self, plugin: Plugin, load: Callable[[], object]) -> None:
-        self._plugins.append(plugin)  # before it is loaded, because it may look up names meanwhile
+        self._plugins.append(plugin)  # first, because the plugin may look up names while it is loaded
         if plugin.status == "loaded":
             plugin.load(load)
 
@@ -226,7 +227,7 @@ def _installed() -> Iterator[tuple[Plugin, metadata.EntryPoint]]:
 
 
 def _normal(name: str) -> str:
-    """The form in which names of distributions are compared."""
+    """The normalized form in which names of distributions are compared (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
@@ -241,22 +242,23 @@ unregister = _shared.unregister
 
 
 def resolve_regularizers(spec: Mapping[Any, Strength | None] | Iterable[Any] | Any | None) -> dict[str, Weighted]:
-    """:func:`~rnode_plugin.core.weighing.weigh_regularizers` with the registered names."""
+    """Call :func:`~rnode_plugin.core.weighing.weigh_regularizers` with the registered names."""
     from ..core.weighing import weigh_regularizers  # imports torch
 
     return weigh_regularizers(spec, by_name=get_regularizer)
 
 
 def get_regularizer(name: str) -> Any:
-    """The regularizer of a name, ``"kinetic"``, or of a name with options, ``"taylor:3"``.
+    """Make the regularizer for a name such as ``"kinetic"``, or for a name with options such as ``"taylor:3"``.
 
-    Options are numbers or ``key=number``, with commas between them: ``"trajectory_polynomial:2,points=3"``. A class
-    must be registered for them, and takes them and the whole text as ``name=``. A registered module with parameters
-    is copied, so that each model trains its own.
+    Options are numbers or ``key=number``, separated by commas: ``"trajectory_polynomial:2,points=3"``. Only a
+    registered class takes options; it also receives the whole text as ``name=``. A registered module is copied, so
+    that each model trains its own parameters.
 
     Raises:
-        ConfigError: for an unknown name, options of a regularizer that takes none, or options that it refuses.
-        PluginError: the regularizer has another name than the registered one, or its class fails.
+        ConfigError: for an unknown name, for options of a regularizer that takes none, and for options that the
+            regularizer refuses.
+        PluginError: if the name of the regularizer is not the registered one, or its class fails.
     """
     from torch import nn
 
