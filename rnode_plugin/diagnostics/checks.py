@@ -1,4 +1,4 @@
-"""The seven checks: each measures a model on held-out data and gives a verdict; ``texts`` has the sentences."""
+"""The seven checks. Each measures a model on held-out data and gives a verdict; ``texts`` has the sentences."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .solver_gap import measure_solver_gap, standard_error
 from .subject import Encoded, HeldOut, Subject
 from .texts import GAUSSIAN, GRADIENT, INVERTIBILITY, NORMALIZATION, SAMPLES, SOLVER_GAP, TOLERANCE, text_of
 
-# thresholds: warning and failed
+# thresholds; with two numbers, for a warning and for a failure
 GAP = 0.005, 0.05  # nats per dimension
-LOST = 1e-3, 1e-2  # of the data's spread
-UNEXPLAINED = 1e-3  # nats per dimension: more than rounding
+LOST = 1e-3, 1e-2  # as a fraction of the data's spread
+UNEXPLAINED = 1e-3  # nats per dimension, larger than rounding errors
 VISIBLE, SEPARATED = 0.6, 0.9  # accuracies of the classifier
 WRONG, ROUGH = (
     0.02,
     0.1,
 )  # of the size of a gradient: more than difference quotients explain, and too rough for them
-FALSE_ALARM = 1e-3  # probability in each check that is statistical
+FALSE_ALARM = 1e-3  # probability that a statistical check fails a correct model
 # sizes
-BUDGET = 20_000  # evaluations of one solve
-FEWEST, MOST = 20, 2000  # samples of the classifier, fewest also of a Gaussian
-COMPONENTS = 32  # principal components, for more dimensions than twice that
+BUDGET = 20_000  # most evaluations in one solve
+FEWEST, MOST = 20, 2000  # samples for the classifier; the fewest also for the Gaussian
+COMPONENTS = 32  # principal components, taken if there are more than twice as many dimensions
 FOLDS = 5
 
 
@@ -45,7 +45,7 @@ def _check(
 
 
 def _severity(value: float, limits: tuple[float, float]) -> int:
-    """0, 1 or 2 for a number that should be small; 2 for one that is not a number."""
+    """0, 1 or 2 (ok, warning, failed) for a number that should be small; 2 for NaN."""
     return 2 if not value <= limits[1] else int(value > limits[0])
 
 
@@ -53,7 +53,7 @@ _VERDICTS: tuple[Verdict, Verdict, Verdict] = ("ok", "warning", "failed")
 
 
 def accurate(dtype: torch.dtype, times: float = 1.0) -> Adaptive:
-    """The reference solver: ``dopri5`` at ``times`` 1e-6, in double precision 1e-9."""
+    """The reference solver: ``dopri5`` with tolerance ``times * 1e-6``, or ``times * 1e-9`` in double precision."""
     return _at(times * _tightest(dtype))
 
 
@@ -66,7 +66,7 @@ def _at(tolerance: float) -> Adaptive:
 
 
 def solver_gap(subject: Subject, data: HeldOut, training: Solver | None = None) -> Check:
-    """The NLL by the training solver (None: the solver of the model) minus the NLL by an accurate one."""
+    """Measure the NLL by the training solver (None: the model's) minus the NLL by an accurate solver."""
     coarse_solver = training or subject.model.solver
     exact = subject.encode(data, solver=accurate(data.x.dtype))
     found = measure_solver_gap(
@@ -84,9 +84,10 @@ def solver_gap(subject: Subject, data: HeldOut, training: Solver | None = None) 
 
 
 def tolerance(subject: Subject, data: HeldOut) -> Check:
-    """The NLL and the evaluations of ``dopri5`` at several tolerances, and whether the NLL has converged."""
+    """Measure NLL and evaluations with ``dopri5`` at several tolerances, and check that the NLL has converged."""
     tightest = _tightest(data.x.dtype)
     own = None if subject.tolerance is None else max(subject.tolerance, tightest)
+    # powers of ten from 1e-2 down to the tightest, and the model's own
     levels = {float(f"1e-{k}") for k in range(2, 1 - round(math.log10(tightest)))} | {own or tightest}
     points: dict[float, Encoded] = {}
     for level in sorted(levels, reverse=True):
@@ -97,7 +98,7 @@ def tolerance(subject: Subject, data: HeldOut) -> Check:
     best = points[tightest]
     distances = {level: float((each.nll - best.nll).abs().mean()) for level, each in points.items()}
     enough = next((level for level, distance in distances.items() if distance <= GAP[0]), tightest)
-    last = list(points)[-2]
+    last = list(points)[-2]  # the change from here to the tightest tolerance shows whether the NLL has converged
     own_distance = 0.0 if own is None else distances[own]
     rough, loose = _severity(distances[last], GAP), _severity(own_distance, GAP)
     return _check(
@@ -110,12 +111,13 @@ def tolerance(subject: Subject, data: HeldOut) -> Check:
 
 
 def invertibility(subject: Subject, data: HeldOut) -> Check:
-    """The error after a round trip through the latent, with the solver of the model and with the accurate one."""
+    """Measure the error after a round trip through the latent, with the model's solver and with an accurate one."""
     relative = _lost(subject, data, None)
     error, error_accurate = float(relative.square().mean().sqrt()), math.nan
     severity, outcome = _severity(error, LOST), "inverse"
     if severity:
         error_accurate = float(_lost(subject, data, accurate(data.x.dtype)).square().mean().sqrt())
+        # if an accurate solver removes most of the error, its cause is the step and not the inverse
         outcome = "coarse" if error_accurate <= max(LOST[0], error / 3) else "no inverse"
     words = {"solver": subject.solver_text, "what": "step" if subject.tolerance is None else "tolerance"}
     return _check(
@@ -125,7 +127,7 @@ def invertibility(subject: Subject, data: HeldOut) -> Check:
 
 
 def _lost(subject: Subject, data: HeldOut, solver: Solver | None) -> Tensor:
-    """The error of each sample after the round trip over the data's spread, root mean square, ``(N,)``."""
+    """The root mean square error of each sample after the round trip, divided by the data's spread, ``(N,)``."""
     back = subject.decode(subject.encode(data, solver=solver).z, data, solver=solver)
     variance = (
         (data.x - data.x.mean(0)).cpu().double().square().mean(0)
@@ -135,9 +137,10 @@ def _lost(subject: Subject, data: HeldOut, solver: Solver | None) -> Tensor:
 
 
 def normalization(subject: Subject, data: HeldOut) -> Check:
-    """The log-density of the model, with exact traces, against the change of variables along the inverse map.
+    """Compare the model's log-density, with exact traces, with the change of variables along the inverse map.
 
-    ``log p(x) = log q(z) - log |det dx/dz|``, with the Jacobian of the map from latent to sample by autograd.
+    This is ``log p(x) = log q(z) - log |det dx/dz|``, where autograd computes the Jacobian of the map from latent
+    to sample.
     """
     if subject.dims > MOST_DIMS:
         return _check(NORMALIZATION, "left out", "too large", {}, {}, dims=subject.dims, limit=MOST_DIMS)
@@ -147,6 +150,7 @@ def normalization(subject: Subject, data: HeldOut) -> Check:
     expected = _by_jacobian(subject, encoded.z, few.context, fine)
     differences = encoded.log_prob - expected
     worst = float(differences[differences.abs().argmax()])
+    # the change between two tolerances estimates the error of the solver, which must not count as a wrong density
     allowed = UNEXPLAINED * subject.dims + 10 * float((rougher.log_prob - encoded.log_prob).abs().max())
     right = abs(worst) <= allowed
     return _check(
@@ -157,7 +161,7 @@ def normalization(subject: Subject, data: HeldOut) -> Check:
 
 
 def _by_jacobian(subject: Subject, z: Tensor, context: Tensor | None, solver: Solver) -> Tensor:
-    """``log p (B,)`` in nats, double precision, of the samples of latents ``z (B, D)``."""
+    """``log p (B,)`` in nats, in double precision, for the samples of latents ``z (B, D)``."""
     model, z = subject.model, z.reshape(len(z), *subject.model.base.event_shape)
     x, jacobian = jacobian_of(lambda z: model.inverse(z, context=context, solver=solver), z)
     logdet, _ = log_abs_det(jacobian)
@@ -165,13 +169,13 @@ def _by_jacobian(subject: Subject, z: Tensor, context: Tensor | None, solver: So
 
 
 def gradient(subject: Subject, data: HeldOut) -> Check:
-    """The gradient of the log-density by the parameters, against difference quotients along random directions.
+    """Compare the gradient of the log-density by the parameters with difference quotients along random directions.
 
-    A fixed grid and fixed noise make the log-density a smooth function of the parameters. Quotients with two
-    lengths show how far they can be trusted.
+    A fixed grid and fixed noise make the log-density a smooth function of the parameters. Quotients with two step
+    lengths show how accurate they are.
     """
     few, directions = data.first(4), 4
-    twin = copy.deepcopy(subject.model)
+    twin = copy.deepcopy(subject.model)  # its parameters are moved below
     model = twin.solved_with(solver=FixedGrid("rk4_38", step=0.25))
     parameters = [p for p in twin.parameters() if p.is_floating_point()]
     if not parameters:
@@ -219,7 +223,7 @@ def gradient(subject: Subject, data: HeldOut) -> Check:
 
 
 def samples(subject: Subject, data: HeldOut) -> Check:
-    """Cross-validated accuracy of a random forest that separates samples from held-out data."""
+    """Measure the cross-validated accuracy of a random forest that separates samples from held-out data."""
     data = data.first(MOST)
     n = len(data.x)
     if n < FEWEST:
@@ -228,7 +232,7 @@ def samples(subject: Subject, data: HeldOut) -> Check:
         drawn = subject.sample(n, data.context)
     if not bool(torch.isfinite(drawn).all()):
         return _check(SAMPLES, "failed", "not finite", {}, {}, samples=n)
-    # each sample with its context
+    # the classifier sees contexts too, so it notices samples that do not fit their contexts
     rows = [x.flatten(1).cpu().double() for x in (data.x, drawn)]
     if data.context is not None:
         rows = [torch.cat([x, data.context.reshape(n, -1).cpu().double()], 1) for x in rows]
@@ -236,7 +240,7 @@ def samples(subject: Subject, data: HeldOut) -> Check:
     if data.x.ndim == 2:  # columns have different units
         features = features / features.std(0).clamp(min=1e-30)
     probabilities = _classify(features, n, data.seed % 2**32)  # scikit-learn takes no larger ones
-    # 1 if right, 0 if undecided
+    # 1 for a right answer, -1 for a wrong one, 0 if undecided, which counts as half
     sides = torch.sign(probabilities - 0.5) * torch.where(torch.arange(2 * n) < n, -1, 1)
     accuracy, high = float((sides + 1).mean() / 2), guessing_limit(n)
     if accuracy > high:
@@ -253,8 +257,8 @@ def samples(subject: Subject, data: HeldOut) -> Check:
 def guessing_limit(n: int) -> float:
     """The accuracy that guessing exceeds with a probability below 0.1 %, for ``n`` samples and ``n`` data.
 
-    Folds share training data, so an accuracy varies more than the mean of ``2 n`` coins: its deviation is widened
-    by the factor of Nadeau and Bengio (2003), which is conservative.
+    Folds share training data, so the accuracy varies more than the mean of ``2 n`` coin tosses. Its standard
+    deviation is widened by the factor of Nadeau and Bengio (2003), which is conservative.
     """
     from scipy.stats import norm
 
@@ -263,7 +267,7 @@ def guessing_limit(n: int) -> float:
 
 
 def _classify(features: Tensor, n: int, seed: int) -> Tensor:
-    """For each row the probability of being a sample, by classifiers that were trained without it."""
+    """The probability that each row is a sample, by classifiers that were trained without the row."""
     from sklearn.decomposition import PCA
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.model_selection import KFold, cross_val_predict
@@ -282,11 +286,11 @@ def _classify(features: Tensor, n: int, seed: int) -> Tensor:
 
 
 def gaussian(subject: Subject, data: HeldOut, everything: HeldOut) -> Check:
-    """The NLL of the model minus the NLL of a Gaussian on the same samples.
+    """Measure the NLL of the model minus the NLL of a Gaussian on the same samples.
 
-    The Gaussian of a sample is fitted to ``everything``, which begins with ``data``, without the sample's fold. It
-    has a full covariance if the data suffice, else independent dimensions. With a context it is conditional: its
-    mean is linear in the context.
+    The Gaussian for a sample is fitted to ``everything``, which begins with ``data``, without the sample's fold. It
+    has a full covariance if there are enough data, and independent dimensions otherwise. With a context it is
+    conditional, with a mean that is linear in the context.
     """
     from scipy.stats import t
 
@@ -298,6 +302,7 @@ def gaussian(subject: Subject, data: HeldOut, everything: HeldOut) -> Check:
     given = np.zeros((len(rows), 0))
     if everything.context is not None:
         given = everything.context.flatten(1).cpu().double().numpy()
+    # a training set without one fold must have at least twice as many rows as columns
     full = len(rows) >= 2 * FOLDS / (FOLDS - 1) * (subject.dims + given.shape[1])
     columns = [slice(None)] if full else [slice(k, k + 1) for k in range(subject.dims)]
     fold, expected = np.arange(len(rows)) % FOLDS, np.zeros(len(rows))

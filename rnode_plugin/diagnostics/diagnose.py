@@ -1,4 +1,4 @@
-"""diagnose: all checks of a density model on held-out data."""
+"""diagnose: runs all checks of a density model on held-out data."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .texts import FAILED, GAUSSIAN, GRADIENT, INVERTIBILITY, NORMALIZATION, SAM
 
 
 def samples_for(dims: int) -> int:
-    """Number of held-out samples for the solves of a diagnosis: 256, in more than 195 dimensions fewer."""
+    """Number of held-out samples for the solves in a diagnosis: 256, and fewer in more than 195 dimensions."""
     return max(8, min(256, 50_000 // dims))
 
 
 def compared_for(dims: int) -> int:
-    """Number of held-out samples that are compared with the model's: 10,000, in more than 25 dimensions fewer."""
+    """Number of held-out samples to compare with the model's: 10,000, and fewer in more than 25 dimensions."""
     return max(samples_for(dims), min(10_000, 250_000 // dims))
 
 
@@ -42,20 +42,21 @@ def diagnose(
 
     Args:
         model: a :class:`~rnode_plugin.RegularizedCNF`, a :class:`~rnode_plugin.MultiscaleFlow`, or another
-            :class:`~rnode_plugin.core.distribution.DensityModel`. It is in evaluation mode meanwhile.
-        x: held-out data as ``model.log_prob`` takes them, ``(N, *event)``: images in [0, 1], dequantized. They must
-            be in random order.
-        context: ``(N, *context_shape)`` of a conditional model, one for each sample.
-        training_solver: the solver that the model was trained with; None for the solver of the model.
-        samples: number of samples of ``x``; None: for solves 256, in many dimensions fewer (50000 / dims, at least
-            8); for the comparison with the model's samples and with a Gaussian all, at most 10000 (250000 / dims).
+            :class:`~rnode_plugin.core.distribution.DensityModel`. The checks run it in evaluation mode.
+        x: held-out data ``(N, *event)`` as ``model.log_prob`` takes them; images are in [0, 1] and dequantized. The
+            data must be in random order.
+        context: contexts ``(N, *context_shape)`` for a conditional model, one for each sample.
+        training_solver: the solver that the model was trained with; None for the model's solver.
+        samples: how many samples of ``x`` to use. None: for solves 256, or fewer in many dimensions (50000 / dims,
+            at least 8); for the comparisons with the model's samples and with a Gaussian all, but at most 10000
+            (250000 / dims).
         seed: the seed of all noise.
-        progress: called with the name of each check before it is made.
+        progress: called with the name of each check before the check runs.
 
     Returns:
         Diagnosis: solver gap, tolerance, invertibility, normalization, gradient, samples and gaussian. NLL and gaps
-        are in nats per dimension. A check in which a solver fails has failed. The last two checks are statistical
-        and fail a correct model about once in 1000 times each.
+        are in nats per dimension. A check in which a solver fails has failed. The last two checks are statistical,
+        and each fails a correct model about once in 1000 times.
 
     Raises:
         ConfigError: for another class of model, fewer than two samples, values that are not finite, and a context
@@ -97,7 +98,7 @@ def diagnose(
             if progress is not None:
                 progress(name)
             try:
-                with data.noise():
+                with data.noise():  # the same noise in each check, whichever checks ran before
                     found.append(measure())
             except SolverError as error:
                 found.append(Check(name, "failed", FAILED.format(failure=error)))

@@ -1,4 +1,4 @@
-"""The density that a model is compared with: a Gaussian."""
+"""The Gaussian density with which a model is compared."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import numpy as np
 
 
 def gaussian_scores(train: np.ndarray, held_out: np.ndarray, dims: int) -> np.ndarray:
-    """NLL in nats ``(N,)`` of held-out rows under a Gaussian with the mean and covariance of the training rows.
+    """NLL in nats, ``(N,)``, of held-out rows under a Gaussian with the mean and covariance of the training rows.
 
-    It is the density of the first ``dims`` columns, given the others.
+    It is the conditional density of the first ``dims`` columns, given the other columns.
     """
     values, rows = (np.asarray(each, dtype=np.float64) for each in (train, held_out))
     mean, deviation = values.mean(0), values.std(0)
-    # in deviations, so that columns of very different sizes leave the covariance well conditioned
+    # standardize, so that columns with very different scales leave the covariance well conditioned
     values, rows = (values - mean) / deviation, (rows - mean) / deviation
-    # the mean is linear in the given columns, which may determine each other, as in a one-hot code
+    # the mean is linear in the given columns; rcond, because these may be linearly dependent, as in a one-hot code
     weights = np.linalg.lstsq(values[:, dims:], values[:, :dims], rcond=1e-6)[0]
     values, rows = (each[:, :dims] - each[:, dims:] @ weights for each in (values, rows))
     factor = np.linalg.cholesky(values.T @ values / len(values))

@@ -14,7 +14,7 @@ from ..validation import refused
 
 Verdict = Literal["ok", "left out", "cannot tell", "warning", "failed"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-"""From the best to the worst."""
+"""All verdicts, from the best to the worst."""
 
 _Number = Annotated[int | float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
@@ -25,11 +25,11 @@ class Check:
 
     Attributes:
         name: the name of the check, such as ``invertibility``.
-        verdict: ``ok``, ``warning``, ``failed``, ``cannot tell`` if the data are too few to see a difference that
-            matters, or ``left out`` for a check that could not be made.
+        verdict: ``ok``, ``warning``, ``failed``, ``cannot tell`` if the data do not suffice to see a difference
+            that matters, or ``left out`` for a check that could not run.
         sentence: the finding, its meaning and advice.
-        numbers: measurements by name; the sentence contains no others.
-        curves: data of the figure, by name.
+        numbers: all measurements in the sentence, by name.
+        curves: the data for the figure, by name.
     """
 
     name: str
@@ -44,10 +44,10 @@ class Diagnosis:
     """All checks of one model.
 
     Attributes:
-        checks: all checks in the order in which they were made.
-        samples: held-out samples that were used.
+        checks: all checks in the order in which they ran.
+        samples: number of held-out samples that were used for solves.
         dims: number of dimensions of one sample.
-        solver: the model's own, in words.
+        solver: description of the model's solver.
         seed: the seed of all noise.
         seconds: wall-clock time.
     """
@@ -65,15 +65,15 @@ class Diagnosis:
         return any(check.verdict == "failed" for check in self.checks)
 
     def to_plain(self) -> dict[str, object]:
-        """As dictionaries, lists, numbers and texts, for JSON; a number that is not finite is None."""
+        """Convert to dictionaries, lists, numbers and texts for JSON; a number that is not finite becomes None."""
         return json.loads(_PLAIN.dump_json(self))
 
     @staticmethod
     def from_plain(plain: Any) -> Diagnosis:
-        """The inverse of :meth:`to_plain`; None is NaN.
+        """The inverse of :meth:`to_plain`; None becomes NaN.
 
         Raises:
-            ConfigError: it is not a diagnosis.
+            ConfigError: if ``plain`` is not a diagnosis.
         """
         with refused("diagnosis"):
             return _PLAIN.validate_python(plain)

@@ -1,4 +1,4 @@
-"""The solver gap: the scores by a coarse solver minus the scores by an accurate one."""
+"""The solver gap, the scores by a coarse solver minus the scores by an accurate solver."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class SolverGap(Generic[Output]):
     """The solver gap of some samples.
 
     Attributes:
-        values: the gap of each sample, ``(B,)``, in double precision on the CPU; infinite if the solver fails.
+        values: the gap for each sample, ``(B,)``, in double precision on the CPU; infinite if the solver fails.
         output: what the solve returned; None if the solver fails.
-        failure: the error of a solver that fails.
+        failure: the error if the solver fails, else None.
     """
 
     values: Tensor
@@ -48,7 +48,7 @@ class SolverGap(Generic[Output]):
 
 
 def standard_error(values: Tensor) -> float:
-    """The standard error of the mean of ``values (B,)``; NaN for a single one."""
+    """The standard error of the mean of ``values (B,)``; NaN for a single value."""
     return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
 
 
@@ -58,14 +58,14 @@ def measure_solver_gap(
     solver: Solver,
     accurate: Tensor,
 ) -> SolverGap[Output]:
-    """Scores by ``solver`` minus ``accurate`` ones.
+    """Measure scores by ``solver`` minus ``accurate`` scores.
 
     Args:
-        solve: solves the samples with a solver, with the same noise at each call.
-        scores: the score of each sample ``(B,)`` from what ``solve`` returns, such as bits/dim.
-        solver: the solver in question. It is measured with all products of its quadrature, because the noise of a
-            sampled quadrature is not an error of the solver.
-        accurate: the scores ``(B,)`` by the accurate solver.
+        solve: solves the samples with a given solver, with the same noise at each call.
+        scores: computes the score of each sample, ``(B,)``, such as bits/dim, from what ``solve`` returns.
+        solver: the solver to measure. It runs with a full quadrature, because the noise of a sampled quadrature is
+            not an error of the solver.
+        accurate: the scores ``(B,)`` by an accurate solver.
     """
     try:
         output = solve(dataclasses.replace(solver, quadrature="full"))

@@ -1,4 +1,4 @@
-"""The model and the data of a diagnosis; the model is solved batch by batch with a chosen solver or estimator."""
+"""The model and the data in a diagnosis. The model is solved batch by batch, with a given solver or estimator."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
 from ..solvers import Solver
 
-_BATCH_NUMBERS = 400_000  # of the state in one solve: 510 images of MNIST
+_BATCH_NUMBERS = 400_000  # most numbers in the state of one solve, 510 images of MNIST
 _MAX_BATCH = 4096
 
 
 class HeldOut(NamedTuple):
-    """The data of a diagnosis: samples ``x (N, *event)``, their contexts or None, and the seed of all noise."""
+    """The data for a diagnosis: samples ``x (N, *event)``, their contexts or None, and the seed of all noise."""
 
     x: Tensor
     context: Tensor | None
@@ -30,18 +30,18 @@ class HeldOut(NamedTuple):
         return self._replace(x=self.x[:n], context=None if self.context is None else self.context[:n])
 
     def noise(self) -> AbstractContextManager[None]:
-        """A block that draws the same noise each time."""
+        """Context in which random draws are the same each time."""
         return seeded(self.seed, Stream.DIAGNOSE)
 
 
 class Encoded(NamedTuple):
-    """Data pushed to the latent.
+    """Latents and log-densities of data.
 
     Attributes:
-        z: latent ``(B, D)``.
-        log_prob: the log-density of the data, ``(B,)`` in nats, double precision, on the CPU.
-        nll: its negative in nats per dimension.
-        nfe: evaluations of the vector fields, mean over the batches, each solved alone.
+        z: latents ``(N, D)``.
+        log_prob: log-density of each sample, ``(N,)`` in nats, in double precision on the CPU.
+        nll: negative log-density in nats per dimension, ``(N,)``.
+        nfe: number of evaluations of the vector fields in the solve of one batch, averaged over the batches.
     """
 
     z: Tensor
@@ -55,12 +55,12 @@ class Subject:
 
     Attributes:
         dims: number of dimensions of one sample.
-        solver_text: the solver of the model in words.
-        tolerance: the tolerance of that solver; None for a fixed grid.
-        batch_size: samples of one solve.
+        solver_text: description of the model's solver.
+        tolerance: the larger tolerance of that solver; None for a fixed grid.
+        batch_size: number of samples in one solve.
 
     Raises:
-        ConfigError: the model is not a :class:`~rnode_plugin.core.distribution.DensityModel`.
+        ConfigError: if the model is not a :class:`~rnode_plugin.core.distribution.DensityModel`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -90,13 +90,13 @@ class Subject:
         return Encoded(torch.cat([each.z.flatten(1) for each in outputs]), log_prob, -log_prob / self.dims, nfe)
 
     def decode(self, z: Tensor, data: HeldOut, *, solver: Solver | None = None) -> Tensor:
-        """The data of latents ``z (B, D)``, with the contexts of ``data``."""
+        """The samples of latents ``z (N, D)``, with the contexts in ``data``."""
         model = self.model.solved_with(solver=solver)
         z = z.reshape(len(z), *self.model.base.event_shape)
         return torch.cat([model.inverse(part, context=given) for part, given in self._batches(z, data.context)])
 
     def sample(self, n: int, context: Tensor | None) -> Tensor:
-        """``n`` samples; ``context`` has one row for each."""
+        """Draw ``n`` samples; ``context`` has one row for each sample."""
         rows = self._batches(torch.empty(n, 0), context)
         return torch.cat([self.model.sample(len(part), context=given) for part, given in rows])
 

@@ -1,4 +1,4 @@
-"""The sentences of a diagnosis, by check and outcome. Each placeholder is a number or a word of the finding."""
+"""The sentences in a diagnosis, by check and outcome. Each placeholder is a number or a word from the finding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SAMPLES = "samples"
 GAUSSIAN = "gaussian"
 
 FAILED = "A solver fails on held-out data: {failure} No verdict is possible until the solver succeeds."
-"""The sentence of a check in which a solver fails that the check relies on."""
+"""The sentence for a check that relies on a solver which fails."""
 
 FOUND = {
     SOLVER_GAP: (
@@ -135,11 +135,11 @@ INSTEAD = {
         "No Gaussian can be fitted, because columns of the held-out data are constant or depend on each other."
     ),
 }
-"""The whole text of outcomes in which a check could not measure what it is for."""
+"""The whole text for outcomes in which a check could not measure its quantity."""
 
 
 def text_of(name: str, outcome: str) -> str:
-    """The text of a check with this outcome, with placeholders."""
+    """The text for a check with this outcome, with placeholders."""
     if (name, outcome) in INSTEAD:
         return INSTEAD[name, outcome]
     return FOUND[name] + MEANING[name, outcome]
