@@ -1,6 +1,6 @@
 """Regularized neural ODEs (RNODE): penalties that keep the vector field simple and the solver fast.
 
-The public names are imported on first use, so ``import rnode_plugin`` costs nothing.
+The public names are imported on first use, so ``import rnode_plugin`` is quick and does not load torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The velocity of a diffusion model, its probability-flow ODE, from a network that predicts noise or data."""
+"""Turns a diffusion network that predicts noise or data into the velocity of its probability-flow ODE."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .core.signature import field_takes, time_first
 from .errors import ConfigError, suggest
 
 Level = Callable[[Tensor], Tensor]
-"""How much data or noise a state holds: a function of the time, tensor to tensor of the same shape."""
+"""The level of data or noise in a state, as a function of time. It maps a tensor to a tensor of the same shape."""
 
 PREDICTIONS = ("noise", "data", "score", "v")
-_LEAST = 1e-4  # the velocity divides by alpha and sigma
-_MOST_DATA = 0.1  # alpha / sigma at the noise end, where the base counts the state as noise alone
+_LEAST = 1e-4  # smallest alpha and sigma, because the velocity divides by them
+_MOST_DATA = 0.1  # largest alpha / sigma at the noise end, where the base treats the state as pure noise
 
 
 def velocity_from_noise(
@@ -31,29 +31,37 @@ def velocity_from_noise(
     call: Callable[..., Tensor] | None = None,
     time_shape: str | None = None,
 ) -> DiffusionVelocity:
-    """The velocity of a diffusion model, for :meth:`RegularizedCNF.from_velocity` and its likelihoods.
+    """Make the velocity of a diffusion model, for :meth:`RegularizedCNF.from_velocity` and its likelihoods.
 
     The model was trained on states ``x_t = alpha(t) x + sigma(t) e`` of data ``x`` and noise ``e ~ N(0, I)``. Its
     probability-flow ODE has the same distribution at each time (Song et al. 2021, arXiv 2011.13456)::
 
         dx_t/dt = alpha'(t) x_hat + sigma'(t) e_hat
 
-    with the data and the noise that the network predicts. The base of the density is at the time of the noise.
+    with the data ``x_hat`` and the noise ``e_hat`` that the network predicts. The base of the density is at the
+    time of the noise.
 
     Args:
-        net: the network, called by the names of its parameters, as in :meth:`RegularizedCNF.from_velocity`.
-        alpha, sigma: the schedule. Ready ones are ``*cosine()``, ``*linear_beta(0.1, 20)``, ``*from_betas(betas)``.
-        predicts: what the network returns, of the shape of ``x``: ``"noise"``, e; ``"data"``, x; ``"score"``, the
-            gradient of log p(x_t), which is ``-e / sigma``; ``"v"``, ``alpha e - sigma x`` (arXiv 2202.00512).
-        time_scale: the network gets ``t * time_scale``. None: the number of betas less one with :func:`from_betas`,
-            whose network takes the index of a step, otherwise 1.
-        call: calls the network instead, as ``call(net, time, x)`` or ``call(net, time, x, context)`` with a scalar
-            time, such as ``lambda net, t, x: net(x, t).sample`` for the models of diffusers.
-        time_shape: ``"(B,)"`` or ``"(B, 1)"`` for a network that takes one time for each sample in this shape.
+        net: the network. The names of its parameters decide how it is called, as in
+            :meth:`RegularizedCNF.from_velocity`.
+        alpha, sigma: the schedule, such as ``*cosine()``, ``*linear_beta(0.1, 20)`` or ``*from_betas(betas)``.
+        predicts: what the network returns, with the shape of ``x``: ``"noise"`` for e, ``"data"`` for x,
+            ``"score"`` for the gradient of log p(x_t), which is ``-e / sigma``, or ``"v"`` for ``alpha e - sigma
+            x`` (arXiv 2202.00512).
+        time_scale: the network gets ``t * time_scale``. None means 1, except with :func:`from_betas`, whose network
+            takes the index of a step. There it is the number of betas minus one.
+        call: a function that calls the network instead, as ``call(net, time, x)`` or
+            ``call(net, time, x, context)`` with a scalar time, such as ``lambda net, t, x: net(x, t).sample`` for
+            models from diffusers.
+        time_shape: ``"(B,)"`` or ``"(B, 1)"`` for a network that takes one time for each sample in this shape;
+            None: a scalar.
+
+    Returns:
+        DiffusionVelocity: the velocity, called ``(t, x)`` or ``(t, x, context)``.
 
     Raises:
         ConfigError: for an unknown prediction, a schedule that does not return tensors, and a network without a
-            time. When called, for a network whose output has another shape than ``x``.
+            time; when called, for a network whose output has another shape than ``x``.
 
     Example:
         >>> import torch
@@ -79,11 +87,11 @@ def velocity_from_noise(
 
 
 class DiffusionVelocity(nn.Module):
-    """What :func:`velocity_from_noise` returns: the velocity, called ``(t, x)`` or ``(t, x, context)``.
+    """The velocity that :func:`velocity_from_noise` returns, called ``(t, x)`` or ``(t, x, context)``.
 
     Attributes:
         net: the network, called ``(time, x)`` or ``(time, x, context)``.
-        alpha, sigma, predicts, time_scale: as there.
+        alpha, sigma, predicts, time_scale: as for :func:`velocity_from_noise`.
     """
 
     def __init__(
@@ -93,8 +101,9 @@ class DiffusionVelocity(nn.Module):
         self.net, self.alpha, self.sigma, self.predicts, self.time_scale = net, alpha, sigma, predicts, time_scale
 
     def forward(self, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
-        """The velocity ``(B, *event)`` at states ``x`` and ``t``, a scalar or one time per sample."""
+        """The velocity ``(B, *event)`` at states ``x`` and at ``t``, a scalar or one time per sample."""
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        # forward mode gives each level with its rate, also for one time per sample
         both: Any = torch.func.jvp(lambda t: (self.alpha(t), self.sigma(t)), (t,), (torch.ones_like(t),))
         levels, (alpha_rate, sigma_rate) = both
         data, noise = self._data_and_noise(t, x, context, *levels)
@@ -103,22 +112,22 @@ class DiffusionVelocity(nn.Module):
     def data_and_noise(self, t: Tensor | float, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         """The data and the noise, each ``(B, *event)``, that the network predicts for states ``x`` at ``t``.
 
-        On noised data ``alpha(t) data + sigma(t) noise`` the mean squared error of the noise is the training loss
-        if schedule, prediction and time scale are as in training.
+        This can check a schedule. If schedule, prediction and time scale are as in training, then on noised data
+        ``alpha(t) data + sigma(t) noise`` the mean squared error of the noise is the training loss.
         """
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
         return self._data_and_noise(t, x, context, self.alpha(t), self.sigma(t))
 
     def check_ends(self, data_time: float, noise_time: float, *, base: object = None) -> None:
-        """Refuse times between which there is no density; ``from_velocity`` calls it.
+        """Refuse times between which there is no density. :meth:`RegularizedCNF.from_velocity` calls this method.
 
         Args:
-            data_time, noise_time: as there.
-            base: the distribution at the noise; None: the standard normal.
+            data_time, noise_time: as for :meth:`RegularizedCNF.from_velocity`.
+            base: the distribution at ``noise_time``; None: the standard normal distribution.
 
         Raises:
-            ConfigError: where alpha or sigma is below 1e-4, where the state at ``noise_time`` holds data or its
-                noise has another scale than the base, and for times that are exchanged.
+            ConfigError: if alpha or sigma is below 1e-4 at one of the times, if the state at ``noise_time``
+                contains data or its noise has another scale than the base, and if the times are exchanged.
         """
         (alpha, sigma), (last_alpha, last_sigma) = self._levels(data_time), self._levels(noise_time)
         if not (self._is_regular(data_time) and self._is_regular(noise_time)):
@@ -152,7 +161,7 @@ class DiffusionVelocity(nn.Module):
         alpha, sigma = _rows(alpha, x), _rows(sigma, x)
         if self.predicts == "data":
             return found, (x - alpha * found) / sigma
-        if self.predicts == "v":
+        if self.predicts == "v":  # solve x_t = alpha x + sigma e and v = alpha e - sigma x for x and e
             square = alpha**2 + sigma**2
             return (alpha * x - sigma * found) / square, (sigma * x + alpha * found) / square
         noise = found if self.predicts == "noise" else -sigma * found
@@ -163,10 +172,10 @@ class DiffusionVelocity(nn.Module):
         return float(self.alpha(time)), float(self.sigma(time))
 
     def _is_regular(self, t: float) -> bool:
-        return all(level >= _LEAST for level in self._levels(t))  # false too outside of a table, for nan
+        return all(level >= _LEAST for level in self._levels(t))  # NaN, as outside of a table, is not regular
 
     def _advice(self) -> str:
-        """The times of [0, 1] to give."""
+        """A sentence with times in [0, 1] that work."""
         data = next(filter(self._is_regular, (0.0, 1e-3, 1e-2)), 0.0)
         noise = next(filter(self._is_regular, (1.0, 0.999, 0.99)), 1.0)
         alpha, sigma = self._levels(noise)
@@ -187,21 +196,21 @@ def _rows(level: Tensor, x: Tensor) -> Tensor:
 
 
 def cosine() -> tuple[Level, Level]:
-    """``alpha = cos(pi t / 2)``, ``sigma = sin(pi t / 2)``, of the continuous time 0 to 1.
+    """The schedule ``alpha = cos(pi t / 2)``, ``sigma = sin(pi t / 2)`` in continuous time from 0 to 1.
 
-    For a network that was trained on Nichol and Dhariwal's discrete cosine schedule give its betas to
-    :func:`from_betas`.
+    If the network was trained with Nichol and Dhariwal's discrete cosine schedule, use :func:`from_betas` with its
+    betas instead.
     """
     return _cosine, _sine
 
 
 def linear_beta(low: float = 0.1, high: float = 20.0) -> tuple[Level, Level]:
-    """The variance-preserving SDE with ``beta(t) = low + t (high - low)``, of the continuous time 0 to 1.
+    """The schedule of the variance-preserving SDE with ``beta(t) = low + t (high - low)``, in time from 0 to 1.
 
     ``alpha = exp(-t low / 2 - t^2 (high - low) / 4)`` and ``sigma = sqrt(1 - alpha^2)`` (arXiv 2011.13456, eq. 33).
 
     Args:
-        low, high: beta at 0 and 1. They are the betas of N discrete steps times N.
+        low, high: beta at times 0 and 1. For N discrete steps they are N times the first and the last beta.
     """
     of_time = functools.partial(_log_alpha_of_linear_beta, low=float(low), high=float(high))
     return functools.partial(_alpha, of_time), functools.partial(_sigma, of_time)
@@ -210,12 +219,12 @@ def linear_beta(low: float = 0.1, high: float = 20.0) -> tuple[Level, Level]:
 def from_betas(betas: Tensor | Sequence[float]) -> tuple[Level, Level]:
     """The schedule of a network that was trained on discrete steps, such as DDPM's.
 
-    At the time ``t = k / (T - 1)`` of step ``k = 0 .. T - 1``, ``alpha`` is the square root of the product of
-    ``1 - beta`` up to and with step k, as in training. Its logarithm is a cubic spline between the steps.
-    :func:`velocity_from_noise` then gives the network ``k``, its fractions too.
+    Step ``k = 0 .. T - 1`` has the time ``t = k / (T - 1)``. There ``alpha`` is the square root of the product of
+    ``1 - beta`` over the steps 0 to k, as in training. Between the steps its logarithm is a cubic spline.
+    :func:`velocity_from_noise` then gives the network the step ``k``, which may be fractional.
 
     Args:
-        betas: ``(T,)``, between 0 and 1, such as ``scheduler.betas`` of diffusers.
+        betas: ``(T,)``, between 0 and 1, such as ``scheduler.betas`` in diffusers.
 
     Raises:
         ConfigError: for fewer than two betas, and for one that is not between 0 and 1.
@@ -231,7 +240,7 @@ def from_betas(betas: Tensor | Sequence[float]) -> tuple[Level, Level]:
 
 
 class _Discrete(nn.Module):
-    """A level of discrete steps. Between two of them ``log alpha`` is a cubic with the coefficients ``pieces``."""
+    """A level for discrete steps. Between two steps ``log alpha`` is a cubic with the coefficients ``pieces``."""
 
     pieces: Tensor
 
@@ -248,7 +257,7 @@ class _Discrete(nn.Module):
         piece = place.floor().clamp(0, self.time_scale - 1).long()
         a, b, c, d = self.pieces.to(t).index_select(1, piece.reshape(-1)).reshape(4, *t.shape)
         part = place - piece
-        inside = (part - 0.5).abs() < 0.51  # the last time of a solve may be rounded up
+        inside = (part - 0.5).abs() < 0.51  # with some slack, since rounding may move the last time of a solve
         return torch.where(inside, ((a * part + b) * part + c) * part + d, math.nan)
 
 
@@ -269,4 +278,4 @@ def _alpha(log_alpha: Level, t: Tensor) -> Tensor:
 
 
 def _sigma(log_alpha: Level, t: Tensor) -> Tensor:
-    return (-torch.expm1(2 * log_alpha(t))).sqrt()
+    return (-torch.expm1(2 * log_alpha(t))).sqrt()  # sqrt(1 - alpha^2), without cancellation for small sigma

@@ -1,6 +1,6 @@
-"""Every error that a user can meet, with one message about what was wrong and what to do.
+"""All errors that are raised on purpose. Each has one message about what was wrong and what to do.
 
-The command line turns a :class:`RnodeError` into its message and exit code 1; a traceback is left to bugs.
+The command line turns a :class:`RnodeError` into its message and exit code 1. Only bugs show a traceback.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TypeGuard
 
 
 class RnodeError(Exception):
-    """Base of all errors that this package raises on purpose.
+    """Base class of all errors that rnode_plugin raises on purpose.
 
     Example:
         >>> from rnode_plugin import FixedGrid
@@ -45,14 +45,14 @@ class SolverError(RnodeError, RuntimeError):
     """The integration could not continue.
 
     Args:
-        reason, t, step, nfe: the attributes.
-        what, advice: the sentences of the message before and after the place.
+        reason, t, step, nfe: see the attributes.
+        what, advice: the parts of the message before and after ``t``, ``step`` and ``nfe``.
 
     Attributes:
         reason: ``"nonfinite"``, ``"underflow"`` or ``"max_nfe"``.
-        t: the time that was reached.
-        step: the number of accepted steps until then.
-        nfe: the number of evaluations of the vector field until then.
+        t: the time that the solve reached.
+        step: the number of accepted steps up to ``t``.
+        nfe: the number of evaluations of the vector field up to ``t``.
 
     Example:
         >>> import torch
@@ -71,13 +71,13 @@ class SolverError(RnodeError, RuntimeError):
         self._what, self._advice = what, advice
 
     def __reduce__(self) -> tuple[object, ...]:
-        # exceptions cross process borders; the default would call __init__ with the message alone
+        # exceptions are pickled between processes, and the default would call __init__ with the message only
         again = functools.partial(SolverError, t=self.t, step=self.step, nfe=self.nfe)
         return again, (self.reason, self._what, self._advice)
 
 
 class TrainingError(RnodeError):
-    """Training cannot continue. The last good checkpoint stays."""
+    """Training cannot continue. The last good checkpoint is kept."""
 
 
 class CompilerError(ConfigError):
@@ -93,12 +93,12 @@ NO_MEMORY = "memoryerror:|can't allocate memory|not enough memory|error: out of 
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its class if it has none."""
+    """The first line of an error's message, or the name of its class if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def suggest(name: str, known: Iterable[str], kind: str) -> str:
-    """The sentence for an unknown name: the nearest match and all that is known."""
+    """The message for an unknown name, with the nearest match and all known names."""
     options = sorted(known)
     near = difflib.get_close_matches(str(name), options, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -107,12 +107,12 @@ def suggest(name: str, known: Iterable[str], kind: str) -> str:
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    """Whether ``value`` is a whole number of at least 1; True is not."""
+    """Whether ``value`` is a whole number of at least 1. A bool is not."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def check_count(value: object, what: str) -> int:
-    """``value``, a whole number of at least 1, or a ConfigError that calls it ``what``."""
+    """Return ``value`` as an int if it is a whole number of at least 1; else a ConfigError calls it ``what``."""
     if not is_count(value):
         raise ConfigError(f"{what} must be a whole number of at least 1, not {value!r}.")
     return int(value)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: ``Draft``, ``write_atomically``; and ``check_path_name``."""
+"""Writes files completely or not at all (``Draft``, ``write_atomically``), and checks names of files."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from typing import BinaryIO
 from .errors import CheckpointError, ConfigError, first_line
 
 _PATH_NAME = re.compile(r"\w([\w .,+=@-]*[\w+=@-])?")
-_MAX_NAME_BYTES = 100  # file systems take 255 bytes, and suffixes are added
+_MAX_NAME_BYTES = 100  # file systems allow 255 bytes, and suffixes are added
 
 
 def check_path_name(name: str, what: str) -> str:
-    """``name`` itself, if it can be the name of one folder or file on every system.
+    """Return ``name`` if it can be the name of a folder or file on every system.
 
-    It consists of letters, digits, spaces and ``_ . , + = @ -``, begins with a letter, a digit or ``_``, and has at
-    most 100 bytes. So it leads neither up nor to an absolute path, and is not hidden.
+    It must consist of letters, digits, spaces and ``_ . , + = @ -``, begin with a letter, a digit or ``_``, and
+    have at most 100 bytes. Such a name never leads to a parent folder or an absolute path, and is not hidden.
 
     Args:
+        name: the name.
         what: what has this name, for the message, such as ``"recipe"``.
 
     Raises:
-        ConfigError: it cannot be such a name.
+        ConfigError: for any other name.
     """
     if not isinstance(name, str) or not _PATH_NAME.fullmatch(name) or len(name.encode()) > _MAX_NAME_BYTES:
         shown = name if len(repr(name)) <= 2 * _MAX_NAME_BYTES else f"{str(name)[:_MAX_NAME_BYTES]}..."
@@ -38,13 +39,13 @@ def check_path_name(name: str, what: str) -> str:
 
 
 class Draft:
-    """A file that is written next to ``path`` and gets its name when it is complete.
+    """A file that is written next to ``path`` and renamed to ``path`` when it is complete.
 
-    As a context manager it opens ``file`` for writing, and removes what it has written unless :meth:`publish` was
+    As a context manager it opens ``file`` for writing, and removes the written data unless :meth:`publish` was
     called. Links are followed. Only regular files are replaced, never a device, a pipe or a folder.
 
     Raises:
-        OSError: here and in all methods, if the system refuses.
+        OSError: from this class and all of its methods, if the operating system refuses.
     """
 
     file: BinaryIO
@@ -57,6 +58,7 @@ class Draft:
         if self._target.exists() and not self._target.is_file():
             raise OSError("only regular files are replaced, not folders, devices or pipes; name another file")
         self._target.parent.mkdir(parents=True, exist_ok=True)
+        # in the same folder, because a rename is atomic only within one file system
         self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}.tmp")
         self.file = self._temporary.open("wb")
         return self
@@ -64,22 +66,23 @@ class Draft:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError):  # what cannot be written cannot be flushed either
+        with contextlib.suppress(OSError):  # closing flushes, which fails again if writing has failed
             self.file.close()
         self._temporary.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Sync everything to the disk."""
+        """Write everything to the disk and close the file."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
 
     def publish(self, *, keep: str | os.PathLike[str] | None = None) -> None:
-        """Give the finished file its name, in one step; the one that was there before gets the name ``keep``."""
+        """Rename the finished file to its path atomically. A file that was there before gets the name ``keep``."""
         if keep is not None and self._target.exists():
             self._target.replace(keep)
         self._temporary.replace(self._target)
-        if os.name == "posix":  # elsewhere a folder cannot be opened
+        # sync the folder too, so that the rename survives a crash; Windows cannot open a folder
+        if os.name == "posix":
             folder = os.open(self._target.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
@@ -88,15 +91,15 @@ class Draft:
 def write_atomically(
     path: str | os.PathLike[str], write: Callable[[BinaryIO], object], *, keep: str | os.PathLike[str] | None = None
 ) -> None:
-    """Call ``write`` on a :class:`Draft` of ``path`` and publish it: never half a file.
+    """Call ``write`` on a :class:`Draft` of ``path`` and publish it, so that ``path`` never holds half a file.
 
     Args:
         path: the file.
-        write: writes its contents.
-        keep: name that the file which was there before gets; None to replace it.
+        write: writes the contents into an open binary file.
+        keep: new name for a file that was at ``path`` before; None replaces it.
 
     Raises:
-        CheckpointError: the disk is full, the folder read-only, and the like; nothing half-written stays.
+        CheckpointError: if the file cannot be written, for example on a full disk; no partial file remains.
     """
     try:
         with Draft(path) as draft:

@@ -1,4 +1,4 @@
-"""Velocities trained without a solve: penalties and scores at points, and flow_matching's ``ODESolver``."""
+"""For velocities that are trained without a solve: penalties and scores at points, and an ``ODESolver``."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ def penalties_at(
     batch_dim: int | None = 0,
     velocity: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The rates of penalties at given points, for a loss without a solve such as flow matching's.
+    """Compute the rates of penalties at given points, for a loss without a solve, such as flow matching.
 
-    At the points of a batch whose times are uniform in [0, 1] the mean of a rate estimates the penalty's integral;
-    this mean times lambda / D is the term of eq. 17.
+    If the times of a batch are uniform in [0, 1], the mean of a rate over the batch estimates the penalty's
+    integral. This mean times lambda / D is the penalty's term in eq. 17.
 
     Args:
-        field: the velocity, called by the names of its parameters, as ``(t, x)`` if these are not informative.
+        field: the velocity. The names of its parameters decide how it is called, by default ``(t, x)``.
         t: a number, or one time per sample, ``(B,)`` or ``(B, 1)``, as the field takes it.
         z: states ``(B, *event)``.
         regularizers: names, objects or functions of rates, as for :class:`~rnode_plugin.NeuralODE`, but without
             lambdas, which you apply to the result.
-        trace_noise: noise of the product that ``jacfrob`` needs; one draw per call from torch's generator.
-        batch_dim: 0, the dimension of the samples. None: all of ``z`` is one sample, as for a field that mixes the
-            rows of its state; the nodes of a graph are not samples.
-        velocity: ``field`` at ``t`` and ``z`` if the loss has computed it already. Penalties without a derivative,
-            such as ``kinetic`` and ``finite_difference``, then cost no second evaluation of it.
+        trace_noise: noise for the product that ``jacfrob`` needs; each call draws once from torch's generator.
+        batch_dim: 0, the dimension of the samples. None: all of ``z`` is one sample, for a field that mixes the
+            rows of its state, such as the nodes of a graph.
+        velocity: ``field`` at ``t`` and ``z``, if the loss has computed it already. Penalties without a derivative,
+            such as ``kinetic`` and ``finite_difference``, then do not evaluate it a second time.
 
     Returns:
-        The rate ``(B,)`` of each by name, summed over the event; differentiable if gradients are enabled.
+        The rate ``(B,)`` of each penalty by name, summed over the event; differentiable if gradients are enabled.
 
     Raises:
         ConfigError: for a regularizer that is unknown, not a rate or given with a lambda, for a ``t`` of another
-            shape, and for one time per sample with a field of this package that takes one for all.
+            shape, and for one time per sample with a field that takes one time for all samples.
 
     Example:
         >>> import torch
@@ -88,14 +88,15 @@ def penalties_at(
 
 
 def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, noise_time: float = 1.0) -> Tensor:
-    """``grad log p_t(x)``, the score, from a velocity that was trained on straight paths between noise and data.
+    """Compute the score ``grad log p_t(x)`` from a velocity that was trained on straight paths from noise to data.
 
-    For ``x_t = (1 - t) data + t noise`` with standard normal noise, paired with the data at random, it is
+    For ``x_t = (1 - t) data + t noise`` with standard normal noise, paired with the data at random, the score is
     ``-(x + (1 - t) v(t, x)) / t`` (arXiv 2303.08797). Unless the velocity is exact, this differs from the score of
-    the density that it samples: for that differentiate ``log_prob`` of :meth:`RegularizedCNF.from_velocity`.
+    the density that the velocity samples. For that score, differentiate ``log_prob`` of
+    :meth:`RegularizedCNF.from_velocity`.
 
     Args:
-        v: the velocity, called by the names of its parameters, as ``(t, x)`` if these are not informative.
+        v: the velocity. The names of its parameters decide how it is called, by default ``(t, x)``.
         t: a number, or one time per sample, ``(B,)`` or ``(B, 1)``, as the velocity takes it.
         x: states ``(B, *event)``.
         noise_time: 1 for noise at time 1, 0 for noise at time 0, as in flow_matching and torchcfm.
@@ -121,12 +122,13 @@ def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, noise_time: fl
     if not bool((noise >= 1e-4).all()):
         raise ConfigError(f"the score is singular at the data, time {1 - noise_time:g}: give other times.")
     noise = noise.reshape(-1, *(1,) * (x.ndim - 1)) if noise.ndim else noise
+    # with noise at time 0, replacing t by 1 - t reverses the velocity
     sign = 1 if noise_time == 1 else -1
     return -(x + sign * (1 - noise) * velocity) / noise
 
 
 class _Evaluated(AutogradField):
-    """A field whose velocity at the points is known."""
+    """A field whose velocity at the points is known already."""
 
     def __init__(self, field: Callable[..., Tensor], velocity: Tensor, view: View | None) -> None:
         super().__init__(field, view=view)
@@ -141,14 +143,15 @@ class _Evaluated(AutogradField):
 
 
 class ODESolver:
-    """flow_matching's ``ODESolver`` over the solver of this package, with the same two methods.
+    """flow_matching's ``ODESolver`` with the same two methods, solved by a :class:`~rnode_plugin.Solver`.
 
     Unlike in flow_matching 1.0.10, likelihoods have gradients (``enable_grad=True``) and exact traces work for
-    every event shape. For several probes, samples with their density from one solve, or penalties, make the
-    density itself by :meth:`RegularizedCNF.from_velocity`.
+    every event shape. For several probes, samples with their density from one solve, or penalties, use
+    :meth:`RegularizedCNF.from_velocity`.
 
     Args:
-        velocity_model: called by the names of its parameters, such as ``model(x, t, **extras)``.
+        velocity_model: the velocity, such as ``model(x, t, **extras)``. The names of its parameters decide how it
+            is called.
         time_shape: ``"(B,)"`` or ``"(B, 1)"`` for a model that takes one time for each sample in this shape; None:
             a scalar.
 
@@ -156,7 +159,7 @@ class ODESolver:
         ConfigError: for the velocity of a diffusion model, whose data are at time 0.
 
     Attributes:
-        nfe: evaluations of the velocity in the last call.
+        nfe: number of evaluations of the velocity in the last call.
 
     Example:
         >>> import torch
@@ -189,15 +192,22 @@ class ODESolver:
         enable_grad: bool = False,
         **model_extras: object,
     ) -> Tensor:
-        """Samples from source points ``x_init (B, *event)``; the arguments are flow_matching's.
+        """Compute samples from source points ``x_init (B, *event)``; the arguments are flow_matching's.
 
         Args:
+            x_init: source points ``(B, *event)``.
             step_size: longest step of a fixed grid, which divides each interval of ``time_grid`` evenly; None: one
                 step per interval of a ``time_grid`` that is given.
             method: ``"euler"``, ``"midpoint"``, ``"rk4"`` (the 3/8 rule, as in torchdiffeq), ``"dopri5"`` or
                 another method of :class:`~rnode_plugin.Solver`.
-            time_grid: times, by default from 0 to 1.
-            return_intermediates: whether to return the states at all of them, ``(T, B, *event)``.
+            atol, rtol: tolerances of an adaptive method.
+            time_grid: times ``(T,)``; None: 0 to 1.
+            return_intermediates: whether to return the states at all times, ``(T, B, *event)``.
+            enable_grad: whether the result has gradients.
+            model_extras: further arguments of the velocity.
+
+        Returns:
+            The samples ``(B, *event)``, or the states at all times.
 
         Raises:
             ConfigError: for another method, for a fixed one without ``step_size`` and ``time_grid``, and for points
@@ -226,20 +236,23 @@ class ODESolver:
         enable_grad: bool = False,
         **model_extras: object,
     ) -> tuple[Tensor, Tensor]:
-        """Source points of samples ``x_1``, and ``log p(x_1) (B,)`` in nats; the arguments are flow_matching's.
+        """Compute source points and ``log p (B,)`` in nats of samples ``x_1``; the arguments are flow_matching's.
 
         Args:
             x_1: samples ``(B, *event)``.
-            log_p0: log-density ``(B,)`` of the source.
+            log_p0: log-density of the source, which maps ``(B, *event)`` to ``(B,)`` in nats.
             step_size, method, atol, rtol: as for :meth:`sample`.
-            time_grid: times from 1 to 0, which are the default.
-            return_intermediates: whether to return the states at all of them instead of the source points.
-            exact_divergence: the exact trace; else one Rademacher probe.
+            time_grid: times ``(T,)`` from 1 to 0; None: only these two.
+            return_intermediates: whether to return the states at all times instead of the source points.
+            exact_divergence: whether to take the exact trace instead of one Rademacher probe.
             enable_grad: whether the result has gradients.
             model_extras: further arguments of the velocity.
 
+        Returns:
+            The source points ``(B, *event)``, or the states at all times, and the log-densities.
+
         Raises:
-            ConfigError: as :meth:`sample`, and for a ``time_grid`` with other ends.
+            ConfigError: as for :meth:`sample`, and for a ``time_grid`` with other ends.
             SolverError: if the solve fails.
         """
         from .torchdyn.density import RegularizedCNF  # loads torchdyn, which no other function here needs

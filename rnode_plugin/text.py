@@ -1,4 +1,4 @@
-"""Durations, numbers and tables as text, with significant digits and aligned columns, and a counter of batches."""
+"""Formats durations, numbers and tables as text, and prints the progress of batches."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-_INTERVAL = 10.0  # least seconds between two lines of a counter
+_INTERVAL = 10.0  # shortest time between two progress lines, in seconds
 
 
 def duration(seconds: float) -> str:
-    """``12.3 s``, ``4 min 05 s`` or ``2 h 07 min``."""
-    if seconds < 59.95:
+    """Format a duration as ``12.3 s``, ``4 min 05 s`` or ``2 h 07 min``."""
+    if seconds < 59.95:  # 59.95 would round to 60.0 s
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """``value`` with so many significant digits; a whole number from ten on without a point."""
+    """Format ``value`` with ``digits`` significant digits; a whole number from ten on has no decimal point."""
     if abs(value) >= 10 ** (digits - 1) or (abs(value) >= 10 and value == round(value)):
         return f"{value:,.0f}"
     return f"{value:#.{digits}g}".rstrip(".") if value else "0"  # 99.96 becomes 100
 
 
 def with_error(value: float, error: float | None) -> str:
-    """``2.971 ± 0.012``: two significant digits of the error, as many places of the value; or the value alone."""
+    """Format a value as ``2.971 ± 0.012``, with two significant digits of the error; None: the value alone."""
     if not error:
         return _rounded(value, 4) + ("" if error is None else " ± 0")
     places = _places(error)
@@ -34,22 +34,22 @@ def with_error(value: float, error: float | None) -> str:
 
 
 def change_with_error(value: float, error: float) -> str:
-    """``−0.021 ± 0.003`` as :func:`with_error`, always with a sign."""
+    """Format a change as ``−0.021 ± 0.003``, like :func:`with_error`, but always with a sign."""
     return _with_sign(with_error(value, error))
 
 
 def signed(value: float) -> str:
-    """``+0.0123`` or ``−0.0123``."""
+    """Format a number with its sign, as ``+0.0123`` or ``−0.0123``."""
     return _with_sign(_rounded(value, 4))
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 image`` or ``64 images``."""
+    """Format a count with its noun, as ``1 image`` or ``64 images``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:
-    """Aligned columns; all rows have the same number of cells."""
+    """Format rows as aligned columns; all rows have the same number of cells."""
     cells = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)) for row in cells)
@@ -61,16 +61,16 @@ def _with_sign(text: str) -> str:
 
 
 def _rounded(value: float, places: int) -> str:
-    return f"{round(value, places) + 0.0:.{places}f}"  # a zero has no minus
+    return f"{round(value, places) + 0.0:.{places}f}"  # adding 0.0 turns -0.0 into 0.0
 
 
 def _places(error: float) -> int:
-    """Decimal places that show two significant digits of an error, six at most."""
+    """The number of decimal places that show two significant digits of an error, six at most."""
     return min(max(0, 1 - math.floor(math.log10(error))), 6) if math.isfinite(error) else 4
 
 
 def batch_counter(what: str) -> Callable[[int, int], None]:
-    """A callback ``(done, total)`` that prints a line on the standard error every ten seconds."""
+    """Make a callback ``(done, total)`` that prints a line to standard error at most every ten seconds."""
     last = time.monotonic()
 
     def show(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""pydantic's errors as one of ours, in a sentence."""
+"""Turns pydantic's errors into a ConfigError with one sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import ConfigError
 
 @contextlib.contextmanager
 def refused(group: str = "") -> Iterator[None]:
-    """Raise pydantic's error as a ConfigError, with the settings named as ``--set`` names them."""
+    """Context that raises pydantic's error as a ConfigError, which names settings as ``--set`` does."""
     try:
         yield
     except ValidationError as error:
@@ -23,14 +23,14 @@ def refused(group: str = "") -> Iterator[None]:
 
 
 def _sentence(error: ValidationError, group: str) -> str:
-    """The findings of pydantic about the first setting that is wrong, in one sentence."""
+    """One sentence with pydantic's findings about the first setting that is wrong."""
     unknown = ("unexpected_keyword_argument", "extra_forbidden")
     found = sorted(error.errors(include_url=False), key=lambda each: each["type"] not in unknown)
     path = _path(found[0]["loc"], group)
     if found[0]["type"] in unknown:
         return f"unknown setting {path!r}."
     own = found[0].get("ctx", {}).get("error")
-    if isinstance(own, ConfigError):  # of several settings, or of a check in a group
+    if isinstance(own, ConfigError):  # from a check of our own, which may concern several settings
         return str(own) if path in str(own) else f"{path}: {own}"
     here = [each for each in found if _path(each["loc"], group) == path]
     text = " or ".join(dict.fromkeys(each["msg"].removeprefix("Value error, ") for each in here))
@@ -38,5 +38,5 @@ def _sentence(error: ValidationError, group: str) -> str:
 
 
 def _path(location: tuple[int | str, ...], group: str) -> str:
-    """``group.key`` of a place in a recipe, without the branch of a union and the position in a tuple."""
+    """``group.key`` for a location in a recipe, without the branch of a union and the position in a tuple."""
     return ".".join([str(each) for each in (group, *location) if each and each not in ("images", "table")][:2])
