@@ -35,6 +35,7 @@ def citation(
             keys.append(regularizer.source.key)
     keys += [_ESTIMATORS.get(type(estimator), ""), *(_METHODS.get(method, "") for method in methods)]
     entries = _entries()
+    # dict.fromkeys drops repeated keys and keeps the order; keys of a plugin's papers are not in our file
     return "\n\n".join(entries[key] for key in dict.fromkeys(keys) if key in entries)
 
 

@@ -219,6 +219,8 @@ class AutogradField:
         if transforms_active():
             return _in_transform(f, t, z, noise, ask)._replace(aux=aux)
         known = self._known
+        # Products need a graph even if the caller wants none, so gradients are enabled here in any case. `keep` is
+        # whether the results keep their graph.
         keep = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         several = ask.products == "rows" or ask.divergence or (noise is not None and noise.ndim > z.ndim)
         with torch.inference_mode(False), torch.enable_grad():
@@ -246,6 +248,8 @@ class AutogradField:
                 return self._zero(f, t, z, dz) if vjp is None else vjp
 
             products, divergence = _products(ask, z, noise, pull)
+            # If samples mix, a random product still gives an unbiased trace, because terms with the noise of other
+            # samples have mean zero. Unit vectors in all samples at once would add them up.
             if (ask.products == "rows" or ask.divergence) and not known.samples_are_apart:
                 _refuse_mixed_samples(z, dz)
                 known.samples_are_apart = True
@@ -324,6 +328,7 @@ def total_derivative(field: Velocity, t: Tensor, z: Tensor, order: int) -> Tenso
 
     Order 1 is the velocity. Each of the ``order - 1`` nested derivatives costs about three times the one before.
     """
+    # d/dt of g(t, z(t)) is the derivative of g along (f, 1), which is again a function of (t, z)
     derivative = field
     for _ in range(order - 1):
         derivative = _along(field, derivative)
@@ -433,6 +438,7 @@ def _refuse_mixed_samples(z: Tensor, dz: Tensor) -> None:
     plain, scaled = (torch.autograd.grad(dz, z, v, True, allow_unused=True)[0] for v in vectors)
     if plain is None:  # the field ignores its state
         return
+    # sqrt(eps) is far above rounding, which is of order eps
     apart, bound = scale * plain, torch.finfo(dz.dtype).eps ** 0.5
     if bool(((scaled - apart).abs() > bound * apart.abs().max()).any()):
         raise ConfigError(

@@ -243,6 +243,7 @@ class DensityModel(nn.Module, ABC):
             carry = functools.partial(self.inverse, context=given, solver=solver)
             x, jacobian = jacobian_of(carry, part, graph=graph, net=self)
             parts.append((x, *log_abs_det(jacobian)))
+        # signs of all chunks together, because a fold shows as determinants of both signs
         x, logdet, sign = (torch.cat(each) for each in zip(*parts, strict=True))
         refuse_folds(logdet.detach(), sign)
         output = FlowOutput(x=x, z=z, logdet=-logdet.to(x))
@@ -338,6 +339,7 @@ class DensityModel(nn.Module, ABC):
         z = self._draw_latents(check_count(n, "the number of samples"), None)
         rows, repeated = self.context_rows(context, z), 1 if exact else PROBES
 
+        # copies of a sample lie next to each other, so that log-densities can be reshaped to (n, repeated)
         def solved() -> tuple[Tensor, Tensor]:
             many = None if rows is None else rows.repeat_interleave(repeated, 0)
             latents = z.repeat_interleave(repeated, 0)
@@ -504,7 +506,8 @@ class DensityModel(nn.Module, ABC):
                 f"{type(noise).__name__} of {len(noise)}."
             )
         for k, (probe, shape) in enumerate(zip(noise, shapes, strict=True)):
-            one = self.estimator.draw(x.new_empty(1, *shape, device="meta"))  # torch.export cannot draw a batch
+            # the estimator knows the shape of its noise; ask for one sample, since torch.export cannot draw a batch
+            one = self.estimator.draw(x.new_empty(1, *shape, device="meta"))
             many = None if one is None else (*one.shape[: -1 - len(shape)], x.shape[0], *shape)
             expected = None if many is None else (many, x.dtype, x.device)
             got = None if probe is None else (tuple(probe.shape), probe.dtype, probe.device)
@@ -567,9 +570,10 @@ class FlowDistribution(Distribution):
 
         ``value`` has shape ``(..., *event_shape)``; the result has shape ``(...)``, broadcast with ``batch_shape``.
         """
-        if self._validate_args and value.numel() > 0:  # torch's check fails without values
+        if self._validate_args and value.numel() > 0:  # torch's check fails for an empty tensor
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape[: value.ndim - len(self.event_shape)], self.batch_shape)
+        # a model takes one batch dimension, so flatten the batch and restore it at the end
         rows = value.expand(shape + self.event_shape).reshape(shape.numel(), *self.event_shape)
         return self.model.log_prob(rows, context=self._rows(shape)).reshape(shape)
 

@@ -151,7 +151,7 @@ class PathPenalties:
         """
         inner = [penalty.times(t[0], t[-1]).to(t) for penalty in self.trajectories]
         together = torch.cat([t, *inner])
-        times, places = together.detach().unique(return_inverse=True)  # rising
+        times, places = together.detach().unique(return_inverse=True)  # increasing, whichever way the solve runs
         if t[0] > t[-1]:
             times, places = times.flip(0), len(times) - 1 - places
         own, *others = places.split([len(t), *map(len, inner)])
@@ -160,6 +160,7 @@ class PathPenalties:
             raise ConfigError(f"{names} wants states at times outside of the solve, {t[0]:g} to {t[-1]:g}.")
         # unique was given detached times: write the originals back, whose graph leads to a learned end time
         times = times.index_copy(0, places[len(t) :], together[len(t) :]).index_copy(0, own, t)
+        # unique also sorts the indices, and drops one that falls on an end
         return times, own, [torch.cat([own[:1], x, own[-1:]]).unique() for x in others]
 
     def of_trajectory(
@@ -272,7 +273,8 @@ class Dynamics(BoundDynamics):
             products=self.estimator.asks if self._estimates else "",
         )
         repeats = self.estimator.repeats or kinds.repeats
-        self._open = functools.partial(Door, self.field, self.net, view=view, repeats=repeats)  # for each solve
+        # each solve opens its own door, which holds the random state of the last evaluation
+        self._open = functools.partial(Door, self.field, self.net, view=view, repeats=repeats)
         self.door = self._open()
 
     def parameters(self) -> Iterable[Tensor]:
@@ -315,7 +317,7 @@ class Dynamics(BoundDynamics):
                 "rnode_plugin.NeuralODE, or has a noise_dist."
             )
         door = self.door
-        if ask != RATES:
+        if ask != RATES:  # a stage without products in a sampled quadrature, or a guess of the first step
             found = door.evaluate(t, z)
         elif self._estimates:
             found = self.estimator.linearize(door, t, z, noise, self._ask)

@@ -110,6 +110,7 @@ class FollowedSolve:
             training: whether a span policy may draw times. Without penalties it draws none.
         """
         kinds = regularizers if isinstance(regularizers, Kinds) else Kinds.of(regularizers)
+        # the dynamics refuse a span policy, since this object applies it
         followed = Kinds() if not penalized else kinds if kinds.span is None else replace(kinds, span=None)
         return cls(followed, kinds.span, training and penalized, penalized)
 

@@ -112,6 +112,7 @@ def _draws_needed(found: ImportanceSample, log_prob: Tensor) -> int:
     variance = log_prob.var(1)
     third = (log_prob - log_prob.mean(1, keepdim=True)).pow(3).sum(1) * k / ((k - 1) * (k - 2))  # unbiased
     fourth = variance.square() * (k - 1) / (k + 1)  # unbiased for s^4 if the noise is normal
+    # weighted, because log Z is a mean over the weights: a sample without weight adds no bias
     skew, spread = (float((found.weights * each).sum()) for each in (third / 3, fourth / 4))
     fewest, allowed = float(variance.mean()) / _NOISE, _BIAS * float(found.log_z_error)
     if not math.isfinite(fewest + skew + spread):  # the target or a solve failed, and no draws repair that
@@ -120,6 +121,6 @@ def _draws_needed(found: ImportanceSample, log_prob: Tensor) -> int:
     def suffices(draws: int) -> bool:
         return (abs(skew) + spread / (draws - 1)) / draws**2 <= allowed
 
-    fewest = max(math.ceil(fewest), 2)
+    fewest = max(math.ceil(fewest), 2)  # a variance needs two draws
     # a single sample, or equal weights, give a standard error of 0, below which no bias can be
     return fewest + bisect_left(range(fewest, _END), True, key=suffices) if allowed > 0 else fewest

@@ -56,6 +56,7 @@ def jacobian_of(
                 return carry(z).reshape(z.shape)
 
             check_second_derivative(x.reshape(z.shape), z, start, elsewhere, z.new_zeros(()), net=net, jvp=False)
+        # samples do not mix, so the gradient of a sum over the batch holds one row for each sample
         rows = [
             torch.autograd.grad(each.sum(), z, retain_graph=True, create_graph=graph)[0].flatten(1)
             for each in x.flatten(1).unbind(1)

@@ -66,6 +66,7 @@ class Penalties(Mapping[str, Tensor]):
         """The regularizers, sorted by kind."""
         return Kinds.of(each.regularizer for each in self.weighted.values())
 
+    # both leave out the solves: thread-local storage cannot be pickled, and deepcopy refuses tensors with a graph
     def __deepcopy__(self, memo: dict[int, object]) -> Penalties:
         return Penalties(copy.deepcopy(self.weighted, memo))
 
@@ -213,6 +214,7 @@ def attach(
     # nested forward mode would silently treat the derivative of an autograd Function as zero
     if hidden_cost is None and (not integrals or transforms_active()):
         return sol, dict(integrals)
+    # one node with all outputs, so that a walk of the graph from any of them finds all inputs
     tied, *values = _Tie.apply(sol, hidden_cost, *integrals.values())
     return tied, dict(zip(integrals, values, strict=True))
 

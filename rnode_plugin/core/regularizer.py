@@ -106,6 +106,7 @@ class Regularizer:
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
+        # vars, not hasattr: a subclass must not inherit the formula of its base
         if "formula" not in vars(cls):
             cls.formula = _first_line(cls)
 

@@ -100,16 +100,17 @@ def _functions(dz: Tensor, z: Tensor, start: int) -> tuple[dict[type | str, str]
     end = z.grad_fn
     parents: dict[Node, list[Node]] = {}  # from an input of a node to the node
     assert dz.grad_fn is not None
+    # a walk from the velocity down to the state, which notes for each node who reads its output
     pending: list[Node] = [dz.grad_fn]
     seen, suspects, ends = {dz.grad_fn}, dict[Node, tuple[type | str, str]](), list[Node]()
     depends = False
     while pending:
         node = pending.pop()
         variable = getattr(node, "variable", None)
-        if node is end or variable is z:
+        if node is end or variable is z:  # the state, as the output of a node or as a leaf
             ends.append(node)
             continue
-        if variable is not None:
+        if variable is not None:  # another leaf, a parameter
             depends = True
             continue
         if node._sequence_nr() < start:
@@ -117,6 +118,7 @@ def _functions(dz: Tensor, z: Tensor, start: int) -> tuple[dict[type | str, str]
             continue
         if isinstance(node, BackwardCFunction):
             function = getattr(type(node), "_forward_cls", type(node))
+            # our own functions have tested double backwards
             if not function.__module__.startswith("rnode_plugin."):
                 suspects[node] = function, function.__name__
         elif node.name().startswith("ScaledDotProduct") and "Math" not in node.name():
@@ -144,6 +146,7 @@ def _compare(dz: Tensor, z: Tensor, elsewhere: Callable[[Tensor, Tensor], Tensor
     generator = torch.Generator().manual_seed(0)
     v, w = (torch.randint(2, dz.shape, generator=generator).to(dz) * 2 - 1 for _ in range(2))
     point, w, t = z.detach(), w.to(z.dtype), t.detach()
+    # one percent of the state: large against rounding in float32, small against the scale of the field
     size = 0.01 * point.square().mean().sqrt().clamp(min=0.1)
 
     def product(state: Tensor, *, again: bool = False) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Finds out how a vector field is called, with or without a time and with time or state first, by parameter names."""
+"""Finds out from parameter names how a vector field is called: with a time or without, time or state first."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ def _in_shape(t: Tensor, x: Tensor, name: str) -> Tensor:
 
 
 def _function(field: Any) -> Any:
-    """The function whose signature tells how ``field`` is called."""
+    """The function whose signature determines how ``field`` is called."""
     field = original(field)
     if isinstance(field, functools.partial) and isinstance(field.func, nn.Module):
         return functools.partial(_function(field.func), *field.args, **field.keywords)

@@ -191,6 +191,7 @@ class HutchPlusPlus(TraceEstimator):
         found = door.again(t, state, ask._replace(products="noise"), vectors)
         rows = found.products
         assert rows is not None
+        # the probes differ at each evaluation, so they travel with the products
         return found._replace(products=torch.stack([vectors.to(rows.dtype), rows]))
 
     def _directions(self, sketch: Tensor, noise: Tensor) -> Tensor:
@@ -203,6 +204,7 @@ class HutchPlusPlus(TraceEstimator):
 
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
         vectors, rows = products
+        # weight 1 for Q, whose part is exact, and a mean over the probes of the rest
         return Probes((1.0,) * self.rank + (1 / self.rank,) * self.rank, tuple(vectors), tuple(rows))
 
 

@@ -113,6 +113,7 @@ class View:
 
     def into(self, state: State, z: Tensor) -> State:
         """A copy of the state in which ``z`` replaces its part."""
+        # no write in place: the graph of the state must stay valid, and z may require a gradient
         tensors = list(self.tensors(state))
         if self.is_whole:
             tensors[self.places[0]] = z

@@ -86,6 +86,7 @@ class Stack:
                 time = weight.new_zeros(weight.shape[0], 1, *weight.shape[2:]) if time is None else time
                 bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
                 rows.append(kind.shift_rows(time, bias, self.event))
+        # one row for all layers, so that one addcmul adds t times the response of all of them
         both = torch.cat(rows, 1)
         flat = [kind.flat(weight) for _, weight, _ in layers]
         self.theta = torch.cat([(both if self._timed else both[0]).reshape(-1), *flat])
@@ -97,6 +98,7 @@ class Stack:
         self._plain = self.layers_of(self.theta) if compiled else None
         self.fast: Layers | None = None
         if fast:
+            # detached: the hand-written nodes take theta as an input and return its gradient themselves
             bias, response, weights = self._pieces(self.theta.detach())
             maps = [kind.prepared(weight.to(self.dtype)) for weight in weights]
             self.fast = Layers(maps, operations_for(z).between_layers(activation, bias, response))
@@ -193,7 +195,7 @@ class Stack:
     def _along(self, kept: Sequence[Tensor], v: Tensor, dt: Tensor | float) -> Tensor:
         """``df/dz v + df/dt dt``, like ``v``, at the state of the evaluation that ``kept`` its activations."""
         turn = dt if isinstance(dt, Tensor) else v.new_tensor(dt) if dt else None
-        turn = turn if self._timed else None
+        turn = turn if self._timed else None  # without a time input, df/dt is zero
         if self.fast is None or traced(v, turn, self.theta, *kept):
             with _without_autocast(v):
                 return _direction(self, self.plain, kept, v, turn)[0].to(v.dtype)
@@ -358,6 +360,8 @@ class _Evaluation(torch.autograd.Function):
             if pulled is not None:
                 product, inner = _product(stack, stack.fast, kept, pulled, pre)
                 product = product.to(z.dtype)
+        # What is kept is an output too, since _Direction sends gradients to it. The cotangents g_k are outputs only
+        # because save_for_backward takes inputs and outputs.
         ctx.mark_non_differentiable(*inner)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *kept, *inner)
@@ -483,6 +487,7 @@ def _pull_back(
     t_grad, z_grad, theta_grad = _downward(
         stack, stack.enter(dz), entry, through, t, (needs_t, needs_z, needs_theta)
     )
+    # the last weight has no gradient from the product here: it enters through `pulled`, whose graph leads to it
     if theta_grad is not None and up is not None and up.gradients:
         more = torch.cat(up.gradients)
         theta_grad[stack.start :][: len(more)].add_(more)

@@ -85,6 +85,7 @@ class LayerMap(ABC):
     @staticmethod
     def sum_batch(v: Tensor) -> Tensor:
         """Sum over the samples, as one row in the order of memory."""
+        # the gradient by the row that maps_of cuts, pixel by pixel, since a response varies over the image
         return v.sum(0)
 
     @staticmethod

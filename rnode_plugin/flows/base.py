@@ -164,6 +164,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
             noise = self.draw_noise(z.shape[0])
         else:
             self.check_noise(noise, z)
+        # noise is in the order of the blocks in both directions, so encode and decode can share it
         blocks = reversed(list(zip(self._fields_at(context, z), noise, strict=True)))
         solver = self.solver if solver is None else solver
         penalties = self.follows_penalties(penalties)
@@ -216,12 +217,13 @@ class BlockFlow(OneProcessADevice, DensityModel):
         self._push(y, data)
         self._pull(torch.randn(len(x), self.dims, dtype=x.dtype, device=x.device), noise)
         self._pull(torch.tensor([self.latent_depths], dtype=x.dtype).to(x.device), blocks)
+        # drawn on the CPU, so that one seed gives the same times on every device
         times = torch.rand(len(data.seen), dtype=x.dtype).to(x.device)
         error, width = x.new_zeros(len(x)), _WIDTH * torch.rand(len(x), dtype=x.dtype, device=x.device)
         for index, field in enumerate(self._fields_at(context, x)):
             # _pull passes the blocks in reverse
             y, e, k = data.seen[index], noise.seen[-1 - index], blocks.seen[-1 - index]
-            share = (index + times[index]) / k
+            share = (index + times[index]) / k  # block `index` covers this part of the path of k blocks
             offset = width.view(-1, *[1] * (y.ndim - 1)) * torch.randn_like(y)
             velocity = field(times[index], y + share * (e - y) + offset)
             error = error + (velocity - (e - y) / k).square().flatten(1).sum(1)

@@ -49,6 +49,7 @@ def plan_stages(image_shape: Shape) -> list[Stage]:
     """
     stages: list[Stage] = []
     c, h, w = image_shape
+    # a squeeze moves 2x2 patches into channels; half of the channels then leave, so the size halves at each scale
     while h % 2 == w % 2 == 0 and min(h, w) >= 2 * _SMALLEST:
         stages.append(Stage((c, h, w), True, c))
         c, h, w = 4 * c, h // 2, w // 2

@@ -117,6 +117,7 @@ class TableFlow(BlockFlow):
         """
         if rows.ndim != 2 or rows.shape[1] != len(self.mean) or len(rows) < 2:
             raise ConfigError(f"standardize takes rows (N, {len(self.mean)}) with N >= 2, not {tuple(rows.shape)}.")
+        # in double precision, because a column may have a large mean and a small deviation
         values = rows.to("cpu", torch.float64)
         mean, scale = values.mean(0), values.std(0, unbiased=False)
         if not bool(((scale > 0) & scale.isfinite()).all()):

@@ -126,6 +126,7 @@ class Adaptive(Solver):
                 "that it compares: use autocast, which leaves the state as it is, or a fixed grid "
                 f"({', '.join(FIXED_METHODS)})."
             )
+        # times stay on the CPU, so that comparing them does not wait for the device; t_span.cpu() keeps its graph
         device, span = z.device, t_span.cpu()
         take = stepper(dynamics, method, (self.atol, self.rtol)) if take is None else take
         budget = int(self.max_nfe or DEFAULT_MAX_NFE)
@@ -159,6 +160,7 @@ class Adaptive(Solver):
                 dt, uncut = span[upcoming] - t, dt.detach()
             if bool(t + dt == t):
                 _fail_underflow(float(t.detach()), totals.steps, totals.nfe, abs(float(dt.detach())))
+            # checked before the step; the first stage of dopri5 and tsit5 is known from the step before
             if totals.nfe + method.stages - 1 > budget:
                 fail_max_nfe(float(t.detach()), totals.steps, totals.nfe, budget)
             step = take(z, t.to(device), dt.to(device), rates, draw)
@@ -198,6 +200,7 @@ class Adaptive(Solver):
                 rest = uncut - length
                 length = rest if bool(t + rest != t) else uncut
             dt = next_length(method, length, ratio)
+        # penalties are not in the error that is read at each step, so check them once at the end
         if totals.penalties and not read(torch.isfinite(health(*totals.penalties.values()))):
             fail_integrals(z, None, totals.penalties, float(t.detach()), totals.steps, totals.nfe)
         return totals.solution(times, states, logdets, longest_safe_step=safe, passed=passed if save_steps else ())
@@ -229,6 +232,7 @@ def _error_ratio(step: Step, z: Tensor, logdet: Tensor | None, solver: Adaptive)
         if logdet is not None:
             size = torch.max(logdet.abs(), (logdet + step.dlogdet).abs())
         of_logdet = step.dlogdet_error / (solver.atol + solver.rtol * size).clamp(min=_LEAST)
+        # the log-determinant is one more entry of each sample's state, as in torchdyn's CNF
         columns = [scaled, of_logdet.unsqueeze(1)] if by_sample else [scaled.flatten(), of_logdet.flatten()]
         scaled = torch.cat(columns, -1)
     norm = rms_norm(scaled, 1).amax() if by_sample else rms_norm(scaled)
@@ -309,7 +313,7 @@ def guess_first_step(
     tiny = torch.tensor(1e-6, dtype=t.dtype)
     probe = tiny if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
     (change,) = _on_host(method, rms_norm((f(t + probe, z + probe * velocity) - velocity) / scale) / probe)
-    if speed <= 1e-15 and change <= 1e-15:
+    if speed <= 1e-15 and change <= 1e-15:  # a field at rest gives no scale
         step = torch.max(tiny, probe * 1e-3)
     else:
         step = (0.01 / max(speed, change)) ** (1.0 / float(method.order + 1))

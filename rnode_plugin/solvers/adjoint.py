@@ -70,7 +70,7 @@ class _Adjoint(torch.autograd.Function):
     def forward(
         ctx: Any, call: AdjointCall, z0: Tensor, t_span: Tensor, *params: Tensor
     ) -> tuple[Tensor | None, ...]:
-        solution = call.forward(z0, t_span)
+        solution = call.forward(z0, t_span)  # without a graph, since autograd disables gradients here
         t, z = call.outputs(solution)
         call.solution, call.steps = solution, solution.steps if call.interpolated else None
         ctx.call, ctx.names = call, tuple(solution.penalties)
@@ -218,6 +218,7 @@ class _Path:
         self.velocities: dict[int, Tensor] = {}
 
     def __call__(self, t: Tensor) -> Tensor:
+        # the interval between two accepted steps that contains t, clamped to the ends against rounding
         right = bisect.bisect_left(self.keys, self.sign * float(t))
         right = min(max(right, 1), len(self.keys) - 1)
         left = right - 1

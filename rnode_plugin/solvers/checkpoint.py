@@ -55,7 +55,7 @@ def checkpointed(
 
 def _first_run_alone(function: Callable[..., _Result], dynamics: BoundDynamics) -> Callable[..., _Result]:
     """``function``, with all runs after the first one marked as repetitions, which do not change buffers."""
-    ran = False
+    ran = False  # the forward pass has updated running statistics; a repetition must not do so again
 
     def run(*args: object) -> _Result:
         nonlocal ran
@@ -143,6 +143,7 @@ class _Replay(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, count: int, *values: Any) -> tuple[object, ...]:
         ctx.call, ctx.count = call, count
         ctx.autocast = _autocast_of(values[0].device.type)
+        # the second run must draw the same dropout masks
         ctx.random = (torch.get_rng_state(), *get_device_states(*values[:count]))
         ctx.others = [None if isinstance(x, Tensor) else x for x in values]
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in values))

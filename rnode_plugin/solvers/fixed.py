@@ -185,7 +185,7 @@ def _draw_stages(method: Method, lengths: Sequence[float]) -> list[Draw | None]:
     if method.draws is None or stages == 1:
         return [None] * len(lengths)
     count = max(1, round(len(lengths) * stages / 8))
-    size = sum(lengths) / count
+    size = sum(lengths) / count  # method.draws sums to one in each step, so the line is as long as the solve
     if max(lengths) > (stages - 2) * size and min(method.draws) > 0:
         # Points could fall on all stages of a step. But the quadrature recognizes a sampled step by a stage without
         # the penalties that need a product, so take one stage in each step instead.
@@ -197,5 +197,6 @@ def _draw_stages(method: Method, lengths: Sequence[float]) -> list[Draw | None]:
         k = min(bisect.bisect_right(starts, point), len(lengths)) - 1
         stage = min(bisect.bisect_right(ends, (point - starts[k]) / lengths[k]), len(ends) - 1)
         draw = draws[k]
+        # relative to the step's length; a stage that is drawn twice counts twice
         draw[stage] = draw.get(stage, 0.0) + size / lengths[k]
     return list(draws)

@@ -247,6 +247,7 @@ def _local_penalties(dynamics: BoundDynamics, solver: Solver, steps: Steps) -> t
     k = min(max(int(passed.sum()) - 1, 0), len(knots) - 2)
     (t0, t1), (z0, z1) = knots[k : k + 2], steps.z[k : k + 2].detach()
     with torch.no_grad():
+        # two evaluations, counted below: a solve with saved steps does not save velocities
         v0, v1 = (dynamics.evaluate(t, z, VELOCITY).dz for t, z in ((t0, z0), (t1, z1)))
         z = hermite(t0, z0, v0, t1, z1, v1, s)
     h = torch.minimum((t1 - t0).abs(), (end - s).abs())

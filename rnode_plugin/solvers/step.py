@@ -169,6 +169,7 @@ def _weigh(
             parts = [values[stage] * (dt * share) for stage, share in draw.items()]
             found[place] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         elif values[0].ndim == 1:
+            # rows of another dtype or shape are weighed one by one
             first: Tensor = values[0]
             like = first if like is None else like
             if first.dtype is like.dtype and first.shape == like.shape:

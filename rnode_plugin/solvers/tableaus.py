@@ -119,7 +119,7 @@ def _explicit(
 
     def advance(f: Velocity, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
         step = operations_for(x).combination(x, dt, [f(t, x) if k1 is None else k1])
-        argument = x
+        argument = x  # after the loop, the state of the last stage, which is the new state of an FSAL method
         for node, row in zip(nodes, a, strict=True):
             argument = step.at(row)
             step.stages.append(f(t + node * dt, argument))

@@ -56,6 +56,7 @@ class Augmented:
             view=None if lone else layout.view, net=module_of(func),
         )  # fmt: skip
         self.dynamics = self.dynamics.bind(self.dynamics.draw(z0))
+        # torchdiffeq does not show its stages, so a sampled quadrature draws among consecutive evaluations
         self._factors = _one_in_eight() if wanted.sampled and self.dynamics.needs else itertools.repeat(1)
 
     def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:

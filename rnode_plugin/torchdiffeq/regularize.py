@@ -55,6 +55,7 @@ def _leading(name: str) -> Callable[..., Any]:
     return leading
 
 
+# made once, so that uninstall() can recognize them
 _LEADING = {name: _leading(name) for name in PLAIN}
 
 

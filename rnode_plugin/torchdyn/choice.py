@@ -327,6 +327,7 @@ def method_from_torchdyn(
             (weights, error_weights), draws = changed, None
     weights = getattr(solver, "weights", weights)
     weights = None if weights is None else tuple(map(float, weights))
+    # non-negative weights are probabilities; among adaptive solvers only the known families have draws
     if draws is None and weights is not None and min(weights) >= 0 and solver.stepping_class == "fixed":
         draws = weights
     adaptive = solver.stepping_class == "adaptive"

@@ -99,7 +99,7 @@ class CNF(torchdyn_cnf.CNF):
 
 
 def noise_of(cnf: Any, z: Tensor) -> Tensor | None:
-    """Noise for a CNF's trace in one solve from ``z``, by ``noise_dist`` or the estimator; None if neither draws."""
+    """Noise for the trace in one solve from ``z``, by ``noise_dist`` or the estimator; None if neither draws."""
     if cnf.noise_dist is None:
         return cnf.trace_estimator.draw(z) if isinstance(cnf.trace_estimator, TraceEstimator) else None
     return cnf.noise_dist.sample((z.shape[0],)).to(z).reshape(z.shape)

@@ -162,7 +162,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         noise_time = 1.0 - data_time if noise_time is None else noise_time
         if hasattr(net, "check_ends"):
             net.check_ends(data_time, noise_time, base=options.get("base"))  # pyright: ignore[reportCallIssue]
-        options = {"regularizers": (), **options}
+        options = {"regularizers": (), **options}  # a velocity from flow matching usually is trained already
         context = options.get("context_shape") is not None
         net = time_first(net, call=call, time_shape=time_shape, with_context=context)
         count = 1 if steps is None else check_count(steps, "steps")
@@ -349,7 +349,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
     ) -> FlowOutput:
         """Solve from ``start``, follow the density, and keep the penalties for :meth:`reg_loss`."""
         left = self._penalties
-        left.begin()
+        left.begin()  # first, so that an error below leaves no penalties of an earlier solve
         self._check(start)
         if noise is not None:
             self.check_noise(noise, start)

@@ -101,6 +101,7 @@ class Slots:
                     self.borrowed.append(_Slot(own, CONTROL))
             if isinstance(module, GalLayer):
                 self.results += [_Slot(own, name) for name in ("weight", "bias") if name in own]
+        # nets that share torchdyn's layers share the lock of the first one; a plain net needs no lock
         self.found = bool(self.times or self.values or self.results)
         self.lock = lock_of(holder or modules[0]) if self.found else contextlib.nullcontext()
 
@@ -187,7 +188,7 @@ def field_of(
     plain = is_plain and order == 1 and not slots.found
     if order > 1:
         function = first_order_system(function, order)
-    if not needs.isdisjoint(("vjp", "jvp")):
+    if not needs.isdisjoint(("vjp", "jvp")):  # the gradient of a product needs a double backward
         function = originals(function, modules)
     aux = aux_of(modules) if "aux" in needs else None
     return TorchdynField(function, slots=slots, aux=aux, plain=plain)

@@ -248,7 +248,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     ) -> tuple[Tensor, Any]:
         """Solve and return ``(t_eval, solution)``; arguments and errors as for :meth:`forward`."""
         left, training = self._penalties, torch.is_grad_enabled() and self.training
-        left.begin()
+        left.begin()  # first, so that an error below leaves no penalties of an earlier call
         if t_span is None:
             t_span = torch.linspace(0, 1, 2) if self.t_span is None else self.t_span
         if isinstance(x, dict):
@@ -280,6 +280,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             system = system_of(
                 self.vf, x, args, followed, takes=self._takes, one_graph=through_steps, hidden_cost=hidden
             )
+            # once for each model, because the check takes one more evaluation
             if not self._columns_known and penalties and followed.kinds.penalties and x.ndim == 2:
                 lone = system.event_shape is None and followed.penalized is None and followed.batch_dim == 0
                 self._columns_known = not lone or warn_of_unread_columns(system, t_span[0], x)
