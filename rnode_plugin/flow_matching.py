@@ -1,4 +1,4 @@
-"""For velocities that are trained without a solve: penalties and scores at points, and an ``ODESolver``."""
+"""Penalties and scores at points, and an ``ODESolver``, for velocities that are trained without a solve."""
 
 from __future__ import annotations
 

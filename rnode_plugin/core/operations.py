@@ -53,11 +53,11 @@ class Operations:
     between_layers: type[BetweenLayers] = BetweenLayers
 
     def sum_event(self, x: Tensor) -> Tensor:
-        """As :func:`sum_event`."""
+        """Implement :func:`sum_event`."""
         return x if x.ndim == 1 else x.flatten(1).sum(1)
 
     def sum_products(self, x: Tensor, y: Tensor) -> Tensor:
-        """As :func:`sum_products`. Where ``y`` is ``x``, these are squares."""
+        """Implement :func:`sum_products`, with squares if ``y`` is ``x``."""
         x = x.square() if y is x else x * y
         return x if x.ndim == 1 else x.flatten(1).sum(1)
 

@@ -139,7 +139,7 @@ class Stack:
     def linearize(
         self, t: Tensor | float, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY
     ) -> Linearization:
-        """As :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`."""
+        """Implement :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`."""
         if ask.products == "noise" and ask.divergence:  # one pass for the products, one for the rows
             products = self.linearize(t, z, noise, ask=Ask("noise")).products
             return self.linearize(t, z, ask=ask._replace(products=""))._replace(products=products)

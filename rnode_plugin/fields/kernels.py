@@ -230,12 +230,12 @@ class Columns(Convolution):
 
     def gradient(self, x: Tensor, v: Tensor) -> Tensor:
         few, many = (v, x) if self._outputs_are_few else (x, v)
-        taps = (_neighbours(few) @ _rows(many)).unflatten(0, (3, 3, self._few)).permute(3, 2, 0, 1)
+        taps = (_neighbors(few) @ _rows(many)).unflatten(0, (3, 3, self._few)).permute(3, 2, 0, 1)
         return taps.transpose(0, 1).flip(2, 3) if self._outputs_are_few else taps
 
     def _widen(self, few: Tensor) -> Tensor:
         batch, _, h, w = few.shape
-        return (_neighbours(few).t() @ self._weight).view(batch, h, w, -1).permute(0, 3, 1, 2)
+        return (_neighbors(few).t() @ self._weight).view(batch, h, w, -1).permute(0, 3, 1, 2)
 
     def _narrow(self, many: Tensor) -> Tensor:
         batch, _, h, w = many.shape
@@ -253,7 +253,7 @@ class Columns(Convolution):
         return out.transpose(0, 1).to(many.dtype).contiguous()
 
 
-def _neighbours(few: Tensor) -> Tensor:
+def _neighbors(few: Tensor) -> Tensor:
     """``(9 * channels, B * H * W)`` of ``few (B, channels, H, W)``."""
     windows = F.pad(few.transpose(0, 1), (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # (channels, B, H, W, 3, 3)
     return windows.permute(4, 5, 0, 1, 2, 3).reshape(9 * few.shape[1], -1)

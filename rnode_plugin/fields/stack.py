@@ -77,7 +77,7 @@ class StackField(nn.Module):
         ask: Ask = VELOCITY,
         context: Tensor | None = None,
     ) -> Linearization:
-        """As :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`."""
+        """Implement :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`."""
         t = t if isinstance(t, Tensor) else z.new_tensor(t)
         return self.prepare(z, context=context).linearize(t, z, noise, ask=ask)
 
@@ -132,7 +132,7 @@ class AtContext(nn.Module):
         return self.field(t, z, self._context)
 
     def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
-        """As :meth:`~rnode_plugin.core.derivatives.Field.linearize`; products are with the Jacobian by ``z``."""
+        """Implement :meth:`~rnode_plugin.core.derivatives.Field.linearize`; products are by ``z``."""
         return self.field.linearize(t, z, noise, ask=ask, context=self._context)
 
 
