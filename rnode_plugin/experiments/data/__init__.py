@@ -1,8 +1,13 @@
-"""Data sets of images (uint8) and tables: loaded by name, read in batches, packed into arrays."""
+"""Data sets of images (uint8) and tables, which are loaded by name, read in batches and packed into arrays.
+
+``catalog`` finds a data set by its name, ``sets`` has the published ones, ``folders`` the user's pictures and
+``tables`` the user's rows. ``images`` and ``tables`` define what a data set is. ``packing`` writes arrays, and
+``batches`` hands samples to PyTorch.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .catalog import get_dataset, get_table
 from .images import ImageArray, ImageData
@@ -25,8 +30,8 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """``ArrayDataset`` on first use: it imports torch, which a wrong file or folder is refused without."""
+def __getattr__(name: str) -> object:
+    """Import ``ArrayDataset`` on first use. It needs torch, and a wrong file or folder is refused before that."""
     if name != "ArrayDataset":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .batches import ArrayDataset

@@ -1,9 +1,9 @@
-"""``ArrayDataset``, which makes batches of images or rows for PyTorch. The rest of this folder needs no torch."""
+"""``ArrayDataset`` makes batches of images or rows for PyTorch. The rest of this folder needs no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,9 +12,14 @@ from torch.utils.data import Dataset
 
 from .images import ImageArray
 
+T = TypeVar("T")
+
 
 class ArrayDataset(Dataset[Tensor]):
-    """Images, or rows of a table, as a PyTorch data set that returns whole batches.
+    """Presents images, or rows of a table, as a PyTorch data set that returns whole batches.
+
+    One indexing per batch is what makes reading fast: an array is gathered in one call, and a file is read in one
+    sweep, where PyTorch's default would call ``dataset[i]`` and stack the results for each sample.
 
     A ``DataLoader`` calls ``__getitems__`` with the indices of a batch. Give it ``collate_fn=keep_batch``, because
     its default would split the batch. With ``batch_size=None`` and a sampler of lists, it calls ``dataset[list]``.
@@ -31,19 +36,20 @@ class ArrayDataset(Dataset[Tensor]):
         return len(self._images)
 
     def __getitem__(self, index: int | Sequence[int]) -> Tensor:
-        """One image ``(C, H, W)``, or the images of a list ``(B, C, H, W)``, uint8."""
+        """Return one image ``(C, H, W)``, or the images at a list of indices, ``(B, C, H, W)``, uint8."""
         return self.__getitems__([index])[0] if isinstance(index, int) else self.__getitems__(index)
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        """The samples of a batch in the order of ``indices``, as a copy."""
+        """Return the samples of a batch in the order of ``indices``, as a copy."""
         wanted = np.asarray(indices, dtype=np.int64)
         # in ascending order, so that a mapped file is read in one sweep
         order = np.argsort(wanted, kind="stable")
         batch = np.empty((len(wanted), *self._images.shape[1:]), dtype=self._images.dtype)
+        # and scattered back to the order of the sampler, which decides the noise that a sample meets
         batch[order] = self._images[wanted[order]]
         return torch.from_numpy(batch)
 
 
-def keep_batch(batch: Any) -> Any:
-    """The collate function of data sets that return whole batches."""
+def keep_batch(batch: T) -> T:
+    """Return the batch unchanged, as the collate function of data sets that return whole batches."""
     return batch

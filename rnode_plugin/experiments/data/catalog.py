@@ -1,10 +1,10 @@
-"""``get_dataset`` and ``get_table``: data sets of images and tables by name, also from plugins."""
+"""``get_dataset`` and ``get_table`` load data sets of images and tables by name, also from plugins."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ...errors import ConfigError, DataError, PluginError
 from ...plugins import registry
@@ -18,9 +18,9 @@ D = TypeVar("D", ImageData, Table)
 
 
 def get_dataset(
-    name: str, *, root: str | None = None, download: bool = False, size: int | None = None, **options: Any
+    name: str, *, root: str | None = None, download: bool = False, size: int | None = None, **options: object
 ) -> ImageData:
-    """Load a data set.
+    """Load a data set of images.
 
     Args:
         name: one that ``rnode-cli data list`` shows.
@@ -38,11 +38,12 @@ def get_dataset(
         DataError: it is missing or cannot be read. The message names the place to get it.
         PluginError: the plugin that offers it failed, or returned something else.
     """
+    # a size that was asked for is an option, and a data set that cannot be scaled refuses it
     wanted = options if size is None else {**options, "size": size}
-    return _load(ImageData, name, {"root": root, "size": None}, wanted, download)
+    return _load(ImageData, name, {"root": root, "size": None}, wanted, root=root, download=download)
 
 
-def get_table(name: str, *, root: str | None = None, download: bool = False, **options: Any) -> Table:
+def get_table(name: str, *, root: str | None = None, download: bool = False, **options: object) -> Table:
     """Load a table, as :func:`get_dataset` loads images.
 
     Args:
@@ -51,31 +52,48 @@ def get_table(name: str, *, root: str | None = None, download: bool = False, **o
         download: see :func:`get_dataset`.
         **options: further options of this table, such as ``columns`` for ``table``.
     """
-    return _load(Table, name, {"root": root}, options, download)
+    return _load(Table, name, {"root": root}, options, root=root, download=download)
 
 
-def taken_by(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``options`` that a data set's loader takes; a ConfigError for an unknown name."""
+def taken_by(name: str, options: Mapping[str, object]) -> dict[str, object]:
+    """Select the ``options`` that the loader of a data set takes.
+
+    Raises:
+        ConfigError: there is no data set of that name.
+    """
     parameters = inspect.signature(registry.get("datasets", name)).parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     return {key: value for key, value in options.items() if takes_any or key in parameters}
 
 
 def table_columns(name: str, *, root: str | None = None) -> tuple[str, ...]:
-    """Names of the columns of a table, without reading the rows of a file; errors as :func:`get_table`."""
+    """Return the names of the columns of a table, without reading the rows of a file.
+
+    Raises:
+        ConfigError, DataError, PluginError: see :func:`get_table`.
+    """
     return tables.table_columns(root) if name == "table" else get_table(name, root=root).columns
 
 
 def image_shape(name: str, *, root: str | None, size: int | None = None) -> tuple[int, int, int] | None:
-    """(C, H, W) of the pictures of a folder, or None for a data set whose shape does not depend on its files."""
+    """Find (C, H, W) of the pictures in a folder; None for a data set whose shape does not depend on its files."""
     return None if name != "folder" or root is None else folder_shape(root, size=size)
 
 
-def _load(kind: type[D], name: str, common: dict[str, Any], options: dict[str, Any], download: bool) -> D:
-    """Call the loader with the options, and with the common arguments that it takes."""
+def _load(
+    kind: type[D],
+    name: str,
+    common: dict[str, str | None],
+    options: dict[str, object],
+    *,
+    root: str | None,
+    download: bool,
+) -> D:
+    """Call the loader with all ``options``, and with the ``common`` arguments that it takes."""
     signature = inspect.signature(registry.get("datasets", name))
     arguments = taken_by(name, {**common, "download": False}) | options
     try:
+        # bound before the call, because a TypeError inside of a loader is a bug of the loader
         signature.bind(**arguments)
     except TypeError as error:
         raise ConfigError(f"data set {name!r}: {error}. It takes: {', '.join(signature.parameters)}.") from error
@@ -89,11 +107,13 @@ def _load(kind: type[D], name: str, common: dict[str, Any], options: dict[str, A
             raise ConfigError(f"the data set {name!r} holds {what}: use it with a recipe for {what}.")
         raise PluginError(f"data set {name!r}: its plugin returned {type(data).__name__}, not {kind.__name__}.")
 
+    # tried without a download first, so that a data set which is there takes no lock and writes nothing, also on a
+    # read-only disk. A plugin's loader reports missing files in its own way
     try:
         return loaded()
-    except (DataError, PluginError):  # it is missing
+    except (DataError, PluginError):
         if not download or "download" not in arguments:
             raise
         arguments["download"] = True
-    with one_download(common["root"]):
+    with one_download(root):
         return loaded()

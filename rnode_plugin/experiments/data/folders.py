@@ -11,21 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from ...errors import ConfigError, DataError
 from ...text import counted
-from .images import ImageArray, ImageData, naming, shown
+from .images import ImageArray, ImageData, Index, naming, shown
 
 if TYPE_CHECKING:
     from PIL import Image
 
 DEFAULT_ROOT = Path("data")
-"""The folder of the data sets unless another is named."""
+"""The folder of the data sets unless another one is named."""
 
-# pictures that fit are decoded once; more than that are decoded batch by batch, which workers and packing speed up
+# Pictures that fit are decoded once. More than that are decoded batch by batch, which workers and packing speed up
 _IN_MEMORY_BYTES = 2**30
 _LARGEST = 256  # height or width of pictures that are trained on without a size
 
@@ -40,9 +40,9 @@ def folder(
     """Your pictures: a folder (--data-root FOLDER), or arrays that `data prepare` made.
 
     Args:
-        root: the folder. Subfolders for training and for validation (``train`` and ``val`` or ``test``) make the
-            split. Without them about a tenth is held out, chosen by the names. If there are ``train.npy`` and
-            ``val.npy``, these are read and not the pictures.
+        root: the folder. Subfolders for training and for validation (``train`` and ``val`` or ``test``) decide the
+            split. Without them about a tenth is held out, chosen by a hash of the names. If there are ``train.npy``
+            and ``val.npy``, these are read in place of the pictures.
         size: height and width that pictures are scaled to; None if all have the same size already.
         channels: 3 or 1; None for 3 with pictures, and for the number that packed images have.
         bits: bits per value, 1 to 8. The 8 bits ``x`` become ``floor(x / 2**(8 - bits))``.
@@ -72,7 +72,7 @@ def celebahq256(*, root: str | None = None) -> ImageData:
 
 
 def _brought(name: str, root: str | None, source: str, *, size: int, bits: int) -> ImageData:
-    """A set that users bring themselves, in the folder of its name below the root."""
+    """Read a data set that users bring themselves, from the folder with its name below the root."""
     where = (Path(root) if root is not None else DEFAULT_ROOT) / name
     if not where.is_dir():
         raise DataError(
@@ -83,6 +83,7 @@ def _brought(name: str, root: str | None, source: str, *, size: int, bits: int) 
 
 
 def _read(name: str, where: Path, *, size: int | None, channels: int | None, bits: int) -> ImageData:
+    """Read both parts of a folder, packed or not, and check their shapes against what was asked for."""
     if not 1 <= bits <= 8 or channels not in (None, 1, 3) or (size is not None and size < 1):
         raise ConfigError(
             f"{name}: bits must be 1 to 8, channels 1 or 3, the size at least 1, not {bits}, {channels} and {size}."
@@ -98,6 +99,7 @@ def _read(name: str, where: Path, *, size: int | None, channels: int | None, bit
         parts = [ImageFiles(where, part, **options).in_memory() for part in chosen]
     train, val = parts
     _, c, h, w = train.shape
+    # a request that was left open takes the shape of the training images, so the held-out ones are checked as well
     wanted = (channels or c, size or h, size or w)
     for images in parts:
         if images.shape[1:] != wanted:
@@ -109,7 +111,7 @@ def _read(name: str, where: Path, *, size: int | None, channels: int | None, bit
 
 
 def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int, int]:
-    """(C, H, W) of the pictures below a folder, or of its packed arrays, without decoding them.
+    """Find the shape (C, H, W) of the pictures below a folder, or of its packed arrays, without decoding them.
 
     Args:
         root: the folder.
@@ -122,17 +124,19 @@ def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int
     if _is_packed(where):
         _, c, h, w = PackedImages(where / TRAIN_FILE).shape
         return c, h, w
-    grey = True
+    grey = True  # one picture in color makes the data set one in color
     first: tuple[str, tuple[int, int]] | None = None
     for name in _pictures(where):
         with _opened(where / name, where / name) as image:
-            turned = image.getexif().get(0x0112, 1) > 4  # to be shown upright
+            # cameras store a picture as the sensor saw it, and orientations 5 to 8 turn it by 90 degrees for
+            # display
+            turned = image.getexif().get(0x0112, 1) > 4
             found = (image.width, image.height) if turned else (image.height, image.width)
             grey = grey and image.mode in ("1", "L", "LA")
         first = (name, found) if first is None else first
         if size is None and found != first[1]:
             raise different(name, found, *first)
-    assert first is not None  # there are pictures
+    assert first is not None  # _pictures refuses a folder without any
     h, w = first[1] if size is None else (size, size)
     if size is None and max(h, w) > _LARGEST:
         raise DataError(
@@ -143,10 +147,12 @@ def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int
 
 
 def _is_packed(where: Path) -> bool:
+    # one file is enough, so that a folder which has lost the other one is refused and not read as pictures
     return any((where / file).exists() for file in (TRAIN_FILE, VAL_FILE))
 
 
 def _pictures(where: Path, *, notice: bool = False) -> list[str]:
+    """List the pictures below a folder. ``notice`` prints that other files are left out."""
     names, others = separated(where, is_picture)
     if notice:
         notice_left_out(where, others)
@@ -159,7 +165,7 @@ def _pictures(where: Path, *, notice: bool = False) -> list[str]:
 
 
 def different(name: str, found: tuple[int, ...], other: str, size: tuple[int, ...]) -> DataError:
-    """The error for pictures of different sizes."""
+    """Make the error for pictures of different sizes."""
     return DataError(
         f"the pictures differ in size: {name} is {shown(found)}, {other} is {shown(size)}. Give the height and "
         "width that all of them are scaled to, such as --size 32."
@@ -177,7 +183,7 @@ _BATCH = re.compile(r"(train|val)_data(_batch_\d+)?\.npz")  # as the ImageNet 64
 
 
 def split_named(name: str) -> str | None:
-    """``"train"``, ``"val"`` or ``"test"`` where one of the first three folders of a path has such a name.
+    """Read ``"train"``, ``"val"`` or ``"test"`` from the first three folders of a path; None if they do not say.
 
     A published ImageNet batch has it in the name of its file.
     """
@@ -187,15 +193,18 @@ def split_named(name: str) -> str | None:
     return next((_FOLDERS[f.lower()] for f in folders[:3] if f.lower() in _FOLDERS), None)
 
 
-_HELD_OUT = 0.1
+_HELD_OUT = 0.1  # share of the pictures, if no folders split them
 
 
 def assign(splits: Sequence[str | None], names: Sequence[str], *, where: str) -> list[str | None]:
-    """``"train"``, ``"val"`` or None (left out) for each picture, from its :func:`split_named`.
+    """Assign ``"train"``, ``"val"`` or None (left out) to each picture, from its :func:`split_named`.
 
-    If there are folders for both, they decide, and ``test`` counts only if there is no ``val``. Otherwise about a
-    tenth of the pictures is held out. The name of a picture decides, so a new picture moves none that a run has
-    trained on. ``where`` is for messages.
+    If there are folders for both, they decide, and ``test`` counts only if there is no ``val``. Otherwise a hash of
+    the name holds out about a tenth of the pictures, so adding pictures to a folder does not move the others
+    between training and validation. ``where`` is for messages.
+
+    Raises:
+        DataError: a picture lies outside of the folders that decide, or there is only one picture.
     """
     found = Counter(splits)
     held_out = "val" if found["val"] else "test"
@@ -212,10 +221,14 @@ def assign(splits: Sequence[str | None], names: Sequence[str], *, where: str) ->
     seen = Counter[str]()
     places: list[float] = []  # of each picture, evenly spread over [0, 1)
     for name in names:
+        # several sources that are packed together may hold equal names, which their order numbers. File names on
+        # Linux need not be valid UTF-8
         digest = hashlib.sha256(f"{name}\0{seen[name]}".encode("utf-8", "surrogateescape")).digest()
         places.append(int.from_bytes(digest[:6], "big") / 2**48)
         seen[name] += 1
-    lowest, highest = min(places), max(places)  # one of each part
+    # in a small folder all places may lie on one side of the tenth, so the lowest is always held out and the
+    # highest always trained on: both parts have an image
+    lowest, highest = min(places), max(places)
     return ["val" if place == lowest or place < min(_HELD_OUT, highest) else "train" for place in places]
 
 
@@ -233,9 +246,12 @@ def is_picture(name: str) -> bool:
 
 
 def files_in(folder: Path) -> Iterator[str]:
-    """Names of the files below a folder, relative, with ``/``, sorted folder by folder. Links are followed once."""
+    """Yield the names of the files below a folder, relative, with ``/``, sorted folder by folder.
 
-    def refuse(error: OSError) -> None:  # os.walk would pass over a folder that it may not read
+    Links are followed, each to a folder that was not visited before.
+    """
+
+    def refuse(error: OSError) -> None:  # by default os.walk passes over a folder that it may not read
         raise DataError(f"the folder {error.filename} cannot be read: {(error.strerror or '').lower()}.") from error
 
     seen: set[str] = set()
@@ -245,7 +261,7 @@ def files_in(folder: Path) -> Iterator[str]:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders.sort()
+        subfolders.sort()  # in place, which is how os.walk takes its order; file systems list in any
         for file in sorted(files):
             path = Path(here, file)
             name = path.relative_to(folder).as_posix()
@@ -255,15 +271,16 @@ def files_in(folder: Path) -> Iterator[str]:
 
 
 def separated(folder: Path, wanted: Callable[[str], bool]) -> tuple[list[str], list[str]]:
-    """The names in :func:`files_in` that are wanted, and the others."""
-    names: tuple[list[str], list[str]] = [], []
+    """Return the names in :func:`files_in` that are wanted, and the others."""
+    chosen: list[str] = []
+    others: list[str] = []
     for name in files_in(folder):
-        names[not wanted(name)].append(name)
-    return names
+        (chosen if wanted(name) else others).append(name)
+    return chosen, others
 
 
 def notice_left_out(where: object, others: Sequence[object]) -> None:
-    """Print that files are left out: a folder may hold pictures in a format that is not read."""
+    """Print that files are left out, because a folder may hold pictures in a format that is not read."""
     if others:
         left_out = f"{counted(len(others), 'file')} without a known suffix of pictures, such as {others[0]}"
         print(f"{where}: left out {left_out}", file=sys.stderr)
@@ -271,32 +288,35 @@ def notice_left_out(where: object, others: Sequence[object]) -> None:
 
 @contextmanager
 def _opened(file: Path | IO[bytes], name: object) -> Iterator[Image.Image]:
-    """A picture whose pixels are not decoded yet. A fault in it is a DataError, also inside the context."""
+    """Open a picture without decoding its pixels. A fault in it is a DataError, also inside the context."""
     from PIL import Image
 
     with naming(name), Image.open(file, formats=_FORMATS) as image:
-        if image.mode not in _MODES:  # PIL would cut larger values off
+        if image.mode not in _MODES:  # PIL would clip 16-bit values to 255, so that most of such a picture is white
             raise DataError(f"{name} has pixels of the kind {image.mode!r}, more than 8 bits per channel.")
         yield image
 
 
 def decode(file: Path | IO[bytes], *, size: int | None, channels: int, name: str | None = None) -> np.ndarray:
-    """One picture as ``(C, H, W)``, uint8, without its transparency. ``name`` is for messages.
+    """Decode one picture as ``(C, H, W)``, uint8, without its transparency. ``name`` is for messages.
 
-    The shorter side is scaled to a ``size``, and the longer one is cut around the middle.
+    With a ``size`` the shorter side is scaled to it, and the longer one is cropped around the center.
+
+    Raises:
+        DataError: the file is missing, damaged, or has more than 8 bits per channel.
     """
     from PIL import Image, ImageOps
 
     with _opened(file, name or file) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB" if channels == 3 else "L")
-        if size is not None and image.size != (size, size):
+        if size is not None and image.size != (size, size):  # a picture of the size is not filtered
             image = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
     pixels = np.asarray(image, dtype=np.uint8)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if pixels.ndim == 3 else pixels[None]
 
 
 class ImageFiles:
-    """Picture files as an array ``(N, C, H, W)`` of uint8 that decodes the indexed ones.
+    """Presents picture files as an array ``(N, C, H, W)`` of uint8, and decodes the indexed ones.
 
     Args:
         folder, names: the files.
@@ -313,14 +333,15 @@ class ImageFiles:
         self.shape, self.dtype = (len(names), *self._read(0).shape), np.dtype(np.uint8)
 
     def in_memory(self) -> ImageArray:
-        """All of them, decoded, if they fit."""
+        """Decode all pictures if they fit into memory; otherwise return this array, which decodes on demand."""
         return self[:] if np.prod(self.shape, dtype=np.int64) <= _IN_MEMORY_BYTES else self
 
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, index: Any, /) -> np.ndarray:
-        positions, shape = np.arange(len(self))[index], self.shape[1:]
+    def __getitem__(self, index: Index, /) -> np.ndarray:
+        # NumPy resolves the index, so a slice, a list and a mask mean here what they mean for an array
+        positions, shape = np.asarray(np.arange(len(self))[index]), self.shape[1:]
         images = np.empty((*positions.shape, *shape), np.uint8)
         for position, out in zip(positions.flat, images.reshape(-1, *shape), strict=True):
             image = self._read(int(position))
@@ -341,10 +362,13 @@ _PROBED = 64  # images that are checked for fewer than 8 bits
 
 
 class PackedImages:
-    """A ``.npy`` file of images ``(N, C, H, W)``, uint8, that is read when it is indexed.
+    """Reads images ``(N, C, H, W)``, uint8, from a ``.npy`` file when they are indexed.
 
     It is pickled by its path, so that worker processes map the file instead of receiving its content. ``shift``
     bits are dropped from each value, as in :class:`ImageFiles`.
+
+    Raises:
+        DataError: the file is missing or damaged, or does not hold such images.
     """
 
     def __init__(self, path: Path, *, shift: int = 0) -> None:
@@ -357,6 +381,8 @@ class PackedImages:
                 "channels, which come first."
             )
         self._array, self.shape, self.dtype = array, array.shape, array.dtype
+        # arrays that were already reduced, say to 5 bits, would lose their upper bits a second time and train as
+        # nearly black images, so a sample of the values is checked
         if shift:
             probe = array[np.linspace(0, len(array) - 1, min(len(array), _PROBED)).astype(int)]
             if probe.max() < 2 ** (8 - shift):
@@ -368,9 +394,9 @@ class PackedImages:
     def __len__(self) -> int:
         return len(self._array)
 
-    def __getitem__(self, index: Any, /) -> np.ndarray:
+    def __getitem__(self, index: Index, /) -> np.ndarray:
         # without bits to drop this still copies, because a tensor can be written to and a mapped file cannot
         return np.right_shift(self._array[index], self._shift)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[partial[PackedImages], tuple[()]]:
         return partial(PackedImages, self._path, shift=self._shift), ()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol, overload
 
 import numpy as np
 
 from ...errors import ConfigError, DataError, RnodeError
+
+Index = int | slice | Sequence[int] | np.ndarray
+"""What selects samples along the first dimension of an array."""
 
 
 @contextmanager
@@ -17,11 +20,11 @@ def naming(what: object, advice: str = "") -> Iterator[None]:
     """Turn any exception of a file's reader into a DataError that names the file and the cause."""
     try:
         yield
-    except (RnodeError, MemoryError):
+    except (RnodeError, MemoryError):  # they name the cause already, and a full memory does not lie in the file
         raise
     except FileNotFoundError as error:
         raise DataError(f"{what} does not exist.{advice}") from error
-    except Exception as error:
+    except Exception as error:  # PIL, NumPy and pandas raise many types for a damaged file
         cause = error.strerror.lower() if isinstance(error, OSError) and error.strerror else _DAMAGED
         raise DataError(f"{what} cannot be read: {cause}.{advice}") from error
 
@@ -30,26 +33,29 @@ _DAMAGED = "the file is damaged, or its format is not the one that its name prom
 
 
 def shown(shape: tuple[int, ...]) -> str:
-    """A shape in messages: ``3x32x32``."""
+    """Write a shape for a message, as in ``3x32x32``."""
     return "x".join(map(str, shape))
 
 
 class ImageArray(Protocol):
     """Images that can be indexed like a NumPy array ``(N, C, H, W)`` of uint8, in memory or on disk.
 
-    ``images[indices]``, with a slice or a 1-D integer array, returns a new array with these images.
+    ``images[indices]``, with a slice or a 1-D integer array, returns an array of these images.
     """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
-    def dtype(self) -> np.dtype[Any]: ...
+    def dtype(self) -> np.dtype: ...
     def __len__(self) -> int: ...
-    def __getitem__(self, index: Any, /) -> Any: ...
+    def __getitem__(self, index: Index, /) -> np.ndarray: ...
 
 
 class Selection:
-    """Some images of another array, read when they are indexed."""
+    """Selects some images of another array, and reads them when they are indexed.
+
+    Indexing the other array with ``indices`` at once would read a file of many gigabytes into memory.
+    """
 
     def __init__(self, images: ImageArray, indices: np.ndarray) -> None:
         self._images, self._indices = images, indices
@@ -58,13 +64,13 @@ class Selection:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: Any, /) -> np.ndarray:
+    def __getitem__(self, index: Index, /) -> np.ndarray:
         return self._images[self._indices[index]]
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A data set for density estimation.
+    """A data set of images for density estimation, split into training and held-out images.
 
     Attributes:
         name: the name in messages and runs.
@@ -94,16 +100,16 @@ class ImageData:
                 raise DataError(f"{what} hold the value {images.max()}, which {self.levels} levels do not reach.")
 
     def described(self) -> str:
-        """The first line of a run: shape and levels."""
+        """Describe the images by shape and levels, in one line at the start of a run."""
         return f"{self.name}: images of {shown(self.shape)}, {self.levels} levels"
 
     @property
     def held_out(self) -> ImageArray:
-        """The images that measure the result, which are the ones of ``val``."""
+        """The images that measure the result. They are ``val``, because published sets have only two parts."""
         return self.val
 
     def limit(self, n_train: int | None = None, n_val: int | None = None) -> ImageData:
-        """The same data set with at most so many images, the same ones each time.
+        """Return the data set with at most ``n_train`` and ``n_val`` images, the same ones in each call.
 
         They are drawn from the whole set, because folders are often sorted by class. A smaller limit draws a subset
         of a larger one.
@@ -115,19 +121,29 @@ class ImageData:
 
 
 def shuffled(n: int) -> np.ndarray:
-    """A fixed permutation of ``range(n)``.
+    """Return a permutation of ``range(n)`` that is the same in every call and every version.
 
-    NumPy keeps the stream of RandomState in all versions, and the streams of its newer generators only within one.
-    A split that changes with an update would move training images to the held-out ones.
+    NumPy promises never to change the stream of RandomState, but may change its newer generators in any release.
+    A split that changes with an update would hold out images that a run has trained on.
     """
     return np.random.RandomState(0).permutation(n)
 
 
-def limited(samples: Any, n: int | None) -> Any:
-    """At most ``n`` of the images or rows, drawn from all of them, the same ones each time."""
+@overload
+def limited(samples: np.ndarray, n: int | None) -> np.ndarray: ...
+@overload
+def limited(samples: ImageArray, n: int | None) -> ImageArray: ...
+def limited(samples: ImageArray, n: int | None) -> ImageArray:
+    """Draw at most ``n`` of the images or rows from all of them, the same ones in each call.
+
+    Raises:
+        ConfigError: ``n`` is below 1.
+    """
     if n is None or n >= len(samples):
         return samples
     if n < 1:
         raise ConfigError(f"a limit on the number of images or rows must be at least 1, not {n}.")
+    # a prefix of one permutation makes smaller limits subsets of larger ones, and sorted indices keep the order of
+    # the files
     chosen = np.sort(shuffled(len(samples))[:n])
     return samples[chosen] if isinstance(samples, np.ndarray) else Selection(samples, chosen)

@@ -46,16 +46,17 @@ def pack(
     overwrite: bool = False,
     progress: Callable[[Sequence[_Source]], Iterable[_Source]] = iter,
 ) -> ImageData:
-    """Write the arrays ``(N, C, H, W)`` of uint8 ``train.npy`` and ``val.npy``. Both appear complete, or neither.
+    """Write pictures into ``train.npy`` and ``val.npy``, arrays ``(N, C, H, W)`` of uint8. Both appear, or neither.
 
     Args:
         sources: folders of pictures, or folders of the published ImageNet batches (``train_data_batch_1.npz`` to
-            ``_10``, ``val_data.npz``). Several make one data set. Other files are left out, with a line on standard
-            error. The split is the one of :func:`~rnode_plugin.experiments.data.folders.folder`.
+            ``_10``, ``val_data.npz``). Several folders become one data set. Other files are left out, with a line
+            on standard error. The pictures are split as in :func:`~rnode_plugin.experiments.data.folders.folder`.
         target: folder for the two files, which is made if it is missing.
-        size: height and width that pictures are scaled to (the shorter side, and the longer one is cut around the
-            middle); None if all have the same size already.
-        channels: 3 for colour, 1 for grey.
+        size: height and width that pictures are scaled to (the shorter side is scaled, and the longer one is
+        cropped
+            around the center); None if all have the same size already.
+        channels: 3 for color, 1 for gray.
         overwrite: replace packed files.
         progress: wraps the files, to show the progress.
 
@@ -83,6 +84,7 @@ def pack(
                 if images.shape[1:] != first[1]:
                     raise different(str(path), images.shape[1:], *first)
                 (train if split == "train" else val).append(images)
+            # both files are complete on the disk before either gets its name, so a full disk leaves the old pair
             for step in (_Writer.finish, _Writer.publish):
                 for writer in (train, val):
                     step(writer)
@@ -90,20 +92,20 @@ def pack(
         raise DataError(f"{target} cannot be written: {(error.strerror or str(error)).lower()}.") from error
     finally:
         if is_new:
-            with contextlib.suppress(OSError):  # it holds the two files
+            with contextlib.suppress(OSError):  # the folder holds the two files, unless writing them failed
                 target.rmdir()
     return folder(root=str(target))
 
 
 def _plan(sources: Sequence[Path]) -> list[_Source]:
-    """The files to read with their split."""
+    """List the files to read, each with its part of the split."""
     found: list[tuple[Path, str]] = []
     splits: list[str | None] = []
     for one, other in itertools.permutations([source.resolve() for source in sources], 2):
         if one.is_relative_to(other):  # each picture would count twice, perhaps in both parts
             raise ConfigError(f"{one} is given twice, because it is inside {other}: give each folder once.")
     for source in sources:
-        own = split_named(f"{source.name}/file")  # a folder `train` need not hold another one
+        own = split_named(f"{source.name}/file")  # for a source that is itself called train or val
         names, others = separated(source, lambda name: is_picture(name) or name.endswith(_BATCH))
         notice_left_out(source, others)
         for name in names:
@@ -123,7 +125,7 @@ def _plan(sources: Sequence[Path]) -> list[_Source]:
 
 
 def _images(path: Path, size: int | None, channels: int) -> np.ndarray:
-    """The images of a file, ``(n, C, H, W)``, uint8: one of a picture, all of a batch."""
+    """Read the images in a file, ``(n, C, H, W)``, uint8. A picture has one, a batch many."""
     if path.suffix != _BATCH:
         return decode(path, size=size, channels=channels)[None]
     with naming(path, " Download it again."), np.load(path, allow_pickle=False) as arrays:
@@ -138,7 +140,10 @@ def _images(path: Path, size: int | None, channels: int) -> np.ndarray:
 
 
 class _Writer(Draft):
-    """Writes a ``.npy`` file image by image. The file gets its name when it is published."""
+    """Writes a ``.npy`` file image by image, so that a data set need not fit into memory.
+
+    The file gets its name when it is published.
+    """
 
     shape: tuple[int, ...] = ()
 
@@ -150,7 +155,9 @@ class _Writer(Draft):
         """Add images ``(n, C, H, W)``, uint8, all of the shape of the first."""
         if not self.shape:
             self.shape = (0, *images.shape[1:])
-            self._header()  # NumPy leaves room in it for a larger count
+            # the number of images is known at the end. NumPy pads this header for a larger first dimension, and
+            # `finish` writes it again over this one
+            self._header()
         self.file.write(np.ascontiguousarray(images).data)
         self.shape = (self.shape[0] + len(images), *self.shape[1:])
 

@@ -1,7 +1,7 @@
 """Data sets that are published with a split: digits of scikit-learn, MNIST, Fashion-MNIST, CIFAR10 and SVHN.
 
-torchvision has the addresses and checksums, and downloads. Arguments, result and errors are those of
-:func:`~rnode_plugin.experiments.data.get_dataset`.
+torchvision knows the addresses and checksums, and downloads. Each loader takes its arguments and raises its errors
+as :func:`~rnode_plugin.experiments.data.get_dataset` does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def digits(*, root: str | None = None) -> ImageData:
 
     pixels, labels = load_digits(return_X_y=True)
     images = np.asarray(pixels, dtype=np.uint8).reshape(-1, 1, 8, 8)
-    # evenly spaced in a random order sorted by class: each digit is held out in proportion
+    # a random order, sorted by class, of which every sixth image or so is held out. Each digit is therefore held
+    # out in proportion to its count
     order = shuffled(len(images))
     order = order[np.argsort(np.asarray(labels)[order], kind="stable")]
     held_out = np.zeros(len(images), dtype=bool)
@@ -85,7 +86,7 @@ def svhn(*, root: str | None = None, download: bool = False) -> ImageData:
 
 
 def _load(source: _Published, root: str | None, download: bool) -> ImageData:
-    """A published data set, which is fetched only if it cannot be read."""
+    """Read a published data set, and fetch it only if it cannot be read."""
     base = Path(root) if root is not None else DEFAULT_ROOT
     place = base / source.folder
     try:
@@ -111,7 +112,9 @@ def _load(source: _Published, root: str | None, download: bool) -> ImageData:
 def _read(source: _Published, base: Path, *, download: bool) -> ImageData:
     import torchvision.datasets
 
-    if download and source.cls.endswith("MNIST"):  # torchvision keeps a file that was half unpacked
+    # torchvision takes any unpacked file for a complete one, so a process that was killed while it unpacked would
+    # leave a file that no later download replaces
+    if download and source.cls.endswith("MNIST"):
         for file in (base / source.folder).glob("*-ubyte"):
             file.unlink()
     parts: list[np.ndarray] = []
@@ -125,7 +128,7 @@ def _read(source: _Published, base: Path, *, download: bool) -> ImageData:
 
 @contextmanager
 def one_download(root: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """Let one process after the other into the folder of the data sets, so that only the first one downloads.
+    """Let one process at a time into the folder of the data sets, so that only the first one downloads.
 
     Args:
         root: the folder, which is made if it is missing; None for ``data`` in the working directory.
@@ -137,10 +140,11 @@ def one_download(root: str | os.PathLike[str] | None) -> Iterator[Path]:
         DataError: the folder cannot be written, or another process holds it for an hour.
     """
     folder = Path(root) if root is not None else DEFAULT_ROOT
-    lock = FileLock(folder.resolve() / _LOCK, is_singleton=True)  # a plugin's data set may call one of ours
+    # one object for each path, so that it can be acquired again: a plugin's data set may load one of ours inside
+    lock = FileLock(folder.resolve() / _LOCK, is_singleton=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _LOCK).touch()  # FileLock would wait for ever where no file can be made
+        (folder / _LOCK).touch()  # where no file can be made this fails at once, and FileLock would wait for ever
         try:
             lock.acquire(timeout=0)
         except Timeout:

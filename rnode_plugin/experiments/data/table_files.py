@@ -1,4 +1,4 @@
-"""Files of tables: names of their columns, the values of some of them, and rows written back.
+"""Reads names and columns of table files, and writes rows.
 
 pandas reads text and parquet, and NumPy reads ``.npy``. A text that pandas could misread is refused.
 """
@@ -25,7 +25,7 @@ from .images import naming
 if TYPE_CHECKING:
     import pandas as pd
 
-_MOST_NAMES = 50  # in an advice
+_MOST_NAMES = 50  # that a message lists; a command line with more would not be copied
 
 _FORM = (
     "Write UTF-8 text with a first line of column names, all different and no numbers, one cell for each name in "
@@ -34,27 +34,27 @@ _FORM = (
 
 
 def column_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Names of the columns of a table.
+    """Return the names of the columns of a table.
 
     Raises:
         DataError: the file is missing or no table.
-        ConfigError: another ending, or a reader that is not installed.
+        ConfigError: the name has another ending, or the reader is not installed.
     """
     return tuple(_frame(Path(path), rows=1).columns)
 
 
 def leave_out(others: Sequence[str]) -> str:
-    """How to use the other columns of a table, as the end of a sentence."""
+    """Advise how to use only the other columns of a table, as the end of a sentence."""
     names = ",".join(others)
     if len(others) > _MOST_NAMES:
         names = "NAME,NAME,..."
-    elif any("," in name or name != name.strip() for name in others):
+    elif any("," in name or name != name.strip() for name in others):  # a list of names would be read otherwise
         names = json.dumps(list(others), ensure_ascii=False)
     return f"leave it out with --set {shlex.quote(f'data.columns={names}')}"
 
 
 def read_columns(path: str | os.PathLike[str], wanted: Sequence[str], *, optional: bool = False) -> np.ndarray:
-    """The columns ``wanted`` of a table, ``(N, len(wanted))``, float64 and finite.
+    """Read the columns ``wanted`` of a table as ``(N, len(wanted))``, float64 and finite.
 
     Args:
         path: the file.
@@ -62,8 +62,8 @@ def read_columns(path: str | os.PathLike[str], wanted: Sequence[str], *, optiona
         optional: whether a column can be left out, which the message of an error then advises.
 
     Raises:
-        DataError, ConfigError: as for :func:`column_names`. Also if a column is missing or not numeric, or if a
-            value is missing or infinite.
+        ConfigError: see :func:`column_names`.
+        DataError: see :func:`column_names`; a column is missing or not numeric, or a value is missing or infinite.
     """
     frame = _frame(Path(path))
     for name in wanted:
@@ -83,21 +83,22 @@ def read_columns(path: str | os.PathLike[str], wanted: Sequence[str], *, optiona
 
 
 def _as_numbers(column: pd.Series) -> tuple[pd.Series, str]:
-    """A column as numbers, and the first fault for which it is not numeric; empty if it is."""
+    """Return a column and its first value that is not a number, in words; empty words for a numeric column."""
     import pandas
 
     if column.dtype.kind in "fiub":
         return column, ""
     if column.dtype.kind != "O":
         return column, f"it is {column.dtype}"
-    # texts, also of whole numbers that have more than 64 bits. This only finds what cannot be read: the texts are
-    # converted below, to the last bit
+    # texts, also of whole numbers with more than 64 bits. to_numeric only finds what cannot be read, because it
+    # rounds some last bits wrongly. `_finite` converts the texts themselves
     numbers = pandas.Series(pandas.to_numeric(column, errors="coerce"))
     wrong = np.flatnonzero(numbers.isna() & column.notna())
     return column, f"row {wrong[0] + 1} holds {str(column.iloc[wrong[0]])[:40]!r}" if len(wrong) else ""
 
 
 def _finite(what: str, column: pd.Series) -> np.ndarray:
+    """Convert a column to float64, and refuse values that are missing or infinite with the row of the first one."""
     values = column.to_numpy(dtype=np.float64, na_value=np.nan)
     if len(gaps := np.flatnonzero(~np.isfinite(values))):
         raise DataError(
@@ -107,16 +108,16 @@ def _finite(what: str, column: pd.Series) -> np.ndarray:
     return values
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(text: str) -> bool:
     try:
-        float(value)
-    except (TypeError, ValueError):
+        float(text)
+    except ValueError:
         return False
     return True
 
 
 def _frame(path: Path, rows: int | None = None) -> pd.DataFrame:
-    """A table with checked names, of which at least the first ``rows`` are read."""
+    """Read a table with checked names, or at least its first ``rows`` rows."""
     read = _format_of(path).read
     with naming(path):
         path.stat()  # a missing file is refused before pandas is imported
@@ -143,14 +144,15 @@ def _read_text(path: Path, rows: int | None) -> pd.DataFrame:
     import pandas
 
     try:
-        with path.open(encoding="utf-8-sig") as file, warnings.catch_warnings():
+        with path.open(encoding="utf-8-sig") as file, warnings.catch_warnings():  # Excel writes a byte-order mark
             warnings.simplefilter("ignore")
             names, separator = _header(path, file.readline().strip("\n "))
             # before 3.1 pandas rounds some last bits wrongly by default; since then it deprecates the choice
             old = tuple(map(int, pandas.__version__.split(".")[:2])) < (3, 1)
             exact: dict[str, Any] = {"float_precision": "round_trip"} if old else {}
             try:
-                # with a header, pandas would cut rows that are too long, or take the first column for row names
+                # the header is read by hand, because with a header pandas cuts rows that are too long, or takes the
+                # first column for row names
                 frame = pandas.read_csv(
                     file,
                     sep=separator,
@@ -161,13 +163,14 @@ def _read_text(path: Path, rows: int | None) -> pd.DataFrame:
                     **exact,
                     skip_blank_lines=len(names) > 1,  # with one column an empty line is an empty cell
                 )
-            except pandas.errors.EmptyDataError:
+            except pandas.errors.EmptyDataError:  # names without rows
                 frame = pandas.DataFrame(columns=range(len(names)))
-            except pandas.errors.ParserError:
+            except pandas.errors.ParserError:  # a row has more cells than the first; the loop below finds which
                 frame = pandas.DataFrame()
     except UnicodeDecodeError:
         raise _refused(path, "it is not text in UTF-8") from None
-    # pandas fills rows that are too short
+    # pandas fills rows that are too short with missing values, so only a gap in the last column can mean one, and
+    # other files are not read a second time
     if frame.shape[1] != len(names) or frame.iloc[:, -1].isna().any():
         with path.open(newline="", encoding="utf-8-sig") as file:
             split = map(str.split, file) if separator == r"\s+" else csv.reader(file, delimiter=separator)
@@ -181,7 +184,7 @@ def _read_text(path: Path, rows: int | None) -> pd.DataFrame:
 
 
 def _header(path: Path, line: str) -> tuple[list[str], str]:
-    """The names in the first line of a text, and what separates cells."""
+    """Find the names in the first line of a text, and what separates cells."""
     if not line:
         raise _refused(path, "its first line is empty")
     tabs = path.suffix.lower() == ".tsv" or "\t" in line
@@ -189,6 +192,8 @@ def _header(path: Path, line: str) -> tuple[list[str], str]:
     if others:
         raise _refused(path, f"{separator!r} and {others[0]!r} in its first line may both separate the names")
     names = [cell.strip() for cell in next(csv.reader([line], delimiter=separator, skipinitialspace=True))]
+    # float() reads the names `nan` and `inf`, which a column may have. Any other number means that the file has no
+    # line of names, and its first row would be lost
     if numbers := [name for name in names if _is_number(name) and not name.isalpha()]:
         raise _refused(path, f"its first line holds the number {numbers[0]}")
     if names[0].startswith("#"):
@@ -219,7 +224,11 @@ def _need_pyarrow() -> None:
 
 
 def check_written(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that :func:`write_rows` could not write, with a ConfigError."""
+    """Refuse a file that :func:`write_rows` cannot write.
+
+    Raises:
+        ConfigError: its name has another ending.
+    """
     _format_of(Path(path))
 
 
@@ -237,7 +246,7 @@ def write_rows(path: str | os.PathLike[str], names: Sequence[str], rows: np.ndar
 
 
 def _write_text(file: IO[bytes], frame: pd.DataFrame, separator: str) -> None:
-    # nine digits are enough for each 32-bit number
+    # nine significant digits are the fewest that bring every 32-bit number back
     file.write(frame.to_csv(sep=separator, index=False, float_format="%.9g", lineterminator="\n").encode())
 
 
@@ -247,7 +256,7 @@ def _write_parquet(file: IO[bytes], frame: pd.DataFrame) -> None:
 
 
 class _Format(NamedTuple):
-    read: Callable[[Path, int | None], Any]
+    read: Callable[[Path, int | None], pd.DataFrame]
     write: Callable[[IO[bytes], pd.DataFrame], None]
 
 
@@ -261,7 +270,7 @@ _FORMATS = {
 
 
 def is_table(path: Path) -> bool:
-    """Whether the name of a file ends as the name of a table does."""
+    """Whether the name of a file has the ending of a table."""
     return path.suffix.lower() in _FORMATS
 
 

@@ -1,12 +1,12 @@
-"""``Table``, rows of numbers with a split, the user's file as a table, and checks of the columns."""
+"""``Table`` holds rows of numbers with a split. ``table`` reads the user's file, ``check_columns`` checks it."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -16,14 +16,14 @@ from .images import limited
 from .table_files import column_names, leave_out, read_columns
 
 CELLS = ("radius", "texture", "perimeter", "area", "smoothness", "compactness", "symmetry", "fractal dimension")
-"""Columns of the table that comes along: means over the cell nuclei in an image, in the units of the file."""
+"""Columns of the table of scikit-learn: means over the cell nuclei in an image, in the units of the file."""
 
 _FEWEST = 20  # rows: with fewer, the parts of a split are too small to measure anything
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A table of real numbers for density estimation.
+    """A table of real numbers for density estimation, split into three parts.
 
     Attributes:
         name: the name in messages and runs.
@@ -32,7 +32,7 @@ class Table:
         val: rows whose likelihood chooses the best weights.
         held_out: rows that measure the result.
         rows, checksum: number of rows in all parts, and a hash of their values and of the split. They are computed
-            if they are not given, and :meth:`limit` keeps them.
+            if they are not given. :meth:`limit` and :meth:`single` keep them, because they describe the file.
 
     Raises:
         DataError: the arrays are not such rows.
@@ -56,8 +56,9 @@ class Table:
         if not self.checksum:
             found = hashlib.sha256()
             for part in self._parts.values():
+                # one byte order and precision, so that every machine computes the same hash
                 rows = np.ascontiguousarray(part, dtype="<f8")
-                found.update(f"{rows.shape}".encode())
+                found.update(f"{rows.shape}".encode())  # the border between two parts is part of the split
                 found.update(rows.data)
             object.__setattr__(self, "checksum", found.hexdigest()[:16])
             object.__setattr__(self, "rows", sum(map(len, self._parts.values())))
@@ -67,7 +68,7 @@ class Table:
         return {"train": self.train, "val": self.val, "held_out": self.held_out}
 
     def select(self, columns: Sequence[str]) -> Table:
-        """The same rows with these columns, in this order.
+        """Return the same rows with these columns, in this order, and a checksum of them alone.
 
         Raises:
             DataError: the table does not have one of them.
@@ -80,16 +81,16 @@ class Table:
         return dataclasses.replace(self, columns=tuple(columns), rows=0, checksum="", **parts)
 
     def limit(self, n_train: int | None = None, n_val: int | None = None) -> Table:
-        """The same table with at most so many training and validation rows, the same ones each time."""
+        """Return the table with at most ``n_train`` training and ``n_val`` validation rows, drawn as for images."""
         return dataclasses.replace(self, train=limited(self.train, n_train), val=limited(self.val, n_val))
 
     def single(self) -> Table:
-        """The same rows in 32-bit numbers, in which a flow computes.
+        """Convert the rows to 32-bit numbers, in which a flow computes.
 
         Raises:
             DataError: a value is outside of their range.
         """
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # an overflow becomes infinite, which is refused below with its column
             parts = {part: rows.astype(np.float32) for part, rows in self._parts.items()}
         for place, name in enumerate(self.columns):
             if not all(np.isfinite(rows[:, place]).all() for rows in parts.values()):
@@ -100,7 +101,7 @@ class Table:
         return dataclasses.replace(self, **parts)
 
     def described(self) -> str:
-        """The first line of a run: rows and columns."""
+        """Describe the table by its rows and columns, in one line at the start of a run."""
         columns = ", ".join(self.columns[:20]) + (", ..." if len(self.columns) > 20 else "")
         return f"{self.name}: {self.rows:,} rows, columns {columns}"
 
@@ -114,7 +115,7 @@ def split_rows(
     held_out: float,
     seed: int,
 ) -> Table:
-    """Draw the parts of a table of ``rows (N, C)`` at random.
+    """Split ``rows (N, C)`` into the parts of a table at random.
 
     ``validation`` and ``held_out`` are shares of the rows. Each part has at least one row.
 
@@ -140,6 +141,8 @@ def table(
 ) -> Table:
     """Your own file (--data-root), or 569 cell nuclei of scikit-learn's breast cancer data.
 
+    The split depends on the number of rows and the seed alone, so it stays when a column is left out.
+
     Args:
         root: a ``.csv``, ``.tsv``, ``.txt``, ``.npy`` or ``.parquet`` file; None for the table of scikit-learn
             (Wisconsin Diagnostic, 8 columns that are real numbers without repeated zeros).
@@ -158,29 +161,30 @@ def table(
 
 
 def table_columns(root: str | None) -> tuple[str, ...]:
-    """Names of all columns of :func:`table`."""
+    """Return the names of all columns of :func:`table`."""
     return CELLS if root is None else column_names(root)
 
 
 def _cells() -> np.ndarray:
     from sklearn.datasets import load_breast_cancer
 
-    loaded: Any = load_breast_cancer()
+    loaded = cast("Mapping[str, np.ndarray]", load_breast_cancer())
     names = [str(name) for name in loaded["feature_names"]]
     return np.asarray(loaded["data"], dtype=np.float64)[:, [names.index(f"mean {cell}") for cell in CELLS]]
 
 
 # Columns without a density -------------------------------------------------------------------------------------
 
-_RESOLVED = 1e-5  # deviation over size; two of the seven digits of 32-bit numbers are left for the values
-_DEPENDENT = 1e-6  # share of a column's deviation that the other columns do not determine
-_ROWS = 100_000  # enough to find a dependent column
+_RESOLVED = 1e-5  # least deviation over size. Of the seven digits of 32-bit numbers, it leaves two to the variation
+_DEPENDENT = 1e-6  # least share of a column's deviation that the other columns do not determine
+_ROWS = 100_000  # more rows find no further dependent column, and the QR decomposition takes longer
 
 
 def check_columns(table: Table, modelled: int) -> None:
-    """Refuse a table whose rows have no density that 32-bit numbers could show.
+    """Refuse a table whose rows have no density, or none that 32-bit numbers resolve.
 
-    Its first ``modelled`` columns are modelled, the others are given.
+    Its first ``modelled`` columns are modelled, and the others are given. On a constant column, or on a linear
+    subspace, the likelihood of a flow rises without bound, and training would only report ever better numbers.
 
     Raises:
         DataError: a column that is constant or whose values differ by too little, one that is a linear function of
@@ -190,7 +194,7 @@ def check_columns(table: Table, modelled: int) -> None:
     if len(rows) <= rows.shape[1]:
         raise DataError(f"{table.name}: {len(rows)} training rows are too few for {rows.shape[1]} columns.")
     largest = np.maximum(np.abs(rows).max(0), np.finfo(np.float32).tiny)
-    scaled = rows / largest  # without an overflow
+    scaled = rows / largest  # to at most 1, because squares of large values would overflow in the deviation
     for name, column, size in zip(table.columns, scaled.T, largest, strict=True):
         if column.std() < _RESOLVED:
             raise DataError(
@@ -201,6 +205,8 @@ def check_columns(table: Table, modelled: int) -> None:
     standard = (scaled - scaled.mean(0)) / scaled.std(0)
     # the given columns first, because a column that they determine has no conditional density either
     order = [*range(modelled, rows.shape[1]), *range(modelled)]
+    # a diagonal entry of R is the norm of what a column adds to the span of the columns before it. One QR
+    # decomposition therefore tests all columns, where regressions would take one for each
     alone = np.abs(np.diag(np.linalg.qr(standard[:, order], mode="r"))) / np.sqrt(len(rows))
     for place, share in zip(order, alone, strict=True):
         if share < _DEPENDENT and place < modelled:
