@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shlex
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ..data import ImageData, Table
 
 
-def _of_an_image(value: Any) -> Any:
-    """The entries of a shape. They are counted here, because pydantic could not say well which one is missing."""
+def _of_an_image(value: object) -> object:
+    """Split a shape into its entries, and count them, because pydantic's message does not say what they mean."""
     entries = listed(value)
     if isinstance(entries, (list, tuple)) and len(entries) != 3:
         raise ValueError("an image has three numbers C,H,W (channels, height, width), as in 1,28,28")
@@ -30,7 +30,7 @@ def _of_an_image(value: Any) -> Any:
 
 @dataclass(frozen=True, config=CONFIG)
 class Data:
-    """Which images a run uses, and in which batches.
+    """Settings of the images that a run uses, and of its batches.
 
     Attributes:
         name: a data set that ``rnode-cli data list`` shows.
@@ -45,8 +45,8 @@ class Data:
         train_images: number of training images to use, drawn from all of them; None for all.
         size: height and width that the pictures of a folder are scaled to; None if they have the shape already.
         kind: marks the settings of images.
-        subject: what they describe, in a message.
-        foreign: options of the command line that other data take, and which data.
+        subject: what the settings describe, in a message.
+        foreign: for each option of the command line that these data do not take, the data that take it.
     """
 
     kind: ClassVar[str] = "images"
@@ -62,7 +62,7 @@ class Data:
     root: Text | None = None
     workers: NonNegativeInt = 0
     train_images: PositiveInt | None = None
-    size: Annotated[int, Field(ge=1, le=8192)] | None = None  # a typing error may not fill the memory
+    size: Annotated[int, Field(ge=1, le=8192)] | None = None  # a typing error must not fill the memory
 
     def __post_init__(self) -> None:
         if self.name == "digits" and self.root is not None:
@@ -78,19 +78,21 @@ class Data:
 
     @property
     def task(self) -> ImageTask:
-        """The images as a task."""
+        """The task of modelling these images."""
         return ImageTask(self.shape, self.levels, flip=self.flip)
 
-    def changed(self, assigned: Mapping[str, Any]) -> Data:
-        """These settings with others, and with what follows from them.
+    def changed(self, assigned: Mapping[str, str | None]) -> Data:
+        """Assign settings, written as texts, and change what follows from them.
 
-        Pictures of a folder bring their shape, and a ``size`` becomes the shape of all images. Images of another
-        name are mirrored only if ``flip`` is assigned.
+        Pictures in a folder bring their shape, and a ``size`` becomes the shape of all images. Images from another
+        data set are mirrored only if ``flip`` is assigned.
 
         Raises:
-            ValidationError: a bad value.
-            DataError: the pictures of a folder cannot be read.
+            ValidationError: a value is bad.
+            ConfigError: the images of this data set cannot be scaled.
+            DataError: the pictures in a folder cannot be read.
         """
+        # a mirrored digit is not a digit, so other data do not inherit the flips of a recipe for photographs
         follows = {} if assigned.get("name", self.name) == self.name else {"flip": False}
         new = dataclasses.replace(self, **{**follows, **_at_absolute_root(assigned)})
         if "shape" in assigned or not assigned.keys() & {"name", "root", "size"}:
@@ -108,20 +110,21 @@ class Data:
         return new if shape is None else dataclasses.replace(new, shape=shape)
 
     def load(self, *, download: bool = False, val_images: int | None = None) -> ImageData:
-        """The data set, cut to its numbers of images.
+        """Load the data set, limited to the numbers of images in these settings.
 
         Args:
-            download: fetch it if it is missing.
-            val_images: at most so many held-out images; None for all.
+            download: fetch the data set if it is missing.
+            val_images: largest number of held-out images; None for all.
 
         Raises:
-            DataError: it is missing, or its images are not of this shape or number of levels.
+            DataError: the data set is missing, or its images have another shape or number of levels.
             ConfigError: there is no data set of that name.
         """
         from ..data.catalog import get_dataset, taken_by
         from ..data.images import shown
 
-        # pictures of a folder are read with the channels and bits of the recipe, and other sets have fixed ones
+        # pictures in a folder are read with the channels and bits of the recipe. Other data sets have fixed ones,
+        # which are compared below
         asked = {"channels": self.shape[0], "bits": (self.levels - 1).bit_length()}
         options = taken_by(self.name, asked)
         data = get_dataset(self.name, root=self.root, download=download, size=self.size, **options)
@@ -135,19 +138,23 @@ class Data:
         return data.limit(self.train_images, val_images)
 
     def check_chosen(self, before: AnyData) -> None:
-        """Refuse a folder of pictures that has no place. See :meth:`TableData.check_chosen`."""
+        """Refuse pictures of the user's without a folder; see :meth:`TableData.check_chosen`.
+
+        Raises:
+            ConfigError: no folder is named.
+        """
         if self.of_user and self.root is None:
             raise ConfigError("name the folder of your pictures: --data-root FOLDER.")
 
     def doubt(self, data: ImageData) -> str | None:
-        """None, because other images in a folder do not change on which side of the split an image is."""
+        """Return None, because other images in a folder do not change the side of the split that an image is on."""
 
     def trained_on(self, data: ImageData) -> Data:
-        """These settings with what a run records about its ``data``, which is nothing for images."""
+        """Return these settings, because a run records nothing about images."""
         return self
 
     def for_new_run(self) -> Data:
-        """These settings without what a run has recorded."""
+        """Return these settings, because a run records nothing about images."""
         return self
 
 
@@ -156,25 +163,26 @@ _Range = Annotated[tuple[float, float], Listed]
 
 @dataclass(frozen=True, config=CONFIG)
 class TableData:
-    """Which table and columns a run uses, and in which batches.
+    """Settings of the table and the columns that a run uses, and of its batches.
 
     Attributes:
         name: a data set that ``rnode-cli data list`` shows; ``table`` is your file.
         columns: names of the columns that are used. The other columns of the file are not read.
-        given: columns that a conditional density is given. It is the density of the other columns.
+        given: columns that condition the density. The other columns are modelled.
         root: the file of ``table``, or the folder of another data set; None for the table that comes with
             scikit-learn, or for the default folder.
         validation: share of the rows whose likelihood chooses the best weights.
-        held_out: share of the rows that measure the result, and take part in neither training nor that choice.
+        held_out: share of the rows that measure the result. They take part in neither training nor that choice.
         split_seed: seed of the split.
         batch_size: rows per device and step.
         val_batch_size: rows per device and batch of an evaluation; see :class:`Data`.
         train_rows: number of training rows to use, drawn from all of them; None for all.
         workers: number of processes that read batches; 0 to read them in the training process.
         rows, checksum: number of rows and checksum of the table that a run was trained on, which training fills in.
-            If a table changes, its new split could hold out rows that were trained on. None for no comparison.
-        given_ranges: the smallest and the largest value of each given column in the training rows, which training
-            fills in, so that sampling can warn of an extrapolation. None if they are not known.
+            A table with another checksum is refused, because its split could hold out rows that were trained on.
+            None for no comparison.
+        given_ranges: the smallest and the largest value of each given column in the training rows. Training fills
+            them in, so that sampling can warn of an extrapolation. None if they are not known.
         kind: marks the settings of a table.
         subject, foreign: as for :class:`Data`.
     """
@@ -222,41 +230,44 @@ class TableData:
 
     @property
     def task(self) -> TableTask:
-        """The rows as a task."""
+        """The task of modelling these rows."""
         return TableTask(self.modelled, self.given, given_ranges=self.given_ranges)
 
-    def changed(self, assigned: Mapping[str, Any]) -> TableData:
-        """These settings with others, and with what follows from them.
+    def changed(self, assigned: Mapping[str, str | None]) -> TableData:
+        """Assign settings, written as texts, and change what follows from them.
 
         Another table brings its columns, unless ``columns`` are assigned. With other rows, what a run has recorded
-        of its rows is left out.
+        about its rows is left out.
 
         Raises:
             ConfigError: there is no such table.
             DataError: the table cannot be read.
-            ValidationError: a bad value, or a given column that is not in the table.
+            ValidationError: a value is bad, or a given column is not in the table.
         """
         assigned = _at_absolute_root(assigned)
         name, root = assigned.get("name", self.name), assigned.get("root", self.root)
-        published = name == self.name and not self.of_user  # the same table at another place
+        follows: dict[str, tuple[str, ...]] = {}
+        # a published table at another place is the same table. The file of a user is not
+        published = name == self.name and not self.of_user
         if (name, root) != (self.name, self.root) and "columns" not in assigned and not published:
             from ..data.catalog import table_columns  # numpy, which a bad value does not wait for
 
-            assigned["columns"] = table_columns(name, root=root)
-        new = dataclasses.replace(self, **assigned)
+            follows["columns"] = table_columns(name or "", root=root)
+        new = dataclasses.replace(self, **assigned, **follows)
         same = all(vars(new)[key] == vars(self)[key] for key in ("name", "root", "columns", "given", *_SPLIT))
         return new if same else new.for_new_run()
 
     def load(self, *, download: bool = False, val_images: int | None = None) -> Table:
-        """The table in 32-bit numbers: the columns that are modelled, then those that are given.
+        """Load the table in 32-bit numbers, with the modelled columns before the given ones.
 
         Args:
-            download: fetch it if it is missing.
-            val_images: at most so many rows to choose weights by; None for all.
+            download: fetch the table if it is missing.
+            val_images: largest number of rows to choose the weights by; None for all.
 
         Raises:
-            DataError: it is missing, or its columns have no density.
-            ConfigError: there is no table of that name, or it has a fixed split and these settings ask for another.
+            DataError: the table is missing, has changed since the training, or its columns have no density.
+            ConfigError: there is no table of that name, or these settings ask for another split of a table whose
+                split is fixed.
         """
         from ..data.catalog import get_table, taken_by
         from ..data.tables import check_columns
@@ -274,18 +285,22 @@ class TableData:
                 "In a new split, rows that were trained on could be held out. Put the old file back, name it with "
                 "--data-root, or train a new run on this one."
             )
+        # limited before it is checked, because a column may be constant in the rows that are left, and checked in
+        # double precision, in which a nearly constant column still shows its deviation
         table = table.limit(self.train_rows, val_images)
         check_columns(table, len(self.modelled))
         return table.single()
 
     def check_chosen(self, before: AnyData) -> None:
-        """Refuse what a command line has changed and cannot work, without an import of torch or reading all rows.
+        """Refuse columns from a command line that the user's file does not have.
+
+        This imports no torch, and reads only the names in the file.
 
         Args:
-            before: the settings that were changed.
+            before: the settings that the command line has changed.
 
         Raises:
-            ConfigError: a column that the user's file does not have.
+            ConfigError: the file does not have one of the columns.
             DataError: the file cannot be read.
         """
         if not self.of_user or (isinstance(before, TableData) and self.columns == before.columns):
@@ -297,7 +312,7 @@ class TableData:
             raise ConfigError(f"data.columns: {suggest(unknown[0], known, 'column')}")
 
     def doubt(self, data: Table) -> str | None:
-        """Why the held-out rows of ``data`` may have been trained on; None if nothing is known against them."""
+        """Say why the held-out rows of ``data`` may have been trained on; None for the table of the training."""
         if self.checksum in (None, data.checksum):
             return None
         return (
@@ -306,7 +321,10 @@ class TableData:
         )
 
     def trained_on(self, data: Table) -> TableData:
-        """These settings with what a run records about its ``data``. A table smaller than a batch is one batch."""
+        """Return these settings with what a run records about its ``data``.
+
+        A table that is smaller than a batch becomes one batch, because a step takes full batches only.
+        """
         given = data.train[:, len(self.modelled) :]
         ranges = tuple(zip(given.min(0).tolist(), given.max(0).tolist(), strict=True))
         batch_size = min(self.batch_size, len(data.train))
@@ -315,7 +333,7 @@ class TableData:
         )
 
     def for_new_run(self) -> TableData:
-        """These settings without what a run has recorded, so that a new run may train on a changed table."""
+        """Return these settings without what a run has recorded, so that a new run may train on a changed table."""
         return dataclasses.replace(self, rows=None, checksum=None, given_ranges=None)
 
 
@@ -325,7 +343,7 @@ AnyData = Data | TableData
 _SPLIT = {"validation": TableData.validation, "held_out": TableData.held_out, "split_seed": TableData.split_seed}
 
 
-def _at_absolute_root(assigned: Mapping[str, Any]) -> dict[str, Any]:
-    """Assigned settings with an absolute ``root``, which a command in another folder finds."""
+def _at_absolute_root(assigned: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Return assigned settings with an absolute ``root``, so that a command in another folder finds the data."""
     root = assigned.get("root")
     return {**assigned, "root": os.path.abspath(root)} if root else dict(assigned)

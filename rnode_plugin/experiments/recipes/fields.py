@@ -1,7 +1,7 @@
 """Types of settings.
 
-pydantic types each value by the annotation of its field, so a text of the command line and a value of a JSON file
-are read and refused in the same way.
+pydantic converts and checks each value by the annotation of its field, so a text from the command line and a value
+in a JSON file are read and refused in the same way.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
+# a misspelled setting is refused, because the run would silently use the default in its place
 CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-def listed(value: Any) -> Any:
-    """The entries of a text, ``a,b`` or JSON, which an entry with a comma needs; other values as they are."""
+def listed(value: object) -> object:
+    """Split a text ``a,b``, or a JSON list for entries with commas; return any other value unchanged."""
     if not isinstance(value, str):
         return value
-    with contextlib.suppress(ValueError, RecursionError):
+    with contextlib.suppress(ValueError, RecursionError):  # RecursionError: thousands of opening brackets
         if isinstance(entries := json.loads(value), list):
             return entries
     return [entry.strip() for entry in value.split(",")] if value else []
@@ -41,7 +42,7 @@ class Kept:
     """Marks a setting that a resumed run keeps.
 
     Attributes:
-        weights: whether the shapes of the weights depend on it, so that other weights do not fit it either.
+        weights: whether the shapes of the weights depend on the setting. Weights of another run then do not fit it.
     """
 
     weights: bool = False
@@ -50,8 +51,8 @@ class Kept:
 KEPT, OF_THE_WEIGHTS = Kept(), Kept(weights=True)
 
 
-def kept(group: type[Any]) -> dict[str, Kept]:
-    """The settings of a group that are marked, by name."""
+def kept(group: type) -> dict[str, Kept]:
+    """Return the marked settings of a group, by name."""
     return {
         name: mark
         for name, hint in get_type_hints(group, include_extras=True).items()

@@ -1,4 +1,4 @@
-"""``ImageTask``: bits/dim of images, and their samples in a grid."""
+"""``ImageTask`` scores images in bits/dim and draws samples in a grid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COUNT = 64  # images that are drawn if no number is given
 
 
 class Dirty(Quantity):
-    """Bits/dim with uniform noise in each bin, for pixels with ``levels`` values."""
+    """Measures bits/dim with uniform noise in each bin, for pixels with ``levels`` values."""
 
     name, heading = "dirty", "bits/dim, dirty"
     meaning = "uniform noise in each bin: bounds the discrete likelihood"
@@ -34,7 +34,7 @@ class Dirty(Quantity):
 
 
 class Clean(Quantity):
-    """Bits/dim at the centers of the bins, for pixels with ``levels`` values."""
+    """Measures bits/dim at the centers of the bins, for pixels with ``levels`` values."""
 
     name, heading = "clean", "bits/dim, clean"
     meaning = "density at the bins' centers: no bound"
@@ -49,7 +49,7 @@ class Clean(Quantity):
 
 
 class ImageTask(Task["ImageData"]):
-    """Bits/dim of uint8 images ``(B, C, H, W)``.
+    """Models uint8 images ``(B, C, H, W)``, scored in bits/dim.
 
     Args:
         shape: ``(C, H, W)``.
@@ -65,7 +65,7 @@ class ImageTask(Task["ImageData"]):
     file, samples_file = "images.csv", "samples.png"
     draws_while_training = True
     max_gap = 0.02
-    exact_dims = 16  # the trace costs one product per dimension: beyond this, draws cost less
+    exact_dims = 16  # the exact trace costs one product per dimension, so beyond this an estimate is cheaper
     noisy = True
     subject = "images"
 
@@ -78,10 +78,10 @@ class ImageTask(Task["ImageData"]):
 
     @classmethod
     def of(cls, flow: DensityModel) -> ImageTask:
-        """The task of a :class:`~rnode_plugin.MultiscaleFlow`: images of its shape and levels.
+        """Return the task of a :class:`~rnode_plugin.MultiscaleFlow`, images with its shape and levels.
 
         Raises:
-            ConfigError: for another model.
+            ConfigError: the model is of another class.
         """
         from ...flows.multiscale import MultiscaleFlow
 
@@ -90,11 +90,12 @@ class ImageTask(Task["ImageData"]):
         return cls(flow.image_shape, flow.levels)
 
     def prepare(self, flow: DensityModel, data: ImageData) -> None:
-        """Nothing, because the range of pixels is known without the data."""
+        """Do nothing, because the range of pixels is known without the data."""
 
     def training_inputs(self, batch: Tensor) -> FlowInput:
         from ...flows.multiscale import random_flip
 
+        # noise before flips, so that a recipe without flips dequantizes each batch by the same noise
         inputs = self.inputs(batch)
         return FlowInput(random_flip(inputs.x)) if self._flip else inputs
 
@@ -137,6 +138,7 @@ class ImageTask(Task["ImageData"]):
 
         self.check_request(request, path)
         count = request.count or _COUNT
+        # the batch size is left to the function that draws, because its own default fits the memory of images
         options: dict[str, int] = {} if request.batch_size is None else {"batch_size": request.batch_size}
         images = sample_images(flow, count, temperatures=request.temperatures, seed=request.seed, **options)
         save_grid(path, images, levels=self._levels, columns=request.columns)

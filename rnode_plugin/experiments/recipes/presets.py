@@ -1,9 +1,10 @@
-"""The recipes of this package: the paper's four data sets (Table 1), two of them fast, digits, pictures, tables.
+"""The recipes that come with the package: the paper's four data sets, two of them fast, digits, pictures, tables.
 
-Numbers that the paper does not give are taken from the authors' public training scripts: the logit margins, the
-warm-up, the flips, the first step of the adaptive solver, the seed and the epochs of the two large sets. Our
-choices are the number of held-out images of a validation while training, logs and samples, and all of
-``digits``, ``pictures``, ``mnist-fast`` and ``cifar10-fast``, which have the paper's models and objective.
+The paper's numbers are in its Table 1. Those that it does not give are taken from the authors' public training
+scripts: the logit margins, the warm-up, the flips, the first step of the adaptive solver, the seed and the epochs
+of the two large sets. Our choices are the number of held-out images in a validation while training, the logs and
+the samples, and everything in ``digits``, ``pictures``, ``mnist-fast`` and ``cifar10-fast`` other than the paper's
+models and objective.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ _MUON = Optimizer(name="muon", lr=2e-2, vector_lr=1e-2, warmup=20, schedule="cos
 # With a step of 0.5 a large flow overfits the solver: in 500 steps of Muon from a trained MNIST flow the training
 # bits/dim fell to 0.07 while the accurate ones rose to 1.60
 _SAMPLED_QUARTER = dataclasses.replace(_SAMPLED, step=0.25)
-# the rate of digits, 2e-2, explodes on the full MNIST model within 40 steps, also at the small step; a fall over
-# half of the steps ends as a cosine does on 14x14 MNIST, and a run that is stopped before it can be made longer.
-# A batch of photographs at 98 bits/dim gave a gradient of norm 12,485 where 1.5 is usual, and the momentum kept
-# it: over the next 13 steps the loss rose from 3.3 to 4.3 bits/dim. With the bound it stays.
+# At the rate of digits, 2e-2, the full MNIST model diverges within 40 steps, also with the small solver step. A
+# cooldown over half of the steps ends at the same bits/dim as a cosine on 14x14 MNIST, and a run that is stopped
+# before its cooldown can be made longer. Clipping: one batch of photographs at 98 bits/dim gave a gradient of norm
+# 12,485 where 1.5 is usual, and the momentum kept it, so that the loss rose from 3.3 to 4.3 bits/dim over the next
+# 13 steps. With the bound the loss stays
 _MUON_LARGE = dataclasses.replace(_MUON, lr=5e-3, vector_lr=2.5e-3, schedule="cooldown", cooldown=0.5, clip=1.0)
+# the backward pass of the two large models computes the activations of a solve again, because keeping them takes
+# memory for each evaluation of the field
 _DOPRI5_LEAN = dataclasses.replace(_DOPRI5, gradient="checkpointed")
 
 
@@ -141,8 +145,9 @@ def table() -> Recipe:
 
 
 def _fast(recipe: Recipe) -> Recipe:
-    """The model and the objective of a recipe of the paper, with all that makes training faster."""
-    # after 24,000 steps of matching, 240 of likelihood reached on MNIST what 800 reach after 6,000, in more time
+    """Return the model and the objective of one of the paper's recipes, with everything that speeds up training."""
+    # on MNIST 240 steps of likelihood after 24,000 of matching reach what 800 reach after 6,000, but take longer in
+    # all
     matching, likelihood = 6_000, 2_400
     return dataclasses.replace(
         recipe,
@@ -152,8 +157,8 @@ def _fast(recipe: Recipe) -> Recipe:
         # at 1.871, 1.819 and 1.795 bits/dim (three seeds)
         data=dataclasses.replace(recipe.data, batch_size=25),
         solver=_SAMPLED_QUARTER,
-        # at 5e-3 the likelihood of MNIST left what its steps resolve after 40 of them, and at 2e-3 after 230: the
-        # training bits/dim fell below the accurate ones by 0.44, and jacfrob rose from 0.5 to 4
+        # on MNIST the field became too rough for the solver's step after 40 steps of likelihood at 5e-3, and after
+        # 230 at 2e-3. The training bits/dim fell below the accurate ones by 0.44, and jacfrob rose from 0.5 to 4
         optimizer=dataclasses.replace(_MUON_LARGE, lr=1e-3, vector_lr=5e-4, matching_factor=5),
         training=dataclasses.replace(
             recipe.training,

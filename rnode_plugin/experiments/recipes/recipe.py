@@ -1,7 +1,7 @@
-"""``Recipe``, one frozen tree of settings for an experiment. ``presets`` holds the recipes of the paper.
+"""``Recipe`` is one frozen tree of settings for an experiment. ``presets`` holds the recipes of the paper.
 
-A recipe decides all numbers of a run. It is written next to the run and into every checkpoint as plain JSON, and a
-flow is rebuilt from that alone.
+A recipe decides all numbers of a run. A run writes it as plain JSON into its folder and into every checkpoint, and
+a flow is rebuilt from that JSON alone.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, SupportsFloat, cast
 
 from pydantic import Discriminator, Field, PlainSerializer, PlainValidator, Tag, TypeAdapter
 from pydantic.dataclasses import dataclass
@@ -26,10 +26,10 @@ from ...plugins import registry
 from ...solvers.checks import refuse_sampled_density
 from ...solvers.settings import SolverSettings
 from ...validation import refused
-from .data import Data, TableData
+from .data import AnyData, Data, TableData
 from .fields import CONFIG, Kept, kept, listed
 from .settings import Model, Optimizer, Paper, TableModel, Training
-from .task import Task
+from .task import AnyTask
 
 if TYPE_CHECKING:
     from ...core.distribution import DensityModel
@@ -39,15 +39,21 @@ __all__ = ["Data", "Model", "Optimizer", "Paper", "Recipe", "TableData", "TableM
            "as_text", "get_recipe", "is_recipe_file", "read_recipe", "read_strength"]  # fmt: skip
 
 
-def read_strength(value: Any) -> WrittenStrength:
-    """A lambda as a recipe has it, ``0.01`` or ``linear_warmup(1000)*0.01``; a ValueError for anything else."""
+def read_strength(value: object) -> WrittenStrength:
+    """Read a lambda as a recipe has it, ``0.01`` or ``linear_warmup(1000)*0.01``.
+
+    Raises:
+        ValueError: it is neither, or the number is negative or not finite.
+    """
     if isinstance(value, LinearWarmup):
         return value
     if isinstance(value, str) and "(" in value:
         return LinearWarmup.from_text(value)
     number = math.nan
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        number = math.nan if isinstance(value, bool) else float(value)
+    # `true` in a JSON file is a mistake, and Python would take it for 1
+    if isinstance(value, (str, SupportsFloat)) and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            number = float(value)
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"expected a finite number >= 0 or {LinearWarmup.spelling}")
     return number
@@ -60,7 +66,12 @@ _Strength = Annotated[
 ]
 
 
-def _tag(value: Any) -> str:
+def _tag(value: object) -> str:
+    """Tell settings of images from settings of a table, as plain data or as an object.
+
+    With the tag pydantic tries one class alone, and its message does not list what the other class would have
+    wanted.
+    """
     kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
     return "table" if kind == "table" else "images"
 
@@ -84,8 +95,8 @@ class Recipe:
         paper: the figures of the paper, where it has them.
 
     Raises:
-        ValidationError: settings that cannot work, by themselves or together. It is pydantic's, and a ValueError;
-            :meth:`override` and :meth:`from_plain` raise a ConfigError in its place.
+        ValidationError: a setting cannot work, by itself or with the others. The error is pydantic's, and a
+            ValueError; :meth:`override` and :meth:`from_plain` raise a ConfigError in its place.
     """
 
     name: str
@@ -103,9 +114,11 @@ class Recipe:
         check_path_name(self.name, "recipe")
         if self.data.kind != self.model.kind:
             raise ConfigError("the data and the model of a recipe must both be of images or both of a table.")
-        self.task.grid_rows(self.training.sample_temperatures)  # refuses several for a table
+        self.task.grid_rows(self.training.sample_temperatures)  # refuses several temperatures for a table
         for name, solver in (("solver", self.solver), ("test_solver", self.test_solver)):
             refuse_sampled_density(solver.method, solver.quadrature, adaptive=solver.adaptive, setting=name)
+        # an adaptive solver estimates its error as a difference of two results. In low precision that difference is
+        # rounding, which no smaller step removes
         precision = self.training.precision
         rounding = next((eps for name, eps in _ROUNDING.items() if precision.startswith(name)), 0.0)
         if self.solver.adaptive and min(self.solver.atol, self.solver.rtol) < rounding:
@@ -116,21 +129,25 @@ class Recipe:
             )
 
     def override(self, assignments: Iterable[str]) -> Recipe:
-        """A copy with ``group.key=value`` texts applied, all at once.
+        """Return a copy with ``group.key=value`` texts applied.
+
+        The assignments are applied together, because two settings may be valid only together.
 
         Another data set brings its columns or its shape, see :meth:`Data.changed` and :meth:`TableData.changed`,
         and drops the figures of the paper.
 
         Raises:
-            ConfigError: for an unknown setting or regularizer, or a bad value.
+            ConfigError: a setting or regularizer is unknown, or a value is bad.
             DataError: a table or a folder that is named cannot be read.
         """
         changes = self._changes(assignments)
-        new: dict[str, Any] = {}
+        new: dict[str, object] = {}
+        # the data come first, because they decide what a model, a temperature and a score mean
         if "data" in changes:
             with refused("data"):
-                new["data"] = self.data.changed(changes.pop("data"))
-            if new["data"].name != self.data.name:
+                data = self.data.changed(changes.pop("data"))
+            new["data"] = data
+            if data.name != self.data.name:
                 new["paper"] = None
         for group, values in changes.items():
             old = vars(self)[group]
@@ -139,20 +156,23 @@ class Recipe:
             changed = dataclasses.replace(self, **new)
         for group in ("solver", "test_solver"):
             was, solver = vars(self)[group], vars(changed)[group]
+            # a step from the recipe before is left over and harmless, but a step that was just given would be
+            # ignored
             if solver.adaptive and solver.step not in (None, was.step):
                 raise ConfigError(
                     f"{group}.step has no effect, because {solver.name} chooses its own steps: give "
                     f"{group}.method=rk4_38 too, or atol and rtol."
                 )
         old = self.regularizers
-        # an unknown name is refused here, not after the data is loaded
+        # an unknown name is refused here, before the data are loaded. Only changed ones are resolved, because that
+        # imports torch
         new_ones = {name: each for name, each in changed.regularizers.items() if old.get(name) != each}
-        if new_ones:  # it imports torch
+        if new_ones:
             registry.resolve_regularizers(new_ones)
         return changed
 
     def _changes(self, assignments: Iterable[str]) -> dict[str, dict[str, str | None]]:
-        """The texts by group and key, for known settings that may change; None for ``none``."""
+        """Sort the texts by group and key, with None for ``none``, and refuse what is not a setting."""
         changes: dict[str, dict[str, str | None]] = {}
         known = [path for path, _ in self.settings() if not path.startswith("paper.")]
         for assignment in assignments:
@@ -163,7 +183,7 @@ class Recipe:
                 raise ConfigError(f"{assignment!r} is not a setting: write group.key=value.")
             group, _, key = path.partition(".")
             if group == "regularizers" and key:
-                registry.check_name("regularizers", key.partition(":")[0])  # before torch is imported to make it
+                registry.check_name("regularizers", key.partition(":")[0])  # before `override` imports torch for it
             elif path not in known:
                 near = " or ".join(difflib.get_close_matches(path, known, n=3, cutoff=0.5))
                 hint = f" Did you mean {near}?" if near else ""
@@ -176,7 +196,7 @@ class Recipe:
         return changes
 
     def ffjord(self) -> Recipe:
-        """The FFJORD baseline (section 6): no penalties, Dormand-Prince at 1e-5, no flow matching."""
+        """Return the FFJORD baseline (section 6), without penalties or flow matching, with dopri5 at 1e-5."""
         solver = SolverSettings(
             method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6, gradient=self.solver.gradient
         )
@@ -187,40 +207,40 @@ class Recipe:
 
     @property
     def weights(self) -> str:
-        """Which weights a checkpoint of this recipe gives to evaluation, sampling and export."""
+        """The weights that a checkpoint gives to evaluation, sampling and export, in words."""
         return "as trained" if self.training.ema is None else f"moving average, decay {self.training.ema:g}"
 
-    def settings(self) -> list[tuple[str, Any]]:
-        """Every setting as ``("group.key", value)``."""
+    def settings(self) -> list[tuple[str, object]]:
+        """List every setting as ``("group.key", value)``."""
         return [
             (f"{group}.{key}", entry)
             for group, value in vars(self).items()
-            if not (value is None or isinstance(value, str))
+            if not (value is None or isinstance(value, str))  # name and description, or no paper
             for key, entry in (value if isinstance(value, Mapping) else vars(value)).items()
         ]
 
     def kept(self) -> dict[str, Kept]:
-        """The settings that a resumed run keeps, as ``group.key``, and the mark of each."""
+        """Return the mark of each setting that a resumed run keeps, by ``group.key``."""
         groups = {group: type(value) for group, value in vars(self).items() if dataclasses.is_dataclass(value)}
         return {f"{group}.{key}": mark for group, kind in groups.items() for key, mark in kept(kind).items()}
 
     def to_plain(self) -> dict[str, Any]:
-        """As dictionaries, lists, numbers and texts, for JSON and checkpoints."""
+        """Convert the recipe to dictionaries, lists, numbers and texts, for JSON and checkpoints."""
         return TypeAdapter(Recipe).dump_python(self, mode="json")
 
     @staticmethod
-    def from_plain(plain: Mapping[str, Any]) -> Recipe:
-        """The inverse of :meth:`to_plain`.
+    def from_plain(plain: Mapping[str, object]) -> Recipe:
+        """Invert :meth:`to_plain`.
 
         Raises:
-            ConfigError: for an unknown setting or a bad value.
+            ConfigError: a setting is unknown, or a value is bad.
         """
         with refused():
             return TypeAdapter(Recipe).validate_python(plain)
 
     @property
-    def task(self) -> Task[Any]:
-        """What the recipe models, images or a table: inputs and scores of the flow, samples, words and units."""
+    def task(self) -> AnyTask:
+        """What the recipe models, images or a table, with inputs, scores, samples, words and units."""
         return self.data.task
 
     @property
@@ -229,11 +249,11 @@ class Recipe:
         return self.task.dims
 
     def load_data(self, *, download: bool = False, all_val: bool = False) -> ImageData | Table:
-        """The images or the table, with the numbers of samples that the recipe has.
+        """Load the images or the table, with as many samples as the recipe says.
 
         Args:
             download: fetch them if they are missing.
-            all_val: ignore ``training.val_images`` and keep all samples of a validation.
+            all_val: ignore ``training.val_images`` and keep all samples for validation.
 
         Raises:
             DataError, ConfigError: see :meth:`Data.load` and :meth:`TableData.load`.
@@ -241,16 +261,18 @@ class Recipe:
         return self.data.load(download=download, val_images=None if all_val else self.training.val_images)
 
     def trained_on(self, data: ImageData | Table) -> Recipe:
-        """The recipe with what a run records about its data, such as the ranges of given columns."""
-        settings: Any = self.data  # they are for the kind of data that they load
-        return dataclasses.replace(self, data=settings.trained_on(data))
+        """Return the recipe with what a run records about its data, such as the ranges of given columns."""
+        # settings of images load images and settings of a table load tables, which the two types do not say
+        # together
+        recorded = cast("Callable[[ImageData | Table], AnyData]", self.data.trained_on)
+        return dataclasses.replace(self, data=recorded(data))
 
     def at_root(self, root: str | None) -> Recipe:
-        """The recipe with its data at another place. A table keeps its columns, and may be another table.
+        """Return the recipe with its data at another place. A table keeps its columns, and may be another table.
 
         Raises:
-            ConfigError: the data have no place.
-            DataError: a table or a folder that is not there.
+            ConfigError: the data come with a package, so they have no place.
+            DataError: the table or folder does not exist.
         """
         if root is None or os.path.abspath(root) == self.data.root:
             return self
@@ -262,7 +284,7 @@ class Recipe:
 
     @property
     def lambdas(self) -> dict[str, float]:
-        """Lambda by name, at the end of a warm-up."""
+        """The lambda of each regularizer by name, at the end of its warm-up."""
         return {name: final_strength(strength) for name, strength in self.regularizers.items()}
 
     @property
@@ -272,11 +294,11 @@ class Recipe:
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """Names of the penalties that the flow integrates."""
+        """The names of the penalties that the flow integrates, which are more than those that a loss uses."""
         return tuple(dict.fromkeys([*_ALWAYS_MEASURED, *self.regularizers]))
 
     def build_flow(self) -> DensityModel:
-        """A fresh model, whose solver is ``test_solver``. A training step passes its solver.
+        """Build a model with fresh weights. Its own solver is ``test_solver``, and a training step passes another.
 
         Returns:
             A :class:`~rnode_plugin.MultiscaleFlow` for images, a :class:`~rnode_plugin.TableFlow` for a table, or
@@ -287,6 +309,7 @@ class Recipe:
         """
         from ...core.distribution import DensityModel
 
+        # a plugin's model is called with the same arguments, so it can take the place of ours in any recipe
         flow = registry.call(
             "models",
             self.model.name,
@@ -304,20 +327,20 @@ class Recipe:
         return flow
 
 
-_ROUNDING = {"bf16": 2.0**-8, "16": 2.0**-11}  # relative, by the first letters of a precision's name
+_ROUNDING = {"bf16": 2.0**-8, "16": 2.0**-11}  # relative error, by the first letters of a precision's name
 
-# they cost next to nothing once the divergence is followed, and every report shows them
+# these two cost next to nothing once the divergence is integrated, and every report shows them
 _ALWAYS_MEASURED = ("kinetic", "jacfrob")
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of that name, ours or a plugin's.
+    """Return the recipe with a name, from this package or from a plugin.
 
     Args:
-        name: such as ``"mnist"``; ``rnode-cli recipes`` lists them.
+        name: a name such as ``"mnist"``; ``rnode-cli recipes`` lists them.
 
     Raises:
-        ConfigError: for an unknown name; the known ones are listed.
+        ConfigError: the name is unknown. The message lists the known ones.
         PluginError: the plugin that offers it failed, or returned something else.
 
     Example:
@@ -339,13 +362,13 @@ def is_recipe_file(name: str) -> bool:
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """The recipe in a JSON file that :meth:`Recipe.to_plain` describes, such as the ``recipe.json`` of a run.
+    """Read the recipe in a JSON file that :meth:`Recipe.to_plain` describes, such as the ``recipe.json`` of a run.
 
-    It is for a new run, so the number and the checksum of the rows of a table are left out.
+    The recipe is for a new run, so what the former run recorded about the rows of its table is left out.
 
     Raises:
         ConfigError: the file cannot be read, is not JSON, or does not hold a recipe; or one of its regularizers is
-            not known here or cannot have its lambda.
+            unknown or cannot have its lambda.
     """
     try:
         recipe = Recipe.from_plain(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -356,8 +379,8 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     return dataclasses.replace(recipe, data=recipe.data.for_new_run())
 
 
-def as_text(value: Any) -> str:
-    """A value as :meth:`Recipe.override` reads it back."""
+def as_text(value: object) -> str:
+    """Write a value so that :meth:`Recipe.override` reads it back."""
     if isinstance(value, tuple):
         texts = [as_text(each) for each in value]
         text = ",".join(texts)

@@ -15,7 +15,9 @@ _SHORT = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-tru
 
 
 def _known_precision(name: str) -> str:
+    """Return Lightning's full name of a precision, and refuse one that rounds the data or is unknown."""
     name = _SHORT.get(name, name)
+    # these precisions also round the samples and the log-densities, to three significant digits or fewer
     if name in ("16-true", "bf16-true"):
         raise ConfigError(
             f"training.precision={name} would round the data themselves: use 32-true or "
@@ -27,15 +29,17 @@ def _known_precision(name: str) -> str:
 
 
 class _Options:
+    """Gives the settings of a model to its constructor. All of them are options, except for its name and kind."""
+
     @property
     def options(self) -> dict[str, Any]:
-        """The options that the model is made with."""
+        """The keyword arguments of the model."""
         return {name: value for name, value in vars(self).items() if name not in ("name", "kind")}
 
 
 @dataclass(frozen=True, config=CONFIG)
 class Model(_Options):
-    """The flow.
+    """Settings of the flow for images.
 
     Attributes:
         name: a model that is registered with the plugin host; ``MultiscaleFlow`` is the paper's.
@@ -56,17 +60,17 @@ class Model(_Options):
 
 @dataclass(frozen=True, config=CONFIG)
 class TableModel(_Options):
-    """The flow of a table.
+    """Settings of the flow for a table.
 
     Attributes:
-        name: a model that is registered with the plugin host; ``TableFlow`` is ours.
+        name: a model that is registered with the plugin host; ``TableFlow`` comes with the package.
         field: ``mlp``, a multilayer perceptron, or ``potential``, the gradient of OT-Flow's potential.
         hidden: width of a block's field.
         layers: linear layers of the perceptron, or layers of the potential's network.
         activation: activation function of the perceptron: ``softplus``, ``tanh``, ``elu``, ``silu`` or ``gelu``.
         blocks: flows one after the other, each with its own field.
-        trace_noise: how the divergence is found: ``exact``, or the distribution of the noise of its estimate.
-            ``auto`` is exact for the potential and up to 16 columns, else ``rademacher``.
+        trace_noise: ``exact`` for the exact divergence, or the distribution of the noise in its estimate. ``auto``
+            is exact for the potential and up to 16 columns, else ``rademacher``.
         kind: marks the settings of a table's model.
     """
 
@@ -86,24 +90,26 @@ class TableModel(_Options):
 
 @dataclass(frozen=True, config=CONFIG)
 class Optimizer:
-    """The optimizer and its learning rate.
+    """Settings of the optimizer and its learning rate.
 
     Attributes:
         name: ``adam``, or ``muon``: Muon for the convolution kernels and Adam for the biases.
         lr: learning rate after the warm-up.
         warmup: steps over which the rate rises linearly to ``lr``.
-        schedule: after the warm-up. ``constant``; ``cosine``, down to zero at the last planned step; or
-            ``cooldown``, constant and then a linear fall to zero. A limit on time does not change it.
-        cooldown: share of the steps in which the rate of ``cooldown`` falls, the last ones.
+        schedule: the rate after the warm-up. ``constant`` keeps it, ``cosine`` lowers it to zero at the last
+            planned step, and ``cooldown`` keeps it and then lowers it linearly to zero. A limit on time does not
+            change the schedule.
+        cooldown: share of the steps, at the end, in which the rate of ``cooldown`` falls.
         beta1, beta2: decay rates of Adam's moments.
-        weight_decay: L2 coefficient that ``adam`` adds to the gradient. ``muon`` shrinks its weights by the rate
-            times it instead.
+        weight_decay: L2 coefficient. ``adam`` adds it times the weights to the gradient. ``muon`` instead shrinks
+            the weights in each step by it times the learning rate.
         momentum: decay rate of the mean of the gradients in ``muon``.
         vector_lr: learning rate of the biases in ``muon``.
-        matching_factor: the learning rates of flow matching are this multiple of ``lr`` and ``vector_lr``. Its loss
-            has no solves, so it stays stable at higher rates.
-        clip: bound of the gradient's norm in a step of maximum likelihood; None for no bound. One step's gradient
-            can outweigh the gradients of many steps. Flow matching has no solves, so its gradients are not clipped.
+        matching_factor: the learning rates of flow matching are this multiple of ``lr`` and ``vector_lr``. The loss
+            of flow matching has no solves, so it stays stable at higher rates.
+        clip: largest norm of the gradient in a step of maximum likelihood; None for no bound. Without a bound one
+            step's gradient can outweigh the gradients of many steps. Flow matching has no solves, so its gradients
+            are not clipped.
     """
 
     name: Annotated[Literal["adam", "muon"], KEPT] = "adam"
@@ -122,27 +128,28 @@ class Optimizer:
 
 @dataclass(frozen=True, config=CONFIG)
 class Training:
-    """How long a run trains, how often it validates and saves, and its seed.
+    """Settings of the training: how long a run trains, how often it validates and saves, and its seed.
 
     Attributes:
         max_epochs: passes over the training samples, images or rows; None if ``max_steps`` decides alone.
-        max_steps: optimizer steps; None if ``max_epochs`` decides alone. The first limit that is met stops.
+        max_steps: optimizer steps; None if ``max_epochs`` decides alone. The limit that is reached first ends the
+            run.
         seed: seed of the weights, the data order and all noise.
-        matching: optimizer steps of flow matching, the first ones of the run: all fields learn at once to carry
-            data straight to noise, with one evaluation each and no likelihood
+        matching: number of steps of flow matching at the start of the run. In these steps all fields learn at once
+            to carry data straight to noise, with one evaluation each and no likelihood
             (:meth:`~rnode_plugin.flows.base.BlockFlow.matching_loss`). They count among ``max_steps``, and the
-            optimizer and its schedule begin again after them. A run from ``weights`` makes none.
-        weights: weights of the first step: a run folder, a ``.ckpt`` or ``.safetensors`` file, or a name of weights
-            in the package; None for fresh ones.
-        precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` or ``64-true``, as Lightning names them; or ``auto``:
+            optimizer and its schedule begin again after them. A run from ``weights`` takes none.
+        weights: where the weights of the first step are: a run folder, a ``.ckpt`` or ``.safetensors`` file, or a
+            name of weights in the package; None for fresh ones.
+        precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` or ``64-true``, as Lightning names them. ``auto`` is
             ``bf16-mixed`` for a fixed grid where the device computes bfloat16 natively, else ``32-true``.
-        compile: send the evaluations of the stack fields through torch.compile while training; or ``auto``: on
-            CUDA, where it works.
+        compile: whether training evaluates the stack fields through torch.compile. ``auto`` does so on CUDA, where
+            it works.
         val_every: epochs between two validations, each with a grid of samples if the data are images.
         val_every_steps: steps between two validations instead; None for epochs.
         val_images: number of images or rows that a validation uses; None for all. ``rnode-cli eval`` uses all.
         log_every: steps between two rows of the metrics.
-        accumulate: batches whose gradients are averaged for one step. One device with ``accumulate`` 4 makes the
+        accumulate: batches whose gradients are averaged for one step. One device with ``accumulate`` 4 takes the
             same steps as four devices with 1, up to rounding.
         ema: decay of an exponential moving average of the weights, such as 0.999, for validations, checkpoints,
             evaluation and sampling; None for the trained weights themselves.
@@ -178,13 +185,13 @@ class Training:
 
 @dataclass(frozen=True, config=CONFIG)
 class Paper:
-    """The figures of the paper for this data set (Tables 1 and 2). None of them was measured by this package.
+    """The figures of the paper for this data set (Tables 1 and 2). All of them are the authors' measurements.
 
     Attributes:
         bits_dirty, bits_clean: bits/dim of RNODE with uniform noise and at the bins' centers.
-        hours, gpus: time of the RNODE run, and its number of devices.
+        hours, gpus: hours of the RNODE run, and its number of devices.
         parameters: number of parameters of the model, to the three digits of Table 2.
-        vanilla_bits, vanilla_hours: bits/dim with noise and time of FFJORD; None if the paper has no such run.
+        vanilla_bits, vanilla_hours: bits/dim with noise, and hours, of FFJORD; None if the paper has no such run.
     """
 
     bits_dirty: float

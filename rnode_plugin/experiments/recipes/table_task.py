@@ -1,4 +1,4 @@
-"""``TableTask``: the likelihood of rows of a table, and their samples in a file or a corner plot."""
+"""``TableTask`` scores rows of a table in nats, and writes samples to a file or a corner plot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COUNT = 1000  # rows that are drawn if no number is given
 
 
 class RowDensity(Quantity):
-    """The density of the first ``dims`` columns, for a ``conditional`` density given the columns after them."""
+    """Measures the density of the first ``dims`` columns, in a ``conditional`` density given the remaining ones."""
 
     name, heading, meaning = "nll", "NLL", "nats per row, in the unit of the data"
 
@@ -35,7 +35,7 @@ class RowDensity(Quantity):
 
 
 class GaussianRows(Baseline["Table"]):
-    """A Gaussian of the first ``dims`` columns, given the columns after them."""
+    """Fits a Gaussian to the first ``dims`` columns, given the remaining ones."""
 
     name, heading = "gaussian", "NLL of a Gaussian"
     meaning = "with the training rows' mean and covariance"
@@ -50,7 +50,7 @@ class GaussianRows(Baseline["Table"]):
 
 
 class TableTask(Task["Table"]):
-    """Nats per row of rows ``(B, C)``, float: the modelled columns first, then the given ones.
+    """Models rows ``(B, C)``, float, scored in nats per row. The modelled columns come first, then the given ones.
 
     Args:
         columns: names of the modelled columns.
@@ -84,7 +84,7 @@ class TableTask(Task["Table"]):
         self.subject = " given ".join(", ".join(part) for part in (columns, given) if part)
 
     def prepare(self, flow: DensityModel, data: Table) -> None:
-        """Let the flow take from the training rows what it wants, such as their means and deviations."""
+        """Show the flow all training rows, from which it may take the mean and deviation of each column."""
         import torch
 
         flow.standardize(torch.from_numpy(data.train))
@@ -112,13 +112,14 @@ class TableTask(Task["Table"]):
         seed: int,
         data: Table | None,
     ) -> None:
-        """Write a corner plot of the held-out rows and of samples, which have the same contexts."""
+        """Write a corner plot of held-out rows and of samples. A conditional density is drawn at their contexts."""
         from ..samples import sample_rows, save_corner
 
         if data is None:
             raise ValueError("a corner plot shows samples next to held-out rows, and no data were given.")
         shown = data.held_out[:count]
         context = shown[:, self.dims :] if self.given else None
+        # a sample for each context; without contexts as many as asked for, even if fewer rows are held out
         drawn = count if context is None else len(shown)
         rows = sample_rows(flow, drawn, context=context, temperature=temperatures[0], seed=seed)
         save_corner(path, self.columns, shown[:, : self.dims], rows)
@@ -135,6 +136,7 @@ class TableTask(Task["Table"]):
         self._check_given(request.given)
 
     def _check_given(self, given: Mapping[str, float] | str | None) -> None:
+        """Refuse a context that lacks a given column, or names another one."""
         names = self.given
         if given is not None and not names:
             raise ConfigError(
@@ -154,7 +156,7 @@ class TableTask(Task["Table"]):
             )
 
     def write_samples(self, flow: DensityModel, path: Path, request: SampleRequest) -> int:
-        """Draw rows into a file. The rows of a conditional density begin with the given columns."""
+        """Draw rows and write them into a file, in a conditional density with the given columns first."""
         import numpy as np
 
         from ..data.table_files import write_rows
@@ -176,7 +178,11 @@ class TableTask(Task["Table"]):
         return len(rows)
 
     def _contexts(self, request: SampleRequest) -> np.ndarray:
-        """The given columns of each row to draw, ``(rows, len(given))``."""
+        """Return the given columns of each row to draw, ``(rows, len(given))``.
+
+        Without given columns this is ``(rows, 0)``, so that the caller need not tell the two kinds of density
+        apart.
+        """
         import numpy as np
 
         from ..data.table_files import read_columns
@@ -188,6 +194,7 @@ class TableTask(Task["Table"]):
         return np.tile(values, (request.count or _COUNT, 1))
 
     def _warn_of_extrapolation(self, context: np.ndarray) -> None:
+        """Print a warning for each given column that has values outside of the range in the training rows."""
         if self._ranges is None:
             return
         for name, values, (low, high) in zip(self.given, context.T, self._ranges, strict=True):

@@ -1,8 +1,9 @@
-"""``Task``: what a recipe models, images or rows of a table, as one object that callers ask nothing about.
+"""``Task`` is what a recipe models, images or rows of a table, with everything that differs between the two.
 
-:class:`~rnode_plugin.experiments.recipes.image_task.ImageTask` and
-:class:`~rnode_plugin.experiments.recipes.table_task.TableTask` are the two of them. ``recipe.task`` makes the right
-one, so no other place decides between images and tables. All three modules are imported without torch and numpy.
+There are two tasks, :class:`~rnode_plugin.experiments.recipes.image_task.ImageTask` and
+:class:`~rnode_plugin.experiments.recipes.table_task.TableTask`. ``recipe.task`` returns the right one, so no other
+place decides between images and tables. All three modules are imported without torch and numpy, because commands
+refuse a wrong request by the task before they wait for those imports.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,11 +25,11 @@ D = TypeVar("D")
 
 
 class FlowInput(NamedTuple):
-    """The arguments of a model.
+    """The arguments that a model takes for a batch.
 
     Attributes:
         x: samples ``(B, *event)``.
-        context: their contexts ``(B, *context_shape)`` if the model is conditional.
+        context: the context of each sample, ``(B, *context_shape)``, if the model is conditional; else None.
     """
 
     x: Tensor
@@ -39,9 +40,9 @@ class Quantity(ABC):
     """A likelihood that an evaluation measures.
 
     Attributes:
-        name: its name in ``result.json``, and the name of its column in the file of all samples.
-        heading: what it is called in the terminal and in a report.
-        meaning: what it measures, in the same places.
+        name: the key in ``result.json``, and the column in the file of all samples.
+        heading: the name in the terminal and in a report.
+        meaning: what the quantity measures, in the same places.
     """
 
     name: str
@@ -50,11 +51,11 @@ class Quantity(ABC):
 
     @abstractmethod
     def inputs(self, batch: Tensor) -> FlowInput:
-        """A batch of data as the input whose log-density is measured, with noise from torch's generator."""
+        """Turn a batch of data into the input whose log-density is measured, with noise from torch's generator."""
 
 
 class Baseline(ABC, Generic[D]):
-    """A simple density that the model is compared with. It is fitted to the training data.
+    """A simple density, fitted to the training data, that a report compares the model with.
 
     Attributes:
         name, heading, meaning: as for a :class:`Quantity`.
@@ -66,17 +67,17 @@ class Baseline(ABC, Generic[D]):
 
     @abstractmethod
     def scores(self, data: D, count: int) -> np.ndarray:
-        """Scores ``(count,)`` of the first held-out samples, in the unit of the task."""
+        """Return the scores ``(count,)`` of the first ``count`` held-out samples, in the unit of the task."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """Which samples a user wants.
+    """The samples that a user wants.
 
     Attributes:
-        count: images for each temperature, or rows, or rows for each context of a ``given`` file; None for the
+        count: images for each temperature, or rows, or rows for each context in a ``given`` file; None for the
             default of the task.
-        temperatures: standard deviations of the latent; rows take only one.
+        temperatures: standard deviations of the latent. Rows take only one.
         given: the context of a conditional density, as values of the given columns or as a file that has them.
         columns: images in a row of the grid; None for the default of
             :func:`~rnode_plugin.experiments.samples.save_grid`.
@@ -93,7 +94,7 @@ class SampleRequest:
 
 
 class Task(ABC, Generic[D]):
-    """What a recipe models: the inputs and scores of its flow, its samples, words and units.
+    """Defines what a recipe models: the inputs and scores of its flow, its samples, its words and units.
 
     Lower scores are better.
 
@@ -104,17 +105,18 @@ class Task(ABC, Generic[D]):
         per_sample: what ``unit`` adds to ``short_unit``, with a space in front; empty for ``bits/dim``.
         likelihood: what a score is called in a sentence of a report: ``bits/dim`` or ``NLL``.
         score: the label of a score on the axis of a figure, with its unit.
-        sample, samples: what one sample is called, and several: ``image`` and ``images``.
-        file: the file of the scores of all held-out samples, in the folder of a run.
+        sample, samples: what one sample is called, and what several are: ``image`` and ``images``.
+        file: the file in the folder of a run that holds the scores of all held-out samples.
         samples_file: the default file of drawn samples.
-        draws_while_training: whether each validation draws a picture of samples. It is drawn once, at the end of
-            the run, if it takes as long as several steps.
-        max_gap: the error of a training solver, in the unit, above which a validation warns.
-        exact_dims: largest number of dimensions for which an evaluation takes the whole Jacobian.
-        noisy: whether the scores of one sample differ between draws even if the trace is exact.
+        draws_while_training: whether each validation draws a picture of samples. A picture that takes as long as
+            several steps is drawn only once, at the end of the run.
+        max_gap: a validation warns if the error of the training solver, in the unit, is above this.
+        exact_dims: largest number of dimensions for which an evaluation computes the trace exactly.
+        noisy: whether the scores of one sample differ between draws even if the trace is exact, as with
+            dequantization noise.
         quantities: the likelihoods that an evaluation measures. Training, validation and comparison use the first.
         baselines: other densities, for comparison.
-        event: the shape of one sample, or the number of modelled columns: the first argument of a model.
+        event: the first argument of a model, which is the shape of one image, or the number of modelled columns.
         dims: number of dimensions of one sample.
         model_options: further arguments of a model that follow from the data.
         columns, given: names of the modelled and of the given columns of a table; empty for images.
@@ -152,26 +154,26 @@ class Task(ABC, Generic[D]):
         """Let a fresh flow take from its training data what it needs before the first step."""
 
     def inputs(self, batch: Tensor) -> FlowInput:
-        """A batch of data as input of a flow, for the first quantity, with noise from torch's generator."""
+        """Turn a batch of data into the input of a flow, as the first quantity does."""
         return self.quantities[0].inputs(batch)
 
     def training_inputs(self, batch: Tensor) -> FlowInput:
-        """A batch of data as input of a training step."""
+        """Turn a batch of data into the input of a training step, which may augment it."""
         return self.inputs(batch)
 
     @abstractmethod
     def random_inputs(self, count: int) -> FlowInput:
-        """Random samples, from torch's generator, on its default device."""
+        """Draw ``count`` random samples from torch's generator, on its default device."""
 
     @abstractmethod
     def scores(self, log_prob: Tensor) -> Tensor:
-        """Scores ``(B,)`` in the unit, from log-densities ``(B,)`` in nats of a quantity's inputs."""
+        """Convert log-densities ``(B,)`` in nats, at a quantity's inputs, to scores ``(B,)`` in the unit."""
 
     # samples ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def grid_rows(self, temperatures: tuple[float, ...]) -> tuple[float, ...]:
-        """Temperatures of the rows in a picture of samples, none for a corner plot.
+        """Return the temperatures of the rows in a picture of samples; empty for a corner plot.
 
         Raises:
             ConfigError: samples cannot be drawn at these temperatures.
@@ -205,23 +207,23 @@ class Task(ABC, Generic[D]):
 
     @abstractmethod
     def check_request(self, request: SampleRequest, path: Path | None) -> None:
-        """Refuse samples that cannot be drawn or written, without an import of torch.
+        """Refuse samples that cannot be drawn or written, without importing torch.
 
         Args:
             request: the samples.
             path: the file to write; None for a default, which fits.
 
         Raises:
-            ConfigError: given columns that are missing or that the density is not given, a file of another kind,
-                or an option of the other task.
+            ConfigError: a given column has no value or is not one of the density's, the file is of another kind, or
+                an option belongs to the other task.
         """
 
     @abstractmethod
     def write_samples(self, flow: DensityModel, path: Path, request: SampleRequest) -> int:
-        """Draw samples into a file.
+        """Draw samples and write them into a file.
 
         Returns:
-            The number of samples, for images of each temperature.
+            The number of samples; of images, the number for each temperature.
 
         Raises:
             ConfigError: :meth:`check_request` refuses the request.
@@ -229,3 +231,7 @@ class Task(ABC, Generic[D]):
             SolverError: a latent cannot be integrated.
             CheckpointError: the file cannot be written.
         """
+
+
+AnyTask = Task[Any]
+"""The task of a recipe, whose kind of data only the recipe knows. Data that it has loaded fit its task."""

@@ -1,4 +1,4 @@
-"""pretrained_file: trained weights that come with the package, by name."""
+"""``pretrained_file`` finds the trained weights that come with the package by their name."""
 
 from __future__ import annotations
 
@@ -11,5 +11,8 @@ PRETRAINED = ("mnist-pretrained",)
 
 
 def pretrained_file(name: str) -> Path | None:
-    """The ``.safetensors`` file of that name, in half precision with its recipe; None for another name."""
+    """Return the ``.safetensors`` file with that name, which holds weights in half precision and their recipe.
+
+    None for any other name.
+    """
     return Path(__file__).with_name(f"{name}.safetensors") if name in PRETRAINED else None
