@@ -1,4 +1,4 @@
-"""Samples of a flow and their pictures: images in a grid, rows of a table in a corner plot."""
+"""Draws samples of a flow and their pictures, images in a grid and rows of a table in a corner plot."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -16,9 +16,11 @@ from ..core.random_streams import Stream, seeded
 from ..files import write_atomically
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from ..core.distribution import DensityModel
 
-_SHOWN = 64  # pixels: smaller images are enlarged by a whole factor
+_SHOWN = 64  # pixels. Smaller images are enlarged by a whole factor
 
 
 def sample_images(
@@ -39,11 +41,11 @@ def sample_images(
         batch_size: images per solve.
 
     Returns:
-        ``(count, C, H, W)`` in [0, 1] on the CPU, by temperature.
+        Images ``(count, C, H, W)`` in [0, 1] on the CPU, by temperature.
 
     Raises:
-        ConfigError: for a temperature that is not positive.
-        SolverError: if the integration fails.
+        ConfigError: a temperature is not positive.
+        SolverError: the integration failed.
     """
     return {each: _drawn(flow, count, each, seed, batch_size) for each in temperatures}
 
@@ -52,9 +54,11 @@ def sample_images(
 def _drawn(
     flow: DensityModel, count: int, temperature: float, seed: int, batch_size: int, context: Tensor | None = None
 ) -> Tensor:
-    """``(count, *event_shape)`` on the CPU. The latents of a batch follow from the seed and its first sample."""
+    """Draw samples ``(count, *event_shape)`` in batches, and collect them on the CPU."""
     contexts = itertools.repeat(None) if context is None else context.split(batch_size)
     parts = []
+    # the seed and the number of its first sample decide the latents of a batch. So every temperature scales the
+    # same latents, and a larger count only appends batches
     for first, given in zip(range(0, count, batch_size), contexts, strict=False):
         with seeded(seed, Stream.SAMPLE, first):
             size = min(batch_size, count - first)
@@ -65,13 +69,13 @@ def _drawn(
 def save_grid(
     path: str | os.PathLike[str], samples: Mapping[float, Tensor], *, levels: int = 256, columns: int | None = None
 ) -> None:
-    """Write one PNG: a block of rows for each temperature, in the order of ``samples``.
+    """Write images into one PNG, with a block of rows for each temperature, in the order of ``samples``.
 
     Args:
         path: the PNG, which is written whole or not at all.
         samples: images ``(N, C, H, W)`` in [0, 1] by temperature, as :func:`sample_images` returns them.
-        levels: number of gray levels of the data; a sample is shown as the level of its bin.
-        columns: images in a row; None makes the blocks about square, or one row each if there are several.
+        levels: number of gray levels in the data. A sample is shown as the level of its bin.
+        columns: images in a row. None gives about square blocks, or one row each if there are several blocks.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -84,6 +88,7 @@ def save_grid(
     scale = max(1, _SHOWN // height)
     blocks = []
     for images in samples.values():
+        # bins are half-open, so 1.0 itself would be one level above the last
         shown = (images * levels).floor().clamp(0, levels - 1) / (levels - 1)
         shown = shown.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
         blocks.append(make_grid(shown, nrow=columns, padding=2, pad_value=0.5))
@@ -104,22 +109,22 @@ def sample_rows(
     A conditional density takes a ``context (count, C)``, one for each row.
 
     Raises:
-        ConfigError: for a context that does not fit, or a temperature that is not positive.
-        SolverError: if the integration fails.
+        ConfigError: the context does not fit, or the temperature is not positive.
+        SolverError: the integration failed.
     """
     given = None if context is None else torch.from_numpy(context).to(next(flow.parameters()).device)
     return _drawn(flow, count, temperature, seed, batch_size, given).numpy()
 
 
-_MOST = 8  # columns
-_DATA, _SAMPLES = "C1", "C0"  # colours of the style sheet
+_MOST = 8  # columns in a figure, beyond which its panels are too small to read
+_DATA, _SAMPLES = "C1", "C0"  # colors of the style sheet
 _INSIDE = 0.5, 99.5  # a panel shows the data between these percentiles, and a margin
 
 
 def save_corner(
     path: str | os.PathLike[str], columns: Sequence[str], data: np.ndarray, samples: np.ndarray
 ) -> None:
-    """Write one PNG: histograms of each of the first 8 columns, and points of each pair of them.
+    """Write a corner plot as one PNG, with histograms of the first 8 columns and points for each pair of them.
 
     ``data`` and ``samples`` are rows ``(N, len(columns))``.
 
@@ -131,15 +136,15 @@ def save_corner(
     from matplotlib.ticker import MaxNLocator
 
     shown = min(len(columns), _MOST)
-    names = [name.replace("$", r"\$") for name in columns]
+    names = [name.replace("$", r"\$") for name in columns]  # between dollars matplotlib reads mathematics
     ranges = [_range(data[:, k], samples[:, k]) for k in range(shown)]
     side = max(3.5, 1.45 * shown + 0.6)
-    look: dict[Any, Any] = {"font.size": 8, "axes.labelsize": 8, "axes.linewidth": 0.6, "axes.grid": False}
-    with style.context("rnode_plugin.plots"), rc_context(look):
+    small = rc_context({"font.size": 8, "axes.labelsize": 8, "axes.linewidth": 0.6, "axes.grid": False})
+    with style.context("rnode_plugin.plots"), small:
         figure = Figure(figsize=(side, side), layout="constrained")
         grid = figure.subplots(shown, shown, squeeze=False, sharex="col")
         for row, column in np.ndindex(shown, shown):
-            axes: Any = grid[row, column]
+            axes = cast("Axes", grid[row, column])
             low, high = ranges[column]
             if column > row:
                 axes.set_axis_off()
@@ -169,8 +174,9 @@ def save_corner(
 
 
 def _range(data: np.ndarray, samples: np.ndarray) -> tuple[float, float]:
-    """The limits of a panel, which leave out a few distant points because they would squeeze the others."""
+    """Choose the limits of a panel. They leave out a few distant points, which would squeeze the others."""
     low, high = np.percentile(data, _INSIDE)
+    # the bulk of the samples is shown even if it lies elsewhere, because that is what such a plot is to reveal
     inner = np.percentile(samples, (5, 95))
     low, high = min(low, inner[0]), max(high, inner[1])
     margin = 0.08 * (high - low) or 1.0

@@ -54,8 +54,7 @@ def pack(
             on standard error. The pictures are split as in :func:`~rnode_plugin.experiments.data.folders.folder`.
         target: folder for the two files, which is made if it is missing.
         size: height and width that pictures are scaled to (the shorter side is scaled, and the longer one is
-        cropped
-            around the center); None if all have the same size already.
+            cropped around the center); None if all have the same size already.
         channels: 3 for color, 1 for gray.
         overwrite: replace packed files.
         progress: wraps the files, to show the progress.

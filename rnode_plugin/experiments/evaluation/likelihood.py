@@ -1,4 +1,4 @@
-"""``evaluate``: the likelihood of a flow on held-out samples, its NFE and penalties."""
+"""``evaluate`` measures the likelihood of a flow on held-out samples, its NFE and its penalties."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,26 +21,27 @@ from ...core.trace_estimators import Exact, Hutchinson
 from ...core.weighing import undivided
 from ...diagnostics.solver_gap import measure_solver_gap
 from ...errors import ConfigError
+from ..data.images import ImageArray
 from ..recipes.image_task import ImageTask
-from ..recipes.task import Task
+from ..recipes.task import AnyTask
 from .measures import Evaluation, Mean, batch_of
 
 if TYPE_CHECKING:
     from ...solvers import Solver
 
-_PILOT = 32  # samples: at least so many are drawn twice to measure the noise
-_FEWEST_TO_JUDGE = 8  # samples: with fewer the noise is not compared with the samples' error
+_PILOT = 32  # samples. At least this many are drawn twice to measure the noise
+_FEWEST_TO_JUDGE = 8  # samples. With fewer, the variance over samples is too uncertain to compare the noise with
 _MAX_DRAWS = 8
-_NOISE_SHARE = 0.5  # largest error of the noise over the error of the samples
-_NFE_BATCHES, _NFE_BATCH, _NFE_NUMBERS = 4, 100, 400_000  # batches, and samples and numbers of one
+_NOISE_SHARE = 0.5  # largest standard error from the noise, as a share of the standard error from the samples
+_NFE_BATCHES, _NFE_BATCH, _NFE_NUMBERS = 4, 100, 400_000  # number of batches, and samples and numbers in each
 
 
 @torch.no_grad()
 def evaluate(
     flow: DensityModel,
-    samples: Any,
+    samples: ImageArray | Tensor,
     *,
-    measure: Task[Any] | None = None,
+    measure: AnyTask | None = None,
     batch_size: int = 200,
     draws: int | None = None,
     solver: Solver | None = None,
@@ -48,32 +49,32 @@ def evaluate(
     training_solver: Solver | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Measure ``flow`` on samples.
+    """Measure the likelihood, NFE and penalties of ``flow`` on samples.
 
     Args:
-        flow: the model; it stays on its device and in its mode. Its trace estimator is replaced: the trace is exact
-            or, above 16 dimensions of images and 64 columns of tables, estimated with Rademacher probes, which have
-            the smallest variance among independent ones.
+        flow: the model, which stays on its device and in its mode. Its trace estimator is replaced. The trace is
+            exact up to 16 dimensions of images and 64 columns of tables. Above that it is estimated with Rademacher
+            probes, which have the smallest variance among probes with independent entries.
         samples: the raw data, array or tensor ``(N, ...)``: uint8 images ``(N, C, H, W)`` with values in
             0..levels-1, or rows of a table.
-        measure: the task of a recipe. None takes the task of a :class:`~rnode_plugin.MultiscaleFlow`: images with
-            its shape and levels.
+        measure: the task of a recipe. None takes the task of a :class:`~rnode_plugin.MultiscaleFlow`, which has
+            images with its shape and levels.
         batch_size: samples per solve. An adaptive solver chooses its steps for a whole batch, and begins with the
             longest safe step of the previous batch.
-        draws: draws of noise per sample, or None to choose between one and eight, so that the error from the noise
-            is at most half of the error from the samples. To measure that error the first samples are drawn twice.
+        draws: noise draws per sample. None chooses between one and eight, so that the error from the noise is at
+            most half of the error from the samples. For this the first samples are drawn twice.
         solver: the integrator; None for the flow's own.
         seed: the seed of the noise.
-        training_solver: a fixed grid to compare with ``solver``. An adaptive one is not compared.
-        progress: called with the number of batches done and the number of all batches.
+        training_solver: a fixed grid to compare with ``solver``. An adaptive solver is not compared.
+        progress: called with the number of batches that are done and the number of all batches.
 
     Returns:
-        Means over samples, where a smaller last batch has the weight of its samples. The NFE come from separate
-        solves, which do not reuse the steps of another solve, over the batches of :func:`nfe_batches`.
+        Means over samples, in which each sample counts once, also in a smaller last batch. The NFE come from
+        separate solves of the batches of :func:`nfe_batches`, which do not reuse the steps of another solve.
 
     Raises:
         ConfigError: there are no samples, or no ``measure`` for a model other than a ``MultiscaleFlow``.
-        SolverError: if the integration fails.
+        SolverError: the integration failed.
     """
     if not len(samples):
         raise ConfigError("an evaluation needs at least one row or image.")
@@ -83,6 +84,8 @@ def evaluate(
     solves = _Solves(measure, flow, samples, batch_size, solver, seed, progress)
     draws = draws or solves.choose_draws()
     solves.take(range(draws), len(solves.batches))
+    # the NFE of an adaptive solve depend on the samples that share it and on its first step. Batches of a fixed
+    # size, each solved from its own first step, make the NFE of two evaluations comparable
     batches = nfe_batches(len(samples), measure.dims)
     nfe = [solves.encode(solver, batch, index=index, alone=True).nfe for index, batch in enumerate(batches)]
     whole = undivided(flow.regularizers)
@@ -112,7 +115,7 @@ def evaluate(
 
 
 def nfe_batches(samples: int, dims: int) -> list[slice]:
-    """The batches for the NFE: at most four, with 100 samples each, or ``400,000 / dims`` if that is less.
+    """Choose the batches for the NFE, at most four, with 100 samples each, or ``400,000 / dims`` if that is less.
 
     Args:
         samples: number of held-out samples.
@@ -123,18 +126,20 @@ def nfe_batches(samples: int, dims: int) -> list[slice]:
 
 
 class _Solves:
-    """The solves of an evaluation. Each draw of noise, quantity and batch of samples is solved once.
+    """Runs the solves of an evaluation, once for each draw of noise, quantity and batch of samples.
+
+    The draws that :meth:`choose_draws` needs are kept, so :meth:`take` does not solve them again.
 
     Attributes:
         batches: the samples of each batch, as a slice.
-        scores: ``(B,)`` in double precision, by draw, quantity and batch.
+        scores: the scores ``(B,)`` in double precision, by draw, quantity and batch.
     """
 
     def __init__(
         self,
-        measure: Task[Any],
+        measure: AnyTask,
         flow: DensityModel,
-        samples: Any,
+        samples: ImageArray | Tensor,
         batch_size: int,
         solver: Solver | None,
         seed: int,
@@ -145,17 +150,19 @@ class _Solves:
         self.batches = [slice(first, first + batch_size) for first in range(0, len(samples), batch_size)]
         self.scores: dict[tuple[int, int, int], Tensor] = {}
         self._pilot = min(len(self.batches), math.ceil(_PILOT / batch_size))
-        # penalties of steps and trajectories may evaluate the field, which counts in no other solve
+        # penalties of steps and trajectories may evaluate the field themselves. They are integrated in a solve
+        # apart, so that the scores come from a solve that they have no part in
         kinds = Kinds.of(flow.regularizers)
         self._apart = bool(kinds.steps or kinds.trajectories or kinds.span)
         self._kinds = range(len(measure.quantities))
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
         self._device = next(flow.parameters()).device
+        # the solves of one draw of everything, and of the second draw of the first samples
         self._total = len(self._kinds) * (len(self.batches) + self._pilot)
-        self._safe_steps: tuple[float | None, ...] = ()
+        self._safe_steps: tuple[float | None, ...] = ()  # the longest safe step of each block in the last solve
 
     def choose_draws(self) -> int:
-        """The number of draws that makes the noise small enough, from two draws of the first samples."""
+        """Choose the number of draws that makes the noise small enough, from two draws of the first samples."""
         if not self._measure.noisy and isinstance(self._flow.estimator, Exact):
             return 1
         self.take(range(2), self._pilot, total=self._total)
@@ -169,7 +176,7 @@ class _Solves:
             batch, along = self.batches[index], kind == 0 and not self._apart
             output = self.encode(self._solver, batch, draw, kind, index, penalties=along)
             self.scores[draw, kind, index] = self.scores_of(output)
-            if kind == 0:  # training sees the samples with the first quantity's noise
+            if kind == 0:  # the penalties are measured where training applies them, with the first quantity's noise
                 if self._apart:
                     output = self.encode(self._solver, batch, draw, kind, index, penalties=True)
                 sums = {name: float(each.cpu().double().sum()) for name, each in output.regularization.items()}
@@ -189,24 +196,29 @@ class _Solves:
         alone: bool = False,
     ) -> FlowOutput:
         """Solve a batch with the noise of this draw, quantity and index; ``alone`` reuses no other solve's step."""
+        # the noise depends on these numbers alone, so it is the same whichever solves came before, and with any
+        # solver
         with seeded(self._seed, Stream.VALIDATE, draw, kind, index):
             x, context = self._measure.quantities[kind].inputs(batch_of(self._samples, batch).to(self._device))
-            known: dict[str, Any] = {"first_steps": self._safe_steps} if self._safe_steps and not alone else {}
+            # only models that report safe steps take them as an option, which DensityModel does not have
+            encode: Callable[..., FlowOutput] = self._flow.encode
+            known = {"first_steps": self._safe_steps} if self._safe_steps and not alone else {}
             full = self._flow.full_quadrature(solver)
-            output = self._flow.encode(x, context=context, solver=full, penalties=penalties, **known)
+            output = encode(x, context=context, solver=full, penalties=penalties, **known)
         if not alone:
             self._safe_steps = output.longest_safe_steps
         return output
 
     def scores_of(self, output: FlowOutput) -> Tensor:
-        """The scores ``(B,)`` of a solve."""
+        """Return the scores ``(B,)`` of a solve, in double precision on the CPU, where they are averaged."""
         return self._measure.scores(self._flow.log_prob_of(output)).cpu().double()
 
     def mean(self, draws: int, kind: int) -> Mean:
-        """Mean and errors of all samples."""
+        """Average the scores of all samples, with the standard errors of the mean."""
         scores = self._rows(range(draws), kind, len(self.batches))
         count = scores.shape[1]
         several, noise = scores, None
+        # with one draw only the pilot was drawn twice, and its variance stands for the variance of all samples
         if draws == 1 and (1, kind, 0) in self.scores:
             several = self._rows(range(2), kind, self._pilot)
         if len(several) > 1:
@@ -215,34 +227,37 @@ class _Solves:
         return Mean(float(scores.mean()), of_samples, noise, tuple(scores.mean(0).tolist()))
 
     def integrals(self, draws: int) -> dict[str, float]:
-        """The mean integral of each penalty over samples and draws."""
+        """Average the integral of each penalty over samples and draws."""
         solves = [self._integrals[each] for each in itertools.product(range(draws), range(len(self.batches)))]
         count = len(self._samples) * draws
         return {name: sum(each[name] for each in solves) / count for name in solves[0]}
 
     def _rows(self, draws: range, kind: int, batches: int) -> Tensor:
-        """Scores ``(draws, samples)``."""
+        """Return the scores of the first ``batches`` batches as ``(draws, samples)``."""
         rows = [torch.cat([self.scores[draw, kind, index] for index in range(batches)]) for draw in draws]
         return torch.stack(rows)
 
 
-def _with_least_noise(flow: DensityModel, measure: Task[Any]) -> DensityModel:
-    """The same flow, which shares its parameters, with the trace estimator of an evaluation."""
+def _with_least_noise(flow: DensityModel, measure: AnyTask) -> DensityModel:
+    """Return a view of the flow, which shares its parameters, with the trace estimator for an evaluation."""
     if isinstance(flow.estimator, Exact):
         return flow
-    quiet = copy.copy(flow)
+    quiet = copy.copy(flow)  # shallow, so that the caller's flow keeps its estimator
     quiet.estimator = Exact() if flow.dims <= measure.exact_dims else Hutchinson("rademacher")
     return quiet
 
 
 def _draws_needed(rows: Tensor) -> int:
-    """The number of draws that makes the noise small against the samples, from two draws, ``rows (2, samples)``."""
+    """Choose the number of draws from two draws, ``rows (2, samples)``, so that the noise is small.
+
+    With k draws the noise adds ``noise / k`` to the variance ``own`` of the samples. The smallest k with
+    ``noise / k <= share^2 own`` keeps its standard error below the share of theirs.
+    """
     if rows.shape[1] < _FEWEST_TO_JUDGE:
         return len(rows)
     noise = float(rows.var(0).mean())  # variance of one draw of one sample
-    own = max(
-        float(rows.mean(0).var()) - noise / 2, 0.0
-    )  # variance of the samples, without the noise of their means
+    # the variance of the means over two draws contains half of that noise
+    own = max(float(rows.mean(0).var()) - noise / 2, 0.0)
     if noise <= _NOISE_SHARE**2 * own:
         return 1
     return min(_MAX_DRAWS, math.ceil(noise / (_NOISE_SHARE**2 * own))) if own > 0 else _MAX_DRAWS

@@ -1,10 +1,11 @@
-"""The data of a recipe for an evaluation, and the device of a name."""
+"""Loads the data of a recipe for an evaluation, and finds the device with a name."""
 
 from __future__ import annotations
 
 import sys
 import textwrap
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,15 +18,19 @@ from ..recipes.task import FlowInput
 
 
 def load_for_evaluation(recipe: Recipe, *, root: str | None = None, download: bool = False) -> ImageData | Table:
-    """The data of a recipe, perhaps at another place, with all samples of a validation.
+    """Load the data of a recipe, perhaps from another place, with all of its validation samples.
 
-    Another table than the one of the training may hold out rows that were trained on, which is printed.
+    A table that differs from the table of the training may hold out rows that were trained on, so a line on
+    standard error warns about it.
 
     Raises:
         DataError, ConfigError: see :meth:`~rnode_plugin.experiments.recipes.recipe.Recipe.load_data`.
     """
-    data: Any = recipe.at_root(root).load_data(download=download, all_val=True)
-    if (doubt := recipe.data.doubt(data)) is not None:
+    data = recipe.at_root(root).load_data(download=download, all_val=True)
+    # the settings judge the kind of data that they load. They are asked, and not those at the other place, because
+    # only these know the checksum of the training
+    doubt = cast("Callable[[ImageData | Table], str | None]", recipe.data.doubt)(data)
+    if doubt is not None:
         print(doubt, file=sys.stderr)
     return data
 
@@ -34,7 +39,7 @@ def check_device(name: str) -> None:
     """Refuse a CUDA or MPS device that PyTorch does not find, without opening any device.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: the device does not exist here.
     """
     kind, _, index = name.partition(":")
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind)
@@ -48,17 +53,17 @@ def check_device(name: str) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is the first GPU, or the CPU.
+    """Find the device with a name, and try it. ``auto`` is the first GPU, or the CPU if there is none.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: the device does not exist here, or cannot compute.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_device(name)
     try:
         probe = torch.zeros(1, device=name)
-        probe.item()  # the device meta has no values
+        probe.item()  # fails for `meta`, a device of PyTorch whose tensors have no values
     except (RuntimeError, AssertionError) as error:  # an AssertionError if torch was built without CUDA
         reason = textwrap.shorten(first_line(error), 200, placeholder="...")
         raise ConfigError(f"the device {name!r} cannot be used: {reason}") from None
@@ -68,14 +73,18 @@ def pick_device(name: str) -> torch.device:
 def held_out_samples(
     recipe: Recipe, count: int, *, root: str | None = None, seed: int = 0, download: bool = False
 ) -> FlowInput:
-    """At most ``count`` held-out samples of a recipe in random order, as a flow takes them.
+    """Draw at most ``count`` held-out samples of a recipe in random order, as a flow takes them.
 
-    Images are dequantized; the rows of a conditional density come with contexts. ``root`` is another place of the
-    data, and ``seed`` the seed of the order and of the noise.
+    Images are dequantized, and the rows of a conditional density come with contexts. ``root`` is another place of
+    the data, and ``seed`` decides the order and the noise.
+
+    Raises:
+        DataError, ConfigError: see :func:`load_for_evaluation`.
     """
     held_out = load_for_evaluation(recipe, root=root, download=download).held_out
     with seeded(seed, Stream.DIAGNOSE):
         chosen = torch.randperm(len(held_out))[:count]
-        # a mapped file is read in one sweep
+        # in the order of the file, so that a mapped file is read in one sweep, and then in random order again: a
+        # caller that takes the first few must not get only the beginning of a folder
         batch = torch.from_numpy(np.ascontiguousarray(held_out[chosen.sort().values.numpy()]))
         return recipe.task.inputs(batch[torch.randperm(len(batch))])

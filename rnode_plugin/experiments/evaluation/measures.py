@@ -1,31 +1,34 @@
-"""The results of an evaluation: Mean and Evaluation."""
+"""``Evaluation`` holds what was measured on held-out samples, and ``Mean`` one mean with its errors."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...text import duration, signed, significant
-from ..recipes.task import Task
+from ..data.images import ImageArray
+from ..recipes.task import AnyTask, Task
+
+D = TypeVar("D")
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over samples and its errors.
+    """A mean over samples, with its standard errors.
 
     Attributes:
-        mean: over samples and draws of noise.
-        stderr: standard error from the choice of samples, with the noise that their means still have; None for a
-            single sample.
-        stderr_noise: the part from the noise alone, as between two evaluations of the same samples; None if
-            nothing was drawn twice.
-        samples: the value of each sample, its mean over draws. Two models are best compared sample by sample.
-            ``result.json`` has them in a file of its folder.
+        mean: the mean over samples and draws of noise.
+        stderr: standard error from the choice of samples, including the noise that is left in their means; None for
+            a single sample.
+        stderr_noise: standard error from the noise alone, which is the spread between two evaluations of the same
+            samples; None if nothing was drawn twice.
+        samples: the value of each sample, averaged over draws. Two models are best compared sample by sample.
+            A run writes them to a file next to ``result.json``.
     """
 
     mean: float
@@ -42,16 +45,16 @@ class Evaluation:
         samples: number of held-out samples.
         means: the mean scores in the unit of the task, by the name of their
             :class:`~rnode_plugin.experiments.recipes.task.Quantity`.
-        draws: noise draws of each sample.
-        nfe_mean, nfe_min, nfe_max: evaluations of the vector fields in a separate solve, all blocks together, over
-            ``nfe_batches`` batches of ``nfe_batch_size`` samples, the first of the data, with the first draw of the
-            first quantity. They do not depend on the number of draws and the batch size.
+        draws: number of noise draws per sample.
+        nfe_mean, nfe_min, nfe_max: evaluations of the vector fields in one solve, summed over all blocks. They are
+            measured in separate solves of the first ``nfe_batches`` batches with ``nfe_batch_size`` samples each,
+            so they depend neither on the number of draws nor on the batch size.
         penalties: mean integral of each penalty by name, divided by the number of dimensions where the objective
             divides it.
         undivided: names of the penalties that are not divided.
         seconds: wall-clock time.
-        gap: mean score by the training solver, less that by the accurate one, of the first batch with the same
-            noise; infinite if the training solver fails there, None if it is not a fixed grid.
+        gap: mean score with the training solver minus the mean score with the accurate one, on the first batch with
+            the same noise. Infinite if the training solver fails there; None if it is not a fixed grid.
     """
 
     samples: int
@@ -67,13 +70,13 @@ class Evaluation:
     seconds: float
     gap: float | None = None
 
-    def with_baselines(self, task: Task, data: Any) -> Evaluation:
-        """This evaluation with the means of the task's baselines, which follow from the training data."""
+    def with_baselines(self, task: Task[D], data: D) -> Evaluation:
+        """Return this evaluation with the means of the task's baselines, which are fitted to the training data."""
         means = {each.name: _mean_of(each.scores(data, self.samples)) for each in task.baselines}
         return dataclasses.replace(self, means={**self.means, **means})
 
-    def rows(self, task: Task) -> list[tuple[str, str]]:
-        """The results for a terminal, one row each."""
+    def rows(self, task: AnyTask) -> list[tuple[str, str]]:
+        """Write the results for a terminal, one row each."""
         spread = "" if self.nfe_min == self.nfe_max else f" ({self.nfe_min} to {self.nfe_max})"
         draws = f", {self.draws} draws of noise" if self.draws > 1 else ""
         solves = f"{self.nfe_batches} of {self.nfe_batch_size} {task.samples}"
@@ -88,14 +91,14 @@ class Evaluation:
         return [*rows, ("evaluation", duration(self.seconds))]
 
     def to_plain(self, *, samples: bool = False) -> dict[str, Any]:
-        """For JSON. ``samples`` adds the values of all samples to the means."""
+        """Convert the results to plain data for JSON. ``samples`` adds the values of all samples to the means."""
         plain = dataclasses.asdict(self)
         for mean in plain["means"].values() if not samples else ():
             del mean["samples"]
         return plain
 
 
-def _with_errors(mean: Mean, task: Task) -> str:
+def _with_errors(mean: Mean, task: AnyTask) -> str:
     errors = [] if mean.stderr is None else [f"± {significant(mean.stderr, 2)} ({task.samples})"]
     errors += [] if mean.stderr_noise is None else [f"± {significant(mean.stderr_noise, 2)} (noise)"]
     return " ".join([f"{mean.mean:.4f}", *errors])
@@ -106,7 +109,8 @@ def _mean_of(scores: np.ndarray) -> Mean:
     return Mean(float(scores.mean()), error, None, tuple(scores.tolist()))
 
 
-def batch_of(samples: Any, part: slice) -> Tensor:
-    """Some of the samples of an array, in memory or on disk, as a tensor."""
+def batch_of(samples: ImageArray | Tensor, part: slice) -> Tensor:
+    """Read some of the samples in an array, in memory or on disk, as a tensor."""
     chosen = samples[part]
-    return chosen if isinstance(chosen, Tensor) else torch.from_numpy(np.array(chosen))  # files are read-only
+    # copied, because a slice of a mapped file is read-only, and torch warns about such memory
+    return chosen if isinstance(chosen, Tensor) else torch.from_numpy(np.array(chosen))

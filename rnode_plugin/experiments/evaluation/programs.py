@@ -1,4 +1,4 @@
-"""Programs that need torch alone: the sampler and the log-density of a model on a fixed grid."""
+"""Exports the sampler or the log-density of a model on a fixed grid as a program that needs torch alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import copy
 import dataclasses
 import itertools
 import os
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +32,14 @@ SUFFIX = ".pt2"
 def export_program(
     model: nn.Module, which: Which, *, solver: Solver | None = None, context: Tensor | None = None
 ) -> ExportedProgram:
-    """The sampler or the log-density of ``model`` as a program that needs torch alone.
+    """Record the sampler or the log-density of ``model`` as a program that needs torch alone.
 
-    It runs on the CPU, in the dtype of the model's parameters, for any batch size, and gives the model's values on
-    that grid, to rounding, without gradients. :func:`save_program` writes it.
+    The program runs on the CPU, in the dtype of the model's parameters, for any batch size. It computes the model's
+    values on that grid, to rounding, without gradients. :func:`save_program` writes it.
 
-    - ``"sampler"``: ``program(z)``, where ``z`` is a draw of the base distribution, for images the standard normal
-      ``(B, D)``. The result is a sample, for images in [0, 1].
-    - ``"log_prob"``: ``program(x, *noise)``, the log-density ``(B,)`` in nats. ``noise`` is what the model's
+    - ``"sampler"``: ``program(z)`` takes a draw of the base distribution and returns a sample. For images the base
+      is the standard normal ``(B, D)``, and the sample lies in [0, 1].
+    - ``"log_prob"``: ``program(x, *noise)`` returns the log-density ``(B,)`` in nats. ``noise`` is what the model's
       ``draw_noise(B)`` gives: one tensor for each block, and nothing if the trace is exact.
 
     A conditional model takes its contexts ``(B, *context_shape)`` as the second input of both.
@@ -47,13 +48,13 @@ def export_program(
         model: a :class:`~rnode_plugin.MultiscaleFlow`, :class:`~rnode_plugin.TableFlow`,
             :class:`~rnode_plugin.RegularizedCNF`, or another ``DensityModel``.
         which: ``"sampler"`` or ``"log_prob"``.
-        solver: the fixed grid, or None for the model's.
+        solver: the fixed grid, or None for the model's solver.
         context: one context ``(*context_shape)`` to record a conditional model with, if its contexts are not
             floating-point numbers.
 
     Raises:
-        ConfigError: for a solver that chooses its steps, and for a model whose field is not made of torch's
-            operations alone, independent of their values.
+        ConfigError: the solver chooses its steps, or the model's field uses anything other than torch's operations,
+            or depends on values in Python.
 
     Example:
         >>> import torch
@@ -72,20 +73,24 @@ def export_program(
     flow, conditional = _on_grid(model, solver), model.context_shape is not None
 
     def compute(*given: Tensor) -> Tensor:
-        # a gradient through recorded derivatives would be wrong
+        # the recorded field holds its own derivatives as plain operations, and a gradient through those would be
+        # wrong
         x, *rest = (each.detach() for each in given)
-        options: dict[str, Any] = {"context": rest.pop(0)} if conditional else {}
+        options: dict[str, Tensor] = {"context": rest.pop(0)} if conditional else {}
         if which == "sampler":
             return flow.in_range(flow.inverse(x, **options))
         return flow.log_prob(x, noise=rest or None, **options)
 
     with torch.no_grad():
         sizes = {size for x in _inputs(flow, which, context, 1) for size in x.shape}
-        # a size that no other dimension has, because the recorder takes equal sizes for one
+        # The recorder takes dimensions of equal size for the same dimension. The batch is recorded with a size that
+        # no other dimension has, from 3 on, because torch specializes programs to sizes 0 and 1
         size = next(size for size in itertools.count(3) if size not in sizes)
         inputs, others = (_inputs(flow, which, context, batch) for batch in (size, 2))
         expected = compute(*others)
         try:
+            # make_fx records the derivatives of the field, which the solver takes while it runs, as plain
+            # operations. torch.export then sees a program without autograd
             with recording():
                 graph = make_fx(compute, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
             batch = Dim("batch", min=1)
@@ -100,6 +105,7 @@ def export_program(
             node.meta = {"val": node.meta.get("val")}  # the lines of source would be half of a file
             if node.target is torch.ops.aten.alias.default:  # what torch 2.15 makes of `detach`: gradients pass
                 node.target = torch.ops.aten.detach.default
+        # other inputs than the recorded ones, in another batch size, show whether values or sizes were frozen
         if not torch.allclose(program.module()(*others), expected, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise ConfigError(
                 "the program gives other values than the model, because its field draws random numbers or keeps "
@@ -109,17 +115,17 @@ def export_program(
 
 
 def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
-    """Write a program of :func:`export_program` for ``torch.export.load``, and return the path.
+    """Write a program from :func:`export_program` for ``torch.export.load``, and return the path.
 
-    The file holds the weights once, and nothing else is needed to run it.
+    The file holds the weights once, and nothing else is needed to run the program.
 
     Args:
         program: the program to write.
-        path: the file, which ends in ``.pt2``.
+        path: the file, whose name ends in ``.pt2``.
 
     Raises:
-        ConfigError: for another suffix than ``.pt2``.
-        CheckpointError: the file cannot be written. An earlier one stays.
+        ConfigError: the name has another suffix than ``.pt2``.
+        CheckpointError: the file cannot be written. An earlier file stays unchanged.
 
     Example:
         >>> import tempfile
@@ -139,8 +145,12 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path
     return path
 
 
-def _on_grid(model: Any, chosen: Solver | None) -> Any:
-    """A copy of a density for the CPU, without gradients and checks of values, with another solver."""
+def _on_grid(model: DensityModel, chosen: Solver | None) -> DensityModel:
+    """Copy a density to the CPU, without gradients and checks of values, with the solver of the program.
+
+    Raises:
+        ConfigError: the solver chooses its steps.
+    """
     solver: Solver = chosen or model.solver
     if solver.adaptive:
         raise ConfigError(
@@ -150,16 +160,19 @@ def _on_grid(model: Any, chosen: Solver | None) -> Any:
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # as files hold them
-    parts: list[Any] = [model.base]
+    # torch's distributions check their arguments by an `if` on values, which are unknown while they are recorded. A
+    # base may be built of other distributions, such as Independent of Normal
+    parts: list[Distribution] = [model.base]
     while parts:
         part = parts.pop()
-        part._validate_args = False  # values are unknown while they are recorded
+        part._validate_args = False
         parts += [each for each in vars(part).values() if isinstance(each, Distribution)]
+    # backward passes are not recorded, and a sampled quadrature would draw numbers
     return model.solved_with(solver=dataclasses.replace(solver, gradient="autograd", quadrature="full"))
 
 
-def _inputs(model: Any, which: Which, context: Tensor | None, batch: int) -> tuple[Tensor, ...]:
-    """Tensors to record a program with."""
+def _inputs(model: DensityModel, which: Which, context: Tensor | None, batch: int) -> tuple[Tensor, ...]:
+    """Make the inputs that a program is recorded with, latents or samples, contexts and noise."""
     like = next(model.parameters(), torch.empty(0))
     z = model.base.sample(torch.Size([batch])).to(like)
     inputs = [z]
@@ -169,15 +182,19 @@ def _inputs(model: Any, which: Which, context: Tensor | None, batch: int) -> tup
     elif model.context_shape is not None:
         inputs.append(torch.randn(batch, *model.context_shape).to(like))
     if which == "log_prob":
+        # samples of the model are in the range of its data, where random numbers might be refused
         inputs[0] = model.in_range(model.inverse(z, **dict(zip(("context",), inputs[1:], strict=False))))
         inputs += [noise for noise in model.draw_noise(batch) if noise is not None]
     return tuple(x.clone() for x in inputs)  # in a view the recorder would see the tensor behind it
 
 
 def _with_named_weights(graph: GraphModule, model: nn.Module) -> GraphModule:
-    """The recorded operations with the model's weights under their names, each once."""
+    """Give the recorded operations the model's weights under their names, each once.
+
+    The recorder may make several constants of one tensor, and the file would hold each of them.
+    """
     named = {id(x): name for name, x in [*model.named_parameters(), *model.named_buffers()]}
-    known: dict[Any, str] = {}
+    known: dict[Hashable, str] = {}
     values: dict[str, Tensor] = {}
     for node in graph.graph.find_nodes(op="get_attr"):
         value = getattr(graph, node.target)
