@@ -1,4 +1,4 @@
-"""What is in the folder of a run, as one value, and the quantities that follow from it."""
+"""``RunContents`` holds everything that is in the folder of a run, and the quantities that follow from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..recipes.recipe import Recipe
-from ..recipes.task import Task
+from ..recipes.task import AnyTask
 from .environment import Environment
 from .metrics import Metrics
 from .results import DiagnosedWeights, Result
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Picture(NamedTuple):
-    """A PNG of samples by the weights of a training step, or by the best weights if ``step`` is None."""
+    """A PNG of samples, drawn with the weights of a training step, or with the best weights if ``step`` is None."""
 
     path: Path
     step: int | None
@@ -31,7 +31,7 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunContents:
-    """The contents of a run folder, of a run that is finished or still running.
+    """The contents of a run folder, whose run is finished or still running.
 
     Attributes:
         path: the folder.
@@ -52,7 +52,7 @@ class RunContents:
     diagnosed: DiagnosedWeights | None
 
     @property
-    def task(self) -> Task:
+    def task(self) -> AnyTask:
         """The task of the recipe, which has the words and units."""
         return self.recipe.task
 
@@ -73,12 +73,12 @@ class RunContents:
 
     @property
     def done(self) -> int:
-        """Training steps so far."""
+        """The number of training steps so far; of a run without logged steps, the number in its result."""
         return int(max(self.steps["step"], default=0 if self.result is None else self.result.steps))
 
     @property
     def state(self) -> str:
-        """The steps of the run, and whether it is finished or was stopped by its time limit."""
+        """The state of the run in words: its steps, and whether it is finished or was stopped by its time limit."""
         if self.result is None:
             return f"not finished: step {self.done:,}"
         limit = ", stopped by its time limit" if self.result.stopped == "max_time" else ""
@@ -86,14 +86,14 @@ class RunContents:
 
     @property
     def scores(self) -> NDArray[np.float64]:
-        """The score of each held-out sample, in the first quantity of the task; empty if unknown."""
+        """The score of each held-out sample, as the first quantity of the task; empty if unknown."""
         means = {} if self.result is None else self.result.evaluation.means
         mean = means.get(self.task.quantities[0].name)
         return np.array([] if mean is None else mean.samples)
 
     @property
     def penalties(self) -> Mapping[str, float]:
-        """Mean integrals of the best weights, or at the last validation of a run without a result."""
+        """The mean integral of each penalty, for the best weights, or at the last validation without a result."""
         if self.result is not None:
             return self.result.evaluation.penalties
         known = (name for name in self.recipe.measured if f"val/{name}" in self.checks)
@@ -101,9 +101,9 @@ class RunContents:
 
     @functools.cached_property
     def numbers(self) -> Mapping[str, float]:
-        """The known quantities of :meth:`~rnode_plugin.experiments.reports.configurations.Configuration.mean`.
+        """The known quantities for :meth:`~rnode_plugin.experiments.reports.configurations.Configuration.mean`.
 
-        Scores and test NFE are of the best weights, or of the last validation of a run without a result.
+        Scores and test NFE belong to the best weights or, without a result, to the last validation.
         """
         if self.result is not None:
             evaluation = self.result.evaluation
@@ -113,6 +113,8 @@ class RunContents:
             scores = {self.task.quantities[0].name: _last(self.checks[f"val/{self.task.metric}"])}
             gap, nfe_test = (_last(self.checks.get(f"val/{name}")) for name in ("gap", "nfe"))
             seconds = _last(self.steps["train_seconds"])
+        # the NFE of an adaptive solver grow while a model trains, so the last tenth of the steps describes its end.
+        # The median of the times leaves out the first steps, which compile and warm up
         nfe, times = (self.steps.get(name, np.array([])) for name in ("train/nfe", "seconds_per_step"))
         return {
             **self.penalties,

@@ -1,4 +1,4 @@
-"""Where a run was trained: ``environment.json``."""
+"""Describes where a run was trained, and writes and reads it as ``environment.json``."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdyn", "torchdiff
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Versions, device and threads.
+    """The versions, device and threads that the numbers of a run may depend on.
 
     Attributes:
-        packages: the version of each package, this one included. The version of torch names its CUDA.
+        packages: the version of each package, with rnode-plugin among them. The version of torch names its CUDA.
         plugins: distribution and version of each plugin that is loaded, by its name.
-        python, platform: as Python's ``platform`` names them.
+        python, platform: the version of Python and the system, as Python's ``platform`` names them.
         device: the name of the GPU, or the kind of the device and the processor.
         cuda: the CUDA that torch was built with; None on another device.
-        threads: threads of torch.
+        threads: number of threads that torch uses.
         cpus: logical CPUs of the machine; None if they are not known.
     """
 
@@ -46,7 +46,7 @@ class Environment:
 
     @staticmethod
     def of(device: torch.device) -> Environment:
-        """The environment of this process, with a device of it."""
+        """Describe the environment of this process, which computes on ``device``."""
         cuda = device.type == "cuda"
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         return Environment(
@@ -65,18 +65,19 @@ class Environment:
         )
 
     def to_plain(self) -> dict[str, object]:
-        """For JSON and for a list of facts, with the packages among the others."""
+        """Convert to plain data for JSON and for a list of facts, with the packages on the same level."""
         plain = dataclasses.asdict(self)
         return {**plain.pop("packages"), **plain}
 
     @staticmethod
     def from_plain(plain: object) -> Environment:
-        """The inverse of :meth:`to_plain`.
+        """Invert :meth:`to_plain`.
 
         Raises:
-            ValueError: it is not an environment.
+            ValueError: ``plain`` is not an environment.
         """
         facts = _FACTS.validate_python(plain)
+        # a run of another version may have recorded other packages, so every name other than a field is a package
         own = {field.name for field in dataclasses.fields(Environment)}
         packages = {name: value for name, value in facts.items() if name not in own}
         return _ENVIRONMENT.validate_python({**facts, "packages": packages})
@@ -92,10 +93,10 @@ def write_environment(path: Path, environment: Environment) -> None:
 
 
 def read_environment(path: Path) -> Environment | None:
-    """The environment in a file; None if there is no file.
+    """Read the environment in a file; None if there is no file.
 
     Raises:
-        ConfigError: it cannot be read, or is not an environment.
+        ConfigError: the file cannot be read, or does not hold an environment.
     """
     with reading(path) as text:
         return None if text is None else Environment.from_plain(json.loads(text))

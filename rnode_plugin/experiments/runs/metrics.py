@@ -1,4 +1,4 @@
-"""The metrics of a run: ``metrics.csv``, a row for each logged training step and for each validation."""
+"""Writes and reads ``metrics.csv``, which has a row for each logged training step and for each validation."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _AXES = ("step", "epoch", "train_seconds")
 
 
 class MetricsTable:
-    """Rows of numbers by step in a CSV file, with a column for each name that comes along.
+    """Writes rows of numbers by step into a CSV file, with a column for each name that it has met.
 
-    Rows that are there stay if their step is not greater than ``keep``; the rest has no checkpoint.
+    In a file that exists, rows stay up to step ``keep``, where a resumed run continues. The run takes later steps
+    once more, so their rows are removed.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, keep: int = 0) -> None:
@@ -33,8 +34,10 @@ class MetricsTable:
             self._replace([row for row in rows if row["step"].isdigit() and int(row["step"]) <= keep])
 
     def add(self, row: Mapping[str, float], step: int) -> None:
-        """Write a row; it is in the file when this returns."""
+        """Write a row. It is in the file when this returns, so that a report can be made while the run trains."""
         full = {**row, "step": step}
+        # a new name, such as the first validation's, needs a wider header, for which the file is written again. A
+        # row with known names is appended
         if new := full.keys() - set(self._names):
             rows = self._read()[1] if self._path.exists() else []
             self._names = sorted({*self._names, *new})
@@ -43,7 +46,7 @@ class MetricsTable:
             csv.DictWriter(file, self._names).writerow(full)
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
-        """Names and rows as texts, so that a row that stays keeps each digit; nothing in a file is refused here."""
+        """Read names and rows as texts, so that a row that stays keeps each digit. Nothing in a file is refused."""
         text = self._path.read_text(encoding="utf-8", errors="replace")
         reader = csv.DictReader(io.StringIO(whole_lines(text), newline=""))
         names = list(reader.fieldnames or [])
@@ -58,12 +61,12 @@ class MetricsTable:
 
 
 class Metrics(NamedTuple):
-    """The rows of a ``metrics.csv``, by column.
+    """The rows in a ``metrics.csv``, by column.
 
     Attributes:
         steps: an entry for each logged training step of likelihood: ``step``, ``epoch``, ``train_seconds``,
             ``train/bpd``, ...
-        checks: an entry for each validation: the same three axes and ``val/bpd``, ``val/nfe``, ...; of a table
+        checks: an entry for each validation: the same three axes and ``val/bpd``, ``val/nfe``, ... A table has
             ``nll`` in place of ``bpd``.
     """
 
@@ -77,25 +80,26 @@ class Metrics(NamedTuple):
 
 
 def read_metrics(path: Path, metric: str) -> Metrics:
-    """The metrics in a file that :class:`MetricsTable` has written, also while it writes; empty if there is none.
+    """Read the metrics in a file that :class:`MetricsTable` has written or still writes; empty without a file.
 
     Args:
         path: a ``metrics.csv``.
         metric: the score of the task, ``bpd`` or ``nll``.
 
     Raises:
-        ConfigError: it cannot be read, or does not hold a table.
+        ConfigError: the file cannot be read, or does not hold a table.
     """
     with reading(path) as text:
         table = numbers(text or "")
     axes = [name for name in _AXES if name in table]
     table[axes] = table[axes].where(np.isfinite(table[axes]))  # a score may be infinite, a time cannot
     score, checked = f"train/{metric}", f"val/{metric}"
-    matching = table.get("train/matching")  # steps before the likelihood count as training
+    # steps of flow matching have no score, but their epochs and times place the validations between them
+    matching = table.get("train/matching")
     trained = table.get(score) if matching is None else matching.fillna(table.get(score, np.nan))
     times = known_rows(table.assign(trained=trained), [*_AXES, "trained"])
     checks = known_rows(table, ["step", checked])
-    # a validation is logged with its step only, so its epoch and time are interpolated between steps
+    # the row of a validation has its step only, so its epoch and time are interpolated between training steps
     known, unknown = len(times["step"]) > 0, np.full(len(checks["step"]), np.nan)
     places = {
         name: np.interp(checks["step"], times["step"], times[name]) if known else unknown

@@ -1,4 +1,8 @@
-"""What is known of the best weights of a run: ``result.json`` with the scores by sample, and ``diagnosis.json``."""
+"""Writes and reads what is known about the best weights of a run, its result and its diagnosis.
+
+``result.json`` has the end of the run and the means, a CSV file the scores by sample, and ``diagnosis.json`` the
+checks of ``rnode-cli diagnose``.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas
 from pydantic import TypeAdapter
@@ -18,17 +21,17 @@ from .texts import known_rows, numbers, reading, write_json, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """The end of a run, and the evaluation of its best weights.
+class RunEnd:
+    """How and when a run ended.
 
     Attributes:
-        stopped: why it ended: ``"finished"``, ``"max_time"``, or ``"early"`` if a callback ended it.
+        stopped: why the run ended: ``"finished"``, ``"max_time"``, ``"early"`` if a callback ended it, or the name
+            of a signal.
         steps: optimizer steps of the whole run.
-        planned: steps of the recipe.
+        planned: steps in the recipe.
         training_seconds: time of all steps of the run, without validations.
         run_seconds: wall-clock time of the whole run, without the final evaluation.
         skipped: steps without a usable gradient, which changed nothing.
-        evaluation: likelihoods, NFE and penalties on the held-out samples.
     """
 
     stopped: str
@@ -37,6 +40,33 @@ class Result:
     training_seconds: float
     run_seconds: float
     skipped: int
+
+    @property
+    def ended(self) -> dict[str, object]:
+        """These values by name, for JSON, without the ones that a subclass adds."""
+        return {each.name: getattr(self, each.name) for each in dataclasses.fields(RunEnd)}
+
+    def with_evaluation(self, evaluation: Evaluation) -> Result:
+        """Return this end together with the evaluation of the best weights."""
+        return Result(
+            stopped=self.stopped,
+            steps=self.steps,
+            planned=self.planned,
+            training_seconds=self.training_seconds,
+            run_seconds=self.run_seconds,
+            skipped=self.skipped,
+            evaluation=evaluation,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(RunEnd):
+    """The end of a run, and the evaluation of its best weights. A run that a signal ends has no result.
+
+    Attributes:
+        evaluation: likelihoods, NFE and penalties on the held-out samples.
+    """
+
     evaluation: Evaluation
 
 
@@ -44,27 +74,28 @@ _RESULT = TypeAdapter(Result)
 
 
 def write_result(path: Path, result: Result, scores: Path, sample: str) -> None:
-    """Write a ``result.json`` and, before it, the scores of each held-out sample.
+    """Write the scores of each held-out sample, and then the ``result.json``.
 
     Args:
         path: the file of the result, which has the means.
-        result: both.
-        scores: the file of the scores: a column for each mean, and one with the numbers of the samples.
+        result: the means and the scores.
+        scores: the file of the scores, with a column for each mean, and one with the numbers of the samples.
         sample: name of the latter column, ``image`` or ``row``.
     """
     evaluation = result.evaluation
     table = pandas.DataFrame({name: mean.samples for name, mean in evaluation.means.items()})
+    # a result.json marks a run as finished, so it comes last, when the other file is complete
     write_text(scores, table.to_csv(index_label=sample, na_rep="nan", lineterminator="\n"))
-    write_json(path, {**vars(result), "evaluation": evaluation.to_plain()})
+    write_json(path, {**result.ended, "evaluation": evaluation.to_plain()})
 
 
 def read_result(path: Path, scores: Path, sample: str) -> Result | None:
-    """The result that :func:`write_result` has written; None if there is none.
+    """Read the result that :func:`write_result` has written; None if there is none.
 
     The means have no scores by sample if the file of the scores is missing or empty.
 
     Raises:
-        ConfigError: one of the two cannot be read, does not hold what a run writes, or is cut off.
+        ConfigError: one of the two files cannot be read, does not hold what a run writes, or is cut off.
     """
     with reading(path) as text:
         result = None if text is None else _RESULT.validate_python(json.loads(text))
@@ -82,7 +113,11 @@ def read_result(path: Path, scores: Path, sample: str) -> Result | None:
 
 
 def check_whole(path: Path, what: str, there: int, whole: int) -> None:
-    """Refuse a file that ends before the last ``what`` of a finished run; an empty one is a missing one."""
+    """Refuse a file that ends before the last ``what`` of a finished run. An empty file counts as missing.
+
+    Raises:
+        ConfigError: the file is cut off, as by a copy that was interrupted.
+    """
     if 0 < there < whole:
         raise ConfigError(f"{path} is cut off: it ends with {what} {there} of {whole}.")
 
@@ -92,12 +127,12 @@ def check_whole(path: Path, what: str, there: int, whole: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnosedWeights:
-    """The diagnosis of some weights.
+    """A diagnosis, and the weights that were diagnosed.
 
     Attributes:
         checkpoint: the file of the weights.
         recipe: name of their recipe.
-        weights: what they are, ``as trained`` or an average.
+        weights: which weights they are, ``as trained`` or an average.
         diagnosis: all checks.
     """
 
@@ -106,8 +141,8 @@ class DiagnosedWeights:
     weights: str
     diagnosis: Diagnosis
 
-    def to_plain(self) -> dict[str, Any]:
-        """For JSON: the weights, then what :meth:`Diagnosis.to_plain` gives."""
+    def to_plain(self) -> dict[str, object]:
+        """Convert to plain data for JSON, the weights first and then what :meth:`Diagnosis.to_plain` gives."""
         return {
             "checkpoint": self.checkpoint,
             "recipe": self.recipe,
@@ -117,10 +152,10 @@ class DiagnosedWeights:
 
     @staticmethod
     def from_plain(plain: object) -> DiagnosedWeights:
-        """The inverse of :meth:`to_plain`.
+        """Invert :meth:`to_plain`.
 
         Raises:
-            ValueError: it is not a diagnosis.
+            ValueError: ``plain`` is not a diagnosis.
         """
         diagnosis = Diagnosis.from_plain(plain)
         return _DIAGNOSED.validate_python({**_FACTS.validate_python(plain), "diagnosis": diagnosis})
@@ -136,10 +171,10 @@ def write_diagnosis(path: Path, diagnosed: DiagnosedWeights) -> None:
 
 
 def read_diagnosis(path: Path) -> DiagnosedWeights | None:
-    """The diagnosis in a file; None if there is no file.
+    """Read the diagnosis in a file; None if there is no file.
 
     Raises:
-        ConfigError: it cannot be read, or is not a diagnosis.
+        ConfigError: the file cannot be read, or does not hold a diagnosis.
     """
     with reading(path) as text:
         return None if text is None else DiagnosedWeights.from_plain(json.loads(text))

@@ -1,6 +1,6 @@
-"""``Run``: a folder of a run, the names of all that is in it, and how it is made, found, written and read.
+"""``Run`` is the folder of a run. It knows the names of all files in it, and makes, finds, writes and reads them.
 
-The modules ``environment``, ``metrics`` and ``results`` have the format of a file each, with its writer and its
+The modules ``environment``, ``metrics`` and ``results`` each define the format of a file, with its writer and its
 reader. They import torch or pandas, so they are imported where they are needed, and a command that only looks for a
 run does not wait for them.
 """
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 
-_RECIPE = "recipe.json"  # which marks a folder as a run
+_RECIPE = "recipe.json"  # marks a folder as a run
 _CHECKPOINTS = "checkpoints"
 _LOCK = ".lock"  # held while a run is trained
 
 
 @dataclass(frozen=True)
 class Run:
-    """The folder of a run, which need not be there yet.
+    """The folder of a run, which need not exist yet.
 
     Example:
         >>> from pathlib import Path
@@ -55,7 +55,7 @@ class Run:
 
     @staticmethod
     def find(path: Path) -> list[Run]:
-        """The run at ``path``, or the runs below it.
+        """Find the run at ``path``, or the runs below it.
 
         Raises:
             ConfigError: there is none.
@@ -71,12 +71,12 @@ class Run:
 
     @staticmethod
     def here() -> list[str]:
-        """The folders of runs below ``runs`` in the working directory."""
+        """List the folders of runs below ``runs`` in the working directory."""
         return sorted(str(path.parent) for path in Path().glob(f"runs/*/*/{_RECIPE}"))
 
     @staticmethod
     def of_checkpoint(checkpoint: Path) -> Run | None:
-        """The run that a checkpoint lies in; None for a file elsewhere."""
+        """Return the run that a checkpoint lies in; None for a file elsewhere."""
         run = Run(checkpoint.parent.parent)
         return run if checkpoint.parent.name == _CHECKPOINTS and run.is_described else None
 
@@ -84,17 +84,17 @@ class Run:
 
     @property
     def is_described(self) -> bool:
-        """Whether the folder is one of a run: it has a recipe."""
+        """Whether the folder holds a run, which its recipe shows."""
         return (self.path / _RECIPE).is_file()
 
     @property
     def has_checkpoints(self) -> bool:
-        """Whether there are weights of any name."""
+        """Whether the folder holds weights, with any name."""
         return any((self.path / _CHECKPOINTS).glob("*.ckpt"))
 
     @property
     def best(self) -> Path:
-        """The checkpoint with the lowest score of a validation: bits/dim, or nats of a table."""
+        """The checkpoint with the lowest validation score, in bits/dim, or in nats per row of a table."""
         return self.path / _CHECKPOINTS / BEST
 
     @property
@@ -104,41 +104,44 @@ class Run:
 
     @property
     def previous(self) -> Path:
-        """The newest checkpoint but one, for the case that a kill or a disk has damaged the newest."""
+        """The second newest checkpoint, from which a run continues if a crash has damaged the newest."""
         return self.path / _CHECKPOINTS / PREVIOUS
 
     def checkpoints(self, prefer: str) -> list[Path]:
-        """The checkpoints that are there: the one with the name ``prefer``, then the others from the newest on."""
+        """List the checkpoints that exist, the one called ``prefer`` before the others, newest first."""
         names = dict.fromkeys((prefer, LAST, PREVIOUS, BEST))
         return [file for file in (self.path / _CHECKPOINTS / name for name in names) if file.is_file()]
 
     @property
     def metrics(self) -> Path:
-        """What was logged, a :class:`~rnode_plugin.experiments.runs.metrics.MetricsTable`."""
+        """The file of the logged metrics, a :class:`~rnode_plugin.experiments.runs.metrics.MetricsTable`."""
         return self.path / "metrics.csv"
 
     @property
     def samples(self) -> Path:
-        """The folder of the pictures of samples."""
+        """The folder with the pictures of samples."""
         return self.path / "samples"
 
     def picture(self, step: int | None = None) -> Path:
-        """The picture of samples of the weights of a step; of the best weights if it is None."""
+        """Return the picture of samples from the weights after a step, or from the best weights for None."""
         return self.samples / ("best.png" if step is None else f"step-{step:07d}.png")
 
     @property
     def result(self) -> Path:
-        """How the run ended and the scores of its best weights; absent while it runs and after an interruption."""
+        """The file with the end of the run and the scores of its best weights.
+
+        It is absent while the run trains and after an interruption.
+        """
         return self.path / "result.json"
 
     @property
     def diagnosis(self) -> Path:
-        """The diagnosis of the best weights."""
+        """The file with the diagnosis of the best weights."""
         return self.path / "diagnosis.json"
 
     @property
     def figures(self) -> Path:
-        """The folder of the figures of the diagnosis."""
+        """The folder with the figures of the diagnosis."""
         return self.path / "diagnosis"
 
     @property
@@ -149,7 +152,7 @@ class Run:
         return self.path / recipe.task.file
 
     def _pictures(self) -> dict[int, Path]:
-        """The pictures of steps."""
+        """Find the pictures that validations have drawn, by step."""
         found = ((re.fullmatch(r"step-(\d+)\.png", each.name), each) for each in self.samples.glob("step-*.png"))
         return {int(match[1]): each for match, each in found if match}
 
@@ -157,26 +160,28 @@ class Run:
 
     @staticmethod
     def create(runs: str | os.PathLike[str], recipe: Recipe) -> Run:
-        """The next free version under ``runs/RECIPE``."""
+        """Make the folder of the next free version under ``runs/RECIPE``."""
         parent = Path(runs) / recipe.name
         parent.mkdir(parents=True, exist_ok=True)
         version = 1 + max((int(each.name) for each in parent.iterdir() if each.name.isdigit()), default=-1)
         while True:
+            # mkdir either makes the folder or fails, so two runs that start together cannot get the same one
             try:
                 (parent / str(version)).mkdir()
                 return Run(parent / str(version))
-            except FileExistsError:  # another run took it in the meantime
+            except FileExistsError:
                 version += 1
 
     @staticmethod
     def claim(path: str | os.PathLike[str]) -> Run:
-        """A run folder at exactly ``path``, made if it is not there.
+        """Make a run folder at exactly ``path``, or take an empty folder that exists.
 
         Raises:
             ConfigError: another process trains in it, or it is not empty.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
+        # another run that has just claimed the folder holds its lock, and may have written nothing else yet
         with training_lock(path):
             if (taken := next((each for each in path.iterdir() if each.name != _LOCK), None)) is not None:
                 raise ConfigError(
@@ -185,9 +190,10 @@ class Run:
         return Run(path)
 
     def describe(self, recipe: Recipe, environment: Environment) -> None:
-        """Write the recipe and the environment; remove the results of an earlier part of the run."""
+        """Write the recipe and the environment, and remove the results from an earlier part of the run."""
         from .environment import write_environment
 
+        # all of these describe best weights that the run is about to replace
         for each in (self.result, self.picture(), self.diagnosis, self._scores(recipe)):
             each.unlink(missing_ok=True)
         shutil.rmtree(self.figures, ignore_errors=True)
@@ -195,23 +201,25 @@ class Run:
         write_environment(self._environment, environment)
 
     def go_back(self, checkpoint: Path, step: int) -> None:
-        """Make a checkpoint of this run the newest one, and remove the pictures of steps after its ``step``."""
+        """Make a checkpoint in this run the newest one, and remove the pictures of steps after its ``step``."""
         for later in (path for at, path in self._pictures().items() if at > step):
             later.unlink()
         if checkpoint.name != LAST:
+            # the checkpoint that was the newest is kept as the previous one, unless that name belongs to the one
+            # that the run goes back to
             contents = checkpoint.read_bytes()
             keep = None if checkpoint.name == PREVIOUS else self.previous
             write_atomically(self.last, lambda file: file.write(contents), keep=keep)
 
     def conclude(self, result: Result, recipe: Recipe) -> None:
-        """Write the result and, before it, the scores by held-out sample (``images.csv``, ``rows.csv``)."""
+        """Write the result and the scores by held-out sample (``images.csv`` or ``rows.csv``)."""
         from .results import write_result
 
         write_result(self.result, result, self._scores(recipe), recipe.task.sample)
-        self.diagnosis.unlink(missing_ok=True)  # one that was made in the meantime is of other weights
+        self.diagnosis.unlink(missing_ok=True)  # one that was made while the run trained may be of other weights
 
     def add_diagnosis(self, diagnosed: DiagnosedWeights, figures: Mapping[str, bytes]) -> None:
-        """Write a diagnosis and its figures, by the names of their files."""
+        """Write a diagnosis, and its figures by the names of their files."""
         from .results import write_diagnosis
 
         for name, contents in figures.items():
@@ -221,21 +229,21 @@ class Run:
     # ---- reading ----
 
     def recipe(self) -> Recipe:
-        """The settings of the run, read without an import of torch.
+        """Read the settings of the run, without importing torch.
 
         Raises:
-            ConfigError: they cannot be read, or are not what a run writes.
+            ConfigError: the file cannot be read, or is not what a run writes.
         """
         from ..recipes.recipe import Recipe
 
         with reading(self.path / _RECIPE) as text:
-            return Recipe.from_plain(json.loads(text or ""))
+            return Recipe.from_plain(json.loads(text or ""))  # without a file, JSON refuses the empty text
 
     def read(self) -> RunContents:
-        """All that is in the folder, finished or still running; files that are missing count as empty.
+        """Read everything in the folder, whose run may still be training. Missing files count as empty.
 
         Raises:
-            ConfigError: a file cannot be read, or does not hold what a run writes; the message names it.
+            ConfigError: a file cannot be read, or does not hold what a run writes. The message names it.
         """
         from .contents import Picture, RunContents
         from .environment import read_environment
@@ -245,6 +253,8 @@ class Run:
         recipe = self.recipe()
         metrics = read_metrics(self.metrics, recipe.task.metric)
         result = read_result(self.result, self._scores(recipe), recipe.task.sample)
+        # a result promises all rows. Without this check a copy that was cut off would give shorter curves in
+        # silence
         if result is not None:
             check_whole(self.metrics, "step", metrics.last_step, result.steps)
         pictures = self._pictures()
@@ -261,10 +271,10 @@ class Run:
 
 
 def recipe_beside(checkpoint: Path) -> Recipe | None:
-    """The recipe of the run that a checkpoint lies in, read without an import of torch.
+    """Read the recipe of the run that a checkpoint lies in, without importing torch.
 
-    Commands check their requests against it before they import torch and read the checkpoint, which has the same
-    recipe. None if there is no such run, or its recipe is damaged.
+    Commands check their requests against this recipe before they import torch and read the checkpoint, which has
+    the same recipe. None if there is no such run, or its recipe is damaged.
     """
     run = Run.of_checkpoint(checkpoint)
     with contextlib.suppress(ConfigError):
@@ -274,10 +284,10 @@ def recipe_beside(checkpoint: Path) -> Recipe | None:
 
 @contextmanager
 def training_lock(folder: Path) -> Iterator[None]:
-    """Hold the run in ``folder`` for this process.
+    """Lock the run in ``folder`` for this process.
 
-    The system frees the lock of a process that ends, also of one that is killed. On a file system without locks,
-    two processes that train one run are not noticed.
+    The system frees the lock of a process that ends, even if it is killed. A file system without locks cannot
+    notice two processes that train one run, so a line on standard error warns about it.
 
     Raises:
         ConfigError: another process trains the run.

@@ -1,4 +1,4 @@
-"""The text files of a run: JSON and columns of numbers, written whole, and read with errors that name the file."""
+"""Writes the text files of a run, JSON and columns of numbers, and reads them with errors that name the file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Columns = Mapping[str, NDArray[np.float64]]
-    """Columns of numbers by their name, all of one length."""
+    """Columns of numbers by their name, all with the same length."""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file, whole or not at all, because a run may be killed while it writes."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
@@ -33,7 +33,10 @@ def write_json(path: Path, contents: Mapping[str, object]) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[str | None]:
-    """The text of a file, None if it is not there; what cannot be read in the block is an error with its name.
+    """Read the text of a file, None if the file is missing, and name the file in errors that the block raises.
+
+    The block parses the text. All parsers that it may use raise a ValueError for a bad text: JSON, pandas,
+    pydantic, and our own.
 
     Raises:
         ConfigError: the file cannot be read, or the block raised a ValueError, as for JSON that is cut off or for
@@ -48,7 +51,7 @@ def reading(path: Path) -> Iterator[str | None]:
 
 
 def _sentence(error: ValueError | RecursionError) -> str:
-    """What is wrong, without the point at the end; of pydantic's findings the first, with its place."""
+    """Say what is wrong, without the period at the end. pydantic may find several faults, and this is the first."""
     from pydantic import ValidationError
 
     if not isinstance(error, ValidationError):
@@ -58,12 +61,15 @@ def _sentence(error: ValueError | RecursionError) -> str:
 
 
 def whole_lines(text: str) -> str:
-    """The lines of a file that a process may be in the middle of writing, or that a kill has cut in two."""
-    return text[: text.rfind("\n") + 1]
+    """Leave out the last line of a text if it has no end.
+
+    A process may be in the middle of writing the line, or a kill has cut it in two.
+    """
+    return text[: text.rfind("\n") + 1]  # rfind gives -1 for a text without a whole line, and this is empty then
 
 
 def numbers(text: str) -> pandas.DataFrame:
-    """The cells of a CSV file that hold a number; the others are NaN.
+    """Parse the cells of a CSV file that hold a number. The others become NaN.
 
     Raises:
         ValueError: a row has more cells than the first one.
@@ -73,12 +79,16 @@ def numbers(text: str) -> pandas.DataFrame:
     whole = whole_lines(text)
     if not whole.strip():
         return pandas.DataFrame()
+    # as texts first, because pandas would give a column with one bad cell another type
     table = pandas.read_csv(io.StringIO(whole), dtype=str)
     return table.apply(pandas.to_numeric, errors="coerce").astype(float)
 
 
 def known_rows(table: pandas.DataFrame, known: Sequence[str]) -> Columns:
-    """The columns of a table, of the rows in which ``known`` are known; one that is missing is known nowhere."""
+    """Select the rows in which all columns ``known`` have a number, and return their columns.
+
+    A column in ``known`` that the table does not have is known in no row, so the result is empty then.
+    """
     names = list(dict.fromkeys([*known, *table.columns]))
     complete = table.reindex(columns=names).dropna(subset=list(known))
     return {name: complete[name].to_numpy(float) for name in names}
