@@ -197,7 +197,7 @@ def test_given_values(text: str, found: dict[str, float] | str) -> None:
 
 def test_contexts_outside_of_the_training_rows_are_named(file: Path, conditional: Path, tmp_path: Path) -> None:
     recorded = json.loads((conditional / "recipe.json").read_text())["data"]["given_ranges"]
-    train = recipe_of(file, "data.given=temperature,dose").load_data().train[:, 2:]
+    train = cast(Table, recipe_of(file, "data.given=temperature,dose").load_data()).train[:, 2:]
     assert recorded == np.stack([train.min(0), train.max(0)], 1).tolist()
     (low, high), dose = recorded[0], recorded[1][1]
     place = tmp_path / "values.csv"

@@ -29,7 +29,6 @@ from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.errors import CheckpointError, ConfigError, SolverError, TrainingError
 from rnode_plugin.experiments.data import ArrayDataset
 from rnode_plugin.experiments.recipes.recipe import Optimizer, Recipe
-from rnode_plugin.experiments.runs.results import Result
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.training import progress, stops
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
@@ -86,7 +85,7 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, whole: FitResult) -> None:
     ]  # fmt: skip
     assert result.evaluation is not None
     read = result.folder.read()
-    assert read.result == Result(**result.ended, evaluation=result.evaluation)
+    assert read.result == result.with_evaluation(result.evaluation)
     assert read.picture == (result.samples, None)
     for mean in result.evaluation.means.values():
         assert len(mean.samples) == 60

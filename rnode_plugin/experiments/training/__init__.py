@@ -1,11 +1,19 @@
-"""Training, from an experiment to a run.
+"""Training, from a recipe to the folder of a run.
 
-- ``experiment`` has the data, the model, the loss and the plan of a recipe as values; ``step`` has the losses, and
-  ``plan`` the steps of a run and how a run continues.
-- ``fit`` trains an experiment: Lightning's Trainer (``trainer``, ``loggers``), the
-  evaluation, and ``failures``, what went wrong.
-- ``module`` is what Lightning trains: the step, its optimizer (``optimizers``), the validation. ``datamodule``
-  chooses the samples of a step.
-- After each step Lightning calls ``clock``, ``stops``, ``progress`` and ``recorder``, in this order.
-- ``checkpoints`` are files of weights.
+Read the modules in this order.
+
+1. ``experiment`` carries a recipe out up to its first step. An ``Experiment`` has the data, the model, the loss and
+   the plan as values. ``step`` defines the losses, and ``plan`` counts the steps of a run and says from which
+   checkpoint it continues.
+2. ``fit`` trains an experiment in a run folder and evaluates its best weights. ``trainer`` and ``loggers`` make
+   Lightning's Trainer for it, and ``failures`` turns what went wrong into messages with advice.
+3. ``module`` is what Lightning trains: a step, a validation, and the optimizer from ``optimizers``. ``datamodule``
+   chooses the samples of a step.
+4. After each step Lightning calls four callbacks in this order. ``clock`` times the step, ``stops`` decides whether
+   it was the last one, ``progress`` prints it, and ``recorder`` writes it down and ends the run.
+5. ``checkpoints`` writes and reads files of weights.
+
+Three rules hold everywhere. The noise and the samples of a step are functions of the seed and the number of the
+step, so a resumed run continues to the bit. A batch that cannot be used makes the loss NaN, and all devices skip
+the step together. A file is written whole or not at all, so a run may be killed at any time.
 """

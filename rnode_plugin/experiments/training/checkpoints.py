@@ -1,4 +1,4 @@
-"""Checkpoints: a recipe as plain data and a state dict, read without running code from the file."""
+"""Writes and reads checkpoints, which hold a recipe as plain data and a state dict. Reading a file runs no code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..._version import __version__
 from ...errors import CheckpointError, ConfigError, PluginError, first_line
@@ -26,26 +26,29 @@ if TYPE_CHECKING:
     from ...core.distribution import DensityModel
     from ..recipes.recipe import Recipe
 
+Contents = dict[str, Any]
+"""The contents of a checkpoint, plain values and tensors by name. Some names are ours, the others Lightning's."""
+
 SAFETENSORS = ".safetensors"
 _FORMAT = 1
 _KEY, _CHECKSUM = "rnode_plugin", "sha256"
-_PREFIX = "flow."
+_PREFIX = "flow."  # Lightning saves the state of RnodeModule, whose attribute `flow` is the model
 _HARMLESS = 1000  # layers that are quick to build, whatever a file contains
 
 
-def header_with(recipe: Recipe) -> dict[str, Any]:
-    """The header of a file as plain data: its format, the version that wrote it, and the recipe."""
+def header_with(recipe: Recipe) -> Contents:
+    """Make the header of a file as plain data, with its format, the version that writes it, and the recipe."""
     return {_KEY: {"format": _FORMAT, "version": __version__, "recipe": recipe.to_plain()}}
 
 
 def save_flow(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe) -> None:
-    """Write the weights of ``flow`` and the recipe that builds it; :func:`load_flow` reads it back.
+    """Write the weights of ``flow`` and the recipe that builds it. :func:`load_flow` reads the file.
 
     A ``path`` that ends in ``.safetensors`` gets that format, which many programs read. Its metadata hold the
     recipe and a checksum of everything.
 
     Raises:
-        CheckpointError: the file cannot be written; one that was there before is left as it was.
+        CheckpointError: the file cannot be written. An earlier file stays unchanged.
     """
     if Path(path).suffix == SAFETENSORS:
         from safetensors.torch import save
@@ -65,29 +68,36 @@ def save_flow(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Re
 
 
 def checksum(tensors: Mapping[str, Tensor], header: str) -> str:
-    """The SHA-256 of tensors, their names, types and shapes, and the text of our header."""
+    """Compute the SHA-256 of tensors, their names, types and shapes, and the text of our header.
+
+    A .safetensors file has no checksum of its contents, in contrast to the zip archive of a .ckpt file.
+    """
     import torch
 
     digest = hashlib.sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)  # as bytes, because NumPy has no bfloat16
     return digest.hexdigest()
 
 
 def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> DensityModel:
-    """The flow of a run folder (its best checkpoint, else its last), or of a ``.ckpt`` or ``.safetensors`` file.
+    """Load the flow from a run folder (its best checkpoint, else its last) or a ``.ckpt`` or ``.safetensors`` file.
 
-    ``"mnist-pretrained"`` are weights that come with the package.
+    The name ``"mnist-pretrained"`` stands for weights that come with the package.
 
-    Nothing in the file is executed: only tensors and plain values are read, and the recipe builds the model.
+    Nothing in the file is executed. Only tensors and plain values are read, and the recipe builds the model.
 
     Args:
         path: a folder or file, or the name of weights in the package.
         map_location: device of the flow.
 
+    Returns:
+        The flow in evaluation mode.
+
     Raises:
-        CheckpointError: missing, truncated, not ours, or not the weights of the model that its recipe describes.
+        CheckpointError: the file is missing, truncated, or from another program, or its weights do not fit the
+            model that its recipe describes.
 
     Example:
         >>> import tempfile
@@ -105,21 +115,27 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
 def load_with_recipe(
     path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu"
 ) -> tuple[DensityModel, Recipe]:
-    """As :func:`load_flow`, with the recipe that the flow was trained by; arguments and errors are the same."""
+    """Load a flow as :func:`load_flow` does, together with the recipe by which it was trained.
+
+    Arguments and errors are the same.
+    """
     import torch
 
     file = find_checkpoint(path)
     contents = read_checkpoint(file)
     recipe, state = recipe_of(contents, file), _state_in(contents)
     problem = f"{file} does not fit the model of its recipe"
-    # a model that is larger than the tensors of its file is refused before it takes time and memory
-    options = recipe.model.options
-    if (layers := options.get("blocks", 1) * options["layers"]) > max(len(state), _HARMLESS):
+    # The recipe in a file from elsewhere may describe a model of any size. One with more layers than the file has
+    # tensors is refused here, before building it takes time and memory
+    layers = recipe.model.layers * getattr(recipe.model, "blocks", 1)
+    if layers > max(len(state), _HARMLESS):
         raise CheckpointError(f"{problem}: the recipe has {layers:,} layers, the file {len(state)} tensors.")
+    # The device `meta` builds shapes without values, so that a wide layer that does not fit the file takes no
+    # memory
     try:
-        with torch.device("meta"):  # shapes without values
+        with torch.device("meta"):
             _compare(recipe.build_flow(), state, problem)
-    except PluginError:  # a plugin's model may need values, and what is wrong with it is found when it is built
+    except PluginError:  # a plugin's model may need values, and any other fault shows again when it is built below
         pass
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # sizes that no tensor can have
         raise CheckpointError(f"{problem}: {first_line(error)}") from None
@@ -129,35 +145,46 @@ def load_with_recipe(
 
 
 def load_weights(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe) -> None:
-    """Give ``flow``, which ``recipe`` has built, the weights of a run, a file, or the package.
+    """Give ``flow``, which ``recipe`` has built, the weights in a run, a file, or the package.
 
     Raises:
-        CheckpointError: missing, truncated, not ours, or of a model of another shape or of other columns.
+        CheckpointError: the file is missing, truncated, or from another program, or its weights belong to a model
+            of another shape or of other columns.
     """
     file = find_checkpoint(path)
     contents = read_checkpoint(file)
     there, here = recipe_of(contents, file).task, recipe.task
-    if (there.columns, there.given) != (here.columns, here.given):  # weights hold the means of their columns
+    # the weights include the mean and deviation of each column, which would scale other columns without an error
+    if (there.columns, there.given) != (here.columns, here.given):
         raise CheckpointError(
             f"the weights of {file} are of other columns: {there.subject} there and {here.subject} here."
         )
     put_weights(flow, contents, f"the weights of {file} do not fit this model")
 
 
-def _state_in(contents: Mapping[str, Any]) -> dict[str, Any]:
+def _state_in(contents: Contents) -> dict[str, object]:
+    """Return the state dict in a checkpoint by the names of the model; empty if the file holds another object."""
     state = contents["state_dict"]
     return {str(name).removeprefix(_PREFIX): state[name] for name in state} if isinstance(state, Mapping) else {}
 
 
-def put_weights(flow: torch.nn.Module, contents: Mapping[str, Any], problem: str) -> None:
-    """Give ``flow`` the weights in the contents of a checkpoint; a CheckpointError if they do not fit."""
+def put_weights(flow: torch.nn.Module, contents: Contents, problem: str) -> None:
+    """Give ``flow`` the weights in the contents of a checkpoint.
+
+    Raises:
+        CheckpointError: the weights do not fit. The message begins with ``problem``.
+    """
     state = _state_in(contents)
-    _compare(flow, state, problem)
+    _compare(flow, state, problem)  # in one sentence, where PyTorch lists all tensors
     flow.load_state_dict(state)
 
 
-def _compare(flow: torch.nn.Module, state: Mapping[str, Any], problem: str) -> None:
-    """Compare names, shapes and kinds of numbers; a CheckpointError names the first tensor that differs."""
+def _compare(flow: torch.nn.Module, state: Mapping[str, object], problem: str) -> None:
+    """Compare names, shapes and kinds of numbers, complex or not.
+
+    Raises:
+        CheckpointError: a tensor differs. The message names the first one.
+    """
     here, there = _shapes(flow.state_dict()), _shapes(state)
     if differ := [name for name in {**here, **there} if here.get(name) != there.get(name)]:
         name, more = differ[0], f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
@@ -165,7 +192,8 @@ def _compare(flow: torch.nn.Module, state: Mapping[str, Any], problem: str) -> N
         raise CheckpointError(f"{problem}: {name} is {shapes}{more}.")
 
 
-def _shapes(state: Mapping[str, Any]) -> dict[str, str]:
+def _shapes(state: Mapping[str, object]) -> dict[str, str]:
+    """Write the shape of each tensor for a comparison and a message."""
     from torch import Tensor
 
     return {
@@ -176,7 +204,10 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, str]:
 
 
 def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path:
-    """The checkpoint file that ``path`` means: itself, one of the run folder ``path``, or weights of the package.
+    """Find the checkpoint file that ``path`` means.
+
+    This is ``path`` itself, the file ``prefer`` or another one in the run folder ``path``, or weights in the
+    package.
 
     Raises:
         CheckpointError: there is none.
@@ -184,8 +215,10 @@ def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path
     return _files(Path(path), prefer)[0]
 
 
-def newest_intact(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint file that ``path`` means and its contents: of a run folder, the newest that can be read.
+def newest_intact(path: str | os.PathLike[str]) -> tuple[Path, Contents]:
+    """Find and read the checkpoint file that ``path`` means. In a run folder this is the newest that can be read.
+
+    A line on standard error names each newer file that cannot.
 
     Raises:
         CheckpointError: there is none.
@@ -204,7 +237,8 @@ def newest_intact(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 
 
 def _files(path: Path, prefer: str) -> list[Path]:
-    """The files that ``path`` can mean; the preferred one of a run folder, then the others from the newest on."""
+    """List the files that ``path`` can mean, in a run folder the preferred one before the others, newest first."""
+    # a file or folder of the user's comes before a name of weights in the package
     packaged = None if path.exists() else pretrained_file(str(path))
     files = [path] if path.is_file() else Run(path).checkpoints(prefer)
     if packaged is None and not files:
@@ -216,15 +250,15 @@ def _files(path: Path, prefer: str) -> list[Path]:
     return files if packaged is None else [packaged]
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint file: tensors on the CPU and plain values. No code in it is run.
+def read_checkpoint(path: Path) -> Contents:
+    """Read a checkpoint file, tensors on the CPU and plain values. No code in it is run.
 
     Raises:
-        CheckpointError: unreadable, damaged, or written by another program.
+        CheckpointError: the file is unreadable or damaged, or another program or version has written it.
     """
     read = _read_safetensors if path.suffix == SAFETENSORS else _read
     try:
-        contents = read(path)
+        found = read(path)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path} is not a checkpoint of rnode-plugin: it holds more than tensors and plain values, and such a "
@@ -234,7 +268,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} cannot be read. It is truncated or not a checkpoint: {first_line(error)}"
         ) from None
-    header = contents.get(_KEY) if isinstance(contents, Mapping) else None
+    contents = cast("Contents", found) if isinstance(found, dict) else {}
+    header = contents.get(_KEY)
     if not isinstance(header, Mapping) or "recipe" not in header or "state_dict" not in contents:
         raise CheckpointError(f"{path} is not a checkpoint of rnode-plugin: it holds no recipe.")
     if header.get("format") != _FORMAT:
@@ -242,19 +277,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} was written by rnode-plugin {header.get('version')} in format {header.get('format')!r}; this "
             f"is {__version__}, which reads format {_FORMAT}. Install that version to use it."
         )
-    return dict(contents)
+    return contents
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> object:
     import torch
 
-    with zipfile.ZipFile(path) as archive:  # a bare pickle is not even looked at
+    # torch.save writes zip archives. Older files are bare pickles, which are refused unread
+    with zipfile.ZipFile(path) as archive:
         if (bad := archive.testzip()) is not None:  # torch does not check the checksums of its archives
             raise zipfile.BadZipFile(f"the checksum of {bad} in it differs")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
+def _read_safetensors(path: Path) -> Contents:
+    """Read a ``.safetensors`` file into the form of a ``.ckpt`` file; empty if it has no header of ours."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
@@ -267,11 +304,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return {_KEY: json.loads(header), "state_dict": state}
 
 
-def recipe_of(contents: Mapping[str, Any], path: Path) -> Recipe:
-    """The recipe in a checkpoint.
+def recipe_of(contents: Contents, path: Path) -> Recipe:
+    """Read the recipe in the contents of the checkpoint file ``path``.
 
     Raises:
-        CheckpointError: it is not one that this version understands.
+        CheckpointError: this version does not understand the recipe.
     """
     from ..recipes.recipe import Recipe
 

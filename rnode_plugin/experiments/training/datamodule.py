@@ -1,10 +1,10 @@
-"""The images or the table of a recipe as a LightningDataModule; a batch is a function of the seed and the step."""
+"""Gives Lightning the images or the table of a recipe. A batch is a function of the seed and the step."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import pytorch_lightning as L
 import torch
@@ -18,19 +18,22 @@ from ..data.batches import ArrayDataset, keep_batch
 from ..recipes.recipe import Recipe
 from .plan import check_held_out, steps_per_epoch
 
-D = TypeVar("D", ImageData, Table)
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset, Sampler
+
+D = TypeVar("D", bound=ImageData | Table)
 
 
 class StepOrder(DistributedSampler[list[int]]):
-    """The batches of one device in the order in which it takes them, each a list of training samples.
+    """Orders the training samples into the batches of one device, each a list of numbers of samples.
 
-    The samples of a step are a function of the seed and the number of the step. Each pass through the samples has
-    another order. A step takes the next samples of that order, and each device its part of them: two devices with
-    half the batch see the samples of one device with the whole batch. Samples left over from a pass are reused in a
-    later one.
+    The samples of a step are a function of the seed and the number of the step. Each pass through the samples has a
+    new order. A step takes the next samples in that order, and each device takes its part of them, so two devices
+    with half the batch see the same samples as one device with the whole batch. Samples that are left over at the
+    end of a pass are used after the next shuffle.
 
-    An iteration begins at ``next_step()`` and ends with the epoch in which that step lies, or never. An epoch is
-    as many steps as make a pass with full batches.
+    An iteration begins at ``next_step()`` and ends with the epoch in which that step lies, or never. An epoch has
+    as many steps as one pass has full batches for.
 
     Args:
         samples: number of training samples.
@@ -54,13 +57,14 @@ class StepOrder(DistributedSampler[list[int]]):
         next_step: Callable[[], int] = int,
         endless: bool = False,
     ) -> None:
-        # Lightning leaves a sampler of this class alone
-        numbers: Any = range(samples)
+        # A DistributedSampler, because on several devices Lightning replaces any other sampler by its own, which
+        # would shuffle by the epoch. The base class asks its data set only for its length
+        numbers = cast("Dataset[list[int]]", range(samples))
         super().__init__(numbers, num_replicas=world, rank=rank, seed=seed, drop_last=True)
         self._samples, self._batch_size = samples, batch_size
         self._next_step, self._endless = next_step, endless
         batches = samples // (batch_size * world)
-        # with fewer samples than a step needs, Lightning makes its step at the end of the epoch
+        # with fewer batches in an epoch than a step accumulates, Lightning takes the step at the end of the epoch
         self._accumulate = min(accumulate, batches)
         self._steps = batches // max(1, self._accumulate)  # of an epoch
         self._known: tuple[int, torch.Tensor] | None = None  # the last pass and its order
@@ -71,14 +75,17 @@ class StepOrder(DistributedSampler[list[int]]):
         return self._steps * self._accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
+        # asked when an iteration begins, not before, because only then a resumed Trainer knows its step
         first = self._next_step()
         end = None if self._endless else (first // self._steps + 1) * self._steps
         for step in itertools.count(first) if end is None else range(first, end):
             yield from self.batches_of(step)
 
     def batches_of(self, step: int) -> list[list[int]]:
-        """The samples of each batch that this device takes at ``step``, counted from 0."""
+        """Return the samples in each batch that this device takes at ``step``, counted from 0."""
         size = self._batch_size
+        # The samples of a step lie side by side in the order of the pass, batch by batch, and in each of these
+        # device by device. One device with `accumulate` batches cuts them as so many devices with one batch do
         of_step = self._accumulate * self.num_replicas * size
         number, place = divmod(step, self._steps)
         of_all = self._order(number)[place * of_step : (place + 1) * of_step].tolist()
@@ -86,6 +93,7 @@ class StepOrder(DistributedSampler[list[int]]):
         return [of_all[first : first + size] for first in firsts]
 
     def _order(self, number: int) -> torch.Tensor:
+        """Shuffle the samples for a pass, which only the seed and the number of the pass decide."""
         if self._known is None or self._known[0] != number:
             generator = torch.Generator().manual_seed(stream_seed(self.seed, Stream.ORDER, number))
             self._known = number, torch.randperm(self._samples, generator=generator)
@@ -93,26 +101,30 @@ class StepOrder(DistributedSampler[list[int]]):
 
 
 class _Resumable(DataLoader[Tensor]):
-    """A loader without a state: its sampler finds its place from the step."""
+    """A loader that Lightning can resume in the middle of an epoch.
 
-    def state_dict(self) -> dict[str, Any]:
+    Lightning warns about other loaders, because they would begin the epoch again. This one has no state to save,
+    because its sampler finds its place from the step.
+    """
+
+    def state_dict(self) -> dict[str, object]:
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
         pass
 
 
 class RecipeDataModule(L.LightningDataModule, Generic[D]):
-    """The training and held-out samples of a recipe, for any ``Trainer``.
+    """Gives any ``Trainer`` the training and held-out samples of a recipe.
 
-    Which samples a step takes is a function of the recipe's seed and the step, so a run that is resumed continues
-    after its last step.
+    The recipe's seed and the number of the step decide which samples a step takes, so a resumed run continues with
+    the samples after its last step.
 
     Args:
         recipe: names the data, the batch sizes and the workers.
         data: the samples themselves, if they are loaded already.
         download: fetch the data set if it is missing.
-        endless: whether the training samples never end. If they do, an epoch of the Trainer is a pass.
+        endless: whether one epoch of the Trainer never ends. Otherwise it is one pass through the samples.
     """
 
     def __init__(
@@ -120,22 +132,22 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
     ) -> None:
         super().__init__()
         self.recipe = recipe
-        self._data: Any = data  # of the recipe's kind
+        self._data = data
         self._download, self._endless = download, endless
 
     @property
     def data(self) -> D:
-        """All samples.
+        """All samples, which are loaded on first use.
 
         Raises:
             DataError: the data set is missing or does not fit the recipe.
         """
         if self._data is None:
-            self._data = self.recipe.load_data()
+            self._data = cast("D", self.recipe.load_data())  # a recipe loads the kind of data that it models
         return self._data
 
     def prepare_data(self) -> None:
-        """Download what is missing, once per machine."""
+        """Download the data set if it is missing. Lightning calls this in one process per machine."""
         if self._data is None and self._download:
             self.recipe.load_data(download=True)
 
@@ -145,11 +157,11 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
         check_held_out(self.recipe, len(self.data.val), devices)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Batches of the training samples; only as many per epoch as fill whole steps."""
-        return self._loader(self.data.train, None, self._order())  # an order of whole batches
+        """Load batches of the training samples. An epoch has only as many as fill whole steps."""
+        return self._loader(self.data.train, None, self._order())  # the order gives whole batches
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        """Batches of the held-out samples, each sample on exactly one device, so that means count each once."""
+        """Load batches of the held-out samples, each sample on exactly one device, so that means count it once."""
         world, rank, _ = self._share
         share = UnrepeatedDistributedSampler(self.data.val, num_replicas=world, rank=rank, shuffle=False)
         return self._loader(self.data.val, self.recipe.data.val_batch_size, share)
@@ -168,9 +180,10 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
         )
 
     def _loader(
-        self, samples: ImageArray, batch_size: int | None, sampler: DistributedSampler[Any]
+        self, samples: ImageArray, batch_size: int | None, sampler: Sampler[list[int]] | Iterable[int]
     ) -> DataLoader[Tensor]:
         workers = self.recipe.data.workers
+        # pinned memory is copied to a GPU while Python prepares the next kernels
         return _Resumable(
             ArrayDataset(samples),
             batch_size=batch_size,
@@ -183,14 +196,14 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
 
     @property
     def _share(self) -> tuple[int, int, int]:
-        """Devices, the number of this one, and batches per device and step."""
+        """The number of devices, the rank of this one, and the batches per device and step."""
         if (trainer := self.trainer) is None:
             return 1, 0, 1
         return trainer.world_size, trainer.global_rank, trainer.accumulate_grad_batches
 
 
 class ImageDataModule(RecipeDataModule[ImageData]):
-    """The training and held-out images of a recipe, for any ``Trainer``; see :class:`RecipeDataModule`.
+    """Gives any ``Trainer`` the training and held-out images of a recipe; see :class:`RecipeDataModule`.
 
     Batches are uint8 ``(B, C, H, W)``.
 
@@ -206,10 +219,10 @@ class ImageDataModule(RecipeDataModule[ImageData]):
 
 
 class TableDataModule(RecipeDataModule[Table]):
-    """The rows of the table of a recipe, for any ``Trainer``; see :class:`RecipeDataModule`.
+    """Gives any ``Trainer`` the rows in the table of a recipe; see :class:`RecipeDataModule`.
 
-    Batches are float32 ``(B, C)``: the columns that are modelled, then those that are given. The Trainer validates
-    on the rows that choose the weights; the rows of ``data.held_out`` are left for an evaluation.
+    Batches are float32 ``(B, C)``, with the modelled columns before the given ones. The Trainer validates on the
+    rows that choose the weights, and the rows in ``data.held_out`` are left for an evaluation.
 
     Args:
         recipe, data, download, endless: see :class:`RecipeDataModule`.

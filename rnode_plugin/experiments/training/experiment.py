@@ -1,4 +1,4 @@
-"""``Experiment``: what a run trains with, as values that can be made, replaced and read one by one."""
+"""``Experiment`` holds what a run trains with, as values that can be made, replaced and read one by one."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from .step import Loss, loss_of
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Experiment:
-    """A recipe that was carried out up to its first step: samples, a model, a loss and a plan.
+    """The samples, the model, the loss and the plan of a recipe, ready for the first step.
 
-    Replace a part by ``dataclasses.replace`` to train with another one. The rest stays as the recipe says.
+    Use ``dataclasses.replace`` to train with another part. The other parts stay as the recipe describes them.
 
     Attributes:
-        recipe: all settings, with what a run records of its data.
+        recipe: all settings, with what a run records about its data.
         data: the training and held-out samples.
         flow: the model with the weights of the first step, on the CPU.
-        loss: what a step minimizes, a function of a batch and the number of steps before it.
+        loss: what a step minimizes, a function of a batch and the number of earlier steps. It holds ``flow``, so a
+            new flow needs a new loss.
         plan: the steps of the run.
 
     Example:
@@ -55,19 +56,19 @@ class Experiment:
         download: bool = False,
         resumed: Resumed | None = None,
     ) -> Experiment:
-        """The experiment of a recipe.
+        """Make the experiment that a recipe describes.
 
         Args:
             recipe: all settings.
-            data: samples of the shape that the recipe names, in place of its data set.
-            devices: number of devices that share a step, each with ``data.batch_size`` samples of it.
+            data: samples with the shape that the recipe names, in place of its data set.
+            devices: number of devices that share a step, each with ``data.batch_size`` samples.
             download: fetch the data set if it is missing.
-            resumed: the checkpoint that has the weights, in place of the ones that the recipe starts from.
+            resumed: the checkpoint with the weights, in place of the weights that the recipe starts from.
 
         Raises:
-            ConfigError: too few samples for these devices, or settings that the model refuses.
+            ConfigError: the samples are too few for these devices, or the model refuses a setting.
             DataError: the data set is missing, or does not fit the recipe.
-            CheckpointError: weights that are missing or of another model.
+            CheckpointError: the weights are missing, or belong to another model.
             PluginError: a plugin failed.
         """
         if data is None:
@@ -76,6 +77,7 @@ class Experiment:
         plan = RunPlan.of(recipe, len(data.train), devices)
         check_held_out(recipe, len(data.val), devices)
         flow = new_flow(recipe)
+        # before the weights, because a checkpoint brings its own means and deviations and must have the last word
         recipe.task.prepare(flow, data)
         if resumed is not None:
             resumed.put_into(flow)
@@ -85,11 +87,11 @@ class Experiment:
 
     @property
     def task(self) -> Task:
-        """Images or rows of a table: scores, words and units."""
+        """The task of the recipe, images or rows of a table, with its scores, words and units."""
         return self.recipe.task
 
 
 def new_flow(recipe: Recipe) -> DensityModel:
-    """The model of a recipe with fresh weights, which are a function of its seed."""
+    """Build the model of a recipe. Its fresh weights depend on the seed alone, so all devices build the same."""
     with seeded(recipe.training.seed, Stream.WEIGHTS):
         return recipe.build_flow()

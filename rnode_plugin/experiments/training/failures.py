@@ -1,4 +1,4 @@
-"""What went wrong while a run trained, in the words of this package and with advice how the run can continue."""
+"""Turns what went wrong while a run trained into errors of rnode-plugin, with advice how the run can continue."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ from .trainer import end_other_processes
 
 @contextmanager
 def with_advice(recorder: Recorder, trainer: L.Trainer, *, is_new: bool) -> Iterator[None]:
-    """Add to an error how the run can continue, and end the other processes, which may wait for this one."""
+    """Add to an error how the run can continue, and end the other processes, which may wait for this one.
+
+    ``is_new`` means that the run began in this call. Its folder is then removed if no step has left anything in it.
+
+    Raises:
+        RnodeError: the error, with the advice, as the same type. A SolverError becomes a TrainingError.
+    """
     try:
         yield
     except RnodeError as error:
+        # a process that waits in a reduction would never notice that this one has left
         end_other_processes(trainer, signal.SIGKILL)
         left = "No checkpoint had been written yet."
         if (folder := recorder.folder) is not None:
@@ -38,17 +45,21 @@ def with_advice(recorder: Recorder, trainer: L.Trainer, *, is_new: bool) -> Iter
                 left = f"The last good checkpoint is {folder.last}; --resume {folder.path} continues from it{best}."
             elif is_new and trainer.is_global_zero and not folder.metrics.exists():
                 shutil.rmtree(folder.path, ignore_errors=True)  # it holds no result of a step
-        # the arguments of a SolverError are not its message
+        # the constructor of a SolverError takes other arguments than a message
         kind = TrainingError if isinstance(error, SolverError) else type(error)
         raise kind(f"training stopped: {str(error).rstrip('.')}. {left}") from error
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Raise the errors of PyTorch, Lightning and the system while training as errors of this package.
+    """Convert errors that PyTorch, Lightning and the system raise while training to a RnodeError with advice.
+
+    Any other exception is a bug and passes unchanged, with its traceback.
 
     Raises:
-        RnodeError: for these; the rest is a bug and passes through.
+        ConfigError: Lightning cannot use the devices.
+        LocalError: the machine failed, by its memory or its disk, or PyTorch failed in another way.
+        TrainingError: the processes of the run lost each other.
     """
     try:
         yield
@@ -56,7 +67,8 @@ def explained() -> Iterator[None]:
         lines = str(error).strip().splitlines()
         if not lines[0].startswith("Caught DataError in DataLoader worker"):
             raise
-        # a worker sends its whole traceback along, whose last line is the message
+        # PyTorch raises the error of a worker again with the worker's traceback as its text. The last line of that
+        # is the message
         raise DataError(lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from error
     except RnodeError:
         raise
@@ -75,7 +87,9 @@ def explained() -> Iterator[None]:
             f"out of memory: {first_line(error).rstrip('.')}. Lower --batch-size and raise --accumulate "
             "by the same factor, or --set solver.gradient=checkpointed."
         ) from error
-    except RuntimeError as error:  # of PyTorch: memory of a CPU, a worker or a process that died, a bug
+    # last, because DistError and OutOfMemoryError are RuntimeErrors. It is memory of a CPU, a worker that died, or
+    # a bug, which PyTorch tells apart by the text alone
+    except RuntimeError as error:
         raise LocalError(
             f"PyTorch failed: {first_line(error).rstrip('.')}. `rnode-cli --debug ...` shows where."
         ) from error

@@ -1,4 +1,4 @@
-"""fit: train the flow of a recipe in a run folder, then evaluate its best weights."""
+"""``fit`` trains the flow of an experiment in a run folder, then evaluates its best weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..evaluation.measures import Evaluation
 from ..evaluation.samples import save_samples
 from ..recipes.recipe import Recipe
 from ..runs.environment import Environment
-from ..runs.results import Result
+from ..runs.results import RunEnd
 from ..runs.run import Run, training_lock
 from .checkpoints import find_checkpoint, load_flow, newest_intact
 from .clock import Clock
@@ -39,41 +39,28 @@ from .stops import Stopped, Stops
 from .trainer import Place, end_other_processes, find_place, make_trainer, quiet
 
 
-@dataclass(frozen=True)
-class FitResult:
-    """The end of a call of :func:`fit`.
+@dataclass(frozen=True, kw_only=True)
+class FitResult(RunEnd):
+    """The end of a call to :func:`fit`.
 
     Attributes:
-        folder: the folder of the run.
-        steps: optimizer steps of the whole run so far; after a second signal, which ends the call in the middle of
-            a step, the steps of the last checkpoint.
-        planned: steps of the recipe.
         stopped: why the call ended: ``"finished"``, ``"max_time"``, ``"early"`` if a callback ended it, or the name
             of a signal.
+        steps: optimizer steps of the whole run so far; after a signal, the steps in the newest checkpoint.
+        planned: steps in the recipe.
         training_seconds: time of all steps of the run, without validations.
         run_seconds: wall-clock time of the whole run so far, without the final evaluation.
         skipped: steps of the run without a usable gradient, which changed nothing.
-        first_process: whether this is the process of a distributed run that reports; the others evaluate nothing.
+        folder: the folder of the run.
+        first_process: whether this process of a distributed run reports; the others evaluate nothing.
         evaluation: the result of the best weights on the held-out samples; None after a signal.
         samples: the last picture of samples; None if there is none.
     """
 
     folder: Run
-    steps: int
-    planned: int
-    stopped: str
-    training_seconds: float
-    run_seconds: float
-    skipped: int = 0
     first_process: bool = True
     evaluation: Evaluation | None = None
     samples: Path | None = None
-
-    @property
-    def ended(self) -> dict[str, Any]:
-        """How the run ended, for ``result.json``."""
-        names = ("stopped", "steps", "planned", "training_seconds", "run_seconds", "skipped")
-        return {name: vars(self)[name] for name in names}
 
 
 def fit(
@@ -86,35 +73,37 @@ def fit(
 ) -> FitResult:
     """Train the flow of an experiment and evaluate its best weights.
 
-    This is :class:`~rnode_plugin.RnodeModule` with :class:`~rnode_plugin.ImageDataModule` (or ``TableDataModule``)
-    in Lightning's Trainer, with callbacks that write ``runs/RECIPE/VERSION/``: ``recipe.json``,
-    ``environment.json``, ``metrics.csv``, ``checkpoints/`` (``best.ckpt``, ``last.ckpt`` and the one before it,
-    ``previous.ckpt``), ``samples/`` and, at the end, ``result.json`` and ``images.csv`` (bits/dim of each held-out
-    image) or ``rows.csv`` (NLL of each held-out row). On a CPU, the same recipe gives the same numbers.
+    It runs :class:`~rnode_plugin.RnodeModule` with :class:`~rnode_plugin.ImageDataModule` (or ``TableDataModule``)
+    in Lightning's Trainer. Callbacks write ``runs/RECIPE/VERSION/``: ``recipe.json``, ``environment.json``,
+    ``metrics.csv``, ``checkpoints/`` (``best.ckpt``, ``last.ckpt`` and the one before it, ``previous.ckpt``),
+    ``samples/`` and, at the end, ``result.json`` and ``images.csv`` (bits/dim of each held-out image) or
+    ``rows.csv`` (NLL of each held-out row). On a CPU, the same recipe gives the same numbers.
 
     Args:
         experiment: data, model, loss and plan. A recipe (:func:`rnode_plugin.get_recipe`) stands for the
             :class:`~rnode_plugin.experiments.training.experiment.Experiment` that it describes.
         options: folders, resuming and limits of this call; None for the defaults.
-        callbacks: Lightning's callbacks, which are called before ours.
-        loggers: Lightning's loggers, or ``tensorboard``, ``wandb`` or ``mlflow``. They get the values of
-            ``metrics.csv`` too.
+        callbacks: Lightning callbacks, which are called before ours.
+        loggers: Lightning loggers, or ``tensorboard``, ``wandb`` or ``mlflow``. They also get the values in
+            ``metrics.csv``.
         trainer_options: options of Lightning's Trainer, such as ``accelerator``, ``devices``, ``num_nodes``,
             ``strategy`` or ``profiler``.
 
     Raises:
-        ConfigError: settings that cannot work, here or on this machine; a Trainer option that the recipe decides; a
-            run that another process trains.
-        DataError: a data set that is missing or does not fit.
-        CheckpointError: nothing to continue from, or a checkpoint of another model.
-        TrainingError: too many steps in a row without a usable gradient, or a failure of the machine; the last good
-            checkpoint stays.
+        ConfigError: a setting cannot work, here or on this machine; the recipe decides one of the Trainer options;
+            or another process trains the run.
+        DataError: the data set is missing, or does not fit.
+        CheckpointError: there is nothing to continue from, or the checkpoint belongs to another model.
+        TrainingError: too many steps in a row had no usable gradient, or a process of the run was lost. The last
+            good checkpoint stays.
+        LocalError: the machine failed, for example by a full memory or disk. The last good checkpoint stays.
     """
     options = options or RunOptions()
     names = [each for each in loggers if isinstance(each, str)]
     check_loggers(names)
     recipe = experiment if isinstance(experiment, Recipe) else experiment.recipe
-    # other settings than the run's, and weights that are missing, are refused before data are downloaded for them
+    # What can be refused early is refused here, because data may be downloaded next: settings that a resumed run
+    # cannot change, and weights that are missing
     resumed = None if options.resume is None else Resumed.of(options.resume, recipe)
     if resumed is None and recipe.training.weights is not None:
         find_checkpoint(recipe.training.weights)
@@ -124,6 +113,7 @@ def fit(
         recipe, plan = experiment.recipe, experiment.plan
         if resumed is not None:
             _refuse_finished(resumed, plan, options)
+        # the time limit begins now, after the data were loaded
         clock, stops = Clock(), Stops(plan, max_time=options.max_time, announce=options.progress)
         recorder = Recorder(recipe, plan, clock, stops, folder=resumed and resumed.folder)
         trainer = make_trainer(
@@ -134,31 +124,36 @@ def fit(
             loggers=[each for each in loggers if isinstance(each, Logger)],
             options=trainer_options,
         )
-        if trainer.is_global_zero:  # one process makes the folder and writes into it
+        # Only the first process makes the folder and writes into it. The others learn its path from the recorder,
+        # which broadcasts it when Lightning calls its setup hook
+        if trainer.is_global_zero:
             folder = recorder.folder or _new_folder(recipe, options)
+            # the lock comes before the first change, and the stack holds it until the evaluation is written
             stack.enter_context(training_lock(folder.path))
             if resumed is not None and resumed.folder is not None:
                 resumed.go_back(resumed.folder)
             folder.describe(recipe, Environment.of(trainer.strategy.root_device))
             recorder.open(folder, keep=resumed.done if resumed else 0)
-            trainer.loggers += [make_logger(name, folder.path) for name in names]
+            trainer.loggers += [make_logger(name, folder.path) for name in names]  # these write into the folder
             if options.progress:
                 _announce(experiment, trainer, folder, done=resumed.done if resumed else 0)
         checkpoint = None if resumed is None else resumed.checkpoint
         with with_advice(recorder, trainer, is_new=resumed is None or resumed.folder is None), explained():
-            # a run that was killed while its best weights were evaluated has no step left
+            # a run that was killed while its best weights were evaluated has no step left, and passes here at once
             stopped, skipped = _train(experiment, trainer, stops, checkpoint)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # one that is left at the end of a process can abort it
+            # a group that still exists when its process ends can abort the process, which would look like a failure
+            torch.distributed.destroy_process_group()
         by_signal = stopped in signal.Signals.__members__
         result = FitResult(
-            folder=recorder.run,
+            stopped=stopped,
+            # a second signal ends a step halfway, so the checkpoint counts, from which the run would continue
             steps=_saved_steps(recorder.run) if by_signal else trainer.global_step,
             planned=plan.total,
-            stopped=stopped,
             training_seconds=clock.training_seconds,
             run_seconds=clock.run_seconds,
             skipped=skipped,
+            folder=recorder.run,
             first_process=trainer.is_global_zero,
         )
         if by_signal or not trainer.is_global_zero:
@@ -169,7 +164,11 @@ def fit(
 def _with_weights(
     experiment: Experiment | Recipe, resumed: Resumed | None, place: Place, *, download: bool
 ) -> Experiment:
-    """The experiment of this call with the weights of its first step."""
+    """Make the experiment of this call from its recipe, or take the caller's, with the weights of the first step.
+
+    Raises:
+        ConfigError: the caller made the experiment for another number of devices.
+    """
     if isinstance(experiment, Recipe):
         recipe = experiment if resumed is None else resumed.recipe
         return Experiment.of(recipe, devices=place.world, download=download, resumed=resumed)
@@ -182,6 +181,7 @@ def _with_weights(
 
 
 def _refuse_finished(resumed: Resumed, plan: RunPlan, options: RunOptions) -> None:
+    """Refuse to continue a run that has no step left, and whose best weights were evaluated already."""
     done, folder = resumed.done, resumed.folder
     if done > plan.total or (done == plan.total and (folder is None or folder.result.exists())):
         raise ConfigError(
@@ -198,13 +198,13 @@ def _in_order(
     *,
     progress: bool,
 ) -> list[Callback]:
-    """All callbacks of a run in the order in which Lightning calls them.
+    """List all callbacks of a run in the order in which Lightning calls them.
 
     1. ``BusyProcessor`` times a step without any other callback.
-    2. The user's own see the weights as they were trained.
+    2. The user's callbacks see the weights as they were trained.
     3. ``SampleGrids`` draws before ``WeightAveraging`` puts the trained weights back in place of their average.
     4. ``Clock`` times the step, ``Stops`` decides whether it was the last one, ``Progress`` prints it.
-    5. ``Recorder`` writes what all of these have left, and ends the run if ``Stops`` has decided so.
+    5. ``Recorder`` writes the state that all of these have reached, and ends the run if ``Stops`` has decided to.
     """
     recipe = experiment.recipe
     found: list[Callback] = [BusyProcessor(recorder)] if progress else []
@@ -212,8 +212,9 @@ def _in_order(
     if recipe.training.sample_images and experiment.task.draws_while_training:
         found.append(SampleGrids(recorder))
     if (decay := recipe.training.ema) is not None:
-        # average = decay * average + (1 - decay) * weights after each step. In a checkpoint `state_dict` holds the
-        # average, so that a loaded model has it, and `current_model_state` the weights that training continues from
+        # After each step, average = decay * average + (1 - decay) * weights. Lightning swaps the average in for a
+        # validation. In a checkpoint `state_dict` holds the average, so that a loaded model has it, and
+        # `current_model_state` holds the weights that training continues from
         found.append(WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay)))
     found += [clock, stops]
     if progress:
@@ -228,13 +229,20 @@ def _new_folder(recipe: Recipe, options: RunOptions) -> Run:
 
 
 def _train(experiment: Experiment, trainer: L.Trainer, stops: Stops, checkpoint: Path | None) -> tuple[str, int]:
-    """Train; the reason of its end, as in :class:`FitResult`, and the number of skipped steps."""
+    """Train the experiment.
+
+    Returns:
+        The reason why the training ended, as in :class:`FitResult`, and the number of skipped steps.
+    """
     recipe = experiment.recipe
     module = RnodeModule(recipe, flow=experiment.flow, loss=experiment.loss)
-    samples = RecipeDataModule[Any](recipe, data=experiment.data, endless=True)
+    # one endless epoch, so that no validation or checkpoint of a run falls on the border of two epochs
+    samples = RecipeDataModule(recipe, data=experiment.data, endless=True)
     try:
         trainer.fit(module, samples, ckpt_path=checkpoint)
     except Stopped as stop:
+        # between two steps all processes raise this together. A second signal may reach this process alone, and the
+        # others would wait for it in their next reduction
         if stop.at_once:
             end_other_processes(trainer, signal.SIGKILL)
         return stop.signal_name, module.skipped
@@ -244,17 +252,19 @@ def _train(experiment: Experiment, trainer: L.Trainer, stops: Stops, checkpoint:
 
 
 def _saved_steps(folder: Run) -> int:
+    """Read the number of steps in the newest checkpoint."""
     try:
         return newest_intact(folder.path)[1]["global_step"]
-    except CheckpointError:  # it was stopped before the first one
+    except CheckpointError:  # the run was stopped before it wrote one
         return 0
 
 
 def _announce(experiment: Experiment, trainer: L.Trainer, folder: Run, *, done: int) -> None:
+    """Print the first lines of a run: its model, data, steps, device and folder."""
     recipe, data, task, plan = experiment.recipe, experiment.data, experiment.task, experiment.plan
     parameters = sum(p.numel() for p in experiment.flow.parameters())
     counts = f"{len(data.train):,} training and {len(data.held_out):,} held-out {task.samples}"
-    if data.held_out is not data.val:
+    if data.held_out is not data.val:  # the data of a table have three parts
         counts += f", {len(data.val):,} to choose the weights by"
     where = f"{trainer.world_size} x {trainer.strategy.root_device}"
     print(f"{recipe.name}: {parameters:,} parameters, {counts}")
@@ -268,8 +278,13 @@ def _announce(experiment: Experiment, trainer: L.Trainer, folder: Run, *, done: 
 
 
 def _conclude(result: FitResult, experiment: Experiment, device: torch.device, *, progress: bool) -> FitResult:
-    """Evaluate the best weights, draw samples, write ``result.json``; a TrainingError if a solve fails."""
+    """Evaluate the best weights, draw samples, and write ``result.json``.
+
+    Raises:
+        TrainingError: a solve failed. The weights stay, and the message has the command that evaluates them again.
+    """
     folder, recipe, data, task = result.folder, experiment.recipe, experiment.data, experiment.task
+    # from the file, because the flow that was trained has the last weights
     flow = load_flow(folder.best, map_location=device)
     try:
         evaluation = evaluate(
@@ -290,5 +305,5 @@ def _conclude(result: FitResult, experiment: Experiment, device: torch.device, *
             f"training is done, but its best weights could not be evaluated: {error} They are in {folder.best}; "
             f"rnode-cli eval {folder.path} tries again, with another solver by --solver KEY=VALUE."
         ) from error
-    folder.conclude(Result(**result.ended, evaluation=evaluation), recipe)
+    folder.conclude(result.with_evaluation(evaluation), recipe)
     return dataclasses.replace(result, evaluation=evaluation, samples=samples)

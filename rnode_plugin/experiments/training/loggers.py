@@ -1,4 +1,4 @@
-"""The loggers of a run by name. Lightning is imported when one is made, so that a wrong name is refused at once."""
+"""Makes the loggers of a run by name. Lightning is imported only then, so that a wrong name is refused at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def check_loggers(names: Iterable[str]) -> None:
-    """Refuse the name of a logger that is not known or not installed, as a ConfigError."""
+    """Refuse a logger that is unknown or not installed.
+
+    Raises:
+        ConfigError: for the first such name.
+    """
     for name in names:
         if name not in LOGGERS:
             raise ConfigError(suggest(name, LOGGERS, "logger"))
@@ -24,7 +28,7 @@ def check_loggers(names: Iterable[str]) -> None:
 
 
 def make_logger(name: str, folder: Path) -> Logger:
-    """The logger of that name for a run's folder."""
+    """Make the logger with that name for the folder of a run."""
     return LOGGERS[name](folder, "-".join(folder.parts[-2:]))  # RECIPE-VERSION
 
 
@@ -52,4 +56,4 @@ LOGGERS: dict[str, Callable[[Path, str], Logger]] = {
     "wandb": _wandb,
     "mlflow": _mlflow,
 }
-"""What makes each logger, for a run's folder and RECIPE-VERSION, by the name of its package."""
+"""The function that makes each logger from the folder of a run and RECIPE-VERSION, by the name of its package."""

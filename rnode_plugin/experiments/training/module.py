@@ -1,4 +1,4 @@
-"""RnodeModule: the flow of a recipe and its objective (eq. 17) as a LightningModule for any Trainer."""
+"""``RnodeModule`` is the flow of a recipe and its objective (eq. 17) as a LightningModule for any Trainer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import dataclasses
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import pytorch_lightning as L
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from ...core.distribution import DensityModel
 from ...core.random_streams import Stream, seed_everything
@@ -24,30 +25,44 @@ from .optimizers import learning_rate_factor, make_optimizer
 from .step import Loss, StepTerms, loss_of, measure_batch
 from .trainer import decided_compile
 
+if TYPE_CHECKING:
+    from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+
+
+class _Logging(Protocol):
+    """The settings of a Trainer that decide which steps it logs. Lightning sets them without declaring a type."""
+
+    max_steps: int
+    log_every_n_steps: int
+
 
 class RnodeModule(L.LightningModule):
-    """The flow of a recipe, the objective (eq. 17) and its optimizer, for any ``Trainer``.
+    """Trains the flow of a recipe by the objective (eq. 17) with its optimizer, in any ``Trainer``.
 
     A batch is uint8 images ``(B, C, H, W)`` or rows of a table ``(B, C)``, as
-    :class:`~rnode_plugin.ImageDataModule` and :class:`~rnode_plugin.TableDataModule` give. Logged are
-    ``train/loss`` in nats per dimension, ``train/bpd`` (of a table ``train/nll``, nats per row), ``train/nfe``,
-    each penalty per dimension as ``train/NAME``, ``train/grad_norm``, ``train/skipped`` and ``lr`` at each step (a
-    step of flow matching logs ``train/matching``, the squared error per dimension, for loss, score and penalties);
-    ``val/bpd`` or ``val/nll``, ``val/nfe``, ``val/NAME`` and, for a fixed grid, ``val/gap`` at each validation, as
+    :class:`~rnode_plugin.ImageDataModule` and :class:`~rnode_plugin.TableDataModule` give. All logged values are
     means over all devices.
 
-    The noise of a step is a function of the seed, the step and the device. A run that is interrupted at a whole
-    step and resumed is the same as one that was not, to the bit on a CPU.
+    - Each step logs ``train/loss`` in nats per dimension, ``train/bpd`` (for a table ``train/nll``, nats per row),
+      ``train/nfe``, each penalty per dimension as ``train/NAME``, ``train/grad_norm``, ``train/skipped`` and
+      ``lr``. A step of flow matching logs ``train/matching``, the squared error per dimension, in place of loss,
+      score and penalties.
+    - Each validation logs ``val/bpd`` or ``val/nll``, ``val/nfe``, ``val/NAME`` and, for a fixed grid, ``val/gap``,
+      the error of the training solver in the unit of the score.
 
-    The Trainer decides the number of steps and epochs, the precision and the validations; those settings of the
-    recipe are for :func:`~rnode_plugin.experiments.training.fit.fit`.
+    The noise of a step is a function of the seed, the step and the device. A run that is interrupted at a whole
+    step and resumed gives the same numbers as an uninterrupted one, to the bit on a CPU.
+
+    The Trainer decides the number of steps and epochs, the precision and the validations. The settings of the
+    recipe for these are used by :func:`~rnode_plugin.experiments.training.fit.fit`.
 
     Args:
-        recipe: all settings; as plain data if Lightning rebuilds the module from a checkpoint.
+        recipe: all settings, or their plain data, as Lightning passes them when it rebuilds the module from a
+            checkpoint.
         flow: the model as an :class:`~rnode_plugin.experiments.training.experiment.Experiment` has it, with the
-            weights of the first step. By default the module builds it, and gives it the weights that the recipe
-            starts from and the rows of its table when the Trainer begins.
-        loss: what a step minimizes, a function of a batch and the number of steps before it; by default flow
+            weights of the first step. By default the module builds the model, and when the Trainer begins it loads
+            the weights that the recipe starts from and shows the model the rows of its table.
+        loss: what a step minimizes, a function of a batch and the number of earlier steps. By default this is flow
             matching and equation 17, as the recipe says.
 
     Attributes:
@@ -65,37 +80,41 @@ class RnodeModule(L.LightningModule):
     """
 
     def __init__(
-        self, recipe: Recipe | Mapping[str, Any], *, flow: DensityModel | None = None, loss: Loss | None = None
+        self, recipe: Recipe | Mapping[str, object], *, flow: DensityModel | None = None, loss: Loss | None = None
     ) -> None:
         super().__init__()
         if not isinstance(recipe, Recipe):
             recipe = Recipe.from_plain(recipe)
+        # as plain data, because a checkpoint with an object of ours could only be read by running code
         self.save_hyperparameters({"recipe": recipe.to_plain()})
         self.recipe, self.task = recipe, recipe.task
         self.flow = new_flow(recipe) if flow is None else flow
         self.loss = loss_of(self.flow, recipe) if loss is None else loss
         self.solver = recipe.solver.build()
-        self.skipped = self.skipped_in_row = 0  # steps without a usable gradient: of the run, and the last ones
-        self._is_fresh = flow is None  # whether its weights and rows are still to be given
-        self._batches = self._world = 1  # of a step: per device, and devices
-        self._terms: list[StepTerms] = []  # of the batches of this step
-        self._values: dict[str, Tensor | float] = {}  # of the last step, to log: tensors of this device
-        self._row: dict[str, float] | None = None  # the same as numbers and means over the devices
-        self._groups: list[dict[str, Any]] = []  # of the optimizer; none if a subclass makes its own
+        # steps without a usable gradient, in the whole run, and since the last usable one
+        self.skipped = self.skipped_in_row = 0
+        self._is_fresh = flow is None  # whether the flow still lacks its first weights and the rows of its table
+        self._batches = self._world = 1  # batches per device in a step, and number of devices
+        self._terms: list[StepTerms] = []  # the terms of each batch in this step, on this device
+        self._values: dict[str, Tensor | float] = {}  # values of the last step to log, tensors of this device
+        self._row: dict[str, float] | None = None  # the same values as numbers and as means over the devices
+        self._groups: list[dict[str, object]] = []  # settings of the optimizer; empty if a subclass makes its own
         self._warned = False
 
     @property
     def matches(self) -> bool:
-        """Whether this step is one of flow matching."""
+        """Whether the current step is a step of flow matching."""
         return self.global_step < self.recipe.matching
 
     # a training step -------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Equation 17 on a batch as the data come, in nats per dimension."""
+        """Compute the loss of a batch as the data module gives it, of equation 17 in nats per dimension."""
         part = batch_idx % self._batches
-        # a device that takes the batches of several in turn draws the noise of each
+        # With accumulation one device takes in turn the batches that several devices would take at once. It draws
+        # the noise that they would draw, so both give the same step
         device = part * self._world + self.global_rank
+        # torch.compile fails at the first call, not when it wraps a field
         try:
             terms = self._terms_of(batch, device)
         except CompilerError as error:
@@ -104,29 +123,38 @@ class RnodeModule(L.LightningModule):
             compile_fields(self.flow, compiled=False)
             self._print(f"{error} With training.compile=auto the run trains uncompiled.")
             terms = self._terms_of(batch, device)
+        # the terms are kept until the step is logged, and with its graph the loss would keep the whole solve
         detached = dataclasses.replace(terms, loss=terms.loss.detach())
         self._terms = [*(self._terms if part else ()), detached]
         return terms.loss
 
     def _terms_of(self, batch: Tensor, device: int) -> StepTerms:
-        """The loss of a batch, with the noise of this step on the device of this number."""
+        """Compute the loss of a batch, with the noise of this step on the device with this number."""
+        # seeded in each step, so a resumed run needs no saved state of a generator
         seed_everything(self.recipe.training.seed, Stream.TRAIN, device, self.global_step)
         return self.loss(batch, self.global_step)
 
+    # Lightning calls this after the last backward pass of a step, when the gradient is averaged over the batches
+    # and devices, and is no longer scaled for 16-mixed
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._log_step(optimizer, norm=self._clip_or_skip(optimizer))
 
     def _clip_or_skip(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Clip the gradient, and drop one that is not finite; its norm before that.
+        """Clip the gradient to the recipe's bound, or drop a gradient that is not finite.
 
-        Without gradients an optimizer changes neither the weights nor its own state. Too many such steps in a row
-        end the training.
+        Returns:
+            The norm of the gradient before clipping.
+
+        Raises:
+            TrainingError: too many steps in a row had no finite gradient.
         """
         bound = math.inf if self.matches else self.recipe.optimizer.clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), bound)
-        if norm.isfinite():  # the one value of a step that is read from the device
+        if norm.isfinite():  # the only value that a step reads from the device
             self.skipped_in_row = 0
             return norm
+        # zero_grad sets each gradient to None, and an optimizer passes over such parameters. It changes neither the
+        # weights nor its own state, while the step still counts
         optimizer.zero_grad()
         self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
         if self.skipped_in_row >= self.recipe.training.max_skipped:
@@ -134,18 +162,20 @@ class RnodeModule(L.LightningModule):
         return norm
 
     def _log_step(self, optimizer: torch.optim.Optimizer, *, norm: Tensor) -> None:
+        """Log the values of a step, averaged over its batches, and over the devices if the step is written."""
         rows = [terms.row for terms in self._terms]
         self._values = {f"train/{name}": sum(row[name] / len(rows) for row in rows) for name in rows[0]}
         self._values |= {"train/grad_norm": norm, "train/skipped": float(self.skipped)}
         self._values["lr"] = optimizer.param_groups[0]["lr"]
         self._row = None
-        # reading a tensor waits for its device, and a mean over devices for all of them, so only a step that is
-        # written has numbers
+        # Reading a tensor waits for its device, and averaging over devices waits for all of them. So only a step
+        # that is written converts its values to numbers. global_step still counts without the present step
         values = self.row() if self.is_logged(self.global_step + 1) else self._values
         for name, value in values.items():
             self.log(name, value, prog_bar=name in (f"train/{self.task.metric}", "train/matching", "train/nfe"))
 
     def _why_skipped(self) -> str:
+        """Say why this step was skipped, and what to change."""
         why = [problem for terms in self._terms if (problem := terms.why_unusable()) is not None]
         step, row = self.global_step + 1, self.skipped_in_row
         return (
@@ -154,31 +184,38 @@ class RnodeModule(L.LightningModule):
         )
 
     def row(self) -> dict[str, float]:
-        """The values of the last step as means over the devices, all of which have to call this."""
+        """Average the values of the last step over the devices. All devices have to call this together."""
         if self._row is None:
             self._row = {name: float(value) for name, value in self._values.items()}
             if self._world > 1:
-                values = torch.tensor(list(self._row.values()), dtype=torch.float64, device=self.device)
-                means: Any = self.trainer.strategy.reduce(values, reduce_op="mean")
-                self._row = dict(zip(self._row, means.tolist(), strict=True))
+                # in one reduction of all values, because each reduction waits for all devices
+                values = torch.tensor(list(self._row.values()), dtype=torch.float64)
+                self._row = dict(zip(self._row, self._reduced(values, "mean").tolist(), strict=True))
         return self._row
 
     def is_logged(self, step: int) -> bool:
-        """Whether the metrics of ``step``, counted from 1, are written, as the ones of the last step always are."""
-        trainer: Any = self.trainer
+        """Whether the metrics of ``step``, counted from 1, are written. The last step is always written."""
+        trainer = cast("_Logging", self.trainer)
         return step == trainer.max_steps or step % trainer.log_every_n_steps == 0
 
-    # before a step ---------------------------------------------------------------------------------------------
+    def _reduced(self, values: Tensor, operation: Literal["mean", "sum"]) -> Tensor:
+        """Reduce values over the devices. All devices have to call this together."""
+        return cast("Tensor", self.trainer.strategy.reduce(values.to(self.device), reduce_op=operation))
+
+    # before the first step, in Lightning's order ---------------------------------------------------------------
+
+    # Lightning calls `setup`, restores the weights of a checkpoint, calls `configure_optimizers` and
+    # `on_fit_start`, restores the optimizer, and calls `on_train_start`
 
     def setup(self, stage: str) -> None:
-        """Prepare a model that the module has built for the training samples of its data module."""
+        """Show the training samples to a model that the module itself has built."""
         samples = getattr(self.trainer, "datamodule", None)  # none if the Trainer was given loaders
         if stage == "fit" and self._is_fresh and isinstance(samples, RecipeDataModule):
             self.task.prepare(self.flow, samples.data)
 
     def on_fit_start(self) -> None:
         weights = self.recipe.training.weights
-        # a checkpoint that the Trainer continues from has later weights
+        # a checkpoint that the Trainer continues from has later weights, which Lightning restores
         if self._is_fresh and weights is not None and self.trainer.ckpt_path is None:
             load_weights(self.flow, weights, recipe=self.recipe)
         if decided_compile(self.recipe, self.device):
@@ -191,32 +228,46 @@ class RnodeModule(L.LightningModule):
                 raise ConfigError(f"the model {name} has no field that can be compiled: train without --compile.")
 
     def on_train_start(self) -> None:
-        if self._groups:  # a checkpoint has replaced them by the settings of its recipe
-            optimizer: Any = self.optimizers(use_pl_optimizer=False)
-            scheduler: Any = self.lr_schedulers()
-            scheduler.base_lrs = [own["initial_lr"] for own in self._groups]
-            for group, own, factor in zip(optimizer.param_groups, self._groups, scheduler.lr_lambdas, strict=True):
-                group.update(own, lr=own["initial_lr"] * factor(scheduler.last_epoch))
+        # A checkpoint restores the optimizer with the learning rates and decays of the recipe that it was saved
+        # with. A resumed run may change these settings, so the settings of this recipe are put back
+        if self._groups:
+            scheduler = self._scheduler()
+            groups = self._optimizer().param_groups
+            for group, own, factor in zip(groups, self._groups, scheduler.lr_lambdas, strict=True):
+                group.update(own)
+                group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+            scheduler.base_lrs = [group["initial_lr"] for group in groups]
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self._batches, self._world = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        # Maximum likelihood begins with this step. Moments of the gradients of flow matching, which is another
+        # loss, would steer its first steps
         if batch_idx % self._batches == 0 and 0 < self.global_step == self.recipe.matching:
-            optimizer: Any = self.optimizers(use_pl_optimizer=False)
-            optimizer.state.clear()
+            self._optimizer().state.clear()
+
+    # Lightning types both as unions with lists, for modules with several optimizers
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return cast("torch.optim.Optimizer", self.optimizers(use_pl_optimizer=False))
+
+    def _scheduler(self) -> LambdaLR:
+        return cast("LambdaLR", self.lr_schedulers())
 
     def _print(self, line: str | None) -> None:
+        """Print a line on standard error, in the first process alone."""
         if line and self.global_rank == 0:
             print(line, file=sys.stderr, flush=True)
 
     # a validation ----------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._sums: dict[str, Any] = {}  # of each value times its samples, and of the samples
+        # for each value two sums: the value times the samples of its batch, and these samples
+        self._sums: dict[str, Tensor] = {}
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """The score with the test solver; the noise is the same at each validation."""
+        """Measure a batch with the test solver. The noise is the same in each validation."""
         try:
-            # a field without a product needs autograd inside, which inference mode does not allow
+            # Lightning validates in inference mode. A field without its own Jacobian products takes them by
+            # autograd, which that mode does not allow, and a tensor that was made in it has to be cloned
             with torch.inference_mode(False), torch.no_grad():
                 row = measure_batch(
                     self.flow, self.recipe, batch.clone(),
@@ -225,24 +276,25 @@ class RnodeModule(L.LightningModule):
         except SolverError as error:
             where = f"in the validation at training step {self.global_step}"
             raise LocalError(f"the solver failed {where}: {error}") from error
+        # a last batch is smaller, and `val/gap` is only in the first row, so each value counts its own samples
         for name, value in row.items():
             here = torch.tensor([float(value) * len(batch), len(batch)], dtype=torch.float64)
             self._sums[name] = self._sums.get(name, 0.0) + here
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means over all samples of all devices, whose shares may be of different size."""
+        """Log the means over all samples on all devices, which may have shares of different sizes."""
         sums = torch.stack(list(self._sums.values()))
         several = self.trainer.world_size > 1
-        if several:  # Lightning's own mean rounds the number of samples per device down
-            reduced: Any = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
-            sums = reduced
+        # our own sums, because Lightning's mean over devices rounds the number of samples per device down
+        if several:
+            sums = self._reduced(sums, "sum")
         for name, (total, samples) in zip(self._sums, sums.tolist(), strict=True):
             self.log(f"val/{name}", total / samples, prog_bar=name == self.task.metric, sync_dist=several)
 
     def on_validation_end(self) -> None:
-        """Warn once if the training solver is off by more than the task allows."""
+        """Warn once if the error of the training solver is larger than the task allows."""
         gap = float(self.trainer.callback_metrics.get("val/gap", 0.0))
-        matched = self.global_step <= self.recipe.matching != 0  # no solver was trained with yet
+        matched = self.global_step <= self.recipe.matching != 0  # flow matching trains without any solver
         if abs(gap) <= self.task.max_gap or self._warned or matched or self.trainer.sanity_checking:
             return
         self._warned = True
@@ -251,16 +303,22 @@ class RnodeModule(L.LightningModule):
             f"the accurate one (val/gap), so the model learns its errors: lower solver.step, or raise the lambdas."
         )
 
-    # hooks of Lightning ----------------------------------------------------------------------------------------
+    # optimizer and checkpoints ---------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = make_optimizer(self.flow, self.recipe.optimizer)
         factor = learning_rate_factor(self.recipe.optimizer, self._planned_steps, matching=self.recipe.matching)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        # kept for `on_train_start`, before a checkpoint replaces them
         self._groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _planned_steps(self) -> float:
+        """Return the number of steps that the Trainer plans.
+
+        Raises:
+            ConfigError: the Trainer has no limit, which a schedule needs.
+        """
         if (total := self.trainer.estimated_stepping_batches) == math.inf:
             raise ConfigError(
                 f"optimizer.schedule={self.recipe.optimizer.schedule} ends at the last step: give the Trainer "
@@ -268,10 +326,11 @@ class RnodeModule(L.LightningModule):
             )
         return total
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
+        # the header makes Lightning's checkpoint one of ours, from which load_flow rebuilds the model
         progress = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
         checkpoint.update(header_with(self.recipe), progress=progress)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        progress = checkpoint["progress"]
+    def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
+        progress = cast("dict[str, int]", checkpoint["progress"])
         self.skipped, self.skipped_in_row = progress["skipped"], progress["skipped_in_row"]

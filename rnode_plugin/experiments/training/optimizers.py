@@ -1,23 +1,25 @@
-"""make_optimizer: Adam, or Muon for the kernels and Adam for the rest; and the learning rate of each step."""
+"""``make_optimizer`` makes Adam or Muon, and ``learning_rate_factor`` the learning rate of each step."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
 from ..recipes.recipe import Optimizer
 
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic that Muon's authors tuned for few steps
-_EPS = 1e-7
+# coefficients of the quintic that Muon's authors tuned for few steps. It does not converge to 1 exactly, but
+# singular values come near 1 much faster than by the classical iteration
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_EPS = 1e-7  # keeps a gradient of zero at zero
 
 
 def make_optimizer(flow: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that ``settings`` describes, for all parameters of ``flow``."""
+    """Make the optimizer that ``settings`` describes, for all parameters of ``flow``."""
     betas = (settings.beta1, settings.beta2)
     if settings.name == "adam":
         return torch.optim.Adam(flow.parameters(), lr=settings.lr, betas=betas, weight_decay=settings.weight_decay)
@@ -34,10 +36,14 @@ def make_optimizer(flow: nn.Module, settings: Optimizer) -> torch.optim.Optimize
 def learning_rate_factor(
     settings: Optimizer, total: Callable[[], float], *, matching: int = 0
 ) -> Callable[[int], float]:
-    """The factor on ``settings.lr`` at each step, by ``settings.schedule`` after a linear warm-up.
+    """Make the factor on ``settings.lr`` at each step, by ``settings.schedule`` after a linear warm-up.
 
-    ``total`` gives the steps of the whole run; a constant schedule does not call it. The first ``matching`` steps
-    have their own warm-up and schedule, times ``settings.matching_factor``.
+    Args:
+        settings: the settings of the optimizer.
+        total: returns the number of steps of the whole run. A constant schedule does not call it, because a Trainer
+            need not have a limit.
+        matching: number of steps of flow matching at the start. They have their own warm-up and schedule, times
+            ``settings.matching_factor``.
     """
     if matching:
         first = learning_rate_factor(settings, lambda: matching)
@@ -58,14 +64,16 @@ def learning_rate_factor(
 
 
 def orthogonalized(matrices: Tensor, *, steps: int = 5) -> Tensor:
-    """About the nearest matrix with orthonormal rows or columns of each of ``matrices (N, m, n)``.
+    """Approximate the nearest matrix with orthonormal rows or columns to each of ``matrices (N, m, n)``.
 
-    The Newton-Schulz iteration ``X <- a X + (b A + c A^2) X`` with ``A = X X^T``, in the matrices' own precision.
-    Its singular values end between about 0.7 and 1.2.
+    This is the Newton-Schulz iteration ``X <- a X + (b A + c A^2) X`` with ``A = X X^T``, in the precision of the
+    matrices. The singular values of the result lie between about 0.7 and 1.2.
     """
     a, b, c = _NEWTON_SCHULZ
+    # A is m times m, so a tall matrix is transposed for the smaller product
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
+    # the iteration needs singular values of at most 1, and the Frobenius norm bounds the largest
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPS)
     for _ in range(steps):
         gram = x @ x.mT
@@ -74,21 +82,21 @@ def orthogonalized(matrices: Tensor, *, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for parameters of two or more dimensions, Adam for the others.
+    """Updates parameters with two or more dimensions by Muon (Jordan et al. 2024), and the others by Adam.
 
     A kernel ``(out, ...)`` counts as the matrix ``(out, rest)``. Its step is the orthogonalized Nesterov momentum
     times ``lr * 0.2 * sqrt(max(out, rest))``, which moves the entries about as far as Adam at ``lr`` does. PyTorch
-    has a Muon since 2.9, for matrices alone.
+    has a Muon since 2.9, but for matrices only.
 
-    A parameter without a gradient stays as it is, and so does its state.
+    A step changes neither a parameter without a gradient nor its state.
 
     Args:
         parameters: the parameters of the model.
         lr: learning rate of the kernels.
-        momentum: decay rate of the mean of their gradients.
-        vector_lr: learning rate of the others.
+        momentum: decay rate of the mean of the kernels' gradients.
+        vector_lr: learning rate of the other parameters.
         betas: decay rates of Adam's moments.
-        weight_decay: decoupled: each step first shrinks a parameter by ``lr * weight_decay`` of it.
+        weight_decay: each step first multiplies a parameter by ``1 - lr * weight_decay``, apart from its gradient.
     """
 
     def __init__(
@@ -104,14 +112,18 @@ class Muon(torch.optim.Optimizer):
         every = list(parameters)
         kernels = [parameter for parameter in every if parameter.ndim > 1]
         vectors = [parameter for parameter in every if parameter.ndim < 2]
-        groups: list[dict[str, Any]] = [
+        groups: list[dict[str, object]] = [
             {"params": kernels, "lr": lr, "momentum": momentum, "orthogonal": True},
             {"params": vectors, "lr": vector_lr, "betas": betas, "orthogonal": False},
         ]
         super().__init__([group for group in groups if group["params"]], {"weight_decay": weight_decay})
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -127,8 +139,10 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _step_kernels(self, kernels: list[Tensor], lr: float, momentum: float) -> None:
+        # all kernels of one shape go through one batched product, because the blocks of a flow have equal shapes,
+        # and many small products leave a GPU idle
         by_shape: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
-        for kernel in kernels:  # all kernels of one shape in one batched product
+        for kernel in kernels:
             by_shape[kernel.shape, kernel.dtype].append(kernel)
         for same_shape in by_shape.values():
             directions = torch.stack([self._nesterov(kernel, momentum).flatten(1) for kernel in same_shape])
@@ -137,6 +151,7 @@ class Muon(torch.optim.Optimizer):
                 kernel.add_(direction.reshape(kernel.shape), alpha=-scale)
 
     def _nesterov(self, kernel: Tensor, momentum: float) -> Tensor:
+        """Update the mean of a kernel's gradients, and look ahead from it by the present gradient."""
         assert kernel.grad is not None
         state = self.state[kernel]
         if "mean" not in state:

@@ -1,20 +1,19 @@
-"""What a call of fit trains: ``RunOptions``, the steps of a run in ``RunPlan``, and how a run continues."""
+"""``RunOptions`` of a call to fit, the steps of a run (``RunPlan``), and the checkpoint where it is ``Resumed``."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError, ConfigError
 from ..recipes.recipe import Recipe
 from ..runs.run import Run
-from .checkpoints import newest_intact, put_weights, read_checkpoint, recipe_of
+from .checkpoints import Contents, newest_intact, put_weights, read_checkpoint, recipe_of
 
 if TYPE_CHECKING:
     from ...core.distribution import DensityModel
@@ -22,19 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where a run writes, from where it continues, and how long a call may take.
+    """Options of a call to fit, which say where a run writes, from where it continues, and how long it may take.
 
     Attributes:
         runs: folder of all runs.
-        run_folder: exact folder of a new run, missing or empty, instead of the next free one under ``runs``.
-        resume: run folder or checkpoint to continue from, in the same folder if it lies in one.
-        max_time: seconds after which the call ends with a last validation and a checkpoint; the schedule of the
+        run_folder: exact folder of a new run, missing or empty, in place of the next free one under ``runs``.
+        resume: run folder or checkpoint to continue from. A run continues in its own folder, and a checkpoint
+            outside of a run folder starts a new one.
+        max_time: seconds after which the call ends with a last validation and a checkpoint. The schedule of the
             learning rate does not change.
         download: fetch the data set if it is missing.
         progress: print the progress on the terminal.
 
     Raises:
-        ConfigError: for both ``run_folder`` and ``resume``.
+        ConfigError: both ``run_folder`` and ``resume`` are given.
     """
 
     runs: str | os.PathLike[str] = "runs"
@@ -51,11 +51,11 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The steps of a run.
+    """The steps of a run, counted in optimizer steps.
 
     Attributes:
-        steps_per_epoch: optimizer steps per epoch. Samples that do not fill a last batch are left out of it.
-        total: steps of the whole run.
+        steps_per_epoch: steps per epoch. Samples that do not fill a last step are left out of the epoch.
+        total: steps of the whole run, from its very first one, also if it is resumed.
         val_every: steps between two validations.
         devices: number of devices that share a step.
     """
@@ -67,7 +67,7 @@ class RunPlan:
 
     @staticmethod
     def of(recipe: Recipe, samples: int, devices: int = 1) -> RunPlan:
-        """The plan of a recipe for a number of training samples and devices.
+        """Plan the steps of a recipe for a number of training samples and devices.
 
         Raises:
             ConfigError: the samples do not fill one batch on each device, or flow matching fills all steps.
@@ -81,6 +81,7 @@ class RunPlan:
                 "raise --max-steps or lower training.matching."
             )
         check = training.val_every_steps or training.val_every * per_epoch
+        # at least one validation, because a run without one has no best weights
         return RunPlan(per_epoch, total, min(check, total), devices)
 
     def validates_after(self, step: int) -> bool:
@@ -88,10 +89,11 @@ class RunPlan:
         return step % self.val_every == 0
 
     def stages(self, recipe: Recipe) -> dict[int, str]:
-        """What begins after so many steps, in words; empty for a run with steps of one kind."""
+        """Describe what begins after which step, in words; empty for a run whose steps are all of one kind."""
         matching, optimizer = recipe.matching, recipe.optimizer
         found = {0: "flow matching", matching: "maximum likelihood"} if matching else {}
         if optimizer.schedule == "cooldown":
+            # each stage has its own cooldown. A set, because without matching both stages are the whole run
             for first, end in {(0, matching or self.total), (matching, self.total)}:
                 if steps := math.floor(optimizer.cooldown * (end - first)):
                     found[end - steps] = f"the learning rate falls until step {end}"
@@ -99,7 +101,7 @@ class RunPlan:
 
 
 def steps_per_epoch(recipe: Recipe, samples: int, devices: int = 1) -> int:
-    """Optimizer steps of one pass through the training samples.
+    """Count the optimizer steps of one pass through the training samples.
 
     Raises:
         ConfigError: the samples do not fill one step.
@@ -116,7 +118,11 @@ def steps_per_epoch(recipe: Recipe, samples: int, devices: int = 1) -> int:
 
 
 def check_held_out(recipe: Recipe, samples: int, devices: int) -> None:
-    """Refuse fewer held-out samples than devices, because each device validates at least one."""
+    """Refuse fewer held-out samples than devices, because each device validates at least one.
+
+    Raises:
+        ConfigError: the held-out samples are too few.
+    """
     if samples < devices:
         named = recipe.task.samples
         raise ConfigError(f"{samples} held-out {named} are too few for {devices} devices: each needs one.")
@@ -127,63 +133,74 @@ class Resumed:
     """The checkpoint that a run continues from.
 
     Attributes:
-        checkpoint: its file.
-        contents: what is in it.
-        recipe: the settings to train with, which have what the run has recorded of its table.
+        checkpoint: the file.
+        contents: the contents of the file.
+        recipe: the settings to train with, including what the run has recorded about its table.
         folder: the run that the file lies in, which continues there; None for a file elsewhere.
     """
 
     checkpoint: Path
-    contents: Mapping[str, Any]
+    contents: Contents
     recipe: Recipe
     folder: Run | None
 
     @property
     def done(self) -> int:
-        """Steps that the run has made."""
+        """The number of steps that the run has taken."""
         return self.contents["global_step"]
 
     def put_into(self, flow: DensityModel) -> None:
-        """Give ``flow`` the weights; a CheckpointError if they are of another model."""
+        """Give ``flow`` the weights in the checkpoint.
+
+        Raises:
+            CheckpointError: the weights belong to another model.
+        """
         put_weights(flow, self.contents, f"the weights of {self.checkpoint} do not fit this model")
 
     def go_back(self, run: Run) -> None:
-        """Make the checkpoint the newest one of its run, and remove what later steps have left.
+        """Make the checkpoint the newest one in its run, and remove what later steps have left.
 
-        If the newest one had more steps, a run that is killed soon would continue from it, and ``metrics.csv``
-        would lack the steps in between.
+        If a checkpoint with more steps stayed the newest, a run that is killed soon would continue from that, and
+        ``metrics.csv`` would lack the steps in between.
         """
-        with suppress(CheckpointError):  # from a file that is missing or damaged
+        # a best.ckpt from a later step has no validation in the metrics that are left, and the run could end with
+        # it as its best weights. A missing or damaged file has no step to compare
+        with suppress(CheckpointError):
             if read_checkpoint(run.best)["global_step"] > self.done:
                 run.best.unlink()
         run.go_back(self.checkpoint, self.done)
 
     @staticmethod
     def of(resume: str | os.PathLike[str], recipe: Recipe) -> Resumed:
-        """The file ``resume``, or the newest intact checkpoint of that run folder.
+        """Read the file ``resume``, or the newest intact checkpoint in that run folder.
 
         Raises:
-            CheckpointError: there is none, it has no state of an optimizer, or ``recipe`` changes a setting that a
-                resumed run keeps.
+            CheckpointError: there is no checkpoint, it has no optimizer state, or ``recipe`` changes a setting that
+                a resumed run keeps.
         """
         path, contents = newest_intact(resume)
         if "optimizer_states" not in contents:
             raise CheckpointError(f"{path} has only weights, so a training cannot be resumed from it.")
         former = recipe_of(contents, path)
         old, new = dict(former.settings()), dict(recipe.settings())
+        # of both recipes, because images and tables have different settings, and one may lack what the other keeps
         marks = {**former.kept(), **recipe.kept()}
         differ = [name for name in marks if old.get(name) != new.get(name)]
-        ends = {settings["training.matching"] for settings in (old, new)}
-        if len(ends) > 1 and contents["global_step"] >= min(ends):  # maximum likelihood began, in one of the two
+        # the end of flow matching may be moved while the run has reached neither the old nor the new one
+        ends = {former.training.matching, recipe.training.matching}
+        if len(ends) > 1 and contents["global_step"] >= min(ends):
             differ.append("training.matching")
-        if new["training.ema"] is None and old["training.ema"] is not None:  # its weights are the average
+        # The checkpoint of a run with an average holds the average in its `state_dict`. Without the callback the
+        # run would continue from that. An average may be started later in a run without one
+        if recipe.training.ema is None and former.training.ema is not None:
             differ.append("training.ema")
         if differ:
             what = ", ".join(f"{name} is {old.get(name)} there and {new.get(name)} here" for name in differ)
             advice = f"--weights {path} in place of --resume starts a new run from it"
-            if any(name in marks and marks[name].weights for name in differ):  # they do not fit another model
+            if any(name in marks and marks[name].weights for name in differ):  # the weights have other shapes
                 advice = "Leave these settings out, or train a new run without --resume"
             raise CheckpointError(f"{path} cannot continue with other settings: {what}. {advice}.")
+        # the checksum of the table on which the run was trained, by which loading the data refuses a changed one
         recorded = {name: old[f"data.{name}"] for name in ("rows", "checksum") if f"data.{name}" in old}
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **recorded))
         return Resumed(path, contents, recipe, Run.of_checkpoint(path))

@@ -1,4 +1,4 @@
-"""What a run prints: ``Progress``, a line every ten seconds, and ``BusyProcessor``, a line about a slow machine."""
+"""``Progress`` prints a line every ten seconds, and ``BusyProcessor`` a line about a machine that is busy."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from .recorder import Recorder
 
 _INTERVAL = 10.0  # least seconds between two lines
-_FIRST_LINE = 20  # steps after the first one of this call, when a line is printed at once
-_BUSY = 0.6  # share of its time in which a step has a core, below which the machine counts as busy
-_LOOKED_AT = 20.0  # seconds of steps for this share
+_FIRST_LINE = 20  # so many steps after the first step of this call, a line is printed without waiting
+_BUSY = 0.6  # a machine is busy if the thread of a step has a core in less than this share of its time
+_LOOKED_AT = 20.0  # seconds of steps over which the share is measured
 _SHOWN = {
     "train/bpd": "bits/dim", "train/nll": "NLL", "train/matching": "matching error", "train/nfe": "NFE",
     "val/bpd": "val bits/dim", "val/nll": "val NLL",
@@ -30,28 +30,28 @@ _SHOWN = {
 
 
 class Progress(StepCallback):
-    """Prints the step, its figures, the pace and the time that is left, in the first process alone.
+    """Prints the step, its values, the pace and the time that is left. Only the first process prints.
 
     Args:
         recipe: the recipe of the run.
-        plan: its steps.
-        clock: its times.
-        stops: its time limit.
+        plan: the steps of the run.
+        clock: the times of the run.
+        stops: the time limit of the run.
     """
 
     def __init__(self, recipe: Recipe, plan: RunPlan, clock: Clock, stops: Stops) -> None:
         self._matching, self._plan, self._clock, self._stops = recipe.matching, plan, clock, stops
         self._stages = plan.stages(recipe)
         self._printed = time.monotonic()
-        # step and training seconds at the last line, or after the first step of this call, which also measures,
-        # compiles and opens files, which would hide the pace
+        # step and training seconds at the last line, or after the first step of this call. The first step also
+        # compiles and opens files, so its time would spoil the pace
         self._mark: tuple[int, float] | None = None
-        self._pace = 0.0  # seconds per step before the mark
+        self._pace = 0.0  # seconds per step between the two last marks
 
     def on_step_end(self, trainer: L.Trainer, module: RnodeModule, step: int) -> None:
         if self._mark is None:
             self._mark = step, self._clock.training_seconds
-        # after a validation the line of this step has its scores
+        # if a validation follows, its scores belong to the line of this step, which is printed after it
         if not (trainer.should_stop or self._plan.validates_after(step)):
             self._print_line(trainer)
         if (stage := self._stages.get(step)) and trainer.is_global_zero:
@@ -74,6 +74,7 @@ class Progress(StepCallback):
             self._print_line(trainer)
 
     def _is_due(self, trainer: L.Trainer, *, at_once: bool = False) -> bool:
+        """Whether a line may be printed now. The next one then waits for an interval."""
         now = time.monotonic()
         due = trainer.is_global_zero and (at_once or now - self._printed >= _INTERVAL)
         if due:
@@ -81,6 +82,7 @@ class Progress(StepCallback):
         return due
 
     def _print_line(self, trainer: L.Trainer) -> None:
+        """Print the line of the last step if it is due: step, values, pace, and the time that is left."""
         step, total, ends = trainer.global_step, self._plan.total, self._stops.out_of_time
         done, spent = self._mark or (step, 0.0)
         first = step - done == _FIRST_LINE and self._pace == 0
@@ -93,7 +95,7 @@ class Progress(StepCallback):
         # a step of flow matching is quicker than one of maximum likelihood, so its pace does not predict the rest
         left = total - step if step > self._matching and not ends else 0
         if step > self._matching:
-            figures.pop("matching error", None)
+            figures.pop("matching error", None)  # Lightning keeps the last value of what is no longer logged
         shown = "  ".join(f"{each} {float(value):.{0 if each == 'NFE' else 4}f}" for each, value in figures.items())
         pace = f"  {self._pace:.2f} s/step" if self._pace else ""
         seconds = min(self._pace * left, self._stops.seconds_left)
@@ -104,16 +106,19 @@ class Progress(StepCallback):
 class BusyProcessor(Callback):
     """Prints one line if the threads of a CPU wait for each other because other programs need its cores too.
 
-    On an idle machine the thread that computes a step has a core all the time. On a busy one, this thread sleeps
-    until another thread, which waits for a core, has done its part. It stands before all other callbacks, so that
-    it times none of them.
+    On an idle machine the thread that computes a step has a core all the time. On a busy machine this thread sleeps
+    until another thread, which waits for a core, has done its part. The callback is the first in the list, so that
+    it times no other callback.
+
+    Args:
+        recorder: knows the folder that the advice names.
     """
 
     def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder  # of the folder that the advice names
-        self._began: tuple[float, float] | None = None  # clock and processor time of this thread
-        self._seconds = self._computed = 0.0
-        self._is_first = True  # step, in which compilers work and this thread waits for them
+        self._recorder = recorder
+        self._began: tuple[float, float] | None = None  # time of the clock, and processor time of this thread
+        self._seconds = self._computed = 0.0  # both times, summed over steps
+        self._is_first = True  # in the first step compilers work, and this thread waits for them
         self._said = False
 
     def on_train_batch_start(
@@ -122,7 +127,7 @@ class BusyProcessor(Callback):
         if not (self._said or self._is_first):
             self._began = time.monotonic(), time.thread_time()
 
-    # the wait for a batch and all that is done between two steps are not counted
+    # from batch start to batch end, so waiting for a batch and the other callbacks are not counted
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
@@ -135,6 +140,8 @@ class BusyProcessor(Callback):
         if self._seconds < _LOOKED_AT:
             return
         share, self._seconds, self._computed = self._computed / self._seconds, 0.0, 0.0
+        # with one thread there is nothing to wait for, on a GPU the thread sleeps anyway, and several processes on
+        # one machine share its cores on purpose
         threads = torch.get_num_threads()
         alone = trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
         if share < _BUSY and threads > 1 and alone:

@@ -1,11 +1,11 @@
-"""``Recorder`` writes the metrics and checkpoints of a run, and ``SampleGrids`` its pictures."""
+"""``Recorder`` writes the metrics and checkpoints of a run, and ``SampleGrids`` draws its pictures."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import sys
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import pytorch_lightning as L
 from pytorch_lightning.callbacks import Callback, Checkpoint
@@ -24,18 +24,19 @@ if TYPE_CHECKING:
 
 
 class Recorder(StepCallback, Checkpoint):
-    """Writes what a run leaves after a step, and ends the run there if :class:`Stops` has decided so.
+    """Writes the metrics and checkpoints of a run, and ends the run after a step if :class:`Stops` has decided to.
 
-    After a step its row of ``metrics.csv`` is written, if it is logged, then ``last.ckpt``, every few steps and
-    after each validation, and ``best.ckpt`` after the best one. It is a ``Checkpoint``, so that Lightning calls it
-    last: what it saves is what all other callbacks have left, and raising :class:`Stopped` loses nothing.
+    It writes a row of ``metrics.csv`` after each logged step and each validation, ``last.ckpt`` every few steps and
+    after each validation, and ``best.ckpt`` after the best validation. It is a ``Checkpoint``, and Lightning calls
+    such callbacks last. So a checkpoint holds the state that all other callbacks have reached, and raising
+    :class:`Stopped` loses nothing.
 
     Args:
         recipe: the recipe of the run.
-        plan: its steps.
-        clock: its times.
-        stops: the decision about its end.
-        folder: the folder of a run that is resumed; a new one is set before the training starts.
+        plan: the steps of the run.
+        clock: the times of the run.
+        stops: the decision about the end of the run.
+        folder: the folder of a run that is resumed. The folder of a new run is set before training starts.
 
     Attributes:
         folder: the folder of the run; None before the first process has made it.
@@ -54,20 +55,21 @@ class Recorder(StepCallback, Checkpoint):
 
     @property
     def run(self) -> Run:
-        """The folder of the run, which all processes have once training has begun."""
+        """The folder of the run, which all processes know after Lightning's setup hook."""
         assert self.folder is not None
         return self.folder
 
     def open(self, folder: Run, *, keep: int) -> None:
-        """Write into this folder, whose metrics stay up to step ``keep``. The first process alone does so."""
+        """Let the first process write into this folder, whose metrics stay up to step ``keep``."""
         self.folder, self.table = folder, MetricsTable(folder.metrics, keep=keep)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"best": self.best, "validation": self._validation}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["validation"] == self._validation:  # others have other lowest scores
-            self.best = state_dict["best"]
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        # a score by another solver, seed or number of samples cannot be compared with those that follow
+        if state_dict["validation"] == self._validation:
+            self.best = cast("float", state_dict["best"])
 
     @property
     def _validation(self) -> dict[str, object]:
@@ -76,24 +78,31 @@ class Recorder(StepCallback, Checkpoint):
         return {**dataclasses.asdict(self._recipe.test_solver), "seed": training.seed, "count": training.val_images}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # the first hook after the processes have found each other
         self.folder = trainer.strategy.broadcast(self.folder)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._written = step = trainer.global_step
+        # each machine reads its own copy of the checkpoint, and gradients at different weights would be averaged in
+        # silence
         if any_process(trainer, (first := trainer.strategy.broadcast(step)) != step):
             raise TrainingError(
                 f"this process continues from step {step}, the first one from step {first}, and others may "
                 "differ: copy the newest checkpoint to all machines."
             )
-        # best.ckpt may be in another folder, or have been of later steps
+        # without a best.ckpt in this folder the next validation has to write one, whatever its score. The file may
+        # lie in another folder, or going back has removed it because it was from a later step
         self.best = trainer.strategy.broadcast(self.best if self.run.best.is_file() else math.inf)
 
     def on_step_end(self, trainer: L.Trainer, module: RnodeModule, step: int) -> None:
         if module.is_logged(step):
             self._write_row(step, module)
+        # Lightning validates next, and `on_validation_end` saves. A run that was resumed from a checkpoint of this
+        # moment would skip the validation
         if trainer.should_stop or self._plan.validates_after(step):
-            return  # a checkpoint of this moment would skip the validation
+            return
+        # not after a skipped step, so that the newest checkpoint is from a step that worked
         due = step % self._recipe.training.save_every == 0 and not module.skipped_in_row
         if due or self._stops.signal is not None:
             trainer.save_checkpoint(self.run.last)
@@ -104,12 +113,14 @@ class Recorder(StepCallback, Checkpoint):
         if trainer.sanity_checking:
             return
         step = trainer.global_step
-        if trainer.should_stop and self._written < step:  # a time limit: the step was the last one
+        # a time limit may make any step the last one, and the last step always has a row
+        if trainer.should_stop and self._written < step:
             self._write_row(step, cast("RnodeModule", pl_module))
         row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if self.table is not None:
             self.table.add({**row, "seconds": self._clock.run_seconds}, step)
         metric = self._recipe.task.metric
+        # before the checkpoints are saved, so that neither of them holds these weights
         if not math.isfinite(score := row[f"val/{metric}"]):
             raise TrainingError(f"the validation {metric} is {score}.")
         if score < self.best:
@@ -120,12 +131,14 @@ class Recorder(StepCallback, Checkpoint):
         self._clock.restart()
 
     def _end_if_decided(self) -> None:
+        """Raise :class:`Stopped` if a signal ends the run, in all processes at the same step."""
         if (name := self._stops.signal) is not None:
             raise Stopped(name)
 
     def _write_row(self, step: int, module: RnodeModule) -> None:
+        """Write the row of a training step. All processes have to call this, and the first one writes."""
         self._written = step
-        row = module.row()  # a mean over the devices, for which all of them are here
+        row = module.row()  # averages over the devices, so it must not be called by the first process alone
         if self.table is not None:
             clock, epoch = self._clock, step / self._plan.steps_per_epoch
             times = {"seconds_per_step": clock.step_seconds, "train_seconds": clock.training_seconds}
@@ -133,12 +146,17 @@ class Recorder(StepCallback, Checkpoint):
 
 
 class SampleGrids(Callback):
-    """Writes ``step-NUMBER.png``, a grid of samples, at the end of each validation, with its weights."""
+    """Draws a grid of samples, ``step-NUMBER.png``, at the end of each validation, with the weights that it had.
+
+    Args:
+        recorder: knows the folder of the run.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
-    # in this hook a callback that averages the weights has not put them back yet, if it comes later
+    # In this hook WeightAveraging, which comes later in the list, has not yet put the trained weights back. In
+    # on_validation_end it has
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
@@ -146,5 +164,5 @@ class SampleGrids(Callback):
         picture = self._recorder.run.picture(trainer.global_step)
         try:
             save_samples(module.task, module.flow, None, module.recipe.training, picture)
-        except SolverError as error:  # training may continue if a latent far out cannot be integrated
+        except SolverError as error:  # a latent far out may fail where no image does, so training continues
             print(f"no grid of samples at step {trainer.global_step}: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The losses of a training step, with what it reports of them, and the measurements of a validation."""
+"""Computes the losses of a training step with the values to log, and the measurements of a validation."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepTerms:
-    """The terms of one batch, each a mean over its samples; all are NaN if the batch is not usable.
+    """The terms of the loss for one batch, as means over its samples. All are NaN if the batch cannot be used.
 
     Attributes:
-        loss: equation 17 in nats per dimension, with its graph. If it is NaN, so is its gradient.
-        row: detached values to log, by name: ``loss``, the score in the unit of the data's task, ``nfe`` over all
-            blocks and each penalty per dimension; of flow matching ``matching``, the squared error per dimension,
-            and ``nfe``.
-        health: the outcomes of the solves, on the device.
+        loss: the value to minimize in nats per dimension, or the squared error per dimension in flow matching, with
+            its graph. If the loss is NaN, so is its gradient.
+        row: detached values to log, by name. Maximum likelihood logs ``loss``, the score in the unit of the task,
+            ``nfe`` summed over all blocks, and each penalty per dimension. Flow matching logs ``matching``, the
+            squared error per dimension, and ``nfe``.
+        health: the outcomes of the solves, still on the device.
         failure: the error of a solve that did not end.
     """
 
@@ -41,7 +42,7 @@ class StepTerms:
     failure: SolverError | None = None
 
     def why_unusable(self) -> str | None:
-        """What went wrong in the solves of this batch; None for nothing."""
+        """Say what went wrong in the solves of this batch; None if nothing did. This waits for the device."""
         try:
             check_all(self.health)
         except SolverError as error:
@@ -50,26 +51,26 @@ class StepTerms:
 
 
 class Loss(Protocol):
-    """What training minimizes.
+    """Computes what training minimizes, from a batch as the data module gives it and the number of earlier steps.
 
-    Called with a batch as the data come, and the number of steps before this one. The noise is from torch's
-    generator, which the caller seeds, so that a loss is a function of its arguments.
-
-    Raises nothing for a batch that cannot be used: its terms are NaN and say why, and the step is skipped.
+    A loss draws its noise from torch's generator, which the caller seeds, so its value depends only on the seed and
+    the arguments. A loss does not raise an error for a batch that cannot be used. It returns terms that are NaN and
+    say why, and the step is skipped. On several devices an error in one process would leave the others waiting for
+    its gradient.
     """
 
     def __call__(self, batch: Tensor, step: int) -> StepTerms: ...
 
 
 class LikelihoodLoss:
-    """Equation 17: the negative log-likelihood and the penalties, by the training solver.
+    """Computes equation 17, the negative log-likelihood plus the penalties, with the training solver.
+
+    In a call, ``step`` counts the earlier steps of maximum likelihood, for lambdas that depend on it. On a fixed
+    grid a call reads nothing from the device, so the device never waits for Python.
 
     Args:
         flow: the model.
-        recipe: its lambdas, its solver and the task of its data.
-
-    ``step`` counts the steps of maximum likelihood so far, for lambdas that depend on it. On a fixed grid a call
-    reads nothing from the device.
+        recipe: the recipe with the lambdas, the solver and the task.
     """
 
     def __init__(self, flow: DensityModel, recipe: Recipe) -> None:
@@ -80,13 +81,18 @@ class LikelihoodLoss:
     def __call__(self, batch: Tensor, step: int) -> StepTerms:
         inputs = self._task.training_inputs(batch)
         dims, metric = self._task.dims, self._task.metric
+        # without a positive lambda a step integrates no penalties. Validations measure them in any case
         penalized = bool(self._lambdas)
         try:
+            # check=False leaves a state that is not finite to `health`, because checking it here would wait for the
+            # device. Only an adaptive solve that cannot continue raises an error
             output = self._flow.encode(
                 inputs.x, context=inputs.context, solver=self._solver, penalties=penalized, check=False
             )
         except SolverError as error:
-            # every process of a run needs a gradient and an equal row
+            # DistributedDataParallel waits for a gradient of every parameter from every process, and the rows of
+            # all processes are averaged entry by entry. So the loss is NaN, but reaches all parameters, and the row
+            # has the entries of any other
             loss = torch.nan * torch.stack([parameter.sum() for parameter in self._flow.parameters()]).sum()
             nan = torch.full_like(loss.detach(), torch.nan)
             penalties = dict.fromkeys(self._measured if penalized else (), nan)
@@ -95,7 +101,8 @@ class LikelihoodLoss:
         whole = undivided(self._flow.regularizers)
         lambdas = {name: strength_at(name, strength, step) for name, strength in self._lambdas.items()}
         goal = objective(log_prob, output.regularization, lambdas=lambdas, dims=dims, undivided=whole)
-        # a factor of NaN makes the gradient NaN too, so that all processes of the run skip the step
+        # a factor of NaN makes the gradient NaN too. Averaging the gradients carries it to all processes of the
+        # run, which then skip the step together, and no process has to ask the others
         usable = torch.isfinite(goal.loss.detach())
         if output.health:
             usable = usable & all_finite(output.health)
@@ -108,10 +115,10 @@ class LikelihoodLoss:
 
 
 class MatchingLoss:
-    """Flow matching: the squared error of the velocity per dimension, by one evaluation of each block.
+    """Computes flow matching, the squared error of the velocity per dimension, by one evaluation of each block.
 
     Raises:
-        ConfigError: the model has no blocks to match, or parameters that matching gives no gradient.
+        ConfigError: the model has no blocks to match, or regularizers with parameters, which get no gradient.
     """
 
     def __init__(self, flow: DensityModel, recipe: Recipe) -> None:
@@ -131,7 +138,7 @@ class MatchingLoss:
 
 
 class StagedLoss:
-    """One loss for the first steps of a run, another one for the rest, each with its own count of steps."""
+    """Uses one loss for the first steps of a run and another one for the rest, each with its own count of steps."""
 
     def __init__(self, first: Loss, steps: int, then: Loss) -> None:
         self._first, self._steps, self._then = first, steps, then
@@ -141,7 +148,7 @@ class StagedLoss:
 
 
 def loss_of(flow: DensityModel, recipe: Recipe) -> Loss:
-    """The loss of a recipe for its model: flow matching for the first steps if it names some, then equation 17.
+    """Make the loss of a recipe for its model, with flow matching for the first steps if the recipe has some.
 
     Raises:
         ConfigError: the recipe has steps of flow matching, and the model has no blocks to match.
@@ -155,10 +162,12 @@ def loss_of(flow: DensityModel, recipe: Recipe) -> Loss:
 def measure_batch(
     flow: DensityModel, recipe: Recipe, batch: Tensor, *, index: int, rank: int, training_solver: Solver
 ) -> dict[str, Tensor | float]:
-    """Means over a batch of held-out samples by the flow's own solver: score, ``nfe``, penalties per dimension.
+    """Measure a batch of held-out samples with the flow's own solver, as means over its samples.
 
-    The first batch also has ``gap``: the score by ``training_solver``, if that is a fixed grid, minus the score by
-    the accurate solver. The noise is a function of the seed, the number of the batch and the process.
+    These are the score in the unit of the task, ``nfe``, and each penalty per dimension. For the first batch there
+    is also ``gap``, the score with ``training_solver`` minus the score with the accurate solver, if the former is a
+    fixed grid. The noise is a function of the seed, the number of the batch and the process, so that two
+    validations differ by the weights alone.
 
     Raises:
         SolverError: the accurate integration failed.
@@ -171,7 +180,8 @@ def measure_batch(
             output = flow.encode(x, context=context, solver=flow.full_quadrature(solver), penalties=penalties)
         return task.scores(flow.log_prob_of(output)), output
 
-    # rounded to 8 or 11 bits a field is too rough for an adaptive method, which may never end
+    # In 8 or 11 bits the rounding of a field is larger than the tolerances of an adaptive method, which would
+    # shrink its steps without end
     with torch.autocast(batch.device.type, enabled=False):
         scores, output = scored(penalties=True)
     whole = undivided(flow.regularizers)

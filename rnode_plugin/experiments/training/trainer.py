@@ -1,4 +1,4 @@
-"""Lightning's Trainer for a run: devices and precision, the options that pass through, its notes, checkpoints."""
+"""Makes Lightning's Trainer for a run: its devices, its precision, what it prints and how it writes checkpoints."""
 
 from __future__ import annotations
 
@@ -26,30 +26,41 @@ from ..runs.run import LAST, PREVIOUS
 from .checkpoints import read_checkpoint
 from .plan import RunPlan
 
+TrainerOptions = Mapping[str, Any]
+"""Options of Lightning's Trainer by name. Lightning checks their types."""
+
 _UNSEEN = ("fast_dev_run", "limit_val_batches", "overfit_batches")
-"""Options of Lightning's Trainer that would change the numbers of a run in silence."""
+"""Options of Lightning's Trainer that would silently change the numbers of a run."""
 
 
 class Place(NamedTuple):
-    """The devices of a run: Lightning's options that name them, the one of this process, and how many there are."""
+    """The devices of a run.
 
-    options: dict[str, Any]
+    Attributes:
+        options: Lightning's options that name them.
+        device: the device of this process.
+        world: number of devices, in all processes on all machines.
+    """
+
+    options: TrainerOptions
     device: torch.device
     world: int
 
 
-def find_place(options: Mapping[str, Any]) -> Place:
-    """The devices that options of Lightning's Trainer name.
+def find_place(options: TrainerOptions) -> Place:
+    """Find the devices that options of Lightning's Trainer name.
 
     Under torchrun ``devices="auto"`` means as many as torchrun starts.
 
     Raises:
-        ConfigError: they are not there.
+        ConfigError: a device does not exist here.
     """
     where = {name: options.get(name, default) for name, default in _DEVICES.items()}
     if TorchElasticEnvironment.detect() and where["devices"] == "auto":
         where["devices"] = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         where["num_nodes"] = int(os.environ["WORLD_SIZE"]) // where["devices"]
+    # The number of devices decides the steps of an epoch, which the Trainer of the run takes as an option. So a
+    # first Trainer is made only to ask Lightning what `auto` means here
     with _refusing():
         probe = L.Trainer(**{**where, **_SILENT, "logger": False, "enable_checkpointing": False})
     return Place(where, probe.strategy.root_device, probe.world_size)
@@ -62,12 +73,12 @@ def make_trainer(
     *,
     callbacks: Sequence[Callback],
     loggers: Sequence[Logger],
-    options: Mapping[str, Any],
+    options: TrainerOptions,
 ) -> L.Trainer:
-    """Lightning's Trainer for a run; the recipe decides its steps, precision, validations and logs.
+    """Make Lightning's Trainer for a run. The recipe decides its steps, precision, validations and logs.
 
     Raises:
-        ConfigError: one of ``options`` that the recipe decides, or a precision that does not work here.
+        ConfigError: the recipe decides one of ``options``, or the precision does not work here.
     """
     settings = recipe.training
     ours = {
@@ -75,20 +86,21 @@ def make_trainer(
         "logger": list(loggers),
         "max_steps": plan.total,
         "max_epochs": -1,
-        "val_check_interval": plan.val_every * settings.accumulate,
-        "check_val_every_n_epoch": None,
+        "val_check_interval": plan.val_every * settings.accumulate,  # counted in batches
+        "check_val_every_n_epoch": None,  # so that the interval counts over all epochs
         "accumulate_grad_batches": settings.accumulate,
         "log_every_n_steps": settings.log_every,
         "precision": decided_precision(recipe, place.device),
     }
     if refused := sorted(options.keys() & {*ours, *_UNSEEN}):
         raise ConfigError(f"fit does not take Lightning's {refused[0]}: the settings of the recipe decide that.")
+    # by default no sanity check, which would validate for a while before the first step
+    defaults = {"num_sanity_val_steps": 0, **_SILENT}
     plugins = options.get("plugins") or []
     plugins = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, (list, tuple)) else [plugins])]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # a requeued job continues by --resume, and Lightning's requeueing writes other files elsewhere
         plugins.append(SLURMEnvironment(auto_requeue=False))
-    defaults = {"num_sanity_val_steps": 0, **_SILENT}
     with _refusing():
         trainer = L.Trainer(**{**defaults, **options, **place.options, **ours, "plugins": plugins})
     if trainer.world_size != place.world:
@@ -101,11 +113,12 @@ def make_trainer(
 
 
 _DEVICES = {"accelerator": "auto", "devices": "auto", "num_nodes": 1}
-_SILENT: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
+_SILENT: TrainerOptions = {"enable_progress_bar": False, "enable_model_summary": False}
 
 
 @contextmanager
 def _refusing() -> Iterator[None]:
+    """Convert the errors by which Lightning refuses options to a ConfigError."""
     try:
         yield
     except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
@@ -116,19 +129,22 @@ def _refusing() -> Iterator[None]:
 
 
 def decided_precision(recipe: Recipe, device: torch.device) -> str:
-    """``auto`` is bfloat16 for a fixed grid where the device computes it natively, else 32 bits."""
+    """Decide the precision. ``auto`` is bfloat16 for a fixed grid on a device that computes it, else 32 bits."""
     if (precision := recipe.training.precision) != "auto":
         return precision
     return "bf16-mixed" if computes_bf16(device) and not recipe.solver.adaptive else "32-true"
 
 
 def decided_compile(recipe: Recipe, device: torch.device) -> bool:
-    """Whether the fields are compiled: ``auto`` does so on CUDA only."""
+    """Decide whether the fields are compiled. ``auto`` compiles on CUDA only."""
     return device.type == "cuda" if (choice := recipe.training.compile) == "auto" else choice
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 numbers natively: CUDA from 8.0, a CPU with ``avx512_bf16`` or AMX."""
+    """Whether a device multiplies bfloat16 numbers natively, which CUDA does from 8.0, and some CPUs do.
+
+    A CPU needs ``avx512_bf16`` or AMX. Others emulate bfloat16, which is slower than 32 bits.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
@@ -140,18 +156,18 @@ def computes_bf16(device: torch.device) -> bool:
 
 # terminal, checkpoints -----------------------------------------------------------------------------------------
 
-# Lightning's notes about choices that are made on purpose
+# Lightning's warnings about choices that are made on purpose
 _KNOWN_WARNINGS = (
     ".*does not have many workers.*",
     ".*GPU available but not used.*",
-    ".*AMP with fp16 is not supported on CPU.*",  # which is refused
+    ".*AMP with fp16 is not supported on CPU.*",  # make_trainer refuses it
     ".*treespec, LeafSpec.*is deprecated.*",
 )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Lightning's notes at level INFO and the known warnings off the terminal."""
+    """Keep Lightning's messages below level WARNING and the known warnings off the terminal."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.fabric", "lightning_fabric")]
     with warnings.catch_warnings(), ExitStack() as stack:
         for message in _KNOWN_WARNINGS:
@@ -163,20 +179,23 @@ def quiet() -> Iterator[None]:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, written all or not at all and read without running code."""
+    """Writes Lightning's checkpoints whole or not at all, and reads them without running code."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, object], path: str | os.PathLike[str], storage_options: object = None
+    ) -> None:
         path = Path(path)
+        # a file can be written whole and still be damaged on a disk that fails, so the one before it is kept
         keep = path.with_name(PREVIOUS) if path.name == LAST else None
         write_atomically(path, lambda file: torch.save(checkpoint, file), keep=keep)
 
     def load_checkpoint(
-        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
-    ) -> dict[str, Any]:
+        self, path: str | os.PathLike[str], map_location: object = "cpu", weights_only: bool | None = None
+    ) -> dict[str, object]:
         return read_checkpoint(Path(path))
 
 
 def end_other_processes(trainer: L.Trainer, signum: int) -> None:
-    """Send a signal to the processes that this one has started, which may wait for it for ever."""
+    """Send a signal to the processes that this one has started, which would wait for this one forever."""
     if trainer.is_global_zero and (launcher := trainer.strategy.launcher) is not None:
         launcher.kill(signum)
