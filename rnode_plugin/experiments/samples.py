@@ -155,8 +155,8 @@ def save_corner(
                 axes.hist(data[:, row], bins, density=True, color=_DATA, histtype="step", linewidth=1)
                 axes.set_yticks([])
             else:
-                for points, colour, alpha in ((samples, _SAMPLES, 0.35), (data, _DATA, 0.8)):
-                    axes.plot(points[:, column], points[:, row], ".", color=colour, alpha=alpha, markersize=2.7,
+                for points, color, alpha in ((samples, _SAMPLES, 0.35), (data, _DATA, 0.8)):
+                    axes.plot(points[:, column], points[:, row], ".", color=color, alpha=alpha, markersize=2.7,
                               markeredgewidth=0, rasterized=True)  # fmt: skip
                 axes.set_ylim(*ranges[row])
                 axes.yaxis.set_major_locator(MaxNLocator(3))
@@ -166,7 +166,7 @@ def save_corner(
             axes.xaxis.set_major_locator(MaxNLocator(3))
             axes.set_xlabel(names[column] if row == shown - 1 else "")
         counts = (_DATA, f"{len(data):,} held-out rows"), (_SAMPLES, f"{len(samples):,} samples")
-        handles = [figure.axes[0].plot([], [], color=colour, label=label)[0] for colour, label in counts]
+        handles = [figure.axes[0].plot([], [], color=color, label=label)[0] for color, label in counts]
         title = f"the first {shown} of {len(columns)} columns" if shown < len(columns) else None
         place = "upper right" if shown > 1 else "outside upper center"
         figure.legend(handles=handles, loc=place, frameon=False, fontsize=9, title=title)

@@ -1,4 +1,4 @@
-"""``ImageData``: two sets of uint8 images in memory or on disk."""
+"""``ImageData`` holds two sets of uint8 images in memory or on disk."""
 
 from __future__ import annotations
 

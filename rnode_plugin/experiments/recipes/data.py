@@ -138,7 +138,7 @@ class Data:
         return data.limit(self.train_images, val_images)
 
     def check_chosen(self, before: AnyData) -> None:
-        """Refuse pictures of the user's without a folder; see :meth:`TableData.check_chosen`.
+        """Refuse the user's pictures if no folder is named; see :meth:`TableData.check_chosen`.
 
         Raises:
             ConfigError: no folder is named.

@@ -230,7 +230,7 @@ class Recipe:
 
     @staticmethod
     def from_plain(plain: Mapping[str, object]) -> Recipe:
-        """Invert :meth:`to_plain`.
+        """Make a recipe from what :meth:`to_plain` gives.
 
         Raises:
             ConfigError: a setting is unknown, or a value is bad.

@@ -71,7 +71,7 @@ class Environment:
 
     @staticmethod
     def from_plain(plain: object) -> Environment:
-        """Invert :meth:`to_plain`.
+        """Make an environment from what :meth:`to_plain` gives.
 
         Raises:
             ValueError: ``plain`` is not an environment.

@@ -152,7 +152,7 @@ class DiagnosedWeights:
 
     @staticmethod
     def from_plain(plain: object) -> DiagnosedWeights:
-        """Invert :meth:`to_plain`.
+        """Make a diagnosis of weights from what :meth:`to_plain` gives.
 
         Raises:
             ValueError: ``plain`` is not a diagnosis.
