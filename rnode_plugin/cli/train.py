@@ -243,7 +243,7 @@ def _print_result(result: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
 @settings
 @short("data-root", "given")
 @device
-@click.option("--devices", type=click.IntRange(1), metavar="N",
+@click.option("--jobs", type=click.IntRange(1), metavar="N",
               help="Runs that train at the same time. [default: one for each GPU or core]")  # fmt: skip
 @click.option("--out", metavar="FOLDER", help="Folder of the runs and the report. [default: comparison/RECIPE]")
 @quiet
