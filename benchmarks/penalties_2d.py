@@ -157,7 +157,9 @@ def main(
     click.echo(table(["penalty", "λ", *heads], [row(*case, found[case], base) for case in cases]))
     if figure is not None:
         drawing = draw(
-            "penalties-2d", lambda panels: paint(panels, found), size=(10, 3.6), ncols=len(DATA), sharey=True
+            "penalties-2d",
+            lambda figure: paint(figure.subplots(ncols=len(DATA), sharey=True), found),
+            size=(10, 3.6),
         )
         figure.write_bytes(drawing.png)
 

@@ -1,4 +1,4 @@
-"""From run folders to one report folder: ``report.html``, one page that opens offline, and ``figures/``."""
+"""Reports: ``write_report`` makes a page that opens offline, ``report.html``, and ``figures/`` from run folders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ...files import write_atomically
 from ...text import table as text_table
@@ -21,7 +20,14 @@ __all__ = ["Report", "write_report"]
 
 @dataclass(frozen=True)
 class Report:
-    """The files of a report, its table, and the runs that were left out."""
+    """A report that was written.
+
+    Attributes:
+        html: the page.
+        figures: the PNG files. Each one but the pictures of samples is there as SVG too.
+        table: the table of the page.
+        left_out: a message for each run that was left out.
+    """
 
     html: Path
     figures: tuple[Path, ...]
@@ -30,13 +36,11 @@ class Report:
 
     def as_text(self) -> str:
         """The table for a terminal."""
-        heads = ["", *(column.label for column in self.table.columns)]
-        return text_table([heads, *([row.name, *row.cells] for row in self.table.rows)])
+        return text_table([["", *self.table.columns], *([row.name, *row.cells] for row in self.table.rows)])
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, object]:
         """The files and the table as ``{row: {column: text}}``, for JSON."""
-        labels = [column.label for column in self.table.columns]
-        rows = {row.name: dict(zip(labels, row.cells, strict=True)) for row in self.table.rows}
+        rows = {row.name: dict(zip(self.table.columns, row.cells, strict=True)) for row in self.table.rows}
         return {"html": self.html, "figures": self.figures, "left_out": self.left_out, "table": rows}
 
 
@@ -60,11 +64,12 @@ def write_report(
     html, table, pictures = make_page(group_runs(found), title, left_out)
     files = {Path(out) / "figures" / name: contents for name, contents in pictures.items()}
     place = Path(out) / "report.html"
-    # the name of a folder need not be text
+    # "replace", because the name of a folder need not be valid text
     for path, contents in {**files, place: html.encode(errors="replace")}.items():
         write_atomically(path, lambda file, contents=contents: file.write(contents))
     for figure in (Path(out) / "figures").iterdir() if files else ():
-        # only names that carry the number of a run or a configuration: a user may keep other pictures here
+        # A figure of an earlier report would look like one of these runs. Only names with a number are removed,
+        # because a user may keep other pictures here.
         if figure not in files and re.fullmatch(r"(samples|diagnosis)-\d+-.+\.(png|svg)", figure.name):
-            figure.unlink()  # it would look like one of these runs
+            figure.unlink()
     return Report(place, tuple(path for path in files if path.suffix == ".png"), table, tuple(left_out))

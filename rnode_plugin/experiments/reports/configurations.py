@@ -1,4 +1,4 @@
-"""Configurations: runs that differ by their seed only, their means and errors, and the difference of two."""
+"""Configurations, which are runs that differ only in their seed: means, errors, and the difference of two."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from ..runs.contents import RunContents
 from .runs import penalties_of
 
 _LEVEL = 0.95
-_RESOLUTION = 1e-5  # bits/dim, nats: single precision does not resolve smaller differences
-_OF_TRAINING = ("batch_size", "workers", "flip", "train_images", "train_rows")  # settings of the data
-_ORDER = ("none", "ffjord", "kinetic", "jacfrob", "rnode")  # of the paper's ablation
+_RESOLUTION = 1e-5  # bits/dim or nats; single precision does not resolve smaller differences
+# settings of the data that have no effect on the held-out samples
+_OF_TRAINING = ("batch_size", "workers", "flip", "train_images", "train_rows")
+_ORDER = ("none", "ffjord", "kinetic", "jacfrob", "rnode")  # as in the paper's ablation
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Runs of the same settings but for the seed.
+    """Runs that have the same settings except for the seed.
 
     Attributes:
-        label: differs from the labels of the other configurations of a report.
-        runs: one for each seed.
-        number: its place in the report, from 0.
+        label: a name that no other configuration of the report has.
+        runs: one run for each seed.
+        number: the place of the configuration in the report, from 0.
     """
 
     label: str
@@ -38,12 +39,12 @@ class Configuration:
 
     @property
     def penalties(self) -> str:
-        """Their name, see :func:`~rnode_plugin.experiments.reports.runs.penalties_of`."""
+        """The name of its penalties, see :func:`~rnode_plugin.experiments.reports.runs.penalties_of`."""
         return penalties_of(self.recipe)
 
     @property
     def look(self) -> dict[str, Any]:
-        """How it is drawn: one of six colours, of seven markers and of four lines."""
+        """The color, the marker and the line style of its curves, as keywords of ``Axes.plot``."""
         lines = "-", "--", "-.", ":"
         return {
             "color": f"C{self.number % 6}",
@@ -53,17 +54,17 @@ class Configuration:
 
     @property
     def task(self) -> Task:
-        """The task of the recipe, which has the words and units; of one kind in a report."""
+        """The task of the recipe, which has the words and units. All tasks of a report are of one kind."""
         return self.runs[0].task
 
     @property
     def recipe(self) -> Recipe:
-        """The settings of all of its runs, but for the seed."""
+        """The settings that its runs share. The seed is the one of the first run."""
         return self.runs[0].recipe
 
     @property
     def counted(self) -> tuple[RunContents, ...]:
-        """The runs whose figures are shown: those with a result, or all if none has one."""
+        """The runs that have a result, or all runs if none has one. Means and errors are over these."""
         return tuple(run for run in self.runs if run.result is not None) or self.runs
 
     def mean(self, name: str) -> float:
@@ -77,10 +78,10 @@ class Configuration:
         return float(np.mean([run.numbers.get(name, math.nan) for run in self.counted]))
 
     def error(self, name: str) -> float | None:
-        """Standard error of a score or of ``nfe_test``: over the seeds; with one seed over the samples.
+        """Standard error of a score or of ``nfe_test``, over the seeds, or over the samples if there is one seed.
 
-        The error of a baseline is always over the samples, because a baseline does not depend on the seed. None if
-        the error is not known, as for one NFE and for runs that are not finished.
+        The error of a baseline is always over the samples, because a baseline does not depend on the seed. None
+        for runs that are not finished, and for the NFE of one seed.
         """
         result, values = self.counted[0].result, [run.numbers[name] for run in self.counted]
         if result is None:
@@ -92,7 +93,11 @@ class Configuration:
 
 
 def group_runs(runs: Sequence[RunContents]) -> list[Configuration]:
-    """The configurations of some runs: the paper's first, the others in their order, a sweep by its lambdas."""
+    """Group runs into configurations, in the order of a report.
+
+    Configurations of the paper's ablation come first and the others as they are given. Configurations with the same
+    penalties, as in a sweep, are sorted by lambda.
+    """
     groups: dict[str, list[RunContents]] = {}
     for run in runs:
         training = dataclasses.replace(run.recipe.training, seed=0)
@@ -111,12 +116,12 @@ def group_runs(runs: Sequence[RunContents]) -> list[Configuration]:
 
 
 def _by_strength(recipe: Recipe) -> list[tuple[str, float, str]]:
-    """A key that sorts recipes with the same penalties by their lambdas, schedules by their last value."""
+    """A key that sorts recipes with the same penalties by lambda. A schedule counts as its last value."""
     return sorted((name, final_strength(each), str(each)) for name, each in recipe.regularizers.items())
 
 
 def _labels(runs: Sequence[RunContents]) -> list[str]:
-    """For each run the shortest text that no other run has."""
+    """A label for each run: the first of several texts, from short to long, that no other run has."""
     texts: tuple[Callable[[RunContents], str], ...] = (
         lambda run: penalties_of(run.recipe),
         lambda run: _with_lambdas(run.recipe),
@@ -144,13 +149,13 @@ def _with_lambdas(recipe: Recipe) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference in the unit of the task, and its standard error.
+    """A mean of paired differences, in the unit of the task.
 
     Attributes:
-        mean: negative if the configuration is better than the one it is compared with.
-        error: standard error of the mean, from ``count`` paired differences.
+        mean: the mean, negative if the configuration is better than the one that it is compared with.
+        error: standard error of the mean.
         count: number of differences.
-        unit: ``seeds``, ``images`` or ``rows``.
+        unit: what the differences are paired by: ``seeds``, ``images`` or ``rows``.
     """
 
     mean: float
@@ -164,13 +169,16 @@ class Difference:
         from scipy.stats import t
 
         limit = max(_RESOLUTION, float(t.ppf((1 + _LEVEL) / 2, self.count - 1)) * self.error)
-        if not abs(self.mean) > limit:  # also of a mean that is not a number
+        if not abs(self.mean) > limit:  # "not >" also holds for NaN
             return "no difference shown"
         return "better" if self.mean < 0 else "worse"
 
 
 def base_of(configurations: Sequence[Configuration]) -> Configuration:
-    """The one that the others are compared with: without penalties, preferably with the solver of the others."""
+    """The configuration that the others are compared with.
+
+    It is one without penalties, if possible with the training solver of a configuration that has penalties.
+    """
     plain = [each for each in configurations if each.penalties == "none"] or list(configurations)
     solvers = [each.recipe.solver for each in configurations if each.penalties != "none"]
     return next((each for each in plain if each.recipe.solver in solvers), plain[0])
@@ -179,9 +187,9 @@ def base_of(configurations: Sequence[Configuration]) -> Configuration:
 def paired_difference(one: Configuration, base: Configuration) -> Difference | None:
     """Scores of ``one`` minus scores of ``base`` on the same held-out samples with the same noise.
 
-    The scores are the first quantity of the task: dirty bits/dim of images. With several common seeds each
-    difference is the mean over the samples for one seed; with one seed there is one for each sample. None if
-    nothing can be paired.
+    The scores are the first quantity of the task, which is dirty bits/dim for images. If the configurations have
+    several seeds in common, there is one difference for each seed, the mean over the samples. With one seed there
+    is one difference for each sample. None if nothing can be paired.
     """
     pairs = [(run, other) for run in one.runs for other in base.runs if _same_samples(run, other)]
     differences = [run.scores - other.scores for run, other in pairs]
@@ -198,7 +206,7 @@ def _same_samples(one: RunContents, other: RunContents) -> bool:
     """Whether both evaluated the same samples with the same noise."""
 
     def shown(run: RunContents) -> tuple[object, ...]:
-        # the noise is a function of the seed and of a sample's place in its batch
+        # the noise depends on the seed and on the place of a sample in its batch, hence on the size of a batch
         data = {name: value for name, value in vars(run.recipe.data).items() if name not in _OF_TRAINING}
         training = run.recipe.training
         return (data, training.val_images, training.seed, len(run.scores))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -19,11 +18,12 @@ from ..runs.results import DiagnosedWeights
 from ..runs.run import Run
 from .figures import Drawing, draw, finish, legend
 
-_GREY = "0.5"
+_GRAY = "0.5"
+_Painter = Callable[["Figure", Check], None]
 
 
 def save_diagnosis(diagnosed: DiagnosedWeights, run: Run) -> None:
-    """Write a diagnosis and its figures into a folder."""
+    """Write a diagnosis and its figures into the folder of a run."""
     figures: dict[str, bytes] = {}
     for check in diagnosed.diagnosis.checks:
         name = check.name.replace(" ", "-")
@@ -33,19 +33,18 @@ def save_diagnosis(diagnosed: DiagnosedWeights, run: Run) -> None:
 
 
 def draw_check(check: Check, name: str) -> Drawing | None:
-    """The figure of a check; None for a check without curves. ``name`` is the name of its files."""
+    """The figure of a check, in files of this name; None for a check without curves."""
     paint = _PAINTERS.get(check.name)
     if paint is None or not any(map(len, check.curves.values())):
         return None
-    grid: dict[str, Any] = {"nrows": 2, "sharex": True} if check.name == texts.TOLERANCE else {}
-    return draw(name, lambda axes: paint(axes, check), **grid)
+    return draw(name, lambda figure: paint(figure, check))
 
 
-def _tolerance(axes: Sequence[Axes], check: Check) -> None:
-    above, below = axes
+def _tolerance(figure: Figure, check: Check) -> None:
+    above, below = figure.subplots(nrows=2, sharex=True)
     tolerance, distance = (np.array(check.curves[name]) for name in ("tolerance", "distance"))
     above.plot(tolerance[:-1], np.maximum(distance[:-1], 1e-9), color="C0", marker="o", markersize=4)
-    above.axhline(check.numbers["limit"], color=_GREY, linestyle=":", label="small enough")
+    above.axhline(check.numbers["limit"], color=_GRAY, linestyle=":", label="small enough")
     above.set_yscale("log")
     above.set_ylabel("error of the NLL\n[nats/dim]")
     below.plot(tolerance, check.curves["nfe"], color="C1", marker="s", markersize=4)
@@ -56,33 +55,38 @@ def _tolerance(axes: Sequence[Axes], check: Check) -> None:
     legend(above)
 
 
-def _invertibility(axes: Axes, check: Check) -> None:
+def _invertibility(figure: Figure, check: Check) -> None:
+    axes = figure.subplots()
     error = np.maximum(check.curves["error"], 1e-12)
     axes.step(error, np.linspace(0, 100, len(error) + 1)[1:], where="post", color="C0")
     axes.set_xscale("log")
-    for place, text, colour in zip(LOST, ("warning", "failed"), (_GREY, "C1"), strict=True):
-        axes.axvline(place, color=colour, linestyle=":", label=f"{text}, if the mean error is larger")
+    for place, text, color in zip(LOST, ("warning", "failed"), (_GRAY, "C1"), strict=True):
+        axes.axvline(place, color=color, linestyle=":", label=f"{text}, if the mean error is larger")
     finish(axes, "error after the round trip / spread of the data", "samples with a smaller error [%]")
 
 
-def _differences(one_name: str, other_name: str, x: str, y: str) -> Callable[[Any, Check], None]:
-    def paint(axes: Axes, check: Check) -> None:
+def _differences(one_name: str, other_name: str, x: str, y: str) -> _Painter:
+    """A painter of one curve minus another, against the other."""
+
+    def paint(figure: Figure, check: Check) -> None:
+        axes = figure.subplots()
         one, other = (np.array(check.curves[name]) for name in (one_name, other_name))
         axes.scatter(one, other - one, s=14, color="C0", alpha=0.6, linewidth=0)
-        axes.axhline(0, color=_GREY, linewidth=1)
+        axes.axhline(0, color=_GRAY, linewidth=1)
         finish(axes, x, y)
 
     return paint
 
 
-def _samples(axes: Axes, check: Check) -> None:
+def _samples(figure: Figure, check: Check) -> None:
+    axes = figure.subplots()
     bins = np.linspace(0, 1, 21).tolist()
-    for name, label, colour in (("held_out", "held-out data", "C0"), ("samples", "samples", "C1")):
-        axes.hist(check.curves[name], bins=bins, color=colour, alpha=0.5, label=label)
+    for name, label, color in (("held_out", "held-out data", "C0"), ("samples", "samples", "C1")):
+        axes.hist(check.curves[name], bins=bins, color=color, alpha=0.5, label=label)
     finish(axes, "probability of being a sample, by the classifier", "count")
 
 
-_PAINTERS: Mapping[str, Callable[[Any, Check], None]] = {
+_PAINTERS: Mapping[str, _Painter] = {
     texts.SOLVER_GAP: _differences(
         "nll_accurate", "nll", "NLL by the accurate solver [nats/dim]", "solver gap [nats/dim]"
     ),

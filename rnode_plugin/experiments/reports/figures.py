@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas
@@ -21,17 +22,17 @@ from .configurations import Configuration
 
 Vector = NDArray[np.float64]
 
-_WINDOWS = 20  # in a run: the paper averages over three hours of some sixty
+_WINDOWS = 20  # averages over a twentieth of a run, as the paper does with three hours of about sixty
 _SPAN_UNITS = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (2 * 60, 60, "minutes"), (0, 1, "seconds"))
 _JACOBIAN = "Jacobian norm: ∫ ‖εᵀ∇f‖² dt / dim"
 _KINETIC = "kinetic energy: ∫ ‖f‖² dt / dim"
 _NFE = "NFE of the test solver"
 STYLE = "rnode_plugin.plots"
-"""The style sheet of all figures, for ``matplotlib.style.use``; its colours C0 to C5 are the only palette."""
+"""The style sheet of all figures, for ``matplotlib.style.use``. Its colors C0 to C5 are the only palette."""
 
 
 class Drawing(NamedTuple):
-    """A figure in two forms, on a transparent ground."""
+    """A figure in two formats, on a transparent background."""
 
     png: bytes
     svg: bytes
@@ -41,19 +42,17 @@ class Drawing(NamedTuple):
         return {f"{name}.{suffix}": contents for suffix, contents in self._asdict().items()}
 
 
-def draw(
-    name: str, paint: Callable[[Any], None], *, size: tuple[float, float] = (4.8, 3.5), **grid: Any
-) -> Drawing:
-    """Draw a figure: ``paint`` gets the axes, an array of them for a ``grid`` of ``Figure.subplots``.
+def draw(name: str, paint: Callable[[Figure], object], *, size: tuple[float, float] = (4.8, 3.5)) -> Drawing:
+    """Draw a figure by ``paint``, which gets it empty. The same name and content give the same bytes again.
 
-    The same name and content give the same bytes again. The default size, in inches, suits the width of a phone.
+    The default size, in inches, suits the width of a phone.
     """
     from matplotlib import rc_context, style
     from matplotlib.figure import Figure
 
     with style.context(STYLE), rc_context({"svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
-        paint(figure.subplots(**grid))
+        paint(figure)
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", dpi=160)
         figure.savefig(svg, format="svg", metadata={"Date": None})
@@ -61,7 +60,7 @@ def draw(
 
 
 def legend(axes: Axes) -> None:
-    """A legend of all labels above the axes, where none of its marks can be taken for a measurement."""
+    """Add a legend above the axes. A mark of a legend inside them could be taken for a measurement."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         columns = 1 if max(map(len, labels)) > 24 else min(3, len(handles))
@@ -69,7 +68,7 @@ def legend(axes: Axes) -> None:
 
 
 def finish(axes: Axes, x: str, y: str) -> None:
-    """The names of the axes, and a legend."""
+    """Add the names of the axes and a legend."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     legend(axes)
@@ -77,7 +76,15 @@ def finish(axes: Axes, x: str, y: str) -> None:
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure: the name of its files, how to read it, and the heading of its section."""
+    """A figure on the page.
+
+    Attributes:
+        name: the name of its files, without a suffix.
+        title: its heading.
+        caption: how to read it.
+        section: the heading above this figure and others.
+        drawing: the figure.
+    """
 
     name: str
     title: str
@@ -87,7 +94,7 @@ class Panel:
 
 
 def make_panels(configurations: Sequence[Configuration]) -> list[Panel]:
-    """All panels that the runs have numbers for; the ones that compare need two configurations."""
+    """All panels that the runs have numbers for. Panels that compare need two configurations."""
     return list(_panels(configurations))
 
 
@@ -102,7 +109,7 @@ def _panels(configurations: Sequence[Configuration]) -> Iterator[Panel]:
             f"down have the better {likelihood}, marks further left need fewer evaluations. Bars are standard "
             f"errors, over the seeds or, with one seed, over the {samples}."
         )
-        drawing = draw("score-nfe", lambda axes: _trade_off(axes, points))
+        drawing = draw("score-nfe", lambda figure: _trade_off(figure.subplots(), points))
         title, section = f"Held-out {likelihood} against NFE", "What the penalties buy"
         yield Panel("score-nfe", title, caption, section, drawing)
 
@@ -134,12 +141,15 @@ def _panels(configurations: Sequence[Configuration]) -> Iterator[Panel]:
         ]
     for curve in curves:
         if any(len(x) > 1 for one in configurations for x, _ in curve.points(one)):  # one point shows nothing
-            drawing = draw(curve.name, lambda axes, curve=curve: curve.paint(axes, configurations))
+            drawing = draw(curve.name, lambda figure, curve=curve: curve.paint(figure.subplots(), configurations))
             yield Panel(curve.name, curve.title, curve.caption, curve.section, drawing)
 
 
 class _Curve(NamedTuple):
-    """What a figure draws of each run: two of its columns, and their labels. ``unit`` is the unit of ``x``."""
+    """A figure that draws one column of the metrics of each run against another.
+
+    Values of ``x`` are divided by ``unit``.
+    """
 
     name: str
     title: str
@@ -152,7 +162,7 @@ class _Curve(NamedTuple):
     unit: float = 1.0
 
     def points(self, one: Configuration) -> Iterator[tuple[Vector, Vector]]:
-        """The two columns of each run that has them; steps are averaged over a window."""
+        """The two columns of each run that has them. ``y`` is averaged over a window if it has a value a step."""
         for run in one.runs:
             columns = run.checks if self.y.startswith("val/") else run.steps
             if columns.keys() >= {self.x, self.y}:
@@ -160,12 +170,12 @@ class _Curve(NamedTuple):
                 yield x, y if columns is run.checks else smooth(y, max(1, len(y) // _WINDOWS))
 
     def paint(self, axes: Axes, configurations: Sequence[Configuration]) -> None:
-        """Draw the runs; the first of a configuration has its label, unless it is the only one."""
+        """Draw the runs. The first run of each configuration has its label, if there are several configurations."""
         late = [np.array([])]
         for one in configurations:
             label = _plain_text(one.label) if len(configurations) > 1 else None
             look = one.look
-            if self.x.startswith("val/"):  # marks without an order in time
+            if self.x.startswith("val/"):  # the validations are in no order along this axis
                 look["linestyle"] = "none"
             if not self.y.startswith("val/"):
                 look["marker"] = None
@@ -175,7 +185,7 @@ class _Curve(NamedTuple):
                 label = None
         values = np.concatenate(late)
         values = values[np.isfinite(values)]
-        if len(values):  # cut off the fall of the first tenth, which would flatten all later differences
+        if len(values):  # leave out the first tenth, whose steep fall would flatten all later differences
             margin = 0.05 * float(np.ptp(values)) or 0.05
             axes.set_ylim(values.min() - margin, values.max() + margin)
         if self.y == "val/nfe":
@@ -184,19 +194,19 @@ class _Curve(NamedTuple):
 
 
 def smooth(values: Vector, window: int) -> Vector:
-    """The mean of the values in a window around each, of the ones that are finite."""
+    """The mean of the finite values in a window around each value."""
     finite = pandas.Series(np.where(np.isfinite(values), values, np.nan))
     return np.asarray(finite.rolling(window, center=True, min_periods=1).mean())
 
 
 def _plain_text(label: str) -> str:
-    """``label`` for matplotlib, without mathematics, and shown even if it begins with ``_``."""
+    """``label`` such that matplotlib shows it as it is, with a dollar sign or an underscore in front."""
     text = label.replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text
 
 
 def _trade_off(axes: Axes, configurations: Sequence[Configuration]) -> None:
-    """A mark for each configuration, with its errors."""
+    """Draw a mark with error bars for each configuration."""
     task = configurations[0].task
     name = task.quantities[0].name
     for one in configurations:

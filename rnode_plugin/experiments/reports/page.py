@@ -1,13 +1,13 @@
-"""The page of a report: one HTML file that opens offline, from a template of Jinja2."""
+"""The page of a report: one HTML file that opens offline, made from a Jinja2 template."""
 
 from __future__ import annotations
 
 import base64
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -22,7 +22,7 @@ from .table import Table, lambdas_text, make_table, summary
 
 
 class Page(NamedTuple):
-    """The text of ``report.html``, its table, and its pictures by the name of their file."""
+    """The text of ``report.html``, its table, and its pictures by the names of their files."""
 
     html: str
     table: Table
@@ -30,7 +30,10 @@ class Page(NamedTuple):
 
 
 class _Grid(NamedTuple):
-    """A picture of samples: a grid with one row of images for each temperature, or a table's corner plot."""
+    """A picture of samples: a grid with a row of images for each temperature, or the corner plot of a table.
+
+    A corner plot has no ``temperatures``. ``origin`` names the weights that the samples were drawn with.
+    """
 
     name: str
     label: str
@@ -40,7 +43,7 @@ class _Grid(NamedTuple):
 
 
 class _Diagnosed(NamedTuple):
-    """The diagnosis of a run: its checks with the names of their figures, and the figures."""
+    """The diagnosis of a run: each check with the name of its figure, and the figure, if it has one."""
 
     label: str
     samples: int
@@ -48,13 +51,13 @@ class _Diagnosed(NamedTuple):
 
     @property
     def verdicts(self) -> list[tuple[str, int]]:
-        """Verdicts and their numbers, from the worst to the best."""
+        """Each verdict with the number of checks that have it, from the worst to the best."""
         counts = Counter(check.verdict for check, _, _ in self.checks)
         return [(verdict, counts[verdict]) for verdict in reversed(VERDICTS) if counts[verdict]]
 
 
 def make_page(configurations: Sequence[Configuration], title: str | None, left_out: Sequence[str]) -> Page:
-    """The page of some configurations; everything is in it, nothing is fetched."""
+    """The page of some configurations. A browser fetches nothing for it, because everything is in the file."""
     facts, table, panels = _facts(configurations), make_table(configurations), make_panels(configurations)
     grids, diagnoses = list(_grids(configurations)), list(_diagnoses(configurations))
     environment = Environment(
@@ -83,13 +86,14 @@ def make_page(configurations: Sequence[Configuration], title: str | None, left_o
 
 def _facts(configurations: Sequence[Configuration]) -> dict[str, str]:
     """What was trained, for the head of the page."""
-    facts: dict[str, Any] = {
+    facts: dict[str, Iterable[str]] = {
         "recipe": dict.fromkeys(_recipe_name(one.recipe.name) for one in configurations),
         "data": dict.fromkeys(own_data(one.recipe) or one.recipe.data.name for one in configurations),
         "λ": [lambdas_text(one) for one in configurations] if len(configurations) == 1 else [],
         "seed": sorted({str(run.recipe.training.seed) for one in configurations for run in one.counted}),
     }
-    return {name: ", ".join(values) for name, values in facts.items() if values}
+    texts = {name: ", ".join(values) for name, values in facts.items()}
+    return {name: text for name, text in texts.items() if text}
 
 
 def _title(configurations: Sequence[Configuration], facts: Mapping[str, str]) -> str:
@@ -101,7 +105,7 @@ def _title(configurations: Sequence[Configuration], facts: Mapping[str, str]) ->
 
 
 def _recipe_name(name: str) -> str:
-    """The recipe that a run's name begins with. ``compare`` adds the configuration to it: ``digits-rnode``."""
+    """The recipe that ``name`` begins with, because ``compare`` adds the configuration, as in ``digits-rnode``."""
     known = [each for each in registry.names("recipes") if name == each or name.startswith(f"{each}-")]
     return max(known, key=len, default=name)
 
@@ -122,6 +126,6 @@ def _grids(configurations: Sequence[Configuration]) -> Iterator[_Grid]:
         if found is None:
             continue
         origin = "best weights" if found.step is None else f"weights of step {found.step}"
-        label = re.sub(r"[^a-z0-9._]+", "-", one.label.lower())[:60].strip("-.")  # file systems limit names
+        label = re.sub(r"[^a-z0-9._]+", "-", one.label.lower())[:60].strip("-.")  # file systems limit the length
         temperatures = one.task.grid_rows(one.recipe.training.sample_temperatures)
         yield _Grid(f"samples-{number}-{label}", one.label, found.path.read_bytes(), temperatures, origin)

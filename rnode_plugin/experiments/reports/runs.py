@@ -1,4 +1,4 @@
-"""The runs of a report: those that it shows, and those that are left out."""
+"""The runs of a report: which ones it shows, and which ones are left out."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..runs.run import Run
 
 
 def penalties_of(recipe: Recipe) -> str:
-    """The name of a recipe's penalties in an ablation.
+    """The name that an ablation has for the penalties of a recipe.
 
-    Without penalties it is ``ffjord`` if the solver is the one of the FFJORD baseline, else ``none``. With the
-    paper's two it is ``rnode``, with others their names, as ``a+b``.
+    It is ``rnode`` for the paper's two penalties, and the names, as ``a+b``, for other ones. Without penalties it
+    is ``ffjord`` if the recipe has the solver of its FFJORD baseline, else ``none``.
     """
     names = [name for name, strength in recipe.regularizers.items() if final_strength(strength) > 0]
     if set(names) == {"kinetic", "jacfrob"}:
@@ -26,19 +26,24 @@ def penalties_of(recipe: Recipe) -> str:
 
 
 def own_data(recipe: Recipe) -> str | None:
-    """The name of the user's file or folder that a recipe is for; None for a data set with a name."""
+    """The name of the user's file or folder that a recipe trains on; None for a data set with a name."""
     data = recipe.data
     return Path(data.root).name if data.root is not None and data.name in ("table", "folder") else None
 
 
 def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[RunContents], list[str]]:
-    """The runs at ``paths`` and below those that are not runs, and a message for each one that is left out.
+    """Read the runs of a report.
 
-    Left out are runs below a folder that cannot be read, runs without a logged step of likelihood, and repetitions.
+    Args:
+        paths: run folders, and folders that have run folders below them.
+
+    Returns:
+        The runs, and a message for each one that is left out: a run below a folder that cannot be read, a run
+        without a logged step of likelihood, or a repetition of another run.
 
     Raises:
-        ConfigError: there is no run at one of the paths, it cannot be read, nothing is left, or some are on images
-            and others on tables.
+        ConfigError: there is no run at one of the paths, it cannot be read, nothing is left, or some runs are on
+            images and others on tables.
     """
     runs: dict[Path, RunContents] = {}
     left_out: dict[str, None] = {}
@@ -63,7 +68,8 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[RunContents
         raise ConfigError(
             f"runs on images and on tables have no unit in common, such as {paths}: make a report of each kind."
         )
-    kept: dict[str, RunContents] = {}  # a repetition is not a second seed and would shrink the error
+    # a repetition is not a second seed: its score is the same, so it would make the error too small
+    kept: dict[str, RunContents] = {}
     for run in sorted(runs.values(), key=lambda run: (run.result is None, -run.done)):
         one = kept.setdefault(repr(run.recipe.to_plain()), run)
         if one is not run:

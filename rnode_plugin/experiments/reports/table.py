@@ -1,32 +1,27 @@
-"""The table of a report, a column for each configuration and for the paper, and the sentences around it."""
+"""The table of a report, with a column for each configuration, and the sentences around it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ...core.schedules import strength_text
 from ...errors import RnodeError
 from ...text import change_with_error, duration, signed, significant, with_error
-from ..recipes.settings import Paper
 from ..recipes.task import Task
 from .configurations import Configuration, Difference, base_of, paired_difference
 
 
 @dataclass(frozen=True)
-class Column:
-    """The head of a column; ``paper`` marks the figures that the paper gives."""
-
-    label: str
-    paper: bool = False
-
-
-@dataclass(frozen=True)
 class Row:
-    """A quantity, its unit or meaning, and the text of each column; an empty one if it is unknown.
+    """A row of the table.
 
-    ``detail`` marks a row that a reader needs less often.
+    Attributes:
+        name: the quantity.
+        meaning: its unit or what it means.
+        cells: a text for each column, empty for a value that is not known.
+        detail: whether a reader needs the row less often.
     """
 
     name: str
@@ -37,36 +32,32 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows as texts, and notes."""
+    """The labels of the columns, the rows, and the notes below them."""
 
-    columns: tuple[Column, ...]
+    columns: tuple[str, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
 
 
 _Cell = Callable[[Configuration], str]
 _Line = tuple[str, str, _Cell]
-"""A row's name and meaning, and the text of the cell of a configuration."""
+"""The name and the meaning of a row, and the function that gives its cell for a configuration."""
 
 
 def make_table(configurations: Sequence[Configuration]) -> Table:
-    """The table of some configurations; with the paper's figures if all their recipes carry the same ones.
-
-    Quantities that no configuration has measured have no row.
-    """
-    base, papers = base_of(configurations), _paper_columns(configurations)
-    rows = []
+    """The table of some configurations. A quantity that none of them has measured has no row."""
+    base = base_of(configurations)
+    rows: list[Row] = []
     for detail, lines in ((False, _main_lines(configurations, base)), (True, _detail_lines(configurations, base))):
         for name, meaning, cell in lines:
-            cells = (*map(cell, configurations), *(known.get(name, "") for known in papers.values()))
+            cells = tuple(cell(each) for each in configurations)
             if any(cells):
                 rows.append(Row(name, meaning, cells, detail))
-    columns = [*(Column(each.label) for each in configurations), *(Column(label, paper=True) for label in papers)]
-    return Table(tuple(columns), tuple(rows), tuple(_notes(configurations, base, paper=bool(papers))))
+    return Table(tuple(each.label for each in configurations), tuple(rows), tuple(_notes(configurations, base)))
 
 
 def _main_lines(configurations: Sequence[Configuration], base: Configuration) -> Iterator[_Line]:
-    """The rows that are always shown, from the top."""
+    """The rows that are always shown, in their order."""
     task = base.task
     for number, each in enumerate((*task.quantities, *task.baselines)):
         yield each.heading, each.meaning, _score(each.name)
@@ -81,7 +72,7 @@ def _main_lines(configurations: Sequence[Configuration], base: Configuration) ->
 
 
 def _detail_lines(configurations: Sequence[Configuration], base: Configuration) -> Iterator[_Line]:
-    """The other rows."""
+    """The rows that a reader unfolds, in their order."""
     task, runs = base.task, [run for one in configurations for run in one.runs]
     yield "time per step", "median", _known("seconds_per_step", lambda seconds: f"{significant(seconds)} s")
     yield "NFE, training", "per step, all blocks, last tenth of the steps", _known("nfe_train")
@@ -109,41 +100,11 @@ _PENALTIES = {
 }
 
 
-def _paper_of(configurations: Sequence[Configuration]) -> Paper | None:
-    """The figures of the paper, if the recipes of all configurations carry the same ones."""
-    paper, *others = {one.recipe.paper for one in configurations}
-    return None if others else paper
-
-
-def _paper_time(hours: float, gpus: int) -> str:
-    """``24.4 h on 1 GPU``."""
-    return f"{hours:g} h on {gpus} GPU" + ("s" if gpus > 1 else "")
-
-
-def _paper_columns(configurations: Sequence[Configuration]) -> Mapping[str, Mapping[str, str]]:
-    """The cells by row of the two runs for which the paper gives figures (its tables 1 and 2)."""
-    paper = _paper_of(configurations)
-    if paper is None:
-        return {}
-    rnode = {
-        "bits/dim, dirty": f"{paper.bits_dirty:g} bits/dim",
-        "bits/dim, clean": f"{paper.bits_clean:g} bits/dim",
-        "training time": _paper_time(paper.hours, paper.gpus),
-        "parameters": f"{paper.parameters:.2e}".replace("e+0", "e"),  # as the paper writes it
-    }
-    columns = {"RNODE, Finlay et al. 2020": rnode}
-    if paper.vanilla_bits is not None and paper.vanilla_hours is not None:
-        vanilla_time = _paper_time(paper.vanilla_hours, paper.gpus)
-        vanilla = {"bits/dim, dirty": f"{paper.vanilla_bits:g} bits/dim", "training time": vanilla_time}
-        columns["FFJORD, Finlay et al. 2020"] = vanilla
-    return columns
-
-
 # cells ---------------------------------------------------------------------------------------------------------
 
 
 def _known(name: str, text: Callable[[float], str] = significant) -> _Cell:
-    """The mean of a quantity as text; empty if it was not measured."""
+    """A cell with the mean of a quantity as text, empty if it was not measured."""
 
     def cell(one: Configuration) -> str:
         value = one.mean(name)
@@ -153,9 +114,12 @@ def _known(name: str, text: Callable[[float], str] = significant) -> _Cell:
 
 
 def _score(name: str) -> _Cell:
-    return lambda one: _known(name, lambda value: f"{with_error(value, one.error(name))} {one.task.short_unit}")(
-        one
-    )
+    """A cell with the mean of a score, its standard error and the unit."""
+
+    def cell(one: Configuration) -> str:
+        return _known(name, lambda value: f"{with_error(value, one.error(name))} {one.task.short_unit}")(one)
+
+    return cell
 
 
 def _difference(one: Configuration, base: Configuration) -> str:
@@ -172,7 +136,7 @@ def _change(found: Difference, task: Task) -> str:
 
 
 def _each(text: Callable[..., object]) -> _Cell:
-    """What ``text`` gives for each run, each once."""
+    """A cell with the text of each run, where equal texts stand once."""
     return lambda one: "; ".join(dict.fromkeys(str(text(run)) for run in one.runs))
 
 
@@ -197,8 +161,7 @@ def lambdas_text(one: Configuration) -> str:
 # sentences around the table ------------------------------------------------------------------------------------
 
 
-def _notes(configurations: Sequence[Configuration], base: Configuration, *, paper: bool) -> Iterator[str]:
-    """The notes below the table."""
+def _notes(configurations: Sequence[Configuration], base: Configuration) -> Iterator[str]:
     task, samples = base.task, base.task.samples
     yield (
         f"± is the standard error over the seeds, or over the held-out {samples} if there is one seed. Scores, "
@@ -206,28 +169,19 @@ def _notes(configurations: Sequence[Configuration], base: Configuration, *, pape
         "A run that is not finished counts only if its configuration has no finished one, with its last validation "
         "and without an error. Lower is better."
     )
-    if any(_difference(one, base) for one in configurations):
+    if any(_compared(one, base) for one in configurations):
         yield (
             f"The row “against {base.label}” compares two configurations {task.sample} by {task.sample}. Errors "
             "that both share drop out of it. It reads “better” or “worse” if the 95 % interval of the mean "
             f"difference excludes zero. With one seed the interval covers the choice of the {samples}, but not the "
             "luck of a training run. Train several seeds (--seeds 3) to cover both."
         )
-    if paper:
-        yield (
-            "Columns in italics are tables 1 and 2 of Finlay et al. (2020), measured by its authors on other "
-            "hardware."
-        )
 
 
 def summary(configurations: Sequence[Configuration]) -> list[str]:
-    """A sentence on what came out of each configuration, and one on the paper."""
-    base, paper = base_of(configurations), _paper_of(configurations)
-    sentences = [_sentence(one, base) for one in configurations]
-    if paper is not None:
-        hours = _paper_time(paper.hours, paper.gpus)
-        sentences.append(f"Finlay et al. (2020) report {paper.bits_dirty:g} {base.task.unit} after {hours}.")
-    return sentences
+    """A sentence on the result of each configuration."""
+    base = base_of(configurations)
+    return [_sentence(one, base) for one in configurations]
 
 
 def _sentence(one: Configuration, base: Configuration) -> str:
