@@ -12,6 +12,9 @@ from typing import BinaryIO
 
 from .errors import CheckpointError, ConfigError, first_line
 
+PROGRAM = ".pt2"
+"""The suffix of a program of torch.export."""
+
 _PATH_NAME = re.compile(r"\w([\w .,+=@-]*[\w+=@-])?")
 _MAX_NAME_BYTES = 100  # file systems allow 255 bytes, and suffixes are added
 

@@ -77,91 +77,6 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         assert re.search(rf"^  {name} +[A-Z]", done.stdout, re.M), name
 
 
-REFUSED = {
-    "train digit": "unknown recipe 'digit'; did you mean 'digits'",
-    "compare digit": "did you mean 'digits'",
-    "recipes show digit": "did you mean 'digits'",
-    "train digits --max-step 3": "No such option",
-    "train digits --max-time soon": "not a span of time",
-    "train digits --set optimizer.rl=1": "Did you mean optimizer.lr",
-    "train digits --set optimizer.lr=x": "optimizer.lr: input should be a valid number",
-    "train digits --regularizer kinetik=1": "did you mean 'kinetic'",
-    "train digits --regularizer kinetic=-1": "kinetic",
-    "train digits --data digitz": "did you mean 'digits'",
-    "train digits --device gpu": "'gpu' is not a device: write auto, cpu, cuda, cuda:1 or mps.",
-    "compare digits --device tpu": "'tpu' is not a device",
-    "train digits --devices 99999 --device cpu": "--devices 99999 is more than the",
-    "train digits --devices x": "'x' names no devices: write how many, as 4, which, as 0,2, or auto.",
-    "train digits --num-nodes 0": "0 is not in the range x>=1",
-    "train digits --precision fp8": "unknown precision 'fp8'. Known: 16-mixed, 32-true, 64-true, auto, bf16-mixed.",
-    "train digits --precision bf16-true": "use 32-true or bf16-mixed",
-    "train digits --logger tb": "unknown logger 'tb'. Known: mlflow, tensorboard, wandb.",
-    "train digits --set data.shape=1,2": "data.shape: an image has three numbers C,H,W (channels, height, width), "
-    "as in 1,28,28, got '1,2'.",
-    "train digits --batch-size 0": "data.batch_size: input should be greater than 0, got '0'",
-    "train runs/none/0": "is not a recipe: a run is continued by rnode-cli train --resume runs/none/0.",
-    "train digits --set model.name=multi": "unknown model 'multi'. Known: MultiscaleFlow, TableFlow.",
-    "train digits --size 12": "the images of digits have one size: leave --size out. It scales the pictures of a",
-    "train digits --data-root nowhere": "the digits come with scikit-learn, so --data-root has no effect.",
-    "train digits --callback nothing_of_that_name:Stop": "no module 'nothing_of_that_name' is here or installed.",
-    "train digits --callback math": "--callback math: write MODULE:NAME.",
-    "train table --set data.columns=radius,textur": "data.columns: unknown column 'textur'; did you mean",
-    "compare digits --configuration kinetic --configuration kinetik": "unknown configuration 'kinetik'; did",
-    "compare digits --configuration none.json": "none.json cannot be read: No such file",
-    "eval runs/digits/0 --solver metod=rk4": "unknown setting 'test_solver.metod'. Did you mean test_solver.method",
-    "eval runs/digits/0 --solver method=rk5": "unknown solver method 'rk5'; did you mean 'rk4'?",
-    "eval runs/digits/0 --solver atol=x": "test_solver.atol: input should be a valid number",
-    "eval runs/digits/0 --data-root nowhere": "so --data-root has no effect",
-    "diagnose runs/digits/0 --data-root nowhere": "so --data-root has no effect",
-    "sample runs/digits/0 --out x.jpg": "x.jpg is not a picture: its name must end in .png.",
-    "sample runs/digits/0 --given-values a=1": "are for tables that were trained with --given",
-    "sample runs/table/0 --given-values textur=1": "unknown given column 'textur'; did you mean 'texture'?",
-    "sample runs/table/0": "this density is given texture, and texture has no value. Name the values with",
-    "sample runs/table/0 --given-values texture=1 --columns 4": "rows of a table are in no grid: leave --columns",
-    "sample runs/table/0 --given-values texture=1 -t 1 -t 2": "at one temperature: give --temperature once.",
-    "sample runs/table/0 --given-values texture=1 --out x.xlsx": "x.xlsx is not a table: its name must end in .csv",
-    "exec --regularizer kinetik=1 script.py": "unknown regularizer 'kinetik'; did you mean 'kinetic'?",
-    "report runs/digit/0": "no run at runs/digit/0; did you mean 'runs/digits/0'? Give a run folder",
-}
-ABSENT = {
-    "train table --data-root nothing.csv": "nothing.csv does not exist",
-    "train pictures --data-root nowhere": "nowhere cannot be read: no such file or directory",
-    "train digits --weights mnist-pretraned": "did you mean 'mnist-pretrained'?",
-    "train --resume runs/none": "give a run folder, with checkpoints/last.ckpt, or one of its .ckpt files.",
-    "sample mnist-pretraned": "no checkpoint at mnist-pretraned; did you mean 'mnist-pretrained'? Give a run",
-    "sample mnist-pretrained --given-file nothing.csv": "nothing.csv does not exist",
-    "eval mnist-pretraned": "did you mean 'mnist-pretrained'?",
-    "diagnose mnist-pretraned": "did you mean 'mnist-pretrained'?",
-    "export mnist-pretraned a.safetensors": "did you mean 'mnist-pretrained'?",
-    "cite mnist-pretraned": "did you mean 'mnist-pretrained'?",
-    "eval runs/digit/0": "no checkpoint at runs/digit/0; did you mean 'runs/digits/0'?",
-    "eval runs/table/0 --data-root nothing.csv": "nothing.csv does not exist",
-    "diagnose runs/table/0 --data-root nothing.csv": "nothing.csv does not exist",
-}
-
-
-def test_a_wrong_name_or_setting_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
-    for name, changes in (("digits", []), ("table", ["data.given=texture"])):
-        run = tmp_path / "runs" / name / "0"
-        (run / "checkpoints").mkdir(parents=True)
-        (run / "checkpoints" / "best.ckpt").touch()  # which is not read
-        (run / "recipe.json").write_text(json.dumps(get_recipe(name).override(changes).to_plain()))
-    (tmp_path / "script.py").touch()
-    code = (
-        "import json, sys\nfrom click.testing import CliRunner\nfrom rnode_plugin.cli import main\n"
-        "run = CliRunner().invoke\n"
-        "done = {words: run(main, words.split(), prog_name='rnode-cli') for words in json.loads(sys.argv[1])}\n"
-        "print(json.dumps([{w: [d.exit_code, d.output] for w, d in done.items()}, 'torch' in sys.modules]))"
-    )
-    command = [sys.executable, "-c", code, json.dumps([*REFUSED, *ABSENT])]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    found, imported = json.loads(done.stdout)
-    for words, message in {**REFUSED, **ABSENT}.items():
-        assert found[words][0] == (2 if words in REFUSED else 1), found[words]
-        assert message in " ".join(found[words][1].split())
-    assert not imported
-
-
 @pytest.mark.parametrize(
     ("chosen", "imported", "expected"),
     [
@@ -186,10 +101,6 @@ def test_waiting_threads_sleep_soon_unless_the_user_has_chosen(
         assert rnode("plugins").exit_code == 0
     found = os.environ.pop("GOMP_SPINCOUNT", None)  # the command sets it for its process
     assert found == expected
-
-
-def test_pictures_need_a_folder() -> None:
-    assert "name the folder of your pictures: --data-root FOLDER" in rnode("train", "pictures").output
 
 
 # recipes -------------------------------------------------------------------------------------------------------

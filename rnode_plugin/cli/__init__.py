@@ -1,4 +1,4 @@
-"""The command line ``rnode-cli``: the group of all commands; errors become messages and exit codes."""
+"""The command line ``rnode-cli``: the group of all commands, which turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import traceback
-from typing import Any
 
 import click
 
@@ -18,11 +17,15 @@ from .options import loaded
 
 __all__ = ["main"]
 
-_WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")  # how a thread of OpenMP waits for the others
+_WAITING = (
+    "GOMP_SPINCOUNT",
+    "OMP_WAIT_POLICY",
+    "KMP_BLOCKTIME",
+)  # they set how a thread of OpenMP waits
 
 
 class _Misuse(click.ClickException):
-    """A request that cannot work."""
+    """An invalid request, which ends with exit code 2."""
 
     exit_code = 2
 
@@ -35,7 +38,7 @@ def _command(name: str) -> click.Command:
 
 
 class _Commands(click.Group):
-    """Commands by name from the registry. The module of a command is imported when it is used."""
+    """The commands in the registry, built in or from plugins. A command's module is imported when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return registry.names("commands")
@@ -43,7 +46,9 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return _command(cmd_name) if cmd_name in registry.names("commands") else None
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in (known := self.list_commands(ctx)):
             raise click.UsageError(suggest(args[0], known, "command"), ctx)
         return super().resolve_command(ctx, args)
@@ -57,7 +62,7 @@ class _Commands(click.Group):
                 with formatter.section(title):
                     formatter.write_dl(rows)
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -68,14 +73,14 @@ class _Commands(click.Group):
                 traceback.print_exception(error)
             hint = "" if not isinstance(error, PluginError) else " `rnode-cli --debug ...` shows the traceback."
             raise (_Misuse if isinstance(error, ConfigError) else click.ClickException)(f"{error}{hint}") from error
-        except (RuntimeError, MemoryError) as error:  # a device's own error; training explains more of them
+        except (RuntimeError, MemoryError) as error:  # from a device; `fit` explains more of them itself
             if ctx.params.get("debug") or not re.search(NO_MEMORY, f"{type(error).__name__}: {error}".lower()):
                 raise
             raise click.ClickException(
                 f"out of memory ({first_line(error).rstrip('.')}). Use fewer samples at once, or another --device."
             ) from error
         except OSError as error:
-            if error.errno == errno.EPIPE or ctx.params.get("debug"):  # click's own: the reader of a pipe is gone
+            if error.errno == errno.EPIPE or ctx.params.get("debug"):  # click handles a pipe without a reader
                 raise
             place = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(f"{place}{(error.strerror or str(error)).lower()}.") from error
@@ -87,15 +92,15 @@ class _Commands(click.Group):
 @click.pass_context
 def main(ctx: click.Context, *, debug: bool) -> None:
     """Train, evaluate and sample regularized neural ODE flows (RNODE)."""
-    if ctx.invoked_subcommand != "exec":  # a script runs as it would without us
+    if ctx.invoked_subcommand != "exec":  # a script must run as it does without this package
         _wait_briefly()
 
 
 def _wait_briefly() -> None:
-    """Let OpenMP's threads that wait for each other sleep after a hundredth of the turns that libgomp would spin.
+    """Let OpenMP's threads sleep soon when they wait for each other, after a hundredth of libgomp's usual spinning.
 
-    On a busy machine the thread that they wait for needs their core. libgomp reads the variable when torch loads
-    it. A variable by which the user has chosen how to wait stays.
+    On a busy machine, a spinning thread holds the core that the thread it waits for needs. libgomp reads the
+    variable when torch loads it. If the user has set one of these variables, nothing changes.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in _WAITING):
         os.environ["GOMP_SPINCOUNT"] = "3000"

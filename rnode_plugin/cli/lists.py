@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,6 +17,7 @@ from ..plugins import registry
 from ..text import counted, significant, table
 from .options import (
     as_json,
+    check_folder,
     complete,
     loaded,
     print_json,
@@ -31,6 +32,8 @@ _VARIABLES = (
 
 if TYPE_CHECKING:
     from ..core.tally import Tally
+
+_T = TypeVar("_T")
 
 
 @click.group(invoke_without_command=True)
@@ -60,13 +63,13 @@ def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool
         return
     click.echo(f"{recipe.name}: {recipe.description}\n")
     click.echo(table((path, as_text(value)) for path, value in recipe.settings()))
-    import torch  # seconds of imports, after what is known without it
+    import torch  # this takes seconds, so what is known without it was printed before
 
     try:
         with torch.device("meta"):  # shapes without values
             count = sum(parameter.numel() for parameter in recipe.build_flow().parameters())
         click.echo(f"\n{count:,} parameters")
-    except (RnodeError, RuntimeError) as error:  # of a model that needs values
+    except (RnodeError, RuntimeError) as error:  # from a model that needs values to be built
         click.echo(f"\nThe number of parameters is not known: {first_line(error)}")
 
 
@@ -88,12 +91,12 @@ def list_datasets() -> None:
 @data.command("prepare", short_help="Pack folders of pictures.")
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--size", type=click.IntRange(1, 8192), help="Height and width in pixels. [default: as they are]")
+@click.option("--size", type=click.IntRange(1, 8192), help="Height and width in pixels. [default: as in SOURCE]")
 @click.option(
-    "--channels", type=click.Choice(["1", "3"]), default="3", show_default=True, help="Write grey or colour."
+    "--channels", type=click.Choice(["1", "3"]), default="3", show_default=True, help="Write gray (1) or color (3)."
 )
 @click.option("--overwrite", is_flag=True, help="Replace train.npy and val.npy in TARGET.")
-def prepare(sources: tuple[Path, ...], target: Path, channels: str, **options: Any) -> None:
+def prepare(*, sources: tuple[Path, ...], target: Path, size: int | None, channels: str, overwrite: bool) -> None:
     """Pack pictures from SOURCE... into TARGET/train.npy and TARGET/val.npy.
 
     A SOURCE is a folder of pictures, or a folder with the published ImageNet 64x64 batches
@@ -103,14 +106,15 @@ def prepare(sources: tuple[Path, ...], target: Path, channels: str, **options: A
     The files hold 8 bits a value. celebahq256 reduces them to 5 when it reads them. Nothing appears in TARGET
     before all of it is written.
     """
+    check_folder(target)
     from ..experiments.data import pack
 
-    def shown(files: Sequence[Any]) -> Iterator[Any]:
+    def shown(files: Sequence[_T]) -> Iterator[_T]:
         with click.progressbar(files, label="packing", file=sys.stderr) as bar:
             yield from bar
 
     click.echo("Looking through " + ", ".join(map(str, sources)), err=True)
-    images = pack(sources, target, channels=int(channels), progress=shown, **options)
+    images = pack(sources, target, size=size, channels=int(channels), overwrite=overwrite, progress=shown)
     click.echo(
         f"{counted(len(images.train), 'image')} to train on and {len(images.val):,} held out, "
         f"{'x'.join(map(str, images.shape))}, in {target}"
@@ -183,7 +187,7 @@ def info() -> None:
 
 
 def _penalized(text: str) -> slice | tuple[int, ...]:
-    """The tensors or the columns that ``--penalized`` names; a ValueError becomes click's message."""
+    """The tensors or the columns that ``--penalized`` names. click turns a ValueError into a message."""
     if ":" in text:
         return slice(*(int(each) if each.strip() else None for each in text.split(":", 1)))
     return tuple(int(each) for each in text.split(","))
@@ -230,7 +234,7 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
     spec = read_regularizers(regularizers) or None
     for name in spec or ():
         registry.check_name("regularizers", name.partition(":")[0])  # before torch is imported
-    sys.path.insert(0, str(script.resolve().parent))  # a copy of torchdiffeq there is the script's
+    sys.path.insert(0, str(script.resolve().parent))  # first, since the script may have a copy of torchdiffeq
     try:
         from .. import install, torchdiffeq
     except ImportError as error:
@@ -242,8 +246,9 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
     sys.argv = [str(script), *args]
     try:
         runpy.run_path(str(script), run_name="__main__")
-    except Exception as error:  # shown here, since the command line would turn an RnodeError into a message
-        # without the frames of this function and of runpy
+    except Exception as error:
+        # The traceback is shown here, because the command line would turn an RnodeError into a message. It begins
+        # at the script, without the frames of this function and of runpy.
         frames = error.__traceback__
         while frames is not None and Path(frames.tb_frame.f_code.co_filename) != script:
             frames = frames.tb_next
@@ -258,7 +263,7 @@ _NOT_ASKED = "no penalty was added to a gradient, since no --regularizer was giv
 
 
 def _penalized_solves(tally: Tally) -> str:
-    """How many solves a script's penalties took part in; for none, why that may be and what to do."""
+    """A sentence with the number of penalized solves and the mean penalties; for no solve, what may be wrong."""
     if not tally.solves:
         return (
             "no solve was penalized: in this process no gradient went through a solve by torchdiffeq, or by a "

@@ -1,4 +1,4 @@
-"""Options of several commands, completion of their values, and the places that commands write to."""
+"""Options that several commands have, the completion of their values, and checks of the paths that they name."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
-from ..errors import ConfigError, RnodeError
+from ..errors import CheckpointError, ConfigError, RnodeError
 from ..plugins import registry
 
 if TYPE_CHECKING:
@@ -23,16 +24,16 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+_F = TypeVar("_F", bound=Callable[..., object])
 _Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
 class Duration(click.ParamType):
-    """Seconds, from ``90``, ``20m`` or ``1h30m``."""
+    """A number of seconds, written as ``90``, ``20m`` or ``1h30m``."""
 
     name = "time"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
         text, seconds = str(value).strip().lower(), 0.0
         if re.fullmatch(r"\d+(\.\d+)?|(\d+(\.\d+)?[smhd])+", text):  # not 1h30, whose 30 may be minutes
             seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd]?)", text))
@@ -42,22 +43,22 @@ class Duration(click.ParamType):
 
 
 class DeviceName(click.ParamType):
-    """A device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``."""
+    """The name of a device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``."""
 
     name = "device"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text := str(value)):
             self.fail(f"{text!r} is not a device: write auto, cpu, cuda, cuda:1 or mps.", param, ctx)
         return text
 
 
 class Devices(click.ParamType):
-    """How many devices, or which: ``auto``, ``4`` or ``0,2``."""
+    """How many devices, or which ones: ``auto``, ``4`` or ``0,2``."""
 
     name = "devices"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not re.fullmatch(r"auto|[1-9]\d*|\d+(,\d+)+|\d+,", text := str(value)):
             self.fail(f"{text!r} names no devices: write how many, as 4, which, as 0,2, or auto.", param, ctx)
         return text
@@ -71,27 +72,28 @@ def _items(values: Iterable[str], incomplete: str) -> list[CompletionItem]:
 
 
 def complete_one_of(*values: str) -> _Completer:
-    """A completion of these values."""
+    """A completer that offers these values."""
     return lambda ctx, param, incomplete: _items(values, incomplete)
 
 
 def complete(kind: str, suffix: str = "") -> _Completer:
-    """A completion of the registered names of one kind."""
+    """A completer that offers the registered names of a kind, such as ``recipes``, each followed by ``suffix``."""
     return lambda ctx, param, incomplete: _items((f"{n}{suffix}" for n in registry.names(kind)), incomplete)
 
 
 def complete_setting(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """The settings of the recipe that the line names, or else of digits."""
+    """Complete the settings of the recipe that the command line names, or of digits if it names none."""
     from ..experiments.recipes.recipe import get_recipe
 
     names = registry.names("recipes")
-    words = [*ctx.params.values(), *ctx.args]  # click leaves it among the latter while --set lacks its value
+    # click leaves the name of the recipe in `args` while --set lacks its value
+    words = [*ctx.params.values(), *ctx.args]
     recipe = get_recipe(next((each for each in words if each in names), "digits"))
     return _items((f"{path}=" for path, _ in recipe.settings() if not path.startswith("paper.")), incomplete)
 
 
 def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Packaged weights and run folders; any file or folder if none of them begins like that."""
+    """Complete packaged weights and run folders, or any path if none of them begins with ``incomplete``."""
     from ..experiments.recipes.pretrained import PRETRAINED
     from ..experiments.runs.run import Run
 
@@ -124,7 +126,8 @@ quiet = click.option("--quiet", is_flag=True, help="Show results only, no progre
 force = click.option("--force", is_flag=True, help="Overwrite what is there.")
 
 
-# options that are a shorter form of a setting of the recipe, which checks their values
+# Options that are a shorter form of a setting: the setting, the metavar and the help. They have no type in click,
+# because the recipe reads and checks the text, as it does for --set.
 _SHORT: dict[str, tuple[str, str, str]] = {
     "data": ("data.name", "NAME", "Use another data set than the recipe's, such as folder."),
     "data-root": ("data.root", "PATH", "Folder of the data set, or the file of a table. [default: the recipe's]"),
@@ -146,7 +149,7 @@ _COMPLETE: dict[str, _Completer] = {"data": complete("datasets"), "weights": com
 
 
 def short(*names: str) -> Callable[[_F], _F]:
-    """Options that are a shorter form of a setting. :func:`changed` applies them."""
+    """Add the options of these names, each a shorter form of a setting. :func:`changed` applies them."""
 
     def add(command: _F) -> _F:
         for name in reversed(names):
@@ -158,33 +161,46 @@ def short(*names: str) -> Callable[[_F], _F]:
     return add
 
 
-def changed(recipe: Recipe, options: dict[str, Any]) -> Recipe:
-    """The recipe with what ``options`` change. They are taken out, and ``--set`` is applied last."""
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with the settings that the options of a command change, of which ``--set`` is applied last.
+
+    Args:
+        recipe: the recipe to change, which stays as it is.
+        changes: the options ``--set``, ``--regularizer``, ``--compile`` and those of :func:`short`, by the names
+            of their parameters.
+
+    Raises:
+        ConfigError: an unknown name or setting, a value that cannot work, or an option of another kind of data.
+        DataError: a table or a folder that is named cannot be read.
+    """
     from ..core.schedules import DEFAULT_LAMBDA
 
-    lambdas = read_regularizers(options.pop("regularizers", ()))
-    changes = [f"regularizers.{name}={DEFAULT_LAMBDA if text is None else text}" for name, text in lambdas.items()]
-    if (compiled := options.pop("compile", None)) is not None:
-        changes.append(f"training.compile={str(compiled).lower()}")
+    lambdas = read_regularizers(changes.get("regularizers", ()))
+    texts = [f"regularizers.{name}={DEFAULT_LAMBDA if text is None else text}" for name, text in lambdas.items()]
+    if (compiled := changes.get("compile")) is not None:
+        texts.append(f"training.compile={str(compiled).lower()}")
     for name, (setting, *_) in _SHORT.items():
-        if (value := options.pop(name.replace("-", "_"), None)) is None:
+        if (value := changes.get(name.replace("-", "_"))) is None:
             continue
         if name == "data":
             registry.check_name("datasets", value)
         if (foreign := recipe.data.foreign.get(name)) is not None:
             raise ConfigError(f"--{name} is for {foreign}, and {recipe.name} is a recipe of {recipe.data.subject}.")
-        changes.append(f"{setting.format(samples=recipe.task.samples)}={value}")
-    new = recipe.override([*changes, *options.pop("assignments")])
+        texts.append(f"{setting.format(samples=recipe.task.samples)}={value}")
+    new = recipe.override([*texts, *changes["assignments"]])
     new.data.check_chosen(recipe.data)
     return new
 
 
 def refuse_place(name: str) -> None:
-    """Refuse a run, a checkpoint, a table or a folder of pictures in the place of a recipe's name."""
+    """Raise a ConfigError if ``name`` is a run, a checkpoint, a table or a folder of pictures, not a recipe.
+
+    The message names the command or the option that takes such a path. Any other name passes, also an unknown one.
+    """
     path = Path(name)
     if name in registry.names("recipes") or not (path.exists() or os.sep in name):
         return
-    from ..experiments.data.table_files import is_table  # numpy, for what exists only
+    from ..experiments.data.table_files import is_table  # imports numpy, which most names need not wait for
     from ..experiments.runs.run import Run
 
     place = shlex.quote(name)
@@ -205,13 +221,38 @@ def refuse_place(name: str) -> None:
 
 
 def read_regularizers(texts: Iterable[str]) -> dict[str, str | None]:
-    """Lambdas by name from ``NAME=LAMBDA``, where a name may have options; None for a ``NAME`` alone."""
+    """Lambdas by name from texts ``NAME=LAMBDA``, where a name may have options; None for a ``NAME`` alone."""
+    # the last equals sign, because of names such as trajectory_polynomial:2,points=3
     parts = (each.rpartition("=") for each in texts)
     return {name or last: last if name else None for name, _, last in parts}
 
 
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Check that files can be written into a folder, before a command computes what it will write there.
+
+    The folder need not exist yet. A nameless file is made in it, or in the nearest folder above it that exists,
+    and removed. Its permissions would not show that a file system is read-only.
+
+    Raises:
+        CheckpointError: the system refuses the file.
+    """
+    folder = Path(os.path.abspath(path))
+    there = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise CheckpointError(f"cannot write into {path}: {reason}. Choose a folder that can be written.") from None
+
+
 def free_path(named: str | None, default: str, *, force: bool) -> Path:
-    """Where to write: ``named``, a ConfigError if it is taken; else the default with the first free number."""
+    """The path to write to: ``named``, or ``default`` with the first number that is free.
+
+    With ``force``, a path that is taken is returned as it is named.
+
+    Raises:
+        ConfigError: ``named`` is a file, or a folder that is not empty, and ``force`` is not given.
+    """
     path = Path(named or default)
     if force or not (path.is_file() or (path.is_dir() and any(path.iterdir()))):
         return path
@@ -224,30 +265,34 @@ def free_path(named: str | None, default: str, *, force: bool) -> Path:
 def flush_denormals() -> None:
     """Calculate without numbers too small for full precision during a command.
 
-    A denormal, below 1e-38 in float32, is smaller than the rounding of all that it is added to, but processors are
-    slow on it: softplus of pre-activations near -95 takes 26 times as long as elsewhere.
+    A denormal, below 1e-38 in float32, is smaller than the rounding error of any sum that it enters, but
+    processors are slow on it. softplus of pre-activations near -95 takes 26 times as long as in other places.
     """
     import numpy as np
     import torch
 
     for kind in (np.float32, np.float64):
-        np.finfo(kind)  # numpy before 2 looks once, and would warn then that its smallest number is zero
-    if torch.set_flush_denormal(True):  # a program that calls a command as a function gets its arithmetic back
+        np.finfo(kind)  # numpy 1 computes this once, and would warn later that the smallest number is zero
+    if torch.set_flush_denormal(True):
+        # a program that calls a command as a function gets its arithmetic back
         click.get_current_context().call_on_close(lambda: torch.set_flush_denormal(False))
 
 
 def show_next(*steps: str) -> None:
-    """What can be done with a result, one line each."""
+    """Print commands that can follow, one on each line."""
     click.echo("\nNext: " + "\n      ".join(steps))
 
 
-def print_json(value: Any) -> None:
-    """One JSON value on the standard output."""
+def print_json(value: object) -> None:
+    """Print a value as JSON. What JSON cannot hold, such as a path, becomes text."""
     click.echo(json.dumps(value, indent=2, default=str))
 
 
 def loaded(kind: str, describe: Callable[[str], str]) -> list[tuple[str, str]]:
-    """All names of a kind with a sentence on each; one broken plugin must not take the list away."""
+    """All registered names of a kind with a sentence on each.
+
+    For a name that a broken plugin registers, the sentence is the error, so that the other names stay listed.
+    """
     rows = []
     for name in registry.names(kind):
         try:

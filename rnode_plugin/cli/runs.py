@@ -5,16 +5,18 @@ from __future__ import annotations
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import click
 
 from ..errors import ConfigError
+from ..files import PROGRAM
 from ..solvers.checks import FIXED_METHODS
 from ..solvers.settings import SolverSettings
 from ..text import batch_counter, counted, duration, table
 from .options import (
     as_json,
+    check_folder,
     complete_run,
     device,
     download,
@@ -28,18 +30,18 @@ from .options import (
 )
 
 CHECK_FAILED = 3
-"""Exit code of a diagnosis in which a check has failed."""
+"""The exit code of ``diagnose`` if a check has failed."""
 
 
 class Values(click.ParamType):
-    """Numbers by column, from ``COLUMN=VALUE,...``. The name of a column may have commas."""
+    """Numbers by column, written as ``COLUMN=VALUE,...``. The name of a column may have commas."""
 
     name = "values"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, float]:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, float]:
         found: dict[str, float] = {}
-        begun = ""  # of a name that has commas
-        for part in value.split(","):
+        begun = ""  # the part before a comma in the name of a column
+        for part in str(value).split(","):
             name, equals, number = f"{begun}{part}".rpartition("=")
             begun = "" if equals else f"{begun}{part},"
             if begun:
@@ -74,7 +76,21 @@ class Values(click.ParamType):
 @click.option("--seed", type=click.IntRange(0), metavar="N",
               help="Seed of the noise. [default: the run's]")  # fmt: skip
 @download
-def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: A001 - the command's name
+def eval(  # noqa: A001 - the command's name
+    *,
+    run: str,
+    limit: int | None,
+    solver_settings: tuple[str, ...],
+    data_root: str | None,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+    summary: bool,
+    draws: int | None,
+    batch_size: int | None,
+    seed: int | None,
+    download: bool,
+) -> None:
     """Measure RUN, a run folder or a checkpoint, on held-out data: bits/dim of images, NLL of a table, NFE.
 
     \b
@@ -89,36 +105,36 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
     from ..experiments.runs.run import recipe_beside
     from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
 
-    if options["summary"] and not as_json:
+    if summary and not as_json:
         raise click.UsageError("--summary shortens the JSON: add --json.")
-    if wrong := [each for each in options["solver_settings"] if "=" not in each]:
+    if wrong := [each for each in solver_settings if "=" not in each]:
         raise click.UsageError(f"--solver takes KEY=VALUE, as in --solver method=rk4, not {wrong[0]!r}.")
+    changes = [f"test_solver.{each}" for each in solver_settings]
     path = find_checkpoint(run)
     if (known := recipe_beside(path)) is not None:  # what cannot work is refused before torch is imported
-        known.override([f"test_solver.{change}" for change in options["solver_settings"]])
-        known.at_root(options["data_root"])
+        known.override(changes)
+        known.at_root(data_root)
     from ..experiments.evaluation.likelihood import evaluate
     from ..experiments.evaluation.loading import load_for_evaluation, pick_device
 
     flush_denormals()
-    flow, recipe = load_with_recipe(path, map_location=pick_device(options["device"]))
-    recipe = recipe.override([f"test_solver.{change}" for change in options["solver_settings"]])
-    data = load_for_evaluation(recipe, root=options["data_root"], download=options["download"])
-    data = data.limit(None, options["limit"])
+    flow, recipe = load_with_recipe(path, map_location=pick_device(device))
+    recipe = recipe.override(changes)
+    data = load_for_evaluation(recipe, root=data_root, download=download).limit(None, limit)
     result = evaluate(
         flow,
-        data.held_out[: options["limit"]],
+        data.held_out[:limit],
         measure=recipe.task,
-        batch_size=options["batch_size"] or recipe.data.val_batch_size,
-        draws=options["draws"],
+        batch_size=batch_size or recipe.data.val_batch_size,
+        draws=draws,
         solver=recipe.test_solver.build(),
         training_solver=recipe.solver.build(),
-        seed=recipe.training.seed if options["seed"] is None else options["seed"],
+        seed=recipe.training.seed if seed is None else seed,
         progress=None if quiet else batch_counter("evaluating"),
     ).with_baselines(recipe.task, data)
     head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
     if as_json:
-        print_json({**head, **result.to_plain(samples=not options["summary"])})
+        print_json({**head, **result.to_plain(samples=not summary)})
     else:
         click.echo(table([*head.items(), *result.rows(recipe.task)]))
 
@@ -139,7 +155,19 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
               help="Seed of all noise.")  # fmt: skip
 @download
 @click.pass_context
-def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **options: Any) -> None:
+def diagnose(
+    ctx: click.Context,
+    *,
+    run: str,
+    samples: int | None,
+    data_root: str | None,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+    out: str | None,
+    seed: int,
+    download: bool,
+) -> None:
     """Check whether the densities and samples of RUN, a run folder or a checkpoint, can be trusted.
 
     \b
@@ -153,28 +181,31 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     Writes diagnosis.json and diagnosis/ (PNG and SVG). `rnode-cli report` shows the diagnosis of the best weights
     of a run. The exit code is 3 if a check failed.
     """
-    from ..experiments.runs.run import recipe_beside
+    from ..experiments.runs.run import Run, recipe_beside
     from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
 
     path = find_checkpoint(run)
     if (known := recipe_beside(path)) is not None:  # what cannot work is refused before torch is imported
-        known.at_root(options["data_root"])
+        known.at_root(data_root)
+    own = Run.of_checkpoint(path)
+    default = own.path if own and path == own.best else free_path(None, "diagnosis", force=False)
+    target = Run(Path(out or default))
+    check_folder(target.path)
     from ..diagnostics.diagnose import compared_for, diagnose
     from ..experiments.evaluation.loading import held_out_samples, pick_device
     from ..experiments.reports.diagnosis import save_diagnosis
     from ..experiments.runs.results import DiagnosedWeights
-    from ..experiments.runs.run import Run
 
     flush_denormals()
-    place = pick_device(options["device"])
-    flow, recipe = load_with_recipe(path, map_location=place)
-    samples, seed = options["samples"], options["seed"]
-    place_of_data = {"root": options["data_root"], "download": options["download"]}
-    held_out = held_out_samples(recipe, samples or compared_for(recipe.dims), seed=seed, **place_of_data)
+    torch_device = pick_device(device)
+    flow, recipe = load_with_recipe(path, map_location=torch_device)
+    held_out = held_out_samples(
+        recipe, samples or compared_for(recipe.dims), seed=seed, root=data_root, download=download
+    )
     diagnosis = diagnose(
         flow,
-        held_out.x.to(place),
-        context=None if held_out.context is None else held_out.context.to(place),
+        held_out.x.to(torch_device),
+        context=None if held_out.context is None else held_out.context.to(torch_device),
         training_solver=recipe.solver.build(),
         samples=samples,
         seed=seed,
@@ -183,10 +214,7 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     diagnosed = DiagnosedWeights(
         checkpoint=str(path), recipe=recipe.name, weights=recipe.weights, diagnosis=diagnosis
     )
-    own = Run.of_checkpoint(path)
-    default = own.path if own and path == own.best else free_path(None, "diagnosis", force=False)
-    place_of_files = Run(Path(options["out"] or default))
-    save_diagnosis(diagnosed, place_of_files)
+    save_diagnosis(diagnosed, target)
     if as_json:
         print_json(diagnosed.to_plain())
     else:
@@ -194,7 +222,7 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
         text.write_dl([(f"{check.name}: {check.verdict}", check.sentence) for check in diagnosis.checks])
         click.echo(text.getvalue().rstrip())
         used = f"{diagnosis.samples} held-out {recipe.task.samples} (--samples N changes that)"
-        click.echo(f"\n{used}, {duration(diagnosis.seconds)}\n{place_of_files.diagnosis}\n{place_of_files.figures}")
+        click.echo(f"\n{used}, {duration(diagnosis.seconds)}\n{target.diagnosis}\n{target.figures}")
     if diagnosis.failed:
         ctx.exit(CHECK_FAILED)
 
@@ -221,7 +249,20 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
 @click.option("--columns", type=click.IntRange(1), metavar="N", help="Images in a row of the grid.")
 @click.option("--batch-size", type=click.IntRange(1), metavar="N",
               help="Images or rows per solve. [default: 256, 10000]")  # fmt: skip
-def sample(*, run: str, **options: Any) -> None:
+def sample(
+    *,
+    run: str,
+    count: int | None,
+    temperatures: tuple[float, ...],
+    out: str | None,
+    given_values: dict[str, float] | None,
+    given_file: str | None,
+    force: bool,
+    device: str,
+    seed: int,
+    columns: int | None,
+    batch_size: int | None,
+) -> None:
     """Draw images from RUN, a run folder or a checkpoint, into one PNG, or rows of a table into a file.
 
     \b
@@ -236,25 +277,31 @@ def sample(*, run: str, **options: Any) -> None:
     from ..experiments.runs.run import recipe_beside
     from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
 
-    values, file = options.pop("given_values"), options.pop("given_file")
-    if values and file:
+    if given_values and given_file:
         raise ConfigError("give the context with --given-values or with --given-file, not both.")
-    checkpoint, given, named = find_checkpoint(run), values or file, options.pop("out")
-    if file is not None:
-        column_names(file)
-    device, force = options.pop("device"), options.pop("force")
-    request = SampleRequest(given=given, **options)
+    checkpoint = find_checkpoint(run)
+    if given_file is not None:
+        column_names(given_file)  # refuses a file that is not a table
+    request = SampleRequest(
+        count=count,
+        temperatures=temperatures,
+        given=given_values or given_file,
+        seed=seed,
+        columns=columns,
+        batch_size=batch_size,
+    )
     if (known := recipe_beside(checkpoint)) is not None:  # what cannot work is refused before torch is imported
-        known.task.check_request(request, None if named is None else Path(named))
+        known.task.check_request(request, None if out is None else Path(out))
+    check_folder(Path(out or "samples").parent)
     from ..experiments.evaluation.loading import pick_device
 
     flush_denormals()
     flow, recipe = load_with_recipe(checkpoint, map_location=pick_device(device))
-    place = free_path(named, recipe.task.samples_file, force=force)
+    place = free_path(out, recipe.task.samples_file, force=force)
     drawn = recipe.task.write_samples(flow, place, request)
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
-    temperatures = ", ".join(f"{each:g}" for each in request.temperatures)
-    click.echo(f"{counted(drawn, recipe.task.sample)} at temperature {temperatures}{averaged}: {place}")
+    drawn_at = ", ".join(f"{each:g}" for each in temperatures)
+    click.echo(f"{counted(drawn, recipe.task.sample)} at temperature {drawn_at}{averaged}: {place}")
 
 
 @click.command()
@@ -282,16 +329,19 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
     """
     from ..experiments.training.checkpoints import SAFETENSORS, find_checkpoint, load_with_recipe, save_flow
 
-    source, path = find_checkpoint(run), Path(file)  # before torch is imported
-    from ..experiments.evaluation.programs import SUFFIX, Which, export_program, save_program
-
-    suffix = SAFETENSORS if kind == "safetensors" else SUFFIX
+    path = Path(file)
+    suffix = SAFETENSORS if kind == "safetensors" else PROGRAM
     if path.suffix != suffix:
         raise ConfigError(f"a file of --format {kind} must end in {suffix}, not {file!r}.")
     if kind == "safetensors" and (step or method):
         raise ConfigError("--step and --method are options of programs: give --format torch-export too.")
     if method is not None and step is None:
         raise ConfigError("--method needs a --step.")
+    source = find_checkpoint(run)
+    check_folder(path.parent)
+    # what cannot work was refused before torch is imported here
+    from ..experiments.evaluation.programs import Which, export_program, save_program
+
     programs = {} if kind == "safetensors" else {w: path.with_stem(f"{path.stem}-{w}") for w in get_args(Which)}
     for target in programs.values() or [path]:
         free_path(str(target), "", force=force)
@@ -316,22 +366,24 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
 @force
 @as_json
 def report(*, runs: tuple[str, ...], out: str | None, title: str | None, force: bool, as_json: bool) -> None:
-    """Show the table and figures of RUN..., finished or still running.
+    """Make a report on RUN..., finished or still running: a table and figures.
 
     \b
     rnode-cli report runs/digits/0 runs/digits/1
 
-    RUN is a run folder or a folder with run folders below it. Of the runs below a folder, the ones that cannot be
-    read are left out. Runs that differ by their seed alone are one configuration.
+    RUN is a run folder or a folder with run folders below it. Runs below a folder that cannot be read are left
+    out. Runs that differ only in their seed form one configuration.
     Writes report.html (one file that opens offline) and figures/ (PNG and SVG).
     """
     from ..experiments.runs.run import Run
 
     for run in map(Path, runs):
-        Run.find(run)  # before torch is imported
+        Run.find(run)  # refuses a path without runs before torch is imported
+    target = free_path(out, "report", force=force)
+    check_folder(target)
     from ..experiments.reports import write_report
 
-    written = write_report(runs, free_path(out, "report", force=force), title=title)
+    written = write_report(runs, target, title=title)
     for message in written.left_out:
         click.echo(f"left out: {message}", err=True)
     if as_json:
@@ -345,7 +397,7 @@ def report(*, runs: tuple[str, ...], out: str | None, title: str | None, force: 
 def cite(*, run: str | None) -> None:
     """Print BibTeX of the papers behind the penalties, the trace estimator and the solver of RUN.
 
-    RUN is a run folder or a checkpoint. Without it, the papers of the method of this package are printed.
+    RUN is a run folder or a checkpoint. Without it, the papers behind `kinetic` and `jacfrob` are printed.
     """
     from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
 

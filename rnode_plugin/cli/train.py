@@ -8,6 +8,7 @@ import pkgutil
 import shlex
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +21,7 @@ from .options import (
     Duration,
     as_json,
     changed,
+    check_folder,
     complete,
     complete_one_of,
     complete_run,
@@ -36,6 +38,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from pytorch_lightning.callbacks import Callback
+
     from ..experiments.recipes.recipe import Recipe
     from ..experiments.training.fit import FitResult
 
@@ -66,17 +70,27 @@ if TYPE_CHECKING:
 @click.option("--num-nodes", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Machines of a distributed run.")  # fmt: skip
 @download
-@click.option("--next/--no-next", "next_steps", default=True, hidden=True)  # of a run that `compare` reports on
+@click.option("--next/--no-next", "next_steps", default=True, hidden=True)  # `compare` shows its own
 @click.pass_context
 def train(
     ctx: click.Context,
     *,
     recipe: str | None,
+    max_time: float | None,
     resume: str | None,
+    device: str,
+    devices: str,
     quiet: bool,
     as_json: bool,
+    ffjord: bool,
+    runs: str,
+    run_folder: str | None,
+    loggers: tuple[str, ...],
+    callbacks: tuple[str, ...],
+    num_nodes: int,
+    download: bool,
     next_steps: bool,
-    **options: Any,
+    **changes: Any,
 ) -> None:
     """Train the flow of RECIPE on its data set, and measure its best weights.
 
@@ -92,30 +106,38 @@ def train(
     from there on, and a recipe.json changes all of them.
     """
     try:
-        check_loggers(options["loggers"])
-        for name in options["callbacks"]:
+        check_loggers(loggers)
+        for name in callbacks:
             _check_callback(name)
-        found, resume = _chosen(recipe, resume, ctx, ffjord=options.pop("ffjord"))
-        chosen = changed(found, options)
+        found, resume = _chosen(recipe, resume, ctx, ffjord=ffjord)
+        chosen = changed(found, changes)
         if resume is None and chosen.training.weights is not None:
             from ..experiments.training.checkpoints import find_checkpoint
 
             find_checkpoint(chosen.training.weights)
-        options |= _place(options.pop("device"), options["devices"])
+        check_folder(_folder_of(resume) or run_folder or runs)
+        place = _place(device, devices)
         flush_denormals()
-        # seconds of imports, which a wrong name or setting does not wait for
+        # what cannot work was refused before these imports, which take seconds
         from ..experiments.training.fit import fit
         from ..experiments.training.plan import RunOptions
 
-        made = [_callback(name) for name in options.pop("callbacks")]
-        mine = {name: options.pop(name) for name in ("runs", "run_folder", "max_time", "download")}
-        run = RunOptions(resume=resume, progress=not (quiet or as_json), **mine)
-        result = fit(chosen, run, callbacks=made, **options)
+        options = RunOptions(
+            runs=runs,
+            run_folder=run_folder,
+            resume=resume,
+            max_time=max_time,
+            download=download,
+            progress=not (quiet or as_json),
+        )
+        made = [_callback(name) for name in callbacks]
+        result = fit(chosen, options, callbacks=made, loggers=loggers, num_nodes=num_nodes, **place)
     except RnodeError as error:
         first = all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_PROCID"))
-        if first or type(error) not in (ConfigError, TrainingError):  # it may be the only one that failed
+        if first or type(error) not in (ConfigError, TrainingError):  # another error may be in this process only
             raise
-        # the first process reports the same, and Lightning may kill it first if another exits with an error
+        # The first process reports the same error, if Lightning does not kill it before, which it does when another
+        # process exits with an error.
         ctx.exit(0)
     if not result.first_process:
         return
@@ -130,7 +152,10 @@ def train(
 
 
 def _chosen(name: str | None, resume: str | None, ctx: click.Context, *, ffjord: bool) -> tuple[Recipe, str | None]:
-    """The recipe of a name, of a file, or of the run to continue, and that run or the checkpoint that was read."""
+    """The recipe that is named, read from a file, or found in the run to continue; and where to resume from.
+
+    The second value is ``resume``, or the checkpoint of it that the recipe was read from.
+    """
     from ..experiments.recipes.recipe import get_recipe, is_recipe_file, read_recipe
 
     if resume is not None and ffjord:
@@ -151,6 +176,14 @@ def _chosen(name: str | None, resume: str | None, ctx: click.Context, *, ffjord:
     else:
         raise click.UsageError("name a RECIPE; `rnode-cli recipes` lists them.", ctx)
     return found.ffjord() if ffjord else found, resume
+
+
+def _folder_of(resume: str | None) -> Path | None:
+    """The folder of the run that ``resume`` continues; None for a checkpoint in no run, which begins a new one."""
+    from ..experiments.runs.run import Run
+
+    run = None if resume is None else Run.of_checkpoint(Path(resume)) or Run(Path(resume))
+    return run.path if run and run.is_described else None
 
 
 def _place(device: str, devices: str) -> dict[str, str]:
@@ -175,9 +208,12 @@ def _has_gpu() -> bool:
 
 
 def _check_callback(name: str) -> None:
-    """Refuse what is no ``MODULE:NAME`` and a module that is not there, before Lightning is imported."""
+    """Raise a ConfigError for a text other than ``MODULE:NAME``, or a module that is not there.
+
+    The module is not imported yet, because most modules with callbacks import Lightning.
+    """
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the user's module lies in the folder where the command is given
+        sys.path.append(os.getcwd())  # the user's module may lie in the folder where the command is given
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ConfigError(f"--callback {name}: write MODULE:NAME.")
@@ -186,14 +222,18 @@ def _check_callback(name: str) -> None:
         raise ConfigError(f"--callback {name}: no module {package!r} is here or installed. Write MODULE:NAME.")
 
 
-def _callback(name: str) -> Any:
-    """The callback of Lightning that ``MODULE:NAME`` means; a ConfigError for anything else."""
+def _callback(name: str) -> Callback:
+    """The callback that ``MODULE:NAME`` names: an object, or what a class or a function returns.
+
+    Raises:
+        ConfigError: it cannot be imported or made, or is not a callback of Lightning.
+    """
     from pytorch_lightning.callbacks import Callback
 
     try:
         found = pkgutil.resolve_name(name)
         made = found if isinstance(found, Callback) else found()
-    except Exception as error:  # of the module or the constructor
+    except Exception as error:  # the user's module or constructor may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"--callback {name} cannot be made: {reason}.") from error
     if not isinstance(made, Callback):
@@ -249,7 +289,20 @@ def _print_result(result: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
 @quiet
 @as_json
 @download
-def compare(*, recipe: str, quiet: bool, as_json: bool, **options: Any) -> None:
+def compare(
+    *,
+    recipe: str,
+    configurations: tuple[str, ...],
+    seeds: int,
+    max_time: float | None,
+    device: str,
+    jobs: int | None,
+    out: str | None,
+    quiet: bool,
+    as_json: bool,
+    download: bool,
+    **changes: Any,
+) -> None:
     """Train RECIPE with different penalties and report what they change.
 
     \b
@@ -269,21 +322,27 @@ def compare(*, recipe: str, quiet: bool, as_json: bool, **options: Any) -> None:
     from ..experiments.recipes.recipe import get_recipe
 
     refuse_place(recipe)
-    chosen = changed(get_recipe(recipe), options)
-    # what cannot work is refused before seconds of imports
-    configured_recipes(chosen, options["configurations"], seeds=options["seeds"])
+    chosen = changed(get_recipe(recipe), changes)
+    out = out or f"comparison/{recipe}"
+    check_folder(out)
+    configured_recipes(chosen, configurations, seeds=seeds)
+    # what cannot work was refused before these imports, which take seconds
     from ..experiments.comparison.compare import compare
 
-    # it would end this process and leave its runs alone
+    # the default handler would end this process and leave the processes of its runs alone
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     click.get_current_context().call_on_close(lambda: signal.signal(signal.SIGTERM, before))
     result = compare(
         chosen,
-        accelerator=options.pop("device"),
-        out=options.pop("out") or f"comparison/{recipe}",
+        configurations=configurations,
+        seeds=seeds,
+        max_time=max_time,
+        out=out,
+        accelerator=device,
+        jobs=jobs,
+        download=download,
         progress=not (quiet or as_json),
         announce=(lambda line: None) if quiet or as_json else click.echo,
-        **options,
     )
     report = result.report
     if as_json:

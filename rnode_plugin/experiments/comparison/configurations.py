@@ -1,4 +1,4 @@
-"""Names and files of configurations as recipes, read without an import of torch where they name no penalty."""
+"""``configured_recipes``: the recipes of the configurations that a comparison names, or reads from a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...core.schedules import strength_text
 from ...errors import ConfigError, suggest
 from ...plugins import registry
 from ...validation import refused
-from ..recipes.recipe import Recipe
+from ..recipes.recipe import Recipe, read_strength
 
 _EXAMPLE = '{"weak": {"kinetic": 0.001}, "sweep": {"kinetic": [0.01, 0.1]}}'
 
@@ -30,23 +30,23 @@ def configured_recipes(recipe: Recipe, configurations: Sequence[str] = (), *, se
             of the recipe), a penalty such as ``kinetic`` or ``taylor:3`` with the recipe's lambda or its default,
             or a JSON file. The file maps names to penalties with their lambdas,
             ``{"weak": {"kinetic": 0.001, "jacfrob": 0.001}}``. A list of lambdas is a sweep,
-            ``{"sweep": {"kinetic": [0.001, 0.01, 0.1]}}``, and several lists form a grid. Without configurations:
-            ``none``, each penalty of the recipe alone and ``rnode``.
-        seeds: runs of each configuration; the first has the recipe's seed, the others the next ones.
+            ``{"sweep": {"kinetic": [0.001, 0.01, 0.1]}}``, and several lists form a grid. The default is ``none``,
+            each penalty of the recipe alone, and ``rnode``.
+        seeds: number of runs of each configuration, with the recipe's seed and the next ones.
 
     Raises:
         ConfigError: an unknown penalty, a bad lambda, a file that cannot be read, or two configurations that train
             the same.
     """
     known = [*_named(recipe), *registry.names("regularizers")]
-    for text in configurations:  # before torch is imported to make a regularizer
+    for text in configurations:  # a wrong name is refused before torch is imported to make a regularizer
         if not text.endswith(".json") and text.partition(":")[0] not in known:
             raise ConfigError(suggest(text, known, "configuration"))
-    alone = list(recipe.regularizers)  # the paper's ablation, figure 5
+    alone = list(recipe.regularizers)  # trained one by one, as in the paper's ablation (figure 5)
     chosen: dict[str, Recipe] = {}
     for text in configurations or ["none", *alone, *(["rnode"] if len(alone) > 1 else [])]:
         for name, one in _read(recipe, text):
-            with refused():  # the colon of an option cannot be in the name of a file
+            with refused():  # the name of a file cannot have a colon, which separates a penalty from its option
                 one = dataclasses.replace(one, name=f"{recipe.name}-{name}".replace(":", "-"))
             for other, its in chosen.items():
                 if its.name == one.name or dataclasses.replace(its, name=one.name) == one:
@@ -62,7 +62,7 @@ def configured_recipes(recipe: Recipe, configurations: Sequence[str] = (), *, se
 
 
 def _read(recipe: Recipe, text: str) -> Iterator[tuple[str, Recipe]]:
-    """Name and recipe of a configuration, or of each one in a file."""
+    """The name and the recipe of a configuration, or of each configuration in a file."""
     named = _named(recipe)
     if text.endswith(".json"):
         yield from _read_file(recipe, Path(text))
@@ -70,11 +70,12 @@ def _read(recipe: Recipe, text: str) -> Iterator[tuple[str, Recipe]]:
         yield text, named[text]()
     else:
         (found,) = registry.resolve_regularizers([text]).values()
-        strengths: Any = {text: recipe.regularizers.get(text, found.strength)}
-        yield text, dataclasses.replace(recipe, regularizers=strengths)
+        strength = recipe.regularizers.get(text, read_strength(found.strength))
+        yield text, dataclasses.replace(recipe, regularizers={text: strength})
 
 
 def _named(recipe: Recipe) -> dict[str, Callable[[], Recipe]]:
+    """The configurations whose names stand for no single penalty."""
     return {
         "none": lambda: dataclasses.replace(recipe, regularizers={}),
         "ffjord": recipe.ffjord,
@@ -83,7 +84,9 @@ def _named(recipe: Recipe) -> dict[str, Callable[[], Recipe]]:
 
 
 def _read_file(recipe: Recipe, file: Path) -> Iterator[tuple[str, Recipe]]:
-    def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The name and the recipe of each configuration in a file. Each point of a sweep is a configuration."""
+
+    def each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         for name, _ in pairs:
             if [key for key, _ in pairs].count(name) > 1:
                 raise ConfigError(f"{file} has the name {name!r} twice: give each name once.")

@@ -20,13 +20,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ...core.distribution import DensityModel
 from ...core.modes import recording
 from ...errors import ConfigError, first_line, suggest
-from ...files import write_atomically
+from ...files import PROGRAM, write_atomically
 from ...solvers import Solver
 
 Which = Literal["sampler", "log_prob"]
-
-SUFFIX = ".pt2"
-"""The suffix of a program's file."""
 
 
 def export_program(
@@ -139,8 +136,8 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path
         (2, 1, 4, 4)
     """
     path = Path(path)
-    if path.suffix != SUFFIX:
-        raise ConfigError(f"a program's file must end in {SUFFIX}, not {str(path)!r}.")
+    if path.suffix != PROGRAM:
+        raise ConfigError(f"a program's file must end in {PROGRAM}, not {str(path)!r}.")
     write_atomically(path, lambda file: torch.export.save(program, file))
     return path
 
