@@ -175,8 +175,10 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """
     from ..core.schedules import DEFAULT_LAMBDA
 
-    lambdas = read_regularizers(changes.get("regularizers", ()))
-    texts = [f"regularizers.{name}={DEFAULT_LAMBDA if text is None else text}" for name, text in lambdas.items()]
+    penalties = changes.get("regularizers", ())
+    texts = [
+        f"regularizers.{each}" if "=" in each else f"regularizers.{each}={DEFAULT_LAMBDA}" for each in penalties
+    ]
     if (compiled := changes.get("compile")) is not None:
         texts.append(f"training.compile={str(compiled).lower()}")
     for name, (setting, *_) in _SHORT.items():
@@ -230,8 +232,8 @@ def read_regularizers(texts: Iterable[str]) -> dict[str, str | None]:
 def check_folder(path: str | os.PathLike[str]) -> None:
     """Check that files can be written into a folder, before a command computes what it will write there.
 
-    The folder need not exist yet. A nameless file is made in it, or in the nearest folder above it that exists,
-    and removed. Its permissions would not show that a file system is read-only.
+    The folder need not exist yet. The check makes a nameless file in it, or in the nearest folder above it that
+    exists, because the permissions of a folder do not show that a file system is read-only.
 
     Raises:
         CheckpointError: the system refuses the file.

@@ -187,7 +187,11 @@ def _folder_of(resume: str | None) -> Path | None:
 
 
 def _place(device: str, devices: str) -> dict[str, str]:
-    """``accelerator`` and ``devices`` as Lightning's Trainer takes them; a ConfigError for more than there are."""
+    """The options ``accelerator`` and ``devices`` of Lightning's Trainer.
+
+    Raises:
+        ConfigError: more devices than the machine has, a device that cannot be used, or both options name devices.
+    """
     name, colon, index = device.partition(":")
     if colon and devices != "auto":
         raise ConfigError(f"--device {device} names one device: leave --devices out, or give --device {name}.")
