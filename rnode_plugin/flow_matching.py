@@ -12,6 +12,7 @@ from torch import Tensor
 from .core.derivatives import VELOCITY, Ask, AutogradField, Linearization, as_field
 from .core.distribution import check_floating
 from .core.dynamics import Dynamics
+from .core.modes import outside_inference
 from .core.regularizer import Rate
 from .core.signature import call_of, time_first
 from .core.surroundings import module_of
@@ -81,10 +82,11 @@ def penalties_at(
             raise ConfigError(f"{each.name!r} is not a rate: it needs a solve, which penalties_at does not make.")
     net, field = module_of(field), call_of(time_first(field, with_context=False))
     view = None if batch_dim == 0 else View(batch_dim=None)
-    if velocity is not None:
-        field = _Evaluated(field, velocity, view)
-    dynamics = Dynamics(field, regularizers=rates, estimator=trace_noise, divergence=False, view=view, net=net)
-    return dynamics.bind(dynamics.draw(dynamics.door.part(z))).evaluate(t, z).penalties
+    with outside_inference(t, z, velocity) as (time, z, velocity):
+        if velocity is not None:
+            field = _Evaluated(field, velocity, view)
+        dynamics = Dynamics(field, regularizers=rates, estimator=trace_noise, divergence=False, view=view, net=net)
+        return dynamics.bind(dynamics.draw(dynamics.door.part(z))).evaluate(time, z).penalties
 
 
 def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, noise_time: float = 1.0) -> Tensor:
@@ -216,9 +218,9 @@ class ODESolver:
         """
         check_floating(x_init, "points")
         grid = _grid((0.0, 1.0), time_grid, method, step_size).to(x_init)
-        with torch.set_grad_enabled(enable_grad):
+        with torch.set_grad_enabled(enable_grad), outside_inference(x_init, grid) as (start, times):
             dynamics = Dynamics(self._field(model_extras), divergence=False).bind(None)
-            solution = _solver(method, step_size, atol, rtol).solve(dynamics, x_init, grid).check()
+            solution = _solver(method, step_size, atol, rtol).solve(dynamics, start, times).check()
         self.nfe = solution.stats.nfe
         return solution.z if return_intermediates else solution.z[-1]
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dense_rates import dense_rates
+from field_table import Energy
 from problems import difference, directions, slope
 from torch import Tensor, nn
 
@@ -256,6 +257,17 @@ def test_the_score_is_the_gradient_of_the_log_density(t: float, noise_time: int)
     noise = torch.tensor(t if noise_time else 1 - t, dtype=torch.float64)
     (expected,) = torch.autograd.grad(mixture_on_straight_paths(noise).log_prob(x).sum(), x)
     torch.testing.assert_close(score(velocity, t, x, noise_time=noise_time), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_velocity_that_is_a_gradient_has_its_values_without_gradients(mode: Any) -> None:
+    """As in NeuralODE, and whichever penalties read its derivatives."""
+    field, z, names = Energy(), points(5, 4), ["kinetic", "finite_difference", "jacfrob"]
+    wanted = penalties_at(field, 0.3, z, names, trace_noise="exact"), ODESolver(field).sample(z, step_size=0.5)
+    with mode():
+        found = penalties_at(field, 0.3, z, names, trace_noise="exact"), ODESolver(field).sample(z, step_size=0.5)
+        alone = penalties_at(field, 0.3, z, ["kinetic"])["kinetic"]
+    torch.testing.assert_close((*found, alone), (*wanted, wanted[0]["kinetic"]))
 
 
 def test_a_score_at_one_time_per_sample() -> None:

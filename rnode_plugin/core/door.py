@@ -18,6 +18,10 @@ _NO_GRADIENTS = (
     "and in the forward pass of 'adjoint', 'interpolated_adjoint' and 'checkpointed'. Compute the gradient inside "
     "`with torch.enable_grad():` in the field."
 )
+_INFERENCE = (
+    "the vector field differentiates inside (torch.autograd.grad), which torch.inference_mode forbids: run this "
+    "call under torch.no_grad() instead, or through NeuralODE or RegularizedCNF, which leave inference mode."
+)
 _RUNS_ONCE = (
     "a backward pass inside the vector field runs only once ({}), as in guided-diffusion's checkpoint, but this "
     "evaluation needs it again: take one product with a random trace ('gaussian' or 'rademacher'), or run the "
@@ -129,5 +133,5 @@ def _explained(error: RuntimeError | AttributeError) -> ConfigError | None:
     if isinstance(error, AttributeError):
         return ConfigError(_RUNS_ONCE.format(text)) if "Backward' object has no attribute" in text else None
     if not torch.is_grad_enabled() and "does not require grad" in text:
-        return ConfigError(_NO_GRADIENTS)
+        return ConfigError(_INFERENCE if torch.is_inference_mode_enabled() else _NO_GRADIENTS)
     return None

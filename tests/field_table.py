@@ -1,0 +1,334 @@
+"""One of each kind of vector field, small and in double precision, for the tests of their contract."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from problems import Linear, Plain, Wave
+from torch import Tensor, nn
+from torchdyn.nn import Augmenter, DataControl, DepthCat
+
+from rnode_plugin import FixedGrid, NeuralODE, velocity_from_noise
+from rnode_plugin.core.derivatives import Field, as_field
+from rnode_plugin.core.followed_solve import Kinds
+from rnode_plugin.core.signature import time_first
+from rnode_plugin.core.trace_estimators import Exact, Hutchinson
+from rnode_plugin.diffusion import cosine
+from rnode_plugin.fields import StackField, conv_field, linear_field
+from rnode_plugin.fields.activations import ACTIVATIONS
+from rnode_plugin.fields.potential import PotentialField
+from rnode_plugin.fields.recognise import recognise
+from rnode_plugin.fields.stack import AtContext
+from rnode_plugin.regularizers import curl, hjb
+from rnode_plugin.torchdyn.field import Followed, NetDynamics, adds_time, system_of
+
+SHAPES = {"conv": (3, 2, 5, 4), "linear": (3, 4)}
+
+
+def make_field(kind: str, activation: str = "softplus", *, dtype: torch.dtype = torch.float64) -> StackField:
+    torch.manual_seed(0)
+    build = conv_field if kind == "conv" else linear_field
+    field = build(SHAPES[kind][1], hidden=6, layers=4, activation=activation)
+    for p in field.parameters():
+        nn.init.normal_(p, std=0.5)
+    return field.to(dtype)
+
+
+def active(field: nn.Module) -> Any:
+    """In double precision, with weights that are not zero."""
+    torch.manual_seed(0)
+    for parameter in field.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return field.double()
+
+
+# how a solve finds the field -------------------------------------------------------------------------------------
+
+
+def own(module: Any, z: Tensor) -> Field:
+    """A field of this package for one solve, or a plain function."""
+    return module.prepare(z) if hasattr(module, "prepare") else as_field(module)
+
+
+def in_a_stack(module: Any, z: Tensor) -> Field:
+    """A perceptron of the user's whose products are made by hand."""
+    found = recognise(module, z, adds_time=adds_time)
+    assert found is not None
+    return found
+
+
+def in_neural_ode(module: Any, z: Tensor, *, order: int = 1) -> Field:
+    """The field of one solve of a NeuralODE whose penalties read all that there is."""
+    model = NeuralODE(module, order=order)
+    followed = Followed(Kinds.of([curl, hjb]), Hutchinson("gaussian"))
+    return system_of(model.vf, z, {}, followed, one_graph=True).dynamics.field
+
+
+def in_second_order(module: Any, z: Tensor) -> Field:
+    return in_neural_ode(module, z, order=2)
+
+
+def in_density(module: Any, z: Tensor) -> Field:
+    return NetDynamics(module, z, None, FixedGrid(), estimator=Exact()).field
+
+
+def state_first(module: Any, z: Tensor) -> Field:
+    return as_field(time_first(module, with_context=False))
+
+
+def with_time_per_sample(module: Any, z: Tensor) -> Field:
+    return as_field(time_first(module, time_shape="(B,)", with_context=False))
+
+
+# fields ----------------------------------------------------------------------------------------------------------
+
+
+def at_context(field: nn.Module) -> nn.Module:
+    context = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(3, 2).requires_grad_()
+    return AtContext(active(field), context)
+
+
+def perceptron(*layers: nn.Module) -> nn.Module:
+    return active(nn.Sequential(*layers))
+
+
+def hooked(field: Any, module: nn.Module | None = None) -> Any:
+    """The field with a hook on it, or on a module in it, that changes what is returned."""
+    (field if module is None else module).register_forward_hook(lambda module, given, result: 1.5 * result)
+    return field
+
+
+def with_weight_norm() -> Any:
+    field = make_field("linear")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(field.layers[1])
+    return field
+
+
+class StateFirst(nn.Module):
+    """In the order of flow_matching's models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wave = Wave(4)
+
+    def forward(self, x: Tensor, t: Tensor, scale: float = 0.7) -> Tensor:
+        return scale * self.wave(t.reshape(-1, 1) if t.ndim else t, x)
+
+
+class Offering(Linear):
+    """A field that offers a value of its own."""
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return super().forward(t, z) * torch.cos(t)
+
+    def aux(self, t: Tensor, z: Tensor) -> dict[str, Tensor]:
+        return {"potential_rate": (1 + t) * z.square().sum(1)}
+
+
+class Energy(nn.Module):
+    """A velocity that is itself a gradient, and that marks its state for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = perceptron(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = z.requires_grad_()
+            return torch.autograd.grad(self.net(z).sum(), z, create_graph=True)[0] * torch.cos(t)
+
+
+class OwnTanh(torch.autograd.Function):
+    """A user's own Function with a forward-mode rule: nested, torch takes its second derivative for 0."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = torch.tanh(x)
+        ctx.save_for_backward(y)
+        ctx.save_for_forward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (y,) = ctx.saved_tensors
+        return gradient * (1 - y * y)
+
+    @staticmethod
+    def jvp(ctx, tangent):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (y,) = ctx.saved_tensors
+        return tangent * (1 - y * y)
+
+
+class Bent(Linear):
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return OwnTanh.apply(super().forward(t, z)) * (1 + t)  # pyright: ignore[reportOptionalOperand]
+
+
+class Joined(nn.Module):
+    """A net of the state with the time in front of it."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.net = perceptron(*layers)
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.net(torch.cat([t.expand(len(z), 1), z], 1))
+
+
+def normed(*, training: bool) -> nn.Module:
+    return Joined(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 4)).train(training)
+
+
+class Mean(nn.Module):
+    """Each sample is drawn to the mean of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Linear(4).a
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(z.mean(0) - z @ self.a) * t
+
+
+# the velocity as its author would compute it --------------------------------------------------------------------
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+def called(module: Any, start: Tensor) -> Velocity:
+    return module
+
+
+def called_state_first(module: Any, start: Tensor) -> Velocity:
+    return lambda t, z: module(z, t)
+
+
+def of_the_state(module: Any, start: Tensor) -> Velocity:
+    return lambda t, z: module(z)
+
+
+def by_its_layers(module: Any, start: Tensor) -> Velocity:
+    """Torchdyn's layers with the time and the first state in their attributes."""
+
+    def velocity(t: Tensor, z: Tensor) -> Tensor:
+        for layer in module.modules():
+            if isinstance(layer, DepthCat):
+                vars(layer)["t"] = t
+            elif isinstance(layer, DataControl):
+                vars(layer)["_control"] = start.detach()
+        return module(z)
+
+    return velocity
+
+
+def accelerated(module: Any, start: Tensor) -> Velocity:
+    return lambda t, z: torch.cat([z[:, 2:], module(z)], 1)
+
+
+def diffused(module: Any, start: Tensor) -> Velocity:
+    """``alpha' (z - sigma e) / alpha + sigma' e`` of the cosine schedule."""
+
+    def velocity(t: Tensor, z: Tensor) -> Tensor:
+        angle = torch.pi / 2 * t
+        noise = module.net(t, z)
+        data = (z - angle.sin() * noise) / angle.cos()
+        return torch.pi / 2 * (angle.cos() * noise - angle.sin() * data)
+
+    return velocity
+
+
+@dataclass(frozen=True)
+class Case:
+    """A user's field.
+
+    Attributes:
+        make: the module or the function.
+        solved: what a solve makes of it for a state.
+        plain: its velocity without this package, in a solve from a state.
+        shape: of the state.
+        mixes: whether the velocity of a sample depends on others.
+        draws: whether an evaluation draws random numbers.
+        transforms: whether torch.func can run it.
+        differentiates: whether its velocity is a gradient.
+        twice: torch's own words where it has no third derivative, which a product that is differentiated twice is.
+    """
+
+    make: Callable[[], Any]
+    solved: Callable[[Any, Tensor], Field] = own
+    plain: Callable[[Any, Tensor], Velocity] = called
+    shape: tuple[int, ...] = (3, 4)
+    mixes: bool = False
+    draws: bool = False
+    transforms: bool = True
+    differentiates: bool = False
+    twice: str = ""
+
+
+def conv(make: Callable[[], Any]) -> Case:
+    return Case(make, shape=(3, 2, 3, 2))
+
+
+def control() -> nn.Module:
+    return perceptron(DataControl(), nn.Linear(8, 6), nn.Tanh(), DepthCat(1), nn.Linear(7, 4))
+
+
+FIELDS: dict[str, Case] = {
+    **{f"conv {name}": conv(lambda name=name: make_field("conv", name)) for name in ACTIVATIONS},
+    **{f"linear {name}": Case(lambda name=name: make_field("linear", name)) for name in ACTIVATIONS},
+    "conv of one layer": conv(lambda: active(conv_field(2, layers=1))),
+    "linear of one layer": Case(lambda: active(linear_field(4, layers=1))),
+    "conv by autograd": conv(lambda: Plain(make_field("conv"))),
+    "linear at a context": Case(lambda: at_context(linear_field(4, hidden=6, activation="tanh", context=2))),
+    **{
+        f"potential of {k}": Case(lambda k=k: active(PotentialField(4, hidden=6, layers=k, rank=3)))
+        for k in (1, 2, 3)
+    },
+    "potential at a context": Case(lambda: at_context(PotentialField(4, hidden=6, context=2))),
+    "potential of images": conv(lambda: active(PotentialField(12, hidden=6))),
+    "recognised": Case(
+        lambda: perceptron(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4, bias=False)), in_a_stack, of_the_state
+    ),
+    "recognised with time": Case(
+        lambda: perceptron(DepthCat(1), nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 4)), in_a_stack, by_its_layers
+    ),
+    "linear with a hook": Case(lambda: hooked(make_field("linear"))),
+    "conv with a hook on a layer": conv(lambda: hooked(field := make_field("conv"), field.layers[1])),
+    "linear with weight norm": Case(with_weight_norm),
+    "potential with a hook": Case(lambda: hooked(active(PotentialField(4, hidden=6)))),
+    "linear with a hook at a context": Case(lambda: at_context(hooked(linear_field(4, hidden=6, context=2)))),
+    "potential with a hook at a context": Case(lambda: at_context(hooked(PotentialField(4, hidden=6, context=2)))),
+    "module": Case(lambda: Wave(4)),
+    "function": Case(lambda: lambda t, z: torch.sin(3 * t) * z - z**3 * t),
+    "function of the state": Case(
+        lambda: lambda x: torch.sin(x) * x.square().sum(1, keepdim=True), in_neural_ode, of_the_state
+    ),
+    "state first": Case(StateFirst, state_first, called_state_first),
+    "one time per sample": Case(StateFirst, with_time_per_sample, called_state_first),
+    "velocity of a diffusion": Case(lambda: velocity_from_noise(StateFirst(), *cosine()), plain=diffused),
+    "torchdyn's layers": Case(control, in_neural_ode, by_its_layers),
+    "torchdyn's layers in a density": Case(control, in_density, by_its_layers),
+    "torchdyn's augmenter": Case(
+        lambda: perceptron(Augmenter(1, 2), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)),
+        in_neural_ode,
+        of_the_state,
+    ),
+    "second order": Case(
+        lambda: perceptron(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), in_second_order, accelerated
+    ),
+    "compiled": Case(lambda: torch.compile(Wave(4), backend="eager"), in_neural_ode),
+    "module that offers a value": Case(lambda: Offering(4), in_neural_ode),
+    "gradient of an energy": Case(Energy, transforms=False, differentiates=True),
+    "Function of the user's": Case(lambda: Bent(4), transforms=False),
+    "batch norm in evaluation": Case(lambda: normed(training=False)),
+    "batch norm in training": Case(
+        lambda: normed(training=True), mixes=True, transforms=False, twice="batch_norm does not support 3rd"
+    ),
+    "samples that mix": Case(Mean, mixes=True),
+    "dropout": Case(lambda: Joined(nn.Linear(5, 20), nn.Tanh(), nn.Dropout(0.3), nn.Linear(20, 4)), draws=True),
+}
