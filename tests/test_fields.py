@@ -1,39 +1,21 @@
-"""Every field against the dense Jacobian of its velocity, and the layers of stacks against their definition."""
+"""Stacks of layers against their definition: precision, layouts, higher derivatives, transforms."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import Plain, Wave
+from field_table import SHAPES, make_field
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torchdyn.nn import DepthCat
 
-from rnode_plugin.core.derivatives import Ask, AutogradField, Field, as_field
+from rnode_plugin.core.derivatives import Ask, AutogradField, Field
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.fields import ConcatConv2d, ConcatLinear, StackField, conv_field, linear_field
-from rnode_plugin.fields.activations import ACTIVATIONS
-from rnode_plugin.fields.potential import PotentialField
-from rnode_plugin.fields.recognise import recognise
-from rnode_plugin.fields.stack import AtContext
-from rnode_plugin.torchdyn.field import adds_time
-
-SHAPES = {"conv": (3, 2, 5, 4), "linear": (3, 4)}
-
-
-def make_field(kind: str, activation: str = "softplus", *, dtype: torch.dtype = torch.float64) -> StackField:
-    torch.manual_seed(0)
-    build = conv_field if kind == "conv" else linear_field
-    field = build(SHAPES[kind][1], hidden=6, layers=4, activation=activation)
-    for p in field.parameters():
-        nn.init.normal_(p, std=0.5)
-    return field.to(dtype)
+from rnode_plugin.fields import ConcatConv2d, ConcatLinear, StackField, conv_field
 
 
 def make_inputs(kind: str, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,124 +66,6 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-# --- the contract of all fields ---
-
-
-def active(field: nn.Module) -> Any:
-    """In double precision, with weights that are not zero."""
-    torch.manual_seed(0)
-    for parameter in field.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return field.double()
-
-
-def at_context(field: nn.Module) -> nn.Module:
-    context = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(3, 2).requires_grad_()
-    return AtContext(active(field), context)
-
-
-def perceptron(*layers: nn.Module) -> nn.Module:
-    return active(nn.Sequential(*layers))
-
-
-def hooked(field: Any, module: nn.Module | None = None) -> Any:
-    """The field with a hook on it, or on a module in it, that changes what is returned."""
-    (field if module is None else module).register_forward_hook(lambda module, given, result: 1.5 * result)
-    return field
-
-
-def with_weight_norm() -> Any:
-    field = make_field("linear")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        torch.nn.utils.weight_norm(field.layers[1])
-    return field
-
-
-MODULES: dict[str, Callable[[], Any]] = {
-    **{f"conv {name}": lambda name=name: make_field("conv", name) for name in ACTIVATIONS},
-    **{f"linear {name}": lambda name=name: make_field("linear", name) for name in ACTIVATIONS},
-    "conv of one layer": lambda: active(conv_field(2, layers=1)),
-    "linear of one layer": lambda: active(linear_field(4, layers=1)),
-    "conv by autograd": lambda: Plain(make_field("conv")),
-    "linear at a context": lambda: at_context(linear_field(4, hidden=6, activation="tanh", context=2)),
-    **{f"potential of {k}": lambda k=k: active(PotentialField(4, hidden=6, layers=k, rank=3)) for k in (1, 2, 3)},
-    "potential at a context": lambda: at_context(PotentialField(4, hidden=6, context=2)),
-    "potential of conv's images": lambda: active(PotentialField(40, hidden=6)),
-    "recognised": lambda: perceptron(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4, bias=False)),
-    "recognised with time": lambda: perceptron(DepthCat(1), nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 4)),
-    "any function": lambda: Wave(4),
-    "linear with a hook": lambda: hooked(make_field("linear")),
-    "conv with a hook on a layer": lambda: hooked(field := make_field("conv"), field.layers[1]),
-    "linear with weight norm": with_weight_norm,
-    "potential with a hook": lambda: hooked(active(PotentialField(4, hidden=6))),
-    "linear with a hook at a context": lambda: at_context(hooked(linear_field(4, hidden=6, context=2))),
-    "potential with a hook at a context": lambda: at_context(hooked(PotentialField(4, hidden=6, context=2))),
-}
-
-
-def field_of(module: Any, z: Tensor) -> Any:
-    """The field of one solve, as a solve finds it."""
-    if isinstance(module, nn.Sequential):
-        return recognise(module, z, adds_time=adds_time)
-    return module.prepare(z) if hasattr(module, "prepare") else as_field(module)
-
-
-def by_linearize(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> dict[str, Tensor]:
-    """All that a field gives, from passes that ask for it together and alone."""
-    ask_all, ask_noise, ask_jvp = Ask("rows", jvp=True, divergence=True), Ask("noise", jvp=True), Ask(jvp=True)
-    dz, rows, jvp, divergence = field.linearize(t, z, ask=ask_all)[:4]
-    with_noise, alone = field.linearize(t, z, noise, ask=ask_noise), field.linearize(t, z, ask=ask_jvp)
-    several = field.linearize(t, z, torch.stack([noise, z]), ask=Ask("noise")).products
-    both = field.linearize(t, z, noise, ask=Ask("noise", divergence=True)).products
-    return {
-        "velocity": dz, "rows": rows, "divergence": divergence, "along itself and time": jvp(dz, 1.0),
-        "product": with_noise.products, "along the noise": with_noise.jvp(noise, 0.0), "two products": several,
-        "along alone": alone.jvp(alone.dz, -1.3), "velocity alone": field.linearize(t, z).dz,
-        "product with the divergence": both,
-    }  # fmt: skip
-
-
-def by_autograd(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> dict[str, Tensor]:
-    dz = field(t, z)
-    flat = dz.flatten(1)
-    rows = torch.stack([torch.autograd.grad(x.sum(), z, create_graph=True)[0] for x in flat.unbind(1)])
-    pull = lambda v: torch.einsum("bd,db...->b...", v.flatten(1), rows)  # noqa: E731
-    push = lambda v, dt: torch.func.jvp(field, (t, z), (torch.full_like(t, dt), v))[1]  # noqa: E731
-    return {
-        "velocity": dz, "rows": rows, "divergence": rows.flatten(2).diagonal(dim1=0, dim2=2).sum(1),
-        "along itself and time": push(dz, 1.0), "product": pull(noise), "along the noise": push(noise, 0.0),
-        "two products": torch.stack([pull(noise), pull(z)]), "along alone": push(dz, -1.3), "velocity alone": dz,
-        "product with the divergence": pull(noise),
-    }  # fmt: skip
-
-
-def assert_close(found: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
-    assert found.dtype == wanted.dtype, name
-    assert found.shape == wanted.shape, name
-    assert (found - wanted).norm() <= tolerance * (wanted.norm() + 1e-3), name
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_what_a_field_gives_is_that_of_its_dense_jacobian(name: str) -> None:
-    """Values of everything, and the first-order gradients of each alone by time, state, noise and parameters."""
-    module, inputs = MODULES[name](), make_inputs("conv" if "conv" in name else "linear")
-    field = field_of(module, inputs[1])
-    called = field if isinstance(module, nn.Sequential) else module
-    found, wanted = by_linearize(field, *inputs), by_autograd(called, *inputs)
-    variables = [*inputs, *module.parameters()]
-    for each, exact in wanted.items():
-        assert_close(found[each], exact, 1e-11, each)
-        weights = torch.randn(exact.shape, dtype=exact.dtype, generator=torch.Generator().manual_seed(2))
-        ours, theirs = (
-            torch.autograd.grad(((weights + x) * x).sum(), variables, retain_graph=True, allow_unused=True)
-            for x in (found[each], exact)
-        )
-        for a, b, variable in zip(ours, theirs, variables, strict=True):
-            zero = torch.zeros_like(variable)
-            assert_close(zero if a is None else a, zero if b is None else b, 1e-10, f"gradient of {each}")
-
-
 # --- stacks ---
 
 
@@ -236,19 +100,6 @@ def test_time_channel_feels_the_padding(height: int, width: int) -> None:
     time = torch.full((2, 1, height, width), 0.3, dtype=torch.float64)
     expected = F.conv2d(torch.cat([time, x], dim=1), layer.weight, layer.bias, padding=1)
     assert relative(layer(0.3, x), expected) < 1e-13
-
-
-def test_weights_are_never_stale() -> None:
-    field = make_field("conv")
-    t, z, noise = make_inputs("conv")
-    before = product_of(field, t, z, noise)[0]
-    with torch.no_grad():
-        first: Any = field.layers[0]
-        first.weight.mul_(2)
-        first.weight.data[:, 0] += 1
-    after, expected = product_of(field, t, z, noise)[0], plain(field, t, z, noise)[0]
-    assert not torch.equal(before, after)
-    assert relative(after, expected) < 1e-12
 
 
 def test_deepcopy_keeps_weights_and_layout() -> None:
@@ -398,16 +249,6 @@ def test_gradients_can_be_differentiated_again(kind: str, activation: str) -> No
     inputs = (t.requires_grad_(), z.requires_grad_(), noise.requires_grad_(), *values)
     assert gradcheck(run, inputs, fast_mode=True)
     assert gradgradcheck(run, inputs, fast_mode=True)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(mode: type) -> None:
-    field, inputs = make_field("conv"), make_inputs("conv")
-    theirs = expected(field, *inputs)
-    with mode():
-        ours = found(field, *inputs)
-    assert not any(x.requires_grad for x in ours)
-    assert_same(ours, tuple(x.detach() for x in theirs), 1e-12)
 
 
 def test_frozen_parameters_and_a_retained_graph() -> None:

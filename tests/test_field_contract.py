@@ -1,0 +1,364 @@
+"""The contract of vector fields, held by every kind that a solve meets: values, products, purity, independence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from field_table import FIELDS, Case
+from problems import difference, directions, slope
+from torch import Tensor, nn
+
+from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Field, Linearization
+from rnode_plugin.core.door import Door
+from rnode_plugin.core.dynamics import Dynamics
+from rnode_plugin.core.surroundings import module_of
+from rnode_plugin.core.trace_estimators import Difference
+from rnode_plugin.core.view import View
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.regularizers import jacfrob, kinetic, total_derivative
+
+APART = [name for name, case in FIELDS.items() if not case.mixes]
+MIXED = [name for name, case in FIELDS.items() if case.mixes]
+
+
+def inputs_of(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    t = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    z, noise = torch.randn(2, *case.shape, dtype=torch.float64)
+    return t, z.requires_grad_(), noise.requires_grad_()
+
+
+class OneEvaluation(Field):
+    """The function of one evaluation of a door: one mask of dropout, and buffers that stay."""
+
+    def __init__(self, case: Case, module: Any, t: Tensor, z: Tensor) -> None:
+        self.door = Door(case.solved(module, z), module_of(module), repeats=True)
+        self.door.evaluate(t, z)
+
+    def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
+        return self.door.again(t, z).dz
+
+    def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
+        return self.door.again(t, z, ask, noise)
+
+
+def met(name: str) -> tuple[Any, Any, tuple[Tensor, Tensor, Tensor]]:
+    """The user's module, the field as a solve meets it, and time, state and noise."""
+    case = FIELDS[name]
+    module, inputs = case.make(), inputs_of(case)
+    return module, OneEvaluation(case, module, *inputs[:2]), inputs
+
+
+def parameters_of(module: Any) -> list[Any]:
+    return list(module.parameters()) if isinstance(module, nn.Module) else []
+
+
+def assert_close(found: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
+    assert found.dtype == wanted.dtype, name
+    assert found.shape == wanted.shape, name
+    assert (found - wanted).norm() <= tolerance * (wanted.norm() + 1e-3), name
+
+
+# values and derivatives ------------------------------------------------------------------------------------------
+
+
+def by_linearize(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    """All that a field gives, from passes that ask for it together and alone."""
+    ask_all, ask_noise, ask_jvp = Ask("rows", jvp=True, divergence=True), Ask("noise", jvp=True), Ask(jvp=True)
+    dz, rows, jvp, divergence = field.linearize(t, z, ask=ask_all)[:4]
+    with_noise, alone = field.linearize(t, z, noise, ask=ask_noise), field.linearize(t, z, ask=ask_jvp)
+    several = field.linearize(t, z, torch.stack([noise, z]), ask=Ask("noise")).products
+    both = field.linearize(t, z, noise, ask=Ask("noise", divergence=True)).products
+    return {
+        "velocity": dz, "rows": rows, "divergence": divergence, "along itself and time": jvp(dz, 1.0),
+        "product": with_noise.products, "along the noise": with_noise.jvp(noise, 0.0), "two products": several,
+        "along alone": alone.jvp(alone.dz, -1.3), "velocity alone": field.linearize(t, z).dz,
+        "product with the divergence": both,
+    }  # fmt: skip
+
+
+def by_autograd(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    dz = field(t, z)
+    flat = dz.flatten(1)
+    rows = torch.stack([torch.autograd.grad(x.sum(), z, create_graph=True)[0] for x in flat.unbind(1)])
+    pull = lambda v: torch.einsum("bd,db...->b...", v.flatten(1), rows)  # noqa: E731
+
+    def push(v: Tensor, dt: float) -> Tensor:
+        """``J v + dt df/dt``, the transpose of a transpose."""
+        u = torch.zeros_like(dz, requires_grad=True)
+        by_t, by_z = torch.autograd.grad(dz, (t, z), u, create_graph=True, allow_unused=True)
+        moved = (by_z * v).sum() + (0 if by_t is None else dt * by_t)
+        return torch.autograd.grad(moved, u, create_graph=True)[0]
+
+    return {
+        "velocity": dz, "rows": rows, "divergence": rows.flatten(2).diagonal(dim1=0, dim2=2).sum(1),
+        "along itself and time": push(dz, 1.0), "product": pull(noise), "along the noise": push(noise, 0.0),
+        "two products": torch.stack([pull(noise), pull(z)]), "along alone": push(dz, -1.3), "velocity alone": dz,
+        "product with the divergence": pull(noise),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_a_field_gives_is_that_of_its_dense_jacobian(name: str) -> None:
+    """Values of everything, and the first-order gradients of each alone by time, state, noise and parameters."""
+    module, field, inputs = met(name)
+    case = FIELDS[name]
+    velocity = field if case.draws else case.plain(module, inputs[1])
+    found, wanted = by_linearize(field, *inputs), by_autograd(velocity, *inputs)
+    variables = [*inputs, *parameters_of(module)]
+    for each, exact in wanted.items():
+        assert_close(found[each], exact, 1e-11, each)
+        weights = torch.randn(exact.shape, dtype=exact.dtype, generator=torch.Generator().manual_seed(2))
+        ours, theirs = (
+            torch.autograd.grad(((weights + x) * x).sum(), variables, retain_graph=True, allow_unused=True)
+            for x in (found[each], exact)
+        )
+        for a, b, variable in zip(ours, theirs, variables, strict=True):
+            zero = torch.zeros_like(variable)
+            assert_close(zero if a is None else a, zero if b is None else b, 1e-10, f"gradient of {each}")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_penalties_have_the_derivatives_of_central_differences(name: str) -> None:
+    """By time, state and parameters, along random directions. A field that mixes samples has estimates alone."""
+    case = FIELDS[name]
+    module, (t, z, noise) = case.make(), inputs_of(case)
+    variables, start = [t, z, *parameters_of(module)], z.detach().clone()  # a solve holds its start fixed
+    regularizers = [kinetic, jacfrob] if case.twice else [kinetic, jacfrob, total_derivative]
+
+    def value() -> Tensor:
+        dynamics = Dynamics(
+            case.solved(module, start), regularizers=regularizers, net=module_of(module), divergence=False
+        )
+        torch.manual_seed(0)
+        found = dynamics.bind(noise.detach()).evaluate(t, z).penalties
+        return sum((1 + i) * each.sum() for i, each in enumerate(found.values()))  # pyright: ignore
+
+    reached = torch.autograd.grad(value(), variables, allow_unused=True)
+    used = [x for x, gradient in zip(variables, reached, strict=True) if gradient is not None]
+    along = directions(used)
+    found, exact = slope(value(), used, along), difference(value, used, along, 1e-6)
+    torch.testing.assert_close(found.detach(), exact, rtol=1e-6, atol=1e-6 * float(value().detach()))
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_product_can_be_differentiated_twice(name: str) -> None:
+    """The derivative of the gradient by the state, by a central difference of that gradient."""
+    case = FIELDS[name]
+    _, field, (t, z, noise) = met(name)
+
+    def gradient(z: Tensor, *, graph: bool = False) -> Tensor:
+        found = field.linearize(t, z, noise, ask=Ask("noise", jvp=True))
+        moved = found.jvp(noise, 1.0)
+        loss = found.dz.pow(3).sum() + found.products.pow(2).sum() + moved.pow(2).sum()
+        return torch.autograd.grad(loss, z, create_graph=graph)[0]
+
+    if case.twice:
+        with pytest.raises(RuntimeError, match=case.twice):
+            gradient(z, graph=True)
+        return
+    (direction,) = directions([z])
+    h = 1e-5
+    ahead, before = (gradient((z + s * h * direction).detach().requires_grad_()) for s in (1, -1))
+    (found,) = torch.autograd.grad(gradient(z, graph=True), z, direction)
+    wanted = ((ahead - before) / (2 * h) * direction).sum()  # the Hessian is symmetric
+    torch.testing.assert_close((found * direction).sum(), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", APART)
+def test_the_values_are_the_same_without_gradients(name: str, mode: Any) -> None:
+    case = FIELDS[name]
+    module, inputs = case.make(), inputs_of(case)
+    torch.manual_seed(4)
+    wanted = by_linearize(OneEvaluation(case, module, *inputs[:2]), *inputs)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        field = OneEvaluation(case, module, *inputs[:2])
+    with mode():
+        if case.differentiates and mode is torch.inference_mode:
+            with pytest.raises(ConfigError, match=r"inference_mode.*torch\.no_grad"):
+                field.linearize(inputs[0], inputs[1].clone())
+            return
+        found = by_linearize(field, *inputs)
+    for each, value in found.items():
+        assert each == "velocity alone" or not value.requires_grad, each
+        assert_close(value.clone(), wanted[each].detach(), 1e-12, each)
+
+
+@pytest.mark.parametrize("name", [name for name, case in FIELDS.items() if case.transforms and not case.draws])
+def test_the_transforms_of_torch_func(name: str) -> None:
+    """A vjp of the product, and for samples that are apart a vmap over states."""
+    case = FIELDS[name]
+    module, (t, z, noise) = case.make(), (x.detach() for x in inputs_of(case))
+    field = case.solved(module, z)
+
+    def product(z: Tensor) -> Tensor:
+        found = field.linearize(t, z, noise, ask=Ask("noise", jvp=True))
+        assert found.products is not None
+        assert found.jvp is not None
+        return found.products + found.jvp(noise, 1.0)
+
+    x = z.clone().requires_grad_()
+    wanted = product(x)
+    reached = wanted.requires_grad and torch.autograd.grad(wanted, x, noise, allow_unused=True)[0]
+    gradient = reached if isinstance(reached, Tensor) else torch.zeros_like(x)  # of a linear field
+    found, pull = torch.func.vjp(product, z)[:2]
+    assert_close(found, wanted.detach(), 1e-12, name)
+    assert_close(pull(noise)[0], gradient, 1e-12, name)
+    if not case.mixes:
+        many = torch.stack([z, 2 * z])
+        assert_close(torch.func.vmap(product)(many), torch.stack([product(each) for each in many]), 1e-12, name)
+
+
+# purity ----------------------------------------------------------------------------------------------------------
+
+OF_TORCHDYN = ("t", "_control")  # torchdyn's own layers keep what they were given last
+
+
+def traces(module: Any) -> dict[str, Any]:
+    """All that an evaluation could have written: buffers, parameters, attributes, modes and random numbers."""
+    net = module_of(module)
+    parts = {} if net is None else dict(net.named_modules())
+    return {
+        "state": {} if net is None else {key: x.clone() for key, x in net.state_dict().items()},
+        "attributes": {
+            (name, key): id(value)
+            for name, part in parts.items() for key, value in vars(part).items() if key not in OF_TORCHDYN
+        },
+        "gradients": [] if net is None else [p.grad for p in net.parameters()],
+        "random": torch.get_rng_state(),
+    }  # fmt: skip
+
+
+def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key in ("attributes", "gradients"):
+        assert found[key] == wanted[key], key
+    assert found["state"].keys() == wanted["state"].keys()
+    for key, x in wanted["state"].items():
+        assert torch.equal(found["state"][key], x), key
+    assert torch.equal(found["random"], wanted["random"])
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_an_evaluation_leaves_what_a_call_leaves_and_a_repeated_one_nothing(name: str) -> None:
+    """A call of the net moves running statistics and draws masks, and nothing else of this package does."""
+    case = FIELDS[name]
+    module, (t, z, noise) = case.make(), inputs_of(case)
+    field, net = case.solved(module, z), module_of(module)
+    before = traces(module)
+    plain = case.plain(module, z)(t, z).detach()
+    called = traces(module)
+    own = {key for key, value in before["attributes"].items() if called["attributes"][key] != value}
+
+    def left() -> dict[str, Any]:
+        """The traces without the attributes that the net's own hooks replace at each call."""
+        found = traces(module)
+        return {**found, "attributes": {k: v for k, v in found["attributes"].items() if k not in own}}
+
+    called = left()
+    if net is not None:
+        net.load_state_dict(before["state"])
+    torch.set_rng_state(before["random"])
+    versions = [x._version for x in (t, z, noise)]
+    ask = Ask("noise", jvp=True)
+    door = Door(field, net, repeats=True)
+    found = door.evaluate(t, z, ask, noise)
+    assert_same(left(), called)
+    assert_close(found.dz.detach(), plain, 1e-12, "velocity")
+    for wanted in (ask, Ask("noise"), Ask(jvp=True), Ask()):
+        again = door.again(t, z, wanted, noise)
+        assert_close(again.dz, found.dz, 1e-13, "velocity again")
+        if wanted.products:
+            assert_close(again.products, found.products, 1e-13, "product again")  # pyright: ignore
+        assert_same(left(), called)
+    assert [x._version for x in (t, z, noise)] == versions
+
+
+@pytest.mark.parametrize("name", [name for name, case in FIELDS.items() if not case.draws])
+def test_a_field_is_made_for_one_solve(name: str) -> None:
+    """Another solve in between changes nothing, and the next one sees the weights of now."""
+    case = FIELDS[name]
+    module, (t, z, noise) = case.make(), inputs_of(case)
+    first, other = case.solved(module, z), case.solved(module, z + 1)
+    before = first.linearize(t, z, noise, ask=Ask("noise"))
+    other.linearize(2 * t, z + 1, noise, ask=Ask("noise"))
+    again = first.linearize(t, z, noise, ask=Ask("noise"))
+    for a, b in zip(before[:2], again[:2], strict=True):
+        assert torch.equal(a, b)  # pyright: ignore[reportArgumentType]
+    parameters = parameters_of(module)
+    if not parameters:
+        return
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(1.2).data.add_(0.1)
+    changed = case.solved(module, z).linearize(t, z, noise, ask=Ask("noise"))
+    dz = case.plain(module, z)(t, z)
+    assert_close(changed.dz, dz, 1e-12, "velocity")
+    assert_close(changed.products, torch.autograd.grad(dz, z, noise)[0], 1e-11, "product")  # pyright: ignore
+    assert not torch.allclose(changed.dz, before.dz)
+
+
+# samples ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", APART)
+def test_samples_are_independent(name: str) -> None:
+    """With the state of one sample moved, all that belongs to the others stays."""
+    _, field, (t, z, noise) = met(name)
+    with torch.no_grad():
+        before = by_linearize(field, t, z, noise)
+        moved = torch.cat([z[:1] + 0.5, z[1:]])
+        after = by_linearize(field, t, moved, noise)
+    for each, value in before.items():
+        axis = {"rows": 1, "two products": 1}.get(each, 0)
+        rest, others = (x.narrow(axis, 1, 2) for x in (value, after[each]))
+        if each == "two products":  # the second is along the state
+            rest, others = rest[:1], others[:1]
+        assert_close(others, rest, 1e-13, each)
+    assert not torch.allclose(after["velocity"][0], before["velocity"][0])
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_samples_that_mix_have_no_exact_jacobian(name: str) -> None:
+    """One product with the Jacobian of the whole state exists, and so does one along a direction."""
+    module, field, (t, z, noise) = met(name)
+    for ask in (Ask("rows"), Ask(divergence=True)):
+        with pytest.raises(ConfigError, match=r"depends on other samples.*batch_dim=None"):
+            field.linearize(t, z, ask=ask)
+    found = field.linearize(t, z, noise, ask=Ask("noise", jvp=True))
+    jacobian: Any = torch.autograd.functional.jacobian(lambda z: FIELDS[name].plain(module, z)(t, z), z)
+    assert_close(found.products.detach(), torch.tensordot(noise.detach(), jacobian, 2), 1e-11, "product")
+    assert_close(found.jvp(noise, 0.0).detach(), torch.tensordot(jacobian, noise.detach(), 2), 1e-11, "along")
+
+
+# values of its own, and differences ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in APART if "potential" in name or "offers" in name])
+def test_values_that_a_field_offers_come_with_an_evaluation(name: str) -> None:
+    """By themselves and beside a product; without being asked for they are None."""
+    module, field, (t, z, noise) = met(name)
+    offering = module if hasattr(module, "aux") else module.field
+    given = (module._context,) if hasattr(module, "_context") else ()
+    wanted = offering.aux(t, z, *given)["potential_rate"]
+    for ask in (Ask(aux=True), Ask("noise", aux=True), Ask("rows", jvp=True, divergence=True, aux=True)):
+        found = field.linearize(t, z, noise, ask=ask).aux
+        assert_close(found["potential_rate"], wanted, 1e-12, str(ask))
+    assert field.linearize(t, z, noise, ask=Ask("noise")).aux is None
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_differences_of_the_velocity_are_the_directional_derivative(name: str) -> None:
+    """To their error of second order in the step."""
+    case = FIELDS[name]
+    module, (t, z, noise) = case.make(), inputs_of(case)
+    view = View(batch_dim=None) if case.mixes else None  # each sample has its own step
+    field = case.solved(module, z) if view is None else AutogradField(case.solved(module, z), view=view)
+    door = Door(field, module_of(module), view=view, repeats=True)
+    signs = door.part(noise.detach().sign())
+    found = Difference().linearize(door, t, z, signs).products
+    wanted = door.again(t, z, Ask(jvp=True)).jvp(signs, 0.0)  # pyright: ignore[reportOptionalCall]
+    assert_close(found, wanted, 1e-7, name)  # pyright: ignore[reportArgumentType]
