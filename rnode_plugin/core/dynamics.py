@@ -344,7 +344,7 @@ class Dynamics(BoundDynamics):
         penalties: dict[str, Tensor] = {}
         for key, rate in self.rates.items():
             if not rate.needs or ask == RATES:
-                penalties[key] = _checked(rate, FieldEvaluation(record, rate.needs), (z, dz), z)
+                penalties[key] = _checked(rate, FieldEvaluation(record, rate.needs, rate.name), (z, dz), z)
         return Rates(dz if self._view is None else whole, dlogdet, penalties)
 
 

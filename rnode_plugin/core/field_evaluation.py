@@ -77,10 +77,10 @@ class FieldEvaluation:
             none.
     """
 
-    __slots__ = ("_needs", "_record", "dz", "noise", "t", "z")
+    __slots__ = ("_name", "_needs", "_record", "dz", "noise", "t", "z")
 
-    def __init__(self, record: Record, needs: Collection[str]) -> None:
-        self._record, self._needs = record, needs
+    def __init__(self, record: Record, needs: Collection[str], name: str) -> None:
+        self._record, self._needs, self._name = record, needs, name
         self.t, self.z, self.dz, self.noise = record.t, record.z, record.dz, record.noise
 
     def divergence(self) -> Tensor:
@@ -212,7 +212,8 @@ class FieldEvaluation:
     def _require(self, need: str) -> None:
         if need not in self._needs:
             raise ConfigError(
-                f'a regularizer reads what this evaluation does not have: it must declare `needs = {{"{need}"}}`.'
+                f"the regularizer {self._name!r} reads what it has not declared of an evaluation: it must "
+                f'declare `needs = {{"{need}"}}`.'
             )
 
 
