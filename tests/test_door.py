@@ -539,15 +539,6 @@ def test_columns_that_the_field_never_reads_are_named_once(columns: int) -> None
         NeuralODE(Net(), solver="rk4", regularizers=["kinetic"])(states(), SPAN)
 
 
-@pytest.mark.parametrize("others", [[], ["jacfrob"]])
-def test_a_rate_sees_what_it_declared_and_nothing_else(others: list[str]) -> None:
-    rate = FunctionRegularizer("undeclared", lambda evaluation: evaluation.squared_frobenius())
-    with pytest.raises(ConfigError, match=r'needs = \{"vjp"\}'):
-        penalties_at(Net(), 0.0, states(), [*others, rate])
-    declared = FunctionRegularizer("declared", lambda evaluation: evaluation.squared_frobenius(), needs={"vjp"})
-    penalties_at(Net(), 0.0, states(), [*others, declared])
-
-
 def test_a_rate_that_differentiates_the_velocity_is_told_what_to_declare() -> None:
     def rate(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
         return torch.autograd.grad(dz.sum(), z, create_graph=True)[0].square().sum(1)

@@ -1,0 +1,175 @@
+"""Every built-in regularizer and one of each kind from a plugin, with what each of them is by definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from dense_rates import Function, dense_rates
+from scipy.integrate._ivp.rk import RK45
+from torch import Tensor, nn
+
+from rnode_plugin.regularizers import (
+    Rate,
+    SpanPolicy,
+    StepPenalty,
+    Trajectory,
+    TrajectoryPenalty,
+    kinetic,
+    rate,
+    step_penalty,
+)
+
+# a plugin's ------------------------------------------------------------------------------------------------------
+
+
+class SquaredDivergence(Rate):
+    """The square of the divergence."""
+
+    name = "squared_divergence"
+    needs = frozenset({"vjp"})
+
+    def __call__(self, evaluation: Any, /) -> Tensor:
+        return evaluation.divergence().square()
+
+
+class Weighed(nn.Module, Rate):
+    """A trained multiple of the squared norm."""
+
+    name = "weighed"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, evaluation: Any) -> Tensor:
+        return self.weight * evaluation.z.flatten(1).square().sum(1)
+
+
+@rate("along_the_state", needs={"jvp"}, divided_by_dims=False)
+def along_the_state(evaluation: Any) -> Tensor:
+    """``||J z||^2``."""
+    return evaluation.jvp(evaluation.z).flatten(1).square().sum(1)
+
+
+def late_speed(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+    return t * dz.flatten(1).square().sum(1)
+
+
+class Lengths(StepPenalty):
+    """The squares of the distances from step to step."""
+
+    name = "lengths"
+
+    def __call__(self, step: Any, /) -> Tensor:
+        return (step.z1 - step.z0).flatten(1).square().sum(1)
+
+
+@step_penalty("longest", reduction="max", divided_by_dims=True)
+def longest(step: Any) -> Tensor:
+    """The longest distance of a step, squared."""
+    return (step.z1 - step.z0).flatten(1).square().sum(1)
+
+
+class Halfway(TrajectoryPenalty):
+    """Squared distance between the state in the middle and the mean of both ends, and the kinetic energy."""
+
+    name = "halfway"
+    rates = (kinetic,)
+
+    def times(self, t0: Tensor, t1: Tensor, /) -> Tensor:
+        return ((t0 + t1) / 2)[None]
+
+    def __call__(self, trajectory: Trajectory, /) -> Tensor:
+        first, middle, last = trajectory.z
+        return (middle - (first + last) / 2).flatten(1).square().sum(1) + trajectory.integrals["kinetic"]
+
+
+class Longer(SpanPolicy):
+    """A solve of twice the length."""
+
+    name = "longer"
+
+    def times(self, t_span: Tensor, /, *, training: bool) -> Tensor:
+        return t_span[0] + 2 * (t_span - t_span[0])
+
+    def __call__(self, z: Tensor, /) -> Tensor:
+        return z.new_full((len(z),), 4.0)
+
+
+# rates by definition ---------------------------------------------------------------------------------------------
+
+Dense = Callable[[Function, Tensor, Tensor], Tensor]
+"""The rate of one sample ``z (D,)`` of ``f(t, z) (D,)``."""
+
+
+def known(name: str) -> Dense:
+    order = int(name.partition(":")[2] or 2)
+    return lambda f, t, z: dense_rates(f, t, z, highest=order)[name]
+
+
+def difference_in_time(f: Function, t: Tensor, z: Tensor) -> Tensor:
+    dz = f(t, z)
+    return (dz - f(t + 0.1, z + 0.1 * dz).detach()).square().sum() / 0.01
+
+
+RATES: dict[str, tuple[Callable[[], Any], Dense]] = {
+    **{
+        name: (lambda name=name: name, known(name))
+        for name in (
+            "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "l1", "jacdiag",
+            "jacoffdiag", "curl", "strain", "taylor:2", "taylor:3", "taylor:4",
+        )
+    },
+    "finite_difference:0.1": (lambda: "finite_difference:0.1", difference_in_time),
+    "squared_divergence": (
+        SquaredDivergence, lambda f, t, z: torch.func.jacrev(f, argnums=1)(t, z).trace().square()
+    ),
+    "weighed": (Weighed, lambda f, t, z: 1.5 * z.square().sum()),
+    "along_the_state": (
+        lambda: along_the_state, lambda f, t, z: (torch.func.jacrev(f, argnums=1)(t, z) @ z).square().sum()
+    ),
+    "late_speed": (lambda: late_speed, lambda f, t, z: t * f(t, z).square().sum()),
+}  # fmt: skip
+"""All but ``hjb``, which is one of a potential."""
+
+UNDIVIDED = {
+    "hjb", "along_the_state", "error", "stiffness", "local_error", "local_stiffness", "lengths", "learned_end_time",
+    "longer",
+}  # fmt: skip
+"""What the objective does not divide by the number of dimensions."""
+
+
+# steps and paths by definition -----------------------------------------------------------------------------------
+
+
+def rms(x: Tensor) -> Tensor:
+    return x.square().mean(1).sqrt()
+
+
+def dormand_prince(field: Any, z: Tensor, times: Tensor) -> dict[str, Tensor]:
+    """``error`` and ``stiffness`` of Dormand and Prince's steps between fixed times."""
+    a, b, c, e = (torch.as_tensor(x) for x in (RK45.A, RK45.B, RK45.C, RK45.E))
+    e = e * 2 / 3  # torchdyn, like torchdiffeq, has another embedded solution, two thirds as far away
+    errors, ratios = [], []
+    for t, h in zip(times[:-1], times.diff(), strict=True):
+        k, last = [field(t, z)], z
+        for i in range(1, 6):
+            last = z + h * sum(a[i, j] * k[j] for j in range(i))
+            k.append(field(t + c[i] * h, last))
+        z = z + h * sum(b[j] * k[j] for j in range(6))
+        k.append(field(t + h, z))
+        errors.append(rms(h * sum(e[j] * k[j] for j in range(7))) * h)
+        ratios.append(rms(k[6] - k[5]) / rms(z - last))
+    return {"error": torch.stack(errors).sum(0), "stiffness": torch.stack(ratios).mean(0)}
+
+
+def residual_of_a_line(t: Tensor, z: Tensor) -> Tensor:
+    """The squared residual ``(B,)`` of the least-squares lines through states ``z (T, B, D)`` at times ``t``."""
+    fit: Any = np.polynomial.polynomial.Polynomial.fit
+    return torch.stack([
+        torch.tensor(sum(float(fit(t.numpy(), column, 1, full=True)[1][0][0]) for column in sample.T), dtype=torch.float64)
+        for sample in z.detach().numpy().swapaxes(0, 1)
+    ])  # fmt: skip

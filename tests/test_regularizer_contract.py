@@ -1,0 +1,483 @@
+"""The contract of regularizers: value, declared needs, gradients, samples, every interface that takes them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchdiffeq
+from field_table import active
+from problems import difference, directions, slope
+from regularizer_table import (
+    RATES,
+    UNDIVIDED,
+    Halfway,
+    Lengths,
+    Longer,
+    dormand_prince,
+    longest,
+    residual_of_a_line,
+)
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+
+from rnode_plugin import Adaptive, FixedGrid, NeuralODE, RegularizedCNF, TableFlow, penalties_at
+from rnode_plugin.core.dynamics import Dynamics
+from rnode_plugin.core.field_evaluation import FieldEvaluation
+from rnode_plugin.errors import ConfigError, PluginError
+from rnode_plugin.fields import conv_field, linear_field
+from rnode_plugin.fields.potential import PotentialField
+from rnode_plugin.plugins.registry import resolve_regularizers
+from rnode_plugin.regularizers import (
+    BUILTIN,
+    FunctionRegularizer,
+    LearnedEndTime,
+    Rate,
+    Regularizer,
+    StepPenalty,
+    Trajectory,
+)
+from rnode_plugin.torchdiffeq import odeint, odeint_adjoint, regularize
+
+theirs: Any = torchdiffeq  # its functions have no annotations
+DOUBLE = torch.float64
+NEEDS = ("vjp", "jvp", "aux", "field")
+
+
+def states(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (3, 2)), generator=torch.Generator().manual_seed(4), dtype=DOUBLE)
+
+
+def perceptron() -> nn.Module:
+    return active(linear_field(2, hidden=5, activation="tanh"))
+
+
+def potential() -> nn.Module:
+    return active(PotentialField(2, hidden=5))
+
+
+def resolved(spec: Any) -> Regularizer:
+    (entry,) = resolve_regularizers([spec]).values()
+    return entry.regularizer
+
+
+def declared() -> dict[str, Regularizer]:
+    """One of each, the built-in ones by their names."""
+    given = [make() for make, _ in RATES.values()]
+    others = [name for name in BUILTIN if name not in RATES and name not in ("taylor", "finite_difference")]
+    found = [resolved(each) for each in (*given, *others, Lengths(), longest, Halfway(), Longer())]
+    return {each.name: each for each in found}
+
+
+ALL = declared()
+OF_RATES = [name for name, each in ALL.items() if isinstance(each, Rate)]
+
+
+def test_the_table_has_every_built_in_regularizer() -> None:
+    assert {name.partition(":")[0] for name in ALL} >= set(BUILTIN)
+
+
+# rates at points -------------------------------------------------------------------------------------------------
+
+
+def dense_hjb(field: Any, t: Tensor, z: Tensor) -> Tensor:
+    by_t, by_z = torch.func.jacrev(lambda t, z: field.potential(t, z[None])[0], argnums=(0, 1))(t, z)
+    return (by_t - by_z.square().sum() / 2).abs()
+
+
+def dense(name: str, field: Any, t: Tensor, z: Tensor) -> Tensor:
+    """The rate ``(B,)`` by dense derivatives of each sample alone."""
+    if name == "hjb":
+        return torch.stack([dense_hjb(field, t, each.flatten()) for each in z])
+
+    def alone(t: Tensor, flat: Tensor) -> Tensor:
+        return field(t, flat.reshape(1, *z.shape[1:])).flatten()
+
+    return torch.stack([RATES[name][1](alone, t, each.flatten()) for each in z])
+
+
+PLACES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "flat": lambda: (perceptron(), states(3, 2)),
+    "images": lambda: (active(conv_field(2, hidden=4, layers=2)), states(2, 2, 2, 2)),
+    "potential": lambda: (potential(), states(3, 2)),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", OF_RATES)
+def test_a_rate_is_that_of_dense_derivatives(name: str, place: str) -> None:
+    field, z = PLACES[place]()
+    t = torch.tensor(0.3, dtype=DOUBLE)
+    if name == "hjb" and place != "potential":
+        with pytest.raises(ConfigError, match="offers no 'potential_rate'"):
+            penalties_at(field, t, z, [name])
+        return
+    (found,) = penalties_at(field, t, z, [ALL[name]], trace_noise="exact").values()
+    assert (found.shape, found.dtype) == ((len(z),), DOUBLE)
+    torch.testing.assert_close(found, dense(name, field, t, z), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "gaussian"])
+@pytest.mark.parametrize("name", OF_RATES)
+def test_the_gradient_of_a_rate_passes_gradcheck(name: str, estimator: str) -> None:
+    """By state, time and parameters; of a difference in time with the later velocity held fixed."""
+    field, z = (potential() if name == "hjb" else perceptron()), states(2, 2).requires_grad_()
+    t = torch.tensor(0.3, dtype=DOUBLE, requires_grad=True)
+    variables = [t, z, *field.parameters()]
+    if name.startswith("finite_difference"):
+        (found,) = penalties_at(field, t, z, [name]).values()
+        later = field(t + 0.1, z + 0.1 * field(t, z)).detach()
+        wanted = (field(t, z) - later).square().sum(1) / 0.01
+        ours, exact = (torch.autograd.grad(each.sum(), variables) for each in (found, wanted))
+        torch.testing.assert_close(ours, exact)
+        return
+    noise = states(2, 2).flip(0) if estimator == "gaussian" else None
+    dynamics = Dynamics(field, regularizers=[ALL[name]], estimator=estimator, divergence=False)
+
+    def value(t: Tensor, z: Tensor, *_: Tensor) -> Tensor:
+        return dynamics.bind(noise if dynamics.needs_products else None).evaluate(t, z).penalties[name]
+
+    assert gradcheck(value, variables, fast_mode=True)
+
+
+# what a regularizer sees -----------------------------------------------------------------------------------------
+
+
+def without(regularizer: Any, need: str) -> Any:
+    """The same with one need that it does not declare."""
+    needs = frozenset(regularizer.needs) - {need}
+    if isinstance(regularizer, FunctionRegularizer):
+        return dataclasses.replace(regularizer, needs=needs)
+    twin = copy.copy(regularizer)
+    object.__setattr__(twin, "needs", needs)
+    return twin
+
+
+@pytest.mark.parametrize(
+    ("name", "need"),
+    [(name, need) for name in OF_RATES for need in NEEDS if need in ALL[name].needs],  # pyright: ignore
+)
+@pytest.mark.parametrize(
+    "others", [[], ["jacfrob", "total_derivative", "finite_difference"]], ids=["alone", "beside"]
+)
+def test_each_need_is_read_and_an_undeclared_one_is_refused(name: str, need: str, others: list[str]) -> None:
+    """Under a random estimator, with which the exact Jacobian of curl and strain is not at hand."""
+    field, shy = (potential() if name == "hjb" else perceptron()), without(ALL[name], need)
+    others = [each for each in others if each != name]
+    for call in (
+        lambda: penalties_at(field, 0.3, states(), [*others, shy]),
+        lambda: NeuralODE(field, "euler", regularizers=[*others, shy])(states()),
+        lambda: TableFlow(2, regularizers=[*others, shy], trace_noise="gaussian")(states().float(), penalties=True),
+        lambda: odeint(field, states(), torch.tensor([0.0, 1.0]), method="euler", regularizers=[*others, shy]),
+    ):
+        with pytest.raises(ConfigError, match=f"'{re.escape(shy.name)}'.*needs = {{\"{need}\"}}"):
+            call()
+
+
+READS: dict[str, tuple[str, Callable[[FieldEvaluation], Tensor]]] = {
+    "divergence": ("vjp", lambda e: e.divergence()),
+    "squared_frobenius": ("vjp", lambda e: e.squared_frobenius()),
+    "probes": ("vjp", lambda e: e.probes()[0][0] * e.z[:, 0]),
+    "jacobian": ("vjp", lambda e: e.jacobian()[:, 0, 0]),
+    "vjp": ("vjp", lambda e: e.vjp(e.z)[:, 0]),
+    "jvp": ("jvp", lambda e: e.jvp(e.z)[:, 0]),
+    "total_derivative": ("jvp", lambda e: e.total_derivative()[:, 0]),
+    "third derivative": ("jvp", lambda e: e.total_derivative(3)[:, 0]),
+    "velocity": ("field", lambda e: e.velocity(e.t, e.z)[:, 0]),
+    "aux": ("aux", lambda e: e.aux("potential_rate")),
+}
+
+
+@pytest.mark.parametrize(
+    "others", [[], [*(name for name in BUILTIN if name in RATES), "hjb"]], ids=["alone", "beside"]
+)
+@pytest.mark.parametrize("read", READS)
+def test_a_read_is_declared_by_its_own_need_and_no_other(read: str, others: list[str]) -> None:
+    need, function = READS[read]
+    for needs in ({need}, set(NEEDS) - {need}):
+        regularizer = FunctionRegularizer("reading", function, needs=needs, repeats=True)
+        if need in needs:
+            found = penalties_at(potential(), 0.3, states(), [*others, regularizer])["reading"]
+            assert found.shape == (3,)
+        else:
+            with pytest.raises(ConfigError, match=f"'reading'.*needs = {{\"{need}\"}}"):
+                penalties_at(potential(), 0.3, states(), [*others, regularizer])
+
+
+def test_a_path_sees_the_integrals_that_it_names() -> None:
+    class Peeking(Halfway):
+        name = "peeking"
+
+        def __call__(self, trajectory: Trajectory, /) -> Tensor:
+            assert set(trajectory.integrals) == {"kinetic"}
+            return trajectory.integrals["jacfrob"]
+
+    with pytest.raises(PluginError, match="'peeking' raised KeyError"):
+        NeuralODE(perceptron(), "euler", regularizers=["jacfrob", "l1", Peeking()])(states())
+
+
+def test_a_step_lends_what_the_method_has() -> None:
+    """What a penalty uses is known before a solve, so another method is refused where the model is made."""
+
+    class Using(StepPenalty):
+        name = "using"
+        uses = frozenset({"error", "pair"})
+
+        def __call__(self, step: Any, /) -> Tensor:
+            a, b = step.pair
+            return (step.error + step.states[a] - step.states[b]).square().sum(1)
+
+    for method in ("euler", "rk4_38", "rk4"):
+        with pytest.raises(ConfigError, match=r"'using' cannot be computed.*has no (error estimate|two stages)"):
+            NeuralODE(perceptron(), method, regularizers=[Using()])
+    model = NeuralODE(perceptron(), "dopri5", regularizers=[Using()])
+    model(states())
+    assert model.regularization["using"].shape == (3,)
+
+
+# the objective and the samples -----------------------------------------------------------------------------------
+
+
+def neural_ode(name: str) -> NeuralODE:
+    """A model whose solver has what the penalty uses, if possible on a fixed grid."""
+    field = potential() if name == "hjb" else perceptron()
+    regularizer = copy.deepcopy(ALL[name])
+    solver = {"error": "dopri5", "stiffness": "rk4"}.get(name, "rk4_38")
+    return NeuralODE(
+        field, solver, regularizers={regularizer: None if name.startswith("steer") else 1.0}, trace_noise="exact",
+    )  # fmt: skip
+
+
+def integral(model: NeuralODE, z: Tensor) -> Tensor:
+    torch.manual_seed(5)
+    model(z, torch.linspace(0, 1, 4, dtype=DOUBLE), penalties=True)
+    (found,) = model.regularization.values()
+    return found
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_number_per_sample_that_other_samples_do_not_change(name: str) -> None:
+    z = states()
+    found = integral(neural_ode(name), z)
+    assert (found.shape, found.dtype) == ((3,), DOUBLE)
+    assert name.startswith("steer") or bool((found.detach().abs() > 0).all())
+    if name == "error":  # all samples choose the steps
+        return
+    alone = torch.cat([integral(neural_ode(name), each[None]) for each in z])
+    torch.testing.assert_close(found, alone, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_objective_divides_it_by_the_dimensions_as_it_declares(name: str) -> None:
+    model = neural_ode(name)
+    mean = integral(model, states()).mean()
+    assert ALL[name].divided_by_dims == (name not in UNDIVIDED and not name.startswith("steer"))
+    torch.testing.assert_close(model.reg_loss(), mean / 2 if ALL[name].divided_by_dims else mean)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_copies_are_equal_and_pickles_too(name: str) -> None:
+    z, wanted = states(), integral(neural_ode(name), states())
+    model = neural_ode(name)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(integral(copied, z), wanted)
+
+
+OF_SOLVES = [
+    name for name in ALL
+    if name not in OF_RATES and not name.startswith(("steer", "local")) and name not in ("error", "longer")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["weighed", *OF_SOLVES])
+def test_the_gradient_through_a_solve_is_that_of_central_differences(name: str) -> None:
+    """Of penalties on steps, paths and times.
+
+    The gradients of local ones are cut at the start of their step, and those of ``error`` hold the steps fixed.
+    """
+    model, z = neural_ode(name), states().requires_grad_()
+    variables = [z, *model.parameters()]
+    reached = torch.autograd.grad(integral(model, z).sum(), variables, allow_unused=True)
+    used = [x for x, gradient in zip(variables, reached, strict=True) if gradient is not None]
+    assert used
+    scale = 1 / float(integral(model, z).sum().detach())
+    value, along = (
+        lambda: scale * integral(model, z).sum(),
+        [v.to(x) for v, x in zip(directions(used), used, strict=True)],
+    )
+    single = any(x.dtype is torch.float32 for x in used)  # an end time
+    found, exact = slope(value(), used, along), difference(value, used, along, 1e-3 if single else 1e-6)
+    torch.testing.assert_close(found.detach().double(), exact.double(), rtol=1e-3 if single else 1e-6, atol=1e-7)
+
+
+# every interface -------------------------------------------------------------------------------------------------
+
+GRID = torch.linspace(0, 1, 5, dtype=DOUBLE)
+TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
+
+
+def by_neural_ode(sensitivity: str) -> Callable[..., Any]:
+    def solve(field: nn.Module, z: Tensor, given: list[Any], method: str) -> Any:
+        options = TIGHT if method == "dopri5" else {}
+        model = NeuralODE(
+            field, method, sensitivity=sensitivity, regularizers=given, trace_noise="exact", **options
+        )  # fmt: skip
+        model(z, GRID)
+        return model.regularization
+
+    return solve
+
+
+def by_density(field: nn.Module, z: Tensor, given: list[Any], method: str) -> Any:
+    model = RegularizedCNF(
+        field, event_shape=2, t_span=GRID, solver=method, regularizers=given, trace_estimator="exact",
+        **(TIGHT if method == "dopri5" else {}),
+    ).double()  # fmt: skip
+    return model.encode(z).regularization
+
+
+def by_flow(field: nn.Module, z: Tensor, given: list[Any], method: str) -> Any:
+    random = torch.get_rng_state()  # the weights of a new flow are drawn
+    solver = FixedGrid(method, step=0.25) if method == "euler" else Adaptive(method, **TIGHT)
+    flow = TableFlow(2, solver=solver, regularizers=given, trace_noise="exact").double()
+    flow.fields[0] = field
+    torch.set_rng_state(random)
+    return flow.encode(z).regularization
+
+
+def by_torchdiffeq(ode: Any) -> Callable[..., Any]:
+    def solve(field: nn.Module, z: Tensor, given: list[Any], method: str) -> Any:
+        return ode(field, z, GRID, method=method, **TIGHT, regularizers=given, trace_noise="exact")[1]
+
+    return solve
+
+
+def by_block(field: nn.Module, z: Tensor, given: list[Any], method: str) -> Any:
+    with regularize(given, trace_noise="exact") as penalties:
+        theirs.odeint(field, z, GRID, method=method, **TIGHT)
+    return penalties
+
+
+FACES: dict[str, Callable[..., Any]] = {
+    **{f"NeuralODE, {mode}": by_neural_ode(mode) for mode in ("autograd", "checkpointed", "adjoint")},
+    "density": by_density, "flow": by_flow, "odeint": by_torchdiffeq(odeint),
+    "odeint_adjoint": by_torchdiffeq(odeint_adjoint), "regularize": by_block,
+}  # fmt: skip
+
+
+@functools.cache
+def by_euler(name: str) -> Tensor:
+    """The sum of a rate over Euler's steps."""
+    field, z = (potential() if name == "hjb" else perceptron()), states()
+    total = torch.zeros(len(z), dtype=DOUBLE)
+    for t, h in zip(GRID[:-1], GRID.diff(), strict=True):
+        total = total + h * dense(name, field, t, z).detach()
+        z = z + h * field(t, z).detach()
+    return total
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_the_integral_of_a_rate_in_every_interface(face: str) -> None:
+    """Of all together, by Euler's method, which a sum of dense rates repeats to rounding."""
+    for field, given in (
+        (perceptron(), [name for name in OF_RATES if name != "hjb"]),
+        (potential(), ["hjb"]),
+    ):
+        found = FACES[face](field, states(), [copy.deepcopy(ALL[name]) for name in given], "euler")
+        assert set(found) == set(given)
+        for name in given:
+            torch.testing.assert_close(found[name].detach(), by_euler(name), rtol=1e-9, atol=1e-12, msg=name)
+
+
+@functools.cache
+def of_the_path() -> dict[str, Tensor]:
+    """Penalties of the path by their definition, with the random times of seed 7."""
+    field, z = perceptron(), states()
+    ends, middle = (theirs.odeint(field, z, t, **TIGHT).detach() for t in (GRID[[0, -1]], GRID[[0, 2]]))
+    energy = path_energy(1.0)
+    torch.manual_seed(7)
+    drawn = torch.cat([GRID[[0, -1]], torch.rand(2, dtype=DOUBLE)]).sort().values
+    return {
+        "straightness": energy - (ends[1] - ends[0]).square().sum(1),
+        "halfway": (middle[1] - ends.mean(0)).square().sum(1) + energy,
+        "trajectory_polynomial": residual_of_a_line(drawn, theirs.odeint(field, z, drawn, **TIGHT)),
+    }
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_penalties_of_the_path_and_the_times_in_every_interface(face: str) -> None:
+    field, z, wanted = perceptron(), states(), of_the_path()
+    torch.manual_seed(7)
+    found = FACES[face](field, z, ["straightness", Halfway(), "trajectory_polynomial"], "dopri5")
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name].detach(), value, rtol=1e-6, atol=1e-8, msg=name)
+    for policy, end, value in ((LearnedEndTime(1.5), 1.5, 1.125), (Longer(), 2.0, 4.0)):
+        found = FACES[face](field, z, ["kinetic", policy], "dopri5")
+        torch.testing.assert_close(found["kinetic"].detach(), path_energy(end), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(found[policy.name].detach(), torch.full((3,), value, dtype=DOUBLE))
+
+
+@functools.cache
+def path_energy(end: float) -> Tensor:
+    """The kinetic energy to an end time, as one more column of the state."""
+    field, z = perceptron(), states()
+
+    def augmented(t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        dz = field(t, y[0])
+        return dz, dz.square().sum(1)
+
+    times = torch.tensor([0.0, end], dtype=DOUBLE)
+    return theirs.odeint(augmented, (z, z.new_zeros(len(z))), times, rtol=1e-11, atol=1e-11)[1][-1].detach()
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_penalties_of_steps_in_every_interface_that_shows_them(face: str) -> None:
+    """By Euler's method. torchdiffeq shows no steps, and an adjoint has none in its graph."""
+    field, z = perceptron(), states()
+    given: list[Any] = [Lengths(), longest]
+    if "odeint" in face or face == "regularize" or "adjoint" in face:
+        with pytest.raises(ConfigError, match="'lengths'"):
+            FACES[face](field, z, given, "euler")
+        return
+    found, squares, x = FACES[face](field, z, given, "euler"), [], z
+    for t, h in zip(GRID[:-1], GRID.diff(), strict=True):
+        squares.append((h * field(t, x)).square().sum(1).detach())
+        x = x + h * field(t, x).detach()
+    torch.testing.assert_close(found["lengths"].detach(), torch.stack(squares).sum(0))
+    torch.testing.assert_close(found["longest"].detach(), torch.stack(squares).amax(0))
+
+
+@pytest.mark.parametrize("face", [face for face in FACES if "odeint" not in face and face != "regularize"])
+def test_local_penalties_in_every_interface_that_has_its_own_solver(face: str) -> None:
+    """One extra step of a linear field ``z' = -3 z``, whose stiffness is 3 and whose error one of ``z`` alone."""
+    field = linear_field(2, layers=1).double()
+    with torch.no_grad():
+        field.layers[0].weight[:, 1:] = -3 * torch.eye(2)  # pyright: ignore
+    found = FACES[face](field, states(), ["local_stiffness", "local_error"], "euler")
+    torch.testing.assert_close(found["local_stiffness"].detach(), torch.full((3,), 3.0, dtype=DOUBLE))
+    sizes = states().square().mean(1).sqrt()
+    ratio = found["local_error"].detach() / sizes
+    torch.testing.assert_close(ratio, ratio[:1].expand(3))
+    assert 0 < float(ratio[0]) < 1e-2
+
+
+def test_error_and_stiffness_of_one_step_are_those_of_scipys_tableau() -> None:
+    field, z, times = perceptron(), states(), torch.tensor([0.0, 0.7], dtype=DOUBLE)
+    solver = Adaptive("dopri5", first_step=0.7, atol=1e3, rtol=1e2)  # one step, whatever its error
+    dynamics = Dynamics(field, regularizers=[ALL["error"], ALL["stiffness"]], divergence=False)
+    found = solver.solve(dynamics.bind(None), z, times).penalties
+    wanted = dormand_prince(field, z, times)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-14)
+        ours, exact = (
+            torch.autograd.grad(x.sum(), list(field.parameters()), retain_graph=True) for x in (found[name], value)
+        )
+        torch.testing.assert_close(ours, exact, rtol=1e-7, atol=1e-12)
