@@ -11,8 +11,9 @@ import pytest
 UNIT = frozenset(
     {
         "test_convolutions", "test_declared_regularizers", "test_field_contract", "test_fields", "test_multiscale",
-        "test_potential", "test_recognise", "test_regularizer_contract", "test_regularizers_paths", "test_regularizers_rates",
-        "test_regularizers_steps", "test_solve", "test_solve_limits", "test_solve_transforms", "test_table_flow",
+        "test_potential", "test_recognise", "test_regularizer_contract", "test_regularizers_paths",
+        "test_regularizers_rates", "test_regularizers_steps", "test_solve", "test_solve_limits",
+        "test_solve_transforms", "test_table_flow",
     }
 )  # fmt: skip
 """The quick tests of core, solvers, fields and flows: ``pytest -m unit``."""

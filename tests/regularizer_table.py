@@ -169,7 +169,9 @@ def dormand_prince(field: Any, z: Tensor, times: Tensor) -> dict[str, Tensor]:
 def residual_of_a_line(t: Tensor, z: Tensor) -> Tensor:
     """The squared residual ``(B,)`` of the least-squares lines through states ``z (T, B, D)`` at times ``t``."""
     fit: Any = np.polynomial.polynomial.Polynomial.fit
-    return torch.stack([
-        torch.tensor(sum(float(fit(t.numpy(), column, 1, full=True)[1][0][0]) for column in sample.T), dtype=torch.float64)
-        for sample in z.detach().numpy().swapaxes(0, 1)
-    ])  # fmt: skip
+
+    def squared(column: np.ndarray) -> float:
+        return float(fit(t.numpy(), column, 1, full=True)[1][0][0])
+
+    samples = z.detach().numpy().swapaxes(0, 1)
+    return torch.tensor([sum(map(squared, sample.T)) for sample in samples], dtype=torch.float64)

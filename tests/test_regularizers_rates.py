@@ -1,18 +1,16 @@
-"""Integrals of rates against scipy, estimates, higher derivatives, what is refused, and the objective."""
+"""Rates: estimates, higher derivatives, shared products, what is refused, and the objective."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from dense_rates import integrals
-from problems import Wave, difference, directions, slope
+from problems import Wave
 from torch import Tensor, nn
 
-from rnode_plugin import NeuralODE, RegularizedCNF
+from rnode_plugin import NeuralODE
 from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Linearization
 from rnode_plugin.core.dynamics import Dynamics, Rates
 from rnode_plugin.core.objective import bits_per_dim, objective, standard_normal_log_prob
@@ -21,16 +19,8 @@ from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import FunctionRegularizer, Taylor
-from rnode_plugin.solvers import GRADIENTS
-from rnode_plugin.torchdiffeq import odeint
 
-RATES = [
-    "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "l1", "jacdiag", "jacoffdiag",
-    "curl", "strain", "taylor:2", "taylor:3", "taylor:4",
-]  # fmt: skip
 ESTIMATED = ["jacfrob", "curl", "strain"]
-SPAN = (0.0, 0.4)
-TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10, "atol_adjoint": 1e-10, "rtol_adjoint": 1e-10}
 
 
 class Image(nn.Module):
@@ -59,66 +49,6 @@ def resolved(*names: str) -> list[Any]:
 
 
 FIELDS = [(Wave(), (3,)), (Image(), (2, 2, 2))]
-
-
-@functools.cache
-def reference() -> tuple[Wave, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Field, states, integrals, and the derivatives of their sums along ``directions``."""
-    field = Wave(2)
-    z0 = torch.randn(2, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    parameters = list(field.parameters())
-
-    def values() -> dict[str, Tensor]:
-        return integrals(lambda t, z: field(t, z[None])[0], z0, SPAN, highest=3)
-
-    exact = values()
-    change = difference(lambda: torch.stack(list(values().values())).sum(1), parameters, directions(parameters))
-    return field, z0, exact, dict(zip(exact, change, strict=True))
-
-
-def by_neural_ode(mode: str) -> Callable[..., Any]:
-    def integrate(field: nn.Module, z0: Tensor, t: Tensor, names: list[str]) -> Any:
-        model = NeuralODE(field, "dopri5", sensitivity=mode, regularizers=names, trace_noise="exact", **TIGHT)
-        model(z0, t)
-        return model.regularization
-
-    return integrate
-
-
-def by_odeint(field: nn.Module, z0: Tensor, t: Tensor, names: list[str]) -> Any:
-    return odeint(field, z0, t, rtol=1e-12, atol=1e-12, regularizers=names, trace_noise="exact")[1]
-
-
-def by_density(field: nn.Module, z0: Tensor, t: Tensor, names: list[str]) -> Any:
-    density = RegularizedCNF(
-        field, event_shape=2, t_span=t, regularizers=names, trace_estimator="exact", atol=1e-10, rtol=1e-10
-    ).double()
-    density.log_prob(z0)
-    return density.regularization
-
-
-INTERFACES = {
-    **{mode: by_neural_ode(mode) for mode in GRADIENTS}, "odeint": by_odeint, "density": by_density,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("interface", INTERFACES)
-def test_penalties_and_gradients_equal_scipy_and_finite_differences(interface: str) -> None:
-    """Values to 1e-6 and the parameters' gradient, along a random direction, to 1e-5."""
-    field, z0, exact, slopes = reference()
-    parameters = list(field.parameters())
-    names = [*RATES[:-1], "straightness"]
-    found = INTERFACES[interface](field, z0, torch.tensor(SPAN, dtype=torch.float64), names)
-    assert set(found) == set(names)  # the energy that straightness reads is not one of the penalties
-    for name in names:
-        torch.testing.assert_close(found[name], exact[name], rtol=1e-6, atol=1e-9, msg=name)
-    # one backward pass for all of them, each weighed so that none is hidden by another
-    loss = sum(found[name].sum() / exact[name].sum() for name in names)
-    ours = slope(loss, parameters, directions(parameters))  # pyright: ignore[reportArgumentType]
-    wanted: Any = sum(slopes[name] / exact[name].sum() for name in names)
-    # the interpolant of third order between knots has an error too
-    tolerance = 1e-3 if interface == "interpolated_adjoint" else 1e-5
-    torch.testing.assert_close(ours, wanted, rtol=tolerance, atol=1e-7)
 
 
 @pytest.mark.parametrize(("field", "shape"), FIELDS, ids=["flat", "image"])

@@ -49,16 +49,6 @@ def start(*shape: int) -> Tensor:
     return torch.randn(*(shape or (4, 2)), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", BOTH)
-def test_without_penalties_it_is_torchdiffeqs_call(name: str) -> None:
-    field, y0 = Field(), start()
-    found = BOTH[name](field, y0, SPAN, method="dopri5", options={"first_step": 0.1}, rtol=1e-4, atol=1e-4)
-    nfe, field.nfe = field.nfe, 0
-    expected = PLAIN[name](field, y0, SPAN, method="dopri5", options={"first_step": 0.1}, rtol=1e-4, atol=1e-4)
-    assert torch.equal(found, expected)
-    assert nfe == field.nfe
-
-
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_penalties_change_neither_values_nor_evaluations(method: str, backward: bool) -> None:

@@ -237,16 +237,6 @@ def _wait_for(run: Path, step: int) -> None:
     raise AssertionError(f"step {step} was not reached")
 
 
-@pytest.mark.parametrize("make", [
-    lambda: NeuralODE(torch.nn.Linear(2, 2)),
-    lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), NeuralODE(torch.nn.Linear(2, 2))),
-    lambda: RegularizedCNF(torch.nn.Linear(2, 2), event_shape=2),
-    lambda: get_recipe("digits").build_flow(),
-])  # fmt: skip
-def test_data_parallel_is_refused(make: Callable[[], torch.nn.Module]) -> None:
-    refuse_data_parallel(make())
-
-
 def test_data_parallel_is_refused_for_torchdyns_own_class_after_install() -> None:
     made_before = TorchdynNeuralODE(torch.nn.Linear(2, 2))
     rnode_plugin.install()

@@ -1,0 +1,420 @@
+"""The contract of interfaces: the library's values, exact penalties and gradients, modes, copies, threads, vmap."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torchdiffeq
+from dense_rates import integrals
+from problems import Wave, difference, directions, slope
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torchdyn.core import NeuralODE as TorchdynNeuralODE
+
+import rnode_plugin
+from rnode_plugin import Adaptive, FixedGrid, NeuralODE, RegularizedCNF, TableFlow
+from rnode_plugin import torchdiffeq as our_torchdiffeq
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.solvers import GRADIENTS
+from rnode_plugin.torchdiffeq import odeint, odeint_adjoint, regularize
+
+theirs: Any = torchdiffeq  # its functions have no annotations
+DOUBLE = torch.float64
+SPAN = (0.0, 0.4)
+TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
+BOTH = ["kinetic", "jacfrob"]
+Found = tuple[Tensor, Mapping[str, Tensor]]
+
+
+def states(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (3, 2)), generator=torch.Generator().manual_seed(3), dtype=DOUBLE)
+
+
+def times(number: int = 2) -> Tensor:
+    return torch.linspace(*SPAN, number, dtype=DOUBLE)
+
+
+@dataclass(frozen=True)
+class Face:
+    """An interface.
+
+    Attributes:
+        make: of a field, regularizers and a solver's name the call ``z`` to values and penalties. It is a model, or
+            a function.
+        library: the values of the library alone, without a penalty; None for a density, which has no such library.
+        backward: whether its solve runs through the times backward.
+    """
+
+    make: Callable[..., Callable[[Tensor], Found]]
+    library: Callable[[nn.Module, Tensor, str], Tensor] | None = None
+    backward: bool = False
+
+
+def tolerances(field: nn.Module, method: str) -> dict[str, Any]:
+    if method != "dopri5":
+        return {}
+    return TIGHT if next(field.parameters()).dtype is DOUBLE else {"atol": 1e-5, "rtol": 1e-5}
+
+
+class Model:
+    """A model with the way in which it is called, which can be copied with it."""
+
+    def __init__(self, module: Any, call: Callable[[Any, Tensor], Tensor]) -> None:
+        self.module, self.call = module, call
+
+    def __call__(self, z: Tensor) -> Found:
+        values = self.call(self.module, z)
+        return values, self.module.regularization
+
+
+def through(model: Any, z: Tensor) -> Tensor:
+    return model(z, times(5).to(z), penalties=True)[1]
+
+
+def density_of(model: Any, x: Tensor) -> Tensor:
+    return model.log_prob(x, penalties=True)
+
+
+class FlowModel(Model):
+    def __call__(self, z: Tensor) -> Found:
+        output = self.module.encode(z, penalties=True)
+        return self.module.log_prob_of(output), output.regularization
+
+
+def neural_ode(mode: str, installed: bool = False) -> Callable[..., Model]:
+    def make(field: nn.Module, given: Any, method: str, noise: str = "exact") -> Model:
+        if not installed:
+            made: Any = NeuralODE
+        else:
+            rnode_plugin.install()
+            made = TorchdynNeuralODE
+        adjoint = {"atol_adjoint": 1e-10, "rtol_adjoint": 1e-10}
+        options = {**tolerances(field, method), **adjoint}
+        return Model(
+            made(field, method, sensitivity=mode, regularizers=given, trace_noise=noise, **options), through
+        )
+
+    return make
+
+
+def by_torchdyn(field: nn.Module, z: Tensor, method: str) -> Tensor:
+    rnode_plugin.uninstall()
+    return TorchdynNeuralODE(field, method, **tolerances(field, method))(z, times(5).to(z))[1]
+
+
+def density(field: nn.Module, given: Any, method: str, noise: str = "exact") -> Model:
+    return Model(
+        RegularizedCNF(
+            field, event_shape=2, t_span=times(5), solver=method, regularizers=given, trace_estimator=noise,
+            **tolerances(field, method),
+        ).double(),
+        density_of,
+    )  # fmt: skip
+
+
+def velocity(field: nn.Module, given: Any, method: str, noise: str = "exact") -> Model:
+    return Model(
+        RegularizedCNF.from_velocity(
+            field, data_time=SPAN[1], noise_time=SPAN[0], steps=None if method == "dopri5" else 4, event_shape=2,
+            solver=method, regularizers=given, trace_estimator=noise, **tolerances(field, method),
+        ).double(),
+        density_of,
+    )  # fmt: skip
+
+
+def flow(field: nn.Module, given: Any, method: str, noise: str = "exact") -> Model:
+    solver = Adaptive(method, **TIGHT) if method == "dopri5" else FixedGrid(method, step=0.25)
+    model = TableFlow(2, solver=solver, regularizers=given, trace_noise=noise).double()
+    model.fields[0] = field
+    return FlowModel(model, density_of)
+
+
+def torchdiffeqs(ode: Any) -> Callable[..., Callable[[Tensor], Found]]:
+    def make(field: nn.Module, given: Any, method: str, noise: str = "exact") -> Callable[[Tensor], Found]:
+        def call(z: Tensor) -> Found:
+            return ode(
+                field,
+                z,
+                times(5),
+                method=method,
+                **tolerances(field, method),
+                regularizers=given,
+                trace_noise=noise,
+            )
+
+        return call
+
+    return make
+
+
+def block(field: nn.Module, given: Any, method: str, noise: str = "exact") -> Callable[[Tensor], Found]:
+    def call(z: Tensor) -> Found:
+        with regularize(given, trace_noise=noise) as penalties:
+            values = theirs.odeint(field, z, times(5), method=method, **tolerances(field, method))
+        return values, penalties
+
+    return call
+
+
+def by_their(name: str) -> Callable[[nn.Module, Tensor, str], Tensor]:
+    return lambda field, z, method: getattr(theirs, name)(
+        field, z, times(5), method=method, **tolerances(field, method)
+    )
+
+
+FACES: dict[str, Face] = {
+    **{mode: Face(neural_ode(mode), by_torchdyn) for mode in GRADIENTS},
+    "torchdyn's class": Face(neural_ode("autograd", True), by_torchdyn),
+    "torchdyn's class, adjoint": Face(neural_ode("adjoint", True), by_torchdyn),
+    "density": Face(density),
+    "velocity": Face(velocity, backward=True),
+    "flow": Face(flow),
+    "odeint": Face(torchdiffeqs(odeint), by_their("odeint")),
+    "odeint_adjoint": Face(torchdiffeqs(odeint_adjoint), by_their("odeint_adjoint")),
+    "regularize": Face(block, by_their("odeint")),
+}
+LIBRARIES = [name for name, face in FACES.items() if face.library is not None]
+MODELS = [name for name in FACES if "odeint" not in name and name != "regularize"]
+FIXED = [name for name in MODELS if name != "interpolated_adjoint"]
+
+
+@pytest.fixture(autouse=True)
+def uninstalled() -> Iterator[None]:
+    yield
+    rnode_plugin.uninstall()
+    our_torchdiffeq.uninstall()
+
+
+def end_of(name: str, values: Tensor) -> Tensor:
+    """The states at the end, or the log-density."""
+    return values if FACES[name].library is None else values[-1]
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wave, self.calls = Wave(2), 0
+
+    def forward(self, t: Tensor, z: Tensor, args: object = None) -> Tensor:
+        self.calls += 1
+        return self.wave(t, z)
+
+
+# values ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_values_and_evaluations_are_the_librarys_with_penalties_and_without(name: str, method: str) -> None:
+    """To the bit, for torchdyn in single precision, to which it rounds its coefficients.
+
+    An interpolated adjoint has the states at its steps too. Checkpoints take one evaluation to prepare a replay.
+    """
+    face, field, z = FACES[name], Counted(), states()
+    assert face.library is not None
+    if face.library is by_torchdyn:
+        field, z = field.float(), z.float()
+    wanted = face.library(field, z, method)
+    calls = field.calls + (name == "checkpointed")
+    model = face.make(field, BOTH, method)
+    model(z)  # also looks for columns that the field never reads
+    field.calls = 0
+    values, penalties = model(z)
+    assert set(penalties) == set(BOTH)
+    if name == "interpolated_adjoint" and method == "dopri5":
+        torch.testing.assert_close(values[-1], wanted[-1])
+        return
+    assert field.calls == calls
+    assert torch.equal(values, wanted)
+    if name != "regularize":
+        plain = face.make(field, None, method)
+        found = plain.call(plain.module, z) if isinstance(plain, Model) else plain(z)
+        assert torch.equal(found, values)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+@pytest.mark.parametrize("name", [name for name in FACES if name not in LIBRARIES])
+def test_penalties_leave_a_density_as_it_is(name: str, method: str) -> None:
+    found = [FACES[name].make(Wave(2), given, method)(states())[0] for given in ([], BOTH, ["l1", "curl"])]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@functools.cache
+def log_density(*, backward: bool, end: float) -> Tensor:
+    """By a solve of state and divergence whose Jacobian is dense."""
+    field, span = Wave(2), torch.tensor([0.0, end], dtype=DOUBLE)
+
+    def augmented(t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        jacobian = torch.func.vmap(torch.func.jacrev(lambda z: field(t, z[None])[0]))(y[0])
+        return field(t, y[0]), jacobian.diagonal(dim1=1, dim2=2).sum(1)
+
+    z = states()
+    start = (z, z.new_zeros(len(z)))
+    with torch.no_grad():
+        moved, logdet = theirs.odeint(augmented, start, span.flip(0) if backward else span, rtol=1e-11, atol=1e-11)
+    return torch.distributions.Normal(0, 1).log_prob(moved[-1]).sum(1) + logdet[-1]
+
+
+@pytest.mark.parametrize("name", [name for name in FACES if name not in LIBRARIES])
+def test_a_density_is_that_of_an_independent_solve(name: str) -> None:
+    values = FACES[name].make(Wave(2), BOTH, "dopri5")(states())[0]
+    wanted = log_density(backward=FACES[name].backward, end=1.0 if name == "flow" else SPAN[1])
+    torch.testing.assert_close(values, wanted, rtol=1e-8, atol=1e-8)
+
+
+# penalties and gradients -----------------------------------------------------------------------------------------
+
+RATES = [
+    "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "l1", "jacdiag", "jacoffdiag",
+    "curl", "strain", "taylor:2", "taylor:3",
+]  # fmt: skip
+
+
+@functools.cache
+def reference() -> tuple[Wave, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Field, states, integrals, and the derivatives of their sums along ``directions``."""
+    field, z0 = Wave(2), states(2, 2)
+    parameters = list(field.parameters())
+
+    def values() -> dict[str, Tensor]:
+        return integrals(lambda t, z: field(t, z[None])[0], z0, SPAN, highest=3)
+
+    exact = values()
+    change = difference(lambda: torch.stack(list(values().values())).sum(1), parameters, directions(parameters))
+    return field, z0, exact, dict(zip(exact, change, strict=True))
+
+
+@pytest.mark.parametrize("name", [*GRADIENTS, "density", "odeint", "regularize"])
+def test_penalties_and_gradients_equal_scipy_and_finite_differences(name: str) -> None:
+    """Values to 1e-6 and the parameters' gradient, along a random direction, to 1e-5."""
+    field, z0, exact, slopes = reference()
+    parameters, names = list(field.parameters()), [*RATES, "straightness"]
+    _, found = FACES[name].make(field, names, "dopri5")(z0)
+    assert set(found) == set(names)  # the energy that straightness reads is not one of the penalties
+    for each in names:
+        torch.testing.assert_close(found[each], exact[each], rtol=1e-6, atol=1e-9, msg=each)
+    # one backward pass for all of them, each weighed so that none is hidden by another
+    loss = sum(found[each].sum() / exact[each].sum() for each in names)
+    ours = slope(loss, parameters, directions(parameters))  # pyright: ignore[reportArgumentType]
+    wanted: Any = sum(slopes[each] / exact[each].sum() for each in names)
+    # the interpolant of third order between knots has an error too
+    tolerance = 1e-3 if name == "interpolated_adjoint" else 1e-5
+    torch.testing.assert_close(ours, wanted, rtol=tolerance, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_the_gradient_of_values_and_penalties_is_that_of_central_differences(name: str) -> None:
+    """By state and parameters, of a loss of both."""
+    field, z = Wave(2), states().requires_grad_()
+    model, variables = FACES[name].make(field, BOTH, "dopri5"), [z, *field.parameters()]
+
+    def value() -> Tensor:
+        values, penalties = model(z)
+        return end_of(name, values).sin().sum() + sum(penalties.values()).sum()  # pyright: ignore
+
+    along = directions(variables)
+    tolerance = 1e-3 if name == "interpolated_adjoint" else 1e-6
+    torch.testing.assert_close(
+        slope(value(), variables, along).detach(), difference(value, variables, along), rtol=tolerance, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", FACES)
+def test_values_and_penalties_are_the_same_without_gradients(name: str, mode: Any) -> None:
+    model, z = FACES[name].make(Wave(2), BOTH, "rk4"), states()
+    wanted, of_gradients = model(z)
+    expected = {key: x.detach() for key, x in of_gradients.items()}
+    with mode():
+        values, penalties = model(z)
+        found = dict(penalties)
+    assert not values.requires_grad
+    torch.testing.assert_close(values.clone(), wanted.detach(), rtol=1e-12, atol=1e-12)
+    assert not any(x.requires_grad for x in found.values())
+    torch.testing.assert_close({k: x.clone() for k, x in found.items()}, expected, rtol=1e-12, atol=1e-12)
+
+
+# models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("name", MODELS)
+def test_copies_after_a_call_are_independent(name: str, copied: Callable[[Any], Any]) -> None:
+    model, z = FACES[name].make(Wave(2), BOTH, "rk4"), states()
+    assert isinstance(model, Model)
+    wanted, penalties = model(z)
+    expected = dict(penalties)
+    (end_of(name, wanted).sum() + sum(expected.values()).sum()).backward()  # pyright: ignore
+    twin = copied(model)
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter.zero_()
+    values, found = twin(z)
+    assert torch.equal(values, wanted)
+    torch.testing.assert_close(dict(found), expected, rtol=0, atol=0)
+    assert not torch.equal(model(z)[0], values)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_data_parallel_is_refused_with_the_remedy(name: str) -> None:
+    model = FACES[name].make(Wave(2), BOTH, "rk4")
+    assert isinstance(model, Model)
+    outer = nn.Sequential(model.module)
+    with pytest.raises(ConfigError, match=r"does not work under DataParallel\. Use one process a device"):
+        [each._replicate_for_data_parallel() for each in outer.modules()]  # as torch's replicate does on devices
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_threads_have_their_own_penalties(name: str) -> None:
+    """They share one model."""
+    model = FACES[name].make(Wave(2), BOTH, "rk4")
+    starts = [k * states() for k in range(1, 4)]
+    expected = [[x.detach() for x in model(z)[1].values()] for z in starts]
+
+    def solve(z: Tensor) -> list[list[Tensor]]:
+        return [[x.detach() for x in model(z)[1].values()] for _ in range(3)]
+
+    with ThreadPoolExecutor(3) as pool:
+        for found, wanted in zip(pool.map(solve, starts), expected, strict=True):
+            for each in found:
+                torch.testing.assert_close(each, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_vmap_and_functional_call_over_fixed_steps(name: str) -> None:
+    """Single samples by vmap, and other parameters by functional_call."""
+    model, z = FACES[name].make(Wave(2), BOTH, "rk4"), states()
+    assert isinstance(model, Model)
+
+    def loss(z: Tensor) -> Tensor:
+        values, penalties = model(z)
+        return end_of(name, values).flatten(1).sum(1) if values.ndim > 1 else values + sum(penalties.values())
+
+    torch.testing.assert_close(vmap(lambda x: loss(x[None])[0])(z), loss(z))
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = model.module
+
+        def forward(self, z: Tensor) -> Tensor:
+            return loss(z)
+
+    whole = Loss()
+    doubled = {key: 2 * x.detach() for key, x in whole.named_parameters()}
+    found = functional_call(whole, doubled, (z,))
+    before = loss(z)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.mul_(2)
+    torch.testing.assert_close(found, loss(z))
+    assert not torch.allclose(before, found)
