@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from density_models import ACCURATE, MODELS, make
+from regularizer_table import Weighed
 from torch import Tensor, nn
 
-from rnode_plugin import FixedGrid, FlowOutput, RegularizedCNF
-from rnode_plugin.errors import SolverError
+from rnode_plugin import Exact, FixedGrid, FlowOutput, Hutchinson, RegularizedCNF
+from rnode_plugin.errors import ConfigError, SolverError
+from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.solvers import GRADIENTS
 
 QUICK = FixedGrid("rk4_38", step=0.5)
@@ -67,6 +69,8 @@ def test_penalties_are_followed_if_asked_for_or_in_training(name: str) -> None:
             with torch.set_grad_enabled(gradients):
                 found = [set(carry(start, **given, penalties=each).regularization) for each in (None, True, False)]
             assert found == [names if training and gradients else set(), names, set()]
+        for value in carry(start, **given, penalties=True).regularization.values():
+            assert value.shape == (3,)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -141,6 +145,88 @@ def test_latents_are_drawn_from_the_base(name: str) -> None:
     torch.manual_seed(1)
     z = model.base.sample(torch.Size([40]))
     torch.testing.assert_close(x, model.in_range(model.inverse(z, **one)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_base_has_whole_samples_and_follows_the_model(name: str) -> None:
+    model, x, given = make(name, QUICK)
+    assert model.base.batch_shape == ()
+    z, before = model.encode(x, **given).z.detach(), model.log_prob(x, **given)
+    wanted = model.base.log_prob(z)
+    model.float()
+    single = {key: value.float() for key, value in given.items()}
+    found = model.base.log_prob(z.float())
+    assert found.dtype is model.base.sample().dtype is torch.float32
+    torch.testing.assert_close(found, wanted.float())
+    torch.testing.assert_close(model.log_prob(x.float(), **single), before.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "estimator", [Exact(), Hutchinson("rademacher"), Hutchinson("gaussian", probes=2)], ids=str
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_noise_has_an_entry_for_each_block_and_repeats_a_value(name: str, estimator: Any) -> None:
+    model, x, given = make(name, QUICK)
+    model = model.solved_with(estimator=estimator)
+    noise = model.draw_noise(3)
+    assert len(noise) == len(model.block_shapes)
+    for each, shape in zip(noise, model.block_shapes, strict=True):
+        if isinstance(estimator, Exact):
+            assert each is None
+        else:
+            assert each is not None
+            assert each.shape == (*[2][: estimator.count - 1], 3, *shape)
+    first, second = (model.log_prob(x, **given, noise=noise) for _ in range(2))
+    assert torch.equal(first, second)
+    z = model.encode(x, **given).z.detach()
+    first, second = (model.decode(z, **given, noise=noise).logdet for _ in range(2))
+    assert torch.equal(first, second)
+    if not isinstance(estimator, Exact):
+        other = model.log_prob(x, **given, noise=model.draw_noise(3))
+        assert not torch.equal(other, model.log_prob(x, **given, noise=noise))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_arguments_that_do_not_fit_are_refused(name: str) -> None:
+    model, x, given = make(name, QUICK)
+    z = model.encode(x, **given).z.detach()
+    wrong = torch.zeros(3, 5, dtype=torch.float64)
+    noises: list[Any] = [[wrong], [], [None] * 9]
+    others: list[Any] = [{"context": wrong}, {} if given else {"context": wrong[:, :2]}]
+    for carry, start in ((model.encode, x), (model.decode, z)):
+        starts: list[Any] = [start[..., :1], start[0], start.long(), start.tolist()]
+        for each, options in (
+            *((each, given) for each in starts),
+            *((start, {**given, "noise": noise}) for noise in noises),
+            *((start, other) for other in others),
+        ):
+            with pytest.raises(ConfigError):
+                carry(each, **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_penalties_are_followed_and_their_parameters_belong_to_the_model(name: str) -> None:
+    model, x, given = make(name, QUICK)
+    penalty = Weighed()
+    model.keep_regularizers(resolve_regularizers([penalty]))
+    assert any(each is penalty.weight for each in model.parameters())
+    twin = model.solved_with(regularizers=[penalty])
+    for carry, start in ((twin.encode, x), (twin.decode, model.encode(x, **given).z.detach())):
+        (found,) = carry(start, **given, penalties=True).regularization.values()
+        (gradient,) = torch.autograd.grad(found.sum(), penalty.weight)
+        torch.testing.assert_close(gradient * penalty.weight, found.sum())  # the penalty is linear in it
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_longest_safe_steps_begin_another_solve(name: str) -> None:
+    model, x, given = make(name)
+    output = model.encode(x, **given)
+    if not output.longest_safe_steps:
+        return
+    takes_steps: Any = model
+    again = takes_steps.encode(x, **given, first_steps=output.longest_safe_steps)
+    assert again.nfe <= output.nfe
+    torch.testing.assert_close(model.log_prob_of(again), model.log_prob_of(output), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -497,6 +497,19 @@ class DensityModel(nn.Module, ABC):
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
 
+    def check_state(self, x: object, shape: Sequence[int], what: str = "samples") -> None:
+        """Refuse what is not a tensor of floating-point numbers ``(B, *shape)`` (ConfigError).
+
+        Args:
+            x: the samples of a call, or its latents.
+            shape: of one of them.
+            what: what the error calls them.
+        """
+        if not isinstance(x, Tensor) or x.shape[1:] != torch.Size(shape):
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ConfigError(f"{what} must be a tensor (B, *{tuple(shape)}), not {got}.")
+        check_floating(x, what)
+
     def check_noise(self, noise: Sequence[Tensor | None], x: Tensor) -> None:
         """Refuse noise for samples ``x`` unless it is as :meth:`draw_noise` gives it (ConfigError)."""
         shapes = self.block_shapes

@@ -232,6 +232,8 @@ class BlockFlow(OneProcessADevice, DensityModel):
     def _check(self, x: Tensor, shape: Sequence[int], what: str) -> None:
         """Refuse tensors of another shape, dtype or device than this flow works with."""
         like = self._like()
+        if not isinstance(x, Tensor):
+            self.check_state(x, shape, what)
         fits = x.ndim == 1 + len(shape) and tuple(x.shape[1:]) == tuple(shape) and x.shape[0] > 0
         if not fits or (x.dtype, x.device) != (like.dtype, like.device):
             raise ConfigError(

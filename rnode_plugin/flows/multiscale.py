@@ -259,7 +259,7 @@ class MultiscaleFlow(BlockFlow):
         return y
 
     def _check(self, x: Tensor, shape: Sequence[int], what: str) -> None:
-        if x.ndim == 4 and not x.is_floating_point():
+        if isinstance(x, Tensor) and x.ndim == 4 and not x.is_floating_point():
             raise ConfigError(
                 f"this flow takes floating-point images in [0, 1], not {x.dtype}: "
                 "rnode_plugin.flows.multiscale.dequantize turns uint8 images into them."

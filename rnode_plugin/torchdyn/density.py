@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.transforms import Transform
 
-from ..core.distribution import DensityModel, check_floating
+from ..core.distribution import DensityModel
 from ..core.followed_solve import FollowedSolve
 from ..core.map_jacobian import Jacobian, wants_map
 from ..core.modes import on_host, outside_inference
@@ -350,7 +350,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         """Solve from ``start``, follow the density, and keep the penalties for :meth:`reg_loss`."""
         left = self._penalties
         left.begin()  # first, so that an error below leaves no penalties of an earlier solve
-        self._check(start)
+        self.check_state(start, self.event_shape)
         if noise is not None:
             self.check_noise(noise, start)
         penalties = self.follows_penalties(penalties)
@@ -382,7 +382,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
 
     def _states(self, x: Tensor, times: Tensor, context: Tensor | None, solver: Solver) -> Tensor:
         """The states at ``times``, without density and penalties."""
-        self._check(x)
+        self.check_state(x, self.event_shape)
         with outside_inference(x, self.context_rows(context, x), times) as (x, rows, times):
             dynamics = NetDynamics(self.net, x, rows, solver, estimator=self.estimator, divergence=False)
             solution = solver.solve(dynamics.bind(None), x.clone(), times).check()
@@ -394,12 +394,6 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         with on_host():
             times = times.to(like)
             return followed.times(times.flip(0) if backward else times)
-
-    def _check(self, x: object) -> None:
-        if not isinstance(x, Tensor) or x.shape[1:] != self.event_shape:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ConfigError(f"samples must be a tensor (B, *{tuple(self.event_shape)}), not {got}.")
-        check_floating(x, "samples")
 
 
 def _objects_and_solver(
