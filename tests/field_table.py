@@ -122,7 +122,7 @@ class StateFirst(nn.Module):
 
 
 class Offering(Linear):
-    """A field that offers a value of its own."""
+    """A field that offers a value by name."""
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         return super().forward(t, z) * torch.cos(t)

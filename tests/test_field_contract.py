@@ -334,12 +334,12 @@ def test_samples_that_mix_have_no_exact_jacobian(name: str) -> None:
     assert_close(found.jvp(noise, 0.0).detach(), torch.tensordot(jacobian, noise.detach(), 2), 1e-11, "along")
 
 
-# values of its own, and differences ------------------------------------------------------------------------------
+# values by name, and differences ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in APART if "potential" in name or "offers" in name])
 def test_values_that_a_field_offers_come_with_an_evaluation(name: str) -> None:
-    """By themselves and beside a product; without being asked for they are None."""
+    """By themselves and with a product; without being asked for they are None."""
     module, field, (t, z, noise) = met(name)
     offering = module if hasattr(module, "aux") else module.field
     given = (module._context,) if hasattr(module, "_context") else ()

@@ -165,7 +165,7 @@ def without(regularizer: Any, need: str) -> Any:
     [(name, need) for name in OF_RATES for need in NEEDS if need in ALL[name].needs],  # pyright: ignore
 )
 @pytest.mark.parametrize(
-    "others", [[], ["jacfrob", "total_derivative", "finite_difference"]], ids=["alone", "beside"]
+    "others", [[], ["jacfrob", "total_derivative", "finite_difference"]], ids=["alone", "with others"]
 )
 def test_each_need_is_read_and_an_undeclared_one_is_refused(name: str, need: str, others: list[str]) -> None:
     """Under a random estimator, with which the exact Jacobian of curl and strain is not at hand."""
@@ -196,7 +196,7 @@ READS: dict[str, tuple[str, Callable[[FieldEvaluation], Tensor]]] = {
 
 
 @pytest.mark.parametrize(
-    "others", [[], [*(name for name in BUILTIN if name in RATES), "hjb"]], ids=["alone", "beside"]
+    "others", [[], [*(name for name in BUILTIN if name in RATES), "hjb"]], ids=["alone", "with others"]
 )
 @pytest.mark.parametrize("read", READS)
 def test_a_read_is_declared_by_its_own_need_and_no_other(read: str, others: list[str]) -> None:

@@ -256,7 +256,7 @@ class Reshaped(nn.Module):
 
 @pytest.mark.parametrize("mode", ["autograd", "adjoint"])
 def test_images_have_the_penalties_of_flat_states(mode: str) -> None:
-    """To the rounding: values and gradients of every penalty that a mode supports and that is no rate."""
+    """To the rounding: values and gradients of every penalty that a mode supports, except rates."""
     names = [*OTHERS[-5:], *([] if mode.endswith("adjoint") else OF_STEPS)]
     z = torch.randn(3, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     found: list[tuple[dict[str, Tensor], list[Tensor]]] = []

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rnode_plugin import Adaptive, Dynamics, FixedGrid, Solver
 from rnode_plugin.core.followed_solve import FollowedSolve, Kinds
-from rnode_plugin.errors import ConfigError
+from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.regularizers import FiniteDifference, LearnedEndTime, Steer, Straightness, error, jacfrob, kinetic
 from rnode_plugin.solvers import (
     ADAPTIVE_METHODS,
@@ -79,6 +79,75 @@ def test_name_settings_and_object_make_the_same_solver(name: str) -> None:
     settings = SolverSettings(name, **options, max_nfe=50, gradient="checkpointed")
     assert settings.build() == made
     assert (settings.text, settings.name, settings.adaptive) == (made.text, made.name, made.adaptive)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_rates_change_no_step_and_each_stage_is_one_evaluation(name: str) -> None:
+    """To the bit; the log-determinant takes part in the error control of an adaptive method."""
+    calls: list[Tensor] = []
+
+    def field(t: Tensor, z: Tensor) -> Tensor:
+        calls.append(t)
+        return torch.sin(5 * t) * z.roll(1, 1) - z**3
+
+    z, times = torch.tensor([[1.0, 2.0, -1.0]]).double(), torch.tensor([0.0, 0.7]).double()
+    options: dict[str, Any] = {"atol": 1e-4} if name in ADAPTIVE_METHODS else {"step": 0.1}
+    solver, of_steps = get_solver(name, **options), error if name in ADAPTIVE_METHODS else kinetic
+    for divergence in (False, True):
+        found = []
+        for regularizers in ([], [kinetic, jacfrob], [of_steps, Straightness()]):
+            calls.clear()
+            dynamics = Dynamics(field, regularizers=regularizers, estimator="exact", divergence=divergence)
+            found.append(solver.solve(dynamics.bind(None), z, times).check())
+            assert len(calls) == found[-1].stats.nfe
+        for each in found[1:]:
+            assert torch.equal(each.z, found[0].z)
+            assert each.stats == found[0].stats
+            assert each.logdet is found[0].logdet is None or torch.equal(each.logdet, found[0].logdet)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_health_of_a_solve_is_a_value(name: str) -> None:
+    """The error of a fixed grid waits for whoever reads the health. An adaptive method reads it at each step."""
+    z, times = torch.ones(2, 3).double(), torch.tensor([0.0, 1.0]).double()
+    dynamics = Dynamics(lambda t, z: z / (t - t), estimator="exact").bind(None)
+    if name in FIXED_METHODS:
+        solution = SOLVERS[name]().solve(dynamics, z, times)
+        with pytest.raises(SolverError):
+            solution.check()
+    else:
+        with pytest.raises(SolverError):
+            SOLVERS[name]().solve(dynamics, z, times)
+    fine = SOLVERS[name]().solve(Dynamics(lambda t, z: -z, estimator="exact").bind(None), z, times)
+    assert fine.check() is fine
+
+
+class Bent(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(3, 3).double()
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(self.linear(z)) * (1 + t)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", ["rk4", "dopri5"])
+def test_another_solve_before_the_backward_pass_changes_no_gradient(name: str, gradient: str) -> None:
+    found, field = [], Bent()
+    solver = dataclasses.replace(SOLVERS[name](), gradient=gradient)
+    z, times = torch.linspace(-1, 1, 6).double().reshape(2, 3), torch.tensor([0.0, 0.3]).double()
+    dynamics = Dynamics(field, regularizers=[jacfrob])
+    for disturbed in (False, True):
+        solution = solver.solve(dynamics.bind(z.flip(0)), z, times)
+        assert solution.logdet is not None
+        loss = solution.z[-1].sum() + solution.logdet[-1].sum() + solution.penalties["jacfrob"].sum()
+        if disturbed:
+            solver.solve(dynamics.bind(2 * z), z + 1, 2 * times)
+        found.append(torch.autograd.grad(loss, list(field.parameters())))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
