@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -15,7 +16,6 @@ from rnode_plugin.core.door import Door
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.surroundings import module_of
 from rnode_plugin.core.trace_estimators import Difference
-from rnode_plugin.core.view import View
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import jacfrob, kinetic, total_derivative
 
@@ -355,10 +355,33 @@ def test_differences_of_the_velocity_are_the_directional_derivative(name: str) -
     """To their error of second order in the step."""
     case = FIELDS[name]
     module, (t, z, noise) = case.make(), inputs_of(case)
-    view = View(batch_dim=None) if case.mixes else None  # each sample has its own step
-    field = case.solved(module, z) if view is None else AutogradField(case.solved(module, z), view=view)
-    door = Door(field, module_of(module), view=view, repeats=True)
+    door = Door(case.solved(module, z), module_of(module), repeats=True)
     signs = door.part(noise.detach().sign())
     found = Difference().linearize(door, t, z, signs).products
     wanted = door.again(t, z, Ask(jvp=True)).jvp(signs, 0.0)  # pyright: ignore[reportOptionalCall]
     assert_close(found, wanted, 1e-7, name)  # pyright: ignore[reportArgumentType]
+
+
+def test_differences_are_unbiased_where_samples_mix() -> None:
+    """Over all signs the mean of ``||J e||^2`` is the squared Frobenius norm of the whole batch's Jacobian.
+
+    Samples of different size must not weigh the parts of J between them, as batch norm has in training.
+    """
+    matrix = torch.randn(4, 4, dtype=torch.float64)
+
+    def field(t: Tensor, z: Tensor) -> Tensor:
+        return (matrix @ z.flatten()).view_as(z)
+
+    estimator, door = Difference(), Door(AutogradField(field))
+    z = torch.tensor([[0.1, -0.2], [30.0, 50.0]], dtype=torch.float64)
+    found = []
+    for signs in itertools.product((-1.0, 1.0), repeat=4):
+        noise = torch.tensor(signs, dtype=torch.float64).view(2, 2)
+        products = estimator.linearize(door, torch.tensor(0.0), z, noise).products
+        assert products is not None
+        found.append(
+            (estimator.squared_frobenius(products, noise).sum(), estimator.divergence(products, noise).sum())
+        )
+    frobenius, divergence = (torch.stack(each).mean() for each in zip(*found, strict=True))
+    torch.testing.assert_close(frobenius, matrix.square().sum(), rtol=1e-7, atol=0)
+    torch.testing.assert_close(divergence, matrix.trace(), rtol=1e-7, atol=1e-7)

@@ -253,8 +253,8 @@ class Difference(TraceEstimator):
     differentiated.
 
     ``s`` is ``2 eps^(1/3)`` times the root mean square of a sample's state (at least 0.1), with the machine epsilon
-    ``eps``. The factor is 0.01 in single precision. At this length truncation and rounding errors are about equal.
-    Half precision is refused.
+    ``eps``, and the median of these over the batch. The factor is 0.01 in single precision. At this length
+    truncation and rounding errors are about equal. Half precision is refused.
 
     Args:
         probes: number of probe vectors; each takes two more evaluations.
@@ -302,8 +302,10 @@ class Difference(TraceEstimator):
                 f"{door.part(found.dz).dtype} are mostly rounding. Leave autocast, or use a product ('rademacher')."
             )
         # detached: the step is a constant of the estimator, not a function of the state to differentiate
-        size = z.detach().flatten(1).square().mean(1).sqrt().clamp(min=0.1)
-        step = (2 * torch.finfo(z.dtype).eps ** (1 / 3) * size).reshape(-1, *(1 for _ in z.shape[1:]))
+        sizes = z.detach().flatten(1).square().mean(1).sqrt().clamp(min=0.1)
+        # All samples share one length. Where a field mixes samples, as batch norm does in training, a length s_i of
+        # each sample would weigh the part of J from sample i to sample j by s_i / s_j. The median ignores outliers
+        step = 2 * torch.finfo(z.dtype).eps ** (1 / 3) * sizes.median() if len(z) > 0 else sizes.new_ones(())
 
         def along(e: Tensor) -> Tensor:
             later, before = (door.part(door.again(t, state, z=z + sign * step * e).dz) for sign in (1, -1))
