@@ -256,7 +256,7 @@ class Case:
         draws: whether an evaluation draws random numbers.
         transforms: whether torch.func can run it.
         differentiates: whether its velocity is a gradient.
-        twice: torch's own words where it has no third derivative, which a product that is differentiated twice is.
+        twice: why a derivative along a direction cannot be differentiated; empty if it can.
     """
 
     make: Callable[[], Any]
@@ -327,8 +327,17 @@ FIELDS: dict[str, Case] = {
     "Function of the user's": Case(lambda: Bent(4), transforms=False),
     "batch norm in evaluation": Case(lambda: normed(training=False)),
     "batch norm in training": Case(
-        lambda: normed(training=True), mixes=True, transforms=False, twice="batch_norm does not support 3rd"
+        lambda: normed(training=True),
+        mixes=True,
+        transforms=False,
+        twice="wrong third derivative of NativeBatchNorm",
     ),
+    "layer norm": Case(
+        lambda: Joined(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 4)),
+        transforms=False,
+        twice="wrong third derivative of NativeLayerNorm",
+    ),
+    "group norm": Case(lambda: Joined(nn.Linear(5, 6), nn.GroupNorm(1, 6), nn.Tanh(), nn.Linear(6, 4))),
     "samples that mix": Case(Mean, mixes=True),
     "dropout": Case(lambda: Joined(nn.Linear(5, 20), nn.Tanh(), nn.Dropout(0.3), nn.Linear(20, 4)), draws=True),
 }

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from ..errors import ConfigError
 from .modes import exporting, next_number, transforms_active
-from .second_derivatives import check_second_derivative
+from .second_derivatives import WithoutGradient, check_second_derivative, wrong_third_derivative
 from .surroundings import Surroundings
 from .view import View
 
@@ -134,6 +134,8 @@ class _Known:
     ignores_state: bool = False
     samples_are_apart: bool = False
     twice_differentiable: bool = False
+    third_derivative: str = ""  # why that is wrong; empty if it is right
+    knows_third_derivative: bool = False
 
 
 class AutogradField:
@@ -230,7 +232,10 @@ class AutogradField:
                 t, z = _usable(t), _as_variable(z, keep=keep)
             # products are differentiated again by a loss (keep), and J v takes two derivatives for its value
             looks = not known.twice_differentiable and (keep or ask.jvp)
-            start = next_number(z) if looks else 0  # nodes with a lower number are older than this evaluation
+            # a loss that holds J v takes a third derivative
+            looks_thrice = ask.jvp and keep and not known.knows_third_derivative
+            # nodes with a lower number are older than this evaluation
+            start = next_number(z) if looks or looks_thrice else 0
             dz = f(t, z)
             if looks:
                 known.twice_differentiable = check_second_derivative(
@@ -255,7 +260,11 @@ class AutogradField:
                 known.samples_are_apart = True
         jvp = None
         if ask.jvp:
-            jvp = _double_reverse(dz, t, z, keep=keep, zero=lambda: self._zero(f, t, z, dz))
+            if looks_thrice:
+                known.third_derivative, known.knows_third_derivative = wrong_third_derivative(dz, z, start), True
+            jvp = _double_reverse(
+                dz, t, z, keep=keep, zero=lambda: self._zero(f, t, z, dz), wrong=known.third_derivative
+            )
         found = dz
         if not keep:
             found = without_graph(dz)
@@ -386,9 +395,11 @@ def _products(
 
 
 def _double_reverse(
-    dz: Tensor, t: Tensor, z: Tensor, *, keep: bool, zero: Callable[[], Tensor]
+    dz: Tensor, t: Tensor, z: Tensor, *, keep: bool, zero: Callable[[], Tensor], wrong: str = ""
 ) -> DirectionalDerivative:
     """Derivatives along directions from the graph of ``dz``; ``zero()`` where that does not reach ``z``.
+
+    ``wrong`` says why their gradient would be wrong, if it would be; the backward pass raises it.
 
     ``u^T J`` is linear in ``u``, so its derivative by ``u``, pulled back with ``v``, is ``J v`` for any ``u``.
     """
@@ -396,6 +407,8 @@ def _double_reverse(
     def jvp(v: Tensor, dt: float = 0.0) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             found = push(_usable(v), dt)
+            if wrong and keep:
+                found = WithoutGradient.apply(found, wrong)
         return found if keep else without_graph(found)
 
     def push(v: Tensor, dt: float) -> Tensor:

@@ -9,6 +9,7 @@ with a difference quotient.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,6 +33,57 @@ FUSED_ATTENTION = (
     "derivative along a direction need. Run the forward pass, and also the backward pass of 'checkpointed' and of "
     f"an adjoint, inside `with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):`. {_WAYS}"
 )
+
+
+def wrong_third_derivative(dz: Tensor, z: Tensor, start: int) -> str:
+    """Say which layer between ``z`` and ``dz`` has a third derivative that torch computes wrongly; empty for none.
+
+    A derivative along a direction takes two derivatives, and its gradient takes the third. torch differentiates the
+    double backward of ``layer_norm``, and of ``batch_norm`` on the statistics of the batch, as if a part of it were
+    constant. The newest releases refuse that for ``batch_norm``.
+
+    Args:
+        dz, z, start: as in :func:`check_second_derivative`.
+    """
+    if dz.grad_fn is None or z.is_meta or exporting() or torch.compiler.is_compiling():
+        return ""
+    pending, seen = [dz.grad_fn], {dz.grad_fn}
+    while pending:
+        node = pending.pop()
+        name = node.name()
+        for layer, remedy in _NORMS.items():
+            # batch norm in evaluation mode is an affine map
+            if layer in name and getattr(node, "_saved_training", True):
+                return (
+                    f"torch computes a wrong third derivative of {name.partition('Backward')[0]}. The gradient of "
+                    "total_derivative, directional, taylor, curl and strain takes that derivative. "
+                    f"{remedy} The penalty 'finite_difference' takes the place of total_derivative, and "
+                    "values without a gradient are right."
+                )
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen and below._sequence_nr() >= start:
+                seen.add(below)
+                pending.append(below)
+    return ""
+
+
+_NORMS = {
+    "LayerNorm": "For states (B, D) torch.nn.GroupNorm(1, D) computes the same as LayerNorm(D).",
+    "BatchNorm": "Put batch norm into evaluation mode, or use torch.nn.GroupNorm, also in place of instance norm.",
+}
+
+
+class WithoutGradient(torch.autograd.Function):
+    """The identity, whose backward pass raises a ConfigError with the given text."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, why: str) -> Tensor:
+        ctx.why = why
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        raise ConfigError(ctx.why)
 
 
 def check_second_derivative(
