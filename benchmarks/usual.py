@@ -69,7 +69,8 @@ class UsualFlow(nn.Module):
 
     def __init__(self, flow: MultiscaleFlow, *, penalties: bool = True, **solver: Any) -> None:
         super().__init__()
-        flow.to(memory_format=torch.contiguous_format)
+        for parameter in flow.parameters():
+            parameter.data = parameter.data.contiguous()
         self.blocks = nn.ModuleList(_Block(field, penalties=penalties) for field in flow.fields)
         self.stages, self.alpha, self.penalties = flow.stages, flow.alpha, penalties
         self.solver = solver
