@@ -135,7 +135,7 @@ _READS = {"run", "resume", "weights", "data_root"}  # and what it reads
 
 def _leaves(group: click.Group, names: list[str]) -> Iterator[tuple[str, click.Command]]:
     for name in names:
-        command = group.get_command(click.Context(group), name)
+        command = group.get_command(click.Context(group, **group.context_settings), name)
         assert command is not None
         inner = isinstance(command, click.Group)
         if not inner or command.invoke_without_command:

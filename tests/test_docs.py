@@ -91,7 +91,8 @@ COMMANDS = list(dict.fromkeys((where, tuple(words)) for where, words in commands
 def parse(words: list[str]) -> dict[str, Any]:
     """The parameters of the command that the words call; nothing is run."""
     command: click.Command = main
-    context = click.Context(command)
+    # click keeps the names of a command's help option from the first context that asks
+    context = click.Context(command, **command.context_settings)
     while isinstance(command, click.Group):  # none of them takes options but --help and --version
         if not words or words[0] in ("--help", "--version"):
             return {}
