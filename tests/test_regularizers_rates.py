@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from field_table import OwnTanh
 from problems import Wave
 from torch import Tensor, nn
 
@@ -88,27 +89,6 @@ def test_more_probes_and_hutch_plus_plus_have_less_variance() -> None:
     one, four = draws(Hutchinson("gaussian")).var(), draws(Hutchinson("gaussian", probes=4)).var()
     assert 3 < one / four < 5.3
     torch.testing.assert_close(draws(HutchPlusPlus(1)), a.trace().expand(2000))
-
-
-class OwnTanh(torch.autograd.Function):
-    """A user's own Function with a forward-mode rule: nested, torch takes its second derivative for 0."""
-
-    @staticmethod
-    def forward(ctx, x):
-        y = torch.tanh(x)
-        ctx.save_for_backward(y)
-        ctx.save_for_forward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (y,) = ctx.saved_tensors
-        return gradient * (1 - y * y)
-
-    @staticmethod
-    def jvp(ctx, tangent):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (y,) = ctx.saved_tensors
-        return tangent * (1 - y * y)
 
 
 class InnerAutograd(nn.Module):
