@@ -134,8 +134,7 @@ class _Known:
     ignores_state: bool = False
     samples_are_apart: bool = False
     twice_differentiable: bool = False
-    third_derivative: str = ""  # why that is wrong; empty if it is right
-    knows_third_derivative: bool = False
+    third_derivative: str | None = None  # why that is wrong; empty if it is right, None before anybody looked
 
 
 class AutogradField:
@@ -233,7 +232,7 @@ class AutogradField:
             # products are differentiated again by a loss (keep), and J v takes two derivatives for its value
             looks = not known.twice_differentiable and (keep or ask.jvp)
             # a loss that holds J v takes a third derivative
-            looks_thrice = ask.jvp and keep and not known.knows_third_derivative
+            looks_thrice = ask.jvp and keep and known.third_derivative is None
             # nodes with a lower number are older than this evaluation
             start = next_number(z) if looks or looks_thrice else 0
             dz = f(t, z)
@@ -261,10 +260,9 @@ class AutogradField:
         jvp = None
         if ask.jvp:
             if looks_thrice:
-                known.third_derivative, known.knows_third_derivative = wrong_third_derivative(dz, z, start), True
-            jvp = _double_reverse(
-                dz, t, z, keep=keep, zero=lambda: self._zero(f, t, z, dz), wrong=known.third_derivative
-            )
+                known.third_derivative = wrong_third_derivative(dz, z, start)
+            wrong = known.third_derivative or ""
+            jvp = _double_reverse(dz, t, z, keep=keep, zero=lambda: self._zero(f, t, z, dz), wrong=wrong)
         found = dz
         if not keep:
             found = without_graph(dz)
