@@ -133,10 +133,11 @@ def fit(
             if resumed is not None and resumed.folder is not None:
                 resumed.go_back(resumed.folder)
             folder.describe(recipe, Environment.of(trainer.strategy.root_device))
-            recorder.open(folder, keep=resumed.done if resumed else 0)
+            done = resumed.done if resumed else 0
+            recorder.open(folder, keep=done)
             trainer.loggers += [make_logger(name, folder.path) for name in names]  # these write into the folder
             if options.progress:
-                _announce(experiment, trainer, folder, done=resumed.done if resumed else 0)
+                _announce(experiment, trainer, folder, done=done)
         checkpoint = None if resumed is None else resumed.checkpoint
         with with_advice(recorder, trainer, is_new=resumed is None or resumed.folder is None), explained():
             # a run that was killed while its best weights were evaluated has no step left, and passes here at once
