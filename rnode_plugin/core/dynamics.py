@@ -239,13 +239,7 @@ class Dynamics(BoundDynamics):
                 "to NeuralODE, RegularizedCNF or a flow, or call its `times(t_span, training=...)`."
             )
         self.regularizers = kinds.penalties
-        self.rates: dict[str, Rate] = {rate.name: rate for rate in kinds.rates}
-        hidden: dict[str, Rate] = {}  # rates that trajectory penalties alone read, by names that no other rate has
-        for penalty in kinds.trajectories:
-            known = [*self.rates.values(), *hidden.values()]
-            new = [rate for rate in penalty.rates if rate not in known]
-            hidden |= {f"<{rate.name} of {penalty.name}>": rate for rate in new}
-        self.rates |= hidden
+        self.rates = kinds.integrated
         if kinds.steps or kinds.trajectories:
             self.path = PathPenalties(
                 [penalty for penalty in kinds.steps if not penalty.local],
@@ -253,7 +247,7 @@ class Dynamics(BoundDynamics):
                 kinds.trajectories,
                 event=event or (view.of if view is not None else lambda state: state),
                 rates=self.rates,
-                hidden=frozenset(hidden),
+                hidden=kinds.hidden,
             )
         self.needs = kinds.needs
         self.held = kinds.held

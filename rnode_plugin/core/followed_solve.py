@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from ..errors import ConfigError
+from .modes import on_host
 from .regularizer import KINDS, Rate, Regularizer, SpanPolicy, StepPenalty, TrajectoryPenalty
 
 
@@ -19,9 +20,12 @@ class Kinds:
         penalties: all regularizers except the span policy, in the order in which they were given.
         rates, steps, trajectories: the penalties of each kind.
         span: the one span policy; None if there is none.
-        needs: what an evaluation must provide for the rates, and for the rates that trajectory penalties read.
-        held: names of the rates whose gradient by the times is wrong if it is taken through the steps of a solve.
-        repeats: whether a rate evaluates the field again.
+        integrated: the rates that a solve integrates, by the key of their integral: ``rates`` by their names, and
+            those that trajectory penalties alone read, by keys that no rate can have as its name.
+        hidden: the keys of the latter.
+        needs: what an evaluation must provide for the integrated rates.
+        held: names of those whose gradient by the times is wrong if it is taken through the steps of a solve.
+        repeats: whether one of them evaluates the field again.
     """
 
     penalties: tuple[Regularizer, ...] = ()
@@ -29,6 +33,8 @@ class Kinds:
     steps: tuple[StepPenalty, ...] = ()
     trajectories: tuple[TrajectoryPenalty, ...] = ()
     span: SpanPolicy | None = None
+    integrated: Mapping[str, Rate] = field(default_factory=dict[str, Rate])
+    hidden: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
     held: tuple[str, ...] = ()
     repeats: bool = False
@@ -42,6 +48,8 @@ class Kinds:
         """
         followed: list[Regularizer] = []
         rates: list[Rate] = []
+        integrated: dict[str, Rate] = {}
+        hidden: set[str] = set()
         steps: list[StepPenalty] = []
         trajectories: list[TrajectoryPenalty] = []
         span: SpanPolicy | None = None
@@ -50,6 +58,7 @@ class Kinds:
                 followed.append(each)
             if isinstance(each, Rate):
                 rates.append(each)
+                integrated[each.name] = each
             elif isinstance(each, StepPenalty):
                 steps.append(each)
             elif isinstance(each, TrajectoryPenalty):
@@ -61,21 +70,32 @@ class Kinds:
                 raise ConfigError(f"{span.name} and {each.name} both change the times of a solve: choose one.")
             else:
                 span = each
-        read = list(rates)
         for penalty in trajectories:
-            read += penalty.rates
+            for rate in penalty.rates:
+                if rate not in integrated.values():
+                    key = f"<{rate.name} of {penalty.name}>"
+                    integrated[key] = rate
+                    hidden.add(key)
         needs: set[str] = set()
         held: list[str] = []
         repeats = False
-        for rate in read:
+        for rate in integrated.values():
             needs.update(rate.needs)
             repeats = repeats or rate.repeats or "field" in rate.needs
             if not rate.time_gradient:
                 held.append(rate.name)
         return cls(
-            tuple(followed), tuple(rates), tuple(steps), tuple(trajectories), span, frozenset(needs), tuple(held),
-            repeats,
-        )  # fmt: skip
+            penalties=tuple(followed),
+            rates=tuple(rates),
+            steps=tuple(steps),
+            trajectories=tuple(trajectories),
+            span=span,
+            integrated=integrated,
+            hidden=frozenset(hidden),
+            needs=frozenset(needs),
+            held=tuple(held),
+            repeats=repeats,
+        )
 
 
 @dataclass(frozen=True)
@@ -114,13 +134,21 @@ class FollowedSolve:
         followed = Kinds() if not penalized else kinds if kinds.span is None else replace(kinds, span=None)
         return cls(followed, kinds.span, training and penalized, penalized)
 
-    def times(self, t_span: Tensor) -> Tensor:
-        """The times ``(T,)`` to solve through, in the direction of ``t_span (T,)``.
+    def times(self, t_span: Tensor, *, like: Tensor | None = None, backward: bool = False) -> Tensor:
+        """The times ``(T,)`` to solve through.
+
+        Args:
+            t_span: the times of the model, ``(T,)``.
+            like: has the dtype and device of the result; None: ``t_span`` itself.
+            backward: whether the result runs in the other direction than ``t_span``.
 
         Raises:
             ConfigError: from the policy, for a span that it cannot change.
         """
-        return t_span if self.policy is None else self.policy.times(t_span, training=self.training)
+        with on_host():  # a captured program has the times as constants
+            times = t_span if like is None else t_span.to(like)
+            times = times.flip(0) if backward else times
+            return times if self.policy is None else self.policy.times(times, training=self.training)
 
     def complete(self, integrals: Mapping[str, Tensor], z: Tensor) -> dict[str, Tensor]:
         """Add the policy's penalty for ``z (B, *event)`` to the integrals ``(B,)`` of a solve, by name."""

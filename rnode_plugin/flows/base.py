@@ -320,8 +320,8 @@ class _Pass:
     def _times(self, z: Tensor) -> Tensor:
         """The times of one block ``(2,)``, on the CPU, where the host reads them without waiting for the device."""
         with on_host():
-            times = self._followed.times(torch.tensor((0.0, 1.0), dtype=z.dtype))
-            return times.flip(0) if self._backward else times
+            times = torch.tensor((0.0, 1.0), dtype=z.dtype)
+        return self._followed.times(times, backward=self._backward)
 
     def output(self, x: Tensor, z: Tensor, logdet: Tensor, health: tuple[HealthCheck, ...] = ()) -> FlowOutput:
         """The output of a pass between ``x`` and ``z``; ``logdet`` belongs to the direction of the pass."""

@@ -17,7 +17,7 @@ from torch.distributions.transforms import Transform
 from ..core.distribution import DensityModel
 from ..core.followed_solve import FollowedSolve
 from ..core.map_jacobian import Jacobian, wants_map
-from ..core.modes import on_host, outside_inference
+from ..core.modes import outside_inference
 from ..core.objective import FlowOutput
 from ..core.penalties import OneProcessADevice, Penalties, attach
 from ..core.regularizer import Regularizer
@@ -261,9 +261,8 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         :meth:`sample`.
         """
         solver, times = self._on_grid(solver)
-        return self._states(
-            z, self._times(z, times, FollowedSolve.of(self._penalties.kinds), backward=True), context, solver
-        )[-1]
+        times = FollowedSolve.of(self._penalties.kinds).times(times, like=z, backward=True)
+        return self._states(z, times, context, solver)[-1]
 
     def inverse_and_log_prob(
         self,
@@ -303,8 +302,9 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         Raises:
             ConfigError, SolverError: as for :meth:`encode`.
         """
-        times = self.t_span if t_span is None else t_span
-        return self._states(x, self._times(x, times, FollowedSolve.of(self._penalties.kinds)), context, self.solver)
+        followed = FollowedSolve.of(self._penalties.kinds)
+        times = followed.times(self.t_span if t_span is None else t_span, like=x)
+        return self._states(x, times, context, self.solver)
 
     def collect_penalties(self) -> AbstractContextManager[Penalties]:
         """Sum the penalties of several calls of :meth:`log_prob`; see :meth:`NeuralODE.collect_penalties`."""
@@ -358,7 +358,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         with outside_inference(start, self.context_rows(context, start), noise) as (x, rows, noise):
             training = self.follows_penalties(None)
             followed = FollowedSolve.of(left.kinds, penalized=penalties, training=training)
-            times = self._times(x, times, followed, backward=backward)
+            times = followed.times(times, like=x, backward=backward)
             dynamics = NetDynamics(
                 self.net, x, rows, solver, kinds=followed.kinds, estimator=self.estimator,
             )  # fmt: skip
@@ -388,12 +388,6 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             solution = solver.solve(dynamics.bind(None), x.clone(), times).check()
             self.nfe = solution.stats.nfe
             return solution.z
-
-    def _times(self, like: Tensor, times: Tensor, followed: FollowedSolve, *, backward: bool = False) -> Tensor:
-        """The times of a solve from ``like``."""
-        with on_host():
-            times = times.to(like)
-            return followed.times(times.flip(0) if backward else times)
 
 
 def _objects_and_solver(

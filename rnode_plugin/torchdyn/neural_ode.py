@@ -261,8 +261,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         with outside_inference(x, t_span, args) as (x, t_span, args):
             solver, kept = self._solver(args), None
             x, t_span = self._start(x, t_span, solver)
-            with on_host():
-                t_span = of_solve.times(t_span)
+            t_span = of_solve.times(t_span)
             if penalties and x.ndim == 1 and followed.batch_dim == 0:
                 warn_of_flat_state(x, left.kinds)
             if solver.adaptive:
@@ -300,8 +299,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         with outside_inference(x, t_span) as (x, t_span):
             solver = replace(self._solver({}).without_interpolation(), gradient=Autograd())
             x, t_span = self._start(x, t_span, solver)
-            with on_host():
-                t_span = FollowedSolve.of(self._penalties.kinds).times(t_span)
+            t_span = FollowedSolve.of(self._penalties.kinds).times(t_span)
             system = system_of(self.vf, x, {}, self._followed, one_graph=True)
             return solver.solve(system, x, t_span).check().z
 
