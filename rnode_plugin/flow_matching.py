@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .core.derivatives import VELOCITY, Ask, AutogradField, Linearization, as_field
-from .core.distribution import check_floating
 from .core.dynamics import Dynamics
 from .core.modes import outside_inference
 from .core.regularizer import Rate
@@ -216,8 +215,7 @@ class ODESolver:
                 that are not floating-point numbers.
             SolverError: if the solve fails.
         """
-        check_floating(x_init, "points")
-        grid = _grid((0.0, 1.0), time_grid, method, step_size).to(x_init)
+        grid = _grid((0.0, 1.0), time_grid, method, step_size, like=x_init)
         with torch.set_grad_enabled(enable_grad), outside_inference(x_init, grid) as (start, times):
             dynamics = Dynamics(self._field(model_extras), divergence=False).bind(None)
             solution = _solver(method, step_size, atol, rtol).solve(dynamics, start, times).check()
@@ -259,8 +257,7 @@ class ODESolver:
         """
         from .torchdyn.density import RegularizedCNF  # loads torchdyn, which no other function here needs
 
-        check_floating(x_1, "samples")
-        grid = _grid((1.0, 0.0), time_grid, method, step_size).to(x_1)
+        grid = _grid((1.0, 0.0), time_grid, method, step_size, like=x_1)
         first, last = float(grid[0]), float(grid[-1])
         if (first, last) != (1.0, 0.0):
             raise ConfigError(f"the time_grid of a likelihood goes from 1 to 0, not from {first:g} to {last:g}.")
@@ -287,9 +284,14 @@ def _solver(method: str, step_size: float | None, atol: float, rtol: float) -> S
     return solver_of(_METHODS.get(method, method), step=step_size, atol=atol, rtol=rtol)
 
 
-def _grid(ends: tuple[float, float], time_grid: Tensor | None, method: str, step_size: float | None) -> Tensor:
+def _grid(
+    ends: tuple[float, float], time_grid: Tensor | None, method: str, step_size: float | None, *, like: Tensor
+) -> Tensor:
+    """The times of a solve, with the dtype and device of the points ``like``."""
+    if not like.is_floating_point():
+        raise ConfigError(f"points must be floating-point numbers, not {like.dtype}: give x.float().")
     if time_grid is None and step_size is None and method in FIXED_METHODS:
         raise ConfigError(
             f"{method} would take one step: give step_size=, a time_grid of its steps, or method='dopri5'."
         )
-    return torch.tensor(ends) if time_grid is None else time_grid
+    return (torch.tensor(ends) if time_grid is None else time_grid).to(like)

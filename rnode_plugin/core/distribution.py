@@ -508,7 +508,8 @@ class DensityModel(nn.Module, ABC):
         if not isinstance(x, Tensor) or x.shape[1:] != torch.Size(shape):
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ConfigError(f"{what} must be a tensor (B, *{tuple(shape)}), not {got}.")
-        check_floating(x, what)
+        if not x.is_floating_point():  # the times of a solve take the precision of its samples
+            raise ConfigError(f"{what} must be floating-point numbers, not {x.dtype}: give x.float().")
 
     def check_noise(self, noise: Sequence[Tensor | None], x: Tensor) -> None:
         """Refuse noise for samples ``x`` unless it is as :meth:`draw_noise` gives it (ConfigError)."""
@@ -532,12 +533,6 @@ class DensityModel(nn.Module, ABC):
     def _like(self) -> Tensor:
         """A tensor of the dtype and on the device of this model; of torch's defaults where it has none."""
         return next(self.parameters(), next(self.buffers(), torch.empty(0)))
-
-
-def check_floating(x: Tensor, what: str) -> None:
-    """Refuse samples that are not floating-point numbers, since the times of a solve take their precision."""
-    if not x.is_floating_point():
-        raise ConfigError(f"{what} must be floating-point numbers, not {x.dtype}: give x.float().")
 
 
 class FlowDistribution(Distribution):
