@@ -58,6 +58,24 @@ def test_it_solves_a_linear_equation_with_its_log_determinant(name: str, backwar
     assert (solution.longest_safe_step is None) == (not SOLVERS[name]().adaptive)
 
 
+def test_a_density_stops_at_each_output_where_a_state_is_interpolated() -> None:
+    """An interpolant gives no log-determinant."""
+    dopri5 = get_method("dopri5")
+    line = dataclasses.replace(
+        dopri5, interpolate=lambda step, z, rates, t, dt, inside: [z + (s - t) / dt * (step.z - z) for s in inside]
+    )
+    z, times = torch.ones(1, 2, dtype=torch.float64), torch.linspace(0, 1, 9, dtype=torch.float64)
+    for divergence in (False, True):
+        dynamics = Dynamics(lambda t, z: -z, estimator="exact", divergence=divergence).bind(None)
+        solution = Adaptive(line, first_step=0.5).solve(dynamics, z, times)
+        steps = Adaptive(dopri5, first_step=0.5).solve(dynamics, z, times).stats.steps
+        assert len(solution.t) == 9
+        assert (solution.stats.steps == steps) == divergence
+        if divergence:
+            torch.testing.assert_close(solution.logdet, -2 * times[:, None])
+            torch.testing.assert_close(solution.z[:, 0, 0], (-times).exp(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_it_is_a_frozen_value(name: str) -> None:
     solver = SOLVERS[name]()
@@ -219,6 +237,8 @@ def test_kinds_keep_their_order_and_sort_each_regularizer() -> None:
     assert (kinds.penalties, kinds.rates) == ((error, jacfrob, paths, kinetic), (jacfrob, kinetic))
     assert (kinds.steps, kinds.trajectories, kinds.span) == ((error,), (paths,), steer)
     assert (kinds.needs, kinds.held, kinds.repeats) == ({"vjp"}, (), False)
+    assert (list(kinds.integrated), kinds.hidden) == (["jacfrob", "kinetic"], frozenset())  # paths reads kinetic
+    assert Kinds.of([paths]).hidden == set(Kinds.of([paths]).integrated) == {"<kinetic of straightness>"}
     again = Kinds.of([FiniteDifference(), kinetic])
     assert (again.needs, again.held, again.repeats) == ({"field"}, ("finite_difference",), True)
     with pytest.raises(ConfigError, match="steer and learned_end_time both change the times"):

@@ -120,6 +120,8 @@ class Adaptive(Solver):
     def march(self, problem: Problem, *, take: StepTaker | None = None) -> Solution:
         dynamics, z, t_span, first_step, save_steps = problem
         method = self.method
+        # an interpolant gives states alone, so a density stops at each output
+        interpolate = None if dynamics.divergence else method.interpolate
         if z.dtype.to_real().itemsize < 4:
             raise ConfigError(
                 f"{method.name} needs a state of float32 or float64, not {z.dtype}, which cannot show the errors "
@@ -147,16 +149,16 @@ class Adaptive(Solver):
         else:
             dt = _first_step(dynamics, z, rates.dz, span, sign, self, totals)
         times, states = [span[0].to(device)], [z]
-        logdets: list[Tensor | None] = [None]
+        logdets: list[Tensor] = []
         passed = [(t.to(device).reshape(()), z)]
         while before(t, end):
             if method.fit is not None:
-                dt = method.fit(dt, span[-1 if method.interpolate is not None else upcoming] - t, sign)
-            # cut the step off at the end of the solve and, if the method does not interpolate, at the next output
+                dt = method.fit(dt, span[upcoming if interpolate is None else -1] - t, sign)
+            # cut the step off at the end of the solve and, without an interpolant, at the next output
             uncut = None
             if before(end, t + dt):
                 dt = end - t
-            if method.interpolate is None and before(span[upcoming], t + dt):
+            if interpolate is None and before(span[upcoming], t + dt):
                 dt, uncut = span[upcoming] - t, dt.detach()
             if bool(t + dt == t):
                 _fail_underflow(float(t.detach()), totals.steps, totals.nfe, abs(float(dt.detach())))
@@ -170,21 +172,21 @@ class Adaptive(Solver):
                 fail_nonfinite(float(t.detach()), totals.steps, totals.nfe)
             if bool(ratio <= 1):
                 reached = t + dt
-                if method.interpolate is not None:  # outputs strictly inside the step, read off without a stop
+                if interpolate is not None:  # outputs strictly inside the step, read off without a stop
                     first, last = upcoming, upcoming
                     while last < len(span) - 1 and before(span[last], reached):
                         last += 1
                     inside = [x.to(device) for x in span[first:last]]
                     times += inside
-                    states += method.interpolate(step, z, rates, t.to(device), dt.to(device), inside)
-                    logdets += [None] * len(inside)
+                    states += interpolate(step, z, rates, t.to(device), dt.to(device), inside)
                     upcoming = last
                 totals.add(step)
                 # not `==`, because rounding may carry a step that was cut off at this time just past it
                 if not before(reached, span[upcoming]):
                     times.append(reached.to(device).reshape(()))
                     states.append(step.z)
-                    logdets.append(totals.logdet)
+                    if totals.logdet is not None:
+                        logdets.append(totals.logdet)
                     upcoming = min(upcoming + 1, len(span) - 1)
                 t, z, rates = reached, step.z, step.last
                 if sampled:

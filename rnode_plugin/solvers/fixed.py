@@ -109,7 +109,7 @@ class FixedGrid(Solver):
         with on_host():
             outputs, grid = _grid(t_span, counts, z.device)
         totals, finite = Totals(), []
-        states, logdets, passed = [z], list[Tensor | None]([None]), [(outputs[0], z)]
+        states, logdets, passed = [z], list[Tensor](), [(outputs[0], z)]
         steps = iter(grid)
         for count in counts:
             for start, dt, end in itertools.islice(steps, count):
@@ -124,7 +124,8 @@ class FixedGrid(Solver):
                 if self.max_nfe is not None and totals.nfe > self.max_nfe:
                     fail_max_nfe(float(end.detach()), totals.steps, totals.nfe, int(self.max_nfe))
             states.append(z)
-            logdets.append(totals.logdet)
+            if totals.logdet is not None:
+                logdets.append(totals.logdet)
         # an integral that is not finite once never is again, so one check at the end is enough
         integrals = [x for x in (totals.logdet, *totals.penalties.values()) if x is not None]
         if integrals:

@@ -112,7 +112,9 @@ def stepper(
         new_velocity, new, error, *more = method.advance(f, z, t, dt, None if first is None else first.dz)
         nfe = len(rates) - (first is not None)
         source = rates[min(draw) if draw else 0]  # a stage that has every rate of this step
-        rows: list[Sequence[Any]] = [[r.penalties.get(name) for r in rates] for name in source.penalties]
+        rows: list[Sequence[Any]] = []
+        for name in source.penalties:
+            rows.append([r.penalties.get(name) for r in rates])
         dlogdet = dlogdet_error = None
         if source.dlogdet is not None:
             traces = [r.dlogdet for r in rates]
@@ -231,20 +233,18 @@ class Totals:
         self,
         t: Sequence[Tensor],
         z: Sequence[Tensor],
-        logdet: list[Tensor | None],
+        logdet: Sequence[Tensor],
         *,
         health: tuple[HealthCheck, ...] = (),
         longest_safe_step: float | None = None,
         passed: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> Solution:
-        """Make the solution with outputs at the times ``t``; a log-determinant of None stands for zero.
+        """Make the solution with outputs at the times ``t``.
 
-        ``passed`` holds the times and states between the steps, if they are saved.
+        ``logdet`` leaves out the first time, where it is 0. ``passed`` holds the times and states between the
+        steps, if they are saved.
         """
-        logdets = None
-        if self.logdet is not None:
-            zero = torch.zeros_like(self.logdet)
-            logdets = torch.stack([zero if x is None else x for x in logdet])
+        logdets = None if self.logdet is None else torch.stack([torch.zeros_like(self.logdet), *logdet])
         for name in self._means:
             self.penalties[name] = self.penalties[name] / self.steps
         stats = SolveStats(self.nfe, self.steps, self.rejected)
