@@ -62,7 +62,7 @@ def digits() -> Callable[[], object]:
 
 @pytest.mark.parametrize(
     ("make", "files", "functions"),
-    [(neural_ode, 22, 90), (log_prob, 23, 94), (digits, 27, 129)],
+    [(neural_ode, 22, 89), (log_prob, 23, 93), (digits, 27, 129)],
     ids=["NeuralODE", "log_prob", "digits"],
 )
 def test_a_call_is_short(make: Callable[[], Callable[[], object]], files: int, functions: int) -> None:

@@ -9,9 +9,8 @@ size of the error.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NoReturn
 
@@ -268,33 +267,27 @@ def _first_step(
     The evaluations run in the grad mode of the solve, since a field may differentiate inside.
     """
     z, velocity, t_span = z.detach(), velocity.detach(), t_span.detach()
-    start, method = t_span[0], solver.method
+    start = t_span[0]
     if solver.first_step is not None:
         return torch.full_like(start, sign * solver.first_step)
     if z.numel() == 0:
         return t_span[-1] - start
-    guess_from = functools.partial(
-        guess_first_step, velocity=sign * velocity, z=z, t=sign * start, method=method, atol=solver.atol,
-        rtol=solver.rtol,
-    )  # fmt: skip
-
     # Backward in time torchdyn evaluates the field itself instead of its mirror image -f(-t, z), which would be
     # right, so the first guess does the same to keep torchdyn's numbers. If it is useless, the mirror image is
     # used.
-    def field(t: Tensor, z: Tensor) -> Tensor:
+    for mirrored in (False, True) if sign < 0 else (False,):
+        guess = guess_first_step(
+            dynamics, sign * velocity, z, sign * start, method=solver.method, atol=solver.atol, rtol=solver.rtol,
+            mirrored=mirrored,
+        )  # fmt: skip
         totals.nfe += 1
-        return dynamics.evaluate(t.to(z.device), z, VELOCITY).dz.detach()
-
-    guess = guess_from(field)
-    if sign < 0 and not (0 < float(guess) < math.inf):
-        guess = guess_from(lambda t, z: -field(-t, z))
-    if not 0 < float(guess) < math.inf:  # an infinite velocity makes it 0
-        fail_nonfinite(float(start), 0, totals.nfe)
-    return sign * guess
+        if 0 < float(guess) < math.inf:  # an infinite velocity makes it 0
+            return sign * guess
+    fail_nonfinite(float(start), 0, totals.nfe)
 
 
 def guess_first_step(
-    f: Callable[[Tensor, Tensor], Tensor],
+    dynamics: BoundDynamics,
     velocity: Tensor,
     z: Tensor,
     t: Tensor,
@@ -302,11 +295,13 @@ def guess_first_step(
     method: Method,
     atol: Tolerance,
     rtol: Tolerance,
+    mirrored: bool = False,
 ) -> Tensor:
     """A first step whose error should be about as large as the tolerances, a scalar on the CPU.
 
     This is the rule of Hairer, Norsett and Wanner (1993, section II.4). A small Euler step forward in time, with
-    one evaluation of the field ``f``, shows how fast the ``velocity``, ``f(t, z)``, changes.
+    one evaluation of the field ``f``, shows how fast the ``velocity``, ``f(t, z)``, changes. With ``mirrored`` the
+    field is the mirror image ``-f(-t, z)`` of the dynamics.
     """
     scale = atol + torch.abs(z) * rtol
     scale = torch.where(scale == 0, math.inf, scale)  # an entry of size 0 does not count without atol
@@ -314,7 +309,10 @@ def guess_first_step(
     t = t.cpu()
     tiny = torch.tensor(1e-6, dtype=t.dtype)
     probe = tiny if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
-    (change,) = _on_host(method, rms_norm((f(t + probe, z + probe * velocity) - velocity) / scale) / probe)
+    later = t + probe
+    there = dynamics.evaluate((-later if mirrored else later).to(z.device), z + probe * velocity, VELOCITY).dz
+    there = (-there if mirrored else there).detach()
+    (change,) = _on_host(method, rms_norm((there - velocity) / scale) / probe)
     if speed <= 1e-15 and change <= 1e-15:  # a field at rest gives no scale
         step = torch.max(tiny, probe * 1e-3)
     else:
