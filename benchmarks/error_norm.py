@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 
+import click
 import numpy as np
 import torch
-from measure import table
+from measure import print_environment, table
 from sampled_quadrature import ACCURATE, Field, Perceptron, Wave, classifier
 from torch import Tensor
 
@@ -26,7 +27,9 @@ def end(field: Field, x: Tensor, solver: Solver) -> tuple[Tensor, int]:
     return solution.z[-1].double(), solution.stats.nfe
 
 
+@click.command(help=__doc__)
 def main() -> None:
+    print_environment(torch.device("cpu"))
     np.random.seed(0)  # torchdyn's data
     torch.manual_seed(0)
     x = torch.randn(512, 2)

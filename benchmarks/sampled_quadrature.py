@@ -14,8 +14,9 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 
+import click
 import torch
-from measure import table
+from measure import print_environment, table
 from torch import Tensor, nn
 from torchdyn.datasets import ToyDataset
 
@@ -81,9 +82,11 @@ def off(found: Tensor, expected: Tensor) -> tuple[float, float]:
     return 100 * abs(whole), 100 * float((found / expected - 1).abs().max())
 
 
+@click.command(help=__doc__)
 def main() -> None:
     import numpy as np
 
+    print_environment(torch.device("cpu"))
     np.random.seed(0)  # torchdyn's data
     torch.manual_seed(0)
     x = torch.randn(64, 2)
