@@ -144,7 +144,7 @@ def install(regularizers: Regularizers = None, *, tally: Tally | None = None, **
             :func:`~rnode_plugin.torchdiffeq.odeint`.
 
     Returns:
-        The tally: how many solves were penalized so far, and the mean of each penalty.
+        Tally: how many solves were penalized so far, and the mean of each penalty.
 
     Raises:
         ConfigError: for a regularizer or an option that :func:`~rnode_plugin.torchdiffeq.odeint` refuses.

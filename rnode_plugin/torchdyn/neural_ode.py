@@ -447,7 +447,8 @@ def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> 
 
     From then on every object of that class, also one that was made before, is solved by rnode_plugin: with the same
     values, with correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``batch_dim=``,
-    ``quadrature=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second call replaces the ``regularizers``.
+    ``quadrature=``, ``error_norm=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second call replaces the
+    ``regularizers``.
 
     It affects this process only. ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed.
 
@@ -455,16 +456,16 @@ def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> 
         torchdiffeq: whether to replace torchdiffeq's ``odeint`` and ``odeint_adjoint`` by the functions in
             :mod:`rnode_plugin.torchdiffeq`, also under the names that loaded modules have bound.
         regularizers: penalties for code that names none, as for ``NeuralODE``. They apply to each ``NeuralODE``
-            that is made from now on, and to each solve by torchdiffeq. Their gradient (eq. 17) is added whenever
-            backward passes through a solution; the losses that the code computes and prints do not contain them. So
-            the effective lambda depends on how the code scales its loss. With k accumulated batches of ``loss / k``
-            it is k lambda (give lambda / k), with two backward passes through one solution 2 lambda, and with a
-            loss that is multiplied by s, for example by a ``GradScaler``, lambda / s (use bf16, or add
-            ``reg_loss()`` to the loss). A gradient by the input that passes through a solution contains the
-            gradient of the penalties too.
+            that is made after this call, and with ``torchdiffeq`` to each solve by torchdiffeq. Their gradient (eq.
+            17) is added whenever backward passes through a solution; the losses that the code computes and prints
+            do not contain them. So the effective lambda depends on how the code scales its loss. With k accumulated
+            batches of ``loss / k`` it is k lambda (give lambda / k), with two backward passes through one solution
+            2 lambda, and with a loss that is multiplied by s, for example by a ``GradScaler``, lambda / s (use
+            bf16, or add ``reg_loss()`` to the loss). A gradient by the input that passes through a solution
+            contains the gradient of the penalties too.
 
     Returns:
-        The tally: how many solves these ``regularizers`` have penalized so far, and the mean of each penalty.
+        Tally: how many solves these ``regularizers`` have penalized so far, and the mean of each penalty.
 
     Raises:
         ConfigError: for ``regularizers`` that ``NeuralODE`` refuses.
