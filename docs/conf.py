@@ -153,11 +153,6 @@ TYPES = {
     "rnode_plugin.RegularizedCNF": {"net": "nn.Module | Callable"},
     "rnode_plugin.diagnose": {"model": "DensityModel"},
     "rnode_plugin.experiments.evaluation": {"flow": "DensityModel", "samples": "Tensor | np.ndarray"},
-    "rnode_plugin.solvers.Adjoint": {
-        "atol": "float | None",
-        "rtol": "float | None",
-        "method": "str | Method | None",
-    },
     "rnode_plugin.torchdiffeq": {
         "y0": "Tensor | tuple[Tensor, ...]",
         "rtol": "float | Tensor | tuple",
