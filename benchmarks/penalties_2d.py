@@ -36,7 +36,7 @@ DATA = ("moons", "spirals", "gaussians")
 PENALTIES = ("kinetic", "jacfrob", "kinetic+jacfrob", "total_derivative", "straightness", "strain+curl")
 STRENGTHS = (0.01, 0.1, 1.0)
 SHARES = {"curl": 0.1}  # of the strength: strain harms a solver more than vorticity (Tao and Choi, 2026)
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#24292f")
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#24292f")
 
 
 Case = tuple[str, float | None]  # penalties and their strength; "none" has none
@@ -119,12 +119,12 @@ def paint(panels: Any, found: dict[Case, dict[str, Found]]) -> None:
         base = found["none", None][data]
         axes.axhline(0, color="#808080", linewidth=0.6)
         axes.plot(base.nfe, 0, marker="o", color="#767c85", linestyle="none", label="none")
-        for colour, name in zip(_COLOURS, dict.fromkeys(n for n, s in found if s is not None), strict=False):
+        for color, name in zip(_COLORS, dict.fromkeys(n for n, s in found if s is not None), strict=False):
             points = [each[data] for (n, _), each in found.items() if n == name]
             losses = [float((each.nll - base.nll).mean()) / 2 for each in points]
-            axes.plot([each.nfe for each in points], losses, color=colour, linewidth=0.8, label=name)
+            axes.plot([each.nfe for each in points], losses, color=color, linewidth=0.8, label=name)
             for each, loss, size in zip(points, losses, (3, 5, 8), strict=False):
-                axes.plot(each.nfe, loss, marker="o", markersize=size, color=colour, linestyle="none")
+                axes.plot(each.nfe, loss, marker="o", markersize=size, color=color, linestyle="none")
         axes.set(title=data, xlabel="NFE of dopri5 [evaluations]")
     panels[0].set_ylabel("likelihood lost [nats/dim]")
     legend(panels[-1])

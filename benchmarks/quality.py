@@ -221,17 +221,17 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], final: Sequence[Mapping[
     plt.style.use("rnode_plugin.plots")
     plt.rcParams.update({"font.size": 12, "axes.labelsize": 12, "axes.titlesize": 13})
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
-    for colour, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
+    for color, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
         curves = []
         for seed in dict.fromkeys(row["seed"] for row in rows if row["method"] == name):
             points = [row for row in rows if (row["method"], row["seed"]) == (name, seed) and int(row["step"])]
             curves.append([[float(row[key]) for row in points] for key in ("seconds", "bits_per_dim")])
-            axes.plot(*curves[-1], color=f"C{colour}", linewidth=0.8, alpha=0.6)
+            axes.plot(*curves[-1], color=f"C{color}", linewidth=0.8, alpha=0.6)
         if len({len(curve[0]) for curve in curves}) == 1:
             nfe = statistics.mean(float(row["nfe"]) for row in final if row["method"] == name)
             penalties = ", both penalties" if METHODS[name].penalized else ""
             label = f"{name}{penalties}: NFE {nfe:.0f} at the end"
-            axes.plot(*np.mean(curves, axis=0), color=f"C{colour}", linewidth=2.5, label=label)
+            axes.plot(*np.mean(curves, axis=0), color=f"C{color}", linewidth=2.5, label=label)
     lowest = min(float(row["bits_per_dim"]) for row in rows)
     axes.set(xlabel="processor time of training, seconds", ylabel="held-out bits/dim", title=title)
     axes.set_ylim(lowest - 0.03, lowest + 0.5)  # the first steps fall from 5 to 8 bits/dim

@@ -20,7 +20,7 @@ PLANE = ("moons", "spirals", "gaussians", "gaussians_spiral")
 TRAIN, TEST = FixedGrid("rk4", step=1 / 10), Adaptive("dopri5", atol=1e-5, rtol=1e-5)
 EXACT = Adaptive("dopri5", atol=1e-6, rtol=1e-6)
 SPAN = torch.tensor([0.0, 1.0])
-GREY, COLOURS = "#808080", ("#d55e00", "#0072b2")
+GRAY, COLORS = "#808080", ("#d55e00", "#0072b2")
 
 
 def mixture(count, *, seed=0):
@@ -117,30 +117,28 @@ def log_density(field, x):
     return log_prob(TEST.solve(Dynamics(field, estimator="exact").bind(None), x, SPAN))
 
 
-def paint_line(axes, field, x, label, colour):
+def paint_line(axes, field, x, label, color):
     """Density of data and model, paths, density of the samples that arrive."""
     grid = torch.linspace(-3.2, 3.2, 321)[:, None]
-    axes[0].plot(mixture_log_prob(grid).exp(), grid[:, 0], color=GREY, linewidth=4, alpha=0.5)
-    axes[0].plot(log_density(field, grid).exp(), grid[:, 0], color=colour)
+    axes[0].plot(mixture_log_prob(grid).exp(), grid[:, 0], color=GRAY, linewidth=4, alpha=0.5)
+    axes[0].plot(log_density(field, grid).exp(), grid[:, 0], color=color)
     path = follow(field, x)
-    axes[1].plot(torch.linspace(0, 1, len(path)), path[:, :: len(x) // 25, 0], color=colour, linewidth=1)
-    axes[2].hist(
-        path[-1, :, 0].numpy(), 40, range=(-3.2, 3.2), density=True, orientation="horizontal", color=colour
-    )
+    axes[1].plot(torch.linspace(0, 1, len(path)), path[:, :: len(x) // 25, 0], color=color, linewidth=1)
+    axes[2].hist(path[-1, :, 0].numpy(), 40, range=(-3.2, 3.2), density=True, orientation="horizontal", color=color)
     axes[1].set_title(label)
 
 
-def paint_plane(axes, field, x, label, colour):
+def paint_plane(axes, field, x, label, color):
     """Density of the model, paths, vector field at t = 0.5."""
     line = torch.linspace(-2.6, 2.6, 80)
     values = log_density(field, torch.cartesian_prod(line, line)).exp().reshape(80, 80)
-    axes[0].contour(line, line, values.T, 8, colors=colour, linewidths=0.8)
+    axes[0].contour(line, line, values.T, 8, colors=color, linewidths=0.8)
     path = follow(field, x[:60])
-    axes[1].plot(path[:, :, 0], path[:, :, 1], color=colour, linewidth=0.8)
-    axes[1].scatter(*path[0].T, s=9, color=GREY, zorder=3)
-    axes[1].scatter(*path[-1].T, s=9, color=colour, zorder=3)
+    axes[1].plot(path[:, :, 0], path[:, :, 1], color=color, linewidth=0.8)
+    axes[1].scatter(*path[0].T, s=9, color=GRAY, zorder=3)
+    axes[1].scatter(*path[-1].T, s=9, color=color, zorder=3)
     points = torch.cartesian_prod(torch.linspace(-2.4, 2.4, 15), torch.linspace(-2.4, 2.4, 15))
-    axes[2].quiver(*points.T, *field(torch.tensor(0.5), points).detach().T, color=colour, width=0.006)
+    axes[2].quiver(*points.T, *field(torch.tensor(0.5), points).detach().T, color=color, width=0.006)
     for each, title in zip(axes, ("density", label, "vector field at t = 0.5"), strict=True):
         each.set(title=title, xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal")
 
@@ -165,9 +163,9 @@ def main():
     plt.style.use(["rnode_plugin.plots", {"axes.titlesize": 8}])
     figure, axes = plt.subplots(2, 3, figsize=(8.6, 5.6))
     paint = paint_line if args.data == "mixture" else paint_plane
-    for row, field, numbers, label, colour in zip(axes, fields, found, flows, COLOURS, strict=True):
+    for row, field, numbers, label, color in zip(axes, fields, found, flows, COLORS, strict=True):
         bent = f"path / displacement {numbers['path length / displacement']:.2f}"
-        paint(row, field, fresh, f"{label}: {bent}, NFE {numbers['NFE, dopri5 at 1e-5']:.0f}", colour)
+        paint(row, field, fresh, f"{label}: {bent}, NFE {numbers['NFE, dopri5 at 1e-5']:.0f}", color)
     figure.savefig(args.output, dpi=160)
 
 

@@ -1,4 +1,4 @@
-"""The map between two Gaussians learnt with the kinetic penalty, and the optimal one (Bures-Wasserstein)."""
+"""The map between two Gaussians learned with the kinetic penalty, and the optimal one (Bures-Wasserstein)."""
 
 import argparse
 
@@ -73,7 +73,7 @@ def main():
         print(f"{strength:>6} {energy:>15.3f} {error:>17.3f} {divergence:>21.4f}")
         axes.plot(*torch.stack([goal[:80], arrived[:80]]).permute(2, 0, 1), color="C1", linewidth=1.2)
         axes.scatter(*goal[:80].T, s=10, color="0.5", zorder=2, label="optimal map")
-        axes.scatter(*arrived[:80].T, s=10, color="C1", zorder=3, label="learnt map, and its difference")
+        axes.scatter(*arrived[:80].T, s=10, color="C1", zorder=3, label="learned map, and its difference")
         axes.set(title=f"λ = {strength}, error {error:.3f}", xlabel="$x_1$", aspect="equal")
     panels[0].set_ylabel("$x_2$")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

@@ -71,7 +71,7 @@ def main():
         axes.plot(*drawn.permute(2, 1, 0), color="C1")
         axes.set(title=f"regularizer: {name}, error {error:.3f}", ylabel="$x_2$", aspect="equal")
     panels[-1].set_xlabel("$x_1$")
-    lines, labels = panels[-1].lines, ["three circles by the map itself", "by the learnt map"]
+    lines, labels = panels[-1].lines, ["three circles by the map itself", "by the learned map"]
     figure.legend([lines[0], lines[-1]], labels, loc="outside lower center", ncols=2)
     figure.savefig(options.output, dpi=150)
 

@@ -21,7 +21,7 @@ from rnode_plugin.diffusion import cosine
 from rnode_plugin.fields import StackField, conv_field, linear_field
 from rnode_plugin.fields.activations import ACTIVATIONS
 from rnode_plugin.fields.potential import PotentialField
-from rnode_plugin.fields.recognise import recognise
+from rnode_plugin.fields.recognize import recognize
 from rnode_plugin.fields.stack import AtContext
 from rnode_plugin.regularizers import curl, hjb
 from rnode_plugin.torchdyn.field import Followed, NetDynamics, adds_time, system_of
@@ -56,7 +56,7 @@ def own(module: Any, z: Tensor) -> Field:
 
 def in_a_stack(module: Any, z: Tensor) -> Field:
     """A perceptron of the user's whose products are made by hand."""
-    found = recognise(module, z, adds_time=adds_time)
+    found = recognize(module, z, adds_time=adds_time)
     assert found is not None
     return found
 
@@ -291,10 +291,10 @@ FIELDS: dict[str, Case] = {
     },
     "potential at a context": Case(lambda: at_context(PotentialField(4, hidden=6, context=2))),
     "potential of images": conv(lambda: active(PotentialField(12, hidden=6))),
-    "recognised": Case(
+    "recognized": Case(
         lambda: perceptron(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4, bias=False)), in_a_stack, of_the_state
     ),
-    "recognised with time": Case(
+    "recognized with time": Case(
         lambda: perceptron(DepthCat(1), nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 4)), in_a_stack, by_its_layers
     ),
     "linear with a hook": Case(lambda: hooked(make_field("linear"))),

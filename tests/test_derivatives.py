@@ -120,7 +120,7 @@ def at_points(name: str) -> Callable[[Tensor], Outputs]:
 CASES = {
     "neural ode, kinetic": by_neural_ode(Timed(), "kinetic"),
     "neural ode, jacfrob": by_neural_ode(Timed(), "jacfrob"),
-    "recognised stack, curl": by_neural_ode(NET, "curl"),
+    "recognized stack, curl": by_neural_ode(NET, "curl"),
     "penalized, kinetic": by_neural_ode(Wide(), "kinetic", slice(0, 1)),
     "penalized, total_derivative": by_neural_ode(Wide(), "total_derivative", slice(0, 1)),
     "odeint, kinetic": by_odeint("kinetic"),

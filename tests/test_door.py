@@ -497,7 +497,7 @@ def global_hook(hook: Callable[..., Any]) -> Iterator[None]:
         handle.remove()
 
 
-def test_hooks_of_all_modules_are_seen_in_a_recognised_stack() -> None:
+def test_hooks_of_all_modules_are_seen_in_a_recognized_stack() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
     model = RegularizedCNF(net, event_shape=2, trace_estimator="exact", solver="rk4", regularizers=())

@@ -230,8 +230,8 @@ def _table(*columns: np.ndarray) -> Table:
     return Table("t", tuple("abcdef"[: len(columns)]), rows, rows, rows)
 
 
-def _accept(table: Table, modelled: int) -> None:
-    check_columns(table, modelled)
+def _accept(table: Table, modeled: int) -> None:
+    check_columns(table, modeled)
     table.single()
 
 
@@ -239,7 +239,7 @@ X, Y = np.random.default_rng(0).normal(size=(2, 50))
 
 
 @pytest.mark.parametrize(
-    ("columns", "modelled", "message"),
+    ("columns", "modeled", "message"),
     [
         ((X, np.full(50, 3.0)), 2, r"column 'b' of t is 3 ± 0, constant"),
         ((X, np.full(50, 3.0)), 1, r"column 'b' of t is 3 ± 0, constant"),  # also one that is given
@@ -252,9 +252,9 @@ X, Y = np.random.default_rng(0).normal(size=(2, 50))
         ((X[:3], Y[:3], X[:3] ** 2), 3, r"3 training rows are too few for 3 columns"),
     ],
 )
-def test_columns_without_a_density(columns: tuple[np.ndarray, ...], modelled: int, message: str) -> None:
+def test_columns_without_a_density(columns: tuple[np.ndarray, ...], modeled: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        _accept(_table(*columns), modelled)
+        _accept(_table(*columns), modeled)
 
 
 def test_the_advice_to_leave_columns_out_can_be_pasted(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_a_recipe_takes_the_columns_of_its_file(tmp_path: Path) -> None:
     settings = recipe.data
     assert isinstance(settings, TableData)
     assert (settings.columns, settings.given) == (NAMES, ("dose", "temperature (K)"))
-    assert (recipe.dims, settings.modelled) == (1, ("a, b",))
+    assert (recipe.dims, settings.modeled) == (1, ("a, b",))
     loaded = settings.load()
     assert loaded.columns == ("a, b", "dose", "temperature (K)")  # those that are given follow the others
     assert loaded.train.dtype == np.float32

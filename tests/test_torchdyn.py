@@ -91,7 +91,7 @@ def test_same_values_and_evaluations_as_torchdyn(
             make_field(), span, torch.randn(6, 4),
             regularizers=regularizers, solver=solver, sensitivity=sensitivity, **options,
         )  # fmt: skip
-        # with products, a recognised stack is evaluated by operations of our own: equal to rounding
+        # with products, a recognized stack is evaluated by operations of our own: equal to rounding
         tolerance = 1e-5 if name == "depthcat" and regularizers else 0.0
         torch.testing.assert_close(our_sol, sol, rtol=tolerance, atol=tolerance)
         # torchdyn forgets to turn the mirrored times of a reversed solve back
@@ -821,7 +821,7 @@ def test_second_order_flow() -> None:
 
 
 class Affine(nn.Module):
-    """A field differentiated by autograd. A bare nn.Linear would be recognised and make its products by hand."""
+    """A field differentiated by autograd. A bare nn.Linear would be recognized and make its products by hand."""
 
     def __init__(self) -> None:
         super().__init__()

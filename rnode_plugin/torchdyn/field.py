@@ -26,7 +26,7 @@ from ..core.surroundings import lock_of
 from ..core.trace_estimators import Exact, TraceEstimator
 from ..core.view import Columns, Places, View, places_of
 from ..errors import ConfigError, RnodeError
-from ..fields.recognise import recognise
+from ..fields.recognize import recognize
 from ..fields.stack import AtContext, StackField
 from ..solvers import Solver
 from .cnf import CNF, estimator_of, first_order_system, noise_of
@@ -496,7 +496,7 @@ def fastest(
         exact: whether the trace is exact. A perceptron is then turned into a stack, whose rows are faster.
         one_graph: whether evaluations may share one graph of what depends on the parameters alone.
     """
-    stack = recognise(net, z, adds_time=adds_time) if exact and one_graph and context is None else None
+    stack = recognize(net, z, adds_time=adds_time) if exact and one_graph and context is None else None
     if stack is not None:
         return stack
     if field.plain and isinstance(net, StackField):

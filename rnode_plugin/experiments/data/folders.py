@@ -124,7 +124,7 @@ def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int
     if _is_packed(where):
         _, c, h, w = PackedImages(where / TRAIN_FILE).shape
         return c, h, w
-    grey = True  # one picture in color makes the data set one in color
+    gray = True  # one picture in color makes the data set one in color
     first: tuple[str, tuple[int, int]] | None = None
     for name in _pictures(where):
         with _opened(where / name, where / name) as image:
@@ -132,7 +132,7 @@ def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int
             # display
             turned = image.getexif().get(0x0112, 1) > 4
             found = (image.width, image.height) if turned else (image.height, image.width)
-            grey = grey and image.mode in ("1", "L", "LA")
+            gray = gray and image.mode in ("1", "L", "LA")
         first = (name, found) if first is None else first
         if size is None and found != first[1]:
             raise different(name, found, *first)
@@ -143,7 +143,7 @@ def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int
             f"the pictures are {shown((h, w))}, too large to train on: the largest of the paper are 256x256. Give "
             "the height and width that all of them are scaled to, such as --size 32."
         )
-    return (1 if grey else 3), h, w
+    return (1 if gray else 3), h, w
 
 
 def _is_packed(where: Path) -> bool:

@@ -180,10 +180,10 @@ _DEPENDENT = 1e-6  # least share of a column's deviation that the other columns 
 _ROWS = 100_000  # more rows find no further dependent column, and the QR decomposition takes longer
 
 
-def check_columns(table: Table, modelled: int) -> None:
+def check_columns(table: Table, modeled: int) -> None:
     """Refuse a table whose rows have no density, or none that 32-bit numbers resolve.
 
-    Its first ``modelled`` columns are modelled, and the others are given. On a constant column, or on a linear
+    Its first ``modeled`` columns are modeled, and the others are given. On a constant column, or on a linear
     subspace, the likelihood of a flow rises without bound, and training would only report ever better numbers.
 
     Raises:
@@ -204,12 +204,12 @@ def check_columns(table: Table, modelled: int) -> None:
             )
     standard = (scaled - scaled.mean(0)) / scaled.std(0)
     # the given columns first, because a column that they determine has no conditional density either
-    order = [*range(modelled, rows.shape[1]), *range(modelled)]
+    order = [*range(modeled, rows.shape[1]), *range(modeled)]
     # a diagonal entry of R is the norm of what a column adds to the span of the columns before it. One QR
     # decomposition therefore tests all columns, where regressions would take one for each
     alone = np.abs(np.diag(np.linalg.qr(standard[:, order], mode="r"))) / np.sqrt(len(rows))
     for place, share in zip(order, alone, strict=True):
-        if share < _DEPENDENT and place < modelled:
+        if share < _DEPENDENT and place < modeled:
             raise DataError(
                 f"the column {table.columns[place]!r} of {table.name} is a linear function of the others, so the "
                 f"rows have no density together: {_leave_out(table.columns[place], table)}."

@@ -78,7 +78,7 @@ class Data:
 
     @property
     def task(self) -> ImageTask:
-        """The task of modelling these images."""
+        """The task of modeling these images."""
         return ImageTask(self.shape, self.levels, flip=self.flip)
 
     def changed(self, assigned: Mapping[str, str | None]) -> Data:
@@ -168,7 +168,7 @@ class TableData:
     Attributes:
         name: a data set that ``rnode-cli data list`` shows; ``table`` is your file.
         columns: names of the columns that are used. The other columns of the file are not read.
-        given: columns that condition the density. The other columns are modelled.
+        given: columns that condition the density. The other columns are modeled.
         root: the file of ``table``, or the folder of another data set; None for the table that comes with
             scikit-learn, or for the default folder.
         validation: share of the rows whose likelihood chooses the best weights.
@@ -212,15 +212,15 @@ class TableData:
                 raise ConfigError(f"data.{name} names a column twice: {', '.join(names)}.")
         if unknown := [each for each in self.given if each not in self.columns]:
             raise ConfigError(f"data.given: {suggest(unknown[0], self.columns, 'column')}")
-        if not self.modelled:
+        if not self.modeled:
             left = "data.given names all of them" if self.columns else "data.columns names none"
             raise ConfigError(f"a density needs at least one column that is not given: {left}.")
         if self.validation + self.held_out >= 1:
             raise ConfigError("data.validation and data.held_out together must leave rows to train on.")
 
     @property
-    def modelled(self) -> tuple[str, ...]:
-        """The columns that are modelled, in the order of the file."""
+    def modeled(self) -> tuple[str, ...]:
+        """The columns that are modeled, in the order of the file."""
         return tuple(name for name in self.columns if name not in self.given)
 
     @property
@@ -230,8 +230,8 @@ class TableData:
 
     @property
     def task(self) -> TableTask:
-        """The task of modelling these rows."""
-        return TableTask(self.modelled, self.given, given_ranges=self.given_ranges)
+        """The task of modeling these rows."""
+        return TableTask(self.modeled, self.given, given_ranges=self.given_ranges)
 
     def changed(self, assigned: Mapping[str, str | None]) -> TableData:
         """Assign settings, written as texts, and change what follows from them.
@@ -258,7 +258,7 @@ class TableData:
         return new if same else new.for_new_run()
 
     def load(self, *, download: bool = False, val_images: int | None = None) -> Table:
-        """Load the table in 32-bit numbers, with the modelled columns before the given ones.
+        """Load the table in 32-bit numbers, with the modeled columns before the given ones.
 
         Args:
             download: fetch the table if it is missing.
@@ -272,7 +272,7 @@ class TableData:
         from ..data.catalog import get_table, taken_by
         from ..data.tables import check_columns
 
-        columns = (*self.modelled, *self.given)
+        columns = (*self.modeled, *self.given)
         options = taken_by(self.name, {"columns": columns, **{name: vars(self)[name] for name in _SPLIT}})
         for name, default in _SPLIT.items():
             if name not in options and vars(self)[name] != default:
@@ -288,7 +288,7 @@ class TableData:
         # limited before it is checked, because a column may be constant in the rows that are left, and checked in
         # double precision, in which a nearly constant column still shows its deviation
         table = table.limit(self.train_rows, val_images)
-        check_columns(table, len(self.modelled))
+        check_columns(table, len(self.modeled))
         return table.single()
 
     def check_chosen(self, before: AnyData) -> None:
@@ -325,7 +325,7 @@ class TableData:
 
         A table that is smaller than a batch becomes one batch, because a step takes full batches only.
         """
-        given = data.train[:, len(self.modelled) :]
+        given = data.train[:, len(self.modeled) :]
         ranges = tuple(zip(given.min(0).tolist(), given.max(0).tolist(), strict=True))
         batch_size = min(self.batch_size, len(data.train))
         return dataclasses.replace(

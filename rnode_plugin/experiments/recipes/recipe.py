@@ -245,7 +245,7 @@ class Recipe:
 
     @property
     def dims(self) -> int:
-        """Number of dimensions d of one sample: C*H*W of an image, or the modelled columns of a table."""
+        """Number of dimensions d of one sample: C*H*W of an image, or the modeled columns of a table."""
         return self.task.dims
 
     def load_data(self, *, download: bool = False, all_val: bool = False) -> ImageData | Table:

@@ -50,10 +50,10 @@ class GaussianRows(Baseline["Table"]):
 
 
 class TableTask(Task["Table"]):
-    """Models rows ``(B, C)``, float, scored in nats per row. The modelled columns come first, then the given ones.
+    """Models rows ``(B, C)``, float, scored in nats per row. The modeled columns come first, then the given ones.
 
     Args:
-        columns: names of the modelled columns.
+        columns: names of the modeled columns.
         given: names of the given columns.
         given_ranges: the smallest and the largest value of each given column in the training rows. Drawing samples
             at a context outside of them prints a warning. None if they are not known.

@@ -116,11 +116,11 @@ class Task(ABC, Generic[D]):
             dequantization noise.
         quantities: the likelihoods that an evaluation measures. Training, validation and comparison use the first.
         baselines: other densities, for comparison.
-        event: the first argument of a model, which is the shape of one image, or the number of modelled columns.
+        event: the first argument of a model, which is the shape of one image, or the number of modeled columns.
         dims: number of dimensions of one sample.
         model_options: further arguments of a model that follow from the data.
-        columns, given: names of the modelled and of the given columns of a table; empty for images.
-        subject: what is modelled, in a message: ``images``, or the names of the columns.
+        columns, given: names of the modeled and of the given columns of a table; empty for images.
+        subject: what is modeled, in a message: ``images``, or the names of the columns.
     """
 
     metric: ClassVar[str]

@@ -221,7 +221,7 @@ class ImageDataModule(RecipeDataModule[ImageData]):
 class TableDataModule(RecipeDataModule[Table]):
     """Gives any ``Trainer`` the rows in the table of a recipe; see :class:`RecipeDataModule`.
 
-    Batches are float32 ``(B, C)``, with the modelled columns before the given ones. The Trainer validates on the
+    Batches are float32 ``(B, C)``, with the modeled columns before the given ones. The Trainer validates on the
     rows that choose the weights, and the rows in ``data.held_out`` are left for an evaluation.
 
     Args:

@@ -1,4 +1,4 @@
-"""Recognised stacks: NeuralODE and CNF give the values and gradients of the generic path, in float64."""
+"""Recognized stacks: NeuralODE and CNF give the values and gradients of the generic path, in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchdyn.nn import DepthCat
 
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF
 from rnode_plugin.fields import linear_field
-from rnode_plugin.fields.recognise import recognise
+from rnode_plugin.fields.recognize import recognize
 from rnode_plugin.torchdyn.field import adds_time
 
 
@@ -59,7 +59,7 @@ def results(net: nn.Module, *, cnf: str | None, noise: str, sensitivity: str, so
 
 
 class Opaque(nn.Module):
-    """The same field, not recognised."""
+    """The same field, not recognized."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -99,26 +99,26 @@ def both_ways(net: nn.Module, **options: Any) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("timed", [False, True])
-def test_exact_penalties_of_a_recognised_field(activation: Callable[[], nn.Module], timed: bool) -> None:
+def test_exact_penalties_of_a_recognized_field(activation: Callable[[], nn.Module], timed: bool) -> None:
     net = perceptron(activation, timed=timed)
     both_ways(net, cnf=None, noise="exact", sensitivity="autograd")
 
 
 @pytest.mark.parametrize("sensitivity", ["autograd", "checkpointed"])
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
-def test_an_exact_density_of_a_recognised_field(solver: str, sensitivity: str) -> None:
+def test_an_exact_density_of_a_recognized_field(solver: str, sensitivity: str) -> None:
     net = perceptron(timed=True)
     both_ways(net, cnf="exact", noise="exact", sensitivity=sensitivity, solver=solver)
 
 
-def test_adaptive_steps_of_a_recognised_field() -> None:
+def test_adaptive_steps_of_a_recognized_field() -> None:
     net = perceptron(timed=True)
     both_ways(net, cnf=None, noise="exact", sensitivity="autograd", solver="dopri5")
 
 
 def test_the_time_of_a_field_without_time_has_no_second_derivative() -> None:
     net, x = perceptron().requires_grad_(False), torch.ones(4, 3, dtype=torch.float64)
-    t, stack = torch.zeros((), dtype=torch.float64, requires_grad=True), recognise(net, x)
+    t, stack = torch.zeros((), dtype=torch.float64, requires_grad=True), recognize(net, x)
     assert stack is not None
     (slope,) = torch.autograd.grad(stack.linearize(t, x).dz.sum(), t, create_graph=True, allow_unused=True)
     assert slope is None
@@ -126,9 +126,9 @@ def test_the_time_of_a_field_without_time_has_no_second_derivative() -> None:
 
 def test_a_module_with_hooks_is_left_alone() -> None:
     net, x = perceptron(timed=True), torch.zeros(4, 3, dtype=torch.float64)
-    assert recognise(net, x, adds_time=adds_time) is not None
+    assert recognize(net, x, adds_time=adds_time) is not None
     net[0].register_forward_hook(lambda *args: None)
-    assert recognise(net, x, adds_time=adds_time) is None
+    assert recognize(net, x, adds_time=adds_time) is None
 
 
 @pytest.mark.parametrize(
@@ -149,20 +149,20 @@ def test_a_module_with_hooks_is_left_alone() -> None:
     ],
 )
 def test_what_is_no_such_stack_is_left_alone(module: Any) -> None:
-    assert recognise(module, torch.zeros(4, 2), adds_time=adds_time) is None
+    assert recognize(module, torch.zeros(4, 2), adds_time=adds_time) is None
 
 
-def test_a_recognised_stack_fits_the_state_and_has_the_weights_of_the_moment() -> None:
+def test_a_recognized_stack_fits_the_state_and_has_the_weights_of_the_moment() -> None:
     net = perceptron()
     twin = copy.deepcopy(net)
     x = torch.randn(4, 3, dtype=torch.float64)
-    assert recognise(net, x[:, :2]) is None
-    assert recognise(net, x.float()) is None
+    assert recognize(net, x[:, :2]) is None
+    assert recognize(net, x.float()) is None
     with torch.no_grad():
         for p, q in zip(net.parameters(), twin.parameters(), strict=True):
             p.mul_(2)
             q.mul_(2)
-    stack = recognise(net, x)
+    stack = recognize(net, x)
     assert stack is not None
     torch.testing.assert_close(stack(0.0, x), twin(x), rtol=1e-13, atol=1e-13)
 

@@ -1,4 +1,4 @@
-"""recognise: turns a user's multilayer perceptron into a stack with fast products.
+"""recognize: turns a user's multilayer perceptron into a stack with fast products.
 
 Such a perceptron has linear layers, with or without time as the last input, and one kind of activation between
 them.
@@ -32,7 +32,7 @@ Part = tuple[str, Any]
 _UNKNOWN: Part = ("?", None)
 
 
-def recognise(
+def recognize(
     module: object, z: Tensor, *, adds_time: Callable[[nn.Module], bool] = lambda module: False
 ) -> Stack | None:
     """``module`` as the field of one solve from a state like ``z``; None if it is not a stack for such states.
