@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 @as_json
 @click.option("--ffjord", is_flag=True, help="Train the FFJORD baseline: no penalties, dopri5 at 1e-5.")
 @short("given", "weights", "accumulate", "limit-train", "limit-val", "val-every", "precision")
-@click.option("--compile/--no-compile", default=None, help="Use torch.compile, which takes a minute at first.")
+@click.option("--compile/--no-compile", default=None, help="Use torch.compile, which takes minutes at first.")
 @click.option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Folder of all runs.")
 @click.option("--run-folder", metavar="FOLDER", help="Folder of a new run, instead of one under --runs.")
 @click.option("--logger", "loggers", multiple=True, metavar="|".join(LOGGERS),
