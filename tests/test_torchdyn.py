@@ -6,9 +6,10 @@ import copy
 import functools
 import gc
 import io
+import math
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -137,6 +138,41 @@ def test_solver_objects(kind: str, reverse: bool) -> None:
     assert torch.equal(our_sol, sol)
     assert torch.equal(our_t, -t if reverse else t)
     (our_sol[-1].sum() + ours.reg_loss()).backward()
+
+
+class Midpoint:
+    """A user's midpoint rule, whose quadrature weights are given."""
+
+    order, stepping_class = 2, "fixed"
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self.weights = weights
+
+    def step(self, f, x, t, dt, k1=None, args=None):
+        return None, x + dt * f(t + dt / 2, x + dt / 2 * f(t, x)), None
+
+
+class Fewer(Midpoint, RungeKutta4):
+    """Two evaluations, under the name of a family that takes four."""
+
+    def __init__(self) -> None:
+        RungeKutta4.__init__(self)
+
+
+def test_quadrature_weights_that_do_not_fit_the_steps_are_refused() -> None:
+    x, span = torch.ones(2, 3, dtype=torch.float64), torch.linspace(0, 1, 101)
+
+    def kinetic(solver: Any) -> Tensor:
+        model = NeuralODE(lambda t, x: -x, solver, regularizers=["kinetic"])
+        model(x, span, penalties=False)  # without an integral the weights do not matter
+        model(x, span)
+        return model.regularization["kinetic"]
+
+    exact = torch.full((2,), 1.5 * (1 - math.exp(-2)), dtype=torch.float64)
+    assert torch.allclose(kinetic(Midpoint((0.0, 1.0))), exact, rtol=1e-4)
+    for solver in (Midpoint((1.0, 1.0)), Midpoint((0.0, 0.5, 0.5)), Fewer()):
+        with pytest.raises(ConfigError, match="quadrature weights"):
+            kinetic(solver)
 
 
 @pytest.mark.parametrize("solver", ["dopri5", DormandPrince45()])

@@ -18,7 +18,7 @@ from ..core.dynamics import BoundDynamics, Rates
 from ..core.health import HealthCheck
 from ..core.modes import constant, read, transforms_active
 from ..core.regularizer import StepRecord
-from ..errors import SolverError
+from ..errors import ConfigError, SolverError
 from .checks import Tolerance
 from .solution import Solution, SolveStats, Steps
 from .tableaus import Method
@@ -96,6 +96,7 @@ def stepper(
     if path is not None and not (path.local if local else path.steps):
         path = None
     weights, (atol, rtol) = method.weights or (1.0,), tolerances or (None, None)
+    unbalanced = abs(sum(weights) - 1) > 1e-3
 
     def take(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, draw: Draw | None) -> Step:
         rates: list[Rates] = [] if first is None else [first]
@@ -121,6 +122,8 @@ def stepper(
             rows.append(traces)  # weighed together with the penalties, to save operations
             if error is not None and method.error_weights is not None:
                 dlogdet_error = _weigh([traces], method.error_weights, dt.detach())[0]
+        if rows and (unbalanced or len(rates) < len(weights)):
+            _refuse_weights(method.name, weights, len(rates))
         # penalties are integrated over |dt|, so that they are not negative backward in time; the trace over dt
         integrals = _weigh(rows, weights, dt.abs(), draw)
         if source.dlogdet is not None:
@@ -141,6 +144,14 @@ def stepper(
         return Step(new, error, last, dlogdet, dlogdet_error, penalties, of_path, more[0] if more else None, nfe)
 
     return take
+
+
+def _refuse_weights(name: str, weights: Sequence[float], evaluations: int) -> NoReturn:
+    """Refuse the weights of a user's method that do not belong to its steps, since integrals would be wrong."""
+    raise ConfigError(
+        f"a step of {name} evaluates the field {evaluations} times, and its {len(weights)} quadrature weights sum "
+        f"to {sum(weights):g}: give the solver `weights`, one for each evaluation in a step, that sum to 1."
+    )
 
 
 Draw = dict[int, float]

@@ -308,8 +308,8 @@ def method_from_torchdyn(
 
     A solver of a known family, or of a subclass, has the family's quadrature weights, unless its tableau was
     changed. (A hypersolver is a subclass that adds a correction to the same stages.) Another solver may have an
-    attribute ``weights``, one number per evaluation in a step. Without it, a penalty's rate is taken at the start
-    of a step.
+    attribute ``weights``, one number per evaluation in a step, with the sum 1. Without it, a penalty's rate is
+    taken at the start of a step.
 
     Args:
         solver: the object.
