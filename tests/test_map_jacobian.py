@@ -262,6 +262,15 @@ def test_a_map_that_reflects_all_samples_is_not_refused() -> None:
     torch.testing.assert_close((x, log_prob), (-z, model.base.log_prob(z)))
 
 
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_map_that_mixes_samples_is_refused(graph: bool) -> None:
+    net = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
+    model, z = RegularizedCNF(net, event_shape=2, solver="rk4").double(), torch.randn(6, 2).double()
+    with torch.set_grad_enabled(graph), pytest.raises(ConfigError, match="depends on other samples"):
+        model.inverse_and_log_prob(z, jacobian="map")
+    model.eval().inverse_and_log_prob(z, jacobian="map")
+
+
 def test_a_singular_map_is_refused() -> None:
     model = of_linear(torch.tensor([[1.0]]).double(), "euler", 1)  # x = 0
     with pytest.raises(ConfigError, match="singular or not finite at 4 of 4 samples"):

@@ -255,7 +255,7 @@ class AutogradField:
             # If samples mix, a random product still gives an unbiased trace, because terms with the noise of other
             # samples have mean zero. Unit vectors in all samples at once would add them up.
             if (ask.products == "rows" or ask.divergence) and not known.samples_are_apart:
-                _refuse_mixed_samples(z, dz)
+                refuse_mixed_samples(z, dz)
                 known.samples_are_apart = True
         jvp = None
         if ask.jvp:
@@ -431,7 +431,7 @@ def _double_reverse(
     return jvp
 
 
-def _refuse_mixed_samples(z: Tensor, dz: Tensor) -> None:
+def refuse_mixed_samples(z: Tensor, dz: Tensor) -> None:
     """Refuse a field whose velocity at one sample depends on other samples, since one product would mix their rows.
 
     If samples are independent, scaling a vector by one number per sample scales the product by the same numbers.

@@ -206,7 +206,8 @@ class DensityModel(nn.Module, ABC):
 
         Raises:
             ConfigError: as in :meth:`encode`; for ``"map"`` with an adaptive solver, with more dimensions or with
-                noise; and for a discrete map that folds, as determinants of both signs show.
+                noise; for a field that mixes samples; and for a discrete map that folds, as determinants of both
+                signs show.
             SolverError: from the solve.
         """
         if wants_map(jacobian):
@@ -241,7 +242,7 @@ class DensityModel(nn.Module, ABC):
         parts = []
         for part, given in zip(z.split(size), contexts, strict=False):
             carry = functools.partial(self.inverse, context=given, solver=solver)
-            x, jacobian = jacobian_of(carry, part, graph=graph, net=self)
+            x, jacobian = jacobian_of(carry, part, graph=graph, net=self, apart=bool(parts))
             parts.append((x, *log_abs_det(jacobian)))
         # signs of all chunks together, because a fold shows as determinants of both signs
         x, logdet, sign = (torch.cat(each) for each in zip(*parts, strict=True))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, suggest
+from .derivatives import refuse_mixed_samples
 from .modes import next_number
 from .second_derivatives import check_second_derivative
 
@@ -26,7 +27,12 @@ _BATCH, _NUMBERS = 1024, 4_000_000  # most samples of one solve with its graph, 
 
 
 def jacobian_of(
-    carry: Callable[[Tensor], Tensor], z: Tensor, *, graph: bool = False, net: nn.Module | None = None
+    carry: Callable[[Tensor], Tensor],
+    z: Tensor,
+    *,
+    graph: bool = False,
+    net: nn.Module | None = None,
+    apart: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute the values and the Jacobian of a map that does not mix samples.
 
@@ -38,12 +44,14 @@ def jacobian_of(
         z: the points ``(B, *event)``.
         graph: whether the results have gradients by ``z`` and all else that the map depends on.
         net: the module of the map, whose layers are checked once for second derivatives.
+        apart: whether it is known that the map does not mix samples, as from an earlier call.
 
     Returns:
         The values ``(B, *other)`` and the Jacobians ``(B, D, D)``, with the gradient of output i in row i.
 
     Raises:
-        ConfigError: with ``graph``, for a layer whose backward pass cannot be differentiated.
+        ConfigError: for a map that mixes samples; with ``graph``, for a layer whose backward pass cannot be
+            differentiated.
     """
     with torch.inference_mode(False), torch.enable_grad():
         if not (graph and z.requires_grad):
@@ -56,6 +64,8 @@ def jacobian_of(
                 return carry(z).reshape(z.shape)
 
             check_second_derivative(x.reshape(z.shape), z, start, elsewhere, z.new_zeros(()), net=net, jvp=False)
+        if not apart:
+            refuse_mixed_samples(z, x.reshape(z.shape))
         # samples do not mix, so the gradient of a sum over the batch holds one row for each sample
         rows = [
             torch.autograd.grad(each.sum(), z, retain_graph=True, create_graph=graph)[0].flatten(1)
