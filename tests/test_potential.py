@@ -8,6 +8,7 @@ from problems import Plain, counted_products
 from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, RegularizedCNF
+from rnode_plugin.core.derivatives import Ask
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields.potential import PotentialField
@@ -25,6 +26,18 @@ def test_velocity_and_rate_are_the_derivatives_of_the_potential() -> None:
         by_t, by_z = torch.func.grad(potential, argnums=(0, 1))(t, sample)
         torch.testing.assert_close(velocity[i], -by_z)
         torch.testing.assert_close(rate[i], by_t)
+
+
+def test_second_derivatives_where_all_activations_are_zero() -> None:
+    """At the origin and time 0 of a fresh field, where no bias has moved yet."""
+    field = PotentialField(3, hidden=6).double()
+    t, z = torch.zeros((), dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
+    hessian = torch.func.hessian(lambda z: field.potential(t, z[None])[0])(z[0])
+    rows = field.linearize(t, z, ask=Ask("rows")).products
+    assert rows is not None
+    torch.testing.assert_close(hessian, -rows[:, 0])
+    far = torch.tensor([[-1e3, 0.0, 1e3]], dtype=torch.float64)
+    assert bool(field.potential(t, far).isfinite().all())
 
 
 def test_the_exact_trace_of_a_density_needs_no_jacobian() -> None:
