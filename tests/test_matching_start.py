@@ -17,6 +17,7 @@ from rnode_plugin.experiments.training.checkpoints import read_checkpoint
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.flows.multiscale import logit
 from rnode_plugin.flows.table import TableFlow
+from rnode_plugin.regularizers import LearnedEndTime
 
 SIGMA, BLOCKS = 1.7, 3
 VARIANCE = 0.1**2 / 3  # of the noise around the paths, over samples
@@ -101,6 +102,26 @@ def test_the_states_lie_around_the_path() -> None:
     error = float(found.std()) / len(found) ** 0.5
     assert abs(float(found.mean()) - wanted) < 5 * error
     assert error < 0.1 * 0.1 * 30**2 * VARIANCE
+
+
+class _Clock(nn.Module):
+    """The velocity is the time."""
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return t.expand_as(z)
+
+
+def test_blocks_that_end_later_are_slower() -> None:
+    """Of y = 0 and a block until T, E (t - e / T)^2 = T^2 / 3 + 1 / T^2 for uniform t: five standard errors."""
+    torch.manual_seed(0)
+    end = 2.0
+    flow = TableFlow(1, blocks=1, regularizers=[LearnedEndTime(end)]).double()
+    flow.fields = nn.ModuleList([_Clock()])
+    x = torch.zeros(16, 1, dtype=torch.float64)
+    found = torch.stack([flow.matching_loss(x).mean() for _ in range(3000)])
+    error = float(found.std().detach()) / len(found) ** 0.5
+    assert abs(float(found.mean()) - (end**2 / 3 + 1 / end**2)) < 5 * error
+    assert error < 0.05
 
 
 def test_each_coordinate_has_until_its_own_block() -> None:

@@ -193,10 +193,11 @@ class BlockFlow(OneProcessADevice, DensityModel):
         """Compare all fields with straight paths from data to noise: flow matching through all blocks at once.
 
         A coordinate that leaves the flow after block k moves from its value y to noise e in k blocks. At time s it
-        is at ``(1 - s / k) y + (s / k) e``, so the field of each block should be ``(e - y) / k``. The fields are
-        compared at one uniformly random time per block and batch, at states with Gaussian noise around the path (as
-        in arXiv 2302.00482), whose standard deviation is uniform between 0 and 0.1 for each sample. The noise and
-        the times come from torch's global generator.
+        is at ``(1 - s / k) y + (s / k) e``, so the field of each block should be ``(e - y) / k``, or
+        ``(e - y) / (k T)`` where the blocks end at a learned time T. The fields are compared at one uniformly
+        random time per block and batch, at states with Gaussian noise around the path (as in arXiv 2302.00482),
+        whose standard deviation is uniform between 0 and 0.1 for each sample. The noise and the times come from
+        torch's global generator.
 
         Args:
             x, context: as for :meth:`encode`.
@@ -219,14 +220,16 @@ class BlockFlow(OneProcessADevice, DensityModel):
         self._pull(torch.tensor([self.latent_depths], dtype=x.dtype).to(x.device), blocks)
         # drawn on the CPU, so that one seed gives the same times on every device
         times = torch.rand(len(data.seen), dtype=x.dtype).to(x.device)
+        # each block covers its part of the path until the end of its solve, which a learned end time moves
+        end = FollowedSolve.of(self.regularizers).times(torch.tensor([0.0, 1.0], dtype=x.dtype))[-1].detach()
         error, width = x.new_zeros(len(x)), _WIDTH * torch.rand(len(x), dtype=x.dtype, device=x.device)
         for index, field in enumerate(self._fields_at(context, x)):
             # _pull passes the blocks in reverse
             y, e, k = data.seen[index], noise.seen[-1 - index], blocks.seen[-1 - index]
             share = (index + times[index]) / k  # block `index` covers this part of the path of k blocks
             offset = width.view(-1, *[1] * (y.ndim - 1)) * torch.randn_like(y)
-            velocity = field(times[index], y + share * (e - y) + offset)
-            error = error + (velocity - (e - y) / k).square().flatten(1).sum(1)
+            velocity = field(end * times[index], y + share * (e - y) + offset)
+            error = error + (velocity - (e - y) / (k * end)).square().flatten(1).sum(1)
         return error
 
     def _check(self, x: Tensor, shape: Sequence[int], what: str) -> None:
