@@ -188,12 +188,15 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             solver: a :class:`~rnode_plugin.Solver`; None: the model's. With ``step=None`` the grid is the model's
                 ``t_span``. If the method is unchanged, torchdyn's steps are kept.
             estimator: the estimator of the trace; None: the model's.
-            regularizers: the penalties that the copy follows. A span policy of the model, such as a learned end
-                time, stays.
+            regularizers: the penalties that the copy follows. Those that the model has keep its lambda. A span
+                policy of the model, such as a learned end time, stays.
         """
         solver, times = self._on_grid(solver)
         twin = super().solved_with(solver=solver, estimator=estimator, regularizers=regularizers)
-        twin._penalties = Penalties(resolve_regularizers(twin.regularizers))
+        weighted, mine = resolve_regularizers(twin.regularizers), self._penalties.weighted
+        for name in weighted.keys() & mine.keys():
+            weighted[name] = weighted[name]._replace(strength=mine[name].strength)
+        twin._penalties = Penalties(weighted)
         twin.t_span = times
         return twin
 
