@@ -21,6 +21,7 @@ from torch.distributions import (
     TransformedDistribution,
     kl_divergence,
 )
+from torchdyn.nn import DataControl
 from torchdyn.numerics.solvers.ode import Euler
 from torchdyn_fields import mlp
 
@@ -196,6 +197,10 @@ def probing(probes: int) -> RegularizedCNF:
 X = torch.zeros(4, 2, dtype=torch.float64)
 
 
+def controlled() -> RegularizedCNF:
+    return RegularizedCNF(nn.Sequential(DataControl(), nn.Linear(4, 2)), event_shape=2)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -212,6 +217,8 @@ X = torch.zeros(4, 2, dtype=torch.float64)
         (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, t_span=[0, 1, 0.5]), r"strictly increasing"),
         (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, atol=torch.ones(2)), "atol of a density"),
         (lambda: RegularizedCNF(nn.Linear(2, 2)), "event_shape="),
+        (lambda: controlled().log_prob(X.float()), "DataControl"),
+        (lambda: controlled().sample(3), "DataControl"),
         (lambda: unconditional().importance_sample(lambda x: x, 3), "one number per sample"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), Normal(torch.zeros(2), 1.0)), "Independent"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), BASES["normal"](), event_shape=3), "differ"),

@@ -42,7 +42,8 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
 
     Args:
         net: the field, ``net(t, z)`` or ``net(z)`` on ``z (B, *event_shape)``; with a ``context_shape``
-            ``net(t, z, context)``. torchdyn's DepthCat and Galerkin layers may be in it.
+            ``net(t, z, context)``. torchdyn's DepthCat and Galerkin layers may be in it, but not DataControl, which
+            reads the samples themselves.
         base: distribution of ``z`` with an empty batch shape and the event shape of the data; None: the standard
             normal distribution. The model's ``.to()`` moves its tensors, which are not trained.
         event_shape: shape of one sample; may be left out if ``base`` has it.
@@ -62,7 +63,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
 
     Raises:
         ConfigError: for shapes that do not fit together, times that are not strictly monotonic, and a solver, a
-            number or a name that :class:`~rnode_plugin.NeuralODE` refuses.
+            number or a name that :class:`~rnode_plugin.NeuralODE` refuses; when called, for a net with DataControl.
 
     Example:
         >>> import torch

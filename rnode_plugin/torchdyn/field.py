@@ -206,6 +206,9 @@ class NetDynamics(Dynamics):
         solver: the solver, whose gradient decides whether evaluations may share a graph.
         kinds: the penalties.
         estimator, divergence: as in :class:`~rnode_plugin.core.dynamics.Dynamics`.
+
+    Raises:
+        ConfigError: for a net with layers that read the state at the start, as DataControl does.
     """
 
     def __init__(
@@ -222,6 +225,11 @@ class NetDynamics(Dynamics):
         self._net, self._context = net, context
         modules = list(net.modules()) if isinstance(net, nn.Module) else []
         slots, needs = Slots(modules, z), kinds.needs | ({"vjp"} if divergence else set[str]())
+        if slots.values:
+            raise ConfigError(
+                "a layer of this net reads the state at the start of the solve (DataControl), so the integral of "
+                "the divergence is not the log-determinant: leave it out, or give a context= that the net reads."
+            )
         differentiates = divergence and estimator.asks != ""
         if context is None:
             field: Field = field_of(
