@@ -142,6 +142,16 @@ def test_half_precision(gradient: str, dtype: torch.dtype) -> None:
         Adaptive("dopri5", gradient=gradient).solve(bound, noise, T.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "tsit5"])
+def test_times_in_half_precision_are_met(method: str, dtype: torch.dtype) -> None:
+    """The ends of the solve are numbers of each precision, and the steps between them are not."""
+    z, solver = torch.ones(1, 2), SolverSettings(method=method, step=0.07).build()
+    system = Dynamics(lambda t, z: -z, divergence=False).bind(None)
+    ends = [solver.solve(system, z, torch.tensor([0.0, 1.5], dtype=kind)).z[-1] for kind in (dtype, torch.float32)]
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=0)
+
+
 def test_a_large_batch_in_half_precision_is_finite() -> None:
     still = Dynamics(lambda t, z: torch.zeros_like(z), divergence=False).bind(None)
     z = torch.full((64, 2048), 2.0, dtype=torch.float16)

@@ -127,8 +127,10 @@ class Adaptive(Solver):
                 "that it compares: use autocast, which leaves the state as it is, or a fixed grid "
                 f"({', '.join(FIXED_METHODS)})."
             )
-        # times stay on the CPU, so that comparing them does not wait for the device; t_span.cpu() keeps its graph
+        # Times stay on the CPU, so that comparing them does not wait for the device; t_span.cpu() keeps its graph.
+        # In half precision the end of a step would be rounded far off the place that the state has reached.
         device, span = z.device, t_span.cpu()
+        span = span.float() if span.dtype.itemsize < 4 else span
         take = stepper(dynamics, method, (self.atol, self.rtol)) if take is None else take
         budget = int(self.max_nfe or DEFAULT_MAX_NFE)
         sign = 1.0 if bool(span[-1] >= span[0]) else -1.0
