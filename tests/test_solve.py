@@ -137,6 +137,15 @@ def test_noise_that_was_not_bound_is_told() -> None:
         FixedGrid("rk4").solve(Dynamics(Wave()), torch.ones(2, 3).double(), torch.tensor([0.0, 1.0]).double())
 
 
+@pytest.mark.parametrize(("options", "divergence"), [({}, True), ({"regularizers": [jacfrob]}, False)])
+def test_products_of_a_complex_state_are_refused(options: dict[str, Any], divergence: bool) -> None:
+    system = Dynamics(lambda t, z: 1j * z, estimator="exact", divergence=divergence, **options)
+    with pytest.raises(ConfigError, match="view_as_real"):
+        FixedGrid("rk4").solve(
+            system.bind(None), torch.ones(2, 3, dtype=torch.complex128), torch.tensor([0.0, 1.0])
+        )
+
+
 def test_checkpointed_evaluates_a_step_twice_and_no_more() -> None:
     """16 evaluations forward and 16 backward, with and without products; one more finds what the field reads."""
     for penalties, expected in (([], 32), ([kinetic, jacfrob], 33)):

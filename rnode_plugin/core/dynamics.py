@@ -327,6 +327,11 @@ class Dynamics(BoundDynamics):
                 f"the vector field returned shape {tuple(dz.shape)} for a state of shape {tuple(z.shape)}; f(t, z) "
                 "must have the shape of z."
             )
+        if self.needs_products and z.is_complex():  # autograd takes products with a conjugate
+            raise ConfigError(
+                "a density and penalties that need products with the Jacobian take a real state: give a complex "
+                "one as torch.view_as_real(z)."
+            )
         # under autocast the field runs in low precision, but integrals are summed in the precision of the state
         dz = dz.to(z.dtype)
         record = Record(
