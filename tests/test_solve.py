@@ -146,6 +146,14 @@ def test_products_of_a_complex_state_are_refused(options: dict[str, Any], diverg
         )
 
 
+def test_a_tolerance_for_each_entry_has_no_meaning_for_a_log_determinant() -> None:
+    z = torch.ones(2, 2, dtype=torch.float64)  # as many samples as dimensions, so that anything could be broadcast
+    solver = Adaptive("dopri5", atol=torch.full((2,), 1e-9), rtol=0.0)
+    with pytest.raises(ConfigError, match="must be numbers"):
+        solver.solve(Dynamics(Wave(2), estimator="exact").bind(None), z, torch.tensor([0.0, 1.0]).double())
+    solver.solve(Dynamics(Wave(2), divergence=False).bind(None), z, torch.tensor([0.0, 1.0]).double())
+
+
 def test_checkpointed_evaluates_a_step_twice_and_no_more() -> None:
     """16 evaluations forward and 16 backward, with and without products; one more finds what the field reads."""
     for penalties, expected in (([], 32), ([kinetic, jacfrob], 33)):

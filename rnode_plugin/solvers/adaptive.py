@@ -127,6 +127,11 @@ class Adaptive(Solver):
                 "that it compares: use autocast, which leaves the state as it is, or a fixed grid "
                 f"({', '.join(FIXED_METHODS)})."
             )
+        if dynamics.divergence and (getattr(self.atol, "ndim", 0) or getattr(self.rtol, "ndim", 0)):
+            raise ConfigError(
+                "atol and rtol of a density must be numbers, which bound the error of the log-determinant too, and "
+                "not tensors with one tolerance for each entry of the state."
+            )
         # Times stay on the CPU, so that comparing them does not wait for the device; t_span.cpu() keeps its graph.
         # In half precision the end of a step would be rounded far off the place that the state has reached.
         device, span = z.device, t_span.cpu()
