@@ -358,6 +358,31 @@ def test_a_trajectory_penalty_does_not_move_the_steps(method: str, backward: boo
     torch.testing.assert_close(penalties["trajectory_polynomial"], reference, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "options", [{"step_size": 0.25}, {"grid_constructor": lambda f, y, t: torch.linspace(0, 1, 5).double()}]
+)
+def test_a_trajectory_penalty_reads_a_curve_inside_of_the_steps(options: dict[str, Any]) -> None:
+    field, y0, found = Field(), start(), []
+    for count, given in ((2, options), (3, {**options, "interp": "cubic"}), (5, None)):
+        t = torch.linspace(0, 1, count, dtype=torch.float64)
+        torch.manual_seed(0)
+        y, penalties = odeint(field, y0, t, method="rk4", options=given, regularizers=["trajectory_polynomial"])
+        plain = theirs.odeint(field, y0, t, method="rk4", options=given)
+        torch.testing.assert_close(y, plain, rtol=1e-12, atol=1e-12)
+        found.append(penalties["trajectory_polynomial"])
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
+    with pytest.raises(ConfigError, match="'interp': 'cubic'"):
+        odeint(
+            field,
+            y0,
+            torch.linspace(0, 1, 3).double(),
+            method="rk4",
+            options=options,
+            regularizers=["trajectory_polynomial"],
+        )
+
+
 def test_span_policies_choose_the_times() -> None:
     field = Field()
     y, penalties = odeint(field, start(), SPAN, regularizers={"learned_end_time:0.5": 1.0})

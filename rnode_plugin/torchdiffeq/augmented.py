@@ -113,11 +113,20 @@ def extended(given: Mapping[str, Any], layout: Layout, system: Augmented, *, gri
     # torchdiffeq's step lengths follow from these norms. A gradient through a norm would differentiate the step
     # control, which is wrong for a penalty that detaches another evaluation.
     options["norm"] = lambda state: norm(layout.of_user(state)).detach()
-    if constructor := options.get("grid_constructor"):
+    constructor = options.get("grid_constructor")
+    if constructor:
         options["grid_constructor"] = lambda func, y, t: constructor(func, layout.flat_of_user(y), t)
-    elif grid is not None and "step_size" not in options and given["method"] in _FIXED:
-        # the output times of a trajectory penalty must not become steps
-        options |= {"grid_constructor": lambda func, y, t: grid, "interp": "cubic"}
+    if grid is not None and given["method"] in _FIXED:  # a trajectory penalty reads states inside the steps
+        steps_by_user = constructor is not None or "step_size" in options
+        if steps_by_user and len(grid) > 2 and options.get("interp") != "cubic":
+            raise ConfigError(
+                f"a penalty of the trajectory reads states inside the steps of {given['method']}, where "
+                "torchdiffeq interpolates linearly: add 'interp': 'cubic' to the options."
+            )
+        # without that option, the user's outputs are ends of steps, whose states depend on no interpolant
+        options["interp"] = "cubic"
+        if not steps_by_user:  # the output times of a trajectory penalty must not become steps
+            options["grid_constructor"] = lambda func, y, t: grid
     changed["options"] = options
     if event_fn := given["event_fn"]:
         changed["event_fn"] = lambda t, state: event_fn(t, layout.of_user(state))
