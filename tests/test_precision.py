@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import BeforeStep, rows, run, tiny_recipe
+from torch import nn
 
-from rnode_plugin import FixedGrid, get_recipe, load_flow
+from rnode_plugin import FixedGrid, NeuralODE, get_recipe, load_flow
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.experiments.training import trainer
@@ -17,6 +18,7 @@ from rnode_plugin.experiments.training.checkpoints import load_with_recipe
 from rnode_plugin.experiments.training.trainer import computes_bf16, decided_compile, decided_precision
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.regularizers import kinetic
+from rnode_plugin.solvers import GRADIENTS
 
 
 def test_bits_per_dim_of_a_field_in_bfloat16() -> None:
@@ -51,6 +53,26 @@ def test_integrals_are_the_same_sums_under_autocast() -> None:
     assert all(x.dtype is torch.float32 for x in other)
     torch.testing.assert_close(other, one, rtol=1e-6, atol=0)
     assert float(other[0]) == pytest.approx(-4.012, rel=1e-6)
+
+
+@pytest.mark.parametrize("part", ["solution", "local penalty", "another solve"])
+@pytest.mark.parametrize("sensitivity", GRADIENTS[1:])
+def test_gradients_in_one_autocast_block(sensitivity: str, part: str) -> None:
+    """The casts of weights in a pass without a graph are not a part of the graphs of the same block."""
+    found = []
+    for mode in ("autograd", sensitivity):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+        model = NeuralODE(net, "rk4_38", sensitivity=mode, regularizers=["local_error"])
+        x, span = torch.randn(5, 2), torch.linspace(0, 1, 5)
+        model(x, span)  # a first call looks at the Jacobian, with a graph of the weights
+        with torch.autocast("cpu", torch.bfloat16):
+            end = model(x, span)[1][-1]
+            other = model.trajectory(x, span)[-1]
+            losses = {"solution": end, "local penalty": 1e6 * model.reg_loss(), "another solve": other}
+            gradients = torch.autograd.grad(losses[part].square().sum(), list(net.parameters()), allow_unused=True)
+        found.append(torch.cat([torch.zeros(1) if g is None else g.flatten() for g in gradients]))
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.02 * float(found[0].abs().max()))
 
 
 def test_validation_of_a_run_in_bfloat16_is_in_float32(tmp_path: Path) -> None:

@@ -109,6 +109,26 @@ def next_number(x: Tensor) -> int:
     return node._sequence_nr()
 
 
+def drop_casts() -> None:
+    """Let autocast cast weights again, between evaluations of a field with gradients and without.
+
+    Within one block autocast casts each weight once. Older releases of torch, such as 2.6, hand a copy without a
+    graph on to evaluations with gradients, whose gradient by that weight would be lost without an error.
+    """
+    torch.clear_autocast_cache()
+
+
+@contextmanager
+def without_kept_casts() -> Iterator[None]:
+    """Context in which autocast casts a weight each time, for evaluations with and without gradients in turn."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+
+
 @contextmanager
 def outside_inference(*values: Any) -> Iterator[tuple[Any, ...]]:
     """Leave inference mode within a block, for solves of fields that differentiate. The block gets ``values``.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core.derivatives import VELOCITY
 from ..core.dynamics import BoundDynamics, FunctionDynamics, Rates
-from ..core.modes import next_number
+from ..core.modes import drop_casts, next_number, without_kept_casts
 from ..errors import ConfigError
 from .checkpoint import is_complete
 from .solution import Solution, Steps
@@ -71,6 +71,7 @@ class _Adjoint(torch.autograd.Function):
         ctx: Any, call: AdjointCall, z0: Tensor, t_span: Tensor, *params: Tensor
     ) -> tuple[Tensor | None, ...]:
         solution = call.forward(z0, t_span)  # without a graph, since autograd disables gradients here
+        drop_casts()
         t, z = call.outputs(solution)
         call.solution, call.steps = solution, solution.steps if call.interpolated else None
         ctx.call, ctx.names = call, tuple(solution.penalties)
@@ -85,7 +86,8 @@ class _Adjoint(torch.autograd.Function):
                 "a continuous adjoint gives first derivatives only, and this gradient is to be differentiated "
                 "again (create_graph=True): use the gradient mode 'autograd' or 'checkpointed'."
             )
-        with ctx.call.dynamics.repeating():  # the forward pass has updated running statistics once already
+        # the forward pass has updated running statistics once already
+        with without_kept_casts(), ctx.call.dynamics.repeating():
             _, dz, dlogdet, *dpenalties = gradients
             return _sweep(ctx, dz, dlogdet, dpenalties)
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import (  # torch has no public name for it
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from ..core.dynamics import BoundDynamics
-from ..core.modes import next_number, transforms_active
+from ..core.modes import drop_casts, next_number, transforms_active
 from ..core.second_derivatives import FUSED_ATTENTION
 from ..errors import ConfigError
 
@@ -150,7 +150,9 @@ class _Replay(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # a function may return one of its inputs, which autograd must see as a new tensor
         inputs = {id(x) for x in values if isinstance(x, Tensor)}
-        return tuple(x.view_as(x) if id(x) in inputs else x for x in call.run(values[:count]))
+        outputs = call.run(values[:count])
+        drop_casts()
+        return tuple(x.view_as(x) if id(x) in inputs else x for x in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -162,6 +164,7 @@ class _Replay(torch.autograd.Function):
             again = torch.is_grad_enabled()  # create_graph=True: the arguments themselves must stay in the graph
             known = [*(args if again else map(_variable, args)), *leaves]
             with torch.enable_grad(), _random_state(*ctx.random), ctx.autocast():
+                drop_casts()  # made before the second run, they are not a part of its graph
                 start = next_number(torch.zeros((), requires_grad=True))
                 outputs = ctx.call.run(known[:count])
             if not is_complete([x for x in outputs if isinstance(x, Tensor)], known, start):

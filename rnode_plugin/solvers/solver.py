@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.derivatives import VELOCITY
 from ..core.dynamics import BoundDynamics, PathPenalties, refuse_held
 from ..core.health import HealthCheck, health
-from ..core.modes import on_host, transforms_active
+from ..core.modes import drop_casts, on_host, transforms_active
 from ..core.regularizer import StepPenalty
 from ..errors import ConfigError
 from .checks import Tolerance, check_positive, check_quadrature, refuse_sampled_density
@@ -250,6 +250,7 @@ def _local_penalties(dynamics: BoundDynamics, solver: Solver, steps: Steps) -> t
         # two evaluations, counted below: a solve with saved steps does not save velocities
         v0, v1 = (dynamics.evaluate(t, z, VELOCITY).dz for t, z in ((t0, z0), (t1, z1)))
         z = hermite(t0, z0, v0, t1, z1, v1, s)
+    drop_casts()
     h = torch.minimum((t1 - t0).abs(), (end - s).abs())
     take = stepper(dynamics, get_method("tsit5"), solver.tolerances, local=True)
     step = take(z, s, -h if backward else h, None, {})  # an empty draw: no stage computes products
