@@ -139,6 +139,35 @@ def test_the_samples_may_be_another_dimension() -> None:
     torch.testing.assert_close(penalties["kinetic"][2], alone["kinetic"][0], rtol=1e-6, atol=1e-8)
 
 
+def test_a_trajectory_penalty_sees_the_samples_wherever_they_are() -> None:
+    """As columns of a square state, in a tuple, in two tensors, and among other columns."""
+    a = torch.tensor([[0.1, 1.0, 0.3], [-0.8, 0.2, 0.0], [0.5, 0.0, -0.4]], dtype=torch.float64)
+    y0, still = start(3, 3), torch.zeros(3, 2, dtype=torch.float64)
+
+    def of_two(t: Tensor, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (torch.cat(y, 1) @ a.T).split((1, 2), 1)
+
+    cases: list[tuple[Any, Any, dict[str, Any]]] = [
+        (lambda t, y: y @ a.T, y0, {}),
+        (lambda t, y: a @ y, y0.T.contiguous(), {"batch_dim": 1}),
+        (lambda t, y: (0 * y[0], y[1] @ a.T), (still, y0), {"penalized": 1}),
+        (of_two, (y0[:, :1], y0[:, 1:]), {"penalized": (0, 1)}),
+        (
+            lambda t, y: torch.cat([0 * y[:, :2], y[:, 2:] @ a.T], 1),
+            torch.cat([still, y0], 1),
+            {"penalized": slice(2, None)},
+        ),
+    ]
+    found: list[dict[str, Tensor]] = []
+    for func, state, options in cases:
+        torch.manual_seed(0)
+        names = ["straightness", "trajectory_polynomial"]
+        _, penalties = odeint(func, state, SPAN, rtol=1e-9, atol=1e-9, regularizers=names, **options)
+        found.append(dict(penalties))
+    for each in found[1:]:
+        torch.testing.assert_close(each, found[0], rtol=1e-6, atol=1e-8)
+
+
 class WithContext(Field):
     """The columns 0 and 1 move, by all four; the others are a context that stays."""
 

@@ -214,7 +214,7 @@ def solve(
         integrals = to_event(system, event_fn, (t[0], y0), (event_t, end), integrals)
     if path is not None:
         for number, places in enumerate(inner):
-            states = [layout.view.of(layout.of_user([x[i] for x in full])) for i in places.tolist()]
+            states: list[Any] = [layout.of_user([x[i] for x in full]) for i in places.tolist()]
             key, value = path.of_trajectory(number, times[places], states, integrals)
             integrals[key] = value
         integrals = {key: value for key, value in integrals.items() if key not in path.hidden}
