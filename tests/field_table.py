@@ -312,7 +312,9 @@ FIELDS: dict[str, Case] = {
     "one time per sample": Case(StateFirst, with_time_per_sample, called_state_first),
     "velocity of a diffusion": Case(lambda: velocity_from_noise(StateFirst(), *cosine()), plain=diffused),
     "torchdyn's layers": Case(control, in_neural_ode, by_its_layers),
-    "torchdyn's layers in a density": Case(control, in_density, by_its_layers),
+    "torchdyn's layers in a density": Case(
+        lambda: perceptron(nn.Linear(4, 6), nn.Tanh(), DepthCat(1), nn.Linear(7, 4)), in_density, by_its_layers
+    ),
     "torchdyn's augmenter": Case(
         lambda: perceptron(Augmenter(1, 2), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)),
         in_neural_ode,
