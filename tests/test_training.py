@@ -234,6 +234,18 @@ def test_going_back_discards_what_later_steps_have_left(recipe: Recipe, whole: F
     assert read_checkpoint(elsewhere.folder.best)["global_step"] == 7
 
 
+def test_epochs_of_other_batches_count_in_full_after_a_resume(tmp_path: Path) -> None:
+    """Four steps of 20 images are an epoch of 80, and eight steps of 10 are the second one."""
+    recipe = tiny_recipe("training.max_steps=none", "training.max_epochs=2", "training.log_every=2")
+    part = run(recipe, tmp_path, callbacks=[signal_at(4)])
+    halved = recipe.override(["data.batch_size=10"])
+    part = run(halved, tmp_path, resume=part.folder.path, callbacks=[signal_at(6)])
+    rest = run(halved, tmp_path, resume=part.folder.path)
+    assert (rest.steps, rest.planned) == (12, 12)
+    epochs = [(int(row["step"]), float(row["epoch"])) for row in rows(rest) if "epoch" in row]
+    assert epochs == [(2, 0.5), (4, 1.0), (6, 1.25), (8, 1.5), (10, 1.75), (12, 2.0)]
+
+
 def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, whole: FitResult, tmp_path: Path) -> None:
     result = copy_of(whole, tmp_path)
     with pytest.raises(ConfigError, match=r"has done 6 of 6 steps: raise --max-steps"):

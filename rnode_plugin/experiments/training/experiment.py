@@ -74,7 +74,7 @@ class Experiment:
         if data is None:
             data = recipe.load_data(download=download)
         recipe = recipe.trained_on(data)
-        plan = RunPlan.of(recipe, len(data.train), devices)
+        plan = RunPlan.of(recipe, len(data.train), devices, resumed=resumed)
         check_held_out(recipe, len(data.val), devices)
         flow = new_flow(recipe)
         # before the weights, because a checkpoint brings its own means and deviations and must have the last word

@@ -58,22 +58,33 @@ class RunPlan:
         total: steps of the whole run, from its very first one, also if it is resumed.
         val_every: steps between two validations.
         devices: number of devices that share a step.
+        done, passed: an earlier step, and the epochs up to it. Its epochs may have had other numbers of steps.
     """
 
     steps_per_epoch: int
     total: int
     val_every: int
     devices: int = 1
+    done: int = 0
+    passed: float = 0.0
 
     @staticmethod
-    def of(recipe: Recipe, samples: int, devices: int = 1) -> RunPlan:
+    def of(recipe: Recipe, samples: int, devices: int = 1, *, resumed: Resumed | None = None) -> RunPlan:
         """Plan the steps of a recipe for a number of training samples and devices.
+
+        The epochs that a ``resumed`` run has passed count in full, whatever batches and devices they had.
 
         Raises:
             ConfigError: the samples do not fill one batch on each device, or flow matching fills all steps.
         """
         training, per_epoch = recipe.training, steps_per_epoch(recipe, samples, devices)
-        limits = [training.max_steps, training.max_epochs and training.max_epochs * per_epoch]
+        done, passed = (0, 0.0) if resumed is None else (resumed.done, resumed.epochs(per_epoch))
+        if passed == done / per_epoch:  # counted from the first step, so that a resumed run rounds as a whole one
+            done, passed = 0, 0.0
+        limits = [
+            training.max_steps,
+            training.max_epochs and done + math.ceil(round((training.max_epochs - passed) * per_epoch, 6)),
+        ]
         total = min(limit for limit in limits if limit is not None)
         if total <= recipe.matching:
             raise ConfigError(
@@ -82,7 +93,11 @@ class RunPlan:
             )
         check = training.val_every_steps or training.val_every * per_epoch
         # at least one validation, because a run without one has no best weights
-        return RunPlan(per_epoch, total, min(check, total), devices)
+        return RunPlan(per_epoch, total, min(check, total), devices, done, passed)
+
+    def epochs_at(self, step: int) -> float:
+        """Count the passes through the training samples up to a step, counted from 1."""
+        return self.passed + (step - self.done) / self.steps_per_epoch
 
     def validates_after(self, step: int) -> bool:
         """Whether a validation follows this step, counted from 1."""
@@ -148,6 +163,14 @@ class Resumed:
     def done(self) -> int:
         """The number of steps that the run has taken."""
         return self.contents["global_step"]
+
+    def epochs(self, steps_per_epoch: int) -> float:
+        """Return the epochs that the run has passed.
+
+        A checkpoint of another Trainer does not have them, and its epochs count as ``steps_per_epoch`` each.
+        """
+        plan = self.contents.get("callbacks", {}).get("Recorder", {}).get("plan")
+        return self.done / steps_per_epoch if plan is None else RunPlan(**plan).epochs_at(self.done)
 
     def put_into(self, flow: DensityModel) -> None:
         """Give ``flow`` the weights in the checkpoint.

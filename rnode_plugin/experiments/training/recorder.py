@@ -64,7 +64,7 @@ class Recorder(StepCallback, Checkpoint):
         self.folder, self.table = folder, MetricsTable(folder.metrics, keep=keep)
 
     def state_dict(self) -> dict[str, object]:
-        return {"best": self.best, "validation": self._validation}
+        return {"best": self.best, "validation": self._validation, "plan": dataclasses.asdict(self._plan)}
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         # a score by another solver, seed or number of samples cannot be compared with those that follow
@@ -140,7 +140,7 @@ class Recorder(StepCallback, Checkpoint):
         self._written = step
         row = module.row()  # averages over the devices, so it must not be called by the first process alone
         if self.table is not None:
-            clock, epoch = self._clock, step / self._plan.steps_per_epoch
+            clock, epoch = self._clock, self._plan.epochs_at(step)
             times = {"seconds_per_step": clock.step_seconds, "train_seconds": clock.training_seconds}
             self.table.add({"epoch": epoch, **row, **times, "seconds": clock.run_seconds}, step)
 
