@@ -149,6 +149,36 @@ def test_bad_overrides_are_refused(assignment: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["solver.atol=1e-8"], "solver.atol has no effect, because rk4_38 takes the steps of a fixed grid"),
+        (
+            ["test_solver.method=rk4", "test_solver.rtol=1e-8"],
+            "test_solver.rtol .* test_solver.method=dopri5",
+        ),
+        (["solver.first_step=0.1"], "solver.first_step has no effect"),
+        (["optimizer.name=adam", "optimizer.momentum=0.5"], "optimizer.momentum .* give optimizer.name=muon too"),
+        (["optimizer.name=adam", "optimizer.vector_lr=0.5"], "optimizer.vector_lr has no effect"),
+        (["optimizer.cooldown=0.5"], "with optimizer.schedule=cosine: give optimizer.schedule=cooldown too"),
+        (["training.val_every=2"], "with training.val_every_steps=100: give training.val_every_steps=none too"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(assignments: list[str], message: str) -> None:
+    """Values that the recipe had before are left over, and pass."""
+    with pytest.raises(ConfigError, match=message):
+        get_recipe("digits").override(assignments)
+    needed = [
+        "solver.method=dopri5", "solver.quadrature=full", "test_solver.method=dopri5", "optimizer.name=muon",
+        "optimizer.schedule=cooldown", "training.val_every_steps=none",
+    ]  # fmt: skip
+    taken = get_recipe("digits").override([*assignments, *needed])
+    taken.override([
+        "solver.method=rk4", "test_solver.method=rk4", "optimizer.name=adam", "optimizer.schedule=constant",
+        "training.val_every_steps=5",
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"colour": 1}, "unknown setting 'colour'"),

@@ -163,6 +163,17 @@ class Recipe:
                     f"{group}.step has no effect, because {solver.name} chooses its own steps: give "
                     f"{group}.method=rk4_38 too, or atol and rtol."
                 )
+            for key in () if solver.adaptive else ("atol", "rtol", "first_step"):
+                if vars(solver)[key] not in (None, vars(was)[key]):
+                    raise ConfigError(
+                        f"{group}.{key} has no effect, because {solver.name} takes the steps of a fixed grid: give "
+                        f"{group}.method=dopri5 too, or {group}.step."
+                    )
+        before, after = dict(self.settings()), dict(changed.settings())
+        for name, (other, needed) in _NEEDED.items():
+            if after[name] != before[name] and after[other] != needed:
+                found, wanted = (f"{other}={as_text(each)}" for each in (after[other], needed))
+                raise ConfigError(f"{name} has no effect with {found}: give {wanted} too.")
         old = self.regularizers
         # an unknown name is refused here, before the data are loaded. Only changed ones are resolved, because that
         # imports torch
@@ -326,6 +337,14 @@ class Recipe:
             )
         return flow
 
+
+# settings that take part only with a certain value of another one
+_NEEDED: Mapping[str, tuple[str, object]] = {
+    "optimizer.momentum": ("optimizer.name", "muon"),
+    "optimizer.vector_lr": ("optimizer.name", "muon"),
+    "optimizer.cooldown": ("optimizer.schedule", "cooldown"),
+    "training.val_every": ("training.val_every_steps", None),
+}
 
 _ROUNDING = {"bf16": 2.0**-8, "16": 2.0**-11}  # relative error, by the first letters of a precision's name
 
