@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from ...errors import ConfigError, TrainingError
@@ -216,8 +215,7 @@ def _begin(folder: Path, recipe: Recipe, max_time: float | None) -> list[str] | 
         if run.result is not None:
             return None
         if there.has_checkpoints:
-            seconds = [0.0, *run.steps.get("seconds", ()), *run.checks.get("seconds", ())]
-            return ["--resume", str(folder), *_limit(max_time, spent=np.nanmax(seconds))]
+            return ["--resume", str(folder), *_limit(max_time, spent=run.metrics.seconds)]
     elif there.has_checkpoints:
         raise ConfigError(f"{folder} has checkpoints, but no recipe.json: choose another --out.")
     if folder.exists():  # the run ended before its first checkpoint

@@ -68,10 +68,12 @@ class Metrics(NamedTuple):
             ``train/bpd``, ...
         checks: an entry for each validation: the same three axes and ``val/bpd``, ``val/nfe``, ... A table has
             ``nll`` in place of ``bpd``.
+        seconds: wall-clock time of the run at the last row of any kind, also of flow matching; 0 if there is none.
     """
 
     steps: Columns
     checks: Columns
+    seconds: float = 0.0
 
     @property
     def last_step(self) -> int:
@@ -105,4 +107,5 @@ def read_metrics(path: Path, metric: str) -> Metrics:
         name: np.interp(checks["step"], times["step"], times[name]) if known else unknown
         for name in ("epoch", "train_seconds")
     }
-    return Metrics(known_rows(table, [*_AXES, score]), {**checks, **places})
+    seconds = max([0.0, *known_rows(table, ["seconds"])["seconds"]])
+    return Metrics(known_rows(table, [*_AXES, score]), {**checks, **places}, seconds)
