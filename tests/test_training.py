@@ -277,10 +277,20 @@ def test_another_validation_chooses_the_best_weights_again(recipe: Recipe) -> No
     """The lowest value of easier images would keep weights that are no longer the best."""
     before = recorder(recipe)
     before.best = 1.0
-    for other, best in (([], 1.0), (["training.val_images=30"], math.inf), (["test_solver.step=0.5"], math.inf)):
-        later = recorder(recipe.override(other))
+    others = (
+        "training.val_images=30",
+        "test_solver.step=0.5",
+        "data.val_batch_size=5",
+        "model.trace_noise=rademacher",
+    )
+    for other, best in (("training.max_steps=9", 1.0), *((other, math.inf) for other in others)):
+        later = recorder(recipe.override([other]))
         later.load_state_dict(before.state_dict())
         assert later.best == best
+    two = RunPlan.of(recipe, 200, devices=2)
+    later = Recorder(recipe, two, Clock(), Stops(two))
+    later.load_state_dict(before.state_dict())
+    assert later.best == math.inf
 
 
 def test_a_process_with_another_checkpoint_is_refused(recipe: Recipe) -> None:

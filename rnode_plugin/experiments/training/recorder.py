@@ -67,15 +67,18 @@ class Recorder(StepCallback, Checkpoint):
         return {"best": self.best, "validation": self._validation, "plan": dataclasses.asdict(self._plan)}
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        # a score by another solver, seed or number of samples cannot be compared with those that follow
+        # a score by another solver or noise, or of other samples, cannot be compared with those that follow
         if state_dict["validation"] == self._validation:
             self.best = cast("float", state_dict["best"])
 
     @property
     def _validation(self) -> dict[str, object]:
         """What the score of a validation depends on, other than the weights."""
-        training = self._recipe.training
-        return {**dataclasses.asdict(self._recipe.test_solver), "seed": training.seed, "count": training.val_images}
+        recipe, training = self._recipe, self._recipe.training
+        # the noise is a function of the seed, the process and the number of the batch
+        noise = {"seed": training.seed, "batch": recipe.data.val_batch_size, "devices": self._plan.devices}
+        noise |= {"trace_noise": recipe.model.trace_noise}
+        return {**dataclasses.asdict(recipe.test_solver), **noise, "count": training.val_images}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # the first hook after the processes have found each other
