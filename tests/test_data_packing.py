@@ -14,6 +14,7 @@ from image_files import npz_batch, picture_bytes, random_images
 from rnode_plugin.cli.lists import data as data_group
 from rnode_plugin.errors import ConfigError, DataError
 from rnode_plugin.experiments.data import get_dataset, pack
+from rnode_plugin.experiments.recipes.recipe import Data, get_recipe
 
 SHAPE = (3, 8, 8)
 TRAIN, VAL = random_images(6, SHAPE, 1), random_images(3, SHAPE, 2)
@@ -81,6 +82,17 @@ def test_a_folder_holds_out_the_same_pictures_packed_or_not(tmp_path: Path) -> N
     assert np.array_equal(packed.train[:], unpacked.train[:])
     assert np.array_equal(packed.val[:], unpacked.val[:])
     assert len(packed.val) == 2
+
+
+def test_gray_pictures_stay_gray_and_one_in_color_makes_all_colored(tmp_path: Path) -> None:
+    """As in the folder itself, because three equal channels would be another data set with other bits/dim."""
+    images = random_images(20, (1, 8, 8))
+    gray = write(tmp_path / "in", {f"{i:02}.png": picture_bytes(image) for i, image in enumerate(images)})
+    recipe = get_recipe("pictures").override([f"data.root={gray}"])
+    assert isinstance(recipe.data, Data)
+    assert recipe.data.load().shape == pack([gray], tmp_path / "gray").shape == (1, 8, 8)
+    write(gray, {"20.png": picture_bytes(TRAIN[0])})
+    assert pack([gray], tmp_path / "color").shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize("folders", [1, 2])

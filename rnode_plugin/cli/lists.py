@@ -93,10 +93,13 @@ def list_datasets() -> None:
 @click.argument("target", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--size", type=click.IntRange(1, 8192), help="Height and width in pixels. [default: as in SOURCE]")
 @click.option(
-    "--channels", type=click.Choice(["1", "3"]), default="3", show_default=True, help="Write gray (1) or color (3)."
-)
+    "--channels", type=click.Choice(["1", "3"]),
+    help="Write gray (1) or color (3). [default: gray if all pictures are gray]",
+)  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace train.npy and val.npy in TARGET.")
-def prepare(*, sources: tuple[Path, ...], target: Path, size: int | None, channels: str, overwrite: bool) -> None:
+def prepare(
+    *, sources: tuple[Path, ...], target: Path, size: int | None, channels: str | None, overwrite: bool
+) -> None:
     """Pack pictures from SOURCE... into TARGET/train.npy and TARGET/val.npy.
 
     A SOURCE is a folder of pictures, or a folder with the published ImageNet 64x64 batches
@@ -114,7 +117,8 @@ def prepare(*, sources: tuple[Path, ...], target: Path, size: int | None, channe
             yield from bar
 
     click.echo("Looking through " + ", ".join(map(str, sources)), err=True)
-    images = pack(sources, target, size=size, channels=int(channels), overwrite=overwrite, progress=shown)
+    wanted = None if channels is None else int(channels)
+    images = pack(sources, target, size=size, channels=wanted, overwrite=overwrite, progress=shown)
     click.echo(
         f"{counted(len(images.train), 'image')} to train on and {len(images.val):,} held out, "
         f"{'x'.join(map(str, images.shape))}, in {target}"

@@ -132,7 +132,7 @@ def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int
             # display
             turned = image.getexif().get(0x0112, 1) > 4
             found = (image.width, image.height) if turned else (image.height, image.width)
-            gray = gray and image.mode in ("1", "L", "LA")
+            gray = gray and image.mode in _GRAY
         first = (name, found) if first is None else first
         if size is None and found != first[1]:
             raise different(name, found, *first)
@@ -237,6 +237,7 @@ def assign(splits: Sequence[str | None], names: Sequence[str], *, where: str) ->
 # JPEG covers the multi-picture files of cameras. Formats whose readers start other programs are left out
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_GRAY = {"1", "L", "LA"}
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 
@@ -295,6 +296,16 @@ def _opened(file: Path | IO[bytes], name: object) -> Iterator[Image.Image]:
         if image.mode not in _MODES:  # PIL would clip 16-bit values to 255, so that most of such a picture is white
             raise DataError(f"{name} has pixels of the kind {image.mode!r}, more than 8 bits per channel.")
         yield image
+
+
+def is_gray(file: Path) -> bool:
+    """Whether a picture file stores gray pixels.
+
+    Raises:
+        DataError: the file is missing, damaged, or has more than 8 bits per channel.
+    """
+    with _opened(file, file) as image:
+        return image.mode in _GRAY
 
 
 def decode(file: Path | IO[bytes], *, size: int | None, channels: int, name: str | None = None) -> np.ndarray:

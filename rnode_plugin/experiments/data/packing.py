@@ -20,6 +20,7 @@ from .folders import (
     decode,
     different,
     folder,
+    is_gray,
     is_picture,
     notice_left_out,
     separated,
@@ -42,7 +43,7 @@ def pack(
     target: Path,
     *,
     size: int | None = None,
-    channels: int = 3,
+    channels: int | None = None,
     overwrite: bool = False,
     progress: Callable[[Sequence[_Source]], Iterable[_Source]] = iter,
 ) -> ImageData:
@@ -55,7 +56,7 @@ def pack(
         target: folder for the two files, which is made if it is missing.
         size: height and width that pictures are scaled to (the shorter side is scaled, and the longer one is
             cropped around the center); None if all have the same size already.
-        channels: 3 for color, 1 for gray.
+        channels: 3 for color, 1 for gray; None for gray if all pictures are gray, as a recipe reads their folder.
         overwrite: replace packed files.
         progress: wraps the files, to show the progress.
 
@@ -67,12 +68,14 @@ def pack(
         DataError: a source that is missing or empty, or whose split is unclear; a bad picture, pictures of
             different sizes, packed files there already, no room on the disk.
     """
-    if channels not in (1, 3) or (size is not None and size < 1):
+    if channels not in (None, 1, 3) or (size is not None and size < 1):
         raise ConfigError(f"channels must be 1 or 3 and the size at least 1, not {channels} and {size}.")
     there = [str(target / file) for file in (TRAIN_FILE, VAL_FILE) if (target / file).exists()]
     if there and not overwrite:
         raise DataError(f"{' and '.join(there)} exist already. Pass --overwrite to replace them.")
     files = _plan(sources)
+    if channels is None:  # color that all pictures repeat would be three times as many dimensions
+        channels = 1 if all(path.suffix != _BATCH and is_gray(path) for path, _ in files) else 3
     first: tuple[str, tuple[int, ...]] | None = None
     is_new = not target.exists()
     try:
