@@ -65,6 +65,22 @@ def test_what_it_prints_and_writes(trained: Path, diagnosed: Result) -> None:
             assert len(image.convert("RGBA").getcolors(1 << 20) or ()) > 20, path
 
 
+def test_other_data_leave_the_diagnosis_of_the_run(
+    trained: Path, diagnosed: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report shows what is in the folder as a diagnosis on the data of the run."""
+    monkeypatch.chdir(tmp_path)
+    before = (trained / "diagnosis.json").read_bytes()
+    names, *lines = (trained.parents[1] / "rows.csv").read_text().splitlines()
+    Path("other.csv").write_text("\n".join([names, *lines[:150]]))
+    for other in ("other.csv", trained.parents[1] / "rows.csv"):  # the latter is the table of the run
+        result = rnode("diagnose", trained, "--samples", "8", "--quiet", "--data-root", other)
+        assert result.exit_code in (0, CHECK_FAILED), result.output
+        assert ((trained / "diagnosis.json").read_bytes() == before) == (other == "other.csv")
+    assert json.loads(Path("diagnosis/diagnosis.json").read_text())["samples"] == 8
+    (trained / "diagnosis.json").write_bytes(before)
+
+
 def test_json_and_another_folder(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "a" / "b"
     result = rnode("diagnose", trained, "--samples", "8", "--seed", "3", "--quiet", "--json", "--out", out)

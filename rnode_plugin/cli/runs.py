@@ -150,7 +150,7 @@ def eval(  # noqa: A001 - the command's name
 @as_json
 @click.option("--out", metavar="FOLDER",
               help="Folder of diagnosis.json and the figures. [default: the run's folder, or the folder diagnosis "
-                   "for other weights than its best]")  # fmt: skip
+                   "for other weights than its best, or for other data]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
               help="Seed of all noise.")  # fmt: skip
 @download
@@ -188,7 +188,9 @@ def diagnose(
     if (known := recipe_beside(path)) is not None:  # what cannot work is refused before torch is imported
         known.at_root(data_root)
     own = Run.of_checkpoint(path)
-    default = own.path if own and path == own.best else free_path(None, "diagnosis", force=False)
+    # a report shows the diagnosis in the folder as one on the data of the run
+    others = known is not None and known.data.of_user and known.at_root(data_root) != known
+    default = own.path if own and path == own.best and not others else free_path(None, "diagnosis", force=False)
     target = Run(Path(out or default))
     check_folder(target.path)
     from ..diagnostics.diagnose import compared_for, diagnose
