@@ -236,6 +236,17 @@ def test_steps_of_flow_matching_count_as_training(tmp_path: Path) -> None:
     assert (found.checks["epoch"].tolist(), found.checks["train_seconds"].tolist()) == ([2.0], [6.0])
 
 
+def test_a_validation_before_the_first_logged_step_has_its_place(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.describe(IMAGES.recipe, ENVIRONMENT)
+    table = MetricsTable(run.metrics)
+    table.add({"val/bpd": 5.0}, 4)
+    table.add({"epoch": 1.0, "train_seconds": 5.0, "train/bpd": 6.0}, 10)
+    table.add({"val/bpd": 4.0}, 10)
+    checks = run.read().checks
+    assert (checks["epoch"].tolist(), checks["train_seconds"].tolist()) == ([0.4, 1.0], [2.0, 5.0])
+
+
 def test_metrics_that_are_being_written(tmp_path: Path) -> None:
     """A process may be in the middle of a row, and a kill may leave it there; the next row is whole again."""
     run = Run(tmp_path)

@@ -101,10 +101,11 @@ def read_metrics(path: Path, metric: str) -> Metrics:
     trained = table.get(score) if matching is None else matching.fillna(table.get(score, np.nan))
     times = known_rows(table.assign(trained=trained), [*_AXES, "trained"])
     checks = known_rows(table, ["step", checked])
-    # the row of a validation has its step only, so its epoch and time are interpolated between training steps
+    # the row of a validation has its step only, so its epoch and time are interpolated between training steps, and
+    # before the first logged one from the start of the run
     known, unknown = len(times["step"]) > 0, np.full(len(checks["step"]), np.nan)
     places = {
-        name: np.interp(checks["step"], times["step"], times[name]) if known else unknown
+        name: np.interp(checks["step"], [0.0, *times["step"]], [0.0, *times[name]]) if known else unknown
         for name in ("epoch", "train_seconds")
     }
     seconds = max([0.0, *known_rows(table, ["seconds"])["seconds"]])
