@@ -224,6 +224,23 @@ def test_the_same_call_continues(recipe: Recipe, training: Training, tmp_path: P
     assert (first.runs[0] / "checkpoints" / "last.ckpt").exists()
 
 
+def test_a_longer_limit_continues_runs_that_a_shorter_one_has_stopped(
+    recipe: Recipe, training: Training, tmp_path: Path
+) -> None:
+    stopped, finished = run(recipe, tmp_path / "c", max_time=90).runs
+    training.calls()
+    result = json.loads((stopped / "result.json").read_text())
+    result |= {"stopped": "max_time", "steps": 1, "planned": 4, "run_seconds": 90.5}
+    for folder in (stopped, finished):
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / "last.ckpt").touch()
+    for limit, left in ((90, None), (120, "119.500"), (None, None)):  # the metrics end after half a second
+        (stopped / "result.json").write_text(json.dumps(result))
+        run(recipe, tmp_path / "c", max_time=limit)
+        found = [(call["--resume"], call.get("--max-time")) for call in training.calls()]
+        assert found == ([] if limit == 90 else [(str(stopped), left)])
+
+
 def test_an_interrupted_run_is_resumed(recipe: Recipe, training: Training, tmp_path: Path) -> None:
     (none, rnode) = run(recipe, tmp_path / "c").runs
     training.calls()

@@ -25,6 +25,7 @@ from ..evaluation.loading import check_device
 from ..recipes.recipe import Recipe
 from ..reports import Report, write_report
 from ..reports.runs import own_data
+from ..runs.results import Result
 from ..runs.run import Run, training_lock
 from .configurations import configured_recipes
 
@@ -212,7 +213,7 @@ def _begin(folder: Path, recipe: Recipe, max_time: float | None) -> list[str] | 
                   if old.get(name) != new.get(name)]  # fmt: skip
         if differ:
             raise ConfigError(f"{folder} has other settings ({', '.join(differ)}): choose another --out.")
-        if run.result is not None:
+        if run.result is not None and not _has_time_left(run.result, max_time):
             return None
         if there.has_checkpoints:
             return ["--resume", str(folder), *_limit(max_time, spent=run.metrics.seconds)]
@@ -222,6 +223,15 @@ def _begin(folder: Path, recipe: Recipe, max_time: float | None) -> list[str] | 
         with training_lock(folder):
             shutil.rmtree(folder)
     return ["--run-folder", str(folder), *_limit(max_time)]
+
+
+def _has_time_left(result: Result, max_time: float | None) -> bool:
+    """Whether an earlier call stopped a run by a limit that is shorter than the limit of this one.
+
+    Next to runs with the new limit, such a run would be compared at fewer steps.
+    """
+    stopped = result.stopped == "max_time" and result.steps < result.planned
+    return stopped and (max_time is None or result.run_seconds < max_time)
 
 
 def _limit(max_time: float | None, *, spent: float = 0.0) -> list[str]:
