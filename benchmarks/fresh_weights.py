@@ -26,14 +26,13 @@ LABELS = {
 
 @click.command(help=__doc__)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--highest", default=1.5, show_default=True, help="Most bits/dim that are shown.")
+@click.option("--between", type=(float, float), default=(1.1, 1.5), show_default=True, help="Shown bits/dim.")
 @click.option("--out", required=True, type=click.Path(path_type=Path))
-def main(runs: tuple[Path, ...], highest: float, out: Path) -> None:
+def main(runs: tuple[Path, ...], between: tuple[float, float], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     plt.style.use("rnode_plugin.plots")
     figure, (bits, evaluations) = plt.subplots(1, 2, figsize=(9.6, 3.8))
-    lowest = highest
     for number, run in enumerate(Run(path).read() for path in runs):
         color, name = f"C{number}", penalties_of(run.recipe)
         for axes, quantity in ((bits, "bpd"), (evaluations, "nfe")):
@@ -42,13 +41,11 @@ def main(runs: tuple[Path, ...], highest: float, out: Path) -> None:
             window = np.ones(width) / width
             means, middle = (np.convolve(x, window, "valid") for x in (values, seconds))
             axes.plot(middle / 3600, means, color=color, linewidth=1)
-            if axes is bits:
-                lowest = min(lowest, *means)
             points = run.checks["train_seconds"] / 3600, run.checks[f"val/{quantity}"]
             axes.plot(*points, "o", color=color, markersize=5, label=LABELS.get(name, name))
         for hours, value in zip(run.checks["train_seconds"] / 3600, run.checks["val/bpd"], strict=True):
             click.echo(f"{name:8}{hours:8.3f} h  {value:.4f} bits/dim")
-    bits.set(xlabel="hours of one CPU core", ylabel="bits/dim", ylim=(lowest - 0.02, highest))
+    bits.set(xlabel="hours of one CPU core", ylabel="bits/dim", ylim=between)
     evaluations.set(xlabel="hours of one CPU core", ylabel="NFE")
     bits.legend(fontsize=8, loc="lower left")
     figure.savefig(out, dpi=150)
