@@ -126,7 +126,7 @@ def table() -> Recipe:
 
     return Recipe(
         name="table",
-        description="your table (--data-root FILE), or cell nuclei of scikit-learn: a minute on a CPU",
+        description="your table (--data-root FILE), or cell nuclei of scikit-learn: at most three minutes on a CPU",
         data=TableData("table", CELLS),
         model=TableModel(),
         solver=dataclasses.replace(_RK4, step=0.125),  # on the nuclei 0.25 is off by 0.065 nats, and warns
