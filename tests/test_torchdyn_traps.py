@@ -283,7 +283,7 @@ def test_step_control_and_tableaus_are_torchdyns_to_the_bit() -> None:
     from torchdyn.numerics.utils import adapt_step, hairer_norm, init_step
 
     from rnode_plugin.core.dynamics import FunctionDynamics, Rates
-    from rnode_plugin.solvers import get_method
+    from rnode_plugin.solvers import Adaptive, get_method
     from rnode_plugin.solvers.adaptive import guess_first_step, next_length, rms_norm
 
     constructors = {"rk4": construct_rk4, "dopri5": construct_dopri5, "tsit5": construct_tsit5}
@@ -313,7 +313,7 @@ def test_step_control_and_tableaus_are_torchdyns_to_the_bit() -> None:
             assert torch.equal(rms_norm(x), hairer_norm(x))
             theirs = init_step(lambda t, z: z.sin() - t, x.sin() - t, x, t, 5, 1e-3, 1e-4)
             dynamics = FunctionDynamics(lambda t, z: Rates(z.sin() - t, None, {}))
-            ours = guess_first_step(dynamics, x.sin() - t, x, t, method=method, atol=1e-3, rtol=1e-4)
+            ours = guess_first_step(dynamics, x.sin() - t, x, t, Adaptive(method, atol=1e-3, rtol=1e-4))
             assert torch.equal(ours, theirs)
             safety, low, high = (torch.tensor([v], dtype=dtype) for v in (0.9, 0.2, 10.0))
             for ratio in (0.0, 1e-9, 0.5, 1.0, 1.7, 1e6):

@@ -283,10 +283,7 @@ def _first_step(
     # right, so the first guess does the same to keep torchdyn's numbers. If it is useless, the mirror image is
     # used.
     for mirrored in (False, True) if sign < 0 else (False,):
-        guess = guess_first_step(
-            dynamics, sign * velocity, z, sign * start, method=solver.method, atol=solver.atol, rtol=solver.rtol,
-            mirrored=mirrored,
-        )  # fmt: skip
+        guess = guess_first_step(dynamics, sign * velocity, z, sign * start, solver, mirrored=mirrored)
         totals.nfe += 1
         if 0 < float(guess) < math.inf:  # an infinite velocity makes it 0
             return sign * guess
@@ -298,19 +295,17 @@ def guess_first_step(
     velocity: Tensor,
     z: Tensor,
     t: Tensor,
+    solver: Adaptive,
     *,
-    method: Method,
-    atol: Tolerance,
-    rtol: Tolerance,
     mirrored: bool = False,
 ) -> Tensor:
-    """A first step whose error should be about as large as the tolerances, a scalar on the CPU.
+    """A first step whose error should be about as large as the solver's tolerances, a scalar on the CPU.
 
     This is the rule of Hairer, Norsett and Wanner (1993, section II.4). A small Euler step forward in time, with
     one evaluation of the field ``f``, shows how fast the ``velocity``, ``f(t, z)``, changes. With ``mirrored`` the
     field is the mirror image ``-f(-t, z)`` of the dynamics.
     """
-    scale = atol + torch.abs(z) * rtol
+    method, scale = solver.method, solver.atol + torch.abs(z) * solver.rtol
     scale = torch.where(scale == 0, math.inf, scale)  # an entry of size 0 does not count without atol
     size, speed = _on_host(method, rms_norm(z / scale), rms_norm(velocity / scale))
     t = t.cpu()
