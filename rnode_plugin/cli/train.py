@@ -264,10 +264,9 @@ def _print_result(result: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
     ]
     click.echo(f"\n{table(rows)}")
     if next_steps:
-        left = result.stopped == "max_time" and result.steps < result.planned
         given = ",".join(f"{name}=VALUE" for name in recipe.task.given)
         show_next(
-            *([f"rnode-cli train --resume {run}"] if left else []),
+            *([f"rnode-cli train --resume {run}"] if result.out_of_time else []),
             f"rnode-cli sample {run}" + (f" --given-values {shlex.quote(given)}" if given else ""),
             f"rnode-cli diagnose {run}",
             f"rnode-cli report {run}",

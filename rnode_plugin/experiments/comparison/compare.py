@@ -230,8 +230,7 @@ def _has_time_left(result: Result, max_time: float | None) -> bool:
 
     Next to runs with the new limit, such a run would be compared at fewer steps.
     """
-    stopped = result.stopped == "max_time" and result.steps < result.planned
-    return stopped and (max_time is None or result.run_seconds < max_time)
+    return result.out_of_time and (max_time is None or result.run_seconds < max_time)
 
 
 def _limit(max_time: float | None, *, spent: float = 0.0) -> list[str]:

@@ -42,6 +42,11 @@ class RunEnd:
     skipped: int
 
     @property
+    def out_of_time(self) -> bool:
+        """Whether a time limit ended the run before its planned steps."""
+        return self.stopped == "max_time" and self.steps < self.planned
+
+    @property
     def ended(self) -> dict[str, object]:
         """These values by name, for JSON, without the ones that a subclass adds."""
         return {each.name: getattr(self, each.name) for each in dataclasses.fields(RunEnd)}
