@@ -12,8 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-import numpy as np
 
+from rnode_plugin.experiments.reports.figures import smooth
 from rnode_plugin.experiments.reports.runs import penalties_of
 from rnode_plugin.experiments.runs.run import Run
 
@@ -37,10 +37,7 @@ def main(runs: tuple[Path, ...], between: tuple[float, float], out: Path) -> Non
         color, name = f"C{number}", penalties_of(run.recipe)
         for axes, quantity in ((bits, "bpd"), (evaluations, "nfe")):
             values, seconds = run.steps[f"train/{quantity}"], run.steps["train_seconds"]
-            width = max(len(values) // 20, 1)
-            window = np.ones(width) / width
-            means, middle = (np.convolve(x, window, "valid") for x in (values, seconds))
-            axes.plot(middle / 3600, means, color=color, linewidth=1)
+            axes.plot(seconds / 3600, smooth(values, max(len(values) // 20, 1)), color=color, linewidth=1)
             points = run.checks["train_seconds"] / 3600, run.checks[f"val/{quantity}"]
             axes.plot(*points, "o", color=color, markersize=5, label=LABELS.get(name, name))
         for hours, value in zip(run.checks["train_seconds"] / 3600, run.checks["val/bpd"], strict=True):
