@@ -366,6 +366,17 @@ def test_differences_of_the_velocity_are_the_directional_derivative(name: str) -
     assert_close(found, wanted, 1e-7, name)  # pyright: ignore[reportArgumentType]
 
 
+def test_differences_take_a_state_of_one_number_per_sample() -> None:
+    """A state ``(B,)`` has the derivative that the same state ``(B, 1)`` has, here of ``sin``."""
+    z = torch.tensor([-1.0, 0.3, 2.0], dtype=torch.float64)
+    estimator, door = Difference(), Door(AutogradField(lambda t, z: z.sin()))
+    noise = estimator.draw(z)
+    products = estimator.linearize(door, torch.tensor(0.0), z, noise).products
+    assert products is not None
+    torch.testing.assert_close(estimator.divergence(products, noise), z.cos(), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(estimator.squared_frobenius(products, noise), z.cos() ** 2, rtol=1e-8, atol=1e-8)
+
+
 def test_differences_are_unbiased_where_samples_mix() -> None:
     """Over all signs the mean of ``||J e||^2`` is the squared Frobenius norm of the whole batch's Jacobian.
 

@@ -301,8 +301,9 @@ class Difference(TraceEstimator):
                 "the estimator 'difference' needs a velocity in float32 or float64: differences of a velocity in "
                 f"{door.part(found.dz).dtype} are mostly rounding. Leave autocast, or use a product ('rademacher')."
             )
-        # detached: the step is a constant of the estimator, not a function of the state to differentiate
-        sizes = z.detach().flatten(1).square().mean(1).sqrt().clamp(min=0.1)
+        # Detached, because the step is a constant of the estimator, not a function of the state to differentiate.
+        # A state (B,) has one number per sample
+        sizes = z.detach().unsqueeze(-1).flatten(1).square().mean(1).sqrt().clamp(min=0.1)
         # All samples share one length. Where a field mixes samples, as batch norm does in training, a length s_i of
         # each sample would weigh the part of J from sample i to sample j by s_i / s_j. The median ignores outliers
         step = 2 * torch.finfo(z.dtype).eps ** (1 / 3) * sizes.median() if len(z) > 0 else sizes.new_ones(())
