@@ -84,8 +84,8 @@ def explained() -> Iterator[None]:
         ) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise LocalError(
-            f"out of memory: {first_line(error).rstrip('.')}. Lower --batch-size and raise --accumulate "
-            "by the same factor, or --set solver.gradient=checkpointed."
+            f"out of memory: {first_line(error).rstrip('.')}. Give --set solver.gradient=checkpointed, or lower "
+            "--batch-size and, in a new run, raise --accumulate by the same factor."
         ) from error
     # last, because DistError and OutOfMemoryError are RuntimeErrors. It is memory of a CPU, a worker that died, or
     # a bug, which PyTorch tells apart by the text alone
