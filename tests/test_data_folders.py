@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -103,11 +105,23 @@ def test_kinds_of_pixels_become_rgb_and_upright(mode):
     assert np.array_equal(decode(file, size=None, channels=3), np.full((3, 4, 8), value))
 
 
+def _deep_color() -> bytes:
+    """An 8x8 PNG of three colors with 16 bits each, which PIL reads but does not write."""
+    lines = np.zeros((8, 1 + 8 * 3 * 2), np.uint8)  # each begins with its filter, none
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(lines.tobytes())) + chunk(b"IEND", b"")
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
         (lambda path: path.write_bytes(b""), "is damaged"),
         (lambda path: Image.new("I;16", (8, 8)).save(path), "more than 8 bits per channel"),
+        (lambda path: path.write_bytes(_deep_color()), "more than 8 bits per channel"),
         (lambda path: path.write_bytes(picture_bytes(random_images(1, (3, 64, 64))[0])[:5000]), "is damaged"),
         (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"), "its format is not"),
     ],

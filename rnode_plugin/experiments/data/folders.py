@@ -293,8 +293,10 @@ def _opened(file: Path | IO[bytes], name: object) -> Iterator[Image.Image]:
     from PIL import Image
 
     with naming(name), Image.open(file, formats=_FORMATS) as image:
-        if image.mode not in _MODES:  # PIL would clip 16-bit values to 255, so that most of such a picture is white
-            raise DataError(f"{name} has pixels of the kind {image.mode!r}, more than 8 bits per channel.")
+        # PIL clips gray values of 16 bits to 255, so that most of such a picture is white, and takes the upper 8
+        # bits of colors, whose depth is in the raw mode of the decoder alone, such as "RGB;16B"
+        if image.mode not in _MODES or ";16" in str(image.tile[:1]):
+            raise DataError(f"{name} has more than 8 bits per channel: convert it to 8 bits.")
         yield image
 
 
