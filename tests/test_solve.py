@@ -12,7 +12,7 @@ import torch
 from problems import Linear, Wave, linear_closed_form
 from torch import Tensor, nn
 
-from rnode_plugin.core.derivatives import RATES, VELOCITY, Ask, AutogradField, Linearization
+from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Linearization
 from rnode_plugin.core.dynamics import BoundDynamics, Dynamics, FunctionDynamics, Rates
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
@@ -333,16 +333,16 @@ class _Toy(BoundDynamics):
 
     def __init__(self) -> None:
         self.w = torch.tensor([[1.5, -0.7]], dtype=torch.float64, requires_grad=True)
-        self.calls = {RATES: 0, VELOCITY: 0}
+        self.calls = {True: 0, False: 0}  # with and without products
 
     def parameters(self) -> list[Tensor]:
         return [self.w]
 
-    def evaluate(self, t: Tensor, z: Tensor, ask: Ask = RATES) -> Rates:
-        self.calls[ask] += 1
+    def evaluate(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        self.calls[products] += 1
         dz = self.w * torch.tanh(z)
         penalties = {"free": dz.square().sum(1)}
-        if ask == RATES:
+        if products:
             penalties["costly"] = ((1 + t) * self.w * z).square().sum(1)
         return Rates(dz, None, penalties)
 
@@ -407,7 +407,7 @@ def test_how_many_products_a_sampled_quadrature_makes() -> None:
         stats = solver.solve(toy, z, t).stats
         plain = dataclasses.replace(solver, quadrature="full").solve(full, z, t).stats
         assert stats == plain
-        assert toy.calls[RATES] == (stats.nfe / 8 if method == "rk4" else stats.steps + stats.rejected)
+        assert toy.calls[True] == (stats.nfe / 8 if method == "rk4" else stats.steps + stats.rejected)
     euler = FixedGrid("euler", step=None)
     once = dataclasses.replace(euler, quadrature="sampled")
     assert torch.equal(*(s.solve(_Toy(), z, t).penalties["costly"] for s in (euler, once)))
@@ -459,8 +459,8 @@ def test_a_field_is_told_what_is_asked_each_time() -> None:
 
     asked = list[Ask]()
     bound = Dynamics(Told(), estimator="exact").bind(None)
-    for ask in (RATES, VELOCITY):
-        bound.evaluate(torch.tensor(0.5), torch.ones(2, 3), ask)
+    for products in (True, False):
+        bound.evaluate(torch.tensor(0.5), torch.ones(2, 3), products=products)
     assert asked == [Ask(divergence=True), VELOCITY]
 
 
@@ -469,7 +469,7 @@ def test_an_evaluation_gives_what_is_asked(estimator: str) -> None:
     z, t = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3), torch.tensor(0.3, dtype=torch.float64)
     dynamics = Dynamics(Wave(), regularizers=[kinetic, jacfrob], estimator=estimator)
     bound = dynamics.bind(None if estimator == "exact" else torch.ones_like(z))
-    rates, velocity = (bound.evaluate(t, z, ask) for ask in (RATES, VELOCITY))
+    rates, velocity = (bound.evaluate(t, z, products=products) for products in (True, False))
     assert rates.dlogdet is not None
     assert velocity.dlogdet is None
     assert torch.equal(velocity.dz, rates.dz)

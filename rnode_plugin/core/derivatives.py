@@ -52,10 +52,7 @@ class Ask(NamedTuple):
 
 
 VELOCITY = Ask()
-"""The velocity alone. An augmented system adds the penalties that read nothing else."""
-
-RATES = Ask("noise", jvp=True, divergence=True, aux=True)
-"""All rates of an augmented system, computed from a single pass over the field."""
+"""The velocity alone."""
 
 
 class Linearization(NamedTuple):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..errors import ConfigError, PluginError, RnodeError
-from .derivatives import RATES, VELOCITY, Ask, AutogradField, Velocity, as_field
+from .derivatives import Ask, AutogradField, Velocity, as_field
 from .door import Door
 from .field_evaluation import FieldEvaluation, Record
 from .followed_solve import Kinds
@@ -61,13 +61,13 @@ class BoundDynamics(ABC):
     inner_autograd: bool = True
 
     @abstractmethod
-    def evaluate(self, t: Tensor, z: Tensor, ask: Ask = RATES) -> Rates:
+    def evaluate(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         """Evaluate the right-hand side at a time ``t`` and a state ``z (B, *event)``.
 
         Args:
             t, z: where to evaluate it.
-            ask: ``RATES`` for all of it. ``VELOCITY`` leaves out the log-determinant and the penalties that read
-                more of the field than its velocity.
+            products: whether to compute everything. Without products, the log-determinant and the penalties that
+                read more of the field than its velocity are left out.
         """
 
     def parameters(self) -> Iterable[Tensor]:
@@ -99,7 +99,7 @@ class FunctionDynamics(BoundDynamics):
     def __init__(self, function: Callable[[Tensor, Tensor], Rates]) -> None:
         self._function = function
 
-    def evaluate(self, t: Tensor, z: Tensor, ask: Ask = RATES) -> Rates:
+    def evaluate(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         return self._function(t, z)
 
 
@@ -290,14 +290,14 @@ class Dynamics(BoundDynamics):
     def repeating(self) -> AbstractContextManager[None]:
         return self.door.repeating()
 
-    def evaluate(self, t: Tensor, z: State, ask: Ask = RATES) -> Rates:
+    def evaluate(self, t: Tensor, z: State, *, products: bool = True) -> Rates:
         """Evaluate the right-hand side at one time.
 
         Args:
             t: the time, a scalar tensor.
             z: the state ``(B, *event)``. With a view it is the whole state, of which the view selects a part; the
                 velocity ``dz`` belongs to the whole state too.
-            ask: ``RATES`` or ``VELOCITY``, see :meth:`BoundDynamics.evaluate`.
+            products: see :meth:`BoundDynamics.evaluate`.
 
         Raises:
             ConfigError: for a velocity of another shape, for a regularizer that does not return real numbers
@@ -305,13 +305,13 @@ class Dynamics(BoundDynamics):
             PluginError: if a regularizer raises another error.
         """
         noise = self.noise
-        if noise is None and self._noisy and ask != VELOCITY:
+        if noise is None and self._noisy and products:
             raise ConfigError(
                 "the trace needs noise: solve with dynamics.bind(dynamics.draw(z)); a CNF draws it in "
                 "rnode_plugin.NeuralODE, or has a noise_dist."
             )
         door = self.door
-        if ask != RATES:  # a stage without products in a sampled quadrature, or a guess of the first step
+        if not products:  # a stage without them in a sampled quadrature, or a guess of the first step
             found = door.evaluate(t, z)
         elif self._estimates:
             found = self.estimator.linearize(door, t, z, noise, self._ask)
@@ -335,14 +335,15 @@ class Dynamics(BoundDynamics):
         # under autocast the field runs in low precision, but integrals are summed in the precision of the state
         dz = dz.to(z.dtype)
         record = Record(
-            t, state, z, dz, noise, None if rows is None else rows.to(z.dtype), self.estimator, door, jvp, pull, aux
-        )
+            t=t, state=state, z=z, dz=dz, noise=noise, products=None if rows is None else rows.to(z.dtype),
+            estimator=self.estimator, door=door, jvp=jvp, pull=pull, aux=aux,
+        )  # fmt: skip
         dlogdet = None
-        if self.divergence and ask == RATES:
+        if self.divergence and products:
             dlogdet = record.divergence() if known is None else known.to(z.dtype)
         penalties: dict[str, Tensor] = {}
         for key, rate in self.rates.items():
-            if not rate.needs or ask == RATES:
+            if products or not rate.needs:
                 penalties[key] = _checked(rate, FieldEvaluation(record, rate.needs, rate.name), (z, dz), z)
         return Rates(dz if self._view is None else whole, dlogdet, penalties)
 

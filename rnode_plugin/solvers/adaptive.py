@@ -17,7 +17,6 @@ from typing import ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from ..core.derivatives import RATES, VELOCITY
 from ..core.dynamics import BoundDynamics, Rates
 from ..core.health import health
 from ..core.modes import read
@@ -147,7 +146,7 @@ class Adaptive(Solver):
         safe = math.inf  # smallest, over all steps tried, of the length whose error just meets the tolerances
         sampled = self.quadrature == "sampled"
         draw = draw_stage(method) if sampled else None
-        rates: Rates | None = dynamics.evaluate(span[0].to(device), z, VELOCITY if draw else RATES)
+        rates: Rates | None = dynamics.evaluate(span[0].to(device), z, products=not draw)
         totals = Totals()
         totals.nfe += 1
         if first_step is not None:
@@ -312,7 +311,7 @@ def guess_first_step(
     tiny = torch.tensor(1e-6, dtype=t.dtype)
     probe = tiny if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
     later = t + probe
-    there = dynamics.evaluate((-later if mirrored else later).to(z.device), z + probe * velocity, VELOCITY).dz
+    there = dynamics.evaluate((-later if mirrored else later).to(z.device), z + probe * velocity, products=False).dz
     there = (-there if mirrored else there).detach()
     (change,) = _on_host(method, rms_norm((there - velocity) / scale) / probe)
     if speed <= 1e-15 and change <= 1e-15:  # a field at rest gives no scale

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.derivatives import VELOCITY
 from ..core.dynamics import BoundDynamics, FunctionDynamics, Rates
 from ..core.modes import drop_casts, next_number, without_kept_casts
 from ..errors import ConfigError
@@ -230,7 +229,7 @@ class _Path:
     def _velocity(self, knot: int) -> Tensor:
         if knot not in self.velocities:
             t, z = (x[knot] for x in self.steps)
-            self.velocities[knot] = self.dynamics.evaluate(t, z, VELOCITY).dz.detach()
+            self.velocities[knot] = self.dynamics.evaluate(t, z, products=False).dz.detach()
         return self.velocities[knot]
 
 

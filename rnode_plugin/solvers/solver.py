@@ -11,7 +11,6 @@ from typing import ClassVar, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from ..core.derivatives import VELOCITY
 from ..core.dynamics import BoundDynamics, PathPenalties, refuse_held
 from ..core.health import HealthCheck, health
 from ..core.modes import drop_casts, on_host, transforms_active
@@ -248,7 +247,7 @@ def _local_penalties(dynamics: BoundDynamics, solver: Solver, steps: Steps) -> t
     (t0, t1), (z0, z1) = knots[k : k + 2], steps.z[k : k + 2].detach()
     with torch.no_grad():
         # two evaluations, counted below: a solve with saved steps does not save velocities
-        v0, v1 = (dynamics.evaluate(t, z, VELOCITY).dz for t, z in ((t0, z0), (t1, z1)))
+        v0, v1 = (dynamics.evaluate(t, z, products=False).dz for t, z in ((t0, z0), (t1, z1)))
         z = hermite(t0, z0, v0, t1, z1, v1, s)
     drop_casts()
     h = torch.minimum((t1 - t0).abs(), (end - s).abs())

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from ..core.derivatives import RATES, VELOCITY
 from ..core.dynamics import BoundDynamics, Rates
 from ..core.health import HealthCheck
 from ..core.modes import constant, read, transforms_active
@@ -106,8 +105,7 @@ def stepper(
             if path is not None:
                 asked.append((time, state))
             # a user's solver passes on its `args`, which the dynamics have received already
-            ask = RATES if draw is None or len(rates) in draw else VELOCITY
-            rates.append(dynamics.evaluate(time, state, ask))
+            rates.append(dynamics.evaluate(time, state, products=draw is None or len(rates) in draw))
             return rates[-1].dz
 
         new_velocity, new, error, *more = method.advance(f, z, t, dt, None if first is None else first.dz)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchdiffeq._impl.adjoint import find_parameters
 from torchdiffeq._impl.misc import _mixed_norm, _rms_norm
 
-from ..core.derivatives import RATES, VELOCITY, AutogradField
+from ..core.derivatives import AutogradField
 from ..core.dynamics import Dynamics
 from ..core.followed_solve import Kinds
 from ..core.surroundings import module_of
@@ -68,7 +68,7 @@ class Augmented:
         # a field that calls torchdiffeq itself gets the plain solve
         before, here.evaluating = here.evaluating, True
         try:
-            velocity, _, found = self.dynamics.evaluate(t, layout.of_user(state), RATES if factor else VELOCITY)
+            velocity, _, found = self.dynamics.evaluate(t, layout.of_user(state), products=factor != 0)
         finally:
             here.evaluating = before
         if factor != 1:

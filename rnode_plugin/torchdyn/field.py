@@ -17,7 +17,7 @@ from torchdyn.models.cnf import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
-from ..core.derivatives import RATES, Ask, AutogradField, Field, has_hooks
+from ..core.derivatives import Ask, AutogradField, Field, has_hooks
 from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
 from ..core.followed_solve import Kinds
 from ..core.modes import transforms_active
@@ -342,17 +342,17 @@ class TorchdynSystem(BoundDynamics):
     def repeating(self) -> contextlib.AbstractContextManager[None]:
         return self.dynamics.repeating()
 
-    def evaluate(self, t: Tensor, z: Tensor, ask: Ask = RATES) -> Rates:
+    def evaluate(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         for counter in self.counters:
             counter["nfe"] += 1
         state = z if self.cost is None else z[:, 1:]
-        if self.event_shape is not None:  # a trace needs its products in every evaluation, whatever is asked
+        if self.event_shape is not None:  # a trace needs its products in every evaluation
             events = state[:, 1:].reshape(state.shape[0], *self.event_shape)
             dz, divergence, penalties = self.dynamics.evaluate(t, events)
             assert divergence is not None
             dx = torch.cat([-divergence[:, None], dz.flatten(1)], 1)
         elif self.dynamics.rates:
-            dx, _, penalties = self.dynamics.evaluate(t, state, ask)
+            dx, _, penalties = self.dynamics.evaluate(t, state, products=products)
             dx = dx.to(state.dtype)
         else:
             dx, penalties = self.dynamics.door.evaluate(t, state).dz, {}
