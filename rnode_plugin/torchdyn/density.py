@@ -103,11 +103,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         self._penalties = Penalties(resolve_regularizers(regularizers))
         self.keep_regularizers(self._penalties.weighted)
         self.objects, self.solver = _objects_and_solver(solver, **options)
-        steps = self._penalties.kinds.steps
-        self.solver.check_steps(steps)
-        self.solver.gradient.check_penalties(steps)
-        if isinstance(net, nn.Module):
-            self.solver.gradient.check_field(net)
+        self.solver.check_use(self._penalties.kinds.steps, net)
         given = (0.0, 1.0) if t_span is None else t_span
         if not (isinstance(given, Tensor) and given.is_floating_point()):
             given = torch.as_tensor(given, dtype=_precision(net))

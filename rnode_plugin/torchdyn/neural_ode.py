@@ -192,15 +192,12 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         self._named = tuple((made, name) for made, name in built if isinstance(name, str))
         if weighted:
             refuse_leapfrog(forward)
-        kinds = self._penalties.kinds
         given = [each.regularizer for each in weighted.values()]
         with_parameters = [each for each in given if isinstance(each, nn.Module)]
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
-        made = self._solver({})  # resolved now, so that a wrong option fails here and not in the first call
-        made.check_steps(kinds.steps)
-        made.gradient.check_penalties(kinds.steps)
-        made.gradient.check_field(self.vf)
+        # resolved now, so that a wrong option fails here and not in the first call
+        self._solver({}).check_use(self._penalties.kinds.steps, self.vf)
         if sensitivity == "checkpointed":
             # torchdyn's field reads it to decide whether integral_loss is a column of the state
             self.vf.sensitivity = "autograd"
