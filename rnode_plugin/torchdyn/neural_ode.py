@@ -7,7 +7,7 @@ import io
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -151,8 +151,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         quadrature: str = "full",
         error_norm: str = "rms",
     ) -> None:
-        added = regularizers is None and _installed_regularizers is not None
-        weighted = resolve_regularizers(_installed_regularizers if added else regularizers)
+        given = _installed if regularizers is None else _Installed(regularizers)
+        weighted = resolve_regularizers(given.regularizers)
         order = check_count(order, "order")
         if isinstance(interpolator, str) and interpolator not in INTERP_DICT:
             raise ConfigError(suggest(interpolator, ("4th",), "interpolator"))
@@ -185,15 +185,15 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
             )  # fmt: skip
         self.solver_adjoint = backward
-        self._penalties, self._tally = Penalties(weighted), _installed_tally if added else None
+        self._penalties, self._tally = Penalties(weighted), given.tally
         self._followed = Followed(Kinds(), get_estimator(trace_noise), columns, batch_dim)
         self._max_nfe, self._quadrature, self._error_norm = max_nfe, quadrature, error_norm
         built = ((forward, solver), (backward, solver_adjoint))
         self._named = tuple((made, name) for made, name in built if isinstance(name, str))
         if weighted:
             refuse_leapfrog(forward)
-        given = [each.regularizer for each in weighted.values()]
-        with_parameters = [each for each in given if isinstance(each, nn.Module)]
+        objects = [each.regularizer for each in weighted.values()]
+        with_parameters = [each for each in objects if isinstance(each, nn.Module)]
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
         # resolved now, so that a wrong option fails here and not in the first call
@@ -434,9 +434,23 @@ _BEHAVIOR = {
     if name == "__init__" or not name.startswith(("__", "_abc_"))
 }
 
-_installed_regularizers: Regularizers = None  # unresolved, because each model gets its own objects
-_installed_tally = Tally()
-_installed_torchdiffeq = False
+
+@dataclass(frozen=True)
+class _Installed:
+    """What :func:`install` has changed in addition to torchdyn's class.
+
+    Attributes:
+        regularizers: for models that name none; unresolved, because each model gets its own objects.
+        tally: counts the solves that they penalize.
+        torchdiffeq: whether torchdiffeq's functions are replaced too.
+    """
+
+    regularizers: Regularizers = None
+    tally: Tally | None = None
+    torchdiffeq: bool = False
+
+
+_installed = _Installed()
 
 
 def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> Tally:
@@ -478,15 +492,14 @@ def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> 
         (8,)
         >>> uninstall()
     """
-    global _installed_regularizers, _installed_tally, _installed_torchdiffeq
+    global _installed
     resolve_regularizers(regularizers)
-    tally = Tally()
-    if torchdiffeq or _installed_torchdiffeq:
+    tally, both = Tally(), torchdiffeq or _installed.torchdiffeq
+    if both:
         from .. import torchdiffeq as face
 
         face.install(regularizers, tally=tally)
-        _installed_torchdiffeq = True
-    _installed_regularizers, _installed_tally = regularizers, tally
+    _installed = _Installed(regularizers, tally, both)
     for name, value in _BEHAVIOR.items():
         setattr(_Torchdyn, name, value)
     return tally
@@ -506,15 +519,14 @@ def uninstall() -> None:
         >>> "regularizers" in inspect.signature(NeuralODE.__init__).parameters
         False
     """
-    global _installed_regularizers, _installed_torchdiffeq
+    global _installed
     for name in _BEHAVIOR.keys() & vars(_Torchdyn).keys():
         if name in _THEIRS:
             setattr(_Torchdyn, name, _THEIRS[name])
         else:
             delattr(_Torchdyn, name)
-    _installed_regularizers = None
-    if _installed_torchdiffeq:
+    if _installed.torchdiffeq:
         from .. import torchdiffeq as face
 
         face.uninstall()
-        _installed_torchdiffeq = False
+    _installed = _Installed()
