@@ -18,10 +18,10 @@ class Kinds:
 
     Attributes:
         penalties: all regularizers except the span policy, in the order in which they were given.
-        rates, steps, trajectories: the penalties of each kind.
+        steps, trajectories: the penalties of these kinds.
         span: the one span policy; None if there is none.
-        integrated: the rates that a solve integrates, by the key of their integral: ``rates`` by their names, and
-            those that trajectory penalties alone read, by keys that no rate can have as its name.
+        integrated: the rates that a solve integrates, by the key of their integral: those that were given, by
+            their names, and those that trajectory penalties alone read, by keys that no rate can have as its name.
         hidden: the keys of the latter.
         needs: what an evaluation must provide for the integrated rates.
         held: names of those whose gradient by the times is wrong if it is taken through the steps of a solve.
@@ -29,7 +29,6 @@ class Kinds:
     """
 
     penalties: tuple[Regularizer, ...] = ()
-    rates: tuple[Rate, ...] = ()
     steps: tuple[StepPenalty, ...] = ()
     trajectories: tuple[TrajectoryPenalty, ...] = ()
     span: SpanPolicy | None = None
@@ -47,7 +46,6 @@ class Kinds:
             ConfigError: for an object of none of the four classes, and for two span policies.
         """
         followed: list[Regularizer] = []
-        rates: list[Rate] = []
         integrated: dict[str, Rate] = {}
         hidden: set[str] = set()
         steps: list[StepPenalty] = []
@@ -57,7 +55,6 @@ class Kinds:
             if not isinstance(each, SpanPolicy):
                 followed.append(each)
             if isinstance(each, Rate):
-                rates.append(each)
                 integrated[each.name] = each
             elif isinstance(each, StepPenalty):
                 steps.append(each)
@@ -86,7 +83,6 @@ class Kinds:
                 held.append(rate.name)
         return cls(
             penalties=tuple(followed),
-            rates=tuple(rates),
             steps=tuple(steps),
             trajectories=tuple(trajectories),
             span=span,
