@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
 from ..errors import ConfigError, suggest
 from .health import HealthCheck, check_all
+
+Value = TypeVar("Value", Tensor, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,11 @@ class Objective(NamedTuple):
     penalties: dict[str, Tensor]
 
 
+def per_dim(values: Mapping[str, Value], *, dims: int, undivided: Collection[str] = ()) -> dict[str, Value]:
+    """Divide the value of each penalty by the number of dimensions ``dims``, except those in ``undivided``."""
+    return {name: value if name in undivided else value / dims for name, value in values.items()}
+
+
 def penalty(
     regularization: Mapping[str, Tensor],
     *,
@@ -96,9 +103,8 @@ def penalty(
     for name, strength in lambdas.items():
         if name not in regularization:
             raise ConfigError(suggest(name, regularization, "penalty"))
-        mean = strength * regularization[name].mean()
-        terms[name] = mean if name in undivided else mean / dims
-    return terms
+        terms[name] = strength * regularization[name].mean()
+    return per_dim(terms, dims=dims, undivided=undivided)
 
 
 def objective(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...core.distribution import DensityModel
 from ...core.followed_solve import Kinds
-from ...core.objective import FlowOutput
+from ...core.objective import FlowOutput, per_dim
 from ...core.random_streams import Stream, seeded
 from ...core.trace_estimators import Exact, Hutchinson
 from ...core.weighing import undivided
@@ -104,10 +104,7 @@ def evaluate(
         nfe_max=max(nfe),
         nfe_batches=len(batches),
         nfe_batch_size=batches[0].stop,
-        penalties={
-            name: integral if name in whole else integral / measure.dims
-            for name, integral in solves.integrals(draws).items()
-        },
+        penalties=per_dim(solves.integrals(draws), dims=measure.dims, undivided=whole),
         undivided=tuple(sorted(whole)),
         gap=gap,
         seconds=time.monotonic() - start,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.distribution import DensityModel
-from ...core.objective import FlowOutput, objective
+from ...core.objective import FlowOutput, objective, per_dim
 from ...core.random_streams import Stream, seeded
 from ...core.schedules import final_strength, strength_at
 from ...core.weighing import undivided
@@ -109,7 +109,7 @@ class LikelihoodLoss:
         one = torch.where(usable, 1.0, torch.nan).to(goal.loss.dtype)
         loss, score = one * goal.loss, one * self._task.scores(log_prob.detach()).mean()
         means = {name: value.detach().mean() for name, value in output.regularization.items()}
-        penalties = {name: one * (mean if name in whole else mean / dims) for name, mean in means.items()}
+        penalties = {name: one * mean for name, mean in per_dim(means, dims=dims, undivided=whole).items()}
         row = {"loss": loss.detach(), metric: score, "nfe": float(output.nfe), **penalties}
         return StepTerms(loss, row, output.health)
 
@@ -187,7 +187,7 @@ def measure_batch(
     whole = undivided(flow.regularizers)
     means = {name: value.mean() for name, value in output.regularization.items()}
     row = {task.metric: scores.mean(), "nfe": float(output.nfe)}
-    row |= {name: mean if name in whole else mean / task.dims for name, mean in means.items()}
+    row |= per_dim(means, dims=task.dims, undivided=whole)
     if index == 0 and not training_solver.adaptive:
         gap = measure_solver_gap(
             lambda solver: scored(solver, penalties=False)[0], lambda coarse: coarse, training_solver, scores
