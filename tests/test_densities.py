@@ -107,6 +107,8 @@ def test_samples_run_through_the_time_that_the_density_runs_through(policy: Any)
         torch.testing.assert_close(model.trajectory(x, torch.tensor([0.0, 1.0]))[-1], z, rtol=1e-7, atol=1e-7)
         model.inverse(z).sum().backward()
         assert policy.end.grad is not None
+    for given in ([], model.regularizers):  # a copy has the model's policy once, given or not
+        assert list(model.solved_with(regularizers=given).regularizers) == [policy]
 
 
 # --- contexts ---

@@ -389,7 +389,8 @@ class DensityModel(nn.Module, ABC):
         twin._modules, twin._buffers = dict(self._modules), dict(self._buffers)
         twin.solver, twin.estimator = solver or self.solver, estimator or self.estimator
         policy = Kinds.of(self.regularizers).span
-        twin.regularizers = (*regularizers, *(() if policy is None else (policy,)))
+        kept = () if policy is None or policy in regularizers else (policy,)
+        twin.regularizers = (*regularizers, *kept)
         return twin
 
     def citation(self) -> str:
