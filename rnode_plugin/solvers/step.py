@@ -136,10 +136,14 @@ def stepper(
         if path is not None:
             times, states = zip(*asked, strict=True)
             record = StepRecord(
-                t, dt.abs(), z, new, times, states, [r.dz for r in rates], error, method.pair, atol, rtol,
+                t=t, h=dt.abs(), z0=z, z1=new, times=times, states=states, velocities=[r.dz for r in rates],
+                error=error, pair=method.pair, atol=atol, rtol=rtol,
             )  # fmt: skip
             of_path = path.of_step(record, local=local)
-        return Step(new, error, last, dlogdet, dlogdet_error, penalties, of_path, more[0] if more else None, nfe)
+        return Step(
+            z=new, error=error, last=last, dlogdet=dlogdet, dlogdet_error=dlogdet_error, penalties=penalties,
+            path=of_path, stages=more[0] if more else None, nfe=nfe,
+        )  # fmt: skip
 
     return take
 
@@ -259,15 +263,9 @@ class Totals:
         stats = SolveStats(self.nfe, self.steps, self.rejected)
         steps = Steps(*(torch.stack(row) for row in zip(*passed, strict=True))) if passed else None
         return Solution(
-            torch.stack(list(t)),
-            torch.stack(list(z)),
-            logdets,
-            self.penalties,
-            stats,
-            health,
-            longest_safe_step,
-            steps,
-        )
+            t=torch.stack(list(t)), z=torch.stack(list(z)), logdet=logdets, penalties=self.penalties, stats=stats,
+            health=health, longest_safe_step=longest_safe_step, steps=steps,
+        )  # fmt: skip
 
 
 # the errors a solve can end in -----------------------------------------------------------------------------------

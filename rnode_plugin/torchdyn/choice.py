@@ -335,11 +335,11 @@ def method_from_torchdyn(
     if adaptive and interpolator is not None and not isinstance(solver, Tsitouras45):
         interpolate = _Interpolate(interpolator)
     return Method(
-        family.name if family else type(solver).__name__,
-        _Step(solver, name, {}),
-        getattr(solver, "order", 1),
-        adaptive,
-        weights,
+        name=family.name if family else type(solver).__name__,
+        advance=_Step(solver, name, {}),
+        order=getattr(solver, "order", 1),
+        adaptive=adaptive,
+        weights=weights,
         error_weights=error_weights,
         draws=draws,
         safety=float(getattr(solver, "safety", 0.9)),
