@@ -249,6 +249,6 @@ def test_data_parallel_is_refused_for_torchdyns_own_class_after_install() -> Non
 
 
 def refuse_data_parallel(model: torch.nn.Module) -> None:
-    with pytest.raises(ConfigError, match=r"does not work under DataParallel\. Use one process a device"):
+    with pytest.raises(ConfigError, match=r"does not work under DataParallel\. Use one process per device"):
         # as torch.nn.parallel.replicate does before it copies to the devices
         [module._replicate_for_data_parallel() for module in model.modules()]

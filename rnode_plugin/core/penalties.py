@@ -27,7 +27,7 @@ class _Solve(NamedTuple):
     transformed: bool  # made inside a transform of torch.func
 
 
-class _Followed:
+class _Solves:
     """The solves that were followed, whether a block collects them, and whether one has begun but not ended."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class _Followed:
         self.collecting = self.begun = False
 
 
-class _FollowedByThread(threading.local, _Followed):
+class _SolvesByThread(threading.local, _Solves):
     """The solves that each thread has followed."""
 
 
@@ -50,7 +50,7 @@ class Penalties(Mapping[str, Tensor]):
         absent: what to do if there are no penalties yet, for the message of the error.
     """
 
-    _storage: type[_Followed] = _FollowedByThread
+    _storage: type[_Solves] = _SolvesByThread
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class Penalties(Mapping[str, Tensor]):
 class ReturnedPenalties(Penalties):
     """Penalties that belong to a call or a block instead of a model. Every thread sees all solves in them."""
 
-    _storage = _Followed
+    _storage = _Solves
 
 
 def attach(
@@ -244,11 +244,11 @@ class _Tie(torch.autograd.Function):
         return tuple(None if tangent is None else tangent.clone() for tangent in (dsol, *dintegrals))
 
 
-class OneProcessADevice:
+class OneProcessPerDevice:
     """A module that refuses DataParallel, whose copies run in threads, because penalties and NFE would be lost."""
 
     def _replicate_for_data_parallel(self) -> NoReturn:  # torch's DataParallel calls it for each module inside
         raise ConfigError(
-            f"{type(self).__name__} does not work under DataParallel. Use one process a device: "
+            f"{type(self).__name__} does not work under DataParallel. Use one process per device: "
             "DistributedDataParallel, Lightning's strategy='ddp', or rnode-cli train --devices N."
         )

@@ -14,7 +14,7 @@ from ..core.dynamics import Dynamics
 from ..core.followed_solve import FollowedSolve
 from ..core.modes import on_host
 from ..core.objective import FlowOutput
-from ..core.penalties import OneProcessADevice
+from ..core.penalties import OneProcessPerDevice
 from ..core.regularizer import Regularizer
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..core.weighing import Regularizers, weigh_regularizers
@@ -30,7 +30,7 @@ _WIDTH = 0.1
 _Through = Callable[[Tensor], Tensor]  # maps a state to the state after the next block
 
 
-class BlockFlow(OneProcessADevice, DensityModel):
+class BlockFlow(OneProcessPerDevice, DensityModel):
     """Base class of flows whose blocks are consecutive neural ODEs, from data to a standard normal latent.
 
     A subclass sets :attr:`event_shape`, and :attr:`context_shape` if it has contexts, makes :attr:`fields`, one for
@@ -214,7 +214,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
         check_all(health)
         # Passes that change no state record y, e and k in the shape that each block sees, because squeezes and
         # leaving channels rearrange coordinates between the blocks.
-        data, noise, blocks = _States(), _States(), _States()
+        data, noise, blocks = _SeenStates(), _SeenStates(), _SeenStates()
         self._push(y, data)
         self._pull(torch.randn(len(x), self.dims, dtype=x.dtype, device=x.device), noise)
         self._pull(torch.tensor([self.latent_depths], dtype=x.dtype).to(x.device), blocks)
@@ -245,7 +245,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
             )
 
 
-class _States:
+class _SeenStates:
     """A stand-in for the blocks that changes no state and records all states."""
 
     def __init__(self) -> None:

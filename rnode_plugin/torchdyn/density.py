@@ -19,7 +19,7 @@ from ..core.followed_solve import FollowedSolve
 from ..core.map_jacobian import Jacobian, wants_map
 from ..core.modes import outside_inference
 from ..core.objective import FlowOutput
-from ..core.penalties import OneProcessADevice, Penalties, attach
+from ..core.penalties import OneProcessPerDevice, Penalties, attach
 from ..core.regularizer import Regularizer
 from ..core.signature import accepts, refuse_state_first, time_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
@@ -33,7 +33,7 @@ from .cnf import check_shape
 from .field import NetDynamics
 
 
-class RegularizedCNF(OneProcessADevice, DensityModel):
+class RegularizedCNF(OneProcessPerDevice, DensityModel):
     """A density of ``x`` that a vector field carries to a base distribution (eq. 4), with torchdyn's options.
 
     It is a flow with one block. Add :meth:`reg_loss` to the loss after each :meth:`log_prob`::
@@ -348,8 +348,8 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         backward: bool,
     ) -> FlowOutput:
         """Solve from ``start``, follow the density, and keep the penalties for :meth:`reg_loss`."""
-        left = self._penalties
-        left.begin()  # first, so that an error below leaves no penalties of an earlier solve
+        record = self._penalties
+        record.begin()  # first, so that an error below leaves no penalties of an earlier solve
         self.check_state(start, self.event_shape)
         if noise is not None:
             self.check_noise(noise, start)
@@ -357,7 +357,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         solver, times = self._on_grid(solver)
         with outside_inference(start, self.context_rows(context, start), noise) as (x, rows, noise):
             training = self.follows_penalties(None)
-            followed = FollowedSolve.of(left.kinds, penalized=penalties, training=training)
+            followed = FollowedSolve.of(record.kinds, penalized=penalties, training=training)
             times = followed.times(times, like=x, backward=backward)
             dynamics = NetDynamics(
                 self.net, x, rows, solver, kinds=followed.kinds, estimator=self.estimator,
@@ -368,7 +368,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
                 solution.check()
             assert solution.logdet is not None
             end, integrals = attach(solution.z[-1], followed.complete(solution.penalties, x))
-            left.add(integrals, self.dims)
+            record.add(integrals, self.dims)
             self.nfe = solution.stats.nfe
             logdet = solution.logdet[-1]
             return FlowOutput(

@@ -21,7 +21,7 @@ from torchdyn.numerics.interpolators import INTERP_DICT
 from ..core.citations import citation
 from ..core.followed_solve import FollowedSolve, Kinds
 from ..core.modes import on_host, outside_inference
-from ..core.penalties import OneProcessADevice, Penalties, attach
+from ..core.penalties import OneProcessPerDevice, Penalties, attach
 from ..core.signature import Takes, field_takes, refuse_state_first
 from ..core.tally import Tally
 from ..core.trace_estimators import Hutchinson, TraceEstimator, get_estimator
@@ -39,7 +39,7 @@ _Torchdyn = torchdyn_neuralde.NeuralODE
 _THEIRS = dict(vars(_Torchdyn))  # from before install() can replace them
 
 
-class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
+class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     """torchdyn's neural ODE with penalties on its vector field (sections 4 and 5 of the paper).
 
     Without new arguments it returns what torchdyn's class returns, bitwise if the coefficients of the solver are
@@ -244,23 +244,23 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         penalties: bool | None = None,
     ) -> tuple[Tensor, Any]:
         """Solve and return ``(t_eval, solution)``; arguments and errors as for :meth:`forward`."""
-        left, training = self._penalties, torch.is_grad_enabled() and self.training
-        left.begin()  # first, so that an error below leaves no penalties of an earlier call
+        record, training = self._penalties, torch.is_grad_enabled() and self.training
+        record.begin()  # first, so that an error below leaves no penalties of an earlier call
         if t_span is None:
             t_span = torch.linspace(0, 1, 2) if self.t_span is None else self.t_span
         if isinstance(x, dict):
-            if left.weighted:
+            if record.weighted:
                 raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
             return ODEProblem.odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
         penalties = training if penalties is None else penalties
-        of_solve = FollowedSolve.of(left.kinds, penalized=penalties, training=training)
+        of_solve = FollowedSolve.of(record.kinds, penalized=penalties, training=training)
         followed = replace(self._followed, kinds=of_solve.kinds)
         with outside_inference(x, t_span, args) as (x, t_span, args):
             solver, kept = self._solver(args), None
             x, t_span = self._start(x, t_span, solver)
             t_span = of_solve.times(t_span)
             if penalties and x.ndim == 1 and followed.batch_dim == 0:
-                warn_of_flat_state(x, left.kinds)
+                warn_of_flat_state(x, record.kinds)
             if solver.adaptive:
                 if len(save_at) > 0:
                     warnings.warn("Setting save_at has no effect on adaptive-step methods", stacklevel=3)
@@ -396,18 +396,18 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         self, x: Tensor, t_span: Tensor, system: TorchdynSystem, solution: Solution, followed: FollowedSolve
     ) -> Tensor:
         """The states of a solution, tied to the penalties, which are kept for :meth:`reg_loss`."""
-        left, integrals = self._penalties, dict(solution.penalties)
+        record, integrals = self._penalties, dict(solution.penalties)
         cost = integrals.pop(INTEGRAL_LOSS, None)
         if cost is not None and bool(t_span[-1] < t_span[0]):
             cost = -cost  # penalties are integrated over |dt|, but torchdyn's column for the cost over dt
         integrals = followed.complete(integrals, x if self._followed.batch_dim == 0 else x.unsqueeze(0))
         if self._tally is not None and integrals:  # install(regularizers=...): the backward pass adds the penalties
-            penalties_of_all = Penalties(left.weighted)
+            penalties_of_all = Penalties(record.weighted)
             penalties_of_all.add(integrals, system.dims)
             self._tally.watch(added := penalties_of_all.loss(), integrals)
             cost = added if cost is None else cost.sum() + added
         sol, integrals = attach(solution.z, integrals, cost)
-        left.add(integrals, system.dims)
+        record.add(integrals, system.dims)
         return sol
 
     def _takes(self, net: object) -> Takes:
@@ -427,10 +427,10 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
 # install() changes torchdyn's class itself, not the names that refer to it. So modules that have imported it,
 # subclasses, isinstance and pickle all keep working. The class gets all attributes of our class and of
-# OneProcessADevice, except those that Python puts into every class.
+# OneProcessPerDevice, except those that Python puts into every class.
 _BEHAVIOR = {
     name: value
-    for name, value in {**vars(OneProcessADevice), **vars(NeuralODE)}.items()
+    for name, value in {**vars(OneProcessPerDevice), **vars(NeuralODE)}.items()
     if name == "__init__" or not name.startswith(("__", "_abc_"))
 }
 
