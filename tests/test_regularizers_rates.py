@@ -236,7 +236,7 @@ def test_what_an_evaluation_cannot_have() -> None:
         ("trajectory_polynomial:0", "at least 1"),
     ],
 )
-def test_what_is_no_regularizer_is_refused(spec: object, words: str) -> None:
+def test_what_is_no_regularizer_is_refused(spec: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         resolve_regularizers(spec)
 

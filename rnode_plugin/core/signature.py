@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ COMPILED_MODULE = "_orig_mod"
 COMPILED_FUNCTION = "_torchdynamo_orig_callable"
 COMPILED_IN_PLACE = "_compiled_call_impl"
 
+Order = Literal["x", "t, x", "x, t", "x, *, t", "..., t", "?"]
+
 _Parameter = inspect.Parameter
 _POSITIONAL = (_Parameter.POSITIONAL_ONLY, _Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -39,7 +41,7 @@ class Takes(NamedTuple):
         rest: names of further parameters without a default, which a call with time and state does not fill.
     """
 
-    order: str
+    order: Order
     args: bool = False
     time: str = ""
     rest: tuple[str, ...] = ()
@@ -63,7 +65,8 @@ def field_takes(field: object) -> Takes:
     given = function.keywords if isinstance(function, functools.partial) else {}
     time = next((p.name for p in parameters if p.name in TIME_NAMES and p.name not in given), "")
     if time in positional:
-        order = {0: "t, x", 1: "x, t"}.get(positional.index(time), "..., t")
+        place = positional.index(time)
+        order = "t, x" if place == 0 else "x, t" if place == 1 else "..., t"
     elif time:
         order = "x, *, t"
     else:

@@ -17,7 +17,7 @@ import pkgutil
 import re
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -30,8 +30,7 @@ from ..errors import ConfigError, PluginError, RnodeError, suggest
 from . import builtin, hookspecs
 
 if TYPE_CHECKING:
-    from ..core.schedules import Strength
-    from ..core.weighing import Weighted
+    from ..core.weighing import Regularizers, Weighted
 
 KINDS = {
     "regularizers": "regularizer",
@@ -241,7 +240,7 @@ register = _shared.register
 unregister = _shared.unregister
 
 
-def resolve_regularizers(spec: Mapping[Any, Strength | None] | Iterable[Any] | Any | None) -> dict[str, Weighted]:
+def resolve_regularizers(spec: Regularizers) -> dict[str, Weighted]:
     """Call :func:`~rnode_plugin.core.weighing.weigh_regularizers` with the registered names."""
     from ..core.weighing import weigh_regularizers  # imports torch
 
