@@ -58,8 +58,8 @@ class StandardNormal(Independent):
 class DensityModel(nn.Module, ABC):
     """A density ``p(x)`` or ``p(x | context)`` that a flow carries to a base distribution.
 
-    All models here derive from this class. Training, evaluation, diagnosis, importance sampling and export call
-    what is documented here and nothing else. To write your own model, set the attributes and implement
+    All models here derive from this class. Training by likelihood, evaluation, diagnosis, importance sampling and
+    export call what is documented here and nothing else. To write your own model, set the attributes and implement
     :meth:`encode` and :meth:`decode`; the other methods follow from these two. The page "Write a model" has an
     example.
 

@@ -1,9 +1,9 @@
 """``Task`` is what a recipe models, images or rows of a table, with everything that differs between the two.
 
 There are two tasks, :class:`~rnode_plugin.experiments.recipes.image_task.ImageTask` and
-:class:`~rnode_plugin.experiments.recipes.table_task.TableTask`. ``recipe.task`` returns the right one, so no other
-place decides between images and tables. All three modules are imported without torch and numpy, because commands
-refuse a wrong request by the task before they wait for those imports.
+:class:`~rnode_plugin.experiments.recipes.table_task.TableTask`. ``recipe.task`` returns the right one, and what
+differs between images and tables is a method or an attribute of it. All three modules are imported without torch
+and numpy, because commands refuse a wrong request by the task before they wait for those imports.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Clock(StepCallback):
     def __init__(self) -> None:
         self.step_seconds = self.training_seconds = 0.0
         self._before = 0.0  # seconds of the run in earlier calls
-        self._began = self._step_began = time.monotonic()  # which changes of the system's clock do not move
+        self._began = self._step_began = time.monotonic()  # this clock ignores changes of the system's time
 
     @property
     def run_seconds(self) -> float:

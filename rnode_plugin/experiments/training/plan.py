@@ -58,7 +58,8 @@ class RunPlan:
         total: steps of the whole run, from its very first one, also if it is resumed.
         val_every: steps between two validations.
         devices: number of devices that share a step.
-        done, passed: an earlier step, and the epochs up to it. Its epochs may have had other numbers of steps.
+        done, passed: an earlier step, and the epochs up to it. Epochs before that step may have had other numbers
+            of steps.
     """
 
     steps_per_epoch: int
