@@ -43,6 +43,13 @@ class Graph(nn.Module):
         }  # fmt: skip
 
 
+class Late(nn.Module):
+    """Samples do not mix at time 0, where nothing moves."""
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return t * (x - 3 * x.mean(0))
+
+
 class Stacked(nn.Module):
     """Positions over velocities in one state ``(2 N, D)``."""
 
@@ -86,6 +93,15 @@ def test_an_exact_density_of_a_field_that_mixes_samples_is_refused(make: type[nn
     model = RegularizedCNF(make(), event_shape=3, trace_estimator="exact", regularizers=())
     with pytest.raises(ConfigError, match="depends on other samples"):
         model.log_prob(X)
+
+
+def test_samples_that_begin_to_mix_are_refused() -> None:
+    """The Jacobian at the first time is zero, and shows nothing."""
+    field = Late()
+    with pytest.raises(ConfigError, match="depends on other samples"):
+        RegularizedCNF(field, event_shape=3, trace_estimator="exact", regularizers=()).log_prob(X)
+    with pytest.raises(ConfigError, match="depends on other samples"):
+        NeuralODE(field, "rk4", regularizers=["jacfrob"], trace_noise="exact")(X, SPAN)
 
 
 def test_samples_that_are_apart_are_not_refused() -> None:

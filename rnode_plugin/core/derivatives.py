@@ -252,8 +252,7 @@ class AutogradField:
             # If samples mix, a random product still gives an unbiased trace, because terms with the noise of other
             # samples have mean zero. Unit vectors in all samples at once would add them up.
             if (ask.products == "rows" or ask.divergence) and not known.samples_are_apart:
-                refuse_mixed_samples(z, dz)
-                known.samples_are_apart = True
+                known.samples_are_apart = refuse_mixed_samples(z, dz)
         jvp = None
         if ask.jvp:
             if looks_thrice:
@@ -428,24 +427,30 @@ def _double_reverse(
     return jvp
 
 
-def refuse_mixed_samples(z: Tensor, dz: Tensor) -> None:
+def refuse_mixed_samples(z: Tensor, dz: Tensor) -> bool:
     """Refuse a field whose velocity at one sample depends on other samples, since one product would mix their rows.
 
     If samples are independent, scaling a vector by one number per sample scales the product by the same numbers.
     They are powers of two, so that low precision rounds both in the same way. The check is left out where the host
     cannot read values.
+
+    Returns:
+        Whether the question is settled. One sample, or a Jacobian of zero, shows nothing.
+
+    Raises:
+        ConfigError: for samples that depend on each other.
     """
     capturing = z.is_cuda and torch.cuda.is_current_stream_capturing()
     unseen = z.is_meta or capturing or exporting() or torch.compiler.is_compiling()
     if len(z) < 2 or not dz.requires_grad or unseen:
-        return
+        return False
     powers = torch.randint(8, (len(z),), generator=torch.Generator().manual_seed(0))
     powers[:8] = torch.arange(8)[: len(z)]  # samples of a small batch all differ
     scale = (2**powers).to(z).reshape(-1, *(1 for _ in z.shape[1:]))
     vectors = (torch.ones_like(dz), scale.to(dz.dtype).expand_as(dz))
     plain, scaled = (torch.autograd.grad(dz, z, v, True, allow_unused=True)[0] for v in vectors)
     if plain is None:  # the field ignores its state
-        return
+        return False
     # sqrt(eps) is far above rounding, which is of order eps
     apart, bound = scale * plain, torch.finfo(dz.dtype).eps ** 0.5
     if bool(((scaled - apart).abs() > bound * apart.abs().max()).any()):
@@ -454,6 +459,7 @@ def refuse_mixed_samples(z: Tensor, dz: Tensor) -> None:
             "Jacobian of one sample does not exist. Give batch_dim=None, which makes the whole state one sample, "
             "to NeuralODE, odeint, regularize or penalties_at, or estimate by a random trace_noise."
         )
+    return bool((plain != 0).any())
 
 
 def _usable(x: Tensor) -> Tensor:
