@@ -377,6 +377,16 @@ def test_differences_take_a_state_of_one_number_per_sample() -> None:
     torch.testing.assert_close(estimator.squared_frobenius(products, noise), z.cos() ** 2, rtol=1e-8, atol=1e-8)
 
 
+def test_differences_of_a_velocity_of_lower_precision_are_longer() -> None:
+    """A step for float64 would be lost in the rounding of float32 near 100."""
+    matrix, z = torch.randn(8, 8), torch.randn(5, 8, dtype=torch.float64)
+    estimator, door = Difference(), Door(AutogradField(lambda t, z: z.float() @ matrix.T + 100))
+    noise = estimator.draw(z)
+    products = estimator.linearize(door, torch.tensor(0.0), z, noise).products
+    assert products is not None
+    torch.testing.assert_close(products.double(), noise @ matrix.double().T, rtol=0, atol=3e-3)
+
+
 def test_differences_are_unbiased_where_samples_mix() -> None:
     """Over all signs the mean of ``||J e||^2`` is the squared Frobenius norm of the whole batch's Jacobian.
 

@@ -252,9 +252,9 @@ class Difference(TraceEstimator):
     derivative. So it works for attention kernels, compiled nets and layers whose backward pass cannot be
     differentiated.
 
-    ``s`` is ``2 eps^(1/3)`` times the root mean square of a sample's state (at least 0.1), with the machine epsilon
-    ``eps``, and the median of these over the batch. The factor is 0.01 in single precision. At this length
-    truncation and rounding errors are about equal. Half precision is refused.
+    ``s`` is ``2 eps^(1/3)`` times the root mean square of a sample's state (at least 0.1), with the larger machine
+    epsilon ``eps`` of state and velocity, and the median of these over the batch. The factor is 0.01 in single
+    precision. At this length truncation and rounding errors are about equal. Half precision is refused.
 
     Args:
         probes: number of probe vectors; each takes two more evaluations.
@@ -306,7 +306,9 @@ class Difference(TraceEstimator):
         sizes = z.detach().unsqueeze(-1).flatten(1).square().mean(1).sqrt().clamp(min=0.1)
         # All samples share one length. Where a field mixes samples, as batch norm does in training, a length s_i of
         # each sample would weigh the part of J from sample i to sample j by s_i / s_j. The median ignores outliers
-        step = 2 * torch.finfo(z.dtype).eps ** (1 / 3) * sizes.median() if len(z) > 0 else sizes.new_ones(())
+        # A velocity of lower precision than the state has the larger rounding error
+        eps = max(torch.finfo(x.dtype).eps for x in (z, door.part(found.dz)))
+        step = 2 * eps ** (1 / 3) * sizes.median() if len(z) > 0 else sizes.new_ones(())
 
         def along(e: Tensor) -> Tensor:
             later, before = (door.part(door.again(t, state, z=z + sign * step * e).dz) for sign in (1, -1))
