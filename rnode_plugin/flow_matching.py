@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .core.derivatives import VELOCITY, Ask, AutogradField, Linearization, as_field
+from .core.door import Door
 from .core.dynamics import Dynamics
 from .core.modes import outside_inference
 from .core.regularizer import Rate
@@ -51,14 +52,16 @@ def penalties_at(
         batch_dim: 0, the dimension of the samples. None: all of ``z`` is one sample, for a field that mixes the
             rows of its state, such as the nodes of a graph.
         velocity: ``field`` at ``t`` and ``z``, if the loss has computed it already. Penalties without a derivative,
-            such as ``kinetic`` and ``finite_difference``, then do not evaluate it a second time.
+            such as ``kinetic`` and ``finite_difference``, then do not evaluate it a second time. A penalty with a
+            derivative evaluates the field itself, with its own dropout mask.
 
     Returns:
         The rate ``(B,)`` of each penalty by name, summed over the event; differentiable if gradients are enabled.
 
     Raises:
         ConfigError: for a regularizer that is unknown, not a rate or given with a lambda, for a ``t`` of another
-            shape, and for one time per sample with a field that takes one time for all samples.
+            shape, for one time per sample with a field that takes one time for all samples, and for a ``velocity``
+            of a field with dropout where a penalty evaluates the field at another point.
 
     Example:
         >>> import torch
@@ -85,7 +88,10 @@ def penalties_at(
         if velocity is not None:
             field = _Evaluated(field, velocity, view)
         dynamics = Dynamics(field, regularizers=rates, estimator=trace_noise, divergence=False, view=view, net=net)
-        return dynamics.bind(dynamics.draw(dynamics.door.part(z))).evaluate(time, z).penalties
+        bound = dynamics.bind(dynamics.draw(dynamics.door.part(z)))
+        if velocity is not None:  # another evaluation cannot repeat the random draws behind it, and must have none
+            bound.door = Door(dynamics.field, net, view=view)
+        return bound.evaluate(time, z).penalties
 
 
 def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, noise_time: float = 1.0) -> Tensor:
@@ -106,7 +112,8 @@ def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, noise_time: fl
         The score ``(B, *event)``.
 
     Raises:
-        ConfigError: for another ``noise_time``, and for times where the state holds less than 1e-4 of the noise.
+        ConfigError: for another ``noise_time``, for times where the state holds less than 1e-4 of the noise, and
+            for the velocity of a diffusion model, whose paths are not straight.
 
     Example:
         >>> import torch

@@ -141,6 +141,20 @@ def test_states_of_a_likelihood_are_at_the_times_of_the_grid() -> None:
     torch.testing.assert_close(log_prob, exact_log_prob(x), rtol=1e-6, atol=1e-6)
 
 
+def test_a_known_velocity_with_dropout_has_no_second_evaluation() -> None:
+    """The mask of the known velocity cannot be drawn again, so a difference to it would be one of two masks."""
+    net = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Dropout(0.5), nn.Linear(64, 2)).double()
+    z, field = points(5, 2), lambda t, x: net(x)
+    v = field(0.3, z)
+    found = penalties_at(field, 0.3, z, ["kinetic"], velocity=v)["kinetic"]
+    torch.testing.assert_close(found, v.square().sum(1))
+    with pytest.raises(ConfigError, match="leave out the velocity="):
+        penalties_at(field, 0.3, z, ["finite_difference"], velocity=v)
+    net.eval()
+    both = [penalties_at(field, 0.3, z, ["finite_difference"], velocity=v) for v in (None, field(0.3, z))]
+    torch.testing.assert_close(*both)
+
+
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
 def test_evaluations_of_the_velocity_are_counted(method: str) -> None:
     model, calls = Velocity(), []

@@ -97,10 +97,11 @@ class Surroundings:
                 _restore(self._draws)
             yield
             # nothing was marked, so draws inside were new ones
-            if before is not None and not self.repeats and not torch.equal(before.cpu, torch.get_rng_state()):
+            if before is not None and not self.repeats and not _equal(before, _states(z)):
                 raise ConfigError(
                     "a regularizer evaluates the vector field again, which draws random numbers (dropout), so the "
-                    "two evaluations would have different masks: declare `repeats = True` on the regularizer."
+                    "two evaluations would have different masks: declare `repeats = True` on the regularizer, or "
+                    "leave out the velocity= of penalties_at."
                 )
 
     @contextmanager
@@ -149,6 +150,11 @@ class _States(NamedTuple):
 
 def _states(z: Tensor) -> _States:
     return _States(torch.get_rng_state(), torch.cuda.get_rng_state(z.device) if z.is_cuda else None, z.device)
+
+
+def _equal(one: _States, other: _States) -> bool:
+    same = torch.equal(one.cpu, other.cpu)
+    return same and (one.cuda is None or other.cuda is None or torch.equal(one.cuda, other.cuda))
 
 
 def _restore(states: _States) -> None:
