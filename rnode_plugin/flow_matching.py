@@ -124,6 +124,11 @@ def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, noise_time: fl
     """
     if noise_time not in (0, 1):
         raise ConfigError(f"noise_time must be 0 or 1, not {noise_time!r}: the paths are straight between these.")
+    if hasattr(v, "check_ends"):
+        raise ConfigError(
+            "the paths of a diffusion model are not straight: its score is -noise / sigma(t), with the noise from "
+            "v.data_and_noise(t, x)."
+        )
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     velocity = call_of(time_first(v))(t, x)
     noise = t if noise_time == 1 else 1 - t
@@ -259,7 +264,8 @@ class ODESolver:
             The source points ``(B, *event)``, or the states at all times, and the log-densities.
 
         Raises:
-            ConfigError: as for :meth:`sample`, and for a ``time_grid`` with other ends.
+            ConfigError: as for :meth:`sample`, for a ``time_grid`` with other ends, and for a ``log_p0`` that does
+                not return ``(B,)``.
             SolverError: if the solve fails.
         """
         from .torchdyn.density import RegularizedCNF  # loads torchdyn, which no other function here needs
@@ -275,9 +281,17 @@ class ODESolver:
         density.t_span = grid
         with torch.set_grad_enabled(enable_grad):
             found = density.encode(x_1)
-            log_prob = log_p0(found.z) + found.logdet
-            path = density.trajectory(x_1) if return_intermediates else found.z
-        self.nfe = found.nfe
+            of_noise = log_p0(found.z)
+            if of_noise.shape != found.logdet.shape:
+                raise ConfigError(
+                    f"log_p0 must return one log-density per sample, a tensor ({len(x_1)},), not "
+                    f"{tuple(of_noise.shape)}: sum it over the event, as Independent(Normal(...), 1).log_prob does."
+                )
+            log_prob = of_noise + found.logdet
+            path, self.nfe = found.z, found.nfe
+            if return_intermediates:  # a second solve, because the solution of a density has no states between
+                path = density.trajectory(x_1)
+                self.nfe += density.nfe
         return path, log_prob
 
     def _field(self, extras: dict[str, object]) -> Any:

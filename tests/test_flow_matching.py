@@ -169,6 +169,7 @@ def test_evaluations_of_the_velocity_are_counted(method: str) -> None:
     for counter, act in (
         (solver, lambda: solver.sample(x, **given)),
         (solver, lambda: solver.compute_likelihood(x, normal, **given)),
+        (solver, lambda: solver.compute_likelihood(x, normal, **given, return_intermediates=True)),
         (density, lambda: density.sample(4)),
         (density, lambda: density.log_prob(x)),
     ):
@@ -217,6 +218,9 @@ def test_wrong_arguments_are_one_sentence() -> None:
         ODESolver(linear).sample(points(2, 3), method="midpiont")
     with pytest.raises(ConfigError, match="from 1 to 0"):
         ODESolver(linear).compute_likelihood(points(2, 3), normal, time_grid=torch.tensor([0.0, 1.0]))
+    for log_p0 in (lambda z: normal(z).sum(), lambda z: normal(z)[:, None]):
+        with pytest.raises(ConfigError, match="log_p0 must return one log-density per sample"):
+            ODESolver(linear).compute_likelihood(points(2, 3), log_p0, step_size=0.5)
     for act in (ODESolver(linear).sample, lambda x: ODESolver(linear).compute_likelihood(x, normal)):
         with pytest.raises(ConfigError, match=r"euler would take one step.* or method='dopri5'"):
             act(points(2, 3))
