@@ -18,6 +18,7 @@ Level = Callable[[Tensor], Tensor]
 
 PREDICTIONS = ("noise", "data", "score", "v")
 _LEAST = 1e-4  # smallest alpha and sigma, because the velocity divides by them
+_RATES = 64  # times at which derivatives of a schedule are compared with its values
 _MOST_DATA = 0.1  # largest alpha / sigma at the noise end, where the base treats the state as pure noise
 
 
@@ -127,7 +128,8 @@ class DiffusionVelocity(nn.Module):
 
         Raises:
             ConfigError: if alpha or sigma is below 1e-4 at one of the times, if the state at ``noise_time``
-                contains data or its noise has another scale than the base, and if the times are exchanged.
+                contains data or its noise has another scale than the base, if the times are exchanged, and if the
+                derivatives of alpha and sigma do not fit their values.
         """
         (alpha, sigma), (last_alpha, last_sigma) = self._levels(data_time), self._levels(noise_time)
         if not (self._is_regular(data_time) and self._is_regular(noise_time)):
@@ -143,10 +145,26 @@ class DiffusionVelocity(nn.Module):
                 "torch.ones(event_shape)."
             )
         else:
-            return
+            return self._check_rates(data_time, noise_time)
         raise ConfigError(
             f"no density from data_time={data_time:g} to noise_time={noise_time:g}: {wrong}. {self._advice()}"
         )
+
+    def _check_rates(self, data_time: float, noise_time: float) -> None:
+        """Refuse levels whose derivatives, from forward mode, do not integrate to their change, as a table's."""
+        ends = torch.tensor([data_time, noise_time], dtype=torch.float64)
+        times = torch.linspace(data_time, noise_time, 2 * _RATES + 1, dtype=torch.float64)[1::2]  # midpoints
+        for name, level in (("alpha", self.alpha), ("sigma", self.sigma)):
+            first, last = (float(level(t)) for t in ends)
+            rates = torch.stack([torch.func.jvp(level, (t,), (torch.ones_like(t),))[1].detach() for t in times])
+            path = (noise_time - data_time) * rates
+            # a rate like 1 / sqrt(t) at one end makes the midpoint rule wrong by a few percent
+            if abs(last - first - float(path.mean())) > 0.2 * max(abs(last - first), float(path.abs().mean())):
+                raise ConfigError(
+                    f"{name} changes from {first:.3g} at data_time to {last:.3g} at noise_time, but its derivative "
+                    f"integrates to {float(path.mean()):.3g}: compute it from t by functions of torch alone, "
+                    "without float(t), detach or an index, or take from_betas for a table of steps."
+                )
 
     def _data_and_noise(
         self, t: Tensor, x: Tensor, context: Sequence[Tensor], alpha: Tensor, sigma: Tensor

@@ -18,7 +18,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 from rnode_plugin import RegularizedCNF, penalties_at, velocity_from_noise
 from rnode_plugin.diffusion import PREDICTIONS, Level, cosine, from_betas, linear_beta
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.flow_matching import ODESolver
+from rnode_plugin.flow_matching import ODESolver, score
 
 PAGE = Path(__file__).parents[1] / "docs" / "start" / "diffusion.md"
 STEPS = 1000
@@ -272,6 +272,15 @@ def test_conditions_and_calls_reach_the_network() -> None:
     torch.testing.assert_close(model.log_prob(x, context=label), expected, rtol=1e-6, atol=1e-6)
 
 
+def by_index(t: Tensor) -> Tensor:
+    """A table without a derivative."""
+    return (1 - BETAS).cumprod(0).sqrt()[((len(BETAS) - 1) * t).round().long()].to(t)
+
+
+def by_number(t: Tensor) -> Tensor:
+    return torch.tensor(math.sqrt(1 - float(by_index(t)) ** 2)).to(t)
+
+
 OFF: dict[str, tuple[tuple[Level, Level], dict[str, Any], str]] = {
     "from_velocity's own times": (cosine(), {}, "Give data_time=0.001, noise_time=0.999."),
     "sigma is 0": (linear_beta(), {"data_time": 0}, "Give data_time=0.001, noise_time=1."),
@@ -280,6 +289,8 @@ OFF: dict[str, tuple[tuple[Level, Level], dict[str, Any], str]] = {
     "exchanged": (cosine(), {"data_time": 0.999, "noise_time": 1e-3}, "at noise_time the state holds data"),
     "betas of one step": (linear_beta(1e-4, 0.02), {"data_time": 1e-3, "noise_time": 1}, "the number of steps"),
     "steps as times": (from_betas(BETAS), {"data_time": 1, "noise_time": 999}, "Give data_time=0, noise_time=1."),
+    "a table by index": ((by_index, linear_beta()[1]), {"data_time": 0.1, "noise_time": 1}, "alpha changes from"),
+    "numbers of Python": ((linear_beta()[0], by_number), {"data_time": 0.1, "noise_time": 1}, "sigma changes from"),
     "noise twice": (cosine(), {"data_time": 0.999, "noise_time": 0.99}, "no more data than at noise_time"),
 }  # fmt: skip
 
@@ -317,6 +328,8 @@ def test_wrong_arguments_are_one_sentence() -> None:
         twice(torch.tensor(0.5), torch.randn(3, 2))
     with pytest.raises(ConfigError, match=r"RegularizedCNF\.from_velocity"):
         ODESolver(velocity_from_noise(Small(), *cosine()))
+    with pytest.raises(ConfigError, match="not straight"):
+        score(velocity_from_noise(Small(), *cosine()), 0.5, samples(3))
 
 
 def test_a_velocity_can_be_copied_and_kept() -> None:
