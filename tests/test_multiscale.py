@@ -168,6 +168,11 @@ def test_state_stays_float32_under_autocast() -> None:
     assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in flow.parameters())
 
 
+class StateFirst(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x + t
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -188,6 +193,7 @@ def test_state_stays_float32_under_autocast() -> None:
         (lambda f: MultiscaleFlow((1, 8, 0)), "three positive integers"),
         (lambda f: MultiscaleFlow(SHAPE, alpha=0.5), "alpha must be between"),
         (lambda f: MultiscaleFlow(SHAPE, levels=0), "levels must be at least 1"),
+        (lambda f: MultiscaleFlow(SHAPE, field=lambda shape: StateFirst()), "the time is not the first parameter"),
     ],
 )
 def test_what_cannot_work_is_refused(call: Any, message: str) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.objective import bits_per_dim
+from ..core.signature import refuse_state_first
 from ..core.trace_estimators import TraceEstimator
 from ..core.weighing import Regularizers
 from ..errors import ConfigError
@@ -202,6 +203,8 @@ class MultiscaleFlow(BlockFlow):
             return conv_field(shape[0], hidden=hidden, layers=layers, activation=activation)
 
         self.fields = nn.ModuleList(map(field or default, self.block_shapes))
+        for each in self.fields:
+            refuse_state_first(each, "MultiscaleFlow")
 
     @property
     def block_shapes(self) -> list[Shape]:
