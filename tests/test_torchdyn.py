@@ -318,8 +318,8 @@ def test_mistakes_are_refused_at_construction(options: dict[str, Any], message: 
         NeuralODE(WithTime(), **options)
 
 
-def called_model() -> NeuralODE:
-    model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"])
+def called_model(*others: str) -> NeuralODE:
+    model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic", *others])
     model(torch.randn(2, 4))
     return model
 
@@ -333,6 +333,7 @@ def two_cnfs() -> nn.Module:
     [
         (lambda: NeuralODE(SDEFunc(lambda t, x: x, lambda t, x: x)), "SDE"),
         (lambda: called_model().reg_loss(jacfrob=1.0), "unknown penalty 'jacfrob'"),
+        (lambda: called_model("steer").reg_loss(steer=5.0), "has no penalty and takes no lambda"),
         (lambda: called_model()({"a": torch.randn(2, 4)}), "one tensor"),
         (lambda: NeuralODE(two_cnfs(), regularizers=["kinetic"])(torch.randn(2, 4)), "2 CNF modules"),
         (lambda: CNF(nn.Linear(2, 2), "hutch"), "trace estimator"),

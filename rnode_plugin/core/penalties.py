@@ -16,8 +16,8 @@ from ..errors import ConfigError, suggest
 from .followed_solve import Kinds
 from .modes import escaped, transforms_active
 from .objective import penalty
-from .schedules import check_lambda, strength_at
-from .weighing import Weighted, undivided
+from .schedules import strength_at
+from .weighing import Weighted, checked_strength, undivided
 
 
 class _Solve(NamedTuple):
@@ -148,13 +148,14 @@ class Penalties(Mapping[str, Tensor]):
 
         Raises:
             ConfigError: if there was no solve yet, if the ``torch.func.vmap`` around the solve has ended, for an
-                unknown name, and for a strength that is negative or not finite.
+                unknown name, and for a strength that is negative, not finite, or of a span policy that has no
+                penalty.
         """
         strengths = {name: w.strength for name, w in self.weighted.items()}
         for name, strength in lambdas.items():
             if name not in strengths:
                 raise ConfigError(suggest(name, strengths, "penalty"))
-            strengths[name] = check_lambda(name, strength)
+            strengths[name] = checked_strength(self.weighted[name].regularizer, strength)
         numbers = {name: strength_at(name, s, step) for name, s in strengths.items()}
         whole = undivided(each.regularizer for each in self.weighted.values())
         losses: list[Tensor] = []

@@ -80,12 +80,12 @@ def weigh_regularizers(
         found = _regularizer(entry, by_name)
         if found.name in resolved:
             raise ConfigError(f"the regularizer {found.name!r} is named twice; name each once.")
-        resolved[found.name] = Weighted(found, _strength(found, strength))
+        resolved[found.name] = Weighted(found, checked_strength(found, strength))
     Kinds.of(entry.regularizer for entry in resolved.values())  # for its check: at most one span policy
     return resolved
 
 
-def _strength(regularizer: Regularizer, strength: Strength | None) -> Strength:
+def checked_strength(regularizer: Regularizer, strength: Strength | None) -> Strength:
     if not isinstance(regularizer, SpanPolicy) or regularizer.penalized:
         return check_lambda(regularizer.name, DEFAULT_LAMBDA if strength is None else strength)
     if strength is not None and strength != 1:
