@@ -76,6 +76,6 @@ def local_stiffness(step: StepRecord) -> Tensor:
 
 def _rms(x: Tensor) -> Tensor:
     """The root mean square over the event, ``(B,)``; value and gradient are 0 for ``x = 0``."""
-    square = x.reshape(x.shape[0], -1).square().mean(1)
+    square = x.unsqueeze(-1).flatten(1).square().mean(1)  # reshape cannot infer the size of no samples
     zero = square == 0
     return torch.where(zero, torch.zeros_like(square), torch.where(zero, torch.ones_like(square), square).sqrt())
