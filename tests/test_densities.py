@@ -29,6 +29,7 @@ from rnode_plugin import FixedGrid, Hutchinson, NeuralODE, RegularizedCNF, Table
 from rnode_plugin.core.distribution import FlowDistribution
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flow_matching import ODESolver
+from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import LearnedEndTime, Steer, l1
 from rnode_plugin.solvers import GRADIENTS
 
@@ -107,8 +108,23 @@ def test_samples_run_through_the_time_that_the_density_runs_through(policy: Any)
         torch.testing.assert_close(model.trajectory(x, torch.tensor([0.0, 1.0]))[-1], z, rtol=1e-7, atol=1e-7)
         model.inverse(z).sum().backward()
         assert policy.end.grad is not None
+    model.keep_regularizers(resolve_regularizers(["kinetic"]))  # in place of the policy and its parameter
+    model.log_prob(x)
+    assert [*model.regularization] == ["kinetic"]
+    assert not [name for name, _ in model.named_parameters() if name.startswith("regularizer_modules")]
+    model.keep_regularizers(resolve_regularizers([policy]))
     for given in ([], model.regularizers):  # a copy has the model's policy once, given or not
         assert list(model.solved_with(regularizers=given).regularizers) == [policy]
+
+
+def test_output_times_do_not_become_the_steps_of_a_grid() -> None:
+    rotation, span = torch.tensor([[0.0, 3.0], [-3.0, 0.0]]), torch.linspace(0, 1, 65)
+    model = RegularizedCNF(linear(rotation), event_shape=2, solver="rk4", t_span=span).double()
+    x, times = torch.randn(3, 2).double(), torch.tensor([1.0, 0.5, 0.01, 0.0]).double()
+    found, whole = model.trajectory(x, times), model.trajectory(x, span.flip(0).double())
+    torch.testing.assert_close(found[[0, 1]], whole[[0, 32]], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[2:], whole[[63, 64]], rtol=0, atol=0.05)  # 0.01 is between two times
+    torch.testing.assert_close(found[-1], model.inverse(x), rtol=1e-7, atol=1e-7)
 
 
 # --- contexts ---

@@ -376,7 +376,9 @@ class DensityModel(nn.Module, ABC):
         estimator: TraceEstimator | None = None,
         regularizers: Sequence[Regularizer] = (),
     ) -> Self:
-        """A copy that shares the parameters, with another solver, trace estimator or penalties.
+        """A copy that shares the submodules, with another solver, trace estimator or penalties.
+
+        Since submodules are shared, ``train()`` and ``eval()`` of the copy also act on those of the model.
 
         Args:
             solver: a :class:`~rnode_plugin.Solver`; None: the model's.
@@ -496,6 +498,7 @@ class DensityModel(nn.Module, ABC):
         """
         self.regularizers = tuple(each.regularizer for each in weighted.values())
         with_parameters = [r for r in self.regularizers if isinstance(r, nn.Module)]
+        self._modules.pop("regularizer_modules", None)  # those of earlier regularizers
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..core.penalties import OneProcessPerDevice, Penalties, attach
 from ..core.regularizer import Regularizer
 from ..core.signature import accepts, refuse_state_first, time_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
-from ..core.weighing import Regularizers
+from ..core.weighing import Regularizers, Weighted
 from ..errors import ConfigError, check_count
 from ..plugins.registry import resolve_regularizers
 from ..solvers import METHODS, FixedGrid, Solver, get_method
@@ -100,8 +100,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             raise ConfigError("a conditional net is called net(t, z, context), but this one does not take that.")
         refuse_state_first(net, "RegularizedCNF")
         self.net, self.estimator = net, get_estimator(trace_estimator)
-        self._penalties = Penalties(resolve_regularizers(regularizers))
-        self.keep_regularizers(self._penalties.weighted)
+        self.keep_regularizers(resolve_regularizers(regularizers))
         self.objects, self.solver = _objects_and_solver(solver, **options)
         self.solver.check_use(self._penalties.kinds.steps, net)
         given = (0.0, 1.0) if t_span is None else t_span
@@ -179,7 +178,9 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         estimator: TraceEstimator | None = None,
         regularizers: Sequence[Regularizer] = (),
     ) -> RegularizedCNF:
-        """A copy that shares the parameters, with another solver, trace estimator or penalties.
+        """A copy that shares the submodules, with another solver, trace estimator or penalties.
+
+        Since submodules are shared, ``train()`` and ``eval()`` of the copy also act on those of the model.
 
         Args:
             solver: a :class:`~rnode_plugin.Solver`; None: the model's. With ``step=None`` the grid is the model's
@@ -296,15 +297,28 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
 
         Args:
             x: the states at the first time, ``(B, *event_shape)``.
-            t_span: output times ``(T,)``; None: the model's.
+            t_span: output times ``(T,)``; None: the model's. Between them, a grid without a step length also takes
+                the steps of the model.
             context: as for :meth:`encode`.
 
         Raises:
             ConfigError, SolverError: as for :meth:`encode`.
         """
         followed = FollowedSolve.of(self._penalties.kinds)
-        times = followed.times(self.t_span if t_span is None else t_span, like=x)
-        return self._states(x, times, context, self.solver)
+        grid = followed.times(self.t_span, like=x)
+        if t_span is None:
+            return self._states(x, grid, context, self.solver)
+        times = followed.times(t_span, like=x)
+        if not (isinstance(self.solver, FixedGrid) and self.solver.step is None):
+            return self._states(x, times, context, self.solver)
+        check_times(times)
+        inner = grid[(grid > times.min()) & (grid < times.max()) & ~torch.isin(grid, times)]
+        merged, order = torch.cat([times, inner]).sort(descending=bool(times[0] > times[-1]))
+        return self._states(x, merged, context, self.solver)[order < len(times)]
+
+    def keep_regularizers(self, weighted: Mapping[str, Weighted]) -> None:
+        self._penalties = Penalties(weighted)
+        super().keep_regularizers(weighted)
 
     def collect_penalties(self) -> AbstractContextManager[Penalties]:
         """Sum the penalties of several calls of :meth:`log_prob`; see :meth:`NeuralODE.collect_penalties`."""
