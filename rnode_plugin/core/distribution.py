@@ -266,7 +266,8 @@ class DensityModel(nn.Module, ABC):
             temperature: factor on the deviation of the latents from the mean of the base. 1 samples the density
                 itself; lower values give samples nearer to its mode (the paper shows images at 0.5 to 1).
             context: ``context_shape`` for all samples or ``(n, *context_shape)``; only for a conditional density.
-            generator: draws the latents; it is on the model's device. Only for a standard normal base.
+            generator: draws the latents; it is on the model's device. Only for flows, whose base is a
+                :class:`StandardNormal`: other bases draw from torch's global generator.
 
         Raises:
             ConfigError: for a number or a temperature that is not positive, and for a context as in :meth:`encode`.

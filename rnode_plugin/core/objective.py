@@ -67,7 +67,7 @@ class Objective(NamedTuple):
     Attributes:
         loss: ``nll`` plus the sum of ``penalties``.
         nll: negative log-likelihood.
-        penalties: lambda times the mean integral, divided by d, by name.
+        penalties: lambda times the mean integral by name, divided by d except for the ``undivided`` ones.
     """
 
     loss: Tensor
