@@ -178,7 +178,7 @@ def test_configurations_are_compared_image_by_image(tmp_path: Path) -> None:
     assert found.mean == pytest.approx(-0.11)
     # deviations ±0.01 from the mean: sqrt(4 * 0.01^2 / 3) / sqrt(4)
     assert found.error == pytest.approx(0.01 / 3**0.5)
-    assert (found.count, found.unit, found.verdict) == (4, "images", "better")
+    assert (found.freedom, found.verdict) == (pytest.approx(3), "better")
     table = make_table(list(configurations.values()))
     assert cells(table, "rnode")["against none"] == "−0.1100 ± 0.0058 bits/dim: better"
     assert "against none" not in cells(table, "none")
@@ -199,6 +199,22 @@ def test_the_verdict_is_that_of_students_t(tmp_path: Path) -> None:
         assert difference(one, base).verdict == verdict
 
 
+def test_an_error_over_seeds_has_the_choice_of_images_too(tmp_path: Path) -> None:
+    """Seeds that agree on the same images say nothing about other images."""
+    runs = []
+    for seed, luck in {42: -1e-4, 43: 0.0, 44: 1e-4}.items():
+        images = [2 + each + luck for each in (0.3, -0.1, -0.1, 0.1)]
+        runs.append(write_run(tmp_path / f"v{seed}", digits(penalties=(), seed=seed), images=[2.0] * 4))
+        runs.append(write_run(tmp_path / f"r{seed}", digits(seed=seed), images=images))
+    base, one = configurations_of(*runs)
+    found = difference(one, base)
+    assert found.mean == pytest.approx(0.05)
+    over_images, over_seeds = 0.11 / 3 / 4, 1e-8 / 3  # variances of the mean
+    assert found.error == pytest.approx(math.sqrt(over_images + over_seeds))
+    assert found.freedom == pytest.approx(3, rel=1e-3)  # of four images, which have nearly all of the error
+    assert found.verdict == "no difference shown"
+
+
 def test_several_seeds_are_compared_seed_by_seed(tmp_path: Path) -> None:
     runs = []
     for seed, (plain, other) in {42: (1.0, 0.9), 43: (3.0, 2.8), 44: (9.0, 8.7)}.items():
@@ -208,7 +224,7 @@ def test_several_seeds_are_compared_seed_by_seed(tmp_path: Path) -> None:
     extra = write_run(tmp_path / "r45", digits(seed=45), images=[0.0, 0.0])  # without a partner
     base, one = configurations_of(*runs, extra)
     found = difference(one, base)
-    assert (found.count, found.unit) == (3, "seeds")
+    assert found.freedom == pytest.approx(2)
     assert found.mean == pytest.approx(-0.2)
     assert found.error == pytest.approx(0.1 / 3**0.5)
     assert found.verdict == "no difference shown"  # 3.46 standard errors, of three

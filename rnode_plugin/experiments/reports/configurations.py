@@ -153,22 +153,20 @@ class Difference:
 
     Attributes:
         mean: the mean, negative if the configuration is better than the one that it is compared with.
-        error: standard error of the mean.
-        count: number of differences.
-        unit: what the differences are paired by: ``seeds``, ``images`` or ``rows``.
+        error: standard error of the mean, from the choice of samples and, with several seeds, from the seeds.
+        freedom: degrees of freedom of the error.
     """
 
     mean: float
     error: float
-    count: int
-    unit: str
+    freedom: float
 
     @property
     def verdict(self) -> str:
         """``better`` or ``worse`` if the 95 % interval (Student's t) excludes 0, else ``no difference shown``."""
         from scipy.stats import t
 
-        limit = max(_RESOLUTION, float(t.ppf((1 + _LEVEL) / 2, self.count - 1)) * self.error)
+        limit = max(_RESOLUTION, float(t.ppf((1 + _LEVEL) / 2, self.freedom)) * self.error)
         if not abs(self.mean) > limit:  # "not >" also holds for NaN
             return "no difference shown"
         return "better" if self.mean < 0 else "worse"
@@ -187,19 +185,23 @@ def base_of(configurations: Sequence[Configuration]) -> Configuration:
 def paired_difference(one: Configuration, base: Configuration) -> Difference | None:
     """Scores of ``one`` minus scores of ``base`` on the same held-out samples with the same noise.
 
-    The scores are the first quantity of the task, which is dirty bits/dim for images. If the configurations have
-    several seeds in common, there is one difference for each seed, the mean over the samples. With one seed there
-    is one difference for each sample. None if nothing can be paired.
+    The scores are the first quantity of the task, which is dirty bits/dim for images. The error is over the
+    samples, each with its mean difference over the seeds that both have. With several seeds the error over the
+    seeds is added in quadrature, with the degrees of freedom of Welch and Satterthwaite. None if nothing can be
+    paired.
     """
     pairs = [(run, other) for run in one.runs for other in base.runs if _same_samples(run, other)]
     differences = [run.scores - other.scores for run, other in pairs]
-    if not differences:
+    # seeds may have different numbers of samples if a folder of pictures has changed between two runs
+    if not differences or len(differences[0]) < 2 or len({len(each) for each in differences}) > 1:
         return None
-    unit = one.task.samples if len(differences) == 1 else "seeds"
-    values = differences[0] if unit != "seeds" else np.array([each.mean() for each in differences])
-    if len(values) < 2:
-        return None
-    return Difference(float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))), len(values), unit)
+    # the seeds share their samples, so the spread of the seeds does not show the choice of the samples
+    parts = [np.mean(differences, axis=0), *([np.mean(differences, axis=1)] if len(differences) > 1 else [])]
+    variances = [float(part.var(ddof=1)) / len(part) for part in parts]
+    total = sum(variances)
+    below = sum(each**2 / (len(part) - 1) for each, part in zip(variances, parts, strict=True))
+    freedom = total**2 / below if below > 0 else len(parts[-1]) - 1.0  # without a spread any number is right
+    return Difference(float(np.mean(differences)), math.sqrt(total), freedom)
 
 
 def _same_samples(one: RunContents, other: RunContents) -> bool:

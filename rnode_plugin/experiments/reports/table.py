@@ -173,8 +173,8 @@ def _notes(configurations: Sequence[Configuration], base: Configuration) -> Iter
         yield (
             f"The row “against {base.label}” compares two configurations {task.sample} by {task.sample}. Errors "
             "that both share drop out of it. It reads “better” or “worse” if the 95 % interval of the mean "
-            f"difference excludes zero. With one seed the interval covers the choice of the {samples}, but not the "
-            "luck of a training run. Train several seeds (--seeds 3) to cover both."
+            f"difference excludes zero. The interval covers the choice of the {samples}. With one seed it does not "
+            "cover the luck of a training run. Train several seeds (--seeds 3) to cover both."
         )
 
 
