@@ -236,6 +236,7 @@ def test_what_cannot_be_paired_is_not(tmp_path: Path) -> None:
         (digits(seed=43), [1.0, 2.0]),
         (digits("training.val_images=2"), [1.0, 2.0]),
         (digits("data.val_batch_size=1"), [1.0, 2.0]),
+        (digits("test_solver.rtol=0.1"), [1.0, 2.0]),
         (digits(), ()),  # the scores of its images are not there
     )
     for number, (recipe, images) in enumerate(others):

@@ -183,7 +183,7 @@ def base_of(configurations: Sequence[Configuration]) -> Configuration:
 
 
 def paired_difference(one: Configuration, base: Configuration) -> Difference | None:
-    """Scores of ``one`` minus scores of ``base`` on the same held-out samples with the same noise.
+    """Scores of ``one`` minus scores of ``base`` on the same held-out samples with the same noise and test solver.
 
     The scores are the first quantity of the task, which is dirty bits/dim for images. The error is over the
     samples, each with its mean difference over the seeds that both have. With several seeds the error over the
@@ -205,12 +205,12 @@ def paired_difference(one: Configuration, base: Configuration) -> Difference | N
 
 
 def _same_samples(one: RunContents, other: RunContents) -> bool:
-    """Whether both evaluated the same samples with the same noise."""
+    """Whether both evaluated the same samples with the same noise and the same solver."""
 
     def shown(run: RunContents) -> tuple[object, ...]:
         # the noise depends on the seed and on the place of a sample in its batch, hence on the size of a batch
         data = {name: value for name, value in vars(run.recipe.data).items() if name not in _OF_TRAINING}
         training = run.recipe.training
-        return (data, training.val_images, training.seed, len(run.scores))
+        return (data, training.val_images, training.seed, len(run.scores), run.recipe.test_solver)
 
     return len(one.scores) > 0 and shown(one) == shown(other)
