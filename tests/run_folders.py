@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def write_run(
     finished: bool = True,
     stopped: str = "finished",
     images: Sequence[float] = (),
+    devices: int = 1,
 ) -> Path:
     """A run of ``steps`` steps of half a second, ten to an epoch; its values are functions of the step's number.
 
@@ -46,7 +48,7 @@ def write_run(
     """
     path.mkdir(parents=True)
     run = Run(path)
-    run.describe(recipe, ENVIRONMENT)
+    run.describe(recipe, dataclasses.replace(ENVIRONMENT, devices=devices))
     table = MetricsTable(run.metrics)
     for step in range(1, steps + 1):
         times = {"epoch": step / 10, "seconds": step / 2, "seconds_per_step": 0.5, "train_seconds": step / 2}

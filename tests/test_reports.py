@@ -147,6 +147,21 @@ def test_seeds_are_one_configuration_and_other_settings_another(runs: list[Path]
     assert len({(look["color"], look["marker"]) for look in looks}) == 42
 
 
+def test_runs_on_other_numbers_of_devices_are_another_configuration(tmp_path: Path) -> None:
+    """A step averages a batch of each device, so it takes more samples, as with a larger batch size."""
+    write_run(tmp_path / "0", digits(), **FEW)
+    write_run(tmp_path / "1", digits(), devices=2, **FEW)
+    write_run(tmp_path / "2", digits(seed=43), devices=2, **FEW)
+    found, left_out = read_runs([tmp_path])
+    configurations = group_runs(found)
+    assert left_out == []
+    method = digits().solver.method
+    labels = [f"kinetic=0.01+jacfrob=0.01 ({method}, {devices})" for devices in ("1 device", "2 devices")]
+    assert [(one.label, len(one.runs)) for one in configurations] == list(zip(labels, (1, 2), strict=True))
+    table = make_table(configurations)
+    assert [cells(table, label)["devices"] for label in labels] == ["1", "2"]
+
+
 def test_a_sweep_is_in_the_order_of_its_lambdas(tmp_path: Path) -> None:
     strengths = (1.0, linear_warmup(10, 0.1), 0.1)
     paths = [write_run(tmp_path / str(each), dataclasses.replace(digits(), regularizers={"kinetic": each}))

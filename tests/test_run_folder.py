@@ -200,7 +200,8 @@ def test_the_environment(environment: Environment, tmp_path: Path) -> None:
 def test_this_environment() -> None:
     found = Environment.of(torch.device("cpu"))
     assert (found.packages["torch"], found.cuda) == (torch.__version__, None)
-    assert found.threads == torch.get_num_threads()
+    assert (found.threads, found.devices) == (torch.get_num_threads(), 1)
+    assert Environment.of(torch.device("cpu"), devices=3).devices == 3
     assert found.packages.keys() > {"rnode-plugin", "torchdyn", "torchdiffeq", "pytorch-lightning", "numpy"}
 
 

@@ -26,6 +26,7 @@ from rnode_plugin import CNF, NeuralODE, RegularizedCNF, get_recipe
 from rnode_plugin.core.objective import objective
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.regularizers import Rate
 from rnode_plugin.solvers import GRADIENTS
 
@@ -177,6 +178,7 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
     a, b = tmp_path / "two" / "digits" / "0", tmp_path / "one" / "digits" / "0"
     torch.testing.assert_close(weights(a), weights(b), rtol=1e-4, atol=1e-6)
     assert len(rows(a)) == len(rows(b)) == 7
+    assert [Run(each).read().devices for each in (a, b)] == [2, 1]
     for of_two, of_one in zip(rows(a), rows(b), strict=True):
         assert set(of_two) == set(of_one)
         for name, value in of_two.items():

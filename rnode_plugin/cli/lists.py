@@ -183,6 +183,7 @@ def info() -> None:
 
     facts = Environment.of(torch.device("cuda" if torch.cuda.is_available() else "cpu")).to_plain()
     facts["gpus"] = torch.cuda.device_count()
+    del facts["devices"]  # of a run
     facts |= {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     del facts["plugins"]
     for each in registry.report():

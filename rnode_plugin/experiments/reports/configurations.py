@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...core.schedules import final_strength, strength_text
+from ...text import counted
 from ..recipes.recipe import Recipe
 from ..recipes.task import Task
 from ..runs.contents import RunContents
@@ -25,7 +26,7 @@ _ORDER = ("none", "ffjord", "kinetic", "jacfrob", "rnode")  # as in the paper's 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Runs that have the same settings except for the seed.
+    """Runs that have the same settings, except for the seed, and the same number of devices.
 
     Attributes:
         label: a name that no other configuration of the report has.
@@ -102,7 +103,8 @@ def group_runs(runs: Sequence[RunContents]) -> list[Configuration]:
     for run in runs:
         training = dataclasses.replace(run.recipe.training, seed=0)
         settings = dataclasses.replace(run.recipe, training=training).to_plain()
-        groups.setdefault(repr(settings), []).append(run)
+        # a step takes a batch on each device, so the number of devices changes a run as the size of a batch does
+        groups.setdefault(repr((settings, run.devices)), []).append(run)
     order = list(dict.fromkeys([*_ORDER, *(penalties_of(group[0].recipe) for group in groups.values())]))
     members = sorted(
         groups.values(),
@@ -126,6 +128,7 @@ def _labels(runs: Sequence[RunContents]) -> list[str]:
         lambda run: penalties_of(run.recipe),
         lambda run: _with_lambdas(run.recipe),
         lambda run: f"{_with_lambdas(run.recipe)} ({run.recipe.solver.method})",
+        lambda run: f"{_with_lambdas(run.recipe)} ({run.recipe.solver.method}, {counted(run.devices, 'device')})",
         lambda run: run.recipe.name,
         lambda run: str(run.path),
     )

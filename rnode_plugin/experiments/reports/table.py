@@ -90,6 +90,7 @@ def _detail_lines(configurations: Sequence[Configuration], base: Configuration) 
     yield "seeds", "", lambda one: ", ".join(str(run.recipe.training.seed) for run in one.counted)
     yield f"held-out {task.samples}", "measured for the scores and penalties", _held_out
     yield "device", "of each run", _each(lambda run: run.environment.device if run.environment else "")
+    yield "devices", "that train a run together", _each(lambda run: run.devices if run.environment else "")
     yield "threads", "of each run", _each(lambda run: run.environment.threads if run.environment else "")
     yield "state", "", _each(lambda run: run.state)
 

@@ -57,6 +57,11 @@ class RunContents:
         return self.recipe.task
 
     @property
+    def devices(self) -> int:
+        """The number of devices that train the run, 1 if unknown."""
+        return 1 if self.environment is None else self.environment.devices
+
+    @property
     def steps(self) -> Columns:
         """The logged training steps, see :class:`~rnode_plugin.experiments.runs.metrics.Metrics`."""
         return self.metrics.steps

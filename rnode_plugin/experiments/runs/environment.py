@@ -33,6 +33,7 @@ class Environment:
         cuda: the CUDA that torch was built with; None on another device.
         threads: number of threads that torch uses.
         cpus: logical CPUs of the machine; None if they are not known.
+        devices: number of devices that train the run together, each on its own batches.
     """
 
     packages: Mapping[str, str]
@@ -43,10 +44,11 @@ class Environment:
     cuda: str | None
     threads: int
     cpus: int | None
+    devices: int = 1
 
     @staticmethod
-    def of(device: torch.device) -> Environment:
-        """Describe the environment of this process, which computes on ``device``."""
+    def of(device: torch.device, *, devices: int = 1) -> Environment:
+        """Describe the environment of this process, which computes on ``device``, one of ``devices`` in all."""
         cuda = device.type == "cuda"
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         return Environment(
@@ -62,6 +64,7 @@ class Environment:
             cuda=torch.version.cuda if cuda else None,
             threads=torch.get_num_threads(),
             cpus=os.cpu_count(),
+            devices=devices,
         )
 
     def to_plain(self) -> dict[str, object]:

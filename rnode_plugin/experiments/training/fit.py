@@ -132,7 +132,8 @@ def fit(
             stack.enter_context(training_lock(folder.path))
             if resumed is not None and resumed.folder is not None:
                 resumed.go_back(resumed.folder)
-            folder.describe(recipe, Environment.of(trainer.strategy.root_device))
+            environment = Environment.of(trainer.strategy.root_device, devices=trainer.world_size)
+            folder.describe(recipe, environment)
             done = resumed.done if resumed else 0
             recorder.open(folder, keep=done)
             trainer.loggers += [make_logger(name, folder.path) for name in names]  # these write into the folder
