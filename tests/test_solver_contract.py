@@ -99,6 +99,17 @@ def test_name_settings_and_object_make_the_same_solver(name: str) -> None:
     assert (settings.text, settings.name, settings.adaptive) == (made.text, made.name, made.adaptive)
 
 
+def test_a_text_has_all_that_decides_the_steps() -> None:
+    for settings, text in (
+        (SolverSettings("tsit5"), "tsit5, tolerance 1e-05"),
+        (SolverSettings("tsit5", rtol=0.01), "tsit5, atol 1e-05, rtol 0.01"),
+        (SolverSettings("tsit5", atol=0.0, error_norm="worst"), "tsit5, atol 0, rtol 1e-05, error norm worst"),
+    ):
+        assert settings.text == text
+    tolerances = torch.tensor([1e-3, 1e-4])
+    assert Adaptive("tsit5", atol=tolerances, rtol=1e-4).text == "tsit5, atol 0.0001 to 0.001, rtol 0.0001"
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_rates_change_no_step_and_each_stage_is_one_evaluation(name: str) -> None:
     """To the bit; the log-determinant takes part in the error control of an adaptive method."""

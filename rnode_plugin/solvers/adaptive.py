@@ -106,7 +106,7 @@ class Adaptive(Solver):
 
     @property
     def text(self) -> str:
-        return adaptive_text(self.name, self.atol)
+        return adaptive_text(self.name, self.atol, self.rtol, self.error_norm)
 
     @property
     def tolerances(self) -> tuple[Tolerance, Tolerance]:

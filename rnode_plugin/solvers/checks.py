@@ -79,9 +79,19 @@ def refuse_worst(error_norm: str, method: str) -> None:
         )
 
 
-def adaptive_text(name: str, atol: Tolerance) -> str:
-    """``dopri5, tolerance 1e-05``."""
-    return f"{name}, tolerance {atol:g}"
+def adaptive_text(name: str, atol: Tolerance, rtol: Tolerance, error_norm: str) -> str:
+    """``dopri5, tolerance 1e-05`` or ``dopri5, atol 1e-06, rtol 0.01, error norm worst``."""
+    absolute, relative = (_tolerance_text(each) for each in (atol, rtol))
+    both = f"tolerance {absolute}" if absolute == relative else f"atol {absolute}, rtol {relative}"
+    return f"{name}, {both}" + ("" if error_norm == "rms" else f", error norm {error_norm}")
+
+
+def _tolerance_text(tolerance: Tolerance) -> str:
+    """A tolerance, or the range of a tensor of tolerances."""
+    if isinstance(tolerance, (int, float)):
+        return f"{tolerance:g}"
+    low, high = float(tolerance.min()), float(tolerance.max())
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def grid_text(name: str, step: float | None) -> str:

@@ -83,7 +83,9 @@ class SolverSettings:
     @property
     def text(self) -> str:
         """``dopri5, tolerance 1e-05`` or ``rk4_38, step 0.25``."""
-        return adaptive_text(self.method, self.atol) if self.adaptive else grid_text(self.method, self.step)
+        if not self.adaptive:
+            return grid_text(self.method, self.step)
+        return adaptive_text(self.method, self.atol, self.rtol, self.error_norm)
 
     def build(self) -> Solver:
         """Make the solver, a :class:`~rnode_plugin.FixedGrid` or an :class:`~rnode_plugin.Adaptive` one."""
