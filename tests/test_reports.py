@@ -147,6 +147,31 @@ def test_seeds_are_one_configuration_and_other_settings_another(runs: list[Path]
     assert len({(look["color"], look["marker"]) for look in looks}) == 42
 
 
+def test_labels_name_data_that_differ(tmp_path: Path) -> None:
+    """Columns "none" and "rnode" of different data would look like an ablation."""
+
+    def labels(*recipes: Recipe) -> list[str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        paths = [write_run(folder / str(number), each, **FEW) for number, each in enumerate(recipes)]
+        return [one.label for one in configurations_of(*paths)]
+
+    plain, both = digits(penalties=()), digits()
+    pictures = [
+        dataclasses.replace(each, data=dataclasses.replace(each.data, name="folder", root=root))
+        for each, root in ((plain, "/my/cats"), (both, "/my/cats"), (both, "/your/cats"))
+    ]
+    assert labels(plain, pictures[1]) == ["none on digits", "rnode on cats"]
+    assert labels(plain, pictures[0]) == ["none on digits", "none on cats"]
+    assert labels(pictures[0], pictures[1]) == ["none", "rnode"]
+    assert labels(pictures[0], pictures[2]) == [
+        "none on /my/cats (1x8x8, 17 levels)", "rnode on /your/cats (1x8x8, 17 levels)",
+    ]  # fmt: skip
+    coarse = dataclasses.replace(both, data=dataclasses.replace(both.data, levels=2))
+    assert labels(plain, coarse)[1] == "rnode on digits (1x8x8, 2 levels)"
+    tables = [get_recipe("table").override([f"data.columns={columns}"]) for columns in ("a,b", "a,c")]
+    assert labels(*tables) == ["rnode on table (a, b)", "rnode on table (a, c)"]
+
+
 def test_runs_on_other_numbers_of_devices_are_another_configuration(tmp_path: Path) -> None:
     """A step averages a batch of each device, so it takes more samples, as with a larger batch size."""
     write_run(tmp_path / "0", digits(), **FEW)

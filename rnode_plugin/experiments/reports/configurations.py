@@ -15,7 +15,7 @@ from ...text import counted
 from ..recipes.recipe import Recipe
 from ..recipes.task import Task
 from ..runs.contents import RunContents
-from .runs import penalties_of
+from .runs import data_name, data_text, penalties_of
 
 _LEVEL = 0.95
 _RESOLUTION = 1e-5  # bits/dim or nats; single precision does not resolve smaller differences
@@ -123,7 +123,10 @@ def _by_strength(recipe: Recipe) -> list[tuple[str, float, str]]:
 
 
 def _labels(runs: Sequence[RunContents]) -> list[str]:
-    """A label for each run: the first of several texts, from short to long, that no other run has."""
+    """A label for each run: the first of several texts, from short to long, that no other run has.
+
+    Labels name the data if these differ, because scores on different data would look like an ablation.
+    """
     texts: tuple[Callable[[RunContents], str], ...] = (
         lambda run: penalties_of(run.recipe),
         lambda run: _with_lambdas(run.recipe),
@@ -134,10 +137,22 @@ def _labels(runs: Sequence[RunContents]) -> list[str]:
     )
     if len(runs) == 1:
         return [runs[0].recipe.name]
-    labels = [texts[0](run) for run in runs]
+    data = _data_texts([run.recipe for run in runs])
+    labels = [texts[0](run) + on for run, on in zip(runs, data, strict=True)]
     for text in texts[1:]:
-        labels = [text(run) if labels.count(label) > 1 else label for run, label in zip(runs, labels, strict=True)]
+        labels = [
+            text(run) + on if labels.count(label) > 1 else label
+            for run, on, label in zip(runs, data, labels, strict=True)
+        ]
     return labels
+
+
+def _data_texts(recipes: Sequence[Recipe]) -> list[str]:
+    """The end of each label, as `` on mnist``; empty if all recipes have the same data."""
+    short, long = ([text(recipe) for recipe in recipes] for text in (data_name, data_text))
+    if len(set(long)) == 1:
+        return [""] * len(long)
+    return [f" on {text}" for text in (short if len(set(short)) == len(set(long)) else long)]
 
 
 def _with_lambdas(recipe: Recipe) -> str:

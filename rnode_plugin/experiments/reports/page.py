@@ -17,7 +17,7 @@ from ..recipes.recipe import as_text
 from .configurations import Configuration
 from .diagnosis import draw_check
 from .figures import Drawing, make_panels
-from .runs import own_data
+from .runs import data_name, own_data
 from .table import Table, lambdas_text, make_table, summary
 
 
@@ -88,7 +88,7 @@ def _facts(configurations: Sequence[Configuration]) -> dict[str, str]:
     """What was trained, for the head of the page."""
     facts: dict[str, Iterable[str]] = {
         "recipe": dict.fromkeys(_recipe_name(one.recipe.name) for one in configurations),
-        "data": dict.fromkeys(own_data(one.recipe) or one.recipe.data.name for one in configurations),
+        "data": dict.fromkeys(data_name(one.recipe) for one in configurations),
         "λ": [lambdas_text(one) for one in configurations] if len(configurations) == 1 else [],
         "seed": sorted({str(run.recipe.training.seed) for one in configurations for run in one.counted}),
     }

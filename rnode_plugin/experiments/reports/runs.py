@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ...core.schedules import final_strength
 from ...errors import ConfigError
+from ..data.images import shown
+from ..recipes.data import TableData
 from ..recipes.recipe import Recipe
 from ..runs.contents import RunContents
 from ..runs.run import Run
@@ -29,6 +31,19 @@ def own_data(recipe: Recipe) -> str | None:
     """The name of the user's file or folder that a recipe trains on; None for a data set with a name."""
     data = recipe.data
     return Path(data.root).name if data.root is not None and data.name in ("table", "folder") else None
+
+
+def data_name(recipe: Recipe) -> str:
+    """The name of the data of a recipe: of the user's file or folder, or of the data set."""
+    return own_data(recipe) or recipe.data.name
+
+
+def data_text(recipe: Recipe) -> str:
+    """The data of a recipe with all that makes scores comparable, as ``mnist (1x28x28, 256 levels)``."""
+    data = recipe.data
+    place = data.root if own_data(recipe) else data.name
+    what = recipe.task.subject if isinstance(data, TableData) else f"{shown(data.shape)}, {data.levels} levels"
+    return f"{place} ({what})"
 
 
 def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[RunContents], list[str]]:
