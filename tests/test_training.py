@@ -318,6 +318,15 @@ def test_a_second_signal_ends_a_run_at_once_but_an_echo_of_the_first_does_not(
             decides.receive(signum)
 
 
+def test_a_run_with_all_of_its_steps_was_not_stopped_by_its_time_limit(recipe: Recipe) -> None:
+    plan = RunPlan.of(recipe, 200)
+    for step, out_of_time in ((1, True), (plan.total, False)):
+        decides = Stops(plan, max_time=1e-9)
+        trainer: Any = SimpleNamespace(world_size=1, should_stop=False)
+        decides.on_step_end(trainer, RnodeModule(recipe), step)
+        assert (trainer.should_stop, decides.out_of_time) == (True, out_of_time)
+
+
 def test_progress_has_the_time_that_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -252,7 +252,7 @@ def _print_result(result: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
         resume = f"Continue with: rnode-cli train --resume {run}"
         click.echo(resume if result.steps else "No checkpoint had been written yet.")
         return
-    limit = ", time limit" if result.stopped == "max_time" else ""
+    limit = ", time limit" if result.out_of_time else ""
     skipped = f", {result.skipped} of them without a usable gradient" if result.skipped else ""
     rows = [
         ("steps", f"{result.steps} of {result.planned}{limit}{skipped}"),

@@ -86,7 +86,7 @@ class RunContents:
         """The state of the run in words: its steps, and whether it is finished or was stopped by its time limit."""
         if self.result is None:
             return f"not finished: step {self.done:,}"
-        limit = ", stopped by its time limit" if self.result.stopped == "max_time" else ""
+        limit = ", stopped by its time limit" if self.result.out_of_time else ""
         return f"step {self.result.steps:,} of {self.result.planned:,}{limit}"
 
     @property

@@ -44,7 +44,7 @@ class RunEnd:
     @property
     def out_of_time(self) -> bool:
         """Whether a time limit ended the run before its planned steps."""
-        return self.stopped == "max_time" and self.steps < self.planned
+        return self.stopped == "max_time"
 
     @property
     def ended(self) -> dict[str, object]:

@@ -49,7 +49,7 @@ class Stops(StepCallback):
         announce: whether the first process says on standard error that a Ctrl-C was noticed.
 
     Attributes:
-        out_of_time: whether the limit ended the training.
+        out_of_time: whether the limit ended the training before its last step.
         signal: name of the signal that ends the run on all devices; None for none.
     """
 
@@ -91,10 +91,11 @@ class Stops(StepCallback):
             raise Stopped(name, at_once=True)
 
     def on_step_end(self, trainer: L.Trainer, module: RnodeModule, step: int) -> None:
+        complete = step == self._plan.total
         # the clocks of the processes differ, and one that stopped alone would leave the others waiting for it
-        if self._end is not None:
+        if self._end is not None and not complete:
             self.out_of_time = any_process(trainer, time.monotonic() >= self._end)
-        if self.out_of_time or step == self._plan.total:
+        if self.out_of_time or complete:
             trainer.should_stop = True
         self._agree(trainer)
 
