@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -23,7 +24,7 @@ from tiny_runs import as_options, rnode
 
 from rnode_plugin import __version__, cli, get_recipe, hookimpl
 from rnode_plugin.cli import main
-from rnode_plugin.cli.options import Duration
+from rnode_plugin.cli.options import Duration, print_json
 from rnode_plugin.plugins import registry as plugins
 from rnode_plugin.text import duration, table
 
@@ -55,6 +56,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = json.loads((runs / "digits" / "0" / "recipe.json").read_text())
     assert recipe["regularizers"] == {"kinetic": 0.01, "jacfrob": 0.01, "l1": 0.5}
     return runs / "digits" / "0"
+
+
+def test_json_has_no_number_that_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"gap": math.inf, "means": [{"mean": math.nan, "samples": (0.1, -math.inf)}], "file": Path("NaN")})
+    plain = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert plain == {"gap": None, "means": [{"mean": None, "samples": [0.1, None]}], "file": "NaN"}
 
 
 # help ----------------------------------------------------------------------------------------------------------

@@ -286,8 +286,10 @@ def show_next(*steps: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print a value as JSON. What JSON cannot hold, such as a path, becomes text."""
-    click.echo(json.dumps(value, indent=2, default=str))
+    """Print a value as JSON, with null for a number that is not finite, and text for what JSON cannot hold."""
+    # Python writes NaN and Infinity, which JSON does not have and other readers refuse
+    plain = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+    click.echo(json.dumps(plain, indent=2))
 
 
 def loaded(kind: str, describe: Callable[[str], str]) -> list[tuple[str, str]]:
