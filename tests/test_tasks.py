@@ -272,6 +272,7 @@ IMAGES, ROWS, GIVEN_ROWS = "images", "rows", "rows given others"
         (IMAGES, SampleRequest(given="x.csv"), None, "--given-file are for tables that were trained with --given"),
         (IMAGES, SampleRequest(), "x.csv", "x.csv is not a picture: its name must end in .png"),
         (ROWS, SampleRequest(temperatures=(0.5, 1.0)), None, "drawn at one temperature"),
+        (IMAGES, SampleRequest(temperatures=(0.5, 1.0, 0.5)), None, "--temperature has 0.5 twice"),
         (ROWS, SampleRequest(columns=3), None, "rows of a table are in no grid: leave --columns out"),
         (ROWS, SampleRequest(), "x.png", "x.png is not a table"),
         (ROWS, SampleRequest(given=AT), None, "trained without --given, so its density takes no context"),
@@ -297,6 +298,11 @@ def test_requests_that_are_refused(
     with pytest.raises(ConfigError, match=re.escape(message)):
         case.task.write_samples(case.flow, place or tmp_path / case.task.samples_file, asked)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_temperatures_of_a_recipe_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"training\.sample_temperatures has 0\.8 twice"):
+        get_recipe("digits").override(["training.sample_temperatures=0.8,1,0.8"])
 
 
 def test_a_picture_of_samples(case: Case, tmp_path: Path) -> None:

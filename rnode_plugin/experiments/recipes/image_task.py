@@ -110,6 +110,7 @@ class ImageTask(Task["ImageData"]):
         return bits_per_dim(log_prob, dims=self.dims, levels=self._levels)
 
     def grid_rows(self, temperatures: tuple[float, ...]) -> tuple[float, ...]:
+        _refuse_repeated(temperatures, "training.sample_temperatures")
         return temperatures
 
     def save_picture(
@@ -128,6 +129,7 @@ class ImageTask(Task["ImageData"]):
         save_grid(path, images, levels=self._levels, columns=count)
 
     def check_request(self, request: SampleRequest, path: Path | None) -> None:
+        _refuse_repeated(request.temperatures, "--temperature")
         if request.given is not None:
             raise ConfigError("--given-values and --given-file are for tables that were trained with --given.")
         if path is not None and path.suffix.lower() != ".png":
@@ -143,3 +145,10 @@ class ImageTask(Task["ImageData"]):
         images = sample_images(flow, count, temperatures=request.temperatures, seed=request.seed, **options)
         save_grid(path, images, levels=self._levels, columns=request.columns)
         return count
+
+
+def _refuse_repeated(temperatures: tuple[float, ...], setting: str) -> None:
+    """Refuse equal temperatures, whose images would be the same, because they scale the same latents."""
+    for each in temperatures:
+        if temperatures.count(each) > 1:
+            raise ConfigError(f"{setting} has {each:g} twice, which would draw the same images: give it once.")
