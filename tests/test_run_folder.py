@@ -304,6 +304,17 @@ def test_a_diagnosis_is_of_the_weights_of_the_result(tmp_path: Path) -> None:
     assert run.read().diagnosed is None
 
 
+def test_a_diagnosis_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.describe(IMAGES.recipe, ENVIRONMENT)
+    run.add_diagnosis(DIAGNOSED, {"tolerance.png": b"1", "samples.png": b"1", "samples.svg": b"1"})
+    (run.figures / "of-mine.png").touch()
+    run.add_diagnosis(DIAGNOSED, {"tolerance.png": b"2"})
+    assert sorted(each.name for each in run.figures.iterdir()) == ["of-mine.png", "tolerance.png"]
+    run.conclude(result(IMAGES), IMAGES.recipe)
+    assert not run.figures.exists()
+
+
 def test_pictures_and_what_later_steps_have_left(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.describe(IMAGES.recipe, ENVIRONMENT)

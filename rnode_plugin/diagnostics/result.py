@@ -38,6 +38,11 @@ class Check:
     numbers: Mapping[str, _Number] = field(default_factory=dict)
     curves: Mapping[str, Sequence[_Number]] = field(default_factory=dict)
 
+    @property
+    def file_name(self) -> str:
+        """The name of its figure's files, without a suffix."""
+        return self.name.replace(" ", "-")
+
 
 @dataclass(frozen=True)
 class Diagnosis:

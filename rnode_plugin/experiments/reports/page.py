@@ -115,7 +115,7 @@ def _diagnoses(configurations: Sequence[Configuration]) -> Iterator[_Diagnosed]:
     for number, (one, run, diagnosed) in enumerate(runs, 1):
         found = diagnosed.diagnosis
         label = one.label if len(one.counted) == 1 else f"{one.label}, seed {run.recipe.training.seed}"
-        names = [f"diagnosis-{number}-{check.name.replace(' ', '-')}" for check in found.checks]
+        names = [f"diagnosis-{number}-{check.file_name}" for check in found.checks]
         checks = zip(found.checks, names, strict=True)
         yield _Diagnosed(label, found.samples, [(each, name, draw_check(each, name)) for each, name in checks])
 

@@ -216,12 +216,17 @@ class Run:
         from .results import write_result
 
         write_result(self.result, result, self._scores(recipe), recipe.task.sample)
-        self.diagnosis.unlink(missing_ok=True)  # one that was made while the run trained may be of other weights
+        # a diagnosis that was made while the run trained may be of other weights
+        self.diagnosis.unlink(missing_ok=True)
+        shutil.rmtree(self.figures, ignore_errors=True)
 
     def add_diagnosis(self, diagnosed: DiagnosedWeights, figures: Mapping[str, bytes]) -> None:
-        """Write a diagnosis, and its figures by the names of their files."""
+        """Write a diagnosis, and its figures by the names of their files, in place of an earlier one."""
         from .results import write_diagnosis
 
+        for check in diagnosed.diagnosis.checks:  # one that has no figure now may have had one before
+            for suffix in ("png", "svg"):
+                (self.figures / f"{check.file_name}.{suffix}").unlink(missing_ok=True)
         for name, contents in figures.items():
             write_atomically(self.figures / name, lambda file, contents=contents: file.write(contents))
         write_diagnosis(self.diagnosis, diagnosed)
