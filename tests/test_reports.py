@@ -403,12 +403,13 @@ def test_the_command(runs: list[Path], tmp_path: Path) -> None:
     assert (refused.exit_code, "--force" in refused.output) == (2, True)
     assert (out / "report.html").read_text() == made
     (out / "figures").mkdir(exist_ok=True)
+    assert (out / "figures" / "score-nfe.svg").is_file()  # compares configurations
     (out / "figures" / "samples-3-rnode.png").write_bytes(b"of an earlier report")
     (out / "figures" / "notes.txt").write_text("of the user")
     (out / "figures" / "photograph.png").write_bytes(b"of the user")
     plain = json.loads(rnode("report", runs[0], "--out", out, "--force", "--json").stdout)
     kept = {each.name for each in (out / "figures").iterdir()}
-    assert "samples-3-rnode.png" not in kept
+    assert not kept & {"samples-3-rnode.png", "score-nfe.png", "score-nfe.svg"}
     assert kept >= {"notes.txt", "photograph.png"}
     assert plain["table"]["bits/dim, dirty"] == {"digits": "2.100 ± 0.020 bits/dim"}
 
@@ -434,6 +435,7 @@ def test_the_page_needs_nothing_but_itself_and_escapes_texts(runs: list[Path], t
         "score-nfe", "score-training", "score-validation", "nfe-jacobian", "jacobian-epoch", "kinetic-epoch",
         "nfe-epoch", "samples-1-none", "samples-2-rnode",
     }  # fmt: skip
+    assert set(figures.PANELS) == {path.stem for path in report.figures if not path.stem.startswith("samples")}
     for path in report.figures:
         with Image.open(path) as image:
             assert image.width >= 90

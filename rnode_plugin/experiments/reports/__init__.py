@@ -11,6 +11,7 @@ from pathlib import Path
 from ...files import write_atomically
 from ...text import table as text_table
 from .configurations import group_runs
+from .figures import PANELS
 from .page import make_page
 from .runs import read_runs
 from .table import Table
@@ -53,7 +54,7 @@ def write_report(
         runs: run folders, or folders with run folders below them. Runs below a folder that cannot be read, runs
             without a logged step and repetitions are left out and named in the report.
         out: folder for ``report.html`` (one file with everything in it, nothing is fetched) and ``figures/`` (PNG
-            and SVG). Samples and diagnoses of a report that is there are removed.
+            and SVG). Figures of a report that is there are removed.
         title: None for one that names the recipe or the data sets.
 
     Raises:
@@ -67,9 +68,9 @@ def write_report(
     # "replace", because the name of a folder need not be valid text
     for path, contents in {**files, place: html.encode(errors="replace")}.items():
         write_atomically(path, lambda file, contents=contents: file.write(contents))
-    for figure in (Path(out) / "figures").iterdir() if files else ():
-        # A figure of an earlier report would look like one of these runs. Only names with a number are removed,
-        # because a user may keep other pictures here.
-        if figure not in files and re.fullmatch(r"(samples|diagnosis)-\d+-.+\.(png|svg)", figure.name):
+    # a figure of an earlier report would look like one of these runs. A user may keep other pictures here
+    ours = re.compile(rf"((samples|diagnosis)-\d+-.+|{'|'.join(PANELS)})\.(png|svg)")
+    for figure in (Path(out) / "figures").glob("*"):
+        if figure not in files and ours.fullmatch(figure.name):
             figure.unlink()
     return Report(place, tuple(path for path in files if path.suffix == ".png"), table, tuple(left_out))

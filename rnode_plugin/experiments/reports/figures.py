@@ -30,6 +30,12 @@ _NFE = "NFE of the test solver"
 STYLE = "rnode_plugin.plots"
 """The style sheet of all figures, for ``matplotlib.style.use``. Its colors C0 to C5 are the only palette."""
 
+PANELS = (
+    "score-nfe", "score-training", "score-validation", "nfe-jacobian", "jacobian-epoch", "kinetic-epoch",
+    "nfe-epoch",
+)  # fmt: skip
+"""The names of all panels that a report may have."""
+
 
 class Drawing(NamedTuple):
     """A figure in two formats, on a transparent background."""
