@@ -387,6 +387,16 @@ def test_finding_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Run.find(Path("empty"))
 
 
+def test_runs_behind_a_link_are_found_once(tmp_path: Path) -> None:
+    Run(tmp_path / "disk" / "0").describe(IMAGES.recipe, ENVIRONMENT)
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "a").symlink_to(tmp_path / "disk")
+    (runs / "b").symlink_to(tmp_path / "disk" / "0")
+    (tmp_path / "disk" / "up").symlink_to(runs)
+    assert Run.find(runs) == [Run(runs / "a" / "0")]
+
+
 # damaged files -------------------------------------------------------------------------------------------------
 
 

@@ -55,14 +55,14 @@ class Run:
 
     @staticmethod
     def find(path: Path) -> list[Run]:
-        """Find the run at ``path``, or the runs below it.
+        """Find the run at ``path``, or the runs below it, also behind links, each once.
 
         Raises:
             ConfigError: there is none.
         """
         if Run(path).is_described:
             return [Run(path)]
-        inside = sorted(each.parent for each in path.rglob(_RECIPE))
+        inside = sorted(each for each in _folders_below(path) if Run(each).is_described)
         if not inside:
             near = difflib.get_close_matches(str(path), Run.here(), n=1)
             hint = f"; did you mean {near[0]!r}? Give" if near and not path.exists() else ": give"
@@ -273,6 +273,19 @@ class Run:
             picture=Picture(self.picture(), None) if self.picture().is_file() else newest,
             diagnosed=read_diagnosis(self.diagnosis),
         )
+
+
+def _folders_below(path: Path) -> Iterator[Path]:
+    """Yield all folders below ``path``. Links are followed, each to a folder that was not visited before."""
+    seen: set[str] = set()
+    for here, subfolders, _ in os.walk(path, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:  # a link back up would lead in circles
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()  # in place, which is how os.walk takes its order
+        yield Path(here)
 
 
 def recipe_beside(checkpoint: Path) -> Recipe | None:
