@@ -73,11 +73,16 @@ def test_other_data_leave_the_diagnosis_of_the_run(
     before = (trained / "diagnosis.json").read_bytes()
     names, *lines = (trained.parents[1] / "rows.csv").read_text().splitlines()
     Path("other.csv").write_text("\n".join([names, *lines[:150]]))
-    for other in ("other.csv", trained.parents[1] / "rows.csv"):  # the latter is the table of the run
-        result = rnode("diagnose", trained, "--samples", "8", "--quiet", "--data-root", other)
+    inside = trained / "checkpoints"
+    for place, weights, other in (
+        (tmp_path, trained, "other.csv"),
+        (inside, "best.ckpt", trained.parents[1] / "rows.csv"),  # the table of the run
+    ):
+        monkeypatch.chdir(place)
+        result = rnode("diagnose", weights, "--samples", "8", "--quiet", "--data-root", other)
         assert result.exit_code in (0, CHECK_FAILED), result.output
         assert ((trained / "diagnosis.json").read_bytes() == before) == (other == "other.csv")
-    assert json.loads(Path("diagnosis/diagnosis.json").read_text())["samples"] == 8
+    assert json.loads((tmp_path / "diagnosis" / "diagnosis.json").read_text())["samples"] == 8
     (trained / "diagnosis.json").write_bytes(before)
 
 

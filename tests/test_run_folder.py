@@ -172,7 +172,7 @@ def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) ->
 
 
 @KINDS
-def test_the_recipe(kind: Kind, tmp_path: Path) -> None:
+def test_the_recipe(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path / "a")
     assert not run.is_described
     assert Run.of_checkpoint(run.best) is recipe_beside(run.best) is None
@@ -181,6 +181,10 @@ def test_the_recipe(kind: Kind, tmp_path: Path) -> None:
     assert run.recipe() == recipe_beside(run.best) == kind.recipe
     assert Run.of_checkpoint(run.last) == run
     assert Run.of_checkpoint(run.path / "elsewhere" / LAST) is None
+    run.last.parent.mkdir()
+    monkeypatch.chdir(run.last.parent)
+    assert Run.of_checkpoint(Path(LAST)) == run
+    assert recipe_beside(Path("..", "checkpoints", LAST)) == kind.recipe
     (run.path / "recipe.json").write_text("{")
     assert recipe_beside(run.best) is None
 

@@ -181,7 +181,7 @@ def diagnose(
     Writes diagnosis.json and diagnosis/ (PNG and SVG). `rnode-cli report` shows the diagnosis of the best weights
     of a run. The exit code is 3 if a check failed.
     """
-    from ..experiments.runs.run import Run, recipe_beside
+    from ..experiments.runs.run import BEST, Run, recipe_beside
     from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
 
     path = find_checkpoint(run)
@@ -190,7 +190,7 @@ def diagnose(
     own = Run.of_checkpoint(path)
     # a report shows the diagnosis in the folder as one on the data of the run
     others = known is not None and known.data.of_user and known.at_root(data_root) != known
-    default = own.path if own and path == own.best and not others else free_path(None, "diagnosis", force=False)
+    default = own.path if own and path.name == BEST and not others else free_path(None, "diagnosis", force=False)
     target = Run(Path(out or default))
     check_folder(target.path)
     from ..diagnostics.diagnose import compared_for, diagnose

@@ -77,6 +77,8 @@ class Run:
     @staticmethod
     def of_checkpoint(checkpoint: Path) -> Run | None:
         """Return the run that a checkpoint lies in; None for a file elsewhere."""
+        if checkpoint.parent.name != _CHECKPOINTS:  # the path may begin inside of the run's folder
+            checkpoint = Path(os.path.abspath(checkpoint))
         run = Run(checkpoint.parent.parent)
         return run if checkpoint.parent.name == _CHECKPOINTS and run.is_described else None
 
