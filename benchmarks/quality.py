@@ -41,7 +41,6 @@ from rnode_plugin.experiments.training.fit import fit
 from rnode_plugin.experiments.training.plan import RunOptions
 from rnode_plugin.experiments.training.step import StepTerms
 
-BASE = "likelihood"
 QUANTITIES = ("dirty", "nfe", "kinetic", "jacfrob")
 COLUMNS = ("data", "steps", "settings", "method", "seed", *QUANTITIES, "gap", "images", "seconds", "ended")
 
@@ -188,14 +187,21 @@ def experiment_of(recipe: Recipe, data: ImageData, method: Method) -> Experiment
     return dataclasses.replace(experiment, loss=loss)
 
 
+def latest(rows: Sequence[Mapping[str, Any]], *keys: str) -> list[Mapping[str, Any]]:
+    """The last row for each value of the keys, because a run that is repeated is not another seed."""
+    return list({tuple(row[key] for key in keys): row for row in rows}.values())
+
+
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each method: means over seeds, and the difference to :data:`BASE` with its standard error."""
-    base = {row["seed"]: float(row["dirty"]) for row in rows if row["method"] == BASE and row["dirty"]}
+    """A line for each method: means over seeds, and the difference to the first line with its standard error."""
+    measured = [row for row in rows if row["dirty"]]  # a run that failed has none
+    base: dict[str, float] = {}
     lines = []
     for name in METHODS:
-        found = [row for row in rows if row["method"] == name and row["dirty"]]  # a run that failed has none
+        found = [row for row in measured if row["method"] == name]
         if not found:
             continue
+        base = base or {row["seed"]: float(row["dirty"]) for row in found}
         mean = {key: statistics.mean(float(row[key] or "nan") for row in found) for key in COLUMNS[5:-1]}
         gaps = [float(row["dirty"]) - base[row["seed"]] for row in found if row["seed"] in base]
         spread = f" ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.3f}" if len(gaps) > 1 else ""
@@ -228,9 +234,10 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], final: Sequence[Mapping[
             curves.append([[float(row[key]) for row in points] for key in ("seconds", "bits_per_dim")])
             axes.plot(*curves[-1], color=f"C{color}", linewidth=0.8, alpha=0.6)
         if len({len(curve[0]) for curve in curves}) == 1:
-            nfe = statistics.mean(float(row["nfe"]) for row in final if row["method"] == name)
+            nfe = [float(row["nfe"]) for row in final if row["method"] == name and row["nfe"]]
             penalties = ", both penalties" if METHODS[name].penalized else ""
-            label = f"{name}{penalties}: NFE {nfe:.0f} at the end"
+            ended = f": NFE {statistics.mean(nfe):.0f} at the end" if nfe else ""  # none if all runs failed
+            label = f"{name}{penalties}{ended}"
             axes.plot(*np.mean(curves, axis=0), color=f"C{color}", linewidth=2.5, label=label)
     lowest = min(float(row["bits_per_dim"]) for row in rows)
     axes.set(xlabel="processor time of training, seconds", ylabel="held-out bits/dim", title=title)
@@ -311,9 +318,11 @@ def main(data: str, out: str, assignments: tuple[str, ...], **options: Any) -> N
     def with_these_settings(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         return [row for row in rows if all(row[key] == value for key, value in same.items())]
 
+    curves = latest(with_these_settings(points), "method", "seed", "step")
+    ends = latest(with_these_settings(rows), "method", "seed")
     title = options["title"] or f"{data}, {steps} steps"
-    draw(folder / f"quality_{data}.png", with_these_settings(points), with_these_settings(rows), title)
-    click.echo("\n" + summary(with_these_settings(rows)))
+    draw(folder / f"quality_{data}.png", curves, ends, title)
+    click.echo("\n" + summary(ends))
 
 
 if __name__ == "__main__":
