@@ -217,6 +217,8 @@ def test_the_split_is_a_function_of_its_seed() -> None:
     assert [len(one.train), len(one.val), len(one.held_out)] == [65, 10, 25]
     together = np.concatenate([one.train, one.val, one.held_out])
     assert sorted(together[:, 0]) == rows[:, 0].tolist()
+    assert one.numbers is not None
+    assert np.array_equal(rows[one.numbers - 1], one.held_out)
     assert np.array_equal(one.held_out, same.held_out)
     assert not np.array_equal(one.held_out, other.held_out)
     with pytest.raises(DataError, match="t has 19 rows, but a density needs at least 20"):

@@ -62,7 +62,7 @@ def conditional(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(recipe_of(file, *settings), tmp_path_factory.mktemp("runs")).folder.path
 
 
-def test_a_run_folder_of_a_table(conditional: Path) -> None:
+def test_a_run_folder_of_a_table(file: Path, conditional: Path) -> None:
     logged = rows(conditional)
     assert [row["step"] for row in logged if "train/nll" in row] == [str(k) for k in range(1, 9)]
     assert [row["step"] for row in logged if "val/nll" in row] == ["4", "8"]
@@ -72,6 +72,10 @@ def test_a_run_folder_of_a_table(conditional: Path) -> None:
         scores = list(csv.DictReader(text))
     assert list(scores[0]) == ["row", "nll", "gaussian"]
     assert evaluation["samples"] == len(scores) == 40
+    whole = np.loadtxt(file, delimiter=",", skiprows=1)
+    numbers = [int(row["row"]) for row in scores]  # as in an error message on the file
+    held_out = cast(Table, recipe_of(file).load_data()).held_out
+    np.testing.assert_allclose(whole[np.array(numbers) - 1], held_out, rtol=1e-6)
     for name in ("nll", "gaussian"):
         values = np.array([float(row[name]) for row in scores])
         assert evaluation["means"][name]["mean"] == pytest.approx(values.mean(), rel=1e-6)

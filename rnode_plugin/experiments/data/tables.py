@@ -33,6 +33,7 @@ class Table:
         held_out: rows that measure the result.
         rows, checksum: number of rows in all parts, and a hash of their values and of the split. They are computed
             if they are not given. :meth:`limit` and :meth:`single` keep them, because they describe the file.
+        numbers: the place of each held-out row in the file, from 1; None for a table that comes in parts.
 
     Raises:
         DataError: the arrays are not such rows.
@@ -45,6 +46,7 @@ class Table:
     held_out: np.ndarray
     rows: int = 0
     checksum: str = ""
+    numbers: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for part, rows in self._parts.items():
@@ -128,7 +130,9 @@ def split_rows(
     order = np.random.RandomState(seed).permutation(len(rows))  # a stream that NumPy keeps for good
     n_held_out, n_val = (max(1, round(share * len(rows))) for share in (held_out, validation))
     parts = np.split(rows[order], [n_held_out, n_held_out + n_val])
-    return Table(name, tuple(columns), train=parts[2], val=parts[1], held_out=parts[0])
+    return Table(
+        name, tuple(columns), train=parts[2], val=parts[1], held_out=parts[0], numbers=order[:n_held_out] + 1
+    )
 
 
 def table(

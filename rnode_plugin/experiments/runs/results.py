@@ -78,7 +78,7 @@ class Result(RunEnd):
 _RESULT = TypeAdapter(Result)
 
 
-def write_result(path: Path, result: Result, scores: Path, sample: str) -> None:
+def write_result(path: Path, result: Result, scores: Path, sample: str, numbers: list[int] | None = None) -> None:
     """Write the scores of each held-out sample, and then the ``result.json``.
 
     Args:
@@ -86,9 +86,10 @@ def write_result(path: Path, result: Result, scores: Path, sample: str) -> None:
         result: the means and the scores.
         scores: the file of the scores, with a column for each mean, and one with the numbers of the samples.
         sample: name of the latter column, ``image`` or ``row``.
+        numbers: the numbers of the samples; None to count them from 0.
     """
     evaluation = result.evaluation
-    table = pandas.DataFrame({name: mean.samples for name, mean in evaluation.means.items()})
+    table = pandas.DataFrame({name: mean.samples for name, mean in evaluation.means.items()}, index=numbers)
     # a result.json marks a run as finished, so it comes last, when the other file is complete
     write_text(scores, table.to_csv(index_label=sample, na_rep="nan", lineterminator="\n"))
     write_json(path, {**result.ended, "evaluation": evaluation.to_plain()})

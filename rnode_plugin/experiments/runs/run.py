@@ -213,11 +213,14 @@ class Run:
             keep = None if checkpoint.name == PREVIOUS else self.previous
             write_atomically(self.last, lambda file: file.write(contents), keep=keep)
 
-    def conclude(self, result: Result, recipe: Recipe) -> None:
-        """Write the result and the scores by held-out sample (``images.csv`` or ``rows.csv``)."""
+    def conclude(self, result: Result, recipe: Recipe, numbers: list[int] | None = None) -> None:
+        """Write the result and the scores by held-out sample (``images.csv`` or ``rows.csv``).
+
+        ``numbers`` are the numbers of the samples in that file; None to count them from 0.
+        """
         from .results import write_result
 
-        write_result(self.result, result, self._scores(recipe), recipe.task.sample)
+        write_result(self.result, result, self._scores(recipe), recipe.task.sample, numbers)
         # a diagnosis that was made while the run trained may be of other weights
         self.diagnosis.unlink(missing_ok=True)
         shutil.rmtree(self.figures, ignore_errors=True)
