@@ -336,10 +336,13 @@ def test_a_table_that_has_changed_is_not_split_again(file: Path, tmp_path: Path)
         new = read_recipe(folder / "recipe.json")
         assert cast(Table, new.load_data()).rows == len(changed) - 1, "a new run takes the new rows"
     elsewhere = path.rename(tmp_path / "changed.csv")
-    assert "is another table than the one" in rnode("eval", folder, "--data-root", elsewhere).output
+    other = rnode("eval", folder, "--data-root", elsewhere).output
+    assert "is another table than the one" in other
+    assert "Gaussian" not in other, "it would be fitted to other rows than the flow"
     again = rnode("eval", str(folder), "--json", "--data-root", str(tmp_path / "moved.csv"))
     assert "another table" not in again.output
     assert json.loads(again.stdout)["means"] == json.loads(before.stdout)["means"]
+    assert json.loads(again.stdout)["means"].keys() == {"nll", "gaussian"}
 
 
 def _ring(*, root: str | None = None) -> Table:

@@ -115,7 +115,7 @@ def eval(  # noqa: A001 - the command's name
         known.override(changes)
         known.at_root(data_root)
     from ..experiments.evaluation.likelihood import evaluate
-    from ..experiments.evaluation.loading import load_for_evaluation, pick_device
+    from ..experiments.evaluation.loading import doubt_of, load_for_evaluation, pick_device
 
     flush_denormals()
     flow, recipe = load_with_recipe(path, map_location=pick_device(device))
@@ -131,7 +131,9 @@ def eval(  # noqa: A001 - the command's name
         training_solver=recipe.solver.build(),
         seed=recipe.training.seed if seed is None else seed,
         progress=None if quiet else batch_counter("evaluating"),
-    ).with_baselines(recipe.task, data)
+    )
+    if doubt_of(recipe, data) is None:  # else it would be fitted to other rows than the flow
+        result = result.with_baselines(recipe.task, data)
     head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
     if as_json:
         print_json({**head, **result.to_plain(samples=not summary)})

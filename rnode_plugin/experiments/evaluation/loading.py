@@ -27,12 +27,15 @@ def load_for_evaluation(recipe: Recipe, *, root: str | None = None, download: bo
         DataError, ConfigError: see :meth:`~rnode_plugin.experiments.recipes.recipe.Recipe.load_data`.
     """
     data = recipe.at_root(root).load_data(download=download, all_val=True)
-    # the settings judge the kind of data that they load. They are asked, and not those at the other place, because
-    # only these know the checksum of the training
-    doubt = cast("Callable[[ImageData | Table], str | None]", recipe.data.doubt)(data)
-    if doubt is not None:
+    if (doubt := doubt_of(recipe, data)) is not None:
         print(doubt, file=sys.stderr)
     return data
+
+
+def doubt_of(recipe: Recipe, data: ImageData | Table) -> str | None:
+    """Say why the held-out samples of ``data`` may have been trained on; None for the data of the training."""
+    # the settings judge the kind of data that they load. The ones of the run know the checksum of the training
+    return cast("Callable[[ImageData | Table], str | None]", recipe.data.doubt)(data)
 
 
 def check_device(name: str) -> None:
