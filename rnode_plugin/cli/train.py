@@ -57,7 +57,8 @@ if TYPE_CHECKING:
               help="How many devices, or which: 4, or 0,2.")  # fmt: skip
 @quiet
 @as_json
-@click.option("--ffjord", is_flag=True, help="Train the FFJORD baseline: no penalties, dopri5 at 1e-5.")
+@click.option("--ffjord", is_flag=True,
+              help="Train the FFJORD baseline: no penalties, no flow matching, dopri5 at 1e-5.")  # fmt: skip
 @short("given", "weights", "accumulate", "limit-train", "limit-val", "val-every", "precision")
 @click.option("--compile/--no-compile", default=None, help="Use torch.compile, which takes minutes at first.")
 @click.option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Folder of all runs.")
@@ -277,9 +278,10 @@ def _print_result(result: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
 @click.argument("recipe", shell_complete=complete("recipes"))
 @click.option("--configuration", "configurations", multiple=True, metavar="NAME|FILE",
               shell_complete=complete("regularizers"),
-              help="Train none (no penalty), ffjord (no penalty, dopri5 at 1e-5), rnode (all penalties of the "
-                   "recipe), a penalty such as kinetic or taylor:3, or a JSON file of penalties and lambdas, also "
-                   "for sweeps. May be repeated. [default: none, each penalty of the recipe, rnode]")  # fmt: skip
+              help="Train none (no penalty), ffjord (no penalty, no flow matching, dopri5 at 1e-5), rnode (all "
+                   "penalties of the recipe), a penalty such as kinetic or taylor:3, or a JSON file of penalties "
+                   "and lambdas, also for sweeps. May be repeated. [default: none, each penalty of the recipe, "
+                   "rnode]")  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs of each configuration.")
 @short("max-steps")
 @click.option("--max-time", type=Duration(), help="Limit for each run: 90 (seconds), 20m or 1h30m.")
