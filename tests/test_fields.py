@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from field_table import SHAPES, make_field
+from problems import Plain
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
+from rnode_plugin import NeuralODE, RegularizedCNF
 from rnode_plugin.core.derivatives import Ask, AutogradField, Field
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import ConcatConv2d, ConcatLinear, StackField, conv_field
@@ -308,3 +310,31 @@ def test_autocast_keeps_the_states_dtype() -> None:
     double, inputs = make_field("conv"), make_inputs("conv")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same(found(double, *inputs), expected(double, *inputs), 1e-12)
+
+
+class Damped(StackField):
+    def forward(self, t: Tensor | float, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().forward(t, z, context) - 3 * z
+
+
+class Counted(StackField):
+    calls = 0
+
+    def linearize(self, *arguments: Any, **options: Any) -> Any:
+        self.calls += 1
+        return super().linearize(*arguments, **options)
+
+
+def test_a_subclass_is_the_field_of_a_solve_with_products() -> None:
+    base, z = make_field("linear", "tanh"), make_inputs("linear")[1].detach()
+    span = torch.linspace(0, 1, 4, dtype=torch.float64)
+    damped = Damped(base.layers, activation="tanh")
+    expected = NeuralODE(damped, "rk4")(z, span)[1]
+    torch.testing.assert_close(NeuralODE(damped, "rk4", regularizers=["jacfrob"])(z, span)[1], expected)
+    torch.testing.assert_close(expected, NeuralODE(lambda t, z: base(t, z) - 3 * z, "rk4")(z, span)[1])
+    options: dict[str, Any] = {"event_shape": z.shape[1], "trace_estimator": "exact", "solver": "rk4"}
+    densities = [RegularizedCNF(field, **options).double().log_prob(z) for field in (damped, Plain(damped))]
+    torch.testing.assert_close(*densities)
+    counted = Counted(base.layers, activation="tanh")
+    NeuralODE(counted, "rk4", regularizers=["jacfrob"])(z, span)
+    assert counted.calls >= 12

@@ -59,6 +59,18 @@ def test_the_exact_trace_of_a_density_needs_no_jacobian() -> None:
     torch.testing.assert_close(both.log_prob(x), found, rtol=1e-5, atol=1e-5)
 
 
+class _Damped(PotentialField):
+    def forward(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().forward(t, z, context) - 3 * z
+
+
+def test_a_subclass_is_the_field_of_a_solve_with_products() -> None:
+    torch.manual_seed(0)
+    field, z = _Damped(2).double(), torch.randn(3, 2, dtype=torch.float64)
+    expected = NeuralODE(field, "rk4")(z)[1]
+    torch.testing.assert_close(NeuralODE(field, "rk4", regularizers=["jacfrob"])(z)[1], expected)
+
+
 class _Exact(nn.Module):
     """Phi = ||z||^2 / (2 (2 - t)), a solution of the HJB equation: straight lines into the origin at t = 2."""
 

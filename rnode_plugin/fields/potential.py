@@ -77,10 +77,10 @@ class PotentialField(nn.Module):
     ) -> Linearization:
         """``-grad Phi`` and what ``ask`` names, in closed form; the Jacobian, ``-Hess Phi``, is symmetric.
 
-        ``aux`` is ``{"potential_rate": dPhi/dt (B,)}``. If the field has hooks, it is called instead, so that they
-        run, and its products come from automatic differentiation.
+        ``aux`` is ``{"potential_rate": dPhi/dt (B,)}``. If the field has hooks, or is of a subclass with another
+        ``forward``, it is called instead, and its products come from automatic differentiation.
         """
-        if has_hooks(self):
+        if type(self).forward is not PotentialField.forward or has_hooks(self):
             field = AutogradField(lambda t, z: self(t, z, context), aux=lambda t, z: self.aux(t, z, context))
             return field.linearize(t, z, noise, ask=ask)
         s = self._joined(t, z, context)

@@ -59,14 +59,12 @@ class StackField(nn.Module):
         """Prepare this field for the evaluations in one solve from a state like ``z (B, *event)``.
 
         Everything that depends only on the weights and the ``noise`` of the solve is computed here once, with its
-        graph. Do not use the result after the weights have changed.
+        graph. Do not use the result after the weights have changed. A subclass that overrides :meth:`linearize` is
+        not prepared. If it overrides :meth:`forward` alone, automatic differentiation computes the products.
         """
-        if any(map(has_hooks, (self, *self.layers))):
-            return AutogradField(lambda t, z: self(t, z, context))
-        # skipped where batch shapes vary (validation, sampling), because every new shape triggers a compilation
-        compiled = self.compiled and self.training
-        with outside_inference():  # a penalty may differentiate by the state, through tensors that are made here
-            return self._stack(z, noise=noise, context=context, fast=not exporting(), compiled=compiled)
+        if type(self).linearize is not StackField.linearize:
+            return self if context is None else AtContext(self, context)
+        return self._prepared(z, noise, context)
 
     def linearize(
         self,
@@ -79,7 +77,7 @@ class StackField(nn.Module):
     ) -> Linearization:
         """Implement :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`."""
         t = t if isinstance(t, Tensor) else z.new_tensor(t)
-        return self.prepare(z, context=context).linearize(t, z, noise, ask=ask)
+        return self._prepared(z, None, context).linearize(t, z, noise, ask=ask)
 
     def layout(self, x: Tensor) -> Tensor:
         """``x (B, *event)`` in the memory layout in which this field is fast and returns its velocity."""
@@ -97,6 +95,14 @@ class StackField(nn.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self._activation.name!r}"
+
+    def _prepared(self, z: Tensor, noise: Tensor | None, context: Tensor | None) -> Field:
+        if type(self).forward is not StackField.forward or any(map(has_hooks, (self, *self.layers))):
+            return AutogradField(lambda t, z: self(t, z, context))
+        # skipped where batch shapes vary (validation, sampling), because every new shape triggers a compilation
+        compiled = self.compiled and self.training
+        with outside_inference():  # a penalty may differentiate by the state, through tensors that are made here
+            return self._stack(z, noise=noise, context=context, fast=not exporting(), compiled=compiled)
 
     def _stack(self, z: Tensor, **options: Any) -> Stack:
         layers: list[Any] = list(self.layers)
