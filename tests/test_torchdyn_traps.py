@@ -213,6 +213,29 @@ def test_placeholders_of_a_users_own_layer_are_filled_and_given_back() -> None:
     assert layer._control is None
 
 
+def test_placeholders_that_torchdyn_has_filled_are_filled_again() -> None:
+    class Clock(nn.Module):
+        t: Any = None  # a default of the class
+        _control: Any
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._control = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.t * self._control + 0 * x
+
+    layer, x, span = Clock(), torch.full((1, 1), 2.0), torch.tensor([0.0, 1.0])
+    for before in (None, 7.0, 9.0):
+        if before is not None:
+            Torchdyn(nn.Sequential(layer), "midpoint")(torch.full((1, 1), before), span)
+        left = dict(vars(layer))
+        sol = NeuralODE(nn.Sequential(layer), "midpoint")(x, span)[1]
+        torch.testing.assert_close(sol[-1], x + 0.5 * x)
+        assert vars(layer).keys() == left.keys()
+        assert all(vars(layer)[name] is value for name, value in left.items())
+
+
 def test_args_never_reach_the_field() -> None:
     seen: list[object] = []
 

@@ -43,6 +43,9 @@ Cost = Callable[[Tensor, Tensor], Tensor]
 # --- the attributes through which torchdyn hands time, control and noise to layers ---
 
 
+_ABSENT = object()
+
+
 class _Slot(NamedTuple):
     """One attribute of one module."""
 
@@ -52,14 +55,22 @@ class _Slot(NamedTuple):
     def fill(self, value: object) -> None:
         self.attributes[self.name] = value
 
+    def restore(self, value: object) -> None:
+        if value is _ABSENT:  # the class holds None
+            self.attributes.pop(self.name, None)
+        else:
+            self.attributes[self.name] = value
+
 
 class Slots:
     """The placeholders of a field, which are filled for each evaluation in a solve that starts at ``x``.
 
-    A layer has a placeholder if it is torchdyn's own, or if the attribute is a plain one that holds None. Any other
-    ``t`` or ``_control`` of a submodule is left alone. Noise is drawn and the control is taken in the order of the
-    modules, as in torchdyn. So a layer after a CNF has a control without the CNF's trace, in the shape of its
-    event.
+    A layer has a placeholder if it is torchdyn's own, or if the attribute is a plain one, of the layer or of its
+    class, that holds None. After a solve by torchdyn it holds torchdyn's last tensor, so a plain ``t`` that is a
+    scalar tensor and a plain ``_control`` that is a tensor are placeholders too. Any other ``t`` or ``_control`` of a
+    submodule, such as a number, a buffer or a parameter, is left alone. Noise is drawn and the control is taken in
+    the order of the modules, as in torchdyn. So a layer after a CNF has a control without the CNF's trace, in the
+    shape of its event.
 
     Args:
         modules: the modules of the field in their order; the first one holds the others.
@@ -76,16 +87,19 @@ class Slots:
     ) -> None:
         self.times: list[_Slot] = []
         self.values: list[tuple[_Slot, Tensor]] = []
-        self.borrowed: list[_Slot] = []  # in modules that are not torchdyn's; None again after each evaluation
+        self.borrowed: list[_Slot] = []  # in modules that are not torchdyn's; restored after each evaluation
+        self._before: list[object] = []
         self.results: list[_Slot] = []  # weights that Galerkin layers compute and keep
         shape = holder = None
         for module in modules:
-            own = vars(module)
+            own, kind = vars(module), type(module)
+            t = own.get("t", getattr(kind, "t", _ABSENT))
+            held = own.get(CONTROL, getattr(kind, CONTROL, _ABSENT))
             if holder is None and isinstance(module, (DepthCat, DataControl)):
                 holder = module
             if isinstance(module, DepthCat):
                 self.times.append(_Slot(own, "t"))
-            elif "t" in own and own["t"] is None and module is not cnf:
+            elif module is not cnf and (t is None or (isinstance(t, Tensor) and t.ndim == 0)):
                 self.times.append(_Slot(own, "t"))
                 self.borrowed.append(_Slot(own, "t"))
             if is_cnf(module):
@@ -93,7 +107,7 @@ class Slots:
                 if noise is not None:
                     self.values.append((_Slot(own, "noise"), noise))
                 ahead, shape = ahead + 1, getattr(module, "event_shape", None)
-            if isinstance(module, DataControl) or (CONTROL in own and own[CONTROL] is None):
+            if isinstance(module, DataControl) or held is None or isinstance(held, Tensor):
                 control = x[:, ahead:].detach()
                 control = control if shape is None else control.reshape(control.shape[0], *shape)
                 self.values.append((_Slot(own, CONTROL), control))
@@ -107,6 +121,7 @@ class Slots:
 
     def fill(self, t: Tensor) -> None:
         """Fill all placeholders for an evaluation at ``t``."""
+        self._before = [attributes.get(name, _ABSENT) for attributes, name in self.borrowed]
         for slot in self.times:
             slot.fill(t)
         for slot, value in self.values:
@@ -119,8 +134,8 @@ class Slots:
                 slot.fill(t.detach())
         for attributes, name in self.results:
             attributes[name] = attributes[name].detach()
-        for slot in self.borrowed:
-            slot.fill(None)
+        for slot, value in zip(self.borrowed, self._before, strict=True):
+            slot.restore(value)
 
 
 # --- fields ---
