@@ -6,10 +6,12 @@ import pytest
 import torch
 from problems import Plain, counted_products
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from rnode_plugin import NeuralODE, RegularizedCNF
 from rnode_plugin.core.derivatives import Ask
 from rnode_plugin.core.dynamics import Dynamics
+from rnode_plugin.core.signature import time_first
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields.potential import PotentialField
 from rnode_plugin.regularizers import curl, hjb
@@ -100,6 +102,33 @@ def test_hjb_is_zero_for_a_solution_and_its_closed_form_otherwise() -> None:
     model = NeuralODE(field, "rk4_38", regularizers={"hjb": 1.0})
     model(z)
     torch.testing.assert_close(model.reg_loss(), model.regularization["hjb"].mean())  # not divided by D
+
+
+class _Half(nn.Module):
+    """Half the gradient of a potential at z / 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = PotentialField(2)
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.inner(t, z / 2) / 2
+
+
+def test_the_rate_is_that_of_the_field_and_not_of_a_module_inside() -> None:
+    z = torch.randn(3, 2)
+    for field in (_Half(), time_first(PotentialField(2), call=lambda net, t, x: net(t, x / 2) / 2)):
+        with pytest.raises(ConfigError, match="offers no 'potential_rate'"):
+            NeuralODE(field, "rk4", regularizers=["hjb"])(z)
+        with pytest.raises(ConfigError, match="offers no 'potential_rate'"):
+            RegularizedCNF(field, event_shape=2, regularizers=["hjb"]).log_prob(z)
+    field = PotentialField(2)
+    found = []
+    for each in (field, AveragedModel(field)):
+        model = NeuralODE(each, "rk4", regularizers=["hjb"])
+        model(z)
+        found.append(model.regularization["hjb"])
+    torch.testing.assert_close(*found)
 
 
 def test_what_cannot_work_is_refused() -> None:

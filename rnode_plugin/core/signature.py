@@ -147,6 +147,18 @@ def original(field: Any) -> Any:
     return field
 
 
+def innermost(field: Any) -> Any:
+    """The module or function that runs with the arguments of a call of ``field``, inside of wrappers."""
+    field = original(field)
+    # DistributedDataParallel and AveragedModel keep what they wrap there
+    inner = getattr(field, "module", None) if isinstance(field, nn.Module) else None
+    if isinstance(inner, nn.Module):
+        kinds = {p.kind for p in inspect.signature(field.forward).parameters.values()}
+        if kinds == {_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD}:  # the wrapper passes all arguments on
+            return innermost(inner)
+    return field
+
+
 def refuse_state_first(field: object, caller: str) -> None:
     """Refuse a field whose time is not the first parameter, for a caller that calls it as ``(t, x)``."""
     takes = field_takes(field)
@@ -242,7 +254,7 @@ class _TimeFirst(nn.Module):
     ) -> None:
         super().__init__()
         self.field, self.takes, self.call, self.time_shape = field, takes, call, time_shape
-        if hasattr(field, "aux"):
+        if call is None and hasattr(field, "aux"):  # `call` may call the field at another state
             self.aux = field.aux
 
     def forward(self, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
@@ -293,17 +305,10 @@ def _in_shape(t: Tensor, x: Tensor, name: str) -> Tensor:
 
 def _function(field: Any) -> Any:
     """The function whose signature determines how ``field`` is called."""
-    field = original(field)
+    field = innermost(field)
     if isinstance(field, functools.partial) and isinstance(field.func, nn.Module):
         return functools.partial(_function(field.func), *field.args, **field.keywords)
-    if not isinstance(field, nn.Module):
-        return field
-    inner = getattr(field, "module", None)  # DistributedDataParallel and AveragedModel keep what they wrap there
-    if isinstance(inner, nn.Module):
-        kinds = {p.kind for p in inspect.signature(field.forward).parameters.values()}
-        if kinds == {_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD}:  # the wrapper passes all arguments on
-            return _function(inner)
-    return field.forward
+    return field.forward if isinstance(field, nn.Module) else field
 
 
 def _parameters(function: Any) -> list[inspect.Parameter]:

@@ -21,7 +21,15 @@ from ..core.derivatives import Ask, AutogradField, Field, has_hooks
 from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
 from ..core.followed_solve import Kinds
 from ..core.modes import transforms_active
-from ..core.signature import COMPILED_FUNCTION, COMPILED_IN_PLACE, COMPILED_MODULE, Takes, call_of, field_takes
+from ..core.signature import (
+    COMPILED_FUNCTION,
+    COMPILED_IN_PLACE,
+    COMPILED_MODULE,
+    Takes,
+    call_of,
+    field_takes,
+    innermost,
+)
 from ..core.surroundings import lock_of
 from ..core.trace_estimators import Exact, TraceEstimator
 from ..core.view import Columns, Places, View, places_of
@@ -205,7 +213,7 @@ def field_of(
         function = first_order_system(function, order)
     if not needs.isdisjoint(("vjp", "jvp")):  # the gradient of a product needs a double backward
         function = originals(function, modules)
-    aux = aux_of(modules) if "aux" in needs else None
+    aux = aux_of(net) if "aux" in needs else None
     return TorchdynField(function, slots=slots, aux=aux, plain=plain)
 
 
@@ -257,7 +265,7 @@ class NetDynamics(Dynamics):
             )
         else:
             function = originals(net, modules) if differentiates else net
-            aux = aux_of(modules) if "aux" in needs else None
+            aux = aux_of(net) if "aux" in needs else None
             field = TorchdynField(function, context, slots=slots, aux=aux, plain=not slots.found)
         if divergence:
             field = fastest(
@@ -545,9 +553,14 @@ def is_cnf(module: nn.Module) -> bool:
     return hasattr(module, "noise_dist")
 
 
-def aux_of(modules: Iterable[Any]) -> Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None:
-    """The method ``aux`` of the first module that has one."""
-    return next((module.aux for module in modules if callable(getattr(type(module), "aux", None))), None)
+def aux_of(net: Any) -> Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None:
+    """The method ``aux`` of a net, seen through wrappers that only pass their arguments on; None without one.
+
+    Modules inside the net do not count, because the net may call them at another time and state.
+    """
+    net = innermost(net)
+    aux = getattr(net, "aux", None)
+    return net.aux if callable(aux) and not isinstance(aux, nn.Module) else None
 
 
 def originals(function: Callable[..., Tensor], modules: Iterable[nn.Module]) -> Callable[..., Tensor]:
