@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import threading
 import warnings
@@ -722,6 +723,38 @@ def test_the_backward_pass_of_an_adjoint_leaves_running_statistics_as_they_are(s
     assert int(before["1.num_batches_tracked"]) > 0
     sol[-1].square().sum().backward()
     torch.testing.assert_close(dict(field.named_buffers()), before)
+
+
+class Holder:
+    """A plain object that calls a net."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("sensitivity", ["autograd", "checkpointed", "adjoint"])
+@pytest.mark.parametrize("make", [
+    lambda net: net.forward,
+    lambda net: lambda t, x: net(x),
+    lambda net: lambda t, x, call=lambda x: net(x): call(x),
+    lambda net: functools.partial(lambda net, t, x: net(x), net),
+    lambda net: Holder(net).__call__,
+], ids=["method", "closure", "default", "partial", "object"])  # fmt: skip
+def test_running_statistics_of_a_functions_net_see_each_evaluation_once(
+    make: Callable[[nn.Module], Any], sensitivity: str
+) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(4)
+    net = nn.Sequential(nn.Linear(2, 4), norm, nn.Tanh(), nn.Linear(4, 2)).requires_grad_(False)
+    x, span = torch.randn(8, 2, requires_grad=True), torch.linspace(0, 1, 5)
+    model = NeuralODE(make(net), "euler", sensitivity=sensitivity, regularizers=["finite_difference"])
+    model(x, span)[1].sum().backward()
+    assert norm.num_batches_tracked == 4
+    odeint(Holder(net), x, span, method="euler", regularizers=["finite_difference"])
+    assert norm.num_batches_tracked == 8
 
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)

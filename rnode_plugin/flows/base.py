@@ -294,6 +294,7 @@ class _Pass:
 
     def __call__(self, z: Tensor) -> Tensor:
         index, (field, noise) = next(self._blocks)
+        net = field if isinstance(field, nn.Module) else None  # a prepared field does not show its module
         # A prepared field shares one graph of its weights between evaluations. A continuous adjoint needs a new
         # graph at each evaluation, which leads to the parameters themselves.
         if isinstance(field, (StackField, AtContext)) and self._solver.gradient.through_steps:
@@ -303,8 +304,9 @@ class _Pass:
                     noise = field.layout(noise)
             field = field.prepare(z, noise)
         dynamics = Dynamics(
-            field, regularizers=self._followed.kinds, estimator=self._estimator, divergence=self._divergence
-        )
+            field, regularizers=self._followed.kinds, estimator=self._estimator, divergence=self._divergence,
+            net=net,
+        )  # fmt: skip
         first_step = self._first_steps[index] if self._first_steps else None
         solution = self._solver.solve(dynamics.bind(noise), z, self._times(z), first_step=first_step)
         if solution.logdet is not None:

@@ -30,7 +30,7 @@ from ..core.signature import (
     field_takes,
     innermost,
 )
-from ..core.surroundings import lock_of
+from ..core.surroundings import lock_of, module_of
 from ..core.trace_estimators import Exact, TraceEstimator
 from ..core.view import Columns, Places, View, places_of
 from ..errors import ConfigError, RnodeError
@@ -75,10 +75,10 @@ class Slots:
 
     A layer has a placeholder if it is torchdyn's own, or if the attribute is a plain one, of the layer or of its
     class, that holds None. After a solve by torchdyn it holds torchdyn's last tensor, so a plain ``t`` that is a
-    scalar tensor and a plain ``_control`` that is a tensor are placeholders too. Any other ``t`` or ``_control`` of a
-    submodule, such as a number, a buffer or a parameter, is left alone. Noise is drawn and the control is taken in
-    the order of the modules, as in torchdyn. So a layer after a CNF has a control without the CNF's trace, in the
-    shape of its event.
+    scalar tensor and a plain ``_control`` that is a tensor are placeholders too. Any other ``t`` or ``_control`` of
+    a submodule, such as a number, a buffer or a parameter, is left alone. Noise is drawn and the control is taken
+    in the order of the modules, as in torchdyn. So a layer after a CNF has a control without the CNF's trace, in
+    the shape of its event.
 
     Args:
         modules: the modules of the field in their order; the first one holds the others.
@@ -273,7 +273,7 @@ class NetDynamics(Dynamics):
             )
         super().__init__(
             field, regularizers=kinds, estimator=estimator, divergence=divergence,
-            net=net if isinstance(net, nn.Module) else None,
+            net=net if isinstance(net, nn.Module) else module_of(net),
         )  # fmt: skip
 
     def parameters(self) -> Sequence[Tensor]:
@@ -455,6 +455,8 @@ def system_of(
     cnfs = list(filter(is_cnf, modules))
     view = followed.view(x, state, len(cnfs))
     net, order, counters = _unwrapped(vf)
+    visible = isinstance(net, nn.Module)
+    holder = vf if visible else module_of(net)  # torchdyn's wrapper does not register the modules of a function
     # look inside a single CNF, so that its trace and the penalties share one evaluation of its net
     traced = len(cnfs) == 1 and followed.penalized is None and _is_transparent(net, state)
     slots = Slots(modules, x, ahead=0 if cost is None else 1, cnf=net if traced else None)
@@ -483,7 +485,7 @@ def system_of(
         event = lambda x: x[:, 1:] if view is None else view.of(x[:, 1:])  # noqa: E731
     dynamics = Dynamics(
         field, regularizers=kinds, estimator=estimator, divergence=traced, view=None if whole else view,
-        event=event, net=vf,
+        event=event, net=holder,
     )  # fmt: skip
     return TorchdynSystem(
         module=vf, args=args, dynamics=dynamics.bind(noise if traced else dynamics.draw(z)),
