@@ -10,6 +10,8 @@ import torch
 from problems import Linear, Wave, difference, directions, slope
 from regularizer_table import dormand_prince
 from torch import Tensor, nn
+from torchdyn.numerics.solvers.hyper import HyperRungeKutta4
+from torchdyn.numerics.solvers.ode import RungeKutta4
 
 from rnode_plugin import Adaptive, FixedGrid, NeuralODE, TableFlow
 from rnode_plugin.core.dynamics import Dynamics
@@ -202,10 +204,18 @@ def test_what_cannot_work_together_names_what_does(name: str, solver: str, mode:
         SolverSettings(solver, gradient=mode).build().solve(model.bind(None), states(), T)
 
 
-def test_stages_at_one_time_are_found_in_torchdyns_rk4() -> None:
+@pytest.mark.parametrize("kind", ["name", "hyper", "repaired"])
+def test_stages_at_one_time_are_found_in_torchdyns_rk4(kind: str) -> None:
     seen: list[StepRecord] = []
     watch = FunctionStepPenalty("watch", lambda step: seen.append(step) or step.z0[:, 0], uses={"pair"})
-    NeuralODE(Wave(), "rk4", regularizers=[watch])(states(), torch.linspace(0, 1, 3))
+    solver: Any = "rk4"
+    if kind == "hyper":
+        solver = HyperRungeKutta4(lambda t, x: torch.zeros_like(x), torch.float64)
+    elif kind == "repaired":  # with the nodes of the classical method where torchdyn reads them
+        solver = RungeKutta4(torch.float64)
+        solver.tableau = (torch.tensor([0.5, 0.5, 1.0], dtype=torch.float64), *solver.tableau[1:])
+    NeuralODE(Wave(), solver, regularizers=[watch])(states(), torch.linspace(0, 1, 3))
+    assert len(seen) == 2
     for step in seen:
         a, b = step.pair  # pyright: ignore[reportGeneralTypeIssues]
         assert step.times[a] == step.times[b]

@@ -39,7 +39,6 @@ _FAMILIES = {
     DormandPrince45: "dopri5",
     Tsitouras45: "tsit5",
 }
-_RK4_NODES = (0.0, 0.0, 0.5, 0.5)  # where torchdyn's rk4 evaluates, instead of (0, 1/2, 1/2, 1); see NeuralODE
 
 
 class SolverObject(Protocol):
@@ -345,10 +344,21 @@ def method_from_torchdyn(
         safety=float(getattr(solver, "safety", 0.9)),
         min_factor=float(getattr(solver, "min_factor", 0.2)),
         max_factor=float(getattr(solver, "max_factor", 10.0)),
-        nodes=_RK4_NODES if type(solver) is RungeKutta4 else family.nodes if family else None,
+        nodes=_nodes(solver, family),
         fit=None,  # torchdyn does not fit steps to the next stop
         interpolate=interpolate,
     )
+
+
+def _nodes(solver: SolverObject, family: Method | None) -> tuple[float, ...] | None:
+    """The times of the stages of a known family as fractions of the step; None if they are not known."""
+    if not isinstance(solver, RungeKutta4):
+        return family.nodes if family else None
+    # torchdyn's rk4 takes the first three of the four nodes in its tableau, (0, 1/2, 1/2, 1), for stages 2 to 4
+    tableau: object = solver.tableau
+    if isinstance(tableau, tuple) and isinstance(tableau[0], Tensor) and tableau[0].ndim == 1:
+        return (0.0, *tableau[0].tolist()[:3])
+    return None  # a subclass may keep anything there
 
 
 def _changed_weights(
