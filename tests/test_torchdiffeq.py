@@ -333,6 +333,20 @@ def fall(g: float, speed: float) -> float:
     return speed**2 * t - speed * g * t**2 + g**2 * t**3 / 3 + g**2 * t
 
 
+def test_an_event_at_the_start_hides_the_others() -> None:
+    """An adaptive method ends there. One with fixed steps continues to the next event, whose time is the end."""
+    later = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    for method, slope in (("dopri5", 0.0), ("rk4", 2 * 4 * np.exp(1.0))):  # two samples of (y + 1)^2 = 4 exp(2t)
+        _, _, penalties = odeint(
+            lambda t, y: y + 1, torch.ones(2, 1, dtype=torch.float64), SPAN, method=method, rtol=1e-9, atol=1e-9,
+            options={"step_size": 0.125} if method == "rk4" else None, regularizers=["kinetic"],
+            event_fn=lambda t, y: torch.stack([y.mean() - 1, later - t]),
+        )  # fmt: skip
+        kinetic = penalties["kinetic"].sum()
+        found = torch.autograd.grad(kinetic, later)[0] if kinetic.requires_grad else 0.0
+        assert float(found) == pytest.approx(slope, rel=1e-3)
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("name", BOTH)
 def test_the_gradient_of_a_fall_is_its_closed_form(name: str, backward: bool) -> None:

@@ -211,7 +211,9 @@ def to_event(
     of_user = system.layout.of_user
     with torch.no_grad():
         signs = event_fn(start[0], start[1]).sign()
-    if not bool(signs.any()):  # the event is met at the start, where the integrals are zero
+    # An adaptive method ends at its start if one of several event functions is zero there. Its time and the
+    # integrals, which are zero, then depend on no other event function.
+    if not bool(signs.any()) or bool(end[0] == start[0].to(end[0])):
         return integrals
 
     def value(t: Tensor, y: Sequence[Tensor]) -> Tensor:
