@@ -175,6 +175,37 @@ def test_quadrature_weights_that_do_not_fit_the_steps_are_refused() -> None:
             kinetic(solver)
 
 
+class HeunEuler:
+    """A user's adaptive method, which uses or ignores a velocity at the start of a step that it is given."""
+
+    order, stepping_class, weights = 2, "adaptive", (0.5, 0.5)
+    safety, min_factor, max_factor = (torch.tensor([value]) for value in (0.9, 0.2, 10.0))
+
+    def __init__(self, *, ignores: bool) -> None:
+        self.ignores = ignores
+
+    def sync_device_dtype(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return x, t
+
+    def step(self, f, x, t, dt, k1=None, args=None):
+        if k1 is None or self.ignores:
+            k1 = f(t, x)
+        k2 = f(t + dt, x + dt * k1)
+        return None, x + dt * (k1 + k2) / 2, dt * (k2 - k1) / 2, None
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_solver_that_evaluates_its_first_stage_again_has_its_quadrature(backward: bool) -> None:
+    x, span = torch.ones(2, 3, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    sign, found = -1.0 if backward else 1.0, []
+    for ignores in (False, True):
+        solver: Any = HeunEuler(ignores=ignores)
+        model = NeuralODE(lambda t, x: -sign * x, solver, regularizers=["kinetic"])
+        sol = model(x, sign * span)[1]
+        found.append((sol, model.regularization["kinetic"]))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("solver", ["dopri5", DormandPrince45()])
 def test_a_solver_object_may_be_changed_between_solves(solver: Any) -> None:
     model, x, span = NeuralODE(lambda x: -x, solver), torch.ones(2, 3), torch.linspace(0, 5, 2)

@@ -98,10 +98,17 @@ def stepper(
     unbalanced = abs(sum(weights) - 1) > 1e-3
 
     def take(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, draw: Draw | None) -> Step:
+        known = first is not None
         rates: list[Rates] = [] if first is None else [first]
         asked: list[tuple[Tensor, Tensor]] = [] if first is None else [(t, z)]
 
         def f(time: Tensor, state: Tensor, args: object = None) -> Tensor:
+            nonlocal known
+            if known and state is z and len(rates) == 1 and bool(time == t):
+                # a user's method evaluates its first stage although it was given, so this one takes its place
+                known = False
+                rates.clear()
+                asked.clear()
             if path is not None:
                 asked.append((time, state))
             # a user's solver passes on its `args`, which the dynamics have received already
@@ -109,7 +116,7 @@ def stepper(
             return rates[-1].dz
 
         new_velocity, new, error, *more = method.advance(f, z, t, dt, None if first is None else first.dz)
-        nfe = len(rates) - (first is not None)
+        nfe = len(rates) - known
         source = rates[min(draw) if draw else 0]  # a stage that has every rate of this step
         rows: list[Sequence[Any]] = []
         for name in source.penalties:
