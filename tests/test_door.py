@@ -93,10 +93,26 @@ def test_finite_difference_by_the_end_is_the_rate_there_or_refused(solver: str) 
     assert torch.allclose(found, rate, rtol=2e-3)
 
 
+def test_finite_difference_has_no_gradient_by_the_start() -> None:
+    net, z, span = Net().double(), states().double(), SPAN.double()
+    model = NeuralODE(net, solver="rk4", sensitivity="adjoint", regularizers=["finite_difference"])
+    for times in (span.clone().requires_grad_(), span - torch.ones((), dtype=span.dtype, requires_grad=True)):
+        with pytest.raises(ConfigError, match="time at which a solve starts"):
+            model(z, times)
+        with pytest.raises(ConfigError, match="time at which a solve starts"):
+            odeint_adjoint(net, z, times, method="rk4", regularizers=["finite_difference"])
+    with torch.no_grad():
+        model(z, span.clone().requires_grad_(), penalties=True)
+
+
 def test_finite_difference_beside_a_learned_end_time_is_refused() -> None:
-    model = NeuralODE(Net(), solver="rk4", regularizers=["finite_difference", "learned_end_time"])
+    names = ["finite_difference", "learned_end_time"]
     with pytest.raises(ConfigError, match="learned_end_time"):
-        model(states(), SPAN)
+        NeuralODE(Net(), solver="rk4", regularizers=names)(states(), SPAN)
+    model = NeuralODE(Net(), solver="rk4", sensitivity="adjoint", regularizers=names)
+    model(states(), SPAN)
+    with pytest.raises(ConfigError, match="learned_end_time in a solve backward"):
+        model(states(), SPAN.flip(0))
 
 
 def test_a_gradient_does_not_run_through_the_first_step_of_torchdiffeq() -> None:

@@ -52,7 +52,8 @@ class BoundDynamics(ABC):
         path: the penalties on steps and trajectories; None if there are none.
         divergence: whether a density is followed, so that rates have a log-determinant.
         inner_autograd: whether an evaluation differentiates inside, which a checkpoint must allow for.
-        held: names of the rates whose gradient by the times of a solve is wrong if it is taken through the steps.
+        held: names of the rates whose gradient by the times of a solve is wrong if it is taken through the steps,
+            and by the first time in any case.
     """
 
     held: Sequence[str] = ()
@@ -79,18 +80,51 @@ class BoundDynamics(ABC):
         return nullcontext()
 
 
-def refuse_held(held: Sequence[str], t: Tensor) -> None:
-    """Refuse times with a gradient through the steps of a solve, for penalties that detach a part of themselves.
+def refuse_held(held: Sequence[str], t: Tensor, *, through_steps: bool = True) -> None:
+    """Refuse times with a gradient that penalties cannot give, because they detach a part of themselves.
+
+    Through the steps of a solve, these penalties have no gradient by any time. A continuous adjoint has their
+    gradient by the end, but not by the start.
+
+    Args:
+        held: names of such penalties.
+        t: the times of the solve, ``(T,)``.
+        through_steps: whether the solve is differentiated through its steps.
 
     Raises:
-        ConfigError: for the ``held`` penalties, if ``t`` has a graph or a tangent.
+        ConfigError: if there are ``held`` penalties, and ``t`` needs a gradient that they do not have.
     """
-    if held and (t.requires_grad or forward_ad.unpack_dual(t).tangent is not None):
+    if not held:
+        return
+    if through_steps and (t.requires_grad or forward_ad.unpack_dual(t).tangent is not None):
         raise ConfigError(
             f"{held[0]!r} has no gradient by the times of a solve that is differentiated through its steps, and "
             "these times require one (learned_end_time, or t_span with a graph): use the sensitivity 'adjoint' "
-            "(odeint_adjoint), the penalty 'total_derivative', or times without a gradient (t.detach())."
+            "(odeint_adjoint) if only the end requires it, the penalty 'total_derivative', or times without a "
+            "gradient (t.detach())."
         )
+    if not through_steps and t.requires_grad and _has_derivative(t[0]):
+        raise ConfigError(
+            f"{held[0]!r} has no gradient by the time at which a solve starts, and this time requires one (t_span "
+            "with a graph, or learned_end_time in a solve backward in time): use the penalty 'total_derivative', "
+            "or a first time without a gradient (t[0].detach())."
+        )
+
+
+def _has_derivative(x: Tensor) -> bool:
+    """Whether a number has a derivative other than zero by a tensor that requires a gradient."""
+    nodes: list[Any] = [x.grad_fn]
+    leaves, seen = list[Tensor](), set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # the node of a leaf
+            leaves.append(node.variable)
+        nodes += [each for each, _ in node.next_functions]
+    gradients = torch.autograd.grad(x, leaves, retain_graph=True, allow_unused=True) if leaves else ()
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
 class FunctionDynamics(BoundDynamics):

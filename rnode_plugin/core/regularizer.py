@@ -152,7 +152,8 @@ class Rate(Regularizer):
             ``total_derivative()`` above order 2. Then the state of the random generators is noted at each
             evaluation, as it is for the need ``"field"``.
         time_gradient: whether backward through the steps of a solve gives the right gradient by the times of the
-            solve. Set it to False for a rate that detaches a part of itself.
+            solve. Set it to False for a rate that detaches a part of itself; then only a continuous adjoint gives a
+            gradient, and only by the end.
 
     Example:
         >>> from rnode_plugin.regularizers import Rate

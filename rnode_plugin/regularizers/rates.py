@@ -85,8 +85,9 @@ class FiniteDifference(Rate):
     have the same dropout mask. In low precision they differ by rounding. Under bf16 autocast take eps 0.1, because
     at 0.01 the rounding error of the field exceeds the difference that the acceleration causes.
 
-    A gradient by the times, taken through the steps of a solve, would be wrong, because the later evaluation has no
-    gradient. So times with a gradient and ``learned_end_time`` need a continuous adjoint.
+    Because the later evaluation has no gradient, a gradient by the times would be wrong if it is taken through the
+    steps of a solve, and a gradient by the start in every mode. Both are refused. So times with a gradient and
+    ``learned_end_time`` need a continuous adjoint, which gives the gradient by the end.
 
     Args:
         eps: the step of the difference in time.

@@ -121,8 +121,9 @@ class Solver(ABC):
         if dynamics.divergence and self.adaptive and self.quadrature == "sampled":
             refuse_sampled_density(self.name, self.quadrature, adaptive=self.adaptive)
         check_times(t_span)
-        if dynamics.held and (self.gradient.through_steps or transforms_active()):
-            refuse_held(dynamics.held, t_span)
+        if dynamics.held:
+            through_steps = self.gradient.through_steps or transforms_active()
+            refuse_held(dynamics.held, t_span, through_steps=through_steps)
         problem, path = Problem(dynamics, z0, t_span, first_step, save_steps), dynamics.path
         solution = self.gradient.solve(self, problem) if path is None else self._solve_with_path(problem, path)
         return solution if save_steps or solution.steps is None else replace(solution, steps=None)

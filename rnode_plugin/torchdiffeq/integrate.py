@@ -193,8 +193,7 @@ def solve(
         warn_of_flat_state(z0, wanted.kinds)
     system = Augmented(func, layout, wanted, followed.kinds, z0, t)
     rates, path = system.dynamics.rates, system.dynamics.path
-    if name == "odeint":
-        refuse_held(system.dynamics.held, t)
+    refuse_held(system.dynamics.held, t, through_steps=name == "odeint")
     if event_fn is not None and (path is not None or followed.policy is not None):
         raise ConfigError(
             "a penalty of the trajectory or its times needs the end of the solve, which event_fn decides."
