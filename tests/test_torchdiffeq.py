@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS
 
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.regularizers import Rate
+from rnode_plugin.regularizers import LearnedEndTime, Rate
 from rnode_plugin.torchdiffeq import install, odeint, odeint_adjoint, regularize, uninstall
 
 theirs: Any = torchdiffeq  # its functions have no annotations
@@ -428,7 +428,8 @@ def test_a_trajectory_penalty_reads_a_curve_inside_of_the_steps(options: dict[st
 
 def test_span_policies_choose_the_times() -> None:
     field = Field()
-    y, penalties = odeint(field, start(), SPAN, regularizers={"learned_end_time:0.5": 1.0})
+    policy = LearnedEndTime(0.5)
+    y, penalties = odeint(field, start(), SPAN, regularizers={policy: 1.0})
     torch.testing.assert_close(y[-1], theirs.odeint(field, start(), SPAN / 2)[-1], rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(next(iter(penalties.values())), torch.full((4,), 0.125, dtype=torch.float64))
 
@@ -779,6 +780,7 @@ def test_another_thread_may_read_the_penalties(their_code: ModuleType) -> None:
         (start(), {"regularizers": ["error"]}, "NeuralODE"),
         (start(), {"regularizers": ["kinetic", "kinetic"]}, "twice"),
         (start(), {"regularizers": ["kinetik"]}, "kinetic"),
+        (start(), {"regularizers": {"learned_end_time": 0.1}}, r"LearnedEndTime\(2.0\)"),
         (start(), {"trace_noise": "gausian"}, "gaussian"),
         (start(), {"quadrature": "samples"}, "sampled"),
         ((start(), start(3, 2)), {"penalized": (0, 1)}, "samples"),

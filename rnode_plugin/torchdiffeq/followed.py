@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.followed_solve import Kinds
 from ..core.modes import transforms_active
 from ..core.regularizer import StepPenalty
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..core.view import Columns, State, View, as_columns, places_of
-from ..core.weighing import Regularizers, Weighted
+from ..core.weighing import Regularizers, Weighted, weigh_regularizers
 from ..errors import ConfigError, suggest
-from ..plugins.registry import resolve_regularizers
+from ..plugins.registry import get_regularizer
 from ..solvers import QUADRATURES
 
 Given = dict[str, Any]
@@ -54,7 +54,7 @@ def follow(
     quadrature: str = "full",
 ) -> Follow:
     """Check the arguments that :func:`odeint` adds, as far as this is possible without a state."""
-    weighted = resolve_regularizers(regularizers)
+    weighted = weigh_regularizers(regularizers, by_name=_by_name)
     steps = [name for name, w in weighted.items() if isinstance(w.regularizer, StepPenalty)]
     if steps:
         raise ConfigError(
@@ -66,6 +66,18 @@ def follow(
         raise ConfigError(suggest(quadrature, QUADRATURES, "quadrature"))
     sampled = quadrature == "sampled"
     return Follow(weighted, indices, columns, batch_dim, get_estimator(trace_noise), sampled)
+
+
+def _by_name(name: str) -> Any:
+    """The regularizer of a name; a ConfigError for one with parameters, which no optimizer could have."""
+    found = get_regularizer(name)
+    if isinstance(found, nn.Module) and next(found.parameters(), None) is not None:
+        raise ConfigError(
+            f"the regularizer {name!r} has parameters, which nothing would train, because each use of the name "
+            "makes new ones: give the object, such as LearnedEndTime(2.0) from rnode_plugin.regularizers, and give "
+            "its parameters to the optimizer."
+        )
+    return found
 
 
 def _chosen(penalized: Any) -> tuple[tuple[int, ...], Columns | None]:

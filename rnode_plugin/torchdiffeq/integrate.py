@@ -89,7 +89,8 @@ def odeint(
     Raises:
         ConfigError: for a state that is complex or neither a tensor nor a tuple of tensors; for a ``penalized`` or
             ``batch_dim`` that the state does not have; for a regularizer that is unknown, given twice or measures
-            the solver's steps; for a trajectory penalty inside steps that are interpolated linearly.
+            the solver's steps; for the name of a regularizer with parameters, such as ``learned_end_time``, instead
+            of an object; for a trajectory penalty inside steps that are interpolated linearly.
 
     Example:
         >>> import torch
