@@ -333,13 +333,36 @@ def fall(g: float, speed: float) -> float:
     return speed**2 * t - speed * g * t**2 + g**2 * t**3 / 3 + g**2 * t
 
 
+@pytest.mark.parametrize("name", BOTH)
+def test_an_implicit_method_with_an_event_iterates_as_the_plain_call(name: str) -> None:
+    calls = [0]
+
+    class Decay(nn.Module):
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            calls[0] += 1
+            return -y * (1 + y.square())
+
+    arguments: dict[str, Any] = {
+        "method": "implicit_adams", "options": {"step_size": 0.02}, "rtol": 1e-3, "atol": 1e-3,
+        "event_fn": lambda t, y: y.mean() - 1,
+    }  # fmt: skip
+    y0, t = 2 * torch.ones(2, 2, dtype=torch.float64), SPAN[:2]
+    expected_t, expected = PLAIN[name](Decay(), y0, t, **arguments)
+    nfe, calls[0] = calls[0], 0
+    found_t, found, penalties = BOTH[name](Decay(), y0, t, **arguments, regularizers=["kinetic"])
+    assert torch.equal(found_t, expected_t)
+    assert torch.equal(found, expected)
+    assert calls[0] == nfe
+    assert bool((penalties["kinetic"] > 0).all())
+
+
 def test_an_event_at_the_start_hides_the_others() -> None:
     """An adaptive method ends there. One with fixed steps continues to the next event, whose time is the end."""
     later = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     for method, slope in (("dopri5", 0.0), ("rk4", 2 * 4 * np.exp(1.0))):  # two samples of (y + 1)^2 = 4 exp(2t)
         _, _, penalties = odeint(
-            lambda t, y: y + 1, torch.ones(2, 1, dtype=torch.float64), SPAN, method=method, rtol=1e-9, atol=1e-9,
-            options={"step_size": 0.125} if method == "rk4" else None, regularizers=["kinetic"],
+            lambda t, y: y + 1, torch.ones(2, 1, dtype=torch.float64), SPAN[:2], rtol=1e-9, atol=1e-9,
+            method=method, options={"step_size": 0.125} if method == "rk4" else None, regularizers=["kinetic"],
             event_fn=lambda t, y: torch.stack([y.mean() - 1, later - t]),
         )  # fmt: skip
         kinetic = penalties["kinetic"].sum()

@@ -130,11 +130,12 @@ def extended(given: Mapping[str, Any], layout: Layout, system: Augmented, *, gri
     changed["options"] = options
     if event_fn := given["event_fn"]:
         changed["event_fn"] = lambda t, state: event_fn(t, layout.of_user(state))
-    # The iteration of these methods accepts no norm, so the penalties get an infinite tolerance. With an event the
-    # methods need a number.
-    iterates = given["method"] in ("implicit_adams", "fixed_adams") and event_fn is None
-    for key, of_penalty in (("rtol", 1e-3), ("atol", math.inf)):
-        if iterates or isinstance(given[key], (tuple, list)) or torch.as_tensor(given[key]).ndim > 0:
+    # The iteration of these methods accepts no norm, so the penalties get an infinite atol. With an event
+    # torchdiffeq needs a number as atol, and a huge rtol does the same: an infinite one times a rate of 0 is NaN.
+    iterates = given["method"] in ("implicit_adams", "fixed_adams")
+    for key, of_penalty in (("rtol", 1e30), ("atol", math.inf)):
+        extends = iterates and (key == "rtol" or event_fn is None)
+        if extends or isinstance(given[key], (tuple, list)) or torch.as_tensor(given[key]).ndim > 0:
             changed[key] = _tolerances(given[key], layout, [of_penalty] * len(system.dynamics.rates))
     if "adjoint_params" in given:
         changed |= _adjoint(given, layout, system)
