@@ -379,7 +379,7 @@ class DensityModel(nn.Module, ABC):
     ) -> Self:
         """A copy that shares the submodules, with another solver, trace estimator or penalties.
 
-        Since submodules are shared, ``train()`` and ``eval()`` of the copy also act on those of the model.
+        Since submodules are shared, ``train()`` and ``eval()`` of the copy act on the submodules of both.
 
         Args:
             solver: a :class:`~rnode_plugin.Solver`; None: the model's.

@@ -180,7 +180,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
     ) -> RegularizedCNF:
         """A copy that shares the submodules, with another solver, trace estimator or penalties.
 
-        Since submodules are shared, ``train()`` and ``eval()`` of the copy also act on those of the model.
+        Since submodules are shared, ``train()`` and ``eval()`` of the copy act on the submodules of both.
 
         Args:
             solver: a :class:`~rnode_plugin.Solver`; None: the model's. With ``step=None`` the grid is the model's
