@@ -156,13 +156,14 @@ def settings(data: str, root: str, assignments: Sequence[str]) -> Recipe:
     if data == "digits":
         return get_recipe("digits").override(list(assignments))
     changes = ["training.matching=0", "optimizer.schedule=cosine", "optimizer.clip=none", f"data.root={root}"]
-    changes += ["optimizer.matching_factor=1"]
     if data == "mnist14":
         changes += ["data.shape=1,14,14", "model.hidden=32", "optimizer.lr=1e-2", "optimizer.vector_lr=5e-3"]
         changes += ["data.batch_size=50"]
     else:
         changes += ["data.batch_size=32", "optimizer.lr=5e-3", "optimizer.vector_lr=2.5e-3"]
-    return get_recipe("mnist-fast").override([*changes, *assignments])
+    # a recipe without steps of matching refuses the factor, which the methods with such steps take
+    recipe = get_recipe("mnist-fast").override(["optimizer.matching_factor=1"])
+    return recipe.override([*changes, *assignments])
 
 
 def halved(data: ImageData) -> ImageData:

@@ -161,21 +161,38 @@ def test_bad_overrides_are_refused(assignment: str, message: str) -> None:
         (["optimizer.name=adam", "optimizer.vector_lr=0.5"], "optimizer.vector_lr has no effect"),
         (["optimizer.cooldown=0.5"], "with optimizer.schedule=cosine: give optimizer.schedule=cooldown too"),
         (["training.val_every=2"], "with training.val_every_steps=100: give training.val_every_steps=none too"),
+        (["optimizer.matching_factor=3"], "takes no steps of flow matching: give training.matching=STEPS too"),
+        # also values that the recipe has already
+        (["test_solver.step=0.25"], "test_solver.step has no effect, because dopri5 chooses its own steps"),
+        (["solver.atol=1e-5"], "solver.atol has no effect"),
+        (["optimizer.cooldown=0.2"], "optimizer.cooldown has no effect"),
+        (["training.val_every=1"], "training.val_every has no effect"),
     ],
 )
 def test_settings_without_an_effect_are_refused(assignments: list[str], message: str) -> None:
     """Values that the recipe had before are left over, and pass."""
     with pytest.raises(ConfigError, match=message):
         get_recipe("digits").override(assignments)
+    on_grid = assignments == ["test_solver.step=0.25"]
     needed = [
-        "solver.method=dopri5", "solver.quadrature=full", "test_solver.method=dopri5", "optimizer.name=muon",
-        "optimizer.schedule=cooldown", "training.val_every_steps=none",
+        "solver.method=dopri5", "solver.quadrature=full", f"test_solver.method={'rk4' if on_grid else 'dopri5'}",
+        "optimizer.name=muon", "optimizer.schedule=cooldown", "training.val_every_steps=none",
+        "training.matching=9",
     ]  # fmt: skip
     taken = get_recipe("digits").override([*assignments, *needed])
     taken.override([
         "solver.method=rk4", "test_solver.method=rk4", "optimizer.name=adam", "optimizer.schedule=constant",
-        "training.val_every_steps=5",
+        "training.val_every_steps=5", "training.matching=0",
     ])  # fmt: skip
+    assert Recipe.from_plain(taken.to_plain()) == taken
+
+
+def test_a_sampled_test_solver_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"test_solver\.quadrature has no effect: .* always use the full one"):
+        get_recipe("digits").override(["test_solver.method=rk4", "test_solver.quadrature=sampled"])
+    get_recipe("digits").override(["test_solver.method=rk4", "test_solver.quadrature=full"])
+    with pytest.raises(ConfigError, match=r"matching_factor has no effect, .*: leave training.weights out"):
+        get_recipe("mnist-fast").override(["optimizer.matching_factor=1", "training.weights=mnist-pretrained"])
 
 
 @pytest.mark.parametrize(

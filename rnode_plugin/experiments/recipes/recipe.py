@@ -137,10 +137,15 @@ class Recipe:
         and drops the figures of the paper.
 
         Raises:
-            ConfigError: a setting or regularizer is unknown, or a value is bad.
+            ConfigError: a setting or regularizer is unknown, a value is bad, or another setting leaves an assigned
+                one without an effect.
             DataError: a table or a folder that is named cannot be read.
         """
         changes = self._changes(assignments)
+        # a value from the recipe before may be left over, but one that was just given, even the same, would be
+        # ignored. `none` asks for nothing
+        assigned = [f"{group}.{key}" for group, values in changes.items() for key, text in values.items()
+                    if text is not None]  # fmt: skip
         new: dict[str, object] = {}
         # the data come first, because they decide what a model, a temperature and a score mean
         if "data" in changes:
@@ -154,26 +159,9 @@ class Recipe:
             new[group] = {**(old if isinstance(old, Mapping) else vars(old)), **values}
         with refused():
             changed = dataclasses.replace(self, **new)
-        for group in ("solver", "test_solver"):
-            was, solver = vars(self)[group], vars(changed)[group]
-            # a step from the recipe before is left over and harmless, but a step that was just given would be
-            # ignored
-            if solver.adaptive and solver.step not in (None, was.step):
-                raise ConfigError(
-                    f"{group}.step has no effect, because {solver.name} chooses its own steps: give "
-                    f"{group}.method=rk4_38 too, or atol and rtol."
-                )
-            for key in () if solver.adaptive else ("atol", "rtol", "first_step"):
-                if vars(solver)[key] not in (None, vars(was)[key]):
-                    raise ConfigError(
-                        f"{group}.{key} has no effect, because {solver.name} takes the steps of a fixed grid: give "
-                        f"{group}.method=dopri5 too, or {group}.step."
-                    )
-        before, after = dict(self.settings()), dict(changed.settings())
-        for name, (other, needed) in _NEEDED.items():
-            if after[name] != before[name] and after[other] != needed:
-                found, wanted = (f"{other}={as_text(each)}" for each in (after[other], needed))
-                raise ConfigError(f"{name} has no effect with {found}: give {wanted} too.")
+        for setting in assigned:
+            if reason := _without_effect(changed, setting):
+                raise ConfigError(f"{setting} has no effect{reason}")
         old = self.regularizers
         # an unknown name is refused here, before the data are loaded. Only changed ones are resolved, because that
         # imports torch
@@ -345,6 +333,39 @@ _NEEDED: Mapping[str, tuple[str, object]] = {
     "optimizer.cooldown": ("optimizer.schedule", "cooldown"),
     "training.val_every": ("training.val_every_steps", None),
 }
+
+
+def _without_effect(recipe: Recipe, setting: str) -> str | None:
+    """Say why a setting has no effect in a recipe, as the end of a sentence; None if it has one."""
+    group, _, key = setting.partition(".")
+    if group in ("solver", "test_solver"):
+        return _without_effect_on_solver(vars(recipe)[group], group, key)
+    if setting == "optimizer.matching_factor" and not recipe.matching:
+        give = "leave training.weights out" if recipe.training.weights else "give training.matching=STEPS too"
+        return f", because the run takes no steps of flow matching: {give}."
+    if setting in _NEEDED:
+        other, needed = _NEEDED[setting]
+        if (value := dict(recipe.settings())[other]) != needed:
+            found, wanted = (f"{other}={as_text(each)}" for each in (value, needed))
+            return f" with {found}: give {wanted} too."
+    return None
+
+
+def _without_effect_on_solver(solver: SolverSettings, group: str, key: str) -> str | None:
+    if solver.adaptive and key == "step":
+        return (
+            f", because {solver.name} chooses its own steps: give {group}.method=rk4_38 too, or {group}.atol and "
+            f"{group}.rtol instead."
+        )
+    if not solver.adaptive and key in ("atol", "rtol", "first_step"):
+        return (
+            f", because {solver.name} takes the steps of a fixed grid: give {group}.method=dopri5 too, or "
+            f"{group}.step instead."
+        )
+    if group == "test_solver" and solver.quadrature == "sampled" and key == "quadrature":
+        return ": validation and evaluation always use the full one. Leave it out."
+    return None
+
 
 _ROUNDING = {"bf16": 2.0**-8, "16": 2.0**-11}  # relative error, by the first letters of a precision's name
 
