@@ -76,10 +76,11 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["eval", "SHELF/good.ckpt", "--device", "cuda:77"], 2, r"the device 'cuda:77' cannot be used"),
     (["eval", "SHELF/good.ckpt", "--data-root", "\udcff"], 2, r"data\.root: input should be a valid string"),
     (["eval", "SHELF/good.ckpt", "--data-root", ""], 2, r"data\.root: .*at least 1 character"),
-    (["eval", "SHELF/good.ckpt", "--solver", "method=dopri5", "--solver", "step=0.1"], 2, r"step has no effect"),
+    (["eval", "SHELF/good.ckpt", "--solver", "method=dopri5", "--solver", "step=0.1"], 2, r": step has no effect"),
+    (["eval", "SHELF/good.ckpt", "--solver", "atol=1e-5"], 2, r"atol has no .*: give method=dopri5 too, or step "),
     (["train", "digits", "--data-root", "SHELF/empty"], 2, r"has no effect.*train pictures --data-root .*empty"),
     (["eval", "SHELF/good.ckpt", "--solver", "rk4"], 2, r"takes KEY=VALUE, as in --solver method=rk4, not 'rk4'"),
-    (["eval", "SHELF/good.ckpt", "--solver", "methd=rk4"], 2, r"unknown setting 'test_solver\.methd'"),
+    (["eval", "SHELF/good.ckpt", "--solver", "methd=rk4"], 2, r"unknown setting 'methd'\. Did you mean method"),
     (["sample", "SHELF/good.ckpt", "-n", "1", "--out", "x.jpg"], 2, r"x\.jpg is not a picture: .*\.png"),
     (["diagnose", "SHELF/good.ckpt", "--samples", "1"], 2, r"1 is not in the range x>=2"),
 ]  # fmt: skip

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import click
 
@@ -28,6 +29,9 @@ from .options import (
     run_argument,
     short,
 )
+
+if TYPE_CHECKING:
+    from ..experiments.recipes.recipe import Recipe
 
 CHECK_FAILED = 3
 """The exit code of ``diagnose`` if a check has failed."""
@@ -109,17 +113,15 @@ def eval(  # noqa: A001 - the command's name
         raise click.UsageError("--summary shortens the JSON: add --json.")
     if wrong := [each for each in solver_settings if "=" not in each]:
         raise click.UsageError(f"--solver takes KEY=VALUE, as in --solver method=rk4, not {wrong[0]!r}.")
-    changes = [f"test_solver.{each}" for each in solver_settings]
     path = find_checkpoint(run)
     if (known := recipe_beside(path)) is not None:  # what cannot work is refused before torch is imported
-        known.override(changes)
-        known.at_root(data_root)
+        _with_test_solver(known, solver_settings).at_root(data_root)
     from ..experiments.evaluation.likelihood import evaluate
     from ..experiments.evaluation.loading import doubt_of, load_for_evaluation, pick_device
 
     flush_denormals()
     flow, recipe = load_with_recipe(path, map_location=pick_device(device))
-    recipe = recipe.override(changes)
+    recipe = _with_test_solver(recipe, solver_settings)
     data = load_for_evaluation(recipe, root=data_root, download=download).limit(None, limit)
     result = evaluate(
         flow,
@@ -135,10 +137,19 @@ def eval(  # noqa: A001 - the command's name
     if doubt_of(recipe, data) is None:  # else it would be fitted to other rows than the flow
         result = result.with_baselines(recipe.task, data)
     head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
+    head["solver"] = recipe.test_solver.text
     if as_json:
         print_json({**head, **result.to_plain(samples=not summary)})
     else:
         click.echo(table([*head.items(), *result.rows(recipe.task)]))
+
+
+def _with_test_solver(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
+    """The recipe with the settings of ``--solver``, which messages name as the option takes them."""
+    try:
+        return recipe.override(f"test_solver.{each}" for each in assignments)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("test_solver.", "")) from None
 
 
 @click.command()
