@@ -44,7 +44,7 @@ REFUSED: dict[str, str] = {
     "train digits --set data.shape=1,2": "data.shape: an image has three numbers C,H,W (channels, height, width), "
     "as in 1,28,28, got '1,2'.",
     "train digits --batch-size 0": "data.batch_size: input should be greater than 0, got '0'",
-    "train runs/none/0": "is not a recipe: a run is continued by rnode-cli train --resume runs/none/0.",
+    "train runs/none/0": "'runs/none/0' is not a recipe: there is no such file or folder.",
     "train digits --set model.name=multi": "unknown model 'multi'. Known: MultiscaleFlow, TableFlow.",
     "train digits --size 12": "the images of digits have one size: leave --size out. It scales the pictures of a",
     "train digits --data-root nowhere": "the digits come with scikit-learn, so --data-root has no effect.",

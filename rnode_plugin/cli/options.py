@@ -195,7 +195,7 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 
 def refuse_place(name: str) -> None:
-    """Raise a ConfigError if ``name`` is a run, a checkpoint, a table or a folder of pictures, not a recipe.
+    """Raise a ConfigError if ``name`` is a path, such as a run, a checkpoint or a table, and not a recipe.
 
     The message names the command or the option that takes such a path. Any other name passes, also an unknown one.
     """
@@ -206,7 +206,9 @@ def refuse_place(name: str) -> None:
     from ..experiments.runs.run import Run
 
     place = shlex.quote(name)
-    if not path.exists() or Run(path).is_described or Run(path).has_checkpoints:
+    if not path.exists():
+        advice = "there is no such file or folder"
+    elif Run(path).is_described or Run(path).has_checkpoints:
         advice = f"a run is continued by rnode-cli train --resume {place}"
     elif path.suffix in (".ckpt", ".safetensors"):
         advice = f"a new run starts from its weights by --weights {place}"
