@@ -59,6 +59,7 @@ REFUSED: dict[str, str] = {
     "eval runs/digits/0 --data-root nowhere": "so --data-root has no effect",
     "diagnose runs/digits/0 --data-root nowhere": "so --data-root has no effect",
     "sample runs/digits/0 --out x.jpg": "x.jpg is not a picture: its name must end in .png.",
+    "sample runs/table/0 --given-values texture=-1e39": "texture=-1e+39 is outside of 32-bit numbers",
     "sample runs/digits/0 --given-values a=1": "are for tables that were trained with --given",
     "sample runs/table/0 --given-values textur=1": "unknown given column 'textur'; did you mean 'texture'?",
     "sample runs/table/0": "this density is given texture, and texture has no value. Name the values with",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..data import Table
 
 _COUNT = 1000  # rows that are drawn if no number is given
+_LARGEST = (2 - 2.0**-23) * 2.0**127  # of the 32-bit numbers
 
 
 class RowDensity(Quantity):
@@ -32,6 +33,12 @@ class RowDensity(Quantity):
     def inputs(self, batch: Tensor) -> FlowInput:
         context = batch[:, self._dims :] if self._conditional else None
         return FlowInput(batch[:, : self._dims], context)
+
+
+def _check_range(name: str, value: float) -> None:
+    """Refuse a value of a given column that would become infinite in 32-bit numbers."""
+    if abs(value) > _LARGEST:
+        raise ConfigError(f"{name}={value:g} is outside of 32-bit numbers, which end at {_LARGEST:.3g}.")
 
 
 class GaussianRows(Baseline["Table"]):
@@ -154,6 +161,8 @@ class TableTask(Task["Table"]):
                 f"this density is given {', '.join(names)}, and {missing[0]} has no value. Name the values with "
                 f"--given-values {example!r}, or a file that has these columns with --given-file FILE."
             )
+        for name in names:
+            _check_range(name, values[name])
 
     def write_samples(self, flow: DensityModel, path: Path, request: SampleRequest) -> int:
         """Draw rows and write them into a file, in a conditional density with the given columns first."""
@@ -189,7 +198,10 @@ class TableTask(Task["Table"]):
 
         given = request.given
         if isinstance(given, str):
-            return np.repeat(read_columns(given, self.given).astype(np.float32), request.count or 1, axis=0)
+            read = read_columns(given, self.given)
+            for name, value in zip(self.given, np.abs(read).max(0, initial=0.0), strict=True):
+                _check_range(name, value)
+            return np.repeat(read.astype(np.float32), request.count or 1, axis=0)
         values = np.array([given[name] for name in self.given] if given else [], dtype=np.float32)
         return np.tile(values, (request.count or _COUNT, 1))
 
