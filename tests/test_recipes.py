@@ -68,6 +68,8 @@ def test_solvers_and_the_ffjord_baseline(name: str) -> None:
     assert (ffjord.regularizers, ffjord.model) == ({}, recipe.model)
     assert dataclasses.replace(ffjord.solver, gradient="autograd") == recipe.test_solver
     assert ffjord.name == f"{name}-ffjord" == ffjord.ffjord().name
+    limited = recipe.override(["solver.max_nfe=500"]).ffjord().solver
+    assert limited == dataclasses.replace(ffjord.solver, max_nfe=500)
 
 
 @pytest.mark.parametrize("name", ["mnist", "table"])

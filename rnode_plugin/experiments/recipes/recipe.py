@@ -195,10 +195,15 @@ class Recipe:
         return changes
 
     def ffjord(self) -> Recipe:
-        """Return the FFJORD baseline (section 6), without penalties or flow matching, with dopri5 at 1e-5."""
+        """Return the FFJORD baseline (section 6), without penalties or flow matching, with dopri5 at 1e-5.
+
+        It keeps the gradient, the error norm and the largest NFE of the recipe's solver.
+        """
+        own = self.solver
         solver = SolverSettings(
-            method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6, gradient=self.solver.gradient
-        )
+            method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6, max_nfe=own.max_nfe, gradient=own.gradient,
+            error_norm=own.error_norm,
+        )  # fmt: skip
         name = self.name if self.name.endswith("-ffjord") else f"{self.name}-ffjord"
         with refused():
             training = dataclasses.replace(self.training, matching=0)

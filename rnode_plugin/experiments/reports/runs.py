@@ -19,12 +19,12 @@ def penalties_of(recipe: Recipe) -> str:
     """The name that an ablation has for the penalties of a recipe.
 
     It is ``rnode`` for the paper's two penalties, and the names, as ``a+b``, for other ones. Without penalties it
-    is ``ffjord`` if the recipe has the solver of its FFJORD baseline, else ``none``.
+    is ``ffjord`` if the solver of the training is adaptive, as in the FFJORD baseline, else ``none``.
     """
     names = [name for name, strength in recipe.regularizers.items() if final_strength(strength) > 0]
     if set(names) == {"kinetic", "jacfrob"}:
         return "rnode"
-    return "+".join(names) or ("ffjord" if recipe.solver == recipe.ffjord().solver else "none")
+    return "+".join(names) or ("ffjord" if recipe.solver.adaptive else "none")
 
 
 def own_data(recipe: Recipe) -> str | None:
