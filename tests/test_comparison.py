@@ -68,6 +68,13 @@ def test_the_recipes_of_the_configurations(recipe: Recipe) -> None:
     assert seeds == [first, first, first + 1, first + 1]
 
 
+def test_an_interval_of_validations_that_was_chosen_stays(recipe: Recipe) -> None:
+    long = recipe.override(["training.max_steps=60"])
+    assert comparison._with_validations(long).training.val_every_steps == 3
+    for chosen in (long.override(["training.val_every=2"]), long.override(["training.val_every_steps=7"])):
+        assert comparison._with_validations(chosen) == chosen
+
+
 def test_penalties_by_name_and_in_a_file(recipe: Recipe, tmp_path: Path) -> None:
     recipe = dataclasses.replace(recipe, regularizers={"kinetic": 0.5, "jacfrob": 0.01})
     assert penalties(recipe, "kinetic", "taylor:3", "steer:0.25") == {

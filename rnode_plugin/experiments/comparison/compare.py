@@ -22,7 +22,7 @@ import torch
 
 from ...errors import ConfigError, TrainingError
 from ..evaluation.loading import check_device
-from ..recipes.recipe import Recipe
+from ..recipes.recipe import Recipe, Training
 from ..reports import Report, write_report
 from ..reports.runs import own_data
 from ..runs.results import Result
@@ -30,7 +30,7 @@ from ..runs.run import Run, training_lock
 from .configurations import configured_recipes
 
 _TRAIN = (sys.executable, "-m", "rnode_plugin", "train")
-_VALIDATIONS = 20  # in a run whose recipe has a number of steps and no interval of validations
+_VALIDATIONS = 20  # at least, in a run whose recipe has as many steps and chooses no interval
 _POLL = 0.1  # seconds between two looks at the processes
 
 
@@ -124,9 +124,13 @@ def compare(
 
 
 def _with_validations(recipe: Recipe) -> Recipe:
-    """The recipe with enough validations for the curves of the report, if its steps are known."""
+    """The recipe with enough validations for the curves of the report, if its steps are known.
+
+    An interval in steps, or one of several epochs, was chosen, so it stays.
+    """
     training = recipe.training
-    if training.max_steps is None or training.val_every_steps is not None:
+    chosen = training.val_every_steps is not None or training.val_every != Training.val_every
+    if training.max_steps is None or chosen:
         return recipe
     every = max(1, training.max_steps // _VALIDATIONS)
     return dataclasses.replace(recipe, training=dataclasses.replace(training, val_every_steps=every))
