@@ -248,8 +248,8 @@ def test_epochs_of_other_batches_count_in_full_after_a_resume(tmp_path: Path) ->
 
 def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, whole: FitResult, tmp_path: Path) -> None:
     result = copy_of(whole, tmp_path)
-    with pytest.raises(ConfigError, match=r"has done 6 of 6 steps: raise --max-steps"):
-        run(recipe, tmp_path, resume=result.folder.path)
+    with pytest.raises(ConfigError, match=r"has done 6 of 6 steps: raise --max-steps\."):
+        run(recipe.override(["training.max_epochs=500"]), tmp_path, resume=result.folder.path)
     assert result.evaluation is not None
     result.folder.result.unlink()  # as a run leaves it that is killed during its last evaluation
     again = run(recipe, tmp_path, resume=result.folder.path)
@@ -408,7 +408,13 @@ def test_plan(recipe: Recipe) -> None:
     by_epochs = recipe.override(["training.val_every_steps=none", "training.val_every=2", "training.max_steps=9"])
     assert RunPlan.of(by_epochs, 230).val_every == 8
     assert RunPlan.of(by_epochs, 230, devices=2).steps_per_epoch == 2
-    assert RunPlan.of(by_epochs.override(["training.max_epochs=1"]), 230).total == 4  # the first limit stops
+    first = by_epochs.override(["training.max_epochs=1"])
+    assert RunPlan.of(first, 230).total == 4  # the first limit stops
+    equal = first.override(["training.max_steps=4"])
+    limits = [RunPlan.of(each, 230).limited_by(each) for each in (recipe, first, equal)]
+    assert limits == ["--max-steps", "--max-epochs", "--max-steps and --max-epochs"]
+    with pytest.raises(ConfigError, match=r"leaves none of 4 steps .*: raise --max-epochs, or lower"):
+        RunPlan.of(first.override(["training.matching=4"]), 230)
     assert RunPlan.of(by_epochs, 2000).val_every == 9  # never longer than the run
     short = recipe.override([
         "training.matching=2", "training.max_steps=12", "optimizer.schedule=cooldown", "optimizer.cooldown=0.3",

@@ -188,7 +188,7 @@ def _refuse_finished(resumed: Resumed, plan: RunPlan, options: RunOptions) -> No
     done, folder = resumed.done, resumed.folder
     if done > plan.total or (done == plan.total and (folder is None or folder.result.exists())):
         raise ConfigError(
-            f"{options.resume} has done {done} of {plan.total} steps: raise --max-steps or --max-epochs."
+            f"{options.resume} has done {done} of {plan.total} steps: raise {plan.limited_by(resumed.recipe)}."
         )
 
 

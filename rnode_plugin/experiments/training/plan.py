@@ -87,14 +87,23 @@ class RunPlan:
             training.max_epochs and done + math.ceil(round((training.max_epochs - passed) * per_epoch, 6)),
         ]
         total = min(limit for limit in limits if limit is not None)
+        check = training.val_every_steps or training.val_every * per_epoch
+        # at least one validation, because a run without one has no best weights
+        plan = RunPlan(per_epoch, total, min(check, total), devices, done, passed)
         if total <= recipe.matching:
             raise ConfigError(
                 f"training.matching={recipe.matching} leaves none of {total} steps for maximum likelihood: "
-                "raise --max-steps or lower training.matching."
+                f"raise {plan.limited_by(recipe)}, or lower training.matching."
             )
-        check = training.val_every_steps or training.val_every * per_epoch
-        # at least one validation, because a run without one has no best weights
-        return RunPlan(per_epoch, total, min(check, total), devices, done, passed)
+        return plan
+
+    def limited_by(self, recipe: Recipe) -> str:
+        """Name the options that a longer run needs higher, ``--max-steps``, ``--max-epochs`` or both."""
+        training = recipe.training
+        rounding = 1e-6 / self.steps_per_epoch
+        by_epochs = training.max_epochs is not None and self.epochs_at(self.total) > training.max_epochs - rounding
+        limits = {"--max-steps": training.max_steps == self.total, "--max-epochs": by_epochs}
+        return " and ".join(name for name, reached in limits.items() if reached)
 
     def epochs_at(self, step: int) -> float:
         """Count the passes through the training samples up to a step, counted from 1."""
