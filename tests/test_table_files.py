@@ -270,10 +270,29 @@ def test_the_advice_to_leave_columns_out_can_be_pasted(tmp_path: Path) -> None:
     (setting,) = shlex.split(str(refused.value).rpartition("--set ")[2].removesuffix("."))
     loaded: Any = recipe.override([setting]).load_data()  # also without the other column of texts
     assert loaded.columns == ("a", "b, mean", "c")
-    with pytest.raises(DataError, match=r"leave it out with --set data\.columns=a,b\.$"):
+    with pytest.raises(DataError, match=r"Leave it out with --set data\.columns=a,b\.$"):
         _accept(_table(X, Y, 0 * X), 3)
     with pytest.raises(DataError, match=r"'sex' .*not numeric: [^,]*Write plain numbers with a point\.$"):
         read_columns(path, ["a", "sex"])  # given columns, which sampling needs
+
+
+def test_the_advice_on_a_column_fits(tmp_path: Path) -> None:
+    flat = np.full(50, 3.0)
+    without = r"leave it out of --given, and out of the columns with --set data\.columns=a\.$"
+    for columns, modeled, advice in [
+        ((X, flat), 1, rf"32-bit numbers\. {without.replace('leave', 'Leave')}"),
+        ((X, flat + 1e-7 * Y), 1, rf"Subtract its mean, .*, or {without}"),
+        ((flat,), 1, r"32-bit numbers\. A density needs a column that varies"),
+        ((flat, X), 1, r"32-bit numbers\. A density needs a column that varies"),
+        ((2 * X + 1, X), 1, r"no density together\. A density needs a column that varies, and that the given ones"),
+    ]:
+        with pytest.raises(DataError, match=advice):
+            _accept(_table(*columns), modeled)
+    path = tmp_path / "labels.csv"
+    path.write_text("a,sex\n" + "".join(f"{k},f\n" for k in range(40)))
+    for given, advice in (("sex", rf"a point, or {without}"), ("a", r"a point\.$")):
+        with pytest.raises(DataError, match=advice):
+            get_recipe("table").override([f"data.root={path}", f"data.given={given}"]).load_data()
 
 
 def test_columns_that_are_only_close() -> None:

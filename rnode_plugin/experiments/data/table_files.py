@@ -43,23 +43,32 @@ def column_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(_frame(Path(path), rows=1).columns)
 
 
-def leave_out(others: Sequence[str]) -> str:
-    """Advise how to use only the other columns of a table, as the end of a sentence."""
+def leave_out(others: Sequence[str], *, given: bool = False) -> str:
+    """Advise how to use only the other columns of a table, as the end of a sentence.
+
+    Args:
+        others: the columns that are left.
+        given: whether the column that is left out conditions the density, which then may not name it.
+    """
     names = ",".join(others)
     if len(others) > _MOST_NAMES:
         names = "NAME,NAME,..."
     elif any("," in name or name != name.strip() for name in others):  # a list of names would be read otherwise
         names = json.dumps(list(others), ensure_ascii=False)
-    return f"leave it out with --set {shlex.quote(f'data.columns={names}')}"
+    place = "of --given, and out of the columns " if given else ""
+    return f"leave it out {place}with --set {shlex.quote(f'data.columns={names}')}"
 
 
-def read_columns(path: str | os.PathLike[str], wanted: Sequence[str], *, optional: bool = False) -> np.ndarray:
+def read_columns(
+    path: str | os.PathLike[str], wanted: Sequence[str], *, optional: bool = False, given: Sequence[str] = ()
+) -> np.ndarray:
     """Read the columns ``wanted`` of a table as ``(N, len(wanted))``, float64 and finite.
 
     Args:
         path: the file.
         wanted: names of the columns.
         optional: whether a column can be left out, which the message of an error then advises.
+        given: the columns that condition a density. One of the others must be left.
 
     Raises:
         ConfigError: see :func:`column_names`.
@@ -73,7 +82,8 @@ def read_columns(path: str | os.PathLike[str], wanted: Sequence[str], *, optiona
     numeric = [name for name, (_, fault) in columns.items() if not fault]
     for name, (_, fault) in columns.items():
         if fault:
-            advice = f", or {leave_out(numeric)}" if optional and numeric else ""
+            left = optional and set(numeric) - set(given)
+            advice = f", or {leave_out(numeric, given=name in given)}" if left else ""
             raise DataError(
                 f"the column {name!r} of {path} is not numeric: {fault}. Write plain numbers with a point{advice}."
             )

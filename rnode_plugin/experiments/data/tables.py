@@ -139,6 +139,7 @@ def table(
     *,
     root: str | None = None,
     columns: Sequence[str] = (),
+    given: Sequence[str] = (),
     validation: float = 0.1,
     held_out: float = 0.2,
     split_seed: int = 0,
@@ -151,6 +152,7 @@ def table(
         root: a ``.csv``, ``.tsv``, ``.txt``, ``.npy`` or ``.parquet`` file; None for the table of scikit-learn
             (Wisconsin Diagnostic, 8 columns that are real numbers without repeated zeros).
         columns: names of the columns to read; empty for all.
+        given: those that condition the density, for the advice in an error.
         validation, held_out: shares of the rows, see :class:`~rnode_plugin.experiments.data.tables.Table`.
         split_seed: seed of the split.
 
@@ -161,7 +163,7 @@ def table(
     if root is None:
         return split_rows("table", CELLS, _cells(), **split).select(columns or CELLS)
     columns = columns or column_names(root)
-    return split_rows(str(root), columns, read_columns(root, columns, optional=True), **split)
+    return split_rows(str(root), columns, read_columns(root, columns, optional=True, given=given), **split)
 
 
 def table_columns(root: str | None) -> tuple[str, ...]:
@@ -203,8 +205,8 @@ def check_columns(table: Table, modeled: int) -> None:
         if column.std() < _RESOLVED:
             raise DataError(
                 f"the column {name!r} of {table.name} is {size * column.mean():.10g} ± {size * column.std():.2g}, "
-                "constant or nearly so for 32-bit numbers. Subtract its mean, which changes no likelihood, or "
-                f"{_leave_out(name, table)}."
+                "constant or nearly so for 32-bit numbers. "
+                + _advice(name, table, modeled, subtract=column.min() < column.max())
             )
     standard = (scaled - scaled.mean(0)) / scaled.std(0)
     # the given columns first, because a column that they determine has no conditional density either
@@ -216,9 +218,16 @@ def check_columns(table: Table, modeled: int) -> None:
         if share < _DEPENDENT and place < modeled:
             raise DataError(
                 f"the column {table.columns[place]!r} of {table.name} is a linear function of the others, so the "
-                f"rows have no density together: {_leave_out(table.columns[place], table)}."
+                f"rows have no density together. {_advice(table.columns[place], table, modeled)}"
             )
 
 
-def _leave_out(name: str, table: Table) -> str:
-    return leave_out([each for each in table.columns if each != name])
+def _advice(name: str, table: Table, modeled: int, *, subtract: bool = False) -> str:
+    """Say what to do about a column without a density; ``subtract``: its mean, if its values differ."""
+    others = [each for each in table.columns if each != name]
+    given = name in table.columns[modeled:]
+    ways = ["subtract its mean, which changes no likelihood"] if subtract else []
+    # a density needs a column that is modeled
+    ways += [leave_out(others, given=given)] if given or modeled > 1 else []
+    advice = ", or ".join(ways) or "a density needs a column that varies, and that the given ones do not determine"
+    return f"{advice[0].upper()}{advice[1:]}."

@@ -273,7 +273,8 @@ class TableData:
         from ..data.tables import check_columns
 
         columns = (*self.modeled, *self.given)
-        options = taken_by(self.name, {"columns": columns, **{name: vars(self)[name] for name in _SPLIT}})
+        asked = {"columns": columns, "given": self.given, **{name: vars(self)[name] for name in _SPLIT}}
+        options = taken_by(self.name, asked)
         for name, default in _SPLIT.items():
             if name not in options and vars(self)[name] != default:
                 raise ConfigError(f"the table {self.name} has a fixed split: leave data.{name} at {default}.")
