@@ -179,8 +179,11 @@ def test_a_recipe_takes_the_shape_of_the_pictures(tmp_path, shape, options, foun
     assert (data.shape, len(data.train) + len(data.val)) == (found, 30)
     assert data.described() == f"folder: images of {'x'.join(map(str, found))}, 256 levels"
     assert recipe.override(["training.seed=3"]).data == recipe.data
-    other = get_recipe("mnist").override(["data.name=folder", f"data.root={tmp_path}", *options])
-    assert (other.task.event, other.paper) == (found, None)
+    for name in ("mnist", "digits", "celebahq256"):  # of 256, 17 and 32 levels
+        other = get_recipe(name).override(["data.name=folder", f"data.root={tmp_path}", *options])
+        assert (other.task.event, other.paper, other.task.model_options) == (found, None, {"levels": 256})
+        other.load_data()
+    assert other.override(["data.levels=32"]).task.model_options == {"levels": 32}
 
 
 def test_colours_and_sizes_are_those_of_all_pictures(tmp_path):

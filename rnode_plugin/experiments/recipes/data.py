@@ -84,8 +84,8 @@ class Data:
     def changed(self, assigned: Mapping[str, str | None]) -> Data:
         """Assign settings, written as texts, and change what follows from them.
 
-        Pictures in a folder bring their shape, and a ``size`` becomes the shape of all images. Images from another
-        data set are mirrored only if ``flip`` is assigned.
+        Pictures in a folder bring their shape, and a ``size`` becomes the shape of all images. They have 256 levels
+        unless ``levels`` are assigned. Images from another data set are mirrored only if ``flip`` is assigned.
 
         Raises:
             ValidationError: a value is bad.
@@ -93,7 +93,9 @@ class Data:
             DataError: the pictures in a folder cannot be read.
         """
         # a mirrored digit is not a digit, so other data do not inherit the flips of a recipe for photographs
-        follows = {} if assigned.get("name", self.name) == self.name else {"flip": False}
+        follows: dict[str, object] = {} if assigned.get("name", self.name) == self.name else {"flip": False}
+        if follows and assigned["name"] == "folder":
+            follows["levels"] = Data.levels
         new = dataclasses.replace(self, **{**follows, **_at_absolute_root(assigned)})
         if "shape" in assigned or not assigned.keys() & {"name", "root", "size"}:
             return new
