@@ -26,9 +26,9 @@ def configured_recipes(recipe: Recipe, configurations: Sequence[str] = (), *, se
     Args:
         recipe: the settings that the configurations share. Weights, data order and noise are functions of its seed.
         configurations: each is ``none`` (no penalty, the recipe's solver, as in the paper's ablation), ``ffjord``
-            (no penalty, Dormand-Prince at 1e-5, as in the paper's comparison of times), ``rnode`` (all penalties
-            of the recipe), a penalty such as ``kinetic`` or ``taylor:3`` with the recipe's lambda or its default,
-            or a JSON file. The file maps names to penalties with their lambdas,
+            (no penalty, no flow matching, Dormand-Prince at 1e-5, as in the paper's comparison of times), ``rnode``
+            (all penalties of the recipe), a penalty such as ``kinetic`` or ``taylor:3`` with the recipe's lambda or
+            its default, or a JSON file. The file maps names to penalties with their lambdas,
             ``{"weak": {"kinetic": 0.001, "jacfrob": 0.001}}``. A list of lambdas is a sweep,
             ``{"sweep": {"kinetic": [0.001, 0.01, 0.1]}}``, and several lists form a grid. The default is ``none``,
             each penalty of the recipe alone, and ``rnode``.
