@@ -1,11 +1,11 @@
-"""Writes files completely or not at all (``Draft``, ``write_atomically``), and checks names of files."""
+"""Writes files whole or not at all (``Draft``, ``write_atomically``), checks names, and walks through folders."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -39,6 +39,28 @@ def check_path_name(name: str, what: str) -> str:
             "and _ . , + = @ -, with a letter or digit first."
         )
     return name
+
+
+def walk(
+    folder: str | os.PathLike[str], *, onerror: Callable[[OSError], object] | None = None
+) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each folder at or below ``folder`` with the names of its files, both sorted.
+
+    Links are followed, each to a folder that was not visited before.
+
+    Args:
+        folder: where to begin.
+        onerror: called for a folder that cannot be read; None passes over it.
+    """
+    seen: set[str] = set()
+    for here, subfolders, files in os.walk(folder, followlinks=True, onerror=onerror):
+        real = os.path.realpath(here)
+        if real in seen:  # a link back up would lead in circles
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()  # in place, which is how os.walk takes its order; file systems list in any
+        yield Path(here), sorted(files)
 
 
 class Draft:

@@ -288,7 +288,7 @@ def test_the_result_and_its_scores(kind: Kind, samples: int, tmp_path: Path) -> 
     lines = (tmp_path / kind.file).read_text().splitlines()
     assert lines[0] == ",".join([kind.recipe.task.sample, *kind.means])
     assert [line.partition(",")[0] for line in lines[1:]] == [str(number) for number in range(samples)]
-    run.conclude(ended, kind.recipe, list(range(7, 7 + samples)))
+    run.conclude(ended, kind.recipe, np.arange(7, 7 + samples))
     assert run.read().result == ended
     assert (tmp_path / kind.file).read_text().splitlines()[1].startswith("7,")
     assert "samples" not in json.loads(run.result.read_text())["evaluation"]["means"][kind.means[0]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from ...errors import ConfigError, DataError
+from ...files import walk
 from ...text import counted
 from .images import ImageArray, ImageData, Index, naming, shown
 
@@ -247,24 +247,14 @@ def is_picture(name: str) -> bool:
 
 
 def files_in(folder: Path) -> Iterator[str]:
-    """Yield the names of the files below a folder, relative, with ``/``, sorted folder by folder.
+    """Yield the names of the files below a folder, relative, with ``/``, sorted folder by folder."""
 
-    Links are followed, each to a folder that was not visited before.
-    """
-
-    def refuse(error: OSError) -> None:  # by default os.walk passes over a folder that it may not read
+    def refuse(error: OSError) -> None:
         raise DataError(f"the folder {error.filename} cannot be read: {(error.strerror or '').lower()}.") from error
 
-    seen: set[str] = set()
-    for here, subfolders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        real = os.path.realpath(here)
-        if real in seen:  # a link back up would lead in circles
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders.sort()  # in place, which is how os.walk takes its order; file systems list in any
-        for file in sorted(files):
-            path = Path(here, file)
+    for here, files in walk(folder, onerror=refuse):
+        for file in files:
+            path = here / file
             name = path.relative_to(folder).as_posix()
             # file managers and archivers leave hidden files, and reading a pipe could wait for ever
             if path.is_file() and not any(part.startswith((".", "__MACOSX")) for part in name.split("/")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol, overload
+from typing import ClassVar, Protocol, overload
 
 import numpy as np
 
@@ -77,6 +77,7 @@ class ImageData:
         train, val: images ``(N, C, H, W)``, uint8, values ``0 .. levels - 1``.
         shape: (C, H, W) of each image.
         levels: number of values that a pixel can take, 256 for 8 bits.
+        numbers: None, because held-out images are counted from 0. A table has the places of its rows in the file.
 
     Raises:
         DataError: the arrays are not such images. Values of arrays on disk are not checked.
@@ -87,6 +88,7 @@ class ImageData:
     val: ImageArray
     shape: tuple[int, int, int]
     levels: int = 256
+    numbers: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.levels <= 256:

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas
 from pydantic import TypeAdapter
 
@@ -78,7 +79,7 @@ class Result(RunEnd):
 _RESULT = TypeAdapter(Result)
 
 
-def write_result(path: Path, result: Result, scores: Path, sample: str, numbers: list[int] | None = None) -> None:
+def write_result(path: Path, result: Result, scores: Path, sample: str, numbers: np.ndarray | None = None) -> None:
     """Write the scores of each held-out sample, and then the ``result.json``.
 
     Args:

@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
-from ...files import write_atomically
+from ...files import walk, write_atomically
 from .texts import reading, write_json
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..recipes.recipe import Recipe
     from .contents import RunContents
     from .environment import Environment
@@ -62,7 +64,7 @@ class Run:
         """
         if Run(path).is_described:
             return [Run(path)]
-        inside = sorted(each for each in _folders_below(path) if Run(each).is_described)
+        inside = sorted(each for each, _ in walk(path) if Run(each).is_described)
         if not inside:
             near = difflib.get_close_matches(str(path), Run.here(), n=1)
             hint = f"; did you mean {near[0]!r}? Give" if near and not path.exists() else ": give"
@@ -213,7 +215,7 @@ class Run:
             keep = None if checkpoint.name == PREVIOUS else self.previous
             write_atomically(self.last, lambda file: file.write(contents), keep=keep)
 
-    def conclude(self, result: Result, recipe: Recipe, numbers: list[int] | None = None) -> None:
+    def conclude(self, result: Result, recipe: Recipe, numbers: np.ndarray | None = None) -> None:
         """Write the result and the scores by held-out sample (``images.csv`` or ``rows.csv``).
 
         ``numbers`` are the numbers of the samples in that file; None to count them from 0.
@@ -278,19 +280,6 @@ class Run:
             picture=Picture(self.picture(), None) if self.picture().is_file() else newest,
             diagnosed=read_diagnosis(self.diagnosis),
         )
-
-
-def _folders_below(path: Path) -> Iterator[Path]:
-    """Yield all folders below ``path``. Links are followed, each to a folder that was not visited before."""
-    seen: set[str] = set()
-    for here, subfolders, _ in os.walk(path, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:  # a link back up would lead in circles
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders.sort()  # in place, which is how os.walk takes its order
-        yield Path(here)
 
 
 def recipe_beside(checkpoint: Path) -> Recipe | None:

@@ -18,7 +18,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ...errors import CheckpointError, ConfigError, SolverError, TrainingError
 from ...text import batch_counter
-from ..data import Table
 from ..evaluation.likelihood import evaluate
 from ..evaluation.measures import Evaluation
 from ..evaluation.samples import save_samples
@@ -308,7 +307,5 @@ def _conclude(result: FitResult, experiment: Experiment, device: torch.device, *
             f"training is done, but its best weights could not be evaluated: {error} They are in {folder.best}; "
             f"rnode-cli eval {folder.path} tries again, with another solver by --solver KEY=VALUE."
         ) from error
-    of_file = data.numbers if isinstance(data, Table) else None
-    numbers = None if of_file is None else of_file.tolist()
-    folder.conclude(result.with_evaluation(evaluation), recipe, numbers)
+    folder.conclude(result.with_evaluation(evaluation), recipe, data.numbers)
     return dataclasses.replace(result, evaluation=evaluation, samples=samples)
