@@ -147,8 +147,11 @@ def test_the_same_seed_gives_the_same_numbers_with_more_validations(
     assert steps[0] == steps[1]
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    recipe = tiny_recipe("training.ema=0.9", "optimizer.name=muon", "training.matching=4")
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_interrupted_and_resumed_equals_uninterrupted(precision: str, tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        "training.ema=0.9", "optimizer.name=muon", "training.matching=4", f"training.precision={precision}"
+    )
     before = signal.getsignal(signal.SIGTERM)
     whole = run(recipe, tmp_path / "a")
     part = run(recipe, tmp_path / "b", callbacks=[signal_at(2)])  # inside of the flow matching

@@ -142,7 +142,8 @@ class Training:
         weights: where the weights of the first step are: a run folder, a ``.ckpt`` or ``.safetensors`` file, or a
             name of weights in the package; None for fresh ones.
         precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` or ``64-true``, as Lightning names them. ``auto`` is
-            ``bf16-mixed`` for a fixed grid where the device computes bfloat16 natively, else ``32-true``.
+            ``bf16-mixed`` for a fixed grid where the device computes bfloat16 natively, else ``32-true``. Weights
+            that were trained in 64 bits are evaluated and sampled in 32, as all others.
         compile: whether training evaluates the stack fields through torch.compile. ``auto`` does so on CUDA, where
             it works.
         val_every: epochs between two validations, each with a grid of samples if the data are images.

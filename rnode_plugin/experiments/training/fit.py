@@ -238,6 +238,10 @@ def _train(experiment: Experiment, trainer: L.Trainer, stops: Stops, checkpoint:
     """
     recipe = experiment.recipe
     module = RnodeModule(recipe, flow=experiment.flow, loss=experiment.loss)
+    if recipe.training.precision == "64-true":
+        # Lightning converts the weights after it has restored them and copied them for their average, which would
+        # round both to 32 bits
+        module.double()
     # one endless epoch, so that no validation or checkpoint of a run falls on the border of two epochs
     samples = RecipeDataModule(recipe, data=experiment.data, endless=True)
     try:
