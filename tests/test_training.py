@@ -271,29 +271,28 @@ def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, whole: FitRes
     assert len(list((tmp_path / "digits").iterdir())) == 1  # nothing was begun
 
 
-def recorder(recipe: Recipe) -> Recorder:
-    plan = RunPlan.of(recipe, 200)
-    return Recorder(recipe, plan, Clock(), Stops(plan))
+def recorder(recipe: Recipe, *, devices: int = 1, validated: slice = slice(60)) -> Recorder:
+    plan = RunPlan.of(recipe, 200, devices)
+    return Recorder(recipe, plan, Clock(), Stops(plan), validated=recipe.load_data().val[validated])
 
 
 def test_another_validation_chooses_the_best_weights_again(recipe: Recipe) -> None:
     """The lowest value of easier images would keep weights that are no longer the best."""
     before = recorder(recipe)
     before.best = 1.0
-    others = (
+    same = recorder(recipe.override(["training.max_steps=9"]))
+    settings = (
         "training.val_images=30",
         "test_solver.step=0.5",
         "data.val_batch_size=5",
         "model.trace_noise=rademacher",
     )
-    for other, best in (("training.max_steps=9", 1.0), *((other, math.inf) for other in others)):
-        later = recorder(recipe.override([other]))
+    others = [recorder(recipe.override([each])) for each in settings]
+    others.append(recorder(recipe, devices=2))
+    others += [recorder(recipe, validated=slice(59)), recorder(recipe, validated=slice(59, None, -1))]
+    for later, best in ((same, 1.0), *((other, math.inf) for other in others)):
         later.load_state_dict(before.state_dict())
         assert later.best == best
-    two = RunPlan.of(recipe, 200, devices=2)
-    later = Recorder(recipe, two, Clock(), Stops(two))
-    later.load_state_dict(before.state_dict())
-    assert later.best == math.inf
 
 
 def test_a_process_with_another_checkpoint_is_refused(recipe: Recipe) -> None:

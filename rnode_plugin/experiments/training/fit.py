@@ -115,7 +115,9 @@ def fit(
             _refuse_finished(resumed, plan, options)
         # the time limit begins now, after the data were loaded
         clock, stops = Clock(), Stops(plan, max_time=options.max_time, announce=options.progress)
-        recorder = Recorder(recipe, plan, clock, stops, folder=resumed and resumed.folder)
+        recorder = Recorder(
+            recipe, plan, clock, stops, validated=experiment.data.val, folder=resumed and resumed.folder
+        )
         trainer = make_trainer(
             recipe,
             plan,

@@ -11,6 +11,7 @@ import pytorch_lightning as L
 from pytorch_lightning.callbacks import Callback, Checkpoint
 
 from ...errors import SolverError, TrainingError
+from ..data.images import ImageArray, fingerprint
 from ..evaluation.samples import save_samples
 from ..recipes.recipe import Recipe
 from ..runs.metrics import MetricsTable
@@ -36,6 +37,7 @@ class Recorder(StepCallback, Checkpoint):
         plan: the steps of the run.
         clock: the times of the run.
         stops: the decision about the end of the run.
+        validated: the samples of a validation.
         folder: the folder of a run that is resumed. The folder of a new run is set before training starts.
 
     Attributes:
@@ -45,12 +47,20 @@ class Recorder(StepCallback, Checkpoint):
     """
 
     def __init__(
-        self, recipe: Recipe, plan: RunPlan, clock: Clock, stops: Stops, *, folder: Run | None = None
+        self,
+        recipe: Recipe,
+        plan: RunPlan,
+        clock: Clock,
+        stops: Stops,
+        *,
+        validated: ImageArray,
+        folder: Run | None = None,
     ) -> None:
         self.folder = folder
         self.table: MetricsTable | None = None
         self.best = math.inf
         self._recipe, self._plan, self._clock, self._stops = recipe, plan, clock, stops
+        self._validated = fingerprint(validated)
         self._written = 0  # the last step in the table
 
     @property
@@ -74,11 +84,11 @@ class Recorder(StepCallback, Checkpoint):
     @property
     def _validation(self) -> dict[str, object]:
         """What the score of a validation depends on, other than the weights."""
-        recipe, training = self._recipe, self._recipe.training
+        recipe = self._recipe
         # the noise is a function of the seed, the process and the number of the batch
-        noise = {"seed": training.seed, "batch": recipe.data.val_batch_size, "devices": self._plan.devices}
+        noise = {"seed": recipe.training.seed, "batch": recipe.data.val_batch_size, "devices": self._plan.devices}
         noise |= {"trace_noise": recipe.model.trace_noise}
-        return {**dataclasses.asdict(recipe.test_solver), **noise, "count": training.val_images}
+        return {**dataclasses.asdict(recipe.test_solver), **noise, "samples": self._validated}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # the first hook after the processes have found each other
