@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytorch_lightning as L
 import torch
 from click.testing import CliRunner
 from tiny_runs import BeforeStep, rows, run, tiny_recipe
 
-from rnode_plugin import get_recipe, load_flow
+from rnode_plugin import ImageDataModule, TableDataModule, get_recipe, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe, save_flow
+from rnode_plugin.experiments.training.datamodule import RecipeDataModule
 from rnode_plugin.experiments.training.module import RnodeModule
 
 
@@ -57,6 +60,39 @@ def test_a_table_keeps_the_scale_of_the_weights(tmp_path: Path) -> None:
     found = weights_at_first_step(few, tmp_path / "runs")
     for name, tensor in load_flow(trained).state_dict().items():
         assert torch.equal(found[name], tensor), name
+
+
+def test_a_second_trainer_continues_from_what_the_first_has_trained(trained: Path, tmp_path: Path) -> None:
+    """The recipe's first weights and the table's rows are for a module that was never trained."""
+    begun: list[torch.Tensor] = []
+
+    def weights_of(module: RnodeModule) -> torch.Tensor:
+        return torch.cat([each.detach().flatten() for each in module.parameters()])
+
+    def fit(module: RnodeModule, samples: RecipeDataModule[Any], save: Path | None = None) -> torch.Tensor:
+        look = BeforeStep(lambda module, step: begun.append(weights_of(module)))
+        trainer = L.Trainer(
+            max_steps=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, callbacks=[look],
+            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(module, samples)
+        if save is not None:
+            trainer.save_checkpoint(save)
+        return weights_of(module)
+
+    recipe = tiny_recipe(f"training.weights={trained}")
+    module, samples = RnodeModule(recipe), ImageDataModule(recipe)
+    first = fit(module, samples, tmp_path / "first.ckpt")
+    for each in (module, RnodeModule.load_from_checkpoint(tmp_path / "first.ckpt")):
+        fit(each, samples)
+        assert torch.equal(begun[-1], first)
+
+    recipe = get_recipe("table").override(["model.hidden=8"])
+    module = RnodeModule(recipe)
+    fit(module, TableDataModule(recipe))
+    scale = module.flow.state_dict()["scale"].clone()
+    fit(module, TableDataModule(recipe.override(["data.train_rows=210"])))
+    assert torch.equal(module.flow.state_dict()["scale"], scale)
 
 
 def test_resumed_to_the_bit_without_the_source(trained: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def _detail_lines(configurations: Sequence[Configuration], base: Configuration) 
     """The rows that a reader unfolds, in their order."""
     task, runs = base.task, [run for one in configurations for run in one.runs]
     yield "time per step", "median", _known("seconds_per_step", lambda seconds: f"{significant(seconds)} s")
-    yield "NFE, training", "per step, all blocks, last tenth of the steps", _known("nfe_train")
+    yield "NFE, training", "per batch, all blocks, last tenth of the steps", _known("nfe_train")
     undivided = {name for run in runs if run.result for name in run.result.evaluation.undivided}
     for name in dict.fromkeys(["jacfrob", "kinetic", *(name for run in runs for name in run.penalties)]):
         heading, meaning = _PENALTIES.get(name, (name, "penalty" if name in undivided else "penalty / dim"))

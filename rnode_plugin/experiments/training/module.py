@@ -60,8 +60,8 @@ class RnodeModule(L.LightningModule):
         recipe: all settings, or their plain data, as Lightning passes them when it rebuilds the module from a
             checkpoint.
         flow: the model as an :class:`~rnode_plugin.experiments.training.experiment.Experiment` has it, with the
-            weights of the first step. By default the module builds the model, and when the Trainer begins it loads
-            the weights that the recipe starts from and shows the model the rows of its table.
+            weights of the first step. By default the module builds the model, and when its first Trainer begins it
+            loads the weights that the recipe starts from and shows the model the rows of its table.
         loss: what a step minimizes, a function of a batch and the number of earlier steps. By default this is flow
             matching and equation 17, as the recipe says.
 
@@ -215,9 +215,9 @@ class RnodeModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         weights = self.recipe.training.weights
-        # a checkpoint that the Trainer continues from has later weights, which Lightning restores
-        if self._is_fresh and weights is not None and self.trainer.ckpt_path is None:
+        if self._is_fresh and weights is not None:
             load_weights(self.flow, weights, recipe=self.recipe)
+        self._is_fresh = False  # a second fit continues from the weights of the first
         if decided_compile(self.recipe, self.device):
             if compile_fields(self.flow):
                 self._print("the fields are compiled: the first step takes longer")
@@ -334,3 +334,4 @@ class RnodeModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
         progress = cast("dict[str, int]", checkpoint["progress"])
         self.skipped, self.skipped_in_row = progress["skipped"], progress["skipped_in_row"]
+        self._is_fresh = False
