@@ -28,6 +28,7 @@ from rnode_plugin.experiments.comparison.compare import Comparison, compare, con
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.metrics import MetricsTable
 from rnode_plugin.experiments.runs.run import training_lock
+from rnode_plugin.experiments.training.checkpoints import header_with
 from rnode_plugin.files import check_path_name
 
 TINY = [
@@ -194,6 +195,14 @@ def run(recipe: Recipe, out: Path, **options: Any) -> Comparison:
     return compare(recipe, out=out, **{"accelerator": "cpu", "jobs": 1, "progress": False, **options})
 
 
+def write_checkpoint(run: Path, *, seconds: float) -> None:
+    """A checkpoint after ``seconds`` of a run. Its metrics may have later rows."""
+    callbacks = {"Clock": {"run_seconds": seconds}}
+    contents = {**header_with(get_recipe("digits")), "state_dict": {}, "callbacks": callbacks}
+    (run / "checkpoints").mkdir(exist_ok=True)
+    torch.save(contents, run / "checkpoints" / "last.ckpt")
+
+
 def folders(result: Comparison) -> list[str]:
     return ["/".join(path.parts[-2:]) for path in result.runs]
 
@@ -239,9 +248,8 @@ def test_a_longer_limit_continues_runs_that_a_shorter_one_has_stopped(
     result = json.loads((stopped / "result.json").read_text())
     result |= {"stopped": "max_time", "steps": 1, "planned": 4, "run_seconds": 90.5}
     for folder in (stopped, finished):
-        (folder / "checkpoints").mkdir()
-        (folder / "checkpoints" / "last.ckpt").touch()
-    for limit, left in ((90, None), (120, "119.500"), (None, None)):  # the metrics end after half a second
+        write_checkpoint(folder, seconds=90.5)
+    for limit, left in ((90, None), (120, "29.500"), (None, None)):
         (stopped / "result.json").write_text(json.dumps(result))
         run(recipe, tmp_path / "c", max_time=limit)
         found = [(call["--resume"], call.get("--max-time")) for call in training.calls()]
@@ -253,12 +261,12 @@ def test_an_interrupted_run_is_resumed(recipe: Recipe, training: Training, tmp_p
     training.calls()
     (none / "result.json").unlink()  # ended before its first checkpoint
     (rnode / "result.json").unlink()
-    (rnode / "checkpoints").mkdir()
-    (rnode / "checkpoints" / "last.ckpt").touch()
+    write_checkpoint(rnode, seconds=1.5)
     for locked in (none, tmp_path / "c"):
         with training_lock(locked), pytest.raises(ConfigError, match="is being trained by another process"):
             run(recipe, tmp_path / "c")
-    MetricsTable(rnode / "metrics.csv", keep=100).add({"train/matching": 0.1, "seconds": 1.5}, 2)
+    # steps after the checkpoint, which are taken again
+    MetricsTable(rnode / "metrics.csv", keep=100).add({"train/matching": 0.1, "seconds": 40.0}, 2)
     run(recipe, tmp_path / "c", max_time=90)
     begins, resumes = training.calls()
     assert (begins["--run-folder"], begins["--max-time"]) == (str(none), "90.000")

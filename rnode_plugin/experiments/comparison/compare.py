@@ -20,13 +20,14 @@ from typing import NamedTuple
 
 import torch
 
-from ...errors import ConfigError, TrainingError
+from ...errors import CheckpointError, ConfigError, TrainingError
 from ..evaluation.loading import check_device
 from ..recipes.recipe import Recipe, Training
 from ..reports import Report, write_report
 from ..reports.runs import own_data
 from ..runs.results import Result
 from ..runs.run import Run, training_lock
+from ..training.checkpoints import newest_intact
 from .configurations import configured_recipes
 
 _TRAIN = (sys.executable, "-m", "rnode_plugin", "train")
@@ -220,7 +221,7 @@ def _begin(folder: Path, recipe: Recipe, max_time: float | None) -> list[str] | 
         if run.result is not None and not _has_time_left(run.result, max_time):
             return None
         if there.has_checkpoints:
-            return ["--resume", str(folder), *_limit(max_time, spent=run.metrics.seconds)]
+            return ["--resume", str(folder), *_limit(max_time, spent=_spent(there))]
     elif there.has_checkpoints:
         raise ConfigError(f"{folder} has checkpoints, but no recipe.json: choose another --out.")
     if folder.exists():  # the run ended before its first checkpoint
@@ -240,6 +241,15 @@ def _has_time_left(result: Result, max_time: float | None) -> bool:
 def _limit(max_time: float | None, *, spent: float = 0.0) -> list[str]:
     """The time that is left for a run. A resumed run that got all of it again would have an advantage."""
     return [] if max_time is None else ["--max-time", f"{max(max_time - spent, 0.001):.3f}"]
+
+
+def _spent(run: Run) -> float:
+    """The wall-clock time of a run up to the checkpoint that it continues from. A kill undoes the time after it."""
+    try:
+        contents = newest_intact(run.path)[1]
+    except CheckpointError:  # the process that resumes the run reports this
+        return 0.0
+    return contents.get("callbacks", {}).get("Clock", {}).get("run_seconds", 0.0)
 
 
 def _places(accelerator: str, jobs: int | None) -> list[tuple[str, ...]]:

@@ -68,12 +68,10 @@ class Metrics(NamedTuple):
             ``train/bpd``, ...
         checks: an entry for each validation: the same three axes and ``val/bpd``, ``val/nfe``, ... A table has
             ``nll`` in place of ``bpd``.
-        seconds: wall-clock time of the run at the last row of any kind, also of flow matching; 0 if there is none.
     """
 
     steps: Columns
     checks: Columns
-    seconds: float = 0.0
 
     @property
     def last_step(self) -> int:
@@ -108,5 +106,4 @@ def read_metrics(path: Path, metric: str) -> Metrics:
         name: np.interp(checks["step"], [0.0, *times["step"]], [0.0, *times[name]]) if known else unknown
         for name in ("epoch", "train_seconds")
     }
-    seconds = max([0.0, *known_rows(table, ["seconds"])["seconds"]])
-    return Metrics(known_rows(table, [*_AXES, score]), {**checks, **places}, seconds)
+    return Metrics(known_rows(table, [*_AXES, score]), {**checks, **places})
