@@ -184,6 +184,9 @@ def test_a_recipe_takes_the_shape_of_the_pictures(tmp_path, shape, options, foun
         assert (other.task.event, other.paper, other.task.model_options) == (found, None, {"levels": 256})
         other.load_data()
     assert other.override(["data.levels=32"]).task.model_options == {"levels": 32}
+    published = vars(other.override(["data.name=cifar10"]).data)
+    assert (published["root"], published["size"]) == (None, None)  # not downloaded into the folder of pictures
+    assert other.override(["data.name=cifar10", "data.root=sets"]).data.root == os.path.abspath("sets")
 
 
 def test_colours_and_sizes_are_those_of_all_pictures(tmp_path):

@@ -16,7 +16,7 @@ import pytorch_lightning as L
 import torch
 from click.testing import Result
 from filelock import FileLock
-from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 from tiny_runs import SETTINGS, BeforeStep, as_options, rnode, rows, run, signal_at, tiny_recipe
 
@@ -62,6 +62,11 @@ def test_options_that_the_recipe_decides(tmp_path: Path, option: str, named: str
     with pytest.raises(ConfigError, match=named):
         run(tiny_recipe(), tmp_path / "runs", **options)
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_lightning_refuses_is_not_blamed_on_the_devices(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Lightning refuses this run: Cannot use `LearningRateMonitor`"):
+        run(tiny_recipe(), tmp_path, callbacks=[LearningRateMonitor()])
 
 
 @pytest.mark.parametrize(

@@ -350,7 +350,7 @@ def _ring(*, root: str | None = None) -> Table:
     return Table("ring", ("x", "y"), points[:40], points[40:50], points[50:])
 
 
-def test_a_table_of_a_plugin_with_a_split_of_its_own(register: Any) -> None:
+def test_a_table_of_a_plugin_with_a_split_of_its_own(file: Path, register: Any) -> None:
     class Plugin:
         @hookimpl
         def rnode_register_datasets(self) -> dict[str, Any]:
@@ -361,6 +361,8 @@ def test_a_table_of_a_plugin_with_a_split_of_its_own(register: Any) -> None:
     assert (recipe.task.columns, len(recipe.load_data().train)) == (("x", "y"), 40)
     with pytest.raises(ConfigError, match="has a fixed split"):
         recipe.override(["data.held_out=0.3"]).load_data()
+    other = recipe_of(file).override(["data.name=ring"]).data
+    assert (other.root, other.task.columns) == (None, ("x", "y")), "it is not in the user's file"
 
 
 # weights of other columns

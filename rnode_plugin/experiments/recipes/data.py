@@ -85,7 +85,8 @@ class Data:
         """Assign settings, written as texts, and change what follows from them.
 
         Pictures in a folder bring their shape, and a ``size`` becomes the shape of all images. They have 256 levels
-        unless ``levels`` are assigned. Images from another data set are mirrored only if ``flip`` is assigned.
+        unless ``levels`` are assigned. Images from another data set are mirrored only if ``flip`` is assigned, and
+        they are not looked for in the user's folder.
 
         Raises:
             ValidationError: a value is bad.
@@ -96,6 +97,8 @@ class Data:
         follows: dict[str, object] = {} if assigned.get("name", self.name) == self.name else {"flip": False}
         if follows and assigned["name"] == "folder":
             follows["levels"] = Data.levels
+        if follows and self.of_user:
+            follows |= {"root": None, "size": None}
         new = dataclasses.replace(self, **{**follows, **_at_absolute_root(assigned)})
         if "shape" in assigned or not assigned.keys() & {"name", "root", "size"}:
             return new
@@ -238,8 +241,8 @@ class TableData:
     def changed(self, assigned: Mapping[str, str | None]) -> TableData:
         """Assign settings, written as texts, and change what follows from them.
 
-        Another table brings its columns, unless ``columns`` are assigned. With other rows, what a run has recorded
-        about its rows is left out.
+        Another table brings its columns, unless ``columns`` are assigned, and is not looked for in the user's file.
+        With other rows, what a run has recorded about its rows is left out.
 
         Raises:
             ConfigError: there is no such table.
@@ -247,6 +250,8 @@ class TableData:
             ValidationError: a value is bad, or a given column is not in the table.
         """
         assigned = _at_absolute_root(assigned)
+        if self.of_user and assigned.get("name", self.name) != self.name:
+            assigned = {"root": None, **assigned}
         name, root = assigned.get("name", self.name), assigned.get("root", self.root)
         follows: dict[str, tuple[str, ...]] = {}
         # a published table at another place is the same table. The file of a user is not

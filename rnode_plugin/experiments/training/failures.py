@@ -57,7 +57,7 @@ def explained() -> Iterator[None]:
     Any other exception is a bug and passes unchanged, with its traceback.
 
     Raises:
-        ConfigError: Lightning cannot use the devices.
+        ConfigError: Lightning refuses the devices or a callback.
         LocalError: the machine failed, by its memory or its disk, or PyTorch failed in another way.
         TrainingError: the processes of the run lost each other.
     """
@@ -73,7 +73,7 @@ def explained() -> Iterator[None]:
     except RnodeError:
         raise
     except MisconfigurationException as error:
-        raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"Lightning refuses this run: {' '.join(str(error).split())}") from error
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         raise LocalError(f"the system refused: {error.strerror or error}{place}.") from error
