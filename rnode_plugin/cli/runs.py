@@ -134,7 +134,7 @@ def eval(  # noqa: A001 - the command's name
         seed=recipe.training.seed if seed is None else seed,
         progress=None if quiet else batch_counter("evaluating"),
     )
-    if doubt_of(recipe, data) is None:  # else it would be fitted to other rows than the flow
+    if doubt_of(recipe, data, data_root) is None:  # else it would be fitted to other rows than the flow
         result = result.with_baselines(recipe.task, data)
     head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
     head["solver"] = recipe.test_solver.text

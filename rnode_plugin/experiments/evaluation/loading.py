@@ -20,22 +20,26 @@ from ..recipes.task import FlowInput
 def load_for_evaluation(recipe: Recipe, *, root: str | None = None, download: bool = False) -> ImageData | Table:
     """Load the data of a recipe, perhaps from another place, with all of its validation samples.
 
-    A table that differs from the table of the training may hold out rows that were trained on, so a line on
-    standard error warns about it.
+    Data at another place may hold out samples that were trained on, and then a line on standard error warns about
+    it.
 
     Raises:
         DataError, ConfigError: see :meth:`~rnode_plugin.experiments.recipes.recipe.Recipe.load_data`.
     """
     data = recipe.at_root(root).load_data(download=download, all_val=True)
-    if (doubt := doubt_of(recipe, data)) is not None:
+    if (doubt := doubt_of(recipe, data, root)) is not None:
         print(doubt, file=sys.stderr)
     return data
 
 
-def doubt_of(recipe: Recipe, data: ImageData | Table) -> str | None:
-    """Say why the held-out samples of ``data`` may have been trained on; None for the data of the training."""
+def doubt_of(recipe: Recipe, data: ImageData | Table, root: str | None) -> str | None:
+    """Say why the held-out samples of ``data``, read at ``root``, may have been trained on; None if they were not.
+
+    ``root`` is None for the place that the recipe names.
+    """
     # the settings judge the kind of data that they load. The ones of the run know the checksum of the training
-    return cast("Callable[[ImageData | Table], str | None]", recipe.data.doubt)(data)
+    judge = cast("Callable[[ImageData | Table, str | None], str | None]", recipe.data.doubt)
+    return judge(data, root)
 
 
 def check_device(name: str) -> None:

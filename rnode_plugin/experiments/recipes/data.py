@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
@@ -151,8 +152,21 @@ class Data:
         if self.of_user and self.root is None:
             raise ConfigError("name the folder of your pictures: --data-root FOLDER.")
 
-    def doubt(self, data: ImageData) -> str | None:
-        """Return None, because other images in a folder do not change the side of the split that an image is on."""
+    def doubt(self, data: ImageData, root: str | None) -> str | None:
+        """Say why held-out pictures in the folder ``root`` may have been trained on; None if they were not.
+
+        The split is by the names of the pictures below their folder. So neither other pictures nor another place of
+        the folder change it, but a folder inside of the one of the training has the same pictures by other names.
+        """
+        if not self.of_user or self.root is None or root is None:
+            return None
+        there, here = Path(os.path.realpath(root)), Path(os.path.realpath(self.root))
+        if here == there or not (here.is_relative_to(there) or there.is_relative_to(here)):
+            return None
+        return (
+            f"{there} shares pictures with {here}, the folder of the training, and splits them by other names. "
+            "Some that were trained on may be held out now."
+        )
 
     def trained_on(self, data: ImageData) -> Data:
         """Return these settings, because a run records nothing about images."""
@@ -319,7 +333,7 @@ class TableData:
         if unknown := [each for each in self.columns if each not in known]:
             raise ConfigError(f"data.columns: {suggest(unknown[0], known, 'column')}")
 
-    def doubt(self, data: Table) -> str | None:
+    def doubt(self, data: Table, root: str | None) -> str | None:
         """Say why the held-out rows of ``data`` may have been trained on; None for the table of the training."""
         if self.checksum in (None, data.checksum):
             return None
