@@ -72,6 +72,16 @@ def test_a_run_takes_other_samples_and_continues(tmp_path: Path) -> None:
     assert weights(rest.folder.path).equal(weights(whole.folder.path))
 
 
+def test_an_experiment_that_was_trained_is_refused(tmp_path: Path) -> None:
+    """A second run would begin with trained weights, and its recipe would say that they are fresh."""
+    experiment = Experiment.of(tiny_recipe(*SHORT))
+    part = run(experiment, tmp_path, callbacks=[signal_at(2)])
+    with pytest.raises(ConfigError, match=r"was trained by another run.*make a new experiment"):
+        run(dataclasses.replace(experiment, loss=experiment.loss), tmp_path)
+    assert run(experiment, tmp_path, resume=part.folder.path).steps == 4
+    assert len(list((tmp_path / "digits").iterdir())) == 1
+
+
 def test_an_experiment_for_other_devices_is_refused(tmp_path: Path) -> None:
     experiment = Experiment.of(tiny_recipe("data.batch_size=10"), devices=2)
     with pytest.raises(ConfigError, match="made for 2 devices, and this call has 1"):

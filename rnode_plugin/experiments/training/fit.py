@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytorch_lightning as L
 import torch
@@ -16,6 +17,7 @@ from pytorch_lightning.callbacks import Callback, WeightAveraging
 from pytorch_lightning.loggers import Logger
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from ...core.distribution import DensityModel
 from ...errors import CheckpointError, ConfigError, SolverError, TrainingError
 from ...text import batch_counter
 from ..evaluation.likelihood import evaluate
@@ -37,6 +39,8 @@ from .progress import BusyProcessor, Progress
 from .recorder import Recorder, SampleGrids
 from .stops import Stopped, Stops
 from .trainer import Place, end_other_processes, find_place, make_trainer, quiet
+
+_trained: WeakSet[DensityModel] = WeakSet()  # flows that no longer have the weights of a first step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,8 @@ def fit(
 
     Args:
         experiment: data, model, loss and plan. A recipe (:func:`rnode_plugin.get_recipe`) stands for the
-            :class:`~rnode_plugin.experiments.training.experiment.Experiment` that it describes.
+            :class:`~rnode_plugin.experiments.training.experiment.Experiment` that it describes. The flow of an
+            experiment is trained in place, so each run needs a new experiment.
         options: folders, resuming and limits of this call; None for the defaults.
         callbacks: Lightning callbacks, which are called before ours.
         loggers: Lightning loggers, or ``tensorboard``, ``wandb`` or ``mlflow``. They also get the values in
@@ -91,7 +96,7 @@ def fit(
 
     Raises:
         ConfigError: a setting cannot work, here or on this machine; the recipe decides one of the Trainer options;
-            or another process trains the run.
+            the experiment was trained already; or another process trains the run.
         DataError: the data set is missing, or does not fit.
         CheckpointError: there is nothing to continue from, or the checkpoint belongs to another model.
         TrainingError: too many steps in a row had no usable gradient, or a process of the run was lost. The last
@@ -171,7 +176,7 @@ def _with_weights(
     """Make the experiment of this call from its recipe, or take the caller's, with the weights of the first step.
 
     Raises:
-        ConfigError: the caller made the experiment for another number of devices.
+        ConfigError: the caller made the experiment for another number of devices, or has trained it already.
     """
     if isinstance(experiment, Recipe):
         recipe = experiment if resumed is None else resumed.recipe
@@ -181,6 +186,11 @@ def _with_weights(
         raise ConfigError(f"the experiment was made for {there} devices, and this call has {place.world}.")
     if resumed is not None:
         resumed.put_into(experiment.flow)
+    elif experiment.flow in _trained:
+        raise ConfigError(
+            "the flow of this experiment was trained by another run, so it has no fresh weights: make a new "
+            "experiment for each run, with training.weights=RUN to begin with the trained ones."
+        )
     return experiment
 
 
@@ -254,6 +264,9 @@ def _train(experiment: Experiment, trainer: L.Trainer, stops: Stops, checkpoint:
         if stop.at_once:
             end_other_processes(trainer, signal.SIGKILL)
         return stop.signal_name, module.skipped
+    finally:
+        if trainer.global_step:
+            _trained.add(experiment.flow)
     if stops.out_of_time:
         return "max_time", module.skipped
     return "finished" if trainer.global_step >= trainer.max_steps else "early", module.skipped
