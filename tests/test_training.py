@@ -426,6 +426,19 @@ def test_plan(recipe: Recipe) -> None:
     assert RunPlan.of(short, 230).stages(short) == stages
 
 
+def test_samples_that_cannot_be_drawn_do_not_cost_the_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    far = ["training.max_steps=1", "training.sample_images=1", "training.sample_temperatures=1e38"]
+    result = run(tiny_recipe(*far), tmp_path)
+    assert "no picture of samples of the best weights" in capsys.readouterr().err
+    assert result.samples is None
+    found = result.folder.read()
+    assert found.result is not None
+    assert found.result.evaluation == result.evaluation
+    assert found.picture is None
+
+
 def test_learning_rate() -> None:
     constant = learning_rate_factor(Optimizer(warmup=4), lambda: 100)
     assert [constant(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -302,7 +303,8 @@ def _conclude(result: FitResult, experiment: Experiment, device: torch.device, *
     """Evaluate the best weights, draw samples, and write ``result.json``.
 
     Raises:
-        TrainingError: a solve failed. The weights stay, and the message has the command that evaluates them again.
+        TrainingError: a solve of held-out samples failed. The weights stay, and the message has the command that
+            evaluates them again.
     """
     folder, recipe, data, task = result.folder, experiment.recipe, experiment.data, experiment.task
     # from the file, because the flow that was trained has the last weights
@@ -317,14 +319,17 @@ def _conclude(result: FitResult, experiment: Experiment, device: torch.device, *
             training_solver=recipe.solver.build(),
             progress=batch_counter("evaluating the best weights") if progress else None,
         ).with_baselines(task, data)
-        samples = None
-        if recipe.training.sample_images:
-            samples = folder.picture()
-            save_samples(task, flow, data, recipe.training, samples)
     except SolverError as error:
         raise TrainingError(
             f"training is done, but its best weights could not be evaluated: {error} They are in {folder.best}; "
             f"rnode-cli eval {folder.path} tries again, with another solver by --solver KEY=VALUE."
         ) from error
+    samples = None
+    if recipe.training.sample_images:
+        try:
+            save_samples(task, flow, data, recipe.training, folder.picture())
+            samples = folder.picture()
+        except SolverError as error:  # a latent far out may fail where no held-out sample does
+            print(f"no picture of samples of the best weights: {error}", file=sys.stderr)
     folder.conclude(result.with_evaluation(evaluation), recipe, data.numbers)
     return dataclasses.replace(result, evaluation=evaluation, samples=samples)
