@@ -250,6 +250,7 @@ X, Y = np.random.default_rng(0).normal(size=(2, 50))
         ((X, 1e39 * Y), 2, r"column 'b' of t has values outside of 32-bit numbers"),
         ((X, Y, 3 * X - Y + 2), 3, r"column 'c' of t is a linear function of the others"),
         ((1e4 + X, Y, 1e4 + X - Y), 3, r"column 'c' of t is a linear function of the others"),  # to 64 bits
+        ((1e4 + X, 1e4 + X + 1e-4 * Y), 2, r"column 'b' of t is .*, or nearly so for 32-bit numbers"),
         ((X, 2 * X + 1), 1, r"column 'a' of t is a linear function of the others"),  # by what is given
         ((X[:3], Y[:3], X[:3] ** 2), 3, r"3 training rows are too few for 3 columns"),
     ],
@@ -297,6 +298,7 @@ def test_the_advice_on_a_column_fits(tmp_path: Path) -> None:
 
 def test_columns_that_are_only_close() -> None:
     _accept(_table(X, 1e4 + Y, X + Y + 1e-4 * np.sin(1 / X)), 3)
+    _accept(_table(1e4 + X, 1e4 + X + 1e-2 * Y), 2)
     _accept(_table(X, Y, 2 * Y), 1)  # of columns that are given, one may repeat another
 
 

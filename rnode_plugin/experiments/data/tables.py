@@ -208,17 +208,20 @@ def check_columns(table: Table, modeled: int) -> None:
                 "constant or nearly so for 32-bit numbers. "
                 + _advice(name, table, modeled, subtract=column.min() < column.max())
             )
-    standard = (scaled - scaled.mean(0)) / scaled.std(0)
+    deviation = scaled.std(0)
+    standard = (scaled - scaled.mean(0)) / deviation
     # the given columns first, because a column that they determine has no conditional density either
     order = [*range(modeled, rows.shape[1]), *range(modeled)]
     # a diagonal entry of R is the norm of what a column adds to the span of the columns before it. One QR
     # decomposition therefore tests all columns, where regressions would take one for each
     alone = np.abs(np.diag(np.linalg.qr(standard[:, order], mode="r"))) / np.sqrt(len(rows))
     for place, share in zip(order, alone, strict=True):
-        if share < _DEPENDENT and place < modeled:
+        # 32-bit numbers round a column with a large mean by more than what the others leave undetermined
+        if share < max(_DEPENDENT, np.finfo(np.float32).eps / deviation[place]) and place < modeled:
             raise DataError(
-                f"the column {table.columns[place]!r} of {table.name} is a linear function of the others, so the "
-                f"rows have no density together. {_advice(table.columns[place], table, modeled)}"
+                f"the column {table.columns[place]!r} of {table.name} is a linear function of the others, or "
+                "nearly so for 32-bit numbers. So the rows have no density together. "
+                f"{_advice(table.columns[place], table, modeled)}"
             )
 
 
