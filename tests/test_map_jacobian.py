@@ -271,6 +271,29 @@ def test_a_map_that_mixes_samples_is_refused(graph: bool) -> None:
     model.eval().inverse_and_log_prob(z, jacobian="map")
 
 
+class WithoutGraph(Kernel):
+    """The same field, as code for inference often has it."""
+
+    @torch.no_grad()
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return super().forward(t, z)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_field_without_a_graph_is_refused_and_a_diagonal_one_is_not(graph: bool) -> None:
+    model = RegularizedCNF(WithoutGraph(torch.tanh), event_shape=2, solver="rk4", regularizers=()).double()
+    with torch.set_grad_enabled(graph), pytest.raises(ConfigError, match="runs without a graph"):
+        model.inverse_and_log_prob(torch.randn(3, 2).double(), jacobian="map")
+    with pytest.raises(ConfigError, match="runs without a graph"):
+        model.importance_sample(lambda x: -x.square().sum(1), 5, jacobian="map")
+    a = torch.diag(torch.tensor([0.5, -0.3], dtype=torch.float64))
+    model, z = of_linear(a), torch.randn(3, 2).double()
+    with torch.set_grad_enabled(graph):
+        log_prob = model.inverse_and_log_prob(z, jacobian="map")[1]
+    torch.testing.assert_close(log_prob, model.base.log_prob(z) - back(a, "midpoint", 2).logdet())
+    assert model.nfe == 4
+
+
 def test_a_singular_map_is_refused() -> None:
     model = of_linear(torch.tensor([[1.0]]).double(), "euler", 1)  # x = 0
     with pytest.raises(ConfigError, match="singular or not finite at 4 of 4 samples"):

@@ -206,8 +206,8 @@ class DensityModel(nn.Module, ABC):
 
         Raises:
             ConfigError: as in :meth:`encode`; for ``"map"`` with an adaptive solver, with more dimensions or with
-                noise; for a field that mixes samples; and for a discrete map that folds, as determinants of both
-                signs show.
+                noise; for a field that mixes samples or runs without a graph; and for a discrete map that folds, as
+                determinants of both signs show.
             SolverError: from the solve.
         """
         if wants_map(jacobian):
@@ -243,6 +243,12 @@ class DensityModel(nn.Module, ABC):
         for part, given in zip(z.split(size), contexts, strict=False):
             carry = functools.partial(self.inverse, context=given, solver=solver)
             x, jacobian = jacobian_of(carry, part, graph=graph, net=self, apart=bool(parts))
+            # A field without a graph counts as a constant, which leaves this Jacobian diagonal. The products of a
+            # trace refuse such a field.
+            if not parts and jacobian.count_nonzero() == jacobian.diagonal(dim1=1, dim2=2).count_nonzero():
+                first = None if given is None else given[:1]
+                with torch.no_grad():
+                    self.solved_with(estimator=Hutchinson()).decode(part[:1], context=first, penalties=False)
             parts.append((x, *log_abs_det(jacobian)))
         # signs of all chunks together, because a fold shows as determinants of both signs
         x, logdet, sign = (torch.cat(each) for each in zip(*parts, strict=True))
