@@ -11,7 +11,8 @@ def gaussian_scores(train: np.ndarray, held_out: np.ndarray, dims: int) -> np.nd
     It is the conditional density of the first ``dims`` columns, given the other columns.
     """
     values, rows = (np.asarray(each, dtype=np.float64) for each in (train, held_out))
-    mean, deviation = values.mean(0), values.std(0)
+    # the mean of a constant column is rounded, so that its computed deviation may be tiny instead of 0
+    mean, deviation = values.mean(0), np.where(np.ptp(values, 0) > 0, values.std(0), 0.0)
     # standardize, so that columns with very different scales leave the covariance well conditioned
     values, rows = (values - mean) / deviation, (rows - mean) / deviation
     # the mean is linear in the given columns; rcond, because these may be linearly dependent, as in a one-hot code
