@@ -21,6 +21,7 @@ from rnode_plugin.core.derivatives import AutogradField
 from rnode_plugin.core.door import Door
 from rnode_plugin.core.trace_estimators import Difference, Exact
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.fields import linear_field
 from rnode_plugin.flow_matching import ODESolver
 from rnode_plugin.regularizers import FunctionRegularizer
 from rnode_plugin.torchdiffeq import odeint, odeint_adjoint
@@ -454,6 +455,9 @@ def test_differences_refuse_half_precision_and_the_transposed_product() -> None:
     z = states().bfloat16()
     with pytest.raises(ConfigError, match="float32 or float64"):
         penalties_at(Net().bfloat16(), 0.0, z, ["jacfrob"], trace_noise="difference")
+    # the layers of this field are rounded to 8 bits, and its velocity has the dtype of the state
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ConfigError, match="under autocast"):
+        penalties_at(linear_field(2), 0.0, states().float(), ["jacfrob"], trace_noise="difference")
     with pytest.raises(ConfigError, match=r"'curl' and 'strain'"):
         penalties_at(Net(), 0.0, states(), ["curl"], trace_noise="difference")
 

@@ -109,6 +109,12 @@ def next_number(x: Tensor) -> int:
     return node._sequence_nr()
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is enabled on the device of ``x``."""
+    # not available on "meta"; torch 2.6 cannot compile `torch.amp.is_autocast_available`
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def drop_casts() -> None:
     """Let autocast cast weights again, between evaluations of a field with gradients and without.
 

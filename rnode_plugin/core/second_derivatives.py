@@ -18,7 +18,7 @@ from torch.autograd.function import BackwardCFunction  # torch has no public nam
 from torch.autograd.graph import Node
 
 from ..errors import ConfigError
-from .modes import exporting
+from .modes import autocasts, exporting
 
 _right: WeakKeyDictionary[nn.Module, set[type]] = WeakKeyDictionary()  # functions that passed, by net
 
@@ -127,7 +127,7 @@ def check_second_derivative(
             raise ConfigError(FUSED_ATTENTION)
     known = set[type]() if net is None else _right.setdefault(net, set())
     # differences of a velocity in half precision are mostly rounding, so nothing can be compared
-    half = dz.dtype.itemsize < 4 or torch.is_autocast_enabled(dz.device.type)
+    half = dz.dtype.itemsize < 4 or autocasts(dz)
     new = {function for function in foreign if function not in known}
     if not new or half:
         return True

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import ConfigError, check_count, suggest
 from .derivatives import VELOCITY, Ask, Linearization, trace_of_rows, unit_vectors
 from .door import Door
+from .modes import autocasts
 from .operations import sum_products, sum_squares
 from .view import State
 
@@ -254,7 +255,8 @@ class Difference(TraceEstimator):
 
     ``s`` is ``2 eps^(1/3)`` times the root mean square of a sample's state (at least 0.1), with the larger machine
     epsilon ``eps`` of state and velocity, and the median of these over the batch. The factor is 0.01 in single
-    precision. At this length truncation and rounding errors are about equal. Half precision is refused.
+    precision. At this length truncation and rounding errors are about equal. Half precision and autocast are
+    refused.
 
     Args:
         probes: number of probe vectors; each takes two more evaluations.
@@ -263,7 +265,7 @@ class Difference(TraceEstimator):
     (``curl``, ``strain``) need products and are refused.
 
     Raises:
-        ConfigError: for a number below 1; at an evaluation, for a velocity in half precision.
+        ConfigError: for a number below 1; at an evaluation, for a velocity in half precision and under autocast.
 
     Example:
         >>> import torch
@@ -296,10 +298,13 @@ class Difference(TraceEstimator):
     ) -> Linearization:
         assert noise is not None
         found, z = door.evaluate(t, state, ask._replace(pull=False)), door.part(state)
-        if door.part(found.dz).dtype.itemsize < 4:
+        dz = door.part(found.dz)
+        # under autocast a velocity may be rounded to half precision before it is returned in float32
+        if dz.dtype.itemsize < 4 or autocasts(dz):
+            low = "computed under autocast" if autocasts(dz) else f"in {dz.dtype}"
             raise ConfigError(
-                "the estimator 'difference' needs a velocity in float32 or float64: differences of a velocity in "
-                f"{door.part(found.dz).dtype} are mostly rounding. Leave autocast, or use a product ('rademacher')."
+                "the estimator 'difference' needs a velocity in float32 or float64: differences of a velocity "
+                f"{low} are mostly rounding. Leave autocast, or use a product ('rademacher')."
             )
         # Detached, because the step is a constant of the estimator, not a function of the state to differentiate.
         # A state (B,) has one number per sample
@@ -307,7 +312,7 @@ class Difference(TraceEstimator):
         # All samples share one length. Where a field mixes samples, as batch norm does in training, a length s_i of
         # each sample would weigh the part of J from sample i to sample j by s_i / s_j. The median ignores outliers
         # A velocity of lower precision than the state has the larger rounding error
-        eps = max(torch.finfo(x.dtype).eps for x in (z, door.part(found.dz)))
+        eps = max(torch.finfo(x.dtype).eps for x in (z, dz))
         step = 2 * eps ** (1 / 3) * sizes.median() if len(z) > 0 else sizes.new_ones(())
 
         def along(e: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from ..core.derivatives import VELOCITY, Ask, Linearization, trace_of_rows, unit_vectors
-from ..core.modes import traced
+from ..core.modes import autocasts, traced
 from ..core.operations import operations_for
 from ..core.pointwise import Activation, BetweenLayers
 from ..errors import CompilerError, ConfigError
@@ -77,7 +77,7 @@ class Stack:
         self.kind, self.activation, self.event = kind, activation, tuple(z.shape[2:])
         self._context, self._compiled = context, compiled
         self.dtype = z.dtype
-        if z.dtype is torch.float32 and _autocast_enabled(z.device.type):
+        if z.dtype is torch.float32 and autocasts(z):
             self.dtype = torch.get_autocast_dtype(z.device.type)
         self._timed = any(time is not None for time, _, _ in layers)
         rows = list[Tensor]()
@@ -244,15 +244,9 @@ class Layers(NamedTuple):
     between: BetweenLayers
 
 
-def _autocast_enabled(device: str) -> bool:
-    # not available on "meta"; torch 2.6 cannot compile `torch.amp.is_autocast_available`
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
 def _without_autocast(z: Tensor) -> AbstractContextManager[object]:
     """Context without autocast on the device of ``z``, for code that chooses its dtypes itself."""
-    device = z.device.type
-    return torch.autocast(device, enabled=False) if _autocast_enabled(device) else nullcontext()
+    return torch.autocast(z.device.type, enabled=False) if autocasts(z) else nullcontext()
 
 
 def _as_time(t: Tensor | float, z: Tensor) -> Tensor:
