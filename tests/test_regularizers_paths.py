@@ -19,6 +19,7 @@ from rnode_plugin.regularizers import (
     Regularizer,
     Steer,
     Straightness,
+    Trajectory,
     TrajectoryPenalty,
     TrajectoryPolynomial,
     linear_warmup,
@@ -87,6 +88,16 @@ def test_trajectory_polynomial_is_the_residual_of_a_fit(mode: str, order: int) -
     ours = torch.autograd.grad(model.regularization[name].sum(), field.a)[0]
     tolerance = 1e-2 if mode == "interpolated_adjoint" else 1e-4
     torch.testing.assert_close(ours, torch.autograd.grad(loss, field.a)[0], rtol=tolerance, atol=tolerance)
+
+
+def test_autocast_does_not_round_the_residual() -> None:
+    """The residual is a small difference of states, of which bfloat16 keeps 8 bits."""
+    t = torch.linspace(0, 1, 4)
+    line = Trajectory(t, 3 + t[:, None, None] * torch.randn(2, 5), {})
+    with torch.autocast("cpu", torch.bfloat16):
+        found = TrajectoryPolynomial()(line)
+    assert found.dtype is torch.float32
+    assert float(found.max()) < 1e-10
 
 
 def test_extra_times_are_no_outputs_on_a_fixed_grid_either() -> None:

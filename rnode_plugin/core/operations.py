@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -97,3 +97,13 @@ def sum_products(x: Tensor, y: Tensor) -> Tensor:
 def sum_squares(x: Tensor) -> Tensor:
     """``sum x^2`` over all but the first dimension, ``(B, *event)`` to ``(B,)``."""
     return operations_for(x).sum_products(x, x)
+
+
+def without_part(x: Tensor, directions: Iterable[Tensor], dim: int) -> Tensor:
+    """``x`` without its part along orthonormal ``directions``, unit vectors in dimension ``dim``.
+
+    Sums of products compute it, because autocast and TF32 round the factors of a matrix product.
+    """
+    for each in directions:
+        x = x - each * (each * x).sum(dim, keepdim=True)
+    return x

@@ -17,7 +17,7 @@ from ..errors import ConfigError, check_count, suggest
 from .derivatives import VELOCITY, Ask, Linearization, trace_of_rows, unit_vectors
 from .door import Door
 from .modes import autocasts
-from .operations import sum_products, sum_squares
+from .operations import sum_products, sum_squares, without_part
 from .view import State
 
 _NOISES = ("gaussian", "rademacher")
@@ -200,7 +200,7 @@ class HutchPlusPlus(TraceEstimator):
         columns = sketch.to(noise.dtype).flatten(2).permute(1, 2, 0)  # (B, D, rank)
         q = torch.linalg.qr(columns)[0]
         g = noise.flatten(2).permute(1, 2, 0)
-        rest = g - q @ (q.mT @ g)
+        rest = without_part(g, q.split(1, 2), 1)
         return torch.cat([q, rest], 2).permute(2, 0, 1).reshape(2 * self.rank, *noise.shape[1:])
 
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:

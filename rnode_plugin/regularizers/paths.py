@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.operations import sum_squares
+from ..core.operations import sum_squares, without_part
 from ..core.regularizer import Source, Trajectory, TrajectoryPenalty
 from ..errors import ConfigError, check_count
 from .rates import kinetic
@@ -78,10 +78,8 @@ class TrajectoryPolynomial(TrajectoryPenalty):
 
     def __call__(self, trajectory: Trajectory, /) -> Tensor:
         t, z = trajectory.t.double(), trajectory.z
-        # times on [-1, 1], where powers are well conditioned; Q spans the polynomials, and I - Q Q^T leaves the
-        # rest
+        # times on [-1, 1], where powers are well conditioned; the columns of Q span the polynomials
         x = 2 * (t - t[0]) / (t[-1] - t[0]) - 1
         q = torch.linalg.qr(torch.stack([x**k for k in range(self.order + 1)], 1))[0]
-        project = (torch.eye(len(t), dtype=q.dtype, device=q.device) - q @ q.mT).to(z.dtype)
-        residual = torch.tensordot(project, z, dims=1)
-        return sum_squares(residual.transpose(0, 1))
+        columns = q.to(z.dtype).reshape(*q.shape, *[1] * (z.ndim - 1)).unbind(1)
+        return sum_squares(without_part(z, columns, 0).transpose(0, 1))
