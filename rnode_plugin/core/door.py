@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, final
 
@@ -121,9 +122,9 @@ class Door:
         assert isinstance(state, Tensor)
         return state
 
-    def repeating(self) -> AbstractContextManager[None]:
-        """Context for evaluations that recompute earlier ones, as a backward pass does. Buffers do not change."""
-        return self._around.kept()
+    def repeating(self) -> Callable[[], AbstractContextManager[None]]:
+        """Make contexts for later recomputation; see :meth:`BoundDynamics.repeating`."""
+        return self._around.repeating()
 
 
 def _explained(error: RuntimeError | AttributeError) -> ConfigError | None:

@@ -75,9 +75,12 @@ class BoundDynamics(ABC):
         """The tensors that a continuous adjoint differentiates by."""
         return ()
 
-    def repeating(self) -> AbstractContextManager[object]:
-        """Context for evaluations that recompute earlier ones, as a backward pass does, without side effects."""
-        return nullcontext()
+    def repeating(self) -> Callable[[], AbstractContextManager[object]]:
+        """Make contexts in which a backward pass evaluates the system as now, without side effects.
+
+        The forward pass calls it, because the parameters that it finds now may be replaced later.
+        """
+        return nullcontext
 
 
 def refuse_held(held: Sequence[str], t: Tensor, *, through_steps: bool = True) -> None:
@@ -321,7 +324,7 @@ class Dynamics(BoundDynamics):
         bound.noise, bound.door = noise, self._open()
         return bound
 
-    def repeating(self) -> AbstractContextManager[None]:
+    def repeating(self) -> Callable[[], AbstractContextManager[None]]:
         return self.door.repeating()
 
     def evaluate(self, t: Tensor, z: State, *, products: bool = True) -> Rates:

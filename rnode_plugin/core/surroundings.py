@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -133,6 +133,29 @@ class Surroundings:
             finally:
                 if before is not None:
                     _restore(before)
+
+    def repeating(self) -> Callable[[], AbstractContextManager[None]]:
+        """Note the net's parameters, and make contexts in which later evaluations repeat those from now on.
+
+        ``torch.func.functional_call`` replaces parameters during one call, so a backward pass would find others.
+        """
+        modules = () if self.net is None else self.net.modules()
+        noted = [(part._parameters, name, x) for part in modules for name, x in part._parameters.items()]
+        return functools.partial(self._with_parameters, noted)
+
+    @contextmanager
+    def _with_parameters(self, noted: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+        """Context for evaluations with the ``noted`` parameters, which leave the buffers as they are."""
+        others = [(held, name, held[name], x) for held, name, x in noted if held.get(name) is not x]
+        with lock_of(self.net) if others else nullcontext():
+            for held, name, _, x in others:
+                held[name] = x
+            try:
+                with self.kept():
+                    yield
+            finally:
+                for held, name, other, _ in others:
+                    held[name] = other
 
     @contextmanager
     def kept(self) -> Iterator[None]:

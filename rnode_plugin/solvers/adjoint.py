@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,7 @@ class AdjointCall:
         forward: solves the system from a state ``z`` through times ``t``.
         backward: the solver of the backward pass.
         outputs: gives the times and states of a solution that are outputs.
+        repeating: makes the context of a backward pass; see :meth:`BoundDynamics.repeating`.
         interpolated: whether the backward pass reads the states from the accepted steps.
         solution: the solution of the forward pass, without a graph.
         steps: the accepted steps of the forward pass, which the backward pass reads.
@@ -45,6 +47,7 @@ class AdjointCall:
     forward: Callable[[Tensor, Tensor], Solution]
     backward: Integrator
     outputs: Callable[[Solution], tuple[Tensor, Tensor]]
+    repeating: Callable[[], AbstractContextManager[object]]
     interpolated: bool = False
     solution: Solution | None = None
     steps: Steps | None = None
@@ -86,7 +89,7 @@ class _Adjoint(torch.autograd.Function):
                 "again (create_graph=True): use the gradient mode 'autograd' or 'checkpointed'."
             )
         # the forward pass has updated running statistics once already
-        with without_kept_casts(), ctx.call.dynamics.repeating():
+        with without_kept_casts(), ctx.call.repeating():
             _, dz, dlogdet, *dpenalties = gradients
             return _sweep(ctx, dz, dlogdet, dpenalties)
 

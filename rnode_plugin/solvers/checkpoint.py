@@ -45,21 +45,23 @@ def checkpointed(
     """
     if transforms_active():
         return function
-    leaves = None
+    leaves, repeating = None, dynamics.repeating()
     if torch.is_grad_enabled() and dynamics.inner_autograd:
-        leaves = _leaves(dynamics, z, t)
+        leaves = _leaves(dynamics, repeating, z, t)
     if leaves is None:
-        return lambda *args: checkpoint(_first_run_alone(function, dynamics), *args, use_reentrant=False)
-    return lambda *args: _replay(_first_run_alone(function, dynamics), args, leaves)
+        return lambda *args: checkpoint(_first_run_alone(function, repeating), *args, use_reentrant=False)
+    return lambda *args: _replay(_first_run_alone(function, repeating), args, leaves)
 
 
-def _first_run_alone(function: Callable[..., _Result], dynamics: BoundDynamics) -> Callable[..., _Result]:
+def _first_run_alone(
+    function: Callable[..., _Result], repeating: Callable[[], contextlib.AbstractContextManager[object]]
+) -> Callable[..., _Result]:
     """``function``, with all runs after the first one marked as repetitions, which do not change buffers."""
     ran = False  # the forward pass has updated running statistics; a repetition must not do so again
 
     def run(*args: object) -> _Result:
         nonlocal ran
-        with dynamics.repeating() if ran else contextlib.nullcontext():
+        with repeating() if ran else contextlib.nullcontext():
             ran = True
             return function(*args)
 
@@ -69,11 +71,16 @@ def _first_run_alone(function: Callable[..., _Result], dynamics: BoundDynamics) 
 # what a step depends on -----------------------------------------------------------------------------------------
 
 
-def _leaves(dynamics: BoundDynamics, z: Tensor, t: Tensor) -> list[Tensor] | None:
+def _leaves(
+    dynamics: BoundDynamics,
+    repeating: Callable[[], contextlib.AbstractContextManager[object]],
+    z: Tensor,
+    t: Tensor,
+) -> list[Tensor] | None:
     """The leaf tensors that the dynamics depend on; None if they read the result of another computation."""
     # restore the generators, so that this extra evaluation does not change what the solve draws
     devices = [z.device] if z.is_cuda else []
-    with torch.enable_grad(), torch.random.fork_rng(devices), dynamics.repeating():
+    with torch.enable_grad(), torch.random.fork_rng(devices), repeating():
         state = z.detach().requires_grad_()
         start = next_number(state)
         # a clone, because torch refuses a field that changes a leaf in place

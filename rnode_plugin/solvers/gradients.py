@@ -99,7 +99,7 @@ class Adjoint(Gradient):
             times, states = self.outputs(solution)
             return replace(solution, t=times, z=states)
         call = AdjointCall(
-            dynamics, forward, (self.backward or solver).of_adjoint(), self.outputs,
+            dynamics, forward, (self.backward or solver).of_adjoint(), self.outputs, dynamics.repeating(),
             interpolated=self.interpolated,
         )  # fmt: skip
         return solve_adjoint(call, z, t.to(z.device))

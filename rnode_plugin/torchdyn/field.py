@@ -362,7 +362,7 @@ class TorchdynSystem(BoundDynamics):
     def parameters(self) -> Sequence[Tensor]:
         return tensors_of((self.module, *self.dynamics.regularizers, self.hidden_cost), self.args)
 
-    def repeating(self) -> contextlib.AbstractContextManager[None]:
+    def repeating(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
         return self.dynamics.repeating()
 
     def evaluate(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
