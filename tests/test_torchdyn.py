@@ -706,6 +706,20 @@ class WithNumpy(nn.Module):
         return self.net(x) * float(t.numpy().sum())
 
 
+class Scaled(nn.Module):
+    """A field with a buffer that the caller computes."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", None)
+        self.net = nn.Linear(2, 2)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.net(x) * self.scale
+
+
 def test_a_closure_that_an_adjoint_cannot_differentiate_is_warned_of() -> None:
     """Its net is not a module of the model, so only a solve through the steps gives it a gradient."""
     net, x = nn.Linear(2, 2), torch.ones(3, 2)
@@ -713,6 +727,12 @@ def test_a_closure_that_an_adjoint_cannot_differentiate_is_warned_of() -> None:
         with pytest.warns(UserWarning, match="not a parameter of it"):
             NeuralODE(lambda t, x: net(x), "dopri5", sensitivity=sensitivity)(x)[1][-1].sum().backward()
     assert net.weight.grad is None
+    scaled = Scaled()
+    scaled.scale = net(
+        x
+    )  # the gradient of a buffer that was computed is not lost in silence in training mode either
+    with pytest.warns(UserWarning, match="not a parameter of it"):
+        NeuralODE(scaled, "dopri5", sensitivity="adjoint")(x)[1][-1].sum().backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encoded = nn.Linear(2, 2)(x)  # the result of another computation, handed over as the solve's argument
@@ -723,6 +743,21 @@ def test_a_closure_that_an_adjoint_cannot_differentiate_is_warned_of() -> None:
             forced = NeuralODE(field, "dopri5", sensitivity="adjoint", regularizers=[name])
             (forced(x.double())[1][-1].sum() + forced.reg_loss()).backward()
     assert net.weight.grad is not None
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS[1:])
+def test_a_field_that_marks_its_state_has_a_gradient_by_the_times(sensitivity: str) -> None:
+    """HNN makes a variable of the state that it is given."""
+
+    def gradient(sensitivity: str) -> Tensor:
+        torch.manual_seed(0)
+        t = torch.linspace(0, 1, 21, dtype=torch.float64).requires_grad_()
+        model = NeuralODE(HNN(mlp(4, 8, 1)).double(), "rk4_38", sensitivity=sensitivity)
+        model(torch.randn(3, 4).double(), t)[1][-1].square().sum().backward()
+        assert t.grad is not None
+        return t.grad[[0, -1]]
+
+    torch.testing.assert_close(gradient(sensitivity), gradient("autograd"), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)

@@ -97,6 +97,7 @@ class _Adjoint(torch.autograd.Function):
 def _sweep(ctx: Any, dz: Tensor, dlogdet: Tensor | None, dpenalties: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """The gradients with respect to all inputs, by a sweep from the last output back to the first."""
     t_span, t, z, *params = ctx.saved_tensors
+    z = z.detach()  # an output of this node, of which a field could not make a variable
     pass_ = _Backward(ctx.call, t, z, params, dict(zip(ctx.names, dpenalties, strict=True)))
     wants_times, last = ctx.needs_input_grad[2], len(t) - 1
     span_index = _positions(t_span, t) if wants_times else {}
