@@ -171,7 +171,10 @@ class Surroundings:
         # original buffers, and a write into them would invalidate it. Other threads must not see the copies.
         with lock_of(self.net):
             kept = [
-                (part._buffers, name, x) for part in changing for name, x in part._buffers.items() if x is not None
+                (part._buffers, name, x)
+                for part in changing
+                for name, x in part._buffers.items()
+                if x is not None and not x.requires_grad  # else a net computed it, and a copy would lose its graph
             ]
             for buffers, name, x in kept:
                 buffers[name] = x.clone()
