@@ -761,6 +761,31 @@ def test_a_field_that_marks_its_state_has_a_gradient_by_the_times(sensitivity: s
 
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
+def test_hooks_of_parameters_run_once_with_the_whole_gradient(sensitivity: str) -> None:
+    """A backward pass that differentiates each step or each evaluation would scale the gradient twice."""
+    torch.manual_seed(0)
+    net, x = mlp(2, 8, 2).double(), torch.randn(4, 2).double()
+    model = NeuralODE(net, "rk4_38", sensitivity=sensitivity, regularizers=["kinetic"])
+    weight: Any = net[0].weight
+    whole = list[Tensor]()
+
+    def scale(gradient: Tensor) -> Tensor:
+        whole.append(gradient)
+        return 0.1 * gradient
+
+    found = list[Any]()
+    for hook in (None, scale):
+        if hook is not None:
+            weight.register_hook(hook)
+        weight.grad = None
+        (model(x, torch.linspace(0, 1, 3))[1][-1].square().sum() + model.reg_loss()).backward()
+        found.append(weight.grad)
+    assert len(whole) == 1
+    torch.testing.assert_close(whole[0], found[0])
+    torch.testing.assert_close(found[1], 0.1 * found[0])
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
 @pytest.mark.parametrize("kind", ["control", "noise"])
 def test_a_second_forward_before_backward_changes_nothing(kind: str, sensitivity: str) -> None:
     torch.manual_seed(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
@@ -133,6 +133,23 @@ def without_kept_casts() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(kept)
+
+
+@contextmanager
+def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Context in which the hooks of tensors do not run, for a backward pass inside of another backward pass.
+
+    The outer one runs them with the whole gradient. A hook that scales it would otherwise scale it twice.
+    """
+    found = [hooks for x in tensors if (hooks := x._backward_hooks)]
+    held = [dict(hooks) for hooks in found]
+    for hooks in found:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, each in zip(found, held, strict=True):
+            hooks.update(each)
 
 
 @contextmanager

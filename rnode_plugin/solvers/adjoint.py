@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.dynamics import BoundDynamics, FunctionDynamics, Rates
-from ..core.modes import drop_casts, next_number, without_kept_casts
+from ..core.modes import drop_casts, next_number, without_hooks, without_kept_casts
 from ..errors import ConfigError
 from .checkpoint import is_complete
 from .solution import Solution, Steps
@@ -208,7 +208,8 @@ class _Backward:
                     )
             found: Sequence[Tensor | None] = [None] * len(inputs)
             if total.requires_grad:  # a constant field has no graph
-                found = torch.autograd.grad(total, inputs, allow_unused=True)
+                with without_hooks(self.params):
+                    found = torch.autograd.grad(total, inputs, allow_unused=True)
         filled = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
         return [rates.dz.detach(), *filled]
 

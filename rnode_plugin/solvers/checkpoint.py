@@ -23,7 +23,7 @@ from torch.utils._pytree import (  # torch has no public name for it
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from ..core.dynamics import BoundDynamics
-from ..core.modes import drop_casts, next_number, transforms_active
+from ..core.modes import drop_casts, next_number, transforms_active, without_hooks
 from ..core.second_derivatives import FUSED_ATTENTION
 from ..errors import ConfigError
 
@@ -184,14 +184,15 @@ class _Replay(torch.autograd.Function):
             sources = [x for x, need in zip(known, needed, strict=True) if need]
             found: Sequence[Tensor | None] = [None] * len(sources)
             if pairs and sources:
+                reached, incoming = zip(*pairs, strict=True)
                 try:
-                    found = torch.autograd.grad(
-                        [x for x, _ in pairs], sources, [g for _, g in pairs], create_graph=again, allow_unused=True
-                    )
+                    with without_hooks(leaves):
+                        found = torch.autograd.grad(
+                            reached, sources, incoming, create_graph=again, allow_unused=True
+                        )
                 except RuntimeError as error:
-                    if "scaled_dot_product" in str(
-                        error
-                    ):  # the kernel of the backward pass, not of the forward one
+                    # the kernel of the backward pass, not of the forward one
+                    if "scaled_dot_product" in str(error):
                         raise ConfigError(FUSED_ATTENTION) from error
                     raise
             rest = iter(found)
