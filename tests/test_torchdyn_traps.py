@@ -757,17 +757,25 @@ def test_running_statistics_of_a_functions_net_see_each_evaluation_once(
     assert norm.num_batches_tracked == 8
 
 
+def functional(net: nn.Module, p: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: nn.functional.dropout(net(x), p)
+
+
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
 @pytest.mark.parametrize("make", [
-    lambda field, mode: NeuralODE(field, "rk4", sensitivity=mode),
-    lambda field, mode: RegularizedCNF(field, event_shape=2, solver="rk4", sensitivity=mode),
-], ids=["NeuralODE", "RegularizedCNF"])  # fmt: skip
-def test_dropout_under_an_adjoint_is_warned_of(make: Callable[..., object], sensitivity: str) -> None:
+    lambda net, p, mode: NeuralODE(nn.Sequential(net, nn.Dropout(p)), "rk4", sensitivity=mode),
+    lambda net, p, mode: NeuralODE(functional(net, p), "rk4", sensitivity=mode, optimizable_params=[net.weight]),
+    lambda net, p, mode: RegularizedCNF(
+        nn.Sequential(net, nn.Dropout(p)), event_shape=2, solver="rk4", sensitivity=mode
+    ),
+], ids=["NeuralODE", "function", "RegularizedCNF"])  # fmt: skip
+def test_dropout_under_an_adjoint_is_warned_of(make: Callable[..., nn.Module], sensitivity: str) -> None:
+    x = torch.randn(3, 2).requires_grad_()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        make(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)), sensitivity)
+        make(nn.Linear(2, 2), 0.0, sensitivity)(x)
         assert not caught
-        make(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.3)), sensitivity)
+        make(nn.Linear(2, 2), 0.3, sensitivity)(x)
     assert ["another mask" in str(each.message) for each in caught] == [True] * sensitivity.endswith("adjoint")
 
 

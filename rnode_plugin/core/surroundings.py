@@ -101,8 +101,7 @@ class Surroundings:
 
     def mark(self, z: Tensor) -> None:
         """Note the state of the generators that the next evaluation, on the device of ``z``, will draw from."""
-        if not _unseen(z):
-            self._draws = _states(z)
+        self._draws = random_states(z) or self._draws
 
     @contextmanager
     def repeated(self, z: Tensor) -> Iterator[None]:
@@ -116,7 +115,7 @@ class Surroundings:
                 _restore(self._draws)
             yield
             # nothing was marked, so draws inside were new ones
-            if before is not None and not self.repeats and not _equal(before, _states(z)):
+            if before is not None and not self.repeats and not same_states(before, random_states(z)):
                 raise ConfigError(
                     "a regularizer evaluates the vector field again, which draws random numbers (dropout), so the "
                     "two evaluations would have different masks: declare `repeats = True` on the regularizer, or "
@@ -127,7 +126,7 @@ class Surroundings:
     def aside(self, z: Tensor) -> Iterator[_States | None]:
         """Context for evaluations that change neither buffers nor generators. Consecutive blocks draw the same."""
         with self.kept():
-            before = None if _unseen(z) else _states(z)
+            before = random_states(z)
             try:
                 yield before
             finally:
@@ -193,23 +192,26 @@ class _States(NamedTuple):
     device: torch.device
 
 
-def _states(z: Tensor) -> _States:
+def random_states(z: Tensor) -> _States | None:
+    """The states of the generators that an evaluation on the device of ``z`` draws from.
+
+    They are None where they cannot be read, as in a captured program and on the device meta.
+    """
+    if torch.compiler.is_compiling() or exporting() or z.is_meta:
+        return None
+    if z.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
     return _States(torch.get_rng_state(), torch.cuda.get_rng_state(z.device) if z.is_cuda else None, z.device)
 
 
-def _equal(one: _States, other: _States) -> bool:
-    same = torch.equal(one.cpu, other.cpu)
-    return same and (one.cuda is None or other.cuda is None or torch.equal(one.cuda, other.cuda))
+def same_states(one: _States, other: _States | None) -> bool:
+    """Whether nothing was drawn between two states of the generators."""
+    if other is None or not torch.equal(one.cpu, other.cpu):
+        return False
+    return one.cuda is None or other.cuda is None or torch.equal(one.cuda, other.cuda)
 
 
 def _restore(states: _States) -> None:
     torch.set_rng_state(states.cpu)
     if states.cuda is not None:
         torch.cuda.set_rng_state(states.cuda, states.device)
-
-
-def _unseen(z: Tensor) -> bool:
-    """Whether the generators have no state to read here, as in a captured program and on the device meta."""
-    if torch.compiler.is_compiling() or exporting() or z.is_meta:
-        return True
-    return z.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.dynamics import BoundDynamics, FunctionDynamics, Rates
 from ..core.modes import drop_casts, next_number, without_hooks, without_kept_casts
+from ..core.surroundings import random_states, same_states
 from ..errors import ConfigError
 from .checkpoint import is_complete
 from .solution import Solution, Steps
@@ -72,8 +73,16 @@ class _Adjoint(torch.autograd.Function):
     def forward(
         ctx: Any, call: AdjointCall, z0: Tensor, t_span: Tensor, *params: Tensor
     ) -> tuple[Tensor | None, ...]:
+        before = random_states(z0)
         solution = call.forward(z0, t_span)  # without a graph, since autograd disables gradients here
         drop_casts()
+        if before is not None and not same_states(before, random_states(z0)):
+            warnings.warn(  # Python shows it once
+                "the evaluations of this solve draw random numbers, as dropout does, and the backward pass of an "
+                "adjoint draws others, such as another mask, so the gradient is wrong: use 'checkpointed' or "
+                "'autograd'.",
+                stacklevel=2,
+            )
         t, z = call.outputs(solution)
         call.solution, call.steps = solution, solution.steps if call.interpolated else None
         ctx.call, ctx.names = call, tuple(solution.penalties)
@@ -236,18 +245,3 @@ class _Path:
             t, z = (x[knot] for x in self.steps)
             self.velocities[knot] = self.dynamics.evaluate(t, z, products=False).dz.detach()
         return self.velocities[knot]
-
-
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
-
-def warn_of_dropout(field: nn.Module) -> None:
-    """Warn about dropout under a continuous adjoint, whose backward pass evaluates the field again."""
-    for place, layer in field.named_modules():
-        if isinstance(layer, _DROPOUTS) and layer.p > 0:
-            warnings.warn(
-                f"this field has dropout ({place!r}), which draws another mask in the backward pass of an "
-                "adjoint: the gradient is wrong in training mode. Use 'checkpointed' or 'autograd'.",
-                stacklevel=5,
-            )
-            return

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from .checks import GRADIENTS, check_name
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from ..core.regularizer import StepPenalty
     from .solution import Solution
@@ -41,9 +41,6 @@ class Gradient:
 
     def check_penalties(self, penalties: Sequence[StepPenalty]) -> None:
         """Refuse step penalties that this gradient cannot give (ConfigError), and name what works."""
-
-    def check_field(self, field: nn.Module) -> None:
-        """Warn if this gradient is wrong for the field."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +118,6 @@ class Adjoint(Gradient):
                     f"{penalty.name!r} is a penalty on the solver's steps, and a continuous adjoint does not go "
                     "through them: use 'autograd' or 'checkpointed', or 'local_error' or 'local_stiffness' instead."
                 )
-
-    def check_field(self, field: nn.Module) -> None:
-        from .adjoint import warn_of_dropout
-
-        warn_of_dropout(field)
 
 
 _NAMED: dict[str, Gradient] = {

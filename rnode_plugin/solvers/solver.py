@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import ClassVar, NoReturn, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.dynamics import BoundDynamics, PathPenalties, refuse_held
 from ..core.health import HealthCheck, health
@@ -160,18 +160,14 @@ class Solver(ABC):
         """This solver adapted to the backward pass of an adjoint, whose state is not a batch of samples."""
         return self.without_interpolation()
 
-    def check_use(self, penalties: Sequence[StepPenalty], field: object) -> None:
+    def check_use(self, penalties: Sequence[StepPenalty]) -> None:
         """Refuse step penalties that the method or the gradient cannot give, where a model is made.
-
-        A field for which the gradient is wrong is a warning.
 
         Raises:
             ConfigError: names what works instead.
         """
         self.check_steps(penalties)
         self.gradient.check_penalties(penalties)
-        if isinstance(field, nn.Module):
-            self.gradient.check_field(field)
 
     def check_steps(self, penalties: Sequence[StepPenalty]) -> None:
         """Refuse penalties on accepted steps that the method cannot give, and name what works."""

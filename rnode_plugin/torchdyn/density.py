@@ -102,7 +102,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         self.net, self.estimator = net, get_estimator(trace_estimator)
         self.keep_regularizers(resolve_regularizers(regularizers))
         self.objects, self.solver = _objects_and_solver(solver, **options)
-        self.solver.check_use(self._penalties.kinds.steps, net)
+        self.solver.check_use(self._penalties.kinds.steps)
         given = (0.0, 1.0) if t_span is None else t_span
         if not (isinstance(given, Tensor) and given.is_floating_point()):
             given = torch.as_tensor(given, dtype=_precision(net))

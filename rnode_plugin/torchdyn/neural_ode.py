@@ -197,7 +197,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
         # resolved now, so that a wrong option fails here and not in the first call
-        self._solver({}).check_use(self._penalties.kinds.steps, self.vf)
+        self._solver({}).check_use(self._penalties.kinds.steps)
         if sensitivity == "checkpointed":
             # torchdyn's field reads it to decide whether integral_loss is a column of the state
             self.vf.sensitivity = "autograd"
