@@ -146,3 +146,32 @@ def test_replaced_parameters_are_those_of_the_backward_pass(
     torch.testing.assert_close(
         gradient(sensitivity), gradient("autograd"), rtol=1e-9 if exact else 1e-4, atol=1e-9 if exact else 1e-6
     )
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS[1:])
+def test_a_buffer_that_the_caller_sets_belongs_to_the_solve(sensitivity: str) -> None:
+    """Two solves with a context each, and one backward pass, which finds the second context in the field."""
+
+    class WithContext(nn.Module):
+        context: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("context", None)
+            self.net = mlp(2, 6, 2)
+
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return self.net(x) * self.context
+
+    def gradient(sensitivity: str) -> Tensor:
+        torch.manual_seed(0)
+        field = WithContext().double()
+        model = NeuralODE(field, "rk4_38", sensitivity=sensitivity)
+        loss = torch.zeros(())
+        for context in torch.tensor([[0.5], [-2.0]], dtype=torch.float64):
+            field.context = context
+            loss = loss + model(torch.ones(3, 2).double(), torch.linspace(0, 1, 21))[1][-1].square().sum()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in field.parameters() if p.grad is not None])
+
+    torch.testing.assert_close(gradient(sensitivity), gradient("autograd"), rtol=1e-4, atol=1e-6)

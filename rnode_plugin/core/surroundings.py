@@ -134,18 +134,24 @@ class Surroundings:
                     _restore(before)
 
     def repeating(self) -> Callable[[], AbstractContextManager[None]]:
-        """Note the net's parameters, and make contexts in which later evaluations repeat those from now on.
+        """Note the net's parameters and buffers, and make contexts in which evaluations repeat those from now on.
 
-        ``torch.func.functional_call`` replaces parameters during one call, so a backward pass would find others.
+        A backward pass may find others: ``torch.func.functional_call`` replaces them during one call, and a caller
+        may set a buffer, such as a context, before each of several solves.
         """
         modules = () if self.net is None else self.net.modules()
-        noted = [(part._parameters, name, x) for part in modules for name, x in part._parameters.items()]
-        return functools.partial(self._with_parameters, noted)
+        noted = [(held, dict(held)) for part in modules for held in (part._parameters, part._buffers) if held]
+        return functools.partial(self._as_noted, noted)
 
     @contextmanager
-    def _with_parameters(self, noted: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
-        """Context for evaluations with the ``noted`` parameters, which leave the buffers as they are."""
-        others = [(held, name, held[name], x) for held, name, x in noted if held.get(name) is not x]
+    def _as_noted(self, noted: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Iterator[None]:
+        """Context for evaluations with the ``noted`` parameters and buffers, which they leave as they are."""
+        others = [
+            (held, name, held[name], x)
+            for held, known in noted
+            for name, x in known.items()
+            if name in held and held[name] is not x
+        ]
         with lock_of(self.net) if others else nullcontext():
             for held, name, _, x in others:
                 held[name] = x
