@@ -18,6 +18,7 @@ import torch
 from problems import Linear, Wave, counted_products, linear_closed_form
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
+from torch.utils.checkpoint import checkpoint
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
 from torchdyn.core.defunc import SDEFunc
 from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
@@ -783,6 +784,45 @@ def test_hooks_of_parameters_run_once_with_the_whole_gradient(sensitivity: str) 
     assert len(whole) == 1
     torch.testing.assert_close(whole[0], found[0])
     torch.testing.assert_close(found[1], 0.1 * found[0])
+
+
+class HandWrittenTanh(torch.autograd.Function):
+    """A function whose second derivative is checked at the first evaluation of a net."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return grad_outputs[0] * (1 - y.square())
+
+
+class HandWritten(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(2, 6), nn.Linear(6, 2)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.two(HandWrittenTanh.apply(self.one(x)))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+def test_a_first_call_inside_of_torchs_checkpoint(sensitivity: str) -> None:
+    """Checks that run once save no tensors which the second run, without the checks, would have to save too."""
+    x = torch.randn(4, 2).double().requires_grad_()
+
+    def gradients(run: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        model = NeuralODE(HandWritten().double(), "rk4", sensitivity=sensitivity, regularizers=BOTH)
+        loss = run(lambda x: model(x, torch.linspace(0, 1, 3))[1][-1].square().sum() + model.reg_loss(), x)
+        return torch.autograd.grad(loss, [x, *model.parameters()])
+
+    plain = gradients(lambda call, x: call(x))
+    torch.testing.assert_close(gradients(functools.partial(checkpoint, use_reentrant=False)), plain)
 
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)

@@ -152,6 +152,18 @@ def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
             hooks.update(each)
 
 
+def outside_checkpoints() -> AbstractContextManager[object]:
+    """Context for a graph that is made only once, such as a check's, and does not outlive the block.
+
+    ``torch.utils.checkpoint`` around a model counts the saved tensors, and its second run must save as many.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 @contextmanager
 def outside_inference(*values: Any) -> Iterator[tuple[Any, ...]]:
     """Leave inference mode within a block, for solves of fields that differentiate. The block gets ``values``.

@@ -20,7 +20,7 @@ from torchdyn.nn.galerkin import GalLayer
 from ..core.derivatives import Ask, AutogradField, Field, has_hooks
 from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
 from ..core.followed_solve import Kinds
-from ..core.modes import transforms_active
+from ..core.modes import outside_checkpoints, transforms_active
 from ..core.signature import (
     COMPILED_FUNCTION,
     COMPILED_IN_PLACE,
@@ -404,7 +404,7 @@ def warn_of_unread_columns(system: TorchdynSystem, t: Tensor, x: Tensor) -> bool
         return True
     signs = torch.randint(2, state.shape, generator=torch.Generator().manual_seed(0)).to(state) * 2 - 1
     try:
-        with torch.no_grad():
+        with torch.no_grad(), outside_checkpoints():
             velocity, products, *_ = system.dynamics.door.again(t.to(state.device), state, Ask("noise"), signs)
     except RnodeError:  # a field without a graph, which is fine for penalties that need no derivative
         return True
