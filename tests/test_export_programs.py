@@ -14,6 +14,7 @@ import torch
 from tiny_runs import rnode
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from written_model import LaplaceFlow
 
 from rnode_plugin import (
     Adaptive,
@@ -88,7 +89,10 @@ def conditional() -> RegularizedCNF:
     return model
 
 
-QUICK: dict[str, Callable[[], Any]] = {"conditional": conditional}
+QUICK: dict[str, Callable[[], Any]] = {
+    "conditional": conditional,
+    "model of a third party": lambda: shaken(LaplaceFlow(2, hidden=6)),  # its base is a property
+}
 SLOW: dict[str, Callable[[], Any]] = {
     "images": images,
     "table, context": lambda: table(context=1),

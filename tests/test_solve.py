@@ -85,6 +85,19 @@ def test_linear_field_against_closed_form(method: str, gradient: str, backward_i
         assert error < tolerance, f"{name}: relative error {error:.2e}"
 
 
+@pytest.mark.parametrize(
+    "z0", [torch.ones(2, 3).double(), torch.ones(2, 3, dtype=torch.complex64)], ids=["real", "complex"]
+)
+def test_times_may_be_numbers(z0: Tensor) -> None:
+    dynamics = Dynamics(lambda t, z: -z * t, divergence=False).bind(None)
+    exact = torch.tensor([0, 0.5, 1], dtype=z0.real.dtype)
+    found, expected = (tight("rk4").solve(dynamics, z0, times) for times in ((0, 0.5, 1), exact))
+    assert torch.equal(found.z, expected.z)
+    assert torch.equal(found.t, expected.t)
+    with pytest.raises(ConfigError, match="strictly increasing or decreasing"):
+        tight("rk4").solve(dynamics, z0, (1, 1))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradcheck_of_the_discrete_solve(method: str) -> None:
     field = Wave(2)

@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import ClassVar, NoReturn, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.dynamics import BoundDynamics, PathPenalties, refuse_held
 from ..core.health import HealthCheck, health
-from ..core.modes import drop_casts, on_host, transforms_active
+from ..core.modes import drop_casts, exporting, on_host, transforms_active
 from ..core.regularizer import StepPenalty
 from ..errors import ConfigError
 from .checks import Tolerance, check_positive, check_quadrature, refuse_sampled_density
@@ -90,7 +90,7 @@ class Solver(ABC):
         self,
         dynamics: BoundDynamics,
         z0: Tensor,
-        t_span: Tensor,
+        t_span: Tensor | Sequence[float],
         *,
         first_step: float | None = None,
         save_steps: bool = False,
@@ -101,7 +101,8 @@ class Solver(ABC):
             dynamics: the system with its noise fixed: ``Dynamics(...).bind(noise)``.
             z0: state ``(B, *event)`` at ``t_span[0]``.
             t_span: times ``(T,)``, increasing or decreasing. If they are on the CPU, they are read without waiting
-                for the device.
+                for the device. Numbers take the precision of ``z0``. An exported program has the times as
+                constants, so a model that makes them during a call gives numbers.
             first_step: first step that an adaptive solver tries, such as the ``longest_safe_step`` of an earlier
                 solve of the same field; it is cut off at the end of the solve. None: the solver's ``first_step``.
             save_steps: whether the solution holds the accepted steps.
@@ -120,6 +121,9 @@ class Solver(ABC):
         """
         if dynamics.divergence and self.adaptive and self.quadrature == "sampled":
             refuse_sampled_density(self.name, self.quadrature, adaptive=self.adaptive)
+        if not isinstance(t_span, Tensor):
+            with on_host():
+                t_span = torch.tensor(t_span, dtype=z0.dtype.to_real())
         check_times(t_span)
         if dynamics.held:
             through_steps = self.gradient.through_steps or transforms_active()
@@ -186,6 +190,10 @@ class Solver(ABC):
 
 def check_times(t_span: Tensor) -> None:
     """Refuse times that are not a finite, strictly monotonic row of at least two (ConfigError)."""
+    if exporting() and type(t_span) not in (Tensor, nn.Parameter):  # it stands for an input, without values
+        raise ConfigError(
+            "a solve in a program takes its times as numbers, (0.0, 1.0), not as a tensor of the call"
+        )
     good = t_span.ndim == 1 and len(t_span) >= 2 and t_span.is_floating_point()
     if good:
         with on_host():

@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import itertools
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -78,7 +79,7 @@ def export_program(
             return flow.in_range(flow.inverse(x, **options))
         return flow.log_prob(x, noise=rest or None, **options)
 
-    with torch.no_grad():
+    with torch.no_grad(), _without_checks(flow):
         sizes = {size for x in _inputs(flow, which, context, 1) for size in x.shape}
         # The recorder takes dimensions of equal size for the same dimension. The batch is recorded with a size that
         # no other dimension has, from 3 on, because torch specializes programs to sizes 0 and 1
@@ -143,7 +144,7 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path
 
 
 def _on_grid(model: DensityModel, chosen: Solver | None) -> DensityModel:
-    """Copy a density to the CPU, without gradients and checks of values, with the solver of the program.
+    """Copy a density to the CPU, without gradients, with the solver of the program.
 
     Raises:
         ConfigError: the solver chooses its steps.
@@ -157,15 +158,29 @@ def _on_grid(model: DensityModel, chosen: Solver | None) -> DensityModel:
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # as files hold them
-    # torch's distributions check their arguments by an `if` on values, which are unknown while they are recorded. A
-    # base may be built of other distributions, such as Independent of Normal
+    # backward passes are not recorded, and a sampled quadrature would draw numbers
+    return model.solved_with(solver=dataclasses.replace(solver, gradient="autograd", quadrature="full"))
+
+
+@contextmanager
+def _without_checks(model: DensityModel) -> Iterator[None]:
+    """Context in which torch's distributions do not check their arguments.
+
+    They check by an `if` on values, which are unknown while they are recorded.
+    """
+    # a base that the model keeps may be built of other distributions, such as Independent of Normal
     parts: list[Distribution] = [model.base]
     while parts:
         part = parts.pop()
         part._validate_args = False
         parts += [each for each in vars(part).values() if isinstance(each, Distribution)]
-    # backward passes are not recorded, and a sampled quadrature would draw numbers
-    return model.solved_with(solver=dataclasses.replace(solver, gradient="autograd", quadrature="full"))
+    # and one that is a property is made again at each use
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 def _inputs(model: DensityModel, which: Which, context: Tensor | None, batch: int) -> tuple[Tensor, ...]:
