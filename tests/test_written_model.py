@@ -36,7 +36,17 @@ SETTINGS = [
 class Plugin:
     @hookimpl
     def rnode_register_models(self) -> dict[str, Any]:
-        return {"laplace": LaplaceFlow, "student": HeavyTails, "nothing": lambda *event, **options: torch.nn.Tanh()}
+        return {
+            "laplace": LaplaceFlow,
+            "student": HeavyTails,
+            "nothing": lambda *event, **options: torch.nn.Tanh(),
+            "own solver": lambda columns, *, regularizers, **others: LaplaceFlow(
+                columns, regularizers=regularizers
+            ),
+            "own penalties": lambda columns, *, solver, **others: LaplaceFlow(
+                columns, solver=solver, regularizers=()
+            ),
+        }
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +149,15 @@ def test_a_base_of_single_columns_is_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"log-density of the base has shape \(3, 3\).*Independent"):
         Columns(3, hidden=4).log_prob(torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "ignored"), [("own solver", r"solver= \(the"), ("own penalties", r"regularizers= \(keep_")]
+)
+def test_a_model_that_ignores_what_its_recipe_says(name: str, ignored: str, recipe: Recipe) -> None:
+    """A result would name another solver than the one that it was measured with."""
+    with pytest.raises(PluginError, match=rf"'{name}'.*does not keep {ignored}"):
+        recipe.override([f"model.name={name}"]).build_flow()
 
 
 def test_a_model_that_is_no_density_model(recipe: Recipe) -> None:

@@ -313,6 +313,7 @@ class Recipe:
         """
         from ...core.distribution import DensityModel
 
+        solver = self.test_solver.build()
         # a plugin's model is called with the same arguments, so it can take the place of ours in any recipe
         flow = registry.call(
             "models",
@@ -320,7 +321,7 @@ class Recipe:
             self.task.event,
             **self.model.options,
             **self.task.model_options,
-            solver=self.test_solver.build(),
+            solver=solver,
             regularizers=self.measured,
         )
         if not isinstance(flow, DensityModel):
@@ -328,6 +329,11 @@ class Recipe:
                 f"model {self.model.name!r}: its plugin returned {type(flow).__name__}, not a DensityModel. See "
                 "'Write a model' in the docs."
             )
+        # a result names the solver of the recipe, and a step trains on its penalties
+        kept = flow.solver == solver, {each.name for each in flow.regularizers} >= set(self.measured)
+        if not all(kept):
+            ignored = "regularizers= (keep_regularizers)" if kept[0] else "solver= (the attribute solver)"
+            raise PluginError(f"model {self.model.name!r}: its plugin made a model that does not keep {ignored}.")
         return flow
 
 
