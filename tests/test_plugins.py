@@ -261,6 +261,46 @@ def test_a_regularizer_that_cannot_be_made_is_named(register):
         get_regularizer("other")
 
 
+class Plain(Rate):
+    """Without options."""
+
+    name = "plain"
+
+    def __call__(self, evaluation) -> torch.Tensor:
+        return evaluation.dz.square().flatten(1).sum(1)
+
+
+class Deaf(Plain):
+    name = "deaf"
+
+    def __init__(self, power: int = 2, *, name: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("registered", "name", "message"),
+    [
+        (lambda evaluation: evaluation.dz, "x", r"'x' of plugin 'mine' .*another of the four kinds"),
+        (Plugin, "x", "another of the four kinds"),
+        (Plain, "plain", r"'plain' must take name=.*as an object, Plain\(\)"),
+        (Deaf, "deaf:3", "registered as 'deaf:3' calls itself 'deaf'"),
+    ],
+    ids=["function", "class", "class without options", "class that keeps another name"],
+)
+def test_what_is_no_regularizer_is_refused_and_leaves_the_list(register, registered, name, message):
+    base = name.partition(":")[0]
+    register(Offers(**{base: registered}), "mine")
+    with pytest.raises(PluginError, match=message):
+        NeuralODE(torch.nn.Linear(2, 2), regularizers=[name])
+    listed = CliRunner().invoke(main, ["regularizers", "--json"])
+    assert listed.exit_code == 0
+    assert {base, "kinetic"} <= {row["name"] for row in json.loads(listed.output)}
+
+
+def test_a_name_that_no_text_could_mean():
+    with pytest.raises(PluginError, match="'mine:speed' has a colon"):
+        Registry().register(Offers(**{"mine:speed": abs}), name="mine")
+
+
 # the examples of docs/plugins.md
 
 

@@ -255,3 +255,8 @@ def test_objects_and_what_is_refused_when_called() -> None:
         NeuralODE(Linear(3), "rk4", regularizers=["steer:1.5"])(states())
     with pytest.raises(ConfigError, match="changes the times of a solve"):
         Dynamics(Wave(), regularizers=[Steer()])
+    for times in ([0.5], torch.tensor(0.5)):
+        path = Straightness()
+        object.__setattr__(path, "times", lambda t0, t1, times=times: times)
+        with pytest.raises(ConfigError, match=r"`times` of .*'straightness' must return a tensor \(k,\)"):
+            NeuralODE(Linear(3), "rk4", regularizers=[path])(states())

@@ -19,7 +19,7 @@ from rnode_plugin.core.trace_estimators import Hutchinson, HutchPlusPlus, get_es
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.regularizers import FunctionRegularizer, Taylor
+from rnode_plugin.regularizers import FunctionRegularizer, FunctionStepPenalty, Taylor
 
 ESTIMATED = ["jacfrob", "curl", "strain"]
 
@@ -226,7 +226,11 @@ def test_what_an_evaluation_cannot_have() -> None:
         ([3], "is not a regularizer"),
         ([Taylor], "is not a regularizer"),
         (3, "is not a regularizer"),
-        ([FunctionRegularizer("greedy", lambda e: e.z, needs={"everything"})], "aux, field, jvp, vjp"),
+        ([FunctionRegularizer("greedy", lambda e: e.z, needs={"everything"})], "'aux', 'field', 'jvp', 'vjp'"),
+        ([FunctionRegularizer("text", lambda e: e.z, needs="vjp")], "must be a set of names"),
+        ([FunctionStepPenalty("often", lambda s: s.h, reduction="average")], "'mean' or 'max', not 'average'"),  # pyright: ignore
+        ([lambda evaluation: evaluation.dz.sum(1)], r"must take \(t, z, dz\).*FunctionRegularizer"),
+        ([FunctionRegularizer("plain", lambda t, z, dz: dz.sum(1))], "one argument, an evaluation"),  # pyright: ignore
         ("finite_difference:0", "step > 0"),
         ({"steer": 0.3}, "takes no lambda"),
         (["steer", "learned_end_time"], "both change the times of a solve"),

@@ -138,7 +138,7 @@ def regularizers(*, as_json: bool) -> None:
     for plugin in registry.report():
         for name in sorted(plugin.registers["regularizers"]):
             try:
-                found = registry.get("regularizers", name)
+                found = registry.declared_regularizer(name)
                 cost = found.cost or ", ".join(sorted(getattr(found, "needs", ()))) or "none"
                 row = {"kind": kind_of(found), "formula": found.formula, "cost": cost, "source": str(found.source)}
             except RnodeError as error:

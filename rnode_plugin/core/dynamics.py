@@ -186,7 +186,7 @@ class PathPenalties:
         Raises:
             ConfigError: if a penalty wants a state outside of the solve.
         """
-        inner = [penalty.times(t[0], t[-1]).to(t) for penalty in self.trajectories]
+        inner = [_wanted(penalty, t) for penalty in self.trajectories]
         together = torch.cat([t, *inner])
         times, places = together.detach().unique(return_inverse=True)  # increasing, whichever way the solve runs
         if t[0] > t[-1]:
@@ -214,6 +214,17 @@ class PathPenalties:
             if known == rate
         }
         return penalty.name, _checked(penalty, Trajectory(t, states, mine), [states], states[0])
+
+
+def _wanted(penalty: TrajectoryPenalty, t: Tensor) -> Tensor:
+    """The times ``(k,)`` at which a penalty wants states in a solve through ``t (T,)``."""
+    found = penalty.times(t[0], t[-1])
+    if not isinstance(found, Tensor) or found.ndim != 1:
+        raise ConfigError(
+            f"`times` of the regularizer {penalty.name!r} must return a tensor (k,), such as torch.tensor([0.5]), "
+            f"not {found!r}."
+        )
+    return found.to(t)
 
 
 class Dynamics(BoundDynamics):

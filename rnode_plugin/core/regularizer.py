@@ -135,8 +135,8 @@ def _refuse_others(
     regularizer: Regularizer, attribute: str, given: Collection[str], allowed: Collection[str]
 ) -> None:
     if not set(given) <= set(allowed):
-        found, choices = ", ".join(sorted(map(repr, given))), ", ".join(sorted(allowed))
-        raise ConfigError(f"{regularizer.name!r} has {attribute} {found}; it can be of {choices}.")
+        found, choices = ("{" + ", ".join(sorted(map(repr, names))) + "}" for names in (given, allowed))
+        raise ConfigError(f"{attribute} of {regularizer.name!r} must be a set of names in {choices}, not {found}.")
 
 
 class Rate(Regularizer):
@@ -202,7 +202,8 @@ class StepPenalty(Regularizer):
     def check(self) -> None:
         super().check()
         _refuse_others(self, "uses", self.uses, ("error", "pair"))
-        _refuse_others(self, "reduction", {self.reduction}, ("sum", "mean", "max"))
+        if self.reduction not in ("sum", "mean", "max"):
+            raise ConfigError(f"reduction of {self.name!r} must be 'sum', 'mean' or 'max', not {self.reduction!r}.")
 
     def join(self, before: Tensor, last: Tensor, *, solves: int, share: float) -> Tensor:
         if self.reduction == "max":

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from .followed_solve import Kinds
 from .regularizer import FunctionRegularizer, Regularizer, SpanPolicy
 from .schedules import DEFAULT_LAMBDA, Strength, check_lambda
+from .signature import accepts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,7 @@ def undivided(regularizers: Iterable[Regularizer]) -> frozenset[str]:
 def weigh_regularizers(
     spec: Regularizers,
     *,
-    by_name: Callable[[str], Regularizer | Callable[..., Tensor]],
+    by_name: Callable[[str], Regularizer],
 ) -> dict[str, Weighted]:
     """Resolve a specification to regularizers with their strengths, by name.
 
@@ -96,11 +97,16 @@ def checked_strength(regularizer: Regularizer, strength: Strength | None) -> Str
     return 1.0
 
 
-def _regularizer(entry: Any, by_name: Callable[[str], Regularizer | Callable[..., Tensor]]) -> Regularizer:
+def _regularizer(entry: Any, by_name: Callable[[str], Regularizer]) -> Regularizer:
     if isinstance(entry, str):
         entry = by_name(entry)
     if isinstance(entry, Regularizer):
         entry.check()
+        if isinstance(entry, FunctionRegularizer) and not accepts(entry.function, None):
+            raise ConfigError(
+                f"the function of {entry.name!r} must take one argument, an evaluation, which has t, z and dz: "
+                "give FunctionRegularizer(name, lambda at: function(at.t, at.z, at.dz))."
+            )
         return entry
     if not callable(entry) or isinstance(entry, type) or hasattr(entry, "name"):
         raise ConfigError(
@@ -108,6 +114,11 @@ def _regularizer(entry: Any, by_name: Callable[[str], Regularizer | Callable[...
             "class, of a class derived from rnode_plugin.regularizers.Rate or another of the four kinds there."
         )
     name = entry.__name__ if inspect.isroutine(entry) else type(entry).__name__
+    if not accepts(entry, None, None, None):
+        raise ConfigError(
+            f"the function {name!r} must take (t, z, dz). One that takes an evaluation becomes a regularizer by "
+            f"FunctionRegularizer({name!r}, function), from rnode_plugin.regularizers."
+        )
     return FunctionRegularizer(name, _OfPlainFunction(entry))
 
 

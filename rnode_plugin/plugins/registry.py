@@ -15,6 +15,7 @@ import logging
 import os
 import pkgutil
 import re
+import reprlib
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,7 @@ from ..errors import ConfigError, PluginError, RnodeError, suggest
 from . import builtin, hookspecs
 
 if TYPE_CHECKING:
+    from ..core.regularizer import Regularizer
     from ..core.weighing import Regularizers, Weighted
 
 KINDS = {
@@ -85,7 +87,10 @@ class Plugin:
             with self._noting(hook):
                 for found in getattr(manager.hook, hook)():
                     if not (isinstance(found, Mapping) and all(isinstance(name, str) for name in found)):
-                        raise PluginError(f"it must map names to callables or to 'module:attribute', not {found!r}")
+                        shown = reprlib.repr(found)
+                        raise PluginError(f"it must map names to callables or to 'module:attribute', not {shown}")
+                    if kind == "regularizers" and (bad := next((each for each in found if ":" in each), None)):
+                        raise PluginError(f"the name {bad!r} has a colon, which stands before options")
                     names.update(found)
 
     @contextmanager
@@ -135,7 +140,7 @@ class Registry:
             with owner.guarded(f"{what} of {owner} cannot be imported from {value!r}"):
                 value = owner.registers[kind][name] = pkgutil.resolve_name(value)
         if not callable(value):
-            raise PluginError(f"{what} of {owner} must be callable, but it is {value!r}.")
+            raise PluginError(f"{what} of {owner} must be callable, but it is {reprlib.repr(value)}.")
         return value
 
     def check_name(self, kind: str, name: str) -> Plugin:
@@ -247,6 +252,26 @@ def resolve_regularizers(spec: Regularizers) -> dict[str, Weighted]:
     return weigh_regularizers(spec, by_name=get_regularizer)
 
 
+def declared_regularizer(name: str) -> Regularizer | type[Regularizer]:
+    """Get what is registered as a regularizer, an object or a class of objects with options, without making one.
+
+    Raises:
+        ConfigError: for an unknown name.
+        PluginError: as for :meth:`Registry.get`, and if it is of none of the four kinds.
+    """
+    from ..core.regularizer import KINDS as KINDS_OF_REGULARIZERS
+
+    found = get("regularizers", name)
+    kind = found if isinstance(found, type) else type(found)
+    if not issubclass(kind, tuple(KINDS_OF_REGULARIZERS.values())):
+        raise PluginError(
+            f"the regularizer {name!r} of {check_name('regularizers', name)} must be an object, or a class, "
+            "derived from Rate or another of the four kinds in rnode_plugin.regularizers. A function of an "
+            f"evaluation becomes one by FunctionRegularizer({name!r}, function)."
+        )
+    return found
+
+
 def get_regularizer(name: str) -> Any:
     """Make the regularizer for a name such as ``"kinetic"``, or for a name with options such as ``"taylor:3"``.
 
@@ -257,12 +282,13 @@ def get_regularizer(name: str) -> Any:
     Raises:
         ConfigError: for an unknown name, for options of a regularizer that takes none, and for options that the
             regularizer refuses.
-        PluginError: if the name of the regularizer is not the registered one, or its class fails.
+        PluginError: for an object of none of the four kinds, and if the name of the regularizer is not the
+            registered one, or its class takes no ``name=`` or fails.
     """
     from torch import nn
 
     base, _, options = name.partition(":")
-    found = get("regularizers", base)
+    found: Any = declared_regularizer(base)
     if isinstance(found, type):
         positional: list[float] = []
         named: dict[str, float] = {}
@@ -278,15 +304,23 @@ def get_regularizer(name: str) -> Any:
                 named[key.strip()] = number
             else:
                 positional.append(number)
+        signature = inspect.signature(found)
+        if not any(p.name == "name" or p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+            raise PluginError(
+                f"the class of the regularizer {base!r} must take name=, the text that the user wrote. A class "
+                f"without options is registered as an object, {found.__name__}()."
+            )
         try:
-            inspect.signature(found).bind(*positional, **named, name=name)
+            signature.bind(*positional, **named, name=name)
         except TypeError as error:
             raise ConfigError(
                 f"the regularizer {base!r} does not take the options {options!r}: {error}."
             ) from error
-        return call("regularizers", base, *positional, **named, name=name)
-    if base != name:
+        made = call("regularizers", base, *positional, **named, name=name)
+    elif base != name:
         raise ConfigError(f"the regularizer {base!r} takes no options: write {base!r}, not {name!r}.")
-    if (own := getattr(found, "name", None)) != name:  # it is the key of the penalty in every result
+    else:
+        made = copy.deepcopy(found) if isinstance(found, nn.Module) else found
+    if (own := getattr(made, "name", None)) != name:  # it is the key of the penalty in every result
         raise PluginError(f"the regularizer registered as {name!r} calls itself {own!r}: the two must agree.")
-    return copy.deepcopy(found) if isinstance(found, nn.Module) else found
+    return made
