@@ -17,6 +17,7 @@ from image_files import random_images, real_data
 from published_sets import publish, serve
 from tiny_runs import CONTEXT, as_options, rnode
 
+from rnode_plugin import hookimpl
 from rnode_plugin.errors import ConfigError, DataError
 from rnode_plugin.experiments.data import ImageData, catalog, get_dataset, get_table, one_download, sets
 
@@ -191,12 +192,29 @@ def _data(**changes) -> ImageData:
         ({"val": np.zeros((10, 4, 4), np.uint8)}, r"val images are uint8 \(10, 4, 4\).*\(N, 1, 4, 4\)"),
         ({"train": np.zeros((0, 1, 4, 4), np.uint8)}, r"train images are uint8 \(0"),
         ({"train": np.full((10, 1, 4, 4), 17, np.uint8)}, "hold the value 17, which 17 levels"),
+        ({"train": [[0]]}, r"train images are list, but they must be uint8 arrays \(N, 1, 4, 4\)"),
         ({"levels": 257}, "levels must be 2 to 256"),
     ],
 )
 def test_arrays_that_are_no_such_images_are_refused(changes, message):
     with pytest.raises(DataError, match=message):
         _data(**changes)
+
+
+def test_a_shape_that_is_no_tuple_equals_that_of_a_recipe():
+    assert _data(shape=[1, 4, 4]).shape == (1, 4, 4)
+
+
+def test_a_place_that_a_loader_does_not_take_is_refused(register):
+    class Offers:
+        @hookimpl
+        def rnode_register_datasets(self):
+            return {"fixed": lambda: _data()}
+
+    register(Offers(), "offers")
+    assert get_dataset("fixed").name == "x"
+    with pytest.raises(ConfigError, match=r"'fixed': .*'root'"):
+        get_dataset("fixed", root="elsewhere")
 
 
 def test_limit_draws_the_same_images_from_the_whole_set():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from rnode_plugin.errors import ConfigError, DataError, RnodeError
@@ -258,6 +259,24 @@ X, Y = np.random.default_rng(0).normal(size=(2, 50))
 def test_columns_without_a_density(columns: tuple[np.ndarray, ...], modeled: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         _accept(_table(*columns), modeled)
+
+
+def test_rows_that_are_not_whole() -> None:
+    """A file with such rows is refused when it is read, so only a table of a plugin can have them."""
+    for value in (np.nan, np.inf):
+        bad = np.where(np.arange(50) == 3, value, X)
+        with pytest.raises(DataError, match=r"column 'b' of t is missing or infinite in 1 of 50 train rows"):
+            check_columns(_table(Y, bad), 2)
+
+
+def test_frames_of_pandas_are_refused_and_their_columns_taken() -> None:
+    frame = pd.DataFrame({"a": X, "b": Y})
+    rows = frame.to_numpy()
+    with pytest.raises(DataError, match="the train rows are DataFrame; they must be a NumPy array"):
+        Table("t", ("a", "b"), *[frame] * 3)  # pyright: ignore[reportArgumentType]
+    table = Table("t", frame.columns, rows, rows, rows)  # pyright: ignore[reportArgumentType]
+    assert table.columns == ("a", "b")
+    assert np.array_equal(table.select(["b"]).train[:, 0], Y)
 
 
 def test_the_advice_to_leave_columns_out_can_be_pasted(tmp_path: Path) -> None:

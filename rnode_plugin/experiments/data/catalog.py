@@ -38,9 +38,7 @@ def get_dataset(
         DataError: it is missing or cannot be read. The message names the place to get it.
         PluginError: the plugin that offers it failed, or returned something else.
     """
-    # a size that was asked for is an option, and a data set that cannot be scaled refuses it
-    wanted = options if size is None else {**options, "size": size}
-    return _load(ImageData, name, {"root": root, "size": None}, wanted, root=root, download=download)
+    return _load(ImageData, name, {"root": root, "size": size}, options, root=root, download=download)
 
 
 def get_table(name: str, *, root: str | None = None, download: bool = False, **options: object) -> Table:
@@ -83,15 +81,20 @@ def image_shape(name: str, *, root: str | None, size: int | None = None) -> tupl
 def _load(
     kind: type[D],
     name: str,
-    common: dict[str, str | None],
+    common: dict[str, str | int | None],
     options: dict[str, object],
     *,
     root: str | None,
     download: bool,
 ) -> D:
-    """Call the loader with all ``options``, and with the ``common`` arguments that it takes."""
+    """Call the loader with all ``options``, and with the ``common`` arguments.
+
+    A common argument that was asked for is an option, and a loader that does not take it refuses it. Without a
+    value it is left out where the loader does not take it.
+    """
     signature = inspect.signature(registry.get("datasets", name))
-    arguments = taken_by(name, {**common, "download": False}) | options
+    asked = {key: value for key, value in common.items() if value is not None}
+    arguments = taken_by(name, {**common, "download": False}) | asked | options
     try:
         # bound before the call, because a TypeError inside of a loader is a bug of the loader
         signature.bind(**arguments)

@@ -85,7 +85,7 @@ class ImageData:
     Attributes:
         name: the name in messages and runs.
         train, val: images ``(N, C, H, W)``, uint8, values ``0 .. levels - 1``.
-        shape: (C, H, W) of each image.
+        shape: (C, H, W) of each image, a tuple or what becomes one.
         levels: number of values that a pixel can take, 256 for 8 bits.
         numbers: None, because held-out images are counted from 0. A table has the places of its rows in the file.
 
@@ -103,11 +103,14 @@ class ImageData:
     def __post_init__(self) -> None:
         if not 2 <= self.levels <= 256:
             raise DataError(f"{self.name}: levels must be 2 to 256, not {self.levels}: images are uint8.")
+        object.__setattr__(self, "shape", tuple(self.shape))
         for part, images in (("train", self.train), ("val", self.val)):
             what = f"{self.name}: the {part} images"
-            if images.dtype != np.uint8 or len(images) == 0 or images.shape[1:] != tuple(self.shape):
+            is_array = hasattr(images, "dtype")
+            if not is_array or images.dtype != np.uint8 or len(images) == 0 or images.shape[1:] != self.shape:
+                found = f"{images.dtype} {images.shape}" if is_array else type(images).__name__
                 wanted = ", ".join(map(str, self.shape))
-                raise DataError(f"{what} are {images.dtype} {images.shape}, but they must be uint8 (N, {wanted}).")
+                raise DataError(f"{what} are {found}, but they must be uint8 arrays (N, {wanted}).")
             if isinstance(images, np.ndarray) and self.levels < 256 and images.max() >= self.levels:
                 raise DataError(f"{what} hold the value {images.max()}, which {self.levels} levels do not reach.")
 

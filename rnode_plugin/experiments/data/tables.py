@@ -27,7 +27,7 @@ class Table:
 
     Attributes:
         name: the name in messages and runs.
-        columns: names of the columns.
+        columns: names of the columns, a tuple or what becomes one.
         train: rows ``(N, len(columns))``, float.
         val: rows whose likelihood chooses the best weights.
         held_out: rows that measure the result.
@@ -49,10 +49,13 @@ class Table:
     numbers: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", tuple(self.columns))
         for part, rows in self._parts.items():
-            if rows.ndim != 2 or rows.shape[1] != len(self.columns) or rows.dtype.kind != "f" or len(rows) == 0:
+            is_array, shape = isinstance(rows, np.ndarray), (len(rows), len(self.columns))
+            if not is_array or rows.dtype.kind != "f" or rows.shape != shape or shape[0] == 0:
+                found = f"{rows.dtype} {rows.shape}" if is_array else type(rows).__name__
                 raise DataError(
-                    f"{self.name}: the {part} rows are {rows.dtype} {rows.shape}; they must be floating-point "
+                    f"{self.name}: the {part} rows are {found}; they must be a NumPy array of floating-point "
                     f"numbers of shape (N, {len(self.columns)})."
                 )
         if not self.checksum:
@@ -85,6 +88,20 @@ class Table:
     def limit(self, n_train: int | None = None, n_val: int | None = None) -> Table:
         """Return the table with at most ``n_train`` training and ``n_val`` validation rows, drawn as for images."""
         return dataclasses.replace(self, train=limited(self.train, n_train), val=limited(self.val, n_val))
+
+    def check_finite(self) -> None:
+        """Refuse missing and infinite values, which only a table of a plugin can have.
+
+        Raises:
+            DataError: names the column.
+        """
+        for part, rows in self._parts.items():
+            for name, bad in zip(self.columns, (~np.isfinite(rows)).sum(0), strict=True):
+                if bad:
+                    raise DataError(
+                        f"the column {name!r} of {self.name} is missing or infinite in {bad:,} of {len(rows):,} "
+                        f"{part} rows. A density needs whole rows: leave these out, or fill the values in."
+                    )
 
     def single(self) -> Table:
         """Convert the rows to 32-bit numbers, in which a flow computes.
@@ -193,9 +210,10 @@ def check_columns(table: Table, modeled: int) -> None:
     subspace, the likelihood of a flow rises without bound, and training would only report ever better numbers.
 
     Raises:
-        DataError: a column that is constant or whose values differ by too little, one that is a linear function of
-            the others, or fewer training rows than columns.
+        DataError: a value that is missing or infinite, a column that is constant or whose values differ by too
+            little, one that is a linear function of the others, or fewer training rows than columns.
     """
+    table.check_finite()
     rows = np.asarray(table.train[:_ROWS], dtype=np.float64)
     if len(rows) <= rows.shape[1]:
         raise DataError(f"{table.name}: {len(rows)} training rows are too few for {rows.shape[1]} columns.")
