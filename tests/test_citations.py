@@ -13,7 +13,7 @@ from rnode_plugin import Adaptive, MultiscaleFlow, NeuralODE, RegularizedCNF
 from rnode_plugin.cli import main
 from rnode_plugin.core.citations import _entries
 from rnode_plugin.plugins.registry import get, names
-from rnode_plugin.regularizers import Source
+from rnode_plugin.regularizers import FunctionRegularizer, Source
 
 
 def keys(text: str) -> list[str]:
@@ -54,6 +54,23 @@ def test_each_declared_paper_has_an_entry() -> None:
 )
 def test_a_model_cites_its_penalties_estimator_and_solver(model: Any, expected: list[str]) -> None:
     assert keys(model().citation()) == expected
+
+
+def test_a_paper_of_another_package_is_not_left_out_in_silence() -> None:
+    """papers.bib has no entry for it, so the place of the entry holds a comment."""
+    paper = Source("NEW", "Doe et al.", 2026, "doe2026new", "eq. 3")
+    penalties = [
+        FunctionRegularizer("new", lambda at: at.dz.square().sum(1), source=paper),
+        FunctionRegularizer("old", lambda at: at.dz.square().sum(1), source="a thesis"),
+        FunctionRegularizer("mine", lambda at: at.dz.square().sum(1)),
+    ]
+    text = NeuralODE(torch.nn.Linear(2, 2), solver="rk4", regularizers=penalties).citation()
+    assert keys(text) == ["chen2018neural"]
+    lines = [line for line in text.splitlines() if line.startswith("%")]
+    assert [line.partition("penalty ")[2] for line in lines] == [
+        "new: NEW (Doe et al., 2026), eq. 3",
+        "old: a thesis",
+    ]
 
 
 def test_the_command() -> None:

@@ -23,20 +23,23 @@ def citation(
     """Collect the BibTeX entries of all papers behind a model, each once, the paper on neural ODEs first.
 
     Args:
-        regularizers: penalties, cited by their ``source``. One from another package is left out if papers.bib does
-            not list its key.
+        regularizers: penalties, cited by their ``source``. One whose paper has no entry in papers.bib, as from
+            another package, becomes a line at the end, which BibTeX reads as a comment.
         estimator: the estimator of the trace; None if none is estimated.
         methods: names of the solver methods.
         density: whether the model is a continuous normalizing flow.
     """
     keys = ["chen2018neural", *(["grathwohl2019ffjord"] if density else [])]
+    entries, lines = _entries(), []
     for regularizer in regularizers:
-        if isinstance(regularizer.source, Source):
-            keys.append(regularizer.source.key)
+        source = regularizer.source
+        if isinstance(source, Source) and source.key in entries:
+            keys.append(source.key)
+        elif str(source):
+            lines.append(f"% no entry is known for the penalty {regularizer.name}: {source}")
     keys += [_ESTIMATORS.get(type(estimator), ""), *(_METHODS.get(method, "") for method in methods)]
-    entries = _entries()
-    # dict.fromkeys drops repeated keys and keeps the order; keys of a plugin's papers are not in our file
-    return "\n\n".join(entries[key] for key in dict.fromkeys(keys) if key in entries)
+    # dict.fromkeys drops repeated keys and keeps the order
+    return "\n\n".join([*(entries[key] for key in dict.fromkeys(keys) if key in entries), *lines])
 
 
 def _entries() -> dict[str, str]:
