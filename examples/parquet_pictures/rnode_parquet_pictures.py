@@ -38,7 +38,7 @@ def pictures(*, root: str | None = None, size: int | None = None, channels: int 
         if not images:
             raise DataError(f"parquet-pictures: {folder} has no pictures in {part}-*.parquet.")
         if len({image.shape for image in images}) > 1:
-            raise DataError(f"parquet-pictures: the pictures in {folder} differ in size: set data.shape.")
+            raise DataError(f"parquet-pictures: the pictures in {folder} differ in size: give --size N.")
         parts.append(np.stack(images) >> (8 - bits))
     train, val = parts
     _, c, h, w = train.shape
