@@ -94,7 +94,7 @@ def regularize(
         >>> a = torch.tensor(1.0, requires_grad=True)
         >>> with regularize("kinetic") as penalties:
         ...     y = torchdiffeq.odeint(lambda t, y: -a * y, torch.ones(4, 2), torch.tensor([0.0, 1.0]))
-        >>> round(float(penalties["kinetic"][0]), 4)
+        >>> round(penalties["kinetic"][0].item(), 4)
         0.8647
     """
     if here.following is not None:
