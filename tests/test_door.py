@@ -458,6 +458,8 @@ def test_differences_refuse_half_precision_and_the_transposed_product() -> None:
     # the layers of this field are rounded to 8 bits, and its velocity has the dtype of the state
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ConfigError, match="under autocast"):
         penalties_at(linear_field(2), 0.0, states().float(), ["jacfrob"], trace_noise="difference")
+    with torch.autocast("cpu", torch.bfloat16):  # autocast leaves float64 alone
+        penalties_at(Net().double(), 0.0, states().double(), ["jacfrob"], trace_noise="difference")
     with pytest.raises(ConfigError, match=r"'curl' and 'strain'"):
         penalties_at(Net(), 0.0, states(), ["curl"], trace_noise="difference")
 

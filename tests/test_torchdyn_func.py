@@ -12,7 +12,9 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torchdyn_fields import mlp
 
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF
+from rnode_plugin.core.field_evaluation import FieldEvaluation
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.regularizers import Rate
 from rnode_plugin.solvers import GRADIENTS
 
 SPAN = torch.linspace(0, 1, 4, dtype=torch.float64)
@@ -121,8 +123,21 @@ def test_noise_follows_the_randomness_of_vmap() -> None:
         vmap(rate)(x)
 
 
+class Learned(nn.Module, Rate):
+    """A penalty with a parameter of its own."""
+
+    name = "learned"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, evaluation: FieldEvaluation) -> Tensor:
+        return self.scale * evaluation.z.square().sum(1)
+
+
 @pytest.mark.parametrize("computed", [False, True], ids=["leaves", "computed"])
-@pytest.mark.parametrize("regularizers", [None, "kinetic", "jacfrob"])
+@pytest.mark.parametrize("regularizers", [None, "kinetic", "jacfrob", "learned"])
 @pytest.mark.parametrize("sensitivity", GRADIENTS[1:])
 def test_replaced_parameters_are_those_of_the_backward_pass(
     sensitivity: str, regularizers: str | None, computed: bool
@@ -132,7 +147,11 @@ def test_replaced_parameters_are_those_of_the_backward_pass(
     def gradient(sensitivity: str) -> Tensor:
         torch.manual_seed(0)
         model = NeuralODE(
-            mlp(2, 6, 2).double(), "rk4_38", sensitivity=sensitivity, regularizers=regularizers, trace_noise="exact"
+            mlp(2, 6, 2).double(),
+            "rk4_38",
+            sensitivity=sensitivity,
+            regularizers=[Learned()] if regularizers == "learned" else regularizers,
+            trace_noise="exact",
         )
         given = {name: torch.randn_like(p).requires_grad_() for name, p in model.named_parameters()}
         own = dict(model.named_parameters())

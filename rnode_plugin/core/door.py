@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, final
 
@@ -122,9 +122,9 @@ class Door:
         assert isinstance(state, Tensor)
         return state
 
-    def repeating(self) -> Callable[[], AbstractContextManager[None]]:
-        """Make contexts for later recomputation; see :meth:`BoundDynamics.repeating`."""
-        return self._around.repeating()
+    def repeating(self, others: Iterable[object] = ()) -> Callable[[], AbstractContextManager[None]]:
+        """Return what makes contexts for later recomputation, with the net and ``others`` as they are now."""
+        return self._around.repeating(others)
 
 
 def _explained(error: RuntimeError | AttributeError) -> ConfigError | None:

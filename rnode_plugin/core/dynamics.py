@@ -76,7 +76,7 @@ class BoundDynamics(ABC):
         return ()
 
     def repeating(self) -> Callable[[], AbstractContextManager[object]]:
-        """Make contexts in which a backward pass evaluates the system as now, without side effects.
+        """Return what makes contexts in which a backward pass evaluates the system as now, without side effects.
 
         The forward pass calls it, because the parameters that it finds now may be replaced later.
         """
@@ -336,7 +336,7 @@ class Dynamics(BoundDynamics):
         return bound
 
     def repeating(self) -> Callable[[], AbstractContextManager[None]]:
-        return self.door.repeating()
+        return self.door.repeating((self._given, *self.regularizers))
 
     def evaluate(self, t: Tensor, z: State, *, products: bool = True) -> Rates:
         """Evaluate the right-hand side at one time.

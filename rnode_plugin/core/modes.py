@@ -139,7 +139,8 @@ def without_kept_casts() -> Iterator[None]:
 def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Context in which the hooks of tensors do not run, for a backward pass inside of another backward pass.
 
-    The outer one runs them with the whole gradient. A hook that scales it would otherwise scale it twice.
+    The outer one runs them with the whole gradient. A hook that scales it would otherwise scale it twice. Another
+    thread whose backward pass ends meanwhile does not run them either.
     """
     found = [hooks for x in tensors if (hooks := x._backward_hooks)]
     held = [dict(hooks) for hooks in found]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -133,13 +133,13 @@ class Surroundings:
                 if before is not None:
                     _restore(before)
 
-    def repeating(self) -> Callable[[], AbstractContextManager[None]]:
-        """Note the net's parameters and buffers, and make contexts in which evaluations repeat those from now on.
+    def repeating(self, others: Iterable[object] = ()) -> Callable[[], AbstractContextManager[None]]:
+        """Note the parameters and buffers of the net and of ``others``, and return what makes contexts with them.
 
-        A backward pass may find others: ``torch.func.functional_call`` replaces them during one call, and a caller
-        may set a buffer, such as a context, before each of several solves.
+        A backward pass may find different ones: ``torch.func.functional_call`` replaces them during one call, and a
+        caller may set a buffer, such as a context, before each of several solves.
         """
-        modules = () if self.net is None else self.net.modules()
+        modules = [part for each in (self.net, *others) if isinstance(each, nn.Module) for part in each.modules()]
         noted = [(held, dict(held)) for part in modules for held in (part._parameters, part._buffers) if held]
         return functools.partial(self._as_noted, noted)
 

@@ -255,8 +255,8 @@ class Difference(TraceEstimator):
 
     ``s`` is ``2 eps^(1/3)`` times the root mean square of a sample's state (at least 0.1), with the larger machine
     epsilon ``eps`` of state and velocity, and the median of these over the batch. The factor is 0.01 in single
-    precision. At this length truncation and rounding errors are about equal. Half precision and autocast are
-    refused.
+    precision. At this length truncation and rounding errors are about equal. Half precision, and float32
+    under autocast, are refused.
 
     Args:
         probes: number of probe vectors; each takes two more evaluations.
@@ -265,7 +265,8 @@ class Difference(TraceEstimator):
     (``curl``, ``strain``) need products and are refused.
 
     Raises:
-        ConfigError: for a number below 1; at an evaluation, for a velocity in half precision and under autocast.
+        ConfigError: for a number below 1; at an evaluation, for a velocity in half precision, and in float32 under
+            autocast.
 
     Example:
         >>> import torch
@@ -299,9 +300,10 @@ class Difference(TraceEstimator):
         assert noise is not None
         found, z = door.evaluate(t, state, ask._replace(pull=False)), door.part(state)
         dz = door.part(found.dz)
-        # under autocast a velocity may be rounded to half precision before it is returned in float32
-        if dz.dtype.itemsize < 4 or autocasts(dz):
-            low = "computed under autocast" if autocasts(dz) else f"in {dz.dtype}"
+        # autocast may round a velocity to half precision before it is returned in float32, and leaves float64 alone
+        cast = dz.dtype is torch.float32 and autocasts(dz)
+        if dz.dtype.itemsize < 4 or cast:
+            low = "computed under autocast" if cast else f"in {dz.dtype}"
             raise ConfigError(
                 "the estimator 'difference' needs a velocity in float32 or float64: differences of a velocity "
                 f"{low} are mostly rounding. Leave autocast, or use a product ('rademacher')."

@@ -363,7 +363,7 @@ class TorchdynSystem(BoundDynamics):
         return tensors_of((self.module, *self.dynamics.regularizers, self.hidden_cost), self.args)
 
     def repeating(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        return self.dynamics.repeating()
+        return self.dynamics.door.repeating((*self.dynamics.regularizers, self.hidden_cost))
 
     def evaluate(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         for counter in self.counters:

@@ -107,7 +107,7 @@ class ImageData:
         for part, images in (("train", self.train), ("val", self.val)):
             what = f"{self.name}: the {part} images"
             is_array = hasattr(images, "dtype")
-            if not is_array or images.dtype != np.uint8 or len(images) == 0 or images.shape[1:] != self.shape:
+            if not is_array or images.dtype != np.uint8 or images.shape[1:] != self.shape or len(images) == 0:
                 found = f"{images.dtype} {images.shape}" if is_array else type(images).__name__
                 wanted = ", ".join(map(str, self.shape))
                 raise DataError(f"{what} are {found}, but they must be uint8 arrays (N, {wanted}).")

@@ -51,8 +51,8 @@ class Table:
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", tuple(self.columns))
         for part, rows in self._parts.items():
-            is_array, shape = isinstance(rows, np.ndarray), (len(rows), len(self.columns))
-            if not is_array or rows.dtype.kind != "f" or rows.shape != shape or shape[0] == 0:
+            is_array = isinstance(rows, np.ndarray)
+            if not is_array or rows.dtype.kind != "f" or rows.shape[1:] != (len(self.columns),) or len(rows) == 0:
                 found = f"{rows.dtype} {rows.shape}" if is_array else type(rows).__name__
                 raise DataError(
                     f"{self.name}: the {part} rows are {found}; they must be a NumPy array of floating-point "

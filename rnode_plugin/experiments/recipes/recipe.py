@@ -309,7 +309,8 @@ class Recipe:
             the model of a plugin in their place.
 
         Raises:
-            PluginError: the plugin that offers the model failed, or returned something else.
+            PluginError: the plugin that offers the model failed, returned something else, or made a model without
+                the recipe's solver or penalties.
         """
         from ...core.distribution import DensityModel
 
@@ -330,10 +331,14 @@ class Recipe:
                 "'Write a model' in the docs."
             )
         # a result names the solver of the recipe, and a step trains on its penalties
-        kept = flow.solver == solver, {each.name for each in flow.regularizers} >= set(self.measured)
-        if not all(kept):
-            ignored = "regularizers= (keep_regularizers)" if kept[0] else "solver= (the attribute solver)"
-            raise PluginError(f"model {self.model.name!r}: its plugin made a model that does not keep {ignored}.")
+        for option, is_kept in (
+            ("solver= (the attribute solver)", getattr(flow, "solver", None) == solver),
+            ("regularizers= (keep_regularizers)", {each.name for each in flow.regularizers} >= set(self.measured)),
+        ):
+            if not is_kept:
+                raise PluginError(
+                    f"model {self.model.name!r}: its plugin made a model that does not keep {option}."
+                )
         return flow
 
 
