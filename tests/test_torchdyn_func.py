@@ -124,7 +124,7 @@ def test_noise_follows_the_randomness_of_vmap() -> None:
 
 
 class Learned(nn.Module, Rate):
-    """A penalty with a parameter of its own."""
+    """A penalty that has a parameter."""
 
     name = "learned"
 
