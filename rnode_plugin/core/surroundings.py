@@ -147,20 +147,13 @@ class Surroundings:
     def _as_noted(self, noted: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Iterator[None]:
         """Context for evaluations with the ``noted`` parameters and buffers, which they leave as they are."""
         others = [
-            (held, name, held[name], x)
+            (held, name, x)
             for held, known in noted
             for name, x in known.items()
             if name in held and held[name] is not x
         ]
-        with lock_of(self.net) if others else nullcontext():
-            for held, name, _, x in others:
-                held[name] = x
-            try:
-                with self.kept():
-                    yield
-            finally:
-                for held, name, other, _ in others:
-                    held[name] = other
+        with lock_of(self.net) if others else nullcontext(), _replaced(others), self.kept():
+            yield
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -175,19 +168,27 @@ class Surroundings:
         # Copies during the block, not restored values after it: the graph of an earlier evaluation may hold the
         # original buffers, and a write into them would invalidate it. Other threads must not see the copies.
         with lock_of(self.net):
-            kept = [
-                (part._buffers, name, x)
+            copies = [
+                (part._buffers, name, x.clone())
                 for part in changing
                 for name, x in part._buffers.items()
                 if x is not None and not x.requires_grad  # else a net computed it, and a copy would lose its graph
             ]
-            for buffers, name, x in kept:
-                buffers[name] = x.clone()
-            try:
+            with _replaced(copies):
                 yield
-            finally:
-                for buffers, name, x in kept:
-                    buffers[name] = x
+
+
+@contextmanager
+def _replaced(entries: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    """Context in which each dictionary has the value of its entry, ``(dictionary, key, value)``."""
+    before = [(held, name, held[name]) for held, name, _ in entries]
+    for held, name, x in entries:
+        held[name] = x
+    try:
+        yield
+    finally:
+        for held, name, x in before:
+            held[name] = x
 
 
 class _States(NamedTuple):

@@ -164,17 +164,17 @@ def _on_grid(model: DensityModel, chosen: Solver | None) -> DensityModel:
 
 @contextmanager
 def _without_checks(model: DensityModel) -> Iterator[None]:
-    """Context in which torch's distributions do not check their arguments.
+    """Context in which torch's distributions do not check their arguments, in the whole process.
 
     They check by an `if` on values, which are unknown while they are recorded.
     """
-    # a base that the model keeps may be built of other distributions, such as Independent of Normal
+    # a base that was made with `validate_args=True` does not follow the default, nor do the distributions in it
     parts: list[Distribution] = [model.base]
     while parts:
         part = parts.pop()
         part._validate_args = False
         parts += [each for each in vars(part).values() if isinstance(each, Distribution)]
-    # and one that is a property is made again at each use
+    # the default is for a base that is a property, which is made again at each use
     before = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     try:

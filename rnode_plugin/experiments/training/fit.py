@@ -327,8 +327,9 @@ def _conclude(result: FitResult, experiment: Experiment, device: torch.device, *
     samples = None
     if recipe.training.sample_images:
         try:
-            save_samples(task, flow, data, recipe.training, folder.picture())
-            samples = folder.picture()
+            picture = folder.picture()
+            save_samples(task, flow, data, recipe.training, picture)
+            samples = picture
         except SolverError as error:  # a latent far out may fail where no held-out sample does
             print(f"no picture of samples of the best weights: {error}", file=sys.stderr)
     folder.conclude(result.with_evaluation(evaluation), recipe, data.numbers)
