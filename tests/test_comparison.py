@@ -29,6 +29,7 @@ from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.metrics import MetricsTable
 from rnode_plugin.experiments.runs.run import training_lock
 from rnode_plugin.experiments.training.checkpoints import header_with
+from rnode_plugin.experiments.training.clock import Clock
 from rnode_plugin.files import check_path_name
 
 TINY = [
@@ -197,7 +198,7 @@ def run(recipe: Recipe, out: Path, **options: Any) -> Comparison:
 
 def write_checkpoint(run: Path, *, seconds: float) -> None:
     """A checkpoint after ``seconds`` of a run. Its metrics may have later rows."""
-    callbacks = {"Clock": {"run_seconds": seconds}}
+    callbacks = {Clock().state_key: {"run_seconds": seconds}}
     contents = {**header_with(get_recipe("digits")), "state_dict": {}, "callbacks": callbacks}
     (run / "checkpoints").mkdir(exist_ok=True)
     torch.save(contents, run / "checkpoints" / "last.ckpt")

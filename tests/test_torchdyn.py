@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from problems import Linear, Wave, counted_products, linear_closed_form
+from regularizer_table import Weighed
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 from torch.utils.checkpoint import checkpoint
@@ -31,7 +32,6 @@ from torchdyn_fields import WithTime, mlp
 
 from rnode_plugin import CNF, Exact, NeuralODE, RegularizedCNF, SolverError
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.regularizers import Rate
 from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdiffeq import odeint
 
@@ -636,26 +636,16 @@ def test_stale_penalties_are_refused(sensitivity: str) -> None:
 
 
 def test_regularizer_with_parameters_is_trained_in_every_mode() -> None:
-    class Learned(nn.Module, Rate):
-        name = "learned"
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-
-        def forward(self, evaluation):
-            return self.scale * evaluation.z.square().sum(1)
-
     z = torch.randn(3, 2, dtype=torch.float64)
     for sensitivity in ("autograd", "checkpointed", "adjoint", "interpolated_adjoint"):
-        penalty = Learned()
+        penalty = Weighed()
         tight: dict[str, Any] = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
         model = NeuralODE(Linear(2), "dopri5", sensitivity=sensitivity, regularizers=[penalty], **tight)
-        assert any(p is penalty.scale for p in model.parameters())
+        assert any(p is penalty.weight for p in model.parameters())
         model(z)
         loss = model.reg_loss()
         loss.backward()
-        torch.testing.assert_close(penalty.scale.grad, loss.detach() / 2)
+        torch.testing.assert_close(penalty.weight.grad, loss.detach() / 1.5)
 
 
 # --- gradients ---
@@ -729,9 +719,7 @@ def test_a_closure_that_an_adjoint_cannot_differentiate_is_warned_of() -> None:
             NeuralODE(lambda t, x: net(x), "dopri5", sensitivity=sensitivity)(x)[1][-1].sum().backward()
     assert net.weight.grad is None
     scaled = Scaled()
-    scaled.scale = net(
-        x
-    )  # the gradient of a buffer that was computed is not lost in silence in training mode either
+    scaled.scale = net(x)  # a computed buffer, whose gradient is not lost in silence in training mode either
     with pytest.warns(UserWarning, match="not a parameter of it"):
         NeuralODE(scaled, "dopri5", sensitivity="adjoint")(x)[1][-1].sum().backward()
     with warnings.catch_warnings():

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from regularizer_table import Weighed
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torchdyn_fields import mlp
 
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF
-from rnode_plugin.core.field_evaluation import FieldEvaluation
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.regularizers import Rate
 from rnode_plugin.solvers import GRADIENTS
 
 SPAN = torch.linspace(0, 1, 4, dtype=torch.float64)
@@ -123,21 +122,8 @@ def test_noise_follows_the_randomness_of_vmap() -> None:
         vmap(rate)(x)
 
 
-class Learned(nn.Module, Rate):
-    """A penalty that has a parameter."""
-
-    name = "learned"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-
-    def forward(self, evaluation: FieldEvaluation) -> Tensor:
-        return self.scale * evaluation.z.square().sum(1)
-
-
 @pytest.mark.parametrize("computed", [False, True], ids=["leaves", "computed"])
-@pytest.mark.parametrize("regularizers", [None, "kinetic", "jacfrob", "learned"])
+@pytest.mark.parametrize("regularizers", [None, "kinetic", "jacfrob", "weighed"])
 @pytest.mark.parametrize("sensitivity", GRADIENTS[1:])
 def test_replaced_parameters_are_those_of_the_backward_pass(
     sensitivity: str, regularizers: str | None, computed: bool
@@ -150,7 +136,7 @@ def test_replaced_parameters_are_those_of_the_backward_pass(
             mlp(2, 6, 2).double(),
             "rk4_38",
             sensitivity=sensitivity,
-            regularizers=[Learned()] if regularizers == "learned" else regularizers,
+            regularizers=[Weighed()] if regularizers == "weighed" else regularizers,
             trace_noise="exact",
         )
         given = {name: torch.randn_like(p).requires_grad_() for name, p in model.named_parameters()}
