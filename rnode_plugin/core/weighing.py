@@ -89,10 +89,10 @@ def weigh_regularizers(
 def checked_strength(regularizer: Regularizer, strength: Strength | None) -> Strength:
     if not isinstance(regularizer, SpanPolicy) or regularizer.penalized:
         return check_lambda(regularizer.name, DEFAULT_LAMBDA if strength is None else strength)
-    if strength is not None and strength != 1:
+    if strength is not None and check_lambda(regularizer.name, strength) != 1:
         raise ConfigError(
-            f"{regularizer.name!r} has no penalty and takes no lambda: give None, or 1. Its strength is an option, "
-            f"as in 'steer:0.25'."
+            f"{regularizer.name!r} has no penalty and takes no lambda: give None, or 1 in a recipe and on the "
+            f"command line, {regularizer.name}=1. Its strength is an option, as in 'steer:0.25'."
         )
     return 1.0
 
