@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, NeuralODE
 from rnode_plugin.core.dynamics import Dynamics
-from rnode_plugin.errors import ConfigError
+from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import (
     LearnedEndTime,
     Regularizer,
+    SpanPolicy,
     Steer,
     Straightness,
     Trajectory,
@@ -262,3 +263,49 @@ def test_objects_and_what_is_refused_when_called() -> None:
         object.__setattr__(path, "times", lambda t0, t1, times=times: times)
         with pytest.raises(ConfigError, match=r"`times` of .*'straightness' must return a tensor \(k,\)"):
             NeuralODE(Linear(3), "rk4", regularizers=[path])(states())
+
+
+class Later(SpanPolicy):
+    """A policy of a user's, whose penalty and times are given."""
+
+    name = "later"
+
+    def __init__(self, penalty: Any, times: Any = None) -> None:
+        self.penalty, self.given = penalty, times
+
+    def times(self, t_span: Tensor, /, *, training: bool) -> Tensor:
+        return t_span if self.given is None else self.given(t_span)
+
+    def __call__(self, z: Tensor, /) -> Tensor:
+        return self.penalty(z)
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "words"),
+    [
+        (Later(lambda z: z.square()), ConfigError, r"'later' returned shape \(3, 3\)"),
+        (Later(lambda z: z.sum()), ConfigError, r"'later' returned shape \(\)"),
+        (Later(lambda z: z.mul_(2).sum(1)), ConfigError, "'later' writes into"),
+        (Later(lambda z: z.missing), PluginError, "regularizer 'later' raised AttributeError"),
+        (Later(None, lambda t: t.missing), PluginError, "`times` of the regularizer 'later' raised AttributeError"),
+    ],
+    ids=["columns", "sum", "writes", "fails", "times"],
+)
+def test_a_bad_span_policy_is_named(policy: SpanPolicy, error: type, words: str) -> None:
+    model = NeuralODE(Linear(3), "rk4", regularizers=[policy])
+    with pytest.raises(error, match=words):
+        model(states())
+
+
+def test_the_times_of_a_bad_trajectory_penalty_are_named() -> None:
+    class Lost(TrajectoryPenalty):
+        name = "lost"
+
+        def times(self, t0: Tensor, t1: Tensor, /) -> Tensor:
+            return t0.missing  # pyright: ignore[reportAttributeAccessIssue]
+
+        def __call__(self, trajectory: Trajectory, /) -> Tensor:
+            return trajectory.z[0].sum(1)
+
+    with pytest.raises(PluginError, match="`times` of the regularizer 'lost' raised AttributeError"):
+        NeuralODE(Linear(3), "rk4", regularizers=[Lost()])(states())

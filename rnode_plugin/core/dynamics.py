@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..errors import ConfigError, PluginError, RnodeError
+from ..errors import ConfigError
 from .derivatives import Ask, AutogradField, Velocity, as_field
 from .door import Door
 from .field_evaluation import FieldEvaluation, Record
-from .followed_solve import Kinds
+from .followed_solve import Kinds, checked, times_of
 from .regularizer import Rate, Regularizer, StepPenalty, StepRecord, Trajectory, TrajectoryPenalty
 from .surroundings import module_of
 from .trace_estimators import Difference, Exact, Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
@@ -174,7 +174,7 @@ class PathPenalties:
         )
         untouched = [seen.z0, seen.z1, *seen.states, *seen.velocities]
         penalties = self.local if local else self.steps
-        return {r.name: (r.reduction, _checked(r, seen, untouched, seen.z0)) for r in penalties}
+        return {r.name: (r.reduction, checked(r, seen, untouched, seen.z0)) for r in penalties}
 
     def stops(self, t: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Merge the times ``t (T,)`` of a solve with the times at which trajectory penalties want states.
@@ -213,12 +213,12 @@ class PathPenalties:
             for key, known in self.rates.items()
             if known == rate
         }
-        return penalty.name, _checked(penalty, Trajectory(t, states, mine), [states], states[0])
+        return penalty.name, checked(penalty, Trajectory(t, states, mine), [states], states[0])
 
 
 def _wanted(penalty: TrajectoryPenalty, t: Tensor) -> Tensor:
     """The times ``(k,)`` at which a penalty wants states in a solve through ``t (T,)``."""
-    found = penalty.times(t[0], t[-1])
+    found = times_of(penalty, lambda: penalty.times(t[0], t[-1]))
     if not isinstance(found, Tensor) or found.ndim != 1:
         raise ConfigError(
             f"`times` of the regularizer {penalty.name!r} must return a tensor (k,), such as torch.tensor([0.5]), "
@@ -392,46 +392,5 @@ class Dynamics(BoundDynamics):
         penalties: dict[str, Tensor] = {}
         for key, rate in self.rates.items():
             if products or not rate.needs:
-                penalties[key] = _checked(rate, FieldEvaluation(record, rate.needs, rate.name), (z, dz), z)
+                penalties[key] = checked(rate, FieldEvaluation(record, rate.needs, rate.name), (z, dz), z)
         return Rates(dz if self._view is None else whole, dlogdet, penalties)
-
-
-_WRITES = (
-    "the regularizer {!r} writes into the state or the velocity that it is shown, which changes the solve: use "
-    "dz.square(), not dz.square_(), and so on."
-)
-
-
-def _checked(regularizer: Regularizer, record: Any, untouched: Sequence[Tensor], like: Tensor) -> Tensor:
-    """``regularizer(record)``, a real floating-point tensor ``(B,)``; an error names the regularizer.
-
-    ``untouched`` are tensors of ``record`` with which the solve continues, ``like`` is a state ``(B, *event)``.
-    """
-    if torch.compiler.is_compiling():  # the same call was made uncompiled before
-        return regularizer(record)
-    # torch counts writes into a tensor in its version; tensors made in inference mode have none
-    versions = [None if x.is_inference() else x._version for x in untouched]
-    try:
-        value = regularizer(record)
-    except (RnodeError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        if type(error).__module__ == "torch.utils.checkpoint":
-            raise  # torch stops the second run of a checkpointed step early by raising this
-        text = " ".join(str(error).split())
-        if "appears to not have been used in the graph" in text or "does not require grad" in text:
-            text += (
-                ". If the regularizer differentiates dz by z, let it declare needs={'vjp'}, as in "
-                "FunctionRegularizer(name, function, needs={'vjp'}), and read evaluation.vjp(v)"
-            )
-        raise PluginError(f"the regularizer {regularizer.name!r} raised {type(error).__name__}: {text}") from error
-    for x, before in zip(untouched, versions, strict=True):
-        if before is not None and x._version != before:
-            raise ConfigError(_WRITES.format(regularizer.name))
-    if not isinstance(value, Tensor) or value.shape != like.shape[:1] or not value.is_floating_point():
-        got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise ConfigError(
-            f"the regularizer {regularizer.name!r} returned {got}; it must return one real number per sample, a "
-            f"tensor of floats of shape {tuple(like.shape[:1])}."
-        )
-    return value

@@ -1,13 +1,15 @@
-"""Regularizers sorted by kind, and what one solve follows of them."""
+"""Regularizers sorted by kind, what one solve follows of them, and the checks of their calls."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, PluginError, RnodeError
 from .modes import on_host
 from .regularizer import KINDS, Rate, Regularizer, SpanPolicy, StepPenalty, TrajectoryPenalty
 
@@ -140,15 +142,99 @@ class FollowedSolve:
 
         Raises:
             ConfigError: from the policy, for a span that it cannot change.
+            PluginError: if the policy raises another error.
         """
         with on_host():  # a captured program has the times as constants
             times = t_span if like is None else t_span.to(like)
             times = times.flip(0) if backward else times
-            return times if self.policy is None else self.policy.times(times, training=self.training)
+            if (policy := self.policy) is None:
+                return times
+            return times_of(policy, lambda: policy.times(times, training=self.training))
 
     def complete(self, integrals: Mapping[str, Tensor], z: Tensor) -> dict[str, Tensor]:
-        """Add the policy's penalty for ``z (B, *event)`` to the integrals ``(B,)`` of a solve, by name."""
+        """Add the policy's penalty for ``z (B, *event)`` to the integrals ``(B,)`` of a solve, by name.
+
+        Raises:
+            ConfigError, PluginError: as :func:`checked`.
+        """
         completed = dict(integrals)
         if self.policy is not None and self.penalized:
-            completed[self.policy.name] = self.policy(z)
+            completed[self.policy.name] = checked(self.policy, z, (z,), z)
         return completed
+
+
+# calls of a regularizer -----------------------------------------------------------------------------------------
+
+_WRITES = (
+    "the regularizer {!r} writes into the state or the velocity that it is shown, which changes the solve: use "
+    "dz.square(), not dz.square_(), and so on."
+)
+
+
+def checked(regularizer: Regularizer, record: Any, untouched: Sequence[Tensor], like: Tensor) -> Tensor:
+    """``regularizer(record)``, a real floating-point tensor ``(B,)``; an error names the regularizer.
+
+    Args:
+        regularizer: the regularizer to call.
+        record: what it sees.
+        untouched: tensors of ``record`` with which the solve continues.
+        like: a state ``(B, *event)``.
+
+    Raises:
+        ConfigError: for another result, and for a regularizer that writes into ``untouched``.
+        PluginError: if the regularizer raises another error.
+    """
+    if torch.compiler.is_compiling():  # the same call was made uncompiled before
+        return regularizer(record)
+    # torch counts writes into a tensor in its version; tensors made in inference mode have none
+    versions = [None if x.is_inference() else x._version for x in untouched]
+    try:
+        value = regularizer(record)
+    except Exception as error:
+        if _passes(error):
+            raise
+        text = _one_line(error)
+        if "appears to not have been used in the graph" in text or "does not require grad" in text:
+            text += (
+                ". If the regularizer differentiates dz by z, let it declare needs={'vjp'}, as in "
+                "FunctionRegularizer(name, function, needs={'vjp'}), and read evaluation.vjp(v)"
+            )
+        raise PluginError(f"the regularizer {regularizer.name!r} raised {text}") from error
+    for x, before in zip(untouched, versions, strict=True):
+        if before is not None and x._version != before:
+            raise ConfigError(_WRITES.format(regularizer.name))
+    if not isinstance(value, Tensor) or value.shape != like.shape[:1] or not value.is_floating_point():
+        got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigError(
+            f"the regularizer {regularizer.name!r} returned {got}; it must return one real number per sample, a "
+            f"tensor of floats of shape {tuple(like.shape[:1])}."
+        )
+    return value
+
+
+def times_of(regularizer: Regularizer, call: Callable[[], Tensor]) -> Tensor:
+    """The times that ``call`` asks a regularizer for.
+
+    Raises:
+        PluginError: if the regularizer raises an error that is not a RnodeError.
+    """
+    if torch.compiler.is_compiling():
+        return call()
+    try:
+        return call()
+    except Exception as error:
+        if _passes(error):
+            raise
+        raise PluginError(f"`times` of the regularizer {regularizer.name!r} raised {_one_line(error)}") from error
+
+
+def _passes(error: Exception) -> bool:
+    """Whether an error that a call of a regularizer raises is not about that regularizer."""
+    if isinstance(error, (RnodeError, torch.OutOfMemoryError, MemoryError)):
+        return True
+    # torch stops the second run of a checkpointed step early by raising this
+    return type(error).__module__ == "torch.utils.checkpoint"
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
