@@ -240,7 +240,11 @@ def controlled() -> RegularizedCNF:
         (lambda: unconditional().importance_sample(lambda x: x, 3), "one number per sample"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), Normal(torch.zeros(2), 1.0)), "Independent"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), BASES["normal"](), event_shape=3), "differ"),
-        (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, order=2), "order="),
+        (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, order=2), "option of a density 'order='"),
+        (
+            lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, trace_estimater="exact"),
+            "did you mean 'trace_estimator='",
+        ),
         (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, solver="rk4", regularizers=["error"]), "dopri5"),
         (
             lambda: unconditional().log_prob(X.float(), noise=X.float()),  # pyright: ignore[reportArgumentType]

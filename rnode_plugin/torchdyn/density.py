@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -24,7 +25,7 @@ from ..core.regularizer import Regularizer
 from ..core.signature import accepts, refuse_state_first, time_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..core.weighing import Regularizers, Weighted
-from ..errors import ConfigError, check_count
+from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import METHODS, FixedGrid, Solver, get_method
 from ..solvers.solver import check_times
@@ -404,6 +405,9 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             return solution.z
 
 
+_SOLVING = {"atol", "rtol", "max_nfe", "error_norm"}
+
+
 def _objects_and_solver(
     solver: str | nn.Module,
     *,
@@ -414,8 +418,10 @@ def _objects_and_solver(
     **options: Any,
 ) -> tuple[nn.ModuleDict, Solver]:
     """torchdyn's solver objects, whose parameters belong to the model, and a solver that takes their steps."""
-    for name in options.keys() - {"atol", "rtol", "max_nfe", "error_norm"}:
-        raise ConfigError(f"{name}= has no meaning for a density: NeuralODE and CNF may take it.")
+    for name in options.keys() - _SOLVING:
+        places = (inspect.signature(each).parameters for each in (RegularizedCNF, _objects_and_solver))
+        known = {*_SOLVING, *(each for parameters in places for each in parameters)} - {"net", "options"}
+        raise ConfigError(suggest(f"{name}=", [f"{each}=" for each in known], "option of a density"))
     for name in ("atol", "rtol"):
         if isinstance(options.get(name), Tensor):
             raise ConfigError(f"{name} of a density must be a number, which bounds the log-density's error too.")
