@@ -320,7 +320,7 @@ def example(install, tmp_path, monkeypatch) -> Registry:
     registry = Registry()
     found = row(registry, "example")
     assert (found.status, found.errors) == ("loaded", [])
-    for name in ("get", "names", "call"):
+    for name in ("get", "names", "call", "check_name"):
         monkeypatch.setattr(plugins, name, getattr(registry, name))
     return registry
 
@@ -330,6 +330,12 @@ def test_the_examples_of_the_hooks_work(example):
     x = torch.full((2, 1, 8, 8), 0.5)
     assert flow(x).z.shape == (2, 64)
     assert flow.log_prob(x).shape == (2,)
+    wide, plain = (
+        get_recipe("digits").override([f"model.name={name}", "model.hidden=4"]).build_flow()
+        for name in ("wide", "MultiscaleFlow")
+    )
+    sizes = [sum(each.numel() for each in flow.parameters()) for flow in (wide, plain)]
+    assert sizes[0] > 2 * sizes[1]  # the recipe's value of hidden does not undo the change
     data = get_dataset("noise", size=4)
     assert (data.train.shape, data.val.shape) == ((500, 1, 4, 4), (100, 1, 4, 4))
     named = ["data.name=noise", "data.shape=1,8,8", "data.levels=256"]

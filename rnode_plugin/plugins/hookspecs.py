@@ -60,8 +60,8 @@ def rnode_register_datasets() -> Mapping[str, object]:
     The parameters ``size``, ``channels`` and ``bits``, if it has them, get the values of the recipe. If it has the
     parameter ``download``, it is called with ``download=False`` first. If that fails and a download is allowed, it
     is called with ``download=True``, in one process at a time. A table is a function ``(*, root)`` that returns a
-    ``Table`` with its split. It may also take ``columns``, ``validation``, ``held_out`` and ``split_seed``, which
-    get the values of the recipe.
+    ``Table`` with its split. It may also take ``columns``, ``given``, ``validation``, ``held_out`` and
+    ``split_seed``, which get the values of the recipe.
     """
     ...
 
