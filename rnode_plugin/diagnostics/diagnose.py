@@ -42,7 +42,7 @@ def diagnose(
 
     Args:
         model: a :class:`~rnode_plugin.RegularizedCNF`, a :class:`~rnode_plugin.MultiscaleFlow`, or another
-            :class:`~rnode_plugin.core.distribution.DensityModel`. The checks run it in evaluation mode.
+            :class:`~rnode_plugin.DensityModel`. The checks run it in evaluation mode.
         x: held-out data ``(N, *event)`` as ``model.log_prob`` takes them; images are in [0, 1] and dequantized. The
             data must be in random order.
         context: contexts ``(N, *context_shape)`` for a conditional model, one for each sample.

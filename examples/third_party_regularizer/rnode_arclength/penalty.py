@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnode_plugin.core.dynamics import FieldEvaluation
+from rnode_plugin.core.field_evaluation import FieldEvaluation
 from rnode_plugin.regularizers import FunctionRegularizer, FunctionStepPenalty, StepRecord
 
 __all__ = ["arclength", "chordlength"]

@@ -170,7 +170,7 @@ def table(
             (Wisconsin Diagnostic, 8 columns that are real numbers without repeated zeros).
         columns: names of the columns to read; empty for all.
         given: those that condition the density, for the advice in an error.
-        validation, held_out: shares of the rows, see :class:`~rnode_plugin.experiments.data.tables.Table`.
+        validation, held_out: shares of the rows, see :class:`~rnode_plugin.experiments.data.Table`.
         split_seed: seed of the split.
 
     Raises:
