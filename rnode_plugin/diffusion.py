@@ -52,8 +52,8 @@ def velocity_from_noise(
         time_scale: the network gets ``t * time_scale``. None means 1, except with :func:`from_betas`, whose network
             takes the index of a step. There it is the number of betas minus one.
         call: a function that calls the network instead, as ``call(net, time, x)`` or
-            ``call(net, time, x, context)`` with a scalar time, such as ``lambda net, t, x: net(x, t).sample`` for
-            models from diffusers.
+            ``call(net, time, x, context)`` with a time that is a scalar, or of ``time_shape``, such as
+            ``lambda net, t, x: net(x, t).sample`` for models from diffusers.
         time_shape: ``"(B,)"`` or ``"(B, 1)"`` for a network that takes one time for each sample in this shape;
             None: a scalar.
 

@@ -1,6 +1,7 @@
 """All errors that are raised on purpose. Each has one message about what was wrong and what to do.
 
-The command line turns a :class:`RnodeError` into its message and exit code 1. Only bugs show a traceback.
+The command line turns a :class:`RnodeError` into its message and exit code 1, or 2 for a :class:`ConfigError`. Only
+bugs show a traceback.
 """
 
 from __future__ import annotations

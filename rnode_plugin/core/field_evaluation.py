@@ -117,7 +117,7 @@ class FieldEvaluation:
         """The exact ``df/dz (B, D, D)``, whatever the estimator; row i is the gradient of component i.
 
         Raises:
-            ConfigError: for more than 128 dimensions.
+            ConfigError: for more than 128 dimensions, unless the estimator is exact.
         """
         self._require("vjp")
         if self._record.products is not None and self.has_jacobian:

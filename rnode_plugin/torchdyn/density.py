@@ -137,7 +137,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             steps: number of steps between the two times; a fixed-step solver needs it. An adaptive solver also
                 stops at the times between the steps.
             call: a function that calls the net instead, as ``call(net, t, x)`` or ``call(net, t, x, context)`` with
-                a scalar ``t``, such as ``lambda net, t, x: net(x, sigma=1 - t)``.
+                ``t`` a scalar, or of ``time_shape``, such as ``lambda net, t, x: net(x, sigma=1 - t)``.
             time_shape: ``"(B,)"`` or ``"(B, 1)"`` for a net that takes one time for each sample in this shape;
                 None: a scalar.
             options: further arguments of the class, such as ``event_shape`` or ``base``. The default of
