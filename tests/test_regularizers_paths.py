@@ -136,6 +136,29 @@ def test_times_of_a_penalty_may_be_outputs_too_but_not_outside() -> None:
         NeuralODE(Linear(3), "rk4_38", regularizers=[At(1.5)])(states(), span)
 
 
+def test_two_penalties_that_want_one_time() -> None:
+    """The gradient by the end time is the sum of both: of ``|z(T / 2)|^2`` for ``z' = A z``."""
+
+    class Middle(TrajectoryPenalty):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def times(self, t0: Tensor, t1: Tensor) -> Tensor:
+            return ((t0 + t1) / 2)[None]
+
+        def __call__(self, trajectory: Trajectory) -> Tensor:
+            return trajectory.z[1].square().sum(1)
+
+    field, z, policy = Linear(3), states(), LearnedEndTime(1.5)
+    model = NeuralODE(field, "dopri5", regularizers=[policy, Middle("one"), Middle("two")], **TIGHT)
+    model(z, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    total = model.regularization["one"].sum() + model.regularization["two"].sum()
+    (slope,) = torch.autograd.grad(total, policy.end)
+    middle = z @ torch.linalg.matrix_exp(field.a * 0.75).T
+    wanted = 2 * (middle * (middle @ field.a.T)).sum().detach()
+    torch.testing.assert_close(slope.double(), wanted, rtol=1e-5, atol=0.0)
+
+
 def test_steer_draws_the_end_in_training_alone() -> None:
     span = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
     torch.manual_seed(0)

@@ -195,8 +195,11 @@ class PathPenalties:
         if own[0] != 0 or own[-1] != len(times) - 1:
             names = " or ".join(repr(penalty.name) for penalty in self.trajectories)
             raise ConfigError(f"{names} wants states at times outside of the solve, {t[0]:g} to {t[-1]:g}.")
-        # unique was given detached times: write the originals back, whose graph leads to a learned end time
-        times = times.index_copy(0, places[len(t) :], together[len(t) :]).index_copy(0, own, t)
+        # unique was given detached times: take the originals, whose graph leads to a learned end time. Each is
+        # taken from one place, because a copy of several to one place would give its gradient to all of them.
+        numbers = torch.arange(len(together), device=t.device)
+        origin = places.new_empty(len(times)).scatter(0, places, numbers).scatter(0, own, numbers[: len(t)])
+        times = together[origin]
         # unique also sorts the indices, and drops one that falls on an end
         return times, own, [torch.cat([own[:1], x, own[-1:]]).unique() for x in others]
 
