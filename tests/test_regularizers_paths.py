@@ -23,6 +23,7 @@ from rnode_plugin.regularizers import (
     Trajectory,
     TrajectoryPenalty,
     TrajectoryPolynomial,
+    kinetic,
     linear_warmup,
 )
 from rnode_plugin.solvers import GRADIENTS
@@ -157,6 +158,21 @@ def test_two_penalties_that_want_one_time() -> None:
     middle = z @ torch.linalg.matrix_exp(field.a * 0.75).T
     wanted = 2 * (middle * (middle @ field.a.T)).sum().detach()
     torch.testing.assert_close(slope.double(), wanted, rtol=1e-5, atol=0.0)
+
+
+def test_the_integral_of_another_penalty_may_not_be_written_into() -> None:
+    class Twice(TrajectoryPenalty):
+        name = "twice"
+        rates = (kinetic,)
+
+        def times(self, t0: Tensor, t1: Tensor) -> Tensor:
+            return t0.new_empty(0)
+
+        def __call__(self, trajectory: Trajectory) -> Tensor:
+            return trajectory.integrals["kinetic"].mul_(2)
+
+    with pytest.raises(ConfigError, match="'twice' writes into"):
+        NeuralODE(Linear(3), "dopri5", regularizers=["kinetic", Twice()])(states())
 
 
 def test_steer_draws_the_end_in_training_alone() -> None:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from rnode_plugin import NeuralODE
 from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Linearization
 from rnode_plugin.core.dynamics import Dynamics, Rates
+from rnode_plugin.core.field_evaluation import FieldEvaluation
 from rnode_plugin.core.objective import bits_per_dim, objective, standard_normal_log_prob
 from rnode_plugin.core.trace_estimators import Hutchinson, HutchPlusPlus, get_estimator
 from rnode_plugin.errors import ConfigError, PluginError
+from rnode_plugin.fields import linear_field
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import FunctionRegularizer, FunctionStepPenalty, Taylor
@@ -169,6 +171,70 @@ def test_each_product_is_made_once() -> None:
     plain = rates_of(Wave(), names, t, z, "gaussian")
     for name in names:
         torch.testing.assert_close(found[name], plain[name])
+
+
+def stack() -> nn.Module:
+    """A field with a hand-written pass."""
+    torch.manual_seed(0)
+    field = linear_field(3, hidden=4).double()
+    nn.init.normal_(field.get_parameter("layers.2.weight"))
+    return field
+
+
+@pytest.mark.parametrize("field", [Wave(), stack()], ids=["autograd", "stack"])
+def test_a_result_that_is_read_without_gradients_keeps_them_for_others(field: nn.Module) -> None:
+    def relative(at: FieldEvaluation) -> Tensor:
+        with torch.no_grad():
+            scale = at.squared_frobenius() + at.total_derivative().square().sum(1)
+        return at.dz.square().sum(1) / scale
+
+    both = resolved("jacfrob", "total_derivative")
+    reader = FunctionRegularizer("relative", relative, needs={"vjp", "jvp"})
+    t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    gradients: list[Tensor] = []
+    for regularizers in (both, [reader, *both]):
+        found = Dynamics(field, regularizers=regularizers, estimator="exact", divergence=False).evaluate(t, z)
+        total = found.penalties["jacfrob"].sum() + found.penalties["total_derivative"].sum()
+        gradients += torch.autograd.grad(total, z)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_result_that_a_regularizer_writes_into_is_computed_again_for_others() -> None:
+    def change(at: FieldEvaluation) -> Tensor:
+        v = torch.ones_like(at.z)
+        before = at.vjp(v).clone()
+        return (at.vjp(v.mul_(2)) - 2 * before).abs().sum(1)
+
+    half = FunctionRegularizer("half", lambda at: at.squared_frobenius().div_(2), needs={"vjp"})
+    size = FunctionRegularizer("size", lambda at: at.divergence().abs_(), needs={"vjp"})
+    writers = [half, size, FunctionRegularizer("change", change, needs={"vjp"})]
+    t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        rates = Dynamics(Wave(), regularizers=[*writers, *resolved("jacfrob")], estimator="exact").evaluate(t, z)
+        found, expected = rates.penalties, evaluated(Wave(), ["jacfrob"], t, z)
+    torch.testing.assert_close(rates.dlogdet, expected.dlogdet)
+    torch.testing.assert_close(found["size"], rates.dlogdet.abs())  # pyright: ignore[reportOptionalMemberAccess]
+    torch.testing.assert_close(found["jacfrob"], expected.penalties["jacfrob"])
+    torch.testing.assert_close(found["half"], found["jacfrob"] / 2)
+    torch.testing.assert_close(found["change"], torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "write"),
+    [
+        ("exact", lambda at: at.jacobian().mul_(2).sum((1, 2))),
+        ("gaussian", lambda at: at.noise.div_(2).sum(1)),
+    ],
+)
+def test_what_a_density_reads_too_may_not_be_written_into(
+    estimator: str, write: Callable[[FieldEvaluation], Tensor]
+) -> None:
+    dynamics = Dynamics(
+        Wave(), regularizers=[FunctionRegularizer("bad", write, needs={"vjp"})], estimator=estimator
+    )
+    t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    with torch.no_grad(), pytest.raises(ConfigError, match="'bad' writes into"):
+        dynamics.bind(dynamics.draw(z)).evaluate(t, z)
 
 
 def test_names_with_options_and_objects_are_the_same() -> None:

@@ -204,6 +204,16 @@ def test_what_cannot_work_together_names_what_does(name: str, solver: str, mode:
         SolverSettings(solver, gradient=mode).build().solve(model.bind(None), states(), T)
 
 
+def test_the_error_that_decides_on_a_step_may_not_be_written_into() -> None:
+    def bad(step: StepRecord) -> Tensor:
+        assert step.error is not None
+        return step.error.abs_().sum(1)
+
+    dynamics = Dynamics(Wave(), regularizers=[FunctionStepPenalty("bad", bad, uses={"error"})], divergence=False)
+    with pytest.raises(ConfigError, match="'bad' writes into"):
+        TIGHT.solve(dynamics.bind(None), states(), T)
+
+
 @pytest.mark.parametrize("kind", ["name", "hyper", "repaired"])
 def test_stages_at_one_time_are_found_in_torchdyns_rk4(kind: str) -> None:
     seen: list[StepRecord] = []

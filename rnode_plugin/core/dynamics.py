@@ -173,6 +173,8 @@ class PathPenalties:
             error=None if record.error is None else event(record.error),
         )
         untouched = [seen.z0, seen.z1, *seen.states, *seen.velocities]
+        if seen.error is not None:
+            untouched.append(seen.error)
         penalties = self.local if local else self.steps
         return {r.name: (r.reduction, checked(r, seen, untouched, seen.z0)) for r in penalties}
 
@@ -216,7 +218,7 @@ class PathPenalties:
             for key, known in self.rates.items()
             if known == rate
         }
-        return penalty.name, checked(penalty, Trajectory(t, states, mine), [states], states[0])
+        return penalty.name, checked(penalty, Trajectory(t, states, mine), [states, *mine.values()], states[0])
 
 
 def _wanted(penalty: TrajectoryPenalty, t: Tensor) -> Tensor:
@@ -352,7 +354,7 @@ class Dynamics(BoundDynamics):
 
         Raises:
             ConfigError: for a velocity of another shape, for a regularizer that does not return real numbers
-                ``(B,)`` or writes into the state, and for noise that was not bound.
+                ``(B,)`` or writes into a tensor that it is shown, and for noise that was not bound.
             PluginError: if a regularizer raises another error.
         """
         noise = self.noise
@@ -390,10 +392,17 @@ class Dynamics(BoundDynamics):
             estimator=self.estimator, door=door, jvp=jvp, pull=pull, aux=aux,
         )  # fmt: skip
         dlogdet = None
-        if self.divergence and products:
-            dlogdet = record.divergence() if known is None else known.to(z.dtype)
+        if self.divergence and products and known is not None:
+            dlogdet = known.to(z.dtype)
+        elif self.divergence and products:
+            assert record.products is not None
+            dlogdet = self.estimator.divergence(record.products, noise)
         penalties: dict[str, Tensor] = {}
+        untouched = [z, dz]
+        for x in (noise, record.products):
+            if x is not None:
+                untouched.append(x)
         for key, rate in self.rates.items():
             if products or not rate.needs:
-                penalties[key] = checked(rate, FieldEvaluation(record, rate.needs, rate.name), (z, dz), z)
+                penalties[key] = checked(rate, FieldEvaluation(record, rate.needs, rate.name), untouched, z)
         return Rates(dz if self._view is None else whole, dlogdet, penalties)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -35,7 +36,7 @@ class Record:
         door: evaluates the field again, for what did not come with this evaluation.
         jvp, pull: derivatives from the pass that gave the velocity; None if the pass gave none.
         aux: values that the field offers by name.
-        known: results that a regularizer has computed, by what they are.
+        known: results that a regularizer has computed and their versions, by what they are.
     """
 
     t: Tensor
@@ -49,20 +50,23 @@ class Record:
     jvp: DirectionalDerivative | None
     pull: Callable[[Tensor], Tensor] | None
     aux: Mapping[str, Tensor] | None
-    known: dict[object, Any] = field(default_factory=dict)
+    known: dict[object, tuple[Any, list[int]]] = field(default_factory=dict)
 
-    def divergence(self) -> Tensor:
-        """``div f (B,)`` from the products."""
-        assert self.products is not None
-        if "divergence" not in self.known:
-            self.known["divergence"] = self.estimator.divergence(self.products, self.noise)
-        return self.known["divergence"]
+    def once(self, key: object, compute: Callable[[], _Found]) -> _Found:
+        """The result of ``compute``, which regularizers share until one of them writes into it."""
+        # a result that one regularizer reads under no_grad lacks the graph that another one needs
+        key = key, torch.is_grad_enabled()
+        found = self.known.get(key)
+        if found is None or _versions(found[0]) != found[1]:
+            value = compute()
+            self.known[key] = found = value, _versions(value)
+        return found[0]
 
 
 class FieldEvaluation:
     """What one regularizer reads of an evaluation of the vector field.
 
-    All regularizers share the results of these methods, so each result is computed once per evaluation.
+    All regularizers share the products with the Jacobian, so each product is computed once per evaluation.
 
     A regularizer declares what it reads in ``needs``: ``"vjp"`` for :meth:`divergence`, :meth:`squared_frobenius`,
     :meth:`probes`, :meth:`jacobian` and :meth:`vjp`, ``"jvp"`` for :meth:`jvp` and :meth:`total_derivative`,
@@ -86,16 +90,16 @@ class FieldEvaluation:
     def divergence(self) -> Tensor:
         """``div f (B,)``, exact (eq. 3) or estimated (eq. 5), in nats per unit of time."""
         self._require("vjp")
-        return self._record.divergence()
+        record = self._record
+        assert record.products is not None
+        return record.estimator.divergence(record.products, self.noise)
 
     def squared_frobenius(self) -> Tensor:
         """``||df/dz||_F^2 (B,)``, exact (eq. 13) or estimated (eq. 16)."""
         self._require("vjp")
-        record, known = self._record, self._record.known
-        if "frobenius" not in known:
-            assert record.products is not None
-            known["frobenius"] = record.estimator.squared_frobenius(record.products, self.noise)
-        return known["frobenius"]
+        record = self._record
+        assert record.products is not None
+        return record.estimator.squared_frobenius(record.products, self.noise)
 
     def probes(self) -> Probes:
         """The probe vectors ``v_i``, their weights and the shared products ``v_i^T df/dz``.
@@ -106,7 +110,7 @@ class FieldEvaluation:
         self._require("vjp")
         record, products = self._record, self._record.products
         assert products is not None
-        return self._once("probes", lambda: record.estimator.probes(products, self.noise))
+        return record.once("probes", lambda: record.estimator.probes(products, self.noise))
 
     @property
     def has_jacobian(self) -> bool:
@@ -128,7 +132,7 @@ class FieldEvaluation:
                 f"an exact Jacobian takes one product per dimension, too many for {dims} dimensions (the limit is "
                 f"{_MAX_DIMS}): use a penalty that estimates, such as 'jacfrob', 'curl' or 'strain'."
             )
-        return _matrices(self._once("rows", lambda: self._more_products(Ask("rows"))))
+        return _matrices(self._record.once("rows", lambda: self._more_products(Ask("rows"))))
 
     def vjp(self, v: Tensor) -> Tensor:
         """``v^T df/dz``, with the shape of ``z``, for any ``v (B, *event)``."""
@@ -144,7 +148,7 @@ class FieldEvaluation:
                 return v, self._more_products(Ask("noise"), v)
             return v, record.pull(v).to(self.z.dtype)
 
-        return self._once(("vjp", id(v)), compute)[1]  # the result holds v, so that no other tensor gets its id
+        return record.once(("vjp", id(v)), compute)[1]  # the result holds v, so that no other tensor gets its id
 
     def jvp(self, v: Tensor, dt: float = 0.0) -> Tensor:
         """``df/dz v + df/dt dt``, with the shape of ``z``, for any ``v (B, *event)``."""
@@ -156,7 +160,7 @@ class FieldEvaluation:
             assert jvp is not None
             return v, jvp(v, dt).to(self.z.dtype)
 
-        return self._once(("jvp", id(v), dt), compute)[1]
+        return self._record.once(("jvp", id(v), dt), compute)[1]
 
     def total_derivative(self, order: int = 2) -> Tensor:
         """``d^order z / dt^order`` along the trajectory, with the shape of ``z``.
@@ -174,7 +178,7 @@ class FieldEvaluation:
         def again(t: Tensor, z: Tensor) -> Tensor:
             return door.part(door.again(t, state, z=z).dz)
 
-        return self._once(("total", order), lambda: total_derivative(again, self.t, self.z, order))
+        return self._record.once(("total", order), lambda: total_derivative(again, self.t, self.z, order))
 
     def velocity(self, t: Tensor, z: Tensor) -> Tensor:
         """``f(t, z)`` at another time and state ``(B, *event)``, with the random draws of this evaluation."""
@@ -197,12 +201,6 @@ class FieldEvaluation:
             )
         return aux[name]
 
-    def _once(self, key: object, compute: Callable[[], _Found]) -> _Found:
-        known = self._record.known
-        if key not in known:
-            known[key] = compute()
-        return known[key]
-
     def _more_products(self, ask: Ask, noise: Tensor | None = None) -> Tensor:
         """Products of another pass over the field, which the first one did not give."""
         products = self._record.door.again(self.t, self._record.state, ask, noise).products
@@ -215,6 +213,16 @@ class FieldEvaluation:
                 f"the regularizer {self._name!r} reads what it has not declared of an evaluation: it must "
                 f'declare `needs = {{"{need}"}}`.'
             )
+
+
+def _versions(found: object) -> list[int]:
+    """How often each tensor in a result was written into; torch does not count this in inference mode."""
+    versions: list[int] = []  # torch.compile cannot trace list[int]()
+    if not torch.compiler.is_compiling():
+        for x in found if isinstance(found, tuple) else (found,):  # a tuple of a vector and its product
+            if isinstance(x, Tensor) and not x.is_inference():
+                versions.append(x._version)
+    return versions
 
 
 def _matrices(rows: Tensor) -> Tensor:

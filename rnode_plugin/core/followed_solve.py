@@ -166,8 +166,8 @@ class FollowedSolve:
 # calls of a regularizer -----------------------------------------------------------------------------------------
 
 _WRITES = (
-    "the regularizer {!r} writes into the state or the velocity that it is shown, which changes the solve: use "
-    "dz.square(), not dz.square_(), and so on."
+    "the regularizer {!r} writes into a tensor that it is shown, such as the velocity, which changes the solve or "
+    "another penalty: use dz.square(), not dz.square_(), and so on."
 )
 
 
@@ -177,7 +177,7 @@ def checked(regularizer: Regularizer, record: Any, untouched: Sequence[Tensor], 
     Args:
         regularizer: the regularizer to call.
         record: what it sees.
-        untouched: tensors of ``record`` with which the solve continues.
+        untouched: tensors of ``record`` that the solve or other regularizers read later.
         like: a state ``(B, *event)``.
 
     Raises:
