@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from field_table import SHAPES, make_field
+from field_table import SHAPES, active, make_field
 from problems import Plain
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from rnode_plugin import NeuralODE, RegularizedCNF
 from rnode_plugin.core.derivatives import Ask, AutogradField, Field
+from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.fields import ConcatConv2d, ConcatLinear, StackField, conv_field
+from rnode_plugin.fields import ConcatConv2d, ConcatLinear, StackField, conv_field, linear_field
+from rnode_plugin.regularizers import FiniteDifference, Taylor
 
 
 def make_inputs(kind: str, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,6 +161,30 @@ def test_a_prepared_field_gives_the_same_numbers(kind: str, activation: str) -> 
     sums = [[pair[0][i] + pair[1][i] for i in (0, 1)] for pair in (fused, expected)]
     for a, b in zip(gradients(*sums[0], wanted), gradients(*sums[1], wanted), strict=True):
         assert relative(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_an_evaluation_without_gradients_leaves_them_to_later_ones(layers: int) -> None:
+    """A prepared field serves a whole solve, in which ``finite_difference`` evaluates it under ``no_grad``."""
+    field = active(linear_field(4, hidden=3, layers=layers))
+    t, z, noise = make_inputs("linear")
+    expected = gradients(*plain(field, t, z, noise), list(field.parameters()))
+    prepared = field.prepare(z, noise)
+    with torch.no_grad():
+        prepared(t, z)
+        prepared.linearize(t, z, noise, ask=Ask("noise"))
+    _, product = product_of(prepared, t, z, noise)
+    for a, b in zip(gradients(prepared(t, z), product, list(field.parameters())), expected, strict=True):
+        assert relative(a, b) < 1e-12
+    wanted = list(field.parameters())
+    by_name = {each.name: each for each in (FiniteDifference(), Taylor(3))}
+    found: list[tuple[Tensor, ...]] = []
+    for names in (["taylor:3"], ["finite_difference", "taylor:3"]):
+        regularizers = [by_name[name] for name in names]
+        dynamics = Dynamics(field.prepare(z), regularizers=regularizers, divergence=False)
+        rate = dynamics.evaluate(t, z).penalties["taylor:3"]
+        found.append(torch.autograd.grad(rate.sum(), wanted, allow_unused=True, materialize_grads=True))
+    torch.testing.assert_close(*found)
 
 
 def hidden_tensors_saved(prepared: Field, t: Tensor, z: Tensor) -> int:

@@ -111,7 +111,10 @@ class Stack:
     def plain(self) -> Layers:
         """The layers, in operations that record a graph."""
         if self._plain is None:  # not cached_property, whose lock torch.compile cannot trace
-            self._plain = self.layers_of(self.theta)
+            layers = self.layers_of(self.theta)
+            if self.theta.requires_grad and not torch.is_grad_enabled():
+                return layers  # without a graph to theta, which a later call may need
+            self._plain = layers
         return self._plain
 
     def layers_of(self, theta: Tensor) -> Layers:
