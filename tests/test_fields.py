@@ -137,6 +137,8 @@ def test_gradient_has_the_weights_layout() -> None:
         (lambda: StackField([nn.Linear(2, 2)]), "a stack needs"),
         (lambda: StackField([]), "a stack needs"),
         (lambda: StackField([ConcatConv2d(1, 2), ConcatLinear(2, 1)]), "all of one kind"),
+        (lambda: linear_field(2)(0.0, torch.zeros(3, 5, 2)), r"takes \(B, D\) as a state, not \(3, 5, 2\)"),
+        (lambda: conv_field(2)(0.0, torch.zeros(2, 4, 4)), r"takes \(B, C, H, W\) as a state, not"),
     ],
 )
 def test_what_cannot_work_is_refused(build: object, message: str) -> None:

@@ -75,6 +75,9 @@ class Stack:
         compiled: bool = False,
     ) -> None:
         self.kind, self.activation, self.event = kind, activation, tuple(z.shape[2:])
+        if len(self.event) != (0 if kind is Dense else 2):
+            takes = "linear layers takes (B, D)" if kind is Dense else "convolutions takes (B, C, H, W)"
+            raise ConfigError(f"a field of {takes} as a state, not {tuple(z.shape)}.")
         self._context, self._compiled = context, compiled
         self.dtype = z.dtype
         if z.dtype is torch.float32 and autocasts(z):
