@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS
 
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.regularizers import LearnedEndTime, Rate
+from rnode_plugin.regularizers import LearnedEndTime, Rate, Trajectory, TrajectoryPenalty
 from rnode_plugin.torchdiffeq import install, odeint, odeint_adjoint, regularize, uninstall
 
 theirs: Any = torchdiffeq  # its functions have no annotations
@@ -565,6 +565,36 @@ def test_parameters_of_field_and_regularizer_count_once_in_the_adjoint() -> None
     def gradient(ode: Any) -> Tensor:
         loss = ode(field, start(), SPAN, regularizers={OfTheField(): 1.0})[1].loss()
         return torch.autograd.grad(loss, next(field.parameters()))[0]
+
+    torch.testing.assert_close(gradient(odeint_adjoint), gradient(odeint), rtol=1e-5, atol=1e-7)
+
+
+def test_a_trajectory_penalty_reads_a_rate_with_parameters() -> None:
+    class Scaled(nn.Module, Rate):
+        name = "scaled"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+        def forward(self, evaluation: Any) -> Tensor:
+            return self.scale * evaluation.dz.square().sum(1)
+
+    scaled = Scaled()
+
+    class Reads(TrajectoryPenalty):
+        name = "reads"
+        rates = (scaled,)
+
+        def times(self, t0: Tensor, t1: Tensor) -> Tensor:
+            return t0.new_empty(0)
+
+        def __call__(self, trajectory: Trajectory) -> Tensor:
+            return trajectory.integrals["scaled"]
+
+    def gradient(ode: Any) -> Tensor:
+        loss = ode(Field(), start(), SPAN, regularizers={Reads(): 1.0})[1].loss()
+        return torch.autograd.grad(loss, scaled.scale)[0]
 
     torch.testing.assert_close(gradient(odeint_adjoint), gradient(odeint), rtol=1e-5, atol=1e-7)
 

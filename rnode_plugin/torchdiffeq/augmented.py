@@ -167,8 +167,9 @@ def _adjoint(given: Mapping[str, Any], layout: Layout, system: Augmented) -> dic
     if parameters is None and isinstance(system.func, nn.Module):
         parameters = find_parameters(system.func)
     if parameters is not None:  # each only once, because its gradient would otherwise count twice
-        regularizers = [r for r in system.dynamics.regularizers if isinstance(r, nn.Module)]
-        parameters = [*parameters, *(p for r in regularizers for p in r.parameters())]
+        # the rates, since the adjoint integrates those alone, also what a trajectory penalty reads
+        rates = [rate for rate in system.dynamics.rates.values() if isinstance(rate, nn.Module)]
+        parameters = [*parameters, *(p for rate in rates for p in rate.parameters())]
         changed["adjoint_params"] = tuple({id(p): p for p in parameters}.values())
     options, own = given["options"], given["adjoint_options"]
     if own is None and (options is None or given["adjoint_method"] in (None, given["method"])):
