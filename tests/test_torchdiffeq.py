@@ -18,8 +18,9 @@ import torchdiffeq
 from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS
 
+import rnode_plugin
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.regularizers import LearnedEndTime, Rate, Trajectory, TrajectoryPenalty
+from rnode_plugin.regularizers import LearnedEndTime, Rate, Trajectory, TrajectoryPenalty, linear_warmup
 from rnode_plugin.torchdiffeq import install, odeint, odeint_adjoint, regularize, uninstall
 
 theirs: Any = torchdiffeq  # its functions have no annotations
@@ -689,6 +690,9 @@ def test_install_gives_torchdiffeqs_names_the_argument(their_code: ModuleType) -
     assert their_code.odeint is PLAIN["odeint"]
     with pytest.raises(TypeError, match="penalised"):
         install(None, penalised=1)
+    for place in (install, rnode_plugin.install):
+        with pytest.raises(ConfigError, match=r"which install\(\) does not know"):
+            place(regularizers={"kinetic": linear_warmup(100)})
 
 
 class Pair(Field):

@@ -97,6 +97,16 @@ def checked_strength(regularizer: Regularizer, strength: Strength | None) -> Str
     return 1.0
 
 
+def refuse_schedules(weighted: Mapping[str, Weighted]) -> None:
+    """Refuse a lambda that is a function of the optimizer's step, for an ``install``, which knows no step."""
+    for name, each in weighted.items():
+        if callable(each.strength):
+            raise ConfigError(
+                f"lambda of {name!r} depends on the optimizer's step, which install() does not know: give a "
+                "number, or add reg_loss(step=n), or penalties.loss(step=n) in torchdiffeq, to the loss."
+            )
+
+
 def _regularizer(entry: Any, by_name: Callable[[str], Regularizer]) -> Regularizer:
     if isinstance(entry, str):
         entry = by_name(entry)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.penalties import Penalties, ReturnedPenalties, attach
 from ..core.tally import Tally
 from ..core.view import State
-from ..core.weighing import Regularizers
+from ..core.weighing import Regularizers, refuse_schedules
 from ..errors import ConfigError
 from . import integrate
 from .augmented import here
@@ -147,10 +147,12 @@ def install(regularizers: Regularizers = None, *, tally: Tally | None = None, **
         Tally: how many solves were penalized so far, and the mean of each penalty.
 
     Raises:
-        ConfigError: for a regularizer or an option that :func:`~rnode_plugin.torchdiffeq.odeint` refuses.
+        ConfigError: for a regularizer or an option that :func:`~rnode_plugin.torchdiffeq.odeint` refuses, and for a
+            lambda that is a function of the step.
     """
     global _installed
     wanted, counted = follow(regularizers, **options), tally or Tally()
+    refuse_schedules(wanted.weighted)
 
     def add_gradient(name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given) -> Any:
         if not wanted.weighted or not torch.is_grad_enabled():

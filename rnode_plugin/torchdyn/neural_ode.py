@@ -26,7 +26,7 @@ from ..core.signature import Takes, field_takes, refuse_state_first
 from ..core.tally import Tally
 from ..core.trace_estimators import Hutchinson, TraceEstimator, get_estimator
 from ..core.view import as_columns, check_batch_dim
-from ..core.weighing import Regularizers, warn_of_flat_state
+from ..core.weighing import Regularizers, refuse_schedules, warn_of_flat_state
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import Autograd, FixedGrid, Solver
@@ -479,7 +479,8 @@ def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> 
         Tally: how many solves these ``regularizers`` have penalized so far, and the mean of each penalty.
 
     Raises:
-        ConfigError: for ``regularizers`` that ``NeuralODE`` refuses.
+        ConfigError: for ``regularizers`` that ``NeuralODE`` refuses, and for a lambda that is a function of the
+            step.
 
     Example:
         >>> import torch
@@ -493,7 +494,7 @@ def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> 
         >>> uninstall()
     """
     global _installed
-    resolve_regularizers(regularizers)
+    refuse_schedules(resolve_regularizers(regularizers))
     tally, both = Tally(), torchdiffeq or _installed.torchdiffeq
     if both:
         from .. import torchdiffeq as face
