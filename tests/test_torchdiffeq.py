@@ -840,6 +840,7 @@ def test_another_thread_may_read_the_penalties(their_code: ModuleType) -> None:
         (start(), {"regularizers": {"learned_end_time": 0.1}}, r"LearnedEndTime\(2.0\)"),
         (start(), {"trace_noise": "gausian"}, "gaussian"),
         (start(), {"quadrature": "samples"}, "sampled"),
+        (start(), {"quadrature": "sampled", "method": "scipy_solver"}, "scipy_solver"),
         ((start(), start(3, 2)), {"penalized": (0, 1)}, "samples"),
     ],
 )

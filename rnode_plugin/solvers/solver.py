@@ -38,9 +38,9 @@ class Solver(ABC):
             penalties. On a fixed grid a stage is drawn with probability proportional to its quadrature weight,
             which is unbiased in value and gradient. dopri5 and tsit5 have negative weights, so for them a
             third-order quadrature without negative weights is used. Its mean over draws differs from the full
-            quadrature where the tolerances are loose. Penalties that need no product stay full. Sampling needs a
-            gradient through the steps, and an adaptive method cannot sample a density, because it controls the
-            density's error.
+            quadrature where the tolerances are loose. Penalties that read the velocity alone stay full. Sampling
+            needs a gradient through the steps, and an adaptive method cannot sample a density, because it controls
+            the density's error.
         max_nfe: most evaluations that one solve may use; None: no limit for a fixed grid, 100,000 for an adaptive
             solver.
         adaptive: whether the method chooses the steps.

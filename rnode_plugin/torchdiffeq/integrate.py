@@ -77,8 +77,9 @@ def odeint(
             ``"exact"``. It is drawn once per solve from torch's generator, so random numbers that are drawn later
             differ from a run with the plain call.
         quadrature: ``"full"``, or ``"sampled"``, with which one evaluation in eight, drawn at random, computes the
-            products with the Jacobian and counts eight times. This is unbiased, and penalties that need no product
-            stay full. ``odeint_adjoint`` does not offer it, since its error norm would see the draws.
+            products with the Jacobian and counts eight times. This is unbiased, and penalties that read the
+            velocity alone stay full. ``odeint_adjoint`` and ``"scipy_solver"`` do not offer it, since their error
+            norms would see the draws.
 
     Returns:
         Without ``regularizers``, what torchdiffeq returns. With them, the pair of the solution and the penalties
@@ -179,10 +180,10 @@ def solve(
         The result of that function, the integrals ``(B,)`` of the penalties by name, and the number of dimensions
         of one sample.
     """
-    if wanted.sampled and name != "odeint":
+    if wanted.sampled and (name != "odeint" or given["method"] == "scipy_solver"):
         raise ConfigError(
-            "quadrature='sampled' needs odeint, which differentiates through the steps: the error norm of "
-            "odeint_adjoint's backward solve would see the draws."
+            "quadrature='sampled' needs odeint, with another method than 'scipy_solver': the error norm of that "
+            "method and of odeint_adjoint's backward solve would see the draws."
         )
     layout = Layout.of(y0, wanted)
     event_fn: Any = given["event_fn"]
