@@ -216,7 +216,7 @@ def solve(
     if path is not None:
         for number, places in enumerate(inner):
             states: list[Any] = [layout.of_user([x[i] for x in full]) for i in places.tolist()]
-            key, value = path.of_trajectory(number, times[places], states, integrals)
+            key, value = path.of_trajectory(number, times[places].to(z0.device), states, integrals)
             integrals[key] = value
         integrals = {key: value for key, value in integrals.items() if key not in path.hidden}
     kept[0], integrals = attach(kept[0], followed.complete(integrals, z0))
