@@ -23,7 +23,7 @@ from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.experiments.training.progress import BusyProcessor, Progress
 from rnode_plugin.experiments.training.recorder import Recorder, SampleGrids
-from rnode_plugin.experiments.training.step import LikelihoodLoss, StagedLoss, StepTerms
+from rnode_plugin.experiments.training.step import LikelihoodLoss, StagedLoss, StepTerms, measure_batch
 from rnode_plugin.experiments.training.stops import Stops
 from rnode_plugin.experiments.training.trainer import find_place
 
@@ -135,6 +135,24 @@ def test_a_staged_loss_counts_the_steps_of_each_stage() -> None:
     staged = StagedLoss(named("first"), 2, named("then"))
     found = [staged(torch.zeros(1), step).row for step in range(4)]
     assert found == [{"first": 0.0}, {"first": 1.0}, {"then": 0.0}, {"then": 1.0}]
+
+
+@pytest.mark.parametrize("penalty", ["local_error", "trajectory_polynomial"])
+def test_a_validation_measures_the_solve_without_the_evaluations_of_a_penalty(penalty: str) -> None:
+    """Configurations are compared by these scores and NFE, so they must not depend on what is penalized."""
+    found: list[dict[str, Any]] = []
+    for recipe in (tiny_recipe(), tiny_recipe(f"regularizers.{penalty}=0.01")):
+        torch.manual_seed(0)
+        flow, batch = recipe.build_flow(), torch.from_numpy(recipe.load_data().val[:4])
+        with torch.no_grad():
+            for parameter in flow.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            row = measure_batch(flow, recipe, batch, index=0, rank=0, training_solver=recipe.solver.build())
+        found.append({name: float(value) for name, value in row.items()})
+    plain, other = found
+    assert plain["nfe"] == 2 * 6  # one step of the midpoint method in each of six blocks
+    assert [other[name] for name in ("bpd", "nfe", "gap")] == [plain[name] for name in ("bpd", "nfe", "gap")]
+    assert other[penalty] > 0
 
 
 def test_a_module_trains_the_flow_and_the_loss_that_it_is_given() -> None:

@@ -40,6 +40,14 @@ class Kinds:
     held: tuple[str, ...] = ()
     repeats: bool = False
 
+    @property
+    def adds_evaluations(self) -> bool:
+        """Whether a solve that follows them may differ from a solve without them in its states or its NFE.
+
+        A local step penalty takes one more step, and a trajectory penalty may stop a solve at times that it chooses.
+        """
+        return bool(self.trajectories) or any(each.local for each in self.steps)
+
     @classmethod
     def of(cls, regularizers: Iterable[Regularizer]) -> Kinds:
         """Sort regularizers by kind.

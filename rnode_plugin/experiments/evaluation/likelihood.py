@@ -147,10 +147,8 @@ class _Solves:
         self.batches = [slice(first, first + batch_size) for first in range(0, len(samples), batch_size)]
         self.scores: dict[tuple[int, int, int], Tensor] = {}
         self._pilot = min(len(self.batches), math.ceil(_PILOT / batch_size))
-        # penalties of steps and trajectories may evaluate the field themselves. They are integrated in a solve
-        # apart, so that the scores come from a solve that they have no part in
-        kinds = Kinds.of(flow.regularizers)
-        self._apart = bool(kinds.steps or kinds.trajectories or kinds.span)
+        # the scores come from a solve that no penalty has changed, so some penalties take another solve
+        self._apart = Kinds.of(flow.regularizers).adds_evaluations
         self._kinds = range(len(measure.quantities))
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
         self._device = next(flow.parameters()).device

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.distribution import DensityModel
+from ...core.followed_solve import Kinds
 from ...core.objective import FlowOutput, objective, per_dim
 from ...core.random_streams import Stream, seeded
 from ...core.schedules import final_strength, strength_at
@@ -164,10 +165,11 @@ def measure_batch(
 ) -> dict[str, Tensor | float]:
     """Measure a batch of held-out samples with the flow's own solver, as means over its samples.
 
-    These are the score in the unit of the task, ``nfe``, and each penalty per dimension. For the first batch there
-    is also ``gap``, the score with ``training_solver`` minus the score with the accurate solver, if the former is a
-    fixed grid. The noise is a function of the seed, the number of the batch and the process, so that two
-    validations differ by the weights alone.
+    These are the score in the unit of the task, ``nfe`` without evaluations that only a penalty asks for, and each
+    penalty, per dimension where the objective divides it. For the first batch there is also ``gap``, the score with
+    ``training_solver`` minus the score with the accurate solver, if the former is a fixed grid. The noise is a
+    function of the seed, the number of the batch and the process, so that two validations differ by the weights
+    alone.
 
     Raises:
         SolverError: the accurate integration failed.
@@ -180,12 +182,15 @@ def measure_batch(
             output = flow.encode(x, context=context, solver=flow.full_quadrature(solver), penalties=penalties)
         return task.scores(flow.log_prob_of(output)), output
 
+    # score and NFE come from a solve that no penalty has changed, so some penalties take another solve
+    apart = Kinds.of(flow.regularizers).adds_evaluations
     # In 8 or 11 bits the rounding of a field is larger than the tolerances of an adaptive method, which would
     # shrink its steps without end
     with torch.autocast(batch.device.type, enabled=False):
-        scores, output = scored(penalties=True)
+        scores, output = scored(penalties=not apart)
+        integrals = (scored(penalties=True)[1] if apart else output).regularization
     whole = undivided(flow.regularizers)
-    means = {name: value.mean() for name, value in output.regularization.items()}
+    means = {name: value.mean() for name, value in integrals.items()}
     row = {task.metric: scores.mean(), "nfe": float(output.nfe)}
     row |= per_dim(means, dims=task.dims, undivided=whole)
     if index == 0 and not training_solver.adaptive:
