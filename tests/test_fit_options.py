@@ -43,11 +43,28 @@ def test_given_callbacks_and_loggers(tmp_path: Path) -> None:
     assert result.evaluation is not None
     assert json.loads(result.folder.result.read_text())["stopped"] == "early"
     with (tmp_path / "mine" / "0" / "metrics.csv").open() as opened:
-        found = [row for row in csv.DictReader(opened) if row["train/loss"]]
+        every = list(csv.DictReader(opened))
+    found = [row for row in every if row["train/loss"]]
     assert len(found) == 4
     ours = [row for row in rows(result.folder.path) if "train/loss" in row]
     for theirs, mine in zip(found, ours, strict=True):
-        assert float(theirs["train/bpd"]) == pytest.approx(float(mine["train/bpd"]), rel=1e-6)
+        for name in ("train/bpd", "epoch"):
+            assert float(theirs[name]) == pytest.approx(float(mine[name]), rel=1e-6)
+    assert [float(row["epoch"]) for row in every if row["val/bpd"]] == [1.0]
+
+
+def test_loggers_of_a_resumed_run_get_the_steps_of_the_table(tmp_path: Path) -> None:
+    recipe = tiny_recipe("training.log_every=2")
+    first = run(recipe.override(["training.max_steps=4"]), tmp_path / "runs")
+    logger = CSVLogger(tmp_path, name="mine", version="0")
+    result = run(recipe, tmp_path / "runs", resume=first.folder.path, loggers=[logger])
+    with (tmp_path / "mine" / "0" / "metrics.csv").open() as opened:
+        found = [row for row in csv.DictReader(opened) if row["train/loss"]]
+    ours = [row for row in rows(result.folder.path) if "train/loss" in row][2:]
+    assert [row["step"] for row in ours] == ["6", "8"]
+    for name in ("train/bpd", "epoch"):
+        assert [float(row[name]) for row in found] == pytest.approx([float(row[name]) for row in ours], rel=1e-6)
+    assert [row["step"] for row in found] == ["5", "7"]  # Lightning counts from 0
 
 
 @pytest.mark.parametrize(

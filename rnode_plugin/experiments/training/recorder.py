@@ -108,7 +108,16 @@ class Recorder(StepCallback, Checkpoint):
         # lie in another folder, or going back has removed it because it was from a later step
         self.best = trainer.strategy.broadcast(self.best if self.run.best.is_file() else math.inf)
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        # Lightning's own count of the steps, by which it calls loggers, lacks a step after each resume from a
+        # checkpoint of a validation. Loggers would get other steps than the table, under wrong numbers
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
     def on_step_end(self, trainer: L.Trainer, module: RnodeModule, step: int) -> None:
+        if module.is_logged(step) or trainer.should_stop:  # the steps after which Lightning calls loggers
+            module.log_dict(self._times(step))
         if module.is_logged(step):
             self._write_row(step, module)
         # Lightning validates next, and `on_validation_end` saves. A run that was resumed from a checkpoint of this
@@ -121,6 +130,9 @@ class Recorder(StepCallback, Checkpoint):
             trainer.save_checkpoint(self.run.last)
             self._clock.restart()
         self._end_if_decided()
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log("epoch", self._plan.epochs_at(trainer.global_step), sync_dist=trainer.world_size > 1)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -153,9 +165,21 @@ class Recorder(StepCallback, Checkpoint):
         self._written = step
         row = module.row()  # averages over the devices, so it must not be called by the first process alone
         if self.table is not None:
-            clock, epoch = self._clock, self._plan.epochs_at(step)
-            times = {"seconds_per_step": clock.step_seconds, "train_seconds": clock.training_seconds}
-            self.table.add({"epoch": epoch, **row, **times, "seconds": clock.run_seconds}, step)
+            self.table.add({**row, **self._times(step)}, step)
+
+    def _times(self, step: int) -> dict[str, float]:
+        """Return the epochs and the times up to a step, which loggers get too.
+
+        Without them Lightning would log the epoch of its loop, which stays 0, because the one epoch of a run never
+        ends.
+        """
+        clock = self._clock
+        return {
+            "epoch": self._plan.epochs_at(step),
+            "seconds_per_step": clock.step_seconds,
+            "train_seconds": clock.training_seconds,
+            "seconds": clock.run_seconds,
+        }
 
 
 class SampleGrids(Callback):
