@@ -322,6 +322,23 @@ def test_a_run_that_is_not_finished_does_not_count_beside_finished_ones(runs: li
     assert "±" not in cells(make_table(configurations_of(*alone)), "digits")["bits/dim, dirty"]
 
 
+@pytest.mark.parametrize(("finished", "state"), [(True, "step 40 of 40"), (False, "not finished: step 40")])
+def test_steps_without_a_finite_score_count_as_steps(tmp_path: Path, finished: bool, state: str) -> None:
+    path = write_run(tmp_path / "0", digits(), finished=finished)
+    table = MetricsTable(path / "metrics.csv", keep=38)
+    table.add({"epoch": 4.0, "train_seconds": 20.0, "train/bpd": math.nan}, 40)
+    table.add({"val/bpd": 2.2}, 40)
+    found = cells(make_table(configurations_of(path)), "digits")
+    assert (found["steps"], found["state"]) == ("40", state)
+
+
+def test_a_penalty_of_a_running_run_that_is_not_divided_by_the_dimensions(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "0", digits(penalties=("local_error", "curl")), finished=False)
+    MetricsTable(path / "metrics.csv", keep=40).add({"val/bpd": 2.2, "val/local_error": 0.5, "val/curl": 0.1}, 41)
+    meanings = {row.name: row.meaning for row in make_table(configurations_of(path)).rows}
+    assert (meanings["local_error"], meanings["curl"]) == ("penalty, test solver", "penalty / dim, test solver")
+
+
 def test_a_validation_that_is_not_finite_and_a_plugin_that_is_not_here(tmp_path: Path) -> None:
     path = write_run(tmp_path / "0", digits(penalties=("length",)), checks=range(1, 40, 5), finished=False)
     MetricsTable(path / "metrics.csv", keep=40).add({"val/bpd": math.inf, "val/nfe": 90}, 41)
@@ -352,8 +369,10 @@ def test_the_error_of_a_baseline_is_over_the_rows(tmp_path: Path) -> None:
         means = {"nll": {"mean": 1.0 + seed, "stderr": 0.4}, "gaussian": {"mean": 2.5, "stderr": 0.49}}
         result["evaluation"]["means"] = means
         (path / "result.json").write_text(json.dumps(result))
-    found = cells(make_table(group_runs(read_runs([tmp_path])[0])), "table")
+    table = make_table(group_runs(read_runs([tmp_path])[0]))
+    found = cells(table, "table")
     assert (found["NLL"], found["NLL of a Gaussian"]) == ("2.50 ± 0.50 nats", "2.50 ± 0.49 nats")
+    assert "The error of “NLL of a Gaussian” is over the rows." in table.notes[0]
 
 
 def test_other_penalties_have_their_rows(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from ...core.schedules import strength_text
+from ...core.weighing import undivided
 from ...errors import RnodeError
+from ...plugins.registry import resolve_regularizers
 from ...text import change_with_error, duration, signed, significant, with_error
 from ..recipes.task import Task
+from ..runs.contents import RunContents
 from .configurations import Configuration, Difference, base_of, paired_difference
 
 
@@ -76,9 +79,9 @@ def _detail_lines(configurations: Sequence[Configuration], base: Configuration) 
     task, runs = base.task, [run for one in configurations for run in one.runs]
     yield "time per step", "median", _known("seconds_per_step", lambda seconds: f"{significant(seconds)} s")
     yield "NFE, training", "per batch, all blocks, last tenth of the steps", _known("nfe_train")
-    undivided = {name for run in runs if run.result for name in run.result.evaluation.undivided}
+    whole = {name for run in runs for name in _undivided(run)}
     for name in dict.fromkeys(["jacfrob", "kinetic", *(name for run in runs for name in run.penalties)]):
-        heading, meaning = _PENALTIES.get(name, (name, "penalty" if name in undivided else "penalty / dim"))
+        heading, meaning = _PENALTIES.get(name, (name, "penalty" if name in whole else "penalty / dim"))
         yield heading, f"{meaning}, test solver", _known(name)
     likelihood = task.likelihood
     meaning = f"{likelihood} by the training solver minus {likelihood} by the test solver"
@@ -153,6 +156,16 @@ def _parameters(one: Configuration) -> str:
         return ""
 
 
+def _undivided(run: RunContents) -> Collection[str]:
+    """The names of the penalties that are not divided by the number of dimensions."""
+    if run.result is not None:
+        return run.result.evaluation.undivided
+    try:
+        return undivided(each.regularizer for each in resolve_regularizers(run.recipe.measured).values())
+    except RnodeError:  # of a plugin that is not installed here
+        return ()
+
+
 def lambdas_text(one: Configuration) -> str:
     """``kinetic 0.01, jacfrob 0.01``, or ``none``."""
     terms = [f"{name} {strength_text(strength)}" for name, strength in one.recipe.regularizers.items()]
@@ -164,11 +177,12 @@ def lambdas_text(one: Configuration) -> str:
 
 def _notes(configurations: Sequence[Configuration], base: Configuration) -> Iterator[str]:
     task, samples = base.task, base.task.samples
+    over_samples = "".join(f" The error of “{each.heading}” is over the {samples}." for each in task.baselines)
     yield (
-        f"± is the standard error over the seeds, or over the held-out {samples} if there is one seed. Scores, "
-        f"test NFE and penalties are measured with the weights that have the lowest validation {task.likelihood}. "
-        "A run that is not finished counts only if its configuration has no finished one, with its last validation "
-        "and without an error. Lower is better."
+        f"± is the standard error over the seeds, or over the held-out {samples} if there is one seed."
+        f"{over_samples} Scores, test NFE and penalties are measured with the weights that have the lowest "
+        f"validation {task.likelihood}. A run that is not finished counts only if its configuration has no finished "
+        "one, with its last validation and without an error. Lower is better."
     )
     if any(_compared(one, base) for one in configurations):
         yield (

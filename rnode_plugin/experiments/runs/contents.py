@@ -78,8 +78,8 @@ class RunContents:
 
     @property
     def done(self) -> int:
-        """The number of training steps so far; of a run without logged steps, the number in its result."""
-        return int(max(self.steps["step"], default=0 if self.result is None else self.result.steps))
+        """The number of training steps, as the result says; without a result, up to the last step that is known."""
+        return self.metrics.last_step if self.result is None else self.result.steps
 
     @property
     def state(self) -> str:
