@@ -439,6 +439,17 @@ def test_samples_that_cannot_be_drawn_do_not_cost_the_evaluation(
     assert found.picture is None
 
 
+def test_best_weights_are_evaluated_by_the_test_solver_of_the_run_that_ends(tmp_path: Path) -> None:
+    """A run whose evaluation has failed has no step left, and may be resumed with another test solver."""
+    recipe = tiny_recipe("training.max_steps=1")
+    result = run(recipe, tmp_path)
+    result.folder.result.unlink()
+    again = run(recipe.override(["test_solver.step=0.5"]), tmp_path, resume=result.folder.path)
+    assert result.evaluation is not None
+    assert again.evaluation is not None
+    assert again.evaluation.nfe_mean == 2 * result.evaluation.nfe_mean
+
+
 def test_learning_rate() -> None:
     constant = learning_rate_factor(Optimizer(warmup=4), lambda: 100)
     assert [constant(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
