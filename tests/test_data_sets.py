@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tiny_runs import CONTEXT, as_options, rnode
 
 from rnode_plugin import hookimpl
 from rnode_plugin.errors import ConfigError, DataError
-from rnode_plugin.experiments.data import ImageData, catalog, get_dataset, get_table, one_download, sets
+from rnode_plugin.experiments.data import ImageData, Table, catalog, get_dataset, get_table, one_download, sets
 
 
 def test_digits_are_the_real_ones_with_a_fixed_split():
@@ -231,6 +232,24 @@ def test_limit_draws_the_same_images_from_the_whole_set():
     assert data.limit(1000).train is images
     with pytest.raises(ConfigError, match="at least 1"):
         data.limit(0)
+
+
+def test_held_out_samples_are_drawn_from_all_of_them():
+    """Also rows, which a published table may have in an order, such as the one of their times."""
+    rows = np.linspace(0, 1, 200)[:, None]
+    table = Table("t", ("a",), rows, rows, rows)
+    few, numbered = table.measured_on(20), dataclasses.replace(table, numbers=np.arange(1, 201)).measured_on(20)
+    assert len(few.held_out) == 20
+    assert few.held_out.min() < 0.3 < 0.7 < few.held_out.max()
+    assert (few.checksum, few.numbers) == (table.checksum, None)
+    assert numbered.numbers is not None
+    np.testing.assert_array_equal(rows[numbered.numbers - 1], few.held_out)
+    assert table.measured_on(None) is table.measured_on(200) is table
+    images = np.arange(200, dtype=np.uint8).repeat(16).reshape(200, 1, 4, 4)
+    some = _data(train=images, val=images, levels=256).measured_on(60)
+    np.testing.assert_array_equal(images[some.numbers], some.val[:])
+    fewer = some.measured_on(20)
+    np.testing.assert_array_equal(images[fewer.numbers], fewer.val[:])
 
 
 # one process downloads

@@ -450,6 +450,16 @@ def test_best_weights_are_evaluated_by_the_test_solver_of_the_run_that_ends(tmp_
     assert again.evaluation.nfe_mean == 2 * result.evaluation.nfe_mean
 
 
+def test_the_scores_of_some_held_out_images_have_their_numbers(tmp_path: Path) -> None:
+    recipe = tiny_recipe("training.max_steps=1")  # validates on 15 of the 297 images
+    result = run(recipe, tmp_path)
+    with (result.folder.path / "images.csv").open() as file:
+        numbers = [int(row["image"]) for row in csv.DictReader(file)]
+    assert len(numbers) == 15
+    some, every = recipe.load_data(), recipe.load_data(all_val=True)
+    np.testing.assert_array_equal(every.val[np.array(numbers)], some.val[:])
+
+
 def test_learning_rate() -> None:
     constant = learning_rate_factor(Optimizer(warmup=4), lambda: 100)
     assert [constant(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]

@@ -122,10 +122,10 @@ def eval(  # noqa: A001 - the command's name
     flush_denormals()
     flow, recipe = load_with_recipe(path, map_location=pick_device(device))
     recipe = _with_test_solver(recipe, solver_settings)
-    data = load_for_evaluation(recipe, root=data_root, download=download).limit(None, limit)
+    data = load_for_evaluation(recipe, root=data_root, download=download).measured_on(limit)
     result = evaluate(
         flow,
-        data.held_out[:limit],
+        data.held_out,
         measure=recipe.task,
         batch_size=batch_size or recipe.data.val_batch_size,
         draws=draws,

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol, overload
+from typing import Protocol, overload
 
 import numpy as np
 
@@ -87,7 +87,8 @@ class ImageData:
         train, val: images ``(N, C, H, W)``, uint8, values ``0 .. levels - 1``.
         shape: (C, H, W) of each image, a tuple or what becomes one.
         levels: number of values that a pixel can take, 256 for 8 bits.
-        numbers: None, because held-out images are counted from 0. A table has the places of its rows in the file.
+        numbers: the place of each image of ``val`` among all held-out images, from 0; None if ``val`` has all of
+            them. A table has the places of its rows in the file.
 
     Raises:
         DataError: the arrays are not such images. Values of arrays on disk are not checked.
@@ -98,7 +99,7 @@ class ImageData:
     val: ImageArray
     shape: tuple[int, int, int]
     levels: int = 256
-    numbers: ClassVar[None] = None
+    numbers: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.levels <= 256:
@@ -132,7 +133,15 @@ class ImageData:
         Raises:
             ConfigError: a limit below 1.
         """
-        return replace(self, train=limited(self.train, n_train), val=limited(self.val, n_val))
+        chosen = chosen_places(len(self.val), n_val)
+        numbers = self.numbers
+        if chosen is not None:
+            numbers = chosen if numbers is None else numbers[chosen]
+        return replace(self, train=limited(self.train, n_train), val=limited(self.val, n_val), numbers=numbers)
+
+    def measured_on(self, n: int | None) -> ImageData:
+        """Return the data set with at most ``n`` held-out images, drawn as in :meth:`limit`; None for all."""
+        return self.limit(None, n)
 
 
 def shuffled(n: int) -> np.ndarray:
@@ -154,11 +163,17 @@ def limited(samples: ImageArray, n: int | None) -> ImageArray:
     Raises:
         ConfigError: ``n`` is below 1.
     """
-    if n is None or n >= len(samples):
+    if (chosen := chosen_places(len(samples), n)) is None:
         return samples
+    return samples[chosen] if isinstance(samples, np.ndarray) else Selection(samples, chosen)
+
+
+def chosen_places(count: int, n: int | None) -> np.ndarray | None:
+    """Return the places of the samples that :func:`limited` draws from ``count``, in order; None for all."""
+    if n is None or n >= count:
+        return None
     if n < 1:
         raise ConfigError(f"a limit on the number of images or rows must be at least 1, not {n}.")
     # a prefix of one permutation makes smaller limits subsets of larger ones, and sorted indices keep the order of
     # the files
-    chosen = np.sort(shuffled(len(samples))[:n])
-    return samples[chosen] if isinstance(samples, np.ndarray) else Selection(samples, chosen)
+    return np.sort(shuffled(count)[:n])

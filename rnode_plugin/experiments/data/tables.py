@@ -12,7 +12,7 @@ import numpy as np
 
 from ...errors import DataError, suggest
 from ...text import counted
-from .images import limited
+from .images import chosen_places, limited
 from .table_files import column_names, leave_out, read_columns
 
 CELLS = ("radius", "texture", "perimeter", "area", "smoothness", "compactness", "symmetry", "fractal dimension")
@@ -88,6 +88,13 @@ class Table:
     def limit(self, n_train: int | None = None, n_val: int | None = None) -> Table:
         """Return the table with at most ``n_train`` training and ``n_val`` validation rows, drawn as for images."""
         return dataclasses.replace(self, train=limited(self.train, n_train), val=limited(self.val, n_val))
+
+    def measured_on(self, n: int | None) -> Table:
+        """Return the table with at most ``n`` held-out rows, drawn as in :meth:`limit`; None for all."""
+        if (chosen := chosen_places(len(self.held_out), n)) is None:
+            return self
+        numbers = None if self.numbers is None else self.numbers[chosen]
+        return dataclasses.replace(self, held_out=self.held_out[chosen], numbers=numbers)
 
     def check_finite(self) -> None:
         """Refuse missing and infinite values, which only a table of a plugin can have.
