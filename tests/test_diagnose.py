@@ -343,6 +343,14 @@ def test_samples_of_an_untrained_flow() -> None:
     assert of("samples", flow, torch.zeros(40, 1, 4, 4)).verdict == "failed"
 
 
+def test_a_difference_that_is_larger_than_guessing_explains_reads_larger() -> None:
+    limit = 100 * checks.guessing_limit(checks.MOST)  # 53.7 %
+    numbers = {"percent": limit + 0.1, "guess_low": 100 - limit, "guess_high": limit, "samples": checks.MOST}
+    sentence = texts.text_of("samples", "different").format(**numbers)
+    shown = [float(each) for each in re.findall(r"([\d.]+)(?= %)", sentence)]
+    assert shown[0] > shown[1]
+
+
 def test_samples_of_many_columns_with_different_units() -> None:
     """A difference in small columns next to large ones, which are more than the components that are kept."""
     scale = torch.ones(70)

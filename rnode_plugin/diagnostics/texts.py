@@ -38,8 +38,8 @@ FOUND = {
         "is allowed. "
     ),
     SAMPLES: (
-        "A classifier separates samples from held-out data in {percent:.0f} % of cases. Guessing gives "
-        "{guess_low:.0f} to {guess_high:.0f} % with {samples:.0f} of each. "
+        "A classifier separates samples from held-out data in {percent:.1f} % of cases. Guessing gives "
+        "{guess_low:.1f} to {guess_high:.1f} % with {samples:.0f} of each. "
     ),
     GAUSSIAN: (
         "The NLL of the model is {nll:.4f} nats/dim, the NLL of {family} is {nll_gaussian:.4f}. The mean "
