@@ -44,9 +44,9 @@ class RnodeModule(L.LightningModule):
     means over all devices.
 
     - Each step logs ``train/loss`` in nats per dimension, ``train/bpd`` (for a table ``train/nll``, nats per row),
-      ``train/nfe``, each penalty per dimension as ``train/NAME``, ``train/grad_norm``, ``train/skipped`` and
-      ``lr``. A step of flow matching logs ``train/matching``, the squared error per dimension, in place of loss,
-      score and penalties.
+      ``train/nfe``, each penalty as ``train/NAME``, per dimension where the objective divides it,
+      ``train/grad_norm``, ``train/skipped`` and ``lr``. A step of flow matching logs ``train/matching``, the
+      squared error per dimension, in place of loss, score and penalties.
     - Each validation logs ``val/bpd`` or ``val/nll``, ``val/nfe``, ``val/NAME`` and, for a fixed grid, ``val/gap``,
       the error of the training solver in the unit of the score.
 
