@@ -306,6 +306,7 @@ def test_the_table(runs: list[Path]) -> None:
         ("training solver", "rk4_38, step 0.5", "rk4_38, step 0.5"),
         ("held-out images", "297", "297"),
         ("λ", "none", "kinetic 0.01, jacfrob 0.01"),
+        ("weights", "as trained", "as trained"),
         ("seeds", "42", "42, 43"),
     ):
         assert (none[name], rnode_cells[name]) == (one, other), name

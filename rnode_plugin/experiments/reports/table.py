@@ -90,6 +90,7 @@ def _detail_lines(configurations: Sequence[Configuration], base: Configuration) 
     yield "parameters", "", _parameters
     yield "training solver", "", lambda one: one.recipe.solver.text
     yield "test solver", "", lambda one: one.recipe.test_solver.text
+    yield "weights", "that are measured", lambda one: one.recipe.weights
     yield "seeds", "", lambda one: ", ".join(str(run.recipe.training.seed) for run in one.counted)
     yield f"held-out {task.samples}", "measured for the scores and penalties", _held_out
     yield "device", "of each run", _each(lambda run: run.environment.device if run.environment else "")
