@@ -44,7 +44,7 @@ class Kinds:
     def adds_evaluations(self) -> bool:
         """Whether a solve that follows them may differ from a solve without them in its states or its NFE.
 
-        A local step penalty takes one more step, and a trajectory penalty may stop a solve at times that it chooses.
+        A local step penalty takes one more step, and a trajectory penalty may choose times where the solve stops.
         """
         return bool(self.trajectories) or any(each.local for each in self.steps)
 

@@ -182,8 +182,8 @@ def _notes(configurations: Sequence[Configuration], base: Configuration) -> Iter
     yield (
         f"± is the standard error over the seeds, or over the held-out {samples} if there is one seed."
         f"{over_samples} Scores, test NFE and penalties are measured with the weights that have the lowest "
-        f"validation {task.likelihood}. A run that is not finished counts only if its configuration has no finished "
-        "one, with its last validation and without an error. Lower is better."
+        f"validation {task.likelihood}. A run that is not finished counts only if its configuration has no "
+        "finished one, with its last validation and without an error. Lower is better."
     )
     if any(_compared(one, base) for one in configurations):
         yield (
