@@ -26,7 +26,7 @@ LABELS = {
 
 @click.command(help=__doc__)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--between", type=(float, float), default=(1.1, 1.5), show_default=True, help="Shown bits/dim.")
+@click.option("--between", type=(float, float), default=(1.05, 1.5), show_default=True, help="Shown bits/dim.")
 @click.option("--out", required=True, type=click.Path(path_type=Path))
 def main(runs: tuple[Path, ...], between: tuple[float, float], out: Path) -> None:
     import matplotlib.pyplot as plt
@@ -44,7 +44,7 @@ def main(runs: tuple[Path, ...], between: tuple[float, float], out: Path) -> Non
             click.echo(f"{name:8}{hours:8.3f} h  {value:.4f} bits/dim")
     bits.set(xlabel="hours of one CPU core", ylabel="bits/dim", ylim=between)
     evaluations.set(xlabel="hours of one CPU core", ylabel="NFE")
-    bits.legend(fontsize=8, loc="lower left")
+    bits.legend(fontsize=8, loc="upper right")
     figure.savefig(out, dpi=150)
 
 
