@@ -198,5 +198,5 @@ def test_other_dimensions_and_densities_are_refused() -> None:
         NeuralODE(Graph(), "euler", batch_dim=1)
     with pytest.raises(ConfigError, match="batch_dim must be 0"):
         penalties_at(Graph(), 0.0, X, ["kinetic"], batch_dim=1)
-    with pytest.raises(ConfigError, match="no meaning for a density"):
+    with pytest.raises(ConfigError, match="option of a density 'batch_dim='"):
         RegularizedCNF(Graph(), event_shape=3, batch_dim=None)
