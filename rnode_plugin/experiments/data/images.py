@@ -87,7 +87,7 @@ class ImageData:
         train, val: images ``(N, C, H, W)``, uint8, values ``0 .. levels - 1``.
         shape: (C, H, W) of each image, a tuple or what becomes one.
         levels: number of values that a pixel can take, 256 for 8 bits.
-        numbers: the place of each image of ``val`` among all held-out images, from 0; None if ``val`` has all of
+        numbers: the place of each image of ``val`` among all held-out images, from 0; None if ``val`` is all of
             them. A table has the places of its rows in the file.
 
     Raises:
@@ -133,11 +133,13 @@ class ImageData:
         Raises:
             ConfigError: a limit below 1.
         """
-        chosen = chosen_places(len(self.val), n_val)
-        numbers = self.numbers
-        if chosen is not None:
-            numbers = chosen if numbers is None else numbers[chosen]
-        return replace(self, train=limited(self.train, n_train), val=limited(self.val, n_val), numbers=numbers)
+        places = np.arange(len(self.val)) if self.numbers is None else self.numbers
+        return replace(
+            self,
+            train=limited(self.train, n_train),
+            val=limited(self.val, n_val),
+            numbers=limited(places, n_val),
+        )
 
     def measured_on(self, n: int | None) -> ImageData:
         """Return the data set with at most ``n`` held-out images, drawn as in :meth:`limit`; None for all."""
@@ -160,20 +162,16 @@ def limited(samples: ImageArray, n: int | None) -> ImageArray: ...
 def limited(samples: ImageArray, n: int | None) -> ImageArray:
     """Draw at most ``n`` of the images or rows from all of them, the same ones in each call.
 
+    Arrays of equal length keep the same places, so samples and their numbers stay together.
+
     Raises:
         ConfigError: ``n`` is below 1.
     """
-    if (chosen := chosen_places(len(samples), n)) is None:
+    if n is None or n >= len(samples):
         return samples
-    return samples[chosen] if isinstance(samples, np.ndarray) else Selection(samples, chosen)
-
-
-def chosen_places(count: int, n: int | None) -> np.ndarray | None:
-    """Return the places of the samples that :func:`limited` draws from ``count``, in order; None for all."""
-    if n is None or n >= count:
-        return None
     if n < 1:
         raise ConfigError(f"a limit on the number of images or rows must be at least 1, not {n}.")
     # a prefix of one permutation makes smaller limits subsets of larger ones, and sorted indices keep the order of
     # the files
-    return np.sort(shuffled(count)[:n])
+    chosen = np.sort(shuffled(len(samples))[:n])
+    return samples[chosen] if isinstance(samples, np.ndarray) else Selection(samples, chosen)

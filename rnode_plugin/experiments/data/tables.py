@@ -12,7 +12,7 @@ import numpy as np
 
 from ...errors import DataError, suggest
 from ...text import counted
-from .images import chosen_places, limited
+from .images import limited
 from .table_files import column_names, leave_out, read_columns
 
 CELLS = ("radius", "texture", "perimeter", "area", "smoothness", "compactness", "symmetry", "fractal dimension")
@@ -91,10 +91,11 @@ class Table:
 
     def measured_on(self, n: int | None) -> Table:
         """Return the table with at most ``n`` held-out rows, drawn as in :meth:`limit`; None for all."""
-        if (chosen := chosen_places(len(self.held_out), n)) is None:
+        rows = limited(self.held_out, n)
+        if rows is self.held_out:
             return self
-        numbers = None if self.numbers is None else self.numbers[chosen]
-        return dataclasses.replace(self, held_out=self.held_out[chosen], numbers=numbers)
+        numbers = None if self.numbers is None else limited(self.numbers, n)
+        return dataclasses.replace(self, held_out=rows, numbers=numbers)
 
     def check_finite(self) -> None:
         """Refuse missing and infinite values, which only a table of a plugin can have.
