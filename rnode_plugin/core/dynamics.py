@@ -392,11 +392,8 @@ class Dynamics(BoundDynamics):
             estimator=self.estimator, door=door, jvp=jvp, pull=pull, aux=aux,
         )  # fmt: skip
         dlogdet = None
-        if self.divergence and products and known is not None:
-            dlogdet = known.to(z.dtype)
-        elif self.divergence and products:
-            assert record.products is not None
-            dlogdet = self.estimator.divergence(record.products, noise)
+        if self.divergence and products:
+            dlogdet = record.divergence() if known is None else known.to(z.dtype)
         penalties: dict[str, Tensor] = {}
         untouched = [z, dz]
         for x in (noise, record.products):

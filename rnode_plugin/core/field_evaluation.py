@@ -52,6 +52,11 @@ class Record:
     aux: Mapping[str, Tensor] | None
     known: dict[object, tuple[Any, list[int]]] = field(default_factory=dict)
 
+    def divergence(self) -> Tensor:
+        """``div f (B,)`` from the products."""
+        assert self.products is not None
+        return self.estimator.divergence(self.products, self.noise)
+
     def once(self, key: object, compute: Callable[[], _Found]) -> _Found:
         """The result of ``compute``, which regularizers share until one of them writes into it."""
         # a result that one regularizer reads under no_grad lacks the graph that another one needs
@@ -90,9 +95,7 @@ class FieldEvaluation:
     def divergence(self) -> Tensor:
         """``div f (B,)``, exact (eq. 3) or estimated (eq. 5), in nats per unit of time."""
         self._require("vjp")
-        record = self._record
-        assert record.products is not None
-        return record.estimator.divergence(record.products, self.noise)
+        return self._record.divergence()
 
     def squared_frobenius(self) -> Tensor:
         """``||df/dz||_F^2 (B,)``, exact (eq. 13) or estimated (eq. 16)."""
