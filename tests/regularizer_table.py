@@ -87,6 +87,19 @@ class Halfway(TrajectoryPenalty):
         return (middle - (first + last) / 2).flatten(1).square().sum(1) + trajectory.integrals["kinetic"]
 
 
+class OfIntegral(TrajectoryPenalty):
+    """A function of the integral of a rate along the whole trajectory."""
+
+    def __init__(self, name: str, rate: Rate, function: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        self.name, self.rates, self.function = name, (rate,), function
+
+    def times(self, t0: Tensor, t1: Tensor, /) -> Tensor:
+        return t0.new_empty(0)
+
+    def __call__(self, trajectory: Trajectory, /) -> Tensor:
+        return self.function(trajectory.integrals[self.rates[0].name])
+
+
 class Longer(SpanPolicy):
     """A solve of twice the length."""
 

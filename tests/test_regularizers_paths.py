@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from problems import Linear, Wave
+from regularizer_table import OfIntegral
 from torch import Tensor, nn
 
 from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, NeuralODE
@@ -161,18 +162,9 @@ def test_two_penalties_that_want_one_time() -> None:
 
 
 def test_the_integral_of_another_penalty_may_not_be_written_into() -> None:
-    class Twice(TrajectoryPenalty):
-        name = "twice"
-        rates = (kinetic,)
-
-        def times(self, t0: Tensor, t1: Tensor) -> Tensor:
-            return t0.new_empty(0)
-
-        def __call__(self, trajectory: Trajectory) -> Tensor:
-            return trajectory.integrals["kinetic"].mul_(2)
-
+    twice = OfIntegral("twice", kinetic, lambda integral: integral.mul_(2))
     with pytest.raises(ConfigError, match="'twice' writes into"):
-        NeuralODE(Linear(3), "dopri5", regularizers=["kinetic", Twice()])(states())
+        NeuralODE(Linear(3), "dopri5", regularizers=["kinetic", twice])(states())
 
 
 def test_steer_draws_the_end_in_training_alone() -> None:

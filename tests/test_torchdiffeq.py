@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
+from regularizer_table import OfIntegral, Weighed
 from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS
 
 import rnode_plugin
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.regularizers import LearnedEndTime, Rate, Trajectory, TrajectoryPenalty, linear_warmup
+from rnode_plugin.regularizers import LearnedEndTime, Rate, linear_warmup
 from rnode_plugin.torchdiffeq import install, odeint, odeint_adjoint, regularize, uninstall
 
 theirs: Any = torchdiffeq  # its functions have no annotations
@@ -571,31 +572,12 @@ def test_parameters_of_field_and_regularizer_count_once_in_the_adjoint() -> None
 
 
 def test_a_trajectory_penalty_reads_a_rate_with_parameters() -> None:
-    class Scaled(nn.Module, Rate):
-        name = "scaled"
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-
-        def forward(self, evaluation: Any) -> Tensor:
-            return self.scale * evaluation.dz.square().sum(1)
-
-    scaled = Scaled()
-
-    class Reads(TrajectoryPenalty):
-        name = "reads"
-        rates = (scaled,)
-
-        def times(self, t0: Tensor, t1: Tensor) -> Tensor:
-            return t0.new_empty(0)
-
-        def __call__(self, trajectory: Trajectory) -> Tensor:
-            return trajectory.integrals["scaled"]
+    weighed = Weighed()
+    reads = OfIntegral("reads", weighed)
 
     def gradient(ode: Any) -> Tensor:
-        loss = ode(Field(), start(), SPAN, regularizers={Reads(): 1.0})[1].loss()
-        return torch.autograd.grad(loss, scaled.scale)[0]
+        loss = ode(Field(), start(), SPAN, regularizers={reads: 1.0})[1].loss()
+        return torch.autograd.grad(loss, weighed.weight)[0]
 
     torch.testing.assert_close(gradient(odeint_adjoint), gradient(odeint), rtol=1e-5, atol=1e-7)
 
