@@ -18,7 +18,6 @@ from ..text import counted, significant, table
 from .options import (
     as_json,
     check_folder,
-    complete,
     loaded,
     print_json,
     read_regularizers,
@@ -48,7 +47,7 @@ def recipes(ctx: click.Context) -> None:
 
 
 @recipes.command(short_help="Show every setting of a recipe.")
-@click.argument("name", shell_complete=complete("recipes"))
+@click.argument("name")
 @click.option("--ffjord", is_flag=True, help="Show the FFJORD baseline of the recipe.")
 @settings
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as in the recipe.json of a run.")
@@ -205,7 +204,6 @@ def _batch_dim(text: str) -> int | None:
 @click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option(
     "--regularizer", "regularizers", multiple=True, metavar="NAME=LAMBDA",
-    shell_complete=complete("regularizers", "="),
     help="Penalize every NeuralODE and every solve by torchdiffeq, as kinetic=0.01. May be repeated.",
 )  # fmt: skip
 @click.option(

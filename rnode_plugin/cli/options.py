@@ -1,4 +1,4 @@
-"""Options that several commands have, the completion of their values, and checks of the paths that they name."""
+"""Options that several commands have, and checks of the paths that they name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
 from ..errors import CheckpointError, ConfigError, RnodeError
 from ..plugins import registry
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
 _F = TypeVar("_F", bound=Callable[..., object])
-_Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
 class Duration(click.ParamType):
@@ -64,52 +62,15 @@ class Devices(click.ParamType):
         return text
 
 
-# completion ----------------------------------------------------------------------------------------------------
-
-
-def _items(values: Iterable[str], incomplete: str) -> list[CompletionItem]:
-    return [CompletionItem(value) for value in values if value.startswith(incomplete)]
-
-
-def complete_one_of(*values: str) -> _Completer:
-    """A completer that offers these values."""
-    return lambda ctx, param, incomplete: _items(values, incomplete)
-
-
-def complete(kind: str, suffix: str = "") -> _Completer:
-    """A completer that offers the registered names of a kind, such as ``recipes``, each followed by ``suffix``."""
-    return lambda ctx, param, incomplete: _items((f"{n}{suffix}" for n in registry.names(kind)), incomplete)
-
-
-def complete_setting(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Complete the settings of the recipe that the command line names, or of digits if it names none."""
-    from ..experiments.recipes.recipe import get_recipe
-
-    names = registry.names("recipes")
-    # click leaves the name of the recipe in `args` while --set lacks its value
-    words = [*ctx.params.values(), *ctx.args]
-    recipe = get_recipe(next((each for each in words if each in names), "digits"))
-    return _items((f"{path}=" for path, _ in recipe.settings() if not path.startswith("paper.")), incomplete)
-
-
-def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Complete packaged weights and run folders, or any path if none of them begins with ``incomplete``."""
-    from ..experiments.recipes.pretrained import PRETRAINED
-    from ..experiments.runs.run import Run
-
-    return _items([*PRETRAINED, *Run.here()], incomplete) or [CompletionItem(incomplete, type="file")]
-
-
 # options -------------------------------------------------------------------------------------------------------
 
-run_argument = click.argument("run", shell_complete=complete_run)
+run_argument = click.argument("run", type=click.Path())  # the shell completes paths
 settings = click.option(
-    "--set", "assignments", multiple=True, metavar="GROUP.KEY=VALUE", shell_complete=complete_setting,
+    "--set", "assignments", multiple=True, metavar="GROUP.KEY=VALUE",
     help="Change a setting of the recipe. `rnode-cli recipes show NAME` lists them. May be repeated.",
 )  # fmt: skip
 regularizers_option = click.option(
     "--regularizer", "regularizers", multiple=True, metavar="NAME=LAMBDA",
-    shell_complete=complete("regularizers", "="),
     help="Penalize with this strength, as kinetic=0.01. `rnode-cli regularizers` lists the names. May be repeated.",
 )  # fmt: skip
 download = click.option(
@@ -118,7 +79,6 @@ download = click.option(
 )  # fmt: skip
 device = click.option(
     "--device", type=DeviceName(), default="auto", show_default=True, metavar="NAME",
-    shell_complete=complete_one_of("auto", "cpu", "cuda", "mps"),
     help="Device to use: cpu, cuda, cuda:1, mps or auto.",
 )  # fmt: skip
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -145,7 +105,6 @@ _SHORT: dict[str, tuple[str, str, str]] = {
                 "else starts fresh."),
     "precision": ("training.precision", "NAME", "Precision, as Lightning names it: 32-true, bf16-mixed or auto."),
 }  # fmt: skip
-_COMPLETE: dict[str, _Completer] = {"data": complete("datasets"), "weights": complete_run}
 
 
 def short(*names: str) -> Callable[[_F], _F]:
@@ -154,8 +113,7 @@ def short(*names: str) -> Callable[[_F], _F]:
     def add(command: _F) -> _F:
         for name in reversed(names):
             _, metavar, text = _SHORT[name]
-            option = click.option(f"--{name}", metavar=metavar, help=text, shell_complete=_COMPLETE.get(name))
-            command = option(command)
+            command = click.option(f"--{name}", metavar=metavar, help=text)(command)
         return command
 
     return add

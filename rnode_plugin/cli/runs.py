@@ -18,7 +18,6 @@ from ..text import batch_counter, counted, duration, table
 from .options import (
     as_json,
     check_folder,
-    complete_run,
     device,
     download,
     flush_denormals,
@@ -374,7 +373,7 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", shell_complete=complete_run)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path())
 @click.option("--out", metavar="FOLDER",
               help="Folder of the report. [default: report, or report-1, ... if that is there]")  # fmt: skip
 @click.option("--title", help="Title of the report. [default: names the recipe or the data]")
@@ -408,7 +407,7 @@ def report(*, runs: tuple[str, ...], out: str | None, title: str | None, force: 
 
 
 @click.command()
-@click.argument("run", required=False, shell_complete=complete_run)
+@click.argument("run", required=False, type=click.Path())
 def cite(*, run: str | None) -> None:
     """Print BibTeX of the papers behind the penalties, the trace estimator and the solver of RUN.
 

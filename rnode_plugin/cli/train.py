@@ -22,9 +22,6 @@ from .options import (
     as_json,
     changed,
     check_folder,
-    complete,
-    complete_one_of,
-    complete_run,
     device,
     download,
     flush_denormals,
@@ -45,13 +42,13 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("recipe", required=False, shell_complete=complete("recipes"))
+@click.argument("recipe", required=False)
 @short("data", "data-root", "size", "max-steps", "max-epochs")
 @click.option("--max-time", type=Duration(), help="Stop after 90 (seconds), 20m or 1h30m of this call.")
 @regularizers_option
 @settings
 @short("batch-size", "seed")
-@click.option("--resume", metavar="RUN", shell_complete=complete_run, help="Continue a run or a checkpoint.")
+@click.option("--resume", type=click.Path(), metavar="RUN", help="Continue a run or a checkpoint.")
 @device
 @click.option("--devices", type=Devices(), default="auto", show_default=True, metavar="N",
               help="How many devices, or which: 4, or 0,2.")  # fmt: skip
@@ -64,7 +61,6 @@ if TYPE_CHECKING:
 @click.option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Folder of all runs.")
 @click.option("--run-folder", metavar="FOLDER", help="Folder of a new run, instead of one under --runs.")
 @click.option("--logger", "loggers", multiple=True, metavar="|".join(LOGGERS),
-              shell_complete=complete_one_of(*LOGGERS),
               help="Log there too, in addition to metrics.csv. May be repeated.")  # fmt: skip
 @click.option("--callback", "callbacks", multiple=True, metavar="MODULE:NAME",
               help="Use a callback of Lightning: an object, a class or a function. May be repeated.")  # fmt: skip
@@ -275,9 +271,8 @@ def _print_result(result: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
 
 
 @click.command()
-@click.argument("recipe", shell_complete=complete("recipes"))
+@click.argument("recipe")
 @click.option("--configuration", "configurations", multiple=True, metavar="NAME|FILE",
-              shell_complete=complete("regularizers"),
               help="Train none (no penalty), ffjord (no penalty, no flow matching, dopri5 at 1e-5), rnode (all "
                    "penalties of the recipe), a penalty such as kinetic or taylor:3, or a JSON file of penalties "
                    "and lambdas, also for sweeps. May be repeated. [default: none, each penalty of the recipe, "
