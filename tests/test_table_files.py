@@ -114,11 +114,15 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
         "a;b\n" + text_of(PAIRS, ";").replace("\n", ";\n"),
         "3 cells, but .* 2 names",
     ),
-    "a separator in a name": ("a;b,c\n" + text_of(PAIRS, ";"), "',' and ';' in its first line may both separate"),
+    "a separator in a name": ("a;b,c\n" + text_of(PAIRS, ";"), "row 1 has 1 cell, but there are 2 names"),
     "a name with spaces": ("temp (K)\n" + text_of(PAIRS[:, :1]), "row 1 has 1 cell, but there are 2 names"),
-    "a later row with more": ("a,b\n1,2\n3,4\n4,5,6\n", "row 3 has 3 cells, but"),
-    "a row with fewer, of columns that are not read": ("a,b,c\n1,2,3\n4,5\n6,7,8\n", "row 2 has 2 cells, but"),
-    "an open quotation mark": ('a,b\n1,"2\n3,4\n', "quotation marks"),
+    "a later row with more": ("a,b\n1,2\n3,4\n4,5,6\n", "below its first line .*2 fields in line 3, saw 3"),
+    "an empty cell between spaces, before a column that is not read": (
+        "a b c\n1 2 3\n  5 6\n6 7 8\n",
+        "row 2 seems to have fewer cells than names, because 'c' is missing",
+    ),
+    "an open quotation mark": ('a,b\n1,"2\n3,4\n', "EOF inside string"),
+    "a name that csv refuses": ("a,b" + "x" * 200_000 + "\n1,2\n", "field larger than field limit"),
     "decimal commas": ("a,b\n" + text_of(PAIRS, decimal=","), "4 cells, but .*points in decimals"),
     "decimal commas and tabs": ("a\tb\n" + text_of(PAIRS, "\t", decimal=","), "row 1 holds '0,126'.*with a point"),
     "thousands": ('a,b\n"1,234",2\n', "row 1 holds '1,234'"),
@@ -151,8 +155,8 @@ def test_texts_that_are_refused(case: str, tmp_path: Path, recwarn: pytest.Warni
 
 def test_missing_cells_in_a_column_that_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
-    path.write_text("a,b\n1,\n2,x\n3,4\n")
-    assert read_columns(path, ["a"])[:, 0].tolist() == [1, 2, 3]
+    path.write_text("a,b\n1,\n2,x\n3,4\n4\n")  # in the last row also the separator is missing
+    assert read_columns(path, ["a"])[:, 0].tolist() == [1, 2, 3, 4]
     with pytest.raises(DataError, match=r"unknown column 'd'.*Known: a, b"):
         read_columns(path, ["d"])
 

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ...errors import ConfigError, DataError, suggest
+from ...errors import ConfigError, DataError, first_line, suggest
 from ...files import write_atomically
 from ...text import counted
 from .images import naming
@@ -160,36 +160,34 @@ def _read_text(path: Path, rows: int | None) -> pd.DataFrame:
             # before 3.1 pandas rounds some last bits wrongly by default; since then it deprecates the choice
             old = tuple(map(int, pandas.__version__.split(".")[:2])) < (3, 1)
             exact: dict[str, Any] = {"float_precision": "round_trip"} if old else {}
-            try:
-                # the header is read by hand, because with a header pandas cuts rows that are too long, or takes the
-                # first column for row names
-                frame = pandas.read_csv(
-                    file,
-                    sep=separator,
-                    header=None,
-                    nrows=rows,
-                    skipinitialspace=True,
-                    low_memory=False,
-                    **exact,
-                    skip_blank_lines=len(names) > 1,  # with one column an empty line is an empty cell
-                )
-            except pandas.errors.EmptyDataError:  # names without rows
-                frame = pandas.DataFrame(columns=range(len(names)))
-            except pandas.errors.ParserError:  # a row has more cells than the first; the loop below finds which
-                frame = pandas.DataFrame()
+            # the header is read by hand, because with a header pandas cuts rows that are too long, or takes the
+            # first column for row names
+            frame = pandas.read_csv(
+                file,
+                sep=separator,
+                header=None,
+                nrows=rows,
+                skipinitialspace=True,
+                low_memory=False,
+                **exact,
+                skip_blank_lines=len(names) > 1,  # with one column an empty line is an empty cell
+            )
     except UnicodeDecodeError:
         raise _refused(path, "it is not text in UTF-8") from None
-    # pandas fills rows that are too short with missing values, so only a gap in the last column can mean one, and
-    # other files are not read a second time
-    if frame.shape[1] != len(names) or frame.iloc[:, -1].isna().any():
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            split = map(str.split, file) if separator == r"\s+" else csv.reader(file, delimiter=separator)
-            for row, cells in enumerate(filter(None, split)):
-                if row and len(cells) != len(names):
-                    there = counted(len(cells), "cell")
-                    raise _refused(path, f"row {row} has {there}, but there are {len(names)} names")
-        if frame.shape[1] != len(names):
-            raise _refused(path, "its quotation marks do not enclose cells")
+    except pandas.errors.EmptyDataError:  # names without rows
+        return pandas.DataFrame(columns=names)
+    except (pandas.errors.ParserError, csv.Error) as error:  # such as a later row with more cells than the first
+        fault = first_line(error).removeprefix("Error tokenizing data. C error: ")
+        raise _refused(path, f"below its first line pandas found: {fault}") from None
+    if frame.shape[1] != len(names):
+        cells, there = counted(frame.shape[1], "cell"), counted(len(names), "name")
+        raise _refused(path, f"row 1 has {cells}, but there are {there}")
+    # pandas fills a row with fewer cells at its end. Where spaces separate, an empty cell makes such a row, and all
+    # later values stand under the names of their neighbors
+    if separator == r"\s+" and len(names) > 1 and len(gaps := np.flatnonzero(frame.iloc[:, -1].isna())):
+        raise _refused(
+            path, f"row {gaps[0] + 1} seems to have fewer cells than names, because {names[-1]!r} is missing"
+        )
     return frame.set_axis(names, axis=1)
 
 
@@ -197,10 +195,8 @@ def _header(path: Path, line: str) -> tuple[list[str], str]:
     """Find the names in the first line of a text, and what separates cells."""
     if not line:
         raise _refused(path, "its first line is empty")
-    tabs = path.suffix.lower() == ".tsv" or "\t" in line
-    separator, *others = ["\t"] if tabs else [each for each in ",;|" if each in line] or [" "]
-    if others:
-        raise _refused(path, f"{separator!r} and {others[0]!r} in its first line may both separate the names")
+    tabs = path.suffix.lower() == ".tsv"
+    separator = "\t" if tabs else next((each for each in "\t,;|" if each in line), " ")
     names = [cell.strip() for cell in next(csv.reader([line], delimiter=separator, skipinitialspace=True))]
     # float() reads the names `nan` and `inf`, which a column may have. Any other number means that the file has no
     # line of names, and its first row would be lost
