@@ -203,30 +203,51 @@ def test_json_is_one_value_on_the_standard_output(trained: Path, tmp_path: Path,
     assert done.output == done.stdout, "nothing on standard error"
 
 
-def test_what_cannot_work_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+ROWS = {words: (code, message) for code, table in ((2, REFUSED), (1, ABSENT), (1, UNWRITABLE))
+        for words, message in table.items()}  # fmt: skip
+
+# one process makes all requests, because each process would take a third of a second to start
+PROGRAM = """
+import json, os, sys
+from click.testing import CliRunner
+from rnode_plugin.cli import main
+
+def seen():
+    return {*os.listdir(), *(["the module torch"] if "torch" in sys.modules else [])}
+
+found = {}
+for words in json.loads(sys.argv[1]):
+    before = seen()
+    done = CliRunner().invoke(main, words.split(), prog_name="rnode-cli")
+    found[words] = done.exit_code, done.output, sorted(seen() - before)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, list[str]]]:
+    """Of each row: the exit code, the output, and what it has left: new files, and torch if it was imported."""
+    here = tmp_path_factory.mktemp("refusals")
     for name, changes in (("digits", []), ("table", ["data.given=texture"])):
-        run = tmp_path / "runs" / name / "0"
+        run = here / "runs" / name / "0"
         (run / "checkpoints").mkdir(parents=True)
         (run / "checkpoints" / "best.ckpt").touch()  # which is not read
         (run / "recipe.json").write_text(json.dumps(get_recipe(name).override(changes).to_plain()))
-    (tmp_path / "script.py").touch()
-    (tmp_path / "pictures").mkdir()
-    code = (
-        "import json, sys\nfrom click.testing import CliRunner\nfrom rnode_plugin.cli import main\n"
-        "run = CliRunner().invoke\n"
-        "done = {words: run(main, words.split(), prog_name='rnode-cli') for words in json.loads(sys.argv[1])}\n"
-        "print(json.dumps([{w: [d.exit_code, d.output] for w, d in done.items()}, 'torch' in sys.modules]))"
-    )
-    command = [sys.executable, "-c", code, json.dumps([*REFUSED, *ABSENT, *UNWRITABLE])]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    found, imported = json.loads(done.stdout)
-    for words, message in {**REFUSED, **ABSENT, **UNWRITABLE}.items():
-        assert found[words][0] == (2 if words in REFUSED else 1), (words, found[words])
-        assert message in " ".join(found[words][1].split())
-        assert found[words][1].count("Error:") == 1
-    assert not imported
-    assert not (tmp_path / "comparison").exists()
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["pictures", "runs", "script.py"]
+    (here / "script.py").touch()
+    (here / "pictures").mkdir()
+    command = [sys.executable, "-c", PROGRAM, json.dumps(list(ROWS))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("words", ROWS)
+def test_what_cannot_work_is_refused_before_torch_is_imported(
+    refusals: dict[str, tuple[int, str, list[str]]], words: str
+) -> None:
+    expected, message = ROWS[words]
+    code, output, left = refusals[words]
+    assert message in " ".join(output.split())
+    assert (code, output.count("Error:"), left) == (expected, 1, [])
 
 
 def test_a_folder_is_checked_without_a_trace(tmp_path: Path) -> None:
