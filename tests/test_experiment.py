@@ -21,7 +21,7 @@ from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.training.clock import Clock
 from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.module import RnodeModule
-from rnode_plugin.experiments.training.progress import BusyProcessor, Progress
+from rnode_plugin.experiments.training.progress import Progress
 from rnode_plugin.experiments.training.recorder import Recorder, SampleGrids
 from rnode_plugin.experiments.training.step import LikelihoodLoss, StagedLoss, StepTerms, measure_batch
 from rnode_plugin.experiments.training.stops import Stops
@@ -177,7 +177,7 @@ def test_callbacks_come_in_the_order_that_is_written_down(tmp_path: Path) -> Non
 
     recipe = tiny_recipe("training.max_steps=1", "training.ema=0.5", "training.sample_images=1")
     run(recipe, tmp_path, callbacks=[Own()], progress=True)
-    assert Own.order == [BusyProcessor, Own, SampleGrids, WeightAveraging, Clock, Stops, Progress, Recorder]
+    assert Own.order == [Own, SampleGrids, WeightAveraging, Clock, Stops, Progress, Recorder]
 
 
 def test_the_devices_of_a_call_are_found_before_its_trainer_is_made() -> None:

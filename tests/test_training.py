@@ -30,9 +30,11 @@ from rnode_plugin.errors import CheckpointError, ConfigError, SolverError, Train
 from rnode_plugin.experiments.data import ArrayDataset
 from rnode_plugin.experiments.recipes.recipe import Optimizer, Recipe
 from rnode_plugin.experiments.runs.run import Run
+from rnode_plugin.experiments.training import fit as fit_module
 from rnode_plugin.experiments.training import progress, stops
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
 from rnode_plugin.experiments.training.clock import Clock
+from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.fit import FitResult
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.experiments.training.optimizers import learning_rate_factor
@@ -340,47 +342,30 @@ def test_progress_has_the_time_that_is_left(
 
 
 @pytest.mark.parametrize(
-    ("computed", "threads", "world", "device", "said"),
-    [(0.3, 2, 1, "cpu", True), (0.9, 2, 1, "cpu", False), (0.3, 1, 1, "cpu", False), (0.3, 2, 2, "cpu", False),
-     (0.3, 2, 1, "cuda", False)],
+    ("world", "accumulate", "threads", "device", "batch"),
+    [(1, 1, 1, "cpu", "batch 50"), (4, 1, 2, "cpu", "batch 50 x 4 devices = 200 images a step"),
+     (1, 3, 2, "cuda", "batch 50 x 3 times = 150 images a step"),
+     (2, 2, 2, "cpu", "batch 50 x 2 devices x 2 times = 200 images a step")],
 )  # fmt: skip
-def test_a_busy_processor_is_named_once(
+def test_the_first_lines_have_the_batch_of_a_step_and_the_threads(
+    recipe: Recipe,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    computed: float,
-    threads: int,
     world: int,
+    accumulate: int,
+    threads: int,
     device: str,
-    said: bool,
+    batch: str,
 ) -> None:
-    now = {"clock": 0.0, "thread": 0.0}
-    clock = SimpleNamespace(monotonic=lambda: now["clock"], thread_time=lambda: now["thread"])
-    monkeypatch.setattr(progress, "time", clock)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    recipe = recipe.override(["data.batch_size=50", f"training.accumulate={accumulate}", "data.train_images=none"])
     strategy = SimpleNamespace(root_device=torch.device(device))
-    trainer: Any = SimpleNamespace(world_size=world, strategy=strategy)
-    written: Any = SimpleNamespace(run=Run(Path("runs/digits/0")))
-    watch, module = progress.BusyProcessor(written), L.LightningModule()
-
-    def step(seconds: float, share: float) -> None:
-        watch.on_train_batch_start(trainer, module, None, 0)
-        now["clock"] += seconds
-        now["thread"] += seconds * share
-        watch.on_train_batch_end(trainer, module, None, None, 0)
-
-    step(100.0, 0.0)  # the first one, in which this thread waits for a compiler
-    for _ in range(9):
-        step(1.0, 1.0)
-        now["clock"] += 100.0  # a validation
-    step(11.0, 0.9)
-    assert capsys.readouterr().out == ""
-    for _ in range(50):
-        step(1.0, computed)
+    trainer: Any = SimpleNamespace(world_size=world, strategy=strategy, precision="32-true")
+    fit_module._announce(Experiment.of(recipe, devices=world), trainer, Run(Path("runs/digits/0")), done=0)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == said
-    if said:
-        assert "the steps had a core for 30% of their time, and their 2 threads wait for each other" in lines[0]
-        assert lines[0].endswith("OMP_NUM_THREADS=1 rnode-cli train --resume runs/digits/0")
+    assert lines[2] == f"steps 0 to 6, {batch}, 32-true, {world} x {device}, in runs/digits/0"
+    named = "2 threads: OMP_NUM_THREADS=1 is faster while other programs need the processor"
+    assert (named in lines) == (threads > 1 and device == "cpu")
 
 
 def test_the_time_of_training_has_the_wait_for_batches_and_no_validation(tmp_path: Path) -> None:

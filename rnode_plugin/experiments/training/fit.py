@@ -36,7 +36,7 @@ from .failures import explained, with_advice
 from .loggers import check_loggers, make_logger
 from .module import RnodeModule
 from .plan import Resumed, RunOptions, RunPlan
-from .progress import BusyProcessor, Progress
+from .progress import Progress
 from .recorder import Recorder, SampleGrids
 from .stops import Stopped, Stops
 from .trainer import Place, end_other_processes, find_place, make_trainer, quiet
@@ -215,15 +215,13 @@ def _in_order(
 ) -> list[Callback]:
     """List all callbacks of a run in the order in which Lightning calls them.
 
-    1. ``BusyProcessor`` times a step without any other callback.
-    2. The user's callbacks see the weights as they were trained.
-    3. ``SampleGrids`` draws before ``WeightAveraging`` puts the trained weights back in place of their average.
-    4. ``Clock`` times the step, ``Stops`` decides whether it was the last one, ``Progress`` prints it.
-    5. ``Recorder`` writes the state that all of these have reached, and ends the run if ``Stops`` has decided to.
+    1. The user's callbacks see the weights as they were trained.
+    2. ``SampleGrids`` draws before ``WeightAveraging`` puts the trained weights back in place of their average.
+    3. ``Clock`` times the step, ``Stops`` decides whether it was the last one, ``Progress`` prints it.
+    4. ``Recorder`` writes the state that all of these have reached, and ends the run if ``Stops`` has decided to.
     """
     recipe = experiment.recipe
-    found: list[Callback] = [BusyProcessor(recorder)] if progress else []
-    found += callbacks
+    found = list(callbacks)
     if recipe.training.sample_images and experiment.task.draws_while_training:
         found.append(SampleGrids(recorder))
     if (decay := recipe.training.ema) is not None:
@@ -288,11 +286,21 @@ def _announce(experiment: Experiment, trainer: L.Trainer, folder: Run, *, done: 
     counts = f"{len(data.train):,} training and {len(data.held_out):,} held-out {task.samples}"
     if data.held_out is not data.val:  # the data of a table have three parts
         counts += f", {len(data.val):,} to choose the weights by"
-    where = f"{trainer.world_size} x {trainer.strategy.root_device}"
+    device, world = trainer.strategy.root_device, trainer.world_size
+    batch, accumulate = recipe.data.batch_size, recipe.training.accumulate
+    size = f"batch {batch}"
+    if (whole := batch * world * accumulate) > batch:  # by which a learning rate and the figures of a paper go
+        size += f" x {world} devices" if world > 1 else ""
+        size += f" x {accumulate} times" if accumulate > 1 else ""
+        size += f" = {whole:,} {task.samples} a step"
     print(f"{recipe.name}: {parameters:,} parameters, {counts}")
     print(data.described())
-    steps = f"steps {done} to {plan.total}, batch {recipe.data.batch_size}"
-    print(f"{steps}, {trainer.precision}, {where}, in {folder.path}", flush=True)
+    print(
+        f"steps {done} to {plan.total}, {size}, {trainer.precision}, {world} x {device}, in {folder.path}",
+        flush=True,
+    )
+    if device.type == "cpu" and (threads := torch.get_num_threads()) > 1:
+        print(f"{threads} threads: OMP_NUM_THREADS=1 is faster while other programs need the processor")
     for first, what in plan.stages(recipe).items():
         print(f"after step {first}: {what}")
     if recipe.training.ema is not None:

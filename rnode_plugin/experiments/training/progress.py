@@ -1,4 +1,4 @@
-"""``Progress`` prints a line every ten seconds, and ``BusyProcessor`` a line about a machine that is busy."""
+"""``Progress`` prints a line with the values of a step every ten seconds."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import time
 from typing import TYPE_CHECKING
 
 import pytorch_lightning as L
-import torch
-from pytorch_lightning.callbacks import Callback
 
 from ...text import duration
 from ..recipes.recipe import Recipe
@@ -17,12 +15,9 @@ from .stops import Stops
 if TYPE_CHECKING:
     from .module import RnodeModule
     from .plan import RunPlan
-    from .recorder import Recorder
 
 _INTERVAL = 10.0  # least seconds between two lines
 _FIRST_LINE = 20  # so many steps after the first step of this call, a line is printed without waiting
-_BUSY = 0.6  # a machine is busy if the thread of a step has a core in less than this share of its time
-_LOOKED_AT = 20.0  # seconds of steps over which the share is measured
 _SHOWN = {
     "train/bpd": "bits/dim", "train/nll": "NLL", "train/matching": "matching error", "train/nfe": "NFE",
     "val/bpd": "val bits/dim", "val/nll": "val NLL",
@@ -101,54 +96,3 @@ class Progress(StepCallback):
         seconds = min(self._pace * left, self._stops.seconds_left)
         rest = f", about {duration(seconds)} left" if pace and left > 0 else ""
         print(f"step {step}/{total}  {shown}{pace}{rest}", flush=True)
-
-
-class BusyProcessor(Callback):
-    """Prints one line if the threads of a CPU wait for each other because other programs need its cores too.
-
-    On an idle machine the thread that computes a step has a core all the time. On a busy machine this thread sleeps
-    until another thread, which waits for a core, has done its part. The callback is the first in the list, so that
-    it times no other callback.
-
-    Args:
-        recorder: knows the folder that the advice names.
-    """
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-        self._began: tuple[float, float] | None = None  # time of the clock, and processor time of this thread
-        self._seconds = self._computed = 0.0  # both times, summed over steps
-        self._is_first = True  # in the first step compilers work, and this thread waits for them
-        self._said = False
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        if not (self._said or self._is_first):
-            self._began = time.monotonic(), time.thread_time()
-
-    # from batch start to batch end, so waiting for a batch and the other callbacks are not counted
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:
-        self._is_first = False
-        if self._began is None:
-            return
-        self._seconds += time.monotonic() - self._began[0]
-        self._computed += time.thread_time() - self._began[1]
-        self._began = None
-        if self._seconds < _LOOKED_AT:
-            return
-        share, self._seconds, self._computed = self._computed / self._seconds, 0.0, 0.0
-        # with one thread there is nothing to wait for, on a GPU the thread sleeps anyway, and several processes on
-        # one machine share its cores on purpose
-        threads = torch.get_num_threads()
-        alone = trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
-        if share < _BUSY and threads > 1 and alone:
-            self._said = True
-            print(
-                f"other programs keep the processor busy: the steps had a core for {share:.0%} of their time, and "
-                f"their {threads} threads wait for each other. One thread is usually faster then, after Ctrl-C by "
-                f"OMP_NUM_THREADS=1 rnode-cli train --resume {self._recorder.run.path}",
-                flush=True,
-            )
