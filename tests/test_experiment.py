@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -76,8 +77,12 @@ def test_an_experiment_that_was_trained_is_refused(tmp_path: Path) -> None:
     """A second run would begin with trained weights, and its recipe would say that they are fresh."""
     experiment = Experiment.of(tiny_recipe(*SHORT))
     part = run(experiment, tmp_path, callbacks=[signal_at(2)])
-    with pytest.raises(ConfigError, match=r"was trained by another run.*make a new experiment"):
-        run(dataclasses.replace(experiment, loss=experiment.loss), tmp_path)
+    copied = copy.deepcopy(experiment.flow)
+    for flow in (experiment.flow, copied):
+        assert flow.trained_steps == 2
+        again = dataclasses.replace(experiment, flow=flow, loss=LikelihoodLoss(flow, experiment.recipe))
+        with pytest.raises(ConfigError, match=r"was trained by another run.*make a new experiment"):
+            run(again, tmp_path)
     assert run(experiment, tmp_path, resume=part.folder.path).steps == 4
     assert len(list((tmp_path / "digits").iterdir())) == 1
 

@@ -71,6 +71,7 @@ class DensityModel(nn.Module, ABC):
         estimator: the estimator of the trace.
         regularizers: the penalties that a solve can follow; :meth:`keep_regularizers` sets them.
         nfe: number of evaluations of the vector fields in the last solve, :meth:`sample` included.
+        trained_steps: number of optimizer steps of the run that has trained the weights; 0 for fresh ones.
 
     Example:
         >>> import torch
@@ -90,6 +91,7 @@ class DensityModel(nn.Module, ABC):
     estimator: TraceEstimator
     regularizers: Sequence[Regularizer] = ()
     nfe: int = 0
+    trained_steps: int = 0
 
     @abstractmethod
     def encode(

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import pytorch_lightning as L
 import torch
@@ -18,7 +17,6 @@ from pytorch_lightning.callbacks import Callback, WeightAveraging
 from pytorch_lightning.loggers import Logger
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ...core.distribution import DensityModel
 from ...errors import CheckpointError, ConfigError, SolverError, TrainingError
 from ...text import batch_counter
 from ..evaluation.likelihood import evaluate
@@ -40,8 +38,6 @@ from .progress import Progress
 from .recorder import Recorder, SampleGrids
 from .stops import Stopped, Stops
 from .trainer import Place, end_other_processes, find_place, make_trainer, quiet
-
-_trained: WeakSet[DensityModel] = WeakSet()  # flows that no longer have the weights of a first step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +183,7 @@ def _with_weights(
         raise ConfigError(f"the experiment was made for {there} devices, and this call has {place.world}.")
     if resumed is not None:
         resumed.put_into(experiment.flow)
-    elif experiment.flow in _trained:
+    elif experiment.flow.trained_steps:
         raise ConfigError(
             "the flow of this experiment was trained by another run, so it has no fresh weights: make a new "
             "experiment for each run, with training.weights=RUN to begin with the trained ones."
@@ -265,7 +261,7 @@ def _train(experiment: Experiment, trainer: L.Trainer, stops: Stops, checkpoint:
         return stop.signal_name, module.skipped
     finally:
         if trainer.global_step:
-            _trained.add(experiment.flow)
+            experiment.flow.trained_steps = trainer.global_step
     if stops.out_of_time:
         return "max_time", module.skipped
     return "finished" if trainer.global_step >= trainer.max_steps else "early", module.skipped
