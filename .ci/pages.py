@@ -1,0 +1,134 @@
+"""Check the pages: links lead to files, code fits 80 columns, figures and messages are those of their source."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *sorted(path for path in ROOT.glob("*.md") if path.name != "CHANGELOG.md"),  # history may name what is gone
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "examples").rglob("README.md")),
+]
+NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
+MEASURED = [ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs" / "measured").glob("*.md"))]
+REPEATING = ("README.md", "docs/index.md", "docs/which_penalty.md")
+# a notebook, its picture, the page that shows it, and the figures that the notebook prints and the page repeats
+SHOWN = [
+    ("start/two_moons.ipynb", "two-moons.png", "docs/index.md", r"([\d.]+) nats/dim, NFE (\d+)"),
+    ("notebooks/classifier.ipynb", "classifier.png", "README.md", r"NFE (\d+), accuracy 0\.(\d\d)(\d)"),
+]
+COLUMNS = 80  # the site cuts longer lines of code at its right edge
+
+
+def links() -> Iterator[str]:
+    """Links to files that are not there. Sphinx checks the anchors."""
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            if "://" not in target and not (page.parent / target).exists():
+                yield f"{_name(page)}: the link {target} leads nowhere"
+
+
+def columns() -> Iterator[str]:
+    """Lines of fenced blocks and of the cells of notebooks that are too wide."""
+    for page in PAGES:
+        text = page.read_text()
+        for block in re.finditer(r"^```[ ]*\S*.*?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            first = text[: block.start(1)].count("\n") + 1
+            for number, line in enumerate(block[1].splitlines(), first):
+                if len(line) > COLUMNS:
+                    yield f"{_name(page)}:{number}: a line of code has more than {COLUMNS} columns"
+    for notebook in NOTEBOOKS:
+        for cell in _cells(notebook):
+            for line in "".join(cell["source"]).splitlines():
+                if len(line.rstrip()) > COLUMNS:
+                    yield f"{_name(notebook)}: more than {COLUMNS} columns: {line}"
+
+
+def outputs() -> Iterator[str]:
+    """Notebooks that were not run, or not to their end. The site shows the outputs that they are stored with."""
+    for notebook in NOTEBOOKS:
+        found = [output["output_type"] for cell in _cells(notebook) for output in cell["outputs"]]
+        if not found or "error" in found:
+            yield f"{_name(notebook)}: {'an output is an error' if found else 'no cell has an output'}"
+
+
+def figures() -> Iterator[str]:
+    """Figures "without → with", and some of MNIST, that a page repeats and no page of benchmarks has."""
+    source = _plain("".join(page.read_text() for page in MEASURED))
+    for name in REPEATING:
+        text = _plain((ROOT / name).read_text())
+        found = re.findall(r"(?<!, )\b[\d.]+ → [\d.]*\d", text)
+        found += re.findall(r"[\d.]+, [\d.]+, [\d.]+ → [\d.]+, [\d.]+, [\d.]*\d", text)
+        if not found:
+            yield f"{name}: no figure of the form 342 → 170 was found"
+        for figure in [*found, *re.findall(r"0\.999|1\.053|9\.4 hours|0\.0023", text)]:
+            if figure not in source:
+                yield f"{name}: {figure} stands in none of {', '.join(map(_name, MEASURED))}"
+
+
+def shown() -> Iterator[str]:
+    """Pictures and figures of a notebook that the page which shows them has otherwise."""
+    for name, picture, page, pattern in SHOWN:
+        outputs = [output for cell in _cells(ROOT / "docs" / name) for output in cell["outputs"]]
+        drawn = [each["data"]["image/png"] for each in outputs if "image/png" in each.get("data", {})]
+        if base64.b64decode("".join(drawn)) != (ROOT / "docs" / "images" / picture).read_bytes():
+            yield f"docs/images/{picture} is not the picture in docs/{name}"
+        text = (ROOT / page).read_text()
+        found = re.findall(pattern, "".join("".join(each.get("text", "")) for each in outputs))
+        if len(found) < 2:
+            yield f"docs/{name} prints fewer than two figures of the form {pattern}"
+        for number, *rest in found:
+            for figure in (number, ".".join(rest)):
+                if figure not in text:
+                    yield f"{page}: {figure}, which docs/{name} prints, is missing"
+
+
+def messages() -> Iterator[str]:
+    """Headings of the troubleshooting page that are no message of the package."""
+    constants = [text for path in (ROOT / "rnode_plugin").rglob("*.py") for text in _texts(path)]
+    page = ROOT / "docs" / "troubleshooting.md"
+    quoted = re.findall(r"^### `(.+)`$", page.read_text(), re.MULTILINE)
+    if not quoted:
+        yield f"{_name(page)}: no heading is a message"
+    for message in quoted:
+        if message.startswith(("unknown ", "Trying to backward")):  # put together by suggest(), or from torch
+            continue
+        pattern = re.escape(message.replace("…", "\0")).replace("\0", ".*?")
+        if not any(re.search(pattern, text.replace("\0", "…")) for text in constants):
+            yield f"{_name(page)}: no message of the package is `{message}`"
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """The string constants of a module, with a NUL for each value that is put in."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def _cells(notebook: Path) -> list[dict[str, Any]]:
+    return [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def _plain(text: str) -> str:
+    return text.replace("**", "").replace(" bits/dim", "")
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+if __name__ == "__main__":
+    faults = [each for check in (links, columns, outputs, figures, shown, messages) for each in check()]
+    print(*faults, sep="\n", end="\n" if faults else "")
+    sys.exit(1 if faults else 0)
