@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from density_models import MODELS, TIGHT, linear, make
+from problems import Wave
 from torch import Tensor, nn
 from torch.distributions import (
     AffineTransform,
@@ -22,16 +24,16 @@ from torch.distributions import (
     kl_divergence,
 )
 from torchdyn.nn import DataControl
-from torchdyn.numerics.solvers.ode import Euler
+from torchdyn.numerics.solvers.ode import RungeKutta4
 from torchdyn_fields import mlp
 
-from rnode_plugin import FixedGrid, Hutchinson, NeuralODE, RegularizedCNF, TableFlow
+from rnode_plugin import Adaptive, FixedGrid, Hutchinson, NeuralODE, RegularizedCNF, TableFlow
 from rnode_plugin.core.distribution import FlowDistribution
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flow_matching import ODESolver
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import LearnedEndTime, Steer, l1
-from rnode_plugin.solvers import GRADIENTS
+from rnode_plugin.solvers import ADAPTIVE_METHODS, GRADIENTS, METHODS
 
 
 @pytest.mark.parametrize("trace_estimator", ["exact", "rademacher"])
@@ -235,6 +237,15 @@ def controlled() -> RegularizedCNF:
         (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, t_span=[0, 1, 0.5]), r"strictly increasing"),
         (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, atol=torch.ones(2)), "atol of a density"),
         (lambda: RegularizedCNF(nn.Linear(2, 2)), "event_shape="),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, solver=RungeKutta4()), "belong in NeuralODE"),  # pyright: ignore[reportArgumentType]
+        (
+            lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, solver_adjoint=RungeKutta4()),
+            "solver_adjoint=.* name",
+        ),
+        (
+            lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, solver=Adaptive(), atol=1e-9),
+            "give atol= to Adaptive",
+        ),
         (lambda: controlled().log_prob(X.float()), "DataControl"),
         (lambda: controlled().sample(3), "DataControl"),
         (lambda: unconditional().importance_sample(lambda x: x, 3), "one number per sample"),
@@ -327,7 +338,45 @@ def test_density_of_a_flow_matching_model(data_time: float) -> None:
     assert fixed.regularization == {}
 
 
-@pytest.mark.parametrize("solver", ["euler", "rk4", "rk4_38", Euler()])
+ORDERS = {"euler": 1, "midpoint": 2, "rk4": 4, "rk4_38": 4}
+
+
+@pytest.mark.parametrize("method", ORDERS)
+def test_a_density_of_a_field_of_time_converges_with_the_order_of_its_method(method: str) -> None:
+    torch.manual_seed(0)
+    target = MultivariateNormal(MEAN, COVARIANCE)
+    x = target.sample((6,))
+
+    @torch.no_grad()
+    def log_prob(solver: Any, steps: int | None = None) -> Tensor:
+        model = RegularizedCNF.from_velocity(
+            GaussianToGaussian(), event_shape=2, trace_estimator="exact", solver=solver, steps=steps
+        )
+        return model.double().log_prob(x)
+
+    coarse, fine = (float((log_prob(method, n) - target.log_prob(x)).abs().max()) for n in (32, 64))
+    assert math.log2(coarse / fine) > ORDERS[method] - 0.2
+    torch.testing.assert_close(log_prob(FixedGrid(method, step=1 / 32)), log_prob(method, 32))
+
+
+SOLVERS = [*(FixedGrid(method, step=0.1) for method in ORDERS), *(Adaptive(name) for name in ADAPTIVE_METHODS)]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.name)
+def test_a_solver_object_means_one_method_in_every_density(solver: Any) -> None:
+    """Its values and evaluations do not depend on the solver with which the model was made."""
+    x = torch.randn(5, 2, dtype=torch.float64)
+    expected = RegularizedCNF(Wave(2), event_shape=2, trace_estimator="exact", solver=solver).double()
+    values = expected.log_prob(x)
+    for made in METHODS:
+        model = RegularizedCNF(Wave(2), event_shape=2, trace_estimator="exact", solver=made).double()
+        assert torch.equal(model.solved_with(solver=solver).log_prob(x), values)
+        output = model.encode(x, solver=solver)
+        assert torch.equal(model.log_prob_of(output), values)
+        assert output.nfe == expected.nfe
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk4", "rk4_38", FixedGrid("rk4", step=None)])
 def test_a_fixed_grid_between_data_and_noise_needs_its_steps(solver: Any) -> None:
     """One step gives a log-density that is wrong, and that training exploits."""
     given: dict[str, Any] = {"event_shape": 2, "solver": solver}

@@ -112,8 +112,8 @@ def refuse_leapfrog(solver: object) -> None:
     """Refuse a solver that evaluates the field on half of the state's columns only, the positions."""
     if isinstance(solver, AsynchronousLeapfrog):
         raise ConfigError(
-            "torchdyn's leapfrog evaluates the field on half of the state, so that neither penalties nor a density "
-            "can be followed: use a Runge-Kutta method such as 'dopri5' or 'rk4'."
+            "torchdyn's leapfrog evaluates the field on half of the state, so that no penalties can be followed: "
+            "use a Runge-Kutta method such as 'dopri5' or 'rk4'."
         )
 
 

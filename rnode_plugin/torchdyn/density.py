@@ -27,9 +27,9 @@ from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..core.weighing import Regularizers, Weighted
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
-from ..solvers import METHODS, FixedGrid, Solver, get_method
+from ..solvers import METHODS, Adjoint, FixedGrid, Solver, get_gradient
+from ..solvers.named import solver_of
 from ..solvers.solver import check_times
-from .choice import refuse_leapfrog, resolve_solver, solver_from_torchdyn
 from .cnf import check_shape
 from .field import NetDynamics
 
@@ -55,16 +55,19 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             ``"exact"``, ``"difference"`` for layers without a second derivative, or an estimator object. The model
             keeps it as the attribute ``estimator``.
         regularizers: as in :class:`~rnode_plugin.NeuralODE`.
-        t_span: times of the solve from data to base; None: 0 to 1. A fixed-step solver takes one step per interval.
-        solver: a name or object of torchdyn's, as in :class:`~rnode_plugin.NeuralODE`. The attribute ``solver`` is
-            a :class:`~rnode_plugin.Solver`.
-        options: ``atol`` and ``rtol`` of an adaptive solver, 1e-5, the paper's, unless given; ``sensitivity``,
-            ``solver_adjoint``, ``atol_adjoint``, ``rtol_adjoint``, ``max_nfe`` and ``error_norm`` as in
-            :class:`~rnode_plugin.NeuralODE`.
+        t_span: times of the solve from data to base; None: 0 to 1. A fixed-step solver takes one step per interval,
+            unless it is an object with a ``step``.
+        solver: a :class:`~rnode_plugin.FixedGrid` or :class:`~rnode_plugin.Adaptive` object, or the name of its
+            method. In contrast to :class:`~rnode_plugin.NeuralODE`, ``"rk4"`` is the classical method, of order 4
+            for a field that depends on time too. The attribute ``solver`` is the object.
+        options: of a solver that is given by its name: ``atol`` and ``rtol`` of an adaptive solver, 1e-5, the
+            paper's, unless given; ``sensitivity``, ``solver_adjoint``, ``atol_adjoint``, ``rtol_adjoint``,
+            ``max_nfe`` and ``error_norm`` as in :class:`~rnode_plugin.NeuralODE`.
 
     Raises:
-        ConfigError: for shapes that do not fit together, times that are not strictly monotonic, and a solver, a
-            number or a name that :class:`~rnode_plugin.NeuralODE` refuses; when called, for a net with DataControl.
+        ConfigError: for shapes that do not fit together, times that are not strictly monotonic, unknown names,
+            numbers out of range, and a solver object of torchdyn or a user, which belongs in
+            :class:`~rnode_plugin.NeuralODE`; when called, for a net with DataControl.
 
     Example:
         >>> import torch
@@ -91,7 +94,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         trace_estimator: str | TraceEstimator = "gaussian",
         regularizers: Regularizers = ("kinetic", "jacfrob"),
         t_span: Tensor | Sequence[float] | None = None,
-        solver: str | nn.Module = "dopri5",
+        solver: str | Solver = "dopri5",
         **options: Any,
     ) -> None:
         super().__init__()
@@ -102,7 +105,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         refuse_state_first(net, "RegularizedCNF")
         self.net, self.estimator = net, get_estimator(trace_estimator)
         self.keep_regularizers(resolve_regularizers(regularizers))
-        self.objects, self.solver = _objects_and_solver(solver, **options)
+        self.solver = _solver_of(solver, options)
         self.solver.check_use(self._penalties.kinds.steps)
         given = (0.0, 1.0) if t_span is None else t_span
         if not (isinstance(given, Tensor) and given.is_floating_point()):
@@ -134,8 +137,8 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
                 called ``net(t, x)``.
             data_time: the time at which paths arrive at the data: 1 for flow matching, 0 for diffusion models.
             noise_time: the time at which paths are distributed as the base; None: ``1 - data_time``.
-            steps: number of steps between the two times; a fixed-step solver needs it. An adaptive solver also
-                stops at the times between the steps.
+            steps: number of steps between the two times; a fixed-step solver needs it, unless it is an object with
+                a ``step``. An adaptive solver also stops at the times between the steps.
             call: a function that calls the net instead, as ``call(net, t, x)`` or ``call(net, t, x, context)`` with
                 ``t`` a scalar, or of ``time_shape``, such as ``lambda net, t, x: net(x, sigma=1 - t)``.
             time_shape: ``"(B,)"`` or ``"(B, 1)"`` for a net that takes one time for each sample in this shape;
@@ -165,7 +168,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         count = 1 if steps is None else check_count(steps, "steps")
         times = torch.linspace(data_time, noise_time, count + 1, dtype=_precision(net))
         model = cls(net, t_span=times, **options)
-        if steps is None and not model.solver.adaptive:
+        if steps is None and isinstance(model.solver, FixedGrid) and model.solver.step is None:
             raise ConfigError(
                 f"{model.solver.name} would take one step from the data to the noise: give steps=, or "
                 "solver='dopri5', which chooses its steps."
@@ -185,7 +188,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
 
         Args:
             solver: a :class:`~rnode_plugin.Solver`; None: the model's. With ``step=None`` the grid is the model's
-                ``t_span``. If the method is unchanged, torchdyn's steps are kept.
+                ``t_span``.
             estimator: the estimator of the trace; None: the model's.
             regularizers: the penalties that the copy follows. Those that the model has keep its lambda. A span
                 policy of the model, such as a learned end time, stays.
@@ -343,11 +346,9 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         return self
 
     def _on_grid(self, solver: Solver | None) -> tuple[Solver, Tensor]:
-        """The solver for a call and its times. A solver with the model's method gets torchdyn's steps."""
+        """The solver for a call and its times."""
         if solver is None:
             return self.solver, self.t_span
-        if self.solver.name in METHODS and solver.method is get_method(self.solver.name):
-            solver = dataclasses.replace(solver, method=self.solver.method)
         steps_at_times = isinstance(solver, FixedGrid) and solver.step is None
         return solver, self.t_span if steps_at_times else self.t_span[[0, -1]]
 
@@ -405,37 +406,47 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             return solution.z
 
 
-_SOLVING = {"atol", "rtol", "max_nfe", "error_norm"}
+_OPTIONS: dict[str, Any] = {
+    "sensitivity": "autograd", "solver_adjoint": None, "atol": 1e-5, "rtol": 1e-5, "atol_adjoint": 1e-4,
+    "rtol_adjoint": 1e-4, "max_nfe": None, "error_norm": "rms",
+}  # fmt: skip
+"""The options of a solver that is given by its name, and their defaults."""
 
 
-def _objects_and_solver(
-    solver: str | nn.Module,
-    *,
-    sensitivity: str = "autograd",
-    solver_adjoint: str | nn.Module | None = None,
-    atol_adjoint: float = 1e-4,
-    rtol_adjoint: float = 1e-4,
-    **options: Any,
-) -> tuple[nn.ModuleDict, Solver]:
-    """torchdyn's solver objects, whose parameters belong to the model, and a solver that takes their steps."""
-    for name in options.keys() - _SOLVING:
-        places = (inspect.signature(each).parameters for each in (RegularizedCNF, _objects_and_solver))
-        known = {*_SOLVING, *(each for parameters in places for each in parameters)} - {"net", "options"}
+def _solver_of(solver: object, options: Mapping[str, Any]) -> Solver:
+    """The solver of a density: the object that was given, or the one that a name and ``options`` describe."""
+    for name in options.keys() - _OPTIONS.keys():
+        known = {*_OPTIONS, *inspect.signature(RegularizedCNF).parameters} - {"net", "options"}
         raise ConfigError(suggest(f"{name}=", [f"{each}=" for each in known], "option of a density"))
+    if isinstance(solver, Solver):
+        for name in options:
+            raise ConfigError(f"{name}= belongs to a solver's name: give {name}= to {type(solver).__name__}(...).")
+        return solver
+    if not isinstance(solver, str):
+        raise ConfigError(
+            f"solver= of a density is a name ({', '.join(METHODS)}), a FixedGrid or an Adaptive solver, not "
+            f"{type(solver).__name__}: torchdyn's solver objects, a hypersolver and your own belong in NeuralODE."
+        )
+    chosen = {**_OPTIONS, **options}
     for name in ("atol", "rtol"):
-        if isinstance(options.get(name), Tensor):
+        if isinstance(chosen[name], Tensor):
             raise ConfigError(f"{name} of a density must be a number, which bounds the log-density's error too.")
-    forward = resolve_solver(solver)
-    refuse_leapfrog(forward)
-    backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
-    given = (solver, solver if solver_adjoint is None else solver_adjoint)
-    names = [each if isinstance(each, str) else None for each in given]
-    made = solver_from_torchdyn(
-        forward, backward, sensitivity, names=names, atol_adjoint=atol_adjoint, rtol_adjoint=rtol_adjoint,
-        **{"atol": 1e-5, "rtol": 1e-5, **options},
+    backward = solver if chosen["solver_adjoint"] is None else chosen["solver_adjoint"]
+    if not isinstance(backward, str):
+        raise ConfigError(
+            f"solver_adjoint= of a density is a name ({', '.join(METHODS)}), not {type(backward).__name__}: give "
+            "solver=FixedGrid(..., gradient=Adjoint(backward)) with a solver object for the adjoint."
+        )
+    gradient, limit = get_gradient(chosen["sensitivity"]), chosen["max_nfe"]
+    adjoint = solver_of(
+        backward, step=None, atol=chosen["atol_adjoint"], rtol=chosen["rtol_adjoint"], max_nfe=limit
+    )
+    if isinstance(gradient, Adjoint):
+        gradient = dataclasses.replace(gradient, backward=adjoint)
+    return solver_of(
+        solver, step=None, atol=chosen["atol"], rtol=chosen["rtol"], error_norm=chosen["error_norm"], max_nfe=limit,
+        gradient=gradient,
     )  # fmt: skip
-    objects: dict[str, Any] = {"solver": forward, "adjoint": backward}
-    return nn.ModuleDict(objects), made
 
 
 def _precision(net: object) -> torch.dtype:
