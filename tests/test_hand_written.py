@@ -17,6 +17,7 @@ from rnode_plugin.torchdiffeq import odeint
 
 PAGE = Path(__file__).parents[1] / "docs" / "start" / "hand_written.md"
 D, C = 3, 0.37
+SPAN = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
 
 def from_the_page() -> dict[str, Any]:
@@ -48,6 +49,15 @@ ROWS: dict[str, tuple[Formula, Callable[[dict[str, Any]], Mapping[Any, float]]]]
         lambda z, f, j: f.norm(dim=1) ** 2 + j.flatten(1).norm(dim=1) ** 2,
         lambda page: {"kinetic": C * D, "jacfrob": C * D},
     ),
+    "ffjord-rnode, kinetic_energy": (lambda z, f, j: (f**2).mean(1) / 2, lambda page: {"kinetic": C / 2}),
+    "ffjord-rnode, jacobian_norm2": (  # its mean over the noise
+        lambda z, f, j: j.norm(dim=(1, 2)) ** 2 / D,
+        lambda page: {"jacfrob": C},
+    ),
+    "ffjord-rnode, directional_penalty": (
+        lambda z, f, j: (torch.einsum("bij,bi->bj", j, f) ** 2).mean(1) / 2,
+        lambda page: {"directional_vjp": C / 2},
+    ),
 }
 
 
@@ -60,9 +70,8 @@ def test_the_terms_of_the_loss_are_equal(name: str) -> None:
     jacobian = torch.func.vmap(torch.func.jacrev(net))(z)
     theirs = C * formula(z, net(z), jacobian).mean()
     # one step of Euler over [0, 1] integrates the rate at its start
-    span = torch.tensor([0.0, 1.0], dtype=torch.float64)
     _, found = odeint(
-        lambda t, y: net(y), z, span, method="euler", regularizers=ours(from_the_page()), trace_noise="exact"
+        lambda t, y: net(y), z, SPAN, method="euler", regularizers=ours(from_the_page()), trace_noise="exact"
     )
     weights = list(net.parameters())
     torch.testing.assert_close(found.loss(), theirs)
@@ -71,6 +80,47 @@ def test_the_terms_of_the_loss_are_equal(name: str) -> None:
         for each in (found.loss(), theirs)
     )
     torch.testing.assert_close(ours_by_weight, theirs_by_weight)
+
+
+def test_the_jacobian_norm_of_the_same_noise_is_that_of_the_papers_code() -> None:
+    net = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, D)).double()
+    z = torch.randn(6, D, dtype=torch.float64)
+    torch.manual_seed(1)
+    noise, state = torch.randn_like(z), z.clone().requires_grad_()
+    (product,) = torch.autograd.grad(net(state), state, noise)
+    torch.manual_seed(1)
+    _, found = odeint(lambda t, y: net(y), z, SPAN, method="euler", regularizers={"jacfrob": C})
+    torch.testing.assert_close(found.loss().detach(), C * product.pow(2).mean())
+
+
+def test_of_a_graph_the_kinetic_energy_is_grands_and_the_norm_is_not() -> None:
+    """GRAND sums the diagonal of the Jacobian over the features, for the sum over the nodes of the velocity."""
+    links, weight = torch.rand(6, 6, dtype=torch.float64), torch.randn(D, D, dtype=torch.float64)
+    z = torch.randn(6, D, dtype=torch.float64).requires_grad_()
+    f = links @ z @ weight
+    divergence = sum(torch.autograd.grad(f[:, i].sum(), z, retain_graph=True)[0][:, i] for i in range(D))
+    assert isinstance(divergence, Tensor)
+    torch.testing.assert_close(divergence, links.sum(0) * weight.trace())
+    _, found = odeint(
+        lambda t, y: links @ y @ weight, z, SPAN, method="euler", trace_noise="exact", batch_dim=None,
+        regularizers={"kinetic": C / 2, "jacfrob": 0.0},
+    )  # fmt: skip
+    torch.testing.assert_close(found.loss(), C * (0.5 * f.pow(2).mean(1)).mean())
+    torch.testing.assert_close(found["jacfrob"], (links.norm() * weight.norm()).square()[None])
+
+
+def test_the_transport_cost_along_the_path_is_tigons_formula() -> None:
+    """T times the mean of its integral from 0 to T, for a velocity and a growth that are constant."""
+    end, n = 2.1, 6
+    x, log_weight = torch.randn(n, D, dtype=torch.float64), torch.zeros(n, 1, dtype=torch.float64)
+    velocity, growth = torch.randn(n, D, dtype=torch.float64), torch.full((n, 1), 0.7, dtype=torch.float64)
+    weights = (growth * end).exp().sub(1) / growth  # the integral of w
+    theirs = end * C * ((velocity.norm(dim=1) ** 2 + growth.norm(dim=1) ** 2)[:, None] * weights).mean()
+    _, found = odeint(
+        lambda t, y: (velocity, growth), (x, log_weight), end * SPAN, method="rk4", options={"step_size": 0.02},
+        regularizers={from_the_page()["wfr"]: end * C * (D + 1)}, penalized=(0, 1),
+    )  # fmt: skip
+    torch.testing.assert_close(found.loss(), theirs)
 
 
 def test_the_action_with_growth_is_cytobridges() -> None:
