@@ -125,6 +125,30 @@ def test_generalized_adjoint(model_class: type) -> None:
     assert look(x) < before
 
 
+class Hamiltonian(nn.Module):
+    """The field of the tutorials: dq/dt = dH/dp, dp/dt = -dH/dq."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(2, 16), nn.Softplus(), nn.Linear(16, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.requires_grad_()
+            (slope,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)
+        return torch.cat([slope[:, 1:], -slope[:, :1]], 1)
+
+
+def test_tutorials_of_hamiltonian_and_lagrangian_fields_read_defunc(model_class: type) -> None:
+    """torchdyn 1.0.6 has no ``defunc``, by which these tutorials evaluate the field (torchdyn #172)."""
+    torch.manual_seed(0)
+    model, x = model_class(Hamiltonian(), solver="rk4"), torch.randn(64, 2)
+    velocity = torch.stack([x[:, 1], -x[:, 0]], 1)
+    first, last = train(lambda: (model.defunc(0, x) - velocity).square().mean(), model.parameters(), steps=40)
+    assert last < first / 2
+    torch.testing.assert_close(model.defunc(0, x), model.vf(0, x))
+
+
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])
 def test_flow_matching_sampler(model_class: type, solver: str) -> None:
     class Wrapper(nn.Module):

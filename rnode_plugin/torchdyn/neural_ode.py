@@ -362,6 +362,11 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     def vf_params(self, value: Tensor) -> None:
         """Ignore the value. torchdyn's constructor and solves assign one."""
 
+    @property
+    def defunc(self) -> nn.Module:
+        """``vf`` under the name that torchdyn's tutorials of Hamiltonian and Lagrangian fields still use."""
+        return self.vf
+
     def _start(self, x: object, t_span: Any, solver: Solver) -> tuple[Tensor, Tensor]:
         """Check the state and the times of a solve, and copy them, because a field or a penalty may change them."""
         if not isinstance(x, Tensor):
