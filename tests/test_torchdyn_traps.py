@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchdiffeq
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torchdyn.core import NeuralODE as Torchdyn
@@ -80,6 +81,35 @@ def test_reversed_time_with_the_adjoint() -> None:
     true = -4 * float(torch.exp(torch.tensor(-1.0)))
     assert gradient(Torchdyn, Scale(), x, t, sensitivity="adjoint") != pytest.approx(true, rel=0.1)
     assert gradient(NeuralODE, Scale(), x, t, sensitivity="adjoint") == pytest.approx(true, rel=1e-6)
+
+
+@pytest.mark.parametrize("of", ["torchdyn", "torchdiffeq"])
+def test_a_field_that_detaches_its_time_breaks_the_gradient_through_adaptive_steps(of: str) -> None:
+    """Both differentiate their guess of the first step, and miss the field's dependence on time there."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).double()
+    x, span = torch.randn(16, 2, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+
+    def field(t: Tensor, x: Tensor, args: object = None, *, detached: bool = False) -> Tensor:
+        t = t.detach() if detached else t
+        return 3 * net(torch.cat([x, (12 * t).sin().expand(len(x), 1)], 1))
+
+    def gradient(states: Tensor) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(states[-1].square().sum(), [*net.parameters()])])
+
+    def solves(field: Callable[..., Tensor], tolerance: float) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"atol": tolerance, "rtol": tolerance}
+        if of == "torchdyn":
+            return Torchdyn(field, "dopri5", **options)(x, span)[1], NeuralODE(field, "dopri5", **options)(x, span)[
+                1
+            ]
+        plain: Any = torchdiffeq.odeint(field, x, span, **options)
+        return plain, odeint(field, x, span, regularizers=["kinetic"], **options)[0]
+
+    theirs, ours = map(gradient, solves(functools.partial(field, detached=True), 1e-5))
+    torch.testing.assert_close(ours, gradient(solves(field, 1e-5)[1]))
+    true = gradient(solves(field, 1e-10)[1])
+    assert (theirs - true).norm() > 5 * (ours - true).norm()
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["unused", "frozen"])
