@@ -35,7 +35,7 @@ _DOPRI5_LEAN = dataclasses.replace(_DOPRI5, gradient="checkpointed")
 def digits() -> Recipe:
     return Recipe(
         name="digits",
-        description="8x8 handwritten digits of scikit-learn, 17 gray levels: at most two minutes on a CPU",
+        description="8x8 handwritten digits of scikit-learn, 17 gray levels: about two minutes on a core",
         data=Data("digits", (1, 8, 8), levels=17, batch_size=50, val_batch_size=297),
         model=Model(hidden=32),
         solver=_SAMPLED,
@@ -126,7 +126,7 @@ def table() -> Recipe:
 
     return Recipe(
         name="table",
-        description="your table (--data-root FILE), or cell nuclei of scikit-learn: at most three minutes on a CPU",
+        description="your table (--data-root FILE), or cell nuclei of scikit-learn: about two minutes on a core",
         data=TableData("table", CELLS),
         model=TableModel(),
         solver=dataclasses.replace(_RK4, step=0.125),  # on the nuclei 0.25 is off by 0.065 nats, and warns
