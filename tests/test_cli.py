@@ -292,7 +292,10 @@ def test_a_refusal_of_the_module_is_one_line_and_an_exit_code() -> None:
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("90", 90), ("1.5", 1.5), ("20m", 1200), ("1h30m", 5400), ("1h30m05s", 5405), ("1.5h", 5400), ("2d", 172800)]
-    + [(text, None) for text in ("", "m", "1x", "-3", "1h-2m", "nan", "inf", "0:20", "0", "1h30", "9" * 400)],
+    + [
+        (text, None)
+        for text in ("", "m", "1x", "-3", "1h-2m", "nan", "inf", "0:20", "0", "1h30", "1h1h", "5m3h", "9" * 400)
+    ],
 )
 def test_spans_of_time(text: str, seconds: float | None) -> None:
     if seconds is not None:
@@ -300,6 +303,14 @@ def test_spans_of_time(text: str, seconds: float | None) -> None:
         return
     with pytest.raises(click.UsageError, match="not a span of time"):
         Duration().convert(text, None, None)
+
+
+def test_more_devices_than_cores_where_no_gpu_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    result = rnode("train", "digits", "--devices", "99998")
+    assert result.exit_code == 2
+    found = f"no GPU was found (torch {torch.__version__}), and 99998 processes are more than the"
+    assert found in " ".join(result.output.split())
 
 
 def test_tables() -> None:

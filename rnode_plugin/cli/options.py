@@ -33,7 +33,8 @@ class Duration(click.ParamType):
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
         text, seconds = str(value).strip().lower(), 0.0
-        if re.fullmatch(r"\d+(\.\d+)?|(\d+(\.\d+)?[smhd])+", text):  # not 1h30, whose 30 may be minutes
+        # not 1h30, whose 30 may be minutes, and not 1h1h or 5m3h, in which a letter may be wrong
+        if re.fullmatch(r"{0}|({0}d)?({0}h)?({0}m)?({0}s)?".format(r"\d+(\.\d+)?"), text):
             seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd]?)", text))
         if not 0 < seconds < math.inf:
             self.fail(f"{value!r} is not a span of time: write 90 (seconds), 20m or 1h30m.", param, ctx)

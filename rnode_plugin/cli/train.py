@@ -193,19 +193,21 @@ def _place(device: str, devices: str) -> dict[str, str]:
     if colon and devices != "auto":
         raise ConfigError(f"--device {device} names one device: leave --devices out, or give --device {name}.")
     cores = os.cpu_count() or 1
-    if devices.isdecimal() and int(devices) > cores and (name == "cpu" or (name == "auto" and not _has_gpu())):
-        raise ConfigError(f"--devices {devices} is more than the {counted(cores, 'core')} of this machine.")
+    if devices.isdecimal() and int(devices) > cores and name in ("auto", "cpu"):
+        if name == "cpu":
+            raise ConfigError(f"--devices {devices} is more than the {counted(cores, 'core')} of this machine.")
+        import torch
+
+        if not torch.accelerator.is_available():
+            raise ConfigError(
+                f"no GPU was found (torch {torch.__version__}), and {devices} processes are more than the "
+                f"{counted(cores, 'core')} of this machine: leave --devices out, or install torch for your GPU."
+            )
     if name not in ("auto", "cpu"):
         from ..experiments.evaluation.loading import check_device
 
         check_device(device)
     return {"accelerator": name, "devices": f"{index}," if colon else devices}
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.accelerator.is_available()
 
 
 def _check_callback(name: str) -> None:
