@@ -16,7 +16,7 @@ import pytorch_lightning as L
 import torch
 from click.testing import Result
 from filelock import FileLock
-from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor
+from pytorch_lightning.callbacks import EarlyStopping, GradientAccumulationScheduler, LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 from tiny_runs import SETTINGS, BeforeStep, as_options, rnode, rows, run, signal_at, tiny_recipe
 
@@ -67,6 +67,16 @@ def test_loggers_of_a_resumed_run_get_the_steps_of_the_table(tmp_path: Path) -> 
     assert [row["step"] for row in found] == ["5", "7"]  # Lightning counts from 0
 
 
+def test_loggers_get_no_value_of_flow_matching_after_its_end(tmp_path: Path) -> None:
+    """Lightning gives its loggers the last value of a name in each later step."""
+    logger = CSVLogger(tmp_path, name="mine", version="0")
+    run(tiny_recipe("training.log_every=1", "training.matching=3"), tmp_path / "runs", loggers=[logger])
+    with (tmp_path / "mine" / "0" / "metrics.csv").open() as opened:
+        found = [(row["train/matching"], row["train/loss"]) for row in csv.DictReader(opened) if row["lr"]]
+    assert [matching not in ("", "nan") for matching, _ in found] == 3 * [True] + 5 * [False]
+    assert [loss != "" for _, loss in found] == 3 * [False] + 5 * [True]
+
+
 @pytest.mark.parametrize(
     ("option", "named"),
     [
@@ -78,6 +88,12 @@ def test_options_that_the_recipe_decides(tmp_path: Path, option: str, named: str
     options: dict[str, Any] = {option: 1}
     with pytest.raises(ConfigError, match=named):
         run(tiny_recipe(), tmp_path / "runs", **options)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_callback_that_would_decide_instead_of_the_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"GradientAccumulationScheduler: training\.accumulate"):
+        run(tiny_recipe(), tmp_path / "runs", callbacks=[GradientAccumulationScheduler({0: 2})])
     assert not (tmp_path / "runs").exists()
 
 
@@ -185,9 +201,6 @@ def test_an_average_begins_in_the_middle_of_a_run_and_does_not_end_there(tmp_pat
     assert moved == pytest.approx(0.1 * whole_way, rel=1e-3)
     with pytest.raises(CheckpointError, match=r"training\.ema is 0\.9 there and None here"):
         run(tiny_recipe("training.max_steps=9"), tmp_path, resume=later.folder.path)
-
-
-# denormals ----------------------------------------------------------------------------------------------------
 
 
 # signals ------------------------------------------------------------------------------------------------------

@@ -171,6 +171,9 @@ class RnodeModule(L.LightningModule):
         # Reading a tensor waits for its device, and averaging over devices waits for all of them. So only a step
         # that is written converts its values to numbers. global_step still counts without the present step
         values = self.row() if self.is_logged(self.global_step + 1) else self._values
+        if 0 < self.global_step == self.recipe.matching:
+            # Lightning gives its loggers the last value of a name in each later step, where it would look measured
+            values = {**values, "train/matching": math.nan}
         for name, value in values.items():
             self.log(name, value, prog_bar=name in (f"train/{self.task.metric}", "train/matching", "train/nfe"))
 

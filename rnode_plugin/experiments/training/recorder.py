@@ -108,13 +108,6 @@ class Recorder(StepCallback, Checkpoint):
         # lie in another folder, or going back has removed it because it was from a later step
         self.best = trainer.strategy.broadcast(self.best if self.run.best.is_file() else math.inf)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        # Lightning's own count of the steps, by which it calls loggers, lacks a step after each resume from a
-        # checkpoint of a validation. Loggers would get other steps than the table, under wrong numbers
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-
     def on_step_end(self, trainer: L.Trainer, module: RnodeModule, step: int) -> None:
         if module.is_logged(step) or trainer.should_stop:  # the steps after which Lightning calls loggers
             module.log_dict(self._times(step))

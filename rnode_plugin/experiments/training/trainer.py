@@ -15,7 +15,7 @@ import torch
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
@@ -94,6 +94,10 @@ def make_trainer(
     }
     if refused := sorted(options.keys() & {*ours, *_UNSEEN}):
         raise ConfigError(f"fit does not take Lightning's {refused[0]}: the settings of the recipe decide that.")
+    if any(
+        isinstance(each, GradientAccumulationScheduler) for each in callbacks
+    ):  # steps, epochs count by the recipe
+        raise ConfigError("fit does not take a GradientAccumulationScheduler: training.accumulate decides that.")
     # by default no sanity check, which would validate for a while before the first step
     defaults = {"num_sanity_val_steps": 0, **_SILENT}
     plugins = options.get("plugins") or []
