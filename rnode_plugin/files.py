@@ -113,6 +113,16 @@ class Draft:
             os.close(folder)
 
 
+def remove_drafts(folder: Path) -> None:
+    """Remove the drafts that processes have left in a folder when they were killed.
+
+    No other process may write into the folder meanwhile.
+    """
+    for each in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", each.name):
+            each.unlink(missing_ok=True)
+
+
 def write_atomically(
     path: str | os.PathLike[str], write: Callable[[BinaryIO], object], *, keep: str | os.PathLike[str] | None = None
 ) -> None:

@@ -256,8 +256,13 @@ def test_a_second_process_is_refused_and_a_killed_one_is_not_missed(
     def refuse(self: Any, *args: Any, **options: Any) -> None:
         raise NotImplementedError("no locks on this file system")
 
-    with training_lock(tmp_path):
-        pass
+    with training_lock(tmp_path) as taken:
+        assert taken
     monkeypatch.setattr(FileLock, "acquire", refuse)
-    with training_lock(tmp_path):
-        pass
+    with training_lock(tmp_path) as taken:
+        assert not taken
+    # then another process may be writing this file
+    part = run(tiny_recipe(), tmp_path / "runs", callbacks=[signal_at(1)])
+    (draft := part.folder.last.with_name(".last.ckpt.123.tmp")).touch()
+    run(tiny_recipe(), tmp_path / "runs", resume=part.folder.path)
+    assert draft.exists()

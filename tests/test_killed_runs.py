@@ -78,8 +78,11 @@ def dying(contents, file):
 torch.save = dying
 """
     assert Child(runs, STEPS, die).end()[0] == -signal.SIGKILL
+    (draft,) = one_run(runs).rglob(".*.tmp")
+    assert draft.read_bytes() == b"half"
     assert Child(runs, STEPS, resume=one_run(runs)).end()[0] == 0
     assert_same(whole, one_run(runs))
+    assert_intact(runs, 8)
 
 
 def test_killed_in_a_step_with_a_truncated_newest_checkpoint(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
-from ...files import walk, write_atomically
+from ...files import remove_drafts, walk, write_atomically
 from .texts import reading, write_json
 
 if TYPE_CHECKING:
@@ -193,6 +193,11 @@ class Run:
                 )
         return Run(path)
 
+    def remove_drafts(self) -> None:
+        """Remove half-written files of a killed process. Only the process that holds the lock may call this."""
+        for folder in (self.path, self.path / _CHECKPOINTS, self.samples):
+            remove_drafts(folder)
+
     def describe(self, recipe: Recipe, environment: Environment) -> None:
         """Write the recipe and the environment, and remove the results from an earlier part of the run."""
         from .environment import write_environment
@@ -295,8 +300,8 @@ def recipe_beside(checkpoint: Path) -> Recipe | None:
 
 
 @contextmanager
-def training_lock(folder: Path) -> Iterator[None]:
-    """Lock the run in ``folder`` for this process.
+def training_lock(folder: Path) -> Iterator[bool]:
+    """Lock the run in ``folder`` for this process, and give whether the lock was taken.
 
     The system frees the lock of a process that ends, even if it is killed. A file system without locks cannot
     notice two processes that train one run, so a line on standard error warns about it.
@@ -314,6 +319,6 @@ def training_lock(folder: Path) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:  # no locks here, or a folder that cannot be written
         print(f"{folder} cannot be locked ({error}): start no other process that trains it.", file=sys.stderr)
     try:
-        yield
+        yield lock.is_locked
     finally:
         lock.release()

@@ -133,7 +133,8 @@ def fit(
         if trainer.is_global_zero:
             folder = recorder.folder or _new_folder(recipe, options)
             # the lock comes before the first change, and the stack holds it until the evaluation is written
-            stack.enter_context(training_lock(folder.path))
+            if stack.enter_context(training_lock(folder.path)):
+                folder.remove_drafts()
             if resumed is not None and resumed.folder is not None:
                 resumed.go_back(resumed.folder)
             environment = Environment.of(trainer.strategy.root_device, devices=trainer.world_size)
