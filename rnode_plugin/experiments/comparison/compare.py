@@ -28,6 +28,7 @@ from ..reports.runs import own_data
 from ..runs.results import Result
 from ..runs.run import Run, training_lock
 from ..training.checkpoints import newest_intact
+from ..training.plan import CLOCK
 from .configurations import configured_recipes
 
 _TRAIN = (sys.executable, "-m", "rnode_plugin", "train")
@@ -249,7 +250,7 @@ def _spent(run: Run) -> float:
         contents = newest_intact(run.path)[1]
     except CheckpointError:  # the process that resumes the run reports this
         return 0.0
-    return contents.get("callbacks", {}).get("Clock", {}).get("run_seconds", 0.0)
+    return contents["callbacks"][CLOCK]["run_seconds"]
 
 
 def _places(accelerator: str, jobs: int | None) -> list[tuple[str, ...]]:

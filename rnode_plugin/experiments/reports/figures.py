@@ -28,7 +28,7 @@ _JACOBIAN = "Jacobian norm: ∫ ‖εᵀ∇f‖² dt / dim"
 _KINETIC = "kinetic energy: ∫ ‖f‖² dt / dim"
 _NFE = "NFE of the test solver"
 STYLE = "rnode_plugin.plots"
-"""The style sheet of all figures, for ``matplotlib.style.use``. Its colors C0 to C5 are the only palette."""
+"""The style sheet of all figures, for ``matplotlib.style.use``."""
 
 PANELS = (
     "score-nfe", "score-training", "score-validation", "nfe-jacobian", "jacobian-epoch", "kinetic-epoch",

@@ -15,5 +15,6 @@ Read the modules in this order.
 
 Three rules hold everywhere. The noise and the samples of a step are functions of the seed and the number of the
 step, so a resumed run continues to the bit. A batch that cannot be used makes the loss NaN, and all devices skip
-the step together. A file is written whole or not at all, so a run may be killed at any time.
+the step together. Checkpoints and results are written whole or not at all, ``metrics.csv`` line by line, and half a
+line at its end is ignored. So a run may be killed at any time.
 """

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, cast
 import pytorch_lightning as L
 from pytorch_lightning.callbacks import Callback
 
+from .plan import CLOCK
+
 if TYPE_CHECKING:
     from .module import RnodeModule
 
@@ -68,6 +70,10 @@ class Clock(StepCallback):
         now = time.monotonic()
         self.step_seconds, self._step_began = now - self._step_began, now
         self.training_seconds += self.step_seconds
+
+    @property
+    def state_key(self) -> str:
+        return CLOCK
 
     # Lightning saves these with each checkpoint and restores them before training starts
     def state_dict(self) -> dict[str, float]:

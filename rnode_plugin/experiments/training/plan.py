@@ -18,6 +18,9 @@ from .checkpoints import Contents, newest_intact, put_weights, read_checkpoint, 
 if TYPE_CHECKING:
     from ...core.distribution import DensityModel
 
+# keys of the state of our callbacks in a checkpoint, which Lightning would take from the names of their classes
+RECORDER, CLOCK = "rnode_plugin.recorder", "rnode_plugin.clock"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -179,8 +182,10 @@ class Resumed:
 
         A checkpoint of another Trainer does not have them, and its epochs count as ``steps_per_epoch`` each.
         """
-        plan = self.contents.get("callbacks", {}).get("Recorder", {}).get("plan")
-        return self.done / steps_per_epoch if plan is None else RunPlan(**plan).epochs_at(self.done)
+        callbacks = self.contents.get("callbacks", {})
+        if RECORDER not in callbacks:
+            return self.done / steps_per_epoch
+        return RunPlan(**callbacks[RECORDER]["plan"]).epochs_at(self.done)
 
     def put_into(self, flow: DensityModel) -> None:
         """Give ``flow`` the weights in the checkpoint.

@@ -17,6 +17,7 @@ from ..recipes.recipe import Recipe
 from ..runs.metrics import MetricsTable
 from ..runs.run import Run
 from .clock import Clock, StepCallback
+from .plan import RECORDER
 from .stops import Stopped, Stops, any_process
 
 if TYPE_CHECKING:
@@ -72,6 +73,10 @@ class Recorder(StepCallback, Checkpoint):
     def open(self, folder: Run, *, keep: int) -> None:
         """Let the first process write into this folder, whose metrics stay up to step ``keep``."""
         self.folder, self.table = folder, MetricsTable(folder.metrics, keep=keep)
+
+    @property
+    def state_key(self) -> str:
+        return RECORDER
 
     def state_dict(self) -> dict[str, object]:
         return {"best": self.best, "validation": self._validation, "plan": dataclasses.asdict(self._plan)}
