@@ -17,6 +17,7 @@ import torch
 import torchdiffeq
 from regularizer_table import OfIntegral, Weighed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchdiffeq._impl.odeint import SOLVERS
 
 import rnode_plugin
@@ -226,6 +227,68 @@ def test_a_penalized_tensor_that_stays_is_a_warning() -> None:
         warnings.simplefilter("error")
         odeint(field, state, SPAN, regularizers=["kinetic"], penalized=1)
         odeint(lambda t, y: (0 * y[0], 0 * y[1]), state, SPAN, regularizers=["kinetic"], penalized=1)  # all stay
+
+
+class WithCost(Field):
+    """The last column accumulates a cost that the field never reads."""
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        dy = super().forward(t, y[:, :2])
+        return torch.cat([dy, dy.square().sum(1, keepdim=True)], 1)
+
+
+def by_block(field: Any, y0: Tensor, t: Tensor, regularizers: Any, **given: Any) -> None:
+    with regularize(regularizers):
+        theirs.odeint(field, y0, t, **given)
+
+
+def under_a_checkpoint(field: Any, y0: Tensor, t: Tensor, **given: Any) -> None:
+    y0 = y0.clone().requires_grad_()
+    checkpoint(lambda y: odeint(field, y, t, **given)[1].loss(), y0, use_reentrant=False).backward()
+
+
+@pytest.mark.parametrize("spec", ["kinetic", "jacfrob"])
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("call", [odeint, odeint_adjoint, by_block, under_a_checkpoint])
+def test_columns_that_the_field_never_reads_are_named_once(call: Any, gradients: bool, spec: str) -> None:
+    """No evaluation more, unless a checkpoint around the solve runs a part of it again for the product."""
+    field, y0 = WithCost(), start(4, 3)
+    given: dict[str, Any] = {"regularizers": spec, "method": "rk4"}
+    with torch.set_grad_enabled(gradients or call is under_a_checkpoint):
+        with pytest.warns(UserWarning, match=r"moves the columns \[2\].*a mask") as caught:
+            call(field, y0, SPAN, **given)
+        assert [each.filename for each in caught] == [__file__]
+        first, field.nfe = field.nfe, 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(field, y0, SPAN, **given)
+            odeint(WithCost(), y0, SPAN, **given, penalized=slice(0, 2))
+            odeint(WithContext(), start(4, 4), SPAN, **given)  # what never moves is read, or is a context
+        assert field.nfe == first or call is under_a_checkpoint
+
+
+@pytest.mark.parametrize("call", [odeint, odeint_adjoint])
+def test_a_look_at_the_columns_changes_no_bit(call: Any) -> None:
+    field, found = Field(), list[list[Tensor]]()
+    for _ in range(2):  # only the first solve looks
+        torch.manual_seed(0)
+        y, penalties = call(field, start(), SPAN, regularizers=["kinetic", "jacfrob"], method="rk4")
+        loss = y[-1].square().mean() + penalties.loss()
+        found.append([y, loss, *torch.autograd.grad(loss, [*field.parameters()])])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_field_outside_of_torch_is_not_differentiated_for_its_columns(gradients: bool) -> None:
+    calls = [0]
+
+    def field(t: Tensor, y: Tensor) -> Tensor:
+        calls[0] += 1
+        return torch.from_numpy(-y.numpy())
+
+    with torch.set_grad_enabled(gradients):
+        y, _ = odeint(field, start(), SPAN, regularizers="kinetic", method="rk4")
+        assert torch.equal(y, theirs.odeint(field, start(), SPAN, method="rk4"))
 
 
 def test_tensors_of_a_tuple_may_differ_in_precision() -> None:

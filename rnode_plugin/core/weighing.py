@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import torch
+from torch import Tensor
+
 from ..errors import ConfigError
 from .followed_solve import Kinds
+from .modes import transforms_active
 from .regularizer import FunctionRegularizer, Regularizer, SpanPolicy
 from .schedules import DEFAULT_LAMBDA, Strength, check_lambda
 from .signature import accepts
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from .field_evaluation import FieldEvaluation
 
 
@@ -43,6 +45,48 @@ def warn_of_flat_state(z: Tensor, kinds: Kinds) -> None:
             "on each other: give one sample as (1, D), or batch_dim=None.",
             stacklevel=5,
         )
+
+
+def signs_for_columns(z: Tensor) -> Tensor | None:
+    """Random signs, whose product with the Jacobian shows which columns of a state a field reads.
+
+    Returns:
+        Tensor: signs of the shape of ``z``; None for a state that cannot hold a column beside others.
+    """
+    if z.ndim != 2 or z.shape[1] < 2 or transforms_active() or z.is_meta:
+        return None
+    return torch.randint(2, z.shape, generator=torch.Generator().manual_seed(0)).to(z) * 2 - 1
+
+
+def warn_of_unread_columns(velocity: Tensor, product: Tensor | None, *, stacklevel: int) -> bool:
+    """Warn about columns that a field moves but never reads, such as a trace or a cost that it accumulates.
+
+    The penalties would count such columns as a part of ``z``.
+
+    Args:
+        velocity: the velocity ``(B, D)`` at a state.
+        product: the product of :func:`signs_for_columns` with the Jacobian there; None for a field without a graph.
+        stacklevel: as for ``warnings.warn``, counted from the caller.
+
+    Returns:
+        Whether the question is settled. A velocity of zero, which a fresh net may have, shows nothing.
+    """
+    if product is None:
+        return True
+    unread = (product == 0).all(0)
+    if len(velocity) == 0 or bool(unread.all()):
+        return False
+    places = (unread & (velocity != 0).any(0)).nonzero().flatten().tolist()
+    if places:
+        ahead = places == list(range(len(places)))
+        choice = f"slice({len(places)}, None)" if ahead else "a mask of the other columns"
+        warnings.warn(
+            f"the vector field moves the columns {places} of the state but never reads them, so they look like a "
+            "trace or a cost that it accumulates. The penalties count them as a part of z: give "
+            f"penalized={choice}, or penalized=slice(None) if they are one.",
+            stacklevel=stacklevel + 1,
+        )
+    return True
 
 
 def undivided(regularizers: Iterable[Regularizer]) -> frozenset[str]:

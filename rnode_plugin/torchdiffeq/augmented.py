@@ -6,7 +6,9 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,10 @@ from torchdiffeq._impl.misc import _mixed_norm, _rms_norm
 from ..core.derivatives import AutogradField
 from ..core.dynamics import Dynamics
 from ..core.followed_solve import Kinds
+from ..core.modes import outside_checkpoints
 from ..core.surroundings import module_of
 from ..core.view import State
+from ..core.weighing import signs_for_columns, warn_of_unread_columns
 from ..errors import ConfigError
 from .followed import Follow, Layout
 
@@ -48,9 +52,11 @@ class Augmented:
         t: Tensor,
     ) -> None:
         self.func, self.layout = func, layout
-        self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # penalties are integrated over |dt|
         lone = layout.view.is_whole and not layout.view.is_tuple
-        field = AutogradField(func) if lone else func
+        looks = lone and bool(kinds.penalties) and not _is_known(func)
+        call, self._seen = _looking(func, signs_for_columns(z0) if looks else None)
+        self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # penalties are integrated over |dt|
+        field = AutogradField(call, aux=getattr(func, "aux", None)) if lone else func
         self.dynamics = Dynamics(
             field, regularizers=kinds, estimator=wanted.estimator, divergence=False,
             view=None if lone else layout.view, net=module_of(func),
@@ -81,6 +87,13 @@ class Augmented:
         rates = found.values() if self._sign > 0 else [-rate for rate in found.values()]
         return (*layout.tensors(velocity), *rates)
 
+    def warn_of_unread_columns(self) -> None:
+        """Warn after a solve about columns of the state that the field moves but never reads."""
+        seen = self._seen()
+        if seen is not None and warn_of_unread_columns(*seen, stacklevel=5):
+            with suppress(TypeError):  # some objects take no weak reference
+                _known.add(self.func)
+
     def __getattr__(self, name: str) -> Any:
         found, layout = getattr(self.func, name), self.layout
         if not name.startswith("callback_"):
@@ -94,6 +107,66 @@ class Augmented:
             return found(t, (time, layout.flat_of_user(y), layout.flat_of_user(adjoint), *rest), dt)
 
         return of_adjoint
+
+
+_known: WeakSet[Any] = WeakSet()  # fields of which a solve has shown the columns that they read
+
+
+def _is_known(func: object) -> bool:
+    try:
+        return func in _known
+    except TypeError:
+        return False
+
+
+def _looking(
+    func: Callable[..., Any], signs: Tensor | None
+) -> tuple[Callable[..., Any], Callable[[], tuple[Tensor, Tensor | None] | None]]:
+    """``func``, of which one evaluation shows which columns of the state it reads, and what that one has shown.
+
+    It is an evaluation that the solve asks for: the first one whose state has a graph, or that no gradient passes
+    through. The graph of another one must not change, since ``torch.utils.checkpoint`` counts what it saves.
+
+    Args:
+        func: the field.
+        signs: the vectors of the product with the Jacobian; None: nothing is looked for.
+
+    Returns:
+        The field, and a function that returns a velocity and its product; None before they are known.
+    """
+    seen: tuple[Tensor, Tensor | None] | None = None
+    if signs is None:
+        return func, lambda: seen
+    looks, bare = True, False
+
+    def product(velocity: Tensor, z: Tensor) -> Tensor | None:
+        with suppress(RuntimeError):  # a graph that runs once
+            v = signs.to(velocity.dtype)
+            return torch.autograd.grad(velocity, z, v, retain_graph=True, allow_unused=True)[0]
+        return None
+
+    def evaluate(t: Tensor, y: Tensor) -> Tensor:
+        nonlocal seen, looks, bare
+        if not looks or torch.compiler.is_compiling():
+            return func(t, y)
+        if torch.is_grad_enabled() and not bare:
+            velocity = func(t, y)
+            bare = not velocity.requires_grad
+            if y.requires_grad and not bare:
+                looks = False  # before the product, for which a checkpoint runs the solve once more
+                seen = velocity.detach(), product(velocity, y)
+            return velocity
+        looks = False
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), outside_checkpoints():
+                z = y.clone().detach().requires_grad_()
+                velocity = func(t.clone(), z.clone())
+                seen = velocity.detach(), product(velocity, z) if velocity.requires_grad else None
+        except RuntimeError:  # a field that takes no variable, such as one that runs in numpy
+            return func(t, y)
+        return velocity.detach()
+
+    return evaluate, lambda: seen
 
 
 _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")

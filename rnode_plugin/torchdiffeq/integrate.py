@@ -210,6 +210,7 @@ def solve(
     integrals = {key: value[-1] for key, value in zip(rates, full[count:], strict=True)}
     kept = [x if rows is None else x[rows] for x in full[:count]]
     layout.warn_of_still(y0, [x[-1] for x in kept])
+    system.warn_of_unread_columns()
     if event_t is not None:
         end = [x[-1] for x in kept]
         integrals = to_event(system, event_fn, (t[0], y0), (event_t, end), integrals)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from inspect import isfunction
@@ -20,7 +19,7 @@ from torchdyn.nn.galerkin import GalLayer
 from ..core.derivatives import Ask, AutogradField, Field, has_hooks
 from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
 from ..core.followed_solve import Kinds
-from ..core.modes import outside_checkpoints, transforms_active
+from ..core.modes import outside_checkpoints
 from ..core.signature import (
     COMPILED_FUNCTION,
     COMPILED_IN_PLACE,
@@ -33,6 +32,7 @@ from ..core.signature import (
 from ..core.surroundings import lock_of, module_of
 from ..core.trace_estimators import Exact, TraceEstimator
 from ..core.view import Columns, Places, View, places_of
+from ..core.weighing import signs_for_columns, warn_of_unread_columns
 from ..errors import ConfigError, RnodeError
 from ..fields.recognize import recognize
 from ..fields.stack import AtContext, StackField
@@ -389,40 +389,19 @@ class TorchdynSystem(BoundDynamics):
         return Rates(dx, None, penalties)
 
 
-def warn_of_unread_columns(system: TorchdynSystem, t: Tensor, x: Tensor) -> bool:
-    """Warn about columns that the field moves but never reads, such as a trace or a cost that it accumulates.
-
-    The penalties would count such columns as a part of ``z``. One product with random signs shows which columns of
-    the Jacobian are zero.
-
-    Returns:
-        Whether the question is settled. A velocity of zero, which a fresh net may have, shows nothing.
-    """
+def look_for_columns(system: TorchdynSystem, t: Tensor, x: Tensor) -> bool:
+    """Warn about columns that the field moves but never reads, and return whether the question is settled."""
     state = x if system.cost is None else x[:, 1:]
-    chosen = system.dynamics.door.view is not None  # a trace or columns are set apart already
-    if chosen or state.ndim != 2 or state.shape[1] < 2 or transforms_active() or state.is_meta:
+    # a trace or columns may be set apart already
+    signs = signs_for_columns(state) if system.dynamics.door.view is None else None
+    if signs is None:
         return True
-    signs = torch.randint(2, state.shape, generator=torch.Generator().manual_seed(0)).to(state) * 2 - 1
     try:
         with torch.no_grad(), outside_checkpoints():
-            velocity, products, *_ = system.dynamics.door.again(t.to(state.device), state, Ask("noise"), signs)
-    except RnodeError:  # a field without a graph, which is fine for penalties that need no derivative
+            found = system.dynamics.door.again(t.to(state.device), state, Ask("noise"), signs)
+    except (RnodeError, RuntimeError):  # no graph, or one that runs once: fine for penalties without a derivative
         return True
-    assert products is not None
-    unread = (products == 0).all(0)
-    if len(state) == 0 or bool(unread.all()):
-        return False
-    places = (unread & (velocity != 0).any(0)).nonzero().flatten().tolist()
-    if places:
-        ahead = places == list(range(len(places)))
-        choice = f"slice({len(places)}, None)" if ahead else "a mask of the other columns"
-        warnings.warn(
-            f"the vector field moves the columns {places} of the state but never reads them, so they look like a "
-            "trace or a cost that it accumulates. The penalties count them as a part of z: give "
-            f"penalized={choice}, or penalized=slice(None) if they are one.",
-            stacklevel=6,
-        )
-    return True
+    return warn_of_unread_columns(found.dz, found.products, stacklevel=6)
 
 
 def system_of(

@@ -33,7 +33,7 @@ from ..solvers import Autograd, FixedGrid, Solver
 from ..solvers.checks import check_tolerance
 from ..solvers.solution import Solution
 from .choice import Choice, SolverObject, kept_times, refuse_leapfrog, resolve_solver, solver_name
-from .field import INTEGRAL_LOSS, Cost, Followed, TorchdynSystem, system_of, warn_of_unread_columns
+from .field import INTEGRAL_LOSS, Cost, Followed, TorchdynSystem, look_for_columns, system_of
 
 _Torchdyn = torchdyn_neuralde.NeuralODE
 _THEIRS = dict(vars(_Torchdyn))  # from before install() can replace them
@@ -279,7 +279,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             # once for each model, because the check takes one more evaluation
             if not self._columns_known and penalties and followed.kinds.penalties and x.ndim == 2:
                 lone = system.event_shape is None and followed.penalized is None and followed.batch_dim == 0
-                self._columns_known = not lone or warn_of_unread_columns(system, t_span[0], x)
+                self._columns_known = not lone or look_for_columns(system, t_span[0], x)
             nfe = self.vf.nfe
             solution = solver.solve(system, x, t_span).check()
             self.vf.nfe = nfe + solution.stats.nfe  # not counting the evaluation that prepares checkpointing
