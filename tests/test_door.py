@@ -498,18 +498,6 @@ def test_a_field_that_needs_gradients_names_what_to_do_without(sensitivity: str)
         model(states(), SPAN)
 
 
-def test_an_event_that_is_met_at_the_start_has_no_penalty() -> None:
-    t, _, found = odeint(
-        lambda t, y: -torch.ones_like(y),
-        torch.zeros(1, 1),
-        SPAN,
-        event_fn=lambda t, y: y[0, 0],
-        regularizers=["kinetic"],
-    )
-    assert float(t) == 0.0
-    assert float(found["kinetic"]) == 0.0
-
-
 @contextmanager
 def global_hook(hook: Callable[..., Any]) -> Iterator[None]:
     handle = nn.modules.module.register_module_forward_hook(hook)

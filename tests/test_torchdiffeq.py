@@ -321,151 +321,33 @@ def test_norms_of_the_user_see_the_users_state() -> None:
     assert shapes == {(4, 2)} or shapes == {(4, 2), (8,)}
 
 
-class Ball(nn.Module):
-    """A ball that falls to a floor, after torchdiffeq's bouncing_ball.py; the state holds the floor's height."""
-
-    gravity: Tensor
-    position: Tensor
-    speed: Tensor
-    floor: Tensor
-    absorption: Tensor
-    t0: Tensor
-
-    def __init__(self, *, joined: bool) -> None:
-        super().__init__()
-        values = {"gravity": 9.8, "position": 2.0, "speed": 0.5, "floor": 0.2, "absorption": 0.2, "t0": 0.0}
-        for name, value in values.items():
-            setattr(self, name, nn.Parameter(torch.tensor([value], dtype=torch.float64)))
-        self.joined = joined
-
-    def state(self) -> Any:
-        parts = (self.position, self.speed, self.floor)
-        return torch.stack(parts, 1) if self.joined else parts
-
-    def parts(self, state: Any) -> tuple[Tensor, ...]:
-        return state.unbind(-1) if self.joined else state
-
-    def forward(self, t: Tensor, state: Any) -> Any:
-        _, speed, floor = self.parts(state)
-        rates = (speed, -self.gravity.expand_as(speed), torch.zeros_like(floor))
-        return torch.stack(rates, -1) if self.joined else rates
-
-    def event(self, t: Tensor, state: Any) -> Tensor:
-        position, _, floor = self.parts(state)
-        return torch.cat([position - floor, 20 - position])  # a floor and a ceiling
-
-    def bounce(self, state: Any) -> Any:
-        position, speed, floor = self.parts(state)
-        parts = (position + 1e-7, -speed * (1 - self.absorption), floor)
-        return torch.stack(parts, -1) if self.joined else parts
-
-    def falls(self, name: str, bounces: int) -> Tensor:
-        """The end of the last of several falls."""
-        t, state = self.t0, self.state()
-        for _ in range(bounces):
-            t, solution = theirs.odeint_event(
-                self, state, t, event_fn=self.event, atol=1e-12, rtol=1e-12, odeint_interface=getattr(theirs, name)
-            )
-            state = self.bounce(solution[-1] if self.joined else tuple(x[-1] for x in solution))
-        return t
-
-
-@pytest.mark.parametrize(("name", "joined"), [("odeint", False), ("odeint_adjoint", True)])
-def test_the_gradient_goes_through_an_events_time(name: str, joined: bool) -> None:
-    """By central differences, of several falls and of all that decides when they end."""
-    ball = Ball(joined=joined)
-    parameters = dict(ball.named_parameters())
-
-    def penalty() -> Tensor:
-        with regularize({"kinetic": 1.0}, penalized=slice(0, 2) if joined else (0, 1)) as penalties:
-            ball.falls(name, 2)
-        return penalties["kinetic"].sum()
-
-    found = torch.autograd.grad(penalty(), list(parameters.values()))
-    for gradient, parameter in zip(found, parameters.values(), strict=True):
-        h, value = 1e-3, parameter.detach().clone()
-        ends = []
-        for shift in (h, -h):
-            parameter.data = value + shift
-            ends.append(penalty().item())
-        parameter.data = value
-        assert gradient.item() == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-5, abs=1e-4)
-
-
-def fall(g: float, speed: float) -> float:
-    """The integral of v^2 + g^2 over a fall from height 1 in closed form."""
-    t = (speed + (speed**2 + 2 * g) ** 0.5) / g
-    return speed**2 * t - speed * g * t**2 + g**2 * t**3 / 3 + g**2 * t
-
-
 @pytest.mark.parametrize("name", BOTH)
-def test_an_implicit_method_with_an_event_iterates_as_the_plain_call(name: str) -> None:
-    calls = [0]
+def test_penalties_up_to_an_event_take_a_second_solve(name: str) -> None:
+    """As the refusal says; the gradient passes through the time of the event and is its closed form."""
 
-    class Decay(nn.Module):
+    def fall(g: float, speed: float) -> float:  # the integral of v^2 + g^2 over a fall from height 1
+        t = (speed + (speed**2 + 2 * g) ** 0.5) / g
+        return speed**2 * t - speed * g * t**2 + g**2 * t**3 / 3 + g**2 * t
+
+    class Falling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.g = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
         def forward(self, t: Tensor, y: Tensor) -> Tensor:
-            calls[0] += 1
-            return -y * (1 + y.square())
+            return torch.stack([y[:, 1], -self.g.expand(1)], 1)
 
-    arguments: dict[str, Any] = {
-        "method": "implicit_adams", "options": {"step_size": 0.02}, "rtol": 1e-3, "atol": 1e-3,
-        "event_fn": lambda t, y: y.mean() - 1,
-    }  # fmt: skip
-    y0, t = 2 * torch.ones(2, 2, dtype=torch.float64), SPAN[:2]
-    expected_t, expected = PLAIN[name](Decay(), y0, t, **arguments)
-    nfe, calls[0] = calls[0], 0
-    found_t, found, penalties = BOTH[name](Decay(), y0, t, **arguments, regularizers=["kinetic"])
-    assert torch.equal(found_t, expected_t)
-    assert torch.equal(found, expected)
-    assert calls[0] == nfe
-    assert bool((penalties["kinetic"] > 0).all())
-
-
-def test_an_event_at_the_start_hides_the_others() -> None:
-    """An adaptive method ends there. One with fixed steps continues to the next event, whose time is the end."""
-    later = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    for method, slope in (("dopri5", 0.0), ("rk4", 2 * 4 * np.exp(1.0))):  # two samples of (y + 1)^2 = 4 exp(2t)
-        _, _, penalties = odeint(
-            lambda t, y: y + 1, torch.ones(2, 1, dtype=torch.float64), SPAN[:2], rtol=1e-9, atol=1e-9,
-            method=method, options={"step_size": 0.125} if method == "rk4" else None, regularizers=["kinetic"],
-            event_fn=lambda t, y: torch.stack([y.mean() - 1, later - t]),
-        )  # fmt: skip
-        kinetic = penalties["kinetic"].sum()
-        found = torch.autograd.grad(kinetic, later)[0] if kinetic.requires_grad else 0.0
-        assert float(found) == pytest.approx(slope, rel=1e-3)
-
-
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("name", BOTH)
-def test_the_gradient_of_a_fall_is_its_closed_form(name: str, backward: bool) -> None:
-    """By odeint with an event alone, and added by ``install`` to the gradient of any loss."""
-    g = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    sign = -1.0 if backward else 1.0  # time that runs backward with the velocity's sign turned is the same fall
-    times = torch.tensor([0.0, sign], dtype=torch.float64)
-    given: dict[str, Any] = {"event_fn": lambda t, y: y[0, 0], "rtol": 1e-9, "atol": 1e-9}
-    if name == "odeint_adjoint":
-        given["adjoint_params"] = (g,)
-
-    def field(t: Tensor, y: Tensor) -> Tensor:
-        return sign * torch.stack([y[:, 1], -g.expand(1)], 1)
-
-    y0 = torch.tensor([[1.0, 0.5]], dtype=torch.float64)
-    _, _, penalties = BOTH[name](field, y0, times, **given, regularizers={"kinetic": 1.0})
-    expected = (fall(2 + 1e-6, 0.5) - fall(2 - 1e-6, 0.5)) / 2e-6
+    field, y0 = Falling(), torch.tensor([[1.0, 0.5]], dtype=torch.float64)
+    given: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9, "penalized": slice(None), "regularizers": {"kinetic": 1.0}}
+    with pytest.raises(ConfigError, match=r"torch\.stack\(\[t\[0\], event_t\]\)"):
+        BOTH[name](field, y0, SPAN, event_fn=lambda t, y: y[0, 0], **given)
+    event_t, _ = theirs.odeint_event(
+        field, y0, SPAN[0], event_fn=lambda t, y: y[0, 0], rtol=1e-9, atol=1e-9, odeint_interface=PLAIN[name]
+    )
+    _, penalties = BOTH[name](field, y0, torch.stack([SPAN[0], event_t]), **given)
     assert penalties["kinetic"].item() == pytest.approx(fall(2.0, 0.5), rel=1e-7)
-    (found,) = torch.autograd.grad(penalties["kinetic"].sum(), g, retain_graph=True)
-    assert found.item() == pytest.approx(expected, rel=1e-7)
-    (slope,) = torch.autograd.grad(penalties["kinetic"].sum(), g, create_graph=True)
-    if name == "odeint":  # torchdiffeq's adjoint has no second derivatives
-        with pytest.raises(ConfigError, match="second derivatives"):
-            torch.autograd.grad(slope, g)
-    install({"kinetic": 2.0})  # of two dimensions
-    try:
-        _, y = getattr(theirs, name)(field, y0, times, **given)
-        (added,) = torch.autograd.grad(0 * y.sum(), g)
-    finally:
-        uninstall()
-    assert added.item() == pytest.approx(expected, rel=1e-7)
+    (found,) = torch.autograd.grad(penalties["kinetic"].sum(), field.g)
+    assert found.item() == pytest.approx((fall(2 + 1e-6, 0.5) - fall(2 - 1e-6, 0.5)) / 2e-6, rel=1e-6)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -778,17 +660,31 @@ def test_what_a_block_leaves_behind_is_torchdiffeqs_function(their_code: ModuleT
     assert torch.equal(second["kinetic"], before)
 
 
-def test_a_block_collects_solves_to_an_event_and_by_our_own_name(their_code: ModuleType) -> None:
-    field, y0, ends = Field(), start(), SPAN[[0, -1]]
+def test_solves_to_an_event_pass_without_penalties(their_code: ModuleType) -> None:
+    """With one warning; a block also collects solves by our own name."""
+    field, y0 = Field(), start()
 
     def event(t: Tensor, y: Tensor) -> Tensor:
         return t - 0.37
 
+    expected = theirs.odeint_event(field, y0, SPAN[0], event_fn=event)
     with regularize("kinetic") as penalties:
-        t, _ = their_code.torchdiffeq.odeint_event(field, y0, ends[0], event_fn=event)
-        odeint(field, y0, ends)
-    parts = [odeint(field, y0, ends * end, regularizers=["kinetic"])[1]["kinetic"] for end in (t.detach(), 1)]
-    torch.testing.assert_close(penalties["kinetic"], sum(parts), rtol=1e-5, atol=1e-7)
+        with pytest.warns(UserWarning, match="event_fn are not penalized"):
+            found = their_code.torchdiffeq.odeint_event(field, y0, SPAN[0], event_fn=event)
+        with pytest.raises(ConfigError, match="except solves that end by event_fn"):
+            penalties.loss()
+        odeint(field, y0, SPAN)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    torch.testing.assert_close(penalties["kinetic"], odeint(field, y0, SPAN, regularizers="kinetic")[1]["kinetic"])
+    tally = install("kinetic")
+    try:
+        with pytest.warns(UserWarning, match="event_fn are not penalized"):
+            found = their_code.torchdiffeq.odeint_event(field, y0, SPAN[0], event_fn=event)
+        found[1].sum().backward()
+    finally:
+        uninstall()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert tally.solves == 0
 
 
 def test_a_controlled_differential_equation() -> None:

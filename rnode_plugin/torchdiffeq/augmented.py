@@ -1,4 +1,4 @@
-"""The augmented state that torchdiffeq integrates: its field, its arguments, and solves that end by an event."""
+"""The augmented state that torchdiffeq integrates: its field, and its arguments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -20,7 +20,6 @@ from ..core.dynamics import Dynamics
 from ..core.followed_solve import Kinds
 from ..core.modes import outside_checkpoints
 from ..core.surroundings import module_of
-from ..core.view import State
 from ..core.weighing import signs_for_columns, warn_of_unread_columns
 from ..errors import ConfigError
 from .followed import Follow, Layout
@@ -66,11 +65,8 @@ class Augmented:
         self._factors = _one_in_eight() if wanted.sampled and self.dynamics.needs else itertools.repeat(1)
 
     def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return self.evaluate(t, state, next(self._factors))
-
-    def evaluate(self, t: Tensor, state: Sequence[Tensor], factor: int = 1) -> tuple[Tensor, ...]:
-        """Velocity and rates. Rates that need products are multiplied by ``factor``; 0 computes no products."""
-        layout = self.layout
+        """Velocity and rates. A sampled quadrature multiplies those that need products by 8 or, without them, 0."""
+        layout, factor = self.layout, next(self._factors)
         # a field that calls torchdiffeq itself gets the plain solve
         before, here.evaluating = here.evaluating, True
         try:
@@ -201,13 +197,10 @@ def extended(given: Mapping[str, Any], layout: Layout, system: Augmented, *, gri
         if not steps_by_user:  # the output times of a trajectory penalty must not become steps
             options["grid_constructor"] = lambda func, y, t: grid
     changed["options"] = options
-    if event_fn := given["event_fn"]:
-        changed["event_fn"] = lambda t, state: event_fn(t, layout.of_user(state))
-    # The iteration of these methods accepts no norm, so the penalties get an infinite atol. With an event
-    # torchdiffeq needs a number as atol, and a huge rtol does the same: an infinite one times a rate of 0 is NaN.
+    # the iteration of these methods accepts no norm, so the penalties get an infinite atol
     iterates = given["method"] in ("implicit_adams", "fixed_adams")
-    for key, of_penalty in (("rtol", 1e30), ("atol", math.inf)):
-        extends = iterates and (key == "rtol" or event_fn is None)
+    for key, of_penalty in (("rtol", 0.0), ("atol", math.inf)):
+        extends = iterates and key == "atol"
         if extends or isinstance(given[key], (tuple, list)) or torch.as_tensor(given[key]).ndim > 0:
             changed[key] = _tolerances(given[key], layout, [of_penalty] * len(system.dynamics.rates))
     if "adjoint_params" in given:
@@ -266,79 +259,3 @@ def _one_in_eight() -> Iterator[int]:
     while True:
         chosen = int(torch.randint(8, ()))
         yield from (8 if i == chosen else 0 for i in range(8))
-
-
-# --- events ---
-
-
-def to_event(
-    system: Augmented,
-    event_fn: Any,
-    start: tuple[Tensor, State],
-    end: tuple[Tensor, Sequence[Tensor]],
-    integrals: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """The integrals up to an event, with the gradient that passes through the time of the event.
-
-    torchdiffeq differentiates at a fixed time. If the event function changes by ``dc`` there, the time of the event
-    moves by ``-dc / (dc/dt)`` (implicit function theorem), and an integral changes by its rate times this shift.
-    """
-    of_user = system.layout.of_user
-    with torch.no_grad():
-        signs = event_fn(start[0], start[1]).sign()
-    # An adaptive method ends at its start if one of several event functions is zero there. Its time and the
-    # integrals, which are zero, then depend on no other event function.
-    if not bool(signs.any()) or bool(end[0] == start[0].to(end[0])):
-        return integrals
-
-    def value(t: Tensor, y: Sequence[Tensor]) -> Tensor:
-        values = event_fn(t, of_user(y)) * signs
-        return values[signs != 0].min()  # with several event functions, the first to change its sign ends the solve
-
-    t, y = end[0].detach(), [x.detach() for x in end[1]]
-    change = value(t, end[1])
-    if not change.requires_grad:
-        return integrals
-
-    def slopes() -> tuple[Tensor | int, tuple[Tensor, ...]]:
-        # dc/dt along the trajectory, and the rates there; only a backward pass needs them
-        with torch.enable_grad():
-            at = [x.clone().requires_grad_() for x in (t, *y)]
-            by = torch.autograd.grad(value(at[0], at[1:]), at, allow_unused=True)
-        with torch.no_grad():
-            found = system.evaluate(t, y)
-        motion = zip(by, (torch.ones_like(t), *found[: len(y)]), strict=True)
-        slope = sum((d * v).sum() for d, v in motion if d is not None)
-        return slope, found[len(y) :]
-
-    return dict(zip(integrals, _ToEvent.apply(slopes, change, *integrals.values()), strict=True))
-
-
-class _ToEvent(torch.autograd.Function):
-    """Returns integrals whose upper limit moves with the value of an event function."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, slopes: Callable[[], tuple[Tensor | int, tuple[Tensor, ...]]], change: Tensor, *integrals: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.slopes = slopes
-        ctx.save_for_backward(change)
-        return tuple(value.clone() for value in integrals)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        slope, rates = ctx.slopes()
-        moved = sum((g * rate).sum() for g, rate in zip(gradients, rates, strict=True))
-        return None, _Once.apply(ctx.saved_tensors[0], -moved / slope), *gradients
-
-
-class _Once(torch.autograd.Function):
-    """Returns a gradient that raises an error if it is differentiated again."""
-
-    @staticmethod
-    def forward(ctx: object, value: Tensor, gradient: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: object, *_: object) -> NoReturn:
-        raise ConfigError("penalties up to an event have no second derivatives: differentiate them once.")

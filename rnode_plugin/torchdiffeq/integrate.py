@@ -20,7 +20,7 @@ from ..core.penalties import ReturnedPenalties, attach
 from ..core.view import State
 from ..core.weighing import Regularizers, warn_of_flat_state
 from ..errors import ConfigError
-from .augmented import Augmented, extended, to_event
+from .augmented import Augmented, extended
 from .followed import Follow, Given, Layout, Penalized, follow
 
 Tolerances = float | Tensor | Sequence[float | Tensor] | None
@@ -61,8 +61,7 @@ def odeint(
         method: torchdiffeq's name of the method; None: ``"dopri5"``. Only ``"scipy_solver"`` accepts no error norm,
             so there the penalties take part in the choice of the steps, and values differ within the tolerance.
         options: options of the method, such as ``{"step_size": 0.1}``.
-        event_fn: ``(t, y)``; the solve ends where its value crosses zero. The gradient of the penalties includes
-            the motion of the event's time. The time and the solution have this gradient with ``odeint_event`` only.
+        event_fn: ``(t, y)``; the solve ends where its value crosses zero. With ``regularizers`` it is refused.
         regularizers: names (``"kinetic"``, ``"jacfrob"``), regularizer objects or functions ``rate(t, z, dz) ->
             (B,)``, or a mapping from these to lambda, as for :class:`~rnode_plugin.NeuralODE`. Step penalties need
             the solver's steps, which torchdiffeq does not show, so they are refused.
@@ -84,14 +83,14 @@ def odeint(
     Returns:
         Without ``regularizers``, what torchdiffeq returns. With them, the pair of the solution and the penalties
         (:class:`~rnode_plugin.core.penalties.Penalties`), a mapping from names to integrals ``(B,)`` along the path
-        whose ``loss()`` is the weighted sum in eq. 17. With ``event_fn`` too, the triple of the time, the solution
-        and the penalties.
+        whose ``loss()`` is the weighted sum in eq. 17.
 
     Raises:
         ConfigError: for a state that is complex or neither a tensor nor a tuple of tensors; for a ``penalized`` or
             ``batch_dim`` that the state does not have; for a regularizer that is unknown, given twice or measures
             the solver's steps; for the name of a regularizer with parameters, such as ``learned_end_time``, instead
-            of an object; for a trajectory penalty inside steps that are interpolated linearly.
+            of an object; for a trajectory penalty inside steps that are interpolated linearly; for ``regularizers``
+            with an ``event_fn``.
 
     Example:
         >>> import torch
@@ -161,11 +160,16 @@ def odeint_adjoint(
 
 def _with_penalties(
     name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given, wanted: Follow
-) -> tuple[Any, ...]:
+) -> tuple[Any, ReturnedPenalties]:
+    if given["event_fn"] is not None:
+        raise ConfigError(
+            "a solve that ends by event_fn integrates no penalties: solve to the event without regularizers=, and "
+            "from the start to its time, torch.stack([t[0], event_t]), with them."
+        )
     penalties = ReturnedPenalties(wanted.weighted)
     solution, integrals, dims = solve(name, func, y0, t, given, wanted)
     penalties.add(integrals, dims)
-    return (solution, penalties) if given["event_fn"] is None else (*solution, penalties)
+    return solution, penalties
 
 
 def solve(
@@ -174,7 +178,7 @@ def solve(
     """Solve once by torchdiffeq's function ``name``, and integrate the penalties.
 
     Args:
-        given: all keyword arguments of that function.
+        given: all keyword arguments of that function, without an event.
 
     Returns:
         The result of that function, the integrals ``(B,)`` of the penalties by name, and the number of dimensions
@@ -186,7 +190,6 @@ def solve(
             "method and of odeint_adjoint's backward solve would see the draws."
         )
     layout = Layout.of(y0, wanted)
-    event_fn: Any = given["event_fn"]
     training = torch.is_grad_enabled() and getattr(func, "training", True)
     followed = FollowedSolve.of(wanted.kinds, penalized=True, training=training)
     t = followed.times(t)
@@ -196,24 +199,16 @@ def solve(
     system = Augmented(func, layout, wanted, followed.kinds, z0, t)
     rates, path = system.dynamics.rates, system.dynamics.path
     refuse_held(system.dynamics.held, t, through_steps=name == "odeint")
-    if event_fn is not None and (path is not None or followed.policy is not None):
-        raise ConfigError(
-            "a penalty of the trajectory or its times needs the end of the solve, which event_fn decides."
-        )
     # trajectory penalties want states at more times, which become outputs but, on a fixed grid, not steps
     times, rows, inner = (t, None, []) if path is None else path.stops(t)
     state = (*layout.tensors(y0), *(z0.new_zeros(len(z0)) for _ in rates))
     grid = t if len(times) > len(t) else None
-    result = PLAIN[name](system, state, times, **extended(given, layout, system, grid=grid))
-    event_t, full = (None, result) if event_fn is None else result
+    full = PLAIN[name](system, state, times, **extended(given, layout, system, grid=grid))
     count = len(layout.shapes)
     integrals = {key: value[-1] for key, value in zip(rates, full[count:], strict=True)}
     kept = [x if rows is None else x[rows] for x in full[:count]]
     layout.warn_of_still(y0, [x[-1] for x in kept])
     system.warn_of_unread_columns()
-    if event_t is not None:
-        end = [x[-1] for x in kept]
-        integrals = to_event(system, event_fn, (t[0], y0), (event_t, end), integrals)
     if path is not None:
         for number, places in enumerate(inner):
             states: list[Any] = [layout.of_user([x[i] for x in full]) for i in places.tolist()]
@@ -221,5 +216,4 @@ def solve(
             integrals[key] = value
         integrals = {key: value for key, value in integrals.items() if key not in path.hidden}
     kept[0], integrals = attach(kept[0], followed.complete(integrals, z0))
-    solution = layout.of_user(kept)
-    return (solution if event_t is None else (event_t, solution)), integrals, math.prod(z0.shape[1:])
+    return layout.of_user(kept), integrals, math.prod(z0.shape[1:])

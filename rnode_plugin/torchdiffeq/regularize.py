@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,9 +30,10 @@ Following = Callable[[str, Callable[..., State], State, Tensor, Given], Any]
 _OURS = ("regularizers", "penalized", "batch_dim", "trace_noise", "quadrature")
 
 _NOT_SEEN = (
-    "this regularize() block saw no solve by torchdiffeq that came to its end. It sees calls of odeint, "
-    "odeint_adjoint and odeint_event in its own thread and process. A model that kept the function before the "
-    "first block (self.odeint = odeint, functools.partial) has to be made after rnode_plugin.torchdiffeq.install()."
+    "this regularize() block saw no solve by torchdiffeq that came to its end. It sees calls of odeint and "
+    "odeint_adjoint in its own thread and process, except solves that end by event_fn. A model that kept the "
+    "function before the first block (self.odeint = odeint, functools.partial) has to be made after "
+    "rnode_plugin.torchdiffeq.install()."
 )
 
 _installed: Following | None = None
@@ -69,8 +71,9 @@ def regularize(
 ) -> Iterator[Penalties]:
     """Integrate penalties in all solves by torchdiffeq within a block, for code that cannot be changed.
 
-    The block does not affect solves in other threads, nor solves that a field runs inside a solve. Solves under
-    ``torch.no_grad()`` count if no solve in the block has gradients, so a block can also measure an evaluation.
+    The block does not affect solves in other threads, nor solves that a field runs inside a solve. Solves that end
+    by ``event_fn`` are not penalized, with a warning. Solves under ``torch.no_grad()`` count if no solve in the
+    block has gradients, so a block can also measure an evaluation.
 
     The first block rebinds every name that a loaded module has for torchdiffeq's ``odeint`` or ``odeint_adjoint``
     to a function that only calls torchdiffeq outside of blocks; :func:`uninstall` restores the names. A model that
@@ -106,6 +109,8 @@ def regularize(
 
     def collect(name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given) -> Any:
         nonlocal trains
+        if _ends_by_event(given):
+            return PLAIN[name](func, y0, t, **given)
         with_gradients = torch.is_grad_enabled()
         if trains and not with_gradients:
             return PLAIN[name](func, y0, t, **given)
@@ -129,7 +134,8 @@ def install(regularizers: Regularizers = None, *, tally: Tally | None = None, **
 
     With ``regularizers`` every solve with gradients enabled integrates them, and the gradient of the weighted sum
     in eq. 17 is added whenever backward passes through the solution. The loss that the code prints does not contain
-    the penalties, but its gradient does. Blocks of :func:`regularize` take precedence.
+    the penalties, but its gradient does. Blocks of :func:`regularize` take precedence. A solve that ends by
+    ``event_fn`` is not penalized, with a warning.
 
     Each backward pass adds the gradient once, so the effective lambda depends on how the code scales its loss. With
     k accumulated batches of ``loss / k`` it is k lambda (give lambda / k), with two backward passes through one
@@ -155,7 +161,7 @@ def install(regularizers: Regularizers = None, *, tally: Tally | None = None, **
     refuse_schedules(wanted.weighted)
 
     def add_gradient(name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given) -> Any:
-        if not wanted.weighted or not torch.is_grad_enabled():
+        if not wanted.weighted or not torch.is_grad_enabled() or _ends_by_event(given):
             return PLAIN[name](func, y0, t, **given)
         solution, integrals, dims = solve(name, func, y0, t, given, wanted)
         penalties = ReturnedPenalties(wanted.weighted)
@@ -184,10 +190,16 @@ def _with_cost(solution: Any, cost: Tensor) -> Any:
     if isinstance(solution, Tensor):
         return attach(solution, {}, cost)[0]
     first, *rest = solution
-    if first.ndim == 0:  # the time of an event
-        return first, _with_cost(rest[0], cost)
     first, others = attach(first, {str(i): x for i, x in enumerate(rest)}, cost)
     return (first, *others.values())
+
+
+def _ends_by_event(given: Given) -> bool:
+    """Whether an event ends a solve, which is then not penalized; says so in a warning."""
+    if given["event_fn"] is None:
+        return False
+    warnings.warn("solves that end by event_fn are not penalized.", stacklevel=4)  # Python shows it once
+    return True
 
 
 _lock = threading.Lock()
