@@ -760,6 +760,18 @@ def test_another_thread_may_read_the_penalties(their_code: ModuleType) -> None:
 # --- bad input --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("t", [SPAN[:1], SPAN[:0], SPAN[0]])
+def test_one_time_alone_is_no_solve(name: str, t: Tensor) -> None:
+    with pytest.raises(ConfigError, match="give the start and the end"):
+        BOTH[name](Field(), start(), t, regularizers="kinetic")
+    if t.numel() and t.ndim:  # a script that does so runs on in a block, with integrals of zero
+        with regularize("kinetic") as penalties:
+            y = theirs.odeint(Field(), start(), t)
+        assert torch.equal(y[0], start())
+        assert not penalties["kinetic"].any()
+
+
 @pytest.mark.parametrize(
     ("y0", "options", "words"),
     [

@@ -56,7 +56,8 @@ def odeint(
     Args:
         func: the vector field ``(t, y) -> dy``; ``dy`` has the shapes of ``y0``.
         y0: the initial state, a tensor or a tuple of tensors.
-        t: times ``(T,)``, increasing or decreasing; ``y0`` is the state at the first of them.
+        t: times ``(T,)``, increasing or decreasing, with ``regularizers`` two or more; ``y0`` is the state at the
+            first of them.
         rtol, atol: tolerances of an adaptive method.
         method: torchdiffeq's name of the method; None: ``"dopri5"``. Only ``"scipy_solver"`` accepts no error norm,
             so there the penalties take part in the choice of the steps, and values differ within the tolerance.
@@ -90,7 +91,7 @@ def odeint(
             ``batch_dim`` that the state does not have; for a regularizer that is unknown, given twice or measures
             the solver's steps; for the name of a regularizer with parameters, such as ``learned_end_time``, instead
             of an object; for a trajectory penalty inside steps that are interpolated linearly; for ``regularizers``
-            with an ``event_fn``.
+            with an ``event_fn`` or with fewer than two times.
 
     Example:
         >>> import torch
@@ -165,6 +166,11 @@ def _with_penalties(
         raise ConfigError(
             "a solve that ends by event_fn integrates no penalties: solve to the event without regularizers=, and "
             "from the start to its time, torch.stack([t[0], event_t]), with them."
+        )
+    if isinstance(t, Tensor) and t.numel() < 2:
+        raise ConfigError(
+            f"penalties are integrals over time: give the start and the end of the solve as t, not {t.tolist()}, "
+            "for which torchdiffeq returns y0."
         )
     penalties = ReturnedPenalties(wanted.weighted)
     solution, integrals, dims = solve(name, func, y0, t, given, wanted)
