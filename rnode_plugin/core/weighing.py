@@ -51,7 +51,7 @@ def signs_for_columns(z: Tensor) -> Tensor | None:
     """Random signs, whose product with the Jacobian shows which columns of a state a field reads.
 
     Returns:
-        Tensor: signs of the shape of ``z``; None for a state that cannot hold a column beside others.
+        Tensor: signs of the shape of ``z``; None for a state of fewer than two columns.
     """
     if z.ndim != 2 or z.shape[1] < 2 or transforms_active() or z.is_meta:
         return None

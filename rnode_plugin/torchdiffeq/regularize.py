@@ -195,7 +195,7 @@ def _with_cost(solution: Any, cost: Tensor) -> Any:
 
 
 def _ends_by_event(given: Given) -> bool:
-    """Whether an event ends a solve, which is then not penalized; says so in a warning."""
+    """Whether an event ends a solve. It is then not penalized, which a warning says."""
     if given["event_fn"] is None:
         return False
     warnings.warn("solves that end by event_fn are not penalized.", stacklevel=4)  # Python shows it once
