@@ -1,13 +1,21 @@
-"""Formats durations, numbers and tables as text, and prints the progress of batches."""
+"""Formats durations, numbers, tables and JSON as text, and prints the progress of batches."""
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 
 _INTERVAL = 10.0  # shortest time between two progress lines, in seconds
+
+
+def to_json(value: object) -> str:
+    """Write a value as JSON, with null for a number that is not finite, and text for what JSON cannot hold."""
+    # Python writes NaN and Infinity, which JSON does not have and other readers refuse
+    plain = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+    return json.dumps(plain, indent=2)
 
 
 def duration(seconds: float) -> str:

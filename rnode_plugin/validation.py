@@ -1,14 +1,18 @@
-"""Turns pydantic's errors into a ConfigError with one sentence."""
+"""Turns pydantic's errors into a ConfigError with one sentence, and reads numbers from JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import reprlib
 from collections.abc import Iterator
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
 
 from .errors import ConfigError
+
+NULL_IS_NAN = BeforeValidator(lambda value: math.nan if value is None else value)
+"""For a number in JSON, where null stands for NaN and infinity. It is read as NaN."""
 
 
 @contextlib.contextmanager

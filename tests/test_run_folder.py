@@ -89,7 +89,7 @@ def result(kind: Kind, *, stopped: str = "finished", steps: int = 8, samples: in
             penalties={"kinetic": 0.1, "l1": 1e20},
             undivided=("l1",),
             seconds=2.5,
-            gap=math.inf,
+            gap=-1 / 3,
         ),
     )
 
@@ -166,6 +166,26 @@ def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) ->
     files |= set() if ended is None else {"result.json", kind.file}
     files |= {"diagnosis.json", "diagnosis"} if state == "diagnosed" else set()
     assert {each.name for each in run.path.iterdir()} == files
+
+
+def test_numbers_that_are_not_finite_leave_json_that_other_readers_take(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.describe(IMAGES.recipe, ENVIRONMENT)
+    ended = result(IMAGES)
+    mean = Mean(math.nan, math.inf, None, (math.nan, math.inf, 1.0, 2.0, 3.0))
+    means, penalties = {**ended.evaluation.means, "clean": mean}, {"kinetic": math.inf, "l1": 1.0}
+    evaluation = dataclasses.replace(ended.evaluation, means=means, penalties=penalties, gap=math.inf)
+    run.conclude(dataclasses.replace(ended, evaluation=evaluation), IMAGES.recipe)
+    run.add_diagnosis(DIAGNOSED, {})
+    for path in (run.result, run.diagnosis):
+        json.loads(path.read_text(), parse_constant=pytest.fail)
+    found = run.read()
+    assert math.isnan(found.numbers["clean"])
+    assert math.isnan(found.numbers["kinetic"])
+    assert found.numbers["l1"] == 1
+    assert found.numbers["gap"] == math.inf  # the training solver has failed
+    adaptive = dataclasses.replace(found, recipe=IMAGES.recipe.ffjord())
+    assert math.isnan(adaptive.numbers["gap"])  # nothing to measure
 
 
 # a file each ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import re
@@ -17,6 +16,7 @@ import click
 
 from ..errors import CheckpointError, ConfigError, RnodeError
 from ..plugins import registry
+from ..text import to_json
 
 if TYPE_CHECKING:
     from ..experiments.recipes.recipe import Recipe
@@ -247,10 +247,8 @@ def show_next(*steps: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print a value as JSON, with null for a number that is not finite, and text for what JSON cannot hold."""
-    # Python writes NaN and Infinity, which JSON does not have and other readers refuse
-    plain = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
-    click.echo(json.dumps(plain, indent=2))
+    """Print a value as JSON, see :func:`~rnode_plugin.text.to_json`."""
+    click.echo(to_json(value))
 
 
 def loaded(kind: str, describe: Callable[[str], str]) -> list[tuple[str, str]]:

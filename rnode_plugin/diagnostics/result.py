@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, TypeAdapter
+from pydantic import TypeAdapter
 
-from ..validation import refused
+from ..validation import NULL_IS_NAN, refused
 
 Verdict = Literal["ok", "left out", "cannot tell", "warning", "failed"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 """All verdicts, from the best to the worst."""
 
-_Number = Annotated[int | float, BeforeValidator(lambda value: math.nan if value is None else value)]
+_Number = Annotated[int | float, NULL_IS_NAN]
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...text import duration, signed, significant
+from ...validation import NULL_IS_NAN
 from ..data.images import ImageArray
 from ..recipes.task import AnyTask, Task
 
 D = TypeVar("D")
+_Number = Annotated[float, NULL_IS_NAN]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Mean:
             A run writes them to a file next to ``result.json``.
     """
 
-    mean: float
+    mean: _Number
     stderr: float | None
     stderr_noise: float | None = None
     samples: tuple[float, ...] = field(default=(), repr=False)
@@ -65,7 +67,7 @@ class Evaluation:
     nfe_max: int
     nfe_batches: int
     nfe_batch_size: int
-    penalties: dict[str, float]
+    penalties: dict[str, _Number]
     undivided: tuple[str, ...] = ()
     seconds: float
     gap: float | None = None

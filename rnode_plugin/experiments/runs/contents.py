@@ -113,7 +113,9 @@ class RunContents:
         if self.result is not None:
             evaluation = self.result.evaluation
             scores = {name: score.mean for name, score in evaluation.means.items()}
-            gap, nfe_test, seconds = evaluation.gap, evaluation.nfe_mean, self.result.training_seconds
+            nfe_test, seconds = evaluation.nfe_mean, self.result.training_seconds
+            # JSON has no infinity, which the gap of a training solver is that fails
+            gap = math.inf if evaluation.gap is None and not self.recipe.solver.adaptive else evaluation.gap
         else:
             scores = {self.task.quantities[0].name: _last(self.checks[f"val/{self.task.metric}"])}
             gap, nfe_test = (_last(self.checks.get(f"val/{name}")) for name in ("gap", "nfe"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
 from ...files import write_atomically
+from ...text import to_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,8 +27,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, contents: Mapping[str, object]) -> None:
-    """Write plain data as JSON, whole or not at all."""
-    write_text(path, json.dumps(contents, indent=2) + "\n")
+    """Write plain data as JSON, whole or not at all, with null for a number that is not finite."""
+    write_text(path, to_json(contents) + "\n")
 
 
 @contextmanager
