@@ -35,6 +35,7 @@ from rnode_plugin.experiments.training import progress, stops
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
 from rnode_plugin.experiments.training.clock import Clock
 from rnode_plugin.experiments.training.experiment import Experiment
+from rnode_plugin.experiments.training.failures import with_advice
 from rnode_plugin.experiments.training.fit import FitResult
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.experiments.training.optimizers import learning_rate_factor
@@ -560,6 +561,32 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
     result = run(recipe, tmp_path, resume=folder.path)  # without the cause
     assert (result.stopped, result.steps) == ("finished", 8)
     assert [row["step"] for row in rows(result) if "train/loss" in row] == list("12345678")
+
+
+@pytest.mark.parametrize(
+    ("files", "advice"),
+    [
+        ((), "No checkpoint had been written yet."),
+        (("best.ckpt",), "The last good checkpoint is {best}; --resume {run} continues from it."),
+        (("last.ckpt",), "The last good checkpoint is {last}; --resume {run} continues from it."),
+        (("last.ckpt", "best.ckpt"), "; --resume {run} continues from it, --resume {best} from the best one."),
+    ],
+)  # fmt: skip
+def test_an_error_names_the_checkpoint_that_a_resumed_run_finds(
+    tmp_path: Path, files: tuple[str, ...], advice: str
+) -> None:
+    """A full disk may have room for the best.ckpt of the first validation alone."""
+    folder = Run(tmp_path / "run")
+    folder.last.parent.mkdir(parents=True)
+    for name in files:
+        (folder.last.parent / name).touch()
+    trainer: Any = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(launcher=None))
+    written: Any = SimpleNamespace(folder=folder)
+    with pytest.raises(TrainingError) as caught, with_advice(written, trainer, is_new=False):
+        raise TrainingError("the disk is full.")
+    paths = {"best": folder.best, "last": folder.last, "run": folder.path}
+    assert str(caught.value).startswith("training stopped: the disk is full. ")
+    assert str(caught.value).endswith(advice.format(**paths))
 
 
 def test_an_adaptive_solver_at_its_budget(tmp_path: Path) -> None:

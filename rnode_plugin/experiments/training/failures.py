@@ -20,6 +20,7 @@ from ...errors import (
     TrainingError,
     first_line,
 )
+from ..runs.run import LAST
 from .recorder import Recorder
 from .trainer import end_other_processes
 
@@ -40,9 +41,10 @@ def with_advice(recorder: Recorder, trainer: L.Trainer, *, is_new: bool) -> Iter
         end_other_processes(trainer, signal.SIGKILL)
         left = "No checkpoint had been written yet."
         if (folder := recorder.folder) is not None:
-            if folder.last.is_file():
-                best = f", --resume {folder.best} from the best one" if folder.best.is_file() else ""
-                left = f"The last good checkpoint is {folder.last}; --resume {folder.path} continues from it{best}."
+            # last.ckpt is missing if a full disk had room for the best.ckpt of the first validation alone
+            if found := folder.checkpoints(LAST):
+                best = f", --resume {folder.best} from the best one" if folder.best in found[1:] else ""
+                left = f"The last good checkpoint is {found[0]}; --resume {folder.path} continues from it{best}."
             elif is_new and trainer.is_global_zero and not folder.metrics.exists():
                 shutil.rmtree(folder.path, ignore_errors=True)  # it holds no result of a step
         # the constructor of a SolverError takes other arguments than a message
