@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
-from torchdyn.nn import DataControl, DepthCat
 
 from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
 from rnode_plugin.core.derivatives import AutogradField
@@ -210,35 +208,6 @@ def test_a_regularizer_that_evaluates_a_random_field_again_must_say_so() -> None
     with pytest.raises(ConfigError, match="repeats = True"):
         penalties_at(Net(nn.Dropout(0.5)), 0.0, states(), [rate])
     penalties_at(Net(), 0.0, states(), [rate])
-
-
-@pytest.mark.parametrize("layer", [DataControl, DepthCat])
-def test_threads_that_solve_one_model_keep_their_control_and_time(layer: Any) -> None:
-    control = layer is DataControl
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Linear(4, 4), layer() if control else layer(1), nn.Linear(8 if control else 5, 16), nn.Tanh(),
-        nn.Linear(16, 4),
-    )  # fmt: skip
-    model = NeuralODE(net, solver="rk4", return_t_eval=False)
-    starts = [torch.randn(200, 4) for _ in range(4)]
-    spans = [torch.linspace(0, 0.2 + k, 9) for k in range(4)]
-    with torch.no_grad():
-        expected = [model(x, t)[-1] for x, t in zip(starts, spans, strict=True)]
-    wrong: list[int] = []
-
-    def solve(k: int) -> None:
-        with torch.no_grad():
-            for _ in range(10):
-                if not torch.equal(model(starts[k], spans[k])[-1], expected[k]):
-                    wrong.append(k)
-
-    threads = [threading.Thread(target=solve, args=(k,)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
 
 
 # layers without a second derivative -----------------------------------------------------------------------------

@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from regularizer_table import Weighed
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torchdyn_fields import mlp
 
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.solvers import GRADIENTS
 
 SPAN = torch.linspace(0, 1, 4, dtype=torch.float64)
 
@@ -120,63 +118,3 @@ def test_noise_follows_the_randomness_of_vmap() -> None:
     assert vmap(rate, randomness="different")(x).unique().numel() == 4
     with pytest.raises(RuntimeError, match="random"):
         vmap(rate)(x)
-
-
-@pytest.mark.parametrize("computed", [False, True], ids=["leaves", "computed"])
-@pytest.mark.parametrize("regularizers", [None, "kinetic", "jacfrob", "weighed"])
-@pytest.mark.parametrize("sensitivity", GRADIENTS[1:])
-def test_replaced_parameters_are_those_of_the_backward_pass(
-    sensitivity: str, regularizers: str | None, computed: bool
-) -> None:
-    """functional_call puts the model's own parameters back before the backward pass, as with a hypernetwork."""
-
-    def gradient(sensitivity: str) -> Tensor:
-        torch.manual_seed(0)
-        model = NeuralODE(
-            mlp(2, 6, 2).double(),
-            "rk4_38",
-            sensitivity=sensitivity,
-            regularizers=[Weighed()] if regularizers == "weighed" else regularizers,
-            trace_noise="exact",
-        )
-        given = {name: torch.randn_like(p).requires_grad_() for name, p in model.named_parameters()}
-        own = dict(model.named_parameters())
-        used = {name: p.tanh() for name, p in given.items()} if computed else given
-        y = functional_call(model, used, (torch.randn(3, 2).double(), torch.linspace(0, 1, 41)))[1][-1]
-        (y.square().sum() + 10 * model.reg_loss()).backward()
-        assert all(p is own[name] and p.grad is None for name, p in model.named_parameters())
-        return torch.cat([p.grad.flatten() for p in given.values() if p.grad is not None])
-
-    exact = sensitivity == "checkpointed"
-    torch.testing.assert_close(
-        gradient(sensitivity), gradient("autograd"), rtol=1e-9 if exact else 1e-4, atol=1e-9 if exact else 1e-6
-    )
-
-
-@pytest.mark.parametrize("sensitivity", GRADIENTS[1:])
-def test_a_buffer_that_the_caller_sets_belongs_to_the_solve(sensitivity: str) -> None:
-    """Two solves with a context each, and one backward pass, which finds the second context in the field."""
-
-    class WithContext(nn.Module):
-        context: Tensor
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("context", None)
-            self.net = mlp(2, 6, 2)
-
-        def forward(self, t: Tensor, x: Tensor) -> Tensor:
-            return self.net(x) * self.context
-
-    def gradient(sensitivity: str) -> Tensor:
-        torch.manual_seed(0)
-        field = WithContext().double()
-        model = NeuralODE(field, "rk4_38", sensitivity=sensitivity)
-        loss = torch.zeros(())
-        for context in torch.tensor([[0.5], [-2.0]], dtype=torch.float64):
-            field.context = context
-            loss = loss + model(torch.ones(3, 2).double(), torch.linspace(0, 1, 21))[1][-1].square().sum()
-        loss.backward()
-        return torch.cat([p.grad.flatten() for p in field.parameters() if p.grad is not None])
-
-    torch.testing.assert_close(gradient(sensitivity), gradient("autograd"), rtol=1e-4, atol=1e-6)

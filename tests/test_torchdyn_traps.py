@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-import threading
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
 
@@ -807,27 +805,6 @@ def test_dropout_under_an_adjoint_is_warned_of(make: Callable[..., nn.Module], s
         assert not caught
         make(nn.Linear(2, 2), 0.3, sensitivity)(x)
     assert ["another mask" in str(each.message) for each in caught] == [True] * sensitivity.endswith("adjoint")
-
-
-def test_threads_that_call_one_model_have_their_own_penalties() -> None:
-    """Both calls begin before either ends."""
-    both, x = threading.Barrier(2, timeout=60), torch.randn(2, 4, 2)
-
-    def field(t: Tensor, z: Tensor) -> Tensor:
-        if float(t) == 0:
-            both.wait()
-        return -z
-
-    model = NeuralODE(field, "euler", regularizers={"kinetic": 1.0})
-
-    def loss(z: Tensor) -> Tensor:
-        model(z, torch.tensor([0.0, 1.0]))
-        both.wait()
-        return model.reg_loss()
-
-    with ThreadPoolExecutor(2) as pool:
-        found = torch.stack(list(pool.map(loss, x)))
-    torch.testing.assert_close(found, x.square().mean((1, 2)))
 
 
 # --- several solves per loss ---

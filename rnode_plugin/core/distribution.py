@@ -401,7 +401,7 @@ class DensityModel(nn.Module, ABC):
         twin.solver, twin.estimator = solver or self.solver, estimator or self.estimator
         policy = Kinds.of(self.regularizers).span
         kept = () if policy is None or policy in regularizers else (policy,)
-        twin.regularizers = (*regularizers, *kept)
+        twin.keep_regularizers({each.name: Weighted(each, 1.0) for each in (*regularizers, *kept)})
         return twin
 
     def citation(self) -> str:
