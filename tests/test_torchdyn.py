@@ -668,6 +668,53 @@ def test_closed_form_of_a_linear_field(solver: str, sensitivity: str, span: tupl
         assert relative(ours, true) < (1e-6 if sensitivity != "interpolated_adjoint" else 1e-5)
 
 
+class Oscillating(nn.Module):
+    """A perceptron of the state and of an oscillation in time, whose adjoint is smoother than its own velocity."""
+
+    def __init__(self, frequency: float) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.frequency, self.net = frequency, mlp(5, 16, 3).double()
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        phase = self.frequency * t
+        return self.net(torch.cat([x, torch.stack([phase.sin(), phase.cos()]).reshape(1, 2).expand(len(x), 2)], 1))
+
+
+def loss_of_a_node(field: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    model = NeuralODE(field, "dopri5", trace_noise="exact", **options)
+    return model(x, torch.tensor([0.0, 1.0]).double())[1][-1].square().mean() + model.reg_loss()
+
+
+def loss_of_a_density(field: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    model = RegularizedCNF(field, event_shape=3, trace_estimator="exact", **options)
+    return model.log_prob(x).mean() + model.reg_loss()
+
+
+@pytest.mark.parametrize("frequency", [6.0, 12.0, 25.0])
+@pytest.mark.parametrize(
+    ("loss", "lambdas"),
+    [(loss_of_a_node, {}), (loss_of_a_node, LAMBDAS), (loss_of_a_density, LAMBDAS)],
+    ids=["node", "node with penalties", "density with penalties"],
+)
+def test_an_interpolated_adjoint_is_as_accurate_as_its_tolerance(
+    loss: Callable[..., Tensor], lambdas: Any, frequency: float
+) -> None:
+    """About as accurate as the gradient of the steps that the same tolerance gives, for a field of time."""
+    field, x = Oscillating(frequency), torch.randn(16, 3, dtype=torch.float64)
+
+    def gradient(sensitivity: str, tolerance: float) -> Tensor:
+        options = dict.fromkeys(TIGHT, tolerance)
+        value = loss(field, x, sensitivity=sensitivity, regularizers=lambdas, **options)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, [*field.parameters()])])
+
+    exact = gradient("autograd", 1e-10)
+    for tolerance in (1e-4, 1e-5, 1e-7):
+        of_steps = relative(gradient("autograd", tolerance), exact)
+        error = relative(gradient("interpolated_adjoint", tolerance), exact)
+        assert error < 2 * of_steps + 30 * tolerance, (tolerance, error)
+
+
 class WithNumpy(nn.Module):
     """Reads the time as numbers, which a time that requires a gradient would refuse."""
 

@@ -178,7 +178,7 @@ class _Backward:
             # the gradients of the parameters are integrated as penalties, over |dt|; the sign makes it dt
             return Rates(rate, None, {str(i): self.sign * g for i, g in enumerate(dparams)})
 
-        times = torch.stack([t1, t0])
+        times = torch.stack([t1, t0]) if path is None else torch.cat([t1[None], path.between(t1, t0), t0[None]])
         solution = self.solver.march(Problem(FunctionDynamics(adjoint_system), state, times)).check()
         for i, gradient in enumerate(self.gradients):
             # the integral for a scalar parameter has shape [1] if the times have that shape
@@ -239,6 +239,17 @@ class _Path:
         left = right - 1
         t0, z0, t1, z1 = (x[k] for k in (left, right) for x in self.steps)
         return hermite(t0, z0, self._velocity(left), t1, z1, self._velocity(right), t)
+
+    def between(self, t1: Tensor, t0: Tensor) -> Tensor:
+        """The times of the accepted steps between two times, in the order of a solve from ``t1`` to ``t0``.
+
+        The adjoint may be smooth where the gradient of the parameters, which has no part in the choice of its
+        steps, changes as fast as the forward path. A step that passes over several of the path's would miss that.
+        """
+        first, last = self.sign * float(t0), self.sign * float(t1)
+        slack = 1e-6 * (last - first)  # the end of a step may differ from the output there by rounding
+        left, right = bisect.bisect(self.keys, first + slack), bisect.bisect_left(self.keys, last - slack)
+        return self.steps.t[left:right].flip(0)
 
     def _velocity(self, knot: int) -> Tensor:
         if knot not in self.velocities:
