@@ -94,11 +94,11 @@ def penalties_at(
         return bound.evaluate(time, z).penalties
 
 
-def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, noise_time: float = 1.0) -> Tensor:
+def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, *, noise_time: float) -> Tensor:
     """Compute the score ``grad log p_t(x)`` from a velocity that was trained on straight paths from noise to data.
 
-    For ``x_t = (1 - t) data + t noise`` with standard normal noise, paired with the data at random, the score is
-    ``-(x + (1 - t) v(t, x)) / t`` (arXiv 2303.08797). Unless the velocity is exact, this differs from the score of
+    For ``x_t = t data + (1 - t) noise`` with standard normal noise, paired with the data at random, the score is
+    ``(t v(t, x) - x) / (1 - t)`` (arXiv 2303.08797). Unless the velocity is exact, this differs from the score of
     the density that the velocity samples. For that score, differentiate ``log_prob`` of
     :meth:`RegularizedCNF.from_velocity`.
 
@@ -106,7 +106,8 @@ def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, noise_time: fl
         v: the velocity. The names of its parameters decide how it is called, by default ``(t, x)``.
         t: a number, or one time per sample, ``(B,)`` or ``(B, 1)``, as the velocity takes it.
         x: states ``(B, *event)``.
-        noise_time: 1 for noise at time 1, 0 for noise at time 0, as in flow_matching and torchcfm.
+        noise_time: 0 for noise at time 0, as in flow_matching and torchcfm; 1 for noise at time 1. There is no
+            default, since the other one would give a wrong score.
 
     Returns:
         The score ``(B, *event)``.
@@ -119,7 +120,7 @@ def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, noise_time: fl
         >>> import torch
         >>> from rnode_plugin.flow_matching import score
         >>> x = torch.ones(1, 2)
-        >>> score(lambda t, x: x / t, 0.5, x)  # the data are all zero: x_t = t noise
+        >>> score(lambda t, x: -x / (1 - t), 0.5, x, noise_time=0)  # the data are all zero: x_t = (1 - t) noise
         tensor([[-4., -4.]])
     """
     if noise_time not in (0, 1):

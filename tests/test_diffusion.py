@@ -329,7 +329,7 @@ def test_wrong_arguments_are_one_sentence() -> None:
     with pytest.raises(ConfigError, match=r"RegularizedCNF\.from_velocity"):
         ODESolver(velocity_from_noise(Small(), *cosine()))
     with pytest.raises(ConfigError, match="not straight"):
-        score(velocity_from_noise(Small(), *cosine()), 0.5, samples(3))
+        score(velocity_from_noise(Small(), *cosine()), 0.5, samples(3), noise_time=1)
 
 
 def test_a_velocity_can_be_copied_and_kept() -> None:

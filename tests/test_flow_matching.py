@@ -295,16 +295,18 @@ def test_a_score_at_one_time_per_sample() -> None:
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return x * (1 + t.reshape(-1, 1, 1, 1))
 
-    found = score(velocity, t, x)
-    each = torch.cat([score(velocity, float(s), x[i : i + 1]) for i, s in enumerate(t)])
+    found = score(velocity, t, x, noise_time=1)
+    each = torch.cat([score(velocity, float(s), x[i : i + 1], noise_time=1) for i, s in enumerate(t)])
     torch.testing.assert_close(found, each)
-    torch.testing.assert_close(score(velocity, t[:, None], x), each)
+    torch.testing.assert_close(score(velocity, t[:, None], x, noise_time=1), each)
 
 
 def test_a_score_where_there_is_none_is_refused() -> None:
     for t, noise_time in ((0.0, 1.0), (1.0, 0.0), (torch.tensor([0.5, 0.0]), 1.0)):
         with pytest.raises(ConfigError, match="the score is singular"):
             score(lambda t, x: x, t, torch.randn(2, 2), noise_time=noise_time)
+    with pytest.raises(TypeError, match="noise_time"):  # either default would be wrong for somebody, in silence
+        score(lambda t, x: x, 0.5, torch.randn(2, 2))  # pyright: ignore[reportCallIssue]
     with pytest.raises(ConfigError, match="noise_time must be 0 or 1"):
         score(lambda t, x: x, 0.5, torch.randn(2, 2), noise_time=0.999)
 
