@@ -14,14 +14,14 @@ from .core.door import Door
 from .core.dynamics import Dynamics
 from .core.modes import outside_inference
 from .core.regularizer import Rate
-from .core.signature import call_of, time_first
+from .core.signature import SCALAR, call_of, time_first
 from .core.surroundings import module_of
 from .core.view import View, check_batch_dim
 from .core.weighing import Regularizers
-from .errors import ConfigError
+from .errors import ConfigError, suggest
 from .plugins.registry import resolve_regularizers
 from .solvers import Solver
-from .solvers.checks import FIXED_METHODS
+from .solvers.checks import FIXED_METHODS, METHODS
 from .solvers.named import solver_of
 
 _METHODS = {"rk4": "rk4_38"}  # flow_matching takes torchdiffeq's names, and its rk4 is the 3/8 rule
@@ -212,8 +212,8 @@ class ODESolver:
             x_init: source points ``(B, *event)``.
             step_size: longest step of a fixed grid, which divides each interval of ``time_grid`` evenly; None: one
                 step per interval of a ``time_grid`` that is given.
-            method: ``"euler"``, ``"midpoint"``, ``"rk4"`` (the 3/8 rule, as in torchdiffeq), ``"dopri5"`` or
-                another method of :class:`~rnode_plugin.Solver`.
+            method: ``"euler"``, ``"midpoint"``, ``"rk4"`` or ``"rk4_38"`` (both the 3/8 rule, which torchdiffeq
+                calls rk4), ``"dopri5"`` or ``"tsit5"``.
             atol, rtol: tolerances of an adaptive method.
             time_grid: times ``(T,)``; None: 0 to 1.
             return_intermediates: whether to return the states at all times, ``(T, B, *event)``.
@@ -299,10 +299,13 @@ class ODESolver:
         """The velocity as a function of time and state."""
         model = self.velocity_model
         model = functools.partial(model, **extras) if extras else model
-        return call_of(time_first(model, time_shape=self.time_shape, with_context=False))
+        return call_of(time_first(model, time_shape=self.time_shape or SCALAR, with_context=False))
 
 
 def _solver(method: str, step_size: float | None, atol: float, rtol: float) -> Solver:
+    if method not in METHODS:
+        known = suggest(method, METHODS, "solver method")
+        raise ConfigError(f"{known} flow_matching's other methods are torchdiffeq's: solve with its own ODESolver.")
     return solver_of(_METHODS.get(method, method), step=step_size, atol=atol, rtol=rtol)
 
 

@@ -216,6 +216,8 @@ def test_exact_traces_of_images_have_gradients() -> None:
 def test_wrong_arguments_are_one_sentence() -> None:
     with pytest.raises(ConfigError, match="midpoint"):
         ODESolver(linear).sample(points(2, 3), method="midpiont")
+    with pytest.raises(ConfigError, match=r"'heun3'.* Known: dopri5, euler, .* its own ODESolver"):
+        ODESolver(linear).sample(points(2, 3), 0.1, method="heun3")
     with pytest.raises(ConfigError, match="from 1 to 0"):
         ODESolver(linear).compute_likelihood(points(2, 3), normal, time_grid=torch.tensor([0.0, 1.0]))
     for log_p0 in (lambda z: normal(z).sum(), lambda z: normal(z)[:, None]):

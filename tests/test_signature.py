@@ -18,6 +18,7 @@ from rnode_plugin import CNF, NeuralODE, RegularizedCNF, penalties_at
 from rnode_plugin.core.signature import Takes, field_takes, time_first
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flow_matching import ODESolver
+from rnode_plugin.solvers.checks import ADAPTIVE_METHODS, METHODS
 
 
 class Timed(nn.Module):
@@ -290,6 +291,51 @@ def test_the_absence_of_a_time_shape_ends_in_a_sentence(name: str) -> None:
         ODESolver(VELOCITIES[name]()).sample(torch.zeros(5, 2), step_size=0.5)
     found = ODESolver(VELOCITIES[name](), time_shape=SHAPES[name]).sample(torch.zeros(5, 2), 0.5, "midpoint")
     torch.testing.assert_close(found, torch.full((5, 2), 1.5))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_velocity_gets_scalar_times_from_every_method(method: str, size: int) -> None:
+    """As in flow_matching, whatever torchdyn's solvers pass."""
+    shapes = set[tuple[int, ...]]()
+
+    class OneTime(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            shapes.add(tuple(t.shape))
+            return x * (t if t.dim() else t.expand(len(x)))[:, None]
+
+    x, step = torch.ones(size, 2), None if method in ADAPTIVE_METHODS else 0.5
+    ODESolver(OneTime()).sample(x, step, method)
+    ODESolver(OneTime()).compute_likelihood(x, lambda z: -z.square().sum(1), step, method)
+    model = RegularizedCNF.from_velocity(OneTime(), event_shape=2, solver=method, steps=None if step is None else 2)
+    model.log_prob(x)
+    model.inverse(x)
+    RegularizedCNF.from_velocity(
+        OneTime(), event_shape=2, solver=method, steps=2, call=lambda net, t, x: net(x, t)
+    ).log_prob(x)
+    assert shapes == {()}
+
+
+def test_a_time_that_was_passed_as_the_state_is_named() -> None:
+    class Nameless(nn.Module):
+        def forward(self, points: Tensor, sigma: Tensor) -> Tensor:
+            return points * sigma.reshape(-1, 1)
+
+    class Mean(nn.Module):
+        def forward(self, points: Tensor, sigma: Tensor) -> Tensor:
+            return points / (1 + sigma.mean())
+
+    for net in (Nameless(), Mean()):
+        words = r"'points', .* was passed the time, .*=lambda net, t, x: net\(x, sigma=t\)"
+        for act in (
+            RegularizedCNF.from_velocity(net, event_shape=2).log_prob,
+            lambda x: ODESolver(net).sample(x, step_size=0.5),  # noqa: B023
+            lambda x: penalties_at(net, 0.5, x, ["kinetic"]),  # noqa: B023
+        ):
+            with pytest.raises(ConfigError, match=words):
+                act(torch.zeros(3, 2))
+    with pytest.raises(ConfigError, match=r"'sigma', .* is not known as a time"):
+        RegularizedCNF.from_velocity(lambda xt, sigma: xt / sigma, event_shape=2)  # pyright: ignore
 
 
 def test_what_names_cannot_decide_is_refused_at_construction() -> None:

@@ -14,9 +14,11 @@ from ..errors import ConfigError
 from .derivatives import Field
 
 TIME_NAMES = frozenset({"t", "time", "timestep", "timesteps"})
-STATE_NAMES = frozenset({"x", "z", "y", "u", "h", "state", "sample"})
+STATE_NAMES = frozenset({"x", "z", "y", "u", "h", "xt", "x_t", "zt", "z_t", "state", "sample"})
 TIME_SHAPES = {"(B,)": 1, "(B, 1)": 2}
 """Shapes of the time that a field may take instead of a scalar, with their numbers of dimensions."""
+SCALAR = "()"
+"""The shape of a time that all samples share. An adaptive solver also passes ``(1,)``, as torchdyn's does."""
 
 # torch's private names for the original of a compiled module, of a compiled function, and of a module in place
 COMPILED_MODULE = "_orig_mod"
@@ -190,16 +192,17 @@ def time_first(
     Args:
         field: the velocity, a module or another callable.
         call: a function that calls the field instead, as ``call(field, t, x)`` or ``call(field, t, x, context)``.
-        time_shape: the shape of the time that the field takes for states ``(B, ...)``, ``"(B,)"`` or ``"(B, 1)"``.
-            None: a scalar.
+        time_shape: the shape of the time that the field takes for states ``(B, ...)``, ``"()"``, ``"(B,)"`` or
+            ``"(B, 1)"``. None: the shape in which it is given, a scalar in a solve.
         with_context: whether the field is also called with a context, so that it may need a third argument.
 
     Raises:
         ConfigError: for another ``time_shape``, for a time that is neither the first nor the second parameter, for
             a second parameter after the state whose name is not known as a time, and for further parameters without
-            a default; when called, for a field that fails with the time but works with another shape of the time.
+            a default; when called, for a field that fails with the time but works with another shape of the time,
+            or with the time as its second argument.
     """
-    if time_shape is not None and time_shape not in TIME_SHAPES:
+    if time_shape not in (None, SCALAR) and time_shape not in TIME_SHAPES:
         raise ConfigError(f"time_shape must be one of {', '.join(map(repr, TIME_SHAPES))}, not {time_shape!r}.")
     takes = field_takes(field)
     if call is None:
@@ -263,10 +266,13 @@ class _TimeFirst(nn.Module):
         if self.call is not None:
             return self.call(self.field, t, x, *context)
         try:
-            return self._evaluate(t, x, *context)
+            found = self._evaluate(t, x, *context)
         except (IndexError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self._refuse_exchanged(t, x, *context)
             # try other shapes of the time, so that the message can name the one that works
-            if self.time_shape is not None or isinstance(error, torch.OutOfMemoryError):
+            if self.time_shape in TIME_SHAPES:
                 raise
             if t.ndim > 0 and self._works(t.flatten()[0], x, *context):
                 raise ConfigError(
@@ -282,6 +288,23 @@ class _TimeFirst(nn.Module):
                 f"the velocity failed with {what} ({_in_one_line(error)}). It takes one time for each sample: give "
                 f"{fitting}, or times of that shape."
             ) from error
+        if self.takes.order == "?" and isinstance(found, Tensor) and found.shape != x.shape:
+            self._refuse_exchanged(t, x, *context)
+        return found
+
+    def _refuse_exchanged(self, t: Tensor, x: Tensor, *context: Tensor) -> None:
+        """Refuse a velocity of two nameless arguments that failed as ``(t, x)``, if it works as ``(x, t)``."""
+        names = [each.name for each in _parameters(_function(self.field))[:2]]
+        if self.takes.order != "?" or len(names) < 2:
+            return
+        first, second = names
+        exchanged = _TimeFirst(self.field, self.takes._replace(order="x, t"), None, None)
+        if not exchanged._works(t, x, *context):
+            return
+        raise ConfigError(
+            f"{first!r}, the first parameter of this velocity, was passed the time, and {second!r} the state, "
+            f"because neither name is known: {_write(f'net(x, {second}=t)')}."
+        )
 
     def _evaluate(self, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
         if self.takes.order == "x, *, t":
@@ -298,7 +321,9 @@ class _TimeFirst(nn.Module):
 
 
 def _in_shape(t: Tensor, x: Tensor, name: str) -> Tensor:
-    """A time, or one time for each sample of ``x``, in a shape of :data:`TIME_SHAPES`."""
+    """A time, or one time for each sample of ``x``, in a shape of :data:`TIME_SHAPES` or as a scalar."""
+    if name == SCALAR:
+        return t.reshape(())
     shape = (len(x), 1)[: TIME_SHAPES[name]]
     return t.reshape(-1, *shape[1:]).expand(shape)
 

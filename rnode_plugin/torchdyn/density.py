@@ -22,7 +22,7 @@ from ..core.modes import outside_inference
 from ..core.objective import FlowOutput
 from ..core.penalties import OneProcessPerDevice, Penalties, attach
 from ..core.regularizer import Regularizer
-from ..core.signature import accepts, refuse_state_first, time_first
+from ..core.signature import SCALAR, accepts, refuse_state_first, time_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..core.weighing import Regularizers, Weighted
 from ..errors import ConfigError, check_count, suggest
@@ -164,7 +164,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             net.check_ends(data_time, noise_time, base=options.get("base"))  # pyright: ignore[reportCallIssue]
         options = {"regularizers": (), **options}  # a velocity from flow matching usually is trained already
         context = options.get("context_shape") is not None
-        net = time_first(net, call=call, time_shape=time_shape, with_context=context)
+        net = time_first(net, call=call, time_shape=time_shape or SCALAR, with_context=context)
         count = 1 if steps is None else check_count(steps, "steps")
         times = torch.linspace(data_time, noise_time, count + 1, dtype=_precision(net))
         model = cls(net, t_span=times, **options)
