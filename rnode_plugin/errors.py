@@ -98,11 +98,17 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+_INSTEAD = {  # of methods that papers and other packages have under these names
+    "hutch++": "use 'exact', or more probes, such as 'rademacher:4'",
+}
+
+
 def suggest(name: str, known: Iterable[str], kind: str) -> str:
-    """The message for an unknown name, with the nearest match and all known names."""
+    """The message for an unknown name, with what to use instead or the nearest match, and all known names."""
     options = sorted(known)
     near = difflib.get_close_matches(str(name), options, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    instead = _INSTEAD.get(str(name).partition(":")[0])
+    hint = f": {instead}." if instead else f"; did you mean {near[0]!r}?" if near else "."
     listed = ", ".join(options) if options else "none"
     return f"unknown {kind} {name!r}{hint} Known: {listed}."
 

@@ -96,7 +96,7 @@ QUICK: dict[str, Callable[[], Any]] = {
 SLOW: dict[str, Callable[[], Any]] = {
     "images": images,
     "table, context": lambda: table(context=1),
-    "hutch++": lambda: density(linear_field(2, hidden=6), "hutch++:1"),
+    "two probes": lambda: density(linear_field(2, hidden=6), "gaussian:2"),
     "potential, probes": lambda: density(PotentialField(2, hidden=6), "gaussian"),
 }
 

@@ -244,12 +244,11 @@ def test_the_image_flow_takes_every_kind() -> None:
 
 def test_several_probes_through_the_image_flow() -> None:
     x = torch.rand(3, 1, 4, 4)
-    for estimator in ("rademacher:3", "hutch++:2"):
-        flow = MultiscaleFlow((1, 4, 4), hidden=4, solver=FixedGrid("euler", step=0.5), trace_noise=estimator,
-                              regularizers=["jacfrob", "curl"])  # fmt: skip
-        out = flow(x)
-        (out.logdet.sum() + out.regularization["jacfrob"].sum()).backward()
-        assert all(bool(p.grad.isfinite().all()) for p in flow.parameters() if p.grad is not None)
+    flow = MultiscaleFlow((1, 4, 4), hidden=4, solver=FixedGrid("euler", step=0.5), trace_noise="rademacher:3",
+                          regularizers=["jacfrob", "curl"])  # fmt: skip
+    out = flow(x)
+    (out.logdet.sum() + out.regularization["jacfrob"].sum()).backward()
+    assert all(bool(p.grad.isfinite().all()) for p in flow.parameters() if p.grad is not None)
 
 
 def test_steer_in_the_image_flow_is_for_training_alone() -> None:

@@ -16,7 +16,7 @@ from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Lineariz
 from rnode_plugin.core.dynamics import Dynamics, Rates
 from rnode_plugin.core.field_evaluation import FieldEvaluation
 from rnode_plugin.core.objective import bits_per_dim, objective, standard_normal_log_prob
-from rnode_plugin.core.trace_estimators import Hutchinson, HutchPlusPlus, get_estimator
+from rnode_plugin.core.trace_estimators import Hutchinson, get_estimator
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.fields import linear_field
 from rnode_plugin.flows.multiscale import dequantize
@@ -55,7 +55,7 @@ FIELDS = [(Wave(), (3,)), (Image(), (2, 2, 2))]
 
 
 @pytest.mark.parametrize(("field", "shape"), FIELDS, ids=["flat", "image"])
-@pytest.mark.parametrize("estimator", ["gaussian", "rademacher", "gaussian:3", "rademacher:2", "hutch++:1"])
+@pytest.mark.parametrize("estimator", ["gaussian", "rademacher", "gaussian:3", "rademacher:2"])
 def test_estimates_are_unbiased(estimator: str, field: nn.Module, shape: tuple[int, ...]) -> None:
     """Over 6000 draws each mean lies within 4 standard errors of the exact value."""
     many, t = 6000, torch.tensor(0.3, dtype=torch.float64)
@@ -75,8 +75,7 @@ def test_estimates_are_unbiased(estimator: str, field: nn.Module, shape: tuple[i
         assert abs(draws.mean() - wanted[0]) < 4 * error, name
 
 
-def test_more_probes_and_hutch_plus_plus_have_less_variance() -> None:
-    """On a Jacobian of rank one Hutch++ is exact."""
+def test_more_probes_have_less_variance() -> None:
     a = torch.outer(torch.arange(1.0, 6.0), torch.ones(5)).double()
     z = torch.zeros(2000, 5, dtype=torch.float64)
     t = torch.tensor(0.0)
@@ -90,7 +89,6 @@ def test_more_probes_and_hutch_plus_plus_have_less_variance() -> None:
 
     one, four = draws(Hutchinson("gaussian")).var(), draws(Hutchinson("gaussian", probes=4)).var()
     assert 3 < one / four < 5.3
-    torch.testing.assert_close(draws(HutchPlusPlus(1)), a.trace().expand(2000))
 
 
 class InnerAutograd(nn.Module):
@@ -271,8 +269,6 @@ def test_what_an_evaluation_cannot_have() -> None:
         rates_of(lambda t, z: z * 2, ["jacdiag"], t, torch.zeros(1, 200), "gaussian")  # pyright: ignore
     with pytest.raises(ConfigError, match="must have the shape of z"):
         Dynamics(lambda t, z: z.sum(1), divergence=False).evaluate(t, z)
-    with pytest.raises(ConfigError, match="rank must be smaller"):
-        HutchPlusPlus(3).draw(z)
 
 
 @pytest.mark.parametrize(

@@ -315,6 +315,7 @@ def test_options_without_effect_warn_as_torchdyns_do() -> None:
         ({"solver_adjoint": "rk5"}, "solver_adjoint"),
         ({"sensitivity": "adjiont"}, "did you mean 'adjoint'"),
         ({"trace_noise": "normal"}, "trace estimator"),
+        ({"trace_noise": "hutch++:3"}, "'hutch\\+\\+:3': use 'exact', or more probes"),
         ({"max_nfe": 0}, "max_nfe"),
         ({"solver": "rk4", "error_norm": "worst"}, "adaptive methods"),
         ({"solver": "dopri5", "error_norm": "worst", "batch_dim": None}, "batch_dim=None has one sample"),

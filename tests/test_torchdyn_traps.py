@@ -556,7 +556,7 @@ def test_penalized_columns_leave_out_a_divergence(penalized: Any, trace_noise: s
 
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
-@pytest.mark.parametrize(("name", "trace_noise"), [("jacfrob", "hutch++:2"), ("total_derivative", "gaussian")])
+@pytest.mark.parametrize(("name", "trace_noise"), [("jacfrob", "difference"), ("total_derivative", "gaussian")])
 def test_penalized_columns_leave_the_solutions_gradient_as_it_is(
     name: str, trace_noise: str, sensitivity: str
 ) -> None:

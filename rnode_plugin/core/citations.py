@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .regularizer import Regularizer, Source
-from .trace_estimators import Hutchinson, HutchPlusPlus
+from .trace_estimators import Hutchinson
 
-_ESTIMATORS = {Hutchinson: "hutchinson1989stochastic", HutchPlusPlus: "meyer2021hutch"}
 _METHODS = {"dopri5": "dormand1980family", "tsit5": "tsitouras2011runge"}
 
 
@@ -37,7 +36,8 @@ def citation(
             keys.append(source.key)
         elif str(source):
             lines.append(f"% no entry is known for the penalty {regularizer.name}: {source}")
-    keys += [_ESTIMATORS.get(type(estimator), ""), *(_METHODS.get(method, "") for method in methods)]
+    keys += ["hutchinson1989stochastic"] if isinstance(estimator, Hutchinson) else []
+    keys += [_METHODS.get(method, "") for method in methods]
     # dict.fromkeys drops repeated keys and keeps the order
     return "\n\n".join([*(entries[key] for key in dict.fromkeys(keys) if key in entries), *lines])
 

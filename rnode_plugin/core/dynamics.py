@@ -27,7 +27,7 @@ from .field_evaluation import FieldEvaluation, Record
 from .followed_solve import Kinds, checked, times_of
 from .regularizer import Rate, Regularizer, StepPenalty, StepRecord, Trajectory, TrajectoryPenalty
 from .surroundings import module_of
-from .trace_estimators import Difference, Exact, Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
+from .trace_estimators import Difference, Exact, Hutchinson, TraceEstimator, get_estimator
 from .view import State, View
 
 
@@ -305,7 +305,7 @@ class Dynamics(BoundDynamics):
         self.needs = kinds.needs
         self.held = kinds.held
         self.needs_products = divergence or "vjp" in self.needs
-        self._noisy = self.needs_products and isinstance(self.estimator, (Hutchinson, HutchPlusPlus, Difference))
+        self._noisy = self.needs_products and isinstance(self.estimator, (Hutchinson, Difference))
         # a hand-written field gives products without autograd, and differences need none
         by_autograd = isinstance(self.field, AutogradField) and self.estimator.asks != ""
         self.inner_autograd = "jvp" in self.needs or (self.needs_products and by_autograd)

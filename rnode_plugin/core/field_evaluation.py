@@ -105,7 +105,7 @@ class FieldEvaluation:
         return record.estimator.squared_frobenius(record.products, self.noise)
 
     def probes(self) -> Probes:
-        """The probe vectors ``v_i``, their weights and the shared products ``v_i^T df/dz``.
+        """The probe vectors ``v_i``, their weight and the shared products ``v_i^T df/dz``.
 
         Raises:
             ConfigError: for the estimator ``"difference"``, which has no such products.
@@ -141,10 +141,8 @@ class FieldEvaluation:
         """``v^T df/dz``, with the shape of ``z``, for any ``v (B, *event)``."""
         self._require("vjp")
         record = self._record
-        # Hutch++ projects its noise, so there the products belong to other vectors; their shape differs as well
-        shared = record.products if record.estimator.asks == "noise" and v is self.noise else None
-        if shared is not None and shared.shape == v.shape:
-            return shared
+        if v is self.noise and record.estimator.asks == "noise" and record.products is not None:
+            return record.products
 
         def compute() -> tuple[Tensor, Tensor]:
             if record.pull is None:

@@ -6,7 +6,6 @@ Both come from the same products ``v^T J`` with ``J = df/dz``, taken for probe v
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple
 
@@ -17,24 +16,24 @@ from ..errors import ConfigError, check_count, suggest
 from .derivatives import VELOCITY, Ask, Linearization, trace_of_rows, unit_vectors
 from .door import Door
 from .modes import autocasts
-from .operations import sum_products, sum_squares, without_part
+from .operations import sum_products, sum_squares
 from .view import State
 
 _NOISES = ("gaussian", "rademacher")
 
 
 class Probes(NamedTuple):
-    """Probe vectors with ``E[sum_i w_i v_i v_i^T] = I``.
+    """Probe vectors with ``E[w sum_i v_i v_i^T] = I``.
 
-    So ``sum_i w_i g(v_i)`` is an unbiased estimate of the trace of any quadratic form ``g``.
+    So ``w sum_i g(v_i)`` is an unbiased estimate of the trace of any quadratic form ``g``.
 
     Attributes:
-        weights: ``w_i``, one for each probe.
+        weight: ``w``.
         vectors: ``v_i``, each ``(B, *event)``.
         rows: ``v_i^T J``, each ``(B, *event)``.
     """
 
-    weights: tuple[float, ...]
+    weight: float
     vectors: tuple[Tensor, ...]
     rows: tuple[Tensor, ...]
 
@@ -74,22 +73,21 @@ class TraceEstimator(ABC):
 
     @abstractmethod
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
-        """The probe vectors, their weights, and the ``products`` that :meth:`linearize` computed with ``noise``."""
+        """The probe vectors, their weight, and the ``products`` that :meth:`linearize` computed with ``noise``."""
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         """``div f (B,)`` (eq. 3) or an unbiased estimate (eq. 5), in nats per unit of time.
 
         ``products`` and ``noise`` are as for :meth:`probes`.
         """
-        probes = self.probes(products, noise)
-        terms = (w * sum_products(v, row) for w, v, row in zip(*probes, strict=True))
+        weight, vectors, rows = self.probes(products, noise)
+        terms = (weight * sum_products(v, row) for v, row in zip(vectors, rows, strict=True))
         return torch.stack(list(terms)).sum(0)
 
     def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
         """``||df/dz||_F^2 (B,)`` (eq. 13), or an unbiased estimate (eq. 16); arguments as for :meth:`probes`."""
-        probes = self.probes(products, noise)
-        terms = (w * sum_squares(row) for w, _, row in zip(*probes, strict=True))
-        return torch.stack(list(terms)).sum(0)
+        weight, _, rows = self.probes(products, noise)
+        return torch.stack([weight * sum_squares(row) for row in rows]).sum(0)
 
 
 class Hutchinson(TraceEstimator):
@@ -131,8 +129,8 @@ class Hutchinson(TraceEstimator):
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
         assert noise is not None
         if self.count == 1:
-            return Probes((1.0,), (noise,), (products,))
-        return Probes((1 / self.count,) * self.count, tuple(noise), tuple(products))
+            return Probes(1.0, (noise,), (products,))
+        return Probes(1 / self.count, tuple(noise), tuple(products))
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         if self.count > 1 or noise is None:
@@ -141,72 +139,6 @@ class Hutchinson(TraceEstimator):
 
     def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
         return sum_squares(products) if self.count == 1 else super().squared_frobenius(products, noise)
-
-
-class HutchPlusPlus(TraceEstimator):
-    """Hutch++ (Meyer et al., 2021): exact on a few directions that ``J`` favors, Hutchinson on the rest.
-
-    It suits fields whose Jacobian is close to low rank. With ``Q`` an orthonormal basis of ``J^T S`` for a random
-    ``S`` of ``rank`` columns, the trace is ``tr(Q^T J Q)`` plus Hutchinson's estimate of the rest with probes
-    ``(I - Q Q^T) g``. ``Q`` is computed at each evaluation and detached. Value and gradient are unbiased for any
-    fixed ``Q``, so no gradient through the QR decomposition is needed, which is not finite at ``J = 0``. An
-    evaluation computes three products per rank, because there are as many probes ``g`` as columns of ``S``, and
-    passes through the field twice.
-
-    Args:
-        rank: columns of ``S``; less than the number of dimensions.
-        noise: ``"rademacher"`` or ``"gaussian"``.
-
-    The noise is ``(2 rank, B, *event)``: ``S``, then ``g``.
-
-    Raises:
-        ConfigError: for another kind of noise or a rank below 1; when drawn, for a rank that is not smaller than
-            the number of dimensions.
-    """
-
-    repeats = True
-
-    def __init__(self, rank: int = 2, *, noise: str = "rademacher") -> None:
-        self.noise = _known(noise)
-        self.rank = check_count(rank, "a trace estimator's rank")
-
-    def __repr__(self) -> str:
-        return f"HutchPlusPlus({self.rank}, noise={self.noise!r})"
-
-    def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        dims = math.prod(z.shape[1:])
-        if self.rank >= dims:
-            raise ConfigError(
-                f"Hutch++ of rank {self.rank} on {dims} dimensions: the rank must be smaller; use 'exact' instead."
-            )
-        return _draw(self.noise, torch.Size([2 * self.rank, *z.shape]), z, generator)
-
-    def linearize(
-        self, door: Door, t: Tensor, state: State, noise: Tensor | None = None, ask: Ask = VELOCITY
-    ) -> Linearization:
-        assert noise is not None
-        with torch.no_grad():
-            sketch = door.evaluate(t, state, Ask("noise"), noise[: self.rank]).products
-            assert sketch is not None
-            vectors = self._directions(sketch, noise[self.rank :]).detach()  # forward mode sees no_grad
-        found = door.again(t, state, ask._replace(products="noise"), vectors)
-        rows = found.products
-        assert rows is not None
-        # the probes differ at each evaluation, so they travel with the products
-        return found._replace(products=torch.stack([vectors.to(rows.dtype), rows]))
-
-    def _directions(self, sketch: Tensor, noise: Tensor) -> Tensor:
-        """``Q`` and projected noise, ``(2 rank, B, *event)``, from ``J^T S`` and ``g``, ``(rank, B, *event)``."""
-        columns = sketch.to(noise.dtype).flatten(2).permute(1, 2, 0)  # (B, D, rank)
-        q = torch.linalg.qr(columns)[0]
-        g = noise.flatten(2).permute(1, 2, 0)
-        rest = without_part(g, q.split(1, 2), 1)
-        return torch.cat([q, rest], 2).permute(2, 0, 1).reshape(2 * self.rank, *noise.shape[1:])
-
-    def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
-        vectors, rows = products
-        # weight 1 for Q, whose part is exact, and a mean over the probes of the rest
-        return Probes((1.0,) * self.rank + (1 / self.rank,) * self.rank, tuple(vectors), tuple(rows))
 
 
 class Exact(TraceEstimator):
@@ -235,7 +167,7 @@ class Exact(TraceEstimator):
 
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
         vectors = unit_vectors(products[0]).expand_as(products)
-        return Probes((1.0,) * len(products), tuple(vectors), tuple(products))
+        return Probes(1.0, tuple(vectors), tuple(products))
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         return trace_of_rows(products)
@@ -357,8 +289,7 @@ def get_estimator(spec: str | TraceEstimator) -> TraceEstimator:
     """Make an estimator from its name; an estimator is returned unchanged.
 
     ``"gaussian"`` and ``"rademacher"`` are Hutchinson's with one probe, ``"rademacher:4"`` has 4 probes.
-    ``"hutch++"`` has rank 2, ``"hutch++:3"`` rank 3. ``"difference"`` has one probe, ``"difference:4"`` has 4.
-    ``"exact"`` takes no number.
+    ``"difference"`` has one probe, ``"difference:4"`` has 4. ``"exact"`` takes no number.
 
     Raises:
         ConfigError: for another name or a number below 1.
@@ -368,10 +299,8 @@ def get_estimator(spec: str | TraceEstimator) -> TraceEstimator:
     name, _, option = str(spec).partition(":")
     if name == "exact" and not option:
         return Exact()
-    if name in (*_NOISES, "hutch++", "difference") and (option.isdecimal() or ":" not in str(spec)):
-        if name == "hutch++":
-            return HutchPlusPlus(int(option or 2))
+    if name in (*_NOISES, "difference") and (option.isdecimal() or ":" not in str(spec)):
         if name == "difference":
             return Difference(probes=int(option or 1))
         return Hutchinson(name, probes=int(option or 1))
-    raise ConfigError(suggest(str(spec), ("exact", *_NOISES, "hutch++", "difference"), "trace estimator"))
+    raise ConfigError(suggest(str(spec), ("exact", *_NOISES, "difference"), "trace estimator"))

@@ -202,12 +202,10 @@ def _with_transpose(evaluation: FieldEvaluation, sign: float) -> Tensor:
     if evaluation.has_jacobian:
         jacobian = evaluation.jacobian()
         return (jacobian + sign * jacobian.mT).square().sum((1, 2))
-    total: Tensor | None = None
-    for weight, v, row in zip(*evaluation.probes(), strict=True):
-        term = weight * sum_squares(row + sign * evaluation.jvp(v))
-        total = term if total is None else total + term
-    assert total is not None
-    return total
+    weight, vectors, rows = evaluation.probes()
+    pairs = zip(vectors, rows, strict=True)
+    first, *others = [weight * sum_squares(row + sign * evaluation.jvp(v)) for v, row in pairs]
+    return sum(others, first)
 
 
 @rate(
