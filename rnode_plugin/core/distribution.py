@@ -18,7 +18,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 from ..errors import ConfigError, check_count
 from .citations import citation
 from .followed_solve import Kinds
-from .importance_sampling import EXACT_DIMS, MOST_PROBES, PROBES, ImportanceSample, weigh
+from .importance_sampling import EXACT_DIMS, ImportanceSample
 from .map_jacobian import MOST_DIMS, Jacobian, chunks, jacobian_of, log_abs_det, refuse_folds, wants_map
 from .objective import FlowOutput, standard_normal_log_prob
 from .regularizer import Regularizer
@@ -303,11 +303,8 @@ class DensityModel(nn.Module, ABC):
 
         The result estimates the target's normalizing constant and expectations under it.
 
-        A noisy ``log p`` would bias ``exp(-log p)``. So the trace is exact in up to 64 dimensions, or where the
-        estimator has as many probes as there are dimensions. In more dimensions each sample is solved with at least
-        four probes, and with more until the bias that their noise causes in log Z is below a quarter of the
-        standard error of log Z, see :func:`~rnode_plugin.core.importance_sampling.weigh`. If this takes more than
-        64 probes (or more than the estimator has), a ConfigError is raised.
+        A noisy ``log p`` would bias ``exp(-log p)``. So the trace is exact in up to 64 dimensions, whatever the
+        estimator. In more dimensions an estimator with noise is refused.
 
         The trace belongs to the exact flow, so a coarse step biases the weights. With ``jacobian="map"`` there is
         no such bias wherever the discrete map is one to one, and a few steps suffice. A map that folds at a sample
@@ -325,8 +322,8 @@ class DensityModel(nn.Module, ABC):
             ImportanceSample: the samples and their log-weights.
 
         Raises:
-            ConfigError: for a number below one, a ``log_target`` that does not give ``(n,)``, a trace that is too
-                noisy, a map that folds, and as in :meth:`inverse_and_log_prob`.
+            ConfigError: for a number below one, a ``log_target`` that does not give ``(n,)``, a noisy trace in more
+                than 64 dimensions, a map that folds, and as in :meth:`inverse_and_log_prob`.
             SolverError: from the solve.
 
         Example:
@@ -337,35 +334,26 @@ class DensityModel(nn.Module, ABC):
             >>> bool(error.abs() < 5 * found.log_z_error), bool(found.ess > 500)
             (True, True)
         """
-        estimator = self.estimator
-        probes = estimator.count if isinstance(estimator, Hutchinson) else 1
-        noiseless = isinstance(estimator, Exact) or wants_map(jacobian)
-        exact = noiseless or self.dims <= max(EXACT_DIMS, probes)
-        if exact:
-            model = self if noiseless else self.solved_with(estimator=Exact())
-        else:  # one probe for each of several solves of a sample, because their spread measures the noise
-            one = Hutchinson(estimator.noise) if isinstance(estimator, Hutchinson) else None
-            model = self.solved_with(estimator=one)
+        model = self
+        if not wants_map(jacobian) and not isinstance(self.estimator, Exact):
+            if self.dims > EXACT_DIMS:
+                raise ConfigError(
+                    f"importance weights need a log-density without noise, and {self.estimator!r} estimates the "
+                    f"trace of {self.dims} dimensions. Make it exact (trace_estimator='exact' of a RegularizedCNF, "
+                    "trace_noise='exact' of a flow), which takes a product for each dimension, or take the density "
+                    "of the discrete map by jacobian='map' (of a fixed grid, in at most 256 dimensions)."
+                )
+            model = self.solved_with(estimator=Exact())
         z = self._draw_latents(check_count(n, "the number of samples"), None)
-        rows, repeated = self.context_rows(context, z), 1 if exact else PROBES
-
-        # copies of a sample lie next to each other, so that log-densities can be reshaped to (n, repeated)
-        def solved() -> tuple[Tensor, Tensor]:
-            many = None if rows is None else rows.repeat_interleave(repeated, 0)
-            latents = z.repeat_interleave(repeated, 0)
-            x, log_prob = model.inverse_and_log_prob(latents, context=many, jacobian=jacobian)
-            self.nfe = model.nfe
-            return x[::repeated], log_prob.double().reshape(n, repeated)
-
-        x, log_prob = solved()
+        rows = self.context_rows(context, z)
+        x, log_prob = model.inverse_and_log_prob(z, context=rows, jacobian=jacobian)
+        self.nfe = model.nfe
         log_target_x = log_target(x)
         if log_target_x.shape != (n,):
             raise ConfigError(
                 f"log_target must give one number per sample, ({n},), not {tuple(log_target_x.shape)}."
             )
-        if exact:
-            return ImportanceSample(x, log_target_x.double() - log_prob[:, 0])
-        return weigh(x, log_target_x, log_prob, lambda: solved()[1], least=probes, most=max(MOST_PROBES, probes))
+        return ImportanceSample(x, log_target_x.double() - log_prob.double())
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
         """The density as a :class:`torch.distributions.Distribution` with the batch shape of the contexts.
