@@ -18,7 +18,7 @@ from tiny_runs import rnode
 
 from rnode_plugin import get_recipe
 from rnode_plugin.core.schedules import linear_warmup
-from rnode_plugin.errors import ConfigError
+from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.reports import figures, write_report
 from rnode_plugin.experiments.reports.configurations import Configuration, Difference, base_of, group_runs
@@ -29,6 +29,7 @@ from rnode_plugin.experiments.reports.table import Table, make_table
 from rnode_plugin.experiments.runs.environment import write_environment
 from rnode_plugin.experiments.runs.metrics import MetricsTable
 from rnode_plugin.experiments.runs.run import Run
+from rnode_plugin.files import write_atomically
 from rnode_plugin.solvers import SolverSettings
 from rnode_plugin.text import change_with_error, significant, with_error
 
@@ -521,3 +522,19 @@ def test_figures_of_the_paper_are_named_for_its_recipes(tmp_path: Path, name: st
         f"Bits/dim during training{endings[0]}",
         f"What the penalties do during training{endings[1]}",
     }
+
+
+def test_a_full_disk_leaves_no_half_of_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(path: Path, write: Any) -> None:
+        if path.name == "report.html":
+            raise CheckpointError("cannot write: no space left.")
+        write_atomically(path, write)
+
+    run = write_run(tmp_path / "0", digits())
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr("rnode_plugin.experiments.reports.write_atomically", fill)
+    for name in ("new", "mine"):
+        with pytest.raises(CheckpointError, match="no space left"):
+            write_report([run], tmp_path / name)
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "mine").is_dir()

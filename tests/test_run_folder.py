@@ -386,7 +386,7 @@ def test_checkpoints_in_the_order_in_which_they_are_tried(tmp_path: Path) -> Non
 
 
 def test_new_folders(tmp_path: Path) -> None:
-    for name in ("notes", "0", "7"):
+    for name in ("notes", "0", "7", "²"):  # the last is a digit, and no number
         (tmp_path / "digits" / name).mkdir(parents=True)
     assert Run.create(tmp_path, IMAGES.recipe).path == tmp_path / "digits" / "8"
     claimed = Run.claim(tmp_path / "a" / "b")

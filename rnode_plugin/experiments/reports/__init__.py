@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...errors import CheckpointError
 from ...files import write_atomically
 from ...text import table as text_table
 from .configurations import group_runs
@@ -64,10 +66,15 @@ def write_report(
     found, left_out = read_runs(runs)
     html, table, pictures = make_page(group_runs(found), title, left_out)
     files = {Path(out) / "figures" / name: contents for name, contents in pictures.items()}
-    place = Path(out) / "report.html"
-    # "replace", because the name of a folder need not be valid text
-    for path, contents in {**files, place: html.encode(errors="replace")}.items():
-        write_atomically(path, lambda file, contents=contents: file.write(contents))
+    place, is_new = Path(out) / "report.html", not Path(out).exists()
+    try:
+        # "replace", because the name of a folder need not be valid text
+        for path, contents in {**files, place: html.encode(errors="replace")}.items():
+            write_atomically(path, lambda file, contents=contents: file.write(contents))
+    except CheckpointError:
+        if is_new:  # figures without a page, which would keep the next report from this name
+            shutil.rmtree(out, ignore_errors=True)
+        raise
     # a figure of an earlier report would look like one of these runs. A user may keep other pictures here
     ours = re.compile(rf"((samples|diagnosis)-\d+-.+|{'|'.join(PANELS)})\.(png|svg)")
     for figure in (Path(out) / "figures").glob("*"):

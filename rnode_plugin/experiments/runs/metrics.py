@@ -31,7 +31,7 @@ class MetricsTable:
         self._path, self._names = Path(path), list[str]()
         if self._path.is_file():
             self._names, rows = self._read()
-            self._replace([row for row in rows if row["step"].isdigit() and int(row["step"]) <= keep])
+            self._replace([row for row in rows if row["step"].isdecimal() and int(row["step"]) <= keep])
 
     def add(self, row: Mapping[str, float], step: int) -> None:
         """Write a row. It is in the file when this returns, so that a report can be made while the run trains."""

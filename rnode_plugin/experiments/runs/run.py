@@ -167,7 +167,7 @@ class Run:
         """Make the folder of the next free version under ``runs/RECIPE``."""
         parent = Path(runs) / recipe.name
         parent.mkdir(parents=True, exist_ok=True)
-        version = 1 + max((int(each.name) for each in parent.iterdir() if each.name.isdigit()), default=-1)
+        version = 1 + max((int(each.name) for each in parent.iterdir() if each.name.isdecimal()), default=-1)
         while True:
             # mkdir either makes the folder or fails, so two runs that start together cannot get the same one
             try:
