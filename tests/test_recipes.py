@@ -73,7 +73,7 @@ def test_solvers_and_the_ffjord_baseline(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mnist", "table"])
-def test_a_run_keeps_the_absolute_path_of_its_data(name, tmp_path, monkeypatch) -> None:
+def test_a_run_keeps_the_absolute_paths_of_its_data_and_of_its_first_weights(name, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.csv").write_text("a,b\n1,2\n3,4\n")
     recipe = get_recipe(name)
@@ -81,6 +81,9 @@ def test_a_run_keeps_the_absolute_path_of_its_data(name, tmp_path, monkeypatch) 
         assert moved.data.root == str(tmp_path / "data.csv")
     assert recipe.override(["data.root=none"]).data.root is None
     assert recipe.at_root(None) == recipe
+    (tmp_path / "runs").mkdir()
+    for weights, kept in (("runs", str(tmp_path / "runs")), ("mnist-pretrained", "mnist-pretrained")):
+        assert recipe.override(["training.matching=0", f"training.weights={weights}"]).training.weights == kept
 
 
 def test_a_lambda_may_be_a_schedule_and_a_name_may_have_options() -> None:

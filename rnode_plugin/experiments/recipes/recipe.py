@@ -191,6 +191,8 @@ class Recipe:
                 )
             elif path == "model.name":
                 registry.check_name("models", text)  # before the data are loaded
+            elif path == "training.weights" and os.path.exists(text):  # not the name of weights in the package
+                text = os.path.abspath(text)  # so that a command in another folder finds them, as data.root
             changes.setdefault(group, {})[key] = None if text.lower() in ("none", "null") else text
         return changes
 
