@@ -306,6 +306,7 @@ def test_the_advice_on_a_column_fits(tmp_path: Path) -> None:
     for columns, modeled, advice in [
         ((X, flat), 1, rf"32-bit numbers\. {without.replace('leave', 'Leave')}"),
         ((X, flat + 1e-7 * Y), 1, rf"Subtract its mean, .*, or {without}"),
+        ((X, 1e-41 * Y), 1, rf"Multiply it by a constant c, which raises its NLL by log\(c\), or {without}"),
         ((flat,), 1, r"32-bit numbers\. A density needs a column that varies"),
         ((flat, X), 1, r"32-bit numbers\. A density needs a column that varies"),
         ((2 * X + 1, X), 1, r"no density together\. A density needs a column that varies, and that the given ones"),

@@ -225,14 +225,19 @@ def check_columns(table: Table, modeled: int) -> None:
     rows = np.asarray(table.train[:_ROWS], dtype=np.float64)
     if len(rows) <= rows.shape[1]:
         raise DataError(f"{table.name}: {len(rows)} training rows are too few for {rows.shape[1]} columns.")
-    largest = np.maximum(np.abs(rows).max(0), np.finfo(np.float32).tiny)
+    smallest = np.finfo(np.float32).tiny  # smaller numbers have fewer digits, or count as 0
+    sizes = np.abs(rows).max(0)
+    largest = np.maximum(sizes, smallest)
     scaled = rows / largest  # to at most 1, because squares of large values would overflow in the deviation
-    for name, column, size in zip(table.columns, scaled.T, largest, strict=True):
-        if column.std() < _RESOLVED:
+    for name, column, size, unit in zip(table.columns, scaled.T, sizes, largest, strict=True):
+        if column.std() < _RESOLVED or size < smallest:
+            way = "subtract its mean, which changes no likelihood"
+            if size < smallest:
+                way = "multiply it by a constant c, which raises its NLL by log(c)"
             raise DataError(
-                f"the column {name!r} of {table.name} is {size * column.mean():.10g} ± {size * column.std():.2g}, "
+                f"the column {name!r} of {table.name} is {unit * column.mean():.10g} ± {unit * column.std():.2g}, "
                 "constant or nearly so for 32-bit numbers. "
-                + _advice(name, table, modeled, subtract=column.min() < column.max())
+                + _advice(name, table, modeled, way=way if column.min() < column.max() else "")
             )
     deviation = scaled.std(0)
     standard = (scaled - scaled.mean(0)) / deviation
@@ -251,11 +256,11 @@ def check_columns(table: Table, modeled: int) -> None:
             )
 
 
-def _advice(name: str, table: Table, modeled: int, *, subtract: bool = False) -> str:
-    """Say what to do about a column without a density; ``subtract``: its mean, if its values differ."""
+def _advice(name: str, table: Table, modeled: int, *, way: str = "") -> str:
+    """Say what to do about a column without a density: leave it out, or go the ``way`` that its values allow."""
     others = [each for each in table.columns if each != name]
     given = name in table.columns[modeled:]
-    ways = ["subtract its mean, which changes no likelihood"] if subtract else []
+    ways = [way] if way else []
     # a density needs a column that is modeled
     ways += [leave_out(others, given=given)] if given or modeled > 1 else []
     advice = ", or ".join(ways) or "a density needs a column that varies, and that the given ones do not determine"
