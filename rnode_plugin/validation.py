@@ -37,6 +37,8 @@ def _sentence(error: ValidationError, group: str) -> str:
     if isinstance(own, ConfigError):  # from a check of our own, which may concern several settings
         return str(own) if path in str(own) else f"{path}: {own}"
     here = [each for each in found if _path(each["loc"], group) == path]
+    if len(here) > 1:  # pydantic counts the entries of a list without those that are wrong
+        here = [each for each in here if each["type"] != "too_short"]
     text = " or ".join(dict.fromkeys(each["msg"].removeprefix("Value error, ") for each in here))
     return f"{path or 'recipe'}: {text[:1].lower()}{text[1:]}, got {reprlib.repr(found[0]['input'])}."
 

@@ -123,11 +123,14 @@ def _deep_color() -> bytes:
         (lambda path: path.write_bytes(b""), "is damaged"),
         (lambda path: Image.new("I;16", (8, 8)).save(path), "more than 8 bits per channel"),
         (lambda path: path.write_bytes(_deep_color()), "more than 8 bits per channel"),
+        (lambda path: Image.new("LAB", (8, 8)).save(path, "TIFF"), "has colors in the mode LAB: convert it to RGB"),
+        (lambda path: Image.new("L", (100, 100)).save(path), "is too large: scale it down. .*10000 pixels"),
         (lambda path: path.write_bytes(picture_bytes(random_images(1, (3, 64, 64))[0])[:5000]), "is damaged"),
         (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"), "its format is not"),
     ],
 )
-def test_what_is_no_good_picture_is_named(tmp_path, write, message):
+def test_what_is_no_good_picture_is_named(tmp_path, monkeypatch, write, message):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
     write_picture(tmp_path / "a.png", random_images(1)[0])
     write(tmp_path / "b.png")
     with pytest.raises(DataError, match=message) as caught:

@@ -135,6 +135,8 @@ def test_settings_that_belong_together_change_together() -> None:
         ("test_solver.first_step=-1", r"^test_solver: .*first_step must be a number > 0"),
         ("solver.step=auto", "solver.step: .*got 'auto'"),
         ("training.max_epochs=none", "cannot both be none"),
+        ("training.sample_temperatures=nan", "temperatures: input should be a finite number, got 'nan'"),
+        ("training.sample_temperatures=", "temperatures: tuple should have at least 1 item"),
         ("training.precision=bf16-true", "would round the data themselves: use 32-true or bf16-mixed"),
         ("regularizers.kinetik=1", "unknown regularizer 'kinetik'; did you mean 'kinetic'"),
         ("regularizers.=1", "unknown setting"),

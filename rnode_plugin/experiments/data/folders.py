@@ -282,12 +282,19 @@ def _opened(file: Path | IO[bytes], name: object) -> Iterator[Image.Image]:
     """Open a picture without decoding its pixels. A fault in it is a DataError, also inside the context."""
     from PIL import Image
 
-    with naming(name), Image.open(file, formats=_FORMATS) as image:
-        # PIL clips gray values of 16 bits to 255, so that most of such a picture is white, and takes the upper 8
-        # bits of colors, whose depth is in the raw mode of the decoder alone, such as "RGB;16B"
-        if image.mode not in _MODES or ";16" in str(image.tile[:1]):
-            raise DataError(f"{name} has more than 8 bits per channel: convert it to 8 bits.")
-        yield image
+    with naming(name):
+        try:
+            opened = Image.open(file, formats=_FORMATS)
+        except Image.DecompressionBombError as error:
+            raise DataError(f"{name} is too large: scale it down. {error}") from None
+        with opened as image:
+            # PIL clips gray values of 16 bits to 255, so that most of such a picture is white, and takes the upper
+            # 8 bits of colors, whose depth is in the raw mode of the decoder alone, such as "RGB;16B"
+            if image.mode.startswith(("I", "F")) or ";16" in str(image.tile[:1]):
+                raise DataError(f"{name} has more than 8 bits per channel: convert it to 8 bits.")
+            if image.mode not in _MODES:
+                raise DataError(f"{name} has colors in the mode {image.mode}: convert it to RGB.")
+            yield image
 
 
 def is_gray(file: Path) -> bool:

@@ -78,7 +78,8 @@ def fit(
     in Lightning's Trainer. Callbacks write ``runs/RECIPE/VERSION/``: ``recipe.json``, ``environment.json``,
     ``metrics.csv``, ``checkpoints/`` (``best.ckpt``, ``last.ckpt`` and the one before it, ``previous.ckpt``),
     ``samples/`` and, at the end, ``result.json`` and ``images.csv`` (bits/dim of each held-out image) or
-    ``rows.csv`` (NLL of each held-out row). On a CPU, the same recipe gives the same numbers.
+    ``rows.csv`` (NLL of each held-out row). On a CPU, the same recipe gives the same numbers with
+    the same number of threads.
 
     Args:
         experiment: data, model, loss and plan. A recipe (:func:`rnode_plugin.get_recipe`) stands for the

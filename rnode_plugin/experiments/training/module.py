@@ -51,7 +51,8 @@ class RnodeModule(L.LightningModule):
       the error of the training solver in the unit of the score.
 
     The noise of a step is a function of the seed, the step and the device. A run that is interrupted at a whole
-    step and resumed gives the same numbers as an uninterrupted one, to the bit on a CPU.
+    step and resumed gives the same numbers as an uninterrupted one, to the bit on a CPU with the same number of
+    threads.
 
     The Trainer decides the number of steps and epochs, the precision and the validations. The settings of the
     recipe for these are used by :func:`~rnode_plugin.experiments.training.fit.fit`.
