@@ -162,20 +162,21 @@ def _read_text(path: Path, rows: int | None) -> pd.DataFrame:
             exact: dict[str, Any] = {"float_precision": "round_trip"} if old else {}
             # the header is read by hand, because with a header pandas cuts rows that are too long, or takes the
             # first column for row names
-            frame = pandas.read_csv(
-                file,
-                sep=separator,
-                header=None,
-                nrows=rows,
-                skipinitialspace=True,
-                low_memory=False,
-                **exact,
-                skip_blank_lines=len(names) > 1,  # with one column an empty line is an empty cell
-            )
+            try:
+                frame = pandas.read_csv(
+                    file,
+                    sep=separator,
+                    header=None,
+                    nrows=rows,
+                    skipinitialspace=True,
+                    low_memory=False,
+                    **exact,
+                    skip_blank_lines=len(names) > 1,  # with one column an empty line is an empty cell
+                )
+            except pandas.errors.EmptyDataError:  # names without rows
+                frame = pandas.DataFrame(columns=range(len(names)))
     except UnicodeDecodeError:
         raise _refused(path, "it is not text in UTF-8") from None
-    except pandas.errors.EmptyDataError:  # names without rows
-        return pandas.DataFrame(columns=names)
     except (pandas.errors.ParserError, csv.Error) as error:  # such as a later row with more cells than the first
         fault = first_line(error).removeprefix("Error tokenizing data. C error: ")
         raise _refused(path, f"below its first line pandas found: {fault}") from None
