@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from rnode_plugin.core.distribution import DensityModel
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.data import ImageData, Table, get_dataset
 from rnode_plugin.experiments.evaluation.likelihood import evaluate
+from rnode_plugin.experiments.evaluation.measures import Mean
 from rnode_plugin.experiments.recipes.image_task import ImageTask
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.recipes.table_task import TableTask
@@ -197,6 +199,21 @@ def test_an_evaluation_has_all_quantities_and_baselines(case: Case) -> None:
         x, context = case.task.inputs(case.batch)
         wanted = -case.flow.log_prob(x, context=context)
         assert result.means["nll"].samples == pytest.approx(wanted.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("excess", "warned"),
+    [(np.tile([1.0, 0.0], 25), True), (np.full(50, -0.5), False), (np.tile([1.0, -0.9], 25), False)],
+)
+def test_a_model_that_is_worse_than_a_gaussian_is_named(excess: np.ndarray, warned: bool) -> None:
+    """Unless the difference may be chance, though it is smaller than the error of each of the two scores."""
+    case = rows(())
+    scores = np.random.default_rng(0).normal(size=50) * 10
+    means = {"nll": Mean(0, 1, None, tuple(scores + excess)), "gaussian": Mean(0, 1, None, tuple(scores))}
+    whole = dataclasses.replace(evaluate(case.flow, case.batch, measure=case.task, draws=1), means=means)
+    found = dict(whole.rows(case.task)).get("warning", "")
+    assert found.startswith("0.500 ± 0.071 nats per row worse than the NLL of a Gaussian: train longer") == warned
+    assert (found == "") != warned
 
 
 def test_preparation(case: Case) -> None:

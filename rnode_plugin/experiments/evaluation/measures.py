@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...text import duration, signed, significant
+from ...text import duration, signed, significant, with_error
 from ...validation import NULL_IS_NAN
 from ..data.images import ImageArray
 from ..recipes.task import AnyTask, Task
@@ -85,12 +85,22 @@ class Evaluation:
         known = [each for each in (*task.quantities, *task.baselines) if each.name in self.means]
         rows = [(f"held-out {task.samples}", f"{self.samples:,}{draws}")]
         rows += [(each.heading, f"{_with_errors(self.means[each.name], task)}  {each.meaning}") for each in known]
+        for each in known:
+            if each in task.baselines and (excess := self._excess(task, each.name)) is not None:
+                text = f"{with_error(excess.mean, excess.stderr)} {task.unit} worse than the {each.heading}"
+                rows.append(("warning", f"{text}: train longer, or choose other settings"))
         rows += [("NFE", f"{self.nfe_mean:.1f}{spread}  test solver, all blocks, batches solved alone: {solves}")]
         if self.gap is not None:
             rows.append(("solver gap", f"{signed(self.gap)}  {task.unit}, training minus test solver, first batch"))
         for name, value in self.penalties.items():
             rows.append((name if name in self.undivided else f"{name} / dim", f"{value:.5f}"))
         return [*rows, ("evaluation", duration(self.seconds))]
+
+    def _excess(self, task: AnyTask, baseline: str) -> Mean | None:
+        """Return by how much the model is worse than a baseline, sample by sample; None if that may be chance."""
+        ours, others = (np.array(self.means[name].samples) for name in (task.quantities[0].name, baseline))
+        found = _mean_of(ours - others)
+        return found if found.mean > 2 * (found.stderr or 0.0) else None
 
     def to_plain(self, *, samples: bool = False) -> dict[str, Any]:
         """Convert the results to plain data for JSON. ``samples`` adds the values of all samples to the means."""
