@@ -1,4 +1,4 @@
-"""Check the pages: links lead to files, code fits 80 columns, figures and messages are those of their source."""
+"""Check the pages: links lead to files, code fits 80 columns, and what they repeat is right."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def shown() -> Iterator[str]:
 
 
 def messages() -> Iterator[str]:
-    """Headings of the troubleshooting page that are no message of the package."""
+    """Headings of the troubleshooting page that the package does not have as a message."""
     constants = [text for path in (ROOT / "rnode_plugin").rglob("*.py") for text in _texts(path)]
     page = ROOT / "docs" / "troubleshooting.md"
     quoted = re.findall(r"^### `(.+)`$", page.read_text(), re.MULTILINE)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ from rnode_plugin import get_recipe
 from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError, DataError, TrainingError
 from rnode_plugin.experiments.comparison import compare as comparison
-from rnode_plugin.experiments.comparison.compare import Comparison, compare, configured_recipes
+from rnode_plugin.experiments.comparison.compare import Comparison, command_lines, compare
+from rnode_plugin.experiments.comparison.configurations import configured_recipes
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.metrics import MetricsTable
 from rnode_plugin.experiments.runs.run import training_lock
@@ -144,18 +148,21 @@ import json, os, shutil, sys
 from pathlib import Path
 
 here = Path(HERE)
+assert sys.argv[1] == "train"
 assert sys.argv.pop() == "--no-next"  # the end of the comparison has the next steps
-options = dict(zip(sys.argv[2::2], sys.argv[3::2]))
-recipe = json.loads(Path(sys.argv[1]).read_text())
+options = dict(zip(sys.argv[3::2], sys.argv[4::2]))
+recipe = json.loads(Path(sys.argv[2]).read_text())
+variables = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
 with (here / "calls").open("a") as file:
-    file.write(json.dumps({"name": recipe["name"], "threads": os.environ["OMP_NUM_THREADS"], **options}) + "\\n")
+    file.write(json.dumps({"name": recipe["name"], **variables, **options}) + "\\n")
+print("the progress of a run")
 fails = (here / recipe["name"]).exists()
 folder = Path(options.get("--run-folder") or options["--resume"])
 shutil.copytree(here / "run", folder, dirs_exist_ok=True)
 (folder / "recipe.json").write_text(json.dumps(recipe))
 if fails:
     (folder / "result.json").unlink()
-    sys.exit("a warning\\nError: training stopped: the gradient is\\nnan.")
+    sys.exit("Error: training stopped: the gradient is nan.")
 """
 
 
@@ -165,8 +172,8 @@ class Training:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         write_run(folder / "run", get_recipe("digits"), steps=1, checks=(1,))  # too few steps for curves to draw
-        (folder / "train.py").write_text(PROGRAM.replace("HERE", repr(str(folder))))
-        self.command = (sys.executable, str(folder / "train.py"))
+        (folder / "rnode_cli.py").write_text(PROGRAM.replace("HERE", repr(str(folder))))
+        self.command = (sys.executable, str(folder / "rnode_cli.py"))
 
     def fail(self, *names: str) -> None:
         """Let the configurations of these names fail, and no others."""
@@ -185,15 +192,28 @@ class Training:
 
 @pytest.fixture
 def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
-    """What the comparisons of a test start instead of ``rnode-cli train``."""
+    """What the comparisons of a test start instead of ``rnode-cli``."""
     fake = Training(tmp_path / "fake")
-    monkeypatch.setattr(comparison, "_TRAIN", fake.command)
+    monkeypatch.setattr(comparison, "_RNODE_CLI", fake.command)
     return fake
 
 
-def run(recipe: Recipe, out: Path, **options: Any) -> Comparison:
-    options = {"configurations": ("none", "rnode"), "announce": lambda line: None, **options}
-    return compare(recipe, out=out, **{"accelerator": "cpu", "jobs": 1, "progress": False, **options})
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    configurations: Sequence[str] = ("none", "rnode"),
+    seeds: int = 1,
+    **options: Any,
+) -> Comparison:
+    recipes = configured_recipes(recipe, configurations, seeds=seeds)
+    return compare(recipes, out=out, **{"accelerator": "cpu", "announce": None, **options})
+
+
+def lines(recipe: Recipe, out: Path, **options: Any) -> list[list[str]]:
+    """The words of each line of the comparison above."""
+    recipes = configured_recipes(recipe, ("none", "rnode"))
+    return [shlex.split(line) for line in command_lines(recipes, out=out, **{"accelerator": "cpu", **options})]
 
 
 def write_checkpoint(run: Path, *, seconds: float) -> None:
@@ -208,17 +228,65 @@ def folders(result: Comparison) -> list[str]:
     return ["/".join(path.parts[-2:]) for path in result.runs]
 
 
-def test_each_run_is_a_call_of_train(recipe: Recipe, training: Training, tmp_path: Path) -> None:
-    result = run(recipe, tmp_path / "c", seeds=2, jobs=2, max_time=90)
+def test_each_run_is_a_call_of_train(
+    recipe: Recipe, training: Training, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = run(recipe, tmp_path / "c", seeds=2, jobs=2, max_time=90, announce=print)
     assert result.failed == ()
     assert folders(result) == ["digits-none/42", "digits-rnode/42", "digits-none/43", "digits-rnode/43"]
     calls = training.calls()
     assert [call["name"] for call in calls] == ["digits-none", "digits-none", "digits-rnode", "digits-rnode"]
     assert {call.pop("--run-folder") for call in calls} == {str(path) for path in result.runs}
     share = str(max(1, torch.get_num_threads() // 2))
-    fixed = {"--device": "cpu", "--devices": "1", "--max-time": "90.000", "threads": share}
-    assert all({**call, "name": ""} == {"name": "", **fixed} for call in calls)
+    fixed = {"--device": "cpu", "--devices": "1", "--max-time": "90.000", "OMP_NUM_THREADS": share}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    assert all({**call, "name": ""} == {"name": "", "CUDA_VISIBLE_DEVICES": visible, **fixed} for call in calls)
     assert list(result.report.table.columns) == ["none", "rnode"]
+    shown = capfd.readouterr().out
+    assert sorted(shown.splitlines()) == [
+        f"run {number} of 4: {path.parent.name}, seed {path.name}" for number, path in enumerate(result.runs, 1)
+    ]
+    run(recipe, tmp_path / "d", configurations=("none",), announce=print)
+    assert capfd.readouterr().out == "run 1 of 1: digits-none, seed 42\nthe progress of a run\n"
+
+
+def test_the_lines_are_those_of_the_runs_that_are_missing(
+    recipe: Recipe, training: Training, tmp_path: Path
+) -> None:
+    out = tmp_path / "a folder"
+    none, rnode = lines(recipe, out, max_time=90, jobs=2)
+    assert training.calls() == []
+    share = max(1, torch.get_num_threads() // 2)
+    first = out / "runs" / "digits-none" / "42"
+    assert none[:4] == [f"OMP_NUM_THREADS={share}", "rnode-cli", "train", str(out / "recipes/digits-none-42.json")]
+    assert none[4:] == [
+        "--run-folder",
+        str(first),
+        "--max-time",
+        "90.000",
+        "--device",
+        "cpu",
+        "--devices",
+        "1",
+        "--no-next",
+    ]
+    assert rnode[5].endswith("digits-rnode/42")
+    # the lines by a shell are the runs of a comparison
+    for each in (none, rnode):
+        subprocess.run([*training.command, *each[2:]], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    assert lines(recipe, out) == []
+    one, other = run(recipe, out).runs
+    assert {call["--run-folder"] for call in training.calls()} == {str(one), str(other)}, (
+        "nothing was left to train"
+    )
+    for each in (one, other):
+        (each / "result.json").unlink()
+        write_checkpoint(each, seconds=1.5)
+    said: list[str] = []
+    with training_lock(other):
+        (resumes,) = lines(recipe, out, max_time=90, announce=said.append)
+    assert resumes[4:8] == ["--resume", str(one), "--max-time", "88.500"]
+    assert [line.partition(other.name)[0] for line in said] == ["run 2 of 2: digits-rnode, seed "]
 
 
 def test_the_same_call_continues(recipe: Recipe, training: Training, tmp_path: Path) -> None:
@@ -226,10 +294,10 @@ def test_the_same_call_continues(recipe: Recipe, training: Training, tmp_path: P
     assert len(training.calls()) == 2
     (first.runs[0] / "checkpoints").mkdir(exist_ok=True)
     (first.runs[0] / "checkpoints" / "last.ckpt").touch()
-    lines: list[str] = []
-    more = run(recipe, tmp_path / "c", configurations=("none", "kinetic"), seeds=2, announce=lines.append)
+    said: list[str] = []
+    more = run(recipe, tmp_path / "c", configurations=("none", "kinetic"), seeds=2, announce=said.append)
     assert [call["name"] for call in training.calls()] == ["digits-kinetic", "digits-kinetic", "digits-none"]
-    assert [line for line in lines if "done" in line] == [
+    assert [line for line in said if "done" in line] == [
         f"run 1 of 4: digits-none, seed 42: done, in {first.runs[0]}"
     ]
     assert more.runs[0] == first.runs[0]
@@ -239,6 +307,9 @@ def test_the_same_call_continues(recipe: Recipe, training: Training, tmp_path: P
     with pytest.raises(ConfigError, match=r"has checkpoints, but no recipe\.json"):
         run(recipe, tmp_path / "c")
     assert (first.runs[0] / "checkpoints" / "last.ckpt").exists()
+    (one,) = configured_recipes(recipe, ("none",))
+    with pytest.raises(ConfigError, match="two recipes have the name digits-none and the seed 42"):
+        compare([one, one.override(["optimizer.lr=1"])], out=tmp_path / "d")
 
 
 def test_a_longer_limit_continues_runs_that_a_shorter_one_has_stopped(
@@ -263,9 +334,8 @@ def test_an_interrupted_run_is_resumed(recipe: Recipe, training: Training, tmp_p
     (none / "result.json").unlink()  # ended before its first checkpoint
     (rnode / "result.json").unlink()
     write_checkpoint(rnode, seconds=1.5)
-    for locked in (none, tmp_path / "c"):
-        with training_lock(locked), pytest.raises(ConfigError, match="is being trained by another process"):
-            run(recipe, tmp_path / "c")
+    with training_lock(tmp_path / "c"), pytest.raises(ConfigError, match="is being trained by another process"):
+        run(recipe, tmp_path / "c")
     # steps after the checkpoint, which are taken again
     MetricsTable(rnode / "metrics.csv", keep=100).add({"train/matching": 0.1, "seconds": 40.0}, 2)
     run(recipe, tmp_path / "c", max_time=90)
@@ -276,10 +346,8 @@ def test_an_interrupted_run_is_resumed(recipe: Recipe, training: Training, tmp_p
 
 def test_a_run_that_fails_leaves_the_others_alone(recipe: Recipe, training: Training, tmp_path: Path) -> None:
     training.fail("digits-none")
-    lines: list[str] = []
-    result = run(recipe, tmp_path / "c", jobs=2, announce=lines.append)
-    assert result.failed == ("digits-none, seed 42: training stopped: the gradient is nan.",)
-    assert result.failed[0] in lines
+    result = run(recipe, tmp_path / "c", jobs=2)
+    assert result.failed == ("digits-none, seed 42: its process ended with exit code 1.",)
     assert folders(result) == ["digits-none/42", "digits-rnode/42"]
     assert "not finished: step 1" in result.report.html.read_text()
     shutil.rmtree(training.folder / "run")
@@ -287,6 +355,15 @@ def test_a_run_that_fails_leaves_the_others_alone(recipe: Recipe, training: Trai
     training.fail("digits-kinetic")
     with pytest.raises(TrainingError, match=r"digits-kinetic, seed 42: its process ended with exit code 1"):
         run(recipe, tmp_path / "d", configurations=("kinetic",))
+
+
+def test_a_run_that_another_process_has_finished_meanwhile_has_not_failed(
+    recipe: Recipe, training: Training, tmp_path: Path
+) -> None:
+    """A process that a killed comparison has left may not have its lock yet when the next comparison looks."""
+    program = training.folder / "rnode_cli.py"
+    program.write_text(program.read_text() + "sys.exit('Error: the run folder is not empty.')\n")
+    assert run(recipe, tmp_path / "c").failed == ()
 
 
 def test_missing_images_are_found_before_anything_is_trained(
@@ -299,21 +376,44 @@ def test_missing_images_are_found_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
 
 
-def test_places(recipe: Recipe, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("accelerator", "jobs", "visible", "gpus"),
+    [
+        ("gpu", 3, None, ["0", "1", "0"]),
+        ("auto", 1, None, ["0"]),
+        ("gpu", 2, "5,GPU-3", ["5", "GPU-3"]),
+        ("cpu", 2, None, [None, None]),
+        ("cuda:1", 2, None, [None, None]),
+    ],
+)
+def test_each_job_has_a_gpu(
+    recipe: Recipe,
+    training: Training,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    accelerator: str,
+    jobs: int,
+    visible: str | None,
+    gpus: list[str | None],
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for accelerator, devices, places in (("gpu", None, {"0,", "1,"}), ("cpu", 2, {"1"}), ("gpu", 1, {"0,"})):
-        compare(recipe, configurations=("none", "rnode", "kinetic"), out=tmp_path / f"{accelerator}{devices}",
-                accelerator=accelerator, jobs=devices, announce=lambda line: None)  # fmt: skip
-        assert {call["--devices"] for call in training.calls()} == places
-    run(recipe, tmp_path / "one", accelerator="cuda:1", jobs=None)  # which `train` takes without --devices
-    assert {(call["--device"], call.get("--devices")) for call in training.calls()} == {("cuda:1", None)}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [slot.get("CUDA_VISIBLE_DEVICES") for slot in comparison._slots(accelerator, jobs)] == gpus
+    run(recipe, tmp_path / "c", accelerator=accelerator, jobs=jobs)
+    calls = training.calls()
+    assert {call["CUDA_VISIBLE_DEVICES"] for call in calls} <= set(gpus)
+    # `train` takes one GPU by its index without --devices
+    devices = None if ":" in accelerator else "1"
+    assert {(call["--device"], call.get("--devices")) for call in calls} == {(accelerator, devices)}
 
 
 def test_the_command(training: Training, tmp_path: Path) -> None:
     options = ["--max-steps", "2", "--device", "cpu", "--out", tmp_path / "c"]
     options += as_options(*(setting for setting in TINY if "max_steps" not in setting))
     (tmp_path / "some.json").write_text('{"k": {"kinetic": [0.1, 0.2]}}')
-    chosen = ["--configuration", "ffjord", "--configuration", tmp_path / "some.json", "--jobs", "1"]
+    chosen = ["--configuration", "ffjord", "--configuration", tmp_path / "some.json"]
     result = rnode("compare", "digits", *chosen, *options)
     assert result.exit_code == 0, result.output
     assert "run 3 of 3: digits-k-kinetic=0.2, seed 42" in result.output
@@ -323,17 +423,23 @@ def test_the_command(training: Training, tmp_path: Path) -> None:
     assert result.output.rstrip().endswith(f"Next: open {report} in a browser\n      rnode-cli diagnose {last}")
     assert "dopri5, tolerance 1e-05" in result.output
     training.fail("digits-l1")
-    failed = rnode("compare", "digits", "--configuration", "ffjord", "--configuration", "l1", *options)
+    chosen = ["--configuration", "ffjord", "--configuration", "l1"]
+    printed = rnode("compare", "digits", *chosen, *options, "--print")
+    assert (printed.exit_code, printed.stdout.count("\n")) == (0, 1)
+    assert "rnode-cli train" in printed.stdout
+    assert "run 1 of 2: digits-ffjord, seed 42: done" in printed.stderr
+    training.fail("digits-l1")
+    failed = rnode("compare", "digits", *chosen, *options)
     assert failed.exit_code == 1
-    assert "Error: digits-l1, seed 42: training stopped: the gradient is nan." in failed.output
+    assert "Error: digits-l1, seed 42: its process ended with exit code 1." in failed.output
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_its_end_is_the_end_of_its_runs(training: Training, tmp_path: Path, signum: int, jobs: int) -> None:
-    (training.folder / "train.py").write_text(
+    (training.folder / "rnode_cli.py").write_text(
         "import json, signal, sys, time; from pathlib import Path\n"
-        f"name, here = json.loads(Path(sys.argv[1]).read_text())['name'], Path({str(tmp_path)!r})\n"
+        f"name, here = json.loads(Path(sys.argv[2]).read_text())['name'], Path({str(tmp_path)!r})\n"
         "signal.signal(signal.SIGTERM, lambda *_: ((here / f'{name}.ended').touch(), sys.exit(143)))\n"
         "(here / f'{name}.begun').touch(); time.sleep(60)\n"
     )
@@ -352,7 +458,6 @@ def test_its_end_is_the_end_of_its_runs(training: Training, tmp_path: Path, sign
     assert "exit code" not in result.output, "a run that was ended has not failed"
     names = ["digits-none", "digits-kinetic"][:jobs]
     assert {each.stem for each in tmp_path.glob("*.ended")} == set(names)
-    assert {file.name for file in (tmp_path / "c" / "logs").glob("*.log")} == {f"{name}-42.log" for name in names}
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -368,3 +473,34 @@ def test_configurations_begin_equally(recipe: Recipe, tmp_path: Path) -> None:
     assert none[0]["train/bpd"] == taylor[0]["train/bpd"]
     assert none[2]["train/bpd"] != taylor[2]["train/bpd"]
     assert float(taylor[2]["train/taylor:2"]) > 0
+
+
+def test_after_kill_9_the_same_command_waits_for_the_run_that_still_trains(tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    options = ["--configuration", "none", "--device", "cpu", "--out", str(out)]
+    options += as_options(*TINY, "training.max_steps=60", "training.sample_images=0", "model.layers=2")
+    command = [sys.executable, "-m", "rnode_plugin", "compare", "digits", *options]
+    run = out / "runs" / "digits-none" / "42"
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not (run / "checkpoints" / "last.ckpt").exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    orphan = int(subprocess.check_output(["pgrep", "-P", str(killed.pid)]))
+    os.kill(orphan, signal.SIGSTOP)  # so that it still trains when the second command looks
+    killed.kill()
+    killed.wait()
+    assert not (run / "result.json").exists()
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as again:
+            assert again.stdout is not None
+            lines = []
+            for line in again.stdout:
+                lines.append(line)
+                if "waiting for its end" in line:
+                    os.kill(orphan, signal.SIGCONT)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(orphan, signal.SIGKILL)
+    assert again.returncode == 0, "".join(lines)
+    assert json.loads((run / "result.json").read_text())["steps"] == 60
+    assert "Error" not in "".join(lines)

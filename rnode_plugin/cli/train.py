@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 @click.option("--num-nodes", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Machines of a distributed run.")  # fmt: skip
 @download
-@click.option("--next/--no-next", "next_steps", default=True, hidden=True)  # `compare` shows its own
+@click.option("--next/--no-next", "next_steps", default=True, help="Show commands that can follow.")
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -285,8 +285,10 @@ def _print_result(result: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
 @settings
 @short("data-root", "given")
 @device
-@click.option("--jobs", type=click.IntRange(1), metavar="N",
-              help="Runs that train at the same time. [default: one for each GPU or core]")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+              help="Runs that train at the same time, each on a GPU or with its share of the threads.")  # fmt: skip
+@click.option("--print", "as_lines", is_flag=True,
+              help="Train nothing; print the command of each missing run, for xargs or a job array.")  # fmt: skip
 @click.option("--out", metavar="FOLDER", help="Folder of the runs and the report. [default: comparison/RECIPE]")
 @quiet
 @as_json
@@ -298,7 +300,8 @@ def compare(
     seeds: int,
     max_time: float | None,
     device: str,
-    jobs: int | None,
+    jobs: int,
+    as_lines: bool,
     out: str | None,
     quiet: bool,
     as_json: bool,
@@ -318,7 +321,8 @@ def compare(
     A FILE maps names to penalties: {"weak": {"kinetic": 0.001}, "sweep": {"kinetic": [0.01, 0.1]}}. A list of
     lambdas makes a configuration of each.
 
-    Runs that train at the same time on a CPU take longer steps than one alone.
+    The runs are trained one after the other. Runs that train at the same time on a CPU take longer steps than one
+    alone.
     """
     from ..experiments.comparison.configurations import configured_recipes
     from ..experiments.recipes.recipe import get_recipe
@@ -327,25 +331,19 @@ def compare(
     chosen = changed(get_recipe(recipe), changes)
     out = out or f"comparison/{recipe}"
     check_folder(out)
-    configured_recipes(chosen, configurations, seeds=seeds)
+    recipes = configured_recipes(chosen, configurations, seeds=seeds)
     # what cannot work was refused before these imports, which take seconds
-    from ..experiments.comparison.compare import compare
+    from ..experiments.comparison.compare import command_lines, compare
 
+    options = {"max_time": max_time, "out": out, "accelerator": device, "jobs": jobs, "download": download}
+    if as_lines:
+        for line in command_lines(recipes, **options, announce=lambda line: click.echo(line, err=True)):
+            click.echo(line)
+        return
     # the default handler would end this process and leave the processes of its runs alone
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     click.get_current_context().call_on_close(lambda: signal.signal(signal.SIGTERM, before))
-    result = compare(
-        chosen,
-        configurations=configurations,
-        seeds=seeds,
-        max_time=max_time,
-        out=out,
-        accelerator=device,
-        jobs=jobs,
-        download=download,
-        progress=not (quiet or as_json),
-        announce=(lambda line: None) if quiet or as_json else click.echo,
-    )
+    result = compare(recipes, **options, announce=None if quiet or as_json else click.echo)
     report = result.report
     if as_json:
         print_json({"runs": result.runs, "failed": result.failed, **report.to_plain()})

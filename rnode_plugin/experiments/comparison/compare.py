@@ -1,6 +1,6 @@
-"""``compare`` trains a recipe with different penalties, each in a separate process, and writes one report.
+"""``compare`` trains recipes that differ in their penalties, each in a separate process, and writes one report.
 
-All configurations begin with the same weights and see the same samples in the same order, with the same noise.
+``command_lines`` gives the same processes as lines of shell, for a scheduler.
 """
 
 from __future__ import annotations
@@ -8,32 +8,34 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
+import shlex
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Lock
 from typing import NamedTuple
 
 import torch
 
 from ...errors import CheckpointError, ConfigError, TrainingError
 from ..evaluation.loading import check_device
+from ..recipes.data import AnyData
 from ..recipes.recipe import Recipe, Training
 from ..reports import Report, write_report
-from ..reports.runs import own_data
+from ..reports.runs import data_name
 from ..runs.results import Result
 from ..runs.run import Run, training_lock
 from ..training.checkpoints import newest_intact
 from ..training.plan import CLOCK
-from .configurations import configured_recipes
 
-_TRAIN = (sys.executable, "-m", "rnode_plugin", "train")
+_RNODE_CLI = (sys.executable, "-m", "rnode_plugin")
 _VALIDATIONS = 20  # at least, in a run whose recipe has as many steps and chooses no interval
-_POLL = 0.1  # seconds between two looks at the processes
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class Comparison:
     """The result of :func:`compare`.
 
     Attributes:
-        runs: the folder of each run that has begun, in the order of the configurations.
+        runs: the folder of each run that has begun, in the order of the recipes.
         report: the report on these runs.
-        failed: one message for each run that failed. The report has the steps that this run made.
+        failed: a sentence for each run that failed. The report has the steps that this run made.
     """
 
     runs: tuple[Path, ...]
@@ -51,78 +53,110 @@ class Comparison:
     failed: tuple[str, ...]
 
 
-class _Job(NamedTuple):
-    """A run that is left to do: its title, its settings, and the options of ``train`` that begin or resume it."""
+class _Left(NamedTuple):
+    """A run that is left to do: its title, its name, its folder, and the words that follow ``rnode-cli``."""
 
     title: str
-    recipe: Recipe
-    options: list[str]
+    name: str
+    folder: Path
+    words: list[str]
 
 
 def compare(
-    recipe: Recipe,
+    recipes: Sequence[Recipe],
     *,
-    configurations: Sequence[str] = (),
-    seeds: int = 1,
     max_time: float | None = None,
     out: str | os.PathLike[str] = "comparison",
     accelerator: str = "auto",
-    jobs: int | None = None,
+    jobs: int = 1,
     download: bool = False,
-    progress: bool = True,
-    announce: Callable[[str], object] = print,
+    announce: Callable[[str], object] | None = print,
 ) -> Comparison:
-    """Train all configurations and write one report.
+    """Train all recipes and write one report.
 
-    Each run is a process of ``rnode-cli train``, so a penalty, a model or a data set of a plugin must be installed.
-    The same call in the same folder continues: it keeps finished runs and resumes interrupted ones. A run that
-    fails does not end the others. An exception in this call, such as KeyboardInterrupt, ends the running processes
-    with a checkpoint.
+    Each run is a process of ``rnode-cli train`` on one device, so a penalty, a model or a data set of a plugin must
+    be installed. The same call in the same folder continues: it keeps finished runs and resumes interrupted ones.
+    If a process of an earlier call still trains one of the runs, its end is waited for. A run that fails does not
+    end the others. An exception in this call, such as KeyboardInterrupt, ends the running processes with a
+    checkpoint.
 
     Args:
-        recipe: the settings that the configurations share.
-        configurations, seeds: see :func:`configured_recipes`.
+        recipes: what to train, as :func:`~rnode_plugin.experiments.comparison.configurations.configured_recipes`
+            makes it. Two recipes may share their name if their seeds differ.
         max_time: seconds for the training of each run, validations included.
-        out: folder for ``runs/``, ``logs/`` and the report.
+        out: folder for ``runs/``, ``recipes/`` and the report.
         accelerator: an accelerator of Lightning's Trainer, or one GPU, such as ``cuda:1``.
-        jobs: number of runs that train at the same time. None means one on each GPU, or on each core of a CPU.
+        jobs: number of runs that train at the same time, each on a GPU, or with its share of the threads.
         download: fetch the data set if it is missing.
-        progress: show the progress of runs that are trained one after another. Other output is in the logs.
-        announce: called with a line at the beginning of each run, for each failure, and for an interruption.
+        announce: called with a line at the beginning of each run, for a run that is waited for, and for an
+            interruption. If it is None, or ``jobs`` is above 1, the runs do not show their progress.
 
     Raises:
         ConfigError: settings that cannot work, runs with other settings in the folder, or another process that
             trains in it.
-        DataError: the data set is missing or does not fit the recipe.
+        DataError: the data set is missing or does not fit a recipe.
         TrainingError: no run can be reported.
     """
-    configured_recipes(recipe, configurations, seeds=seeds)  # refuses names before data are downloaded
-    check_device(accelerator)
-    recipe = _with_validations(recipe.trained_on(recipe.load_data(download=download)))
-    out = Path(out)
-    planned = {
-        out / "runs" / one.name / str(one.training.seed): one
-        for one in configured_recipes(recipe, configurations, seeds=seeds)
-    }
-    places = _places(accelerator, jobs)[: len(planned)]
-    logs = out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    out, tell = Path(out), announce or (lambda line: None)
+    planned = _planned(recipes, out, accelerator, download=download)
     with training_lock(out):
-        left = []
-        for number, (folder, one) in enumerate(planned.items(), 1):
-            title = f"run {number} of {len(planned)}: {_name(one)}"
-            if (options := _begin(folder, one, max_time)) is None:
-                announce(f"{title}: done, in {folder}")
-            else:
-                left.append(_Job(title, one, options))
-        failures = _train(left, places, logs, progress=progress and len(places) == 1, announce=announce)
+        left = _left(planned, accelerator, max_time, tell, wait=True)
+        codes = _train(left, _slots(accelerator, jobs), tell, progress=announce is not None and jobs == 1)
+        failed = [
+            f"{run.name}: its process ended with exit code {code}.{_hint(code)}"
+            for run, code in zip(left, codes, strict=True)
+            if code and not _was_done_by_another(run, max_time, tell)
+        ]
         runs = [folder for folder in planned if Run(folder).is_described]
         if not any(Run(folder).read().has_begun for folder in runs):
-            raise TrainingError(" ".join(failures) or "the runs ended before a step was logged.")
-        own = own_data(recipe)
-        subject = recipe.name if own is None else f"{own}, recipe {recipe.name}"
-        report = write_report(runs, out, title=f"{subject}: what the penalties change")
-    return Comparison(tuple(runs), report, tuple(failures))
+            raise TrainingError(" ".join(failed) or "the runs ended before a step was logged.")
+        report = write_report(runs, out, title=f"{data_name(recipes[0])}: what the penalties change")
+    return Comparison(tuple(runs), report, tuple(failed))
+
+
+def command_lines(
+    recipes: Sequence[Recipe],
+    *,
+    max_time: float | None = None,
+    out: str | os.PathLike[str] = "comparison",
+    accelerator: str = "auto",
+    jobs: int = 1,
+    download: bool = False,
+    announce: Callable[[str], object] = lambda line: None,
+) -> list[str]:
+    """Return a line of shell for each run that :func:`compare` would train, and train nothing.
+
+    The lines can run in any order, on several machines that share the folder. ``CUDA_VISIBLE_DEVICES`` is left to
+    the caller. A run that another process trains at this moment has no line. When all have ended, :func:`compare`
+    writes the report. Arguments and errors are the same, and ``announce`` is called for the runs without a line.
+    """
+    out = Path(out)
+    planned = _planned(recipes, out, accelerator, download=download)
+    variables = [f"{name}={value}" for name, value in _threads(jobs).items()]
+    with training_lock(out):
+        left = _left(planned, accelerator, max_time, announce, wait=False)
+    return [shlex.join([*variables, "rnode-cli", *run.words]) for run in left]
+
+
+def _planned(recipes: Sequence[Recipe], out: Path, accelerator: str, *, download: bool) -> dict[Path, Recipe]:
+    """The recipe of each run by its folder, after a look at the data and at what the folders hold.
+
+    Raises:
+        ConfigError, DataError: see :func:`compare`.
+    """
+    check_device(accelerator)
+    known: dict[AnyData, AnyData] = {}
+    planned: dict[Path, Recipe] = {}
+    for one in recipes:
+        if one.data not in known:
+            known[one.data] = one.trained_on(one.load_data(download=download)).data
+        folder = out / "runs" / one.name / str(one.training.seed)
+        if folder in planned:
+            raise ConfigError(f"two recipes have the name {one.name} and the seed {one.training.seed}.")
+        planned[folder] = _with_validations(dataclasses.replace(one, data=known[one.data]))
+        _refuse_other(folder, planned[folder])
+    (out / "recipes").mkdir(parents=True, exist_ok=True)
+    return planned
 
 
 def _with_validations(recipe: Recipe) -> Recipe:
@@ -138,97 +172,69 @@ def _with_validations(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, training=dataclasses.replace(training, val_every_steps=every))
 
 
-def _train(
-    jobs: Sequence[_Job],
-    places: Sequence[tuple[str, ...]],
-    logs: Path,
-    *,
-    progress: bool,
-    announce: Callable[[str], object],
-) -> list[str]:
-    """Train each job at the first place that is free, and return a message for each one that failed.
-
-    If this process gets a signal, its children get SIGTERM, which they answer with a checkpoint, and their end is
-    waited for. After a Ctrl-C in a terminal they have got SIGINT before, which does not matter to them.
-    """
-    waiting, free, failures = list(jobs), list(places), dict[str, str]()
-    running: dict[subprocess.Popen[bytes], tuple[_Job, tuple[str, ...]]] = {}
-    threads = max(1, torch.get_num_threads() // len(places))
-    try:
-        while waiting or running:
-            while waiting and free:
-                job, place = waiting.pop(0), free.pop(0)
-                announce(job.title)
-                running[_start(job, place, logs, threads=threads, progress=progress)] = job, place
-            time.sleep(_POLL)
-            for process in [each for each in running if each.poll() is not None]:
-                job, place = running.pop(process)
-                free.append(place)
-                if process.returncode != 0:
-                    failures[job.title] = f"{_name(job.recipe)}: {_reason(process.returncode, _log(job, logs))}"
-                    announce(failures[job.title])
-    except BaseException:
-        announce("Stopping the runs. The same command continues them.")
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-        raise
-    return [failures[job.title] for job in jobs if job.title in failures]
-
-
-def _start(
-    job: _Job, place: tuple[str, ...], logs: Path, *, threads: int, progress: bool
-) -> subprocess.Popen[bytes]:
-    """Begin or resume a run, with its standard output on the terminal for ``progress``, else in its log."""
-    log = _log(job, logs)
-    file = log.with_suffix(".json")
-    file.write_text(json.dumps(job.recipe.to_plain()), encoding="utf-8")
-    shares = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
-    # --no-next because the comparison itself shows the next steps at its end
-    command = [*_TRAIN, str(file), *job.options, *place, "--no-next"]
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=None if progress else output,
-            stderr=output,
-            env={**os.environ, **shares},
-        )
-
-
-def _name(recipe: Recipe) -> str:
-    return f"{recipe.name}, seed {recipe.training.seed}"
-
-
-def _log(job: _Job, logs: Path) -> Path:
-    return logs / f"{job.recipe.name}-{job.recipe.training.seed}.log"
-
-
-def _begin(folder: Path, recipe: Recipe, max_time: float | None) -> list[str] | None:
-    """The options of ``train`` that begin or resume a run; None for a run that is done.
+def _refuse_other(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder whose run cannot be compared with the others.
 
     Raises:
-        ConfigError: the folder has a run with other settings, or cannot be read.
+        ConfigError: the run has other settings, or its recipe is missing or cannot be read.
     """
-    there = Run(folder)
-    if there.is_described:
-        run = there.read()
-        old, new = dict(run.recipe.settings()), dict(recipe.settings())
+    run = Run(folder)
+    if run.is_described:
+        old, new = dict(run.recipe().settings()), dict(recipe.settings())
         differ = [f"{name} is {old.get(name)} there and {new.get(name)} here" for name in {**old, **new}
                   if old.get(name) != new.get(name)]  # fmt: skip
         if differ:
             raise ConfigError(f"{folder} has other settings ({', '.join(differ)}): choose another --out.")
-        if run.result is not None and not _has_time_left(run.result, max_time):
-            return None
-        if there.has_checkpoints:
-            return ["--resume", str(folder), *_limit(max_time, spent=_spent(there))]
-    elif there.has_checkpoints:
+    elif run.has_checkpoints:
         raise ConfigError(f"{folder} has checkpoints, but no recipe.json: choose another --out.")
-    if folder.exists():  # the run ended before its first checkpoint
-        with training_lock(folder):
-            shutil.rmtree(folder)
-    return ["--run-folder", str(folder), *_limit(max_time)]
+
+
+def _left(
+    planned: Mapping[Path, Recipe],
+    accelerator: str,
+    max_time: float | None,
+    announce: Callable[[str], object],
+    *,
+    wait: bool,
+) -> list[_Left]:
+    """List the runs that are left to do. One that another process trains is waited for, or left out."""
+    # of several GPUs `train` would take all, with the recipe's batch on each
+    device = ["--device", accelerator, *([] if ":" in accelerator else ["--devices", "1"])]
+    left: list[_Left] = []
+    for number, (folder, recipe) in enumerate(planned.items(), 1):
+        name = f"{recipe.name}, seed {recipe.training.seed}"
+        title = f"run {number} of {len(planned)}: {name}"
+        with ExitStack() as stack:
+            if folder.exists():
+                try:
+                    stack.enter_context(training_lock(folder, waiting=_waiting(title, announce) if wait else None))
+                except ConfigError as error:
+                    announce(f"{title}: {error}")
+                    continue
+            if (options := _options(Run(folder), max_time)) is None:
+                announce(f"{title}: done, in {folder}")
+                continue
+            if folder.exists() and "--resume" not in options:  # the run ended before its first checkpoint
+                shutil.rmtree(folder)
+        out = folder.parents[2]  # above runs/NAME/SEED
+        file = out / "recipes" / f"{recipe.name}-{recipe.training.seed}.json"
+        file.write_text(json.dumps(recipe.to_plain()), encoding="utf-8")
+        # --no-next because the comparison itself shows the next steps at its end
+        left.append(_Left(title, name, folder, ["train", str(file), *options, *device, "--no-next"]))
+    return left
+
+
+def _waiting(title: str, announce: Callable[[str], object]) -> Callable[[], object]:
+    return lambda: announce(f"{title}: another process trains it, waiting for its end")
+
+
+def _options(run: Run, max_time: float | None) -> list[str] | None:
+    """The options of ``train`` that begin or resume a run; None for a run that is done."""
+    if run.is_described and (result := run.read().result) is not None and not _has_time_left(result, max_time):
+        return None
+    if run.has_checkpoints:
+        return ["--resume", str(run.path), *_limit(max_time, spent=_spent(run))]
+    return ["--run-folder", str(run.path), *_limit(max_time)]
 
 
 def _has_time_left(result: Result, max_time: float | None) -> bool:
@@ -253,22 +259,80 @@ def _spent(run: Run) -> float:
     return contents["callbacks"][CLOCK]["run_seconds"]
 
 
-def _places(accelerator: str, jobs: int | None) -> list[tuple[str, ...]]:
-    """The options of ``train`` for each run that trains at the same time: its GPU, or one process on the CPU.
+def _threads(jobs: int) -> dict[str, str]:
+    # processes that together have more threads than the machine has cores wait for each other in every step
+    return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
 
-    More jobs than GPUs share the GPUs by turns.
+
+def _slots(accelerator: str, jobs: int) -> list[dict[str, str]]:
+    """Variables of the environment for each of the runs that train at the same time: its threads, and its GPU.
+
+    If there are more jobs than GPUs, the GPUs are assigned in turn.
     """
-    if ":" in accelerator:
-        return [("--device", accelerator)] * (jobs or 1)
-    gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
-    on_mps = accelerator == "mps" or (accelerator == "auto" and torch.backends.mps.is_available())
-    count = jobs or gpus or (1 if on_mps else torch.get_num_threads())
-    return [("--device", accelerator, "--devices", f"{number % gpus}," if gpus else "1") for number in range(count)]
+    count = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = (visible.split(",") if visible else [str(number) for number in range(count)])[:count]
+    found = [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {} for number in range(jobs)]
+    return [{**_threads(jobs), **each} for each in found]
 
 
-def _reason(code: int, log: Path) -> str:
-    """Why a process ended: its message, which every command prints after ``Error:``, or else its exit code."""
-    if message := re.search(r"^Error: (.*)", log.read_text(errors="replace"), re.MULTILINE | re.DOTALL):
-        return " ".join(message[1].split())
-    hint = " The memory may not have sufficed. --jobs 1 trains one run at a time." if code == -9 else ""
-    return f"its process ended with exit code {code}, see {log}.{hint}"
+def _train(
+    runs: Sequence[_Left],
+    slots: Sequence[Mapping[str, str]],
+    announce: Callable[[str], object],
+    *,
+    progress: bool,
+) -> list[int]:
+    """Train each run in the first slot that is free, and return the exit codes of the processes.
+
+    An exception in this thread, such as KeyboardInterrupt, ends the processes by SIGTERM, which they answer with a
+    checkpoint, and their end is waited for. After a Ctrl-C in a terminal they have got SIGINT before, which does
+    not matter to them.
+    """
+    free: SimpleQueue[Mapping[str, str]] = SimpleQueue()
+    for slot in slots:
+        free.put(slot)
+    processes: list[subprocess.Popen[bytes]] = []
+    stopped, starting = Event(), Lock()
+
+    def train(run: _Left) -> int:
+        slot = free.get()
+        with starting:  # so that each process has either not begun, or is in the list, when all are ended
+            if stopped.is_set():
+                return 0
+            announce(run.title)
+            process = subprocess.Popen(
+                [*_RNODE_CLI, *run.words],
+                stdin=subprocess.DEVNULL,
+                stdout=None if progress else subprocess.DEVNULL,
+                env={**os.environ, **slot},
+            )
+            processes.append(process)
+        code = process.wait()
+        free.put(slot)
+        return code
+
+    with ThreadPoolExecutor(len(slots)) as pool:
+        try:
+            return list(pool.map(train, runs))
+        except BaseException:
+            with starting:
+                stopped.set()
+                announce("Stopping the runs. The same command continues them.")
+                for process in processes:
+                    process.terminate()
+            raise  # after the threads of the pool, which wait for the processes
+
+
+def _was_done_by_another(run: _Left, max_time: float | None, announce: Callable[[str], object]) -> bool:
+    """Whether a run whose process failed is done all the same, because another process has trained it."""
+    if not run.folder.exists():
+        return False
+    with training_lock(run.folder, waiting=_waiting(run.title, announce)):
+        return _options(Run(run.folder), max_time) is None
+
+
+def _hint(code: int) -> str:
+    return (
+        " It was killed: the memory may not have sufficed. --jobs 1 trains one run at a time." if code == -9 else ""
+    )

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,14 +300,15 @@ def recipe_beside(checkpoint: Path) -> Recipe | None:
 
 
 @contextmanager
-def training_lock(folder: Path) -> Iterator[bool]:
+def training_lock(folder: Path, *, waiting: Callable[[], object] | None = None) -> Iterator[bool]:
     """Lock the run in ``folder`` for this process, and give whether the lock was taken.
 
-    The system frees the lock of a process that ends, even if it is killed. A file system without locks cannot
-    notice two processes that train one run, so a line on standard error warns about it.
+    If another process trains the run, ``waiting`` is called, and the end of that process is waited for. The system
+    frees the lock of a process that ends, even if it is killed. A file system without locks cannot notice two
+    processes that train one run, so a line on standard error warns about it.
 
     Raises:
-        ConfigError: another process trains the run.
+        ConfigError: another process trains the run, and ``waiting`` is None.
     """
     from filelock import FileLock, Timeout
 
@@ -315,7 +316,12 @@ def training_lock(folder: Path) -> Iterator[bool]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ConfigError(f"{folder} is being trained by another process: wait for its end, or stop it.") from None
+        if waiting is None:
+            raise ConfigError(
+                f"{folder} is being trained by another process: wait for its end, or stop it."
+            ) from None
+        waiting()
+        lock.acquire()
     except (OSError, NotImplementedError) as error:  # no locks here, or a folder that cannot be written
         print(f"{folder} cannot be locked ({error}): start no other process that trains it.", file=sys.stderr)
     try:
