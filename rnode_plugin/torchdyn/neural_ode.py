@@ -392,9 +392,9 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
                 raise ConfigError(f"t_span must be a row of times, not {t_span!r}.") from None
             if times.is_complex() or times.dtype == torch.bool:
                 raise ConfigError(f"t_span must hold real times, not {times.dtype}.")
-            # the steps of an adaptive solve take the precision of the times, which would promote the state
-            raises = solver.adaptive and torch.promote_types(times.dtype, precision) != precision
-            times = times.to(precision) if raises or not times.is_floating_point() else times
+            # the steps of an adaptive solve take the precision of the times: a lower one would round their sums,
+            # and a higher one would promote the state
+            times = times.to(precision) if solver.adaptive or not times.is_floating_point() else times
             return x, times.to(x.device, copy=True)
 
     def _record(
