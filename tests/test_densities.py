@@ -249,6 +249,10 @@ def controlled() -> RegularizedCNF:
         (lambda: controlled().log_prob(X.float()), "DataControl"),
         (lambda: controlled().sample(3), "DataControl"),
         (lambda: unconditional().importance_sample(lambda x: x, 3), "one number per sample"),
+        (
+            lambda: unconditional().importance_sample(lambda x: x.new_full((len(x),), -math.inf), 3),
+            "none of the 3 samples lies inside the target",
+        ),
         (lambda: RegularizedCNF(nn.Linear(2, 2), Normal(torch.zeros(2), 1.0)), "Independent"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), BASES["normal"](), event_shape=3), "differ"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, order=2), "option of a density 'order='"),

@@ -37,6 +37,8 @@ def test_weights_of_a_known_ratio() -> None:
     assert abs(float(found.log_z) - math.log(3)) < 4 * float(found.log_z_error)
     second = (found.weights[:, None] * found.x.square()).sum(0)
     torch.testing.assert_close(second, torch.full((2,), 0.64).double(), rtol=0.1, atol=0)
+    alone = model.importance_sample(target.log_prob, 1)
+    assert (alone.ess, alone.log_z_error, alone.log_z) == (1, math.inf, alone.log_weights[0])
 
 
 # --- the noise of a trace ---

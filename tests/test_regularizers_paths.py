@@ -270,6 +270,8 @@ def test_a_lambda_may_depend_on_the_step() -> None:
     torch.testing.assert_close(model.reg_loss(kinetic=1.0).detach(), kinetic + 0.1 * l1)
     with pytest.raises(ConfigError, match=r"'kinetic' depends on .*: give it, reg_loss\(step=n\)"):
         model.reg_loss()
+    with pytest.raises(ConfigError, match=r"step must be the number of steps .* not nan"):
+        model.reg_loss(step=float("nan"))  # pyright: ignore[reportArgumentType]
     for bad in (lambda step: -1.0, lambda step: float("nan"), lambda step: "much"):
         model = NeuralODE(Linear(3), "rk4", regularizers={"kinetic": bad})
         model(states())

@@ -322,8 +322,9 @@ class DensityModel(nn.Module, ABC):
             ImportanceSample: the samples and their log-weights.
 
         Raises:
-            ConfigError: for a number below one, a ``log_target`` that does not give ``(n,)``, a noisy trace in more
-                than 64 dimensions, a map that folds, and as in :meth:`inverse_and_log_prob`.
+            ConfigError: for a number below one, a ``log_target`` that does not give ``(n,)``, samples that all lie
+                outside of the target, a noisy trace in more than 64 dimensions, a map that folds, and as in
+                :meth:`inverse_and_log_prob`.
             SolverError: from the solve.
 
         Example:
@@ -352,6 +353,11 @@ class DensityModel(nn.Module, ABC):
         if log_target_x.shape != (n,):
             raise ConfigError(
                 f"log_target must give one number per sample, ({n},), not {tuple(log_target_x.shape)}."
+            )
+        if bool((log_target_x == -math.inf).all()):
+            raise ConfigError(
+                f"none of the {n} samples lies inside the target, where log_target is above -inf: draw more, or "
+                "train the density to cover the target first."
             )
         return ImportanceSample(x, log_target_x.double() - log_prob.double())
 

@@ -40,7 +40,12 @@ class ImportanceSample:
 
     @property
     def log_z_error(self) -> Tensor:
-        """Standard error of :attr:`log_z`, which is the relative standard error of the mean weight."""
+        """Standard error of :attr:`log_z`, which is the relative standard error of the mean weight.
+
+        It is infinite for one sample, whose weight shows no spread.
+        """
         n = len(self.log_weights)
+        if n == 1:
+            return self.ess * math.inf
         # with mean weight 1/n, n / ess - 1 is the squared coefficient of variation of the weights
         return ((n / self.ess - 1).clamp(min=0) / (n - 1)).sqrt()

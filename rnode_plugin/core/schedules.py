@@ -77,8 +77,11 @@ def strength_at(name: str, strength: Strength, step: int | None) -> float:
     """The lambda of penalty ``name`` at an optimizer step.
 
     Raises:
-        ConfigError: for a function without a step, or one whose value is negative or not finite.
+        ConfigError: for a step that is not finite, a function without a step, or one whose value is negative or not
+            finite.
     """
+    if step is not None and not math.isfinite(step):  # min() of a warm-up would take NaN for its end
+        raise ConfigError(f"step must be the number of steps that the optimizer has taken, not {step!r}.")
     if not callable(strength):
         return strength
     if step is None:
