@@ -486,6 +486,24 @@ def test_a_trajectory_penalty_has_a_gradient_by_the_times() -> None:
     assert float(found[-1]) == pytest.approx(difference, rel=1e-5)
 
 
+def test_second_derivatives_through_an_adjoint_are_refused() -> None:
+    y0 = start().requires_grad_()
+    for state in (y0, (y0, 2 * y0)):
+        field: Any = Field() if state is y0 else lambda t, y: (-y[0], -y[1])
+        y, penalties = odeint_adjoint(field, state, SPAN, regularizers="kinetic", adjoint_params=())
+        for loss in ((y if state is y0 else y[1])[-1].sum(), penalties.loss()):
+            torch.autograd.grad(loss, y0, retain_graph=True)
+            with pytest.raises(ConfigError, match=r"first derivatives only.* use odeint"):
+                torch.autograd.grad(loss, y0, create_graph=True)
+
+
+def test_samples_in_two_dimensions_have_the_loss_of_batch_dim_0() -> None:
+    """As the refusal of a ``batch_dim`` with two dimensions says."""
+    y0, given = start(3, 5, 2), {"regularizers": {"kinetic": 1.0, "jacfrob": 1.0}, "trace_noise": "exact"}
+    losses = [odeint(Field(), y, SPAN, **given)[1].loss() for y in (y0, y0.flatten(0, 1))]
+    torch.testing.assert_close(*losses)
+
+
 def test_the_adjoint_may_have_a_method_of_its_own() -> None:
     field = Field()
     given: Any = {"rtol": 1e-9, "atol": 1e-9, "regularizers": {"kinetic": 1.0}}
@@ -786,6 +804,8 @@ def test_one_time_alone_is_no_solve(name: str, t: Tensor) -> None:
         ((start(), (start(),)), {}, "a tuple of Tensor, tuple"),
         (start(), {"penalized": torch.tensor(True)}, "mask of booleans"),
         (start(), {"batch_dim": 2}, "batch_dim"),
+        (start(2, 3, 2), {"batch_dim": (0, 1)}, "an int or None.* 0 gives the same loss"),
+        (start(), {"batch_dim": True}, "an int or None"),
         (torch.tensor(1.0), {}, "batch_dim"),
         (start(), {"regularizers": ["error"]}, "NeuralODE"),
         (start(), {"regularizers": ["kinetic", "kinetic"]}, "twice"),

@@ -62,6 +62,11 @@ def follow(
             "rnode_plugin.NeuralODE for it, or a rate such as 'kinetic' and 'jacfrob' here."
         )
     indices, columns = _chosen(penalized)
+    if batch_dim is not None and (not isinstance(batch_dim, int) or isinstance(batch_dim, bool)):
+        raise ConfigError(
+            f"batch_dim must be an int or None, not {batch_dim!r}: for samples in two leading dimensions of the "
+            "state, 0 gives the same loss()."
+        )
     if quadrature not in QUADRATURES:
         raise ConfigError(suggest(quadrature, QUADRATURES, "quadrature"))
     sampled = quadrature == "sampled"

@@ -175,7 +175,20 @@ def _with_penalties(
     penalties = ReturnedPenalties(wanted.weighted)
     solution, integrals, dims = solve(name, func, y0, t, given, wanted)
     penalties.add(integrals, dims)
+    if name == "odeint_adjoint":
+        for x in (*((solution,) if isinstance(solution, Tensor) else solution), *integrals.values()):
+            if x.requires_grad:
+                x.register_hook(_refuse_second_derivative)
     return solution, penalties
+
+
+def _refuse_second_derivative(gradient: Tensor) -> None:
+    """Refuse a gradient through an adjoint that is to be differentiated again, since it would have no graph."""
+    if torch.is_grad_enabled():
+        raise ConfigError(
+            "odeint_adjoint gives first derivatives only, and this gradient is to be differentiated again "
+            "(create_graph=True): use odeint."
+        )
 
 
 def solve(
