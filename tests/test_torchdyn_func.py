@@ -118,3 +118,17 @@ def test_noise_follows_the_randomness_of_vmap() -> None:
     assert vmap(rate, randomness="different")(x).unique().numel() == 4
     with pytest.raises(RuntimeError, match="random"):
         vmap(rate)(x)
+
+
+@pytest.mark.parametrize("name", ["steer:0.2", "trajectory_polynomial", "local_error", "local_stiffness"])
+def test_what_a_solve_draws_once_cannot_differ_between_the_samples_of_a_vmap(name: str) -> None:
+    model = NeuralODE(mlp(2, 6, 2).double(), "rk4", regularizers={name: 1.0, "kinetic": 1.0})
+    x = torch.randn(4, 2).double()
+
+    def loss(x: Tensor) -> Tensor:
+        model(x[None])
+        return model.reg_loss()
+
+    assert vmap(loss, randomness="same")(x).shape == (4,)
+    with pytest.raises(ConfigError, match=r"drawn once .* randomness='same'"):
+        vmap(loss, randomness="different")(x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, PluginError, RnodeError
-from .modes import on_host
+from .modes import differs, on_host
 from .regularizer import KINDS, Rate, Regularizer, SpanPolicy, StepPenalty, TrajectoryPenalty
 
 
@@ -224,16 +224,25 @@ def times_of(regularizer: Regularizer, call: Callable[[], Tensor]) -> Tensor:
     """The times that ``call`` asks a regularizer for.
 
     Raises:
+        ConfigError: if they differ between the samples of a ``torch.func.vmap``.
         PluginError: if the regularizer raises an error that is not a RnodeError.
     """
     if torch.compiler.is_compiling():
         return call()
     try:
-        return call()
+        times = call()
     except Exception as error:
         if _passes(error):
             raise
         raise PluginError(f"`times` of the regularizer {regularizer.name!r} raised {_one_line(error)}") from error
+    if isinstance(times, Tensor) and differs(times):
+        raise ConfigError(ONE_DRAW.format(f"the times of {regularizer.name!r}"))
+    return times
+
+
+ONE_DRAW = (
+    "{} are drawn once for all samples of a torch.func.vmap, which share one solve: give vmap randomness='same'."
+)
 
 
 def _passes(error: Exception) -> bool:

@@ -98,6 +98,11 @@ def read(x: Tensor) -> Any:
         return None
 
 
+def differs(x: Tensor) -> bool:
+    """Whether a number that a solve has once differs between the samples of a ``torch.func.vmap`` around it."""
+    return transforms_active() and not x.is_meta and not exporting() and read(x) is None
+
+
 def next_number(x: Tensor) -> int:
     """The number of the newest node of the graph; ``x`` is any tensor that requires a gradient.
 

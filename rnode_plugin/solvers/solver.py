@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.dynamics import BoundDynamics, PathPenalties, refuse_held
+from ..core.followed_solve import ONE_DRAW
 from ..core.health import HealthCheck, health
-from ..core.modes import drop_casts, exporting, on_host, transforms_active
+from ..core.modes import differs, drop_casts, exporting, on_host, transforms_active
 from ..core.regularizer import StepPenalty
 from ..errors import ConfigError
 from .checks import Tolerance, check_positive, check_quadrature, refuse_sampled_density
@@ -188,6 +189,21 @@ class Solver(ABC):
                     )
 
 
+def chosen_solver(solver: object, otherwise: Solver) -> Solver:
+    """``solver``, or ``otherwise`` for None.
+
+    Raises:
+        ConfigError: for an object that is no solver, such as a name or the settings of a recipe.
+    """
+    chosen = otherwise if solver is None else solver
+    if isinstance(chosen, Solver):
+        return chosen
+    raise ConfigError(
+        f"solver= takes a FixedGrid or an Adaptive object here, not {chosen!r:.60}: get_solver(name, ...) of "
+        "rnode_plugin.solvers makes one, and so does build() of a recipe's solver."
+    )
+
+
 def check_times(t_span: Tensor) -> None:
     """Refuse times that are not a finite, strictly monotonic row of at least two (ConfigError)."""
     if exporting() and type(t_span) not in (Tensor, nn.Parameter):  # it stands for an input, without values
@@ -259,6 +275,8 @@ def _local_penalties(dynamics: BoundDynamics, solver: Solver, steps: Steps) -> t
     start, end = knots[0], knots[-1]
     # drawn on the CPU, so that one seed gives the same time on every device
     s = start + (end - start) * torch.rand((), dtype=torch.float64).to(knots)
+    if differs(s):
+        raise ConfigError(ONE_DRAW.format("the steps of local penalties"))
     backward = bool(end < start)
     passed = (knots >= s) if backward else (knots <= s)
     k = min(max(int(passed.sum()) - 1, 0), len(knots) - 2)
