@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rnode_plugin import Exact, FixedGrid, FlowOutput, Hutchinson, RegularizedCNF
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.solvers import GRADIENTS
+from rnode_plugin.solvers import GRADIENTS, SolverSettings
 
 QUICK = FixedGrid("rk4_38", step=0.5)
 
@@ -204,6 +204,21 @@ def test_arguments_that_do_not_fit_are_refused(name: str) -> None:
                 carry(each, **options)
 
 
+@pytest.mark.parametrize("solver", ["rk4_38", SolverSettings("rk4_38", step=0.5)], ids=["name", "of a recipe"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "model of a third party"])
+def test_what_is_no_solver_object_is_refused_where_one_is_wanted(name: str, solver: Any) -> None:
+    model, x, given = make(name, QUICK)
+    z = model.encode(x, **given).z.detach()
+    for act in (
+        lambda: model.solved_with(solver=solver).encode(x, **given),
+        lambda: model.encode(x, **given, solver=solver),
+        lambda: model.decode(z, **given, solver=solver),
+        lambda: model.inverse(z, **given, solver=solver),
+    ):
+        with pytest.raises(ConfigError, match=r"solver= takes a FixedGrid .* build\(\)"):
+            act()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_other_penalties_are_followed_and_their_parameters_belong_to_the_model(name: str) -> None:
     model, x, given = make(name, QUICK)
@@ -255,7 +270,8 @@ def test_the_weights_of_its_own_density_are_one(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_another_solver_shares_the_parameters(name: str) -> None:
     model, x, given = make(name)
-    other = model.solved_with(solver=FixedGrid("euler", step=0.5))
+    other = model.solved_with(solver=FixedGrid("euler", step=0.5), estimator="rademacher:2")
+    assert repr(other.estimator) == repr(Hutchinson("rademacher", probes=2))
     before, blocks = model.log_prob(x, **given), len(model.block_shapes)
     assert other.encode(x, **given).nfe == 2 * blocks
     with torch.no_grad():

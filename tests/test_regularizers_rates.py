@@ -16,7 +16,7 @@ from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Lineariz
 from rnode_plugin.core.dynamics import Dynamics, Rates
 from rnode_plugin.core.field_evaluation import FieldEvaluation
 from rnode_plugin.core.objective import bits_per_dim, objective, standard_normal_log_prob
-from rnode_plugin.core.trace_estimators import Hutchinson, get_estimator
+from rnode_plugin.core.trace_estimators import Hutchinson, Probes, TraceEstimator, get_estimator
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.fields import linear_field
 from rnode_plugin.flows.multiscale import dequantize
@@ -233,6 +233,29 @@ def test_what_a_density_reads_too_may_not_be_written_into(
     t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
     with torch.no_grad(), pytest.raises(ConfigError, match="'bad' writes into"):
         dynamics.bind(dynamics.draw(z)).evaluate(t, z)
+
+
+class OwnEstimator(TraceEstimator):
+    """A third party's: Hutchinson's with signs, which may forget to draw."""
+
+    def __init__(self, *, draws: bool) -> None:
+        self.draws = draws
+
+    def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
+        return torch.ones_like(z) if self.draws else None
+
+    def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
+        assert noise is not None
+        return Probes(1.0, (noise,), (products,))
+
+
+def test_an_estimator_that_drew_no_noise_is_told_so() -> None:
+    z = torch.randn(2, 3, dtype=torch.float64)
+    t, field = torch.tensor(0.3, dtype=torch.float64), lambda t, z: t * z
+    found = evaluated(field, ["jacfrob"], t, z, OwnEstimator(draws=True))
+    torch.testing.assert_close(found.dlogdet, (3 * t).expand(2))
+    with pytest.raises(ConfigError, match=r"noise, which draw\(\) of an estimator returns"):
+        evaluated(field, ["jacfrob"], t, z, OwnEstimator(draws=False))
 
 
 def test_names_with_options_and_objects_are_the_same() -> None:

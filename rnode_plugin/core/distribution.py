@@ -22,7 +22,7 @@ from .importance_sampling import EXACT_DIMS, ImportanceSample
 from .map_jacobian import MOST_DIMS, Jacobian, chunks, jacobian_of, log_abs_det, refuse_folds, wants_map
 from .objective import FlowOutput, standard_normal_log_prob
 from .regularizer import Regularizer
-from .trace_estimators import Exact, Hutchinson, TraceEstimator
+from .trace_estimators import Exact, Hutchinson, TraceEstimator, get_estimator
 from .weighing import Weighted
 
 if TYPE_CHECKING:
@@ -376,7 +376,7 @@ class DensityModel(nn.Module, ABC):
         self,
         *,
         solver: Any = None,
-        estimator: TraceEstimator | None = None,
+        estimator: str | TraceEstimator | None = None,
         regularizers: Sequence[Regularizer] = (),
     ) -> Self:
         """A copy that shares the submodules, with another solver, trace estimator or penalties.
@@ -385,14 +385,15 @@ class DensityModel(nn.Module, ABC):
 
         Args:
             solver: a :class:`~rnode_plugin.Solver`; None: the model's.
-            estimator: the estimator of the trace; None: the model's.
+            estimator: the estimator of the trace, or its name; None: the model's.
             regularizers: the penalties that the copy follows. A span policy of the model, such as a learned end
                 time, stays.
         """
         twin = copy.copy(self)
         # nn.Module keeps submodules in a dict, which a shallow copy would share: assignments must stay in the copy
         twin._modules, twin._buffers = dict(self._modules), dict(self._buffers)
-        twin.solver, twin.estimator = solver or self.solver, estimator or self.estimator
+        twin.solver = solver or self.solver
+        twin.estimator = self.estimator if estimator is None else get_estimator(estimator)
         policy = Kinds.of(self.regularizers).span
         kept = () if policy is None or policy in regularizers else (policy,)
         twin.keep_regularizers({each.name: Weighted(each, 1.0) for each in (*regularizers, *kept)})

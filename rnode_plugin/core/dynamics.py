@@ -27,7 +27,7 @@ from .field_evaluation import FieldEvaluation, Record
 from .followed_solve import Kinds, checked, times_of
 from .regularizer import Rate, Regularizer, StepPenalty, StepRecord, Trajectory, TrajectoryPenalty
 from .surroundings import module_of
-from .trace_estimators import Difference, Exact, Hutchinson, TraceEstimator, get_estimator
+from .trace_estimators import Difference, Exact, TraceEstimator, get_estimator
 from .view import State, View
 
 
@@ -305,7 +305,8 @@ class Dynamics(BoundDynamics):
         self.needs = kinds.needs
         self.held = kinds.held
         self.needs_products = divergence or "vjp" in self.needs
-        self._noisy = self.needs_products and isinstance(self.estimator, (Hutchinson, Difference))
+        noisy = self.estimator.asks == "noise" or isinstance(self.estimator, Difference)
+        self._noisy = self.needs_products and noisy
         # a hand-written field gives products without autograd, and differences need none
         by_autograd = isinstance(self.field, AutogradField) and self.estimator.asks != ""
         self.inner_autograd = "jvp" in self.needs or (self.needs_products and by_autograd)
@@ -360,8 +361,8 @@ class Dynamics(BoundDynamics):
         noise = self.noise
         if noise is None and self._noisy and products:
             raise ConfigError(
-                "the trace needs noise: solve with dynamics.bind(dynamics.draw(z)); a CNF draws it in "
-                "rnode_plugin.NeuralODE, or has a noise_dist."
+                "the trace needs noise, which draw() of an estimator returns if its `asks` is 'noise': solve with "
+                "dynamics.bind(dynamics.draw(z)); a CNF draws it in rnode_plugin.NeuralODE, or has a noise_dist."
             )
         door = self.door
         if not products:  # a stage without them in a sampled quadrature, or a guess of the first step

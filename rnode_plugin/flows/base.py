@@ -21,6 +21,7 @@ from ..core.weighing import Regularizers, weigh_regularizers
 from ..errors import ConfigError
 from ..fields.stack import AtContext, StackField
 from ..solvers import FixedGrid, HealthCheck, Solver, check_all
+from ..solvers.solver import chosen_solver
 
 # Images lie near a low-dimensional set. A field trained only on the paths is unconstrained elsewhere: after 600
 # steps on 32x32 images, a quarter of the held-out images diverged. Noise of one width prevents this but blurs the
@@ -51,7 +52,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         self, *, solver: Solver | None, regularizers: Regularizers, trace_noise: str | TraceEstimator
     ) -> None:
         super().__init__()
-        self.solver = solver or FixedGrid()
+        self.solver = chosen_solver(solver, FixedGrid())
         self.estimator = get_estimator(trace_noise)
         if isinstance(regularizers, Mapping) and any(each is not None for each in regularizers.values()):
             raise ConfigError("a flow applies no lambda: name the regularizers, and give lambdas= to objective().")
@@ -129,7 +130,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
             SolverError: if the integration fails.
         """
         self._check(x, self.event_shape, self.called)
-        solver = self.solver if solver is None else solver
+        solver = chosen_solver(solver, self.solver)
         fields = self._fields_at(context, x)
         y, logdet, health = self._enter(x, solver)
         if noise is None:
@@ -166,7 +167,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
             self.check_noise(noise, z)
         # noise is in the order of the blocks in both directions, so encode and decode can share it
         blocks = reversed(list(zip(self._fields_at(context, z), noise, strict=True)))
-        solver = self.solver if solver is None else solver
+        solver = chosen_solver(solver, self.solver)
         penalties = self.follows_penalties(penalties)
         through = _Pass(self, blocks, solver, backward=True, penalties=penalties)
         x, logdet = self._leave(self._pull(z, through))
@@ -182,7 +183,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         """
         self._check(z, (self.dims,), "latents")
         blocks = ((field, None) for field in reversed(self._fields_at(context, z)))
-        solver = self.solver if solver is None else solver
+        solver = chosen_solver(solver, self.solver)
         through = _Pass(self, blocks, solver, backward=True, divergence=False)
         y = self._pull(z, through)
         check_all(through.health)

@@ -29,7 +29,7 @@ from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import METHODS, Adjoint, FixedGrid, Solver, get_gradient
 from ..solvers.named import solver_of
-from ..solvers.solver import check_times
+from ..solvers.solver import check_times, chosen_solver
 from .cnf import check_shape
 from .field import NetDynamics
 
@@ -179,7 +179,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         self,
         *,
         solver: Solver | None = None,
-        estimator: TraceEstimator | None = None,
+        estimator: str | TraceEstimator | None = None,
         regularizers: Sequence[Regularizer] = (),
     ) -> RegularizedCNF:
         """A copy that shares the submodules, with another solver, trace estimator or penalties.
@@ -189,7 +189,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         Args:
             solver: a :class:`~rnode_plugin.Solver`; None: the model's. With ``step=None`` the grid is the model's
                 ``t_span``.
-            estimator: the estimator of the trace; None: the model's.
+            estimator: the estimator of the trace, or its name; None: the model's.
             regularizers: the penalties that the copy follows. Those that the model has keep its lambda. A span
                 policy of the model, such as a learned end time, stays.
         """
@@ -349,6 +349,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         """The solver for a call and its times."""
         if solver is None:
             return self.solver, self.t_span
+        solver = chosen_solver(solver, self.solver)
         steps_at_times = isinstance(solver, FixedGrid) and solver.step is None
         return solver, self.t_span if steps_at_times else self.t_span[[0, -1]]
 
