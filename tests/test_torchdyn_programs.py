@@ -506,6 +506,26 @@ def test_exec_ends_with_the_number_of_penalized_solves(
         assert "rnode_plugin.penalties_at" in done.stderr
 
 
+def test_exec_names_a_copy_of_torchdiffeq_that_the_script_did_not_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """exec imports torchdiffeq before the script can change sys.path."""
+    copy = tmp_path / "forks" / "torchdiffeq" / "__init__.py"
+    copy.parent.mkdir(parents=True)
+    copy.write_text("")
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(tmp_path / 'forks')!r})\nimport torchdiffeq\n")
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    done = CliRunner().invoke(exec_script, [str(script)])
+    rnode_plugin.uninstall()
+    assert done.exit_code == 0, done.output
+    named, last = done.stderr.splitlines()
+    assert named.startswith(f"rnode: the script put {copy} on sys.path, but got {torchdiffeq.__file__}, which")
+    assert "PYTHONPATH" in named
+    assert last.startswith("rnode: no penalty was added")
+
+
 def test_copies_of_a_model_count_their_solves_with_it() -> None:
     tally = rnode_plugin.install(regularizers={"kinetic": 0.5})
     try:

@@ -259,7 +259,24 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
         sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(1)
     finally:
+        for name in ("torchdiffeq", "torchdyn"):
+            if copy := _copy_passed_over(name):
+                click.echo(
+                    f"rnode: the script put {copy} on sys.path, but got {sys.modules[name].__file__}, which exec "
+                    "imports first. Put the folder of its own copy on PYTHONPATH to exchange the two.",
+                    err=True,
+                )
         click.echo(f"rnode: {_penalized_solves(tally) if spec else _NOT_ASKED}", err=True)
+
+
+def _copy_passed_over(name: str) -> str:
+    """The file of a package that sys.path finds first, if it is another one than the imported one; else ``""``."""
+    from importlib.machinery import PathFinder
+
+    found, imported = PathFinder.find_spec(name, sys.path), sys.modules[name].__file__
+    if found is None or found.origin is None or imported is None:
+        return ""
+    return "" if os.path.realpath(found.origin) == os.path.realpath(imported) else found.origin
 
 
 _NOT_ASKED = "no penalty was added to a gradient, since no --regularizer was given."

@@ -12,7 +12,8 @@ except ImportError as error:
         raise
     raise ImportError(
         f"Python imports torchdiffeq from {torchdiffeq.__file__}, but rnode_plugin needs 0.2.3 or newer: rename or "
-        "remove that copy."
+        "remove that copy. A project that needs it, since its functions return something else, runs without "
+        "rnode_plugin alone."
     ) from None
 
 __all__ = ["install", "odeint", "odeint_adjoint", "regularize", "uninstall"]
