@@ -16,18 +16,16 @@ from typing import Any
 
 import click
 import torch
-from device_work import work_of_step
 from measure import alternate, peak_memory, set_up, table
-from step_time import BASELINE, CHAINS, EXACT, build, build_run, gradient_of
+from step_time import BASELINE, EXACT, build, build_run, gradient_of
 
-from rnode_plugin import get_recipe
 from rnode_plugin.experiments.runs.environment import Environment
 
 STACK = (
-    BASELINE, EXACT, CHAINS, "compiled", "bf16", "compiled, bf16", "sampled, step 0.5", "sampled, bf16, step 0.5",
+    BASELINE, EXACT, "compiled", "bf16", "compiled, bf16", "sampled, step 0.5", "sampled, bf16, step 0.5",
     "compiled, sampled, bf16, step 0.5",
 )  # fmt: skip
-PARITY = (EXACT, CHAINS, "without the fused product", "checkpointed", "adjoint", "sampled", "compiled")
+PARITY = (EXACT, "without the fused product", "checkpointed", "adjoint", "sampled", "compiled")
 
 
 def parity(recipe: str, device: torch.device, *, batch: int) -> list[list[str]]:
@@ -68,11 +66,10 @@ def stacked(recipe: str, device: torch.device, *, batch: int, repeats: int) -> l
     rows: list[list[object]] = []
     cases: dict[str, Callable[[], object]] = {name: step.run for name, step in steps.items()}
     if cuda:
-        for name in (EXACT, CHAINS):
-            try:
-                cases[f"{name}, CUDA graph"] = graphed(steps[name].run)
-            except RuntimeError as error:
-                rows.append([recipe, f"{name}, CUDA graph", str(error).strip().splitlines()[0]])
+        try:
+            cases[f"{EXACT}, CUDA graph"] = graphed(steps[EXACT].run)
+        except RuntimeError as error:
+            rows.append([recipe, f"{EXACT}, CUDA graph", str(error).strip().splitlines()[0]])
     times = alternate(cases, repeats=repeats, device=device)
     for name, time in times.items():
         difference, memory = "", ""
@@ -87,7 +84,7 @@ def stacked(recipe: str, device: torch.device, *, batch: int, repeats: int) -> l
 
 def waits(recipe: str, device: torch.device, *, batch: int) -> str:
     """Whether a step makes the host wait for the device."""
-    step = build(recipe, CHAINS, batch, device.type).run
+    step = build(recipe, EXACT, batch, device.type).run
     step()
     if device.type != "cuda":
         return "not measured: this device has no asynchronous launches."
@@ -106,7 +103,6 @@ def page(device: torch.device, *, recipes: Sequence[str], batch: int, repeats: i
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 as it says
     found = Environment.of(device).to_plain()
     name = found["device"] if device.type == "cuda" else "CPU"
-    work = {recipe: work_of_step(get_recipe(recipe), batch=batch) for recipe in recipes}
     parts = [
         f"# {name}, {datetime.datetime.now(datetime.timezone.utc).date()}",
         "A rehearsal with tiny sizes: the numbers mean nothing." if rehearse else "",
@@ -115,10 +111,6 @@ def page(device: torch.device, *, recipes: Sequence[str], batch: int, repeats: i
         table(
             ["recipe", "path", "a step", "images/s", "to the usual formulation", "peak memory", "loss to exact"],
             [row for recipe in recipes for row in stacked(recipe, device, batch=batch, repeats=repeats)],
-        ),
-        table(
-            ["recipe", "kernels of an exact step", "bytes", "FLOPs"],
-            [[r, f"{w.kernels:,}", f"{w.bytes / 1e9:.0f} GB", f"{w.flops / 1e12:.1f} T"] for r, w in work.items()],
         ),
         "Parity with the same path in float64 on the CPU, two images:",
         table(

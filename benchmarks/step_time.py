@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import click
 import torch
@@ -31,12 +30,10 @@ from torch import Tensor, nn
 from usual import UsualFlow
 
 from rnode_plugin import FixedGrid, MultiscaleFlow, Solver, get_recipe, objective
-from rnode_plugin.core import device as devices
-from rnode_plugin.core import operations
 from rnode_plugin.fields import compile_fields
 from rnode_plugin.solvers import SolverSettings
 
-BASELINE, EXACT, CHAINS = "usual formulation", "exact", "+ fused chains"
+BASELINE, EXACT = "usual formulation", "exact"
 
 
 @dataclass(frozen=True)
@@ -47,14 +44,12 @@ class Path:
         solver: the integrator.
         bf16: whether the field computes in bfloat16.
         fused: whether the field brings its own product with the Jacobian.
-        chains: whether chains of pointwise operations are single kernels on a device.
         compiled: whether torch.compile has a share in it.
     """
 
     solver: Solver = FixedGrid("rk4_38", step=0.25)  # noqa: RUF009  (frozen)
     bf16: bool = False
     fused: bool = True
-    chains: bool = True
     compiled: bool = False
 
 
@@ -63,8 +58,7 @@ def _rk4(**changes: object) -> Solver:
 
 
 PATHS = {
-    EXACT: Path(chains=False),
-    CHAINS: Path(),
+    EXACT: Path(),
     "checkpointed": Path(_rk4(gradient="checkpointed")),
     "adjoint": Path(_rk4(gradient="adjoint")),
     "without the fused product": Path(fused=False),
@@ -129,14 +123,11 @@ def build(recipe_name: str, case: str, batch: int, device: str, *, dtype: torch.
 
     def run() -> Tensor:
         step.zero_grad()
-        one_by_one = mock.patch.object(operations, "of_device", return_value=devices.OneByOne())
-        kernels = nullcontext() if path.chains else one_by_one
-        with kernels:
-            with torch.autocast(device, torch.bfloat16) if path.bf16 else nullcontext():
-                output = step(x, noise=noise, **options)
-            log_prob = flow.log_prob_of(output)
-            goal = objective(log_prob, output.regularization, lambdas=recipe.lambdas, dims=recipe.dims)
-            goal.loss.backward()
+        with torch.autocast(device, torch.bfloat16) if path.bf16 else nullcontext():
+            output = step(x, noise=noise, **options)
+        log_prob = flow.log_prob_of(output)
+        goal = objective(log_prob, output.regularization, lambdas=recipe.lambdas, dims=recipe.dims)
+        goal.loss.backward()
         return goal.loss.detach()
 
     return Step(step, run)

@@ -6,9 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,8 @@ import torch
 from compiled_fields import assert_same_compiled, numbers
 from tiny_runs import SETTINGS, as_options, run, tiny_recipe, train_digits
 from torch._dynamo.exc import TorchDynamoException
-from torch.utils._config_module import ConfigModule
 
 from rnode_plugin import get_recipe
-from rnode_plugin.core import device
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
 from rnode_plugin.fields import compile_fields, conv_field, fused, linear_field
@@ -37,43 +33,6 @@ def fresh_compiler() -> Iterator[None]:
     yield
     fused._compiler.cache_clear()
 
-
-_FUSED_CHAINS = """
-from unittest import mock
-
-import torch
-from rnode_plugin import FixedGrid, MultiscaleFlow
-from rnode_plugin.core import device, operations
-
-
-def numbers(flow, x, solver, amp):
-    torch.manual_seed(0)
-    noise = [torch.randn(len(x), *shape) for shape in flow.block_shapes]
-    flow.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        out = flow(x, noise=noise, solver=solver)
-    penalties = 0.3 * out.regularization["kinetic"] + 0.2 * out.regularization["jacfrob"]
-    (penalties - flow.log_prob_of(out)).sum().backward()
-    return [out.z, out.logdet, *out.regularization.values(), *(p.grad.clone() for p in flow.parameters())]
-
-
-torch.manual_seed(1)
-x, sampled = torch.rand(3, 1, 4, 4), FixedGrid("rk4_38", step=0.5, quadrature="sampled")
-for activation, solver, amp, tolerance in (
-    ("softplus", FixedGrid("rk4_38", step=0.5), False, 1e-5),
-    ("silu", sampled, False, 1e-5),
-    ("tanh", sampled, True, 3e-2),
-):
-    flow = MultiscaleFlow((1, 4, 4), hidden=4, layers=3, activation=activation)
-    for field in flow.fields:
-        field.layers[-1].reset_parameters()
-    plain = numbers(flow, x, solver, amp)
-    with mock.patch.object(operations, "PLAIN", device.SingleKernels()):
-        fused = numbers(flow, x, solver, amp)
-    for one, other in zip(plain, fused, strict=True):
-        assert (one - other).norm() <= tolerance * (1e-3 + one.norm()), (activation, one, other)
-assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 5
-"""
 
 _TWO_FIELDS = """
 import torch
@@ -106,7 +65,6 @@ assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     [
         pytest.param(_ONE_GRAPH, id="one graph"),
         pytest.param(_TWO_FIELDS, id="fields", marks=[needs_compiler, pytest.mark.slow]),
-        pytest.param(_FUSED_CHAINS, id="chains", marks=[needs_compiler, pytest.mark.slow]),
     ],
 )
 def test_compiled_values_and_gradients_are_the_plain_ones(script: str) -> None:
@@ -124,36 +82,6 @@ def test_compiled_on_a_gpu() -> None:
     field, z = conv_field(2, hidden=6).cuda(), torch.randn(3, 2, 8, 8, device="cuda")
     with torch.device("cuda"):
         assert_same_compiled(field, z, rtol=1e-3, atol=1e-4)  # TF32
-
-
-def test_chains_do_without_a_compiler_that_refuses_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise RuntimeError("torch.compile is not supported on this version of Python")
-
-    monkeypatch.setattr(torch, "compile", refuse)
-    with pytest.warns(UserWarning, match="does not work on cpu .* operations run one by one"):
-        assert type(device.operations("cpu")) is device.OneByOne
-
-
-def test_two_threads_may_run_one_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Patch:
-        """Of torch's configuration; older versions of torch enter one only once at the same time."""
-
-        inside = False
-
-        def __enter__(self) -> None:
-            assert not self.inside
-            self.inside = True
-
-        def __exit__(self, *_: object) -> None:
-            self.inside = False
-
-    both = threading.Barrier(2)
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setattr(ConfigModule, "patch", lambda config, **changes: Patch())
-    run = device._compiled.__wrapped__(lambda x: (both.wait(5), x)[1])
-    with ThreadPoolExecutor(2) as threads:
-        assert list(threads.map(run, (1, 2))) == [1, 2]
 
 
 def test_in_training_mode_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from ..errors import ConfigError, check_count, suggest
 from .derivatives import VELOCITY, Ask, Linearization, trace_of_rows, unit_vectors
 from .door import Door
 from .modes import autocasts
-from .operations import sum_products, sum_squares
+from .sums import sum_products, sum_squares
 from .view import State
 
 _NOISES = ("gaussian", "rademacher")

@@ -3,15 +3,58 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.pointwise import Activation
 from ..errors import ConfigError, suggest
 
 _aten = torch.ops.aten
+
+
+class Activation(ABC):
+    """A pointwise function s with its first two derivatives.
+
+    A pass keeps one tensor per activation. This is the output ``s(a)`` if the slope follows cheaply from it, and
+    otherwise the input ``a``. The derivatives take what was kept. ``value`` and ``times_slope`` can be
+    differentiated and transformed. The other methods are for passes without a graph.
+
+    Attributes:
+        name: its name in recipes and options.
+        keeps_output: whether ``s(a)`` is kept.
+    """
+
+    name: str
+    keeps_output: bool = False
+
+    def __repr__(self) -> str:
+        return f"Activation({self.name!r})"
+
+    @abstractmethod
+    def value(self, a: Tensor) -> Tensor:
+        """``s(a)``."""
+
+    @abstractmethod
+    def slope(self, kept: Tensor) -> Tensor:
+        """``s'(a)``."""
+
+    def times_slope(self, x: Tensor, kept: Tensor) -> Tensor:
+        """``s'(a) x``."""
+        return x * self.slope(kept)
+
+    def times_slope_at(self, x: Tensor, a: Tensor, kept: Tensor) -> Tensor:
+        """``s'(a) x`` while ``a`` is still available; may overwrite ``a`` if it is not kept."""
+        return self.times_slope(x, kept)
+
+    @abstractmethod
+    def slope_derivative(self, kept: Tensor, slope: Tensor) -> Tensor:
+        """The derivative of ``slope``, which is ``s'(a)``, with respect to what was kept."""
+
+    def output(self, kept: Tensor) -> Tensor:
+        """``s(a)`` from what was kept."""
+        return kept if self.keeps_output else self.value(kept)
 
 
 class _Softplus(Activation):

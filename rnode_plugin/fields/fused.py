@@ -15,7 +15,7 @@ cotangent
 ``q_L``, takes one downward sweep: ``p_k = W_{k+1}^T q_{k+1}``, ``q_k = s'(a_k) p_k``, and ``s''(a_k) y_k p_k`` for
 ``a_k``. This last gradient flows to the activations that the evaluation kept, which are outputs of its graph node.
 
-An evaluation keeps one tensor per activation (:class:`~rnode_plugin.core.pointwise.Activation`), and with a product
+An evaluation keeps one tensor per activation (:class:`~.activations.Activation`), and with a product
 one more for each activation except the last. A product along a direction keeps one. The velocity and its gradient
 take three times the convolutions of a forward pass, and each product takes as many more, without a double backward.
 Gradients that are to be differentiated again are computed by automatic differentiation.
@@ -37,9 +37,8 @@ from torch import Tensor
 
 from ..core.derivatives import VELOCITY, Ask, Linearization, trace_of_rows, unit_vectors
 from ..core.modes import autocasts, traced
-from ..core.operations import operations_for
-from ..core.pointwise import Activation, BetweenLayers
 from ..errors import CompilerError, ConfigError
+from .activations import Activation
 from .kernels import Dense, LayerMap
 
 
@@ -104,7 +103,7 @@ class Stack:
             # detached: the hand-written nodes take theta as an input and return its gradient themselves
             bias, response, weights = self._pieces(self.theta.detach())
             maps = [kind.prepared(weight.to(self.dtype)) for weight in weights]
-            self.fast = Layers(maps, operations_for(z).between_layers(activation, bias, response))
+            self.fast = Layers(maps, bias, response)
         # several noises of convolutions are evaluated as one larger batch, see _several
         several = noise is not None and noise.ndim > 2 + len(self.event)
         self._noise = None if several and kind is not Dense else noise
@@ -124,13 +123,13 @@ class Stack:
         """The layers with parameters ``theta``, in operations that autograd and torch.func can differentiate."""
         bias, response, weights = self._pieces(theta)
         maps = [_PlainMap(self.kind, weight.to(self.dtype)) for weight in weights]
-        return Layers(maps, BetweenLayers(self.activation, bias, response))
+        return Layers(maps, bias, response)
 
-    def maps_of(self, row: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+    def maps_of(self, row: Tensor) -> list[Tensor]:
         """Cut a row into what it adds to the pre-activations of each layer, ``(1, out, ...)``, as views."""
         pixels = torch.Size(self.event).numel()
         outputs = [shape[0] for shape in self.shapes]
-        rows = row.to(dtype or self.dtype).split([n * pixels for n in outputs])
+        rows = row.to(self.dtype).split([n * pixels for n in outputs])
         return [self.kind.as_map(r, n, self.event) for r, n in zip(rows, outputs, strict=True)]
 
     def enter(self, x: Tensor) -> Tensor:
@@ -244,10 +243,17 @@ class _PlainMap:
 
 
 class Layers(NamedTuple):
-    """The linear maps of a stack, and the operations between them."""
+    """The linear maps of a stack, and what is added to their outputs.
+
+    Attributes:
+        maps: the maps.
+        bias: the biases of all layers, concatenated to one row.
+        response: how much a unit of time adds to each bias, as a row of the same kind; None if no layer takes time.
+    """
 
     maps: Sequence[Any]
-    between: BetweenLayers
+    bias: Tensor
+    response: Tensor | None
 
 
 def _without_autocast(z: Tensor) -> AbstractContextManager[object]:
@@ -300,31 +306,34 @@ def _compiler() -> Callable[..., Any]:
 
 
 def _velocity(
-    stack: Stack, layers: Layers, t: Tensor, z: Tensor, pre: list[Tensor | None] | None = None
+    stack: Stack, layers: Layers, t: Tensor, z: Tensor, pre: list[Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """The velocity and what is kept of each activation. If ``pre`` is given, pre-activations are appended to it."""
-    maps, between = layers
-    u, shifts = stack.enter(z), between.shifts(t, stack.maps_of)
+    (maps, bias, response), activation = layers, stack.activation
+    row = bias if response is None else torch.addcmul(bias, response, t.to(bias.dtype))
+    u, shifts = stack.enter(z), stack.maps_of(row)
     kept: list[Tensor] = []  # torch.compile cannot trace list[Tensor]()
     for layer, shift in zip(maps[:-1], shifts[:-1], strict=True):
-        a, u, keep = between.enter(layer, u, shift)
-        kept.append(keep)
+        a = layer.apply(u, shift)
+        u = activation.value(a)
+        kept.append(u if activation.keeps_output else a)
         if pre is not None:
             pre.append(a)
-    return between.add(maps[-1], u, shifts[-1]), kept
+    return maps[-1].apply(u, shifts[-1]), kept
 
 
 def _product(
-    stack: Stack, layers: Layers, kept: Sequence[Tensor], pulled: Tensor, pre: list[Tensor | None] | None = None
+    stack: Stack, layers: Layers, kept: Sequence[Tensor], pulled: Tensor, pre: list[Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """The product with the Jacobian, and the cotangents ``g_k`` of all activations except the last, ``pulled``.
 
     Without a graph it may be given the pre-activations ``pre``, whose memory it overwrites.
     """
-    between, g, cotangents = layers.between, pulled.to(stack.dtype), []
+    activation, g, cotangents = stack.activation, pulled.to(stack.dtype), []
     for layer, c in zip(layers.maps[-2::-1], kept[::-1], strict=True):
         cotangents.append(g)
-        g = layer.transpose(between.times_slope(g, c, pre.pop() if pre else None))
+        v = activation.times_slope_at(g, pre.pop(), c) if pre else activation.times_slope(g, c)
+        g = layer.transpose(v)
     return g, cotangents[:0:-1]
 
 
@@ -332,15 +341,14 @@ def _direction(
     stack: Stack, layers: Layers, kept: Sequence[Tensor], v: Tensor, dt: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """The product along a direction, and the ``y_k`` before each activation."""
-    maps, between = layers
-    response = between.response
+    maps, _, response = layers
     x, shifts = stack.enter(v), [None] * len(maps)
     inner: list[Tensor] = []
     if dt is not None and response is not None:
         shifts = stack.maps_of(response * dt.to(response.dtype))
     for layer, shift, c in zip(maps[:-1], shifts[:-1], kept, strict=True):
         inner.append(layer.apply(x, shift))
-        x = between.times_slope(inner[-1], c)
+        x = stack.activation.times_slope(inner[-1], c)
     return maps[-1].apply(x, shifts[-1]), inner
 
 
@@ -354,7 +362,7 @@ class _Evaluation(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         stack, t, z, pulled, _ = ctx.stack, *tensors = args
         with _without_autocast(z):
-            pre = None if pulled is None else list[Tensor | None]()
+            pre = None if pulled is None else list[Tensor]()
             a, kept = _velocity(stack, stack.fast, t, z, pre)
             product, inner = None, list[Tensor]()
             if pulled is not None:
@@ -465,7 +473,7 @@ def _pull_back(
     """Gradients by the inputs of an evaluation, from the cotangents of velocity, product and what was kept."""
     assert stack.fast is not None
     dz, product, *turned = cotangents
-    between, activation = stack.fast.between, stack.fast.between.activation
+    activation = stack.activation
     needs_t, needs_z, needs_pulled, needs_theta = needs
     up = pulled_grad = None
     if product is not None and pulled is not None:
@@ -480,7 +488,7 @@ def _pull_back(
         more = turned[k]
         if more is not None and activation.keeps_output:
             below = below.add_(more)
-        a = between.times_slope(below, kept[k]) if up is None else between.pull(below, up.slopes[k], up.added[k])
+        a = activation.times_slope(below, kept[k]) if up is None else up.added[k].addcmul_(below, up.slopes[k])
         return a if more is None or activation.keeps_output else a.add_(more)
 
     dz = z.new_zeros(len(z), stack.shapes[-1][0], *stack.event) if dz is None else dz
@@ -505,19 +513,19 @@ def _pull_back_direction(
 ) -> tuple[Tensor | None, ...]:
     """Gradients by the inputs of a product along a direction, from its cotangent."""
     assert stack.fast is not None
-    between, turned = stack.fast.between, list[Tensor]()
+    activation, turned = stack.activation, list[Tensor]()
 
     def entry(k: int) -> Tensor:
-        return between.times_slope(inner[k - 1], kept[k - 1]) if k else stack.enter(v)
+        return activation.times_slope(inner[k - 1], kept[k - 1]) if k else stack.enter(v)
 
     def through(k: int, p: Tensor) -> Tensor:
-        bent, q = between.bend(p, between.slope(kept[k]), kept[k], inner[k])
+        bent, q = _bend(activation, p, activation.slope(kept[k]), kept[k], inner[k])
         turned.append(bent)
         return q
 
     dt_grad, v_grad, theta_grad = _downward(stack, stack.enter(q), entry, through, dt, needs[:3])
     if theta_grad is not None:  # a direction adds no bias; its sums served the response only
-        theta_grad[: len(between.bias)].zero_()
+        theta_grad[: len(stack.fast.bias)].zero_()
     return dt_grad, None if v_grad is None else v_grad.to(v.dtype), theta_grad, *turned[::-1]
 
 
@@ -526,18 +534,31 @@ def _upward(
 ) -> _Upward:
     """The transpose of the product, from its cotangent ``h``; ``cotangents`` are the ``g_k`` of the product."""
     assert stack.fast is not None
-    between, keeps_output = stack.fast.between, stack.fast.between.activation.keeps_output
+    activation = stack.activation
     added, slopes, gradients = list[Tensor](), list[Tensor](), list[Tensor]()
     for layer, c, g in zip(stack.fast.maps, kept, cotangents, strict=False):
-        slope = between.slope(c)
-        v = between.scale(g, slope)
+        slope = activation.slope(c)
+        v = slope * g
         if weights:
             gradients.append(stack.kind.flat(layer.gradient(h, v)))
         # if the output is kept, s'' is the derivative of s' by the output, times s', which v = s' g already has
-        bent, h = between.bend(layer.apply(h), slope, c, v if keeps_output else g, scratch=v)
+        x = v if activation.keeps_output else g
+        bent, h = _bend(activation, layer.apply(h), slope, c, x, scratch=v)
         added.append(bent)
         slopes.append(slope)
     return _Upward(added, slopes, gradients, h)
+
+
+def _bend(
+    activation: Activation, p: Tensor, slope: Tensor, kept: Tensor, x: Tensor, *, scratch: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``x p s''`` summed over the noise vectors, and ``slope p``; overwrites ``p``.
+
+    ``s''`` stands for :meth:`Activation.slope_derivative`.
+    """
+    x = torch.mul(x, p, out=scratch)
+    x = x.sum(0) if x.dim() > kept.dim() else x
+    return x.mul_(activation.slope_derivative(kept, slope)), p.mul_(slope)
 
 
 def _downward(
@@ -556,7 +577,7 @@ def _downward(
     """
     assert stack.fast is not None
     needs_t, needs_z, needs_theta = needs
-    bias, response = stack.fast.between.bias, stack.fast.between.response
+    bias, response = stack.fast.bias, stack.fast.response
     sums, gradients = list[Tensor](), list[Tensor]()
     below: Tensor | None = None
     for k in range(stack.hidden, -1, -1):

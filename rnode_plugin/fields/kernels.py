@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.modes import on_host, transforms_active
-from ..core.operations import operations_for
 
 # channels up to which a convolution is faster as one product of matrices
 _FEW = {torch.float64: 8, torch.float32: 8, torch.bfloat16: 3}
@@ -134,21 +133,18 @@ class Convolution(LayerMap):
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.detach()
-        self._convolved = operations_for(weight).convolved
 
     def apply(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        y = self._convolved(F.conv2d(x, self._weight, padding=1))
+        y = F.conv2d(x, self._weight, padding=1)
         return y if shift is None else y.add_(shift)
 
     def transpose(self, v: Tensor) -> Tensor:
-        return self._convolved(F.conv_transpose2d(v, self._weight, padding=1))
+        return F.conv_transpose2d(v, self._weight, padding=1)
 
     def gradient(self, x: Tensor, v: Tensor) -> Tensor:
-        return self._convolved(
-            torch.ops.aten.convolution_backward(
-                v, x, self._weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (False, True, False)
-            )[1]
-        )
+        return torch.ops.aten.convolution_backward(
+            v, x, self._weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (False, True, False)
+        )[1]
 
     @staticmethod
     def product(x: Tensor, weight: Tensor) -> Tensor:

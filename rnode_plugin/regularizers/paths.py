@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.operations import sum_squares, without_part
 from ..core.regularizer import Source, Trajectory, TrajectoryPenalty
+from ..core.sums import sum_squares, without_part
 from ..errors import ConfigError, check_count
 from .rates import kinetic
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..core.operations import sum_event, sum_squares
 from ..core.regularizer import Rate, Source, rate
+from ..core.sums import sum_event, sum_squares
 from ..errors import ConfigError
 
 if TYPE_CHECKING:

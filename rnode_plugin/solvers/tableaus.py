@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..core.derivatives import Velocity
-from ..core.operations import Combination, operations_for
 from ..errors import ConfigError, suggest
 from .checks import METHODS, count_steps
 
@@ -98,6 +97,16 @@ class Method:
         return same[-1] if same else None
 
 
+def _increment(dt: Tensor, row: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
+    """``dt sum_j row_j k_j`` for the velocities ``k_j`` of the first stages."""
+    total: Tensor | None = None
+    for weight, stage in zip(row, stages, strict=False):  # a row may be shorter, and later stages unknown
+        if weight:
+            total = stage * weight if total is None else torch.add(total, stage, alpha=weight)
+    assert total is not None
+    return total * dt.to(total.dtype)
+
+
 def _explicit(
     name: str,
     order: int,
@@ -118,14 +127,14 @@ def _explicit(
     fsal = len(a) == len(b) - 1 and a[-1:] == (b[:-1],) and b[-1] == 0
 
     def advance(f: Velocity, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
-        step = operations_for(x).combination(x, dt, [f(t, x) if k1 is None else k1])
+        stages = [f(t, x) if k1 is None else k1]
         argument = x  # after the loop, the state of the last stage, which is the new state of an FSAL method
         for node, row in zip(nodes, a, strict=True):
-            argument = step.at(row)
-            step.stages.append(f(t + node * dt, argument))
-        new = argument if fsal else step.at(b)
-        estimate = None if error is None else Combination(None, dt, step.stages).at(error)
-        return (step.stages[-1] if fsal else None), new, estimate, step.stages
+            argument = x + _increment(dt, row, stages)
+            stages.append(f(t + node * dt, argument))
+        new = argument if fsal else x + _increment(dt, b, stages)
+        estimate = None if error is None else _increment(dt, error, stages)
+        return (stages[-1] if fsal else None), new, estimate, stages
 
     return Method(name, advance, order, error is not None, b, error, draws or b, nodes=(0.0, *nodes))
 
