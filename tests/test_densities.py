@@ -78,6 +78,10 @@ BASES = {
 }
 
 
+def around(mean: Tensor) -> Distribution:
+    return Independent(Normal(mean, 1.0), 1)
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_base_follows_the_model(name: str) -> None:
     torch.manual_seed(0)
@@ -237,6 +241,8 @@ def controlled() -> RegularizedCNF:
         (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, t_span=[0, 1, 0.5]), r"strictly increasing"),
         (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, atol=torch.ones(2)), "atol of a density"),
         (lambda: RegularizedCNF(nn.Linear(2, 2)), "event_shape="),
+        (lambda: RegularizedCNF(nn.Linear(2, 2), around(nn.Parameter(torch.ones(2)))), "base= requires a gradient"),
+        (lambda: RegularizedCNF(nn.Linear(2, 2), around(2 * nn.Parameter(torch.ones(2)))), "base= requires"),
         (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, solver=RungeKutta4()), "belong in NeuralODE"),  # pyright: ignore[reportArgumentType]
         (
             lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, solver_adjoint=RungeKutta4()),

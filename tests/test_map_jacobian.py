@@ -11,6 +11,7 @@ from density_models import MODELS, linear, make
 from problems import Wave
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
+from torch.func import grad, jvp, vmap
 
 from rnode_plugin import Adaptive, DensityModel, FixedGrid, RegularizedCNF
 from rnode_plugin.core import map_jacobian
@@ -304,6 +305,10 @@ def wide() -> DensityModel:
     return RegularizedCNF(nn.Linear(257, 257), event_shape=257, solver="rk4")
 
 
+def by_map(model: Any, z: Tensor) -> Tensor:
+    return model.inverse_and_log_prob(z, penalties=False, jacobian="map")[1]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -314,6 +319,9 @@ def wide() -> DensityModel:
         (lambda m, z: m.inverse_and_log_prob(z, noise=m.draw_noise(2), jacobian="map"), "leave noise= out"),
         (lambda m, z: m.inverse_and_log_prob(z, jacobian="maps"), "did you mean 'map'"),
         (lambda m, z: m.importance_sample(lambda x: x.sum(1), 2, jacobian="no"), "unknown jacobian"),
+        (lambda m, z: vmap(lambda each: by_map(m, each[None]))(z), "outside of vmap, jvp"),
+        (lambda m, z: vmap(grad(lambda each: by_map(m, each[None]).sum()))(z), "outside of vmap, jvp"),
+        (lambda m, z: jvp(lambda each: by_map(m, each), (z,), (z,)), "outside of vmap, jvp"),
         (lambda m, z: wide().importance_sample(lambda x: x.sum(1), 2, jacobian="map"), "256 dimensions.*257"),
     ],
 )

@@ -602,7 +602,7 @@ class FlowDistribution(Distribution):
         return self.model.inverse(z, context=self._rows(shape)).reshape(shape + self.event_shape)
 
     def rsample(self, sample_shape: Sequence[int] = _ONE) -> Tensor:
-        """Draw samples as :meth:`sample` does, but with gradients by the field, the base and the context."""
+        """Draw samples as :meth:`sample` does, but with gradients by the field, the context and a trained base."""
         shape = torch.Size(sample_shape) + self.batch_shape
         z = self.model.base.rsample(torch.Size([shape.numel()]))
         return self.model.inverse(z, context=self._rows(shape)).reshape(shape + self.event_shape)

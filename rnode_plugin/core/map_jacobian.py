@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, suggest
 from .derivatives import refuse_mixed_samples
-from .modes import next_number
+from .modes import differs, next_number, transforms_active
 from .second_derivatives import check_second_derivative
 
 Jacobian = Literal["trace", "map"]
@@ -24,6 +24,12 @@ MOST_DIMS = 256
 """Most dimensions of a map whose Jacobian is taken, since each takes one backward pass through the solve."""
 
 _BATCH, _NUMBERS = 1024, 4_000_000  # most samples of one solve with its graph, and most entries of their Jacobians
+
+_TRANSFORMED = (
+    "jacobian='map' takes backward passes through its solve, which torch.func allows only inside of a gradient "
+    "with respect to the latents (grad, vjp, jacrev): call it outside of vmap, jvp and other gradients, or take "
+    "jacobian='trace'."
+)
 
 
 def jacobian_of(
@@ -51,13 +57,17 @@ def jacobian_of(
 
     Raises:
         ConfigError: for a map that mixes samples; with ``graph``, for a layer whose backward pass cannot be
-            differentiated.
+            differentiated; inside of a transform of torch.func other than a gradient with respect to ``z``.
     """
+    if transforms_active() and not (graph and z.requires_grad):
+        raise ConfigError(_TRANSFORMED)
     with torch.inference_mode(False), torch.enable_grad():
         if not (graph and z.requires_grad):
             z = z.detach().clone().requires_grad_()
         start = next_number(z) if graph else 0
         x = carry(z)
+        if differs(x):
+            raise ConfigError(_TRANSFORMED)
         if graph:
 
             def elsewhere(_: Tensor, z: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             ``net(t, z, context)``. torchdyn's DepthCat and Galerkin layers may be in it, but not DataControl, which
             reads the samples themselves.
         base: distribution of ``z`` with an empty batch shape and the event shape of the data; None: the standard
-            normal distribution. The model's ``.to()`` moves its tensors, which are not trained.
+            normal distribution. The model's ``.to()`` moves its tensors, which must not require a gradient.
         event_shape: shape of one sample; may be left out if ``base`` has it.
         context_shape: shape of one context, for a conditional density ``p(x | context)``; each method then takes
             ``context=``, one for all samples or ``(B, *context_shape)``. Gradients reach the context in all
@@ -65,9 +65,9 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             ``max_nfe`` and ``error_norm`` as in :class:`~rnode_plugin.NeuralODE`.
 
     Raises:
-        ConfigError: for shapes that do not fit together, times that are not strictly monotonic, unknown names,
-            numbers out of range, and a solver object of torchdyn or a user, which belongs in
-            :class:`~rnode_plugin.NeuralODE`; when called, for a net with DataControl.
+        ConfigError: for shapes that do not fit together, a base that requires a gradient, times that are not
+            strictly monotonic, unknown names, numbers out of range, and a solver object of torchdyn or a user,
+            which belongs in :class:`~rnode_plugin.NeuralODE`; when called, for a net with DataControl.
 
     Example:
         >>> import torch
@@ -342,7 +342,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RegularizedCNF:
         super()._apply(fn, recurse)
-        self.base = _moved(self.base, fn, {})
+        self.base = _moved(self.base, lambda x: fn(x.detach()), {})
         return self
 
     def _on_grid(self, solver: Solver | None) -> tuple[Solver, Tensor]:
@@ -473,7 +473,17 @@ def _base_and_shape(
         )
     if shape is not None and base.event_shape != shape:
         raise ConfigError(f"event_shape={tuple(shape)} and the base's {tuple(base.event_shape)} differ.")
+    _moved(base, _refuse_gradient, {})
     return copy.deepcopy(base), check_shape(base.event_shape, "the base's event shape")
+
+
+def _refuse_gradient(x: Tensor) -> Tensor:
+    if x.requires_grad:
+        raise ConfigError(
+            "a tensor of base= requires a gradient, but the model keeps a copy of the base, which does not train: "
+            "give it detached tensors."
+        )
+    return x
 
 
 def _moved(part: Any, fn: Callable[[Tensor], Tensor], done: dict[int, object]) -> Any:
@@ -483,7 +493,7 @@ def _moved(part: Any, fn: Callable[[Tensor], Tensor], done: dict[int, object]) -
     other.
     """
     if isinstance(part, Tensor):
-        return fn(part.detach())
+        return fn(part)
     if isinstance(part, (list, tuple)):
         return type(part)(_moved(x, fn, done) for x in part) if not isinstance(part, torch.Size) else part
     if not isinstance(part, (Distribution, Transform)):
