@@ -17,6 +17,7 @@ from tiny_runs import run, tiny_recipe
 
 from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.errors import CheckpointError, RnodeError
+from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.training.checkpoints import (
     checksum,
@@ -26,6 +27,8 @@ from rnode_plugin.experiments.training.checkpoints import (
     read_checkpoint,
     save_flow,
 )
+
+FACTS = Facts(names=("0a", "0b"), train="1", held_out="2")
 
 
 @pytest.fixture
@@ -39,14 +42,14 @@ def file(recipe: Recipe, tmp_path: Path) -> Path:
     flow = recipe.build_flow()
     for parameter in flow.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    save_flow(flow, tmp_path / "flow.ckpt", recipe=recipe)
+    save_flow(flow, tmp_path / "flow.ckpt", recipe=recipe, facts=FACTS)
     torch.save(flow.state_dict(), tmp_path / "weights.pt")
     return tmp_path / "flow.ckpt"
 
 
 def test_there_and_back(file: Path, recipe: Recipe) -> None:
-    flow, found = load_with_recipe(file)
-    assert found == recipe
+    flow, found, facts = load_with_recipe(file)
+    assert (found, facts) == (recipe, FACTS)
     assert flow.solver == recipe.test_solver.build()
     assert not flow.training
     for name, tensor in torch.load(file.parent / "weights.pt").items():
@@ -94,9 +97,9 @@ def test_export_holds_weights_and_recipe(file: Path, recipe: Recipe, tmp_path: P
     from safetensors import safe_open
 
     out = tmp_path / "deep" / "model.safetensors"
-    save_flow(load_flow(file), out, recipe=recipe)
-    flow, found = load_with_recipe(out)
-    assert found == recipe
+    save_flow(load_flow(file), out, recipe=recipe, facts=FACTS)
+    flow, found, facts = load_with_recipe(out)
+    assert (found, facts) == (recipe, FACTS)
     for name, tensor in load_flow(file).state_dict().items():
         assert torch.equal(flow.state_dict()[name], tensor)
     x = torch.rand(2, 1, 8, 8)
@@ -181,6 +184,8 @@ def test_what_cannot_be_written(file: Path, recipe: Recipe, tmp_path: Path) -> N
         ("rnode_plugin.recipe.model.colour", "red", r"the recipe in .*unknown setting 'model.colour'"),
         ("rnode_plugin.recipe.model.hidden", 5, "does not fit the model of its recipe"),
         ("rnode_plugin.recipe.name", "../../../x", "the recipe in .*cannot name a folder"),
+        ("rnode_plugin.facts", {"colour": "red"}, "has written facts that cannot be read"),
+        ("rnode_plugin.format", 1, "in format 1; this is .*, which reads format 2. Install that version to use it"),
         ("rnode_plugin.format", 99, "in format 99"),
     ],
 )

@@ -21,7 +21,6 @@ from rnode_plugin.experiments.data import ArrayDataset, ImageData, folders, get_
 from rnode_plugin.experiments.data.batches import keep_batch
 from rnode_plugin.experiments.data.folders import ImageFiles, PackedImages, decode
 from rnode_plugin.experiments.data.images import Selection
-from rnode_plugin.experiments.evaluation.loading import load_for_evaluation
 
 
 def _write(where, images, split="train", suffix=".png"):
@@ -191,26 +190,6 @@ def test_a_recipe_takes_the_shape_of_the_pictures(tmp_path, shape, options, foun
     published = vars(other.override(["data.name=cifar10"]).data)
     assert (published["root"], published["size"]) == (None, None)  # not downloaded into the folder of pictures
     assert other.override(["data.name=cifar10", "data.root=sets"]).data.root == os.path.abspath("sets")
-
-
-def test_a_folder_inside_of_the_folder_of_the_training_is_doubted(tmp_path, capsys):
-    """The names below it are others, so a picture that was trained on may be held out."""
-    images = random_images(60, (1, 8, 8))
-    for name, part in (("a", images[:30]), ("b", images[30:])):
-        _write(tmp_path / "all" / "here", part, split=name)
-    recipe = get_recipe("pictures").override([f"data.root={tmp_path / 'all' / 'here'}"])
-    trained = load_for_evaluation(recipe).train
-
-    def trained_on(root: str) -> bool:
-        held_out = load_for_evaluation(recipe, root=str(tmp_path / root)).held_out
-        return any((image == trained).all((1, 2, 3)).any() for image in held_out)
-
-    for root in ("all", "all/here/a"):
-        assert trained_on(root)
-        assert "that were trained on may be held out now" in capsys.readouterr().err
-    (tmp_path / "all").rename(tmp_path / "moved")
-    assert not trained_on("moved/here")
-    assert capsys.readouterr().err == ""
 
 
 def test_colours_and_sizes_are_those_of_all_pictures(tmp_path):

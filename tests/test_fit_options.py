@@ -171,7 +171,7 @@ def test_the_average_of_the_weights(tmp_path: Path) -> None:
     for after in weights[1:]:
         wanted = [0.75 * mean + 0.25 * new for mean, new in zip(wanted, after, strict=True)]
     contents = read_checkpoint(result.folder.last)
-    flow, found = load_with_recipe(result.folder.last)
+    flow, found, _ = load_with_recipe(result.folder.last)
     assert found.weights == "moving average, decay 0.75"
     for mean, parameter in zip(wanted, flow.parameters(), strict=True):
         torch.testing.assert_close(parameter.detach(), mean)

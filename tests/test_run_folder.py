@@ -17,6 +17,7 @@ from run_folders import ENVIRONMENT, write_run
 from rnode_plugin import get_recipe
 from rnode_plugin.diagnostics.result import Check, Diagnosis
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.evaluation.measures import Evaluation, Mean
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.environment import Environment
@@ -39,7 +40,7 @@ class Kind(NamedTuple):
 
 IMAGES = Kind(get_recipe("digits").override(["training.matching=3"]), ("dirty", "clean"), "images.csv")
 TABLE = Kind(
-    get_recipe("table").override(["data.columns=a,b,c", "data.given=c", "data.rows=40"]),
+    get_recipe("table").override(["data.columns=a,b,c", "data.given=c"]),
     ("nll", "gaussian"),
     "rows.csv",
 )
@@ -135,12 +136,17 @@ def refusal(run: Run) -> str:
 def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) -> None:
     run = Run.create(tmp_path, kind.recipe)
     assert run.path == tmp_path / kind.recipe.name / "0"
-    run.describe(kind.recipe, ENVIRONMENT)
+    facts = (
+        Facts(rows=40, checksum="c5", given_ranges=((0.1, 2.0),))
+        if kind is TABLE
+        else Facts(names=("a",), train="b")
+    )
+    run.describe(kind.recipe, ENVIRONMENT, facts)
     log(run, kind, range(1, 7))
     if state == "resumed":  # from step 5, and what was known of other weights is gone
         run.conclude(result(kind), kind.recipe)
         run.add_diagnosis(DIAGNOSED, {"tolerance.png": b"png"})
-        run.describe(kind.recipe, ENVIRONMENT)
+        run.describe(kind.recipe, ENVIRONMENT, facts)
         log(run, kind, range(6, 9), keep=5)
     steps = 8 if state == "resumed" else 6
     ended = None
@@ -151,7 +157,8 @@ def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) ->
         run.add_diagnosis(DIAGNOSED, {"tolerance.png": b"png"})
         assert (run.figures / "tolerance.png").read_bytes() == b"png"
     found = run.read()
-    assert (found.path, found.recipe, found.environment) == (run.path, kind.recipe, ENVIRONMENT)
+    assert (found.path, found.recipe) == (run.path, kind.recipe)
+    assert (found.environment, found.facts) == (ENVIRONMENT, facts)
     assert found.result == ended
     assert found.diagnosed == (DIAGNOSED if state == "diagnosed" else None)
     assert found.picture is None

@@ -20,6 +20,7 @@ from rnode_plugin import FixedGrid, MultiscaleFlow, TableFlow, get_recipe
 from rnode_plugin.core.distribution import DensityModel
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.data import ImageData, Table, get_dataset
+from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.evaluation.likelihood import evaluate
 from rnode_plugin.experiments.evaluation.measures import Mean
 from rnode_plugin.experiments.recipes.image_task import ImageTask
@@ -77,8 +78,7 @@ def rows(given: tuple[str, ...] = ()) -> Case:
     random, size = np.random.default_rng(0), 2 + len(given)
     train, val, held_out = (random.normal(3, [0.1, 20, 1, 2][:size], (n, size)).astype("f4") for n in (30, 7, 9))
     flow = _moved(TableFlow(2, context=len(given), hidden=4, solver=RK4))
-    task = TableTask(NAMES, given, given_ranges=((0, 1), (-2, 2)) if given else None)
-    return Case(task, Table("rows", (*NAMES, *given), train, val, held_out), flow, ("nll",))
+    return Case(TableTask(NAMES, given), Table("rows", (*NAMES, *given), train, val, held_out), flow, ("nll",))
 
 
 CASES = {
@@ -267,15 +267,14 @@ def test_samples_at_the_contexts_of_a_file(tmp_path: Path, capsys: pytest.Captur
     case, contexts, path = rows(GIVEN), tmp_path / "contexts.csv", tmp_path / "drawn.csv"
     contexts.write_text('"d, e",other,c\n-1,7,0.5\n0,8,1.5\n')
     request = SampleRequest(count=2, given=str(contexts))
-    assert case.task.write_samples(case.flow, path, request) == 4
+    assert case.task.write_samples(case.flow, path, request, facts=Facts(given_ranges=((0, 1), (-2, 2)))) == 4
     wanted = [[0.5, -1], [0.5, -1], [1.5, 0], [1.5, 0]]
     assert _read(path, [*GIVEN, *NAMES])[:, :2].tolist() == wanted
     assert capsys.readouterr().err == (
         "warning: 2 of 4 values of c, such as 1.5, are outside of the training rows (0 to 1), where the density is "
         "an extrapolation.\n"
     )
-    unknown = TableTask(NAMES, GIVEN)  # of a run that has not recorded its rows
-    unknown.write_samples(case.flow, path, request)
+    case.task.write_samples(case.flow, path, request)  # of weights without facts
     assert capsys.readouterr().err == ""
 
 

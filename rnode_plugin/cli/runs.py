@@ -115,13 +115,14 @@ def eval(  # noqa: A001 - the command's name
     path = find_checkpoint(run)
     if (known := recipe_beside(path)) is not None:  # what cannot work is refused before torch is imported
         _with_test_solver(known, solver_settings).at_root(data_root)
+    from ..experiments.data.facts import overlap_warning
     from ..experiments.evaluation.likelihood import evaluate
-    from ..experiments.evaluation.loading import doubt_of, load_for_evaluation, pick_device
+    from ..experiments.evaluation.loading import load_for_evaluation, pick_device
 
     flush_denormals()
-    flow, recipe = load_with_recipe(path, map_location=pick_device(device))
+    flow, recipe, facts = load_with_recipe(path, map_location=pick_device(device))
     recipe = _with_test_solver(recipe, solver_settings)
-    data = load_for_evaluation(recipe, root=data_root, download=download).measured_on(limit)
+    data = load_for_evaluation(recipe, facts, root=data_root, download=download).measured_on(limit)
     result = evaluate(
         flow,
         data.held_out,
@@ -133,7 +134,7 @@ def eval(  # noqa: A001 - the command's name
         seed=recipe.training.seed if seed is None else seed,
         progress=None if quiet else batch_counter("evaluating"),
     )
-    if doubt_of(recipe, data, data_root) is None:  # else it would be fitted to other rows than the flow
+    if overlap_warning(facts, data) is None:  # else it would be fitted to other rows than the flow
         result = result.with_baselines(recipe.task, data)
     head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
     head["solver"] = recipe.test_solver.text
@@ -212,10 +213,9 @@ def diagnose(
 
     flush_denormals()
     torch_device = pick_device(device)
-    flow, recipe = load_with_recipe(path, map_location=torch_device)
-    held_out = held_out_samples(
-        recipe, samples or compared_for(recipe.dims), seed=seed, root=data_root, download=download
-    )
+    flow, recipe, facts = load_with_recipe(path, map_location=torch_device)
+    count = samples or compared_for(recipe.dims)
+    held_out = held_out_samples(recipe, count, facts=facts, seed=seed, root=data_root, download=download)
     diagnosis = diagnose(
         flow,
         held_out.x.to(torch_device),
@@ -310,9 +310,9 @@ def sample(
     from ..experiments.evaluation.loading import pick_device
 
     flush_denormals()
-    flow, recipe = load_with_recipe(checkpoint, map_location=pick_device(device))
+    flow, recipe, facts = load_with_recipe(checkpoint, map_location=pick_device(device))
     place = free_path(out, recipe.task.samples_file, force=force)
-    drawn = recipe.task.write_samples(flow, place, request)
+    drawn = recipe.task.write_samples(flow, place, request, facts=facts)
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
     drawn_at = ", ".join(f"{each:g}" for each in temperatures)
     click.echo(f"{counted(drawn, recipe.task.sample)} at temperature {drawn_at}{averaged}: {place}")
@@ -359,11 +359,11 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
     programs = {} if kind == "safetensors" else {w: path.with_stem(f"{path.stem}-{w}") for w in get_args(Which)}
     for target in programs.values() or [path]:
         free_path(str(target), "", force=force)
-    flow, recipe = load_with_recipe(source)
+    flow, recipe, facts = load_with_recipe(source)
     averaged = "" if recipe.training.ema is None else f" ({recipe.weights})"
     click.echo(f"{recipe.name}, weights of {source}{averaged}:")
     if not programs:
-        save_flow(flow, path, recipe=recipe)
+        save_flow(flow, path, recipe=recipe, facts=facts)
         click.echo(file)
         return
     grid = flow.solver if step is None else SolverSettings(method or "rk4_38", step=step).build()
@@ -422,7 +422,7 @@ def cite(*, run: str | None) -> None:
     if checkpoint is None:
         click.echo(citation([kinetic, jacfrob]))
         return
-    flow, recipe = load_with_recipe(checkpoint)
+    flow, recipe, _ = load_with_recipe(checkpoint)
     used = [each for each in flow.regularizers if recipe.lambdas.get(each.name, 0) > 0]
     methods = recipe.solver.method, recipe.test_solver.method
     click.echo(citation(used, estimator=flow.estimator, methods=methods, density=True))

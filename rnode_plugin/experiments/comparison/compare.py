@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 
 from ...errors import CheckpointError, ConfigError, TrainingError
+from ..data.facts import Facts
 from ..evaluation.loading import check_device
 from ..recipes.data import AnyData
 from ..recipes.recipe import Recipe, Training
@@ -92,8 +93,8 @@ def compare(
             interruption. If it is None, or ``jobs`` is above 1, the runs do not show their progress.
 
     Raises:
-        ConfigError: settings that cannot work, runs with other settings in the folder, or another process that
-            trains in it.
+        ConfigError: settings that cannot work, runs with other settings or on other data in the folder, or another
+            process that trains in it.
         DataError: the data set is missing or does not fit a recipe.
         TrainingError: no run can be reported.
     """
@@ -145,16 +146,16 @@ def _planned(recipes: Sequence[Recipe], out: Path, accelerator: str, *, download
         ConfigError, DataError: see :func:`compare`.
     """
     check_device(accelerator)
-    known: dict[AnyData, AnyData] = {}
+    known: dict[AnyData, Facts] = {}
     planned: dict[Path, Recipe] = {}
     for one in recipes:
         if one.data not in known:
-            known[one.data] = one.trained_on(one.load_data(download=download)).data
+            known[one.data] = Facts.of(one.load_data(download=download), one.task.given)
         folder = out / "runs" / one.name / str(one.training.seed)
         if folder in planned:
             raise ConfigError(f"two recipes have the name {one.name} and the seed {one.training.seed}.")
-        planned[folder] = _with_validations(dataclasses.replace(one, data=known[one.data]))
-        _refuse_other(folder, planned[folder])
+        planned[folder] = _with_validations(one)
+        _refuse_other(folder, planned[folder], known[one.data])
     (out / "recipes").mkdir(parents=True, exist_ok=True)
     return planned
 
@@ -172,11 +173,11 @@ def _with_validations(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, training=dataclasses.replace(training, val_every_steps=every))
 
 
-def _refuse_other(folder: Path, recipe: Recipe) -> None:
+def _refuse_other(folder: Path, recipe: Recipe, facts: Facts) -> None:
     """Refuse a folder whose run cannot be compared with the others.
 
     Raises:
-        ConfigError: the run has other settings, or its recipe is missing or cannot be read.
+        ConfigError: the run has other settings or other data, or its recipe is missing or cannot be read.
     """
     run = Run(folder)
     if run.is_described:
@@ -185,6 +186,8 @@ def _refuse_other(folder: Path, recipe: Recipe) -> None:
                   if old.get(name) != new.get(name)]  # fmt: skip
         if differ:
             raise ConfigError(f"{folder} has other settings ({', '.join(differ)}): choose another --out.")
+        if run.read().facts not in (None, facts):
+            raise ConfigError(f"{folder} was trained on other data, or with another split: choose another --out.")
     elif run.has_checkpoints:
         raise ConfigError(f"{folder} has checkpoints, but no recipe.json: choose another --out.")
 

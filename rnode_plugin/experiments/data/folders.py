@@ -89,12 +89,14 @@ def _read(name: str, where: Path, *, size: int | None, channels: int | None, bit
             f"{name}: bits must be 1 to 8, channels 1 or 3, the size at least 1, not {bits}, {channels} and {size}."
         )
     parts: list[ImageArray]
+    named: tuple[list[str], list[str]] | None = None
     if _is_packed(where):
         parts = [PackedImages(where / file, shift=8 - bits) for file in (TRAIN_FILE, VAL_FILE)]
     else:
         names = _pictures(where, notice=True)
         splits = assign([split_named(n) for n in names], names, where=str(where))
         chosen = [[n for n, split in zip(names, splits, strict=True) if split == part] for part in ("train", "val")]
+        named = [_unsplit(n) for n in chosen[0]], [_unsplit(n) for n in chosen[1]]
         options = {"size": size, "channels": channels or 3, "shift": 8 - bits}
         parts = [ImageFiles(where, part, **options).in_memory() for part in chosen]
     train, val = parts
@@ -107,7 +109,7 @@ def _read(name: str, where: Path, *, size: int | None, channels: int | None, bit
                 f"{name}: {where} holds images of {shown(images.shape[1:])}, not {shown(wanted)}. Scale pictures "
                 "with --size, and pack arrays again with `rnode-cli data prepare --overwrite`."
             )
-    return ImageData(name=name, train=train, val=val, shape=(c, h, w), levels=2**bits)
+    return ImageData(name=name, train=train, val=val, shape=(c, h, w), levels=2**bits, names=named)
 
 
 def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int, int]:
@@ -190,7 +192,21 @@ def split_named(name: str) -> str | None:
     *folders, file = PurePosixPath(name).parts
     if batch := _BATCH.fullmatch(file):
         return batch[1]
-    return next((_FOLDERS[f.lower()] for f in folders[:3] if f.lower() in _FOLDERS), None)
+    place = _split_folder(folders)
+    return None if place is None else _FOLDERS[folders[place].lower()]
+
+
+def _split_folder(folders: Sequence[str]) -> int | None:
+    """Find the first of three folders of a path whose name says a part of the split."""
+    return next((place for place, folder in enumerate(folders[:3]) if folder.lower() in _FOLDERS), None)
+
+
+def _unsplit(name: str) -> str:
+    """Leave the folder of the split out of a path, so that a picture keeps its name if it moves to another part."""
+    *folders, file = name.split("/")
+    if (place := _split_folder(folders)) is not None:
+        del folders[place]
+    return "/".join((*folders, file))
 
 
 _HELD_OUT = 0.1  # share of the pictures, if no folders split them

@@ -56,9 +56,10 @@ _COMPARED = 64  # samples, because pictures on disk are decoded for this
 
 
 def fingerprint(samples: ImageArray) -> str:
-    """Hash the number of images or rows and the first of them, which tells other samples from the same ones."""
-    first = np.ascontiguousarray(samples[:_COMPARED])
-    return hashlib.sha256(f"{len(samples)} {first.shape}".encode() + first.tobytes()).hexdigest()[:16]
+    """Hash the number of images or rows and some of them, evenly spread, which tells other samples from these."""
+    count = min(len(samples), _COMPARED)
+    some = np.ascontiguousarray(samples[np.arange(count) * len(samples) // count])
+    return hashlib.sha256(f"{len(samples)} {some.shape}".encode() + some.tobytes()).hexdigest()[:16]
 
 
 class Selection:
@@ -89,6 +90,10 @@ class ImageData:
         levels: number of values that a pixel can take, 256 for 8 bits.
         numbers: the place of each image of ``val`` among all held-out images, from 0; None if ``val`` is all of
             them. A table has the places of its rows in the file.
+        names: names of all training pictures and of all held-out ones, see :class:`~.facts.Facts`; None for images
+            without names.
+        pixels: the :func:`fingerprint` of all training images and of all held-out ones, which is computed if it is
+            not given. :meth:`limit` keeps it.
 
     Raises:
         DataError: the arrays are not such images. Values of arrays on disk are not checked.
@@ -100,6 +105,8 @@ class ImageData:
     shape: tuple[int, int, int]
     levels: int = 256
     numbers: np.ndarray | None = None
+    names: tuple[Sequence[str], Sequence[str]] | None = None
+    pixels: tuple[str, str] = ("", "")
 
     def __post_init__(self) -> None:
         if not 2 <= self.levels <= 256:
@@ -114,6 +121,8 @@ class ImageData:
                 raise DataError(f"{what} are {found}, but they must be uint8 arrays (N, {wanted}).")
             if isinstance(images, np.ndarray) and self.levels < 256 and images.max() >= self.levels:
                 raise DataError(f"{what} hold the value {images.max()}, which {self.levels} levels do not reach.")
+        if not all(self.pixels):
+            object.__setattr__(self, "pixels", (fingerprint(self.train), fingerprint(self.val)))
 
     def described(self) -> str:
         """Describe the images by shape and levels, in one line at the start of a run."""

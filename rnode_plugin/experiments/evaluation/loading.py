@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Callable
-from typing import cast
 
 import numpy as np
 import torch
@@ -13,33 +11,30 @@ import torch
 from ...core.random_streams import Stream, seeded
 from ...errors import ConfigError, first_line
 from ..data import ImageData, Table
+from ..data.facts import Facts, overlap_warning, refuse_other_split
 from ..recipes.recipe import Recipe
 from ..recipes.task import FlowInput
 
 
-def load_for_evaluation(recipe: Recipe, *, root: str | None = None, download: bool = False) -> ImageData | Table:
+def load_for_evaluation(
+    recipe: Recipe, facts: Facts | None, *, root: str | None = None, download: bool = False
+) -> ImageData | Table:
     """Load the data of a recipe, perhaps from another place, with all of its validation samples.
 
-    Data at another place may hold out samples that were trained on, and then a line on standard error warns about
-    it.
+    Other data, or another split, may hold out samples that were trained on, and then a line on standard error warns
+    about it. ``facts`` describe the training data; None for no comparison.
 
     Raises:
-        DataError, ConfigError: see :meth:`~rnode_plugin.experiments.recipes.recipe.Recipe.load_data`.
+        DataError: the table that the recipe names has changed since the training, or see
+            :meth:`~rnode_plugin.experiments.recipes.recipe.Recipe.load_data`.
+        ConfigError: see there.
     """
     data = recipe.at_root(root).load_data(download=download, all_val=True)
-    if (doubt := doubt_of(recipe, data, root)) is not None:
+    if root is None and isinstance(data, Table):
+        refuse_other_split(facts, data)
+    if (doubt := overlap_warning(facts, data)) is not None:
         print(doubt, file=sys.stderr)
     return data
-
-
-def doubt_of(recipe: Recipe, data: ImageData | Table, root: str | None) -> str | None:
-    """Say why the held-out samples of ``data``, read at ``root``, may have been trained on; None if they were not.
-
-    ``root`` is None for the place that the recipe names.
-    """
-    # the settings judge the kind of data that they load. The ones of the run know the checksum of the training
-    judge = cast("Callable[[ImageData | Table, str | None], str | None]", recipe.data.doubt)
-    return judge(data, root)
 
 
 def check_device(name: str) -> None:
@@ -78,17 +73,23 @@ def pick_device(name: str) -> torch.device:
 
 
 def held_out_samples(
-    recipe: Recipe, count: int, *, root: str | None = None, seed: int = 0, download: bool = False
+    recipe: Recipe,
+    count: int,
+    *,
+    facts: Facts | None,
+    root: str | None = None,
+    seed: int = 0,
+    download: bool = False,
 ) -> FlowInput:
     """Draw at most ``count`` held-out samples of a recipe in random order, as a flow takes them.
 
-    Images are dequantized, and the rows of a conditional density come with contexts. ``root`` is another place of
-    the data, and ``seed`` decides the order and the noise.
+    Images are dequantized, and the rows of a conditional density come with contexts. ``facts`` and ``root`` are
+    those of :func:`load_for_evaluation`, and ``seed`` decides the order and the noise.
 
     Raises:
         DataError, ConfigError: see :func:`load_for_evaluation`.
     """
-    held_out = load_for_evaluation(recipe, root=root, download=download).held_out
+    held_out = load_for_evaluation(recipe, facts, root=root, download=download).held_out
     with seeded(seed, Stream.DIAGNOSE):
         chosen = torch.randperm(len(held_out))[:count]
         # in the order of the file, so that a mapped file is read in one sweep, and then in random order again: a

@@ -6,14 +6,13 @@ import dataclasses
 import os
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from ...errors import ConfigError, DataError, suggest
-from .fields import CONFIG, KEPT, OF_THE_WEIGHTS, Fraction, Listed, Names, Text, listed
+from .fields import CONFIG, KEPT, OF_THE_WEIGHTS, Fraction, Names, Text, listed
 from .image_task import ImageTask
 from .table_task import TableTask
 
@@ -152,33 +151,6 @@ class Data:
         if self.of_user and self.root is None:
             raise ConfigError("name the folder of your pictures: --data-root FOLDER.")
 
-    def doubt(self, data: ImageData, root: str | None) -> str | None:
-        """Say why held-out pictures in the folder ``root`` may have been trained on; None if they were not.
-
-        The split is by the names of the pictures below their folder. So neither other pictures nor another place of
-        the folder change it, but a folder inside of the one of the training has the same pictures by other names.
-        """
-        if not self.of_user or self.root is None or root is None:
-            return None
-        there, here = Path(os.path.realpath(root)), Path(os.path.realpath(self.root))
-        if here == there or not (here.is_relative_to(there) or there.is_relative_to(here)):
-            return None
-        return (
-            f"{there} shares pictures with {here}, the folder of the training, and splits them by other names. "
-            "Some that were trained on may be held out now."
-        )
-
-    def trained_on(self, data: ImageData) -> Data:
-        """Return these settings, because a run records nothing about images."""
-        return self
-
-    def for_new_run(self) -> Data:
-        """Return these settings, because a run records nothing about images."""
-        return self
-
-
-_Range = Annotated[tuple[float, float], Listed]
-
 
 @dataclass(frozen=True, config=CONFIG)
 class TableData:
@@ -197,11 +169,6 @@ class TableData:
         val_batch_size: rows per device and batch of an evaluation; see :class:`Data`.
         train_rows: number of training rows to use, drawn from all of them; None for all.
         workers: number of processes that read batches; 0 to read them in the training process.
-        rows, checksum: number of rows and checksum of the table that a run was trained on, which training fills in.
-            A table with another checksum is refused, because its split could hold out rows that were trained on.
-            None for no comparison.
-        given_ranges: the smallest and the largest value of each given column in the training rows. Training fills
-            them in, so that sampling can warn of an extrapolation. None if they are not known.
         kind: marks the settings of a table.
         subject, foreign: as for :class:`Data`.
     """
@@ -213,16 +180,13 @@ class TableData:
     columns: Annotated[Names, OF_THE_WEIGHTS]
     given: Annotated[Names, OF_THE_WEIGHTS] = ()
     root: Text | None = None
-    validation: Annotated[Fraction, KEPT] = 0.1
-    held_out: Annotated[Fraction, KEPT] = 0.2
-    split_seed: Annotated[int, Field(ge=0, lt=2**32), KEPT] = 0
+    validation: Annotated[Fraction, OF_THE_WEIGHTS] = 0.1
+    held_out: Annotated[Fraction, OF_THE_WEIGHTS] = 0.2
+    split_seed: Annotated[int, Field(ge=0, lt=2**32), OF_THE_WEIGHTS] = 0
     batch_size: PositiveInt = 200
     val_batch_size: PositiveInt = 1000
     train_rows: Annotated[PositiveInt | None, KEPT] = None
     workers: NonNegativeInt = 0
-    rows: PositiveInt | None = None
-    checksum: Text | None = None
-    given_ranges: Annotated[tuple[_Range, ...], Listed] | None = None
     kind: Annotated[Literal["table"], OF_THE_WEIGHTS] = "table"
 
     def __post_init__(self) -> None:
@@ -250,13 +214,12 @@ class TableData:
     @property
     def task(self) -> TableTask:
         """The task of modeling these rows."""
-        return TableTask(self.modeled, self.given, given_ranges=self.given_ranges)
+        return TableTask(self.modeled, self.given)
 
     def changed(self, assigned: Mapping[str, str | None]) -> TableData:
         """Assign settings, written as texts, and change what follows from them.
 
         Another table brings its columns, unless ``columns`` are assigned, and is not looked for in the user's file.
-        With other rows, what a run has recorded about its rows is left out.
 
         Raises:
             ConfigError: there is no such table.
@@ -274,9 +237,7 @@ class TableData:
             from ..data.catalog import table_columns  # numpy, which a bad value does not wait for
 
             follows["columns"] = table_columns(name or "", root=root)
-        new = dataclasses.replace(self, **assigned, **follows)
-        same = all(vars(new)[key] == vars(self)[key] for key in ("name", "root", "columns", "given", *_SPLIT))
-        return new if same else new.for_new_run()
+        return dataclasses.replace(self, **assigned, **follows)
 
     def load(self, *, download: bool = False, val_images: int | None = None) -> Table:
         """Load the table in 32-bit numbers, with the modeled columns before the given ones.
@@ -286,7 +247,7 @@ class TableData:
             val_images: largest number of rows to choose the weights by; None for all.
 
         Raises:
-            DataError: the table is missing, has changed since the training, or its columns have no density.
+            DataError: the table is missing, or its columns have no density.
             ConfigError: there is no table of that name, or these settings ask for another split of a table whose
                 split is fixed.
         """
@@ -300,13 +261,6 @@ class TableData:
             if name not in options and vars(self)[name] != default:
                 raise ConfigError(f"the table {self.name} has a fixed split: leave data.{name} at {default}.")
         table = get_table(self.name, root=self.root, download=download, **options).select(columns)
-        if self.checksum not in (None, table.checksum):
-            now = f"{table.rows:,} rows" if table.rows != self.rows else "as many rows, but not the same"
-            raise DataError(
-                f"{table.name} has changed since the training: it had {self.rows:,} rows, and has {now} now. "
-                "In a new split, rows that were trained on could be held out. Put the old file back, name it with "
-                "--data-root, or train a new run on this one."
-            )
         # limited before it is checked, because a column may be constant in the rows that are left, and checked in
         # double precision, in which a nearly constant column still shows its deviation
         table = table.limit(self.train_rows, val_images)
@@ -332,31 +286,6 @@ class TableData:
         known = table_columns(self.root)
         if unknown := [each for each in self.columns if each not in known]:
             raise ConfigError(f"data.columns: {suggest(unknown[0], known, 'column')}")
-
-    def doubt(self, data: Table, root: str | None) -> str | None:
-        """Say why the held-out rows of ``data`` may have been trained on; None for the table of the training."""
-        if self.checksum in (None, data.checksum):
-            return None
-        return (
-            f"{data.name} is another table than the one of the training. If they share rows, some that were "
-            "trained on may be held out now."
-        )
-
-    def trained_on(self, data: Table) -> TableData:
-        """Return these settings with what a run records about its ``data``.
-
-        A table that is smaller than a batch becomes one batch, because a step takes full batches only.
-        """
-        given = data.train[:, len(self.modeled) :]
-        ranges = tuple(zip(given.min(0).tolist(), given.max(0).tolist(), strict=True))
-        batch_size = min(self.batch_size, len(data.train))
-        return dataclasses.replace(
-            self, batch_size=batch_size, rows=data.rows, checksum=data.checksum, given_ranges=ranges or None
-        )
-
-    def for_new_run(self) -> TableData:
-        """Return these settings without what a run has recorded, so that a new run may train on a changed table."""
-        return dataclasses.replace(self, rows=None, checksum=None, given_ranges=None)
 
 
 AnyData = Data | TableData

@@ -42,7 +42,8 @@ class Kept:
     """Marks a setting that a resumed run keeps.
 
     Attributes:
-        weights: whether the shapes of the weights depend on the setting. Weights of another run then do not fit it.
+        weights: whether a new run from the weights, too, has to keep the setting: their shapes depend on it, or the
+            samples that are held out, of which another value would choose some that were trained on.
     """
 
     weights: bool = False

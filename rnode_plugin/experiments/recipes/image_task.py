@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from ...core.distribution import DensityModel
     from ..data import ImageData
+    from ..data.facts import Facts
 
 _COUNT = 64  # images that are drawn if no number is given
 
@@ -135,7 +136,9 @@ class ImageTask(Task["ImageData"]):
         if path is not None and path.suffix.lower() != ".png":
             raise ConfigError(f"{path} is not a picture: its name must end in .png.")
 
-    def write_samples(self, flow: DensityModel, path: Path, request: SampleRequest) -> int:
+    def write_samples(
+        self, flow: DensityModel, path: Path, request: SampleRequest, *, facts: Facts | None = None
+    ) -> int:
         from ..samples import sample_images, save_grid
 
         self.check_request(request, path)

@@ -12,9 +12,9 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, SupportsFloat, cast
+from typing import TYPE_CHECKING, Annotated, Any, SupportsFloat
 
 from pydantic import Discriminator, Field, PlainSerializer, PlainValidator, Tag, TypeAdapter
 from pydantic.dataclasses import dataclass
@@ -26,7 +26,7 @@ from ...plugins import registry
 from ...solvers.checks import refuse_sampled_density
 from ...solvers.settings import SolverSettings
 from ...validation import refused
-from .data import AnyData, Data, TableData
+from .data import Data, TableData
 from .fields import CONFIG, Kept, kept, listed
 from .settings import Model, Optimizer, Paper, TableModel, Training
 from .task import AnyTask
@@ -266,13 +266,6 @@ class Recipe:
         """
         return self.data.load(download=download, val_images=None if all_val else self.training.val_images)
 
-    def trained_on(self, data: ImageData | Table) -> Recipe:
-        """Return the recipe with what a run records about its data, such as the ranges of given columns."""
-        # settings of images load images and settings of a table load tables, which the two types do not say
-        # together
-        recorded = cast("Callable[[ImageData | Table], AnyData]", self.data.trained_on)
-        return dataclasses.replace(self, data=recorded(data))
-
     def at_root(self, root: str | None) -> Recipe:
         """Return the recipe with its data at another place. A table keeps its columns, and may be another table.
 
@@ -285,7 +278,7 @@ class Recipe:
         if self.data.of_user and not os.path.exists(root):
             raise DataError(f"{os.path.abspath(root)} does not exist.")
         with refused("data"):
-            data = dataclasses.replace(self.data.for_new_run(), root=root and os.path.abspath(root))
+            data = dataclasses.replace(self.data, root=os.path.abspath(root))
         return dataclasses.replace(self, data=data)
 
     @property
@@ -422,8 +415,6 @@ def is_recipe_file(name: str) -> bool:
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read the recipe in a JSON file that :meth:`Recipe.to_plain` describes, such as the ``recipe.json`` of a run.
 
-    The recipe is for a new run, so what the former run recorded about the rows of its table is left out.
-
     Raises:
         ConfigError: the file cannot be read, is not JSON, or does not hold a recipe; or one of its regularizers is
             unknown or cannot have its lambda.
@@ -434,7 +425,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error).rstrip(".")
         raise ConfigError(f"{path} does not hold a recipe: {reason}.") from None
     registry.resolve_regularizers(recipe.regularizers)  # an unknown one is refused here, before the data is loaded
-    return dataclasses.replace(recipe, data=recipe.data.for_new_run())
+    return recipe
 
 
 def as_text(value: object) -> str:

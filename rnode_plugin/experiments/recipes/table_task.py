@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ...core.distribution import DensityModel
     from ..data import Table
+    from ..data.facts import Facts
 
 _COUNT = 1000  # rows that are drawn if no number is given
 _LARGEST = (2 - 2.0**-23) * 2.0**127  # of the 32-bit numbers
@@ -62,8 +63,6 @@ class TableTask(Task["Table"]):
     Args:
         columns: names of the modeled columns.
         given: names of the given columns.
-        given_ranges: the smallest and the largest value of each given column in the training rows. Drawing samples
-            at a context outside of them prints a warning. None if they are not known.
     """
 
     metric = "nll"
@@ -76,18 +75,12 @@ class TableTask(Task["Table"]):
     exact_dims = 64  # rows are cheap, and an exact trace leaves no noise
     noisy = False
 
-    def __init__(
-        self,
-        columns: tuple[str, ...],
-        given: tuple[str, ...] = (),
-        *,
-        given_ranges: Sequence[tuple[float, float]] | None = None,
-    ) -> None:
+    def __init__(self, columns: tuple[str, ...], given: tuple[str, ...] = ()) -> None:
         self.event = self.dims = len(columns)
         self.quantities = (RowDensity(self.dims, conditional=bool(given)),)
         self.baselines = (GaussianRows(self.dims),)
         self.model_options = {"context": len(given)}
-        self.columns, self.given, self._ranges = columns, given, given_ranges
+        self.columns, self.given = columns, given
         self.subject = " given ".join(", ".join(part) for part in (columns, given) if part)
 
     def prepare(self, flow: DensityModel, data: Table) -> None:
@@ -164,7 +157,9 @@ class TableTask(Task["Table"]):
         for name in names:
             _check_range(name, values[name])
 
-    def write_samples(self, flow: DensityModel, path: Path, request: SampleRequest) -> int:
+    def write_samples(
+        self, flow: DensityModel, path: Path, request: SampleRequest, *, facts: Facts | None = None
+    ) -> int:
         """Draw rows and write them into a file, in a conditional density with the given columns first."""
         import numpy as np
 
@@ -173,7 +168,7 @@ class TableTask(Task["Table"]):
 
         self.check_request(request, path)
         context = self._contexts(request)
-        self._warn_of_extrapolation(context)
+        self._warn_of_extrapolation(context, facts)
         options: dict[str, int] = {} if request.batch_size is None else {"batch_size": request.batch_size}
         rows = sample_rows(
             flow,
@@ -205,11 +200,11 @@ class TableTask(Task["Table"]):
         values = np.array([given[name] for name in self.given] if given else [], dtype=np.float32)
         return np.tile(values, (request.count or _COUNT, 1))
 
-    def _warn_of_extrapolation(self, context: np.ndarray) -> None:
+    def _warn_of_extrapolation(self, context: np.ndarray, facts: Facts | None) -> None:
         """Print a warning for each given column that has values outside of the range in the training rows."""
-        if self._ranges is None:
+        if facts is None or facts.given_ranges is None:
             return
-        for name, values, (low, high) in zip(self.given, context.T, self._ranges, strict=True):
+        for name, values, (low, high) in zip(self.given, context.T, facts.given_ranges, strict=True):
             outside = values[(values < low) | (values > high)]
             if not len(outside):
                 continue

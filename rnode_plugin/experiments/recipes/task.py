@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...core.distribution import DensityModel
+    from ..data.facts import Facts
 
 D = TypeVar("D")
 """The data of a task: ``ImageData`` or ``Table``."""
@@ -219,8 +220,17 @@ class Task(ABC, Generic[D]):
         """
 
     @abstractmethod
-    def write_samples(self, flow: DensityModel, path: Path, request: SampleRequest) -> int:
+    def write_samples(
+        self, flow: DensityModel, path: Path, request: SampleRequest, *, facts: Facts | None = None
+    ) -> int:
         """Draw samples and write them into a file.
+
+        Args:
+            flow: the model.
+            path: the file.
+            request: the samples.
+            facts: of the data that the model was trained on. A context outside of the training rows gets a line on
+                standard error.
 
         Returns:
             The number of samples; of images, the number for each temperature.

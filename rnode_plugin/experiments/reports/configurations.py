@@ -26,7 +26,7 @@ _ORDER = ("none", "ffjord", "kinetic", "jacfrob", "rnode")  # as in the paper's 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Runs that have the same settings, except for the seed, and the same number of devices.
+    """Runs that have the same settings, except for the seed, the same data, and the same number of devices.
 
     Attributes:
         label: a name that no other configuration of the report has.
@@ -104,7 +104,7 @@ def group_runs(runs: Sequence[RunContents]) -> list[Configuration]:
         training = dataclasses.replace(run.recipe.training, seed=0)
         settings = dataclasses.replace(run.recipe, training=training).to_plain()
         # a step takes a batch on each device, so the number of devices changes a run as the size of a batch does
-        groups.setdefault(repr((settings, run.devices)), []).append(run)
+        groups.setdefault(repr((settings, run.devices, run.facts)), []).append(run)
     order = list(dict.fromkeys([*_ORDER, *(penalties_of(group[0].recipe) for group in groups.values())]))
     members = sorted(
         groups.values(),
@@ -228,7 +228,9 @@ def _same_samples(one: RunContents, other: RunContents) -> bool:
     def shown(run: RunContents) -> tuple[object, ...]:
         # the noise depends on the seed and on the place of a sample in its batch, hence on the size of a batch
         data = {name: value for name, value in vars(run.recipe.data).items() if name not in _OF_TRAINING}
-        training = run.recipe.training
-        return (data, training.val_images, training.seed, len(run.scores), run.recipe.test_solver)
+        training, facts = run.recipe.training, run.facts
+        # pictures may be replaced by others at the same place, under the same names
+        samples = None if facts is None else facts.measured
+        return (data, samples, training.val_images, training.seed, len(run.scores), run.recipe.test_solver)
 
     return len(one.scores) > 0 and shown(one) == shown(other)

@@ -86,7 +86,7 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[RunContents
     # a repetition is not a second seed: its score is the same, so it would make the error too small
     kept: dict[str, RunContents] = {}
     for run in sorted(runs.values(), key=lambda run: (run.result is None, -run.done)):
-        one = kept.setdefault(repr((run.recipe.to_plain(), run.devices)), run)
+        one = kept.setdefault(repr((run.recipe.to_plain(), run.devices, run.facts)), run)
         if one is not run:
             left_out[f"{run.path} has the settings and the seed of {one.path}."] = None
     return [run for run in runs.values() if run in kept.values()], list(left_out)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.facts import Facts
 from ..recipes.recipe import Recipe
 from ..recipes.task import AnyTask
 from .environment import Environment
@@ -37,6 +38,7 @@ class RunContents:
         path: the folder.
         recipe: its settings.
         environment: versions, device and threads; None if unknown.
+        facts: the facts of the data that it was trained on; None if unknown.
         metrics: what was logged.
         result: the end of the run and the evaluation of its best weights; None for a run that has not ended.
         picture: the newest picture of samples; None if there is none.
@@ -46,6 +48,7 @@ class RunContents:
     path: Path
     recipe: Recipe
     environment: Environment | None
+    facts: Facts | None
     metrics: Metrics
     result: Result | None
     picture: Picture | None

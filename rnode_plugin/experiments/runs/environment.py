@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 
 from ..._version import __version__
 from ...plugins import registry
+from ..data.facts import Facts
 from .texts import reading, write_json
 
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdyn", "torchdiffeq", "numpy")
@@ -68,7 +69,7 @@ class Environment:
         )
 
     def to_plain(self) -> dict[str, object]:
-        """Convert to plain data for JSON and for a list of facts, with the packages on the same level."""
+        """Convert to plain data for JSON and for a list, with the packages on the same level."""
         plain = dataclasses.asdict(self)
         return {**plain.pop("packages"), **plain}
 
@@ -79,27 +80,33 @@ class Environment:
         Raises:
             ValueError: ``plain`` is not an environment.
         """
-        facts = _FACTS.validate_python(plain)
+        found = _OBJECT.validate_python(plain)
         # a run of another version may have recorded other packages, so every name other than a field is a package
         own = {field.name for field in dataclasses.fields(Environment)}
-        packages = {name: value for name, value in facts.items() if name not in own}
-        return _ENVIRONMENT.validate_python({**facts, "packages": packages})
+        packages = {name: value for name, value in found.items() if name not in own}
+        return _ENVIRONMENT.validate_python({**found, "packages": packages})
 
 
-_FACTS = TypeAdapter(dict[str, object])
+_KEY = "facts"
+_OBJECT = TypeAdapter(dict[str, object])
 _ENVIRONMENT = TypeAdapter(Environment)
 
 
-def write_environment(path: Path, environment: Environment) -> None:
-    """Write an ``environment.json``."""
-    write_json(path, environment.to_plain())
+def write_environment(path: Path, environment: Environment, facts: Facts | None) -> None:
+    """Write an ``environment.json``, with a copy of the facts in the checkpoints of the run."""
+    plain = None if facts is None else facts.to_plain()
+    write_json(path, {**environment.to_plain(), _KEY: plain})
 
 
-def read_environment(path: Path) -> Environment | None:
-    """Read the environment in a file; None if there is no file.
+def read_environment(path: Path) -> tuple[Environment | None, Facts | None]:
+    """Read the environment and the facts in a file; None for each that is not there.
 
     Raises:
         ConfigError: the file cannot be read, or does not hold an environment.
     """
     with reading(path) as text:
-        return None if text is None else Environment.from_plain(json.loads(text))
+        if text is None:
+            return None, None
+        plain = _OBJECT.validate_python(json.loads(text))
+        facts = Facts.from_plain(plain.pop(_KEY, None))
+        return Environment.from_plain(plain), facts

@@ -27,6 +27,7 @@ from .texts import reading, write_json
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..data.facts import Facts
     from ..recipes.recipe import Recipe
     from .contents import RunContents
     from .environment import Environment
@@ -198,8 +199,8 @@ class Run:
         for folder in (self.path, self.path / _CHECKPOINTS, self.samples):
             remove_drafts(folder)
 
-    def describe(self, recipe: Recipe, environment: Environment) -> None:
-        """Write the recipe and the environment, and remove the results from an earlier part of the run."""
+    def describe(self, recipe: Recipe, environment: Environment, facts: Facts | None = None) -> None:
+        """Write recipe, environment and the facts of the data, and remove the results of an earlier part."""
         from .environment import write_environment
 
         # all of these describe best weights that the run is about to replace
@@ -207,7 +208,7 @@ class Run:
             each.unlink(missing_ok=True)
         shutil.rmtree(self.figures, ignore_errors=True)
         write_json(self.path / _RECIPE, recipe.to_plain())
-        write_environment(self._environment, environment)
+        write_environment(self._environment, environment, facts)
 
     def go_back(self, checkpoint: Path, step: int) -> None:
         """Make a checkpoint in this run the newest one, and remove the pictures of steps after its ``step``."""
@@ -274,12 +275,14 @@ class Run:
         # silence
         if result is not None:
             check_whole(self.metrics, "step", metrics.last_step, result.steps)
+        environment, facts = read_environment(self._environment)
         pictures = self._pictures()
         newest = Picture(pictures[max(pictures)], max(pictures)) if pictures else None
         return RunContents(
             path=self.path,
             recipe=recipe,
-            environment=read_environment(self._environment),
+            environment=environment,
+            facts=facts,
             metrics=metrics,
             result=result,
             picture=Picture(self.picture(), None) if self.picture().is_file() else newest,

@@ -1,4 +1,7 @@
-"""Writes and reads checkpoints, which hold a recipe as plain data and a state dict. Reading a file runs no code."""
+"""Writes and reads checkpoints: a recipe and facts of the data as plain data, and a state dict.
+
+Reading a file runs no code.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..._version import __version__
 from ...errors import CheckpointError, ConfigError, PluginError, first_line
 from ...files import write_atomically
+from ..data.facts import Facts, overlap_warning
 from ..recipes.pretrained import PRETRAINED, pretrained_file
 from ..runs.run import BEST, LAST, Run
 
@@ -24,28 +28,39 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...core.distribution import DensityModel
+    from ..data import ImageData, Table
     from ..recipes.recipe import Recipe
 
 Contents = dict[str, Any]
 """The contents of a checkpoint, plain values and tensors by name. Some names are ours, the others Lightning's."""
 
 SAFETENSORS = ".safetensors"
-_FORMAT = 1
+_FORMAT = 2
 _KEY, _CHECKSUM = "rnode_plugin", "sha256"
 _PREFIX = "flow."  # Lightning saves the state of RnodeModule, whose attribute `flow` is the model
 _HARMLESS = 1000  # layers that are quick to build, whatever a file contains
 
 
-def header_with(recipe: Recipe) -> Contents:
-    """Make the header of a file as plain data, with its format, the version that writes it, and the recipe."""
-    return {_KEY: {"format": _FORMAT, "version": __version__, "recipe": recipe.to_plain()}}
+def header_with(recipe: Recipe, facts: Facts | None = None) -> Contents:
+    """Make the header of a file as plain data: its format, the version that writes it, recipe and facts."""
+    plain = None if facts is None else facts.to_plain()
+    return {_KEY: {"format": _FORMAT, "version": __version__, "recipe": recipe.to_plain(), "facts": plain}}
 
 
-def save_flow(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe) -> None:
+def save_flow(
+    flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe, facts: Facts | None = None
+) -> None:
     """Write the weights of ``flow`` and the recipe that builds it. :func:`load_flow` reads the file.
 
     A ``path`` that ends in ``.safetensors`` gets that format, which many programs read. Its metadata hold the
     recipe and a checksum of everything.
+
+    Args:
+        flow: the model.
+        path: the file.
+        recipe: the settings that build the model.
+        facts: the facts of the data that it was trained on, by which commands notice other data. None if they are
+            not known.
 
     Raises:
         CheckpointError: the file cannot be written. An earlier file stays unchanged.
@@ -55,7 +70,7 @@ def save_flow(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Re
 
         # copies: the format refuses tensors that share memory or have unusual strides
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in flow.state_dict().items()}
-        header = json.dumps(header_with(recipe)[_KEY])
+        header = json.dumps(header_with(recipe, facts)[_KEY])
         metadata = {"format": "pt", _KEY: header, _CHECKSUM: checksum(tensors, header)}
         encoded = save(tensors, metadata=metadata)
         write_atomically(path, lambda file: file.write(encoded))
@@ -63,7 +78,7 @@ def save_flow(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Re
     import torch
 
     state = {_PREFIX + name: tensor for name, tensor in flow.state_dict().items()}
-    contents = {**header_with(recipe), "state_dict": state}
+    contents = {**header_with(recipe, facts), "state_dict": state}
     write_atomically(path, lambda file: torch.save(contents, file))
 
 
@@ -114,10 +129,10 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
 
 def load_with_recipe(
     path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu"
-) -> tuple[DensityModel, Recipe]:
-    """Load a flow as :func:`load_flow` does, together with the recipe by which it was trained.
+) -> tuple[DensityModel, Recipe, Facts | None]:
+    """Load a flow as :func:`load_flow` does, with the recipe by which it was trained and the facts of its data.
 
-    Arguments and errors are the same.
+    Arguments and errors are the same. The facts are None if the file has none.
     """
     import torch
 
@@ -141,11 +156,16 @@ def load_with_recipe(
         raise CheckpointError(f"{problem}: {first_line(error)}") from None
     flow = recipe.build_flow()
     put_weights(flow, contents, problem)
-    return flow.to(map_location).eval(), recipe
+    return flow.to(map_location).eval(), recipe, facts_of(contents)
 
 
-def load_weights(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe) -> None:
+def load_weights(
+    flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe, data: ImageData | Table | None
+) -> None:
     """Give ``flow``, which ``recipe`` has built, the weights in a run, a file, or the package.
+
+    A line on standard error warns if the weights may have been trained on held-out samples of ``data``, the data of
+    the new training; None for no comparison.
 
     Raises:
         CheckpointError: the file is missing, truncated, or from another program, or its weights belong to a model
@@ -160,6 +180,8 @@ def load_weights(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe:
             f"the weights of {file} are of other columns: {there.subject} there and {here.subject} here."
         )
     put_weights(flow, contents, f"the weights of {file} do not fit this model")
+    if data is not None and (doubt := overlap_warning(facts_of(contents), data)) is not None:
+        print(f"{file}: {doubt}", file=sys.stderr)
 
 
 def _state_in(contents: Contents) -> dict[str, object]:
@@ -317,3 +339,17 @@ def recipe_of(contents: Contents, path: Path) -> Recipe:
     except (ConfigError, RecursionError) as error:
         version = contents[_KEY].get("version")
         raise CheckpointError(f"the recipe in {path}, written by rnode-plugin {version}: {error}") from None
+
+
+def facts_of(contents: Mapping[str, Any]) -> Facts | None:
+    """Read the facts of the training data in the contents of a checkpoint; None if it has none.
+
+    Raises:
+        CheckpointError: this version does not understand them.
+    """
+    header = contents[_KEY]
+    try:
+        return Facts.from_plain(header.get("facts"))
+    except (ValueError, RecursionError) as error:
+        version, reason = header.get("version"), first_line(error)
+        raise CheckpointError(f"rnode-plugin {version} has written facts that cannot be read: {reason}") from None

@@ -16,7 +16,7 @@ from ...core.random_streams import Stream, stream_seed
 from ..data import ImageArray, ImageData, Table
 from ..data.batches import ArrayDataset, keep_batch
 from ..recipes.recipe import Recipe
-from .plan import check_held_out, steps_per_epoch
+from .plan import batch_size, check_held_out, steps_per_epoch
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset, Sampler
@@ -170,7 +170,7 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
         world, rank, accumulate = self._share
         return StepOrder(
             len(self.data.train),
-            batch_size=self.recipe.data.batch_size,
+            batch_size=batch_size(self.recipe, len(self.data.train)),
             seed=self.recipe.training.seed,
             accumulate=accumulate,
             world=world,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ...core.distribution import DensityModel
 from ...core.random_streams import Stream, seeded
 from ..data import ImageData, Table
+from ..data.facts import Facts
 from ..recipes.recipe import Recipe
 from ..recipes.task import Task
 from .checkpoints import load_weights
@@ -21,7 +22,7 @@ class Experiment:
     Use ``dataclasses.replace`` to train with another part. The other parts stay as the recipe describes them.
 
     Attributes:
-        recipe: all settings, with what a run records about its data.
+        recipe: all settings.
         data: the training and held-out samples.
         flow: the model with the weights of the first step, on the CPU.
         loss: what a step minimizes, a function of a batch and the number of earlier steps. It holds ``flow``, so a
@@ -67,23 +68,28 @@ class Experiment:
 
         Raises:
             ConfigError: the samples are too few for these devices, or the model refuses a setting.
-            DataError: the data set is missing, or does not fit the recipe.
+            DataError: the data set is missing, does not fit the recipe, or surely holds out other samples than the
+                resumed run.
             CheckpointError: the weights are missing, or belong to another model.
             PluginError: a plugin failed.
         """
         if data is None:
             data = recipe.load_data(download=download)
-        recipe = recipe.trained_on(data)
         plan = RunPlan.of(recipe, len(data.train), devices, resumed=resumed)
         check_held_out(recipe, len(data.val), devices)
         flow = new_flow(recipe)
         # before the weights, because a checkpoint brings its own means and deviations and must have the last word
         recipe.task.prepare(flow, data)
         if resumed is not None:
-            resumed.put_into(flow)
+            resumed.put_into(flow, data)
         elif recipe.training.weights is not None:
-            load_weights(flow, recipe.training.weights, recipe=recipe)
+            load_weights(flow, recipe.training.weights, recipe=recipe, data=data)
         return cls(recipe=recipe, data=data, flow=flow, loss=loss_of(flow, recipe), plan=plan)
+
+    @property
+    def facts(self) -> Facts:
+        """The facts of the data, which checkpoints of the run keep."""
+        return Facts.of(self.data, self.task.given)
 
     @property
     def task(self) -> Task:

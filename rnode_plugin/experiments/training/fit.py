@@ -19,6 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ...errors import CheckpointError, ConfigError, SolverError, TrainingError
 from ...text import batch_counter
+from ..data.facts import Facts
 from ..evaluation.likelihood import evaluate
 from ..evaluation.measures import Evaluation
 from ..evaluation.samples import save_samples
@@ -33,7 +34,7 @@ from .experiment import Experiment
 from .failures import explained, with_advice
 from .loggers import check_loggers, make_logger
 from .module import RnodeModule
-from .plan import Resumed, RunOptions, RunPlan
+from .plan import Resumed, RunOptions, RunPlan, batch_size
 from .progress import Progress
 from .recorder import Recorder, SampleGrids
 from .stops import Stopped, Stops
@@ -115,7 +116,8 @@ def fit(
         experiment = _with_weights(experiment, resumed, place, download=options.download)
         recipe, plan = experiment.recipe, experiment.plan
         if resumed is not None:
-            _refuse_finished(resumed, plan, options)
+            _refuse_finished(resumed, recipe, plan, options)
+        facts = experiment.facts if resumed is None else resumed.facts_with(experiment.facts)
         # the time limit begins now, after the data were loaded
         clock, stops = Clock(), Stops(plan, max_time=options.max_time, announce=options.progress)
         recorder = Recorder(
@@ -139,7 +141,7 @@ def fit(
             if resumed is not None and resumed.folder is not None:
                 resumed.go_back(resumed.folder)
             environment = Environment.of(trainer.strategy.root_device, devices=trainer.world_size)
-            folder.describe(recipe, environment)
+            folder.describe(recipe, environment, facts)
             done = resumed.done if resumed else 0
             recorder.open(folder, keep=done)
             trainer.loggers += [make_logger(name, folder.path) for name in names]  # these write into the folder
@@ -148,7 +150,7 @@ def fit(
         checkpoint = None if resumed is None else resumed.checkpoint
         with with_advice(recorder, trainer, is_new=resumed is None or resumed.folder is None), explained():
             # a run that was killed while its best weights were evaluated has no step left, and passes here at once
-            stopped, skipped = _train(experiment, trainer, stops, checkpoint)
+            stopped, skipped = _train(experiment, facts, trainer, stops, checkpoint)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # a group that still exists when its process ends can abort the process, which would look like a failure
             torch.distributed.destroy_process_group()
@@ -176,15 +178,15 @@ def _with_weights(
 
     Raises:
         ConfigError: the caller made the experiment for another number of devices, or has trained it already.
+        DataError: the data surely hold out other samples than the run that is resumed.
     """
     if isinstance(experiment, Recipe):
-        recipe = experiment if resumed is None else resumed.recipe
-        return Experiment.of(recipe, devices=place.world, download=download, resumed=resumed)
+        return Experiment.of(experiment, devices=place.world, download=download, resumed=resumed)
     if experiment.plan.devices != place.world:
         there = experiment.plan.devices
         raise ConfigError(f"the experiment was made for {there} devices, and this call has {place.world}.")
     if resumed is not None:
-        resumed.put_into(experiment.flow)
+        resumed.put_into(experiment.flow, experiment.data)
     elif experiment.flow.trained_steps:
         raise ConfigError(
             "the flow of this experiment was trained by another run, so it has no fresh weights: make a new "
@@ -193,12 +195,12 @@ def _with_weights(
     return experiment
 
 
-def _refuse_finished(resumed: Resumed, plan: RunPlan, options: RunOptions) -> None:
+def _refuse_finished(resumed: Resumed, recipe: Recipe, plan: RunPlan, options: RunOptions) -> None:
     """Refuse to continue a run that has no step left, and whose best weights were evaluated already."""
     done, folder = resumed.done, resumed.folder
     if done > plan.total or (done == plan.total and (folder is None or folder.result.exists())):
         raise ConfigError(
-            f"{options.resume} has done {done} of {plan.total} steps: raise {plan.limited_by(resumed.recipe)}."
+            f"{options.resume} has done {done} of {plan.total} steps: raise {plan.limited_by(recipe)}."
         )
 
 
@@ -239,14 +241,16 @@ def _new_folder(recipe: Recipe, options: RunOptions) -> Run:
     return Run.create(options.runs, recipe)
 
 
-def _train(experiment: Experiment, trainer: L.Trainer, stops: Stops, checkpoint: Path | None) -> tuple[str, int]:
-    """Train the experiment.
+def _train(
+    experiment: Experiment, facts: Facts, trainer: L.Trainer, stops: Stops, checkpoint: Path | None
+) -> tuple[str, int]:
+    """Train the experiment. Its checkpoints keep the ``facts``.
 
     Returns:
         The reason why the training ended, as in :class:`FitResult`, and the number of skipped steps.
     """
     recipe = experiment.recipe
-    module = RnodeModule(recipe, flow=experiment.flow, loss=experiment.loss)
+    module = RnodeModule(recipe, flow=experiment.flow, loss=experiment.loss, facts=facts)
     if recipe.training.precision == "64-true":
         # Lightning converts the weights after it has restored them and copied them for their average, which would
         # round both to 32 bits
@@ -285,7 +289,7 @@ def _announce(experiment: Experiment, trainer: L.Trainer, folder: Run, *, done: 
     if data.held_out is not data.val:  # the data of a table have three parts
         counts += f", {len(data.val):,} to choose the weights by"
     device, world = trainer.strategy.root_device, trainer.world_size
-    batch, accumulate = recipe.data.batch_size, recipe.training.accumulate
+    batch, accumulate = batch_size(recipe, len(data.train)), recipe.training.accumulate
     size = f"batch {batch}"
     if (whole := batch * world * accumulate) > batch:  # by which a learning rate and the figures of a paper go
         size += f" x {world} devices" if world > 1 else ""

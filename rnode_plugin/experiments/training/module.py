@@ -17,8 +17,9 @@ from ...core.distribution import DensityModel
 from ...core.random_streams import Stream, seed_everything
 from ...errors import CompilerError, ConfigError, LocalError, SolverError, TrainingError
 from ...fields import compile_fields
+from ..data.facts import Facts, overlap_warning
 from ..recipes.recipe import Recipe
-from .checkpoints import header_with, load_weights
+from .checkpoints import facts_of, header_with, load_weights
 from .datamodule import RecipeDataModule
 from .experiment import new_flow
 from .optimizers import learning_rate_factor, make_optimizer
@@ -27,6 +28,8 @@ from .trainer import decided_compile
 
 if TYPE_CHECKING:
     from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+
+    from ..data import ImageData, Table
 
 
 class _Logging(Protocol):
@@ -65,9 +68,12 @@ class RnodeModule(L.LightningModule):
             loads the weights that the recipe starts from and shows the model the rows of its table.
         loss: what a step minimizes, a function of a batch and the number of earlier steps. By default this is flow
             matching and equation 17, as the recipe says.
+        facts: the facts of the training data, which checkpoints keep. By default they are read from the checkpoint
+            that the Trainer continues from, or else describe its data module.
 
     Attributes:
         flow, loss: the model and the loss.
+        facts: the facts of the training data; None before training, or if the Trainer was given loaders.
         task: the task of the recipe.
 
     Raises:
@@ -81,7 +87,12 @@ class RnodeModule(L.LightningModule):
     """
 
     def __init__(
-        self, recipe: Recipe | Mapping[str, object], *, flow: DensityModel | None = None, loss: Loss | None = None
+        self,
+        recipe: Recipe | Mapping[str, object],
+        *,
+        flow: DensityModel | None = None,
+        loss: Loss | None = None,
+        facts: Facts | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(recipe, Recipe):
@@ -91,6 +102,7 @@ class RnodeModule(L.LightningModule):
         self.recipe, self.task = recipe, recipe.task
         self.flow = new_flow(recipe) if flow is None else flow
         self.loss = loss_of(self.flow, recipe) if loss is None else loss
+        self.facts, self._compares = facts, facts is None  # the caller has compared the facts with the data
         self.solver = recipe.solver.build()
         # steps without a usable gradient, in the whole run, and since the last usable one
         self.skipped = self.skipped_in_row = 0
@@ -213,14 +225,22 @@ class RnodeModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Show the training samples to a model that the module itself has built."""
-        samples = getattr(self.trainer, "datamodule", None)  # none if the Trainer was given loaders
-        if stage == "fit" and self._is_fresh and isinstance(samples, RecipeDataModule):
-            self.task.prepare(self.flow, samples.data)
+        if stage == "fit" and self._is_fresh and (data := self._data()) is not None:
+            self.task.prepare(self.flow, data)
+
+    def _data(self) -> ImageData | Table | None:
+        """Return the samples of the Trainer; None if it was given loaders."""
+        samples = getattr(self.trainer, "datamodule", None)
+        return samples.data if isinstance(samples, RecipeDataModule) else None
 
     def on_fit_start(self) -> None:
-        weights = self.recipe.training.weights
+        weights, data = self.recipe.training.weights, self._data()
         if self._is_fresh and weights is not None:
-            load_weights(self.flow, weights, recipe=self.recipe)
+            load_weights(self.flow, weights, recipe=self.recipe, data=data)
+        if data is not None and self.facts is None:
+            self.facts = Facts.of(data, self.task.given)
+        elif data is not None and self._compares:  # with the data of a checkpoint, or of the first fit
+            self._print(overlap_warning(self.facts, data))
         self._is_fresh = False  # a second fit continues from the weights of the first
         if decided_compile(self.recipe, self.device):
             if compile_fields(self.flow):
@@ -333,9 +353,10 @@ class RnodeModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         # the header makes Lightning's checkpoint one of ours, from which load_flow rebuilds the model
         progress = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
-        checkpoint.update(header_with(self.recipe), progress=progress)
+        checkpoint.update(header_with(self.recipe, self.facts), progress=progress)
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
         progress = cast("dict[str, int]", checkpoint["progress"])
         self.skipped, self.skipped_in_row = progress["skipped"], progress["skipped_in_row"]
+        self.facts = self.facts or facts_of(checkpoint)
         self._is_fresh = False

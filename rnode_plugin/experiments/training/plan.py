@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError, ConfigError
+from ..data.facts import Facts, overlap_warning, refuse_other_split
 from ..recipes.recipe import Recipe
 from ..runs.run import Run
-from .checkpoints import Contents, newest_intact, put_weights, read_checkpoint, recipe_of
+from .checkpoints import Contents, facts_of, newest_intact, put_weights, read_checkpoint, recipe_of
 
 if TYPE_CHECKING:
     from ...core.distribution import DensityModel
+    from ..data import ImageData, Table
 
 # keys of the state of our callbacks in a checkpoint, which Lightning would take from the names of their classes
 RECORDER, CLOCK = "rnode_plugin.recorder", "rnode_plugin.clock"
@@ -128,13 +131,22 @@ class RunPlan:
         return dict(sorted(found.items()))
 
 
+def batch_size(recipe: Recipe, samples: int) -> int:
+    """Return the number of samples in a batch of one device.
+
+    A step takes full batches only, so a table with fewer training rows than a batch is one batch.
+    """
+    size = recipe.data.batch_size
+    return min(size, samples) if recipe.data.kind == "table" else size
+
+
 def steps_per_epoch(recipe: Recipe, samples: int, devices: int = 1) -> int:
     """Count the optimizer steps of one pass through the training samples.
 
     Raises:
         ConfigError: the samples do not fill one step.
     """
-    batch, accumulate = recipe.data.batch_size, recipe.training.accumulate
+    batch, accumulate = batch_size(recipe, samples), recipe.training.accumulate
     if steps := samples // (batch * devices * accumulate):
         return steps
     each = f" on each of {devices} devices" if devices > 1 else ""
@@ -163,13 +175,13 @@ class Resumed:
     Attributes:
         checkpoint: the file.
         contents: the contents of the file.
-        recipe: the settings to train with, including what the run has recorded about its table.
+        facts: the facts of the data that the run was trained on; None if they are not known.
         folder: the run that the file lies in, which continues there; None for a file elsewhere.
     """
 
     checkpoint: Path
     contents: Contents
-    recipe: Recipe
+    facts: Facts | None
     folder: Run | None
 
     @property
@@ -187,12 +199,26 @@ class Resumed:
             return self.done / steps_per_epoch
         return RunPlan(**callbacks[RECORDER]["plan"]).epochs_at(self.done)
 
-    def put_into(self, flow: DensityModel) -> None:
-        """Give ``flow`` the weights in the checkpoint.
+    def facts_with(self, now: Facts) -> Facts:
+        """Return the facts of the run, which goes on with data that have the facts ``now``.
+
+        They describe the training samples of its first part, which must not be forgotten, and the held-out samples
+        of now, on which it is scored.
+        """
+        return now if self.facts is None else dataclasses.replace(self.facts, held_out=now.held_out)
+
+    def put_into(self, flow: DensityModel, data: ImageData | Table) -> None:
+        """Give ``flow`` the weights in the checkpoint, to train on with ``data``.
+
+        A line on standard error warns if ``data`` may hold out samples that the run was trained on.
 
         Raises:
             CheckpointError: the weights belong to another model.
+            DataError: ``data`` surely hold out other samples than the run.
         """
+        refuse_other_split(self.facts, data)
+        if (doubt := overlap_warning(self.facts, data)) is not None:
+            print(doubt, file=sys.stderr)
         put_weights(flow, self.contents, f"the weights of {self.checkpoint} do not fit this model")
 
     def go_back(self, run: Run) -> None:
@@ -235,10 +261,7 @@ class Resumed:
         if differ:
             what = ", ".join(f"{name} is {old.get(name)} there and {new.get(name)} here" for name in differ)
             advice = f"--weights {path} in place of --resume starts a new run from it"
-            if any(name in marks and marks[name].weights for name in differ):  # the weights have other shapes
+            if any(name in marks and marks[name].weights for name in differ):
                 advice = "Leave these settings out, or train a new run without --resume"
             raise CheckpointError(f"{path} cannot continue with other settings: {what}. {advice}.")
-        # the checksum of the table on which the run was trained, by which loading the data refuses a changed one
-        recorded = {name: old[f"data.{name}"] for name in ("rows", "checksum") if f"data.{name}" in old}
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **recorded))
-        return Resumed(path, contents, recipe, Run.of_checkpoint(path))
+        return Resumed(path, contents, facts_of(contents), Run.of_checkpoint(path))
