@@ -180,11 +180,28 @@ def test_runs_on_other_numbers_of_devices_are_another_configuration(tmp_path: Pa
     found, left_out = read_runs([tmp_path])
     configurations = group_runs(found)
     assert left_out == []
-    method = digits().solver.method
-    labels = [f"kinetic=0.01+jacfrob=0.01 ({method}, {devices})" for devices in ("1 device", "2 devices")]
+    labels = [f"kinetic=0.01+jacfrob=0.01 (devices={devices})" for devices in (1, 2)]
     assert [(one.label, len(one.runs)) for one in configurations] == list(zip(labels, (1, 2), strict=True))
     table = make_table(configurations)
     assert [cells(table, label)["devices"] for label in labels] == ["1", "2"]
+
+
+def test_labels_are_the_names_of_a_comparison_or_the_settings_that_differ(tmp_path: Path) -> None:
+    def labels(*recipes: Recipe) -> list[str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        paths = [write_run(folder / str(number), each, **FEW) for number, each in enumerate(recipes)]
+        return [one.label for one in configurations_of(*paths)]
+
+    weak, strong = (
+        dataclasses.replace(digits(penalties=("kinetic",)), name=f"digits-{name}") for name in ("weak", "strong")
+    )
+    strong = strong.override(["regularizers.kinetic=1"])
+    assert labels(weak, strong, digits(penalties=())) == ["none", "weak", "strong"]
+    slow, fast, wide = (digits(f"optimizer.lr={lr}", f"model.layers={n}") for lr, n in ((1, 2), (2, 2), (2, 3)))
+    penalties = "kinetic=0.01+jacfrob=0.01"
+    assert labels(slow, fast) == [f"{penalties} (optimizer.lr={lr})" for lr in ("1.0", "2.0")]
+    found = [(2, "1.0"), (2, "2.0"), (3, "2.0")]
+    assert labels(slow, fast, wide) == [f"{penalties} (model.layers={n}, optimizer.lr={lr})" for n, lr in found]
 
 
 def test_a_sweep_is_in_the_order_of_its_lambdas(tmp_path: Path) -> None:

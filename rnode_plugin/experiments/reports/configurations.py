@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from ...core.schedules import final_strength, strength_text
-from ...text import counted
-from ..recipes.recipe import Recipe
+from ..recipes.recipe import Recipe, as_text
 from ..recipes.task import Task
 from ..runs.contents import RunContents
-from .runs import data_name, data_text, penalties_of
+from .runs import data_name, data_text, given_name, penalties_of
 
 _LEVEL = 0.95
 _RESOLUTION = 1e-5  # bits/dim or nats; single precision does not resolve smaller differences
@@ -123,28 +123,33 @@ def _by_strength(recipe: Recipe) -> list[tuple[str, float, str]]:
 
 
 def _labels(runs: Sequence[RunContents]) -> list[str]:
-    """A label for each run: the first of several texts, from short to long, that no other run has.
+    """A label for each run that no other run has: the name that ``compare`` gave it, or the one of its penalties.
 
-    Labels name the data if these differ, because scores on different data would look like an ablation.
+    Labels name the data if these differ, because scores on different data would look like an ablation. Runs with
+    the same label are told apart by their lambdas, or else by the settings that differ.
     """
-    texts: tuple[Callable[[RunContents], str], ...] = (
-        lambda run: penalties_of(run.recipe),
-        lambda run: _with_lambdas(run.recipe),
-        lambda run: f"{_with_lambdas(run.recipe)} ({run.recipe.solver.method})",
-        lambda run: f"{_with_lambdas(run.recipe)} ({run.recipe.solver.method}, {counted(run.devices, 'device')})",
-        lambda run: run.recipe.name,
-        lambda run: str(run.path),
-    )
     if len(runs) == 1:
         return [runs[0].recipe.name]
-    data = _data_texts([run.recipe for run in runs])
-    labels = [texts[0](run) + on for run, on in zip(runs, data, strict=True)]
-    for text in texts[1:]:
-        labels = [
-            text(run) + on if labels.count(label) > 1 else label
-            for run, on, label in zip(runs, data, labels, strict=True)
-        ]
-    return labels
+    recipes = [run.recipe for run in runs]
+    data = _data_texts(recipes)
+    labels = [f"{given_name(one) or penalties_of(one)}{on}" for one, on in zip(recipes, data, strict=True)]
+    longer = [f"{_with_lambdas(one)}{on}" for one, on in zip(recipes, data, strict=True)]
+    labels = [text if labels.count(label) > 1 else label for label, text in zip(labels, longer, strict=True)]
+    twins = [[other for other, label in zip(runs, labels, strict=True) if label == own] for own in labels]
+    return [
+        f"{label} ({_difference(run, group)})" if len(group) > 1 else label
+        for label, run, group in zip(labels, runs, twins, strict=True)
+    ]
+
+
+def _difference(run: RunContents, twins: Sequence[RunContents]) -> str:
+    """The first setting that no other of the ``twins`` has, as ``solver.step=0.5``, or all settings that differ."""
+    facts = [{"name": each.recipe.name, **dict(each.recipe.settings()), "devices": each.devices} for each in twins]
+    values = {name: [as_text(each.get(name)) for each in facts] for name in dict.fromkeys(chain(*facts))}
+    differ = [name for name, texts in values.items() if len(set(texts)) > 1 and name != "training.seed"]
+    alone = [name for name in differ if len(set(values[name])) == len(twins)][:1]
+    place = next(number for number, each in enumerate(twins) if each is run)
+    return ", ".join(f"{name}={values[name][place]}" for name in alone or differ)
 
 
 def _data_texts(recipes: Sequence[Recipe]) -> list[str]:

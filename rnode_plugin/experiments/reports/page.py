@@ -12,12 +12,11 @@ from typing import NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ...diagnostics.result import VERDICTS, Check
-from ...plugins import registry
 from ..recipes.recipe import as_text
 from .configurations import Configuration
 from .diagnosis import draw_check
 from .figures import Drawing, make_panels
-from .runs import data_name, own_data
+from .runs import data_name, own_data, recipe_name
 from .table import Table, lambdas_text, make_table, summary
 
 
@@ -87,7 +86,7 @@ def make_page(configurations: Sequence[Configuration], title: str | None, left_o
 def _facts(configurations: Sequence[Configuration]) -> dict[str, str]:
     """What was trained, for the head of the page."""
     facts: dict[str, Iterable[str]] = {
-        "recipe": dict.fromkeys(_recipe_name(one.recipe.name) for one in configurations),
+        "recipe": dict.fromkeys(recipe_name(one.recipe) for one in configurations),
         "data": dict.fromkeys(data_name(one.recipe) for one in configurations),
         "λ": [lambdas_text(one) for one in configurations] if len(configurations) == 1 else [],
         "seed": sorted({str(run.recipe.training.seed) for one in configurations for run in one.counted}),
@@ -102,12 +101,6 @@ def _title(configurations: Sequence[Configuration], facts: Mapping[str, str]) ->
     recipe = configurations[0].recipe
     own = own_data(recipe)
     return f"Recipe {recipe.name}" if own is None else f"{own}, recipe {recipe.name}"
-
-
-def _recipe_name(name: str) -> str:
-    """The recipe that ``name`` begins with, because ``compare`` adds the configuration, as in ``digits-rnode``."""
-    known = [each for each in registry.names("recipes") if name == each or name.startswith(f"{each}-")]
-    return max(known, key=len, default=name)
 
 
 def _diagnoses(configurations: Sequence[Configuration]) -> Iterator[_Diagnosed]:

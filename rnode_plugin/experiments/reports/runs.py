@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...core.schedules import final_strength
 from ...errors import ConfigError
+from ...plugins import registry
 from ..data.images import shown
 from ..recipes.data import TableData
 from ..recipes.recipe import Recipe
@@ -25,6 +26,17 @@ def penalties_of(recipe: Recipe) -> str:
     if set(names) == {"kinetic", "jacfrob"}:
         return "rnode"
     return "+".join(names) or ("ffjord" if recipe.solver.adaptive else "none")
+
+
+def recipe_name(recipe: Recipe) -> str:
+    """The recipe that the name begins with, because ``compare`` adds the configuration, as in ``digits-rnode``."""
+    known = [each for each in registry.names("recipes") if f"{recipe.name}-".startswith(f"{each}-")]
+    return max(known, key=len, default=recipe.name)
+
+
+def given_name(recipe: Recipe) -> str:
+    """The configuration of ``compare`` in the name of a recipe, as ``rnode`` in ``digits-rnode``; else empty."""
+    return recipe.name.removeprefix(recipe_name(recipe)).removeprefix("-")
 
 
 def own_data(recipe: Recipe) -> str | None:
