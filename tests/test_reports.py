@@ -21,7 +21,13 @@ from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.reports import figures, write_report
-from rnode_plugin.experiments.reports.configurations import Configuration, Difference, base_of, group_runs
+from rnode_plugin.experiments.reports.configurations import (
+    Configuration,
+    Difference,
+    base_of,
+    group_runs,
+    jacobian_norm,
+)  # fmt: skip
 from rnode_plugin.experiments.reports.configurations import paired_difference as paired
 from rnode_plugin.experiments.reports.figures import draw
 from rnode_plugin.experiments.reports.runs import read_runs
@@ -212,6 +218,23 @@ def test_a_sweep_is_in_the_order_of_its_lambdas(tmp_path: Path) -> None:
     assert [one.label for one in configurations] == ["kinetic=0.1", "kinetic=linear_warmup(10)*0.1", "kinetic=1"]
     found = cells(make_table(configurations), configurations[1].label)
     assert found["λ"] == "kinetic linear_warmup(10)*0.1"
+
+
+def test_the_jacobian_norm_is_worded_by_its_estimator(tmp_path: Path) -> None:
+    """Evaluations of a tiny image take the exact trace, its validations the noise of the training."""
+    tiny = dataclasses.replace(digits(), data=dataclasses.replace(digits().data, shape=(1, 4, 4)))
+    of_noise, whole = "∫ ‖εᵀ∇f‖² dt / dim", "∫ ‖∇f‖² dt / dim"
+    for number, (recipe, finished, evaluated) in enumerate([
+        (digits(), True, of_noise), (tiny, True, whole), (tiny, False, of_noise),
+    ]):  # fmt: skip
+        found = configurations_of(write_run(tmp_path / str(number), recipe, finished=finished, **FEW))
+        assert jacobian_norm(found) == evaluated
+        assert jacobian_norm(found, validated=True) == of_noise
+        meanings = {row.name: row.meaning for row in make_table(found).rows}
+        assert meanings["Jacobian norm"] == f"{evaluated}, test solver"
+    (table,) = configurations_of(write_run(tmp_path / "table", get_recipe("table"), **FEW))
+    assert jacobian_norm([table], validated=True) == whole
+    assert jacobian_norm([table, *found]) == of_noise
 
 
 def test_what_the_others_are_compared_with(tmp_path: Path) -> None:

@@ -238,8 +238,13 @@ def _with_least_noise(flow: DensityModel, measure: AnyTask) -> DensityModel:
     if isinstance(flow.estimator, Exact):
         return flow
     quiet = copy.copy(flow)  # shallow, so that the caller's flow keeps its estimator
-    quiet.estimator = Exact() if flow.dims <= measure.exact_dims else Hutchinson("rademacher")
+    quiet.estimator = Exact() if is_exact(flow, measure) else Hutchinson("rademacher")
     return quiet
+
+
+def is_exact(flow: DensityModel, measure: AnyTask) -> bool:
+    """Whether an evaluation takes the exact trace, and the penalty ``jacfrob`` the norm of the whole Jacobian."""
+    return isinstance(flow.estimator, Exact) or flow.dims <= measure.exact_dims
 
 
 def _draws_needed(rows: Tensor) -> int:

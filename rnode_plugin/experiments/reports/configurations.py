@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 
 from ...core.schedules import final_strength, strength_text
+from ...core.trace_estimators import Exact
+from ...errors import RnodeError
+from ..evaluation.likelihood import is_exact
 from ..recipes.recipe import Recipe, as_text
 from ..recipes.task import Task
 from ..runs.contents import RunContents
@@ -91,6 +94,24 @@ class Configuration:
             return float(np.std(values, ddof=1) / len(values) ** 0.5)
         score = result.evaluation.means.get(name)
         return None if score is None else score.stderr
+
+
+def jacobian_norm(configurations: Sequence[Configuration], *, validated: bool = False) -> str:
+    """The formula of the penalty ``jacfrob``, by the estimator that measured it.
+
+    It is of the whole Jacobian if all configurations have the exact trace, else of its product with noise. The
+    estimator is the one of evaluations, or of the validations of a training for ``validated`` and without a result.
+    """
+
+    def has_whole(one: Configuration) -> bool:
+        try:
+            flow = one.recipe.build_flow()
+        except RnodeError:  # a plugin that is not installed here
+            return False
+        evaluated = not validated and one.counted[0].result is not None
+        return is_exact(flow, one.task) if evaluated else isinstance(flow.estimator, Exact)
+
+    return f"∫ ‖{'' if all(map(has_whole, configurations)) else 'εᵀ'}∇f‖² dt / dim"
 
 
 def group_runs(runs: Sequence[RunContents]) -> list[Configuration]:

@@ -18,13 +18,12 @@ import numpy as np
 import pandas
 from numpy.typing import NDArray
 
-from .configurations import Configuration
+from .configurations import Configuration, jacobian_norm
 
 Vector = NDArray[np.float64]
 
 _WINDOWS = 20  # averages over a twentieth of a run, as the paper does with three hours of about sixty
 _SPAN_UNITS = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (2 * 60, 60, "minutes"), (0, 1, "seconds"))
-_JACOBIAN = "Jacobian norm: ∫ ‖εᵀ∇f‖² dt / dim"
 _KINETIC = "kinetic energy: ∫ ‖f‖² dt / dim"
 _NFE = "NFE of the test solver"
 STYLE = "rnode_plugin.plots"
@@ -136,11 +135,12 @@ def _panels(configurations: Sequence[Configuration]) -> Iterator[Panel]:
     if len(configurations) > 1:
         section = "What the penalties do during training"
         section += " (figures 3 and 5 of the paper)" if of_paper else ""
+        jacobian = f"Jacobian norm: {jacobian_norm(configurations, validated=True)}"
         curves += [
             _Curve(name, title, x, f"val/{y}", x_label, y_label, section, check)
             for name, title, x, y, x_label, y_label in (
-                ("nfe-jacobian", "NFE against the Jacobian norm", "val/jacfrob", "nfe", _JACOBIAN, _NFE),
-                ("jacobian-epoch", "Jacobian norm", "epoch", "jacfrob", epoch, _JACOBIAN),
+                ("nfe-jacobian", "NFE against the Jacobian norm", "val/jacfrob", "nfe", jacobian, _NFE),
+                ("jacobian-epoch", "Jacobian norm", "epoch", "jacfrob", epoch, jacobian),
                 ("kinetic-epoch", "Kinetic energy", "epoch", "kinetic", epoch, _KINETIC),
                 ("nfe-epoch", "NFE", "epoch", "nfe", epoch, _NFE),
             )

@@ -13,7 +13,7 @@ from ...plugins.registry import resolve_regularizers
 from ...text import change_with_error, duration, signed, significant, with_error
 from ..recipes.task import Task
 from ..runs.contents import RunContents
-from .configurations import Configuration, Difference, base_of, paired_difference
+from .configurations import Configuration, Difference, base_of, jacobian_norm, paired_difference
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,12 @@ def _detail_lines(configurations: Sequence[Configuration], base: Configuration) 
     yield "time per step", "median", _known("seconds_per_step", lambda seconds: f"{significant(seconds)} s")
     yield "NFE, training", "per batch, all blocks, last tenth of the steps", _known("nfe_train")
     whole = {name for run in runs for name in _undivided(run)}
+    known = {
+        "jacfrob": ("Jacobian norm", jacobian_norm(configurations)),
+        "kinetic": ("kinetic energy", "∫ ‖f‖² dt / dim"),
+    }
     for name in dict.fromkeys(["jacfrob", "kinetic", *(name for run in runs for name in run.penalties)]):
-        heading, meaning = _PENALTIES.get(name, (name, "penalty" if name in whole else "penalty / dim"))
+        heading, meaning = known.get(name, (name, "penalty" if name in whole else "penalty / dim"))
         yield heading, f"{meaning}, test solver", _known(name)
     likelihood = task.likelihood
     meaning = f"{likelihood} by the training solver minus {likelihood} by the test solver"
@@ -97,12 +101,6 @@ def _detail_lines(configurations: Sequence[Configuration], base: Configuration) 
     yield "devices", "that train a run together", _each(lambda run: run.devices if run.environment else "")
     yield "threads", "of each run", _each(lambda run: run.environment.threads if run.environment else "")
     yield "state", "", _each(lambda run: run.state)
-
-
-_PENALTIES = {
-    "jacfrob": ("Jacobian norm", "∫ ‖εᵀ∇f‖² dt / dim"),
-    "kinetic": ("kinetic energy", "∫ ‖f‖² dt / dim"),
-}
 
 
 # cells ---------------------------------------------------------------------------------------------------------
