@@ -220,6 +220,15 @@ def test_a_sweep_is_in_the_order_of_its_lambdas(tmp_path: Path) -> None:
     assert found["λ"] == "kinetic linear_warmup(10)*0.1"
 
 
+def test_a_note_says_that_seeds_were_stopped_at_different_steps(tmp_path: Path) -> None:
+    ends = [(42, 8), (43, 30), (44, 30)]
+    paths = [write_run(tmp_path / str(seed), digits(seed=seed), steps=steps, checks=(1,)) for seed, steps in ends]
+    said = "The runs of “digits” were trained for different numbers of steps (8, 30)."
+    for chosen, noted in ((paths, True), (paths[1:], False), (paths[:1], False)):
+        notes = make_table(configurations_of(*chosen)).notes
+        assert any(note.startswith(said) for note in notes) == noted
+
+
 def test_the_jacobian_norm_is_worded_by_its_estimator(tmp_path: Path) -> None:
     """Evaluations of a tiny image take the exact trace, its validations the noise of the training."""
     tiny = dataclasses.replace(digits(), data=dataclasses.replace(digits().data, shape=(1, 4, 4)))

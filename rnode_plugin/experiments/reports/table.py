@@ -183,6 +183,13 @@ def _notes(configurations: Sequence[Configuration], base: Configuration) -> Iter
         f"validation {task.likelihood}. A run that is not finished counts only if its configuration has no "
         "finished one, with its last validation and without an error. Lower is better."
     )
+    for one in configurations:
+        if len(steps := {run.done for run in one.counted}) > 1:
+            numbers = ", ".join(f"{each:,}" for each in sorted(steps))
+            yield (
+                f"The runs of “{one.label}” were trained for different numbers of steps ({numbers}). Its means and "
+                "errors therefore show more than the luck of a seed. --resume continues a run."
+            )
     if any(_compared(one, base) for one in configurations):
         yield (
             f"The row “against {base.label}” compares two configurations {task.sample} by {task.sample}. Errors "
