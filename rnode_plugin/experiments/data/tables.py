@@ -128,9 +128,17 @@ class Table:
         return dataclasses.replace(self, **parts)
 
     def described(self) -> str:
-        """Describe the table by its rows and columns, in one line at the start of a run."""
+        """Describe the table by its rows and columns, in one line at the start of a run.
+
+        A second line says how many held-out rows equal a training row, because a flow may have memorized these.
+        """
         columns = ", ".join(self.columns[:20]) + (", ..." if len(self.columns) > 20 else "")
-        return f"{self.name}: {self.rows:,} rows, columns {columns}"
+        text = f"{self.name}: {self.rows:,} rows, columns {columns}"
+        train = set(map(bytes, self.train + 0.0))  # which turns -0.0 into 0.0
+        repeated = sum(bytes(row) in train for row in self.held_out + 0.0)
+        if repeated:
+            text += f"\n{repeated:,} of {len(self.held_out):,} held-out rows equal a training row"
+        return text
 
 
 def split_rows(
