@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-__all__ = ["npz_batch", "picture_bytes", "random_images", "real_data", "write_picture"]
+__all__ = ["picture_bytes", "random_images", "real_data", "write_picture"]
 
 
 def real_data(name: str) -> Path:
@@ -41,11 +41,3 @@ def write_picture(path: Path, image: np.ndarray) -> None:
     """One image (C, H, W) as a file, with the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(picture_bytes(image, "BMP" if path.suffix == ".bmp" else "PNG"))
-
-
-def npz_batch(images: np.ndarray, *, compressed: bool = False, **arrays: np.ndarray) -> bytes:
-    """Images as a published batch of ImageNet 64x64."""
-    file = io.BytesIO()
-    save = np.savez_compressed if compressed else np.savez
-    save(file, **({"data": images.reshape(len(images), -1), "labels": np.arange(len(images))} | arrays))  # pyright: ignore[reportArgumentType]
-    return file.getvalue()

@@ -71,7 +71,7 @@ REFUSED: dict[str, str] = {
     "export runs/digits/0 model.pt": "a file of --format safetensors must end in .safetensors, not 'model.pt'.",
     "export runs/digits/0 a.safetensors --format torch-export": "must end in .pt2, not 'a.safetensors'.",
     "export runs/digits/0 a.safetensors --step 1": "--step and --method are options of programs",
-    "data prepare pictures packed --size 64000": "64000 is not in the range 1<=x<=8192",
+    "data prepare pictures packed --size 64": "pictures need no preparation: give their folder by --data-root, and",
     "cite runs/digits/0 --json": "No such option",
     "exec --regularizer kinetik=1 script.py": "unknown regularizer 'kinetik'; did you mean 'kinetic'?",
     "report runs/digit/0": "no run at runs/digit/0; did you mean 'runs/digits/0'? Give a run folder",
@@ -106,7 +106,6 @@ UNWRITABLE: dict[str, str] = {
     "export runs/digits/0 script.py/x.safetensors": "cannot write into script.py",
     "export runs/digits/0 script.py/x.pt2 --format torch-export": "cannot write into script.py",
     "report runs/digits/0 --out script.py/r": "cannot write into script.py/r",
-    "data prepare pictures script.py/packed": "cannot write into script.py/packed",
 }
 
 QUICK = as_options(*SETTINGS, "training.max_steps=1", "training.val_every_steps=1")

@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
+import runpy
 import struct
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,7 +251,7 @@ def test_celebahq256_is_five_bits_from_packed_and_from_pictures(tmp_path):
         (np.zeros((4, 8, 8, 3), np.uint8), None, "channels, which come first"),
         (np.zeros((0, 3, 8, 8), np.uint8), None, "holds uint8"),
         (np.array([{}] * 4), None, "cannot be read"),
-        (random_images(4), random_images(4, (3, 9, 9)), "images of 3x9x9, not 3x8x8.*data prepare --overwrite"),
+        (random_images(4), random_images(4, (3, 9, 9)), "images of 3x9x9, not 3x8x8.*arrays before you write"),
     ],
 )
 def test_arrays_that_are_no_packed_images(tmp_path, train, val, message):
@@ -255,7 +259,7 @@ def test_arrays_that_are_no_packed_images(tmp_path, train, val, message):
     with pytest.raises(DataError, match=message):
         get_dataset("folder", root=str(tmp_path))
     (tmp_path / "val.npy").unlink()
-    with pytest.raises(DataError, match=r"val\.npy does not exist.*data prepare|train\.npy"):
+    with pytest.raises(DataError, match=r"val\.npy does not exist.*Write it again|train\.npy"):
         get_dataset("folder", root=str(tmp_path))
 
 
@@ -274,7 +278,37 @@ def test_missing_sets_say_how_to_get_them(tmp_path, name, where):
         get_dataset(name, root=str(tmp_path), download=True)
     message = str(caught.value)
     assert where in message
-    assert f"{tmp_path / name} --size" in message
+    assert str(tmp_path / name) in message
+
+
+def published_batches(folder: Path, images: np.ndarray) -> dict[str, np.ndarray]:
+    """The files of ImageNet 64x64 with two images each, and the images by part."""
+    names = [*(f"train_data_batch_{number}.npz" for number in range(1, 11)), "val_data.npz"]
+    for number, name in enumerate(names):
+        rows = images[2 * number : 2 * number + 2].reshape(2, -1)
+        np.savez(folder / name, data=rows, labels=np.arange(2), mean=np.zeros(rows.shape[1]))
+    return {"train": images[:20], "val": images[20:]}
+
+
+def test_the_program_that_the_message_names_writes_imagenet64(tmp_path, monkeypatch):
+    with pytest.raises(DataError) as caught:
+        get_dataset("imagenet64", root=str(tmp_path))
+    (program,) = re.findall(r"python (\S+\.py) FOLDER", str(caught.value))
+    parts = published_batches(tmp_path, random_images(22, (3, 64, 64)))
+    monkeypatch.setattr(sys, "argv", [program, str(tmp_path), str(tmp_path / "imagenet64")])
+    path = Path(__file__).parents[1] / program
+    runpy.run_path(str(path), run_name="__main__")
+    data = get_dataset("imagenet64", root=str(tmp_path))
+    assert (data.shape, data.levels) == ((3, 64, 64), 256)
+    assert np.array_equal(data.train[:], parts["train"])
+    assert np.array_equal(data.val[:], parts["val"])
+    assert sorted(each.name for each in (tmp_path / "imagenet64").iterdir()) == ["train.npy", "val.npy"]
+    # a batch of another size or kind leaves both arrays as they were
+    for wrong in (np.zeros((4, 3 * 32 * 32), np.uint8), np.zeros((2, 3 * 64 * 64), np.float32)):
+        np.savez(tmp_path / "train_data_batch_10.npz", data=wrong, labels=np.arange(len(wrong)))
+        with pytest.raises(SystemExit, match=r"train_data_batch_10\.npz holds .*download it again"):
+            runpy.run_path(str(path), run_name="__main__")
+        assert np.array_equal(np.load(tmp_path / "imagenet64" / "val.npy"), parts["val"])
 
 
 # ---- batches

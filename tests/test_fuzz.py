@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_files import npz_batch, picture_bytes, random_images
+from image_files import picture_bytes, random_images
 from run_folders import write_run
 
 from rnode_plugin import get_recipe
 from rnode_plugin.errors import RnodeError
-from rnode_plugin.experiments.data import get_dataset, pack
+from rnode_plugin.experiments.data import get_dataset
 from rnode_plugin.experiments.data.table_files import column_names, read_columns, write_rows
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.training.checkpoints import load_flow, save_flow
@@ -31,11 +31,6 @@ def damaged(content: bytes, draw: np.random.Generator) -> bytes:
     piece, end = content[at : at + length], content[at + length :]
     flipped = bytes([content[at] ^ 1 << int(draw.integers(8))]) + content[at + 1 :]
     return content[:at] + (flipped, b"", end, piece + piece + end, draw.bytes(len(piece)) + end)[draw.integers(5)]
-
-
-def batches(folder: Path) -> None:
-    (folder / "val_data.npz").write_bytes(npz_batch(IMAGES[9:]))
-    (folder / "train_data_batch_1.npz").write_bytes(npz_batch(IMAGES[:9], compressed=True))
 
 
 def packed(folder: Path) -> None:
@@ -57,17 +52,6 @@ def flow(folder: Path) -> None:
         save_flow(RECIPE.build_flow(), folder / name, recipe=RECIPE)
 
 
-def prepared(file: Path) -> None:
-    target = file.parent.parent / "out"
-    try:
-        pack([file.parent], target, overwrite=True)
-    except RnodeError:
-        assert not target.exists() or not list(target.iterdir())
-        raise
-    for each in target.iterdir():
-        each.unlink()
-
-
 def dataset(file: Path) -> None:
     data = get_dataset("folder", root=str(file.parent))
     _ = data.train[:], data.val[:]
@@ -75,7 +59,6 @@ def dataset(file: Path) -> None:
 
 # file to damage, what writes it (and others) into a folder, what reads it
 FORMATS: list[tuple[str, Callable[[Path], Any], Callable[[Path], Any]]] = [
-    ("train_data_batch_1.npz", batches, prepared),
     *(("1.png", pictures(kind), dataset) for kind in ("PNG", "JPEG", "TIFF")),
     ("train.npy", packed, dataset),
     *(

@@ -21,7 +21,7 @@ from image_files import write_picture
 from rnode_plugin import get_recipe
 from rnode_plugin.cli.options import Duration
 from rnode_plugin.errors import ConfigError, DataError
-from rnode_plugin.experiments.data import pack
+from rnode_plugin.experiments.data import get_dataset
 from rnode_plugin.experiments.data.folders import assign, split_named
 from rnode_plugin.experiments.recipes.recipe import Recipe, as_text
 from rnode_plugin.files import check_path_name
@@ -135,7 +135,11 @@ def test_times_as_text_have_no_sixty(seconds: float) -> None:
     assert not any(part in duration(seconds) for part in ("60.0 s", " 60 s", " 60 min"))
 
 
-@given(st.lists(st.text("abtrainvl/._", min_size=1, max_size=20).filter(lambda n: n.strip("/.")), max_size=20))
+@given(
+    st.lists(
+        st.text("abtrainvl/._", min_size=1, max_size=20).filter(lambda n: n.strip("/.")), max_size=20, unique=True
+    )
+)
 def test_every_picture_is_in_one_part(names: list[str]) -> None:
     splits = [split_named(name) for name in names]
     try:
@@ -152,12 +156,12 @@ SIDES = st.integers(1, 12)
 
 @settings(max_examples=25)
 @given(st.data(), st.integers(2, 12), SIDES, SIDES)
-def test_packed_images_are_those_of_the_folder_each_once(data, count: int, height: int, width: int) -> None:
+def test_a_data_set_has_each_picture_of_the_folder_once(data, count: int, height: int, width: int) -> None:
     images = data.draw(arrays(np.uint8, (count, 3, height, width)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for i, image in enumerate(images):
-            write_picture(folder / "in" / f"{i}.png", image)
-        result = pack([folder / "in"], folder / "out")
-        packed = [result.train[:], result.val[:]]
-    assert sorted(each.tobytes() for part in packed for each in part) == sorted(each.tobytes() for each in images)
+            write_picture(folder / f"{i}.png", image)
+        found = get_dataset("folder", root=name)
+    parts = [found.train[:], found.val[:]]
+    assert sorted(each.tobytes() for part in parts for each in part) == sorted(each.tobytes() for each in images)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,7 +16,6 @@ from ..plugins import registry
 from ..text import counted, significant, table
 from .options import (
     as_json,
-    check_folder,
     loaded,
     print_json,
     read_regularizers,
@@ -31,8 +29,6 @@ _VARIABLES = (
 
 if TYPE_CHECKING:
     from ..core.tally import Tally
-
-_T = TypeVar("_T")
 
 
 @click.group(invoke_without_command=True)
@@ -72,9 +68,24 @@ def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool
         click.echo(f"\nThe number of parameters is not known: {first_line(error)}")
 
 
-@click.group()
+class _Data(click.Group):
+    """The group ``data``, which names what to use in place of a command that people look for."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] == "prepare":
+            raise click.UsageError(
+                "pictures need no preparation: give their folder by --data-root, and --set data.workers=2 if there "
+                "are many. examples/imagenet64.py writes the arrays of imagenet64.",
+                ctx,
+            )
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Data)
 def data() -> None:
-    """List the data sets, images and tables, or pack pictures for fast reading."""
+    """List the data sets, images and tables."""
 
 
 @data.command("list", short_help="Show the data sets that can be used.")
@@ -85,43 +96,6 @@ def list_datasets() -> None:
         return (inspect.getdoc(registry.get("datasets", name)) or "").partition("\n")[0]
 
     click.echo(table(loaded("datasets", summary)))
-
-
-@data.command("prepare", short_help="Pack folders of pictures.")
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--size", type=click.IntRange(1, 8192), help="Height and width in pixels. [default: as in SOURCE]")
-@click.option(
-    "--channels", type=click.Choice(["1", "3"]),
-    help="Write gray (1) or color (3). [default: gray if all pictures are gray]",
-)  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace train.npy and val.npy in TARGET.")
-def prepare(
-    *, sources: tuple[Path, ...], target: Path, size: int | None, channels: str | None, overwrite: bool
-) -> None:
-    """Pack pictures from SOURCE... into TARGET/train.npy and TARGET/val.npy.
-
-    A SOURCE is a folder of pictures, or a folder with the published ImageNet 64x64 batches
-    (train_data_batch_1.npz, ..., val_data.npz), unpacked from their zip archives. Several make one data set.
-    Pictures of another size are scaled to --size by their shorter side and cut around the middle.
-
-    The files hold 8 bits a value. celebahq256 reduces them to 5 when it reads them. Nothing appears in TARGET
-    before all of it is written.
-    """
-    check_folder(target)
-    from ..experiments.data import pack
-
-    def shown(files: Sequence[_T]) -> Iterator[_T]:
-        with click.progressbar(files, label="packing", file=sys.stderr) as bar:
-            yield from bar
-
-    click.echo("Looking through " + ", ".join(map(str, sources)), err=True)
-    wanted = None if channels is None else int(channels)
-    images = pack(sources, target, size=size, channels=wanted, overwrite=overwrite, progress=shown)
-    click.echo(
-        f"{counted(len(images.train), 'image')} to train on and {len(images.val):,} held out, "
-        f"{'x'.join(map(str, images.shape))}, in {target}"
-    )
 
 
 @click.command()

@@ -1,8 +1,8 @@
-"""Data sets of images (uint8) and tables, which are loaded by name, read in batches and packed into arrays.
+"""Data sets of images (uint8) and tables, which are loaded by name and read in batches.
 
 ``catalog`` finds a data set by its name, ``sets`` has the published ones, ``folders`` the user's pictures and
-``tables`` the user's rows. ``images`` and ``tables`` define what a data set is. ``packing`` writes arrays, and
-``batches`` hands samples to PyTorch.
+``tables`` the user's rows. ``images`` and ``tables`` define what a data set is, and ``batches`` hands samples to
+PyTorch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from .catalog import get_dataset, get_table
 from .images import ImageArray, ImageData
-from .packing import pack
 from .sets import one_download
 from .tables import Table
 
@@ -26,7 +25,6 @@ __all__ = [
     "get_dataset",
     "get_table",
     "one_download",
-    "pack",
 ]
 
 

@@ -1,9 +1,8 @@
-"""Folders of pictures and packed arrays as data sets: ``folder``, ``imagenet64`` and ``celebahq256``."""
+"""Folders of pictures and of arrays as data sets: ``folder``, ``imagenet64`` and ``celebahq256``."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_ROOT = Path("data")
 """The folder of the data sets unless another one is named."""
 
-# Pictures that fit are decoded once. More than that are decoded batch by batch, which workers and packing speed up
+# Pictures that fit are decoded once. More than that are decoded batch by batch, which data.workers speeds up
 _IN_MEMORY_BYTES = 2**30
 _LARGEST = 256  # height or width of pictures that are trained on without a size
 
@@ -37,14 +36,14 @@ def folder(
     channels: int | None = None,
     bits: int = 8,
 ) -> ImageData:
-    """Your pictures: a folder (--data-root FOLDER), or arrays that `data prepare` made.
+    """Your pictures: a folder (--data-root FOLDER), or the arrays train.npy and val.npy in it.
 
     Args:
         root: the folder. Subfolders for training and for validation (``train`` and ``val`` or ``test``) decide the
             split. Without them about a tenth is held out, chosen by a hash of the names. If there are ``train.npy``
-            and ``val.npy``, these are read in place of the pictures.
+            and ``val.npy``, arrays ``(N, C, H, W)`` of uint8, these are read in place of the pictures.
         size: height and width that pictures are scaled to; None if all have the same size already.
-        channels: 3 or 1; None for 3 with pictures, and for the number that packed images have.
+        channels: 3 or 1; None for 3 with pictures, and for the number that arrays have.
         bits: bits per value, 1 to 8. The 8 bits ``x`` become ``floor(x / 2**(8 - bits))``.
 
     Raises:
@@ -57,33 +56,36 @@ def folder(
 
 
 def imagenet64(*, root: str | None = None) -> ImageData:
-    """ImageNet at 3x64x64, 8 bits: train/ and val/ of pictures, or packed by `data prepare`."""
-    source = (
-        "Imagenet64_train_part1_npz.zip, Imagenet64_train_part2_npz.zip and Imagenet64_val_npz.zip from "
-        "https://image-net.org/download-images (free, after registration), unpack all three into one folder"
+    """ImageNet at 3x64x64, 8 bits: train/ and val/ of pictures, or the arrays of examples/imagenet64.py."""
+    advice = (
+        "Get Imagenet64_train_part1_npz.zip, Imagenet64_train_part2_npz.zip and Imagenet64_val_npz.zip from "
+        "https://image-net.org/download-images (free, after registration), unpack all three into one FOLDER, and "
+        "run `python examples/imagenet64.py FOLDER {where}`; or put pictures into train and val there."
     )
-    return _brought("imagenet64", root, source, size=64, bits=8)
+    return _brought("imagenet64", root, advice, size=64, bits=8)
 
 
 def celebahq256(*, root: str | None = None) -> ImageData:
-    """CelebA-HQ at 3x256x256, 5 bits (when read): train/ and val/ of pictures, or packed by `data prepare`."""
-    source = "the folder CelebA-HQ-img of CelebAMask-HQ.zip from https://github.com/switchablenorms/CelebAMask-HQ"
-    return _brought("celebahq256", root, source, size=256, bits=5)
+    """CelebA-HQ at 3x256x256, 5 bits (when read): a folder of pictures, scaled when they are read."""
+    advice = (
+        "Get CelebAMask-HQ.zip from https://github.com/switchablenorms/CelebAMask-HQ, and move the folder "
+        "CelebA-HQ-img in it to {where}."
+    )
+    return _brought("celebahq256", root, advice, size=256, bits=5)
 
 
-def _brought(name: str, root: str | None, source: str, *, size: int, bits: int) -> ImageData:
+def _brought(name: str, root: str | None, advice: str, *, size: int, bits: int) -> ImageData:
     """Read a data set that users bring themselves, from the folder with its name below the root."""
     where = (Path(root) if root is not None else DEFAULT_ROOT) / name
     if not where.is_dir():
         raise DataError(
-            f"the data set {name} is not there, and it cannot be downloaded for you. Get {source}, then run "
-            f"`rnode-cli data prepare FOLDER {where} --size {size}`, or put pictures into train and val there."
+            f"the data set {name} is not there, and it cannot be downloaded for you. {advice.format(where=where)}"
         )
     return _read(name, where, size=size, channels=3, bits=bits)
 
 
 def _read(name: str, where: Path, *, size: int | None, channels: int | None, bits: int) -> ImageData:
-    """Read both parts of a folder, packed or not, and check their shapes against what was asked for."""
+    """Read both parts of a folder, pictures or arrays, and check their shapes against what was asked for."""
     if not 1 <= bits <= 8 or channels not in (None, 1, 3) or (size is not None and size < 1):
         raise ConfigError(
             f"{name}: bits must be 1 to 8, channels 1 or 3, the size at least 1, not {bits}, {channels} and {size}."
@@ -107,13 +109,13 @@ def _read(name: str, where: Path, *, size: int | None, channels: int | None, bit
         if images.shape[1:] != wanted:
             raise DataError(
                 f"{name}: {where} holds images of {shown(images.shape[1:])}, not {shown(wanted)}. Scale pictures "
-                "with --size, and pack arrays again with `rnode-cli data prepare --overwrite`."
+                "with --size, and arrays before you write them."
             )
     return ImageData(name=name, train=train, val=val, shape=(c, h, w), levels=2**bits, names=named)
 
 
 def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int, int]:
-    """Find the shape (C, H, W) of the pictures below a folder, or of its packed arrays, without decoding them.
+    """Find the shape (C, H, W) of the pictures below a folder, or of its arrays, without decoding them.
 
     Args:
         root: the folder.
@@ -181,17 +183,11 @@ _FOLDERS = {
     **dict.fromkeys(("val", "valid", "validation", "valid_64x64"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-_BATCH = re.compile(r"(train|val)_data(_batch_\d+)?\.npz")  # as the ImageNet 64x64 archives name theirs
 
 
 def split_named(name: str) -> str | None:
-    """Read ``"train"``, ``"val"`` or ``"test"`` from the first three folders of a path; None if they do not say.
-
-    A published ImageNet batch has it in the name of its file.
-    """
-    *folders, file = PurePosixPath(name).parts
-    if batch := _BATCH.fullmatch(file):
-        return batch[1]
+    """Read ``"train"``, ``"val"`` or ``"test"`` from the first three folders of a path; None if they do not say."""
+    *folders, _ = PurePosixPath(name).parts
     place = _split_folder(folders)
     return None if place is None else _FOLDERS[folders[place].lower()]
 
@@ -210,6 +206,7 @@ def _unsplit(name: str) -> str:
 
 
 _HELD_OUT = 0.1  # share of the pictures, if no folders split them
+_SALT = "\x000"  # of the hashes that split them; another text would give another split
 
 
 def assign(splits: Sequence[str | None], names: Sequence[str], *, where: str) -> list[str | None]:
@@ -234,14 +231,11 @@ def assign(splits: Sequence[str | None], names: Sequence[str], *, where: str) ->
         return ["train" if s == "train" else "val" if s == held_out else None for s in splits]
     if len(splits) < 2:
         raise DataError(f"{where}: one picture is too few to hold one out.")
-    seen = Counter[str]()
     places: list[float] = []  # of each picture, evenly spread over [0, 1)
     for name in names:
-        # several sources that are packed together may hold equal names, which their order numbers. File names on
-        # Linux need not be valid UTF-8
-        digest = hashlib.sha256(f"{name}\0{seen[name]}".encode("utf-8", "surrogateescape")).digest()
+        # file names on Linux need not be valid UTF-8
+        digest = hashlib.sha256(f"{name}{_SALT}".encode("utf-8", "surrogateescape")).digest()
         places.append(int.from_bytes(digest[:6], "big") / 2**48)
-        seen[name] += 1
     # in a small folder all places may lie on one side of the tenth, so the lowest is always held out and the
     # highest always trained on: both parts have an image
     lowest, highest = min(places), max(places)
@@ -313,16 +307,6 @@ def _opened(file: Path | IO[bytes], name: object) -> Iterator[Image.Image]:
             yield image
 
 
-def is_gray(file: Path) -> bool:
-    """Whether a picture file stores gray pixels.
-
-    Raises:
-        DataError: the file is missing, damaged, or has more than 8 bits per channel.
-    """
-    with _opened(file, file) as image:
-        return image.mode in _GRAY
-
-
 def decode(file: Path | IO[bytes], *, size: int | None, channels: int, name: str | None = None) -> np.ndarray:
     """Decode one picture as ``(C, H, W)``, uint8, without its transparency. ``name`` is for messages.
 
@@ -380,7 +364,7 @@ class ImageFiles:
         return decode(self._folder / self._names[position], size=self._size, channels=self._channels)
 
 
-# Packed arrays --------------------------------------------------------------------------------------------------
+# Arrays ---------------------------------------------------------------------------------------------------------
 
 TRAIN_FILE, VAL_FILE = "train.npy", "val.npy"
 
@@ -399,7 +383,7 @@ class PackedImages:
 
     def __init__(self, path: Path, *, shift: int = 0) -> None:
         self._path, self._shift = path, shift
-        with naming(path, " Make it again with `rnode-cli data prepare --overwrite`."):
+        with naming(path, " Write it again."):
             array = np.lib.format.open_memmap(path, mode="r")
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
             raise DataError(
