@@ -11,7 +11,6 @@ from problems import Linear, Wave, difference, directions, slope
 from regularizer_table import dormand_prince
 from torch import Tensor, nn
 from torchdyn.numerics.solvers.hyper import HyperRungeKutta4
-from torchdyn.numerics.solvers.ode import RungeKutta4
 
 from rnode_plugin import Adaptive, FixedGrid, NeuralODE, TableFlow
 from rnode_plugin.core.dynamics import Dynamics
@@ -214,16 +213,13 @@ def test_the_error_that_decides_on_a_step_may_not_be_written_into() -> None:
         TIGHT.solve(dynamics.bind(None), states(), T)
 
 
-@pytest.mark.parametrize("kind", ["name", "hyper", "repaired"])
+@pytest.mark.parametrize("kind", ["name", "hyper"])
 def test_stages_at_one_time_are_found_in_torchdyns_rk4(kind: str) -> None:
     seen: list[StepRecord] = []
     watch = FunctionStepPenalty("watch", lambda step: seen.append(step) or step.z0[:, 0], uses={"pair"})
     solver: Any = "rk4"
     if kind == "hyper":
         solver = HyperRungeKutta4(lambda t, x: torch.zeros_like(x), torch.float64)
-    elif kind == "repaired":  # with the nodes of the classical method where torchdyn reads them
-        solver = RungeKutta4(torch.float64)
-        solver.tableau = (torch.tensor([0.5, 0.5, 1.0], dtype=torch.float64), *solver.tableau[1:])
     NeuralODE(Wave(), solver, regularizers=[watch])(states(), torch.linspace(0, 1, 3))
     assert len(seen) == 2
     for step in seen:

@@ -1,10 +1,9 @@
-"""Choice: turns torchdyn's names, solver objects and options into a :class:`~rnode_plugin.Solver`."""
+"""torchdyn's names and solver objects as a :class:`~rnode_plugin.solvers.Method`, bitwise in their steps."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -27,9 +26,7 @@ from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDi
 from ..core.derivatives import Velocity
 from ..core.modes import on_host, transforms_active
 from ..errors import ConfigError, suggest
-from ..solvers import Adjoint, Method, Solution, Solver, get_gradient, get_method
-from ..solvers.checks import Tolerance, check_tolerance
-from ..solvers.named import solver_of
+from ..solvers import Adjoint, Method, Solution, Solver, get_method
 from ..solvers.tableaus import StepResult
 
 _FAMILIES = {
@@ -39,6 +36,10 @@ _FAMILIES = {
     DormandPrince45: "dopri5",
     Tsitouras45: "tsit5",
 }
+
+
+_RK4_NODES = (0.0, 0.0, 0.5, 0.5)
+"""The times of the stages of torchdyn's rk4, which is of order 1 for a field that depends on time."""
 
 
 class SolverObject(Protocol):
@@ -117,15 +118,6 @@ def refuse_leapfrog(solver: object) -> None:
         )
 
 
-def _tableau_of(solver: object) -> list[Tensor]:
-    """The tableau of a solver object as a list of nodes, rows, weights and error weights; empty without one."""
-    tableau = getattr(solver, "tableau", None)
-    if tableau is None:
-        return []
-    nodes, rows, weights, errors = tableau
-    return [nodes, *rows, weights, errors]
-
-
 def solver_name(solver: SolverObject) -> str:
     """The name of a solver object's family; for a user's solver ``"dopri5"`` if adaptive, else ``"euler"``."""
     for kind, name in _FAMILIES.items():
@@ -145,159 +137,27 @@ def kept_times(t_span: Tensor, save_at: Tensor | Sequence[float]) -> list[int]:
     return matches.any(1).nonzero().flatten().tolist()
 
 
-# --- the solver of a model ---
-
-
-class Chooser(Protocol):
-    """The attributes of a NeuralODE that choose its solver; all but the last four are torchdyn's."""
-
-    solver: SolverObject
-    solver_adjoint: SolverObject
-    sensalg: str
-    atol: float
-    rtol: float
-    atol_adjoint: float
-    rtol_adjoint: float
-    interpolator: str | Callable[..., object] | None
-    _max_nfe: int | None
-    _quadrature: str
-    _error_norm: str
-    _named: Sequence[tuple[SolverObject, str]]
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """The solver that the attributes of a NeuralODE describe, resolved once.
-
-    torchdyn reads its attributes, and the constants and the tableau of a solver object, at each solve. So users may
-    change them between two solves, also in place. A stale copy would give wrong numbers silently, and a setter does
-    not see a change in place. So each solve compares what :func:`_read` gives, which reads them all, with what it
-    gave when the choice was made. This takes less than a hundredth of the time of a small solve.
-
-    Attributes:
-        solver: the solver.
-        made_of: what :func:`_read` gave when the solver was made.
-    """
-
-    solver: Solver
-    made_of: Sequence[object]
-
-    @classmethod
-    def of(cls, model: Chooser) -> Choice:
-        """Resolve what the attributes of a model describe now.
-
-        Raises:
-            ConfigError: for an unknown sensitivity, a number out of range, and options that the method cannot have.
-        """
-        solver = solver_from_torchdyn(
-            model.solver, model.solver_adjoint, model.sensalg,
-            names=[_name_of(model.solver, model._named), _name_of(model.solver_adjoint, model._named)],
-            atol=model.atol, rtol=model.rtol, atol_adjoint=model.atol_adjoint, rtol_adjoint=model.rtol_adjoint,
-            max_nfe=model._max_nfe, quadrature=model._quadrature, error_norm=model._error_norm,
-            interpolator=model.interpolator, interpolated=StepwiseAdjoint,
-        )  # fmt: skip
-        return cls(solver, _read(model))
-
-    def is_current(self, model: Chooser) -> bool:
-        """Whether everything that the choice was made of is unchanged."""
-        # Identity, because tensors cannot be compared by ==. A new object with the same value only resolves again.
-        return all(map(operator.is_, self.made_of, _read(model)))
-
-    def solver_for(self, args: object) -> Solver:
-        """The solver for a call, whose solver objects receive the ``args`` of the call."""
-        solver, gradient = self.solver, self.solver.gradient
-        if isinstance(gradient, Adjoint) and isinstance(gradient.backward, Solver):
-            gradient = replace(gradient, backward=_handing_on(gradient.backward, args))
-        return replace(_handing_on(solver, args), gradient=gradient)
+# --- the method of a solver object ---
 
 
 _CONSTANTS = ("order", "stepping_class", "weights", "safety", "min_factor", "max_factor")
 
 
-def _read(model: Chooser) -> list[object]:
-    """Everything that a choice is made of and that a user may change between two solves."""
-    found: list[object] = [
-        model.solver, model.solver_adjoint, model.sensalg, model.atol, model.rtol, model.atol_adjoint,
-        model.rtol_adjoint, model.interpolator,
-    ]  # fmt: skip
-    for solver in found[:1] if model.solver_adjoint is model.solver else found[:2]:
-        for name in _CONSTANTS:
-            found.append(getattr(solver, name, None))
-        if type(solver) in _FAMILIES:  # the tableau of another class may hold anything, and nothing here reads it
-            found += _tableau_of(solver)
-    for each in found[:]:
-        if isinstance(each, Tensor) and not each.is_inference():  # a tensor counts writes into it in its version
-            found.append(each._version)
-    return found
+def constants_of(solver: SolverObject) -> list[object]:
+    """What a method takes from the attributes of a solver object, which users set between two solves."""
+    return [getattr(solver, name, None) for name in _CONSTANTS]
 
 
-def _name_of(solver: SolverObject, named: Sequence[tuple[SolverObject, str]]) -> str | None:
-    """The name from which a solver object was made; None for a user's object or a changed tableau."""
-    for made, name in named:
-        if made is solver:
-            fresh, own = _tableau_of(_build(name, torch.float32)), _tableau_of(made)
-            return name if [x.tolist() for x in own] == [x.tolist() for x in fresh] else None
-    return None
-
-
-def _handing_on(solver: Solver, args: object) -> Solver:
-    """The solver, with ``args`` handed to its solver object. torchdyn's own methods do not read ``args``."""
+def handing_on(solver: Solver, args: object) -> Solver:
+    """The solver, with ``args`` handed to the solver objects that step in it and in its adjoint."""
+    gradient = solver.gradient
+    if isinstance(gradient, Adjoint) and isinstance(gradient.backward, Solver):
+        gradient = replace(gradient, backward=handing_on(gradient.backward, args))
     step = solver.method.advance
-    if not isinstance(step, _Step) or step.known:
-        return solver
-    return replace(solver, method=replace(solver.method, advance=_Step(step.solver, step.name, args)))
-
-
-def solver_from_torchdyn(
-    solver: SolverObject,
-    adjoint: SolverObject,
-    sensitivity: str,
-    *,
-    names: Sequence[str | None],
-    atol: Tolerance,
-    rtol: Tolerance,
-    atol_adjoint: Tolerance,
-    rtol_adjoint: Tolerance,
-    max_nfe: int | None = None,
-    quadrature: str = "full",
-    error_norm: str = "rms",
-    interpolator: str | Callable[..., object] | None = None,
-    interpolated: type[Adjoint] = Adjoint,
-) -> Solver:
-    """Make a solver that steps as torchdyn's solver objects do.
-
-    Args:
-        solver, adjoint: the objects for the solve and for a continuous adjoint.
-        sensitivity: as in :class:`~rnode_plugin.NeuralODE`.
-        names: the names from which the two objects were made; None for a user's object.
-        atol, rtol: tolerances of the solve.
-        atol_adjoint, rtol_adjoint: tolerances of the adjoint.
-        max_nfe, quadrature, error_norm: see :class:`~rnode_plugin.Solver`.
-        interpolator: as in :func:`method_from_torchdyn`.
-        interpolated: the class of an interpolated adjoint.
-
-    Raises:
-        ConfigError: for an unknown sensitivity, a number out of range, and options that the method cannot have.
-    """
-    method = method_from_torchdyn(solver, names[0], interpolator=interpolator)
-    gradient = get_gradient(sensitivity)
-    if isinstance(gradient, Adjoint):
-        check_tolerance(atol_adjoint, "atol of the adjoint")
-        check_tolerance(rtol_adjoint, "rtol of the adjoint")
-        # The adjoint system depends on time if the path is interpolated. Its values need not match torchdyn's, so
-        # take the rk4 that evaluates at the right times.
-        ours = type(adjoint) is RungeKutta4
-        backward = get_method("rk4") if ours else method_from_torchdyn(adjoint, names[1])
-        kind = interpolated if gradient.interpolated else Adjoint
-        gradient = kind(
-            # without a step, since torchdyn takes one step per interval of the times
-            solver_of(backward, step=None, atol=atol_adjoint, rtol=rtol_adjoint, max_nfe=max_nfe),
-            interpolated=gradient.interpolated,
-        )
-    return solver_of(
-        method, step=None, atol=atol, rtol=rtol, max_nfe=max_nfe, gradient=gradient, quadrature=quadrature,
-        error_norm=error_norm,
-    )  # fmt: skip
+    if not isinstance(step, _Step) or step.known:  # torchdyn's own methods do not read them
+        return replace(solver, gradient=gradient)
+    method = replace(solver.method, advance=_Step(step.solver, step.name, args))
+    return replace(solver, gradient=gradient, method=method)
 
 
 def method_from_torchdyn(
@@ -305,25 +165,25 @@ def method_from_torchdyn(
 ) -> Method:
     """A method that takes exactly the steps of a torchdyn solver object, a hypersolver's or a user's included.
 
-    A solver of a known family, or of a subclass, has the family's quadrature weights, unless its tableau was
-    changed. (A hypersolver is a subclass that adds a correction to the same stages.) Another solver may have an
-    attribute ``weights``, one number per evaluation in a step, with the sum 1. Without it, a penalty's rate is
-    taken at the start of a step.
+    A solver of a known family, or of a subclass, has the family's quadrature weights and stage times; its tableau
+    is not read. (A hypersolver is a subclass that adds a correction to the same stages.) A solver may have an
+    attribute ``weights``, one number per evaluation in a step, with the sum 1. Without it and without a family, a
+    penalty's rate is taken at the start of a step.
 
     Args:
         solver: the object.
-        name: the name from which it was made; None for a user's object or a changed tableau.
+        name: the name from which it was made; None for a user's object.
         interpolator: torchdyn's, for output times inside a step of an adaptive solver. torchdyn's tsit5 ignores it.
     """
     if type(solver) is RungeKutta38:
         return get_method("rk4_38")
     family = get_method(solver_name(solver)) if isinstance(solver, tuple(_FAMILIES)) else None
-    weights, error_weights, draws = None, None, None
+    weights, error_weights, draws, nodes = None, None, None, None
     if family is not None:
-        weights, error_weights, draws = family.weights, family.error_weights, family.draws
-        changed = _changed_weights(solver, family)
-        if changed is not None:
-            (weights, error_weights), draws = changed, None
+        weights, error_weights, draws, nodes = family.weights, family.error_weights, family.draws, family.nodes
+    title = family.name if family else type(solver).__name__
+    if isinstance(solver, RungeKutta4):
+        title, nodes = "torchdyn's rk4", _RK4_NODES
     weights = getattr(solver, "weights", weights)
     weights = None if weights is None else tuple(map(float, weights))
     # non-negative weights are probabilities; among adaptive solvers only the known families have draws
@@ -334,7 +194,7 @@ def method_from_torchdyn(
     if adaptive and interpolator is not None and not isinstance(solver, Tsitouras45):
         interpolate = _Interpolate(interpolator)
     return Method(
-        name=family.name if family else type(solver).__name__,
+        name=title,
         advance=_Step(solver, name, {}),
         order=getattr(solver, "order", 1),
         adaptive=adaptive,
@@ -344,35 +204,10 @@ def method_from_torchdyn(
         safety=float(getattr(solver, "safety", 0.9)),
         min_factor=float(getattr(solver, "min_factor", 0.2)),
         max_factor=float(getattr(solver, "max_factor", 10.0)),
-        nodes=_nodes(solver, family),
+        nodes=nodes,
         fit=None,  # torchdyn does not fit steps to the next stop
         interpolate=interpolate,
     )
-
-
-def _nodes(solver: SolverObject, family: Method | None) -> tuple[float, ...] | None:
-    """The times of the stages of a known family as fractions of the step; None if they are not known."""
-    if not isinstance(solver, RungeKutta4):
-        return family.nodes if family else None
-    # torchdyn's rk4 takes the first three of the four nodes in its tableau, (0, 1/2, 1/2, 1), for stages 2 to 4
-    tableau: object = solver.tableau
-    if isinstance(tableau, tuple) and isinstance(tableau[0], Tensor) and tableau[0].ndim == 1:
-        return (0.0, *tableau[0].tolist()[:3])
-    return None  # a subclass may keep anything there
-
-
-def _changed_weights(
-    solver: SolverObject, family: Method
-) -> tuple[tuple[float, ...], tuple[float, ...] | None] | None:
-    """The weights in a tableau that a user changed, and the weights of its error; None for unchanged weights."""
-    tableau = _tableau_of(solver) if type(solver) in _FAMILIES else []  # a subclass may keep anything there
-    if not tableau or family.weights is None:
-        return None
-    weights, errors = (x.tolist() for x in tableau[-2:])
-    rounding = 1e-6  # torchdyn builds a tableau in single precision
-    close = (abs(a - b) < rounding for a, b in zip(weights, family.weights, strict=False))
-    same = len(weights) == len(family.weights) and all(close)
-    return None if same else (tuple(weights), tuple(errors) if family.adaptive else None)
 
 
 class _Step:

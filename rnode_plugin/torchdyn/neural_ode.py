@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import operator
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from torchdyn.core import neuralde as torchdyn_neuralde
 from torchdyn.core.defunc import SDEFunc
 from torchdyn.core.problems import ODEProblem
 from torchdyn.numerics.interpolators import INTERP_DICT
+from torchdyn.numerics.solvers.ode import RungeKutta4
 
 from ..core.citations import citation
 from ..core.followed_solve import FollowedSolve, Kinds
@@ -29,10 +31,21 @@ from ..core.view import as_columns, check_batch_dim
 from ..core.weighing import Regularizers, refuse_schedules, warn_of_flat_state
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
-from ..solvers import Autograd, FixedGrid, Solver
+from ..solvers import Adjoint, Autograd, FixedGrid, Method, Solver, get_gradient, get_method
 from ..solvers.checks import check_tolerance
+from ..solvers.named import solver_of
 from ..solvers.solution import Solution
-from .choice import Choice, SolverObject, kept_times, refuse_leapfrog, resolve_solver, solver_name
+from .choice import (
+    SolverObject,
+    StepwiseAdjoint,
+    constants_of,
+    handing_on,
+    kept_times,
+    method_from_torchdyn,
+    refuse_leapfrog,
+    resolve_solver,
+    solver_name,
+)
 from .field import INTEGRAL_LOSS, Cost, Followed, TorchdynSystem, look_for_columns, system_of
 
 _Torchdyn = torchdyn_neuralde.NeuralODE
@@ -122,7 +135,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     _followed: Followed = Followed(Kinds(), Hutchinson("gaussian"))
     _quadrature: str = "full"
     _error_norm: str = "rms"
-    _choice: Choice | None = None
+    _resolved: tuple[list[object], Solver] | None = None
     _known: tuple[object, Takes] = (None, Takes("?"))
     _columns_known: bool = False
 
@@ -423,11 +436,52 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         return self._known[1]
 
     def _solver(self, args: object) -> Solver:
-        """The solver for a call with ``args``, resolved again if an attribute or a solver object has changed."""
-        choice = self._choice
-        if choice is None or not choice.is_current(self):
-            choice = self._choice = Choice.of(self)
-        return choice.solver if isinstance(args, dict) and not args else choice.solver_for(args)
+        """The solver for a call with ``args``, resolved again if an attribute has changed.
+
+        torchdyn reads its attributes, and the constants of a solver object, at each solve, and users change them
+        between two solves. A stale solver would give wrong numbers silently.
+        """
+        key = [
+            self.solver, self.solver_adjoint, self.sensalg, self.atol, self.rtol, self.atol_adjoint,
+            self.rtol_adjoint, self.interpolator, *constants_of(self.solver), *constants_of(self.solver_adjoint),
+        ]  # fmt: skip
+        known = self._resolved
+        # identity, because tensors cannot be compared by ==; an equal new object only resolves again
+        if known is None or not all(map(operator.is_, known[0], key)):
+            known = self._resolved = key, self._resolve()
+        return known[1] if isinstance(args, dict) and not args else handing_on(known[1], args)
+
+    def _resolve(self) -> Solver:
+        """The solver that torchdyn's attributes describe now, which takes the steps of its solver objects.
+
+        Raises:
+            ConfigError: for an unknown sensitivity, a number out of range, and options that the method cannot have.
+        """
+
+        def method(solver: SolverObject, interpolator: Any = None) -> Method:
+            name = next((name for made, name in self._named if made is solver), None)
+            return method_from_torchdyn(solver, name, interpolator=interpolator)
+
+        gradient = get_gradient(self.sensalg)
+        if isinstance(gradient, Adjoint):
+            check_tolerance(self.atol_adjoint, "atol of the adjoint")
+            check_tolerance(self.rtol_adjoint, "rtol of the adjoint")
+            # The adjoint system depends on time if the path is interpolated. Its values need not match torchdyn's,
+            # so take the rk4 that evaluates at the right times.
+            ours = type(self.solver_adjoint) is RungeKutta4
+            backward = solver_of(
+                get_method("rk4") if ours else method(self.solver_adjoint),
+                step=None,  # torchdyn takes one step per interval of the times
+                atol=self.atol_adjoint,
+                rtol=self.rtol_adjoint,
+                max_nfe=self._max_nfe,
+            )
+            kind = StepwiseAdjoint if gradient.interpolated else Adjoint
+            gradient = kind(backward, interpolated=gradient.interpolated)
+        return solver_of(
+            method(self.solver, self.interpolator), step=None, atol=self.atol, rtol=self.rtol, gradient=gradient,
+            max_nfe=self._max_nfe, quadrature=self._quadrature, error_norm=self._error_norm,
+        )  # fmt: skip
 
 
 # install() changes torchdyn's class itself, not the names that refer to it. So modules that have imported it,
