@@ -153,9 +153,10 @@ def _labels(runs: Sequence[RunContents]) -> list[str]:
         return [runs[0].recipe.name]
     recipes = [run.recipe for run in runs]
     data = _data_texts(recipes)
-    labels = [f"{given_name(one) or penalties_of(one)}{on}" for one, on in zip(recipes, data, strict=True)]
-    longer = [f"{_with_lambdas(one)}{on}" for one, on in zip(recipes, data, strict=True)]
-    labels = [text if labels.count(label) > 1 else label for label, text in zip(labels, longer, strict=True)]
+    short = [f"{given_name(one) or penalties_of(one)}{on}" for one, on in zip(recipes, data, strict=True)]
+    long = [f"{_with_lambdas(one)}{on}" for one, on in zip(recipes, data, strict=True)]
+    pairs = list(zip(short, long, strict=True))
+    labels = [text if len({each for own, each in pairs if own == label}) > 1 else label for label, text in pairs]
     twins = [[other for other, label in zip(runs, labels, strict=True) if label == own] for own in labels]
     return [
         f"{label} ({_difference(run, group)})" if len(group) > 1 else label
