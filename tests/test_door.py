@@ -350,6 +350,19 @@ def test_fused_attention_names_the_kernel_that_works(name: str) -> None:
 # the estimator by differences -----------------------------------------------------------------------------------
 
 
+def test_the_length_of_a_difference_has_no_gradient() -> None:
+    """The divergence of a linear field is a constant, so its gradient by the state is zero to the bit."""
+    net, z, estimator = torch.nn.Linear(3, 3), states(4, 3).float().requires_grad_(), Difference()
+    noise = estimator.draw(z)
+    products = estimator.linearize(
+        Door(AutogradField(lambda t, z: net(z)), net), torch.tensor(0.2), z, noise
+    ).products
+    assert products is not None
+    estimator.divergence(products, noise).sum().backward()
+    assert z.grad is not None
+    assert not z.grad.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_differences_over_all_signs_give_trace_and_norm(dtype: torch.dtype) -> None:
     """The mean over all sign vectors is exact for every field up to the truncation of the difference."""

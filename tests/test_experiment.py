@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tiny_runs import assert_same, rows, run, signal_at, tiny_recipe, weights
 from torch import Tensor
 
 from rnode_plugin import MultiscaleFlow, get_recipe
-from rnode_plugin.core.random_streams import Stream, seed_everything
+from rnode_plugin.core.random_streams import Stream, seed_everything, seeded
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.training.clock import Clock
@@ -54,6 +55,22 @@ def test_a_run_takes_another_loss(tmp_path: Path) -> None:
     found, wanted = run(replaced, tmp_path / "a"), run(without, tmp_path / "b")
     assert weights(found.folder.path).equal(weights(wanted.folder.path))
     assert not weights(found.folder.path).equal(weights(run(recipe, tmp_path / "c").folder.path))
+
+
+def test_accumulated_batches_draw_the_noise_of_as_many_devices(tmp_path: Path) -> None:
+    experiment = Experiment.of(tiny_recipe(*SHORT, "training.accumulate=2"))
+    drawn: list[float] = []
+
+    def loss(batch: Tensor, step: int) -> StepTerms:
+        drawn.append(float(torch.rand(())))
+        return experiment.loss(batch, step)
+
+    run(dataclasses.replace(experiment, loss=loss), tmp_path)
+    wanted = []
+    for step, device in itertools.product(range(4), range(2)):
+        with seeded(experiment.recipe.training.seed, Stream.TRAIN, device, step):
+            wanted.append(float(torch.rand(())))
+    assert drawn == wanted
 
 
 def test_a_run_takes_other_samples_and_continues(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from rnode_plugin import Exact, Hutchinson, RegularizedCNF
+from rnode_plugin.core.importance_sampling import ImportanceSample
 from rnode_plugin.core.trace_estimators import Difference
 from rnode_plugin.errors import ConfigError
 
@@ -39,6 +40,13 @@ def test_weights_of_a_known_ratio() -> None:
     torch.testing.assert_close(second, torch.full((2,), 0.64).double(), rtol=0.1, atol=0)
     alone = model.importance_sample(target.log_prob, 1)
     assert (alone.ess, alone.log_z_error, alone.log_z) == (1, math.inf, alone.log_weights[0])
+
+
+def test_the_error_of_log_z_is_that_of_a_mean_of_three_weights() -> None:
+    """Weights 1, 2 and 3 have the mean 2 and the standard deviation 1."""
+    found = ImportanceSample(torch.zeros(3, 2), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).log())
+    assert float(found.log_z) == pytest.approx(math.log(2))
+    assert float(found.log_z_error) == pytest.approx(1 / (2 * 3**0.5))
 
 
 # --- the noise of a trace ---

@@ -44,6 +44,18 @@ def test_a_stiff_field_ends_at_the_default_budget(method: str, monkeypatch: pyte
     SolverSettings(method, max_nfe=3000).build().solve(stiff, torch.ones(1, 1, dtype=torch.float64), T / (1e4))
 
 
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+def test_a_budget_of_exactly_the_evaluations_of_a_solve_suffices(method: str) -> None:
+    def nfe(max_nfe: int | None) -> int:
+        solver = SolverSettings(method, max_nfe=max_nfe).build()
+        return solver.solve(FunctionDynamics(decay), torch.ones(1, 1, dtype=torch.float64), T).stats.nfe
+
+    needed = nfe(None)
+    assert nfe(needed) == needed
+    with pytest.raises(SolverError, match=f"budget of {needed - 1} evaluations"):
+        nfe(needed - 1)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_penalty_that_is_not_finite_is_named(method: str) -> None:
     def rates(t: Tensor, z: Tensor) -> Rates:
