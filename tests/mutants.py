@@ -1,0 +1,391 @@
+"""One-line faults of the package with the tests that must see them, and a runner: ``python tests/mutants.py``.
+
+The runner puts one fault at a time into a copy of the tree and runs its tests. It fails if they pass. Words on the
+command line choose the faults whose file or description contains one of them. ``--check`` only looks for the lines.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LONGEST = 600  # seconds that the tests of one fault may take
+
+
+class Mutant(NamedTuple):
+    """A fault, ``new`` in the place of ``old``, which stands once in ``file`` of the package."""
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    tests: str  # node ids of pytest in tests/, the narrowest that must see the fault
+
+
+MUTANTS = [
+    # the library
+    Mutant(
+        "penalties are integrated over dt, not over |dt|",
+        "solvers/step.py",
+        "integrals = _weigh(rows, weights, dt.abs(), draw)",
+        "integrals = _weigh(rows, weights, dt, draw)",
+        "test_solve.py::test_linear_field_against_closed_form",
+    ),
+    Mutant(
+        "the mean of step penalties is divided by one step more",
+        "solvers/step.py",
+        "self.penalties[name] / self.steps",
+        "self.penalties[name] / (self.steps + 1)",
+        "test_regularizers_steps.py::test_values_and_gradients_are_those_of_the_accepted_steps",
+    ),
+    Mutant(
+        "a sampled stage loses its share",
+        "solvers/step.py",
+        "parts = [values[stage] * (dt * share) for stage, share in draw.items()]",
+        "parts = [values[stage] * dt for stage, share in draw.items()]",
+        "test_solve.py::test_sampled_penalties_are_unbiased",
+    ),
+    Mutant(
+        "the longest safe step has the exponent of another order",
+        "solvers/adaptive.py",
+        "** (-1 / method.order))",
+        "** (-1 / (method.order + 1)))",
+        "test_solve_limits.py::test_the_safe_step_is_the_longest_that_would_have_passed",
+    ),
+    Mutant(
+        "the error of a step is scaled by its start alone",
+        "solvers/adaptive.py",
+        "size = torch.max(z.abs(), step.z.abs())",
+        "size = z.abs()",
+        "test_torchdyn.py::test_same_values_and_evaluations_as_torchdyn",
+    ),
+    Mutant(
+        "the budget of evaluations is smaller by one",
+        "solvers/adaptive.py",
+        "if totals.nfe + method.stages - 1 > budget",
+        "if totals.nfe + method.stages > budget",
+        "test_solve_limits.py::test_a_budget_of_exactly_the_evaluations_of_a_solve_suffices",
+    ),
+    Mutant(
+        "an adjoint's gradient by the start time has the other sign",
+        "solvers/adjoint.py",
+        "dt[0] = -pass_.hamiltonian",
+        "dt[0] = pass_.hamiltonian",
+        "test_solve.py::test_linear_field_against_closed_form",
+    ),
+    Mutant(
+        "an adjoint takes penalties forward in time",
+        "solvers/adjoint.py",
+        "{name: self.sign * g for name, g in dpenalties.items()}",
+        "{name: g for name, g in dpenalties.items()}",
+        "test_solve.py::test_linear_field_against_closed_form",
+    ),
+    Mutant(
+        "the length of a difference has a gradient",
+        "core/trace_estimators.py",
+        "sizes = z.detach().unsqueeze(-1)",
+        "sizes = z.unsqueeze(-1)",
+        "test_door.py::test_the_length_of_a_difference_has_no_gradient",
+    ),
+    Mutant(
+        "Hutch++ sums the probes of the rest",
+        "core/trace_estimators.py",
+        "+ (1 / self.rank,) * self.rank",
+        "+ (1.0,) * self.rank",
+        "test_importance_sampling.py::test_log_z_is_not_biased_by_the_noise_of_the_probes",
+    ),
+    Mutant(
+        "straightness is multiplied by the length of the time",
+        "regularizers/paths.py",
+        "- distance / length",
+        "- distance * length",
+        "test_regularizers_paths.py::test_straightness_beside_kinetic_and_of_a_straight_path",
+    ),
+    Mutant(
+        "hjb without one half",
+        "regularizers/rates.py",
+        "- sum_squares(evaluation.dz) / 2).abs()",
+        "- sum_squares(evaluation.dz)).abs()",
+        "test_potential.py::test_hjb_is_zero_for_a_solution_and_its_closed_form_otherwise",
+    ),
+    Mutant(
+        "finite_difference is divided by eps, not by its square",
+        "regularizers/rates.py",
+        "/ self.eps**2",
+        "/ self.eps",
+        "test_finite_difference.py::test_the_limit_is_the_exact_acceleration_of_first_order",
+    ),
+    Mutant(
+        "importance weights are corrected with K - 1",
+        "core/importance_sampling.py",
+        "variance / (2 * log_prob.shape[1]))",
+        "variance / (2 * (log_prob.shape[1] - 1)))",
+        "test_importance_sampling.py::test_intervals_of_log_z_hold_the_truth",
+    ),
+    Mutant(
+        "the error of log Z is divided by n, not by n - 1",
+        "core/importance_sampling.py",
+        "/ (n - 1)).sqrt()",
+        "/ n).sqrt()",
+        "test_importance_sampling.py::test_the_error_of_log_z_is_that_of_a_mean_of_three_weights",
+    ),
+    Mutant(
+        "a warm-up begins one step early",
+        "core/schedules.py",
+        "min(1.0, step / self.steps)",
+        "min(1.0, (step + 1) / self.steps)",
+        "test_training.py::test_a_lambda_that_warms_up_follows_the_steps_of_likelihood",
+    ),
+    Mutant(
+        "a quarter of the images is flipped",
+        "flows/multiscale.py",
+        "generator=generator) < 0.5",
+        "generator=generator) < 0.25",
+        "test_multiscale.py::test_flips_mirror_about_half_of_the_images",
+    ),
+    Mutant(
+        "the log-determinant of a table's scale has the other sign",
+        "flows/table.py",
+        "-scale.log().sum().expand(x.shape[0])",
+        "scale.log().sum().expand(x.shape[0])",
+        "test_table_flow.py::test_a_linear_field_has_a_gaussian_density",
+    ),
+    Mutant(
+        "a table is scaled by another deviation",
+        "flows/table.py",
+        "values.std(0, unbiased=False)",
+        "values.std(0, unbiased=True)",
+        "test_table_runs.py::test_the_nll_of_a_run_is_that_of_its_flow_in_the_unit_of_the_file",
+    ),
+    Mutant(
+        "the sign of the data in a prediction of v",
+        "diffusion.py",
+        "(alpha * x - sigma * found) / square, (sigma",
+        "(alpha * x + sigma * found) / square, (sigma",
+        "test_diffusion.py::test_the_log_density_is_that_of_the_mixture",
+    ),
+    # the application
+    Mutant(
+        "Muon looks ahead the wrong way",
+        "experiments/training/optimizers.py",
+        "return kernel.grad.lerp(mean, momentum)",
+        "return mean.lerp(kernel.grad, momentum)",
+        "test_optimizers.py::test_kernels_are_pytorchs_muon",
+    ),
+    Mutant(
+        "the bias correction of Adam is one step late",
+        "experiments/training/optimizers.py",
+        'value=-lr / (1 - beta1 ** state["step"])',
+        'value=-lr / (1 - beta1 ** (state["step"] + 1))',
+        "test_optimizers.py::test_biases_are_adams",
+    ),
+    Mutant(
+        "the log sums accumulated batches",
+        "experiments/training/module.py",
+        "sum(row[name] / len(rows) for row in rows)",
+        "sum(row[name] for row in rows)",
+        "test_training.py::test_a_lambda_that_warms_up_follows_the_steps_of_likelihood",
+    ),
+    Mutant(
+        "a smaller last batch of a validation counts in full",
+        "experiments/training/module.py",
+        "torch.tensor([float(value) * len(batch), len(batch)]",
+        "torch.tensor([float(value), 1.0]",
+        "test_training.py::test_the_numbers_of_a_row",
+    ),
+    Mutant(
+        "accumulated batches draw the same noise",
+        "experiments/training/module.py",
+        "device = part * self._world + self.global_rank",
+        "device = self.global_rank",
+        "test_experiment.py::test_accumulated_batches_draw_the_noise_of_as_many_devices",
+    ),
+    Mutant(
+        "likelihood begins with the moments of flow matching",
+        "experiments/training/module.py",
+        "0 < self.global_step == self.recipe.matching:",
+        "0 < self.global_step == -self.recipe.matching:",
+        "test_training.py::test_the_gradient_of_the_likelihood_is_clipped",
+    ),
+    Mutant(
+        "flow matching is clipped",
+        "experiments/training/module.py",
+        "bound = math.inf if self.matches else",
+        "bound = math.inf if False else",
+        "test_training.py::test_the_gradient_of_the_likelihood_is_clipped",
+    ),
+    Mutant(
+        "the error from the noise forgets the draws",
+        "experiments/evaluation/likelihood.py",
+        "/ (draws * count))",
+        "/ count)",
+        "test_evaluation.py::test_means_and_standard_errors_are_over_images_not_batches",
+    ),
+    Mutant(
+        "the variance of the samples loses all of the noise",
+        "experiments/evaluation/likelihood.py",
+        "- noise / 2, 0.0)",
+        "- noise, 0.0)",
+        "test_evaluation.py::test_draws_make_the_noise_small_against_the_images",
+    ),
+    Mutant(
+        "the NFE depend on earlier solves",
+        "experiments/evaluation/likelihood.py",
+        "if self._safe_steps and not alone else {}",
+        "if self._safe_steps else {}",
+        "test_evaluation.py::test_nfe_is_that_of_separate_solves_of_the_same_batches",
+    ),
+    Mutant(
+        "every batch of samples has the same latents",
+        "experiments/samples.py",
+        "with seeded(seed, Stream.SAMPLE, first):",
+        "with seeded(seed, Stream.SAMPLE):",
+        "test_evaluation.py::test_temperatures_share_their_latents",
+    ),
+    Mutant(
+        "one degree of freedom too many",
+        "experiments/reports/configurations.py",
+        "(len(part) - 1) for each",
+        "len(part) for each",
+        "test_reports.py::test_configurations_are_compared_image_by_image",
+    ),
+    Mutant(
+        "the best score of a run on other devices is kept",
+        "experiments/training/recorder.py",
+        '"devices": self._plan.devices}',
+        '"devices": 1}',
+        "test_training.py::test_another_validation_chooses_the_best_weights_again",
+    ),
+    Mutant(
+        "the training time is that of the last step",
+        "experiments/training/clock.py",
+        "self.training_seconds += self.step_seconds",
+        "self.training_seconds = self.step_seconds",
+        "test_training.py::test_the_time_of_training_has_the_wait_for_batches_and_no_validation",
+    ),
+    Mutant(
+        "the median time of a step is a mean",
+        "experiments/runs/contents.py",
+        "float(np.median(times))",
+        "float(np.mean(times))",
+        "test_reports.py::test_the_table",
+    ),
+    Mutant(
+        "the NFE of training are those of its start",
+        "experiments/runs/contents.py",
+        "nfe[-max(1, len(nfe) // 10) :]",
+        "nfe[: max(1, len(nfe) // 10)]",
+        "test_reports.py::test_the_table",
+    ),
+    Mutant(
+        "the checksum of a table ignores the split",
+        "experiments/data/tables.py",
+        'found.update(f"{rows.shape}".encode())',
+        'found.update(b"")',
+        "test_data_sets.py::test_held_out_samples_are_drawn_from_all_of_them",
+    ),
+]
+
+
+def misplaced() -> list[str]:
+    """The faults whose line does not stand exactly once in its file, as messages."""
+    counts = [(each, (ROOT / "rnode_plugin" / each.file).read_text().count(each.old)) for each in MUTANTS]
+    return [
+        f"{each.file} has this line {count} times. Change or drop the fault in tests/mutants.py: {each.old}"
+        for each, count in counts
+        if count != 1
+    ]
+
+
+def copy_of_the_tree(target: Path) -> None:
+    """Copy what git sees, changes and new files too."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def run_tests(tree: Path, nodes: list[str], output: Path) -> None:
+    """Run tests of a copy in this process, which ends with the exit code of pytest."""
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    os.environ["PYTHONPATH"] = str(tree)  # of processes that a test starts
+    sys.exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *(f"tests/{node}" for node in nodes)])))
+
+
+def exit_code(tree: Path, nodes: list[str], output: Path) -> int | None:
+    """The exit code of pytest for these tests of a copy; None if they did not end."""
+    # a copy of this process, which has imported what takes seconds, but nothing of the package
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(tree, nodes, output))
+    process.start()
+    process.join(LONGEST)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
+
+
+def run_mutants(mutants: list[Mutant], tree: Path) -> int:
+    """Run the tests of each fault in a copy of the tree, and return how many faults they did not see."""
+    copy_of_the_tree(tree)
+    output = tree / "output.txt"
+    if exit_code(tree, sorted({each.tests for each in mutants}), output) != pytest.ExitCode.OK:
+        print(output.read_text())
+        sys.exit("These tests do not pass without a fault either, so they would show nothing.")
+    sys.dont_write_bytecode = True  # a file with a fault must leave none
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    seen = 0
+    for each in mutants:
+        start, path, kept = time.monotonic(), tree / "rnode_plugin" / each.file, tree / "kept"
+        shutil.copy2(path, kept)
+        path.write_text(path.read_text().replace(each.old, each.new))
+        code = exit_code(tree, [each.tests], output)
+        shutil.move(kept, path)  # with its time, so that its bytecode is valid again
+        first = re.search(r"^(?:FAILED|ERROR) (\S+)", output.read_text(), re.M)
+        by = first[1] if first else "no end" if code is None else f"exit code {code}"
+        killed = code is None or code == pytest.ExitCode.TESTS_FAILED
+        seen += killed
+        state = f"killed by {by}" if killed else f"SURVIVED ({by})"
+        print(f"{each.file}: {each.fault}: {state}, {time.monotonic() - start:.0f} s", flush=True)
+    return len(mutants) - seen
+
+
+def main() -> None:
+    words = [word for word in sys.argv[1:] if word != "--check"]
+    if problems := misplaced():
+        sys.exit("\n".join(problems))
+    if "--check" in sys.argv:
+        return
+    chosen = [each for each in MUTANTS if not words or any(word in f"{each.file} {each.fault}" for word in words)]
+    if not chosen:
+        sys.exit(f"no fault has one of the words {', '.join(words)}.")
+    import pandas  # noqa: F401
+    import pytorch_lightning  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import torchdyn.core  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as folder:
+        survived = run_mutants(chosen, Path(folder))
+    print(f"{len(chosen) - survived} of {len(chosen)} faults are seen.")
+    sys.exit(1 if survived else 0)
+
+
+if __name__ == "__main__":
+    main()
