@@ -206,6 +206,7 @@ def test_an_average_begins_in_the_middle_of_a_run_and_does_not_end_there(tmp_pat
 # signals ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("times", [1, 2])
 def test_the_command_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     """The first signal lets a step end, the second does not."""

@@ -168,6 +168,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(precision: str, tmp_path: 
     assert_same(whole.folder.path, rest.folder.path)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_signal_during_the_last_validation_ends_the_run_after_it(recipe: Recipe, tmp_path: Path) -> None:
     class InTheLastValidation(L.Callback):
         def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
