@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .core.modes import outside_inference
 from .core.signature import field_takes, time_first
 from .errors import ConfigError, suggest
 
@@ -104,9 +105,7 @@ class DiffusionVelocity(nn.Module):
     def forward(self, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
         """The velocity ``(B, *event)`` at states ``x`` and at ``t``, a scalar or one time per sample."""
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-        # forward mode gives each level with its rate, also for one time per sample
-        both: Any = torch.func.jvp(lambda t: (self.alpha(t), self.sigma(t)), (t,), (torch.ones_like(t),))
-        levels, (alpha_rate, sigma_rate) = both
+        levels, (alpha_rate, sigma_rate) = _with_rates(lambda t: (self.alpha(t), self.sigma(t)), t)
         data, noise = self._data_and_noise(t, x, context, *levels)
         return _rows(alpha_rate, x) * data + _rows(sigma_rate, x) * noise
 
@@ -156,7 +155,7 @@ class DiffusionVelocity(nn.Module):
         times = torch.linspace(data_time, noise_time, 2 * _RATES + 1, dtype=torch.float64)[1::2]  # midpoints
         for name, level in (("alpha", self.alpha), ("sigma", self.sigma)):
             first, last = (float(level(t)) for t in ends)
-            rates = torch.stack([torch.func.jvp(level, (t,), (torch.ones_like(t),))[1].detach() for t in times])
+            rates = torch.stack([_with_rates(level, t)[1].detach() for t in times])
             path = (noise_time - data_time) * rates
             # a rate like 1 / sqrt(t) at one end makes the midpoint rule wrong by a few percent
             if abs(last - first - float(path.mean())) > 0.2 * max(abs(last - first), float(path.abs().mean())):
@@ -203,6 +202,13 @@ class DiffusionVelocity(nn.Module):
             "Give the times of your schedule's data and noise. A beta of continuous time is the discrete one times "
             "the number of steps: linear_beta(0.1, 20) for 1,000 steps from 1e-4 to 0.02."
         )
+
+
+def _with_rates(levels: Callable[[Tensor], Any], t: Tensor) -> tuple[Any, Any]:
+    """What ``levels`` returns at ``t``, and the derivatives by forward mode, also for one time per sample."""
+    with outside_inference(t) as (time,):  # in inference mode, torch 2.6 returns zeros for the derivatives
+        found: Any = torch.func.jvp(levels, (time,), (torch.ones_like(time),))
+    return found
 
 
 def _rows(level: Tensor, x: Tensor) -> Tensor:

@@ -253,6 +253,15 @@ def test_noise_of_another_scale_takes_a_base() -> None:
     torch.testing.assert_close(model.log_prob(x).detach(), expected, rtol=0, atol=1e-3)
 
 
+def test_a_velocity_in_inference_mode_is_that_outside() -> None:
+    v = velocity_from_noise(lambda x, t: 0.3 * x, *cosine())
+    x, t = samples(3), torch.tensor([0.2, 0.5, 0.9]).double()
+    expected = v(t, x)
+    with torch.inference_mode():
+        torch.testing.assert_close(v(t.clone(), x), expected, rtol=0, atol=0)
+        v.check_ends(0.01, 0.99)
+
+
 def test_conditions_and_calls_reach_the_network() -> None:
     class Wants(nn.Module):
         def forward(self, sample: Tensor, step: Tensor, label: Tensor) -> dict[str, Tensor]:
