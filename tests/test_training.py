@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -382,9 +383,11 @@ def test_the_time_of_training_has_the_wait_for_batches_and_no_validation(tmp_pat
     original = ArrayDataset.__getitems__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ArrayDataset, "__getitems__", slow)
-        short = tiny_recipe("data.val_batch_size=15", "data.batch_size=40", "training.max_steps=4")
-        result = run(short, tmp_path, callbacks=[Slow()])
-    seconds = [float(row["train_seconds"]) for row in csv.DictReader(result.folder.metrics.open()) if row["lr"]]
+        settings = "data.val_batch_size=15", "data.batch_size=40", "training.max_steps=4", "training.log_every=1"
+        result = run(tiny_recipe(*settings), tmp_path, callbacks=[Slow()])
+    steps = [row for row in csv.DictReader(result.folder.metrics.open()) if row["lr"]]
+    seconds = [float(row["train_seconds"]) for row in steps]
+    assert seconds == pytest.approx(list(itertools.accumulate(float(row["seconds_per_step"]) for row in steps)))
     assert 0.4 < seconds[-1] < result.run_seconds - 0.4
 
 
