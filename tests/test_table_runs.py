@@ -259,15 +259,13 @@ def test_a_comparison_of_penalties(file: Path, tmp_path: Path, monkeypatch: pyte
     settings = as_options(f"data.root={file}", *SETTINGS)
     (tmp_path / "sweep.json").write_text('{"k": {"kinetic": [0.01, 0.1]}}')
     options = "--given", "dose", "--configuration", "none", "--configuration", "sweep.json", "--max-steps", "4"
-    compared = rnode("compare", "table", *options, *settings,
-                     "--device", "cpu", "--devices", "1")  # fmt: skip
+    compared = rnode("compare", "table", *options, *settings, "--device", "cpu")
     assert compared.exit_code == 0, compared.output
     report = (tmp_path / "comparison" / "table" / "report.html").read_text()
     assert "NLL, row by row" in report
     assert report.count(" against none (") == 2
     assert (tmp_path / "comparison" / "table" / "figures" / "score-nfe.png").exists()
-    again = rnode("compare", "table", *options, *settings,
-                  "--device", "cpu", "--devices", "1")  # fmt: skip
+    again = rnode("compare", "table", *options, *settings, "--device", "cpu")
     assert again.output.count(": done, in") == 3
 
 
