@@ -119,8 +119,12 @@ Dense = Callable[[Function, Tensor, Tensor], Tensor]
 
 
 def known(name: str) -> Dense:
-    order = int(name.partition(":")[2] or 2)
-    return lambda f, t, z: dense_rates(f, t, z, highest=order)[name]
+    def rate(f: Function, t: Tensor, z: Tensor) -> Tensor:
+        rates = dense_rates(f, t, z, highest=int(name.partition(":")[2] or 2))
+        assert name in rates, f"add the formula of {name!r} to dense_rates in tests/dense_rates.py"
+        return rates[name]
+
+    return rate
 
 
 def difference_in_time(f: Function, t: Tensor, z: Tensor) -> Tensor:

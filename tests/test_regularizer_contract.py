@@ -97,6 +97,8 @@ def dense(name: str, field: Any, t: Tensor, z: Tensor) -> Tensor:
     if name == "hjb":
         return torch.stack([dense_hjb(field, t, each.flatten()) for each in z])
 
+    assert name in RATES, f"add {name!r} to RATES in tests/regularizer_table.py"
+
     def alone(t: Tensor, flat: Tensor) -> Tensor:
         return field(t, flat.reshape(1, *z.shape[1:])).flatten()
 
