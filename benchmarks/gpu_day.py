@@ -104,7 +104,7 @@ def page(device: torch.device, *, recipes: Sequence[str], batch: int, repeats: i
     found = Environment.of(device).to_plain()
     name = found["device"] if device.type == "cuda" else "CPU"
     parts = [
-        f"# {name}, {datetime.datetime.now(datetime.timezone.utc).date()}",
+        f"# {name}, {datetime.datetime.now(datetime.UTC).date()}",
         "A rehearsal with tiny sizes: the numbers mean nothing." if rehearse else "",
         ", ".join(f"{key} {found[key]}" for key in ("python", "torch", "torchdiffeq", "rnode-plugin", "platform")),
         f"Batch {batch}, {repeats} alternating runs, median (range); forward and backward without the optimizer.",

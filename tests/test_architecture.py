@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -19,11 +19,6 @@ ROOMS = {
 }  # fmt: skip
 FLOORS = {"__init__", "__main__", "_version", "diffusion", "errors", "files", "flow_matching", "text", "validation"}
 
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    tomllib = None
-
 
 def test_the_top_level_holds_the_rooms_and_nothing_else() -> None:
     assert {p.parent.name for p in PACKAGE.glob("*/__init__.py")} == ROOMS
@@ -36,9 +31,7 @@ def test_docs_list_every_room() -> None:
         assert re.search(rf"`{room}/`", text), room
 
 
-@pytest.mark.skipif(tomllib is None, reason="tomllib needs Python 3.11")
 def test_entry_points_of_the_project_resolve() -> None:
-    assert tomllib is not None
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = {"console_scripts": project["scripts"], **project["entry-points"]}
     for group, entries in groups.items():
@@ -98,11 +91,3 @@ def test_what_is_light_stays_light(steps: list[tuple[str, set[str]]]) -> None:
 def test_no_path_of_a_machine_in_the_package() -> None:
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
         assert not re.search(r"/(work|root|tmp)/", path.read_text()), path
-
-
-def test_named_tuples_have_no_other_base() -> None:
-    """Before Python 3.11 such a class cannot be made, so that its module cannot be imported."""
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.ClassDef) and "NamedTuple" in map(ast.unparse, node.bases):
-                assert len(node.bases) == 1, f"{path.name}: {node.name}"

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from .modes import exporting, next_number, transforms_active
 from .second_derivatives import WithoutGradient, check_second_derivative, wrong_third_derivative
 from .surroundings import Surroundings
 from .view import View
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """A vector field ``f(t, z)``. It maps a scalar time and a state ``(B, *event)`` to a velocity ``(B, *event)``."""

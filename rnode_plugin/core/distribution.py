@@ -9,7 +9,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,6 @@ from .objective import FlowOutput, standard_normal_log_prob
 from .regularizer import Regularizer
 from .trace_estimators import Exact, Hutchinson, TraceEstimator, get_estimator
 from .weighing import Weighted
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 _ONE = torch.Size()
 

@@ -6,7 +6,7 @@ import base64
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -68,7 +68,7 @@ def make_page(configurations: Sequence[Configuration], title: str | None, left_o
         summary=summary(configurations),
         facts=facts,
         diagnoses=diagnoses,
-        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         table=table,
         left_out=left_out,
         grids=grids,
