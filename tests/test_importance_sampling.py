@@ -85,9 +85,8 @@ def test_a_noisy_trace_of_many_dimensions_is_refused(estimator: Any) -> None:
     model.importance_sample(exact, 5, jacobian="map")
 
 
-def test_a_target_that_is_zero_or_not_a_number_is_shown_and_not_refused() -> None:
+def test_a_target_that_is_zero_in_places_or_not_a_number_is_shown() -> None:
     model, exact = density(A[:3, :3], "gaussian")
     half = model.importance_sample(lambda x: torch.where(x[:, 0] > 0, exact(x), -math.inf), 400)
     assert abs(float(half.log_z) - math.log(0.5)) < 4 * float(half.log_z_error)
-    assert model.importance_sample(lambda x: exact(x) - math.inf, 20).log_z.item() == -math.inf
     assert math.isnan(model.importance_sample(lambda x: exact(x) * math.nan, 20).log_z)
