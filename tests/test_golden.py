@@ -41,7 +41,7 @@ from rnode_plugin.experiments.training.checkpoints import read_checkpoint
 
 HERE = Path(__file__).parent
 STORED = HERE / "golden" / "values.json"
-DRAWN = ["error", "stiffness", "local_error", "local_stiffness", "trajectory_polynomial"]
+DRAWN = ["error", "stiffness", "local_error", "local_stiffness"]
 
 
 def cli(*words: object) -> str:
