@@ -28,8 +28,7 @@ from rnode_plugin.solvers import SolverSettings
 NAMES = [
     "kinetic", "jacfrob", "kinetic+jacfrob", "total_derivative", "finite_difference", "directional",
     "directional_vjp", "taylor:3", "taylor:4", "l1", "jacdiag", "jacoffdiag", "curl", "strain", "hjb", "error",
-    "stiffness", "local_error", "local_stiffness", "straightness", "trajectory_polynomial", "steer:0.25",
-    "learned_end_time",
+    "stiffness", "local_error", "local_stiffness", "straightness", "steer:0.25", "learned_end_time",
 ]  # fmt: skip
 # on images one product per dimension, or sixteen evaluations, is too many. Their field has no potential
 _NOT_FOR_IMAGES = {"jacdiag", "jacoffdiag", "taylor:4", "hjb"}

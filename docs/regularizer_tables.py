@@ -12,7 +12,6 @@ PAGE = Path(__file__).with_name("regularizers.md")
 _HEADERS = {
     "rate": "| Name | Rate | Cost per evaluation | Source |",
     "step": "| Name | Value | Needs | Source |",
-    "trajectory": "| Name | Value | Needs | Source |",
     "span": "| Name | What it changes | Penalty | Source |",
 }
 

@@ -80,8 +80,10 @@ def penalties_at(
         raise ConfigError(f"t must be a number or of shape ({len(z)},) or ({len(z)}, 1), not {tuple(t.shape)}.")
     rates = [entry.regularizer for entry in weighted.values()]
     for each in rates:
-        if not isinstance(each, Rate):
-            raise ConfigError(f"{each.name!r} is not a rate: it needs a solve, which penalties_at does not make.")
+        if not isinstance(each, Rate) or each.finish is not None:
+            raise ConfigError(
+                f"{each.name!r} is not a rate alone: it needs a solve, which penalties_at does not make."
+            )
     net, field = module_of(field), call_of(time_first(field, with_context=False))
     view = None if batch_dim == 0 else View(batch_dim=None)
     with outside_inference(t, z, velocity) as (time, z, velocity):

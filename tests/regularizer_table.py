@@ -5,22 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from dense_rates import Function, dense_rates
 from scipy.integrate._ivp.rk import RK45
 from torch import Tensor, nn
 
-from rnode_plugin.regularizers import (
-    Rate,
-    SpanPolicy,
-    StepPenalty,
-    Trajectory,
-    TrajectoryPenalty,
-    kinetic,
-    rate,
-    step_penalty,
-)
+from rnode_plugin.regularizers import Rate, SpanPolicy, StepPenalty, rate, step_penalty
 
 # a plugin's ------------------------------------------------------------------------------------------------------
 
@@ -73,31 +63,16 @@ def longest(step: Any) -> Tensor:
     return (step.z1 - step.z0).flatten(1).square().sum(1)
 
 
-class Halfway(TrajectoryPenalty):
-    """Squared distance between the state in the middle and the mean of both ends, and the kinetic energy."""
+class Detour(Rate):
+    """The kinetic energy times the length of the solve, less the square of the distance between the ends."""
 
-    name = "halfway"
-    rates = (kinetic,)
+    name = "detour"
 
-    def times(self, t0: Tensor, t1: Tensor, /) -> Tensor:
-        return ((t0 + t1) / 2)[None]
+    def __call__(self, evaluation: Any, /) -> Tensor:
+        return evaluation.dz.flatten(1).square().sum(1)
 
-    def __call__(self, trajectory: Trajectory, /) -> Tensor:
-        first, middle, last = trajectory.z
-        return (middle - (first + last) / 2).flatten(1).square().sum(1) + trajectory.integrals["kinetic"]
-
-
-class OfIntegral(TrajectoryPenalty):
-    """A function of the integral of a rate along the whole trajectory."""
-
-    def __init__(self, name: str, rate: Rate, function: Callable[[Tensor], Tensor] = lambda x: x) -> None:
-        self.name, self.rates, self.function = name, (rate,), function
-
-    def times(self, t0: Tensor, t1: Tensor, /) -> Tensor:
-        return t0.new_empty(0)
-
-    def __call__(self, trajectory: Trajectory, /) -> Tensor:
-        return self.function(trajectory.integrals[self.rates[0].name])
+    def finish(self, integral: Tensor, z0: Tensor, z1: Tensor, length: Tensor) -> Tensor:
+        return integral * length - (z1 - z0).flatten(1).square().sum(1)
 
 
 class Longer(SpanPolicy):
@@ -181,14 +156,3 @@ def dormand_prince(field: Any, z: Tensor, times: Tensor) -> dict[str, Tensor]:
         errors.append(rms(h * sum(e[j] * k[j] for j in range(7))) * h)
         ratios.append(rms(k[6] - k[5]) / rms(z - last))
     return {"error": torch.stack(errors).sum(0), "stiffness": torch.stack(ratios).mean(0)}
-
-
-def residual_of_a_line(t: Tensor, z: Tensor) -> Tensor:
-    """The squared residual ``(B,)`` of the least-squares lines through states ``z (T, B, D)`` at times ``t``."""
-    fit: Any = np.polynomial.polynomial.Polynomial.fit
-
-    def squared(column: np.ndarray) -> float:
-        return float(fit(t.numpy(), column, 1, full=True)[1][0][0])
-
-    samples = z.detach().numpy().swapaxes(0, 1)
-    return torch.tensor([sum(map(squared, sample.T)) for sample in samples], dtype=torch.float64)

@@ -28,11 +28,11 @@ from rnode_plugin.regularizers import (
     kind_of,
     kinetic,
     local_error,
-    paths,
     rate,
     rates,
     spans,
     steps,
+    straightness,
 )
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -63,7 +63,7 @@ def test_what_is_declared_is_registered_and_listed() -> None:
         assert rows[name]["source"] == str(declared.source)
 
 
-@pytest.mark.parametrize("module", [rates, steps, paths, spans])
+@pytest.mark.parametrize("module", [rates, steps, spans])
 def test_every_declared_regularizer_has_its_line_in_the_list(module: ModuleType) -> None:
     """If this fails, correct ``BUILTIN`` in ``rnode_plugin/regularizers/__init__.py``."""
     room = module.__name__.rpartition(".")[2]
@@ -94,7 +94,7 @@ def test_the_tables_of_the_docs_are_those_of_the_declarations() -> None:
     assert all(f"| `{name}` |" in page for name in BUILTIN)
 
 
-@pytest.mark.parametrize("declared", [kinetic, local_error])
+@pytest.mark.parametrize("declared", [kinetic, straightness, local_error])
 def test_copies_and_pickles_of_a_declared_function_are_the_same_object(declared: object) -> None:
     assert copy.deepcopy(declared) is declared
     assert pickle.loads(pickle.dumps(declared)) is declared
@@ -155,7 +155,7 @@ class OfNoKind(Regularizer):
     ],
 )
 def test_a_regularizer_of_no_kind_is_refused(make: Callable[[Regularizer], object]) -> None:
-    with pytest.raises(ConfigError, match="derive from one of Rate, StepPenalty, TrajectoryPenalty, SpanPolicy"):
+    with pytest.raises(ConfigError, match="derive from one of Rate, StepPenalty, SpanPolicy"):
         make(OfNoKind())
 
 

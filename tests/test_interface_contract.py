@@ -299,7 +299,7 @@ def test_penalties_and_gradients_equal_scipy_and_finite_differences(name: str) -
     field, z0, exact, slopes = reference()
     parameters, names = list(field.parameters()), [*RATES, "straightness"]
     _, found = FACES[name].make(field, names, "dopri5")(z0)
-    assert set(found) == set(names)  # the energy that straightness reads is not one of the penalties
+    assert set(found) == set(names)
     for each in names:
         torch.testing.assert_close(found[each], exact[each], rtol=1e-6, atol=1e-9, msg=each)
     # one backward pass for all of them, each weighed so that none is hidden by another

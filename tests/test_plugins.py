@@ -279,8 +279,8 @@ class Deaf(Plain):
 @pytest.mark.parametrize(
     ("registered", "name", "message"),
     [
-        (lambda evaluation: evaluation.dz, "x", r"'x' of plugin 'mine' .*another of the four kinds"),
-        (Plugin, "x", "another of the four kinds"),
+        (lambda evaluation: evaluation.dz, "x", r"'x' of plugin 'mine' .*another of the three kinds"),
+        (Plugin, "x", "another of the three kinds"),
         (Plain, "plain", r"'plain' must take name=.*as an object, Plain\(\)"),
         (Deaf, "deaf:3", "registered as 'deaf:3' calls itself 'deaf'"),
     ],

@@ -90,11 +90,11 @@ def test_a_lambda_may_be_a_schedule_and_a_name_may_have_options() -> None:
     recipe = get_recipe("digits").override(
         [
             "regularizers.kinetic=linear_warmup(1000)*0.01", "regularizers.jacfrob= linear_warmup( 5 ) ",
-            "regularizers.trajectory_polynomial:2,points=3=5", "regularizers.taylor:order=3=linear_warmup(7)*1e-3",
+            "regularizers.finite_difference:0.1=5", "regularizers.taylor:order=3=linear_warmup(7)*1e-3",
         ]
     )  # fmt: skip
     assert recipe.regularizers == {
-        "kinetic": linear_warmup(1000, 0.01), "jacfrob": linear_warmup(5), "trajectory_polynomial:2,points=3": 5.0,
+        "kinetic": linear_warmup(1000, 0.01), "jacfrob": linear_warmup(5), "finite_difference:0.1": 5.0,
         "taylor:order=3": linear_warmup(7, 0.001),
     }  # fmt: skip
     plain = json.loads(json.dumps(recipe.to_plain()))
@@ -147,7 +147,7 @@ def test_settings_that_belong_together_change_together() -> None:
         ("regularizers.kinetic=linear_warmup(10)*-1", r"regularizers\.kinetic: .*>= 0"),
         ("regularizers.kinetic=-1", "expected a finite number >= 0"),
         ("regularizers.steer:0.25=0.5", "has no penalty and takes no lambda"),
-        ("regularizers.trajectory_polynomial:2,points=1=5", "give at least points=2"),
+        ("regularizers.trajectory_polynomial=5", "'trajectory_polynomial': solve through random times"),
     ],
 )
 def test_bad_overrides_are_refused(assignment: str, message: str) -> None:

@@ -321,8 +321,6 @@ def test_what_an_evaluation_cannot_have() -> None:
         (["steer", "learned_end_time"], "both change the times of a solve"),
         ("steer:0", "width"),
         ("learned_end_time:nan", "finite number"),
-        ("trajectory_polynomial:3,points=2", "at least points=3"),
-        ("trajectory_polynomial:0", "at least 1"),
     ],
 )
 def test_what_is_no_regularizer_is_refused(spec: Any, words: str) -> None:

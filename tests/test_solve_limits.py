@@ -14,7 +14,7 @@ from torch import Tensor
 from rnode_plugin.core.dynamics import Dynamics, FunctionDynamics, Rates
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
-from rnode_plugin.regularizers import FunctionStepPenalty, Trajectory, TrajectoryPenalty, jacfrob, kinetic
+from rnode_plugin.regularizers import FunctionRegularizer, FunctionStepPenalty, jacfrob, kinetic
 from rnode_plugin.solvers import (
     ADAPTIVE_METHODS,
     GRADIENTS,
@@ -67,14 +67,9 @@ def test_the_penalty_that_is_not_finite_is_named(method: str) -> None:
     assert "exploded" not in str(caught.value)
 
 
-class _BrokenTrajectory(TrajectoryPenalty):
-    name = "bad"
-
-    def times(self, t0: Tensor, t1: Tensor) -> Tensor:
-        return torch.stack([(t0 + t1) / 2])
-
-    def __call__(self, trajectory: Trajectory) -> Tensor:
-        return trajectory.z[0][:, 0] * torch.nan
+_BROKEN_END = FunctionRegularizer(
+    "bad", lambda evaluation: evaluation.z[:, 0], finish=lambda integral, z0, z1, length: integral * torch.nan
+)
 
 
 def _broken_step(*, local: bool) -> FunctionStepPenalty:
@@ -84,7 +79,7 @@ def _broken_step(*, local: bool) -> FunctionStepPenalty:
 @pytest.mark.parametrize(
     ("penalty", "gradient"),
     [
-        *((penalty, mode) for penalty in (_BrokenTrajectory(), _broken_step(local=True)) for mode in GRADIENTS),
+        *((penalty, mode) for penalty in (_BROKEN_END, _broken_step(local=True)) for mode in GRADIENTS),
         *((_broken_step(local=False), mode) for mode in ("autograd", "checkpointed")),
     ],
 )

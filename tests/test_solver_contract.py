@@ -16,7 +16,7 @@ from torch import Tensor
 from rnode_plugin import Adaptive, Dynamics, FixedGrid, Solver
 from rnode_plugin.core.followed_solve import FollowedSolve, Kinds
 from rnode_plugin.errors import ConfigError, SolverError
-from rnode_plugin.regularizers import FiniteDifference, LearnedEndTime, Steer, Straightness, error, jacfrob, kinetic
+from rnode_plugin.regularizers import FiniteDifference, LearnedEndTime, Steer, error, jacfrob, kinetic, straightness
 from rnode_plugin.solvers import (
     ADAPTIVE_METHODS,
     FIXED_METHODS,
@@ -124,7 +124,7 @@ def test_rates_change_no_step_and_each_stage_is_one_evaluation(name: str) -> Non
     solver, of_steps = get_solver(name, **options), error if name in ADAPTIVE_METHODS else kinetic
     for divergence in (False, True):
         found = []
-        for regularizers in ([], [kinetic, jacfrob], [of_steps, Straightness()]):
+        for regularizers in ([], [kinetic, jacfrob], [of_steps, straightness]):
             calls.clear()
             dynamics = Dynamics(field, regularizers=regularizers, estimator="exact", divergence=divergence)
             found.append(solver.solve(dynamics.bind(None), z, times).check())
@@ -243,13 +243,12 @@ def test_what_cannot_be_is_refused_where_it_is_made(make: Callable[[], object], 
 
 
 def test_kinds_keep_their_order_and_sort_each_regularizer() -> None:
-    steer, paths = Steer(), Straightness()
-    kinds = Kinds.of([error, steer, jacfrob, paths, kinetic])
-    assert kinds.penalties == (error, jacfrob, paths, kinetic)
-    assert (kinds.steps, kinds.trajectories, kinds.span) == ((error,), (paths,), steer)
+    steer = Steer()
+    kinds = Kinds.of([error, steer, jacfrob, straightness, kinetic])
+    assert kinds.penalties == (error, jacfrob, straightness, kinetic)
+    assert (kinds.steps, kinds.span) == ((error,), steer)
     assert (kinds.needs, kinds.held, kinds.repeats) == ({"vjp"}, (), False)
-    assert (list(kinds.integrated), kinds.hidden) == (["jacfrob", "kinetic"], frozenset())  # paths reads kinetic
-    assert Kinds.of([paths]).hidden == set(Kinds.of([paths]).integrated) == {"<kinetic of straightness>"}
+    assert list(kinds.rates) == ["jacfrob", "straightness", "kinetic"]
     again = Kinds.of([FiniteDifference(), kinetic])
     assert (again.needs, again.held, again.repeats) == ({"field"}, ("finite_difference",), True)
     with pytest.raises(ConfigError, match="steer and learned_end_time both change the times"):

@@ -104,7 +104,7 @@ def regularizers(*, as_json: bool) -> None:
     """List the regularizers: kind, what each penalizes, its cost, its source, and the package.
 
     Use a name in NeuralODE(..., regularizers=[NAME]), or in `rnode-cli train digits --regularizer NAME=LAMBDA`.
-    Names can have options: taylor:3, steer:0.25, trajectory_polynomial:2,points=3. LAMBDA is a number, or
+    Names can have options: taylor:3, steer:0.25. LAMBDA is a number, or
     linear_warmup(STEPS)*NUMBER.
     """
     rows: list[dict[str, str]] = []

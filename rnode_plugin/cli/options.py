@@ -185,7 +185,7 @@ def refuse_place(name: str) -> None:
 
 def read_regularizers(texts: Iterable[str]) -> dict[str, str | None]:
     """Lambdas by name from texts ``NAME=LAMBDA``, where a name may have options; None for a ``NAME`` alone."""
-    # the last equals sign, because of names such as trajectory_polynomial:2,points=3
+    # the last equals sign, because of names such as taylor:order=3
     parts = (each.rpartition("=") for each in texts)
     return {name or last: last if name else None for name, _, last in parts}
 

@@ -1,9 +1,9 @@
-"""The augmented system (RNODE): velocity, divergence and penalties of one evaluation, one step or one trajectory.
+"""The augmented system (RNODE): velocity, divergence and penalties of one evaluation, one step or one solve.
 
 A solve integrates :class:`Dynamics`, whose noise is fixed by ``bind``. Each evaluation passes through the field
 once, and with one probe computes one product with the Jacobian, which the density and the penalties share. Rates
-read a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`. :class:`PathPenalties` holds the penalties on
-steps and trajectories, which the solver calls.
+read a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`. :class:`PathPenalties` holds what the
+solver calls: penalties on steps, and what rates make of their integrals.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ..errors import ConfigError
 from .derivatives import Ask, AutogradField, Velocity, as_field
 from .door import Door
 from .field_evaluation import FieldEvaluation, Record
-from .followed_solve import Kinds, checked, times_of
-from .regularizer import Rate, Regularizer, StepPenalty, StepRecord, Trajectory, TrajectoryPenalty
+from .followed_solve import Kinds, checked
+from .regularizer import Rate, Regularizer, StepPenalty, StepRecord
 from .surroundings import module_of
 from .trace_estimators import Difference, Exact, TraceEstimator, get_estimator
 from .view import State, View
@@ -49,7 +49,7 @@ class BoundDynamics(ABC):
     """The augmented system that a solver integrates, with its noise fixed for one solve.
 
     Attributes:
-        path: the penalties on steps and trajectories; None if there are none.
+        path: the penalties on steps, and the rates that finish their integrals; None if there are none.
         divergence: whether a density is followed, so that rates have a log-determinant.
         inner_autograd: whether an evaluation differentiates inside, which a checkpoint must allow for.
         held: names of the rates whose gradient by the times of a solve is wrong if it is taken through the steps,
@@ -142,23 +142,19 @@ class FunctionDynamics(BoundDynamics):
 
 @dataclass(frozen=True)
 class PathPenalties:
-    """The penalties of one solve that are not rates, and how they see a state.
+    """What the penalties of one solve see beyond single evaluations.
 
     Attributes:
         steps: penalties on all accepted steps.
         local: penalties on one extra step.
-        trajectories: penalties on states at separate times.
+        finished: rates whose penalty is made of their integral at the end of the solve.
         event: extracts the part that the penalties measure from a state ``(B, ...)``, which may hold more.
-        rates: the rates that are integrated, by the key of their integral.
-        hidden: keys of the rates that are integrated for trajectory penalties alone.
     """
 
     steps: Sequence[StepPenalty]
     local: Sequence[StepPenalty]
-    trajectories: Sequence[TrajectoryPenalty]
+    finished: Sequence[Rate]
     event: Callable[[Tensor], Tensor]
-    rates: Mapping[str, Rate]
-    hidden: frozenset[str]
 
     def of_step(self, record: StepRecord, *, local: bool = False) -> dict[str, tuple[str, Tensor]]:
         """``(reduction, value (B,))`` of one step by name."""
@@ -176,60 +172,23 @@ class PathPenalties:
         if seen.error is not None:
             untouched.append(seen.error)
         penalties = self.local if local else self.steps
-        return {r.name: (r.reduction, checked(r, seen, untouched, seen.z0)) for r in penalties}
+        return {r.name: (r.reduction, checked(r.name, r, (seen,), untouched, seen.z0)) for r in penalties}
 
-    def stops(self, t: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Merge the times ``t (T,)`` of a solve with the times at which trajectory penalties want states.
+    def finish(self, integrals: Mapping[str, Tensor], z0: Tensor, z1: Tensor, times: Tensor) -> dict[str, Tensor]:
+        """The penalties ``(B,)`` by name that rates make of their integrals over a whole solve.
 
-        Returns:
-            All times in the order of ``t``; the indices of ``t`` among them; and for each penalty the indices of
-            both ends and of its times.
-
-        Raises:
-            ConfigError: if a penalty wants a state outside of the solve.
+        Args:
+            integrals: of all rates by name.
+            z0, z1: the part ``(B, *event)`` of the state that they measure, at both ends of the solve.
+            times: of the solve, ``(T,)``. Their graph leads to a learned end time.
         """
-        inner = [_wanted(penalty, t) for penalty in self.trajectories]
-        together = torch.cat([t, *inner])
-        times, places = together.detach().unique(return_inverse=True)  # increasing, whichever way the solve runs
-        if t[0] > t[-1]:
-            times, places = times.flip(0), len(times) - 1 - places
-        own, *others = places.split([len(t), *map(len, inner)])
-        if own[0] != 0 or own[-1] != len(times) - 1:
-            names = " or ".join(repr(penalty.name) for penalty in self.trajectories)
-            raise ConfigError(f"{names} wants states at times outside of the solve, {t[0]:g} to {t[-1]:g}.")
-        # unique was given detached times: take the originals, whose graph leads to a learned end time. Each is
-        # taken from one place, because a copy of several to one place would give its gradient to all of them.
-        numbers = torch.arange(len(together), device=t.device)
-        origin = places.new_empty(len(times)).scatter(0, places, numbers).scatter(0, own, numbers[: len(t)])
-        times = together[origin]
-        # unique also sorts the indices, and drops one that falls on an end
-        return times, own, [torch.cat([own[:1], x, own[-1:]]).unique() for x in others]
-
-    def of_trajectory(
-        self, index: int, t: Tensor, z: Sequence[Tensor], integrals: dict[str, Tensor]
-    ) -> tuple[str, Tensor]:
-        """Name and value ``(B,)`` of one trajectory penalty for states at the times ``t``."""
-        penalty = self.trajectories[index]
-        states = torch.stack([self.event(each) for each in z])
-        # a rate that the user asked for as well is integrated once, so compare the rates, not their keys
-        mine = {
-            rate.name: integrals[key]
-            for rate in penalty.rates
-            for key, known in self.rates.items()
-            if known == rate
-        }
-        return penalty.name, checked(penalty, Trajectory(t, states, mine), [states, *mine.values()], states[0])
-
-
-def _wanted(penalty: TrajectoryPenalty, t: Tensor) -> Tensor:
-    """The times ``(k,)`` at which a penalty wants states in a solve through ``t (T,)``."""
-    found = times_of(penalty, lambda: penalty.times(t[0], t[-1]))
-    if not isinstance(found, Tensor) or found.ndim != 1:
-        raise ConfigError(
-            f"`times` of the regularizer {penalty.name!r} must return a tensor (k,), such as torch.tensor([0.5]), "
-            f"not {found!r}."
-        )
-    return found.to(t)
+        length = (times[-1] - times[0]).abs().to(z0.device)
+        found: dict[str, Tensor] = {}
+        for rate in self.finished:
+            seen = integrals[rate.name], z0, z1, length
+            assert rate.finish is not None
+            found[rate.name] = checked(rate.name, rate.finish, seen, seen, z0)
+        return found
 
 
 class Dynamics(BoundDynamics):
@@ -239,18 +198,18 @@ class Dynamics(BoundDynamics):
 
     Args:
         field: ``f(t, z)``, or a :class:`~rnode_plugin.core.derivatives.Field`, which computes its own products.
-        regularizers: rates, step penalties and trajectory penalties to follow, sorted already or not. A span policy
-            is refused, because it acts on the times of a solve, which are chosen elsewhere.
+        regularizers: rates and step penalties to follow, sorted already or not. A span policy is refused, because
+            it acts on the times of a solve, which are chosen elsewhere.
         estimator: ``"gaussian"``, ``"rademacher"``, ``"exact"``, see
             :func:`~rnode_plugin.core.trace_estimators.get_estimator`, or an object.
         divergence: whether a density is followed (a continuous normalizing flow) or the state alone.
         view: the part of the state that penalties measure; None: all of it.
-        event: extracts what step and trajectory penalties measure from a state; None: the view's part.
+        event: extracts what the penalties measure from a state that a solver steps; None: the view's part.
         net: the module that the field calls; None: the field itself, if it is a module.
 
     Attributes:
         door: evaluates the field.
-        rates: the rates that are integrated, by the key of their integral.
+        rates: the rates that are integrated, by name.
         needs: what the rates read of an evaluation.
         needs_products: whether an evaluation computes products with the Jacobian.
         noise: the probe vectors of these products; None until they are bound, and where none are needed.
@@ -292,15 +251,14 @@ class Dynamics(BoundDynamics):
                 "to NeuralODE, RegularizedCNF or a flow, or call its `times(t_span, training=...)`."
             )
         self.regularizers = kinds.penalties
-        self.rates = kinds.integrated
-        if kinds.steps or kinds.trajectories:
+        self.rates = kinds.rates
+        finished = [rate for rate in kinds.rates.values() if rate.finish is not None]
+        if kinds.steps or finished:
             self.path = PathPenalties(
                 [penalty for penalty in kinds.steps if not penalty.local],
                 [penalty for penalty in kinds.steps if penalty.local],
-                kinds.trajectories,
-                event=event or (view.of if view is not None else lambda state: state),
-                rates=self.rates,
-                hidden=kinds.hidden,
+                finished,
+                event or (view.of if view is not None else lambda state: state),
             )
         self.needs = kinds.needs
         self.held = kinds.held
@@ -402,5 +360,5 @@ class Dynamics(BoundDynamics):
                 untouched.append(x)
         for key, rate in self.rates.items():
             if products or not rate.needs:
-                penalties[key] = checked(rate, FieldEvaluation(record, rate.needs, rate.name), untouched, z)
+                penalties[key] = checked(key, rate, (FieldEvaluation(record, rate.needs, key),), untouched, z)
         return Rates(dz if self._view is None else whole, dlogdet, penalties)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, PluginError, RnodeError
 from .modes import differs, on_host
-from .regularizer import KINDS, Rate, Regularizer, SpanPolicy, StepPenalty, TrajectoryPenalty
+from .regularizer import KINDS, Rate, Regularizer, SpanPolicy, StepPenalty
 
 
 @dataclass(frozen=True)
@@ -20,56 +20,45 @@ class Kinds:
 
     Attributes:
         penalties: all regularizers except the span policy, in the order in which they were given.
-        steps, trajectories: the penalties of these kinds.
+        rates: the rates by name.
+        steps: the step penalties.
         span: the one span policy; None if there is none.
-        integrated: the rates that a solve integrates, by the key of their integral: those that were given, by
-            their names, and those that trajectory penalties alone read, by keys that no rate can have as its name.
-        hidden: the keys of the latter.
-        needs: what an evaluation must provide for the integrated rates.
+        needs: what an evaluation must provide for the rates.
         held: names of those whose gradient by the times is wrong if it is taken through the steps of a solve.
         repeats: whether one of them evaluates the field again.
     """
 
     penalties: tuple[Regularizer, ...] = ()
+    rates: Mapping[str, Rate] = field(default_factory=dict[str, Rate])
     steps: tuple[StepPenalty, ...] = ()
-    trajectories: tuple[TrajectoryPenalty, ...] = ()
     span: SpanPolicy | None = None
-    integrated: Mapping[str, Rate] = field(default_factory=dict[str, Rate])
-    hidden: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
     held: tuple[str, ...] = ()
     repeats: bool = False
 
     @property
     def adds_evaluations(self) -> bool:
-        """Whether a solve that follows them may differ from a solve without them in its states or its NFE.
-
-        A local step penalty takes one more step, and a trajectory penalty may choose times where the solve stops.
-        """
-        return bool(self.trajectories) or any(each.local for each in self.steps)
+        """Whether a solve that follows them takes more evaluations than a solve without them, for a local step."""
+        return any(each.local for each in self.steps)
 
     @classmethod
     def of(cls, regularizers: Iterable[Regularizer]) -> Kinds:
         """Sort regularizers by kind.
 
         Raises:
-            ConfigError: for an object of none of the four classes, and for two span policies.
+            ConfigError: for an object of none of the three classes, and for two span policies.
         """
         followed: list[Regularizer] = []
-        integrated: dict[str, Rate] = {}
-        hidden: set[str] = set()
+        rates: dict[str, Rate] = {}
         steps: list[StepPenalty] = []
-        trajectories: list[TrajectoryPenalty] = []
         span: SpanPolicy | None = None
         for each in regularizers:
             if not isinstance(each, SpanPolicy):
                 followed.append(each)
             if isinstance(each, Rate):
-                integrated[each.name] = each
+                rates[each.name] = each
             elif isinstance(each, StepPenalty):
                 steps.append(each)
-            elif isinstance(each, TrajectoryPenalty):
-                trajectories.append(each)
             elif not isinstance(each, SpanPolicy):
                 kinds = ", ".join(kind.__name__ for kind in KINDS.values())
                 raise ConfigError(f"{each!r} is not a regularizer: its class must derive from one of {kinds}.")
@@ -77,27 +66,19 @@ class Kinds:
                 raise ConfigError(f"{span.name} and {each.name} both change the times of a solve: choose one.")
             else:
                 span = each
-        for penalty in trajectories:
-            for rate in penalty.rates:
-                if rate not in integrated.values():
-                    key = f"<{rate.name} of {penalty.name}>"
-                    integrated[key] = rate
-                    hidden.add(key)
         needs: set[str] = set()
         held: list[str] = []
         repeats = False
-        for rate in integrated.values():
+        for rate in rates.values():
             needs.update(rate.needs)
             repeats = repeats or rate.repeats or "field" in rate.needs
             if not rate.time_gradient:
                 held.append(rate.name)
         return cls(
             penalties=tuple(followed),
+            rates=rates,
             steps=tuple(steps),
-            trajectories=tuple(trajectories),
             span=span,
-            integrated=integrated,
-            hidden=frozenset(hidden),
             needs=frozenset(needs),
             held=tuple(held),
             repeats=repeats,
@@ -112,7 +93,7 @@ class FollowedSolve:
     :meth:`complete` after the solve.
 
     Attributes:
-        kinds: the rates, step penalties and trajectory penalties that the dynamics follow.
+        kinds: the rates and step penalties that the dynamics follow.
         policy: the span policy that changes the times; None if they stay.
         training: whether the policy may draw times.
         penalized: whether the policy's own penalty is wanted.
@@ -167,7 +148,7 @@ class FollowedSolve:
         """
         completed = dict(integrals)
         if self.policy is not None and self.penalized:
-            completed[self.policy.name] = checked(self.policy, z, (z,), z)
+            completed[self.policy.name] = checked(self.policy.name, self.policy, (z,), (z,), z)
         return completed
 
 
@@ -179,13 +160,16 @@ _WRITES = (
 )
 
 
-def checked(regularizer: Regularizer, record: Any, untouched: Sequence[Tensor], like: Tensor) -> Tensor:
-    """``regularizer(record)``, a real floating-point tensor ``(B,)``; an error names the regularizer.
+def checked(
+    name: str, call: Callable[..., Tensor], seen: Sequence[Any], untouched: Sequence[Tensor], like: Tensor
+) -> Tensor:
+    """``call(*seen)``, a real floating-point tensor ``(B,)``; an error names the regularizer.
 
     Args:
-        regularizer: the regularizer to call.
-        record: what it sees.
-        untouched: tensors of ``record`` that the solve or other regularizers read later.
+        name: of the regularizer.
+        call: the regularizer, or its ``finish``.
+        seen: what it sees.
+        untouched: tensors of ``seen`` that the solve or other regularizers read later.
         like: a state ``(B, *event)``.
 
     Raises:
@@ -193,11 +177,11 @@ def checked(regularizer: Regularizer, record: Any, untouched: Sequence[Tensor], 
         PluginError: if the regularizer raises another error.
     """
     if torch.compiler.is_compiling():  # the same call was made uncompiled before
-        return regularizer(record)
+        return call(*seen)
     # torch counts writes into a tensor in its version; tensors made in inference mode have none
     versions = [None if x.is_inference() else x._version for x in untouched]
     try:
-        value = regularizer(record)
+        value = call(*seen)
     except Exception as error:
         if _passes(error):
             raise
@@ -207,14 +191,14 @@ def checked(regularizer: Regularizer, record: Any, untouched: Sequence[Tensor], 
                 ". If the regularizer differentiates dz by z, let it declare needs={'vjp'}, as in "
                 "FunctionRegularizer(name, function, needs={'vjp'}), and read evaluation.vjp(v)"
             )
-        raise PluginError(f"the regularizer {regularizer.name!r} raised {text}") from error
+        raise PluginError(f"the regularizer {name!r} raised {text}") from error
     for x, before in zip(untouched, versions, strict=True):
         if before is not None and x._version != before:
-            raise ConfigError(_WRITES.format(regularizer.name))
+            raise ConfigError(_WRITES.format(name))
     if not isinstance(value, Tensor) or value.shape != like.shape[:1] or not value.is_floating_point():
         got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise ConfigError(
-            f"the regularizer {regularizer.name!r} returned {got}; it must return one real number per sample, a "
+            f"the regularizer {name!r} returned {got}; it must return one real number per sample, a "
             f"tensor of floats of shape {tuple(like.shape[:1])}."
         )
     return value

@@ -1,8 +1,7 @@
-"""The contract of a regularizer, with one class for each of the four things that a penalty can see in a solve.
+"""The contract of a regularizer, with one class for each of the three things that a penalty can see in a solve.
 
 - A :class:`Rate` is a number per unit of time; its integral along the trajectory is the penalty.
 - A :class:`StepPenalty` sees each accepted step of the solver.
-- A :class:`TrajectoryPenalty` sees states at times that it chooses.
 - A :class:`SpanPolicy` changes the times of the solve.
 
 The objective (eq. 17) adds the penalties, each given per sample, ``(B,)``. Another package offers its regularizers
@@ -33,14 +32,13 @@ __all__ = [
     "SpanPolicy",
     "StepPenalty",
     "StepRecord",
-    "Trajectory",
-    "TrajectoryPenalty",
     "kind_of",
     "rate",
     "step_penalty",
 ]
 
 Reduction = Literal["sum", "mean", "max"]
+Finish = Callable[["Tensor", "Tensor", "Tensor", "Tensor"], "Tensor"]
 
 
 class Source(NamedTuple):
@@ -76,7 +74,7 @@ def _first_line(described: object) -> str:
 
 
 class Regularizer:
-    """What the four kinds of regularizers share. Derive a regularizer from one of them, not from this class.
+    """What the three kinds of regularizers share. Derive a regularizer from one of them, not from this class.
 
     The parameters of a regularizer that also is a ``torch.nn.Module`` are trained with the model.
 
@@ -154,6 +152,8 @@ class Rate(Regularizer):
         time_gradient: whether backward through the steps of a solve gives the right gradient by the times of the
             solve. Set it to False for a rate that detaches a part of itself; then only a continuous adjoint gives a
             gradient, and only by the end.
+        finish: None, or a function that makes the penalty ``(B,)`` of one solve from the integral ``(B,)``, the
+            states ``(B, *event)`` at both ends of the solve, and the length of the solve in time.
 
     Example:
         >>> from rnode_plugin.regularizers import Rate
@@ -166,6 +166,7 @@ class Rate(Regularizer):
     needs: Collection[str] = frozenset()
     repeats: bool = False
     time_gradient: bool = True
+    finish: Any = None  # not `Finish | None`, which a method of a subclass could not override
 
     if TYPE_CHECKING:
 
@@ -214,29 +215,6 @@ class StepPenalty(Regularizer):
         return before + (last - before) * (1 / solves if self.local else share)
 
 
-class TrajectoryPenalty(Regularizer):
-    """A penalty on states at times that it chooses. A call maps a :class:`Trajectory` to a value ``(B,)``.
-
-    Attributes:
-        rates: the rates whose integrals it reads.
-    """
-
-    rates: Sequence[Rate] = ()
-
-    if TYPE_CHECKING:
-
-        def __call__(self, trajectory: Trajectory, /) -> Tensor: ...
-
-        def times(self, t0: Tensor, t1: Tensor, /) -> Tensor:
-            """Times ``(k,)`` between both ends at which it wants states. Each solve calls this first."""
-            ...
-
-    def check(self) -> None:
-        super().check()
-        if not hasattr(self, "times"):
-            raise ConfigError(f"{self.name!r} lacks `times`, which a trajectory penalty has.")
-
-
 class SpanPolicy(Regularizer):
     """A rule that changes the times of a solve. A call maps a state ``(B, *event)`` to its penalty ``(B,)``.
 
@@ -262,9 +240,9 @@ class SpanPolicy(Regularizer):
 
 
 KINDS: Mapping[str, type[Regularizer]] = {
-    "rate": Rate, "step": StepPenalty, "trajectory": TrajectoryPenalty, "span": SpanPolicy,
+    "rate": Rate, "step": StepPenalty, "span": SpanPolicy,
 }  # fmt: skip
-"""The four classes, by the word that stands for each in lists and tables."""
+"""The three classes, by the word that stands for each in lists and tables."""
 
 
 def kind_of(regularizer: Regularizer | type[Regularizer]) -> str:
@@ -300,21 +278,6 @@ class StepRecord:
     rtol: float | Tensor | None
 
 
-@dataclass(frozen=True)
-class Trajectory:
-    """States along one solve, as a trajectory penalty sees them.
-
-    Attributes:
-        t: times ``(T,)`` in the order of the solve: both ends, and between them those that the penalty asked for.
-        z: states at these times, ``(T, B, *event)``.
-        integrals: integral along the path, ``(B,)``, of each rate in the penalty's ``rates``, by name.
-    """
-
-    t: Tensor
-    z: Tensor
-    integrals: Mapping[str, Tensor]
-
-
 # from functions -------------------------------------------------------------------------------------------------
 
 
@@ -326,7 +289,8 @@ class FunctionRegularizer(Rate):
         name: the key of its penalty in every result.
         function: maps a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation` to ``(B,)``.
         formula: what is penalized; the first line of the function's docstring if it is left out.
-        needs, repeats, time_gradient, divided_by_dims, cost, source: see :class:`Rate` and :class:`Regularizer`.
+        needs, repeats, time_gradient, finish, divided_by_dims, cost, source: see :class:`Rate` and
+            :class:`Regularizer`.
 
     Example:
         >>> from rnode_plugin.regularizers import FunctionRegularizer
@@ -340,6 +304,7 @@ class FunctionRegularizer(Rate):
     needs: Collection[str] = frozenset()
     repeats: bool = False
     time_gradient: bool = True
+    finish: Finish | None = None
     divided_by_dims: bool = True
     formula: str = ""
     cost: str = ""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 
@@ -20,13 +18,3 @@ def sum_products(x: Tensor, y: Tensor) -> Tensor:
 def sum_squares(x: Tensor) -> Tensor:
     """``sum x^2`` over all but the first dimension, ``(B, *event)`` to ``(B,)``."""
     return sum_event(x.square())
-
-
-def without_part(x: Tensor, directions: Iterable[Tensor], dim: int) -> Tensor:
-    """``x`` without its part along orthonormal ``directions``, unit vectors in dimension ``dim``.
-
-    Sums of products compute it, because autocast and TF32 round the factors of a matrix product.
-    """
-    for each in directions:
-        x = x - each * (each * x).sum(dim, keepdim=True)
-    return x

@@ -165,7 +165,7 @@ def _regularizer(entry: Any, by_name: Callable[[str], Regularizer]) -> Regulariz
     if not callable(entry) or isinstance(entry, type) or hasattr(entry, "name"):
         raise ConfigError(
             f"{entry!r} is not a regularizer: give a name, a function rate(t, z, dz) -> (B,), or an object, not a "
-            "class, of a class derived from rnode_plugin.regularizers.Rate or another of the four kinds there."
+            "class, of a class derived from rnode_plugin.regularizers.Rate or another of the three kinds there."
         )
     name = entry.__name__ if inspect.isroutine(entry) else type(entry).__name__
     if not accepts(entry, None, None, None):

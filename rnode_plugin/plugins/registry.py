@@ -257,7 +257,7 @@ def declared_regularizer(name: str) -> Regularizer | type[Regularizer]:
 
     Raises:
         ConfigError: for an unknown name.
-        PluginError: as for :meth:`Registry.get`, and if it is of none of the four kinds.
+        PluginError: as for :meth:`Registry.get`, and if it is of none of the three kinds.
     """
     from ..core.regularizer import KINDS as KINDS_OF_REGULARIZERS
 
@@ -266,7 +266,7 @@ def declared_regularizer(name: str) -> Regularizer | type[Regularizer]:
     if not issubclass(kind, tuple(KINDS_OF_REGULARIZERS.values())):
         raise PluginError(
             f"the regularizer {name!r} of {check_name('regularizers', name)} must be an object, or a class, "
-            "derived from Rate or another of the four kinds in rnode_plugin.regularizers. A function of an "
+            "derived from Rate or another of the three kinds in rnode_plugin.regularizers. A function of an "
             f"evaluation becomes one by FunctionRegularizer({name!r}, function)."
         )
     return found
@@ -275,14 +275,14 @@ def declared_regularizer(name: str) -> Regularizer | type[Regularizer]:
 def get_regularizer(name: str) -> Any:
     """Make the regularizer for a name such as ``"kinetic"``, or for a name with options such as ``"taylor:3"``.
 
-    Options are numbers or ``key=number``, separated by commas: ``"trajectory_polynomial:2,points=3"``. Only a
+    Options are numbers or ``key=number``, separated by commas: ``"taylor:3"``, ``"taylor:order=3"``. Only a
     registered class takes options; it also receives the whole text as ``name=``. A registered module is copied, so
     that each model trains its own parameters.
 
     Raises:
         ConfigError: for an unknown name, for options of a regularizer that takes none, and for options that the
             regularizer refuses.
-        PluginError: for an object of none of the four kinds, and if the name of the regularizer is not the
+        PluginError: for an object of none of the three kinds, and if the name of the regularizer is not the
             registered one, or its class takes no ``name=`` or fails.
     """
     from torch import nn

@@ -1,4 +1,4 @@
-"""Regularizers: rates, step penalties, trajectory penalties and span policies.
+"""Regularizers: rates, step penalties and span policies.
 
 ``BUILTIN`` is the only list of the built-in ones. Listing their names must not import torch, so each object is
 imported on first use.
@@ -14,7 +14,6 @@ from ..core.regularizer import *  # noqa: F403
 from ..core.schedules import linear_warmup
 
 if TYPE_CHECKING:
-    from .paths import *  # noqa: F403
     from .rates import *  # noqa: F403
     from .spans import *  # noqa: F403
     from .steps import *  # noqa: F403
@@ -33,13 +32,12 @@ BUILTIN = {
     "jacoffdiag": "rates:jacoffdiag",
     "curl": "rates:curl",
     "strain": "rates:strain",
+    "straightness": "rates:straightness",
     "hjb": "rates:hjb",
     "error": "steps:error",
     "stiffness": "steps:stiffness",
     "local_error": "steps:local_error",
     "local_stiffness": "steps:local_stiffness",
-    "straightness": "paths:Straightness",
-    "trajectory_polynomial": "paths:TrajectoryPolynomial",
     "steer": "spans:Steer",
     "learned_end_time": "spans:LearnedEndTime",
 }

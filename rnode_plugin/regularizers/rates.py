@@ -208,6 +208,24 @@ def _with_transpose(evaluation: FieldEvaluation, sign: float) -> Tensor:
     return sum(others, first)
 
 
+def _beyond_the_chord(integral: Tensor, z0: Tensor, z1: Tensor, length: Tensor) -> Tensor:
+    return integral - sum_squares(z1 - z0) / length
+
+
+@rate(
+    "straightness", formula="‖f‖², less ‖z(T) − z(0)‖²/T in the integral; 0 for straight paths at constant speed",
+    source=Source("rectified flow", "Liu et al.", 2023, "liu2023flow"), finish=_beyond_the_chord,
+)  # fmt: skip
+def straightness(evaluation: FieldEvaluation) -> Tensor:
+    """``||f||^2``; the penalty of a solve is ``int ||f||^2 dt - ||z(T) - z(0)||^2 / T``, summed over the event.
+
+    It is 0 for straight paths at constant speed, and rectified flow's measure of straightness. By the
+    Cauchy-Schwarz inequality it is never negative in the limit of small steps. On a grid this is guaranteed only
+    for methods without negative weights (dopri5 and tsit5 have some). It needs no product with the Jacobian.
+    """
+    return sum_squares(evaluation.dz)
+
+
 @rate(
     "hjb", formula="abs(∂Φ/∂t − ‖∇Φ‖²/2) for a potential field f = −∇Φ, not divided by D", needs={"aux"},
     divided_by_dims=False, source=Source("OT-Flow", "Onken et al.", 2021, "onken2021otflow"),

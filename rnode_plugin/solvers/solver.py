@@ -1,4 +1,4 @@
-"""Solver, the base of all solvers: one solve with its gradient and the penalties on its steps and trajectories."""
+"""Solver, the base of all solvers: one solve with its gradient and its penalties."""
 
 from __future__ import annotations
 
@@ -134,23 +134,17 @@ class Solver(ABC):
         return solution if save_steps or solution.steps is None else replace(solution, steps=None)
 
     def _solve_with_path(self, problem: Problem, path: PathPenalties) -> Solution:
-        """Solve with penalties on steps and trajectories, and stop where a trajectory penalty wants states."""
+        """Solve with penalties on steps, and finish the integrals of rates."""
         self.check_steps(path.steps)
         if torch.is_grad_enabled():  # without gradients the values are the same in every mode
             self.gradient.check_penalties(path.steps)
-        times, asked, inner = path.stops(problem.t_span) if path.trajectories else (problem.t_span, None, [])
         save_steps = problem.save_steps or bool(path.local)
-        solution = self.gradient.solve(self, problem._replace(t_span=times, save_steps=save_steps))
-        solution = _with_path_penalties(solution, problem.dynamics, path, self, times, inner)
-        # drop the outputs that only the penalties wanted, unless the gradient made every step an output
-        if asked is not None and len(asked) < len(times) == len(solution.t):
-            logdet = None if solution.logdet is None else solution.logdet[asked]
-            solution = replace(solution, t=solution.t[asked], z=solution.z[asked], logdet=logdet)
-        return solution
+        solution = self.gradient.solve(self, problem._replace(save_steps=save_steps))
+        return _with_path_penalties(solution, problem, path, self)
 
     @abstractmethod
     def march(self, problem: Problem, *, take: StepTaker | None = None) -> Solution:
-        """Take all steps of a solve, differentiable through the steps, without trajectory and local penalties.
+        """Take all steps of a solve, differentiable through the steps, without local penalties.
 
         Args:
             problem: the arguments of :meth:`solve`.
@@ -223,7 +217,7 @@ def check_times(t_span: Tensor) -> None:
         )
 
 
-# penalties of steps and trajectories ----------------------------------------------------------------------------
+# penalties beyond single evaluations ----------------------------------------------------------------------------
 
 _WITHOUT = {
     "error": ("has no error estimate", "dopri5 or tsit5"),
@@ -231,30 +225,19 @@ _WITHOUT = {
 }
 
 
-def _with_path_penalties(
-    solution: Solution,
-    dynamics: BoundDynamics,
-    path: PathPenalties,
-    solver: Solver,
-    times: Tensor,
-    inner: Sequence[Tensor],
-) -> Solution:
-    """Add trajectory penalties, with states at the indices ``inner`` of ``times``, and local penalties."""
-    extra, stats, checks = {}, solution.stats, solution.health
-    for i, places in enumerate(inner):
-        found = places.tolist()
-        if len(solution.t) != len(times):  # every step is an output: find the nearest, since rounding moves times
-            found = [int((solution.t.detach() - float(times[k].detach())).abs().argmin()) for k in found]
-        # `times` carry the graph of t_span, which the output times of a continuous adjoint do not
-        mine, states = times[places].to(solution.t.device), [solution.z[k] for k in found]
-        name, value = path.of_trajectory(i, mine, states, solution.penalties)
-        extra[name] = value
+def _with_path_penalties(solution: Solution, problem: Problem, path: PathPenalties, solver: Solver) -> Solution:
+    """Finish the integrals of rates, and add local penalties."""
+    extra, stats, checks = dict[str, Tensor](), solution.stats, solution.health
+    if path.finished:
+        z0, z1 = path.event(solution.z[0]), path.event(solution.z[-1])
+        # the times of the problem carry the graph of t_span, which the output times of a continuous adjoint do not
+        extra = path.finish(solution.penalties, z0, z1, problem.t_span)
     if path.local:
         assert solution.steps is not None
-        local, nfe = _local_penalties(dynamics, solver, solution.steps)
+        local, nfe = _local_penalties(problem.dynamics, solver, solution.steps)
         extra |= local
         stats = replace(stats, nfe=stats.nfe + nfe)
-    penalties = {name: x for name, x in (solution.penalties | extra).items() if name not in path.hidden}
+    penalties = solution.penalties | extra
     if extra:
 
         def fail(_: int) -> NoReturn:

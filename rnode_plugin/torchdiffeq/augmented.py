@@ -21,7 +21,6 @@ from ..core.followed_solve import Kinds
 from ..core.modes import outside_checkpoints
 from ..core.surroundings import module_of
 from ..core.weighing import signs_for_columns, warn_of_unread_columns
-from ..errors import ConfigError
 from .followed import Follow, Layout
 
 
@@ -165,17 +164,13 @@ def _looking(
     return evaluate, lambda: seen
 
 
-_FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
-
-
-def extended(given: Mapping[str, Any], layout: Layout, system: Augmented, *, grid: Tensor | None) -> dict[str, Any]:
+def extended(given: Mapping[str, Any], layout: Layout, system: Augmented) -> dict[str, Any]:
     """torchdiffeq's arguments for the augmented state. Norms, tolerances and callables see the user's part only.
 
     Args:
         given: the user's arguments.
         layout: where the user's state is in the augmented one.
         system: the augmented field.
-        grid: times at which a fixed method steps; None: the times of the solve.
     """
     changed, options = dict(given), dict(given["options"] or {})
     norm = options.get("norm", _mixed_norm if layout.view.is_tuple else _rms_norm)
@@ -185,17 +180,6 @@ def extended(given: Mapping[str, Any], layout: Layout, system: Augmented, *, gri
     constructor = options.get("grid_constructor")
     if constructor:
         options["grid_constructor"] = lambda func, y, t: constructor(func, layout.flat_of_user(y), t)
-    if grid is not None and given["method"] in _FIXED:  # a trajectory penalty reads states inside the steps
-        steps_by_user = constructor is not None or "step_size" in options
-        if steps_by_user and len(grid) > 2 and options.get("interp") != "cubic":
-            raise ConfigError(
-                f"a penalty of the trajectory reads states inside the steps of {given['method']}, where "
-                "torchdiffeq interpolates linearly: add 'interp': 'cubic' to the options."
-            )
-        # without that option, the user's outputs are ends of steps, whose states depend on no interpolant
-        options["interp"] = "cubic"
-        if not steps_by_user:  # the output times of a trajectory penalty must not become steps
-            options["grid_constructor"] = lambda func, y, t: grid
     changed["options"] = options
     # the iteration of these methods accepts no norm, so the penalties get an infinite atol
     iterates = given["method"] in ("implicit_adams", "fixed_adams")
@@ -233,7 +217,6 @@ def _adjoint(given: Mapping[str, Any], layout: Layout, system: Augmented) -> dic
     if parameters is None and isinstance(system.func, nn.Module):
         parameters = find_parameters(system.func)
     if parameters is not None:  # each only once, because its gradient would otherwise count twice
-        # the rates, since the adjoint integrates those alone, also what a trajectory penalty reads
         rates = [rate for rate in system.dynamics.rates.values() if isinstance(rate, nn.Module)]
         parameters = [*parameters, *(p for rate in rates for p in rate.parameters())]
         changed["adjoint_params"] = tuple({id(p): p for p in parameters}.values())

@@ -90,8 +90,7 @@ def odeint(
         ConfigError: for a state that is complex or neither a tensor nor a tuple of tensors; for a ``penalized`` or
             ``batch_dim`` that the state does not have; for a regularizer that is unknown, given twice or measures
             the solver's steps; for the name of a regularizer with parameters, such as ``learned_end_time``, instead
-            of an object; for a trajectory penalty inside steps that are interpolated linearly; for ``regularizers``
-            with an ``event_fn`` or with fewer than two times.
+            of an object; for ``regularizers`` with an ``event_fn`` or with fewer than two times.
 
     Example:
         >>> import torch
@@ -218,21 +217,15 @@ def solve(
     system = Augmented(func, layout, wanted, followed.kinds, z0, t)
     rates, path = system.dynamics.rates, system.dynamics.path
     refuse_held(system.dynamics.held, t, through_steps=name == "odeint")
-    # trajectory penalties want states at more times, which become outputs but, on a fixed grid, not steps
-    times, rows, inner = (t, None, []) if path is None else path.stops(t)
     state = (*layout.tensors(y0), *(z0.new_zeros(len(z0)) for _ in rates))
-    grid = t if len(times) > len(t) else None
-    full = PLAIN[name](system, state, times, **extended(given, layout, system, grid=grid))
+    full = PLAIN[name](system, state, t, **extended(given, layout, system))
     count = len(layout.shapes)
     integrals = {key: value[-1] for key, value in zip(rates, full[count:], strict=True)}
-    kept = [x if rows is None else x[rows] for x in full[:count]]
+    kept = list(full[:count])
     layout.warn_of_still(y0, [x[-1] for x in kept])
     system.warn_of_unread_columns()
     if path is not None:
-        for number, places in enumerate(inner):
-            states: list[Any] = [layout.of_user([x[i] for x in full]) for i in places.tolist()]
-            key, value = path.of_trajectory(number, times[places].to(z0.device), states, integrals)
-            integrals[key] = value
-        integrals = {key: value for key, value in integrals.items() if key not in path.hidden}
+        end = layout.view.of(layout.of_user([x[-1] for x in kept]))
+        integrals |= path.finish(integrals, z0, end, t)
     kept[0], integrals = attach(kept[0], followed.complete(integrals, z0))
     return layout.of_user(kept), integrals, math.prod(z0.shape[1:])

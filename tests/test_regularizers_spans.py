@@ -1,14 +1,12 @@
-"""Trajectory penalties, span policies and lambda schedules, at every face that takes them."""
+"""Span policies, ends of paths and lambda schedules, at every face that takes them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from problems import Linear, Wave
-from regularizer_table import OfIntegral
 from torch import Tensor, nn
 
 from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, NeuralODE
@@ -16,18 +14,17 @@ from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import (
+    FiniteDifference,
+    FunctionRegularizer,
     LearnedEndTime,
     Regularizer,
     SpanPolicy,
     Steer,
-    Straightness,
-    Trajectory,
-    TrajectoryPenalty,
-    TrajectoryPolynomial,
-    kinetic,
     linear_warmup,
+    straightness,
 )
 from rnode_plugin.solvers import GRADIENTS
+from rnode_plugin.torchdiffeq import odeint
 
 TIGHT: dict[str, Any] = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
 
@@ -65,106 +62,6 @@ def test_straightness_beside_a_function_of_the_users_that_is_called_kinetic() ->
     assert set(both.regularization) == {"kinetic", "straightness"}
     torch.testing.assert_close(both.regularization["straightness"], alone.regularization["straightness"])
     assert not torch.allclose(both.regularization["kinetic"], alone.regularization["straightness"])
-
-
-@pytest.mark.parametrize("mode", GRADIENTS)
-@pytest.mark.parametrize("order", [1, 2])
-def test_trajectory_polynomial_is_the_residual_of_a_fit(mode: str, order: int) -> None:
-    field, z = Linear(3), states()
-    name = f"trajectory_polynomial:{order},points=3"
-    model = NeuralODE(field, "dopri5", sensitivity=mode, regularizers=[name], **TIGHT)
-    torch.manual_seed(7)
-    t_eval, sol = model(z, torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64))
-    if mode != "interpolated_adjoint":  # where each step is an output
-        assert t_eval.tolist() == [0.0, 1.0, 2.0]
-        torch.testing.assert_close(sol.detach(), path(field.a, z, t_eval).detach(), rtol=1e-6, atol=1e-8)
-    torch.manual_seed(7)
-    drawn = 2 * torch.rand(3, dtype=torch.float64)
-    times = torch.cat([torch.tensor([0.0, 2.0], dtype=torch.float64), drawn])
-    exact = path(field.a, z, times).flatten(1)
-    fit: Any = np.polynomial.polynomial.Polynomial.fit
-    residual = sum(fit(times.numpy(), column, order, full=True)[1][0][0] for column in exact.detach().numpy().T)
-    torch.testing.assert_close(model.regularization[name].sum().item(), residual, rtol=1e-5, atol=1e-12)
-    # the gradient, of the same times
-    powers = torch.stack([times**k for k in range(order + 1)], 1)
-    loss = (exact - powers @ torch.linalg.lstsq(powers, exact).solution).square().sum()
-    ours = torch.autograd.grad(model.regularization[name].sum(), field.a)[0]
-    tolerance = 1e-2 if mode == "interpolated_adjoint" else 1e-4
-    torch.testing.assert_close(ours, torch.autograd.grad(loss, field.a)[0], rtol=tolerance, atol=tolerance)
-
-
-def test_autocast_does_not_round_the_residual() -> None:
-    """The residual is a small difference of states, of which bfloat16 keeps 8 bits."""
-    t = torch.linspace(0, 1, 4)
-    line = Trajectory(t, 3 + t[:, None, None] * torch.randn(2, 5), {})
-    with torch.autocast("cpu", torch.bfloat16):
-        found = TrajectoryPolynomial()(line)
-    assert found.dtype is torch.float32
-    assert float(found.max()) < 1e-10
-
-
-def test_extra_times_are_no_outputs_on_a_fixed_grid_either() -> None:
-    model = NeuralODE(Linear(3), "rk4_38", regularizers=["trajectory_polynomial", "straightness"])
-    span = torch.linspace(0, 1, 5, dtype=torch.float64)
-    t_eval, sol = model(states(), span, save_at=span[1:4])
-    assert t_eval.tolist() == span[1:4].tolist()
-    assert len(sol) == 3
-    t_eval, sol = model(states(), span.flip(0))
-    assert t_eval.tolist() == span.flip(0).tolist()
-    assert set(model.regularization) == {"trajectory_polynomial", "straightness"}
-
-
-def test_times_of_a_penalty_may_be_outputs_too_but_not_outside() -> None:
-    class At(TrajectoryPenalty):
-        name = "at"
-
-        def __init__(self, *times: float) -> None:
-            self.wanted = times
-
-        def times(self, t0: Tensor, t1: Tensor) -> Tensor:
-            return torch.tensor(self.wanted, dtype=torch.float64)
-
-        def __call__(self, trajectory):
-            assert trajectory.t.tolist() == [0.0, 0.25, 0.5, 1.0]
-            return trajectory.z[2].square().sum(1)
-
-    span = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
-    for solver, times in (("rk4_38", (0.5, 0.25)), ("dopri5", (0.5, 0.25)), ("rk4_38", (0.0, 0.25, 0.5, 0.5, 1.0))):
-        model = NeuralODE(Linear(3), solver, regularizers=[At(*times)])  # the ends are there once
-        t_eval, sol = model(states(), span)
-        assert t_eval.tolist() == span.tolist()
-        torch.testing.assert_close(model.regularization["at"], sol[1].square().sum(1))
-    with pytest.raises(ConfigError, match="'at' wants states at"):
-        NeuralODE(Linear(3), "rk4_38", regularizers=[At(1.5)])(states(), span)
-
-
-def test_two_penalties_that_want_one_time() -> None:
-    """The gradient by the end time is the sum of both: of ``|z(T / 2)|^2`` for ``z' = A z``."""
-
-    class Middle(TrajectoryPenalty):
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def times(self, t0: Tensor, t1: Tensor) -> Tensor:
-            return ((t0 + t1) / 2)[None]
-
-        def __call__(self, trajectory: Trajectory) -> Tensor:
-            return trajectory.z[1].square().sum(1)
-
-    field, z, policy = Linear(3), states(), LearnedEndTime(1.5)
-    model = NeuralODE(field, "dopri5", regularizers=[policy, Middle("one"), Middle("two")], **TIGHT)
-    model(z, torch.tensor([0.0, 1.0], dtype=torch.float64))
-    total = model.regularization["one"].sum() + model.regularization["two"].sum()
-    (slope,) = torch.autograd.grad(total, policy.end)
-    middle = z @ torch.linalg.matrix_exp(field.a * 0.75).T
-    wanted = 2 * (middle * (middle @ field.a.T)).sum().detach()
-    torch.testing.assert_close(slope.double(), wanted, rtol=1e-5, atol=0.0)
-
-
-def test_the_integral_of_another_penalty_may_not_be_written_into() -> None:
-    twice = OfIntegral("twice", kinetic, lambda integral: integral.mul_(2))
-    with pytest.raises(ConfigError, match="'twice' writes into"):
-        NeuralODE(Linear(3), "dopri5", regularizers=["kinetic", twice])(states())
 
 
 def test_steer_draws_the_end_in_training_alone() -> None:
@@ -223,7 +120,7 @@ def small_flow(*regularizers: str | Regularizer) -> MultiscaleFlow:
 def test_the_image_flow_takes_every_kind() -> None:
     x = torch.rand(3, 1, 4, 4)
     names = ["kinetic", "directional_vjp", "curl", "stiffness", "local_error", "straightness",
-             "trajectory_polynomial", "learned_end_time"]  # fmt: skip
+             "learned_end_time"]  # fmt: skip
     found: list[list[Tensor]] = []
     for gradient in ("autograd", "checkpointed"):
         flow = small_flow(*names).double()
@@ -282,7 +179,7 @@ def test_a_lambda_may_depend_on_the_step() -> None:
 
 
 def test_objects_and_what_is_refused_when_called() -> None:
-    resolved = resolve_regularizers({Straightness(): 0.1, TrajectoryPolynomial(2, 3): 5.0, Steer(0.1): None})
+    resolved = resolve_regularizers({straightness: 0.1, FiniteDifference(0.1): 5.0, Steer(0.1): None})
     assert [entry.strength for entry in resolved.values()] == [0.1, 5.0, 1.0]
     text: Any = "1"  # as `rnode-cli exec --regularizer steer:0.25=1` gives it
     assert resolve_regularizers({"steer:0.25": text})["steer:0.25"].strength == 1.0
@@ -290,11 +187,6 @@ def test_objects_and_what_is_refused_when_called() -> None:
         NeuralODE(Linear(3), "rk4", regularizers=["steer:1.5"])(states())
     with pytest.raises(ConfigError, match="changes the times of a solve"):
         Dynamics(Wave(), regularizers=[Steer()])
-    for times in ([0.5], torch.tensor(0.5)):
-        path = Straightness()
-        object.__setattr__(path, "times", lambda t0, t1, times=times: times)
-        with pytest.raises(ConfigError, match=r"`times` of .*'straightness' must return a tensor \(k,\)"):
-            NeuralODE(Linear(3), "rk4", regularizers=[path])(states())
 
 
 class Later(SpanPolicy):
@@ -329,15 +221,18 @@ def test_a_bad_span_policy_is_named(policy: SpanPolicy, error: type, words: str)
         model(states())
 
 
-def test_the_times_of_a_bad_trajectory_penalty_are_named() -> None:
-    class Lost(TrajectoryPenalty):
-        name = "lost"
-
-        def times(self, t0: Tensor, t1: Tensor, /) -> Tensor:
-            return t0.missing  # pyright: ignore[reportAttributeAccessIssue]
-
-        def __call__(self, trajectory: Trajectory, /) -> Tensor:
-            return trajectory.z[0].sum(1)
-
-    with pytest.raises(PluginError, match="`times` of the regularizer 'lost' raised AttributeError"):
-        NeuralODE(Linear(3), "rk4", regularizers=[Lost()])(states())
+@pytest.mark.parametrize(
+    ("finish", "error", "words"),
+    [
+        (lambda integral, z0, z1, length: integral.mul_(2), ConfigError, "'bad' writes into"),
+        (lambda integral, z0, z1, length: z1 - z0, ConfigError, r"'bad' returned shape \(3, 3\)"),
+        (lambda integral: integral, PluginError, "'bad' raised TypeError"),
+    ],
+    ids=["writes", "columns", "arguments"],
+)
+def test_a_bad_end_of_a_rate_is_named(finish: Any, error: type, words: str) -> None:
+    bad = FunctionRegularizer("bad", lambda evaluation: evaluation.dz.square().sum(1), finish=finish)
+    for call in (lambda: NeuralODE(Linear(3), "rk4", regularizers=[bad])(states()),
+                 lambda: odeint(Linear(3), states(), torch.tensor([0.0, 1.0]), regularizers=[bad])):  # fmt: skip
+        with pytest.raises(error, match=words):
+            call()
