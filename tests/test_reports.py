@@ -232,6 +232,7 @@ def test_the_jacobian_norm_is_worded_by_its_estimator(tmp_path: Path) -> None:
     """Evaluations of a tiny image take the exact trace, its validations the noise of the training."""
     tiny = dataclasses.replace(digits(), data=dataclasses.replace(digits().data, shape=(1, 4, 4)))
     of_noise, whole = "∫ ‖εᵀ∇f‖² dt / dim", "∫ ‖∇f‖² dt / dim"
+    found: list[Configuration] = []
     for number, (recipe, finished, evaluated) in enumerate([
         (digits(), True, of_noise), (tiny, True, whole), (tiny, False, of_noise),
     ]):  # fmt: skip
