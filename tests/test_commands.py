@@ -1,4 +1,4 @@
-"""The contract of every command, in tables: help, JSON, and what is refused at once, before torch is imported."""
+"""The contract of every command, in tables: help, JSON, and what is refused before torch or Lightning is there."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
 from rnode_plugin.cli.options import check_folder
 from rnode_plugin.errors import CheckpointError
+from rnode_plugin.experiments.runs.run import Run
+from rnode_plugin.experiments.training.checkpoints import save_flow
 from rnode_plugin.plugins.builtin import COMMANDS
 
 # invalid requests: exit code 2
@@ -53,6 +55,19 @@ REFUSED: dict[str, str] = {
     "train table --set data.columns=radius,textur": "data.columns: unknown column 'textur'; did you mean",
     "compare digits --configuration kinetic --configuration kinetik": "unknown configuration 'kinetik'; did",
     "compare digits --configuration none.json": "none.json cannot be read: No such file",
+    "compare digits --configuration rnode --seeds 0": "0 is not in the range x>=1",
+    "compare digits --jobs 0": "0 is not in the range x>=1",
+    "export runs/digits/0 model.pt": "a file of --format safetensors must end in .safetensors, not 'model.pt'.",
+    "export runs/digits/0 a.safetensors --format torch-export": "must end in .pt2, not 'a.safetensors'.",
+    "export runs/digits/0 a.safetensors --step 1": "--step and --method are options of programs",
+    "data prepare pictures packed --size 64": "pictures need no preparation: give their folder by --data-root, and",
+    "cite runs/digits/0 --json": "No such option",
+    "exec --regularizer kinetik=1 script.py": "unknown regularizer 'kinetik'; did you mean 'kinetic'?",
+    "report runs/digit/0": "no run at runs/digit/0; did you mean 'runs/digits/0'? Give a run folder",
+}
+
+# what is refused by the recipe in a checkpoint, which only torch can read: exit code 2
+REFUSED_BY_THE_RUN: dict[str, str] = {
     "eval runs/digits/0 --solver metod=rk4": "unknown setting 'metod'. Did you mean method",
     "eval runs/digits/0 --solver method=rk5": "unknown solver method 'rk5'; did you mean 'rk4'?",
     "eval runs/digits/0 --solver atol=x": ": atol: input should be a valid number",
@@ -66,15 +81,6 @@ REFUSED: dict[str, str] = {
     "sample runs/table/0 --given-values texture=1 --columns 4": "rows of a table are in no grid: leave --columns",
     "sample runs/table/0 --given-values texture=1 -t 1 -t 2": "at one temperature: give --temperature once.",
     "sample runs/table/0 --given-values texture=1 --out x.xlsx": "x.xlsx is not a table: its name must end in .csv",
-    "compare digits --configuration rnode --seeds 0": "0 is not in the range x>=1",
-    "compare digits --jobs 0": "0 is not in the range x>=1",
-    "export runs/digits/0 model.pt": "a file of --format safetensors must end in .safetensors, not 'model.pt'.",
-    "export runs/digits/0 a.safetensors --format torch-export": "must end in .pt2, not 'a.safetensors'.",
-    "export runs/digits/0 a.safetensors --step 1": "--step and --method are options of programs",
-    "data prepare pictures packed --size 64": "pictures need no preparation: give their folder by --data-root, and",
-    "cite runs/digits/0 --json": "No such option",
-    "exec --regularizer kinetik=1 script.py": "unknown regularizer 'kinetik'; did you mean 'kinetic'?",
-    "report runs/digit/0": "no run at runs/digit/0; did you mean 'runs/digits/0'? Give a run folder",
 }
 
 # files that are not there: exit code 1
@@ -91,6 +97,9 @@ ABSENT: dict[str, str] = {
     "export mnist-pretraned a.safetensors": "did you mean 'mnist-pretrained'?",
     "cite mnist-pretraned": "did you mean 'mnist-pretrained'?",
     "eval runs/digit/0": "no checkpoint at runs/digit/0; did you mean 'runs/digits/0'?",
+}
+
+ABSENT_FOR_THE_RUN: dict[str, str] = {
     "eval runs/table/0 --data-root nothing.csv": "nothing.csv does not exist",
     "diagnose runs/table/0 --data-root nothing.csv": "nothing.csv does not exist",
 }
@@ -155,7 +164,7 @@ def _parameters(name: str) -> set[str]:
 def test_every_command_has_its_rows(name: str) -> None:
     """A new command, or a new option that names a file, is refused in these tables before it is released."""
     found = _parameters(name)
-    rows = {"REFUSED": REFUSED, "ABSENT": ABSENT, "UNWRITABLE": UNWRITABLE}
+    rows = {"REFUSED": {**REFUSED, **REFUSED_BY_THE_RUN}, "ABSENT": ABSENT, "UNWRITABLE": UNWRITABLE}
     mine = {kind: [words for words in table if f"{words} ".startswith(f"{name} ")] for kind, table in rows.items()}
     arguments = {each.name for each in ALL[name].params if isinstance(each, click.Argument)}
     assert mine["REFUSED"] or not arguments
@@ -202,8 +211,15 @@ def test_json_is_one_value_on_the_standard_output(trained: Path, tmp_path: Path,
     assert done.output == done.stdout, "nothing on standard error"
 
 
-ROWS = {words: (code, message) for code, table in ((2, REFUSED), (1, ABSENT), (1, UNWRITABLE))
-        for words, message in table.items()}  # fmt: skip
+# by its words: the exit code, the message, and the modules that the refusal may wait for
+ROWS = {
+    words: (code, message, modules)
+    for code, modules, table in (
+        (2, set[str](), REFUSED), (1, set[str](), ABSENT), (1, set[str](), UNWRITABLE),
+        (2, {"torch"}, REFUSED_BY_THE_RUN), (1, {"torch"}, ABSENT_FOR_THE_RUN),
+    )
+    for words, message in table.items()
+}  # fmt: skip
 
 # one process makes all requests, because each process would take a third of a second to start
 PROGRAM = """
@@ -212,7 +228,7 @@ from click.testing import CliRunner
 from rnode_plugin.cli import main
 
 def seen():
-    return {*os.listdir(), *(["the module torch"] if "torch" in sys.modules else [])}
+    return {*os.listdir(), *({"torch", "pytorch_lightning"} & sys.modules.keys())}
 
 found = {}
 for words in json.loads(sys.argv[1]):
@@ -225,13 +241,12 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, list[str]]]:
-    """Of each row: the exit code, the output, and what it has left: new files, and torch if it was imported."""
+    """Of each row: the exit code, the output, and what it has left: new files, and torch or Lightning."""
     here = tmp_path_factory.mktemp("refusals")
-    for name, changes in (("digits", []), ("table", ["data.given=texture"])):
-        run = here / "runs" / name / "0"
-        (run / "checkpoints").mkdir(parents=True)
-        (run / "checkpoints" / "best.ckpt").touch()  # which is not read
-        (run / "recipe.json").write_text(json.dumps(get_recipe(name).override(changes).to_plain()))
+    for name, changes in (("digits", ["model.hidden=2"]), ("table", ["data.given=texture"])):
+        run, recipe = Run(here / "runs" / name / "0"), get_recipe(name).override(changes)
+        save_flow(recipe.build_flow(), run.best, recipe=recipe)
+        (run.path / "recipe.json").write_text(json.dumps(recipe.to_plain()))
     (here / "script.py").touch()
     (here / "pictures").mkdir()
     command = [sys.executable, "-c", PROGRAM, json.dumps(list(ROWS))]
@@ -240,13 +255,12 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
 
 
 @pytest.mark.parametrize("words", ROWS)
-def test_what_cannot_work_is_refused_before_torch_is_imported(
-    refusals: dict[str, tuple[int, str, list[str]]], words: str
-) -> None:
-    expected, message = ROWS[words]
+def test_what_cannot_work_is_refused_early(refusals: dict[str, tuple[int, str, list[str]]], words: str) -> None:
+    expected, message, modules = ROWS[words]
     code, output, left = refusals[words]
     assert message in " ".join(output.split())
-    assert (code, output.count("Error:"), left) == (expected, 1, [])
+    assert (code, output.count("Error:")) == (expected, 1)
+    assert set(left) <= modules
 
 
 def test_a_folder_is_checked_without_a_trace(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.environment import Environment
 from rnode_plugin.experiments.runs.metrics import MetricsTable
 from rnode_plugin.experiments.runs.results import DiagnosedWeights, Result
-from rnode_plugin.experiments.runs.run import BEST, LAST, PREVIOUS, Run, recipe_beside, training_lock
+from rnode_plugin.experiments.runs.run import BEST, LAST, PREVIOUS, Run, training_lock
 
 
 class Kind(NamedTuple):
@@ -202,18 +202,15 @@ def test_numbers_that_are_not_finite_leave_json_that_other_readers_take(tmp_path
 def test_the_recipe(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path / "a")
     assert not run.is_described
-    assert Run.of_checkpoint(run.best) is recipe_beside(run.best) is None
+    assert Run.of_checkpoint(run.best) is None
     run.describe(kind.recipe, ENVIRONMENT)
     assert run.is_described
-    assert run.recipe() == recipe_beside(run.best) == kind.recipe
+    assert run.recipe() == kind.recipe
     assert Run.of_checkpoint(run.last) == run
     assert Run.of_checkpoint(run.path / "elsewhere" / LAST) is None
     run.last.parent.mkdir()
     monkeypatch.chdir(run.last.parent)
     assert Run.of_checkpoint(Path(LAST)) == run
-    assert recipe_beside(Path("..", "checkpoints", LAST)) == kind.recipe
-    (run.path / "recipe.json").write_text("{")
-    assert recipe_beside(run.best) is None
 
 
 @pytest.mark.parametrize("environment", [

@@ -105,7 +105,6 @@ def eval(  # noqa: A001 - the command's name
     The trace is exact in up to 16 dimensions (64 for a table), and estimated with Rademacher probes in more. The
     NLL of a table, in nats per row, is shown with the NLL of a Gaussian.
     """
-    from ..experiments.runs.run import recipe_beside
     from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
 
     if summary and not as_json:
@@ -113,8 +112,6 @@ def eval(  # noqa: A001 - the command's name
     if wrong := [each for each in solver_settings if "=" not in each]:
         raise click.UsageError(f"--solver takes KEY=VALUE, as in --solver method=rk4, not {wrong[0]!r}.")
     path = find_checkpoint(run)
-    if (known := recipe_beside(path)) is not None:  # what cannot work is refused before torch is imported
-        _with_test_solver(known, solver_settings).at_root(data_root)
     from ..experiments.data.facts import overlap_warning
     from ..experiments.evaluation.likelihood import evaluate
     from ..experiments.evaluation.loading import load_for_evaluation, pick_device
@@ -194,18 +191,12 @@ def diagnose(
     Writes diagnosis.json and diagnosis/ (PNG and SVG). `rnode-cli report` shows the diagnosis of the best weights
     of a run. The exit code is 3 if a check failed.
     """
-    from ..experiments.runs.run import BEST, Run, recipe_beside
+    from ..experiments.runs.run import BEST, Run
     from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
 
     path = find_checkpoint(run)
-    if (known := recipe_beside(path)) is not None:  # what cannot work is refused before torch is imported
-        known.at_root(data_root)
-    own = Run.of_checkpoint(path)
-    # a report shows the diagnosis in the folder as one on the data of the run
-    others = known is not None and known.data.of_user and known.at_root(data_root) != known
-    default = own.path if own and path.name == BEST and not others else free_path(None, "diagnosis", force=False)
-    target = Run(Path(out or default))
-    check_folder(target.path)
+    if out is not None:
+        check_folder(out)
     from ..diagnostics.diagnose import compared_for, diagnose
     from ..experiments.evaluation.loading import held_out_samples, pick_device
     from ..experiments.reports.diagnosis import save_diagnosis
@@ -214,6 +205,14 @@ def diagnose(
     flush_denormals()
     torch_device = pick_device(device)
     flow, recipe, facts = load_with_recipe(path, map_location=torch_device)
+    if out is None:
+        own = Run.of_checkpoint(path)
+        # a report shows the diagnosis in the folder as one on the data of the run
+        others = recipe.data.of_user and recipe.at_root(data_root) != recipe
+        fits = path.name == BEST and not others
+        out = str(own.path if own and fits else free_path(None, "diagnosis", force=False))
+        check_folder(out)
+    target = Run(Path(out))
     count = samples or compared_for(recipe.dims)
     held_out = held_out_samples(recipe, count, facts=facts, seed=seed, root=data_root, download=download)
     diagnosis = diagnose(
@@ -288,7 +287,6 @@ def sample(
     """
     from ..experiments.data.table_files import column_names
     from ..experiments.recipes.task import SampleRequest
-    from ..experiments.runs.run import recipe_beside
     from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
 
     if given_values and given_file:
@@ -304,8 +302,6 @@ def sample(
         columns=columns,
         batch_size=batch_size,
     )
-    if (known := recipe_beside(checkpoint)) is not None:  # what cannot work is refused before torch is imported
-        known.task.check_request(request, None if out is None else Path(out))
     check_folder(Path(out or "samples").parent)
     from ..experiments.evaluation.loading import pick_device
 

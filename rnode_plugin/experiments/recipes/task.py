@@ -208,7 +208,7 @@ class Task(ABC, Generic[D]):
 
     @abstractmethod
     def check_request(self, request: SampleRequest, path: Path | None) -> None:
-        """Refuse samples that cannot be drawn or written, without importing torch.
+        """Refuse samples that cannot be drawn or written.
 
         Args:
             request: the samples.

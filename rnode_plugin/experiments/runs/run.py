@@ -7,7 +7,6 @@ run does not wait for them.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import os
@@ -288,18 +287,6 @@ class Run:
             picture=Picture(self.picture(), None) if self.picture().is_file() else newest,
             diagnosed=read_diagnosis(self.diagnosis),
         )
-
-
-def recipe_beside(checkpoint: Path) -> Recipe | None:
-    """Read the recipe of the run that a checkpoint lies in, without importing torch.
-
-    Commands check their requests against this recipe before they import torch and read the checkpoint, which has
-    the same recipe. None if there is no such run, or its recipe is damaged.
-    """
-    run = Run.of_checkpoint(checkpoint)
-    with contextlib.suppress(ConfigError):
-        return None if run is None else run.recipe()
-    return None
 
 
 @contextmanager

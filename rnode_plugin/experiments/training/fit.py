@@ -27,7 +27,7 @@ from ..recipes.recipe import Recipe
 from ..runs.environment import Environment
 from ..runs.results import RunEnd
 from ..runs.run import Run, training_lock
-from .checkpoints import find_checkpoint, load_flow, newest_intact
+from .checkpoints import load_flow, newest_intact
 from .clock import Clock
 from .datamodule import RecipeDataModule
 from .experiment import Experiment
@@ -106,11 +106,8 @@ def fit(
     names = [each for each in loggers if isinstance(each, str)]
     check_loggers(names)
     recipe = experiment if isinstance(experiment, Recipe) else experiment.recipe
-    # What can be refused early is refused here, because data may be downloaded next: settings that a resumed run
-    # cannot change, and weights that are missing
+    # settings that a resumed run cannot change are refused here, because data may be downloaded next
     resumed = None if options.resume is None else Resumed.of(options.resume, recipe)
-    if resumed is None and recipe.training.weights is not None:
-        find_checkpoint(recipe.training.weights)
     with quiet(), explained(), ExitStack() as stack:
         place = find_place(trainer_options)
         experiment = _with_weights(experiment, resumed, place, download=options.download)
