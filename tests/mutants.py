@@ -100,10 +100,10 @@ MUTANTS = [
     ),
     Mutant(
         "straightness is multiplied by the length of the time",
-        "regularizers/paths.py",
-        "- distance / length",
-        "- distance * length",
-        "test_regularizers_paths.py::test_straightness_beside_kinetic_and_of_a_straight_path",
+        "regularizers/rates.py",
+        "integral - sum_squares(z1 - z0) / length",
+        "integral - sum_squares(z1 - z0) * length",
+        "test_regularizers_spans.py::test_straightness_beside_kinetic_and_of_a_straight_path",
     ),
     Mutant(
         "hjb without one half",
