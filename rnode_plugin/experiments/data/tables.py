@@ -130,7 +130,7 @@ class Table:
     def described(self) -> str:
         """Describe the table by its rows and columns, in one line at the start of a run.
 
-        A second line says how many held-out rows equal a training row, because a flow may have memorized such rows.
+        A second line counts the held-out rows that equal a training row, because a flow may have memorized them.
         """
         columns = ", ".join(self.columns[:20]) + (", ..." if len(self.columns) > 20 else "")
         text = f"{self.name}: {self.rows:,} rows, columns {columns}"
