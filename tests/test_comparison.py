@@ -434,6 +434,7 @@ def test_the_command(training: Training, tmp_path: Path) -> None:
     assert "Error: digits-l1, seed 42: its process ended with exit code 1." in failed.output
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_its_end_is_the_end_of_its_runs(training: Training, tmp_path: Path, signum: int, jobs: int) -> None:
