@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,9 +80,17 @@ def numbers(text: str) -> pandas.DataFrame:
     whole = whole_lines(text)
     if not whole.strip():
         return pandas.DataFrame()
-    # as texts first, because pandas would give a column with one bad cell another type
+    # as texts first, because pandas would give a column with one bad cell another type, and older versions of it do
+    # not read the last bit
     table = pandas.read_csv(io.StringIO(whole), dtype=str)
-    return table.apply(pandas.to_numeric, errors="coerce").astype(float)
+    return pandas.DataFrame({name: [_number(cell) for cell in cells] for name, cells in table.items()}, dtype=float)
+
+
+def _number(cell: str | float) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
 
 
 def known_rows(table: pandas.DataFrame, known: Sequence[str]) -> Columns:
