@@ -150,7 +150,7 @@ TYPES = {
         "save_at": "Sequence[float] | Tensor",
     },
     "rnode_plugin.CNF": {"noise_dist": "torch.distributions.Distribution | None"},
-    "rnode_plugin.RegularizedCNF": {"net": "nn.Module | Callable"},
+    "rnode_plugin.RegularizedCNF": {"net": "nn.Module | Callable", "solver": "str | Solver"},
     "rnode_plugin.diagnose": {"model": "DensityModel"},
     "rnode_plugin.experiments.evaluation": {"flow": "DensityModel", "samples": "Tensor | np.ndarray"},
     "rnode_plugin.torchdiffeq": {

@@ -252,6 +252,10 @@ def controlled() -> RegularizedCNF:
             lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, solver=Adaptive(), atol=1e-9),
             "give atol= to Adaptive",
         ),
+        (
+            lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, sensitivity="adjoint", solver_adjoint="rk4"),
+            "the adjoint of dopri5 would take one step of rk4",
+        ),
         (lambda: controlled().log_prob(X.float()), "DataControl"),
         (lambda: controlled().sample(3), "DataControl"),
         (lambda: unconditional().importance_sample(lambda x: x, 3), "one number per sample"),

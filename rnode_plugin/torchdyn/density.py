@@ -444,10 +444,16 @@ def _solver_of(solver: object, options: Mapping[str, Any]) -> Solver:
     )
     if isinstance(gradient, Adjoint):
         gradient = dataclasses.replace(gradient, backward=adjoint)
-    return solver_of(
+    made = solver_of(
         solver, step=None, atol=chosen["atol"], rtol=chosen["rtol"], error_norm=chosen["error_norm"], max_nfe=limit,
         gradient=gradient,
     )  # fmt: skip
+    if made.adaptive and not adjoint.adaptive and isinstance(gradient, Adjoint) and not gradient.interpolated:
+        raise ConfigError(
+            f"the adjoint of {solver} would take one step of {backward} over the whole solve: give an adaptive "
+            "method as solver_adjoint=, or solver=Adaptive(..., gradient=Adjoint(FixedGrid(..., step=...)))."
+        )
+    return made
 
 
 def _precision(net: object) -> torch.dtype:
