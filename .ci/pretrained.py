@@ -3,8 +3,8 @@
 Run it whenever the form of a recipe, of the facts or of the header changes. It reads each file as git has it in
 COMMIT, which the last change of the form has written, and needs no code of that commit. The tensors stay the same
 to the bit. Settings that recipes no longer have are left out, and are listed together with the new ones: if a
-setting has got another name or another meaning, change its value in `_recipe_of`. Facts of the data stay. A file
-without facts gets those of its data set at FOLDER.
+setting has got another name or another meaning, change its value in `_recipe_of`. Facts of the data stay. If a
+file has no facts, they are read from its data set in FOLDER.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.evaluation.measures import Evaluation, Mean
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.environment import Environment
@@ -41,6 +42,7 @@ def write_run(
     stopped: str = "finished",
     images: Sequence[float] = (),
     devices: int = 1,
+    facts: Facts | None = None,
 ) -> Path:
     """A run of ``steps`` steps of half a second, ten to an epoch; its values are functions of the step's number.
 
@@ -48,7 +50,7 @@ def write_run(
     """
     path.mkdir(parents=True)
     run = Run(path)
-    run.describe(recipe, dataclasses.replace(ENVIRONMENT, devices=devices))
+    run.describe(recipe, dataclasses.replace(ENVIRONMENT, devices=devices), facts)
     table = MetricsTable(run.metrics)
     for step in range(1, steps + 1):
         times = {

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from rnode_plugin.errors import ConfigError, DataError, TrainingError
 from rnode_plugin.experiments.comparison import compare as comparison
 from rnode_plugin.experiments.comparison.compare import Comparison, command_lines, compare
 from rnode_plugin.experiments.comparison.configurations import configured_recipes
+from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.metrics import MetricsTable
 from rnode_plugin.experiments.runs.run import training_lock
@@ -145,6 +147,7 @@ def test_configurations_that_are_refused(recipe: Recipe, tmp_path: Path, text: s
 
 PROGRAM = """
 import json, os, shutil, sys
+from contextlib import nullcontext
 from pathlib import Path
 
 here = Path(HERE)
@@ -303,6 +306,11 @@ def test_the_same_call_continues(recipe: Recipe, training: Training, tmp_path: P
     assert more.runs[0] == first.runs[0]
     with pytest.raises(ConfigError, match=r"other settings \(optimizer.lr is .* there and 0.0001 here\)"):
         run(recipe.override(["optimizer.lr=1e-4"]), tmp_path / "c")
+    described = json.loads((first.runs[0] / "environment.json").read_text())
+    for facts, refused in ((Facts.of(recipe.load_data()), False), (Facts(train="of others"), True)):
+        (first.runs[0] / "environment.json").write_text(json.dumps({**described, "facts": facts.to_plain()}))
+        with pytest.raises(ConfigError, match="trained on other data") if refused else nullcontext():
+            run(recipe, tmp_path / "c")
     (first.runs[0] / "recipe.json").unlink()
     with pytest.raises(ConfigError, match=r"has checkpoints, but no recipe\.json"):
         run(recipe, tmp_path / "c")

@@ -5,22 +5,29 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as L
 from image_files import random_images, write_picture
+from tiny_runs import as_options, rnode
 
+from rnode_plugin import ImageDataModule, get_recipe
 from rnode_plugin.errors import DataError
 from rnode_plugin.experiments.data import ImageData, Table, get_dataset
 from rnode_plugin.experiments.data.facts import Facts, overlap_warning, refuse_other_split
+from rnode_plugin.experiments.training.checkpoints import load_with_recipe
+from rnode_plugin.experiments.training.module import RnodeModule
 
-IMAGES = random_images(80, (1, 8, 8))
+IMAGES = random_images(130, (1, 8, 8))
+FEW, MANY = 60, 100  # less and more than the training pictures whose names are kept
 
 
-def pictures(where: Path, images: np.ndarray = IMAGES[:60], *, sub: str = "sub/") -> Path:
-    """Write pictures below ``where``, every other one into the folder ``sub``."""
+def pictures(where: Path, images: np.ndarray = IMAGES[:FEW]) -> Path:
+    """Write pictures below ``where``, every other one into a folder there."""
     for number, image in enumerate(images):
-        write_picture(where / (sub if number % 2 else "") / f"p{number}.png", image)
+        write_picture(where / ("sub" if number % 2 else "") / f"p{number}.png", image)
     return where
 
 
@@ -48,6 +55,10 @@ def trained_and_held_out(before: ImageData, now: ImageData) -> int:
 # each changes the folder `faces` of the training, or makes another one, and returns the folder to read
 
 
+def _used(faces: Path) -> np.ndarray:
+    return IMAGES[: len(list(faces.rglob("*.png")))]
+
+
 def _copied(faces: Path) -> Path:
     return Path(shutil.copytree(faces, faces.parent / "copy" / "of" / "faces"))
 
@@ -71,9 +82,17 @@ def _parent_packed(faces: Path) -> Path:
 
 def _sorted_in_place(faces: Path) -> Path:
     for number, file in enumerate(sorted(faces.rglob("*.png"))):
-        place = faces / ("val" if number < 12 else "train") / file.relative_to(faces)
+        place = faces / ("val" if number < 20 else "train") / file.relative_to(faces)
         place.parent.mkdir(parents=True, exist_ok=True)
         file.rename(place)
+    return faces
+
+
+def _one_folder_deeper(faces: Path) -> Path:
+    """The name of this folder is left out when names are compared, and counts when they are split."""
+    faces.rename(faces.with_name("inner"))
+    faces.mkdir()
+    faces.with_name("inner").rename(faces / "train")
     return faces
 
 
@@ -85,7 +104,7 @@ def _renumbered(faces: Path) -> Path:
 
 def _turned_round(faces: Path) -> Path:
     """Each picture gets the name of another one."""
-    return pictures(faces, IMAGES[:60][::-1])
+    return pictures(faces, _used(faces)[::-1])
 
 
 def _flattened(faces: Path) -> Path:
@@ -100,6 +119,7 @@ def _fewer(faces: Path) -> Path:
     return faces
 
 
+@pytest.mark.parametrize("count", [FEW, MANY])
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -112,22 +132,120 @@ def _fewer(faces: Path) -> Path:
         (_parent_packed, "line"),
         (lambda faces: faces / "sub", "refused"),
         (_sorted_in_place, "refused"),
+        (_one_folder_deeper, "refused"),
         (_renumbered, "refused"),
         (_flattened, "refused"),
         (_turned_round, "line"),
         (_fewer, "line"),
-        (lambda faces: pictures(faces, IMAGES), "line"),  # more of them
-        (lambda faces: pictures(faces, IMAGES[:60] ^ 1), "line"),  # decoded otherwise
-        (lambda faces: pictures(faces, IMAGES[20:]), "line"),  # replaced
+        (lambda faces: pictures(faces, IMAGES), "silent"),  # more of them
+        (lambda faces: pictures(faces, _used(faces) ^ 1), "line"),  # decoded otherwise
+        (lambda faces: pictures(faces, _used(faces) // 2), "line"),  # replaced
     ],
 )
 def test_no_picture_that_was_trained_on_is_called_held_out_in_silence(
-    tmp_path: Path, change: Callable[[Path], Path], expected: str
+    tmp_path: Path, change: Callable[[Path], Path], expected: str, count: int
 ) -> None:
-    faces = pictures(tmp_path / "pics" / "faces")
+    faces = pictures(tmp_path / "pics" / "faces", IMAGES[:count])
     before = load(faces)
     facts = Facts.from_plain(Facts.of(before.limit(10, 2)).to_plain())
     now = load(change(faces))
     assert verdict(facts, now) == expected
     assert expected != "silent" or not trained_and_held_out(before, now)
     assert verdict(None, now) == "silent", "no comparison without facts"
+
+
+# commands ------------------------------------------------------------------------------------------------------
+
+SETTINGS = [
+    "model.hidden=4", "model.layers=2", "solver.step=0.5", "test_solver.method=midpoint", "test_solver.step=none",
+    "data.batch_size=10", "training.max_steps=2", "training.val_every_steps=2", "training.sample_images=0",
+]  # fmt: skip
+OTHER = "The weights were trained on other images, or on these under other names."
+
+
+def said(*words: object, code: int = 0) -> str:
+    """What a command prints on standard error."""
+    done = rnode(*words)
+    assert done.exit_code == code, done.output
+    return done.stderr
+
+
+def trained(faces: Path, runs: Path) -> Path:
+    said("train", "pictures", "--data-root", faces, *as_options(*SETTINGS), "--quiet", "--run-folder", runs)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the pictures in ``pics/faces`` of the same folder."""
+    folder = tmp_path_factory.mktemp("facts")
+    return trained(pictures(folder / "pics" / "faces"), folder / "run")
+
+
+def test_each_command_that_reads_weights_warns(run: Path, tmp_path: Path) -> None:
+    parent, copy = run.parent / "pics", shutil.copytree(run.parent / "pics" / "faces", tmp_path / "copy")
+    alone = tmp_path / "alone.safetensors"
+    said("export", run, alone)
+    train = ["train", "pictures", *as_options(*SETTINGS), "--quiet", "--runs", tmp_path / "runs", "--weights"]
+    for weights in (run, run / "checkpoints" / "last.ckpt", alone):
+        assert said("eval", weights, "--data-root", copy, "--quiet") == ""
+        assert OTHER in said("eval", weights, "--data-root", parent, "--quiet")
+    for command in (["eval", run], ["diagnose", run, "--samples", 2, "--out", tmp_path / "diagnosis"]):
+        assert OTHER in rnode(*command, "--data-root", parent, "--quiet").stderr
+    assert said(*train, alone, "--data-root", copy) == ""
+    assert f"{alone}: {OTHER}" in said(*train, alone, "--data-root", parent)
+
+
+def test_a_run_is_not_resumed_on_another_split(run: Path, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(run, tmp_path / "run"))
+    before = {file: file.read_bytes() for file in mine.rglob("*") if file.is_file()}
+    resume = ["train", "--resume", mine, "--max-steps", 4, "--quiet", "--data-root"]
+    assert OTHER in said(*resume, run.parent / "pics", code=1)
+    assert {file: file.read_bytes() for file in mine.rglob("*") if file.is_file()} == before
+    assert said(*resume, shutil.copytree(run.parent / "pics" / "faces", tmp_path / "copy")) == ""
+
+
+def test_what_a_run_was_first_trained_on_is_not_forgotten(tmp_path: Path) -> None:
+    """Packed images have no names, so they are not refused. The next command still warns."""
+    faces = pictures(tmp_path / "pics" / "faces")
+    mine, packed = trained(faces, tmp_path / "run"), _parent_packed(faces)
+    for steps in (4, 6):
+        resumed = said("train", "--resume", mine, "--max-steps", steps, "--data-root", packed, "--quiet")
+        assert resumed.count(OTHER) == 1
+    assert OTHER in said("eval", mine, "--quiet")
+    assert said("eval", mine, "--data-root", faces, "--quiet") == ""
+
+
+def test_a_trainer_of_the_user_keeps_and_compares_facts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faces = pictures(tmp_path / "pics" / "faces")
+    recipe = get_recipe("pictures").override([f"data.root={faces}", *SETTINGS])
+
+    def fit(root: Path, steps: int, **options: Any) -> Facts | None:
+        trainer = L.Trainer(
+            max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(RnodeModule(recipe), ImageDataModule(recipe.at_root(str(root))), **options)
+        trainer.save_checkpoint(tmp_path / "mine.ckpt")
+        return load_with_recipe(tmp_path / "mine.ckpt")[2]
+
+    facts = Facts.of(load(faces))
+    assert fit(faces, 1) == facts
+    capsys.readouterr()
+    assert fit(faces.parent, 2, ckpt_path=tmp_path / "mine.ckpt") == facts
+    assert OTHER in capsys.readouterr().err
+    assert fit(faces, 3, ckpt_path=tmp_path / "mine.ckpt") == facts
+    assert OTHER not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["split_seed=1", "validation=0.2", "held_out=0.3"])
+def test_another_split_of_a_table(tmp_path: Path, setting: str) -> None:
+    settings = as_options("model.hidden=4", *SETTINGS[3:], "training.max_steps=1", "training.val_every_steps=1")
+    train = ["train", "table", *settings, "--quiet", "--runs", tmp_path]
+    said(*train)
+    refused = said("train", "--resume", tmp_path / "table" / "0", "--set", f"data.{setting}", code=1)
+    assert "Leave these settings out, or train a new run without --resume." in refused
+    assert "--weights" not in refused, "the new run would hold out rows that the weights were trained on"
+    from_weights = said(*train, "--weights", tmp_path / "table" / "0", "--set", f"data.{setting}")
+    assert "table has other rows than the table of the training, or another split." in from_weights
+    assert "table has other rows" not in said(*train, "--weights", tmp_path / "table" / "0")

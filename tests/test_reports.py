@@ -19,6 +19,7 @@ from tiny_runs import rnode
 from rnode_plugin import get_recipe
 from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import CheckpointError, ConfigError
+from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.reports import figures, write_report
 from rnode_plugin.experiments.reports.configurations import (
@@ -333,6 +334,43 @@ def test_what_cannot_be_paired_is_not(tmp_path: Path) -> None:
         base, one = configurations_of(vanilla, write_run(tmp_path / str(number), recipe, images=images))
         assert paired(one, base) is None
         assert "against none" not in cells(make_table([base, one]), one.label)
+
+
+def test_data_that_were_replaced_at_the_same_place_are_other_data(tmp_path: Path) -> None:
+    """Other pictures under the same names, or other rows in the same file: their scores are not compared."""
+    old, more, new = Facts(train="a", held_out="b"), Facts(train="c", held_out="b"), Facts(train="d", held_out="e")
+    for first, second, parted in (
+        (old, old, False),
+        (old, more, False),  # pictures were added to the training part
+        (old, new, True),
+        (Facts(rows=9, checksum="a"), Facts(rows=9, checksum="b"), True),
+    ):
+        runs = tmp_path / f"{first.measured}{second.measured}{second.train}"
+        plain = write_run(runs / "v", digits(penalties=()), images=[1.0, 2.0], facts=first)
+        base, one = configurations_of(plain, write_run(runs / "r", digits(), images=[1.5, 2.0], facts=second))
+        assert (paired(one, base) is None) == parted
+        hashes = [f" on digits (1x8x8, 17 levels), hash {facts.measured}" for facts in (first, second)]
+        assert [base.label, one.label] == [f"{name}{end if parted else ''}" for name, end in
+                                           zip(("none", "rnode"), hashes, strict=True)]  # fmt: skip
+        # on other data, another seed makes no second run of the configuration, and the same seed repeats nothing
+        for seed in (42, 43):
+            write_run(runs / f"s{seed}", digits(penalties=(), seed=seed), images=[2.0, 2.0], facts=second)
+        found, left_out = read_runs([runs])
+        assert (len(found), len(left_out)) == ((3, 1) if first == second else (4, 0))
+        groups = group_runs(found)
+        assert len({each.label for each in groups}) == len(groups)
+        sizes = sorted(len(each.runs) for each in groups)
+        assert sizes == ([1, 2] if first == second else [1, 1, 2])
+
+
+@pytest.mark.parametrize("facts", [Facts(train="a", held_out="b"), None])
+def test_runs_on_a_copy_of_the_data_are_paired(tmp_path: Path, facts: Facts | None) -> None:
+    mnist = get_recipe("mnist").override(["model.hidden=2"])
+    plain = dataclasses.replace(mnist, regularizers={}).override(["data.root=here"])
+    first = write_run(tmp_path / "v", plain, images=[1.0, 2.0], facts=facts)
+    second = write_run(tmp_path / "r", mnist.override(["data.root=there"]), images=[1.5, 2.0], facts=facts)
+    base, one = configurations_of(first, second)
+    assert (paired(one, base) is None) == (facts is None), "without facts it may be another data set"
 
 
 # the table -----------------------------------------------------------------------------------------------------

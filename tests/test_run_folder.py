@@ -139,7 +139,7 @@ def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) ->
     facts = (
         Facts(rows=40, checksum="c5", given_ranges=((0.1, 2.0),))
         if kind is TABLE
-        else Facts(names=("a",), train="b")
+        else Facts(pictures={"a": "1"}, train="b")
     )
     run.describe(kind.recipe, ENVIRONMENT, facts)
     log(run, kind, range(1, 7))

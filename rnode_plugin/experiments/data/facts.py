@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -10,33 +9,33 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from ...errors import DataError
-from .images import ImageData
+from .images import COMPARED, ImageData, name_hash
 from .tables import Table
 
 _Number = Annotated[float, Field(allow_inf_nan=False)]
-_COMPARED = 64  # names, because a folder may have a million of them
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Facts:
     """What a file of weights says about the data that they were trained on.
 
-    They are of all samples, whatever limits a recipe sets, and stand beside the recipe in every checkpoint and
+    They describe all samples, whatever limits a recipe sets, and stand next to the recipe in every checkpoint and
     ``.safetensors`` file. A table has the first three, and images have the others.
 
     Attributes:
         rows: number of rows in all parts of the table.
         checksum: a hash of the values in these rows and of the split.
         given_ranges: the smallest and the largest value of each given column in the training rows.
-        names: hashes of names of training pictures; of many names the lowest hashes. None for images without
-            names, such as packed ones. A name is the path below the folder, without a folder ``train`` or ``val``.
+        pictures: hashes of the pixels of training pictures by hashes of their names, as
+            :class:`~rnode_plugin.experiments.data.ImageData` has them. None for images without names, such as
+            packed ones.
         train, held_out: hashes of the training images and of the held-out ones.
     """
 
     rows: int | None = None
     checksum: str | None = None
     given_ranges: tuple[tuple[_Number, _Number], ...] | None = None
-    names: tuple[str, ...] | None = None
+    pictures: dict[str, str] | None = None
     train: str | None = None
     held_out: str | None = None
 
@@ -47,9 +46,8 @@ class Facts:
             columns = data.train[:, [data.columns.index(name) for name in given]]
             ranges = tuple(zip(columns.min(0).tolist(), columns.max(0).tolist(), strict=True))
             return Facts(rows=data.rows, checksum=data.checksum, given_ranges=ranges or None)
-        names = None if data.names is None else tuple(sorted(map(_hash, data.names[0]))[:_COMPARED])
-        train, held_out = data.pixels
-        return Facts(names=names, train=train, held_out=held_out)
+        pictures = None if data.pictures is None else dict(data.pictures)
+        return Facts(pictures=pictures, train=data.pixels[0], held_out=data.pixels[1])
 
     @staticmethod
     def from_plain(plain: object) -> Facts | None:
@@ -88,13 +86,13 @@ def overlap_warning(facts: Facts | None, data: ImageData | Table) -> str | None:
             f"{data.name} has other rows than the table of the training, or another split. If the two share rows, "
             "some that were trained on may be held out now."
         )
-    if facts.train in (None, data.pixels[0]):
+    if facts.train in (None, data.pixels[0]) or _has_more(facts, data):
         return None
     if moved := _moved(facts, data):
         return f"Pictures that were trained on are held out now, such as {moved[0]}."
     return (
-        "The training images are not those of the training before. If some that were trained on have other names "
-        "or another place now, they may be held out."
+        "The weights were trained on other images, or on these under other names. Some that were trained on may be "
+        "held out now."
     )
 
 
@@ -117,30 +115,36 @@ def refuse_other_split(facts: Facts | None, data: ImageData | Table) -> None:
             "split, rows that were trained on could be held out. Put the old file back, name it with --data-root, "
             "or train a new run on this one."
         )
-    # names that are only new are of pictures that were added, and names that are only gone of deleted ones
-    if _moved(facts, data) or all(_exchanged(facts, data)):
+    # if names are only gone, their pictures were deleted
+    if _moved(facts, data) or (_gone(facts, data) and _new(facts, data)):
         raise DataError(
             f"{doubt} Put the pictures back as they were, name their folder with --data-root, or train a new run "
             "on these."
         )
 
 
+def _has_more(facts: Facts, data: ImageData) -> bool:
+    """Whether pictures were added to the training pictures, which moves none of those to the held-out ones."""
+    before, now = facts.pictures or {}, data.pictures or {}
+    known = before.keys() & now.keys()
+    return bool(known) and not _gone(facts, data) and all(before[name] == now[name] for name in known)
+
+
 def _moved(facts: Facts, data: ImageData) -> list[str]:
     """List the held-out pictures whose names were those of training pictures, and are no longer."""
-    gone, _ = _exchanged(facts, data)
-    return [name for name in (data.names[1] if data.names else ()) if _hash(name) in gone]
+    gone = _gone(facts, data)
+    return [name for name in (data.names[1] if data.names else ()) if name_hash(name) in gone]
 
 
-def _exchanged(facts: Facts, data: ImageData) -> tuple[set[str], set[str]]:
-    """Return the recorded names of training pictures that are gone now, and names that are new, as hashes."""
-    if facts.names is None or data.names is None:
-        return set(), set()
-    before, now = set(facts.names), set(map(_hash, data.names[0]))
-    # only names were recorded whose hashes are at most this, unless all were
-    bound = facts.names[-1] if len(facts.names) == _COMPARED else "g"
-    return before - now, {each for each in now - before if each <= bound}
+def _gone(facts: Facts, data: ImageData) -> set[str]:
+    """Return the recorded names, as hashes, that no training picture has now; empty for images without names."""
+    if facts.pictures is None or data.names is None:
+        return set()
+    return facts.pictures.keys() - set(map(name_hash, data.names[0]))
 
 
-def _hash(name: str) -> str:
-    # file names on Linux need not be valid UTF-8
-    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+def _new(facts: Facts, data: ImageData) -> set[str]:
+    """Return the names of training pictures, as hashes, that would have been recorded if they had been there."""
+    before, now = facts.pictures or {}, data.pictures or {}
+    every = len(before) < COMPARED  # else only names were recorded that are at most the last of these
+    return {name for name in now.keys() - before.keys() if every or name <= max(before)}

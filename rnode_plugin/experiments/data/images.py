@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, overload
@@ -52,12 +52,18 @@ class ImageArray(Protocol):
     def __getitem__(self, index: Index, /) -> np.ndarray: ...
 
 
-_COMPARED = 64  # samples, because pictures on disk are decoded for this
+COMPARED = 64  # samples, because pictures on disk are decoded for this
+
+
+def name_hash(name: str) -> str:
+    """Hash the name of a picture."""
+    # file names on Linux need not be valid UTF-8
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
 def fingerprint(samples: ImageArray) -> str:
     """Hash the number of images or rows and some of them, evenly spread, which tells other samples from these."""
-    count = min(len(samples), _COMPARED)
+    count = min(len(samples), COMPARED)
     some = np.ascontiguousarray(samples[np.arange(count) * len(samples) // count])
     return hashlib.sha256(f"{len(samples)} {some.shape}".encode() + some.tobytes()).hexdigest()[:16]
 
@@ -90,10 +96,12 @@ class ImageData:
         levels: number of values that a pixel can take, 256 for 8 bits.
         numbers: the place of each image of ``val`` among all held-out images, from 0; None if ``val`` is all of
             them. A table has the places of its rows in the file.
-        names: names of all training pictures and of all held-out ones, see :class:`~.facts.Facts`; None for images
-            without names.
-        pixels: the :func:`fingerprint` of all training images and of all held-out ones, which is computed if it is
-            not given. :meth:`limit` keeps it.
+        names: names of all training pictures and of all held-out ones, without the folder of a part of the split;
+            None for images without names.
+        pixels: the :func:`fingerprint` of all training images and of all held-out ones.
+        pictures: the hash of the pixels of some training pictures by the :func:`name_hash` of their names, which
+            are the lowest of these. It is computed, as ``pixels`` are, if it is not given. :meth:`limit` keeps all
+            three, because they describe the whole data set.
 
     Raises:
         DataError: the arrays are not such images. Values of arrays on disk are not checked.
@@ -107,6 +115,7 @@ class ImageData:
     numbers: np.ndarray | None = None
     names: tuple[Sequence[str], Sequence[str]] | None = None
     pixels: tuple[str, str] = ("", "")
+    pictures: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.levels <= 256:
@@ -123,6 +132,10 @@ class ImageData:
                 raise DataError(f"{what} hold the value {images.max()}, which {self.levels} levels do not reach.")
         if not all(self.pixels):
             object.__setattr__(self, "pixels", (fingerprint(self.train), fingerprint(self.val)))
+        if self.names is not None and self.pictures is None:
+            lowest = sorted((name_hash(name), place) for place, name in enumerate(self.names[0]))[:COMPARED]
+            found = {name: fingerprint(self.train[place : place + 1]) for name, place in lowest}
+            object.__setattr__(self, "pictures", found)
 
     def described(self) -> str:
         """Describe the images by shape and levels, in one line at the start of a run."""

@@ -152,7 +152,7 @@ def _labels(runs: Sequence[RunContents]) -> list[str]:
     if len(runs) == 1:
         return [runs[0].recipe.name]
     recipes = [run.recipe for run in runs]
-    data = _data_texts(recipes)
+    data = _data_texts(runs)
     short = [f"{given_name(one) or penalties_of(one)}{on}" for one, on in zip(recipes, data, strict=True)]
     long = [f"{_with_lambdas(one)}{on}" for one, on in zip(recipes, data, strict=True)]
     pairs = list(zip(short, long, strict=True))
@@ -166,20 +166,34 @@ def _labels(runs: Sequence[RunContents]) -> list[str]:
 
 def _difference(run: RunContents, twins: Sequence[RunContents]) -> str:
     """The first setting that no other of the ``twins`` has, as ``solver.step=0.5``, or all settings that differ."""
-    facts = [{"name": each.recipe.name, **dict(each.recipe.settings()), "devices": each.devices} for each in twins]
-    values = {name: [as_text(each.get(name)) for each in facts] for name in dict.fromkeys(chain(*facts))}
+    known = [{"name": each.recipe.name, **dict(each.recipe.settings()), **_outside(each)} for each in twins]
+    values = {name: [as_text(each.get(name)) for each in known] for name in dict.fromkeys(chain(*known))}
     differ = [name for name, texts in values.items() if len(set(texts)) > 1 and name != "training.seed"]
     alone = [name for name in differ if len(set(values[name])) == len(twins)][:1]
     place = next(number for number, each in enumerate(twins) if each is run)
     return ", ".join(f"{name}={values[name][place]}" for name in alone or differ)
 
 
-def _data_texts(recipes: Sequence[Recipe]) -> list[str]:
-    """The end of each label, as `` on mnist``; empty if all recipes have the same data."""
-    short, long = ([text(recipe) for recipe in recipes] for text in (data_name, data_text))
-    if len(set(long)) == 1:
-        return [""] * len(long)
-    return [f" on {text}" for text in (short if len(set(short)) == len(set(long)) else long)]
+def _data_texts(runs: Sequence[RunContents]) -> list[str]:
+    """The end of each label, as `` on mnist``; empty if all runs have the same data.
+
+    Data that have changed at the same place, under the same names, differ in the hash alone.
+    """
+    names, texts = ([text(run.recipe) for run in runs] for text in (data_name, data_text))
+    hashed = [f"{text}, hash {_measured(run) or 'unknown'}" for text, run in zip(texts, runs, strict=True)]
+    if len(set(hashed)) == 1:
+        return [""] * len(hashed)
+    shortest = next(each for each in (names, texts, hashed) if len(set(each)) == len(set(hashed)))
+    return [f" on {text}" for text in shortest]
+
+
+def _measured(run: RunContents) -> str | None:
+    return None if run.facts is None else run.facts.measured
+
+
+def _outside(run: RunContents) -> dict[str, object]:
+    """What configurations differ in, other than settings."""
+    return {"devices": run.devices, "data": run.facts and (run.facts.checksum or run.facts.train)}
 
 
 def _with_lambdas(recipe: Recipe) -> str:
@@ -254,10 +268,10 @@ def _same_samples(one: RunContents, other: RunContents) -> bool:
 
     def shown(run: RunContents) -> tuple[object, ...]:
         # the noise depends on the seed and on the place of a sample in its batch, hence on the size of a batch
-        data = {name: value for name, value in vars(run.recipe.data).items() if name not in _OF_TRAINING}
-        training, facts = run.recipe.training, run.facts
-        # pictures may be replaced by others at the same place, under the same names
-        samples = None if facts is None else facts.measured
-        return (data, samples, training.val_images, training.seed, len(run.scores), run.recipe.test_solver)
+        # pictures may be replaced by others at the same place, under the same names, and a copy is the same data
+        left_out = _OF_TRAINING if run.facts is None else (*_OF_TRAINING, "root")
+        data = {name: value for name, value in vars(run.recipe.data).items() if name not in left_out}
+        training = run.recipe.training
+        return (data, _measured(run), training.val_images, training.seed, len(run.scores), run.recipe.test_solver)
 
     return len(one.scores) > 0 and shown(one) == shown(other)

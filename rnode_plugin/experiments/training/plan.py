@@ -200,7 +200,7 @@ class Resumed:
         return RunPlan(**callbacks[RECORDER]["plan"]).epochs_at(self.done)
 
     def facts_with(self, now: Facts) -> Facts:
-        """Return the facts of the run, which goes on with data that have the facts ``now``.
+        """Return the facts of the run, which continues with data that have the facts ``now``.
 
         They describe the training samples of its first part, which must not be forgotten, and the held-out samples
         of now, on which it is scored.
