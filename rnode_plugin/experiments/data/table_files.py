@@ -13,7 +13,7 @@ import shlex
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -78,7 +78,7 @@ def read_columns(
     for name in wanted:
         if name not in frame.columns:
             raise DataError(f"{path}: {suggest(name, frame.columns, 'column')}")
-    columns = {name: _as_numbers(frame[name]) for name in wanted}
+    columns = {name: _as_numbers(cast("pd.Series", frame[name])) for name in wanted}
     numeric = [name for name, (_, fault) in columns.items() if not fault]
     for name, (_, fault) in columns.items():
         if fault:
