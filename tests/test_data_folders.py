@@ -188,7 +188,7 @@ def test_a_recipe_takes_the_shape_of_the_pictures(tmp_path, shape, options, foun
     assert recipe.override(["training.seed=3"]).data == recipe.data
     for name in ("mnist", "digits", "celebahq256"):  # of 256, 17 and 32 levels
         other = get_recipe(name).override(["data.name=folder", f"data.root={tmp_path}", *options])
-        assert (other.task.event, other.paper, other.task.model_options) == (found, None, {"levels": 256})
+        assert (other.task.event, other.task.model_options) == (found, {"levels": 256})
         other.load_data()
     assert other.override(["data.levels=32"]).task.model_options == {"levels": 32}
     published = vars(other.override(["data.name=cifar10"]).data)

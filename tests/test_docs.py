@@ -156,22 +156,6 @@ def test_what_the_paper_has_is_where_the_table_says():
         pkgutil.resolve_name(name)
 
 
-def test_figures_of_the_reproduction_page_are_those_of_the_recipes():
-    of_paper = (ROOT / "docs" / "reproduce.md").read_text().split("\n## ")[0]
-    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", of_paper, re.MULTILINE)
-    assert [name for name, _ in rows] == ["mnist", "cifar10", "imagenet64", "celebahq256"]
-    for name, cells in rows:
-        recipe = get_recipe(name)
-        paper = recipe.paper
-        assert paper is not None
-        hours, vanilla, devices, bits = cells.split(" | ")
-        assert hours.startswith(f"{paper.hours:g} (" if paper.hours < 100 else f"{paper.hours / 24:g} days (")
-        if paper.vanilla_hours is not None:
-            assert vanilla == f"{paper.vanilla_hours:g} ({paper.vanilla_bits:g} bits/dim)"
-        assert devices == f"{paper.gpus} x {recipe.data.batch_size}"
-        assert bits == f"{paper.bits_dirty:g} / {paper.bits_clean:g}"
-
-
 def test_the_public_names_are_in_the_reference():
     pages = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
     shown = re.findall(r"^\.\. auto(?!module)\w+:: rnode_plugin\.(\w+)$", pages, re.MULTILINE)

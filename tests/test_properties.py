@@ -28,7 +28,7 @@ from rnode_plugin.files import check_path_name
 from rnode_plugin.text import duration, significant
 
 RECIPE = get_recipe("digits")
-PATHS = [path for path, _ in RECIPE.settings() if not path.startswith("paper.")]
+PATHS = [path for path, _ in RECIPE.settings()]
 
 settings.register_profile(
     "ours",

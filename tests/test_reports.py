@@ -437,17 +437,6 @@ def test_a_validation_that_is_not_finite_and_a_plugin_that_is_not_here(tmp_path:
     assert found["bits/dim, dirty"] == "infinite"
 
 
-def test_figures_of_the_paper_are_in_no_report(tmp_path: Path) -> None:
-    """They were measured by its authors, on other hardware; docs/reproduce.md has them."""
-    recipe = get_recipe("mnist").override(["model.hidden=2"])
-    assert recipe.paper is not None
-    report = write_report([write_run(tmp_path / "0", recipe, **FEW)], tmp_path / "out")
-    assert report.table.columns == ("mnist",)
-    text = re.sub(r"base64,[^\"]*", "", report.html.read_text())
-    assert "24.4 h" not in text
-    assert "paper." not in text  # among the settings
-
-
 def test_the_error_of_a_baseline_is_over_the_rows(tmp_path: Path) -> None:
     """A Gaussian does not depend on the seed, so its deviation over the seeds is not an error."""
     for seed in (1, 2):
@@ -595,20 +584,6 @@ def test_the_recipe_of_a_comparison_has_no_configuration(tmp_path: Path) -> None
     assert "<dt>recipe</dt><dd>mnist-fast</dd>" in text
     other = write_run(tmp_path / "mine", dataclasses.replace(base, name="mine-none"), **FEW)  # not known here
     assert "<dt>recipe</dt><dd>mine-none</dd>" in write_report([other], tmp_path / "out").html.read_text()
-
-
-@pytest.mark.parametrize(("name", "of_paper"), [("mnist", True), ("digits", False)])
-def test_figures_of_the_paper_are_named_for_its_recipes(tmp_path: Path, name: str, of_paper: bool) -> None:
-    recipe = get_recipe(name).override(["model.hidden=2"])
-    recipes = (recipe, dataclasses.replace(recipe, regularizers={}))
-    configurations = configurations_of(*(write_run(tmp_path / str(k), each) for k, each in enumerate(recipes)))
-    sections = {panel.section for panel in figures.make_panels(configurations)}
-    endings = (" (figure 2 of the paper)", " (figures 3 and 5 of the paper)") if of_paper else ("", "")
-    assert sections == {
-        "What the penalties buy",
-        f"Bits/dim during training{endings[0]}",
-        f"What the penalties do during training{endings[1]}",
-    }
 
 
 def test_a_full_disk_leaves_no_half_of_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

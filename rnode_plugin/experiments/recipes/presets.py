@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 
 from ...solvers.settings import SolverSettings
-from .recipe import Data, Model, Optimizer, Paper, Recipe, TableData, TableModel, Training
+from .recipe import Data, Model, Optimizer, Recipe, TableData, TableModel, Training
 
 _DOPRI5 = SolverSettings(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6)
 _RK4 = SolverSettings(method="rk4_38", step=0.25)
@@ -55,7 +55,6 @@ def mnist() -> Recipe:
         solver=_RK4,
         test_solver=_DOPRI5,
         training=Training(val_images=1000),
-        paper=Paper(0.97, 0.92, hours=24.4, gpus=1, parameters=800_000, vanilla_bits=0.97, vanilla_hours=68.5),
     )
 
 
@@ -68,7 +67,6 @@ def cifar10() -> Recipe:
         solver=_RK4,
         test_solver=_DOPRI5,
         training=Training(val_images=1000),
-        paper=Paper(3.38, 3.25, hours=31.8, gpus=1, parameters=1_360_000, vanilla_bits=3.36, vanilla_hours=91.3),
     )
 
 
@@ -81,7 +79,6 @@ def imagenet64() -> Recipe:
         solver=_DOPRI5_LEAN,
         test_solver=_DOPRI5,
         training=Training(max_epochs=4, val_images=1000),
-        paper=Paper(3.83, 3.72, hours=64.1, gpus=4, parameters=2_000_000),
     )
 
 
@@ -94,7 +91,6 @@ def celebahq256() -> Recipe:
         solver=_DOPRI5_LEAN,
         test_solver=_DOPRI5,
         training=Training(max_epochs=16, val_images=300, sample_images=4),
-        paper=Paper(1.04, 0.72, hours=158.4, gpus=4, parameters=4_610_000),
     )
 
 
@@ -169,5 +165,4 @@ def _fast(recipe: Recipe) -> Recipe:
             precision="auto",
             compile="auto",
         ),
-        paper=None,
     )

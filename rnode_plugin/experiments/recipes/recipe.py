@@ -28,14 +28,14 @@ from ...solvers.settings import SolverSettings
 from ...validation import refused
 from .data import Data, TableData
 from .fields import CONFIG, Kept, kept, listed
-from .settings import Model, Optimizer, Paper, TableModel, Training
+from .settings import Model, Optimizer, TableModel, Training
 from .task import AnyTask
 
 if TYPE_CHECKING:
     from ...core.distribution import DensityModel
     from ..data import ImageData, Table
 
-__all__ = ["Data", "Model", "Optimizer", "Paper", "Recipe", "TableData", "TableModel", "Training",
+__all__ = ["Data", "Model", "Optimizer", "Recipe", "TableData", "TableModel", "Training",
            "as_text", "get_recipe", "is_recipe_file", "read_recipe", "read_strength"]  # fmt: skip
 
 
@@ -92,7 +92,6 @@ class Recipe:
         test_solver: the integrator of validation, evaluation and sampling.
         regularizers: lambda by name (eq. 17), a number or ``linear_warmup(STEPS)*LAMBDA``. A penalty with lambda 0
             is measured and not trained on.
-        paper: the figures of the paper, where it has them.
 
     Raises:
         ValidationError: a setting cannot work, by itself or with the others. The error is pydantic's, and a
@@ -108,7 +107,6 @@ class Recipe:
     optimizer: Optimizer = Field(default_factory=Optimizer)
     regularizers: Mapping[str, _Strength] = Field(default_factory=lambda: {"kinetic": 0.01, "jacfrob": 0.01})
     training: Training = Field(default_factory=Training)
-    paper: Paper | None = None
 
     def __post_init__(self) -> None:
         check_path_name(self.name, "recipe")
@@ -133,8 +131,7 @@ class Recipe:
 
         The assignments are applied together, because two settings may be valid only together.
 
-        Another data set brings its columns or its shape, see :meth:`Data.changed` and :meth:`TableData.changed`,
-        and drops the figures of the paper.
+        Another data set brings its columns or its shape, see :meth:`Data.changed` and :meth:`TableData.changed`.
 
         Raises:
             ConfigError: a setting or regularizer is unknown, a value is bad, or another setting leaves an assigned
@@ -152,8 +149,6 @@ class Recipe:
             with refused("data"):
                 data = self.data.changed(changes.pop("data"))
             new["data"] = data
-            if data.name != self.data.name:
-                new["paper"] = None
         for group, values in changes.items():
             old = vars(self)[group]
             new[group] = {**(old if isinstance(old, Mapping) else vars(old)), **values}
@@ -173,7 +168,7 @@ class Recipe:
     def _changes(self, assignments: Iterable[str]) -> dict[str, dict[str, str | None]]:
         """Sort the texts by group and key, with None for ``none``, and refuse what is not a setting."""
         changes: dict[str, dict[str, str | None]] = {}
-        known = [path for path, _ in self.settings() if not path.startswith("paper.")]
+        known = [path for path, _ in self.settings()]
         for assignment in assignments:
             # a regularizer may have options: regularizers.taylor:order=3=0.01
             separate = str.rpartition if assignment.lstrip().startswith("regularizers.") else str.partition
@@ -221,7 +216,7 @@ class Recipe:
         return [
             (f"{group}.{key}", entry)
             for group, value in vars(self).items()
-            if not (value is None or isinstance(value, str))  # name and description, or no paper
+            if not isinstance(value, str)  # name and description
             for key, entry in (value if isinstance(value, Mapping) else vars(value)).items()
         ]
 

@@ -1,4 +1,4 @@
-"""The groups of settings of a recipe: model, optimizer, training, and the paper's figures."""
+"""The groups of settings of a recipe: model, optimizer and training."""
 
 from __future__ import annotations
 
@@ -182,23 +182,3 @@ class Training:
     def __post_init__(self) -> None:
         if self.max_epochs is None and self.max_steps is None:
             raise ConfigError("training.max_epochs and training.max_steps cannot both be none: give one of them.")
-
-
-@dataclass(frozen=True, config=CONFIG)
-class Paper:
-    """The figures of the paper for this data set (Tables 1 and 2). All of them are the authors' measurements.
-
-    Attributes:
-        bits_dirty, bits_clean: bits/dim of RNODE with uniform noise and at the bins' centers.
-        hours, gpus: hours of the RNODE run, and its number of devices.
-        parameters: number of parameters of the model, to the three digits of Table 2.
-        vanilla_bits, vanilla_hours: bits/dim with noise, and hours, of FFJORD; None if the paper has no such run.
-    """
-
-    bits_dirty: float
-    bits_clean: float
-    hours: float
-    gpus: int
-    parameters: int
-    vanilla_bits: float | None = None
-    vanilla_hours: float | None = None

@@ -121,9 +121,7 @@ def _panels(configurations: Sequence[Configuration]) -> Iterator[Panel]:
     seconds = max(run.steps["train_seconds"].max(initial=0) for one in configurations for run in one.runs)
     unit, name = next((size, name) for least, size, name in _SPAN_UNITS if seconds >= least)
     time, epoch = f"training time [{name}]", f"epoch [passes over the training {samples}]"
-    of_paper = all(one.recipe.paper is not None for one in configurations)
     section = f"{likelihood[0].upper()}{likelihood[1:]} during training"
-    section += " (figure 2 of the paper)" if of_paper else ""
     window = "Each line is a run: the mean over the training batches in a window of a twentieth of its steps."
     check = f"Each mark is a validation on held-out {samples} with the test solver."
     curves = [
@@ -134,7 +132,6 @@ def _panels(configurations: Sequence[Configuration]) -> Iterator[Panel]:
     ]  # fmt: skip
     if len(configurations) > 1:
         section = "What the penalties do during training"
-        section += " (figures 3 and 5 of the paper)" if of_paper else ""
         jacobian = f"Jacobian norm: {jacobian_norm(configurations, validated=True)}"
         curves += [
             _Curve(name, title, x, f"val/{y}", x_label, y_label, section, check)
