@@ -62,9 +62,7 @@ def test_settings_of_the_paper(name, shape, levels, batch, epochs, alpha, flip, 
 
 def test_the_reproduction_page_has_the_figures_of_the_paper() -> None:
     of_paper = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text().split("\n## ")[0]
-    rows = {
-        name: cells.split(" | ") for name, cells in re.findall(r"^\| `(\w+)` \| (.+) \|$", of_paper, re.MULTILINE)
-    }
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", of_paper, re.MULTILINE))
     batches = {name: get_recipe(name).data.batch_size for name in PAPER}
     assert rows == {
         name: f"{each.hours} | {each.vanilla} | {each.gpus} x {batches[name]} | {each.bits[0]:g} / {each.bits[1]:g}"
