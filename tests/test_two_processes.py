@@ -22,7 +22,7 @@ from torch.multiprocessing.spawn import start_processes
 from torchdyn.core.neuralde import NeuralODE as TorchdynNeuralODE
 
 import rnode_plugin
-from rnode_plugin import CNF, NeuralODE, RegularizedCNF, get_recipe
+from rnode_plugin import CNF, DensityModel, NeuralODE, RegularizedCNF, get_recipe
 from rnode_plugin.core.objective import objective
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
@@ -117,7 +117,7 @@ def _work(rank: int, address: str, result: str) -> None:
             for _ in range(times):
                 model.zero_grad()
                 output = each(x[mine])
-                states = output[1][-1] if isinstance(output, tuple) else output
+                states = model.log_prob_of(output) if isinstance(model, DensityModel) else output[1][-1]
                 (states.square().mean() + model.reg_loss()).backward()
             pair.append(gradient(model))
         found[f"{name}, {mode}, {unused}"] = pair

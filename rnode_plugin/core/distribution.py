@@ -142,7 +142,7 @@ class DensityModel(nn.Module, ABC):
         """
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        """Call :meth:`encode`."""
+        """Call :meth:`encode`, also through a wrapper such as DistributedDataParallel."""
         return self.encode(*args, **options)
 
     def log_prob_of(self, output: FlowOutput) -> Tensor:

@@ -202,10 +202,6 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         twin.t_span = times
         return twin
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Call :meth:`log_prob`, so that the model can be wrapped, for example by DistributedDataParallel."""
-        return self.log_prob(x, context=context)
-
     def encode(
         self,
         x: Tensor,
