@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from rnode_plugin.diagnostics.result import Check, Diagnosis
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.evaluation.measures import Evaluation, Mean
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.environment import Environment
 from rnode_plugin.experiments.runs.metrics import MetricsTable
-from rnode_plugin.experiments.runs.results import Result
+from rnode_plugin.experiments.runs.results import DiagnosedWeights, Result
 from rnode_plugin.experiments.runs.run import Run
 
 ENVIRONMENT = Environment(
@@ -26,6 +27,23 @@ ENVIRONMENT = Environment(
     cuda=None,
     threads=2,
     cpus=None,
+)
+
+DIAGNOSED = DiagnosedWeights(
+    checkpoint="a/checkpoints/best.ckpt",
+    recipe="digits",
+    weights="average of 0.99",
+    diagnosis=Diagnosis(
+        (
+            Check("tolerance", "warning", "It is coarse.", {"nll": 0.1 + 0.2, "nfe": 3}, {"nfe": [1, 2.5]}),
+            Check("samples", "left out", "Too few."),
+        ),
+        samples=24,
+        dims=64,
+        solver="rk4",
+        seed=3,
+        seconds=1 / 3,
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""Readers of files, on files that were damaged at random: one message of ours, or a result, never a traceback."""
+"""Readers of files that were damaged at random give a result, or one message that names the file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import picture_bytes, random_images
-from run_folders import write_run
+from run_folders import DIAGNOSED, write_run
 
 from rnode_plugin import get_recipe
 from rnode_plugin.errors import RnodeError
@@ -20,6 +20,7 @@ from rnode_plugin.experiments.data.table_files import column_names, read_columns
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.training.checkpoints import load_flow, save_flow
 
+FILES_OF_A_RUN = "recipe.json", "environment.json", "result.json", "diagnosis.json", "metrics.csv", "images.csv"
 IMAGES = random_images(12, (3, 8, 8))
 ROWS = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)
 RECIPE = get_recipe("digits").override(["model.hidden=2", "model.layers=2", "test_solver.method=rk4"])
@@ -52,6 +53,10 @@ def flow(folder: Path) -> None:
         save_flow(RECIPE.build_flow(), folder / name, recipe=RECIPE)
 
 
+def whole_run(folder: Path) -> None:
+    Run(write_run(folder / "run", RECIPE, images=[2.0] * 30)).add_diagnosis(DIAGNOSED, {})
+
+
 def dataset(file: Path) -> None:
     data = get_dataset("folder", root=str(file.parent))
     _ = data.train[:], data.val[:]
@@ -68,8 +73,7 @@ FORMATS: list[tuple[str, Callable[[Path], Any], Callable[[Path], Any]]] = [
     ),
     ("a.ckpt", flow, load_flow),
     ("a.safetensors", flow, load_flow),
-    *((name, lambda folder: write_run(folder / "run", RECIPE), lambda file: Run(file.parent).read())
-      for name in ("run/recipe.json", "run/result.json", "run/metrics.csv")),
+    *((f"run/{name}", whole_run, lambda file: Run(file.parent).read()) for name in FILES_OF_A_RUN),
 ]  # fmt: skip
 
 
@@ -78,12 +82,13 @@ def test_damaged_files(name: str, make: Callable[[Path], Any], read: Callable[[P
     file = tmp_path / "in" / name
     (tmp_path / "in").mkdir()
     make(tmp_path / "in")
-    whole, draw, refused = file.read_bytes(), np.random.default_rng(zlib.crc32(name.encode())), 0
+    whole, draw, refused = file.read_bytes(), np.random.default_rng(zlib.crc32(name.encode())), list[RnodeError]()
     read(file)
     for _ in range(20):
         file.write_bytes(damaged(whole, draw))
         try:
             read(file)
-        except RnodeError:
-            refused += 1
-    assert refused > 0
+        except RnodeError as error:
+            refused.append(error)
+    assert refused
+    assert all(file.name in str(error) for error in refused)

@@ -12,17 +12,16 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from run_folders import ENVIRONMENT, write_run
+from run_folders import DIAGNOSED, ENVIRONMENT, write_run
 
 from rnode_plugin import get_recipe
-from rnode_plugin.diagnostics.result import Check, Diagnosis
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.evaluation.measures import Evaluation, Mean
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.environment import Environment
 from rnode_plugin.experiments.runs.metrics import MetricsTable
-from rnode_plugin.experiments.runs.results import DiagnosedWeights, Result
+from rnode_plugin.experiments.runs.results import Result
 from rnode_plugin.experiments.runs.run import BEST, LAST, PREVIOUS, Run, training_lock
 
 
@@ -45,23 +44,6 @@ TABLE = Kind(
     "rows.csv",
 )
 KINDS = pytest.mark.parametrize("kind", [IMAGES, TABLE], ids=["images", "table"])
-
-DIAGNOSED = DiagnosedWeights(
-    checkpoint="a/checkpoints/best.ckpt",
-    recipe="digits",
-    weights="average of 0.99",
-    diagnosis=Diagnosis(
-        (
-            Check("tolerance", "warning", "It is coarse.", {"nll": 0.1 + 0.2, "nfe": 3}, {"nfe": [1, 2.5]}),
-            Check("samples", "left out", "Too few."),
-        ),
-        samples=24,
-        dims=64,
-        solver="rk4",
-        seed=3,
-        seconds=1 / 3,
-    ),
-)
 
 
 def result(kind: Kind, *, stopped: str = "finished", steps: int = 8, samples: int = 5) -> Result:
@@ -122,10 +104,12 @@ def assert_logged(run: Run, kind: Kind, steps: int) -> None:
     assert found.last_step == steps
 
 
-def refusal(run: Run) -> str:
-    with pytest.raises(ConfigError) as caught:
-        run.read()
-    return str(caught.value)
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run of images that has begun."""
+    run = Run(tmp_path / "run")
+    run.describe(IMAGES.recipe, ENVIRONMENT)
+    return run
 
 
 # a run from its beginning to its end ---------------------------------------------------------------------------
@@ -175,9 +159,7 @@ def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) ->
     assert {each.name for each in run.path.iterdir()} == files
 
 
-def test_numbers_that_are_not_finite_leave_json_that_other_readers_take(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.describe(IMAGES.recipe, ENVIRONMENT)
+def test_numbers_that_are_not_finite_leave_json_that_other_readers_take(run: Run) -> None:
     ended = result(IMAGES)
     mean = Mean(math.nan, math.inf, None, (math.nan, math.inf, 1.0, 2.0, 3.0))
     means, penalties = {**ended.evaluation.means, "clean": mean}, {"kinetic": math.inf, "l1": 1.0}
@@ -198,14 +180,12 @@ def test_numbers_that_are_not_finite_leave_json_that_other_readers_take(tmp_path
 # a file each ---------------------------------------------------------------------------------------------------
 
 
-@KINDS
-def test_the_recipe(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path / "a")
     assert not run.is_described
     assert Run.of_checkpoint(run.best) is None
-    run.describe(kind.recipe, ENVIRONMENT)
+    run.describe(IMAGES.recipe, ENVIRONMENT)
     assert run.is_described
-    assert run.recipe() == kind.recipe
     assert Run.of_checkpoint(run.last) == run
     assert Run.of_checkpoint(run.path / "elsewhere" / LAST) is None
     run.last.parent.mkdir()
@@ -213,29 +193,20 @@ def test_the_recipe(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert Run.of_checkpoint(Path(LAST)) == run
 
 
-@pytest.mark.parametrize("environment", [
-    ENVIRONMENT, Environment.of(torch.device("cpu")), dataclasses.replace(ENVIRONMENT, plugins={}, cuda="12.8"),
-])  # fmt: skip
-def test_the_environment(environment: Environment, tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.describe(IMAGES.recipe, environment)
-    assert run.read().environment == environment
-    assert environment.packages.items() <= json.loads((tmp_path / "environment.json").read_text()).items()
-    (tmp_path / "environment.json").unlink()
+def test_the_environment(run: Run) -> None:
+    here = Environment.of(torch.device("cpu"), devices=3)
+    assert (here.packages["torch"], here.cuda) == (torch.__version__, None)
+    assert (here.threads, here.devices) == (torch.get_num_threads(), 3)
+    assert here.packages.keys() > {"rnode-plugin", "torchdyn", "torchdiffeq", "pytorch-lightning", "numpy"}
+    for environment in (here, dataclasses.replace(ENVIRONMENT, plugins={}, cuda="12.8")):
+        run.describe(IMAGES.recipe, environment)
+        assert run.read().environment == environment
+        assert environment.packages.items() <= json.loads((run.path / "environment.json").read_text()).items()
+    (run.path / "environment.json").unlink()
     assert run.read().environment is None
 
 
-def test_this_environment() -> None:
-    found = Environment.of(torch.device("cpu"))
-    assert (found.packages["torch"], found.cuda) == (torch.__version__, None)
-    assert (found.threads, found.devices) == (torch.get_num_threads(), 1)
-    assert Environment.of(torch.device("cpu"), devices=3).devices == 3
-    assert found.packages.keys() > {"rnode-plugin", "torchdyn", "torchdiffeq", "pytorch-lightning", "numpy"}
-
-
-def test_metrics_have_any_number_and_columns_that_come_later(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.describe(IMAGES.recipe, ENVIRONMENT)
+def test_metrics_have_any_number_and_columns_that_come_later(run: Run) -> None:
     values = np.array([0.1 + 0.2, 1e-300, math.inf, -math.inf, math.nan, 3.0])
     table = MetricsTable(run.metrics)
     for step, value in enumerate(values, 1):
@@ -251,9 +222,7 @@ def test_metrics_have_any_number_and_columns_that_come_later(tmp_path: Path) -> 
     assert run.read().metrics.last_step == 6
 
 
-def test_steps_of_flow_matching_count_as_training(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.describe(IMAGES.recipe, ENVIRONMENT)
+def test_steps_of_flow_matching_count_as_training(run: Run) -> None:
     table = MetricsTable(run.metrics)
     for step in (1, 2):
         table.add({"epoch": step, "train_seconds": 3 * step, "train/matching": 0.5}, step)
@@ -264,9 +233,7 @@ def test_steps_of_flow_matching_count_as_training(tmp_path: Path) -> None:
     assert (found.checks["epoch"].tolist(), found.checks["train_seconds"].tolist()) == ([2.0], [6.0])
 
 
-def test_a_validation_before_the_first_logged_step_has_its_place(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.describe(IMAGES.recipe, ENVIRONMENT)
+def test_a_validation_before_the_first_logged_step_has_its_place(run: Run) -> None:
     table = MetricsTable(run.metrics)
     table.add({"val/bpd": 5.0}, 4)
     table.add({"epoch": 1.0, "train_seconds": 5.0, "train/bpd": 6.0}, 10)
@@ -275,10 +242,8 @@ def test_a_validation_before_the_first_logged_step_has_its_place(tmp_path: Path)
     assert (checks["epoch"].tolist(), checks["train_seconds"].tolist()) == ([0.4, 1.0], [2.0, 5.0])
 
 
-def test_metrics_that_are_being_written(tmp_path: Path) -> None:
+def test_metrics_that_are_being_written(run: Run) -> None:
     """A process may be in the middle of a row, and a kill may leave it there; the next row is whole again."""
-    run = Run(tmp_path)
-    run.describe(IMAGES.recipe, ENVIRONMENT)
     log(run, IMAGES, range(1, 6))
     text = run.metrics.read_text()
     for cut in range(1, len(text.splitlines()[-1]) + 1):
@@ -288,9 +253,7 @@ def test_metrics_that_are_being_written(tmp_path: Path) -> None:
     assert_logged(run, IMAGES, 6)
 
 
-def test_metrics_without_a_logged_step(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.describe(IMAGES.recipe, ENVIRONMENT)
+def test_metrics_without_a_logged_step(run: Run) -> None:
     for text in (None, "", "a,b\n1,2\n", "step,train/bpd\n1,2\nx,y\n"):
         if text is not None:
             run.metrics.write_text(text)
@@ -324,30 +287,18 @@ def test_the_result_and_its_scores(kind: Kind, samples: int, tmp_path: Path) -> 
     assert found.scores.tolist() == []
 
 
-def test_a_diagnosis_is_of_the_weights_of_the_result(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.describe(IMAGES.recipe, ENVIRONMENT)
-    run.add_diagnosis(DIAGNOSED, {})
-    assert run.read().diagnosed == DIAGNOSED
-    assert json.loads(run.diagnosis.read_text()) == DIAGNOSED.to_plain()
-    run.conclude(result(IMAGES), IMAGES.recipe)  # one that was made in the meantime is of other weights
-    assert run.read().diagnosed is None
-
-
-def test_a_diagnosis_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.describe(IMAGES.recipe, ENVIRONMENT)
+def test_a_diagnosis_takes_the_place_of_an_earlier_one_and_goes_with_the_weights(run: Run) -> None:
     run.add_diagnosis(DIAGNOSED, {"tolerance.png": b"1", "samples.png": b"1", "samples.svg": b"1"})
     (run.figures / "of-mine.png").touch()
     run.add_diagnosis(DIAGNOSED, {"tolerance.png": b"2"})
     assert sorted(each.name for each in run.figures.iterdir()) == ["of-mine.png", "tolerance.png"]
-    run.conclude(result(IMAGES), IMAGES.recipe)
+    assert json.loads(run.diagnosis.read_text()) == DIAGNOSED.to_plain()
+    run.conclude(result(IMAGES), IMAGES.recipe)  # a diagnosis that was made in the meantime is of other weights
+    assert run.read().diagnosed is None
     assert not run.figures.exists()
 
 
-def test_pictures_and_what_later_steps_have_left(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.describe(IMAGES.recipe, ENVIRONMENT)
+def test_pictures_and_what_later_steps_have_left(run: Run) -> None:
     run.samples.mkdir()
     (run.samples / "step-of-mine.png").touch()
     assert run.read().picture is None
@@ -430,69 +381,30 @@ def test_runs_behind_a_link_are_found_once(tmp_path: Path) -> None:
 # damaged files -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def whole(tmp_path: Path) -> Run:
-    """A finished run with all files."""
+@pytest.mark.parametrize(("name", "damaged", "message"), [
+    ("metrics.csv", 43, "is cut off: it ends with step 39 of 40."),
+    ("images.csv", 4, "is cut off: it ends with image 3 of 30."),
+    ("recipe.json", '{"name": "x", "colour": 1}', "does not hold what a run writes: unknown setting 'colour'."),
+    ("result.json", ('"stderr": 0.02', '"stderr": "a"'),
+     "does not hold what a run writes: evaluation.means.dirty.stderr: "),
+    ("diagnosis.json", '{"a":' * 100_000, "does not hold what a run writes: maximum recursion depth"),
+    ("metrics.csv", None, "cannot be read: "),
+])  # fmt: skip
+def test_a_file_that_no_run_writes(
+    tmp_path: Path, name: str, damaged: int | str | tuple[str, str] | None, message: str
+) -> None:
+    """A number of lines, another text, a part of it, or a folder; ``test_fuzz`` has random damage of each file."""
     run = Run(write_run(tmp_path / "run", IMAGES.recipe, images=[2.0] * 30))
     run.add_diagnosis(DIAGNOSED, {})
-    return run
-
-
-@pytest.mark.parametrize("name", ["recipe.json", "environment.json", "result.json", "diagnosis.json"])
-def test_json_that_is_cut_off(whole: Run, name: str) -> None:
-    text = (whole.path / name).read_text()
-    for length in (0, 1, len(text) // 2, len(text) - 2):
-        (whole.path / name).write_text(text[:length])
-        assert refusal(whole).startswith(f"{whole.path / name} does not hold what a run writes: ")
-
-
-@pytest.mark.parametrize(("name", "rows", "where"), [
-    ("metrics.csv", 43, "step 39 of 40"), ("images.csv", 4, "image 3 of 30"),
-])  # fmt: skip
-def test_a_table_of_a_finished_run_that_is_cut_off(whole: Run, name: str, rows: int, where: str) -> None:
-    lines = (whole.path / name).read_text().splitlines(keepends=True)
-    (whole.path / name).write_text("".join(lines[:rows]))
-    assert refusal(whole) == f"{whole.path / name} is cut off: it ends with {where}."
-
-
-@pytest.mark.parametrize(("name", "text", "word"), [
-    ("recipe.json", "{", "Expecting"),
-    ("recipe.json", "\udcff", "decode"),
-    ("recipe.json", '{"name": "x", "colour": 1}', "unknown setting 'colour'"),
-    ("environment.json", "[]", "dictionary"),
-    ("environment.json", '{"device": "cpu"}', "Field required"),
-    ("result.json", '{"stopped": "finished", "steps": 1}', "planned"),
-    ("result.json", "null", "dictionary"),
-    ("result.json", "[1, 2", "Expecting"),
-    ("diagnosis.json", '{"a":' * 100_000, "recursion"),
-    ("diagnosis.json", '{"checks": 3}', "checks"),
-    ("diagnosis.json", "[]", "dictionary"),
-    ("metrics.csv", "step\n\udcff\n", "decode"),
-    ("metrics.csv", "step\n1,2,3\n4\n5,6,7,8,9\n", "Expected"),
-    ("images.csv", "image\n\udcff\n", "decode"),
-    ("images.csv", "image,dirty\n1,2\n1,2,3\n", "Expected"),
-])  # fmt: skip
-def test_a_file_that_no_run_writes(whole: Run, name: str, text: str, word: str) -> None:
-    (whole.path / name).write_bytes(text.encode(errors="surrogateescape"))
-    message = refusal(whole)
-    assert message.startswith(f"{whole.path / name} does not hold what a run writes: ")
-    assert word in message
-
-
-@pytest.mark.parametrize(("change", "word"), [
-    ({"means": {"dirty": {}}}, "evaluation.means.dirty.mean"),
-    ({"means": {"dirty": {"mean": 1.0, "stderr": "a"}}}, "evaluation.means.dirty.stderr"),
-    ({"penalties": {"kinetic": {}}}, "evaluation.penalties.kinetic"),
-    ({"nfe_mean": None}, "evaluation.nfe_mean"),
-])  # fmt: skip
-def test_an_evaluation_that_no_run_writes(whole: Run, change: dict[str, object], word: str) -> None:
-    plain = json.loads(whole.result.read_text())
-    whole.result.write_text(json.dumps({**plain, "evaluation": {**plain["evaluation"], **change}}))
-    assert f"{whole.result} does not hold what a run writes: {word}: " in refusal(whole)
-
-
-@pytest.mark.parametrize("name", ["recipe.json", "metrics.csv", "result.json", "images.csv", "diagnosis.json"])
-def test_a_folder_in_the_place_of_a_file(whole: Run, name: str) -> None:
-    (whole.path / name).unlink()
-    (whole.path / name).mkdir()
-    assert f"{whole.path / name} cannot be read: " in refusal(whole)
+    file = run.path / name
+    text = file.read_text()
+    file.unlink()
+    if damaged is None:
+        file.mkdir()
+    elif isinstance(damaged, int):
+        file.write_text("".join(text.splitlines(keepends=True)[:damaged]))
+    else:
+        file.write_text(damaged if isinstance(damaged, str) else text.replace(*damaged, 1))
+    with pytest.raises(ConfigError) as caught:
+        run.read()
+    assert str(caught.value).startswith(f"{file} {message}")
