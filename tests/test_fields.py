@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from rnode_plugin import NeuralODE, RegularizedCNF
 from rnode_plugin.core.derivatives import Ask, AutogradField, Field
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.fields import ConcatConv2d, ConcatLinear, StackField, conv_field, linear_field
+from rnode_plugin.fields import ConcatConv2d, ConcatLinear, StackField, activations, conv_field, linear_field
+from rnode_plugin.fields.activations import ACTIVATIONS
 from rnode_plugin.regularizers import FiniteDifference, Taylor
 
 
@@ -366,3 +368,37 @@ def test_a_subclass_is_the_field_of_a_solve_with_products() -> None:
     counted = Counted(base.layers, activation="tanh")
     NeuralODE(counted, "rk4", regularizers=["jacfrob"])(z, span)
     assert counted.calls >= 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_products_with_slopes_broadcast(name: str, dtype: torch.dtype) -> None:
+    """As where several products, one for each probe or row, meet the activations of one evaluation."""
+    activation = ACTIVATIONS[name]
+    x, a = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    for one, other in ((x, a), (x, a[0]), (x, a[:, :1]), (x[:, :1], a[0]), (x[0], a)):
+        kept = activation.value(other) if activation.keeps_output else other
+        expected = one * activation.slope(kept.clone())
+        torch.testing.assert_close(activation.times_slope(one, kept), expected)
+        torch.testing.assert_close(activation.times_slope_at(one, other.clone(), kept), expected)
+
+
+def test_a_device_whose_softplus_backward_does_not_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As XLA's, whose expanded tensors have the strides of others."""
+
+    class OnXla(Tensor):
+        @property
+        def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
+            return torch.device("xla")
+
+    def strict(x: Tensor, a: Tensor, *options: float, **over: Tensor) -> Tensor:
+        assert x.shape == a.shape
+        assert not over
+        return torch.ops.aten.softplus_backward(x, a, *options)
+
+    softplus, generator = ACTIVATIONS["softplus"], torch.Generator().manual_seed(0)
+    x, a = torch.randn(2, 3, 4, generator=generator), torch.randn(3, 4, generator=generator)
+    expected = softplus.times_slope_at(x, a, softplus.value(a))
+    monkeypatch.setattr(activations, "_aten", SimpleNamespace(softplus_backward=strict))
+    found = softplus.times_slope_at(x.as_subclass(OnXla), a.as_subclass(OnXla), softplus.value(a))
+    torch.testing.assert_close(found.as_subclass(Tensor), expected)

@@ -77,6 +77,8 @@ class _Softplus(Activation):
     def times_slope_at(self, x: Tensor, a: Tensor, kept: Tensor) -> Tensor:
         # one operation instead of three, written into `a` if it has the same shape and layout
         over = {"grad_input": a} if x.shape == a.shape and x.stride() == a.stride() else {}
+        if x.shape != a.shape and x.device.type not in ("cpu", "cuda"):  # on XLA the operation does not broadcast
+            x, a = torch.broadcast_tensors(x, a)
         return _aten.softplus_backward(x, a, 1, self._threshold, **over)
 
     def slope_derivative(self, kept: Tensor, slope: Tensor) -> Tensor:
@@ -139,6 +141,8 @@ class _Gelu(Activation):
         return 0.5 * (1 + torch.erf(kept / math.sqrt(2))) + kept * self._density(kept)
 
     def times_slope(self, x: Tensor, kept: Tensor) -> Tensor:
+        if x.shape != kept.shape:  # on a CPU the operation does not broadcast
+            x, kept = torch.broadcast_tensors(x, kept)
         return _aten.gelu_backward(x, kept)
 
     def slope_derivative(self, kept: Tensor, slope: Tensor) -> Tensor:
