@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from rnode_plugin.solvers import (
     Solver,
     SolverSettings,
     check_all,
+    checkpoint,
     get_method,
 )
 
@@ -184,6 +186,37 @@ def test_checkpointed_evaluates_a_step_twice_and_no_more() -> None:
         assert s.stats.nfe == 16
         s.z[-1].sum().backward()
         assert calls == expected
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["parameters", "parameters of another computation"])
+@pytest.mark.parametrize("names", [["kinetic"], ["kinetic", "jacfrob"]])
+def test_checkpointed_on_a_device_whose_random_states_torch_cannot_read(
+    monkeypatch: pytest.MonkeyPatch, names: list[str], older: bool
+) -> None:
+    """Such as XLA's; there is no torch.xla, and torch.mps has no contexts of devices."""
+    assert [checkpoint._has_states(kind) for kind in ("cpu", "cuda", "xla", "mps")] == [True, True, False, False]
+    monkeypatch.setattr(checkpoint, "_has_states", lambda kind: False)
+    monkeypatch.setattr(checkpoint, "checkpoint", None)
+    monkeypatch.setattr(checkpoint, "get_device_states", None)
+    seed = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    z, penalties = (
+        torch.ones(2, 3, dtype=torch.float64),
+        [x.regularizer for x in resolve_regularizers(names).values()],
+    )
+    gradients = []
+    for gradient in ("autograd", "checkpointed"):
+        weights = torch.outer(seed, seed.sin()) if older else seed
+        dynamics = Dynamics(
+            lambda t, z, w=weights: torch.tanh(z * w.sum(0)), regularizers=penalties, divergence=False
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            s = FixedGrid("rk4", gradient=gradient).solve(dynamics.bind(torch.ones_like(z)), z, T)
+        assert [str(each.message)[:20] for each in caught] == ["torch cannot repeat "] * (
+            gradient == "checkpointed"
+        )
+        gradients += torch.autograd.grad(s.z[-1].sum() + sum(x.sum() for x in s.penalties.values()), seed)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
 
 
 def test_checkpointed_with_parameters_of_another_computation() -> None:

@@ -8,6 +8,7 @@ once per stage. For such fields a replay runs a step once forward, without a gra
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -45,9 +46,17 @@ def checkpointed(
     """
     if transforms_active():
         return function
-    leaves, repeating = None, dynamics.repeating()
-    if torch.is_grad_enabled() and dynamics.inner_autograd:
+    leaves, repeating, has_states = None, dynamics.repeating(), _has_states(z.device.type)
+    if not has_states:
+        warnings.warn(  # Python shows it once
+            f"torch cannot repeat the random numbers that a field draws on {z.device.type!r}, as dropout does: the "
+            "gradient of 'checkpointed' would be that of another mask. Fields that draw nothing are right.",
+            stacklevel=2,
+        )
+    if torch.is_grad_enabled() and (dynamics.inner_autograd or not has_states):
         leaves = _leaves(dynamics, repeating, z, t)
+    if leaves is None and not has_states:  # torch's checkpoint needs the states
+        return function
     if leaves is None:
         return lambda *args: checkpoint(_first_run_alone(function, repeating), *args, use_reentrant=False)
     return lambda *args: _replay(_first_run_alone(function, repeating), args, leaves)
@@ -66,6 +75,11 @@ def _first_run_alone(
             return function(*args)
 
     return run
+
+
+def _has_states(kind: str) -> bool:
+    """Whether torch can read and restore the random states of devices of this kind; not of XLA's, for example."""
+    return kind in ("cpu", "meta") or hasattr(getattr(torch, kind, None), "device")
 
 
 # what a step depends on -----------------------------------------------------------------------------------------
@@ -149,9 +163,11 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, count: int, *values: Any) -> tuple[object, ...]:
         ctx.call, ctx.count = call, count
-        ctx.autocast = _autocast_of(values[0].device.type)
+        kind = values[0].device.type
+        ctx.autocast = _autocast_of(kind)
         # the second run must draw the same dropout masks
-        ctx.random = (torch.get_rng_state(), *get_device_states(*values[:count]))
+        devices, states = get_device_states(*values[:count]) if _has_states(kind) else ([], [])
+        ctx.random = (torch.get_rng_state(), devices, states)
         ctx.others = [None if isinstance(x, Tensor) else x for x in values]
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in values))
         ctx.set_materialize_grads(False)
