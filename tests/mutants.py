@@ -40,7 +40,7 @@ MUTANTS = [
         "solvers/step.py",
         "integrals = _weigh(rows, weights, dt.abs(), draw)",
         "integrals = _weigh(rows, weights, dt, draw)",
-        "test_solve.py::test_linear_field_against_closed_form",
+        "test_solver_contract.py::test_a_linear_field_is_solved_and_differentiated_as_in_closed_form",
     ),
     Mutant(
         "the mean of step penalties is divided by one step more",
@@ -54,7 +54,7 @@ MUTANTS = [
         "solvers/step.py",
         "parts = [values[stage] * (dt * share) for stage, share in draw.items()]",
         "parts = [values[stage] * dt for stage, share in draw.items()]",
-        "test_solve.py::test_sampled_penalties_are_unbiased",
+        "test_solve.py::test_a_sampled_integral_is_unbiased",
     ),
     Mutant(
         "the longest safe step has the exponent of another order",
@@ -82,14 +82,14 @@ MUTANTS = [
         "solvers/adjoint.py",
         "dt[0] = -pass_.hamiltonian",
         "dt[0] = pass_.hamiltonian",
-        "test_solve.py::test_linear_field_against_closed_form",
+        "test_solver_contract.py::test_a_linear_field_is_solved_and_differentiated_as_in_closed_form",
     ),
     Mutant(
         "an adjoint takes penalties forward in time",
         "solvers/adjoint.py",
         "{name: self.sign * g for name, g in dpenalties.items()}",
         "{name: g for name, g in dpenalties.items()}",
-        "test_solve.py::test_linear_field_against_closed_form",
+        "test_solver_contract.py::test_a_linear_field_is_solved_and_differentiated_as_in_closed_form",
     ),
     Mutant(
         "the length of a difference has a gradient",

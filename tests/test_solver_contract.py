@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from problems import Linear, linear_closed_form
 from torch import Tensor
 
 from rnode_plugin import Adaptive, Dynamics, FixedGrid, Solver
 from rnode_plugin.core.followed_solve import FollowedSolve, Kinds
-from rnode_plugin.errors import ConfigError, SolverError
+from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import FiniteDifference, LearnedEndTime, Steer, error, jacfrob, kinetic, straightness
 from rnode_plugin.solvers import (
     ADAPTIVE_METHODS,
@@ -34,28 +35,47 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     **{method: lambda method=method: FixedGrid(method, step=0.01) for method in FIXED_METHODS},
     **{method: lambda method=method: Adaptive(method, atol=1e-8, rtol=1e-8) for method in ADAPTIVE_METHODS},
 }
-ACCURACY = {"euler": 2e-2, "midpoint": 1e-4}  # of the others 1e-6
+ACCURACY = {"euler": 6e-3, "midpoint": 4e-5}  # of the others 1e-7
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+def loss_of(z: Tensor, logdet: Tensor, kin: Tensor, jac: Tensor) -> Tensor:
+    """Reads every output time, the log-determinant and both penalties, each with its own weight."""
+    weights = torch.linspace(0.5, 1.5, z.numel(), dtype=z.dtype).reshape(z.shape)
+    times = torch.linspace(0.3, 0.9, logdet.numel(), dtype=z.dtype).reshape(logdet.shape)
+    return (weights * z).square().sum() + (times * logdet).sum() + 0.7 * kin.sum() + 0.2 * jac.sum()
+
+
 @pytest.mark.parametrize("backward", [False, True])
-def test_it_solves_a_linear_equation_with_its_log_determinant(name: str, backward: bool) -> None:
-    """``dz/dt = a z`` with the closed forms ``z exp(a t)``, ``a d t`` and ``a (exp(2 a t) - 1) |z|^2 / 2``."""
-    a, z = -0.7, torch.tensor([[1.0, 2.0, -1.0]], dtype=torch.float64)
-    dynamics = Dynamics(lambda t, z: a * z, regularizers=[kinetic, jacfrob], estimator="exact").bind(None)
-    times = torch.tensor([1.0, 0.25] if backward else [0.25, 1.0], dtype=torch.float64)
-    solution = SOLVERS[name]().solve(dynamics, z, times).check()
-    length = float(times[1] - times[0])
-    accuracy = ACCURACY.get(name, 1e-6)
-    assert solution.logdet is not None
-    torch.testing.assert_close(solution.z[-1], z * math.exp(a * length), rtol=accuracy, atol=0)
-    torch.testing.assert_close(
-        solution.logdet[-1], torch.full_like(solution.logdet[-1], 3 * a * length), rtol=1e-9, atol=0
-    )
-    energy = a * (math.exp(2 * a * length) - 1) / 2 * z.square().sum(1) * (-1 if backward else 1)
-    torch.testing.assert_close(solution.penalties["kinetic"], energy, rtol=accuracy, atol=0)
-    torch.testing.assert_close(solution.penalties["jacfrob"], torch.full_like(energy, 3 * a**2 * abs(length)))
-    assert (solution.longest_safe_step is None) == (not SOLVERS[name]().adaptive)
+@pytest.mark.parametrize("gradient", [*GRADIENTS, Adjoint(Adaptive(atol=1e-10, rtol=1e-10))])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_linear_field_is_solved_and_differentiated_as_in_closed_form(
+    name: str, gradient: str | Adjoint, backward: bool
+) -> None:
+    """By the field's matrix, the state and the times."""
+    times = [0.9, 0.55, 0.1] if backward else [0.1, 0.55, 0.9]
+    z0 = torch.randn(2, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    results = []
+    for exact in (True, False):
+        field, z = Linear(), z0.clone().requires_grad_()
+        t = torch.tensor(times, dtype=torch.float64, requires_grad=True)
+        if exact:
+            closed = linear_closed_form(field.a, z, t)
+            parts = (closed.z, closed.logdet, closed.kinetic, closed.jacfrob)
+        else:
+            solver = dataclasses.replace(SOLVERS[name](), gradient=gradient)
+            dynamics = Dynamics(field, regularizers=[kinetic, jacfrob], estimator="exact").bind(None)
+            s = solver.solve(dynamics, z, t).check()
+            assert s.logdet is not None
+            assert torch.equal(s.t, t)
+            assert (s.longest_safe_step is None) == (not solver.adaptive)
+            parts = (s.z, s.logdet, s.penalties["kinetic"], s.penalties["jacfrob"])
+        gradients = torch.autograd.grad(loss_of(*parts), [field.a, z, t])
+        results.append([p.detach() for p in parts] + list(gradients))
+    # the interpolant is of third order between knots, whatever the method
+    tolerance = max(ACCURACY.get(name, 1e-7), 1e-5 if gradient == "interpolated_adjoint" else 0.0)
+    for part, exact, ours in zip(("z", "logdet", "kinetic", "jacfrob", "dA", "dz0", "dt"), *results, strict=True):
+        error = (ours - exact).norm() / exact.norm()
+        assert error < tolerance, f"{part}: relative error {error:.2e}"
 
 
 def test_a_density_stops_at_each_output_where_a_state_is_interpolated() -> None:
@@ -135,22 +155,6 @@ def test_rates_change_no_step_and_each_stage_is_one_evaluation(name: str) -> Non
             assert each.logdet is found[0].logdet is None or torch.equal(each.logdet, found[0].logdet)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-def test_the_health_of_a_solve_is_a_value(name: str) -> None:
-    """The error of a fixed grid waits for whoever reads the health. An adaptive method reads it at each step."""
-    z, times = torch.ones(2, 3).double(), torch.tensor([0.0, 1.0]).double()
-    dynamics = Dynamics(lambda t, z: z / (t - t), estimator="exact").bind(None)
-    if name in FIXED_METHODS:
-        solution = SOLVERS[name]().solve(dynamics, z, times)
-        with pytest.raises(SolverError):
-            solution.check()
-    else:
-        with pytest.raises(SolverError):
-            SOLVERS[name]().solve(dynamics, z, times)
-    fine = SOLVERS[name]().solve(Dynamics(lambda t, z: -z, estimator="exact").bind(None), z, times)
-    assert fine.check() is fine
-
-
 class Bent(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -186,32 +190,6 @@ def test_a_gradient_by_name_is_the_object(gradient: str) -> None:
     assert FixedGrid(gradient=gradient).gradient is Adaptive(gradient=gradient).gradient
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("gradient", [*GRADIENTS, Adjoint(Adaptive(atol=1e-10, rtol=1e-10))])
-def test_its_gradient_is_the_closed_form(name: str, gradient: str | Adjoint) -> None:
-    a = torch.nn.Parameter(torch.tensor(-0.7, dtype=torch.float64))
-
-    class Linear(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = a
-
-        def forward(self, t: Tensor, z: Tensor) -> Tensor:
-            return self.a * z
-
-    z = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
-    dynamics = Dynamics(Linear(), estimator="exact").bind(None)
-    solver = dataclasses.replace(SOLVERS[name](), gradient=gradient)
-    solution = solver.solve(dynamics, z, torch.tensor([0.0, 1.0], dtype=torch.float64))
-    assert solution.logdet is not None
-    (solution.z[-1].sum() + solution.logdet[-1].sum()).backward()
-    accuracy = ACCURACY.get(name, 1e-5)
-    assert a.grad is not None
-    assert z.grad is not None
-    torch.testing.assert_close(a.grad, 2 * a.detach().exp() + 2, rtol=accuracy, atol=0)
-    torch.testing.assert_close(z.grad, a.detach().exp().expand(1, 2), rtol=accuracy, atol=0)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -226,12 +204,24 @@ def test_its_gradient_is_the_closed_form(name: str, gradient: str | Adjoint) -> 
         (lambda: Adaptive(first_step=-1), "first_step must be a number > 0"),
         (lambda: Adaptive(max_nfe=0), "max_nfe must be a number > 0"),
         (lambda: FixedGrid(gradient="adjiont"), "unknown gradient mode 'adjiont'; did you mean 'adjoint'"),
+        (lambda: FixedGrid(gradient=3), "unknown gradient mode '3'"),  # pyright: ignore[reportArgumentType]
+        (lambda: FixedGrid(Solver), "unknown solver method"),  # pyright: ignore[reportArgumentType]
         (lambda: FixedGrid(quadrature="half"), "unknown quadrature 'half'"),
+        (lambda: Adaptive(rtol=None), "rtol must be a number >= 0"),  # pyright: ignore[reportArgumentType]
+        (lambda: Adaptive(error_norm="max"), "unknown error norm 'max'"),
+        (lambda: Adaptive(max_nfe=math.inf), "max_nfe must"),  # pyright: ignore[reportArgumentType]
         (lambda: FixedGrid(gradient="adjoint", quadrature="sampled"), "gradient of the steps that were drawn"),
         (lambda: get_solver("dopri5", step=0.1), "dopri5 chooses its own steps and takes no step="),
         (lambda: get_solver("rk4", rtol=0.1), "rk4 controls no error and takes no rtol="),
         (lambda: get_solver("rk4", stepp=0.1), "rk4 takes no stepp="),
         (lambda: SolverSettings("rk4", gradient="adjoint", quadrature="sampled"), "steps that were drawn"),
+        (lambda: SolverSettings("dopri"), "did you mean 'dopri5'"),
+        (lambda: SolverSettings("rk4", step=0.0), "step must be a number > 0 or None"),
+        (lambda: SolverSettings("dopri5", atol=0.0, rtol=0.0), "both 0"),
+        (lambda: SolverSettings(gradient="checkpoint"), "did you mean 'checkpointed'"),
+        (lambda: SolverSettings(quadrature="half"), "unknown quadrature 'half'"),
+        (lambda: SolverSettings("dopri5", error_norm="max"), "unknown error norm 'max'"),
+        (lambda: SolverSettings("rk4", error_norm="worst"), "error_norm='worst' is for adaptive methods"),
     ],
 )
 def test_what_cannot_be_is_refused_where_it_is_made(make: Callable[[], object], message: str) -> None:
