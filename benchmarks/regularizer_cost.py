@@ -4,8 +4,8 @@
 
 On a 2-d perceptron under NeuralODE, where a step without penalties makes no product with the Jacobian, and on the
 flow of the digits recipe, whose density makes one anyway. The solver takes four steps of the 3/8 rule; for
-``stiffness``, which reads two stages at one time, of rk4, and for ``error`` it is dopri5. ``hjb`` has a
-PotentialField. On one thread of a CPU the time is the processor's.
+``stiffness``, which reads two stages at one time, of rk4, and for ``error`` it is dopri5. On one thread of a
+CPU the time is the processor's.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from torch import Tensor, nn
 from rnode_plugin import MultiscaleFlow, NeuralODE, objective
 from rnode_plugin.core.schedules import strength_at
 from rnode_plugin.core.weighing import undivided
-from rnode_plugin.fields.potential import PotentialField
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.solvers import SolverSettings
 
 NAMES = [
     "kinetic", "jacfrob", "kinetic+jacfrob", "total_derivative", "finite_difference", "directional",
-    "directional_vjp", "taylor:3", "taylor:4", "l1", "jacdiag", "jacoffdiag", "curl", "strain", "hjb", "error",
+    "directional_vjp", "taylor:3", "taylor:4", "l1", "jacdiag", "jacoffdiag", "curl", "strain", "error",
     "stiffness", "local_error", "local_stiffness", "straightness", "steer:0.25", "learned_end_time",
 ]  # fmt: skip
-# on images one product per dimension, or sixteen evaluations, is too many. Their field has no potential
-_NOT_FOR_IMAGES = {"jacdiag", "jacoffdiag", "taylor:4", "hjb"}
+# on images one product per dimension, or sixteen evaluations, is too many
+_NOT_FOR_IMAGES = {"jacdiag", "jacoffdiag", "taylor:4"}
 _METHODS = {"error": "dopri5", "stiffness": "rk4"}
 
 
@@ -54,9 +53,8 @@ class Perceptron(nn.Module):
 def perceptron_step(name: str, where: torch.device, *, penalized: bool = True) -> Callable[[], None]:
     """A training step on 512 points of the plane; the same one without the penalty if it is not ``penalized``."""
     torch.manual_seed(0)
-    field = PotentialField(2, hidden=64) if name == "hjb" else Perceptron()
     regularizers = name.split("+") if penalized else []
-    model = NeuralODE(field, method_for(name), regularizers=regularizers).to(where)
+    model = NeuralODE(Perceptron(), method_for(name), regularizers=regularizers).to(where)
     x, span = torch.randn(512, 2, device=where), torch.linspace(0, 1, 5, device=where)
 
     def step() -> None:
@@ -106,7 +104,7 @@ def main(names: tuple[str, ...], models: tuple[str, ...], device: str, threads: 
         chosen = names or [name for name in NAMES if model == "perceptron" or name not in _NOT_FOR_IMAGES]
         cases = {name: steps[model](name, where) for name in chosen}
         # the same step without the penalty, once for each solver and field
-        bases = {name: f"none, {'a potential' if name == 'hjb' else method_for(name)}" for name in chosen}
+        bases = {name: f"none, {method_for(name)}" for name in chosen}
         without = {base: steps[model](name, where, penalized=False) for name, base in bases.items()}
         times = alternate({**without, **cases}, repeats=repeats, device=where, clock=clock)
         rows += [[model, base, times[base], ""] for base in without]

@@ -81,8 +81,8 @@ SIDEBAR = {
     "faq": "troubleshooting cli glossary",
     "api/index": "api/types api/torchdyn api/torchdiffeq api/flow_matching api/diffusion api/core api/solvers"
     " api/fields api/flows api/data api/recipes api/training api/evaluation api/reports api/plugins api/errors",
-    "contributing": "plugins write_a_model third_party_plugin maf_tables parquet_pictures architecture changelog"
-    " code_of_conduct security",
+    "contributing": "plugins write_a_model third_party_plugin maf_tables parquet_pictures otflow architecture"
+    " changelog code_of_conduct security",
 }
 TITLES = {  # shorter ones, for the sidebar
     "which_penalty": "Penalties",
@@ -99,6 +99,7 @@ TITLES = {  # shorter ones, for the sidebar
     "third_party_plugin": "Example: a regularizer",
     "maf_tables": "Example: data sets and recipes",
     "parquet_pictures": "Example: parquet pictures",
+    "otflow": "Example: a field, its penalty and a model",
     "start/two_moons": "Notebook: two moons",
     "notebooks/classifier": "Notebook: a classifier",
     "notebooks/table_density": "Notebook: a table",
@@ -114,6 +115,7 @@ SHOWN = {
     "contributing": ROOT / "CONTRIBUTING.md",
     "gallery": ROOT / "examples" / "README.md",
     "maf_tables": ROOT / "examples" / "maf_tables" / "README.md",
+    "otflow": ROOT / "examples" / "otflow" / "README.md",
     "parquet_pictures": ROOT / "examples" / "parquet_pictures" / "README.md",
     "security": ROOT / "SECURITY.md",
     "third_party_plugin": ROOT / "examples" / "third_party_regularizer" / "README.md",

@@ -100,6 +100,7 @@ def first_line(error: BaseException) -> str:
 
 _INSTEAD = {  # of methods that papers and other packages have under these names
     "hutch++": "use 'exact', or more probes, such as 'rademacher:4'",
+    "hjb": "install the plugin in examples/otflow, which has it with its field",
     "trajectory_polynomial": "solve through random times, and penalize the residual of a fit to these states",
 }
 

@@ -84,12 +84,14 @@ def penalties_at(
             raise ConfigError(
                 f"{each.name!r} is not a rate alone: it needs a solve, which penalties_at does not make."
             )
-    net, field = module_of(field), call_of(time_first(field, with_context=False))
+    given, net, field = field, module_of(field), call_of(time_first(field, with_context=False))
     view = None if batch_dim == 0 else View(batch_dim=None)
     with outside_inference(t, z, velocity) as (time, z, velocity):
         if velocity is not None:
             field = _Evaluated(field, velocity, view)
-        dynamics = Dynamics(field, regularizers=rates, estimator=trace_noise, divergence=False, view=view, net=net)
+        dynamics = Dynamics(
+            field, regularizers=rates, estimator=trace_noise, divergence=False, view=view, net=net, user_field=given
+        )
         bound = dynamics.bind(dynamics.draw(dynamics.door.part(z)))
         if velocity is not None:  # another evaluation cannot repeat the random draws behind it, and must have none
             bound.door = Door(dynamics.field, net, view=view)

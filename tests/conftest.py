@@ -12,7 +12,7 @@ import pytest
 UNIT = frozenset(
     {
         "test_convolutions", "test_declared_regularizers", "test_field_contract", "test_fields", "test_multiscale",
-        "test_potential", "test_recognize", "test_regularizer_contract", "test_regularizers_spans",
+        "test_recognize", "test_regularizer_contract", "test_regularizers_spans",
         "test_regularizers_rates", "test_regularizers_steps", "test_solve", "test_solve_limits",
         "test_solve_transforms", "test_table_flow",
     }

@@ -57,7 +57,7 @@ MODELS: dict[str, Callable[[], DensityModel]] = {
     "table flow with contexts": lambda: TableFlow(2, hidden=5, context=2),
     "table flow with another base": lambda: HeavyTails(2, hidden=5, blocks=2),
     "model of a third party": lambda: LaplaceFlow(2, hidden=16),
-    "table flow of a potential": lambda: TableFlow(2, hidden=5, field="potential", context=2),
+    "table flow of a user's field": lambda: TableFlow(2, field=lambda: Wave(2), blocks=2),
 }
 
 

@@ -20,10 +20,9 @@ from rnode_plugin.core.trace_estimators import Exact, Hutchinson
 from rnode_plugin.diffusion import cosine
 from rnode_plugin.fields import StackField, conv_field, linear_field
 from rnode_plugin.fields.activations import ACTIVATIONS
-from rnode_plugin.fields.potential import PotentialField
 from rnode_plugin.fields.recognize import recognize
 from rnode_plugin.fields.stack import AtContext
-from rnode_plugin.regularizers import curl, hjb
+from rnode_plugin.regularizers import curl
 from rnode_plugin.torchdyn.field import Followed, NetDynamics, adds_time, system_of
 
 SHAPES = {"conv": (3, 2, 5, 4), "linear": (3, 4)}
@@ -64,7 +63,7 @@ def in_a_stack(module: Any, z: Tensor) -> Field:
 def in_neural_ode(module: Any, z: Tensor, *, order: int = 1) -> Field:
     """The field of one solve of a NeuralODE whose penalties read all that there is."""
     model = NeuralODE(module, order=order)
-    followed = Followed(Kinds.of([curl, hjb]), Hutchinson("gaussian"))
+    followed = Followed(Kinds.of([curl]), Hutchinson("gaussian"))
     return system_of(model.vf, z, {}, followed, one_graph=True).dynamics.field
 
 
@@ -119,16 +118,6 @@ class StateFirst(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, scale: float = 0.7) -> Tensor:
         return scale * self.wave(t.reshape(-1, 1) if t.ndim else t, x)
-
-
-class Offering(Linear):
-    """A field that offers a value by name."""
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return super().forward(t, z) * torch.cos(t)
-
-    def aux(self, t: Tensor, z: Tensor) -> dict[str, Tensor]:
-        return {"potential_rate": (1 + t) * z.square().sum(1)}
 
 
 class Energy(nn.Module):
@@ -285,12 +274,6 @@ FIELDS: dict[str, Case] = {
     "linear of one layer": Case(lambda: active(linear_field(4, layers=1))),
     "conv by autograd": conv(lambda: Plain(make_field("conv"))),
     "linear at a context": Case(lambda: at_context(linear_field(4, hidden=6, activation="tanh", context=2))),
-    **{
-        f"potential of {k}": Case(lambda k=k: active(PotentialField(4, hidden=6, layers=k, rank=3)))
-        for k in (1, 2, 3)
-    },
-    "potential at a context": Case(lambda: at_context(PotentialField(4, hidden=6, context=2))),
-    "potential of images": conv(lambda: active(PotentialField(12, hidden=6))),
     "recognized": Case(
         lambda: perceptron(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4, bias=False)), in_a_stack, of_the_state
     ),
@@ -300,9 +283,7 @@ FIELDS: dict[str, Case] = {
     "linear with a hook": Case(lambda: hooked(make_field("linear"))),
     "conv with a hook on a layer": conv(lambda: hooked(field := make_field("conv"), field.layers[1])),
     "linear with weight norm": Case(with_weight_norm),
-    "potential with a hook": Case(lambda: hooked(active(PotentialField(4, hidden=6)))),
     "linear with a hook at a context": Case(lambda: at_context(hooked(linear_field(4, hidden=6, context=2)))),
-    "potential with a hook at a context": Case(lambda: at_context(hooked(PotentialField(4, hidden=6, context=2)))),
     "module": Case(lambda: Wave(4)),
     "function": Case(lambda: lambda t, z: torch.sin(3 * t) * z - z**3 * t),
     "function of the state": Case(
@@ -324,7 +305,6 @@ FIELDS: dict[str, Case] = {
         lambda: perceptron(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), in_second_order, accelerated
     ),
     "compiled": Case(lambda: torch.compile(Wave(4), backend="eager"), in_neural_ode),
-    "module that offers a value": Case(lambda: Offering(4), in_neural_ode),
     "gradient of an energy": Case(Energy, transforms=False, differentiates=True),
     "Function of the user's": Case(lambda: Bent(4), transforms=False),
     "batch norm in evaluation": Case(lambda: normed(training=False)),

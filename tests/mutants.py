@@ -106,13 +106,6 @@ MUTANTS = [
         "test_regularizers_spans.py::test_straightness_beside_kinetic_and_of_a_straight_path",
     ),
     Mutant(
-        "hjb without one half",
-        "regularizers/rates.py",
-        "- sum_squares(evaluation.dz) / 2).abs()",
-        "- sum_squares(evaluation.dz)).abs()",
-        "test_potential.py::test_hjb_is_zero_for_a_solution_and_its_closed_form_otherwise",
-    ),
-    Mutant(
         "finite_difference is divided by eps, not by its square",
         "regularizers/rates.py",
         "/ self.eps**2",

@@ -44,6 +44,12 @@ def along_the_state(evaluation: Any) -> Tensor:
     return evaluation.jvp(evaluation.z).flatten(1).square().sum(1)
 
 
+@rate("of_the_net", needs={"field"})
+def of_the_net(evaluation: Any) -> Tensor:
+    """``||f||^2`` by the module of the solve."""
+    return evaluation.net(evaluation.t, evaluation.z).flatten(1).square().sum(1)
+
+
 def late_speed(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
     return t * dz.flatten(1).square().sum(1)
 
@@ -123,12 +129,11 @@ RATES: dict[str, tuple[Callable[[], Any], Dense]] = {
     "along_the_state": (
         lambda: along_the_state, lambda f, t, z: (torch.func.jacrev(f, argnums=1)(t, z) @ z).square().sum()
     ),
+    "of_the_net": (lambda: of_the_net, lambda f, t, z: f(t, z).square().sum()),
     "late_speed": (lambda: late_speed, lambda f, t, z: t * f(t, z).square().sum()),
 }  # fmt: skip
-"""All but ``hjb``, which is one of a potential."""
-
 UNDIVIDED = {
-    "hjb", "along_the_state", "error", "stiffness", "local_error", "local_stiffness", "lengths", "learned_end_time",
+    "along_the_state", "error", "stiffness", "local_error", "local_stiffness", "lengths", "learned_end_time",
     "longer",
 }  # fmt: skip
 """What the objective does not divide by the number of dimensions."""

@@ -537,22 +537,3 @@ def test_a_rate_that_differentiates_the_velocity_is_told_what_to_declare() -> No
 
     with pytest.raises(Exception, match=r"needs=\{'vjp'\}"):
         penalties_at(Net(), 0.0, states(), [rate])
-
-
-class Offering(nn.Module):
-    """A field that offers a value that its velocity does not show."""
-
-    def forward(self, t: Tensor, y: Any) -> Any:
-        return (-y[0], y[1]) if isinstance(y, tuple) else -y
-
-    def aux(self, t: Tensor, y: Any) -> dict[str, Tensor]:
-        x = y[0] if isinstance(y, tuple) else y
-        return {"energy": x.square().sum(1)}
-
-
-@pytest.mark.parametrize("is_tuple", [False, True])
-def test_a_field_offers_values_under_torchdiffeq_too(is_tuple: bool) -> None:
-    rate = FunctionRegularizer("energy", lambda evaluation: evaluation.aux("energy"), needs={"aux"})
-    y0: Any = (torch.ones(3, 2), torch.ones(3, 1)) if is_tuple else torch.ones(3, 2)
-    found = odeint(Offering(), y0, SPAN, regularizers=[rate])[1]["energy"]
-    assert torch.allclose(found, torch.full((3,), 1 - float(torch.exp(torch.tensor(-2.0)))), atol=1e-5)

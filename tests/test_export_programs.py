@@ -30,7 +30,6 @@ from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.evaluation.programs import Which
 from rnode_plugin.experiments.training.checkpoints import save_flow
 from rnode_plugin.fields import linear_field
-from rnode_plugin.fields.potential import PotentialField
 from rnode_plugin.flows.table import TableFlow
 from rnode_plugin.regularizers import LearnedEndTime
 
@@ -97,7 +96,6 @@ SLOW: dict[str, Callable[[], Any]] = {
     "images": images,
     "table, context": lambda: table(context=1),
     "two probes": lambda: density(linear_field(2, hidden=6), "gaussian:2"),
-    "potential, probes": lambda: density(PotentialField(2, hidden=6), "gaussian"),
 }
 
 

@@ -338,20 +338,7 @@ def test_samples_that_mix_have_no_exact_jacobian(name: str) -> None:
     assert_close(found.jvp(noise, 0.0).detach(), torch.tensordot(jacobian, noise.detach(), 2), 1e-11, "along")
 
 
-# values by name, and differences ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [name for name in APART if "potential" in name or "offers" in name])
-def test_values_that_a_field_offers_come_with_an_evaluation(name: str) -> None:
-    """By themselves and with a product; without being asked for they are None."""
-    module, field, (t, z, noise) = met(name)
-    offering = module if hasattr(module, "aux") else module.field
-    given = (module._context,) if hasattr(module, "_context") else ()
-    wanted = offering.aux(t, z, *given)["potential_rate"]
-    for ask in (Ask(aux=True), Ask("noise", aux=True), Ask("rows", jvp=True, divergence=True, aux=True)):
-        found = field.linearize(t, z, noise, ask=ask).aux
-        assert_close(found["potential_rate"], wanted, 1e-12, str(ask))
-    assert field.linearize(t, z, noise, ask=Ask("noise")).aux is None
+# differences ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rnode_plugin import RegularizedCNF, penalties_at
-from rnode_plugin.fields.potential import PotentialField
+from rnode_plugin import penalties_at
 from rnode_plugin.torchdiffeq import odeint
 
 PAGE = Path(__file__).parents[1] / "docs" / "start" / "hand_written.md"
@@ -140,31 +139,6 @@ def test_the_mean_over_a_time_grid_is_mioflows() -> None:
     on_the_grid = (rate * x * torch.exp(rate * (times[:, None, None] - 0.5))).square().sum(2)
     _, found = odeint(lambda t, y: rate * y, x, times[[0, -1]], regularizers={"kinetic": C * D / 2})
     torch.testing.assert_close(found.loss(), C * on_the_grid.mean(), rtol=1e-3, atol=0)
-
-
-@pytest.mark.parametrize("alph", [(1.0, 100.0, 5.0), (2.0, 50.0, 3.0)])
-def test_the_loss_of_ot_flow_is_ours_times_its_weight(alph: tuple[float, float, float]) -> None:
-    torch.manual_seed(0)
-    field = PotentialField(D, hidden=8).double()
-    x = torch.randn(6, D, dtype=torch.float64)
-    model = RegularizedCNF(
-        field, event_shape=D, trace_estimator="exact", solver="euler",
-        regularizers={"kinetic": alph[0] / (2 * alph[1]), "hjb": alph[0] * alph[2] / (alph[1] * D)},
-    )  # fmt: skip
-    nll = -model.log_prob(x)
-    ours = nll.mean() / D + model.reg_loss()
-    # their potential is a0 times the field's
-    t = torch.zeros((), dtype=torch.float64)
-    f, rate = (
-        field(t, x),
-        torch.func.vmap(torch.func.grad(lambda t, z: alph[0] * field.potential(t, z[None])[0]), in_dims=(None, 0))(
-            t, x
-        ),
-    )
-    cost = f.square().sum(1) / 2
-    residual = (-rate + alph[0] * cost).abs()
-    theirs = (alph[0] * cost + alph[1] * nll + alph[2] * residual).mean()
-    torch.testing.assert_close(ours * alph[1] * D, theirs)
 
 
 def test_penalties_at_points_take_the_mean_over_the_samples() -> None:

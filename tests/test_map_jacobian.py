@@ -112,7 +112,7 @@ def test_gradients_of_the_closed_form_in_every_mode(sensitivity: str) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["image flow", "table flow with contexts", "table flow of a potential"])
+@pytest.mark.parametrize("name", ["image flow", "table flow with contexts", "table flow of a user's field"])
 def test_gradients_of_flows_are_those_of_finite_differences(name: str) -> None:
     model, x, given = make(name, QUICK)
     z = model.encode(x, **given).z.detach()

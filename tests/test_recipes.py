@@ -291,7 +291,7 @@ def test_the_settings_that_a_resumed_run_keeps_are_marked() -> None:
     of_table = get_recipe("table").kept()
     assert of_table.keys() - marks.keys() == {
         "data.columns", "data.given", "data.kind", "data.validation", "data.held_out", "data.split_seed",
-        "data.train_rows", "model.field", "model.activation", "model.blocks",
+        "data.train_rows", "model.activation", "model.blocks",
     }  # fmt: skip
     for name in ("digits", "table"):
         recipe = get_recipe(name)

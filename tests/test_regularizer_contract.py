@@ -32,7 +32,6 @@ from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.field_evaluation import FieldEvaluation
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import conv_field, linear_field
-from rnode_plugin.fields.potential import PotentialField
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import (
     BUILTIN,
@@ -46,7 +45,7 @@ from rnode_plugin.torchdiffeq import odeint, odeint_adjoint, regularize
 
 theirs: Any = torchdiffeq  # its functions have no annotations
 DOUBLE = torch.float64
-NEEDS = ("vjp", "jvp", "aux", "field")
+NEEDS = ("vjp", "jvp", "field")
 
 
 def states(*shape: int) -> Tensor:
@@ -55,10 +54,6 @@ def states(*shape: int) -> Tensor:
 
 def perceptron() -> nn.Module:
     return active(linear_field(2, hidden=5, activation="tanh"))
-
-
-def potential() -> nn.Module:
-    return active(PotentialField(2, hidden=5))
 
 
 def resolved(spec: Any) -> Regularizer:
@@ -85,16 +80,8 @@ def test_the_table_has_every_built_in_regularizer() -> None:
 # rates at points -------------------------------------------------------------------------------------------------
 
 
-def dense_hjb(field: Any, t: Tensor, z: Tensor) -> Tensor:
-    by_t, by_z = torch.func.jacrev(lambda t, z: field.potential(t, z[None])[0], argnums=(0, 1))(t, z)
-    return (by_t - by_z.square().sum() / 2).abs()
-
-
 def dense(name: str, field: Any, t: Tensor, z: Tensor) -> Tensor:
     """The rate ``(B,)`` by dense derivatives of each sample alone."""
-    if name == "hjb":
-        return torch.stack([dense_hjb(field, t, each.flatten()) for each in z])
-
     assert name in RATES, f"add {name!r} to RATES in tests/regularizer_table.py"
 
     def alone(t: Tensor, flat: Tensor) -> Tensor:
@@ -106,7 +93,6 @@ def dense(name: str, field: Any, t: Tensor, z: Tensor) -> Tensor:
 PLACES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "flat": lambda: (perceptron(), states(3, 2)),
     "images": lambda: (active(conv_field(2, hidden=4, layers=2)), states(2, 2, 2, 2)),
-    "potential": lambda: (potential(), states(3, 2)),
 }
 
 
@@ -115,10 +101,6 @@ PLACES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 def test_a_rate_is_that_of_dense_derivatives(name: str, place: str) -> None:
     field, z = PLACES[place]()
     t = torch.tensor(0.3, dtype=DOUBLE)
-    if name == "hjb" and place != "potential":
-        with pytest.raises(ConfigError, match="offers no 'potential_rate'"):
-            penalties_at(field, t, z, [name])
-        return
     (found,) = penalties_at(field, t, z, [ALL[name]], trace_noise="exact").values()
     assert (found.shape, found.dtype) == ((len(z),), DOUBLE)
     torch.testing.assert_close(found, dense(name, field, t, z), rtol=1e-9, atol=1e-12)
@@ -128,7 +110,7 @@ def test_a_rate_is_that_of_dense_derivatives(name: str, place: str) -> None:
 @pytest.mark.parametrize("name", OF_RATES)
 def test_the_gradient_of_a_rate_passes_gradcheck(name: str, estimator: str) -> None:
     """By state, time and parameters; of a difference in time with the later velocity held fixed."""
-    field, z = (potential() if name == "hjb" else perceptron()), states(2, 2).requires_grad_()
+    field, z = perceptron(), states(2, 2).requires_grad_()
     t = torch.tensor(0.3, dtype=DOUBLE, requires_grad=True)
     variables = [t, z, *field.parameters()]
     if name.startswith("finite_difference"):
@@ -169,7 +151,7 @@ def without(regularizer: Any, need: str) -> Any:
 )
 def test_each_need_is_read_and_an_undeclared_one_is_refused(name: str, need: str, others: list[str]) -> None:
     """Under a random estimator, with which the exact Jacobian of curl and strain is not at hand."""
-    field, shy = (potential() if name == "hjb" else perceptron()), without(ALL[name], need)
+    field, shy = perceptron(), without(ALL[name], need)
     others = [each for each in others if each != name]
     for call in (
         lambda: penalties_at(field, 0.3, states(), [*others, shy]),
@@ -191,24 +173,22 @@ READS: dict[str, tuple[str, Callable[[FieldEvaluation], Tensor]]] = {
     "total_derivative": ("jvp", lambda e: e.total_derivative()[:, 0]),
     "third derivative": ("jvp", lambda e: e.total_derivative(3)[:, 0]),
     "velocity": ("field", lambda e: e.velocity(e.t, e.z)[:, 0]),
-    "aux": ("aux", lambda e: e.aux("potential_rate")),
+    "net": ("field", lambda e: e.net(e.t, e.z)[:, 0]),
 }
 
 
-@pytest.mark.parametrize(
-    "others", [[], [*(name for name in BUILTIN if name in RATES), "hjb"]], ids=["alone", "with others"]
-)
+@pytest.mark.parametrize("others", [[], [name for name in BUILTIN if name in RATES]], ids=["alone", "with others"])
 @pytest.mark.parametrize("read", READS)
 def test_a_read_is_declared_by_its_own_need_and_no_other(read: str, others: list[str]) -> None:
     need, function = READS[read]
     for needs in ({need}, set(NEEDS) - {need}):
         regularizer = FunctionRegularizer("reading", function, needs=needs, repeats=True)
         if need in needs:
-            found = penalties_at(potential(), 0.3, states(), [*others, regularizer])["reading"]
+            found = penalties_at(perceptron(), 0.3, states(), [*others, regularizer])["reading"]
             assert found.shape == (3,)
         else:
             with pytest.raises(ConfigError, match=f"'reading'.*needs = {{\"{need}\"}}"):
-                penalties_at(potential(), 0.3, states(), [*others, regularizer])
+                penalties_at(perceptron(), 0.3, states(), [*others, regularizer])
 
 
 def test_a_step_lends_what_the_method_has() -> None:
@@ -235,7 +215,7 @@ def test_a_step_lends_what_the_method_has() -> None:
 
 def neural_ode(name: str) -> NeuralODE:
     """A model whose solver has what the penalty uses, if possible on a fixed grid."""
-    field = potential() if name == "hjb" else perceptron()
+    field = perceptron()
     regularizer = copy.deepcopy(ALL[name])
     solver = {"error": "dopri5", "stiffness": "rk4"}.get(name, "rk4_38")
     return NeuralODE(
@@ -363,7 +343,7 @@ FACES: dict[str, Callable[..., Any]] = {
 @functools.cache
 def by_euler(name: str) -> Tensor:
     """The sum of a rate over Euler's steps."""
-    field, z = (potential() if name == "hjb" else perceptron()), states()
+    field, z = perceptron(), states()
     total = torch.zeros(len(z), dtype=DOUBLE)
     for t, h in zip(GRID[:-1], GRID.diff(), strict=True):
         total = total + h * dense(name, field, t, z).detach()
@@ -374,14 +354,10 @@ def by_euler(name: str) -> Tensor:
 @pytest.mark.parametrize("face", FACES)
 def test_the_integral_of_a_rate_in_every_interface(face: str) -> None:
     """Of all together, by Euler's method, which a sum of dense rates repeats to rounding."""
-    for field, given in (
-        (perceptron(), [name for name in OF_RATES if name != "hjb"]),
-        (potential(), ["hjb"]),
-    ):
-        found = FACES[face](field, states(), [copy.deepcopy(ALL[name]) for name in given], "euler")
-        assert set(found) == set(given)
-        for name in given:
-            torch.testing.assert_close(found[name].detach(), by_euler(name), rtol=1e-9, atol=1e-12, msg=name)
+    found = FACES[face](perceptron(), states(), [copy.deepcopy(ALL[name]) for name in OF_RATES], "euler")
+    assert set(found) == set(OF_RATES)
+    for name in OF_RATES:
+        torch.testing.assert_close(found[name].detach(), by_euler(name), rtol=1e-9, atol=1e-12, msg=name)
 
 
 @functools.cache

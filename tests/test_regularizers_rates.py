@@ -311,7 +311,7 @@ def test_what_an_evaluation_cannot_have() -> None:
         ([3], "is not a regularizer"),
         ([Taylor], "is not a regularizer"),
         (3, "is not a regularizer"),
-        ([FunctionRegularizer("greedy", lambda e: e.z, needs={"everything"})], "'aux', 'field', 'jvp', 'vjp'"),
+        ([FunctionRegularizer("greedy", lambda e: e.z, needs={"everything"})], "'field', 'jvp', 'vjp'"),
         ([FunctionRegularizer("text", lambda e: e.z, needs="vjp")], "must be a set of names"),
         ([FunctionStepPenalty("often", lambda s: s.h, reduction="average")], "'mean' or 'max', not 'average'"),  # pyright: ignore
         ([lambda evaluation: evaluation.dz.sum(1)], r"must take \(t, z, dz\).*FunctionRegularizer"),

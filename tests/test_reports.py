@@ -456,15 +456,15 @@ def test_the_error_of_a_baseline_is_over_the_rows(tmp_path: Path) -> None:
 def test_other_penalties_have_their_rows(tmp_path: Path) -> None:
     path = write_run(tmp_path / "0", digits(penalties=("kinetic",)))
     result = json.loads((path / "result.json").read_text())
-    result["evaluation"]["penalties"] |= {"taylor:3": 0.25, "hjb": 0.5}
-    result["evaluation"]["undivided"] = ["hjb"]
+    result["evaluation"]["penalties"] |= {"taylor:3": 0.25, "error": 0.5}
+    result["evaluation"]["undivided"] = ["error"]
     (path / "result.json").write_text(json.dumps(result))
     table = make_table(configurations_of(path, write_run(tmp_path / "1", digits())))
-    assert (cells(table, "kinetic")["taylor:3"], cells(table, "kinetic")["hjb"]) == ("0.250", "0.500")
+    assert (cells(table, "kinetic")["taylor:3"], cells(table, "kinetic")["error"]) == ("0.250", "0.500")
     assert "taylor:3" not in cells(table, "rnode")
     meanings = {row.name: row.meaning for row in table.rows}
     assert meanings["taylor:3"].startswith("penalty / dim,")
-    assert meanings["hjb"].startswith("penalty,")
+    assert meanings["error"].startswith("penalty,")
 
 
 def test_numbers_as_text() -> None:

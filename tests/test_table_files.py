@@ -371,7 +371,6 @@ def test_the_table_that_comes_along() -> None:
         (["data.validation=0"], "data.validation: .*greater than 0"),
         (["data.split_seed=4294967296"], "data.split_seed: .*less than 4294967296"),
         (["data.shape=1,2,3"], "unknown setting 'data.shape'"),
-        (["model.field=potential", "model.activation=tanh"], "model.field=potential has a fixed one"),
         (["training.sample_temperatures=0.5,1"], "have one temperature"),
         (["data.name=digits"], "the data set 'digits' holds images"),
     ],

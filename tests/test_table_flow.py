@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from rnode_plugin import Adaptive, FixedGrid
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.fields.potential import PotentialField
 from rnode_plugin.flows.table import TableFlow
 
 TIGHT = Adaptive("dopri5", atol=1e-10, rtol=1e-10)
@@ -62,9 +61,8 @@ def test_a_shift_by_the_context_has_a_closed_form() -> None:
     assert ((drawn.mean(0) - mean[0]).abs() < 5 * flow.scale[:3] / 4000**0.5).all()
 
 
-def test_an_exact_trace_up_to_16_columns_and_for_the_potential() -> None:
-    exact = [repr(TableFlow(16).estimator), repr(TableFlow(40, field="potential").estimator)]
-    assert exact == ["Exact()", "Exact()"]
+def test_an_exact_trace_up_to_16_columns() -> None:
+    assert repr(TableFlow(16).estimator) == "Exact()"
     assert repr(TableFlow(17).estimator) == "Hutchinson('rademacher')"
 
 
@@ -73,7 +71,8 @@ def test_an_exact_trace_up_to_16_columns_and_for_the_potential() -> None:
     [
         (lambda: TableFlow(0), "columns must be a whole number of at least 1, not 0"),
         (lambda: TableFlow(2, blocks=0), "blocks must be a whole number of at least 1"),
-        (lambda: TableFlow(2, field="mpl"), "unknown field 'mpl'; did you mean 'mlp'"),
+        (lambda: TableFlow(2, field="mlp"), "must be a function that makes a module, not 'mlp'"),  # pyright: ignore
+        (lambda: TableFlow(2, context=1, field=lambda: torch.nn.Linear(2, 2)), r"linearize\(\.\.\., context=\)"),
         (lambda: TableFlow(2)(torch.zeros(3, 3)), r"rows must be of shape \(B, 2\).*not \(3, 3\)"),
         (lambda: TableFlow(2)(torch.zeros(3, 2).double()), "torch.float32 on cpu, not"),
         (lambda: TableFlow(2).log_prob(torch.zeros(3, 2), context=torch.zeros(1)), "takes no context"),
@@ -83,8 +82,7 @@ def test_an_exact_trace_up_to_16_columns_and_for_the_potential() -> None:
         (lambda: TableFlow(2).standardize(torch.zeros(4, 3)), r"takes rows \(N, 2\)"),
         (lambda: TableFlow(2)(torch.zeros(3, 2), noise=[torch.zeros(3, 2)]), "exact trace takes none"),
         (lambda: TableFlow(2, regularizers={"kinetic": 5.0}), "a flow applies no lambda"),
-        (lambda: TableFlow(2, regularizers=["hjb"])(torch.zeros(3, 2)), "offers no 'potential_rate'"),
-        (lambda: PotentialField(2, context=1)(torch.zeros(()), torch.zeros(3, 2)), r"of shape \(3, 1\), not none"),
+        (lambda: TableFlow(2, regularizers=["hjb"]), "'hjb': install the plugin in examples/otflow"),
     ],
 )  # fmt: skip
 def test_refusals(act: Any, message: str) -> None:

@@ -118,7 +118,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(file: Path, tmp_path: Path) -> Non
 def test_a_run_stays_with_its_columns_and_its_split(file: Path, tmp_path: Path) -> None:
     recipe = recipe_of(file, "training.max_steps=2")
     made = run(recipe, tmp_path).folder.path
-    for setting in ("data.given=dose", "data.split_seed=1", "model.field=potential"):
+    for setting in ("data.given=dose", "data.split_seed=1", "model.activation=tanh"):
         outcome = rnode("train", "--resume", str(made), "--set", setting, "--max-steps", "4")
         assert outcome.exit_code == 1
         assert f"cannot continue with other settings: {setting.partition('=')[0]} is" in outcome.output
@@ -381,14 +381,6 @@ def test_weights_of_other_columns_are_refused(tmp_path: Path, file: Path, condit
     with pytest.raises(CheckpointError, match=r"of other columns: images there and .* given yield, pressure here"):
         run(recipe_of(file, settings[0], "training.weights=mnist-pretrained"), tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_potential_and_its_penalties(file: Path, tmp_path: Path) -> None:
-    settings = ["model.field=potential", "regularizers.hjb=0.1", "training.max_steps=4", "data.given=dose"]
-    result = run(recipe_of(file, *settings), tmp_path)
-    assert result.evaluation is not None
-    assert set(result.evaluation.penalties) == {"kinetic", "jacfrob", "hjb"}
-    assert "PotentialField" in repr(load_flow(result.folder.path))
 
 
 def test_the_baseline_of_columns_that_determine_each_other() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -37,14 +37,12 @@ class Ask(NamedTuple):
             none.
         jvp: whether derivatives along directions are wanted.
         divergence: whether the exact divergence is wanted.
-        aux: whether values that the field offers by name are wanted.
         pull: whether products with further vectors are wanted.
     """
 
     products: Literal["", "noise", "rows"] = ""
     jvp: bool = False
     divergence: bool = False
-    aux: bool = False
     pull: bool = False
 
 
@@ -60,7 +58,6 @@ class Linearization(NamedTuple):
         products: ``noise^T df/dz`` with the shape of the noise, or all rows of ``df/dz``, ``(D, B, *event)``.
         jvp: function from ``(v, dt)`` to ``df/dz v + dt df/dt``; ``v`` and the result have the shape of ``z``.
         divergence: exact ``div f``, ``(B,)``.
-        aux: values by name, such as ``"potential_rate"``, the ``dPhi/dt (B,)`` of a potential that ``hjb`` reads.
         pull: function from ``v`` to ``v^T df/dz``; ``v`` and the result have the shape of ``z``.
     """
 
@@ -68,7 +65,6 @@ class Linearization(NamedTuple):
     products: Tensor | None = None
     jvp: DirectionalDerivative | None = None
     divergence: Tensor | None = None
-    aux: Mapping[str, Tensor] | None = None
     pull: Callable[[Tensor], Tensor] | None = None
 
 
@@ -145,8 +141,6 @@ class AutogradField:
         field: the function.
         view: the part of the state to differentiate by, whose velocity is differentiated; None: all of it. The
             ``dz`` of :meth:`linearize` is the velocity of the whole state, everything else belongs to the part.
-        aux: maps ``(t, z)`` to values by name that the field offers. None takes the function's method ``aux``, if
-            it has one.
         around: what the function reads and changes in addition to its arguments.
 
     Raises:
@@ -159,11 +153,9 @@ class AutogradField:
         field: Velocity,
         *,
         view: View | None = None,
-        aux: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None = None,
         around: Surroundings | None = None,
     ) -> None:
         self._field, self.view = field, view
-        self._aux = getattr(field, "aux", None) if aux is None else aux
         self._around = Surroundings() if around is None else around
         self._known = _Known()
 
@@ -178,14 +170,11 @@ class AutogradField:
         return twin
 
     def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
-        aux = None
-        if ask.aux:
-            aux = {} if self._aux is None else self._aux(t, z)
         if not (ask.products or ask.jvp or ask.divergence or ask.pull):
-            return Linearization(self(t, z), aux=aux)
+            return Linearization(self(t, z))
         view = self.view
         if view is None:
-            return self._differentiate(self, t, z, noise, ask, aux)
+            return self._differentiate(self, t, z, noise, ask)
         # Only the part is a variable: the rest of the state enters as a constant. The whole velocity is picked up
         # on the way, since a second evaluation would cost as much and could draw other random numbers.
         velocities: list[Tensor] = []
@@ -195,7 +184,7 @@ class AutogradField:
             velocities.append(self(t, state))
             return view.of(velocities[-1])
 
-        found = self._differentiate(part, t, view.of(z), noise, ask, aux)
+        found = self._differentiate(part, t, view.of(z), noise, ask)
         whole = velocities[0]  # from the first call; checks may have added more
         if not torch.is_grad_enabled():  # the graph was for the products, the caller wants none
             whole = tuple(map(without_graph, whole)) if view.is_tuple else without_graph(whole)
@@ -208,11 +197,10 @@ class AutogradField:
         z: Tensor,
         noise: Tensor | None,
         ask: Ask,
-        aux: Mapping[str, Tensor] | None,
     ) -> Linearization:
         """Velocity and derivatives of ``f``, which is this field or the part of it that the view shows."""
         if transforms_active():
-            return _in_transform(f, t, z, noise, ask)._replace(aux=aux)
+            return _in_transform(f, t, z, noise, ask)
         known = self._known
         # Products need a graph even if the caller wants none, so gradients are enabled here in any case. `keep` is
         # whether the results keep their graph.
@@ -261,7 +249,7 @@ class AutogradField:
             found = without_graph(dz)
             products = None if products is None else without_graph(products)
         later = functools.partial(_later, pull, keep) if ask.pull else None
-        return Linearization(found, products, jvp, divergence, aux, later)
+        return Linearization(found, products, jvp, divergence, later)
 
     def _aside(self, f: Velocity, z: Tensor, t: Tensor, state: Tensor) -> Tensor:
         """``f`` at another state than ``z``, without a trace of it in the net or in the random numbers."""

@@ -206,6 +206,7 @@ class Dynamics(BoundDynamics):
         view: the part of the state that penalties measure; None: all of it.
         event: extracts what the penalties measure from a state that a solver steps; None: the view's part.
         net: the module that the field calls; None: the field itself, if it is a module.
+        user_field: the field as the user gave it, for penalties that read it; None: ``field``.
 
     Attributes:
         door: evaluates the field.
@@ -237,13 +238,14 @@ class Dynamics(BoundDynamics):
         view: View | None = None,
         event: Callable[[Tensor], Tensor] | None = None,
         net: nn.Module | None = None,
+        user_field: object = None,
     ) -> None:
         self.field = as_field(field, view)
         self.net, self._view = module_of(field) if net is None else net, view
         self.estimator = estimator if isinstance(estimator, TraceEstimator) else get_estimator(estimator)
         self.divergence = divergence
         self.noise: Tensor | None = None
-        self._given = field
+        self._given, self._user_field = field, field if user_field is None else user_field
         kinds = regularizers if isinstance(regularizers, Kinds) else Kinds.of(regularizers)
         if kinds.span is not None:
             raise ConfigError(
@@ -273,7 +275,6 @@ class Dynamics(BoundDynamics):
         self._estimates = self.needs_products and not closed
         self._ask = Ask(
             jvp="jvp" in self.needs,
-            aux="aux" in self.needs,
             divergence=divergence and not self._estimates,
             pull="vjp" in self.needs,
             products=self.estimator.asks if self._estimates else "",
@@ -329,7 +330,7 @@ class Dynamics(BoundDynamics):
             found = self.estimator.linearize(door, t, z, noise, self._ask)
         else:
             found = door.evaluate(t, z, self._ask, noise)
-        whole, rows, jvp, known, aux, pull = found
+        whole, rows, jvp, known, pull = found
         state, dz = z, whole
         if self._view is not None:
             z, dz = self._view.of(state), self._view.of(whole)
@@ -348,7 +349,8 @@ class Dynamics(BoundDynamics):
         dz = dz.to(z.dtype)
         record = Record(
             t=t, state=state, z=z, dz=dz, noise=noise, products=None if rows is None else rows.to(z.dtype),
-            estimator=self.estimator, door=door, jvp=jvp, pull=pull, aux=aux,
+            estimator=self.estimator, door=door, jvp=jvp, pull=pull,
+            net=self._user_field if self._view is None else None,
         )  # fmt: skip
         dlogdet = None
         if self.divergence and products:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .derivatives import Ask, DirectionalDerivative, total_derivative
 from .door import Door
+from .signature import innermost
 from .trace_estimators import Probes, TraceEstimator
 from .view import State
 
@@ -35,7 +36,7 @@ class Record:
         estimator: reduces the products to a divergence or a norm.
         door: evaluates the field again, for what did not come with this evaluation.
         jvp, pull: derivatives from the pass that gave the velocity; None if the pass gave none.
-        aux: values that the field offers by name.
+        net: the field as the user gave it; None where penalties measure a part of its state.
         known: results that a regularizer has computed and their versions, by what they are.
     """
 
@@ -49,7 +50,7 @@ class Record:
     door: Door
     jvp: DirectionalDerivative | None
     pull: Callable[[Tensor], Tensor] | None
-    aux: Mapping[str, Tensor] | None
+    net: object
     known: dict[object, tuple[Any, list[int]]] = field(default_factory=dict)
 
     def divergence(self) -> Tensor:
@@ -75,8 +76,8 @@ class FieldEvaluation:
 
     A regularizer declares what it reads in ``needs``: ``"vjp"`` for :meth:`divergence`, :meth:`squared_frobenius`,
     :meth:`probes`, :meth:`jacobian` and :meth:`vjp`, ``"jvp"`` for :meth:`jvp` and :meth:`total_derivative`,
-    ``"aux"`` for :meth:`aux`, ``"field"`` for :meth:`velocity`. A method whose need is not declared raises a
-    ConfigError, even if another regularizer has declared that need.
+    ``"field"`` for :meth:`velocity` and :attr:`net`. A method whose need is not declared raises a ConfigError, even
+    if another regularizer has declared that need.
 
     Attributes:
         t: time, a scalar tensor.
@@ -187,20 +188,24 @@ class FieldEvaluation:
         door = self._record.door
         return door.part(door.again(t, self._record.state, z=z).dz).to(z.dtype)
 
-    def aux(self, name: str) -> Tensor:
-        """The value that the field itself offers under ``name``.
+    @property
+    def net(self) -> Any:
+        """The module of this solve as the user gave it, without wrappers that only pass their arguments on.
+
+        A penalty may read what this module offers beyond its velocity, such as a potential.
 
         Raises:
-            ConfigError: for a field that does not offer it.
+            ConfigError: if the field is not a module, or penalties measure a part of its state.
         """
-        self._require("aux")
-        aux = self._record.aux or {}
-        if name not in aux:
+        self._require("field")
+        net = innermost(self._record.net)
+        if not isinstance(net, nn.Module):
             raise ConfigError(
-                f"the vector field offers no {name!r}: a penalty on it needs a field whose `aux(t, z)` does, such "
-                "as rnode_plugin.fields.potential.PotentialField."
+                f"the regularizer {self._name!r} reads the module of the vector field, but this field is not a "
+                "module that takes just the state that the penalties measure: give the module itself, without a "
+                "function around it, penalized= or an order above 1."
             )
-        return aux[name]
+        return net
 
     def _more_products(self, ask: Ask, noise: Tensor | None = None) -> Tensor:
         """Products of another pass over the field, which the first one did not give."""

@@ -143,7 +143,7 @@ class Rate(Regularizer):
     A call maps a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation` to the rate ``(B,)``.
 
     Attributes:
-        needs: what it reads of an evaluation beyond ``t, z, dz, noise``: any of ``"vjp"``, ``"jvp"``, ``"aux"`` and
+        needs: what it reads of an evaluation beyond ``t, z, dz, noise``: any of ``"vjp"``, ``"jvp"`` and
             ``"field"``. If no rate needs one and no density is followed, an evaluation computes no product with the
             Jacobian.
         repeats: whether it evaluates the field again, for ``jacobian()`` with a random estimator or for a
@@ -174,7 +174,7 @@ class Rate(Regularizer):
 
     def check(self) -> None:
         super().check()
-        _refuse_others(self, "needs", self.needs, ("vjp", "jvp", "aux", "field"))
+        _refuse_others(self, "needs", self.needs, ("vjp", "jvp", "field"))
 
 
 class StepPenalty(Regularizer):

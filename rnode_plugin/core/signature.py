@@ -257,8 +257,6 @@ class _TimeFirst(nn.Module):
     ) -> None:
         super().__init__()
         self.field, self.takes, self.call, self.time_shape = field, takes, call, time_shape
-        if call is None and hasattr(field, "aux"):  # `call` may call the field at another state
-            self.aux = field.aux
 
     def forward(self, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
         if self.time_shape is not None:

@@ -165,7 +165,7 @@ class Stack:
             still, whole = torch.zeros_like(self._context), jvp
             jvp = lambda v, dt=0.0: whole(torch.cat([v, still.to(v.dtype)], 1), dt)  # noqa: E731
         divergence = trace_of_rows(products) if ask.divergence and products is not None else None
-        return Linearization(dz, products, jvp, divergence, {})
+        return Linearization(dz, products, jvp, divergence)
 
     def _several(self, t: Tensor | float, z: Tensor, vectors: Tensor, ask: Ask) -> Linearization:
         """Several products of convolutions, computed as one batch, since a convolution has one batch dimension."""
@@ -175,7 +175,7 @@ class Stack:
         assert products is not None
         rows = products.unflatten(0, (count, batch))
         jvp = self._pass(t, z, None)[2] if ask.jvp else None
-        return Linearization(dz[:batch], rows, jvp, trace_of_rows(rows) if ask.divergence else None, {})
+        return Linearization(dz[:batch], rows, jvp, trace_of_rows(rows) if ask.divergence else None)
 
     def _pass(
         self, t: Tensor | float, z: Tensor, pulled: Tensor | None

@@ -306,7 +306,7 @@ class _Pass:
             field = field.prepare(z, noise)
         dynamics = Dynamics(
             field, regularizers=self._followed.kinds, estimator=self._estimator, divergence=self._divergence,
-            net=net,
+            net=net, user_field=net,
         )  # fmt: skip
         first_step = self._first_steps[index] if self._first_steps else None
         solution = self._solver.solve(dynamics.bind(noise), z, self._times(z), first_step=first_step)

@@ -9,16 +9,14 @@ from torch import Tensor, nn
 
 from ..core.trace_estimators import TraceEstimator
 from ..core.weighing import Regularizers
-from ..errors import ConfigError, suggest
+from ..errors import ConfigError
 from ..fields import linear_field
-from ..fields.potential import PotentialField
 from ..fields.stack import AtContext
 from ..regularizers import jacfrob, kinetic
 from ..solvers import HealthCheck, Solver
 from .base import BlockFlow
 
 _EXACT_COLUMNS = 16  # the whole Jacobian takes a product per column; beyond this, estimates are cheaper
-_FIELDS = ("mlp", "potential")
 
 
 class TableFlow(BlockFlow):
@@ -31,17 +29,16 @@ class TableFlow(BlockFlow):
     Args:
         columns: number of columns that are modeled.
         context: number of columns that are given as context.
-        field: ``"mlp"`` for blocks with a multilayer perceptron that has time as an input, or ``"potential"`` for
-            the gradient of OT-Flow's potential.
-        hidden: width of the fields.
-        layers: number of linear layers of the perceptron, or of layers in the potential's network.
-        activation: activation of the perceptron.
+        field: makes the vector field of one block, a module ``(t, y)`` for standardized rows ``y (B, columns)``;
+            ``hidden``, ``layers`` and ``activation`` then have no effect. None: a multilayer perceptron with time
+            as an input.
+        hidden, layers, activation: width of the perceptron, number of its linear layers, and its activation.
         blocks: number of consecutive neural ODEs, each from time 0 to 1.
         solver: the integrator of calls that give none, kept as the attribute :attr:`solver`; None: the default
             :class:`~rnode_plugin.FixedGrid`.
         regularizers: penalties to integrate: names, objects or functions.
-        trace_noise: ``"exact"``, ``"gaussian"`` or ``"rademacher"``. ``"auto"`` is exact for the potential, whose
-            divergence is known, and for up to 16 columns, and Rademacher otherwise.
+        trace_noise: ``"exact"``, ``"gaussian"`` or ``"rademacher"``. ``"auto"`` is exact for up to 16 columns, and
+            Rademacher otherwise.
 
     A fresh flow of perceptrons has f = 0, so it is a Gaussian with the mean and the deviation of the
     standardization.
@@ -69,7 +66,7 @@ class TableFlow(BlockFlow):
         columns: int,
         *,
         context: int = 0,
-        field: str = "mlp",
+        field: Callable[[], nn.Module] | None = None,
         hidden: int = 64,
         layers: int = 3,
         activation: str = "softplus",
@@ -83,21 +80,23 @@ class TableFlow(BlockFlow):
                 raise ConfigError(
                     f"a TableFlow's {name} must be a whole number of at least {least}, not {value!r}."
                 )
-        if field not in _FIELDS:
-            raise ConfigError(suggest(field, _FIELDS, "field"))
+        if field is not None and not callable(field):
+            raise ConfigError(f"a TableFlow's field must be a function that makes a module, not {field!r}.")
         if trace_noise == "auto":
-            known = field == "potential" or columns <= _EXACT_COLUMNS
-            trace_noise = "exact" if known else "rademacher"
+            trace_noise = "exact" if columns <= _EXACT_COLUMNS else "rademacher"
         super().__init__(solver=solver, regularizers=regularizers, trace_noise=trace_noise)
         self.event_shape, self.context = torch.Size([columns]), context
         self.context_shape = torch.Size([context]) if context else None
 
-        def make() -> nn.Module:
-            if field == "potential":
-                return PotentialField(columns, hidden=hidden, layers=layers, context=context)
+        def perceptron() -> nn.Module:
             return linear_field(columns, hidden=hidden, layers=layers, activation=activation, context=context)
 
-        self.fields = nn.ModuleList(make() for _ in range(blocks))
+        self.fields = nn.ModuleList((field or perceptron)() for _ in range(blocks))
+        if context and not all(hasattr(each, "linearize") for each in self.fields):
+            raise ConfigError(
+                "a TableFlow with a context needs a field with linearize(..., context=), as linear_field has. "
+                "RegularizedCNF(net, context_shape=) takes any net(t, x, context)."
+            )
         self.register_buffer("mean", torch.zeros(columns + context))
         self.register_buffer("scale", torch.ones(columns + context))
 

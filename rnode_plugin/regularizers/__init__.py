@@ -33,7 +33,6 @@ BUILTIN = {
     "curl": "rates:curl",
     "strain": "rates:strain",
     "straightness": "rates:straightness",
-    "hjb": "rates:hjb",
     "error": "steps:error",
     "stiffness": "steps:stiffness",
     "local_error": "steps:local_error",

@@ -224,17 +224,3 @@ def straightness(evaluation: FieldEvaluation) -> Tensor:
     for methods without negative weights (dopri5 and tsit5 have some). It needs no product with the Jacobian.
     """
     return sum_squares(evaluation.dz)
-
-
-@rate(
-    "hjb", formula="abs(∂Φ/∂t − ‖∇Φ‖²/2) for a potential field f = −∇Φ, not divided by D", needs={"aux"},
-    divided_by_dims=False, source=Source("OT-Flow", "Onken et al.", 2021, "onken2021otflow"),
-)  # fmt: skip
-def hjb(evaluation: FieldEvaluation) -> Tensor:
-    """``|dPhi/dt - ||grad Phi||^2 / 2|`` for a potential field ``f = -grad Phi`` (OT-Flow; Onken et al., 2021).
-
-    It is 0 if Phi solves the Hamilton-Jacobi-Bellman equation, as the potential of the optimal transport does. It
-    reads ``dPhi/dt`` from the field's ``aux`` and needs no product. The objective does not divide it by D.
-    """
-    # with f = -grad Phi, ||grad Phi||^2 is the squared speed
-    return (evaluation.aux("potential_rate") - sum_squares(evaluation.dz) / 2).abs()

@@ -54,10 +54,10 @@ class Augmented:
         looks = lone and bool(kinds.penalties) and not _is_known(func)
         call, self._seen = _looking(func, signs_for_columns(z0) if looks else None)
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # penalties are integrated over |dt|
-        field = AutogradField(call, aux=getattr(func, "aux", None)) if lone else func
+        field = AutogradField(call) if lone else func
         self.dynamics = Dynamics(
             field, regularizers=kinds, estimator=wanted.estimator, divergence=False,
-            view=None if lone else layout.view, net=module_of(func),
+            view=None if lone else layout.view, net=module_of(func), user_field=func,
         )  # fmt: skip
         self.dynamics = self.dynamics.bind(self.dynamics.draw(z0))
         # torchdiffeq does not show its stages, so a sampled quadrature draws among consecutive evaluations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from inspect import isfunction
 from typing import Any, NamedTuple
@@ -27,7 +27,6 @@ from ..core.signature import (
     Takes,
     call_of,
     field_takes,
-    innermost,
 )
 from ..core.surroundings import lock_of, module_of
 from ..core.trace_estimators import Exact, TraceEstimator
@@ -158,7 +157,6 @@ class TorchdynField(AutogradField):
     Args:
         function, extra: the function, called as ``function(t, z, *extra)``.
         slots: the placeholders of the modules inside.
-        aux: maps ``(t, z)`` to values that the field offers by name.
         plain: whether a call of the field only calls the user's net.
     """
 
@@ -167,11 +165,10 @@ class TorchdynField(AutogradField):
         function: Callable[..., Tensor],
         *extra: Tensor,
         slots: Slots,
-        aux: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None,
         plain: bool = False,
     ) -> None:
-        super().__init__(function, aux=aux)
-        self._extra, self._slots, self.plain, self.aux = extra, slots, plain, aux
+        super().__init__(function)
+        self._extra, self._slots, self.plain = extra, slots, plain
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         slots = self._slots
@@ -213,8 +210,7 @@ def field_of(
         function = first_order_system(function, order)
     if not needs.isdisjoint(("vjp", "jvp")):  # the gradient of a product needs a double backward
         function = originals(function, modules)
-    aux = aux_of(net) if "aux" in needs else None
-    return TorchdynField(function, slots=slots, aux=aux, plain=plain)
+    return TorchdynField(function, slots=slots, plain=plain)
 
 
 class NetDynamics(Dynamics):
@@ -265,15 +261,14 @@ class NetDynamics(Dynamics):
             )
         else:
             function = originals(net, modules) if differentiates else net
-            aux = aux_of(net) if "aux" in needs else None
-            field = TorchdynField(function, context, slots=slots, aux=aux, plain=not slots.found)
+            field = TorchdynField(function, context, slots=slots, plain=not slots.found)
         if divergence:
             field = fastest(
                 field, net, z, context, exact=type(estimator) is Exact, one_graph=solver.gradient.through_steps
             )
         super().__init__(
             field, regularizers=kinds, estimator=estimator, divergence=divergence,
-            net=net if isinstance(net, nn.Module) else module_of(net),
+            net=net if isinstance(net, nn.Module) else module_of(net), user_field=net,
         )  # fmt: skip
 
     def parameters(self) -> Sequence[Tensor]:
@@ -464,7 +459,7 @@ def system_of(
         event = lambda x: x[:, 1:] if view is None else view.of(x[:, 1:])  # noqa: E731
     dynamics = Dynamics(
         field, regularizers=kinds, estimator=estimator, divergence=traced, view=None if whole else view,
-        event=event, net=holder,
+        event=event, net=holder, user_field=net if order == 1 else None,
     )  # fmt: skip
     return TorchdynSystem(
         module=vf, args=args, dynamics=dynamics.bind(noise if traced else dynamics.draw(z)),
@@ -532,16 +527,6 @@ def tensors_of(parts: Iterable[object], args: object) -> list[Tensor]:
 def is_cnf(module: nn.Module) -> bool:
     """Whether ``module`` keeps a trace in front of ``z``, as every CNF does; they have a ``noise_dist``."""
     return hasattr(module, "noise_dist")
-
-
-def aux_of(net: Any) -> Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None:
-    """The method ``aux`` of a net, seen through wrappers that only pass their arguments on; None without one.
-
-    Modules inside the net do not count, because the net may call them at another time and state.
-    """
-    net = innermost(net)
-    aux = getattr(net, "aux", None)
-    return net.aux if callable(aux) and not isinstance(aux, nn.Module) else None
 
 
 def originals(function: Callable[..., Tensor], modules: Iterable[nn.Module]) -> Callable[..., Tensor]:

@@ -64,28 +64,22 @@ class TableModel(_Options):
 
     Attributes:
         name: a model that is registered with the plugin host; ``TableFlow`` comes with the package.
-        field: ``mlp``, a multilayer perceptron, or ``potential``, the gradient of OT-Flow's potential.
-        hidden: width of a block's field.
-        layers: linear layers of the perceptron, or layers of the potential's network.
+        hidden: width of a block's field, a multilayer perceptron.
+        layers: linear layers of the perceptron.
         activation: activation function of the perceptron: ``softplus``, ``tanh``, ``elu``, ``silu`` or ``gelu``.
         blocks: flows one after the other, each with its own field.
         trace_noise: ``exact`` for the exact divergence, or the distribution of the noise in its estimate. ``auto``
-            is exact for the potential and up to 16 columns, else ``rademacher``.
+            is exact for up to 16 columns, else ``rademacher``.
         kind: marks the settings of a table's model.
     """
 
     name: Annotated[Text, OF_THE_WEIGHTS] = "TableFlow"
-    field: Annotated[Literal["mlp", "potential"], OF_THE_WEIGHTS] = "mlp"
     hidden: Annotated[PositiveInt, OF_THE_WEIGHTS] = 64
     layers: Annotated[PositiveInt, OF_THE_WEIGHTS] = 3
     activation: Annotated[Literal["softplus", "tanh", "elu", "silu", "gelu"], OF_THE_WEIGHTS] = "softplus"
     blocks: Annotated[PositiveInt, OF_THE_WEIGHTS] = 1
     trace_noise: Literal["auto", "exact", "gaussian", "rademacher"] = "auto"
     kind: Literal["table"] = "table"
-
-    def __post_init__(self) -> None:
-        if self.field == "potential" and self.activation != "softplus":
-            raise ConfigError("model.activation is for the perceptron: model.field=potential has a fixed one.")
 
 
 @dataclass(frozen=True, config=CONFIG)

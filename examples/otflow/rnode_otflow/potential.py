@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.derivatives import VELOCITY, Ask, AutogradField, Linearization, has_hooks
-from ..errors import ConfigError, check_count
+from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Linearization, has_hooks
+from rnode_plugin.errors import ConfigError, check_count
 
 
 class _Layer(NamedTuple):
@@ -28,26 +28,24 @@ class PotentialField(nn.Module):
     ``u_0 = sigma(K_0 s + k_0)``, ``u_i = u_{i-1} + sigma(K_i u_{i-1} + k_i)``, and ``sigma(x) = log(e^x + e^-x)``.
     The gradient, the divergence and ``dPhi/dt`` are computed in closed form, without automatic differentiation.
     With ``trace_estimator="exact"`` a density uses that divergence, at the cost of about one Jacobian of ``N``'s
-    hidden layers. The penalty ``hjb`` reads ``dPhi/dt``.
+    hidden layers. The penalty ``hjb`` reads ``dPhi/dt`` by :meth:`potential_rate`.
 
     Args:
         dims: number of dimensions of one sample; an event of another shape is flattened.
         hidden: width of the network.
         layers: number of layers of the network, at least 1.
         rank: number of rows of ``A``.
-        context: how many more numbers the potential depends on, ``s = (z, t, c)``; the methods then take
-            ``context (B, context)``.
 
     Raises:
         ConfigError: for a number below 1; when called, for a state of another size.
     """
 
-    def __init__(self, dims: int, *, hidden: int = 32, layers: int = 2, rank: int = 10, context: int = 0) -> None:
+    def __init__(self, dims: int, *, hidden: int = 32, layers: int = 2, rank: int = 10) -> None:
         super().__init__()
         for name, value in (("dims", dims), ("hidden", hidden), ("layers", layers), ("rank", rank)):
             check_count(value, f"a PotentialField's {name}")
-        self.dims, self._given = dims, context
-        inputs = dims + 1 + context
+        self.dims = dims
+        inputs = dims + 1
         sizes = [inputs] + [hidden] * (layers - 1)
         self.weights = nn.ParameterList(nn.Parameter(torch.randn(hidden, n) / math.sqrt(n)) for n in sizes)
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(hidden)) for _ in sizes)
@@ -56,37 +54,32 @@ class PotentialField(nn.Module):
         self.a = nn.Parameter(torch.randn(rank, inputs) / math.sqrt(rank * inputs))
         self.b = nn.Parameter(torch.zeros(inputs))
 
-    def potential(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
+    def potential(self, t: Tensor, z: Tensor) -> Tensor:
         """``Phi(t, z) (B,)``."""
-        s = self._joined(t, z, context)
+        s = self._joined(t, z)
         return self._run(s)[1] @ self.w + (s @ self.a.T).square().sum(1) / 2 + s @ self.b
 
-    def forward(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
+    def potential_rate(self, t: Tensor, z: Tensor) -> Tensor:
+        """``dPhi/dt (B,)``."""
+        s = self._joined(t, z)
+        return self._gradient(s, self._run(s)[0])[0][:, self.dims]
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
         """``-grad Phi``, with the shape of ``z (B, *event)``, at a scalar time."""
-        s = self._joined(t, z, context)
+        s = self._joined(t, z)
         return -self._gradient(s, self._run(s)[0])[0][:, : self.dims].reshape(z.shape)
 
-    def linearize(
-        self,
-        t: Tensor,
-        z: Tensor,
-        noise: Tensor | None = None,
-        *,
-        ask: Ask = VELOCITY,
-        context: Tensor | None = None,
-    ) -> Linearization:
+    def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
         """``-grad Phi`` and what ``ask`` names, in closed form; the Jacobian, ``-Hess Phi``, is symmetric.
 
-        ``aux`` is ``{"potential_rate": dPhi/dt (B,)}``. If the field has hooks, or is of a subclass with another
-        ``forward``, it is called instead, and its products come from automatic differentiation.
+        If the field has hooks, or is of a subclass with another ``forward``, it is called instead, and its products
+        come from automatic differentiation.
         """
         if type(self).forward is not PotentialField.forward or has_hooks(self):
-            field = AutogradField(lambda t, z: self(t, z, context), aux=lambda t, z: self.aux(t, z, context))
-            return field.linearize(t, z, noise, ask=ask)
-        s = self._joined(t, z, context)
+            return AutogradField(lambda t, z: self(t, z)).linearize(t, z, noise, ask=ask)
+        s = self._joined(t, z)
         layers, _ = self._run(s)
         gradient, pulled = self._gradient(s, layers)
-        aux = {"potential_rate": gradient[:, self.dims]} if ask.aux else None
         products = divergence = None
         if ask.products == "rows":
             products = self._rows(s, layers, pulled).reshape(self.dims, *z.shape)
@@ -102,17 +95,11 @@ class PotentialField(nn.Module):
             return -self._hessian_times(layers, pulled, direction).reshape(z.shape)
 
         dz = -gradient[:, : self.dims].reshape(z.shape)
-        return Linearization(dz, products, jvp if ask.jvp else None, divergence, aux)
-
-    def aux(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> dict[str, Tensor]:
-        """``{"potential_rate": dPhi/dt (B,)}``."""
-        s = self._joined(t, z, context)
-        return {"potential_rate": self._gradient(s, self._run(s)[0])[0][:, self.dims]}
+        return Linearization(dz, products, jvp if ask.jvp else None, divergence)
 
     def _direction(self, v: Tensor, dt: float) -> Tensor:
-        """Join directions ``(k, B, D)`` of the state and ``dt`` of time to directions of ``s = (z, t, c)``."""
-        still = v.new_zeros(*v.shape[:2], self._given)
-        return torch.cat([v, torch.full_like(v[..., :1], dt), still], 2)
+        """Join directions ``(k, B, D)`` of the state and ``dt`` of time to directions of ``s = (z, t)``."""
+        return torch.cat([v, torch.full_like(v[..., :1], dt)], 2)
 
     def _hessian_times(self, layers: list[_Layer], pulled: list[Tensor], v: Tensor) -> Tensor:
         """The rows by ``z`` of ``Hess Phi v``, ``(k, B, D)``, for directions ``v (k, B, inputs)``."""
@@ -156,17 +143,13 @@ class PotentialField(nn.Module):
     def extra_repr(self) -> str:
         return f"dims={self.dims}, hidden={len(self.w)}, layers={len(self.weights)}, rank={len(self.a)}"
 
-    def _joined(self, t: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
+    def _joined(self, t: Tensor, z: Tensor) -> Tensor:
         flat = z.flatten(1)
         if flat.shape[1] != self.dims:
             raise ConfigError(
                 f"this PotentialField takes states of {self.dims} dimensions, not of shape {tuple(z.shape)}."
             )
-        given, expected = [] if context is None else [context.to(z)], (z.shape[0], self._given)
-        if (context is None) != (self._given == 0) or any(each.shape != expected for each in given):
-            got = "none" if context is None else f"{tuple(context.shape)}"
-            raise ConfigError(f"this PotentialField takes contexts of shape {expected}, not {got}.")
-        return torch.cat([flat, t.to(z).reshape(-1, 1).expand(z.shape[0], 1), *given], 1)
+        return torch.cat([flat, t.to(z).reshape(-1, 1).expand(z.shape[0], 1)], 1)
 
     def _run(self, s: Tensor) -> tuple[list[_Layer], Tensor]:
         """Each layer at ``s``, and ``N(s)``. The derivatives of log(e^x + e^-x) are tanh and 1 - tanh^2."""
@@ -179,7 +162,7 @@ class PotentialField(nn.Module):
         return layers, u
 
     def _gradient(self, s: Tensor, layers: list[_Layer]) -> tuple[Tensor, list[Tensor]]:
-        """``grad_s Phi (B, D + 1 + context)``, and the gradient that reaches each layer's activation from above."""
+        """``grad_s Phi (B, D + 1)``, and the gradient that reaches each layer's activation from above."""
         g = self.w.expand(s.shape[0], -1)
         pulled = [g]
         for layer in layers[:0:-1]:
