@@ -124,13 +124,14 @@ def test_the_report_shows_it(trained: Path, diagnosed: Result, tmp_path: Path) -
 
 def test_held_out_samples_are_in_no_order() -> None:
     recipe = tiny_recipe()
-    images = held_out_samples(recipe, 20, facts=None).x
+    data = recipe.load_data(all_val=True)
+    images = held_out_samples(recipe, data, 20).x
     assert images.shape == (20, 1, 8, 8)
     assert images.dtype is torch.float32
     assert 0 <= float(images.min()) < float(images.max()) <= 1
-    assert torch.equal(images, held_out_samples(recipe, 20, facts=None).x)
-    assert not torch.equal(images, held_out_samples(recipe, 20, facts=None, seed=1).x)
-    assert len(held_out_samples(recipe, 10_000, facts=None).x) == 297
+    assert torch.equal(images, held_out_samples(recipe, data, 20).x)
+    assert not torch.equal(images, held_out_samples(recipe, data, 20, seed=1).x)
+    assert len(held_out_samples(recipe, data, 10_000).x) == 297
 
 
 def test_a_check_that_could_not_measure_has_no_figure() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import pytorch_lightning as L
 from image_files import random_images, write_picture
@@ -182,7 +183,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(pictures(folder / "pics" / "faces"), folder / "run")
 
 
-def test_each_command_that_reads_weights_warns(run: Path, tmp_path: Path) -> None:
+def test_each_command_that_reads_weights_warns(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parent, copy = run.parent / "pics", shutil.copytree(run.parent / "pics" / "faces", tmp_path / "copy")
     alone = tmp_path / "alone.safetensors"
     said("export", run, alone)
@@ -190,8 +191,11 @@ def test_each_command_that_reads_weights_warns(run: Path, tmp_path: Path) -> Non
     for weights in (run, run / "checkpoints" / "last.ckpt", alone):
         assert said("eval", weights, "--data-root", copy, "--quiet") == ""
         assert OTHER in said("eval", weights, "--data-root", parent, "--quiet")
-    for command in (["eval", run], ["diagnose", run, "--samples", 2, "--out", tmp_path / "diagnosis"]):
-        assert OTHER in rnode(*command, "--data-root", parent, "--quiet").stderr
+    # a report would show a diagnosis in the folder of the run as one on its own data
+    monkeypatch.chdir(tmp_path)
+    for root, folder in ((copy, run), (parent, tmp_path / "diagnosis")):
+        line = rnode("diagnose", run, "--samples", 2, "--data-root", root, "--quiet").stderr
+        assert (OTHER in line, (folder / "diagnosis.json").exists()) == (root == parent, True)
     assert said(*train, alone, "--data-root", copy) == ""
     assert f"{alone}: {OTHER}" in said(*train, alone, "--data-root", parent)
 
@@ -203,6 +207,35 @@ def test_a_run_is_not_resumed_on_another_split(run: Path, tmp_path: Path) -> Non
     assert OTHER in said(*resume, run.parent / "pics", code=1)
     assert {file: file.read_bytes() for file in mine.rglob("*") if file.is_file()} == before
     assert said(*resume, shutil.copytree(run.parent / "pics" / "faces", tmp_path / "copy")) == ""
+
+
+def test_data_that_were_moved_or_scaled_are_named(run: Path, tmp_path: Path) -> None:
+    mine, faces = Path(shutil.copytree(run, tmp_path / "run")), run.parent / "pics" / "faces"
+    moved = faces.rename(faces.with_name("moved"))
+    try:
+        for command in (["eval", mine], ["diagnose", mine], ["train", "--resume", mine, "--max-steps", 4]):
+            assert f"{faces} is not there: name the new place" in said(*command, code=1)
+            scaled = pictures(tmp_path / "scaled", IMAGES[:FEW].repeat(2, axis=2).repeat(2, axis=3))
+            assert "Give pictures of that size" in said(*command, "--data-root", scaled, code=1)
+        assert said("train", "--resume", mine, "--max-steps", 4, "--data-root", moved, "--quiet") == ""
+        assert said("eval", mine, "--quiet") == "", "the run has the new place"
+    finally:
+        moved.rename(faces)
+
+
+def test_a_table_is_the_same_with_more_columns_and_in_another_order(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(60, 4))
+    frame = pd.DataFrame(rows, columns=list("abcd"))
+    frame.iloc[:, :3].to_csv(tmp_path / "t.csv", index=False)
+    settings = as_options("model.hidden=4", *SETTINGS[3:])
+    said(
+        "train", "table", "--data-root", tmp_path / "t.csv", *settings, "--quiet", "--run-folder", tmp_path / "run"
+    )
+    frame[list("dcab")].to_parquet(tmp_path / "t.parquet")
+    for command in (["train", "--resume", tmp_path / "run", "--max-steps", 4], ["eval", tmp_path / "run"]):
+        assert said(*command, "--data-root", tmp_path / "t.parquet", "--quiet") == ""
+    frame[list("abd")].to_csv(tmp_path / "t.csv", index=False)
+    assert "unknown column 'c'" in said(*command, "--data-root", tmp_path / "t.csv", code=1)
 
 
 def test_what_a_run_was_first_trained_on_is_not_forgotten(tmp_path: Path) -> None:

@@ -198,23 +198,23 @@ def diagnose(
     if out is not None:
         check_folder(out)
     from ..diagnostics.diagnose import compared_for, diagnose
-    from ..experiments.evaluation.loading import held_out_samples, pick_device
+    from ..experiments.data.facts import overlap_warning
+    from ..experiments.evaluation.loading import held_out_samples, load_for_evaluation, pick_device
     from ..experiments.reports.diagnosis import save_diagnosis
     from ..experiments.runs.results import DiagnosedWeights
 
     flush_denormals()
     torch_device = pick_device(device)
     flow, recipe, facts = load_with_recipe(path, map_location=torch_device)
+    data = load_for_evaluation(recipe, facts, root=data_root, download=download)
     if out is None:
         own = Run.of_checkpoint(path)
         # a report shows the diagnosis in the folder as one on the data of the run
-        others = recipe.data.of_user and recipe.at_root(data_root) != recipe
-        fits = path.name == BEST and not others
+        fits = path.name == BEST and overlap_warning(facts, data) is None
         out = str(own.path if own and fits else free_path(None, "diagnosis", force=False))
         check_folder(out)
     target = Run(Path(out))
-    count = samples or compared_for(recipe.dims)
-    held_out = held_out_samples(recipe, count, facts=facts, seed=seed, root=data_root, download=download)
+    held_out = held_out_samples(recipe, data, samples or compared_for(recipe.dims), seed=seed)
     diagnosis = diagnose(
         flow,
         held_out.x.to(torch_device),

@@ -107,6 +107,8 @@ def train(
         for name in callbacks:
             _check_callback(name)
         found, resume = _chosen(recipe, resume, ctx, ffjord=ffjord)
+        if resume is not None:  # the same columns, or the same shape, as the run has, at another place
+            found = found.at_root(changes.pop("data_root"))
         chosen = changed(found, changes)
         if resume is None and chosen.training.weights is not None:
             from ..experiments.training.checkpoints import find_checkpoint

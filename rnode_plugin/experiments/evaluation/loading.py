@@ -72,24 +72,13 @@ def pick_device(name: str) -> torch.device:
     return probe.device
 
 
-def held_out_samples(
-    recipe: Recipe,
-    count: int,
-    *,
-    facts: Facts | None,
-    root: str | None = None,
-    seed: int = 0,
-    download: bool = False,
-) -> FlowInput:
-    """Draw at most ``count`` held-out samples of a recipe in random order, as a flow takes them.
+def held_out_samples(recipe: Recipe, data: ImageData | Table, count: int, *, seed: int = 0) -> FlowInput:
+    """Draw at most ``count`` held-out samples of ``data`` in random order, as a flow of the recipe takes them.
 
-    Images are dequantized, and the rows of a conditional density come with contexts. ``facts`` and ``root`` are
-    those of :func:`load_for_evaluation`, and ``seed`` decides the order and the noise.
-
-    Raises:
-        DataError, ConfigError: see :func:`load_for_evaluation`.
+    Images are dequantized, and the rows of a conditional density come with contexts. ``seed`` decides the order and
+    the noise.
     """
-    held_out = load_for_evaluation(recipe, facts, root=root, download=download).held_out
+    held_out = data.held_out
     with seeded(seed, Stream.DIAGNOSE):
         chosen = torch.randperm(len(held_out))[:count]
         # in the order of the file, so that a mapped file is read in one sweep, and then in random order again: a

@@ -128,6 +128,7 @@ class Data:
         from ..data.catalog import get_dataset, taken_by
         from ..data.images import shown
 
+        _check_place(self)
         # pictures in a folder are read with the channels and bits of the recipe. Other data sets have fixed ones,
         # which are compared below
         asked = {"channels": self.shape[0], "bits": (self.levels - 1).bit_length()}
@@ -135,10 +136,15 @@ class Data:
         data = get_dataset(self.name, root=self.root, download=download, size=self.size, **options)
         if (data.shape, data.levels) != (self.shape, self.levels):
             channels, height, width = data.shape
+            advice = (
+                f"Choose another data set, or add --set data.shape={channels},{height},{width} "
+                f"--set data.levels={data.levels}."
+            )
+            if self.of_user and data.levels == self.levels:  # the pictures of a run that were scaled since then
+                advice = "Give pictures of that size, or train a new run on these."
             raise DataError(
                 f"the images of {self.name} are {shown(data.shape)} with {data.levels} levels, but the recipe is "
-                f"for {shown(self.shape)} with {self.levels}. Choose another data set, or add "
-                f"--set data.shape={channels},{height},{width} --set data.levels={data.levels}."
+                f"for {shown(self.shape)} with {self.levels}. {advice}"
             )
         return data.limit(self.train_images, val_images)
 
@@ -254,6 +260,7 @@ class TableData:
         from ..data.catalog import get_table, taken_by
         from ..data.tables import check_columns
 
+        _check_place(self)
         columns = (*self.modeled, *self.given)
         asked = {"columns": columns, "given": self.given, **{name: vars(self)[name] for name in _SPLIT}}
         options = taken_by(self.name, asked)
@@ -292,6 +299,12 @@ AnyData = Data | TableData
 """The data settings of a recipe."""
 
 _SPLIT = {"validation": TableData.validation, "held_out": TableData.held_out, "split_seed": TableData.split_seed}
+
+
+def _check_place(data: AnyData) -> None:
+    """Refuse a file or folder of the user that was moved or removed since a run was trained on it."""
+    if data.of_user and data.root is not None and not os.path.exists(data.root):
+        raise DataError(f"{data.root} is not there: name the new place of the data with --data-root.")
 
 
 def _at_absolute_root(assigned: Mapping[str, str | None]) -> dict[str, str | None]:

@@ -273,7 +273,7 @@ class Recipe:
         if self.data.of_user and not os.path.exists(root):
             raise DataError(f"{os.path.abspath(root)} does not exist.")
         with refused("data"):
-            data = dataclasses.replace(self.data, root=os.path.abspath(root))
+            data = dataclasses.replace(self.data, root=root and os.path.abspath(root))  # an empty one is refused
         return dataclasses.replace(self, data=data)
 
     @property
