@@ -1,6 +1,6 @@
 """Golden values: numbers, files and outputs that no change of the inside may move, by public names alone.
 
-Values are equal to the stored ones up to rounding. Those of the golden runs are equal to the bit on the processor
+Values are equal to the stored ones up to rounding. The golden runs are equal to the bit on the processor
 and the version of torch that wrote them. ``python tests/test_golden.py`` writes ``tests/golden`` again. That is
 right only if a change of a value is wanted and told in the CHANGELOG. To compare two commits to the bit on another
 processor, write the files at the first one and run the tests at the second.
@@ -160,7 +160,7 @@ def table_file(folder: Path) -> Path:
 
 
 def train(name: str, runs: Path, settings: list[str], options: dict[str, Any], kill_at: int | None) -> None:
-    """Train in a process of its own with one thread, and kill this process before a step."""
+    """Train in a separate process with one thread, and kill this process before a step."""
     torch.set_num_threads(1)
     kill = BeforeStep(lambda module, step: os.kill(os.getpid(), signal.SIGKILL) if step == kill_at else None)
     run(get_recipe(name).override(settings), runs, callbacks=[kill], **options)

@@ -401,7 +401,7 @@ def test_objects_made_before_install_and_after(uninstalled: None) -> None:
         torch.testing.assert_close(solved(x)[1], expected)
         assert solved.regularization == {}
         assert float(solved.reg_loss()) == 0
-    assert torch.equal(model.reg_loss(), penalty)  # of its own last call
+    assert torch.equal(model.reg_loss(), penalty)  # the last call of this model
     rnode_plugin.uninstall()
     assert torch.equal(before(x)[1], plain[0])
     assert torch.equal(model(x)[1], made_with)

@@ -237,7 +237,7 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
             if copy := _copy_passed_over(name):
                 click.echo(
                     f"rnode: the script put {copy} on sys.path, but got {sys.modules[name].__file__}, which exec "
-                    "imports first. Put the folder of its own copy on PYTHONPATH to exchange the two.",
+                    "imports first. Put the folder of the other copy on PYTHONPATH to exchange the two.",
                     err=True,
                 )
         click.echo(f"rnode: {_penalized_solves(tally) if spec else _NOT_ASKED}", err=True)

@@ -50,7 +50,7 @@ def checkpointed(
     if not has_states:
         warnings.warn(  # Python shows it once
             f"torch cannot repeat the random numbers that a field draws on {z.device.type!r}, as dropout does: the "
-            "gradient of 'checkpointed' would be that of another mask. Fields that draw nothing are right.",
+            "gradient of 'checkpointed' would belong to another mask. Fields that draw nothing are right.",
             stacklevel=2,
         )
     if torch.is_grad_enabled() and (dynamics.inner_autograd or not has_states):

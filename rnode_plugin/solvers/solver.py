@@ -187,7 +187,7 @@ def chosen_solver(solver: object, otherwise: Solver) -> Solver:
     """``solver``, or ``otherwise`` for None.
 
     Raises:
-        ConfigError: for an object that is no solver, such as a name or the settings of a recipe.
+        ConfigError: for any other object, such as a name or the settings of a recipe.
     """
     chosen = otherwise if solver is None else solver
     if isinstance(chosen, Solver):
