@@ -12,7 +12,7 @@ from torch import Tensor
 from .core.derivatives import VELOCITY, Ask, AutogradField, Linearization, as_field
 from .core.door import Door
 from .core.dynamics import Dynamics
-from .core.modes import outside_inference
+from .core.modes import outside_inference, refuse_dual_numbers
 from .core.regularizer import Rate
 from .core.signature import SCALAR, call_of, time_first
 from .core.surroundings import module_of
@@ -73,6 +73,7 @@ def penalties_at(
     """
     if isinstance(regularizers, Mapping) and any(strength is not None for strength in regularizers.values()):
         raise ConfigError("penalties_at applies no lambda: give the names alone and weigh the rates by lambda / D.")
+    refuse_dual_numbers()
     weighted = resolve_regularizers(regularizers)
     check_batch_dim(batch_dim)
     t = torch.as_tensor(t, dtype=z.dtype, device=z.device)

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import jacfwd, jvp
 
 from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
+from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import LearnedEndTime, Regularizer
 from rnode_plugin.torchdiffeq import odeint
 
@@ -131,23 +132,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("case", "graph"),
-    [
-        *((case, True) for case in CASES),
-        *((case, False) for case in CASES if "jacfrob" in case or "density" in case),
-    ],
-)
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("case", CASES)
 def test_forward_mode_has_the_derivatives_of_central_differences(case: str, graph: bool) -> None:
     outputs, x = CASES[case], torch.linspace(-1, 1, 8, dtype=DOUBLE).reshape(4, 2)
     direction = torch.linspace(1, -0.5, 8, dtype=DOUBLE).reshape(4, 2)
     with torch.no_grad():
         ahead, before = outputs(x + 1e-6 * direction), outputs(x - 1e-6 * direction)
     expected = tuple((a - b) / 2e-6 for a, b in zip(ahead, before, strict=True))
-    with torch.set_grad_enabled(graph), forward_ad.dual_level():
-        dual = outputs(forward_ad.make_dual(x, direction))
-        found = tuple(forward_ad.unpack_dual(each).tangent for each in dual)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    with forward_ad.dual_level(), pytest.raises(ConfigError, match=r"torch\.func\.jvp"):
+        outputs(forward_ad.make_dual(x, direction))
     with torch.set_grad_enabled(graph):
         torch.testing.assert_close(jvp(outputs, (x,), (direction,))[1], expected, rtol=1e-6, atol=1e-8)
     if graph:

@@ -15,10 +15,9 @@ from typing import Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..errors import ConfigError
-from .modes import exporting, next_number, transforms_active
+from .modes import exporting, next_number, refuse_dual_numbers, transforms_active
 from .second_derivatives import WithoutGradient, check_second_derivative, wrong_third_derivative
 from .surroundings import Surroundings
 from .view import View
@@ -201,6 +200,7 @@ class AutogradField:
         """Velocity and derivatives of ``f``, which is this field or the part of it that the view shows."""
         if transforms_active():
             return _in_transform(f, t, z, noise, ask)
+        refuse_dual_numbers()
         known = self._known
         # Products need a graph even if the caller wants none, so gradients are enabled here in any case. `keep` is
         # whether the results keep their graph.
@@ -329,11 +329,9 @@ def total_derivative(field: Velocity, t: Tensor, z: Tensor, order: int) -> Tenso
 
 
 def without_graph(x: Tensor) -> Tensor:
-    """``x`` without its graph, but with its forward-mode tangent, which ``detach`` alone would drop."""
-    if transforms_active():  # no graph is made there unless the caller's gradients are enabled
-        return x
-    primal, tangent = forward_ad.unpack_dual(x)
-    return primal.detach() if tangent is None else forward_ad.make_dual(primal.detach(), tangent.detach())
+    """``x`` without its graph, outside of the transforms of torch.func, where ``detach`` would drop a tangent."""
+    # no graph is made there unless the caller's gradients are enabled
+    return x if transforms_active() else x.detach()
 
 
 def trace_of_rows(rows: Tensor) -> Tensor:
@@ -453,7 +451,7 @@ def _usable(x: Tensor) -> Tensor:
 
 
 def _as_variable(x: Tensor, *, keep: bool) -> Tensor:
-    """``x`` as a new variable to differentiate by, with the tangent of ``x``.
+    """``x`` as a new variable to differentiate by.
 
     It is a new one even if ``x`` requires a gradient, because a derivative by the time must not run through a state
     that was computed from the same time.
@@ -461,9 +459,7 @@ def _as_variable(x: Tensor, *, keep: bool) -> Tensor:
     x = _usable(x)
     if keep and x.requires_grad:
         return x.view_as(x)  # a node of the graph, so that the loss still reaches x
-    primal, tangent = forward_ad.unpack_dual(x)
-    variable = primal.detach().requires_grad_()
-    return variable if tangent is None else forward_ad.make_dual(variable, tangent)
+    return x.detach().requires_grad_()
 
 
 def _as_variables(t: Tensor, z: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
@@ -487,7 +483,3 @@ class _Variables(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, ...]:
         return gradients
-
-    @staticmethod
-    def jvp(ctx: object, *tangents: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in tangents)

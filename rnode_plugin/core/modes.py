@@ -23,6 +23,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from ..errors import ConfigError
+
 _recording: ContextVar[bool] = ContextVar("_recording", default=False)
 
 
@@ -62,11 +64,23 @@ def on_host() -> AbstractContextManager[object]:
     return _disable_current_modes() if exporting() else nullcontext()
 
 
-def traced(*tensors: Tensor | None) -> bool:
-    """Whether a transform of torch.func or an export is active, or a tensor has a tangent of forward mode."""
-    if transforms_active() or exporting():
-        return True
-    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+def traced() -> bool:
+    """Whether a transform of torch.func or an export is active."""
+    return transforms_active() or exporting()
+
+
+def refuse_dual_numbers() -> None:
+    """Refuse forward mode outside of torch.func, since a solve would drop the tangents in silence.
+
+    Raises:
+        ConfigError: inside ``torch.autograd.forward_ad.dual_level()``.
+    """
+    # the level, which is negative outside of that context, has no public name
+    if forward_ad._current_level >= 0 and not transforms_active():
+        raise ConfigError(
+            "a solve and its penalties do not carry the dual numbers of torch.autograd.forward_ad: use "
+            "torch.func.jvp or torch.func.jacfwd for forward mode."
+        )
 
 
 @lru_cache(maxsize=512)

@@ -188,7 +188,7 @@ class Stack:
         """
         t = _as_time(t, z)
         # the product of a single layer does not depend on the state, so the hand-written pass has nothing to do
-        if self.fast is None or (pulled is not None and not self.hidden) or traced(t, z, pulled, self.theta):
+        if self.fast is None or (pulled is not None and not self.hidden) or traced():
             dz, product, kept = _plain(self, t, z, pulled)
         elif self._compiled:
             dz, product, kept = _run_compiled(self, t, z, pulled)
@@ -201,7 +201,7 @@ class Stack:
         """``df/dz v + df/dt dt``, like ``v``, at the state of the evaluation that ``kept`` its activations."""
         turn = dt if isinstance(dt, Tensor) else v.new_tensor(dt) if dt else None
         turn = turn if self._timed else None  # without a time input, df/dt is zero
-        if self.fast is None or traced(v, turn, self.theta, *kept):
+        if self.fast is None or traced():
             with _without_autocast(v):
                 return _direction(self, self.plain, kept, v, turn)[0].to(v.dtype)
         outputs: Any = _Direction.apply(self, turn, v, self.theta, *kept)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.dynamics import BoundDynamics, PathPenalties, refuse_held
 from ..core.followed_solve import ONE_DRAW
 from ..core.health import HealthCheck, health
-from ..core.modes import differs, drop_casts, exporting, on_host, transforms_active
+from ..core.modes import differs, drop_casts, exporting, on_host, refuse_dual_numbers, transforms_active
 from ..core.regularizer import StepPenalty
 from ..errors import ConfigError
 from .checks import Tolerance, check_positive, check_quadrature, refuse_sampled_density
@@ -120,6 +120,7 @@ class Solver(ABC):
             SolverError: if a state of an adaptive solver is not finite, if the step size underflows, and if the
                 budget of evaluations is used up.
         """
+        refuse_dual_numbers()
         if dynamics.divergence and self.adaptive and self.quadrature == "sampled":
             refuse_sampled_density(self.name, self.quadrature, adaptive=self.adaptive)
         if not isinstance(t_span, Tensor):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.dynamics import refuse_held
 from ..core.followed_solve import FollowedSolve
+from ..core.modes import refuse_dual_numbers
 from ..core.penalties import ReturnedPenalties, attach
 from ..core.view import State
 from ..core.weighing import Regularizers, warn_of_flat_state
@@ -207,6 +208,7 @@ def solve(
             "quadrature='sampled' needs odeint, with another method than 'scipy_solver': the error norm of that "
             "method and of odeint_adjoint's backward solve would see the draws."
         )
+    refuse_dual_numbers()
     layout = Layout.of(y0, wanted)
     training = torch.is_grad_enabled() and getattr(func, "training", True)
     followed = FollowedSolve.of(wanted.kinds, penalized=True, training=training)
