@@ -265,6 +265,28 @@ def test_columns_that_the_field_never_reads_are_named_once(call: Any, gradients:
         assert field.nfe == first or call is under_a_checkpoint
 
 
+@pytest.mark.parametrize(
+    ("shape", "batch_dim"), [((2, 4, 3), 0), ((2, 4, 3), 1), ((2, 4, 3), None), ((4, 3), None)]
+)
+@pytest.mark.parametrize("spec", ["kinetic", "jacfrob"])
+def test_unread_columns_of_every_layout_are_named(shape: tuple[int, ...], batch_dim: int | None, spec: str) -> None:
+    """The advice leaves them out, and a state without such columns gets none."""
+
+    def field(t: Tensor, y: Tensor) -> Tensor:
+        dy = torch.tanh(y[..., :2])
+        return torch.cat([dy, dy.square().sum(-1, keepdim=True)], -1)
+
+    given: dict[str, Any] = {"regularizers": spec, "method": "rk4", "batch_dim": batch_dim}
+    sample = [size for dim, size in enumerate(shape) if dim != batch_dim]
+    mask = torch.tensor([True, True, False]).expand(sample)
+    with pytest.warns(UserWarning, match=r"moves the columns \[2\].*a mask of the other"):
+        odeint(field, start(*shape), SPAN, **given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        odeint(field, start(*shape), SPAN, **given, penalized=mask)
+        odeint(lambda t, y: -y, start(*shape), SPAN, **given)
+
+
 @pytest.mark.parametrize("call", [odeint, odeint_adjoint])
 def test_a_look_at_the_columns_changes_no_bit(call: Any) -> None:
     field, found = Field(), list[list[Tensor]]()

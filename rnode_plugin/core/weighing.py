@@ -53,7 +53,7 @@ def signs_for_columns(z: Tensor) -> Tensor | None:
     Returns:
         Tensor: signs of the shape of ``z``; None for a state of fewer than two columns.
     """
-    if z.ndim != 2 or z.shape[1] < 2 or transforms_active() or z.is_meta:
+    if z.ndim < 2 or z.shape[-1] < 2 or transforms_active() or z.is_meta:
         return None
     return torch.randint(2, z.shape, generator=torch.Generator().manual_seed(0)).to(z) * 2 - 1
 
@@ -64,7 +64,7 @@ def warn_of_unread_columns(velocity: Tensor, product: Tensor | None, *, stacklev
     The penalties would count such columns as a part of ``z``.
 
     Args:
-        velocity: the velocity ``(B, D)`` at a state.
+        velocity: the velocity ``(B, ..., D)`` at a state.
         product: the product of :func:`signs_for_columns` with the Jacobian there; None for a field without a graph.
         stacklevel: as for ``warnings.warn``, counted from the caller.
 
@@ -73,13 +73,14 @@ def warn_of_unread_columns(velocity: Tensor, product: Tensor | None, *, stacklev
     """
     if product is None:
         return True
-    unread = (product == 0).all(0)
-    if len(velocity) == 0 or bool(unread.all()):
+    unread = (product == 0).flatten(0, -2).all(0)
+    if velocity.numel() == 0 or bool(unread.all()):
         return False
-    places = (unread & (velocity != 0).any(0)).nonzero().flatten().tolist()
+    places = (unread & (velocity != 0).flatten(0, -2).any(0)).nonzero().flatten().tolist()
     if places:
-        ahead = places == list(range(len(places)))
-        choice = f"slice({len(places)}, None)" if ahead else "a mask of the other columns"
+        ahead = places == list(range(len(places))) and velocity.ndim == 2
+        entries = "columns" if velocity.ndim == 2 else f"entries, {tuple(velocity.shape[1:])}"
+        choice = f"slice({len(places)}, None)" if ahead else f"a mask of the other {entries}"
         warnings.warn(
             f"the vector field moves the columns {places} of the state but never reads them, so they look like a "
             "trace or a cost that it accumulates. The penalties count them as a part of z: give "

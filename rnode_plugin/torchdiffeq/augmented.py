@@ -20,6 +20,7 @@ from ..core.dynamics import Dynamics
 from ..core.followed_solve import Kinds
 from ..core.modes import outside_checkpoints
 from ..core.surroundings import module_of
+from ..core.view import State
 from ..core.weighing import signs_for_columns, warn_of_unread_columns
 from .followed import Follow, Layout
 
@@ -46,18 +47,20 @@ class Augmented:
         layout: Layout,
         wanted: Follow,
         kinds: Kinds,
-        z0: Tensor,
+        y0: State,
         t: Tensor,
     ) -> None:
         self.func, self.layout = func, layout
-        lone = layout.view.is_whole and not layout.view.is_tuple
-        looks = lone and bool(kinds.penalties) and not _is_known(func)
-        call, self._seen = _looking(func, signs_for_columns(z0) if looks else None)
+        view, z0 = layout.view, layout.view.of(y0)
+        lone = view.is_whole and not view.is_tuple
+        looks = not view.is_tuple and view.columns is None and bool(kinds.penalties) and not _is_known(func)
+        signs = signs_for_columns(z0) if looks else None
+        call, self._seen = _looking(func, None if signs is None else view.into(y0, signs))
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # penalties are integrated over |dt|
-        field = AutogradField(call) if lone else func
+        field = AutogradField(call) if lone else call
         self.dynamics = Dynamics(
             field, regularizers=kinds, estimator=wanted.estimator, divergence=False,
-            view=None if lone else layout.view, net=module_of(func), user_field=func,
+            view=None if lone else view, net=module_of(func), user_field=func,
         )  # fmt: skip
         self.dynamics = self.dynamics.bind(self.dynamics.draw(z0))
         # torchdiffeq does not show its stages, so a sampled quadrature draws among consecutive evaluations
@@ -85,7 +88,10 @@ class Augmented:
     def warn_of_unread_columns(self) -> None:
         """Warn after a solve about columns of the state that the field moves but never reads."""
         seen = self._seen()
-        if seen is not None and warn_of_unread_columns(*seen, stacklevel=5):
+        if seen is None:
+            return
+        velocity, product = seen[0], None if seen[1] is None else self.layout.view.of(seen[1])
+        if warn_of_unread_columns(self.layout.view.of(velocity), product, stacklevel=5):
             with suppress(TypeError):  # some objects take no weak reference
                 _known.add(self.func)
 
@@ -115,7 +121,7 @@ def _is_known(func: object) -> bool:
 
 
 def _looking(
-    func: Callable[..., Any], signs: Tensor | None
+    func: Callable[..., Any], signs: Any
 ) -> tuple[Callable[..., Any], Callable[[], tuple[Tensor, Tensor | None] | None]]:
     """``func``, of which one evaluation shows which columns of the state it reads, and what that one has shown.
 

@@ -216,7 +216,7 @@ def solve(
     z0 = layout.view.of(y0)
     if z0.ndim == 1:
         warn_of_flat_state(z0, wanted.kinds)
-    system = Augmented(func, layout, wanted, followed.kinds, z0, t)
+    system = Augmented(func, layout, wanted, followed.kinds, y0, t)
     rates, path = system.dynamics.rates, system.dynamics.path
     refuse_held(system.dynamics.held, t, through_steps=name == "odeint")
     state = (*layout.tensors(y0), *(z0.new_zeros(len(z0)) for _ in rates))
