@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import pytorch_lightning as L
 import torch
-from click.testing import CliRunner
 from tiny_runs import BeforeStep, rows, run, tiny_recipe
 
 from rnode_plugin import ImageDataModule, TableDataModule, get_recipe, load_flow
-from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe, save_flow
@@ -110,17 +108,3 @@ def test_other_weights_on_resume_are_refused(trained: Path, tmp_path: Path) -> N
     half = run(tiny_recipe("training.max_steps=1"), tmp_path).folder.path
     with pytest.raises(CheckpointError, match=r"continue with other settings: training\.weights is None there"):
         run(tiny_recipe(f"training.weights={trained}"), tmp_path, resume=half)
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [("nowhere", "no checkpoint at nowhere"), ("mnist-pretrained", "do not fit this model")],
-)
-def test_what_cannot_be_taken_leaves_no_folder(tmp_path: Path, weights: str, message: str) -> None:
-    runs = tmp_path / "runs"
-    command = ["train", "digits", "--weights", weights, "--runs", str(runs), "--device", "cpu"]
-    outcome = CliRunner().invoke(main, command)
-    assert outcome.exit_code == 1
-    assert message in outcome.output
-    assert len(outcome.output) < 600, "the message names all weights one by one"
-    assert not runs.exists()

@@ -102,15 +102,10 @@ def test_what_lightning_refuses_is_not_blamed_on_the_devices(tmp_path: Path) -> 
         run(tiny_recipe(), tmp_path, callbacks=[LearningRateMonitor()])
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("wandb", "pip install 'rnode-plugin[wandb]'"), ("wandbb", "did you mean 'wandb'")]
-)
-def test_a_logger_that_is_not_there_leaves_no_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
-) -> None:
+def test_a_logger_that_is_not_there_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    done = train("digits", "--logger", name, "--runs", tmp_path / "runs")
-    assert (done.exit_code, words in done.output) == (2, True)
+    done = train("digits", "--logger", "wandb", "--runs", tmp_path / "runs")
+    assert (done.exit_code, "pip install 'rnode-plugin[wandb]'" in done.output) == (2, True)
     assert not (tmp_path / "runs").exists()
 
 
@@ -142,8 +137,6 @@ def test_a_callback_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert done.output.count("half 0.0") == 2
         assert float(torch.tensor(2e-40) * 0.5) > 0, "a program that calls the command has its arithmetic back"
     for name, words in (
-        ("no_module:Prints", "no module 'no_module' is here or installed"),
-        ("my_callbacks", "write MODULE:NAME"),
         ("my_callbacks:Print", "has no attribute 'Print'"),
         ("my_callbacks:broken", "OSError: no such thing"),
         ("builtins:dict", "makes a dict, not a callback"),

@@ -163,27 +163,6 @@ def test_from_a_file_to_samples_and_a_report(file: Path, tmp_path: Path, monkeyp
     assert [len(found["means"][name]["samples"]) for name in ("nll", "gaussian")] == [7, 7]
 
 
-AT = ["--given-values", "temperature=3,dose=1"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "given temperature, dose, and temperature has no value. Name the values with --given-values"),
-        (["--given-values", "temperature=300,dose=much"], "needs a number for each column, as in dose=1.5"),
-        (["--given-values", "dose=1,temperature=3, dose=2"], "it has the column 'dose' twice"),
-        ([*AT, "--given-file", "x.csv"], "with --given-file, not both."),
-        (["--given-file", "missing.csv"], "missing.csv does not exist"),
-        ([*AT, "-t", "0.5", "-t", "1"], "drawn at one temperature"),
-    ],
-)
-def test_samples_that_cannot_be_drawn(conditional: Path, options: list[str], message: str) -> None:
-    outcome = rnode("sample", str(conditional), *options)
-    assert outcome.exit_code in (1, 2)
-    assert message in outcome.output
-    assert "Traceback" not in outcome.output
-
-
 @pytest.mark.parametrize(
     ("text", "found"),
     [
@@ -193,6 +172,7 @@ def test_samples_that_cannot_be_drawn(conditional: Path, options: list[str], mes
         ("a=1,b", "as in b=1.5, or --given-file FILE"),
         ("a, b", "as in 'a, b=1.5', or --given-file FILE"),
         ("a, b=x", "as in 'a, b=1.5'."),
+        ("a=1,b=3, a=2", "it has the column 'a' twice"),
     ],
 )
 def test_given_values(text: str, found: dict[str, float] | str) -> None:
@@ -267,12 +247,6 @@ def test_a_comparison_of_penalties(file: Path, tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "comparison" / "table" / "figures" / "score-nfe.png").exists()
     again = rnode("compare", "table", *options, *settings, "--device", "cpu")
     assert again.output.count(": done, in") == 3
-
-
-def test_options_of_the_other_kind(conditional: Path) -> None:
-    assert "--given is for tables, and digits" in rnode("train", "digits", "--given", "a").output
-    assert "--size is for images, and table is a recipe of a table" in rnode("train", "table", "--size", "8").output
-    assert "--given-file are for tables" in rnode("sample", "mnist-pretrained", "--given-values", "a=1").output
 
 
 # a Gaussian of the same rows
