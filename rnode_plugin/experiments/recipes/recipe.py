@@ -270,7 +270,7 @@ class Recipe:
         """
         if root is None or os.path.abspath(root) == self.data.root:
             return self
-        if self.data.of_user and not os.path.exists(root):
+        if self.data.of_user and root and not os.path.exists(root):
             raise DataError(f"{os.path.abspath(root)} does not exist.")
         with refused("data"):
             data = dataclasses.replace(self.data, root=root and os.path.abspath(root))  # an empty one is refused
