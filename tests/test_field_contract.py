@@ -61,21 +61,24 @@ def assert_close(found: Tensor, wanted: Tensor, tolerance: float, name: str) -> 
     assert (found - wanted).norm() <= tolerance * (wanted.norm() + 1e-3), name
 
 
+EVERYTHING = Ask("noise", jvp=True, divergence=True)
+
 # values and derivatives ------------------------------------------------------------------------------------------
 
 
 def by_linearize(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> dict[str, Tensor]:
     """All that a field gives, from passes that ask for it together and alone."""
-    ask_all, ask_noise, ask_jvp = Ask("rows", jvp=True, divergence=True), Ask("noise", jvp=True), Ask(jvp=True)
-    dz, rows, jvp, divergence = field.linearize(t, z, ask=ask_all)[:4]
-    with_noise, alone = field.linearize(t, z, noise, ask=ask_noise), field.linearize(t, z, ask=ask_jvp)
-    several = field.linearize(t, z, torch.stack([noise, z]), ask=Ask("noise")).products
+    dz, rows, _, divergence = field.linearize(t, z, ask=Ask("rows", divergence=True))[:4]
     both = field.linearize(t, z, noise, ask=Ask("noise", divergence=True)).products
+    whole, alone = (field.linearize(t, z, noise, ask=ask) for ask in (EVERYTHING, Ask(jvp=True)))
     return {
-        "velocity": dz, "rows": rows, "divergence": divergence, "along itself and time": jvp(dz, 1.0),
-        "product": with_noise.products, "along the noise": with_noise.jvp(noise, 0.0), "two products": several,
-        "along alone": alone.jvp(alone.dz, -1.3), "velocity alone": field.linearize(t, z).dz,
-        "product with the divergence": both,
+        "velocity": dz, "rows": rows, "divergence": divergence,
+        "product": field.linearize(t, z, noise, ask=Ask("noise")).products,
+        "two products": field.linearize(t, z, torch.stack([noise, z]), ask=Ask("noise")).products,
+        "product with the divergence": both, "velocity alone": field.linearize(t, z).dz,
+        "along itself and time": whole.jvp(whole.dz, 1.0), "along the noise": whole.jvp(noise, 0.0),
+        "product with all": whole.products, "divergence with all": whole.divergence,
+        "along alone": alone.jvp(alone.dz, -1.3),
     }  # fmt: skip
 
 
@@ -92,11 +95,12 @@ def by_autograd(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> dict[str, Te
         moved = (by_z * v).sum() + (0 if by_t is None else dt * by_t)
         return torch.autograd.grad(moved, u, create_graph=True)[0]
 
+    divergence = rows.flatten(2).diagonal(dim1=0, dim2=2).sum(1)
     return {
-        "velocity": dz, "rows": rows, "divergence": rows.flatten(2).diagonal(dim1=0, dim2=2).sum(1),
-        "along itself and time": push(dz, 1.0), "product": pull(noise), "along the noise": push(noise, 0.0),
-        "two products": torch.stack([pull(noise), pull(z)]), "along alone": push(dz, -1.3), "velocity alone": dz,
-        "product with the divergence": pull(noise),
+        "velocity": dz, "rows": rows, "divergence": divergence, "product": pull(noise),
+        "two products": torch.stack([pull(noise), pull(z)]), "product with the divergence": pull(noise),
+        "velocity alone": dz, "along itself and time": push(dz, 1.0), "along the noise": push(noise, 0.0),
+        "product with all": pull(noise), "divergence with all": divergence, "along alone": push(dz, -1.3),
     }  # fmt: skip
 
 
@@ -154,8 +158,8 @@ def test_a_product_can_be_differentiated_twice(name: str) -> None:
     _, field, (t, z, noise) = met(name)
 
     def gradient(z: Tensor, *, graph: bool = False) -> Tensor:
-        found = field.linearize(t, z, noise, ask=Ask("noise", jvp=True))
-        moved = found.jvp(noise, 1.0)
+        found = field.linearize(t, z, noise, ask=Ask("noise"))
+        moved = field.linearize(t, z, ask=Ask(jvp=True)).jvp(noise, 1.0)
         loss = found.dz.pow(3).sum() + found.products.pow(2).sum() + moved.pow(2).sum()
         return torch.autograd.grad(loss, z, create_graph=graph)[0]
 
@@ -200,10 +204,11 @@ def test_the_transforms_of_torch_func(name: str) -> None:
     field = case.solved(module, z)
 
     def product(z: Tensor) -> Tensor:
-        found = field.linearize(t, z, noise, ask=Ask("noise", jvp=True))
-        assert found.products is not None
-        assert found.jvp is not None
-        return found.products + found.jvp(noise, 1.0)
+        products = field.linearize(t, z, noise, ask=Ask("noise")).products
+        jvp = field.linearize(t, z, ask=Ask(jvp=True)).jvp
+        assert products is not None
+        assert jvp is not None
+        return products + jvp(noise, 1.0)
 
     x = z.clone().requires_grad_()
     wanted = product(x)

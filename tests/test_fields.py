@@ -231,24 +231,21 @@ def test_a_first_call_inside_nested_transforms_leaves_nothing_behind() -> None:
     assert field(t, z).shape == z.shape
 
 
-# --- products along directions ---
+# --- products, and derivatives along directions ---
 
 
-def expected(field: StackField, t: Tensor, z: Tensor, noise: Tensor, dt: Any = -1.3) -> tuple[Tensor, ...]:
+def expected(field: StackField, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
     """Velocity, product, and products along the velocity, the velocity and time, and the noise."""
     dz, product = plain(field, t, z, noise)
-    dt = torch.as_tensor(dt, dtype=z.dtype)
-    along = [(dz, torch.zeros_like(dt)), (dz, dt), (noise, torch.zeros_like(dt))]
+    still, turn = torch.zeros_like(t), torch.full_like(t, -1.3)
+    along = [(dz, still), (dz, turn), (noise, still)]
     return dz, product, *(torch.func.jvp(field, (t, z), (s, v))[1] for v, s in along)
 
 
-def found(
-    field: Any, t: Tensor, z: Tensor, noise: Tensor, dt: Any = -1.3, *, with_noise: bool = True
-) -> tuple[Tensor, ...]:
-    dz, product, jvp = field.linearize(t, z, noise, ask=Ask("noise" if with_noise else "", jvp=True))[:3]
-    if product is None:
-        product = field.linearize(t, z, noise, ask=Ask("noise")).products
-    return dz, product, jvp(dz, 0.0), jvp(dz, dt), jvp(noise, 0.0)
+def found(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+    dz, product = field.linearize(t, z, noise, ask=Ask("noise"))[:2]
+    jvp = field.linearize(t, z, ask=Ask(jvp=True)).jvp
+    return dz, product, jvp(dz, 0.0), jvp(dz, -1.3), jvp(noise, 0.0)
 
 
 def gradients_of_all(outputs: tuple[Tensor, ...], wanted: list[Tensor]) -> tuple[Tensor, ...]:
@@ -302,9 +299,8 @@ def test_under_the_transforms_of_torch_func(kind: str) -> None:
     t, z, noise = (x.detach() for x in make_inputs(kind))
 
     def second(z: Tensor) -> Tensor:
-        found: Any = field.linearize(t, z, noise, ask=Ask("noise", jvp=True))
-        dz, product, jvp = found[:3]
-        return product + jvp(dz, 1.0)
+        dz, product = field.linearize(t, z, noise, ask=Ask("noise"))[:2]
+        return product + field.linearize(t, z, ask=Ask(jvp=True)).jvp(dz, 1.0)
 
     def plainly(z: Tensor) -> Tensor:
         dz, pull = torch.func.vjp(lambda z: field(t, z), z)[:2]

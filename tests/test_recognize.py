@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ def softplus() -> nn.Softplus:
     return nn.Softplus(threshold=40)
 
 
-PENALTIES = ["kinetic", "jacfrob", "total_derivative", "directional", "curl"]
+PENALTIES = ["kinetic", "jacfrob", "directional_vjp"]
 ACTIVATIONS = [nn.Tanh, softplus, nn.ELU, nn.SiLU, nn.GELU]
 
 
@@ -39,7 +39,8 @@ def perceptron(
     return net
 
 
-def results(net: nn.Module, *, cnf: str | None, noise: str, sensitivity: str, solver: str = "rk4") -> list[Tensor]:
+def results(net: nn.Module, *, cnf: str | None, noise: str, sensitivity: str, solver: str = "rk4",
+            penalties: Sequence[str] = PENALTIES) -> list[Tensor]:  # fmt: skip
     """Solution, penalties, NFE and the gradients with respect to state and parameters."""
     torch.manual_seed(1)
     x = torch.randn(6, 3, dtype=torch.float64)
@@ -49,7 +50,7 @@ def results(net: nn.Module, *, cnf: str | None, noise: str, sensitivity: str, so
     x.requires_grad_()
     tolerances: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-6} if solver == "dopri5" else {}
     ode = NeuralODE(
-        field, solver, sensitivity=sensitivity, regularizers=PENALTIES, trace_noise=noise,
+        field, solver, sensitivity=sensitivity, regularizers=penalties, trace_noise=noise,
         return_t_eval=False, **tolerances,
     )  # fmt: skip
     end = ode(x, torch.linspace(0, 1, 4, dtype=torch.float64))[-1]
@@ -114,6 +115,16 @@ def test_an_exact_density_of_a_recognized_field(solver: str, sensitivity: str) -
 def test_adaptive_steps_of_a_recognized_field() -> None:
     net = perceptron(timed=True)
     both_ways(net, cnf=None, noise="exact", sensitivity="autograd", solver="dopri5")
+
+
+@pytest.mark.parametrize("cnf", [None, "exact"])
+def test_derivatives_along_directions_are_those_of_the_module_itself(cnf: str | None) -> None:
+    options: dict[str, Any] = {"cnf": cnf, "noise": "exact", "sensitivity": "autograd"}
+    options["penalties"] = [*PENALTIES, "total_derivative", "directional", "curl"]
+    net = perceptron(timed=True)
+    found, expected = (products_of(each, **options) for each in (net, Opaque(net)))
+    assert found[1] == expected[1] > 0
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
 
 
 def test_the_time_of_a_field_without_time_has_no_second_derivative() -> None:

@@ -117,13 +117,20 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 @dataclass(slots=True)
-class _Known:
-    """What checks have found out about a field. Copies of the field share it, so each check runs once."""
+class Checked:
+    """What checks have found out about a field. Copies of the field share it, so each check runs once.
+
+    Attributes:
+        ignores_state: whether the velocity does not depend on the state.
+        samples_are_apart: whether the velocity of a sample does not depend on other samples.
+        twice_differentiable: whether products with the Jacobian can be differentiated.
+        third_derivative: why that is wrong; empty if it is right, None before anybody looked.
+    """
 
     ignores_state: bool = False
     samples_are_apart: bool = False
     twice_differentiable: bool = False
-    third_derivative: str | None = None  # why that is wrong; empty if it is right, None before anybody looked
+    third_derivative: str | None = None
 
 
 class AutogradField:
@@ -141,6 +148,7 @@ class AutogradField:
         view: the part of the state to differentiate by, whose velocity is differentiated; None: all of it. The
             ``dz`` of :meth:`linearize` is the velocity of the whole state, everything else belongs to the part.
         around: what the function reads and changes in addition to its arguments.
+        checked: what is known about the function, so that no check looks for it; None: nothing.
 
     Raises:
         ConfigError: from :meth:`linearize`, for a field that cuts its graph, for the exact Jacobian of a field that
@@ -153,17 +161,18 @@ class AutogradField:
         *,
         view: View | None = None,
         around: Surroundings | None = None,
+        checked: Checked | None = None,
     ) -> None:
         self._field, self.view = field, view
         self._around = Surroundings() if around is None else around
-        self._known = _Known()
+        self._checked = Checked() if checked is None else checked
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         return self._field(t, z)
 
     def inside(self, around: Surroundings) -> Self:
         """This field with other surroundings."""
-        # a shallow copy, so that both share _known
+        # a shallow copy, so that both share _checked
         twin = copy.copy(self)
         twin._around = around
         return twin
@@ -201,7 +210,7 @@ class AutogradField:
         if transforms_active():
             return _in_transform(f, t, z, noise, ask)
         refuse_dual_numbers()
-        known = self._known
+        checked = self._checked
         # Products need a graph even if the caller wants none, so gradients are enabled here in any case. `keep` is
         # whether the results keep their graph.
         keep = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
@@ -212,14 +221,14 @@ class AutogradField:
             else:
                 t, z = _usable(t), _as_variable(z, keep=keep)
             # products are differentiated again by a loss (keep), and J v takes two derivatives for its value
-            looks = not known.twice_differentiable and (keep or ask.jvp)
+            looks = not checked.twice_differentiable and (keep or ask.jvp)
             # a loss that holds J v takes a third derivative
-            looks_thrice = ask.jvp and keep and known.third_derivative is None
+            looks_thrice = ask.jvp and keep and checked.third_derivative is None
             # nodes with a lower number are older than this evaluation
             start = next_number(z) if looks or looks_thrice else 0
             dz = f(t, z)
             if looks:
-                known.twice_differentiable = check_second_derivative(
+                checked.twice_differentiable = check_second_derivative(
                     dz, z, start, functools.partial(self._aside, f, z), t, net=self._around.net, jvp=ask.jvp
                 )
 
@@ -236,13 +245,13 @@ class AutogradField:
             products, divergence = _products(ask, z, noise, pull)
             # If samples mix, a random product still gives an unbiased trace, because terms with the noise of other
             # samples have mean zero. Unit vectors in all samples at once would add them up.
-            if (ask.products == "rows" or ask.divergence) and not known.samples_are_apart:
-                known.samples_are_apart = refuse_mixed_samples(z, dz)
+            if (ask.products == "rows" or ask.divergence) and not checked.samples_are_apart:
+                checked.samples_are_apart = refuse_mixed_samples(z, dz)
         jvp = None
         if ask.jvp:
             if looks_thrice:
-                known.third_derivative = wrong_third_derivative(dz, z, start)
-            wrong = known.third_derivative or ""
+                checked.third_derivative = wrong_third_derivative(dz, z, start)
+            wrong = checked.third_derivative or ""
             jvp = _double_reverse(dz, t, z, keep=keep, zero=lambda: self._zero(f, t, z, dz), wrong=wrong)
         found = dz
         if not keep:
@@ -265,7 +274,7 @@ class AutogradField:
         Raises:
             ConfigError: if the velocity is different there.
         """
-        if self._known.ignores_state or z.is_meta:
+        if self._checked.ignores_state or z.is_meta:
             return torch.zeros_like(z)
         with torch.no_grad():
             state = z.detach()
@@ -279,7 +288,7 @@ class AutogradField:
                 "count as zero in jacfrob and in a trace. Let the field run with gradients, or follow penalties "
                 "that need no Jacobian, such as kinetic."
             )
-        self._known.ignores_state = bool(dz.any())  # where all is zero nothing can be seen
+        self._checked.ignores_state = bool(dz.any())  # where all is zero nothing can be seen
         return torch.zeros_like(z)
 
 

@@ -3,22 +3,17 @@
 The layers are ``a_k = W_k u_{k-1} + b_k + t r_k`` with activations ``u_k = s(a_k)``, ``u_0 = z`` and ``f = a_L``.
 The product ``e^T df/dz`` runs backward through the stack: ``g_{L-1} = W_L^T e``, which is the same in a whole
 solve, then ``v_k = s'(a_k) g_k`` and ``g_{k-1} = W_k^T v_k``. It ends as ``g_0``. Several noise vectors at once,
-for the whole Jacobian, form a dimension in front of the batch. A product along a direction of state and time,
-``df/dz v + df/dt dt``, runs forward: ``x_0 = v``, ``y_k = W_k x_{k-1} + dt r_k``, ``x_k = s'(a_k) y_k``. It ends as
-``y_L``.
+for the whole Jacobian, form a dimension in front of the batch.
 
 Given cotangents D of the velocity and P of the product, two sweeps compute the gradients. The upward sweep is the
 transpose of the product: ``h_0 = P``, ``p_k = W_k h_{k-1}``, ``h_k = s'(a_k) p_k``. It gives ``s''(a_k) g_k p_k``,
 which the product adds to the cotangent of ``a_k``, and ``h_{L-1}``, the cotangent of ``g_{L-1}``. The downward
-sweep is ordinary backpropagation from D, which picks these up. The gradient of a product along a direction, with
-cotangent
-``q_L``, takes one downward sweep: ``p_k = W_{k+1}^T q_{k+1}``, ``q_k = s'(a_k) p_k``, and ``s''(a_k) y_k p_k`` for
-``a_k``. This last gradient flows to the activations that the evaluation kept, which are outputs of its graph node.
+sweep is ordinary backpropagation from D, which picks these up.
 
-An evaluation keeps one tensor per activation (:class:`~.activations.Activation`), and with a product
-one more for each activation except the last. A product along a direction keeps one. The velocity and its gradient
-take three times the convolutions of a forward pass, and each product takes as many more, without a double backward.
-Gradients that are to be differentiated again are computed by automatic differentiation.
+An evaluation keeps one tensor per activation (:class:`~.activations.Activation`), and with a product one more for
+each activation except the last. The velocity and its gradient take three times the convolutions of a forward pass,
+and each product takes as many more, without a double backward. Gradients that are to be differentiated again, and
+derivatives along a direction, are computed by automatic differentiation.
 
 All parameters of a stack lie in one row, ``theta``, so that the evaluations of a solve accumulate a single
 gradient.
@@ -35,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.derivatives import VELOCITY, Ask, Linearization, trace_of_rows, unit_vectors
+from ..core.derivatives import VELOCITY, Ask, AutogradField, Checked, Linearization, trace_of_rows, unit_vectors
 from ..core.modes import autocasts, traced
 from ..errors import CompilerError, ConfigError
 from .activations import Activation
@@ -47,8 +42,9 @@ class Stack:
 
     It is a :class:`~rnode_plugin.core.derivatives.Field`. Work that depends only on the weights is done once here
     and reused by every evaluation. It is part of the autograd graph. A ``Stack`` belongs to one solve; make a new
-    one after each optimizer step. Products with any other noise vector work but are slower. Products and
-    derivatives are taken with respect to ``z`` alone, not to the context.
+    one after each optimizer step. Products with any other noise vector work but are slower. Automatic
+    differentiation computes all of an evaluation that takes derivatives along directions. Products and derivatives
+    are taken with respect to ``z`` alone, not to the context.
 
     Args:
         kind: the class of the layers.
@@ -145,6 +141,11 @@ class Stack:
         self, t: Tensor | float, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY
     ) -> Linearization:
         """Implement :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`."""
+        t = _as_time(t, z)
+        if ask.jvp:
+            # samples stay apart in these layers, and torch can differentiate them three times
+            checked = Checked(samples_are_apart=True, twice_differentiable=True, third_derivative="")
+            return AutogradField(self, checked=checked).linearize(t, z, noise, ask=ask)
         if ask.products == "noise" and ask.divergence:  # one pass for the products, one for the rows
             products = self.linearize(t, z, noise, ask=Ask("noise")).products
             return self.linearize(t, z, ask=ask._replace(products=""))._replace(products=products)
@@ -159,53 +160,34 @@ class Stack:
         elif ask.products:
             assert noise is not None
             pulled = self._pulled if noise is self._noise and self._pulled is not None else self._pull(noise)
-        dz, products, jvp = self._pass(t, self._with_context(z), pulled)
-        if self._context is not None:  # the layers see the context as more columns of the state; leave these out
-            products = None if products is None else products[..., : z.shape[1]]
-            still, whole = torch.zeros_like(self._context), jvp
-            jvp = lambda v, dt=0.0: whole(torch.cat([v, still.to(v.dtype)], 1), dt)  # noqa: E731
+        dz, products = self._pass(t, self._with_context(z), pulled)
+        if self._context is not None and products is not None:
+            products = products[..., : z.shape[1]]  # the layers see the context as more columns of the state
         divergence = trace_of_rows(products) if ask.divergence and products is not None else None
-        return Linearization(dz, products, jvp, divergence)
+        return Linearization(dz, products, None, divergence)
 
-    def _several(self, t: Tensor | float, z: Tensor, vectors: Tensor, ask: Ask) -> Linearization:
+    def _several(self, t: Tensor, z: Tensor, vectors: Tensor, ask: Ask) -> Linearization:
         """Several products of convolutions, computed as one batch, since a convolution has one batch dimension."""
         count, batch = len(vectors), z.shape[0]
         repeated = z.unsqueeze(0).expand(count, *z.shape).flatten(0, 1)
-        dz, products, _ = self._pass(t, repeated, self._pull(vectors.flatten(0, 1)))
+        dz, products = self._pass(t, repeated, self._pull(vectors.flatten(0, 1)))
         assert products is not None
         rows = products.unflatten(0, (count, batch))
-        jvp = self._pass(t, z, None)[2] if ask.jvp else None
-        return Linearization(dz[:batch], rows, jvp, trace_of_rows(rows) if ask.divergence else None)
+        return Linearization(dz[:batch], rows, None, trace_of_rows(rows) if ask.divergence else None)
 
-    def _pass(
-        self, t: Tensor | float, z: Tensor, pulled: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Callable[..., Tensor]]:
-        """The velocity, its products with noise, and a function for products along directions, from one pass.
+    def _pass(self, t: Tensor, z: Tensor, pulled: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The velocity and its products with noise, whose first-order gradients cost no double backward.
 
-        First-order gradients cost no double backward, even if a direction is the velocity itself. ``pulled`` is
-        what :meth:`_pull` gives for the noise. With ``(K, B, ...)`` or ``(K, 1, ...)`` for linear layers there are
-        K products, ``(K, B, ...)``.
+        ``pulled`` is what :meth:`_pull` gives for the noise. With ``(K, B, ...)`` or ``(K, 1, ...)`` for linear
+        layers there are K products, ``(K, B, ...)``.
         """
-        t = _as_time(t, z)
         # the product of a single layer does not depend on the state, so the hand-written pass has nothing to do
         if self.fast is None or (pulled is not None and not self.hidden) or traced():
-            dz, product, kept = _plain(self, t, z, pulled)
-        elif self._compiled:
-            dz, product, kept = _run_compiled(self, t, z, pulled)
-        else:
-            outputs: Any = _Evaluation.apply(self, t, z, pulled, self.theta)
-            dz, product, kept = *outputs[:2], outputs[2 : 2 + self.hidden]
-        return dz, product, lambda v, dt=0.0: self._along(kept, v, dt)
-
-    def _along(self, kept: Sequence[Tensor], v: Tensor, dt: Tensor | float) -> Tensor:
-        """``df/dz v + df/dt dt``, like ``v``, at the state of the evaluation that ``kept`` its activations."""
-        turn = dt if isinstance(dt, Tensor) else v.new_tensor(dt) if dt else None
-        turn = turn if self._timed else None  # without a time input, df/dt is zero
-        if self.fast is None or traced():
-            with _without_autocast(v):
-                return _direction(self, self.plain, kept, v, turn)[0].to(v.dtype)
-        outputs: Any = _Direction.apply(self, turn, v, self.theta, *kept)
-        return outputs[0]
+            return _plain(self, t, z, pulled)
+        if self._compiled:
+            return _run_compiled(self, t, z, pulled)
+        outputs: Any = _Evaluation.apply(self, t, z, pulled, self.theta)
+        return outputs
 
     def _pull(self, noise: Tensor) -> Tensor:
         """``W_L^T noise``, from which products start. It is the same at all times of a solve.
@@ -269,21 +251,17 @@ def _as_time(t: Tensor | float, z: Tensor) -> Tensor:
     return t
 
 
-def _plain(
-    stack: Stack, t: Tensor, z: Tensor, pulled: Tensor | None
-) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
-    """Velocity, product and kept activations, in operations that autograd and torch.func can differentiate."""
+def _plain(stack: Stack, t: Tensor, z: Tensor, pulled: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Velocity and product, in operations that autograd and torch.func can differentiate."""
     with _without_autocast(z):
         a, kept = _velocity(stack, stack.plain, t, z)
         if pulled is None:
-            return a.to(z.dtype), None, kept
+            return a.to(z.dtype), None
         product = _product(stack, stack.plain, kept, pulled)[0].to(z.dtype)
-        return a.to(z.dtype), product.expand(*pulled.shape[: pulled.dim() - z.dim()], *z.shape), kept
+        return a.to(z.dtype), product.expand(*pulled.shape[: pulled.dim() - z.dim()], *z.shape)
 
 
-def _run_compiled(
-    stack: Stack, t: Tensor, z: Tensor, pulled: Tensor | None
-) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
+def _run_compiled(stack: Stack, t: Tensor, z: Tensor, pulled: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """:func:`_plain`, compiled once for each shape."""
     from torch._dynamo.config import patch
     from torch._dynamo.exc import TorchDynamoException
@@ -302,7 +280,7 @@ def _compiler() -> Callable[..., Any]:
     return torch.compile(_plain, dynamic=False, fullgraph=True)
 
 
-# the three sweeps forward ---------------------------------------------------------------------------------------
+# the two sweeps forward -----------------------------------------------------------------------------------------
 
 
 def _velocity(
@@ -337,29 +315,14 @@ def _product(
     return g, cotangents[:0:-1]
 
 
-def _direction(
-    stack: Stack, layers: Layers, kept: Sequence[Tensor], v: Tensor, dt: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    """The product along a direction, and the ``y_k`` before each activation."""
-    maps, _, response = layers
-    x, shifts = stack.enter(v), [None] * len(maps)
-    inner: list[Tensor] = []
-    if dt is not None and response is not None:
-        shifts = stack.maps_of(response * dt.to(response.dtype))
-    for layer, shift, c in zip(maps[:-1], shifts[:-1], kept, strict=True):
-        inner.append(layer.apply(x, shift))
-        x = stack.activation.times_slope(inner[-1], c)
-    return maps[-1].apply(x, shifts[-1]), inner
-
-
-# their graph nodes ----------------------------------------------------------------------------------------------
+# their graph node -----------------------------------------------------------------------------------------------
 
 
 class _Evaluation(torch.autograd.Function):
-    """Velocity, product (None without noise), and what is kept of the activations and of the product."""
+    """Velocity, and the product (None without noise)."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
         stack, t, z, pulled, _ = ctx.stack, *tensors = args
         with _without_autocast(z):
             pre = None if pulled is None else list[Tensor]()
@@ -368,18 +331,14 @@ class _Evaluation(torch.autograd.Function):
             if pulled is not None:
                 product, inner = _product(stack, stack.fast, kept, pulled, pre)
                 product = product.to(z.dtype)
-        # What is kept is an output too, since _Direction sends gradients to it. The cotangents g_k are outputs only
-        # because save_for_backward takes inputs and outputs.
-        ctx.mark_non_differentiable(*inner)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *kept, *inner)
-        return a.to(z.dtype), product, *kept, *inner
+        return a.to(z.dtype), product
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         stack: Stack = ctx.stack
-        cotangents = grad_outputs[: 2 + stack.hidden]
-        if all(each is None for each in cotangents):
+        if all(each is None for each in grad_outputs):
             return (None,) * 5
         saved = ctx.saved_tensors  # read once, because torch's checkpoint unpacks saved tensors only once
         inputs, rest = saved[:4], saved[4:]
@@ -389,40 +348,9 @@ class _Evaluation(torch.autograd.Function):
                 layers = stack.layers_of(theta)
                 a, kept = _velocity(stack, layers, t, z)
                 product = None if pulled is None else _product(stack, layers, kept, pulled)[0].to(z.dtype)
-                return None, *_by_autograd((a.to(z.dtype), product, *kept), cotangents, inputs)
+                return None, *_by_autograd((a.to(z.dtype), product), grad_outputs, inputs)
             kept, inner = rest[: stack.hidden], rest[stack.hidden :]
-            t, z, pulled, _ = inputs
-            return None, *_pull_back(stack, t, z, pulled, ctx.needs_input_grad[1:], cotangents, kept, inner)
-
-
-class _Direction(torch.autograd.Function):
-    """Product along a direction, and the ``y_k`` before each activation."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        stack, dt, v, _, *kept = ctx.stack, *tensors = args
-        with _without_autocast(v):
-            y, inner = _direction(stack, stack.fast, kept, v, dt)
-        ctx.mark_non_differentiable(*inner)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *inner)
-        return y.to(v.dtype), *inner
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        stack: Stack = ctx.stack
-        q, needs = grad_outputs[0], ctx.needs_input_grad[1:]
-        if q is None:
-            return (None,) * (1 + len(needs))
-        saved = ctx.saved_tensors
-        inputs, inner = saved[: len(needs)], saved[len(needs) :]
-        with _without_autocast(inputs[1]):
-            if torch.is_grad_enabled():
-                dt, v, theta, *kept = inputs = _ends(inputs)
-                y = _direction(stack, stack.layers_of(theta), kept, v, dt)[0].to(v.dtype)
-                return None, *_by_autograd((y,), (q,), inputs)
-            dt, v, _, *kept = inputs
-            return None, *_pull_back_direction(stack, dt, v, kept, needs, q, inner)
+            return None, *_pull_back(stack, inputs, ctx.needs_input_grad[1:], grad_outputs, kept, inner)
 
 
 def _ends(inputs: Sequence[Tensor | None]) -> list[Any]:
@@ -462,71 +390,25 @@ class _Upward(NamedTuple):
 
 def _pull_back(
     stack: Stack,
-    t: Tensor,
-    z: Tensor,
-    pulled: Tensor | None,
+    inputs: Sequence[Tensor],
     needs: Sequence[bool],
     cotangents: Sequence[Tensor | None],
     kept: Sequence[Tensor],
     inner: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients by the inputs of an evaluation, from the cotangents of velocity, product and what was kept."""
-    assert stack.fast is not None
-    dz, product, *turned = cotangents
-    activation = stack.activation
-    needs_t, needs_z, needs_pulled, needs_theta = needs
+    """Gradients by the inputs of an evaluation, from the cotangents of velocity and product."""
+    pulled, product = inputs[2], cotangents[1]
+    needs_pulled, needs_theta = needs[2:]
     up = pulled_grad = None
-    if product is not None and pulled is not None:
+    if product is not None:
         up = _upward(stack, stack.enter(product), kept, [*inner, pulled.to(stack.dtype)], needs_theta)
         pulled_grad = up.end.sum_to_size(pulled.shape).to(pulled.dtype) if needs_pulled else None
-
-    def entry(k: int) -> Tensor:
-        return activation.output(kept[k - 1]) if k else stack.enter(z)
-
-    def through(k: int, below: Tensor) -> Tensor:
-        # a product along a direction sends a cotangent to what was kept: the output, or else the pre-activation
-        more = turned[k]
-        if more is not None and activation.keeps_output:
-            below = below.add_(more)
-        a = activation.times_slope(below, kept[k]) if up is None else up.added[k].addcmul_(below, up.slopes[k])
-        return a if more is None or activation.keeps_output else a.add_(more)
-
-    dz = z.new_zeros(len(z), stack.shapes[-1][0], *stack.event) if dz is None else dz
-    t_grad, z_grad, theta_grad = _downward(
-        stack, stack.enter(dz), entry, through, t, (needs_t, needs_z, needs_theta)
-    )
+    t_grad, z_grad, theta_grad = _downward(stack, inputs, needs, cotangents[0], kept, up)
     # the last weight has no gradient from the product here: it enters through `pulled`, whose graph leads to it
     if theta_grad is not None and up is not None and up.gradients:
         more = torch.cat(up.gradients)
         theta_grad[stack.start :][: len(more)].add_(more)
-    return t_grad, None if z_grad is None else z_grad.to(z.dtype), pulled_grad, theta_grad
-
-
-def _pull_back_direction(
-    stack: Stack,
-    dt: Tensor | None,
-    v: Tensor,
-    kept: Sequence[Tensor],
-    needs: Sequence[bool],
-    q: Tensor,
-    inner: Sequence[Tensor],
-) -> tuple[Tensor | None, ...]:
-    """Gradients by the inputs of a product along a direction, from its cotangent."""
-    assert stack.fast is not None
-    activation, turned = stack.activation, list[Tensor]()
-
-    def entry(k: int) -> Tensor:
-        return activation.times_slope(inner[k - 1], kept[k - 1]) if k else stack.enter(v)
-
-    def through(k: int, p: Tensor) -> Tensor:
-        bent, q = _bend(activation, p, activation.slope(kept[k]), kept[k], inner[k])
-        turned.append(bent)
-        return q
-
-    dt_grad, v_grad, theta_grad = _downward(stack, stack.enter(q), entry, through, dt, needs[:3])
-    if theta_grad is not None:  # a direction adds no bias; its sums served the response only
-        theta_grad[: len(stack.fast.bias)].zero_()
-    return dt_grad, None if v_grad is None else v_grad.to(v.dtype), theta_grad, *turned[::-1]
+    return t_grad, z_grad, pulled_grad, theta_grad
 
 
 def _upward(
@@ -542,65 +424,52 @@ def _upward(
         if weights:
             gradients.append(stack.kind.flat(layer.gradient(h, v)))
         # if the output is kept, s'' is the derivative of s' by the output, times s', which v = s' g already has
-        x = v if activation.keeps_output else g
-        bent, h = _bend(activation, layer.apply(h), slope, c, x, scratch=v)
-        added.append(bent)
+        p = layer.apply(h)
+        x = torch.mul(v if activation.keeps_output else g, p, out=v)
+        x = x.sum(0) if x.dim() > c.dim() else x
+        added.append(x.mul_(activation.slope_derivative(c, slope)))
         slopes.append(slope)
+        h = p.mul_(slope)
     return _Upward(added, slopes, gradients, h)
-
-
-def _bend(
-    activation: Activation, p: Tensor, slope: Tensor, kept: Tensor, x: Tensor, *, scratch: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """``x p s''`` summed over the noise vectors, and ``slope p``; overwrites ``p``.
-
-    ``s''`` stands for :meth:`Activation.slope_derivative`.
-    """
-    x = torch.mul(x, p, out=scratch)
-    x = x.sum(0) if x.dim() > kept.dim() else x
-    return x.mul_(activation.slope_derivative(kept, slope)), p.mul_(slope)
 
 
 def _downward(
     stack: Stack,
-    q: Tensor,
-    entry: Callable[[int], Tensor],
-    through: Callable[[int, Tensor], Tensor],
-    t: Tensor | None,
+    inputs: Sequence[Tensor],
     needs: Sequence[bool],
+    dz: Tensor | None,
+    kept: Sequence[Tensor],
+    up: _Upward | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Backpropagation from ``q``, the cotangent of the last layer, through all layers.
-
-    ``entry`` gives the input of a layer. ``through`` maps the cotangent of a layer's input to the cotangent of the
-    output of the layer below. The result holds the gradients by the time, by the first layer's input and by
-    ``theta``.
-    """
+    """Backpropagation from ``dz``, the cotangent of the velocity: gradients by time, state and ``theta``."""
     assert stack.fast is not None
-    needs_t, needs_z, needs_theta = needs
-    bias, response = stack.fast.bias, stack.fast.response
+    (t, z, *_), (needs_t, needs_z, _, needs_theta) = inputs, needs
+    (maps, bias, response), activation = stack.fast, stack.activation
+    q = stack.enter(z.new_zeros(len(z), stack.shapes[-1][0], *stack.event) if dz is None else dz)
     sums, gradients = list[Tensor](), list[Tensor]()
-    below: Tensor | None = None
+    z_grad: Tensor | None = None
     for k in range(stack.hidden, -1, -1):
-        layer = stack.fast.maps[k]
+        layer = maps[k]
         if needs_t or needs_theta:
             sums.append(stack.kind.sum_batch(q))
         if needs_theta:
-            gradients.append(stack.kind.flat(layer.gradient(entry(k), q)))
-        below = layer.transpose(q) if k or needs_z else None
-        if k and below is not None:
-            q = through(k - 1, below)
+            u = activation.output(kept[k - 1]) if k else stack.enter(z)
+            gradients.append(stack.kind.flat(layer.gradient(u, q)))
+        if k:
+            g, c = layer.transpose(q), kept[k - 1]
+            q = activation.times_slope(g, c) if up is None else up.added[k - 1].addcmul_(g, up.slopes[k - 1])
+        elif needs_z:
+            z_grad = layer.transpose(q).to(z.dtype)
     if not sums:
-        return None, below, None
+        return None, z_grad, None
     # The gradient by the response is t times the gradient by the bias. Reserve its place in the row, to be filled
     # below, since a second concatenation would copy everything.
     room = [] if response is None or not needs_theta else [response]
     grad = torch.cat([*sums[::-1], *room, *gradients[::-1]]).to(stack.theta.dtype)
-    row, of_response = grad[: len(bias)], grad[len(bias) :][: len(bias)]
-    if room and t is not None:
-        torch.mul(row, t.to(row.dtype).reshape(()), out=of_response)
-    elif room:
-        of_response.zero_()
+    row = grad[: len(bias)]
+    if room:
+        torch.mul(row, t.to(row.dtype).reshape(()), out=grad[len(bias) :][: len(bias)])
     t_grad = None
-    if needs_t and t is not None and response is not None:
+    if needs_t and response is not None:
         t_grad = (row * response).sum().to(t.dtype).reshape(t.shape)
-    return t_grad, below, grad if needs_theta else None
+    return t_grad, z_grad, grad if needs_theta else None

@@ -21,11 +21,11 @@ from .layers import ConcatConv2d, ConcatLinear
 class StackField(nn.Module):
     """A vector field ``f(t, z)`` that consists of layers with an activation between them.
 
-    It is a :class:`~rnode_plugin.core.derivatives.Field`. Velocity, products with the Jacobian and derivatives
-    along directions come from one pass with a hand-written backward. First-order gradients of all of them with
-    respect to time, state, noise and parameters cost no double backward. With ``create_graph=True`` the gradients
-    are computed by automatic differentiation, so that they can be differentiated in turn. A call uses operations
-    that autograd and ``torch.func`` can differentiate.
+    It is a :class:`~rnode_plugin.core.derivatives.Field`. Velocity and products with the Jacobian come from one
+    pass with a hand-written backward. First-order gradients of both with respect to time, state, noise and
+    parameters cost no double backward. Automatic differentiation computes an evaluation that also takes derivatives
+    along directions, and gradients with ``create_graph=True``, which can be differentiated in turn. A call uses
+    operations that autograd and ``torch.func`` can differentiate.
 
     Args:
         layers: ``ConcatConv2d`` or ``ConcatLinear``, all of one kind.

@@ -263,9 +263,8 @@ class NetDynamics(Dynamics):
             function = originals(net, modules) if differentiates else net
             field = TorchdynField(function, context, slots=slots, plain=not slots.found)
         if divergence:
-            field = fastest(
-                field, net, z, context, exact=type(estimator) is Exact, one_graph=solver.gradient.through_steps
-            )
+            exact = type(estimator) is Exact and "jvp" not in needs
+            field = fastest(field, net, z, context, exact=exact, one_graph=solver.gradient.through_steps)
         super().__init__(
             field, regularizers=kinds, estimator=estimator, divergence=divergence,
             net=net if isinstance(net, nn.Module) else module_of(net), user_field=net,
@@ -452,7 +451,7 @@ def system_of(
     field: Field = field_of(net, modules, slots, args, takes=takes(net), order=order, needs=needs)
     whole = traced or view is None
     if whole and (traced or kinds.penalties) and not needs.isdisjoint(("vjp", "jvp")):
-        exact = order == 1 and type(estimator) is Exact and "vjp" in needs
+        exact = order == 1 and type(estimator) is Exact and "vjp" in needs and "jvp" not in needs
         field = fastest(field, net, z, exact=exact, one_graph=one_graph)
     event = None if view is None else view.of
     if cost is not None:  # its column is in front of z
@@ -500,7 +499,8 @@ def fastest(
         net: the user's module or function.
         z: a state.
         context: one row for each sample, for a net that takes a context.
-        exact: whether the trace is exact. A perceptron is then turned into a stack, whose rows are faster.
+        exact: whether the exact trace is wanted, and no derivative along a direction. A perceptron is then turned
+            into a stack, whose rows are faster.
         one_graph: whether evaluations may share one graph of what depends on the parameters alone.
     """
     stack = recognize(net, z, adds_time=adds_time) if exact and one_graph and context is None else None
