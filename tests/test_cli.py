@@ -177,7 +177,7 @@ def test_train_ends_with_a_table(trained: Path) -> None:
     assert str(trained) in result.output
 
 
-def test_no_other_product_speaks_in_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_other_product_speaks_in_a_run(tmp_path: Path) -> None:
     heard: list[str] = []
 
     class Ear(logging.Handler):
@@ -187,14 +187,12 @@ def test_no_other_product_speaks_in_a_run(tmp_path: Path, capsys: pytest.Capture
     ear = Ear()
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).addHandler(ear)
-    with pytest.raises(SystemExit) as ended:
-        main(["train", "digits", *TINY, "--max-steps", "1", "--quiet", "--runs", str(tmp_path / "runs")])
-    out, err = capsys.readouterr()
+    result = rnode("train", "digits", *TINY, "--max-steps", "1", "--quiet", "--runs", tmp_path / "runs")
     refused = rnode("train", "digits", *TINY, "--batch-size", "5000", "--runs", tmp_path / "runs")
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).removeHandler(ear)
-    assert (ended.value.code, err, refused.exit_code) == (0, "", 2)
-    assert out.splitlines()[1].startswith("steps")
+    assert (result.exit_code, result.stderr, refused.exit_code) == (0, "", 2)
+    assert result.stdout.splitlines()[1].startswith("steps")
     assert heard == []
 
 

@@ -427,19 +427,7 @@ print(float(field.weight.square().sum().detach()))
 """
 
 
-def executed(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[object, str, str]:
-    """The exit code of ``exec``, and both streams, which the runner of click 8.1 mixes."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        exec_script.main(list(map(str, words)))
-    rnode_plugin.uninstall()
-    out, err = capsys.readouterr()
-    return ended.value.code, out, err
-
-
-def test_exec_takes_the_penalized_tensor_and_its_columns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exec_takes_the_penalized_tensor_and_its_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, other = tmp_path / "script.py", tmp_path / "columns.py"
     script.write_text(OF_A_TUPLE)
     first_moves = OF_A_TUPLE.replace("torch.zeros(16), x", "x, x").replace("torch.zeros(16), moved", "moved, moved")
@@ -448,9 +436,10 @@ def test_exec_takes_the_penalized_tensor_and_its_columns(
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def run(path: Path, *options: str) -> float:
-        code, out, err = executed(capsys, "--regularizer", "kinetic=1", *options, path)
-        assert code == 0, err
-        return float(out)
+        done = CliRunner().invoke(exec_script, ["--regularizer", "kinetic=1", *options, str(path)])
+        rnode_plugin.uninstall()
+        assert done.exit_code == 0, done.output
+        return float(done.stdout)
 
     with pytest.warns(UserWarning, match="penalized="):
         still = run(script)
@@ -501,28 +490,24 @@ loss.backward()  # the same solve
     ],
 )  # fmt: skip
 def test_exec_ends_with_the_number_of_penalized_solves(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    script: str,
-    code: int,
-    line: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], script: str, code: int, line: str
 ) -> None:
     path = tmp_path / "script.py"
     path.write_text(script)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
     words = [word for option in options for word in ("--regularizer", option)]
-    ended, out, err = executed(capsys, *words, path)
-    assert (ended, out) == (code, ""), err
-    assert err.splitlines()[-1].startswith(f"rnode: {line}")
+    done = CliRunner().invoke(exec_script, [*words, str(path)])
+    rnode_plugin.uninstall()
+    assert done.exit_code == code, done.output
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith(f"rnode: {line}")
     if "no solve" in line:
-        assert "rnode_plugin.penalties_at" in err
+        assert "rnode_plugin.penalties_at" in done.stderr
 
 
 def test_exec_names_a_copy_of_torchdiffeq_that_the_script_did_not_get(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """exec imports torchdiffeq before the script can change sys.path."""
     copy = tmp_path / "forks" / "torchdiffeq" / "__init__.py"
@@ -532,9 +517,10 @@ def test_exec_names_a_copy_of_torchdiffeq_that_the_script_did_not_get(
     script.write_text(f"import sys\nsys.path.insert(0, {str(tmp_path / 'forks')!r})\nimport torchdiffeq\n")
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    code, _, err = executed(capsys, script)
-    assert code == 0, err
-    named, last = err.splitlines()
+    done = CliRunner().invoke(exec_script, [str(script)])
+    rnode_plugin.uninstall()
+    assert done.exit_code == 0, done.output
+    named, last = done.stderr.splitlines()
     assert named.startswith(f"rnode: the script put {copy} on sys.path, but got {torchdiffeq.__file__}, which")
     assert "PYTHONPATH" in named
     assert last.startswith("rnode: no penalty was added")
