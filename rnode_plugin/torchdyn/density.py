@@ -467,7 +467,9 @@ def _base_and_shape(
     if base is None:
         if shape is None:
             raise ConfigError("give event_shape=, the shape of one sample, or a base distribution that has it.")
-        return Independent(Normal(torch.zeros(shape), torch.ones(shape)), len(shape)), shape
+        # without the check of values, which torch 2.6 does not do under vmap
+        normal = Normal(torch.zeros(shape), torch.ones(shape), validate_args=False)
+        return Independent(normal, len(shape)), shape
     if base.batch_shape:
         raise ConfigError(
             f"the base distribution has batch shape {tuple(base.batch_shape)}: its density must be one of a whole "
