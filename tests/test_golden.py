@@ -203,6 +203,13 @@ def is_same_processor() -> bool:
     return stored()["processor"] == processor()
 
 
+def draws_other_stages() -> bool:
+    """Whether ``torch.multinomial`` gives other numbers than in the version that wrote the values, as in 2.6."""
+    torch.manual_seed(0)
+    weights = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64)
+    return [int(torch.multinomial(weights, 1)) for _ in range(8)] != [2, 2, 1, 2, 1, 2, 0, 1]
+
+
 @pytest.fixture(scope="module", params=SETTINGS)
 def golden_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return request.param, killed_and_resumed(request.param, tmp_path_factory.mktemp("golden"))
@@ -210,6 +217,8 @@ def golden_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 def test_a_run_is_as_stored(golden_run: tuple[str, Path]) -> None:
     name, run = golden_run
+    if name == "digits" and draws_other_stages():
+        pytest.skip("the solver of this run evaluates products at stages that it draws")
     found, folder = contents(run, name), HERE / "golden" / name
     rel, absolute = (0, 0) if is_same_processor() else (1e-4, 2e-7)
     for what in ("metrics", "scores"):
