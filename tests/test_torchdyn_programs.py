@@ -16,7 +16,6 @@ import torch
 import torchdiffeq
 import torchdyn.core
 import torchdyn.models
-from click.testing import CliRunner
 from tiny_runs import rnode
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
@@ -30,7 +29,6 @@ from torchdyn.nn import Augmenter
 import rnode_plugin
 import rnode_plugin.torchdiffeq
 from rnode_plugin import SolverError
-from rnode_plugin.cli.lists import exec_script
 from rnode_plugin.errors import ConfigError
 
 
@@ -287,7 +285,7 @@ def test_exec_runs_an_unmodified_script(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "neighbour", raising=False)
-    done = CliRunner().invoke(exec_script, [str(tmp_path / "script.py"), "--epochs", "3", "-v", "data"])
+    done = rnode("exec", tmp_path / "script.py", "--epochs", "3", "-v", "data")
     assert done.exit_code == 0, done.output
     assert "loss True __main__ ['--epochs', '3', '-v', 'data'] 7" in done.stdout
 
@@ -308,7 +306,7 @@ def test_exit_code_and_traceback_are_the_scripts(
     path.write_text(script)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    done = CliRunner().invoke(exec_script, [str(path)])
+    done = rnode("exec", path)
     assert done.exit_code == code
     assert shown in done.output
     if "def f" in script:
@@ -436,7 +434,7 @@ def test_exec_takes_the_penalized_tensor_and_its_columns(tmp_path: Path, monkeyp
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def run(path: Path, *options: str) -> float:
-        done = CliRunner().invoke(exec_script, ["--regularizer", "kinetic=1", *options, str(path)])
+        done = rnode("exec", "--regularizer", "kinetic=1", *options, path)
         rnode_plugin.uninstall()
         assert done.exit_code == 0, done.output
         return float(done.stdout)
@@ -497,7 +495,7 @@ def test_exec_ends_with_the_number_of_penalized_solves(
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
     words = [word for option in options for word in ("--regularizer", option)]
-    done = CliRunner().invoke(exec_script, [*words, str(path)])
+    done = rnode("exec", *words, path)
     rnode_plugin.uninstall()
     assert done.exit_code == code, done.output
     assert done.stdout == ""
@@ -517,7 +515,7 @@ def test_exec_names_a_copy_of_torchdiffeq_that_the_script_did_not_get(
     script.write_text(f"import sys\nsys.path.insert(0, {str(tmp_path / 'forks')!r})\nimport torchdiffeq\n")
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    done = CliRunner().invoke(exec_script, [str(script)])
+    done = rnode("exec", script)
     rnode_plugin.uninstall()
     assert done.exit_code == 0, done.output
     named, last = done.stderr.splitlines()
