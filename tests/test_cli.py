@@ -273,12 +273,6 @@ def test_memory_that_is_used_up_is_one_message(trained: Path, error: Exception) 
     assert f"out of memory ({str(error).splitlines()[0].rstrip('.')}). Use fewer samples" in message
 
 
-def test_an_explosion_is_one_message(tmp_path: Path) -> None:
-    options = ["--set", "optimizer.lr=1e3", "--set", "optimizer.warmup=0", "--max-steps", "20"]
-    result = rnode("train", "digits", *TINY, *options, "--runs", str(tmp_path))
-    assert re.search(r"Error: training stopped: .*last good checkpoint|Error: .*No checkpoint", failure(result, 1))
-
-
 def test_a_refusal_of_the_module_is_one_line_and_an_exit_code() -> None:
     command = [sys.executable, "-m", "rnode_plugin", "recipes", "show", "nothing"]
     failed = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,25 +84,21 @@ def test_a_run_takes_other_samples_and_continues(tmp_path: Path) -> None:
 
     whole = run(first, tmp_path / "a")
     assert_same(whole.folder.path, run(experiment(), tmp_path / "b").folder.path)
-    part = run(experiment(), tmp_path / "c", callbacks=[signal_at(2)])
+    begun = experiment()
+    part = run(begun, tmp_path / "c", callbacks=[signal_at(2)])
     assert part.steps == 2
-    rest = run(experiment(), tmp_path / "c", resume=part.folder.path)
-    assert rows(rest.folder.path) == rows(whole.folder.path)
-    assert weights(rest.folder.path).equal(weights(whole.folder.path))
-
-
-def test_an_experiment_that_was_trained_is_refused(tmp_path: Path) -> None:
-    """A second run would begin with trained weights, and its recipe would say that they are fresh."""
-    experiment = Experiment.of(tiny_recipe(*SHORT))
-    part = run(experiment, tmp_path, callbacks=[signal_at(2)])
-    copied = copy.deepcopy(experiment.flow)
-    for flow in (experiment.flow, copied):
+    # a second run would begin with trained weights, and its recipe would say that they are fresh
+    for flow in (begun.flow, copy.deepcopy(begun.flow)):
         assert flow.trained_steps == 2
-        again = dataclasses.replace(experiment, flow=flow, loss=LikelihoodLoss(flow, experiment.recipe))
+        again = dataclasses.replace(begun, flow=flow, loss=LikelihoodLoss(flow, begun.recipe))
         with pytest.raises(ConfigError, match=r"was trained by another run.*make a new experiment"):
-            run(again, tmp_path)
-    assert run(experiment, tmp_path, resume=part.folder.path).steps == 4
-    assert len(list((tmp_path / "digits").iterdir())) == 1
+            run(again, tmp_path / "c")
+    assert len(list((tmp_path / "c" / "digits").iterdir())) == 1
+    for each in (experiment(), begun):
+        copied = Path(shutil.copytree(part.folder.path, tmp_path / str(id(each))))
+        rest = run(each, tmp_path / "c", resume=copied)
+        assert rows(rest.folder.path) == rows(whole.folder.path)
+        assert weights(rest.folder.path).equal(weights(whole.folder.path))
 
 
 def test_an_experiment_for_other_devices_is_refused(tmp_path: Path) -> None:

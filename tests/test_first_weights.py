@@ -11,7 +11,6 @@ import torch
 from tiny_runs import BeforeStep, rows, run, tiny_recipe
 
 from rnode_plugin import ImageDataModule, TableDataModule, get_recipe, load_flow
-from rnode_plugin.errors import CheckpointError
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe, save_flow
 from rnode_plugin.experiments.training.datamodule import RecipeDataModule
@@ -102,9 +101,3 @@ def test_resumed_to_the_bit_without_the_source(trained: Path, tmp_path: Path) ->
     moved.unlink()
     run(recipe, tmp_path / "runs", resume=half)
     assert rows(half) == rows(whole)
-
-
-def test_other_weights_on_resume_are_refused(trained: Path, tmp_path: Path) -> None:
-    half = run(tiny_recipe("training.max_steps=1"), tmp_path).folder.path
-    with pytest.raises(CheckpointError, match=r"continue with other settings: training\.weights is None there"):
-        run(tiny_recipe(f"training.weights={trained}"), tmp_path, resume=half)

@@ -115,15 +115,6 @@ def test_a_resumed_run_is_the_same_to_the_bit(file: Path, tmp_path: Path) -> Non
     assert done.evaluation.means["nll"] == whole.evaluation.means["nll"]
 
 
-def test_a_run_stays_with_its_columns_and_its_split(file: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(file, "training.max_steps=2")
-    made = run(recipe, tmp_path).folder.path
-    for setting in ("data.given=dose", "data.split_seed=1", "model.activation=tanh"):
-        outcome = rnode("train", "--resume", str(made), "--set", setting, "--max-steps", "4")
-        assert outcome.exit_code == 1
-        assert f"cannot continue with other settings: {setting.partition('=')[0]} is" in outcome.output
-
-
 def test_a_table_smaller_than_a_batch_is_one_batch(file: Path, tmp_path: Path) -> None:
     recipe = recipe_of(file, "data.batch_size=500", "training.max_steps=2", "training.val_every_steps=2")
     result = run(recipe, tmp_path)
