@@ -70,8 +70,8 @@ class Adjoint(Gradient):
     Args:
         backward: the solver of the backward pass, such as ``Adaptive("dopri5", atol=1e-6)``; None: the solver of
             the forward pass. The ``gradient`` of this solver is ignored.
-        interpolated: whether the backward pass reads the states from cubics through the accepted states instead of
-            solving for them again.
+        interpolated: whether the backward pass reads the states from cubics through the accepted states, and stops
+            at these, instead of solving for them again.
     """
 
     backward: Integrator | None = None
