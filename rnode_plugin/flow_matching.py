@@ -60,8 +60,8 @@ def penalties_at(
 
     Raises:
         ConfigError: for a regularizer that is unknown, not a rate or given with a lambda, for a ``t`` of another
-            shape, for one time per sample with a field that takes one time for all samples, and for a ``velocity``
-            of a field with dropout where a penalty evaluates the field at another point.
+            shape, and for a ``velocity`` of a field with dropout where a penalty evaluates the field at another
+            point.
 
     Example:
         >>> import torch

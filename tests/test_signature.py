@@ -283,11 +283,10 @@ def test_a_call_of_ones_own_and_contexts() -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_absence_of_a_time_shape_ends_in_a_sentence(name: str) -> None:
     model = RegularizedCNF.from_velocity(VELOCITIES[name](), event_shape=2, solver="midpoint", steps=1)
-    with pytest.raises(
-        ConfigError, match=rf"failed with a scalar time .* give time_shape='{re.escape(SHAPES[name])}', or"
-    ):
+    sentence = rf"a scalar time\..* time_shape='{re.escape(SHAPES[name])}'"
+    with pytest.raises((IndexError, RuntimeError), match=sentence):
         model.log_prob(torch.zeros(5, 2))
-    with pytest.raises(ConfigError, match="time_shape"):
+    with pytest.raises((IndexError, RuntimeError), match=sentence):
         ODESolver(VELOCITIES[name]()).sample(torch.zeros(5, 2), step_size=0.5)
     found = ODESolver(VELOCITIES[name](), time_shape=SHAPES[name]).sample(torch.zeros(5, 2), 0.5, "midpoint")
     torch.testing.assert_close(found, torch.full((5, 2), 1.5))
@@ -431,7 +430,9 @@ class Wrapped(nn.Module):
 def test_a_velocity_with_the_time_as_a_column_is_told_how_to_write_it(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     net, z, t = make(), torch.randn(5, 2), torch.rand(5)
-    sentence = r"works with the time as one more column: .*torch\.cat\(\[x, t\.expand\(len\(x\), 1\)\], 1\)"
+    sentence = (
+        r"with the state alone\. If the time is one more column, .*torch\.cat\(\[x, t\.expand\(len\(x\), 1\)\], 1\)"
+    )
     for act in (
         lambda: penalties_at(net, t, z, ["jacfrob"]),
         lambda: penalties_at(net, 0.5, z, ["kinetic"]),
@@ -440,7 +441,7 @@ def test_a_velocity_with_the_time_as_a_column_is_told_how_to_write_it(make: Call
         lambda: RegularizedCNF.from_velocity(net, event_shape=2).log_prob(z),
         lambda: NeuralODE(net)(z),
     ):
-        with pytest.raises(ConfigError, match=sentence):
+        with pytest.raises(RuntimeError, match=sentence):
             act()
     model = RegularizedCNF.from_velocity(
         net, event_shape=2, trace_estimator="exact", atol=1e-8, rtol=1e-8,
@@ -450,25 +451,26 @@ def test_a_velocity_with_the_time_as_a_column_is_told_how_to_write_it(make: Call
     net.float()
     rates = penalties_at(lambda t, x: net(torch.cat([x, t[:, None]], 1)), t, z, ["kinetic"])
     torch.testing.assert_close(rates["kinetic"], net(torch.cat([z, t[:, None]], 1)).square().sum(1))
-    with pytest.raises(RuntimeError, match="cannot be multiplied") as caught:  # no column helps
-        penalties_at(net, 0.5, torch.randn(5, 4), ["kinetic"])
-    assert not isinstance(caught.value, ConfigError)
 
 
 def test_a_velocity_for_a_solver_is_told_that_it_takes_one_time() -> None:
     net, z = Wrapped(), torch.randn(5, 2)
-    with pytest.raises(ConfigError, match=r"times of shape \(5,\) .* takes one time for all samples"):
+    with pytest.raises(RuntimeError, match=r"times of shape \(5,\)\. If it takes one, give a number"):
         penalties_at(net, torch.rand(5), z, ["jacfrob"])
     assert penalties_at(net, 0.5, z, ["jacfrob"])["jacfrob"].shape == (5,)
 
 
-def test_an_error_that_no_shape_of_the_time_avoids_is_the_networks() -> None:
+def test_a_field_that_fails_is_not_called_again() -> None:
+    calls: list[object] = []
+
     def velocity(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(t)
         raise RuntimeError("a fault inside")
 
     for act in (
         lambda: penalties_at(velocity, torch.rand(5), torch.randn(5, 2), ["kinetic"]),
         lambda: ODESolver(velocity).sample(torch.randn(5, 2), method="dopri5"),
     ):
-        with pytest.raises(RuntimeError, match=r"^a fault inside$"):
+        with pytest.raises(RuntimeError, match=r"^a fault inside"):
             act()
+    assert len(calls) == 2

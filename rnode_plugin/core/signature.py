@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -109,35 +108,18 @@ def call_of(field: Callable[..., Tensor], args: object = None, takes: Takes | No
 
 
 def _without_time(field: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A field that takes only the state, as a function of time and state.
-
-    Raises:
-        ConfigError: when called, for a field that fails but works with the time as one more column.
-    """
+    """A field that takes only the state, as a function of time and state."""
 
     def evaluate(t: Tensor, x: Tensor) -> Tensor:
         try:
             return field(x)
         except (IndexError, RuntimeError) as error:
-            if not _takes_time_as_column(field, t, x):
-                raise
-            written = _write("net(torch.cat([x, t.expand(len(x), 1)], 1))")
-            raise ConfigError(
-                f"the velocity failed with the state alone ({_in_one_line(error)}). It works with the time as one "
-                f"more column: {written}, with t[:, None] instead of t.expand(len(x), 1) for one time per sample."
-            ) from error
+            column = "t[:, None]" if t.ndim > 0 else "t.expand(len(x), 1)"
+            written = _write(f"net(torch.cat([x, {column}], 1))")
+            error.add_note(f"The velocity was called with the state alone. If the time is a column, {written}.")
+            raise
 
     return evaluate
-
-
-@torch.no_grad()
-def _takes_time_as_column(field: Callable[[Tensor], Tensor], t: Tensor, x: Tensor) -> bool:
-    """Whether ``field`` gives a velocity if the time is appended to the state as one more column."""
-    try:
-        column = t.reshape(-1, *[1] * (x.ndim - 1)).to(x).expand(len(x), 1, *x.shape[2:])
-        return field(torch.cat([x, column], 1)).shape == x.shape
-    except Exception:  # this was a guess; the caller's error counts
-        return False
 
 
 def original(field: Any) -> Any:
@@ -199,8 +181,8 @@ def time_first(
     Raises:
         ConfigError: for another ``time_shape``, for a time that is neither the first nor the second parameter, for
             a second parameter after the state whose name is not known as a time, and for further parameters without
-            a default; when called, for a field that fails with the time but works with another shape of the time,
-            or with the time as its second argument.
+            a default; when called, for a velocity of nameless parameters whose result has another shape than the
+            state.
     """
     if time_shape not in (None, SCALAR) and time_shape not in TIME_SHAPES:
         raise ConfigError(f"time_shape must be one of {', '.join(map(repr, TIME_SHAPES))}, not {time_shape!r}.")
@@ -245,10 +227,6 @@ def _write(call: str) -> str:
     )
 
 
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 class _TimeFirst(nn.Module):
     """A velocity that is called ``(t, x)`` or ``(t, x, context)``, with a scalar time."""
 
@@ -266,56 +244,32 @@ class _TimeFirst(nn.Module):
         try:
             found = self._evaluate(t, x, *context)
         except (IndexError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            self._refuse_exchanged(t, x, *context)
-            # try other shapes of the time, so that the message can name the one that works
-            if self.time_shape in TIME_SHAPES:
-                raise
-            if t.ndim > 0 and self._works(t.flatten()[0], x, *context):
-                raise ConfigError(
-                    f"the velocity failed with times of shape {tuple(t.shape)} ({_in_one_line(error)}), since it "
-                    "takes one time for all samples. Give it a number, or the network that takes one time for each."
-                ) from error
-            shapes = [name for name in TIME_SHAPES if self._works(_in_shape(t, x, name), x, *context)]
-            if not shapes:
-                raise
-            what = f"times of shape {tuple(t.shape)}" if t.ndim > 0 else "a scalar time"
-            fitting = " or ".join(f"time_shape={name!r}" for name in shapes)
-            raise ConfigError(
-                f"the velocity failed with {what} ({_in_one_line(error)}). It takes one time for each sample: give "
-                f"{fitting}, or times of that shape."
-            ) from error
+            error.add_note(self._passed(t))
+            raise
         if self.takes.order == "?" and isinstance(found, Tensor) and found.shape != x.shape:
-            self._refuse_exchanged(t, x, *context)
+            shapes = f"{tuple(found.shape)} at states of shape {tuple(x.shape)}"
+            raise ConfigError(f"the velocity has the shape {shapes}. {self._passed(t)}")
         return found
 
-    def _refuse_exchanged(self, t: Tensor, x: Tensor, *context: Tensor) -> None:
-        """Refuse a velocity of two nameless arguments that failed as ``(t, x)``, if it works as ``(x, t)``."""
+    def _passed(self, t: Tensor) -> str:
+        """What the velocity was called with, and how it is called otherwise."""
         names = [each.name for each in _parameters(_function(self.field))[:2]]
-        if self.takes.order != "?" or len(names) < 2:
-            return
-        first, second = names
-        exchanged = _TimeFirst(self.field, self.takes._replace(order="x, t"), None, None)
-        if not exchanged._works(t, x, *context):
-            return
-        raise ConfigError(
-            f"{first!r}, the first parameter of this velocity, was passed the time, and {second!r} the state, "
-            f"because neither name is known: {_write(f'net(x, {second}=t)')}."
+        if self.takes.order == "?" and len(names) > 1:
+            return (
+                f"{names[0]!r}, the first parameter of this velocity, was passed the time, and {names[1]!r} the "
+                f"state, because neither name is known. If the state is first, {_write(f'net(x, {names[1]}=t)')}."
+            )
+        if t.ndim > 0:
+            return f"The velocity was called with times of shape {tuple(t.shape)}. If it takes one, give a number."
+        return (
+            "The velocity was called with a scalar time. If it takes one time for each sample, give "
+            "time_shape='(B,)' or time_shape='(B, 1)', or times of that shape."
         )
 
     def _evaluate(self, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
         if self.takes.order == "x, *, t":
             return self.field(x, *context, **{self.takes.time: t})
         return self.field(x, t, *context) if self.takes.order == "x, t" else self.field(t, x, *context)
-
-    @torch.no_grad()
-    def _works(self, t: Tensor, x: Tensor, *context: Tensor) -> bool:
-        """Whether the velocity can be evaluated with this time."""
-        try:
-            return self._evaluate(t, x, *context).shape == x.shape
-        except Exception:  # this was a guess; the caller's error counts
-            return False
 
 
 def _in_shape(t: Tensor, x: Tensor, name: str) -> Tensor:
