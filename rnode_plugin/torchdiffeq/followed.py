@@ -33,7 +33,7 @@ class Follow:
     """The penalties to follow in a solve, and the part of the state that they measure; :func:`follow` makes it."""
 
     weighted: dict[str, Weighted]
-    penalized: tuple[int, ...]
+    penalized: tuple[int, ...] | None
     columns: Columns | None
     batch_dim: int | None
     estimator: TraceEstimator
@@ -85,11 +85,11 @@ def _by_name(name: str) -> Any:
     return found
 
 
-def _chosen(penalized: Any) -> tuple[tuple[int, ...], Columns | None]:
-    """The indices of tensors, and the columns (None: all), that ``penalized`` names."""
+def _chosen(penalized: Any) -> tuple[tuple[int, ...] | None, Columns | None]:
+    """The indices of tensors (None: the first), and the columns (None: all), that ``penalized`` names."""
     columns = as_columns(penalized)
     if penalized is None or columns is not None:
-        return (0,), columns
+        return None, columns
     indices = penalized if isinstance(penalized, (list, tuple)) else [penalized]
     if indices and all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
         return tuple(indices), None
@@ -118,10 +118,15 @@ class Layout:
         if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
             inner = f" of {', '.join(type(x).__name__ for x in y0) or 'nothing'}" if isinstance(y0, tuple) else ""
             raise ConfigError(f"y0 must be a tensor or a tuple of tensors, not a {type(y0).__name__}{inner}.")
-        count, dim = len(tensors), wanted.batch_dim
-        if any(not -count <= i < count for i in wanted.penalized):
-            raise ConfigError(f"penalized={wanted.penalized} names a tensor that y0, with {count}, does not have.")
-        places = tuple(sorted({i % count for i in wanted.penalized}))
+        count, dim, chosen = len(tensors), wanted.batch_dim, wanted.penalized or (0,)
+        if wanted.penalized is not None and tensors is not y0:
+            raise ConfigError(
+                f"penalized={chosen} names tensors of a tuple, but y0 is one tensor: leave it out for all of y0, "
+                f"or give columns, such as slice({chosen[0]}, {chosen[-1] + 1})."
+            )
+        if any(not -count <= i < count for i in chosen):
+            raise ConfigError(f"penalized={chosen} names a tensor that y0, with {count}, does not have.")
+        places = tuple(sorted({i % count for i in chosen}))
         for x in (tensors[i] for i in places):
             if not x.is_floating_point():
                 raise ConfigError(f"penalties need a real floating-point state, not one of {x.dtype}.")

@@ -68,10 +68,10 @@ def odeint(
             (B,)``, or a mapping from these to lambda, as for :class:`~rnode_plugin.NeuralODE`. Step penalties need
             the solver's steps, which torchdiffeq does not show, so they are refused.
         penalized: index of the tensor in a tuple ``y0`` that the penalties measure, or indices of several, which
-            are joined; None: the first. The others are held constant, so for a position and its velocity
-            ``total_derivative`` needs both. A slice or a mask of booleans selects columns of one tensor, or of the
-            first tensor in a tuple: a slice along dimension 1 of ``(B, D, ...)``, a mask over the first dimensions
-            of a sample.
+            are joined; None: the first, or all of a ``y0`` that is one tensor. The others are held constant, so for
+            a position and its velocity ``total_derivative`` needs both. A slice or a mask of booleans selects
+            columns of one tensor, or of the first tensor in a tuple: a slice along dimension 1 of ``(B, D, ...)``,
+            a mask over the first dimensions of a sample.
         batch_dim: dimension of this tensor that holds the samples. None: the whole state is one sample, for a field
             that mixes the rows of its state, such as the nodes of a graph.
         trace_noise: noise of the product that ``jacfrob`` needs, such as ``"gaussian"``, ``"rademacher:4"`` or
