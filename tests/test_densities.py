@@ -244,6 +244,8 @@ def controlled() -> RegularizedCNF:
         (lambda: RegularizedCNF(nn.Linear(2, 2), around(nn.Parameter(torch.ones(2)))), "base= requires a gradient"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), around(2 * nn.Parameter(torch.ones(2)))), "base= requires"),
         (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, solver=RungeKutta4()), "belong in NeuralODE"),  # pyright: ignore[reportArgumentType]
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, solver="rk4"), "rk4 would take one step"),
+        (lambda: unconditional().solved_with(regularizers=["kinetic"]), "solved_with takes regularizer objects"),  # pyright: ignore[reportArgumentType]
         (
             lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, solver_adjoint=RungeKutta4()),
             "solver_adjoint=.* name",
@@ -380,10 +382,14 @@ SOLVERS = [*(FixedGrid(method, step=0.1) for method in ORDERS), *(Adaptive(name)
 def test_a_solver_object_means_one_method_in_every_density(solver: Any) -> None:
     """Its values and evaluations do not depend on the solver with which the model was made."""
     x = torch.randn(5, 2, dtype=torch.float64)
-    expected = RegularizedCNF(Wave(2), event_shape=2, trace_estimator="exact", solver=solver).double()
+    expected = RegularizedCNF(
+        Wave(2), event_shape=2, trace_estimator="exact", solver=solver, t_span=(0.0, 1.0)
+    ).double()
     values = expected.log_prob(x)
     for made in METHODS:
-        model = RegularizedCNF(Wave(2), event_shape=2, trace_estimator="exact", solver=made).double()
+        model = RegularizedCNF(
+            Wave(2), event_shape=2, trace_estimator="exact", solver=made, t_span=(0.0, 1.0)
+        ).double()
         assert torch.equal(model.solved_with(solver=solver).log_prob(x), values)
         output = model.encode(x, solver=solver)
         assert torch.equal(model.log_prob_of(output), values)
@@ -495,7 +501,11 @@ def test_rsample_has_the_gradient_of_the_closed_form() -> None:
 
 def test_a_copy_keeps_the_lambdas_of_the_model() -> None:
     model = RegularizedCNF(
-        mlp(2, 4, 2), event_shape=2, solver="rk4", regularizers={"kinetic": 0.5, "learned_end_time": 5.0}
+        mlp(2, 4, 2),
+        event_shape=2,
+        solver="rk4",
+        t_span=(0.0, 1.0),
+        regularizers={"kinetic": 0.5, "learned_end_time": 5.0},
     )
     twin = model.solved_with(regularizers=[model.regularizers[0], l1])
     x = torch.randn(3, 2)
@@ -515,7 +525,7 @@ def test_penalties_of_what_a_distribution_solves() -> None:
 
 
 def test_a_base_that_cannot_be_reparametrized() -> None:
-    d = RegularizedCNF(nn.Linear(2, 2), BASES["mixture"](), solver="rk4_38").distribution()
+    d = RegularizedCNF(nn.Linear(2, 2), BASES["mixture"](), solver="rk4_38", t_span=(0.0, 1.0)).distribution()
     assert not d.has_rsample
     assert d.sample((3,)).shape == (3, 2)
     with pytest.raises(NotImplementedError):

@@ -119,7 +119,7 @@ def test_a_posterior_in_closed_form_passes() -> None:
 
 def test_every_number_of_a_sentence_is_one_of_the_check() -> None:
     """Each figure in a sentence is a measured number of that check, by its name, as it was rounded."""
-    models = [density(solver="euler"), WrongInverse(Linear(), event_shape=2)]
+    models = [density(solver="euler", t_span=(0.0, 1.0)), WrongInverse(Linear(), event_shape=2)]
     found = [of(name, model) for model in models for name in NAMES if name != texts.SAMPLES]
     found += [of("tolerance", density(Blows()), torch.full((10, 2), 3.0)), of("samples", density(), 2 * X[:30])]
     found += [of("normalization", WrongLogdet(Linear(), event_shape=2), X[:20]), of("gaussian", density(), X[:19])]
@@ -218,7 +218,7 @@ def test_a_training_solver_that_is_too_coarse() -> None:
     assert coarse.numbers["typical_gap"] == pytest.approx(float(gaps.abs().mean()), rel=1e-3)
     assert coarse.numbers["gap_error"] == pytest.approx(float(gaps.std()) / 200**0.5, rel=1e-3)
     assert coarse.numbers["nfe"] == 2
-    own = of("solver gap", density(solver="euler"))
+    own = of("solver gap", density(solver="euler", t_span=(0.0, 1.0)))
     assert (own.verdict, own.numbers["nfe"]) == ("failed", 1)
     blown = of("solver gap", density(), training=Adaptive("dopri5", max_nfe=3))
     assert blown.verdict == "failed"

@@ -387,7 +387,12 @@ def test_differences_train_through_a_kernel(kernel: Any) -> None:
     def loss(net: nn.Module) -> Tensor:
         torch.manual_seed(0)
         model = RegularizedCNF(
-            net, event_shape=2, trace_estimator="difference:2", solver="rk4", regularizers=["jacfrob"]
+            net,
+            event_shape=2,
+            trace_estimator="difference:2",
+            solver="rk4",
+            t_span=(0.0, 1.0),
+            regularizers=["jacfrob"],
         )
         nll = -model.log_prob(states()).mean()
         return nll + model.reg_loss()
@@ -402,7 +407,9 @@ def test_differences_train_through_fused_attention() -> None:
 
     def log_prob_and_gradient(estimator: str) -> tuple[Tensor, Tensor]:
         net = Attention().double()
-        model = RegularizedCNF(net, event_shape=(5, 4), trace_estimator=estimator, solver="rk4", regularizers=[])
+        model = RegularizedCNF(
+            net, event_shape=(5, 4), trace_estimator=estimator, solver="rk4", t_span=(0.0, 1.0), regularizers=[]
+        )
         signs = model.draw_noise(3, generator=torch.Generator().manual_seed(1))
         log_prob = model.log_prob(x, noise=signs)
         return log_prob, gradient(log_prob.mean(), net)
@@ -492,7 +499,9 @@ def global_hook(hook: Callable[..., Any]) -> Iterator[None]:
 def test_hooks_of_all_modules_are_seen_in_a_recognized_stack() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
-    model = RegularizedCNF(net, event_shape=2, trace_estimator="exact", solver="rk4", regularizers=())
+    model = RegularizedCNF(
+        net, event_shape=2, trace_estimator="exact", solver="rk4", t_span=(0.0, 1.0), regularizers=()
+    )
     z = states()
     plain = model.log_prob(z)
     with global_hook(lambda module, given, result: 2 * result if isinstance(module, nn.Tanh) else None):

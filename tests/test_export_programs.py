@@ -68,7 +68,9 @@ def table(**options: Any) -> TableFlow:
 
 
 def density(net: nn.Module, trace: str = "exact", **options: Any) -> RegularizedCNF:
-    return shaken(RegularizedCNF(net, event_shape=2, trace_estimator=trace, solver="midpoint", **options))
+    return shaken(
+        RegularizedCNF(net, event_shape=2, trace_estimator=trace, solver="midpoint", t_span=(0.0, 1.0), **options)
+    )
 
 
 class Conditional(nn.Module):

@@ -351,7 +351,12 @@ def test_a_subclass_is_the_field_of_a_solve_with_products() -> None:
     expected = NeuralODE(damped, "rk4")(z, span)[1]
     torch.testing.assert_close(NeuralODE(damped, "rk4", regularizers=["jacfrob"])(z, span)[1], expected)
     torch.testing.assert_close(expected, NeuralODE(lambda t, z: base(t, z) - 3 * z, "rk4")(z, span)[1])
-    options: dict[str, Any] = {"event_shape": z.shape[1], "trace_estimator": "exact", "solver": "rk4"}
+    options: dict[str, Any] = {
+        "event_shape": z.shape[1],
+        "trace_estimator": "exact",
+        "solver": "rk4",
+        "t_span": (0.0, 1.0),
+    }
     densities = [RegularizedCNF(field, **options).double().log_prob(z) for field in (damped, Plain(damped))]
     torch.testing.assert_close(*densities)
     counted = Counted(base.layers, activation="tanh")

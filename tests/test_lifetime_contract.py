@@ -115,7 +115,7 @@ def stacked() -> Any:
 
 
 def density(net: nn.Module, **options: Any) -> RegularizedCNF:
-    given: dict[str, Any] = {"event_shape": 3, "trace_estimator": "exact", **options}
+    given: dict[str, Any] = {"event_shape": 3, "trace_estimator": "exact", "t_span": (0.0, 1.0), **options}
     return RegularizedCNF(net, **given)
 
 

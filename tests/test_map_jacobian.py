@@ -82,7 +82,9 @@ def test_trace_and_map_agree_at_fine_steps_with_the_order_of_the_method(method: 
 
 def test_the_density_of_a_coarse_map_integrates_to_one() -> None:
     """In one dimension, over the samples of a fine grid of latents, by the trapezoidal rule."""
-    model = RegularizedCNF(Wave(1), event_shape=1, trace_estimator="exact", solver="euler").double()
+    model = RegularizedCNF(
+        Wave(1), event_shape=1, trace_estimator="exact", solver="euler", t_span=(0.0, 1.0)
+    ).double()
     for parameter, value in zip(model.parameters(), (0.8, 0.3, 1.5), strict=True):
         nn.init.constant_(parameter, value)
     z = torch.linspace(-9, 9, 16_001).double()[:, None]
@@ -224,7 +226,7 @@ class Kernel(nn.Module):
 def test_layers_without_a_second_or_a_forward_derivative() -> None:
     found = []
     for tanh in (torch.tanh, Once.apply):
-        model = RegularizedCNF(Kernel(tanh), event_shape=2, solver="rk4").double()
+        model = RegularizedCNF(Kernel(tanh), event_shape=2, solver="rk4", t_span=(0.0, 1.0)).double()
         torch.manual_seed(0)
         found.append(model.importance_sample(lambda x: -x.square().sum(1), 5, jacobian="map").log_weights)
     torch.testing.assert_close(found[0], found[1])
@@ -243,7 +245,9 @@ class Sine(nn.Module):
 
 
 def test_a_map_that_folds_is_refused_and_a_finer_one_is_not() -> None:
-    model = RegularizedCNF(Sine(), event_shape=1, solver="euler", trace_estimator="exact").double()
+    model = RegularizedCNF(
+        Sine(), event_shape=1, solver="euler", t_span=(0.0, 1.0), trace_estimator="exact"
+    ).double()
     z = torch.linspace(-1, 1, 101).double()[:, None]
     folded = int((1 - 6 * torch.cos(2 * z) < 0).sum())
     fewer = min(folded, 101 - folded)
@@ -266,7 +270,10 @@ def test_a_map_that_reflects_all_samples_is_not_refused() -> None:
 @pytest.mark.parametrize("graph", [True, False])
 def test_a_map_that_mixes_samples_is_refused(graph: bool) -> None:
     net = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
-    model, z = RegularizedCNF(net, event_shape=2, solver="rk4").double(), torch.randn(6, 2).double()
+    model, z = (
+        RegularizedCNF(net, event_shape=2, solver="rk4", t_span=(0.0, 1.0)).double(),
+        torch.randn(6, 2).double(),
+    )
     with torch.set_grad_enabled(graph), pytest.raises(ConfigError, match="depends on other samples"):
         model.inverse_and_log_prob(z, jacobian="map")
     model.eval().inverse_and_log_prob(z, jacobian="map")
@@ -282,7 +289,9 @@ class WithoutGraph(Kernel):
 
 @pytest.mark.parametrize("graph", [True, False])
 def test_a_field_without_a_graph_is_refused_and_a_diagonal_one_is_not(graph: bool) -> None:
-    model = RegularizedCNF(WithoutGraph(torch.tanh), event_shape=2, solver="rk4", regularizers=()).double()
+    model = RegularizedCNF(
+        WithoutGraph(torch.tanh), event_shape=2, solver="rk4", t_span=(0.0, 1.0), regularizers=()
+    ).double()
     with torch.set_grad_enabled(graph), pytest.raises(ConfigError, match="runs without a graph"):
         model.inverse_and_log_prob(torch.randn(3, 2).double(), jacobian="map")
     with pytest.raises(ConfigError, match="runs without a graph"):
@@ -302,7 +311,7 @@ def test_a_singular_map_is_refused() -> None:
 
 
 def wide() -> DensityModel:
-    return RegularizedCNF(nn.Linear(257, 257), event_shape=257, solver="rk4")
+    return RegularizedCNF(nn.Linear(257, 257), event_shape=257, solver="rk4", t_span=(0.0, 1.0))
 
 
 def by_map(model: Any, z: Tensor) -> Tensor:

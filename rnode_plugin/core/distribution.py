@@ -385,6 +385,12 @@ class DensityModel(nn.Module, ABC):
             regularizers: the penalties that the copy follows. A span policy of the model, such as a learned end
                 time, stays.
         """
+        for each in regularizers:
+            if not isinstance(each, Regularizer):
+                raise ConfigError(
+                    f"solved_with takes regularizer objects, such as kinetic of rnode_plugin.regularizers, not "
+                    f"{each!r}."
+                )
         twin = copy.copy(self)
         # nn.Module keeps submodules in a dict, which a shallow copy would share: assignments must stay in the copy
         twin._modules, twin._buffers = dict(self._modules), dict(self._buffers)

@@ -55,8 +55,8 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             ``"exact"``, ``"difference"`` for layers without a second derivative, or an estimator object. The model
             keeps it as the attribute ``estimator``.
         regularizers: as in :class:`~rnode_plugin.NeuralODE`.
-        t_span: times of the solve from data to base; None: 0 to 1. A fixed-step solver takes one step per interval,
-            unless it is an object with a ``step``.
+        t_span: times of the solve from data to base; None: 0 to 1. A fixed-step solver takes one step per interval
+            and needs them, unless it is an object with a ``step``.
         solver: a :class:`~rnode_plugin.FixedGrid` or :class:`~rnode_plugin.Adaptive` object, or the name of its
             method. In contrast to :class:`~rnode_plugin.NeuralODE`, ``"rk4"`` is the classical method, of order 4
             for a field that depends on time too. The attribute ``solver`` is the object.
@@ -107,6 +107,11 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         self.keep_regularizers(resolve_regularizers(regularizers))
         self.solver = _solver_of(solver, options)
         self.solver.check_use(self._penalties.kinds.steps)
+        if t_span is None and isinstance(self.solver, FixedGrid) and self.solver.step is None:
+            raise ConfigError(
+                f"{self.solver.name} would take one step from the data to the base: give "
+                "t_span=torch.linspace(0, 1, n + 1) for n steps, or solver='dopri5', which chooses its steps."
+            )
         given = (0.0, 1.0) if t_span is None else t_span
         if not (isinstance(given, Tensor) and given.is_floating_point()):
             given = torch.as_tensor(given, dtype=_precision(net))

@@ -161,7 +161,7 @@ def test_every_interface_and_gradient_has_the_same_penalty() -> None:
 def test_the_loss_of_ot_flow_is_ours_times_its_weight(alph: tuple[float, float, float]) -> None:
     field, x = PotentialField(3, hidden=8).double(), states(6, 3)
     model = RegularizedCNF(
-        field, event_shape=3, trace_estimator="exact", solver="euler",
+        field, event_shape=3, trace_estimator="exact", solver="euler", t_span=(0.0, 1.0),
         regularizers={"kinetic": alph[0] / (2 * alph[1]), "hjb": alph[0] * alph[2] / (alph[1] * 3)},
     )  # fmt: skip
     nll = -model.log_prob(x)
