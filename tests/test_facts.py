@@ -140,6 +140,7 @@ def _fewer(faces: Path) -> Path:
         (_fewer, "line"),
         (lambda faces: pictures(faces, IMAGES), "silent"),  # more of them
         (lambda faces: pictures(faces, _used(faces) ^ 1), "line"),  # decoded otherwise
+        (lambda faces: pictures(faces, IMAGES ^ 1), "line"),  # both
         (lambda faces: pictures(faces, _used(faces) // 2), "line"),  # replaced
     ],
 )
@@ -153,6 +154,25 @@ def test_no_picture_that_was_trained_on_is_called_held_out_in_silence(
     assert verdict(facts, now) == expected
     assert expected != "silent" or not trained_and_held_out(before, now)
     assert verdict(None, now) == "silent", "no comparison without facts"
+
+
+def test_a_training_picture_that_is_moved_to_the_held_out_ones_is_named(tmp_path: Path) -> None:
+    faces = _sorted_in_place(pictures(tmp_path / "faces"))
+    facts = Facts.of(load(faces))
+    picture = next((faces / "train").glob("*.png"))
+    picture.rename(faces / "val" / picture.name)
+    with pytest.raises(DataError, match=f"trained on are held out now, such as {picture.name}.*as they were"):
+        refuse_other_split(facts, load(faces))
+    assert overlap_warning(facts, load(faces)) is not None
+
+
+@pytest.mark.parametrize("place", [0, 50, 98])
+def test_images_without_names_are_compared_from_first_to_last(place: int) -> None:
+    train, val = IMAGES[:MANY], IMAGES[MANY:]
+    other = train.copy()
+    other[place] ^= 1
+    before, now = (ImageData("mine", train=each, val=val, shape=(1, 8, 8)) for each in (train, other))
+    assert (verdict(Facts.of(before), before), verdict(Facts.of(before), now)) == ("silent", "line")
 
 
 # commands ------------------------------------------------------------------------------------------------------

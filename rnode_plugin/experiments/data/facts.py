@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from ...errors import DataError
-from .images import COMPARED, ImageData, name_hash
+from .images import ImageData, name_hash
 from .tables import Table
 
 _Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -146,5 +146,4 @@ def _gone(facts: Facts, data: ImageData) -> set[str]:
 def _new(facts: Facts, data: ImageData) -> set[str]:
     """Return the names of training pictures, as hashes, that would have been recorded if they had been there."""
     before, now = facts.pictures or {}, data.pictures or {}
-    every = len(before) < COMPARED  # else only names were recorded that are at most the last of these
-    return {name for name in now.keys() - before.keys() if every or name <= max(before)}
+    return {name for name in now.keys() - before.keys() if name <= max(before)}

@@ -52,7 +52,7 @@ class ImageArray(Protocol):
     def __getitem__(self, index: Index, /) -> np.ndarray: ...
 
 
-COMPARED = 64  # samples, because pictures on disk are decoded for this
+_COMPARED = 64  # samples, because pictures on disk are decoded for this
 
 
 def name_hash(name: str) -> str:
@@ -63,7 +63,7 @@ def name_hash(name: str) -> str:
 
 def fingerprint(samples: ImageArray) -> str:
     """Hash the number of images or rows and some of them, evenly spread, which tells other samples from these."""
-    count = min(len(samples), COMPARED)
+    count = min(len(samples), _COMPARED)
     some = np.ascontiguousarray(samples[np.arange(count) * len(samples) // count])
     return hashlib.sha256(f"{len(samples)} {some.shape}".encode() + some.tobytes()).hexdigest()[:16]
 
@@ -133,7 +133,7 @@ class ImageData:
         if not all(self.pixels):
             object.__setattr__(self, "pixels", (fingerprint(self.train), fingerprint(self.val)))
         if self.names is not None and self.pictures is None:
-            lowest = sorted((name_hash(name), place) for place, name in enumerate(self.names[0]))[:COMPARED]
+            lowest = sorted((name_hash(name), place) for place, name in enumerate(self.names[0]))[:_COMPARED]
             found = {name: fingerprint(self.train[place : place + 1]) for name, place in lowest}
             object.__setattr__(self, "pictures", found)
 
