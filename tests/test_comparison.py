@@ -470,6 +470,27 @@ def test_its_end_is_the_end_of_its_runs(training: Training, tmp_path: Path, sign
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_line_that_cannot_be_printed_ends_all_runs(recipe: Recipe, training: Training, tmp_path: Path) -> None:
+    (training.folder / "rnode_cli.py").write_text(
+        "import signal, sys, time; from pathlib import Path\n"
+        f"here = Path({str(tmp_path)!r})\n"
+        "signal.signal(signal.SIGTERM, lambda *_: ((here / 'ended').touch(), sys.exit(143)))\n"
+        "(here / 'begun').touch(); time.sleep(20)\n"
+    )
+
+    def announce(line: str) -> None:
+        if "run 1" not in line:
+            while not (tmp_path / "begun").exists():
+                time.sleep(0.01)
+            raise BrokenPipeError(line)
+
+    began = time.monotonic()
+    with pytest.raises(BrokenPipeError):
+        run(recipe, tmp_path / "c", configurations=("none", "kinetic", "rnode"), jobs=2, announce=announce)
+    assert (tmp_path / "ended").exists()
+    assert time.monotonic() - began < 15, "the first run has gone on to its end"
+
+
 # real training -------------------------------------------------------------------------------------------------
 
 

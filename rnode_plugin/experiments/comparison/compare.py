@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,30 +300,34 @@ def _train(
 
     def train(run: _Left) -> int:
         slot = free.get()
-        with starting:  # so that each process has either not begun, or is in the list, when all are ended
-            if stopped.is_set():
-                return 0
-            announce(run.title)
-            process = subprocess.Popen(
-                [*_RNODE_CLI, *run.words],
-                stdin=subprocess.DEVNULL,
-                stdout=None if progress else subprocess.DEVNULL,
-                env={**os.environ, **slot},
-            )
-            processes.append(process)
-        code = process.wait()
-        free.put(slot)
-        return code
+        try:
+            with starting:  # so that each process has either not begun, or is in the list, when all are ended
+                if stopped.is_set():
+                    return 0
+                announce(run.title)
+                process = subprocess.Popen(
+                    [*_RNODE_CLI, *run.words],
+                    stdin=subprocess.DEVNULL,
+                    stdout=None if progress else subprocess.DEVNULL,
+                    env={**os.environ, **slot},
+                )
+                processes.append(process)
+            return process.wait()
+        finally:  # also after an exception, because the thread may wait for a slot again
+            free.put(slot)
 
     with ThreadPoolExecutor(len(slots)) as pool:
         try:
-            return list(pool.map(train, runs))
+            futures = [pool.submit(train, run) for run in runs]
+            for each in as_completed(futures):  # so that an exception in any thread is noticed at once
+                each.result()
+            return [each.result() for each in futures]
         except BaseException:
             with starting:
                 stopped.set()
-                announce("Stopping the runs. The same command continues them.")
                 for process in processes:
                     process.terminate()
+            announce("Stopping the runs. The same command continues them.")  # last, because it may fail
             raise  # after the threads of the pool, which wait for the processes
 
 
