@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from rnode_plugin.files import check_path_name
 TINY = [
     "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none", "data.batch_size=50",
     "data.train_images=200", "training.val_images=40", "data.val_batch_size=40", "training.max_steps=4",
-    "training.sample_images=2", "training.val_every_steps=none", "training.save_every=1",
+    "training.sample_images=2", "training.val_every_steps=2", "training.save_every=1",
 ]  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_the_recipes_of_the_configurations(recipe: Recipe) -> None:
 
 
 def test_an_interval_of_validations_that_was_chosen_stays(recipe: Recipe) -> None:
-    long = recipe.override(["training.max_steps=60"])
+    long = recipe.override(["training.max_steps=60", "training.val_every_steps=none"])
     assert comparison._with_validations(long).training.val_every_steps == 3
     for chosen in (long.override(["training.val_every=2"]), long.override(["training.val_every_steps=7"])):
         assert comparison._with_validations(chosen) == chosen
@@ -113,22 +113,17 @@ def test_penalties_by_name_and_in_a_file(recipe: Recipe, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nonne", "unknown configuration 'nonne'; did you mean 'none'"),
         ("", "unknown configuration ''"),
-        ("../kinetic", "unknown configuration"),
         ("taylor:9", "order from 2 to 5"),
         ("none", "none and none have the same name"),
-        ("missing.json", "missing.json cannot be read: No such file"),
         ("{", "must be JSON that maps names to penalties, such as"),
         ("[" * 100_000, "must be JSON that maps names to penalties"),
-        ("[1]", "must be JSON that maps names to penalties"),
         ('{"a": 1}', "must be JSON that maps names to penalties"),
         ('{"a": {"kinetic": 1}, "a": {"kinetic": 2}}', "a.json has the name 'a' twice"),
         ('{"a": {"kinetic": 1, "kinetic": 2}}', "a.json has the name 'kinetic' twice"),
         ("{}", "a.json has no configuration"),
         ('{"a": {"kinetic": 1}, "b": {"kinetic": [], "l1": [1]}}', "a sweep without a lambda"),
         ('{"a": {"kinetic": -1}}', "a.json, a: regularizers.kinetic: expected a finite number"),
-        ('{"a": {"kinetic": [1, "x"]}}', "a.json, a: regularizers.kinetic: expected a finite number"),
         ('{"a:b": {"kinetic": 1}, "a-b": {"kinetic": 2}}', "a:b and a-b have the same name"),
         ('{"../a": {"kinetic": 1}}', "recipe name 'digits-../a' cannot name a folder"),
         ('{"a": {"kinetics": 1}}', "a: unknown regularizer 'kinetics'; did you mean 'kinetic'"),
@@ -143,28 +138,116 @@ def test_configurations_that_are_refused(recipe: Recipe, tmp_path: Path, text: s
         configured_recipes(recipe, ("none", text))
 
 
-# what is trained when ------------------------------------------------------------------------------------------
+# the line of a run follows from its folder ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "limit", "option", "left"),
+    [
+        ("new", 90, "--run-folder", "90.000"),
+        ("begun", 90, "--run-folder", "90.000"),  # it ended before its first checkpoint
+        ("interrupted", 90, "--resume", "88.500"),  # all runs have the same time
+        ("interrupted", 1, "--resume", "0.001"),
+        ("interrupted", None, "--resume", None),
+        ("damaged", 90, "--resume", "90.000"),
+        ("finished", 90, None, None),
+        ("max_time", 1, None, None),
+        ("max_time", 120, "--resume", "118.500"),
+        ("max_time", None, "--resume", None),
+        ("locked", 90, None, None),
+    ],
+)
+def test_the_line_of_a_run(
+    recipe: Recipe, tmp_path: Path, state: str, limit: float | None, option: str | None, left: str | None
+) -> None:
+    out = tmp_path / "a folder"
+    folder = out / "runs" / "digits-none" / "42"
+    (one,) = configured_recipes(recipe, ("none",))
+    if state != "new":
+        ended = state in ("finished", "max_time")
+        write_run(folder, one, steps=1, checks=(1,), finished=ended, stopped=state)
+        # steps after the checkpoint, which are taken again
+        MetricsTable(folder / "metrics.csv", keep=100).add({"train/matching": 0.1, "seconds": 40.0}, 2)
+    if state not in ("new", "begun"):
+        (folder / "checkpoints").mkdir()
+        callbacks = {Clock().state_key: {"run_seconds": 1.5}}
+        contents = {**header_with(get_recipe("digits")), "state_dict": {}, "callbacks": callbacks}
+        torch.save(contents, folder / "checkpoints" / "last.ckpt")
+    if state == "damaged":
+        os.truncate(folder / "checkpoints" / "last.ckpt", 10)
+    said: list[str] = []
+    with training_lock(folder) if state == "locked" else nullcontext():
+        found = command_lines([one], out=out, accelerator="cpu", max_time=limit, jobs=2, announce=said.append)
+    share = max(1, torch.get_num_threads() // 2)
+    file = out / "recipes" / "digits-none-42.json"
+    wanted = [
+        f"OMP_NUM_THREADS={share}", "rnode-cli", "train", file, option, folder,
+        *(["--max-time", left] if left else []), "--device", "cpu", "--devices", "1", "--no-next",
+    ]  # fmt: skip
+    assert list(map(shlex.split, found)) == ([] if option is None else [list(map(str, wanted))])
+    if option is not None:
+        assert Recipe.from_plain(json.loads(file.read_text())) == one
+    why = {"locked": "is being trained by another process", "max_time": "done, in", "finished": "done, in"}
+    assert [line for line in said if why[state] in line] == said
+    assert len(said) == (option is None)
+    assert folder.exists() == (state not in ("new", "begun"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"optimizer": {"lr": 1e-4}}, r"other settings \(optimizer.lr is 0.0001 there and "),
+        ({"facts": Facts(train="of others").to_plain()}, "trained on other data"),
+        (None, r"has checkpoints, but no recipe\.json"),
+        ({}, None),
+    ],
+)
+def test_a_run_that_cannot_be_compared(
+    recipe: Recipe, tmp_path: Path, changed: dict[str, Any] | None, message: str | None
+) -> None:
+    (one,) = configured_recipes(recipe, ("none",))
+    folder = write_run(tmp_path / "runs" / "digits-none" / "42", one, steps=1, facts=Facts.of(recipe.load_data()))
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.ckpt").touch()
+    if changed is None:
+        (folder / "recipe.json").unlink()
+    for name, value in (changed or {}).items():
+        file = folder / ("environment.json" if name == "facts" else "recipe.json")
+        plain = json.loads(file.read_text())
+        file.write_text(json.dumps({**plain, name: {**(plain[name] or {}), **value}}))
+    with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+        command_lines([one], out=tmp_path)
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+
+
+def test_what_is_found_before_anything_is_trained(recipe: Recipe, tmp_path: Path) -> None:
+    missing = recipe.override([f"data.root={tmp_path}", "data.name=mnist", "data.shape=1,28,28", "data.levels=256"])
+    with pytest.raises(DataError, match="--no-download"):
+        compare([missing], out=tmp_path / "out")
+    with pytest.raises(ConfigError, match="two recipes have the name digits and the seed 42"):
+        compare([recipe, recipe.override(["optimizer.lr=1"])], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with training_lock(tmp_path), pytest.raises(ConfigError, match="is being trained by another process"):
+        compare([recipe], out=tmp_path)
+
+
+# processes -----------------------------------------------------------------------------------------------------
 
 PROGRAM = """
 import json, os, shutil, sys
-from contextlib import nullcontext
 from pathlib import Path
 
 here = Path(HERE)
-assert sys.argv[1] == "train"
-assert sys.argv.pop() == "--no-next"  # the end of the comparison has the next steps
-options = dict(zip(sys.argv[3::2], sys.argv[4::2]))
-recipe = json.loads(Path(sys.argv[2]).read_text())
-variables = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
-with (here / "calls").open("a") as file:
-    file.write(json.dumps({"name": recipe["name"], **variables, **options}) + "\\n")
+_, file, option, folder = sys.argv[1:5]
+recipe = json.loads(Path(file).read_text())
+variables = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")]
+with (here / "calls").open("a") as calls:
+    calls.write(json.dumps([variables, sys.argv[1:]]) + "\\n")
 print("the progress of a run")
-fails = (here / recipe["name"]).exists()
-folder = Path(options.get("--run-folder") or options["--resume"])
 shutil.copytree(here / "run", folder, dirs_exist_ok=True)
-(folder / "recipe.json").write_text(json.dumps(recipe))
-if fails:
-    (folder / "result.json").unlink()
+(Path(folder) / "recipe.json").write_text(json.dumps(recipe))
+if (here / recipe["name"]).exists():
+    (Path(folder) / "result.json").unlink()
     sys.exit("Error: training stopped: the gradient is nan.")
 """
 
@@ -175,213 +258,78 @@ class Training:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         write_run(folder / "run", get_recipe("digits"), steps=1, checks=(1,))  # too few steps for curves to draw
-        (folder / "rnode_cli.py").write_text(PROGRAM.replace("HERE", repr(str(folder))))
-        self.command = (sys.executable, str(folder / "rnode_cli.py"))
+        self.program = folder / "rnode_cli.py"
+        self.program.write_text(PROGRAM.replace("HERE", repr(str(folder))))
 
-    def fail(self, *names: str) -> None:
-        """Let the configurations of these names fail, and no others."""
-        for each in self.folder.glob("digits-*"):
-            each.unlink()
-        for name in names:
-            (self.folder / name).touch()
-
-    def calls(self) -> list[dict[str, str]]:
-        """The options of each call since the last question, with the ``name`` of the recipe, sorted by it."""
+    def calls(self) -> list[list[list[str]]]:
+        """The variables and words of each call since the last question, sorted by them."""
         log = self.folder / "calls"
         lines = log.read_text().splitlines() if log.is_file() else []
         log.unlink(missing_ok=True)
-        return sorted(map(json.loads, lines), key=lambda call: call["name"])
+        return sorted(map(json.loads, lines), key=lambda call: call[1])
 
 
 @pytest.fixture
 def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
     """What the comparisons of a test start instead of ``rnode-cli``."""
     fake = Training(tmp_path / "fake")
-    monkeypatch.setattr(comparison, "_RNODE_CLI", fake.command)
+    monkeypatch.setattr(comparison, "_RNODE_CLI", (sys.executable, str(fake.program)))
     return fake
 
 
-def run(
+def run(recipe: Recipe, out: Path, *configurations: str, **options: Any) -> Comparison:
+    recipes = configured_recipes(recipe, configurations)
+    return compare(recipes, out=out, accelerator="cpu", **{"announce": None, **options})
+
+
+def test_a_comparison_runs_its_lines_and_continues(
     recipe: Recipe,
-    out: Path,
-    *,
-    configurations: Sequence[str] = ("none", "rnode"),
-    seeds: int = 1,
-    **options: Any,
-) -> Comparison:
-    recipes = configured_recipes(recipe, configurations, seeds=seeds)
-    return compare(recipes, out=out, **{"accelerator": "cpu", "announce": None, **options})
-
-
-def lines(recipe: Recipe, out: Path, **options: Any) -> list[list[str]]:
-    """The words of each line of the comparison above."""
-    recipes = configured_recipes(recipe, ("none", "rnode"))
-    return [shlex.split(line) for line in command_lines(recipes, out=out, **{"accelerator": "cpu", **options})]
-
-
-def write_checkpoint(run: Path, *, seconds: float) -> None:
-    """A checkpoint after ``seconds`` of a run. Its metrics may have later rows."""
-    callbacks = {Clock().state_key: {"run_seconds": seconds}}
-    contents = {**header_with(get_recipe("digits")), "state_dict": {}, "callbacks": callbacks}
-    (run / "checkpoints").mkdir(exist_ok=True)
-    torch.save(contents, run / "checkpoints" / "last.ckpt")
-
-
-def folders(result: Comparison) -> list[str]:
-    return ["/".join(path.parts[-2:]) for path in result.runs]
-
-
-def test_each_run_is_a_call_of_train(
-    recipe: Recipe, training: Training, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    training: Training,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    result = run(recipe, tmp_path / "c", seeds=2, jobs=2, max_time=90, announce=print)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    recipes, options = configured_recipes(recipe, ("none", "rnode"), seeds=2), {"max_time": 90.0, "jobs": 2}
+    lines = command_lines(recipes, out=tmp_path / "c", accelerator="cpu", **options)
+    result = compare(recipes, out=tmp_path / "c", accelerator="cpu", **options)
     assert result.failed == ()
-    assert folders(result) == ["digits-none/42", "digits-rnode/42", "digits-none/43", "digits-rnode/43"]
-    calls = training.calls()
-    assert [call["name"] for call in calls] == ["digits-none", "digits-none", "digits-rnode", "digits-rnode"]
-    assert {call.pop("--run-folder") for call in calls} == {str(path) for path in result.runs}
-    share = str(max(1, torch.get_num_threads() // 2))
-    fixed = {"--device": "cpu", "--devices": "1", "--max-time": "90.000", "OMP_NUM_THREADS": share}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    assert all({**call, "name": ""} == {"name": "", "CUDA_VISIBLE_DEVICES": visible, **fixed} for call in calls)
+    assert ["/".join(path.parts[-2:]) for path in result.runs] == [
+        "digits-none/42", "digits-rnode/42", "digits-none/43", "digits-rnode/43",
+    ]  # fmt: skip
+    variables, words = zip(*training.calls(), strict=True)
+    assert sorted(words) == sorted(shlex.split(line)[2:] for line in lines)
+    assert all(each == ["3", os.environ.get("CUDA_VISIBLE_DEVICES")] for each in variables)
     assert list(result.report.table.columns) == ["none", "rnode"]
-    shown = capfd.readouterr().out
-    assert sorted(shown.splitlines()) == [
+    assert sorted(capfd.readouterr().out.splitlines()) == [
         f"run {number} of 4: {path.parent.name}, seed {path.name}" for number, path in enumerate(result.runs, 1)
     ]
-    run(recipe, tmp_path / "d", configurations=("none",), announce=print)
-    assert capfd.readouterr().out == "run 1 of 1: digits-none, seed 42\nthe progress of a run\n"
-
-
-def test_the_lines_are_those_of_the_runs_that_are_missing(
-    recipe: Recipe, training: Training, tmp_path: Path
-) -> None:
-    out = tmp_path / "a folder"
-    none, rnode = lines(recipe, out, max_time=90, jobs=2)
-    assert training.calls() == []
-    share = max(1, torch.get_num_threads() // 2)
-    first = out / "runs" / "digits-none" / "42"
-    assert none[:4] == [f"OMP_NUM_THREADS={share}", "rnode-cli", "train", str(out / "recipes/digits-none-42.json")]
-    assert none[4:] == [
-        "--run-folder",
-        str(first),
-        "--max-time",
-        "90.000",
-        "--device",
-        "cpu",
-        "--devices",
-        "1",
-        "--no-next",
-    ]
-    assert rnode[5].endswith("digits-rnode/42")
-    # the lines by a shell are the runs of a comparison
-    for each in (none, rnode):
-        subprocess.run([*training.command, *each[2:]], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
-    assert lines(recipe, out) == []
-    one, other = run(recipe, out).runs
-    assert {call["--run-folder"] for call in training.calls()} == {str(one), str(other)}, (
-        "nothing was left to train"
-    )
-    for each in (one, other):
-        (each / "result.json").unlink()
-        write_checkpoint(each, seconds=1.5)
-    said: list[str] = []
-    with training_lock(other):
-        (resumes,) = lines(recipe, out, max_time=90, announce=said.append)
-    assert resumes[4:8] == ["--resume", str(one), "--max-time", "88.500"]
-    assert [line.partition(other.name)[0] for line in said] == ["run 2 of 2: digits-rnode, seed "]
-
-
-def test_the_same_call_continues(recipe: Recipe, training: Training, tmp_path: Path) -> None:
-    first = run(recipe, tmp_path / "c")
-    assert len(training.calls()) == 2
-    (first.runs[0] / "checkpoints").mkdir(exist_ok=True)
-    (first.runs[0] / "checkpoints" / "last.ckpt").touch()
-    said: list[str] = []
-    more = run(recipe, tmp_path / "c", configurations=("none", "kinetic"), seeds=2, announce=said.append)
-    assert [call["name"] for call in training.calls()] == ["digits-kinetic", "digits-kinetic", "digits-none"]
-    assert [line for line in said if "done" in line] == [
-        f"run 1 of 4: digits-none, seed 42: done, in {first.runs[0]}"
-    ]
-    assert more.runs[0] == first.runs[0]
-    with pytest.raises(ConfigError, match=r"other settings \(optimizer.lr is .* there and 0.0001 here\)"):
-        run(recipe.override(["optimizer.lr=1e-4"]), tmp_path / "c")
-    described = json.loads((first.runs[0] / "environment.json").read_text())
-    for facts, refused in ((Facts.of(recipe.load_data()), False), (Facts(train="of others"), True)):
-        (first.runs[0] / "environment.json").write_text(json.dumps({**described, "facts": facts.to_plain()}))
-        with pytest.raises(ConfigError, match="trained on other data") if refused else nullcontext():
-            run(recipe, tmp_path / "c")
-    (first.runs[0] / "recipe.json").unlink()
-    with pytest.raises(ConfigError, match=r"has checkpoints, but no recipe\.json"):
-        run(recipe, tmp_path / "c")
-    assert (first.runs[0] / "checkpoints" / "last.ckpt").exists()
-    (one,) = configured_recipes(recipe, ("none",))
-    with pytest.raises(ConfigError, match="two recipes have the name digits-none and the seed 42"):
-        compare([one, one.override(["optimizer.lr=1"])], out=tmp_path / "d")
-
-
-def test_a_longer_limit_continues_runs_that_a_shorter_one_has_stopped(
-    recipe: Recipe, training: Training, tmp_path: Path
-) -> None:
-    stopped, finished = run(recipe, tmp_path / "c", max_time=90).runs
-    training.calls()
-    result = json.loads((stopped / "result.json").read_text())
-    result |= {"stopped": "max_time", "steps": 1, "planned": 4, "run_seconds": 90.5}
-    for folder in (stopped, finished):
-        write_checkpoint(folder, seconds=90.5)
-    for limit, left in ((90, None), (120, "29.500"), (None, None)):
-        (stopped / "result.json").write_text(json.dumps(result))
-        run(recipe, tmp_path / "c", max_time=limit)
-        found = [(call["--resume"], call.get("--max-time")) for call in training.calls()]
-        assert found == ([] if limit == 90 else [(str(stopped), left)])
-
-
-def test_an_interrupted_run_is_resumed(recipe: Recipe, training: Training, tmp_path: Path) -> None:
-    (none, rnode) = run(recipe, tmp_path / "c").runs
-    training.calls()
-    (none / "result.json").unlink()  # ended before its first checkpoint
-    (rnode / "result.json").unlink()
-    write_checkpoint(rnode, seconds=1.5)
-    with training_lock(tmp_path / "c"), pytest.raises(ConfigError, match="is being trained by another process"):
-        run(recipe, tmp_path / "c")
-    # steps after the checkpoint, which are taken again
-    MetricsTable(rnode / "metrics.csv", keep=100).add({"train/matching": 0.1, "seconds": 40.0}, 2)
-    run(recipe, tmp_path / "c", max_time=90)
-    begins, resumes = training.calls()
-    assert (begins["--run-folder"], begins["--max-time"]) == (str(none), "90.000")
-    assert (resumes["--resume"], resumes["--max-time"]) == (str(rnode), "88.500")  # all runs have the same time
+    again = run(recipe, tmp_path / "c", "none", "kinetic", announce=print)
+    assert [call[1][1] for call in training.calls()] == [str(tmp_path / "c" / "recipes" / "digits-kinetic-42.json")]
+    assert again.runs[0] == result.runs[0]
+    shown = capfd.readouterr().out
+    assert f"run 1 of 2: digits-none, seed 42: done, in {again.runs[0]}\n" in shown
+    assert shown.endswith("run 2 of 2: digits-kinetic, seed 42\nthe progress of a run\n")
 
 
 def test_a_run_that_fails_leaves_the_others_alone(recipe: Recipe, training: Training, tmp_path: Path) -> None:
-    training.fail("digits-none")
-    result = run(recipe, tmp_path / "c", jobs=2)
+    (training.folder / "digits-none").touch()
+    result = run(recipe, tmp_path / "c", "none", "rnode", jobs=2)
     assert result.failed == ("digits-none, seed 42: its process ended with exit code 1.",)
-    assert folders(result) == ["digits-none/42", "digits-rnode/42"]
+    assert [path.parent.name for path in result.runs] == ["digits-none", "digits-rnode"]
     assert "not finished: step 1" in result.report.html.read_text()
     shutil.rmtree(training.folder / "run")
     (training.folder / "run").mkdir()
-    training.fail("digits-kinetic")
-    with pytest.raises(TrainingError, match=r"digits-kinetic, seed 42: its process ended with exit code 1"):
-        run(recipe, tmp_path / "d", configurations=("kinetic",))
+    with pytest.raises(TrainingError, match=r"digits-none, seed 42: its process ended with exit code 1"):
+        run(recipe, tmp_path / "d", "none")
 
 
 def test_a_run_that_another_process_has_finished_meanwhile_has_not_failed(
     recipe: Recipe, training: Training, tmp_path: Path
 ) -> None:
     """A process that a killed comparison has left may not have its lock yet when the next comparison looks."""
-    program = training.folder / "rnode_cli.py"
-    program.write_text(program.read_text() + "sys.exit('Error: the run folder is not empty.')\n")
-    assert run(recipe, tmp_path / "c").failed == ()
-
-
-def test_missing_images_are_found_before_anything_is_trained(
-    recipe: Recipe, training: Training, tmp_path: Path
-) -> None:
-    missing = recipe.override([f"data.root={tmp_path}", "data.name=mnist", "data.shape=1,28,28", "data.levels=256"])
-    with pytest.raises(DataError, match="--no-download"):
-        run(missing, tmp_path / "out")
-    assert training.calls() == []
-    assert not (tmp_path / "out").exists()
+    training.program.write_text(training.program.read_text() + "sys.exit('Error: it is not empty.')\n")
+    assert run(recipe, tmp_path / "c", "none").failed == ()
 
 
 @pytest.mark.parametrize(
@@ -396,7 +344,6 @@ def test_missing_images_are_found_before_anything_is_trained(
 )
 def test_each_job_has_a_gpu(
     recipe: Recipe,
-    training: Training,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     accelerator: str,
@@ -409,12 +356,9 @@ def test_each_job_has_a_gpu(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [slot.get("CUDA_VISIBLE_DEVICES") for slot in comparison._slots(accelerator, jobs)] == gpus
-    run(recipe, tmp_path / "c", accelerator=accelerator, jobs=jobs)
-    calls = training.calls()
-    assert {call["CUDA_VISIBLE_DEVICES"] for call in calls} <= set(gpus)
+    (line,) = command_lines([recipe], out=tmp_path, accelerator=accelerator, jobs=jobs)
     # `train` takes one GPU by its index without --devices
-    devices = None if ":" in accelerator else "1"
-    assert {(call["--device"], call.get("--devices")) for call in calls} == {(accelerator, devices)}
+    assert f"--device {accelerator}{'' if ':' in accelerator else ' --devices 1'} --no-next" in line
 
 
 def test_the_command(training: Training, tmp_path: Path) -> None:
@@ -430,23 +374,21 @@ def test_the_command(training: Training, tmp_path: Path) -> None:
     assert result.output.count("Next:") == 1
     assert result.output.rstrip().endswith(f"Next: open {report} in a browser\n      rnode-cli diagnose {last}")
     assert "dopri5, tolerance 1e-05" in result.output
-    training.fail("digits-l1")
+    (training.folder / "digits-l1").touch()
     chosen = ["--configuration", "ffjord", "--configuration", "l1"]
     printed = rnode("compare", "digits", *chosen, *options, "--print")
     assert (printed.exit_code, printed.stdout.count("\n")) == (0, 1)
     assert "rnode-cli train" in printed.stdout
     assert "run 1 of 2: digits-ffjord, seed 42: done" in printed.stderr
-    training.fail("digits-l1")
     failed = rnode("compare", "digits", *chosen, *options)
     assert failed.exit_code == 1
     assert "Error: digits-l1, seed 42: its process ended with exit code 1." in failed.output
 
 
 @pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize(("signum", "jobs"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
 def test_its_end_is_the_end_of_its_runs(training: Training, tmp_path: Path, signum: int, jobs: int) -> None:
-    (training.folder / "rnode_cli.py").write_text(
+    training.program.write_text(
         "import json, signal, sys, time; from pathlib import Path\n"
         f"name, here = json.loads(Path(sys.argv[2]).read_text())['name'], Path({str(tmp_path)!r})\n"
         "signal.signal(signal.SIGTERM, lambda *_: ((here / f'{name}.ended').touch(), sys.exit(143)))\n"
@@ -496,8 +438,10 @@ def test_a_line_that_cannot_be_printed_ends_all_runs(recipe: Recipe, training: T
 
 def test_configurations_begin_equally(recipe: Recipe, tmp_path: Path) -> None:
     """The first step's density is the same number, the later ones are not."""
-    quick = ["training.max_steps=3", "training.val_images=8", "data.val_batch_size=8", "data.batch_size=20"]
-    recipe = recipe.override([*quick, "model.layers=2", "training.sample_images=0", "optimizer.warmup=0"])
+    recipe = recipe.override([
+        "training.max_steps=3", "training.val_every_steps=3", "training.val_images=8", "data.val_batch_size=8",
+        "data.batch_size=20", "model.layers=2", "training.sample_images=0", "optimizer.warmup=0",
+    ])  # fmt: skip
     none, taylor = (rows(tiny_runs.run(one, tmp_path).folder.path)
                     for one in configured_recipes(recipe, ("none", "taylor:2")))  # fmt: skip
     assert none[0]["train/bpd"] == taylor[0]["train/bpd"]
