@@ -14,7 +14,6 @@ import click
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from tiny_runs import as_options, assert_same, rnode, rows, run, signal_at
 
 from rnode_plugin import get_recipe, hookimpl, load_flow
@@ -23,9 +22,7 @@ from rnode_plugin.diagnostics.gaussian import gaussian_scores
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.data.table_files import column_names, read_columns
 from rnode_plugin.experiments.data.tables import Table
-from rnode_plugin.experiments.evaluation.likelihood import evaluate
 from rnode_plugin.experiments.recipes.recipe import Recipe, read_recipe
-from rnode_plugin.experiments.recipes.table_task import TableTask
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.samples import sample_rows
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe, read_checkpoint
@@ -196,10 +193,8 @@ def test_contexts_outside_of_the_training_rows_are_named(file: Path, conditional
         "extrapolation.\n"
     )
     contexts = tmp_path / "contexts.csv"
-    contexts.write_text(f"dose,temperature\n{dose!r},300\n{dose!r},3000\n-5,300\n")
-    first, second = said("--given-file", contexts).splitlines()
-    assert "2 of 6 values of temperature, such as 3000, are outside" in first
-    assert "2 of 6 values of dose, such as -5, are outside" in second
+    contexts.write_text(f"dose,temperature\n{dose!r},300\n{dose!r},3000\n")
+    assert "2 of 4 values of temperature, such as 3000, are outside" in said("--given-file", contexts)
 
 
 def test_the_next_step_of_a_conditional_run_names_its_columns(file: Path, tmp_path: Path) -> None:
@@ -222,65 +217,6 @@ def test_samples_at_contexts(conditional: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(
         drawn[:, 2:], sample_rows(cast(TableFlow, load_flow(conditional)), 5, context=context)
     )
-
-
-@pytest.mark.slow  # three processes
-def test_a_comparison_of_penalties(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    settings = as_options(f"data.root={file}", *SETTINGS)
-    (tmp_path / "sweep.json").write_text('{"k": {"kinetic": [0.01, 0.1]}}')
-    options = "--given", "dose", "--configuration", "none", "--configuration", "sweep.json", "--max-steps", "4"
-    compared = rnode("compare", "table", *options, *settings, "--device", "cpu")
-    assert compared.exit_code == 0, compared.output
-    report = (tmp_path / "comparison" / "table" / "report.html").read_text()
-    assert "NLL, row by row" in report
-    assert report.count(" against none (") == 2
-    assert (tmp_path / "comparison" / "table" / "figures" / "score-nfe.png").exists()
-    again = rnode("compare", "table", *options, *settings, "--device", "cpu")
-    assert again.output.count(": done, in") == 3
-
-
-# a Gaussian of the same rows
-
-
-_normal: Any = stats.multivariate_normal
-
-
-def test_the_baseline_is_a_gaussian_with_the_rows_mean_and_covariance() -> None:
-    random = np.random.default_rng(0)
-    train, held_out = (random.normal(size=(n, 4)) @ np.diag([0.1, 1, 10, 1]) + 5 for n in (60, 9))
-    train[:, 3] += 3 * train[:, 0]
-    joint = _normal(train.mean(0), np.cov(train.T, ddof=0))
-    np.testing.assert_allclose(gaussian_scores(train, held_out, 4), -joint.logpdf(held_out), rtol=1e-9)
-    # of the first two given the others: a linear regression whose residuals are Gaussian
-    design = np.hstack([train[:, 2:], np.ones((60, 1))])
-    solved = np.linalg.lstsq(design, train[:, :2], rcond=None)[0]
-    residual = _normal(np.zeros(2), np.cov((train[:, :2] - design @ solved).T, ddof=0))
-    off = held_out[:, :2] - np.hstack([held_out[:, 2:], np.ones((9, 1))]) @ solved
-    np.testing.assert_allclose(gaussian_scores(train, held_out, 2), -residual.logpdf(off), rtol=1e-7)
-
-
-def _flow(columns: int, **options: Any) -> TableFlow:
-    torch.manual_seed(0)
-    flow = TableFlow(columns, hidden=8, **options)
-    for parameter in flow.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return flow
-
-
-def test_an_exact_evaluation_draws_once_and_an_estimate_agrees() -> None:
-    flow = _flow(3, trace_noise="rademacher")
-    samples = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
-    measure = TableTask(("a", "b", "c"))
-    exact = evaluate(flow, samples, measure=measure, batch_size=20)
-    assert (exact.draws, exact.means["nll"].stderr_noise) == (1, None)
-    nll = -_flow(3).solved_with(solver=flow.solver).log_prob(torch.from_numpy(samples))
-    assert exact.means["nll"].samples == pytest.approx(nll.tolist(), abs=1e-5)
-    measure.exact_dims = 2  # pyright: ignore[reportAttributeAccessIssue]  (of this object)
-    estimated = evaluate(flow, samples, measure=measure, batch_size=20, draws=8)
-    noisy = estimated.means["nll"]
-    assert noisy.stderr_noise is not None
-    assert abs(noisy.mean - exact.means["nll"].mean) < 5 * noisy.stderr_noise
 
 
 # a file that changes
