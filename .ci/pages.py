@@ -92,6 +92,15 @@ def shown() -> Iterator[str]:
                     yield f"{page}: {figure}, which docs/{name} prints, is missing"
 
 
+def listed() -> Iterator[str]:
+    """Subpackages that the page on the architecture does not list, and examples that their page does not list."""
+    rooms = [f"`{each.parent.name}/`" for each in (ROOT / "rnode_plugin").glob("*/__init__.py")]
+    examples = [each.name for each in (ROOT / "examples").glob("*.py")]
+    for page, names in (("docs/architecture.md", rooms), ("examples/README.md", examples)):
+        text = (ROOT / page).read_text()
+        yield from (f"{page}: {name} is missing" for name in sorted(names) if name not in text)
+
+
 def messages() -> Iterator[str]:
     """Headings of the troubleshooting page that the package does not have as a message."""
     constants = [text for path in (ROOT / "rnode_plugin").rglob("*.py") for text in _texts(path)]
@@ -128,7 +137,9 @@ def _name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+CHECKS = links, columns, outputs, figures, shown, listed, messages
+
 if __name__ == "__main__":
-    faults = [each for check in (links, columns, outputs, figures, shown, messages) for each in check()]
+    faults = [each for check in CHECKS for each in check()]
     print(*faults, sep="\n", end="\n" if faults else "")
     sys.exit(1 if faults else 0)

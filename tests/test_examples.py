@@ -74,13 +74,6 @@ def test_it_runs_prints_its_table_and_writes_its_file(name, monkeypatch, tmp_pat
     assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_the_file_can_be_chosen(name, monkeypatch, tmp_path):
-    source = (EXAMPLES / f"{name}.py").read_text()
-    assert f'"--output", default="{name}.png"' in source
-    assert f"{name}.py" in (EXAMPLES / "README.md").read_text()
-
-
 def part_of(name: str) -> dict[str, Any]:
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))
 
