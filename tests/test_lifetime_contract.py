@@ -9,6 +9,7 @@ import copy
 import io
 import pickle
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -308,23 +309,96 @@ def test_threads_that_solve_one_model_keep_their_control_and_time(layer: Any) ->
     assert in_threads(solves, 4) == [[True] * 10] * 4
 
 
-def test_threads_that_call_one_model_have_their_own_penalties() -> None:
-    """Both calls begin before either ends."""
-    both, x = threading.Barrier(2, timeout=60), torch.randn(2, 4, 2)
+class Slow(nn.Module):
+    """A layer that counts its calls in a buffer and lets other threads run meanwhile."""
 
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.calls.clone()
+        time.sleep(1e-3)
+        self.calls.copy_(before + 1)
+        return torch.sin(x)
+
+
+def test_threads_that_solve_one_net_move_its_buffers_once_an_evaluation() -> None:
+    """Of models of their own. The penalty evaluates the field again, with copies of the buffers."""
+    slow = Slow()
+    net = nn.Sequential(nn.Linear(3, 3), slow)
+    makers: list[Callable[[], Any]] = [
+        lambda: NeuralODE(net, "euler", regularizers=["finite_difference"]),
+        lambda: NeuralODE(nn.Sequential(net), "euler", regularizers=["finite_difference"]),
+        lambda: NeuralODE(lambda t, x: net(x), "euler", regularizers=["finite_difference"]),
+    ]
+
+    def solve(k: int) -> None:
+        makers[k]()(torch.randn(4, 3), torch.linspace(0, 1, 11))
+
+    solve(0)
+    alone = float(slow.calls)
+    slow.calls.zero_()
+    in_threads(solve, 3)
+    assert float(slow.calls) == 3 * alone
+
+
+def field_of_barrier(both: threading.Barrier) -> Callable[[Tensor, Tensor], Tensor]:
     def field(t: Tensor, z: Tensor) -> Tensor:
         if float(t) == 0:
             both.wait()
         return -z
 
-    model = NeuralODE(field, "euler", regularizers={"kinetic": 1.0})
+    return field
 
-    def loss(k: int) -> Tensor:
+
+def penalty_of(model: Any, z: Tensor) -> Tensor:
+    model(z, torch.tensor([0.0, 1.0]))
+    return model.reg_loss()
+
+
+def test_a_thread_never_reads_the_penalties_of_another_thread() -> None:
+    """Both calls begin before either ends."""
+    both, x = threading.Barrier(2, timeout=60), torch.randn(2, 4, 2)
+    model = NeuralODE(field_of_barrier(both), "euler", regularizers={"kinetic": 1.0})
+
+    def loss(k: int) -> Tensor | ConfigError:
         model(x[k], torch.tensor([0.0, 1.0]))
         both.wait()
-        return model.reg_loss()
+        try:
+            return model.reg_loss()
+        except ConfigError as error:
+            return error
 
-    torch.testing.assert_close(torch.stack(in_threads(loss, 2)), x.square().mean((1, 2)))
+    for found in in_threads(loss, 2):
+        assert "give each thread a model of its own" in str(found)
+    with pytest.raises(ConfigError, match="another thread has called this model"):
+        _ = model.regularization
+    alone = NeuralODE(lambda t, z: -z, "euler", regularizers={"kinetic": 1.0})
+    for k in range(2):  # each in a thread of its own
+        torch.testing.assert_close(in_threads(lambda _: penalty_of(alone, x[k]), 1)[0], x[k].square().mean())  # noqa: B023
+    with pytest.raises(ConfigError, match="another thread has called this model"):
+        alone.reg_loss()
+
+
+def test_a_model_for_each_thread_has_its_own_penalties() -> None:
+    """They share a net, and each has the penalties of its own calls, also of those that it collects."""
+    net, x = Wave(), torch.randn(3, 4, 3, dtype=torch.float64)
+    models = [NeuralODE(net, "rk4", regularizers=BOTH, trace_noise="exact") for _ in x]
+    wanted = [penalty_of(model, z) for model, z in zip(models, x, strict=True)]
+
+    def losses(k: int) -> list[Tensor]:
+        alone = [penalty_of(models[k], x[k]) for _ in range(10)]
+        with models[k].collect_penalties():
+            models[k](x[k], torch.tensor([0.0, 1.0]))
+            models[k](x[k], torch.tensor([0.0, 1.0]))
+        return [*alone, models[k].reg_loss() / 2]
+
+    for found, exact in zip(in_threads(losses), wanted, strict=True):
+        for each in found:
+            torch.testing.assert_close(each, exact)
 
 
 # copies and twins ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import functools
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,48 +25,39 @@ class _Solve(NamedTuple):
     dims: int
     with_gradients: bool
     transformed: bool  # made inside a transform of torch.func
-
-
-class _Solves:
-    """The solves that were followed, whether a block collects them, and whether one has begun but not ended."""
-
-    def __init__(self) -> None:
-        self.solves: list[_Solve] = []
-        self.collecting = self.begun = False
-
-
-class _SolvesByThread(threading.local, _Solves):
-    """The solves that each thread has followed."""
+    thread: int
 
 
 class Penalties(Mapping[str, Tensor]):
     """The integral of each penalty ``(B,)`` by name, differentiable, for the last solve or summed over several.
 
-    Each thread sees the solves that it ran, so threads may solve one model at the same time. A copied or unpickled
-    object holds no solve, which also keeps graphs out of a deepcopy of the model.
+    A thread reads only solves that it ran itself. A copied or unpickled object holds no solve, which also keeps
+    graphs out of a deepcopy of the model.
 
     Args:
         weighted: the regularizers with their strengths, by name.
         absent: what to do if there are no penalties yet, for the message of the error.
     """
 
-    _storage: type[_Solves] = _SolvesByThread
+    _of_one_thread: ClassVar[bool] = True
 
     def __init__(
         self,
         weighted: Mapping[str, Weighted] | None = None,
         *,
-        absent: str = "call the model first, in this thread.",
+        absent: str = "call the model first.",
     ) -> None:
         self.weighted, self._absent = dict(weighted or {}), absent
-        self._followed = self._storage()
+        self._solved: list[_Solve] = []
+        self._collecting = False
+        self._begun: int | None = None  # the thread of a solve that has begun but not ended
 
     @functools.cached_property
     def kinds(self) -> Kinds:
         """The regularizers, sorted by kind."""
         return Kinds.of(each.regularizer for each in self.weighted.values())
 
-    # both leave out the solves: thread-local storage cannot be pickled, and deepcopy refuses tensors with a graph
+    # both leave out the solves, because deepcopy refuses tensors with a graph
     def __deepcopy__(self, memo: dict[int, object]) -> Penalties:
         return Penalties(copy.deepcopy(self.weighted, memo))
 
@@ -85,26 +76,24 @@ class Penalties(Mapping[str, Tensor]):
         Raises:
             ConfigError: inside another such block.
         """
-        mine = self._followed
-        if mine.collecting:
+        if self._collecting:
             raise ConfigError("a block is already collecting these penalties; leave it first.")
-        mine.solves, mine.collecting = [], True
+        self._solved, self._collecting = [], True
         try:
             yield self
         finally:
-            mine.collecting = False
+            self._collecting = False
 
     def begin(self) -> None:
         """Start a new solve and discard the previous one, unless a ``collecting`` block is active."""
-        self._followed.begun = True
-        if not self._followed.collecting:
-            self._followed.solves = []
+        self._begun = threading.get_ident()
+        if not self._collecting:
+            self._solved = []
 
     def add(self, integrals: dict[str, Tensor], dims: int) -> None:
         """Record a solve: its integrals ``(B,)`` by name, from :func:`attach`, and the dimensions of one sample."""
-        self._followed.begun = False
-        solve = _Solve(integrals, dims, torch.is_grad_enabled(), transforms_active())
-        self._followed.solves.append(solve)
+        self._begun, me = None, threading.get_ident()
+        self._solved.append(_Solve(integrals, dims, torch.is_grad_enabled(), transforms_active(), me))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.as_dict()[name]
@@ -168,19 +157,25 @@ class Penalties(Mapping[str, Tensor]):
         return torch.stack(losses).sum() if losses else torch.zeros(())
 
     def _solves(self) -> list[_Solve]:
-        mine = self._followed
-        if not mine.solves:
-            if not self.weighted:  # a sum over nothing, before a call as after it
-                return []
-            if mine.begun:
+        if not self.weighted:  # a sum over nothing, before a call as after it
+            return []
+        solves, begun, me = self._solved, self._begun, threading.get_ident()
+        others = {solve.thread for solve in solves} if solves or begun is None else {begun}
+        if self._of_one_thread and others - {me}:
+            raise ConfigError(
+                "another thread has called this model, and the penalties of its call belong to that thread: give "
+                "each thread a model of its own. Such models may share one net."
+            )
+        if not solves:
+            if begun is not None:
                 raise ConfigError(
                     "there are no penalties: the last call ended in an error before they were complete. Its error "
                     "names the cause. Call the model again."
                 )
             raise ConfigError(f"there are no penalties yet: {self._absent}")
         # leave out solves for a log line; if there are no others, they are the ones to complain about
-        asked = [solve for solve in mine.solves if solve.with_gradients or self._missing(solve) == []]
-        for solve in asked or mine.solves:
+        asked = [solve for solve in solves if solve.with_gradients or self._missing(solve) == []]
+        for solve in asked or solves:
             if missing := self._missing(solve):
                 raise ConfigError(
                     f"the last call did not integrate {', '.join(missing)}: that happens in training mode with "
@@ -191,16 +186,16 @@ class Penalties(Mapping[str, Tensor]):
                     "the last call was inside a torch.func.vmap that has ended, and its penalties ended with it: "
                     "read them, for example by reg_loss(), in the function that vmap maps, and return the result."
                 )
-        return asked or mine.solves
+        return asked or solves
 
     def _missing(self, solve: _Solve) -> list[str]:
         return [name for name in self.weighted if name not in solve.integrals]
 
 
 class ReturnedPenalties(Penalties):
-    """Penalties that belong to a call or a block instead of a model. Every thread sees all solves in them."""
+    """Penalties that belong to a call or a block instead of a model. Every thread may read them."""
 
-    _storage = _Solves
+    _of_one_thread = False
 
 
 def attach(

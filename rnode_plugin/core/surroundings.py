@@ -23,11 +23,16 @@ _making = threading.Lock()
 def lock_of(module: nn.Module | None) -> AbstractContextManager[object]:
     """The lock of a net, shared by all models that hold the net; without a net, a context that does nothing.
 
-    The lock is not an attribute of the net, because a deepcopy of the net would fail.
+    It is the lock of the net's first layer, which the wrappers of a net share. It is not an attribute, because a
+    deepcopy of the layer would fail. A call of the net holds it, or one evaluation, but not a whole solve: on a
+    GPU torch runs the backward passes of all threads in one thread, which may wait for the lock while a solve that
+    holds it waits for that thread.
     """
     # torch.compile cannot trace a lock, and what it compiles runs after the tracing
     if module is None or torch.compiler.is_compiling():
         return nullcontext()
+    while (layer := next(module.children(), None)) is not None:
+        module = layer
     with _making:
         return _locks.setdefault(module, threading.RLock())
 

@@ -97,13 +97,11 @@ class Slots:
         self.borrowed: list[_Slot] = []  # in modules that are not torchdyn's; restored after each evaluation
         self._before: list[object] = []
         self.results: list[_Slot] = []  # weights that Galerkin layers compute and keep
-        shape = holder = None
+        shape = None
         for module in modules:
             own, kind = vars(module), type(module)
             t = own.get("t", getattr(kind, "t", _ABSENT))
             held = own.get(CONTROL, getattr(kind, CONTROL, _ABSENT))
-            if holder is None and isinstance(module, (DepthCat, DataControl)):
-                holder = module
             if isinstance(module, DepthCat):
                 self.times.append(_Slot(own, "t"))
             elif module is not cnf and (t is None or (isinstance(t, Tensor) and t.ndim == 0)):
@@ -122,9 +120,8 @@ class Slots:
                     self.borrowed.append(_Slot(own, CONTROL))
             if isinstance(module, GalLayer):
                 self.results += [_Slot(own, name) for name in ("weight", "bias") if name in own]
-        # nets that share torchdyn's layers share the lock of the first one; a plain net needs no lock
         self.found = bool(self.times or self.values or self.results)
-        self.lock = lock_of(holder or modules[0]) if self.found else contextlib.nullcontext()
+        self.lock = lock_of(modules[0] if self.found else None)
 
     def fill(self, t: Tensor) -> None:
         """Fill all placeholders for an evaluation at ``t``."""
