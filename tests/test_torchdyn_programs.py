@@ -483,6 +483,7 @@ loss.backward()  # the same solve
         (["kinetic=0", "jacfrob=1"], SOLVES, 0, "4 solves penalized. Mean integrals per sample: kinetic 2.71, j"),
         (["kinetic=0.1"], SOLVES + "raise SystemExit(7)", 7, "4 solves penalized."),
         (["kinetic=0.1"], "import torch\nloss = torch.ones(1)", 0, "no solve was penalized: in this process no "),
+        ([], "import sys\ndel sys.modules['torchdiffeq']", 0, "no penalty was added to a gradient"),
         (["kinetic=0.1"], "raise ValueError('broken')", 1, "no solve was penalized: in this process no gradient"),
         ([], SOLVES, 0, "no penalty was added to a gradient, since no --regularizer was given."),
     ],
@@ -494,6 +495,7 @@ def test_exec_ends_with_the_number_of_penalized_solves(
     path.write_text(script)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "torchdiffeq", sys.modules["torchdiffeq"])  # which a script may remove
     words = [word for option in options for word in ("--regularizer", option)]
     done = rnode("exec", *words, path)
     rnode_plugin.uninstall()

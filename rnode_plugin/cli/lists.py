@@ -247,7 +247,8 @@ def _copy_passed_over(name: str) -> str:
     """The file of a package that sys.path finds first, if it is another one than the imported one; else ``""``."""
     from importlib.machinery import PathFinder
 
-    found, imported = PathFinder.find_spec(name, sys.path), sys.modules[name].__file__
+    # a script may have removed the module, to import another copy later
+    found, imported = PathFinder.find_spec(name, sys.path), getattr(sys.modules.get(name), "__file__", None)
     if found is None or found.origin is None or imported is None:
         return ""
     return "" if os.path.realpath(found.origin) == os.path.realpath(imported) else found.origin
