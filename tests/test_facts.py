@@ -213,7 +213,10 @@ def test_each_command_that_reads_weights_warns(run: Path, tmp_path: Path, monkey
         assert OTHER in said("eval", weights, "--data-root", parent, "--quiet")
     # a report would show a diagnosis in the folder of the run as one on its own data
     monkeypatch.chdir(tmp_path)
-    for root, folder in ((copy, run), (parent, tmp_path / "diagnosis")):
+    other = _packed(Path(shutil.copytree(copy, tmp_path / "other")))
+    np.save(other / "val.npy", np.load(other / "val.npy") ^ 1)  # the same training pictures
+    places = ((copy, run), (parent, tmp_path / "diagnosis"), (other, tmp_path / "diagnosis-1"))
+    for root, folder in places:
         line = rnode("diagnose", run, "--samples", 2, "--data-root", root, "--quiet").stderr
         assert (OTHER in line, (folder / "diagnosis.json").exists()) == (root == parent, True)
     assert said(*train, alone, "--data-root", copy) == ""

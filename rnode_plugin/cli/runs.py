@@ -198,7 +198,7 @@ def diagnose(
     if out is not None:
         check_folder(out)
     from ..diagnostics.diagnose import compared_for, diagnose
-    from ..experiments.data.facts import overlap_warning
+    from ..experiments.data.facts import Facts
     from ..experiments.evaluation.loading import held_out_samples, load_for_evaluation, pick_device
     from ..experiments.reports.diagnosis import save_diagnosis
     from ..experiments.runs.results import DiagnosedWeights
@@ -210,7 +210,8 @@ def diagnose(
     if out is None:
         own = Run.of_checkpoint(path)
         # a report shows the diagnosis in the folder as one on the data of the run
-        fits = path.name == BEST and overlap_warning(facts, data) is None
+        measured = facts and facts.measured
+        fits = path.name == BEST and measured == Facts.of(data, recipe.task.given).measured
         out = str(own.path if own and fits else free_path(None, "diagnosis", force=False))
         check_folder(out)
     target = Run(Path(out))
