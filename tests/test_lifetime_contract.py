@@ -326,7 +326,7 @@ class Slow(nn.Module):
 
 
 def test_threads_that_solve_one_net_move_its_buffers_once_an_evaluation() -> None:
-    """Of models of their own. The penalty evaluates the field again, with copies of the buffers."""
+    """Each thread has another model. The penalty evaluates the field again, with copies of the buffers."""
     slow = Slow()
     net = nn.Sequential(nn.Linear(3, 3), slow)
     makers: list[Callable[[], Any]] = [
@@ -373,18 +373,18 @@ def test_a_thread_never_reads_the_penalties_of_another_thread() -> None:
             return error
 
     for found in in_threads(loss, 2):
-        assert "give each thread a model of its own" in str(found)
+        assert "make a model for each thread" in str(found)
     with pytest.raises(ConfigError, match="another thread has called this model"):
         _ = model.regularization
     alone = NeuralODE(lambda t, z: -z, "euler", regularizers={"kinetic": 1.0})
-    for k in range(2):  # each in a thread of its own
+    for k in range(2):  # in two threads, one after the other
         torch.testing.assert_close(in_threads(lambda _: penalty_of(alone, x[k]), 1)[0], x[k].square().mean())  # noqa: B023
     with pytest.raises(ConfigError, match="another thread has called this model"):
         alone.reg_loss()
 
 
 def test_a_model_for_each_thread_has_its_own_penalties() -> None:
-    """They share a net, and each has the penalties of its own calls, also of those that it collects."""
+    """They share a net, and each model has the penalties of its calls, also of those that it collects."""
     net, x = Wave(), torch.randn(3, 4, 3, dtype=torch.float64)
     models = [NeuralODE(net, "rk4", regularizers=BOTH, trace_noise="exact") for _ in x]
     wanted = [penalty_of(model, z) for model, z in zip(models, x, strict=True)]

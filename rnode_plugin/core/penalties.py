@@ -163,8 +163,8 @@ class Penalties(Mapping[str, Tensor]):
         others = {solve.thread for solve in solves} if solves or begun is None else {begun}
         if self._of_one_thread and others - {me}:
             raise ConfigError(
-                "another thread has called this model, and the penalties of its call belong to that thread: give "
-                "each thread a model of its own. Such models may share one net."
+                "another thread has called this model, and the penalties of its call belong to that thread: make "
+                "a model for each thread. They may share one net."
             )
         if not solves:
             if begun is not None:
