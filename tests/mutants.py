@@ -191,6 +191,27 @@ MUTANTS = [
         "test_experiment.py::test_accumulated_batches_draw_the_noise_of_as_many_devices",
     ),
     Mutant(
+        "a resumed run does not begin warm",
+        "experiments/training/module.py",
+        'self._first_steps = progress["first_steps"]',
+        "self._first_steps = {}",
+        "test_training.py::test_interrupted_and_resumed_equals_uninterrupted",
+    ),
+    Mutant(
+        "accumulated batches share their first steps",
+        "experiments/training/module.py",
+        "self._first_steps.setdefault(device, {})",
+        "self._first_steps.setdefault(0, {})",
+        "test_experiment.py::test_accumulated_batches_draw_the_noise_of_as_many_devices",
+    ),
+    Mutant(
+        "a second backward pass begins with the steps of the first",
+        "solvers/adjoint.py",
+        "self.first_step = call.first_step",
+        "self.first_step = (call.first_steps or {}).get(call.way)",
+        "test_solve_limits.py::test_the_backward_pass_of_an_adjoint_begins_with_what_its_forward_pass_knew",
+    ),
+    Mutant(
         "likelihood begins with the moments of flow matching",
         "experiments/training/module.py",
         "if batch_idx % self._batches == 0 and 0 < self.global_step == self.recipe.matching:",
@@ -221,8 +242,8 @@ MUTANTS = [
     Mutant(
         "the NFE depend on earlier solves",
         "experiments/evaluation/likelihood.py",
-        "if self._safe_steps and not alone else {}",
-        "if self._safe_steps else {}",
+        "flow = self._cold if alone else self._flow",
+        "flow = self._flow",
         "test_evaluation.py::test_nfe_is_that_of_separate_solves_of_the_same_batches",
     ),
     Mutant(

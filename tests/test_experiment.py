@@ -59,11 +59,15 @@ def test_a_run_takes_another_loss(tmp_path: Path) -> None:
 
 
 def test_accumulated_batches_draw_the_noise_of_as_many_devices(tmp_path: Path) -> None:
-    experiment = Experiment.of(tiny_recipe(*SHORT, "training.accumulate=2"))
+    """And each begins with the first steps of its batch in the step before."""
+    adaptive = ("solver.method=dopri5", "solver.quadrature=full", "solver.atol=1e-2")
+    experiment = Experiment.of(tiny_recipe(*SHORT, "training.accumulate=2", *adaptive))
     drawn: list[float] = []
+    known: list[object] = []
 
     def loss(batch: Tensor, step: int) -> StepTerms:
         drawn.append(float(torch.rand(())))
+        known.append(experiment.flow.first_steps)
         return experiment.loss(batch, step)
 
     run(dataclasses.replace(experiment, loss=loss), tmp_path)
@@ -72,6 +76,9 @@ def test_accumulated_batches_draw_the_noise_of_as_many_devices(tmp_path: Path) -
         with seeded(experiment.recipe.training.seed, Stream.TRAIN, device, step):
             wanted.append(float(torch.rand(())))
     assert drawn == wanted
+    assert known[0] is not known[1]
+    assert all(each is known[index % 2] for index, each in enumerate(known))
+    assert experiment.flow.first_steps is None  # outside of a step
 
 
 def test_a_run_takes_other_samples_and_continues(tmp_path: Path) -> None:

@@ -230,15 +230,36 @@ def test_other_penalties_are_followed_and_their_parameters_belong_to_the_model(n
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_longest_safe_steps_begin_another_solve(name: str) -> None:
+def test_a_warm_start_begins_with_the_last_solve_of_each_block_and_direction(name: str) -> None:
     model, x, given = make(name)
-    output = model.encode(x, **given)
-    if not output.longest_safe_steps:
-        return
-    takes_steps: Any = model
-    again = takes_steps.encode(x, **given, first_steps=output.longest_safe_steps)
-    assert again.nfe <= output.nfe
-    torch.testing.assert_close(model.log_prob_of(again), model.log_prob_of(output), rtol=1e-6, atol=1e-6)
+    warm = model.solved_with(warm_start=True)
+    cold, first, again = (each.encode(x, **given) for each in (model, warm, warm))
+    assert torch.equal(first.z, cold.z)  # nothing is known yet
+    assert again.nfe < cold.nfe == first.nfe
+    torch.testing.assert_close(model.log_prob_of(again), model.log_prob_of(cold), rtol=1e-6, atol=1e-6)
+    assert model.first_steps is None
+    assert warm.first_steps is not None
+    ways = [set(steps) for steps in warm.first_steps.values()]
+    assert ways == [{"forward"}] * len(model.block_shapes)
+    if len(ways) == 1:  # to the bit a solve by a solver with this first step
+        solver = dataclasses.replace(ACCURATE, first_step=0.9 * warm.first_steps[0]["forward"])
+        expected = model.encode(x, **given, solver=solver)
+        assert torch.equal(warm.encode(x, **given).z, expected.z)
+    forward = [steps["forward"] for steps in warm.first_steps.values()]
+    warm.inverse(cold.z.detach(), **given)
+    assert [set(steps) for steps in warm.first_steps.values()] == [{"forward", "backward"}] * len(ways)
+    assert [steps["forward"] for steps in warm.first_steps.values()] == forward
+    known = copy.deepcopy(warm.first_steps)
+    for copied in (copy.deepcopy(warm), pickle.loads(pickle.dumps(warm))):
+        assert copied.first_steps == known
+        copied.encode(x / 2, **given)
+        assert copied.first_steps != known
+        assert warm.first_steps == known
+        assert warm.state_dict().keys() == copied.state_dict().keys() == model.state_dict().keys()
+    assert warm.solved_with().first_steps is None
+    assert warm.solved_with(warm_start=True).first_steps == {}
+    warm.first_steps.clear()
+    assert torch.equal(warm.encode(x, **given).z, cold.z)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -92,7 +92,11 @@ def test_solvers_and_the_ffjord_baseline(name: str) -> None:
     assert Recipe.from_plain(json.loads(json.dumps(recipe.to_plain()))) == recipe
     ffjord = recipe.ffjord()
     assert (ffjord.regularizers, ffjord.model) == ({}, recipe.model)
-    assert dataclasses.replace(ffjord.solver, gradient="autograd") == recipe.test_solver
+    assert dataclasses.replace(ffjord.solver, gradient="autograd", warm_start=True) == recipe.test_solver
+    assert recipe.solver.warm_start  # what trains by an adaptive solver begins warm, but not the baseline
+    assert not ffjord.solver.warm_start
+    with pytest.raises(ConfigError, match=r"test_solver\.warm_start has no effect: only training reads it"):
+        recipe.override(["test_solver.warm_start=false"])
     assert ffjord.name == f"{name}-ffjord" == ffjord.ffjord().name
     limited = recipe.override(["solver.max_nfe=500"]).ffjord().solver
     assert limited == dataclasses.replace(ffjord.solver, max_nfe=500)
@@ -190,6 +194,7 @@ def test_bad_overrides_are_refused(assignment: str, message: str) -> None:
             "test_solver.rtol .* test_solver.method=dopri5",
         ),
         (["solver.first_step=0.1"], "solver.first_step has no effect"),
+        (["solver.warm_start=false"], "solver.warm_start has no effect, because rk4_38 takes the steps of a fixed"),
         (["optimizer.name=adam", "optimizer.momentum=0.5"], "optimizer.momentum .* give optimizer.name=muon too"),
         (["optimizer.name=adam", "optimizer.vector_lr=0.5"], "optimizer.vector_lr has no effect"),
         (["optimizer.cooldown=0.5"], "with optimizer.schedule=cosine: give optimizer.schedule=cooldown too"),

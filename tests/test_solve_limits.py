@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from rnode_plugin.solvers import (
     GRADIENTS,
     METHODS,
     Adaptive,
+    Adjoint,
     FixedGrid,
     Method,
     SolverSettings,
@@ -254,9 +256,91 @@ def test_a_solve_that_begins_with_the_longest_safe_step_rejects_nothing(method: 
     solver = Adaptive(method, atol=1e-9, rtol=1e-9, first_step=1.0)
     first = solver.solve(bound, z, T)
     assert first.stats.rejected > 0
-    second = solver.solve(bound, z, T, first_step=first.longest_safe_step)
+    assert first.longest_safe_step is not None
+    second = solver.solve(bound, z, T, first_steps={"forward": first.longest_safe_step})
     assert second.stats.rejected == 0
     assert second.stats.nfe < first.stats.nfe
+
+
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+def test_first_steps_are_read_and_written_by_direction(method: str) -> None:
+    """To the bit a solve by a solver that has this first step, shortened for safety or by the end of the solve."""
+    bound = Dynamics(Wave(), estimator="exact").bind(None)
+    z = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    solver, known = Adaptive(method, atol=1e-6, rtol=1e-6), dict[str, float]()
+
+    def begin(safe: float | None, times: Tensor) -> float | None:
+        whole = float((times[-1] - times[0]).abs())
+        return safe if safe is None else whole if safe >= whole else solver.method.safety * safe
+
+    for times, way in ((T, "forward"), (T.flip(0), "backward"), (T / 100, "forward")):
+        for first_step in (None, known.get(way)):
+            begun = dataclasses.replace(solver, first_step=begin(known.get(way), times))
+            expected = begun.solve(bound, z, times)
+            found = solver.solve(bound, z, times, first_steps=known)
+            assert torch.equal(found.z, expected.z)
+            assert found.logdet is not None
+            assert expected.logdet is not None
+            assert torch.equal(found.logdet, expected.logdet)
+            assert found.stats == expected.stats
+            assert known[way] == found.longest_safe_step == expected.longest_safe_step
+            assert first_step is None or found.stats.nfe < solver.solve(bound, z, times).stats.nfe
+    assert set(known) == {"forward", "backward"}
+    FixedGrid().solve(bound, z, T, first_steps=(before := dict(known)))
+    assert before == known
+
+
+def test_a_field_that_has_become_harder_meets_the_tolerance() -> None:
+    """A first step 300 times too long is rejected, and the error is at most twice as large as without it."""
+    z, known = torch.ones(1, 1, dtype=torch.float64), dict[str, float]()
+    solver = Adaptive("dopri5", atol=1e-8, rtol=1e-8)
+    solver.solve(FunctionDynamics(functools.partial(decay, rate=0.1)), z, T, first_steps=known)
+    hard = FunctionDynamics(functools.partial(decay, rate=30.0))
+    warm, cold = solver.solve(hard, z, T, first_steps=known), solver.solve(hard, z, T)
+    assert warm.stats.rejected > cold.stats.rejected
+    errors = [float((each.z[-1] - math.exp(-30.0)).abs()) for each in (warm, cold)]
+    assert errors[0] < 2 * errors[1] < 1e-7
+    assert known["forward"] == pytest.approx(cold.longest_safe_step, rel=0.2)
+
+
+def test_a_sliver_at_the_end_does_not_shorten_the_safe_step() -> None:
+    """Its error is rounding, which in single precision would make the safe step a few slivers."""
+    method = dataclasses.replace(get_method("dopri5"), fit=lambda dt, rest, sign: dt)  # as torchdyn's
+    bound, z = Dynamics(Wave().float()).bind(torch.ones(2, 3)), torch.ones(2, 3)
+    solver = Adaptive(method, atol=1e-6, rtol=1e-6, first_step=0.1)
+    whole = solver.solve(bound, z, torch.tensor([0.0, 0.1]))
+    with_sliver = solver.solve(bound, z, torch.tensor([0.0, 0.10001]))
+    assert (whole.stats.steps, with_sliver.stats.steps) == (1, 2)
+    assert with_sliver.longest_safe_step == whole.longest_safe_step
+
+
+@pytest.mark.parametrize("interpolated", [False, True])
+@pytest.mark.parametrize("times", [T, T.flip(0), torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)])
+def test_the_backward_pass_of_an_adjoint_begins_with_what_its_forward_pass_knew(
+    interpolated: bool, times: Tensor
+) -> None:
+    net, z = Wave(), torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    bound, known = Dynamics(net, divergence=False).bind(None), dict[str, float]()
+    name = "backward adjoint" if times[-1] < times[0] else "forward adjoint"
+
+    def gradient(first_step: float | None, first_steps: dict[str, float] | None) -> tuple[list[Tensor], int]:
+        backward = Adaptive("dopri5", atol=1e-7, rtol=1e-7, first_step=first_step)
+        solver = Adaptive("dopri5", atol=1e-7, rtol=1e-7, gradient=Adjoint(backward, interpolated=interpolated))
+        loss = solver.solve(bound, z, times, first_steps=first_steps).z[1:].square().sum()
+        calls = list[int]()
+        with net.register_forward_hook(lambda *_: calls.append(1)):
+            gradients = [torch.autograd.grad(loss, net.a, retain_graph=True)[0]]
+        gradients.append(torch.autograd.grad(loss, net.a)[0])  # a second pass takes the same steps
+        return gradients, len(calls)
+
+    cold, cold_calls = gradient(None, known)
+    assert set(known) == {name, name.split()[0]}
+    expected, _ = gradient(0.9 * known[name], {name.split()[0]: known[name.split()[0]]})
+    warm, warm_calls = gradient(None, known)
+    for each in (*expected, *warm):
+        assert torch.equal(each, expected[0])
+    torch.testing.assert_close(warm[0], cold[0], rtol=1e-5, atol=1e-6)
+    assert warm_calls < cold_calls
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

@@ -484,6 +484,49 @@ def test_state_dict_has_torchdyns_keys_and_moves_between_the_two(regularizers: l
         assert torch.equal(solution(ours), expected)
 
 
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+def test_a_warm_start_begins_with_the_last_call_in_that_direction(sensitivity: str) -> None:
+    torch.manual_seed(0)
+    x, net, (ahead, back) = torch.randn(8, 4), mlp(4, 16, 4), (torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]))
+    options: dict[str, Any] = {"solver": "dopri5", "sensitivity": sensitivity, "atol": 1e-6, "rtol": 1e-6}
+    cold, warm = NeuralODE(net, **options), NeuralODE(net, **options, warm_start=True)
+
+    def evaluations(model: NeuralODE, span: Tensor, x: Tensor = x) -> tuple[Tensor, float, float]:
+        """The end, and the evaluations of the forward and the backward pass."""
+        before = model.vf.nfe
+        end = model(x, span)[1][-1]
+        after = model.vf.nfe
+        end.square().sum().backward()
+        return end, after - before, model.vf.nfe - after
+
+    found = [evaluations(warm, span) for span in (ahead, ahead, back, back)]
+    for (end, forward, backward), span, first in zip(
+        found, (ahead, ahead, back, back), (True, False) * 2, strict=True
+    ):
+        expected, guessed, of_backward = evaluations(cold, span)
+        assert torch.equal(end, expected) == first
+        torch.testing.assert_close(end, expected, rtol=1e-5, atol=1e-5)
+        assert forward == guessed if first else forward < guessed
+        if "adjoint" in sensitivity:
+            assert backward == of_backward if first else backward < of_backward
+    assert cold.first_steps is None
+    adjoint = {"forward adjoint", "backward adjoint"} if "adjoint" in sensitivity else set()
+    assert warm.first_steps is not None
+    assert set(warm.first_steps) == {"forward", "backward"} | adjoint
+    known = dict(warm.first_steps)
+    warm.trajectory(x, ahead)
+    torch.func.grad(lambda x: warm(x, ahead)[1][-1].sum())(2 * x)  # a transform neither reads nor writes
+    assert warm.first_steps == known
+    for copied in (copy.deepcopy(warm), pickle.loads(pickle.dumps(warm))):
+        assert copied.first_steps == known
+        copied(2 * x, ahead)
+        assert copied.first_steps != known
+    assert warm.first_steps == known
+    assert warm.state_dict().keys() == cold.state_dict().keys()
+    warm.first_steps.clear()
+    assert torch.equal(warm(x, ahead)[1], cold(x, ahead)[1])
+
+
 def test_vf_params_are_those_of_now() -> None:
     model = NeuralODE(nn.Linear(3, 3))
     with torch.no_grad():

@@ -151,11 +151,16 @@ def test_the_same_seed_gives_the_same_numbers_with_more_validations(
     assert steps[0] == steps[1]
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    """In double precision here; runs of ``test_killed_runs`` and ``test_table_runs`` have single precision."""
-    recipe = tiny_recipe(
-        "training.ema=0.9", "optimizer.name=muon", "training.matching=4", "training.precision=64-true"
-    )
+@pytest.mark.parametrize(
+    "settings",
+    [
+        # in single precision are runs of test_killed_runs and test_table_runs
+        ("training.precision=64-true",),
+        ("solver.method=dopri5", "solver.quadrature=full", "training.accumulate=2"),  # which begins warm
+    ],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(settings: tuple[str, ...], tmp_path: Path) -> None:
+    recipe = tiny_recipe("training.ema=0.9", "optimizer.name=muon", "training.matching=4", *settings)
     before = signal.getsignal(signal.SIGTERM)
     whole = run(recipe, tmp_path / "a")
     part = run(recipe, tmp_path / "b", callbacks=[signal_at(2)])  # inside of the flow matching

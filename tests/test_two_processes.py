@@ -201,9 +201,10 @@ def test_the_example_on_two_devices(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_process_killed_and_the_run_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("solver", [(), ("solver.method=dopri5", "solver.quadrature=full")])
+def test_one_process_killed_and_the_run_resumed(solver: tuple[str, ...], tmp_path: Path) -> None:
     """SIGTERM to the first process, then SIGKILL of all, and the run ends as one that nothing happened to."""
-    options = ("--devices", "2", *as_options("training.max_steps=40", "training.val_every_steps=20"))
+    options = ("--devices", "2", *as_options("training.max_steps=40", "training.val_every_steps=20", *solver))
     whole = train(tmp_path / "a", *options)
     assert whole.returncode == 0, whole.stderr
     run = tmp_path / "b" / "digits" / "0"

@@ -68,6 +68,12 @@ class DensityModel(nn.Module, ABC):
         regularizers: the penalties that a solve can follow; :meth:`keep_regularizers` sets them.
         nfe: number of evaluations of the vector fields in the last solve, :meth:`sample` included.
         trained_steps: number of optimizer steps of the run that has trained the weights; 0 for fresh ones.
+        first_steps: None, or of a model with ``warm_start=True`` the longest step that would have passed in the
+            last solve of an adaptive solver, ``{block: {direction: step}}``, with which the next such solve begins.
+            The last solve counts, with any solver. The ``first_step`` of a solver begins the first solve
+            alone. A solve starts warm only where the model hands :meth:`first_steps_of` to its solver. Copies
+            by deepcopy and pickle keep the steps, and a ``state_dict`` does not have them.
+            ``model.first_steps.clear()`` forgets them.
 
     Example:
         >>> import torch
@@ -88,6 +94,7 @@ class DensityModel(nn.Module, ABC):
     regularizers: Sequence[Regularizer] = ()
     nfe: int = 0
     trained_steps: int = 0
+    first_steps: dict[int, dict[str, float]] | None = None
 
     @abstractmethod
     def encode(
@@ -374,6 +381,7 @@ class DensityModel(nn.Module, ABC):
         solver: Any = None,
         estimator: str | TraceEstimator | None = None,
         regularizers: Sequence[Regularizer] = (),
+        warm_start: bool = False,
     ) -> Self:
         """A copy that shares the submodules, with another solver, trace estimator or penalties.
 
@@ -384,6 +392,7 @@ class DensityModel(nn.Module, ABC):
             estimator: the estimator of the trace, or its name; None: the model's.
             regularizers: the penalties that the copy follows. A span policy of the model, such as a learned end
                 time, stays.
+            warm_start: whether the copy begins warm, see :attr:`first_steps`. It knows no steps yet.
         """
         for each in regularizers:
             if not isinstance(each, Regularizer):
@@ -395,11 +404,16 @@ class DensityModel(nn.Module, ABC):
         # nn.Module keeps submodules in a dict, which a shallow copy would share: assignments must stay in the copy
         twin._modules, twin._buffers = dict(self._modules), dict(self._buffers)
         twin.solver = solver or self.solver
+        twin.first_steps = {} if warm_start else None
         twin.estimator = self.estimator if estimator is None else get_estimator(estimator)
         policy = Kinds.of(self.regularizers).span
         kept = () if policy is None or policy in regularizers else (policy,)
         twin.keep_regularizers({each.name: Weighted(each, 1.0) for each in (*regularizers, *kept)})
         return twin
+
+    def first_steps_of(self, block: int = 0) -> dict[str, float] | None:
+        """What a solve of one block takes as ``first_steps=``, by :attr:`first_steps`."""
+        return None if self.first_steps is None else self.first_steps.setdefault(block, {})
 
     def citation(self) -> str:
         """BibTeX entries of the papers behind the penalties, the trace estimator and the solver of this model."""

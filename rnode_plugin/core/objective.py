@@ -31,8 +31,6 @@ class FlowOutput:
         nfe: number of evaluations of the vector fields, summed over blocks.
         health: checks, on the device, that the solves stayed finite and the samples were in range. :meth:`check`
             reads them.
-        longest_safe_steps: ``longest_safe_step`` of each block's :class:`~rnode_plugin.Solution`; None for a fixed
-            grid. Where it is not empty, the model's ``encode`` takes it as ``first_steps=`` for the next batch.
 
     Example:
         >>> import torch
@@ -48,7 +46,6 @@ class FlowOutput:
     regularization: dict[str, Tensor] = field(default_factory=dict)
     nfe: int = 0
     health: tuple[HealthCheck, ...] = ()
-    longest_safe_steps: tuple[float | None, ...] = ()
 
     def check(self) -> FlowOutput:
         """Wait for the device, raise the error of what was not finite or out of range, else return this output.

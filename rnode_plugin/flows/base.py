@@ -42,6 +42,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         solver: the integrator, kept as the attribute :attr:`solver`; None: the default :class:`FixedGrid`.
         regularizers: penalties to integrate: names, objects or functions.
         trace_noise: ``"gaussian"``, ``"rademacher"`` or ``"exact"``, or an estimator.
+        warm_start: see :attr:`DensityModel.first_steps`.
     """
 
     fields: nn.ModuleList
@@ -49,11 +50,17 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
     called = "samples"  # in messages
 
     def __init__(
-        self, *, solver: Solver | None, regularizers: Regularizers, trace_noise: str | TraceEstimator
+        self,
+        *,
+        solver: Solver | None,
+        regularizers: Regularizers,
+        trace_noise: str | TraceEstimator,
+        warm_start: bool = False,
     ) -> None:
         super().__init__()
         self.solver = chosen_solver(solver, FixedGrid())
         self.estimator = get_estimator(trace_noise)
+        self.first_steps = {} if warm_start else None
         if isinstance(regularizers, Mapping) and any(each is not None for each in regularizers.values()):
             raise ConfigError("a flow applies no lambda: name the regularizers, and give lambdas= to objective().")
         self.keep_regularizers(weigh_regularizers(regularizers, by_name=_registered))
@@ -104,7 +111,6 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         penalties: bool | None = None,
         solver: Solver | None = None,
         check: bool = True,
-        first_steps: Sequence[float | None] = (),
     ) -> FlowOutput:
         """Push samples through the flow, and compute the log-determinant and the penalties for training.
 
@@ -118,8 +124,6 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
             solver: the integrator; None for :attr:`solver`.
             check: whether to wait for the device, and raise an error if a solve failed or a sample is out of range.
                 With False the caller reads the output's ``health``.
-            first_steps: first step of an adaptive solver for each block, such as the ``longest_safe_steps`` of the
-                previous batch; empty: each block estimates one.
 
         Returns:
             FlowOutput: latent ``(B, D)``, log-determinant ``(B,)`` in nats, the logit or the standardization
@@ -139,7 +143,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
             self.check_noise(noise, x)
         blocks = zip(fields, noise, strict=True)
         penalties = self.follows_penalties(penalties)
-        through = _Pass(self, blocks, solver, first_steps=first_steps, penalties=penalties)
+        through = _Pass(self, blocks, solver, penalties=penalties)
         output = through.output(x, self._push(y, through), logdet, health)
         self.nfe = output.nfe
         return output.check() if check else output
@@ -264,7 +268,6 @@ class _Pass:
         flow: the flow, in training or evaluation mode.
         blocks: field and noise of each block in the order of the pass.
         solver: the integrator.
-        first_steps: first step of an adaptive solver for each block; empty: each block estimates one.
         backward: whether time runs from 1 to 0.
         divergence: whether the log-determinant is followed.
         penalties: whether to integrate the penalties.
@@ -276,19 +279,17 @@ class _Pass:
         blocks: Iterator[tuple[nn.Module, Tensor | None]],
         solver: Solver,
         *,
-        first_steps: Sequence[float | None] = (),
         backward: bool = False,
         divergence: bool = True,
         penalties: bool = False,
     ) -> None:
-        self._blocks, self._solver, self._first_steps = enumerate(blocks), solver, first_steps
-        self._backward = backward
+        self._blocks, self._solver = enumerate(blocks), solver
+        self._flow, self._backward = flow, backward
         training = flow.training and torch.is_grad_enabled()
         self._followed = FollowedSolve.of(flow.regularizers, penalized=penalties, training=training)
         self._divergence, self._estimator = divergence, flow.estimator
         self._logdets: list[Tensor] = []
         self._totals: dict[str, Tensor] = {}
-        self._safe_steps: list[float | None] = []
         self._steps = 0
         self.nfe = 0
         self.health: list[HealthCheck] = []  # checks that the solves stayed finite
@@ -308,12 +309,12 @@ class _Pass:
             field, regularizers=self._followed.kinds, estimator=self._estimator, divergence=self._divergence,
             net=net, user_field=net,
         )  # fmt: skip
-        first_step = self._first_steps[index] if self._first_steps else None
-        solution = self._solver.solve(dynamics.bind(noise), z, self._times(z), first_step=first_step)
+        block = len(self._flow.fields) - 1 - index if self._backward else index
+        known = self._flow.first_steps_of(block)
+        solution = self._solver.solve(dynamics.bind(noise), z, self._times(z), first_steps=known)
         if solution.logdet is not None:
             self._logdets.append(solution.logdet[-1])
         self.health += solution.health
-        self._safe_steps.append(solution.longest_safe_step)
         self.nfe += solution.stats.nfe
         self._steps += solution.stats.steps
         for penalty in self._followed.kinds.penalties:
@@ -340,7 +341,6 @@ class _Pass:
             regularization=self._followed.complete(self._totals, x),
             nfe=self.nfe,
             health=(*health, *self.health),
-            longest_safe_steps=tuple(self._safe_steps),
         )
 
 

@@ -148,6 +148,8 @@ class MultiscaleFlow(BlockFlow):
         regularizers: penalties to integrate: names, objects or functions.
         trace_noise: ``"gaussian"`` (the paper's), ``"rademacher"``, or ``"exact"`` for tiny images.
         field: makes the field of a block from the shape of its state, in place of the paper's field.
+        warm_start: whether each solve of an adaptive solver begins with the longest step that would have passed
+            in the last one; see :attr:`DensityModel.first_steps`.
 
     A fresh flow has f = 0, so it is the logit map, and its penalties are zero. :attr:`fields` holds the fields of
     the blocks, in the order in which an image passes them. Weights of another implementation of the same layers
@@ -184,8 +186,9 @@ class MultiscaleFlow(BlockFlow):
         regularizers: Regularizers = (kinetic, jacfrob),
         trace_noise: str | TraceEstimator = "gaussian",
         field: Callable[[Shape], nn.Module] | None = None,
+        warm_start: bool = False,
     ) -> None:
-        super().__init__(solver=solver, regularizers=regularizers, trace_noise=trace_noise)
+        super().__init__(solver=solver, regularizers=regularizers, trace_noise=trace_noise, warm_start=warm_start)
         shape = tuple(image_shape)
         if len(shape) != 3 or not all(isinstance(n, int) and n >= 1 for n in shape):
             raise ConfigError(

@@ -39,6 +39,8 @@ class TableFlow(BlockFlow):
         regularizers: penalties to integrate: names, objects or functions.
         trace_noise: ``"exact"``, ``"gaussian"`` or ``"rademacher"``. ``"auto"`` is exact for up to 16 columns, and
             Rademacher otherwise.
+        warm_start: whether each solve of an adaptive solver begins with the longest step that would have passed
+            in the last one; see :attr:`DensityModel.first_steps`.
 
     A fresh flow of perceptrons has f = 0, so it is a Gaussian with the mean and the deviation of the
     standardization.
@@ -74,6 +76,7 @@ class TableFlow(BlockFlow):
         solver: Solver | None = None,
         regularizers: Regularizers = (kinetic, jacfrob),
         trace_noise: str | TraceEstimator = "auto",
+        warm_start: bool = False,
     ) -> None:
         for name, value, least in (("columns", columns, 1), ("context", context, 0), ("blocks", blocks, 1)):
             if not isinstance(value, int) or value < least:
@@ -84,7 +87,7 @@ class TableFlow(BlockFlow):
             raise ConfigError(f"a TableFlow's field must be a function that makes a module, not {field!r}.")
         if trace_noise == "auto":
             trace_noise = "exact" if columns <= _EXACT_COLUMNS else "rademacher"
-        super().__init__(solver=solver, regularizers=regularizers, trace_noise=trace_noise)
+        super().__init__(solver=solver, regularizers=regularizers, trace_noise=trace_noise, warm_start=warm_start)
         self.event_shape, self.context = torch.Size([columns]), context
         self.context_shape = torch.Size([context]) if context else None
 

@@ -116,7 +116,7 @@ class Adaptive(Solver):
         return replace(super().of_adjoint(), error_norm="rms")
 
     def march(self, problem: Problem, *, take: StepTaker | None = None) -> Solution:
-        dynamics, z, t_span, first_step, save_steps = problem
+        dynamics, z, t_span, save_steps, _, first_step = problem
         method = self.method
         # an interpolant gives states alone, so a density stops at each output
         interpolate = None if dynamics.divergence else method.interpolate
@@ -150,7 +150,12 @@ class Adaptive(Solver):
         totals = Totals()
         totals.nfe += 1
         if first_step is not None:
-            dt = torch.full_like(span[0].detach(), sign * min(first_step, float((span[-1] - span[0]).abs())))
+            # With the margin of every next step, since the field has changed a little: without it, training on two
+            # moons at 1e-3 took 37 to 39 evaluations where guesses took 35 to 36 and this takes 32 to 33. A step
+            # that reaches the end is not made shorter
+            whole = float((span[-1] - span[0]).abs())
+            begin = whole if first_step >= whole else method.safety * first_step
+            dt = torch.full_like(span[0].detach(), sign * begin)
         else:
             dt = _first_step(dynamics, z, rates.dz, span, sign, self, totals)
         times, states = [span[0].to(device)], [z]
@@ -159,6 +164,7 @@ class Adaptive(Solver):
         while before(t, end):
             if method.fit is not None:
                 dt = method.fit(dt, span[upcoming if interpolate is None else -1] - t, sign)
+            proposed = dt
             # cut the step off at the end of the solve and, without an interpolant, at the next output
             uncut = None
             if before(end, t + dt):
@@ -201,7 +207,9 @@ class Adaptive(Solver):
             else:
                 totals.rejected += 1
             length = dt.detach()
-            if ratio > 0:  # the error grows with the order-th power of a step's length
+            # the error of a sliver, which was cut off, is mostly rounding, from which no longer step follows
+            sliver = safe < math.inf and bool((ratio <= 1) & (length.abs() < 0.1 * proposed.detach().abs()))
+            if ratio > 0 and not sliver:  # the error grows with the order-th power of a step's length
                 safe = min(safe, abs(float(length)) * float(ratio) ** (-1 / method.order))
             if uncut is not None:  # after a stop, torchdyn continues with the part that was cut off
                 rest = uncut - length

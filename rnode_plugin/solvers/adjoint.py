@@ -42,6 +42,8 @@ class AdjointCall:
         interpolated: whether the backward pass reads the states from the accepted steps.
         solution: the solution of the forward pass, without a graph.
         steps: the accepted steps of the forward pass, which the backward pass reads.
+        first_steps: where the backward pass writes its longest safe step, under ``way``.
+        first_step: what was there in the forward pass, so that two backward passes take the same steps.
     """
 
     dynamics: BoundDynamics
@@ -52,6 +54,9 @@ class AdjointCall:
     interpolated: bool = False
     solution: Solution | None = None
     steps: Steps | None = None
+    first_steps: dict[str, float] | None = None
+    way: str = "forward adjoint"
+    first_step: float | None = None
 
 
 def solve_adjoint(call: AdjointCall, z0: Tensor, t_span: Tensor) -> Solution:
@@ -107,7 +112,8 @@ def _sweep(ctx: Any, dz: Tensor, dlogdet: Tensor | None, dpenalties: Sequence[Te
     """The gradients with respect to all inputs, by a sweep from the last output back to the first."""
     t_span, t, z, *params = ctx.saved_tensors
     z = z.detach()  # an output of this node, of which a field could not make a variable
-    pass_ = _Backward(ctx.call, t, z, params, dict(zip(ctx.names, dpenalties, strict=True)))
+    call: AdjointCall = ctx.call
+    pass_ = _Backward(call, t, z, params, dict(zip(ctx.names, dpenalties, strict=True)))
     wants_times, last = ctx.needs_input_grad[2], len(t) - 1
     span_index = _positions(t_span, t) if wants_times else {}
     dt, a = torch.zeros_like(t_span), torch.zeros_like(z[0])
@@ -130,6 +136,8 @@ def _sweep(ctx: Any, dz: Tensor, dlogdet: Tensor | None, dpenalties: Sequence[Te
         if bool(t[k] != t[before]):
             a = pass_.interval(t[k], t[before], z[k], a, dl)
         k = before
+    if call.first_steps is not None and pass_.safe:
+        call.first_steps[call.way] = pass_.longest_safe_step
     if wants_times:
         # a later start shortens the path; the first output is z0 at any start, so `a` has no jump from it here
         dt[0] = -pass_.hamiltonian(t[0], z[0], a, dl, penalties=True)
@@ -158,6 +166,8 @@ class _Backward:
         self.dpenalties = {name: self.sign * g for name, g in dpenalties.items()}
         self.gradients = [torch.zeros_like(p) for p in params]
         self.checked = False
+        self.first_step = call.first_step
+        self.safe: list[tuple[float, float]] = []  # the length of each interval, and its longest safe step
         self.path = None if call.steps is None else _Path(call.dynamics, call.steps, self.sign)
 
     @property
@@ -179,11 +189,20 @@ class _Backward:
             return Rates(rate, None, {str(i): self.sign * g for i, g in enumerate(dparams)})
 
         times = torch.stack([t1, t0]) if path is None else torch.cat([t1[None], path.between(t1, t0), t0[None]])
-        solution = self.solver.march(Problem(FunctionDynamics(adjoint_system), state, times)).check()
+        problem = Problem(FunctionDynamics(adjoint_system), state, times, first_step=self.first_step)
+        solution = self.solver.march(problem).check()
+        if solution.longest_safe_step is not None:
+            self.safe.append((abs(float(t1 - t0)), solution.longest_safe_step))
         for i, gradient in enumerate(self.gradients):
             # the integral for a scalar parameter has shape [1] if the times have that shape
             gradient += solution.penalties[str(i)].reshape(gradient.shape)
         return solution.z[-1] if path is not None else solution.z[-1, 1]
+
+    @property
+    def longest_safe_step(self) -> float:
+        """The longest step that would have passed everywhere but in slivers, whose errors are mostly rounding."""
+        longest = max(length for length, _ in self.safe)
+        return min(safe for length, safe in self.safe if length >= 0.1 * longest)
 
     def hamiltonian(self, t: Tensor, z: Tensor, a: Tensor, dl: Tensor | None, *, penalties: bool) -> Tensor:
         """``H`` at one time and state, summed over the batch."""

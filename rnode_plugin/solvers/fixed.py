@@ -83,7 +83,7 @@ class FixedGrid(Solver):
         return grid_text(self.name, self.step)
 
     def march(self, problem: Problem, *, take: StepTaker | None = None) -> Solution:
-        dynamics, z, t_span, _, save_steps = problem
+        dynamics, z, t_span, save_steps, *_ = problem
         method = self.method
         counts, draws = [1] * (len(t_span) - 1), None
         sampled = self.quadrature == "sampled"

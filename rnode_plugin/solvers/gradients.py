@@ -85,11 +85,11 @@ class Adjoint(Gradient):
         from .adjoint import AdjointCall, solve_adjoint
         from .step import Problem
 
-        dynamics, z, t, first_step, save_steps = problem
+        dynamics, z, t, save_steps, known, first_step = problem
 
         def forward(z: Tensor, t: Tensor) -> Solution:
             # built from the arguments: the graph keeps this function, which must not hold the problem's state
-            return solver.march(Problem(dynamics, z, t, first_step, save_steps or self.interpolated))
+            return solver.march(Problem(dynamics, z, t, save_steps or self.interpolated, None, first_step))
 
         if transforms_active() or not torch.is_grad_enabled():
             solution = forward(z, t)
@@ -99,6 +99,9 @@ class Adjoint(Gradient):
             dynamics, forward, (self.backward or solver).of_adjoint(), self.outputs, dynamics.repeating(),
             interpolated=self.interpolated,
         )  # fmt: skip
+        if known is not None:
+            call.first_steps, call.way = known, f"{problem.way} adjoint"
+            call.first_step = known.get(call.way)
         return solve_adjoint(call, z, t.to(z.device))
 
     def outputs(self, solution: Solution) -> tuple[Tensor, Tensor]:

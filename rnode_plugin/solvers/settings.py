@@ -35,6 +35,9 @@ class SolverSettings:
         error_norm: as for an adaptive solver; a fixed grid refuses ``worst``.
         max_nfe, quadrature: as for both kinds.
         gradient: ``autograd``, ``checkpointed``, ``adjoint`` or ``interpolated_adjoint``.
+        warm_start: whether each step of a training begins its solves with the longest step that would have passed
+            in the step before, see :attr:`DensityModel.first_steps <rnode_plugin.core.distribution.DensityModel>`.
+            It belongs to the model, so :meth:`build` and a fixed grid do not use it.
 
     Raises:
         ConfigError: for an unknown name, a number out of range, and a quadrature that the gradient cannot have.
@@ -56,6 +59,7 @@ class SolverSettings:
     gradient: str = "autograd"
     quadrature: str = "full"
     error_norm: str = "rms"
+    warm_start: bool = True
 
     def __post_init__(self) -> None:
         check_name(self.method, METHODS, "solver method")
@@ -91,4 +95,6 @@ class SolverSettings:
         """Make the solver, a :class:`~rnode_plugin.FixedGrid` or an :class:`~rnode_plugin.Adaptive` one."""
         from .named import solver_of
 
-        return solver_of(**vars(self))
+        options = dict(vars(self))
+        del options["warm_start"]
+        return solver_of(**options)

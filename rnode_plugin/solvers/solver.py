@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.dynamics import BoundDynamics, PathPenalties, refuse_held
 from ..core.followed_solve import ONE_DRAW
 from ..core.health import HealthCheck, health
-from ..core.modes import differs, drop_casts, exporting, on_host, refuse_dual_numbers, transforms_active
+from ..core.modes import differs, drop_casts, exporting, on_host, refuse_dual_numbers, traced, transforms_active
 from ..core.regularizer import StepPenalty
 from ..errors import ConfigError
 from .checks import Tolerance, check_positive, check_quadrature, refuse_sampled_density
@@ -93,7 +93,7 @@ class Solver(ABC):
         z0: Tensor,
         t_span: Tensor | Sequence[float],
         *,
-        first_step: float | None = None,
+        first_steps: dict[str, float] | None = None,
         save_steps: bool = False,
     ) -> Solution:
         """Solve the augmented system (RNODE) from ``t_span[0]`` through all of ``t_span``.
@@ -104,8 +104,13 @@ class Solver(ABC):
             t_span: times ``(T,)``, increasing or decreasing. If they are on the CPU, they are read without waiting
                 for the device. Numbers take the precision of ``z0``. An exported program has the times as
                 constants, so a model that makes them during a call gives numbers.
-            first_step: first step that an adaptive solver tries, such as the ``longest_safe_step`` of an earlier
-                solve of the same field; it is cut off at the end of the solve. None: the solver's ``first_step``.
+            first_steps: what is known from earlier solves of the same field. An adaptive solver first tries the
+                step under the direction of time, ``"forward"`` or ``"backward"``, times the safety factor of its
+                method unless the whole step reaches the end of the solve, and writes its ``longest_safe_step``
+                there. The backward pass of a continuous adjoint does the same
+                with ``"forward adjoint"`` or ``"backward adjoint"``. A direction that is missing, and None, begin
+                with the solver's ``first_step``. Inside a transform of torch.func, an export and torch.compile
+                nothing is known, and nothing is written.
             save_steps: whether the solution holds the accepted steps.
 
         Returns:
@@ -130,8 +135,13 @@ class Solver(ABC):
         if dynamics.held:
             through_steps = self.gradient.through_steps or transforms_active()
             refuse_held(dynamics.held, t_span, through_steps=through_steps)
-        problem, path = Problem(dynamics, z0, t_span, first_step, save_steps), dynamics.path
+        problem, path = Problem(dynamics, z0, t_span, save_steps), dynamics.path
+        known = None if traced() or torch.compiler.is_compiling() else first_steps
+        if known is not None:
+            problem = problem._replace(first_steps=known, first_step=known.get(problem.way))
         solution = self.gradient.solve(self, problem) if path is None else self._solve_with_path(problem, path)
+        if known is not None and solution.longest_safe_step is not None:
+            known[problem.way] = solution.longest_safe_step
         return solution if save_steps or solution.steps is None else replace(solution, steps=None)
 
     def _solve_with_path(self, problem: Problem, path: PathPenalties) -> Solution:

@@ -55,13 +55,22 @@ StepTaker = Callable[[Tensor, Tensor, Tensor, "Rates | None", "Draw | None"], St
 
 
 class Problem(NamedTuple):
-    """An initial value problem with the options of :meth:`Solver.solve`."""
+    """An initial value problem with the options of :meth:`Solver.solve`.
+
+    ``first_step`` is what ``first_steps`` holds for this solve, which does not read it a second time.
+    """
 
     dynamics: BoundDynamics
     z: Tensor
     t_span: Tensor
-    first_step: float | None = None
     save_steps: bool = False
+    first_steps: dict[str, float] | None = None
+    first_step: float | None = None
+
+    @property
+    def way(self) -> str:
+        """The direction of time, the key of a solve in ``first_steps``."""
+        return "forward" if bool(self.t_span[-1] >= self.t_span[0]) else "backward"
 
 
 class Integrator(Protocol):

@@ -60,6 +60,8 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         solver: a :class:`~rnode_plugin.FixedGrid` or :class:`~rnode_plugin.Adaptive` object, or the name of its
             method. In contrast to :class:`~rnode_plugin.NeuralODE`, ``"rk4"`` is the classical method, of order 4
             for a field that depends on time too. The attribute ``solver`` is the object.
+        warm_start: whether each solve of an adaptive solver begins with the longest step that would have passed
+            in the last one; see :attr:`DensityModel.first_steps`. :meth:`trajectory` does not take part.
         options: of a solver that is given by its name: ``atol`` and ``rtol`` of an adaptive solver, 1e-5, the
             paper's, unless given; ``sensitivity``, ``solver_adjoint``, ``atol_adjoint``, ``rtol_adjoint``,
             ``max_nfe`` and ``error_norm`` as in :class:`~rnode_plugin.NeuralODE`.
@@ -95,6 +97,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         regularizers: Regularizers = ("kinetic", "jacfrob"),
         t_span: Tensor | Sequence[float] | None = None,
         solver: str | Solver = "dopri5",
+        warm_start: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -107,6 +110,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         self.keep_regularizers(resolve_regularizers(regularizers))
         self.solver = _solver_of(solver, options)
         self.solver.check_use(self._penalties.kinds.steps)
+        self.first_steps = {} if warm_start else None
         if t_span is None and isinstance(self.solver, FixedGrid) and self.solver.step is None:
             raise ConfigError(
                 f"{self.solver.name} would take one step from the data to the base: give "
@@ -186,6 +190,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         solver: Solver | None = None,
         estimator: str | TraceEstimator | None = None,
         regularizers: Sequence[Regularizer] = (),
+        warm_start: bool = False,
     ) -> RegularizedCNF:
         """A copy that shares the submodules, with another solver, trace estimator or penalties.
 
@@ -197,9 +202,12 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             estimator: the estimator of the trace, or its name; None: the model's.
             regularizers: the penalties that the copy follows. Those that the model has keep its lambda. A span
                 policy of the model, such as a learned end time, stays.
+            warm_start: as for the class; the copy knows no steps yet.
         """
         solver, times = self._on_grid(solver)
-        twin = super().solved_with(solver=solver, estimator=estimator, regularizers=regularizers)
+        twin = super().solved_with(
+            solver=solver, estimator=estimator, regularizers=regularizers, warm_start=warm_start
+        )
         weighted, mine = resolve_regularizers(twin.regularizers), self._penalties.weighted
         for name in weighted.keys() & mine.keys():
             weighted[name] = weighted[name]._replace(strength=mine[name].strength)
@@ -268,7 +276,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         """
         solver, times = self._on_grid(solver)
         times = FollowedSolve.of(self._penalties.kinds).times(times, like=z, backward=True)
-        return self._states(z, times, context, solver)[-1]
+        return self._states(z, times, context, solver, self.first_steps_of())[-1]
 
     def inverse_and_log_prob(
         self,
@@ -381,7 +389,8 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
                 self.net, x, rows, solver, kinds=followed.kinds, estimator=self.estimator,
             )  # fmt: skip
             bound = dynamics.bind(dynamics.draw(x) if noise is None else noise[0])
-            solution = solver.solve(bound, x.clone(), times)  # a field may write into its state, but not into x
+            # a field may write into its state, but not into x
+            solution = solver.solve(bound, x.clone(), times, first_steps=self.first_steps_of())
             if check:
                 solution.check()
             assert solution.logdet is not None
@@ -398,12 +407,19 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
                 health=solution.health,
             )
 
-    def _states(self, x: Tensor, times: Tensor, context: Tensor | None, solver: Solver) -> Tensor:
+    def _states(
+        self,
+        x: Tensor,
+        times: Tensor,
+        context: Tensor | None,
+        solver: Solver,
+        first_steps: dict[str, float] | None = None,
+    ) -> Tensor:
         """The states at ``times``, without density and penalties."""
         self.check_state(x, self.event_shape)
         with outside_inference(x, self.context_rows(context, x), times) as (x, rows, times):
             dynamics = NetDynamics(self.net, x, rows, solver, estimator=self.estimator, divergence=False)
-            solution = solver.solve(dynamics.bind(None), x.clone(), times).check()
+            solution = solver.solve(dynamics.bind(None), x.clone(), times, first_steps=first_steps).check()
             self.nfe = solution.stats.nfe
             return solution.z
 

@@ -96,6 +96,11 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             evaluation, so there the quadrature stays full.
         error_norm: ``"rms"``, or ``"worst"`` for steps in which each sample meets the tolerances of an adaptive
             solver, see :class:`~rnode_plugin.Adaptive`.
+        warm_start: whether each call with an adaptive solver begins with the longest step that would have passed in
+            the last one, as does the backward pass of a continuous adjoint. Otherwise each call guesses its first
+            step, as torchdyn does. :meth:`trajectory` does not take part. The attribute ``first_steps`` holds the
+            steps by direction of time. Copies by deepcopy and pickle keep them, a ``state_dict`` does not have
+            them, and ``model.first_steps.clear()`` forgets them.
 
     After a call :attr:`regularization` holds the integral of each penalty along the trajectory, and
     :meth:`reg_loss` gives their weighted sum. :meth:`trajectory` does not integrate penalties and keeps those from
@@ -138,6 +143,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     _resolved: tuple[list[object], Solver] | None = None
     _known: tuple[object, Takes] = (None, Takes("?"))
     _columns_known: bool = False
+    first_steps: dict[str, float] | None = None
 
     def __init__(
         self,
@@ -163,6 +169,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         batch_dim: int | None = 0,
         quadrature: str = "full",
         error_norm: str = "rms",
+        warm_start: bool = False,
     ) -> None:
         given = _installed if regularizers is None else _Installed(regularizers)
         weighted = resolve_regularizers(given.regularizers)
@@ -197,7 +204,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
                 interpolator=interpolator, integral_loss=integral_loss, seminorm=seminorm,
                 return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
             )  # fmt: skip
-        self.solver_adjoint = backward
+        self.solver_adjoint, self.first_steps = backward, {} if warm_start else None
         self._penalties, self._tally = Penalties(weighted), given.tally
         self._followed = Followed(Kinds(), get_estimator(trace_noise), columns, batch_dim)
         self._max_nfe, self._quadrature, self._error_norm = max_nfe, quadrature, error_norm
@@ -294,7 +301,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
                 lone = system.event_shape is None and followed.penalized is None and followed.batch_dim == 0
                 self._columns_known = not lone or look_for_columns(system, t_span[0], x)
             nfe = self.vf.nfe
-            solution = solver.solve(system, x, t_span).check()
+            solution = solver.solve(system, x, t_span, first_steps=self.first_steps).check()
             self.vf.nfe = nfe + solution.stats.nfe  # not counting the evaluation that prepares checkpointing
             if kept is not None:
                 solution = replace(solution, t=solution.t[kept], z=solution.z[kept])
@@ -517,8 +524,8 @@ def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> 
 
     From then on every object of that class, also one that was made before, is solved by rnode_plugin: with the same
     values, with correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``batch_dim=``,
-    ``quadrature=``, ``error_norm=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second call replaces the
-    ``regularizers``.
+    ``quadrature=``, ``error_norm=``, ``warm_start=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second
+    call replaces the ``regularizers``.
 
     It affects this process only. ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed.
 

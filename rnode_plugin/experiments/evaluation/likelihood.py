@@ -142,7 +142,8 @@ class _Solves:
         seed: int,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self._measure, self._flow = measure, _with_least_noise(flow, measure)
+        self._measure = measure
+        self._flow, self._cold = (_with_least_noise(flow, measure, warm_start=warm) for warm in (True, False))
         self._samples, self._solver, self._seed, self._progress = samples, solver, seed, progress
         self.batches = [slice(first, first + batch_size) for first in range(0, len(samples), batch_size)]
         self.scores: dict[tuple[int, int, int], Tensor] = {}
@@ -154,7 +155,6 @@ class _Solves:
         self._device = next(flow.parameters()).device
         # the solves of one draw of everything, and of the second draw of the first samples
         self._total = len(self._kinds) * (len(self.batches) + self._pilot)
-        self._safe_steps: tuple[float | None, ...] = ()  # the longest safe step of each block in the last solve
 
     def choose_draws(self) -> int:
         """Choose the number of draws that makes the noise small enough, from two draws of the first samples."""
@@ -195,14 +195,8 @@ class _Solves:
         # solver
         with seeded(self._seed, Stream.VALIDATE, draw, kind, index):
             x, context = self._measure.quantities[kind].inputs(batch_of(self._samples, batch).to(self._device))
-            # only models that report safe steps take them as an option, which DensityModel does not have
-            encode: Callable[..., FlowOutput] = self._flow.encode
-            known = {"first_steps": self._safe_steps} if self._safe_steps and not alone else {}
-            full = self._flow.full_quadrature(solver)
-            output = encode(x, context=context, solver=full, penalties=penalties, **known)
-        if not alone:
-            self._safe_steps = output.longest_safe_steps
-        return output
+            flow = self._cold if alone else self._flow
+            return flow.encode(x, context=context, solver=flow.full_quadrature(solver), penalties=penalties)
 
     def scores_of(self, output: FlowOutput) -> Tensor:
         """Return the scores ``(B,)`` of a solve, in double precision on the CPU, where they are averaged."""
@@ -233,12 +227,12 @@ class _Solves:
         return torch.stack(rows)
 
 
-def _with_least_noise(flow: DensityModel, measure: AnyTask) -> DensityModel:
+def _with_least_noise(flow: DensityModel, measure: AnyTask, *, warm_start: bool) -> DensityModel:
     """Return a view of the flow, which shares its parameters, with the trace estimator for an evaluation."""
-    if isinstance(flow.estimator, Exact):
-        return flow
-    quiet = copy.copy(flow)  # shallow, so that the caller's flow keeps its estimator
-    quiet.estimator = Exact() if is_exact(flow, measure) else Hutchinson("rademacher")
+    quiet = copy.copy(flow)  # shallow, so that the caller's flow keeps its estimator and its steps
+    quiet.first_steps = {} if warm_start else None
+    if not isinstance(flow.estimator, Exact):
+        quiet.estimator = Exact() if is_exact(flow, measure) else Hutchinson("rademacher")
     return quiet
 
 

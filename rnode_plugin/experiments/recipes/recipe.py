@@ -194,12 +194,13 @@ class Recipe:
     def ffjord(self) -> Recipe:
         """Return the FFJORD baseline (section 6), without penalties or flow matching, with dopri5 at 1e-5.
 
-        It keeps the gradient, the error norm and the largest NFE of the recipe's solver.
+        Each of its solves begins with a step of 1/6, as the paper's, so it does not begin warm. It keeps the
+        gradient, the error norm and the largest NFE of the recipe's solver.
         """
         own = self.solver
         solver = SolverSettings(
             method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6, max_nfe=own.max_nfe, gradient=own.gradient,
-            error_norm=own.error_norm,
+            error_norm=own.error_norm, warm_start=False,
         )  # fmt: skip
         name = self.name if self.name.endswith("-ffjord") else f"{self.name}-ffjord"
         with refused():
@@ -363,7 +364,12 @@ def _without_effect_on_solver(solver: SolverSettings, group: str, key: str) -> s
             f", because {solver.name} chooses its own steps: give {group}.method=rk4_38 too, or {group}.atol and "
             f"{group}.rtol instead."
         )
-    if not solver.adaptive and key in ("atol", "rtol", "first_step"):
+    if group == "test_solver" and key == "warm_start":
+        return (
+            ": only training reads it. An evaluation begins its second batch with the steps of the first, and "
+            "measures the NFE in solves that do not. Leave it out."
+        )
+    if not solver.adaptive and key in ("atol", "rtol", "first_step", "warm_start"):
         return (
             f", because {solver.name} takes the steps of a fixed grid: give {group}.method=dopri5 too, or "
             f"{group}.step instead."

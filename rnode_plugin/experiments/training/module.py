@@ -6,7 +6,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import pytorch_lightning as L
 import torch
@@ -49,7 +49,8 @@ class RnodeModule(L.LightningModule):
     - Each step logs ``train/loss`` in nats per dimension, ``train/bpd`` (for a table ``train/nll``, nats per row),
       ``train/nfe``, each penalty as ``train/NAME``, per dimension where the objective divides it,
       ``train/grad_norm``, ``train/skipped`` and ``lr``. A step of flow matching logs ``train/matching``, the
-      squared error per dimension, in place of loss, score and penalties.
+      squared error per dimension, in place of loss, score and penalties. With ``solver.warm_start`` an adaptive
+      solver begins warm, so ``train/nfe`` is less than the NFE of the model, ``val/nfe``.
     - Each validation logs ``val/bpd`` or ``val/nll``, ``val/nfe``, ``val/NAME`` and, for a fixed grid, ``val/gap``,
       the error of the training solver in the unit of the score.
 
@@ -111,6 +112,8 @@ class RnodeModule(L.LightningModule):
         self._terms: list[StepTerms] = []  # the terms of each batch in this step, on this device
         self._values: dict[str, Tensor | float] = {}  # values of the last step to log, tensors of this device
         self._row: dict[str, float] | None = None  # the same values as numbers and as means over the devices
+        # the first steps of the next solves of each device, or of each batch in the place of a device
+        self._first_steps: dict[int, dict[int, dict[str, float]]] = {}
         self._groups: list[dict[str, object]] = []  # settings of the optimizer; empty if a subclass makes its own
         self._warned = False
 
@@ -145,7 +148,14 @@ class RnodeModule(L.LightningModule):
         """Compute the loss of a batch, with the noise of this step on the device with this number."""
         # seeded in each step, so a resumed run needs no saved state of a generator
         seed_everything(self.recipe.training.seed, Stream.TRAIN, device, self.global_step)
-        return self.loss(batch, self.global_step)
+        if not (self.recipe.solver.adaptive and self.recipe.solver.warm_start):
+            return self.loss(batch, self.global_step)
+        # in this call alone, so that validations and samples neither begin warm nor change the steps of training
+        before, self.flow.first_steps = self.flow.first_steps, self._first_steps.setdefault(device, {})
+        try:
+            return self.loss(batch, self.global_step)
+        finally:
+            self.flow.first_steps = before
 
     # Lightning calls this after the last backward pass of a step, when the gradient is averaged over the batches
     # and devices, and is no longer scaled for 16-mixed
@@ -352,11 +362,21 @@ class RnodeModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         # the header makes Lightning's checkpoint one of ours, from which load_flow rebuilds the model
-        progress = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
+        # Lightning calls this in all processes, and the first one writes
+        rank, world = self.global_rank, self.trainer.world_size
+        known = [{device: each for device, each in self._first_steps.items() if device % world == rank}]
+        if world > 1:
+            known = known * world
+            torch.distributed.all_gather_object(known, known[0])
+        first_steps = {device: steps for each in known for device, steps in each.items()}
+        progress = {
+            "skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "first_steps": first_steps,
+        }  # fmt: skip
         checkpoint.update(header_with(self.recipe, self.facts), progress=progress)
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
-        progress = cast("dict[str, int]", checkpoint["progress"])
+        progress = cast("dict[str, Any]", checkpoint["progress"])
         self.skipped, self.skipped_in_row = progress["skipped"], progress["skipped_in_row"]
+        self._first_steps = progress["first_steps"]
         self.facts = self.facts or facts_of(checkpoint)
         self._is_fresh = False
