@@ -324,6 +324,13 @@ def test_a_run_that_fails_leaves_the_others_alone(recipe: Recipe, training: Trai
         run(recipe, tmp_path / "d", "none")
 
 
+@pytest.mark.parametrize(("jobs", "advice"), [(1, " digits-rnode"), (2, " A lower --jobs trains fewer runs")])
+def test_a_run_that_was_killed(recipe: Recipe, training: Training, tmp_path: Path, jobs: int, advice: str) -> None:
+    training.program.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    with pytest.raises(TrainingError, match=rf"exit code -9\. It was killed: [^.]*\.{advice}"):
+        run(recipe, tmp_path / "c", "none", "rnode", jobs=jobs)
+
+
 def test_a_run_that_another_process_has_finished_meanwhile_has_not_failed(
     recipe: Recipe, training: Training, tmp_path: Path
 ) -> None:
@@ -413,7 +420,7 @@ def test_its_end_is_the_end_of_its_runs(training: Training, tmp_path: Path, sign
 
 
 def test_a_line_that_cannot_be_printed_ends_all_runs(recipe: Recipe, training: Training, tmp_path: Path) -> None:
-    (training.folder / "rnode_cli.py").write_text(
+    training.program.write_text(
         "import signal, sys, time; from pathlib import Path\n"
         f"here = Path({str(tmp_path)!r})\n"
         "signal.signal(signal.SIGTERM, lambda *_: ((here / 'ended').touch(), sys.exit(143)))\n"
@@ -428,7 +435,7 @@ def test_a_line_that_cannot_be_printed_ends_all_runs(recipe: Recipe, training: T
 
     began = time.monotonic()
     with pytest.raises(BrokenPipeError):
-        run(recipe, tmp_path / "c", configurations=("none", "kinetic", "rnode"), jobs=2, announce=announce)
+        run(recipe, tmp_path / "c", "none", "kinetic", "rnode", jobs=2, announce=announce)
     assert (tmp_path / "ended").exists()
     assert time.monotonic() - began < 15, "the first run has gone on to its end"
 

@@ -104,7 +104,7 @@ def compare(
         left = _left(planned, accelerator, max_time, tell, wait=True)
         codes = _train(left, _slots(accelerator, jobs), tell, progress=announce is not None and jobs == 1)
         failed = [
-            f"{run.name}: its process ended with exit code {code}.{_hint(code)}"
+            f"{run.name}: its process ended with exit code {code}.{_hint(code, jobs)}"
             for run, code in zip(left, codes, strict=True)
             if code and not _was_done_by_another(run, max_time, tell)
         ]
@@ -339,7 +339,8 @@ def _was_done_by_another(run: _Left, max_time: float | None, announce: Callable[
         return _options(Run(run.folder), max_time) is None
 
 
-def _hint(code: int) -> str:
-    return (
-        " It was killed: the memory may not have sufficed. --jobs 1 trains one run at a time." if code == -9 else ""
-    )
+def _hint(code: int, jobs: int) -> str:
+    if code != -9:
+        return ""
+    advice = " A lower --jobs trains fewer runs at the same time." if jobs > 1 else ""
+    return f" It was killed: the memory may not have sufficed.{advice}"
