@@ -323,8 +323,8 @@ def compare(
     A FILE maps names to penalties: {"weak": {"kinetic": 0.001}, "sweep": {"kinetic": [0.01, 0.1]}}. A list of
     lambdas makes a configuration of each.
 
-    The runs are trained one after the other. Runs that train at the same time on a CPU take longer steps than one
-    alone.
+    Without --jobs the runs are trained one after the other. Runs that train at the same time on a CPU take longer
+    steps than one alone.
     """
     from ..experiments.comparison.configurations import configured_recipes
     from ..experiments.recipes.recipe import get_recipe

@@ -53,7 +53,7 @@ def save_flow(
     """Write the weights of ``flow`` and the recipe that builds it. :func:`load_flow` reads the file.
 
     A ``path`` that ends in ``.safetensors`` gets that format, which many programs read. Its metadata hold the
-    recipe and a checksum of everything.
+    recipe, the facts and a checksum of everything.
 
     Args:
         flow: the model.
