@@ -84,12 +84,10 @@ def refuse_dual_numbers() -> None:
 
 
 @lru_cache(maxsize=512)
-def constant(values: float | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as a tensor, cached because every step needs them. Do not write into the result."""
     # a tensor made in inference mode could not serve a later backward pass
     with on_host(), torch.inference_mode(False):
-        if isinstance(values, float):  # full needs no copy from the host, for which the host would wait
-            return torch.full((), values, dtype=dtype, device=device)
         return torch.tensor(values, dtype=dtype, device=device)
 
 
