@@ -109,6 +109,13 @@ def with_weight_norm() -> Any:
     return field
 
 
+class Damped(StackField):
+    """A stack with a forward pass of its own, which its products would miss."""
+
+    def forward(self, t: Tensor | float, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().forward(t, z, context) - 3 * z
+
+
 class StateFirst(nn.Module):
     """In the order of flow_matching's models."""
 
@@ -172,6 +179,11 @@ class Joined(nn.Module):
 
 def normed(*, training: bool) -> nn.Module:
     return Joined(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 4)).train(training)
+
+
+def positions_over_velocities(t: Tensor, z: Tensor) -> Tensor:
+    position, velocity = z.chunk(2)
+    return torch.cat([velocity, -position])
 
 
 class Mean(nn.Module):
@@ -283,6 +295,7 @@ FIELDS: dict[str, Case] = {
     "linear with a hook": Case(lambda: hooked(make_field("linear"))),
     "conv with a hook on a layer": conv(lambda: hooked(field := make_field("conv"), field.layers[1])),
     "linear with weight norm": Case(with_weight_norm),
+    "linear with a forward of its own": Case(lambda: Damped(make_field("linear").layers)),
     "linear with a hook at a context": Case(lambda: at_context(hooked(linear_field(4, hidden=6, context=2)))),
     "module": Case(lambda: Wave(4)),
     "function": Case(lambda: lambda t, z: torch.sin(3 * t) * z - z**3 * t),
@@ -321,5 +334,6 @@ FIELDS: dict[str, Case] = {
     ),
     "group norm": Case(lambda: Joined(nn.Linear(5, 6), nn.GroupNorm(1, 6), nn.Tanh(), nn.Linear(6, 4))),
     "samples that mix": Case(Mean, mixes=True),
+    "positions over velocities": Case(lambda: positions_over_velocities, shape=(4, 2), mixes=True),
     "dropout": Case(lambda: Joined(nn.Linear(5, 20), nn.Tanh(), nn.Dropout(0.3), nn.Linear(20, 4)), draws=True),
 }
