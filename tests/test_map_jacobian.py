@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from density_models import MODELS, linear, make
-from problems import Wave
 from torch import Tensor, nn
-from torch.distributions import Independent, MultivariateNormal, Normal
+from torch.distributions import MultivariateNormal
 from torch.func import grad, jvp, vmap
 
 from rnode_plugin import Adaptive, DensityModel, FixedGrid, RegularizedCNF
@@ -36,21 +35,6 @@ def of_linear(a: Tensor, solver: str = "midpoint", steps: int = 2, **options: An
     return RegularizedCNF(linear(a), event_shape=len(a), solver=solver, t_span=times, **options).double()
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("solver", POLYNOMIALS)
-def test_the_determinant_of_a_linear_map(solver: str, steps: int) -> None:
-    """The samples are Gaussian with the covariance ``M M^T``, and their density is of that Gaussian."""
-    torch.manual_seed(0)
-    model, m = of_linear(MATRIX, solver, steps), back(MATRIX, solver, steps)
-    z = torch.randn(5, 3).double()
-    x, log_prob = model.inverse_and_log_prob(z, jacobian="map")
-    torch.testing.assert_close(x, z @ m.T)
-    exact = MultivariateNormal(torch.zeros(3).double(), m @ m.T).log_prob(x)
-    torch.testing.assert_close(log_prob, exact, rtol=1e-12, atol=1e-12)
-    trace = model.inverse_and_log_prob(z)[1]
-    assert float((trace - exact).abs().min()) > 1e-5  # which is the density of another map
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_the_determinant_of_each_model(name: str) -> None:
     model, x, given = make(name, QUICK)
@@ -66,35 +50,6 @@ def test_the_determinant_of_each_model(name: str) -> None:
         torch.testing.assert_close(log_prob, exact, rtol=1e-9, atol=1e-9)
         assert found.requires_grad == log_prob.requires_grad == gradients
     assert model.nfe == 8 * len(model.block_shapes)
-
-
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("rk4_38", 4)])
-def test_trace_and_map_agree_at_fine_steps_with_the_order_of_the_method(method: str, order: int) -> None:
-    model, _, _ = make("cnf")
-    z, gaps = torch.randn(6, 2, generator=torch.Generator().manual_seed(1)).double(), []
-    for steps in (8, 16):
-        grid = model.solved_with(solver=FixedGrid(method, step=1 / steps))
-        by_map, by_trace = (grid.inverse_and_log_prob(z, jacobian=each)[1] for each in ("map", "trace"))
-        gaps.append(float((by_map - by_trace).abs().max()))
-    assert gaps[1] > 0
-    assert math.log2(gaps[0] / gaps[1]) == pytest.approx(order, abs=0.35)
-
-
-def test_the_density_of_a_coarse_map_integrates_to_one() -> None:
-    """In one dimension, over the samples of a fine grid of latents, by the trapezoidal rule."""
-    model = RegularizedCNF(
-        Wave(1), event_shape=1, trace_estimator="exact", solver="euler", t_span=(0.0, 1.0)
-    ).double()
-    for parameter, value in zip(model.parameters(), (0.8, 0.3, 1.5), strict=True):
-        nn.init.constant_(parameter, value)
-    z = torch.linspace(-9, 9, 16_001).double()[:, None]
-    with torch.no_grad():
-        integrals = {}
-        for jacobian in ("map", "trace"):
-            x, log_prob = model.inverse_and_log_prob(z, jacobian=jacobian)
-            integrals[jacobian] = float(torch.trapezoid(log_prob.exp(), x[:, 0]))
-    assert integrals["map"] == pytest.approx(1, abs=1e-6)
-    assert abs(integrals["trace"] - 1) > 0.01
 
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
@@ -160,23 +115,6 @@ def test_contexts_are_cut_with_the_latents(monkeypatch: pytest.MonkeyPatch) -> N
         whole = model.inverse_and_log_prob(z, **given, jacobian="map")
         monkeypatch.setattr(map_jacobian, "_BATCH", 2)
         torch.testing.assert_close(model.inverse_and_log_prob(z, **given, jacobian="map"), whole)
-
-
-def test_log_z_of_few_steps_has_no_bias_by_the_map() -> None:
-    torch.manual_seed(2)
-    model = RegularizedCNF(
-        Wave(3), event_shape=3, trace_estimator="exact", solver="midpoint", t_span=torch.linspace(0, 1, 3)
-    ).double()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter)
-    target = Independent(Normal(torch.zeros(3).double(), torch.ones(3).double()), 1)
-    z = {}
-    for jacobian in ("map", "trace"):
-        torch.manual_seed(10)
-        found = model.importance_sample(target.log_prob, 200_000, jacobian=jacobian)
-        z[jacobian] = float(found.log_z / found.log_z_error)
-    assert abs(z["map"]) < 3.5
-    assert abs(z["trace"]) > 7
 
 
 def test_a_distribution_gives_the_density_of_its_samples() -> None:
