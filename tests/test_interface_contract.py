@@ -16,7 +16,7 @@ import torchdiffeq
 from dense_rates import integrals
 from problems import Wave, difference, directions, slope
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
 
 import rnode_plugin
@@ -392,16 +392,28 @@ def test_threads_have_their_own_penalties(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_vmap_and_functional_call_over_fixed_steps(name: str) -> None:
-    """Single samples by vmap, and other parameters by functional_call."""
-    model, z = FACES[name].make(Wave(2), BOTH, "rk4"), states()
+def test_the_transforms_of_torch_func_over_fixed_steps(name: str) -> None:
+    """Single samples by vmap, derivatives by the state and by the parameters, and other parameters."""
+    # inside of a transform an adjoint differentiates the steps
+    of_steps = {"adjoint": "autograd", "torchdyn's class, adjoint": "torchdyn's class"}.get(name, name)
+    plain, model = (FACES[each].make(Wave(2), BOTH, "rk4") for each in (of_steps, name))
+    assert isinstance(plain, Model)
     assert isinstance(model, Model)
 
-    def loss(z: Tensor) -> Tensor:
+    def loss(z: Tensor, model: Model = model) -> Tensor:
         values, penalties = model(z)
-        return end_of(name, values).flatten(1).sum(1) if values.ndim > 1 else values + sum(penalties.values())
+        end = end_of(name, values)
+        return end.sin().reshape(len(z), -1).sum(1) + sum(penalties.values())
 
+    start = states().requires_grad_()
+    wanted, *by_parameters = torch.autograd.grad(loss(start, plain).sum(), [start, *plain.module.parameters()])
+    z = states()
     torch.testing.assert_close(vmap(lambda x: loss(x[None])[0])(z), loss(z))
+    torch.testing.assert_close(grad(lambda z: loss(z).sum())(z), wanted)
+    torch.testing.assert_close(vmap(grad(lambda x: loss(x[None])[0]))(z), wanted)
+    for transform in (jacrev, jacfwd):
+        torch.testing.assert_close(transform(loss)(z).sum(0), wanted)
+    torch.testing.assert_close(jvp(loss, (z,), (z,))[1], (wanted * z).sum(1))  # samples do not mix
 
     class Loss(nn.Module):
         def __init__(self) -> None:
@@ -412,7 +424,10 @@ def test_vmap_and_functional_call_over_fixed_steps(name: str) -> None:
             return loss(z)
 
     whole = Loss()
-    doubled = {key: 2 * x.detach() for key, x in whole.named_parameters()}
+    own = {key: x.detach() for key, x in whole.named_parameters()}
+    found = grad(lambda p: functional_call(whole, p, (z,)).sum())(own)
+    torch.testing.assert_close(list(found.values()), by_parameters)
+    doubled = {key: 2 * x for key, x in own.items()}
     found = functional_call(whole, doubled, (z,))
     before = loss(z)
     with torch.no_grad():
