@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from problems import Linear, Wave, counted_products, linear_closed_form
-from regularizer_table import Weighed
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 from torch.utils.checkpoint import checkpoint
@@ -346,13 +345,12 @@ def test_mistakes(make: Callable[[], object], message: str) -> None:
 
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
 def test_max_nfe_and_explosions_end_in_an_error(solver: str) -> None:
-    x = torch.ones(2, 2)
+    x, explosive = torch.ones(2, 2), NeuralODE(lambda t, x: x**3 * 100, solver)
     with pytest.raises(SolverError, match="budget of 5"):
         NeuralODE(lambda t, x: -x, solver, max_nfe=5)(x, torch.linspace(0, 1, 50))
-    with pytest.raises(SolverError, match=r"no longer finite|underflow"):
-        NeuralODE(lambda t, x: x**3 * 100, solver)(x, torch.linspace(0, 9, 10))
-    with pytest.raises(SolverError):
-        NeuralODE(lambda t, x: x**3 * 100, solver).trajectory(x, torch.linspace(0, 9, 10))
+    for call in (explosive, explosive.trajectory):
+        with pytest.raises(SolverError, match=r"no longer finite|underflow"):
+            call(x, torch.linspace(0, 9, 10))
 
 
 def test_dict_states_go_to_torchdyns_own_loop() -> None:
@@ -424,10 +422,6 @@ def speed(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
     return dz.abs().sum(1)
 
 
-def layers() -> nn.Module:
-    return nn.Sequential(DepthCat(1), nn.Linear(4, 3), nn.Tanh(), DataControl(), nn.Linear(6, 3))
-
-
 def galerkin() -> nn.Module:
     return nn.Sequential(DepthCat(1), GalLinear(3, 3, expfunc=Fourier(2)), DataControl(), nn.Linear(6, 3))
 
@@ -453,11 +447,10 @@ def solution(model: nn.Module) -> Tensor:
     return model(torch.ones(4, 3))[1]
 
 
-@pytest.mark.parametrize("sensitivity", GRADIENTS)
 @pytest.mark.parametrize("name", COPIED)
-def test_deepcopy_and_pickle_after_use(name: str, sensitivity: str) -> None:
+def test_deepcopy_and_pickle_after_use(name: str) -> None:
     torch.manual_seed(0)
-    model = called(COPIED[name](), sensitivity=sensitivity)
+    model = called(COPIED[name]())
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -535,17 +528,6 @@ def test_vf_params_are_those_of_now() -> None:
     assert model.double().vf_params.dtype == torch.float64
 
 
-@pytest.mark.parametrize("sensitivity", GRADIENTS)
-def test_double_after_construction(sensitivity: str) -> None:
-    torch.manual_seed(0)
-    # torchdyn's Galerkin layers make their weights in single precision
-    model = called(layers(), sensitivity=sensitivity).double()
-    _, sol = model(torch.ones(4, 3, dtype=torch.float64), torch.linspace(0, 1, 3, dtype=torch.float64))
-    (sol[-1].sum() + model.reg_loss()).backward()
-    assert sol.dtype == torch.float64
-    assert all(p.grad.dtype == torch.float64 for p in model.parameters() if p.grad is not None)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
 def test_to_cuda_after_construction(sensitivity: str) -> None:
@@ -559,41 +541,21 @@ def test_to_cuda_after_construction(sensitivity: str) -> None:
         assert all(p.grad is None or p.grad.is_cuda for p in model.parameters())
 
 
-@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
-def test_sampled_penalties(solver: str) -> None:
-    """The Jacobian of a linear field is constant, so every draw is exact; other draws differ by the seed."""
-    z = torch.randn(5, 3, dtype=torch.float64)
-    t = torch.cat([torch.zeros(1), torch.linspace(0.7, 1, 8)]).double()
+def test_sampled_penalties_follow_torchs_seed() -> None:
+    z, t = torch.randn(5, 3, dtype=torch.float64), torch.linspace(0, 1, 8).double()
 
-    def penalties(field: nn.Module, quadrature: str, seed: int = 0) -> dict[str, Tensor]:
-        model = NeuralODE(field, solver, trace_noise="exact", quadrature=quadrature, regularizers=BOTH)
+    def jacfrob(quadrature: str, seed: int = 0) -> Tensor:
+        model = NeuralODE(Wave(), "rk4", trace_noise="exact", quadrature=quadrature, regularizers=BOTH)
         torch.manual_seed(seed)
         model(z, t)
-        return model.regularization
+        return model.regularization["jacfrob"]
 
-    close: Any = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=0)
-    close(penalties(Linear(3), "sampled"), penalties(Linear(3), "full"))
-    full = penalties(Wave(), "full")
-    first, again, other = (penalties(Wave(), "sampled", seed) for seed in (0, 0, 1))
-    close(first["kinetic"], full["kinetic"])
-    assert torch.equal(first["jacfrob"], again["jacfrob"])
-    assert not torch.equal(first["jacfrob"], other["jacfrob"])
-    assert not torch.equal(first["jacfrob"], full["jacfrob"])
+    first = jacfrob("sampled")
+    assert torch.equal(first, jacfrob("sampled"))
+    assert not torch.equal(first, jacfrob("sampled", seed=1))
+    assert not torch.equal(first, jacfrob("full"))
     with pytest.raises(ConfigError, match="did you mean 'sampled'"):
         NeuralODE(Wave(), quadrature="sample")
-
-
-def test_penalties_of_a_second_order_field_are_those_of_its_first_order_system() -> None:
-    """x'' = -x: the state (x, v) moves with (v, -x), of constant norm, and a Jacobian of squared norm 2."""
-    x = torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64)
-    model = NeuralODE(
-        lambda t, s: -s[:, :1], "dopri5", order=2, atol=1e-9, rtol=1e-9, regularizers=["kinetic", "jacfrob"],
-        trace_noise="exact",
-    )  # fmt: skip
-    model(x, torch.tensor([0.0, 2.0], dtype=torch.float64))
-    both = torch.full((2,), 2.0, dtype=torch.float64)
-    torch.testing.assert_close(model.regularization["kinetic"], both * 1)
-    torch.testing.assert_close(model.regularization["jacfrob"], both * 2)
 
 
 def test_nothing_is_computed_without_gradients_or_in_eval_unless_asked() -> None:
@@ -641,19 +603,6 @@ def test_stale_penalties_are_refused(sensitivity: str) -> None:
     model(x)
     model.reg_loss().backward(retain_graph=True)
     model.reg_loss().backward()
-
-
-def test_regularizer_with_parameters_is_trained_in_every_mode() -> None:
-    z = torch.randn(3, 2, dtype=torch.float64)
-    for sensitivity in ("autograd", "checkpointed", "adjoint", "interpolated_adjoint"):
-        penalty = Weighed()
-        tight: dict[str, Any] = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
-        model = NeuralODE(Linear(2), "dopri5", sensitivity=sensitivity, regularizers=[penalty], **tight)
-        assert any(p is penalty.weight for p in model.parameters())
-        model(z)
-        loss = model.reg_loss()
-        loss.backward()
-        torch.testing.assert_close(penalty.weight.grad, loss.detach() / 1.5)
 
 
 # --- gradients ---
@@ -993,19 +942,6 @@ def test_exact_trace_of_flat_and_image_shaped_events(estimator: Any) -> None:
         out = cnf(t, torch.cat([torch.zeros(2, 1, dtype=torch.float64), z.flatten(1)], 1))
         torch.testing.assert_close(out[:, 0], -dense(field, z)[0])
         torch.testing.assert_close(out[:, 1:], field(z).flatten(1))
-
-
-@pytest.mark.parametrize("estimator", ["gaussian", "rademacher", hutch_trace])
-def test_hutchinson_trace_is_unbiased_on_images(estimator: Any) -> None:
-    torch.manual_seed(0)
-    many, t, conv = 4000, torch.tensor(0.3, dtype=torch.float64), ConvWithTime()
-    z = torch.randn(1, 2, 3, 3, dtype=torch.float64)
-    cnf: Any = CNF(conv, estimator, event_shape=(2, 3, 3))
-    cnf.noise = cnf.trace_estimator.draw(z.expand(many, -1, -1, -1))
-    with torch.no_grad():
-        trace = -cnf(t, torch.cat([torch.zeros(many, 1), z.flatten(1).expand(many, -1)], 1))[:, 0]
-    exact = dense(lambda z: conv(t, z), z)[0]
-    assert abs(float(trace.mean() - exact)) < 4 * float(trace.std()) / many**0.5
 
 
 class TimesState(nn.Module):
