@@ -33,7 +33,7 @@ from rnode_plugin.errors import ConfigError
 from rnode_plugin.flow_matching import ODESolver
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import LearnedEndTime, Steer, l1
-from rnode_plugin.solvers import ADAPTIVE_METHODS, GRADIENTS, METHODS
+from rnode_plugin.solvers import ADAPTIVE_METHODS, GRADIENTS, METHODS, Adjoint
 
 
 def test_samples_and_temperature() -> None:
@@ -231,6 +231,10 @@ def controlled() -> RegularizedCNF:
         (
             lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, solver_adjoint=RungeKutta4()),
             "solver_adjoint=.* name",
+        ),
+        (
+            lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, sensitivity=Adjoint(Adaptive(atol=1e-9))),
+            "sensitivity=.* name .* gradient object",
         ),
         (
             lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, solver=Adaptive(), atol=1e-9),

@@ -29,9 +29,9 @@ from torchdyn.numerics.solvers.hyper import HyperEuler
 from torchdyn.numerics.solvers.ode import DormandPrince45, Euler, MSZero, RungeKutta4
 from torchdyn_fields import WithTime, mlp
 
-from rnode_plugin import CNF, Exact, NeuralODE, RegularizedCNF, SolverError
+from rnode_plugin import CNF, Adaptive, Exact, NeuralODE, RegularizedCNF, SolverError
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.solvers import GRADIENTS
+from rnode_plugin.solvers import GRADIENTS, Adjoint
 from rnode_plugin.torchdiffeq import odeint
 
 BOTH = ["kinetic", "jacfrob"]
@@ -295,6 +295,7 @@ def test_options_without_effect_warn_as_torchdyns_do() -> None:
         ({"solver": 3}, "not a solver"),
         ({"solver_adjoint": "rk5"}, "solver_adjoint"),
         ({"sensitivity": "adjiont"}, "did you mean 'adjoint'"),
+        ({"sensitivity": Adjoint(Adaptive("dopri5", atol=1e-9))}, "is a name .* solver_adjoint=, atol_adjoint="),
         ({"trace_noise": "normal"}, "trace estimator"),
         ({"trace_noise": "hutch++:3"}, "'hutch\\+\\+:3': use 'exact', or more probes"),
         ({"max_nfe": 0}, "max_nfe"),

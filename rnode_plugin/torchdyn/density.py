@@ -27,7 +27,7 @@ from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..core.weighing import Regularizers, Weighted
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
-from ..solvers import METHODS, Adjoint, FixedGrid, Solver, get_gradient
+from ..solvers import GRADIENTS, METHODS, Adjoint, FixedGrid, Solver, get_gradient
 from ..solvers.named import solver_of
 from ..solvers.solver import check_times, chosen_solver
 from .cnf import check_shape
@@ -455,7 +455,13 @@ def _solver_of(solver: object, options: Mapping[str, Any]) -> Solver:
             f"solver_adjoint= of a density is a name ({', '.join(METHODS)}), not {type(backward).__name__}: give "
             "solver=FixedGrid(..., gradient=Adjoint(backward)) with a solver object for the adjoint."
         )
-    gradient, limit = get_gradient(chosen["sensitivity"]), chosen["max_nfe"]
+    mode, limit = chosen["sensitivity"], chosen["max_nfe"]
+    if not isinstance(mode, str):  # an adjoint of another solver would lose it
+        raise ConfigError(
+            f"sensitivity= of a density is a name ({', '.join(GRADIENTS)}), not {type(mode).__name__}: give "
+            "solver=FixedGrid(..., gradient=...) or solver=Adaptive(..., gradient=...) with a gradient object."
+        )
+    gradient = get_gradient(mode)
     adjoint = solver_of(
         backward, step=None, atol=chosen["atol_adjoint"], rtol=chosen["rtol_adjoint"], max_nfe=limit
     )

@@ -31,7 +31,7 @@ from ..core.view import as_columns, check_batch_dim
 from ..core.weighing import Regularizers, refuse_schedules, warn_of_flat_state
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
-from ..solvers import Adjoint, Autograd, FixedGrid, Method, Solver, get_gradient, get_method
+from ..solvers import GRADIENTS, Adjoint, Autograd, FixedGrid, Method, Solver, get_gradient, get_method
 from ..solvers.checks import check_tolerance
 from ..solvers.named import solver_of
 from ..solvers.solution import Solution
@@ -469,6 +469,11 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             name = next((name for made, name in self._named if made is solver), None)
             return method_from_torchdyn(solver, name, interpolator=interpolator)
 
+        if not isinstance(self.sensalg, str):  # an adjoint of another solver would lose it
+            raise ConfigError(
+                f"sensitivity= is a name ({', '.join(GRADIENTS)}), not {type(self.sensalg).__name__}: an adjoint's "
+                "solver is given by solver_adjoint=, atol_adjoint= and rtol_adjoint=."
+            )
         gradient = get_gradient(self.sensalg)
         if isinstance(gradient, Adjoint):
             check_tolerance(self.atol_adjoint, "atol of the adjoint")
