@@ -21,7 +21,6 @@ NOISE = torch.linspace(-2, 1, 12, dtype=torch.float64).reshape(4, 3)
 FIELD = Wave()
 WEIGHTS = {name: p.detach() for name, p in FIELD.named_parameters()}
 close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
-GRADIENTS = ("autograd", "checkpointed", "adjoint")
 
 
 def losses(z: Tensor, solver: Solver, *, weights: Mapping[str, Tensor] = WEIGHTS, noise: Tensor = NOISE) -> Tensor:
@@ -48,12 +47,10 @@ def by_autograd(solver: Solver) -> tuple[Tensor, Tensor]:
     return dz, da
 
 
-@pytest.mark.parametrize(
-    ("method", "gradient"), [*((m, "autograd") for m in FIXED_METHODS), *(("rk4", mode) for mode in GRADIENTS[1:])]
-)
-def test_grad_vjp_and_jvp(method: str, gradient: str) -> None:
-    dz, da = by_autograd(fixed(method))
-    solver = fixed(method, gradient)
+@pytest.mark.parametrize("method", FIXED_METHODS)
+def test_grad_vjp_and_jvp(method: str) -> None:
+    solver = fixed(method)
+    dz, da = by_autograd(solver)
     of_z = torch.func.grad(lambda z: losses(z, solver).sum())(Z)
     of_a = torch.func.grad(lambda a: losses(Z, solver, weights={**WEIGHTS, "a": a}).sum())(WEIGHTS["a"])
     value, pull = torch.func.vjp(lambda z: losses(z, solver), Z)[:2]
@@ -62,20 +59,6 @@ def test_grad_vjp_and_jvp(method: str, gradient: str) -> None:
     close(of_a, da)
     close(pull(torch.ones_like(value))[0], dz)
     close(pushed, (dz * NOISE).sum(1))  # samples do not mix
-
-
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_vmap_and_jacrev(gradient: str) -> None:
-    solver = fixed(gradient=gradient)
-
-    def one(z: Tensor, noise: Tensor) -> Tensor:
-        return losses(z[None], solver, noise=noise[None])[0]
-
-    dz, _ = by_autograd(fixed())
-    close(torch.func.vmap(one)(Z, NOISE), losses(Z, fixed()))
-    close(torch.func.vmap(torch.func.grad(one))(Z, NOISE), dz)
-    jacobian = torch.func.jacrev(lambda z: losses(z, solver))(Z)
-    close(jacobian.sum(0), dz)
 
 
 def test_an_ensemble_of_weights() -> None:

@@ -622,28 +622,6 @@ def weighted(states: Tensor) -> Tensor:
     return (weights[:, None] * states.flatten(1).sin()).sum() / len(states)
 
 
-@pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.2)], ids=["forward", "reversed"])
-@pytest.mark.parametrize(
-    ("solver", "sensitivity"), [("rk4", "autograd"), *(("dopri5", mode) for mode in GRADIENTS)]
-)
-def test_closed_form_of_a_linear_field(solver: str, sensitivity: str, span: tuple[float, float]) -> None:
-    """Gradients of states at all output times and of both penalties, for state, parameters and times."""
-    adaptive = solver == "dopri5"
-    field = Linear(3)
-    z0 = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    t = torch.linspace(*span, 4 if adaptive else 31, dtype=torch.float64).requires_grad_()
-    options = TIGHT if adaptive else {}
-    model = NeuralODE(field, solver, sensitivity=sensitivity, regularizers=LAMBDAS, trace_noise="exact", **options)
-    t_eval, sol = model(z0, t)
-    at_span = [int((t_eval - time).abs().argmin()) for time in t.detach()]
-    torch.testing.assert_close(t_eval[at_span], t, rtol=0, atol=1e-12)
-    found = torch.autograd.grad(weighted(sol[at_span]) + model.reg_loss(), [z0, t, field.a])
-    exact = linear_closed_form(field.a, z0, t)
-    loss = weighted(exact.z) + 0.3 * exact.kinetic.mean() / 3 + 0.2 * exact.jacfrob.mean() / 3
-    for ours, true in zip(found, torch.autograd.grad(loss, [z0, t, field.a]), strict=True):
-        assert relative(ours, true) < (1e-6 if sensitivity != "interpolated_adjoint" else 1e-5)
-
-
 class Oscillating(nn.Module):
     """A perceptron of the state and of an oscillation in time, whose adjoint is smoother than its own velocity."""
 
