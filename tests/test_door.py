@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torchdyn.core import NeuralODE as TorchdynNeuralODE
 
 from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
 from rnode_plugin.core.derivatives import AutogradField
@@ -151,14 +150,6 @@ def test_each_evaluation_moves_the_buffers_once(name: str, sensitivity: str) -> 
     assert counting.calls == 8
     (end.sum() + model.reg_loss()).backward()
     assert counting.calls == 8
-
-
-def test_running_statistics_of_a_net_inside_a_lambda_stay() -> None:
-    net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    z = states()
-    velocity = net(z)
-    penalties_at(lambda t, x: net(x), 0.5, z, ["finite_difference"], velocity=velocity)
-    assert net[1].num_batches_tracked == 1
 
 
 def test_every_product_has_the_mask_of_its_evaluation() -> None:
@@ -466,18 +457,6 @@ class Energy(nn.Module):
     def forward(self, t: Tensor, x: Tensor, args: object = None) -> Tensor:
         x = x.requires_grad_()
         return torch.autograd.grad(self.net(x).sum(), x, create_graph=True)[0]
-
-
-@pytest.mark.parametrize("solver", ["dopri5", "tsit5", "rk4"])
-def test_a_field_that_is_a_gradient_works_where_torchdyn_runs_it(solver: str) -> None:
-    torch.manual_seed(0)
-    net = Energy()
-    ours, theirs = (cls(net, solver=solver)(states(), SPAN)[1][-1] for cls in (NeuralODE, TorchdynNeuralODE))
-    assert torch.allclose(ours, theirs, atol=1e-5)
-    model = NeuralODE(net, solver=solver, regularizers=["kinetic", "jacfrob"])
-    model(states(), SPAN)
-    model.reg_loss().backward()
-    RegularizedCNF(net, event_shape=2, regularizers=()).log_prob(states()).mean().backward()
 
 
 @pytest.mark.parametrize("sensitivity", ["checkpointed", "adjoint"])
