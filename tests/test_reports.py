@@ -7,7 +7,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from run_folders import ENVIRONMENT, write_run
 from tiny_runs import rnode
 
 from rnode_plugin import get_recipe
-from rnode_plugin.core.schedules import linear_warmup
+from rnode_plugin.core.schedules import Strength, linear_warmup, strength_text
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.recipes.recipe import Recipe
@@ -70,7 +70,13 @@ def cells(table: Table, column: str) -> dict[str, str]:
     return {row.name: row.cells[place] for row in table.rows if row.cells[place]}
 
 
-def difference(one: Configuration, base: Configuration) -> Difference:
+def differing(folder: Path, scores: Mapping[int, tuple[Sequence[float], Sequence[float]]]) -> Difference:
+    """How an rnode run differs from one without penalties, by the scores of both for each seed."""
+    paths = []
+    for seed, (plain, other) in scores.items():
+        paths.append(write_run(folder / f"v{seed}", digits(penalties=(), seed=seed), images=plain, **FEW))
+        paths.append(write_run(folder / f"r{seed}", digits(seed=seed), images=other, **FEW))
+    base, one = configurations_of(*paths)
     found = paired(one, base)
     assert found is not None
     return found
@@ -143,47 +149,62 @@ def test_a_broken_run_is_refused_and_left_out_below_a_folder(runs: list[Path], t
 # configurations ------------------------------------------------------------------------------------------------
 
 
-def test_seeds_are_one_configuration_and_other_settings_another(runs: list[Path], tmp_path: Path) -> None:
+def test_seeds_are_one_configuration_and_other_settings_another(runs: list[Path]) -> None:
     configurations = configurations_of(*reversed(runs))
     assert [(one.label, len(one.runs)) for one in configurations] == [("none", 1), ("rnode", 2)]
-    dopri5 = SolverSettings("dopri5", atol=1e-4)
-    other = write_run(tmp_path / "o", dataclasses.replace(digits(penalties=()), solver=dopri5))
-    configurations = configurations_of(*runs, other)
-    assert [one.label for one in configurations] == ["none", "ffjord", "rnode"]
     looks = [dataclasses.replace(configurations[0], number=number).look for number in range(42)]
     assert len({(look["color"], look["marker"]) for look in looks}) == 42
 
 
-def test_labels_name_data_that_differ(tmp_path: Path) -> None:
-    """Columns "none" and "rnode" of different data would look like an ablation."""
+def pictures(root: str, penalties: tuple[str, ...] = ("kinetic", "jacfrob")) -> Recipe:
+    recipe = digits(penalties=penalties)
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, name="folder", root=root))
 
-    def labels(*recipes: Recipe) -> list[str]:
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        paths = [write_run(folder / str(number), each, **FEW) for number, each in enumerate(recipes)]
-        return [one.label for one in configurations_of(*paths)]
 
-    plain, both = digits(penalties=()), digits()
-    pictures = [
-        dataclasses.replace(each, data=dataclasses.replace(each.data, name="folder", root=root))
-        for each, root in ((plain, "/my/cats"), (both, "/my/cats"), (both, "/your/cats"))
-    ]
-    assert labels(plain, pictures[1]) == ["none on digits", "rnode on cats"]
-    assert labels(plain, pictures[0]) == ["none on digits", "none on cats"]
-    assert labels(pictures[0], pictures[1]) == ["none", "rnode"]
-    assert labels(pictures[0], pictures[2]) == [
-        "none on /my/cats (1x8x8, 17 levels)", "rnode on /your/cats (1x8x8, 17 levels)",
-    ]  # fmt: skip
-    coarse = dataclasses.replace(both, data=dataclasses.replace(both.data, levels=2))
-    assert labels(plain, coarse)[1] == "rnode on digits (1x8x8, 2 levels)"
-    tables = [get_recipe("table").override([f"data.columns={columns}"]) for columns in ("a,b", "a,c")]
-    assert labels(*tables) == ["rnode on table (a, b)", "rnode on table (a, c)"]
+def named(name: str, strength: Strength) -> Recipe:
+    return dataclasses.replace(digits(), name=f"digits-{name}", regularizers={"kinetic": strength})
+
+
+PLAIN, CATS = digits(penalties=()), "/my/cats"
+COARSE = dataclasses.replace(digits(), data=dataclasses.replace(digits().data, levels=2))
+FFJORD = dataclasses.replace(PLAIN, solver=SolverSettings("dopri5", atol=1e-4))
+LR = [digits(f"optimizer.lr={lr}", f"model.layers={layers}") for lr, layers in ((1, 2), (2, 2), (2, 3))]
+
+
+@pytest.mark.parametrize(("recipes", "labels"), [
+    ([digits(), FFJORD, PLAIN], ["none", "ffjord", "rnode"]),
+    # columns "none" and "rnode" of different data would look like an ablation
+    ([PLAIN, pictures(CATS)], ["none on digits", "rnode on cats"]),
+    ([PLAIN, pictures(CATS, ())], ["none on digits", "none on cats"]),
+    ([pictures(CATS, ()), pictures(CATS)], ["none", "rnode"]),
+    ([pictures(CATS, ()), pictures("/your/cats")],
+     ["none on /my/cats (1x8x8, 17 levels)", "rnode on /your/cats (1x8x8, 17 levels)"]),
+    ([PLAIN, COARSE], ["none on digits (1x8x8, 17 levels)", "rnode on digits (1x8x8, 2 levels)"]),
+    ([get_recipe("table").override([f"data.columns={columns}"]) for columns in ("a,b", "a,c")],
+     ["rnode on table (a, b)", "rnode on table (a, c)"]),
+    # the names of a comparison, or the settings that differ
+    ([named("weak", 0.01), named("strong", 1.0), PLAIN], ["none", "weak", "strong"]),
+    (LR[:2], ["rnode (optimizer.lr=1.0)", "rnode (optimizer.lr=2.0)"]),
+    (LR[::2], ["rnode (model.layers=2)", "rnode (model.layers=3)"]),  # one setting is enough
+    (LR, [f"rnode (model.layers={n}, optimizer.lr={lr})" for n, lr in ((2, "1.0"), (2, "2.0"), (3, "2.0"))]),
+    # a sweep is in the order of its lambdas
+    ([dataclasses.replace(digits(), regularizers={"kinetic": each}) for each in (1.0, linear_warmup(10, 0.1), 0.1)],
+     ["kinetic=0.1", "kinetic=linear_warmup(10)*0.1", "kinetic=1"]),
+])  # fmt: skip
+def test_labels(tmp_path: Path, recipes: list[Recipe], labels: list[str]) -> None:
+    paths = [write_run(tmp_path / str(number), each, **FEW) for number, each in enumerate(recipes)]
+    configurations = configurations_of(*paths)
+    assert [one.label for one in configurations] == labels
+    table = make_table(configurations)
+    for one in configurations:
+        terms = [f"{name} {strength_text(each)}" for name, each in one.recipe.regularizers.items()]
+        assert cells(table, one.label)["λ"] == (", ".join(terms) or "none")
 
 
 def test_runs_on_other_numbers_of_devices_are_another_configuration(tmp_path: Path) -> None:
     """A step averages a batch of each device, so it takes more samples, as with a larger batch size."""
-    write_run(tmp_path / "0", digits(), **FEW)
-    write_run(tmp_path / "1", digits(), devices=2, **FEW)
-    write_run(tmp_path / "2", digits(seed=43), devices=2, **FEW)
+    for number, (seed, devices) in enumerate([(42, 1), (42, 2), (43, 2)]):
+        write_run(tmp_path / str(number), digits(seed=seed), devices=devices, **FEW)
     found, left_out = read_runs([tmp_path])
     configurations = group_runs(found)
     assert left_out == []
@@ -191,33 +212,6 @@ def test_runs_on_other_numbers_of_devices_are_another_configuration(tmp_path: Pa
     assert [(one.label, len(one.runs)) for one in configurations] == list(zip(labels, (1, 2), strict=True))
     table = make_table(configurations)
     assert [cells(table, label)["devices"] for label in labels] == ["1", "2"]
-
-
-def test_labels_are_the_names_of_a_comparison_or_the_settings_that_differ(tmp_path: Path) -> None:
-    def labels(*recipes: Recipe) -> list[str]:
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        paths = [write_run(folder / str(number), each, **FEW) for number, each in enumerate(recipes)]
-        return [one.label for one in configurations_of(*paths)]
-
-    weak, strong = (
-        dataclasses.replace(digits(penalties=("kinetic",)), name=f"digits-{name}") for name in ("weak", "strong")
-    )
-    strong = strong.override(["regularizers.kinetic=1"])
-    assert labels(weak, strong, digits(penalties=())) == ["none", "weak", "strong"]
-    slow, fast, wide = (digits(f"optimizer.lr={lr}", f"model.layers={n}") for lr, n in ((1, 2), (2, 2), (2, 3)))
-    assert labels(slow, fast) == ["rnode (optimizer.lr=1.0)", "rnode (optimizer.lr=2.0)"]
-    found = [(2, "1.0"), (2, "2.0"), (3, "2.0")]
-    assert labels(slow, fast, wide) == [f"rnode (model.layers={n}, optimizer.lr={lr})" for n, lr in found]
-
-
-def test_a_sweep_is_in_the_order_of_its_lambdas(tmp_path: Path) -> None:
-    strengths = (1.0, linear_warmup(10, 0.1), 0.1)
-    paths = [write_run(tmp_path / str(each), dataclasses.replace(digits(), regularizers={"kinetic": each}))
-             for each in strengths]  # fmt: skip
-    configurations = configurations_of(*paths)
-    assert [one.label for one in configurations] == ["kinetic=0.1", "kinetic=linear_warmup(10)*0.1", "kinetic=1"]
-    found = cells(make_table(configurations), configurations[1].label)
-    assert found["λ"] == "kinetic linear_warmup(10)*0.1"
 
 
 def test_a_note_says_that_seeds_were_stopped_at_different_steps(tmp_path: Path) -> None:
@@ -265,7 +259,8 @@ def test_configurations_are_compared_image_by_image(tmp_path: Path) -> None:
     unclear = write_run(tmp_path / "k", digits(penalties=("kinetic",)), images=[0.5, 2.5, 2.6, 4.6])
     worse = write_run(tmp_path / "j", digits(penalties=("jacfrob",)), images=[x + 0.25 for x in plain])
     configurations = {one.label: one for one in configurations_of(vanilla, better, unclear, worse)}
-    found = difference(configurations["rnode"], configurations["none"])
+    found = paired(configurations["rnode"], configurations["none"])
+    assert found is not None
     assert found.mean == pytest.approx(-0.11)
     # deviations ±0.01 from the mean: sqrt(4 * 0.01^2 / 3) / sqrt(4)
     assert found.error == pytest.approx(0.01 / 3**0.5)
@@ -277,28 +272,23 @@ def test_configurations_are_compared_image_by_image(tmp_path: Path) -> None:
     assert cells(table, "jacfrob")["against none"].endswith(": worse")
 
 
-def test_the_verdict_is_that_of_students_t(tmp_path: Path) -> None:
-    # three differences of mean 1 and standard error 0.25 or so: 4.303 standard errors decide, not 1.96
-    for number, (mean, spread, verdict) in enumerate(
-        [(1, 0.35, "worse"), (1, 0.45, "no difference shown"), (-1e-6, 1e-8, "no difference shown")]
-    ):
-        folder = tmp_path / str(number)
-        none = write_run(folder / "v", digits(penalties=()), images=[0.0, 0.0, 0.0])
-        other = write_run(folder / "r", digits(), images=[mean - spread, mean, mean + spread])
-        base, one = configurations_of(none, other)
-        assert difference(one, base).error == pytest.approx(spread / 3**0.5)
-        assert difference(one, base).verdict == verdict
+@pytest.mark.parametrize(
+    ("mean", "spread", "verdict"),
+    [(1, 0.35, "worse"), (1, 0.45, "no difference shown"), (-1e-6, 1e-8, "no difference shown")],
+)
+def test_the_verdict_is_that_of_students_t(tmp_path: Path, mean: float, spread: float, verdict: str) -> None:
+    """For three differences of mean 1 and standard error 0.25 or so, 4.303 standard errors decide, not 1.96."""
+    found = differing(tmp_path, {42: ([0.0, 0.0, 0.0], [mean - spread, mean, mean + spread])})
+    assert found.error == pytest.approx(spread / 3**0.5)
+    assert found.verdict == verdict
 
 
 def test_an_error_over_seeds_has_the_choice_of_images_too(tmp_path: Path) -> None:
     """Seeds that agree on the same images say nothing about other images."""
-    runs = []
-    for seed, luck in {42: -1e-4, 43: 0.0, 44: 1e-4}.items():
-        images = [2 + each + luck for each in (0.3, -0.1, -0.1, 0.1)]
-        runs.append(write_run(tmp_path / f"v{seed}", digits(penalties=(), seed=seed), images=[2.0] * 4))
-        runs.append(write_run(tmp_path / f"r{seed}", digits(seed=seed), images=images))
-    base, one = configurations_of(*runs)
-    found = difference(one, base)
+    images = [2 + each for each in (0.3, -0.1, -0.1, 0.1)]
+    lucks = {42: -1e-4, 43: 0.0, 44: 1e-4}
+    scores = {seed: ([2.0] * 4, [each + luck for each in images]) for seed, luck in lucks.items()}
+    found = differing(tmp_path, scores)
     assert found.mean == pytest.approx(0.05)
     over_images, over_seeds = 0.11 / 3 / 4, 1e-8 / 3  # variances of the mean
     assert found.error == pytest.approx(math.sqrt(over_images + over_seeds))
@@ -307,14 +297,9 @@ def test_an_error_over_seeds_has_the_choice_of_images_too(tmp_path: Path) -> Non
 
 
 def test_several_seeds_are_compared_seed_by_seed(tmp_path: Path) -> None:
-    runs = []
-    for seed, (plain, other) in {42: (1.0, 0.9), 43: (3.0, 2.8), 44: (9.0, 8.7)}.items():
-        images = {"v": [plain, plain + 1], "r": [other, other + 1]}
-        runs.append(write_run(tmp_path / f"v{seed}", digits(penalties=(), seed=seed), images=images["v"]))
-        runs.append(write_run(tmp_path / f"r{seed}", digits(seed=seed), images=images["r"]))
-    extra = write_run(tmp_path / "r45", digits(seed=45), images=[0.0, 0.0])  # without a partner
-    base, one = configurations_of(*runs, extra)
-    found = difference(one, base)
+    seeds = {42: (1.0, 0.9), 43: (3.0, 2.8), 44: (9.0, 8.7)}
+    scores = {seed: ([one, one + 1], [other, other + 1]) for seed, (one, other) in seeds.items()}
+    found = differing(tmp_path, {**scores, 45: ((), [0.0, 0.0])})  # the last one has no partner
     assert found.freedom == pytest.approx(2)
     assert found.mean == pytest.approx(-0.2)
     assert found.error == pytest.approx(0.1 / 3**0.5)
