@@ -84,17 +84,11 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         assert re.search(rf"^  {name} +[A-Z]", done.stdout, re.M), name
 
 
-@pytest.mark.parametrize(
-    ("chosen", "imported", "expected"),
-    [
-        ({}, False, "3000"),
-        ({}, True, None),
-        ({"GOMP_SPINCOUNT": "7"}, False, "7"),
-        ({"OMP_WAIT_POLICY": "active"}, False, None),
-        ({"KMP_BLOCKTIME": "0"}, False, None),
-        ({"OMP_NUM_THREADS": "2"}, False, "3000"),
-    ],
-)
+@pytest.mark.parametrize(("chosen", "imported", "expected"), [
+    ({}, False, "3000"), ({}, True, None), ({"GOMP_SPINCOUNT": "7"}, False, "7"),
+    ({"OMP_WAIT_POLICY": "active"}, False, None), ({"KMP_BLOCKTIME": "0"}, False, None),
+    ({"OMP_NUM_THREADS": "2"}, False, "3000"),
+])  # fmt: skip
 def test_waiting_threads_sleep_soon_unless_the_user_has_chosen(
     monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str], imported: bool, expected: str | None
 ) -> None:
@@ -143,15 +137,10 @@ def test_info_has_what_a_bug_report_needs(monkeypatch: pytest.MonkeyPatch, regis
     assert "plugin second" in facts
 
 
-@pytest.mark.parametrize(
-    ("words", "begun", "expected"),
-    [
-        ([], "tr", {"train"}),
-        (["train", "digits"], "--max-s", {"--max-steps"}),
-        (["recipes"], "sh", {"show"}),
-        (["sample"], "runs/", {"runs/"}),  # the shell completes the path
-    ],
-)
+@pytest.mark.parametrize(("words", "begun", "expected"), [
+    ([], "tr", {"train"}), (["train", "digits"], "--max-s", {"--max-steps"}), (["recipes"], "sh", {"show"}),
+    (["sample"], "runs/", {"runs/"}),  # the shell completes the path
+])  # fmt: skip
 def test_a_shell_completes(words: list[str], begun: str, expected: set[str]) -> None:
     found = ShellComplete(main, {}, "rnode-cli", "_RNODE_CLI_COMPLETE").get_completions(words, begun)
     assert {each.value for each in found} == expected
@@ -283,14 +272,11 @@ def test_a_refusal_of_the_module_is_one_line_and_an_exit_code() -> None:
 # small parts ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("90", 90), ("1.5", 1.5), ("20m", 1200), ("1h30m", 5400), ("1h30m05s", 5405), ("1.5h", 5400), ("2d", 172800)]
-    + [
-        (text, None)
-        for text in ("", "m", "1x", "-3", "1h-2m", "nan", "inf", "0:20", "0", "1h30", "1h1h", "5m3h", "9" * 400)
-    ],
-)
+@pytest.mark.parametrize(("text", "seconds"), [
+    ("90", 90), ("1.5", 1.5), ("20m", 1200), ("1h30m", 5400), ("1h30m05s", 5405), ("1.5h", 5400), ("2d", 172800),
+    *((text, None) for text in ("", "m", "1x", "-3", "1h-2m", "nan", "inf", "0:20", "0", "1h30", "1h1h", "5m3h")),
+    ("9" * 400, None),
+])  # fmt: skip
 def test_spans_of_time(text: str, seconds: float | None) -> None:
     if seconds is not None:
         assert Duration().convert(text, None, None) == seconds

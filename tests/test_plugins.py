@@ -86,7 +86,10 @@ def test_every_builtin_reference_leads_somewhere(kind, name):
     elif kind == "models":
         assert issubclass(value, torch.nn.Module)
     elif kind == "recipes":
-        assert value().name == name
+        recipe = get_recipe(name)
+        assert recipe.name == name
+        plugins.check_name("datasets", recipe.data.name)
+        plugins.check_name("models", recipe.model.name)
     elif kind == "commands":
         assert isinstance(value, click.Command)
         assert value.name == name
@@ -121,22 +124,15 @@ HOOK = "rnode_register_regularizers: "
 MINE = "@hookimpl\ndef rnode_register_recipes():\n    return {'mine': dict}\n"
 
 
-@pytest.mark.parametrize(
-    ("source", "status", "message"),
-    [
-        ("import no_such_module", "failed", r"ModuleNotFoundError: .*no_such_module.*\(t_bad.py, line 1\)"),
-        ("raise SystemExit(3)", "failed", r"it cannot be loaded: SystemExit: 3 \(t_bad.py, line 1\)"),
-        ("", "failed", "implements no hook. Mark its functions with @rnode_plugin.hookimpl"),
-        (regularizers("return {}").replace("riz", "ris"), "failed", "unknown hook 'rnode_register_regularisers'"),
-        (regularizers("return ['speed']") + MINE, "loaded", HOOK + "it must map names to"),
-        (regularizers("return {1: len}") + MINE, "loaded", HOOK + "it must map names to"),
-        (
-            regularizers("raise OSError('no luck')") + MINE,
-            "loaded",
-            HOOK + r"OSError: no luck \(t_bad.py, line 4\)",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("source", "status", "message"), [
+    ("import no_such_module", "failed", r"ModuleNotFoundError: .*no_such_module.*\(t_bad.py, line 1\)"),
+    ("raise SystemExit(3)", "failed", r"it cannot be loaded: SystemExit: 3 \(t_bad.py, line 1\)"),
+    ("", "failed", "implements no hook. Mark its functions with @rnode_plugin.hookimpl"),
+    (regularizers("return {}").replace("riz", "ris"), "failed", "unknown hook 'rnode_register_regularisers'"),
+    (regularizers("return ['speed']") + MINE, "loaded", HOOK + "it must map names to"),
+    (regularizers("return {1: len}") + MINE, "loaded", HOOK + "it must map names to"),
+    (regularizers("raise OSError('no luck')") + MINE, "loaded", HOOK + r"OSError: no luck \(t_bad.py, line 4\)"),
+])  # fmt: skip
 def test_a_broken_plugin_is_named_and_skipped(install, caplog, source, status, message):
     install("bad", source)
     install("good", GOOD)
@@ -168,16 +164,9 @@ def test_what_is_wrong_with_a_name_is_said_at_its_first_use(install):
     assert registry.get("regularizers", "mnist") is len  # a recipe of that name does not clash
 
 
-@pytest.mark.parametrize(
-    ("value", "status"),
-    [
-        ("*", "blocked"),
-        ("other, My_Good", "blocked"),
-        ("my-good-ep", "blocked"),
-        ("good", "loaded"),
-        ("", "loaded"),
-    ],
-)
+@pytest.mark.parametrize(("value", "status"), [
+    ("*", "blocked"), ("other, My_Good", "blocked"), ("my-good-ep", "blocked"), ("good", "loaded"), ("", "loaded"),
+])  # fmt: skip
 def test_plugins_can_be_kept_out(install, monkeypatch, value, status):
     module = install("my-good", GOOD)
     monkeypatch.setenv("RNODE_PLUGINS_BLOCK", value)
@@ -216,7 +205,11 @@ def test_objects_of_this_process():
         registry.unregister("mine")
     with pytest.raises(ConfigError, match="unknown kind of plugin 'regularizer'; did you mean 'regularizers'"):
         registry.names("regularizer")
-    for plugin, message in ((Unknown(), "unknown hook 'rnode_before_solve'"), (object(), "implements no hook")):
+    for plugin, message in (
+        (Unknown(), "unknown hook 'rnode_before_solve'"),
+        (object(), "implements no hook"),
+        (Offers(**{"mine:speed": abs}), "'mine:speed' has a colon"),
+    ):
         with pytest.raises(PluginError, match=message):
             registry.register(plugin, name="x")
         assert "x" not in [each.name for each in registry.report()], "nothing of it is left"
@@ -249,16 +242,9 @@ def test_each_model_has_its_own_penalty(register, registered):
     assert get_regularizer("gain").gain.item() == 1
 
 
-def test_a_regularizer_that_cannot_be_made_is_named(register):
-    class Picky(Gain):
-        def __init__(self, power: int, name: str = "picky") -> None:
-            raise ValueError(f"the power must not be {power}")
-
-    register(Offers(picky=Picky, other=Gain()), "mine")
-    with pytest.raises(PluginError, match=r"'picky' of .*failed: ValueError: the power must not be 0"):
-        get_regularizer("picky:0")
-    with pytest.raises(PluginError, match="registered as 'other' calls itself 'gain'"):
-        get_regularizer("other")
+class Picky(Gain):
+    def __init__(self, power: int, name: str = "picky") -> None:
+        raise ValueError(f"the power must not be {power}")
 
 
 class Plain(Rate):
@@ -276,16 +262,14 @@ class Deaf(Plain):
     def __init__(self, power: int = 2, *, name: str) -> None: ...
 
 
-@pytest.mark.parametrize(
-    ("registered", "name", "message"),
-    [
-        (lambda evaluation: evaluation.dz, "x", r"'x' of plugin 'mine' .*another of the three kinds"),
-        (Plugin, "x", "another of the three kinds"),
-        (Plain, "plain", r"'plain' must take name=.*as an object, Plain\(\)"),
-        (Deaf, "deaf:3", "registered as 'deaf:3' calls itself 'deaf'"),
-    ],
-    ids=["function", "class", "class without options", "class that keeps another name"],
-)
+@pytest.mark.parametrize(("registered", "name", "message"), [
+    (lambda evaluation: evaluation.dz, "x", r"'x' of plugin 'mine' .*another of the three kinds"),
+    (Plugin, "x", "another of the three kinds"),
+    (Plain, "plain", r"'plain' must take name=.*as an object, Plain\(\)"),
+    (Deaf, "deaf:3", "registered as 'deaf:3' calls itself 'deaf'"),
+    (Picky, "picky:0", r"'picky' of .*failed: ValueError: the power must not be 0"),
+    (Gain(), "other", "registered as 'other' calls itself 'gain'"),
+], ids=["function", "class", "without options", "with another name", "fails", "name"])  # fmt: skip
 def test_what_is_no_regularizer_is_refused_and_leaves_the_list(register, registered, name, message):
     base = name.partition(":")[0]
     register(Offers(**{base: registered}), "mine")
@@ -294,11 +278,6 @@ def test_what_is_no_regularizer_is_refused_and_leaves_the_list(register, registe
     listed = CliRunner().invoke(main, ["regularizers", "--json"])
     assert listed.exit_code == 0
     assert {base, "kinetic"} <= {row["name"] for row in json.loads(listed.output)}
-
-
-def test_a_name_that_no_text_could_mean():
-    with pytest.raises(PluginError, match="'mine:speed' has a colon"):
-        Registry().register(Offers(**{"mine:speed": abs}), name="mine")
 
 
 # the examples of docs/plugins.md
@@ -411,14 +390,8 @@ def wrong(register):
     [
         (["wrong-command"], "the command 'wrong-command'"),
         (["recipes", "show", "wrong-recipe"], "recipe 'wrong-recipe': its plugin returned dict, not a Recipe"),
-        (
-            ["recipes", "show", "old-recipe"],
-            "the recipe 'old-recipe' of plugin 'wrong' .*'optimizer.rate'",
-        ),
-        (
-            ["recipes", "show", "bad-recipe"],
-            "the recipe 'bad-recipe' of .*name '' cannot name a folder",
-        ),
+        (["recipes", "show", "old-recipe"], "the recipe 'old-recipe' of plugin 'wrong' .*'optimizer.rate'"),
+        (["recipes", "show", "bad-recipe"], "the recipe 'bad-recipe' of .*name '' cannot name a folder"),
         (["train", "digits", "--data", "wrong-data"], "'wrong-data': its plugin returned list, not ImageData"),
         (["train", "digits", "--data", "failing-data"], "the data set 'failing-data' of plugin 'wrong'.* not here"),
         (["train", "digits", "--set", "model.name=nothing"], "its plugin returned NoneType, not a DensityModel"),

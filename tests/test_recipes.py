@@ -166,6 +166,7 @@ def test_settings_that_belong_together_change_together() -> None:
         ("solver.step=auto", "solver.step: .*got 'auto'"),
         ("training.max_epochs=none", "cannot both be none"),
         ("training.sample_temperatures=nan", "temperatures: input should be a finite number, got 'nan'"),
+        ("training.sample_temperatures=0.8,1,0.8", "has 0.8 twice"),
         ("training.sample_temperatures=", "temperatures: tuple should have at least 1 item"),
         ("training.precision=bf16-true", "would round the data themselves: use 32-true or bf16-mixed"),
         ("regularizers.kinetik=1", "unknown regularizer 'kinetik'; did you mean 'kinetic'"),

