@@ -113,7 +113,7 @@ def _sweep(ctx: Any, dz: Tensor, dlogdet: Tensor | None, dpenalties: Sequence[Te
     t_span, t, z, *params = ctx.saved_tensors
     z = z.detach()  # an output of this node, of which a field could not make a variable
     call: AdjointCall = ctx.call
-    pass_ = _Backward(call, t, z, params, dict(zip(ctx.names, dpenalties, strict=True)))
+    pass_ = _Backward(call, t, params, dict(zip(ctx.names, dpenalties, strict=True)))
     wants_times, last = ctx.needs_input_grad[2], len(t) - 1
     span_index = _positions(t_span, t) if wants_times else {}
     dt, a = torch.zeros_like(t_span), torch.zeros_like(z[0])
@@ -157,7 +157,7 @@ class _Backward:
     """The backward system of one solve, and the gradients with respect to parameters that it accumulates."""
 
     def __init__(
-        self, call: AdjointCall, t: Tensor, z: Tensor, params: Sequence[Tensor], dpenalties: dict[str, Tensor]
+        self, call: AdjointCall, t: Tensor, params: Sequence[Tensor], dpenalties: dict[str, Tensor]
     ) -> None:
         self.dynamics, self.solver = call.dynamics, call.backward
         self.params = params
