@@ -190,6 +190,10 @@ CHANGES: dict[str, Later] = {
     "the solver of the adjoint": Later(
         lambda model, net: put(model, solver_adjoint=Euler()), options=ADJOINT, after={"solver_adjoint": "euler"}
     ),
+    "a constant of the solver of the adjoint": Later(
+        lambda model, net: put(model.solver_adjoint, safety=torch.tensor([0.3])),
+        options={**ADJOINT, "solver_adjoint": "dopri5", "rtol_adjoint": 1e-7}, after={"solver_adjoint": careful()},
+    ),
     "the tolerances": Later(
         lambda model, net: put(model, atol=1e-6, rtol=1e-6), options=DOPRI, after={"atol": 1e-6, "rtol": 1e-6}
     ),

@@ -209,29 +209,6 @@ def test_a_solver_that_evaluates_its_first_stage_again_has_its_quadrature(backwa
     torch.testing.assert_close(*found)
 
 
-def test_a_solver_is_resolved_once_until_something_changes() -> None:
-    model = NeuralODE(lambda x: -x, "dopri5", sensitivity="adjoint", solver_adjoint=RungeKutta4())
-    x, span = torch.ones(2, 3), torch.linspace(0, 1, 2)
-    changes: dict[str, Callable[[], object]] = {
-        "a tolerance": lambda: setattr(model, "atol", 1e-4),
-        "another solver": lambda: setattr(model, "solver", DormandPrince45()),
-        "a constant": lambda: setattr(model.solver, "max_factor", torch.tensor([5.0])),
-        "a constant of the adjoint's": lambda: setattr(model.solver_adjoint, "weights", (1.0, 0.0, 0.0, 0.0)),
-        "the gradient": lambda: setattr(model, "sensalg", "autograd"),
-    }
-    for what, change in changes.items():
-        for args in ({}, {"a": 1}, {}):
-            known = model._resolved
-            model(x, span, args=args)
-            assert model._resolved is known, what
-        change()
-        model(x, span)
-        assert model._resolved is not known, what
-    assert model._resolved is not None
-    solver = model._resolved[1]
-    assert (solver.method.max_factor, solver.gradient.through_steps) == (5.0, True)
-
-
 @pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
 def test_a_solver_object_gets_the_arguments_of_each_call(sensitivity: str) -> None:
     seen: list[object] = []
