@@ -299,6 +299,19 @@ def test_a_subclass_makes_the_products_of_a_solve() -> None:
     assert counted.calls >= before + 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_products_with_slopes_broadcast(name: str, dtype: torch.dtype) -> None:
+    """As where several products, one for each probe or row, meet the activations of one evaluation."""
+    activation = ACTIVATIONS[name]
+    x, a = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    for one, other in ((x, a), (x, a[0]), (x, a[:, :1]), (x[:, :1], a[0]), (x[0], a)):
+        kept = activation.value(other) if activation.keeps_output else other
+        expected = one * activation.slope(kept.clone())
+        torch.testing.assert_close(activation.times_slope(one, kept), expected)
+        torch.testing.assert_close(activation.times_slope_at(one, other.clone(), kept), expected)
+
+
 def test_a_device_whose_softplus_backward_does_not_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
     """As XLA's, whose expanded tensors have the strides of others."""
 
