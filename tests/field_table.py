@@ -110,7 +110,7 @@ def with_weight_norm() -> Any:
 
 
 class Damped(StackField):
-    """A stack with a forward pass of its own, which its products would miss."""
+    """A stack with another forward pass, which its products would miss."""
 
     def forward(self, t: Tensor | float, z: Tensor, context: Tensor | None = None) -> Tensor:
         return super().forward(t, z, context) - 3 * z
@@ -295,7 +295,7 @@ FIELDS: dict[str, Case] = {
     "linear with a hook": Case(lambda: hooked(make_field("linear"))),
     "conv with a hook on a layer": conv(lambda: hooked(field := make_field("conv"), field.layers[1])),
     "linear with weight norm": Case(with_weight_norm),
-    "linear with a forward of its own": Case(lambda: Damped(make_field("linear").layers)),
+    "linear with another forward": Case(lambda: Damped(make_field("linear").layers)),
     "linear with a hook at a context": Case(lambda: at_context(hooked(linear_field(4, hidden=6, context=2)))),
     "module": Case(lambda: Wave(4)),
     "function": Case(lambda: lambda t, z: torch.sin(3 * t) * z - z**3 * t),

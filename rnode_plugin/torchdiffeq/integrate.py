@@ -226,7 +226,7 @@ def solve(
     kept = list(full[:count])
     layout.warn_of_still(y0, [x[-1] for x in kept])
     system.warn_of_unread_columns()
-    if path is not None and len(t) > 1:  # one time alone is no solve, which torchdiffeq allows
+    if path is not None and len(t) > 1:  # torchdiffeq returns y0 for one time alone
         end = layout.view.of(layout.of_user([x[-1] for x in kept]))
         integrals |= path.finish(integrals, z0, end, t)
     kept[0], integrals = attach(kept[0], followed.complete(integrals, z0))
