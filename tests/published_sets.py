@@ -8,7 +8,6 @@ import io
 import pickle
 import tarfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,9 +73,7 @@ def svhn_files(train: np.ndarray, val: np.ndarray) -> dict[str, bytes]:
     return files
 
 
-def publish(
-    monkeypatch: pytest.MonkeyPatch | None, name: str, train: np.ndarray, val: np.ndarray, url: str
-) -> dict:
+def publish(monkeypatch: pytest.MonkeyPatch, name: str, train: np.ndarray, val: np.ndarray, url: str) -> dict:
     """Make these images the published ones, at ``url``: torchvision's checksums and addresses are theirs from here.
 
     Returns:
@@ -85,7 +82,7 @@ def publish(
 
     def put(owner: Any, **values: Any) -> None:
         for key, value in values.items():
-            (monkeypatch or pytest.MonkeyPatch()).setattr(owner, key, value)
+            monkeypatch.setattr(owner, key, value)
 
     if name in ("mnist", "fashion-mnist"):
         files = mnist_files(train, val)
@@ -106,22 +103,14 @@ def publish(
 
 
 @contextmanager
-def serve(files: dict[str, bytes], *, delay: float = 0.0) -> Iterator[tuple[str, Counter[str]]]:
-    """A server of these files.
-
-    Args:
-        delay: seconds before each answer.
-
-    Yields:
-        its address, which ends in ``/``, and how often each file was asked for.
-    """
+def serve(files: dict[str, bytes]) -> Iterator[tuple[str, Counter[str]]]:
+    """A server of these files: its address, which ends in ``/``, and how often each file was asked for."""
     asked = Counter[str]()
 
     class Publisher(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             name = self.path.strip("/")
             asked[name] += 1
-            time.sleep(delay)
             if name not in files:
                 self.send_error(404)
                 return

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import zlib
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ import numpy as np
 import pytest
 from image_files import random_images, real_data
 from published_sets import publish, serve
-from tiny_runs import CONTEXT, as_options, rnode
+from tiny_runs import as_options, rnode
 
-from rnode_plugin import hookimpl
 from rnode_plugin.errors import ConfigError, DataError
 from rnode_plugin.experiments.data import ImageData, Table, catalog, get_dataset, get_table, one_download, sets
 
@@ -148,15 +146,11 @@ def test_what_is_sent_must_be_the_published_file(published, tmp_path):
     assert_right(name, get_dataset(name, root=str(tmp_path / "data"), download=True))
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "folder"),
-    [
-        ("mnist", "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k", "MNIST/raw"),
-        ("fashion-mnist", "train-images-idx3-ubyte.gz", "FashionMNIST/raw"),
-        ("cifar10", "cifar-10-python.tar.gz", ""),
-        ("svhn", "train_32x32.mat and test_32x32.mat", ""),
-    ],
-)
+@pytest.mark.parametrize(("name", "file", "folder"), [
+    ("mnist", "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k", "MNIST/raw"),
+    ("fashion-mnist", "train-images-idx3-ubyte.gz", "FashionMNIST/raw"),
+    ("cifar10", "cifar-10-python.tar.gz", ""), ("svhn", "train_32x32.mat and test_32x32.mat", ""),
+])  # fmt: skip
 def test_without_a_network_it_names_the_files_and_where_they_belong(name, file, folder, tmp_path, monkeypatch):
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nothing listens there
@@ -206,18 +200,6 @@ def test_a_shape_that_is_no_tuple_equals_that_of_a_recipe():
     assert _data(shape=[1, 4, 4]).shape == (1, 4, 4)
 
 
-def test_a_place_that_a_loader_does_not_take_is_refused(register):
-    class Offers:
-        @hookimpl
-        def rnode_register_datasets(self):
-            return {"fixed": lambda: _data()}
-
-    register(Offers(), "offers")
-    assert get_dataset("fixed").name == "x"
-    with pytest.raises(ConfigError, match=r"'fixed': .*'root'"):
-        get_dataset("fixed", root="elsewhere")
-
-
 def test_limit_draws_the_same_images_from_the_whole_set():
     images = np.repeat(np.arange(200, dtype=np.uint8), 16).reshape(200, 1, 4, 4)
     data = _data(train=images, val=images, levels=256)
@@ -254,37 +236,6 @@ def test_held_out_samples_are_drawn_from_all_of_them():
 
 
 # one process downloads
-
-IMAGES = random_images(20, (1, 28, 28), 1), random_images(10, (1, 28, 28), 2)
-
-
-def fetch(root: Path, url: str, barrier: Any, result: Path) -> None:
-    publish(None, "mnist", *IMAGES, url)
-    barrier.wait(60)
-    data = get_dataset("mnist", root=str(root), download=True)
-    np.savez(result, train=np.asarray(data.train), val=np.asarray(data.val))
-
-
-@pytest.mark.slow
-@pytest.mark.ddp
-def test_one_downloads_and_the_other_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    files = publish(monkeypatch, "mnist", *IMAGES, "unused")
-    # so slow that the other process is there before it is done
-    with serve(files, delay=0.3) as (url, asked):
-        publish(monkeypatch, "mnist", *IMAGES, url)
-        barrier = CONTEXT.Barrier(2)
-        child = CONTEXT.Process(target=fetch, args=(tmp_path / "data", url, barrier, tmp_path / "child.npz"))
-        child.start()
-        fetch(tmp_path / "data", url, barrier, tmp_path / "parent.npz")
-        child.join(100)
-        assert child.exitcode == 0
-        together = Counter(asked)
-        get_dataset("mnist", root=str(tmp_path / "alone"), download=True)
-        assert asked == together + together
-    for name in ("child", "parent"):
-        for part, images in zip(("train", "val"), IMAGES, strict=True):
-            assert np.array_equal(np.load(tmp_path / f"{name}.npz")[part], images)
 
 
 def test_a_process_does_not_wait_for_ever(

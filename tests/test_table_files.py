@@ -105,7 +105,6 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "R write.csv": ('"","a","b"\n' + text_of(PAIRS, start='"{k}",'), "column has no name.*index=False"),
     "pandas, read and written again": ("Unnamed: 0,a,b\n" + text_of(PAIRS, start="{k},"), "column has no name"),
     "a pivot table": ("site,2020\n" + text_of(PAIRS), "first line holds the number 2020"),
-    "no header": (text_of(PAIRS, " "), "first line holds the number"),
     "Excel with empty rows": (
         "a,b\n" + text_of(PAIRS) + ",\n" * 3,
         "in 3 of 43 rows, the first of which is row 41",
@@ -115,7 +114,6 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
         "3 cells, but .* 2 names",
     ),
     "a separator in a name": ("a;b,c\n" + text_of(PAIRS, ";"), "row 1 has 1 cell, but there are 2 names"),
-    "a name with spaces": ("temp (K)\n" + text_of(PAIRS[:, :1]), "row 1 has 1 cell, but there are 2 names"),
     "a later row with more": ("a,b\n1,2\n3,4\n4,5,6\n", "below its first line .*2 fields in line 3, saw 3"),
     "an empty cell between spaces, before a column that is not read": (
         "a b c\n1 2 3\n  5 6\n6 7 8\n",
@@ -129,10 +127,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "a row of the word nan": ("a,b\n1,2\nnan,nan\n3,4\n", "'a'.*missing or infinite in 1 of 3 rows.* row 2"),
     "infinite": ("a,b\n1,2\ninf,2\n", "'a'.*missing or infinite in 1 of 2 rows"),
     "dates": ("day,a\n2020-01-01,1.5\n2020-01-02,2.5\n", "'day'.*not numeric: row 1 holds '2020-01-01'"),
-    "labels": ("a,b\n1,2\n2,female\n", "'b' .*not numeric: row 2 holds 'female'"),
-    "units below the names": ("a,b\nK,m\n" + text_of(PAIRS), "'a' .*not numeric: row 1 holds 'K'"),
     "underscores": ("a,b\n1,2\n1_000,2\n", "'a' .*not numeric: row 2 holds '1_000'"),
-    "other digits": ("a,b\n1,2\n١٢,2\n", "'a' .*not numeric: row 2 holds '١٢'"),
     "a header alone": ("a,b\n", "no rows"),
     "two columns of one name": ("a,b,a\n1,2,3\n", "2 columns have the name 'a'"),
     "a comment": ("# a,b\n1,2\n", "begins with #"),
@@ -204,10 +199,9 @@ def test_other_files_under_the_name_of_a_table(suffix: str, tmp_path: Path) -> N
     path = tmp_path / f"data{suffix}"
     with pytest.raises(DataError, match="does not exist"):
         column_names(path)
-    for content in (b"\x00\x01\x02" * 50, b"PK\x03\x04" + bytes(300), b"\xff\xfe\x00", b'"a,b\n1,2\n'):
-        path.write_bytes(content)
-        with pytest.raises(RnodeError, match="data"):
-            read_columns(path, column_names(path))
+    path.write_bytes(b"PK\x03\x04" + bytes(300))
+    with pytest.raises(RnodeError, match="data"):
+        read_columns(path, column_names(path))
     with pytest.raises(ConfigError, match="must end in"):
         column_names(path.rename(tmp_path / "data.xlsx"))
 
