@@ -7,7 +7,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +21,7 @@ from torchdiffeq._impl.odeint import SOLVERS
 
 import rnode_plugin
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.regularizers import LearnedEndTime, Rate, linear_warmup
+from rnode_plugin.regularizers import linear_warmup
 from rnode_plugin.torchdiffeq import install, odeint, odeint_adjoint, regularize, uninstall
 
 theirs: Any = torchdiffeq  # its functions have no annotations
@@ -66,22 +65,29 @@ def test_penalties_change_neither_values_nor_evaluations(method: str, backward: 
     assert all(value.shape == (4,) and bool((value > 0).all()) for value in penalties.values())
 
 
-def loss_and_gradient(ode: Any, field: Field, t: Tensor, method: str, spec: Any) -> list[Tensor]:
-    y0, t = start().requires_grad_(), t.clone().requires_grad_()
+def loss_and_gradient(ode: Any, t: Tensor, method: str, **given: Any) -> list[Tensor]:
+    field, y0, t = Field(), start().requires_grad_(), t.clone().requires_grad_()
     options: Any = {"step_size": 0.05} if method == "rk4" else None
     y, penalties = ode(
-        field, y0, t, rtol=1e-8, atol=1e-8, method=method, options=options, regularizers=spec, trace_noise="exact"
-    )
+        field, y0, t, rtol=1e-8, atol=1e-8, method=method, options=options, **given, trace_noise="exact",
+        regularizers={"kinetic": 1.0, "jacfrob": 2.0, "straightness": 4.0},
+    )  # fmt: skip
     loss = y[-1].square().mean() + penalties.loss()
     return [loss, *torch.autograd.grad(loss, [y0, t, *field.parameters()])]
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_the_adjoints_gradient_is_that_of_the_steps(backward: bool) -> None:
-    t = SPAN.flip(0) if backward else SPAN
-    spec = {"kinetic": 1.0, "jacfrob": 2.0, "straightness": 4.0}
-    steps = loss_and_gradient(odeint, Field(), t, "rk4", spec)
-    adjoint = loss_and_gradient(odeint_adjoint, Field(), t, "dopri5", spec)
+@pytest.mark.parametrize(
+    ("t", "given"),
+    [
+        (SPAN, {}),
+        (SPAN.flip(0), {}),
+        (SPAN, {"adjoint_method": "dopri8", "adjoint_rtol": 1e-10, "adjoint_atol": 1e-10}),
+    ],
+    ids=["forward", "backward", "another method"],
+)
+def test_the_adjoints_gradient_is_that_of_the_steps(t: Tensor, given: dict[str, Any]) -> None:
+    steps = loss_and_gradient(odeint, t, "rk4")
+    adjoint = loss_and_gradient(odeint_adjoint, t, "dopri5", **given)
     for a, b in zip(steps, adjoint, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -370,14 +376,6 @@ def test_penalties_up_to_an_event_take_a_second_solve(name: str) -> None:
     assert found.item() == pytest.approx((fall(2 + 1e-6, 0.5) - fall(2 - 1e-6, 0.5)) / 2e-6, rel=1e-6)
 
 
-def test_span_policies_choose_the_times() -> None:
-    field = Field()
-    policy = LearnedEndTime(0.5)
-    y, penalties = odeint(field, start(), SPAN, regularizers={policy: 1.0})
-    torch.testing.assert_close(y[-1], theirs.odeint(field, start(), SPAN / 2)[-1], rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(next(iter(penalties.values())), torch.full((4,), 0.125, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("quadrature", ["full", "sampled"])
 def test_torchs_seed_repeats_the_noise(quadrature: str) -> None:
     def draw() -> Tensor:
@@ -477,48 +475,27 @@ def test_samples_in_two_dimensions_have_the_loss_of_batch_dim_0() -> None:
     torch.testing.assert_close(*losses)
 
 
-def test_the_adjoint_may_have_a_method_of_its_own() -> None:
-    field = Field()
-    given: Any = {"rtol": 1e-9, "atol": 1e-9, "regularizers": {"kinetic": 1.0}}
-    _, penalties = odeint_adjoint(field, start(), SPAN, adjoint_method="dopri8", **given)
-    _, expected = odeint(field, start(), SPAN, **given)
-    weight = next(field.parameters())
-    found, reference = (torch.autograd.grad(each.loss(), weight)[0] for each in (penalties, expected))
-    torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-7)
-
-
-def test_parameters_of_field_and_regularizer_count_once_in_the_adjoint() -> None:
+def test_the_adjoint_reaches_the_parameters_of_a_rate_and_counts_those_of_the_field_once() -> None:
     field = Field()
 
-    class OfTheField(nn.Module, Rate):
-        name = "weighted"
-
+    class OfTheField(Weighed):
         def __init__(self) -> None:
             super().__init__()
             self.layer = field.net[0]
 
         def forward(self, evaluation: Any) -> Tensor:
-            return self.layer(evaluation.z).square().sum(1)
+            return self.weight * self.layer(evaluation.z).square().sum(1)
 
-    def gradient(ode: Any) -> Tensor:
-        loss = ode(field, start(), SPAN, regularizers={OfTheField(): 1.0})[1].loss()
-        return torch.autograd.grad(loss, next(field.parameters()))[0]
-
-    torch.testing.assert_close(gradient(odeint_adjoint), gradient(odeint), rtol=1e-5, atol=1e-7)
-
-
-def test_a_rate_with_parameters_that_is_finished_at_the_end_has_their_gradient() -> None:
-    class Finished(Weighed):
         def finish(self, integral: Tensor, z0: Tensor, z1: Tensor, length: Tensor) -> Tensor:
             return self.weight * integral + (z1 - z0).square().sum(1) / length
 
-    weighed = Finished()
+    rate = OfTheField()
 
-    def gradient(ode: Any) -> Tensor:
-        loss = ode(Field(), start(), SPAN, regularizers={weighed: 1.0})[1].loss()
-        return torch.autograd.grad(loss, weighed.weight)[0]
+    def gradients(ode: Any) -> tuple[Tensor, ...]:
+        loss = ode(field, start(), SPAN, regularizers={rate: 1.0})[1].loss()
+        return torch.autograd.grad(loss, [rate.weight, *field.parameters()])
 
-    torch.testing.assert_close(gradient(odeint_adjoint), gradient(odeint), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradients(odeint_adjoint), gradients(odeint), rtol=1e-5, atol=1e-7)
 
 
 # --- code that cannot be changed --------------------------------------------------------------------------------
@@ -552,15 +529,11 @@ def test_a_block_collects_over_its_solves(their_code: ModuleType) -> None:
 
 def test_a_block_measures_an_evaluation(their_code: ModuleType) -> None:
     field, y0 = Field(), start()
-    with torch.no_grad(), regularize({"kinetic": 0.5, "jacfrob": 0.1}, trace_noise="exact") as outside:
-        their_code.odeint(field, y0, SPAN)
-    with regularize({"kinetic": 0.5, "jacfrob": 0.1}, trace_noise="exact") as inside, torch.inference_mode():
-        their_code.odeint(field, y0, SPAN)
     spec = {"kinetic": 0.5, "jacfrob": 0.1}
+    with regularize(spec, trace_noise="exact") as inside, torch.inference_mode():
+        their_code.odeint(field, y0, SPAN)
     expected = odeint(field, y0, SPAN, regularizers=spec, trace_noise="exact")[1].loss().detach()
-    torch.testing.assert_close(outside.loss(), expected)
     torch.testing.assert_close(inside.loss(), expected)
-    assert not outside.loss().requires_grad
 
 
 def test_a_block_without_a_solve_names_the_causes() -> None:
@@ -729,26 +702,8 @@ def test_solves_inside_of_a_field_and_of_other_threads_are_left_alone(their_code
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
-        with pytest.raises(ConfigError), regularize("kinetic"):
-            pass
     expected = [odeint(field, x, SPAN, regularizers=["kinetic"])[1]["kinetic"] for x in (y0, 10 * y0)]
     torch.testing.assert_close([penalties["kinetic"], *others], expected)
-
-
-def test_another_thread_may_read_the_penalties(their_code: ModuleType) -> None:
-    """As the one that gave the solves to a pool of threads."""
-    field, y0 = Field(), start()
-
-    def work(scale: float) -> list[Any]:
-        with regularize({"kinetic": 1.0}) as collected:
-            their_code.odeint(field, scale * y0, SPAN)
-        return [collected, odeint(field, scale * y0, SPAN, regularizers={"kinetic": 1.0})[1]]
-
-    with ThreadPoolExecutor(2) as pool:
-        pairs = list(pool.map(work, [1.0, 2.0]))
-    for scale, found in zip([1.0, 2.0], pairs, strict=True):
-        expected = odeint(field, scale * y0, SPAN, regularizers={"kinetic": 1.0})[1].loss()
-        torch.testing.assert_close([each.loss() for each in found], [expected, expected])
 
 
 # --- bad input --------------------------------------------------------------------------------------------------
@@ -786,8 +741,6 @@ def test_one_time_alone_is_no_solve(name: str, t: Tensor) -> None:
         (start(), {"batch_dim": True}, "an int or None"),
         (torch.tensor(1.0), {}, "batch_dim"),
         (start(), {"regularizers": ["error"]}, "NeuralODE"),
-        (start(), {"regularizers": ["kinetic", "kinetic"]}, "twice"),
-        (start(), {"regularizers": ["kinetik"]}, "kinetic"),
         (start(), {"regularizers": {"learned_end_time": 0.1}}, r"LearnedEndTime\(2.0\)"),
         (start(), {"trace_noise": "gausian"}, "gaussian"),
         (start(), {"quadrature": "samples"}, "sampled"),
