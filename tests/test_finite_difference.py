@@ -42,16 +42,6 @@ def test_the_limit_is_the_exact_acceleration_of_first_order() -> None:
     assert orders == pytest.approx([1, 1], abs=0.05)
 
 
-def test_the_gradient_holds_the_second_evaluation_fixed() -> None:
-    field, x = Wave(), X.clone().requires_grad_()
-    t = torch.tensor([0.1, 0.7], dtype=DOUBLE)
-    each = lambda t, z: field(t[:, None], z)  # noqa: E731
-    found = penalties_at(each, t, x, ["finite_difference:0.01"])["finite_difference:0.01"]
-    expected = torch.cat([by_definition(field, t[i], x[i : i + 1]) for i in range(2)])
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(gradients(found.sum(), field, x), gradients(expected.sum(), field, x))
-
-
 class Augmented(nn.Module):
     def __init__(self, field: nn.Module) -> None:
         super().__init__()

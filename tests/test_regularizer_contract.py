@@ -21,7 +21,6 @@ from regularizer_table import (
     Detour,
     Lengths,
     Longer,
-    dormand_prince,
     longest,
 )
 from torch import Tensor, nn
@@ -424,17 +423,3 @@ def test_local_penalties_in_every_interface_that_has_its_own_solver(face: str) -
     ratio = found["local_error"].detach() / sizes
     torch.testing.assert_close(ratio, ratio[:1].expand(3))
     assert 0 < float(ratio[0]) < 1e-2
-
-
-def test_error_and_stiffness_of_one_step_are_those_of_scipys_tableau() -> None:
-    field, z, times = perceptron(), states(), torch.tensor([0.0, 0.7], dtype=DOUBLE)
-    solver = Adaptive("dopri5", first_step=0.7, atol=1e3, rtol=1e2)  # one step, whatever its error
-    dynamics = Dynamics(field, regularizers=[ALL["error"], ALL["stiffness"]], divergence=False)
-    found = solver.solve(dynamics.bind(None), z, times).penalties
-    wanted = dormand_prince(field, z, times)
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-14)
-        ours, exact = (
-            torch.autograd.grad(x.sum(), list(field.parameters()), retain_graph=True) for x in (found[name], value)
-        )
-        torch.testing.assert_close(ours, exact, rtol=1e-7, atol=1e-12)
