@@ -16,7 +16,7 @@ from density_models import ACCURATE, MODELS, make
 from regularizer_table import Weighed
 from torch import Tensor, nn
 
-from rnode_plugin import Exact, FixedGrid, FlowOutput, Hutchinson
+from rnode_plugin import Exact, FixedGrid, FlowOutput, Hutchinson, MultiscaleFlow, RegularizedCNF, TableFlow
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.solvers import GRADIENTS, SolverSettings
@@ -260,6 +260,12 @@ def test_a_warm_start_begins_with_the_last_solve_of_each_block_and_direction(nam
     assert warm.solved_with(warm_start=True).first_steps == {}
     warm.first_steps.clear()
     assert torch.equal(warm.encode(x, **given).z, cold.z)
+
+
+def test_a_constructor_takes_a_warm_start() -> None:
+    cnf = RegularizedCNF(nn.Linear(2, 2), event_shape=2, warm_start=True)
+    models = (cnf, TableFlow(2, hidden=2, warm_start=True), MultiscaleFlow((1, 4, 4), hidden=2, warm_start=True))
+    assert [each.first_steps for each in models] == [{}, {}, {}]
 
 
 @pytest.mark.parametrize("name", MODELS)
