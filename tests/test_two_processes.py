@@ -22,7 +22,7 @@ from torch.multiprocessing.spawn import start_processes
 from torchdyn.core.neuralde import NeuralODE as TorchdynNeuralODE
 
 import rnode_plugin
-from rnode_plugin import CNF, DensityModel, NeuralODE, RegularizedCNF, get_recipe
+from rnode_plugin import CNF, NeuralODE, RegularizedCNF, get_recipe
 from rnode_plugin.core.objective import objective
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
@@ -105,7 +105,7 @@ def _work(rank: int, address: str, result: str) -> None:
     for name, mode, unused in [*product(MODELS, GRADIENTS, [True]), *product(MODELS, ["autograd"], [False])]:
         make, shape = MODELS[name]
         torch.manual_seed(0)
-        model = make(mode, unused).double()
+        model: Any = make(mode, unused).double()
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.4)
         x = torch.randn(BATCH, *shape, dtype=torch.float64)
@@ -117,7 +117,7 @@ def _work(rank: int, address: str, result: str) -> None:
             for _ in range(times):
                 model.zero_grad()
                 output = each(x[mine])
-                states = model.log_prob_of(output) if isinstance(model, DensityModel) else output[1][-1]
+                states = model.log_prob_of(output) if name == "density" else output[1][-1]
                 (states.square().mean() + model.reg_loss()).backward()
             pair.append(gradient(model))
         found[f"{name}, {mode}, {unused}"] = pair
