@@ -310,10 +310,11 @@ def test_values_through_a_kernel_are_right_without_gradients(name: str) -> None:
     assert torch.allclose(found, expected)
 
 
-def test_kinetic_and_finite_difference_need_no_second_derivative() -> None:
+@pytest.mark.parametrize("kernel", [Kernel, Once])
+def test_kinetic_and_finite_difference_need_no_second_derivative(kernel: Any) -> None:
     for name in ("kinetic", "finite_difference"):
         found, expected = (
-            gradient(by_points(name)(net), net) for net in (Net(Kernel.apply), Net(nn.functional.silu))
+            gradient(by_points(name)(net), net) for net in (Net(kernel.apply), Net(nn.functional.silu))
         )
         assert torch.allclose(found, expected, rtol=1e-4)
 

@@ -82,24 +82,9 @@ def test_a_part_of_the_state_keeps_its_velocity() -> None:
     torch.testing.assert_close(model(X, SPAN)[1], plain)
 
 
-def test_a_density_and_fields_without_a_second_derivative() -> None:
+def test_a_density() -> None:
     model = RegularizedCNF(Wave(), event_shape=3, regularizers={"finite_difference": 0.1}).double()
     (-model.log_prob(X).mean() + model.reg_loss()).backward()
-
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return 2 * x
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: object, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return 2 * gradient
-
-    x = X.clone().requires_grad_()
-    rates = penalties_at(lambda t, x: Once.apply(x), 0.0, x, ["finite_difference"])  # pyright: ignore[reportArgumentType]
-    rates["finite_difference"].sum().backward()
-    torch.testing.assert_close(rates["finite_difference"], (4 * X).square().sum(1))
 
 
 def test_a_known_velocity_is_not_evaluated_again() -> None:
