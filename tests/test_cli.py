@@ -275,7 +275,7 @@ def test_a_refusal_of_the_module_is_one_line_and_an_exit_code() -> None:
 @pytest.mark.parametrize(("text", "seconds"), [
     ("90", 90), ("1.5", 1.5), ("20m", 1200), ("1h30m", 5400), ("1h30m05s", 5405), ("1.5h", 5400), ("2d", 172800),
     *((text, None) for text in ("", "m", "1x", "-3", "1h-2m", "nan", "inf", "0:20", "0", "1h30", "1h1h", "5m3h")),
-    ("9" * 400, None),
+    ("9" * 400, None), ("9" * 400 + "d", None), ("9" * 5000 + "h", None),
 ])  # fmt: skip
 def test_spans_of_time(text: str, seconds: float | None) -> None:
     if seconds is not None:

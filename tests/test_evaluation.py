@@ -9,10 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diagnosed_models import Linear
 from PIL import Image
-from scipy import stats
-from scipy.linalg import expm
 from torch import Tensor, nn
 
 from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow
@@ -20,14 +17,11 @@ from rnode_plugin.core.distribution import DensityModel, StandardNormal
 from rnode_plugin.core.objective import FlowOutput
 from rnode_plugin.core.random_streams import Stream, seeded, stream_seed
 from rnode_plugin.core.trace_estimators import Exact, Hutchinson
-from rnode_plugin.experiments.data.tables import Table
 from rnode_plugin.experiments.evaluation.likelihood import evaluate, nfe_batches
 from rnode_plugin.experiments.recipes.image_task import ImageTask
-from rnode_plugin.experiments.recipes.table_task import TableTask
 from rnode_plugin.experiments.recipes.task import FlowInput, Quantity
 from rnode_plugin.experiments.samples import sample_images, save_grid
 from rnode_plugin.flows.multiscale import dequantize
-from rnode_plugin.flows.table import TableFlow
 from rnode_plugin.plugins.registry import get_regularizer
 
 RK4 = FixedGrid("rk4", step=0.5)
@@ -302,22 +296,3 @@ def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form(monkeypatch: pytes
     # at last all five images alone, and the first three by the training solver
     assert calls[-2:] == [found.nfe_mean, 2 * blocks]
     assert (found.nfe_batches, found.nfe_batch_size) == (1, 5)
-
-
-def test_the_plain_numbers_of_a_table_by_scipy() -> None:
-    random = np.random.default_rng(0)
-    data = (random.normal(size=(60, 3)) @ random.normal(size=(3, 3)) * [0.1, 1, 20] + 5).astype(np.float32)
-    train, held_out = data[:50], data[50:]
-    flow, a = TableFlow(3, solver=Adaptive("dopri5", atol=1e-6, rtol=1e-6)), 0.4 * random.normal(size=(3, 3))
-    flow.fields = nn.ModuleList([Linear(torch.from_numpy(a).float())])
-    flow.standardize(torch.from_numpy(train))
-    measure = TableTask(("a", "b", "c"))
-    table = Table("t", ("a", "b", "c"), train, train, held_out)
-    plain = evaluate(flow, held_out, measure=measure).with_baselines(measure, table).to_plain(samples=True)["means"]
-    back = np.diag(train.std(0)) @ expm(-a)
-    for name, covariance in (("nll", back @ back.T), ("gaussian", np.cov(train.T, ddof=0))):
-        normal: Any = stats.multivariate_normal  # scipy's stubs take a number as the covariance
-        wanted = -normal(train.mean(0), covariance).logpdf(held_out)
-        np.testing.assert_allclose(plain[name]["samples"], wanted, rtol=1e-3)
-        assert plain[name]["mean"] == pytest.approx(wanted.mean(), rel=1e-4)
-        assert plain[name]["stderr"] == pytest.approx(wanted.std(ddof=1) / 10**0.5, rel=1e-3)

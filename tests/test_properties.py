@@ -5,23 +5,15 @@ Hypothesis draws the same 50 examples every time.
 
 from __future__ import annotations
 
-import math
 import string
-import tempfile
 from pathlib import Path
 
-import click
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
-from image_files import write_picture
 
 from rnode_plugin import get_recipe
-from rnode_plugin.cli.options import Duration
 from rnode_plugin.errors import ConfigError, DataError
-from rnode_plugin.experiments.data import get_dataset
 from rnode_plugin.experiments.data.folders import assign, split_named
 from rnode_plugin.experiments.recipes.recipe import Recipe, as_text
 from rnode_plugin.files import check_path_name
@@ -94,24 +86,6 @@ def test_data_that_is_nested_deep_is_refused() -> None:
             Recipe.from_plain({**RECIPE.to_plain(), group: value})
 
 
-@given(value=JSON)
-def test_any_json_is_a_recipe_or_refused(value: object) -> None:
-    with pytest.raises(ConfigError):
-        Recipe.from_plain(value)  # pyright: ignore[reportArgumentType]
-
-
-@given(text=st.one_of(st.from_regex(r"\d{1,4}[smhd:]?\d{0,400}[smhd]?", fullmatch=True), st.text(max_size=10)))
-@example("9" * 400)
-@example("9" * 5000 + ":00:00")
-@example("9" * 400 + "d")
-def test_a_span_of_time_is_positive_and_finite_or_refused(text: str) -> None:
-    try:
-        seconds = Duration().convert(text, None, None)
-    except click.UsageError:
-        return
-    assert 0 < seconds < math.inf
-
-
 @given(name=st.one_of(st.text(max_size=120), st.text(string.ascii_letters + "./\\-_ ~:", max_size=20)))
 def test_a_name_that_passes_is_one_folder_below(name: str) -> None:
     try:
@@ -149,19 +123,3 @@ def test_every_picture_is_in_one_part(names: list[str]) -> None:
     assert len(parts) == len(names)
     assert {"train", "val"} <= set(parts) <= {"train", "val", None}
     assert parts == assign(splits, names, where="here")
-
-
-SIDES = st.integers(1, 12)
-
-
-@settings(max_examples=25)
-@given(st.data(), st.integers(2, 12), SIDES, SIDES)
-def test_a_data_set_has_each_picture_of_the_folder_once(data, count: int, height: int, width: int) -> None:
-    images = data.draw(arrays(np.uint8, (count, 3, height, width)))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for i, image in enumerate(images):
-            write_picture(folder / f"{i}.png", image)
-        found = get_dataset("folder", root=name)
-    parts = [found.train[:], found.val[:]]
-    assert sorted(each.tobytes() for part in parts for each in part) == sorted(each.tobytes() for each in images)
