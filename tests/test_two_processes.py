@@ -19,13 +19,10 @@ import torch
 from tiny_runs import SETTINGS, as_options, rows, train_digits, weights
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
-from torchdyn.core.neuralde import NeuralODE as TorchdynNeuralODE
 
-import rnode_plugin
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF, get_recipe
 from rnode_plugin.core.objective import objective
 from rnode_plugin.core.trace_estimators import Hutchinson
-from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.regularizers import Rate
 from rnode_plugin.solvers import GRADIENTS
@@ -238,20 +235,3 @@ def _wait_for(run: Path, step: int) -> None:
                     return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached")
-
-
-def test_data_parallel_is_refused_for_torchdyns_own_class_after_install() -> None:
-    made_before = TorchdynNeuralODE(torch.nn.Linear(2, 2))
-    rnode_plugin.install()
-    try:
-        refuse_data_parallel(made_before)
-        refuse_data_parallel(TorchdynNeuralODE(torch.nn.Linear(2, 2), regularizers=["kinetic"]))  # pyright: ignore
-    finally:
-        rnode_plugin.uninstall()
-    [module._replicate_for_data_parallel() for module in made_before.modules()]
-
-
-def refuse_data_parallel(model: torch.nn.Module) -> None:
-    with pytest.raises(ConfigError, match=r"does not work under DataParallel\. Use one process per device"):
-        # as torch.nn.parallel.replicate does before it copies to the devices
-        [module._replicate_for_data_parallel() for module in model.modules()]
