@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +41,9 @@ TINY = [
     "data.train_images=200", "training.val_images=40", "data.val_batch_size=40", "training.max_steps=4",
     "training.sample_images=2", "training.val_every_steps=2", "training.save_every=1",
 ]  # fmt: skip
+
+
+FEW: Any = {"steps": 1, "checks": (1,)}  # too few steps for curves to draw
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_the_line_of_a_run(
     (one,) = configured_recipes(recipe, ("none",))
     if state != "new":
         ended = state in ("finished", "max_time")
-        write_run(folder, one, steps=1, checks=(1,), finished=ended, stopped=state)
+        write_run(folder, one, finished=ended, **FEW, stopped=state)
         # steps after the checkpoint, which are taken again
         MetricsTable(folder / "metrics.csv", keep=100).add({"train/matching": 0.1, "seconds": 40.0}, 2)
     if state not in ("new", "begun"):
@@ -257,7 +258,7 @@ class Training:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        write_run(folder / "run", get_recipe("digits"), steps=1, checks=(1,))  # too few steps for curves to draw
+        write_run(folder / "run", get_recipe("digits"), **FEW)
         self.program = folder / "rnode_cli.py"
         self.program.write_text(PROGRAM.replace("HERE", repr(str(folder))))
 
@@ -337,6 +338,26 @@ def test_a_run_that_another_process_has_finished_meanwhile_has_not_failed(
     """A process that a killed comparison has left may not have its lock yet when the next comparison looks."""
     training.program.write_text(training.program.read_text() + "sys.exit('Error: it is not empty.')\n")
     assert run(recipe, tmp_path / "c", "none").failed == ()
+
+
+def test_a_run_that_is_being_trained_is_waited_for(recipe: Recipe, training: Training, tmp_path: Path) -> None:
+    """A comparison that was killed by SIGKILL leaves a process that trains."""
+    (one,) = configured_recipes(recipe, ("none",))
+    folder = write_run(tmp_path / "c" / "runs" / "digits-none" / "42", one, **FEW)
+    later, said = (folder / "result.json").rename(tmp_path / "later"), list[str]()
+    with ExitStack() as other:
+        other.enter_context(training_lock(folder))
+
+        def announce(line: str) -> None:
+            said.append(line)
+            if later.exists():
+                later.rename(folder / "result.json")
+                other.close()
+
+        result = compare([one], out=tmp_path / "c", accelerator="cpu", announce=announce)
+    title = "run 1 of 1: digits-none, seed 42"
+    assert said == [f"{title}: another process trains it, waiting for its end", f"{title}: done, in {folder}"]
+    assert (result.runs, result.failed, training.calls()) == ((folder,), (), [])
 
 
 @pytest.mark.parametrize(
@@ -454,34 +475,3 @@ def test_configurations_begin_equally(recipe: Recipe, tmp_path: Path) -> None:
     assert none[0]["train/bpd"] == taylor[0]["train/bpd"]
     assert none[2]["train/bpd"] != taylor[2]["train/bpd"]
     assert float(taylor[2]["train/taylor:2"]) > 0
-
-
-def test_after_kill_9_the_same_command_waits_for_the_run_that_still_trains(tmp_path: Path) -> None:
-    out = tmp_path / "c"
-    options = ["--configuration", "none", "--device", "cpu", "--out", str(out)]
-    options += as_options(*TINY, "training.max_steps=60", "training.sample_images=0", "model.layers=2")
-    command = [sys.executable, "-m", "rnode_plugin", "compare", "digits", *options]
-    run = out / "runs" / "digits-none" / "42"
-    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while not (run / "checkpoints" / "last.ckpt").exists():
-        assert killed.poll() is None
-        time.sleep(0.01)
-    orphan = int(subprocess.check_output(["pgrep", "-P", str(killed.pid)]))
-    os.kill(orphan, signal.SIGSTOP)  # so that it still trains when the second command looks
-    killed.kill()
-    killed.wait()
-    assert not (run / "result.json").exists()
-    try:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as again:
-            assert again.stdout is not None
-            lines = []
-            for line in again.stdout:
-                lines.append(line)
-                if "waiting for its end" in line:
-                    os.kill(orphan, signal.SIGCONT)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(orphan, signal.SIGKILL)
-    assert again.returncode == 0, "".join(lines)
-    assert json.loads((run / "result.json").read_text())["steps"] == 60
-    assert "Error" not in "".join(lines)
