@@ -8,11 +8,12 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -345,14 +346,21 @@ def test_a_run_that_is_being_trained_is_waited_for(recipe: Recipe, training: Tra
     (one,) = configured_recipes(recipe, ("none",))
     folder = write_run(tmp_path / "c" / "runs" / "digits-none" / "42", one, **FEW)
     later, said = (folder / "result.json").rename(tmp_path / "later"), list[str]()
-    with ExitStack() as other:
-        other.enter_context(training_lock(folder))
+    holds = f"from filelock import FileLock\nwith FileLock({str(folder / '.lock')!r}): print('held'); input()"
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+
+        def end() -> None:
+            later.rename(folder / "result.json")
+            other.communicate(b"\n")
 
         def announce(line: str) -> None:
             said.append(line)
             if later.exists():
-                later.rename(folder / "result.json")
-                other.close()
+                threading.Timer(0.3, end).start()
 
         result = compare([one], out=tmp_path / "c", accelerator="cpu", announce=announce)
     title = "run 1 of 1: digits-none, seed 42"
