@@ -171,10 +171,7 @@ def test_settings_that_belong_together_change_together() -> None:
         ("training.precision=bf16-true", "would round the data themselves: use 32-true or bf16-mixed"),
         ("regularizers.kinetik=1", "unknown regularizer 'kinetik'; did you mean 'kinetic'"),
         ("regularizers.=1", "unknown setting"),
-        (
-            "regularizers.kinetic=linear_warmup(0)",
-            r"regularizers\.kinetic: a warm-up takes .* at least 1",
-        ),
+        ("regularizers.kinetic=linear_warmup(0)", r"regularizers\.kinetic: a warm-up takes .* at least 1"),
         ("regularizers.kinetic=linear_warmup(10)*-1", r"regularizers\.kinetic: .*>= 0"),
         ("regularizers.kinetic=-1", "expected a finite number >= 0"),
         ("regularizers.steer:0.25=0.5", "has no penalty and takes no lambda"),
@@ -190,12 +187,7 @@ def test_bad_overrides_are_refused(assignment: str, message: str) -> None:
     ("assignments", "message"),
     [
         (["solver.atol=1e-8"], "solver.atol has no effect, because rk4_38 takes the steps of a fixed grid"),
-        (
-            ["test_solver.method=rk4", "test_solver.rtol=1e-8"],
-            "test_solver.rtol .* test_solver.method=dopri5",
-        ),
-        (["solver.first_step=0.1"], "solver.first_step has no effect"),
-        (["solver.warm_start=false"], "solver.warm_start has no effect, because rk4_38 takes the steps of a fixed"),
+        (["test_solver.method=rk4", "test_solver.rtol=1e-8"], "test_solver.rtol .* test_solver.method=dopri5"),
         (["optimizer.name=adam", "optimizer.momentum=0.5"], "optimizer.momentum .* give optimizer.name=muon too"),
         (["optimizer.name=adam", "optimizer.vector_lr=0.5"], "optimizer.vector_lr has no effect"),
         (["optimizer.cooldown=0.5"], "with optimizer.schedule=cosine: give optimizer.schedule=cooldown too"),
@@ -203,9 +195,7 @@ def test_bad_overrides_are_refused(assignment: str, message: str) -> None:
         (["optimizer.matching_factor=3"], "takes no steps of flow matching: give training.matching=STEPS too"),
         # also values that the recipe has already
         (["test_solver.step=0.25"], "test_solver.step has no effect, because dopri5 chooses its own steps"),
-        (["solver.atol=1e-5"], "solver.atol has no effect"),
         (["optimizer.cooldown=0.2"], "optimizer.cooldown has no effect"),
-        (["training.val_every=1"], "training.val_every has no effect"),
     ],
 )
 def test_settings_without_an_effect_are_refused(assignments: list[str], message: str) -> None:
@@ -285,22 +275,14 @@ def test_a_column_name_may_hold_a_comma() -> None:
 
 def test_the_settings_that_a_resumed_run_keeps_are_marked() -> None:
     weights = {"data.shape", "model.name", "model.hidden", "model.layers"}
-    marks = get_recipe("digits").kept()
-    assert {name for name, mark in marks.items() if mark.weights} == weights
-    others = {
-        "data.name",
-        "data.levels",
-        "model.alpha",
-        "optimizer.name",
-        "training.weights",
-        "training.accumulate",
-    }
-    assert marks.keys() == weights | others
-    of_table = get_recipe("table").kept()
-    assert of_table.keys() - marks.keys() == {
+    images, rows = (get_recipe(name).kept() for name in ("digits", "table"))
+    assert {name for name, mark in images.items() if mark.weights} == weights
+    assert images.keys() - weights == {
+        "data.name", "data.levels", "model.alpha", "optimizer.name", "training.weights", "training.accumulate",
+    }  # fmt: skip
+    assert rows.keys() - images.keys() == {
         "data.columns", "data.given", "data.kind", "data.validation", "data.held_out", "data.split_seed",
         "data.train_rows", "model.activation", "model.blocks",
     }  # fmt: skip
-    for name in ("digits", "table"):
-        recipe = get_recipe(name)
-        assert recipe.kept().keys() <= {path for path, _ in recipe.settings()}
+    for name, marks in (("digits", images), ("table", rows)):
+        assert marks.keys() <= {path for path, _ in get_recipe(name).settings()}

@@ -41,9 +41,6 @@ def test_the_file_decides_everything_and_the_folder_is_exactly_that(file: Path, 
     assert "--resume" in again.output
     with training_lock(run):
         assert "is being trained by another process" in train(file, "--run-folder", run).output
-    (tmp_path / "new").mkdir()
-    with training_lock(tmp_path / "new"):  # a folder that holds nothing but its lock
-        assert "is being trained by another process" in train(file, "--run-folder", tmp_path / "new").output
 
     longer = tiny_recipe("training.max_steps=3", "optimizer.lr=1e-3")
     file.write_text(json.dumps(longer.to_plain()))
