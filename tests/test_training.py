@@ -590,10 +590,11 @@ def test_an_adaptive_solver_at_its_budget(tmp_path: Path) -> None:
     assert "2 of 2, 2 of them without a usable gradient" in shown.output
 
 
-def test_a_failed_solve_is_skipped(tmp_path: Path) -> None:
-    def fail(*args, **options):
-        raise SolverError("underflow", "it stopped", "Do something.", t=0.5, step=3, nfe=77)
+def fail(*args: Any, **options: Any) -> Any:
+    raise SolverError("underflow", "it stopped", "Do something.", t=0.5, step=3, nfe=77)
 
+
+def test_a_failed_solve_is_skipped(tmp_path: Path) -> None:
     def at(module: Any, step: int) -> None:
         module.flow.__dict__.pop("encode", None)
         if step == 2:
@@ -604,6 +605,15 @@ def test_a_failed_solve_is_skipped(tmp_path: Path) -> None:
     assert [row["train/nfe"] for row in train] == ["24.0", "77.0", "24.0"]
     assert [float(row["train/skipped"]) for row in train] == [0, 1, 1]
     assert set(train[0]) == set(train[1])  # in a run of several processes, means are taken over equal rows
+
+
+def test_a_failed_solve_of_a_validation_ends_the_run(tmp_path: Path) -> None:
+    class Fails(L.Callback):
+        def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            pl_module.flow.encode = fail
+
+    with pytest.raises(TrainingError, match=r"failed in the validation at training step 4: .*stopped.*continues"):
+        run(tiny_recipe(), tmp_path, callbacks=[Fails()])
 
 
 def test_a_solve_that_exploded_is_named(tmp_path: Path) -> None:
