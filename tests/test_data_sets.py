@@ -156,8 +156,7 @@ def serve(files: dict[str, bytes]) -> Iterator[tuple[str, Counter[str]]]:
 
     class Publisher(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            name = self.path.strip("/")
-            asked[name] += 1
+            asked[name := self.path.strip("/")] += 1
             if name not in files:
                 self.send_error(404)
                 return

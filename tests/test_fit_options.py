@@ -76,23 +76,14 @@ def test_loggers_get_no_value_of_flow_matching_after_its_end(tmp_path: Path) -> 
     assert [loss != "" for _, loss in found] == 3 * [False] + 5 * [True]
 
 
-@pytest.mark.parametrize(
-    ("option", "named"),
-    [
-        ("max_steps", "the settings of the recipe decide"), ("logger", "does not take Lightning's logger"),
-        ("limit_val_batches", "the settings of the recipe decide"), ("no_such_option", "no_such"),
-    ],
-)  # fmt: skip
-def test_options_that_the_recipe_decides(tmp_path: Path, option: str, named: str) -> None:
-    options: dict[str, Any] = {option: 1}
+@pytest.mark.parametrize(("options", "named"), [
+    ({"max_steps": 1}, "the settings of the recipe decide"), ({"logger": 1}, "does not take Lightning's logger"),
+    ({"limit_val_batches": 1}, "the settings of the recipe decide"), ({"no_such_option": 1}, "no_such"),
+    ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, r"AccumulationScheduler: training\.accumulate"),
+])  # fmt: skip
+def test_options_that_the_recipe_decides(tmp_path: Path, options: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         run(tiny_recipe(), tmp_path / "runs", **options)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_callback_that_would_decide_instead_of_the_recipe(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"GradientAccumulationScheduler: training\.accumulate"):
-        run(tiny_recipe(), tmp_path / "runs", callbacks=[GradientAccumulationScheduler({0: 2})])
     assert not (tmp_path / "runs").exists()
 
 

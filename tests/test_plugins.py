@@ -394,7 +394,7 @@ def wrong(register):
         (["recipes", "show", "bad-recipe"], "the recipe 'bad-recipe' of .*name '' cannot name a folder"),
         (["train", "digits", "--data", "wrong-data"], "'wrong-data': its plugin returned list, not ImageData"),
         (["train", "digits", "--data", "failing-data"], "the data set 'failing-data' of plugin 'wrong'.* not here"),
-        (["train", "digits", "--set", "model.name=nothing"], "its plugin returned NoneType, not a DensityModel"),
+        (["train", "digits", "--set", "model.name=nothing"], "NoneType, not a DensityModel.*Write a model"),
         (["train", "digits", "--set", "model.name=unbuilt"], "the model 'unbuilt' of plugin 'wrong'.* not here"),
     ],
 )

@@ -91,29 +91,19 @@ def test_validation_of_a_run_in_bfloat16_is_in_float32(tmp_path: Path) -> None:
     assert 1e-7 < abs(float(check["val/gap"])) < 0.02, "what bfloat16 is off by"
 
 
-@pytest.mark.parametrize(
-    ("kind", "native", "settings", "precision", "compiles"),
-    [
-        ("cpu", True, (), "bf16-mixed", False),
-        ("cpu", False, (), "32-true", False),
-        ("cuda", True, (), "bf16-mixed", True),
-        ("cuda", False, (), "32-true", True),
-        ("cuda", True, ("solver.method=dopri5", "solver.quadrature=full"), "32-true", True),
-        ("cuda", False, ("training.precision=64-true", "training.compile=false"), "64-true", False),
-    ],
-)
+@pytest.mark.parametrize(("kind", "native", "settings", "expected"), [
+    ("cpu", True, (), ("bf16-mixed", False)), ("cpu", False, (), ("32-true", False)),
+    ("cuda", True, (), ("bf16-mixed", True)), ("cuda", False, (), ("32-true", True)),
+    ("cuda", True, ("solver.method=dopri5", "solver.quadrature=full"), ("32-true", True)),
+    ("cuda", False, ("training.precision=64-true", "training.compile=false"), ("64-true", False)),
+])  # fmt: skip
 def test_what_auto_means(
-    monkeypatch: pytest.MonkeyPatch,
-    kind: str,
-    native: bool,
-    settings: tuple[str, ...],
-    precision: str,
-    compiles: bool,
+    monkeypatch: pytest.MonkeyPatch, kind: str, native: bool, settings: tuple[str, ...], expected: tuple[str, bool]
 ) -> None:
     monkeypatch.setattr(trainer, "computes_bf16", lambda device: native)
     recipe = tiny_recipe("training.precision=auto", "training.compile=auto", *settings)
     device = torch.device(kind)
-    assert (decided_precision(recipe, device), decided_compile(recipe, device)) == (precision, compiles)
+    assert (decided_precision(recipe, device), decided_compile(recipe, device)) == expected
 
 
 @pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])

@@ -39,7 +39,6 @@ class Plugin:
         return {
             "laplace": LaplaceFlow,
             "student": HeavyTails,
-            "nothing": lambda *event, **options: torch.nn.Tanh(),
             "own solver": lambda columns, *, regularizers, **others: LaplaceFlow(
                 columns, regularizers=regularizers
             ),
@@ -158,8 +157,3 @@ def test_a_model_that_ignores_what_its_recipe_says(name: str, ignored: str, reci
     """A result would name another solver than the one that it was measured with."""
     with pytest.raises(PluginError, match=rf"'{name}'.*does not keep {ignored}"):
         recipe.override([f"model.name={name}"]).build_flow()
-
-
-def test_a_model_that_is_no_density_model(recipe: Recipe) -> None:
-    with pytest.raises(PluginError, match=r"'nothing'.*not a DensityModel.*Write a model"):
-        recipe.override(["model.name=nothing"]).build_flow()
