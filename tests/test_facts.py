@@ -166,6 +166,16 @@ def test_a_training_picture_that_is_moved_to_the_held_out_ones_is_named(tmp_path
     assert overlap_warning(facts, load(faces)) is not None
 
 
+def test_a_deleted_picture_whose_name_a_held_out_one_has_too_was_not_moved(tmp_path: Path) -> None:
+    for part, images in (("train", IMAGES[:FEW]), ("val", IMAGES[FEW : FEW + 20])):
+        for number, image in enumerate(images):
+            write_picture(tmp_path / part / f"{number}.png", image)
+    facts = Facts.of(load(tmp_path))
+    (tmp_path / "train" / "3.png").unlink()
+    assert verdict(facts, load(tmp_path)) == "line"
+    assert "under other names" in (overlap_warning(facts, load(tmp_path)) or "")
+
+
 @pytest.mark.parametrize("place", [0, 50, 98])
 def test_images_without_names_are_compared_from_first_to_last(place: int) -> None:
     train, val = IMAGES[:MANY], IMAGES[MANY:]
