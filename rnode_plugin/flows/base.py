@@ -20,7 +20,7 @@ from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..core.weighing import Regularizers, weigh_regularizers
 from ..errors import ConfigError
 from ..fields.stack import AtContext, StackField
-from ..solvers import FixedGrid, HealthCheck, Solver, check_all
+from ..solvers import FixedGrid, HealthCheck, Solver, check_all, get_gradient
 from ..solvers.solver import chosen_solver
 
 # Images lie near a low-dimensional set. A field trained only on the paths is unconstrained elsewhere: after 600
@@ -299,7 +299,7 @@ class _Pass:
         net = field if isinstance(field, nn.Module) else None  # a prepared field does not show its module
         # A prepared field shares one graph of its weights between evaluations. A continuous adjoint needs a new
         # graph at each evaluation, which leads to the parameters themselves.
-        if isinstance(field, (StackField, AtContext)) and self._solver.gradient.through_steps:
+        if isinstance(field, (StackField, AtContext)) and get_gradient(self._solver.gradient).through_steps:
             if isinstance(field, StackField):
                 z = field.layout(z)
                 if noise is not None and noise.shape == z.shape:  # not the noise of several probes

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar, NoReturn
 
 import torch
@@ -32,7 +32,6 @@ from .checks import (
     check_positive,
     check_tolerances,
 )
-from .gradients import Gradient
 from .solution import Solution
 from .solver import Solver
 from .step import (
@@ -46,12 +45,12 @@ from .step import (
     fail_nonfinite,
     stepper,
 )
-from .tableaus import Method
+from .tableaus import Method, get_method
 
 _LEAST = 1e-37  # allowed error for an entry whose size is 0 if atol is 0 too, to avoid 0 / 0
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class Adaptive(Solver):
     """Takes steps as long as the errors in the state and in the log-determinant allow.
 
@@ -75,34 +74,24 @@ class Adaptive(Solver):
         True
     """
 
-    atol: Tolerance
-    rtol: Tolerance
-    first_step: float | None
-    error_norm: str
+    method: str | Method = "dopri5"
+    _: KW_ONLY
+    atol: Tolerance = 1e-5
+    rtol: Tolerance = 1e-5
+    first_step: float | None = None
+    error_norm: str = "rms"
     adaptive: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        method: str | Method = "dopri5",
-        *,
-        atol: Tolerance = 1e-5,
-        rtol: Tolerance = 1e-5,
-        first_step: float | None = None,
-        error_norm: str = "rms",
-        max_nfe: int | None = None,
-        gradient: str | Gradient = "autograd",
-        quadrature: str = "full",
-    ) -> None:
-        super().__init__(method, gradient=gradient, quadrature=quadrature, max_nfe=max_nfe)
-        if not self.method.adaptive:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not get_method(self.method).adaptive:
             raise ConfigError(
                 f"{self.name} has no error estimate to choose steps by: use FixedGrid({self.name!r}, step=...), or "
                 f"one of {', '.join(ADAPTIVE_METHODS)}."
             )
-        check_tolerances(atol, rtol)
-        check_positive(first_step, "first_step")
-        check_name(error_norm, ERROR_NORMS, "error norm")
-        self._set(atol=atol, rtol=rtol, first_step=first_step, error_norm=error_norm)
+        check_tolerances(self.atol, self.rtol)
+        check_positive(self.first_step, "first_step")
+        check_name(self.error_norm, ERROR_NORMS, "error norm")
 
     @property
     def text(self) -> str:
@@ -117,7 +106,7 @@ class Adaptive(Solver):
 
     def march(self, problem: Problem, *, take: StepTaker | None = None) -> Solution:
         dynamics, z, t_span, save_steps, _, first_step = problem
-        method = self.method
+        method = get_method(self.method)
         # an interpolant gives states alone, so a density stops at each output
         interpolate = None if dynamics.divergence else method.interpolate
         if z.dtype.to_real().itemsize < 4:
@@ -251,7 +240,7 @@ def _error_ratio(step: Step, z: Tensor, logdet: Tensor | None, solver: Adaptive)
         columns = [scaled, of_logdet.unsqueeze(1)] if by_sample else [scaled.flatten(), of_logdet.flatten()]
         scaled = torch.cat(columns, -1)
     norm = rms_norm(scaled, 1).amax() if by_sample else rms_norm(scaled)
-    return _on_host(solver.method, norm)[0]
+    return _on_host(get_method(solver.method), norm)[0]
 
 
 @torch.no_grad()
@@ -312,7 +301,7 @@ def guess_first_step(
     one evaluation of the field ``f``, shows how fast the ``velocity``, ``f(t, z)``, changes. With ``mirrored`` the
     field is the mirror image ``-f(-t, z)`` of the dynamics.
     """
-    method, scale = solver.method, solver.atol + torch.abs(z) * solver.rtol
+    method, scale = get_method(solver.method), solver.atol + torch.abs(z) * solver.rtol
     scale = torch.where(scale == 0, math.inf, scale)  # an entry of size 0 does not count without atol
     size, speed = _on_host(method, rms_norm(z / scale), rms_norm(velocity / scale))
     t = t.cpu()

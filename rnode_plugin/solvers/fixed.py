@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, NoReturn
 
 import torch
@@ -15,7 +15,6 @@ from ..core.health import HealthCheck, health
 from ..core.modes import on_host, read
 from ..errors import ConfigError
 from .checks import FIXED_METHODS, check_positive, count_steps, grid_text
-from .gradients import Gradient
 from .solution import Solution
 from .solver import Solver
 from .step import (
@@ -29,12 +28,12 @@ from .step import (
     fail_nonfinite,
     stepper,
 )
-from .tableaus import Method
+from .tableaus import Method, get_method
 
 _MOST_STEPS = 1_000_000
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class FixedGrid(Solver):
     """Divides each interval of the times into equal steps. The host reads nothing from the device.
 
@@ -57,26 +56,19 @@ class FixedGrid(Solver):
         False
     """
 
-    step: float | None
+    method: str | Method = "rk4_38"
+    _: KW_ONLY
+    step: float | None = 0.25
     adaptive: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        method: str | Method = "rk4_38",
-        *,
-        step: float | None = 0.25,
-        max_nfe: int | None = None,
-        gradient: str | Gradient = "autograd",
-        quadrature: str = "full",
-    ) -> None:
-        super().__init__(method, gradient=gradient, quadrature=quadrature, max_nfe=max_nfe)
-        if self.method.adaptive:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if get_method(self.method).adaptive:
             raise ConfigError(
                 f"{self.name} chooses its own steps and has no fixed grid: use Adaptive({self.name!r}), or one of "
                 f"{', '.join(FIXED_METHODS)}."
             )
-        check_positive(step, "step")
-        self._set(step=step)
+        check_positive(self.step, "step")
 
     @property
     def text(self) -> str:
@@ -84,7 +76,7 @@ class FixedGrid(Solver):
 
     def march(self, problem: Problem, *, take: StepTaker | None = None) -> Solution:
         dynamics, z, t_span, save_steps, *_ = problem
-        method = self.method
+        method = get_method(self.method)
         counts, draws = [1] * (len(t_span) - 1), None
         sampled = self.quadrature == "sampled"
         if self.step is not None:

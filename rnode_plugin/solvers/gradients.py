@@ -55,9 +55,11 @@ class Checkpointed(Gradient):
     def solve(self, solver: Integrator, problem: Problem) -> Solution:
         from .checkpoint import checkpointed
         from .step import stepper
+        from .tableaus import get_method
 
         dynamics, z, t, *_ = problem
-        take = checkpointed(stepper(dynamics, solver.method, solver.tolerances), dynamics, z, t[0].to(z.device))
+        one_step = stepper(dynamics, get_method(solver.method), solver.tolerances)
+        take = checkpointed(one_step, dynamics, z, t[0].to(z.device))
         return solver.march(problem, take=take)
 
 

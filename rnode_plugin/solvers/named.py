@@ -41,7 +41,7 @@ def get_solver(method: str | Method, **options: Any) -> Solver:
     for name in options:
         if name not in known:
             raise ConfigError(f"{found.name} {_LACKS.get(name, f'takes no {name}=')}.")
-    return kind(found, **options)
+    return kind(method, **options)
 
 
 def solver_of(
@@ -67,6 +67,6 @@ def solver_of(
     """
     found = get_method(method)
     if found.adaptive:
-        return Adaptive(found, atol=atol, rtol=rtol, first_step=first_step, error_norm=error_norm, **shared)
+        return Adaptive(method, atol=atol, rtol=rtol, first_step=first_step, error_norm=error_norm, **shared)
     refuse_worst(error_norm, found.name)
-    return FixedGrid(found, step=step, **shared)
+    return FixedGrid(method, step=step, **shared)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar, NoReturn, TypeVar
 
 import torch
@@ -26,13 +25,14 @@ from .tableaus import Method, get_method, hermite
 _Self = TypeVar("_Self", bound="Solver")
 
 
-@dataclasses.dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class Solver(ABC):
     """How an initial value problem is integrated and differentiated: a :class:`FixedGrid` or :class:`Adaptive`.
 
     Attributes:
-        method: how a step is taken.
-        gradient: how a solve is differentiated.
+        method: how a step is taken, a name or a :class:`~rnode_plugin.solvers.Method`. It is kept as it was given;
+            :func:`~rnode_plugin.solvers.get_method` looks it up.
+        gradient: how a solve is differentiated, a name or a gradient object, kept as it was given.
         quadrature: ``"full"``, or ``"sampled"`` to compute products with the Jacobian in a few evaluations only.
             For a density, one stage of each step in a fixed grid computes them, for trace and penalties. Otherwise
             about one evaluation in eight of a fixed grid, or one in each adaptive step, computes them for the
@@ -54,29 +54,24 @@ class Solver(ABC):
         ['rk4_38, step 0.25', 'dopri5, tolerance 1e-05']
     """
 
-    method: Method
-    gradient: Gradient
-    quadrature: str
-    max_nfe: int | None
+    method: str | Method
+    _: KW_ONLY
+    gradient: str | Gradient = "autograd"
+    quadrature: str = "full"
+    max_nfe: int | None = None
     adaptive: ClassVar[bool]
 
-    def __init__(
-        self, method: str | Method, *, gradient: str | Gradient, quadrature: str, max_nfe: int | None
-    ) -> None:
-        method, gradient = get_method(method), get_gradient(gradient)
-        check_quadrature(quadrature)
-        check_positive(max_nfe, "max_nfe")
-        if quadrature == "sampled":
+    def __post_init__(self) -> None:
+        get_method(self.method)
+        gradient = get_gradient(self.gradient)
+        check_quadrature(self.quadrature)
+        check_positive(self.max_nfe, "max_nfe")
+        if self.quadrature == "sampled":
             gradient.check_sampling()
-        self._set(method=method, gradient=gradient, quadrature=quadrature, max_nfe=max_nfe)
-
-    def _set(self, **attributes: object) -> None:
-        for name, value in attributes.items():
-            object.__setattr__(self, name, value)  # a frozen object sets its attributes once, here
 
     @property
     def name(self) -> str:
-        return self.method.name
+        return get_method(self.method).name
 
     @property
     @abstractmethod
@@ -133,13 +128,14 @@ class Solver(ABC):
                 t_span = torch.tensor(t_span, dtype=z0.dtype.to_real())
         check_times(t_span)
         if dynamics.held:
-            through_steps = self.gradient.through_steps or transforms_active()
+            through_steps = get_gradient(self.gradient).through_steps or transforms_active()
             refuse_held(dynamics.held, t_span, through_steps=through_steps)
         problem, path = Problem(dynamics, z0, t_span, save_steps), dynamics.path
         known = None if traced() or torch.compiler.is_compiling() else first_steps
         if known is not None:
             problem = problem._replace(first_steps=known, first_step=known.get(problem.way))
-        solution = self.gradient.solve(self, problem) if path is None else self._solve_with_path(problem, path)
+        gradient = get_gradient(self.gradient)
+        solution = gradient.solve(self, problem) if path is None else self._solve_with_path(problem, path)
         if known is not None and solution.longest_safe_step is not None:
             known[problem.way] = solution.longest_safe_step
         return solution if save_steps or solution.steps is None else replace(solution, steps=None)
@@ -147,10 +143,11 @@ class Solver(ABC):
     def _solve_with_path(self, problem: Problem, path: PathPenalties) -> Solution:
         """Solve with penalties on steps, and finish the integrals of rates."""
         self.check_steps(path.steps)
+        gradient = get_gradient(self.gradient)
         if torch.is_grad_enabled():  # without gradients the values are the same in every mode
-            self.gradient.check_penalties(path.steps)
+            gradient.check_penalties(path.steps)
         save_steps = problem.save_steps or bool(path.local)
-        solution = self.gradient.solve(self, problem._replace(save_steps=save_steps))
+        solution = gradient.solve(self, problem._replace(save_steps=save_steps))
         return _with_path_penalties(solution, problem, path, self)
 
     @abstractmethod
@@ -164,7 +161,7 @@ class Solver(ABC):
 
     def without_interpolation(self: _Self) -> _Self:
         """The same solver, but one that stops at each output time instead of interpolating."""
-        return replace(self, method=replace(self.method, interpolate=None))
+        return replace(self, method=replace(get_method(self.method), interpolate=None))
 
     def of_adjoint(self: _Self) -> _Self:
         """This solver adapted to the backward pass of an adjoint, whose state is not a batch of samples."""
@@ -177,14 +174,14 @@ class Solver(ABC):
             ConfigError: names what works instead.
         """
         self.check_steps(penalties)
-        self.gradient.check_penalties(penalties)
+        get_gradient(self.gradient).check_penalties(penalties)
 
     def check_steps(self, penalties: Sequence[StepPenalty]) -> None:
         """Refuse penalties on accepted steps that the method cannot give, and name what works."""
         for penalty in penalties:
             if penalty.local:
                 continue
-            has = {"error": self.adaptive, "pair": self.method.pair is not None}
+            has = {"error": self.adaptive, "pair": get_method(self.method).pair is not None}
             for use in penalty.uses:
                 if not has[use]:
                     what, good = _WITHOUT[use]

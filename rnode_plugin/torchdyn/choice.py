@@ -26,7 +26,7 @@ from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDi
 from ..core.derivatives import Velocity
 from ..core.modes import on_host, transforms_active
 from ..errors import ConfigError, suggest
-from ..solvers import Adjoint, Method, Solution, Solver, get_method
+from ..solvers import Adjoint, Method, Solution, Solver, get_gradient, get_method
 from ..solvers.tableaus import StepResult
 
 _FAMILIES = {
@@ -150,14 +150,14 @@ def constants_of(solver: SolverObject) -> list[object]:
 
 def handing_on(solver: Solver, args: object) -> Solver:
     """The solver, with ``args`` handed to the solver objects that step in it and in its adjoint."""
-    gradient = solver.gradient
+    gradient, method = get_gradient(solver.gradient), get_method(solver.method)
     if isinstance(gradient, Adjoint) and isinstance(gradient.backward, Solver):
         gradient = replace(gradient, backward=handing_on(gradient.backward, args))
-    step = solver.method.advance
+    step = method.advance
     if not isinstance(step, _Step) or step.known:  # torchdyn's own methods do not read them
         return replace(solver, gradient=gradient)
-    method = replace(solver.method, advance=_Step(step.solver, step.name, args))
-    return replace(solver, gradient=gradient, method=method)
+    stepping = replace(method, advance=_Step(step.solver, step.name, args))
+    return replace(solver, gradient=gradient, method=stepping)
 
 
 def method_from_torchdyn(

@@ -35,7 +35,7 @@ from ..core.weighing import signs_for_columns, warn_of_unread_columns
 from ..errors import ConfigError, RnodeError
 from ..fields.recognize import recognize
 from ..fields.stack import AtContext, StackField
-from ..solvers import Solver
+from ..solvers import Solver, get_gradient
 from .cnf import CNF, estimator_of, first_order_system, noise_of
 
 CONTROL = "_control"
@@ -261,7 +261,8 @@ class NetDynamics(Dynamics):
             field = TorchdynField(function, context, slots=slots, plain=not slots.found)
         if divergence:
             exact = type(estimator) is Exact and "jvp" not in needs
-            field = fastest(field, net, z, context, exact=exact, one_graph=solver.gradient.through_steps)
+            through_steps = get_gradient(solver.gradient).through_steps
+            field = fastest(field, net, z, context, exact=exact, one_graph=through_steps)
         super().__init__(
             field, regularizers=kinds, estimator=estimator, divergence=divergence,
             net=net if isinstance(net, nn.Module) else module_of(net), user_field=net,

@@ -290,7 +290,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
                 if (self.atol, self.rtol) != (1e-3, 1e-3):  # torchdyn's defaults
                     warnings.warn("Setting tolerances has no effect on fixed-step methods", stacklevel=3)
                 kept = kept_times(t_span, save_at) if len(save_at) > 0 else None
-            through_steps, hidden = solver.gradient.through_steps, None
+            through_steps, hidden = get_gradient(solver.gradient).through_steps, None
             if torch.is_grad_enabled() and not through_steps and self.vf.sensitivity != "autograd":
                 hidden = self.integral_loss
             system = system_of(
