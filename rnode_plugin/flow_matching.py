@@ -13,10 +13,10 @@ from .core.derivatives import VELOCITY, Ask, AutogradField, Linearization, as_fi
 from .core.door import Door
 from .core.dynamics import Dynamics
 from .core.modes import outside_inference, refuse_dual_numbers
+from .core.part import Part
 from .core.regularizer import Rate
 from .core.signature import SCALAR, call_of, time_first
 from .core.surroundings import module_of
-from .core.view import View, check_batch_dim
 from .core.weighing import Regularizers
 from .errors import ConfigError, suggest
 from .plugins.registry import resolve_regularizers
@@ -75,7 +75,8 @@ def penalties_at(
         raise ConfigError("penalties_at applies no lambda: give the names alone and weigh the rates by lambda / D.")
     refuse_dual_numbers()
     weighted = resolve_regularizers(regularizers)
-    check_batch_dim(batch_dim)
+    if batch_dim not in (0, None):
+        raise ConfigError(f"batch_dim must be 0, or None for a state that is one sample, not {batch_dim!r}.")
     t = torch.as_tensor(t, dtype=z.dtype, device=z.device)
     if t.ndim and (t.numel(), t.shape[:1]) != (len(z), z.shape[:1]):
         raise ConfigError(f"t must be a number or of shape ({len(z)},) or ({len(z)}, 1), not {tuple(t.shape)}.")
@@ -86,16 +87,16 @@ def penalties_at(
                 f"{each.name!r} is not a rate alone: it needs a solve, which penalties_at does not make."
             )
     given, net, field = field, module_of(field), call_of(time_first(field, with_context=False))
-    view = None if batch_dim == 0 else View(batch_dim=None)
+    part = None if batch_dim == 0 else Part(batch_dim=None)
     with outside_inference(t, z, velocity) as (time, z, velocity):
         if velocity is not None:
-            field = _Evaluated(field, velocity, view)
+            field = _Evaluated(field, velocity, part)
         dynamics = Dynamics(
-            field, regularizers=rates, estimator=trace_noise, divergence=False, view=view, net=net, user_field=given
+            field, regularizers=rates, estimator=trace_noise, divergence=False, part=part, net=net, user_field=given
         )
-        bound = dynamics.bind(dynamics.draw(dynamics.door.part(z)))
+        bound = dynamics.bind(dynamics.draw(dynamics.door.z_of(z)))
         if velocity is not None:  # another evaluation cannot repeat the random draws behind it, and must have none
-            bound.door = Door(dynamics.field, net, view=view)
+            bound.door = Door(dynamics.field, net, part=part)
         return bound.evaluate(time, z).penalties
 
 
@@ -149,14 +150,14 @@ def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, *, noise_time:
 class _Evaluated(AutogradField):
     """A field whose velocity at the points is known already."""
 
-    def __init__(self, field: Callable[..., Tensor], velocity: Tensor, view: View | None) -> None:
-        super().__init__(field, view=view)
+    def __init__(self, field: Callable[..., Tensor], velocity: Tensor, part: Part | None) -> None:
+        super().__init__(field, part=part)
         self._velocity = velocity
 
     def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
         if ask == VELOCITY:
             return Linearization(self._velocity)
-        if self.view is None:
+        if self.part is None:
             return as_field(self._field).linearize(t, z, noise, ask=ask)
         return super().linearize(t, z, noise, ask=ask)
 

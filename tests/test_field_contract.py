@@ -357,7 +357,7 @@ def test_differences_of_the_velocity_are_the_directional_derivative(name: str) -
     case = FIELDS[name]
     module, (t, z, noise) = case.make(), inputs_of(case)
     door = Door(case.solved(module, z), module_of(module), repeats=True)
-    signs = door.part(noise.detach().sign())
+    signs = door.z_of(noise.detach().sign())
     found = Difference().linearize(door, t, z, signs).products
     wanted = door.again(t, z, Ask(jvp=True)).jvp(signs, 0.0)  # pyright: ignore[reportOptionalCall]
     assert_close(found, wanted, 1e-7, name)  # pyright: ignore[reportArgumentType]

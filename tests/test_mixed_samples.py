@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -175,6 +176,16 @@ def test_columns_step_penalties_and_paths_of_one_sample() -> None:
     assert {v.shape for m in (whole, part) for v in m.regularization.values()} == {(1,)}
     torch.testing.assert_close(part.reg_loss(stiffness=0, straightness=0, learned_end_time=0) * 8,
                                0.01 * part.regularization["jacfrob"][0])  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [slice(0, 2), [True, False, True]])
+def test_columns_of_one_sample_are_the_same_in_both_interfaces(columns: Any) -> None:
+    """They are columns of ``(N, D)``, which holds one sample, and not rows."""
+    field = Graph()
+    model = NeuralODE(field, "rk4_38", regularizers=["kinetic"], batch_dim=None, penalized=columns)
+    model(X, SPAN)
+    _, penalties = odeint(field, X, SPAN, method="rk4", regularizers=["kinetic"], batch_dim=None, penalized=columns)
+    torch.testing.assert_close(penalties["kinetic"], model.regularization["kinetic"])
 
 
 def test_other_dimensions_and_densities_are_refused() -> None:

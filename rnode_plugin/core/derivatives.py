@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .modes import exporting, next_number, refuse_dual_numbers, transforms_active
+from .part import Part
 from .second_derivatives import WithoutGradient, check_second_derivative, wrong_third_derivative
 from .surroundings import Surroundings
-from .view import View
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """A vector field ``f(t, z)``. It maps a scalar time and a state ``(B, *event)`` to a velocity ``(B, *event)``."""
@@ -90,14 +90,14 @@ class Field(Protocol):
         ...
 
 
-def as_field(field: Velocity, view: View | None = None) -> Field:
+def as_field(field: Velocity, part: Part | None = None) -> Field:
     """``field`` itself if it implements the protocol for all of the state, else an :class:`AutogradField` of it."""
-    # a field with a faster pass differentiates the whole state, so with a view autograd does the work instead
-    if isinstance(field, AutogradField) and field.view is view:
+    # a field with a faster pass differentiates the whole state, so for a part autograd does the work instead
+    if isinstance(field, AutogradField) and field.part is part:
         return field
-    if view is None and isinstance(field, Field):
+    if part is None and isinstance(field, Field):
         return field
-    return AutogradField(field, view=view)
+    return AutogradField(field, part=part)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -145,7 +145,7 @@ class AutogradField:
 
     Args:
         field: the function.
-        view: the part of the state to differentiate by, whose velocity is differentiated; None: all of it. The
+        part: the part of the state to differentiate by, whose velocity is differentiated; None: all of it. The
             ``dz`` of :meth:`linearize` is the velocity of the whole state, everything else belongs to the part.
         around: what the function reads and changes in addition to its arguments.
         checked: what is known about the function, so that no check looks for it; None: nothing.
@@ -159,11 +159,11 @@ class AutogradField:
         self,
         field: Velocity,
         *,
-        view: View | None = None,
+        part: Part | None = None,
         around: Surroundings | None = None,
         checked: Checked | None = None,
     ) -> None:
-        self._field, self.view = field, view
+        self._field, self.part = field, part
         self._around = Surroundings() if around is None else around
         self._checked = Checked() if checked is None else checked
 
@@ -180,22 +180,22 @@ class AutogradField:
     def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
         if not (ask.products or ask.jvp or ask.divergence or ask.pull):
             return Linearization(self(t, z))
-        view = self.view
-        if view is None:
+        part = self.part
+        if part is None:
             return self._differentiate(self, t, z, noise, ask)
         # Only the part is a variable: the rest of the state enters as a constant. The whole velocity is picked up
         # on the way, since a second evaluation would cost as much and could draw other random numbers.
         velocities: list[Tensor] = []
 
-        def part(t: Tensor, x: Tensor) -> Tensor:
-            state: Any = view.into(z, x)
+        def of_part(t: Tensor, x: Tensor) -> Tensor:
+            state: Any = part.put(z, x)
             velocities.append(self(t, state))
-            return view.of(velocities[-1])
+            return part.take(velocities[-1])
 
-        found = self._differentiate(part, t, view.of(z), noise, ask)
+        found = self._differentiate(of_part, t, part.take(z), noise, ask)
         whole = velocities[0]  # from the first call; checks may have added more
         if not torch.is_grad_enabled():  # the graph was for the products, the caller wants none
-            whole = tuple(map(without_graph, whole)) if view.is_tuple else without_graph(whole)
+            whole = tuple(map(without_graph, whole)) if part.is_tuple else without_graph(whole)
         return found._replace(dz=whole)
 
     def _differentiate(
@@ -206,7 +206,7 @@ class AutogradField:
         noise: Tensor | None,
         ask: Ask,
     ) -> Linearization:
-        """Velocity and derivatives of ``f``, which is this field or the part of it that the view shows."""
+        """Velocity and derivatives of ``f``, which is this field or its velocity of the part."""
         if transforms_active():
             return _in_transform(f, t, z, noise, ask)
         refuse_dual_numbers()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .derivatives import VELOCITY, Ask, AutogradField, Field, Linearization
+from .part import Part, State
 from .surroundings import Surroundings
-from .view import State, View
 
 _NO_GRADIENTS = (
     "the vector field differentiates inside (torch.autograd.grad), but gradients are disabled here: under no_grad, "
@@ -42,18 +42,18 @@ class Door:
     Args:
         field: the field of the whole state.
         net: the module that the field calls; None: none is known.
-        view: the part of the state that penalties measure; None: all of it.
+        part: the part of the state that penalties measure; None: all of it.
         repeats: whether :meth:`again` may be called. If so, the random generators are read at each evaluation.
     """
 
-    __slots__ = ("_around", "_field", "view")
+    __slots__ = ("_around", "_field", "part")
 
     def __init__(
-        self, field: Field, net: nn.Module | None = None, *, view: View | None = None, repeats: bool = False
+        self, field: Field, net: nn.Module | None = None, *, part: Part | None = None, repeats: bool = False
     ) -> None:
         self._around = Surroundings(net, repeats=repeats)
-        self.view = view
-        # Any: with a view it takes the whole state, which may be a tuple
+        self.part = part
+        # Any: with a part it takes the whole state, which may be a tuple
         self._field: Any = field.inside(self._around) if isinstance(field, AutogradField) else field
 
     def evaluate(self, t: Tensor, state: State, ask: Ask = VELOCITY, noise: Tensor | None = None) -> Linearization:
@@ -62,7 +62,7 @@ class Door:
         Args:
             t: the time, a scalar tensor.
             state: the whole state.
-            ask: what to compute for the part that the view shows, in addition to the velocity.
+            ask: what to compute for the part, in addition to the velocity.
             noise: the vectors of the products that ``ask`` names.
 
         Returns:
@@ -73,7 +73,7 @@ class Door:
         """
         around = self._around
         if around.repeats:
-            around.mark(self.part(state))  # before the field draws, so that `again` can repeat the draws
+            around.mark(self.z_of(state))  # before the field draws, so that `again` can repeat the draws
         try:
             if around.exclusive is None:
                 return self._field.linearize(t, state, noise, ask=ask)
@@ -92,7 +92,7 @@ class Door:
 
         Args:
             t, state, ask, noise: as for :meth:`evaluate`.
-            z: another value of the part that the view shows; None: the state's.
+            z: another value of the part; None: the state's.
 
         Returns:
             Linearization: as from :meth:`evaluate`.
@@ -102,9 +102,9 @@ class Door:
                 and for a layer whose backward pass runs only once.
         """
         if z is not None:
-            state = z if self.view is None else self.view.into(state, z)
+            state = z if self.part is None else self.part.put(state, z)
         try:
-            with self._around.repeated(self.part(state)):
+            with self._around.repeated(self.z_of(state)):
                 # a call can be differentiated any number of times, a linearization perhaps only once
                 if ask == VELOCITY:
                     return Linearization(self._field(t, state))
@@ -115,10 +115,10 @@ class Door:
                 raise
             raise explained from error
 
-    def part(self, state: State) -> Tensor:
-        """The part of a state or a velocity that the view shows."""
-        if self.view is not None:
-            return self.view.of(state)
+    def z_of(self, state: State) -> Tensor:
+        """The part of a state or a velocity that penalties measure."""
+        if self.part is not None:
+            return self.part.take(state)
         assert isinstance(state, Tensor)
         return state
 

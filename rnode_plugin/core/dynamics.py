@@ -25,10 +25,10 @@ from .derivatives import Ask, AutogradField, Velocity, as_field
 from .door import Door
 from .field_evaluation import FieldEvaluation, Record
 from .followed_solve import Kinds, checked
+from .part import Part, State
 from .regularizer import Rate, Regularizer, StepPenalty, StepRecord
 from .surroundings import module_of
 from .trace_estimators import Difference, Exact, TraceEstimator, get_estimator
-from .view import State, View
 
 
 class Rates(NamedTuple):
@@ -203,8 +203,8 @@ class Dynamics(BoundDynamics):
         estimator: ``"gaussian"``, ``"rademacher"``, ``"exact"``, see
             :func:`~rnode_plugin.core.trace_estimators.get_estimator`, or an object.
         divergence: whether a density is followed (a continuous normalizing flow) or the state alone.
-        view: the part of the state that penalties measure; None: all of it.
-        event: extracts what the penalties measure from a state that a solver steps; None: the view's part.
+        part: the part of the state that penalties measure; None: all of it.
+        event: extracts what the penalties measure from a state that a solver steps; None: the part.
         net: the module that the field calls; None: the field itself, if it is a module.
         user_field: the field as the user gave it, for penalties that read it; None: ``field``.
 
@@ -235,13 +235,13 @@ class Dynamics(BoundDynamics):
         regularizers: Iterable[Regularizer] | Kinds = (),
         estimator: str | TraceEstimator = "gaussian",
         divergence: bool = True,
-        view: View | None = None,
+        part: Part | None = None,
         event: Callable[[Tensor], Tensor] | None = None,
         net: nn.Module | None = None,
         user_field: object = None,
     ) -> None:
-        self.field = as_field(field, view)
-        self.net, self._view = module_of(field) if net is None else net, view
+        self.field = as_field(field, part)
+        self.net, self._part = module_of(field) if net is None else net, part
         self.estimator = estimator if isinstance(estimator, TraceEstimator) else get_estimator(estimator)
         self.divergence = divergence
         self.noise: Tensor | None = None
@@ -260,7 +260,7 @@ class Dynamics(BoundDynamics):
                 [penalty for penalty in kinds.steps if not penalty.local],
                 [penalty for penalty in kinds.steps if penalty.local],
                 finished,
-                event or (view.of if view is not None else lambda state: state),
+                event or (part.take if part is not None else lambda state: state),
             )
         self.needs = kinds.needs
         self.held = kinds.held
@@ -281,7 +281,7 @@ class Dynamics(BoundDynamics):
         )
         repeats = self.estimator.repeats or kinds.repeats
         # each solve opens its own door, which holds the random state of the last evaluation
-        self._open = functools.partial(Door, self.field, self.net, view=view, repeats=repeats)
+        self._open = functools.partial(Door, self.field, self.net, part=part, repeats=repeats)
         self.door = self._open()
 
     def parameters(self) -> Iterable[Tensor]:
@@ -308,7 +308,7 @@ class Dynamics(BoundDynamics):
 
         Args:
             t: the time, a scalar tensor.
-            z: the state ``(B, *event)``. With a view it is the whole state, of which the view selects a part; the
+            z: the state ``(B, *event)``. With a part it is the whole state, of which the part is selected; the
                 velocity ``dz`` belongs to the whole state too.
             products: see :meth:`BoundDynamics.evaluate`.
 
@@ -332,8 +332,8 @@ class Dynamics(BoundDynamics):
             found = door.evaluate(t, z, self._ask, noise)
         whole, rows, jvp, known, pull = found
         state, dz = z, whole
-        if self._view is not None:
-            z, dz = self._view.of(state), self._view.of(whole)
+        if self._part is not None:
+            z, dz = self._part.take(state), self._part.take(whole)
         assert isinstance(z, Tensor)
         if dz.shape != z.shape:
             raise ConfigError(
@@ -350,7 +350,7 @@ class Dynamics(BoundDynamics):
         record = Record(
             t=t, state=state, z=z, dz=dz, noise=noise, products=None if rows is None else rows.to(z.dtype),
             estimator=self.estimator, door=door, jvp=jvp, pull=pull,
-            net=self._user_field if self._view is None else None,
+            net=self._user_field if self._part is None else None,
         )  # fmt: skip
         dlogdet = None
         if self.divergence and products:
@@ -363,4 +363,4 @@ class Dynamics(BoundDynamics):
         for key, rate in self.rates.items():
             if products or not rate.needs:
                 penalties[key] = checked(key, rate, (FieldEvaluation(record, rate.needs, key),), untouched, z)
-        return Rates(dz if self._view is None else whole, dlogdet, penalties)
+        return Rates(dz if self._part is None else whole, dlogdet, penalties)

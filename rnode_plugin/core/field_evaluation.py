@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .derivatives import Ask, DirectionalDerivative, total_derivative
 from .door import Door
+from .part import State
 from .signature import innermost
 from .trace_estimators import Probes, TraceEstimator
-from .view import State
 
 _Found = TypeVar("_Found")
 
@@ -178,7 +178,7 @@ class FieldEvaluation:
         door, state = self._record.door, self._record.state
 
         def again(t: Tensor, z: Tensor) -> Tensor:
-            return door.part(door.again(t, state, z=z).dz)
+            return door.z_of(door.again(t, state, z=z).dz)
 
         return self._record.once(("total", order), lambda: total_derivative(again, self.t, self.z, order))
 
@@ -186,7 +186,7 @@ class FieldEvaluation:
         """``f(t, z)`` at another time and state ``(B, *event)``, with the random draws of this evaluation."""
         self._require("field")
         door = self._record.door
-        return door.part(door.again(t, self._record.state, z=z).dz).to(z.dtype)
+        return door.z_of(door.again(t, self._record.state, z=z).dz).to(z.dtype)
 
     @property
     def net(self) -> Any:

@@ -16,8 +16,8 @@ from ..errors import ConfigError, check_count, suggest
 from .derivatives import VELOCITY, Ask, Linearization, trace_of_rows, unit_vectors
 from .door import Door
 from .modes import autocasts
+from .part import State
 from .sums import sum_products, sum_squares
-from .view import State
 
 _NOISES = ("gaussian", "rademacher")
 
@@ -230,8 +230,8 @@ class Difference(TraceEstimator):
         self, door: Door, t: Tensor, state: State, noise: Tensor | None = None, ask: Ask = VELOCITY
     ) -> Linearization:
         assert noise is not None
-        found, z = door.evaluate(t, state, ask._replace(pull=False)), door.part(state)
-        dz = door.part(found.dz)
+        found, z = door.evaluate(t, state, ask._replace(pull=False)), door.z_of(state)
+        dz = door.z_of(found.dz)
         # autocast may round a velocity to half precision before it is returned in float32, and leaves float64 alone
         cast = dz.dtype is torch.float32 and autocasts(dz)
         if dz.dtype.itemsize < 4 or cast:
@@ -250,7 +250,7 @@ class Difference(TraceEstimator):
         step = 2 * eps ** (1 / 3) * sizes.median() if len(z) > 0 else sizes.new_ones(())
 
         def along(e: Tensor) -> Tensor:
-            later, before = (door.part(door.again(t, state, z=z + sign * step * e).dz) for sign in (1, -1))
+            later, before = (door.z_of(door.again(t, state, z=z + sign * step * e).dz) for sign in (1, -1))
             return (later - before) / (2 * step)
 
         products = along(noise) if self.count == 1 else torch.stack([along(e) for e in noise])

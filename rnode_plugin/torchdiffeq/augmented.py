@@ -19,8 +19,8 @@ from ..core.derivatives import AutogradField
 from ..core.dynamics import Dynamics
 from ..core.followed_solve import Kinds
 from ..core.modes import outside_checkpoints
+from ..core.part import State
 from ..core.surroundings import module_of
-from ..core.view import State
 from ..core.weighing import signs_for_columns, warn_of_unread_columns
 from .followed import Follow, Layout
 
@@ -51,16 +51,16 @@ class Augmented:
         t: Tensor,
     ) -> None:
         self.func, self.layout = func, layout
-        view, z0 = layout.view, layout.view.of(y0)
-        lone = view.is_whole and not view.is_tuple
-        looks = not view.is_tuple and view.columns is None and bool(kinds.penalties) and not _is_known(func)
+        part, z0 = layout.part, layout.part.take(y0)
+        lone = part.is_one_tensor and not part.is_tuple
+        looks = not part.is_tuple and part.entries is None and bool(kinds.penalties) and not _is_known(func)
         signs = signs_for_columns(z0) if looks else None
-        call, self._seen = _looking(func, None if signs is None else view.into(y0, signs))
+        call, self._seen = _looking(func, None if signs is None else part.put(y0, signs))
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # penalties are integrated over |dt|
         field = AutogradField(call) if lone else call
         self.dynamics = Dynamics(
             field, regularizers=kinds, estimator=wanted.estimator, divergence=False,
-            view=None if lone else view, net=module_of(func), user_field=func,
+            part=None if lone else part, net=module_of(func), user_field=func,
         )  # fmt: skip
         self.dynamics = self.dynamics.bind(self.dynamics.draw(z0))
         # torchdiffeq does not show its stages, so a sampled quadrature draws among consecutive evaluations
@@ -76,7 +76,7 @@ class Augmented:
         finally:
             here.evaluating = before
         if factor != 1:
-            z = layout.view.of(layout.of_user(state))
+            z = layout.part.take(layout.of_user(state))
             zero = z.new_zeros(len(z))
             found = {
                 key: factor * found.get(key, zero) if rate.needs else found[key]
@@ -90,8 +90,8 @@ class Augmented:
         seen = self._seen()
         if seen is None:
             return
-        velocity, product = seen[0], None if seen[1] is None else self.layout.view.of(seen[1])
-        if warn_of_unread_columns(self.layout.view.of(velocity), product, stacklevel=5):
+        velocity, product = seen[0], None if seen[1] is None else self.layout.part.take(seen[1])
+        if warn_of_unread_columns(self.layout.part.take(velocity), product, stacklevel=5):
             with suppress(TypeError):  # some objects take no weak reference
                 _known.add(self.func)
 
@@ -179,7 +179,7 @@ def extended(given: Mapping[str, Any], layout: Layout, system: Augmented) -> dic
         system: the augmented field.
     """
     changed, options = dict(given), dict(given["options"] or {})
-    norm = options.get("norm", _mixed_norm if layout.view.is_tuple else _rms_norm)
+    norm = options.get("norm", _mixed_norm if layout.part.is_tuple else _rms_norm)
     # torchdiffeq's step lengths follow from these norms. A gradient through a norm would differentiate the step
     # control, which is wrong for a penalty that detaches another evaluation.
     options["norm"] = lambda state: norm(layout.of_user(state)).detach()
@@ -200,13 +200,13 @@ def extended(given: Mapping[str, Any], layout: Layout, system: Augmented) -> dic
 
 def _tolerances(value: Any, layout: Layout, of_penalties: list[float]) -> Any:
     """A tolerance for the tensors or entries of the user's state, extended to the augmented state."""
-    if layout.view.is_tuple and (isinstance(value, (tuple, list)) or torch.as_tensor(value).ndim > 0):
+    if layout.part.is_tuple and (isinstance(value, (tuple, list)) or torch.as_tensor(value).ndim > 0):
         rows = [torch.as_tensor(x) for x in value]  # a number becomes float32, as in torchdiffeq
         if len(rows) != len(layout.shapes):
             return value  # torchdiffeq raises the error
     else:
         rows = [torch.as_tensor(value, dtype=torch.float64)] * len(layout.shapes)
-    if layout.view.is_tuple:
+    if layout.part.is_tuple:
         rows = [x.reshape(-1).expand(shape.numel()) for x, shape in zip(rows, layout.shapes, strict=True)]
     else:
         rows = [rows[0].expand(layout.shapes[0]).reshape(-1)]

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..core.dynamics import refuse_held
 from ..core.followed_solve import FollowedSolve
 from ..core.modes import refuse_dual_numbers
+from ..core.part import State
 from ..core.penalties import ReturnedPenalties, attach
-from ..core.view import State
 from ..core.weighing import Regularizers, warn_of_flat_state
 from ..errors import ConfigError
 from .augmented import Augmented, extended
@@ -213,7 +213,7 @@ def solve(
     training = torch.is_grad_enabled() and getattr(func, "training", True)
     followed = FollowedSolve.of(wanted.kinds, penalized=True, training=training)
     t = followed.times(t)
-    z0 = layout.view.of(y0)
+    z0 = layout.part.take(y0)
     if z0.ndim == 1:
         warn_of_flat_state(z0, wanted.kinds)
     system = Augmented(func, layout, wanted, followed.kinds, y0, t)
@@ -227,7 +227,7 @@ def solve(
     layout.warn_of_still(y0, [x[-1] for x in kept])
     system.warn_of_unread_columns()
     if path is not None and len(t) > 1:  # torchdiffeq returns y0 for one time alone
-        end = layout.view.of(layout.of_user([x[-1] for x in kept]))
+        end = layout.part.take(layout.of_user([x[-1] for x in kept]))
         integrals |= path.finish(integrals, z0, end, t)
     kept[0], integrals = attach(kept[0], followed.complete(integrals, z0))
     return layout.of_user(kept), integrals, math.prod(z0.shape[1:])

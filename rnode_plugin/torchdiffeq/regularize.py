@@ -14,9 +14,9 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
+from ..core.part import State
 from ..core.penalties import Penalties, ReturnedPenalties, attach
 from ..core.tally import Tally
-from ..core.view import State
 from ..core.weighing import Regularizers, refuse_schedules
 from ..errors import ConfigError
 from . import integrate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import isfunction
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from ..core.derivatives import Ask, AutogradField, Field, has_hooks
 from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
 from ..core.followed_solve import Kinds
 from ..core.modes import outside_checkpoints
+from ..core.part import Part, PartSpec
 from ..core.signature import (
     COMPILED_FUNCTION,
     COMPILED_IN_PLACE,
@@ -30,7 +31,6 @@ from ..core.signature import (
 )
 from ..core.surroundings import lock_of, module_of
 from ..core.trace_estimators import Exact, TraceEstimator
-from ..core.view import Columns, Places, View, places_of
 from ..core.weighing import signs_for_columns, warn_of_unread_columns
 from ..errors import ConfigError, RnodeError
 from ..fields.recognize import recognize
@@ -279,16 +279,15 @@ class Followed:
     Attributes:
         kinds: the penalties.
         estimator: the estimator of products, unless a CNF brings one.
-        penalized: the columns of the state that are ``z``; None: all except the columns of a cost and a trace.
-        batch_dim: 0, or None if all of ``z`` is one sample, which the penalties see as ``(1, B, ...)``.
+        spec: the part of the state that is ``z``. Columns are counted without the column of a cost; without them
+            ``z`` is all except the columns of a cost and a trace.
     """
 
     kinds: Kinds
     estimator: TraceEstimator
-    penalized: Columns | None = None
-    batch_dim: int | None = 0
+    spec: PartSpec
 
-    def view(self, x: Tensor, state: Tensor, traces: int) -> View | None:
+    def part(self, x: Tensor, state: Tensor, traces: int) -> Part | None:
         """The place of ``z`` in a state without the column of a cost; None if ``z`` is the whole state.
 
         Args:
@@ -299,27 +298,19 @@ class Followed:
         Raises:
             ConfigError: for a state that cannot carry the penalties.
         """
-        if self.batch_dim is None and traces:
+        spec = self.spec
+        if spec.batch_dim is None and traces:
             raise ConfigError("batch_dim=None has no meaning for a CNF: the density is one of each sample.")
         if not self.kinds.penalties:
             return None
         if x.ndim == 0:
             raise ConfigError("penalties need a state with a batch dimension, (B, ...), not a single number.")
-        if x.is_complex():
-            raise ConfigError("penalties need a real state: give a complex one as torch.view_as_real(x).")
-        columns = self.penalized
-        if columns is None and traces > 1:
+        if spec.columns is None and traces > 1:
             raise ConfigError(
                 f"the vector field holds {traces} CNF modules; penalties need one, to find z after the trace, or "
                 "penalized=, the columns of the state that they measure."
             )
-        if columns is None and traces:
-            columns = slice(traces, None)
-        if columns is None:
-            return None if self.batch_dim == 0 else View(batch_dim=None)
-        entries, first, last = places_of(columns, state.shape[1:], x.device)
-        shift = 0 if self.batch_dim == 0 else 1  # a state that is one sample gets a dimension in front
-        return View(columns=Places(entries, first + shift, last + shift), batch_dim=self.batch_dim)
+        return (replace(spec, columns=slice(traces, None)) if spec.columns is None and traces else spec).part(state)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -385,7 +376,7 @@ def look_for_columns(system: TorchdynSystem, t: Tensor, x: Tensor) -> bool:
     """Warn about columns that the field moves but never reads, and return whether the question is settled."""
     state = x if system.cost is None else x[:, 1:]
     # a trace or columns may be set apart already
-    signs = signs_for_columns(state) if system.dynamics.door.view is None else None
+    signs = signs_for_columns(state) if system.dynamics.door.part is None else None
     if signs is None:
         return True
     try:
@@ -424,12 +415,12 @@ def system_of(
     state = x if cost is None else x[:, 1:]
     modules = list(vf.modules())
     cnfs = list(filter(is_cnf, modules))
-    view = followed.view(x, state, len(cnfs))
+    part = followed.part(x, state, len(cnfs))
     net, order, counters = _unwrapped(vf)
     visible = isinstance(net, nn.Module)
     holder = vf if visible else module_of(net)  # torchdyn's wrapper does not register the modules of a function
     # look inside a single CNF, so that its trace and the penalties share one evaluation of its net
-    traced = len(cnfs) == 1 and followed.penalized is None and _is_transparent(net, state)
+    traced = len(cnfs) == 1 and followed.spec.columns is None and _is_transparent(net, state)
     slots = Slots(modules, x, ahead=0 if cost is None else 1, cnf=net if traced else None)
     kinds, estimator = followed.kinds, followed.estimator
     needs = kinds.needs | ({"vjp"} if cnfs else set[str]())
@@ -443,19 +434,19 @@ def system_of(
         estimator, event_shape = estimator_of(net) or estimator, z.shape[1:]
         net, order = net.net, net.order
     else:
-        z = state if view is None else view.of(state)
-        if cnfs and followed.penalized is None:
+        z = state if part is None else part.take(state)
+        if cnfs and followed.spec.columns is None:
             estimator = estimator_of(cnfs[0]) or estimator
     field: Field = field_of(net, modules, slots, args, takes=takes(net), order=order, needs=needs)
-    whole = traced or view is None
+    whole = traced or part is None
     if whole and (traced or kinds.penalties) and not needs.isdisjoint(("vjp", "jvp")):
         exact = order == 1 and type(estimator) is Exact and "vjp" in needs and "jvp" not in needs
         field = fastest(field, net, z, exact=exact, one_graph=one_graph)
-    event = None if view is None else view.of
+    event = None if part is None else part.take
     if cost is not None:  # its column is in front of z
-        event = lambda x: x[:, 1:] if view is None else view.of(x[:, 1:])  # noqa: E731
+        event = lambda x: x[:, 1:] if part is None else part.take(x[:, 1:])  # noqa: E731
     dynamics = Dynamics(
-        field, regularizers=kinds, estimator=estimator, divergence=traced, view=None if whole else view,
+        field, regularizers=kinds, estimator=estimator, divergence=traced, part=None if whole else part,
         event=event, net=holder, user_field=net if order == 1 else None,
     )  # fmt: skip
     return TorchdynSystem(

@@ -23,11 +23,11 @@ from torchdyn.numerics.solvers.ode import RungeKutta4
 from ..core.citations import citation
 from ..core.followed_solve import FollowedSolve, Kinds
 from ..core.modes import on_host, outside_inference
+from ..core.part import PartSpec
 from ..core.penalties import OneProcessPerDevice, Penalties, attach
 from ..core.signature import Takes, field_takes, refuse_state_first
 from ..core.tally import Tally
 from ..core.trace_estimators import Hutchinson, TraceEstimator, get_estimator
-from ..core.view import as_columns, check_batch_dim
 from ..core.weighing import Regularizers, refuse_schedules, warn_of_flat_state
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
@@ -137,7 +137,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     _tally: Tally | None = None
     _max_nfe: int | None = None
     _named: Sequence[tuple[SolverObject, str]] = ()
-    _followed: Followed = Followed(Kinds(), Hutchinson("gaussian"))
+    _followed: Followed = Followed(Kinds(), Hutchinson("gaussian"), PartSpec())
     _quadrature: str = "full"
     _error_norm: str = "rms"
     _resolved: tuple[list[object], Solver] | None = None
@@ -181,13 +181,14 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
                 "this vector field belongs to an SDE, and NeuralODE solves ordinary differential equations."
             )
         refuse_state_first(vector_field, "NeuralODE")
-        check_batch_dim(batch_dim)
+        if batch_dim not in (0, None):
+            raise ConfigError(f"batch_dim must be 0, or None for a state that is one sample, not {batch_dim!r}.")
         if batch_dim is None and error_norm == "worst":
             raise ConfigError(
                 "error_norm='worst' is the error of the worst sample, and batch_dim=None has one sample."
             )
-        columns = as_columns(penalized)
-        if penalized is not None and (columns is None or (isinstance(columns, Tensor) and columns.ndim > 1)):
+        spec = PartSpec.of(penalized, batch_dim)
+        if spec.tensors is not None or (isinstance(spec.columns, Tensor) and spec.columns.ndim > 1):
             raise ConfigError(
                 f"penalized= must be a slice of the state's columns or a mask of booleans (D,), not {penalized!r}."
             )
@@ -206,7 +207,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             )  # fmt: skip
         self.solver_adjoint, self.first_steps = backward, {} if warm_start else None
         self._penalties, self._tally = Penalties(weighted), given.tally
-        self._followed = Followed(Kinds(), get_estimator(trace_noise), columns, batch_dim)
+        self._followed = Followed(Kinds(), get_estimator(trace_noise), spec)
         self._max_nfe, self._quadrature, self._error_norm = max_nfe, quadrature, error_norm
         built = ((forward, solver), (backward, solver_adjoint))
         self._named = tuple((made, name) for made, name in built if isinstance(name, str))
@@ -279,7 +280,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             solver, kept = self._solver(args), None
             x, t_span = self._start(x, t_span, solver)
             t_span = of_solve.times(t_span)
-            if penalties and x.ndim == 1 and followed.batch_dim == 0:
+            if penalties and x.ndim == 1 and followed.spec.batch_dim == 0:
                 warn_of_flat_state(x, record.kinds)
             if solver.adaptive:
                 if len(save_at) > 0:
@@ -298,7 +299,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             )
             # once for each model, because the check takes one more evaluation
             if not self._columns_known and penalties and followed.kinds.penalties and x.ndim == 2:
-                lone = system.event_shape is None and followed.penalized is None and followed.batch_dim == 0
+                lone = system.event_shape is None and followed.spec.columns is None and followed.spec.batch_dim == 0
                 self._columns_known = not lone or look_for_columns(system, t_span[0], x)
             nfe = self.vf.nfe
             solution = solver.solve(system, x, t_span, first_steps=self.first_steps).check()
@@ -425,7 +426,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         cost = integrals.pop(INTEGRAL_LOSS, None)
         if cost is not None and bool(t_span[-1] < t_span[0]):
             cost = -cost  # penalties are integrated over |dt|, but torchdyn's column for the cost over dt
-        integrals = followed.complete(integrals, x if self._followed.batch_dim == 0 else x.unsqueeze(0))
+        integrals = followed.complete(integrals, x if self._followed.spec.batch_dim == 0 else x.unsqueeze(0))
         if self._tally is not None and integrals:  # install(regularizers=...): the backward pass adds the penalties
             penalties_of_all = Penalties(record.weighted)
             penalties_of_all.add(integrals, system.dims)
