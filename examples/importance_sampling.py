@@ -11,7 +11,7 @@ import time
 import matplotlib.pyplot as plt
 import torch
 
-from rnode_plugin import Adaptive, FixedGrid, RegularizedCNF
+from rnode_plugin import Adaptive, FixedGrid, RegularizedCNF, importance_sample
 from rnode_plugin.core.importance_sampling import ImportanceSample
 from rnode_plugin.fields import linear_field
 
@@ -52,7 +52,7 @@ def weigh_for(seconds, model, jacobian):
     """The weighted samples that a model draws in so many seconds of processor time."""
     end, parts = time.process_time() + seconds, []
     while not parts or time.process_time() < end:
-        parts.append(model.importance_sample(log_target, 1000, jacobian=jacobian))
+        parts.append(importance_sample(model, log_target, 1000, jacobian=jacobian))
     x, log_weights = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "log_weights"))
     return ImportanceSample(x, log_weights)
 
@@ -101,7 +101,7 @@ def main():
     for axes, (name, (regularizers, steps)) in zip(panels[1:-1], rows.items(), strict=True):
         model = densities[name] = train(regularizers, steps=steps, seed=options.seed)
         torch.manual_seed(options.seed + 1)  # the same latents for all
-        found = model.importance_sample(log_target, 4000)
+        found = importance_sample(model, log_target, 4000)
         gap = found.log_z - log_z
         nfe = model.nfe if steps else 0  # the density of the base needs no solve
         print(

@@ -19,6 +19,8 @@ _PUBLIC = {
     "TableFlow": "flows.table",
     "DensityModel": "core.distribution",
     "FlowOutput": "core.objective",
+    "importance_sample": "core.importance_sampling",
+    "map_log_prob": "core.map_jacobian",
     "Solution": "solvers.solution",
     "Adaptive": "solvers.adaptive",
     "FixedGrid": "solvers.fixed",
@@ -51,6 +53,8 @@ __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAl
 if TYPE_CHECKING:
     from .core.distribution import DensityModel
     from .core.dynamics import Dynamics
+    from .core.importance_sampling import importance_sample
+    from .core.map_jacobian import map_log_prob
     from .core.objective import FlowOutput, bits_per_dim, objective
     from .core.trace_estimators import Exact, Hutchinson
     from .diagnostics.diagnose import diagnose

@@ -27,7 +27,7 @@ from torchdyn.nn import DataControl
 from torchdyn.numerics.solvers.ode import RungeKutta4
 from torchdyn_fields import mlp
 
-from rnode_plugin import Adaptive, FixedGrid, Hutchinson, NeuralODE, RegularizedCNF, TableFlow
+from rnode_plugin import Adaptive, FixedGrid, Hutchinson, NeuralODE, RegularizedCNF, TableFlow, importance_sample
 from rnode_plugin.core.distribution import FlowDistribution
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flow_matching import ODESolver
@@ -247,9 +247,9 @@ def controlled() -> RegularizedCNF:
         (lambda: controlled().log_prob(X.float()), "DataControl"),
         (lambda: controlled().sample(3), "DataControl"),
         (lambda: make("cnf", FixedGrid())[0].log_prob(X, noise=[X]), "exact trace takes none"),
-        (lambda: unconditional().importance_sample(lambda x: x, 3), "one number per sample"),
+        (lambda: importance_sample(unconditional(), lambda x: x, 3), "one number per sample"),
         (
-            lambda: unconditional().importance_sample(lambda x: x.new_full((len(x),), -math.inf), 3),
+            lambda: importance_sample(unconditional(), lambda x: x.new_full((len(x),), -math.inf), 3),
             "none of the 3 samples lies inside the target",
         ),
         (lambda: RegularizedCNF(nn.Linear(2, 2), Normal(torch.zeros(2), 1.0)), "Independent"),

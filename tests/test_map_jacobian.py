@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.func import grad, jvp, vmap
 
-from rnode_plugin import Adaptive, DensityModel, FixedGrid, RegularizedCNF
+from rnode_plugin import Adaptive, DensityModel, FixedGrid, RegularizedCNF, importance_sample, map_log_prob
 from rnode_plugin.core import map_jacobian
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.solvers import GRADIENTS
@@ -45,7 +45,7 @@ def test_the_determinant_of_each_model(name: str) -> None:
     exact = model.base.log_prob(z) - torch.linalg.slogdet(jacobian.flatten(2).transpose(0, 1)).logabsdet
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
-            found, log_prob = model.inverse_and_log_prob(z, **given, jacobian="map")
+            found, log_prob = map_log_prob(model, z, **given)
         torch.testing.assert_close(found, model.inverse(z, **given))
         torch.testing.assert_close(log_prob, exact, rtol=1e-9, atol=1e-9)
         assert found.requires_grad == log_prob.requires_grad == gradients
@@ -60,7 +60,7 @@ def test_gradients_of_the_closed_form_in_every_mode(sensitivity: str) -> None:
     z = torch.randn(4, 3).double().requires_grad_()
     a = model.net.weight
     weights = torch.linspace(1, 2, 4).double()
-    x, log_prob = model.inverse_and_log_prob(z, jacobian="map")
+    x, log_prob = map_log_prob(model, z)
     m = back(a, "midpoint", 2)
     exact = model.base.log_prob(z) - torch.linalg.slogdet(m).logabsdet
     ours = (weights * log_prob).sum() + (x**3).sum()
@@ -76,7 +76,7 @@ def test_gradients_of_flows_are_those_of_finite_differences(name: str) -> None:
     parameter = max(model.parameters(), key=lambda each: each.numel())
 
     def loss() -> Tensor:
-        found, log_prob = model.inverse_and_log_prob(z, **given, jacobian="map")
+        found, log_prob = map_log_prob(model, z, **given)
         return log_prob.sum() + found.sum()
 
     (gradient,) = torch.autograd.grad(loss(), parameter)
@@ -98,13 +98,13 @@ def test_weights_of_a_coarse_sampler_in_closed_form(monkeypatch: pytest.MonkeyPa
     model, m = of_linear(MATRIX, steps=1), back(MATRIX, "midpoint", 1)
     own = MultivariateNormal(torch.zeros(3).double(), m @ m.T)
     torch.manual_seed(0)
-    found = model.importance_sample(lambda x: own.log_prob(x) + math.log(3), 50, jacobian="map")
+    found = importance_sample(model, lambda x: own.log_prob(x) + math.log(3), 50, jacobian="map")
     three = torch.full((50,), math.log(3), dtype=torch.float64)
     torch.testing.assert_close(found.log_weights, three, rtol=0, atol=1e-12)
     assert model.nfe == 2
     monkeypatch.setattr(map_jacobian, "_BATCH", 7)
     torch.manual_seed(0)
-    again = model.importance_sample(lambda x: own.log_prob(x) + math.log(3), 50, jacobian="map")
+    again = importance_sample(model, lambda x: own.log_prob(x) + math.log(3), 50, jacobian="map")
     torch.testing.assert_close((again.x, again.log_weights), (found.x, found.log_weights))
 
 
@@ -112,26 +112,24 @@ def test_contexts_are_cut_with_the_latents(monkeypatch: pytest.MonkeyPatch) -> N
     model, x, given = make("table flow with contexts", QUICK)
     z = model.encode(x, **given).z.detach()
     with torch.no_grad():
-        whole = model.inverse_and_log_prob(z, **given, jacobian="map")
+        whole = map_log_prob(model, z, **given)
         monkeypatch.setattr(map_jacobian, "_BATCH", 2)
-        torch.testing.assert_close(model.inverse_and_log_prob(z, **given, jacobian="map"), whole)
+        torch.testing.assert_close(map_log_prob(model, z, **given), whole)
 
 
-def test_a_distribution_gives_the_density_of_its_samples() -> None:
+def test_draws_of_the_base_have_the_density_of_the_map() -> None:
     model, m = of_linear(MATRIX), back(MATRIX, "midpoint", 2)
-    x, log_prob = model.distribution().rsample_and_log_prob((2, 4), jacobian="map")
-    exact = MultivariateNormal(torch.zeros(3).double(), m @ m.T).log_prob(x)
-    torch.testing.assert_close(log_prob, exact)
-    assert log_prob.shape == (2, 4)
+    x, log_prob = map_log_prob(model, model.base.rsample(torch.Size([8])))
+    torch.testing.assert_close(log_prob, MultivariateNormal(torch.zeros(3).double(), m @ m.T).log_prob(x))
 
 
-def test_penalties_of_training_by_the_map() -> None:
+def test_penalties_of_another_solve_stay() -> None:
+    """Training by the density of the map takes the penalties from a solve of its own."""
     model, z = of_linear(MATRIX, regularizers=["kinetic"]), torch.randn(4, 3).double()
-    wanted = model.decode(z, penalties=True).regularization["kinetic"]
-    model.log_prob(z + 1)
-    model.inverse_and_log_prob(z, jacobian="map")
+    wanted = model.decode(z).regularization["kinetic"]
+    log_prob = map_log_prob(model, z)[1]
     torch.testing.assert_close(model.regularization["kinetic"], wanted)
-    (model.reg_loss() + model.inverse_and_log_prob(z, jacobian="map")[1].mean()).backward()
+    (model.reg_loss() + log_prob.mean()).backward()
     assert model.net.weight.grad is not None
 
 
@@ -166,10 +164,10 @@ def test_layers_without_a_second_or_a_forward_derivative() -> None:
     for tanh in (torch.tanh, Once.apply):
         model = RegularizedCNF(Kernel(tanh), event_shape=2, solver="rk4", t_span=(0.0, 1.0)).double()
         torch.manual_seed(0)
-        found.append(model.importance_sample(lambda x: -x.square().sum(1), 5, jacobian="map").log_weights)
+        found.append(importance_sample(model, lambda x: -x.square().sum(1), 5, jacobian="map").log_weights)
     torch.testing.assert_close(found[0], found[1])
     with pytest.raises(ConfigError, match="backward pass of Once cannot be differentiated"):
-        model.inverse_and_log_prob(torch.randn(3, 2).double(), jacobian="map")
+        map_log_prob(model, torch.randn(3, 2).double())
 
 
 # --- refusals ---
@@ -190,18 +188,18 @@ def test_a_map_that_folds_is_refused_and_a_finer_one_is_not() -> None:
     folded = int((1 - 6 * torch.cos(2 * z) < 0).sum())
     fewer = min(folded, 101 - folded)
     with pytest.raises(ConfigError, match=rf"other sign at {fewer} of 101 samples.*Take a finer step"):
-        model.inverse_and_log_prob(z, jacobian="map")
+        map_log_prob(model, z)
     with pytest.raises(ConfigError, match="of 2,500 samples"):
-        model.importance_sample(lambda x: -x.square().sum(1), 2500, jacobian="map")
+        importance_sample(model, lambda x: -x.square().sum(1), 2500, jacobian="map")
     finer = model.solved_with(solver=FixedGrid("euler", step=1 / 16))
-    finer.inverse_and_log_prob(z, jacobian="map")
+    map_log_prob(finer, z)
 
 
 def test_a_map_that_reflects_all_samples_is_not_refused() -> None:
     """One Euler step of z' = 2 z is ``x = -z``."""
     model = of_linear(torch.tensor([[2.0]]).double(), "euler", 1)
     z = torch.randn(9, 1).double()
-    x, log_prob = model.inverse_and_log_prob(z, jacobian="map")
+    x, log_prob = map_log_prob(model, z)
     torch.testing.assert_close((x, log_prob), (-z, model.base.log_prob(z)))
 
 
@@ -213,8 +211,8 @@ def test_a_map_that_mixes_samples_is_refused(graph: bool) -> None:
         torch.randn(6, 2).double(),
     )
     with torch.set_grad_enabled(graph), pytest.raises(ConfigError, match="depends on other samples"):
-        model.inverse_and_log_prob(z, jacobian="map")
-    model.eval().inverse_and_log_prob(z, jacobian="map")
+        map_log_prob(model, z)
+    map_log_prob(model.eval(), z)
 
 
 class WithoutGraph(Kernel):
@@ -231,13 +229,13 @@ def test_a_field_without_a_graph_is_refused_and_a_diagonal_one_is_not(graph: boo
         WithoutGraph(torch.tanh), event_shape=2, solver="rk4", t_span=(0.0, 1.0), regularizers=()
     ).double()
     with torch.set_grad_enabled(graph), pytest.raises(ConfigError, match="runs without a graph"):
-        model.inverse_and_log_prob(torch.randn(3, 2).double(), jacobian="map")
+        map_log_prob(model, torch.randn(3, 2).double())
     with pytest.raises(ConfigError, match="runs without a graph"):
-        model.importance_sample(lambda x: -x.square().sum(1), 5, jacobian="map")
+        importance_sample(model, lambda x: -x.square().sum(1), 5, jacobian="map")
     a = torch.diag(torch.tensor([0.5, -0.3], dtype=torch.float64))
     model, z = of_linear(a), torch.randn(3, 2).double()
     with torch.set_grad_enabled(graph):
-        log_prob = model.inverse_and_log_prob(z, jacobian="map")[1]
+        log_prob = map_log_prob(model, z)[1]
     torch.testing.assert_close(log_prob, model.base.log_prob(z) - back(a, "midpoint", 2).logdet())
     assert model.nfe == 4
 
@@ -245,7 +243,7 @@ def test_a_field_without_a_graph_is_refused_and_a_diagonal_one_is_not(graph: boo
 def test_a_singular_map_is_refused() -> None:
     model = of_linear(torch.tensor([[1.0]]).double(), "euler", 1)  # x = 0
     with pytest.raises(ConfigError, match="singular or not finite at 4 of 4 samples"):
-        model.inverse_and_log_prob(torch.randn(4, 1).double(), jacobian="map")
+        map_log_prob(model, torch.randn(4, 1).double())
 
 
 def wide() -> DensityModel:
@@ -253,23 +251,27 @@ def wide() -> DensityModel:
 
 
 def by_map(model: Any, z: Tensor) -> Tensor:
-    return model.inverse_and_log_prob(z, penalties=False, jacobian="map")[1]
+    return map_log_prob(model, z)[1]
+
+
+def weigh(model: Any, jacobian: Any) -> None:
+    importance_sample(model, lambda x: x.sum(1), 2, jacobian=jacobian)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (
-            lambda m, z: m.solved_with(solver=Adaptive("dopri5")).inverse_and_log_prob(z, jacobian="map"),
+            lambda m, z: map_log_prob(m.solved_with(solver=Adaptive("dopri5")), z),
             "dopri5 chooses its steps",
         ),
-        (lambda m, z: m.inverse_and_log_prob(z, noise=m.draw_noise(2), jacobian="map"), "leave noise= out"),
-        (lambda m, z: m.inverse_and_log_prob(z, jacobian="maps"), "did you mean 'map'"),
-        (lambda m, z: m.importance_sample(lambda x: x.sum(1), 2, jacobian="no"), "unknown jacobian"),
+        (lambda m, z: weigh(m, jacobian="maps"), "did you mean 'map'"),
+        (lambda m, z: weigh(m, jacobian="no"), "unknown jacobian"),
+        (lambda m, z: map_log_prob(m, z[:, :2]), r"\(B, \*\(3,\)\)"),
         (lambda m, z: vmap(lambda each: by_map(m, each[None]))(z), "outside of vmap, jvp"),
         (lambda m, z: vmap(grad(lambda each: by_map(m, each[None]).sum()))(z), "outside of vmap, jvp"),
         (lambda m, z: jvp(lambda each: by_map(m, each), (z,), (z,)), "outside of vmap, jvp"),
-        (lambda m, z: wide().importance_sample(lambda x: x.sum(1), 2, jacobian="map"), "256 dimensions.*257"),
+        (lambda m, z: weigh(wide(), jacobian="map"), "256 dimensions.*257"),
     ],
 )
 def test_mistakes(call: Any, message: str) -> None:
@@ -282,5 +284,5 @@ def test_a_cut_is_small_where_jacobians_are_large() -> None:
     assert map_jacobian.chunks(torch.zeros(3, 2)) == 1024
     assert map_jacobian.chunks(torch.zeros(3, 4, 8, 8)) == 61
     assert map_jacobian.chunks(torch.zeros(0, 2)) == 1
-    empty = of_linear(MATRIX).inverse_and_log_prob(torch.zeros(0, 3).double(), jacobian="map")
+    empty = map_log_prob(of_linear(MATRIX), torch.zeros(0, 3).double())
     assert [tuple(each.shape) for each in empty] == [(0, 3), (0,)]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -18,11 +16,9 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 from ..errors import ConfigError, check_count
 from .citations import citation
 from .followed_solve import Kinds
-from .importance_sampling import EXACT_DIMS, ImportanceSample
-from .map_jacobian import MOST_DIMS, Jacobian, chunks, jacobian_of, log_abs_det, refuse_folds, wants_map
 from .objective import FlowOutput, standard_normal_log_prob
 from .regularizer import Regularizer
-from .trace_estimators import Exact, Hutchinson, TraceEstimator, get_estimator
+from .trace_estimators import TraceEstimator, get_estimator
 from .weighing import Weighted
 
 _ONE = torch.Size()
@@ -188,78 +184,16 @@ class DensityModel(nn.Module, ABC):
         return self.decode(z, context=context, penalties=False, solver=solver).x
 
     def inverse_and_log_prob(
-        self,
-        z: Tensor,
-        *,
-        context: Tensor | None = None,
-        noise: Sequence[Tensor | None] | None = None,
-        jacobian: Jacobian = "trace",
+        self, z: Tensor, *, context: Tensor | None = None, noise: Sequence[Tensor | None] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The samples of latents ``z`` and their ``log p(x) (B,)`` in nats, from one solve.
+        """The samples of latents ``z (B, *base.event_shape)`` and their ``log p(x) (B,)`` in nats, from one solve.
 
-        With ``jacobian="map"`` this is the density of the samples that the solver computes with its finite step,
-        ``log q(z) - log |det dx/dz|`` by the Jacobian of the discrete map (as in arXiv 2512.09914). Wherever that
-        map is one to one, the density has neither discretization error nor noise from probes. It takes one backward
-        pass through the solve for each dimension. With gradients disabled, layers need no second derivative.
-
-        Args:
-            z: latents ``(B, *base.event_shape)``.
-            context, noise: as for :meth:`encode`.
-            jacobian: ``"trace"`` integrates the trace of the field's Jacobian. ``"map"`` takes the Jacobian of the
-                discrete map, for a fixed grid in at most 256 dimensions. With gradients enabled both can be
-                differentiated.
-
-        Raises:
-            ConfigError: as in :meth:`encode`; for ``"map"`` with an adaptive solver, with more dimensions or with
-                noise; for a field that mixes samples or runs without a graph; and for a discrete map that folds, as
-                determinants of both signs show.
-            SolverError: from the solve.
+        The trace is taken as in :meth:`log_prob`. Arguments and errors as for :meth:`encode`. For the density of
+        the samples that a solver of a few steps computes see :func:`~rnode_plugin.core.map_jacobian.map_log_prob`.
         """
-        if wants_map(jacobian):
-            return self._by_map(z, context, noise)
         solver = self.full_quadrature()
         output = self.decode(z, context=context, noise=noise, penalties=False, solver=solver)
         return output.x, self.log_prob_of(output)
-
-    def _by_map(
-        self, z: Tensor, context: Tensor | None, noise: Sequence[Tensor | None] | None
-    ) -> tuple[Tensor, Tensor]:
-        """:meth:`inverse_and_log_prob` by the Jacobian of the discrete map."""
-        if noise is not None:
-            raise ConfigError("jacobian='map' estimates no trace: leave noise= out.")
-        if self.solver.adaptive:
-            raise ConfigError(
-                f"jacobian='map' needs a fixed grid, but {self.solver.name} chooses its steps by the samples. Give "
-                "one: model.solved_with(solver=FixedGrid('midpoint', step=0.25)), or solver= and t_span= of a "
-                "RegularizedCNF."
-            )
-        if self.dims > MOST_DIMS:
-            raise ConfigError(
-                f"jacobian='map' takes a backward pass through the solve for each dimension, so it is limited to "
-                f"{MOST_DIMS} dimensions. This density has {self.dims:,}: use jacobian='trace'."
-            )
-        # a continuous adjoint differentiates the exact flow, not the discrete map
-        solver = dataclasses.replace(self.solver, gradient="autograd")
-        graph, rows = torch.is_grad_enabled(), self.context_rows(context, z)
-        # chunks bound the memory; with gradients the graph of every chunk would stay alive anyway
-        size = max(len(z), 1) if graph else chunks(z)
-        contexts = itertools.repeat(None) if rows is None else rows.split(size)
-        parts = []
-        for part, given in zip(z.split(size), contexts, strict=False):
-            carry = functools.partial(self.inverse, context=given, solver=solver)
-            x, jacobian = jacobian_of(carry, part, graph=graph, net=self, apart=bool(parts))
-            # A field without a graph counts as a constant, which leaves this Jacobian diagonal. The products of a
-            # trace refuse such a field.
-            if not parts and jacobian.count_nonzero() == jacobian.diagonal(dim1=1, dim2=2).count_nonzero():
-                first = None if given is None else given[:1]
-                with torch.no_grad():
-                    self.solved_with(estimator=Hutchinson()).decode(part[:1], context=first, penalties=False)
-            parts.append((x, *log_abs_det(jacobian)))
-        # signs of all chunks together, because a fold shows as determinants of both signs
-        x, logdet, sign = (torch.cat(each) for each in zip(*parts, strict=True))
-        refuse_folds(logdet.detach(), sign)
-        output = FlowOutput(x=x, z=z, logdet=-logdet.to(x))
-        return x, self.log_prob_of(output)
 
     @torch.no_grad()
     def sample(
@@ -292,77 +226,6 @@ class DensityModel(nn.Module, ABC):
         if temperature != 1:
             z = self.base.mean + temperature * (z - self.base.mean)
         return self.in_range(self.inverse(z, context=context))
-
-    @torch.no_grad()
-    def importance_sample(
-        self,
-        log_target: Callable[[Tensor], Tensor],
-        n: int,
-        *,
-        context: Tensor | None = None,
-        jacobian: Jacobian = "trace",
-    ) -> ImportanceSample:
-        """Draw samples and weight them by an unnormalized target density.
-
-        The result estimates the target's normalizing constant and expectations under it.
-
-        A noisy ``log p`` would bias ``exp(-log p)``. So the trace is exact in up to 64 dimensions, whatever the
-        estimator. In more dimensions an estimator with noise is refused.
-
-        The trace belongs to the exact flow, so a coarse step biases the weights. With ``jacobian="map"`` there is
-        no such bias wherever the discrete map is one to one, and a few steps suffice. A map that folds at a sample
-        is refused. If it folds at none of n samples, the places where it does fold have a mass below 3 / n with 95
-        % confidence.
-
-        Args:
-            log_target: logarithm of the target's unnormalized density in nats; maps ``(n, *event_shape)`` to
-                ``(n,)``.
-            n: number of samples.
-            context: ``context_shape`` for all samples or ``(n, *context_shape)``; only for a conditional density.
-            jacobian: as in :meth:`inverse_and_log_prob`.
-
-        Returns:
-            ImportanceSample: the samples and their log-weights.
-
-        Raises:
-            ConfigError: for a number below one, a ``log_target`` that does not give ``(n,)``, samples that all lie
-                outside of the target, a noisy trace in more than 64 dimensions, a map that folds, and as in
-                :meth:`inverse_and_log_prob`.
-            SolverError: from the solve.
-
-        Example:
-            >>> import math
-            >>> from rnode_plugin import TableFlow
-            >>> found = TableFlow(2).importance_sample(lambda x: -x.square().sum(1), 1000)
-            >>> error = found.log_z - math.log(math.pi)  # the integral of exp(-x^2 - y^2)
-            >>> bool(error.abs() < 5 * found.log_z_error), bool(found.ess > 500)
-            (True, True)
-        """
-        model = self
-        if not wants_map(jacobian) and not isinstance(self.estimator, Exact):
-            if self.dims > EXACT_DIMS:
-                raise ConfigError(
-                    f"importance weights need a log-density without noise, and {self.estimator!r} estimates the "
-                    f"trace of {self.dims} dimensions. Make it exact (trace_estimator='exact' of a RegularizedCNF, "
-                    "trace_noise='exact' of a flow), which takes a product for each dimension, or take the density "
-                    "of the discrete map by jacobian='map' (of a fixed grid, in at most 256 dimensions)."
-                )
-            model = self.solved_with(estimator=Exact())
-        z = self._draw_latents(check_count(n, "the number of samples"), None)
-        rows = self.context_rows(context, z)
-        x, log_prob = model.inverse_and_log_prob(z, context=rows, jacobian=jacobian)
-        self.nfe = model.nfe
-        log_target_x = log_target(x)
-        if log_target_x.shape != (n,):
-            raise ConfigError(
-                f"log_target must give one number per sample, ({n},), not {tuple(log_target_x.shape)}."
-            )
-        if bool((log_target_x == -math.inf).all()):
-            raise ConfigError(
-                f"none of the {n} samples lies inside the target, where log_target is above -inf: draw more, or "
-                "train the density to cover the target first."
-            )
-        return ImportanceSample(x, log_target_x.double() - log_prob.double())
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
         """The density as a :class:`torch.distributions.Distribution` with the batch shape of the contexts.
@@ -623,16 +486,11 @@ class FlowDistribution(Distribution):
         z = self.model.base.rsample(torch.Size([shape.numel()]))
         return self.model.inverse(z, context=self._rows(shape)).reshape(shape + self.event_shape)
 
-    def rsample_and_log_prob(
-        self, sample_shape: Sequence[int] = _ONE, *, jacobian: Jacobian = "trace"
-    ) -> tuple[Tensor, Tensor]:
-        """Samples as from :meth:`rsample` and their log-densities in nats, from one solve.
-
-        ``jacobian`` as in :meth:`DensityModel.inverse_and_log_prob`.
-        """
+    def rsample_and_log_prob(self, sample_shape: Sequence[int] = _ONE) -> tuple[Tensor, Tensor]:
+        """Samples as from :meth:`rsample` and their log-densities in nats, from one solve."""
         shape = torch.Size(sample_shape) + self.batch_shape
         z = self.model.base.rsample(torch.Size([shape.numel()]))
-        x, log_prob = self.model.inverse_and_log_prob(z, context=self._rows(shape), jacobian=jacobian)
+        x, log_prob = self.model.inverse_and_log_prob(z, context=self._rows(shape))
         return x.reshape(shape + self.event_shape), log_prob.reshape(shape)
 
     def _rows(self, shape: torch.Size) -> Tensor | None:

@@ -1,14 +1,27 @@
-"""Importance weights: effective sample size and normalizing constant."""
+"""Importance sampling: draws of a density, weighted by a target, and the target's normalizing constant."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
 
+import torch
 from torch import Tensor
+
+from ..errors import ConfigError, check_count, suggest
+from .map_jacobian import map_log_prob
+from .trace_estimators import Exact
+
+if TYPE_CHECKING:
+    from .distribution import DensityModel
 
 EXACT_DIMS = 64
 """Importance sampling takes the exact trace in up to this many dimensions, so its weights have no noise."""
+
+Jacobian = Literal["trace", "map"]
+"""The source of a log-determinant: the integrated trace of the field's Jacobian, or the discrete map's Jacobian."""
 
 
 @dataclass(frozen=True)
@@ -49,3 +62,77 @@ class ImportanceSample:
             return self.ess * math.inf
         # with mean weight 1/n, n / ess - 1 is the squared coefficient of variation of the weights
         return ((n / self.ess - 1).clamp(min=0) / (n - 1)).sqrt()
+
+
+@torch.no_grad()
+def importance_sample(
+    model: DensityModel,
+    log_target: Callable[[Tensor], Tensor],
+    n: int,
+    *,
+    context: Tensor | None = None,
+    jacobian: Jacobian = "trace",
+) -> ImportanceSample:
+    """Draw samples of a density and weight them by an unnormalized target density.
+
+    The result estimates the target's normalizing constant and expectations under it.
+
+    A noisy ``log p`` would bias ``exp(-log p)``. So the trace is exact in up to 64 dimensions, whatever the model's
+    estimator. In more dimensions an estimator with noise is refused.
+
+    The trace belongs to the exact flow, so a coarse step biases the weights. With ``jacobian="map"`` there is no
+    such bias wherever the discrete map is one to one, and a few steps suffice. A map that folds at a sample is
+    refused. If it folds at none of n samples, the places where it does fold have a mass below 3 / n with 95 %
+    confidence.
+
+    Args:
+        model: the density that is sampled.
+        log_target: logarithm of the target's unnormalized density in nats; maps ``(n, *event_shape)`` to ``(n,)``.
+        n: number of samples.
+        context: ``context_shape`` for all samples or ``(n, *context_shape)``; only for a conditional density.
+        jacobian: ``"trace"`` integrates the trace of the field's Jacobian. ``"map"`` takes the Jacobian of the
+            discrete map, see :func:`~rnode_plugin.core.map_jacobian.map_log_prob`.
+
+    Returns:
+        ImportanceSample: the samples and their log-weights.
+
+    Raises:
+        ConfigError: for a number below one, a ``log_target`` that does not give ``(n,)``, samples that all lie
+            outside of the target, a noisy trace in more than 64 dimensions, a context as in
+            :meth:`DensityModel.encode`, and all that ``map_log_prob`` refuses.
+        SolverError: from the solve.
+
+    Example:
+        >>> import math
+        >>> from rnode_plugin import TableFlow
+        >>> found = importance_sample(TableFlow(2), lambda x: -x.square().sum(1), 1000)
+        >>> error = found.log_z - math.log(math.pi)  # the integral of exp(-x^2 - y^2)
+        >>> bool(error.abs() < 5 * found.log_z_error), bool(found.ess > 500)
+        (True, True)
+    """
+    if jacobian not in get_args(Jacobian):
+        raise ConfigError(suggest(str(jacobian), get_args(Jacobian), "jacobian"))
+    by_map, exact = jacobian == "map", isinstance(model.estimator, Exact)
+    if not (by_map or exact) and model.dims > EXACT_DIMS:
+        raise ConfigError(
+            f"importance weights need a log-density without noise, and {model.estimator!r} estimates the trace of "
+            f"{model.dims} dimensions. Make it exact (trace_estimator='exact' of a RegularizedCNF, "
+            "trace_noise='exact' of a flow), which takes a product for each dimension, or take the density of the "
+            "discrete map by jacobian='map' (of a fixed grid, in at most 256 dimensions)."
+        )
+    z = model.base.sample(torch.Size([check_count(n, "the number of samples")]))
+    if by_map:
+        x, log_prob = map_log_prob(model, z, context=context)
+    else:
+        weighed = model if exact else model.solved_with(estimator=Exact())
+        x, log_prob = weighed.inverse_and_log_prob(z, context=context)
+        model.nfe = weighed.nfe
+    log_target_x = log_target(x)
+    if log_target_x.shape != (n,):
+        raise ConfigError(f"log_target must give one number per sample, ({n},), not {tuple(log_target_x.shape)}.")
+    if bool((log_target_x == -math.inf).all()):
+        raise ConfigError(
+            f"none of the {n} samples lies inside the target, where log_target is above -inf: draw more, or train "
+            "the density to cover the target first."
+        )
+    return ImportanceSample(x, log_target_x.double() - log_prob.double())

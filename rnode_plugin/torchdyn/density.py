@@ -17,7 +17,6 @@ from torch.distributions.transforms import Transform
 
 from ..core.distribution import DensityModel
 from ..core.followed_solve import FollowedSolve
-from ..core.map_jacobian import Jacobian, wants_map
 from ..core.modes import outside_inference
 from ..core.objective import FlowOutput
 from ..core.penalties import OneProcessPerDevice, Penalties, attach
@@ -285,22 +284,11 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         context: Tensor | None = None,
         noise: Sequence[Tensor | None] | None = None,
         penalties: bool | None = None,
-        jacobian: Jacobian = "trace",
     ) -> tuple[Tensor, Tensor]:
-        """The samples of latents ``z`` and their ``log p(x) (B,)`` in nats.
+        """The samples of latents ``z`` and their ``log p(x) (B,)`` in nats, from one solve.
 
-        Args:
-            z, context, noise, jacobian: as in :meth:`DensityModel.inverse_and_log_prob`.
-            penalties: as for :meth:`encode`; they are kept for :meth:`reg_loss`. With ``jacobian="map"`` they take
-                one more solve.
-
-        Raises:
-            ConfigError, SolverError: as there.
+        Arguments and errors as for :meth:`encode`. The penalties are kept for :meth:`reg_loss`.
         """
-        if wants_map(jacobian):
-            if self.follows_penalties(penalties):
-                self.decode(z, context=context, penalties=True)
-            return super().inverse_and_log_prob(z, context=context, noise=noise, jacobian=jacobian)
         solver = self.full_quadrature()
         output = self.decode(z, context=context, noise=noise, penalties=penalties, solver=solver)
         return output.x, self.log_prob_of(output)
