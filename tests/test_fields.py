@@ -308,17 +308,12 @@ def test_products_with_slopes_broadcast(name: str, dtype: torch.dtype) -> None:
     for one, other in ((x, a), (x, a[0]), (x, a[:, :1]), (x[:, :1], a[0]), (x[0], a)):
         kept = activation.value(other) if activation.keeps_output else other
         expected = one * activation.slope(kept.clone())
-        torch.testing.assert_close(activation.times_slope(one, kept), expected)
-        torch.testing.assert_close(activation.times_slope_at(one, other.clone(), kept), expected)
+        torch.testing.assert_close(activation.backward(one, kept), expected)
+        torch.testing.assert_close(activation.backward_over(one, other.clone(), kept), expected)
 
 
 def test_a_device_whose_softplus_backward_does_not_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As XLA's, whose expanded tensors have the strides of others."""
-
-    class OnXla(Tensor):
-        @property
-        def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
-            return torch.device("xla")
+    """As XLA's."""
 
     def strict(x: Tensor, a: Tensor, *options: float, **over: Tensor) -> Tensor:
         assert x.shape == a.shape
@@ -327,7 +322,6 @@ def test_a_device_whose_softplus_backward_does_not_broadcast(monkeypatch: pytest
 
     softplus, generator = ACTIVATIONS["softplus"], torch.Generator().manual_seed(0)
     x, a = torch.randn(2, 3, 4, generator=generator), torch.randn(3, 4, generator=generator)
-    expected = softplus.times_slope_at(x, a, softplus.value(a))
+    expected = softplus.backward(x, softplus.value(a))
     monkeypatch.setattr(activations, "_aten", SimpleNamespace(softplus_backward=strict))
-    found = softplus.times_slope_at(x.as_subclass(OnXla), a.as_subclass(OnXla), softplus.value(a))
-    torch.testing.assert_close(found.as_subclass(Tensor), expected)
+    torch.testing.assert_close(softplus.backward_over(x, a, softplus.value(a)), expected)

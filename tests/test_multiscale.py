@@ -120,7 +120,7 @@ def test_samples_compute_no_products(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a product was computed")
 
-    monkeypatch.setattr("rnode_plugin.fields.fused.Stack._pull", refuse)
+    monkeypatch.setattr("rnode_plugin.fields.fused.Stack._g_of", refuse)
     flow.inverse(z)
     flow.sample(2)
 

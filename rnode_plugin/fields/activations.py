@@ -15,15 +15,15 @@ _aten = torch.ops.aten
 
 
 class Activation(ABC):
-    """A pointwise function s with its first two derivatives.
+    """A pointwise function s with its first two derivatives, in the symbols of :mod:`.fused`.
 
-    A pass keeps one tensor per activation. This is the output ``s(a)`` if the slope follows cheaply from it, and
-    otherwise the input ``a``. The derivatives take what was kept. ``value`` and ``times_slope`` can be
-    differentiated and transformed. The other methods are for passes without a graph.
+    A pass keeps one tensor ``y`` per activation. This is the output ``u = s(a)`` if the slope ``d = s'(a)`` follows
+    cheaply from it, and otherwise the input ``a``. ``value`` and ``backward`` can be differentiated and
+    transformed. The other methods are for passes without a graph.
 
     Attributes:
         name: its name in recipes and options.
-        keeps_output: whether ``s(a)`` is kept.
+        keeps_output: whether ``y`` is the output.
     """
 
     name: str
@@ -34,27 +34,35 @@ class Activation(ABC):
 
     @abstractmethod
     def value(self, a: Tensor) -> Tensor:
-        """``s(a)``."""
+        """``u = s(a)``."""
 
     @abstractmethod
-    def slope(self, kept: Tensor) -> Tensor:
-        """``s'(a)``."""
-
-    def times_slope(self, x: Tensor, kept: Tensor) -> Tensor:
-        """``s'(a) x``."""
-        return x * self.slope(kept)
-
-    def times_slope_at(self, x: Tensor, a: Tensor, kept: Tensor) -> Tensor:
-        """``s'(a) x`` while ``a`` is still available; may overwrite ``a`` if it is not kept."""
-        return self.times_slope(x, kept)
+    def slope(self, y: Tensor) -> Tensor:
+        """``d = s'(a)``."""
 
     @abstractmethod
-    def slope_derivative(self, kept: Tensor, slope: Tensor) -> Tensor:
-        """The derivative of ``slope``, which is ``s'(a)``, with respect to what was kept."""
+    def slope_derivative(self, y: Tensor, d: Tensor) -> Tensor:
+        """The derivative of the slope ``d`` with respect to ``y``."""
 
-    def output(self, kept: Tensor) -> Tensor:
-        """``s(a)`` from what was kept."""
-        return kept if self.keeps_output else self.value(kept)
+    def output(self, y: Tensor) -> Tensor:
+        """``u = s(a)`` from what was kept."""
+        return y if self.keeps_output else self.value(y)
+
+    def backward(self, g: Tensor, y: Tensor) -> Tensor:
+        """``v = d g`` for cotangents ``g`` of ``u``, which may have a dimension of products in front."""
+        return g * self.slope(y)
+
+    def backward_over(self, g: Tensor, a: Tensor, y: Tensor) -> Tensor:
+        """``v = d g`` while ``a`` still exists. It may be written over ``a`` if ``y`` is not ``a``."""
+        return self.backward(g, y)
+
+    def second_order(self, y: Tensor, d: Tensor, g: Tensor, v: Tensor, p: Tensor) -> Tensor:
+        """``c = s''(a) g p`` in the shape of ``y``, summed over the products. It is written over ``v = d g``."""
+        # If y is u, the chain rule gives s'' = (dd/du) d, and v is d g already. On a CPU, fresh memory costs more
+        # than this arithmetic, so the result goes into v, which nobody reads after this.
+        c = torch.mul(v if self.keeps_output else g, p, out=v)
+        c = c.sum(0) if c.dim() > y.dim() else c
+        return c.mul_(self.slope_derivative(y, d))
 
 
 class _Softplus(Activation):
@@ -68,21 +76,22 @@ class _Softplus(Activation):
     def value(self, a: Tensor) -> Tensor:
         return F.softplus(a, threshold=self._threshold)
 
-    def slope(self, kept: Tensor) -> Tensor:
-        return torch.neg(kept).exp_().neg_().add_(1)
+    def slope(self, y: Tensor) -> Tensor:
+        return torch.neg(y).exp_().neg_().add_(1)
 
-    def times_slope(self, x: Tensor, kept: Tensor) -> Tensor:
-        return torch.addcmul(x, x, torch.neg(kept).exp_(), value=-1)
+    def backward(self, g: Tensor, y: Tensor) -> Tensor:
+        return torch.addcmul(g, g, torch.neg(y).exp_(), value=-1)
 
-    def times_slope_at(self, x: Tensor, a: Tensor, kept: Tensor) -> Tensor:
-        # one operation instead of three, written into `a` if it has the same shape and layout
-        over = {"grad_input": a} if x.shape == a.shape and x.stride() == a.stride() else {}
-        if x.shape != a.shape and x.device.type not in ("cpu", "cuda"):  # on XLA the operation does not broadcast
-            x, a = torch.broadcast_tensors(x, a)
-        return _aten.softplus_backward(x, a, 1, self._threshold, **over)
+    def backward_over(self, g: Tensor, a: Tensor, y: Tensor) -> Tensor:
+        # One operation instead of three. If shape and layout are the same, the result goes into `a`, which nobody
+        # reads after this, because on a CPU fresh memory costs more than the arithmetic.
+        over = {"grad_input": a} if g.shape == a.shape and g.stride() == a.stride() else {}
+        if g.shape != a.shape:  # on XLA the operation does not broadcast
+            g, a = torch.broadcast_tensors(g, a)
+        return _aten.softplus_backward(g, a, 1, self._threshold, **over)
 
-    def slope_derivative(self, kept: Tensor, slope: Tensor) -> Tensor:
-        return 1 - slope
+    def slope_derivative(self, y: Tensor, d: Tensor) -> Tensor:
+        return 1 - d
 
 
 class _Tanh(Activation):
@@ -92,14 +101,14 @@ class _Tanh(Activation):
     def value(self, a: Tensor) -> Tensor:
         return torch.tanh(a)
 
-    def slope(self, kept: Tensor) -> Tensor:
-        return torch.addcmul(kept.new_ones(()), kept, kept, value=-1)
+    def slope(self, y: Tensor) -> Tensor:
+        return torch.addcmul(y.new_ones(()), y, y, value=-1)
 
-    def times_slope(self, x: Tensor, kept: Tensor) -> Tensor:
-        return _aten.tanh_backward(x, kept)
+    def backward(self, g: Tensor, y: Tensor) -> Tensor:
+        return _aten.tanh_backward(g, y)
 
-    def slope_derivative(self, kept: Tensor, slope: Tensor) -> Tensor:
-        return kept * -2
+    def slope_derivative(self, y: Tensor, d: Tensor) -> Tensor:
+        return y * -2
 
 
 class _Elu(Activation):
@@ -109,11 +118,11 @@ class _Elu(Activation):
     def value(self, a: Tensor) -> Tensor:
         return F.elu(a)
 
-    def slope(self, kept: Tensor) -> Tensor:
-        return kept.clamp(max=0) + 1  # the output is e^a - 1 for a < 0
+    def slope(self, y: Tensor) -> Tensor:
+        return y.clamp(max=0) + 1  # the output is e^a - 1 for a < 0
 
-    def slope_derivative(self, kept: Tensor, slope: Tensor) -> Tensor:
-        return (kept < 0).to(kept.dtype)
+    def slope_derivative(self, y: Tensor, d: Tensor) -> Tensor:
+        return (y < 0).to(y.dtype)
 
 
 class _Silu(Activation):
@@ -122,13 +131,13 @@ class _Silu(Activation):
     def value(self, a: Tensor) -> Tensor:
         return F.silu(a)
 
-    def slope(self, kept: Tensor) -> Tensor:
-        s = torch.sigmoid(kept)
-        return s * (1 + kept * (1 - s))
+    def slope(self, y: Tensor) -> Tensor:
+        s = torch.sigmoid(y)
+        return s * (1 + y * (1 - s))
 
-    def slope_derivative(self, kept: Tensor, slope: Tensor) -> Tensor:
-        s = torch.sigmoid(kept)
-        return s * (1 - s) * (2 + kept * (1 - 2 * s))
+    def slope_derivative(self, y: Tensor, d: Tensor) -> Tensor:
+        s = torch.sigmoid(y)
+        return s * (1 - s) * (2 + y * (1 - 2 * s))
 
 
 class _Gelu(Activation):
@@ -137,16 +146,16 @@ class _Gelu(Activation):
     def value(self, a: Tensor) -> Tensor:
         return F.gelu(a)
 
-    def slope(self, kept: Tensor) -> Tensor:
-        return 0.5 * (1 + torch.erf(kept / math.sqrt(2))) + kept * self._density(kept)
+    def slope(self, y: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.erf(y / math.sqrt(2))) + y * self._density(y)
 
-    def times_slope(self, x: Tensor, kept: Tensor) -> Tensor:
-        if x.shape != kept.shape:  # on a CPU the operation does not broadcast
-            x, kept = torch.broadcast_tensors(x, kept)
-        return _aten.gelu_backward(x, kept)
+    def backward(self, g: Tensor, y: Tensor) -> Tensor:
+        if g.shape != y.shape:  # on a CPU the operation does not broadcast
+            g, y = torch.broadcast_tensors(g, y)
+        return _aten.gelu_backward(g, y)
 
-    def slope_derivative(self, kept: Tensor, slope: Tensor) -> Tensor:
-        return self._density(kept) * (2 - kept * kept)
+    def slope_derivative(self, y: Tensor, d: Tensor) -> Tensor:
+        return self._density(y) * (2 - y * y)
 
     @staticmethod
     def _density(a: Tensor) -> Tensor:

@@ -1,22 +1,46 @@
 """A stack of layers prepared for one solve: its velocity and Jacobian products, with a hand-written backward pass.
 
-The layers are ``a_k = W_k u_{k-1} + b_k + t r_k`` with activations ``u_k = s(a_k)``, ``u_0 = z`` and ``f = a_L``.
-The product ``e^T df/dz`` runs backward through the stack: ``g_{L-1} = W_L^T e``, which is the same in a whole
-solve, then ``v_k = s'(a_k) g_k`` and ``g_{k-1} = W_k^T v_k``. It ends as ``g_0``. Several noise vectors at once,
-for the whole Jacobian, form a dimension in front of the batch.
+The layers k = 1 ... L have weights ``W_k``, biases ``b_k`` and responses ``r_k`` to the time. The activation
+between them is ``s``. The velocity f of a state z is::
 
-Given cotangents D of the velocity and P of the product, two sweeps compute the gradients. The upward sweep is the
-transpose of the product: ``h_0 = P``, ``p_k = W_k h_{k-1}``, ``h_k = s'(a_k) p_k``. It gives ``s''(a_k) g_k p_k``,
-which the product adds to the cotangent of ``a_k``, and ``h_{L-1}``, the cotangent of ``g_{L-1}``. The downward
-sweep is ordinary backpropagation from D, which picks these up.
+    u_0 = z,   a_k = W_k u_{k-1} + b_k + t r_k,   u_k = s(a_k),   f = a_L                                 (1)
 
-An evaluation keeps one tensor per activation (:class:`~.activations.Activation`), and with a product one more for
-each activation except the last. The velocity and its gradient take three times the convolutions of a forward pass,
-and each product takes as many more, without a double backward. Gradients that are to be differentiated again, and
-derivatives along a direction, are computed by automatic differentiation.
+The product of a vector e with the Jacobian runs backward through the stack. It starts from a ``g_{L-1}`` that is
+the same in a whole solve::
+
+    g_{L-1} = W_L^T e                                                                                     (2)
+    d_k = s'(a_k),   v_k = d_k g_k,   g_{k-1} = W_k^T v_k   for k = L-1 ... 1,   e^T df/dz = g_0          (3)
+
+Several vectors e at once, for the whole Jacobian, form a dimension in front of the batch.
+
+Two sweeps compute the gradients of a loss, from its derivatives ``q_L`` with respect to f and ``h_0`` with respect
+to the product. The upward sweep is the transpose of (3). It passes the derivatives ``p_k`` with respect to ``v_k``
+and ``h_k`` with respect to ``g_k``, and gives ``c_k``, the derivative with respect to ``a_k`` by way of ``d_k``::
+
+    p_k = W_k h_{k-1},   h_k = d_k p_k,   c_k = s''(a_k) g_k p_k   for k = 1 ... L-1                      (4)
+
+The downward sweep is ordinary backpropagation through (1), which picks up ``c_k``. Its ``q_k`` is the whole
+derivative with respect to ``a_k``::
+
+    q_k = d_k W_{k+1}^T q_{k+1} + c_k   for k = L-1 ... 1                                                 (5)
+
+The gradients, as sums over the samples where they are no function of the sample::
+
+    W_k: q_k u_{k-1}^T + v_k h_{k-1}^T,   b_k: q_k,   r_k: t q_k,   t: sum_k r_k q_k,   z: W_1^T q_1      (6)
+
+The product gives ``W_L`` no gradient in (6), but ``g_{L-1}`` the gradient ``h_{L-1}``, which autograd takes
+through (2).
+
+An evaluation keeps one tensor ``y_k`` per activation, which is ``u_k`` or ``a_k``
+(:class:`~.activations.Activation`), and with a product also ``g_1 ... g_{L-2}``. The velocity and its gradient
+take three times the convolutions of a forward pass, and each product takes as many more, without a double
+backward. Gradients that are to be differentiated again, and derivatives along a direction, are computed by
+automatic differentiation.
 
 All parameters of a stack lie in one row, ``theta``, so that the evaluations of a solve accumulate a single
-gradient.
+gradient: the biases of all layers, their responses, and the weights.
+
+In the code, a list ``y`` holds ``y_1, y_2, ...`` in this order, and likewise for the other symbols.
 """
 
 from __future__ import annotations
@@ -51,7 +75,7 @@ class Stack:
         activation: the function between the layers.
         layers: each layer's weight of time, weight of the state, and bias; None if it has none.
         z: a state. The layers compute in autocast's dtype if it is float32, else in its dtype.
-        noise: the probe vectors of the solve, whose part that does not depend on the state is computed here.
+        noise: the probe vectors of the solve, for which equation (2) is computed here.
         context: ``(B, C)``, for layers that take it after the state.
         fast: whether evaluations use the hand-written backward pass.
         compiled: whether evaluations go through torch.compile, which derives their backward pass.
@@ -83,27 +107,26 @@ class Stack:
             for time, weight, bias in layers:
                 time = weight.new_zeros(weight.shape[0], 1, *weight.shape[2:]) if time is None else time
                 bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-                rows.append(kind.shift_rows(time, bias, self.event))
+                rows.append(kind.bias_rows(time, bias, self.event))
         # one row for all layers, so that one addcmul adds t times the response of all of them
-        both = torch.cat(rows, 1)
+        b_and_r = torch.cat(rows, 1)
         flat = [kind.flat(weight) for _, weight, _ in layers]
-        self.theta = torch.cat([(both if self._timed else both[0]).reshape(-1), *flat])
+        self.theta = torch.cat([(b_and_r if self._timed else b_and_r[0]).reshape(-1), *flat])
         self.shapes = [weight.shape for _, weight, _ in layers]
-        self.hidden = len(layers) - 1  # the number of activations
-        self.start = both.shape[1] * (1 + self._timed)  # where the weights begin in theta, after bias and response
-        self._sizes = [both.shape[1]] * (1 + self._timed) + [each.numel() for each in flat]
-        self._last = kind.unflat(flat[-1], self.shapes[-1])
+        self.activations = len(layers) - 1  # how many there are, L - 1
+        self.start = b_and_r.shape[1] * (1 + self._timed)  # where the weights begin in theta
+        self._sizes = [b_and_r.shape[1]] * (1 + self._timed) + [each.numel() for each in flat]
+        self._W_L = kind.unflat(flat[-1], self.shapes[-1])
         self._plain = self.layers_of(self.theta) if compiled else None
         self.fast: Layers | None = None
         if fast:
             # detached: the hand-written nodes take theta as an input and return its gradient themselves
-            bias, response, weights = self._pieces(self.theta.detach())
-            maps = [kind.prepared(weight.to(self.dtype)) for weight in weights]
-            self.fast = Layers(maps, bias, response)
+            b, r, weights = self._pieces(self.theta.detach())
+            self.fast = Layers([kind.prepared(W_k.to(self.dtype)) for W_k in weights], b, r)
         # several noises of convolutions are evaluated as one larger batch, see _several
         several = noise is not None and noise.ndim > 2 + len(self.event)
         self._noise = None if several and kind is not Dense else noise
-        self._pulled = None if self._noise is None else self._pull(self._noise)
+        self._g = None if self._noise is None else self._g_of(self._noise)
 
     @property
     def plain(self) -> Layers:
@@ -117,18 +140,17 @@ class Stack:
 
     def layers_of(self, theta: Tensor) -> Layers:
         """The layers with parameters ``theta``, in operations that autograd and torch.func can differentiate."""
-        bias, response, weights = self._pieces(theta)
-        maps = [_PlainMap(self.kind, weight.to(self.dtype)) for weight in weights]
-        return Layers(maps, bias, response)
+        b, r, weights = self._pieces(theta)
+        return Layers([_PlainMap(self.kind, W_k.to(self.dtype)) for W_k in weights], b, r)
 
-    def maps_of(self, row: Tensor) -> list[Tensor]:
-        """Cut a row into what it adds to the pre-activations of each layer, ``(1, out, ...)``, as views."""
+    def biases(self, row: Tensor) -> list[Tensor]:
+        """Cut the biases of all layers, in one row, into those of each layer, ``(1, out, ...)``, as views."""
         pixels = torch.Size(self.event).numel()
         outputs = [shape[0] for shape in self.shapes]
         rows = row.to(self.dtype).split([n * pixels for n in outputs])
-        return [self.kind.as_map(r, n, self.event) for r, n in zip(rows, outputs, strict=True)]
+        return [self.kind.unflat_bias(each, n, self.event) for each, n in zip(rows, outputs, strict=True)]
 
-    def enter(self, x: Tensor) -> Tensor:
+    def cast(self, x: Tensor) -> Tensor:
         """``x (B, *event)`` in the dtype and the memory layout in which the layers compute."""
         return self.kind.layout(x.to(self.dtype))
 
@@ -154,13 +176,13 @@ class Stack:
             noise = unit_vectors(z).expand(-1, *z.shape)
         if not flat and noise is not None and noise.ndim > z.ndim:
             return self._several(t, z, noise, ask)
-        pulled = None
-        if rows:  # W_L^T e for the unit vectors e: the rows of W_L, the same for all samples
-            pulled = self._last.unsqueeze(1)
+        g = None
+        if rows:  # equation (2) for the unit vectors e: the rows of W_L, the same for all samples
+            g = self._W_L.unsqueeze(1)
         elif ask.products:
             assert noise is not None
-            pulled = self._pulled if noise is self._noise and self._pulled is not None else self._pull(noise)
-        dz, products = self._pass(t, self._with_context(z), pulled)
+            g = self._g if noise is self._noise and self._g is not None else self._g_of(noise)
+        dz, products = self._pass(t, self._with_context(z), g)
         if self._context is not None and products is not None:
             products = products[..., : z.shape[1]]  # the layers see the context as more columns of the state
         divergence = trace_of_rows(products) if ask.divergence and products is not None else None
@@ -170,43 +192,43 @@ class Stack:
         """Several products of convolutions, computed as one batch, since a convolution has one batch dimension."""
         count, batch = len(vectors), z.shape[0]
         repeated = z.unsqueeze(0).expand(count, *z.shape).flatten(0, 1)
-        dz, products = self._pass(t, repeated, self._pull(vectors.flatten(0, 1)))
+        dz, products = self._pass(t, repeated, self._g_of(vectors.flatten(0, 1)))
         assert products is not None
         rows = products.unflatten(0, (count, batch))
         return Linearization(dz[:batch], rows, None, trace_of_rows(rows) if ask.divergence else None)
 
-    def _pass(self, t: Tensor, z: Tensor, pulled: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _pass(self, t: Tensor, z: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The velocity and its products with noise, whose first-order gradients cost no double backward.
 
-        ``pulled`` is what :meth:`_pull` gives for the noise. With ``(K, B, ...)`` or ``(K, 1, ...)`` for linear
-        layers there are K products, ``(K, B, ...)``.
+        ``g`` is the ``g_{L-1}`` of the noise. With ``(K, B, ...)`` or ``(K, 1, ...)`` for linear layers there are K
+        products, ``(K, B, ...)``.
         """
         # the product of a single layer does not depend on the state, so the hand-written pass has nothing to do
-        if self.fast is None or (pulled is not None and not self.hidden) or traced():
-            return _plain(self, t, z, pulled)
+        if self.fast is None or (g is not None and not self.activations) or traced():
+            return _plain(self, t, z, g)
         if self._compiled:
-            return _run_compiled(self, t, z, pulled)
-        outputs: Any = _Evaluation.apply(self, t, z, pulled, self.theta)
+            return _run_compiled(self, t, z, g)
+        outputs: Any = _Evaluation.apply(self, t, z, g, self.theta)
         return outputs
 
-    def _pull(self, noise: Tensor) -> Tensor:
-        """``W_L^T noise``, from which products start. It is the same at all times of a solve.
+    def _g_of(self, e: Tensor) -> Tensor:
+        """Equation (2): ``g_{L-1}`` of the noise ``e``. It is the same at all times of a solve.
 
         It has the dtype of the noise, not of the layers, because the gradients of many evaluations accumulate in
         it.
         """
-        with _without_autocast(noise):
-            pulled = self.kind.transposed(self.enter(noise), self._last.to(self.dtype))
-            return self.kind.layout(pulled).to(noise.dtype)
+        with _without_autocast(e):
+            g = self.kind.transposed(self.cast(e), self._W_L.to(self.dtype))
+            return self.kind.layout(g).to(e.dtype)
 
     def _with_context(self, z: Tensor) -> Tensor:
         return z if self._context is None else torch.cat([z, self._context.to(z.dtype)], 1)
 
     def _pieces(self, theta: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Biases of all layers, what a unit of time adds to them (None without time), and weights, as views."""
-        bias, *rest = theta.split(self._sizes)
-        response = rest.pop(0) if self._timed else None
-        return bias, response, [self.kind.unflat(row, shape) for row, shape in zip(rest, self.shapes, strict=True)]
+        """Biases and responses (None without time) of all layers, and the weight of each layer, as views."""
+        b, *rest = theta.split(self._sizes)
+        r = rest.pop(0) if self._timed else None
+        return b, r, [self.kind.unflat(row, shape) for row, shape in zip(rest, self.shapes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -216,26 +238,26 @@ class _PlainMap:
     kind: type[LayerMap]
     weight: Tensor
 
-    def apply(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    def apply(self, x: Tensor, b: Tensor | None = None) -> Tensor:
         y = self.kind.product(x, self.weight)
-        return y if shift is None else y + shift
+        return y if b is None else y + b
 
     def transpose(self, v: Tensor) -> Tensor:
         return self.kind.transposed(v, self.weight)
 
 
 class Layers(NamedTuple):
-    """The linear maps of a stack, and what is added to their outputs.
+    """The parameters of equation (1).
 
     Attributes:
-        maps: the maps.
-        bias: the biases of all layers, concatenated to one row.
-        response: how much a unit of time adds to each bias, as a row of the same kind; None if no layer takes time.
+        W: the linear map of each layer.
+        b: the biases of all layers, concatenated to one row.
+        r: their responses, how much a unit of time adds to each bias, as such a row; None if no layer takes time.
     """
 
-    maps: Sequence[Any]
-    bias: Tensor
-    response: Tensor | None
+    W: Sequence[Any]
+    b: Tensor
+    r: Tensor | None
 
 
 def _without_autocast(z: Tensor) -> AbstractContextManager[object]:
@@ -251,24 +273,24 @@ def _as_time(t: Tensor | float, z: Tensor) -> Tensor:
     return t
 
 
-def _plain(stack: Stack, t: Tensor, z: Tensor, pulled: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _plain(stack: Stack, t: Tensor, z: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Velocity and product, in operations that autograd and torch.func can differentiate."""
     with _without_autocast(z):
-        a, kept = _velocity(stack, stack.plain, t, z)
-        if pulled is None:
-            return a.to(z.dtype), None
-        product = _product(stack, stack.plain, kept, pulled)[0].to(z.dtype)
-        return a.to(z.dtype), product.expand(*pulled.shape[: pulled.dim() - z.dim()], *z.shape)
+        f, y = _velocity(stack, stack.plain, t, z)
+        if g is None:
+            return f.to(z.dtype), None
+        product = _product(stack, stack.plain, y, g)[0].to(z.dtype)
+        return f.to(z.dtype), product.expand(*g.shape[: g.dim() - z.dim()], *z.shape)
 
 
-def _run_compiled(stack: Stack, t: Tensor, z: Tensor, pulled: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _run_compiled(stack: Stack, t: Tensor, z: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """:func:`_plain`, compiled once for each shape."""
     from torch._dynamo.config import patch
     from torch._dynamo.exc import TorchDynamoException
 
     try:
         with patch(cache_size_limit=64):  # one entry for each shape and kind of evaluation
-            return _compiler()(stack, t, z, pulled)
+            return _compiler()(stack, t, z, g)
     except TorchDynamoException as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "Error" in line or "ompiler" in line), type(error).__name__)
@@ -280,39 +302,41 @@ def _compiler() -> Callable[..., Any]:
     return torch.compile(_plain, dynamic=False, fullgraph=True)
 
 
-# the two sweeps forward -----------------------------------------------------------------------------------------
+# equations (1) and (3) ------------------------------------------------------------------------------------------
 
 
 def _velocity(
-    stack: Stack, layers: Layers, t: Tensor, z: Tensor, pre: list[Tensor] | None = None
+    stack: Stack, layers: Layers, t: Tensor, z: Tensor, a: list[Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The velocity and what is kept of each activation. If ``pre`` is given, pre-activations are appended to it."""
-    (maps, bias, response), activation = layers, stack.activation
-    row = bias if response is None else torch.addcmul(bias, response, t.to(bias.dtype))
-    u, shifts = stack.enter(z), stack.maps_of(row)
-    kept: list[Tensor] = []  # torch.compile cannot trace list[Tensor]()
-    for layer, shift in zip(maps[:-1], shifts[:-1], strict=True):
-        a = layer.apply(u, shift)
-        u = activation.value(a)
-        kept.append(u if activation.keeps_output else a)
-        if pre is not None:
-            pre.append(a)
-    return maps[-1].apply(u, shifts[-1]), kept
+    """Equation (1): the velocity ``f`` and the list ``y``. A given list ``a`` receives ``a_1 ... a_{L-1}``."""
+    (W, b, r), s = layers, stack.activation
+    b_and_t_r = b if r is None else torch.addcmul(b, r, t.to(b.dtype))
+    *biases, last_bias = stack.biases(b_and_t_r)
+    u = stack.cast(z)
+    y: list[Tensor] = []  # torch.compile cannot trace list[Tensor]()
+    for W_k, bias in zip(W[:-1], biases, strict=True):
+        a_k = W_k.apply(u, bias)
+        u = s.value(a_k)
+        y.append(u if s.keeps_output else a_k)
+        if a is not None:
+            a.append(a_k)
+    return W[-1].apply(u, last_bias), y
 
 
 def _product(
-    stack: Stack, layers: Layers, kept: Sequence[Tensor], pulled: Tensor, pre: list[Tensor] | None = None
+    stack: Stack, layers: Layers, y: Sequence[Tensor], g: Tensor, a: list[Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The product with the Jacobian, and the cotangents ``g_k`` of all activations except the last, ``pulled``.
+    """Equation (3): from ``g = g_{L-1}``, the product ``g_0`` and the list ``g_1 ... g_{L-2}``.
 
-    Without a graph it may be given the pre-activations ``pre``, whose memory it overwrites.
+    Without a graph it may be given the list ``a``. It empties the list and overwrites the tensors, because on a CPU
+    ``v_k`` is faster to compute from ``a_k`` and in its memory than from ``y_k`` and in fresh memory.
     """
-    activation, g, cotangents = stack.activation, pulled.to(stack.dtype), []
-    for layer, c in zip(layers.maps[-2::-1], kept[::-1], strict=True):
-        cotangents.append(g)
-        v = activation.times_slope_at(g, pre.pop(), c) if pre else activation.times_slope(g, c)
-        g = layer.transpose(v)
-    return g, cotangents[:0:-1]
+    s, g_k, passed = stack.activation, g.to(stack.dtype), []
+    for W_k, y_k in zip(layers.W[-2::-1], y[::-1], strict=True):
+        passed.append(g_k)
+        v_k = s.backward_over(g_k, a.pop(), y_k) if a else s.backward(g_k, y_k)
+        g_k = W_k.transpose(v_k)
+    return g_k, passed[:0:-1]  # without g_{L-1}, which the graph's node has as an input
 
 
 # their graph node -----------------------------------------------------------------------------------------------
@@ -323,17 +347,17 @@ class _Evaluation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
-        stack, t, z, pulled, _ = ctx.stack, *tensors = args
+        stack, t, z, g_last, _ = ctx.stack, *tensors = args
         with _without_autocast(z):
-            pre = None if pulled is None else list[Tensor]()
-            a, kept = _velocity(stack, stack.fast, t, z, pre)
-            product, inner = None, list[Tensor]()
-            if pulled is not None:
-                product, inner = _product(stack, stack.fast, kept, pulled, pre)
+            a = None if g_last is None else list[Tensor]()
+            f, y = _velocity(stack, stack.fast, t, z, a)
+            product, g = None, list[Tensor]()
+            if g_last is not None:
+                product, g = _product(stack, stack.fast, y, g_last, a)
                 product = product.to(z.dtype)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *kept, *inner)
-        return a.to(z.dtype), product
+        ctx.save_for_backward(*tensors, *y, *g)
+        return f.to(z.dtype), product
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -344,17 +368,17 @@ class _Evaluation(torch.autograd.Function):
         inputs, rest = saved[:4], saved[4:]
         with _without_autocast(inputs[1]):
             if torch.is_grad_enabled():  # create_graph=True: compute again in operations that autograd records
-                t, z, pulled, theta = inputs = _ends(inputs)
+                t, z, g_last, theta = inputs = _aliases(inputs)
                 layers = stack.layers_of(theta)
-                a, kept = _velocity(stack, layers, t, z)
-                product = None if pulled is None else _product(stack, layers, kept, pulled)[0].to(z.dtype)
-                return None, *_by_autograd((a.to(z.dtype), product), grad_outputs, inputs)
-            kept, inner = rest[: stack.hidden], rest[stack.hidden :]
-            return None, *_pull_back(stack, inputs, ctx.needs_input_grad[1:], grad_outputs, kept, inner)
+                f, y = _velocity(stack, layers, t, z)
+                product = None if g_last is None else _product(stack, layers, y, g_last)[0].to(z.dtype)
+                return None, *_by_autograd((f.to(z.dtype), product), grad_outputs, inputs)
+            y, g = rest[: stack.activations], rest[stack.activations :]
+            return None, *_gradients(stack, inputs, ctx.needs_input_grad[1:], grad_outputs, y, g)
 
 
-def _ends(inputs: Sequence[Tensor | None]) -> list[Any]:
-    """The inputs of a node as new tensors, at which the derivatives of this node end.
+def _aliases(inputs: Sequence[Tensor | None]) -> list[Any]:
+    """Aliases of a node's inputs, so that ``autograd.grad`` stops there and does not enter earlier evaluations.
 
     The state depends on the weights through earlier evaluations. The nodes of those add that part themselves.
     """
@@ -376,100 +400,105 @@ def _by_autograd(
     return [None if x is None or not x.requires_grad else next(found) for x in arguments]
 
 
-# the sweeps backward, without a graph ---------------------------------------------------------------------------
+# equations (4) to (6), without a graph ---------------------------------------------------------------------------
 
 
-class _Upward(NamedTuple):
-    """What the upward sweep computes at each hidden layer, and the cotangent of ``g_{L-1}`` at its end."""
-
-    added: list[Tensor]  # s'' g p
-    slopes: list[Tensor]
-    gradients: list[Tensor]  # by the weights, as rows
-    end: Tensor
-
-
-def _pull_back(
+def _gradients(
     stack: Stack,
     inputs: Sequence[Tensor],
     needs: Sequence[bool],
     cotangents: Sequence[Tensor | None],
-    kept: Sequence[Tensor],
-    inner: Sequence[Tensor],
+    y: Sequence[Tensor],
+    g: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients by the inputs of an evaluation, from the cotangents of velocity and product."""
-    pulled, product = inputs[2], cotangents[1]
-    needs_pulled, needs_theta = needs[2:]
-    up = pulled_grad = None
-    if product is not None:
-        up = _upward(stack, stack.enter(product), kept, [*inner, pulled.to(stack.dtype)], needs_theta)
-        pulled_grad = up.end.sum_to_size(pulled.shape).to(pulled.dtype) if needs_pulled else None
-    t_grad, z_grad, theta_grad = _downward(stack, inputs, needs, cotangents[0], kept, up)
-    # the last weight has no gradient from the product here: it enters through `pulled`, whose graph leads to it
-    if theta_grad is not None and up is not None and up.gradients:
-        more = torch.cat(up.gradients)
+    """Gradients with respect to the inputs of a node, ``t``, ``z``, ``g_{L-1}`` and ``theta``.
+
+    Args:
+        stack: the stack of the node.
+        inputs: the inputs.
+        needs: which of the inputs need a gradient.
+        cotangents: ``q_L`` and ``h_0``; None is zero.
+        y: what equation (1) kept.
+        g: ``g_1 ... g_{L-2}`` of equation (3).
+    """
+    g_last, (q, h) = inputs[2], cotangents
+    needs_g, needs_theta = needs[2:]
+    c: Sequence[Tensor] | None = None
+    d, of_weights = list[Tensor](), list[Tensor]()
+    g_grad = None
+    if h is not None:
+        g = [*g, g_last.to(stack.dtype)]
+        c, d, of_weights, h = _upward(stack, stack.cast(h), y, g, needs_theta)
+        g_grad = h.sum_to_size(g_last.shape).to(g_last.dtype) if needs_g else None
+    t_grad, z_grad, theta_grad = _downward(stack, inputs, needs, q, y, c, d)
+    if theta_grad is not None and of_weights:
+        more = torch.cat(of_weights)
         theta_grad[stack.start :][: len(more)].add_(more)
-    return t_grad, z_grad, pulled_grad, theta_grad
+    return t_grad, z_grad, g_grad, theta_grad
 
 
 def _upward(
-    stack: Stack, h: Tensor, kept: Sequence[Tensor], cotangents: Sequence[Tensor], weights: bool
-) -> _Upward:
-    """The transpose of the product, from its cotangent ``h``; ``cotangents`` are the ``g_k`` of the product."""
+    stack: Stack, h: Tensor, y: Sequence[Tensor], g: Sequence[Tensor], needs_theta: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """Equation (4) from ``h = h_0``: the lists ``c`` and ``d``, ``v_k h_{k-1}^T`` as rows, and ``h_{L-1}``."""
     assert stack.fast is not None
-    activation = stack.activation
-    added, slopes, gradients = list[Tensor](), list[Tensor](), list[Tensor]()
-    for layer, c, g in zip(stack.fast.maps, kept, cotangents, strict=False):
-        slope = activation.slope(c)
-        v = slope * g
-        if weights:
-            gradients.append(stack.kind.flat(layer.gradient(h, v)))
-        # if the output is kept, s'' is the derivative of s' by the output, times s', which v = s' g already has
-        p = layer.apply(h)
-        x = torch.mul(v if activation.keeps_output else g, p, out=v)
-        x = x.sum(0) if x.dim() > c.dim() else x
-        added.append(x.mul_(activation.slope_derivative(c, slope)))
-        slopes.append(slope)
-        h = p.mul_(slope)
-    return _Upward(added, slopes, gradients, h)
+    s = stack.activation
+    c, d, of_weights = list[Tensor](), list[Tensor](), list[Tensor]()
+    for W_k, y_k, g_k in zip(stack.fast.W, y, g, strict=False):  # W_L remains
+        d_k = s.slope(y_k)
+        v_k = d_k * g_k
+        if needs_theta:
+            of_weights.append(stack.kind.flat(W_k.gradient(h, v_k)))
+        p_k = W_k.apply(h)
+        c.append(s.second_order(y_k, d_k, g_k, v_k, p_k))
+        d.append(d_k)
+        h = p_k.mul_(d_k)  # in place, because on a CPU fresh memory costs more than the arithmetic
+    return c, d, of_weights, h
 
 
 def _downward(
     stack: Stack,
     inputs: Sequence[Tensor],
     needs: Sequence[bool],
-    dz: Tensor | None,
-    kept: Sequence[Tensor],
-    up: _Upward | None,
+    q: Tensor | None,
+    y: Sequence[Tensor],
+    c: Sequence[Tensor] | None,
+    d: Sequence[Tensor],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Backpropagation from ``dz``, the cotangent of the velocity: gradients by time, state and ``theta``."""
+    """Equations (5) and (6) from ``q = q_L``: gradients with respect to ``t``, ``z`` and ``theta``.
+
+    The gradient with respect to ``theta`` lacks the terms ``v_k h_{k-1}^T``. If the product has no cotangent, ``c``
+    is None, for zero, and ``d`` is not read.
+    """
     assert stack.fast is not None
     (t, z, *_), (needs_t, needs_z, _, needs_theta) = inputs, needs
-    (maps, bias, response), activation = stack.fast, stack.activation
-    q = stack.enter(z.new_zeros(len(z), stack.shapes[-1][0], *stack.event) if dz is None else dz)
-    sums, gradients = list[Tensor](), list[Tensor]()
+    (W, b, r), s = stack.fast, stack.activation
+    q_k = stack.cast(z.new_zeros(len(z), stack.shapes[-1][0], *stack.event) if q is None else q)
+    of_biases, of_weights = list[Tensor](), list[Tensor]()  # from layer L to layer 1
     z_grad: Tensor | None = None
-    for k in range(stack.hidden, -1, -1):
-        layer = maps[k]
+    for k in range(stack.activations + 1, 0, -1):
+        W_k = W[k - 1]
         if needs_t or needs_theta:
-            sums.append(stack.kind.sum_batch(q))
+            of_biases.append(stack.kind.sum_batch(q_k))
         if needs_theta:
-            u = activation.output(kept[k - 1]) if k else stack.enter(z)
-            gradients.append(stack.kind.flat(layer.gradient(u, q)))
-        if k:
-            g, c = layer.transpose(q), kept[k - 1]
-            q = activation.times_slope(g, c) if up is None else up.added[k - 1].addcmul_(g, up.slopes[k - 1])
+            u = s.output(y[k - 2]) if k > 1 else stack.cast(z)
+            of_weights.append(stack.kind.flat(W_k.gradient(u, q_k)))
+        if k > 1:
+            below, y_k = W_k.transpose(q_k), y[k - 2]  # of layer k - 1, whose q comes next
+            # in place of c, because on a CPU fresh memory costs more than the arithmetic
+            q_k = s.backward(below, y_k) if c is None else c[k - 2].addcmul_(below, d[k - 2])
         elif needs_z:
-            z_grad = layer.transpose(q).to(z.dtype)
-    if not sums:
+            z_grad = W_k.transpose(q_k).to(z.dtype)
+    if not of_biases:
         return None, z_grad, None
-    # The gradient by the response is t times the gradient by the bias. Reserve its place in the row, to be filled
-    # below, since a second concatenation would copy everything.
-    room = [] if response is None or not needs_theta else [response]
-    grad = torch.cat([*sums[::-1], *room, *gradients[::-1]]).to(stack.theta.dtype)
-    row = grad[: len(bias)]
+    # Reserve the place of the responses in the row, to be filled below, since a second concatenation would copy
+    # everything.
+    room = [] if r is None or not needs_theta else [r]
+    theta_grad = torch.cat([*of_biases[::-1], *room, *of_weights[::-1]]).to(stack.theta.dtype)
+    b_grad = theta_grad[: len(b)]
     if room:
-        torch.mul(row, t.to(row.dtype).reshape(()), out=grad[len(bias) :][: len(bias)])
+        torch.mul(b_grad, t.to(b_grad.dtype).reshape(()), out=theta_grad[len(b) :][: len(b)])
     t_grad = None
-    if needs_t and response is not None:
-        t_grad = (row * response).sum().to(t.dtype).reshape(t.shape)
-    return t_grad, z_grad, grad if needs_theta else None
+    if needs_t and r is not None:
+        t_grad = (b_grad * r).sum().to(t.dtype).reshape(t.shape)
+    return t_grad, z_grad, theta_grad if needs_theta else None

@@ -34,16 +34,16 @@ class LayerMap(ABC):
     def __init__(self, weight: Tensor) -> None: ...
 
     @abstractmethod
-    def apply(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """Map inputs ``(B, in, ...)`` to outputs ``(B, out, ...)``, and add a ``shift (1, out, ...)``."""
+    def apply(self, x: Tensor, b: Tensor | None = None) -> Tensor:
+        """``W x + b``, from inputs ``x (B, in, ...)`` to outputs ``(B, out, ...)``, with ``b (1, out, ...)``."""
 
     @abstractmethod
     def transpose(self, v: Tensor) -> Tensor:
-        """Map cotangents of outputs ``(B, out, ...)`` to cotangents of inputs ``(B, in, ...)``."""
+        """``W^T v``, from cotangents ``v (B, out, ...)`` of outputs to cotangents ``(B, in, ...)`` of inputs."""
 
     @abstractmethod
     def gradient(self, x: Tensor, v: Tensor) -> Tensor:
-        """Gradient by the weight, in its shape, for inputs ``x`` and cotangents ``v`` of outputs."""
+        """``v x^T`` in the shape of W, summed over samples, for inputs ``x`` and cotangents ``v`` of outputs."""
 
     @staticmethod
     @abstractmethod
@@ -84,11 +84,11 @@ class LayerMap(ABC):
     @staticmethod
     def sum_batch(v: Tensor) -> Tensor:
         """Sum over the samples, as one row in the order of memory."""
-        # the gradient by the row that maps_of cuts, pixel by pixel, since a response varies over the image
+        # the gradient with respect to a row of unflat_bias, pixel by pixel, since a response varies over the image
         return v.sum(0)
 
     @staticmethod
-    def shift_rows(time: Tensor, bias: Tensor, event: Sequence[int]) -> Tensor:
+    def bias_rows(time: Tensor, bias: Tensor, event: Sequence[int]) -> Tensor:
         """What the bias and a unit of time add to a state with these spatial dimensions, ``(2, out * ...)``.
 
         Both rows are in the order of memory.
@@ -96,7 +96,7 @@ class LayerMap(ABC):
         return torch.stack([bias, time.squeeze(1)])
 
     @staticmethod
-    def as_map(row: Tensor, outputs: int, event: Sequence[int]) -> Tensor:
+    def unflat_bias(row: Tensor, outputs: int, event: Sequence[int]) -> Tensor:
         """A row in the order of memory as ``(1, out, ...)``; a view."""
         return row.view(1, outputs)
 
@@ -108,8 +108,8 @@ class Dense(LayerMap):
         self._weight = weight.detach()
         self._transposed = self._weight.t().contiguous()  # four times as fast where the result is narrow
 
-    def apply(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        return F.linear(x, self._weight, None if shift is None else shift[0])
+    def apply(self, x: Tensor, b: Tensor | None = None) -> Tensor:
+        return F.linear(x, self._weight, None if b is None else b[0])
 
     def transpose(self, v: Tensor) -> Tensor:
         return F.linear(v, self._transposed)
@@ -134,9 +134,9 @@ class Convolution(LayerMap):
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.detach()
 
-    def apply(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    def apply(self, x: Tensor, b: Tensor | None = None) -> Tensor:
         y = F.conv2d(x, self._weight, padding=1)
-        return y if shift is None else y.add_(shift)
+        return y if b is None else y.add_(b)
 
     def transpose(self, v: Tensor) -> Tensor:
         return F.conv_transpose2d(v, self._weight, padding=1)
@@ -191,16 +191,16 @@ class Convolution(LayerMap):
         return rows.sum(0).view(-1)
 
     @staticmethod
-    def shift_rows(time: Tensor, bias: Tensor, event: Sequence[int]) -> Tensor:
+    def bias_rows(time: Tensor, bias: Tensor, event: Sequence[int]) -> Tensor:
         h, w = event
         rows = torch.cat([bias.unsqueeze(0), time.flatten(1).t()])  # (1 + 9, out)
         # without the cache inside a transform of torch.func, since tensors made there must not outlive it
-        basis = _shift_basis.__wrapped__ if transforms_active() else _shift_basis
+        basis = _bias_basis.__wrapped__ if transforms_active() else _bias_basis
         # a layer is affine, so time adds t times a fixed map, which zero padding changes only near the border
         return (basis(h, w, bias.dtype, bias.device) @ rows).view(2, -1)
 
     @staticmethod
-    def as_map(row: Tensor, outputs: int, event: Sequence[int]) -> Tensor:
+    def unflat_bias(row: Tensor, outputs: int, event: Sequence[int]) -> Tensor:
         return row.view(1, *event, outputs).permute(0, 3, 1, 2)
 
 
@@ -217,9 +217,9 @@ class Columns(Convolution):
         self._few = taps.shape[1]
         self._weight = taps.permute(2, 3, 1, 0).flatten(0, 2).contiguous()  # (9 * few, many)
 
-    def apply(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    def apply(self, x: Tensor, b: Tensor | None = None) -> Tensor:
         y = self._narrow(x) if self._outputs_are_few else self._widen(x)
-        return y if shift is None else y.add_(shift)
+        return y if b is None else y.add_(b)
 
     def transpose(self, v: Tensor) -> Tensor:
         return self._widen(v) if self._outputs_are_few else self._narrow(v)
@@ -261,7 +261,7 @@ def _rows(many: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _shift_basis(h: int, w: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _bias_basis(h: int, w: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``(2 H W, 10)``: the map that a bias of 1 adds, and below it the maps that the nine taps add at time 1."""
     with on_host(), torch.inference_mode(False), torch.no_grad():
         patches = F.unfold(torch.ones(1, 1, h, w, dtype=dtype, device=device), 3, padding=1)[0].t()

@@ -35,8 +35,8 @@ class _Concat(nn.Module):
         """``layer([t, x])``, from a scalar time and inputs ``(B, in, ...)`` to outputs ``(B, out, ...)``."""
         kind, event = self.kind, x.shape[2:]
         time, weight = kind.split(self.weight)
-        bias, response = kind.shift_rows(time, self.bias, event)
-        return kind.product(x, weight) + kind.as_map(bias + t * response, len(self.bias), event)
+        bias, response = kind.bias_rows(time, self.bias, event)
+        return kind.product(x, weight) + kind.unflat_bias(bias + t * response, len(self.bias), event)
 
     def extra_repr(self) -> str:
         return f"1 + {self.weight.shape[1] - 1}, {self.weight.shape[0]}"
