@@ -479,6 +479,8 @@ def test_objects_made_before_install_and_after(uninstalled: None) -> None:
         torch.testing.assert_close(solved(x)[1], expected)
         assert solved.regularization == {}
         assert float(solved.reg_loss()) == 0
+    histories: list[Any] = [each.history for each in (before, other, model)]  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(set(map(id, histories))) == 3
     assert torch.equal(model.reg_loss(), penalty)  # the last call of this model
     rnode_plugin.uninstall()
     assert torch.equal(before(x)[1], plain[0])

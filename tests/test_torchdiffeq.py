@@ -643,7 +643,7 @@ def test_solves_to_an_event_pass_without_penalties(their_code: ModuleType) -> No
         odeint(field, y0, SPAN)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     torch.testing.assert_close(penalties["kinetic"], odeint(field, y0, SPAN, regularizers="kinetic")[1]["kinetic"])
-    tally = install("kinetic")
+    history = install("kinetic")
     try:
         with pytest.warns(UserWarning, match="event_fn are not penalized"):
             found = their_code.torchdiffeq.odeint_event(field, y0, SPAN[0], event_fn=event)
@@ -651,7 +651,7 @@ def test_solves_to_an_event_pass_without_penalties(their_code: ModuleType) -> No
     finally:
         uninstall()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert tally.solves == 0
+    assert history.solves == 0
 
 
 def test_a_controlled_differential_equation() -> None:

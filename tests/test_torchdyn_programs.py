@@ -251,7 +251,7 @@ print("loss", float(model.reg_loss()) > 0, __name__, sys.argv[1:], neighbour.VAL
 def test_an_install_that_is_refused_changes_nothing() -> None:
     with pytest.raises(ConfigError, match="does not show"):
         rnode_plugin.install(torchdiffeq=True, regularizers=["error"])
-    assert not rnode_plugin.NeuralODE(nn.Linear(2, 2))._penalties
+    assert not rnode_plugin.NeuralODE(nn.Linear(2, 2)).history
     assert dict(vars(Theirs)) == PRISTINE
 
 
@@ -489,18 +489,18 @@ def test_exec_names_a_copy_of_torchdiffeq_that_the_script_did_not_get(
 
 
 def test_copies_of_a_model_count_their_solves_with_it() -> None:
-    tally = rnode_plugin.install(regularizers={"kinetic": 0.5})
+    history = rnode_plugin.install(regularizers={"kinetic": 0.5})
     try:
         model = ImportedBefore(nn.Linear(2, 2), "euler")
         twin = copy.deepcopy(model)
         stored = pickle.loads(pickle.dumps(model))
         for each in (model, twin, stored):
             each(torch.randn(5, 2))[1][-1].sum().backward()
-        assert tally.solves == 2
+        assert history.solves == 2
         torch.func.grad(lambda x: twin(x)[1][-1].sum())(torch.randn(5, 2))
         frozen = ImportedBefore(nn.Linear(2, 2).requires_grad_(False), "euler")
         frozen(torch.randn(5, 2))
-        assert tally.solves == 2
+        assert history.solves == 2
     finally:
         rnode_plugin.uninstall()
 

@@ -28,7 +28,7 @@ _VARIABLES = (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from ..core.tally import Tally
+    from ..core.history import History
 
 
 @click.group(invoke_without_command=True)
@@ -218,8 +218,8 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
         raise ConfigError(str(error)) from None
     if spec is None and of_torchdiffeq != {"penalized": None, "batch_dim": 0, "trace_noise": "gaussian"}:
         raise click.UsageError("--penalized, --batch-dim and --trace-noise need a --regularizer.")
-    tally = install(torchdiffeq=True, regularizers=spec)
-    torchdiffeq.install(spec, tally=tally, **of_torchdiffeq)
+    history = install(torchdiffeq=True, regularizers=spec)
+    torchdiffeq.install(spec, history=history, **of_torchdiffeq)
     sys.argv = [str(script), *args]
     try:
         runpy.run_path(str(script), run_name="__main__")
@@ -240,7 +240,7 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
                     "imports first. Put the folder of the other copy on PYTHONPATH to exchange the two.",
                     err=True,
                 )
-        click.echo(f"rnode: {_penalized_solves(tally) if spec else _NOT_ASKED}", err=True)
+        click.echo(f"rnode: {_penalized_solves(history) if spec else _NOT_ASKED}", err=True)
 
 
 def _copy_passed_over(name: str) -> str:
@@ -257,13 +257,13 @@ def _copy_passed_over(name: str) -> str:
 _NOT_ASKED = "no penalty was added to a gradient, since no --regularizer was given."
 
 
-def _penalized_solves(tally: Tally) -> str:
+def _penalized_solves(history: History) -> str:
     """A sentence with the number of penalized solves and the mean penalties; for no solve, what may be wrong."""
-    if not tally.solves:
+    if not history.solves:
         return (
             "no solve was penalized: in this process no gradient went through a solve by torchdiffeq, or by a "
             "torchdyn NeuralODE without regularizers=. Flow matching trains without solves: add "
             "rnode_plugin.penalties_at to its loss."
         )
-    means = ", ".join(f"{name} {significant(mean)}" for name, mean in tally.means.items())
-    return f"{counted(tally.solves, 'solve')} penalized. Mean integrals per sample: {means}."
+    means = ", ".join(f"{name} {significant(mean)}" for name, mean in history.means.items())
+    return f"{counted(history.solves, 'solve')} penalized. Mean integrals per sample: {means}."

@@ -12,9 +12,9 @@ from torch.distributions import Distribution
 from ..core.distribution import DensityModel, StandardNormal
 from ..core.dynamics import Dynamics
 from ..core.followed_solve import FollowedSolve
+from ..core.history import OneProcessPerDevice
 from ..core.modes import on_host
 from ..core.objective import FlowOutput
-from ..core.penalties import OneProcessPerDevice
 from ..core.regularizer import Regularizer
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..core.weighing import Regularizers, weigh_regularizers

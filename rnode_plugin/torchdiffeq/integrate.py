@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..core.dynamics import refuse_held
 from ..core.followed_solve import FollowedSolve
+from ..core.integrals import Integrals, attach
 from ..core.modes import refuse_dual_numbers
 from ..core.part import State
-from ..core.penalties import ReturnedPenalties, attach
 from ..core.weighing import Regularizers, warn_of_flat_state
 from ..errors import ConfigError
 from .augmented import Augmented, extended
@@ -84,7 +84,7 @@ def odeint(
 
     Returns:
         Without ``regularizers``, what torchdiffeq returns. With them, the pair of the solution and the penalties
-        (:class:`~rnode_plugin.core.penalties.Penalties`), a mapping from names to integrals ``(B,)`` along the path
+        (:class:`~rnode_plugin.core.integrals.Integrals`), a mapping from names to integrals ``(B,)`` along the path
         whose ``loss()`` is the weighted sum in eq. 17.
 
     Raises:
@@ -161,7 +161,7 @@ def odeint_adjoint(
 
 def _with_penalties(
     name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given, wanted: Follow
-) -> tuple[Any, ReturnedPenalties]:
+) -> tuple[Any, Integrals]:
     if given["event_fn"] is not None:
         raise ConfigError(
             "a solve that ends by event_fn integrates no penalties: solve to the event without regularizers=, and "
@@ -172,14 +172,12 @@ def _with_penalties(
             f"penalties are integrals over time: give the start and the end of the solve as t, not {t.tolist()}, "
             "for which torchdiffeq returns y0."
         )
-    penalties = ReturnedPenalties(wanted.weighted)
-    solution, integrals, dims = solve(name, func, y0, t, given, wanted)
-    penalties.add(integrals, dims)
+    solution, integrals = solve(name, func, y0, t, given, wanted)
     if name == "odeint_adjoint":
         for x in (*((solution,) if isinstance(solution, Tensor) else solution), *integrals.values()):
             if x.requires_grad:
                 x.register_hook(_refuse_second_derivative)
-    return solution, penalties
+    return solution, integrals
 
 
 def _refuse_second_derivative(gradient: Tensor) -> None:
@@ -193,15 +191,14 @@ def _refuse_second_derivative(gradient: Tensor) -> None:
 
 def solve(
     name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given, wanted: Follow
-) -> tuple[Any, dict[str, Tensor], int]:
+) -> tuple[Any, Integrals]:
     """Solve once by torchdiffeq's function ``name``, and integrate the penalties.
 
     Args:
         given: all keyword arguments of that function, without an event.
 
     Returns:
-        The result of that function, the integrals ``(B,)`` of the penalties by name, and the number of dimensions
-        of one sample.
+        The result of that function, and the integrals of the penalties.
     """
     if wanted.sampled and (name != "odeint" or given["method"] == "scipy_solver"):
         raise ConfigError(
@@ -230,4 +227,4 @@ def solve(
         end = layout.part.take(layout.of_user([x[-1] for x in kept]))
         integrals |= path.finish(integrals, z0, end, t)
     kept[0], integrals = attach(kept[0], followed.complete(integrals, z0))
-    return layout.of_user(kept), integrals, math.prod(z0.shape[1:])
+    return layout.of_user(kept), Integrals(integrals, wanted.weighted, math.prod(z0.shape[1:]))

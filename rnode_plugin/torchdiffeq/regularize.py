@@ -14,9 +14,9 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
+from ..core.history import History
+from ..core.integrals import attach
 from ..core.part import State
-from ..core.penalties import Penalties, ReturnedPenalties, attach
-from ..core.tally import Tally
 from ..core.weighing import Regularizers, refuse_schedules
 from ..errors import ConfigError
 from . import integrate
@@ -68,7 +68,7 @@ def regularize(
     batch_dim: int | None = 0,
     trace_noise: str = "gaussian",
     quadrature: str = "full",
-) -> Iterator[Penalties]:
+) -> Iterator[History]:
     """Integrate penalties in all solves by torchdiffeq within a block, for code that cannot be changed.
 
     The block does not affect solves in other threads, nor solves that a field runs inside a solve. Solves that end
@@ -104,7 +104,7 @@ def regularize(
         raise ConfigError("regularize() inside of another regularize() block: give all penalties to one of them.")
     spec = regularizers[0] if len(regularizers) == 1 else list(regularizers)
     wanted = follow(spec, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise, quadrature=quadrature)
-    found = ReturnedPenalties(wanted.weighted, absent=_NOT_SEEN)
+    found = History(wanted.weighted, absent=_NOT_SEEN, of_one_thread=False)
     trains = False
 
     def collect(name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given) -> Any:
@@ -114,11 +114,11 @@ def regularize(
         with_gradients = torch.is_grad_enabled()
         if trains and not with_gradients:
             return PLAIN[name](func, y0, t, **given)
-        solution, integrals, dims = solve(name, func, y0, t, given, wanted)
+        solution, integrals = solve(name, func, y0, t, given, wanted)
         if with_gradients and not trains:  # the first solve with gradients discards the solves without
             trains = True
             found.begin()
-        found.add(integrals, dims)
+        found.add(integrals)
         return solution
 
     _bind()
@@ -129,7 +129,7 @@ def regularize(
         here.following = None
 
 
-def install(regularizers: Regularizers = None, *, tally: Tally | None = None, **options: Any) -> Tally:
+def install(regularizers: Regularizers = None, *, history: History | None = None, **options: Any) -> History:
     """Give torchdiffeq's ``odeint`` and ``odeint_adjoint`` the arguments of the functions in this module's package.
 
     With ``regularizers`` every solve with gradients enabled integrates them, and the gradient of the weighted sum
@@ -145,29 +145,26 @@ def install(regularizers: Regularizers = None, *, tally: Tally | None = None, **
 
     Args:
         regularizers: as for :func:`~rnode_plugin.torchdiffeq.odeint`; None: only the arguments are added.
-        tally: counts the solves; None for a new one.
+        history: counts the solves; None for a new one.
         options: ``penalized``, ``batch_dim``, ``trace_noise`` and ``quadrature``, as for
             :func:`~rnode_plugin.torchdiffeq.odeint`.
 
     Returns:
-        Tally: how many solves were penalized so far, and the mean of each penalty.
+        History: how many solves were penalized so far, ``solves``, and the mean of each penalty, ``means``.
 
     Raises:
         ConfigError: for a regularizer or an option that :func:`~rnode_plugin.torchdiffeq.odeint` refuses, and for a
             lambda that is a function of the step.
     """
     global _installed
-    wanted, counted = follow(regularizers, **options), tally or Tally()
+    wanted, counted = follow(regularizers, **options), History() if history is None else history
     refuse_schedules(wanted.weighted)
 
     def add_gradient(name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given) -> Any:
         if not wanted.weighted or not torch.is_grad_enabled() or _ends_by_event(given):
             return PLAIN[name](func, y0, t, **given)
-        solution, integrals, dims = solve(name, func, y0, t, given, wanted)
-        penalties = ReturnedPenalties(wanted.weighted)
-        penalties.add(integrals, dims)
-        counted.watch(cost := penalties.loss(), integrals)
-        return _with_cost(solution, cost)
+        solution, integrals = solve(name, func, y0, t, given, wanted)
+        return _with_cost(solution, counted.count(integrals))
 
     _bind()
     _installed = add_gradient

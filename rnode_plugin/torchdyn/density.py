@@ -17,9 +17,10 @@ from torch.distributions.transforms import Transform
 
 from ..core.distribution import DensityModel
 from ..core.followed_solve import FollowedSolve
+from ..core.history import History, OneProcessPerDevice
+from ..core.integrals import Integrals, attach
 from ..core.modes import outside_inference
 from ..core.objective import FlowOutput
-from ..core.penalties import OneProcessPerDevice, Penalties, attach
 from ..core.regularizer import Regularizer
 from ..core.signature import SCALAR, accepts, refuse_state_first, time_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
@@ -108,7 +109,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         self.net, self.estimator = net, get_estimator(trace_estimator)
         self.keep_regularizers(resolve_regularizers(regularizers))
         self.solver = _solver_of(solver, options)
-        self.solver.check_use(self._penalties.kinds.steps)
+        self.solver.check_use(self.history.kinds.steps)
         self.first_steps = {} if warm_start else None
         if t_span is None and isinstance(self.solver, FixedGrid) and self.solver.step is None:
             raise ConfigError(
@@ -207,10 +208,10 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         twin = super().solved_with(
             solver=solver, estimator=estimator, regularizers=regularizers, warm_start=warm_start
         )
-        weighted, mine = resolve_regularizers(twin.regularizers), self._penalties.weighted
+        weighted, mine = resolve_regularizers(twin.regularizers), self.history.weighted
         for name in weighted.keys() & mine.keys():
             weighted[name] = weighted[name]._replace(strength=mine[name].strength)
-        twin._penalties = Penalties(weighted)
+        twin.history = History(weighted)
         twin.t_span = times
         return twin
 
@@ -274,7 +275,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         :meth:`sample`.
         """
         solver, times = self._on_grid(solver)
-        times = FollowedSolve.of(self._penalties.kinds).times(times, like=z, backward=True)
+        times = FollowedSolve.of(self.history.kinds).times(times, like=z, backward=True)
         return self._states(z, times, context, solver, self.first_steps_of())[-1]
 
     def inverse_and_log_prob(
@@ -305,7 +306,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         Raises:
             ConfigError, SolverError: as for :meth:`encode`.
         """
-        followed = FollowedSolve.of(self._penalties.kinds)
+        followed = FollowedSolve.of(self.history.kinds)
         grid = followed.times(self.t_span, like=x)
         if t_span is None:
             return self._states(x, grid, context, self.solver)
@@ -318,24 +319,24 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         return self._states(x, merged, context, self.solver)[order < len(times)]
 
     def keep_regularizers(self, weighted: Mapping[str, Weighted]) -> None:
-        self._penalties = Penalties(weighted)
+        self.history = History(weighted)
         super().keep_regularizers(weighted)
 
-    def collect_penalties(self) -> AbstractContextManager[Penalties]:
+    def collect_penalties(self) -> AbstractContextManager[History]:
         """Sum the penalties of several calls of :meth:`log_prob`; see :meth:`NeuralODE.collect_penalties`."""
-        return self._penalties.collecting()
+        return self.history.collecting()
 
     def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
         """Sum the weighted penalties of the last :meth:`log_prob` or :meth:`inverse_and_log_prob`, in nats/dim.
 
         ``step``, ``lambdas`` and errors are as for :meth:`NeuralODE.reg_loss`. Without regularizers it is 0.
         """
-        return self._penalties.loss(step=step, **lambdas)
+        return self.history.loss(step=step, **lambdas)
 
     @property
     def regularization(self) -> dict[str, Tensor]:
         """Integral of each penalty, ``(B,)`` by name; see :attr:`NeuralODE.regularization`."""
-        return self._penalties.as_dict()
+        return self.history.as_dict()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RegularizedCNF:
         super()._apply(fn, recurse)
@@ -362,8 +363,8 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         backward: bool,
     ) -> FlowOutput:
         """Solve from ``start``, follow the density, and keep the penalties for :meth:`reg_loss`."""
-        record = self._penalties
-        record.begin()  # first, so that an error below leaves no penalties of an earlier solve
+        history = self.history
+        history.begin()  # first, so that an error below leaves no penalties of an earlier solve
         self.check_state(start, self.event_shape)
         if noise is not None:
             self.check_noise(noise, start)
@@ -371,7 +372,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         solver, times = self._on_grid(solver)
         with outside_inference(start, self.context_rows(context, start), noise) as (x, rows, noise):
             training = self.follows_penalties(None)
-            followed = FollowedSolve.of(record.kinds, penalized=penalties, training=training)
+            followed = FollowedSolve.of(history.kinds, penalized=penalties, training=training)
             times = followed.times(times, like=x, backward=backward)
             dynamics = NetDynamics(
                 self.net, x, rows, solver, kinds=followed.kinds, estimator=self.estimator,
@@ -383,7 +384,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
                 solution.check()
             assert solution.logdet is not None
             end, integrals = attach(solution.z[-1], followed.complete(solution.penalties, x))
-            record.add(integrals, self.dims)
+            history.add(Integrals(integrals, history.weighted, self.dims))
             self.nfe = solution.stats.nfe
             logdet = solution.logdet[-1]
             return FlowOutput(

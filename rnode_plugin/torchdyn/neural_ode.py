@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import operator
 import warnings
@@ -22,11 +23,11 @@ from torchdyn.numerics.solvers.ode import RungeKutta4
 
 from ..core.citations import citation
 from ..core.followed_solve import FollowedSolve, Kinds
+from ..core.history import History, OneProcessPerDevice
+from ..core.integrals import Integrals, attach
 from ..core.modes import on_host, outside_inference
 from ..core.part import PartSpec
-from ..core.penalties import OneProcessPerDevice, Penalties, attach
 from ..core.signature import Takes, field_takes, refuse_state_first
-from ..core.tally import Tally
 from ..core.trace_estimators import Hutchinson, TraceEstimator, get_estimator
 from ..core.weighing import Regularizers, refuse_schedules, warn_of_flat_state
 from ..errors import ConfigError, check_count, suggest
@@ -133,8 +134,6 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     interpolator: str | Callable[..., object] | None
 
     # class attributes, because objects that torchdyn's class made before install() did not run our __init__
-    _penalties: Penalties = Penalties()
-    _tally: Tally | None = None
     _max_nfe: int | None = None
     _named: Sequence[tuple[SolverObject, str]] = ()
     _followed: Followed = Followed(Kinds(), Hutchinson("gaussian"), PartSpec())
@@ -206,7 +205,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
                 return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
             )  # fmt: skip
         self.solver_adjoint, self.first_steps = backward, {} if warm_start else None
-        self._penalties, self._tally = Penalties(weighted), given.tally
+        self.history = History(weighted, counted_in=given.history)
         self._followed = Followed(Kinds(), get_estimator(trace_noise), spec)
         self._max_nfe, self._quadrature, self._error_norm = max_nfe, quadrature, error_norm
         built = ((forward, solver), (backward, solver_adjoint))
@@ -218,10 +217,15 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
         # resolved now, so that a wrong option fails here and not in the first call
-        self._solver({}).check_use(self._penalties.kinds.steps)
+        self._solver({}).check_use(self.history.kinds.steps)
         if sensitivity == "checkpointed":
             # torchdyn's field reads it to decide whether integral_loss is a column of the state
             self.vf.sensitivity = "autograd"
+
+    @functools.cached_property
+    def history(self) -> History:
+        """What the model remembers of its solves. An object made before :func:`install` gets its own here."""
+        return History()
 
     def forward(
         self,
@@ -265,23 +269,23 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         penalties: bool | None = None,
     ) -> tuple[Tensor, Any]:
         """Solve and return ``(t_eval, solution)``; arguments and errors as for :meth:`forward`."""
-        record, training = self._penalties, torch.is_grad_enabled() and self.training
-        record.begin()  # first, so that an error below leaves no penalties of an earlier call
+        history, training = self.history, torch.is_grad_enabled() and self.training
+        history.begin()  # first, so that an error below leaves no penalties of an earlier call
         if t_span is None:
             t_span = torch.linspace(0, 1, 2) if self.t_span is None else self.t_span
         if isinstance(x, dict):
-            if record.weighted:
+            if history.weighted:
                 raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
             return ODEProblem.odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
         penalties = training if penalties is None else penalties
-        of_solve = FollowedSolve.of(record.kinds, penalized=penalties, training=training)
+        of_solve = FollowedSolve.of(history.kinds, penalized=penalties, training=training)
         followed = replace(self._followed, kinds=of_solve.kinds)
         with outside_inference(x, t_span, args) as (x, t_span, args):
             solver, kept = self._solver(args), None
             x, t_span = self._start(x, t_span, solver)
             t_span = of_solve.times(t_span)
             if penalties and x.ndim == 1 and followed.spec.batch_dim == 0:
-                warn_of_flat_state(x, record.kinds)
+                warn_of_flat_state(x, history.kinds)
             if solver.adaptive:
                 if len(save_at) > 0:
                     warnings.warn("Setting save_at has no effect on adaptive-step methods", stacklevel=3)
@@ -306,7 +310,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             self.vf.nfe = nfe + solution.stats.nfe  # not counting the evaluation that prepares checkpointing
             if kept is not None:
                 solution = replace(solution, t=solution.t[kept], z=solution.z[kept])
-            return solution.t, self._record(x, t_span, system, solution, of_solve)
+            return solution.t, self._remember(x, t_span, system, solution, of_solve)
 
     def trajectory(self, x: Tensor, t_span: Tensor) -> Tensor:
         """Solve without penalties. The solution ``(T, B, ...)`` at ``t_span`` is differentiable through the steps.
@@ -317,11 +321,11 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         with outside_inference(x, t_span) as (x, t_span):
             solver = replace(self._solver({}).without_interpolation(), gradient=Autograd())
             x, t_span = self._start(x, t_span, solver)
-            t_span = FollowedSolve.of(self._penalties.kinds).times(t_span)
+            t_span = FollowedSolve.of(self.history.kinds).times(t_span)
             system = system_of(self.vf, x, {}, self._followed, one_graph=True)
             return solver.solve(system, x, t_span).check().z
 
-    def collect_penalties(self) -> AbstractContextManager[Penalties]:
+    def collect_penalties(self) -> AbstractContextManager[History]:
         """Sum :meth:`reg_loss` over all calls in a ``with`` block, for a loss that solves several times::
 
             with model.collect_penalties():
@@ -333,7 +337,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         line, counts only if it integrates penalties (``penalties=True``). Such blocks cannot be nested
         (ConfigError).
         """
-        return self._penalties.collecting()
+        return self.history.collecting()
 
     @property
     def regularization(self) -> dict[str, Tensor]:
@@ -345,7 +349,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             ConfigError: if there was no call yet, or if the last call did not integrate penalties, ended in an
                 error, or was inside a ``torch.func.vmap`` that has ended.
         """
-        return self._penalties.as_dict()
+        return self.history.as_dict()
 
     def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
         """Sum lambda * mean over the batch / dimensions of ``z`` over all penalties (eq. 17): a scalar in nats/dim.
@@ -362,12 +366,12 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             ConfigError: if there is nothing to sum (see :attr:`regularization`), for an unknown name, and for a
                 strength that is negative or not finite.
         """
-        return self._penalties.loss(step=step, **lambdas)
+        return self.history.loss(step=step, **lambdas)
 
     def citation(self) -> str:
         """BibTeX entries of the papers behind the penalties, the trace estimator and the solver of this model."""
-        estimator = self._followed.estimator if "vjp" in self._penalties.kinds.needs else None
-        given = [each.regularizer for each in self._penalties.weighted.values()]
+        estimator = self._followed.estimator if "vjp" in self.history.kinds.needs else None
+        given = [each.regularizer for each in self.history.weighted.values()]
         return citation(given, estimator=estimator, methods=[solver_name(self.solver)])
 
     @property
@@ -418,22 +422,20 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             times = times.to(precision) if solver.adaptive or not times.is_floating_point() else times
             return x, times.to(x.device, copy=True)
 
-    def _record(
+    def _remember(
         self, x: Tensor, t_span: Tensor, system: TorchdynSystem, solution: Solution, followed: FollowedSolve
     ) -> Tensor:
         """The states of a solution, tied to the penalties, which are kept for :meth:`reg_loss`."""
-        record, integrals = self._penalties, dict(solution.penalties)
+        history, integrals = self.history, dict(solution.penalties)
         cost = integrals.pop(INTEGRAL_LOSS, None)
         if cost is not None and bool(t_span[-1] < t_span[0]):
             cost = -cost  # penalties are integrated over |dt|, but torchdyn's column for the cost over dt
         integrals = followed.complete(integrals, x if self._followed.spec.batch_dim == 0 else x.unsqueeze(0))
-        if self._tally is not None and integrals:  # install(regularizers=...): the backward pass adds the penalties
-            penalties_of_all = Penalties(record.weighted)
-            penalties_of_all.add(integrals, system.dims)
-            self._tally.watch(added := penalties_of_all.loss(), integrals)
+        if history.counted_in is not None and integrals:  # install(regularizers=): backward adds the penalties
+            added = history.counted_in.count(Integrals(integrals, history.weighted, system.dims))
             cost = added if cost is None else cost.sum() + added
         sol, integrals = attach(solution.z, integrals, cost)
-        record.add(integrals, system.dims)
+        history.add(Integrals(integrals, history.weighted, system.dims))
         return sol
 
     def _takes(self, net: object) -> Takes:
@@ -513,19 +515,19 @@ class _Installed:
 
     Attributes:
         regularizers: for models that name none; unresolved, because each model gets its own objects.
-        tally: counts the solves that they penalize.
+        history: counts the solves that they penalize.
         torchdiffeq: whether torchdiffeq's functions are replaced too.
     """
 
     regularizers: Regularizers = None
-    tally: Tally | None = None
+    history: History | None = None
     torchdiffeq: bool = False
 
 
 _installed = _Installed()
 
 
-def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> Tally:
+def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> History:
     """Give torchdyn's ``NeuralODE`` the arguments and the behavior of :class:`~rnode_plugin.NeuralODE`.
 
     From then on every object of that class, also one that was made before, is solved by rnode_plugin: with the same
@@ -548,7 +550,8 @@ def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> 
             contains the gradient of the penalties too.
 
     Returns:
-        Tally: how many solves these ``regularizers`` have penalized so far, and the mean of each penalty.
+        History: how many solves these ``regularizers`` have penalized so far, ``solves``, and the mean of each
+            penalty, ``means``.
 
     Raises:
         ConfigError: for ``regularizers`` that ``NeuralODE`` refuses, and for a lambda that is a function of the
@@ -567,15 +570,15 @@ def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> 
     """
     global _installed
     refuse_schedules(resolve_regularizers(regularizers))
-    tally, both = Tally(), torchdiffeq or _installed.torchdiffeq
+    history, both = History(), torchdiffeq or _installed.torchdiffeq
     if both:
         from .. import torchdiffeq as face
 
-        face.install(regularizers, tally=tally)
-    _installed = _Installed(regularizers, tally, both)
+        face.install(regularizers, history=history)
+    _installed = _Installed(regularizers, history, both)
     for name, value in _BEHAVIOR.items():
         setattr(_Torchdyn, name, value)
-    return tally
+    return history
 
 
 def uninstall() -> None:

@@ -1,0 +1,200 @@
+"""History: what a model remembers of its solves."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .followed_solve import Kinds
+from .integrals import Integrals, weighted_sum
+from .modes import transforms_active
+from .weighing import Weighted
+
+
+class History(Mapping[str, Tensor]):
+    """What a model, a block of solves, or an ``install`` remembers of its solves.
+
+    As a mapping it is the integral of each penalty ``(B,)`` by name, differentiable, for the last solve or summed
+    over several. Of a model, a thread reads only solves that it ran itself. A copied or unpickled history holds no
+    solve, which also keeps graphs out of a deepcopy of the model.
+
+    Args:
+        weighted: the regularizers with their strengths, by name.
+        counted_in: of a model that an ``install`` penalizes, the history that ``install`` has returned, which
+            counts the solves of all such models and their copies.
+        absent: advice for the error that is raised before the first solve.
+        of_one_thread: whether a thread reads only its own solves.
+
+    Attributes:
+        solves: for the history of an ``install``, the number of solves whose penalties took part in a backward
+            pass. Solves inside a transform of ``torch.func`` are not counted.
+    """
+
+    def __init__(
+        self,
+        weighted: Mapping[str, Weighted] | None = None,
+        *,
+        counted_in: History | None = None,
+        absent: str = "call the model first.",
+        of_one_thread: bool = True,
+    ) -> None:
+        self.weighted, self.counted_in = dict(weighted or {}), counted_in
+        self.solves = 0
+        self._absent, self._of_one_thread = absent, of_one_thread
+        self._kept: list[Integrals] = []
+        self._collecting = False
+        self._begun: int | None = None  # the thread of a solve that has begun but not ended
+        self._sums: dict[str, Tensor | int] = defaultdict(int)  # stay on the device: only `means` waits for them
+        self._samples: dict[str, int] = defaultdict(int)
+
+    @functools.cached_property
+    def kinds(self) -> Kinds:
+        """The regularizers, sorted by kind."""
+        return Kinds.of(each.regularizer for each in self.weighted.values())
+
+    # both leave out the solves, because deepcopy refuses tensors with a graph
+    def __deepcopy__(self, memo: dict[int, object]) -> History:
+        return History(copy.deepcopy(self.weighted, memo), counted_in=self.counted_in)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(History, counted_in=self.counted_in), (self.weighted,)
+
+    def __repr__(self) -> str:
+        return f"History({', '.join(self.weighted)})"
+
+    @contextmanager
+    def collecting(self) -> Iterator[History]:
+        """Collect the penalties of every solve in the block, and keep them after the block until the next solve.
+
+        A solve under ``torch.no_grad()`` that integrated no penalties, such as one for a log line, does not count.
+
+        Raises:
+            ConfigError: inside another such block.
+        """
+        if self._collecting:
+            raise ConfigError("a block is already collecting these penalties; leave it first.")
+        self._kept, self._collecting = [], True
+        try:
+            yield self
+        finally:
+            self._collecting = False
+
+    def begin(self) -> None:
+        """Start a new solve and discard the previous one, unless a ``collecting`` block is active."""
+        self._begun = threading.get_ident()
+        if not self._collecting:
+            self._kept = []
+
+    def add(self, integrals: Integrals) -> None:
+        """Keep what a solve returned. It ends the solve that :meth:`begin` has started."""
+        self._begun = None
+        self._kept.append(integrals)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.as_dict()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weighted)
+
+    def __len__(self) -> int:
+        return len(self.weighted)
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """The integrals ``(B,)`` by name, summed over solves, which must have batches of one size.
+
+        Without regularizers the dictionary is empty.
+
+        Raises:
+            ConfigError: if there was no solve yet, if the ``torch.func.vmap`` around the solve has ended, and for
+                solves with batches of several sizes.
+        """
+        rows = [solve.by_name for solve in self._readable()]
+        if not rows[1:]:
+            return dict(rows[0]) if rows else {}
+        sizes = sorted({len(value) for row in rows for value in row.values()})
+        if sizes[1:]:
+            raise ConfigError(
+                f"{len(rows)} solves had batches of {' and '.join(map(str, sizes))} samples, so their penalties "
+                "have no sum per sample: use the scalar sum over all solves, loss() or a model's reg_loss()."
+            )
+        return {name: torch.stack([row[name] for row in rows]).sum(0) for name in rows[0]}
+
+    def loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
+        """The sum of :meth:`Integrals.loss` over the solves: a scalar in nats/dim.
+
+        Without regularizers it is 0, even before the first call.
+
+        Args:
+            step, lambdas: as there.
+
+        Raises:
+            ConfigError: if there was no solve yet, and as there.
+        """
+        return weighted_sum(self._readable(), self.weighted, step, lambdas)
+
+    def _readable(self) -> list[Integrals]:
+        """The solves to sum, which this thread may read."""
+        if not self.weighted:  # a sum over nothing, before a call as after it
+            return []
+        kept, begun = self._kept, self._begun
+        threads = {solve.thread for solve in kept} if kept or begun is None else {begun}
+        if self._of_one_thread and threads - {threading.get_ident()}:
+            raise ConfigError(
+                "another thread has called this model, and the penalties of its call belong to that thread: make "
+                "a model for each thread. They may share one net."
+            )
+        if not kept:
+            if begun is not None:
+                raise ConfigError(
+                    "there are no penalties: the last call ended in an error before they were complete. Its error "
+                    "names the cause. Call the model again."
+                )
+            raise ConfigError(f"there are no penalties yet: {self._absent}")
+        # leave out solves for a log line; if there are no others, they are the ones to complain about
+        asked = [solve for solve in kept if solve.with_gradients or not solve.missing]
+        return [solve.check() for solve in asked or kept]
+
+    def count(self, integrals: Integrals) -> Tensor:
+        """The weighted sum of ``integrals``, which counts as one solve when a backward pass reaches it.
+
+        Its gradient must be added by the caller, for example by :func:`~rnode_plugin.core.integrals.attach`.
+        """
+        cost = integrals.loss()
+        if not cost.requires_grad or transforms_active():
+            return cost
+        # a list, so that the hook can empty it: the hook lives as long as the graph, the values need not
+        values = [{name: each.detach() for name, each in integrals.items()}]
+
+        def count(gradient: Tensor) -> None:
+            if values:  # empty in a second backward pass through the same graph
+                self.solves += 1
+                for name, each in values.pop().items():
+                    self._sums[name] += each.sum()
+                    self._samples[name] += each.numel()
+
+        cost.register_hook(count)
+        return cost
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The mean of each penalty's integral over all samples of the counted :attr:`solves`, by name."""
+        return {name: float(total) / max(1, self._samples[name]) for name, total in self._sums.items()}
+
+
+class OneProcessPerDevice:
+    """A module that refuses DataParallel, whose copies run in threads, because penalties and NFE would be lost."""
+
+    def _replicate_for_data_parallel(self) -> NoReturn:  # torch's DataParallel calls it for each module inside
+        raise ConfigError(
+            f"{type(self).__name__} does not work under DataParallel. Use one process per device: "
+            "DistributedDataParallel, Lightning's strategy='ddp', or rnode-cli train --devices N."
+        )

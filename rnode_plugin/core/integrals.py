@@ -1,0 +1,153 @@
+"""Integrals: what one solve returns, the integral of each penalty by name, and their weighted sum (eq. 17)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, suggest
+from .modes import escaped, transforms_active
+from .objective import penalty
+from .schedules import strength_at
+from .weighing import Weighted, checked_strength, undivided
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Integrals(Mapping[str, Tensor]):
+    """The integral of each penalty ``(B,)`` by name, differentiable, as one solve returns it.
+
+    Attributes:
+        by_name: the integrals, from :func:`attach`. A solve that was not asked for penalties has none.
+        weighted: the regularizers with their strengths, by name.
+        dims: number of dimensions of one sample.
+        with_gradients: whether gradients were enabled in the solve.
+        transformed: whether the solve was inside a transform of ``torch.func``.
+        thread: the thread of the solve.
+    """
+
+    by_name: Mapping[str, Tensor]
+    weighted: Mapping[str, Weighted]
+    dims: int
+    with_gradients: bool = field(default_factory=torch.is_grad_enabled)
+    transformed: bool = field(default_factory=transforms_active)
+    thread: int = field(default_factory=threading.get_ident)
+
+    def __repr__(self) -> str:
+        return f"Integrals({', '.join(self.weighted)})"
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.check().by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weighted)
+
+    def __len__(self) -> int:
+        return len(self.weighted)
+
+    @property
+    def missing(self) -> list[str]:
+        """The names of the penalties that the solve did not integrate."""
+        return [name for name in self.weighted if name not in self.by_name]
+
+    def check(self) -> Integrals:
+        """Return these integrals if they can be read.
+
+        Raises:
+            ConfigError: if the solve did not integrate them, and if the ``torch.func.vmap`` around it has ended.
+        """
+        if missing := self.missing:
+            raise ConfigError(
+                f"the last call did not integrate {', '.join(missing)}: that happens in training mode with "
+                "gradients enabled, or if you ask for it, model(x, t_span, penalties=True)."
+            )
+        if self.transformed and any(map(escaped, self.by_name.values())):
+            raise ConfigError(
+                "the last call was inside a torch.func.vmap that has ended, and its penalties ended with it: "
+                "read them, for example by reg_loss(), in the function that vmap maps, and return the result."
+            )
+        return self
+
+    def loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
+        """Sum lambda * mean over the batch / dimensions of ``z`` over all penalties (eq. 17): a scalar in nats/dim.
+
+        A batch without samples counts as 0, and so do no penalties. After a backward pass, which frees the graph,
+        the value can still be read, but torch refuses a second backward pass through it.
+
+        Args:
+            step: number of steps that the optimizer has taken, for a lambda that is a function of the step.
+            lambdas: strengths to use instead of the given ones, by name of the penalty.
+
+        Raises:
+            ConfigError: if the ``torch.func.vmap`` around the solve has ended, for an unknown name, and for a
+                strength that is negative, not finite, or of a span policy that has no penalty.
+        """
+        return weighted_sum([self.check()], self.weighted, step, lambdas)
+
+
+def weighted_sum(
+    solves: Sequence[Integrals], weighted: Mapping[str, Weighted], step: int | None, lambdas: Mapping[str, float]
+) -> Tensor:
+    """The weighted sum of eq. 17 over the penalties of all ``solves``; arguments and errors as for ``loss``."""
+    strengths = {name: w.strength for name, w in weighted.items()}
+    for name, strength in lambdas.items():
+        if name not in strengths:
+            raise ConfigError(suggest(name, strengths, "penalty"))
+        strengths[name] = checked_strength(weighted[name].regularizer, strength)
+    numbers = {name: strength_at(name, s, step) for name, s in strengths.items()}
+    whole = undivided(each.regularizer for each in weighted.values())
+    terms: list[Tensor] = []
+    for solve in solves:
+        values = solve.by_name
+        # the mean over no samples is NaN; the sum is 0 and keeps the graph
+        if any(len(value) == 0 for value in values.values()):
+            terms += [value.sum() for value in values.values()]
+        else:
+            terms += penalty(values, lambdas=numbers, dims=solve.dims, undivided=whole).values()
+    return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def attach(
+    sol: Tensor, integrals: Mapping[str, Tensor], hidden_cost: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Tie solution and penalties to one node of the graph.
+
+    This lets DistributedDataParallel, which walks the graph from the solution, also reach parameters that only a
+    penalty uses. ``hidden_cost``, the running cost of an adjoint, gets a gradient of one whenever backward passes
+    through the solution.
+    """
+    # nested forward mode would silently treat the derivative of an autograd Function as zero
+    if hidden_cost is None and (not integrals or transforms_active()):
+        return sol, dict(integrals)
+    # one node with all outputs, so that a walk of the graph from any of them finds all inputs
+    tied, *values = _Tie.apply(sol, hidden_cost, *integrals.values())
+    return tied, dict(zip(integrals, values, strict=True))
+
+
+class _Tie(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(sol: Tensor, cost: Tensor | None, *integrals: Tensor) -> tuple[Tensor, ...]:
+        # copies, not views, because the caller may change the solution in place
+        return sol.clone(), *map(torch.clone, integrals)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        cost = inputs[1]
+        ctx.set_materialize_grads(False)
+        ctx.unit_cost = None if cost is None else torch.ones_like(cost)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dsol: Tensor | None, *dintegrals: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return dsol, ctx.unit_cost, *dintegrals
+
+    @staticmethod
+    def jvp(ctx: Any, dsol: Tensor | None, dcost: Tensor | None, *dintegrals: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tuple(None if tangent is None else tangent.clone() for tangent in (dsol, *dintegrals))
