@@ -204,6 +204,14 @@ def probing(probes: int) -> RegularizedCNF:
 X = torch.zeros(4, 2, dtype=torch.float64)
 
 
+def test_the_solver_of_a_model_keeps_its_times_if_a_call_gives_it() -> None:
+    model = RegularizedCNF(Wave(2), event_shape=2, t_span=torch.linspace(0, 1, 6), trace_estimator="exact").double()
+    x = torch.randn(4, 2).double()
+    own, given, other = (model.encode(x, solver=each) for each in (None, model.solver, Adaptive("dopri5")))
+    torch.testing.assert_close((given.z, given.logdet), (own.z, own.logdet), rtol=0, atol=0)
+    assert own.nfe == given.nfe > other.nfe  # which stops nowhere between the ends
+
+
 def controlled() -> RegularizedCNF:
     return RegularizedCNF(nn.Sequential(DataControl(), nn.Linear(4, 2)), event_shape=2)
 
@@ -217,6 +225,9 @@ def controlled() -> RegularizedCNF:
         (lambda: conditional().log_prob(X, context=torch.zeros(4, 2)), r"must be a tensor of shape \(3,\)"),
         (lambda: conditional().sample(3, context=torch.zeros(2, 3)), r"for 3 samples"),
         (lambda: unconditional().log_prob(X.float(), context=torch.zeros(4, 3)), r"takes no context"),
+        (lambda: unconditional().encode(X[:, :1]), r"^samples must be a tensor \(B, \*\(2,\)\)"),
+        (lambda: unconditional().decode(X[:, :1]), r"^latents must be a tensor \(B, \*\(2,\)\)"),
+        (lambda: unconditional().decode(X.long()), r"^latents must be floating-point numbers"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, context_shape=3), r"net\(t, z, context\)"),
         (lambda: RegularizedCNF(Affine(), event_shape=2, context_shape=0), r"context_shape"),
         (lambda: RegularizedCNF.from_velocity(mlp(2, 4, 2), 0.5, event_shape=2), r"stands still"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -41,10 +40,10 @@ class StandardNormal(Independent):
         found = standard_normal_log_prob(value)
         return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape)) if self.batch_shape else found
 
-    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        """``n`` draws ``(n, D)`` from ``generator``, which is on this device; None: torch's global generator."""
-        like = self.mean
-        return torch.randn(n, *self.event_shape, dtype=like.dtype, device=like.device, generator=generator)
+    def sample(self, sample_shape: Sequence[int] = _ONE, generator: torch.Generator | None = None) -> Tensor:
+        """Draws ``(*sample_shape, D)`` from ``generator``, which is on this device; None: torch's global one."""
+        like, shape = self.mean, self._extended_shape(torch.Size(sample_shape))
+        return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
 
 
 class DensityModel(nn.Module, ABC):
@@ -110,7 +109,7 @@ class DensityModel(nn.Module, ABC):
             context: ``context_shape`` for all samples or ``(B, *context_shape)``; only for a conditional density.
             noise: probe vectors of the trace as :meth:`draw_noise` gives them; None draws them.
             penalties: whether to integrate the penalties. None means yes in training mode with gradients enabled,
-                and no otherwise (:meth:`follows_penalties`).
+                and no otherwise: ``self.training and torch.is_grad_enabled()``.
             solver: the integrator, with its quadrature; None: :attr:`solver`.
             check: whether to wait for the device and raise the error of a solve that failed. With False the caller
                 reads the output's ``health``.
@@ -173,7 +172,7 @@ class DensityModel(nn.Module, ABC):
         The trace is taken at every evaluation, even if the solver's quadrature is sampled. Arguments and errors as
         for :meth:`encode`.
         """
-        solver = self.full_quadrature()
+        solver = self.solver.full_quadrature
         return self.log_prob_of(self.encode(x, context=context, noise=noise, penalties=False, solver=solver))
 
     def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Any = None) -> Tensor:
@@ -191,7 +190,7 @@ class DensityModel(nn.Module, ABC):
         The trace is taken as in :meth:`log_prob`. Arguments and errors as for :meth:`encode`. For the density of
         the samples that a solver of a few steps computes see :func:`~rnode_plugin.core.map_jacobian.map_log_prob`.
         """
-        solver = self.full_quadrature()
+        solver = self.solver.full_quadrature
         output = self.decode(z, context=context, noise=noise, penalties=False, solver=solver)
         return output.x, self.log_prob_of(output)
 
@@ -222,9 +221,15 @@ class DensityModel(nn.Module, ABC):
         check_count(n, "the number of samples")
         if not (math.isfinite(temperature) and temperature > 0):
             raise ConfigError(f"temperature must be a positive number, not {temperature!r}.")
-        z = self._draw_latents(n, generator)
+        base, shape = self.base, torch.Size([n])
+        if generator is None:
+            z = base.sample(shape)
+        elif isinstance(base, StandardNormal):
+            z = base.sample(shape, generator)
+        else:
+            raise ConfigError("the base of this density draws from torch's global generator: seed it instead.")
         if temperature != 1:
-            z = self.base.mean + temperature * (z - self.base.mean)
+            z = base.mean + temperature * (z - base.mean)
         return self.in_range(self.inverse(z, context=context))
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
@@ -303,19 +308,6 @@ class DensityModel(nn.Module, ABC):
             self.estimator.draw(like.new_empty(batch, *shape), generator=generator) for shape in self.block_shapes
         ]
 
-    def follows_penalties(self, penalties: bool | None) -> bool:
-        """Resolve the argument ``penalties`` of a call. None means yes in training mode with gradients enabled."""
-        return self.training and torch.is_grad_enabled() if penalties is None else penalties
-
-    def full_quadrature(self, solver: Any = None) -> Any:
-        """The argument ``solver`` of a call that takes the trace at every evaluation.
-
-        The result is ``solver``, or :attr:`solver` for None, with ``quadrature="full"``. It stays None if
-        :attr:`solver` has that quadrature already.
-        """
-        chosen = self.solver if solver is None else solver
-        return solver if chosen.quadrature == "full" else dataclasses.replace(chosen, quadrature="full")
-
     def standardize(self, rows: Tensor) -> None:
         """Training calls this first, with all training rows of a table ``(N, columns + context)``, contexts last.
 
@@ -326,52 +318,48 @@ class DensityModel(nn.Module, ABC):
         """Samples moved into the range of the data; :meth:`sample` calls it. Image models clamp to [0, 1]."""
         return x
 
-    def context_rows(self, context: Tensor | None, like: Tensor) -> Tensor | None:
-        """``context`` with one row for each sample of ``like``; None for a density without contexts.
+    def check_inputs(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        noise: Sequence[Tensor | None] | None = None,
+        latents: bool = False,
+    ) -> Tensor | None:
+        """Refuse samples, a context or noise that do not fit this model.
 
         Args:
-            context: one for all samples, of shape ``context_shape``, or one for each, ``(B, *context_shape)``.
-            like: samples ``(B, *event_shape)``. A context is moved to their device, a floating-point one also to
-                their dtype.
+            x: what a call is given: samples, or latents.
+            context, noise: as for :meth:`encode`.
+            latents: whether ``x`` are latents.
+
+        Returns:
+            The context with one row for each sample, on the device of ``x``, and of its dtype if it is a
+            floating-point one; None for a density without contexts.
 
         Raises:
-            ConfigError: for a context that is missing, misshapen or not asked for.
+            ConfigError: unless ``x`` has floating-point numbers ``(B, *shape)``, the context belongs to one sample
+                or to B, and the noise is as :meth:`draw_noise` gives it for ``x``.
         """
-        shape, batch_shape = self.context_shape, self.context_batch_shape(context)
-        if shape is None:
+        shape, what = (self.base.event_shape, "latents") if latents else (self.event_shape, "samples")
+        if not isinstance(x, Tensor) or x.shape[1:] != shape:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ConfigError(f"{what} must be a tensor (B, *{tuple(shape)}), not {got}.")
+        if not x.is_floating_point():  # the times of a solve take the precision of its samples
+            raise ConfigError(f"{what} must be floating-point numbers, not {x.dtype}: give x.float().")
+        if noise is not None:
+            self._check_noise(noise, x)
+        batch_shape, own = _batch_shape_of(context, self.context_shape), self.context_shape
+        if context is None or own is None:
             return None
-        assert context is not None
         if not batch_shape:
-            context = context.expand(like.shape[0], *shape)
-        elif batch_shape != like.shape[:1]:
+            context = context.expand(x.shape[0], *own)
+        elif batch_shape != x.shape[:1]:
             raise ConfigError(
-                f"context= has shape {tuple(context.shape)} for {like.shape[0]} samples: give one for all, "
-                f"{tuple(shape)}, or one for each, {(like.shape[0], *shape)}."
+                f"context= has shape {tuple(context.shape)} for {x.shape[0]} samples: give one for all, "
+                f"{tuple(own)}, or one for each, {(x.shape[0], *own)}."
             )
-        return context.to(like) if context.is_floating_point() else context.to(like.device)
-
-    def context_batch_shape(self, context: Tensor | None) -> torch.Size:
-        """The batch shape of ``context``, in front of its ``context_shape``; errors as in :meth:`context_rows`."""
-        shape = self.context_shape
-        if shape is None:
-            if context is not None:
-                raise ConfigError("this density takes no context: it was made without.")
-            return torch.Size()
-        if not isinstance(context, Tensor) or context.shape[-len(shape) :] != shape:
-            got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
-            raise ConfigError(
-                f"this density is conditional: context= must be a tensor of shape {tuple(shape)} or "
-                f"(B, *{tuple(shape)}), not {got}."
-            )
-        return context.shape[: -len(shape)]
-
-    def _draw_latents(self, n: int, generator: torch.Generator | None) -> Tensor:
-        base = self.base
-        if isinstance(base, StandardNormal):
-            return base.draw(n, generator)
-        if generator is not None:
-            raise ConfigError("the base of this density draws from torch's global generator: seed it instead.")
-        return base.sample(torch.Size([n]))
+        return context.to(x) if context.is_floating_point() else context.to(x.device)
 
     def keep_regularizers(self, weighted: Mapping[str, Weighted]) -> None:
         """Set :attr:`regularizers`. Those that are modules become submodules, so that their parameters train.
@@ -385,22 +373,7 @@ class DensityModel(nn.Module, ABC):
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
 
-    def check_state(self, x: object, shape: Sequence[int], what: str = "samples") -> None:
-        """Refuse what is not a tensor of floating-point numbers ``(B, *shape)`` (ConfigError).
-
-        Args:
-            x: the samples of a call, or its latents.
-            shape: of one of them.
-            what: what the error calls them.
-        """
-        if not isinstance(x, Tensor) or x.shape[1:] != torch.Size(shape):
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ConfigError(f"{what} must be a tensor (B, *{tuple(shape)}), not {got}.")
-        if not x.is_floating_point():  # the times of a solve take the precision of its samples
-            raise ConfigError(f"{what} must be floating-point numbers, not {x.dtype}: give x.float().")
-
-    def check_noise(self, noise: Sequence[Tensor | None], x: Tensor) -> None:
-        """Refuse noise for samples ``x`` unless it is as :meth:`draw_noise` gives it (ConfigError)."""
+    def _check_noise(self, noise: Sequence[Tensor | None], x: Tensor) -> None:
         shapes = self.block_shapes
         if isinstance(noise, Tensor) or len(noise) != len(shapes):
             raise ConfigError(
@@ -445,7 +418,7 @@ class FlowDistribution(Distribution):
     ) -> None:
         self.model, self.context = model, context
         self.has_rsample = model.base.has_rsample
-        super().__init__(model.context_batch_shape(context), model.event_shape, validate_args)
+        super().__init__(_batch_shape_of(context, model.context_shape), model.event_shape, validate_args)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -499,3 +472,18 @@ class FlowDistribution(Distribution):
             return None
         own = self.context.shape[len(self.batch_shape) :]
         return self.context.expand(shape + own).reshape(shape.numel(), *own)
+
+
+def _batch_shape_of(context: Tensor | None, shape: torch.Size | None) -> torch.Size:
+    """The batch shape of a context, in front of the ``shape`` of one; a ConfigError unless it fits."""
+    if shape is None:
+        if context is not None:
+            raise ConfigError("this density takes no context: it was made without.")
+        return torch.Size()
+    if not isinstance(context, Tensor) or context.shape[-len(shape) :] != shape:
+        got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
+        raise ConfigError(
+            f"this density is conditional: context= must be a tensor of shape {tuple(shape)} or "
+            f"(B, *{tuple(shape)}), not {got}."
+        )
+    return context.shape[: -len(shape)]

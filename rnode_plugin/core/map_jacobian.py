@@ -79,7 +79,7 @@ def map_log_prob(model: DensityModel, z: Tensor, *, context: Tensor | None = Non
         )
     # a continuous adjoint differentiates the exact flow, not the discrete map
     solver = dataclasses.replace(model.solver, gradient="autograd")
-    graph, rows = torch.is_grad_enabled(), model.context_rows(context, z)
+    graph, rows = torch.is_grad_enabled(), model.check_inputs(z, context=context, latents=True)
     # chunks bound the memory; with gradients the graph of every chunk would stay alive anyway
     size = max(len(z), 1) if graph else chunks(z)
     contexts = itertools.repeat(None) if rows is None else rows.split(size)

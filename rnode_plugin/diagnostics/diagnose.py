@@ -76,7 +76,7 @@ def diagnose(
     subject = Subject(model)
     if min(len(x), samples or 2) < 2:
         raise ConfigError("a diagnosis needs at least two held-out samples.")
-    context = model.context_rows(context, x)
+    context = model.check_inputs(x, context=context)
     if not all(bool(each.isfinite().all()) for each in (x, context) if each is not None):
         raise ConfigError("the held-out data contain values that are not finite: leave those samples out.")
     everything = HeldOut(x, context, seed).first(samples or compared_for(subject.dims))

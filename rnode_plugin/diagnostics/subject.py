@@ -82,7 +82,7 @@ class Subject:
         model = self.model.solved_with(solver=solver, estimator=estimator)
         with data.noise():
             outputs = [
-                model.encode(part, context=given, penalties=False, solver=model.full_quadrature())
+                model.encode(part, context=given, penalties=False, solver=model.solver.full_quadrature)
                 for part, given in self._batches(data.x, data.context)
             ]
         log_prob = torch.cat([model.log_prob_of(each).cpu().double() for each in outputs])

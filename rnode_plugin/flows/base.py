@@ -96,10 +96,8 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
     def _pull(self, z: Tensor, through: _Through) -> Tensor:
         """The inverse of :meth:`_push`; ``through`` applies the inverses of the blocks, from the last one on."""
 
-    def _fields_at(self, context: Tensor | None, like: Tensor) -> Sequence[nn.Module]:
-        """The fields of the blocks as functions of time and state, for samples ``like``."""
-        if context is not None:
-            self.context_rows(context, like)  # raises the error for a flow without contexts
+    def _fields_at(self, context: Tensor | None) -> Sequence[nn.Module]:
+        """The fields of the blocks as functions of time and state; ``context`` has a row for each sample."""
         return list(self.fields)
 
     def encode(
@@ -133,16 +131,11 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
             ConfigError: for samples, contexts or noise of the wrong shape, type or range.
             SolverError: if the integration fails.
         """
-        self._check(x, self.event_shape, self.called)
+        rows = self.check_inputs(x, context=context, noise=noise)
         solver = chosen_solver(solver, self.solver)
-        fields = self._fields_at(context, x)
         y, logdet, health = self._enter(x, solver)
-        if noise is None:
-            noise = self.draw_noise(x.shape[0])
-        else:
-            self.check_noise(noise, x)
-        blocks = zip(fields, noise, strict=True)
-        penalties = self.follows_penalties(penalties)
+        noise = self.draw_noise(x.shape[0]) if noise is None else noise
+        blocks = zip(self._fields_at(rows), noise, strict=True)
         through = _Pass(self, blocks, solver, penalties=penalties)
         output = through.output(x, self._push(y, through), logdet, health)
         self.nfe = output.nfe
@@ -164,15 +157,11 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
             ConfigError: for latents, contexts or noise of the wrong shape or type.
             SolverError: if the integration fails.
         """
-        self._check(z, (self.dims,), "latents")
-        if noise is None:
-            noise = self.draw_noise(z.shape[0])
-        else:
-            self.check_noise(noise, z)
+        rows = self.check_inputs(z, context=context, noise=noise, latents=True)
+        noise = self.draw_noise(z.shape[0]) if noise is None else noise
         # noise is in the order of the blocks in both directions, so encode and decode can share it
-        blocks = reversed(list(zip(self._fields_at(context, z), noise, strict=True)))
+        blocks = reversed(list(zip(self._fields_at(rows), noise, strict=True)))
         solver = chosen_solver(solver, self.solver)
-        penalties = self.follows_penalties(penalties)
         through = _Pass(self, blocks, solver, backward=True, penalties=penalties)
         x, logdet = self._leave(self._pull(z, through))
         output = through.output(x, z, logdet)
@@ -185,8 +174,8 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         Only the state is integrated, backward in time, without products with the Jacobian. Images lie in [0, 1] if
         ``z`` is the latent of an image, and otherwise may be slightly outside. Errors as for :meth:`decode`.
         """
-        self._check(z, (self.dims,), "latents")
-        blocks = ((field, None) for field in reversed(self._fields_at(context, z)))
+        rows = self.check_inputs(z, context=context, latents=True)
+        blocks = ((field, None) for field in reversed(self._fields_at(rows)))
         solver = chosen_solver(solver, self.solver)
         through = _Pass(self, blocks, solver, backward=True, divergence=False)
         y = self._pull(z, through)
@@ -214,7 +203,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         Raises:
             ConfigError: for samples or contexts of the wrong shape, type or range.
         """
-        self._check(x, self.event_shape, self.called)
+        rows = self.check_inputs(x, context=context)
         y, _, health = self._enter(x, self.solver)
         check_all(health)
         # Passes that change no state record y, e and k in the shape that each block sees, because squeezes and
@@ -228,7 +217,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         # each block covers its part of the path until the end of its solve, which a learned end time moves
         end = FollowedSolve.of(self.regularizers).times(torch.tensor([0.0, 1.0], dtype=x.dtype))[-1].detach()
         error, width = x.new_zeros(len(x)), _WIDTH * torch.rand(len(x), dtype=x.dtype, device=x.device)
-        for index, field in enumerate(self._fields_at(context, x)):
+        for index, field in enumerate(self._fields_at(rows)):
             # _pull passes the blocks in reverse
             y, e, k = data.seen[index], noise.seen[-1 - index], blocks.seen[-1 - index]
             share = (index + times[index]) / k  # block `index` covers this part of the path of k blocks
@@ -237,17 +226,23 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
             error = error + (velocity - (e - y) / (k * end)).square().flatten(1).sum(1)
         return error
 
-    def _check(self, x: Tensor, shape: Sequence[int], what: str) -> None:
-        """Refuse tensors of another shape, dtype or device than this flow works with."""
-        like = self._like()
-        if not isinstance(x, Tensor):
-            self.check_state(x, shape, what)
-        fits = x.ndim == 1 + len(shape) and tuple(x.shape[1:]) == tuple(shape) and x.shape[0] > 0
-        if not fits or (x.dtype, x.device) != (like.dtype, like.device):
+    def check_inputs(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        noise: Sequence[Tensor | None] | None = None,
+        latents: bool = False,
+    ) -> Tensor | None:
+        """As :meth:`DensityModel.check_inputs`; it also refuses an empty batch, and another dtype or device."""
+        like, shape = self._like(), (self.dims,) if latents else tuple(self.event_shape)
+        fits = isinstance(x, Tensor) and tuple(x.shape[1:]) == shape and x.shape[0] > 0
+        if isinstance(x, Tensor) and not (fits and (x.dtype, x.device) == (like.dtype, like.device)):
             raise ConfigError(
-                f"{what} must be of shape (B, {', '.join(map(str, shape))}) with B >= 1, {like.dtype} on "
-                f"{like.device}, not {tuple(x.shape)}, {x.dtype} on {x.device}."
+                f"{'latents' if latents else self.called} must be of shape (B, {', '.join(map(str, shape))}) with "
+                f"B >= 1, {like.dtype} on {like.device}, not {tuple(x.shape)}, {x.dtype} on {x.device}."
             )
+        return super().check_inputs(x, context=context, noise=noise, latents=latents)
 
 
 class _SeenStates:
@@ -270,7 +265,7 @@ class _Pass:
         solver: the integrator.
         backward: whether time runs from 1 to 0.
         divergence: whether the log-determinant is followed.
-        penalties: whether to integrate the penalties.
+        penalties: whether to integrate the penalties; None means yes in training mode with gradients enabled.
     """
 
     def __init__(
@@ -281,11 +276,12 @@ class _Pass:
         *,
         backward: bool = False,
         divergence: bool = True,
-        penalties: bool = False,
+        penalties: bool | None = False,
     ) -> None:
         self._blocks, self._solver = enumerate(blocks), solver
         self._flow, self._backward = flow, backward
         training = flow.training and torch.is_grad_enabled()
+        penalties = training if penalties is None else penalties
         self._followed = FollowedSolve.of(flow.regularizers, penalized=penalties, training=training)
         self._divergence, self._estimator = divergence, flow.estimator
         self._logdets: list[Tensor] = []

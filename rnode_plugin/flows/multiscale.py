@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -264,13 +264,13 @@ class MultiscaleFlow(BlockFlow):
                 y = through(y)
         return y
 
-    def _check(self, x: Tensor, shape: Sequence[int], what: str) -> None:
+    def check_inputs(self, x: Tensor, **options: Any) -> Tensor | None:
         if isinstance(x, Tensor) and x.ndim == 4 and not x.is_floating_point():
             raise ConfigError(
                 f"this flow takes floating-point images in [0, 1], not {x.dtype}: "
                 "rnode_plugin.flows.multiscale.dequantize turns uint8 images into them."
             )
-        super()._check(x, shape, what)
+        return super().check_inputs(x, **options)
 
     def bits_per_dim(self, x: Tensor, *, noise: Sequence[Tensor | None] | None = None) -> Tensor:
         """Bits/dim of each image, ``(B,)``, for pixels in bins of width 1 / :attr:`levels`.

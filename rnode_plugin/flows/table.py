@@ -146,9 +146,8 @@ class TableFlow(BlockFlow):
         """Mean and scale of the modeled columns."""
         return self.mean[: self.dims], self.scale[: self.dims]
 
-    def _fields_at(self, context: Tensor | None, like: Tensor) -> Sequence[nn.Module]:
-        given = self.context_rows(context, like)
-        if given is None:
+    def _fields_at(self, context: Tensor | None) -> Sequence[nn.Module]:
+        if context is None:
             return list(self.fields)
-        given = (given - self.mean[self.dims :]) / self.scale[self.dims :]
+        given = (context - self.mean[self.dims :]) / self.scale[self.dims :]
         return [AtContext(field, given) for field in self.fields]

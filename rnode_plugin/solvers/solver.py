@@ -82,6 +82,11 @@ class Solver(ABC):
         """Absolute and relative tolerance; None for a fixed grid."""
         return None
 
+    @property
+    def full_quadrature(self: _Self) -> _Self:
+        """This solver with ``quadrature="full"``, for a call that takes the products at every evaluation."""
+        return self if self.quadrature == "full" else replace(self, quadrature="full")
+
     def solve(
         self,
         dynamics: BoundDynamics,

@@ -265,7 +265,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
 
         Arguments and errors as for :meth:`encode`. The penalties are kept for :meth:`reg_loss`.
         """
-        solver = self.full_quadrature()
+        solver = self.solver.full_quadrature
         return self.log_prob_of(self.encode(x, context=context, noise=noise, penalties=penalties, solver=solver))
 
     def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Solver | None = None) -> Tensor:
@@ -290,7 +290,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
 
         Arguments and errors as for :meth:`encode`. The penalties are kept for :meth:`reg_loss`.
         """
-        solver = self.full_quadrature()
+        solver = self.solver.full_quadrature
         output = self.decode(z, context=context, noise=noise, penalties=penalties, solver=solver)
         return output.x, self.log_prob_of(output)
 
@@ -345,7 +345,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
 
     def _on_grid(self, solver: Solver | None) -> tuple[Solver, Tensor]:
         """The solver for a call and its times."""
-        if solver is None:
+        if solver is None or solver is self.solver:
             return self.solver, self.t_span
         solver = chosen_solver(solver, self.solver)
         steps_at_times = isinstance(solver, FixedGrid) and solver.step is None
@@ -365,13 +365,11 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         """Solve from ``start``, follow the density, and keep the penalties for :meth:`reg_loss`."""
         history = self.history
         history.begin()  # first, so that an error below leaves no penalties of an earlier solve
-        self.check_state(start, self.event_shape)
-        if noise is not None:
-            self.check_noise(noise, start)
-        penalties = self.follows_penalties(penalties)
+        rows = self.check_inputs(start, context=context, noise=noise, latents=backward)
+        training = self.training and torch.is_grad_enabled()
+        penalties = training if penalties is None else penalties
         solver, times = self._on_grid(solver)
-        with outside_inference(start, self.context_rows(context, start), noise) as (x, rows, noise):
-            training = self.follows_penalties(None)
+        with outside_inference(start, rows, noise) as (x, rows, noise):
             followed = FollowedSolve.of(history.kinds, penalized=penalties, training=training)
             times = followed.times(times, like=x, backward=backward)
             dynamics = NetDynamics(
@@ -405,8 +403,8 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         first_steps: dict[str, float] | None = None,
     ) -> Tensor:
         """The states at ``times``, without density and penalties."""
-        self.check_state(x, self.event_shape)
-        with outside_inference(x, self.context_rows(context, x), times) as (x, rows, times):
+        rows = self.check_inputs(x, context=context)
+        with outside_inference(x, rows, times) as (x, rows, times):
             dynamics = NetDynamics(self.net, x, rows, solver, estimator=self.estimator, divergence=False)
             solution = solver.solve(dynamics.bind(None), x.clone(), times, first_steps=first_steps).check()
             self.nfe = solution.stats.nfe

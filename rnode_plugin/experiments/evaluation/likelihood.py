@@ -196,7 +196,8 @@ class _Solves:
         with seeded(self._seed, Stream.VALIDATE, draw, kind, index):
             x, context = self._measure.quantities[kind].inputs(batch_of(self._samples, batch).to(self._device))
             flow = self._cold if alone else self._flow
-            return flow.encode(x, context=context, solver=flow.full_quadrature(solver), penalties=penalties)
+            solver = (solver or flow.solver).full_quadrature
+            return flow.encode(x, context=context, solver=solver, penalties=penalties)
 
     def scores_of(self, output: FlowOutput) -> Tensor:
         """Return the scores ``(B,)`` of a solve, in double precision on the CPU, where they are averaged."""

@@ -189,7 +189,7 @@ def _inputs(model: DensityModel, which: Which, context: Tensor | None, batch: in
     z = model.base.sample(torch.Size([batch])).to(like)
     inputs = [z]
     if context is not None:
-        model.context_batch_shape(context)  # raises a ConfigError unless it fits
+        model.distribution(context)  # raises a ConfigError unless it fits
         inputs.append(context.cpu().expand(batch, *context.shape).clone())
     elif model.context_shape is not None:
         inputs.append(torch.randn(batch, *model.context_shape).to(like))

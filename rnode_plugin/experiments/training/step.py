@@ -179,7 +179,8 @@ def measure_batch(
     def scored(solver: Solver | None = None, *, penalties: bool) -> tuple[Tensor, FlowOutput]:
         with seeded(recipe.training.seed, Stream.VALIDATE, rank, index):
             x, context = task.inputs(batch)
-            output = flow.encode(x, context=context, solver=flow.full_quadrature(solver), penalties=penalties)
+            solver = (solver or flow.solver).full_quadrature
+            output = flow.encode(x, context=context, solver=solver, penalties=penalties)
         return task.scores(flow.log_prob_of(output)), output
 
     # score and NFE come from a solve that no penalty has changed, so some penalties take another solve
