@@ -58,14 +58,14 @@ MUTANTS = [
     ),
     Mutant(
         "the longest safe step has the exponent of another order",
-        "solvers/adaptive.py",
-        "** (-1 / method.order))",
-        "** (-1 / (method.order + 1)))",
+        "solvers/controller.py",
+        "** (-1 / self.method.order))",
+        "** (-1 / (self.method.order + 1)))",
         "test_solve_limits.py::test_the_safe_step_is_the_longest_that_would_have_passed",
     ),
     Mutant(
         "the error of a step is scaled by its start alone",
-        "solvers/adaptive.py",
+        "solvers/controller.py",
         "size = torch.max(z.abs(), step.z.abs())",
         "size = z.abs()",
         "test_torchdyn.py::test_same_values_and_evaluations_as_torchdyn",

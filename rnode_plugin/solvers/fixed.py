@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, NoReturn
 
@@ -20,13 +20,13 @@ from .solver import Solver
 from .step import (
     Draw,
     Problem,
-    StepTaker,
+    Step,
+    Stepper,
     Totals,
     draw_stage,
     fail_integrals,
     fail_max_nfe,
     fail_nonfinite,
-    stepper,
 )
 from .tableaus import Method, get_method
 
@@ -74,70 +74,84 @@ class FixedGrid(Solver):
     def text(self) -> str:
         return grid_text(self.name, self.step)
 
-    def march(self, problem: Problem, *, take: StepTaker | None = None) -> Solution:
+    def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
         dynamics, z, t_span, save_steps, *_ = problem
         method = get_method(self.method)
-        counts, draws = [1] * (len(t_span) - 1), None
-        sampled = self.quadrature == "sampled"
-        if self.step is not None:
-            # in a captured program `read` gives None, but times that are constants of the program can be listed
-            times = read(t_span) or t_span.tolist()
-            counts = [count_steps(b - a, float(self.step)) for a, b in itertools.pairwise(times)]
-            if sum(counts) > _MOST_STEPS:
-                raise ConfigError(
-                    f"step={self.step:g} divides the times of this solve into {sum(counts):,} steps, and more than "
-                    f"{_MOST_STEPS:,} would take too long: choose a longer step."
-                )
+        counts = self._counts(t_span)
+        draws = None
         # a density draws one stage in each step, below; penalties alone draw fewer evaluations, over the whole
         # solve
-        if sampled and not dynamics.divergence:
-            intervals = itertools.pairwise(read(t_span) or range(len(t_span)))
-            lengths = [abs(b - a) / n for (a, b), n in zip(intervals, counts, strict=True) for _ in range(n)]
-            draws = _draw_stages(method, lengths)
+        if self.quadrature == "sampled" and not dynamics.divergence:
+            draws = _draw_stages(method, _lengths(t_span, counts))
+        take = Stepper(dynamics, method, None) if take is None else take
         # times on the CPU stay there, so that step lengths are numbers for the host, unless they carry a gradient
         if t_span.device.type != "cpu" or t_span.requires_grad:
             t_span = t_span.to(z.device)
-        take = stepper(dynamics, method, None) if take is None else take
         with on_host():
-            outputs, grid = _grid(t_span, counts, z.device)
-        totals, finite = Totals(), []
-        states, logdets, passed = [z], list[Tensor](), [(outputs[0], z)]
-        steps = iter(grid)
-        for count in counts:
-            for start, dt, end in itertools.islice(steps, count):
-                draw = draws[totals.steps] if draws is not None else draw_stage(method) if sampled else None
+            outputs, intervals = _grid(t_span, counts, z.device)
+        totals = Totals([outputs[0]], [z], knots=[(outputs[0], z)] if save_steps else None)
+        finite: list[Tensor] = []
+        for output, interval in zip(outputs[1:], intervals, strict=True):
+            for start, dt, end in interval:
+                draw = None
+                if self.quadrature == "sampled":
+                    draw = draw_stage(method) if draws is None else draws[totals.steps]
                 step = take(z, start, dt, None, draw)
-                totals.add(step)
+                totals.add(step, end)
                 totals.nfe += step.nfe
                 z = step.z
-                if save_steps:
-                    passed.append((end, z))
                 finite.append(health(z))
                 if self.max_nfe is not None and totals.nfe > self.max_nfe:
                     fail_max_nfe(float(end.detach()), totals.steps, totals.nfe, int(self.max_nfe))
-            states.append(z)
-            if totals.logdet is not None:
-                logdets.append(totals.logdet)
-        # an integral that is not finite once never is again, so one check at the end is enough
-        integrals = [x for x in (totals.logdet, *totals.penalties.values()) if x is not None]
-        if integrals:
-            finite[-1] = health(torch.cat([finite[-1].reshape(1), *(x.flatten() for x in integrals)]))
+            totals.save(output, z)
+        starts = [start for interval in intervals for start, *_ in interval]
+        return totals.solution(health=(_health_of(totals, z, finite, starts),))
 
-        def fail(bad: int) -> NoReturn:
-            t = float(grid[bad][0].detach())
-            nfe = (bad + 1) * totals.nfe // totals.steps  # all steps of a grid cost the same
-            if bad < totals.steps - 1:
-                fail_nonfinite(t, bad, nfe)
-            fail_integrals(z, totals.logdet, totals.penalties, t, bad, nfe)
+    def _counts(self, t_span: Tensor) -> list[int]:
+        """The number of steps in each interval of the times."""
+        if self.step is None:
+            return [1] * (len(t_span) - 1)
+        # in a captured program `read` gives None, but times that are constants of the program can be listed
+        times = read(t_span) or t_span.tolist()
+        counts = [count_steps(b - a, float(self.step)) for a, b in itertools.pairwise(times)]
+        if sum(counts) > _MOST_STEPS:
+            raise ConfigError(
+                f"step={self.step:g} divides the times of this solve into {sum(counts):,} steps, and more than "
+                f"{_MOST_STEPS:,} would take too long: choose a longer step."
+            )
+        return counts
 
-        check = HealthCheck(torch.stack(finite), fail)
-        return totals.solution(list(outputs), states, logdets, health=(check,), passed=passed if save_steps else ())
+
+def _health_of(totals: Totals, z: Tensor, finite: list[Tensor], starts: Sequence[Tensor]) -> HealthCheck:
+    """The check that a solve stayed finite, up to the state ``z`` at its end.
+
+    Args:
+        totals: the whole solve.
+        z: its last state.
+        finite: the health of the state after each step.
+        starts: the time at which each step starts.
+    """
+    # the check outlives the solve, and must not hold its outputs
+    logdet, penalties, steps, evaluations = totals.logdet, totals.penalties, totals.steps, totals.nfe
+    # an integral that is not finite once never is again, so one check at the end is enough
+    integrals = [x for x in (logdet, *penalties.values()) if x is not None]
+    if integrals:
+        finite[-1] = health(torch.cat([finite[-1].reshape(1), *(x.flatten() for x in integrals)]))
+
+    def fail(bad: int) -> NoReturn:
+        t = float(starts[bad].detach())
+        nfe = (bad + 1) * evaluations // steps  # all steps of a grid cost the same
+        if bad < steps - 1:
+            fail_nonfinite(t, bad, nfe)
+        fail_integrals(z, logdet, penalties, t, bad, nfe)
+
+    return HealthCheck(torch.stack(finite), fail)
 
 
 def _grid(
     t_span: Tensor, counts: Sequence[int], device: torch.device
-) -> tuple[Tensor | list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
-    """The times of ``t_span`` on ``device``, and start, length and end of each step in a fixed grid between them.
+) -> tuple[list[Tensor], list[list[tuple[Tensor, Tensor, Tensor]]]]:
+    """The times of ``t_span`` on ``device``, and of each interval between them the steps: start, length and end.
 
     Starts and ends are on ``device``, lengths where ``t_span`` is. With one step per interval this is bitwise
     torchdyn's grid, in which the length of a step is what is left to the next time.
@@ -150,11 +164,12 @@ def _grid(
             # not `goal`, because torchdyn's next step starts at start + length, which may round differently
             lengths.append(goal - times[-1])
             times.append(times[-1] + lengths[-1])
-    outputs: Tensor | list[Tensor] = t_span
+    outputs = list(t_span)
     if t_span.device != device:
         moved = _on_device(torch.cat([t_span, torch.stack(times)]), device)
         outputs, times = moved[: len(t_span)], moved[len(t_span) :]
-    return outputs, list(zip(times, lengths, times[1:], strict=False))
+    steps = iter(zip(times, lengths, times[1:], strict=False))
+    return outputs, [list(itertools.islice(steps, count)) for count in counts]
 
 
 def _on_device(times: Tensor, device: torch.device) -> list[Tensor]:
@@ -165,6 +180,12 @@ def _on_device(times: Tensor, device: torch.device) -> list[Tensor]:
     # one kernel fills each time, because the host would wait for a copy, and a CUDA graph cannot contain one
     made = {time: torch.full((), time, dtype=times.dtype, device=device) for time in {*known}}
     return [made[time] for time in known]
+
+
+def _lengths(t_span: Tensor, counts: Sequence[int]) -> list[float]:
+    """The length of each step in a fixed grid; of intervals that cannot be read, as if they were equally long."""
+    intervals = itertools.pairwise(read(t_span) or range(len(t_span)))
+    return [abs(b - a) / n for (a, b), n in zip(intervals, counts, strict=True) for _ in range(n)]
 
 
 def _draw_stages(method: Method, lengths: Sequence[float]) -> list[Draw | None]:

@@ -54,11 +54,11 @@ class Checkpointed(Gradient):
 
     def solve(self, solver: Integrator, problem: Problem) -> Solution:
         from .checkpoint import checkpointed
-        from .step import stepper
+        from .step import Stepper
         from .tableaus import get_method
 
         dynamics, z, t, *_ = problem
-        one_step = stepper(dynamics, get_method(solver.method), solver.tolerances)
+        one_step = Stepper(dynamics, get_method(solver.method), solver.tolerances)
         take = checkpointed(one_step, dynamics, z, t[0].to(z.device))
         return solver.march(problem, take=take)
 

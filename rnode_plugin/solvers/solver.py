@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar, NoReturn, TypeVar
 
@@ -19,7 +19,7 @@ from ..errors import ConfigError
 from .checks import Tolerance, check_positive, check_quadrature, refuse_sampled_density
 from .gradients import Gradient, get_gradient
 from .solution import Solution, Steps
-from .step import Problem, StepTaker, fail_integrals, stepper
+from .step import Problem, Step, Stepper, fail_integrals
 from .tableaus import Method, get_method, hermite
 
 _Self = TypeVar("_Self", bound="Solver")
@@ -156,12 +156,12 @@ class Solver(ABC):
         return _with_path_penalties(solution, problem, path, self)
 
     @abstractmethod
-    def march(self, problem: Problem, *, take: StepTaker | None = None) -> Solution:
+    def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
         """Take all steps of a solve, differentiable through the steps, without local penalties.
 
         Args:
             problem: the arguments of :meth:`solve`.
-            take: takes one step; None: :func:`~rnode_plugin.solvers.step.stepper`.
+            take: takes one step as a :class:`~rnode_plugin.solvers.step.Stepper` does; None: a stepper.
         """
 
     def without_interpolation(self: _Self) -> _Self:
@@ -283,6 +283,6 @@ def _local_penalties(dynamics: BoundDynamics, solver: Solver, steps: Steps) -> t
         z = hermite(t0, z0, v0, t1, z1, v1, s)
     drop_casts()
     h = torch.minimum((t1 - t0).abs(), (end - s).abs())
-    take = stepper(dynamics, get_method("tsit5"), solver.tolerances, local=True)
+    take = Stepper(dynamics, get_method("tsit5"), solver.tolerances, local=True)
     step = take(z, s, -h if backward else h, None, {})  # an empty draw: no stage computes products
     return {name: value for name, (_, value) in step.path.items()}, step.nfe + 2

@@ -51,9 +51,6 @@ class Step(NamedTuple):
     nfe: int
 
 
-StepTaker = Callable[[Tensor, Tensor, Tensor, "Rates | None", "Draw | None"], Step]
-
-
 class Problem(NamedTuple):
     """An initial value problem with the options of :meth:`Solver.solve`.
 
@@ -84,48 +81,76 @@ class Integrator(Protocol):
     @property
     def tolerances(self) -> tuple[Tolerance, Tolerance] | None: ...
 
-    def march(self, problem: Problem, *, take: StepTaker | None = None) -> Solution: ...
+    def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution: ...
 
     def of_adjoint(self) -> Integrator: ...
 
 
-def stepper(
-    dynamics: BoundDynamics, method: Method, tolerances: tuple[Tolerance, Tolerance] | None, *, local: bool = False
-) -> StepTaker:
-    """Make a function ``(z, t, dt, first, draw) -> Step`` that takes one step.
+Draw = dict[int, float]
+"""The stages of a step that compute products with the Jacobian in a sampled quadrature. The value of a stage is the
+weight of its rates, relative to the length of the step."""
 
-    ``first`` holds the rates at ``(t, z)`` if the previous step has evaluated them. With a ``draw`` only the drawn
-    stages compute products with the Jacobian, and all others compute the velocity alone.
 
-    A ``local`` step computes the local step penalties, any other step the penalties on accepted steps. Step
-    penalties see the ``tolerances``, which are None for a fixed grid.
+@dataclass(frozen=True, eq=False)
+class Stepper:
+    """Takes steps of a method on a system, and integrates the rates of each step by the quadrature of its stages.
+
+    Attributes:
+        dynamics: the system.
+        method: how a step is taken.
+        tolerances: absolute and relative tolerance, which step penalties see; None for a fixed grid.
+        local: whether a step computes the local step penalties. Any other step computes the penalties on accepted
+            steps.
     """
-    path = dynamics.path
-    if path is not None and not (path.local if local else path.steps):
-        path = None
-    weights, (atol, rtol) = method.weights or (1.0,), tolerances or (None, None)
-    unbalanced = abs(sum(weights) - 1) > 1e-3
 
-    def take(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, draw: Draw | None) -> Step:
-        known = first is not None
-        rates: list[Rates] = [] if first is None else [first]
-        asked: list[tuple[Tensor, Tensor]] = [] if first is None else [(t, z)]
+    dynamics: BoundDynamics
+    method: Method
+    tolerances: tuple[Tolerance, Tolerance] | None
+    local: bool = False
 
-        def f(time: Tensor, state: Tensor, args: object = None) -> Tensor:
-            nonlocal known
-            if known and state is z and len(rates) == 1 and bool(time == t):
-                # a user's method evaluates its first stage although it was given, so this one takes its place
-                known = False
-                rates.clear()
-                asked.clear()
-            if path is not None:
-                asked.append((time, state))
-            # a user's solver passes on its `args`, which the dynamics have received already
-            rates.append(dynamics.evaluate(time, state, products=draw is None or len(rates) in draw))
-            return rates[-1].dz
+    def __call__(self, z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, draw: Draw | None) -> Step:
+        """Take one step.
 
-        new_velocity, new, error, *more = method.advance(f, z, t, dt, None if first is None else first.dz)
-        nfe = len(rates) - known
+        Args:
+            z: state ``(B, *event)`` at the time ``t``.
+            t, dt: start and length of the step; the length is negative backward in time.
+            first: rates at ``(t, z)`` if the previous step has evaluated them.
+            draw: the stages that compute products with the Jacobian; all others compute the velocity alone. None:
+                all stages compute everything.
+
+        Raises:
+            ConfigError: for quadrature weights that do not belong to the evaluations of the step.
+        """
+        path = self.dynamics.path
+        if path is not None and not (path.local if self.local else path.steps):
+            path = None
+        stages = _Stages(self.dynamics, z, t, first, draw, keep_places=path is not None)
+        k1 = None if first is None else first.dz
+        new_velocity, new, error, *velocities = self.method.advance(stages, z, t, dt, k1)
+        dlogdet, dlogdet_error, penalties = self._integrate(stages.rates, dt, draw, with_error=error is not None)
+        # first same as last: the method returns the very tensor of the last stage
+        last = None
+        for each in stages.rates:  # torch.compile of torch 2.6 cannot trace next()
+            last = each if each.dz is new_velocity else last
+        of_path: dict[str, tuple[str, Tensor]] = {}
+        if path is not None:
+            atol, rtol = self.tolerances or (None, None)
+            times, states = zip(*stages.places, strict=True)
+            record = StepRecord(
+                t=t, h=dt.abs(), z0=z, z1=new, times=times, states=states, velocities=[r.dz for r in stages.rates],
+                error=error, pair=self.method.pair, atol=atol, rtol=rtol,
+            )  # fmt: skip
+            of_path = path.of_step(record, local=self.local)
+        return Step(
+            z=new, error=error, last=last, dlogdet=dlogdet, dlogdet_error=dlogdet_error, penalties=penalties,
+            path=of_path, stages=velocities[0] if velocities else None, nfe=len(stages.rates) - stages.given,
+        )  # fmt: skip
+
+    def _integrate(
+        self, rates: Sequence[Rates], dt: Tensor, draw: Draw | None, *, with_error: bool
+    ) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
+        """The increments of log-determinant and penalties in a step, and the error estimate of the former."""
+        method, weights = self.method, self.method.weights or (1.0,)
         source = rates[min(draw) if draw else 0]  # a stage that has every rate of this step
         rows: list[Sequence[Any]] = []
         for name in source.penalties:
@@ -134,47 +159,58 @@ def stepper(
         if source.dlogdet is not None:
             traces = [r.dlogdet for r in rates]
             rows.append(traces)  # weighed together with the penalties, to save operations
-            if error is not None and method.error_weights is not None:
+            if with_error and method.error_weights is not None:
                 dlogdet_error = _weigh([traces], method.error_weights, dt.detach())[0]
-        if rows and (unbalanced or len(rates) < len(weights)):
-            _refuse_weights(method.name, weights, len(rates))
+        if rows and (len(rates) < len(weights) or abs(sum(weights) - 1) > 1e-3):
+            raise ConfigError(  # a user's method, whose integrals would be wrong
+                f"a step of {method.name} evaluates the field {len(rates)} times, and its {len(weights)} "
+                f"quadrature weights sum to {sum(weights):g}: give the solver `weights`, one for each evaluation "
+                "in a step, that sum to 1."
+            )
         # penalties are integrated over |dt|, so that they are not negative backward in time; the trace over dt
         integrals = _weigh(rows, weights, dt.abs(), draw)
         if source.dlogdet is not None:
             forward = dt.is_cpu and (read(dt.reshape(())) or -1) > 0  # if known, saves a product with the sign
             dlogdet = integrals.pop() if forward else integrals.pop() * dt.sign().to(source.dlogdet.dtype)
-        penalties = dict(zip(source.penalties, integrals, strict=True))
-        last = None
-        # first same as last: the method returns the very tensor of the last stage
-        for each in rates:  # torch.compile of torch 2.6 cannot trace next()
-            last = each if each.dz is new_velocity else last
-        of_path: dict[str, tuple[str, Tensor]] = {}
-        if path is not None:
-            times, states = zip(*asked, strict=True)
-            record = StepRecord(
-                t=t, h=dt.abs(), z0=z, z1=new, times=times, states=states, velocities=[r.dz for r in rates],
-                error=error, pair=method.pair, atol=atol, rtol=rtol,
-            )  # fmt: skip
-            of_path = path.of_step(record, local=local)
-        return Step(
-            z=new, error=error, last=last, dlogdet=dlogdet, dlogdet_error=dlogdet_error, penalties=penalties,
-            path=of_path, stages=more[0] if more else None, nfe=nfe,
-        )  # fmt: skip
-
-    return take
+        return dlogdet, dlogdet_error, dict(zip(source.penalties, integrals, strict=True))
 
 
-def _refuse_weights(name: str, weights: Sequence[float], evaluations: int) -> NoReturn:
-    """Refuse the weights of a user's method that do not belong to its steps, since integrals would be wrong."""
-    raise ConfigError(
-        f"a step of {name} evaluates the field {evaluations} times, and its {len(weights)} quadrature weights sum "
-        f"to {sum(weights):g}: give the solver `weights`, one for each evaluation in a step, that sum to 1."
-    )
+class _Stages:
+    """The field as a method calls it in one step from ``(t, z)``, recording the stages in order of evaluation.
 
+    Attributes:
+        rates: the rates of each stage. The first one may have been given.
+        places: time and state of each stage, which step penalties read; empty unless they are kept.
+        given: whether the first stage was given and is not evaluated in this step.
+    """
 
-Draw = dict[int, float]
-"""The stages of a step that compute products with the Jacobian in a sampled quadrature. The value of a stage is the
-weight of its rates, relative to the length of the step."""
+    def __init__(
+        self,
+        dynamics: BoundDynamics,
+        z: Tensor,
+        t: Tensor,
+        first: Rates | None,
+        draw: Draw | None,
+        *,
+        keep_places: bool,
+    ) -> None:
+        self.dynamics, self.z, self.t, self.draw, self.keep_places = dynamics, z, t, draw, keep_places
+        self.given = first is not None
+        self.rates: list[Rates] = [] if first is None else [first]
+        self.places: list[tuple[Tensor, Tensor]] = [(t, z)] if keep_places and self.given else []
+
+    def __call__(self, time: Tensor, state: Tensor, args: object = None) -> Tensor:
+        """The velocity. A user's solver passes on its ``args``, which the dynamics have received already."""
+        rates = self.rates
+        if self.given and state is self.z and len(rates) == 1 and bool(time == self.t):
+            # a user's method evaluates its first stage although it was given, so this one takes its place
+            self.given = False
+            rates.clear()
+            self.places.clear()
+        if self.keep_places:
+            self.places.append((time, state))
+        rates.append(self.dynamics.evaluate(time, state, products=self.draw is None or len(rates) in self.draw))
+        return rates[-1].dz
 
 
 def draw_stage(method: Method) -> Draw | None:
@@ -235,17 +271,31 @@ def _weigh_row(values: Sequence[Tensor], weights: Sequence[float], dt: Tensor) -
 
 @dataclass(eq=False)
 class Totals:
-    """Accumulates the accepted steps of a solve: integrals, step penalties by their reduction, and cost."""
+    """A solve so far: its outputs, and the integrals, step penalties and cost of its accepted steps.
 
+    Attributes:
+        t: output times so far, at first the start of the solve.
+        z: states ``(B, *event)`` at these times.
+        knots: times and states between the accepted steps, the start included; None if they are not saved.
+        nfe: evaluations so far, those of rejected steps included.
+        logdet: log-determinant ``(B,)`` in nats from the start; None before the first step and without a density.
+        penalties: integral of each rate, and each step penalty by its reduction, ``(B,)``.
+        steps, rejected: numbers of steps.
+    """
+
+    t: list[Tensor]
+    z: list[Tensor]
+    knots: list[tuple[Tensor, Tensor]] | None = None
+    nfe: int = 0
     logdet: Tensor | None = None
     penalties: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    nfe: int = 0
     steps: int = 0
     rejected: int = 0
+    _logdets: list[Tensor] = field(default_factory=list[Tensor])  # at the output times after the first
     _means: set[str] = field(default_factory=set[str])  # penalties that are sums until the number of steps is known
 
-    def add(self, step: Step) -> None:
-        """Add an accepted step."""
+    def add(self, step: Step, end: Tensor) -> None:
+        """Add an accepted step that ends at the time ``end``. Its evaluations are counted where it is tried."""
         self.logdet = step.dlogdet if self.logdet is None or step.dlogdet is None else self.logdet + step.dlogdet
         for name, value in step.penalties.items():
             self.penalties[name] = self.penalties[name] + value if name in self.penalties else value
@@ -257,30 +307,28 @@ class Totals:
             if reduction == "mean":
                 self._means.add(name)
         self.steps += 1
+        if self.knots is not None:
+            self.knots.append((end.to(step.z.device), step.z))
 
-    def solution(
-        self,
-        t: Sequence[Tensor],
-        z: Sequence[Tensor],
-        logdet: Sequence[Tensor],
-        *,
-        health: tuple[HealthCheck, ...] = (),
-        longest_safe_step: float | None = None,
-        passed: Sequence[tuple[Tensor, Tensor]] = (),
-    ) -> Solution:
-        """Make the solution with outputs at the times ``t``.
+    def save(self, t: Tensor, z: Tensor) -> None:
+        """Add an output, with the log-determinant up to here."""
+        self.t.append(t.to(z.device))
+        self.z.append(z)
+        if self.logdet is not None:
+            self._logdets.append(self.logdet)
 
-        ``logdet`` leaves out the first time, where it is 0. ``passed`` holds the times and states between the
-        steps, if they are saved.
-        """
-        logdets = None if self.logdet is None else torch.stack([torch.zeros_like(self.logdet), *logdet])
+    def solution(self, *, health: tuple[HealthCheck, ...] = (), longest_safe_step: float | None = None) -> Solution:
+        """Make the solution, in which the log-determinant begins with 0."""
+        logdet = None if self.logdet is None else torch.stack([torch.zeros_like(self.logdet), *self._logdets])
         for name in self._means:
             self.penalties[name] = self.penalties[name] / self.steps
-        stats = SolveStats(self.nfe, self.steps, self.rejected)
-        steps = Steps(*(torch.stack(row) for row in zip(*passed, strict=True))) if passed else None
+        steps = None
+        if self.knots is not None:
+            steps = Steps(*(torch.stack(row) for row in zip(*self.knots, strict=True)))
         return Solution(
-            t=torch.stack(list(t)), z=torch.stack(list(z)), logdet=logdets, penalties=self.penalties, stats=stats,
-            health=health, longest_safe_step=longest_safe_step, steps=steps,
+            t=torch.stack(self.t), z=torch.stack(self.z), logdet=logdet, penalties=self.penalties,
+            stats=SolveStats(self.nfe, self.steps, self.rejected), health=health,
+            longest_safe_step=longest_safe_step, steps=steps,
         )  # fmt: skip
 
 
