@@ -18,7 +18,7 @@ from tiny_runs import rnode, rows, run
 from torch.distributions import Distribution, Normal
 from written_model import LaplaceFlow
 
-from rnode_plugin import FixedGrid, TableFlow, get_recipe, hookimpl, load_flow, plugins
+from rnode_plugin import FixedGrid, RegularizedCNF, TableFlow, get_recipe, hookimpl, load_flow, plugins
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.experiments.data.tables import Table
 from rnode_plugin.experiments.evaluation.likelihood import evaluate
@@ -133,7 +133,10 @@ def test_a_step_a_validation_and_an_evaluation_take_the_density_of_the_model(nam
     assert float(row["nll"]) == pytest.approx(float(nll.mean()), rel=1e-9)
     assert float(row["gap"]) == pytest.approx(float((coarse - nll).mean()), rel=1e-9)
     assert float(row["kinetic"]) == pytest.approx(float(kinetic.mean()) / 2, rel=1e-9)
+    followed = model.encode(x, **given, penalties=True).regularization["kinetic"]
     result = evaluate(model, batch, measure=task, batch_size=2)
+    if isinstance(model, RegularizedCNF):  # an evaluation is no solve of its reg_loss
+        assert torch.equal(model.regularization["kinetic"], followed)
     assert result.means["nll"].samples == pytest.approx(nll.tolist(), rel=1e-9)
     assert result.penalties["kinetic"] == pytest.approx(float(kinetic.mean()) / 2, rel=1e-9)
 

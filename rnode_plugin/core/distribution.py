@@ -454,7 +454,7 @@ class FlowDistribution(Distribution):
         return self.model.inverse(z, context=self._rows(shape)).reshape(shape + self.event_shape)
 
     def rsample(self, sample_shape: Sequence[int] = _ONE) -> Tensor:
-        """Draw samples as :meth:`sample` does, but with gradients by the field, the context and a trained base."""
+        """As :meth:`sample`, but differentiable with respect to the field, the context and a trained base."""
         shape = torch.Size(sample_shape) + self.batch_shape
         z = self.model.base.rsample(torch.Size([shape.numel()]))
         return self.model.inverse(z, context=self._rows(shape)).reshape(shape + self.event_shape)

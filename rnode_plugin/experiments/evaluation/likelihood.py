@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import time
@@ -229,12 +228,11 @@ class _Solves:
 
 
 def _with_least_noise(flow: DensityModel, measure: AnyTask, *, warm_start: bool) -> DensityModel:
-    """Return a view of the flow, which shares its parameters, with the trace estimator for an evaluation."""
-    quiet = copy.copy(flow)  # shallow, so that the caller's flow keeps its estimator and its steps
-    quiet.first_steps = {} if warm_start else None
-    if not isinstance(flow.estimator, Exact):
-        quiet.estimator = Exact() if is_exact(flow, measure) else Hutchinson("rademacher")
-    return quiet
+    """Return a copy of the flow, which shares its parameters, with the trace estimator for an evaluation."""
+    estimator = flow.estimator
+    if not isinstance(estimator, Exact):
+        estimator = Exact() if is_exact(flow, measure) else Hutchinson("rademacher")
+    return flow.solved_with(estimator=estimator, regularizers=flow.regularizers, warm_start=warm_start)
 
 
 def is_exact(flow: DensityModel, measure: AnyTask) -> bool:
