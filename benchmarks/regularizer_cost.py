@@ -19,8 +19,6 @@ from measure import alternate, device_option, print_environment, repeats_option,
 from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, NeuralODE, objective
-from rnode_plugin.core.schedules import strength_at
-from rnode_plugin.core.weighing import undivided
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.solvers import SolverSettings
 
@@ -67,16 +65,15 @@ def perceptron_step(name: str, where: torch.device, *, penalized: bool = True) -
 def digits_step(name: str, where: torch.device, *, penalized: bool = True) -> Callable[[], None]:
     """A training step on 64 images of the digits recipe's flow; arguments as above."""
     torch.manual_seed(0)
-    weighted = resolve_regularizers(name.split("+") if penalized else [])
-    regularizers = [entry.regularizer for entry in weighted.values()]
+    regularizers = resolve_regularizers(name.split("+") if penalized else [])
     solver = SolverSettings(method_for(name), step=None if name == "error" else 0.25).build()
     flow = MultiscaleFlow((1, 8, 8), hidden=32, layers=4, solver=solver, regularizers=regularizers).to(where)
     for field in flow.fields:
         for parameter in field.parameters():
             nn.init.normal_(parameter, std=0.05)
     x = torch.rand(64, 1, 8, 8, device=where)
-    lambdas = {key: strength_at(key, entry.strength, 0) for key, entry in weighted.items()}
-    options = {"lambdas": lambdas, "dims": flow.dims, "undivided": undivided(regularizers)}
+    lambdas = regularizers.strengths_at(0)
+    options = {"lambdas": lambdas, "dims": flow.dims, "undivided": regularizers.undivided}
 
     def step() -> None:
         flow.zero_grad()

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from rnode_plugin.plugins.registry import get_regularizer
-from rnode_plugin.regularizers import BUILTIN, KINDS, kind_of
+from rnode_plugin.regularizers import BUILTIN
 
 PAGE = Path(__file__).with_name("regularizers.md")
 _HEADERS = {
@@ -19,13 +19,13 @@ _HEADERS = {
 def with_tables(page: str) -> str:
     """``page`` with each table, between ``<!-- table: KIND -->`` and ``<!-- end -->``, made again."""
     found = {name: get_regularizer(name) for name in BUILTIN}
-    for kind in KINDS:
+    for kind, header in _HEADERS.items():
         rows = [
-            f"| `{name}` | {each.formula} | {each.cost or 'none'} | {each.source} |"
+            f"| `{name}` | {each.about.formula} | {each.about.cost or 'none'} | {each.about.source} |"
             for name, each in found.items()
-            if kind_of(each) == kind
+            if each.kind == kind
         ]
-        table = "\n".join([_HEADERS[kind], "|---|---|---|---|", *rows])
+        table = "\n".join([header, "|---|---|---|---|", *rows])
         page = re.sub(
             rf"(<!-- table: {kind} -->\n).*?(\n<!-- end -->)",
             lambda found, table=table: f"{found[1]}\n{table}\n{found[2]}",

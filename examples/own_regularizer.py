@@ -11,7 +11,7 @@ import torch
 
 from rnode_plugin import NeuralODE
 from rnode_plugin.fields import linear_field
-from rnode_plugin.regularizers import FunctionRegularizer
+from rnode_plugin.regularizers import Rate
 
 
 def slow(t, z, dz):
@@ -21,7 +21,7 @@ def slow(t, z, dz):
 
 
 # one that reads the Jacobian declares it, and the solver makes each product once for all regularizers
-incompressible = FunctionRegularizer("incompressible", lambda e: e.divergence().square(), needs={"vjp"})
+incompressible = Rate("incompressible", lambda e: e.divergence().square(), needs={"vjp"})
 
 CONFIGURATIONS = {"none": {}, "slow": {slow: 0.1}, "incompressible": {incompressible: 0.1}}
 MAP = torch.tensor([[0.0, 2.0], [-0.5, 0.0]])  # of determinant 1

@@ -15,9 +15,9 @@ from .core.dynamics import Dynamics
 from .core.modes import outside_inference, refuse_dual_numbers
 from .core.part import Part
 from .core.regularizer import Rate
+from .core.regularizers import RegularizersLike
 from .core.signature import SCALAR, call_of, time_first
 from .core.surroundings import module_of
-from .core.weighing import Regularizers
 from .errors import ConfigError, suggest
 from .plugins.registry import resolve_regularizers
 from .solvers import Solver
@@ -31,7 +31,7 @@ def penalties_at(
     field: Callable[..., Tensor],
     t: Tensor | float,
     z: Tensor,
-    regularizers: Regularizers,
+    regularizers: RegularizersLike,
     *,
     trace_noise: str = "gaussian",
     batch_dim: int | None = 0,
@@ -74,13 +74,12 @@ def penalties_at(
     if isinstance(regularizers, Mapping) and any(strength is not None for strength in regularizers.values()):
         raise ConfigError("penalties_at applies no lambda: give the names alone and weigh the rates by lambda / D.")
     refuse_dual_numbers()
-    weighted = resolve_regularizers(regularizers)
+    rates = resolve_regularizers(regularizers)
     if batch_dim not in (0, None):
         raise ConfigError(f"batch_dim must be 0, or None for a state that is one sample, not {batch_dim!r}.")
     t = torch.as_tensor(t, dtype=z.dtype, device=z.device)
     if t.ndim and (t.numel(), t.shape[:1]) != (len(z), z.shape[:1]):
         raise ConfigError(f"t must be a number or of shape ({len(z)},) or ({len(z)}, 1), not {tuple(t.shape)}.")
-    rates = [entry.regularizer for entry in weighted.values()]
     for each in rates:
         if not isinstance(each, Rate) or each.finish is not None:
             raise ConfigError(

@@ -14,8 +14,8 @@ from torchdyn.nn import Augmenter, DataControl, DepthCat
 
 from rnode_plugin import FixedGrid, NeuralODE, velocity_from_noise
 from rnode_plugin.core.derivatives import Field, as_field
-from rnode_plugin.core.followed_solve import Kinds
 from rnode_plugin.core.part import PartSpec
+from rnode_plugin.core.regularizers import Regularizers
 from rnode_plugin.core.signature import time_first
 from rnode_plugin.core.trace_estimators import Exact, Hutchinson
 from rnode_plugin.diffusion import cosine
@@ -64,7 +64,7 @@ def in_a_stack(module: Any, z: Tensor) -> Field:
 def in_neural_ode(module: Any, z: Tensor, *, order: int = 1) -> Field:
     """The field of one solve of a NeuralODE whose penalties read all that there is."""
     model = NeuralODE(module, order=order)
-    followed = Followed(Kinds.of([curl]), Hutchinson("gaussian"), PartSpec())
+    followed = Followed(Regularizers.of([curl]), Hutchinson("gaussian"), PartSpec())
     return system_of(model.vf, z, {}, followed, one_graph=True).dynamics.field
 
 

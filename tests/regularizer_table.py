@@ -15,20 +15,16 @@ from rnode_plugin.regularizers import Rate, SpanPolicy, StepPenalty, rate, step_
 # a plugin's ------------------------------------------------------------------------------------------------------
 
 
-class SquaredDivergence(Rate):
+def _squared_divergence(evaluation: Any) -> Tensor:
     """The square of the divergence."""
-
-    name = "squared_divergence"
-    needs = frozenset({"vjp"})
-
-    def __call__(self, evaluation: Any, /) -> Tensor:
-        return evaluation.divergence().square()
+    return evaluation.divergence().square()
 
 
-class Weighed(nn.Module, Rate):
+squared_divergence = Rate("squared_divergence", _squared_divergence, needs={"vjp"})
+
+
+class Weighed(nn.Module):
     """A trained multiple of the squared norm."""
-
-    name = "weighed"
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,6 +32,10 @@ class Weighed(nn.Module, Rate):
 
     def forward(self, evaluation: Any) -> Tensor:
         return self.weight * evaluation.z.flatten(1).square().sum(1)
+
+
+def weighed() -> Rate:
+    return Rate("weighed", Weighed())
 
 
 @rate("along_the_state", needs={"jvp"}, divided_by_dims=False)
@@ -54,13 +54,12 @@ def late_speed(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
     return t * dz.flatten(1).square().sum(1)
 
 
-class Lengths(StepPenalty):
+def _length(step: Any) -> Tensor:
     """The squares of the distances from step to step."""
+    return (step.z1 - step.z0).flatten(1).square().sum(1)
 
-    name = "lengths"
 
-    def __call__(self, step: Any, /) -> Tensor:
-        return (step.z1 - step.z0).flatten(1).square().sum(1)
+lengths = StepPenalty("lengths", _length)
 
 
 @step_penalty("longest", reduction="max", divided_by_dims=True)
@@ -69,16 +68,14 @@ def longest(step: Any) -> Tensor:
     return (step.z1 - step.z0).flatten(1).square().sum(1)
 
 
-class Detour(Rate):
+def _less_the_chord(integral: Tensor, z0: Tensor, z1: Tensor, length: Tensor) -> Tensor:
+    return integral * length - (z1 - z0).flatten(1).square().sum(1)
+
+
+@rate("detour", finish=_less_the_chord)
+def detour(evaluation: Any) -> Tensor:
     """The kinetic energy times the length of the solve, less the square of the distance between the ends."""
-
-    name = "detour"
-
-    def __call__(self, evaluation: Any, /) -> Tensor:
-        return evaluation.dz.flatten(1).square().sum(1)
-
-    def finish(self, integral: Tensor, z0: Tensor, z1: Tensor, length: Tensor) -> Tensor:
-        return integral * length - (z1 - z0).flatten(1).square().sum(1)
+    return evaluation.dz.flatten(1).square().sum(1)
 
 
 class Longer(SpanPolicy):
@@ -89,7 +86,7 @@ class Longer(SpanPolicy):
     def times(self, t_span: Tensor, /, *, training: bool) -> Tensor:
         return t_span[0] + 2 * (t_span - t_span[0])
 
-    def __call__(self, z: Tensor, /) -> Tensor:
+    def penalty(self, z: Tensor, /) -> Tensor:
         return z.new_full((len(z),), 4.0)
 
 
@@ -123,9 +120,9 @@ RATES: dict[str, tuple[Callable[[], Any], Dense]] = {
     },
     "finite_difference:0.1": (lambda: "finite_difference:0.1", difference_in_time),
     "squared_divergence": (
-        SquaredDivergence, lambda f, t, z: torch.func.jacrev(f, argnums=1)(t, z).trace().square()
+        lambda: squared_divergence, lambda f, t, z: torch.func.jacrev(f, argnums=1)(t, z).trace().square()
     ),
-    "weighed": (Weighed, lambda f, t, z: 1.5 * z.square().sum()),
+    "weighed": (weighed, lambda f, t, z: 1.5 * z.square().sum()),
     "along_the_state": (
         lambda: along_the_state, lambda f, t, z: (torch.func.jacrev(f, argnums=1)(t, z) @ z).square().sum()
     ),

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from rnode_plugin import Adaptive, MultiscaleFlow, NeuralODE, RegularizedCNF
 from rnode_plugin.cli import main
 from rnode_plugin.core.citations import _entries
-from rnode_plugin.plugins.registry import get, names
-from rnode_plugin.regularizers import FunctionRegularizer, Source
+from rnode_plugin.plugins.registry import get_regularizer, names
+from rnode_plugin.regularizers import About, Rate, Source
 
 
 def keys(text: str) -> list[str]:
@@ -22,7 +22,7 @@ def keys(text: str) -> list[str]:
 
 def test_each_declared_paper_has_an_entry() -> None:
     entries = _entries()
-    declared = [get("regularizers", name).source for name in names("regularizers")]
+    declared = [get_regularizer(name).about.source for name in names("regularizers")]
     sources = [source for source in declared if isinstance(source, Source)]
     assert {source.key for source in sources} - {""} <= entries.keys()
     for source in sources:
@@ -51,9 +51,9 @@ def test_a_paper_of_another_package_is_not_left_out_in_silence() -> None:
     """papers.bib has no entry for it, so the place of the entry holds a comment."""
     paper = Source("NEW", "Doe et al.", 2026, "doe2026new", "eq. 3")
     penalties = [
-        FunctionRegularizer("new", lambda at: at.dz.square().sum(1), source=paper),
-        FunctionRegularizer("old", lambda at: at.dz.square().sum(1), source="a thesis"),
-        FunctionRegularizer("mine", lambda at: at.dz.square().sum(1)),
+        Rate("new", lambda at: at.dz.square().sum(1), about=About(source=paper)),
+        Rate("old", lambda at: at.dz.square().sum(1), about=About(source="a thesis")),
+        Rate("mine", lambda at: at.dz.square().sum(1)),
     ]
     text = NeuralODE(torch.nn.Linear(2, 2), solver="rk4", regularizers=penalties).citation()
     assert keys(text) == ["chen2018neural"]

@@ -499,7 +499,7 @@ def test_a_copy_keeps_the_lambdas_of_the_model() -> None:
         t_span=(0.0, 1.0),
         regularizers={"kinetic": 0.5, "learned_end_time": 5.0},
     )
-    twin = model.solved_with(regularizers=[model.regularizers[0], l1])
+    twin = model.solved_with(regularizers=[model.regularizers.by_name["kinetic"], l1])
     x = torch.randn(3, 2)
     for each in (model, twin):
         each.log_prob(x, noise=[torch.ones(3, 2)])

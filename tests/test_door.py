@@ -20,7 +20,7 @@ from rnode_plugin.core.trace_estimators import Difference, Exact
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import linear_field
 from rnode_plugin.flow_matching import ODESolver
-from rnode_plugin.regularizers import FunctionRegularizer
+from rnode_plugin.regularizers import Rate
 from rnode_plugin.torchdiffeq import odeint, odeint_adjoint
 
 SPAN = torch.tensor([0.0, 1.0])
@@ -195,8 +195,8 @@ def test_a_penalty_leaves_the_random_numbers_of_the_solve(name: str) -> None:
 
 
 def test_a_regularizer_that_evaluates_a_random_field_again_must_say_so() -> None:
-    rate = FunctionRegularizer("trace", lambda e: e.jacobian().diagonal(dim1=1, dim2=2).sum(1), needs={"vjp"})
-    with pytest.raises(ConfigError, match="repeats = True"):
+    rate = Rate("trace", lambda e: e.jacobian().diagonal(dim1=1, dim2=2).sum(1), needs={"vjp"})
+    with pytest.raises(ConfigError, match="repeats=True"):
         penalties_at(Net(nn.Dropout(0.5)), 0.0, states(), [rate])
     penalties_at(Net(), 0.0, states(), [rate])
 

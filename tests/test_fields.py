@@ -19,7 +19,7 @@ from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import ConcatConv2d, ConcatLinear, StackField, activations, conv_field, linear_field
 from rnode_plugin.fields.activations import ACTIVATIONS
-from rnode_plugin.regularizers import FiniteDifference, Taylor
+from rnode_plugin.regularizers import finite_difference, taylor
 
 
 def make_inputs(kind: str, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +160,7 @@ def test_an_evaluation_without_gradients_leaves_them_to_later_ones(layers: int) 
     for a, b in zip(gradients(prepared(t, z), product, list(field.parameters())), expected, strict=True):
         assert relative(a, b) < 1e-12
     wanted = list(field.parameters())
-    by_name = {each.name: each for each in (FiniteDifference(), Taylor(3))}
+    by_name = {each.name: each for each in (finite_difference(), taylor(3))}
     found: list[tuple[Tensor, ...]] = []
     for names in (["taylor:3"], ["finite_difference", "taylor:3"]):
         regularizers = [by_name[name] for name in names]

@@ -10,7 +10,7 @@ from problems import Wave
 from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
-from rnode_plugin.regularizers import FiniteDifference
+from rnode_plugin.regularizers import finite_difference
 from rnode_plugin.torchdiffeq import odeint, odeint_adjoint
 
 EPS = 0.01
@@ -35,7 +35,7 @@ def test_the_limit_is_the_exact_acceleration_of_first_order() -> None:
     exact = penalties_at(field, 0.3, X, ["total_derivative"])["total_derivative"]
     errors = []
     for eps in (1e-2, 1e-3, 1e-4):
-        found = penalties_at(field, 0.3, X, [FiniteDifference(eps)])["finite_difference"]
+        found = penalties_at(field, 0.3, X, [finite_difference(eps)])["finite_difference"]
         errors.append(float((found - exact).abs().max().detach()))
     assert errors[2] < 1e-3 * float(exact.max().detach())
     orders = [math.log10(errors[i] / errors[i + 1]) for i in (0, 1)]

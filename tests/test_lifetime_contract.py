@@ -19,7 +19,7 @@ import pytest
 import torch
 from density_models import make as make_density
 from problems import Wave
-from regularizer_table import Weighed
+from regularizer_table import Weighed, weighed
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributions import MultivariateNormal
@@ -36,7 +36,7 @@ import rnode_plugin
 from rnode_plugin import FixedGrid, Hutchinson, NeuralODE, RegularizedCNF, TableFlow
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import linear_field
-from rnode_plugin.regularizers import LearnedEndTime
+from rnode_plugin.regularizers import LearnedEndTime, Rate
 from rnode_plugin.solvers import GRADIENTS
 
 SPAN = torch.linspace(0, 1, 5)
@@ -423,7 +423,7 @@ COPIES = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved]
 def test_a_copy_has_its_own_parameters_of_penalties(kind: str, copied: Callable[[Any], Any]) -> None:
     """The parameter that an optimizer of the copy moves is the one that the penalty of the copy reads."""
     make: Any = NeuralODE if kind == "neural ode" else density
-    model = make(Wave(), solver="rk4", regularizers=[Weighed()])
+    model = make(Wave(), solver="rk4", regularizers=[weighed()])
     x = torch.randn(4, 3, dtype=torch.float64)
     call: Any = (lambda each: each(x)) if kind == "neural ode" else lambda each: each.log_prob(x)
     call(model)
@@ -448,7 +448,7 @@ def test_a_twin_has_the_parameters_of_its_penalties(name: str) -> None:
     """An optimizer of the twin moves them, and so does ``to``."""
     model, x, given = make_density(name, FixedGrid("rk4_38", step=0.5))
     end, penalty = LearnedEndTime(1.0), Weighed()
-    twin = model.solved_with(regularizers=[end, penalty])
+    twin = model.solved_with(regularizers=[end, Rate("weighed", penalty)])
     ours = {id(p) for each in (end, penalty) for p in each.parameters()}
     assert ours <= {id(p) for p in twin.parameters()}
     assert not ours & {id(p) for p in model.parameters()}
@@ -504,7 +504,7 @@ def test_replaced_parameters_are_those_of_the_backward_pass(
             mlp(2, 6, 2).double(),
             "rk4_38",
             sensitivity=sensitivity,
-            regularizers=[Weighed()] if regularizers == "weighed" else regularizers,
+            regularizers=[weighed()] if regularizers == "weighed" else regularizers,
             trace_noise="exact",
         )
         given = {name: torch.randn_like(p).requires_grad_() for name, p in model.named_parameters()}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from density_models import ACCURATE, MODELS, make
-from regularizer_table import Weighed
+from regularizer_table import weighed
 from torch import Tensor, nn
 
 from rnode_plugin import (
@@ -228,14 +228,15 @@ def test_what_is_no_solver_object_is_refused_where_one_is_wanted(name: str, solv
 @pytest.mark.parametrize("name", MODELS)
 def test_other_penalties_are_followed_and_their_parameters_belong_to_the_model(name: str) -> None:
     model, x, given = make(name, QUICK)
-    penalty = Weighed()
+    penalty = weighed()
+    weight = penalty.of.weight  # pyright: ignore[reportFunctionMemberAccess]
     model.keep_regularizers(resolve_regularizers([penalty]))
-    assert any(each is penalty.weight for each in model.parameters())
+    assert any(each is weight for each in model.parameters())
     twin = model.solved_with(regularizers=[penalty])
     for carry, start in ((twin.encode, x), (twin.decode, model.encode(x, **given).z.detach())):
         (found,) = carry(start, **given, penalties=True).regularization.values()
-        (gradient,) = torch.autograd.grad(found.sum(), penalty.weight)
-        torch.testing.assert_close(gradient * penalty.weight, found.sum())  # the penalty is linear in it
+        (gradient,) = torch.autograd.grad(found.sum(), weight)
+        torch.testing.assert_close(gradient * weight, found.sum())  # the penalty is linear in it
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -28,7 +28,7 @@ from rnode_plugin.experiments.data import ImageData, Table, get_dataset
 from rnode_plugin.plugins import builtin
 from rnode_plugin.plugins import registry as plugins
 from rnode_plugin.plugins.registry import KINDS, Plugin, Registry, get_regularizer
-from rnode_plugin.regularizers import Rate
+from rnode_plugin.regularizers import Rate, SpanPolicy
 
 ROOT = Path(__file__).parents[1]
 REGULARIZERS = sorted(builtin.rnode_register_regularizers())
@@ -215,10 +215,8 @@ def test_objects_of_this_process():
         assert "x" not in [each.name for each in registry.report()], "nothing of it is left"
 
 
-class Gain(torch.nn.Module, Rate):
-    name = "gain"
-
-    def __init__(self, name: str = "gain") -> None:
+class Gain(torch.nn.Module):
+    def __init__(self) -> None:
         super().__init__()
         self.gain = torch.nn.Parameter(torch.ones(()))
 
@@ -226,7 +224,11 @@ class Gain(torch.nn.Module, Rate):
         return self.gain * evaluation.dz.square().flatten(1).sum(1)
 
 
-@pytest.mark.parametrize("registered", [Gain(), Gain], ids=["object", "class"])
+def gain(*, name: str = "gain") -> Rate:
+    return Rate(name, Gain())
+
+
+@pytest.mark.parametrize("registered", [gain(), gain], ids=["object", "factory"])
 def test_each_model_has_its_own_penalty(register, registered):
     """Training one model, or moving it to another dtype, changes no other."""
     register(Offers(gain=registered), "gains")
@@ -239,37 +241,45 @@ def test_each_model_has_its_own_penalty(register, registered):
     models[0].double()
     assert first[0].item() != 1
     assert (second[0].item(), second[0].dtype, second[0].grad) == (1, torch.float32, None)
-    assert get_regularizer("gain").gain.item() == 1
+    assert get_regularizer("gain").of.gain.item() == 1
 
 
-class Picky(Gain):
-    def __init__(self, power: int, name: str = "picky") -> None:
-        raise ValueError(f"the power must not be {power}")
+def picky(power: int, name: str = "picky") -> Rate:
+    raise ValueError(f"the power must not be {power}")
 
 
-class Plain(Rate):
+class Waiting(SpanPolicy):
     """Without options."""
 
-    name = "plain"
+    name = "waiting"
 
-    def __call__(self, evaluation) -> torch.Tensor:
-        return evaluation.dz.square().flatten(1).sum(1)
+    def times(self, t_span, /, *, training):
+        return t_span
+
+    def penalty(self, z, /):
+        return z.new_zeros(len(z))
 
 
-class Deaf(Plain):
-    name = "deaf"
+def deaf(power: int = 2, *, name: str) -> Rate:
+    return Rate("deaf", Gain())
 
-    def __init__(self, power: int = 2, *, name: str) -> None: ...
+
+def empty(*, name: str) -> torch.nn.Module:
+    return Gain()
 
 
 @pytest.mark.parametrize(("registered", "name", "message"), [
-    (lambda evaluation: evaluation.dz, "x", r"'x' of plugin 'mine' .*another of the three kinds"),
-    (Plugin, "x", "another of the three kinds"),
-    (Plain, "plain", r"'plain' must take name=.*as an object, Plain\(\)"),
-    (Deaf, "deaf:3", "registered as 'deaf:3' calls itself 'deaf'"),
-    (Picky, "picky:0", r"'picky' of .*failed: ValueError: the power must not be 0"),
-    (Gain(), "other", "registered as 'other' calls itself 'gain'"),
-], ids=["function", "class", "without options", "with another name", "fails", "name"])  # fmt: skip
+    (lambda evaluation: evaluation.dz, "x", r"'x' of plugin 'mine' .*by Rate\('x', function\)"),
+    (Gain(), "x", "must be a Rate, a StepPenalty or a SpanPolicy"),
+    (3, "x", "'x' of plugin 'mine' .*must be callable, but it is 3"),
+    (empty, "empty", "must be a Rate, a StepPenalty or a SpanPolicy"),
+    (Waiting, "waiting", "takes name=, .*a class without options is registered as an object"),
+    (deaf, "deaf:3", "registered as 'deaf:3' calls itself 'deaf'"),
+    (picky, "picky:0", r"'picky' of .*failed: ValueError: the power must not be 0"),
+    (gain(), "other", "registered as 'other' calls itself 'gain'"),
+], ids=[
+    "function", "module", "number", "of a module", "without options", "with another name", "fails", "name",
+])  # fmt: skip
 def test_what_is_no_regularizer_is_refused_and_leaves_the_list(register, registered, name, message):
     base = name.partition(":")[0]
     register(Offers(**{base: registered}), "mine")

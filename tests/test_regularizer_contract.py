@@ -18,9 +18,9 @@ from problems import difference, directions, slope
 from regularizer_table import (
     RATES,
     UNDIVIDED,
-    Detour,
-    Lengths,
     Longer,
+    detour,
+    lengths,
     longest,
 )
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ from rnode_plugin.fields import conv_field, linear_field
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import (
     BUILTIN,
-    FunctionRegularizer,
     LearnedEndTime,
     Rate,
     Regularizer,
@@ -56,15 +55,15 @@ def perceptron() -> nn.Module:
 
 
 def resolved(spec: Any) -> Regularizer:
-    (entry,) = resolve_regularizers([spec]).values()
-    return entry.regularizer
+    (found,) = resolve_regularizers([spec])
+    return found
 
 
 def declared() -> dict[str, Regularizer]:
     """One of each, the built-in ones by their names."""
     given = [make() for make, _ in RATES.values()]
     others = [name for name in BUILTIN if name not in RATES and name not in ("taylor", "finite_difference")]
-    found = [resolved(each) for each in (*given, *others, Lengths(), longest, Detour(), Longer())]
+    found = [resolved(each) for each in (*given, *others, lengths, longest, detour, Longer())]
     return {each.name: each for each in found}
 
 
@@ -131,16 +130,6 @@ def test_the_gradient_of_a_rate_passes_gradcheck(name: str, estimator: str) -> N
 # what a regularizer sees -----------------------------------------------------------------------------------------
 
 
-def without(regularizer: Any, need: str) -> Any:
-    """The same with one need that it does not declare."""
-    needs = frozenset(regularizer.needs) - {need}
-    if isinstance(regularizer, FunctionRegularizer):
-        return dataclasses.replace(regularizer, needs=needs)
-    twin = copy.copy(regularizer)
-    object.__setattr__(twin, "needs", needs)
-    return twin
-
-
 @pytest.mark.parametrize(
     ("name", "need"),
     [(name, need) for name in OF_RATES for need in NEEDS if need in ALL[name].needs],  # pyright: ignore
@@ -150,7 +139,9 @@ def without(regularizer: Any, need: str) -> Any:
 )
 def test_each_need_is_read_and_an_undeclared_one_is_refused(name: str, need: str, others: list[str]) -> None:
     """Under a random estimator, with which the exact Jacobian of curl and strain is not at hand."""
-    field, shy = perceptron(), without(ALL[name], need)
+    given = ALL[name]
+    assert isinstance(given, Rate)
+    field, shy = perceptron(), dataclasses.replace(given, needs=frozenset(given.needs) - {need})
     others = [each for each in others if each != name]
     for call in (
         lambda: penalties_at(field, 0.3, states(), [*others, shy]),
@@ -158,7 +149,7 @@ def test_each_need_is_read_and_an_undeclared_one_is_refused(name: str, need: str
         lambda: TableFlow(2, regularizers=[*others, shy], trace_noise="gaussian")(states().float(), penalties=True),
         lambda: odeint(field, states(), torch.tensor([0.0, 1.0]), method="euler", regularizers=[*others, shy]),
     ):
-        with pytest.raises(ConfigError, match=f"'{re.escape(shy.name)}'.*needs = {{\"{need}\"}}"):
+        with pytest.raises(ConfigError, match=f"'{re.escape(shy.name)}'.*needs={{\"{need}\"}}"):
             call()
 
 
@@ -181,30 +172,27 @@ READS: dict[str, tuple[str, Callable[[FieldEvaluation], Tensor]]] = {
 def test_a_read_is_declared_by_its_own_need_and_no_other(read: str, others: list[str]) -> None:
     need, function = READS[read]
     for needs in ({need}, set(NEEDS) - {need}):
-        regularizer = FunctionRegularizer("reading", function, needs=needs, repeats=True)
+        regularizer = Rate("reading", function, needs=needs, repeats=True)
         if need in needs:
             found = penalties_at(perceptron(), 0.3, states(), [*others, regularizer])["reading"]
             assert found.shape == (3,)
         else:
-            with pytest.raises(ConfigError, match=f"'reading'.*needs = {{\"{need}\"}}"):
+            with pytest.raises(ConfigError, match=f"'reading'.*needs={{\"{need}\"}}"):
                 penalties_at(perceptron(), 0.3, states(), [*others, regularizer])
 
 
 def test_a_step_lends_what_the_method_has() -> None:
     """What a penalty uses is known before a solve, so another method is refused where the model is made."""
 
-    class Using(StepPenalty):
-        name = "using"
-        uses = frozenset({"error", "pair"})
+    def of(step: Any) -> Tensor:
+        a, b = step.pair
+        return (step.error + step.states[a] - step.states[b]).square().sum(1)
 
-        def __call__(self, step: Any, /) -> Tensor:
-            a, b = step.pair
-            return (step.error + step.states[a] - step.states[b]).square().sum(1)
-
+    using = StepPenalty("using", of, uses={"error", "pair"})
     for method in ("euler", "rk4_38", "rk4"):
         with pytest.raises(ConfigError, match=r"'using' cannot be computed.*has no (error estimate|two stages)"):
-            NeuralODE(perceptron(), method, regularizers=[Using()])
-    model = NeuralODE(perceptron(), "dopri5", regularizers=[Using()])
+            NeuralODE(perceptron(), method, regularizers=[using])
+    model = NeuralODE(perceptron(), "dopri5", regularizers=[using])
     model(states())
     assert model.regularization["using"].shape == (3,)
 
@@ -371,7 +359,7 @@ def of_the_path() -> dict[str, Tensor]:
 @pytest.mark.parametrize("face", FACES)
 def test_penalties_of_the_path_and_the_times_in_every_interface(face: str) -> None:
     field, z, wanted = perceptron(), states(), of_the_path()
-    found = FACES[face](field, z, ["straightness", LearnedEndTime(1.5), Detour()], "dopri5")
+    found = FACES[face](field, z, ["straightness", LearnedEndTime(1.5), detour], "dopri5")
     assert set(found) == {*wanted, "learned_end_time"}
     for name, value in wanted.items():
         torch.testing.assert_close(found[name].detach(), value, rtol=1e-6, atol=1e-8, msg=name)
@@ -398,7 +386,7 @@ def path_energy(end: float) -> Tensor:
 def test_penalties_of_steps_in_every_interface_that_shows_them(face: str) -> None:
     """By Euler's method. torchdiffeq shows no steps, and an adjoint has none in its graph."""
     field, z = perceptron(), states()
-    given: list[Any] = [Lengths(), longest]
+    given: list[Any] = [lengths, longest]
     if "odeint" in face or face == "regularize" or "adjoint" in face:
         with pytest.raises(ConfigError, match="'lengths'"):
             FACES[face](field, z, given, "euler")

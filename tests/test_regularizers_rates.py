@@ -21,7 +21,7 @@ from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.fields import linear_field
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.regularizers import FunctionRegularizer, FunctionStepPenalty, Taylor
+from rnode_plugin.regularizers import LearnedEndTime, Rate, StepPenalty, taylor
 
 ESTIMATED = ["jacfrob", "curl", "strain"]
 
@@ -48,7 +48,7 @@ def rates_of(field: Any, names: list[str], t: Tensor, z: Tensor, estimator: Any 
 
 
 def resolved(*names: str) -> list[Any]:
-    return [entry.regularizer for entry in resolve_regularizers(list(names)).values()]
+    return list(resolve_regularizers(list(names)))
 
 
 FIELDS = [(Wave(), (3,)), (Image(), (2, 2, 2))]
@@ -166,7 +166,7 @@ def test_a_result_that_is_read_without_gradients_keeps_them_for_others(field: nn
         return at.dz.square().sum(1) / scale
 
     both = resolved("jacfrob", "total_derivative")
-    reader = FunctionRegularizer("relative", relative, needs={"vjp", "jvp"})
+    reader = Rate("relative", relative, needs={"vjp", "jvp"})
     t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     gradients: list[Tensor] = []
     for regularizers in (both, [reader, *both]):
@@ -182,9 +182,9 @@ def test_a_result_that_a_regularizer_writes_into_is_computed_again_for_others() 
         before = at.vjp(v).clone()
         return (at.vjp(v.mul_(2)) - 2 * before).abs().sum(1)
 
-    half = FunctionRegularizer("half", lambda at: at.squared_frobenius().div_(2), needs={"vjp"})
-    size = FunctionRegularizer("size", lambda at: at.divergence().abs_(), needs={"vjp"})
-    writers = [half, size, FunctionRegularizer("change", change, needs={"vjp"})]
+    half = Rate("half", lambda at: at.squared_frobenius().div_(2), needs={"vjp"})
+    size = Rate("size", lambda at: at.divergence().abs_(), needs={"vjp"})
+    writers = [half, size, Rate("change", change, needs={"vjp"})]
     t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
     with torch.no_grad():
         rates = Dynamics(Wave(), regularizers=[*writers, *resolved("jacfrob")], estimator="exact").evaluate(t, z)
@@ -206,9 +206,7 @@ def test_a_result_that_a_regularizer_writes_into_is_computed_again_for_others() 
 def test_what_a_density_reads_too_may_not_be_written_into(
     estimator: str, write: Callable[[FieldEvaluation], Tensor]
 ) -> None:
-    dynamics = Dynamics(
-        Wave(), regularizers=[FunctionRegularizer("bad", write, needs={"vjp"})], estimator=estimator
-    )
+    dynamics = Dynamics(Wave(), regularizers=[Rate("bad", write, needs={"vjp"})], estimator=estimator)
     t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
     with torch.no_grad(), pytest.raises(ConfigError, match="'bad' writes into"):
         dynamics.bind(dynamics.draw(z)).evaluate(t, z)
@@ -238,9 +236,9 @@ def test_an_estimator_that_drew_no_noise_is_told_so() -> None:
 
 
 def test_names_with_options_and_objects_are_the_same() -> None:
-    assert resolve_regularizers(["taylor:3"])["taylor:3"].regularizer == Taylor(order=3)
-    assert resolve_regularizers(["taylor:order=3"])["taylor:order=3"].regularizer == Taylor(3, "taylor:order=3")
-    assert resolve_regularizers([Taylor(4)]).keys() == {"taylor:4"}
+    assert list(resolve_regularizers(["taylor:3"])) == [taylor(order=3)]
+    assert list(resolve_regularizers(["taylor:order=3"])) == [taylor(3, name="taylor:order=3")]
+    assert resolve_regularizers([taylor(4)]).by_name.keys() == {"taylor:4"}
 
 
 @pytest.mark.parametrize("mode", ["autograd", "checkpointed", "adjoint"])
@@ -288,13 +286,11 @@ def test_what_an_evaluation_cannot_have() -> None:
         ({"kinetic": float("nan")}, "finite number >= 0"),
         ({"kinetic": "much"}, "finite number >= 0"),
         ([3], "is not a regularizer"),
-        ([Taylor], "is not a regularizer"),
+        ([LearnedEndTime], "is not a regularizer"),
+        ([taylor], r"is called first, such as taylor\(3\)"),
         (3, "is not a regularizer"),
-        ([FunctionRegularizer("greedy", lambda e: e.z, needs={"everything"})], "'field', 'jvp', 'vjp'"),
-        ([FunctionRegularizer("text", lambda e: e.z, needs="vjp")], "must be a set of names"),
-        ([FunctionStepPenalty("often", lambda s: s.h, reduction="average")], "'mean' or 'max', not 'average'"),  # pyright: ignore
-        ([lambda evaluation: evaluation.dz.sum(1)], r"must take \(t, z, dz\).*FunctionRegularizer"),
-        ([FunctionRegularizer("plain", lambda t, z, dz: dz.sum(1))], "one argument, an evaluation"),  # pyright: ignore
+        ([lambda evaluation: evaluation.dz.sum(1)], r"must take \(t, z, dz\).*Rate"),
+        ([Rate("plain", lambda t, z, dz: dz.sum(1))], "one argument, an evaluation"),  # pyright: ignore
         ("finite_difference:0", "step > 0"),
         ({"steer": 0.3}, "takes no lambda"),
         (["steer", "learned_end_time"], "both change the times of a solve"),
@@ -305,6 +301,22 @@ def test_what_an_evaluation_cannot_have() -> None:
 def test_what_is_no_regularizer_is_refused(spec: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         resolve_regularizers(spec)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Rate("greedy", lambda e: e.z, needs={"everything"}), "'field', 'jvp', 'vjp'"),
+        (lambda: Rate("text", lambda e: e.z, needs="vjp"), "must be a set of names"),
+        (lambda: Rate("number", 3), "takes a name and a function, not 'number' and 3"),  # pyright: ignore
+        (lambda: Rate(lambda e: e.z, "nameless"), "takes a name and a function"),  # pyright: ignore
+        (lambda: StepPenalty("often", lambda s: s.h, reduction="average"), "'mean' or 'max', not 'average'"),  # pyright: ignore
+        (lambda: StepPenalty("greedy", lambda s: s.h, uses={"everything"}), "'error', 'pair'"),
+    ],
+)
+def test_wrong_data_is_refused_where_it_is_made(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make()
 
 
 @pytest.mark.parametrize("spec", ["gaussian:0", "gauss", "exact:2", "gaussian:x"])

@@ -14,12 +14,12 @@ from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import (
-    FiniteDifference,
-    FunctionRegularizer,
     LearnedEndTime,
+    Rate,
     Regularizer,
     SpanPolicy,
     Steer,
+    finite_difference,
     linear_warmup,
     straightness,
 )
@@ -170,10 +170,10 @@ def test_a_lambda_may_depend_on_the_step() -> None:
 
 
 def test_objects_and_what_is_refused_when_called() -> None:
-    resolved = resolve_regularizers({straightness: 0.1, FiniteDifference(0.1): 5.0, Steer(0.1): None})
-    assert [entry.strength for entry in resolved.values()] == [0.1, 5.0, 1.0]
+    resolved = resolve_regularizers({straightness: 0.1, finite_difference(0.1): 5.0, Steer(0.1): None})
+    assert list(resolved.strengths.values()) == [0.1, 5.0, 1.0]
     text: Any = "1"  # as `rnode-cli exec --regularizer steer:0.25=1` gives it
-    assert resolve_regularizers({"steer:0.25": text})["steer:0.25"].strength == 1.0
+    assert resolve_regularizers({"steer:0.25": text}).strengths == {"steer:0.25": 1.0}
     with pytest.raises(ConfigError, match="must be smaller than the solve's length"):
         NeuralODE(Linear(3), "rk4", regularizers=["steer:1.5"])(states())
     with pytest.raises(ConfigError, match="changes the times of a solve"):
@@ -185,14 +185,14 @@ class Later(SpanPolicy):
 
     name = "later"
 
-    def __init__(self, penalty: Any, times: Any = None) -> None:
-        self.penalty, self.given = penalty, times
+    def __init__(self, value: Any, times: Any = None) -> None:
+        self.value, self.given = value, times
 
     def times(self, t_span: Tensor, /, *, training: bool) -> Tensor:
         return t_span if self.given is None else self.given(t_span)
 
-    def __call__(self, z: Tensor, /) -> Tensor:
-        return self.penalty(z)
+    def penalty(self, z: Tensor, /) -> Tensor:
+        return self.value(z)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_bad_span_policy_is_named(policy: SpanPolicy, error: type, words: str)
     ids=["writes", "columns", "arguments"],
 )
 def test_a_bad_end_of_a_rate_is_named(finish: Any, error: type, words: str) -> None:
-    bad = FunctionRegularizer("bad", lambda evaluation: evaluation.dz.square().sum(1), finish=finish)
+    bad = Rate("bad", lambda evaluation: evaluation.dz.square().sum(1), finish=finish)
     for call in (lambda: NeuralODE(Linear(3), "rk4", regularizers=[bad])(states()),
                  lambda: odeint(Linear(3), states(), torch.tensor([0.0, 1.0]), regularizers=[bad])):  # fmt: skip
         with pytest.raises(error, match=words):

@@ -16,7 +16,7 @@ from rnode_plugin import Adaptive, FixedGrid, NeuralODE, TableFlow
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import (
-    FunctionStepPenalty,
+    StepPenalty,
     StepRecord,
     error,
     local_error,
@@ -49,7 +49,7 @@ def states(batch: int = 3) -> Tensor:
 def one_step(field: nn.Module, z: Tensor, times: Tensor) -> StepRecord:
     """One step of tsit5 between two times."""
     steps: list[StepRecord] = []
-    watch = FunctionStepPenalty("watch", lambda step: steps.append(step) or step.z0[:, 0])
+    watch = StepPenalty("watch", lambda step: steps.append(step) or step.z0[:, 0])
     solver = Adaptive("tsit5", first_step=float(times.diff()), atol=1e3, rtol=1e2)  # one step, whatever its error
     solver.solve(Dynamics(field, regularizers=[watch], divergence=False).bind(None), z, times)
     (step,) = steps
@@ -60,7 +60,7 @@ def one_step(field: nn.Module, z: Tensor, times: Tensor) -> StepRecord:
 @functools.cache
 def accepted_times() -> Tensor:
     seen: list[Tensor] = []
-    watch = FunctionStepPenalty("watch", lambda step: seen.append(step.t.reshape(())) or step.z0[:, 0])
+    watch = StepPenalty("watch", lambda step: seen.append(step.t.reshape(())) or step.z0[:, 0])
     with torch.no_grad():
         TIGHT.solve(Dynamics(Wave(), regularizers=[watch], divergence=False).bind(None), states(), T)
     # a rejected step begins where the next one does
@@ -99,7 +99,7 @@ def test_reductions_and_what_a_step_shows() -> None:
         seen.append(step)
         return step.h * step.z0[:, 0].square()
 
-    penalties = [FunctionStepPenalty(reduction, value, reduction=reduction) for reduction in ("sum", "mean", "max")]
+    penalties = [StepPenalty(reduction, value, reduction=reduction) for reduction in ("sum", "mean", "max")]
     dynamics = Dynamics(Wave(), regularizers=penalties, divergence=False)
     found = FixedGrid("rk4_38", step=0.5).solve(dynamics.bind(None), states(), T)
     assert len(seen) == 12
@@ -129,7 +129,7 @@ def test_local_penalties_are_unbiased_for_the_time_average_of_a_step() -> None:
         length = min(step, 2.0 - s)
         with torch.no_grad():
             record = one_step(field, start, torch.tensor([0.0, length]).double())
-        return torch.stack([local_error(record), local_stiffness(record)])
+        return torch.stack([local_error.of(record), local_stiffness.of(record)])
 
     grid = (torch.arange(40) + 0.5) / 20
     average = torch.stack([exact(float(s)) for s in grid]).mean(0)[:, 0]
@@ -206,7 +206,7 @@ def test_the_error_that_decides_on_a_step_may_not_be_written_into() -> None:
         assert step.error is not None
         return step.error.abs_().sum(1)
 
-    dynamics = Dynamics(Wave(), regularizers=[FunctionStepPenalty("bad", bad, uses={"error"})], divergence=False)
+    dynamics = Dynamics(Wave(), regularizers=[StepPenalty("bad", bad, uses={"error"})], divergence=False)
     with pytest.raises(ConfigError, match="'bad' writes into"):
         TIGHT.solve(dynamics.bind(None), states(), T)
 
@@ -214,7 +214,7 @@ def test_the_error_that_decides_on_a_step_may_not_be_written_into() -> None:
 @pytest.mark.parametrize("kind", ["name", "hyper"])
 def test_stages_at_one_time_are_found_in_torchdyns_rk4(kind: str) -> None:
     seen: list[StepRecord] = []
-    watch = FunctionStepPenalty("watch", lambda step: seen.append(step) or step.z0[:, 0], uses={"pair"})
+    watch = StepPenalty("watch", lambda step: seen.append(step) or step.z0[:, 0], uses={"pair"})
     solver: Any = "rk4"
     if kind == "hyper":
         solver = HyperRungeKutta4(lambda t, x: torch.zeros_like(x), torch.float64)
@@ -236,10 +236,10 @@ def test_means_and_maxima_of_a_flow_are_those_of_all_its_steps(method: str) -> N
         return seen[-1]
 
     penalties = [
-        FunctionStepPenalty("max", speed, reduction="max"),
-        FunctionStepPenalty("sum", lambda step: step.velocities[0].square().mean(1)),
-        FunctionStepPenalty("mean", lambda step: step.velocities[0].square().mean(1), reduction="mean"),
-        FunctionStepPenalty("steps", lambda step: torch.ones(len(step.z0))),
+        StepPenalty("max", speed, reduction="max"),
+        StepPenalty("sum", lambda step: step.velocities[0].square().mean(1)),
+        StepPenalty("mean", lambda step: step.velocities[0].square().mean(1), reduction="mean"),
+        StepPenalty("steps", lambda step: torch.ones(len(step.z0))),
     ]
     solver = SolverSettings(method, step=0.5).build()
     flow = TableFlow(2, blocks=3, hidden=4, solver=solver, regularizers=penalties)
@@ -295,7 +295,7 @@ def test_images_have_the_penalties_of_flat_states(mode: str) -> None:
 def test_gradients_of_local_penalties_against_a_frozen_start() -> None:
     """The extra step again from the state that it started from, with parameters moved: that state stays."""
     seen: list[StepRecord] = []
-    watch = FunctionStepPenalty("watch", lambda step: seen.append(step) or step.z0[:, 0], local=True)
+    watch = StepPenalty("watch", lambda step: seen.append(step) or step.z0[:, 0], local=True)
     field, z = Wave(3), torch.randn(2, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     parameters, along = list(field.parameters()), directions(list(field.parameters()))
     names = ["local_error", "local_stiffness"]
@@ -306,7 +306,7 @@ def test_gradients_of_local_penalties_against_a_frozen_start() -> None:
 
     def again() -> Tensor:
         step = one_step(field, z0, times)
-        return torch.stack([local_error(step).sum(), local_stiffness(step).sum()])
+        return torch.stack([local_error.of(step).sum(), local_stiffness.of(step).sum()])
 
     ours = [slope(model.regularization[name].sum(), parameters, along) for name in names]
     values, change = again(), difference(again, parameters, along)

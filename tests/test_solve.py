@@ -83,9 +83,7 @@ def test_gradcheck_of_the_discrete_solve(method: str) -> None:
 def test_a_penalty_that_holds_the_fields_parameters_counts_them_once() -> None:
     """The adjoint takes each parameter once, or each of its gradients would be the whole."""
 
-    class Weight(nn.Module, Rate):
-        name = "weight"
-
+    class Weight(nn.Module):
         def __init__(self, field: Wave) -> None:
             super().__init__()
             self.field = field
@@ -96,7 +94,7 @@ def test_a_penalty_that_holds_the_fields_parameters_counts_them_once() -> None:
     gradients: list[list[Any]] = []
     for gradient in ("autograd", "adjoint"):
         field = Wave()
-        dynamics = Dynamics(field, regularizers=[Weight(field)], divergence=False)
+        dynamics = Dynamics(field, regularizers=[Rate("weight", Weight(field))], divergence=False)
         solver = FixedGrid("rk4", step=0.05, gradient=gradient)
         s = solver.solve(dynamics, torch.ones(2, 3).double(), torch.tensor([0.0, 1.0]).double())
         s.penalties["weight"].sum().backward()
@@ -158,7 +156,7 @@ def test_checkpointed_on_a_device_whose_random_states_torch_cannot_read(
     seed = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
     z, penalties = (
         torch.ones(2, 3, dtype=torch.float64),
-        [x.regularizer for x in resolve_regularizers(names).values()],
+        resolve_regularizers(names),
     )
     gradients = []
     for gradient in ("autograd", "checkpointed"):
@@ -519,7 +517,7 @@ def penalties_at(
     times: tuple[float, ...], gradient: str | Adjoint = "autograd"
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The batch's sum of every penalty of a solve through these times, and the times with their graph."""
-    regularizers = [entry.regularizer for entry in resolve_regularizers(PENALTIES).values()]
+    regularizers = resolve_regularizers(PENALTIES)
     dynamics = Dynamics(Wave(), regularizers=regularizers, estimator="exact", divergence=False)
     z0 = torch.randn(2, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     t = torch.tensor(times, dtype=torch.float64, requires_grad=True)

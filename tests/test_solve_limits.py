@@ -15,7 +15,7 @@ from torch import Tensor
 from rnode_plugin.core.dynamics import Dynamics, FunctionDynamics, Rates
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
-from rnode_plugin.regularizers import FunctionRegularizer, FunctionStepPenalty, jacfrob, kinetic
+from rnode_plugin.regularizers import Rate, StepPenalty, jacfrob, kinetic
 from rnode_plugin.solvers import (
     ADAPTIVE_METHODS,
     GRADIENTS,
@@ -69,13 +69,13 @@ def test_the_penalty_that_is_not_finite_is_named(method: str) -> None:
     assert "exploded" not in str(caught.value)
 
 
-_BROKEN_END = FunctionRegularizer(
+_BROKEN_END = Rate(
     "bad", lambda evaluation: evaluation.z[:, 0], finish=lambda integral, z0, z1, length: integral * torch.nan
 )
 
 
-def _broken_step(*, local: bool) -> FunctionStepPenalty:
-    return FunctionStepPenalty("bad", lambda step: step.z0[:, 0] * torch.nan, local=local)
+def _broken_step(*, local: bool) -> StepPenalty:
+    return StepPenalty("bad", lambda step: step.z0[:, 0] * torch.nan, local=local)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_each_attempted_step_reads_one_number(method: str) -> None:
 def step_lengths(t: Tensor, method: Method) -> list[float]:
     """Of the accepted steps."""
     seen: dict[float, float] = {}  # by the time of its start; a rejected step is followed by a shorter one
-    watch = FunctionStepPenalty("watch", lambda step: seen.update({float(step.t): float(step.h)}) or step.z0[:, 0])
+    watch = StepPenalty("watch", lambda step: seen.update({float(step.t): float(step.h)}) or step.z0[:, 0])
     bound = Dynamics(Wave(), regularizers=[watch]).bind(torch.ones(2, 3, dtype=torch.float64))
     solver = Adaptive(method, atol=1e-6, rtol=1e-6, first_step=0.37)
     solver.solve(bound, torch.ones(2, 3, dtype=torch.float64), t)

@@ -15,9 +15,17 @@ from problems import Linear, linear_closed_form
 from torch import Tensor
 
 from rnode_plugin import Adaptive, Dynamics, FixedGrid, Solver
-from rnode_plugin.core.followed_solve import FollowedSolve, Kinds
+from rnode_plugin.core.regularizers import Regularizers
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.regularizers import FiniteDifference, LearnedEndTime, Steer, error, jacfrob, kinetic, straightness
+from rnode_plugin.regularizers import (
+    LearnedEndTime,
+    Steer,
+    error,
+    finite_difference,
+    jacfrob,
+    kinetic,
+    straightness,
+)
 from rnode_plugin.solvers import (
     ADAPTIVE_METHODS,
     FIXED_METHODS,
@@ -234,35 +242,48 @@ def test_what_cannot_be_is_refused_where_it_is_made(make: Callable[[], object], 
         make()
 
 
-# what a solve follows --------------------------------------------------------------------------------------------
+# the regularizers of a solve ------------------------------------------------------------------------------------
 
 
-def test_kinds_keep_their_order_and_sort_each_regularizer() -> None:
+def test_regularizers_keep_their_order_and_are_sorted_by_kind() -> None:
     steer = Steer()
-    kinds = Kinds.of([error, steer, jacfrob, straightness, kinetic])
-    assert kinds.penalties == (error, jacfrob, straightness, kinetic)
-    assert (kinds.steps, kinds.span) == ((error,), steer)
-    assert (kinds.needs, kinds.held, kinds.repeats) == ({"vjp"}, (), False)
-    assert list(kinds.rates) == ["jacfrob", "straightness", "kinetic"]
-    again = Kinds.of([FiniteDifference(), kinetic])
-    assert (again.needs, again.held, again.repeats) == ({"field"}, ("finite_difference",), True)
+    found = Regularizers.of({error: 0.5, steer: None, jacfrob: None, straightness: 2.0, kinetic: 0.0})
+    assert list(found) == [error, steer, jacfrob, straightness, kinetic]
+    assert found.penalties == (error, jacfrob, straightness, kinetic)
+    assert (found.steps, found.span, found.finished) == ((error,), steer, (straightness,))
+    assert (found.needs, found.no_time_gradient, found.repeats) == ({"vjp"}, (), False)
+    assert list(found.rates) == ["jacfrob", "straightness", "kinetic"]
+    assert list(found.strengths.items()) == [
+        ("error", 0.5), ("steer", 1.0), ("jacfrob", 0.01), ("straightness", 2.0), ("kinetic", 0.0),
+    ]  # fmt: skip
+    assert found.undivided == {"error", "steer"}
+    again = Regularizers.of([finite_difference(), kinetic])
+    assert (again.needs, again.no_time_gradient, again.repeats) == ({"field"}, ("finite_difference",), True)
     with pytest.raises(ConfigError, match="steer and learned_end_time both change the times"):
-        Kinds.of([steer, LearnedEndTime()])
+        Regularizers.of([steer, LearnedEndTime()])
+    with pytest.raises(ConfigError, match="'kinetic' is not a regularizer"):
+        Regularizers.of(["kinetic"])  # nothing looks names up
 
 
-@pytest.mark.parametrize("penalized", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_followed_solve_changes_times_and_adds_the_policys_penalty(penalized: bool, training: bool) -> None:
+def test_a_span_policy_changes_times_and_has_a_penalty_of_its_own(training: bool) -> None:
     times, z = torch.tensor([0.0, 1.0]), torch.ones(3, 2)
-    learned = FollowedSolve.of([kinetic, LearnedEndTime(2.0)], penalized=penalized, training=training)
-    assert learned.times(times).tolist() == [0.0, 2.0]  # the end time is the model's, whatever is followed
-    assert learned.kinds.penalties == ((kinetic,) if penalized else ())
-    found = learned.complete({"kinetic": z[:, 0]}, z)
-    assert found.keys() == ({"kinetic", "learned_end_time"} if penalized else {"kinetic"})
-    if penalized:
-        torch.testing.assert_close(found["learned_end_time"], torch.full((3,), 2.0))
-    drawn = FollowedSolve.of([Steer()], penalized=penalized, training=training).times(times)
-    assert torch.equal(drawn, times) == (not (penalized and training))
-    plain = FollowedSolve.of([kinetic], penalized=penalized, training=training)
-    assert plain.times(times) is times
-    assert plain.complete({}, z) == {}
+    learned = Regularizers.of([kinetic, LearnedEndTime(2.0)])
+    assert learned.times(times, training=training).tolist() == [0.0, 2.0]
+    assert learned.times(times, backward=True, like=z.double()).tolist() == [2.0, 0.0]
+    found = learned.with_span_penalty({"kinetic": z[:, 0]}, z)
+    assert list(found) == ["kinetic", "learned_end_time"]
+    torch.testing.assert_close(found["learned_end_time"], torch.full((3,), 2.0))
+    assert torch.equal(Regularizers.of([Steer()]).times(times, training=training), times) != training
+    plain = Regularizers.of([kinetic])
+    assert plain.times(times, training=training) is times
+    assert plain.with_span_penalty({}, z) == {}
+
+
+def test_the_dynamics_of_a_solve_follow_no_span_policy_and_nothing_without_penalties() -> None:
+    given = Regularizers.of({kinetic: 0.5, LearnedEndTime(2.0): 1.0})
+    assert list(given.integrated(True)) == [kinetic]
+    assert given.integrated(True).strengths == {"kinetic": 0.5}
+    assert not given.integrated(False)
+    plain = Regularizers.of([kinetic, error])
+    assert plain.integrated(True) is plain

@@ -21,7 +21,7 @@ from torchdiffeq._impl.odeint import SOLVERS
 
 import rnode_plugin
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.regularizers import linear_warmup
+from rnode_plugin.regularizers import Rate, linear_warmup
 from rnode_plugin.torchdiffeq import install, odeint, odeint_adjoint, regularize, uninstall
 
 theirs: Any = torchdiffeq  # its functions have no annotations
@@ -489,11 +489,12 @@ def test_the_adjoint_reaches_the_parameters_of_a_rate_and_counts_those_of_the_fi
         def finish(self, integral: Tensor, z0: Tensor, z1: Tensor, length: Tensor) -> Tensor:
             return self.weight * integral + (z1 - z0).square().sum(1) / length
 
-    rate = OfTheField()
+    module = OfTheField()
+    rate = Rate("weighed", module, finish=module.finish)
 
     def gradients(ode: Any) -> tuple[Tensor, ...]:
         loss = ode(field, start(), SPAN, regularizers={rate: 1.0})[1].loss()
-        return torch.autograd.grad(loss, [rate.weight, *field.parameters()])
+        return torch.autograd.grad(loss, [module.weight, *field.parameters()])
 
     torch.testing.assert_close(gradients(odeint_adjoint), gradients(odeint), rtol=1e-5, atol=1e-7)
 

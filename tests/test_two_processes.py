@@ -60,10 +60,8 @@ class Field(nn.Module):
         return self.last(torch.tanh(self.first(torch.cat([z, t * torch.ones_like(z[:, :1])], 1))))
 
 
-class Learned(nn.Module, Rate):
+class Learned(nn.Module):
     """A penalty with its own parameter, which the states do not depend on."""
-
-    name = "learned"
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,6 +69,10 @@ class Learned(nn.Module, Rate):
 
     def forward(self, evaluation: Any) -> Tensor:
         return (evaluation.dz * self.scale).square().sum(1)
+
+
+def learned() -> Rate:
+    return Rate("learned", Learned())
 
 
 def ode(field: nn.Module, mode: str, **options: Any) -> NeuralODE:
@@ -85,7 +87,10 @@ def density(field: nn.Module, mode: str, **options: Any) -> RegularizedCNF:
 
 MODELS: dict[str, tuple[Callable[[str, bool], Any], tuple[int, ...]]] = {
     "NeuralODE": (lambda mode, unused: ode(Field(unused=unused), mode, trace_noise=Given()), (3,)),
-    "learned": (lambda mode, unused: ode(Field(unused=unused), mode, regularizers={Learned(): 0.3}), (3,)),
+    "learned": (
+        lambda mode, unused: ode(Field(unused=unused), mode, regularizers={Rate("learned", Learned()): 0.3}),
+        (3,),
+    ),
     "of a CNF": (lambda mode, unused: ode(CNF(Field(unused=unused), Given()), mode), (4,)),
     "density": (lambda mode, unused: density(Field(unused=unused), mode, event_shape=3, t_span=[0, 0.5, 1]), (3,)),
 }

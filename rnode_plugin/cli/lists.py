@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..core.regularizer import kind_of
+from ..core.regularizer import Rate, SpanPolicy
 from ..errors import ConfigError, RnodeError, first_line
 from ..plugins import registry
 from ..text import counted, significant, table
@@ -111,9 +111,15 @@ def regularizers(*, as_json: bool) -> None:
     for plugin in registry.report():
         for name in sorted(plugin.registers["regularizers"]):
             try:
-                found = registry.declared_regularizer(name)
-                cost = found.cost or ", ".join(sorted(getattr(found, "needs", ()))) or "none"
-                row = {"kind": kind_of(found), "formula": found.formula, "cost": cost, "source": str(found.source)}
+                found = registry.get_regularizer(name)
+                needs = sorted(found.needs) if isinstance(found, Rate) else ()
+                about = found.about.or_of(type(found)) if isinstance(found, SpanPolicy) else found.about
+                row = {
+                    "kind": found.kind,
+                    "formula": about.formula,
+                    "cost": about.cost or ", ".join(needs) or "none",
+                    "source": str(about.source),
+                }
             except RnodeError as error:
                 row = {"kind": "?", "formula": str(error), "cost": "?", "source": "?"}
             source = plugin.name if plugin.distribution is None else f"{plugin.distribution} {plugin.version}"

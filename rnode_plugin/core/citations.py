@@ -31,7 +31,7 @@ def citation(
     keys = ["chen2018neural", *(["grathwohl2019ffjord"] if density else [])]
     entries, lines = _entries(), []
     for regularizer in regularizers:
-        source = regularizer.source
+        source = regularizer.about.source
         if isinstance(source, Source) and source.key in entries:
             keys.append(source.key)
         elif str(source):

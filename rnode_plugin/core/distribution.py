@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -14,11 +14,10 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 
 from ..errors import ConfigError, check_count
 from .citations import citation
-from .followed_solve import Kinds
 from .objective import FlowOutput, standard_normal_log_prob
 from .regularizer import Regularizer
+from .regularizers import NONE, Regularizers
 from .trace_estimators import TraceEstimator, get_estimator
-from .weighing import Weighted
 
 _ONE = torch.Size()
 
@@ -86,7 +85,7 @@ class DensityModel(nn.Module, ABC):
     base: Distribution
     solver: Any
     estimator: TraceEstimator
-    regularizers: Sequence[Regularizer] = ()
+    regularizers: Regularizers = NONE
     nfe: int = 0
     trained_steps: int = 0
     first_steps: dict[int, dict[str, float]] | None = None
@@ -248,7 +247,7 @@ class DensityModel(nn.Module, ABC):
         *,
         solver: Any = None,
         estimator: str | TraceEstimator | None = None,
-        regularizers: Sequence[Regularizer] = (),
+        regularizers: Iterable[Regularizer] = (),
         warm_start: bool = False,
     ) -> Self:
         """A copy that shares the submodules, with another solver, trace estimator or penalties.
@@ -262,7 +261,8 @@ class DensityModel(nn.Module, ABC):
                 time, stays.
             warm_start: whether the copy begins warm, see :attr:`first_steps`. It knows no steps yet.
         """
-        for each in regularizers:
+        given = list(regularizers)
+        for each in given:
             if not isinstance(each, Regularizer):
                 raise ConfigError(
                     f"solved_with takes regularizer objects, such as kinetic of rnode_plugin.regularizers, not "
@@ -274,9 +274,10 @@ class DensityModel(nn.Module, ABC):
         twin.solver = solver or self.solver
         twin.first_steps = {} if warm_start else None
         twin.estimator = self.estimator if estimator is None else get_estimator(estimator)
-        policy = Kinds.of(self.regularizers).span
-        kept = () if policy is None or policy in regularizers else (policy,)
-        twin.keep_regularizers({each.name: Weighted(each, 1.0) for each in (*regularizers, *kept)})
+        policy = self.regularizers.span
+        if policy is not None and policy.name not in {each.name for each in given}:  # a copy is not the same object
+            given.append(policy)
+        twin.keep_regularizers(Regularizers.of(given))
         return twin
 
     def first_steps_of(self, block: int = 0) -> dict[str, float] | None:
@@ -361,17 +362,16 @@ class DensityModel(nn.Module, ABC):
             )
         return context.to(x) if context.is_floating_point() else context.to(x.device)
 
-    def keep_regularizers(self, weighted: Mapping[str, Weighted]) -> None:
+    def keep_regularizers(self, regularizers: Regularizers) -> None:
         """Set :attr:`regularizers`. Those that are modules become submodules, so that their parameters train.
 
         Args:
-            weighted: by name, as ``rnode_plugin.plugins.registry.resolve_regularizers`` gives them.
+            regularizers: as ``rnode_plugin.plugins.registry.resolve_regularizers`` gives them.
         """
-        self.regularizers = tuple(each.regularizer for each in weighted.values())
-        with_parameters = [r for r in self.regularizers if isinstance(r, nn.Module)]
+        self.regularizers = regularizers
         self._modules.pop("regularizer_modules", None)  # those of earlier regularizers
-        if with_parameters:
-            self.regularizer_modules = nn.ModuleList(with_parameters)
+        if modules := regularizers.modules:
+            self.regularizer_modules = nn.ModuleList(modules)
 
     def _check_noise(self, noise: Sequence[Tensor | None], x: Tensor) -> None:
         shapes = self.block_shapes

@@ -168,7 +168,7 @@ class FieldEvaluation:
         """``d^order z / dt^order`` along the trajectory, with the shape of ``z``.
 
         Order 1 is the velocity, order 2 is ``df/dz f + df/dt`` (eq. 7). A regularizer that reads a higher order
-        must declare ``repeats = True``, because the field is evaluated again.
+        must declare ``repeats=True``, because the field is evaluated again.
         """
         if order == 1:
             return self.dz
@@ -217,7 +217,7 @@ class FieldEvaluation:
         if need not in self._needs:
             raise ConfigError(
                 f"the regularizer {self._name!r} reads what it has not declared of an evaluation: it must "
-                f'declare `needs = {{"{need}"}}`.'
+                f'declare `needs={{"{need}"}}`.'
             )
 
 

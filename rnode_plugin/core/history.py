@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .followed_solve import Kinds
 from .integrals import Integrals, weighted_sum
 from .modes import transforms_active
-from .weighing import Weighted
+from .regularizers import NONE, Regularizers
 
 
 class History(Mapping[str, Tensor]):
@@ -28,7 +27,7 @@ class History(Mapping[str, Tensor]):
     solve, which also keeps graphs out of a deepcopy of the model.
 
     Args:
-        weighted: the regularizers with their strengths, by name.
+        regularizers: the regularizers of the model or the block.
         counted_in: of a model that an ``install`` penalizes, the history that ``install`` has returned, which
             counts the solves of all such models and their copies.
         absent: advice for the error that is raised before the first solve.
@@ -41,13 +40,13 @@ class History(Mapping[str, Tensor]):
 
     def __init__(
         self,
-        weighted: Mapping[str, Weighted] | None = None,
+        regularizers: Regularizers = NONE,
         *,
         counted_in: History | None = None,
         absent: str = "call the model first.",
         of_one_thread: bool = True,
     ) -> None:
-        self.weighted, self.counted_in = dict(weighted or {}), counted_in
+        self.regularizers, self.counted_in = regularizers, counted_in
         self.solves = 0
         self._absent, self._of_one_thread = absent, of_one_thread
         self._kept: list[Integrals] = []
@@ -56,20 +55,15 @@ class History(Mapping[str, Tensor]):
         self._sums: dict[str, Tensor | int] = defaultdict(int)  # stay on the device: only `means` waits for them
         self._samples: dict[str, int] = defaultdict(int)
 
-    @functools.cached_property
-    def kinds(self) -> Kinds:
-        """The regularizers, sorted by kind."""
-        return Kinds.of(each.regularizer for each in self.weighted.values())
-
     # both leave out the solves, because deepcopy refuses tensors with a graph
     def __deepcopy__(self, memo: dict[int, object]) -> History:
-        return History(copy.deepcopy(self.weighted, memo), counted_in=self.counted_in)
+        return History(copy.deepcopy(self.regularizers, memo), counted_in=self.counted_in)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(History, counted_in=self.counted_in), (self.weighted,)
+        return functools.partial(History, counted_in=self.counted_in), (self.regularizers,)
 
     def __repr__(self) -> str:
-        return f"History({', '.join(self.weighted)})"
+        return f"History({', '.join(self)})"
 
     @contextmanager
     def collecting(self) -> Iterator[History]:
@@ -103,10 +97,10 @@ class History(Mapping[str, Tensor]):
         return self.as_dict()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.weighted)
+        return iter(self.regularizers.by_name)
 
     def __len__(self) -> int:
-        return len(self.weighted)
+        return len(self.regularizers)
 
     def as_dict(self) -> dict[str, Tensor]:
         """The integrals ``(B,)`` by name, summed over solves, which must have batches of one size.
@@ -139,11 +133,11 @@ class History(Mapping[str, Tensor]):
         Raises:
             ConfigError: if there was no solve yet, and as there.
         """
-        return weighted_sum(self._readable(), self.weighted, step, lambdas)
+        return weighted_sum(self._readable(), self.regularizers, step, lambdas)
 
     def _readable(self) -> list[Integrals]:
         """The solves to sum, which this thread may read."""
-        if not self.weighted:  # a sum over nothing, before a call as after it
+        if not self.regularizers:  # a sum over nothing, before a call as after it
             return []
         kept, begun = self._kept, self._begun
         threads = {solve.thread for solve in kept} if kept or begun is None else {begun}

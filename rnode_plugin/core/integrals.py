@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, suggest
+from ..errors import ConfigError
 from .modes import escaped, transforms_active
 from .objective import penalty
-from .schedules import strength_at
-from .weighing import Weighted, checked_strength, undivided
+from .regularizers import Regularizers
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -23,7 +22,7 @@ class Integrals(Mapping[str, Tensor]):
 
     Attributes:
         by_name: the integrals, from :func:`attach`. A solve that was not asked for penalties has none.
-        weighted: the regularizers with their strengths, by name.
+        regularizers: the regularizers of the model or the block, with their strengths.
         dims: number of dimensions of one sample.
         with_gradients: whether gradients were enabled in the solve.
         transformed: whether the solve was inside a transform of ``torch.func``.
@@ -31,28 +30,28 @@ class Integrals(Mapping[str, Tensor]):
     """
 
     by_name: Mapping[str, Tensor]
-    weighted: Mapping[str, Weighted]
+    regularizers: Regularizers
     dims: int
     with_gradients: bool = field(default_factory=torch.is_grad_enabled)
     transformed: bool = field(default_factory=transforms_active)
     thread: int = field(default_factory=threading.get_ident)
 
     def __repr__(self) -> str:
-        return f"Integrals({', '.join(self.weighted)})"
+        return f"Integrals({', '.join(self)})"
 
     def __getitem__(self, name: str) -> Tensor:
         return self.check().by_name[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.weighted)
+        return iter(self.regularizers.by_name)
 
     def __len__(self) -> int:
-        return len(self.weighted)
+        return len(self.regularizers)
 
     @property
     def missing(self) -> list[str]:
         """The names of the penalties that the solve did not integrate."""
-        return [name for name in self.weighted if name not in self.by_name]
+        return [name for name in self if name not in self.by_name]
 
     def check(self) -> Integrals:
         """Return these integrals if they can be read.
@@ -86,20 +85,14 @@ class Integrals(Mapping[str, Tensor]):
             ConfigError: if the ``torch.func.vmap`` around the solve has ended, for an unknown name, and for a
                 strength that is negative, not finite, or of a span policy that has no penalty.
         """
-        return weighted_sum([self.check()], self.weighted, step, lambdas)
+        return weighted_sum([self.check()], self.regularizers, step, lambdas)
 
 
 def weighted_sum(
-    solves: Sequence[Integrals], weighted: Mapping[str, Weighted], step: int | None, lambdas: Mapping[str, float]
+    solves: Sequence[Integrals], regularizers: Regularizers, step: int | None, lambdas: Mapping[str, float]
 ) -> Tensor:
     """The weighted sum of eq. 17 over the penalties of all ``solves``; arguments and errors as for ``loss``."""
-    strengths = {name: w.strength for name, w in weighted.items()}
-    for name, strength in lambdas.items():
-        if name not in strengths:
-            raise ConfigError(suggest(name, strengths, "penalty"))
-        strengths[name] = checked_strength(weighted[name].regularizer, strength)
-    numbers = {name: strength_at(name, s, step) for name, s in strengths.items()}
-    whole = undivided(each.regularizer for each in weighted.values())
+    numbers, whole = regularizers.strengths_at(step, lambdas), regularizers.undivided
     terms: list[Tensor] = []
     for solve in solves:
         values = solve.by_name

@@ -123,7 +123,7 @@ class Surroundings:
             if before is not None and not self.repeats and not same_states(before, random_states(z)):
                 raise ConfigError(
                     "a regularizer evaluates the vector field again, which draws random numbers (dropout), so the "
-                    "two evaluations would have different masks: declare `repeats = True` on the regularizer, or "
+                    "two evaluations would have different masks: declare `repeats=True` of the regularizer, or "
                     "leave out the velocity= of penalties_at."
                 )
 

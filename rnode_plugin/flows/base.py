@@ -11,13 +11,12 @@ from torch.distributions import Distribution
 
 from ..core.distribution import DensityModel, StandardNormal
 from ..core.dynamics import Dynamics
-from ..core.followed_solve import FollowedSolve
 from ..core.history import OneProcessPerDevice
 from ..core.modes import on_host
 from ..core.objective import FlowOutput
 from ..core.regularizer import Regularizer
+from ..core.regularizers import Regularizers, RegularizersLike
 from ..core.trace_estimators import TraceEstimator, get_estimator
-from ..core.weighing import Regularizers, weigh_regularizers
 from ..errors import ConfigError
 from ..fields.stack import AtContext, StackField
 from ..solvers import FixedGrid, HealthCheck, Solver, check_all, get_gradient
@@ -53,7 +52,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         self,
         *,
         solver: Solver | None,
-        regularizers: Regularizers,
+        regularizers: RegularizersLike,
         trace_noise: str | TraceEstimator,
         warm_start: bool = False,
     ) -> None:
@@ -63,7 +62,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         self.first_steps = {} if warm_start else None
         if isinstance(regularizers, Mapping) and any(each is not None for each in regularizers.values()):
             raise ConfigError("a flow applies no lambda: name the regularizers, and give lambdas= to objective().")
-        self.keep_regularizers(weigh_regularizers(regularizers, by_name=_registered))
+        self.keep_regularizers(Regularizers.of(regularizers, by_name=_registered))
 
     @property
     @abstractmethod
@@ -215,7 +214,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         # drawn on the CPU, so that one seed gives the same times on every device
         times = torch.rand(len(data.seen), dtype=x.dtype).to(x.device)
         # each block covers its part of the path until the end of its solve, which a learned end time moves
-        end = FollowedSolve.of(self.regularizers).times(torch.tensor([0.0, 1.0], dtype=x.dtype))[-1].detach()
+        end = self.regularizers.times(torch.tensor([0.0, 1.0], dtype=x.dtype))[-1].detach()
         error, width = x.new_zeros(len(x)), _WIDTH * torch.rand(len(x), dtype=x.dtype, device=x.device)
         for index, field in enumerate(self._fields_at(rows)):
             # _pull passes the blocks in reverse
@@ -281,8 +280,9 @@ class _Pass:
         self._blocks, self._solver = enumerate(blocks), solver
         self._flow, self._backward = flow, backward
         training = flow.training and torch.is_grad_enabled()
-        penalties = training if penalties is None else penalties
-        self._followed = FollowedSolve.of(flow.regularizers, penalized=penalties, training=training)
+        self._penalties = training if penalties is None else penalties
+        self._draws_times = training and self._penalties
+        self._integrated = flow.regularizers.integrated(self._penalties)
         self._divergence, self._estimator = divergence, flow.estimator
         self._logdets: list[Tensor] = []
         self._totals: dict[str, Tensor] = {}
@@ -302,7 +302,7 @@ class _Pass:
                     noise = field.layout(noise)
             field = field.prepare(z, noise)
         dynamics = Dynamics(
-            field, regularizers=self._followed.kinds, estimator=self._estimator, divergence=self._divergence,
+            field, regularizers=self._integrated, estimator=self._estimator, divergence=self._divergence,
             net=net, user_field=net,
         )  # fmt: skip
         block = len(self._flow.fields) - 1 - index if self._backward else index
@@ -313,28 +313,29 @@ class _Pass:
         self.health += solution.health
         self.nfe += solution.stats.nfe
         self._steps += solution.stats.steps
-        for penalty in self._followed.kinds.penalties:
-            before, value = self._totals.get(penalty.name), solution.penalties[penalty.name]
-            if before is not None:
-                value = penalty.join(before, value, solves=index + 1, share=solution.stats.steps / self._steps)
-            self._totals[penalty.name] = value
+        self._totals = self._integrated.joined(
+            self._totals, solution.penalties, solves=index + 1, share=solution.stats.steps / self._steps
+        )
         return solution.z[-1]
 
     def _times(self, z: Tensor) -> Tensor:
         """The times of one block ``(2,)``, on the CPU, where the host reads them without waiting for the device."""
         with on_host():
             times = torch.tensor((0.0, 1.0), dtype=z.dtype)
-        return self._followed.times(times, backward=self._backward)
+        return self._flow.regularizers.times(times, training=self._draws_times, backward=self._backward)
 
     def output(self, x: Tensor, z: Tensor, logdet: Tensor, health: tuple[HealthCheck, ...] = ()) -> FlowOutput:
         """The output of a pass between ``x`` and ``z``; ``logdet`` belongs to the direction of the pass."""
         for of_block in self._logdets:
             logdet = logdet + of_block
+        penalties = self._totals
+        if self._penalties:
+            penalties = self._flow.regularizers.with_span_penalty(penalties, x)
         return FlowOutput(
             x=x,
             z=z,
             logdet=-logdet if self._backward else logdet,
-            regularization=self._followed.complete(self._totals, x),
+            regularization=penalties,
             nfe=self.nfe,
             health=(*health, *self.health),
         )

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.objective import bits_per_dim
+from ..core.regularizers import RegularizersLike
 from ..core.signature import refuse_state_first
 from ..core.trace_estimators import TraceEstimator
-from ..core.weighing import Regularizers
 from ..errors import ConfigError
 from ..fields import conv_field
 from ..regularizers import jacfrob, kinetic
@@ -183,7 +183,7 @@ class MultiscaleFlow(BlockFlow):
         alpha: float = 1e-5,
         levels: int = 256,
         solver: Solver | None = None,
-        regularizers: Regularizers = (kinetic, jacfrob),
+        regularizers: RegularizersLike = (kinetic, jacfrob),
         trace_noise: str | TraceEstimator = "gaussian",
         field: Callable[[Shape], nn.Module] | None = None,
         warm_start: bool = False,

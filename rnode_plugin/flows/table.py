@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..core.regularizers import RegularizersLike
 from ..core.trace_estimators import TraceEstimator
-from ..core.weighing import Regularizers
 from ..errors import ConfigError
 from ..fields import linear_field
 from ..fields.stack import AtContext
@@ -74,7 +74,7 @@ class TableFlow(BlockFlow):
         activation: str = "softplus",
         blocks: int = 1,
         solver: Solver | None = None,
-        regularizers: Regularizers = (kinetic, jacfrob),
+        regularizers: RegularizersLike = (kinetic, jacfrob),
         trace_noise: str | TraceEstimator = "auto",
         warm_start: bool = False,
     ) -> None:

@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from .._version import __version__
+from ..core.regularizer import Regularizer, code_of
 from ..errors import ConfigError, PluginError, RnodeError, suggest
 from . import builtin, hookspecs
 
 if TYPE_CHECKING:
-    from ..core.regularizer import Regularizer
-    from ..core.weighing import Regularizers, Weighted
+    from ..core.regularizers import Regularizers, RegularizersLike
 
 KINDS = {
     "regularizers": "regularizer",
@@ -139,7 +139,7 @@ class Registry:
         if isinstance(value, str):
             with owner.guarded(f"{what} of {owner} cannot be imported from {value!r}"):
                 value = owner.registers[kind][name] = pkgutil.resolve_name(value)
-        if not callable(value):
+        if not callable(value) and not (kind == "regularizers" and isinstance(value, Regularizer)):
             raise PluginError(f"{what} of {owner} must be callable, but it is {reprlib.repr(value)}.")
         return value
 
@@ -245,82 +245,76 @@ register = _shared.register
 unregister = _shared.unregister
 
 
-def resolve_regularizers(spec: Regularizers) -> dict[str, Weighted]:
-    """Call :func:`~rnode_plugin.core.weighing.weigh_regularizers` with the registered names."""
-    from ..core.weighing import weigh_regularizers  # imports torch
+def resolve_regularizers(spec: RegularizersLike) -> Regularizers:
+    """Call :meth:`~rnode_plugin.core.regularizers.Regularizers.of` with the registered names."""
+    from ..core.regularizers import Regularizers  # imports torch
 
-    return weigh_regularizers(spec, by_name=get_regularizer)
-
-
-def declared_regularizer(name: str) -> Regularizer | type[Regularizer]:
-    """Get what is registered as a regularizer, an object or a class of objects with options, without making one.
-
-    Raises:
-        ConfigError: for an unknown name.
-        PluginError: as for :meth:`Registry.get`, and if it is of none of the three kinds.
-    """
-    from ..core.regularizer import KINDS as KINDS_OF_REGULARIZERS
-
-    found = get("regularizers", name)
-    kind = found if isinstance(found, type) else type(found)
-    if not issubclass(kind, tuple(KINDS_OF_REGULARIZERS.values())):
-        raise PluginError(
-            f"the regularizer {name!r} of {check_name('regularizers', name)} must be an object, or a class, "
-            "derived from Rate or another of the three kinds in rnode_plugin.regularizers. A function of an "
-            f"evaluation becomes one by FunctionRegularizer({name!r}, function)."
-        )
-    return found
+    return Regularizers.of(spec, by_name=get_regularizer)
 
 
-def get_regularizer(name: str) -> Any:
+def get_regularizer(name: str) -> Regularizer:
     """Make the regularizer for a name such as ``"kinetic"``, or for a name with options such as ``"taylor:3"``.
 
     Options are numbers or ``key=number``, separated by commas: ``"taylor:3"``, ``"taylor:order=3"``. Only a
-    registered class takes options; it also receives the whole text as ``name=``. A registered module is copied, so
-    that each model trains its own parameters.
+    registered factory, a function or a class, takes options; it also receives the whole text as ``name=``. A
+    registered module, or a penalty whose function is one, is copied, so that each model trains its own parameters.
 
     Raises:
         ConfigError: for an unknown name, for options of a regularizer that takes none, and for options that the
             regularizer refuses.
-        PluginError: for an object of none of the three kinds, and if the name of the regularizer is not the
-            registered one, or its class takes no ``name=`` or fails.
+        PluginError: for what neither is a regularizer nor makes one, and if the name of the regularizer is not the
+            registered one, or its factory takes no ``name=`` or fails.
     """
     from torch import nn
 
     base, _, options = name.partition(":")
-    found: Any = declared_regularizer(base)
-    if isinstance(found, type):
-        positional: list[float] = []
-        named: dict[str, float] = {}
-        for option in filter(None, options.split(",")):
-            key, equals, value = option.rpartition("=")
-            try:
-                number = int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
-            except ValueError:
-                raise ConfigError(
-                    f"{option!r} in {name!r} is not a number: write 'taylor:3' or 'taylor:order=3'."
-                ) from None
-            if equals:
-                named[key.strip()] = number
-            else:
-                positional.append(number)
-        signature = inspect.signature(found)
-        if not any(p.name == "name" or p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
-            raise PluginError(
-                f"the class of the regularizer {base!r} must take name=, the text that the user wrote. A class "
-                f"without options is registered as an object, {found.__name__}()."
-            )
-        try:
-            signature.bind(*positional, **named, name=name)
-        except TypeError as error:
-            raise ConfigError(
-                f"the regularizer {base!r} does not take the options {options!r}: {error}."
-            ) from error
-        made = call("regularizers", base, *positional, **named, name=name)
-    elif base != name:
-        raise ConfigError(f"the regularizer {base!r} takes no options: write {base!r}, not {name!r}.")
+    made: Any = get("regularizers", base)
+    if isinstance(made, Regularizer):
+        if base != name:
+            raise ConfigError(f"the regularizer {base!r} takes no options: write {base!r}, not {name!r}.")
+        made = copy.deepcopy(made) if isinstance(code_of(made), nn.Module) else made
     else:
-        made = copy.deepcopy(found) if isinstance(found, nn.Module) else found
+        made = _made_regularizer(made, base, options, name)
     if (own := getattr(made, "name", None)) != name:  # it is the key of the penalty in every result
         raise PluginError(f"the regularizer registered as {name!r} calls itself {own!r}: the two must agree.")
+    return made
+
+
+def _made_regularizer(factory: Callable[..., Any], base: str, options: str, name: str) -> Any:
+    """What a registered factory makes of options, such as ``"3"`` or ``"order=3"``, and the whole ``name``."""
+    positional: list[float] = []
+    named: dict[str, float] = {}
+    for option in filter(None, options.split(",")):
+        key, equals, value = option.rpartition("=")
+        try:
+            number = int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
+        except ValueError:
+            raise ConfigError(
+                f"{option!r} in {name!r} is not a number: write 'taylor:3' or 'taylor:order=3'."
+            ) from None
+        if equals:
+            named[key.strip()] = number
+        else:
+            positional.append(number)
+    wrong = PluginError(
+        f"the regularizer {base!r} of {check_name('regularizers', base)} must be a Rate, a StepPenalty or a "
+        "SpanPolicy of rnode_plugin.regularizers, or a function or class that makes one and takes name=, the text "
+        f"that the user wrote. A function of an evaluation becomes one by Rate({base!r}, function), and a class "
+        "without options is registered as an object."
+    )
+    from torch import nn
+
+    signature = inspect.signature(factory)
+    # a module takes every keyword
+    if isinstance(factory, nn.Module) or not any(
+        p.name == "name" or p.kind is p.VAR_KEYWORD for p in signature.parameters.values()
+    ):
+        raise wrong
+    try:
+        signature.bind(*positional, **named, name=name)
+    except TypeError as error:
+        raise ConfigError(f"the regularizer {base!r} does not take the options {options!r}: {error}.") from error
+    made = call("regularizers", base, *positional, **named, name=name)
+    if not isinstance(made, Regularizer):
+        raise wrong
     return made

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..core.regularizer import Rate, Source, rate
+from ..core.regularizer import About, Rate, Source, rate
 from ..core.sums import sum_event, sum_squares
 from ..errors import ConfigError
 
@@ -27,7 +27,7 @@ _SHARED = "the shared product"
 _EACH = "D products, for small D"
 
 
-@rate("kinetic", formula="‖f‖², the squared speed", source=_RNODE.at("eq. 9a"))
+@rate("kinetic", about=About("‖f‖², the squared speed", source=_RNODE.at("eq. 9a")))
 def kinetic(evaluation: FieldEvaluation) -> Tensor:
     """``||f(t, z)||^2``, the integrand of the kinetic energy (RNODE, eq. 9a).
 
@@ -36,7 +36,7 @@ def kinetic(evaluation: FieldEvaluation) -> Tensor:
     return sum_squares(evaluation.dz)
 
 
-@rate("jacfrob", formula="‖J‖²_F", cost=_SHARED, source=_RNODE.at("eqs. 13 and 16"), needs={"vjp"})
+@rate("jacfrob", needs={"vjp"}, about=About("‖J‖²_F", cost=_SHARED, source=_RNODE.at("eqs. 13 and 16")))
 def jacfrob(evaluation: FieldEvaluation) -> Tensor:
     """``||v^T J||^2`` (RNODE, eq. 16), or ``||J||_F^2`` itself (eq. 13) with the exact estimator.
 
@@ -47,9 +47,10 @@ def jacfrob(evaluation: FieldEvaluation) -> Tensor:
 
 
 @rate(
-    "total_derivative", formula="‖J f + ∂f/∂t‖², the squared acceleration", cost="one jvp", needs={"jvp"},
-    source=_RNODE.at("eq. 7"),
-)  # fmt: skip
+    "total_derivative",
+    needs={"jvp"},
+    about=About("‖J f + ∂f/∂t‖², the squared acceleration", cost="one jvp", source=_RNODE.at("eq. 7")),
+)
 def total_derivative(evaluation: FieldEvaluation) -> Tensor:
     """``||J f + df/dt||^2 = ||d^2 z/dt^2||^2``, the squared acceleration (RNODE, eq. 7).
 
@@ -59,14 +60,17 @@ def total_derivative(evaluation: FieldEvaluation) -> Tensor:
     return sum_squares(evaluation.total_derivative(2))
 
 
-@rate("directional", formula="‖J f‖², without ∂f/∂t", cost="one jvp", source=_RNODE.at("eq. 7"), needs={"jvp"})
+@rate("directional", needs={"jvp"}, about=About("‖J f‖², without ∂f/∂t", cost="one jvp", source=_RNODE.at("eq. 7")))
 def directional(evaluation: FieldEvaluation) -> Tensor:
     """``||J f||^2``, the first term of RNODE's eq. 7. It needs one jvp along f."""
     return sum_squares(evaluation.jvp(evaluation.dz))
 
 
-@rate("directional_vjp", formula="‖Jᵀ f‖²", cost="one vjp", source=_RNODE.at('code ("directional")'),
-             needs={"vjp"})  # fmt: skip
+@rate(
+    "directional_vjp",
+    needs={"vjp"},
+    about=About("‖Jᵀ f‖²", cost="one vjp", source=_RNODE.at('code ("directional")')),
+)
 def directional_vjp(evaluation: FieldEvaluation) -> Tensor:
     """``||J^T f||^2``, which RNODE's and FFJORD's codes compute under the name "directional".
 
@@ -75,8 +79,7 @@ def directional_vjp(evaluation: FieldEvaluation) -> Tensor:
     return sum_squares(evaluation.vjp(evaluation.dz))
 
 
-@dataclass(frozen=True)
-class FiniteDifference(Rate):
+def finite_difference(eps: float = 0.01, *, name: str = "finite_difference") -> Rate:
     """``||f(t, z) - sg[f(t + eps, z + eps f)]||^2 / eps^2``, where ``sg`` stops the gradient (Iso-FM; Khan, 2026).
 
     Its value tends to ``total_derivative`` as eps goes to 0. Its gradient is about
@@ -85,31 +88,33 @@ class FiniteDifference(Rate):
     have the same dropout mask. In low precision they differ by rounding. Under bf16 autocast take eps 0.1, because
     at 0.01 the rounding error of the field exceeds the difference that the acceleration causes.
 
-    Because the later evaluation has no gradient, a gradient by the times would be wrong if it is taken through the
-    steps of a solve, and a gradient by the start in every mode. Both are refused. So times with a gradient and
-    ``learned_end_time`` need a continuous adjoint, which gives the gradient by the end.
+    Because the later evaluation has no gradient, a gradient with respect to the times would be wrong if it is taken
+    through the steps of a solve, and a gradient with respect to the start in every mode. Both are refused. So times
+    with a gradient and ``learned_end_time`` need a continuous adjoint, which gives the gradient with respect to the
+    end.
 
     Args:
         eps: the step of the difference in time.
-        name: the key of its penalty; ``"finite_difference"`` if left out.
+        name: the key of its penalty.
 
     Raises:
         ConfigError: for a step that is not a positive number.
     """
+    if isinstance(eps, bool) or not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps > 0):
+        raise ConfigError(f"finite_difference takes a step > 0, not {eps!r}: 'finite_difference:0.01'.")
+    about = About(
+        "‖f(t, z) − sg[f(t + ε, z + ε f)]‖² / ε², sg without a gradient: `finite_difference:0.01`",
+        cost="one evaluation without a gradient",
+        source=Source("Iso-FM", "Khan", 2026, "khan2026isokinetic"),
+    )
+    return Rate(name, _FiniteDifference(eps), needs={"field"}, time_gradient=False, about=about)
 
-    formula = "‖f(t, z) − sg[f(t + ε, z + ε f)]‖² / ε², sg without a gradient: `finite_difference:0.01`"
-    cost = "one evaluation without a gradient"
-    source = Source("Iso-FM", "Khan", 2026, "khan2026isokinetic")
-    needs = frozenset({"field"})
-    time_gradient = False
 
-    eps: float = 0.01
-    name: str = "finite_difference"
+@dataclass(frozen=True)
+class _FiniteDifference:
+    """A class, because pickle takes no closure."""
 
-    def __post_init__(self) -> None:
-        eps = self.eps
-        if isinstance(eps, bool) or not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps > 0):
-            raise ConfigError(f"finite_difference takes a step > 0, not {eps!r}: 'finite_difference:0.01'.")
+    eps: float
 
     def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
         t, z, dz = (x.detach() for x in (evaluation.t, evaluation.z, evaluation.dz))
@@ -118,8 +123,7 @@ class FiniteDifference(Rate):
         return sum_squares(evaluation.dz - later) / self.eps**2
 
 
-@dataclass(frozen=True)
-class Taylor(Rate):
+def taylor(order: int = 3, *, name: str = "") -> Rate:
     """``||d^K z/dt^K||^2`` (TayNODE; Kelly et al., 2020), summed over the event.
 
     It needs ``K - 1`` nested jvps through the field's plain path, each at about three times the cost of the one
@@ -133,33 +137,33 @@ class Taylor(Rate):
     Raises:
         ConfigError: for another order.
     """
+    if not isinstance(order, int) or isinstance(order, bool) or not 2 <= order <= 5:
+        raise ConfigError(f"taylor takes a whole order from 2 to 5, not {order!r}: 'taylor:3'.")
+    about = About(
+        "‖dᴷz/dtᴷ‖² of order K, 2 to 5: `taylor:3`",
+        cost="K − 1 nested jvps, each about three times the one before",
+        source=Source("TayNODE", "Kelly et al.", 2020, "kelly2020learning"),
+    )
+    return Rate(name or f"taylor:{order}", _Taylor(order), needs={"jvp"}, repeats=True, about=about)
 
-    formula = "‖dᴷz/dtᴷ‖² of order K, 2 to 5: `taylor:3`"
-    cost = "K − 1 nested jvps, each about three times the one before"
-    source = Source("TayNODE", "Kelly et al.", 2020, "kelly2020learning")
-    needs = frozenset({"jvp"})
-    repeats = True
 
-    order: int = 3
-    name: str = ""
+@dataclass(frozen=True)
+class _Taylor:
+    """A class, because pickle takes no closure."""
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.order, int) or isinstance(self.order, bool) or not 2 <= self.order <= 5:
-            raise ConfigError(f"taylor takes a whole order from 2 to 5, not {self.order!r}: 'taylor:3'.")
-        if not self.name:
-            object.__setattr__(self, "name", f"taylor:{self.order}")
+    order: int
 
     def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
         return sum_squares(evaluation.total_derivative(self.order))
 
 
-@rate("l1", formula="‖f‖₁", source=_FFJORD)
+@rate("l1", about=About("‖f‖₁", source=_FFJORD))
 def l1(evaluation: FieldEvaluation) -> Tensor:
     """``||f||_1``. FFJORD's code takes the mean. It needs no product with the Jacobian."""
     return sum_event(evaluation.dz.abs())
 
 
-@rate("jacdiag", formula="Σ J_ii²", cost=_EACH, source=_FFJORD, needs={"vjp"}, repeats=True)
+@rate("jacdiag", needs={"vjp"}, repeats=True, about=About("Σ J_ii²", cost=_EACH, source=_FFJORD))
 def jacdiag(evaluation: FieldEvaluation) -> Tensor:
     """``sum_i J_ii^2``, from the exact Jacobian, which needs D products, so D must be small.
 
@@ -168,15 +172,18 @@ def jacdiag(evaluation: FieldEvaluation) -> Tensor:
     return evaluation.jacobian().diagonal(dim1=1, dim2=2).square().sum(1)
 
 
-@rate("jacoffdiag", formula="Σ J_ij² over i ≠ j", cost=_EACH, source=_FFJORD, needs={"vjp"}, repeats=True)
+@rate("jacoffdiag", needs={"vjp"}, repeats=True, about=About("Σ J_ij² over i ≠ j", cost=_EACH, source=_FFJORD))
 def jacoffdiag(evaluation: FieldEvaluation) -> Tensor:
     """``sum_{i != j} J_ij^2``, from the exact Jacobian, which needs D products. FFJORD's code takes the mean."""
     squares = evaluation.jacobian().square()
     return squares.sum((1, 2)) - squares.diagonal(dim1=1, dim2=2).sum(1)
 
 
-@rate("curl", formula="‖J − Jᵀ‖²_F; 0 for gradient fields", cost=f"{_SHARED} and one jvp", source=_TAO,
-             needs={"vjp", "jvp"})  # fmt: skip
+@rate(
+    "curl",
+    needs={"vjp", "jvp"},
+    about=About("‖J − Jᵀ‖²_F; 0 for gradient fields", cost=f"{_SHARED} and one jvp", source=_TAO),
+)
 def curl(evaluation: FieldEvaluation) -> Tensor:
     """``||J - J^T||_F^2``, estimated as ``||v^T J - J v||^2``; 0 for gradient fields (optimal transport maps).
 
@@ -186,8 +193,11 @@ def curl(evaluation: FieldEvaluation) -> Tensor:
     return _with_transpose(evaluation, -1.0)
 
 
-@rate("strain", formula="‖(J + Jᵀ)/2‖²_F; 0 for rigid motions", cost=f"{_SHARED} and one jvp", source=_TAO,
-             needs={"vjp", "jvp"})  # fmt: skip
+@rate(
+    "strain",
+    needs={"vjp", "jvp"},
+    about=About("‖(J + Jᵀ)/2‖²_F; 0 for rigid motions", cost=f"{_SHARED} and one jvp", source=_TAO),
+)
 def strain(evaluation: FieldEvaluation) -> Tensor:
     """``||(J + J^T)/2||_F^2``, estimated as ``||v^T J + J v||^2 / 4``; 0 for rigid motions.
 
@@ -213,9 +223,13 @@ def _beyond_the_chord(integral: Tensor, z0: Tensor, z1: Tensor, length: Tensor) 
 
 
 @rate(
-    "straightness", formula="‖f‖², less ‖z(T) − z(0)‖²/T in the integral; 0 for straight paths at constant speed",
-    source=Source("rectified flow", "Liu et al.", 2023, "liu2023flow"), finish=_beyond_the_chord,
-)  # fmt: skip
+    "straightness",
+    finish=_beyond_the_chord,
+    about=About(
+        "‖f‖², less ‖z(T) − z(0)‖²/T in the integral; 0 for straight paths at constant speed",
+        source=Source("rectified flow", "Liu et al.", 2023, "liu2023flow"),
+    ),
+)
 def straightness(evaluation: FieldEvaluation) -> Tensor:
     """``||f||^2``; the penalty of a solve is ``int ||f||^2 dt - ||z(T) - z(0)||^2 / T``, summed over the event.
 

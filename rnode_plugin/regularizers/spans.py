@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.regularizer import Source, SpanPolicy
+from ..core.regularizer import About, Source, SpanPolicy
 from ..errors import ConfigError
 
 
@@ -43,9 +43,11 @@ class Steer(SpanPolicy):
             length of the solve.
     """
 
-    formula = "in training, the end time is drawn from U(T − b, T + b): `steer:0.25`"
-    cost = "no penalty, and no λ"
-    source = Source("STEER", "Ghosh et al.", 2020, "ghosh2020steer")
+    about = About(
+        "in training, the end time is drawn from U(T − b, T + b): `steer:0.25`",
+        cost="no penalty, and no λ",
+        source=Source("STEER", "Ghosh et al.", 2020, "ghosh2020steer"),
+    )
     penalized = False
 
     width: float = 0.25
@@ -68,7 +70,7 @@ class Steer(SpanPolicy):
         shift = (2 * torch.rand((), dtype=torch.float64) - 1) * self.width
         return with_end_time(t_span, t_span.max() + shift.to(t_span))
 
-    def __call__(self, z: Tensor, /) -> Tensor:
+    def penalty(self, z: Tensor, /) -> Tensor:
         return z.new_zeros(len(z))
 
 
@@ -86,9 +88,11 @@ class LearnedEndTime(nn.Module, SpanPolicy):
         ConfigError: for an end that is not a finite number; when solving, for a T that has fallen to the start.
     """
 
-    formula = "the end time T is a parameter, also in evaluation"
-    cost = "penalty T²/2, not divided by D"
-    source = Source("SNOpt", "Liu et al.", 2021, "liu2021second")
+    about = About(
+        "the end time T is a parameter, also in evaluation",
+        cost="penalty T²/2, not divided by D",
+        source=Source("SNOpt", "Liu et al.", 2021, "liu2021second"),
+    )
 
     def __init__(self, end: float = 1.0, *, name: str = "learned_end_time") -> None:
         super().__init__()
@@ -105,6 +109,6 @@ class LearnedEndTime(nn.Module, SpanPolicy):
             )
         return with_end_time(t_span, self.end)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def penalty(self, z: Tensor, /) -> Tensor:
         """``T^2 / 2`` for each sample, ``(B,)``."""
         return (self.end.square() / 2).to(z).expand(len(z))

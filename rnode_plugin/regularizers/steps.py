@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.regularizer import Source, StepRecord, step_penalty
+from ..core.regularizer import About, Source, StepRecord, step_penalty
 
 _PAL = Source("", "Pal et al.", 2021, "pal2021opening")
 _LOCAL = Source("", "Pal et al.", 2023, "pal2023locally")
@@ -18,9 +18,14 @@ _EXTRA = "one extra step of `tsit5`"
 
 
 @step_penalty(
-    "error", formula="Σ E h over the steps, E the norm of the embedded error estimate",
-    cost="an adaptive method", source=_PAL.at("", method="ERNODE"), uses={"error"},
-)  # fmt: skip
+    "error",
+    uses={"error"},
+    about=About(
+        "Σ E h over the steps, E the norm of the embedded error estimate",
+        cost="an adaptive method",
+        source=_PAL.at("", method="ERNODE"),
+    ),
+)
 def error(step: StepRecord) -> Tensor:
     """``sum_j E_j h_j`` over the accepted steps (ERNODE; Pal et al., 2021). It needs an adaptive method.
 
@@ -33,9 +38,15 @@ def error(step: StepRecord) -> Tensor:
 
 
 @step_penalty(
-    "stiffness", formula="mean over the steps of ‖f(b) − f(a)‖ / ‖b − a‖ for two stages at one time",
-    cost="`dopri5`, `tsit5` or `rk4`", source=_PAL.at("", method="SRNODE"), uses={"pair"}, reduction="mean",
-)  # fmt: skip
+    "stiffness",
+    uses={"pair"},
+    reduction="mean",
+    about=About(
+        "mean over the steps of ‖f(b) − f(a)‖ / ‖b − a‖ for two stages at one time",
+        cost="`dopri5`, `tsit5` or `rk4`",
+        source=_PAL.at("", method="SRNODE"),
+    ),
+)
 def stiffness(step: StepRecord) -> Tensor:
     """An estimate of the Jacobian's norm, averaged over the accepted steps in all blocks of a flow.
 
@@ -53,25 +64,30 @@ def stiffness(step: StepRecord) -> Tensor:
 
 
 @step_penalty(
-    "local_error", formula="E h of one extra step from a random time", cost=_EXTRA, source=_LOCAL,
-    uses={"error"}, local=True,
-)  # fmt: skip
+    "local_error",
+    uses={"error"},
+    local=True,
+    about=About("E h of one extra step from a random time", cost=_EXTRA, source=_LOCAL),
+)
 def local_error(step: StepRecord) -> Tensor:
     """``E h`` of one extra step of tsit5 from a uniformly random time, with a detached start (Pal et al., 2023)."""
-    return error(step)
+    return error.of(step)
 
 
 @step_penalty(
-    "local_stiffness", formula="the stiffness of one extra step from a random time", cost=_EXTRA,
-    source=_LOCAL, uses={"pair"}, local=True, reduction="mean",
-)  # fmt: skip
+    "local_stiffness",
+    uses={"pair"},
+    local=True,
+    reduction="mean",
+    about=About("the stiffness of one extra step from a random time", cost=_EXTRA, source=_LOCAL),
+)
 def local_stiffness(step: StepRecord) -> Tensor:
     """``||f(b) - f(a)|| / ||b - a||`` of one extra step of tsit5 from a uniformly random time (Pal et al., 2023).
 
     The start of the step is detached, and a and b are as in :func:`stiffness`. A flow of several blocks has the
     mean over its blocks.
     """
-    return stiffness(step)
+    return stiffness.of(step)
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from typing import ClassVar, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..core.dynamics import BoundDynamics, PathPenalties, refuse_held
-from ..core.followed_solve import ONE_DRAW
+from ..core.dynamics import BoundDynamics
 from ..core.health import HealthCheck, health
 from ..core.modes import differs, drop_casts, exporting, on_host, refuse_dual_numbers, traced, transforms_active
 from ..core.regularizer import StepPenalty
+from ..core.regularizers import ONE_DRAW
 from ..errors import ConfigError
 from .checks import Tolerance, check_positive, check_quadrature, refuse_sampled_density
 from .gradients import Gradient, get_gradient
@@ -132,28 +132,31 @@ class Solver(ABC):
             with on_host():
                 t_span = torch.tensor(t_span, dtype=z0.dtype.to_real())
         check_times(t_span)
-        if dynamics.held:
+        regularizers = dynamics.regularizers
+        if regularizers.no_time_gradient:
             through_steps = get_gradient(self.gradient).through_steps or transforms_active()
-            refuse_held(dynamics.held, t_span, through_steps=through_steps)
-        problem, path = Problem(dynamics, z0, t_span, save_steps), dynamics.path
+            regularizers.check_gradient_by_times(t_span, through_steps=through_steps)
+        problem = Problem(dynamics, z0, t_span, save_steps)
         known = None if traced() or torch.compiler.is_compiling() else first_steps
         if known is not None:
             problem = problem._replace(first_steps=known, first_step=known.get(problem.way))
-        gradient = get_gradient(self.gradient)
-        solution = gradient.solve(self, problem) if path is None else self._solve_with_path(problem, path)
+        if regularizers.steps or regularizers.finished:
+            solution = self._solve_with_path(problem)
+        else:
+            solution = get_gradient(self.gradient).solve(self, problem)
         if known is not None and solution.longest_safe_step is not None:
             known[problem.way] = solution.longest_safe_step
         return solution if save_steps or solution.steps is None else replace(solution, steps=None)
 
-    def _solve_with_path(self, problem: Problem, path: PathPenalties) -> Solution:
+    def _solve_with_path(self, problem: Problem) -> Solution:
         """Solve with penalties on steps, and finish the integrals of rates."""
-        self.check_steps(path.steps)
-        gradient = get_gradient(self.gradient)
+        regularizers, gradient = problem.dynamics.regularizers, get_gradient(self.gradient)
+        self.check_steps(regularizers.steps)
         if torch.is_grad_enabled():  # without gradients the values are the same in every mode
-            gradient.check_penalties(path.steps)
-        save_steps = problem.save_steps or bool(path.local)
+            gradient.check_penalties(regularizers.steps)
+        save_steps = problem.save_steps or regularizers.adds_evaluations
         solution = gradient.solve(self, problem._replace(save_steps=save_steps))
-        return _with_path_penalties(solution, problem, path, self)
+        return _with_path_penalties(solution, problem, self)
 
     @abstractmethod
     def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
@@ -238,14 +241,15 @@ _WITHOUT = {
 }
 
 
-def _with_path_penalties(solution: Solution, problem: Problem, path: PathPenalties, solver: Solver) -> Solution:
+def _with_path_penalties(solution: Solution, problem: Problem, solver: Solver) -> Solution:
     """Finish the integrals of rates, and add local penalties."""
     extra, stats, checks = dict[str, Tensor](), solution.stats, solution.health
-    if path.finished:
-        z0, z1 = path.event(solution.z[0]), path.event(solution.z[-1])
+    regularizers, event = problem.dynamics.regularizers, problem.dynamics.event
+    if regularizers.finished:
+        z0, z1 = event(solution.z[0]), event(solution.z[-1])
         # the times of the problem carry the graph of t_span, which the output times of a continuous adjoint do not
-        extra = path.finish(solution.penalties, z0, z1, problem.t_span)
-    if path.local:
+        extra = regularizers.finish(solution.penalties, z0, z1, problem.t_span)
+    if regularizers.adds_evaluations:
         assert solution.steps is not None
         local, nfe = _local_penalties(problem.dynamics, solver, solution.steps)
         extra |= local

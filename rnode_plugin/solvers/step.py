@@ -121,10 +121,9 @@ class Stepper:
         Raises:
             ConfigError: for quadrature weights that do not belong to the evaluations of the step.
         """
-        path = self.dynamics.path
-        if path is not None and not (path.local if self.local else path.steps):
-            path = None
-        stages = _Stages(self.dynamics, z, t, first, draw, keep_places=path is not None)
+        regularizers = self.dynamics.regularizers
+        watched = any(penalty.local == self.local for penalty in regularizers.steps)
+        stages = _Stages(self.dynamics, z, t, first, draw, keep_places=watched)
         k1 = None if first is None else first.dz
         new_velocity, new, error, *velocities = self.method.advance(stages, z, t, dt, k1)
         dlogdet, dlogdet_error, penalties = self._integrate(stages.rates, dt, draw, with_error=error is not None)
@@ -133,14 +132,14 @@ class Stepper:
         for each in stages.rates:  # torch.compile of torch 2.6 cannot trace next()
             last = each if each.dz is new_velocity else last
         of_path: dict[str, tuple[str, Tensor]] = {}
-        if path is not None:
+        if watched:
             atol, rtol = self.tolerances or (None, None)
             times, states = zip(*stages.places, strict=True)
             record = StepRecord(
                 t=t, h=dt.abs(), z0=z, z1=new, times=times, states=states, velocities=[r.dz for r in stages.rates],
                 error=error, pair=self.method.pair, atol=atol, rtol=rtol,
             )  # fmt: skip
-            of_path = path.of_step(record, local=self.local)
+            of_path = regularizers.of_step(record, self.dynamics.event, local=self.local)
         return Step(
             z=new, error=error, last=last, dlogdet=dlogdet, dlogdet_error=dlogdet_error, penalties=penalties,
             path=of_path, stages=velocities[0] if velocities else None, nfe=len(stages.rates) - stages.given,

@@ -17,11 +17,9 @@ from torchdiffeq._impl.misc import _mixed_norm, _rms_norm
 
 from ..core.derivatives import AutogradField
 from ..core.dynamics import Dynamics
-from ..core.followed_solve import Kinds
 from ..core.modes import outside_checkpoints
-from ..core.part import State
+from ..core.part import State, signs_for_columns, warn_of_unread_columns
 from ..core.surroundings import module_of
-from ..core.weighing import signs_for_columns, warn_of_unread_columns
 from .followed import Follow, Layout
 
 
@@ -46,20 +44,20 @@ class Augmented:
         func: Callable[..., Any],
         layout: Layout,
         wanted: Follow,
-        kinds: Kinds,
         y0: State,
         t: Tensor,
     ) -> None:
         self.func, self.layout = func, layout
         part, z0 = layout.part, layout.part.take(y0)
+        regularizers = wanted.regularizers.integrated(True)
         lone = part.is_one_tensor and not part.is_tuple
-        looks = not part.is_tuple and part.entries is None and bool(kinds.penalties) and not _is_known(func)
+        looks = not part.is_tuple and part.entries is None and bool(regularizers) and not _is_known(func)
         signs = signs_for_columns(z0) if looks else None
         call, self._seen = _looking(func, None if signs is None else part.put(y0, signs))
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # penalties are integrated over |dt|
         field = AutogradField(call) if lone else call
         self.dynamics = Dynamics(
-            field, regularizers=kinds, estimator=wanted.estimator, divergence=False,
+            field, regularizers=regularizers, estimator=wanted.estimator, divergence=False,
             part=None if lone else part, net=module_of(func), user_field=func,
         )  # fmt: skip
         self.dynamics = self.dynamics.bind(self.dynamics.draw(z0))
@@ -223,7 +221,7 @@ def _adjoint(given: Mapping[str, Any], layout: Layout, system: Augmented) -> dic
     if parameters is None and isinstance(system.func, nn.Module):
         parameters = find_parameters(system.func)
     if parameters is not None:  # each only once, because its gradient would otherwise count twice
-        rates = [rate for rate in system.dynamics.rates.values() if isinstance(rate, nn.Module)]
+        rates = [rate.of for rate in system.dynamics.rates.values() if isinstance(rate.of, nn.Module)]
         parameters = [*parameters, *(p for rate in rates for p in rate.parameters())]
         changed["adjoint_params"] = tuple({id(p): p for p in parameters}.values())
     options, own = given["options"], given["adjoint_options"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.followed_solve import Kinds
 from ..core.modes import transforms_active
 from ..core.part import Part, PartSpec, State, tensors_of
-from ..core.regularizer import StepPenalty
+from ..core.regularizer import Regularizer, code_of
+from ..core.regularizers import Regularizers, RegularizersLike
 from ..core.trace_estimators import TraceEstimator, get_estimator
-from ..core.weighing import Regularizers, Weighted, weigh_regularizers
 from ..errors import ConfigError, suggest
 from ..plugins.registry import get_regularizer
 from ..solvers import QUADRATURES
@@ -32,19 +30,14 @@ Penalized = int | Sequence[int] | slice | Tensor
 class Follow:
     """The penalties to follow in a solve, and the part of the state that they measure; :func:`follow` makes it."""
 
-    weighted: dict[str, Weighted]
+    regularizers: Regularizers
     spec: PartSpec
     estimator: TraceEstimator
     sampled: bool
 
-    @functools.cached_property
-    def kinds(self) -> Kinds:
-        """The regularizers, sorted by kind."""
-        return Kinds.of(w.regularizer for w in self.weighted.values())
-
 
 def follow(
-    regularizers: Regularizers,
+    regularizers: RegularizersLike,
     *,
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
@@ -52,23 +45,23 @@ def follow(
     quadrature: str = "full",
 ) -> Follow:
     """Check the arguments that :func:`odeint` adds, as far as this is possible without a state."""
-    weighted = weigh_regularizers(regularizers, by_name=_by_name)
-    steps = [name for name, w in weighted.items() if isinstance(w.regularizer, StepPenalty)]
-    if steps:
+    resolved = Regularizers.of(regularizers, by_name=_by_name)
+    if resolved.steps:
         raise ConfigError(
-            f"{steps[0]!r} is a penalty on the solver's steps, which torchdiffeq does not show: use "
+            f"{resolved.steps[0].name!r} is a penalty on the solver's steps, which torchdiffeq does not show: use "
             "rnode_plugin.NeuralODE for it, or a rate such as 'kinetic' and 'jacfrob' here."
         )
     if quadrature not in QUADRATURES:
         raise ConfigError(suggest(quadrature, QUADRATURES, "quadrature"))
     sampled = quadrature == "sampled"
-    return Follow(weighted, PartSpec.of(penalized, batch_dim), get_estimator(trace_noise), sampled)
+    return Follow(resolved, PartSpec.of(penalized, batch_dim), get_estimator(trace_noise), sampled)
 
 
-def _by_name(name: str) -> Any:
+def _by_name(name: str) -> Regularizer:
     """The regularizer of a name; a ConfigError for one with parameters, which no optimizer could have."""
     found = get_regularizer(name)
-    if isinstance(found, nn.Module) and next(found.parameters(), None) is not None:
+    code = code_of(found)
+    if isinstance(code, nn.Module) and next(code.parameters(), None) is not None:
         raise ConfigError(
             f"the regularizer {name!r} has parameters, which nothing would train, because each use of the name "
             "makes new ones: give the object, such as LearnedEndTime(2.0) from rnode_plugin.regularizers, and give "

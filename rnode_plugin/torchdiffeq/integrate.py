@@ -14,12 +14,10 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from ..core.dynamics import refuse_held
-from ..core.followed_solve import FollowedSolve
 from ..core.integrals import Integrals, attach
 from ..core.modes import refuse_dual_numbers
-from ..core.part import State
-from ..core.weighing import Regularizers, warn_of_flat_state
+from ..core.part import State, warn_of_flat_state
+from ..core.regularizers import RegularizersLike
 from ..errors import ConfigError
 from .augmented import Augmented, extended
 from .followed import Follow, Given, Layout, Penalized, follow
@@ -41,7 +39,7 @@ def odeint(
     method: str | None = None,
     options: Mapping[str, object] | None = None,
     event_fn: Callable[..., Tensor] | None = None,
-    regularizers: Regularizers = None,
+    regularizers: RegularizersLike = None,
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
     trace_noise: str = "gaussian",
@@ -126,7 +124,7 @@ def odeint_adjoint(
     adjoint_method: str | None = None,
     adjoint_options: Mapping[str, object] | None = None,
     adjoint_params: Any = None,
-    regularizers: Regularizers = None,
+    regularizers: RegularizersLike = None,
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
     trace_noise: str = "gaussian",
@@ -208,14 +206,14 @@ def solve(
     refuse_dual_numbers()
     layout = Layout.of(y0, wanted)
     training = torch.is_grad_enabled() and getattr(func, "training", True)
-    followed = FollowedSolve.of(wanted.kinds, penalized=True, training=training)
-    t = followed.times(t)
+    regularizers = wanted.regularizers
+    t = regularizers.times(t, training=training)
     z0 = layout.part.take(y0)
     if z0.ndim == 1:
-        warn_of_flat_state(z0, wanted.kinds)
-    system = Augmented(func, layout, wanted, followed.kinds, y0, t)
-    rates, path = system.dynamics.rates, system.dynamics.path
-    refuse_held(system.dynamics.held, t, through_steps=name == "odeint")
+        warn_of_flat_state(z0, regularizers.needs)
+    system = Augmented(func, layout, wanted, y0, t)
+    rates = regularizers.rates
+    regularizers.check_gradient_by_times(t, through_steps=name == "odeint")
     state = (*layout.tensors(y0), *(z0.new_zeros(len(z0)) for _ in rates))
     full = PLAIN[name](system, state, t, **extended(given, layout, system))
     count = len(layout.shapes)
@@ -223,8 +221,8 @@ def solve(
     kept = list(full[:count])
     layout.warn_of_still(y0, [x[-1] for x in kept])
     system.warn_of_unread_columns()
-    if path is not None and len(t) > 1:  # torchdiffeq returns y0 for one time alone
+    if regularizers.finished and len(t) > 1:  # torchdiffeq returns y0 for one time alone
         end = layout.part.take(layout.of_user([x[-1] for x in kept]))
-        integrals |= path.finish(integrals, z0, end, t)
-    kept[0], integrals = attach(kept[0], followed.complete(integrals, z0))
-    return layout.of_user(kept), Integrals(integrals, wanted.weighted, math.prod(z0.shape[1:]))
+        integrals |= regularizers.finish(integrals, z0, end, t)
+    kept[0], integrals = attach(kept[0], regularizers.with_span_penalty(integrals, z0))
+    return layout.of_user(kept), Integrals(integrals, regularizers, math.prod(z0.shape[1:]))

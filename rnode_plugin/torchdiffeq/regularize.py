@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.history import History
 from ..core.integrals import attach
 from ..core.part import State
-from ..core.weighing import Regularizers, refuse_schedules
+from ..core.regularizers import RegularizersLike
 from ..errors import ConfigError
 from . import integrate
 from .augmented import here
@@ -104,7 +104,7 @@ def regularize(
         raise ConfigError("regularize() inside of another regularize() block: give all penalties to one of them.")
     spec = regularizers[0] if len(regularizers) == 1 else list(regularizers)
     wanted = follow(spec, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise, quadrature=quadrature)
-    found = History(wanted.weighted, absent=_NOT_SEEN, of_one_thread=False)
+    found = History(wanted.regularizers, absent=_NOT_SEEN, of_one_thread=False)
     trains = False
 
     def collect(name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given) -> Any:
@@ -129,7 +129,7 @@ def regularize(
         here.following = None
 
 
-def install(regularizers: Regularizers = None, *, history: History | None = None, **options: Any) -> History:
+def install(regularizers: RegularizersLike = None, *, history: History | None = None, **options: Any) -> History:
     """Give torchdiffeq's ``odeint`` and ``odeint_adjoint`` the arguments of the functions in this module's package.
 
     With ``regularizers`` every solve with gradients enabled integrates them, and the gradient of the weighted sum
@@ -158,10 +158,10 @@ def install(regularizers: Regularizers = None, *, history: History | None = None
     """
     global _installed
     wanted, counted = follow(regularizers, **options), History() if history is None else history
-    refuse_schedules(wanted.weighted)
+    wanted.regularizers.refuse_schedules()
 
     def add_gradient(name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given) -> Any:
-        if not wanted.weighted or not torch.is_grad_enabled() or _ends_by_event(given):
+        if not wanted.regularizers or not torch.is_grad_enabled() or _ends_by_event(given):
             return PLAIN[name](func, y0, t, **given)
         solution, integrals = solve(name, func, y0, t, given, wanted)
         return _with_cost(solution, counted.count(integrals))

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,15 +16,14 @@ from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.transforms import Transform
 
 from ..core.distribution import DensityModel
-from ..core.followed_solve import FollowedSolve
 from ..core.history import History, OneProcessPerDevice
 from ..core.integrals import Integrals, attach
 from ..core.modes import outside_inference
 from ..core.objective import FlowOutput
 from ..core.regularizer import Regularizer
+from ..core.regularizers import Regularizers, RegularizersLike
 from ..core.signature import SCALAR, accepts, refuse_state_first, time_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
-from ..core.weighing import Regularizers, Weighted
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import GRADIENTS, METHODS, Adjoint, FixedGrid, Solver, get_gradient
@@ -94,7 +93,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         event_shape: Sequence[int] | int | None = None,
         context_shape: Sequence[int] | int | None = None,
         trace_estimator: str | TraceEstimator = "gaussian",
-        regularizers: Regularizers = ("kinetic", "jacfrob"),
+        regularizers: RegularizersLike = ("kinetic", "jacfrob"),
         t_span: Tensor | Sequence[float] | None = None,
         solver: str | Solver = "dopri5",
         warm_start: bool = False,
@@ -109,7 +108,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         self.net, self.estimator = net, get_estimator(trace_estimator)
         self.keep_regularizers(resolve_regularizers(regularizers))
         self.solver = _solver_of(solver, options)
-        self.solver.check_use(self.history.kinds.steps)
+        self.solver.check_use(self.regularizers.steps)
         self.first_steps = {} if warm_start else None
         if t_span is None and isinstance(self.solver, FixedGrid) and self.solver.step is None:
             raise ConfigError(
@@ -189,7 +188,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         *,
         solver: Solver | None = None,
         estimator: str | TraceEstimator | None = None,
-        regularizers: Sequence[Regularizer] = (),
+        regularizers: Iterable[Regularizer] = (),
         warm_start: bool = False,
     ) -> RegularizedCNF:
         """A copy that shares the submodules, with another solver, trace estimator or penalties.
@@ -208,10 +207,9 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         twin = super().solved_with(
             solver=solver, estimator=estimator, regularizers=regularizers, warm_start=warm_start
         )
-        weighted, mine = resolve_regularizers(twin.regularizers), self.history.weighted
-        for name in weighted.keys() & mine.keys():
-            weighted[name] = weighted[name]._replace(strength=mine[name].strength)
-        twin.history = History(weighted)
+        mine = self.regularizers.strengths
+        strengths = {name: mine.get(name, given) for name, given in twin.regularizers.strengths.items()}
+        twin.keep_regularizers(dataclasses.replace(twin.regularizers, strengths=strengths))
         twin.t_span = times
         return twin
 
@@ -275,7 +273,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         :meth:`sample`.
         """
         solver, times = self._on_grid(solver)
-        times = FollowedSolve.of(self.history.kinds).times(times, like=z, backward=True)
+        times = self.regularizers.times(times, like=z, backward=True)
         return self._states(z, times, context, solver, self.first_steps_of())[-1]
 
     def inverse_and_log_prob(
@@ -306,11 +304,10 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         Raises:
             ConfigError, SolverError: as for :meth:`encode`.
         """
-        followed = FollowedSolve.of(self.history.kinds)
-        grid = followed.times(self.t_span, like=x)
+        grid = self.regularizers.times(self.t_span, like=x)
         if t_span is None:
             return self._states(x, grid, context, self.solver)
-        times = followed.times(t_span, like=x)
+        times = self.regularizers.times(t_span, like=x)
         if not (isinstance(self.solver, FixedGrid) and self.solver.step is None):
             return self._states(x, times, context, self.solver)
         check_times(times)
@@ -318,9 +315,9 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         merged, order = torch.cat([times, inner]).sort(descending=bool(times[0] > times[-1]))
         return self._states(x, merged, context, self.solver)[order < len(times)]
 
-    def keep_regularizers(self, weighted: Mapping[str, Weighted]) -> None:
-        self.history = History(weighted)
-        super().keep_regularizers(weighted)
+    def keep_regularizers(self, regularizers: Regularizers) -> None:
+        self.history = History(regularizers)
+        super().keep_regularizers(regularizers)
 
     def collect_penalties(self) -> AbstractContextManager[History]:
         """Sum the penalties of several calls of :meth:`log_prob`; see :meth:`NeuralODE.collect_penalties`."""
@@ -370,10 +367,11 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         penalties = training if penalties is None else penalties
         solver, times = self._on_grid(solver)
         with outside_inference(start, rows, noise) as (x, rows, noise):
-            followed = FollowedSolve.of(history.kinds, penalized=penalties, training=training)
-            times = followed.times(times, like=x, backward=backward)
+            regularizers = self.regularizers
+            times = regularizers.times(times, training=training and penalties, like=x, backward=backward)
             dynamics = NetDynamics(
-                self.net, x, rows, solver, kinds=followed.kinds, estimator=self.estimator,
+                self.net, x, rows, solver, estimator=self.estimator,
+                regularizers=regularizers.integrated(penalties),
             )  # fmt: skip
             bound = dynamics.bind(dynamics.draw(x) if noise is None else noise[0])
             # a field may write into its state, but not into x
@@ -381,8 +379,11 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             if check:
                 solution.check()
             assert solution.logdet is not None
-            end, integrals = attach(solution.z[-1], followed.complete(solution.penalties, x))
-            history.add(Integrals(integrals, history.weighted, self.dims))
+            integrals: Mapping[str, Tensor] = solution.penalties
+            if penalties:
+                integrals = regularizers.with_span_penalty(integrals, x)
+            end, integrals = attach(solution.z[-1], integrals)
+            history.add(Integrals(integrals, regularizers, self.dims))
             self.nfe = solution.stats.nfe
             logdet = solution.logdet[-1]
             return FlowOutput(

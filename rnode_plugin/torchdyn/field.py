@@ -17,10 +17,10 @@ from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
 from ..core.derivatives import Ask, AutogradField, Field, has_hooks
-from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
-from ..core.followed_solve import Kinds
+from ..core.dynamics import BoundDynamics, Dynamics, Rates
 from ..core.modes import outside_checkpoints
-from ..core.part import Part, PartSpec
+from ..core.part import Part, PartSpec, signs_for_columns, warn_of_unread_columns
+from ..core.regularizers import NONE, Regularizers
 from ..core.signature import (
     COMPILED_FUNCTION,
     COMPILED_IN_PLACE,
@@ -31,7 +31,6 @@ from ..core.signature import (
 )
 from ..core.surroundings import lock_of, module_of
 from ..core.trace_estimators import Exact, TraceEstimator
-from ..core.weighing import signs_for_columns, warn_of_unread_columns
 from ..errors import ConfigError, RnodeError
 from ..fields.recognize import recognize
 from ..fields.stack import AtContext, StackField
@@ -220,7 +219,7 @@ class NetDynamics(Dynamics):
         z: the state ``(B, *event)`` at the start.
         context: one row for each sample; None if the net takes none.
         solver: the solver, whose gradient decides whether evaluations may share a graph.
-        kinds: the penalties.
+        regularizers: the rates and step penalties.
         estimator, divergence: as in :class:`~rnode_plugin.core.dynamics.Dynamics`.
 
     Raises:
@@ -234,13 +233,13 @@ class NetDynamics(Dynamics):
         context: Tensor | None,
         solver: Solver,
         *,
-        kinds: Kinds = Kinds(),  # noqa: B008  (a frozen value)
+        regularizers: Regularizers = NONE,
         estimator: TraceEstimator,
         divergence: bool = True,
     ) -> None:
         self._net, self._context = net, context
         modules = list(net.modules()) if isinstance(net, nn.Module) else []
-        slots, needs = Slots(modules, z), kinds.needs | ({"vjp"} if divergence else set[str]())
+        slots, needs = Slots(modules, z), regularizers.needs | ({"vjp"} if divergence else set[str]())
         if slots.values:
             raise ConfigError(
                 "a layer of this net reads the state at the start of the solve (DataControl), so the integral of "
@@ -264,12 +263,12 @@ class NetDynamics(Dynamics):
             through_steps = get_gradient(solver.gradient).through_steps
             field = fastest(field, net, z, context, exact=exact, one_graph=through_steps)
         super().__init__(
-            field, regularizers=kinds, estimator=estimator, divergence=divergence,
+            field, regularizers=regularizers, estimator=estimator, divergence=divergence,
             net=net if isinstance(net, nn.Module) else module_of(net), user_field=net,
         )  # fmt: skip
 
     def parameters(self) -> Sequence[Tensor]:
-        return tensors_of((self._net, *self.rates.values()), self._context)
+        return tensors_of((self._net, *(rate.of for rate in self.rates.values())), self._context)
 
 
 @dataclass(frozen=True)
@@ -277,13 +276,13 @@ class Followed:
     """The penalties that a solve of a NeuralODE follows, and the part of the state that they measure.
 
     Attributes:
-        kinds: the penalties.
+        regularizers: the rates and step penalties.
         estimator: the estimator of products, unless a CNF brings one.
         spec: the part of the state that is ``z``. Columns are counted without the column of a cost; without them
             ``z`` is all except the columns of a cost and a trace.
     """
 
-    kinds: Kinds
+    regularizers: Regularizers
     estimator: TraceEstimator
     spec: PartSpec
 
@@ -301,7 +300,7 @@ class Followed:
         spec = self.spec
         if spec.batch_dim is None and traces:
             raise ConfigError("batch_dim=None has no meaning for a CNF: the density is one of each sample.")
-        if not self.kinds.penalties:
+        if not self.regularizers:
             return None
         if x.ndim == 0:
             raise ConfigError("penalties need a state with a batch dimension, (B, ...), not a single number.")
@@ -329,6 +328,8 @@ class TorchdynSystem(BoundDynamics):
             batch, is integrated as the penalty :data:`INTEGRAL_LOSS`.
         counters: attributes of torchdyn's wrappers, whose ``nfe`` counts evaluations.
         dims: number of dimensions of one sample that the penalties measure.
+        regularizers: the rates and step penalties.
+        part: where ``z`` is in a state without the column of a cost; None if ``z`` is that whole state.
     """
 
     module: nn.Module
@@ -339,14 +340,18 @@ class TorchdynSystem(BoundDynamics):
     hidden_cost: Cost | None
     counters: Sequence[dict[str, Any]]
     dims: int
-    path: PathPenalties | None = None
-    held: Sequence[str] = ()
+    regularizers: Regularizers
+    part: Part | None
 
     def parameters(self) -> Sequence[Tensor]:
-        return tensors_of((self.module, *self.dynamics.regularizers, self.hidden_cost), self.args)
+        return tensors_of((self.module, *self.regularizers.code, self.hidden_cost), self.args)
+
+    def event(self, state: Tensor) -> Tensor:
+        state = state if self.cost is None else state[:, 1:]
+        return state if self.part is None else self.part.take(state)
 
     def repeating(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        return self.dynamics.door.repeating((*self.dynamics.regularizers, self.hidden_cost))
+        return self.dynamics.door.repeating((*self.regularizers.code, self.hidden_cost))
 
     def evaluate(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         for counter in self.counters:
@@ -422,8 +427,8 @@ def system_of(
     # look inside a single CNF, so that its trace and the penalties share one evaluation of its net
     traced = len(cnfs) == 1 and followed.spec.columns is None and _is_transparent(net, state)
     slots = Slots(modules, x, ahead=0 if cost is None else 1, cnf=net if traced else None)
-    kinds, estimator = followed.kinds, followed.estimator
-    needs = kinds.needs | ({"vjp"} if cnfs else set[str]())
+    regularizers, estimator = followed.regularizers, followed.estimator
+    needs = regularizers.needs | ({"vjp"} if cnfs else set[str]())
     if estimator.asks == "" and not cnfs:  # differences of the velocity, for which a compiled net may stay compiled
         needs -= {"vjp"}
 
@@ -439,20 +444,17 @@ def system_of(
             estimator = estimator_of(cnfs[0]) or estimator
     field: Field = field_of(net, modules, slots, args, takes=takes(net), order=order, needs=needs)
     whole = traced or part is None
-    if whole and (traced or kinds.penalties) and not needs.isdisjoint(("vjp", "jvp")):
+    if whole and (traced or regularizers) and not needs.isdisjoint(("vjp", "jvp")):
         exact = order == 1 and type(estimator) is Exact and "vjp" in needs and "jvp" not in needs
         field = fastest(field, net, z, exact=exact, one_graph=one_graph)
-    event = None if part is None else part.take
-    if cost is not None:  # its column is in front of z
-        event = lambda x: x[:, 1:] if part is None else part.take(x[:, 1:])  # noqa: E731
     dynamics = Dynamics(
-        field, regularizers=kinds, estimator=estimator, divergence=traced, part=None if whole else part,
-        event=event, net=holder, user_field=net if order == 1 else None,
+        field, regularizers=regularizers, estimator=estimator, divergence=traced, part=None if whole else part,
+        net=holder, user_field=net if order == 1 else None,
     )  # fmt: skip
     return TorchdynSystem(
         module=vf, args=args, dynamics=dynamics.bind(noise if traced else dynamics.draw(z)),
         event_shape=event_shape, cost=cost, hidden_cost=hidden_cost, counters=counters, dims=z.shape[1:].numel(),
-        path=dynamics.path, held=dynamics.held,
+        regularizers=regularizers, part=part,
     )  # fmt: skip
 
 

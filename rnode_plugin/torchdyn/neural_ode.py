@@ -22,14 +22,13 @@ from torchdyn.numerics.interpolators import INTERP_DICT
 from torchdyn.numerics.solvers.ode import RungeKutta4
 
 from ..core.citations import citation
-from ..core.followed_solve import FollowedSolve, Kinds
 from ..core.history import History, OneProcessPerDevice
 from ..core.integrals import Integrals, attach
 from ..core.modes import on_host, outside_inference
-from ..core.part import PartSpec
+from ..core.part import PartSpec, warn_of_flat_state
+from ..core.regularizers import NONE, RegularizersLike
 from ..core.signature import Takes, field_takes, refuse_state_first
 from ..core.trace_estimators import Hutchinson, TraceEstimator, get_estimator
-from ..core.weighing import Regularizers, refuse_schedules, warn_of_flat_state
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import GRADIENTS, Adjoint, Autograd, FixedGrid, Method, Solver, get_gradient, get_method
@@ -136,7 +135,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     # class attributes, because objects that torchdyn's class made before install() did not run our __init__
     _max_nfe: int | None = None
     _named: Sequence[tuple[SolverObject, str]] = ()
-    _followed: Followed = Followed(Kinds(), Hutchinson("gaussian"), PartSpec())
+    _followed: Followed = Followed(NONE, Hutchinson("gaussian"), PartSpec())
     _quadrature: str = "full"
     _error_norm: str = "rms"
     _resolved: tuple[list[object], Solver] | None = None
@@ -161,7 +160,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         return_t_eval: bool = True,
         optimizable_params: Iterable[nn.Parameter] | Generator[nn.Parameter, None, None] = (),
         *,
-        regularizers: Regularizers = None,
+        regularizers: RegularizersLike = None,
         trace_noise: str | TraceEstimator = "gaussian",
         max_nfe: int | None = None,
         penalized: slice | Tensor | Iterable[bool] | None = None,
@@ -171,7 +170,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         warm_start: bool = False,
     ) -> None:
         given = _installed if regularizers is None else _Installed(regularizers)
-        weighted = resolve_regularizers(given.regularizers)
+        resolved = resolve_regularizers(given.regularizers)
         order = check_count(order, "order")
         if isinstance(interpolator, str) and interpolator not in INTERP_DICT:
             raise ConfigError(suggest(interpolator, ("4th",), "interpolator"))
@@ -205,19 +204,17 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
                 return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
             )  # fmt: skip
         self.solver_adjoint, self.first_steps = backward, {} if warm_start else None
-        self.history = History(weighted, counted_in=given.history)
-        self._followed = Followed(Kinds(), get_estimator(trace_noise), spec)
+        self.history = History(resolved, counted_in=given.history)
+        self._followed = Followed(NONE, get_estimator(trace_noise), spec)
         self._max_nfe, self._quadrature, self._error_norm = max_nfe, quadrature, error_norm
         built = ((forward, solver), (backward, solver_adjoint))
         self._named = tuple((made, name) for made, name in built if isinstance(name, str))
-        if weighted:
+        if resolved:
             refuse_leapfrog(forward)
-        objects = [each.regularizer for each in weighted.values()]
-        with_parameters = [each for each in objects if isinstance(each, nn.Module)]
-        if with_parameters:
-            self.regularizer_modules = nn.ModuleList(with_parameters)
+        if resolved.modules:
+            self.regularizer_modules = nn.ModuleList(resolved.modules)
         # resolved now, so that a wrong option fails here and not in the first call
-        self._solver({}).check_use(self.history.kinds.steps)
+        self._solver({}).check_use(resolved.steps)
         if sensitivity == "checkpointed":
             # torchdyn's field reads it to decide whether integral_loss is a column of the state
             self.vf.sensitivity = "autograd"
@@ -274,18 +271,18 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         if t_span is None:
             t_span = torch.linspace(0, 1, 2) if self.t_span is None else self.t_span
         if isinstance(x, dict):
-            if history.weighted:
+            if history.regularizers:
                 raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
             return ODEProblem.odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
         penalties = training if penalties is None else penalties
-        of_solve = FollowedSolve.of(history.kinds, penalized=penalties, training=training)
-        followed = replace(self._followed, kinds=of_solve.kinds)
+        regularizers = history.regularizers
+        followed = replace(self._followed, regularizers=regularizers.integrated(penalties))
         with outside_inference(x, t_span, args) as (x, t_span, args):
             solver, kept = self._solver(args), None
             x, t_span = self._start(x, t_span, solver)
-            t_span = of_solve.times(t_span)
+            t_span = regularizers.times(t_span, training=training and penalties)
             if penalties and x.ndim == 1 and followed.spec.batch_dim == 0:
-                warn_of_flat_state(x, history.kinds)
+                warn_of_flat_state(x, regularizers.needs)
             if solver.adaptive:
                 if len(save_at) > 0:
                     warnings.warn("Setting save_at has no effect on adaptive-step methods", stacklevel=3)
@@ -302,7 +299,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
                 self.vf, x, args, followed, takes=self._takes, one_graph=through_steps, hidden_cost=hidden
             )
             # once for each model, because the check takes one more evaluation
-            if not self._columns_known and penalties and followed.kinds.penalties and x.ndim == 2:
+            if not self._columns_known and followed.regularizers and x.ndim == 2:
                 lone = system.event_shape is None and followed.spec.columns is None and followed.spec.batch_dim == 0
                 self._columns_known = not lone or look_for_columns(system, t_span[0], x)
             nfe = self.vf.nfe
@@ -310,7 +307,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             self.vf.nfe = nfe + solution.stats.nfe  # not counting the evaluation that prepares checkpointing
             if kept is not None:
                 solution = replace(solution, t=solution.t[kept], z=solution.z[kept])
-            return solution.t, self._remember(x, t_span, system, solution, of_solve)
+            return solution.t, self._remember(x, t_span, system, solution, penalties=penalties)
 
     def trajectory(self, x: Tensor, t_span: Tensor) -> Tensor:
         """Solve without penalties. The solution ``(T, B, ...)`` at ``t_span`` is differentiable through the steps.
@@ -321,7 +318,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         with outside_inference(x, t_span) as (x, t_span):
             solver = replace(self._solver({}).without_interpolation(), gradient=Autograd())
             x, t_span = self._start(x, t_span, solver)
-            t_span = FollowedSolve.of(self.history.kinds).times(t_span)
+            t_span = self.history.regularizers.times(t_span)
             system = system_of(self.vf, x, {}, self._followed, one_graph=True)
             return solver.solve(system, x, t_span).check().z
 
@@ -370,9 +367,9 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
 
     def citation(self) -> str:
         """BibTeX entries of the papers behind the penalties, the trace estimator and the solver of this model."""
-        estimator = self._followed.estimator if "vjp" in self.history.kinds.needs else None
-        given = [each.regularizer for each in self.history.weighted.values()]
-        return citation(given, estimator=estimator, methods=[solver_name(self.solver)])
+        regularizers = self.history.regularizers
+        estimator = self._followed.estimator if "vjp" in regularizers.needs else None
+        return citation(regularizers, estimator=estimator, methods=[solver_name(self.solver)])
 
     @property
     def vf_params(self) -> Tensor:
@@ -423,19 +420,21 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             return x, times.to(x.device, copy=True)
 
     def _remember(
-        self, x: Tensor, t_span: Tensor, system: TorchdynSystem, solution: Solution, followed: FollowedSolve
+        self, x: Tensor, t_span: Tensor, system: TorchdynSystem, solution: Solution, *, penalties: bool
     ) -> Tensor:
         """The states of a solution, tied to the penalties, which are kept for :meth:`reg_loss`."""
         history, integrals = self.history, dict(solution.penalties)
         cost = integrals.pop(INTEGRAL_LOSS, None)
         if cost is not None and bool(t_span[-1] < t_span[0]):
             cost = -cost  # penalties are integrated over |dt|, but torchdyn's column for the cost over dt
-        integrals = followed.complete(integrals, x if self._followed.spec.batch_dim == 0 else x.unsqueeze(0))
+        if penalties:
+            z = x if self._followed.spec.batch_dim == 0 else x.unsqueeze(0)
+            integrals = history.regularizers.with_span_penalty(integrals, z)
         if history.counted_in is not None and integrals:  # install(regularizers=): backward adds the penalties
-            added = history.counted_in.count(Integrals(integrals, history.weighted, system.dims))
+            added = history.counted_in.count(Integrals(integrals, history.regularizers, system.dims))
             cost = added if cost is None else cost.sum() + added
         sol, integrals = attach(solution.z, integrals, cost)
-        history.add(Integrals(integrals, history.weighted, system.dims))
+        history.add(Integrals(integrals, history.regularizers, system.dims))
         return sol
 
     def _takes(self, net: object) -> Takes:
@@ -519,7 +518,7 @@ class _Installed:
         torchdiffeq: whether torchdiffeq's functions are replaced too.
     """
 
-    regularizers: Regularizers = None
+    regularizers: RegularizersLike = None
     history: History | None = None
     torchdiffeq: bool = False
 
@@ -527,7 +526,7 @@ class _Installed:
 _installed = _Installed()
 
 
-def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> History:
+def install(*, torchdiffeq: bool = False, regularizers: RegularizersLike = None) -> History:
     """Give torchdyn's ``NeuralODE`` the arguments and the behavior of :class:`~rnode_plugin.NeuralODE`.
 
     From then on every object of that class, also one that was made before, is solved by rnode_plugin: with the same
@@ -569,7 +568,7 @@ def install(*, torchdiffeq: bool = False, regularizers: Regularizers = None) -> 
         >>> uninstall()
     """
     global _installed
-    refuse_schedules(resolve_regularizers(regularizers))
+    resolve_regularizers(regularizers).refuse_schedules()
     history, both = History(), torchdiffeq or _installed.torchdiffeq
     if both:
         from .. import torchdiffeq as face

@@ -6,15 +6,21 @@ from torch import Tensor
 
 from rnode_plugin.core.field_evaluation import FieldEvaluation
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.regularizers import Source, rate
+from rnode_plugin.regularizers import About, Source, rate
 
 __all__ = ["hjb"]
 
 
 @rate(
-    "hjb", formula="abs(∂Φ/∂t − ‖∇Φ‖²/2) for a potential field f = −∇Φ, not divided by D", needs={"field"},
-    divided_by_dims=False, cost="one pass over the potential", source=Source("OT-Flow", "Onken et al.", 2021),
-)  # fmt: skip
+    "hjb",
+    needs={"field"},
+    divided_by_dims=False,
+    about=About(
+        "abs(∂Φ/∂t − ‖∇Φ‖²/2) for a potential field f = −∇Φ, not divided by D",
+        cost="one pass over the potential",
+        source=Source("OT-Flow", "Onken et al.", 2021),
+    ),
+)
 def hjb(evaluation: FieldEvaluation) -> Tensor:
     """``|dPhi/dt - ||grad Phi||^2 / 2|`` for a potential field ``f = -grad Phi`` (OT-Flow; Onken et al., 2021).
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rnode_plugin.core.field_evaluation import FieldEvaluation
-from rnode_plugin.regularizers import FunctionRegularizer, FunctionStepPenalty, StepRecord
+from rnode_plugin.regularizers import Rate, StepPenalty, StepRecord
 
 __all__ = ["arclength", "chordlength"]
 
@@ -20,7 +20,7 @@ def _speed(evaluation: FieldEvaluation) -> Tensor:
     return torch.linalg.vector_norm(evaluation.dz.flatten(1), dim=1)
 
 
-arclength = FunctionRegularizer("arclength", _speed)
+arclength = Rate("arclength", _speed)
 
 
 def _chord(step: StepRecord) -> Tensor:
@@ -28,4 +28,4 @@ def _chord(step: StepRecord) -> Tensor:
     return torch.linalg.vector_norm((step.z1 - step.z0).flatten(1), dim=1)
 
 
-chordlength = FunctionStepPenalty("chordlength", _chord)
+chordlength = StepPenalty("chordlength", _chord)

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from ...core.distribution import DensityModel
-from ...core.followed_solve import Kinds
 from ...core.objective import FlowOutput, per_dim
 from ...core.random_streams import Stream, seeded
 from ...core.trace_estimators import Exact, Hutchinson
-from ...core.weighing import undivided
 from ...diagnostics.solver_gap import measure_solver_gap
 from ...errors import ConfigError
 from ..data.images import ImageArray
@@ -87,7 +85,7 @@ def evaluate(
     # size, each solved from its own first step, make the NFE of two evaluations comparable
     batches = nfe_batches(len(samples), measure.dims)
     nfe = [solves.encode(solver, batch, index=index, alone=True).nfe for index, batch in enumerate(batches)]
-    whole = undivided(flow.regularizers)
+    whole = flow.regularizers.undivided
     gap = None
     if training_solver is not None and not training_solver.adaptive:
         accurate = solves.scores[0, 0, 0]
@@ -148,7 +146,7 @@ class _Solves:
         self.scores: dict[tuple[int, int, int], Tensor] = {}
         self._pilot = min(len(self.batches), math.ceil(_PILOT / batch_size))
         # the scores come from a solve that no penalty has changed, so some penalties take another solve
-        self._apart = Kinds.of(flow.regularizers).adds_evaluations
+        self._apart = flow.regularizers.adds_evaluations
         self._kinds = range(len(measure.quantities))
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
         self._device = next(flow.parameters()).device

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from ...core.schedules import strength_text
-from ...core.weighing import undivided
 from ...errors import RnodeError
 from ...plugins.registry import resolve_regularizers
 from ...text import change_with_error, duration, signed, significant, with_error
@@ -160,7 +159,7 @@ def _undivided(run: RunContents) -> Collection[str]:
     if run.result is not None:
         return run.result.evaluation.undivided
     try:
-        return undivided(each.regularizer for each in resolve_regularizers(run.recipe.measured).values())
+        return resolve_regularizers(run.recipe.measured).undivided
     except RnodeError:  # of a plugin that is not installed here
         return ()
 

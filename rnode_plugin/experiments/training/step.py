@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from ...core.distribution import DensityModel
-from ...core.followed_solve import Kinds
 from ...core.objective import FlowOutput, objective, per_dim
 from ...core.random_streams import Stream, seeded
 from ...core.schedules import final_strength, strength_at
-from ...core.weighing import undivided
 from ...diagnostics.solver_gap import measure_solver_gap
 from ...errors import ConfigError, SolverError
 from ...flows.base import BlockFlow
@@ -99,7 +97,7 @@ class LikelihoodLoss:
             penalties = dict.fromkeys(self._measured if penalized else (), nan)
             return StepTerms(loss, {"loss": nan, metric: nan, "nfe": float(error.nfe), **penalties}, failure=error)
         log_prob = self._flow.log_prob_of(output)
-        whole = undivided(self._flow.regularizers)
+        whole = self._flow.regularizers.undivided
         lambdas = {name: strength_at(name, strength, step) for name, strength in self._lambdas.items()}
         goal = objective(log_prob, output.regularization, lambdas=lambdas, dims=dims, undivided=whole)
         # a factor of NaN makes the gradient NaN too. Averaging the gradients carries it to all processes of the
@@ -184,13 +182,13 @@ def measure_batch(
         return task.scores(flow.log_prob_of(output)), output
 
     # score and NFE come from a solve that no penalty has changed, so some penalties take another solve
-    apart = Kinds.of(flow.regularizers).adds_evaluations
+    apart = flow.regularizers.adds_evaluations
     # In 8 or 11 bits the rounding of a field is larger than the tolerances of an adaptive method, which would
     # shrink its steps without end
     with torch.autocast(batch.device.type, enabled=False):
         scores, output = scored(penalties=not apart)
         integrals = (scored(penalties=True)[1] if apart else output).regularization
-    whole = undivided(flow.regularizers)
+    whole = flow.regularizers.undivided
     means = {name: value.mean() for name, value in integrals.items()}
     row = {task.metric: scores.mean(), "nfe": float(output.nfe)}
     row |= per_dim(means, dims=task.dims, undivided=whole)

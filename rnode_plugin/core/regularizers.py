@@ -1,0 +1,483 @@
+"""Regularizers: all of a model, resolved, sorted and weighted once; and the only calls of their code."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ..errors import ConfigError, PluginError, RnodeError, suggest
+from .modes import differs, on_host
+from .regularizer import Rate, Regularizer, SpanPolicy, StepPenalty, StepRecord, code_of
+from .schedules import DEFAULT_LAMBDA, Strength, check_lambda, strength_at
+from .signature import accepts
+
+if TYPE_CHECKING:
+    from .field_evaluation import FieldEvaluation
+
+One: TypeAlias = "str | Regularizer | Callable[..., Tensor]"
+RegularizersLike: TypeAlias = "Regularizers | One | Iterable[One] | Mapping[Any, Strength | None] | None"
+"""What ``regularizers=`` takes: one or several names, objects or functions ``rate(t, z, dz)``, or their lambdas."""
+
+
+@dataclass(frozen=True, eq=False)
+class Regularizers:
+    """The regularizers of a model with their strengths, sorted by what they see of a solve.
+
+    Every interface asks it in this order: :meth:`times` before a solve, :meth:`integrated` for the dynamics of the
+    solve, which call :meth:`of_step` and :meth:`finish`, and :meth:`with_span_penalty` after the solve.
+
+    Attributes:
+        by_name: all of them, in the order in which they were given. Iteration is over these objects.
+        strengths: the lambda of each in the objective by name: a number, or a function of the optimizer's step.
+        penalties: all except the span policy.
+        rates: the rates by name.
+        finished: the rates whose penalty is made of their integral at the end of a solve.
+        steps: the step penalties.
+        span: the one span policy; None if there is none.
+        needs: what an evaluation must provide for the rates.
+        repeats: whether a rate evaluates the field again.
+        no_time_gradient: names of the rates whose gradient with respect to the times is wrong if it is taken
+            through the steps of a solve, and with respect to the first time in any case.
+
+    Raises:
+        ConfigError: for an object of none of the three kinds, and for two span policies.
+    """
+
+    by_name: Mapping[str, Regularizer] = field(default_factory=dict[str, Regularizer])
+    strengths: Mapping[str, Strength] = field(default_factory=dict[str, Strength])
+    penalties: tuple[Rate | StepPenalty, ...] = field(init=False)
+    rates: Mapping[str, Rate] = field(init=False)
+    finished: tuple[Rate, ...] = field(init=False)
+    steps: tuple[StepPenalty, ...] = field(init=False)
+    span: SpanPolicy | None = field(init=False)
+    needs: frozenset[str] = field(init=False)
+    repeats: bool = field(init=False)
+    no_time_gradient: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        penalties: list[Rate | StepPenalty] = []
+        rates: dict[str, Rate] = {}
+        steps: list[StepPenalty] = []
+        span: SpanPolicy | None = None
+        needs: set[str] = set()
+        for each in self.by_name.values():
+            if isinstance(each, SpanPolicy):
+                if span is not None:
+                    raise ConfigError(f"{span.name} and {each.name} both change the times of a solve: choose one.")
+                span = each
+                continue
+            penalties.append(each)
+            if isinstance(each, Rate):
+                rates[each.name] = each
+                needs.update(each.needs)
+            else:
+                steps.append(each)
+        derived: dict[str, object] = {
+            "penalties": tuple(penalties), "rates": rates, "steps": tuple(steps), "span": span,
+            "finished": tuple(rate for rate in rates.values() if rate.finish is not None),
+            "needs": frozenset(needs), "repeats": "field" in needs or any(rate.repeats for rate in rates.values()),
+            "no_time_gradient": tuple(name for name, rate in rates.items() if not rate.time_gradient),
+        }  # fmt: skip
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, spec: RegularizersLike, *, by_name: Callable[[str], Regularizer] | None = None) -> Regularizers:
+        """Resolve what a user writes as ``regularizers=``.
+
+        Args:
+            spec: names, regularizers or plain functions ``rate(t, z, dz) -> (B,)``, one or several, or a mapping
+                from any of these to lambda: a number, a function of the optimizer's step, or None for
+                :data:`~rnode_plugin.core.schedules.DEFAULT_LAMBDA`. Regularizers that are resolved already stay
+                as they are.
+            by_name: looks up the regularizer of a name; ``rnode_plugin.plugins.registry.get_regularizer`` is one.
+                None: names are refused.
+
+        Raises:
+            ConfigError: for an unknown name, a name used twice, a lambda that is negative or not finite, a lambda
+                of a regularizer that has no penalty, two span policies, or an object that is none of the three.
+        """
+        if isinstance(spec, Regularizers):
+            return spec
+        if spec is None:
+            return cls()
+        if isinstance(spec, Mapping):
+            items = list(spec.items())
+        else:
+            # a string is iterable, and so may be a regularizer, such as a module list with a call
+            given: Any = spec
+            several = isinstance(given, Iterable) and not isinstance(given, str) and not callable(given)
+            items = [(entry, None) for entry in (given if several else [given])]
+        found: dict[str, Regularizer] = {}
+        strengths: dict[str, Strength] = {}
+        for entry, strength in items:
+            one = _resolved(entry, by_name)
+            if one.name in found:
+                raise ConfigError(f"the regularizer {one.name!r} is named twice; name each once.")
+            found[one.name], strengths[one.name] = one, _checked_strength(one, strength)
+        return cls(found, strengths)
+
+    def __iter__(self) -> Iterator[Regularizer]:
+        return iter(self.by_name.values())
+
+    def __len__(self) -> int:
+        return len(self.by_name)
+
+    @property
+    def code(self) -> tuple[object, ...]:
+        """The function or module of each penalty, and the span policy, in order."""
+        return tuple(map(code_of, self))
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those in :attr:`code` that are modules, whose parameters train with the model."""
+        return [each for each in self.code if isinstance(each, nn.Module)]
+
+    @property
+    def undivided(self) -> frozenset[str]:
+        """Names of those whose penalty the objective does not divide by the number of dimensions."""
+        return frozenset(each.name for each in self if not each.divided_by_dims)
+
+    @property
+    def adds_evaluations(self) -> bool:
+        """Whether a solve with them takes more evaluations than a solve without them, for a local step."""
+        return any(each.local for each in self.steps)
+
+    # strengths ---------------------------------------------------------------------------------------------------
+
+    def strengths_at(self, step: int | None, lambdas: Mapping[str, float] | None = None) -> dict[str, float]:
+        """The lambda of each penalty by name.
+
+        Args:
+            step: number of steps that the optimizer has taken, for a lambda that is a function of the step.
+            lambdas: strengths to use instead of the model's, by name.
+
+        Raises:
+            ConfigError: for an unknown name, for a strength that is negative, not finite, or of a span policy that
+                has no penalty, and for a function without a step.
+        """
+        strengths = dict(self.strengths)
+        for name, strength in (lambdas or {}).items():
+            if name not in strengths:
+                raise ConfigError(suggest(name, strengths, "penalty"))
+            strengths[name] = _checked_strength(self.by_name[name], strength)
+        return {name: strength_at(name, strength, step) for name, strength in strengths.items()}
+
+    def refuse_schedules(self) -> None:
+        """Refuse a lambda that is a function of the optimizer's step, for an ``install``, which knows no step."""
+        for name, strength in self.strengths.items():
+            if callable(strength):
+                raise ConfigError(
+                    f"lambda of {name!r} depends on the optimizer's step, which install() does not know: give a "
+                    "number, or add reg_loss(step=n), or penalties.loss(step=n) in torchdiffeq, to the loss."
+                )
+
+    # a solve -----------------------------------------------------------------------------------------------------
+
+    def times(
+        self, t_span: Tensor, *, training: bool = False, like: Tensor | None = None, backward: bool = False
+    ) -> Tensor:
+        """The times ``(T,)`` of a solve, with penalties or without, since a learned end time is part of a model.
+
+        Args:
+            t_span: the times of the model, ``(T,)``.
+            training: whether a span policy may draw times. A solve without penalties draws none.
+            like: has the dtype and device of the result; None: ``t_span`` itself.
+            backward: whether the result runs in the other direction than ``t_span``.
+
+        Raises:
+            ConfigError: from the policy, for a span that it cannot change, and for times that differ between the
+                samples of a ``torch.func.vmap``.
+            PluginError: if the policy raises another error.
+        """
+        with on_host():  # a captured program has the times as constants
+            times = t_span if like is None else t_span.to(like)
+            times = times.flip(0) if backward else times
+            if (span := self.span) is None:
+                return times
+            return _times_of(span, times, training=training)
+
+    def integrated(self, penalties: bool) -> Regularizers:
+        """What the dynamics of a solve follow: all but the span policy; nothing if no ``penalties`` are wanted."""
+        if not penalties:
+            return NONE
+        if self.span is None:
+            return self
+        rest = {each.name: each for each in self.penalties}
+        return replace(self, by_name=rest, strengths={name: self.strengths[name] for name in rest})
+
+    def check_gradient_by_times(self, t: Tensor, *, through_steps: bool = True) -> None:
+        """Refuse times with a gradient that a rate cannot give, because it detaches a part of itself.
+
+        Through the steps of a solve, such a rate has no gradient with respect to any time. A continuous adjoint has
+        its gradient with respect to the end, but not to the start.
+
+        Args:
+            t: the times of the solve, ``(T,)``.
+            through_steps: whether the solve is differentiated through its steps.
+
+        Raises:
+            ConfigError: if there is such a rate, and ``t`` needs a gradient that it does not have.
+        """
+        if not self.no_time_gradient:
+            return
+        name = self.no_time_gradient[0]
+        if through_steps and (t.requires_grad or forward_ad.unpack_dual(t).tangent is not None):
+            raise ConfigError(
+                f"{name!r} has no gradient by the times of a solve that is differentiated through its steps, and "
+                "these times require one (learned_end_time, or t_span with a graph): use the sensitivity 'adjoint' "
+                "(odeint_adjoint) if only the end requires it, the penalty 'total_derivative', or times without a "
+                "gradient (t.detach())."
+            )
+        if not through_steps and t.requires_grad and _has_derivative(t[0]):
+            raise ConfigError(
+                f"{name!r} has no gradient by the time at which a solve starts, and this time requires one (t_span "
+                "with a graph, or learned_end_time in a solve backward in time): use the penalty "
+                "'total_derivative', or a first time without a gradient (t[0].detach())."
+            )
+
+    def of_step(
+        self, record: StepRecord, event: Callable[[Tensor], Tensor], *, local: bool
+    ) -> dict[str, tuple[str, Tensor]]:
+        """``(reduction, value (B,))`` of each step penalty by name, at one step.
+
+        Args:
+            record: the step, of the whole state.
+            event: extracts the part that the penalties measure from a state ``(B, ...)``, which may hold more.
+            local: whether the step is the extra one, which local penalties see, or an accepted one.
+
+        Raises:
+            ConfigError, PluginError: as :func:`checked`.
+        """
+        # `event` selects the same entries of a state, of its velocity and of its error
+        seen = replace(
+            record,
+            z0=event(record.z0),
+            z1=event(record.z1),
+            states=[event(z) for z in record.states],
+            velocities=[event(v) for v in record.velocities],
+            error=None if record.error is None else event(record.error),
+        )
+        untouched = [seen.z0, seen.z1, *seen.states, *seen.velocities]
+        if seen.error is not None:
+            untouched.append(seen.error)
+        return {
+            each.name: (each.reduction, checked(each.name, each.of, (seen,), untouched, seen.z0))
+            for each in self.steps
+            if each.local == local
+        }
+
+    def finish(self, integrals: Mapping[str, Tensor], z0: Tensor, z1: Tensor, times: Tensor) -> dict[str, Tensor]:
+        """The penalties ``(B,)`` by name that rates make of their integrals over a whole solve.
+
+        Args:
+            integrals: of all rates by name.
+            z0, z1: the part ``(B, *event)`` of the state that they measure, at both ends of the solve.
+            times: of the solve, ``(T,)``. Their graph leads to a learned end time.
+
+        Raises:
+            ConfigError, PluginError: as :func:`checked`.
+        """
+        length = (times[-1] - times[0]).abs().to(z0.device)
+        found: dict[str, Tensor] = {}
+        for rate in self.finished:
+            seen = integrals[rate.name], z0, z1, length
+            assert rate.finish is not None
+            found[rate.name] = checked(rate.name, rate.finish, seen, seen, z0)
+        return found
+
+    def with_span_penalty(self, integrals: Mapping[str, Tensor], z: Tensor) -> dict[str, Tensor]:
+        """Add the span policy's penalty for ``z (B, *event)`` to the integrals ``(B,)`` by name of a whole model.
+
+        A flow of several blocks adds it once, after its last block.
+
+        Raises:
+            ConfigError, PluginError: as :func:`checked`.
+        """
+        if self.span is None:
+            return dict(integrals)
+        return {**integrals, self.span.name: checked(self.span.name, self.span.penalty, (z,), (z,), z)}
+
+    def joined(
+        self, before: Mapping[str, Tensor], last: Mapping[str, Tensor], *, solves: int, share: float
+    ) -> dict[str, Tensor]:
+        """Combine the penalties ``(B,)`` of consecutive solves, such as the blocks of a flow.
+
+        Args:
+            before: penalties of all solves except the last one, by name; empty if there are none.
+            last: penalties of the last solve.
+            solves: number of solves, the last one included.
+            share: number of steps in the last solve, as a fraction of all steps, between 0 and 1.
+        """
+        found: dict[str, Tensor] = {}
+        for each in self.penalties:
+            value, sum_of = last[each.name], before.get(each.name)
+            if sum_of is None:
+                found[each.name] = value
+            elif isinstance(each, Rate) or each.reduction == "sum":
+                found[each.name] = sum_of + value
+            elif each.reduction == "max":
+                found[each.name] = sum_of.maximum(value)
+            else:  # a running mean: over the solves, which have one local step each, or else over their steps
+                found[each.name] = sum_of + (value - sum_of) * (1 / solves if each.local else share)
+        return found
+
+
+NONE = Regularizers()
+"""What a model without regularizers has, and a solve without penalties follows."""
+
+
+# what a user writes ----------------------------------------------------------------------------------------------
+
+
+def _resolved(entry: Any, by_name: Callable[[str], Regularizer] | None) -> Regularizer:
+    if isinstance(entry, str) and by_name is not None:
+        entry = by_name(entry)
+    if isinstance(entry, SpanPolicy) and not isinstance(getattr(entry, "name", None), str):
+        raise ConfigError(f"the span policy {entry!r} lacks a `name`, a text.")
+    if isinstance(entry, Rate) and not accepts(entry.of, None):
+        raise ConfigError(
+            f"the function of {entry.name!r} must take one argument, an evaluation, which has t, z and dz: "
+            "give Rate(name, lambda at: function(at.t, at.z, at.dz))."
+        )
+    if isinstance(entry, Regularizer):
+        return entry
+    if not callable(entry) or isinstance(entry, type) or hasattr(entry, "name"):
+        raise ConfigError(
+            f"{entry!r} is not a regularizer: give a name, a function rate(t, z, dz) -> (B,), or a Rate, a "
+            "StepPenalty or a SpanPolicy of rnode_plugin.regularizers, an object and not a class."
+        )
+    name = entry.__name__ if inspect.isroutine(entry) else type(entry).__name__
+    if not accepts(entry, None, None, None):
+        raise ConfigError(
+            f"the function {name!r} must take (t, z, dz). One that takes an evaluation becomes a regularizer by "
+            f"Rate({name!r}, function), from rnode_plugin.regularizers, and one that makes a regularizer is called "
+            "first, such as taylor(3)."
+        )
+    return Rate(name, _OfPlainFunction(entry))
+
+
+@dataclass(frozen=True)
+class _OfPlainFunction:
+    """A function of ``(t, z, dz)`` as a function of an evaluation; a class, because pickle takes no closure."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
+        return self.function(evaluation.t, evaluation.z, evaluation.dz)
+
+
+def _checked_strength(regularizer: Regularizer, strength: Strength | None) -> Strength:
+    if not isinstance(regularizer, SpanPolicy) or regularizer.penalized:
+        return check_lambda(regularizer.name, DEFAULT_LAMBDA if strength is None else strength)
+    if strength is not None and check_lambda(regularizer.name, strength) != 1:
+        raise ConfigError(
+            f"{regularizer.name!r} has no penalty and takes no lambda: give None, or 1 in a recipe and on the "
+            f"command line, {regularizer.name}=1. Its strength is an option, as in 'steer:0.25'."
+        )
+    return 1.0
+
+
+def _has_derivative(x: Tensor) -> bool:
+    """Whether a number has a derivative other than zero with respect to a tensor that requires a gradient."""
+    nodes: list[Any] = [x.grad_fn]
+    leaves, seen = list[Tensor](), set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # the node of a leaf
+            leaves.append(node.variable)
+        nodes += [each for each, _ in node.next_functions]
+    gradients = torch.autograd.grad(x, leaves, retain_graph=True, allow_unused=True) if leaves else ()
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+
+
+# calls of user code -----------------------------------------------------------------------------------------
+
+_WRITES = (
+    "the regularizer {!r} writes into a tensor that it is shown, such as the velocity, which changes the solve or "
+    "another penalty: use dz.square(), not dz.square_(), and so on."
+)
+
+
+def checked(
+    name: str, call: Callable[..., Tensor], seen: Sequence[Any], untouched: Sequence[Tensor], like: Tensor
+) -> Tensor:
+    """``call(*seen)``, a real floating-point tensor ``(B,)``; an error names the regularizer.
+
+    Args:
+        name: of the regularizer.
+        call: the function of a penalty, its ``finish``, or the ``penalty`` of a span policy.
+        seen: what it sees.
+        untouched: tensors of ``seen`` that the solve or other regularizers read later.
+        like: a state ``(B, *event)``.
+
+    Raises:
+        ConfigError: for another result, and for a regularizer that writes into ``untouched``.
+        PluginError: if the regularizer raises another error.
+    """
+    if torch.compiler.is_compiling():  # the same call was made uncompiled before
+        return call(*seen)
+    # torch counts writes into a tensor in its version; tensors made in inference mode have none
+    versions = [None if x.is_inference() else x._version for x in untouched]
+    try:
+        value = call(*seen)
+    except Exception as error:
+        if _passes(error):
+            raise
+        text = _one_line(error)
+        if "appears to not have been used in the graph" in text or "does not require grad" in text:
+            text += (
+                ". If the regularizer differentiates dz by z, let it declare needs={'vjp'}, as in "
+                "Rate(name, function, needs={'vjp'}), and read evaluation.vjp(v)"
+            )
+        raise PluginError(f"the regularizer {name!r} raised {text}") from error
+    for x, before in zip(untouched, versions, strict=True):
+        if before is not None and x._version != before:
+            raise ConfigError(_WRITES.format(name))
+    if not isinstance(value, Tensor) or value.shape != like.shape[:1] or not value.is_floating_point():
+        got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigError(
+            f"the regularizer {name!r} returned {got}; it must return one real number per sample, a "
+            f"tensor of floats of shape {tuple(like.shape[:1])}."
+        )
+    return value
+
+
+def _times_of(policy: SpanPolicy, times: Tensor, *, training: bool) -> Tensor:
+    if torch.compiler.is_compiling():
+        return policy.times(times, training=training)
+    try:
+        times = policy.times(times, training=training)
+    except Exception as error:
+        if _passes(error):
+            raise
+        raise PluginError(f"`times` of the regularizer {policy.name!r} raised {_one_line(error)}") from error
+    if isinstance(times, Tensor) and differs(times):
+        raise ConfigError(ONE_DRAW.format(f"the times of {policy.name!r}"))
+    return times
+
+
+ONE_DRAW = (
+    "{} are drawn once for all samples of a torch.func.vmap, which share one solve: give vmap randomness='same'."
+)
+
+
+def _passes(error: Exception) -> bool:
+    """Whether an error that a call of a regularizer raises is not about that regularizer."""
+    if isinstance(error, (RnodeError, torch.OutOfMemoryError, MemoryError)):
+        return True
+    # torch stops the second run of a checkpointed step early by raising this
+    return type(error).__module__ == "torch.utils.checkpoint"
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
