@@ -35,9 +35,9 @@ class AdjointCall:
 
     Attributes:
         dynamics: the system; it must give the same rates in both passes.
-        forward: solves the system from a state ``z`` through times ``t``.
+        forward: solves the system from a state ``z`` through times ``t``. The solution has all outputs that the
+            loss may depend on.
         backward: the solver of the backward pass.
-        outputs: gives the times and states of a solution that are outputs.
         repeating: makes the context of a backward pass; see :meth:`BoundDynamics.repeating`.
         interpolated: whether the backward pass reads the states from the accepted steps.
         solution: the solution of the forward pass, without a graph.
@@ -49,7 +49,6 @@ class AdjointCall:
     dynamics: BoundDynamics
     forward: Callable[[Tensor, Tensor], Solution]
     backward: Integrator
-    outputs: Callable[[Solution], tuple[Tensor, Tensor]]
     repeating: Callable[[], AbstractContextManager[object]]
     interpolated: bool = False
     solution: Solution | None = None
@@ -88,7 +87,7 @@ class _Adjoint(torch.autograd.Function):
                 "'autograd'.",
                 stacklevel=2,
             )
-        t, z = call.outputs(solution)
+        t, z = solution.t, solution.z
         call.solution, call.steps = solution, solution.steps if call.interpolated else None
         ctx.call, ctx.names = call, tuple(solution.penalties)
         ctx.save_for_backward(t_span, t, z, *params)

@@ -104,8 +104,7 @@ class FixedGrid(Solver):
                 if self.max_nfe is not None and totals.nfe > self.max_nfe:
                     fail_max_nfe(float(end.detach()), totals.steps, totals.nfe, int(self.max_nfe))
             totals.save(output, z)
-        starts = [start for interval in intervals for start, *_ in interval]
-        return totals.solution(health=(_health_of(totals, z, finite, starts),))
+        return totals.solution(health=(_health_of(totals, z, finite, intervals),))
 
     def _counts(self, t_span: Tensor) -> list[int]:
         """The number of steps in each interval of the times."""
@@ -122,14 +121,16 @@ class FixedGrid(Solver):
         return counts
 
 
-def _health_of(totals: Totals, z: Tensor, finite: list[Tensor], starts: Sequence[Tensor]) -> HealthCheck:
+def _health_of(
+    totals: Totals, z: Tensor, finite: list[Tensor], intervals: Sequence[Sequence[tuple[Tensor, Tensor, Tensor]]]
+) -> HealthCheck:
     """The check that a solve stayed finite, up to the state ``z`` at its end.
 
     Args:
         totals: the whole solve.
         z: its last state.
         finite: the health of the state after each step.
-        starts: the time at which each step starts.
+        intervals: start, length and end of each step in each interval of the times.
     """
     # the check outlives the solve, and must not hold its outputs
     logdet, penalties, steps, evaluations = totals.logdet, totals.penalties, totals.steps, totals.nfe
@@ -139,7 +140,8 @@ def _health_of(totals: Totals, z: Tensor, finite: list[Tensor], starts: Sequence
         finite[-1] = health(torch.cat([finite[-1].reshape(1), *(x.flatten() for x in integrals)]))
 
     def fail(bad: int) -> NoReturn:
-        t = float(starts[bad].detach())
+        start, *_ = [*itertools.chain(*intervals)][bad]
+        t = float(start.detach())
         nfe = (bad + 1) * evaluations // steps  # all steps of a grid cost the same
         if bad < steps - 1:
             fail_nonfinite(t, bad, nfe)

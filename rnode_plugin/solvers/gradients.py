@@ -7,7 +7,7 @@ Importing this needs no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import ConfigError
@@ -91,24 +91,21 @@ class Adjoint(Gradient):
 
         def forward(z: Tensor, t: Tensor) -> Solution:
             # built from the arguments: the graph keeps this function, which must not hold the problem's state
-            return solver.march(Problem(dynamics, z, t, save_steps or self.interpolated, None, first_step))
+            problem = Problem(dynamics, z, t, save_steps or self.interpolated, None, first_step)
+            return self.outputs(solver.march(problem), adaptive=solver.adaptive)
 
         if transforms_active() or not torch.is_grad_enabled():
-            solution = forward(z, t)
-            times, states = self.outputs(solution)
-            return replace(solution, t=times, z=states)
-        call = AdjointCall(
-            dynamics, forward, (self.backward or solver).of_adjoint(), self.outputs, dynamics.repeating(),
-            interpolated=self.interpolated,
-        )  # fmt: skip
+            return forward(z, t)
+        backward = (self.backward or solver).of_adjoint()
+        call = AdjointCall(dynamics, forward, backward, dynamics.repeating(), interpolated=self.interpolated)
         if known is not None:
             call.first_steps, call.way = known, f"{problem.way} adjoint"
             call.first_step = known.get(call.way)
         return solve_adjoint(call, z, t.to(z.device))
 
-    def outputs(self, solution: Solution) -> tuple[Tensor, Tensor]:
-        """The times and states of a solution that are outputs of the autograd node."""
-        return solution.t, solution.z
+    def outputs(self, solution: Solution, *, adaptive: bool) -> Solution:
+        """The solution of an adaptive solver or a fixed grid with the outputs that the loss may depend on."""
+        return solution
 
     def check_sampling(self) -> None:
         raise ConfigError(

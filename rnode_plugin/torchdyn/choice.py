@@ -294,13 +294,13 @@ class _Interpolate:
 class StepwiseAdjoint(Adjoint):
     """torchdyn's interpolated adjoint, in which each accepted step of an adaptive solver is also an output."""
 
-    def outputs(self, solution: Solution) -> tuple[Tensor, Tensor]:
-        if solution.longest_safe_step is None or solution.steps is None:  # a fixed grid
-            return solution.t, solution.z
+    def outputs(self, solution: Solution, *, adaptive: bool) -> Solution:
+        if not adaptive or solution.steps is None:
+            return solution
         t, z = (torch.cat(pair) for pair in zip((solution.t, solution.z), solution.steps, strict=True))
         times = t.detach()
         # merge both in the order of time; of equal times the stable sort keeps the output before the step
         order = times.argsort(stable=True, descending=bool(times[0] > solution.t[-1]))
         times = times[order]
         order = order[torch.cat([times[:1] == times[:1], times[1:] != times[:-1]])]
-        return t[order], z[order]
+        return replace(solution, t=t[order], z=z[order])
