@@ -193,22 +193,22 @@ MUTANTS = [
     Mutant(
         "a resumed run does not begin warm",
         "experiments/training/module.py",
-        'self._first_steps = progress["first_steps"]',
-        "self._first_steps = {}",
+        'self._safe_steps = progress["safe_steps"]',
+        "self._safe_steps = {}",
         "test_training.py::test_interrupted_and_resumed_equals_uninterrupted",
     ),
     Mutant(
         "accumulated batches share their first steps",
         "experiments/training/module.py",
-        "self._first_steps.setdefault(device, {})",
-        "self._first_steps.setdefault(0, {})",
+        "self._safe_steps.setdefault(device, {})",
+        "self._safe_steps.setdefault(0, {})",
         "test_experiment.py::test_accumulated_batches_draw_the_noise_of_as_many_devices",
     ),
     Mutant(
         "a second backward pass begins with the steps of the first",
         "solvers/adjoint.py",
-        "self.first_step = call.first_step",
-        "self.first_step = (call.first_steps or {}).get(call.way)",
+        "call.keep_step(pass_.longest_safe_step)",
+        "call.keep_step(step := pass_.longest_safe_step)\n        call.safe_step = step",
         "test_solve_limits.py::test_the_backward_pass_of_an_adjoint_begins_with_what_its_forward_pass_knew",
     ),
     Mutant(

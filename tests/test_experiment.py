@@ -67,7 +67,7 @@ def test_accumulated_batches_draw_the_noise_of_as_many_devices(tmp_path: Path) -
 
     def loss(batch: Tensor, step: int) -> StepTerms:
         drawn.append(float(torch.rand(())))
-        known.append(experiment.flow.first_steps)
+        known.append(experiment.flow.history.longest_safe_steps)
         return experiment.loss(batch, step)
 
     run(dataclasses.replace(experiment, loss=loss), tmp_path)
@@ -78,7 +78,7 @@ def test_accumulated_batches_draw_the_noise_of_as_many_devices(tmp_path: Path) -
     assert drawn == wanted
     assert known[0] is not known[1]
     assert all(each is known[index % 2] for index, each in enumerate(known))
-    assert experiment.flow.first_steps is None  # outside of a step
+    assert experiment.flow.history.longest_safe_steps is None  # outside of a step
 
 
 def test_a_run_takes_other_samples_and_continues(tmp_path: Path) -> None:

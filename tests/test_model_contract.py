@@ -247,35 +247,36 @@ def test_a_warm_start_begins_with_the_last_solve_of_each_block_and_direction(nam
     assert torch.equal(first.z, cold.z)  # nothing is known yet
     assert again.nfe < cold.nfe == first.nfe
     torch.testing.assert_close(model.log_prob_of(again), model.log_prob_of(cold), rtol=1e-6, atol=1e-6)
-    assert model.first_steps is None
-    assert warm.first_steps is not None
-    ways = [set(steps) for steps in warm.first_steps.values()]
+    assert model.history.longest_safe_steps is None
+    assert warm.history.longest_safe_steps is not None
+    steps = warm.history.longest_safe_steps
+    ways = [set(each) for each in steps.values()]
     assert ways == [{"forward"}] * len(model.block_shapes)
     if len(ways) == 1:  # to the bit a solve by a solver with this first step
-        solver = dataclasses.replace(ACCURATE, first_step=0.9 * warm.first_steps[0]["forward"])
+        solver = dataclasses.replace(ACCURATE, first_step=0.9 * steps[0]["forward"])
         expected = model.encode(x, **given, solver=solver)
         assert torch.equal(warm.encode(x, **given).z, expected.z)
-    forward = [steps["forward"] for steps in warm.first_steps.values()]
+    forward = [each["forward"] for each in steps.values()]
     warm.inverse(cold.z.detach(), **given)
-    assert [set(steps) for steps in warm.first_steps.values()] == [{"forward", "backward"}] * len(ways)
-    assert [steps["forward"] for steps in warm.first_steps.values()] == forward
-    known = copy.deepcopy(warm.first_steps)
+    assert [set(each) for each in steps.values()] == [{"forward", "backward"}] * len(ways)
+    assert [each["forward"] for each in steps.values()] == forward
+    known = copy.deepcopy(warm.history.longest_safe_steps)
     for copied in (copy.deepcopy(warm), pickle.loads(pickle.dumps(warm))):
-        assert copied.first_steps == known
+        assert copied.history.longest_safe_steps == known
         copied.encode(x / 2, **given)
-        assert copied.first_steps != known
-        assert warm.first_steps == known
+        assert copied.history.longest_safe_steps != known
+        assert warm.history.longest_safe_steps == known
         assert warm.state_dict().keys() == copied.state_dict().keys() == model.state_dict().keys()
-    assert warm.solved_with().first_steps is None
-    assert warm.solved_with(warm_start=True).first_steps == {}
-    warm.first_steps.clear()
+    assert warm.solved_with().history.longest_safe_steps is None
+    assert warm.solved_with(warm_start=True).history.longest_safe_steps == {}
+    warm.history.longest_safe_steps.clear()
     assert torch.equal(warm.encode(x, **given).z, cold.z)
 
 
 def test_a_constructor_takes_a_warm_start() -> None:
     cnf = RegularizedCNF(nn.Linear(2, 2), event_shape=2, warm_start=True)
     models = (cnf, TableFlow(2, hidden=2, warm_start=True), MultiscaleFlow((1, 4, 4), hidden=2, warm_start=True))
-    assert [each.first_steps for each in models] == [{}, {}, {}]
+    assert [each.history.longest_safe_steps for each in models] == [{}, {}, {}]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -12,7 +12,8 @@ import torch
 from problems import Linear, Wave
 from torch import Tensor
 
-from rnode_plugin.core.dynamics import Dynamics, FunctionDynamics, Rates
+from rnode_plugin.core.dynamics import BoundDynamics, Dynamics, FunctionDynamics, Rates
+from rnode_plugin.core.history import History
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.regularizers import Rate, StepPenalty, jacfrob, kinetic
@@ -24,6 +25,8 @@ from rnode_plugin.solvers import (
     Adjoint,
     FixedGrid,
     Method,
+    Solution,
+    Solver,
     SolverSettings,
     get_method,
 )
@@ -257,17 +260,27 @@ def test_a_solve_that_begins_with_the_longest_safe_step_rejects_nothing(method: 
     first = solver.solve(bound, z, T)
     assert first.stats.rejected > 0
     assert first.longest_safe_step is not None
-    second = solver.solve(bound, z, T, first_steps={"forward": first.longest_safe_step})
+    second = solver.solve(bound, z, T, safe_step=first.longest_safe_step)
     assert second.stats.rejected == 0
     assert second.stats.nfe < first.stats.nfe
+    for wrong in (0.0, -0.1, math.nan):
+        with pytest.raises(ConfigError, match="a safe step must be a length > 0"):
+            solver.solve(bound, z, T, safe_step=wrong)
+
+
+def solve_warm(solver: Solver, bound: BoundDynamics, z: Tensor, times: Tensor, history: History) -> Solution:
+    found = solver.solve(bound, z, times, **history.warm_start(times))
+    history.keep_step(found.longest_safe_step, times)
+    return found
 
 
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
-def test_first_steps_are_read_and_written_by_direction(method: str) -> None:
+def test_safe_steps_are_kept_by_direction(method: str) -> None:
     """To the bit a solve by a solver that has this first step, shortened for safety or by the end of the solve."""
     bound = Dynamics(Wave(), estimator="exact").bind(None)
     z = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     solver, known = Adaptive(method, atol=1e-6, rtol=1e-6), dict[str, float]()
+    history = History(longest_safe_steps={0: known})
     safety = get_method(method).safety
 
     def begin(safe: float | None, times: Tensor) -> float | None:
@@ -278,7 +291,7 @@ def test_first_steps_are_read_and_written_by_direction(method: str) -> None:
         for first_step in (None, known.get(way)):
             begun = dataclasses.replace(solver, first_step=begin(known.get(way), times))
             expected = begun.solve(bound, z, times)
-            found = solver.solve(bound, z, times, first_steps=known)
+            found = solve_warm(solver, bound, z, times, history)
             assert torch.equal(found.z, expected.z)
             assert found.logdet is not None
             assert expected.logdet is not None
@@ -287,21 +300,23 @@ def test_first_steps_are_read_and_written_by_direction(method: str) -> None:
             assert known[way] == found.longest_safe_step == expected.longest_safe_step
             assert first_step is None or found.stats.nfe < solver.solve(bound, z, times).stats.nfe
     assert set(known) == {"forward", "backward"}
-    FixedGrid().solve(bound, z, T, first_steps=(before := dict(known)))
+    before = dict(known)
+    solve_warm(FixedGrid(), bound, z, T, history)
     assert before == known
 
 
 def test_a_field_that_has_become_harder_meets_the_tolerance() -> None:
     """A first step 300 times too long is rejected, and the error is at most twice as large as without it."""
-    z, known = torch.ones(1, 1, dtype=torch.float64), dict[str, float]()
+    z, history = torch.ones(1, 1, dtype=torch.float64), History(longest_safe_steps={})
     solver = Adaptive("dopri5", atol=1e-8, rtol=1e-8)
-    solver.solve(FunctionDynamics(functools.partial(decay, rate=0.1)), z, T, first_steps=known)
+    solve_warm(solver, FunctionDynamics(functools.partial(decay, rate=0.1)), z, T, history)
     hard = FunctionDynamics(functools.partial(decay, rate=30.0))
-    warm, cold = solver.solve(hard, z, T, first_steps=known), solver.solve(hard, z, T)
+    warm, cold = solve_warm(solver, hard, z, T, history), solver.solve(hard, z, T)
     assert warm.stats.rejected > cold.stats.rejected
     errors = [float((each.z[-1] - math.exp(-30.0)).abs()) for each in (warm, cold)]
     assert errors[0] < 2 * errors[1] < 1e-7
-    assert known["forward"] == pytest.approx(cold.longest_safe_step, rel=0.2)
+    assert history.longest_safe_steps is not None
+    assert history.longest_safe_steps[0]["forward"] == pytest.approx(cold.longest_safe_step, rel=0.2)
 
 
 def test_a_sliver_at_the_end_does_not_shorten_the_safe_step() -> None:
@@ -322,23 +337,25 @@ def test_the_backward_pass_of_an_adjoint_begins_with_what_its_forward_pass_knew(
 ) -> None:
     net, z = Wave(), torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     bound, known = Dynamics(net, divergence=False).bind(None), dict[str, float]()
+    history = History(longest_safe_steps={0: known})
     name = "backward adjoint" if times[-1] < times[0] else "forward adjoint"
 
-    def gradient(first_step: float | None, first_steps: dict[str, float] | None) -> tuple[list[Tensor], int]:
+    def gradient(first_step: float | None, history: History) -> tuple[list[Tensor], int]:
         backward = Adaptive("dopri5", atol=1e-7, rtol=1e-7, first_step=first_step)
         solver = Adaptive("dopri5", atol=1e-7, rtol=1e-7, gradient=Adjoint(backward, interpolated=interpolated))
-        loss = solver.solve(bound, z, times, first_steps=first_steps).z[1:].square().sum()
+        loss = solve_warm(solver, bound, z, times, history).z[1:].square().sum()
         calls = list[int]()
         with net.register_forward_hook(lambda *_: calls.append(1)):
             gradients = [torch.autograd.grad(loss, net.a, retain_graph=True)[0]]
         gradients.append(torch.autograd.grad(loss, net.a)[0])
         return gradients, len(calls)
 
-    cold, cold_calls = gradient(None, known)
+    cold, cold_calls = gradient(None, history)
     assert torch.equal(*cold)  # the second one does not begin with what the first one has written
     assert set(known) == {name, name.split()[0]}
-    expected, _ = gradient(0.9 * known[name], {name.split()[0]: known[name.split()[0]]})
-    warm, warm_calls = gradient(None, known)
+    of_forward = History(longest_safe_steps={0: {name.split()[0]: known[name.split()[0]]}})
+    expected, _ = gradient(0.9 * known[name], of_forward)
+    warm, warm_calls = gradient(None, history)
     for each in (*expected, *warm):
         assert torch.equal(each, expected[0])
     torch.testing.assert_close(warm[0], cold[0], rtol=1e-5, atol=1e-6)

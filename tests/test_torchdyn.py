@@ -480,21 +480,21 @@ def test_a_warm_start_begins_with_the_last_call_in_that_direction(sensitivity: s
         assert forward == guessed if first else forward < guessed
         if "adjoint" in sensitivity:
             assert backward == of_backward if first else backward < of_backward
-    assert cold.first_steps is None
+    assert cold.history.longest_safe_steps is None
     adjoint = {"forward adjoint", "backward adjoint"} if "adjoint" in sensitivity else set()
-    assert warm.first_steps is not None
-    assert set(warm.first_steps) == {"forward", "backward"} | adjoint
-    known = dict(warm.first_steps)
+    assert warm.history.longest_safe_steps is not None
+    assert set(warm.history.longest_safe_steps[0]) == {"forward", "backward"} | adjoint
+    known = copy.deepcopy(warm.history.longest_safe_steps)
     warm.trajectory(x, ahead)
     torch.func.grad(lambda x: warm(x, ahead)[1][-1].sum())(2 * x)  # a transform neither reads nor writes
-    assert warm.first_steps == known
+    assert warm.history.longest_safe_steps == known
     for copied in (copy.deepcopy(warm), pickle.loads(pickle.dumps(warm))):
-        assert copied.first_steps == known
+        assert copied.history.longest_safe_steps == known
         copied(2 * x, ahead)
-        assert copied.first_steps != known
-    assert warm.first_steps == known
+        assert copied.history.longest_safe_steps != known
+    assert warm.history.longest_safe_steps == known
     assert warm.state_dict().keys() == cold.state_dict().keys()
-    warm.first_steps.clear()
+    warm.history.longest_safe_steps.clear()
     assert torch.equal(warm(x, ahead)[1], cold(x, ahead)[1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 
 from ..errors import ConfigError, check_count
 from .citations import citation
+from .history import History
 from .objective import FlowOutput, standard_normal_log_prob
 from .regularizer import Regularizer
 from .regularizers import NONE, Regularizers
@@ -62,12 +64,13 @@ class DensityModel(nn.Module, ABC):
         regularizers: the penalties that a solve can follow; :meth:`keep_regularizers` sets them.
         nfe: number of evaluations of the vector fields in the last solve, :meth:`sample` included.
         trained_steps: number of optimizer steps of the run that has trained the weights; 0 for fresh ones.
-        first_steps: None, or of a model with ``warm_start=True`` the longest step that would have passed in the
-            last solve of an adaptive solver, ``{block: {direction: step}}``, with which the next such solve begins.
-            The last solve counts, with any solver. The ``first_step`` of a solver begins the first solve
-            alone. A solve starts warm only where the model hands :meth:`first_steps_of` to its solver. Copies
-            by deepcopy and pickle keep the steps, and a ``state_dict`` does not have them.
-            ``model.first_steps.clear()`` forgets them.
+        history (History): what the model remembers of its solves. Of a model with ``warm_start=True``,
+            ``history.longest_safe_steps`` holds the longest step that would have passed in the last solve of an
+            adaptive solver, ``{block: {direction: step}}``, with which the next such solve begins. The last solve
+            counts, with any solver. The ``first_step`` of a solver begins the first solve alone. A solve starts
+            warm only where the model hands :meth:`History.warm_start` to its solver. Copies by deepcopy and pickle
+            keep the steps, and a ``state_dict`` does not have them. ``model.history.longest_safe_steps.clear()``
+            forgets them.
 
     Example:
         >>> import torch
@@ -88,7 +91,11 @@ class DensityModel(nn.Module, ABC):
     regularizers: Regularizers = NONE
     nfe: int = 0
     trained_steps: int = 0
-    first_steps: dict[int, dict[str, float]] | None = None
+
+    @functools.cached_property
+    def history(self) -> History:
+        """What the model remembers of its solves."""
+        return History()
 
     @abstractmethod
     def encode(
@@ -259,7 +266,7 @@ class DensityModel(nn.Module, ABC):
             estimator: the estimator of the trace, or its name; None: the model's.
             regularizers: the penalties that the copy follows. A span policy of the model, such as a learned end
                 time, stays.
-            warm_start: whether the copy begins warm, see :attr:`first_steps`. It knows no steps yet.
+            warm_start: whether the copy begins warm, see :attr:`history`. It knows no steps yet.
         """
         given = list(regularizers)
         for each in given:
@@ -272,17 +279,13 @@ class DensityModel(nn.Module, ABC):
         # nn.Module keeps submodules in a dict, which a shallow copy would share: assignments must stay in the copy
         twin._modules, twin._buffers = dict(self._modules), dict(self._buffers)
         twin.solver = solver or self.solver
-        twin.first_steps = {} if warm_start else None
+        twin.history = History(longest_safe_steps={} if warm_start else None)
         twin.estimator = self.estimator if estimator is None else get_estimator(estimator)
         policy = self.regularizers.span
         if policy is not None and policy.name not in {each.name for each in given}:  # a copy is not the same object
             given.append(policy)
         twin.keep_regularizers(Regularizers.of(given))
         return twin
-
-    def first_steps_of(self, block: int = 0) -> dict[str, float] | None:
-        """What a solve of one block takes as ``first_steps=``, by :attr:`first_steps`."""
-        return None if self.first_steps is None else self.first_steps.setdefault(block, {})
 
     def citation(self) -> str:
         """BibTeX entries of the papers behind the penalties, the trace estimator and the solver of this model."""

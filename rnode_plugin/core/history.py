@@ -6,7 +6,7 @@ import copy
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .integrals import Integrals, weighted_sum
-from .modes import transforms_active
+from .modes import traced, transforms_active
 from .regularizers import NONE, Regularizers
 
 
@@ -30,10 +30,17 @@ class History(Mapping[str, Tensor]):
         regularizers: the regularizers of the model or the block.
         counted_in: of a model that an ``install`` penalizes, the history that ``install`` has returned, which
             counts the solves of all such models and their copies.
+        longest_safe_steps: see below.
         absent: advice for the error that is raised before the first solve.
         of_one_thread: whether a thread reads only its own solves.
 
     Attributes:
+        longest_safe_steps: of a model that begins warm, the longest step that would have passed in the last solve
+            of an adaptive solver, ``{block: {direction: step}}``, from which the next such solve of this block
+            begins. The directions of time are ``"forward"`` and ``"backward"``, and ``"forward adjoint"`` and
+            ``"backward adjoint"`` for the backward pass of a continuous adjoint. Copies keep the steps,
+            a ``state_dict`` does not have them, and ``model.history.longest_safe_steps.clear()`` forgets them.
+            None: each solve begins with the first step of its solver.
         solves: for the history of an ``install``, the number of solves whose penalties took part in a backward
             pass. Solves inside a transform of ``torch.func`` are not counted.
     """
@@ -43,11 +50,12 @@ class History(Mapping[str, Tensor]):
         regularizers: Regularizers = NONE,
         *,
         counted_in: History | None = None,
+        longest_safe_steps: dict[int, dict[str, float]] | None = None,
         absent: str = "call the model first.",
         of_one_thread: bool = True,
     ) -> None:
         self.regularizers, self.counted_in = regularizers, counted_in
-        self.solves = 0
+        self.longest_safe_steps, self.solves = longest_safe_steps, 0
         self._absent, self._of_one_thread = absent, of_one_thread
         self._kept: list[Integrals] = []
         self._collecting = False
@@ -57,10 +65,12 @@ class History(Mapping[str, Tensor]):
 
     # both leave out the solves, because deepcopy refuses tensors with a graph
     def __deepcopy__(self, memo: dict[int, object]) -> History:
-        return History(copy.deepcopy(self.regularizers, memo), counted_in=self.counted_in)
+        steps = copy.deepcopy(self.longest_safe_steps, memo)
+        return History(copy.deepcopy(self.regularizers, memo), counted_in=self.counted_in, longest_safe_steps=steps)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(History, counted_in=self.counted_in), (self.regularizers,)
+        kept = {"counted_in": self.counted_in, "longest_safe_steps": self.longest_safe_steps}
+        return functools.partial(History, **kept), (self.regularizers,)
 
     def __repr__(self) -> str:
         return f"History({', '.join(self)})"
@@ -92,6 +102,43 @@ class History(Mapping[str, Tensor]):
         """Keep what a solve returned. It ends the solve that :meth:`begin` has started."""
         self._begun = None
         self._kept.append(integrals)
+
+    def warm_start(self, t_span: Tensor | Sequence[float], *, block: int = 0) -> dict[str, Any]:
+        """The arguments with which ``Solver.solve`` begins warm; none for a model that does not.
+
+        After the solve :meth:`keep_step` keeps its longest safe step. The step of a continuous adjoint's backward
+        pass is kept by the pass itself, which runs later.
+
+        Args:
+            t_span: the times of the solve, ``(T,)``.
+            block: the number of the neural ODE in the model.
+        """
+        if (found := self._steps_of(t_span, block)) is None:
+            return {}
+        steps, way = found
+        adjoint = f"{way} adjoint"
+        return {
+            "safe_step": steps.get(way),
+            "adjoint_safe_step": steps.get(adjoint),
+            "keep_adjoint_step": functools.partial(steps.__setitem__, adjoint),
+        }
+
+    def keep_step(self, step: float | None, t_span: Tensor | Sequence[float], *, block: int = 0) -> None:
+        """Keep the ``longest_safe_step`` of a solution; arguments as for :meth:`warm_start`."""
+        if step is not None and (found := self._steps_of(t_span, block)) is not None:
+            steps, way = found
+            steps[way] = step
+
+    def _steps_of(self, t_span: Tensor | Sequence[float], block: int) -> tuple[dict[str, float], str] | None:
+        """The safe steps of a block and the direction of a solve; None if the solve does not begin warm.
+
+        Inside a transform of torch.func, an export and torch.compile no solve begins warm, and none is kept.
+        """
+        if self.longest_safe_steps is None or traced() or torch.compiler.is_compiling():
+            return None
+        times = torch.as_tensor(t_span)
+        way = "forward" if times.numel() == 0 or bool(times.flatten()[-1] >= times.flatten()[0]) else "backward"
+        return self.longest_safe_steps.setdefault(block, {}), way
 
     def __getitem__(self, name: str) -> Tensor:
         return self.as_dict()[name]

@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 
 from ..core.distribution import DensityModel, StandardNormal
 from ..core.dynamics import Dynamics
-from ..core.history import OneProcessPerDevice
+from ..core.history import History, OneProcessPerDevice
 from ..core.modes import on_host
 from ..core.objective import FlowOutput
 from ..core.regularizer import Regularizer
@@ -41,7 +41,8 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         solver: the integrator, kept as the attribute :attr:`solver`; None: the default :class:`FixedGrid`.
         regularizers: penalties to integrate: names, objects or functions.
         trace_noise: ``"gaussian"``, ``"rademacher"`` or ``"exact"``, or an estimator.
-        warm_start: see :attr:`DensityModel.first_steps`.
+        warm_start: whether each solve begins with the longest step that would have passed in the last one; see
+            :class:`~rnode_plugin.core.history.History`.
     """
 
     fields: nn.ModuleList
@@ -59,7 +60,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         super().__init__()
         self.solver = chosen_solver(solver, FixedGrid())
         self.estimator = get_estimator(trace_noise)
-        self.first_steps = {} if warm_start else None
+        self.history = History(longest_safe_steps={} if warm_start else None)
         if isinstance(regularizers, Mapping) and any(each is not None for each in regularizers.values()):
             raise ConfigError("a flow applies no lambda: name the regularizers, and give lambdas= to objective().")
         self.keep_regularizers(Regularizers.of(regularizers, by_name=_registered))
@@ -306,8 +307,9 @@ class _Pass:
             net=net, user_field=net,
         )  # fmt: skip
         block = len(self._flow.fields) - 1 - index if self._backward else index
-        known = self._flow.first_steps_of(block)
-        solution = self._solver.solve(dynamics.bind(noise), z, self._times(z), first_steps=known)
+        times, history = self._times(z), self._flow.history
+        solution = self._solver.solve(dynamics.bind(noise), z, times, **history.warm_start(times, block=block))
+        history.keep_step(solution.longest_safe_step, times, block=block)
         if solution.logdet is not None:
             self._logdets.append(solution.logdet[-1])
         self.health += solution.health

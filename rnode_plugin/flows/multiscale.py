@@ -149,7 +149,7 @@ class MultiscaleFlow(BlockFlow):
         trace_noise: ``"gaussian"`` (the paper's), ``"rademacher"``, or ``"exact"`` for tiny images.
         field: makes the field of a block from the shape of its state, in place of the paper's field.
         warm_start: whether each solve of an adaptive solver begins with the longest step that would have passed
-            in the last one; see :attr:`DensityModel.first_steps`.
+            in the last one; see :attr:`DensityModel.history`.
 
     A fresh flow has f = 0, so it is the logit map, and its penalties are zero. :attr:`fields` holds the fields of
     the blocks, in the order in which an image passes them. Weights of another implementation of the same layers

@@ -40,7 +40,7 @@ class TableFlow(BlockFlow):
         trace_noise: ``"exact"``, ``"gaussian"`` or ``"rademacher"``. ``"auto"`` is exact for up to 16 columns, and
             Rademacher otherwise.
         warm_start: whether each solve of an adaptive solver begins with the longest step that would have passed
-            in the last one; see :attr:`DensityModel.first_steps`.
+            in the last one; see :attr:`DensityModel.history`.
 
     A fresh flow of perceptrons has f = 0, so it is a Gaussian with the mean and the deviation of the
     standardization.

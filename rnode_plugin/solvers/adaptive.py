@@ -100,7 +100,7 @@ class Adaptive(Solver):
         return replace(super().of_adjoint(), error_norm="rms")
 
     def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
-        dynamics, z, t_span, save_steps, _, first_step = problem
+        dynamics, z, t_span, save_steps, safe_step, *_ = problem
         self._check_state(dynamics, z)
         # Times stay on the CPU, so that comparing them does not wait for the device; t_span.cpu() keeps its graph.
         # In half precision the end of a step would be rounded far off the place that the state has reached.
@@ -118,7 +118,7 @@ class Adaptive(Solver):
         start = span[0].to(device)
         rates: Rates | None = dynamics.evaluate(start, z, products=not draw)
         totals = Totals([start], [z], knots=[(start, z)] if save_steps else None, nfe=1)
-        begin = self.first_step if first_step is None else control.warm_start(first_step, span)
+        begin = self.first_step if safe_step is None else control.warm_start(safe_step, span)
         if begin is None:
             dt, totals.nfe = control.first_length(dynamics, z, rates.dz, span, totals.nfe)
         else:

@@ -42,8 +42,8 @@ class AdjointCall:
         interpolated: whether the backward pass reads the states from the accepted steps.
         solution: the solution of the forward pass, without a graph.
         steps: the accepted steps of the forward pass, which the backward pass reads.
-        first_steps: where the backward pass writes its longest safe step, under ``way``.
-        first_step: what was there in the forward pass, so that two backward passes take the same steps.
+        safe_step: with which each backward pass begins, also the second one through one solution.
+        keep_step: takes the longest safe step of each backward pass.
     """
 
     dynamics: BoundDynamics
@@ -53,9 +53,8 @@ class AdjointCall:
     interpolated: bool = False
     solution: Solution | None = None
     steps: Steps | None = None
-    first_steps: dict[str, float] | None = None
-    way: str = "forward adjoint"
-    first_step: float | None = None
+    safe_step: float | None = None
+    keep_step: Callable[[float], None] | None = None
 
 
 def solve_adjoint(call: AdjointCall, z0: Tensor, t_span: Tensor) -> Solution:
@@ -135,8 +134,8 @@ def _sweep(ctx: Any, dz: Tensor, dlogdet: Tensor | None, dpenalties: Sequence[Te
         if bool(t[k] != t[before]):
             a = pass_.interval(t[k], t[before], z[k], a, dl)
         k = before
-    if call.first_steps is not None and pass_.safe:
-        call.first_steps[call.way] = pass_.longest_safe_step
+    if call.keep_step is not None and pass_.safe:
+        call.keep_step(pass_.longest_safe_step)
     if wants_times:
         # a later start shortens the path; the first output is z0 at any start, so `a` has no jump from it here
         dt[0] = -pass_.hamiltonian(t[0], z[0], a, dl, penalties=True)
@@ -165,7 +164,7 @@ class _Backward:
         self.dpenalties = {name: self.sign * g for name, g in dpenalties.items()}
         self.gradients = [torch.zeros_like(p) for p in params]
         self.checked = False
-        self.first_step = call.first_step
+        self.safe_step = call.safe_step
         self.safe: list[tuple[float, float]] = []  # the length of each interval, and its longest safe step
         self.path = None if call.steps is None else _Path(call.dynamics, call.steps, self.sign)
 
@@ -188,7 +187,7 @@ class _Backward:
             return Rates(rate, None, {str(i): self.sign * g for i, g in enumerate(dparams)})
 
         times = torch.stack([t1, t0]) if path is None else torch.cat([t1[None], path.between(t1, t0), t0[None]])
-        problem = Problem(FunctionDynamics(adjoint_system), state, times, first_step=self.first_step)
+        problem = Problem(FunctionDynamics(adjoint_system), state, times, safe_step=self.safe_step)
         solution = self.solver.march(problem).check()
         if solution.longest_safe_step is not None:
             self.safe.append((abs(float(t1 - t0)), solution.longest_safe_step))

@@ -87,20 +87,20 @@ class Adjoint(Gradient):
         from .adjoint import AdjointCall, solve_adjoint
         from .step import Problem
 
-        dynamics, z, t, save_steps, known, first_step = problem
+        dynamics, z, t, save_steps, safe_step, adjoint_safe_step, keep_adjoint_step = problem
 
         def forward(z: Tensor, t: Tensor) -> Solution:
             # built from the arguments: the graph keeps this function, which must not hold the problem's state
-            problem = Problem(dynamics, z, t, save_steps or self.interpolated, None, first_step)
+            problem = Problem(dynamics, z, t, save_steps or self.interpolated, safe_step)
             return self.outputs(solver.march(problem), adaptive=solver.adaptive)
 
         if transforms_active() or not torch.is_grad_enabled():
             return forward(z, t)
         backward = (self.backward or solver).of_adjoint()
-        call = AdjointCall(dynamics, forward, backward, dynamics.repeating(), interpolated=self.interpolated)
-        if known is not None:
-            call.first_steps, call.way = known, f"{problem.way} adjoint"
-            call.first_step = known.get(call.way)
+        call = AdjointCall(
+            dynamics, forward, backward, dynamics.repeating(), interpolated=self.interpolated,
+            safe_step=adjoint_safe_step, keep_step=keep_adjoint_step,
+        )  # fmt: skip
         return solve_adjoint(call, z, t.to(z.device))
 
     def outputs(self, solution: Solution, *, adaptive: bool) -> Solution:

@@ -36,7 +36,7 @@ class SolverSettings:
         max_nfe, quadrature: as for both kinds.
         gradient: ``autograd``, ``checkpointed``, ``adjoint`` or ``interpolated_adjoint``.
         warm_start: whether each step of a training begins its solves with the longest step that would have passed
-            in the step before, see :attr:`DensityModel.first_steps <rnode_plugin.core.distribution.DensityModel>`.
+            in the step before, see :attr:`History.longest_safe_steps <rnode_plugin.core.history.History>`.
             It belongs to the model, so :meth:`build` and a fixed grid do not use it.
 
     Raises:

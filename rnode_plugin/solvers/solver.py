@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.dynamics import BoundDynamics
 from ..core.health import HealthCheck, health
-from ..core.modes import differs, drop_casts, exporting, on_host, refuse_dual_numbers, traced, transforms_active
+from ..core.modes import differs, drop_casts, exporting, on_host, refuse_dual_numbers, transforms_active
 from ..core.regularizer import StepPenalty
 from ..core.regularizers import ONE_DRAW
 from ..errors import ConfigError
@@ -93,7 +93,9 @@ class Solver(ABC):
         z0: Tensor,
         t_span: Tensor | Sequence[float],
         *,
-        first_steps: dict[str, float] | None = None,
+        safe_step: float | None = None,
+        adjoint_safe_step: float | None = None,
+        keep_adjoint_step: Callable[[float], None] | None = None,
         save_steps: bool = False,
     ) -> Solution:
         """Solve the augmented system (RNODE) from ``t_span[0]`` through all of ``t_span``.
@@ -104,13 +106,12 @@ class Solver(ABC):
             t_span: times ``(T,)``, increasing or decreasing. If they are on the CPU, they are read without waiting
                 for the device. Numbers take the precision of ``z0``. An exported program has the times as
                 constants, so a model that makes them during a call gives numbers.
-            first_steps: what is known from earlier solves of the same field. An adaptive solver first tries the
-                step under the direction of time, ``"forward"`` or ``"backward"``, times the safety factor of its
-                method unless the whole step reaches the end of the solve, and writes its ``longest_safe_step``
-                there. The backward pass of a continuous adjoint does the same
-                with ``"forward adjoint"`` or ``"backward adjoint"``. A direction that is missing, and None, begin
-                with the solver's ``first_step``. Inside a transform of torch.func, an export and torch.compile
-                nothing is known, and nothing is written.
+            safe_step: the ``longest_safe_step`` of an earlier solution of the same field in the same direction of
+                time. An adaptive solver first tries it, times the safety factor of its method unless the whole step
+                reaches the end of the solve. None: the solver's ``first_step``. A fixed grid does not use it.
+            adjoint_safe_step: the same for the backward pass of a continuous adjoint.
+            keep_adjoint_step: called by each backward pass of an adaptive continuous adjoint with its longest safe
+                step. This is a function, because the backward pass runs after the solution was returned.
             save_steps: whether the solution holds the accepted steps.
 
         Returns:
@@ -119,9 +120,9 @@ class Solver(ABC):
             transform of torch.func every gradient goes through the steps, as with ``autograd``.
 
         Raises:
-            ConfigError: for times that are not finite and strictly monotonic, for a quadrature or a penalty that
-                the method or the gradient cannot have, and for an adaptive solver inside ``torch.func.vmap`` or on
-                the device ``meta``, where errors cannot be read.
+            ConfigError: for times that are not finite and strictly monotonic, for a safe step that is not above 0,
+                for a quadrature or a penalty that the method or the gradient cannot have, and for an adaptive
+                solver inside ``torch.func.vmap`` or on the device ``meta``, where errors cannot be read.
             SolverError: if a state of an adaptive solver is not finite, if the step size underflows, and if the
                 budget of evaluations is used up.
         """
@@ -136,16 +137,14 @@ class Solver(ABC):
         if regularizers.no_time_gradient:
             through_steps = get_gradient(self.gradient).through_steps or transforms_active()
             regularizers.check_gradient_by_times(t_span, through_steps=through_steps)
-        problem = Problem(dynamics, z0, t_span, save_steps)
-        known = None if traced() or torch.compiler.is_compiling() else first_steps
-        if known is not None:
-            problem = problem._replace(first_steps=known, first_step=known.get(problem.way))
+        for length in (safe_step, adjoint_safe_step):
+            if length is not None and not length > 0:
+                raise ConfigError(f"a safe step must be a length > 0 or None, not {length!r}.")
+        problem = Problem(dynamics, z0, t_span, save_steps, safe_step, adjoint_safe_step, keep_adjoint_step)
         if regularizers.steps or regularizers.finished:
             solution = self._solve_with_path(problem)
         else:
             solution = get_gradient(self.gradient).solve(self, problem)
-        if known is not None and solution.longest_safe_step is not None:
-            known[problem.way] = solution.longest_safe_step
         return solution if save_steps or solution.steps is None else replace(solution, steps=None)
 
     def _solve_with_path(self, problem: Problem) -> Solution:

@@ -52,22 +52,15 @@ class Step(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """An initial value problem with the options of :meth:`Solver.solve`.
-
-    ``first_step`` is what ``first_steps`` holds for this solve, which does not read it a second time.
-    """
+    """An initial value problem with the options of :meth:`Solver.solve`."""
 
     dynamics: BoundDynamics
     z: Tensor
     t_span: Tensor
     save_steps: bool = False
-    first_steps: dict[str, float] | None = None
-    first_step: float | None = None
-
-    @property
-    def way(self) -> str:
-        """The direction of time, the key of a solve in ``first_steps``."""
-        return "forward" if bool(self.t_span[-1] >= self.t_span[0]) else "backward"
+    safe_step: float | None = None
+    adjoint_safe_step: float | None = None
+    keep_adjoint_step: Callable[[float], None] | None = None
 
 
 class Integrator(Protocol):

@@ -60,7 +60,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             method. In contrast to :class:`~rnode_plugin.NeuralODE`, ``"rk4"`` is the classical method, of order 4
             for a field that depends on time too. The attribute ``solver`` is the object.
         warm_start: whether each solve of an adaptive solver begins with the longest step that would have passed
-            in the last one; see :attr:`DensityModel.first_steps`. :meth:`trajectory` does not take part.
+            in the last one; see :attr:`DensityModel.history`. :meth:`trajectory` does not take part.
         options: of a solver that is given by its name: ``atol`` and ``rtol`` of an adaptive solver, 1e-5, the
             paper's, unless given; ``sensitivity``, ``solver_adjoint``, ``atol_adjoint``, ``rtol_adjoint``,
             ``max_nfe`` and ``error_norm`` as in :class:`~rnode_plugin.NeuralODE`.
@@ -106,10 +106,10 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             raise ConfigError("a conditional net is called net(t, z, context), but this one does not take that.")
         refuse_state_first(net, "RegularizedCNF")
         self.net, self.estimator = net, get_estimator(trace_estimator)
+        self.history = History(longest_safe_steps={} if warm_start else None)
         self.keep_regularizers(resolve_regularizers(regularizers))
         self.solver = _solver_of(solver, options)
         self.solver.check_use(self.regularizers.steps)
-        self.first_steps = {} if warm_start else None
         if t_span is None and isinstance(self.solver, FixedGrid) and self.solver.step is None:
             raise ConfigError(
                 f"{self.solver.name} would take one step from the data to the base: give "
@@ -274,7 +274,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         """
         solver, times = self._on_grid(solver)
         times = self.regularizers.times(times, like=z, backward=True)
-        return self._states(z, times, context, solver, self.first_steps_of())[-1]
+        return self._states(z, times, context, solver, self.history)[-1]
 
     def inverse_and_log_prob(
         self,
@@ -316,7 +316,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         return self._states(x, merged, context, self.solver)[order < len(times)]
 
     def keep_regularizers(self, regularizers: Regularizers) -> None:
-        self.history = History(regularizers)
+        self.history = History(regularizers, longest_safe_steps=self.history.longest_safe_steps)
         super().keep_regularizers(regularizers)
 
     def collect_penalties(self) -> AbstractContextManager[History]:
@@ -375,7 +375,8 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             )  # fmt: skip
             bound = dynamics.bind(dynamics.draw(x) if noise is None else noise[0])
             # a field may write into its state, but not into x
-            solution = solver.solve(bound, x.clone(), times, first_steps=self.first_steps_of())
+            solution = solver.solve(bound, x.clone(), times, **history.warm_start(times))
+            history.keep_step(solution.longest_safe_step, times)
             if check:
                 solution.check()
             assert solution.logdet is not None
@@ -401,13 +402,15 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         times: Tensor,
         context: Tensor | None,
         solver: Solver,
-        first_steps: dict[str, float] | None = None,
+        history: History | None = None,
     ) -> Tensor:
-        """The states at ``times``, without density and penalties."""
-        rows = self.check_inputs(x, context=context)
+        """The states at ``times``, without density and penalties; a solve with a ``history`` begins warm."""
+        rows, history = self.check_inputs(x, context=context), History() if history is None else history
         with outside_inference(x, rows, times) as (x, rows, times):
             dynamics = NetDynamics(self.net, x, rows, solver, estimator=self.estimator, divergence=False)
-            solution = solver.solve(dynamics.bind(None), x.clone(), times, first_steps=first_steps).check()
+            bound = dynamics.bind(None)
+            solution = solver.solve(bound, x.clone(), times, **history.warm_start(times)).check()
+            history.keep_step(solution.longest_safe_step, times)
             self.nfe = solution.stats.nfe
             return solution.z
 

@@ -98,9 +98,9 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             solver, see :class:`~rnode_plugin.Adaptive`.
         warm_start: whether each call with an adaptive solver begins with the longest step that would have passed in
             the last one, as does the backward pass of a continuous adjoint. Otherwise each call guesses its first
-            step, as torchdyn does. :meth:`trajectory` does not take part. The attribute ``first_steps`` holds the
-            steps by direction of time. Copies by deepcopy and pickle keep them, a ``state_dict`` does not have
-            them, and ``model.first_steps.clear()`` forgets them.
+            step, as torchdyn does. :meth:`trajectory` does not take part. ``history.longest_safe_steps[0]`` holds
+            the steps by direction of time. Copies by deepcopy and pickle keep them, a ``state_dict`` does not have
+            them, and ``model.history.longest_safe_steps.clear()`` forgets them.
 
     After a call :attr:`regularization` holds the integral of each penalty along the trajectory, and
     :meth:`reg_loss` gives their weighted sum. :meth:`trajectory` does not integrate penalties and keeps those from
@@ -141,7 +141,6 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     _resolved: tuple[list[object], Solver] | None = None
     _known: tuple[object, Takes] = (None, Takes("?"))
     _columns_known: bool = False
-    first_steps: dict[str, float] | None = None
 
     def __init__(
         self,
@@ -203,8 +202,8 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
                 interpolator=interpolator, integral_loss=integral_loss, seminorm=seminorm,
                 return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
             )  # fmt: skip
-        self.solver_adjoint, self.first_steps = backward, {} if warm_start else None
-        self.history = History(resolved, counted_in=given.history)
+        self.solver_adjoint, steps = backward, {} if warm_start else None
+        self.history = History(resolved, counted_in=given.history, longest_safe_steps=steps)
         self._followed = Followed(NONE, get_estimator(trace_noise), spec)
         self._max_nfe, self._quadrature, self._error_norm = max_nfe, quadrature, error_norm
         built = ((forward, solver), (backward, solver_adjoint))
@@ -303,7 +302,8 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
                 lone = system.event_shape is None and followed.spec.columns is None and followed.spec.batch_dim == 0
                 self._columns_known = not lone or look_for_columns(system, t_span[0], x)
             nfe = self.vf.nfe
-            solution = solver.solve(system, x, t_span, first_steps=self.first_steps).check()
+            solution = solver.solve(system, x, t_span, **history.warm_start(t_span)).check()
+            history.keep_step(solution.longest_safe_step, t_span)
             self.vf.nfe = nfe + solution.stats.nfe  # not counting the evaluation that prepares checkpointing
             if kept is not None:
                 solution = replace(solution, t=solution.t[kept], z=solution.z[kept])

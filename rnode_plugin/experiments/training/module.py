@@ -112,8 +112,8 @@ class RnodeModule(L.LightningModule):
         self._terms: list[StepTerms] = []  # the terms of each batch in this step, on this device
         self._values: dict[str, Tensor | float] = {}  # values of the last step to log, tensors of this device
         self._row: dict[str, float] | None = None  # the same values as numbers and as means over the devices
-        # the first steps of the next solves of each device, or of each batch in the place of a device
-        self._first_steps: dict[int, dict[int, dict[str, float]]] = {}
+        # the longest safe steps of the last solves of each device, or of each batch in the place of a device
+        self._safe_steps: dict[int, dict[int, dict[str, float]]] = {}
         self._groups: list[dict[str, object]] = []  # settings of the optimizer; empty if a subclass makes its own
         self._warned = False
 
@@ -151,11 +151,12 @@ class RnodeModule(L.LightningModule):
         if not (self.recipe.solver.adaptive and self.recipe.solver.warm_start):
             return self.loss(batch, self.global_step)
         # in this call alone, so that validations and samples neither begin warm nor change the steps of training
-        before, self.flow.first_steps = self.flow.first_steps, self._first_steps.setdefault(device, {})
+        history = self.flow.history
+        before, history.longest_safe_steps = history.longest_safe_steps, self._safe_steps.setdefault(device, {})
         try:
             return self.loss(batch, self.global_step)
         finally:
-            self.flow.first_steps = before
+            history.longest_safe_steps = before
 
     # Lightning calls this after the last backward pass of a step, when the gradient is averaged over the batches
     # and devices, and is no longer scaled for 16-mixed
@@ -364,19 +365,19 @@ class RnodeModule(L.LightningModule):
         # the header makes Lightning's checkpoint one of ours, from which load_flow rebuilds the model
         # Lightning calls this in all processes, and the first one writes
         rank, world = self.global_rank, self.trainer.world_size
-        known = [{device: each for device, each in self._first_steps.items() if device % world == rank}]
+        known = [{device: each for device, each in self._safe_steps.items() if device % world == rank}]
         if world > 1:
             known = known * world
             torch.distributed.all_gather_object(known, known[0])
-        first_steps = {device: steps for each in known for device, steps in each.items()}
+        safe_steps = {device: steps for each in known for device, steps in each.items()}
         progress = {
-            "skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "first_steps": first_steps,
+            "skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "safe_steps": safe_steps,
         }  # fmt: skip
         checkpoint.update(header_with(self.recipe, self.facts), progress=progress)
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
         progress = cast("dict[str, Any]", checkpoint["progress"])
         self.skipped, self.skipped_in_row = progress["skipped"], progress["skipped_in_row"]
-        self._first_steps = progress["first_steps"]
+        self._safe_steps = progress["safe_steps"]
         self.facts = self.facts or facts_of(checkpoint)
         self._is_fresh = False
