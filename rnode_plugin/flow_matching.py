@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core.derivatives import VELOCITY, Ask, AutogradField, Linearization, as_field
+from .core.derivatives import VELOCITY, AutogradField, Linearization, Velocity, as_field
 from .core.door import Door
 from .core.dynamics import Dynamics
 from .core.modes import outside_inference, refuse_dual_numbers
@@ -153,12 +153,20 @@ class _Evaluated(AutogradField):
         super().__init__(field, part=part)
         self._velocity = velocity
 
-    def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
-        if ask == VELOCITY:
+    def linearize(
+        self,
+        t: Tensor,
+        z: Tensor,
+        probes: Tensor | None = None,
+        wants: frozenset[str] = VELOCITY,
+        *,
+        peek: Velocity | None = None,
+    ) -> Linearization:
+        if not wants:
             return Linearization(self._velocity)
         if self.part is None:
-            return as_field(self._field).linearize(t, z, noise, ask=ask)
-        return super().linearize(t, z, noise, ask=ask)
+            return as_field(self._field).linearize(t, z, probes, wants, peek=peek)
+        return super().linearize(t, z, probes, wants, peek=peek)
 
 
 class ODESolver:

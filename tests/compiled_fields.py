@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from rnode_plugin.core.derivatives import Ask
 from rnode_plugin.fields import compile_fields
 
 
@@ -14,8 +13,8 @@ def numbers(field: Any, z: torch.Tensor) -> list[torch.Tensor]:
     """Velocity and product, and their gradients by the state, the noise and all parameters."""
     noise = torch.linspace(-1, 1, z.numel()).reshape(z.shape).requires_grad_()
     z = z.clone().requires_grad_()
-    prepared, t = field.prepare(z, noise), torch.tensor(0.3)
-    outputs = list(prepared.linearize(t, z, noise, ask=Ask("noise"))[:2])
+    prepared, t = field.prepared(z, noise), torch.tensor(0.3)
+    outputs = list(prepared.linearize(t, z, noise, frozenset({"products"}))[:2])
     loss: Any = sum(x.sin().sum() * (k + 1) for k, x in enumerate(outputs))
     return [*outputs, *torch.autograd.grad(loss, [z, noise, *field.parameters()])]
 

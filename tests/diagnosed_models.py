@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from rnode_plugin import RegularizedCNF
-from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Linearization
+from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linearization
 from rnode_plugin.core.objective import FlowOutput
 
 MATRIX = torch.tensor([[0.5, 0.8], [-0.6, -0.4]])
@@ -44,13 +44,15 @@ def density(net: nn.Module | None = None, **options: Any) -> RegularizedCNF:
     return RegularizedCNF(net or Linear(), event_shape=2, regularizers=(), **options)
 
 
-class WrongProduct(Linear):
+class WrongProduct(Linear, Field):
     """A field whose own product with the Jacobian is too large."""
 
-    def linearize(self, t: Tensor, z: Tensor, noise: Any = None, *, ask: Ask = VELOCITY) -> Linearization:
-        found = AutogradField(self.forward).linearize(t, z, noise, ask=ask)
-        products, divergence = (None if x is None else 1.2 * x for x in (found.products, found.divergence))
-        return found._replace(products=products, divergence=divergence)
+    def linearize(
+        self, t: Tensor, z: Tensor, probes: Any = None, wants: frozenset[str] = VELOCITY, *, peek: Any = None
+    ) -> Linearization:
+        found = AutogradField(self.forward).linearize(t, z, probes, wants, peek=peek)
+        products, trace = (None if x is None else 1.2 * x for x in (found.products, found.trace))
+        return found._replace(products=products, trace=trace)
 
 
 class WrongInverse(RegularizedCNF):

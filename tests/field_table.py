@@ -51,7 +51,7 @@ def active(field: nn.Module) -> Any:
 
 def own(module: Any, z: Tensor) -> Field:
     """A field of this package for one solve, or a plain function."""
-    return module.prepare(z) if hasattr(module, "prepare") else as_field(module)
+    return as_field(module).prepared(z)
 
 
 def in_a_stack(module: Any, z: Tensor) -> Field:

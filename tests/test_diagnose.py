@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, RegularizedCNF, diagnose
-from rnode_plugin.core.derivatives import AutogradField
+from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field
 from rnode_plugin.diagnostics import checks, texts
 from rnode_plugin.diagnostics.diagnose import compared_for, samples_for
 from rnode_plugin.diagnostics.result import Check, Diagnosis
@@ -245,13 +245,15 @@ def test_a_tolerance_that_is_converged_loose_or_out_of_reach() -> None:
 # gradient -------------------------------------------------------------------------------------------------------
 
 
-class LostGraph(Linear):
+class LostGraph(Linear, Field):
     """A field whose own product with the Jacobian has no graph, which loses the gradient of the log-determinant."""
 
-    def linearize(self, t: Tensor, z: Tensor, noise: Any = None, *, ask: Any = None) -> Any:
-        found = AutogradField(self.forward).linearize(t, z, noise, ask=ask)
-        products, divergence = (None if x is None else x.detach() for x in (found.products, found.divergence))
-        return found._replace(products=products, divergence=divergence)
+    def linearize(
+        self, t: Tensor, z: Tensor, probes: Any = None, wants: Any = VELOCITY, *, peek: Any = None
+    ) -> Any:
+        found = AutogradField(self.forward).linearize(t, z, probes, wants, peek=peek)
+        products, trace = (None if x is None else x.detach() for x in (found.products, found.trace))
+        return found._replace(products=products, trace=trace)
 
 
 @pytest.mark.parametrize("model", [density(), image_flow(), table_flow()], ids=["density", "images", "table"])

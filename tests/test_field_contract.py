@@ -11,7 +11,7 @@ from field_table import FIELDS, Case, own
 from problems import difference, directions, slope
 from torch import Tensor, nn
 
-from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Field, Linearization
+from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linearization
 from rnode_plugin.core.door import Door
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.surroundings import module_of
@@ -40,8 +40,10 @@ class OneEvaluation(Field):
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
         return self.door.again(t, z).dz
 
-    def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
-        return self.door.again(t, z, ask, noise)
+    def linearize(
+        self, t: Tensor, z: Tensor, probes: Any = None, wants: frozenset[str] = VELOCITY, *, peek: Any = None
+    ) -> Linearization:
+        return self.door.again(t, z, wants, probes)
 
 
 def met(name: str) -> tuple[Any, Any, tuple[Tensor, Tensor, Tensor]]:
@@ -61,23 +63,28 @@ def assert_close(found: Tensor, wanted: Tensor, tolerance: float, name: str) -> 
     assert (found - wanted).norm() <= tolerance * (wanted.norm() + 1e-3), name
 
 
-EVERYTHING = Ask("noise", jvp=True, divergence=True)
+PRODUCTS, ROWS, ALONG = frozenset({"products"}), frozenset({"rows"}), frozenset({"jvp"})
+TRACE = frozenset({"trace"})
+EVERYTHING = PRODUCTS | ROWS | ALONG | TRACE
 
 # values and derivatives ------------------------------------------------------------------------------------------
 
 
 def by_linearize(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> dict[str, Tensor]:
     """All that a field gives, from passes that ask for it together and alone."""
-    dz, rows, _, divergence = field.linearize(t, z, ask=Ask("rows", divergence=True))[:4]
-    both = field.linearize(t, z, noise, ask=Ask("noise", divergence=True)).products
-    whole, alone = (field.linearize(t, z, noise, ask=ask) for ask in (EVERYTHING, Ask(jvp=True)))
+    square = field.linearize(t, z, None, ROWS | TRACE)
+    both = field.linearize(t, z, noise, PRODUCTS | TRACE)
+    whole, alone = (field.linearize(t, z, noise, wants) for wants in (EVERYTHING, ALONG))
     return {
-        "velocity": dz, "rows": rows, "divergence": divergence,
-        "product": field.linearize(t, z, noise, ask=Ask("noise")).products,
-        "two products": field.linearize(t, z, torch.stack([noise, z]), ask=Ask("noise")).products,
-        "product with the divergence": both, "velocity alone": field.linearize(t, z).dz,
+        "velocity": square.dz, "rows": square.rows, "divergence": square.trace,
+        "rows alone": field.linearize(t, z, None, ROWS).rows,
+        "divergence alone": field.linearize(t, z, None, TRACE).trace,
+        "product": field.linearize(t, z, noise, PRODUCTS).products,
+        "two products": field.linearize(t, z, torch.stack([noise, z]), PRODUCTS).products,
+        "product with the divergence": both.products, "divergence with the product": both.trace,
+        "velocity alone": field.linearize(t, z).dz,
         "along itself and time": whole.jvp(whole.dz, 1.0), "along the noise": whole.jvp(noise, 0.0),
-        "product with all": whole.products, "divergence with all": whole.divergence,
+        "product with all": whole.products, "divergence with all": whole.trace, "rows with all": whole.rows,
         "along alone": alone.jvp(alone.dz, -1.3),
     }  # fmt: skip
 
@@ -97,10 +104,12 @@ def by_autograd(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> dict[str, Te
 
     divergence = rows.flatten(2).diagonal(dim1=0, dim2=2).sum(1)
     return {
-        "velocity": dz, "rows": rows, "divergence": divergence, "product": pull(noise),
-        "two products": torch.stack([pull(noise), pull(z)]), "product with the divergence": pull(noise),
+        "velocity": dz, "rows": rows, "divergence": divergence, "rows alone": rows, "divergence alone": divergence,
+        "product": pull(noise), "two products": torch.stack([pull(noise), pull(z)]),
+        "product with the divergence": pull(noise), "divergence with the product": divergence,
         "velocity alone": dz, "along itself and time": push(dz, 1.0), "along the noise": push(noise, 0.0),
-        "product with all": pull(noise), "divergence with all": divergence, "along alone": push(dz, -1.3),
+        "product with all": pull(noise), "divergence with all": divergence, "rows with all": rows,
+        "along alone": push(dz, -1.3),
     }  # fmt: skip
 
 
@@ -158,8 +167,8 @@ def test_a_product_can_be_differentiated_twice(name: str) -> None:
     _, field, (t, z, noise) = met(name)
 
     def gradient(z: Tensor, *, graph: bool = False) -> Tensor:
-        found = field.linearize(t, z, noise, ask=Ask("noise"))
-        moved = field.linearize(t, z, ask=Ask(jvp=True)).jvp(noise, 1.0)
+        found = field.linearize(t, z, noise, PRODUCTS)
+        moved = field.linearize(t, z, None, ALONG).jvp(noise, 1.0)
         loss = found.dz.pow(3).sum() + found.products.pow(2).sum() + moved.pow(2).sum()
         return torch.autograd.grad(loss, z, create_graph=graph)[0]
 
@@ -209,8 +218,8 @@ def test_the_transforms_of_torch_func(name: str) -> None:
     field = case.solved(module, z)
 
     def product(z: Tensor) -> Tensor:
-        products = field.linearize(t, z, noise, ask=Ask("noise")).products
-        jvp = field.linearize(t, z, ask=Ask(jvp=True)).jvp
+        products = field.linearize(t, z, noise, PRODUCTS).products
+        jvp = field.linearize(t, z, None, ALONG).jvp
         assert products is not None
         assert jvp is not None
         return products + jvp(noise, 1.0)
@@ -277,15 +286,15 @@ def test_an_evaluation_leaves_what_a_call_leaves_and_a_repeated_one_nothing(name
         net.load_state_dict(before["state"])
     torch.set_rng_state(before["random"])
     versions = [x._version for x in (t, z, noise)]
-    ask = Ask("noise", jvp=True)
+    both = PRODUCTS | ALONG
     door = Door(field, net, repeats=True)
-    found = door.evaluate(t, z, ask, noise)
+    found = door.evaluate(t, z, both, noise)
     assert_same(left(), called)
     assert_close(found.dz.detach(), plain, 1e-12, "velocity")
-    for wanted in (ask, Ask("noise"), Ask(jvp=True), Ask()):
-        again = door.again(t, z, wanted, noise)
+    for wants in (both, PRODUCTS, ALONG, VELOCITY):
+        again = door.again(t, z, wants, noise)
         assert_close(again.dz, found.dz, 1e-13, "velocity again")
-        if wanted.products:
+        if "products" in wants:
             assert_close(again.products, found.products, 1e-13, "product again")  # pyright: ignore
         assert_same(left(), called)
     assert [x._version for x in (t, z, noise)] == versions
@@ -297,9 +306,9 @@ def test_a_field_is_made_for_one_solve(name: str) -> None:
     case = FIELDS[name]
     module, (t, z, noise) = case.make(), inputs_of(case)
     first, other = case.solved(module, z), case.solved(module, z + 1)
-    before = first.linearize(t, z, noise, ask=Ask("noise"))
-    other.linearize(2 * t, z + 1, noise, ask=Ask("noise"))
-    again = first.linearize(t, z, noise, ask=Ask("noise"))
+    before = first.linearize(t, z, noise, PRODUCTS)
+    other.linearize(2 * t, z + 1, noise, PRODUCTS)
+    again = first.linearize(t, z, noise, PRODUCTS)
     for a, b in zip(before[:2], again[:2], strict=True):
         assert torch.equal(a, b)  # pyright: ignore[reportArgumentType]
     parameters = parameters_of(module)
@@ -308,7 +317,7 @@ def test_a_field_is_made_for_one_solve(name: str) -> None:
     with torch.no_grad():
         for parameter in parameters:
             parameter.mul_(1.2).data.add_(0.1)
-    changed = case.solved(module, z).linearize(t, z, noise, ask=Ask("noise"))
+    changed = case.solved(module, z).linearize(t, z, noise, PRODUCTS)
     dz = case.plain(module, z)(t, z)
     assert_close(changed.dz, dz, 1e-12, "velocity")
     assert_close(changed.products, torch.autograd.grad(dz, z, noise)[0], 1e-11, "product")  # pyright: ignore
@@ -327,7 +336,7 @@ def test_samples_are_independent(name: str) -> None:
         moved = torch.cat([z[:1] + 0.5, z[1:]])
         after = by_linearize(field, t, moved, noise)
     for each, value in before.items():
-        axis = {"rows": 1, "two products": 1}.get(each, 0)
+        axis = 1 if each.startswith(("rows", "two products")) else 0
         rest, others = (x.narrow(axis, 1, 2) for x in (value, after[each]))
         if each == "two products":  # the second is along the state
             rest, others = rest[:1], others[:1]
@@ -339,10 +348,10 @@ def test_samples_are_independent(name: str) -> None:
 def test_samples_that_mix_have_no_exact_jacobian(name: str) -> None:
     """One product with the Jacobian of the whole state exists, and so does one along a direction."""
     module, field, (t, z, noise) = met(name)
-    for ask in (Ask("rows"), Ask(divergence=True)):
+    for wants in (ROWS, TRACE):
         with pytest.raises(ConfigError, match=r"depends on other samples.*batch_dim=None"):
-            field.linearize(t, z, ask=ask)
-    found = field.linearize(t, z, noise, ask=Ask("noise", jvp=True))
+            field.linearize(t, z, None, wants)
+    found = field.linearize(t, z, noise, PRODUCTS | ALONG)
     jacobian: Any = torch.autograd.functional.jacobian(lambda z: FIELDS[name].plain(module, z)(t, z), z)
     assert_close(found.products.detach(), torch.tensordot(noise.detach(), jacobian, 2), 1e-11, "product")
     assert_close(found.jvp(noise, 0.0).detach(), torch.tensordot(jacobian, noise.detach(), 2), 1e-11, "along")
@@ -359,7 +368,7 @@ def test_differences_of_the_velocity_are_the_directional_derivative(name: str) -
     door = Door(case.solved(module, z), module_of(module), repeats=True)
     signs = door.z_of(noise.detach().sign())
     found = Difference().linearize(door, t, z, signs).products
-    wanted = door.again(t, z, Ask(jvp=True)).jvp(signs, 0.0)  # pyright: ignore[reportOptionalCall]
+    wanted = door.again(t, z, ALONG).jvp(signs, 0.0)  # pyright: ignore[reportOptionalCall]
     assert_close(found, wanted, 1e-7, name)  # pyright: ignore[reportArgumentType]
 
 

@@ -14,12 +14,14 @@ from field_table import SHAPES, active, make_field
 from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, RegularizedCNF
-from rnode_plugin.core.derivatives import Ask, AutogradField, Field
+from rnode_plugin.core.derivatives import AutogradField, Field
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import ConcatConv2d, ConcatLinear, StackField, activations, conv_field, linear_field
 from rnode_plugin.fields.activations import ACTIVATIONS
 from rnode_plugin.regularizers import finite_difference, taylor
+
+PRODUCTS = frozenset({"products"})
 
 
 def make_inputs(kind: str, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,7 +55,7 @@ def plain(field: StackField, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tenso
 
 def product_of(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Velocity and product of a field that makes its own."""
-    dz, product = field.linearize(t, z, noise, ask=Ask("noise"))[:2]
+    dz, product = field.linearize(t, z, noise, PRODUCTS)[:2]
     return dz, product
 
 
@@ -152,10 +154,10 @@ def test_an_evaluation_without_gradients_leaves_them_to_later_ones(layers: int) 
     field = active(linear_field(4, hidden=3, layers=layers))
     t, z, noise = make_inputs("linear")
     expected = gradients(*plain(field, t, z, noise), list(field.parameters()))
-    prepared = field.prepare(z, noise)
+    prepared = field.prepared(z, noise)
     with torch.no_grad():
         prepared(t, z)
-        prepared.linearize(t, z, noise, ask=Ask("noise"))
+        prepared.linearize(t, z, noise, PRODUCTS)
     _, product = product_of(prepared, t, z, noise)
     for a, b in zip(gradients(prepared(t, z), product, list(field.parameters())), expected, strict=True):
         assert relative(a, b) < 1e-12
@@ -164,7 +166,7 @@ def test_an_evaluation_without_gradients_leaves_them_to_later_ones(layers: int) 
     found: list[tuple[Tensor, ...]] = []
     for names in (["taylor:3"], ["finite_difference", "taylor:3"]):
         regularizers = [by_name[name] for name in names]
-        dynamics = Dynamics(field.prepare(z), regularizers=regularizers, divergence=False)
+        dynamics = Dynamics(field.prepared(z), regularizers=regularizers, divergence=False)
         rate = dynamics.evaluate(t, z).penalties["taylor:3"]
         found.append(torch.autograd.grad(rate.sum(), wanted, allow_unused=True, materialize_grads=True))
     torch.testing.assert_close(*found)
@@ -185,8 +187,8 @@ def hidden_tensors_saved(prepared: Field, t: Tensor, z: Tensor) -> int:
 
 def test_a_velocity_saves_half_of_what_autograd_saves() -> None:
     t, z, _ = make_inputs("conv")
-    assert hidden_tensors_saved(make_field("conv").prepare(z), t, z) == 3
-    assert hidden_tensors_saved(AutogradField(make_field("conv").prepare(z)), t, z) == 6
+    assert hidden_tensors_saved(make_field("conv").prepared(z), t, z) == 3
+    assert hidden_tensors_saved(AutogradField(make_field("conv").prepared(z)), t, z) == 6
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -198,7 +200,7 @@ def test_torch_func_differentiates_by_the_parameters(kind: str) -> None:
         return torch.func.functional_call(field, parameters, (t, z)).square().sum()
 
     found = torch.func.grad(loss)({name: p.detach() for name, p in field.named_parameters()})
-    direct = torch.autograd.grad(field.prepare(z).linearize(t, z).dz.square().sum(), list(field.parameters()))
+    direct = torch.autograd.grad(field.prepared(z).linearize(t, z).dz.square().sum(), list(field.parameters()))
     for a, b in zip(found.values(), direct, strict=True):
         assert relative(a, b) < 1e-12
 
@@ -222,8 +224,8 @@ def expected(field: StackField, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Te
 
 
 def found(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-    dz, product = field.linearize(t, z, noise, ask=Ask("noise"))[:2]
-    jvp = field.linearize(t, z, ask=Ask(jvp=True)).jvp
+    dz, product = field.linearize(t, z, noise, PRODUCTS)[:2]
+    jvp = field.linearize(t, z, None, frozenset({"jvp"})).jvp
     return dz, product, jvp(dz, 0.0), jvp(dz, -1.3), jvp(noise, 0.0)
 
 
@@ -257,8 +259,8 @@ def test_forward_mode_over_products(kind: str) -> None:
     t, z, noise = (x.detach() for x in make_inputs(kind))
 
     def second(z: Tensor) -> Tensor:
-        dz, product = field.linearize(t, z, noise, ask=Ask("noise"))[:2]
-        return product + field.linearize(t, z, ask=Ask(jvp=True)).jvp(dz, 1.0)
+        dz, product = field.linearize(t, z, noise, PRODUCTS)[:2]
+        return product + field.linearize(t, z, None, frozenset({"jvp"})).jvp(dz, 1.0)
 
     assert relative(torch.func.jacfwd(second)(z), torch.func.jacrev(second)(z)) < 1e-12
 
@@ -279,6 +281,37 @@ def test_autocast_keeps_the_states_dtype() -> None:
     double, inputs = make_field("conv"), make_inputs("conv")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same(found(double, *inputs), expected(double, *inputs), 1e-12)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_radius_of_convolutions_is_that_of_the_dense_jacobian(layers: int) -> None:
+    """Zero for pixels that are farther apart in rows or columns, and not zero at that distance in each of them."""
+    field, t = active(conv_field(2, hidden=5, layers=layers, activation="tanh")), torch.tensor(0.3).double()
+    z = torch.randn(1, 2, 9, 8, dtype=torch.float64)
+    jacobian: Any = torch.autograd.functional.jacobian(lambda z: field(t, z), z)
+    reached = jacobian[0, :, :, :, 0].abs().amax((0, 3))  # from (row, column) to (row, column)
+    rows, columns = (torch.arange(n).unsqueeze(1) - torch.arange(n) for n in (9, 8))
+    for of_axis in (rows[:, None, :, None].expand(9, 8, 9, 8), columns[None, :, None, :].expand(9, 8, 9, 8)):
+        assert not reached[of_axis.abs() > layers].any()
+        assert bool((reached[of_axis == layers] > 0).any())
+        assert bool((reached[of_axis == -layers] > 0).any())
+    prepared = field.prepared(z)
+    assert (field.radius, prepared.radius) == (layers, layers)
+
+
+def test_a_field_whose_reach_is_not_known_has_no_radius() -> None:
+    class Damped(StackField):
+        def forward(self, t: Any, z: Tensor, context: Any = None) -> Tensor:
+            return super().forward(t, z, context) - z.mean((2, 3), keepdim=True)
+
+    hooked, on_a_layer = make_field("conv"), make_field("conv")
+    hooked.register_forward_hook(lambda module, given, result: result.flip(2))
+    on_a_layer.layers[1].register_forward_hook(lambda module, given, result: result.flip(2))
+    counted, damped = (kind(make_field("conv").layers) for kind in (Counted, Damped))
+    changed = (hooked, on_a_layer, counted, damped)
+    z = make_inputs("conv")[1]
+    for field in (*changed, *(each.prepared(z) for each in changed), make_field("linear"), AutogradField(hooked)):
+        assert field.radius is None
 
 
 class Counted(StackField):

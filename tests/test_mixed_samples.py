@@ -89,6 +89,19 @@ def test_samples_that_begin_to_mix_are_refused() -> None:
         NeuralODE(field, "rk4", regularizers=["jacfrob"], trace_noise="exact")(X, SPAN)
 
 
+def test_what_a_solve_has_found_out_does_not_hold_for_the_next_one() -> None:
+    """In evaluation mode batch norm keeps samples apart, and another function of the same net may mix them."""
+    net = Normed().eval()
+    model = RegularizedCNF(net, event_shape=3, trace_estimator="exact", regularizers=())
+    model.log_prob(X)
+    penalties_at(lambda t, x: net(t, x), 0.0, X, ["jacdiag"])
+    with pytest.raises(ConfigError, match="depends on other samples"):
+        penalties_at(lambda t, x: net(t, x - 2 * x.mean(0)), 0.0, X, ["jacdiag"])
+    net.train()
+    with pytest.raises(ConfigError, match="depends on other samples"):
+        model.log_prob(X)
+
+
 def test_samples_that_are_apart_are_not_refused() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Tanh(), nn.Conv2d(8, 2, 3, padding=1))

@@ -181,7 +181,7 @@ def test_noise_has_an_entry_for_each_block_and_repeats_a_value(name: str, estima
             assert each is None
         else:
             assert each is not None
-            assert each.shape == (*[2][: estimator.count - 1], 3, *shape)
+            assert each.shape == (*[2][: estimator.probes - 1], 3, *shape)
     first, second = (model.log_prob(x, **given, noise=noise) for _ in range(2))
     assert torch.equal(first, second)
     z = model.encode(x, **given).z.detach()

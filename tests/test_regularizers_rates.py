@@ -12,7 +12,7 @@ from problems import Wave
 from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE
-from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Linearization
+from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linearization
 from rnode_plugin.core.dynamics import Dynamics, Rates
 from rnode_plugin.core.field_evaluation import FieldEvaluation
 from rnode_plugin.core.objective import bits_per_dim, objective, standard_normal_log_prob
@@ -127,10 +127,12 @@ def test_each_product_is_made_once() -> None:
     """``total_derivative`` and ``taylor:2`` share one product, ``curl`` and ``strain`` another."""
     calls: list[tuple[str, float]] = []
 
-    class Counting(Wave):
-        def linearize(self, t: Tensor, z: Tensor, noise: Any = None, *, ask: Ask = VELOCITY) -> Linearization:
+    class Counting(Wave, Field):
+        def linearize(
+            self, t: Tensor, z: Tensor, probes: Any = None, wants: frozenset[str] = VELOCITY, *, peek: Any = None
+        ) -> Linearization:
             calls.append(("pass", 0.0))
-            found = AutogradField(self.forward).linearize(t, z, noise, ask=ask)
+            found = AutogradField(self.forward).linearize(t, z, probes, wants, peek=peek)
 
             def jvp(v: Tensor, dt: float) -> Tensor:
                 calls.append(("jvp", dt))
@@ -221,7 +223,7 @@ class OwnEstimator(TraceEstimator):
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
         return torch.ones_like(z) if self.draws else None
 
-    def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
+    def pair(self, products: Tensor, noise: Tensor | None) -> Probes:
         assert noise is not None
         return Probes(1.0, (noise,), (products,))
 

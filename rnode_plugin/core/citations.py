@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .regularizer import Regularizer, Source
-from .trace_estimators import Hutchinson
+from .trace_estimators import TraceEstimator
 
 _METHODS = {"dopri5": "dormand1980family", "tsit5": "tsitouras2011runge"}
 
@@ -15,7 +15,7 @@ _METHODS = {"dopri5": "dormand1980family", "tsit5": "tsitouras2011runge"}
 def citation(
     regularizers: Iterable[Regularizer] = (),
     *,
-    estimator: object = None,
+    estimator: TraceEstimator | None = None,
     methods: Iterable[str] = (),
     density: bool = False,
 ) -> str:
@@ -36,7 +36,7 @@ def citation(
             keys.append(source.key)
         elif str(source):
             lines.append(f"% no entry is known for the penalty {regularizer.name}: {source}")
-    keys += ["hutchinson1989stochastic"] if isinstance(estimator, Hutchinson) else []
+    keys += ["hutchinson1989stochastic"] if estimator is not None and estimator.needs_noise else []
     keys += [_METHODS.get(method, "") for method in methods]
     # dict.fromkeys drops repeated keys and keeps the order
     return "\n\n".join([*(entries[key] for key in dict.fromkeys(keys) if key in entries), *lines])

@@ -1,17 +1,17 @@
-"""The field protocol: velocity, products with the Jacobian and directional derivatives from one pass.
+"""Field: a velocity, its products with the Jacobian and its directional derivatives, from one pass.
 
-:class:`Field` is the protocol. :class:`AutogradField` implements it for any function ``(t, z)`` by automatic
-differentiation. A field that has a faster pass implements the protocol itself.
+:class:`AutogradField` makes a field of any function ``(t, z)`` by automatic differentiation. A field that has a
+faster pass derives from :class:`Field` itself.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,78 +20,118 @@ from ..errors import ConfigError
 from .modes import exporting, next_number, refuse_dual_numbers, transforms_active
 from .part import Part
 from .second_derivatives import WithoutGradient, check_second_derivative, wrong_third_derivative
-from .surroundings import Surroundings
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """A vector field ``f(t, z)``. It maps a scalar time and a state ``(B, *event)`` to a velocity ``(B, *event)``."""
 
 DirectionalDerivative = Callable[[Tensor, float], Tensor]
 
-
-class Ask(NamedTuple):
-    """What one pass over a field gives in addition to the velocity.
-
-    Attributes:
-        products: ``"noise"`` for the products ``noise^T df/dz``, ``"rows"`` for all rows of ``df/dz``, ``""`` for
-            none.
-        jvp: whether derivatives along directions are wanted.
-        divergence: whether the exact divergence is wanted.
-        pull: whether products with further vectors are wanted.
-    """
-
-    products: Literal["", "noise", "rows"] = ""
-    jvp: bool = False
-    divergence: bool = False
-    pull: bool = False
-
-
-VELOCITY = Ask()
-"""The velocity alone."""
+VELOCITY: frozenset[str] = frozenset()
+"""What :meth:`Field.linearize` computes for a caller that wants the velocity alone."""
 
 
 class Linearization(NamedTuple):
-    """The result of one pass over a field. What was not asked for may be None.
+    """The result of one pass over a field. What was not wanted may be None.
+
+    The names of the attributes, except ``dz``, are what a caller may put into ``wants``.
 
     Attributes:
         dz: velocity ``f(t, z)``, ``(B, *event)``.
-        products: ``noise^T df/dz`` with the shape of the noise, or all rows of ``df/dz``, ``(D, B, *event)``.
+        products: ``v^T df/dz`` for the probe vectors ``v``, with their shape.
+        rows: all rows of ``df/dz``, ``(D, B, *event)``.
+        trace: exact trace of ``df/dz``, the divergence of ``f``, ``(B,)``.
         jvp: function from ``(v, dt)`` to ``df/dz v + dt df/dt``; ``v`` and the result have the shape of ``z``.
-        divergence: exact ``div f``, ``(B,)``.
-        pull: function from ``v`` to ``v^T df/dz``; ``v`` and the result have the shape of ``z``.
+        pull: function from ``v`` to ``v^T df/dz``, for products after the pass; ``v`` and the result have the shape
+            of ``z``. A field may leave it out though it is wanted.
     """
 
     dz: Tensor
     products: Tensor | None = None
+    rows: Tensor | None = None
+    trace: Tensor | None = None
     jvp: DirectionalDerivative | None = None
-    divergence: Tensor | None = None
     pull: Callable[[Tensor], Tensor] | None = None
 
 
-@runtime_checkable
-class Field(Protocol):
-    """A vector field that gives its velocity together with products and derivatives, from one pass.
+class Field(ABC):
+    """A vector field that computes its velocity, products with its Jacobian and derivatives in one pass.
+
+    Derive from it to compute these faster than automatic differentiation does. A module derives from
+    ``(nn.Module, Field)``, in this order, and its ``forward(t, z)`` is the call. Any other function or module
+    ``f(t, z)`` becomes an :class:`AutogradField`.
 
     A call returns the velocity, computed by operations that autograd and ``torch.func`` can differentiate any
     number of times. A solve evaluates :meth:`linearize`, whose result has gradients of at least first order.
+
+    Attributes:
+        radius: r, if the states are images ``(B, C, H, W)`` and the velocity at a pixel depends on no pixel that
+            is more than r rows or more than r columns away; None if that is not known.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin.core.derivatives import AutogradField, Field, Linearization
+        >>> class Decay(torch.nn.Module, Field):
+        ...     def forward(self, t, z):
+        ...         return -t * z
+        ...
+        ...     def linearize(self, t, z, probes=None, wants=frozenset(), *, peek=None):
+        ...         if wants <= {"products", "trace"}:
+        ...             products = None if probes is None else -t * probes
+        ...             return Linearization(self(t, z), products, trace=-t * z[0].numel() * z.new_ones(len(z)))
+        ...         return AutogradField(self).linearize(t, z, probes, wants, peek=peek)
+        >>> Decay().linearize(torch.tensor(2.0), torch.ones(1, 3), None, frozenset({"trace"})).trace
+        tensor([-6.])
     """
 
+    radius: int | None = None
+
+    @abstractmethod
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
         """Velocity ``(B, *event)`` at time ``t``, a scalar, and state ``z (B, *event)``."""
-        ...
 
-    def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
-        """The velocity and what ``ask`` names.
+    @abstractmethod
+    def linearize(
+        self,
+        t: Tensor,
+        z: Tensor,
+        probes: Tensor | None = None,
+        wants: frozenset[str] = VELOCITY,
+        *,
+        peek: Velocity | None = None,
+    ) -> Linearization:
+        """The velocity and what ``wants`` names.
 
         Args:
             t, z: as for a call.
-            noise: ``(B, *event)``, or ``(k, B, *event)`` for k vectors, if ``ask.products`` is ``"noise"``.
-            ask: what is wanted.
+            probes: the probe vectors, ``(B, *event)``, or ``(k, B, *event)`` for k of them.
+            wants: names of attributes of :class:`Linearization`: ``"products"`` (with the probes), ``"rows"``,
+                ``"trace"``, ``"jvp"``, ``"pull"``.
+            peek: evaluates this field at other points without a trace in buffers or random numbers, with the random
+                draws that it finds. Checks call it. None: the field itself does.
         """
-        ...
+
+    def prepared(self, z: Tensor, probes: Tensor | None = None, *, one_graph: bool = True) -> Field:
+        """This field with what one solve from ``z (B, *event)`` needs computed once; by default itself.
+
+        Args:
+            z: a state of the shape, dtype and device of the solve's.
+            probes: the probe vectors of the solve, if they are known.
+            one_graph: whether evaluations may share one graph of what depends on the parameters alone. A continuous
+                adjoint needs a graph to the parameters themselves at each evaluation.
+        """
+        return self
+
+    def layout(self, x: Tensor) -> Tensor:
+        """``x (B, *event)`` in the memory layout in which this field is fast; by default ``x`` itself."""
+        return x
+
+    def inputs(self) -> Sequence[Tensor]:
+        """The tensors with respect to which an adjoint differentiates beside the parameters; by default none."""
+        return ()
 
 
 def as_field(field: Velocity, part: Part | None = None) -> Field:
-    """``field`` itself if it implements the protocol for all of the state, else an :class:`AutogradField` of it."""
+    """``field`` itself if it is a :class:`Field` of all of the state, else an :class:`AutogradField` of it."""
     # a field with a faster pass differentiates the whole state, so for a part autograd does the work instead
     if isinstance(field, AutogradField) and field.part is part:
         return field
@@ -118,7 +158,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 @dataclass(slots=True)
 class Checked:
-    """What checks have found out about a field. Copies of the field share it, so each check runs once.
+    """Results of checks that need to run once for each solve of a field.
+
+    They are not kept with the net: what holds for one function of a net, for its layers and modes of now, need not
+    hold for another one or in a later solve.
 
     Attributes:
         ignores_state: whether the velocity does not depend on the state.
@@ -133,7 +176,7 @@ class Checked:
     third_derivative: str | None = None
 
 
-class AutogradField:
+class AutogradField(Field):
     """A differentiable function ``(t, z)`` as a :class:`Field`, by reverse-mode automatic differentiation.
 
     It also works under ``no_grad``, ``inference_mode`` and the transforms of ``torch.func``. Results have a graph
@@ -145,9 +188,9 @@ class AutogradField:
 
     Args:
         field: the function.
-        part: the part of the state to differentiate by, whose velocity is differentiated; None: all of it. The
-            ``dz`` of :meth:`linearize` is the velocity of the whole state, everything else belongs to the part.
-        around: what the function reads and changes in addition to its arguments.
+        part: the part of the state to differentiate with respect to, whose velocity is differentiated; None: all of
+            it. The ``dz`` of :meth:`linearize` is the velocity of the whole state, everything else belongs to the
+            part.
         checked: what is known about the function, so that no check looks for it; None: nothing.
 
     Raises:
@@ -155,34 +198,27 @@ class AutogradField:
             mixes samples, and for layers whose backward pass cannot be differentiated.
     """
 
-    def __init__(
-        self,
-        field: Velocity,
-        *,
-        part: Part | None = None,
-        around: Surroundings | None = None,
-        checked: Checked | None = None,
-    ) -> None:
+    def __init__(self, field: Velocity, *, part: Part | None = None, checked: Checked | None = None) -> None:
         self._field, self.part = field, part
-        self._around = Surroundings() if around is None else around
         self._checked = Checked() if checked is None else checked
 
-    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+    def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
         return self._field(t, z)
 
-    def inside(self, around: Surroundings) -> Self:
-        """This field with other surroundings."""
-        # a shallow copy, so that both share _checked
-        twin = copy.copy(self)
-        twin._around = around
-        return twin
-
-    def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
-        if not (ask.products or ask.jvp or ask.divergence or ask.pull):
+    def linearize(
+        self,
+        t: Tensor,
+        z: Tensor,
+        probes: Tensor | None = None,
+        wants: frozenset[str] = VELOCITY,
+        *,
+        peek: Velocity | None = None,
+    ) -> Linearization:
+        if not wants:
             return Linearization(self(t, z))
-        part = self.part
+        part, elsewhere = self.part, self if peek is None else peek
         if part is None:
-            return self._differentiate(self, t, z, noise, ask)
+            return self._differentiate(self, elsewhere, t, z, probes, wants)
         # Only the part is a variable: the rest of the state enters as a constant. The whole velocity is picked up
         # on the way, since a second evaluation would cost as much and could draw other random numbers.
         velocities: list[Tensor] = []
@@ -192,8 +228,12 @@ class AutogradField:
             velocities.append(self(t, state))
             return part.take(velocities[-1])
 
-        found = self._differentiate(of_part, t, part.take(z), noise, ask)
-        whole = velocities[0]  # from the first call; checks may have added more
+        def of_part_elsewhere(t: Tensor, x: Tensor) -> Tensor:
+            state: Any = part.put(z, x)
+            return part.take(elsewhere(t, state))
+
+        found = self._differentiate(of_part, of_part_elsewhere, t, part.take(z), probes, wants)
+        whole = velocities[0]
         if not torch.is_grad_enabled():  # the graph was for the products, the caller wants none
             whole = tuple(map(without_graph, whole)) if part.is_tuple else without_graph(whole)
         return found._replace(dz=whole)
@@ -201,35 +241,41 @@ class AutogradField:
     def _differentiate(
         self,
         f: Velocity,
+        elsewhere: Velocity,
         t: Tensor,
         z: Tensor,
-        noise: Tensor | None,
-        ask: Ask,
+        probes: Tensor | None,
+        wants: frozenset[str],
     ) -> Linearization:
-        """Velocity and derivatives of ``f``, which is this field or its velocity of the part."""
+        """Velocity and derivatives of ``f``, which is this field or its velocity of the part.
+
+        ``elsewhere`` is ``f`` for checks.
+        """
         if transforms_active():
-            return _in_transform(f, t, z, noise, ask)
+            return _in_transform(f, t, z, probes, wants)
         refuse_dual_numbers()
         checked = self._checked
+        along, later = "jvp" in wants, "pull" in wants
         # Products need a graph even if the caller wants none, so gradients are enabled here in any case. `keep` is
         # whether the results keep their graph.
         keep = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        several = ask.products == "rows" or ask.divergence or (noise is not None and noise.ndim > z.ndim)
+        whole = "rows" in wants or "trace" in wants
+        several = whole or (probes is not None and probes.ndim > z.ndim)
         with torch.inference_mode(False), torch.enable_grad():
-            if ask.jvp:
+            if along:
                 t, z = _as_variables(t, z, keep=keep)
             else:
                 t, z = _usable(t), _as_variable(z, keep=keep)
             # products are differentiated again by a loss (keep), and J v takes two derivatives for its value
-            looks = not checked.twice_differentiable and (keep or ask.jvp)
+            looks = not checked.twice_differentiable and (keep or along)
             # a loss that holds J v takes a third derivative
-            looks_thrice = ask.jvp and keep and checked.third_derivative is None
+            looks_thrice = along and keep and checked.third_derivative is None
             # nodes with a lower number are older than this evaluation
             start = next_number(z) if looks or looks_thrice else 0
             dz = f(t, z)
             if looks:
                 checked.twice_differentiable = check_second_derivative(
-                    dz, z, start, functools.partial(self._aside, f, z), t, net=self._around.net, jvp=ask.jvp
+                    dz, z, start, elsewhere, t, field=self._field, jvp=along
                 )
 
             def pull(v: Tensor) -> Tensor:
@@ -237,35 +283,32 @@ class AutogradField:
                 vjp = None
                 if dz.requires_grad:
                     # without a further reader, torch may free the graph during this product
-                    retain = keep or several or ask.jvp or ask.pull
+                    retain = keep or several or along or later
                     v = _usable(v).to(dz.dtype)
                     vjp = torch.autograd.grad(dz, z, v, retain, create_graph=keep, allow_unused=True)[0]
-                return self._zero(f, t, z, dz) if vjp is None else vjp
+                return self._zero(elsewhere, t, z, dz) if vjp is None else vjp
 
-            products, divergence = _products(ask, z, noise, pull)
-            # If samples mix, a random product still gives an unbiased trace, because terms with the noise of other
+            products, rows, trace = _products(wants, z, probes, pull)
+            # If samples mix, a random product still gives an unbiased trace, because terms with the probes of other
             # samples have mean zero. Unit vectors in all samples at once would add them up.
-            if (ask.products == "rows" or ask.divergence) and not checked.samples_are_apart:
+            if whole and not checked.samples_are_apart:
                 checked.samples_are_apart = refuse_mixed_samples(z, dz)
         jvp = None
-        if ask.jvp:
+        if along:
             if looks_thrice:
                 checked.third_derivative = wrong_third_derivative(dz, z, start)
             wrong = checked.third_derivative or ""
-            jvp = _double_reverse(dz, t, z, keep=keep, zero=lambda: self._zero(f, t, z, dz), wrong=wrong)
+            jvp = _double_reverse(dz, t, z, keep=keep, zero=lambda: self._zero(elsewhere, t, z, dz), wrong=wrong)
         found = dz
         if not keep:
             found = without_graph(dz)
             products = None if products is None else without_graph(products)
-        later = functools.partial(_later, pull, keep) if ask.pull else None
-        return Linearization(found, products, jvp, divergence, later)
+            rows = None if rows is None else without_graph(rows)
+        return Linearization(
+            found, products, rows, trace, jvp, functools.partial(_later, pull, keep) if later else None
+        )
 
-    def _aside(self, f: Velocity, z: Tensor, t: Tensor, state: Tensor) -> Tensor:
-        """``f`` at another state than ``z``, without a trace of it in the net or in the random numbers."""
-        with self._around.aside(z):
-            return f(t, state)
-
-    def _zero(self, f: Velocity, t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+    def _zero(self, elsewhere: Velocity, t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
         """The product with the Jacobian of a field whose graph does not reach its state: zero.
 
         That is right for a field that ignores its state. A second evaluation at another state shows whether it
@@ -281,7 +324,7 @@ class AutogradField:
             # another value in each entry, so that no symmetry of the field hides the change
             shift = torch.linspace(0.1, 0.3, max(state.numel(), 1), dtype=state.real.dtype, device=state.device)
             moved = state + shift[: state.numel()].reshape(state.shape) * (1 + state.abs())
-            there = self._aside(f, z, t.detach(), moved)
+            there = elsewhere(t.detach(), moved)
         if not torch.equal(there, dz):
             raise ConfigError(
                 "the vector field runs without a graph (no_grad, detach or numpy inside it), so its Jacobian would "
@@ -299,25 +342,26 @@ def _later(pull: Callable[[Tensor], Tensor], keep: bool, v: Tensor) -> Tensor:
     return found if keep else without_graph(found)
 
 
-def _in_transform(f: Velocity, t: Tensor, z: Tensor, noise: Tensor | None, ask: Ask) -> Linearization:
+def _in_transform(f: Velocity, t: Tensor, z: Tensor, probes: Tensor | None, wants: frozenset[str]) -> Linearization:
     """Velocity and derivatives inside a transform of ``torch.func``, where autograd's own functions fail."""
-    if not ask.jvp:
+    if "jvp" not in wants:
         dz, pull_z = torch.func.vjp(lambda z: f(t, z), z)[:2]
 
         def pull(v: Tensor) -> Tensor:
             return pull_z(v.to(dz.dtype))[0]
 
-        products, divergence = _products(ask, z, noise, pull)
-        return Linearization(dz, products, None, divergence, pull=pull)
+        return Linearization(dz, *_products(wants, z, probes, pull), pull=pull)
     dz, pull_both = torch.func.vjp(f, t, z)[:2]
-    products, divergence = _products(ask, z, noise, lambda v: pull_both(v.to(dz.dtype))[1])
+
+    def pull_second(v: Tensor) -> Tensor:
+        return pull_both(v.to(dz.dtype))[1]
 
     def jvp(v: Tensor, dt: float = 0.0) -> Tensor:
         # u -> (u^T df/dt, u^T df/dz) is linear, so its transpose at any u, here 0, gives df/dt dt + df/dz v
         transpose = torch.func.vjp(pull_both, torch.zeros_like(dz))[1]
         return transpose((torch.full_like(t, dt), v.to(z.dtype)))[0]
 
-    return Linearization(dz, products, jvp, divergence, pull=lambda v: pull_both(v.to(dz.dtype))[1])
+    return Linearization(dz, *_products(wants, z, probes, pull_second), jvp=jvp, pull=pull_second)
 
 
 def total_derivative(field: Velocity, t: Tensor, z: Tensor, order: int) -> Tensor:
@@ -355,11 +399,14 @@ def unit_vectors(z: Tensor) -> Tensor:
     return torch.eye(dims, dtype=z.dtype, device=z.device).reshape(dims, 1, *z.shape[1:])
 
 
+_JVP = frozenset({"jvp"})
+
+
 def _along(field: Velocity, derivative: Velocity) -> Velocity:
     """The derivative of a function of ``(t, z)`` along the field's trajectories."""
 
     def along(t: Tensor, z: Tensor) -> Tensor:
-        jvp = AutogradField(derivative).linearize(t, z, ask=Ask(jvp=True)).jvp
+        jvp = AutogradField(derivative).linearize(t, z, None, _JVP).jvp
         assert jvp is not None
         return jvp(field(t, z), 1.0)
 
@@ -367,17 +414,17 @@ def _along(field: Velocity, derivative: Velocity) -> Velocity:
 
 
 def _products(
-    ask: Ask, z: Tensor, noise: Tensor | None, pull: Callable[[Tensor], Tensor]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Products and exact divergence from ``pull``, which gives ``v^T df/dz``."""
-    products = divergence = None
-    if ask.products == "rows" or ask.divergence:
-        products = torch.stack([pull(v.expand_as(z)) for v in unit_vectors(z)])
-        divergence = trace_of_rows(products) if ask.divergence else None
-    if ask.products == "noise":
-        assert noise is not None
-        products = torch.stack([pull(v) for v in noise]) if noise.ndim > z.ndim else pull(noise)
-    return products if ask.products else None, divergence
+    wants: frozenset[str], z: Tensor, probes: Tensor | None, pull: Callable[[Tensor], Tensor]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Products with the probes, rows and exact trace, as far as they are wanted, from ``v^T df/dz = pull(v)``."""
+    products = rows = trace = None
+    if "rows" in wants or "trace" in wants:
+        rows = torch.stack([pull(v.expand_as(z)) for v in unit_vectors(z)])
+        trace = trace_of_rows(rows) if "trace" in wants else None
+    if "products" in wants:
+        assert probes is not None
+        products = torch.stack([pull(v) for v in probes]) if probes.ndim > z.ndim else pull(probes)
+    return products, rows if "rows" in wants else None, trace
 
 
 def _double_reverse(

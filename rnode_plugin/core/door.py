@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .derivatives import VELOCITY, Ask, AutogradField, Field, Linearization
+from .derivatives import VELOCITY, Field, Linearization
 from .part import Part, State
 from .surroundings import Surroundings
 
@@ -53,17 +53,19 @@ class Door:
     ) -> None:
         self._around = Surroundings(net, repeats=repeats)
         self.part = part
-        # Any: with a part it takes the whole state, which may be a tuple
-        self._field: Any = field.inside(self._around) if isinstance(field, AutogradField) else field
+        self._field: Any = field  # Any: with a part it takes the whole state, which may be a tuple
 
-    def evaluate(self, t: Tensor, state: State, ask: Ask = VELOCITY, noise: Tensor | None = None) -> Linearization:
+    def evaluate(
+        self, t: Tensor, state: State, wants: frozenset[str] = VELOCITY, probes: Tensor | None = None
+    ) -> Linearization:
         """Evaluate the field for the solver.
 
         Args:
             t: the time, a scalar tensor.
             state: the whole state.
-            ask: what to compute for the part, in addition to the velocity.
-            noise: the vectors of the products that ``ask`` names.
+            wants: what to compute for the part, in addition to the velocity; see
+                :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`.
+            probes: the vectors of the products.
 
         Returns:
             Linearization: the velocity of the whole state, and derivatives of the part.
@@ -76,9 +78,9 @@ class Door:
             around.mark(self.z_of(state))  # before the field draws, so that `again` can repeat the draws
         try:
             if around.exclusive is None:
-                return self._field.linearize(t, state, noise, ask=ask)
+                return self._field.linearize(t, state, probes, wants, peek=self.peek)
             with around.exclusive:
-                return self._field.linearize(t, state, noise, ask=ask)
+                return self._field.linearize(t, state, probes, wants, peek=self.peek)
         except (RuntimeError, AttributeError) as error:
             explained = _explained(error)
             if explained is None:
@@ -86,12 +88,18 @@ class Door:
             raise explained from error
 
     def again(
-        self, t: Tensor, state: State, ask: Ask = VELOCITY, noise: Tensor | None = None, *, z: Tensor | None = None
+        self,
+        t: Tensor,
+        state: State,
+        wants: frozenset[str] = VELOCITY,
+        probes: Tensor | None = None,
+        *,
+        z: Tensor | None = None,
     ) -> Linearization:
         """Evaluate the function of the last :meth:`evaluate` once more, without side effects.
 
         Args:
-            t, state, ask, noise: as for :meth:`evaluate`.
+            t, state, wants, probes: as for :meth:`evaluate`.
             z: another value of the part; None: the state's.
 
         Returns:
@@ -106,14 +114,19 @@ class Door:
         try:
             with self._around.repeated(self.z_of(state)):
                 # a call can be differentiated any number of times, a linearization perhaps only once
-                if ask == VELOCITY:
+                if not wants:
                     return Linearization(self._field(t, state))
-                return self._field.linearize(t, state, noise, ask=ask)
+                return self._field.linearize(t, state, probes, wants, peek=self.peek)
         except (RuntimeError, AttributeError) as error:
             explained = _explained(error)
             if explained is None:
                 raise
             raise explained from error
+
+    def peek(self, t: Tensor, state: State) -> Tensor:
+        """The velocity for a check: buffers and random generators stay as they are."""
+        with self._around.aside(self.z_of(state)):
+            return self._field(t, state)
 
     def z_of(self, state: State) -> Tensor:
         """The part of a state or a velocity that penalties measure."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .derivatives import Ask, AutogradField, Velocity, as_field
+from .derivatives import AutogradField, Velocity, as_field
 from .door import Door
 from .field_evaluation import FieldEvaluation, Record
 from .part import Part, State
 from .regularizer import Regularizer
 from .regularizers import NONE, Regularizers, checked
 from .surroundings import module_of
-from .trace_estimators import Difference, Exact, TraceEstimator, get_estimator
+from .trace_estimators import TraceEstimator, get_estimator
 
 
 class Rates(NamedTuple):
@@ -92,6 +92,25 @@ class FunctionDynamics(BoundDynamics):
         return self._function(t, z)
 
 
+def wants_of(needs: Set[str], estimator: TraceEstimator, *, divergence: bool) -> frozenset[str]:
+    """What a field computes at an evaluation, from what the rates read of it.
+
+    Args:
+        needs: what the rates read: ``"vjp"``, ``"jvp"``, ``"field"``; see
+            :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`.
+        estimator: makes what a rate reads by ``"vjp"``, and the divergence.
+        divergence: whether a density is followed.
+    """
+    wants = needs & {"jvp"}
+    if "vjp" in needs:
+        # an estimator that needs no product, as of differences, leaves a net as it is, perhaps compiled
+        wants |= estimator.wants | {"pull"} if estimator.wants else frozenset[str]()
+    elif divergence:
+        # without a penalty on J, the trace without the rows of J: some fields have a closed form
+        wants |= {"trace"} if estimator.is_exact else estimator.wants
+    return frozenset(wants)
+
+
 class Dynamics(BoundDynamics):
     """The augmented system (RNODE) of a vector field: state, log-determinant and penalties.
 
@@ -153,29 +172,23 @@ class Dynamics(BoundDynamics):
             )
         self.rates, self.needs = regularizers.rates, regularizers.needs
         self.needs_products = divergence or "vjp" in self.needs
-        noisy = self.estimator.asks == "noise" or isinstance(self.estimator, Difference)
-        self._noisy = self.needs_products and noisy
+        self._noisy = self.needs_products and self.estimator.needs_noise
         # a hand-written field gives products without autograd, and differences need none
-        by_autograd = isinstance(self.field, AutogradField) and self.estimator.asks != ""
+        by_autograd = isinstance(self.field, AutogradField) and bool(self.estimator.wants)
         self.inner_autograd = "jvp" in self.needs or (self.needs_products and by_autograd)
-        # without a penalty on J, ask for the exact divergence without the rows of J: some fields have a closed form
-        closed = "vjp" not in self.needs and type(self.estimator) is Exact
-        self._estimates = self.needs_products and not closed
-        self._ask = Ask(
-            jvp="jvp" in self.needs,
-            divergence=divergence and not self._estimates,
-            pull="vjp" in self.needs,
-            products=self.estimator.asks if self._estimates else "",
-        )
+        self._wants = wants_of(self.needs, self.estimator, divergence=divergence)
+        self._estimates = self.needs_products and "trace" not in self._wants
+        self._by_rows = "rows" in self._wants
         repeats = self.estimator.repeats or regularizers.repeats
         # each solve opens its own door, which holds the random state of the last evaluation
         self._open = functools.partial(Door, self.field, self.net, part=part, repeats=repeats)
         self.door = self._open()
 
     def parameters(self) -> Iterable[Tensor]:
-        """The parameters of the field and of all regularizers that are modules, each once."""
+        """The parameters of the field and of regularizers that are modules, and the field's inputs, each once."""
         code = (self._given, *(rate.of for rate in self.rates.values()))
-        return {id(p): p for part in code if isinstance(part, nn.Module) for p in part.parameters()}.values()
+        parameters = [p for part in code if isinstance(part, nn.Module) for p in part.parameters()]
+        return {id(x): x for x in (*parameters, *self.field.inputs())}.values()
 
     def event(self, state: Tensor) -> Tensor:
         return state if self._part is None else self._part.take(state)
@@ -211,18 +224,19 @@ class Dynamics(BoundDynamics):
         noise = self.noise
         if noise is None and self._noisy and products:
             raise ConfigError(
-                "the trace needs noise, which draw() of an estimator returns if its `asks` is 'noise': solve with "
+                "the trace needs noise, which draw() of an estimator returns if it has `needs_noise`: solve with "
                 "dynamics.bind(dynamics.draw(z)); a CNF draws it in rnode_plugin.NeuralODE, or has a noise_dist."
             )
         door = self.door
         if not products:  # a stage without them in a sampled quadrature, or a guess of the first step
             found = door.evaluate(t, z)
         elif self._estimates:
-            found = self.estimator.linearize(door, t, z, noise, self._ask)
+            found = self.estimator.linearize(door, t, z, noise, self._wants)
         else:
-            found = door.evaluate(t, z, self._ask, noise)
-        whole, rows, jvp, known, pull = found
-        state, dz = z, whole
+            found = door.evaluate(t, z, self._wants, noise)
+        whole = dz = found.dz
+        computed = found.rows if self._by_rows else found.products
+        state = z
         if self._part is not None:
             z, dz = self._part.take(state), self._part.take(whole)
         assert isinstance(z, Tensor)
@@ -239,13 +253,17 @@ class Dynamics(BoundDynamics):
         # under autocast the field runs in low precision, but integrals are summed in the precision of the state
         dz = dz.to(z.dtype)
         record = Record(
-            t=t, state=state, z=z, dz=dz, noise=noise, products=None if rows is None else rows.to(z.dtype),
-            estimator=self.estimator, door=door, jvp=jvp, pull=pull,
+            t=t, state=state, z=z, dz=dz, noise=noise, products=None if computed is None else computed.to(z.dtype),
+            estimator=self.estimator, door=door, jvp=found.jvp, pull=found.pull,
             net=self._user_field if self._part is None else None,
         )  # fmt: skip
         dlogdet = None
         if self.divergence and products:
-            dlogdet = record.divergence() if known is None else known.to(z.dtype)
+            if self._estimates:
+                dlogdet = record.divergence()
+            else:
+                assert found.trace is not None
+                dlogdet = found.trace.to(z.dtype)
         penalties: dict[str, Tensor] = {}
         untouched = [z, dz]
         for x in (noise, record.products):

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .derivatives import Ask, DirectionalDerivative, total_derivative
+from .derivatives import DirectionalDerivative, total_derivative
 from .door import Door
 from .part import State
 from .signature import innermost
 from .trace_estimators import Probes, TraceEstimator
 
 _Found = TypeVar("_Found")
+
+# what another pass over the field computes
+_PRODUCTS, _ROWS, _JVP = frozenset({"products"}), frozenset({"rows"}), frozenset({"jvp"})
 
 _MAX_DIMS = 128  # of an exact Jacobian, which takes as many products at each evaluation
 
@@ -114,12 +117,12 @@ class FieldEvaluation:
         self._require("vjp")
         record, products = self._record, self._record.products
         assert products is not None
-        return record.once("probes", lambda: record.estimator.probes(products, self.noise))
+        return record.once("probes", lambda: record.estimator.pair(products, self.noise))
 
     @property
     def has_jacobian(self) -> bool:
         """Whether the products that came along with the velocity are the rows of the Jacobian."""
-        return self._record.products is not None and self._record.estimator.asks == "rows"
+        return self._record.products is not None and "rows" in self._record.estimator.wants
 
     def jacobian(self) -> Tensor:
         """The exact ``df/dz (B, D, D)``, whatever the estimator; row i is the gradient of component i.
@@ -136,18 +139,18 @@ class FieldEvaluation:
                 f"an exact Jacobian takes one product per dimension, too many for {dims} dimensions (the limit is "
                 f"{_MAX_DIMS}): use a penalty that estimates, such as 'jacfrob', 'curl' or 'strain'."
             )
-        return _matrices(self._record.once("rows", lambda: self._more_products(Ask("rows"))))
+        return _matrices(self._record.once("rows", lambda: self._rows()))
 
     def vjp(self, v: Tensor) -> Tensor:
         """``v^T df/dz``, with the shape of ``z``, for any ``v (B, *event)``."""
         self._require("vjp")
         record = self._record
-        if v is self.noise and record.estimator.asks == "noise" and record.products is not None:
+        if v is self.noise and record.products is not None and "products" in record.estimator.wants:
             return record.products
 
         def compute() -> tuple[Tensor, Tensor]:
             if record.pull is None:
-                return v, self._more_products(Ask("noise"), v)
+                return v, self._product(v)
             return v, record.pull(v).to(self.z.dtype)
 
         return record.once(("vjp", id(v)), compute)[1]  # the result holds v, so that no other tensor gets its id
@@ -158,7 +161,7 @@ class FieldEvaluation:
 
         def compute() -> tuple[Tensor, Tensor]:
             record = self._record
-            jvp = record.jvp or record.door.again(self.t, record.state, Ask(jvp=True)).jvp
+            jvp = record.jvp or record.door.again(self.t, record.state, _JVP).jvp
             assert jvp is not None
             return v, jvp(v, dt).to(self.z.dtype)
 
@@ -207,11 +210,17 @@ class FieldEvaluation:
             )
         return net
 
-    def _more_products(self, ask: Ask, noise: Tensor | None = None) -> Tensor:
-        """Products of another pass over the field, which the first one did not give."""
-        products = self._record.door.again(self.t, self._record.state, ask, noise).products
+    def _product(self, v: Tensor) -> Tensor:
+        """``v^T df/dz`` from another pass over the field."""
+        products = self._record.door.again(self.t, self._record.state, _PRODUCTS, v).products
         assert products is not None
         return products.to(self.z.dtype)
+
+    def _rows(self) -> Tensor:
+        """The rows of ``df/dz`` from another pass over the field."""
+        rows = self._record.door.again(self.t, self._record.state, _ROWS).rows
+        assert rows is not None
+        return rows.to(self.z.dtype)
 
     def _require(self, need: str) -> None:
         if need not in self._needs:

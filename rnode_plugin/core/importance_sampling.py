@@ -112,7 +112,7 @@ def importance_sample(
     """
     if jacobian not in get_args(Jacobian):
         raise ConfigError(suggest(str(jacobian), get_args(Jacobian), "jacobian"))
-    by_map, exact = jacobian == "map", isinstance(model.estimator, Exact)
+    by_map, exact = jacobian == "map", model.estimator.is_exact
     if not (by_map or exact) and model.dims > EXACT_DIMS:
         raise ConfigError(
             f"importance weights need a log-density without noise, and {model.estimator!r} estimates the trace of "

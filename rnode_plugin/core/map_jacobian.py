@@ -141,7 +141,7 @@ def jacobian_of(
             def elsewhere(_: Tensor, z: Tensor) -> Tensor:
                 return carry(z).reshape(z.shape)
 
-            check_second_derivative(x.reshape(z.shape), z, start, elsewhere, z.new_zeros(()), net=net, jvp=False)
+            check_second_derivative(x.reshape(z.shape), z, start, elsewhere, z.new_zeros(()), field=net, jvp=False)
         if not apart:
             refuse_mixed_samples(z, x.reshape(z.shape))
         # samples do not mix, so the gradient of a sum over the batch holds one row for each sample

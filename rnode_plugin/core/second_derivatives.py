@@ -19,6 +19,7 @@ from torch.autograd.graph import Node
 
 from ..errors import ConfigError
 from .modes import autocasts, exporting, outside_checkpoints
+from .surroundings import module_of
 
 _right: WeakKeyDictionary[nn.Module, set[type]] = WeakKeyDictionary()  # functions that passed, by net
 
@@ -93,7 +94,7 @@ def check_second_derivative(
     elsewhere: Callable[[Tensor, Tensor], Tensor],
     t: Tensor,
     *,
-    net: nn.Module | None,
+    field: object,
     jvp: bool,
 ) -> bool:
     """Refuse a field whose products lose their dependence on the state.
@@ -107,11 +108,11 @@ def check_second_derivative(
         start: nodes with a lower number are not part of that graph.
         elsewhere: evaluates the same field at another time and state.
         t: the time.
-        net: the module of the field; each of its functions is compared once.
+        field: the function of the field. Each custom function is compared once for the net that it calls.
         jvp: whether derivatives along directions are asked for, whose values take a second derivative.
 
     Returns:
-        Whether the question is settled. It stays open where a comparison shows nothing, as for a velocity of zero.
+        True if the check was conclusive. It is not where a comparison shows nothing, as for a velocity of zero.
 
     Raises:
         ConfigError: if the comparison fails, and for an attention kernel without a second derivative.
@@ -125,6 +126,7 @@ def check_second_derivative(
     for name in foreign.values():
         if name.startswith("ScaledDotProduct"):
             raise ConfigError(FUSED_ATTENTION)
+    net = module_of(field)
     known = set[type]() if net is None else _right.setdefault(net, set())
     # differences of a velocity in half precision are mostly rounding, so nothing can be compared
     half = dz.dtype.itemsize < 4 or autocasts(dz)

@@ -7,13 +7,13 @@ Both come from the same products ``v^T J`` with ``J = df/dz``, taken for probe v
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, check_count, suggest
-from .derivatives import VELOCITY, Ask, Linearization, trace_of_rows, unit_vectors
+from .derivatives import Linearization, trace_of_rows, unit_vectors
 from .door import Door
 from .modes import autocasts
 from .part import State
@@ -45,48 +45,57 @@ class TraceEstimator(ABC):
     products, which the other methods reduce.
 
     Attributes:
-        asks: the products that a field computes for the estimator, ``"noise"`` or ``"rows"``, see
-            :class:`~rnode_plugin.core.derivatives.Ask`; ``""`` if it needs none.
+        wants: what a field computes for the estimator, ``"products"`` or ``"rows"``, see
+            :class:`~rnode_plugin.core.derivatives.Linearization`; empty if it needs neither.
+        needs_noise: whether an evaluation needs the noise that :meth:`draw` returns.
+        is_exact: whether :meth:`divergence` is the exact trace, in place of which a field may give its own.
+        probes: number of probe vectors that :meth:`draw` returns.
         repeats: whether :meth:`linearize` evaluates the field more than once.
     """
 
-    asks: ClassVar[Literal["", "noise", "rows"]] = "noise"
-    repeats: ClassVar[bool] = False
+    wants: frozenset[str] = frozenset({"products"})
+    needs_noise: bool = True
+    is_exact: bool = False
+    probes: int = 1
+    repeats: bool = False
 
     @abstractmethod
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
         """Draw noise for one solve of ``z (B, *event)`` from ``generator``; None if the estimator needs none."""
 
     def linearize(
-        self, door: Door, t: Tensor, state: State, noise: Tensor | None = None, ask: Ask = VELOCITY
+        self, door: Door, t: Tensor, state: State, noise: Tensor | None = None, wants: frozenset[str] | None = None
     ) -> Linearization:
-        """Evaluate a field once, with its velocity, its products and what ``ask`` names.
+        """Evaluate a field once, with its velocity and what ``wants`` names.
 
         Args:
             door: evaluates the field.
             t, state: the time and the whole state.
             noise: as :meth:`draw` gives it.
-            ask: what to compute in addition to the products that :attr:`asks` names.
+            wants: what the field computes, with :attr:`wants` of this estimator; None: that alone.
+
+        Returns:
+            Linearization: what the other methods call products are its ``products`` or, if :attr:`wants` has
+                ``"rows"``, its ``rows``.
         """
-        ask = ask if ask.products == self.asks else ask._replace(products=self.asks)
-        return door.evaluate(t, state, ask, noise)
+        return door.evaluate(t, state, self.wants if wants is None else wants, noise)
 
     @abstractmethod
-    def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
+    def pair(self, products: Tensor, noise: Tensor | None) -> Probes:
         """The probe vectors, their weight, and the ``products`` that :meth:`linearize` computed with ``noise``."""
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         """``div f (B,)`` (eq. 3) or an unbiased estimate (eq. 5), in nats per unit of time.
 
-        ``products`` and ``noise`` are as for :meth:`probes`.
+        ``products`` and ``noise`` are as for :meth:`pair`.
         """
-        weight, vectors, rows = self.probes(products, noise)
+        weight, vectors, rows = self.pair(products, noise)
         terms = (weight * sum_products(v, row) for v, row in zip(vectors, rows, strict=True))
         return torch.stack(list(terms)).sum(0)
 
     def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        """``||df/dz||_F^2 (B,)`` (eq. 13), or an unbiased estimate (eq. 16); arguments as for :meth:`probes`."""
-        weight, _, rows = self.probes(products, noise)
+        """``||df/dz||_F^2 (B,)`` (eq. 13), or an unbiased estimate (eq. 16); arguments as for :meth:`pair`."""
+        weight, _, rows = self.pair(products, noise)
         return torch.stack([weight * sum_squares(row) for row in rows]).sum(0)
 
 
@@ -117,28 +126,28 @@ class Hutchinson(TraceEstimator):
 
     def __init__(self, noise: str = "gaussian", *, probes: int = 1) -> None:
         self.noise = _known(noise)
-        self.count = check_count(probes, "a trace estimator's probes")
+        self.probes = check_count(probes, "a trace estimator's probes")
 
     def __repr__(self) -> str:
-        return f"Hutchinson({self.noise!r}{f', probes={self.count}' if self.count > 1 else ''})"
+        return f"Hutchinson({self.noise!r}{f', probes={self.probes}' if self.probes > 1 else ''})"
 
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        shape = z.shape if self.count == 1 else torch.Size([self.count, *z.shape])
+        shape = z.shape if self.probes == 1 else torch.Size([self.probes, *z.shape])
         return _draw(self.noise, shape, z, generator)
 
-    def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
+    def pair(self, products: Tensor, noise: Tensor | None) -> Probes:
         assert noise is not None
-        if self.count == 1:
+        if self.probes == 1:
             return Probes(1.0, (noise,), (products,))
-        return Probes(1 / self.count, tuple(noise), tuple(products))
+        return Probes(1 / self.probes, tuple(noise), tuple(products))
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        if self.count > 1 or noise is None:
+        if self.probes > 1 or noise is None:
             return super().divergence(products, noise)
         return sum_products(products, noise)
 
     def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        return sum_squares(products) if self.count == 1 else super().squared_frobenius(products, noise)
+        return sum_squares(products) if self.probes == 1 else super().squared_frobenius(products, noise)
 
 
 class Exact(TraceEstimator):
@@ -152,12 +161,15 @@ class Exact(TraceEstimator):
         >>> from rnode_plugin.core.door import Door
         >>> matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         >>> door = Door(AutogradField(lambda t, z: z @ matrix.T))
-        >>> rows = Exact().linearize(door, torch.tensor(0.0), torch.ones(1, 2)).products
+        >>> rows = Exact().linearize(door, torch.tensor(0.0), torch.ones(1, 2)).rows
         >>> Exact().divergence(rows, None), Exact().squared_frobenius(rows, None)
         (tensor([5.]), tensor([30.]))
     """
 
-    asks = "rows"
+    wants = frozenset({"rows"})
+    needs_noise = False
+    is_exact = True
+    probes = 0
 
     def __repr__(self) -> str:
         return "Exact()"
@@ -165,7 +177,7 @@ class Exact(TraceEstimator):
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> None:
         return None
 
-    def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
+    def pair(self, products: Tensor, noise: Tensor | None) -> Probes:
         vectors = unit_vectors(products[0]).expand_as(products)
         return Probes(1.0, tuple(vectors), tuple(products))
 
@@ -213,24 +225,24 @@ class Difference(TraceEstimator):
         True
     """
 
-    asks = ""
+    wants = frozenset[str]()
     repeats = True
 
     def __init__(self, *, probes: int = 1) -> None:
-        self.count = check_count(probes, "a trace estimator's probes")
+        self.probes = check_count(probes, "a trace estimator's probes")
 
     def __repr__(self) -> str:
-        return f"Difference({f'probes={self.count}' if self.count > 1 else ''})"
+        return f"Difference({f'probes={self.probes}' if self.probes > 1 else ''})"
 
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        shape = z.shape if self.count == 1 else torch.Size([self.count, *z.shape])
+        shape = z.shape if self.probes == 1 else torch.Size([self.probes, *z.shape])
         return _draw("rademacher", shape, z, generator)
 
     def linearize(
-        self, door: Door, t: Tensor, state: State, noise: Tensor | None = None, ask: Ask = VELOCITY
+        self, door: Door, t: Tensor, state: State, noise: Tensor | None = None, wants: frozenset[str] | None = None
     ) -> Linearization:
         assert noise is not None
-        found, z = door.evaluate(t, state, ask._replace(pull=False)), door.z_of(state)
+        found, z = super().linearize(door, t, state, None, wants), door.z_of(state)
         dz = door.z_of(found.dz)
         # autocast may round a velocity to half precision before it is returned in float32, and leaves float64 alone
         cast = dz.dtype is torch.float32 and autocasts(dz)
@@ -244,8 +256,9 @@ class Difference(TraceEstimator):
         # A state (B,) has one number per sample
         sizes = z.detach().unsqueeze(-1).flatten(1).square().mean(1).sqrt().clamp(min=0.1)
         # All samples share one length. Where a field mixes samples, as batch norm does in training, a length s_i of
-        # each sample would weigh the part of J from sample i to sample j by s_i / s_j. The median ignores outliers
-        # A velocity of lower precision than the state has the larger rounding error
+        # each sample would weigh the part of J from sample i to sample j by s_i / s_j. The median is robust against
+        # outliers.
+        # The less precise of state and velocity determines the rounding error.
         eps = max(torch.finfo(x.dtype).eps for x in (z, dz))
         step = 2 * eps ** (1 / 3) * sizes.median() if len(z) > 0 else sizes.new_ones(())
 
@@ -253,10 +266,10 @@ class Difference(TraceEstimator):
             later, before = (door.z_of(door.again(t, state, z=z + sign * step * e).dz) for sign in (1, -1))
             return (later - before) / (2 * step)
 
-        products = along(noise) if self.count == 1 else torch.stack([along(e) for e in noise])
+        products = along(noise) if self.probes == 1 else torch.stack([along(e) for e in noise])
         return found._replace(products=products)
 
-    def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
+    def pair(self, products: Tensor, noise: Tensor | None) -> Probes:
         raise ConfigError(
             "the estimator 'difference' has J e and no products e^T J, which 'curl' and 'strain' need: use "
             "'gaussian' or 'rademacher' for them."
@@ -264,12 +277,12 @@ class Difference(TraceEstimator):
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         assert noise is not None
-        if self.count == 1:
+        if self.probes == 1:
             return sum_products(products, noise)
         return torch.stack([sum_products(d, e) for d, e in zip(products, noise, strict=True)]).mean(0)
 
     def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        return sum_squares(products) if self.count == 1 else torch.stack(list(map(sum_squares, products))).mean(0)
+        return sum_squares(products) if self.probes == 1 else torch.stack(list(map(sum_squares, products))).mean(0)
 
 
 def _known(noise: str) -> str:

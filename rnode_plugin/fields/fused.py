@@ -54,21 +54,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.derivatives import VELOCITY, Ask, AutogradField, Checked, Linearization, trace_of_rows, unit_vectors
+from ..core.derivatives import (
+    VELOCITY,
+    AutogradField,
+    Checked,
+    Field,
+    Linearization,
+    Velocity,
+    trace_of_rows,
+    unit_vectors,
+)
 from ..core.modes import autocasts, traced
 from ..errors import CompilerError, ConfigError
 from .activations import Activation
 from .kernels import Dense, LayerMap
 
 
-class Stack:
+class Stack(Field):
     """A stack as the field of one solve, for states of one shape, with the current weights.
 
-    It is a :class:`~rnode_plugin.core.derivatives.Field`. Work that depends only on the weights is done once here
-    and reused by every evaluation. It is part of the autograd graph. A ``Stack`` belongs to one solve; make a new
-    one after each optimizer step. Products with any other noise vector work but are slower. Automatic
-    differentiation computes all of an evaluation that takes derivatives along directions. Products and derivatives
-    are taken with respect to ``z`` alone, not to the context.
+    Work that depends only on the weights is done once here and reused by every evaluation. It is part of the
+    autograd graph. A ``Stack`` belongs to one solve; make a new one after each optimizer step. Products with any
+    other noise vector work but are slower. Automatic differentiation computes all of an evaluation that takes
+    derivatives along directions. Products and derivatives are with respect to ``z`` alone, not to the context.
 
     Args:
         kind: the class of the layers.
@@ -97,6 +105,7 @@ class Stack:
         if len(self.event) != (0 if kind is Dense else 2):
             takes = "linear layers takes (B, D)" if kind is Dense else "convolutions takes (B, C, H, W)"
             raise ConfigError(f"a field of {takes} as a state, not {tuple(z.shape)}.")
+        self.radius = None if kind is Dense else len(layers)  # 3x3 convolutions
         self._context, self._compiled = context, compiled
         self.dtype = z.dtype
         if z.dtype is torch.float32 and autocasts(z):
@@ -154,48 +163,61 @@ class Stack:
         """``x (B, *event)`` in the dtype and the memory layout in which the layers compute."""
         return self.kind.layout(x.to(self.dtype))
 
-    def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
+    def __call__(self, t: Tensor | float, z: Tensor, /) -> Tensor:
         """The velocity ``(B, *event)``, differentiable any number of times."""
         z = self._with_context(z)
         return _plain(self, _as_time(t, z), z, None)[0]
 
     def linearize(
-        self, t: Tensor | float, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY
+        self,
+        t: Tensor | float,
+        z: Tensor,
+        probes: Tensor | None = None,
+        wants: frozenset[str] = VELOCITY,
+        *,
+        peek: Velocity | None = None,
     ) -> Linearization:
         """Implement :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`."""
         t = _as_time(t, z)
-        if ask.jvp:
+        if "jvp" in wants:
             # samples stay apart in these layers, and torch can differentiate them three times
             checked = Checked(samples_are_apart=True, twice_differentiable=True, third_derivative="")
-            return AutogradField(self, checked=checked).linearize(t, z, noise, ask=ask)
-        if ask.products == "noise" and ask.divergence:  # one pass for the products, one for the rows
-            products = self.linearize(t, z, noise, ask=Ask("noise")).products
-            return self.linearize(t, z, ask=ask._replace(products=""))._replace(products=products)
-        flat, rows = self.kind is Dense, ask.products == "rows" or ask.divergence
-        if rows and not flat:
-            noise = unit_vectors(z).expand(-1, *z.shape)
-        if not flat and noise is not None and noise.ndim > z.ndim:
-            return self._several(t, z, noise, ask)
-        g = None
-        if rows:  # equation (2) for the unit vectors e: the rows of W_L, the same for all samples
-            g = self._W_L.unsqueeze(1)
-        elif ask.products:
-            assert noise is not None
-            g = self._g if noise is self._noise and self._g is not None else self._g_of(noise)
-        dz, products = self._pass(t, self._with_context(z), g)
-        if self._context is not None and products is not None:
-            products = products[..., : z.shape[1]]  # the layers see the context as more columns of the state
-        divergence = trace_of_rows(products) if ask.divergence and products is not None else None
-        return Linearization(dz, products, None, divergence)
+            return AutogradField(self, checked=checked).linearize(t, z, probes, wants, peek=peek)
+        if "rows" in wants or "trace" in wants:
+            found = self._with_rows(t, z, wants)
+            # one more pass for the products
+            return found._replace(products=self._products(t, z, probes)[1]) if "products" in wants else found
+        dz, products = self._products(t, z, probes if "products" in wants else None)
+        return Linearization(dz, products)
 
-    def _several(self, t: Tensor, z: Tensor, vectors: Tensor, ask: Ask) -> Linearization:
+    def _products(self, t: Tensor, z: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The velocity, and the products with the probe vectors; None without vectors."""
+        if probes is not None and probes.ndim > z.ndim and self.kind is not Dense:
+            return self._several(t, z, probes)
+        g = None
+        if probes is not None:
+            g = self._g if probes is self._noise and self._g is not None else self._g_of(probes)
+        dz, products = self._pass(t, self._with_context(z), g)
+        return dz, self._without_context(z, products)
+
+    def _with_rows(self, t: Tensor, z: Tensor, wants: frozenset[str]) -> Linearization:
+        """The velocity, the rows of the Jacobian and, if it is wanted, its trace."""
+        if self.kind is Dense:
+            # equation (2) for the unit vectors e: the rows of W_L, the same for all samples
+            dz, rows = self._pass(t, self._with_context(z), self._W_L.unsqueeze(1))
+            rows = self._without_context(z, rows)
+        else:
+            dz, rows = self._several(t, z, unit_vectors(z).expand(-1, *z.shape))
+        assert rows is not None
+        return Linearization(dz, rows=rows, trace=trace_of_rows(rows) if "trace" in wants else None)
+
+    def _several(self, t: Tensor, z: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Several products of convolutions, computed as one batch, since a convolution has one batch dimension."""
         count, batch = len(vectors), z.shape[0]
         repeated = z.unsqueeze(0).expand(count, *z.shape).flatten(0, 1)
         dz, products = self._pass(t, repeated, self._g_of(vectors.flatten(0, 1)))
         assert products is not None
-        rows = products.unflatten(0, (count, batch))
-        return Linearization(dz[:batch], rows, None, trace_of_rows(rows) if ask.divergence else None)
+        return dz[:batch], products.unflatten(0, (count, batch))
 
     def _pass(self, t: Tensor, z: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The velocity and its products with noise, whose first-order gradients cost no double backward.
@@ -223,6 +245,10 @@ class Stack:
 
     def _with_context(self, z: Tensor) -> Tensor:
         return z if self._context is None else torch.cat([z, self._context.to(z.dtype)], 1)
+
+    def _without_context(self, z: Tensor, products: Tensor | None) -> Tensor | None:
+        """The products with respect to ``z`` alone: the layers see the context as more columns of the state."""
+        return products if self._context is None or products is None else products[..., : z.shape[1]]
 
     def _pieces(self, theta: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Biases and responses (None without time) of all layers, and the weight of each layer, as views."""

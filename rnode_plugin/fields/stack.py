@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.derivatives import VELOCITY, Ask, AutogradField, Field, Linearization, has_hooks
+from ..core.derivatives import VELOCITY, AutogradField, Field, Linearization, Velocity, has_hooks
 from ..core.modes import exporting, outside_inference
 from ..errors import ConfigError, check_count
 from .activations import get_activation
 from .fused import Stack
-from .kernels import LayerMap
+from .kernels import Dense, LayerMap
 from .layers import ConcatConv2d, ConcatLinear
 
 
-class StackField(nn.Module):
+class StackField(nn.Module, Field):
     """A vector field ``f(t, z)`` that consists of layers with an activation between them.
 
-    It is a :class:`~rnode_plugin.core.derivatives.Field`. Velocity and products with the Jacobian come from one
+    Velocity and products with the Jacobian come from one
     pass with a hand-written backward. First-order gradients of both with respect to time, state, noise and
     parameters cost no double backward. Automatic differentiation computes an evaluation that also takes derivatives
     along directions, and gradients with ``create_graph=True``, which can be differentiated in turn. A call uses
@@ -55,29 +55,48 @@ class StackField(nn.Module):
             raise ConfigError("a stack needs ConcatConv2d or ConcatLinear layers, all of one kind.")
         self._kind: type[LayerMap] = kinds.pop().kind
 
-    def prepare(self, z: Tensor, noise: Tensor | None = None, *, context: Tensor | None = None) -> Field:
-        """Prepare this field for the evaluations in one solve from a state like ``z (B, *event)``.
+    @property
+    def radius(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The number of layers if they are 3x3 convolutions, each of which reads the pixels beside a pixel.
 
-        Everything that depends only on the weights and the ``noise`` of the solve is computed here once, with its
+        None for linear layers, and if hooks or a subclass may change the velocity or the products.
+        """
+        changed = type(self).forward is not StackField.forward or type(self).linearize is not StackField.linearize
+        if self._kind is Dense or changed or any(map(has_hooks, (self, *self.layers))):
+            return None
+        return len(self.layers)
+
+    def prepared(
+        self,
+        z: Tensor,
+        probes: Tensor | None = None,
+        *,
+        one_graph: bool = True,
+        context: Tensor | None = None,
+    ) -> Field:
+        """Implement :meth:`Field.prepared <rnode_plugin.core.derivatives.Field.prepared>`.
+
+        Everything that depends only on the weights and the ``probes`` of the solve is computed here once, with its
         graph. Do not use the result after the weights have changed. A subclass that overrides :meth:`linearize` is
         not prepared. If it overrides :meth:`forward` alone, automatic differentiation computes the products.
         """
-        if type(self).linearize is not StackField.linearize:
+        if not one_graph or type(self).linearize is not StackField.linearize:
             return self if context is None else AtContext(self, context)
-        return self._prepared(z, noise, context)
+        return self._of_one_graph(z, probes, context)
 
     def linearize(
         self,
         t: Tensor | float,
         z: Tensor,
-        noise: Tensor | None = None,
+        probes: Tensor | None = None,
+        wants: frozenset[str] = VELOCITY,
         *,
-        ask: Ask = VELOCITY,
+        peek: Velocity | None = None,
         context: Tensor | None = None,
     ) -> Linearization:
         """Implement :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`."""
         t = t if isinstance(t, Tensor) else z.new_tensor(t)
-        return self._prepared(z, None, context).linearize(t, z, noise, ask=ask)
+        return self._of_one_graph(z, None, context).linearize(t, z, probes, wants, peek=peek)
 
     def layout(self, x: Tensor) -> Tensor:
         """``x (B, *event)`` in the memory layout in which this field is fast and returns its velocity."""
@@ -96,7 +115,7 @@ class StackField(nn.Module):
     def extra_repr(self) -> str:
         return f"activation={self._activation.name!r}"
 
-    def _prepared(self, z: Tensor, noise: Tensor | None, context: Tensor | None) -> Field:
+    def _of_one_graph(self, z: Tensor, noise: Tensor | None, context: Tensor | None) -> Field:
         if type(self).forward is not StackField.forward or any(map(has_hooks, (self, *self.layers))):
             return AutogradField(lambda t, z: self(t, z, context))
         # skipped where batch shapes vary (validation, sampling), because every new shape triggers a compilation
@@ -110,36 +129,36 @@ class StackField(nn.Module):
         return Stack(self._kind, self._activation, parameters, z, **options)
 
 
-class AtContext(nn.Module):
-    """A field ``f(t, z, context)`` on flat states ``(B, D)``, with its ``context (B, C)`` fixed.
+class AtContext(nn.Module, Field):
+    """A stack field ``f(t, z, context)`` on flat states ``(B, D)``, with its ``context (B, C)`` fixed."""
 
-    The field must have ``linearize(..., context=)``.
-    """
-
-    def __init__(self, field: nn.Module, context: Tensor) -> None:
+    def __init__(self, field: StackField, context: Tensor) -> None:
         super().__init__()
-        self.field: Any = field
-        self._context = context
+        self.field, self._context = field, context
 
-    def parameters(self, recurse: bool = True) -> Iterator[Any]:
-        """The tensors that a continuous adjoint differentiates by, with the context if it requires a gradient."""
-        yield from super().parameters(recurse)
-        if self._context.requires_grad:
-            yield self._context
+    def inputs(self) -> Sequence[Tensor]:
+        """The context, if it requires a gradient."""
+        return (self._context,) if self._context.requires_grad else ()
 
-    def prepare(self, z: Tensor, noise: Tensor | None = None) -> Field:
-        """Call :meth:`StackField.prepare` of a stack; another field is not prepared."""
-        if isinstance(self.field, StackField):
-            return self.field.prepare(z, noise, context=self._context)
-        return self
+    def prepared(self, z: Tensor, probes: Tensor | None = None, *, one_graph: bool = True) -> Field:
+        """Call :meth:`StackField.prepared` with the context."""
+        return self.field.prepared(z, probes, one_graph=one_graph, context=self._context)
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         """Velocity ``(B, D)``."""
         return self.field(t, z, self._context)
 
-    def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
-        """Implement :meth:`~rnode_plugin.core.derivatives.Field.linearize`; products are by ``z``."""
-        return self.field.linearize(t, z, noise, ask=ask, context=self._context)
+    def linearize(
+        self,
+        t: Tensor | float,
+        z: Tensor,
+        probes: Tensor | None = None,
+        wants: frozenset[str] = VELOCITY,
+        *,
+        peek: Velocity | None = None,
+    ) -> Linearization:
+        """Implement :meth:`~rnode_plugin.core.derivatives.Field.linearize`, with respect to ``z``."""
+        return self.field.linearize(t, z, probes, wants, peek=peek, context=self._context)
 
 
 def conv_field(channels: int, *, hidden: int = 64, layers: int = 4, activation: str = "softplus") -> StackField:

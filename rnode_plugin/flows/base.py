@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ..core.derivatives import Field
 from ..core.distribution import DensityModel, StandardNormal
 from ..core.dynamics import Dynamics
 from ..core.history import History, OneProcessPerDevice
@@ -18,7 +19,6 @@ from ..core.regularizer import Regularizer
 from ..core.regularizers import Regularizers, RegularizersLike
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError
-from ..fields.stack import AtContext, StackField
 from ..solvers import FixedGrid, HealthCheck, Solver, check_all, get_gradient
 from ..solvers.solver import chosen_solver
 
@@ -294,14 +294,13 @@ class _Pass:
     def __call__(self, z: Tensor) -> Tensor:
         index, (field, noise) = next(self._blocks)
         net = field if isinstance(field, nn.Module) else None  # a prepared field does not show its module
-        # A prepared field shares one graph of its weights between evaluations. A continuous adjoint needs a new
-        # graph at each evaluation, which leads to the parameters themselves.
-        if isinstance(field, (StackField, AtContext)) and get_gradient(self._solver.gradient).through_steps:
-            if isinstance(field, StackField):
+        if isinstance(field, Field):
+            one_graph = get_gradient(self._solver.gradient).through_steps
+            if one_graph:
                 z = field.layout(z)
                 if noise is not None and noise.shape == z.shape:  # not the noise of several probes
                     noise = field.layout(noise)
-            field = field.prepare(z, noise)
+            field = field.prepared(z, noise, one_graph=one_graph)
         dynamics = Dynamics(
             field, regularizers=self._integrated, estimator=self._estimator, divergence=self._divergence,
             net=net, user_field=net,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from ..core.regularizers import RegularizersLike
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
 from ..fields import linear_field
-from ..fields.stack import AtContext
+from ..fields.stack import AtContext, StackField
 from ..regularizers import jacfrob, kinetic
 from ..solvers import HealthCheck, Solver
 from .base import BlockFlow
@@ -95,9 +96,9 @@ class TableFlow(BlockFlow):
             return linear_field(columns, hidden=hidden, layers=layers, activation=activation, context=context)
 
         self.fields = nn.ModuleList((field or perceptron)() for _ in range(blocks))
-        if context and not all(hasattr(each, "linearize") for each in self.fields):
+        if context and not all(isinstance(each, StackField) for each in self.fields):
             raise ConfigError(
-                "a TableFlow with a context needs a field with linearize(..., context=), as linear_field has. "
+                "a TableFlow with a context needs a StackField that takes it, such as linear_field(..., context=). "
                 "RegularizedCNF(net, context_shape=) takes any net(t, x, context)."
             )
         self.register_buffer("mean", torch.zeros(columns + context))
@@ -150,4 +151,4 @@ class TableFlow(BlockFlow):
         if context is None:
             return list(self.fields)
         given = (context - self.mean[self.dims :]) / self.scale[self.dims :]
-        return [AtContext(field, given) for field in self.fields]
+        return [AtContext(cast(StackField, field), given) for field in self.fields]

@@ -108,6 +108,8 @@ def noise_of(cnf: Any, z: Tensor) -> Tensor | None:
 class _AutogradTrace(Exact):
     """The exact trace, summed in torchdyn's order, so that values agree bitwise."""
 
+    is_exact = False  # a field's own trace has another order
+
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         total = products[0][:, 0]
         for i, row in enumerate(products[1:], start=1):

@@ -16,7 +16,7 @@ from torchdyn.models.cnf import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
-from ..core.derivatives import Ask, AutogradField, Field, has_hooks
+from ..core.derivatives import AutogradField, Field, has_hooks
 from ..core.dynamics import BoundDynamics, Dynamics, Rates
 from ..core.modes import outside_checkpoints
 from ..core.part import Part, PartSpec, signs_for_columns, warn_of_unread_columns
@@ -30,7 +30,7 @@ from ..core.signature import (
     field_takes,
 )
 from ..core.surroundings import lock_of, module_of
-from ..core.trace_estimators import Exact, TraceEstimator
+from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError, RnodeError
 from ..fields.recognize import recognize
 from ..fields.stack import AtContext, StackField
@@ -166,7 +166,7 @@ class TorchdynField(AutogradField):
         super().__init__(function)
         self._extra, self._slots, self.plain = extra, slots, plain
 
-    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+    def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
         slots = self._slots
         if not slots.found:
             return self._field(t, z, *self._extra)
@@ -245,7 +245,7 @@ class NetDynamics(Dynamics):
                 "a layer of this net reads the state at the start of the solve (DataControl), so the integral of "
                 "the divergence is not the log-determinant: leave it out, or give a context= that the net reads."
             )
-        differentiates = divergence and estimator.asks != ""
+        differentiates = divergence and bool(estimator.wants)
         if context is None:
             field: Field = field_of(
                 net,
@@ -259,7 +259,7 @@ class NetDynamics(Dynamics):
             function = originals(net, modules) if differentiates else net
             field = TorchdynField(function, context, slots=slots, plain=not slots.found)
         if divergence:
-            exact = type(estimator) is Exact and "jvp" not in needs
+            exact = estimator.is_exact and "jvp" not in needs
             through_steps = get_gradient(solver.gradient).through_steps
             field = fastest(field, net, z, context, exact=exact, one_graph=through_steps)
         super().__init__(
@@ -386,7 +386,7 @@ def look_for_columns(system: TorchdynSystem, t: Tensor, x: Tensor) -> bool:
         return True
     try:
         with torch.no_grad(), outside_checkpoints():
-            found = system.dynamics.door.again(t.to(state.device), state, Ask("noise"), signs)
+            found = system.dynamics.door.again(t.to(state.device), state, frozenset({"products"}), signs)
     except (RnodeError, RuntimeError):  # no graph, or one that runs once: fine for penalties without a derivative
         return True
     return warn_of_unread_columns(found.dz, found.products, stacklevel=6)
@@ -429,7 +429,7 @@ def system_of(
     slots = Slots(modules, x, ahead=0 if cost is None else 1, cnf=net if traced else None)
     regularizers, estimator = followed.regularizers, followed.estimator
     needs = regularizers.needs | ({"vjp"} if cnfs else set[str]())
-    if estimator.asks == "" and not cnfs:  # differences of the velocity, for which a compiled net may stay compiled
+    if not estimator.wants and not cnfs:  # differences of the velocity, for which a compiled net may stay compiled
         needs -= {"vjp"}
 
     noise = event_shape = None
@@ -445,7 +445,7 @@ def system_of(
     field: Field = field_of(net, modules, slots, args, takes=takes(net), order=order, needs=needs)
     whole = traced or part is None
     if whole and (traced or regularizers) and not needs.isdisjoint(("vjp", "jvp")):
-        exact = order == 1 and type(estimator) is Exact and "vjp" in needs and "jvp" not in needs
+        exact = order == 1 and estimator.is_exact and "vjp" in needs and "jvp" not in needs
         field = fastest(field, net, z, exact=exact, one_graph=one_graph)
     dynamics = Dynamics(
         field, regularizers=regularizers, estimator=estimator, divergence=traced, part=None if whole else part,
@@ -497,10 +497,10 @@ def fastest(
     stack = recognize(net, z, adds_time=adds_time) if exact and one_graph and context is None else None
     if stack is not None:
         return stack
-    if field.plain and isinstance(net, StackField):
-        own = net if context is None else AtContext(net, context)
-        return own.prepare(z) if one_graph else own
-    return net if field.plain and context is None and isinstance(net, Field) else field
+    own = AtContext(net, context) if context is not None and isinstance(net, StackField) else net
+    if not field.plain or not isinstance(own, Field) or (context is not None and own is net):
+        return field
+    return own.prepared(z, one_graph=one_graph)
 
 
 def adds_time(module: nn.Module) -> bool:

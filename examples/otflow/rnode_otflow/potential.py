@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Linearization, has_hooks
+from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linearization, Velocity, has_hooks
 from rnode_plugin.errors import ConfigError, check_count
 
 
@@ -21,7 +21,7 @@ class _Layer(NamedTuple):
     curvature: Tensor
 
 
-class PotentialField(nn.Module):
+class PotentialField(nn.Module, Field):
     """``f(t, z) = -grad Phi(t, z)`` with OT-Flow's potential (Onken et al., 2021, eq. 10).
 
     With ``s = (z, t)``, ``Phi(s) = w^T N(s) + ||A s||^2 / 2 + b^T s``, where ``N`` is a residual network,
@@ -69,33 +69,40 @@ class PotentialField(nn.Module):
         s = self._joined(t, z)
         return -self._gradient(s, self._run(s)[0])[0][:, : self.dims].reshape(z.shape)
 
-    def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
-        """``-grad Phi`` and what ``ask`` names, in closed form; the Jacobian, ``-Hess Phi``, is symmetric.
+    def linearize(
+        self,
+        t: Tensor,
+        z: Tensor,
+        probes: Tensor | None = None,
+        wants: frozenset[str] = VELOCITY,
+        *,
+        peek: Velocity | None = None,
+    ) -> Linearization:
+        """``-grad Phi`` and what ``wants`` names, in closed form; the Jacobian, ``-Hess Phi``, is symmetric.
 
         If the field has hooks, or is of a subclass with another ``forward``, it is called instead, and its products
         come from automatic differentiation.
         """
         if type(self).forward is not PotentialField.forward or has_hooks(self):
-            return AutogradField(lambda t, z: self(t, z)).linearize(t, z, noise, ask=ask)
+            return AutogradField(lambda t, z: self(t, z)).linearize(t, z, probes, wants, peek=peek)
         s = self._joined(t, z)
         layers, _ = self._run(s)
         gradient, pulled = self._gradient(s, layers)
-        products = divergence = None
-        if ask.products == "rows":
-            products = self._rows(s, layers, pulled).reshape(self.dims, *z.shape)
-        elif ask.products:
-            assert noise is not None
-            vectors = noise.flatten(1).unsqueeze(0) if noise.ndim == z.ndim else noise.flatten(2)
-            products = -self._hessian_times(layers, pulled, self._direction(vectors, 0.0)).reshape(noise.shape)
-        if ask.divergence:
-            divergence = -self._laplacian(layers, pulled)
+        products = rows = None
+        if "rows" in wants:
+            rows = self._rows(s, layers, pulled).reshape(self.dims, *z.shape)
+        if "products" in wants:
+            assert probes is not None
+            vectors = probes.flatten(1).unsqueeze(0) if probes.ndim == z.ndim else probes.flatten(2)
+            products = -self._hessian_times(layers, pulled, self._direction(vectors, 0.0)).reshape(probes.shape)
+        trace = -self._laplacian(layers, pulled) if "trace" in wants else None
 
         def jvp(v: Tensor, dt: float = 0.0) -> Tensor:
             direction = self._direction(v.to(z.dtype).flatten(1).unsqueeze(0), dt)
             return -self._hessian_times(layers, pulled, direction).reshape(z.shape)
 
         dz = -gradient[:, : self.dims].reshape(z.shape)
-        return Linearization(dz, products, jvp if ask.jvp else None, divergence)
+        return Linearization(dz, products, rows, trace, jvp if "jvp" in wants else None)
 
     def _direction(self, v: Tensor, dt: float) -> Tensor:
         """Join directions ``(k, B, D)`` of the state and ``dt`` of time to directions of ``s = (z, t)``."""

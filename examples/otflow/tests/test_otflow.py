@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from rnode_plugin import NeuralODE, RegularizedCNF, get_recipe, penalties_at
-from rnode_plugin.core.derivatives import Ask, AutogradField
+from rnode_plugin.core.derivatives import AutogradField
 from rnode_plugin.core.signature import time_first
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.plugins import registry
@@ -72,10 +72,12 @@ def test_products_are_those_of_automatic_differentiation(field: PotentialField) 
     found: list[list[Tensor]] = []
     for each in (field, AutogradField(lambda t, z: field(t, z))):
         products: list[Any] = []
-        for ask, given in ((Ask("rows", divergence=True), None), (Ask("noise", jvp=True), noise)):
-            made: Any = each.linearize(t, z, given, ask=ask)
-            products += [made.dz, made.products]
-            products += [made.divergence] if ask.divergence else [made.jvp(v, 0.5)]
+        for wants, given in (({"rows", "trace"}, None), ({"products", "jvp"}, noise)):
+            made: Any = each.linearize(t, z, given, frozenset(wants))
+            products += [
+                made.dz,
+                *([made.rows, made.trace] if given is None else [made.products, made.jvp(v, 0.5)]),
+            ]
         loss = torch.stack([x.square().sum() for x in products]).sum()
         found.append([*products, *torch.autograd.grad(loss, [z, field.w, field.a])])
     torch.testing.assert_close(*found)
@@ -86,7 +88,7 @@ def test_second_derivatives_where_all_activations_are_zero() -> None:
     field = PotentialField(3, hidden=6).double()
     t, z = SPAN[0], torch.zeros(1, 3, dtype=torch.float64)
     hessian = torch.func.hessian(lambda z: field.potential(t, z[None])[0])(z[0])
-    rows = field.linearize(t, z, ask=Ask("rows")).products
+    rows = field.linearize(t, z, None, frozenset({"rows"})).rows
     assert rows is not None
     torch.testing.assert_close(hessian, -rows[:, 0])
     far = torch.tensor([[-1e3, 0.0, 1e3]], dtype=torch.float64)

@@ -155,7 +155,7 @@ class _Solves:
 
     def choose_draws(self) -> int:
         """Choose the number of draws that makes the noise small enough, from two draws of the first samples."""
-        if not self._measure.noisy and isinstance(self._flow.estimator, Exact):
+        if not self._measure.noisy and self._flow.estimator.is_exact:
             return 1
         self.take(range(2), self._pilot, total=self._total)
         return max(_draws_needed(self._rows(range(2), kind, self._pilot)) for kind in self._kinds)
@@ -228,14 +228,14 @@ class _Solves:
 def _with_least_noise(flow: DensityModel, measure: AnyTask, *, warm_start: bool) -> DensityModel:
     """Return a copy of the flow, which shares its parameters, with the trace estimator for an evaluation."""
     estimator = flow.estimator
-    if not isinstance(estimator, Exact):
+    if not estimator.is_exact:
         estimator = Exact() if is_exact(flow, measure) else Hutchinson("rademacher")
     return flow.solved_with(estimator=estimator, regularizers=flow.regularizers, warm_start=warm_start)
 
 
 def is_exact(flow: DensityModel, measure: AnyTask) -> bool:
     """Whether an evaluation takes the exact trace, and the penalty ``jacfrob`` the norm of the whole Jacobian."""
-    return isinstance(flow.estimator, Exact) or flow.dims <= measure.exact_dims
+    return flow.estimator.is_exact or flow.dims <= measure.exact_dims
 
 
 def _draws_needed(rows: Tensor) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ...core.schedules import final_strength, strength_text
-from ...core.trace_estimators import Exact
 from ...errors import RnodeError
 from ..evaluation.likelihood import is_exact
 from ..recipes.recipe import Recipe, as_text
@@ -109,7 +108,7 @@ def jacobian_norm(configurations: Sequence[Configuration], *, validated: bool = 
         except RnodeError:  # a plugin that is not installed here
             return False
         evaluated = not validated and one.counted[0].result is not None
-        return is_exact(flow, one.task) if evaluated else isinstance(flow.estimator, Exact)
+        return is_exact(flow, one.task) if evaluated else flow.estimator.is_exact
 
     return f"∫ ‖{'' if all(map(has_whole, configurations)) else 'εᵀ'}∇f‖² dt / dim"
 
