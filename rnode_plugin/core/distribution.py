@@ -345,7 +345,7 @@ class DensityModel(nn.Module, ABC):
             ConfigError: unless ``x`` has floating-point numbers ``(B, *shape)``, the context belongs to one sample
                 or to B, and the noise is as :meth:`draw_noise` gives it for ``x``.
         """
-        shape, what = (self.base.event_shape, "latents") if latents else (self.event_shape, "samples")
+        shape, what = (self._latent_shape, "latents") if latents else (self.event_shape, "samples")
         if not isinstance(x, Tensor) or x.shape[1:] != shape:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ConfigError(f"{what} must be a tensor (B, *{tuple(shape)}), not {got}.")
@@ -393,6 +393,10 @@ class DensityModel(nn.Module, ABC):
                 raise ConfigError(
                     f"the noise of block {k} must be {expected}, not {got} (None: an exact trace takes none)."
                 )
+
+    @property
+    def _latent_shape(self) -> torch.Size:
+        return self.base.event_shape
 
     def _like(self) -> Tensor:
         """A tensor of the dtype and on the device of this model; of torch's defaults where it has none."""

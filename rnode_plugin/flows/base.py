@@ -80,6 +80,10 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         """The standard normal distribution of the latents ``(D,)``."""
         return StandardNormal.like(self._like().new_zeros(self.dims))
 
+    @property
+    def _latent_shape(self) -> torch.Size:  # without making a base, which takes longer than all other checks
+        return torch.Size([self.dims])
+
     @abstractmethod
     def _enter(self, x: Tensor, solver: Solver) -> tuple[Tensor, Tensor, tuple[HealthCheck, ...]]:
         """The state before the first block, the log-determinant ``(B,)`` in nats of the map to it, and checks."""
@@ -235,8 +239,8 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         latents: bool = False,
     ) -> Tensor | None:
         """As :meth:`DensityModel.check_inputs`; it also refuses an empty batch, and another dtype or device."""
-        like, shape = self._like(), (self.dims,) if latents else tuple(self.event_shape)
-        fits = isinstance(x, Tensor) and tuple(x.shape[1:]) == shape and x.shape[0] > 0
+        like, shape = self._like(), self._latent_shape if latents else self.event_shape
+        fits = isinstance(x, Tensor) and x.shape[1:] == shape and x.shape[0] > 0
         if isinstance(x, Tensor) and not (fits and (x.dtype, x.device) == (like.dtype, like.device)):
             raise ConfigError(
                 f"{'latents' if latents else self.called} must be of shape (B, {', '.join(map(str, shape))}) with "
