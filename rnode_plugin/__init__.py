@@ -26,7 +26,7 @@ _PUBLIC = {
     "FixedGrid": "solvers.fixed",
     "Solver": "solvers.solver",
     "Dynamics": "core.dynamics",
-    "Regularizer": "regularizers",
+    "Rate": "regularizers",
     "Exact": "core.trace_estimators",
     "Hutchinson": "core.trace_estimators",
     "objective": "core.objective",
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from .flows.multiscale import MultiscaleFlow
     from .flows.table import TableFlow
     from .plugins.hookspecs import hookimpl
-    from .regularizers import Regularizer
+    from .regularizers import Rate
     from .solvers.adaptive import Adaptive
     from .solvers.fixed import FixedGrid
     from .solvers.solution import Solution
