@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, final
@@ -86,6 +87,15 @@ class Door:
             if explained is None:
                 raise
             raise explained from error
+
+    def weighed(self, weigh: float) -> Door:
+        """This door, to the field with weighed gradients.
+
+        See :meth:`Field.weighed <rnode_plugin.core.derivatives.Field.weighed>`.
+        """
+        door = copy.copy(self)  # with the same surroundings
+        door._field = self._field.weighed(weigh)
+        return door
 
     def again(
         self,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .derivatives import AutogradField, Velocity, as_field
+from .derivatives import NOT_WEIGHED, AutogradField, Velocity, as_field
 from .door import Door
 from .field_evaluation import FieldEvaluation, Record
 from .part import Part, State
@@ -69,6 +69,16 @@ class BoundDynamics(ABC):
             products: whether to compute everything. Without products, the log-determinant and the penalties that
                 read more of the field than its velocity are left out.
         """
+
+    def weighed(self, weigh: float) -> BoundDynamics:
+        """This system with ``weigh`` times its gradients with respect to the weights of the field.
+
+        See :meth:`Field.weighed <rnode_plugin.core.derivatives.Field.weighed>`.
+
+        Raises:
+            ConfigError: if the field cannot do this.
+        """
+        raise ConfigError(NOT_WEIGHED)
 
     def parameters(self) -> Iterable[Tensor]:
         """The tensors that a continuous adjoint differentiates by."""
@@ -203,6 +213,11 @@ class Dynamics(BoundDynamics):
         bound = copy.copy(self)
         bound.noise, bound.door = noise, self._open()
         return bound
+
+    def weighed(self, weigh: float) -> Dynamics:
+        system = copy.copy(self)
+        system.door = self.door.weighed(weigh)
+        return system
 
     def repeating(self) -> Callable[[], AbstractContextManager[None]]:
         return self.door.repeating((self._given, *self.regularizers.code))

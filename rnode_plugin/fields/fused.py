@@ -45,6 +45,7 @@ In the code, a list ``y`` holds ``y_1, y_2, ...`` in this order, and likewise fo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -158,6 +159,27 @@ class Stack(Field):
         outputs = [shape[0] for shape in self.shapes]
         rows = row.to(self.dtype).split([n * pixels for n in outputs])
         return [self.kind.unflat_bias(each, n, self.event) for each, n in zip(rows, outputs, strict=True)]
+
+    def weighed(self, weigh: float) -> Stack:
+        """Implement :meth:`Field.weighed <rnode_plugin.core.derivatives.Field.weighed>` for ``theta``.
+
+        With 0 only the gradients with respect to ``t`` and ``z`` are computed in (6). The gradient of ``W_L`` by
+        way of equation (2) is always whole, because it takes no convolution of its own in an evaluation.
+
+        Raises:
+            ConfigError: for a compiled stack, whose graph has the whole gradient.
+        """
+        if self._compiled:
+            raise ConfigError(
+                "weight gradients at half of the evaluations need fields that are not compiled: train with "
+                "compile=False (training.compile=false), or weight_gradients='all'."
+            )
+        stack = copy.copy(self)
+        stack._plain = None
+        stack.theta = self.theta.view_as(self.theta) if weigh else self.theta.detach()
+        if stack.theta.requires_grad:
+            stack.theta.register_hook(lambda gradient: weigh * gradient)
+        return stack
 
     def cast(self, x: Tensor) -> Tensor:
         """``x (B, *event)`` in the dtype and the memory layout in which the layers compute."""

@@ -113,6 +113,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         penalties: bool | None = None,
         solver: Solver | None = None,
         check: bool = True,
+        weight_gradients: str = "all",
     ) -> FlowOutput:
         """Push samples through the flow, and compute the log-determinant and the penalties for training.
 
@@ -126,6 +127,8 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
             solver: the integrator; None for :attr:`solver`.
             check: whether to wait for the device, and raise an error if a solve failed or a sample is out of range.
                 With False the caller reads the output's ``health``.
+            weight_gradients: ``"all"``, or ``"half"`` for random gradients of the weights of the fields at half of
+                the evaluations, see :meth:`Solver.solve <rnode_plugin.solvers.Solver.solve>`.
 
         Returns:
             FlowOutput: latent ``(B, D)``, log-determinant ``(B,)`` in nats, the logit or the standardization
@@ -140,7 +143,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         y, logdet, health = self._enter(x, solver)
         noise = self.draw_noise(x.shape[0]) if noise is None else noise
         blocks = zip(self._fields_at(rows), noise, strict=True)
-        through = _Pass(self, blocks, solver, penalties=penalties)
+        through = _Pass(self, blocks, solver, penalties=penalties, weight_gradients=weight_gradients)
         output = through.output(x, self._push(y, through), logdet, health)
         self.nfe = output.nfe
         return output.check() if check else output
@@ -270,6 +273,7 @@ class _Pass:
         backward: whether time runs from 1 to 0.
         divergence: whether the log-determinant is followed.
         penalties: whether to integrate the penalties; None means yes in training mode with gradients enabled.
+        weight_gradients: see :meth:`Solver.solve <rnode_plugin.solvers.Solver.solve>`.
     """
 
     def __init__(
@@ -281,8 +285,9 @@ class _Pass:
         backward: bool = False,
         divergence: bool = True,
         penalties: bool | None = False,
+        weight_gradients: str = "all",
     ) -> None:
-        self._blocks, self._solver = enumerate(blocks), solver
+        self._blocks, self._solver, self._weight_gradients = enumerate(blocks), solver, weight_gradients
         self._flow, self._backward = flow, backward
         training = flow.training and torch.is_grad_enabled()
         self._penalties = training if penalties is None else penalties
@@ -311,7 +316,10 @@ class _Pass:
         )  # fmt: skip
         block = len(self._flow.fields) - 1 - index if self._backward else index
         times, history = self._times(z), self._flow.history
-        solution = self._solver.solve(dynamics.bind(noise), z, times, **history.warm_start(times, block=block))
+        solution = self._solver.solve(
+            dynamics.bind(noise), z, times,
+            **history.warm_start(times, block=block), weight_gradients=self._weight_gradients,
+        )  # fmt: skip
         history.keep_step(solution.longest_safe_step, times, block=block)
         if solution.logdet is not None:
             self._logdets.append(solution.logdet[-1])

@@ -23,6 +23,7 @@ from .step import (
     Step,
     Stepper,
     Totals,
+    draw_half,
     draw_stage,
     fail_integrals,
     fail_max_nfe,
@@ -83,6 +84,7 @@ class FixedGrid(Solver):
         # solve
         if self.quadrature == "sampled" and not dynamics.divergence:
             draws = _draw_stages(method, _lengths(t_span, counts))
+        halves = problem.weight_gradients == "half"
         take = Stepper(dynamics, method, None) if take is None else take
         # times on the CPU stay there, so that step lengths are numbers for the host, unless they carry a gradient
         if t_span.device.type != "cpu" or t_span.requires_grad:
@@ -96,7 +98,7 @@ class FixedGrid(Solver):
                 draw = None
                 if self.quadrature == "sampled":
                     draw = draw_stage(method) if draws is None else draws[totals.steps]
-                step = take(z, start, dt, None, draw)
+                step = take(z, start, dt, None, draw, draw_half() if halves else None)
                 totals.add(step, end)
                 totals.nfe += step.nfe
                 z = step.z

@@ -87,7 +87,7 @@ class Adjoint(Gradient):
         from .adjoint import AdjointCall, solve_adjoint
         from .step import Problem
 
-        dynamics, z, t, save_steps, safe_step, adjoint_safe_step, keep_adjoint_step = problem
+        dynamics, z, t, save_steps, safe_step, adjoint_safe_step, keep_adjoint_step, *_ = problem
 
         def forward(z: Tensor, t: Tensor) -> Solution:
             # built from the arguments: the graph keeps this function, which must not hold the problem's state

@@ -16,11 +16,13 @@ from ..core.modes import differs, drop_casts, exporting, on_host, refuse_dual_nu
 from ..core.regularizer import StepPenalty
 from ..core.regularizers import ONE_DRAW
 from ..errors import ConfigError
-from .checks import Tolerance, check_positive, check_quadrature, refuse_sampled_density
+from .checks import Tolerance, check_name, check_positive, check_quadrature, refuse_sampled_density
 from .gradients import Gradient, get_gradient
 from .solution import Solution, Steps
 from .step import Problem, Step, Stepper, fail_integrals
 from .tableaus import Method, get_method, hermite
+
+WEIGHT_GRADIENTS = ("all", "half")
 
 _Self = TypeVar("_Self", bound="Solver")
 
@@ -97,6 +99,7 @@ class Solver(ABC):
         adjoint_safe_step: float | None = None,
         keep_adjoint_step: Callable[[float], None] | None = None,
         save_steps: bool = False,
+        weight_gradients: str = "all",
     ) -> Solution:
         """Solve the augmented system (RNODE) from ``t_span[0]`` through all of ``t_span``.
 
@@ -113,6 +116,10 @@ class Solver(ABC):
             keep_adjoint_step: called by each backward pass of an adaptive continuous adjoint with its longest safe
                 step. This is a function, because the backward pass runs after the solution was returned.
             save_steps: whether the solution holds the accepted steps.
+            weight_gradients: ``"all"``, or ``"half"`` to compute gradients with respect to the weights of the field
+                at two of the four evaluations of each step, twice as large: the first and the third, or the second
+                and the fourth, drawn by torch's generator. Values and the gradient with respect to ``z0`` are those
+                of ``"all"``. The gradient with respect to the weights is random, and its mean is that of ``"all"``.
 
         Returns:
             Solution: states at all of ``t_span``, log-determinant (nats), integrals of the penalties, and the cost.
@@ -126,6 +133,7 @@ class Solver(ABC):
             SolverError: if a state of an adaptive solver is not finite, if the step size underflows, and if the
                 budget of evaluations is used up.
         """
+        self.check_weight_gradients(weight_gradients)
         refuse_dual_numbers()
         if dynamics.divergence and self.adaptive and self.quadrature == "sampled":
             refuse_sampled_density(self.name, self.quadrature, adaptive=self.adaptive)
@@ -140,7 +148,9 @@ class Solver(ABC):
         for length in (safe_step, adjoint_safe_step):
             if length is not None and not length > 0:
                 raise ConfigError(f"a safe step must be a length > 0 or None, not {length!r}.")
-        problem = Problem(dynamics, z0, t_span, save_steps, safe_step, adjoint_safe_step, keep_adjoint_step)
+        problem = Problem(
+            dynamics, z0, t_span, save_steps, safe_step, adjoint_safe_step, keep_adjoint_step, weight_gradients
+        )
         if regularizers.steps or regularizers.finished:
             solution = self._solve_with_path(problem)
         else:
@@ -182,6 +192,31 @@ class Solver(ABC):
         """
         self.check_steps(penalties)
         get_gradient(self.gradient).check_penalties(penalties)
+
+    def check_weight_gradients(self, weight_gradients: str) -> None:
+        """Refuse an unknown choice, and gradients at half of the evaluations that this solver cannot draw.
+
+        Raises:
+            ConfigError: names what works.
+        """
+        check_name(weight_gradients, WEIGHT_GRADIENTS, "choice of weight gradients")
+        if weight_gradients == "all":
+            return
+        if all(get_method(self.method) is not get_method(name) for name in ("rk4", "rk4_38")):
+            raise ConfigError(
+                f"weight_gradients='half' draws two of the four evaluations of a step of rk4 or rk4_38 on a fixed "
+                f"grid, not of {self.name}."
+            )
+        if self.quadrature != "full":
+            raise ConfigError(
+                "weight_gradients='half' needs quadrature='full': with a sampled one it would save little time and "
+                "add much noise."
+            )
+        if not get_gradient(self.gradient).through_steps:
+            raise ConfigError(
+                "weight_gradients='half' needs the gradient of the steps that were drawn, which a continuous "
+                "adjoint does not take: use the gradient 'autograd' or 'checkpointed'."
+            )
 
     def check_steps(self, penalties: Sequence[StepPenalty]) -> None:
         """Refuse penalties on accepted steps that the method cannot give, and name what works."""

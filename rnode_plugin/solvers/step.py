@@ -61,6 +61,7 @@ class Problem(NamedTuple):
     safe_step: float | None = None
     adjoint_safe_step: float | None = None
     keep_adjoint_step: Callable[[float], None] | None = None
+    weight_gradients: str = "all"
 
 
 class Integrator(Protocol):
@@ -83,6 +84,9 @@ Draw = dict[int, float]
 """The stages of a step that compute products with the Jacobian in a sampled quadrature. The value of a stage is the
 weight of its rates, relative to the length of the step."""
 
+Weigh = tuple[float, ...]
+"""The factor of the gradient with respect to the weights at each evaluation of a step."""
+
 
 @dataclass(frozen=True, eq=False)
 class Stepper:
@@ -101,7 +105,9 @@ class Stepper:
     tolerances: tuple[Tolerance, Tolerance] | None
     local: bool = False
 
-    def __call__(self, z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, draw: Draw | None) -> Step:
+    def __call__(
+        self, z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, draw: Draw | None, weigh: Weigh | None = None
+    ) -> Step:
         """Take one step.
 
         Args:
@@ -110,13 +116,14 @@ class Stepper:
             first: rates at ``(t, z)`` if the previous step has evaluated them.
             draw: the stages that compute products with the Jacobian; all others compute the velocity alone. None:
                 all stages compute everything.
+            weigh: the factors of the gradients with respect to the weights; None: all are 1.
 
         Raises:
             ConfigError: for quadrature weights that do not belong to the evaluations of the step.
         """
         regularizers = self.dynamics.regularizers
         watched = any(penalty.local == self.local for penalty in regularizers.steps)
-        stages = _Stages(self.dynamics, z, t, first, draw, keep_places=watched)
+        stages = _Stages(self.dynamics, z, t, first, draw, weigh, keep_places=watched)
         k1 = None if first is None else first.dz
         new_velocity, new, error, *velocities = self.method.advance(stages, z, t, dt, k1)
         dlogdet, dlogdet_error, penalties = self._integrate(stages.rates, dt, draw, with_error=error is not None)
@@ -183,10 +190,12 @@ class _Stages:
         t: Tensor,
         first: Rates | None,
         draw: Draw | None,
+        weigh: Weigh | None,
         *,
         keep_places: bool,
     ) -> None:
         self.dynamics, self.z, self.t, self.draw, self.keep_places = dynamics, z, t, draw, keep_places
+        self.weigh = weigh
         self.given = first is not None
         self.rates: list[Rates] = [] if first is None else [first]
         self.places: list[tuple[Tensor, Tensor]] = [(t, z)] if keep_places and self.given else []
@@ -201,7 +210,8 @@ class _Stages:
             self.places.clear()
         if self.keep_places:
             self.places.append((time, state))
-        rates.append(self.dynamics.evaluate(time, state, products=self.draw is None or len(rates) in self.draw))
+        system = self.dynamics if self.weigh is None else self.dynamics.weighed(self.weigh[len(rates)])
+        rates.append(system.evaluate(time, state, products=self.draw is None or len(rates) in self.draw))
         return rates[-1].dz
 
 
@@ -211,6 +221,15 @@ def draw_stage(method: Method) -> Draw | None:
         return None
     weights = constant(method.draws, torch.float64, _CPU)
     return {int(torch.multinomial(weights, 1)): 1.0}
+
+
+def draw_half() -> Weigh:
+    """Draw two of the four evaluations of a step, to compute twice the gradients with respect to the weights.
+
+    They are the first and the third, or the second and the fourth, with probability 1/2. So each evaluation has its
+    gradient in the mean over the draws, and the same share of a step is kept by either draw.
+    """
+    return (2.0, 0.0, 2.0, 0.0) if torch.randint(2, (), device=_CPU) else (0.0, 2.0, 0.0, 2.0)
 
 
 def _weigh(

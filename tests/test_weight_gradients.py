@@ -1,0 +1,172 @@
+"""Weight gradients at half of the evaluations: unbiased, repeated by a checkpoint, refused where they cannot be."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from field_table import SHAPES, make_field
+from problems import Wave
+from torch import Tensor
+
+from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, TableFlow
+from rnode_plugin.core.dynamics import Dynamics, FunctionDynamics, Rates
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.fields import compile_fields
+from rnode_plugin.regularizers import jacfrob, kinetic, total_derivative
+from rnode_plugin.solvers import Solver
+
+STEPS = 3
+GRID = FixedGrid("rk4_38", step=1 / STEPS)
+
+
+def gradients(
+    kind: str, solver: Solver, *, weight_gradients: str = "half", estimator: str = "gaussian", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a solve, and its gradients with respect to the state and, in a row, to the weights."""
+    field: Any = make_field(kind)
+    generator = torch.Generator().manual_seed(3)
+    z, noise = torch.randn(2, *SHAPES[kind], generator=generator, dtype=torch.float64)
+    z.requires_grad_()
+    dynamics = Dynamics(field.prepared(z, noise), regularizers=[kinetic, jacfrob], estimator=estimator, net=field)
+    bound = dynamics.bind(noise if estimator == "gaussian" else None)
+    torch.manual_seed(seed)
+    solution = solver.solve(bound, z, (0.0, 1.0), weight_gradients=weight_gradients)
+    assert solution.logdet is not None
+    terms = (solution.z[-1].square(), solution.logdet[-1], *solution.penalties.values())
+    loss = torch.stack([term.sum() for term in terms]).sum()
+    of_z, *of_weights = torch.autograd.grad(loss, [z, *field.parameters()])
+    return loss.detach(), of_z, torch.cat([each.flatten() for each in of_weights])
+
+
+@pytest.fixture
+def draws(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, ...]], None]:
+    """Sets the draws of the next solve: 0 or 1 for each of its steps."""
+
+    def set_draws(chosen: tuple[int, ...]) -> None:
+        rest: Iterator[int] = iter(chosen)
+        halves = ((0.0, 2.0, 0.0, 2.0), (2.0, 0.0, 2.0, 0.0))
+        monkeypatch.setattr("rnode_plugin.solvers.fixed.draw_half", lambda: halves[next(rest)])
+
+    return set_draws
+
+
+@pytest.mark.parametrize(
+    ("method", "gradient", "kind", "estimator"),
+    [
+        ("rk4_38", "autograd", "conv", "gaussian"),
+        ("rk4", "checkpointed", "conv", "gaussian"),
+        ("rk4_38", "checkpointed", "linear", "gaussian"),
+        ("rk4", "autograd", "linear", "exact"),
+    ],
+)
+def test_the_mean_over_all_draws_is_the_full_gradient(
+    draws: Callable[[tuple[int, ...]], None], method: str, gradient: str, kind: str, estimator: str
+) -> None:
+    solver = FixedGrid(method, step=1 / STEPS, gradient=gradient)
+    loss, of_z, full = gradients(kind, solver, weight_gradients="all", estimator=estimator)
+    found = list[Tensor]()
+    for chosen in itertools.product((0, 1), repeat=STEPS):
+        draws(chosen)
+        value, state, weights = gradients(kind, solver, estimator=estimator)
+        assert torch.equal(value, loss)
+        assert torch.equal(state, of_z), "the state has the full gradient for every draw"
+        found.append(weights)
+    assert len(found) == 2**STEPS
+    assert min((one - full).norm() for one in found) > 1e-3 * full.norm(), "without noise this test shows nothing"
+    assert (torch.stack(found).mean(0) - full).norm() < 1e-12 * full.norm()
+
+
+def test_a_checkpoint_repeats_the_draws_of_its_steps() -> None:
+    for seed in range(3):
+        found = list[tuple[Tensor, ...]]()
+        for gradient in ("autograd", "checkpointed"):
+            solver = FixedGrid(step=1 / STEPS, gradient=gradient)
+            found.append((*gradients("conv", solver, seed=seed), torch.get_rng_state()))
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_solves_of_a_seed_draw_the_same_and_others_not() -> None:
+    found = [gradients("linear", GRID, seed=seed)[2] for seed in (0, 0, 1, 2, 3)]
+    assert torch.equal(found[0], found[1])
+    assert any(not torch.equal(found[0], other) for other in found[2:])
+
+
+@pytest.mark.parametrize("flow", [lambda: MultiscaleFlow((1, 8, 8), hidden=4), lambda: TableFlow(3, hidden=8)])
+def test_a_flow_gives_all_of_its_weights_a_gradient(flow: Callable[[], Any]) -> None:
+    model = flow().double()
+    for field in model.fields:
+        field.layers[-1].reset_parameters()
+    x = torch.rand(2, *model.event_shape, dtype=torch.float64)
+    noise = model.draw_noise(2)
+
+    def run(**options: Any) -> list[Tensor]:
+        model.zero_grad()
+        output = model.encode(x, noise=noise, solver=FixedGrid("rk4", step=0.5), **options)
+        (output.logdet.sum() + output.z.square().sum()).backward()
+        return [output.logdet.detach(), *(each.grad for each in model.parameters())]
+
+    (logdet, *full), (same, *half) = run(), run(weight_gradients="half")
+    assert torch.equal(logdet, same)
+    assert all(bool(each.any()) for each in half)
+    assert not any(torch.equal(one, other) for one, other in zip(full, half, strict=True))
+
+
+def bound(field: Any, **options: Any) -> Any:
+    return Dynamics(field, divergence=False, **options).bind(None)
+
+
+def solve(solver: Solver, system: Any = None, weight_gradients: str = "half") -> object:
+    z = torch.ones(SHAPES["linear"], dtype=torch.float64)
+    system = bound(make_field("linear").prepared(z)) if system is None else system
+    return solver.solve(system, z, (0.0, 1.0), weight_gradients=weight_gradients)
+
+
+def compiled() -> object:
+    field: Any = make_field("linear")
+    compile_fields(field)
+    return solve(GRID, bound(field.prepared(torch.ones(SHAPES["linear"], dtype=torch.float64))))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: solve(Adaptive("dopri5")), "rk4 or rk4_38 on a fixed grid, not of dopri5"),
+        (lambda: solve(FixedGrid("euler")), "rk4 or rk4_38 on a fixed grid, not of euler"),
+        (lambda: solve(FixedGrid("midpoint")), "not of midpoint"),
+        (lambda: solve(FixedGrid(quadrature="sampled")), "quadrature='full'"),
+        (lambda: solve(FixedGrid(gradient="adjoint")), "'autograd' or 'checkpointed'"),
+        (lambda: solve(FixedGrid(gradient="interpolated_adjoint")), "'autograd' or 'checkpointed'"),
+        (lambda: solve(GRID, weight_gradients="hallf"), "did you mean 'half'"),
+        (lambda: solve(GRID, bound(Wave(4))), "pass by hand"),
+        (lambda: solve(GRID, bound(make_field("linear"))), "through its steps"),  # not prepared
+        (lambda: solve(GRID, FunctionDynamics(lambda t, z: Rates(-z, None, {}))), "pass by hand"),
+        (compiled, "not compiled"),
+    ],
+)
+def test_what_cannot_be_is_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call()
+
+
+def test_a_derivative_along_a_direction_has_weighed_gradients_too(
+    draws: Callable[[tuple[int, ...]], None],
+) -> None:
+    """It is computed by automatic differentiation."""
+
+    def found(**options: Any) -> Tensor:
+        field, z = make_field("linear"), torch.ones(SHAPES["linear"], dtype=torch.float64)
+        system = bound(field.prepared(z), regularizers=[total_derivative])
+        solution = FixedGrid("rk4", step=1.0).solve(system, z, (0.0, 1.0), **options)
+        loss = solution.penalties["total_derivative"].sum()
+        return torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(field.parameters()))])
+
+    full, halves = found(), list[Tensor]()
+    for chosen in (0, 1):
+        draws((chosen,))
+        halves.append(found(weight_gradients="half"))
+    assert (halves[0] - full).norm() > 1e-3 * full.norm()
+    assert (sum(halves) / 2 - full).norm() < 1e-12 * full.norm()
