@@ -118,11 +118,8 @@ class Adaptive(Solver):
         start = span[0].to(device)
         rates: Rates | None = dynamics.evaluate(start, z, products=not draw)
         totals = Totals([start], [z], knots=[(start, z)] if save_steps else None, nfe=1)
-        begin = self.first_step if safe_step is None else control.warm_start(safe_step, span)
-        if begin is None:
-            dt, totals.nfe = control.first_length(dynamics, z, rates.dz, span, totals.nfe)
-        else:
-            dt = torch.full_like(span[0].detach(), sign * begin)
+        known = self.first_step if safe_step is None else control.warm_start(safe_step, span)
+        dt, totals.nfe = control.first_length(dynamics, z, rates.dz, span, totals.nfe, known=known)
         safe = math.inf  # the longest step that all trials would have accepted
         while control.before(t, end):
             trial = control.trial(dt, t, end, span[upcoming] if interpolate is None else None)

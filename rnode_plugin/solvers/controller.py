@@ -141,17 +141,18 @@ class StepController:
         return whole if safe >= whole else self.method.safety * safe
 
     def first_length(
-        self, dynamics: BoundDynamics, z: Tensor, velocity: Tensor, times: Tensor, nfe: int
+        self, dynamics: BoundDynamics, z: Tensor, velocity: Tensor, times: Tensor, nfe: int, *, known: float | None
     ) -> tuple[Tensor, int]:
-        """Guess the first step to try at ``times[0]``, without a graph.
+        """The length of the first step to try at ``times[0]``, without a graph: ``known``, or else a guess.
 
         The evaluations run in the grad mode of the solve, since a field may differentiate inside.
 
         Args:
-            dynamics: the system, which is evaluated once or twice.
+            dynamics: the system, which a guess evaluates once or twice.
             z, velocity: state and velocity at ``times[0]``.
             times: the times of the solve, ``(T,)``, on the CPU.
             nfe: the number of evaluations so far.
+            known: the size of the step; None guesses it.
 
         Returns:
             The length, and the number of evaluations including those of the guess.
@@ -160,6 +161,8 @@ class StepController:
             SolverError: if no guess is positive and finite, since the field is not.
         """
         z, velocity, times = z.detach(), velocity.detach(), times.detach()
+        if known is not None:
+            return torch.full_like(times[0], self.sign * known), nfe
         if z.numel() == 0:
             return times[-1] - times[0], nfe
         # Backward in time the correct guess uses the mirrored field -f(-t, z), but torchdyn uses f. To take
