@@ -7,7 +7,7 @@ import functools
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 import torchdiffeq
 import torchdyn.core
 import torchdyn.models
+from click.testing import Result
 from tiny_runs import rnode
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
@@ -248,6 +249,23 @@ print("loss", float(model.reg_loss()) > 0, __name__, sys.argv[1:], neighbour.VAL
 """
 
 
+@pytest.fixture
+def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """``execute(text, *options)``: ``rnode-cli exec`` of a script. What it changes here ends with the test."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "torchdiffeq", sys.modules["torchdiffeq"])  # which a script may remove
+
+    def execute(text: str, *options: str, arguments: Sequence[str] = ()) -> Result:
+        script = tmp_path / "script.py"
+        script.write_text(text)
+        done = rnode("exec", *options, script, *arguments)
+        rnode_plugin.uninstall()
+        return done
+
+    return execute
+
+
 def test_an_install_that_is_refused_changes_nothing() -> None:
     with pytest.raises(ConfigError, match="does not show"):
         rnode_plugin.install(torchdiffeq=True, regularizers=["error"])
@@ -255,13 +273,12 @@ def test_an_install_that_is_refused_changes_nothing() -> None:
     assert dict(vars(Theirs)) == PRISTINE
 
 
-def test_exec_runs_an_unmodified_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exec_runs_an_unmodified_script(
+    execute: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "neighbour.py").write_text("VALUE = 7\n")
-    (tmp_path / "script.py").write_text(SCRIPT)
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "neighbour", raising=False)
-    done = rnode("exec", tmp_path / "script.py", "--epochs", "3", "-v", "data")
+    done = execute(SCRIPT, arguments=["--epochs", "3", "-v", "data"])
     assert done.exit_code == 0, done.output
     assert "loss True __main__ ['--epochs', '3', '-v', 'data'] 7" in done.stdout
 
@@ -276,13 +293,9 @@ def test_exec_runs_an_unmodified_script(tmp_path: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_exit_code_and_traceback_are_the_scripts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, code: int, shown: str
+    execute: Callable[..., Result], script: str, code: int, shown: str
 ) -> None:
-    path = tmp_path / "script.py"
-    path.write_text(script)
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    done = rnode("exec", path)
+    done = execute(script)
     assert done.exit_code == code
     assert shown in done.output
     if "def f" in script:
@@ -387,32 +400,22 @@ print(float(field.weight.square().sum().detach()))
 """
 
 
-def test_exec_takes_the_penalized_tensor_and_its_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script, other = tmp_path / "script.py", tmp_path / "columns.py"
-    script.write_text(OF_A_TUPLE)
+def test_exec_takes_the_penalized_tensor_and_its_columns(execute: Callable[..., Result]) -> None:
     first_moves = OF_A_TUPLE.replace("torch.zeros(16), x", "x, x").replace("torch.zeros(16), moved", "moved, moved")
-    other.write_text(first_moves)
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def run(path: Path, *options: str) -> float:
-        done = rnode("exec", "--regularizer", "kinetic=1", *options, path)
-        rnode_plugin.uninstall()
+    def run(script: str, *options: str) -> float:
+        done = execute(script, "--regularizer", "kinetic=1", *options)
         assert done.exit_code == 0, done.output
         return float(done.stdout)
 
     with pytest.warns(UserWarning, match="penalized="):
-        still = run(script)
-    whole = run(script, "--penalized", "1", "--batch-dim", "0", "--trace-noise", "exact")
+        still = run(OF_A_TUPLE)
+    whole = run(OF_A_TUPLE, "--penalized", "1", "--batch-dim", "0", "--trace-noise", "exact")
     assert whole < 0.8 * still
-    assert run(other, "--penalized", ":2") < whole  # divided by two dimensions instead of three
-    for option in (
-        "--regularizer=kinetic=much",
-        "--penalized=x",
-        "--batch-dim=first",
-        "--trace-noise=exact",
-    ):  # the last needs a regularizer
-        assert rnode("exec", option, script).exit_code == 2
+    assert run(first_moves, "--penalized", ":2") < whole  # divided by two dimensions instead of three
+    # the last needs a regularizer
+    for option in ("--regularizer=kinetic=much", "--penalized=x", "--batch-dim=first", "--trace-noise=exact"):
+        assert execute(OF_A_TUPLE, option).exit_code == 2
 
 
 SOLVES = """
@@ -451,16 +454,9 @@ loss.backward()  # the same solve
     ],
 )  # fmt: skip
 def test_exec_ends_with_the_number_of_penalized_solves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], script: str, code: int, line: str
+    execute: Callable[..., Result], options: list[str], script: str, code: int, line: str
 ) -> None:
-    path = tmp_path / "script.py"
-    path.write_text(script)
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setitem(sys.modules, "torchdiffeq", sys.modules["torchdiffeq"])  # which a script may remove
-    words = [word for option in options for word in ("--regularizer", option)]
-    done = rnode("exec", *words, path)
-    rnode_plugin.uninstall()
+    done = execute(script, *(word for option in options for word in ("--regularizer", option)))
     assert done.exit_code == code, done.output
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith(f"rnode: {line}")
@@ -469,18 +465,13 @@ def test_exec_ends_with_the_number_of_penalized_solves(
 
 
 def test_exec_names_a_copy_of_torchdiffeq_that_the_script_did_not_get(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    execute: Callable[..., Result], tmp_path: Path
 ) -> None:
     """exec imports torchdiffeq before the script can change sys.path."""
     copy = tmp_path / "forks" / "torchdiffeq" / "__init__.py"
     copy.parent.mkdir(parents=True)
     copy.write_text("")
-    script = tmp_path / "script.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(tmp_path / 'forks')!r})\nimport torchdiffeq\n")
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    done = rnode("exec", script)
-    rnode_plugin.uninstall()
+    done = execute(f"import sys\nsys.path.insert(0, {str(tmp_path / 'forks')!r})\nimport torchdiffeq\n")
     assert done.exit_code == 0, done.output
     named, last = done.stderr.splitlines()
     assert named.startswith(f"rnode: the script put {copy} on sys.path, but got {torchdiffeq.__file__}, which")
