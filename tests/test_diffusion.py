@@ -132,17 +132,6 @@ def test_the_snippets_of_the_page_are_right(capsys: pytest.CaptureFixture[str]) 
     assert abs(found - float(expected)) < 0.005
 
 
-def test_samples_are_those_of_the_mixture() -> None:
-    v = velocity_from_noise(Perfect(of_betas, "noise"), *from_betas(BETAS))
-    model = RegularizedCNF.from_velocity(v, data_time=0, event_shape=2).double()
-    torch.manual_seed(0)
-    x = model.sample(4000)
-    truth, four_errors = samples(4000), 4 * math.sqrt(2 / 4000)
-    found, expected = (mixture(*of_betas(torch.zeros(()))).log_prob(z) for z in (x, truth))
-    assert abs(found.mean() - expected.mean()) < four_errors * expected.std()
-    torch.testing.assert_close(x.T.cov(), truth.T.cov(), rtol=0, atol=0.2)
-
-
 @pytest.mark.parametrize("betas", [BETAS, nichol_dhariwal()], ids=["linear", "clipped cosine"])
 def test_a_discrete_schedule_goes_through_its_steps(betas: Tensor) -> None:
     alpha, sigma = from_betas(betas)

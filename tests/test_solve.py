@@ -57,29 +57,6 @@ def test_times_may_be_numbers(z0: Tensor) -> None:
         tight("rk4").solve(dynamics, z0, (1, 1))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_gradcheck_of_the_discrete_solve(method: str) -> None:
-    field = Wave(2)
-    dynamics = Dynamics(field, regularizers=[kinetic, jacfrob])
-    noise = torch.randn(2, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    # a loose adaptive solve, whose steps do not move under the differences: max_factor and tolerance leave one step
-    solver = SolverSettings(method=method, step=0.5, atol=10.0, rtol=10.0, first_step=0.5).build()
-    names = [name for name, _ in field.named_parameters()]
-
-    def run(z: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-        replaced = dict(zip(names, params, strict=True))
-        swapped = Dynamics(
-            lambda t, z: torch.func.functional_call(field, replaced, (t, z)), regularizers=dynamics.regularizers
-        )
-        s = solver.solve(swapped.bind(noise), z, torch.tensor([0.0, 1.0], dtype=torch.float64))
-        assert s.logdet is not None
-        return s.z[-1], s.logdet[-1], s.penalties["kinetic"], s.penalties["jacfrob"]
-
-    z = torch.randn(2, 2, generator=torch.Generator().manual_seed(6), dtype=torch.float64, requires_grad=True)
-    params = [p.detach().clone().requires_grad_() for p in field.parameters()]
-    assert torch.autograd.gradcheck(run, (z, *params), atol=1e-7)
-
-
 def test_a_penalty_that_holds_the_fields_parameters_counts_them_once() -> None:
     """The adjoint takes each parameter once, or each of its gradients would be the whole."""
 

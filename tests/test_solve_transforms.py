@@ -1,4 +1,4 @@
-"""Solves inside the transforms of torch.func and on the device meta, against plain autograd."""
+"""Solves in the transforms of torch.func and on the device meta; ``test_interface_contract`` has models in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import jacfrob, kinetic
-from rnode_plugin.solvers import FIXED_METHODS, Adaptive, Solver, SolverSettings
+from rnode_plugin.solvers import Adaptive, Solver, SolverSettings
 
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 Z = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
@@ -35,30 +35,8 @@ def losses(z: Tensor, solver: Solver, *, weights: Mapping[str, Tensor] = WEIGHTS
     return total + 0.7 * s.penalties["kinetic"] + 0.2 * s.penalties["jacfrob"]
 
 
-def fixed(method: str = "rk4", gradient: str = "autograd") -> Solver:
-    return SolverSettings(method, step=0.25, gradient=gradient).build()
-
-
-def by_autograd(solver: Solver) -> tuple[Tensor, Tensor]:
-    """Gradients of the summed losses with respect to the state and one of the weights."""
-    z, a = Z.clone().requires_grad_(), WEIGHTS["a"].clone().requires_grad_()
-    total = losses(z, solver, weights={**WEIGHTS, "a": a}).sum()
-    dz, da = torch.autograd.grad(total, [z, a])
-    return dz, da
-
-
-@pytest.mark.parametrize("method", FIXED_METHODS)
-def test_grad_vjp_and_jvp(method: str) -> None:
-    solver = fixed(method)
-    dz, da = by_autograd(solver)
-    of_z = torch.func.grad(lambda z: losses(z, solver).sum())(Z)
-    of_a = torch.func.grad(lambda a: losses(Z, solver, weights={**WEIGHTS, "a": a}).sum())(WEIGHTS["a"])
-    value, pull = torch.func.vjp(lambda z: losses(z, solver), Z)[:2]
-    pushed = torch.func.jvp(lambda z: losses(z, solver), (Z,), (NOISE,))[1]
-    close(of_z, dz)
-    close(of_a, da)
-    close(pull(torch.ones_like(value))[0], dz)
-    close(pushed, (dz * NOISE).sum(1))  # samples do not mix
+def fixed(gradient: str = "autograd") -> Solver:
+    return SolverSettings("rk4", step=0.25, gradient=gradient).build()
 
 
 def test_an_ensemble_of_weights() -> None:
@@ -72,7 +50,8 @@ def test_an_ensemble_of_weights() -> None:
 
 def test_adaptive_steps_inside_of_grad_and_not_inside_of_vmap() -> None:
     solver = Adaptive("dopri5")
-    dz, _ = by_autograd(solver)
+    z = Z.clone().requires_grad_()
+    (dz,) = torch.autograd.grad(losses(z, solver).sum(), z)
     close(torch.func.grad(lambda z: losses(z, solver).sum())(Z), dz)
     for refused in (solver, Adaptive("dopri5", first_step=0.1)):
         alone = functools.partial(losses, solver=refused, noise=NOISE[:1])

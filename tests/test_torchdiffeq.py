@@ -442,21 +442,6 @@ def test_a_sampled_penalty_is_unbiased_in_value_and_gradient(method: str) -> Non
     assert (off.abs() <= 4.5 * error + 1e-12).all()
 
 
-def test_a_penalty_of_both_ends_has_a_gradient_by_the_times() -> None:
-    field, h = Field(), 1e-5
-
-    def penalty(t: Tensor) -> Tensor:
-        tight: Any = {"rtol": 1e-10, "atol": 1e-10}
-        return odeint(field, start(), t, **tight, regularizers={"straightness": 1.0})[1].loss()
-
-    t = SPAN.clone().requires_grad_()
-    (found,) = torch.autograd.grad(penalty(t), t)
-    shift = torch.tensor([0.0, 0.0, h], dtype=torch.float64)
-    with torch.no_grad():
-        difference = float(penalty(SPAN + shift) - penalty(SPAN - shift)) / (2 * h)
-    assert float(found[-1]) == pytest.approx(difference, rel=1e-5)
-
-
 def test_second_derivatives_through_an_adjoint_are_refused() -> None:
     y0 = start().requires_grad_()
     for state in (y0, (y0, 2 * y0)):
@@ -526,15 +511,6 @@ def test_a_block_collects_over_its_solves(their_code: ModuleType) -> None:
     torch.testing.assert_close(penalties.loss(), 2 * one.loss())
     penalties.loss().backward()
     torch.testing.assert_close(penalties.loss(), 2 * one.loss())  # can still be read
-
-
-def test_a_block_measures_an_evaluation(their_code: ModuleType) -> None:
-    field, y0 = Field(), start()
-    spec = {"kinetic": 0.5, "jacfrob": 0.1}
-    with regularize(spec, trace_noise="exact") as inside, torch.inference_mode():
-        their_code.odeint(field, y0, SPAN)
-    expected = odeint(field, y0, SPAN, regularizers=spec, trace_noise="exact")[1].loss().detach()
-    torch.testing.assert_close(inside.loss(), expected)
 
 
 def test_a_block_without_a_solve_names_the_causes() -> None:

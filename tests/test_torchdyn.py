@@ -962,30 +962,6 @@ def test_exactly_one_product_an_evaluation(
         assert len(calls) == (model.vf.nfe - (solver == "dopri5") if "jacfrob" in (regularizers or []) else 0)
 
 
-class Tutorial(nn.Module):
-    """The class of torchdyn's tutorial, whose first column is a trace as well."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.trace_estimator, self.noise_dist, self.noise = net, autograd_trace, None, None
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.set_grad_enabled(True):
-            x_in = x[:, 1:].requires_grad_(True)
-            x_out = self.net(x_in)
-            trace: Any = self.trace_estimator(x_out, x_in, noise=self.noise)
-        return torch.cat([-trace[:, None], x_out], 1) + 0 * x
-
-
-@pytest.mark.parametrize("make", [TorchdynCNF, CNF, Tutorial])
-def test_exact_products_give_the_exact_frobenius_norm(make: type) -> None:
-    torch.manual_seed(0)
-    net = nn.Linear(3, 3).double()
-    model = NeuralODE(make(net), "dopri5", regularizers=["jacfrob"])
-    model(torch.randn(4, 4).double())
-    torch.testing.assert_close(model.regularization["jacfrob"], net.weight.square().sum().expand(4))
-
-
 @pytest.mark.parametrize("make", [TorchdynCNF, CNF], ids=["torchdyn", "ours"])
 def test_jacfrob_reads_the_products_of_the_trace(make: type) -> None:
     """With Hutchinson's estimator on a linear field both are functions of one and the same noise vector."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchdyn.core import NeuralODE as Torchdyn
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
 from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
+from torchdyn.models.cnf import autograd_trace
 from torchdyn.numerics.solvers.ode import DormandPrince45
 from torchdyn_fields import WithTime, mlp
 
@@ -358,6 +359,21 @@ def test_penalized_columns_leave_the_solutions_gradient_as_it_is(
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-6)
 
 
+class Tutorial(nn.Module):
+    """The class of torchdyn's tutorial, whose first column is a trace as well."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.trace_estimator, self.noise_dist, self.noise = net, autograd_trace, None, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(True):
+            x_in = x[:, 1:].requires_grad_(True)
+            x_out = self.net(x_in)
+            trace: Any = self.trace_estimator(x_out, x_in, noise=self.noise)
+        return torch.cat([-trace[:, None], x_out], 1) + 0 * x
+
+
 def test_penalties_are_those_of_z_alone() -> None:
     """Neither a CNF's trace nor an integral loss counts, nor the columns that penalized= leaves out."""
     torch.manual_seed(0)
@@ -368,6 +384,7 @@ def test_penalties_are_those_of_z_alone() -> None:
     cost: dict[str, Any] = {"integral_loss": lambda t, x: x.square().sum(1)}
     cases: list[tuple[nn.Module, list[Tensor], dict[str, Any]]] = [
         (TorchdynCNF(net), [zero, x], {}),
+        (Tutorial(net), [zero, x], {}),
         (CNF(net, "exact"), [zero, x], {}),
         (nn.Sequential(TorchdynCNF(net)), [zero, x], {"penalized": slice(1, None)}),
         (net, [zero, x], cost),
@@ -509,37 +526,6 @@ def test_a_trajectory_leaves_the_penalties_of_the_last_call() -> None:
     before = model.reg_loss()
     model.trajectory(x + 5, torch.linspace(0, 1, 3))
     assert torch.equal(model.reg_loss(), before)
-
-
-@pytest.mark.parametrize("regularizers", [None, ["jacfrob"]])
-@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
-def test_running_statistics_see_each_evaluation_once_with_checkpoints_too(solver: str, regularizers: Any) -> None:
-    torch.manual_seed(0)
-    first = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
-    x, found = torch.randn(6, 2), []
-    for sensitivity in ("autograd", "checkpointed"):
-        field = copy.deepcopy(first)
-        model = NeuralODE(field, solver, sensitivity=sensitivity, regularizers=regularizers)
-        torch.manual_seed(1)
-        _, sol = model(x, torch.linspace(0, 1, 3))
-        norm = field[1]
-        assert isinstance(norm, nn.BatchNorm1d)
-        assert norm.num_batches_tracked is not None
-        assert int(norm.num_batches_tracked) == model.vf.nfe
-        (sol[-1].square().sum() + model.reg_loss()).backward()
-        found.append([*field.state_dict().values(), *(p.grad for p in field.parameters())])
-    torch.testing.assert_close(*found)
-
-
-@pytest.mark.parametrize("sensitivity", ["adjoint", "interpolated_adjoint"])
-def test_the_backward_pass_of_an_adjoint_leaves_running_statistics_as_they_are(sensitivity: str) -> None:
-    torch.manual_seed(0)
-    field = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
-    _, sol = NeuralODE(field, "rk4", sensitivity=sensitivity)(torch.randn(6, 2), torch.linspace(0, 1, 3))
-    before = copy.deepcopy(dict(field.named_buffers()))
-    assert int(before["1.num_batches_tracked"]) > 0
-    sol[-1].square().sum().backward()
-    torch.testing.assert_close(dict(field.named_buffers()), before)
 
 
 class Holder:
