@@ -23,6 +23,7 @@ from click.testing import CliRunner
 
 from rnode_plugin import NeuralODE, get_recipe, hookimpl
 from rnode_plugin.cli import main
+from rnode_plugin.core.regularizers import Regularizers
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.experiments.data import ImageData, Table, get_dataset
 from rnode_plugin.plugins import builtin
@@ -241,7 +242,7 @@ def test_each_model_has_its_own_penalty(register, registered):
     models[0].double()
     assert first[0].item() != 1
     assert (second[0].item(), second[0].dtype, second[0].grad) == (1, torch.float32, None)
-    assert get_regularizer("gain").of.gain.item() == 1
+    assert dict(Regularizers.of(get_regularizer("gain")).modules[0].named_parameters())["gain"].item() == 1
 
 
 def picky(power: int, name: str = "picky") -> Rate:

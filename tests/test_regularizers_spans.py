@@ -9,7 +9,7 @@ import torch
 from problems import Linear, Wave
 from torch import Tensor, nn
 
-from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, NeuralODE
+from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, NeuralODE, RegularizedCNF, TableFlow
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.plugins.registry import resolve_regularizers
@@ -83,6 +83,24 @@ def test_steer_draws_the_end_in_training_alone() -> None:
     model.train()
     with torch.no_grad():
         assert model(states(1), span)[0].tolist() == span.tolist()
+
+
+def test_a_solve_without_penalties_draws_no_time_in_training_either() -> None:
+    """It keeps a learned end time, which is a part of the model."""
+    z, span = states(), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for policy, end in ((Steer(0.4), 1.0), (LearnedEndTime(1.5), 1.5)):
+        ode = NeuralODE(Linear(3), "rk4", regularizers=[policy, "kinetic"])
+        assert ode(z, span, penalties=False)[0][-1].item() == end
+        cnf = RegularizedCNF(
+            Linear(3), event_shape=3, solver="rk4", t_span=span, regularizers=[policy, "kinetic"]
+        ).double()
+        flow = TableFlow(3, regularizers=[policy, "kinetic"]).double()
+        for model in (cnf, flow):
+            noise = model.draw_noise(len(z))
+            before = torch.get_rng_state()
+            output = model.encode(z, noise=noise, penalties=False)
+            assert output.regularization == {}
+            assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("mode", GRADIENTS)
