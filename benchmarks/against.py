@@ -92,7 +92,7 @@ def cases() -> dict[str, Callable[[], list[object]]]:
             for p in model.parameters():
                 p.add_(0.02 * torch.randn_like(p))
         inputs = torch.rand(batch, *shape)
-        # in the first commits a recipe held a solver, not its settings
+        # in earlier commits a recipe held the settings of a solver, which made it
         solver = recipe.solver.build() if hasattr(recipe.solver, "build") else recipe.solver
 
         def run() -> list[object]:

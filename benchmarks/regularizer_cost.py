@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, NeuralODE, objective
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.solvers import SolverSettings
+from rnode_plugin.solvers import Adaptive, FixedGrid
 
 NAMES = [
     "kinetic", "jacfrob", "kinetic+jacfrob", "total_derivative", "finite_difference", "directional",
@@ -66,7 +66,7 @@ def digits_step(name: str, where: torch.device, *, penalized: bool = True) -> Ca
     """A training step on 64 images of the digits recipe's flow; arguments as above."""
     torch.manual_seed(0)
     regularizers = resolve_regularizers(name.split("+") if penalized else [])
-    solver = SolverSettings(method_for(name), step=None if name == "error" else 0.25).build()
+    solver = Adaptive(method_for(name)) if name == "error" else FixedGrid(method_for(name), step=0.25)
     flow = MultiscaleFlow((1, 8, 8), hidden=32, layers=4, solver=solver, regularizers=regularizers).to(where)
     for field in flow.fields:
         for parameter in field.parameters():

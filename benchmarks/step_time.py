@@ -31,7 +31,6 @@ from usual import UsualFlow
 
 from rnode_plugin import FixedGrid, MultiscaleFlow, Solver, get_recipe, objective
 from rnode_plugin.fields import compile_fields
-from rnode_plugin.solvers import SolverSettings
 
 BASELINE, EXACT = "usual formulation", "exact"
 
@@ -56,7 +55,7 @@ class Path:
 
 
 def _rk4(**changes: object) -> Solver:
-    return SolverSettings(**{"method": "rk4_38", "step": 0.25, **changes}).build()  # pyright: ignore[reportArgumentType]
+    return FixedGrid(**{"method": "rk4_38", "step": 0.25, **changes})  # pyright: ignore[reportArgumentType]
 
 
 PATHS = {

@@ -22,8 +22,8 @@ _PUBLIC = {
     "importance_sample": "core.importance_sampling",
     "map_log_prob": "core.map_jacobian",
     "Solution": "solvers.solution",
-    "Adaptive": "solvers.adaptive",
-    "FixedGrid": "solvers.fixed",
+    "Adaptive": "solvers.solver",
+    "FixedGrid": "solvers.solver",
     "Solver": "solvers.solver",
     "Dynamics": "core.dynamics",
     "Rate": "regularizers",
@@ -70,10 +70,8 @@ if TYPE_CHECKING:
     from .flows.table import TableFlow
     from .plugins.hookspecs import hookimpl
     from .regularizers import Rate
-    from .solvers.adaptive import Adaptive
-    from .solvers.fixed import FixedGrid
     from .solvers.solution import Solution
-    from .solvers.solver import Solver
+    from .solvers.solver import Adaptive, FixedGrid, Solver
     from .torchdyn.cnf import CNF
     from .torchdyn.density import RegularizedCNF
     from .torchdyn.neural_ode import NeuralODE, install, uninstall

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import TypeGuard
 
@@ -113,6 +113,12 @@ def suggest(name: str, known: Iterable[str], kind: str) -> str:
     hint = f": {instead}." if instead else f"; did you mean {near[0]!r}?" if near else "."
     listed = ", ".join(options) if options else "none"
     return f"unknown {kind} {name!r}{hint} Known: {listed}."
+
+
+def check_name(name: object, known: Sequence[str], kind: str) -> None:
+    """Refuse an unknown name (ConfigError), with the known ones."""
+    if name not in known:
+        raise ConfigError(suggest(str(name), known, kind))
 
 
 def is_count(value: object) -> TypeGuard[int]:

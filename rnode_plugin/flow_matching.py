@@ -20,9 +20,7 @@ from .core.signature import SCALAR, call_of, time_first
 from .core.surroundings import module_of
 from .errors import ConfigError, suggest
 from .plugins.registry import resolve_regularizers
-from .solvers import Solver
-from .solvers.checks import FIXED_METHODS, METHODS
-from .solvers.named import solver_of
+from .solvers import FIXED_METHODS, METHODS, Adaptive, FixedGrid, Solver
 
 _METHODS = {"rk4": "rk4_38"}  # flow_matching takes torchdiffeq's names, and its rk4 is the 3/8 rule
 
@@ -319,7 +317,9 @@ def _solver(method: str, step_size: float | None, atol: float, rtol: float) -> S
     if method not in METHODS:
         known = suggest(method, METHODS, "solver method")
         raise ConfigError(f"{known} flow_matching's other methods are torchdiffeq's: solve with its own ODESolver.")
-    return solver_of(_METHODS.get(method, method), step=step_size, atol=atol, rtol=rtol)
+    if method in FIXED_METHODS:
+        return FixedGrid(_METHODS.get(method, method), step=step_size)
+    return Adaptive(method, atol=atol, rtol=rtol)
 
 
 def _grid(

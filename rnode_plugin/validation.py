@@ -45,4 +45,5 @@ def _sentence(error: ValidationError, group: str) -> str:
 
 def _path(location: tuple[int | str, ...], group: str) -> str:
     """``group.key`` for a location in a recipe, without the branch of a union and the position in a tuple."""
-    return ".".join([str(each) for each in (group, *location) if each and each not in ("images", "table")][:2])
+    branches = ("images", "table", "fixed", "adaptive")
+    return ".".join([str(each) for each in (group, *location) if each and each not in branches][:2])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from rnode_plugin import Adaptive, FixedGrid, Solver
+from rnode_plugin.solvers import ADAPTIVE_METHODS
 
 
 class Linear(nn.Module):
@@ -47,6 +50,13 @@ class Wave(nn.Module):
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         return self.w * torch.cos(t) * torch.tanh(z @ self.a.T + self.b)
+
+
+def solver_of(method: str, **options: Any) -> Solver:
+    """The solver of a method, with those of the options that its kind has."""
+    kind = Adaptive if method in ADAPTIVE_METHODS else FixedGrid
+    names = {field.name for field in fields(kind)}
+    return kind(method, **{name: value for name, value in options.items() if name in names})
 
 
 @contextmanager

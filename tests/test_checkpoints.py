@@ -50,7 +50,7 @@ def file(recipe: Recipe, tmp_path: Path) -> Path:
 def test_there_and_back(file: Path, recipe: Recipe) -> None:
     flow, found, facts = load_with_recipe(file)
     assert (found, facts) == (recipe, FACTS)
-    assert flow.solver == recipe.test_solver.build()
+    assert flow.solver == recipe.test_solver
     assert not flow.training
     for name, tensor in torch.load(file.parent / "weights.pt").items():
         assert torch.equal(flow.state_dict()[name], tensor)
@@ -180,7 +180,7 @@ def test_foreign(tmp_path: Path) -> None:
         ("rnode_plugin.recipe.model.hidden", 5, "does not fit the model of its recipe"),
         ("rnode_plugin.recipe.name", "../../../x", "the recipe in .*cannot name a folder"),
         ("rnode_plugin.facts", {"colour": "red"}, "has written facts that cannot be read"),
-        ("rnode_plugin.format", 1, "in format 1; this is .*, which reads format 2. Install that version to use it"),
+        ("rnode_plugin.format", 1, "in format 1; this is .*, which reads format 3. Install that version to use it"),
         ("rnode_plugin.format", 99, "in format 99"),
     ],
 )

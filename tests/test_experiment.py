@@ -172,7 +172,7 @@ def test_a_validation_measures_the_solve_without_the_evaluations_of_a_penalty() 
         with torch.no_grad():
             for parameter in flow.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            row = measure_batch(flow, recipe, batch, index=0, rank=0, training_solver=recipe.solver.build())
+            row = measure_batch(flow, recipe, batch, index=0, rank=0, training_solver=recipe.solver)
         found.append({name: float(value) for name, value in row.items()})
     plain, other = found
     assert plain["nfe"] == 2 * 6  # one step of the midpoint method in each of six blocks

@@ -24,11 +24,12 @@ from rnode_plugin import (
     MultiscaleFlow,
     RegularizedCNF,
     TableFlow,
+    get_recipe,
     importance_sample,
 )
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.solvers import GRADIENTS, SolverSettings
+from rnode_plugin.solvers import GRADIENTS
 
 QUICK = FixedGrid("rk4_38", step=0.5)
 
@@ -210,10 +211,25 @@ def test_arguments_that_do_not_fit_are_refused(name: str) -> None:
                 carry(each, **options)
 
 
-@pytest.mark.parametrize("solver", ["rk4_38", SolverSettings("rk4_38", step=0.5)], ids=["name", "of a recipe"])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "model of a third party"])
-def test_what_is_no_solver_object_is_refused_where_one_is_wanted(name: str, solver: Any) -> None:
+def test_a_recipe_holds_a_solver_for_every_place_that_takes_one(name: str) -> None:
+    given_by_recipe, made = get_recipe("mnist").override(["solver.step=0.5"]).solver, FixedGrid("rk4_38", step=0.5)
+    model, x, given = make(name)
+    z = model.encode(x, **given).z.detach()
+    for act in (
+        lambda solver: make(name, solver)[0].encode(x, **given).z,
+        lambda solver: model.solved_with(solver=solver).encode(x, **given).z,
+        lambda solver: model.encode(x, **given, solver=solver).z,
+        lambda solver: model.decode(z, **given, solver=solver).x,
+        lambda solver: model.inverse(z, **given, solver=solver),
+    ):
+        assert torch.equal(act(given_by_recipe), act(made))
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "model of a third party"])
+def test_a_name_is_refused_where_a_solver_object_is_wanted(name: str) -> None:
     model, x, given = make(name, QUICK)
+    solver: Any = "rk4_38"
     z = model.encode(x, **given).z.detach()
     for act in (
         lambda: model.solved_with(solver=solver).encode(x, **given),
@@ -221,7 +237,9 @@ def test_what_is_no_solver_object_is_refused_where_one_is_wanted(name: str, solv
         lambda: model.decode(z, **given, solver=solver),
         lambda: model.inverse(z, **given, solver=solver),
     ):
-        with pytest.raises(ConfigError, match=r"solver= takes a FixedGrid .* build\(\)"):
+        with pytest.raises(
+            ConfigError, match=r"solver= takes a FixedGrid or an Adaptive object here, not 'rk4_38'"
+        ):
             act()
 
 

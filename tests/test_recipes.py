@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
+from rnode_plugin import Adaptive, FixedGrid
 from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.recipes.recipe import Recipe, as_text, get_recipe
+from rnode_plugin.solvers import Adjoint, get_method
 
 
 class Published(NamedTuple):
@@ -85,18 +88,19 @@ def test_fast_recipes_have_model_and_objective_of_the_papers(name: str) -> None:
 def test_solvers_and_the_ffjord_baseline(name: str) -> None:
     recipe = get_recipe(name)
     for solver in (recipe.test_solver, *([recipe.solver] if recipe.solver.adaptive else [])):
+        assert isinstance(solver, Adaptive)
         assert (solver.method, solver.atol, solver.rtol, solver.first_step) == ("dopri5", 1e-5, 1e-5, 1 / 6)
     if name in PAPER:
         assert (recipe.training.precision, recipe.training.compile) == ("32-true", False)
-        assert recipe.solver.adaptive or recipe.solver.step == 0.25
+        assert isinstance(recipe.solver, Adaptive) or recipe.solver.step == 0.25
     assert Recipe.from_plain(json.loads(json.dumps(recipe.to_plain()))) == recipe
     ffjord = recipe.ffjord()
     assert (ffjord.regularizers, ffjord.model) == ({}, recipe.model)
-    assert dataclasses.replace(ffjord.solver, gradient="autograd", warm_start=True) == recipe.test_solver
-    assert recipe.solver.warm_start  # what trains by an adaptive solver begins warm, but not the baseline
-    assert not ffjord.solver.warm_start
-    with pytest.raises(ConfigError, match=r"test_solver\.warm_start has no effect: only training reads it"):
-        recipe.override(["test_solver.warm_start=false"])
+    assert dataclasses.replace(ffjord.solver, gradient="autograd") == recipe.test_solver
+    assert recipe.training.warm_start  # what trains by an adaptive solver begins warm, but not the baseline
+    assert not ffjord.training.warm_start
+    with pytest.raises(ConfigError, match=r"unknown setting 'solver.warm_start'. Did you mean training.warm_start"):
+        recipe.override(["solver.warm_start=false"])
     assert ffjord.name == f"{name}-ffjord" == ffjord.ffjord().name
     limited = recipe.override(["solver.max_nfe=500"]).ffjord().solver
     assert limited == dataclasses.replace(ffjord.solver, max_nfe=500)
@@ -139,7 +143,7 @@ def test_a_lambda_may_be_a_schedule_and_a_name_may_have_options() -> None:
 def test_settings_that_belong_together_change_together() -> None:
     # sampled quadrature is refused with dopri5, so the method must not change first and be checked alone
     recipe = get_recipe("digits").override(["solver.method=dopri5", "solver.quadrature=full"])
-    assert recipe.solver == dataclasses.replace(get_recipe("digits").solver, method="dopri5", quadrature="full")
+    assert recipe.solver == Adaptive("dopri5")
     with pytest.raises(ConfigError, match="fixed grid"):
         get_recipe("digits").override(["solver.method=dopri5"])
     # other images may not be mirrored
@@ -149,6 +153,42 @@ def test_settings_that_belong_together_change_together() -> None:
         (["data.name=cifar10", "optimizer.lr=1e-4"], True),
     ):
         assert dict(get_recipe("cifar10").override(texts).settings())["data.flip"] == flip
+
+
+def test_a_method_of_the_other_kind_keeps_what_both_kinds_have() -> None:
+    """It drops what only the old kind has, except for what is named, which would have no effect."""
+    grid = get_recipe("mnist").override(["solver.step=0.1", "solver.max_nfe=99", "solver.gradient=checkpointed"])
+    shared: dict[str, Any] = {"max_nfe": 99, "gradient": "checkpointed"}
+    assert grid.solver == FixedGrid("rk4_38", step=0.1, **shared)
+    adaptive = grid.override(["solver.method=tsit5", "solver.error_norm=worst", "solver.atol=1e-3"])
+    assert adaptive.solver == Adaptive("tsit5", atol=1e-3, error_norm="worst", **shared)
+    assert adaptive.override(["solver.method=dopri5"]).solver == dataclasses.replace(
+        adaptive.solver, method="dopri5"
+    )
+    assert adaptive.override(["solver.method=rk4"]).solver == FixedGrid("rk4", **shared)
+    assert adaptive.override(["solver.method=rk4", "solver.step=none"]).solver == FixedGrid(
+        "rk4", step=None, **shared
+    )
+    assert adaptive.override(["solver.step=none"]) == adaptive  # asks for nothing
+    for each in (grid, adaptive):
+        assert Recipe.from_plain(json.loads(json.dumps(each.to_plain()))) == each
+
+
+def test_a_recipe_holds_names_and_numbers() -> None:
+    recipe = get_recipe("mnist")
+    for solver, message in (
+        (FixedGrid(get_method("rk4")), "solver.method of a recipe is a name or a number"),
+        (FixedGrid(gradient=Adjoint()), "solver.gradient of a recipe is a name or a number"),
+        (Adaptive(rtol=torch.tensor([1e-3, 1e-4])), "solver.rtol of a recipe is a name or a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(recipe, solver=solver)
+    plain = recipe.to_plain()
+    plain["solver"]["atol"] = 1e-5  # a file of an earlier version had the settings of both kinds
+    with pytest.raises(
+        ConfigError, match=r"^solver\.atol has no effect, because rk4_38 takes the steps of a fixed"
+    ):
+        Recipe.from_plain(plain)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +227,11 @@ def test_bad_overrides_are_refused(assignment: str, message: str) -> None:
     ("assignments", "message"),
     [
         (["solver.atol=1e-8"], "solver.atol has no effect, because rk4_38 takes the steps of a fixed grid"),
+        (["solver.error_norm=worst"], "solver.error_norm has no effect, because rk4_38 takes the steps"),
+        (
+            ["training.warm_start=no"],
+            "training.warm_start has no effect, because rk4_38 .* give solver.method=dopri5",
+        ),
         (["test_solver.method=rk4", "test_solver.rtol=1e-8"], "test_solver.rtol .* test_solver.method=dopri5"),
         (["optimizer.name=adam", "optimizer.momentum=0.5"], "optimizer.momentum .* give optimizer.name=muon too"),
         (["optimizer.name=adam", "optimizer.vector_lr=0.5"], "optimizer.vector_lr has no effect"),
@@ -233,7 +278,7 @@ def test_a_sampled_test_solver_is_refused() -> None:
         ({"data": [1, 2]}, "data: .*dictionary"),
         ({"regularizers": {"kinetic": "much"}}, "regularizers.kinetic: expected a finite number"),
         ({"optimizer": {"warmup": 0.5}}, "optimizer.warmup"),
-        ({"test_solver": {"method": "rk4", "atol": -1}}, r"^test_solver: .*atol must be a number >= 0"),
+        ({"test_solver": {"method": "tsit5", "atol": -1}}, r"^test_solver: .*atol must be a number >= 0"),
     ],
 )
 def test_bad_plain_recipes_are_refused(change: dict[str, object], message: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Linear, Wave, difference, directions, slope
+from problems import Linear, Wave, difference, directions, slope, solver_of
 from regularizer_table import dormand_prince
 from torch import Tensor, nn
 from torchdyn.numerics.solvers.hyper import HyperRungeKutta4
@@ -25,7 +25,6 @@ from rnode_plugin.regularizers import (
     step_penalty,
     stiffness,
 )
-from rnode_plugin.solvers import SolverSettings
 
 T = torch.tensor([0.0, 2.0], dtype=torch.float64)
 TIGHT = Adaptive("dopri5", atol=1e-6, rtol=1e-6)
@@ -87,7 +86,7 @@ def test_values_and_gradients_are_those_of_the_accepted_steps(mode: str) -> None
 def test_stiffness_of_a_scalar_linear_field_is_its_rate() -> None:
     for method in ("dopri5", "tsit5", "rk4"):
         dynamics = Dynamics(lambda t, z: -3.0 * z, regularizers=[stiffness, local_stiffness], divergence=False)
-        found = SolverSettings(method, step=0.1).build().solve(dynamics.bind(None), states(), T).penalties
+        found = solver_of(method, step=0.1).solve(dynamics.bind(None), states(), T).penalties
         for name in ("stiffness", "local_stiffness"):
             torch.testing.assert_close(found[name], torch.full((3,), 3.0, dtype=torch.float64), msg=name)
 
@@ -198,7 +197,7 @@ def test_what_cannot_work_together_names_what_does(name: str, solver: str, mode:
         NeuralODE(Wave(), solver, sensitivity=mode, regularizers=[name])
     model = Dynamics(Wave(), regularizers=[{"error": error, "stiffness": stiffness}[name]], divergence=False)
     with pytest.raises(ConfigError, match=words):
-        SolverSettings(solver, gradient=mode).build().solve(model.bind(None), states(), T)
+        solver_of(solver, gradient=mode).solve(model.bind(None), states(), T)
 
 
 def test_the_error_that_decides_on_a_step_may_not_be_written_into() -> None:
@@ -241,7 +240,7 @@ def test_means_and_maxima_of_a_flow_are_those_of_all_its_steps(method: str) -> N
         StepPenalty("mean", lambda step: step.velocities[0].square().mean(1), reduction="mean"),
         StepPenalty("steps", lambda step: torch.ones(len(step.z0))),
     ]
-    solver = SolverSettings(method, step=0.5).build()
+    solver = solver_of(method, step=0.5)
     flow = TableFlow(2, blocks=3, hidden=4, solver=solver, regularizers=penalties)
     torch.manual_seed(0)
     for field, scale in zip(flow.fields, (0.5, 1.5, 1.0), strict=True):

@@ -37,7 +37,7 @@ from rnode_plugin.experiments.runs.environment import write_environment
 from rnode_plugin.experiments.runs.metrics import MetricsTable
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.files import write_atomically
-from rnode_plugin.solvers import SolverSettings
+from rnode_plugin.solvers import Adaptive
 from rnode_plugin.text import change_with_error, significant, with_error
 
 
@@ -167,7 +167,7 @@ def named(name: str, strength: Strength) -> Recipe:
 
 PLAIN, CATS = digits(penalties=()), "/my/cats"
 COARSE = dataclasses.replace(digits(), data=dataclasses.replace(digits().data, levels=2))
-FFJORD = dataclasses.replace(PLAIN, solver=SolverSettings("dopri5", atol=1e-4))
+FFJORD = dataclasses.replace(PLAIN, solver=Adaptive("dopri5", atol=1e-4))
 LR = [digits(f"optimizer.lr={lr}", f"model.layers={layers}") for lr, layers in ((1, 2), (2, 2), (2, 3))]
 
 

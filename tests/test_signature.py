@@ -18,7 +18,7 @@ from rnode_plugin import CNF, NeuralODE, RegularizedCNF, penalties_at
 from rnode_plugin.core.signature import Takes, field_takes, time_first
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flow_matching import ODESolver
-from rnode_plugin.solvers.checks import ADAPTIVE_METHODS, METHODS
+from rnode_plugin.solvers import ADAPTIVE_METHODS, METHODS
 
 
 class Timed(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Wave
+from problems import Wave, solver_of
 from torch import Tensor, nn
 
 from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linearization
@@ -27,7 +27,6 @@ from rnode_plugin.solvers import (
     Adjoint,
     FixedGrid,
     Solver,
-    SolverSettings,
     check_all,
     checkpoint,
     get_method,
@@ -40,8 +39,8 @@ TOLERANCE = {"midpoint": 1e-5, "rk4": 1e-7, "rk4_38": 1e-7, "dopri5": 1e-7, "tsi
 
 
 def tight(method: str, gradient: str = "autograd", **changes: object) -> Solver:
-    settings: dict[str, object] = {"method": method, "gradient": gradient, "atol": 1e-10, "rtol": 1e-10}
-    return SolverSettings(**{**settings, "step": FINE.get(method, 0.25), **changes}).build()  # pyright: ignore[reportArgumentType]
+    settings: dict[str, Any] = {"method": method, "gradient": gradient, "atol": 1e-10, "rtol": 1e-10}
+    return solver_of(**{**settings, "step": FINE.get(method, 0.25), **changes})
 
 
 @pytest.mark.parametrize(
@@ -221,7 +220,7 @@ def test_order_of_convergence(method: str, order: int) -> None:
         t = torch.linspace(0, 2, round(2 / h) + 1, dtype=torch.float64)
         with torch.no_grad():
             # adaptive: tolerances so loose that every step is accepted, and outputs that cut it into equal steps
-            s = SolverSettings(method, step=h, atol=1e6, rtol=1e6, first_step=h).build().solve(dynamics, z0, t)
+            s = solver_of(method, step=h, atol=1e6, rtol=1e6, first_step=h).solve(dynamics, z0, t)
         assert s.stats.steps == round(2 / h)
         assert s.logdet is not None
         errors["z"].append(float((s.z[-1] - truth.z[-1]).norm()))
@@ -366,7 +365,7 @@ def test_a_sampled_integral_is_unbiased(method: str, divergence: bool) -> None:
 
     Of a penalty, and of a log-determinant.
     """
-    solver, count = SolverSettings(method, step=0.25, atol=1e-6, rtol=1e-6).build(), 400
+    solver, count = solver_of(method, step=0.25, atol=1e-6, rtol=1e-6), 400
     full = _draws(solver, 1, divergence=divergence)[0]
     draws = _draws(dataclasses.replace(solver, quadrature="sampled"), count, divergence=divergence)
     torch.testing.assert_close(draws[:, 0], full[0].expand(count), rtol=1e-12, atol=0)  # needs no product
@@ -380,9 +379,7 @@ def test_a_sampled_integral_is_unbiased(method: str, divergence: bool) -> None:
 
 @pytest.mark.parametrize("method", ["rk4_38", "dopri5"])
 def test_checkpointed_repeats_the_draws(method: str) -> None:
-    solvers = [
-        SolverSettings(method, quadrature="sampled", gradient=g).build() for g in ("autograd", "checkpointed")
-    ]
+    solvers = [solver_of(method, quadrature="sampled", gradient=g) for g in ("autograd", "checkpointed")]
     torch.testing.assert_close(*(_draws(solver, 3) for solver in solvers), rtol=1e-12, atol=0)
 
 
@@ -391,7 +388,7 @@ def test_how_many_products_a_sampled_quadrature_makes() -> None:
     z, t = torch.ones(2, 2, dtype=torch.float64), torch.tensor([0.0, 4.0], dtype=torch.float64)
     for method in ("rk4", "dopri5"):
         toy, full = _Toy(), _Toy()
-        solver = SolverSettings(method, step=0.5, quadrature="sampled").build()
+        solver = solver_of(method, step=0.5, quadrature="sampled")
         stats = solver.solve(toy, z, t).stats
         plain = dataclasses.replace(solver, quadrature="full").solve(full, z, t).stats
         assert stats == plain
@@ -446,7 +443,7 @@ def test_explosion_in_finite_time_ends(method: str) -> None:
         return Rates(z.square(), None, {})
 
     with pytest.raises(SolverError) as caught:
-        SolverSettings(method).build().solve(FunctionDynamics(blow_up), torch.ones(1, 1), torch.tensor([0.0, 2.0]))
+        solver_of(method).solve(FunctionDynamics(blow_up), torch.ones(1, 1), torch.tensor([0.0, 2.0]))
     assert caught.value.reason in ("underflow", "nonfinite")
     assert abs(caught.value.t - 1) < 1e-3
 
@@ -457,7 +454,7 @@ def test_a_first_step_of_no_length_ends(method: str, times: list[float]) -> None
     """The speed of z' = 1e30 z overflows in the norm that the first step is chosen by."""
     field = FunctionDynamics(lambda t, z: Rates(1e30 * z, None, {}))
     with pytest.raises(SolverError) as caught:
-        SolverSettings(method).build().solve(field, torch.full((1, 1), 1e4), torch.tensor(times))
+        solver_of(method).solve(field, torch.full((1, 1), 1e4), torch.tensor(times))
     assert caught.value.reason in ("underflow", "nonfinite")
 
 

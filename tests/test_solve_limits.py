@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Linear, Wave
+from problems import Linear, Wave, solver_of
 from torch import Tensor
 
 from rnode_plugin.core.dynamics import BoundDynamics, Dynamics, FunctionDynamics, Rates
@@ -27,7 +27,6 @@ from rnode_plugin.solvers import (
     Method,
     Solution,
     Solver,
-    SolverSettings,
     get_method,
 )
 
@@ -43,16 +42,16 @@ def test_a_stiff_field_ends_at_the_default_budget(method: str, monkeypatch: pyte
     monkeypatch.setattr("rnode_plugin.solvers.adaptive.DEFAULT_MAX_NFE", 300)
     stiff = FunctionDynamics(functools.partial(decay, rate=1e5))
     with pytest.raises(SolverError, match=r"budget of 300 evaluations.* max_nfe=3000") as caught:
-        SolverSettings(method).build().solve(stiff, torch.ones(1, 1, dtype=torch.float64), T)
+        solver_of(method).solve(stiff, torch.ones(1, 1, dtype=torch.float64), T)
     assert caught.value.reason == "max_nfe"
     assert caught.value.nfe <= 300
-    SolverSettings(method, max_nfe=3000).build().solve(stiff, torch.ones(1, 1, dtype=torch.float64), T / (1e4))
+    solver_of(method, max_nfe=3000).solve(stiff, torch.ones(1, 1, dtype=torch.float64), T / (1e4))
 
 
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
 def test_a_budget_of_exactly_the_evaluations_of_a_solve_suffices(method: str) -> None:
     def nfe(max_nfe: int | None) -> int:
-        solver = SolverSettings(method, max_nfe=max_nfe).build()
+        solver = solver_of(method, max_nfe=max_nfe)
         return solver.solve(FunctionDynamics(decay), torch.ones(1, 1, dtype=torch.float64), T).stats.nfe
 
     needed = nfe(None)
@@ -67,7 +66,7 @@ def test_the_penalty_that_is_not_finite_is_named(method: str) -> None:
         return Rates(-z, None, {"good": z[:, 0], "bad": (z[:, 0] - 2).log()})
 
     with pytest.raises(SolverError, match="the penalty 'bad' is no longer finite, but the state is") as caught:
-        SolverSettings(method).build().solve(FunctionDynamics(rates), torch.ones(2, 2), T.float()).check()
+        solver_of(method).solve(FunctionDynamics(rates), torch.ones(2, 2), T.float()).check()
     assert caught.value.reason == "nonfinite"
     assert "exploded" not in str(caught.value)
 
@@ -102,7 +101,7 @@ def test_a_state_that_explodes_is_reported_with_its_time_and_not_blamed_on_the_p
         return Rates(dz, None, {"kinetic": dz.square().sum(1)})
 
     with pytest.raises(SolverError, match=r"the state .* is no longer finite.* lower the learning rate") as caught:
-        SolverSettings(method, step=0.125, first_step=0.05).build().solve(
+        solver_of(method, step=0.125, first_step=0.05).solve(
             FunctionDynamics(rates),
             torch.ones(2, 2),
             torch.tensor([0.0, 0.5, 1.0]),
@@ -123,7 +122,7 @@ def test_a_field_that_is_singular_at_an_end_of_the_times_gets_advice_about_the_t
 
     times = torch.tensor([1.0, 0.0] if backward else [0.0, 1.0])
     with pytest.raises(SolverError, match=r"data_time=1e-3 or noise_time=0\.999") as caught:
-        SolverSettings(method, step=0.5).build().solve(FunctionDynamics(rates), torch.ones(2, 2), times).check()
+        solver_of(method, step=0.5).solve(FunctionDynamics(rates), torch.ones(2, 2), times).check()
     if not backward:
         assert caught.value.step == 0
         assert "exploded" not in str(caught.value)
@@ -158,7 +157,7 @@ def test_half_precision(gradient: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("method", ["rk4", "dopri5", "tsit5"])
 def test_times_in_half_precision_are_met(method: str, dtype: torch.dtype) -> None:
     """The ends of the solve are numbers of each precision, and the steps between them are not."""
-    z, solver = torch.ones(1, 2), SolverSettings(method=method, step=0.07).build()
+    z, solver = torch.ones(1, 2), solver_of(method, step=0.07)
     system = Dynamics(lambda t, z: -z, divergence=False).bind(None)
     ends = [solver.solve(system, z, torch.tensor([0.0, 1.5], dtype=kind)).z[-1] for kind in (dtype, torch.float32)]
     torch.testing.assert_close(*ends, rtol=1e-5, atol=0)
@@ -206,7 +205,7 @@ def test_each_attempted_step_reads_one_number(method: str) -> None:
     for first_step, more in ((None, 2), (3.0, 0)):
         Watched.reads = 0
         with torch.no_grad():
-            s = SolverSettings(method, atol=1e-6, rtol=1e-8, first_step=first_step).build().solve(bound, z, t)
+            s = solver_of(method, atol=1e-6, rtol=1e-8, first_step=first_step).solve(bound, z, t)
         assert first_step is None or s.stats.rejected > 0
         attempts = s.stats.steps + s.stats.rejected
         assert Watched.reads == attempts + more + 1  # and one look at the penalties
@@ -367,7 +366,7 @@ def test_the_backward_pass_of_an_adjoint_begins_with_what_its_forward_pass_knew(
 def test_accepted_steps_are_saved_if_asked_for(method: str, gradient: str) -> None:
     bound, z = Dynamics(Wave(), divergence=False).bind(None), torch.ones(2, 3, dtype=torch.float64)
     t = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
-    solver = SolverSettings(method, step=0.25, gradient=gradient).build()
+    solver = solver_of(method, step=0.25, gradient=gradient)
     found = solver.solve(bound, z, t, save_steps=True)
     assert found.steps is not None
     assert len(found.steps.t) == len(found.steps.z) == found.stats.steps + 1

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from problems import Wave
+from problems import Wave, solver_of
 from torch import Tensor
 
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import jacfrob, kinetic
-from rnode_plugin.solvers import Adaptive, Solver, SolverSettings
+from rnode_plugin.solvers import Adaptive, Solver
 
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 Z = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
@@ -36,7 +36,7 @@ def losses(z: Tensor, solver: Solver, *, weights: Mapping[str, Tensor] = WEIGHTS
 
 
 def fixed(gradient: str = "autograd") -> Solver:
-    return SolverSettings("rk4", step=0.25, gradient=gradient).build()
+    return solver_of("rk4", step=0.25, gradient=gradient)
 
 
 def test_an_ensemble_of_weights() -> None:

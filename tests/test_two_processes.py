@@ -132,7 +132,7 @@ def _work(rank: int, address: str, result: str) -> None:
     noise, pair = flow.draw_noise(BATCH), []
     for model, mine in ((nn.parallel.DistributedDataParallel(flow), half), (flow, slice(None))):
         flow.zero_grad()
-        output = model(x[mine], noise=[eps[mine] for eps in noise], solver=recipe.solver.build())
+        output = model(x[mine], noise=[eps[mine] for eps in noise], solver=recipe.solver)
         log_prob = flow.log_prob_of(output)
         objective(log_prob, output.regularization, lambdas=recipe.lambdas, dims=recipe.dims).loss.backward()
         pair.append(gradient(flow))

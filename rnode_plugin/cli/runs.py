@@ -12,8 +12,7 @@ import click
 
 from ..errors import ConfigError
 from ..files import PROGRAM
-from ..solvers.checks import FIXED_METHODS
-from ..solvers.settings import SolverSettings
+from ..solvers import FIXED_METHODS, FixedGrid
 from ..text import batch_counter, counted, duration, table
 from .options import (
     as_json,
@@ -126,8 +125,8 @@ def eval(  # noqa: A001 - the command's name
         measure=recipe.task,
         batch_size=batch_size or recipe.data.val_batch_size,
         draws=draws,
-        solver=recipe.test_solver.build(),
-        training_solver=recipe.solver.build(),
+        solver=recipe.test_solver,
+        training_solver=recipe.solver,
         seed=recipe.training.seed if seed is None else seed,
         progress=None if quiet else batch_counter("evaluating"),
     )
@@ -220,7 +219,7 @@ def diagnose(
         flow,
         held_out.x.to(torch_device),
         context=None if held_out.context is None else held_out.context.to(torch_device),
-        training_solver=recipe.solver.build(),
+        training_solver=recipe.solver,
         samples=samples,
         seed=seed,
         progress=None if quiet else lambda name: click.echo(f"checking: {name}", err=True),
@@ -363,7 +362,7 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
         save_flow(flow, path, recipe=recipe, facts=facts)
         click.echo(file)
         return
-    grid = flow.solver if step is None else SolverSettings(method or "rk4_38", step=step).build()
+    grid = flow.solver if step is None else FixedGrid(method or "rk4_38", step=step)
     for which, target in programs.items():
         save_program(export_program(flow, which, solver=grid), target)
         click.echo(f"{target} ({grid.text}, {target.stat().st_size / 1e6:.1f} MB)")
@@ -421,5 +420,5 @@ def cite(*, run: str | None) -> None:
         return
     flow, recipe, _ = load_with_recipe(checkpoint)
     used = [each for each in flow.regularizers if recipe.lambdas.get(each.name, 0) > 0]
-    methods = recipe.solver.method, recipe.test_solver.method
+    methods = recipe.solver.name, recipe.test_solver.name
     click.echo(citation(used, estimator=flow.estimator, methods=methods, density=True))

@@ -17,9 +17,8 @@ from torch import Tensor
 from ..core.dynamics import BoundDynamics
 from ..core.modes import read
 from ..errors import ConfigError
-from .checks import FIXED_METHODS, Tolerance
-from .step import Step, fail_nonfinite
-from .tableaus import Method
+from .step import Step, Tolerance, fail_nonfinite
+from .tableaus import FIXED_METHODS, Method
 
 _LEAST = 1e-37  # allowed error for an entry whose size is 0 if atol is 0 too, to avoid 0 / 0
 

@@ -1,12 +1,14 @@
-"""FixedGrid: steps that divide each interval of the times evenly, and the stages that are drawn on them."""
+"""The march of a :class:`~rnode_plugin.FixedGrid`, whose steps divide each interval of the times evenly.
+
+Here are also the stages that are drawn on these steps.
+"""
 
 from __future__ import annotations
 
 import bisect
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,9 +16,7 @@ from torch import Tensor
 from ..core.health import HealthCheck, health
 from ..core.modes import on_host, read
 from ..errors import ConfigError
-from .checks import FIXED_METHODS, check_positive, count_steps, grid_text
 from .solution import Solution
-from .solver import Solver
 from .step import (
     Draw,
     Problem,
@@ -29,98 +29,62 @@ from .step import (
     fail_max_nfe,
     fail_nonfinite,
 )
-from .tableaus import Method, get_method
+from .tableaus import Method, count_steps, get_method
+
+if TYPE_CHECKING:
+    from .solver import FixedGrid
 
 _MOST_STEPS = 1_000_000
 
 
-@dataclass(frozen=True)
-class FixedGrid(Solver):
-    """Divides each interval of the times into equal steps. The host reads nothing from the device.
+def march(solver: FixedGrid, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
+    """Take all steps of a solve, see :meth:`Solver.march <rnode_plugin.Solver.march>`."""
+    dynamics, z, t_span, save_steps, *_ = problem
+    method = get_method(solver.method)
+    counts = _counts(solver, t_span)
+    draws = None
+    # a density draws one stage in each step, below; penalties alone draw fewer evaluations, over the whole
+    # solve
+    if solver.quadrature == "sampled" and not dynamics.divergence:
+        draws = _draw_stages(method, _lengths(t_span, counts))
+    halves = problem.weight_gradients == "half"
+    take = Stepper(dynamics, method, None) if take is None else take
+    # times on the CPU stay there, so that step lengths are numbers for the host, unless they carry a gradient
+    if t_span.device.type != "cpu" or t_span.requires_grad:
+        t_span = t_span.to(z.device)
+    with on_host():
+        outputs, intervals = _grid(t_span, counts, z.device)
+    totals = Totals([outputs[0]], [z], knots=[(outputs[0], z)] if save_steps else None)
+    finite: list[Tensor] = []
+    for output, interval in zip(outputs[1:], intervals, strict=True):
+        for start, dt, end in interval:
+            draw = None
+            if solver.quadrature == "sampled":
+                draw = draw_stage(method) if draws is None else draws[totals.steps]
+            step = take(z, start, dt, None, draw, draw_half() if halves else None)
+            totals.add(step, end)
+            totals.nfe += step.nfe
+            z = step.z
+            finite.append(health(z))
+            if solver.max_nfe is not None and totals.nfe > solver.max_nfe:
+                fail_max_nfe(float(end.detach()), totals.steps, totals.nfe, int(solver.max_nfe))
+        totals.save(output, z)
+    return totals.solution(health=(_health_of(totals, z, finite, intervals),))
 
-    Args:
-        method: ``euler``, ``midpoint``, ``rk4`` (classical) or ``rk4_38`` (3/8 rule, the paper's), or a
-            :class:`~rnode_plugin.solvers.Method`.
-        step: longest step; None: one step for each interval of the times.
-        max_nfe, quadrature: see :class:`Solver`.
-        gradient: an object of :mod:`~rnode_plugin.solvers.gradients`, or a name: ``autograd`` keeps all
-            activations. ``checkpointed`` gives the same gradient with the activations of one step at a time, and
-            evaluates each step once more. ``adjoint`` solves the continuous adjoint backward (as in the paper); its
-            gradient differs from the gradient of the discrete loss by the discretization error.
-            ``interpolated_adjoint`` solves the adjoint along an interpolant of the forward states.
 
-    Raises:
-        ConfigError: for an unknown name, a number out of range, and a method that chooses its own steps.
-
-    Example:
-        >>> FixedGrid("rk4_38", step=0.25).adaptive
-        False
-    """
-
-    method: str | Method = "rk4_38"
-    _: KW_ONLY
-    step: float | None = 0.25
-    adaptive: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if get_method(self.method).adaptive:
-            raise ConfigError(
-                f"{self.name} chooses its own steps and has no fixed grid: use Adaptive({self.name!r}), or one of "
-                f"{', '.join(FIXED_METHODS)}."
-            )
-        check_positive(self.step, "step")
-
-    @property
-    def text(self) -> str:
-        return grid_text(self.name, self.step)
-
-    def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
-        dynamics, z, t_span, save_steps, *_ = problem
-        method = get_method(self.method)
-        counts = self._counts(t_span)
-        draws = None
-        # a density draws one stage in each step, below; penalties alone draw fewer evaluations, over the whole
-        # solve
-        if self.quadrature == "sampled" and not dynamics.divergence:
-            draws = _draw_stages(method, _lengths(t_span, counts))
-        halves = problem.weight_gradients == "half"
-        take = Stepper(dynamics, method, None) if take is None else take
-        # times on the CPU stay there, so that step lengths are numbers for the host, unless they carry a gradient
-        if t_span.device.type != "cpu" or t_span.requires_grad:
-            t_span = t_span.to(z.device)
-        with on_host():
-            outputs, intervals = _grid(t_span, counts, z.device)
-        totals = Totals([outputs[0]], [z], knots=[(outputs[0], z)] if save_steps else None)
-        finite: list[Tensor] = []
-        for output, interval in zip(outputs[1:], intervals, strict=True):
-            for start, dt, end in interval:
-                draw = None
-                if self.quadrature == "sampled":
-                    draw = draw_stage(method) if draws is None else draws[totals.steps]
-                step = take(z, start, dt, None, draw, draw_half() if halves else None)
-                totals.add(step, end)
-                totals.nfe += step.nfe
-                z = step.z
-                finite.append(health(z))
-                if self.max_nfe is not None and totals.nfe > self.max_nfe:
-                    fail_max_nfe(float(end.detach()), totals.steps, totals.nfe, int(self.max_nfe))
-            totals.save(output, z)
-        return totals.solution(health=(_health_of(totals, z, finite, intervals),))
-
-    def _counts(self, t_span: Tensor) -> list[int]:
-        """The number of steps in each interval of the times."""
-        if self.step is None:
-            return [1] * (len(t_span) - 1)
-        # in a captured program `read` gives None, but times that are constants of the program can be listed
-        times = read(t_span) or t_span.tolist()
-        counts = [count_steps(b - a, float(self.step)) for a, b in itertools.pairwise(times)]
-        if sum(counts) > _MOST_STEPS:
-            raise ConfigError(
-                f"step={self.step:g} divides the times of this solve into {sum(counts):,} steps, and more than "
-                f"{_MOST_STEPS:,} would take too long: choose a longer step."
-            )
-        return counts
+def _counts(solver: FixedGrid, t_span: Tensor) -> list[int]:
+    """The number of steps in each interval of the times."""
+    if solver.step is None:
+        return [1] * (len(t_span) - 1)
+    # in a captured program `read` gives None, but times that are constants of the program can be listed
+    times = read(t_span) or t_span.tolist()
+    counts = [count_steps(b - a, float(solver.step)) for a, b in itertools.pairwise(times)]
+    if sum(counts) > _MOST_STEPS:
+        raise ConfigError(
+            f"step={solver.step:g} divides the times of this solve into {sum(counts):,} steps, and more than "
+            f"{_MOST_STEPS:,} would take too long: choose a longer step."
+        )
+    return counts
 
 
 def _health_of(

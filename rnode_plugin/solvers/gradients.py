@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..errors import ConfigError
-from .checks import GRADIENTS, check_name
+from ..errors import ConfigError, check_name
+from .tableaus import get_method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,6 @@ class Checkpointed(Gradient):
     def solve(self, solver: Integrator, problem: Problem) -> Solution:
         from .checkpoint import checkpointed
         from .step import Stepper
-        from .tableaus import get_method
 
         dynamics, z, t, *_ = problem
         one_step = Stepper(dynamics, get_method(solver.method), solver.tolerances)
@@ -128,6 +127,7 @@ _NAMED: dict[str, Gradient] = {
     "adjoint": Adjoint(),
     "interpolated_adjoint": Adjoint(interpolated=True),
 }
+GRADIENTS = tuple(_NAMED)
 
 
 def get_gradient(gradient: str | Gradient) -> Gradient:

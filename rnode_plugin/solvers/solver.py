@@ -1,27 +1,36 @@
-"""Solver, the base of all solvers: one solve with its gradient and its penalties."""
+"""How an initial value problem is solved, as data: :class:`FixedGrid` and :class:`Adaptive`, of the base Solver.
+
+Importing, making and printing them needs no torch. A solve imports what takes the steps, ``fixed.py`` or
+``adaptive.py``.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import ClassVar, NoReturn, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeGuard, TypeVar
 
-import torch
-from torch import Tensor, nn
-
-from ..core.dynamics import BoundDynamics
-from ..core.health import HealthCheck, health
-from ..core.modes import differs, drop_casts, exporting, on_host, refuse_dual_numbers, transforms_active
-from ..core.regularizer import StepPenalty
-from ..core.regularizers import ONE_DRAW
-from ..errors import ConfigError
-from .checks import Tolerance, check_name, check_positive, check_quadrature, refuse_sampled_density
+from ..errors import ConfigError, check_name
 from .gradients import Gradient, get_gradient
-from .solution import Solution, Steps
-from .step import Problem, Step, Stepper, fail_integrals
-from .tableaus import Method, get_method, hermite
+from .tableaus import ADAPTIVE_METHODS, FIXED_METHODS, Method, get_method
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core.dynamics import BoundDynamics
+    from ..core.regularizer import StepPenalty
+    from .solution import Solution
+    from .step import Problem, Step, Tolerance
+
+    MethodLike: TypeAlias = str | Method
+    GradientLike: TypeAlias = str | Gradient
+else:  # what the settings of a recipe hold, by which pydantic reads and checks them
+    Tolerance, MethodLike, GradientLike = float, str, str
+
+QUADRATURES = ("full", "sampled")
+ERROR_NORMS = ("rms", "worst")
 WEIGHT_GRADIENTS = ("all", "half")
 
 _Self = TypeVar("_Self", bound="Solver")
@@ -56,9 +65,9 @@ class Solver(ABC):
         ['rk4_38, step 0.25', 'dopri5, tolerance 1e-05']
     """
 
-    method: str | Method
+    method: MethodLike
     _: KW_ONLY
-    gradient: str | Gradient = "autograd"
+    gradient: GradientLike = "autograd"
     quadrature: str = "full"
     max_nfe: int | None = None
     adaptive: ClassVar[bool]
@@ -66,8 +75,8 @@ class Solver(ABC):
     def __post_init__(self) -> None:
         get_method(self.method)
         gradient = get_gradient(self.gradient)
-        check_quadrature(self.quadrature)
-        check_positive(self.max_nfe, "max_nfe")
+        check_name(self.quadrature, QUADRATURES, "quadrature")
+        _check_positive(self.max_nfe, "max_nfe")
         if self.quadrature == "sampled":
             gradient.check_sampling()
 
@@ -133,39 +142,38 @@ class Solver(ABC):
             SolverError: if a state of an adaptive solver is not finite, if the step size underflows, and if the
                 budget of evaluations is used up.
         """
+        import torch
+
+        from ..core.modes import on_host, refuse_dual_numbers, transforms_active
+        from .path_penalties import with_path_penalties
+        from .step import Problem, check_times
+
         self.check_weight_gradients(weight_gradients)
         refuse_dual_numbers()
-        if dynamics.divergence and self.adaptive and self.quadrature == "sampled":
-            refuse_sampled_density(self.name, self.quadrature, adaptive=self.adaptive)
-        if not isinstance(t_span, Tensor):
+        if dynamics.divergence:
+            self.check_density()
+        if not isinstance(t_span, torch.Tensor):
             with on_host():
                 t_span = torch.tensor(t_span, dtype=z0.dtype.to_real())
         check_times(t_span)
-        regularizers = dynamics.regularizers
+        regularizers, gradient = dynamics.regularizers, get_gradient(self.gradient)
         if regularizers.no_time_gradient:
-            through_steps = get_gradient(self.gradient).through_steps or transforms_active()
+            through_steps = gradient.through_steps or transforms_active()
             regularizers.check_gradient_by_times(t_span, through_steps=through_steps)
         for length in (safe_step, adjoint_safe_step):
             if length is not None and not length > 0:
                 raise ConfigError(f"a safe step must be a length > 0 or None, not {length!r}.")
-        problem = Problem(
-            dynamics, z0, t_span, save_steps, safe_step, adjoint_safe_step, keep_adjoint_step, weight_gradients
-        )
-        if regularizers.steps or regularizers.finished:
-            solution = self._solve_with_path(problem)
-        else:
-            solution = get_gradient(self.gradient).solve(self, problem)
-        return solution if save_steps or solution.steps is None else replace(solution, steps=None)
-
-    def _solve_with_path(self, problem: Problem) -> Solution:
-        """Solve with penalties on steps, and finish the integrals of rates."""
-        regularizers, gradient = problem.dynamics.regularizers, get_gradient(self.gradient)
         self.check_steps(regularizers.steps)
         if torch.is_grad_enabled():  # without gradients the values are the same in every mode
             gradient.check_penalties(regularizers.steps)
-        save_steps = problem.save_steps or regularizers.adds_evaluations
-        solution = gradient.solve(self, problem._replace(save_steps=save_steps))
-        return _with_path_penalties(solution, problem, self)
+        keep_steps = save_steps or regularizers.adds_evaluations
+        problem = Problem(
+            dynamics, z0, t_span, keep_steps, safe_step, adjoint_safe_step, keep_adjoint_step, weight_gradients
+        )
+        solution = gradient.solve(self, problem)
+        if regularizers.finished or regularizers.adds_evaluations:
+            solution = with_path_penalties(solution, problem, self.tolerances)
+        return solution if save_steps or solution.steps is None else replace(solution, steps=None)
 
     @abstractmethod
     def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
@@ -232,42 +240,142 @@ class Solver(ABC):
                         f"'local_error' or 'local_stiffness', which take a separate step with any method."
                     )
 
+    def check_density(self, setting: str = "solver") -> None:
+        """Refuse a sampled quadrature of a density with an adaptive method; ``setting`` names the solver."""
+        if self.adaptive and self.quadrature == "sampled":
+            raise ConfigError(
+                f"{setting}.quadrature='sampled' of a density needs a fixed grid: {self.name} would control an "
+                f"error that the log-determinant does not have. Use one of {', '.join(FIXED_METHODS)}, or "
+                "quadrature='full'."
+            )
+
+
+@dataclass(frozen=True)
+class FixedGrid(Solver):
+    """Divides each interval of the times into equal steps. The host reads nothing from the device.
+
+    Args:
+        method: ``euler``, ``midpoint``, ``rk4`` (classical) or ``rk4_38`` (3/8 rule, the paper's), or a
+            :class:`~rnode_plugin.solvers.Method`.
+        step: longest step; None: one step for each interval of the times.
+        max_nfe, quadrature: see :class:`Solver`.
+        gradient: an object of :mod:`~rnode_plugin.solvers.gradients`, or a name: ``autograd`` keeps all
+            activations. ``checkpointed`` gives the same gradient with the activations of one step at a time, and
+            evaluates each step once more. ``adjoint`` solves the continuous adjoint backward (as in the paper); its
+            gradient differs from the gradient of the discrete loss by the discretization error.
+            ``interpolated_adjoint`` solves the adjoint along an interpolant of the forward states.
+
+    Raises:
+        ConfigError: for an unknown name, a number out of range, and a method that chooses its own steps.
+
+    Example:
+        >>> FixedGrid("rk4_38", step=0.25).adaptive
+        False
+    """
+
+    method: MethodLike = "rk4_38"
+    _: KW_ONLY
+    step: float | None = 0.25
+    adaptive: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if get_method(self.method).adaptive:
+            raise ConfigError(
+                f"{self.name} chooses its own steps and has no fixed grid: use Adaptive({self.name!r}), or one of "
+                f"{', '.join(FIXED_METHODS)}."
+            )
+        _check_positive(self.step, "step")
+
+    @property
+    def text(self) -> str:
+        return f"{self.name}, " + ("one step per interval" if self.step is None else f"step {self.step:g}")
+
+    def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
+        from .fixed import march
+
+        return march(self, problem, take=take)
+
+
+@dataclass(frozen=True)
+class Adaptive(Solver):
+    """Takes steps as long as the errors in the state and in the log-determinant allow.
+
+    Args:
+        method: ``dopri5`` or ``tsit5``, or a :class:`~rnode_plugin.solvers.Method` with an error estimate.
+        atol: absolute tolerance. One of ``atol`` and ``rtol`` may be 0.
+        rtol: relative tolerance.
+        first_step: first trial step; None estimates one with one more evaluation.
+        error_norm: the norm that is compared with the tolerances. ``rms`` is the root mean square of the error over
+            all entries of the batch, so that one of B samples may have an error of sqrt(B) times the tolerance.
+            ``worst`` is the largest root mean square of one sample (dimension 0 holds the samples). With it each
+            sample meets the tolerance in each step, whatever the batch, at the cost of more steps. The backward
+            pass of a continuous adjoint takes ``rms``.
+        max_nfe, gradient, quadrature: see :class:`FixedGrid`.
+
+    Raises:
+        ConfigError: for an unknown name, a number out of range, and a method without an error estimate.
+
+    Example:
+        >>> Adaptive("dopri5", atol=1e-6, rtol=1e-6).adaptive
+        True
+    """
+
+    method: MethodLike = "dopri5"
+    _: KW_ONLY
+    atol: Tolerance = 1e-5
+    rtol: Tolerance = 1e-5
+    first_step: float | None = None
+    error_norm: str = "rms"
+    adaptive: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not get_method(self.method).adaptive:
+            raise ConfigError(
+                f"{self.name} has no error estimate to choose steps by: use FixedGrid({self.name!r}, step=...), or "
+                f"one of {', '.join(ADAPTIVE_METHODS)}."
+            )
+        check_tolerance(self.atol, "atol")
+        check_tolerance(self.rtol, "rtol")
+        if all(isinstance(x, (int, float)) and x == 0 for x in self.tolerances):
+            raise ConfigError("atol and rtol are both 0, which no step can meet: raise one of them.")
+        _check_positive(self.first_step, "first_step")
+        check_name(self.error_norm, ERROR_NORMS, "error norm")
+
+    @property
+    def text(self) -> str:
+        absolute, relative = (_tolerance_text(each) for each in self.tolerances)
+        both = f"tolerance {absolute}" if absolute == relative else f"atol {absolute}, rtol {relative}"
+        return f"{self.name}, {both}" + ("" if self.error_norm == "rms" else f", error norm {self.error_norm}")
+
+    @property
+    def tolerances(self) -> tuple[Tolerance, Tolerance]:
+        return self.atol, self.rtol
+
+    def of_adjoint(self) -> Adaptive:
+        return replace(super().of_adjoint(), error_norm="rms")
+
+    def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
+        from .adaptive import march
+
+        return march(self, problem, take=take)
+
 
 def chosen_solver(solver: object, otherwise: Solver) -> Solver:
     """``solver``, or ``otherwise`` for None.
 
     Raises:
-        ConfigError: for any other object, such as a name or the settings of a recipe.
+        ConfigError: for any other object, such as a name.
     """
     chosen = otherwise if solver is None else solver
     if isinstance(chosen, Solver):
         return chosen
     raise ConfigError(
-        f"solver= takes a FixedGrid or an Adaptive object here, not {chosen!r:.60}: get_solver(name, ...) of "
-        "rnode_plugin.solvers makes one, and so does build() of a recipe's solver."
+        f"solver= takes a FixedGrid or an Adaptive object here, not {chosen!r:.60}: write FixedGrid('rk4_38', "
+        "step=...) or Adaptive('dopri5', ...)."
     )
 
-
-def check_times(t_span: Tensor) -> None:
-    """Refuse times that are not a finite, strictly monotonic row of at least two (ConfigError)."""
-    if exporting() and type(t_span) not in (Tensor, nn.Parameter):  # it stands for an input, without values
-        raise ConfigError(
-            "a solve in a program takes its times as numbers, (0.0, 1.0), not as a tensor of the call"
-        )
-    good = t_span.ndim == 1 and len(t_span) >= 2 and t_span.is_floating_point()
-    if good:
-        with on_host():
-            steps = t_span.detach().diff()
-            good = bool(((steps > 0).all() | (steps < 0).all()) & torch.isfinite(t_span.detach()).all())
-    if not good:
-        raise ConfigError(
-            "t_span must be finite and strictly increasing or decreasing, a row of at least two floating-point "
-            f"times, not {t_span.tolist()}: where it turns back or stands still, start another solve from the last "
-            "state."
-        )
-
-
-# penalties beyond single evaluations ----------------------------------------------------------------------------
 
 _WITHOUT = {
     "error": ("has no error estimate", "dopri5 or tsit5"),
@@ -275,52 +383,31 @@ _WITHOUT = {
 }
 
 
-def _with_path_penalties(solution: Solution, problem: Problem, solver: Solver) -> Solution:
-    """Finish the integrals of rates, and add local penalties."""
-    extra, stats, checks = dict[str, Tensor](), solution.stats, solution.health
-    regularizers, event = problem.dynamics.regularizers, problem.dynamics.event
-    if regularizers.finished:
-        z0, z1 = event(solution.z[0]), event(solution.z[-1])
-        # the times of the problem carry the graph of t_span, which the output times of a continuous adjoint do not
-        extra = regularizers.finish(solution.penalties, z0, z1, problem.t_span)
-    if regularizers.adds_evaluations:
-        assert solution.steps is not None
-        local, nfe = _local_penalties(problem.dynamics, solver, solution.steps)
-        extra |= local
-        stats = replace(stats, nfe=stats.nfe + nfe)
-    penalties = solution.penalties | extra
-    if extra:
-
-        def fail(_: int) -> NoReturn:
-            fail_integrals(solution.z[-1], None, penalties, float(solution.t[-1].detach()), stats.steps, stats.nfe)
-
-        check = HealthCheck(torch.stack([health(value) for value in extra.values()]), fail)
-        checks = (*checks, check)
-    return replace(solution, penalties=penalties, stats=stats, health=checks)
+# checks and words -----------------------------------------------------------------------------------------------
 
 
-def _local_penalties(dynamics: BoundDynamics, solver: Solver, steps: Steps) -> tuple[dict[str, Tensor], int]:
-    """The local penalties of one step of tsit5 from a uniformly random time, and the number of its evaluations.
+def check_tolerance(value: object, name: str) -> None:
+    """Refuse a tolerance that is not a number >= 0."""
+    # a tensor of tolerances is checked where the user gives it, because here each solve would wait for the device
+    tensor = hasattr(value, "dtype") and not isinstance(value, float)
+    if not (tensor or (_is_number(value) and value >= 0)):
+        raise ConfigError(f"{name} must be a number >= 0, not {value!r}.")
 
-    The step starts, detached, on the cubic interpolant of the accepted states, and has the length of the accepted
-    step there, or less if the solve ends earlier.
-    """
-    knots = steps.t.detach()
-    start, end = knots[0], knots[-1]
-    # drawn on the CPU, so that one seed gives the same time on every device
-    s = start + (end - start) * torch.rand((), dtype=torch.float64).to(knots)
-    if differs(s):
-        raise ConfigError(ONE_DRAW.format("the steps of local penalties"))
-    backward = bool(end < start)
-    passed = (knots >= s) if backward else (knots <= s)
-    k = min(max(int(passed.sum()) - 1, 0), len(knots) - 2)
-    (t0, t1), (z0, z1) = knots[k : k + 2], steps.z[k : k + 2].detach()
-    with torch.no_grad():
-        # two evaluations, counted below: a solve with saved steps does not save velocities
-        v0, v1 = (dynamics.evaluate(t, z, products=False).dz for t, z in ((t0, z0), (t1, z1)))
-        z = hermite(t0, z0, v0, t1, z1, v1, s)
-    drop_casts()
-    h = torch.minimum((t1 - t0).abs(), (end - s).abs())
-    take = Stepper(dynamics, get_method("tsit5"), solver.tolerances, local=True)
-    step = take(z, s, -h if backward else h, None, {})  # an empty draw: no stage computes products
-    return {name: value for name, (_, value) in step.path.items()}, step.nfe + 2
+
+def _check_positive(value: object, name: str) -> None:
+    """Refuse what is neither None nor a finite number > 0."""
+    if value is not None and not (_is_number(value) and value > 0):
+        raise ConfigError(f"{name} must be a number > 0 or None, not {value!r}.")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Whether ``value`` is a finite number, but not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _tolerance_text(tolerance: Tolerance) -> str:
+    """A tolerance, or the range of a tensor of tolerances."""
+    if isinstance(tolerance, (int, float)):
+        return f"{tolerance:g}"
+    low, high = float(tolerance.min()), float(tolerance.max())
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.dynamics import BoundDynamics, Rates
 from ..core.health import HealthCheck
-from ..core.modes import constant, read, transforms_active
+from ..core.modes import constant, exporting, on_host, read, transforms_active
 from ..core.regularizer import StepRecord
 from ..errors import ConfigError, SolverError
-from .checks import Tolerance
 from .solution import Solution, SolveStats, Steps
 from .tableaus import Method
+
+Tolerance: TypeAlias = "float | Tensor"
 
 _CPU = torch.device("cpu")
 
@@ -62,6 +63,25 @@ class Problem(NamedTuple):
     adjoint_safe_step: float | None = None
     keep_adjoint_step: Callable[[float], None] | None = None
     weight_gradients: str = "all"
+
+
+def check_times(t_span: Tensor) -> None:
+    """Refuse times that are not a finite, strictly monotonic row of at least two (ConfigError)."""
+    if exporting() and type(t_span) not in (Tensor, nn.Parameter):  # it stands for an input, without values
+        raise ConfigError(
+            "a solve in a program takes its times as numbers, (0.0, 1.0), not as a tensor of the call"
+        )
+    good = t_span.ndim == 1 and len(t_span) >= 2 and t_span.is_floating_point()
+    if good:
+        with on_host():
+            steps = t_span.detach().diff()
+            good = bool(((steps > 0).all() | (steps < 0).all()) & torch.isfinite(t_span.detach()).all())
+    if not good:
+        raise ConfigError(
+            "t_span must be finite and strictly increasing or decreasing, a row of at least two floating-point "
+            f"times, not {t_span.tolist()}: where it turns back or stands still, start another solve from the last "
+            "state."
+        )
 
 
 class Integrator(Protocol):

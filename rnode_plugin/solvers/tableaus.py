@@ -1,4 +1,7 @@
-"""Runge-Kutta methods by name: their tableaus, one step of each, and the cubic between two states."""
+"""Runge-Kutta methods by name: their tableaus, one step of each, and the cubic between two states.
+
+Importing this needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,44 +9,51 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import Tensor
+from ..errors import check_name
 
-from ..core.derivatives import Velocity
-from ..errors import ConfigError, suggest
-from .checks import METHODS, count_steps
+if TYPE_CHECKING:
+    from torch import Tensor
 
-# velocity at the new state or None, the new state, its error estimate or None, and optionally the stage velocities
-StepResult = (
-    tuple["Tensor | None", Tensor, "Tensor | None"]
-    | tuple["Tensor | None", Tensor, "Tensor | None", "Sequence[Tensor] | None"]
-)
-StepFunction = Callable[[Velocity, Tensor, Tensor, Tensor, "Tensor | None"], StepResult]
-"""``(f, x, t, dt, k1) -> StepResult``; ``k1`` is ``f(t, x)`` if it is known already, else None."""
+    from ..core.derivatives import Velocity
+
+    # velocity at the new state or None, the new state, its error estimate or None, and optionally the stage
+    # velocities
+    StepResult: TypeAlias = (
+        tuple[Tensor | None, Tensor, Tensor | None]
+        | tuple[Tensor | None, Tensor, Tensor | None, Sequence[Tensor] | None]
+    )
+    StepFunction: TypeAlias = Callable[[Velocity, Tensor, Tensor, Tensor, Tensor | None], StepResult]
+    """``(f, x, t, dt, k1) -> StepResult``; ``k1`` is ``f(t, x)`` if it is known already, else None."""
+
+    FitStep: TypeAlias = Callable[[Tensor, Tensor, float], Tensor]
+    """``(dt, rest, sign)`` to the length of a step, where ``rest`` is the time left to the next stop."""
+    Interpolate: TypeAlias = Callable[[Any, Tensor, Any, Tensor, Tensor, Sequence[Tensor]], list[Tensor]]
+    """``(step, z, first, t, dt, times)`` to the states at ``times`` inside a step from ``(t, z)``, where ``first``
+    are the rates."""
 
 
-FitStep = Callable[[Tensor, Tensor, float], Tensor]
-"""``(dt, rest, sign)`` to the length of a step, where ``rest`` is the time left to the next stop."""
-Interpolate = Callable[[Any, Tensor, Any, Tensor, Tensor, Sequence[Tensor]], "list[Tensor]"]
-"""``(step, z, first, t, dt, times)`` to the states at ``times`` inside a step from ``(t, z)``, where ``first`` are
-the rates."""
+def count_steps(length: float, longest: float) -> int:
+    """The number of steps, at least one, that divide ``length`` into steps no longer than ``longest``.
+
+    A small slack absorbs rounding. From 0.8 to 1.1 there are three steps of 0.1, although 1.1 - 0.8 is above 0.3.
+    """
+    return max(1, math.ceil(abs(length) / longest - 1e-6))
 
 
-@torch.no_grad()
 def evenly(dt: Tensor, rest: Tensor, sign: float) -> Tensor:
     """A step no longer than ``dt`` that divides ``rest``, the time left to the next stop, evenly.
 
     Without this a short last step would often remain, which costs as many evaluations as any step.
     """
-    rest = rest.detach()
+    dt, rest = dt.detach(), rest.detach()
     steps = float(rest / dt)
     if not math.isfinite(steps):  # dt is 0 or NaN, and the solve ends
         return dt
     # Make the last step overshoot. The solve cuts it off exactly at the stop, whose time carries the gradient.
     count = count_steps(steps, 1.0)
-    return rest / count if count > 1 else torch.maximum(dt * sign, 2 * rest * sign) * sign
+    return rest / count if count > 1 else (dt * sign).maximum(2 * rest * sign) * sign
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,7 @@ def _increment(dt: Tensor, row: Sequence[float], stages: Sequence[Tensor]) -> Te
     total: Tensor | None = None
     for weight, stage in zip(row, stages, strict=False):  # a row may be shorter, and later stages unknown
         if weight:
-            total = stage * weight if total is None else torch.add(total, stage, alpha=weight)
+            total = stage * weight if total is None else total.add(stage, alpha=weight)
     assert total is not None
     return total * dt.to(total.dtype)
 
@@ -202,6 +212,10 @@ _METHODS = [
 
 _BY_NAME = {method.name: method for method in _METHODS}
 
+METHODS = tuple(_BY_NAME)
+FIXED_METHODS = tuple(name for name, method in _BY_NAME.items() if not method.adaptive)
+ADAPTIVE_METHODS = tuple(name for name, method in _BY_NAME.items() if method.adaptive)
+
 
 def get_method(method: str | Method) -> Method:
     """Look up a method by its name; a method is returned unchanged.
@@ -211,8 +225,7 @@ def get_method(method: str | Method) -> Method:
     """
     if isinstance(method, Method):
         return method
-    if method not in _BY_NAME:
-        raise ConfigError(suggest(method, METHODS, "solver method"))
+    check_name(method, METHODS, "solver method")
     return _BY_NAME[method]
 
 

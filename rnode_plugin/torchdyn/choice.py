@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,21 @@ from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDi
 from ..core.derivatives import Velocity
 from ..core.modes import on_host, transforms_active
 from ..errors import ConfigError, suggest
-from ..solvers import Adjoint, Method, Solution, Solver, get_gradient, get_method
-from ..solvers.tableaus import StepResult
+from ..solvers import (
+    ADAPTIVE_METHODS,
+    Adaptive,
+    Adjoint,
+    FixedGrid,
+    Method,
+    Solution,
+    Solver,
+    get_gradient,
+    get_method,
+)
+from ..solvers.step import Tolerance
+
+if TYPE_CHECKING:
+    from ..solvers.tableaus import StepResult
 
 _FAMILIES = {
     Euler: "euler",
@@ -135,6 +148,30 @@ def kept_times(t_span: Tensor, save_at: Tensor | Sequence[float]) -> list[int]:
     if not bool((matches.sum(0) == 1).all()):
         raise ConfigError("each time of save_at must be one of t_span, once and only once.")
     return matches.any(1).nonzero().flatten().tolist()
+
+
+def solver_from(
+    method: str | Method, *, atol: Tolerance, rtol: Tolerance, error_norm: str = "rms", **shared: Any
+) -> Solver:
+    """The solver of a method with torchdyn's arguments: a fixed grid takes one step for each interval of the times.
+
+    Args:
+        method: a name or a method.
+        atol, rtol, error_norm: options of an adaptive solver; a fixed grid has no tolerances.
+        shared: options of both kinds.
+
+    Raises:
+        ConfigError: for the error norm ``worst`` of a fixed method, and as the solver.
+    """
+    found = get_method(method)
+    if found.adaptive:
+        return Adaptive(method, atol=atol, rtol=rtol, error_norm=error_norm, **shared)
+    if error_norm != "rms":
+        raise ConfigError(
+            f"error_norm={error_norm!r} is for adaptive methods ({', '.join(ADAPTIVE_METHODS)}): {found.name} does "
+            "not look at its errors."
+        )
+    return FixedGrid(method, step=None, **shared)
 
 
 # --- the method of a solver object ---

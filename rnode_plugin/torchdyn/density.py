@@ -27,8 +27,9 @@ from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import GRADIENTS, METHODS, Adjoint, FixedGrid, Solver, get_gradient
-from ..solvers.named import solver_of
-from ..solvers.solver import check_times, chosen_solver
+from ..solvers.solver import chosen_solver
+from ..solvers.step import check_times
+from .choice import solver_from
 from .cnf import check_shape
 from .field import NetDynamics
 
@@ -453,13 +454,11 @@ def _solver_of(solver: object, options: Mapping[str, Any]) -> Solver:
             "solver=FixedGrid(..., gradient=...) or solver=Adaptive(..., gradient=...) with a gradient object."
         )
     gradient = get_gradient(mode)
-    adjoint = solver_of(
-        backward, step=None, atol=chosen["atol_adjoint"], rtol=chosen["rtol_adjoint"], max_nfe=limit
-    )
+    adjoint = solver_from(backward, atol=chosen["atol_adjoint"], rtol=chosen["rtol_adjoint"], max_nfe=limit)
     if isinstance(gradient, Adjoint):
         gradient = dataclasses.replace(gradient, backward=adjoint)
-    made = solver_of(
-        solver, step=None, atol=chosen["atol"], rtol=chosen["rtol"], error_norm=chosen["error_norm"], max_nfe=limit,
+    made = solver_from(
+        solver, atol=chosen["atol"], rtol=chosen["rtol"], error_norm=chosen["error_norm"], max_nfe=limit,
         gradient=gradient,
     )  # fmt: skip
     if made.adaptive and not adjoint.adaptive and isinstance(gradient, Adjoint) and not gradient.interpolated:

@@ -31,10 +31,9 @@ from ..core.signature import Takes, field_takes, refuse_state_first
 from ..core.trace_estimators import Hutchinson, TraceEstimator, get_estimator
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
-from ..solvers import GRADIENTS, Adjoint, Autograd, FixedGrid, Method, Solver, get_gradient, get_method
-from ..solvers.checks import check_tolerance
-from ..solvers.named import solver_of
+from ..solvers import GRADIENTS, Adjoint, Autograd, FixedGrid, Method, Solver, get_gradient
 from ..solvers.solution import Solution
+from ..solvers.solver import check_tolerance
 from .choice import (
     SolverObject,
     StepwiseAdjoint,
@@ -44,6 +43,7 @@ from .choice import (
     method_from_torchdyn,
     refuse_leapfrog,
     resolve_solver,
+    solver_from,
     solver_name,
 )
 from .field import INTEGRAL_LOSS, Cost, Followed, TorchdynSystem, look_for_columns, system_of
@@ -483,17 +483,16 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             # The adjoint system depends on time if the path is interpolated. Its values need not match torchdyn's,
             # so take the rk4 that evaluates at the right times.
             ours = type(self.solver_adjoint) is RungeKutta4
-            backward = solver_of(
-                get_method("rk4") if ours else method(self.solver_adjoint),
-                step=None,  # torchdyn takes one step per interval of the times
+            backward = solver_from(
+                "rk4" if ours else method(self.solver_adjoint),
                 atol=self.atol_adjoint,
                 rtol=self.rtol_adjoint,
                 max_nfe=self._max_nfe,
             )
             kind = StepwiseAdjoint if gradient.interpolated else Adjoint
             gradient = kind(backward, interpolated=gradient.interpolated)
-        return solver_of(
-            method(self.solver, self.interpolator), step=None, atol=self.atol, rtol=self.rtol, gradient=gradient,
+        return solver_from(
+            method(self.solver, self.interpolator), atol=self.atol, rtol=self.rtol, gradient=gradient,
             max_nfe=self._max_nfe, quadrature=self._quadrature, error_norm=self._error_norm,
         )  # fmt: skip
 

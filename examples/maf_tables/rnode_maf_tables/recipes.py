@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from rnode_plugin import Adaptive
 from rnode_plugin.experiments.recipes.recipe import Optimizer, Recipe, TableData, TableModel, Training
-from rnode_plugin.solvers import SolverSettings
 
 __all__ = ["bsds300", "gas", "hepmass", "miniboone", "power"]
 
-_FFJORD = SolverSettings("dopri5", atol=1e-8, rtol=1e-6)
+_FFJORD = Adaptive("dopri5", atol=1e-8, rtol=1e-6)
 
 
 def power() -> Recipe:

@@ -16,15 +16,24 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, SupportsFloat
 
-from pydantic import Discriminator, Field, PlainSerializer, PlainValidator, Tag, TypeAdapter
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    Tag,
+    TypeAdapter,
+    ValidationInfo,
+)
 from pydantic.dataclasses import dataclass
 
 from ...core.schedules import LinearWarmup, WrittenStrength, final_strength
-from ...errors import ConfigError, DataError, PluginError
+from ...errors import ConfigError, DataError, PluginError, check_name
 from ...files import check_path_name
 from ...plugins import registry
-from ...solvers.checks import refuse_sampled_density
-from ...solvers.settings import SolverSettings
+from ...solvers.solver import Adaptive, FixedGrid, Solver
+from ...solvers.tableaus import ADAPTIVE_METHODS, METHODS
 from ...validation import refused
 from .data import Data, TableData
 from .fields import CONFIG, Kept, kept, listed
@@ -80,6 +89,47 @@ _AnyData = Annotated[Annotated[Data, Tag("images")] | Annotated[TableData, Tag("
 _AnyModel = Annotated[Annotated[Model, Tag("images")] | Annotated[TableModel, Tag("table")], Discriminator(_tag)]
 
 
+# what a fixed grid and an adaptive solver lack of the settings of the other, and the methods to name in advice
+_SOLVERS: Mapping[str, type[FixedGrid | Adaptive]] = {"fixed": FixedGrid, "adaptive": Adaptive}
+_OF_SOLVERS = {kind: [each.name for each in dataclasses.fields(solver)] for kind, solver in _SOLVERS.items()}
+
+
+def _kind_of_solver(value: object) -> str:
+    """``adaptive`` or ``fixed`` by the method of a solver, as plain data or as an object."""
+    method = value.get("method") if isinstance(value, Mapping) else getattr(value, "name", None)
+    return "adaptive" if method in ADAPTIVE_METHODS else "fixed"
+
+
+def _solver_settings(value: object, info: ValidationInfo) -> object:
+    """Refuse a setting of the other kind of solver in plain data, and a solver that no file can hold."""
+    group = info.field_name
+    if isinstance(value, Mapping):
+        kind = _kind_of_solver(value)
+        for key in value:
+            if key not in _OF_SOLVERS[kind] and any(key in keys for keys in _OF_SOLVERS.values()):
+                raise ConfigError(
+                    f"{group}.{key} has no effect, because {_OTHER_KIND[kind].format(group, **value)}"
+                )
+    elif isinstance(value, Solver):
+        for key, setting in vars(value).items():
+            if not (setting is None or isinstance(setting, (str, int, float))):
+                raise ConfigError(
+                    f"{group}.{key} of a recipe is a name or a number, which a file can hold, not {setting!r:.60}."
+                )
+    return value
+
+
+_OTHER_KIND = {
+    "adaptive": ("{method} chooses its own steps: give {0}.method=rk4_38 too, or {0}.atol and {0}.rtol instead."),
+    "fixed": "{method} takes the steps of a fixed grid: give {0}.method=dopri5 too, or {0}.step instead.",
+}
+_AnySolver = Annotated[
+    Annotated[FixedGrid, Tag("fixed")] | Annotated[Adaptive, Tag("adaptive")],
+    Discriminator(_kind_of_solver),
+    BeforeValidator(_solver_settings),
+]
+
+
 @dataclass(frozen=True, config=CONFIG)
 class Recipe:
     """All settings of one experiment.
@@ -88,7 +138,8 @@ class Recipe:
         name: names the folder of its runs.
         description: one line for the list of recipes.
         data, model: settings for images, or both for a table.
-        solver: the integrator while training.
+        solver: the integrator while training, a :class:`~rnode_plugin.FixedGrid` or an
+            :class:`~rnode_plugin.Adaptive` solver with names and numbers alone.
         test_solver: the integrator of validation, evaluation and sampling.
         regularizers: lambda by name (eq. 17), a number or ``linear_warmup(STEPS)*LAMBDA``. A penalty with lambda 0
             is measured and not trained on.
@@ -102,8 +153,8 @@ class Recipe:
     description: str
     data: _AnyData
     model: _AnyModel
-    solver: SolverSettings
-    test_solver: SolverSettings
+    solver: _AnySolver
+    test_solver: _AnySolver
     optimizer: Optimizer = Field(default_factory=Optimizer)
     regularizers: Mapping[str, _Strength] = Field(default_factory=lambda: {"kinetic": 0.01, "jacfrob": 0.01})
     training: Training = Field(default_factory=Training)
@@ -114,14 +165,14 @@ class Recipe:
             raise ConfigError("the data and the model of a recipe must both be of images or both of a table.")
         self.task.grid_rows(self.training.sample_temperatures)  # refuses several temperatures for a table
         for name, solver in (("solver", self.solver), ("test_solver", self.test_solver)):
-            refuse_sampled_density(solver.method, solver.quadrature, adaptive=solver.adaptive, setting=name)
+            solver.check_density(name)
         # an adaptive solver estimates its error as a difference of two results. In low precision that difference is
         # rounding, which no smaller step removes
         precision = self.training.precision
         rounding = next((eps for name, eps in _ROUNDING.items() if precision.startswith(name)), 0.0)
-        if self.solver.adaptive and min(self.solver.atol, self.solver.rtol) < rounding:
+        if self.solver.tolerances is not None and min(self.solver.tolerances) < rounding:
             raise ConfigError(
-                f"{self.solver.method} cannot train with training.precision={precision}: rounding of the field, "
+                f"{self.solver.name} cannot train with training.precision={precision}: rounding of the field, "
                 f"about {rounding:.1g}, hides the errors that its tolerances allow, and its steps would shrink "
                 "without end. Use a fixed grid (solver.method=rk4_38), or 32-true."
             )
@@ -131,7 +182,8 @@ class Recipe:
 
         The assignments are applied together, because two settings may be valid only together.
 
-        Another data set brings its columns or its shape, see :meth:`Data.changed` and :meth:`TableData.changed`.
+        Another data set brings its columns or its shape, see :meth:`Data.changed` and :meth:`TableData.changed`. A
+        method of the other kind takes the settings that both kinds have, and the defaults of its kind for the rest.
 
         Raises:
             ConfigError: a setting or regularizer is unknown, a value is bad, or another setting leaves an assigned
@@ -151,7 +203,10 @@ class Recipe:
             new["data"] = data
         for group, values in changes.items():
             old = vars(self)[group]
-            new[group] = {**(old if isinstance(old, Mapping) else vars(old)), **values}
+            if isinstance(old, Solver):
+                new[group] = _changed_solver(old, values)
+            else:
+                new[group] = {**(old if isinstance(old, Mapping) else vars(old)), **values}
         with refused():
             changed = dataclasses.replace(self, **new)
         for setting in assigned:
@@ -168,7 +223,9 @@ class Recipe:
     def _changes(self, assignments: Iterable[str]) -> dict[str, dict[str, str | None]]:
         """Sort the texts by group and key, with None for ``none``, and refuse what is not a setting."""
         changes: dict[str, dict[str, str | None]] = {}
-        known = [path for path, _ in self.settings()]
+        of_solvers = [f"{group}.{key}" for group in ("solver", "test_solver") for keys in _OF_SOLVERS.values()
+                      for key in keys]  # fmt: skip
+        known = [*dict.fromkeys([*(path for path, _ in self.settings()), *of_solvers])]
         for assignment in assignments:
             # a regularizer may have options: regularizers.taylor:order=3=0.01
             separate = str.rpartition if assignment.lstrip().startswith("regularizers.") else str.partition
@@ -198,13 +255,11 @@ class Recipe:
         gradient, the error norm and the largest NFE of the recipe's solver.
         """
         own = self.solver
-        solver = SolverSettings(
-            method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6, max_nfe=own.max_nfe, gradient=own.gradient,
-            error_norm=own.error_norm, warm_start=False,
-        )  # fmt: skip
+        norm = own.error_norm if isinstance(own, Adaptive) else "rms"
+        solver = Adaptive("dopri5", first_step=1 / 6, max_nfe=own.max_nfe, gradient=own.gradient, error_norm=norm)
         name = self.name if self.name.endswith("-ffjord") else f"{self.name}-ffjord"
         with refused():
-            training = dataclasses.replace(self.training, matching=0)
+            training = dataclasses.replace(self.training, matching=0, warm_start=False)
             return dataclasses.replace(self, name=name, solver=solver, training=training, regularizers={})
 
     @property
@@ -305,7 +360,6 @@ class Recipe:
         """
         from ...core.distribution import DensityModel
 
-        solver = self.test_solver.build()
         # a plugin's model is called with the same arguments, so it can take the place of ours in any recipe
         flow = registry.call(
             "models",
@@ -313,7 +367,7 @@ class Recipe:
             self.task.event,
             **self.model.options,
             **self.task.model_options,
-            solver=solver,
+            solver=self.test_solver,
             regularizers=self.measured,
         )
         if not isinstance(flow, DensityModel):
@@ -323,7 +377,7 @@ class Recipe:
             )
         # a result names the solver of the recipe, and a step trains on its penalties
         for option, is_kept in (
-            ("solver= (the attribute solver)", getattr(flow, "solver", None) == solver),
+            ("solver= (the attribute solver)", getattr(flow, "solver", None) == self.test_solver),
             ("regularizers= (keep_regularizers)", {each.name for each in flow.regularizers} >= set(self.measured)),
         ):
             if not is_kept:
@@ -331,6 +385,14 @@ class Recipe:
                     f"model {self.model.name!r}: its plugin made a model that does not keep {option}."
                 )
         return flow
+
+
+def _changed_solver(old: Solver, values: Mapping[str, str | None]) -> dict[str, object]:
+    """The settings of a solver with other ``values``, without those that a method of another kind leaves over."""
+    merged = {**vars(old), **values}
+    check_name(merged["method"], METHODS, "solver method")
+    kept = _OF_SOLVERS[_kind_of_solver(merged)]
+    return {key: each for key, each in merged.items() if key in kept or values.get(key) is not None}
 
 
 # settings that take part only with a certain value of another one
@@ -344,9 +406,13 @@ _NEEDED: Mapping[str, tuple[str, object]] = {
 
 def _without_effect(recipe: Recipe, setting: str) -> str | None:
     """Say why a setting has no effect in a recipe, as the end of a sentence; None if it has one."""
-    group, _, key = setting.partition(".")
-    if group in ("solver", "test_solver"):
-        return _without_effect_on_solver(vars(recipe)[group], group, key)
+    if setting == "training.warm_start" and not recipe.solver.adaptive:
+        return (
+            f", because {recipe.solver.name} takes the steps of a fixed grid: give solver.method=dopri5 too, or "
+            "leave it out."
+        )
+    if setting == "test_solver.quadrature" and recipe.test_solver.quadrature == "sampled":
+        return ": validation and evaluation always use the full one. Leave it out."
     if setting == "optimizer.matching_factor" and not recipe.matching:
         give = "leave training.weights out" if recipe.training.weights else "give training.matching=STEPS too"
         return f", because the run takes no steps of flow matching: {give}."
@@ -355,27 +421,6 @@ def _without_effect(recipe: Recipe, setting: str) -> str | None:
         if (value := dict(recipe.settings())[other]) != needed:
             found, wanted = (f"{other}={as_text(each)}" for each in (value, needed))
             return f" with {found}: give {wanted} too."
-    return None
-
-
-def _without_effect_on_solver(solver: SolverSettings, group: str, key: str) -> str | None:
-    if solver.adaptive and key == "step":
-        return (
-            f", because {solver.name} chooses its own steps: give {group}.method=rk4_38 too, or {group}.atol and "
-            f"{group}.rtol instead."
-        )
-    if group == "test_solver" and key == "warm_start":
-        return (
-            ": only training reads it. An evaluation begins its second batch with the steps of the first, and "
-            "measures the NFE in solves that do not. Leave it out."
-        )
-    if not solver.adaptive and key in ("atol", "rtol", "first_step", "warm_start"):
-        return (
-            f", because {solver.name} takes the steps of a fixed grid: give {group}.method=dopri5 too, or "
-            f"{group}.step instead."
-        )
-    if group == "test_solver" and solver.quadrature == "sampled" and key == "quadrature":
-        return ": validation and evaluation always use the full one. Leave it out."
     return None
 
 

@@ -133,6 +133,11 @@ class Training:
             to carry data straight to noise, with one evaluation each and no likelihood
             (:meth:`~rnode_plugin.flows.base.BlockFlow.matching_loss`). They count among ``max_steps``, and the
             optimizer and its schedule begin again after them. A run from ``weights`` takes none.
+        warm_start: whether each step begins the solves of an adaptive solver with the longest step that would have
+            passed in the step before, see
+            :attr:`History.longest_safe_steps <rnode_plugin.core.history.History>`. A fixed grid does not
+            use it. An evaluation begins its second batch with the steps of the first, and measures the NFE in
+            solves that do not.
         weights: where the weights of the first step are: a run folder, a ``.ckpt`` or ``.safetensors`` file, or a
             name of weights in the package; None for fresh ones.
         precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` or ``64-true``, as Lightning names them. ``auto`` is
@@ -159,6 +164,7 @@ class Training:
     max_steps: PositiveInt | None = None
     seed: NonNegativeInt = 42
     matching: NonNegativeInt = 0
+    warm_start: bool = True
     weights: Annotated[Text | None, KEPT] = None
     precision: Annotated[str, AfterValidator(_known_precision)] = "32-true"
     compile: bool | Literal["auto"] = False

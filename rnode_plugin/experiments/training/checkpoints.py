@@ -35,7 +35,7 @@ Contents = dict[str, Any]
 """The contents of a checkpoint, plain values and tensors by name. Some names are ours, the others Lightning's."""
 
 SAFETENSORS = ".safetensors"
-_FORMAT = 2
+_FORMAT = 3
 _KEY, _CHECKSUM = "rnode_plugin", "sha256"
 _PREFIX = "flow."  # Lightning saves the state of RnodeModule, whose attribute `flow` is the model
 _HARMLESS = 1000  # layers that are quick to build, whatever a file contains

@@ -322,9 +322,9 @@ def _conclude(result: FitResult, experiment: Experiment, device: torch.device, *
             data.held_out,
             measure=task,
             batch_size=recipe.data.val_batch_size,
-            solver=recipe.test_solver.build(),  # a run that was resumed may name another one than its best weights
+            solver=recipe.test_solver,  # a run that was resumed may name another one than its best weights
             seed=recipe.training.seed,
-            training_solver=recipe.solver.build(),
+            training_solver=recipe.solver,
             progress=batch_counter("evaluating the best weights") if progress else None,
         ).with_baselines(task, data)
     except SolverError as error:

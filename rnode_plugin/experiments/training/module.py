@@ -49,7 +49,7 @@ class RnodeModule(L.LightningModule):
     - Each step logs ``train/loss`` in nats per dimension, ``train/bpd`` (for a table ``train/nll``, nats per row),
       ``train/nfe``, each penalty as ``train/NAME``, per dimension where the objective divides it,
       ``train/grad_norm``, ``train/skipped`` and ``lr``. A step of flow matching logs ``train/matching``, the
-      squared error per dimension, in place of loss, score and penalties. With ``solver.warm_start`` an adaptive
+      squared error per dimension, in place of loss, score and penalties. With ``training.warm_start`` an adaptive
       solver begins warm, so ``train/nfe`` is less than the NFE of the model, ``val/nfe``.
     - Each validation logs ``val/bpd`` or ``val/nll``, ``val/nfe``, ``val/NAME`` and, for a fixed grid, ``val/gap``,
       the error of the training solver in the unit of the score.
@@ -104,7 +104,7 @@ class RnodeModule(L.LightningModule):
         self.flow = new_flow(recipe) if flow is None else flow
         self.loss = loss_of(self.flow, recipe) if loss is None else loss
         self.facts, self._compares = facts, facts is None  # the caller has compared the facts with the data
-        self.solver = recipe.solver.build()
+        self.solver = recipe.solver
         # steps without a usable gradient, in the whole run, and since the last usable one
         self.skipped = self.skipped_in_row = 0
         self._is_fresh = flow is None  # whether the flow still lacks its first weights and the rows of its table
@@ -148,7 +148,7 @@ class RnodeModule(L.LightningModule):
         """Compute the loss of a batch, with the noise of this step on the device with this number."""
         # seeded in each step, so a resumed run needs no saved state of a generator
         seed_everything(self.recipe.training.seed, Stream.TRAIN, device, self.global_step)
-        if not (self.recipe.solver.adaptive and self.recipe.solver.warm_start):
+        if not (self.recipe.solver.adaptive and self.recipe.training.warm_start):
             return self.loss(batch, self.global_step)
         # in this call alone, so that validations and samples neither begin warm nor change the steps of training
         history = self.flow.history

@@ -74,7 +74,7 @@ class LikelihoodLoss:
 
     def __init__(self, flow: DensityModel, recipe: Recipe) -> None:
         self._flow, self._measured, self._task = flow, recipe.measured, recipe.task
-        self._solver = recipe.solver.build()
+        self._solver = recipe.solver
         self._lambdas = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
 
     def __call__(self, batch: Tensor, step: int) -> StepTerms:
