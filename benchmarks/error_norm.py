@@ -18,12 +18,12 @@ from measure import print_environment, table
 from sampled_quadrature import ACCURATE, Field, Perceptron, Wave, classifier
 from torch import Tensor
 
-from rnode_plugin import Adaptive, Dynamics, Solver
+from rnode_plugin import Adaptive, Solver, System
 
 
 def end(field: Field, x: Tensor, solver: Solver) -> tuple[Tensor, int]:
     with torch.no_grad():
-        solution = solver.solve(Dynamics(field, divergence=False).bind(None), x, x.new_tensor([0.0, 1.0]))
+        solution = solver.solve(System().start(field, x, density=False), x, x.new_tensor([0.0, 1.0]))
     return solution.z[-1].double(), solution.stats.nfe
 
 

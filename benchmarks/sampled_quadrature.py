@@ -20,7 +20,7 @@ from measure import print_environment, table
 from torch import Tensor, nn
 from torchdyn.datasets import ToyDataset
 
-from rnode_plugin import Adaptive, Dynamics, Exact, NeuralODE, Solver
+from rnode_plugin import Adaptive, Exact, NeuralODE, Solver, System
 from rnode_plugin.regularizers import jacfrob, total_derivative
 from rnode_plugin.solvers import ADAPTIVE_METHODS
 from rnode_plugin.torchdyn.choice import method_from_torchdyn, resolve_solver
@@ -71,9 +71,9 @@ def classifier() -> nn.Module:
 
 
 def integrals(field: Field, x: Tensor, solver: Solver) -> dict[str, Tensor]:
-    dynamics = Dynamics(field, regularizers=[jacfrob, total_derivative], estimator=Exact(), divergence=False)
+    system = System([jacfrob, total_derivative], Exact())
     with torch.no_grad():
-        return solver.solve(dynamics.bind(None), x, x.new_tensor([0.0, 1.0])).penalties
+        return solver.solve(system.start(field, x, density=False), x, x.new_tensor([0.0, 1.0])).penalties
 
 
 def off(found: Tensor, expected: Tensor) -> tuple[float, float]:

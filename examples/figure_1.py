@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torchdyn.datasets import ToyDataset
 
-from rnode_plugin import Adaptive, Dynamics, FixedGrid, objective
+from rnode_plugin import Adaptive, FixedGrid, System, objective
 from rnode_plugin.core.objective import standard_normal_log_prob
 from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.regularizers import jacfrob, kinetic
@@ -77,11 +77,11 @@ def train_field(x, *, lambdas, steps, seed=0, batch_size=256, lr=5e-3):
     with seeded(seed, Stream.WEIGHTS):
         field = TimeField(x.shape[1])
         batches = torch.randint(len(x), (steps, batch_size))
-    dynamics = Dynamics(field, regularizers=(kinetic, jacfrob), estimator="exact")
+    system = System((kinetic, jacfrob), "exact")
     adam = torch.optim.Adam(field.parameters(), lr=lr)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     for batch in batches:
-        solution = TRAIN.solve(dynamics.bind(None), x[batch], SPAN)
+        solution = TRAIN.solve(system.start(field, x[batch]), x[batch], SPAN)
         adam.zero_grad()
         objective(log_prob(solution), solution.penalties, lambdas=lambdas, dims=x.shape[1]).loss.backward()
         adam.step()
@@ -92,14 +92,14 @@ def train_field(x, *, lambdas, steps, seed=0, batch_size=256, lr=5e-3):
 @torch.no_grad()
 def follow(field, x, *, points=201):
     """Paths ``(points, B, D)`` from ``x (B, D)`` at evenly spread times from 0 to 1."""
-    return EXACT.solve(Dynamics(field, divergence=False).bind(None), x, torch.linspace(0, 1, points)).z
+    return EXACT.solve(System().start(field, x, density=False), x, torch.linspace(0, 1, points)).z
 
 
 @torch.no_grad()
 def measure(field, x, *, points=201):
     """What a flow does to ``x (B, D)``: the rows of the table."""
-    dynamics = Dynamics(field, regularizers=(kinetic, jacfrob), estimator="exact")
-    solution = TEST.solve(dynamics.bind(None), x, SPAN)
+    system = System((kinetic, jacfrob), "exact")
+    solution = TEST.solve(system.start(field, x), x, SPAN)
     path, dims = follow(field, x, points=points), x.shape[1]
     steps = (path[1:] - path[:-1]).norm(dim=2)
     return {
@@ -114,7 +114,7 @@ def measure(field, x, *, points=201):
 
 @torch.no_grad()
 def log_density(field, x):
-    return log_prob(TEST.solve(Dynamics(field, estimator="exact").bind(None), x, SPAN))
+    return log_prob(TEST.solve(System(estimator="exact").start(field, x), x, SPAN))
 
 
 def paint_line(axes, field, x, label, color):

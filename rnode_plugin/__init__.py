@@ -25,7 +25,7 @@ _PUBLIC = {
     "Adaptive": "solvers.solver",
     "FixedGrid": "solvers.solver",
     "Solver": "solvers.solver",
-    "Dynamics": "core.dynamics",
+    "System": "core.system",
     "Rate": "regularizers",
     "Exact": "core.trace_estimators",
     "Hutchinson": "core.trace_estimators",
@@ -52,10 +52,10 @@ __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAl
 
 if TYPE_CHECKING:
     from .core.distribution import DensityModel
-    from .core.dynamics import Dynamics
     from .core.importance_sampling import importance_sample
     from .core.map_jacobian import map_log_prob
     from .core.objective import FlowOutput, bits_per_dim, objective
+    from .core.system import System
     from .core.trace_estimators import Exact, Hutchinson
     from .diagnostics.diagnose import diagnose
     from .diffusion import velocity_from_noise

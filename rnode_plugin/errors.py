@@ -57,10 +57,11 @@ class SolverError(RnodeError, RuntimeError):
 
     Example:
         >>> import torch
-        >>> from rnode_plugin import Adaptive, Dynamics
-        >>> dynamics = Dynamics(lambda t, z: z**2, divergence=False)  # z(t) = 1 / (1 - t)
+        >>> from rnode_plugin import Adaptive, System
+        >>> z0 = torch.ones(1, 1)
+        >>> solve = System().start(lambda t, z: z**2, z0, density=False)  # z(t) = 1 / (1 - t)
         >>> try:
-        ...     _ = Adaptive("dopri5").solve(dynamics.bind(None), torch.ones(1, 1), torch.tensor([0.0, 2.0]))
+        ...     _ = Adaptive("dopri5").solve(solve, z0, torch.tensor([0.0, 2.0]))
         ... except SolverError as error:
         ...     print(error.reason, round(error.t, 1))
         underflow 1.0

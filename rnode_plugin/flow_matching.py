@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core.derivatives import VELOCITY, AutogradField, Linearization, Velocity, as_field
-from .core.door import Door
-from .core.dynamics import Dynamics
 from .core.modes import outside_inference, refuse_dual_numbers
-from .core.part import Part
+from .core.part import PartSpec
 from .core.regularizer import Rate
 from .core.regularizers import RegularizersLike
 from .core.signature import SCALAR, call_of, time_first
 from .core.surroundings import module_of
+from .core.system import System
 from .errors import ConfigError, suggest
 from .plugins.registry import resolve_regularizers
 from .solvers import FIXED_METHODS, METHODS, Adaptive, FixedGrid, Solver
@@ -84,17 +82,10 @@ def penalties_at(
                 f"{each.name!r} is not a rate alone: it needs a solve, which penalties_at does not make."
             )
     given, net, field = field, module_of(field), call_of(time_first(field, with_context=False))
-    part = None if batch_dim == 0 else Part(batch_dim=None)
+    system = System(rates, trace_noise, part=PartSpec(batch_dim=batch_dim))
     with outside_inference(t, z, velocity) as (time, z, velocity):
-        if velocity is not None:
-            field = _Evaluated(field, velocity, part)
-        dynamics = Dynamics(
-            field, regularizers=rates, estimator=trace_noise, divergence=False, part=part, net=net, user_field=given
-        )
-        bound = dynamics.bind(dynamics.draw(dynamics.door.z_of(z)))
-        if velocity is not None:  # another evaluation cannot repeat the random draws behind it, and must have none
-            bound.door = Door(dynamics.field, net, part=part)
-        return bound.evaluate(time, z).penalties
+        solve = system.start(field, z, density=False, net=net, user_field=given, velocity=velocity)
+        return solve(time, z).penalties
 
 
 def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, *, noise_time: float) -> Tensor:
@@ -142,29 +133,6 @@ def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, *, noise_time:
     # with noise at time 0, replacing t by 1 - t reverses the velocity
     sign = 1 if noise_time == 1 else -1
     return -(x + sign * (1 - noise) * velocity) / noise
-
-
-class _Evaluated(AutogradField):
-    """A field whose velocity at the points is known already."""
-
-    def __init__(self, field: Callable[..., Tensor], velocity: Tensor, part: Part | None) -> None:
-        super().__init__(field, part=part)
-        self._velocity = velocity
-
-    def linearize(
-        self,
-        t: Tensor,
-        z: Tensor,
-        probes: Tensor | None = None,
-        wants: frozenset[str] = VELOCITY,
-        *,
-        peek: Velocity | None = None,
-    ) -> Linearization:
-        if not wants:
-            return Linearization(self._velocity)
-        if self.part is None:
-            return as_field(self._field).linearize(t, z, probes, wants, peek=peek)
-        return super().linearize(t, z, probes, wants, peek=peek)
 
 
 class ODESolver:
@@ -241,8 +209,8 @@ class ODESolver:
         """
         grid = _grid((0.0, 1.0), time_grid, method, step_size, like=x_init)
         with torch.set_grad_enabled(enable_grad), outside_inference(x_init, grid) as (start, times):
-            dynamics = Dynamics(self._field(model_extras), divergence=False).bind(None)
-            solution = _solver(method, step_size, atol, rtol).solve(dynamics, start, times).check()
+            rhs = System().start(self._field(model_extras), start, density=False)
+            solution = _solver(method, step_size, atol, rtol).solve(rhs, start, times).check()
         self.nfe = solution.stats.nfe
         return solution.z if return_intermediates else solution.z[-1]
 

@@ -12,19 +12,17 @@ from problems import Linear, Plain, Wave
 from torch import Tensor, nn
 from torchdyn.nn import Augmenter, DataControl, DepthCat
 
-from rnode_plugin import FixedGrid, NeuralODE, velocity_from_noise
+from rnode_plugin import NeuralODE, velocity_from_noise
 from rnode_plugin.core.derivatives import Field, as_field
-from rnode_plugin.core.part import PartSpec
-from rnode_plugin.core.regularizers import Regularizers
 from rnode_plugin.core.signature import time_first
-from rnode_plugin.core.trace_estimators import Exact, Hutchinson
+from rnode_plugin.core.system import System
 from rnode_plugin.diffusion import cosine
 from rnode_plugin.fields import StackField, conv_field, linear_field
 from rnode_plugin.fields.activations import ACTIVATIONS
 from rnode_plugin.fields.recognize import recognize
 from rnode_plugin.fields.stack import AtContext
 from rnode_plugin.regularizers import curl
-from rnode_plugin.torchdyn.field import Followed, NetDynamics, adds_time, system_of
+from rnode_plugin.torchdyn.field import adds_time, start_net, start_torchdyn
 
 SHAPES = {"conv": (3, 2, 5, 4), "linear": (3, 4)}
 
@@ -64,8 +62,7 @@ def in_a_stack(module: Any, z: Tensor) -> Field:
 def in_neural_ode(module: Any, z: Tensor, *, order: int = 1) -> Field:
     """The field of one solve of a NeuralODE whose penalties read all that there is."""
     model = NeuralODE(module, order=order)
-    followed = Followed(Regularizers.of([curl]), Hutchinson("gaussian"), PartSpec())
-    return system_of(model.vf, z, {}, followed, one_graph=True).dynamics.field
+    return start_torchdyn(System([curl]), model.vf, z, penalties=True, one_graph=True).field
 
 
 def in_second_order(module: Any, z: Tensor) -> Field:
@@ -73,7 +70,7 @@ def in_second_order(module: Any, z: Tensor) -> Field:
 
 
 def in_density(module: Any, z: Tensor) -> Field:
-    return NetDynamics(module, z, None, FixedGrid(), estimator=Exact()).field
+    return start_net(System(estimator="exact"), module, z, None, density=True, penalties=False).field
 
 
 def state_first(module: Any, z: Tensor) -> Field:

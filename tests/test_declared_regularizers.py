@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from rnode_plugin import Dynamics, NeuralODE, TableFlow, hookimpl, regularizers
+from rnode_plugin import NeuralODE, System, TableFlow, hookimpl, regularizers
 from rnode_plugin.cli import main
 from rnode_plugin.core.regularizers import Regularizers
 from rnode_plugin.errors import ConfigError
@@ -167,7 +167,7 @@ class OfNoKind:
     "make",
     [
         lambda lost: NeuralODE(nn.Linear(2, 2), regularizers=[lost]),
-        lambda lost: Dynamics(nn.Linear(2, 2), regularizers=[lost]),
+        lambda lost: System([lost]),
         lambda lost: TableFlow(2, regularizers=[lost]),
     ],
 )

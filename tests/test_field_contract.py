@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linearization
 from rnode_plugin.core.door import Door
-from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.surroundings import module_of
+from rnode_plugin.core.system import System
 from rnode_plugin.core.trace_estimators import Difference
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import jacfrob, kinetic, total_derivative
@@ -146,11 +146,11 @@ def test_penalties_have_the_derivatives_of_central_differences(name: str) -> Non
     regularizers = [kinetic, jacfrob] if case.twice else [kinetic, jacfrob, total_derivative]
 
     def value() -> Tensor:
-        dynamics = Dynamics(
-            case.solved(module, start), regularizers=regularizers, net=module_of(module), divergence=False
-        )
+        system = System(regularizers)
         torch.manual_seed(0)
-        found = dynamics.bind(noise.detach()).evaluate(t, z).penalties
+        found = system.start(
+            case.solved(module, start), z, density=False, probes=noise.detach(), net=module_of(module)
+        )(t, z).penalties
         return sum((1 + i) * each.sum() for i, each in enumerate(found.values()))  # pyright: ignore
 
     reached = torch.autograd.grad(value(), variables, allow_unused=True)

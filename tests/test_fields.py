@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, RegularizedCNF
 from rnode_plugin.core.derivatives import AutogradField, Field
-from rnode_plugin.core.dynamics import Dynamics
+from rnode_plugin.core.system import System
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import ConcatConv2d, ConcatLinear, StackField, activations, conv_field, linear_field
 from rnode_plugin.fields.activations import ACTIVATIONS
@@ -166,8 +166,8 @@ def test_an_evaluation_without_gradients_leaves_them_to_later_ones(layers: int) 
     found: list[tuple[Tensor, ...]] = []
     for names in (["taylor:3"], ["finite_difference", "taylor:3"]):
         regularizers = [by_name[name] for name in names]
-        dynamics = Dynamics(field.prepared(z), regularizers=regularizers, divergence=False)
-        rate = dynamics.evaluate(t, z).penalties["taylor:3"]
+        system = System(regularizers)
+        rate = system.start(field.prepared(z), z, density=False)(t, z).penalties["taylor:3"]
         found.append(torch.autograd.grad(rate.sum(), wanted, allow_unused=True, materialize_grads=True))
     torch.testing.assert_close(*found)
 

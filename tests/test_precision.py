@@ -11,8 +11,8 @@ from tiny_runs import BeforeStep, rows, run, tiny_recipe
 from torch import nn
 
 from rnode_plugin import FixedGrid, NeuralODE, get_recipe, load_flow
-from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.random_streams import Stream, seeded
+from rnode_plugin.core.system import System
 from rnode_plugin.experiments.training import trainer
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe
 from rnode_plugin.experiments.training.trainer import computes_bf16, decided_compile, decided_precision
@@ -44,7 +44,7 @@ def test_bits_per_dim_of_a_field_in_bfloat16() -> None:
 
 def test_integrals_are_the_same_sums_under_autocast() -> None:
     """Autocast rounds a matrix product of the rates to 8 bits."""
-    dynamics = Dynamics(lambda t, z: -1.003 * z, regularizers=[kinetic], estimator="exact").bind(None)
+    dynamics = System([kinetic], "exact").start(lambda t, z: -1.003 * z, torch.ones(1, 4))
     ends = []
     for bf16 in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

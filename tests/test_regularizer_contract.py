@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from rnode_plugin import Adaptive, FixedGrid, NeuralODE, RegularizedCNF, TableFlow, penalties_at
-from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.field_evaluation import FieldEvaluation
+from rnode_plugin.core.system import System
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import conv_field, linear_field
 from rnode_plugin.plugins.registry import resolve_regularizers
@@ -119,10 +119,10 @@ def test_the_gradient_of_a_rate_passes_gradcheck(name: str, estimator: str) -> N
         torch.testing.assert_close(ours, exact)
         return
     noise = states(2, 2).flip(0) if estimator == "gaussian" else None
-    dynamics = Dynamics(field, regularizers=[ALL[name]], estimator=estimator, divergence=False)
+    system = System([ALL[name]], estimator)
 
     def value(t: Tensor, z: Tensor, *_: Tensor) -> Tensor:
-        return dynamics.bind(noise if dynamics.needs_products else None).evaluate(t, z).penalties[name]
+        return system.start(field, z, density=False, probes=noise)(t, z).penalties[name]
 
     assert gradcheck(value, variables, fast_mode=True)
 

@@ -1,4 +1,4 @@
-"""Rates: estimates, higher derivatives, shared products, what is refused, and the objective."""
+"""Derivative: estimates, higher derivatives, shared products, what is refused, and the objective."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE
 from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linearization
-from rnode_plugin.core.dynamics import Dynamics, Rates
 from rnode_plugin.core.field_evaluation import FieldEvaluation
 from rnode_plugin.core.objective import bits_per_dim, objective, standard_normal_log_prob
+from rnode_plugin.core.system import Derivative, System
 from rnode_plugin.core.trace_estimators import Hutchinson, Probes, TraceEstimator, get_estimator
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.fields import linear_field
@@ -38,9 +38,9 @@ class Image(nn.Module):
         return torch.tanh(self.net(z) + t) * (1 + t)
 
 
-def evaluated(field: Any, names: list[str], t: Tensor, z: Tensor, estimator: Any = "exact") -> Rates:
-    dynamics = Dynamics(field, regularizers=resolved(*names), estimator=estimator)
-    return dynamics.bind(dynamics.draw(z)).evaluate(t, z)
+def evaluated(field: Any, names: list[str], t: Tensor, z: Tensor, estimator: Any = "exact") -> Derivative:
+    system = System(resolved(*names), estimator)
+    return system.start(field, z)(t, z)
 
 
 def rates_of(field: Any, names: list[str], t: Tensor, z: Tensor, estimator: Any = "exact") -> dict[str, Tensor]:
@@ -82,8 +82,8 @@ def test_more_probes_have_less_variance() -> None:
 
     def draws(estimator: object) -> Tensor:
         torch.manual_seed(0)
-        dynamics = Dynamics(lambda t, z: z @ a.T, estimator=estimator)  # pyright: ignore[reportArgumentType]
-        found = dynamics.bind(dynamics.draw(z)).evaluate(t, z).dlogdet
+        system = System(estimator=estimator)  # pyright: ignore[reportArgumentType]
+        found = system.start(lambda t, z: z @ a.T, z)(t, z).dlogdet
         assert found is not None
         return found
 
@@ -112,8 +112,8 @@ def test_rates_under_functional_transforms(transform: str) -> None:
     noise = torch.randn(1, 3, dtype=torch.float64)
 
     def penalties(z: Tensor) -> Tensor:
-        dynamics = Dynamics(field, regularizers=regularizers)  # pyright: ignore[reportArgumentType]
-        return torch.stack(list(dynamics.bind(noise).evaluate(t, z).penalties.values()))
+        system = System(regularizers)  # pyright: ignore[reportArgumentType]
+        return torch.stack(list(system.start(field, z, probes=noise)(t, z).penalties.values()))
 
     if transform == "vmap":
         found, wanted = torch.func.vmap(penalties)(z), torch.stack([penalties(each) for each in z])
@@ -172,7 +172,7 @@ def test_a_result_that_is_read_without_gradients_keeps_them_for_others(field: nn
     t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     gradients: list[Tensor] = []
     for regularizers in (both, [reader, *both]):
-        found = Dynamics(field, regularizers=regularizers, estimator="exact", divergence=False).evaluate(t, z)
+        found = System(regularizers, "exact").start(field, z, density=False)(t, z)
         total = found.penalties["jacfrob"].sum() + found.penalties["total_derivative"].sum()
         gradients += torch.autograd.grad(total, z)
     torch.testing.assert_close(*gradients)
@@ -189,7 +189,7 @@ def test_a_result_that_a_regularizer_writes_into_is_computed_again_for_others() 
     writers = [half, size, Rate("change", change, needs={"vjp"})]
     t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
     with torch.no_grad():
-        rates = Dynamics(Wave(), regularizers=[*writers, *resolved("jacfrob")], estimator="exact").evaluate(t, z)
+        rates = System([*writers, *resolved("jacfrob")], "exact").start(Wave(), z)(t, z)
         found, expected = rates.penalties, evaluated(Wave(), ["jacfrob"], t, z)
     torch.testing.assert_close(rates.dlogdet, expected.dlogdet)
     torch.testing.assert_close(found["size"], rates.dlogdet.abs())  # pyright: ignore[reportOptionalMemberAccess]
@@ -208,10 +208,10 @@ def test_a_result_that_a_regularizer_writes_into_is_computed_again_for_others() 
 def test_what_a_density_reads_too_may_not_be_written_into(
     estimator: str, write: Callable[[FieldEvaluation], Tensor]
 ) -> None:
-    dynamics = Dynamics(Wave(), regularizers=[Rate("bad", write, needs={"vjp"})], estimator=estimator)
+    system = System([Rate("bad", write, needs={"vjp"})], estimator)
     t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
     with torch.no_grad(), pytest.raises(ConfigError, match="'bad' writes into"):
-        dynamics.bind(dynamics.draw(z)).evaluate(t, z)
+        system.start(Wave(), z)(t, z)
 
 
 class OwnEstimator(TraceEstimator):
@@ -270,7 +270,7 @@ def test_what_an_evaluation_cannot_have() -> None:
     with pytest.raises(ConfigError, match="too many for 200 dimensions"):
         rates_of(lambda t, z: z * 2, ["jacdiag"], t, torch.zeros(1, 200), "gaussian")  # pyright: ignore
     with pytest.raises(ConfigError, match="must have the shape of z"):
-        Dynamics(lambda t, z: z.sum(1), divergence=False).evaluate(t, z)
+        System().start(lambda t, z: z.sum(1), z, density=False)(t, z)
 
 
 @pytest.mark.parametrize(

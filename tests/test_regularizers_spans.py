@@ -10,7 +10,7 @@ from problems import Linear, Wave
 from torch import Tensor, nn
 
 from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, NeuralODE, RegularizedCNF, TableFlow
-from rnode_plugin.core.dynamics import Dynamics
+from rnode_plugin.core.system import System
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import (
@@ -195,7 +195,7 @@ def test_objects_and_what_is_refused_when_called() -> None:
     with pytest.raises(ConfigError, match="must be smaller than the solve's length"):
         NeuralODE(Linear(3), "rk4", regularizers=["steer:1.5"])(states())
     with pytest.raises(ConfigError, match="changes the times of a solve"):
-        Dynamics(Wave(), regularizers=[Steer()])
+        System([Steer()])
 
 
 class Later(SpanPolicy):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchdyn.numerics.solvers.hyper import HyperRungeKutta4
 
 from rnode_plugin import Adaptive, FixedGrid, NeuralODE, TableFlow
-from rnode_plugin.core.dynamics import Dynamics
+from rnode_plugin.core.system import System
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import (
     StepPenalty,
@@ -50,7 +50,7 @@ def one_step(field: nn.Module, z: Tensor, times: Tensor) -> StepRecord:
     steps: list[StepRecord] = []
     watch = StepPenalty("watch", lambda step: steps.append(step) or step.z0[:, 0])
     solver = Adaptive("tsit5", first_step=float(times.diff()), atol=1e3, rtol=1e2)  # one step, whatever its error
-    solver.solve(Dynamics(field, regularizers=[watch], divergence=False).bind(None), z, times)
+    solver.solve(System([watch]).start(field, z, density=False), z, times)
     (step,) = steps
     assert (step.atol, step.rtol) == (1e3, 1e2)
     return step
@@ -61,7 +61,7 @@ def accepted_times() -> Tensor:
     seen: list[Tensor] = []
     watch = StepPenalty("watch", lambda step: seen.append(step.t.reshape(())) or step.z0[:, 0])
     with torch.no_grad():
-        TIGHT.solve(Dynamics(Wave(), regularizers=[watch], divergence=False).bind(None), states(), T)
+        TIGHT.solve(System([watch]).start(Wave(), states(), density=False), states(), T)
     # a rejected step begins where the next one does
     times = torch.stack([*{float(t): t for t in seen}.values(), T[-1]])
     assert len(times) > 4, "one step replays nothing"
@@ -73,7 +73,7 @@ def test_values_and_gradients_are_those_of_the_accepted_steps(mode: str) -> None
     """The steps frozen: differences across accept and reject mean nothing."""
     field, z = Wave(), states()
     solver = Adaptive("dopri5", atol=1e-6, rtol=1e-6, gradient=mode)
-    found = solver.solve(Dynamics(field, regularizers=STEPS, divergence=False).bind(None), z, T).penalties
+    found = solver.solve(System(STEPS).start(field, z, density=False), z, T).penalties
     wanted = dormand_prince(field, z, accepted_times())
     for name in ("error", "stiffness"):
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-8, atol=0, msg=name)
@@ -85,8 +85,12 @@ def test_values_and_gradients_are_those_of_the_accepted_steps(mode: str) -> None
 
 def test_stiffness_of_a_scalar_linear_field_is_its_rate() -> None:
     for method in ("dopri5", "tsit5", "rk4"):
-        dynamics = Dynamics(lambda t, z: -3.0 * z, regularizers=[stiffness, local_stiffness], divergence=False)
-        found = solver_of(method, step=0.1).solve(dynamics.bind(None), states(), T).penalties
+        system = System([stiffness, local_stiffness])
+        found = (
+            solver_of(method, step=0.1)
+            .solve(system.start(lambda t, z: -3.0 * z, states(), density=False), states(), T)
+            .penalties
+        )
         for name in ("stiffness", "local_stiffness"):
             torch.testing.assert_close(found[name], torch.full((3,), 3.0, dtype=torch.float64), msg=name)
 
@@ -99,8 +103,8 @@ def test_reductions_and_what_a_step_shows() -> None:
         return step.h * step.z0[:, 0].square()
 
     penalties = [StepPenalty(reduction, value, reduction=reduction) for reduction in ("sum", "mean", "max")]
-    dynamics = Dynamics(Wave(), regularizers=penalties, divergence=False)
-    found = FixedGrid("rk4_38", step=0.5).solve(dynamics.bind(None), states(), T)
+    system = System(penalties)
+    found = FixedGrid("rk4_38", step=0.5).solve(system.start(Wave(), states(), density=False), states(), T)
     assert len(seen) == 12
     values = torch.stack([value(step) for step in seen[:12:3]])
     torch.testing.assert_close(found.penalties["sum"], values.sum(0))
@@ -112,7 +116,9 @@ def test_reductions_and_what_a_step_shows() -> None:
     for t, z, v in zip(first.times, first.states, first.velocities, strict=True):
         torch.testing.assert_close(Wave()(t, z), v)
     torch.testing.assert_close(seen[3].z0, first.z1)
-    back = FixedGrid("rk4_38", step=0.5).solve(dynamics.bind(None), found.z[-1].detach(), T.flip(0))
+    back = FixedGrid("rk4_38", step=0.5).solve(
+        system.start(Wave(), found.z[-1].detach(), density=False), found.z[-1].detach(), T.flip(0)
+    )
     assert bool((back.penalties["sum"] > 0).all())  # h is a length
 
 
@@ -133,11 +139,11 @@ def test_local_penalties_are_unbiased_for_the_time_average_of_a_step() -> None:
     grid = (torch.arange(40) + 0.5) / 20
     average = torch.stack([exact(float(s)) for s in grid]).mean(0)[:, 0]
     torch.manual_seed(0)
-    dynamics = Dynamics(field, regularizers=[local_error, local_stiffness], divergence=False)
+    system = System([local_error, local_stiffness])
     draws = []
     for _ in range(many):
         with torch.no_grad():
-            found = FixedGrid("rk4_38", step=step).solve(dynamics.bind(None), z0, T)
+            found = FixedGrid("rk4_38", step=step).solve(system.start(field, z0, density=False), z0, T)
         draws.append(torch.stack([found.penalties["local_error"], found.penalties["local_stiffness"]]))
         assert found.stats.nfe == 16 + 9  # the steps, the interpolant's ends, the extra step
     values = torch.stack(draws)[:, :, 0]
@@ -195,9 +201,9 @@ def test_all_are_zero_with_a_finite_gradient_at_f_equal_to_zero(estimator: str) 
 def test_what_cannot_work_together_names_what_does(name: str, solver: str, mode: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         NeuralODE(Wave(), solver, sensitivity=mode, regularizers=[name])
-    model = Dynamics(Wave(), regularizers=[{"error": error, "stiffness": stiffness}[name]], divergence=False)
+    system = System([{"error": error, "stiffness": stiffness}[name]])
     with pytest.raises(ConfigError, match=words):
-        solver_of(solver, gradient=mode).solve(model.bind(None), states(), T)
+        solver_of(solver, gradient=mode).solve(system.start(Wave(), states(), density=False), states(), T)
 
 
 def test_the_error_that_decides_on_a_step_may_not_be_written_into() -> None:
@@ -205,9 +211,9 @@ def test_the_error_that_decides_on_a_step_may_not_be_written_into() -> None:
         assert step.error is not None
         return step.error.abs_().sum(1)
 
-    dynamics = Dynamics(Wave(), regularizers=[StepPenalty("bad", bad, uses={"error"})], divergence=False)
+    system = System([StepPenalty("bad", bad, uses={"error"})])
     with pytest.raises(ConfigError, match="'bad' writes into"):
-        TIGHT.solve(dynamics.bind(None), states(), T)
+        TIGHT.solve(system.start(Wave(), states(), density=False), states(), T)
 
 
 @pytest.mark.parametrize("kind", ["name", "hyper"])

@@ -14,8 +14,8 @@ from problems import Wave, solver_of
 from torch import Tensor, nn
 
 from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linearization
-from rnode_plugin.core.dynamics import BoundDynamics, Dynamics, FunctionDynamics, Rates
-from rnode_plugin.core.trace_estimators import Exact
+from rnode_plugin.core.system import Derivative, Solve, System
+from rnode_plugin.core.trace_estimators import Exact, Hutchinson
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import Rate, jacfrob, kinetic
@@ -47,7 +47,7 @@ def tight(method: str, gradient: str = "autograd", **changes: object) -> Solver:
     "z0", [torch.ones(2, 3).double(), torch.ones(2, 3, dtype=torch.complex64)], ids=["real", "complex"]
 )
 def test_times_may_be_numbers(z0: Tensor) -> None:
-    dynamics = Dynamics(lambda t, z: -z * t, divergence=False).bind(None)
+    dynamics = System().start(lambda t, z: -z * t, z0, density=False)
     exact = torch.tensor([0, 0.5, 1], dtype=z0.real.dtype)
     found, expected = (tight("rk4").solve(dynamics, z0, times) for times in ((0, 0.5, 1), exact))
     assert torch.equal(found.z, expected.z)
@@ -70,25 +70,32 @@ def test_a_penalty_that_holds_the_fields_parameters_counts_them_once() -> None:
     gradients: list[list[Any]] = []
     for gradient in ("autograd", "adjoint"):
         field = Wave()
-        dynamics = Dynamics(field, regularizers=[Rate("weight", Weight(field))], divergence=False)
+        system = System([Rate("weight", Weight(field))])
         solver = FixedGrid("rk4", step=0.05, gradient=gradient)
-        s = solver.solve(dynamics, torch.ones(2, 3).double(), torch.tensor([0.0, 1.0]).double())
+        s = solver.solve(
+            system.start(field, torch.ones(2, 3).double(), density=False),
+            torch.ones(2, 3).double(),
+            torch.tensor([0.0, 1.0]).double(),
+        )
         s.penalties["weight"].sum().backward()
         gradients.append([p.grad for p in field.parameters()])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_noise_that_was_not_bound_is_told() -> None:
-    with pytest.raises(ConfigError, match=r"dynamics\.bind\(dynamics\.draw"):
-        FixedGrid("rk4").solve(Dynamics(Wave()), torch.ones(2, 3).double(), torch.tensor([0.0, 1.0]).double())
+def test_noise_that_an_estimator_does_not_draw_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Hutchinson, "draw", lambda *_, **__: None)
+    with pytest.raises(ConfigError, match="needs noise, which draw"):
+        System().start(Wave(), torch.ones(2, 3).double())
 
 
 @pytest.mark.parametrize(("options", "divergence"), [({}, True), ({"regularizers": [jacfrob]}, False)])
 def test_products_of_a_complex_state_are_refused(options: dict[str, Any], divergence: bool) -> None:
-    system = Dynamics(lambda t, z: 1j * z, estimator="exact", divergence=divergence, **options)
+    system = System(estimator="exact", **options)
     with pytest.raises(ConfigError, match="view_as_real"):
         FixedGrid("rk4").solve(
-            system.bind(None), torch.ones(2, 3, dtype=torch.complex128), torch.tensor([0.0, 1.0])
+            system.start(lambda t, z: 1j * z, torch.ones(2, 3, dtype=torch.complex128), density=divergence),
+            torch.ones(2, 3, dtype=torch.complex128),
+            torch.tensor([0.0, 1.0]),
         )
 
 
@@ -96,8 +103,8 @@ def test_a_tolerance_for_each_entry_has_no_meaning_for_a_log_determinant() -> No
     z = torch.ones(2, 2, dtype=torch.float64)  # as many samples as dimensions, so that anything could be broadcast
     solver = Adaptive("dopri5", atol=torch.full((2,), 1e-9), rtol=0.0)
     with pytest.raises(ConfigError, match="must be numbers"):
-        solver.solve(Dynamics(Wave(2), estimator="exact").bind(None), z, torch.tensor([0.0, 1.0]).double())
-    solver.solve(Dynamics(Wave(2), divergence=False).bind(None), z, torch.tensor([0.0, 1.0]).double())
+        solver.solve(System(estimator="exact").start(Wave(2), z), z, torch.tensor([0.0, 1.0]).double())
+    solver.solve(System().start(Wave(2), z, density=False), z, torch.tensor([0.0, 1.0]).double())
 
 
 def test_checkpointed_evaluates_a_step_twice_and_no_more() -> None:
@@ -111,9 +118,13 @@ def test_checkpointed_evaluates_a_step_twice_and_no_more() -> None:
             return field(t, z)
 
         z = torch.ones(2, 3, dtype=torch.float64)
-        dynamics = Dynamics(counting, regularizers=penalties, divergence=bool(penalties))
+        system = System(penalties)
         solver = FixedGrid("rk4", step=0.25, gradient="checkpointed")
-        s = solver.solve(dynamics.bind(torch.ones_like(z)), z, torch.tensor([0.0, 1.0]).double())
+        s = solver.solve(
+            system.start(counting, z, density=bool(penalties), probes=torch.ones_like(z)),
+            z,
+            torch.tensor([0.0, 1.0]).double(),
+        )
         assert s.stats.nfe == 16
         s.z[-1].sum().backward()
         assert calls == expected
@@ -137,12 +148,16 @@ def test_checkpointed_on_a_device_whose_random_states_torch_cannot_read(
     gradients = []
     for gradient in ("autograd", "checkpointed"):
         weights = torch.outer(seed, seed.sin()) if older else seed
-        dynamics = Dynamics(
-            lambda t, z, w=weights: torch.tanh(z * w.sum(0)), regularizers=penalties, divergence=False
-        )
+        system = System(penalties)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            s = FixedGrid("rk4", gradient=gradient).solve(dynamics.bind(torch.ones_like(z)), z, T)
+            s = FixedGrid("rk4", gradient=gradient).solve(
+                system.start(
+                    lambda t, z, w=weights: torch.tanh(z * w.sum(0)), z, density=False, probes=torch.ones_like(z)
+                ),
+                z,
+                T,
+            )
         assert [str(each.message)[:20] for each in caught] == ["torch cannot repeat "] * (
             gradient == "checkpointed"
         )
@@ -157,8 +172,10 @@ def test_checkpointed_with_parameters_of_another_computation() -> None:
     gradients = []
     for gradient in ("autograd", "checkpointed"):
         weights = torch.outer(seed, seed.sin())
-        dynamics = Dynamics(lambda t, z, w=weights: torch.tanh(z @ w), regularizers=[kinetic, jacfrob])
-        s = FixedGrid("rk4", gradient=gradient).solve(dynamics.bind(torch.ones_like(z)), z, t)
+        system = System([kinetic, jacfrob])
+        s = FixedGrid("rk4", gradient=gradient).solve(
+            system.start(lambda t, z, w=weights: torch.tanh(z @ w), z, probes=torch.ones_like(z)), z, t
+        )
         assert s.logdet is not None
         gradients += torch.autograd.grad(s.logdet[-1].sum() + s.penalties["jacfrob"].sum(), seed)
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
@@ -178,8 +195,8 @@ def test_checkpointed_with_dropout_and_parameters_read_at_some_times_only() -> N
     field, z = Pieces(), torch.ones(2, 3, dtype=torch.float64)
     results = []
     for gradient in ("autograd", "checkpointed"):
-        dynamics = Dynamics(field, regularizers=[kinetic, jacfrob])
-        bound = dynamics.bind(torch.ones_like(z))
+        system = System([kinetic, jacfrob])
+        bound = system.start(field, z, probes=torch.ones_like(z))
         t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
         with torch.random.fork_rng():
             # the evaluation that finds the leaves must not shift the draws
@@ -192,8 +209,10 @@ def test_checkpointed_with_dropout_and_parameters_read_at_some_times_only() -> N
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
     readers = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2)]
-    hidden = Dynamics(lambda t, z: z * readers[int(t >= 0.5)], regularizers=[jacfrob])
-    s = FixedGrid("euler", step=0.25, gradient="checkpointed").solve(hidden.bind(torch.ones_like(z)), z, t)
+    system = System([jacfrob])
+    s = FixedGrid("euler", step=0.25, gradient="checkpointed").solve(
+        system.start(lambda t, z: z * readers[int(t >= 0.5)], z, probes=torch.ones_like(z)), z, t
+    )
     with pytest.raises(ConfigError, match="make it a parameter"):
         s.z[-1].sum().backward()
 
@@ -202,7 +221,7 @@ def test_checkpointed_with_dropout_and_parameters_read_at_some_times_only() -> N
 def exact_wave() -> tuple[Tensor, Any, Any]:
     """States, dynamics and a solution to the last digits."""
     z0 = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
-    dynamics = Dynamics(Wave(), regularizers=[kinetic, jacfrob], estimator=Exact()).bind(None)
+    dynamics = System([kinetic, jacfrob], Exact()).start(Wave(), z0)
     with torch.no_grad():
         solution = Adaptive("dopri5", atol=1e-14, rtol=1e-14).solve(dynamics, z0, torch.tensor([0.0, 2.0]).double())
     return z0, dynamics, solution
@@ -237,23 +256,23 @@ def test_order_of_convergence(method: str, order: int) -> None:
 
 
 def test_logdet_takes_part_in_the_error_control() -> None:
-    def stiff_divergence(t: Tensor, z: Tensor) -> Rates:
-        return Rates(torch.zeros_like(z), torch.cos(40 * t) * torch.ones_like(z[:, 0]), {})
+    def stiff_divergence(t: Tensor, z: Tensor) -> Derivative:
+        return Derivative(torch.zeros_like(z), torch.cos(40 * t) * torch.ones_like(z[:, 0]), {})
 
-    def without(t: Tensor, z: Tensor) -> Rates:
-        return Rates(torch.zeros_like(z), None, {})
+    def without(t: Tensor, z: Tensor) -> Derivative:
+        return Derivative(torch.zeros_like(z), None, {})
 
     z0, t = torch.ones(2, 1, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
     solver = Adaptive("dopri5", atol=1e-8, rtol=1e-8, first_step=1 / 6)
-    followed = solver.solve(FunctionDynamics(stiff_divergence), z0, t)
-    assert followed.stats.steps > 3 * solver.solve(FunctionDynamics(without), z0, t).stats.steps
+    followed = solver.solve(Solve(stiff_divergence), z0, t)
+    assert followed.stats.steps > 3 * solver.solve(Solve(without), z0, t).stats.steps
     assert followed.logdet is not None
     torch.testing.assert_close(followed.logdet[-1, 0], torch.sin(40 * t[1]) / 40, rtol=1e-6, atol=1e-8)
 
 
-def cubes(t: Tensor, z: Tensor) -> Rates:
+def cubes(t: Tensor, z: Tensor) -> Derivative:
     """``z' = -z^3`` in each entry, solved by ``z / sqrt(1 + 2 z^2 t)``; its divergence is an integral."""
-    return Rates(-(z**3), (-3 * z**2).sum(1), {})
+    return Derivative(-(z**3), (-3 * z**2).sum(1), {})
 
 
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
@@ -261,10 +280,10 @@ def cubes(t: Tensor, z: Tensor) -> Rates:
 def test_the_worst_sample_decides_as_if_it_were_alone(method: str, *, backward_in_time: bool) -> None:
     sign = -1 if backward_in_time else 1
 
-    def rates(t: Tensor, z: Tensor) -> Rates:
+    def rates(t: Tensor, z: Tensor) -> Derivative:
         of = cubes(t, z)
         assert of.dlogdet is not None
-        return Rates(sign * of.dz, sign * of.dlogdet, {})
+        return Derivative(sign * of.dz, sign * of.dlogdet, {})
 
     # one sample far from rest among 63 close to it
     z0 = torch.full((64, 2), 0.1, dtype=torch.float64)
@@ -273,7 +292,7 @@ def test_the_worst_sample_decides_as_if_it_were_alone(method: str, *, backward_i
     found = {}
     for name, z, norm in (("alone", z0[17:18], "rms"), ("worst", z0, "worst"), ("rms", z0, "rms")):
         solver = Adaptive(method, atol=1e-6, rtol=1e-6, first_step=0.01, error_norm=norm)
-        found[name] = solver.solve(FunctionDynamics(rates), z, t)
+        found[name] = solver.solve(Solve(rates), z, t)
     alone, worst, rms = found["alone"], found["worst"], found["rms"]
     assert worst.stats == alone.stats
     assert rms.stats.nfe < alone.stats.nfe
@@ -292,7 +311,7 @@ def test_the_worst_sample_decides_as_if_it_were_alone(method: str, *, backward_i
 def test_the_worst_sample_of_states_of_any_shape(shape: tuple[int, ...]) -> None:
     z0 = torch.linspace(0.5, 2, math.prod(shape)).double().reshape(shape)
     solver = Adaptive("dopri5", atol=1e-8, rtol=1e-8, error_norm="worst")
-    z = solver.solve(FunctionDynamics(lambda t, z: Rates(-(z**3), None, {})), z0, T).z[-1]
+    z = solver.solve(Solve(lambda t, z: Derivative(-(z**3), None, {})), z0, T).z[-1]
     torch.testing.assert_close(z, z0 / (1 + 2 * z0**2).sqrt(), rtol=1e-7, atol=1e-7)
 
 
@@ -300,12 +319,12 @@ def test_the_worst_sample_of_states_of_any_shape(shape: tuple[int, ...]) -> None
 def test_gradients_with_the_error_of_the_worst_sample(gradient: str) -> None:
     z0 = torch.tensor([[0.1], [2.0]], dtype=torch.float64, requires_grad=True)
     solver = tight("dopri5", gradient, error_norm="worst")
-    solver.solve(FunctionDynamics(cubes), z0, T).z[-1].sum().backward()
+    solver.solve(Solve(cubes), z0, T).z[-1].sum().backward()
     assert z0.grad is not None
     torch.testing.assert_close(z0.grad, (1 + 2 * z0.detach() ** 2) ** -1.5, rtol=1e-7, atol=1e-7)
 
 
-class _Toy(BoundDynamics):
+class _Toy(Solve):
     """``z' = w tanh(z)``, whose penalty ``costly`` counts as one that needs a product, as its trace does."""
 
     def __init__(self, *, divergence: bool = False) -> None:
@@ -313,10 +332,11 @@ class _Toy(BoundDynamics):
         self.w = torch.tensor([[1.5, -0.7]], dtype=torch.float64, requires_grad=True)
         self.calls = {True: 0, False: 0}  # with and without products
 
-    def parameters(self) -> list[Tensor]:
+    def inputs(self) -> list[Tensor]:
         return [self.w]
 
-    def evaluate(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+    def __call__(self, t: Tensor, state: Any, *, products: bool = True) -> Derivative:
+        z: Tensor = state
         self.calls[products] += 1
         dz = self.w * torch.tanh(z)
         penalties = {"free": dz.square().sum(1)}
@@ -324,7 +344,7 @@ class _Toy(BoundDynamics):
         if products:
             penalties["costly"] = ((1 + t) * self.w * z).square().sum(1)
             dlogdet = (self.w / z.cosh().square()).sum(1) if self.divergence else None
-        return Rates(dz, dlogdet, penalties)
+        return Derivative(dz, dlogdet, penalties)
 
 
 def _draws(solver: Solver, count: int, *, divergence: bool = False) -> Tensor:
@@ -399,7 +419,7 @@ def test_how_many_products_a_sampled_quadrature_makes() -> None:
 
 
 def test_a_density_of_adaptive_steps_is_not_sampled() -> None:
-    bound = Dynamics(Wave()).bind(torch.ones(2, 3, dtype=torch.float64))
+    bound = System().start(Wave(), torch.ones(2, 3), probes=torch.ones(2, 3))
     with pytest.raises(ConfigError, match="of a density needs a fixed grid: dopri5"):
         Adaptive("dopri5", quadrature="sampled").solve(bound, torch.ones(2, 3), torch.tensor([0.0, 1.0]))
 
@@ -423,10 +443,8 @@ def test_an_evaluation_asks_for_what_it_gives(estimator: str, rates: list[Any], 
             return AutogradField(self).linearize(t, z, probes, wants, peek=peek)
 
     z, t = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3), torch.tensor(0.3, dtype=torch.float64)
-    bound = Dynamics(Asked(), regularizers=rates, estimator=estimator).bind(
-        None if estimator == "exact" else torch.ones_like(z)
-    )
-    found, velocity = (bound.evaluate(t, z, products=products) for products in (True, False))
+    bound = System(rates, estimator).start(Asked(), z, probes=None if estimator == "exact" else torch.ones_like(z))
+    found, velocity = (bound(t, z, products=products) for products in (True, False))
     assert asks == [asked, VELOCITY]
     assert found.dlogdet is not None
     assert velocity.dlogdet is None
@@ -439,11 +457,11 @@ def test_an_evaluation_asks_for_what_it_gives(estimator: str, rates: list[Any], 
 def test_explosion_in_finite_time_ends(method: str) -> None:
     """z' = z^2 from 1 reaches infinity at t = 1: no adaptive solver can pass, none may hang."""
 
-    def blow_up(t: Tensor, z: Tensor) -> Rates:
-        return Rates(z.square(), None, {})
+    def blow_up(t: Tensor, z: Tensor) -> Derivative:
+        return Derivative(z.square(), None, {})
 
     with pytest.raises(SolverError) as caught:
-        solver_of(method).solve(FunctionDynamics(blow_up), torch.ones(1, 1), torch.tensor([0.0, 2.0]))
+        solver_of(method).solve(Solve(blow_up), torch.ones(1, 1), torch.tensor([0.0, 2.0]))
     assert caught.value.reason in ("underflow", "nonfinite")
     assert abs(caught.value.t - 1) < 1e-3
 
@@ -452,7 +470,7 @@ def test_explosion_in_finite_time_ends(method: str) -> None:
 @pytest.mark.parametrize("times", [[0.0, 1.0], [1.0, 0.0]])
 def test_a_first_step_of_no_length_ends(method: str, times: list[float]) -> None:
     """The speed of z' = 1e30 z overflows in the norm that the first step is chosen by."""
-    field = FunctionDynamics(lambda t, z: Rates(1e30 * z, None, {}))
+    field = Solve(lambda t, z: Derivative(1e30 * z, None, {}))
     with pytest.raises(SolverError) as caught:
         solver_of(method).solve(field, torch.full((1, 1), 1e4), torch.tensor(times))
     assert caught.value.reason in ("underflow", "nonfinite")
@@ -461,15 +479,17 @@ def test_a_first_step_of_no_length_ends(method: str, times: list[float]) -> None
 @pytest.mark.parametrize("times", [[0.0], [0.0, 1.0, 0.5], [0.0, 0.0], [0, 1], [0.0, torch.nan], [[0.0, 1.0]]])
 def test_bad_times_are_refused(times: Any) -> None:
     with pytest.raises(ConfigError, match="t_span"):
-        FixedGrid().solve(Dynamics(Wave()).bind(torch.ones(1, 3)), torch.ones(1, 3), torch.tensor(times))
+        FixedGrid().solve(
+            System().start(Wave(), torch.ones(1, 3), probes=torch.ones(1, 3)), torch.ones(1, 3), torch.tensor(times)
+        )
 
 
 def test_several_solves_are_looked_at_together() -> None:
     def fails_at(time: float) -> Any:
-        def rates(t: Tensor, z: Tensor) -> Rates:
-            return Rates(torch.where(t >= time, torch.nan, z), None, {})
+        def rates(t: Tensor, z: Tensor) -> Derivative:
+            return Derivative(torch.where(t >= time, torch.nan, z), None, {})
 
-        return FunctionDynamics(rates)
+        return Solve(rates)
 
     z, times = torch.ones(2, 3), torch.tensor([0.0, 1.0])
     solved = [FixedGrid("euler", step=0.25).solve(fails_at(time), z, times) for time in (2.0, 0.4, 0.0)]
@@ -494,10 +514,10 @@ def penalties_at(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The batch's sum of every penalty of a solve through these times, and the times with their graph."""
     regularizers = resolve_regularizers(PENALTIES)
-    dynamics = Dynamics(Wave(), regularizers=regularizers, estimator="exact", divergence=False)
+    system = System(regularizers, "exact")
     z0 = torch.randn(2, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     t = torch.tensor(times, dtype=torch.float64, requires_grad=True)
-    solution = FixedGrid("rk4", step=0.06, gradient=gradient).solve(dynamics.bind(None), z0, t)
+    solution = FixedGrid("rk4", step=0.06, gradient=gradient).solve(system.start(Wave(), z0, density=False), z0, t)
     return {name: value.sum() for name, value in solution.penalties.items()}, t
 
 

@@ -12,8 +12,8 @@ import torch
 from problems import Linear, Wave, solver_of
 from torch import Tensor
 
-from rnode_plugin.core.dynamics import BoundDynamics, Dynamics, FunctionDynamics, Rates
 from rnode_plugin.core.history import History
+from rnode_plugin.core.system import Derivative, Solve, System
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.regularizers import Rate, StepPenalty, jacfrob, kinetic
@@ -33,14 +33,14 @@ from rnode_plugin.solvers import (
 T = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
 
-def decay(t: Tensor, z: Tensor, *, rate: float = 1.0) -> Rates:
-    return Rates(-rate * z, None, {})
+def decay(t: Tensor, z: Tensor, *, rate: float = 1.0) -> Derivative:
+    return Derivative(-rate * z, None, {})
 
 
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
 def test_a_stiff_field_ends_at_the_default_budget(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rnode_plugin.solvers.adaptive.DEFAULT_MAX_NFE", 300)
-    stiff = FunctionDynamics(functools.partial(decay, rate=1e5))
+    stiff = Solve(functools.partial(decay, rate=1e5))
     with pytest.raises(SolverError, match=r"budget of 300 evaluations.* max_nfe=3000") as caught:
         solver_of(method).solve(stiff, torch.ones(1, 1, dtype=torch.float64), T)
     assert caught.value.reason == "max_nfe"
@@ -52,7 +52,7 @@ def test_a_stiff_field_ends_at_the_default_budget(method: str, monkeypatch: pyte
 def test_a_budget_of_exactly_the_evaluations_of_a_solve_suffices(method: str) -> None:
     def nfe(max_nfe: int | None) -> int:
         solver = solver_of(method, max_nfe=max_nfe)
-        return solver.solve(FunctionDynamics(decay), torch.ones(1, 1, dtype=torch.float64), T).stats.nfe
+        return solver.solve(Solve(decay), torch.ones(1, 1, dtype=torch.float64), T).stats.nfe
 
     needed = nfe(None)
     assert nfe(needed) == needed
@@ -62,11 +62,11 @@ def test_a_budget_of_exactly_the_evaluations_of_a_solve_suffices(method: str) ->
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_penalty_that_is_not_finite_is_named(method: str) -> None:
-    def rates(t: Tensor, z: Tensor) -> Rates:
-        return Rates(-z, None, {"good": z[:, 0], "bad": (z[:, 0] - 2).log()})
+    def rates(t: Tensor, z: Tensor) -> Derivative:
+        return Derivative(-z, None, {"good": z[:, 0], "bad": (z[:, 0] - 2).log()})
 
     with pytest.raises(SolverError, match="the penalty 'bad' is no longer finite, but the state is") as caught:
-        solver_of(method).solve(FunctionDynamics(rates), torch.ones(2, 2), T.float()).check()
+        solver_of(method).solve(Solve(rates), torch.ones(2, 2), T.float()).check()
     assert caught.value.reason == "nonfinite"
     assert "exploded" not in str(caught.value)
 
@@ -88,21 +88,21 @@ def _broken_step(*, local: bool) -> StepPenalty:
     ],
 )
 def test_a_penalty_beside_the_steps_that_is_not_finite_is_named(penalty: Any, gradient: str) -> None:
-    bound = Dynamics(Wave(), regularizers=[kinetic, penalty], divergence=False).bind(None)
     z = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    bound = System([kinetic, penalty]).start(Wave(), z, density=False)
     with pytest.raises(SolverError, match="the penalty 'bad' is no longer finite, but the state is"):
         Adaptive("dopri5", gradient=gradient).solve(bound, z, T).check()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_state_that_explodes_is_reported_with_its_time_and_not_blamed_on_the_penalties(method: str) -> None:
-    def rates(t: Tensor, z: Tensor) -> Rates:
+    def rates(t: Tensor, z: Tensor) -> Derivative:
         dz = torch.where(t > 0.6, torch.nan, z)
-        return Rates(dz, None, {"kinetic": dz.square().sum(1)})
+        return Derivative(dz, None, {"kinetic": dz.square().sum(1)})
 
     with pytest.raises(SolverError, match=r"the state .* is no longer finite.* lower the learning rate") as caught:
         solver_of(method, step=0.125, first_step=0.05).solve(
-            FunctionDynamics(rates),
+            Solve(rates),
             torch.ones(2, 2),
             torch.tensor([0.0, 0.5, 1.0]),
         ).check()
@@ -117,12 +117,12 @@ def test_a_state_that_explodes_is_reported_with_its_time_and_not_blamed_on_the_p
 def test_a_field_that_is_singular_at_an_end_of_the_times_gets_advice_about_the_times(
     method: str, backward: bool
 ) -> None:
-    def rates(t: Tensor, z: Tensor) -> Rates:
-        return Rates((z - 1) / t, None, {})  # 0 / 0 at the time 0, and 0 at all others
+    def rates(t: Tensor, z: Tensor) -> Derivative:
+        return Derivative((z - 1) / t, None, {})  # 0 / 0 at the time 0, and 0 at all others
 
     times = torch.tensor([1.0, 0.0] if backward else [0.0, 1.0])
     with pytest.raises(SolverError, match=r"data_time=1e-3 or noise_time=0\.999") as caught:
-        solver_of(method, step=0.5).solve(FunctionDynamics(rates), torch.ones(2, 2), times).check()
+        solver_of(method, step=0.5).solve(Solve(rates), torch.ones(2, 2), times).check()
     if not backward:
         assert caught.value.step == 0
         assert "exploded" not in str(caught.value)
@@ -134,9 +134,9 @@ def test_a_field_that_is_singular_at_an_end_of_the_times_gets_advice_about_the_t
 def test_half_precision(gradient: str, dtype: torch.dtype) -> None:
     """Right within its precision on a fixed grid, refused with adaptive steps."""
     field, noise = Linear().to(dtype), torch.ones(2, 3, dtype=dtype)
-    bound = Dynamics(field, regularizers=[kinetic, jacfrob], estimator=Exact()).bind(None)
+    bound = System([kinetic, jacfrob], Exact()).start(field, noise)
     exact = FixedGrid().solve(
-        Dynamics(Linear(), regularizers=[kinetic, jacfrob], estimator=Exact()).bind(None), noise.double(), T
+        System([kinetic, jacfrob], Exact()).start(Linear(), noise.double()), noise.double(), T
     )
     assert exact.logdet is not None
     precision = torch.finfo(dtype).eps
@@ -158,14 +158,14 @@ def test_half_precision(gradient: str, dtype: torch.dtype) -> None:
 def test_times_in_half_precision_are_met(method: str, dtype: torch.dtype) -> None:
     """The ends of the solve are numbers of each precision, and the steps between them are not."""
     z, solver = torch.ones(1, 2), solver_of(method, step=0.07)
-    system = Dynamics(lambda t, z: -z, divergence=False).bind(None)
+    system = System().start(lambda t, z: -z, z, density=False)
     ends = [solver.solve(system, z, torch.tensor([0.0, 1.5], dtype=kind)).z[-1] for kind in (dtype, torch.float32)]
     torch.testing.assert_close(*ends, rtol=1e-5, atol=0)
 
 
 def test_a_large_batch_in_half_precision_is_finite() -> None:
-    still = Dynamics(lambda t, z: torch.zeros_like(z), divergence=False).bind(None)
     z = torch.full((64, 2048), 2.0, dtype=torch.float16)
+    still = System().start(lambda t, z: torch.zeros_like(z), z, density=False)
     assert torch.equal(FixedGrid("rk4").solve(still, z, T.float()).check().z[-1], z)
 
 
@@ -175,12 +175,12 @@ def test_the_number_of_steps_forgives_rounding_and_nothing_more() -> None:
         t = torch.tensor([0.8, end], dtype=torch.float64)
         assert float(t[1] - t[0]) > 0.3
         one = torch.ones(1, 1, dtype=torch.float64)
-        assert FixedGrid("rk4", step=0.1).solve(FunctionDynamics(decay), one, t).stats.steps == steps
+        assert FixedGrid("rk4", step=0.1).solve(Solve(decay), one, t).stats.steps == steps
 
 
 def test_a_step_that_would_not_end_is_refused() -> None:
     with pytest.raises(ConfigError, match="step=1e-09 divides the times of this solve into 1,000,000,000 steps"):
-        FixedGrid("rk4", step=1e-9).solve(FunctionDynamics(decay), torch.ones(1, 1), T.float())
+        FixedGrid("rk4", step=1e-9).solve(Solve(decay), torch.ones(1, 1), T.float())
 
 
 class Watched(Tensor):
@@ -199,8 +199,8 @@ class Watched(Tensor):
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
 def test_each_attempted_step_reads_one_number(method: str) -> None:
     field = Wave()
-    bound = Dynamics(field, regularizers=[kinetic]).bind(torch.ones(2, 3, dtype=torch.float64))
     z = torch.ones(2, 3, dtype=torch.float64).as_subclass(Watched)
+    bound = System([kinetic]).start(field, z, probes=torch.ones(2, 3, dtype=torch.float64))
     t = torch.tensor([0.0, 0.7, 3.0], dtype=torch.float64)
     for first_step, more in ((None, 2), (3.0, 0)):
         Watched.reads = 0
@@ -215,7 +215,9 @@ def step_lengths(t: Tensor, method: Method) -> list[float]:
     """Of the accepted steps."""
     seen: dict[float, float] = {}  # by the time of its start; a rejected step is followed by a shorter one
     watch = StepPenalty("watch", lambda step: seen.update({float(step.t): float(step.h)}) or step.z0[:, 0])
-    bound = Dynamics(Wave(), regularizers=[watch]).bind(torch.ones(2, 3, dtype=torch.float64))
+    bound = System([watch]).start(
+        Wave(), torch.ones(2, 3, dtype=torch.float64), probes=torch.ones(2, 3, dtype=torch.float64)
+    )
     solver = Adaptive(method, atol=1e-6, rtol=1e-6, first_step=0.37)
     solver.solve(bound, torch.ones(2, 3, dtype=torch.float64), t)
     return list(seen.values())
@@ -245,7 +247,7 @@ def test_the_safe_step_is_the_longest_that_would_have_passed() -> None:
 
     method = dataclasses.replace(get_method("dopri5"), advance=advance, weights=None)
     solver = Adaptive(method, atol=1.0, rtol=0.0, first_step=0.5)
-    found = solver.solve(FunctionDynamics(decay), torch.zeros(1, 1, dtype=torch.float64), T)
+    found = solver.solve(Solve(decay), torch.zeros(1, 1, dtype=torch.float64), T)
     assert found.stats.rejected > 0
     assert found.longest_safe_step == pytest.approx(0.25)
 
@@ -253,8 +255,8 @@ def test_the_safe_step_is_the_longest_that_would_have_passed() -> None:
 @pytest.mark.parametrize("method", ["dopri5", "tsit5"])
 @pytest.mark.parametrize("divergence", [False, True])
 def test_a_solve_that_begins_with_the_longest_safe_step_rejects_nothing(method: str, divergence: bool) -> None:
-    bound = Dynamics(Wave(), estimator="exact", divergence=divergence).bind(None)
     z = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    bound = System(estimator="exact").start(Wave(), z, density=divergence)
     solver = Adaptive(method, atol=1e-9, rtol=1e-9, first_step=1.0)
     first = solver.solve(bound, z, T)
     assert first.stats.rejected > 0
@@ -267,7 +269,7 @@ def test_a_solve_that_begins_with_the_longest_safe_step_rejects_nothing(method: 
             solver.solve(bound, z, T, safe_step=wrong)
 
 
-def solve_warm(solver: Solver, bound: BoundDynamics, z: Tensor, times: Tensor, history: History) -> Solution:
+def solve_warm(solver: Solver, bound: Solve, z: Tensor, times: Tensor, history: History) -> Solution:
     found = solver.solve(bound, z, times, **history.warm_start(times))
     history.keep_step(found.longest_safe_step, times)
     return found
@@ -276,8 +278,8 @@ def solve_warm(solver: Solver, bound: BoundDynamics, z: Tensor, times: Tensor, h
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
 def test_safe_steps_are_kept_by_direction(method: str) -> None:
     """To the bit a solve by a solver that has this first step, shortened for safety or by the end of the solve."""
-    bound = Dynamics(Wave(), estimator="exact").bind(None)
     z = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    bound = System(estimator="exact").start(Wave(), z)
     solver, known = Adaptive(method, atol=1e-6, rtol=1e-6), dict[str, float]()
     history = History(longest_safe_steps={0: known})
     safety = get_method(method).safety
@@ -308,8 +310,8 @@ def test_a_field_that_has_become_harder_meets_the_tolerance() -> None:
     """A first step 300 times too long is rejected, and the error is at most twice as large as without it."""
     z, history = torch.ones(1, 1, dtype=torch.float64), History(longest_safe_steps={})
     solver = Adaptive("dopri5", atol=1e-8, rtol=1e-8)
-    solve_warm(solver, FunctionDynamics(functools.partial(decay, rate=0.1)), z, T, history)
-    hard = FunctionDynamics(functools.partial(decay, rate=30.0))
+    solve_warm(solver, Solve(functools.partial(decay, rate=0.1)), z, T, history)
+    hard = Solve(functools.partial(decay, rate=30.0))
     warm, cold = solve_warm(solver, hard, z, T, history), solver.solve(hard, z, T)
     assert warm.stats.rejected > cold.stats.rejected
     errors = [float((each.z[-1] - math.exp(-30.0)).abs()) for each in (warm, cold)]
@@ -321,7 +323,8 @@ def test_a_field_that_has_become_harder_meets_the_tolerance() -> None:
 def test_a_sliver_at_the_end_does_not_shorten_the_safe_step() -> None:
     """Its error is rounding, which in single precision would make the safe step a few slivers."""
     method = dataclasses.replace(get_method("dopri5"), fit=lambda dt, rest, sign: dt)  # as torchdyn's
-    bound, z = Dynamics(Wave().float()).bind(torch.ones(2, 3)), torch.ones(2, 3)
+    z = torch.ones(2, 3)
+    bound = System().start(Wave().float(), z, probes=torch.ones(2, 3))
     solver = Adaptive(method, atol=1e-6, rtol=1e-6, first_step=0.1)
     whole = solver.solve(bound, z, torch.tensor([0.0, 0.1]))
     with_sliver = solver.solve(bound, z, torch.tensor([0.0, 0.10001]))
@@ -335,7 +338,7 @@ def test_the_backward_pass_of_an_adjoint_begins_with_what_its_forward_pass_knew(
     interpolated: bool, times: Tensor
 ) -> None:
     net, z = Wave(), torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    bound, known = Dynamics(net, divergence=False).bind(None), dict[str, float]()
+    bound, known = System().start(net, z, density=False), dict[str, float]()
     history = History(longest_safe_steps={0: known})
     name = "backward adjoint" if times[-1] < times[0] else "forward adjoint"
 
@@ -364,7 +367,8 @@ def test_the_backward_pass_of_an_adjoint_begins_with_what_its_forward_pass_knew(
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
 def test_accepted_steps_are_saved_if_asked_for(method: str, gradient: str) -> None:
-    bound, z = Dynamics(Wave(), divergence=False).bind(None), torch.ones(2, 3, dtype=torch.float64)
+    z = torch.ones(2, 3, dtype=torch.float64)
+    bound = System().start(Wave(), z, density=False)
     t = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
     solver = solver_of(method, step=0.25, gradient=gradient)
     found = solver.solve(bound, z, t, save_steps=True)
@@ -379,10 +383,10 @@ def test_accepted_steps_are_saved_if_asked_for(method: str, gradient: str) -> No
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_velocity_that_is_not_finite_at_the_start_is_named_so(value: float, backward: bool) -> None:
-    def rates(t: Tensor, z: Tensor) -> Rates:
-        return Rates(torch.where(t == T[1 if backward else 0], value, -z), None, {})
+    def rates(t: Tensor, z: Tensor) -> Derivative:
+        return Derivative(torch.where(t == T[1 if backward else 0], value, -z), None, {})
 
     times = T.flip(0) if backward else T
     with pytest.raises(SolverError, match=r"no longer finite.*Check the input and the parameters") as caught:
-        Adaptive("dopri5").solve(FunctionDynamics(rates), torch.ones(2, 2, dtype=torch.float64), times)
+        Adaptive("dopri5").solve(Solve(rates), torch.ones(2, 2, dtype=torch.float64), times)
     assert (caught.value.reason, caught.value.t) == ("nonfinite", float(times[0]))

@@ -10,7 +10,7 @@ import torch
 from problems import Wave, solver_of
 from torch import Tensor
 
-from rnode_plugin.core.dynamics import Dynamics
+from rnode_plugin.core.system import System
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import jacfrob, kinetic
 from rnode_plugin.solvers import Adaptive, Solver
@@ -29,7 +29,7 @@ def losses(z: Tensor, solver: Solver, *, weights: Mapping[str, Tensor] = WEIGHTS
     def field(t: Tensor, z: Tensor) -> Tensor:
         return torch.func.functional_call(FIELD, dict(weights), (t, z))
 
-    s = solver.solve(Dynamics(field, regularizers=[kinetic, jacfrob]).bind(noise), z, T)
+    s = solver.solve(System([kinetic, jacfrob]).start(field, z, probes=noise), z, T)
     assert s.logdet is not None
     total = s.z.square().sum((0, 2)) + 0.3 * s.logdet.sum(0)
     return total + 0.7 * s.penalties["kinetic"] + 0.2 * s.penalties["jacfrob"]
@@ -64,7 +64,7 @@ def test_a_fixed_grid_and_its_backward_pass_read_nothing_from_the_device(gradien
     """Tensors without numbers refuse every question that has to be answered on the host."""
     field = Wave().to("meta")
     z = torch.empty(2, 3, dtype=torch.float64, device="meta", requires_grad=True)
-    bound = Dynamics(field, regularizers=[kinetic, jacfrob]).bind(torch.empty_like(z))
+    bound = System([kinetic, jacfrob]).start(field, z, probes=torch.empty_like(z))
     s = fixed(gradient=gradient).solve(bound, z, T)
     assert s.logdet is not None
     (s.z.sum() + s.logdet.sum() + s.penalties["jacfrob"].sum()).backward()
@@ -76,7 +76,7 @@ def test_a_fixed_grid_and_its_backward_pass_read_nothing_from_the_device(gradien
 
 def test_samples_of_one_number_keep_their_rates_apart_on_a_device() -> None:
     z = torch.empty(5, device="meta", requires_grad=True)
-    dynamics = Dynamics(lambda t, z: -z * t, regularizers=[kinetic, jacfrob]).bind(torch.empty_like(z))
+    dynamics = System([kinetic, jacfrob]).start(lambda t, z: -z * t, z, probes=torch.empty_like(z))
     rates = dynamics.evaluate(torch.zeros((), device="meta"), z)
     assert rates.dlogdet is not None
     assert [rate.shape for rate in (rates.dlogdet, *rates.penalties.values())] == [z.shape] * 3

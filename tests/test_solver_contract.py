@@ -16,7 +16,7 @@ import torch
 from problems import Linear, linear_closed_form, solver_of
 from torch import Tensor
 
-from rnode_plugin import Adaptive, Dynamics, FixedGrid, Solver
+from rnode_plugin import Adaptive, FixedGrid, Solver, System
 from rnode_plugin.core.regularizers import Regularizers
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import (
@@ -71,7 +71,7 @@ def test_a_linear_field_is_solved_and_differentiated_as_in_closed_form(
             parts = (closed.z, closed.logdet, closed.kinetic, closed.jacfrob)
         else:
             solver = dataclasses.replace(SOLVERS[name](), gradient=gradient)
-            dynamics = Dynamics(field, regularizers=[kinetic, jacfrob], estimator="exact").bind(None)
+            dynamics = System([kinetic, jacfrob], "exact").start(field, z)
             s = solver.solve(dynamics, z, t).check()
             assert s.logdet is not None
             assert torch.equal(s.t, t)
@@ -94,7 +94,7 @@ def test_a_density_stops_at_each_output_where_a_state_is_interpolated() -> None:
     )
     z, times = torch.ones(1, 2, dtype=torch.float64), torch.linspace(0, 1, 9, dtype=torch.float64)
     for divergence in (False, True):
-        dynamics = Dynamics(lambda t, z: -z, estimator="exact", divergence=divergence).bind(None)
+        dynamics = System(estimator="exact").start(lambda t, z: -z, z, density=divergence)
         solution = Adaptive(line, first_step=0.5).solve(dynamics, z, times)
         steps = Adaptive(dopri5, first_step=0.5).solve(dynamics, z, times).stats.steps
         assert len(solution.t) == 9
@@ -125,8 +125,9 @@ def test_name_and_object_are_kept_as_given_and_solve_alike(name: str) -> None:
     assert (by_name.method, by_name.gradient) == (name, "checkpointed")
     assert (by_object.method, by_object.gradient) == (get_method(name), Checkpointed())
     assert (by_name.text, by_name.name, by_name.adaptive) == (by_object.text, by_object.name, by_object.adaptive)
-    dynamics, z = Dynamics(Linear(), regularizers=[kinetic]).bind(torch.ones(2, 3)), torch.ones(2, 3).double()
-    found, expected = (each.solve(dynamics, z, [0.0, 0.3]).check() for each in (by_name, by_object))
+    z = torch.ones(2, 3).double()
+    rhs = System([kinetic]).start(Linear(), z, probes=torch.ones(2, 3))
+    found, expected = (each.solve(rhs, z, [0.0, 0.3]).check() for each in (by_name, by_object))
     assert torch.equal(found.z, expected.z)
 
 
@@ -168,8 +169,8 @@ def test_rates_change_no_step_and_each_stage_is_one_evaluation(name: str) -> Non
         found = []
         for regularizers in ([], [kinetic, jacfrob], [of_steps, straightness]):
             calls.clear()
-            dynamics = Dynamics(field, regularizers=regularizers, estimator="exact", divergence=divergence)
-            found.append(solver.solve(dynamics.bind(None), z, times).check())
+            system = System(regularizers, "exact")
+            found.append(solver.solve(system.start(field, z, density=divergence), z, times).check())
             assert len(calls) == found[-1].stats.nfe
         for each in found[1:]:
             assert torch.equal(each.z, found[0].z)
@@ -193,13 +194,13 @@ def test_another_solve_before_the_backward_pass_changes_no_gradient(name: str, g
     found, field = [], Bent()
     solver = dataclasses.replace(SOLVERS[name](), gradient=gradient)
     z, times = torch.linspace(-1, 1, 6).double().reshape(2, 3), torch.tensor([0.0, 0.3]).double()
-    dynamics = Dynamics(field, regularizers=[jacfrob])
+    system = System([jacfrob])
     for disturbed in (False, True):
-        solution = solver.solve(dynamics.bind(z.flip(0)), z, times)
+        solution = solver.solve(system.start(field, z, probes=z.flip(0)), z, times)
         assert solution.logdet is not None
         loss = solution.z[-1].sum() + solution.logdet[-1].sum() + solution.penalties["jacfrob"].sum()
         if disturbed:
-            solver.solve(dynamics.bind(2 * z), z + 1, 2 * times)
+            solver.solve(system.start(field, z + 1, probes=2 * z), z + 1, 2 * times)
         found.append(torch.autograd.grad(loss, list(field.parameters())))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
@@ -278,7 +279,7 @@ def test_a_span_policy_changes_times_and_has_a_penalty_of_its_own(training: bool
     assert plain.with_span_penalty({}, z) == {}
 
 
-def test_the_dynamics_of_a_solve_follow_no_span_policy_and_nothing_without_penalties() -> None:
+def test_a_solve_integrates_no_span_policy_and_nothing_without_penalties() -> None:
     given = Regularizers.of({kinetic: 0.5, LearnedEndTime(2.0): 1.0})
     assert list(given.integrated(True)) == [kinetic]
     assert given.integrated(True).strengths == {"kinetic": 0.5}

@@ -29,7 +29,7 @@ from rnode_plugin import (
     SolverError,
     penalties_at,
 )
-from rnode_plugin.core.dynamics import Dynamics
+from rnode_plugin.core.system import System
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdiffeq import odeint
@@ -510,7 +510,7 @@ def test_a_field_without_a_graph_has_no_jacobian_to_estimate(how: str) -> None:
         with pytest.raises(ConfigError, match="without a graph"):
             penalties_at(cut, times[0], x, [name])
     with pytest.raises(ConfigError, match="without a graph"):
-        FixedGrid().solve(Dynamics(cut, estimator="exact").bind(None), x, times)
+        FixedGrid().solve(System(estimator="exact").start(cut, x), x, times)
 
 
 def test_a_field_that_ignores_its_state_has_a_jacobian_of_zero() -> None:

@@ -13,7 +13,7 @@ from problems import Wave
 from torch import Tensor
 
 from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, TableFlow
-from rnode_plugin.core.dynamics import Dynamics, FunctionDynamics, Rates
+from rnode_plugin.core.system import Derivative, Solve, System
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import compile_fields
 from rnode_plugin.regularizers import jacfrob, kinetic, total_derivative
@@ -31,10 +31,10 @@ def gradients(
     generator = torch.Generator().manual_seed(3)
     z, noise = torch.randn(2, *SHAPES[kind], generator=generator, dtype=torch.float64)
     z.requires_grad_()
-    dynamics = Dynamics(field.prepared(z, noise), regularizers=[kinetic, jacfrob], estimator=estimator, net=field)
-    bound = dynamics.bind(noise if estimator == "gaussian" else None)
+    probes = noise if estimator == "gaussian" else None
+    rhs = System([kinetic, jacfrob], estimator).start(field, z, probes=probes)
     torch.manual_seed(seed)
-    solution = solver.solve(bound, z, (0.0, 1.0), weight_gradients=weight_gradients)
+    solution = solver.solve(rhs, z, (0.0, 1.0), weight_gradients=weight_gradients)
     assert solution.logdet is not None
     terms = (solution.z[-1].square(), solution.logdet[-1], *solution.penalties.values())
     loss = torch.stack([term.sum() for term in terms]).sum()
@@ -115,20 +115,22 @@ def test_a_flow_gives_all_of_its_weights_a_gradient(flow: Callable[[], Any]) -> 
     assert not any(torch.equal(one, other) for one, other in zip(full, half, strict=True))
 
 
-def bound(field: Any, **options: Any) -> Any:
-    return Dynamics(field, divergence=False, **options).bind(None)
+Z = torch.ones(SHAPES["linear"], dtype=torch.float64)
 
 
-def solve(solver: Solver, system: Any = None, weight_gradients: str = "half") -> object:
-    z = torch.ones(SHAPES["linear"], dtype=torch.float64)
-    system = bound(make_field("linear").prepared(z)) if system is None else system
-    return solver.solve(system, z, (0.0, 1.0), weight_gradients=weight_gradients)
+def started(field: Any, **options: Any) -> Solve:
+    return System().start(field, Z, density=False, **options)
+
+
+def solve(solver: Solver, rhs: Solve | None = None, weight_gradients: str = "half") -> object:
+    rhs = started(make_field("linear")) if rhs is None else rhs
+    return solver.solve(rhs, Z, (0.0, 1.0), weight_gradients=weight_gradients)
 
 
 def compiled() -> object:
     field: Any = make_field("linear")
     compile_fields(field)
-    return solve(GRID, bound(field.prepared(torch.ones(SHAPES["linear"], dtype=torch.float64))))
+    return solve(GRID, started(field))
 
 
 @pytest.mark.parametrize(
@@ -141,9 +143,9 @@ def compiled() -> object:
         (lambda: solve(FixedGrid(gradient="adjoint")), "'autograd' or 'checkpointed'"),
         (lambda: solve(FixedGrid(gradient="interpolated_adjoint")), "'autograd' or 'checkpointed'"),
         (lambda: solve(GRID, weight_gradients="hallf"), "did you mean 'half'"),
-        (lambda: solve(GRID, bound(Wave(4))), "pass by hand"),
-        (lambda: solve(GRID, bound(make_field("linear"))), "through its steps"),  # not prepared
-        (lambda: solve(GRID, FunctionDynamics(lambda t, z: Rates(-z, None, {}))), "pass by hand"),
+        (lambda: solve(GRID, started(Wave(4))), "pass by hand"),
+        (lambda: solve(GRID, started(make_field("linear"), one_graph=False)), "through its steps"),
+        (lambda: solve(GRID, Solve(lambda t, z: Derivative(-z, None, {}))), "pass by hand"),
         (compiled, "not compiled"),
     ],
 )
@@ -159,8 +161,8 @@ def test_a_derivative_along_a_direction_has_weighed_gradients_too(
 
     def found(**options: Any) -> Tensor:
         field, z = make_field("linear"), torch.ones(SHAPES["linear"], dtype=torch.float64)
-        system = bound(field.prepared(z), regularizers=[total_derivative])
-        solution = FixedGrid("rk4", step=1.0).solve(system, z, (0.0, 1.0), **options)
+        rhs = System([total_derivative]).start(field, z, density=False)
+        solution = FixedGrid("rk4", step=1.0).solve(rhs, z, (0.0, 1.0), **options)
         loss = solution.penalties["total_derivative"].sum()
         return torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(field.parameters()))])
 

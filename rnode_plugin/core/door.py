@@ -45,14 +45,21 @@ class Door:
         net: the module that the field calls; None: none is known.
         part: the part of the state that penalties measure; None: all of it.
         repeats: whether :meth:`again` may be called. If so, the random generators are read at each evaluation.
+        velocity: the velocity at the one point that :meth:`evaluate` is asked for, if it is known.
     """
 
-    __slots__ = ("_around", "_field", "part")
+    __slots__ = ("_around", "_field", "_velocity", "part")
 
     def __init__(
-        self, field: Field, net: nn.Module | None = None, *, part: Part | None = None, repeats: bool = False
+        self,
+        field: Field,
+        net: nn.Module | None = None,
+        *,
+        part: Part | None = None,
+        repeats: bool = False,
+        velocity: Tensor | None = None,
     ) -> None:
-        self._around = Surroundings(net, repeats=repeats)
+        self._around, self._velocity = Surroundings(net, repeats=repeats), velocity
         self.part = part
         self._field: Any = field  # Any: with a part it takes the whole state, which may be a tuple
 
@@ -74,6 +81,8 @@ class Door:
         Raises:
             ConfigError: for a field that differentiates inside where gradients are disabled.
         """
+        if self._velocity is not None and not wants:
+            return Linearization(self._velocity)
         around = self._around
         if around.repeats:
             around.mark(self.z_of(state))  # before the field draws, so that `again` can repeat the draws

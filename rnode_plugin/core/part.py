@@ -121,6 +121,11 @@ class PartSpec:
             f"tuple or several, not {penalized!r}."
         )
 
+    @property
+    def is_all(self) -> bool:
+        """Whether it is all of a state that is one tensor with the samples along dimension 0."""
+        return self.tensors is None and self.columns is None and self.batch_dim == 0
+
     def part(self, state: State) -> Part | None:
         """Find the part in a state; None if ``z`` is the whole state, a tensor with the samples along dimension 0.
 

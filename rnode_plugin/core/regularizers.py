@@ -29,8 +29,8 @@ RegularizersLike: TypeAlias = "Regularizers | One | Iterable[One] | Mapping[Any,
 class Regularizers:
     """The regularizers of a model with their strengths, sorted by what they see of a solve.
 
-    Every interface asks it in this order: :meth:`times` before a solve, :meth:`integrated` for the dynamics of the
-    solve, which call :meth:`of_step` and :meth:`finish`, and :meth:`with_span_penalty` after the solve.
+    Every interface asks it in this order: :meth:`times` before a solve, :meth:`integrated` for the right-hand side
+    of the solve, which calls :meth:`of_step` and :meth:`finish`, and :meth:`with_span_penalty` after the solve.
 
     Attributes:
         by_name: all of them, in the order in which they were given. Iteration is over these objects.
@@ -204,7 +204,7 @@ class Regularizers:
             return _times_of(span, times, training=training)
 
     def integrated(self, penalties: bool) -> Regularizers:
-        """What the dynamics of a solve follow: all but the span policy; nothing if no ``penalties`` are wanted."""
+        """What a solve integrates: all but the span policy; nothing if no ``penalties`` are wanted."""
         if not penalties:
             return NONE
         if self.span is None:

@@ -11,12 +11,12 @@ from torch.distributions import Distribution
 
 from ..core.derivatives import Field
 from ..core.distribution import DensityModel, StandardNormal
-from ..core.dynamics import Dynamics
 from ..core.history import History, OneProcessPerDevice
 from ..core.modes import on_host
 from ..core.objective import FlowOutput
 from ..core.regularizer import Regularizer
 from ..core.regularizers import Regularizers, RegularizersLike
+from ..core.system import System
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..solvers import FixedGrid, HealthCheck, Solver, check_all, get_gradient
@@ -184,7 +184,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         rows = self.check_inputs(z, context=context, latents=True)
         blocks = ((field, None) for field in reversed(self._fields_at(rows)))
         solver = chosen_solver(solver, self.solver)
-        through = _Pass(self, blocks, solver, backward=True, divergence=False)
+        through = _Pass(self, blocks, solver, backward=True, density=False)
         y = self._pull(z, through)
         check_all(through.health)
         self.nfe = through.nfe
@@ -271,7 +271,7 @@ class _Pass:
         blocks: field and noise of each block in the order of the pass.
         solver: the integrator.
         backward: whether time runs from 1 to 0.
-        divergence: whether the log-determinant is followed.
+        density: whether the log-determinant is followed.
         penalties: whether to integrate the penalties; None means yes in training mode with gradients enabled.
         weight_gradients: see :meth:`Solver.solve <rnode_plugin.solvers.Solver.solve>`.
     """
@@ -283,7 +283,7 @@ class _Pass:
         solver: Solver,
         *,
         backward: bool = False,
-        divergence: bool = True,
+        density: bool = True,
         penalties: bool | None = False,
         weight_gradients: str = "all",
     ) -> None:
@@ -293,7 +293,7 @@ class _Pass:
         self._penalties = training if penalties is None else penalties
         self._draws_times = training and self._penalties
         self._integrated = flow.regularizers.integrated(self._penalties)
-        self._divergence, self._estimator = divergence, flow.estimator
+        self._density, self._system = density, System(flow.regularizers, flow.estimator)
         self._logdets: list[Tensor] = []
         self._totals: dict[str, Tensor] = {}
         self._steps = 0
@@ -302,22 +302,19 @@ class _Pass:
 
     def __call__(self, z: Tensor) -> Tensor:
         index, (field, noise) = next(self._blocks)
-        net = field if isinstance(field, nn.Module) else None  # a prepared field does not show its module
-        if isinstance(field, Field):
-            one_graph = get_gradient(self._solver.gradient).through_steps
-            if one_graph:
-                z = field.layout(z)
-                if noise is not None and noise.shape == z.shape:  # not the noise of several probes
-                    noise = field.layout(noise)
-            field = field.prepared(z, noise, one_graph=one_graph)
-        dynamics = Dynamics(
-            field, regularizers=self._integrated, estimator=self._estimator, divergence=self._divergence,
-            net=net, user_field=net,
-        )  # fmt: skip
+        # Evaluations share one graph of the weights. A continuous adjoint needs one that leads to the parameters.
+        one_graph = get_gradient(self._solver.gradient).through_steps
+        if isinstance(field, Field) and one_graph:
+            z = field.layout(z)
+            if noise is not None and noise.shape == z.shape:  # not the noise of several probes
+                noise = field.layout(noise)
+        solve = self._system.start(
+            field, z, density=self._density, penalties=self._penalties, probes=noise, one_graph=one_graph
+        )
         block = len(self._flow.fields) - 1 - index if self._backward else index
         times, history = self._times(z), self._flow.history
         solution = self._solver.solve(
-            dynamics.bind(noise), z, times,
+            solve, z, times,
             **history.warm_start(times, block=block), weight_gradients=self._weight_gradients,
         )  # fmt: skip
         history.keep_step(solution.longest_safe_step, times, block=block)

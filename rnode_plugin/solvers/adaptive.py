@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..core.dynamics import BoundDynamics, Rates
 from ..core.health import health
 from ..core.modes import read
+from ..core.system import Derivative, Solve
 from ..errors import ConfigError, SolverError
 from .controller import StepController
 from .solution import Solution
@@ -40,26 +40,26 @@ DEFAULT_MAX_NFE = 100_000
 
 def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
     """Take all steps of a solve, see :meth:`Solver.march <rnode_plugin.Solver.march>`."""
-    dynamics, z, t_span, save_steps, safe_step, *_ = problem
-    _check_state(solver, dynamics, z)
+    rhs, z, t_span, save_steps, safe_step, *_ = problem
+    _check_state(solver, rhs, z)
     # Times stay on the CPU, so that comparing them does not wait for the device; t_span.cpu() keeps its graph.
     # In half precision the end of a step would be rounded far off the place that the state has reached.
     device, span = z.device, t_span.cpu()
     span = span.float() if span.dtype.itemsize < 4 else span
     method, sampled = get_method(solver.method), solver.quadrature == "sampled"
     # an interpolant gives states alone, so a density stops at each output
-    interpolate = None if dynamics.divergence else method.interpolate
-    take = Stepper(dynamics, method, solver.tolerances) if take is None else take
+    interpolate = None if rhs.divergence else method.interpolate
+    take = Stepper(rhs, method, solver.tolerances) if take is None else take
     budget = int(solver.max_nfe or DEFAULT_MAX_NFE)
     sign = 1.0 if bool(span[-1] >= span[0]) else -1.0
     control = StepController(method, solver.atol, solver.rtol, solver.error_norm, sign)
     t, end, upcoming = span[:1], span[-1], 1  # `upcoming` is the index of the next output time
     draw = draw_stage(method) if sampled else None
     start = span[0].to(device)
-    rates: Rates | None = dynamics.evaluate(start, z, products=not draw)
+    rates: Derivative | None = rhs(start, z, products=not draw)
     totals = Totals([start], [z], knots=[(start, z)] if save_steps else None, nfe=1)
     known = solver.first_step if safe_step is None else control.warm_start(safe_step, span)
-    dt, totals.nfe = control.first_length(dynamics, z, rates.dz, span, totals.nfe, known=known)
+    dt, totals.nfe = control.first_length(rhs, z, rates.dz, span, totals.nfe, known=known)
     safe = math.inf  # the longest step that all trials would have accepted
     while control.before(t, end):
         trial = control.trial(dt, t, end, span[upcoming] if interpolate is None else None)
@@ -97,7 +97,7 @@ def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | Non
     return totals.solution(longest_safe_step=safe)
 
 
-def _check_state(solver: Adaptive, dynamics: BoundDynamics, z: Tensor) -> None:
+def _check_state(solver: Adaptive, rhs: Solve, z: Tensor) -> None:
     """Refuse states and tolerances whose errors cannot be compared (ConfigError)."""
     if z.dtype.to_real().itemsize < 4:
         raise ConfigError(
@@ -105,7 +105,7 @@ def _check_state(solver: Adaptive, dynamics: BoundDynamics, z: Tensor) -> None:
             "that it compares: use autocast, which leaves the state as it is, or a fixed grid "
             f"({', '.join(FIXED_METHODS)})."
         )
-    if dynamics.divergence and (getattr(solver.atol, "ndim", 0) or getattr(solver.rtol, "ndim", 0)):
+    if rhs.divergence and (getattr(solver.atol, "ndim", 0) or getattr(solver.rtol, "ndim", 0)):
         raise ConfigError(
             "atol and rtol of a density must be numbers, which bound the error of the log-determinant too, and "
             "not tensors with one tolerance for each entry of the state."

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.dynamics import BoundDynamics, FunctionDynamics, Rates
 from ..core.modes import drop_casts, next_number, without_hooks, without_kept_casts
 from ..core.surroundings import random_states, same_states
+from ..core.system import Derivative, Solve
 from ..errors import ConfigError
 from .checkpoint import is_complete
 from .solution import Solution, Steps
@@ -34,11 +34,11 @@ class AdjointCall:
     """One solve by an adjoint, shared by its forward and backward pass.
 
     Attributes:
-        dynamics: the system; it must give the same rates in both passes.
+        rhs: the right-hand side; it must give the same rates in both passes.
         forward: solves the system from a state ``z`` through times ``t``. The solution has all outputs that the
             loss may depend on.
         backward: the solver of the backward pass.
-        repeating: makes the context of a backward pass; see :meth:`BoundDynamics.repeating`.
+        repeating: makes the context of a backward pass; see :meth:`Solve.as_now`.
         interpolated: whether the backward pass reads the states from the accepted steps.
         solution: the solution of the forward pass, without a graph.
         steps: the accepted steps of the forward pass, which the backward pass reads.
@@ -46,7 +46,7 @@ class AdjointCall:
         keep_step: takes the longest safe step of each backward pass.
     """
 
-    dynamics: BoundDynamics
+    rhs: Solve
     forward: Callable[[Tensor, Tensor], Solution]
     backward: Integrator
     repeating: Callable[[], AbstractContextManager[object]]
@@ -60,9 +60,9 @@ class AdjointCall:
 def solve_adjoint(call: AdjointCall, z0: Tensor, t_span: Tensor) -> Solution:
     """Solve without a graph and attach the continuous adjoint as the gradient.
 
-    Gradients reach ``z0``, ``t_span`` and the parameters of the dynamics that require one.
+    Gradients reach ``z0``, ``t_span`` and the parameters of the field that require one.
     """
-    wanted = [p for p in call.dynamics.parameters() if p.requires_grad]
+    wanted = [p for p in call.rhs.inputs() if p.requires_grad]
     times, z, logdet, *integrals = _Adjoint.apply(call, z0, t_span, *wanted)
     # the call lives in the graph: drop the solution, because the tensors that backward reads are saved by autograd
     solution, call.solution = call.solution, None
@@ -157,7 +157,7 @@ class _Backward:
     def __init__(
         self, call: AdjointCall, t: Tensor, params: Sequence[Tensor], dpenalties: dict[str, Tensor]
     ) -> None:
-        self.dynamics, self.solver = call.dynamics, call.backward
+        self.rhs, self.solver = call.rhs, call.backward
         self.params = params
         self.sign = 1.0 if bool(t[-1] >= t[0]) else -1.0
         # a penalty is integrated over |dt|, but the adjoint over dt
@@ -166,7 +166,7 @@ class _Backward:
         self.checked = False
         self.safe_step = call.safe_step
         self.safe: list[tuple[float, float]] = []  # the length of each interval, and its longest safe step
-        self.path = None if call.steps is None else _Path(call.dynamics, call.steps, self.sign)
+        self.path = None if call.steps is None else _Path(call.rhs, call.steps, self.sign)
 
     @property
     def may_skip(self) -> bool:
@@ -179,15 +179,15 @@ class _Backward:
         # without an interpolant of the states, solve for them again, backward, together with the adjoint
         state = a if path is not None else torch.stack([z, a])
 
-        def adjoint_system(t: Tensor, z: Tensor) -> Rates:
+        def adjoint_system(t: Tensor, z: Tensor) -> Derivative:
             z, a = (path(t), z) if path is not None else z.unbind()
             dz, da, *dparams = self._gradients(t, z, a, dl)
             rate = -da if path is not None else torch.stack([dz, -da])
             # the gradients of the parameters are integrated as penalties, over |dt|; the sign makes it dt
-            return Rates(rate, None, {str(i): self.sign * g for i, g in enumerate(dparams)})
+            return Derivative(rate, None, {str(i): self.sign * g for i, g in enumerate(dparams)})
 
         times = torch.stack([t1, t0]) if path is None else torch.cat([t1[None], path.between(t1, t0), t0[None]])
-        problem = Problem(FunctionDynamics(adjoint_system), state, times, safe_step=self.safe_step)
+        problem = Problem(Solve(adjoint_system), state, times, safe_step=self.safe_step)
         solution = self.solver.march(problem).check()
         if solution.longest_safe_step is not None:
             self.safe.append((abs(float(t1 - t0)), solution.longest_safe_step))
@@ -204,9 +204,9 @@ class _Backward:
 
     def hamiltonian(self, t: Tensor, z: Tensor, a: Tensor, dl: Tensor | None, *, penalties: bool) -> Tensor:
         """``H`` at one time and state, summed over the batch."""
-        return self._hamiltonian(self.dynamics.evaluate(t, z), a, dl, penalties=penalties)
+        return self._hamiltonian(self.rhs(t, z), a, dl, penalties=penalties)
 
-    def _hamiltonian(self, rates: Rates, a: Tensor, dl: Tensor | None, *, penalties: bool = True) -> Tensor:
+    def _hamiltonian(self, rates: Derivative, a: Tensor, dl: Tensor | None, *, penalties: bool = True) -> Tensor:
         total = (a.conj() * rates.dz).sum().real  # the inner product of real and imaginary parts
         if dl is not None and rates.dlogdet is not None:
             total = total + (dl * rates.dlogdet).sum()
@@ -220,7 +220,7 @@ class _Backward:
         with torch.enable_grad():
             z, t = z.detach().requires_grad_(), t.detach()
             start = None if self.checked else next_number(z)
-            rates = self.dynamics.evaluate(t, z)
+            rates = self.rhs(t, z)
             total = self._hamiltonian(rates, a, dl)
             inputs = [z, *self.params]
             if start is not None:  # once for each backward pass, because it walks the whole graph
@@ -243,8 +243,8 @@ class _Backward:
 class _Path:
     """Interpolates the accepted states by cubics. The velocities at the knots are evaluated when needed."""
 
-    def __init__(self, dynamics: BoundDynamics, steps: Steps, sign: float) -> None:
-        self.dynamics, self.steps = dynamics, steps
+    def __init__(self, rhs: Solve, steps: Steps, sign: float) -> None:
+        self.rhs, self.steps = rhs, steps
         self.keys = [sign * t for t in steps.t.tolist()]  # increasing in both directions of time, for bisect
         self.sign = sign
         self.velocities: dict[int, Tensor] = {}
@@ -271,5 +271,5 @@ class _Path:
     def _velocity(self, knot: int) -> Tensor:
         if knot not in self.velocities:
             t, z = (x[knot] for x in self.steps)
-            self.velocities[knot] = self.dynamics.evaluate(t, z, products=False).dz.detach()
+            self.velocities[knot] = self.rhs(t, z, products=False).dz.detach()
         return self.velocities[knot]

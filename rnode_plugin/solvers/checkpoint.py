@@ -23,38 +23,36 @@ from torch.utils._pytree import (  # torch has no public name for it
 )
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
-from ..core.dynamics import BoundDynamics
 from ..core.modes import drop_casts, next_number, transforms_active, without_hooks
 from ..core.second_derivatives import FUSED_ATTENTION
+from ..core.system import Solve
 from ..errors import ConfigError
 
 _Result = TypeVar("_Result")
 
 
-def checkpointed(
-    function: Callable[..., _Result], dynamics: BoundDynamics, z: Tensor, t: Tensor
-) -> Callable[..., _Result]:
+def checkpointed(function: Callable[..., _Result], rhs: Solve, z: Tensor, t: Tensor) -> Callable[..., _Result]:
     """``function`` without keeping its activations. Values and gradients stay the same.
 
     Under a transform of torch.func, which records a step in its own way, this is ``function`` itself.
 
     Args:
         function: takes and returns tensors and nested tuples and dictionaries of tensors; it evaluates
-            ``dynamics``.
-        dynamics: the system.
+            ``rhs``.
+        rhs: the right-hand side.
         z, t: state and time at which the system is evaluated once, to find the tensors that it depends on.
     """
     if transforms_active():
         return function
-    leaves, repeating, has_states = None, dynamics.repeating(), _has_states(z.device.type)
+    leaves, repeating, has_states = None, rhs.as_now(), _has_states(z.device.type)
     if not has_states:
         warnings.warn(  # Python shows it once
             f"torch cannot repeat the random numbers that a field draws on {z.device.type!r}, as dropout does: the "
             "gradient of 'checkpointed' would belong to another mask. Fields that draw nothing are right.",
             stacklevel=2,
         )
-    if torch.is_grad_enabled() and (dynamics.inner_autograd or not has_states):
-        leaves = _leaves(dynamics, repeating, z, t)
+    if torch.is_grad_enabled() and (rhs.inner_autograd or not has_states):
+        leaves = _leaves(rhs, repeating, z, t)
     if leaves is None and not has_states:  # torch's checkpoint needs the states
         return function
     if leaves is None:
@@ -86,24 +84,24 @@ def _has_states(kind: str) -> bool:
 
 
 def _leaves(
-    dynamics: BoundDynamics,
+    rhs: Solve,
     repeating: Callable[[], contextlib.AbstractContextManager[object]],
     z: Tensor,
     t: Tensor,
 ) -> list[Tensor] | None:
-    """The leaf tensors that the dynamics depend on; None if they read the result of another computation."""
+    """The leaf tensors that the right-hand side depends on; None if they read the result of another computation."""
     # restore the generators, so that this extra evaluation does not change what the solve draws
     devices = [z.device] if z.is_cuda else []
     with torch.enable_grad(), torch.random.fork_rng(devices), repeating():
         state = z.detach().requires_grad_()
         start = next_number(state)
         # a clone, because torch refuses a field that changes a leaf in place
-        rates = dynamics.evaluate(t.detach(), state.clone())
+        rates = rhs(t.detach(), state.clone())
     found = _find_leaves([x for x in tree_leaves(rates) if isinstance(x, Tensor)], start)
     if found is None:  # a replay would run through that other graph at each step
         return None
     # add all parameters, because a module may read some of them at other times only
-    known = [p for p in dynamics.parameters() if p.requires_grad]
+    known = [p for p in rhs.inputs() if p.requires_grad]
     return list({id(x): x for x in [*found, *known] if x is not state}.values())
 
 

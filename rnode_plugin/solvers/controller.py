@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.dynamics import BoundDynamics
 from ..core.modes import read
+from ..core.system import Solve
 from ..errors import ConfigError
 from .step import Step, Tolerance, fail_nonfinite
 from .tableaus import FIXED_METHODS, Method
@@ -140,14 +140,14 @@ class StepController:
         return whole if safe >= whole else self.method.safety * safe
 
     def first_length(
-        self, dynamics: BoundDynamics, z: Tensor, velocity: Tensor, times: Tensor, nfe: int, *, known: float | None
+        self, rhs: Solve, z: Tensor, velocity: Tensor, times: Tensor, nfe: int, *, known: float | None
     ) -> tuple[Tensor, int]:
         """The length of the first step to try at ``times[0]``, without a graph: ``known``, or else a guess.
 
         The evaluations run in the grad mode of the solve, since a field may differentiate inside.
 
         Args:
-            dynamics: the system, which a guess evaluates once or twice.
+            rhs: the right-hand side, which a guess evaluates once or twice.
             z, velocity: state and velocity at ``times[0]``.
             times: the times of the solve, ``(T,)``, on the CPU.
             nfe: the number of evaluations so far.
@@ -167,18 +167,18 @@ class StepController:
         # Backward in time the correct guess uses the mirrored field -f(-t, z), but torchdyn uses f. To take
         # torchdyn's steps we try f first, and the mirrored field only if that guess is not positive and finite.
         for mirrored in (False, True) if self.sign < 0 else (False,):
-            guess = self._guess(dynamics, self.sign * velocity, z, self.sign * times[0], mirrored=mirrored)
+            guess = self._guess(rhs, self.sign * velocity, z, self.sign * times[0], mirrored=mirrored)
             nfe += 1
             if 0 < float(guess) < math.inf:  # an infinite velocity makes it 0
                 return self.sign * guess, nfe
         fail_nonfinite(float(times[0]), 0, nfe)
 
-    def _guess(self, dynamics: BoundDynamics, velocity: Tensor, z: Tensor, t: Tensor, *, mirrored: bool) -> Tensor:
+    def _guess(self, rhs: Solve, velocity: Tensor, z: Tensor, t: Tensor, *, mirrored: bool) -> Tensor:
         """A first step whose error should be about as large as the tolerances, a scalar on the CPU.
 
         This is the rule of Hairer, Norsett and Wanner (1993, section II.4). A small Euler step forward in time,
         with one evaluation of the field ``f``, shows how fast the ``velocity``, ``f(t, z)``, changes. With
-        ``mirrored`` the field is the mirror image ``-f(-t, z)`` of the dynamics.
+        ``mirrored`` the field is the mirror image ``-f(-t, z)`` of the right-hand side.
         """
         scale = self.atol + torch.abs(z) * self.rtol
         scale = torch.where(scale == 0, math.inf, scale)  # an entry of size 0 does not count without atol
@@ -187,7 +187,7 @@ class StepController:
         tiny = torch.tensor(1e-6, dtype=t.dtype)
         probe = tiny if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
         time, state = t + probe, z + probe * velocity
-        there = dynamics.evaluate((-time if mirrored else time).to(z.device), state, products=False).dz
+        there = rhs((-time if mirrored else time).to(z.device), state, products=False).dz
         there = (-there if mirrored else there).detach()
         (change,) = self._on_host(_rms((there - velocity) / scale) / probe)
         if speed <= 1e-15 and change <= 1e-15:  # a field at rest gives no scale

@@ -39,16 +39,16 @@ _MOST_STEPS = 1_000_000
 
 def march(solver: FixedGrid, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
     """Take all steps of a solve, see :meth:`Solver.march <rnode_plugin.Solver.march>`."""
-    dynamics, z, t_span, save_steps, *_ = problem
+    rhs, z, t_span, save_steps, *_ = problem
     method = get_method(solver.method)
     counts = _counts(solver, t_span)
     draws = None
     # a density draws one stage in each step, below; penalties alone draw fewer evaluations, over the whole
     # solve
-    if solver.quadrature == "sampled" and not dynamics.divergence:
+    if solver.quadrature == "sampled" and not rhs.divergence:
         draws = _draw_stages(method, _lengths(t_span, counts))
     halves = problem.weight_gradients == "half"
-    take = Stepper(dynamics, method, None) if take is None else take
+    take = Stepper(rhs, method, None) if take is None else take
     # times on the CPU stay there, so that step lengths are numbers for the host, unless they carry a gradient
     if t_span.device.type != "cpu" or t_span.requires_grad:
         t_span = t_span.to(z.device)

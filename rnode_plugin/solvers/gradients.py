@@ -56,9 +56,9 @@ class Checkpointed(Gradient):
         from .checkpoint import checkpointed
         from .step import Stepper
 
-        dynamics, z, t, *_ = problem
-        one_step = Stepper(dynamics, get_method(solver.method), solver.tolerances)
-        take = checkpointed(one_step, dynamics, z, t[0].to(z.device))
+        rhs, z, t, *_ = problem
+        one_step = Stepper(rhs, get_method(solver.method), solver.tolerances)
+        take = checkpointed(one_step, rhs, z, t[0].to(z.device))
         return solver.march(problem, take=take)
 
 
@@ -86,18 +86,18 @@ class Adjoint(Gradient):
         from .adjoint import AdjointCall, solve_adjoint
         from .step import Problem
 
-        dynamics, z, t, save_steps, safe_step, adjoint_safe_step, keep_adjoint_step, *_ = problem
+        rhs, z, t, save_steps, safe_step, adjoint_safe_step, keep_adjoint_step, *_ = problem
 
         def forward(z: Tensor, t: Tensor) -> Solution:
             # built from the arguments: the graph keeps this function, which must not hold the problem's state
-            problem = Problem(dynamics, z, t, save_steps or self.interpolated, safe_step)
+            problem = Problem(rhs, z, t, save_steps or self.interpolated, safe_step)
             return self.outputs(solver.march(problem), adaptive=solver.adaptive)
 
         if transforms_active() or not torch.is_grad_enabled():
             return forward(z, t)
         backward = (self.backward or solver).of_adjoint()
         call = AdjointCall(
-            dynamics, forward, backward, dynamics.repeating(), interpolated=self.interpolated,
+            rhs, forward, backward, rhs.as_now(), interpolated=self.interpolated,
             safe_step=adjoint_safe_step, keep_step=keep_adjoint_step,
         )  # fmt: skip
         return solve_adjoint(call, z, t.to(z.device))

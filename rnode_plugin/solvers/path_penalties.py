@@ -8,10 +8,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..core.dynamics import BoundDynamics
 from ..core.health import HealthCheck, health
 from ..core.modes import differs, drop_casts
 from ..core.regularizers import ONE_DRAW
+from ..core.system import Solve
 from ..errors import ConfigError
 from .solution import Solution, Steps
 from .step import Problem, Stepper, Tolerance, fail_integrals
@@ -29,14 +29,14 @@ def with_path_penalties(
         tolerances: absolute and relative tolerance of the solver, which local penalties see; None for a fixed grid.
     """
     extra, stats, checks = dict[str, Tensor](), solution.stats, solution.health
-    regularizers, event = problem.dynamics.regularizers, problem.dynamics.event
+    regularizers, event = problem.rhs.regularizers, problem.rhs.z_of
     if regularizers.finished:
         z0, z1 = event(solution.z[0]), event(solution.z[-1])
         # the times of the problem carry the graph of t_span, which the output times of a continuous adjoint do not
         extra = regularizers.finish(solution.penalties, z0, z1, problem.t_span)
     if regularizers.adds_evaluations:
         assert solution.steps is not None
-        local, nfe = _local_penalties(problem.dynamics, tolerances, solution.steps)
+        local, nfe = _local_penalties(problem.rhs, tolerances, solution.steps)
         extra |= local
         stats = replace(stats, nfe=stats.nfe + nfe)
     penalties = solution.penalties | extra
@@ -51,7 +51,7 @@ def with_path_penalties(
 
 
 def _local_penalties(
-    dynamics: BoundDynamics, tolerances: tuple[Tolerance, Tolerance] | None, steps: Steps
+    rhs: Solve, tolerances: tuple[Tolerance, Tolerance] | None, steps: Steps
 ) -> tuple[dict[str, Tensor], int]:
     """The local penalties of one step of tsit5 from a uniformly random time, and the number of its evaluations.
 
@@ -70,10 +70,10 @@ def _local_penalties(
     (t0, t1), (z0, z1) = knots[k : k + 2], steps.z[k : k + 2].detach()
     with torch.no_grad():
         # two evaluations, counted below: a solve with saved steps does not save velocities
-        v0, v1 = (dynamics.evaluate(t, z, products=False).dz for t, z in ((t0, z0), (t1, z1)))
+        v0, v1 = (rhs(t, z, products=False).dz for t, z in ((t0, z0), (t1, z1)))
         z = hermite(t0, z0, v0, t1, z1, v1, s)
     drop_casts()
     h = torch.minimum((t1 - t0).abs(), (end - s).abs())
-    take = Stepper(dynamics, get_method("tsit5"), tolerances, local=True)
+    take = Stepper(rhs, get_method("tsit5"), tolerances, local=True)
     step = take(z, s, -h if backward else h, None, {})  # an empty draw: no stage computes products
     return {name: value for name, (_, value) in step.path.items()}, step.nfe + 2

@@ -45,7 +45,7 @@ class Solution:
         t: output times ``(T,)``.
         z: states at the output times, ``(T, B, *event)``.
         logdet: log-determinant of the flow's Jacobian from the first time to each output time, ``(T, B)`` in
-            nats (eq. 4); None where the dynamics follow no density.
+            nats (eq. 4); None where no density is followed.
         penalties: each penalty of the whole trajectory by name, ``(B,)``. Integrals are taken over ``|dt|``, so a
             non-negative rate has a non-negative integral also backward in time.
         stats: numbers of evaluations and steps.
@@ -59,11 +59,11 @@ class Solution:
 
     Example:
         >>> import torch
-        >>> from rnode_plugin import Adaptive, Dynamics
+        >>> from rnode_plugin import Adaptive, System
         >>> from rnode_plugin.regularizers import kinetic
-        >>> dynamics = Dynamics(lambda t, z: -z, regularizers=[kinetic], estimator="exact")
+        >>> system = System([kinetic], "exact")
         >>> z0, times = torch.ones(1, 2), torch.linspace(0, 1, 2)
-        >>> solution = Adaptive("dopri5").solve(dynamics.bind(None), z0, times)
+        >>> solution = Adaptive("dopri5").solve(system.start(lambda t, z: -z, z0), z0, times)
         >>> [round(value, 4) for value in solution.z[-1, 0].tolist()]  # exp(-1)
         [0.3679, 0.3679]
         >>> round(solution.logdet[-1].item(), 3), round(solution.penalties["kinetic"].item(), 3)  # -2, 1 - exp(-2)

@@ -19,8 +19,8 @@ from .tableaus import ADAPTIVE_METHODS, FIXED_METHODS, Method, get_method
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..core.dynamics import BoundDynamics
     from ..core.regularizer import StepPenalty
+    from ..core.system import Solve
     from .solution import Solution
     from .step import Problem, Step, Tolerance
 
@@ -100,7 +100,7 @@ class Solver(ABC):
 
     def solve(
         self,
-        dynamics: BoundDynamics,
+        rhs: Solve,
         z0: Tensor,
         t_span: Tensor | Sequence[float],
         *,
@@ -113,7 +113,7 @@ class Solver(ABC):
         """Solve the augmented system (RNODE) from ``t_span[0]`` through all of ``t_span``.
 
         Args:
-            dynamics: the system with its noise fixed: ``Dynamics(...).bind(noise)``.
+            rhs: the right-hand side, such as ``System(...).start(field, z0)``.
             z0: state ``(B, *event)`` at ``t_span[0]``.
             t_span: times ``(T,)``, increasing or decreasing. If they are on the CPU, they are read without waiting
                 for the device. Numbers take the precision of ``z0``. An exported program has the times as
@@ -150,13 +150,13 @@ class Solver(ABC):
 
         self.check_weight_gradients(weight_gradients)
         refuse_dual_numbers()
-        if dynamics.divergence:
+        if rhs.divergence:
             self.check_density()
         if not isinstance(t_span, torch.Tensor):
             with on_host():
                 t_span = torch.tensor(t_span, dtype=z0.dtype.to_real())
         check_times(t_span)
-        regularizers, gradient = dynamics.regularizers, get_gradient(self.gradient)
+        regularizers, gradient = rhs.regularizers, get_gradient(self.gradient)
         if regularizers.no_time_gradient:
             through_steps = gradient.through_steps or transforms_active()
             regularizers.check_gradient_by_times(t_span, through_steps=through_steps)
@@ -168,7 +168,7 @@ class Solver(ABC):
             gradient.check_penalties(regularizers.steps)
         keep_steps = save_steps or regularizers.adds_evaluations
         problem = Problem(
-            dynamics, z0, t_span, keep_steps, safe_step, adjoint_safe_step, keep_adjoint_step, weight_gradients
+            rhs, z0, t_span, keep_steps, safe_step, adjoint_safe_step, keep_adjoint_step, weight_gradients
         )
         solution = gradient.solve(self, problem)
         if regularizers.finished or regularizers.adds_evaluations:

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..core.dynamics import BoundDynamics, Rates
 from ..core.health import HealthCheck
 from ..core.modes import constant, exporting, on_host, read, transforms_active
 from ..core.regularizer import StepRecord
+from ..core.system import Derivative, Solve
 from ..errors import ConfigError, SolverError
 from .solution import Solution, SolveStats, Steps
 from .tableaus import Method
@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
     z: Tensor
     error: Tensor | None
-    last: Rates | None
+    last: Derivative | None
     dlogdet: Tensor | None
     dlogdet_error: Tensor | None
     penalties: dict[str, Tensor]
@@ -55,7 +55,7 @@ class Step(NamedTuple):
 class Problem(NamedTuple):
     """An initial value problem with the options of :meth:`Solver.solve`."""
 
-    dynamics: BoundDynamics
+    rhs: Solve
     z: Tensor
     t_span: Tensor
     save_steps: bool = False
@@ -113,20 +113,26 @@ class Stepper:
     """Takes steps of a method on a system, and integrates the rates of each step by the quadrature of its stages.
 
     Attributes:
-        dynamics: the system.
+        rhs: the right-hand side.
         method: how a step is taken.
         tolerances: absolute and relative tolerance, which step penalties see; None for a fixed grid.
         local: whether a step computes the local step penalties. Any other step computes the penalties on accepted
             steps.
     """
 
-    dynamics: BoundDynamics
+    rhs: Solve
     method: Method
     tolerances: tuple[Tolerance, Tolerance] | None
     local: bool = False
 
     def __call__(
-        self, z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, draw: Draw | None, weigh: Weigh | None = None
+        self,
+        z: Tensor,
+        t: Tensor,
+        dt: Tensor,
+        first: Derivative | None,
+        draw: Draw | None,
+        weigh: Weigh | None = None,
     ) -> Step:
         """Take one step.
 
@@ -141,9 +147,9 @@ class Stepper:
         Raises:
             ConfigError: for quadrature weights that do not belong to the evaluations of the step.
         """
-        regularizers = self.dynamics.regularizers
+        regularizers = self.rhs.regularizers
         watched = any(penalty.local == self.local for penalty in regularizers.steps)
-        stages = _Stages(self.dynamics, z, t, first, draw, weigh, keep_places=watched)
+        stages = _Stages(self.rhs, z, t, first, draw, weigh, keep_places=watched)
         k1 = None if first is None else first.dz
         new_velocity, new, error, *velocities = self.method.advance(stages, z, t, dt, k1)
         dlogdet, dlogdet_error, penalties = self._integrate(stages.rates, dt, draw, with_error=error is not None)
@@ -159,14 +165,14 @@ class Stepper:
                 t=t, h=dt.abs(), z0=z, z1=new, times=times, states=states, velocities=[r.dz for r in stages.rates],
                 error=error, pair=self.method.pair, atol=atol, rtol=rtol,
             )  # fmt: skip
-            of_path = regularizers.of_step(record, self.dynamics.event, local=self.local)
+            of_path = regularizers.of_step(record, self.rhs.z_of, local=self.local)
         return Step(
             z=new, error=error, last=last, dlogdet=dlogdet, dlogdet_error=dlogdet_error, penalties=penalties,
             path=of_path, stages=velocities[0] if velocities else None, nfe=len(stages.rates) - stages.given,
         )  # fmt: skip
 
     def _integrate(
-        self, rates: Sequence[Rates], dt: Tensor, draw: Draw | None, *, with_error: bool
+        self, rates: Sequence[Derivative], dt: Tensor, draw: Draw | None, *, with_error: bool
     ) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
         """The increments of log-determinant and penalties in a step, and the error estimate of the former."""
         method, weights = self.method, self.method.weights or (1.0,)
@@ -205,23 +211,23 @@ class _Stages:
 
     def __init__(
         self,
-        dynamics: BoundDynamics,
+        rhs: Solve,
         z: Tensor,
         t: Tensor,
-        first: Rates | None,
+        first: Derivative | None,
         draw: Draw | None,
         weigh: Weigh | None,
         *,
         keep_places: bool,
     ) -> None:
-        self.dynamics, self.z, self.t, self.draw, self.keep_places = dynamics, z, t, draw, keep_places
+        self.rhs, self.z, self.t, self.draw, self.keep_places = rhs, z, t, draw, keep_places
         self.weigh = weigh
         self.given = first is not None
-        self.rates: list[Rates] = [] if first is None else [first]
+        self.rates: list[Derivative] = [] if first is None else [first]
         self.places: list[tuple[Tensor, Tensor]] = [(t, z)] if keep_places and self.given else []
 
     def __call__(self, time: Tensor, state: Tensor, args: object = None) -> Tensor:
-        """The velocity. A user's solver passes on its ``args``, which the dynamics have received already."""
+        """The velocity. A user's solver passes on its ``args``, which the field has received already."""
         rates = self.rates
         if self.given and state is self.z and len(rates) == 1 and bool(time == self.t):
             # a user's method evaluates its first stage although it was given, so this one takes its place
@@ -230,8 +236,8 @@ class _Stages:
             self.places.clear()
         if self.keep_places:
             self.places.append((time, state))
-        system = self.dynamics if self.weigh is None else self.dynamics.weighed(self.weigh[len(rates)])
-        rates.append(system.evaluate(time, state, products=self.draw is None or len(rates) in self.draw))
+        rhs = self.rhs if self.weigh is None else self.rhs.weighed(self.weigh[len(rates)])
+        rates.append(rhs(time, state, products=self.draw is None or len(rates) in self.draw))
         return rates[-1].dz
 
 

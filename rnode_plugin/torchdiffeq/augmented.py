@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -15,12 +16,11 @@ from torch import Tensor, nn
 from torchdiffeq._impl.adjoint import find_parameters
 from torchdiffeq._impl.misc import _mixed_norm, _rms_norm
 
-from ..core.derivatives import AutogradField
-from ..core.dynamics import Dynamics
-from ..core.modes import outside_checkpoints
-from ..core.part import State, signs_for_columns, warn_of_unread_columns
+from ..core.modes import outside_checkpoints, transforms_active
+from ..core.part import State, signs_for_columns, tensors_of, warn_of_unread_columns
 from ..core.surroundings import module_of
-from .followed import Follow, Layout
+from ..core.system import System
+from ..errors import ConfigError
 
 
 class _Here(threading.local):
@@ -37,73 +37,115 @@ class Augmented:
     """The field that torchdiffeq calls: ``func``, with the rates of the penalties after its velocity.
 
     Attributes of ``func``, such as callbacks and counters, can still be read.
+
+    Args:
+        func: the user's field.
+        system: the penalties, the estimator, and the part of the state that the penalties measure.
+        y0: the user's state at the start.
+        t: the times of the solve.
+        sampled: whether one evaluation in eight, drawn at random, computes products with the Jacobian.
+
+    Attributes:
+        shapes: shapes of the tensors of the user's state, which torchdiffeq integrates ahead of the penalties.
+        is_tuple: whether the user's state is a tuple.
+        solve: the right-hand side for the user's state.
+
+    Raises:
+        ConfigError: for a state that penalties cannot measure.
     """
 
     def __init__(
-        self,
-        func: Callable[..., Any],
-        layout: Layout,
-        wanted: Follow,
-        y0: State,
-        t: Tensor,
+        self, func: Callable[..., Any], system: System, y0: State, t: Tensor, *, sampled: bool = False
     ) -> None:
-        self.func, self.layout = func, layout
-        part, z0 = layout.part, layout.part.take(y0)
-        regularizers = wanted.regularizers.integrated(True)
-        lone = part.is_one_tensor and not part.is_tuple
-        looks = not part.is_tuple and part.entries is None and bool(regularizers) and not _is_known(func)
-        signs = signs_for_columns(z0) if looks else None
-        call, self._seen = _looking(func, None if signs is None else part.put(y0, signs))
+        tensors = (y0,) if isinstance(y0, Tensor) else y0
+        if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
+            inner = f" of {', '.join(type(x).__name__ for x in y0) or 'nothing'}" if isinstance(y0, tuple) else ""
+            raise ConfigError(f"y0 must be a tensor or a tuple of tensors, not a {type(y0).__name__}{inner}.")
+        self.func, self.shapes, self.is_tuple = func, tuple(x.shape for x in tensors), tensors is y0
+        self._part = system.part.part(y0)
+        looks = bool(system.regularizers.penalties) and not _is_known(func)
+        signs = None
+        if looks and not self.is_tuple and (self._part is None or self._part.entries is None):
+            signs = signs_for_columns(self.z_of(y0))
+            if signs is not None and self._part is not None:
+                signs = self._part.put(y0, signs)
+        call, self._seen = _looking(func, signs)
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # penalties are integrated over |dt|
-        field = AutogradField(call) if lone else call
-        self.dynamics = Dynamics(
-            field, regularizers=regularizers, estimator=wanted.estimator, divergence=False,
-            part=None if lone else part, net=module_of(func), user_field=func,
-        )  # fmt: skip
-        self.dynamics = self.dynamics.bind(self.dynamics.draw(z0))
+        self.solve = system.start(call, y0, density=False, net=module_of(func), user_field=func)
         # torchdiffeq does not show its stages, so a sampled quadrature draws among consecutive evaluations
-        self._factors = _one_in_eight() if wanted.sampled and self.dynamics.needs else itertools.repeat(1)
+        needs = system.regularizers.needs
+        self._factors = _one_in_eight() if sampled and needs else itertools.repeat(1)
 
     def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Velocity and rates. A sampled quadrature multiplies those that need products by 8 or, without them, 0."""
-        layout, factor = self.layout, next(self._factors)
+        factor, y = next(self._factors), self.of_user(state)
         # a field that calls torchdiffeq itself gets the plain solve
         before, here.evaluating = here.evaluating, True
         try:
-            velocity, _, found = self.dynamics.evaluate(t, layout.of_user(state), products=factor != 0)
+            velocity, _, found = self.solve(t, y, products=factor != 0)
         finally:
             here.evaluating = before
         if factor != 1:
-            z = layout.part.take(layout.of_user(state))
-            zero = z.new_zeros(len(z))
+            zero = self.z_of(y).new_zeros(len(self.z_of(y)))
             found = {
-                key: factor * found.get(key, zero) if rate.needs else found[key]
-                for key, rate in self.dynamics.rates.items()
+                name: factor * found.get(name, zero) if rate.needs else found[name]
+                for name, rate in self.solve.regularizers.rates.items()
             }
         rates = found.values() if self._sign > 0 else [-rate for rate in found.values()]
-        return (*layout.tensors(velocity), *rates)
+        return (*tensors_of(velocity), *rates)
+
+    def z_of(self, y: State) -> Tensor:
+        """What the penalties measure, ``(B, *event)``, of the user's state or its velocity."""
+        if self._part is not None:
+            return self._part.take(y)
+        assert isinstance(y, Tensor)
+        return y
+
+    def of_user(self, state: Sequence[Tensor]) -> State:
+        """The user's state, from a state that may have penalties after it."""
+        return tuple(state[: len(self.shapes)]) if self.is_tuple else state[0]
+
+    def flat_of_user(self, flat: Tensor) -> Tensor:
+        """The user's part of a flattened state. For a tuple it stays flat, as in torchdiffeq."""
+        own = flat[: sum(shape.numel() for shape in self.shapes)]
+        return own if self.is_tuple else own.view(self.shapes[0])
+
+    def warn_of_still(self, y0: State, end: State) -> None:
+        """Warn if a solve from ``y0`` to ``end`` moved the state, but not the part that the penalties measure."""
+        part = self._part
+        if part is None or transforms_active():
+            return
+        if part.entries is None and len(self.shapes) == len(part.tensors):  # there is nothing else
+            return
+        z0, z1 = part.take(y0), part.take(end)
+        if _equal(z0, z1) and not all(map(_equal, tensors_of(y0), tensors_of(end))):
+            warnings.warn(
+                f"the part of the state that the penalties measure (shape {tuple(z0.shape)}) stayed constant in "
+                "this solve, but other parts did move: choose the tensor or the columns that move by penalized=.",
+                stacklevel=5,
+            )
 
     def warn_of_unread_columns(self) -> None:
         """Warn after a solve about columns of the state that the field moves but never reads."""
         seen = self._seen()
         if seen is None:
             return
-        velocity, product = seen[0], None if seen[1] is None else self.layout.part.take(seen[1])
-        if warn_of_unread_columns(self.layout.part.take(velocity), product, stacklevel=5):
+        velocity, product = self.z_of(seen[0]), None if seen[1] is None else self.z_of(seen[1])
+        if warn_of_unread_columns(velocity, product, stacklevel=5):
             with suppress(TypeError):  # some objects take no weak reference
                 _known.add(self.func)
 
     def __getattr__(self, name: str) -> Any:
-        found, layout = getattr(self.func, name), self.layout
+        found = getattr(self.func, name)
         if not name.startswith("callback_"):
             return found
         # a user's callback expects the state without penalties
         if not name.endswith("_adjoint"):
-            return lambda t, state, dt: found(t, layout.of_user(state), dt)
+            return lambda t, state, dt: found(t, self.of_user(state), dt)
 
         def of_adjoint(t: Tensor, state: Sequence[Tensor], dt: Tensor) -> object:
             time, y, adjoint, *rest = state
-            return found(t, (time, layout.flat_of_user(y), layout.flat_of_user(adjoint), *rest), dt)
+            return found(t, (time, self.flat_of_user(y), self.flat_of_user(adjoint), *rest), dt)
 
         return of_adjoint
 
@@ -168,50 +210,49 @@ def _looking(
     return evaluate, lambda: seen
 
 
-def extended(given: Mapping[str, Any], layout: Layout, system: Augmented) -> dict[str, Any]:
+def extended(given: Mapping[str, Any], system: Augmented) -> dict[str, Any]:
     """torchdiffeq's arguments for the augmented state. Norms, tolerances and callables see the user's part only.
 
     Args:
         given: the user's arguments.
-        layout: where the user's state is in the augmented one.
         system: the augmented field.
     """
     changed, options = dict(given), dict(given["options"] or {})
-    norm = options.get("norm", _mixed_norm if layout.part.is_tuple else _rms_norm)
+    norm = options.get("norm", _mixed_norm if system.is_tuple else _rms_norm)
     # torchdiffeq's step lengths follow from these norms. A gradient through a norm would differentiate the step
     # control, which is wrong for a penalty that detaches another evaluation.
-    options["norm"] = lambda state: norm(layout.of_user(state)).detach()
+    options["norm"] = lambda state: norm(system.of_user(state)).detach()
     constructor = options.get("grid_constructor")
     if constructor:
-        options["grid_constructor"] = lambda func, y, t: constructor(func, layout.flat_of_user(y), t)
+        options["grid_constructor"] = lambda func, y, t: constructor(func, system.flat_of_user(y), t)
     changed["options"] = options
     # the iteration of these methods accepts no norm, so the penalties get an infinite atol
     iterates = given["method"] in ("implicit_adams", "fixed_adams")
     for key, of_penalty in (("rtol", 0.0), ("atol", math.inf)):
         extends = iterates and key == "atol"
         if extends or isinstance(given[key], (tuple, list)) or torch.as_tensor(given[key]).ndim > 0:
-            changed[key] = _tolerances(given[key], layout, [of_penalty] * len(system.dynamics.rates))
+            changed[key] = _tolerances(given[key], system, [of_penalty] * len(system.solve.regularizers.rates))
     if "adjoint_params" in given:
-        changed |= _adjoint(given, layout, system)
+        changed |= _adjoint(given, system)
     return changed
 
 
-def _tolerances(value: Any, layout: Layout, of_penalties: list[float]) -> Any:
+def _tolerances(value: Any, system: Augmented, of_penalties: list[float]) -> Any:
     """A tolerance for the tensors or entries of the user's state, extended to the augmented state."""
-    if layout.part.is_tuple and (isinstance(value, (tuple, list)) or torch.as_tensor(value).ndim > 0):
+    if system.is_tuple and (isinstance(value, (tuple, list)) or torch.as_tensor(value).ndim > 0):
         rows = [torch.as_tensor(x) for x in value]  # a number becomes float32, as in torchdiffeq
-        if len(rows) != len(layout.shapes):
+        if len(rows) != len(system.shapes):
             return value  # torchdiffeq raises the error
     else:
-        rows = [torch.as_tensor(value, dtype=torch.float64)] * len(layout.shapes)
-    if layout.part.is_tuple:
-        rows = [x.reshape(-1).expand(shape.numel()) for x, shape in zip(rows, layout.shapes, strict=True)]
+        rows = [torch.as_tensor(value, dtype=torch.float64)] * len(system.shapes)
+    if system.is_tuple:
+        rows = [x.reshape(-1).expand(shape.numel()) for x, shape in zip(rows, system.shapes, strict=True)]
     else:
-        rows = [rows[0].expand(layout.shapes[0]).reshape(-1)]
+        rows = [rows[0].expand(system.shapes[0]).reshape(-1)]
     return (*rows, *map(rows[0].new_tensor, of_penalties))
 
 
-def _adjoint(given: Mapping[str, Any], layout: Layout, system: Augmented) -> dict[str, Any]:
+def _adjoint(given: Mapping[str, Any], system: Augmented) -> dict[str, Any]:
     """The arguments of the backward solve, whose state holds time, state, adjoint state and parameters."""
     changed: dict[str, Any] = {}
     for name in ("rtol", "atol"):  # torchdiffeq would take the tolerances of the augmented state
@@ -221,8 +262,8 @@ def _adjoint(given: Mapping[str, Any], layout: Layout, system: Augmented) -> dic
     if parameters is None and isinstance(system.func, nn.Module):
         parameters = find_parameters(system.func)
     if parameters is not None:  # each only once, because its gradient would otherwise count twice
-        rates = [rate.of for rate in system.dynamics.rates.values() if isinstance(rate.of, nn.Module)]
-        parameters = [*parameters, *(p for rate in rates for p in rate.parameters())]
+        of_penalties = (p for module in system.solve.regularizers.modules for p in module.parameters())
+        parameters = [*parameters, *of_penalties]
         changed["adjoint_params"] = tuple({id(p): p for p in parameters}.values())
     options, own = given["options"], given["adjoint_options"]
     if own is None and (options is None or given["adjoint_method"] in (None, given["method"])):
@@ -232,7 +273,7 @@ def _adjoint(given: Mapping[str, Any], layout: Layout, system: Augmented) -> dic
         norm = own["norm"]
 
         def of_user(state: Sequence[Tensor]) -> Tensor:
-            n, k = len(layout.shapes), len(layout.shapes) + len(system.dynamics.rates)
+            n, k = len(system.shapes), len(system.shapes) + len(system.solve.regularizers.rates)
             # torchdiffeq's order is time, state, adjoint state, parameters; drop the penalties in both states
             time, parts, rest = state[0], state[1 : 1 + 2 * k], state[1 + 2 * k :]
             return norm((time, *parts[:n], *parts[k : k + n], *rest))
@@ -246,3 +287,9 @@ def _one_in_eight() -> Iterator[int]:
     while True:
         chosen = int(torch.randint(8, ()))
         yield from (8 if i == chosen else 0 for i in range(8))
+
+
+def _equal(start: Tensor, end: Tensor) -> bool:
+    """Whether two tensors are equal up to rounding, since interpolation of a constant may round."""
+    start, end = start.detach().to(end), end.detach()
+    return torch.allclose(start, end, rtol=100 * torch.finfo(end.dtype).eps, atol=0)

@@ -6,21 +6,29 @@ steps, NFE and values of the user's state are the same as in the plain call.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torchdiffeq
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.integrals import Integrals, attach
 from ..core.modes import refuse_dual_numbers
-from ..core.part import State, warn_of_flat_state
-from ..core.regularizers import RegularizersLike
-from ..errors import ConfigError
+from ..core.part import PartSpec, State, tensors_of, warn_of_flat_state
+from ..core.regularizer import Regularizer, code_of
+from ..core.regularizers import Regularizers, RegularizersLike
+from ..core.system import System
+from ..errors import ConfigError, suggest
+from ..plugins.registry import get_regularizer
+from ..solvers import QUADRATURES
 from .augmented import Augmented, extended
-from .followed import Follow, Given, Layout, Penalized, follow
+
+Given = dict[str, Any]
+"""The keyword arguments of torchdiffeq's functions."""
+
+Penalized = int | Sequence[int] | slice | Tensor
+"""The index of a tensor in a tuple, several indices, or columns of one tensor as a slice or a mask of booleans."""
 
 Tolerances = float | Tensor | Sequence[float | Tensor] | None
 """One tolerance, or one for each tensor of a tuple; None for the default of an adjoint."""
@@ -102,11 +110,8 @@ def odeint(
     given = {"rtol": rtol, "atol": atol, "method": method, "options": options, "event_fn": event_fn}
     if regularizers is None:
         return torchdiffeq.odeint(func, y0, t, **given)
-    wanted = follow(
-        regularizers, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise,
-        quadrature=quadrature,
-    )  # fmt: skip
-    return _with_penalties("odeint", func, y0, t, given, wanted)
+    system = system_of(regularizers, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise)
+    return _with_penalties("odeint", func, y0, t, given, system, sampled=is_sampled(quadrature))
 
 
 def odeint_adjoint(
@@ -153,12 +158,56 @@ def odeint_adjoint(
     }  # fmt: skip
     if regularizers is None:
         return torchdiffeq.odeint_adjoint(func, y0, t, **given)
-    wanted = follow(regularizers, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise)
-    return _with_penalties("odeint_adjoint", func, y0, t, given, wanted)
+    system = system_of(regularizers, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise)
+    return _with_penalties("odeint_adjoint", func, y0, t, given, system)
+
+
+def system_of(
+    regularizers: RegularizersLike,
+    *,
+    penalized: Penalized | None = None,
+    batch_dim: int | None = 0,
+    trace_noise: str = "gaussian",
+) -> System:
+    """Check the arguments that :func:`odeint` adds, as far as this is possible without a state."""
+    resolved = Regularizers.of(regularizers, by_name=_by_name)
+    if resolved.steps:
+        raise ConfigError(
+            f"{resolved.steps[0].name!r} is a penalty on the solver's steps, which torchdiffeq does not show: use "
+            "rnode_plugin.NeuralODE for it, or a rate such as 'kinetic' and 'jacfrob' here."
+        )
+    return System(resolved, trace_noise, part=PartSpec.of(penalized, batch_dim))
+
+
+def is_sampled(quadrature: str) -> bool:
+    """Whether a quadrature is ``"sampled"``; a ConfigError for an unknown name."""
+    if quadrature not in QUADRATURES:
+        raise ConfigError(suggest(quadrature, QUADRATURES, "quadrature"))
+    return quadrature == "sampled"
+
+
+def _by_name(name: str) -> Regularizer:
+    """The regularizer of a name; a ConfigError for one with parameters, which no optimizer could have."""
+    found = get_regularizer(name)
+    code = code_of(found)
+    if isinstance(code, nn.Module) and next(code.parameters(), None) is not None:
+        raise ConfigError(
+            f"the regularizer {name!r} has parameters, which nothing would train, because each use of the name "
+            "makes new ones: give the object, such as LearnedEndTime(2.0) from rnode_plugin.regularizers, and give "
+            "its parameters to the optimizer."
+        )
+    return found
 
 
 def _with_penalties(
-    name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given, wanted: Follow
+    name: str,
+    func: Callable[..., State],
+    y0: State,
+    t: Tensor,
+    given: Given,
+    system: System,
+    *,
+    sampled: bool = False,
 ) -> tuple[Any, Integrals]:
     if given["event_fn"] is not None:
         raise ConfigError(
@@ -170,7 +219,7 @@ def _with_penalties(
             f"penalties are integrals over time: give the start and the end of the solve as t, not {t.tolist()}, "
             "for which torchdiffeq returns y0."
         )
-    solution, integrals = solve(name, func, y0, t, given, wanted)
+    solution, integrals = solve(name, func, y0, t, given, system, sampled=sampled)
     if name == "odeint_adjoint":
         for x in (*((solution,) if isinstance(solution, Tensor) else solution), *integrals.values()):
             if x.requires_grad:
@@ -188,41 +237,47 @@ def _refuse_second_derivative(gradient: Tensor) -> None:
 
 
 def solve(
-    name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given, wanted: Follow
+    name: str,
+    func: Callable[..., State],
+    y0: State,
+    t: Tensor,
+    given: Given,
+    system: System,
+    *,
+    sampled: bool = False,
 ) -> tuple[Any, Integrals]:
     """Solve once by torchdiffeq's function ``name``, and integrate the penalties.
 
     Args:
         given: all keyword arguments of that function, without an event.
+        system: the penalties, their estimator, and the part of the state that they measure.
+        sampled: whether the quadrature is sampled.
 
     Returns:
         The result of that function, and the integrals of the penalties.
     """
-    if wanted.sampled and (name != "odeint" or given["method"] == "scipy_solver"):
+    if sampled and (name != "odeint" or given["method"] == "scipy_solver"):
         raise ConfigError(
             "quadrature='sampled' needs odeint, with another method than 'scipy_solver': the error norm of that "
             "method and of odeint_adjoint's backward solve would see the draws."
         )
     refuse_dual_numbers()
-    layout = Layout.of(y0, wanted)
-    training = torch.is_grad_enabled() and getattr(func, "training", True)
-    regularizers = wanted.regularizers
-    t = regularizers.times(t, training=training)
-    z0 = layout.part.take(y0)
+    regularizers = system.regularizers
+    t = regularizers.times(t, training=torch.is_grad_enabled() and getattr(func, "training", True))
+    augmented = Augmented(func, system, y0, t, sampled=sampled)
+    z0 = augmented.z_of(y0)
     if z0.ndim == 1:
         warn_of_flat_state(z0, regularizers.needs)
-    system = Augmented(func, layout, wanted, y0, t)
-    rates = regularizers.rates
     regularizers.check_gradient_by_times(t, through_steps=name == "odeint")
-    state = (*layout.tensors(y0), *(z0.new_zeros(len(z0)) for _ in rates))
-    full = PLAIN[name](system, state, t, **extended(given, layout, system))
-    count = len(layout.shapes)
-    integrals = {key: value[-1] for key, value in zip(rates, full[count:], strict=True)}
+    state = (*tensors_of(y0), *(z0.new_zeros(len(z0)) for _ in regularizers.rates))
+    full = PLAIN[name](augmented, state, t, **extended(given, augmented))
+    count = len(augmented.shapes)
+    integrals = {key: value[-1] for key, value in zip(regularizers.rates, full[count:], strict=True)}
     kept = list(full[:count])
-    layout.warn_of_still(y0, [x[-1] for x in kept])
-    system.warn_of_unread_columns()
+    end = augmented.of_user([x[-1] for x in kept])
+    augmented.warn_of_still(y0, end)
+    augmented.warn_of_unread_columns()
     if regularizers.finished and len(t) > 1:  # torchdiffeq returns y0 for one time alone
-        end = layout.part.take(layout.of_user([x[-1] for x in kept]))
-        integrals |= regularizers.finish(integrals, z0, end, t)
+        integrals |= regularizers.finish(integrals, z0, augmented.z_of(end), t)
     kept[0], integrals = attach(kept[0], regularizers.with_span_penalty(integrals, z0))
-    return layout.of_user(kept), Integrals(integrals, regularizers, math.prod(z0.shape[1:]))
+    return augmented.of_user(kept), Integrals(integrals, regularizers, augmented.solve.dims)

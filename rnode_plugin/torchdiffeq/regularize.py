@@ -21,8 +21,7 @@ from ..core.regularizers import RegularizersLike
 from ..errors import ConfigError
 from . import integrate
 from .augmented import here
-from .followed import Given, Penalized, follow
-from .integrate import PLAIN, solve
+from .integrate import PLAIN, Given, Penalized, is_sampled, solve, system_of
 
 # solves with penalties, for arguments (name, func, y0, t, given), and returns what torchdiffeq would return
 Following = Callable[[str, Callable[..., State], State, Tensor, Given], Any]
@@ -103,8 +102,9 @@ def regularize(
     if here.following is not None:
         raise ConfigError("regularize() inside of another regularize() block: give all penalties to one of them.")
     spec = regularizers[0] if len(regularizers) == 1 else list(regularizers)
-    wanted = follow(spec, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise, quadrature=quadrature)
-    found = History(wanted.regularizers, absent=_NOT_SEEN, of_one_thread=False)
+    system = system_of(spec, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise)
+    sampled = is_sampled(quadrature)
+    found = History(system.regularizers, absent=_NOT_SEEN, of_one_thread=False)
     trains = False
 
     def collect(name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given) -> Any:
@@ -114,7 +114,7 @@ def regularize(
         with_gradients = torch.is_grad_enabled()
         if trains and not with_gradients:
             return PLAIN[name](func, y0, t, **given)
-        solution, integrals = solve(name, func, y0, t, given, wanted)
+        solution, integrals = solve(name, func, y0, t, given, system, sampled=sampled)
         if with_gradients and not trains:  # the first solve with gradients discards the solves without
             trains = True
             found.begin()
@@ -157,13 +157,14 @@ def install(regularizers: RegularizersLike = None, *, history: History | None = 
             lambda that is a function of the step.
     """
     global _installed
-    wanted, counted = follow(regularizers, **options), History() if history is None else history
-    wanted.regularizers.refuse_schedules()
+    sampled = is_sampled(options.pop("quadrature", "full"))
+    system, counted = system_of(regularizers, **options), History() if history is None else history
+    system.regularizers.refuse_schedules()
 
     def add_gradient(name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given) -> Any:
-        if not wanted.regularizers or not torch.is_grad_enabled() or _ends_by_event(given):
+        if not system.regularizers or not torch.is_grad_enabled() or _ends_by_event(given):
             return PLAIN[name](func, y0, t, **given)
-        solution, integrals = solve(name, func, y0, t, given, wanted)
+        solution, integrals = solve(name, func, y0, t, given, system, sampled=sampled)
         return _with_cost(solution, counted.count(integrals))
 
     _bind()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchdyn.models import cnf as torchdyn_cnf
 
-from ..core.dynamics import Dynamics
 from ..core.signature import call_of, field_takes, refuse_state_first
+from ..core.system import System
 from ..core.trace_estimators import Exact, Hutchinson, TraceEstimator, get_estimator
 from ..errors import ConfigError, check_count, is_count
 
@@ -76,8 +76,13 @@ class CNF(torchdyn_cnf.CNF):
         if noise is not None and noise.shape[-z.ndim :] != z.shape:
             noise = noise.reshape(z.shape)
         if isinstance(self.trace_estimator, TraceEstimator):
-            dynamics = Dynamics(self._velocity(args), estimator=self.trace_estimator).bind(noise)
-            dz, trace, _ = dynamics.evaluate(t, z)
+            if noise is None and self.trace_estimator.needs_noise:
+                raise ConfigError(
+                    "the trace of this CNF needs noise, which rnode_plugin.NeuralODE draws, or a noise_dist=: "
+                    "solve it by one of these."
+                )
+            solve = System(estimator=self.trace_estimator).start(self._velocity(args), z, probes=noise)
+            dz, trace, _ = solve(t, z)
             assert trace is not None
         else:
             with torch.enable_grad():

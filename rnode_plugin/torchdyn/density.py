@@ -23,6 +23,7 @@ from ..core.objective import FlowOutput
 from ..core.regularizer import Regularizer
 from ..core.regularizers import Regularizers, RegularizersLike
 from ..core.signature import SCALAR, accepts, refuse_state_first, time_first
+from ..core.system import System
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
@@ -31,7 +32,7 @@ from ..solvers.solver import chosen_solver
 from ..solvers.step import check_times
 from .choice import solver_from
 from .cnf import check_shape
-from .field import NetDynamics
+from .field import start_net
 
 
 class RegularizedCNF(OneProcessPerDevice, DensityModel):
@@ -370,13 +371,13 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         with outside_inference(start, rows, noise) as (x, rows, noise):
             regularizers = self.regularizers
             times = regularizers.times(times, training=training and penalties, like=x, backward=backward)
-            dynamics = NetDynamics(
-                self.net, x, rows, solver, estimator=self.estimator,
-                regularizers=regularizers.integrated(penalties),
+            rhs = start_net(
+                System(regularizers, self.estimator), self.net, x, rows, density=True, penalties=penalties,
+                probes=None if noise is None else noise[0],
+                one_graph=get_gradient(solver.gradient).through_steps,
             )  # fmt: skip
-            bound = dynamics.bind(dynamics.draw(x) if noise is None else noise[0])
             # a field may write into its state, but not into x
-            solution = solver.solve(bound, x.clone(), times, **history.warm_start(times))
+            solution = solver.solve(rhs, x.clone(), times, **history.warm_start(times))
             history.keep_step(solution.longest_safe_step, times)
             if check:
                 solution.check()
@@ -408,9 +409,8 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         """The states at ``times``, without density and penalties; a solve with a ``history`` begins warm."""
         rows, history = self.check_inputs(x, context=context), History() if history is None else history
         with outside_inference(x, rows, times) as (x, rows, times):
-            dynamics = NetDynamics(self.net, x, rows, solver, estimator=self.estimator, divergence=False)
-            bound = dynamics.bind(None)
-            solution = solver.solve(bound, x.clone(), times, **history.warm_start(times)).check()
+            rhs = start_net(System(), self.net, x, rows, density=False, penalties=False)
+            solution = solver.solve(rhs, x.clone(), times, **history.warm_start(times)).check()
             history.keep_step(solution.longest_safe_step, times)
             self.nfe = solution.stats.nfe
             return solution.z

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from inspect import isfunction
 from typing import Any, NamedTuple
 
@@ -16,11 +16,9 @@ from torchdyn.models.cnf import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
-from ..core.derivatives import AutogradField, Field, has_hooks
-from ..core.dynamics import BoundDynamics, Dynamics, Rates
+from ..core.derivatives import Field, Velocity, has_hooks
 from ..core.modes import outside_checkpoints
-from ..core.part import Part, PartSpec, signs_for_columns, warn_of_unread_columns
-from ..core.regularizers import NONE, Regularizers
+from ..core.part import signs_for_columns, warn_of_unread_columns
 from ..core.signature import (
     COMPILED_FUNCTION,
     COMPILED_IN_PLACE,
@@ -30,18 +28,14 @@ from ..core.signature import (
     field_takes,
 )
 from ..core.surroundings import lock_of, module_of
-from ..core.trace_estimators import TraceEstimator
+from ..core.system import Columns, FieldSolve, System
 from ..errors import ConfigError, RnodeError
 from ..fields.recognize import recognize
 from ..fields.stack import AtContext, StackField
-from ..solvers import Solver, get_gradient
 from .cnf import CNF, estimator_of, first_order_system, noise_of
 
 CONTROL = "_control"
 """torchdyn's private name for the initial state that a layer reads."""
-
-INTEGRAL_LOSS = "<integral_loss>"
-"""Key of the rate of a hidden ``integral_loss`` among the penalties; no regularizer can have this name."""
 
 Cost = Callable[[Tensor, Tensor], Tensor]
 
@@ -122,6 +116,19 @@ class Slots:
         self.found = bool(self.times or self.values or self.results)
         self.lock = lock_of(modules[0] if self.found else None)
 
+    def filling(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """``function``, with the placeholders filled during each evaluation."""
+
+        def evaluate(t: Tensor, z: Tensor) -> Tensor:
+            with self.lock:
+                self.fill(t)
+                try:
+                    return function(t, z)
+                finally:
+                    self.clear(t)
+
+        return evaluate
+
     def fill(self, t: Tensor) -> None:
         """Fill all placeholders for an evaluation at ``t``."""
         self._before = [attributes.get(name, _ABSENT) for attributes, name in self.borrowed]
@@ -141,277 +148,80 @@ class Slots:
             slot.restore(value)
 
 
-# --- fields ---
+# --- the right-hand side of a solve ---
 
 
-class TorchdynField(AutogradField):
-    """The user's function for one solve, ``f(t, z)``, without torchdyn's wrappers; autograd computes its products.
-
-    It sets what belongs to the solve (control, noise, arguments) at each evaluation, also at the evaluations that a
-    backward pass repeats. So another solve in between has no influence.
-
-    Args:
-        function, extra: the function, called as ``function(t, z, *extra)``.
-        slots: the placeholders of the modules inside.
-        plain: whether a call of the field only calls the user's net.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Tensor],
-        *extra: Tensor,
-        slots: Slots,
-        plain: bool = False,
-    ) -> None:
-        super().__init__(function)
-        self._extra, self._slots, self.plain = extra, slots, plain
-
-    def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
-        slots = self._slots
-        if not slots.found:
-            return self._field(t, z, *self._extra)
-        with slots.lock:
-            slots.fill(t)
-            try:
-                return self._field(t, z, *self._extra)
-            finally:
-                slots.clear(t)
-
-
-def field_of(
+def start_net(
+    system: System,
     net: Any,
-    modules: Sequence[nn.Module],
-    slots: Slots,
-    args: object,
+    z: Tensor,
+    context: Tensor | None,
     *,
-    takes: Takes,
-    order: int = 1,
-    needs: Set[str] = frozenset(),
-) -> TorchdynField:
-    """Make the field of a net, which is called with ``args`` if it takes them.
+    density: bool,
+    penalties: bool,
+    one_graph: bool = True,
+    probes: Tensor | None = None,
+) -> FieldSolve:
+    """Start a solve of a user's net.
+
+    An adjoint also differentiates with respect to the context.
 
     Args:
-        net: the user's module or function, without torchdyn's wrappers.
-        modules: all modules of the field, including the wrappers.
-        slots: the placeholders of these modules.
-        args: handed to a net that takes ``args``.
-        takes: how the net is called.
-        order: order of the differential equation.
-        needs: what penalties read of an evaluation; see :class:`~rnode_plugin.core.regularizer.Rate`.
-    """
-    is_plain = takes.order == "t, x" and not takes.args
-    function = net if is_plain else call_of(net, args, takes)
-    plain = is_plain and order == 1 and not slots.found
-    if order > 1:
-        function = first_order_system(function, order)
-    if not needs.isdisjoint(("vjp", "jvp")):  # the gradient of a product needs a double backward
-        function = originals(function, modules)
-    return TorchdynField(function, slots=slots, plain=plain)
-
-
-class NetDynamics(Dynamics):
-    """The dynamics of a user's net in one solve: state, log-determinant and penalties.
-
-    An adjoint also differentiates by the context.
-
-    Args:
+        system: the penalties and the estimator.
         net: ``net(z)``, ``net(t, z)``, or with a context ``net(t, z, context)``.
         z: the state ``(B, *event)`` at the start.
         context: one row for each sample; None if the net takes none.
-        solver: the solver, whose gradient decides whether evaluations may share a graph.
-        regularizers: the rates and step penalties.
-        estimator, divergence: as in :class:`~rnode_plugin.core.dynamics.Dynamics`.
+        density, penalties, one_graph, probes: as for :meth:`System.start`.
 
     Raises:
         ConfigError: for a net with layers that read the state at the start, as DataControl does.
     """
-
-    def __init__(
-        self,
-        net: Any,
-        z: Tensor,
-        context: Tensor | None,
-        solver: Solver,
-        *,
-        regularizers: Regularizers = NONE,
-        estimator: TraceEstimator,
-        divergence: bool = True,
-    ) -> None:
-        self._net, self._context = net, context
-        modules = list(net.modules()) if isinstance(net, nn.Module) else []
-        slots, needs = Slots(modules, z), regularizers.needs | ({"vjp"} if divergence else set[str]())
-        if slots.values:
-            raise ConfigError(
-                "a layer of this net reads the state at the start of the solve (DataControl), so the integral of "
-                "the divergence is not the log-determinant: leave it out, or give a context= that the net reads."
-            )
-        differentiates = divergence and bool(estimator.wants)
-        if context is None:
-            field: Field = field_of(
-                net,
-                modules,
-                slots,
-                None,
-                takes=field_takes(net),
-                needs=needs if differentiates else needs - {"vjp"},
-            )
-        else:
-            function = originals(net, modules) if differentiates else net
-            field = TorchdynField(function, context, slots=slots, plain=not slots.found)
-        if divergence:
-            exact = estimator.is_exact and "jvp" not in needs
-            through_steps = get_gradient(solver.gradient).through_steps
-            field = fastest(field, net, z, context, exact=exact, one_graph=through_steps)
-        super().__init__(
-            field, regularizers=regularizers, estimator=estimator, divergence=divergence,
-            net=net if isinstance(net, nn.Module) else module_of(net), user_field=net,
-        )  # fmt: skip
-
-    def parameters(self) -> Sequence[Tensor]:
-        return tensors_of((self._net, *(rate.of for rate in self.rates.values())), self._context)
+    modules = list(net.modules()) if isinstance(net, nn.Module) else []
+    slots = Slots(modules, z)
+    if slots.values:
+        raise ConfigError(
+            "a layer of this net reads the state at the start of the solve (DataControl), so the integral of "
+            "the divergence is not the log-determinant: leave it out, or give a context= that the net reads."
+        )
+    wants = system.wants(density=density, penalties=penalties)
+    takes = field_takes(net) if context is None else Takes("t, x")
+    function, plain = function_of(net, modules, slots, takes=takes, context=context, differentiated=bool(wants))
+    if density:
+        exact = system.estimator.is_exact and "jvp" not in wants
+        function = fastest(function, net, z, context, plain=plain, exact=exact, one_graph=one_graph)
+    return system.start(
+        function, z, density=density, penalties=penalties, probes=probes, one_graph=one_graph,
+        net=net if isinstance(net, nn.Module) else module_of(net), user_field=net,
+        inputs=lambda: tensors_of((net,), context),
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Followed:
-    """The penalties that a solve of a NeuralODE follows, and the part of the state that they measure.
-
-    Attributes:
-        regularizers: the rates and step penalties.
-        estimator: the estimator of products, unless a CNF brings one.
-        spec: the part of the state that is ``z``. Columns are counted without the column of a cost; without them
-            ``z`` is all except the columns of a cost and a trace.
-    """
-
-    regularizers: Regularizers
-    estimator: TraceEstimator
-    spec: PartSpec
-
-    def part(self, x: Tensor, state: Tensor, traces: int) -> Part | None:
-        """The place of ``z`` in a state without the column of a cost; None if ``z`` is the whole state.
-
-        Args:
-            x: the initial state.
-            state: the initial state without the column of a cost.
-            traces: number of CNFs, whose traces are in front of ``z``.
-
-        Raises:
-            ConfigError: for a state that cannot carry the penalties.
-        """
-        spec = self.spec
-        if spec.batch_dim is None and traces:
-            raise ConfigError("batch_dim=None has no meaning for a CNF: the density is one of each sample.")
-        if not self.regularizers:
-            return None
-        if x.ndim == 0:
-            raise ConfigError("penalties need a state with a batch dimension, (B, ...), not a single number.")
-        if spec.columns is None and traces > 1:
-            raise ConfigError(
-                f"the vector field holds {traces} CNF modules; penalties need one, to find z after the trace, or "
-                "penalized=, the columns of the state that they measure."
-            )
-        return (replace(spec, columns=slice(traces, None)) if spec.columns is None and traces else spec).part(state)
-
-
-@dataclass(eq=False, kw_only=True)
-class TorchdynSystem(BoundDynamics):
-    """The right-hand side of one solve of a NeuralODE: the velocity of the whole state, and rates of penalties.
-
-    Attributes:
-        module: torchdyn's wrapped field.
-        args: arguments of the field.
-        dynamics: the velocity of the state, and the penalties on the state or on a part of it.
-        event_shape: shape of ``z`` if the state holds the trace of a single CNF in front of it. Then the net inside
-            the CNF is evaluated, so that trace and penalties share the products with its Jacobian.
-        cost: ``integral_loss`` in the first column of the state, where torchdyn puts it for gradients through
-            steps.
-        hidden_cost: ``integral_loss`` for an adjoint, whose state has no column for it. Its rate, summed over the
-            batch, is integrated as the penalty :data:`INTEGRAL_LOSS`.
-        counters: attributes of torchdyn's wrappers, whose ``nfe`` counts evaluations.
-        dims: number of dimensions of one sample that the penalties measure.
-        regularizers: the rates and step penalties.
-        part: where ``z`` is in a state without the column of a cost; None if ``z`` is that whole state.
-    """
-
-    module: nn.Module
-    args: object
-    dynamics: Dynamics
-    event_shape: Sequence[int] | None
-    cost: Cost | None
-    hidden_cost: Cost | None
-    counters: Sequence[dict[str, Any]]
-    dims: int
-    regularizers: Regularizers
-    part: Part | None
-
-    def parameters(self) -> Sequence[Tensor]:
-        return tensors_of((self.module, *self.regularizers.code, self.hidden_cost), self.args)
-
-    def event(self, state: Tensor) -> Tensor:
-        state = state if self.cost is None else state[:, 1:]
-        return state if self.part is None else self.part.take(state)
-
-    def repeating(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        return self.dynamics.door.repeating((*self.regularizers.code, self.hidden_cost))
-
-    def evaluate(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
-        for counter in self.counters:
-            counter["nfe"] += 1
-        state = z if self.cost is None else z[:, 1:]
-        if self.event_shape is not None:  # a trace needs its products in every evaluation
-            events = state[:, 1:].reshape(state.shape[0], *self.event_shape)
-            dz, divergence, penalties = self.dynamics.evaluate(t, events)
-            assert divergence is not None
-            dx = torch.cat([-divergence[:, None], dz.flatten(1)], 1)
-        elif self.dynamics.rates:
-            dx, _, penalties = self.dynamics.evaluate(t, state, products=products)
-            dx = dx.to(state.dtype)
-        else:
-            dx, penalties = self.dynamics.door.evaluate(t, state).dz, {}
-            if dx.dtype is not state.dtype and torch.promote_types(dx.dtype, state.dtype) is state.dtype:
-                dx = dx.to(state.dtype)  # under autocast dx has low precision, which sums over many steps must not
-        if self.cost is not None:
-            running = self.cost(t, state)
-            dx = torch.cat([running[:, None] if running.ndim == 1 else running, dx], 1).to(dx)
-        elif self.hidden_cost is not None:
-            penalties = {**penalties, INTEGRAL_LOSS: self.hidden_cost(t, state).sum()}
-        return Rates(dx, None, penalties)
-
-
-def look_for_columns(system: TorchdynSystem, t: Tensor, x: Tensor) -> bool:
-    """Warn about columns that the field moves but never reads, and return whether the question is settled."""
-    state = x if system.cost is None else x[:, 1:]
-    # a trace or columns may be set apart already
-    signs = signs_for_columns(state) if system.dynamics.door.part is None else None
-    if signs is None:
-        return True
-    try:
-        with torch.no_grad(), outside_checkpoints():
-            found = system.dynamics.door.again(t.to(state.device), state, frozenset({"products"}), signs)
-    except (RnodeError, RuntimeError):  # no graph, or one that runs once: fine for penalties without a derivative
-        return True
-    return warn_of_unread_columns(found.dz, found.products, stacklevel=6)
-
-
-def system_of(
+def start_torchdyn(
+    system: System,
     vf: Any,
     x: Tensor,
-    args: object,
-    followed: Followed,
+    args: object = None,
     *,
-    takes: Callable[[object], Takes] = field_takes,
+    penalties: bool,
     one_graph: bool,
+    takes: Callable[[object], Takes] = field_takes,
     hidden_cost: Cost | None = None,
-) -> TorchdynSystem:
-    """Make the right-hand side for one solve of torchdyn's wrapped field ``vf`` that starts at ``x (B, ...)``.
+) -> FieldSolve:
+    """Start a solve of torchdyn's wrapped field ``vf``, as it is now.
+
+    The state ``x`` holds the column of a cost, the traces of CNFs, and ``z``. If there is a single CNF, its net is
+    evaluated, so that its trace and the penalties share the products with its Jacobian.
 
     Args:
+        system: the penalties, the estimator, unless a CNF brings one, and the part of the state that is ``z``.
+            Columns are counted without the column of the cost; without them ``z`` is all but the columns of a cost
+            and a trace.
         vf: the field.
-        x: the initial state, with the column of a cost, the traces of CNFs, and ``z``.
+        x: the state ``(B, ...)`` at the start.
         args: handed to fields that take ``args``.
-        followed: the penalties.
+        penalties, one_graph: as for :meth:`System.start`.
         takes: gives how a field is called.
-        one_graph: whether evaluations may share one graph of what depends on the parameters alone.
-        hidden_cost: see :class:`TorchdynSystem`.
+        hidden_cost: ``integral_loss`` for an adjoint, whose state has no column for it.
 
     Raises:
         ConfigError: for a state that cannot carry the penalties.
@@ -420,42 +230,105 @@ def system_of(
     state = x if cost is None else x[:, 1:]
     modules = list(vf.modules())
     cnfs = list(filter(is_cnf, modules))
-    part = followed.part(x, state, len(cnfs))
     net, order, counters = _unwrapped(vf)
-    visible = isinstance(net, nn.Module)
-    holder = vf if visible else module_of(net)  # torchdyn's wrapper does not register the modules of a function
+    # torchdyn's wrapper does not register the modules of a function
+    holder = vf if isinstance(net, nn.Module) else module_of(net)
+    spec, estimator, probes, event_shape = system.part, system.estimator, None, None
+    if spec.batch_dim is None and cnfs:
+        raise ConfigError("batch_dim=None has no meaning for a CNF: the density is one of each sample.")
+    penalties = penalties and bool(system.regularizers.penalties)
     # look inside a single CNF, so that its trace and the penalties share one evaluation of its net
-    traced = len(cnfs) == 1 and followed.spec.columns is None and _is_transparent(net, state)
-    slots = Slots(modules, x, ahead=0 if cost is None else 1, cnf=net if traced else None)
-    regularizers, estimator = followed.regularizers, followed.estimator
-    needs = regularizers.needs | ({"vjp"} if cnfs else set[str]())
-    if not estimator.wants and not cnfs:  # differences of the velocity, for which a compiled net may stay compiled
-        needs -= {"vjp"}
-
-    noise = event_shape = None
-    if traced:
+    density = len(cnfs) == 1 and spec.columns is None and _is_transparent(net, state)
+    slots = Slots(modules, x, ahead=0 if cost is None else 1, cnf=net if density else None)
+    if cnfs and spec.columns is None:
+        estimator = estimator_of(cnfs[0]) or estimator
+        if len(cnfs) > 1 and penalties:
+            raise ConfigError(
+                f"the vector field holds {len(cnfs)} CNF modules; penalties need one, to find z after the trace, "
+                "or penalized=, the columns of the state that they measure."
+            )
+        if not density:
+            spec = replace(spec, columns=slice(1, None))
+    if density:
         z = net.event(state) if type(net) is CNF else state[:, 1:]
-        noise = vars(net)["noise"] = noise_of(net, z)
-        estimator, event_shape = estimator_of(net) or estimator, z.shape[1:]
-        net, order = net.net, net.order
+        probes = vars(net)["noise"] = noise_of(net, z)
+        cnf: Any = net
+        net, order, event_shape = cnf.net, cnf.order, z.shape[1:]
     else:
-        z = state if part is None else part.take(state)
-        if cnfs and followed.spec.columns is None:
-            estimator = estimator_of(cnfs[0]) or estimator
-    field: Field = field_of(net, modules, slots, args, takes=takes(net), order=order, needs=needs)
-    whole = traced or part is None
-    if whole and (traced or regularizers) and not needs.isdisjoint(("vjp", "jvp")):
-        exact = order == 1 and estimator.is_exact and "vjp" in needs and "jvp" not in needs
-        field = fastest(field, net, z, exact=exact, one_graph=one_graph)
-    dynamics = Dynamics(
-        field, regularizers=regularizers, estimator=estimator, divergence=traced, part=None if whole else part,
-        net=holder, user_field=net if order == 1 else None,
+        z = state
+    system = System(system.regularizers, estimator, part=spec)
+    wants = system.wants(density=density, penalties=penalties)
+    # the trace of a CNF that is not looked into is differentiated too
+    function, plain = function_of(
+        net, modules, slots, args, takes=takes(net), order=order, differentiated=bool(wants or cnfs)
+    )
+    if wants and spec.is_all:
+        exact = order == 1 and estimator.is_exact and "jvp" not in wants
+        function = fastest(function, net, z, plain=plain, exact=exact, one_graph=one_graph)
+    return system.start(
+        function, x, density=density, penalties=penalties, probes=probes, one_graph=one_graph, net=holder,
+        user_field=net if order == 1 else None, inputs=lambda: tensors_of((vf, hidden_cost), args),
+        columns=Columns(hidden_cost if cost is None else cost, cost is None, event_shape), counters=counters,
     )  # fmt: skip
-    return TorchdynSystem(
-        module=vf, args=args, dynamics=dynamics.bind(noise if traced else dynamics.draw(z)),
-        event_shape=event_shape, cost=cost, hidden_cost=hidden_cost, counters=counters, dims=z.shape[1:].numel(),
-        regularizers=regularizers, part=part,
-    )  # fmt: skip
+
+
+def look_for_columns(solve: FieldSolve, t: Tensor, x: Tensor) -> bool:
+    """Warn about columns that the field moves but never reads, and return whether the question is settled."""
+    assert solve.columns is not None
+    state = solve.columns.without_cost(x)
+    # a trace or columns may be set apart already
+    signs = signs_for_columns(state) if solve.part is None else None
+    if signs is None:
+        return True
+    try:
+        with torch.no_grad(), outside_checkpoints():
+            found = solve.evaluator.again(t.to(state.device), state, frozenset({"products"}), signs)
+    except (RnodeError, RuntimeError):  # no graph, or one that runs once: fine for penalties without a derivative
+        return True
+    return warn_of_unread_columns(found.dz, found.products, stacklevel=6)
+
+
+def function_of(
+    net: Any,
+    modules: Sequence[nn.Module],
+    slots: Slots,
+    args: object = None,
+    *,
+    takes: Takes,
+    context: Tensor | None = None,
+    order: int = 1,
+    differentiated: bool,
+) -> tuple[Velocity, bool]:
+    """The function ``(t, z)`` of a net, without torchdyn's wrappers, and whether it does nothing but call the net.
+
+    It sets what belongs to the solve (control, noise, arguments) at each evaluation, also at the evaluations that a
+    backward pass repeats. So another solve in between has no influence.
+
+    Args:
+        net: the user's module or function.
+        modules: all modules of the field, including the wrappers.
+        slots: the placeholders of these modules.
+        args: handed to a net that takes ``args``.
+        takes: how the net is called.
+        context: the third argument of the net; None if it takes none.
+        order: order of the differential equation.
+        differentiated: whether products are taken, whose gradient needs a double backward, which compiled parts do
+            not have.
+    """
+    function: Callable[..., Tensor] = net
+    if differentiated:
+        function = originals(function, modules)
+    if context is not None:
+        inner = function
+        function = lambda t, z: inner(t, z, context)  # noqa: E731
+    plain = takes.order == "t, x" and not takes.args
+    if not plain:
+        function = call_of(function, args, takes)
+    if order > 1:
+        function = first_order_system(function, order)
+    if slots.found:
+        function = slots.filling(function)
+    return function, plain and order == 1 and not slots.found
 
 
 def _unwrapped(vf: Any) -> tuple[Any, int, Sequence[dict[str, Any]]]:
@@ -481,15 +354,23 @@ def _is_transparent(field: Any, state: Tensor) -> bool:
 
 
 def fastest(
-    field: TorchdynField, net: Any, z: Tensor, context: Tensor | None = None, *, exact: bool, one_graph: bool
-) -> Field:
-    """A field with faster products than autograd's, without a double backward, if ``net`` has one; else ``field``.
+    function: Velocity,
+    net: Any,
+    z: Tensor,
+    context: Tensor | None = None,
+    *,
+    plain: bool,
+    exact: bool,
+    one_graph: bool,
+) -> Velocity:
+    """``net``, if it is a field with faster products than autograd's, without a double backward; else ``function``.
 
     Args:
-        field: the field of ``net``, whose products come from autograd.
+        function: what calls ``net``.
         net: the user's module or function.
         z: a state.
         context: one row for each sample, for a net that takes a context.
+        plain: whether ``function`` does nothing but call the net.
         exact: whether the exact trace is wanted, and no derivative along a direction. A perceptron is then turned
             into a stack, whose rows are faster.
         one_graph: whether evaluations may share one graph of what depends on the parameters alone.
@@ -497,10 +378,9 @@ def fastest(
     stack = recognize(net, z, adds_time=adds_time) if exact and one_graph and context is None else None
     if stack is not None:
         return stack
-    own = AtContext(net, context) if context is not None and isinstance(net, StackField) else net
-    if not field.plain or not isinstance(own, Field) or (context is not None and own is net):
-        return field
-    return own.prepared(z, one_graph=one_graph)
+    if context is None:
+        return net if plain and isinstance(net, Field) else function
+    return AtContext(net, context) if plain and isinstance(net, StackField) else function
 
 
 def adds_time(module: nn.Module) -> bool:

@@ -26,9 +26,10 @@ from ..core.history import History, OneProcessPerDevice
 from ..core.integrals import Integrals, attach
 from ..core.modes import on_host, outside_inference
 from ..core.part import PartSpec, warn_of_flat_state
-from ..core.regularizers import NONE, RegularizersLike
+from ..core.regularizers import RegularizersLike
 from ..core.signature import Takes, field_takes, refuse_state_first
-from ..core.trace_estimators import Hutchinson, TraceEstimator, get_estimator
+from ..core.system import COST, FieldSolve, System
+from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import GRADIENTS, Adjoint, Autograd, FixedGrid, Method, Solver, get_gradient
@@ -46,7 +47,7 @@ from .choice import (
     solver_from,
     solver_name,
 )
-from .field import INTEGRAL_LOSS, Cost, Followed, TorchdynSystem, look_for_columns, system_of
+from .field import Cost, look_for_columns, start_torchdyn
 
 _Torchdyn = torchdyn_neuralde.NeuralODE
 _THEIRS = dict(vars(_Torchdyn))  # from before install() can replace them
@@ -135,7 +136,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     # class attributes, because objects that torchdyn's class made before install() did not run our __init__
     _max_nfe: int | None = None
     _named: Sequence[tuple[SolverObject, str]] = ()
-    _followed: Followed = Followed(NONE, Hutchinson("gaussian"), PartSpec())
+    _system: System = System()
     _quadrature: str = "full"
     _error_norm: str = "rms"
     _resolved: tuple[list[object], Solver] | None = None
@@ -204,7 +205,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             )  # fmt: skip
         self.solver_adjoint, steps = backward, {} if warm_start else None
         self.history = History(resolved, counted_in=given.history, longest_safe_steps=steps)
-        self._followed = Followed(NONE, get_estimator(trace_noise), spec)
+        self._system = System(resolved, get_estimator(trace_noise), part=spec)
         self._max_nfe, self._quadrature, self._error_norm = max_nfe, quadrature, error_norm
         built = ((forward, solver), (backward, solver_adjoint))
         self._named = tuple((made, name) for made, name in built if isinstance(name, str))
@@ -275,12 +276,11 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             return ODEProblem.odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
         penalties = training if penalties is None else penalties
         regularizers = history.regularizers
-        followed = replace(self._followed, regularizers=regularizers.integrated(penalties))
         with outside_inference(x, t_span, args) as (x, t_span, args):
             solver, kept = self._solver(args), None
             x, t_span = self._start(x, t_span, solver)
             t_span = regularizers.times(t_span, training=training and penalties)
-            if penalties and x.ndim == 1 and followed.spec.batch_dim == 0:
+            if penalties and x.ndim == 1 and self._system.part.batch_dim == 0:
                 warn_of_flat_state(x, regularizers.needs)
             if solver.adaptive:
                 if len(save_at) > 0:
@@ -294,20 +294,21 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             through_steps, hidden = get_gradient(solver.gradient).through_steps, None
             if torch.is_grad_enabled() and not through_steps and self.vf.sensitivity != "autograd":
                 hidden = self.integral_loss
-            system = system_of(
-                self.vf, x, args, followed, takes=self._takes, one_graph=through_steps, hidden_cost=hidden
-            )
+            rhs = start_torchdyn(
+                self._system, self.vf, x, args, penalties=penalties, one_graph=through_steps, takes=self._takes,
+                hidden_cost=hidden,
+            )  # fmt: skip
             # once for each model, because the check takes one more evaluation
-            if not self._columns_known and followed.regularizers and x.ndim == 2:
-                lone = system.event_shape is None and followed.spec.columns is None and followed.spec.batch_dim == 0
-                self._columns_known = not lone or look_for_columns(system, t_span[0], x)
+            if not self._columns_known and rhs.regularizers and x.ndim == 2:
+                lone = not rhs.trace and self._system.part.is_all
+                self._columns_known = not lone or look_for_columns(rhs, t_span[0], x)
             nfe = self.vf.nfe
-            solution = solver.solve(system, x, t_span, **history.warm_start(t_span)).check()
+            solution = solver.solve(rhs, x, t_span, **history.warm_start(t_span)).check()
             history.keep_step(solution.longest_safe_step, t_span)
             self.vf.nfe = nfe + solution.stats.nfe  # not counting the evaluation that prepares checkpointing
             if kept is not None:
                 solution = replace(solution, t=solution.t[kept], z=solution.z[kept])
-            return solution.t, self._remember(x, t_span, system, solution, penalties=penalties)
+            return solution.t, self._remember(x, t_span, rhs, solution, penalties=penalties)
 
     def trajectory(self, x: Tensor, t_span: Tensor) -> Tensor:
         """Solve without penalties. The solution ``(T, B, ...)`` at ``t_span`` is differentiable through the steps.
@@ -319,8 +320,8 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             solver = replace(self._solver({}).without_interpolation(), gradient=Autograd())
             x, t_span = self._start(x, t_span, solver)
             t_span = self.history.regularizers.times(t_span)
-            system = system_of(self.vf, x, {}, self._followed, one_graph=True)
-            return solver.solve(system, x, t_span).check().z
+            rhs = start_torchdyn(self._system, self.vf, x, penalties=False, one_graph=True)
+            return solver.solve(rhs, x, t_span).check().z
 
     def collect_penalties(self) -> AbstractContextManager[History]:
         """Sum :meth:`reg_loss` over all calls in a ``with`` block, for a loss that solves several times::
@@ -368,7 +369,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     def citation(self) -> str:
         """BibTeX entries of the papers behind the penalties, the trace estimator and the solver of this model."""
         regularizers = self.history.regularizers
-        estimator = self._followed.estimator if "vjp" in regularizers.needs else None
+        estimator = self._system.estimator if "vjp" in regularizers.needs else None
         return citation(regularizers, estimator=estimator, methods=[solver_name(self.solver)])
 
     @property
@@ -420,21 +421,21 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             return x, times.to(x.device, copy=True)
 
     def _remember(
-        self, x: Tensor, t_span: Tensor, system: TorchdynSystem, solution: Solution, *, penalties: bool
+        self, x: Tensor, t_span: Tensor, rhs: FieldSolve, solution: Solution, *, penalties: bool
     ) -> Tensor:
         """The states of a solution, tied to the penalties, which are kept for :meth:`reg_loss`."""
         history, integrals = self.history, dict(solution.penalties)
-        cost = integrals.pop(INTEGRAL_LOSS, None)
+        cost = integrals.pop(COST, None)
         if cost is not None and bool(t_span[-1] < t_span[0]):
             cost = -cost  # penalties are integrated over |dt|, but torchdyn's column for the cost over dt
         if penalties:
-            z = x if self._followed.spec.batch_dim == 0 else x.unsqueeze(0)
+            z = x if self._system.part.batch_dim == 0 else x.unsqueeze(0)
             integrals = history.regularizers.with_span_penalty(integrals, z)
         if history.counted_in is not None and integrals:  # install(regularizers=): backward adds the penalties
-            added = history.counted_in.count(Integrals(integrals, history.regularizers, system.dims))
+            added = history.counted_in.count(Integrals(integrals, history.regularizers, rhs.dims))
             cost = added if cost is None else cost.sum() + added
         sol, integrals = attach(solution.z, integrals, cost)
-        history.add(Integrals(integrals, history.regularizers, system.dims))
+        history.add(Integrals(integrals, history.regularizers, rhs.dims))
         return sol
 
     def _takes(self, net: object) -> Takes:

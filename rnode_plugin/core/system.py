@@ -1,0 +1,409 @@
+"""System and Solve: the right-hand side that is integrated (RNODE), of a model and of one of its solves.
+
+A :class:`System` is what a model knows before a call: its penalties, its estimator, and the part of the state that
+they measure. A :class:`Solve` is the right-hand side of one call, and the only thing that a solver sees. Each of
+its evaluations passes through the field once, and with one probe computes one product with the Jacobian, which the
+density and the penalties share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .derivatives import NOT_WEIGHED, AutogradField, Field, Velocity, as_field
+from .door import Door
+from .field_evaluation import FieldEvaluation, Record
+from .part import Part, PartSpec, State
+from .regularizers import NONE, Regularizers, RegularizersLike, checked
+from .surroundings import module_of
+from .trace_estimators import TraceEstimator, get_estimator
+
+COST = "<integral_loss>"
+"""Key of the rate of a cost that has no column, among the penalties; no regularizer can have this name."""
+
+
+class Derivative(NamedTuple):
+    """The right-hand side of the augmented system (RNODE) at one time.
+
+    Attributes:
+        dz: velocity, of the state's shape.
+        dlogdet: divergence ``(B,)`` in nats per unit of time; None where no density is followed.
+        penalties: rate of each penalty by name, usually ``(B,)``.
+    """
+
+    dz: Tensor
+    dlogdet: Tensor | None
+    penalties: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """What torchdyn integrates in the columns of a state ``(B, ...)``, ahead of ``z``.
+
+    A velocity of such a state may have another shape, if it broadcasts, as in torchdyn.
+
+    Attributes:
+        cost: a running cost ``(t, state) -> (B,)`` of the state without its own column; None if there is none.
+        hidden: whether the cost has no column, as in an adjoint. Its sum over the batch is then integrated over
+            ``|dt|`` as the penalty :data:`COST`.
+        event_shape: shape of ``z`` in a state ``(B, 1 + D)`` that has minus its log-determinant in a column ahead
+            of ``z``; None without such a column.
+    """
+
+    cost: Callable[[Tensor, Tensor], Tensor] | None = None
+    hidden: bool = False
+    event_shape: Sequence[int] | None = None
+
+    def without_cost(self, state: Tensor) -> Tensor:
+        """A state, or its velocity, without the column of the cost."""
+        return state if self.cost is None or self.hidden else state[:, 1:]
+
+    def z_of(self, state: Tensor) -> Tensor:
+        """``z`` of a state without the column of the cost."""
+        return state if self.event_shape is None else state[:, 1:].reshape(state.shape[0], *self.event_shape)
+
+    def derivative(
+        self, t: Tensor, state: Tensor, dz: Tensor, dlogdet: Tensor | None, penalties: dict[str, Tensor]
+    ) -> Derivative:
+        """The derivative of the whole state, from the velocity of its ``z`` and its divergence.
+
+        Args:
+            t: the time.
+            state: the state without the column of the cost.
+            dz, dlogdet, penalties: as in :class:`Derivative`.
+        """
+        if dlogdet is not None:
+            dz = torch.cat([-dlogdet[:, None], dz.flatten(1)], 1)
+        elif penalties or torch.promote_types(dz.dtype, state.dtype) is state.dtype:
+            dz = dz.to(state.dtype)  # under autocast dz has low precision, which sums over many steps must not
+        if self.cost is not None:
+            cost = self.cost(t, state)
+            if self.hidden:
+                penalties = {**penalties, COST: cost.sum()}
+            else:
+                dz = torch.cat([cost[:, None] if cost.ndim == 1 else cost, dz], 1).to(dz)
+        return Derivative(dz, None, penalties)
+
+
+class Solve:
+    """The right-hand side of one solve, and the only thing that a solver sees.
+
+    This class integrates a function. :meth:`System.start` makes the right-hand side of a field.
+
+    Attributes:
+        divergence: whether a density is followed, so that derivatives have a log-determinant.
+        regularizers: the rates and step penalties of the solve.
+        inner_autograd: whether an evaluation differentiates inside, which a checkpoint must allow for.
+
+    Args:
+        function: maps ``(t, state)`` to a :class:`Derivative`.
+    """
+
+    divergence: bool = False
+    regularizers: Regularizers = NONE
+    inner_autograd: bool = True
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Derivative]) -> None:
+        self._function = function
+
+    def __call__(self, t: Tensor, state: State, *, products: bool = True) -> Derivative:
+        """Evaluate the right-hand side.
+
+        Args:
+            t: the time, a scalar tensor.
+            state: the whole state of the solve.
+            products: whether to compute everything. Without products, the log-determinant and the penalties that
+                read more of the field than its velocity are left out.
+
+        Raises:
+            ConfigError: for a velocity of another shape, and for a regularizer that does not return real numbers
+                ``(B,)`` or writes into a tensor that it is shown.
+            PluginError: if a regularizer raises another error.
+        """
+        return self._function(t, _tensor(state))
+
+    def z_of(self, state: Tensor) -> Tensor:
+        """What the penalties measure, ``(B, *event)``, of a state that a solver steps, or of its velocity."""
+        return state
+
+    def weighed(self, weigh: float) -> Solve:
+        """This right-hand side with ``weigh`` times its gradients with respect to the weights of the field.
+
+        See :meth:`Field.weighed <rnode_plugin.core.derivatives.Field.weighed>`.
+
+        Raises:
+            ConfigError: if the field cannot do this.
+        """
+        raise ConfigError(NOT_WEIGHED)
+
+    def inputs(self) -> list[Tensor]:
+        """The tensors that a continuous adjoint differentiates with respect to, as they are now, each once."""
+        return []
+
+    def as_now(self) -> Callable[[], AbstractContextManager[object]]:
+        """Return what makes contexts in which a backward pass evaluates the system as now, without side effects.
+
+        The forward pass calls it, because the parameters that it finds now may be replaced later.
+        """
+        return nullcontext
+
+
+@final
+class System:
+    """What a model integrates: a field that each call gives, its divergence, and penalties (RNODE).
+
+    It holds no tensor, no shape and nothing that it has read from a module, so that a model may be copied, moved
+    and changed between two calls.
+
+    Args:
+        regularizers: rates and step penalties, or all regularizers of a model, resolved, whose span policy the
+            model applies to the times of a solve.
+        estimator: ``"gaussian"``, ``"rademacher"``, ``"exact"``, see
+            :func:`~rnode_plugin.core.trace_estimators.get_estimator`, or an object.
+        part: the part of a state that the penalties measure; None: all of it.
+
+    Raises:
+        ConfigError: for an unknown estimator, an object that is no regularizer, and a span policy.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin.regularizers import jacfrob, kinetic
+        >>> z = torch.ones(1, 3)
+        >>> solve = System([kinetic, jacfrob], "exact").start(lambda t, z: -z, z)
+        >>> found = solve(torch.tensor(0.0), z)
+        >>> found.dlogdet.item(), found.penalties["kinetic"].item(), found.penalties["jacfrob"].item()
+        (-3.0, 3.0, 3.0)
+    """
+
+    __slots__ = ("estimator", "part", "regularizers")
+
+    def __init__(
+        self,
+        regularizers: RegularizersLike = (),
+        estimator: str | TraceEstimator = "gaussian",
+        *,
+        part: PartSpec | None = None,
+    ) -> None:
+        self.regularizers = resolved = Regularizers.of(regularizers)
+        if resolved.span is not None and resolved is not regularizers:  # a model has resolved them, and applies it
+            raise ConfigError(
+                f"{resolved.span.name!r} changes the times of a solve, which System does not choose: give it to "
+                "NeuralODE, RegularizedCNF or a flow, or call its `times(t_span, training=...)`."
+            )
+        self.estimator = get_estimator(estimator)
+        self.part = PartSpec() if part is None else part
+
+    def wants(self, *, density: bool, penalties: bool) -> frozenset[str]:
+        """What a field computes at an evaluation, see :class:`~rnode_plugin.core.derivatives.Linearization`.
+
+        Two sets of names meet here: what a rate reads of an evaluation (``"vjp"``, ``"jvp"``, ``"field"``), and
+        what the field computes for it and for the divergence, which depends on the estimator.
+        """
+        needs, estimator = self.regularizers.needs if penalties else frozenset[str](), self.estimator
+        wants = needs & {"jvp"}
+        if "vjp" in needs:
+            # an estimator that needs no product, as of differences, leaves a net as it is, perhaps compiled
+            wants |= estimator.wants | {"pull"} if estimator.wants else frozenset[str]()
+        elif density:
+            # without a penalty on J, the trace without the rows of J: some fields have a closed form
+            wants |= {"trace"} if estimator.is_exact else estimator.wants
+        return wants
+
+    def start(
+        self,
+        field: Velocity,
+        state: State,
+        *,
+        density: bool = True,
+        penalties: bool = True,
+        probes: Tensor | None = None,
+        one_graph: bool = True,
+        net: nn.Module | None = None,
+        user_field: object = None,
+        inputs: Callable[[], Iterable[Tensor]] | None = None,
+        columns: Columns | None = None,
+        counters: Sequence[dict[str, Any]] = (),
+        velocity: Tensor | None = None,
+    ) -> FieldSolve:
+        """Make the right-hand side of one solve, for the field as it is now.
+
+        Args:
+            field: ``f(t, z)``, or a :class:`~rnode_plugin.core.derivatives.Field`, which computes its own products.
+            state: the state at the start of the solve.
+            density: whether to follow the log-determinant (a continuous normalizing flow) or the state alone.
+            penalties: whether to integrate the penalties.
+            probes: the probe vectors of the products with the Jacobian, as the estimator draws them; None draws
+                them from torch's global generator, if any are needed.
+            one_graph: whether evaluations may share one graph of what depends on the parameters alone, as they may
+                if a gradient goes through the steps.
+            net: the module that the field calls; None: what can be found in ``field``.
+            user_field: the field as the user gave it, for penalties that read it; None: ``field``.
+            inputs: gives the tensors that an adjoint differentiates with respect to, except those of penalties;
+                None: the parameters of ``field``.
+            columns: columns of the state ahead of ``z``; None: there are none.
+            counters: attributes of modules whose ``nfe`` counts the evaluations.
+            velocity: the velocity at the one point where the result is evaluated, if it is known. Another
+                evaluation cannot repeat the random draws behind it.
+
+        Raises:
+            ConfigError: for a state that has no such part, or that penalties cannot measure.
+        """
+        regularizers, estimator = self.regularizers.integrated(penalties), self.estimator
+        in_column = columns is not None and columns.event_shape is not None
+        whole = state if columns is None else columns.without_cost(_tensor(state))
+        part = self.part.part(whole) if regularizers.penalties and not in_column else None
+        z = _tensor(whole) if part is None else part.take(whole)
+        z = z if columns is None else columns.z_of(z)
+        needs = regularizers.needs
+        products = density or "vjp" in needs
+        if products and z.is_complex():  # autograd takes products with a conjugate
+            raise ConfigError(
+                "a density and penalties that need products with the Jacobian take a real state: give a complex "
+                "one as torch.view_as_real(z)."
+            )
+        probes = estimator.draw(z) if probes is None and products else probes
+        if probes is None and products and estimator.needs_noise:
+            raise ConfigError(
+                "the trace needs noise, which draw() of an estimator returns if its `needs_noise` is True."
+            )
+        own = as_field(field, part).prepared(z, probes, one_graph=one_graph)
+        # a hand-written field gives products without autograd, and differences need none
+        by_autograd = isinstance(own, AutogradField) and bool(estimator.wants)
+        return FieldSolve(
+            divergence=density and not in_column,
+            trace=density,
+            regularizers=regularizers,
+            inner_autograd="jvp" in needs or (products and by_autograd),
+            field=own,
+            evaluator=Door(
+                own, module_of(field) if net is None else net, part=part, velocity=velocity,
+                repeats=velocity is None and (estimator.repeats or regularizers.repeats),
+            ),
+            estimator=estimator,
+            probes=probes,
+            wants=self.wants(density=density, penalties=penalties),
+            by_estimator=products and type(estimator).linearize is not TraceEstimator.linearize,
+            part=part,
+            columns=columns,
+            counters=counters,
+            user_field=(field if user_field is None else user_field) if part is None else None,
+            dims=z.shape[1:].numel(),
+            trained=(lambda: _parameters(field)) if inputs is None else inputs,
+        )  # fmt: skip
+
+
+def _parameters(field: object) -> Iterable[Tensor]:
+    return field.parameters() if isinstance(field, nn.Module) else ()
+
+
+def _tensor(state: State) -> Tensor:
+    assert isinstance(state, Tensor)
+    return state
+
+
+@final
+@dataclass(eq=False, kw_only=True)
+class FieldSolve(Solve):
+    """The right-hand side of one solve of a field, made by :meth:`System.start`.
+
+    Attributes:
+        trace: whether evaluations compute the divergence, which may be a column of the state.
+        field: the field, prepared for this solve.
+        evaluator: evaluates it.
+        estimator, probes: what the divergence and the penalties take of the Jacobian.
+        wants: what the field computes at an evaluation.
+        by_estimator: whether the estimator evaluates the field in a way of its own, as by differences.
+        part: the part of the state that the penalties measure; None: all of it.
+        columns, counters, user_field: see :meth:`System.start`.
+        dims: number of dimensions of one sample that the penalties measure.
+        trained: gives the tensors that an adjoint differentiates with respect to, except those of penalties.
+    """
+
+    divergence: bool
+    trace: bool
+    regularizers: Regularizers
+    inner_autograd: bool
+    field: Field
+    evaluator: Door
+    estimator: TraceEstimator
+    probes: Tensor | None
+    wants: frozenset[str]
+    by_estimator: bool
+    part: Part | None
+    columns: Columns | None
+    counters: Sequence[dict[str, Any]]
+    user_field: object
+    dims: int
+    trained: Callable[[], Iterable[Tensor]]
+
+    def __call__(self, t: Tensor, state: State, *, products: bool = True) -> Derivative:
+        for counter in self.counters:
+            counter["nfe"] += 1
+        columns, given = self.columns, state
+        if columns is not None:
+            given = columns.without_cost(_tensor(state))
+            state = columns.z_of(given)
+            products = products or self.trace  # a trace in a column is a part of the state
+        if not products:  # a stage without them in a sampled quadrature, or a guess of the first step
+            found = self.evaluator.evaluate(t, state)
+        elif self.by_estimator:
+            found = self.estimator.linearize(self.evaluator, t, state, self.probes, self.wants)
+        else:
+            found = self.evaluator.evaluate(t, state, self.wants, self.probes)
+        dz, dlogdet, penalties, rates = found.dz, None, dict[str, Tensor](), self.regularizers.rates
+        if self.trace or rates:
+            z, dz = (_tensor(state), dz) if self.part is None else (self.part.take(state), self.part.take(dz))
+            _check_shape(dz, z)
+            # under autocast the field runs in low precision, but integrals are summed in the precision of the state
+            dz = dz.to(z.dtype)
+            computed = found.products if found.rows is None else found.rows
+            evaluation = Record(
+                t=t, state=state, z=z, dz=dz, noise=self.probes,
+                products=None if computed is None else computed.to(z.dtype), estimator=self.estimator,
+                door=self.evaluator, jvp=found.jvp, pull=found.pull, net=self.user_field,
+            )  # fmt: skip
+            if self.trace and products:
+                dlogdet = evaluation.divergence() if found.trace is None else found.trace.to(z.dtype)
+            untouched = [x for x in (z, dz, self.probes, evaluation.products) if x is not None]
+            for name, rate in rates.items():
+                if products or not rate.needs:
+                    seen = (FieldEvaluation(evaluation, rate.needs, name),)
+                    penalties[name] = checked(name, rate.of, seen, untouched, z)
+            dz = dz if self.part is None else found.dz
+        elif columns is None:
+            _check_shape(dz, _tensor(state))
+            dz = dz.to(_tensor(state).dtype)
+        if columns is None:
+            return Derivative(dz, dlogdet, penalties)
+        return columns.derivative(t, _tensor(given), dz, dlogdet, penalties)
+
+    def weighed(self, weigh: float) -> FieldSolve:
+        return replace(self, evaluator=self.evaluator.weighed(weigh))
+
+    def inputs(self) -> list[Tensor]:
+        of_penalties = (p for module in self.regularizers.modules for p in module.parameters())
+        return list({id(x): x for x in (*self.trained(), *self.field.inputs(), *of_penalties)}.values())
+
+    def as_now(self) -> Callable[[], AbstractContextManager[object]]:
+        cost = None if self.columns is None else self.columns.cost
+        return self.evaluator.repeating((*self.regularizers.modules, cost))
+
+    def z_of(self, state: Tensor) -> Tensor:
+        if self.columns is not None:
+            state = self.columns.z_of(self.columns.without_cost(state))
+        return state if self.part is None else self.part.take(state)
+
+
+def _check_shape(dz: Tensor, z: Tensor) -> None:
+    if dz.shape != z.shape:
+        raise ConfigError(
+            f"the vector field returned shape {tuple(dz.shape)} for a state of shape {tuple(z.shape)}; f(t, z) "
+            "must have the shape of z."
+        )
