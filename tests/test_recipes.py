@@ -226,6 +226,24 @@ def test_bad_overrides_are_refused(assignment: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
+        (["solver.quadrature=sampled"], "weight_gradients='half' needs quadrature='full'"),
+        (["solver.method=dopri5"], "rk4 or rk4_38 on a fixed grid, not of dopri5"),
+        (["solver.method=euler"], "rk4 or rk4_38 on a fixed grid, not of euler"),
+        (["solver.gradient=adjoint"], "use the gradient 'autograd' or 'checkpointed'"),
+        (["training.compile=true"], "fields that are not compiled: give training.compile=false"),
+    ],
+)
+def test_weight_gradients_at_half_of_the_evaluations(assignments: list[str], message: str) -> None:
+    """They are refused with what cannot draw them, and are not a part of the baseline."""
+    recipe = get_recipe("mnist").override(["training.weight_gradients=half", "training.compile=auto"])
+    assert recipe.ffjord().training.weight_gradients == "all"
+    with pytest.raises(ConfigError, match=message):
+        recipe.override(assignments)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
         (["solver.atol=1e-8"], "solver.atol has no effect, because rk4_38 takes the steps of a fixed grid"),
         (["solver.error_norm=worst"], "solver.error_norm has no effect, because rk4_38 takes the steps"),
         (

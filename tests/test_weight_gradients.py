@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,14 +11,18 @@ import pytest
 import torch
 from field_table import SHAPES, make_field
 from problems import Wave
+from tiny_runs import tiny_recipe
 from torch import Tensor
 
-from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, TableFlow
+from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, RegularizedCNF, TableFlow
 from rnode_plugin.core.system import Derivative, Solve, System
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.experiments.training.step import LikelihoodLoss
+from rnode_plugin.experiments.training.trainer import decided_compile
 from rnode_plugin.fields import compile_fields
 from rnode_plugin.regularizers import jacfrob, kinetic, total_derivative
 from rnode_plugin.solvers import Solver
+from rnode_plugin.solvers.step import draw_half
 
 STEPS = 3
 GRID = FixedGrid("rk4_38", step=1 / STEPS)
@@ -44,11 +49,15 @@ def gradients(
 
 @pytest.fixture
 def draws(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, ...]], None]:
-    """Sets the draws of the next solve: 0 or 1 for each of its steps."""
+    """Sets the draws of the next solve: 0 or 1, as they are sorted, for each of its steps."""
+    torch.manual_seed(0)
+    drawn = Counter(draw_half() for _ in range(400))
+    halves = sorted(drawn)
+    assert len(halves) == 2
+    assert abs(drawn[halves[0]] - 200) < 30, "each has the probability 1/2, within three standard deviations"
 
     def set_draws(chosen: tuple[int, ...]) -> None:
         rest: Iterator[int] = iter(chosen)
-        halves = ((0.0, 2.0, 0.0, 2.0), (2.0, 0.0, 2.0, 0.0))
         monkeypatch.setattr("rnode_plugin.solvers.fixed.draw_half", lambda: halves[next(rest)])
 
     return set_draws
@@ -152,6 +161,18 @@ def compiled() -> object:
 def test_what_cannot_be_is_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         call()
+
+
+def test_training_compiles_no_fields_by_itself_and_refuses_other_models() -> None:
+    half = tiny_recipe("solver.quadrature=full", "training.compile=auto", "training.weight_gradients=half")
+    devices = [torch.device(name) for name in ("cpu", "cuda")]
+    assert [decided_compile(half, device) for device in devices] == [False, False]
+    others = half.override(["training.weight_gradients=all"])
+    assert [decided_compile(others, device) for device in devices] == [False, True]
+    cnf: Any = RegularizedCNF(torch.nn.Linear(2, 2), event_shape=2)
+    LikelihoodLoss(cnf, others)
+    with pytest.raises(ConfigError, match=r"training\.weight_gradients=half needs a MultiscaleFlow or a TableFlow"):
+        LikelihoodLoss(cnf, half)
 
 
 def test_a_derivative_along_a_direction_has_weighed_gradients_too(

@@ -24,7 +24,7 @@ derivative with respect to ``a_k``::
 
     q_k = d_k W_{k+1}^T q_{k+1} + c_k   for k = L-1 ... 1                                                 (5)
 
-The gradients, as sums over the samples where they are no function of the sample::
+The gradients are, with sums over the samples for the parameters and the time::
 
     W_k: q_k u_{k-1}^T + v_k h_{k-1}^T,   b_k: q_k,   r_k: t q_k,   t: sum_k r_k q_k,   z: W_1^T q_1      (6)
 
@@ -154,7 +154,7 @@ class Stack(Field):
         return Layers([_PlainMap(self.kind, W_k.to(self.dtype)) for W_k in weights], b, r)
 
     def biases(self, row: Tensor) -> list[Tensor]:
-        """Cut the biases of all layers, in one row, into those of each layer, ``(1, out, ...)``, as views."""
+        """Cut one row with all biases into the biases of each layer, ``(1, out, ...)``, as views."""
         pixels = torch.Size(self.event).numel()
         outputs = [shape[0] for shape in self.shapes]
         rows = row.to(self.dtype).split([n * pixels for n in outputs])
@@ -164,7 +164,7 @@ class Stack(Field):
         """Implement :meth:`Field.weighed <rnode_plugin.core.derivatives.Field.weighed>` for ``theta``.
 
         With 0 only the gradients with respect to ``t`` and ``z`` are computed in (6). The gradient of ``W_L`` by
-        way of equation (2) is always whole, because it takes no convolution of its own in an evaluation.
+        way of equation (2) is always whole, because it takes no further convolution in an evaluation.
 
         Raises:
             ConfigError: for a compiled stack, whose graph has the whole gradient.

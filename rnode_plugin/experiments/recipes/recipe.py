@@ -166,6 +166,12 @@ class Recipe:
         self.task.grid_rows(self.training.sample_temperatures)  # refuses several temperatures for a table
         for name, solver in (("solver", self.solver), ("test_solver", self.test_solver)):
             solver.check_density(name)
+        self.solver.check_weight_gradients(self.training.weight_gradients)
+        if self.training.weight_gradients == "half" and self.training.compile is True:
+            raise ConfigError(
+                "training.weight_gradients=half needs fields that are not compiled: give training.compile=false "
+                "or training.weight_gradients=all."
+            )
         # an adaptive solver estimates its error as a difference of two results. In low precision that difference is
         # rounding, which no smaller step removes
         precision = self.training.precision
@@ -259,7 +265,7 @@ class Recipe:
         solver = Adaptive("dopri5", first_step=1 / 6, max_nfe=own.max_nfe, gradient=own.gradient, error_norm=norm)
         name = self.name if self.name.endswith("-ffjord") else f"{self.name}-ffjord"
         with refused():
-            training = dataclasses.replace(self.training, matching=0, warm_start=False)
+            training = dataclasses.replace(self.training, matching=0, warm_start=False, weight_gradients="all")
             return dataclasses.replace(self, name=name, solver=solver, training=training, regularizers={})
 
     @property

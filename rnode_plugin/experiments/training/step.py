@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -70,11 +70,21 @@ class LikelihoodLoss:
     Args:
         flow: the model.
         recipe: the recipe with the lambdas, the solver and the task.
+
+    Raises:
+        ConfigError: for ``training.weight_gradients`` of a model that does not take them.
     """
 
     def __init__(self, flow: DensityModel, recipe: Recipe) -> None:
         self._flow, self._measured, self._task = flow, recipe.measured, recipe.task
-        self._solver = recipe.solver
+        self._options: dict[str, Any] = {"solver": recipe.solver, "check": False}
+        if recipe.training.weight_gradients != "all":
+            if not isinstance(flow, BlockFlow):
+                raise ConfigError(
+                    f"training.weight_gradients={recipe.training.weight_gradients} needs a MultiscaleFlow or a "
+                    f"TableFlow, not {recipe.model.name}: give training.weight_gradients=all."
+                )
+            self._options["weight_gradients"] = recipe.training.weight_gradients
         self._lambdas = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
 
     def __call__(self, batch: Tensor, step: int) -> StepTerms:
@@ -85,9 +95,7 @@ class LikelihoodLoss:
         try:
             # check=False leaves a state that is not finite to `health`, because checking it here would wait for the
             # device. Only an adaptive solve that cannot continue raises an error
-            output = self._flow.encode(
-                inputs.x, context=inputs.context, solver=self._solver, penalties=penalized, check=False
-            )
+            output = self._flow.encode(inputs.x, context=inputs.context, penalties=penalized, **self._options)
         except SolverError as error:
             # DistributedDataParallel waits for a gradient of every parameter from every process, and the rows of
             # all processes are averaged entry by entry. So the loss is NaN, but reaches all parameters, and the row

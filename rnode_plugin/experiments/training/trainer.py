@@ -140,8 +140,11 @@ def decided_precision(recipe: Recipe, device: torch.device) -> str:
 
 
 def decided_compile(recipe: Recipe, device: torch.device) -> bool:
-    """Decide whether the fields are compiled. ``auto`` compiles on CUDA only."""
-    return device.type == "cuda" if (choice := recipe.training.compile) == "auto" else choice
+    """Decide whether the fields are compiled. ``auto`` compiles on CUDA only, and where all else allows it."""
+    training = recipe.training
+    if training.compile == "auto":
+        return device.type == "cuda" and training.weight_gradients == "all"
+    return training.compile
 
 
 def computes_bf16(device: torch.device) -> bool:
