@@ -45,7 +45,7 @@ from torchdyn.datasets import ToyDataset
 
 from rnode_plugin import NeuralODE, RegularizedCNF
 from rnode_plugin.core.derivatives import AutogradField
-from rnode_plugin.core.door import Door
+from rnode_plugin.core.evaluator import Evaluator
 from rnode_plugin.core.trace_estimators import Difference
 
 GRADIENTS = ("autograd", "checkpointed")
@@ -191,7 +191,7 @@ def errors_of_one_probe(name: str, weights: str, dtype: torch.dtype) -> list[flo
     spread = (traces[0] - traces[1]).norm() / 2**0.5 / traces[0].norm()
     field, x, e, t = field.to(dtype), x.to(dtype), e.to(dtype), t.to(dtype)
     parameters, estimator = list(field.parameters()), Difference()
-    products = estimator.linearize(Door(AutogradField(field), field, repeats=True), t, x, e).products
+    products = estimator.linearize(Evaluator(AutogradField(field), field, repeats=True), t, x, e).products
     assert products is not None
     values = estimator.divergence(products, e), estimator.squared_frobenius(products, e)
     found = [*values, *map(gradient, values)]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .core.modes import outside_inference, refuse_dual_numbers
+from .core.modules import module_of
 from .core.part import PartSpec
 from .core.regularizer import Rate
 from .core.regularizers import RegularizersLike
 from .core.signature import SCALAR, call_of, time_first
-from .core.surroundings import module_of
 from .core.system import System
 from .errors import ConfigError, suggest
 from .plugins.registry import resolve_regularizers

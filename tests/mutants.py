@@ -96,7 +96,7 @@ MUTANTS = [
         "core/trace_estimators.py",
         "sizes = z.detach().unsqueeze(-1)",
         "sizes = z.unsqueeze(-1)",
-        "test_door.py::test_the_length_of_a_difference_has_no_gradient",
+        "test_evaluator.py::test_the_length_of_a_difference_has_no_gradient",
     ),
     Mutant(
         "straightness is multiplied by the length of the time",

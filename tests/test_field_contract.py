@@ -12,8 +12,8 @@ from problems import difference, directions, slope
 from torch import Tensor, nn
 
 from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linearization
-from rnode_plugin.core.door import Door
-from rnode_plugin.core.surroundings import module_of
+from rnode_plugin.core.evaluator import Evaluator
+from rnode_plugin.core.modules import module_of
 from rnode_plugin.core.system import System
 from rnode_plugin.core.trace_estimators import Difference
 from rnode_plugin.errors import ConfigError
@@ -31,19 +31,19 @@ def inputs_of(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class OneEvaluation(Field):
-    """The function of one evaluation of a door: one mask of dropout, and buffers that stay."""
+    """The function of one evaluation of an evaluator: one mask of dropout, and buffers that stay."""
 
     def __init__(self, case: Case, module: Any, t: Tensor, z: Tensor) -> None:
-        self.door = Door(case.solved(module, z), module_of(module), repeats=True)
-        self.door.evaluate(t, z)
+        self.evaluator = Evaluator(case.solved(module, z), module_of(module), repeats=True)
+        self.evaluator.evaluate(t, z)
 
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
-        return self.door.again(t, z).dz
+        return self.evaluator.repeat(t, z).dz
 
     def linearize(
         self, t: Tensor, z: Tensor, probes: Any = None, wants: frozenset[str] = VELOCITY, *, peek: Any = None
     ) -> Linearization:
-        return self.door.again(t, z, wants, probes)
+        return self.evaluator.repeat(t, z, wants, probes)
 
 
 def met(name: str) -> tuple[Any, Any, tuple[Tensor, Tensor, Tensor]]:
@@ -287,12 +287,12 @@ def test_an_evaluation_leaves_what_a_call_leaves_and_a_repeated_one_nothing(name
     torch.set_rng_state(before["random"])
     versions = [x._version for x in (t, z, noise)]
     both = PRODUCTS | ALONG
-    door = Door(field, net, repeats=True)
-    found = door.evaluate(t, z, both, noise)
+    evaluator = Evaluator(field, net, repeats=True)
+    found = evaluator.evaluate(t, z, both, noise)
     assert_same(left(), called)
     assert_close(found.dz.detach(), plain, 1e-12, "velocity")
     for wants in (both, PRODUCTS, ALONG, VELOCITY):
-        again = door.again(t, z, wants, noise)
+        again = evaluator.repeat(t, z, wants, noise)
         assert_close(again.dz, found.dz, 1e-13, "velocity again")
         if "products" in wants:
             assert_close(again.products, found.products, 1e-13, "product again")  # pyright: ignore
@@ -365,19 +365,19 @@ def test_differences_of_the_velocity_are_the_directional_derivative(name: str) -
     """To their error of second order in the step."""
     case = FIELDS[name]
     module, (t, z, noise) = case.make(), inputs_of(case)
-    door = Door(case.solved(module, z), module_of(module), repeats=True)
-    signs = door.z_of(noise.detach().sign())
-    found = Difference().linearize(door, t, z, signs).products
-    wanted = door.again(t, z, ALONG).jvp(signs, 0.0)  # pyright: ignore[reportOptionalCall]
+    evaluator = Evaluator(case.solved(module, z), module_of(module), repeats=True)
+    signs = evaluator.z_of(noise.detach().sign())
+    found = Difference().linearize(evaluator, t, z, signs).products
+    wanted = evaluator.repeat(t, z, ALONG).jvp(signs, 0.0)  # pyright: ignore[reportOptionalCall]
     assert_close(found, wanted, 1e-7, name)  # pyright: ignore[reportArgumentType]
 
 
 def test_differences_take_a_state_of_one_number_per_sample() -> None:
     """A state ``(B,)`` has the derivative that the same state ``(B, 1)`` has, here of ``sin``."""
     z = torch.tensor([-1.0, 0.3, 2.0], dtype=torch.float64)
-    estimator, door = Difference(), Door(AutogradField(lambda t, z: z.sin()))
+    estimator, evaluator = Difference(), Evaluator(AutogradField(lambda t, z: z.sin()))
     noise = estimator.draw(z)
-    products = estimator.linearize(door, torch.tensor(0.0), z, noise).products
+    products = estimator.linearize(evaluator, torch.tensor(0.0), z, noise).products
     assert products is not None
     torch.testing.assert_close(estimator.divergence(products, noise), z.cos(), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(estimator.squared_frobenius(products, noise), z.cos() ** 2, rtol=1e-8, atol=1e-8)
@@ -386,9 +386,9 @@ def test_differences_take_a_state_of_one_number_per_sample() -> None:
 def test_differences_of_a_velocity_of_lower_precision_are_longer() -> None:
     """A step for float64 would be lost in the rounding of float32 near 100."""
     matrix, z = torch.randn(8, 8), torch.randn(5, 8, dtype=torch.float64)
-    estimator, door = Difference(), Door(AutogradField(lambda t, z: z.float() @ matrix.T + 100))
+    estimator, evaluator = Difference(), Evaluator(AutogradField(lambda t, z: z.float() @ matrix.T + 100))
     noise = estimator.draw(z)
-    products = estimator.linearize(door, torch.tensor(0.0), z, noise).products
+    products = estimator.linearize(evaluator, torch.tensor(0.0), z, noise).products
     assert products is not None
     torch.testing.assert_close(products.double(), noise @ matrix.double().T, rtol=0, atol=3e-3)
 
@@ -403,12 +403,12 @@ def test_differences_are_unbiased_where_samples_mix() -> None:
     def field(t: Tensor, z: Tensor) -> Tensor:
         return (matrix @ z.flatten()).view_as(z)
 
-    estimator, door = Difference(), Door(AutogradField(field))
+    estimator, evaluator = Difference(), Evaluator(AutogradField(field))
     z = torch.tensor([[0.1, -0.2], [30.0, 50.0]], dtype=torch.float64)
     found = []
     for signs in itertools.product((-1.0, 1.0), repeat=4):
         noise = torch.tensor(signs, dtype=torch.float64).view(2, 2)
-        products = estimator.linearize(door, torch.tensor(0.0), z, noise).products
+        products = estimator.linearize(evaluator, torch.tensor(0.0), z, noise).products
         assert products is not None
         found.append(
             (estimator.squared_frobenius(products, noise).sum(), estimator.divergence(products, noise).sum())

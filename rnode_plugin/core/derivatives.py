@@ -149,8 +149,6 @@ class Field(ABC):
 def as_field(field: Velocity, part: Part | None = None) -> Field:
     """``field`` itself if it is a :class:`Field` of all of the state, else an :class:`AutogradField` of it."""
     # a field with a faster pass differentiates the whole state, so for a part autograd does the work instead
-    if isinstance(field, AutogradField) and field.part is part:
-        return field
     if part is None and isinstance(field, Field):
         return field
     return AutogradField(field, part=part)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .derivatives import DirectionalDerivative, total_derivative
-from .door import Door
+from .evaluator import Evaluator
 from .part import State
 from .signature import innermost
 from .trace_estimators import Probes, TraceEstimator
@@ -37,7 +37,7 @@ class Record:
         noise: the probe vectors of the solve; None if there are none.
         products: what the estimator computed along with the velocity; None unless products were asked for.
         estimator: reduces the products to a divergence or a norm.
-        door: evaluates the field again, for what did not come with this evaluation.
+        evaluator: evaluates the field again, for what did not come with this evaluation.
         jvp, pull: derivatives from the pass that gave the velocity; None if the pass gave none.
         net: the field as the user gave it; None where penalties measure a part of its state.
         known: results that a regularizer has computed and their versions, by what they are.
@@ -50,7 +50,7 @@ class Record:
     noise: Tensor | None
     products: Tensor | None
     estimator: TraceEstimator
-    door: Door
+    evaluator: Evaluator
     jvp: DirectionalDerivative | None
     pull: Callable[[Tensor], Tensor] | None
     net: object
@@ -161,7 +161,7 @@ class FieldEvaluation:
 
         def compute() -> tuple[Tensor, Tensor]:
             record = self._record
-            jvp = record.jvp or record.door.again(self.t, record.state, _JVP).jvp
+            jvp = record.jvp or record.evaluator.repeat(self.t, record.state, _JVP).jvp
             assert jvp is not None
             return v, jvp(v, dt).to(self.z.dtype)
 
@@ -178,18 +178,18 @@ class FieldEvaluation:
         if order == 2:
             return self.jvp(self.dz, 1.0)
         self._require("jvp")
-        door, state = self._record.door, self._record.state
+        evaluator, state = self._record.evaluator, self._record.state
 
         def again(t: Tensor, z: Tensor) -> Tensor:
-            return door.z_of(door.again(t, state, z=z).dz)
+            return evaluator.z_of(evaluator.repeat(t, state, z=z).dz)
 
         return self._record.once(("total", order), lambda: total_derivative(again, self.t, self.z, order))
 
     def velocity(self, t: Tensor, z: Tensor) -> Tensor:
         """``f(t, z)`` at another time and state ``(B, *event)``, with the random draws of this evaluation."""
         self._require("field")
-        door = self._record.door
-        return door.z_of(door.again(t, self._record.state, z=z).dz).to(z.dtype)
+        evaluator = self._record.evaluator
+        return evaluator.z_of(evaluator.repeat(t, self._record.state, z=z).dz).to(z.dtype)
 
     @property
     def net(self) -> Any:
@@ -212,13 +212,13 @@ class FieldEvaluation:
 
     def _product(self, v: Tensor) -> Tensor:
         """``v^T df/dz`` from another pass over the field."""
-        products = self._record.door.again(self.t, self._record.state, _PRODUCTS, v).products
+        products = self._record.evaluator.repeat(self.t, self._record.state, _PRODUCTS, v).products
         assert products is not None
         return products.to(self.z.dtype)
 
     def _rows(self) -> Tensor:
         """The rows of ``df/dz`` from another pass over the field."""
-        rows = self._record.door.again(self.t, self._record.state, _ROWS).rows
+        rows = self._record.evaluator.repeat(self.t, self._record.state, _ROWS).rows
         assert rows is not None
         return rows.to(self.z.dtype)
 

@@ -19,7 +19,7 @@ from torch.autograd.graph import Node
 
 from ..errors import ConfigError
 from .modes import autocasts, exporting, outside_checkpoints
-from .surroundings import module_of
+from .modules import module_of
 
 _right: WeakKeyDictionary[nn.Module, set[type]] = WeakKeyDictionary()  # functions that passed, by net
 

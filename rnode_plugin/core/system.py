@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .derivatives import NOT_WEIGHED, AutogradField, Field, Velocity, as_field
-from .door import Door
+from .evaluator import Evaluator
 from .field_evaluation import FieldEvaluation, Record
+from .modules import module_of
 from .part import Part, PartSpec, State
 from .regularizers import NONE, Regularizers, RegularizersLike, checked
-from .surroundings import module_of
 from .trace_estimators import TraceEstimator, get_estimator
 
 COST = "<integral_loss>"
@@ -282,7 +282,7 @@ class System:
             regularizers=regularizers,
             inner_autograd="jvp" in needs or (products and by_autograd),
             field=own,
-            evaluator=Door(
+            evaluator=Evaluator(
                 own, module_of(field) if net is None else net, part=part, velocity=velocity,
                 repeats=velocity is None and (estimator.repeats or regularizers.repeats),
             ),
@@ -331,7 +331,7 @@ class FieldSolve(Solve):
     regularizers: Regularizers
     inner_autograd: bool
     field: Field
-    evaluator: Door
+    evaluator: Evaluator
     estimator: TraceEstimator
     probes: Tensor | None
     wants: frozenset[str]
@@ -367,7 +367,7 @@ class FieldSolve(Solve):
             evaluation = Record(
                 t=t, state=state, z=z, dz=dz, noise=self.probes,
                 products=None if computed is None else computed.to(z.dtype), estimator=self.estimator,
-                door=self.evaluator, jvp=found.jvp, pull=found.pull, net=self.user_field,
+                evaluator=self.evaluator, jvp=found.jvp, pull=found.pull, net=self.user_field,
             )  # fmt: skip
             if self.trace and products:
                 dlogdet = evaluation.divergence() if found.trace is None else found.trace.to(z.dtype)
@@ -393,7 +393,7 @@ class FieldSolve(Solve):
 
     def as_now(self) -> Callable[[], AbstractContextManager[object]]:
         cost = None if self.columns is None else self.columns.cost
-        return self.evaluator.repeating((*self.regularizers.modules, cost))
+        return self.evaluator.as_now((*self.regularizers.modules, cost))
 
     def z_of(self, state: Tensor) -> Tensor:
         if self.columns is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, check_count, suggest
 from .derivatives import Linearization, trace_of_rows, unit_vectors
-from .door import Door
+from .evaluator import Evaluator
 from .modes import autocasts
 from .part import State
 from .sums import sum_products, sum_squares
@@ -64,12 +64,17 @@ class TraceEstimator(ABC):
         """Draw noise for one solve of ``z (B, *event)`` from ``generator``; None if the estimator needs none."""
 
     def linearize(
-        self, door: Door, t: Tensor, state: State, noise: Tensor | None = None, wants: frozenset[str] | None = None
+        self,
+        evaluator: Evaluator,
+        t: Tensor,
+        state: State,
+        noise: Tensor | None = None,
+        wants: frozenset[str] | None = None,
     ) -> Linearization:
         """Evaluate a field once, with its velocity and what ``wants`` names.
 
         Args:
-            door: evaluates the field.
+            evaluator: evaluates the field.
             t, state: the time and the whole state.
             noise: as :meth:`draw` gives it.
             wants: what the field computes, with :attr:`wants` of this estimator; None: that alone.
@@ -78,7 +83,7 @@ class TraceEstimator(ABC):
             Linearization: what the other methods call products are its ``products`` or, if :attr:`wants` has
                 ``"rows"``, its ``rows``.
         """
-        return door.evaluate(t, state, self.wants if wants is None else wants, noise)
+        return evaluator.evaluate(t, state, self.wants if wants is None else wants, noise)
 
     @abstractmethod
     def pair(self, products: Tensor, noise: Tensor | None) -> Probes:
@@ -114,12 +119,12 @@ class Hutchinson(TraceEstimator):
     Example:
         >>> import torch
         >>> from rnode_plugin.core.derivatives import AutogradField
-        >>> from rnode_plugin.core.door import Door
+        >>> from rnode_plugin.core.evaluator import Evaluator
         >>> estimator = Hutchinson("rademacher")
-        >>> door = Door(AutogradField(lambda t, z: torch.tensor([1.0, 2.0]) * z))
+        >>> evaluator = Evaluator(AutogradField(lambda t, z: torch.tensor([1.0, 2.0]) * z))
         >>> z = torch.ones(3, 2)
         >>> noise = estimator.draw(z)
-        >>> found = estimator.linearize(door, torch.tensor(0.0), z, noise)
+        >>> found = estimator.linearize(evaluator, torch.tensor(0.0), z, noise)
         >>> estimator.divergence(found.products, noise)  # signs are exact if the Jacobian is diagonal
         tensor([3., 3., 3.])
     """
@@ -158,10 +163,10 @@ class Exact(TraceEstimator):
     Example:
         >>> import torch
         >>> from rnode_plugin.core.derivatives import AutogradField
-        >>> from rnode_plugin.core.door import Door
+        >>> from rnode_plugin.core.evaluator import Evaluator
         >>> matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-        >>> door = Door(AutogradField(lambda t, z: z @ matrix.T))
-        >>> rows = Exact().linearize(door, torch.tensor(0.0), torch.ones(1, 2)).rows
+        >>> evaluator = Evaluator(AutogradField(lambda t, z: z @ matrix.T))
+        >>> rows = Exact().linearize(evaluator, torch.tensor(0.0), torch.ones(1, 2)).rows
         >>> Exact().divergence(rows, None), Exact().squared_frobenius(rows, None)
         (tensor([5.]), tensor([30.]))
     """
@@ -215,12 +220,12 @@ class Difference(TraceEstimator):
     Example:
         >>> import torch
         >>> from rnode_plugin.core.derivatives import AutogradField
-        >>> from rnode_plugin.core.door import Door
+        >>> from rnode_plugin.core.evaluator import Evaluator
         >>> from rnode_plugin.core.trace_estimators import Difference
         >>> estimator, z = Difference(), torch.ones(3, 2)
-        >>> door = Door(AutogradField(lambda t, z: torch.tensor([1.0, 2.0]) * z))
+        >>> evaluator = Evaluator(AutogradField(lambda t, z: torch.tensor([1.0, 2.0]) * z))
         >>> noise = estimator.draw(z)
-        >>> products = estimator.linearize(door, torch.tensor(0.0), z, noise).products
+        >>> products = estimator.linearize(evaluator, torch.tensor(0.0), z, noise).products
         >>> bool(torch.allclose(estimator.divergence(products, noise), torch.full((3,), 3.0), atol=1e-4))
         True
     """
@@ -239,11 +244,16 @@ class Difference(TraceEstimator):
         return _draw("rademacher", shape, z, generator)
 
     def linearize(
-        self, door: Door, t: Tensor, state: State, noise: Tensor | None = None, wants: frozenset[str] | None = None
+        self,
+        evaluator: Evaluator,
+        t: Tensor,
+        state: State,
+        noise: Tensor | None = None,
+        wants: frozenset[str] | None = None,
     ) -> Linearization:
         assert noise is not None
-        found, z = super().linearize(door, t, state, None, wants), door.z_of(state)
-        dz = door.z_of(found.dz)
+        found, z = super().linearize(evaluator, t, state, None, wants), evaluator.z_of(state)
+        dz = evaluator.z_of(found.dz)
         # autocast may round a velocity to half precision before it is returned in float32, and leaves float64 alone
         cast = dz.dtype is torch.float32 and autocasts(dz)
         if dz.dtype.itemsize < 4 or cast:
@@ -263,7 +273,8 @@ class Difference(TraceEstimator):
         step = 2 * eps ** (1 / 3) * sizes.median() if len(z) > 0 else sizes.new_ones(())
 
         def along(e: Tensor) -> Tensor:
-            later, before = (door.z_of(door.again(t, state, z=z + sign * step * e).dz) for sign in (1, -1))
+            ends = (evaluator.repeat(t, state, z=z + sign * step * e).dz for sign in (1, -1))
+            later, before = map(evaluator.z_of, ends)
             return (later - before) / (2 * step)
 
         products = along(noise) if self.probes == 1 else torch.stack([along(e) for e in noise])

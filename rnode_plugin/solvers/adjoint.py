@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.evaluator import random_states, same_states
 from ..core.modes import drop_casts, next_number, without_hooks, without_kept_casts
-from ..core.surroundings import random_states, same_states
 from ..core.system import Derivative, Solve
 from ..errors import ConfigError
 from .checkpoint import is_complete
@@ -38,7 +38,7 @@ class AdjointCall:
         forward: solves the system from a state ``z`` through times ``t``. The solution has all outputs that the
             loss may depend on.
         backward: the solver of the backward pass.
-        repeating: makes the context of a backward pass; see :meth:`Solve.as_now`.
+        as_now: makes the context of a backward pass; see :meth:`Solve.as_now`.
         interpolated: whether the backward pass reads the states from the accepted steps.
         solution: the solution of the forward pass, without a graph.
         steps: the accepted steps of the forward pass, which the backward pass reads.
@@ -49,7 +49,7 @@ class AdjointCall:
     rhs: Solve
     forward: Callable[[Tensor, Tensor], Solution]
     backward: Integrator
-    repeating: Callable[[], AbstractContextManager[object]]
+    as_now: Callable[[], AbstractContextManager[object]]
     interpolated: bool = False
     solution: Solution | None = None
     steps: Steps | None = None
@@ -101,7 +101,7 @@ class _Adjoint(torch.autograd.Function):
                 "again (create_graph=True): use the gradient mode 'autograd' or 'checkpointed'."
             )
         # the forward pass has updated running statistics once already
-        with without_kept_casts(), ctx.call.repeating():
+        with without_kept_casts(), ctx.call.as_now():
             _, dz, dlogdet, *dpenalties = gradients
             return _sweep(ctx, dz, dlogdet, dpenalties)
 

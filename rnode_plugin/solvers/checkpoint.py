@@ -44,7 +44,7 @@ def checkpointed(function: Callable[..., _Result], rhs: Solve, z: Tensor, t: Ten
     """
     if transforms_active():
         return function
-    leaves, repeating, has_states = None, rhs.as_now(), _has_states(z.device.type)
+    leaves, as_now, has_states = None, rhs.as_now(), _has_states(z.device.type)
     if not has_states:
         warnings.warn(  # Python shows it once
             f"torch cannot repeat the random numbers that a field draws on {z.device.type!r}, as dropout does: the "
@@ -52,23 +52,23 @@ def checkpointed(function: Callable[..., _Result], rhs: Solve, z: Tensor, t: Ten
             stacklevel=2,
         )
     if torch.is_grad_enabled() and (rhs.inner_autograd or not has_states):
-        leaves = _leaves(rhs, repeating, z, t)
+        leaves = _leaves(rhs, as_now, z, t)
     if leaves is None and not has_states:  # torch's checkpoint needs the states
         return function
     if leaves is None:
-        return lambda *args: checkpoint(_first_run_alone(function, repeating), *args, use_reentrant=False)
-    return lambda *args: _replay(_first_run_alone(function, repeating), args, leaves)
+        return lambda *args: checkpoint(_first_run_alone(function, as_now), *args, use_reentrant=False)
+    return lambda *args: _replay(_first_run_alone(function, as_now), args, leaves)
 
 
 def _first_run_alone(
-    function: Callable[..., _Result], repeating: Callable[[], contextlib.AbstractContextManager[object]]
+    function: Callable[..., _Result], as_now: Callable[[], contextlib.AbstractContextManager[object]]
 ) -> Callable[..., _Result]:
     """``function``, with all runs after the first one marked as repetitions, which do not change buffers."""
     ran = False  # the forward pass has updated running statistics; a repetition must not do so again
 
     def run(*args: object) -> _Result:
         nonlocal ran
-        with repeating() if ran else contextlib.nullcontext():
+        with as_now() if ran else contextlib.nullcontext():
             ran = True
             return function(*args)
 
@@ -85,14 +85,14 @@ def _has_states(kind: str) -> bool:
 
 def _leaves(
     rhs: Solve,
-    repeating: Callable[[], contextlib.AbstractContextManager[object]],
+    as_now: Callable[[], contextlib.AbstractContextManager[object]],
     z: Tensor,
     t: Tensor,
 ) -> list[Tensor] | None:
     """The leaf tensors that the right-hand side depends on; None if they read the result of another computation."""
     # restore the generators, so that this extra evaluation does not change what the solve draws
     devices = [z.device] if z.is_cuda else []
-    with torch.enable_grad(), torch.random.fork_rng(devices), repeating():
+    with torch.enable_grad(), torch.random.fork_rng(devices), as_now():
         state = z.detach().requires_grad_()
         start = next_number(state)
         # a clone, because torch refuses a field that changes a leaf in place

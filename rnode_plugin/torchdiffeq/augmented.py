@@ -17,8 +17,8 @@ from torchdiffeq._impl.adjoint import find_parameters
 from torchdiffeq._impl.misc import _mixed_norm, _rms_norm
 
 from ..core.modes import outside_checkpoints, transforms_active
+from ..core.modules import module_of
 from ..core.part import State, signs_for_columns, tensors_of, warn_of_unread_columns
-from ..core.surroundings import module_of
 from ..core.system import System
 from ..errors import ConfigError
 

@@ -17,7 +17,9 @@ from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
 from ..core.derivatives import Field, Velocity, has_hooks
+from ..core.evaluator import lock_of
 from ..core.modes import outside_checkpoints
+from ..core.modules import module_of
 from ..core.part import signs_for_columns, warn_of_unread_columns
 from ..core.signature import (
     COMPILED_FUNCTION,
@@ -27,7 +29,6 @@ from ..core.signature import (
     call_of,
     field_takes,
 )
-from ..core.surroundings import lock_of, module_of
 from ..core.system import Columns, FieldSolve, System
 from ..errors import ConfigError, RnodeError
 from ..fields.recognize import recognize
@@ -282,7 +283,7 @@ def look_for_columns(solve: FieldSolve, t: Tensor, x: Tensor) -> bool:
         return True
     try:
         with torch.no_grad(), outside_checkpoints():
-            found = solve.evaluator.again(t.to(state.device), state, frozenset({"products"}), signs)
+            found = solve.evaluator.repeat(t.to(state.device), state, frozenset({"products"}), signs)
     except (RnodeError, RuntimeError):  # no graph, or one that runs once: fine for penalties without a derivative
         return True
     return warn_of_unread_columns(found.dz, found.products, stacklevel=6)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
 from rnode_plugin.core.derivatives import AutogradField
-from rnode_plugin.core.door import Door
+from rnode_plugin.core.evaluator import Evaluator
 from rnode_plugin.core.trace_estimators import Difference, Exact
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import linear_field
@@ -337,7 +337,7 @@ def test_the_length_of_a_difference_has_no_gradient() -> None:
     net, z, estimator = torch.nn.Linear(3, 3), states(4, 3).float().requires_grad_(), Difference()
     noise = estimator.draw(z)
     products = estimator.linearize(
-        Door(AutogradField(lambda t, z: net(z)), net), torch.tensor(0.2), z, noise
+        Evaluator(AutogradField(lambda t, z: net(z)), net), torch.tensor(0.2), z, noise
     ).products
     assert products is not None
     estimator.divergence(products, noise).sum().backward()
@@ -350,11 +350,11 @@ def test_differences_over_all_signs_give_trace_and_norm(dtype: torch.dtype) -> N
     """The mean over all sign vectors is exact for every field up to the truncation of the difference."""
     net, z = Net(torch.sin, dims=3).to(dtype), states(4, 3).to(dtype)
     signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)), dtype=dtype)
-    estimator, door = Difference(probes=8), Door(AutogradField(net), net, repeats=True)
+    estimator, evaluator = Difference(probes=8), Evaluator(AutogradField(net), net, repeats=True)
     noise = signs[:, None].expand(8, 4, 3)
     t = torch.tensor(0.2, dtype=dtype)
-    products = estimator.linearize(door, t, z, noise).products
-    rows = Exact().linearize(door, t, z).rows
+    products = estimator.linearize(evaluator, t, z, noise).products
+    rows = Exact().linearize(evaluator, t, z).rows
     assert products is not None
     assert rows is not None
     bound = {torch.float32: 2e-3, torch.float64: 1e-8}[dtype]  # of order s^2, with s about 0.01 and 1e-5

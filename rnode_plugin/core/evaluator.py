@@ -1,0 +1,314 @@
+"""Evaluator: evaluates the field of one solve, with or without effects on buffers and random numbers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .derivatives import VELOCITY, Field, Linearization
+from .modes import exporting
+from .part import Part, State
+
+_NO_GRADIENTS = (
+    "the vector field differentiates inside (torch.autograd.grad), but gradients are disabled here: under no_grad, "
+    "and in the forward pass of 'adjoint', 'interpolated_adjoint' and 'checkpointed'. Compute the gradient inside "
+    "`with torch.enable_grad():` in the field."
+)
+_INFERENCE = (
+    "the vector field differentiates inside (torch.autograd.grad), which torch.inference_mode forbids: run this "
+    "call under torch.no_grad() instead, or through NeuralODE or RegularizedCNF, which leave inference mode."
+)
+_RUNS_ONCE = (
+    "a backward pass inside the vector field runs only once ({}), as in guided-diffusion's checkpoint, but this "
+    "evaluation needs it again: take one product with a random trace ('gaussian' or 'rademacher'), or run the "
+    "layer without it."
+)
+
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # pyright: ignore[reportInvalidTypeForm]
+_making = threading.Lock()
+
+
+def lock_of(module: nn.Module | None) -> AbstractContextManager[object]:
+    """The lock of a net, shared by all models that hold the net; without a net, a context that does nothing.
+
+    It is the lock of the net's first layer, which the wrappers of a net share. It is not an attribute, because a
+    deepcopy of the layer would fail. A call of the net holds it, or one evaluation, but not a whole solve: on a
+    GPU torch runs the backward passes of all threads in one thread, which may wait for the lock while a solve that
+    holds it waits for that thread.
+    """
+    # torch.compile cannot trace a lock, and what it compiles runs after the tracing
+    if module is None or torch.compiler.is_compiling():
+        return nullcontext()
+    while (layer := next(module.children(), None)) is not None:
+        module = layer
+    with _making:
+        return _locks.setdefault(module, threading.RLock())
+
+
+@final
+class Evaluator:
+    """Evaluates the field of one solve, for the solver, for penalties and for checks.
+
+    The running statistics of batch norm, the vectors of spectral norm and the masks of dropout are neither
+    arguments nor results of a field. The methods differ in what they do with these:
+
+    - :meth:`evaluate` is the evaluation that the solver asks for. It moves buffers and draws random numbers, as a
+      call of the net does.
+    - :meth:`repeat` evaluates the same function once more, for a penalty that needs another point or another
+      product. It repeats the random draws of the last :meth:`evaluate`, because with other masks the field is
+      another function. Buffers and generators stay as they are.
+    - :meth:`peek` has no effect at all, for a check.
+
+    Args:
+        field: the field of the whole state.
+        net: the module that the field calls; None: none is known.
+        part: the part of the state that penalties measure; None: all of it.
+        repeats: whether :meth:`repeat` may be called. If so, the state of the random generators is noted at each
+            evaluation.
+        velocity: the velocity at the one point that :meth:`evaluate` is asked for, if the caller has it. An
+            evaluation that wants the velocity alone returns it.
+    """
+
+    __slots__ = ("_draws", "_exclusive", "_field", "_modules", "_velocity", "net", "part", "repeats")
+
+    def __init__(
+        self,
+        field: Field,
+        net: nn.Module | None = None,
+        *,
+        part: Part | None = None,
+        repeats: bool = False,
+        velocity: Tensor | None = None,
+    ) -> None:
+        self._field: Any = field  # Any: with a part it takes the whole state, which may be a tuple
+        self.net, self.part, self.repeats, self._velocity = net, part, repeats, velocity
+        self._draws: _States | None = None
+        self._modules: list[nn.Module] | None = None
+        # the lock to hold while an evaluation writes into buffers, which another thread may have replaced by copies
+        shared = repeats and net is not None and net.training and next(net.buffers(), None) is not None
+        self._exclusive = lock_of(net) if shared else None
+
+    def evaluate(
+        self, t: Tensor, state: State, wants: frozenset[str] = VELOCITY, probes: Tensor | None = None
+    ) -> Linearization:
+        """Evaluate the field for the solver.
+
+        Args:
+            t: the time, a scalar tensor.
+            state: the whole state.
+            wants: what to compute for the part, in addition to the velocity; see
+                :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`.
+            probes: the vectors of the products.
+
+        Returns:
+            Linearization: the velocity of the whole state, and derivatives of the part.
+
+        Raises:
+            ConfigError: for a field that differentiates inside where gradients are disabled.
+        """
+        if self._velocity is not None and not wants:
+            return Linearization(self._velocity)
+        if self.repeats:  # before the field draws, so that `repeat` can repeat the draws
+            self._draws = random_states(self.z_of(state)) or self._draws
+        try:
+            if self._exclusive is None:
+                return self._field.linearize(t, state, probes, wants, peek=self.peek)
+            with self._exclusive:
+                return self._field.linearize(t, state, probes, wants, peek=self.peek)
+        except (RuntimeError, AttributeError) as error:
+            explained = _explained(error)
+            if explained is None:
+                raise
+            raise explained from error
+
+    def weighed(self, weigh: float) -> Evaluator:
+        """An evaluator of the field with weighed gradients.
+
+        See :meth:`Field.weighed <rnode_plugin.core.derivatives.Field.weighed>`.
+        """
+        twin = copy.copy(self)
+        twin._field = self._field.weighed(weigh)
+        return twin
+
+    def repeat(
+        self,
+        t: Tensor,
+        state: State,
+        wants: frozenset[str] = VELOCITY,
+        probes: Tensor | None = None,
+        *,
+        z: Tensor | None = None,
+    ) -> Linearization:
+        """Evaluate the function of the last :meth:`evaluate` once more, without side effects.
+
+        Args:
+            t, state, wants, probes: as for :meth:`evaluate`.
+            z: another value of the part; None: the state's.
+
+        Returns:
+            Linearization: as from :meth:`evaluate`.
+
+        Raises:
+            ConfigError: as for :meth:`evaluate`; for a field that draws random numbers, if ``repeats`` is False;
+                and for a layer whose backward pass runs only once.
+        """
+        if z is not None:
+            state = z if self.part is None else self.part.put(state, z)
+        x = self.z_of(state)
+        try:
+            with self._without_effects(x) as before:
+                if self._draws is not None:
+                    _restore(self._draws)
+                if wants:
+                    found = self._field.linearize(t, state, probes, wants, peek=self.peek)
+                else:  # a call can be differentiated any number of times, a linearization perhaps only once
+                    found = Linearization(self._field(t, state))
+                # no draws were noted, so those inside were new ones
+                if before is not None and not self.repeats and not same_states(before, random_states(x)):
+                    raise ConfigError(
+                        "a regularizer evaluates the vector field again, which draws random numbers (dropout), so "
+                        "the two evaluations would have different masks: declare `repeats=True` of the "
+                        "regularizer, or leave out the velocity= of penalties_at."
+                    )
+                return found
+        except (RuntimeError, AttributeError) as error:
+            explained = _explained(error)
+            if explained is None:
+                raise
+            raise explained from error
+
+    def peek(self, t: Tensor, state: State) -> Tensor:
+        """The velocity, with no effect on buffers and random generators. Two calls in a row draw the same."""
+        with self._without_effects(self.z_of(state)):
+            return self._field(t, state)
+
+    def as_now(self, others: Iterable[object] = ()) -> Callable[[], AbstractContextManager[None]]:
+        """Note the parameters and buffers of the net and of ``others``, and return what makes contexts with them.
+
+        A backward pass evaluates inside of such a context, and leaves parameters and buffers as they are. It may
+        find different ones: ``torch.func.functional_call`` replaces them during one call, and a caller may set a
+        buffer, such as a context, before each of several solves. A context that replaces some holds the net's lock.
+        The walk over all modules is for gradients that need it.
+        """
+        modules = [part for each in (self.net, *others) if isinstance(each, nn.Module) for part in each.modules()]
+        noted = [(held, dict(held)) for part in modules for held in (part._parameters, part._buffers) if held]
+        return functools.partial(self._as_noted, noted)
+
+    @contextmanager
+    def _as_noted(self, noted: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Iterator[None]:
+        """Context for evaluations with the ``noted`` parameters and buffers, which they leave as they are."""
+        others = [
+            (held, name, x)
+            for held, known in noted
+            for name, x in known.items()
+            if name in held and held[name] is not x
+        ]
+        with lock_of(self.net) if others else nullcontext(), _replaced(others), self._copied_buffers():
+            yield
+
+    @contextmanager
+    def _without_effects(self, z: Tensor) -> Iterator[_States | None]:
+        """Context for evaluations that change neither buffers nor generators; gives the states of the latter."""
+        with self._copied_buffers():
+            before = random_states(z)
+            try:
+                yield before
+            finally:
+                if before is not None:
+                    _restore(before)
+
+    @contextmanager
+    def _copied_buffers(self) -> Iterator[None]:
+        """Context for evaluations that write into copies of the buffers of layers in training mode."""
+        if self._modules is None:
+            modules = () if self.net is None else self.net.modules()
+            self._modules = [part for part in modules if part._buffers]
+        changing = [part for part in self._modules if part.training]
+        if not changing:
+            yield
+            return
+        # Copies during the block, not restored values after it: the graph of an earlier evaluation may hold the
+        # original buffers, and a write into them would invalidate it. Other threads must not see the copies.
+        with lock_of(self.net):
+            copies = [
+                (part._buffers, name, x.clone())
+                for part in changing
+                for name, x in part._buffers.items()
+                if x is not None and not x.requires_grad  # else a net computed it, and a copy would lose its graph
+            ]
+            with _replaced(copies):
+                yield
+
+    def z_of(self, state: State) -> Tensor:
+        """The part of a state or a velocity that penalties measure."""
+        if self.part is not None:
+            return self.part.take(state)
+        assert isinstance(state, Tensor)
+        return state
+
+
+def _explained(error: RuntimeError | AttributeError) -> ConfigError | None:
+    """An error that names the remedy for a gradient inside a field; None for another error."""
+    # torch has no error classes for these two cases, so its texts have to tell them apart
+    text = str(error)
+    if isinstance(error, AttributeError):
+        return ConfigError(_RUNS_ONCE.format(text)) if "Backward' object has no attribute" in text else None
+    if not torch.is_grad_enabled() and "does not require grad" in text:
+        return ConfigError(_INFERENCE if torch.is_inference_mode_enabled() else _NO_GRADIENTS)
+    return None
+
+
+@contextmanager
+def _replaced(entries: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    """Context in which each dictionary has the value of its entry, ``(dictionary, key, value)``."""
+    before = [(held, name, held[name]) for held, name, _ in entries]
+    for held, name, x in entries:
+        held[name] = x
+    try:
+        yield
+    finally:
+        for held, name, x in before:
+            held[name] = x
+
+
+class _States(NamedTuple):
+    """The states of the random generators that an evaluation may draw from."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+    device: torch.device
+
+
+def random_states(z: Tensor) -> _States | None:
+    """The states of the generators that an evaluation on the device of ``z`` draws from.
+
+    They are None where they cannot be read, as in a captured program and on the device meta.
+    """
+    if torch.compiler.is_compiling() or exporting() or z.is_meta:
+        return None
+    if z.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    return _States(torch.get_rng_state(), torch.cuda.get_rng_state(z.device) if z.is_cuda else None, z.device)
+
+
+def same_states(one: _States, other: _States | None) -> bool:
+    """Whether nothing was drawn between two states of the generators."""
+    if other is None or not torch.equal(one.cpu, other.cpu):
+        return False
+    return one.cuda is None or other.cuda is None or torch.equal(one.cuda, other.cuda)
+
+
+def _restore(states: _States) -> None:
+    torch.set_rng_state(states.cpu)
+    if states.cuda is not None:
+        torch.cuda.set_rng_state(states.cuda, states.device)

@@ -1,0 +1,52 @@
+"""The modules that a user's function calls."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import suppress
+
+from torch import nn
+
+
+def module_of(function: object) -> nn.Module | None:
+    """The module that a call of ``function`` runs; None if it is not known.
+
+    If ``function`` is not a module itself, this is the owner of a bound method, or a module that the function or
+    callable object holds (in its closure, its defaults, its attributes or the arguments of a partial, also of
+    functions and callable objects that are held there), or one that it reads from global names. Several modules
+    become one ModuleList.
+    """
+    modules = list({id(module): module for module in _modules_of(function, set())}.values())
+    return modules[0] if len(modules) == 1 else nn.ModuleList(modules) if modules else None
+
+
+def _modules_of(value: object, seen: set[int]) -> Iterator[nn.Module]:
+    """The modules that a callable holds. ``seen`` has the identities of what was looked at."""
+    if isinstance(value, nn.Module):
+        yield value
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    held: list[object] = []
+    if isinstance(value, functools.partial):
+        held = [value.func, *value.args, *value.keywords.values()]
+    elif inspect.ismethod(value):
+        owner = value.__self__
+        held = [owner]
+        if not isinstance(owner, nn.Module):
+            held = [value.__func__, *getattr(owner, "__dict__", {}).values()]
+    elif inspect.isfunction(value):
+        held = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # a cell is empty until its name has a value
+                held.append(cell.cell_contents)
+        # not of functions with global names, which would lead into whole libraries
+        read = (value.__globals__.get(name) for name in value.__code__.co_names)
+        held += [each for each in read if isinstance(each, nn.Module)]
+    elif callable(value) and inspect.isfunction(call := type(value).__call__):
+        held = [call, *getattr(value, "__dict__", {}).values()]
+    for each in held:
+        yield from _modules_of(each, seen)
