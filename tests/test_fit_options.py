@@ -7,6 +7,7 @@ import importlib.util
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,22 @@ def train(*arguments: object) -> Result:
     return rnode("train", "--device", "cpu", "--devices", "1", *as_options(*SETTINGS), *arguments)
 
 
+def logged(folder: Path) -> tuple[CSVLogger, Callable[[], list[dict[str, str]]]]:
+    """A logger of Lightning's own, and the rows that it has written."""
+
+    def read() -> list[dict[str, str]]:
+        with (folder / "mine" / "0" / "metrics.csv").open() as opened:
+            return list(csv.DictReader(opened))
+
+    return CSVLogger(folder, name="mine", version="0"), read
+
+
 # callbacks, loggers, Trainer options --------------------------------------------------------------------------
 
 
 def test_given_callbacks_and_loggers(tmp_path: Path) -> None:
     seen: list[int] = []
-    logger = CSVLogger(tmp_path, name="mine", version="0")
+    logger, read = logged(tmp_path)
     early = EarlyStopping("val/bpd", stopping_threshold=100.0)
     callbacks = [BeforeStep(lambda module, step: seen.append(step)), early]
     result = run(tiny_recipe(), tmp_path / "runs", callbacks=callbacks, loggers=[logger], profiler="simple")
@@ -41,8 +52,7 @@ def test_given_callbacks_and_loggers(tmp_path: Path) -> None:
     assert seen == [1, 2, 3, 4]
     assert result.evaluation is not None
     assert json.loads(result.folder.result.read_text())["stopped"] == "early"
-    with (tmp_path / "mine" / "0" / "metrics.csv").open() as opened:
-        every = list(csv.DictReader(opened))
+    every = read()
     found = [row for row in every if row["train/loss"]]
     assert len(found) == 4
     ours = [row for row in rows(result.folder.path) if "train/loss" in row]
@@ -55,10 +65,9 @@ def test_given_callbacks_and_loggers(tmp_path: Path) -> None:
 def test_loggers_of_a_resumed_run_get_the_steps_of_the_table(tmp_path: Path) -> None:
     recipe = tiny_recipe("training.log_every=2")
     first = run(recipe.override(["training.max_steps=4"]), tmp_path / "runs")
-    logger = CSVLogger(tmp_path, name="mine", version="0")
+    logger, read = logged(tmp_path)
     result = run(recipe, tmp_path / "runs", resume=first.folder.path, loggers=[logger])
-    with (tmp_path / "mine" / "0" / "metrics.csv").open() as opened:
-        found = [row for row in csv.DictReader(opened) if row["train/loss"]]
+    found = [row for row in read() if row["train/loss"]]
     ours = [row for row in rows(result.folder.path) if "train/loss" in row][2:]
     assert [row["step"] for row in ours] == ["6", "8"]
     for name in ("train/bpd", "epoch"):
@@ -68,10 +77,9 @@ def test_loggers_of_a_resumed_run_get_the_steps_of_the_table(tmp_path: Path) -> 
 
 def test_loggers_get_no_value_of_flow_matching_after_its_end(tmp_path: Path) -> None:
     """Lightning gives its loggers the last value of a name in each later step."""
-    logger = CSVLogger(tmp_path, name="mine", version="0")
+    logger, read = logged(tmp_path)
     run(tiny_recipe("training.log_every=1", "training.matching=3"), tmp_path / "runs", loggers=[logger])
-    with (tmp_path / "mine" / "0" / "metrics.csv").open() as opened:
-        found = [(row["train/matching"], row["train/loss"]) for row in csv.DictReader(opened) if row["lr"]]
+    found = [(row["train/matching"], row["train/loss"]) for row in read() if row["lr"]]
     assert [matching not in ("", "nan") for matching, _ in found] == 3 * [True] + 5 * [False]
     assert [loss != "" for _, loss in found] == 3 * [False] + 5 * [True]
 

@@ -406,13 +406,6 @@ def test_steps_without_a_finite_score_count_as_steps(tmp_path: Path, finished: b
     assert (found["steps"], found["state"]) == ("40", state)
 
 
-def test_a_penalty_of_a_running_run_that_is_not_divided_by_the_dimensions(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "0", digits(penalties=("local_error", "curl")), finished=False)
-    MetricsTable(path / "metrics.csv", keep=40).add({"val/bpd": 2.2, "val/local_error": 0.5, "val/curl": 0.1}, 41)
-    meanings = {row.name: row.meaning for row in make_table(configurations_of(path)).rows}
-    assert (meanings["local_error"], meanings["curl"]) == ("penalty, test solver", "penalty / dim, test solver")
-
-
 def test_a_validation_that_is_not_finite_and_a_plugin_that_is_not_here(tmp_path: Path) -> None:
     path = write_run(tmp_path / "0", digits(penalties=("length",)), checks=range(1, 40, 5), finished=False)
     MetricsTable(path / "metrics.csv", keep=40).add({"val/bpd": math.inf, "val/nfe": 90}, 41)
@@ -447,9 +440,13 @@ def test_other_penalties_have_their_rows(tmp_path: Path) -> None:
     table = make_table(configurations_of(path, write_run(tmp_path / "1", digits())))
     assert (cells(table, "kinetic")["taylor:3"], cells(table, "kinetic")["error"]) == ("0.250", "0.500")
     assert "taylor:3" not in cells(table, "rnode")
-    meanings = {row.name: row.meaning for row in table.rows}
-    assert meanings["taylor:3"].startswith("penalty / dim,")
-    assert meanings["error"].startswith("penalty,")
+    running = write_run(tmp_path / "2", digits(penalties=("local_error", "curl")), finished=False)
+    validated = {"val/bpd": 2.2, "val/local_error": 0.5, "val/curl": 0.1}
+    MetricsTable(running / "metrics.csv", keep=40).add(validated, 41)
+    meanings = {row.name: row.meaning for row in (*table.rows, *make_table(configurations_of(running)).rows)}
+    for name, meaning in (("taylor:3", "penalty / dim"), ("error", "penalty"), ("local_error", "penalty"),
+                          ("curl", "penalty / dim")):  # fmt: skip
+        assert meanings[name] == f"{meaning}, test solver"  # a penalty of steps is not divided
 
 
 def test_numbers_as_text() -> None:
