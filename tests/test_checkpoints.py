@@ -170,20 +170,17 @@ def test_foreign(tmp_path: Path) -> None:
 # damaged ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("place", "value", "message"),
-    [
-        ("state_dict", [1, 2], "does not fit the model"),
-        ("state_dict", {}, "does not fit the model"),
-        ("rnode_plugin.recipe", None, "the recipe in"),
-        ("rnode_plugin.recipe.model.colour", "red", r"the recipe in .*unknown setting 'model.colour'"),
-        ("rnode_plugin.recipe.model.hidden", 5, "does not fit the model of its recipe"),
-        ("rnode_plugin.recipe.name", "../../../x", "the recipe in .*cannot name a folder"),
-        ("rnode_plugin.facts", {"colour": "red"}, "has written facts that cannot be read"),
-        ("rnode_plugin.format", 1, "in format 1; this is .*, which reads format 3. Install that version to use it"),
-        ("rnode_plugin.format", 99, "in format 99"),
-    ],
-)
+@pytest.mark.parametrize(("place", "value", "message"), [
+    ("state_dict", [1, 2], "does not fit the model"),
+    ("state_dict", {}, "does not fit the model"),
+    ("rnode_plugin.recipe", None, "the recipe in"),
+    ("rnode_plugin.recipe.model.colour", "red", r"the recipe in .*unknown setting 'model.colour'"),
+    ("rnode_plugin.recipe.model.hidden", 5, "does not fit the model of its recipe"),
+    ("rnode_plugin.recipe.name", "../../../x", "the recipe in .*cannot name a folder"),
+    ("rnode_plugin.facts", {"colour": "red"}, "has written facts that cannot be read"),
+    ("rnode_plugin.format", 1, "in format 1; this is .*, which reads format 3. Install that version to use it"),
+    ("rnode_plugin.format", 99, "in format 99"),
+])  # fmt: skip
 def test_contents_that_do_not_fit_are_one_message(
     file: Path, tmp_path: Path, place: str, value: Any, message: str
 ) -> None:

@@ -112,26 +112,23 @@ def test_penalties_by_name_and_in_a_file(recipe: Recipe, tmp_path: Path) -> None
         assert check_path_name(name, "configuration") == name
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "unknown configuration ''"),
-        ("taylor:9", "order from 2 to 5"),
-        ("none", "none and none have the same name"),
-        ("{", "must be JSON that maps names to penalties, such as"),
-        ("[" * 100_000, "must be JSON that maps names to penalties"),
-        ('{"a": 1}', "must be JSON that maps names to penalties"),
-        ('{"a": {"kinetic": 1}, "a": {"kinetic": 2}}', "a.json has the name 'a' twice"),
-        ('{"a": {"kinetic": 1, "kinetic": 2}}', "a.json has the name 'kinetic' twice"),
-        ("{}", "a.json has no configuration"),
-        ('{"a": {"kinetic": 1}, "b": {"kinetic": [], "l1": [1]}}', "a sweep without a lambda"),
-        ('{"a": {"kinetic": -1}}', "a.json, a: regularizers.kinetic: expected a finite number"),
-        ('{"a:b": {"kinetic": 1}, "a-b": {"kinetic": 2}}', "a:b and a-b have the same name"),
-        ('{"../a": {"kinetic": 1}}', "recipe name 'digits-../a' cannot name a folder"),
-        ('{"a": {"kinetics": 1}}', "a: unknown regularizer 'kinetics'; did you mean 'kinetic'"),
-        ('{"a": {"kinetic": 1}, "b": {"kinetic": 1}}', "a and b have the same settings"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "unknown configuration ''"),
+    ("taylor:9", "order from 2 to 5"),
+    ("none", "none and none have the same name"),
+    ("{", "must be JSON that maps names to penalties, such as"),
+    ("[" * 100_000, "must be JSON that maps names to penalties"),
+    ('{"a": 1}', "must be JSON that maps names to penalties"),
+    ('{"a": {"kinetic": 1}, "a": {"kinetic": 2}}', "a.json has the name 'a' twice"),
+    ('{"a": {"kinetic": 1, "kinetic": 2}}', "a.json has the name 'kinetic' twice"),
+    ("{}", "a.json has no configuration"),
+    ('{"a": {"kinetic": 1}, "b": {"kinetic": [], "l1": [1]}}', "a sweep without a lambda"),
+    ('{"a": {"kinetic": -1}}', "a.json, a: regularizers.kinetic: expected a finite number"),
+    ('{"a:b": {"kinetic": 1}, "a-b": {"kinetic": 2}}', "a:b and a-b have the same name"),
+    ('{"../a": {"kinetic": 1}}', "recipe name 'digits-../a' cannot name a folder"),
+    ('{"a": {"kinetics": 1}}', "a: unknown regularizer 'kinetics'; did you mean 'kinetic'"),
+    ('{"a": {"kinetic": 1}, "b": {"kinetic": 1}}', "a and b have the same settings"),
+])  # fmt: skip
 def test_configurations_that_are_refused(recipe: Recipe, tmp_path: Path, text: str, message: str) -> None:
     if text.startswith(("[", "{")):
         (tmp_path / "a.json").write_text(text)
@@ -143,22 +140,19 @@ def test_configurations_that_are_refused(recipe: Recipe, tmp_path: Path, text: s
 # the line of a run follows from its folder ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("state", "limit", "option", "left"),
-    [
-        ("new", 90, "--run-folder", "90.000"),
-        ("begun", 90, "--run-folder", "90.000"),  # it ended before its first checkpoint
-        ("interrupted", 90, "--resume", "88.500"),  # all runs have the same time
-        ("interrupted", 1, "--resume", "0.001"),
-        ("interrupted", None, "--resume", None),
-        ("damaged", 90, "--resume", "90.000"),
-        ("finished", 90, None, None),
-        ("max_time", 1, None, None),
-        ("max_time", 120, "--resume", "118.500"),
-        ("max_time", None, "--resume", None),
-        ("locked", 90, None, None),
-    ],
-)
+@pytest.mark.parametrize(("state", "limit", "option", "left"), [
+    ("new", 90, "--run-folder", "90.000"),
+    ("begun", 90, "--run-folder", "90.000"),  # it ended before its first checkpoint
+    ("interrupted", 90, "--resume", "88.500"),  # all runs have the same time
+    ("interrupted", 1, "--resume", "0.001"),
+    ("interrupted", None, "--resume", None),
+    ("damaged", 90, "--resume", "90.000"),
+    ("finished", 90, None, None),
+    ("max_time", 1, None, None),
+    ("max_time", 120, "--resume", "118.500"),
+    ("max_time", None, "--resume", None),
+    ("locked", 90, None, None),
+])  # fmt: skip
 def test_the_line_of_a_run(
     recipe: Recipe, tmp_path: Path, state: str, limit: float | None, option: str | None, left: str | None
 ) -> None:
@@ -195,15 +189,12 @@ def test_the_line_of_a_run(
     assert folder.exists() == (state not in ("new", "begun"))
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"optimizer": {"lr": 1e-4}}, r"other settings \(optimizer.lr is 0.0001 there and "),
-        ({"facts": Facts(train="of others").to_plain()}, "trained on other data"),
-        (None, r"has checkpoints, but no recipe\.json"),
-        ({}, None),
-    ],
-)
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"optimizer": {"lr": 1e-4}}, r"other settings \(optimizer.lr is 0.0001 there and "),
+    ({"facts": Facts(train="of others").to_plain()}, "trained on other data"),
+    (None, r"has checkpoints, but no recipe\.json"),
+    ({}, None),
+])  # fmt: skip
 def test_a_run_that_cannot_be_compared(
     recipe: Recipe, tmp_path: Path, changed: dict[str, Any] | None, message: str | None
 ) -> None:
@@ -368,16 +359,13 @@ def test_a_run_that_is_being_trained_is_waited_for(recipe: Recipe, training: Tra
     assert (result.runs, result.failed, training.calls()) == ((folder,), (), [])
 
 
-@pytest.mark.parametrize(
-    ("accelerator", "jobs", "visible", "gpus"),
-    [
-        ("gpu", 3, None, ["0", "1", "0"]),
-        ("auto", 1, None, ["0"]),
-        ("gpu", 2, "5,GPU-3", ["5", "GPU-3"]),
-        ("cpu", 2, None, [None, None]),
-        ("cuda:1", 2, None, [None, None]),
-    ],
-)
+@pytest.mark.parametrize(("accelerator", "jobs", "visible", "gpus"), [
+    ("gpu", 3, None, ["0", "1", "0"]),
+    ("auto", 1, None, ["0"]),
+    ("gpu", 2, "5,GPU-3", ["5", "GPU-3"]),
+    ("cpu", 2, None, [None, None]),
+    ("cuda:1", 2, None, [None, None]),
+])  # fmt: skip
 def test_each_job_has_a_gpu(
     recipe: Recipe,
     tmp_path: Path,

@@ -60,13 +60,10 @@ assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    "script",
-    [
-        pytest.param(_ONE_GRAPH, id="one graph"),
-        pytest.param(_TWO_FIELDS, id="fields", marks=[needs_compiler, pytest.mark.slow]),
-    ],
-)
+@pytest.mark.parametrize("script", [
+    pytest.param(_ONE_GRAPH, id="one graph"),
+    pytest.param(_TWO_FIELDS, id="fields", marks=[needs_compiler, pytest.mark.slow]),
+])  # fmt: skip
 def test_compiled_values_and_gradients_are_the_plain_ones(script: str) -> None:
     """In a separate process, without what has imported distutils or puts probes of coverage into functions."""
     here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}

@@ -120,18 +120,15 @@ def _deep_color() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(lines.tobytes())) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (lambda path: path.write_bytes(b""), "is damaged"),
-        (lambda path: Image.new("I;16", (8, 8)).save(path), "more than 8 bits per channel"),
-        (lambda path: path.write_bytes(_deep_color()), "more than 8 bits per channel"),
-        (lambda path: Image.new("LAB", (8, 8)).save(path, "TIFF"), "has colors in the mode LAB: convert it to RGB"),
-        (lambda path: Image.new("L", (100, 100)).save(path), "is too large: scale it down. .*10000 pixels"),
-        (lambda path: path.write_bytes(picture_bytes(random_images(1, (3, 64, 64))[0])[:5000]), "is damaged"),
-        (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"), "its format is not"),
-    ],
-)
+@pytest.mark.parametrize(("write", "message"), [
+    (lambda path: path.write_bytes(b""), "is damaged"),
+    (lambda path: Image.new("I;16", (8, 8)).save(path), "more than 8 bits per channel"),
+    (lambda path: path.write_bytes(_deep_color()), "more than 8 bits per channel"),
+    (lambda path: Image.new("LAB", (8, 8)).save(path, "TIFF"), "has colors in the mode LAB: convert it to RGB"),
+    (lambda path: Image.new("L", (100, 100)).save(path), "is too large: scale it down. .*10000 pixels"),
+    (lambda path: path.write_bytes(picture_bytes(random_images(1, (3, 64, 64))[0])[:5000]), "is damaged"),
+    (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"), "its format is not"),
+])  # fmt: skip
 def test_what_is_no_good_picture_is_named(tmp_path, monkeypatch, write, message):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
     write_picture(tmp_path / "a.png", random_images(1)[0])
@@ -167,15 +164,12 @@ def test_empty_missing_and_unclear_folders(tmp_path):
         get_dataset("folder", root=str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("shape", "options", "found"),
-    [
-        ((3, 12, 20), [], (3, 12, 20)),
-        ((1, 8, 8), [], (1, 8, 8)),
-        ((3, 12, 20), ["data.size=6"], (3, 6, 6)),
-        ((1, 9, 8), ["data.size=4", "data.shape=3,4,4"], (3, 4, 4)),
-    ],
-)
+@pytest.mark.parametrize(("shape", "options", "found"), [
+    ((3, 12, 20), [], (3, 12, 20)),
+    ((1, 8, 8), [], (1, 8, 8)),
+    ((3, 12, 20), ["data.size=6"], (3, 6, 6)),
+    ((1, 9, 8), ["data.size=4", "data.shape=3,4,4"], (3, 4, 4)),
+])  # fmt: skip
 def test_a_recipe_takes_the_shape_of_the_pictures(tmp_path, shape, options, found):
     for i, image in enumerate(random_images(30, shape)):
         write_picture(tmp_path / f"{i}.png", image)
@@ -246,16 +240,13 @@ def test_celebahq256_is_five_bits_from_packed_and_from_pictures(tmp_path):
         assert data.limit(3).train.shape == (3, 3, 256, 256)
 
 
-@pytest.mark.parametrize(
-    ("train", "val", "message"),
-    [
-        (np.zeros((4, 3, 8, 8), np.float32), None, "holds float32"),
-        (np.zeros((4, 8, 8, 3), np.uint8), None, "channels, which come first"),
-        (np.zeros((0, 3, 8, 8), np.uint8), None, "holds uint8"),
-        (np.array([{}] * 4), None, "cannot be read"),
-        (random_images(4), random_images(4, (3, 9, 9)), "images of 3x9x9, not 3x8x8.*arrays before you write"),
-    ],
-)
+@pytest.mark.parametrize(("train", "val", "message"), [
+    (np.zeros((4, 3, 8, 8), np.float32), None, "holds float32"),
+    (np.zeros((4, 8, 8, 3), np.uint8), None, "channels, which come first"),
+    (np.zeros((0, 3, 8, 8), np.uint8), None, "holds uint8"),
+    (np.array([{}] * 4), None, "cannot be read"),
+    (random_images(4), random_images(4, (3, 9, 9)), "images of 3x9x9, not 3x8x8.*arrays before you write"),
+])  # fmt: skip
 def test_arrays_that_are_no_packed_images(tmp_path, train, val, message):
     _pack(tmp_path, train, val)
     with pytest.raises(DataError, match=message):

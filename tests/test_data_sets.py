@@ -298,17 +298,14 @@ def _data(**changes) -> ImageData:
     return ImageData(**{"name": "x", "train": images, "val": images, "shape": (1, 4, 4), "levels": 17, **changes})
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"train": np.zeros((10, 1, 4, 4), np.float32)}, "train images are float32 .* must be uint8"),
-        ({"val": np.zeros((10, 4, 4), np.uint8)}, r"val images are uint8 \(10, 4, 4\).*\(N, 1, 4, 4\)"),
-        ({"train": np.zeros((0, 1, 4, 4), np.uint8)}, r"train images are uint8 \(0"),
-        ({"train": np.full((10, 1, 4, 4), 17, np.uint8)}, "hold the value 17, which 17 levels"),
-        ({"train": [[0]]}, r"train images are list, but they must be uint8 arrays \(N, 1, 4, 4\)"),
-        ({"levels": 257}, "levels must be 2 to 256"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"train": np.zeros((10, 1, 4, 4), np.float32)}, "train images are float32 .* must be uint8"),
+    ({"val": np.zeros((10, 4, 4), np.uint8)}, r"val images are uint8 \(10, 4, 4\).*\(N, 1, 4, 4\)"),
+    ({"train": np.zeros((0, 1, 4, 4), np.uint8)}, r"train images are uint8 \(0"),
+    ({"train": np.full((10, 1, 4, 4), 17, np.uint8)}, "hold the value 17, which 17 levels"),
+    ({"train": [[0]]}, r"train images are list, but they must be uint8 arrays \(N, 1, 4, 4\)"),
+    ({"levels": 257}, "levels must be 2 to 256"),
+])  # fmt: skip
 def test_arrays_that_are_no_such_images_are_refused(changes, message):
     with pytest.raises(DataError, match=message):
         _data(**changes)

@@ -175,16 +175,13 @@ def test_the_model_and_the_generator_are_left_as_they_were() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
-    ("model", "x", "options", "message"),
-    [
-        (nn.Linear(2, 2), X, {}, "Linear cannot be diagnosed: give a RegularizedCNF"),
-        (density(), X[:1], {}, "at least two held-out samples"),
-        (density(), X, {"context": X}, "takes no context"),
-        (density(), X / 0, {}, "not finite: leave those samples out"),
-        (posterior(), X, {}, r"is conditional: context="),
-    ],
-)
+@pytest.mark.parametrize(("model", "x", "options", "message"), [
+    (nn.Linear(2, 2), X, {}, "Linear cannot be diagnosed: give a RegularizedCNF"),
+    (density(), X[:1], {}, "at least two held-out samples"),
+    (density(), X, {"context": X}, "takes no context"),
+    (density(), X / 0, {}, "not finite: leave those samples out"),
+    (posterior(), X, {}, r"is conditional: context="),
+])  # fmt: skip
 def test_what_is_refused(model: nn.Module, x: Tensor, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         diagnose(model, x, **options)
@@ -308,15 +305,12 @@ def test_a_field_with_a_wrong_product_fails() -> None:
     assert wrong.numbers["difference"] == pytest.approx(0.2 * float(MATRIX.trace() + 2), rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("model", "data"),
-    [
-        (density(trace_estimator="exact", solver="tsit5"), (X,)),
-        (table_flow(), (torch.tensor([10.0, 0.1]) * X[:40],)),
-        (posterior(), posterior_pairs(20)),
-        (image_flow(), (IMAGES[:2],)),
-    ],
-)
+@pytest.mark.parametrize(("model", "data"), [
+    (density(trace_estimator="exact", solver="tsit5"), (X,)),
+    (table_flow(), (torch.tensor([10.0, 0.1]) * X[:40],)),
+    (posterior(), posterior_pairs(20)),
+    (image_flow(), (IMAGES[:2],)),
+])  # fmt: skip
 def test_a_normalized_density_passes(model: Any, data: tuple[Tensor, ...]) -> None:
     found = of("normalization", model, *data)
     assert found.verdict == "ok", found.sentence

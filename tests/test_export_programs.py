@@ -145,15 +145,11 @@ def test_contexts_that_are_labels() -> None:
     assert_same(program.module()(z, labels), model.inverse(z, context=labels))
 
 
-@pytest.mark.parametrize(
-    ("field", "words"),
-    [
-        (lambda t, z: z * (1.0 if float(z.sum()) > 0 else 2.0), "cannot be exported"),
-        (lambda t, z: torch.from_numpy(np.tanh(z.detach().numpy())), "cannot be exported"),
-        (lambda t, z: z * torch.rand(()), "draws random numbers"),
-    ],
-    ids=["if", "numpy", "random"],
-)
+@pytest.mark.parametrize(("field", "words"), [
+    (lambda t, z: z * (1.0 if float(z.sum()) > 0 else 2.0), "cannot be exported"),
+    (lambda t, z: torch.from_numpy(np.tanh(z.detach().numpy())), "cannot be exported"),
+    (lambda t, z: z * torch.rand(()), "draws random numbers"),
+], ids=["if", "numpy", "random"])  # fmt: skip
 def test_a_field_that_cannot_be_exported(field: Any, words: str) -> None:
     class Field(nn.Module):
         def forward(self, t: Tensor, z: Tensor) -> Tensor:

@@ -121,29 +121,26 @@ def _fewer(faces: Path) -> Path:
 
 
 @pytest.mark.parametrize("count", [FEW, MANY])
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda faces: faces, "silent"),
-        (lambda faces: faces.rename(faces.with_name("renamed")), "silent"),
-        (_copied, "silent"),
-        (_packed, "silent"),
-        (lambda faces: faces.parent, "refused"),
-        (_parent_copied, "refused"),
-        (_parent_packed, "line"),
-        (lambda faces: faces / "sub", "refused"),
-        (_sorted_in_place, "refused"),
-        (_one_folder_deeper, "refused"),
-        (_renumbered, "refused"),
-        (_flattened, "refused"),
-        (_turned_round, "line"),
-        (_fewer, "line"),
-        (lambda faces: pictures(faces, IMAGES), "silent"),  # more of them
-        (lambda faces: pictures(faces, _used(faces) ^ 1), "line"),  # decoded otherwise
-        (lambda faces: pictures(faces, IMAGES ^ 1), "line"),  # both
-        (lambda faces: pictures(faces, _used(faces) // 2), "line"),  # replaced
-    ],
-)
+@pytest.mark.parametrize(("change", "expected"), [
+    (lambda faces: faces, "silent"),
+    (lambda faces: faces.rename(faces.with_name("renamed")), "silent"),
+    (_copied, "silent"),
+    (_packed, "silent"),
+    (lambda faces: faces.parent, "refused"),
+    (_parent_copied, "refused"),
+    (_parent_packed, "line"),
+    (lambda faces: faces / "sub", "refused"),
+    (_sorted_in_place, "refused"),
+    (_one_folder_deeper, "refused"),
+    (_renumbered, "refused"),
+    (_flattened, "refused"),
+    (_turned_round, "line"),
+    (_fewer, "line"),
+    (lambda faces: pictures(faces, IMAGES), "silent"),  # more of them
+    (lambda faces: pictures(faces, _used(faces) ^ 1), "line"),  # decoded otherwise
+    (lambda faces: pictures(faces, IMAGES ^ 1), "line"),  # both
+    (lambda faces: pictures(faces, _used(faces) // 2), "line"),  # replaced
+])  # fmt: skip
 def test_no_picture_that_was_trained_on_is_called_held_out_in_silence(
     tmp_path: Path, change: Callable[[Path], Path], expected: str, count: int
 ) -> None:

@@ -396,19 +396,16 @@ def wrong(register):
     register(Wrong(), "wrong")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["wrong-command"], "the command 'wrong-command'"),
-        (["recipes", "show", "wrong-recipe"], "recipe 'wrong-recipe': its plugin returned dict, not a Recipe"),
-        (["recipes", "show", "old-recipe"], "the recipe 'old-recipe' of plugin 'wrong' .*'optimizer.rate'"),
-        (["recipes", "show", "bad-recipe"], "the recipe 'bad-recipe' of .*name '' cannot name a folder"),
-        (["train", "digits", "--data", "wrong-data"], "'wrong-data': its plugin returned list, not ImageData"),
-        (["train", "digits", "--data", "failing-data"], "the data set 'failing-data' of plugin 'wrong'.* not here"),
-        (["train", "digits", "--set", "model.name=nothing"], "NoneType, not a DensityModel.*Write a model"),
-        (["train", "digits", "--set", "model.name=unbuilt"], "the model 'unbuilt' of plugin 'wrong'.* not here"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["wrong-command"], "the command 'wrong-command'"),
+    (["recipes", "show", "wrong-recipe"], "recipe 'wrong-recipe': its plugin returned dict, not a Recipe"),
+    (["recipes", "show", "old-recipe"], "the recipe 'old-recipe' of plugin 'wrong' .*'optimizer.rate'"),
+    (["recipes", "show", "bad-recipe"], "the recipe 'bad-recipe' of .*name '' cannot name a folder"),
+    (["train", "digits", "--data", "wrong-data"], "'wrong-data': its plugin returned list, not ImageData"),
+    (["train", "digits", "--data", "failing-data"], "the data set 'failing-data' of plugin 'wrong'.* not here"),
+    (["train", "digits", "--set", "model.name=nothing"], "NoneType, not a DensityModel.*Write a model"),
+    (["train", "digits", "--set", "model.name=unbuilt"], "the model 'unbuilt' of plugin 'wrong'.* not here"),
+])  # fmt: skip
 def test_what_fails_inside_a_plugin_is_one_message_that_names_it(wrong, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, arguments)

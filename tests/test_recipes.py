@@ -39,15 +39,12 @@ FAST = ["mnist-fast", "cifar10-fast"]
 NAMES = ["digits", *FAST, *PAPER]
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "levels", "batch", "epochs", "alpha", "flip", "method"),
-    [
-        ("mnist", (1, 28, 28), 256, 200, 100, 1e-5, False, "rk4_38"),
-        ("cifar10", (3, 32, 32), 256, 200, 100, 0.05, True, "rk4_38"),
-        ("imagenet64", (3, 64, 64), 256, 50, 4, 0.05, False, "dopri5"),
-        ("celebahq256", (3, 256, 256), 32, 3, 16, 0.05, True, "dopri5"),
-    ],
-)
+@pytest.mark.parametrize(("name", "shape", "levels", "batch", "epochs", "alpha", "flip", "method"), [
+    ("mnist", (1, 28, 28), 256, 200, 100, 1e-5, False, "rk4_38"),
+    ("cifar10", (3, 32, 32), 256, 200, 100, 0.05, True, "rk4_38"),
+    ("imagenet64", (3, 64, 64), 256, 50, 4, 0.05, False, "dopri5"),
+    ("celebahq256", (3, 256, 256), 32, 3, 16, 0.05, True, "dopri5"),
+])  # fmt: skip
 def test_settings_of_the_paper(name, shape, levels, batch, epochs, alpha, flip, method) -> None:
     recipe = get_recipe(name)
     data: Any = recipe.data
@@ -191,48 +188,42 @@ def test_a_recipe_holds_names_and_numbers() -> None:
         Recipe.from_plain(plain)
 
 
-@pytest.mark.parametrize(
-    ("assignment", "message"),
-    [
-        ("optimizer.lrr=1", r"unknown setting 'optimizer.lrr'. Did you mean optimizer.lr"),
-        ("optimizer=1", "unknown setting 'optimizer'"),
-        ("paper.hours=1", "unknown setting 'paper.hours'"),
-        ("optimizer.lr", "write group.key=value"),
-        ("optimizer.lr=fast", "optimizer.lr: .*number.*got 'fast'"),
-        ("data.shape=1,28", "data.shape: "),
-        ("solver.method=rk5", "unknown solver method 'rk5'"),
-        ("solver.step=-1", r"^solver: step must be"),
-        ("test_solver.first_step=-1", r"^test_solver: .*first_step must be a number > 0"),
-        ("solver.step=auto", "solver.step: .*got 'auto'"),
-        ("training.max_epochs=none", "cannot both be none"),
-        ("training.sample_temperatures=nan", "temperatures: input should be a finite number, got 'nan'"),
-        ("training.sample_temperatures=0.8,1,0.8", "has 0.8 twice"),
-        ("training.sample_temperatures=", "temperatures: tuple should have at least 1 item"),
-        ("training.precision=bf16-true", "would round the data themselves: use 32-true or bf16-mixed"),
-        ("regularizers.kinetik=1", "unknown regularizer 'kinetik'; did you mean 'kinetic'"),
-        ("regularizers.=1", "unknown setting"),
-        ("regularizers.kinetic=linear_warmup(0)", r"regularizers\.kinetic: a warm-up takes .* at least 1"),
-        ("regularizers.kinetic=linear_warmup(10)*-1", r"regularizers\.kinetic: .*>= 0"),
-        ("regularizers.kinetic=-1", "expected a finite number >= 0"),
-        ("regularizers.steer:0.25=0.5", "has no penalty and takes no lambda"),
-        ("regularizers.trajectory_polynomial=5", "'trajectory_polynomial': solve through random times"),
-    ],
-)
+@pytest.mark.parametrize(("assignment", "message"), [
+    ("optimizer.lrr=1", r"unknown setting 'optimizer.lrr'. Did you mean optimizer.lr"),
+    ("optimizer=1", "unknown setting 'optimizer'"),
+    ("paper.hours=1", "unknown setting 'paper.hours'"),
+    ("optimizer.lr", "write group.key=value"),
+    ("optimizer.lr=fast", "optimizer.lr: .*number.*got 'fast'"),
+    ("data.shape=1,28", "data.shape: "),
+    ("solver.method=rk5", "unknown solver method 'rk5'"),
+    ("solver.step=-1", r"^solver: step must be"),
+    ("test_solver.first_step=-1", r"^test_solver: .*first_step must be a number > 0"),
+    ("solver.step=auto", "solver.step: .*got 'auto'"),
+    ("training.max_epochs=none", "cannot both be none"),
+    ("training.sample_temperatures=nan", "temperatures: input should be a finite number, got 'nan'"),
+    ("training.sample_temperatures=0.8,1,0.8", "has 0.8 twice"),
+    ("training.sample_temperatures=", "temperatures: tuple should have at least 1 item"),
+    ("training.precision=bf16-true", "would round the data themselves: use 32-true or bf16-mixed"),
+    ("regularizers.kinetik=1", "unknown regularizer 'kinetik'; did you mean 'kinetic'"),
+    ("regularizers.=1", "unknown setting"),
+    ("regularizers.kinetic=linear_warmup(0)", r"regularizers\.kinetic: a warm-up takes .* at least 1"),
+    ("regularizers.kinetic=linear_warmup(10)*-1", r"regularizers\.kinetic: .*>= 0"),
+    ("regularizers.kinetic=-1", "expected a finite number >= 0"),
+    ("regularizers.steer:0.25=0.5", "has no penalty and takes no lambda"),
+    ("regularizers.trajectory_polynomial=5", "'trajectory_polynomial': solve through random times"),
+])  # fmt: skip
 def test_bad_overrides_are_refused(assignment: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         get_recipe("mnist").override([assignment])
 
 
-@pytest.mark.parametrize(
-    ("assignments", "message"),
-    [
-        (["solver.quadrature=sampled"], "weight_gradients='half' needs quadrature='full'"),
-        (["solver.method=dopri5"], "rk4 or rk4_38 on a fixed grid, not of dopri5"),
-        (["solver.method=euler"], "rk4 or rk4_38 on a fixed grid, not of euler"),
-        (["solver.gradient=adjoint"], "use the gradient 'autograd' or 'checkpointed'"),
-        (["training.compile=true"], "fields that are not compiled: give training.compile=false"),
-    ],
-)
+@pytest.mark.parametrize(("assignments", "message"), [
+    (["solver.quadrature=sampled"], "weight_gradients='half' needs quadrature='full'"),
+    (["solver.method=dopri5"], "rk4 or rk4_38 on a fixed grid, not of dopri5"),
+    (["solver.method=euler"], "rk4 or rk4_38 on a fixed grid, not of euler"),
+    (["solver.gradient=adjoint"], "use the gradient 'autograd' or 'checkpointed'"),
+    (["training.compile=true"], "fields that are not compiled: give training.compile=false"),
+])  # fmt: skip
 def test_weight_gradients_at_half_of_the_evaluations(assignments: list[str], message: str) -> None:
     """They are refused with what cannot draw them, and are not a part of the baseline."""
     recipe = get_recipe("mnist").override(["training.weight_gradients=half", "training.compile=auto"])
@@ -241,26 +232,20 @@ def test_weight_gradients_at_half_of_the_evaluations(assignments: list[str], mes
         recipe.override(assignments)
 
 
-@pytest.mark.parametrize(
-    ("assignments", "message"),
-    [
-        (["solver.atol=1e-8"], "solver.atol has no effect, because rk4_38 takes the steps of a fixed grid"),
-        (["solver.error_norm=worst"], "solver.error_norm has no effect, because rk4_38 takes the steps"),
-        (
-            ["training.warm_start=no"],
-            "training.warm_start has no effect, because rk4_38 .* give solver.method=dopri5",
-        ),
-        (["test_solver.method=rk4", "test_solver.rtol=1e-8"], "test_solver.rtol .* test_solver.method=dopri5"),
-        (["optimizer.name=adam", "optimizer.momentum=0.5"], "optimizer.momentum .* give optimizer.name=muon too"),
-        (["optimizer.name=adam", "optimizer.vector_lr=0.5"], "optimizer.vector_lr has no effect"),
-        (["optimizer.cooldown=0.5"], "with optimizer.schedule=cosine: give optimizer.schedule=cooldown too"),
-        (["training.val_every=2"], "with training.val_every_steps=100: give training.val_every_steps=none too"),
-        (["optimizer.matching_factor=3"], "takes no steps of flow matching: give training.matching=STEPS too"),
-        # also values that the recipe has already
-        (["test_solver.step=0.25"], "test_solver.step has no effect, because dopri5 chooses its own steps"),
-        (["optimizer.cooldown=0.2"], "optimizer.cooldown has no effect"),
-    ],
-)
+@pytest.mark.parametrize(("assignments", "message"), [
+    (["solver.atol=1e-8"], "solver.atol has no effect, because rk4_38 takes the steps of a fixed grid"),
+    (["solver.error_norm=worst"], "solver.error_norm has no effect, because rk4_38 takes the steps"),
+    (["training.warm_start=no"], "training.warm_start has no effect, because rk4_38 .* give solver.method=dopri5"),
+    (["test_solver.method=rk4", "test_solver.rtol=1e-8"], "test_solver.rtol .* test_solver.method=dopri5"),
+    (["optimizer.name=adam", "optimizer.momentum=0.5"], "optimizer.momentum .* give optimizer.name=muon too"),
+    (["optimizer.name=adam", "optimizer.vector_lr=0.5"], "optimizer.vector_lr has no effect"),
+    (["optimizer.cooldown=0.5"], "with optimizer.schedule=cosine: give optimizer.schedule=cooldown too"),
+    (["training.val_every=2"], "with training.val_every_steps=100: give training.val_every_steps=none too"),
+    (["optimizer.matching_factor=3"], "takes no steps of flow matching: give training.matching=STEPS too"),
+    # also values that the recipe has already
+    (["test_solver.step=0.25"], "test_solver.step has no effect, because dopri5 chooses its own steps"),
+    (["optimizer.cooldown=0.2"], "optimizer.cooldown has no effect"),
+])  # fmt: skip
 def test_settings_without_an_effect_are_refused(assignments: list[str], message: str) -> None:
     """Values that the recipe had before are left over, and pass."""
     with pytest.raises(ConfigError, match=message):
@@ -287,18 +272,15 @@ def test_a_sampled_test_solver_is_refused() -> None:
         get_recipe("mnist-fast").override(["optimizer.matching_factor=1", "training.weights=mnist-pretrained"])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"colour": 1}, "unknown setting 'colour'"),
-        ({"data": {"name": "mnist", "shape": [1, 2, 2], "depth": 3}}, "unknown setting 'data.depth'"),
-        ({"data": {"name": "mnist"}}, "data.shape: "),
-        ({"data": [1, 2]}, "data: .*dictionary"),
-        ({"regularizers": {"kinetic": "much"}}, "regularizers.kinetic: expected a finite number"),
-        ({"optimizer": {"warmup": 0.5}}, "optimizer.warmup"),
-        ({"test_solver": {"method": "tsit5", "atol": -1}}, r"^test_solver: .*atol must be a number >= 0"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"colour": 1}, "unknown setting 'colour'"),
+    ({"data": {"name": "mnist", "shape": [1, 2, 2], "depth": 3}}, "unknown setting 'data.depth'"),
+    ({"data": {"name": "mnist"}}, "data.shape: "),
+    ({"data": [1, 2]}, "data: .*dictionary"),
+    ({"regularizers": {"kinetic": "much"}}, "regularizers.kinetic: expected a finite number"),
+    ({"optimizer": {"warmup": 0.5}}, "optimizer.warmup"),
+    ({"test_solver": {"method": "tsit5", "atol": -1}}, r"^test_solver: .*atol must be a number >= 0"),
+])  # fmt: skip
 def test_bad_plain_recipes_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Recipe.from_plain({**get_recipe("mnist").to_plain(), **change})

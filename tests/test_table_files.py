@@ -156,16 +156,13 @@ def test_missing_cells_in_a_column_that_is_not_read(tmp_path: Path) -> None:
         read_columns(path, ["d"])
 
 
-@pytest.mark.parametrize(
-    ("array", "message"),
-    [
-        (np.zeros(5), r"holds float64 \(5,\), but a table is an array \(rows, columns\)"),
-        (np.zeros(30, dtype=[("q", "f8"), ("r", "f8")]), r"but a table is an array \(rows, columns\)"),
-        (np.zeros((30, 2), dtype=complex), "'column_1' .*not numeric"),
-        (np.array([["x", "y"]]), r"'column_1' .*not numeric: row 1 holds 'x'"),
-        (np.array([[None]], dtype=object), "cannot be read"),
-    ],
-)
+@pytest.mark.parametrize(("array", "message"), [
+    (np.zeros(5), r"holds float64 \(5,\), but a table is an array \(rows, columns\)"),
+    (np.zeros(30, dtype=[("q", "f8"), ("r", "f8")]), r"but a table is an array \(rows, columns\)"),
+    (np.zeros((30, 2), dtype=complex), "'column_1' .*not numeric"),
+    (np.array([["x", "y"]]), r"'column_1' .*not numeric: row 1 holds 'x'"),
+    (np.array([[None]], dtype=object), "cannot be read"),
+])  # fmt: skip
 def test_arrays_that_are_refused(array: np.ndarray, message: str, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(DataError, match=message):
@@ -248,21 +245,18 @@ def _accept(table: Table, modeled: int) -> None:
 X, Y = np.random.default_rng(0).normal(size=(2, 50))
 
 
-@pytest.mark.parametrize(
-    ("columns", "modeled", "message"),
-    [
-        ((X, np.full(50, 3.0)), 2, r"column 'b' of t is 3 ± 0, constant"),
-        ((X, np.full(50, 3.0)), 1, r"column 'b' of t is 3 ± 0, constant"),  # also one that is given
-        ((X, 101325 + 1e-3 * Y), 2, r"column 'b' of t is 101325.* ± .*, constant or nearly so for 32-bit numbers"),
-        ((X, 1e-46 * Y), 2, r"column 'b' of t is .*e-4\d ± .*, constant or nearly so for 32-bit numbers"),
-        ((X, 1e39 * Y), 2, r"column 'b' of t has values outside of 32-bit numbers"),
-        ((X, Y, 3 * X - Y + 2), 3, r"column 'c' of t is a linear function of the others"),
-        ((1e4 + X, Y, 1e4 + X - Y), 3, r"column 'c' of t is a linear function of the others"),  # to 64 bits
-        ((1e4 + X, 1e4 + X + 1e-4 * Y), 2, r"column 'b' of t is .*, or nearly so for 32-bit numbers"),
-        ((X, 2 * X + 1), 1, r"column 'a' of t is a linear function of the others"),  # by what is given
-        ((X[:3], Y[:3], X[:3] ** 2), 3, r"3 training rows are too few for 3 columns"),
-    ],
-)
+@pytest.mark.parametrize(("columns", "modeled", "message"), [
+    ((X, np.full(50, 3.0)), 2, r"column 'b' of t is 3 ± 0, constant"),
+    ((X, np.full(50, 3.0)), 1, r"column 'b' of t is 3 ± 0, constant"),  # also one that is given
+    ((X, 101325 + 1e-3 * Y), 2, r"column 'b' of t is 101325.* ± .*, constant or nearly so for 32-bit numbers"),
+    ((X, 1e-46 * Y), 2, r"column 'b' of t is .*e-4\d ± .*, constant or nearly so for 32-bit numbers"),
+    ((X, 1e39 * Y), 2, r"column 'b' of t has values outside of 32-bit numbers"),
+    ((X, Y, 3 * X - Y + 2), 3, r"column 'c' of t is a linear function of the others"),
+    ((1e4 + X, Y, 1e4 + X - Y), 3, r"column 'c' of t is a linear function of the others"),  # to 64 bits
+    ((1e4 + X, 1e4 + X + 1e-4 * Y), 2, r"column 'b' of t is .*, or nearly so for 32-bit numbers"),
+    ((X, 2 * X + 1), 1, r"column 'a' of t is a linear function of the others"),  # by what is given
+    ((X[:3], Y[:3], X[:3] ** 2), 3, r"3 training rows are too few for 3 columns"),
+])  # fmt: skip
 def test_columns_without_a_density(columns: tuple[np.ndarray, ...], modeled: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         _accept(_table(*columns), modeled)
@@ -355,20 +349,17 @@ def test_the_table_that_comes_along() -> None:
     assert recipe.override(["data.root=none"]).data == recipe.data
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (["data.given=doze"], "data.given: unknown column 'doze'; did you mean 'dose'"),
-        (["data.columns=dose,dose"], "names a column twice: dose, dose"),
-        (["data.columns=dose", "data.given=dose"], "at least one column that is not given"),
-        (["data.held_out=0.6", "data.validation=0.5"], "must leave rows to train on"),
-        (["data.validation=0"], "data.validation: .*greater than 0"),
-        (["data.split_seed=4294967296"], "data.split_seed: .*less than 4294967296"),
-        (["data.shape=1,2,3"], "unknown setting 'data.shape'"),
-        (["training.sample_temperatures=0.5,1"], "have one temperature"),
-        (["data.name=digits"], "the data set 'digits' holds images"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "message"), [
+    (["data.given=doze"], "data.given: unknown column 'doze'; did you mean 'dose'"),
+    (["data.columns=dose,dose"], "names a column twice: dose, dose"),
+    (["data.columns=dose", "data.given=dose"], "at least one column that is not given"),
+    (["data.held_out=0.6", "data.validation=0.5"], "must leave rows to train on"),
+    (["data.validation=0"], "data.validation: .*greater than 0"),
+    (["data.split_seed=4294967296"], "data.split_seed: .*less than 4294967296"),
+    (["data.shape=1,2,3"], "unknown setting 'data.shape'"),
+    (["training.sample_temperatures=0.5,1"], "have one temperature"),
+    (["data.name=digits"], "the data set 'digits' holds images"),
+])  # fmt: skip
 def test_settings_that_cannot_work(tmp_path: Path, settings: list[str], message: str) -> None:
     path = write(tmp_path / "data.csv")
     with pytest.raises(ConfigError, match=message):

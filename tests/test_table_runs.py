@@ -147,18 +147,15 @@ def test_from_a_file_to_samples_and_a_report(file: Path, tmp_path: Path, monkeyp
     assert [len(found["means"][name]["samples"]) for name in ("nll", "gaussian")] == [7, 7]
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("a=1,b=2.5", {"a": 1.0, "b": 2.5}),
-        ("temp, mean=3, b=-1e3", {"temp, mean": 3.0, "b": -1000.0}),
-        ("a==1", {"a=": 1.0}),
-        ("a=1,b", "as in b=1.5, or --given-file FILE"),
-        ("a, b", "as in 'a, b=1.5', or --given-file FILE"),
-        ("a, b=x", "as in 'a, b=1.5'."),
-        ("a=1,b=3, a=2", "it has the column 'a' twice"),
-    ],
-)
+@pytest.mark.parametrize(("text", "found"), [
+    ("a=1,b=2.5", {"a": 1.0, "b": 2.5}),
+    ("temp, mean=3, b=-1e3", {"temp, mean": 3.0, "b": -1000.0}),
+    ("a==1", {"a=": 1.0}),
+    ("a=1,b", "as in b=1.5, or --given-file FILE"),
+    ("a, b", "as in 'a, b=1.5', or --given-file FILE"),
+    ("a, b=x", "as in 'a, b=1.5'."),
+    ("a=1,b=3, a=2", "it has the column 'a' twice"),
+])  # fmt: skip
 def test_given_values(text: str, found: dict[str, float] | str) -> None:
     if isinstance(found, dict):
         assert Values().convert(text, None, None) == found

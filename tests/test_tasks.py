@@ -279,29 +279,21 @@ def test_samples_at_the_contexts_of_a_file(tmp_path: Path, capsys: pytest.Captur
 IMAGES, ROWS, GIVEN_ROWS = "images", "rows", "rows given others"
 
 
-@pytest.mark.parametrize(
-    ("name", "asked", "path", "message"),
-    [
-        (IMAGES, SampleRequest(given=AT), None, "--given-file are for tables that were trained with --given"),
-        (IMAGES, SampleRequest(given="x.csv"), None, "--given-file are for tables that were trained with --given"),
-        (IMAGES, SampleRequest(), "x.csv", "x.csv is not a picture: its name must end in .png"),
-        (ROWS, SampleRequest(temperatures=(0.5, 1.0)), None, "drawn at one temperature"),
-        (IMAGES, SampleRequest(temperatures=(0.5, 1.0, 0.5)), None, "--temperature has 0.5 twice"),
-        (ROWS, SampleRequest(columns=3), None, "rows of a table are in no grid: leave --columns out"),
-        (ROWS, SampleRequest(), "x.png", "x.png is not a table"),
-        (ROWS, SampleRequest(given=AT), None, "trained without --given, so its density takes no context"),
-        (ROWS, SampleRequest(given="x.csv"), None, "trained without --given, so its density takes no context"),
-        (
-            GIVEN_ROWS,
-            SampleRequest(),
-            None,
-            "given c, d, e, and c has no value. Name the values with --g",
-        ),
-        (GIVEN_ROWS, SampleRequest(given={"c": 1.0}), None, "d, e has no value"),
-        (GIVEN_ROWS, SampleRequest(given={**AT, "c": float("nan")}), None, "c has no value"),
-        (GIVEN_ROWS, SampleRequest(given={**AT, "cc": 1.0}), None, "unknown given column 'cc'; did you mean 'c'"),
-    ],
-)
+@pytest.mark.parametrize(("name", "asked", "path", "message"), [
+    (IMAGES, SampleRequest(given=AT), None, "--given-file are for tables that were trained with --given"),
+    (IMAGES, SampleRequest(given="x.csv"), None, "--given-file are for tables that were trained with --given"),
+    (IMAGES, SampleRequest(), "x.csv", "x.csv is not a picture: its name must end in .png"),
+    (ROWS, SampleRequest(temperatures=(0.5, 1.0)), None, "drawn at one temperature"),
+    (IMAGES, SampleRequest(temperatures=(0.5, 1.0, 0.5)), None, "--temperature has 0.5 twice"),
+    (ROWS, SampleRequest(columns=3), None, "rows of a table are in no grid: leave --columns out"),
+    (ROWS, SampleRequest(), "x.png", "x.png is not a table"),
+    (ROWS, SampleRequest(given=AT), None, "trained without --given, so its density takes no context"),
+    (ROWS, SampleRequest(given="x.csv"), None, "trained without --given, so its density takes no context"),
+    (GIVEN_ROWS, SampleRequest(), None, "given c, d, e, and c has no value. Name the values with --g"),
+    (GIVEN_ROWS, SampleRequest(given={"c": 1.0}), None, "d, e has no value"),
+    (GIVEN_ROWS, SampleRequest(given={**AT, "c": float("nan")}), None, "c has no value"),
+    (GIVEN_ROWS, SampleRequest(given={**AT, "cc": 1.0}), None, "unknown given column 'cc'; did you mean 'c'"),
+])  # fmt: skip
 def test_requests_that_are_refused(
     name: str, asked: SampleRequest, path: str | None, message: str, tmp_path: Path
 ) -> None:

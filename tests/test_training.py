@@ -151,15 +151,12 @@ def test_the_same_seed_gives_the_same_numbers_with_more_validations(
     assert steps[0] == steps[1]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        # in single precision are runs of test_killed_runs and test_table_runs
-        ("training.precision=64-true",),
-        ("solver.method=dopri5", "solver.quadrature=full", "training.accumulate=2"),  # which begins warm
-        ("solver.quadrature=full", "training.weight_gradients=half"),
-    ],
-)
+@pytest.mark.parametrize("settings", [
+    # in single precision are runs of test_killed_runs and test_table_runs
+    ("training.precision=64-true",),
+    ("solver.method=dopri5", "solver.quadrature=full", "training.accumulate=2"),  # which begins warm
+    ("solver.quadrature=full", "training.weight_gradients=half"),
+])  # fmt: skip
 def test_interrupted_and_resumed_equals_uninterrupted(settings: tuple[str, ...], tmp_path: Path) -> None:
     recipe = tiny_recipe("training.ema=0.9", "optimizer.name=muon", "training.matching=4", *settings)
     before = signal.getsignal(signal.SIGTERM)
@@ -461,13 +458,10 @@ def test_learning_rate() -> None:
     assert [faster(step) for step in range(13)] == [1, 2, 2, 1, *(both(step) for step in range(4, 13))]
 
 
-@pytest.mark.parametrize(
-    ("short", "long", "then"),
-    [
-        (("training.max_steps=4",), ("training.max_steps=6",), []),
-        (("training.matching=4", "training.max_steps=6"), ("training.matching=6", "training.max_steps=8"), [1, 1]),
-    ],
-)
+@pytest.mark.parametrize(("short", "long", "then"), [
+    (("training.max_steps=4",), ("training.max_steps=6",), []),
+    (("training.matching=4", "training.max_steps=6"), ("training.matching=6", "training.max_steps=8"), [1, 1]),
+])  # fmt: skip
 def test_a_run_whose_cooldown_has_not_begun_can_be_made_longer(
     short: tuple[str, ...], long: tuple[str, ...], then: list[float], tmp_path: Path
 ) -> None:
