@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -197,8 +197,7 @@ class AutogradField(Field):
     if gradients are enabled. ``J v`` comes from applying reverse mode twice. In training this is faster than
     forward mode, and it is right for custom autograd Functions, for which nested forward mode silently gives zero.
 
-    Subclasses override ``__call__``. Do not pass ``self.method`` as the function, because it would create a
-    reference cycle in every solve.
+    Do not pass ``self.method`` as the function, because it would create a reference cycle in every solve.
 
     Args:
         field: the function.
@@ -228,43 +227,11 @@ class AutogradField(Field):
         *,
         peek: Velocity | None = None,
     ) -> Linearization:
+        f, elsewhere = self._field, self._field if peek is None else peek
         if not wants:
-            return Linearization(self(t, z))
-        part, elsewhere = self.part, self if peek is None else peek
-        if part is None:
-            return self._differentiate(self, elsewhere, t, z, probes, wants)
-        # Only the part is a variable: the rest of the state enters as a constant. The whole velocity is picked up
-        # on the way, since a second evaluation would cost as much and could draw other random numbers.
-        velocities: list[Tensor] = []
-
-        def of_part(t: Tensor, x: Tensor) -> Tensor:
-            state: Any = part.put(z, x)
-            velocities.append(self(t, state))
-            return part.take(velocities[-1])
-
-        def of_part_elsewhere(t: Tensor, x: Tensor) -> Tensor:
-            state: Any = part.put(z, x)
-            return part.take(elsewhere(t, state))
-
-        found = self._differentiate(of_part, of_part_elsewhere, t, part.take(z), probes, wants)
-        whole = velocities[0]
-        if not torch.is_grad_enabled():  # the graph was for the products, the caller wants none
-            whole = tuple(map(without_graph, whole)) if part.is_tuple else without_graph(whole)
-        return found._replace(dz=whole)
-
-    def _differentiate(
-        self,
-        f: Velocity,
-        elsewhere: Velocity,
-        t: Tensor,
-        z: Tensor,
-        probes: Tensor | None,
-        wants: frozenset[str],
-    ) -> Linearization:
-        """Velocity and derivatives of ``f``, which is this field or its velocity of the part.
-
-        ``elsewhere`` is ``f`` for checks.
-        """
+            return Linearization(f(t, z))
+        if self.part is not None:
+            return self._of_part(self.part, t, z, probes, wants, elsewhere)
         if transforms_active():
             return _in_transform(f, t, z, probes, wants)
         refuse_dual_numbers()
@@ -321,6 +288,34 @@ class AutogradField(Field):
         return Linearization(
             found, products, rows, trace, jvp, functools.partial(_later, pull, keep) if later else None
         )
+
+    def _of_part(
+        self,
+        part: Part,
+        t: Tensor,
+        state: Tensor,
+        probes: Tensor | None,
+        wants: frozenset[str],
+        elsewhere: Velocity,
+    ) -> Linearization:
+        """Linearize with the part as the only variable: the rest of the state enters as a constant."""
+        # The whole velocity is picked up on the way, since a second evaluation would cost as much and could draw
+        # other random numbers.
+        velocities: list[Tensor] = []
+
+        def of_part(t: Tensor, z: Tensor) -> Tensor:
+            velocities.append(self._field(t, cast("Tensor", part.put(state, z))))
+            return part.take(velocities[-1])
+
+        def of_part_elsewhere(t: Tensor, z: Tensor) -> Tensor:
+            return part.take(elsewhere(t, cast("Tensor", part.put(state, z))))
+
+        field = AutogradField(of_part, checked=self._checked)
+        found = field.linearize(t, part.take(state), probes, wants, peek=of_part_elsewhere)
+        whole = velocities[0]
+        if not torch.is_grad_enabled():  # the graph was for the products, the caller wants none
+            whole = tuple(map(without_graph, whole)) if part.is_tuple else without_graph(whole)
+        return found._replace(dz=cast("Tensor", whole))
 
     def _zero(self, elsewhere: Velocity, t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
         """The product with the Jacobian of a field whose graph does not reach its state: zero.

@@ -132,6 +132,8 @@ class PartSpec:
         Raises:
             ConfigError: for a state that has no such part, or that penalties cannot measure.
         """
+        if self.is_all and isinstance(state, Tensor) and state.is_floating_point() and state.ndim > 0:
+            return None
         tensors, is_tuple = tensors_of(state), not isinstance(state, Tensor)
         count, chosen, dim = len(tensors), self.tensors or (0,), self.batch_dim
         if self.tensors is not None and not is_tuple:
@@ -150,8 +152,8 @@ class PartSpec:
                 )
             if dim is not None and not -x.ndim <= dim < x.ndim:
                 raise ConfigError(
-                    f"batch_dim={dim} is not a dimension of the state of shape {tuple(x.shape)}: penalties are per "
-                    "sample. batch_dim=None takes the whole state as one sample."
+                    f"batch_dim={dim} is not a dimension of the state of shape {tuple(x.shape)}: penalties belong "
+                    "to samples, along a batch dimension. batch_dim=None takes the whole state as one sample."
                 )
         samples = [samples_first(tensors[i], dim) for i in indices]
         if len({len(x) for x in samples}) > 1:

@@ -44,6 +44,8 @@ class Regularizers:
         repeats: whether a rate evaluates the field again.
         no_time_gradient: names of the rates whose gradient with respect to the times is wrong if it is taken
             through the steps of a solve, and with respect to the first time in any case.
+        adds_evaluations: whether a solve with them takes more evaluations than a solve without them, for the extra
+            step of a local penalty.
 
     Raises:
         ConfigError: for an object of none of the three kinds, and for two span policies.
@@ -59,6 +61,7 @@ class Regularizers:
     needs: frozenset[str] = field(init=False)
     repeats: bool = field(init=False)
     no_time_gradient: tuple[str, ...] = field(init=False)
+    adds_evaluations: bool = field(init=False)
 
     def __post_init__(self) -> None:
         penalties: list[Rate | StepPenalty] = []
@@ -83,6 +86,7 @@ class Regularizers:
             "finished": tuple(rate for rate in rates.values() if rate.finish is not None),
             "needs": frozenset(needs), "repeats": "field" in needs or any(rate.repeats for rate in rates.values()),
             "no_time_gradient": tuple(name for name, rate in rates.items() if not rate.time_gradient),
+            "adds_evaluations": any(each.local for each in steps),
         }  # fmt: skip
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -143,11 +147,6 @@ class Regularizers:
     def undivided(self) -> frozenset[str]:
         """Names of those whose penalty the objective does not divide by the number of dimensions."""
         return frozenset(each.name for each in self if not each.divided_by_dims)
-
-    @property
-    def adds_evaluations(self) -> bool:
-        """Whether a solve with them takes more evaluations than a solve without them, for a local step."""
-        return any(each.local for each in self.steps)
 
     # strengths ---------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ Importing, making and printing them needs no torch. A solve imports what takes t
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from ..core.regularizer import StepPenalty
     from ..core.system import Solve
     from .solution import Solution
-    from .step import Problem, Step, Tolerance
+    from .step import Tolerance
 
     MethodLike: TypeAlias = str | Method
     GradientLike: TypeAlias = str | Gradient
@@ -148,7 +149,8 @@ class Solver(ABC):
         from .path_penalties import with_path_penalties
         from .step import Problem, check_times
 
-        self.check_weight_gradients(weight_gradients)
+        if weight_gradients != "all":
+            self.check_weight_gradients(weight_gradients)
         refuse_dual_numbers()
         if rhs.divergence:
             self.check_density()
@@ -163,9 +165,10 @@ class Solver(ABC):
         for length in (safe_step, adjoint_safe_step):
             if length is not None and not length > 0:
                 raise ConfigError(f"a safe step must be a length > 0 or None, not {length!r}.")
-        self.check_steps(regularizers.steps)
-        if torch.is_grad_enabled():  # without gradients the values are the same in every mode
-            gradient.check_penalties(regularizers.steps)
+        if regularizers.steps:
+            self.check_steps(regularizers.steps)
+            if torch.is_grad_enabled():  # without gradients the values are the same in every mode
+                gradient.check_penalties(regularizers.steps)
         keep_steps = save_steps or regularizers.adds_evaluations
         problem = Problem(
             rhs, z0, t_span, keep_steps, safe_step, adjoint_safe_step, keep_adjoint_step, weight_gradients
@@ -175,13 +178,13 @@ class Solver(ABC):
             solution = with_path_penalties(solution, problem, self.tolerances)
         return solution if save_steps or solution.steps is None else replace(solution, steps=None)
 
+    @property
     @abstractmethod
-    def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
-        """Take all steps of a solve, differentiable through the steps, without local penalties.
+    def march(self) -> Callable[..., Solution]:
+        """The function ``(problem, *, take=None)`` that takes all steps of a solve, without local penalties.
 
-        Args:
-            problem: the arguments of :meth:`solve`.
-            take: takes one step as a :class:`~rnode_plugin.solvers.step.Stepper` does; None: a stepper.
+        It is differentiable through the steps. ``problem`` has the arguments of :meth:`solve`, and ``take`` takes
+        one step as a :class:`~rnode_plugin.solvers.step.Stepper` does; None: a stepper.
         """
 
     def without_interpolation(self: _Self) -> _Self:
@@ -291,10 +294,11 @@ class FixedGrid(Solver):
     def text(self) -> str:
         return f"{self.name}, " + ("one step per interval" if self.step is None else f"step {self.step:g}")
 
-    def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
+    @property
+    def march(self) -> Callable[..., Solution]:
         from .fixed import march
 
-        return march(self, problem, take=take)
+        return functools.partial(march, self)
 
 
 @dataclass(frozen=True)
@@ -356,10 +360,11 @@ class Adaptive(Solver):
     def of_adjoint(self) -> Adaptive:
         return replace(super().of_adjoint(), error_norm="rms")
 
-    def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
+    @property
+    def march(self) -> Callable[..., Solution]:
         from .adaptive import march
 
-        return march(self, problem, take=take)
+        return functools.partial(march, self)
 
 
 def chosen_solver(solver: object, otherwise: Solver) -> Solver:

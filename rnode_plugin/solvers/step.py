@@ -95,7 +95,8 @@ class Integrator(Protocol):
     @property
     def tolerances(self) -> tuple[Tolerance, Tolerance] | None: ...
 
-    def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution: ...
+    @property
+    def march(self) -> Callable[..., Solution]: ...
 
     def of_adjoint(self) -> Integrator: ...
 
@@ -148,7 +149,7 @@ class Stepper:
             ConfigError: for quadrature weights that do not belong to the evaluations of the step.
         """
         regularizers = self.rhs.regularizers
-        watched = any(penalty.local == self.local for penalty in regularizers.steps)
+        watched = bool(regularizers.steps) and any(each.local == self.local for each in regularizers.steps)
         stages = _Stages(self.rhs, z, t, first, draw, weigh, keep_places=watched)
         k1 = None if first is None else first.dz
         new_velocity, new, error, *velocities = self.method.advance(stages, z, t, dt, k1)

@@ -257,7 +257,8 @@ def start_torchdyn(
         net, order, event_shape = cnf.net, cnf.order, z.shape[1:]
     else:
         z = state
-    system = System(system.regularizers, estimator, part=spec)
+    if estimator is not system.estimator or spec is not system.part:  # a CNF's
+        system = System(system.regularizers, estimator, part=spec)
     wants = system.wants(density=density, penalties=penalties)
     # the trace of a CNF that is not looked into is differentiated too
     function, plain = function_of(
@@ -266,17 +267,19 @@ def start_torchdyn(
     if wants and spec.is_all:
         exact = order == 1 and estimator.is_exact and "jvp" not in wants
         function = fastest(function, net, z, plain=plain, exact=exact, one_graph=one_graph)
+    columns = None  # of a plain state with penalties, whose velocity has its shape
+    if cost or hidden_cost or density or not (penalties and system.regularizers.rates):
+        columns = Columns(hidden_cost if cost is None else cost, cost is None, event_shape)
     return system.start(
         function, x, density=density, penalties=penalties, probes=probes, one_graph=one_graph, net=holder,
         user_field=net if order == 1 else None, inputs=lambda: tensors_of((vf, hidden_cost), args),
-        columns=Columns(hidden_cost if cost is None else cost, cost is None, event_shape), counters=counters,
+        columns=columns, counters=counters,
     )  # fmt: skip
 
 
 def look_for_columns(solve: FieldSolve, t: Tensor, x: Tensor) -> bool:
     """Warn about columns that the field moves but never reads, and return whether the question is settled."""
-    assert solve.columns is not None
-    state = solve.columns.without_cost(x)
+    state = x if solve.columns is None else solve.columns.without_cost(x)
     # a trace or columns may be set apart already
     signs = signs_for_columns(state) if solve.part is None else None
     if signs is None:
