@@ -270,11 +270,12 @@ def start_torchdyn(
     columns = None  # of a plain state with penalties, whose velocity has its shape
     if cost or hidden_cost or density or not (penalties and system.regularizers.rates):
         columns = Columns(hidden_cost if cost is None else cost, cost is None, event_shape)
-    return system.start(
+    solve = system.start(
         function, x, density=density, penalties=penalties, probes=probes, one_graph=one_graph, net=holder,
         user_field=net if order == 1 else None, inputs=lambda: tensors_of((vf, hidden_cost), args),
         columns=columns, counters=counters,
     )  # fmt: skip
+    return replace(solve, inner_autograd=True)  # the field of a user may differentiate inside
 
 
 def look_for_columns(solve: FieldSolve, t: Tensor, x: Tensor) -> bool:
