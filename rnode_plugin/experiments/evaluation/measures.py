@@ -97,8 +97,13 @@ class Evaluation:
         return [*rows, ("evaluation", duration(self.seconds))]
 
     def _excess(self, task: AnyTask, baseline: str) -> Mean | None:
-        """Return by how much the model is worse than a baseline, sample by sample; None if that may be chance."""
+        """Return by how much the model is worse than a baseline, sample by sample.
+
+        None if that may be chance, or if the scores of the samples are unknown, as in a run without their file.
+        """
         ours, others = (np.array(self.means[name].samples) for name in (task.quantities[0].name, baseline))
+        if not len(ours):
+            return None
         found = _mean_of(ours - others)
         return found if found.mean > 2 * (found.stderr or 0.0) else None
 
