@@ -30,6 +30,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..experiments.recipes.recipe import Recipe
+    from ..experiments.runs.contents import RunContents
 
 CHECK_FAILED = 3
 """The exit code of ``diagnose`` if a check has failed."""
@@ -334,6 +335,9 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
     The metadata of the weights contain the recipe. `load_flow`, `eval` and `sample` take the file like a run
     folder, and any program that reads safetensors gets the weights.
 
+    In a folder of their own, as with FILE my-flow/model.safetensors, the weights get a model card, README.md, with
+    the result of RUN. In a folder with other files none is written. A README.md of yours stays, also with --force.
+
     With `--format torch-export`, write the sampler and the log-density as two programs on a fixed grid, which need
     torch alone: FILE-sampler.pt2 and FILE-log_prob.pt2 for FILE.pt2.
     """
@@ -359,13 +363,28 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
     averaged = "" if recipe.training.ema is None else f" ({recipe.weights})"
     click.echo(f"{recipe.name}, weights of {source}{averaged}:")
     if not programs:
-        save_flow(flow, path, recipe=recipe, facts=facts)
-        click.echo(file)
+        card = save_flow(flow, path, recipe=recipe, facts=facts, run=_run_of_best(source))
+        click.echo(file if card is None else f"{file}, with its model card {card}")
         return
     grid = flow.solver if step is None else FixedGrid(method or "rk4_38", step=step)
     for which, target in programs.items():
         save_program(export_program(flow, which, solver=grid), target)
         click.echo(f"{target} ({grid.text}, {target.stat().st_size / 1e6:.1f} MB)")
+
+
+def _run_of_best(checkpoint: Path) -> RunContents | None:
+    """Read the run whose best weights ``checkpoint`` holds.
+
+    None for other weights, and with a line on standard error for a run with a damaged file.
+    """
+    from ..experiments.runs.run import BEST, Run
+
+    run = Run.of_checkpoint(checkpoint) if checkpoint.name == BEST else None
+    try:
+        return None if run is None else run.read()
+    except ConfigError as error:
+        click.echo(f"the model card has no result: {error}", err=True)
+        return None
 
 
 @click.command()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ...core.distribution import DensityModel
     from ..data import ImageData, Table
     from ..recipes.recipe import Recipe
+    from ..runs.contents import RunContents
 
 Contents = dict[str, Any]
 """The contents of a checkpoint, plain values and tensors by name. Some names are ours, the others Lightning's."""
@@ -48,12 +49,22 @@ def header_with(recipe: Recipe, facts: Facts | None = None) -> Contents:
 
 
 def save_flow(
-    flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe, facts: Facts | None = None
-) -> None:
+    flow: DensityModel,
+    path: str | os.PathLike[str],
+    *,
+    recipe: Recipe,
+    facts: Facts | None = None,
+    run: RunContents | None = None,
+) -> Path | None:
     """Write the weights of ``flow`` and the recipe that builds it. :func:`load_flow` reads the file.
 
     A ``path`` that ends in ``.safetensors`` gets that format, which many programs read. Its metadata hold the
     recipe, the facts and a checksum of everything.
+
+    Weights in a folder of their own get a model card, the ``README.md`` that the Hugging Face hub shows: the data,
+    the result of ``run``, the recipe, and how to load the file. Hidden files do not count. The next call for the
+    same ``path`` replaces the card. A ``README.md`` that anybody else has written or edited stays, and a line on
+    standard error warns of an edited card, because its figures may be of the weights before.
 
     Args:
         flow: the model.
@@ -61,10 +72,20 @@ def save_flow(
         recipe: the settings that build the model.
         facts: the facts of the data that it was trained on, by which commands notice other data. None if they are
             not known.
+        run: what ``Run(folder).read()`` gives for the run whose best weights ``flow`` has. Its result is in the
+            card. None for a card that says that no result is known.
+
+    Returns:
+        The model card; None if there is no new one.
 
     Raises:
-        CheckpointError: the file cannot be written. An earlier file stays unchanged.
+        CheckpointError: the file or its card cannot be written. An earlier file stays unchanged if the weights
+            cannot be written.
     """
+    import torch
+
+    from .card import write_card
+
     if Path(path).suffix == SAFETENSORS:
         from safetensors.torch import save
 
@@ -74,12 +95,11 @@ def save_flow(
         metadata = {"format": "pt", _KEY: header, _CHECKSUM: checksum(tensors, header)}
         encoded = save(tensors, metadata=metadata)
         write_atomically(path, lambda file: file.write(encoded))
-        return
-    import torch
-
-    state = {_PREFIX + name: tensor for name, tensor in flow.state_dict().items()}
-    contents = {**header_with(recipe, facts), "state_dict": state}
-    write_atomically(path, lambda file: torch.save(contents, file))
+    else:
+        state = {_PREFIX + name: tensor for name, tensor in flow.state_dict().items()}
+        contents = {**header_with(recipe, facts), "state_dict": state}
+        write_atomically(path, lambda file: torch.save(contents, file))
+    return write_card(flow, Path(path), recipe=recipe, facts=facts, run=run)
 
 
 def checksum(tensors: Mapping[str, Tensor], header: str) -> str:
@@ -119,7 +139,7 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
         >>> from rnode_plugin.experiments.training.checkpoints import save_flow
         >>> recipe = get_recipe("digits")
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_flow(recipe.build_flow(), f"{folder}/flow.ckpt", recipe=recipe)
+        ...     card = save_flow(recipe.build_flow(), f"{folder}/flow.ckpt", recipe=recipe)
         ...     flow = load_flow(f"{folder}/flow.ckpt")
         >>> tuple(flow.sample(1).shape)
         (1, 1, 8, 8)
