@@ -1,4 +1,4 @@
-"""The model card beside exported weights: figures of the result alone, and no other file is replaced."""
+"""The model card of exported weights: it has figures of the result only, and replaces no other file."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_card_of_a_run_has_its_result(trained: Path, tmp_path: Path, monkeyp
 
 
 def test_other_weights_of_a_run_have_no_result(trained: Path, tmp_path: Path) -> None:
-    """The result belongs to the best weights, and their file without its run says nothing about it."""
+    """The result belongs to the best weights, and a copy of their file outside of the run does not have it."""
     shutil.copyfile(trained / "checkpoints" / "best.ckpt", tmp_path / "best.ckpt")
     for number, source in enumerate((trained / "checkpoints" / "last.ckpt", tmp_path / "best.ckpt")):
         export(source, tmp_path / str(number) / "model.safetensors")

@@ -335,8 +335,8 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
     The metadata of the weights contain the recipe. `load_flow`, `eval` and `sample` take the file like a run
     folder, and any program that reads safetensors gets the weights.
 
-    In a folder of their own, as with FILE my-flow/model.safetensors, the weights get a model card, README.md, with
-    the result of RUN. In a folder with other files none is written. A README.md of yours stays, also with --force.
+    Weights that are alone in their folder, as with FILE my-flow/model.safetensors, get a model card with the result
+    of RUN, README.md. In a folder with other files none is written. A README.md of yours stays, also with --force.
 
     With `--format torch-export`, write the sampler and the log-density as two programs on a fixed grid, which need
     torch alone: FILE-sampler.pt2 and FILE-log_prob.pt2 for FILE.pt2.

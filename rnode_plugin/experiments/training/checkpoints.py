@@ -61,10 +61,10 @@ def save_flow(
     A ``path`` that ends in ``.safetensors`` gets that format, which many programs read. Its metadata hold the
     recipe, the facts and a checksum of everything.
 
-    Weights in a folder of their own get a model card, the ``README.md`` that the Hugging Face hub shows: the data,
-    the result of ``run``, the recipe, and how to load the file. Hidden files do not count. The next call for the
-    same ``path`` replaces the card. A ``README.md`` that anybody else has written or edited stays, and a line on
-    standard error warns of an edited card, because its figures may be of the weights before.
+    Weights that are alone in their folder get a model card, the ``README.md`` that the Hugging Face hub shows: the
+    data, the result of ``run``, the recipe, and how to load the file. Hidden files do not count. The next call for
+    the same ``path`` replaces the card. A ``README.md`` that anybody else has written or edited stays, and a line
+    on standard error warns of an edited card, because its figures may be of the weights before.
 
     Args:
         flow: the model.
@@ -73,7 +73,7 @@ def save_flow(
         facts: the facts of the data that it was trained on, by which commands notice other data. None if they are
             not known.
         run: what ``Run(folder).read()`` gives for the run whose best weights ``flow`` has. Its result is in the
-            card. None for a card that says that no result is known.
+            card. With None the card has no figures.
 
     Returns:
         The model card; None if there is no new one.
