@@ -79,7 +79,7 @@ def test_finite_difference_by_the_end_is_the_rate_there_or_refused(solver: str) 
         return call
 
     for mode in ("autograd", "checkpointed"):
-        with pytest.raises(ConfigError, match="no gradient by the times"):
+        with pytest.raises(ConfigError, match="no gradient with respect to the times"):
             penalty_to(end, node(mode))
     with pytest.raises(ConfigError, match="odeint_adjoint"):
         odeint(net, z, SPAN.double() * end, method=solver, regularizers=["finite_difference"])
@@ -333,7 +333,7 @@ def test_fused_attention_names_the_kernel_that_works(name: str) -> None:
 
 
 def test_the_length_of_a_difference_has_no_gradient() -> None:
-    """The divergence of a linear field is a constant, so its gradient by the state is zero to the bit."""
+    """The divergence of a linear field is a constant: its gradient with respect to the state is 0 to the bit."""
     net, z, estimator = torch.nn.Linear(3, 3), states(4, 3).float().requires_grad_(), Difference()
     noise = estimator.draw(z)
     products = estimator.linearize(

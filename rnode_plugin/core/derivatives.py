@@ -27,7 +27,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 DirectionalDerivative = Callable[[Tensor, float], Tensor]
 
 VELOCITY: frozenset[str] = frozenset()
-"""What :meth:`Field.linearize` computes for a caller that wants the velocity alone."""
+"""The argument ``wants`` of :meth:`Field.linearize` for a caller that needs the velocity alone."""
 
 NOT_WEIGHED = (
     "weight_gradients='half' needs the pass by hand of a StackField without hooks and without a forward or "
@@ -37,7 +37,7 @@ NOT_WEIGHED = (
 
 
 class Linearization(NamedTuple):
-    """The result of one pass over a field. What was not wanted may be None.
+    """The result of one pass over a field. Quantities that were not wanted may be None.
 
     The names of the attributes, except ``dz``, are what a caller may put into ``wants``.
 
@@ -105,25 +105,25 @@ class Field(ABC):
         *,
         peek: Velocity | None = None,
     ) -> Linearization:
-        """The velocity and what ``wants`` names.
+        """The velocity and the quantities that ``wants`` names.
 
         Args:
             t, z: as for a call.
             probes: the probe vectors, ``(B, *event)``, or ``(k, B, *event)`` for k of them.
             wants: names of attributes of :class:`Linearization`: ``"products"`` (with the probes), ``"rows"``,
                 ``"trace"``, ``"jvp"``, ``"pull"``.
-            peek: evaluates this field at other points without a trace in buffers or random numbers, with the random
-                draws that it finds. Checks call it. None: the field itself does.
+            peek: evaluates this field at other points, for checks. It leaves buffers and random generators
+                unchanged, and draws from the generators as they are. None: the field itself evaluates.
         """
 
     def prepared(self, z: Tensor, probes: Tensor | None = None, *, one_graph: bool = True) -> Field:
-        """This field with what one solve from ``z (B, *event)`` needs computed once; by default itself.
+        """This field for one solve from ``z (B, *event)``, with all constants of the solve computed; or itself.
 
         Args:
             z: a state of the shape, dtype and device of the solve's.
             probes: the probe vectors of the solve, if they are known.
-            one_graph: whether evaluations may share one graph of what depends on the parameters alone. A continuous
-                adjoint needs a graph to the parameters themselves at each evaluation.
+            one_graph: whether evaluations may share one graph of the quantities that depend only on the parameters.
+                A continuous adjoint needs a graph to the parameters themselves at each evaluation.
         """
         return self
 
@@ -174,14 +174,14 @@ def has_hooks(module: nn.Module) -> bool:
 class Checked:
     """Results of checks that need to run once for each solve of a field.
 
-    They are not kept with the net: what holds for one function of a net, for its layers and modes of now, need not
-    hold for another one or in a later solve.
+    They are not stored with the net: a result for one function of a net, with its present layers and modes, need
+    not hold for another function or in a later solve.
 
     Attributes:
         ignores_state: whether the velocity does not depend on the state.
         samples_are_apart: whether the velocity of a sample does not depend on other samples.
         twice_differentiable: whether products with the Jacobian can be differentiated.
-        third_derivative: why that is wrong; empty if it is right, None before anybody looked.
+        third_derivative: reason why the third derivative is wrong; ``""``: it is right; None: not checked yet.
     """
 
     ignores_state: bool = False
@@ -204,7 +204,7 @@ class AutogradField(Field):
         part: the part of the state to differentiate with respect to, whose velocity is differentiated; None: all of
             it. The ``dz`` of :meth:`linearize` is the velocity of the whole state, everything else belongs to the
             part.
-        checked: what is known about the function, so that no check looks for it; None: nothing.
+        checked: results of earlier checks of the function, which need not run again; None: there are none.
 
     Raises:
         ConfigError: from :meth:`linearize`, for a field that cuts its graph, for the exact Jacobian of a field that
@@ -249,7 +249,7 @@ class AutogradField(Field):
                 t, z = _usable(t), _as_variable(z, keep=keep)
             # products are differentiated again by a loss (keep), and J v takes two derivatives for its value
             looks = not checked.twice_differentiable and (keep or along)
-            # a loss that holds J v takes a third derivative
+            # a loss that contains J v takes a third derivative
             looks_thrice = along and keep and checked.third_derivative is None
             # nodes with a lower number are older than this evaluation
             start = next_number(z) if looks or looks_thrice else 0
@@ -299,8 +299,8 @@ class AutogradField(Field):
         elsewhere: Velocity,
     ) -> Linearization:
         """Linearize with the part as the only variable: the rest of the state enters as a constant."""
-        # The whole velocity is picked up on the way, since a second evaluation would cost as much and could draw
-        # other random numbers.
+        # The velocity of the whole state is stored by the call, since a second evaluation would cost as much and
+        # could draw other random numbers.
         velocities: list[Tensor] = []
 
         def of_part(t: Tensor, z: Tensor) -> Tensor:
@@ -337,10 +337,10 @@ class AutogradField(Field):
         if not torch.equal(there, dz):
             raise ConfigError(
                 "the vector field runs without a graph (no_grad, detach or numpy inside it), so its Jacobian would "
-                "count as zero in jacfrob and in a trace. Let the field run with gradients, or follow penalties "
+                "count as zero in jacfrob and in a trace. Let the field run with gradients, or use penalties "
                 "that need no Jacobian, such as kinetic."
             )
-        self._checked.ignores_state = bool(dz.any())  # where all is zero nothing can be seen
+        self._checked.ignores_state = bool(dz.any())  # a velocity of zero everywhere shows nothing
         return torch.zeros_like(z)
 
 
@@ -441,9 +441,10 @@ def _double_reverse(
 ) -> DirectionalDerivative:
     """Derivatives along directions from the graph of ``dz``; ``zero()`` where that does not reach ``z``.
 
-    ``wrong`` says why their gradient would be wrong, if it would be; the backward pass raises it.
+    ``wrong`` is the reason why their gradient is wrong, for the error of a backward pass; ``""``: it is right.
 
-    ``u^T J`` is linear in ``u``, so its derivative by ``u``, pulled back with ``v``, is ``J v`` for any ``u``.
+    ``u^T J`` is linear in ``u``, so its derivative with respect to ``u``, pulled back with ``v``, is ``J v`` for
+    any ``u``.
     """
 
     def jvp(v: Tensor, dt: float = 0.0) -> Tensor:
@@ -483,7 +484,8 @@ def refuse_mixed_samples(z: Tensor, dz: Tensor) -> bool:
     cannot read values.
 
     Returns:
-        Whether the question is settled. One sample, or a Jacobian of zero, shows nothing.
+        True if the check was conclusive, so that it need not run again. It is not for one sample, nor for a
+        Jacobian of zero.
 
     Raises:
         ConfigError: for samples that depend on each other.
@@ -516,10 +518,10 @@ def _usable(x: Tensor) -> Tensor:
 
 
 def _as_variable(x: Tensor, *, keep: bool) -> Tensor:
-    """``x`` as a new variable to differentiate by.
+    """``x`` as a new variable to differentiate with respect to.
 
-    It is a new one even if ``x`` requires a gradient, because a derivative by the time must not run through a state
-    that was computed from the same time.
+    It is a new one even if ``x`` requires a gradient, because a derivative with respect to the time must not run
+    through a state that was computed from the same time.
     """
     x = _usable(x)
     if keep and x.requires_grad:
@@ -537,8 +539,8 @@ def _as_variables(t: Tensor, z: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
 class _Variables(torch.autograd.Function):
     """Views of the tensors as outputs of one node of the graph.
 
-    Autograd walks the graph back as far as the earliest tensor that it differentiates by. If one of these were a
-    leaf, each evaluation would walk back over all earlier steps of the solve.
+    Autograd walks the graph back as far as the earliest tensor with respect to which it differentiates. If one of
+    these were a leaf, each evaluation would walk back over all earlier steps of the solve.
     """
 
     @staticmethod

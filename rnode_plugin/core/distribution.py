@@ -48,7 +48,7 @@ class StandardNormal(Independent):
 
 
 class DensityModel(nn.Module, ABC):
-    """A density ``p(x)`` or ``p(x | context)`` that a flow carries to a base distribution.
+    """A density ``p(x)`` or ``p(x | context)`` that a flow maps to a base distribution.
 
     All models here derive from this class. Training by likelihood, evaluation, diagnosis, importance sampling and
     export call what is documented here and nothing else. To write your own model, set the attributes and implement
@@ -61,11 +61,11 @@ class DensityModel(nn.Module, ABC):
         base: distribution of the latents, with an empty batch shape.
         solver (Solver): the solver of calls that do not give one.
         estimator: the estimator of the trace.
-        regularizers: the penalties that a solve can follow; :meth:`keep_regularizers` sets them.
+        regularizers: the penalties that a solve can integrate; :meth:`keep_regularizers` sets them.
         nfe: number of evaluations of the vector fields in the last solve, :meth:`sample` included.
         trained_steps: number of optimizer steps of the run that has trained the weights; 0 for fresh ones.
-        history (History): what the model remembers of its solves. Of a model with ``warm_start=True``,
-            ``history.longest_safe_steps`` holds the longest step that would have passed in the last solve of an
+        history (History): the penalties of the last solve. For a model with ``warm_start=True``,
+            ``history.longest_safe_steps`` has the longest step that would have passed in the last solve of an
             adaptive solver, ``{block: {direction: step}}``, with which the next such solve begins. The last solve
             counts, with any solver. The ``first_step`` of a solver begins the first solve alone. A solve starts
             warm only where the model hands :meth:`History.warm_start` to its solver. Copies by deepcopy and pickle
@@ -94,7 +94,7 @@ class DensityModel(nn.Module, ABC):
 
     @functools.cached_property
     def history(self) -> History:
-        """What the model remembers of its solves."""
+        """The penalties and step lengths of the model's last solves."""
         return History()
 
     @abstractmethod
@@ -108,12 +108,12 @@ class DensityModel(nn.Module, ABC):
         solver: Any = None,
         check: bool = True,
     ) -> FlowOutput:
-        """Carry samples to their latents, with the log-determinant of that map.
+        """Map samples to their latents, with the log-determinant of that map.
 
         Args:
             x: samples ``(B, *event_shape)``.
             context: ``context_shape`` for all samples or ``(B, *context_shape)``; only for a conditional density.
-            noise: probe vectors of the trace as :meth:`draw_noise` gives them; None draws them.
+            noise: probe vectors of the trace as :meth:`draw_noise` returns them; None draws them.
             penalties: whether to integrate the penalties. None means yes in training mode with gradients enabled,
                 and no otherwise: ``self.training and torch.is_grad_enabled()``.
             solver: the integrator, with its quadrature; None: :attr:`solver`.
@@ -140,7 +140,7 @@ class DensityModel(nn.Module, ABC):
         solver: Any = None,
         check: bool = True,
     ) -> FlowOutput:
-        """Carry latents to samples, with the log-determinant of the map from these samples to the latents.
+        """Map latents to samples, with the log-determinant of the map from these samples to the latents.
 
         Arguments and errors as for :meth:`encode`.
 
@@ -184,7 +184,7 @@ class DensityModel(nn.Module, ABC):
     def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Any = None) -> Tensor:
         """The samples ``(B, *event_shape)`` of latents ``z``; arguments and errors as for :meth:`encode`.
 
-        A subclass may override it with a cheaper solve that does not follow the trace.
+        A subclass may override it with a cheaper solve that does not integrate the trace.
         """
         return self.decode(z, context=context, penalties=False, solver=solver).x
 
@@ -264,7 +264,7 @@ class DensityModel(nn.Module, ABC):
         Args:
             solver: a :class:`~rnode_plugin.Solver`; None: the model's.
             estimator: the estimator of the trace, or its name; None: the model's.
-            regularizers: the penalties that the copy follows. A span policy of the model, such as a learned end
+            regularizers: the penalties that the copy integrates. A span policy of the model, such as a learned end
                 time, stays.
             warm_start: whether the copy begins warm, see :attr:`history`. It knows no steps yet.
         """
@@ -343,7 +343,7 @@ class DensityModel(nn.Module, ABC):
 
         Raises:
             ConfigError: unless ``x`` has floating-point numbers ``(B, *shape)``, the context belongs to one sample
-                or to B, and the noise is as :meth:`draw_noise` gives it for ``x``.
+                or to B, and the noise is as :meth:`draw_noise` returns it for ``x``.
         """
         shape, what = (self._latent_shape, "latents") if latents else (self.event_shape, "samples")
         if not isinstance(x, Tensor) or x.shape[1:] != shape:
@@ -369,7 +369,7 @@ class DensityModel(nn.Module, ABC):
         """Set :attr:`regularizers`. Those that are modules become submodules, so that their parameters train.
 
         Args:
-            regularizers: as ``rnode_plugin.plugins.registry.resolve_regularizers`` gives them.
+            regularizers: as ``rnode_plugin.plugins.registry.resolve_regularizers`` returns them.
         """
         self.regularizers = regularizers
         self._modules.pop("regularizer_modules", None)  # those of earlier regularizers
@@ -406,7 +406,7 @@ class DensityModel(nn.Module, ABC):
 class FlowDistribution(Distribution):
     """The distribution of a :class:`DensityModel`, given its context.
 
-    It does not copy the model. It follows the model's parameters, and :meth:`log_prob` leaves penalties for the
+    It does not copy the model, so it changes with the model's parameters. :meth:`log_prob` leaves penalties for the
     model's ``reg_loss()``. With Hutchinson's estimator log-densities are unbiased estimates.
 
     Args:

@@ -39,11 +39,11 @@ _making = threading.Lock()
 
 
 def lock_of(module: nn.Module | None) -> AbstractContextManager[object]:
-    """The lock of a net, shared by all models that hold the net; without a net, a context that does nothing.
+    """The lock of a net, shared by all models of this net; without a net, a context that does nothing.
 
     It is the lock of the net's first layer, which the wrappers of a net share. It is not an attribute, because a
-    deepcopy of the layer would fail. A call of the net holds it, or one evaluation, but not a whole solve: on a
-    GPU torch runs the backward passes of all threads in one thread, which may wait for the lock while a solve that
+    deepcopy of the layer would fail. A call of the net or one evaluation holds it, but not a whole solve: on a GPU
+    torch runs the backward passes of all threads in one thread, which may wait for the lock while a solve that
     holds it waits for that thread.
     """
     # torch.compile cannot trace a lock, and what it compiles runs after the tracing
@@ -60,10 +60,10 @@ class Evaluator:
     """Evaluates the field of one solve, for the solver, for penalties and for checks.
 
     The running statistics of batch norm, the vectors of spectral norm and the masks of dropout are neither
-    arguments nor results of a field. The methods differ in what they do with these:
+    arguments nor results of a field. The methods differ in how they treat these:
 
-    - :meth:`evaluate` is the evaluation that the solver asks for. It moves buffers and draws random numbers, as a
-      call of the net does.
+    - :meth:`evaluate` is the evaluation that the solver asks for. It updates buffers and draws random numbers, as
+      a call of the net does.
     - :meth:`repeat` evaluates the same function once more, for a penalty that needs another point or another
       product. It repeats the random draws of the last :meth:`evaluate`, because with other masks the field is
       another function. Buffers and generators stay as they are.
@@ -193,12 +193,13 @@ class Evaluator:
             return self._field(t, state)
 
     def as_now(self, others: Iterable[object] = ()) -> Callable[[], AbstractContextManager[None]]:
-        """Note the parameters and buffers of the net and of ``others``, and return what makes contexts with them.
+        """Note the parameters and buffers of the net and of ``others``; return a function that makes contexts.
 
-        A backward pass evaluates inside of such a context, and leaves parameters and buffers as they are. It may
-        find different ones: ``torch.func.functional_call`` replaces them during one call, and a caller may set a
-        buffer, such as a context, before each of several solves. A context that replaces some holds the net's lock.
-        The walk over all modules is for gradients that need it.
+        A backward pass evaluates inside of such a context, with the noted parameters and buffers, and leaves them
+        as they are. Without it, it might find different ones: ``torch.func.functional_call`` replaces them during
+        one call, and a caller may set a buffer, such as a context, before each of several solves. A context that
+        replaces some holds the net's lock. Only gradients that need the contexts call this, because it walks over
+        all modules.
         """
         modules = [part for each in (self.net, *others) if isinstance(each, nn.Module) for part in each.modules()]
         noted = [(held, dict(held)) for part in modules for held in (part._parameters, part._buffers) if held]
@@ -218,7 +219,10 @@ class Evaluator:
 
     @contextmanager
     def _without_effects(self, z: Tensor) -> Iterator[_States | None]:
-        """Context for evaluations that change neither buffers nor generators; gives the states of the latter."""
+        """Context for evaluations without side effects, which restores buffers and random generators at its end.
+
+        It yields the states of the generators.
+        """
         with self._copied_buffers():
             before = random_states(z)
             try:
@@ -237,8 +241,8 @@ class Evaluator:
         if not changing:
             yield
             return
-        # Copies during the block, not restored values after it: the graph of an earlier evaluation may hold the
-        # original buffers, and a write into them would invalidate it. Other threads must not see the copies.
+        # Copies during the block, not restored values after it: the graph of an earlier evaluation may refer to
+        # the original buffers, and a write into them would invalidate it. Other threads must not see the copies.
         with lock_of(self.net):
             copies = [
                 (part._buffers, name, x.clone())

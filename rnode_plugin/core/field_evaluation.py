@@ -1,4 +1,4 @@
-"""FieldEvaluation: what a regularizer may read at one time in a solve."""
+"""FieldEvaluation: the velocity and the derivatives of a field at one time in a solve, for a regularizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .trace_estimators import Probes, TraceEstimator
 
 _Found = TypeVar("_Found")
 
-# what another pass over the field computes
+# `wants` of another pass over the field
 _PRODUCTS, _ROWS, _JVP = frozenset({"products"}), frozenset({"rows"}), frozenset({"jvp"})
 
 _MAX_DIMS = 128  # of an exact Jacobian, which takes as many products at each evaluation
@@ -35,12 +35,12 @@ class Record:
         z: the part of the state that penalties measure, ``(B, *event)``.
         dz: velocity of that part, with the same shape.
         noise: the probe vectors of the solve; None if there are none.
-        products: what the estimator computed along with the velocity; None unless products were asked for.
+        products: the products that the estimator computed along with the velocity; None if they were not wanted.
         estimator: reduces the products to a divergence or a norm.
-        evaluator: evaluates the field again, for what did not come with this evaluation.
+        evaluator: evaluates the field again, for quantities that this evaluation did not compute.
         jvp, pull: derivatives from the pass that gave the velocity; None if the pass gave none.
         net: the field as the user gave it; None where penalties measure a part of its state.
-        known: results that a regularizer has computed and their versions, by what they are.
+        known: results that a regularizer has computed, with the versions of their tensors, by key.
     """
 
     t: Tensor
@@ -62,7 +62,10 @@ class Record:
         return self.estimator.divergence(self.products, self.noise)
 
     def once(self, key: object, compute: Callable[[], _Found]) -> _Found:
-        """The result of ``compute``, which regularizers share until one of them writes into it."""
+        """The result of ``compute``, cached for all regularizers of this evaluation.
+
+        If one of them has modified the result in place, it is computed again.
+        """
         # a result that one regularizer reads under no_grad lacks the graph that another one needs
         key = key, torch.is_grad_enabled()
         found = self.known.get(key)
@@ -73,7 +76,7 @@ class Record:
 
 
 class FieldEvaluation:
-    """What one regularizer reads of an evaluation of the vector field.
+    """An evaluation of the vector field, as one regularizer reads it.
 
     All regularizers share the products with the Jacobian, so each product is computed once per evaluation.
 
@@ -153,7 +156,7 @@ class FieldEvaluation:
                 return v, self._product(v)
             return v, record.pull(v).to(self.z.dtype)
 
-        return record.once(("vjp", id(v)), compute)[1]  # the result holds v, so that no other tensor gets its id
+        return record.once(("vjp", id(v)), compute)[1]  # the result contains v, so that no other tensor gets its id
 
     def jvp(self, v: Tensor, dt: float = 0.0) -> Tensor:
         """``df/dz v + df/dt dt``, with the shape of ``z``, for any ``v (B, *event)``."""
@@ -195,7 +198,7 @@ class FieldEvaluation:
     def net(self) -> Any:
         """The module of this solve as the user gave it, without wrappers that only pass their arguments on.
 
-        A penalty may read what this module offers beyond its velocity, such as a potential.
+        A penalty may read other functions of this module, such as a potential.
 
         Raises:
             ConfigError: if the field is not a module, or penalties measure a part of its state.
@@ -231,7 +234,7 @@ class FieldEvaluation:
 
 
 def _versions(found: object) -> list[int]:
-    """How often each tensor in a result was written into; torch does not count this in inference mode."""
+    """The number of writes into each tensor in a result; torch does not count them in inference mode."""
     versions: list[int] = []  # torch.compile cannot trace list[int]()
     if not torch.compiler.is_compiling():
         for x in found if isinstance(found, tuple) else (found,):  # a tuple of a vector and its product

@@ -1,4 +1,4 @@
-"""History: what a model remembers of its solves."""
+"""History: the penalties and step lengths of a model's last solves."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .regularizers import NONE, Regularizers
 
 
 class History(Mapping[str, Tensor]):
-    """What a model, a block of solves, or an ``install`` remembers of its solves.
+    """The penalties and step lengths that a model, a block of solves, or an ``install`` keeps of its solves.
 
     As a mapping it is the integral of each penalty ``(B,)`` by name, differentiable, for the last solve or summed
-    over several. Of a model, a thread reads only solves that it ran itself. A copied or unpickled history holds no
-    solve, which also keeps graphs out of a deepcopy of the model.
+    over several. From the history of a model, a thread reads only solves that it ran itself. A copied or unpickled
+    history contains no solve, which also keeps graphs out of a deepcopy of the model.
 
     Args:
         regularizers: the regularizers of the model or the block.
@@ -99,7 +99,7 @@ class History(Mapping[str, Tensor]):
             self._kept = []
 
     def add(self, integrals: Integrals) -> None:
-        """Keep what a solve returned. It ends the solve that :meth:`begin` has started."""
+        """Keep the integrals of a solve. This ends the solve that :meth:`begin` has started."""
         self._begun = None
         self._kept.append(integrals)
 
@@ -200,7 +200,7 @@ class History(Mapping[str, Tensor]):
                     "names the cause. Call the model again."
                 )
             raise ConfigError(f"there are no penalties yet: {self._absent}")
-        # leave out solves for a log line; if there are no others, they are the ones to complain about
+        # leave out solves for a log line; if there are no others, the error is about them
         asked = [solve for solve in kept if solve.with_gradients or not solve.missing]
         return [solve.check() for solve in asked or kept]
 

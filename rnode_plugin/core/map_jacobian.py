@@ -85,8 +85,8 @@ def map_log_prob(model: DensityModel, z: Tensor, *, context: Tensor | None = Non
     contexts = itertools.repeat(None) if rows is None else rows.split(size)
     parts = []
     for part, given in zip(z.split(size), contexts, strict=False):
-        carry = functools.partial(model.inverse, context=given, solver=solver)
-        x, jacobian = jacobian_of(carry, part, graph=graph, net=model, apart=bool(parts))
+        decode = functools.partial(model.inverse, context=given, solver=solver)
+        x, jacobian = jacobian_of(decode, part, graph=graph, net=model, apart=bool(parts))
         # A field without a graph counts as a constant, which leaves this Jacobian diagonal. The products of a trace
         # refuse such a field.
         if not parts and jacobian.count_nonzero() == jacobian.diagonal(dim1=1, dim2=2).count_nonzero():
@@ -101,7 +101,7 @@ def map_log_prob(model: DensityModel, z: Tensor, *, context: Tensor | None = Non
 
 
 def jacobian_of(
-    carry: Callable[[Tensor], Tensor],
+    function: Callable[[Tensor], Tensor],
     z: Tensor,
     *,
     graph: bool = False,
@@ -114,9 +114,9 @@ def jacobian_of(
     (2.2 times as slow in 4 dimensions, equal in 128), and some layers, such as attention kernels, refuse it.
 
     Args:
-        carry: the map, ``(B, *event)`` to ``(B, *other)`` with as many numbers.
+        function: the map, ``(B, *event)`` to ``(B, *other)`` with as many numbers.
         z: the points ``(B, *event)``.
-        graph: whether the results have gradients by ``z`` and all else that the map depends on.
+        graph: whether the results have gradients with respect to ``z`` and all else that the map depends on.
         net: the module of the map, whose layers are checked once for second derivatives.
         apart: whether it is known that the map does not mix samples, as from an earlier call.
 
@@ -133,18 +133,18 @@ def jacobian_of(
         if not (graph and z.requires_grad):
             z = z.detach().clone().requires_grad_()
         start = next_number(z) if graph else 0
-        x = carry(z)
+        x = function(z)
         if differs(x):
             raise ConfigError(_TRANSFORMED)
         if graph:
 
             def elsewhere(_: Tensor, z: Tensor) -> Tensor:
-                return carry(z).reshape(z.shape)
+                return function(z).reshape(z.shape)
 
             check_second_derivative(x.reshape(z.shape), z, start, elsewhere, z.new_zeros(()), field=net, jvp=False)
         if not apart:
             refuse_mixed_samples(z, x.reshape(z.shape))
-        # samples do not mix, so the gradient of a sum over the batch holds one row for each sample
+        # samples do not mix, so the gradient of a sum over the batch has one row for each sample
         rows = [
             torch.autograd.grad(each.sum(), z, retain_graph=True, create_graph=graph)[0].flatten(1)
             for each in x.flatten(1).unbind(1)
@@ -162,7 +162,7 @@ def log_abs_det(jacobian: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chunks(z: Tensor) -> int:
-    """How many samples of ``z (B, *event)`` to take at once, so that the memory of their Jacobians is bounded."""
+    """The number of samples of ``z (B, *event)`` to take at once, so that their Jacobians fit into the memory."""
     return max(1, min(_BATCH, _NUMBERS // z[:1].numel() ** 2)) if len(z) else 1
 
 

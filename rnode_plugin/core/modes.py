@@ -78,7 +78,7 @@ def refuse_dual_numbers() -> None:
     # the level, which is negative outside of that context, has no public name
     if forward_ad._current_level >= 0 and not transforms_active():
         raise ConfigError(
-            "a solve and its penalties do not carry the dual numbers of torch.autograd.forward_ad: use "
+            "a solve and its penalties do not compute with the dual numbers of torch.autograd.forward_ad: use "
             "torch.func.jvp or torch.func.jacfwd for forward mode."
         )
 
@@ -136,14 +136,15 @@ def drop_casts() -> None:
     """Let autocast cast weights again, between evaluations of a field with gradients and without.
 
     Within one block autocast casts each weight once. Older releases of torch, such as 2.6, hand a copy without a
-    graph on to evaluations with gradients, whose gradient by that weight would be lost without an error.
+    graph on to evaluations with gradients, whose gradient with respect to that weight would be lost without an
+    error.
     """
     torch.clear_autocast_cache()
 
 
 @contextmanager
 def without_kept_casts() -> Iterator[None]:
-    """Context in which autocast casts a weight each time, for evaluations with and without gradients in turn."""
+    """Context without autocast's cache of cast weights, where evaluations with and without gradients alternate."""
     kept = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -14,8 +14,8 @@ def module_of(function: object) -> nn.Module | None:
     """The module that a call of ``function`` runs; None if it is not known.
 
     If ``function`` is not a module itself, this is the owner of a bound method, or a module that the function or
-    callable object holds (in its closure, its defaults, its attributes or the arguments of a partial, also of
-    functions and callable objects that are held there), or one that it reads from global names. Several modules
+    callable object refers to (in its closure, its defaults, its attributes or the arguments of a partial, also of
+    functions and callable objects that are found there), or one that it reads from global names. Several modules
     become one ModuleList.
     """
     modules = list({id(module): module for module in _modules_of(function, set())}.values())
@@ -23,7 +23,7 @@ def module_of(function: object) -> nn.Module | None:
 
 
 def _modules_of(value: object, seen: set[int]) -> Iterator[nn.Module]:
-    """The modules that a callable holds. ``seen`` has the identities of what was looked at."""
+    """The modules that a callable refers to. ``seen`` has the ids of the objects that were searched already."""
     if isinstance(value, nn.Module):
         yield value
         return

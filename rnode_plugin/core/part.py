@@ -16,12 +16,12 @@ from ..errors import ConfigError
 from .modes import transforms_active
 
 State = Tensor | tuple[Tensor, ...]
-"""What a solve integrates: a tensor, or the tensors of a tuple."""
+"""The state of a solve: a tensor, or a tuple of tensors."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where a state holds the ``z (B, *event)`` that penalties measure. The rest of the state is held constant.
+    """The place of ``z (B, *event)``, which penalties measure, in a state. The rest of the state is constant.
 
     Attributes:
         is_tuple: whether a state is a tuple of tensors.
@@ -79,7 +79,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PartSpec:
-    """What a user gives as ``penalized=`` and ``batch_dim=``. It becomes a :class:`Part` where a state is known.
+    """The arguments ``penalized=`` and ``batch_dim=``. They become a :class:`Part` where a state is known.
 
     Attributes:
         tensors: indices of the tensors of a tuple that penalties measure, which are joined; None: the first one, or
@@ -96,7 +96,7 @@ class PartSpec:
 
     @classmethod
     def of(cls, penalized: Any, batch_dim: int | None = 0) -> PartSpec:
-        """Sort what a user gives.
+        """Make a specification from the arguments of a user.
 
         Raises:
             ConfigError: for anything but None, indices of tensors, a slice, and a mask of booleans, and for a
@@ -193,7 +193,7 @@ def samples_first(x: Tensor, batch_dim: int | None) -> Tensor:
     return x.unsqueeze(0) if batch_dim is None else x.movedim(batch_dim, 0)
 
 
-# what a penalty may miss -----------------------------------------------------------------------------------------
+# warnings about the state ----------------------------------------------------------------------------------------
 
 
 def warn_of_flat_state(z: Tensor, needs: Collection[str]) -> None:
@@ -231,7 +231,8 @@ def warn_of_unread_columns(velocity: Tensor, product: Tensor | None, *, stacklev
         stacklevel: as for ``warnings.warn``, counted from the caller.
 
     Returns:
-        Whether the question is settled. A velocity of zero, which a fresh net may have, shows nothing.
+        True if the check was conclusive, so that it need not run again. It is not for a velocity of zero, which a
+        fresh net may have.
     """
     if product is None:
         return True

@@ -12,7 +12,7 @@ from enum import IntEnum
 
 
 class Stream(IntEnum):
-    """What the noise is for. Streams with different purposes are independent."""
+    """The purposes of random numbers. Streams with different purposes are independent."""
 
     WEIGHTS = 0
     ORDER = 1

@@ -1,4 +1,4 @@
-"""What a regularizer is: a :class:`Rate`, a :class:`StepPenalty` or a :class:`SpanPolicy`.
+"""The three kinds of regularizers: :class:`Rate`, :class:`StepPenalty` and :class:`SpanPolicy`.
 
 - A :class:`Rate` is a number per unit of time; its integral along the trajectory is the penalty.
 - A :class:`StepPenalty` sees each accepted step of the solver.
@@ -40,7 +40,7 @@ Finish = Callable[["Tensor", "Tensor", "Tensor", "Tensor"], "Tensor"]
 
 
 class Source(NamedTuple):
-    """Who proposed a regularizer.
+    """The method and the paper that a regularizer comes from.
 
     Attributes:
         method: the name of the method, such as ``"RNODE"``; ``""`` if it has none.
@@ -68,12 +68,12 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class About:
-    """What lists and citations say about a regularizer. No solve reads it.
+    """The description of a regularizer in lists and citations. No solve reads it.
 
     Attributes:
-        formula: what is penalized, in one line; the first line of the function's docstring if it is left out.
-        cost: what an evaluation costs beyond the velocity, or what the penalty needs from the solver.
-        source: who proposed it.
+        formula: the penalized quantity, in one line; the first line of the function's docstring if it is left out.
+        cost: cost of an evaluation beyond the velocity, or the quantities that the penalty needs from the solver.
+        source: its method and paper.
     """
 
     formula: str = ""
@@ -95,14 +95,14 @@ class Rate:
         of: maps a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation` to the rate ``(B,)``, a sum over the
             event. The parameters of a ``torch.nn.Module`` are trained with the model.
         needs: what it reads of an evaluation beyond ``t, z, dz, noise``: any of ``"vjp"``, ``"jvp"`` and
-            ``"field"``. If no rate needs one and no density is followed, an evaluation computes no product with the
-            Jacobian.
+            ``"field"``. If no rate needs one and no log-determinant is integrated, an evaluation computes no
+            product with the Jacobian.
         repeats: whether it evaluates the field again, for ``jacobian()`` with a random estimator or for a
             ``total_derivative()`` above order 2. Then the state of the random generators is noted at each
             evaluation, as it is for the need ``"field"``.
-        time_gradient: whether backward through the steps of a solve gives the right gradient with respect to the
-            times of the solve. Set it to False for a rate that detaches a part of itself; then only a continuous
-            adjoint gives a gradient, and only with respect to the end.
+        time_gradient: whether backpropagation through the steps of a solve gives the correct gradient with respect
+            to the times of the solve. Set it to False for a rate that detaches a part of itself; then only a
+            continuous adjoint gives a gradient, and only with respect to the end.
         divided_by_dims: whether the objective divides the penalty by the number of dimensions, as it must for a sum
             over the event.
         finish: None, or a function that makes the penalty ``(B,)`` of one solve from the integral ``(B,)``, the
@@ -152,8 +152,8 @@ class StepPenalty:
         of: maps a :class:`StepRecord` to a value ``(B,)``. The parameters of a ``torch.nn.Module`` are trained with
             the model.
         reduction: ``"sum"``, ``"mean"`` or ``"max"`` over the steps.
-        uses: what it reads that not every method has: ``"error"`` for the embedded error estimate, ``"pair"`` for
-            two stages at the same time.
+        uses: quantities that it reads and that not every method has: ``"error"`` for the embedded error estimate,
+            ``"pair"`` for two stages at the same time.
         local: whether it sees one extra step from a uniformly random time instead of the accepted steps. Its value
             is an unbiased estimate of the time average. The start of the extra step is detached.
         divided_by_dims: whether the objective divides the penalty by the number of dimensions. By default it does
@@ -247,7 +247,7 @@ class StepRecord:
 
 
 def code_of(regularizer: Regularizer) -> object:
-    """What may hold parameters: the function or module of a penalty, or the span policy itself."""
+    """The object that may have parameters: the function or module of a penalty, or the span policy itself."""
     return regularizer if isinstance(regularizer, SpanPolicy) else regularizer.of
 
 

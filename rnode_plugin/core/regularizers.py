@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 One: TypeAlias = "str | Regularizer | Callable[..., Tensor]"
 RegularizersLike: TypeAlias = "Regularizers | One | Iterable[One] | Mapping[Any, Strength | None] | None"
-"""What ``regularizers=`` takes: one or several names, objects or functions ``rate(t, z, dz)``, or their lambdas."""
+"""Type of ``regularizers=``: one or several names, objects or functions ``rate(t, z, dz)``, or their lambdas."""
 
 
 @dataclass(frozen=True, eq=False)
 class Regularizers:
-    """The regularizers of a model with their strengths, sorted by what they see of a solve.
+    """The regularizers of a model with their strengths, sorted by kind.
 
     Every interface asks it in this order: :meth:`times` before a solve, :meth:`integrated` for the right-hand side
     of the solve, which calls :meth:`of_step` and :meth:`finish`, and :meth:`with_span_penalty` after the solve.
@@ -37,10 +37,10 @@ class Regularizers:
         strengths: the lambda of each in the objective by name: a number, or a function of the optimizer's step.
         penalties: all except the span policy.
         rates: the rates by name.
-        finished: the rates whose penalty is made of their integral at the end of a solve.
+        finished: the rates whose penalty is computed from their integral at the end of a solve.
         steps: the step penalties.
         span: the one span policy; None if there is none.
-        needs: what an evaluation must provide for the rates.
+        needs: names of the quantities that an evaluation must provide for the rates.
         repeats: whether a rate evaluates the field again.
         no_time_gradient: names of the rates whose gradient with respect to the times is wrong if it is taken
             through the steps of a solve, and with respect to the first time in any case.
@@ -93,7 +93,7 @@ class Regularizers:
 
     @classmethod
     def of(cls, spec: RegularizersLike, *, by_name: Callable[[str], Regularizer] | None = None) -> Regularizers:
-        """Resolve what a user writes as ``regularizers=``.
+        """Resolve the argument ``regularizers=``: names, objects or functions become regularizers with lambdas.
 
         Args:
             spec: names, regularizers or plain functions ``rate(t, z, dz) -> (B,)``, one or several, or a mapping
@@ -203,7 +203,7 @@ class Regularizers:
             return _times_of(span, times, training=training)
 
     def integrated(self, penalties: bool) -> Regularizers:
-        """What a solve integrates: all but the span policy; nothing if no ``penalties`` are wanted."""
+        """The regularizers that a solve integrates: all but the span policy; none without ``penalties``."""
         if not penalties:
             return NONE
         if self.span is None:
@@ -211,7 +211,7 @@ class Regularizers:
         rest = {each.name: each for each in self.penalties}
         return replace(self, by_name=rest, strengths={name: self.strengths[name] for name in rest})
 
-    def check_gradient_by_times(self, t: Tensor, *, through_steps: bool = True) -> None:
+    def check_time_gradient(self, t: Tensor, *, through_steps: bool = True) -> None:
         """Refuse times with a gradient that a rate cannot give, because it detaches a part of itself.
 
         Through the steps of a solve, such a rate has no gradient with respect to any time. A continuous adjoint has
@@ -229,16 +229,16 @@ class Regularizers:
         name = self.no_time_gradient[0]
         if through_steps and (t.requires_grad or forward_ad.unpack_dual(t).tangent is not None):
             raise ConfigError(
-                f"{name!r} has no gradient by the times of a solve that is differentiated through its steps, and "
-                "these times require one (learned_end_time, or t_span with a graph): use the sensitivity 'adjoint' "
-                "(odeint_adjoint) if only the end requires it, the penalty 'total_derivative', or times without a "
-                "gradient (t.detach())."
+                f"{name!r} has no gradient with respect to the times of a solve that is differentiated through its "
+                "steps, and these times require one (learned_end_time, or t_span with a graph): use the "
+                "sensitivity 'adjoint' (odeint_adjoint) if only the end requires it, the penalty "
+                "'total_derivative', or times without a gradient (t.detach())."
             )
         if not through_steps and t.requires_grad and _has_derivative(t[0]):
             raise ConfigError(
-                f"{name!r} has no gradient by the time at which a solve starts, and this time requires one (t_span "
-                "with a graph, or learned_end_time in a solve backward in time): use the penalty "
-                "'total_derivative', or a first time without a gradient (t[0].detach())."
+                f"{name!r} has no gradient with respect to the time at which a solve starts, and this time "
+                "requires one (t_span with a graph, or learned_end_time in a solve backward in time): use the "
+                "penalty 'total_derivative', or a first time without a gradient (t[0].detach())."
             )
 
     def of_step(
@@ -248,7 +248,7 @@ class Regularizers:
 
         Args:
             record: the step, of the whole state.
-            event: extracts the part that the penalties measure from a state ``(B, ...)``, which may hold more.
+            event: extracts the part that the penalties measure from a state ``(B, ...)``, which may have more.
             local: whether the step is the extra one, which local penalties see, or an accepted one.
 
         Raises:
@@ -273,7 +273,7 @@ class Regularizers:
         }
 
     def finish(self, integrals: Mapping[str, Tensor], z0: Tensor, z1: Tensor, times: Tensor) -> dict[str, Tensor]:
-        """The penalties ``(B,)`` by name that rates make of their integrals over a whole solve.
+        """The penalties ``(B,)`` by name that rates compute from their integrals over a whole solve.
 
         Args:
             integrals: of all rates by name.
@@ -329,10 +329,10 @@ class Regularizers:
 
 
 NONE = Regularizers()
-"""What a model without regularizers has, and a solve without penalties follows."""
+"""The regularizers of a model that has none, and of a solve without penalties."""
 
 
-# what a user writes ----------------------------------------------------------------------------------------------
+# the argument regularizers= --------------------------------------------------------------------------------------
 
 
 def _resolved(entry: Any, by_name: Callable[[str], Regularizer] | None) -> Regularizer:
@@ -415,7 +415,7 @@ def checked(
     Args:
         name: of the regularizer.
         call: the function of a penalty, its ``finish``, or the ``penalty`` of a span policy.
-        seen: what it sees.
+        seen: the arguments of the call.
         untouched: tensors of ``seen`` that the solve or other regularizers read later.
         like: a state ``(B, *event)``.
 
@@ -435,7 +435,7 @@ def checked(
         text = _one_line(error)
         if "appears to not have been used in the graph" in text or "does not require grad" in text:
             text += (
-                ". If the regularizer differentiates dz by z, let it declare needs={'vjp'}, as in "
+                ". If the regularizer differentiates dz with respect to z, let it declare needs={'vjp'}, as in "
                 "Rate(name, function, needs={'vjp'}), and read evaluation.vjp(v)"
             )
         raise PluginError(f"the regularizer {name!r} raised {text}") from error

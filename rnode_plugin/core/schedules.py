@@ -21,7 +21,7 @@ Strength = float | Callable[[int], float]
 class LinearWarmup:
     """A lambda that grows from 0 to ``strength`` over ``steps`` optimizer steps; see :func:`linear_warmup`.
 
-    ``str`` gives its text in a recipe, such as ``linear_warmup(1000)*0.01``.
+    ``str`` returns its text in a recipe, such as ``linear_warmup(1000)*0.01``.
     """
 
     spelling: ClassVar[str] = "linear_warmup(STEPS)*LAMBDA with STEPS a whole number >= 1 and LAMBDA >= 0"
@@ -37,7 +37,7 @@ class LinearWarmup:
 
     @classmethod
     def from_text(cls, text: str) -> LinearWarmup:
-        """Parse what ``str`` gives. A text without a lambda gets :data:`DEFAULT_LAMBDA`.
+        """Parse the text that ``str`` returns. A text without a lambda gets :data:`DEFAULT_LAMBDA`.
 
         Raises:
             ValueError: for another text.
@@ -50,7 +50,7 @@ class LinearWarmup:
 
 
 WrittenStrength = float | LinearWarmup
-"""What a recipe can write down."""
+"""A strength that has a text in a recipe."""
 
 
 def linear_warmup(steps: int, strength: float = DEFAULT_LAMBDA) -> LinearWarmup:

@@ -1,8 +1,8 @@
-"""Whether the products of a field with its Jacobian can be differentiated.
+"""Checks whether the products of a field with its Jacobian can be differentiated.
 
 A ``torch.autograd.Function`` whose backward is a kernel, or which runs under ``no_grad``, gives correct products.
-But how these depend on the state and the parameters is lost without an error, and with it the gradient of
-``jacfrob`` and of a log-determinant. So the second derivative of a field that holds such a function is compared
+But their dependence on the state and the parameters is lost without an error, and with it the gradient of
+``jacfrob`` and of a log-determinant. So the second derivative of a field that contains such a function is compared
 with a difference quotient.
 """
 
@@ -37,11 +37,12 @@ FUSED_ATTENTION = (
 
 
 def wrong_third_derivative(dz: Tensor, z: Tensor, start: int) -> str:
-    """Say which layer between ``z`` and ``dz`` has a third derivative that torch computes wrongly; empty for none.
+    """Return a message that names a layer whose third derivative torch computes wrongly; ``""`` if there is none.
 
-    A derivative along a direction takes two derivatives, and its gradient takes the third. torch differentiates the
-    double backward of ``layer_norm``, and of ``batch_norm`` on the statistics of the batch, as if a part of it were
-    constant. The newest releases refuse that for ``batch_norm``.
+    The layers are those between ``z`` and ``dz``. A derivative along a direction takes two derivatives, and its
+    gradient takes the third. torch differentiates the double backward of ``layer_norm``, and of ``batch_norm`` on
+    the statistics of the batch, as if a part of it were constant. The newest releases refuse that for
+    ``batch_norm``.
 
     Args:
         dz, z, start: as in :func:`check_second_derivative`.
@@ -155,7 +156,7 @@ def _functions(dz: Tensor, z: Tensor, start: int) -> tuple[dict[type | str, str]
     end = z.grad_fn
     parents: dict[Node, list[Node]] = {}  # from an input of a node to the node
     assert dz.grad_fn is not None
-    # a walk from the velocity down to the state, which notes for each node who reads its output
+    # a walk from the velocity down to the state, which notes the readers of each node's output
     pending: list[Node] = [dz.grad_fn]
     seen, suspects, ends = {dz.grad_fn}, dict[Node, tuple[type | str, str]](), list[Node]()
     depends = False
@@ -219,7 +220,7 @@ def _compare(dz: Tensor, z: Tensor, elsewhere: Callable[[Tensor, Tensor], Tensor
     expected, doubt = float(fine.norm()), float((fine - coarse).norm())
     if not expected > 0 or not doubt < 0.1 * expected:
         return None
-    # the Hessian of v^T f is symmetric: the gradient of the product along w is the derivative of the product by w
+    # the Hessian of v^T f is symmetric: the gradient of (product . w) is the derivative of the product along w
     state = point.requires_grad_()
     found, exact = product(state, again=True), None
     if found is not None and found.requires_grad:

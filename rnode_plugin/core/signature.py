@@ -1,4 +1,4 @@
-"""Finds out from parameter names how a vector field is called: with a time or without, time or state first."""
+"""Determines from parameter names how a vector field is called: with a time or without, time or state first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ TIME_SHAPES = {"(B,)": 1, "(B, 1)": 2}
 SCALAR = "()"
 """The shape of a time that all samples share. An adaptive solver also passes ``(1,)``, as torchdyn's does."""
 
-# torch's private names for the original of a compiled module, of a compiled function, and of a module in place
+# torch's private names for the original of a compiled module, of a compiled function, and of a module that was
+# compiled in place
 COMPILED_MODULE = "_orig_mod"
 COMPILED_FUNCTION = "_torchdynamo_orig_callable"
 COMPILED_IN_PLACE = "_compiled_call_impl"
@@ -31,7 +32,7 @@ _POSITIONAL = (_Parameter.POSITIONAL_ONLY, _Parameter.POSITIONAL_OR_KEYWORD)
 
 
 class Takes(NamedTuple):
-    """How a field is called.
+    """The order and the names of a field's parameters.
 
     Attributes:
         order: ``"x"`` without a time, ``"t, x"``, ``"x, t"``, or ``"x, *, t"`` with the time as a keyword. ``"?"``
@@ -49,7 +50,7 @@ class Takes(NamedTuple):
 
 
 def field_takes(field: object) -> Takes:
-    """Find out how a module, a function or another callable is called.
+    """Determine how a module, a function or another callable is called.
 
     A wrapper that passes all arguments on is called like the module inside. A parameter with one of the names in
     :data:`TIME_NAMES` is the time.
@@ -134,7 +135,7 @@ def original(field: Any) -> Any:
 def innermost(field: Any) -> Any:
     """The module or function that runs with the arguments of a call of ``field``, inside of wrappers."""
     field = original(field)
-    # DistributedDataParallel and AveragedModel keep what they wrap there
+    # DistributedDataParallel and AveragedModel keep the wrapped module there
     inner = getattr(field, "module", None) if isinstance(field, nn.Module) else None
     if isinstance(inner, nn.Module):
         kinds = {p.kind for p in inspect.signature(field.forward).parameters.values()}
@@ -252,7 +253,7 @@ class _TimeFirst(nn.Module):
         return found
 
     def _passed(self, t: Tensor) -> str:
-        """What the velocity was called with, and how it is called otherwise."""
+        """The arguments of the call in words, with advice for a velocity that takes others."""
         names = [each.name for each in _parameters(_function(self.field))[:2]]
         if self.takes.order == "?" and len(names) > 1:
             return (

@@ -1,9 +1,9 @@
 """System and Solve: the right-hand side that is integrated (RNODE), of a model and of one of its solves.
 
-A :class:`System` is what a model knows before a call: its penalties, its estimator, and the part of the state that
-they measure. A :class:`Solve` is the right-hand side of one call, and the only thing that a solver sees. Each of
-its evaluations passes through the field once, and with one probe computes one product with the Jacobian, which the
-density and the penalties share.
+A :class:`System` has the settings of a model: its penalties, its estimator, and the part of the state that the
+penalties measure. A :class:`Solve` is the right-hand side of one call, and the only object that a solver sees. Each
+of its evaluations passes through the field once, and with one probe computes one product with the Jacobian, which
+the density and the penalties share.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Derivative(NamedTuple):
 
     Attributes:
         dz: velocity, of the state's shape.
-        dlogdet: divergence ``(B,)`` in nats per unit of time; None where no density is followed.
+        dlogdet: divergence ``(B,)`` in nats per unit of time; None if no log-determinant is integrated.
         penalties: rate of each penalty by name, usually ``(B,)``.
     """
 
@@ -45,7 +45,7 @@ class Derivative(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """What torchdyn integrates in the columns of a state ``(B, ...)``, ahead of ``z``.
+    """Quantities that torchdyn integrates in columns of a state ``(B, ...)``, ahead of ``z``.
 
     A velocity of such a state may have another shape, if it broadcasts, as in torchdyn.
 
@@ -82,7 +82,7 @@ class Columns:
         if dlogdet is not None:
             dz = torch.cat([-dlogdet[:, None], dz.flatten(1)], 1)
         elif penalties or torch.promote_types(dz.dtype, state.dtype) is state.dtype:
-            dz = dz.to(state.dtype)  # under autocast dz has low precision, which sums over many steps must not
+            dz = dz.to(state.dtype)  # under autocast dz has low precision, too low for sums over many steps
         if self.cost is not None:
             cost = self.cost(t, state)
             if self.hidden:
@@ -93,12 +93,12 @@ class Columns:
 
 
 class Solve:
-    """The right-hand side of one solve, and the only thing that a solver sees.
+    """The right-hand side of one solve, and the only object that a solver sees.
 
     This class integrates a function. :meth:`System.start` makes the right-hand side of a field.
 
     Attributes:
-        divergence: whether a density is followed, so that derivatives have a log-determinant.
+        divergence: whether the log-determinant is integrated, so that derivatives have one.
         regularizers: the rates and step penalties of the solve.
         inner_autograd: whether an evaluation differentiates inside, which a checkpoint must allow for.
 
@@ -130,7 +130,7 @@ class Solve:
         return self._function(t, _tensor(state))
 
     def z_of(self, state: Tensor) -> Tensor:
-        """What the penalties measure, ``(B, *event)``, of a state that a solver steps, or of its velocity."""
+        """The part ``(B, *event)`` that the penalties measure, of a solver's state or of its velocity."""
         return state
 
     def weighed(self, weigh: float) -> Solve:
@@ -144,23 +144,23 @@ class Solve:
         raise ConfigError(NOT_WEIGHED)
 
     def inputs(self) -> list[Tensor]:
-        """The tensors that a continuous adjoint differentiates with respect to, as they are now, each once."""
+        """The tensors with respect to which a continuous adjoint differentiates, as they are now, each once."""
         return []
 
     def as_now(self) -> Callable[[], AbstractContextManager[object]]:
-        """Return what makes contexts in which a backward pass evaluates the system as now, without side effects.
+        """Return a function whose contexts let a backward pass evaluate the system as now, without side effects.
 
-        The forward pass calls it, because the parameters that it finds now may be replaced later.
+        The forward pass calls it, because the present parameters may be replaced later.
         """
         return nullcontext
 
 
 @final
 class System:
-    """What a model integrates: a field that each call gives, its divergence, and penalties (RNODE).
+    """The right-hand side of a model: the velocity of each call's field, its divergence, and penalties (RNODE).
 
-    It holds no tensor, no shape and nothing that it has read from a module, so that a model may be copied, moved
-    and changed between two calls.
+    A system contains no tensor and no shape, and stores nothing that it has read from a module. So a model may be
+    copied, moved and changed between two calls.
 
     Args:
         regularizers: rates and step penalties, or all regularizers of a model, resolved, whose span policy the
@@ -201,10 +201,11 @@ class System:
         self.part = PartSpec() if part is None else part
 
     def wants(self, *, density: bool, penalties: bool) -> frozenset[str]:
-        """What a field computes at an evaluation, see :class:`~rnode_plugin.core.derivatives.Linearization`.
+        """Names of the attributes of a Linearization that a field computes at an evaluation.
 
-        Two sets of names meet here: what a rate reads of an evaluation (``"vjp"``, ``"jvp"``, ``"field"``), and
-        what the field computes for it and for the divergence, which depends on the estimator.
+        See :class:`~rnode_plugin.core.derivatives.Linearization`. They are not the names in the ``needs`` of a rate
+        (``"vjp"``, ``"jvp"``, ``"field"``). The quantities that a field computes for these needs and for the
+        divergence depend on the estimator.
         """
         needs, estimator = self.regularizers.needs if penalties else frozenset[str](), self.estimator
         wants = needs & {"jvp"}
@@ -237,15 +238,16 @@ class System:
         Args:
             field: ``f(t, z)``, or a :class:`~rnode_plugin.core.derivatives.Field`, which computes its own products.
             state: the state at the start of the solve.
-            density: whether to follow the log-determinant (a continuous normalizing flow) or the state alone.
+            density: whether to integrate the log-determinant too (a continuous normalizing flow), or the state
+                alone.
             penalties: whether to integrate the penalties.
             probes: the probe vectors of the products with the Jacobian, as the estimator draws them; None draws
                 them from torch's global generator, if any are needed.
-            one_graph: whether evaluations may share one graph of what depends on the parameters alone, as they may
-                if a gradient goes through the steps.
-            net: the module that the field calls; None: what can be found in ``field``.
+            one_graph: whether evaluations may share one graph of the quantities that depend only on the parameters,
+                such as prepared weights. They may if the solve is differentiated through its steps.
+            net: the module that the field calls; None: the one that is found in ``field``.
             user_field: the field as the user gave it, for penalties that read it; None: ``field``.
-            inputs: gives the tensors that an adjoint differentiates with respect to, except those of penalties;
+            inputs: returns the tensors with respect to which an adjoint differentiates, except those of penalties;
                 None: the parameters of ``field``.
             columns: columns of the state ahead of ``z``; None: there are none.
             counters: attributes of modules whose ``nfe`` counts the evaluations.
@@ -317,13 +319,13 @@ class FieldSolve(Solve):
         trace: whether evaluations compute the divergence, which may be a column of the state.
         field: the field, prepared for this solve.
         evaluator: evaluates it.
-        estimator, probes: what the divergence and the penalties take of the Jacobian.
-        wants: what the field computes at an evaluation.
-        by_estimator: whether the estimator evaluates the field in a way of its own, as by differences.
+        estimator, probes: for the products with the Jacobian that the divergence and the penalties read.
+        wants: names of the quantities that the field computes at an evaluation.
+        by_estimator: whether the estimator has its own way to evaluate the field, such as differences.
         part: the part of the state that the penalties measure; None: all of it.
         columns, counters, user_field: see :meth:`System.start`.
         dims: number of dimensions of one sample that the penalties measure.
-        trained: gives the tensors that an adjoint differentiates with respect to, except those of penalties.
+        trained: returns the tensors with respect to which an adjoint differentiates, except those of penalties.
     """
 
     divergence: bool

@@ -41,11 +41,11 @@ class Probes(NamedTuple):
 class TraceEstimator(ABC):
     """Computes the divergence and the Frobenius norm from products with the Jacobian.
 
-    A solve calls :meth:`draw` once and :meth:`linearize` at every evaluation. The latter gives the velocity and the
-    products, which the other methods reduce.
+    A solve calls :meth:`draw` once and :meth:`linearize` at every evaluation. The latter returns the velocity and
+    the products, which the other methods reduce.
 
     Attributes:
-        wants: what a field computes for the estimator, ``"products"`` or ``"rows"``, see
+        wants: names of what a field computes for the estimator, ``"products"`` or ``"rows"``, see
             :class:`~rnode_plugin.core.derivatives.Linearization`; empty if it needs neither.
         needs_noise: whether an evaluation needs the noise that :meth:`draw` returns.
         is_exact: whether :meth:`divergence` is the exact trace, in place of which a field may give its own.
@@ -71,17 +71,17 @@ class TraceEstimator(ABC):
         noise: Tensor | None = None,
         wants: frozenset[str] | None = None,
     ) -> Linearization:
-        """Evaluate a field once, with its velocity and what ``wants`` names.
+        """Evaluate a field once: its velocity and the quantities that ``wants`` names.
 
         Args:
             evaluator: evaluates the field.
             t, state: the time and the whole state.
-            noise: as :meth:`draw` gives it.
-            wants: what the field computes, with :attr:`wants` of this estimator; None: that alone.
+            noise: as :meth:`draw` returns it.
+            wants: names of what the field computes, with :attr:`wants` of this estimator; None: these alone.
 
         Returns:
-            Linearization: what the other methods call products are its ``products`` or, if :attr:`wants` has
-                ``"rows"``, its ``rows``.
+            Linearization: its ``products`` or, if :attr:`wants` has ``"rows"``, its ``rows`` are the ``products``
+                of the other methods.
         """
         return evaluator.evaluate(t, state, self.wants if wants is None else wants, noise)
 
@@ -263,7 +263,7 @@ class Difference(TraceEstimator):
                 f"{low} are mostly rounding. Leave autocast, or use a product ('rademacher')."
             )
         # Detached, because the step is a constant of the estimator, not a function of the state to differentiate.
-        # A state (B,) has one number per sample
+        # A state (B,) has one number per sample.
         sizes = z.detach().unsqueeze(-1).flatten(1).square().mean(1).sqrt().clamp(min=0.1)
         # All samples share one length. Where a field mixes samples, as batch norm does in training, a length s_i of
         # each sample would weigh the part of J from sample i to sample j by s_i / s_j. The median is robust against

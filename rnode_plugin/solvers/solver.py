@@ -161,7 +161,7 @@ class Solver(ABC):
         regularizers, gradient = rhs.regularizers, get_gradient(self.gradient)
         if regularizers.no_time_gradient:
             through_steps = gradient.through_steps or transforms_active()
-            regularizers.check_gradient_by_times(t_span, through_steps=through_steps)
+            regularizers.check_time_gradient(t_span, through_steps=through_steps)
         for length in (safe_step, adjoint_safe_step):
             if length is not None and not length > 0:
                 raise ConfigError(f"a safe step must be a length > 0 or None, not {length!r}.")
