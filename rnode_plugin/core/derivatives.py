@@ -200,7 +200,8 @@ class AutogradField(Field):
     Do not pass ``self.method`` as the function, because it would create a reference cycle in every solve.
 
     Args:
-        field: the function.
+        field: the function, called as ``field(t, z, *extra)``.
+        extra: constants of the function, such as a context.
         part: the part of the state to differentiate with respect to, whose velocity is differentiated; None: all of
             it. The ``dz`` of :meth:`linearize` is the velocity of the whole state, everything else belongs to the
             part.
@@ -211,12 +212,18 @@ class AutogradField(Field):
             mixes samples, and for layers whose backward pass cannot be differentiated.
     """
 
-    def __init__(self, field: Velocity, *, part: Part | None = None, checked: Checked | None = None) -> None:
-        self._field, self.part = field, part
+    def __init__(
+        self,
+        field: Callable[..., Tensor],
+        *extra: Tensor,
+        part: Part | None = None,
+        checked: Checked | None = None,
+    ) -> None:
+        self._field, self._extra, self.part = field, extra, part
         self._checked = Checked() if checked is None else checked
 
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
-        return self._field(t, z)
+        return self._field(t, z, *self._extra)
 
     def linearize(
         self,
@@ -227,13 +234,13 @@ class AutogradField(Field):
         *,
         peek: Velocity | None = None,
     ) -> Linearization:
-        f, elsewhere = self._field, self._field if peek is None else peek
+        f, extra, elsewhere = self._field, self._extra, self if peek is None else peek
         if not wants:
-            return Linearization(f(t, z))
+            return Linearization(f(t, z, *extra))
         if self.part is not None:
             return self._of_part(self.part, t, z, probes, wants, elsewhere)
         if transforms_active():
-            return _in_transform(f, t, z, probes, wants)
+            return _in_transform(self, t, z, probes, wants)
         refuse_dual_numbers()
         checked = self._checked
         along, later = "jvp" in wants, "pull" in wants
@@ -253,7 +260,7 @@ class AutogradField(Field):
             looks_thrice = along and keep and checked.third_derivative is None
             # nodes with a lower number are older than this evaluation
             start = next_number(z) if looks or looks_thrice else 0
-            dz = f(t, z)
+            dz = f(t, z, *extra)
             if looks:
                 checked.twice_differentiable = check_second_derivative(
                     dz, z, start, elsewhere, t, field=self._field, jvp=along
@@ -304,7 +311,7 @@ class AutogradField(Field):
         velocities: list[Tensor] = []
 
         def of_part(t: Tensor, z: Tensor) -> Tensor:
-            velocities.append(self._field(t, cast("Tensor", part.put(state, z))))
+            velocities.append(self(t, cast("Tensor", part.put(state, z))))
             return part.take(velocities[-1])
 
         def of_part_elsewhere(t: Tensor, z: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torchdyn.models.cnf import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
-from ..core.derivatives import Field, Velocity, has_hooks
+from ..core.derivatives import AutogradField, Field, Velocity, has_hooks
 from ..core.evaluator import lock_of
 from ..core.modes import outside_checkpoints
 from ..core.modules import module_of
@@ -324,8 +324,7 @@ def function_of(
     if differentiated:
         function = originals(function, modules)
     if context is not None:
-        inner = function
-        function = lambda t, z: inner(t, z, context)  # noqa: E731
+        function = AutogradField(function, context)
     plain = takes.order == "t, x" and not takes.args
     if not plain:
         function = call_of(function, args, takes)
