@@ -522,7 +522,7 @@ def penalties_at(
 
 
 def slopes_at(name: str) -> Tensor:
-    """The derivatives of a penalty by the times, by central differences."""
+    """The derivatives of a penalty with respect to the times, by central differences."""
     step, wanted = 1e-5, []
     for k in range(len(TIMES)):
         above, below = (penalties_at((*TIMES[:k], TIMES[k] + h, *TIMES[k + 1 :]))[0] for h in (step, -step))

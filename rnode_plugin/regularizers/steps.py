@@ -1,4 +1,4 @@
-"""Step penalties: what the solver's steps reveal about the vector field.
+"""Step penalties: properties of the vector field that the solver's steps show.
 
 Each is ``(B,)``. The objective does not divide it by D, because norms over the event are root mean squares, as in a
 solver's error norm. Penalties on accepted steps need a gradient mode that differentiates through the steps

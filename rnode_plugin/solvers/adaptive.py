@@ -80,7 +80,7 @@ def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | Non
                 for time, state in zip(inside, states, strict=True):
                     totals.save(time, state)
             totals.add(step, reached.reshape(()))
-            # not `==`, because rounding may carry a step that was cut off at this time just past it
+            # not `==`, because by rounding a step that was cut off at this time may end just after it
             if not control.before(reached, span[upcoming]):
                 totals.save(reached.reshape(()), step.z)
                 upcoming = min(upcoming + 1, len(span) - 1)

@@ -42,8 +42,8 @@ class AdjointCall:
         interpolated: whether the backward pass reads the states from the accepted steps.
         solution: the solution of the forward pass, without a graph.
         steps: the accepted steps of the forward pass, which the backward pass reads.
-        safe_step: with which each backward pass begins, also the second one through one solution.
-        keep_step: takes the longest safe step of each backward pass.
+        safe_step: the first step of each backward pass, also of the second one through one solution.
+        keep_step: receives the longest safe step of each backward pass.
     """
 
     rhs: Solve
@@ -64,7 +64,7 @@ def solve_adjoint(call: AdjointCall, z0: Tensor, t_span: Tensor) -> Solution:
     """
     wanted = [p for p in call.rhs.inputs() if p.requires_grad]
     times, z, logdet, *integrals = _Adjoint.apply(call, z0, t_span, *wanted)
-    # the call lives in the graph: drop the solution, because the tensors that backward reads are saved by autograd
+    # the graph keeps the call: drop the solution, because the tensors that backward reads are saved by autograd
     solution, call.solution = call.solution, None
     assert solution is not None
     penalties = dict(zip(solution.penalties, integrals, strict=True))
@@ -119,7 +119,7 @@ def _sweep(ctx: Any, dz: Tensor, dlogdet: Tensor | None, dpenalties: Sequence[Te
     k = last
     while True:
         if k > 0 and k in span_index:
-            # moving an output time moves its own output; moving the last one also moves the end of the path
+            # A change of an output time changes its own output. A change of the last one also moves the path's end.
             mine = None if dlogdet is None else dlogdet[k]
             dt[span_index[k]] = pass_.hamiltonian(t[k], z[k], dz[k], mine, penalties=k == last)
         if k == 0:
@@ -143,7 +143,7 @@ def _sweep(ctx: Any, dz: Tensor, dlogdet: Tensor | None, dpenalties: Sequence[Te
 
 
 def _positions(t_span: Tensor, t: Tensor) -> dict[int, int]:
-    """Indices of the times of ``t_span`` among the outputs ``t``, which are more if every step is an output."""
+    """Indices of the times of ``t_span`` among the outputs ``t``, which have more times if every step is one."""
     return {int((t - time).abs().argmin()): j for j, time in enumerate(t_span)}
 
 
@@ -198,7 +198,7 @@ class _Backward:
 
     @property
     def longest_safe_step(self) -> float:
-        """The longest step that would have passed everywhere but in slivers, whose errors are mostly rounding."""
+        """The longest step that would have passed, except in very short intervals, whose errors are rounding."""
         longest = max(length for length, _ in self.safe)
         return min(safe for length, safe in self.safe if length >= 0.1 * longest)
 
@@ -260,8 +260,8 @@ class _Path:
     def between(self, t1: Tensor, t0: Tensor) -> Tensor:
         """The times of the accepted steps between two times, in the order of a solve from ``t1`` to ``t0``.
 
-        The adjoint may be smooth where the gradient of the parameters, which has no part in the choice of its
-        steps, changes as fast as the forward path. A step that passes over several of the path's would miss that.
+        The adjoint may be smooth where the gradient of the parameters changes as fast as the forward path. Its
+        steps are not chosen by that gradient, so a step over several of the path's steps would miss such changes.
         """
         first, last = self.sign * float(t0), self.sign * float(t1)
         slack = 1e-6 * (last - first)  # the end of a step may differ from the output there by rounding

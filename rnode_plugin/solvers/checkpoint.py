@@ -80,7 +80,7 @@ def _has_states(kind: str) -> bool:
     return kind in ("cpu", "meta") or hasattr(getattr(torch, kind, None), "device")
 
 
-# what a step depends on -----------------------------------------------------------------------------------------
+# the leaves of a step -------------------------------------------------------------------------------------------
 
 
 def _leaves(
@@ -90,7 +90,7 @@ def _leaves(
     t: Tensor,
 ) -> list[Tensor] | None:
     """The leaf tensors that the right-hand side depends on; None if they read the result of another computation."""
-    # restore the generators, so that this extra evaluation does not change what the solve draws
+    # restore the generators, so that this extra evaluation does not change the random numbers of the solve
     devices = [z.device] if z.is_cuda else []
     with torch.enable_grad(), torch.random.fork_rng(devices), as_now():
         state = z.detach().requires_grad_()
@@ -231,7 +231,8 @@ def _variable(x: object) -> object:
 def is_complete(outputs: Sequence[Tensor], known: Sequence[object], start: int) -> bool:
     """Whether the graph of ``outputs``, built since number ``start``, ends in tensors that are ``known``.
 
-    A leaf may also share its memory with one of them, since a derivative by the time makes a new variable from it.
+    A leaf may also share its memory with one of them, since a derivative with respect to the time makes a new
+    variable from it.
     """
     leaves, places = _find_leaves(outputs, start, known), {x.data_ptr() for x in known if isinstance(x, Tensor)}
     return leaves is not None and all(x.data_ptr() in places for x in leaves)

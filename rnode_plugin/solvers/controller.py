@@ -1,4 +1,4 @@
-"""How long the steps of an adaptive solve are, bitwise by torchdyn's rules.
+"""The lengths of the steps of an adaptive solve, bitwise by torchdyn's rules.
 
 Times and lengths stay on the CPU. For each step that is tried the host reads one number from the device, the size
 of its error.
@@ -27,7 +27,7 @@ class Trial(NamedTuple):
     """The length of a step that is tried, negative backward in time.
 
     Attributes:
-        dt: length of the step. If it ends at a stop, it carries the gradient of the stop's time.
+        dt: length of the step. If it ends at a stop, it has the graph of the stop's time.
         wanted: length before it was cut off.
         uncut: length that was cut off at an output time, with which the solve continues; None if none was.
     """
@@ -39,7 +39,7 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StepController:
-    """Chooses the lengths of steps. It has no state: what it decides on comes in by arguments.
+    """Chooses the lengths of steps. It has no state: all quantities that it needs are arguments.
 
     Attributes:
         method: has the constants of the rules, and fits a length to the time left to the next stop.
@@ -96,16 +96,16 @@ class StepController:
             longest: the longest safe step of the trials before; infinite if there were none.
         """
         length = trial.dt.detach()
-        # the error of a sliver, which was cut off, is mostly rounding, from which no longer step follows
+        # the error of a short step that was cut off is mostly rounding, so it does not show that longer steps fail
         cut_off = length.abs() < 0.1 * trial.wanted.detach().abs()
-        sliver = longest < math.inf and bool((error_ratio <= 1) & cut_off)
-        if error_ratio > 0 and not sliver:  # the error grows with the order-th power of a step's length
+        ignored = longest < math.inf and bool((error_ratio <= 1) & cut_off)
+        if error_ratio > 0 and not ignored:  # the error grows with the order-th power of a step's length
             longest = min(longest, abs(float(length)) * float(error_ratio) ** (-1 / self.method.order))
         return longest
 
     @torch.no_grad()
     def error_ratio(self, step: Step, z: Tensor, logdet: Tensor | None) -> Tensor:
-        """The error of a step from ``z``, divided by what the tolerances allow, in the norm ``error_norm``.
+        """The error of a step from ``z``, divided by the allowed error, in the norm ``error_norm``.
 
         It is a root mean square over the entries of state and log-determinant, in the whole batch or in the worst
         sample, and 0 for an empty batch. The result is a scalar on the CPU, the only number that a step reads from

@@ -43,13 +43,12 @@ def march(solver: FixedGrid, problem: Problem, *, take: Callable[..., Step] | No
     method = get_method(solver.method)
     counts = _counts(solver, t_span)
     draws = None
-    # a density draws one stage in each step, below; penalties alone draw fewer evaluations, over the whole
-    # solve
+    # A density draws one stage in each step, below. Penalties alone draw fewer evaluations, over the whole solve.
     if solver.quadrature == "sampled" and not rhs.divergence:
         draws = _draw_stages(method, _lengths(t_span, counts))
     halves = problem.weight_gradients == "half"
     take = Stepper(rhs, method, None) if take is None else take
-    # times on the CPU stay there, so that step lengths are numbers for the host, unless they carry a gradient
+    # times on the CPU stay there, so that step lengths are numbers for the host, unless they require a gradient
     if t_span.device.type != "cpu" or t_span.requires_grad:
         t_span = t_span.to(z.device)
     with on_host():
@@ -98,7 +97,7 @@ def _health_of(
         finite: the health of the state after each step.
         intervals: start, length and end of each step in each interval of the times.
     """
-    # the check outlives the solve, and must not hold its outputs
+    # the check outlives the solve, and must not refer to its outputs
     logdet, penalties, steps, evaluations = totals.logdet, totals.penalties, totals.steps, totals.nfe
     # an integral that is not finite once never is again, so one check at the end is enough
     integrals = [x for x in (logdet, *penalties.values()) if x is not None]
@@ -122,7 +121,7 @@ def _grid(
     """The times of ``t_span`` on ``device``, and of each interval between them the steps: start, length and end.
 
     Starts and ends are on ``device``, lengths where ``t_span`` is. With one step per interval this is bitwise
-    torchdyn's grid, in which the length of a step is what is left to the next time.
+    torchdyn's grid, in which the length of a step is the time left to the next output.
     """
     times, lengths = [t_span[0]], []
     for k, count in enumerate(counts, start=1):
@@ -145,7 +144,7 @@ def _on_device(times: Tensor, device: torch.device) -> list[Tensor]:
     known = read(times) if times.device.type == "cpu" else None
     if known is None:
         return list(times.to(device).unbind())
-    # one kernel fills each time, because the host would wait for a copy, and a CUDA graph cannot contain one
+    # fill each time by a kernel of its own: a copy from the host would synchronize, and a CUDA graph cannot have it
     made = {time: torch.full((), time, dtype=times.dtype, device=device) for time in {*known}}
     return [made[time] for time in known]
 

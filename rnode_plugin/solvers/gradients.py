@@ -1,7 +1,7 @@
-"""How a solve is differentiated: through its steps, with or without keeping activations, or by an adjoint.
+"""Gradients of a solve: through its steps, with or without keeping activations, or by an adjoint.
 
-A solver holds one of these objects. The object runs the solver's steps, and refuses what its gradient cannot give.
-Importing this needs no torch.
+A solver has one of these objects. The object runs the solver's steps, and refuses penalties and quadratures that
+its gradient cannot have. Importing this needs no torch.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class Gradient:
-    """How a solve is differentiated. This base class lets autograd differentiate the steps.
+    """The way to differentiate a solve. This base class lets autograd differentiate the steps.
 
     Attributes:
-        through_steps: whether backward passes through the evaluations of the forward solve, so that these may share
-            the graph of what depends on the parameters alone. Otherwise the backward pass evaluates the field
-            again.
+        through_steps: True if backpropagation goes through the forward evaluations. They may then share one graph
+            of quantities that depend only on the parameters, such as prepared weights. Otherwise the backward pass
+            evaluates the field again.
     """
 
     through_steps: ClassVar[bool] = True
@@ -40,7 +40,7 @@ class Gradient:
         """Refuse a sampled quadrature (ConfigError) if this gradient cannot have it."""
 
     def check_penalties(self, penalties: Sequence[StepPenalty]) -> None:
-        """Refuse step penalties that this gradient cannot give (ConfigError), and name what works."""
+        """Refuse step penalties that this gradient cannot have (ConfigError), and name those that work."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Adjoint(Gradient):
         rhs, z, t, save_steps, safe_step, adjoint_safe_step, keep_adjoint_step, *_ = problem
 
         def forward(z: Tensor, t: Tensor) -> Solution:
-            # built from the arguments: the graph keeps this function, which must not hold the problem's state
+            # built from the arguments: the graph keeps this function, which must not refer to the problem's state
             problem = Problem(rhs, z, t, save_steps or self.interpolated, safe_step)
             return self.outputs(solver.march(problem), adaptive=solver.adaptive)
 

@@ -25,14 +25,15 @@ def with_path_penalties(
 
     Args:
         solution: of the whole solve, with its accepted steps if there are local penalties.
-        problem: what was solved.
-        tolerances: absolute and relative tolerance of the solver, which local penalties see; None for a fixed grid.
+        problem: the problem that was solved.
+        tolerances: absolute and relative tolerance of the solver, which local penalties read; None for a fixed
+            grid.
     """
     extra, stats, checks = dict[str, Tensor](), solution.stats, solution.health
     regularizers, event = problem.rhs.regularizers, problem.rhs.z_of
     if regularizers.finished:
         z0, z1 = event(solution.z[0]), event(solution.z[-1])
-        # the times of the problem carry the graph of t_span, which the output times of a continuous adjoint do not
+        # the times of the problem have the graph of t_span, which the output times of a continuous adjoint lack
         extra = regularizers.finish(solution.penalties, z0, z1, problem.t_span)
     if regularizers.adds_evaluations:
         assert solution.steps is not None

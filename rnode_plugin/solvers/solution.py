@@ -45,7 +45,7 @@ class Solution:
         t: output times ``(T,)``.
         z: states at the output times, ``(T, B, *event)``.
         logdet: log-determinant of the flow's Jacobian from the first time to each output time, ``(T, B)`` in
-            nats (eq. 4); None where no density is followed.
+            nats (eq. 4); None if it is not integrated.
         penalties: each penalty of the whole trajectory by name, ``(B,)``. Integrals are taken over ``|dt|``, so a
             non-negative rate has a non-negative integral also backward in time.
         stats: numbers of evaluations and steps.
@@ -54,8 +54,8 @@ class Solution:
         longest_safe_step: the longest step whose error would have been accepted everywhere in an adaptive solve;
             None for a fixed grid. A solve of the same field with this ``safe_step`` needs no evaluation to guess a
             first step, and its first step is not rejected.
-        steps: the accepted steps of a solve with ``save_steps``, else None. They carry gradients in the gradient
-            modes that differentiate through the steps.
+        steps: the accepted steps of a solve with ``save_steps``, else None. They have a graph in the gradient modes
+            that differentiate through the steps.
 
     Example:
         >>> import torch

@@ -1,6 +1,6 @@
-"""How an initial value problem is solved, as data: :class:`FixedGrid` and :class:`Adaptive`, of the base Solver.
+"""Solvers of initial value problems, as data: :class:`FixedGrid` and :class:`Adaptive`, of the base Solver.
 
-Importing, making and printing them needs no torch. A solve imports what takes the steps, ``fixed.py`` or
+Importing, making and printing them needs no torch. A solve imports the code that takes the steps, ``fixed.py`` or
 ``adaptive.py``.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     MethodLike: TypeAlias = str | Method
     GradientLike: TypeAlias = str | Gradient
-else:  # what the settings of a recipe hold, by which pydantic reads and checks them
+else:  # the types in the settings of a recipe, by which pydantic reads and checks them
     Tolerance, MethodLike, GradientLike = float, str, str
 
 QUADRATURES = ("full", "sampled")
@@ -39,12 +39,12 @@ _Self = TypeVar("_Self", bound="Solver")
 
 @dataclass(frozen=True)
 class Solver(ABC):
-    """How an initial value problem is integrated and differentiated: a :class:`FixedGrid` or :class:`Adaptive`.
+    """A solver of initial value problems with its gradient: a :class:`FixedGrid` or :class:`Adaptive`.
 
     Attributes:
-        method: how a step is taken, a name or a :class:`~rnode_plugin.solvers.Method`. It is kept as it was given;
-            :func:`~rnode_plugin.solvers.get_method` looks it up.
-        gradient: how a solve is differentiated, a name or a gradient object, kept as it was given.
+        method: the method of a step, a name or a :class:`~rnode_plugin.solvers.Method`. It is stored as it was
+            given; :func:`~rnode_plugin.solvers.get_method` looks it up.
+        gradient: the way to differentiate a solve, a name or a gradient object, stored as it was given.
         quadrature: ``"full"``, or ``"sampled"`` to compute products with the Jacobian in a few evaluations only.
             For a density, one stage of each step in a fixed grid computes them, for trace and penalties. Otherwise
             about one evaluation in eight of a fixed grid, or one in each adaptive step, computes them for the
@@ -125,7 +125,7 @@ class Solver(ABC):
             adjoint_safe_step: the same for the backward pass of a continuous adjoint.
             keep_adjoint_step: called by each backward pass of an adaptive continuous adjoint with its longest safe
                 step. This is a function, because the backward pass runs after the solution was returned.
-            save_steps: whether the solution holds the accepted steps.
+            save_steps: whether the solution contains the accepted steps.
             weight_gradients: ``"all"``, or ``"half"`` to compute gradients with respect to the weights of the field
                 at two of the four evaluations of each step, twice as large: the first and the third, or the second
                 and the fourth, drawn by torch's generator. Values and the gradient with respect to ``z0`` are those
@@ -312,9 +312,9 @@ class Adaptive(Solver):
         first_step: first trial step; None estimates one with one more evaluation.
         error_norm: the norm that is compared with the tolerances. ``rms`` is the root mean square of the error over
             all entries of the batch, so that one of B samples may have an error of sqrt(B) times the tolerance.
-            ``worst`` is the largest root mean square of one sample (dimension 0 holds the samples). With it each
-            sample meets the tolerance in each step, whatever the batch, at the cost of more steps. The backward
-            pass of a continuous adjoint takes ``rms``.
+            ``worst`` is the largest root mean square of one sample (the samples are along dimension 0). With it
+            each sample meets the tolerance in each step, whatever the batch, at the cost of more steps. The
+            backward pass of a continuous adjoint takes ``rms``.
         max_nfe, gradient, quadrature: see :class:`FixedGrid`.
 
     Raises:
@@ -337,8 +337,8 @@ class Adaptive(Solver):
         super().__post_init__()
         if not get_method(self.method).adaptive:
             raise ConfigError(
-                f"{self.name} has no error estimate to choose steps by: use FixedGrid({self.name!r}, step=...), or "
-                f"one of {', '.join(ADAPTIVE_METHODS)}."
+                f"{self.name} has no error estimate to choose steps from: use FixedGrid({self.name!r}, step=...), "
+                f"or one of {', '.join(ADAPTIVE_METHODS)}."
             )
         check_tolerance(self.atol, "atol")
         check_tolerance(self.rtol, "rtol")
@@ -388,7 +388,7 @@ _WITHOUT = {
 }
 
 
-# checks and words -----------------------------------------------------------------------------------------------
+# checks and texts -----------------------------------------------------------------------------------------------
 
 
 def check_tolerance(value: object, name: str) -> None:
@@ -400,7 +400,7 @@ def check_tolerance(value: object, name: str) -> None:
 
 
 def _check_positive(value: object, name: str) -> None:
-    """Refuse what is neither None nor a finite number > 0."""
+    """Refuse a value that is neither None nor a finite number > 0."""
     if value is not None and not (_is_number(value) and value > 0):
         raise ConfigError(f"{name} must be a number > 0 or None, not {value!r}.")
 

@@ -1,4 +1,4 @@
-"""One step of the augmented system, the sums over steps, and the errors that a solve can end in.
+"""One step of the augmented system, the sums over steps, and the errors of a solve.
 
 The state steps by a Runge-Kutta method. Everything else, the log-determinant and the penalties, is integrated by
 the quadrature of the step's stages. This costs no evaluation, and no penalty enters the error of an adaptive step.
@@ -115,8 +115,8 @@ class Stepper:
 
     Attributes:
         rhs: the right-hand side.
-        method: how a step is taken.
-        tolerances: absolute and relative tolerance, which step penalties see; None for a fixed grid.
+        method: the method of a step.
+        tolerances: absolute and relative tolerance, which step penalties read; None for a fixed grid.
         local: whether a step computes the local step penalties. Any other step computes the penalties on accepted
             steps.
     """
@@ -264,7 +264,7 @@ def _weigh(
 ) -> list[Tensor]:
     """``dt`` times the weighted sum over the stages in each row.
 
-    In a row in which stages were not evaluated (None), the drawn stages represent them.
+    If a row has stages without a value (None), it is the weighted sum over the drawn stages instead.
     """
     found: dict[int, Tensor] = {}
     together: list[int] = []
@@ -290,7 +290,7 @@ def _weigh(
         alone = len(together) == 1
         if like.is_cpu:
             product = row @ (table if alone else table.view(count, len(together) * like.shape[0]))
-        else:  # a matrix product on a GPU may round to TF32, which a log-determinant must not
+        else:  # a matrix product on a GPU may round to TF32, too coarse for a log-determinant
             product = (row[:, None] * table.view(count, len(together) * like.shape[0])).sum(0)
         if product.dtype is like.dtype:  # else autocast has rounded it
             parts = (product,) if alone else product.view(len(together), like.shape[0]).unbind()
@@ -370,7 +370,7 @@ class Totals:
         )  # fmt: skip
 
 
-# the errors a solve can end in -----------------------------------------------------------------------------------
+# errors of a solve -----------------------------------------------------------------------------------------------
 
 
 _SINGULAR = "give times a little inside, such as data_time=1e-3 or noise_time=0.999 of RegularizedCNF.from_velocity"
@@ -382,7 +382,7 @@ def fail_nonfinite(t: float, step: int, nfe: int) -> NoReturn:
         "step or tighten the tolerances. If the field is singular at an end of the times, as a diffusion's can be, "
         f"{_SINGULAR}."
     )
-    if step == 0:  # nothing can have exploded on the way
+    if step == 0:  # no earlier step can have exploded
         advice = (
             "The solve failed in its first step. Check the input and the parameters for NaN, and the field at this "
             f"time: if it is singular there, as a diffusion's can be at an end of its schedule, {_SINGULAR}. If "

@@ -51,7 +51,7 @@ def evenly(dt: Tensor, rest: Tensor, sign: float) -> Tensor:
     steps = float(rest / dt)
     if not math.isfinite(steps):  # dt is 0 or NaN, and the solve ends
         return dt
-    # Make the last step overshoot. The solve cuts it off exactly at the stop, whose time carries the gradient.
+    # Make the last step overshoot. The solve cuts it off exactly at the stop, whose time has the graph.
     count = count_steps(steps, 1.0)
     return rest / count if count > 1 else (dt * sign).maximum(2 * rest * sign) * sign
 
@@ -73,7 +73,7 @@ class Method:
         safety, min_factor, max_factor: constants of the step-size controller.
         nodes: time of each stage as a fraction of the step, in the order of their evaluation; None if not known.
         fit: fits the length of an adaptive step to the time left to the next stop; None leaves the length.
-        interpolate: gives the states at output times inside a step; None: the solve stops at each output time.
+        interpolate: returns the states at output times inside a step; None: the solve stops at each output time.
     """
 
     name: str
