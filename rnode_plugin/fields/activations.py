@@ -17,8 +17,8 @@ _aten = torch.ops.aten
 class Activation(ABC):
     """A pointwise function s with its first two derivatives, in the symbols of :mod:`.fused`.
 
-    A pass keeps one tensor ``y`` per activation. This is the output ``u = s(a)`` if the slope ``d = s'(a)`` follows
-    cheaply from it, and otherwise the input ``a``. ``value`` and ``backward`` can be differentiated and
+    A pass keeps one tensor ``y`` per activation. This is the output ``u = s(a)`` if the slope ``d = s'(a)`` is
+    cheap to compute from it, and otherwise the input ``a``. ``value`` and ``backward`` can be differentiated and
     transformed. The other methods are for passes without a graph.
 
     Attributes:
@@ -45,7 +45,7 @@ class Activation(ABC):
         """The derivative of the slope ``d`` with respect to ``y``."""
 
     def output(self, y: Tensor) -> Tensor:
-        """``u = s(a)`` from what was kept."""
+        """``u = s(a)`` from the tensor that was kept."""
         return y if self.keeps_output else self.value(y)
 
     def backward(self, g: Tensor, y: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Activation(ABC):
     def second_order(self, y: Tensor, d: Tensor, g: Tensor, v: Tensor, p: Tensor) -> Tensor:
         """``c = s''(a) g p`` in the shape of ``y``, summed over the products. It is written over ``v = d g``."""
         # If y is u, the chain rule gives s'' = (dd/du) d, and v is d g already. On a CPU, fresh memory costs more
-        # than this arithmetic, so the result goes into v, which nobody reads after this.
+        # than this arithmetic, so the result goes into v, which is not read after this.
         c = torch.mul(v if self.keeps_output else g, p, out=v)
         c = c.sum(0) if c.dim() > y.dim() else c
         return c.mul_(self.slope_derivative(y, d))
@@ -83,8 +83,8 @@ class _Softplus(Activation):
         return torch.addcmul(g, g, torch.neg(y).exp_(), value=-1)
 
     def backward_over(self, g: Tensor, a: Tensor, y: Tensor) -> Tensor:
-        # One operation instead of three. If shape and layout are the same, the result goes into `a`, which nobody
-        # reads after this, because on a CPU fresh memory costs more than the arithmetic.
+        # One operation instead of three. If shape and layout are the same, the result goes into `a`, which is not
+        # read after this, because on a CPU fresh memory costs more than the arithmetic.
         over = {"grad_input": a} if g.shape == a.shape and g.stride() == a.stride() else {}
         if g.shape != a.shape:  # on XLA the operation does not broadcast
             g, a = torch.broadcast_tensors(g, a)

@@ -15,11 +15,11 @@ Several vectors e at once, for the whole Jacobian, form a dimension in front of 
 
 Two sweeps compute the gradients of a loss, from its derivatives ``q_L`` with respect to f and ``h_0`` with respect
 to the product. The upward sweep is the transpose of (3). It passes the derivatives ``p_k`` with respect to ``v_k``
-and ``h_k`` with respect to ``g_k``, and gives ``c_k``, the derivative with respect to ``a_k`` by way of ``d_k``::
+and ``h_k`` with respect to ``g_k``, and computes ``c_k``, the derivative with respect to ``a_k`` through ``d_k``::
 
     p_k = W_k h_{k-1},   h_k = d_k p_k,   c_k = s''(a_k) g_k p_k   for k = 1 ... L-1                      (4)
 
-The downward sweep is ordinary backpropagation through (1), which picks up ``c_k``. Its ``q_k`` is the whole
+The downward sweep is ordinary backpropagation through (1), to which ``c_k`` is added. Its ``q_k`` is the whole
 derivative with respect to ``a_k``::
 
     q_k = d_k W_{k+1}^T q_{k+1} + c_k   for k = L-1 ... 1                                                 (5)
@@ -28,8 +28,8 @@ The gradients are, with sums over the samples for the parameters and the time::
 
     W_k: q_k u_{k-1}^T + v_k h_{k-1}^T,   b_k: q_k,   r_k: t q_k,   t: sum_k r_k q_k,   z: W_1^T q_1      (6)
 
-The product gives ``W_L`` no gradient in (6), but ``g_{L-1}`` the gradient ``h_{L-1}``, which autograd takes
-through (2).
+The product adds nothing to the gradient of ``W_L`` in (6). Its gradient with respect to ``g_{L-1}`` is ``h_{L-1}``,
+from which autograd computes the rest through (2).
 
 An evaluation keeps one tensor ``y_k`` per activation, which is ``u_k`` or ``a_k``
 (:class:`~.activations.Activation`), and with a product also ``g_1 ... g_{L-2}``. The velocity and its gradient
@@ -76,8 +76,8 @@ class Stack(Field):
 
     Work that depends only on the weights is done once here and reused by every evaluation. It is part of the
     autograd graph. A ``Stack`` belongs to one solve; make a new one after each optimizer step. Products with any
-    other noise vector work but are slower. Automatic differentiation computes all of an evaluation that takes
-    derivatives along directions. Products and derivatives are with respect to ``z`` alone, not to the context.
+    other noise vector work but are slower. An evaluation with derivatives along directions is computed by automatic
+    differentiation as a whole. Products and derivatives are with respect to ``z`` alone, not to the context.
 
     Args:
         kind: the class of the layers.
@@ -123,8 +123,8 @@ class Stack(Field):
         flat = [kind.flat(weight) for _, weight, _ in layers]
         self.theta = torch.cat([(b_and_r if self._timed else b_and_r[0]).reshape(-1), *flat])
         self.shapes = [weight.shape for _, weight, _ in layers]
-        self.activations = len(layers) - 1  # how many there are, L - 1
-        self.start = b_and_r.shape[1] * (1 + self._timed)  # where the weights begin in theta
+        self.activations = len(layers) - 1  # their number, L - 1
+        self.start = b_and_r.shape[1] * (1 + self._timed)  # index of the first weight in theta
         self._sizes = [b_and_r.shape[1]] * (1 + self._timed) + [each.numel() for each in flat]
         self._W_L = kind.unflat(flat[-1], self.shapes[-1])
         self._plain = self.layers_of(self.theta) if compiled else None
@@ -163,8 +163,8 @@ class Stack(Field):
     def weighed(self, weigh: float) -> Stack:
         """Implement :meth:`Field.weighed <rnode_plugin.core.derivatives.Field.weighed>` for ``theta``.
 
-        With 0 only the gradients with respect to ``t`` and ``z`` are computed in (6). The gradient of ``W_L`` by
-        way of equation (2) is always whole, because it takes no further convolution in an evaluation.
+        With 0 only the gradients with respect to ``t`` and ``z`` are computed in (6). The gradient of ``W_L``
+        through equation (2) is always whole, because it takes no further convolution in an evaluation.
 
         Raises:
             ConfigError: for a compiled stack, whose graph has the whole gradient.
@@ -269,7 +269,7 @@ class Stack(Field):
         return z if self._context is None else torch.cat([z, self._context.to(z.dtype)], 1)
 
     def _without_context(self, z: Tensor, products: Tensor | None) -> Tensor | None:
-        """The products with respect to ``z`` alone: the layers see the context as more columns of the state."""
+        """The products with respect to ``z`` alone: for the layers the context is more columns of the state."""
         return products if self._context is None or products is None else products[..., : z.shape[1]]
 
     def _pieces(self, theta: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
@@ -300,7 +300,7 @@ class Layers(NamedTuple):
     Attributes:
         W: the linear map of each layer.
         b: the biases of all layers, concatenated to one row.
-        r: their responses, how much a unit of time adds to each bias, as such a row; None if no layer takes time.
+        r: their responses, the change of each bias per unit of time, as such a row; None if no layer takes time.
     """
 
     W: Sequence[Any]
@@ -430,14 +430,14 @@ def _aliases(inputs: Sequence[Tensor | None]) -> list[Any]:
 
     The state depends on the weights through earlier evaluations. The nodes of those add that part themselves.
     """
-    # not view_as, which changes the strides of dimensions of size 1 and so the layout that a convolution sees
+    # not view_as, which changes the strides of dimensions of size 1 and so the layout for a convolution
     return [None if x is None else x[...] for x in inputs]
 
 
 def _by_autograd(
     outputs: Sequence[Tensor | None], cotangents: Sequence[Tensor | None], arguments: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Compute the gradients by automatic differentiation, for ``create_graph=True``. It is slower, with a graph."""
+    """Compute the gradients by autograd, for ``create_graph=True``. This is slower, and they have a graph."""
     pairs = zip(outputs, cotangents, strict=True)
     given = [(x, c) for x, c in pairs if x is not None and c is not None and x.requires_grad]
     inputs = [x for x in arguments if x is not None and x.requires_grad]
@@ -466,7 +466,7 @@ def _gradients(
         inputs: the inputs.
         needs: which of the inputs need a gradient.
         cotangents: ``q_L`` and ``h_0``; None is zero.
-        y: what equation (1) kept.
+        y: the list ``y`` of equation (1).
         g: ``g_1 ... g_{L-2}`` of equation (3).
     """
     g_last, (q, h) = inputs[2], cotangents

@@ -89,7 +89,7 @@ class LayerMap(ABC):
 
     @staticmethod
     def bias_rows(time: Tensor, bias: Tensor, event: Sequence[int]) -> Tensor:
-        """What the bias and a unit of time add to a state with these spatial dimensions, ``(2, out * ...)``.
+        """The terms that bias and time, at 1, add for a state with these spatial dimensions, ``(2, out * ...)``.
 
         Both rows are in the order of memory.
         """

@@ -1,9 +1,9 @@
-"""Layers that see time as one more input.
+"""Layers that take time as one more input.
 
-A layer's weight holds the time input first: ``(out, 1 + in, 3, 3)`` for a convolution, ``(out, 1 + in)`` for a
-linear map. Nothing is concatenated, though. The layer is affine, so time adds ``t * response``. The response is
-what the layer computes from an input of constant one. For a convolution it is a map of shape ``(1, out, H, W)``,
-which differs from a constant only at the border, because of the zero padding.
+A layer's weight has the time input first: ``(out, 1 + in, 3, 3)`` for a convolution, ``(out, 1 + in)`` for a linear
+map. Nothing is concatenated, though. The layer is affine, so time adds ``t * response``. The response is the output
+for a time input of constant one. For a convolution it is a map of shape ``(1, out, H, W)``, which differs from a
+constant only at the border, because of the zero padding.
 """
 
 from __future__ import annotations

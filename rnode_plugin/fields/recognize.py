@@ -48,8 +48,8 @@ def recognize(
         return None
     timed = [kind == "tL" for kind in re.findall("t?L", kinds)]
     linear = [layer for kind, layer in parts if kind == "L"]
-    takes, gives = linear[0].weight.shape[1] - timed[0], linear[-1].weight.shape[0]
-    if z.ndim != 2 or not z.shape[1] == takes == gives or any(each.weight.dtype != z.dtype for each in linear):
+    inputs, outputs = linear[0].weight.shape[1] - timed[0], linear[-1].weight.shape[0]
+    if z.ndim != 2 or not z.shape[1] == inputs == outputs or any(each.weight.dtype != z.dtype for each in linear):
         return None
     parameters = [(*_split(each.weight, last), each.bias) for each, last in zip(linear, timed, strict=True)]
     activation = activations.pop() if activations else get_activation("tanh")

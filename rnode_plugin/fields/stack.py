@@ -21,11 +21,10 @@ from .layers import ConcatConv2d, ConcatLinear
 class StackField(nn.Module, Field):
     """A vector field ``f(t, z)`` that consists of layers with an activation between them.
 
-    Velocity and products with the Jacobian come from one
-    pass with a hand-written backward. First-order gradients of both with respect to time, state, noise and
-    parameters cost no double backward. Automatic differentiation computes an evaluation that also takes derivatives
-    along directions, and gradients with ``create_graph=True``, which can be differentiated in turn. A call uses
-    operations that autograd and ``torch.func`` can differentiate.
+    Velocity and products with the Jacobian come from one pass with a hand-written backward. First-order gradients
+    of both with respect to time, state, noise and parameters cost no double backward. Automatic differentiation
+    computes an evaluation that also takes derivatives along directions, and gradients with ``create_graph=True``,
+    which can be differentiated in turn. A call uses operations that autograd and ``torch.func`` can differentiate.
 
     Args:
         layers: ``ConcatConv2d`` or ``ConcatLinear``, all of one kind.
@@ -120,7 +119,8 @@ class StackField(nn.Module, Field):
             return AutogradField(lambda t, z: self(t, z, context))
         # skipped where batch shapes vary (validation, sampling), because every new shape triggers a compilation
         compiled = self.compiled and self.training
-        with outside_inference():  # a penalty may differentiate by the state, through tensors that are made here
+        # a penalty may differentiate with respect to the state, through tensors that are made here
+        with outside_inference():
             return self._stack(z, noise=noise, context=context, fast=not exporting(), compiled=compiled)
 
     def _stack(self, z: Tensor, **options: Any) -> Stack:
@@ -162,7 +162,7 @@ class AtContext(nn.Module, Field):
 
 
 def conv_field(channels: int, *, hidden: int = 64, layers: int = 4, activation: str = "softplus") -> StackField:
-    """Make the paper's field for images ``(B, channels, H, W)``: 3x3 convolutions that also see time (section 6).
+    """Make the paper's field for images ``(B, channels, H, W)``: 3x3 convolutions that also take time (section 6).
 
     The weight and the bias of the last layer are zero, so f = 0.
 
@@ -186,7 +186,7 @@ def linear_field(
     activation: str = "softplus",
     context: int = 0,
 ) -> StackField:
-    """Make a multilayer perceptron as a field on flat states ``(B, features)``. Each layer also sees the time.
+    """Make a multilayer perceptron as a field on flat states ``(B, features)``. Each layer also takes the time.
 
     The weight and the bias of the last layer are zero, so f = 0.
 
@@ -195,7 +195,7 @@ def linear_field(
         hidden: width of the hidden layers.
         layers: number of linear layers, the last one included.
         activation: the function between the layers, such as ``"softplus"`` or ``"tanh"``.
-        context: how many more numbers the first layer takes; see :class:`AtContext`.
+        context: number of further inputs of the first layer; see :class:`AtContext`.
 
     Raises:
         ConfigError: for a size below 1 or an unknown activation.
@@ -207,7 +207,7 @@ def compile_fields(model: nn.Module, *, compiled: bool = True) -> int:
     """Send the evaluations of all stack fields in a model through torch.compile while it is in training mode.
 
     Args:
-        model: the module that holds the fields.
+        model: the module that contains the fields.
         compiled: whether to compile; False returns to uncompiled evaluations.
 
     Returns:

@@ -72,7 +72,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
 
     @property
     def latent_depths(self) -> list[int]:
-        """How many blocks each coordinate of the latent has passed through."""
+        """The number of blocks that each coordinate of the latent has passed through."""
         return [len(self.fields)] * self.dims
 
     @property
@@ -115,7 +115,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         check: bool = True,
         weight_gradients: str = "all",
     ) -> FlowOutput:
-        """Push samples through the flow, and compute the log-determinant and the penalties for training.
+        """Map samples to latents, and compute the log-determinant and the penalties for training.
 
         Args:
             x: ``(B, *event_shape)``: images in [0, 1], already dequantized, or rows in the units of the data.
@@ -158,7 +158,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         solver: Solver | None = None,
         check: bool = True,
     ) -> FlowOutput:
-        """Pull latents ``z (B, D)`` back to samples; see :meth:`DensityModel.decode`.
+        """Map latents ``z (B, D)`` back to samples; see :meth:`DensityModel.decode`.
 
         Raises:
             ConfigError: for latents, contexts or noise of the wrong shape or type.
@@ -213,7 +213,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         rows = self.check_inputs(x, context=context)
         y, _, health = self._enter(x, self.solver)
         check_all(health)
-        # Passes that change no state record y, e and k in the shape that each block sees, because squeezes and
+        # Passes that change no state record y, e and k in the shape of each block's state, because squeezes and
         # leaving channels rearrange coordinates between the blocks.
         data, noise, blocks = _SeenStates(), _SeenStates(), _SeenStates()
         self._push(y, data)
@@ -221,7 +221,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         self._pull(torch.tensor([self.latent_depths], dtype=x.dtype).to(x.device), blocks)
         # drawn on the CPU, so that one seed gives the same times on every device
         times = torch.rand(len(data.seen), dtype=x.dtype).to(x.device)
-        # each block covers its part of the path until the end of its solve, which a learned end time moves
+        # each block covers its part of the path until the end of its solve, which a learned end time changes
         end = self.regularizers.times(torch.tensor([0.0, 1.0], dtype=x.dtype))[-1].detach()
         error, width = x.new_zeros(len(x)), _WIDTH * torch.rand(len(x), dtype=x.dtype, device=x.device)
         for index, field in enumerate(self._fields_at(rows)):
@@ -264,14 +264,14 @@ class _SeenStates:
 
 
 class _Pass:
-    """One pass through the blocks of a flow. A call carries a state through the next block.
+    """One pass through the blocks of a flow. A call solves the next block from a state, and returns its last state.
 
     Args:
         flow: the flow, in training or evaluation mode.
         blocks: field and noise of each block in the order of the pass.
         solver: the integrator.
         backward: whether time runs from 1 to 0.
-        density: whether the log-determinant is followed.
+        density: whether the log-determinant is integrated.
         penalties: whether to integrate the penalties; None means yes in training mode with gradients enabled.
         weight_gradients: see :meth:`Solver.solve <rnode_plugin.solvers.Solver.solve>`.
     """

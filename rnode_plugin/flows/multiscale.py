@@ -33,7 +33,7 @@ class Stage(NamedTuple):
     Attributes:
         shape: ``(C, H, W)``, the shape of their state.
         squeezes: whether their result is squeezed and continues with all channels.
-        keeps: how many channels of their result continue; the others leave for the latent.
+        keeps: number of channels of their result that continue; the others leave for the latent.
     """
 
     shape: Shape
@@ -124,7 +124,7 @@ def inverse_logit(y: Tensor, alpha: float) -> Tensor:
 
 
 def squeeze(z: Tensor) -> Tensor:
-    """``(B, C, 2 H, 2 W) -> (B, 4 C, H, W)``: four channels hold the pixels of each 2x2 patch (section 6)."""
+    """``(B, C, 2 H, 2 W) -> (B, 4 C, H, W)``: four channels for the pixels of each 2x2 patch (section 6)."""
     return F.pixel_unshuffle(z, 2)
 
 
@@ -151,10 +151,10 @@ class MultiscaleFlow(BlockFlow):
         warm_start: whether each solve of an adaptive solver begins with the longest step that would have passed
             in the last one; see :attr:`DensityModel.history`.
 
-    A fresh flow has f = 0, so it is the logit map, and its penalties are zero. :attr:`fields` holds the fields of
-    the blocks, in the order in which an image passes them. Weights of another implementation of the same layers
-    load in that order by ``flow.load_state_dict(dict(zip(flow.state_dict(), tensors, strict=True)))``. For each
-    layer ``tensors`` must hold the weight ``(out, 1 + in, 3, 3)``, with time as input channel 0, and then the bias.
+    A fresh flow has f = 0, so it is the logit map, and its penalties are zero. :attr:`fields` has the fields of the
+    blocks, in the order in which an image passes them. Weights of another implementation of the same layers load in
+    that order by ``flow.load_state_dict(dict(zip(flow.state_dict(), tensors, strict=True)))``. For each layer
+    ``tensors`` must have the weight ``(out, 1 + in, 3, 3)``, with time as input channel 0, and then the bias.
 
     Under ``torch.autocast`` the fields compute in its dtype, and everything else in the dtype of the state.
 
@@ -216,7 +216,7 @@ class MultiscaleFlow(BlockFlow):
 
     @property
     def latent_depths(self) -> list[int]:
-        """How many blocks each coordinate of the latent has passed through."""
+        """The number of blocks that each coordinate of the latent has passed through."""
         depths: list[int] = []
         for passed, stage in enumerate(self.stages, start=1):
             c, h, w = stage.shape
@@ -277,7 +277,7 @@ class MultiscaleFlow(BlockFlow):
 
         Args:
             x: images ``(B, C, H, W)`` in [0, 1], already dequantized.
-            noise: probes of the trace, as :meth:`draw_noise` gives them; None draws them.
+            noise: probes of the trace, as :meth:`draw_noise` returns them; None draws them.
         """
         return bits_per_dim(self.log_prob(x, noise=noise), dims=self.dims, levels=self.levels)
 
@@ -295,7 +295,7 @@ def _range_check(x: Tensor, margin: float) -> HealthCheck:
 
     def fail(_: int) -> NoReturn:
         found = "NaN" if bool(low.isnan()) else f"[{float(low):.6g}, {float(high):.6g}]"
-        raise ConfigError(f"the images must lie in [0, 1], but hold {found}: divide pixel values by the levels.")
+        raise ConfigError(f"the images must lie in [0, 1], but have {found}: divide pixel values by the levels.")
 
     inside = (low >= -margin) & (high <= 1 + margin)  # False for NaN
     return HealthCheck(torch.where(inside, 0.0, math.inf)[None], fail)
