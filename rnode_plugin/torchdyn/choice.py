@@ -56,7 +56,7 @@ _RK4_NODES = (0.0, 0.0, 0.5, 0.5)
 
 
 class SolverObject(Protocol):
-    """What every solver object has, torchdyn's or a user's. Other attributes are optional."""
+    """The attributes of every solver object, torchdyn's or a user's. Others are optional."""
 
     stepping_class: str
 
@@ -126,7 +126,7 @@ def refuse_leapfrog(solver: object) -> None:
     """Refuse a solver that evaluates the field on half of the state's columns only, the positions."""
     if isinstance(solver, AsynchronousLeapfrog):
         raise ConfigError(
-            "torchdyn's leapfrog evaluates the field on half of the state, so that no penalties can be followed: "
+            "torchdyn's leapfrog evaluates the field on half of the state, so that no penalties can be integrated: "
             "use a Runge-Kutta method such as 'dopri5' or 'rk4'."
         )
 
@@ -181,7 +181,7 @@ _CONSTANTS = ("order", "stepping_class", "weights", "safety", "min_factor", "max
 
 
 def constants_of(solver: SolverObject) -> list[object]:
-    """What a method takes from the attributes of a solver object, which users set between two solves."""
+    """The attributes of a solver object that a method reads. Users set them between two solves."""
     return [getattr(solver, name, None) for name in _CONSTANTS]
 
 
@@ -292,7 +292,7 @@ class _Step:
 
 
 class _Mirrored:
-    """A field with time reversed, ``-f(-t, x)``, which remembers the original velocities."""
+    """A field with time reversed, ``-f(-t, x)``, which stores the original velocities."""
 
     def __init__(self, field: Velocity) -> None:
         self._field = field
@@ -320,12 +320,12 @@ class _Interpolate:
         if not times:
             return []
         given = self._interpolator
-        by: Any = str_to_interp(given, z.dtype) if isinstance(given, str) else given
-        by.sync_device_dtype(z, t)
+        interpolant: Any = str_to_interp(given, z.dtype) if isinstance(given, str) else given
+        interpolant.sync_device_dtype(z, t)
         # the state in the middle of the step, by torchdyn's weights for it
-        middle = z + dt * sum(w * k for w, k in zip(by.bmid, step.stages, strict=True))
-        coefficients = by.fit(dt, first.dz, step.last.dz, z, step.z, middle)
-        return [by.evaluate(coefficients, t, t + dt, time) for time in times]
+        middle = z + dt * sum(w * k for w, k in zip(interpolant.bmid, step.stages, strict=True))
+        coefficients = interpolant.fit(dt, first.dz, step.last.dz, z, step.z, middle)
+        return [interpolant.evaluate(coefficients, t, t + dt, time) for time in times]
 
 
 class StepwiseAdjoint(Adjoint):

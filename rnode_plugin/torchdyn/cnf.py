@@ -29,7 +29,7 @@ class CNF(torchdyn_cnf.CNF):
             Hutchinson's estimator, a :class:`~rnode_plugin.core.trace_estimators.TraceEstimator`, one of torchdyn's
             two functions, or a custom function ``(x_out, x_in, noise=...) -> (B,)``.
         noise_dist: distribution of the noise ``(D,)`` with ``sample(shape)``; None: the estimator draws its own.
-        order: order of the differential equation. Above 1, ``z`` holds position, velocity, ... along dimension 1.
+        order: order of the differential equation. Above 1, ``z`` is position, velocity, ... along dimension 1.
         event_shape: shape of one sample of ``z`` as ``net`` takes it; None: ``(D,)``.
 
     Raises:
@@ -143,7 +143,7 @@ def estimator_of(cnf: Any) -> TraceEstimator | None:
 def first_order_system(function: Callable[..., Tensor], order: int) -> Callable[[Tensor, Tensor], Tensor]:
     """The first-order system for ``x = (position, velocity, ...)`` along dimension 1.
 
-    ``function`` gives the highest derivative.
+    ``function`` returns the highest derivative.
     """
 
     def system(t: Tensor, x: Tensor) -> Tensor:
@@ -166,5 +166,5 @@ def check_shape(shape: Sequence[int] | int, name: str) -> torch.Size:
     """The shape of one sample or context: a whole number >= 1 or a sequence of them."""
     sizes: object = [shape] if is_count(shape) else shape
     if not isinstance(sizes, Sequence) or not sizes or not all(map(is_count, sizes)):
-        raise ConfigError(f"{name} must hold one or more whole numbers >= 1, not {shape!r}.")
+        raise ConfigError(f"{name} must have one or more whole numbers >= 1, not {shape!r}.")
     return torch.Size(int(size) for size in sizes)

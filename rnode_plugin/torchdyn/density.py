@@ -36,7 +36,7 @@ from .field import start_net
 
 
 class RegularizedCNF(OneProcessPerDevice, DensityModel):
-    """A density of ``x`` that a vector field carries to a base distribution (eq. 4), with torchdyn's options.
+    """A density of ``x`` that a vector field maps to a base distribution (eq. 4), with torchdyn's options.
 
     It is a flow with one block. Add :meth:`reg_loss` to the loss after each :meth:`log_prob`::
 
@@ -135,7 +135,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         time_shape: str | None = None,
         **options: Any,
     ) -> RegularizedCNF:
-        """Make the density of a flow-matching model, whose samples follow ``net`` from the base to the data.
+        """Make the density of a flow-matching model, whose samples are solutions of ``net`` from base to data.
 
         ``log_prob`` solves from the data to the noise, and ``sample`` solves the other way. Choose
         ``trace_estimator="exact"`` for exact log-densities, and another estimator for unbiased estimates.
@@ -161,7 +161,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
 
         Raises:
             ConfigError: for everything that the class or the net refuses, for a fixed-step solver without
-                ``steps``, for ``t_span``, which follows from ``data_time``, ``noise_time`` and ``steps``, and for a
+                ``steps``, for ``t_span``, which ``data_time``, ``noise_time`` and ``steps`` determine, and for a
                 velocity whose parameter names do not determine how it is called.
         """
         if "t_span" in options:
@@ -201,7 +201,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             solver: a :class:`~rnode_plugin.Solver`; None: the model's. With ``step=None`` the grid is the model's
                 ``t_span``.
             estimator: the estimator of the trace, or its name; None: the model's.
-            regularizers: the penalties that the copy follows. Those that the model has keep its lambda. A span
+            regularizers: the penalties that the copy integrates. Those that the model has keep its lambda. A span
                 policy of the model, such as a learned end time, stays.
             warm_start: as for the class; the copy knows no steps yet.
         """
@@ -238,7 +238,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
                 trace does not take, and for a context that is missing, misshapen or not asked for.
             SolverError: from the solve.
         """
-        return self._carry(x, context, noise, penalties, solver, check=check, backward=False)
+        return self._solve(x, context, noise, penalties, solver, check=check, backward=False)
 
     def decode(
         self,
@@ -251,7 +251,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         check: bool = True,
     ) -> FlowOutput:
         """Samples ``(B, *event_shape)`` of latents ``z``; arguments and errors as for :meth:`encode`."""
-        return self._carry(z, context, noise, penalties, solver, check=check, backward=True)
+        return self._solve(z, context, noise, penalties, solver, check=check, backward=True)
 
     def log_prob(
         self,
@@ -266,7 +266,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         Arguments and errors as for :meth:`encode`. The penalties are kept for :meth:`reg_loss`.
         """
         solver = self.solver.full_quadrature
-        found = self._carry(x, context, noise, penalties, solver, check=True, backward=False)
+        found = self._solve(x, context, noise, penalties, solver, check=True, backward=False)
         return self.log_prob_of(found)
 
     def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Solver | None = None) -> Tensor:
@@ -351,7 +351,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         steps_at_times = isinstance(solver, FixedGrid) and solver.step is None
         return solver, self.t_span if steps_at_times else self.t_span[[0, -1]]
 
-    def _carry(
+    def _solve(
         self,
         start: Tensor,
         context: Tensor | None,
@@ -362,7 +362,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         check: bool,
         backward: bool,
     ) -> FlowOutput:
-        """Solve from ``start``, follow the density, and keep the penalties for :meth:`reg_loss`."""
+        """Solve from ``start`` with the log-determinant, and keep the penalties for :meth:`reg_loss`."""
         history = self.history
         history.begin()  # first, so that an error below leaves no penalties of an earlier solve
         rows = self.check_inputs(start, context=context, noise=noise, latents=backward)
@@ -511,7 +511,7 @@ def _refuse_gradient(x: Tensor) -> Tensor:
 def _moved(part: Any, fn: Callable[[Tensor], Tensor], done: dict[int, object]) -> Any:
     """A distribution with ``fn`` applied to all of its tensors, which torch does not move, being no parameters.
 
-    ``done`` holds what has been moved, by the id of the original, because a transform and its inverse refer to each
+    ``done`` has the moved objects by the id of the original, because a transform and its inverse refer to each
     other.
     """
     if isinstance(part, Tensor):

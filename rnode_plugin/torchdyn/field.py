@@ -57,7 +57,7 @@ class _Slot(NamedTuple):
         self.attributes[self.name] = value
 
     def restore(self, value: object) -> None:
-        if value is _ABSENT:  # the class holds None
+        if value is _ABSENT:  # the class has None
             self.attributes.pop(self.name, None)
         else:
             self.attributes[self.name] = value
@@ -67,14 +67,14 @@ class Slots:
     """The placeholders of a field, which are filled for each evaluation in a solve that starts at ``x``.
 
     A layer has a placeholder if it is torchdyn's own, or if the attribute is a plain one, of the layer or of its
-    class, that holds None. After a solve by torchdyn it holds torchdyn's last tensor, so a plain ``t`` that is a
-    scalar tensor and a plain ``_control`` that is a tensor are placeholders too. Any other ``t`` or ``_control`` of
-    a submodule, such as a number, a buffer or a parameter, is left alone. Noise is drawn and the control is taken
-    in the order of the modules, as in torchdyn. So a layer after a CNF has a control without the CNF's trace, in
-    the shape of its event.
+    class, whose value is None. After a solve by torchdyn the value is torchdyn's last tensor, so a plain ``t`` that
+    is a scalar tensor and a plain ``_control`` that is a tensor are placeholders too. Any other ``t`` or
+    ``_control`` of a submodule, such as a number, a buffer or a parameter, is left alone. Noise is drawn and the
+    control is taken in the order of the modules, as in torchdyn. So a layer after a CNF has a control without the
+    CNF's trace, in the shape of its event.
 
     Args:
-        modules: the modules of the field in their order; the first one holds the others.
+        modules: the modules of the field in their order; the first one contains the others.
         x: the initial state.
         ahead: number of columns of ``x`` in front of the control, 1 for the column of a cost.
         cnf: the CNF whose net the solve calls directly.
@@ -95,7 +95,7 @@ class Slots:
         for module in modules:
             own, kind = vars(module), type(module)
             t = own.get("t", getattr(kind, "t", _ABSENT))
-            held = own.get(CONTROL, getattr(kind, CONTROL, _ABSENT))
+            present = own.get(CONTROL, getattr(kind, CONTROL, _ABSENT))
             if isinstance(module, DepthCat):
                 self.times.append(_Slot(own, "t"))
             elif module is not cnf and (t is None or (isinstance(t, Tensor) and t.ndim == 0)):
@@ -106,7 +106,7 @@ class Slots:
                 if noise is not None:
                     self.values.append((_Slot(own, "noise"), noise))
                 ahead, shape = ahead + 1, getattr(module, "event_shape", None)
-            if isinstance(module, DataControl) or held is None or isinstance(held, Tensor):
+            if isinstance(module, DataControl) or present is None or isinstance(present, Tensor):
                 control = x[:, ahead:].detach()
                 control = control if shape is None else control.reshape(control.shape[0], *shape)
                 self.values.append((_Slot(own, CONTROL), control))
@@ -210,8 +210,8 @@ def start_torchdyn(
 ) -> FieldSolve:
     """Start a solve of torchdyn's wrapped field ``vf``, as it is now.
 
-    The state ``x`` holds the column of a cost, the traces of CNFs, and ``z``. If there is a single CNF, its net is
-    evaluated, so that its trace and the penalties share the products with its Jacobian.
+    The state ``x`` consists of the column of a cost, the traces of CNFs, and ``z``. If there is a single CNF, its
+    net is evaluated, so that its trace and the penalties share the products with its Jacobian.
 
     Args:
         system: the penalties, the estimator, unless a CNF brings one, and the part of the state that is ``z``.
@@ -221,11 +221,11 @@ def start_torchdyn(
         x: the state ``(B, ...)`` at the start.
         args: handed to fields that take ``args``.
         penalties, one_graph: as for :meth:`System.start`.
-        takes: gives how a field is called.
+        takes: finds the order and the names of a field's parameters.
         hidden_cost: ``integral_loss`` for an adjoint, whose state has no column for it.
 
     Raises:
-        ConfigError: for a state that cannot carry the penalties.
+        ConfigError: for a state that penalties cannot measure.
     """
     cost = vf.integral_loss if type(vf) is DEFunc and vf.sensitivity == "autograd" else None
     state = x if cost is None else x[:, 1:]
@@ -245,8 +245,8 @@ def start_torchdyn(
         estimator = estimator_of(cnfs[0]) or estimator
         if len(cnfs) > 1 and penalties:
             raise ConfigError(
-                f"the vector field holds {len(cnfs)} CNF modules; penalties need one, to find z after the trace, "
-                "or penalized=, the columns of the state that they measure."
+                f"the vector field contains {len(cnfs)} CNF modules; penalties need one, to find z after the "
+                "trace, or penalized=, the columns of the state that they measure."
             )
         if not density:
             spec = replace(spec, columns=slice(1, None))
@@ -279,7 +279,7 @@ def start_torchdyn(
 
 
 def look_for_columns(solve: FieldSolve, t: Tensor, x: Tensor) -> bool:
-    """Warn about columns that the field moves but never reads, and return whether the question is settled."""
+    """Warn about columns that the field moves but never reads. True if the check need not run again."""
     state = x if solve.columns is None else solve.columns.without_cost(x)
     # a trace or columns may be set apart already
     signs = signs_for_columns(state) if solve.part is None else None
@@ -304,10 +304,10 @@ def function_of(
     order: int = 1,
     differentiated: bool,
 ) -> tuple[Velocity, bool]:
-    """The function ``(t, z)`` of a net, without torchdyn's wrappers, and whether it does nothing but call the net.
+    """The function ``(t, z)`` of a net, without torchdyn's wrappers, and whether the call adds nothing to the net.
 
-    It sets what belongs to the solve (control, noise, arguments) at each evaluation, also at the evaluations that a
-    backward pass repeats. So another solve in between has no influence.
+    It sets the attributes of the solve (control, noise, arguments) at each evaluation, also at the evaluations that
+    a backward pass repeats. So another solve in between has no influence.
 
     Args:
         net: the user's module or function.
@@ -351,7 +351,7 @@ def _unwrapped(vf: Any) -> tuple[Any, int, Sequence[dict[str, Any]]]:
 
 
 def _is_transparent(field: Any, state: Tensor) -> bool:
-    """Whether ``field`` is a CNF whose trace and velocity follow from its net and a known estimator."""
+    """Whether ``field`` is a CNF whose trace and velocity are those of its net with a known estimator."""
     if type(field) not in (CNF, TorchdynCNF) or has_hooks(field) or estimator_of(field) is None:
         return False
     return type(field) is CNF or (field.order == 1 and state.ndim == 2)
@@ -370,14 +370,15 @@ def fastest(
     """``net``, if it is a field with faster products than autograd's, without a double backward; else ``function``.
 
     Args:
-        function: what calls ``net``.
+        function: the function that calls ``net``.
         net: the user's module or function.
         z: a state.
         context: one row for each sample, for a net that takes a context.
-        plain: whether ``function`` does nothing but call the net.
+        plain: the call adds nothing to the net (no placeholders, ``args``, ``order``), so a faster form of the net
+            may replace it.
         exact: whether the exact trace is wanted, and no derivative along a direction. A perceptron is then turned
             into a stack, whose rows are faster.
-        one_graph: whether evaluations may share one graph of what depends on the parameters alone.
+        one_graph: whether evaluations may share one graph of the quantities that depend only on the parameters.
     """
     stack = recognize(net, z, adds_time=adds_time) if exact and one_graph and context is None else None
     if stack is not None:
@@ -393,7 +394,7 @@ def adds_time(module: nn.Module) -> bool:
 
 
 def tensors_of(parts: Iterable[object], args: object) -> list[Tensor]:
-    """The tensors that an adjoint differentiates by: parameters of modules in ``parts``, tensors in ``args``."""
+    """The tensors with respect to which an adjoint differentiates: parameters in ``parts``, tensors in ``args``."""
     found = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
     given = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.requires_grad]
     return list({id(x): x for x in [*found, *given]}.values())
@@ -407,10 +408,10 @@ def is_cnf(module: nn.Module) -> bool:
 def originals(function: Callable[..., Tensor], modules: Iterable[nn.Module]) -> Callable[..., Tensor]:
     """``function``, run without torch.compile if it contains compiled parts, which have no double backward."""
     for module in modules:
-        held = vars(module)
-        if COMPILED_MODULE in module._modules or held.get(COMPILED_IN_PLACE) is not None:
+        attributes = vars(module)
+        if COMPILED_MODULE in module._modules or attributes.get(COMPILED_IN_PLACE) is not None:
             return _without_compiler(function)
-        for value in held.values():
+        for value in attributes.values():
             if isfunction(value) and hasattr(value, COMPILED_FUNCTION):
                 return _without_compiler(function)
     return function

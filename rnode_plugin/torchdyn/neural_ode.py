@@ -99,21 +99,21 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             solver, see :class:`~rnode_plugin.Adaptive`.
         warm_start: whether each call with an adaptive solver begins with the longest step that would have passed in
             the last one, as does the backward pass of a continuous adjoint. Otherwise each call guesses its first
-            step, as torchdyn does. :meth:`trajectory` does not take part. ``history.longest_safe_steps[0]`` holds
+            step, as torchdyn does. :meth:`trajectory` does not take part. ``history.longest_safe_steps[0]`` has
             the steps by direction of time. Copies by deepcopy and pickle keep them, a ``state_dict`` does not have
             them, and ``model.history.longest_safe_steps.clear()`` forgets them.
 
-    After a call :attr:`regularization` holds the integral of each penalty along the trajectory, and
-    :meth:`reg_loss` gives their weighted sum. :meth:`trajectory` does not integrate penalties and keeps those from
-    the last call. For ``order`` 2 and higher, ``z`` is the whole state (position, velocity, ...), and penalties see
-    the field of the first-order system.
+    After a call :attr:`regularization` has the integral of each penalty along the trajectory, and :meth:`reg_loss`
+    returns their weighted sum. :meth:`trajectory` does not integrate penalties and keeps those from the last call.
+    For ``order`` 2 and higher, ``z`` is the whole state (position, velocity, ...), and penalties see the field of
+    the first-order system.
 
     With an adjoint the gradient of ``integral_loss`` is added in the backward pass by itself, as in torchdyn, and
     it is complete.
 
     Raises:
         ConfigError: for an unknown solver, sensitivity, regularizer, noise or interpolator, a number out of range,
-            and for multiple shooting and SDEs, which carry no penalties. A call raises the errors of
+            and for multiple shooting and SDEs, which have no penalties. A call raises the errors of
             :meth:`forward`.
 
     Example:
@@ -221,7 +221,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
 
     @functools.cached_property
     def history(self) -> History:
-        """What the model remembers of its solves. An object made before :func:`install` gets its own here."""
+        """The penalties and steps of the last solves. An object made before :func:`install` gets its own here."""
         return History()
 
     def forward(
@@ -394,8 +394,8 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         """Check the state and the times of a solve, and copy them, because a field or a penalty may change them."""
         if not isinstance(x, Tensor):
             raise ConfigError(
-                f"the initial state must be a tensor (B, ...), not {type(x).__name__}. For a tuple: CNF follows a "
-                "log-density with z, penalized= chooses the columns that penalties see, and "
+                f"the initial state must be a tensor (B, ...), not {type(x).__name__}. For a tuple: CNF integrates "
+                "a log-density with z, penalized= chooses the columns that penalties see, and "
                 "rnode_plugin.torchdiffeq.odeint takes tuples."
             )
         x = x.clone() if x.is_floating_point() or x.is_complex() else x.to(torch.get_default_dtype())
@@ -414,7 +414,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             except (TypeError, ValueError, RuntimeError):
                 raise ConfigError(f"t_span must be a row of times, not {t_span!r}.") from None
             if times.is_complex() or times.dtype == torch.bool:
-                raise ConfigError(f"t_span must hold real times, not {times.dtype}.")
+                raise ConfigError(f"t_span must have real times, not {times.dtype}.")
             # the steps of an adaptive solve take the precision of the times: a lower one would round their sums,
             # and a higher one would promote the state
             times = times.to(precision) if solver.adaptive or not times.is_floating_point() else times
@@ -439,7 +439,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         return sol
 
     def _takes(self, net: object) -> Takes:
-        """How ``net`` is called. This is looked up once for each forward method, because a user may replace it."""
+        """The parameters of ``net``, looked up once for each forward method, because a user may replace it."""
         known = net, getattr(net, "forward", None)
         if self._known[0] != known:
             self._known = known, field_takes(net)
@@ -510,7 +510,7 @@ _BEHAVIOR = {
 
 @dataclass(frozen=True)
 class _Installed:
-    """What :func:`install` has changed in addition to torchdyn's class.
+    """The changes of :func:`install` in addition to torchdyn's class.
 
     Attributes:
         regularizers: for models that name none; unresolved, because each model gets its own objects.
@@ -545,12 +545,12 @@ def install(*, torchdiffeq: bool = False, regularizers: RegularizersLike = None)
             do not contain them. So the effective lambda depends on how the code scales its loss. With k accumulated
             batches of ``loss / k`` it is k lambda (give lambda / k), with two backward passes through one solution
             2 lambda, and with a loss that is multiplied by s, for example by a ``GradScaler``, lambda / s (use
-            bf16, or add ``reg_loss()`` to the loss). A gradient by the input that passes through a solution
-            contains the gradient of the penalties too.
+            bf16, or add ``reg_loss()`` to the loss). A gradient with respect to the input that passes through a
+            solution contains the gradient of the penalties too.
 
     Returns:
-        History: how many solves these ``regularizers`` have penalized so far, ``solves``, and the mean of each
-            penalty, ``means``.
+        History: the number of solves that these ``regularizers`` have penalized so far, ``solves``, and the mean of
+            each penalty, ``means``.
 
     Raises:
         ConfigError: for ``regularizers`` that ``NeuralODE`` refuses, and for a lambda that is a function of the
