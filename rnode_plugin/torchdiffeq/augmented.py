@@ -24,10 +24,15 @@ from ..errors import ConfigError
 
 
 class _Here(threading.local):
-    """The state of a thread: whether it evaluates the field of a solve with penalties, and how its block solves."""
+    """The state of a thread.
+
+    Attributes:
+        evaluating: whether the thread evaluates the field of a solve with penalties.
+        penalized_solve: solves in the ``regularize`` block of the thread; None outside of a block.
+    """
 
     evaluating = False
-    following: Any = None
+    penalized_solve: Any = None
 
 
 here = _Here()
@@ -63,13 +68,13 @@ class Augmented:
             raise ConfigError(f"y0 must be a tensor or a tuple of tensors, not a {type(y0).__name__}{inner}.")
         self.func, self.shapes, self.is_tuple = func, tuple(x.shape for x in tensors), tensors is y0
         self._part = system.part.part(y0)
-        looks = bool(system.regularizers.penalties) and not _is_known(func)
+        records = bool(system.regularizers.penalties) and not _is_known(func)
         signs = None
-        if looks and not self.is_tuple and (self._part is None or self._part.entries is None):
+        if records and not self.is_tuple and (self._part is None or self._part.entries is None):
             signs = signs_for_columns(self.z_of(y0))
             if signs is not None and self._part is not None:
                 signs = self._part.put(y0, signs)
-        call, self._seen = _looking(func, signs)
+        call, self._recorded = _with_record(func, signs)
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # penalties are integrated over |dt|
         self.solve = system.start(call, y0, density=False, net=module_of(func), user_field=func)
         # torchdiffeq does not show its stages, so a sampled quadrature draws among consecutive evaluations
@@ -95,7 +100,7 @@ class Augmented:
         return (*tensors_of(velocity), *rates)
 
     def z_of(self, y: State) -> Tensor:
-        """What the penalties measure, ``(B, *event)``, of the user's state or its velocity."""
+        """The part ``(B, *event)`` that the penalties measure, of the user's state or its velocity."""
         if self._part is not None:
             return self._part.take(y)
         assert isinstance(y, Tensor)
@@ -110,7 +115,7 @@ class Augmented:
         own = flat[: sum(shape.numel() for shape in self.shapes)]
         return own if self.is_tuple else own.view(self.shapes[0])
 
-    def warn_of_still(self, y0: State, end: State) -> None:
+    def warn_of_constant_part(self, y0: State, end: State) -> None:
         """Warn if a solve from ``y0`` to ``end`` moved the state, but not the part that the penalties measure."""
         part = self._part
         if part is None or transforms_active():
@@ -127,10 +132,10 @@ class Augmented:
 
     def warn_of_unread_columns(self) -> None:
         """Warn after a solve about columns of the state that the field moves but never reads."""
-        seen = self._seen()
-        if seen is None:
+        recorded = self._recorded()
+        if recorded is None:
             return
-        velocity, product = self.z_of(seen[0]), None if seen[1] is None else self.z_of(seen[1])
+        velocity, product = self.z_of(recorded[0]), None if recorded[1] is None else self.z_of(recorded[1])
         if warn_of_unread_columns(velocity, product, stacklevel=5):
             with suppress(TypeError):  # some objects take no weak reference
                 _known.add(self.func)
@@ -150,7 +155,7 @@ class Augmented:
         return of_adjoint
 
 
-_known: WeakSet[Any] = WeakSet()  # fields of which a solve has shown the columns that they read
+_known: WeakSet[Any] = WeakSet()  # fields whose columns were checked by an earlier solve
 
 
 def _is_known(func: object) -> bool:
@@ -160,25 +165,25 @@ def _is_known(func: object) -> bool:
         return False
 
 
-def _looking(
+def _with_record(
     func: Callable[..., Any], signs: Any
 ) -> tuple[Callable[..., Any], Callable[[], tuple[Tensor, Tensor | None] | None]]:
-    """``func``, of which one evaluation shows which columns of the state it reads, and what that one has shown.
+    """``func``, with a record of one evaluation that shows which columns of the state it reads.
 
     It is an evaluation that the solve asks for: the first one whose state has a graph, or that no gradient passes
-    through. The graph of another one must not change, since ``torch.utils.checkpoint`` counts what it saves.
+    through. The graph of another one must not change, since ``torch.utils.checkpoint`` counts its saved tensors.
 
     Args:
         func: the field.
-        signs: the vectors of the product with the Jacobian; None: nothing is looked for.
+        signs: the vectors of the product with the Jacobian; None: nothing is recorded.
 
     Returns:
         The field, and a function that returns a velocity and its product; None before they are known.
     """
-    seen: tuple[Tensor, Tensor | None] | None = None
+    recorded: tuple[Tensor, Tensor | None] | None = None
     if signs is None:
-        return func, lambda: seen
-    looks, bare = True, False
+        return func, lambda: recorded
+    waiting, without_graph = True, False
 
     def product(velocity: Tensor, z: Tensor) -> Tensor | None:
         with suppress(RuntimeError):  # a graph that runs once
@@ -187,31 +192,31 @@ def _looking(
         return None
 
     def evaluate(t: Tensor, y: Tensor) -> Tensor:
-        nonlocal seen, looks, bare
-        if not looks or torch.compiler.is_compiling():
+        nonlocal recorded, waiting, without_graph
+        if not waiting or torch.compiler.is_compiling():
             return func(t, y)
-        if torch.is_grad_enabled() and not bare:
+        if torch.is_grad_enabled() and not without_graph:
             velocity = func(t, y)
-            bare = not velocity.requires_grad
-            if y.requires_grad and not bare:
-                looks = False  # before the product, for which a checkpoint runs the solve once more
-                seen = velocity.detach(), product(velocity, y)
+            without_graph = not velocity.requires_grad
+            if y.requires_grad and not without_graph:
+                waiting = False  # before the product, for which a checkpoint runs the solve once more
+                recorded = velocity.detach(), product(velocity, y)
             return velocity
-        looks = False
+        waiting = False
         try:
             with torch.inference_mode(False), torch.enable_grad(), outside_checkpoints():
                 z = y.clone().detach().requires_grad_()
                 velocity = func(t.clone(), z.clone())
-                seen = velocity.detach(), product(velocity, z) if velocity.requires_grad else None
+                recorded = velocity.detach(), product(velocity, z) if velocity.requires_grad else None
         except RuntimeError:  # a field that takes no variable, such as one that runs in numpy
             return func(t, y)
         return velocity.detach()
 
-    return evaluate, lambda: seen
+    return evaluate, lambda: recorded
 
 
 def extended(given: Mapping[str, Any], system: Augmented) -> dict[str, Any]:
-    """torchdiffeq's arguments for the augmented state. Norms, tolerances and callables see the user's part only.
+    """torchdiffeq's arguments for the augmented state. Norms, tolerances and callables get the user's part only.
 
     Args:
         given: the user's arguments.
@@ -219,7 +224,7 @@ def extended(given: Mapping[str, Any], system: Augmented) -> dict[str, Any]:
     """
     changed, options = dict(given), dict(given["options"] or {})
     norm = options.get("norm", _mixed_norm if system.is_tuple else _rms_norm)
-    # torchdiffeq's step lengths follow from these norms. A gradient through a norm would differentiate the step
+    # torchdiffeq's step lengths depend on these norms. A gradient through a norm would differentiate the step
     # control, which is wrong for a penalty that detaches another evaluation.
     options["norm"] = lambda state: norm(system.of_user(state)).detach()
     constructor = options.get("grid_constructor")
@@ -253,7 +258,7 @@ def _tolerances(value: Any, system: Augmented, of_penalties: list[float]) -> Any
 
 
 def _adjoint(given: Mapping[str, Any], system: Augmented) -> dict[str, Any]:
-    """The arguments of the backward solve, whose state holds time, state, adjoint state and parameters."""
+    """The arguments of the backward solve, whose state is time, state, adjoint state and parameters."""
     changed: dict[str, Any] = {}
     for name in ("rtol", "atol"):  # torchdiffeq would take the tolerances of the augmented state
         own = given[f"adjoint_{name}"]

@@ -1,6 +1,6 @@
 """torchdiffeq's ``odeint`` and ``odeint_adjoint`` with penalties on the vector field along the trajectory.
 
-torchdiffeq integrates. The state gets one more tensor ``(B,)`` per penalty, which the error norm does not see. So
+torchdiffeq integrates. The state gets one more tensor ``(B,)`` per penalty, which the error norm leaves out. So
 steps, NFE and values of the user's state are the same as in the plain call.
 """
 
@@ -74,12 +74,12 @@ def odeint(
             (B,)``, or a mapping from these to lambda, as for :class:`~rnode_plugin.NeuralODE`. Step penalties need
             the solver's steps, which torchdiffeq does not show, so they are refused.
         penalized: index of the tensor in a tuple ``y0`` that the penalties measure, or indices of several, which
-            are joined; None: the first, or all of a ``y0`` that is one tensor. The others are held constant, so for
-            a position and its velocity ``total_derivative`` needs both. A slice or a mask of booleans selects
+            are joined; None: the first, or all of a ``y0`` that is one tensor. The others count as constants, so
+            for a position and its velocity ``total_derivative`` needs both. A slice or a mask of booleans selects
             columns of one tensor, or of the first tensor in a tuple: a slice along dimension 1 of ``(B, D, ...)``,
             a mask over the first dimensions of a sample.
-        batch_dim: dimension of this tensor that holds the samples. None: the whole state is one sample, for a field
-            that mixes the rows of its state, such as the nodes of a graph.
+        batch_dim: dimension of the samples in this tensor. None: the whole state is one sample, for a field that
+            mixes the rows of its state, such as the nodes of a graph.
         trace_noise: noise of the product that ``jacfrob`` needs, such as ``"gaussian"``, ``"rademacher:4"`` or
             ``"exact"``. It is drawn once per solve from torch's generator, so random numbers that are drawn later
             differ from a run with the plain call.
@@ -136,7 +136,7 @@ def odeint_adjoint(
 ) -> Any:
     """torchdiffeq's ``odeint_adjoint`` with penalties on the vector field; see :func:`odeint`.
 
-    The adjoint carries the penalties. Its error norm sees only the user's part of the state.
+    The state of the adjoint contains the penalties. Its error norm takes only the user's part of the state.
 
     Args:
         adjoint_rtol, adjoint_atol: tolerances of the backward solve; None: ``rtol`` and ``atol``.
@@ -275,7 +275,7 @@ def solve(
     integrals = {key: value[-1] for key, value in zip(regularizers.rates, full[count:], strict=True)}
     kept = list(full[:count])
     end = augmented.of_user([x[-1] for x in kept])
-    augmented.warn_of_still(y0, end)
+    augmented.warn_of_constant_part(y0, end)
     augmented.warn_of_unread_columns()
     if regularizers.finished and len(t) > 1:  # torchdiffeq returns y0 for one time alone
         integrals |= regularizers.finish(integrals, z0, augmented.z_of(end), t)

@@ -23,8 +23,8 @@ from . import integrate
 from .augmented import here
 from .integrate import PLAIN, Given, Penalized, is_sampled, solve, system_of
 
-# solves with penalties, for arguments (name, func, y0, t, given), and returns what torchdiffeq would return
-Following = Callable[[str, Callable[..., State], State, Tensor, Given], Any]
+PenalizedSolve = Callable[[str, Callable[..., State], State, Tensor, Given], Any]
+"""``(name, func, y0, t, given)`` to the result of torchdiffeq's function ``name``; it integrates penalties too."""
 
 _OURS = ("regularizers", "penalized", "batch_dim", "trace_noise", "quadrature")
 
@@ -35,29 +35,29 @@ _NOT_SEEN = (
     "rnode_plugin.torchdiffeq.install()."
 )
 
-_installed: Following | None = None
+_installed: PenalizedSolve | None = None
 
 
-def _leading(name: str) -> Callable[..., Any]:
+def _replacement(name: str) -> Callable[..., Any]:
     """The replacement for torchdiffeq's function ``name``. Outside of blocks and ``install`` it only calls that."""
     plain, with_penalties = PLAIN[name], getattr(integrate, name)
     defaults = {key: value for key, value in with_penalties.__kwdefaults__.items() if key not in _OURS}
 
     @functools.wraps(plain)
-    def leading(func: Callable[..., State], y0: State, t: Tensor, **given: Any) -> Any:
+    def replacement(func: Callable[..., State], y0: State, t: Tensor, **given: Any) -> Any:
         if given.get("regularizers") is not None:
             return with_penalties(func, y0, t, **given)
         given = {key: value for key, value in given.items() if key not in _OURS}
-        following = here.following or _installed
-        if following is None or here.evaluating:  # a solve inside a field is part of the field
+        penalized_solve = here.penalized_solve or _installed
+        if penalized_solve is None or here.evaluating:  # a solve inside a field is part of the field
             return plain(func, y0, t, **given)
-        return following(name, func, y0, t, {**defaults, **given})
+        return penalized_solve(name, func, y0, t, {**defaults, **given})
 
-    return leading
+    return replacement
 
 
 # made once, so that uninstall() can recognize them
-_LEADING = {name: _leading(name) for name in PLAIN}
+_REPLACEMENTS = {name: _replacement(name) for name in PLAIN}
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def regularize(
         >>> round(penalties["kinetic"][0].item(), 4)
         0.8647
     """
-    if here.following is not None:
+    if here.penalized_solve is not None:
         raise ConfigError("regularize() inside of another regularize() block: give all penalties to one of them.")
     spec = regularizers[0] if len(regularizers) == 1 else list(regularizers)
     system = system_of(spec, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise)
@@ -122,11 +122,11 @@ def regularize(
         return solution
 
     _bind()
-    here.following = collect
+    here.penalized_solve = collect
     try:
         yield found
     finally:
-        here.following = None
+        here.penalized_solve = None
 
 
 def install(regularizers: RegularizersLike = None, *, history: History | None = None, **options: Any) -> History:
@@ -140,8 +140,8 @@ def install(regularizers: RegularizersLike = None, *, history: History | None = 
     Each backward pass adds the gradient once, so the effective lambda depends on how the code scales its loss. With
     k accumulated batches of ``loss / k`` it is k lambda (give lambda / k), with two backward passes through one
     solution 2 lambda, and with a loss that is multiplied by s, for example by a ``GradScaler``, lambda / s (use
-    bf16, or add ``penalties.loss()`` to the loss). A gradient by the input that passes through a solution contains
-    the gradient of the penalties too.
+    bf16, or add ``penalties.loss()`` to the loss). A gradient with respect to the input that passes through a
+    solution contains the gradient of the penalties too.
 
     Args:
         regularizers: as for :func:`~rnode_plugin.torchdiffeq.odeint`; None: only the arguments are added.
@@ -150,7 +150,8 @@ def install(regularizers: RegularizersLike = None, *, history: History | None = 
             :func:`~rnode_plugin.torchdiffeq.odeint`.
 
     Returns:
-        History: how many solves were penalized so far, ``solves``, and the mean of each penalty, ``means``.
+        History: the number of solves that were penalized so far, ``solves``, and the mean of each penalty,
+            ``means``.
 
     Raises:
         ConfigError: for a regularizer or an option that :func:`~rnode_plugin.torchdiffeq.odeint` refuses, and for a
@@ -178,7 +179,7 @@ def uninstall() -> None:
     _installed = None
     with _lock:
         for place, key, value in _bound:
-            if place.get(key) in _LEADING.values():
+            if place.get(key) in _REPLACEMENTS.values():
                 place[key] = value
         _bound.clear()
 
@@ -212,7 +213,7 @@ def _bind() -> None:
     with _lock:
         if _bound:
             return
-        of = {id(PLAIN[name]): leading for name, leading in _LEADING.items()}
+        of = {id(PLAIN[name]): replacement for name, replacement in _REPLACEMENTS.items()}
         modules = [(getattr(m, "__name__", ""), getattr(m, "__dict__", None)) for m in list(sys.modules.values())]
         # leave out this package and the module whose odeint_adjoint calls `odeint`, which would add penalties twice
         own = (__package__ or "rnode_plugin", "torchdiffeq._impl.adjoint")
