@@ -47,7 +47,7 @@ def velocity_from_noise(
         net: the network. The names of its parameters decide how it is called, as in
             :meth:`RegularizedCNF.from_velocity`.
         alpha, sigma: the schedule, such as ``*cosine()``, ``*linear_beta(0.1, 20)`` or ``*from_betas(betas)``.
-        predicts: what the network returns, with the shape of ``x``: ``"noise"`` for e, ``"data"`` for x,
+        predicts: the output of the network, with the shape of ``x``: ``"noise"`` for e, ``"data"`` for x,
             ``"score"`` for the gradient of log p(x_t), which is ``-e / sigma``, or ``"v"`` for ``alpha e - sigma
             x`` (arXiv 2202.00512).
         time_scale: the network gets ``t * time_scale``. None means 1, except with :func:`from_betas`, whose network
@@ -134,9 +134,9 @@ class DiffusionVelocity(nn.Module):
         if not (self._is_regular(data_time) and self._is_regular(noise_time)):
             wrong = "alpha or sigma is below 1e-4 there, where the velocity is singular"
         elif last_alpha > _MOST_DATA * last_sigma:
-            wrong = f"at noise_time the state holds data (alpha {last_alpha:.3g}, sigma {last_sigma:.3g})"
+            wrong = f"at noise_time the state contains data (alpha {last_alpha:.3g}, sigma {last_sigma:.3g})"
         elif alpha * last_sigma <= last_alpha * sigma:
-            wrong = "at data_time the state holds no more data than at noise_time"
+            wrong = "at data_time the state contains no more data than at noise_time"
         elif base is None and abs(last_sigma - 1) > _MOST_DATA:
             raise ConfigError(
                 f"at noise_time={noise_time:g} the noise has the standard deviation {last_sigma:g}, not 1: give "
@@ -205,7 +205,7 @@ class DiffusionVelocity(nn.Module):
 
 
 def _with_rates(levels: Callable[[Tensor], Any], t: Tensor) -> tuple[Any, Any]:
-    """What ``levels`` returns at ``t``, and the derivatives by forward mode, also for one time per sample."""
+    """The levels at ``t`` and their derivatives, from forward mode, also for one time per sample."""
     with outside_inference(t) as (time,):  # in inference mode, torch 2.6 returns zeros for the derivatives
         found: Any = torch.func.jvp(levels, (time,), (torch.ones_like(time),))
     return found
@@ -245,7 +245,7 @@ def from_betas(betas: Tensor | Sequence[float]) -> tuple[Level, Level]:
 
     Step ``k = 0 .. T - 1`` has the time ``t = k / (T - 1)``. There ``alpha`` is the square root of the product of
     ``1 - beta`` over the steps 0 to k, as in training. Between the steps its logarithm is a cubic spline.
-    :func:`velocity_from_noise` then gives the network the step ``k``, which may be fractional.
+    :func:`velocity_from_noise` then passes the step ``k`` to the network. It may be fractional.
 
     Args:
         betas: ``(T,)``, between 0 and 1, such as ``scheduler.betas`` in diffusers.

@@ -107,8 +107,8 @@ def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, *, noise_time:
         The score ``(B, *event)``.
 
     Raises:
-        ConfigError: for another ``noise_time``, for times where the state holds less than 1e-4 of the noise, and
-            for the velocity of a diffusion model, whose paths are not straight.
+        ConfigError: for another ``noise_time``, for times where the state has less than 1e-4 of the noise, and for
+            the velocity of a diffusion model, whose paths are not straight.
 
     Example:
         >>> import torch

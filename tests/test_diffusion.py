@@ -284,7 +284,7 @@ OFF: dict[str, tuple[tuple[Level, Level], dict[str, Any], str]] = {
     "sigma is 0": (linear_beta(), {"data_time": 0}, "Give data_time=0.001, noise_time=1."),
     "alpha is 0": (cosine(), {"data_time": 1e-3, "noise_time": 1}, "noise_time=0.999."),
     "alpha is 5e-5": (from_betas(nichol_dhariwal()), {"data_time": 0}, "Give data_time=0, noise_time=0.999."),
-    "exchanged": (cosine(), {"data_time": 0.999, "noise_time": 1e-3}, "at noise_time the state holds data"),
+    "exchanged": (cosine(), {"data_time": 0.999, "noise_time": 1e-3}, "at noise_time the state contains data"),
     "betas of one step": (linear_beta(1e-4, 0.02), {"data_time": 1e-3, "noise_time": 1}, "the number of steps"),
     "steps as times": (from_betas(BETAS), {"data_time": 1, "noise_time": 999}, "Give data_time=0, noise_time=1."),
     "a table by index": ((by_index, linear_beta()[1]), {"data_time": 0.1, "noise_time": 1}, "alpha changes from"),

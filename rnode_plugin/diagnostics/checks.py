@@ -26,10 +26,8 @@ GAP = 0.005, 0.05  # nats per dimension
 LOST = 1e-3, 1e-2  # as a fraction of the data's spread
 UNEXPLAINED = 1e-3  # nats per dimension, larger than rounding errors
 VISIBLE, SEPARATED = 0.6, 0.9  # accuracies of the classifier
-WRONG, ROUGH = (
-    0.02,
-    0.1,
-)  # of the size of a gradient: more than difference quotients explain, and too rough for them
+# relative to the size of a gradient: the least difference that counts, and the most doubt about the quotients
+WRONG, ROUGH = 0.02, 0.1
 FALSE_ALARM = 1e-3  # probability that a statistical check fails a correct model
 # sizes
 BUDGET = 20_000  # most evaluations in one solve
@@ -129,9 +127,8 @@ def invertibility(subject: Subject, data: HeldOut) -> Check:
 def _lost(subject: Subject, data: HeldOut, solver: Solver | None) -> Tensor:
     """The root mean square error of each sample after the round trip, divided by the data's spread, ``(N,)``."""
     back = subject.decode(subject.encode(data, solver=solver).z, data, solver=solver)
-    variance = (
-        (data.x - data.x.mean(0)).cpu().double().square().mean(0)
-    )  # of each column, or of all pixels together
+    variance = (data.x - data.x.mean(0)).cpu().double().square().mean(0)
+    # of each column, or of all pixels together
     spread = (variance if data.x.ndim == 2 else variance.mean()).sqrt()
     return ((back - data.x).cpu().double() / spread.where(spread > 0, 1.0)).flatten(1).square().mean(1).sqrt()
 
@@ -169,13 +166,13 @@ def _by_jacobian(subject: Subject, z: Tensor, context: Tensor | None, solver: So
 
 
 def gradient(subject: Subject, data: HeldOut) -> Check:
-    """Compare the gradient of the log-density by the parameters with difference quotients along random directions.
+    """Compare the gradient of the log-density with difference quotients along random directions of the parameters.
 
     A fixed grid and fixed noise make the log-density a smooth function of the parameters. Quotients with two step
     lengths show how accurate they are.
     """
     few, directions = data.first(4), 4
-    twin = copy.deepcopy(subject.model)  # its parameters are moved below
+    twin = copy.deepcopy(subject.model)  # its parameters are changed below
     model = twin.solved_with(solver=FixedGrid("rk4_38", step=0.25))
     parameters = [p for p in twin.parameters() if p.is_floating_point()]
     if not parameters:
@@ -232,7 +229,7 @@ def samples(subject: Subject, data: HeldOut) -> Check:
         drawn = subject.sample(n, data.context)
     if not bool(torch.isfinite(drawn).all()):
         return _check(SAMPLES, "failed", "not finite", {}, {}, samples=n)
-    # the classifier sees contexts too, so it notices samples that do not fit their contexts
+    # the classifier gets contexts too, so it notices samples that do not fit their contexts
     rows = [x.flatten(1).cpu().double() for x in (data.x, drawn)]
     if data.context is not None:
         rows = [torch.cat([x, data.context.reshape(n, -1).cpu().double()], 1) for x in rows]

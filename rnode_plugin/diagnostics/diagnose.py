@@ -47,7 +47,7 @@ def diagnose(
             data must be in random order.
         context: contexts ``(N, *context_shape)`` for a conditional model, one for each sample.
         training_solver: the solver that the model was trained with; None for the model's solver.
-        samples: how many samples of ``x`` to use. None: for solves 256, or fewer in many dimensions (50000 / dims,
+        samples: number of samples of ``x`` to use. None: for solves 256, or fewer in many dimensions (50000 / dims,
             at least 8); for the comparisons with the model's samples and with a Gaussian all, but at most 10000
             (250000 / dims).
         seed: the seed of all noise.

@@ -23,7 +23,7 @@ class SolverGap(Generic[Output]):
 
     Attributes:
         values: the gap for each sample, ``(B,)``, in double precision on the CPU; infinite if the solver fails.
-        output: what the solve returned; None if the solver fails.
+        output: the result of the solve; None if the solver fails.
         failure: the error if the solver fails, else None.
     """
 
@@ -62,7 +62,7 @@ def measure_solver_gap(
 
     Args:
         solve: solves the samples with a given solver, with the same noise at each call.
-        scores: computes the score of each sample, ``(B,)``, such as bits/dim, from what ``solve`` returns.
+        scores: computes the score of each sample, ``(B,)``, such as bits/dim, from the result of ``solve``.
         solver: the solver to measure. It runs with a full quadrature, because the noise of a sampled quadrature is
             not an error of the solver.
         accurate: the scores ``(B,)`` by an accurate solver.

@@ -78,7 +78,7 @@ class Subject:
     def encode(
         self, data: HeldOut, *, solver: Solver | None = None, estimator: TraceEstimator | None = None
     ) -> Encoded:
-        """Push the data to the latent, batch by batch, with the same noise at each call."""
+        """Map the data to the latent, batch by batch, with the same noise at each call."""
         model = self.model.solved_with(solver=solver, estimator=estimator)
         with data.noise():
             outputs = [

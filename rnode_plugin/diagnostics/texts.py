@@ -81,9 +81,9 @@ MEANING = {
         "The density does not integrate to one. Look for a missing or doubled term of the log-determinant, such as "
         "a scale or a logit, for its sign, and for an error in the products that the field computes."
     ),
-    (GRADIENT, "right"): "Training follows the density that the model reports.",
+    (GRADIENT, "right"): "Training uses the gradient of the density that the model reports.",
     (GRADIENT, "wrong"): (
-        "Training follows something else. Look for a layer whose backward pass is a kernel or runs under no_grad, "
+        "Training uses another gradient. Look for a layer whose backward pass is a kernel or runs under no_grad, "
         "and for a field whose own products lose their graph."
     ),
     (GRADIENT, "rough"): (
@@ -107,7 +107,7 @@ MEANING = {
         "The model is worse than the Gaussian. Train longer, and check the learning rate and the scale of the data."
     ),
 }
-"""What a finding means and what to do, by check and outcome."""
+"""The meaning of a finding and advice, by check and outcome."""
 
 INSTEAD = {
     (SOLVER_GAP, "fails"): (
@@ -123,7 +123,7 @@ INSTEAD = {
         "{limit:.0f}. Check a smaller model with the same layers."
     ),
     (GRADIENT, "refused"): "The log-density has no gradient: {failure}",
-    (GRADIENT, "no parameters"): "The model has no parameters to differentiate by.",
+    (GRADIENT, "no parameters"): "The model has no parameters to differentiate with respect to.",
     (SAMPLES, "left out"): (
         "{samples:.0f} held-out samples are too few to train a classifier. Use at least {fewest:.0f}."
     ),

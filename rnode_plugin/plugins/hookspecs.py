@@ -33,7 +33,7 @@ def rnode_register_regularizers() -> Mapping[str, object]:
     """Regularizers for ``regularizers=["length"]`` and for the ``regularizers`` group of a recipe.
 
     A regularizer is an object of one of the three kinds whose ``name`` is the registered one, or a function or
-    class that makes one of options and ``name=``, for names like ``"taylor:3"``. :mod:`rnode_plugin.regularizers`
+    class that makes one from options and ``name=``, for names like ``"taylor:3"``. :mod:`rnode_plugin.regularizers`
     states the contract of each kind. The function of a rate maps an evaluation of the field to the rate per unit of
     time for each sample, ``(B,)``, as a sum over the event, not a mean.
     """

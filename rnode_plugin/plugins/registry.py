@@ -262,8 +262,8 @@ def get_regularizer(name: str) -> Regularizer:
     Raises:
         ConfigError: for an unknown name, for options of a regularizer that takes none, and for options that the
             regularizer refuses.
-        PluginError: for what neither is a regularizer nor makes one, and if the name of the regularizer is not the
-            registered one, or its factory takes no ``name=`` or fails.
+        PluginError: for an object that neither is a regularizer nor makes one, and if the name of the regularizer
+            is not the registered one, or its factory takes no ``name=`` or fails.
     """
     from torch import nn
 
@@ -281,7 +281,7 @@ def get_regularizer(name: str) -> Regularizer:
 
 
 def _made_regularizer(factory: Callable[..., Any], base: str, options: str, name: str) -> Any:
-    """What a registered factory makes of options, such as ``"3"`` or ``"order=3"``, and the whole ``name``."""
+    """The object that a factory makes from options, such as ``"3"`` or ``"order=3"``, and the whole ``name``."""
     positional: list[float] = []
     named: dict[str, float] = {}
     for option in filter(None, options.split(",")):
