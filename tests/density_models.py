@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, StudentT
 from written_model import LaplaceFlow
 
-from rnode_plugin import Adaptive, DensityModel, MultiscaleFlow, RegularizedCNF, Solver, TableFlow
+from rnode_plugin import Adaptive, DensityModel, Exact, MultiscaleFlow, RegularizedCNF, Solver, TableFlow
 
 ACCURATE = Adaptive("dopri5", atol=1e-8, rtol=1e-8)
 TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
@@ -52,7 +52,12 @@ MODELS: dict[str, Callable[[], DensityModel]] = {
     "cnf": lambda: cnf(Wave(2), 2),
     "cnf with contexts": lambda: cnf(Conditional(), 2, context_shape=2),
     "cnf of images": lambda: cnf(nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Tanh()), (1, 2, 2)),
-    "image flow": lambda: MultiscaleFlow((1, 4, 4), hidden=3, layers=2, alpha=0.05, trace_noise="exact"),
+    "image flow": lambda: MultiscaleFlow(
+        (1, 4, 4), hidden=3, layers=2, alpha=0.05, trace_noise=Exact(frobenius=True)
+    ),
+    "image flow by colors": lambda: MultiscaleFlow(
+        (1, 6, 6), hidden=3, layers=2, alpha=0.05, trace_noise=Exact(frobenius=True)
+    ),
     "table flow": lambda: TableFlow(2, hidden=5, blocks=2),
     "table flow with contexts": lambda: TableFlow(2, hidden=5, context=2),
     "table flow with another base": lambda: HeavyTails(2, hidden=5, blocks=2),
@@ -66,7 +71,7 @@ def make(name: str, solver: Solver = ACCURATE) -> tuple[DensityModel, Tensor, di
     torch.manual_seed(0)
     model = MODELS[name]().double()
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2 if name == "image flow" else 0.4)
+        nn.init.normal_(parameter, std=0.2 if name.startswith("image flow") else 0.4)
     model.solver = solver
     x = torch.rand(3, *model.event_shape, dtype=torch.float64)
     return model, x, {} if model.context_shape is None else {"context": torch.randn(3, 2, dtype=torch.float64)}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Normal, SigmoidTransform, TransformedDistribution
 
+from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flows.multiscale import (
     MultiscaleFlow,
@@ -87,14 +88,15 @@ def test_fresh_flow_is_the_logit_map_and_parts_leave_in_order() -> None:
 
 
 def test_all_unit_vectors_as_noise_add_up_to_the_exact_flow() -> None:
-    exact, flow = make_flow(trace_noise="exact"), make_flow()
+    exact, flow = make_flow(trace_noise=Exact(frobenius=True)), make_flow()
     x = images(1)
-    expected = exact(x)
+    expected, colored = exact(x), make_flow(trace_noise="exact")(x)
     # copy k of the image has unit vector k as its noise; a block of fewer dimensions has none for the last copies
     sizes = [(shape, torch.Size(shape).numel()) for shape in flow.block_shapes]
     units = flow(x.expand(64, *SHAPE), noise=[torch.eye(64, n).double().view(64, *shape) for shape, n in sizes])
     base = logit(x, 0.05)[1]
     assert relative((units.logdet - base).sum(0) + base, expected.logdet) < 1e-12
+    assert relative(colored.logdet, expected.logdet) < 1e-12
     assert relative(units.regularization["jacfrob"].sum(0), expected.regularization["jacfrob"]) < 1e-12
     assert relative(units.z[:1], expected.z) < 1e-14
 

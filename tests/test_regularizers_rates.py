@@ -220,7 +220,9 @@ class OwnEstimator(TraceEstimator):
     def __init__(self, *, draws: bool) -> None:
         self.draws = draws
 
-    def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
+    def draw(
+        self, z: Tensor, *, radius: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor | None:
         return torch.ones_like(z) if self.draws else None
 
     def pair(self, products: Tensor, noise: Tensor | None) -> Probes:

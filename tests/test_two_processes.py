@@ -42,7 +42,7 @@ class Given(Hutchinson):
 
     rows = slice(None)
 
-    def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, z: Tensor, *, radius: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         seeds = torch.Generator().manual_seed(1)
         return torch.randn(BATCH, *z.shape[1:], dtype=z.dtype, generator=seeds)[Given.rows]
 

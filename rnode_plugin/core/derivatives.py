@@ -7,6 +7,7 @@ faster pass derives from :class:`Field` itself.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -71,7 +72,8 @@ class Field(ABC):
 
     Attributes:
         radius: r, if the states are images ``(B, C, H, W)`` and the velocity at a pixel depends on no pixel that
-            is more than r rows or more than r columns away; None if that is not known.
+            is more than r rows or more than r columns away; None if that is not known. An exact trace relies on
+            it, as on the products: it is not checked.
 
     Example:
         >>> import torch
@@ -146,12 +148,16 @@ class Field(ABC):
         return ()
 
 
-def as_field(field: Velocity, part: Part | None = None) -> Field:
-    """``field`` itself if it is a :class:`Field` of all of the state, else an :class:`AutogradField` of it."""
+def as_field(field: Velocity, part: Part | None = None, *, radius: int | None = None) -> Field:
+    """``field`` itself if it is a :class:`Field` of all of the state, else an :class:`AutogradField` of it.
+
+    ``radius`` is what the user says of a field that does not know its radius. Such a field becomes an
+    :class:`AutogradField` too, which checks it.
+    """
     # a field with a faster pass differentiates the whole state, so for a part autograd does the work instead
-    if part is None and isinstance(field, Field):
+    if part is None and isinstance(field, Field) and (radius is None or field.radius is not None):
         return field
-    return AutogradField(field, part=part)
+    return AutogradField(field, part=part, radius=radius)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -180,12 +186,14 @@ class Checked:
     Attributes:
         ignores_state: whether the velocity does not depend on the state.
         samples_are_apart: whether the velocity of a sample does not depend on other samples.
+        radius_holds: whether the velocity at a pixel depends on no pixel beyond the radius.
         twice_differentiable: whether products with the Jacobian can be differentiated.
         third_derivative: reason why the third derivative is wrong; ``""``: it is right; None: not checked yet.
     """
 
     ignores_state: bool = False
     samples_are_apart: bool = False
+    radius_holds: bool = False
     twice_differentiable: bool = False
     third_derivative: str | None = None
 
@@ -206,10 +214,12 @@ class AutogradField(Field):
             it. The ``dz`` of :meth:`linearize` is the velocity of the whole state, everything else belongs to the
             part.
         checked: results of earlier checks of the function, which need not run again; None: there are none.
+        radius: the :attr:`Field.radius` of the part, which is checked; None: it is not known.
 
     Raises:
         ConfigError: from :meth:`linearize`, for a field that cuts its graph, for the exact Jacobian of a field that
-            mixes samples, and for layers whose backward pass cannot be differentiated.
+            mixes samples, for several probes with a field beyond its radius, and for layers whose backward pass
+            cannot be differentiated.
     """
 
     def __init__(
@@ -218,8 +228,9 @@ class AutogradField(Field):
         *extra: Tensor,
         part: Part | None = None,
         checked: Checked | None = None,
+        radius: int | None = None,
     ) -> None:
-        self._field, self._extra, self.part = field, extra, part
+        self._field, self._extra, self.part, self.radius = field, extra, part, radius
         self._checked = Checked() if checked is None else checked
 
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
@@ -279,8 +290,11 @@ class AutogradField(Field):
             products, rows, trace = _products(wants, z, probes, pull)
             # If samples mix, a random product still gives an unbiased trace, because terms with the probes of other
             # samples have mean zero. Unit vectors in all samples at once would add them up.
-            if whole and not checked.samples_are_apart:
+            radius = self.radius if several and not whole else None
+            if (whole or radius is not None) and not checked.samples_are_apart:
                 checked.samples_are_apart = refuse_mixed_samples(z, dz)
+            if radius is not None and not checked.radius_holds:
+                checked.radius_holds = _refuse_wider(z, dz, radius)
         jvp = None
         if along:
             if looks_thrice:
@@ -317,7 +331,7 @@ class AutogradField(Field):
         def of_part_elsewhere(t: Tensor, z: Tensor) -> Tensor:
             return part.take(elsewhere(t, cast("Tensor", part.put(state, z))))
 
-        field = AutogradField(of_part, checked=self._checked)
+        field = AutogradField(of_part, checked=self._checked, radius=self.radius)
         found = field.linearize(t, part.take(state), probes, wants, peek=of_part_elsewhere)
         whole = velocities[0]
         if not torch.is_grad_enabled():  # the graph was for the products, the caller wants none
@@ -497,9 +511,7 @@ def refuse_mixed_samples(z: Tensor, dz: Tensor) -> bool:
     Raises:
         ConfigError: for samples that depend on each other.
     """
-    capturing = z.is_cuda and torch.cuda.is_current_stream_capturing()
-    unseen = z.is_meta or capturing or exporting() or torch.compiler.is_compiling()
-    if len(z) < 2 or not dz.requires_grad or unseen:
+    if len(z) < 2 or not dz.requires_grad or _unseen(z):
         return False
     powers = torch.randint(8, (len(z),), generator=torch.Generator().manual_seed(0))
     powers[:8] = torch.arange(8)[: len(z)]  # samples of a small batch all differ
@@ -517,6 +529,56 @@ def refuse_mixed_samples(z: Tensor, dz: Tensor) -> bool:
             "to NeuralODE, odeint, regularize or penalties_at, or estimate by a random trace_noise."
         )
     return bool((plain != 0).any())
+
+
+def _refuse_wider(z: Tensor, dz: Tensor, radius: int) -> bool:
+    """Refuse a field whose velocity at a pixel depends on pixels beyond ``radius``, which colors would add up.
+
+    The four corners and the middle pixel are looked at, one after the other, with random signs on all channels.
+    Their products must be exactly zero outside of the radius: a tolerance would let too small a radius pass, whose
+    trace is wrong by a fraction of a percent. Circular padding shows at the corners alone.
+
+    Args:
+        z, dz: state and velocity ``(B, C, *space)``, with their graph.
+        radius: in pixels.
+
+    Returns:
+        Whether the question is settled. A Jacobian of zero, which a fresh net may have, shows nothing.
+
+    Raises:
+        ConfigError: for a field with a larger radius.
+    """
+    if _unseen(z) or not dz.requires_grad:
+        return False
+    space, found = z.shape[2:], list[bool]()
+    signs = torch.randint(2, z.shape[:2], generator=torch.Generator().manual_seed(0)).to(dz) * 2 - 1
+    for pixel in (*itertools.product(*({0, size - 1} for size in space)), tuple(size // 2 for size in space)):
+        v = torch.zeros_like(dz)
+        v[(..., *pixel)] = signs
+        # torch's own convolutions give exact zeros, the fast ones of cuDNN rounding errors
+        with torch.backends.cudnn.flags(enabled=False):
+            product = torch.autograd.grad(dz, z, v, True, allow_unused=True)[0]
+        if product is None:  # the field ignores its state
+            return False
+        far = torch.zeros(space, dtype=torch.bool, device=z.device)
+        for dim, (place, size) in enumerate(zip(pixel, space, strict=True)):
+            away = (torch.arange(size, device=z.device) - place).abs() > radius
+            far |= away.reshape(-1, *(1 for _ in space[dim + 1 :]))
+        if bool((product[..., far] != 0).any()):
+            raise ConfigError(
+                f"the velocity at a pixel depends on pixels more than {radius} rows or columns away, so the radius "
+                f"{radius} of this exact trace is too small. Each convolution adds dilation * (kernel_size - 1) / "
+                "2 to it. A normalization over the image, attention or circular padding has no radius: take "
+                "Exact() with a product for each dimension, or a random estimator."
+            )
+        found.append(bool((product != 0).any()))
+    return all(found)
+
+
+def _unseen(z: Tensor) -> bool:
+    """Whether the host cannot read values, so that checks are left out."""
+    capturing = z.is_cuda and torch.cuda.is_current_stream_capturing()
+    return z.is_meta or capturing or exporting() or torch.compiler.is_compiling()
 
 
 def _usable(x: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class FieldEvaluation:
     @property
     def has_jacobian(self) -> bool:
         """Whether the products that came along with the velocity are the rows of the Jacobian."""
-        return self._record.products is not None and "rows" in self._record.estimator.wants
+        return self._record.products is not None and "rows" in self._record.estimator.wants(self.noise)
 
     def jacobian(self) -> Tensor:
         """The exact ``df/dz (B, D, D)``, whatever the estimator; row i is the gradient of component i.
@@ -137,7 +137,7 @@ class FieldEvaluation:
         if self._record.products is not None and self.has_jacobian:
             return _matrices(self._record.products)
         dims = math.prod(self.z.shape[1:])
-        if dims > _MAX_DIMS:
+        if dims > _MAX_DIMS and not self._record.estimator.is_exact:
             raise ConfigError(
                 f"an exact Jacobian takes one product per dimension, too many for {dims} dimensions (the limit is "
                 f"{_MAX_DIMS}): use a penalty that estimates, such as 'jacfrob', 'curl' or 'strain'."
@@ -148,7 +148,7 @@ class FieldEvaluation:
         """``v^T df/dz``, with the shape of ``z``, for any ``v (B, *event)``."""
         self._require("vjp")
         record = self._record
-        if v is self.noise and record.products is not None and "products" in record.estimator.wants:
+        if v is self.noise and record.products is not None and "products" in record.estimator.wants(v):
             return record.products
 
         def compute() -> tuple[Tensor, Tensor]:

@@ -200,21 +200,21 @@ class System:
         self.estimator = get_estimator(estimator)
         self.part = PartSpec() if part is None else part
 
-    def wants(self, *, density: bool, penalties: bool) -> frozenset[str]:
+    def wants(self, *, density: bool, penalties: bool, probes: Tensor | None = None) -> frozenset[str]:
         """Names of the attributes of a Linearization that a field computes at an evaluation.
 
         See :class:`~rnode_plugin.core.derivatives.Linearization`. They are not the names in the ``needs`` of a rate
         (``"vjp"``, ``"jvp"``, ``"field"``). The quantities that a field computes for these needs and for the
-        divergence depend on the estimator.
+        divergence depend on the estimator, and on the ``probes`` that it drew.
         """
-        needs, estimator = self.regularizers.needs if penalties else frozenset[str](), self.estimator
-        wants = needs & {"jvp"}
+        needs = self.regularizers.needs if penalties else frozenset[str]()
+        wants, of_estimator = needs & {"jvp"}, self.estimator.wants(probes)
         if "vjp" in needs:
             # an estimator that needs no product, as of differences, leaves a net as it is, perhaps compiled
-            wants |= estimator.wants | {"pull"} if estimator.wants else frozenset[str]()
+            wants |= of_estimator | {"pull"} if of_estimator else frozenset[str]()
         elif density:
             # without a penalty on J, the trace without the rows of J: some fields have a closed form
-            wants |= {"trace"} if estimator.is_exact else estimator.wants
+            wants |= {"trace"} if self.estimator.is_exact and probes is None else of_estimator
         return wants
 
     def start(
@@ -242,7 +242,7 @@ class System:
                 alone.
             penalties: whether to integrate the penalties.
             probes: the probe vectors of the products with the Jacobian, as the estimator draws them; None draws
-                them from torch's global generator, if any are needed.
+                them from torch's global generator, if any are needed, as the radius of the field suits.
             one_graph: whether evaluations may share one graph of the quantities that depend only on the parameters,
                 such as prepared weights. They may if the solve is differentiated through its steps.
             net: the module that the field calls; None: the one that is found in ``field``.
@@ -270,14 +270,15 @@ class System:
                 "a density and penalties that need products with the Jacobian take a real state: give a complex "
                 "one as torch.view_as_real(z)."
             )
-        probes = estimator.draw(z) if probes is None and products else probes
+        own = as_field(field, part, radius=estimator.radius)
+        probes = estimator.draw(z, radius=own.radius) if probes is None and products else probes
         if probes is None and products and estimator.needs_noise:
             raise ConfigError(
                 "the trace needs noise, which draw() of an estimator returns if its `needs_noise` is True."
             )
-        own = as_field(field, part).prepared(z, probes, one_graph=one_graph)
+        own = own.prepared(z, probes, one_graph=one_graph)
         # a hand-written field gives products without autograd, and differences need none
-        by_autograd = isinstance(own, AutogradField) and bool(estimator.wants)
+        by_autograd = isinstance(own, AutogradField) and bool(estimator.wants(probes))
         return FieldSolve(
             divergence=density and not in_column,
             trace=density,
@@ -290,7 +291,7 @@ class System:
             ),
             estimator=estimator,
             probes=probes,
-            wants=self.wants(density=density, penalties=penalties),
+            wants=self.wants(density=density, penalties=penalties, probes=probes),
             by_estimator=products and type(estimator).linearize is not TraceEstimator.linearize,
             part=part,
             columns=columns,

@@ -2,11 +2,18 @@
 
 Both come from the same products ``v^T J`` with ``J = df/dz``, taken for probe vectors ``v``. The penalties
 ``jacfrob``, ``curl`` and ``strain`` read those products too, so that no product is computed twice.
+
+A field with a radius r has ``J_ij = 0`` for pixels i and j that are more than r rows or more than r columns apart.
+Pixels of one channel on a lattice with the spacing r + 1 then share a product: with signs e on such a set of pixels
+and zeros elsewhere, ``e^T J e`` is the exact sum of their entries of the diagonal (Curtis, Powell and Reid 1974;
+Gebremedhin, Manne and Pothen 2005). There are ``C (r + 1)^2`` such sets, the colors, in place of ``C H W`` pixels.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,9 +22,12 @@ from torch import Tensor
 from ..errors import ConfigError, check_count, suggest
 from .derivatives import Linearization, trace_of_rows, unit_vectors
 from .evaluator import Evaluator
-from .modes import autocasts
+from .modes import autocasts, traced
 from .part import State
-from .sums import sum_products, sum_squares
+from .sums import sum_event, sum_products, sum_squares
+
+# what a field computes
+_PRODUCTS, _ROWS = frozenset({"products"}), frozenset({"rows"})
 
 _NOISES = ("gaussian", "rademacher")
 
@@ -45,23 +55,40 @@ class TraceEstimator(ABC):
     the products, which the other methods reduce.
 
     Attributes:
-        wants: names of what a field computes for the estimator, ``"products"`` or ``"rows"``, see
-            :class:`~rnode_plugin.core.derivatives.Linearization`; empty if it needs neither.
         needs_noise: whether an evaluation needs the noise that :meth:`draw` returns.
         is_exact: whether :meth:`divergence` is the exact trace, in place of which a field may give its own.
-        probes: number of probe vectors that :meth:`draw` returns.
+        probes: number of probe vectors that :meth:`draw` returns without a radius.
+        radius: the radius of a field that does not know its own, as its user gives it; None: no more is known.
         repeats: whether :meth:`linearize` evaluates the field more than once.
     """
 
-    wants: frozenset[str] = frozenset({"products"})
     needs_noise: bool = True
     is_exact: bool = False
     probes: int = 1
+    radius: int | None = None
     repeats: bool = False
 
     @abstractmethod
-    def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
-        """Draw noise for one solve of ``z (B, *event)`` from ``generator``; None if the estimator needs none."""
+    def draw(
+        self, z: Tensor, *, radius: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor | None:
+        """Draw noise for one solve.
+
+        Args:
+            z: a state ``(B, *event)``.
+            radius: the radius of the field, see :class:`~rnode_plugin.core.derivatives.Field`; None if it has none.
+            generator: the source of the noise; None: torch's global generator.
+
+        Returns:
+            Tensor: the noise, ``(B, *event)``, or ``(k, B, *event)`` of k probes; None if the estimator needs none.
+        """
+
+    def wants(self, noise: Tensor | None) -> frozenset[str]:
+        """Names of what a field computes for the estimator, ``"products"`` or ``"rows"``; empty for neither.
+
+        See :class:`~rnode_plugin.core.derivatives.Linearization`. ``noise`` is as :meth:`draw` returns it.
+        """
+        return _PRODUCTS
 
     def linearize(
         self,
@@ -77,13 +104,13 @@ class TraceEstimator(ABC):
             evaluator: evaluates the field.
             t, state: the time and the whole state.
             noise: as :meth:`draw` returns it.
-            wants: names of what the field computes, with :attr:`wants` of this estimator; None: these alone.
+            wants: names of what the field computes, with :meth:`wants` of this estimator; None: these alone.
 
         Returns:
-            Linearization: its ``products`` or, if :attr:`wants` has ``"rows"``, its ``rows`` are the ``products``
+            Linearization: its ``products`` or, if :meth:`wants` has ``"rows"``, its ``rows`` are the ``products``
                 of the other methods.
         """
-        return evaluator.evaluate(t, state, self.wants if wants is None else wants, noise)
+        return evaluator.evaluate(t, state, self.wants(noise) if wants is None else wants, noise)
 
     @abstractmethod
     def pair(self, products: Tensor, noise: Tensor | None) -> Probes:
@@ -136,7 +163,7 @@ class Hutchinson(TraceEstimator):
     def __repr__(self) -> str:
         return f"Hutchinson({self.noise!r}{f', probes={self.probes}' if self.probes > 1 else ''})"
 
-    def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, z: Tensor, *, radius: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         shape = z.shape if self.probes == 1 else torch.Size([self.probes, *z.shape])
         return _draw(self.noise, shape, z, generator)
 
@@ -156,9 +183,34 @@ class Hutchinson(TraceEstimator):
 
 
 class Exact(TraceEstimator):
-    """Computes the whole Jacobian with one product per dimension. It is exact, and affordable in few dimensions.
+    """Computes the exact divergence, with one product per dimension, or fewer if the field has a radius.
 
-    The products are the rows of the Jacobian, ``(D, B, *event)``.
+    Without a radius the products are the rows of the Jacobian, ``(D, B, *event)``, which is affordable in few
+    dimensions. The Frobenius norm is exact too.
+
+    A stack of L convolutions has the radius L, see :class:`~rnode_plugin.core.derivatives.Field`. Its products are
+    taken with one probe for each color, ``C min(H, L + 1) min(W, L + 1)`` of them, if that is less than the number
+    of dimensions. For four layers and one channel that is 25, for any size of the image. A color has random signs
+    at its pixels and zeros elsewhere. The divergence has no noise. The Frobenius norm is an unbiased estimate with
+    little noise (0.3 % of the norm, where one probe has 11 %), as are ``curl`` and ``strain``. Inside of the
+    transforms of ``torch.func`` and in exported programs there is one product per dimension.
+
+    Without gradients, a stack computes each color from what one forward pass keeps. With gradients, the graph of
+    all colors of all evaluations stays alive (about 0.5 GB for an image of 28x28 and 16 evaluations of 64 hidden
+    channels): choose ``gradient="checkpointed"``.
+
+    Args:
+        radius: the radius r of a field that does not know its own, such as a net of yours: the velocity at a pixel
+            depends on no pixel that is more than r rows or more than r columns away, in an event ``(C, *space)``
+            with any number of dimensions of space. Each convolution adds ``dilation * (kernel_size - 1) / 2``. The
+            radius is checked at the corners and at the middle pixel, at the first evaluations of each solve until
+            the products there are not zero.
+        frobenius: whether the Frobenius norm is exact as well. Pixels of a color are then 2 r + 1 apart, which
+            takes ``C min(H, 2 r + 1) min(W, 2 r + 1)`` products: 81 in place of 25 for four layers and one channel.
+
+    Raises:
+        ConfigError: for a radius that is not a whole number >= 0; in a solve, for a field that has a larger radius,
+            as with a normalization or circular padding, or mixes samples, and for samples ``(D,)`` with a radius.
 
     Example:
         >>> import torch
@@ -171,26 +223,72 @@ class Exact(TraceEstimator):
         (tensor([5.]), tensor([30.]))
     """
 
-    wants = frozenset({"rows"})
     needs_noise = False
     is_exact = True
     probes = 0
 
-    def __repr__(self) -> str:
-        return "Exact()"
+    def __init__(self, *, radius: int | None = None, frobenius: bool = False) -> None:
+        if radius is not None and (not isinstance(radius, int) or isinstance(radius, bool) or radius < 0):
+            raise ConfigError(f"the radius of an exact trace must be a whole number >= 0, not {radius!r}.")
+        self.radius, self.frobenius = radius, frobenius
 
-    def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> None:
-        return None
+    def __repr__(self) -> str:
+        options = [] if self.radius is None else [f"radius={self.radius}"]
+        options += ["frobenius=True"] if self.frobenius else []
+        return f"Exact({', '.join(options)})"
+
+    def draw(
+        self, z: Tensor, *, radius: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor | None:
+        if radius is not None and z.ndim < 3:
+            raise ConfigError(
+                f"the radius of an exact trace is one of images (C, H, W), or of samples (C, *space), not of "
+                f"{tuple(z.shape[1:])}: take Exact()."
+            )
+        if radius is None or traced():  # a transform may not draw, and a program must not
+            return None
+        # 2 r + 1 apart, two pixels of a color share no pixel that both depend on
+        radius = 2 * radius if self.frobenius else radius
+        if exact_products(z.shape[1:], radius) == z.shape[1:].numel():
+            return None
+        return _colors(z, radius) * _draw("rademacher", z.shape, z, generator)
+
+    def wants(self, noise: Tensor | None) -> frozenset[str]:
+        return _ROWS if noise is None else _PRODUCTS
 
     def pair(self, products: Tensor, noise: Tensor | None) -> Probes:
-        vectors = unit_vectors(products[0]).expand_as(products)
+        vectors = unit_vectors(products[0]).expand_as(products) if noise is None else noise
         return Probes(1.0, tuple(vectors), tuple(products))
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        return trace_of_rows(products)
+        if noise is None:
+            return trace_of_rows(products)
+        return sum_event((products * noise).sum(0))
 
     def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
         return sum_squares(products.transpose(0, 1))
+
+
+def exact_products(event: Sequence[int], radius: int | None) -> int:
+    """The number of products that an exact trace takes for samples of shape ``event``, its colors or dimensions.
+
+    ``radius`` is the radius of the field, in samples ``(C, *space)``; None: it has none.
+    """
+    if radius is None:
+        return math.prod(event)
+    channels, *space = event
+    return channels * math.prod(min(size, radius + 1) for size in space)
+
+
+def _colors(z: Tensor, radius: int) -> Tensor:
+    """The masks of the colors of ``z (B, C, *space)``, ``(k, 1, C, *space)``, with ones at a color's pixels."""
+    channels, *space = z.shape[1:]
+    color = torch.arange(channels, device=z.device).reshape(channels, *(1 for _ in space))
+    for dim, size in enumerate(space):
+        place = torch.arange(size, device=z.device) % (radius + 1)
+        color = color * min(size, radius + 1) + place.reshape(-1, *(1 for _ in space[dim + 1 :]))
+    numbers = torch.arange(exact_products(z.shape[1:], radius), device=z.device)
+    return (numbers.reshape(-1, 1, 1, *(1 for _ in space)) == color).to(z.dtype)
 
 
 class Difference(TraceEstimator):
@@ -230,7 +328,6 @@ class Difference(TraceEstimator):
         True
     """
 
-    wants = frozenset[str]()
     repeats = True
 
     def __init__(self, *, probes: int = 1) -> None:
@@ -239,9 +336,12 @@ class Difference(TraceEstimator):
     def __repr__(self) -> str:
         return f"Difference({f'probes={self.probes}' if self.probes > 1 else ''})"
 
-    def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, z: Tensor, *, radius: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         shape = z.shape if self.probes == 1 else torch.Size([self.probes, *z.shape])
         return _draw("rademacher", shape, z, generator)
+
+    def wants(self, noise: Tensor | None) -> frozenset[str]:
+        return frozenset()
 
     def linearize(
         self,

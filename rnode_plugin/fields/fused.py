@@ -70,6 +70,9 @@ from ..errors import CompilerError, ConfigError
 from .activations import Activation
 from .kernels import Dense, LayerMap
 
+_PIXELS_AT_ONCE = {"cpu": 3200}
+"""Pixels of one color, or of several colors together, from which on a larger batch is not faster (measured)."""
+
 
 class Stack(Field):
     """A stack as the field of one solve, for states of one shape, with the current weights.
@@ -235,6 +238,10 @@ class Stack(Field):
 
     def _several(self, t: Tensor, z: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Several products of convolutions, computed as one batch, since a convolution has one batch dimension."""
+        graph = torch.is_grad_enabled() and any(x.requires_grad for x in (t, z, vectors, self.theta))
+        if self.fast is not None and not graph and not traced():
+            with _without_autocast(z):
+                return _colors(self, self.fast, t, z, vectors)
         count, batch = len(vectors), z.shape[0]
         repeated = z.unsqueeze(0).expand(count, *z.shape).flatten(0, 1)
         dz, products = self._pass(t, repeated, self._g_of(vectors.flatten(0, 1)))
@@ -385,6 +392,24 @@ def _product(
         v_k = s.backward_over(g_k, a.pop(), y_k) if a else s.backward(g_k, y_k)
         g_k = W_k.transpose(v_k)
     return g_k, passed[:0:-1]  # without g_{L-1}, which the graph's node has as an input
+
+
+def _colors(stack: Stack, layers: Layers, t: Tensor, z: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Velocity and products with ``vectors (K, *z.shape)``, as of the colors of an exact trace, without a graph.
+
+    Equation (1) runs once, and the slopes ``d_k`` in (3) serve all products.
+    """
+    f, y = _velocity(stack, layers, t, z)
+    d, batch, products = list(map(stack.activation.slope, y)), len(z), list[Tensor]()
+    pixels = max(batch * torch.Size(stack.event).numel(), 1)
+    # a larger batch fills a GPU, whose memory still bounds it
+    for some in vectors.split(max(1, _PIXELS_AT_ONCE.get(z.device.type, 200_000) // pixels)):
+        g_k = layers.W[-1].transpose(stack.cast(some.flatten(0, 1)))
+        for W_k, d_k in zip(layers.W[-2::-1], d[::-1], strict=True):
+            v_k = g_k.unflatten(0, (len(some), batch)).mul_(d_k)
+            g_k = W_k.transpose(v_k.flatten(0, 1))
+        products.append(g_k.unflatten(0, (len(some), batch)).to(z.dtype))
+    return f.to(z.dtype), torch.cat(products)
 
 
 # their graph node -----------------------------------------------------------------------------------------------

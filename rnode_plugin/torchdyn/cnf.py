@@ -115,6 +115,9 @@ class _AutogradTrace(Exact):
 
     is_exact = False  # a field's own trace has another order
 
+    def draw(self, z: Tensor, *, radius: int | None = None, generator: torch.Generator | None = None) -> None:
+        return None  # colors have another order too
+
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         total = products[0][:, 0]
         for i, row in enumerate(products[1:], start=1):
