@@ -44,11 +44,11 @@ def test_bits_per_dim_of_a_field_in_bfloat16() -> None:
 
 def test_integrals_are_the_same_sums_under_autocast() -> None:
     """Autocast rounds a matrix product of the rates to 8 bits."""
-    dynamics = System([kinetic], "exact").start(lambda t, z: -1.003 * z, torch.ones(1, 4))
+    rhs = System([kinetic], "exact").start(lambda t, z: -1.003 * z, torch.ones(1, 4))
     ends = []
     for bf16 in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            ends.append(FixedGrid().solve(dynamics, torch.ones(1, 4), torch.tensor([0.0, 1.0])))
+            ends.append(FixedGrid().solve(rhs, torch.ones(1, 4), torch.tensor([0.0, 1.0])))
     one, other = ([end.logdet[-1], end.penalties["kinetic"]] for end in ends)
     assert all(x.dtype is torch.float32 for x in other)
     torch.testing.assert_close(other, one, rtol=1e-6, atol=0)

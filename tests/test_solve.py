@@ -47,13 +47,13 @@ def tight(method: str, gradient: str = "autograd", **changes: object) -> Solver:
     "z0", [torch.ones(2, 3).double(), torch.ones(2, 3, dtype=torch.complex64)], ids=["real", "complex"]
 )
 def test_times_may_be_numbers(z0: Tensor) -> None:
-    dynamics = System().start(lambda t, z: -z * t, z0, density=False)
+    rhs = System().start(lambda t, z: -z * t, z0, density=False)
     exact = torch.tensor([0, 0.5, 1], dtype=z0.real.dtype)
-    found, expected = (tight("rk4").solve(dynamics, z0, times) for times in ((0, 0.5, 1), exact))
+    found, expected = (tight("rk4").solve(rhs, z0, times) for times in ((0, 0.5, 1), exact))
     assert torch.equal(found.z, expected.z)
     assert torch.equal(found.t, expected.t)
     with pytest.raises(ConfigError, match="strictly increasing or decreasing"):
-        tight("rk4").solve(dynamics, z0, (1, 1))
+        tight("rk4").solve(rhs, z0, (1, 1))
 
 
 def test_a_penalty_that_holds_the_fields_parameters_counts_them_once() -> None:
@@ -219,12 +219,12 @@ def test_checkpointed_with_dropout_and_parameters_read_at_some_times_only() -> N
 
 @functools.cache
 def exact_wave() -> tuple[Tensor, Any, Any]:
-    """States, dynamics and a solution to the last digits."""
+    """States, a right-hand side and a solution to the last digits."""
     z0 = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
-    dynamics = System([kinetic, jacfrob], Exact()).start(Wave(), z0)
+    rhs = System([kinetic, jacfrob], Exact()).start(Wave(), z0)
     with torch.no_grad():
-        solution = Adaptive("dopri5", atol=1e-14, rtol=1e-14).solve(dynamics, z0, torch.tensor([0.0, 2.0]).double())
-    return z0, dynamics, solution
+        solution = Adaptive("dopri5", atol=1e-14, rtol=1e-14).solve(rhs, z0, torch.tensor([0.0, 2.0]).double())
+    return z0, rhs, solution
 
 
 @pytest.mark.parametrize(
@@ -232,14 +232,14 @@ def exact_wave() -> tuple[Tensor, Any, Any]:
 )
 def test_order_of_convergence(method: str, order: int) -> None:
     """The error's slope, by regression, of state, log-determinant and penalties on a field that depends on time."""
-    z0, dynamics, truth = exact_wave()
+    z0, rhs, truth = exact_wave()
     errors: dict[str, list[float]] = {"z": [], "logdet": [], "kinetic": [], "jacfrob": []}
     steps = [1 / 8, 1 / 16, 1 / 32] if order >= 4 else [1 / 16, 1 / 32, 1 / 64]
     for h in steps:
         t = torch.linspace(0, 2, round(2 / h) + 1, dtype=torch.float64)
         with torch.no_grad():
             # adaptive: tolerances so loose that every step is accepted, and outputs that cut it into equal steps
-            s = solver_of(method, step=h, atol=1e6, rtol=1e6, first_step=h).solve(dynamics, z0, t)
+            s = solver_of(method, step=h, atol=1e6, rtol=1e6, first_step=h).solve(rhs, z0, t)
         assert s.stats.steps == round(2 / h)
         assert s.logdet is not None
         errors["z"].append(float((s.z[-1] - truth.z[-1]).norm()))

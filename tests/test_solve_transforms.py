@@ -76,8 +76,8 @@ def test_a_fixed_grid_and_its_backward_pass_read_nothing_from_the_device(gradien
 
 def test_samples_of_one_number_keep_their_rates_apart_on_a_device() -> None:
     z = torch.empty(5, device="meta", requires_grad=True)
-    dynamics = System([kinetic, jacfrob]).start(lambda t, z: -z * t, z, probes=torch.empty_like(z))
-    rates = dynamics.evaluate(torch.zeros((), device="meta"), z)
+    rhs = System([kinetic, jacfrob]).start(lambda t, z: -z * t, z, probes=torch.empty_like(z))
+    rates = rhs(torch.zeros((), device="meta"), z)
     assert rates.dlogdet is not None
     assert [rate.shape for rate in (rates.dlogdet, *rates.penalties.values())] == [z.shape] * 3
     (slope,) = torch.autograd.grad(rates.penalties["kinetic"].sum(), z)

@@ -71,8 +71,8 @@ def test_a_linear_field_is_solved_and_differentiated_as_in_closed_form(
             parts = (closed.z, closed.logdet, closed.kinetic, closed.jacfrob)
         else:
             solver = dataclasses.replace(SOLVERS[name](), gradient=gradient)
-            dynamics = System([kinetic, jacfrob], "exact").start(field, z)
-            s = solver.solve(dynamics, z, t).check()
+            rhs = System([kinetic, jacfrob], "exact").start(field, z)
+            s = solver.solve(rhs, z, t).check()
             assert s.logdet is not None
             assert torch.equal(s.t, t)
             assert (s.longest_safe_step is None) == (not solver.adaptive)
@@ -94,9 +94,9 @@ def test_a_density_stops_at_each_output_where_a_state_is_interpolated() -> None:
     )
     z, times = torch.ones(1, 2, dtype=torch.float64), torch.linspace(0, 1, 9, dtype=torch.float64)
     for divergence in (False, True):
-        dynamics = System(estimator="exact").start(lambda t, z: -z, z, density=divergence)
-        solution = Adaptive(line, first_step=0.5).solve(dynamics, z, times)
-        steps = Adaptive(dopri5, first_step=0.5).solve(dynamics, z, times).stats.steps
+        rhs = System(estimator="exact").start(lambda t, z: -z, z, density=divergence)
+        solution = Adaptive(line, first_step=0.5).solve(rhs, z, times)
+        steps = Adaptive(dopri5, first_step=0.5).solve(rhs, z, times).stats.steps
         assert len(solution.t) == 9
         assert (solution.stats.steps == steps) == divergence
         if divergence:
