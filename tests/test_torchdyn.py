@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from field_table import OwnTanh
 from problems import Linear, Wave, counted_products, linear_closed_form
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
@@ -734,28 +735,15 @@ def test_hooks_of_parameters_run_once_with_the_whole_gradient(sensitivity: str) 
     torch.testing.assert_close(found[1], 0.1 * found[0])
 
 
-class HandWrittenTanh(torch.autograd.Function):
-    """A function whose second derivative is checked at the first evaluation of a net."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.tanh()
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return grad_outputs[0] * (1 - y.square())
-
-
 class HandWritten(nn.Module):
+    """With a function whose second derivative is checked at the first evaluation of the net."""
+
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = nn.Linear(2, 6), nn.Linear(6, 2)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.two(HandWrittenTanh.apply(self.one(x)))  # pyright: ignore[reportArgumentType]
+        return self.two(OwnTanh.apply(self.one(x)))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
