@@ -1,4 +1,4 @@
-"""All errors that are raised on purpose. Each has one message about what was wrong and what to do.
+"""All errors that are raised on purpose. Each has one message with the cause and the remedy.
 
 The command line turns a :class:`RnodeError` into its message and exit code 1, or 2 for a :class:`ConfigError`. Only
 bugs show a traceback.
@@ -31,7 +31,7 @@ class ConfigError(RnodeError, ValueError):
 
 
 class DataError(RnodeError):
-    """A data set that is missing, unreadable or not what it claims to be."""
+    """A data set that is missing, unreadable or of another kind than it claims to be."""
 
 
 class CheckpointError(RnodeError):
@@ -107,7 +107,7 @@ _INSTEAD = {  # of methods that papers and other packages have under these names
 
 
 def suggest(name: str, known: Iterable[str], kind: str) -> str:
-    """The message for an unknown name, with what to use instead or the nearest match, and all known names."""
+    """The message for an unknown name, with a replacement or the nearest match, and all known names."""
     options = sorted(known)
     near = difflib.get_close_matches(str(name), options, n=1)
     instead = _INSTEAD.get(str(name).partition(":")[0])

@@ -10,7 +10,7 @@ from rnode_plugin.fields import compile_fields
 
 
 def numbers(field: Any, z: torch.Tensor) -> list[torch.Tensor]:
-    """Velocity and product, and their gradients by the state, the noise and all parameters."""
+    """Velocity and product, and their gradients with respect to the state, the noise and all parameters."""
     noise = torch.linspace(-1, 1, z.numel()).reshape(z.shape).requires_grad_()
     z = z.clone().requires_grad_()
     prepared, t = field.prepared(z, noise), torch.tensor(0.3)

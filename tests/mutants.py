@@ -78,7 +78,7 @@ MUTANTS = [
         "test_solve_limits.py::test_a_budget_of_exactly_the_evaluations_of_a_solve_suffices",
     ),
     Mutant(
-        "an adjoint's gradient by the start time has the other sign",
+        "an adjoint's gradient with respect to the start time has the other sign",
         "solvers/adjoint.py",
         "dt[0] = -pass_.hamiltonian",
         "dt[0] = pass_.hamiltonian",

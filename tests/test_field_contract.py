@@ -162,7 +162,7 @@ def test_penalties_have_the_derivatives_of_central_differences(name: str) -> Non
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_product_can_be_differentiated_twice(name: str) -> None:
-    """The derivative of the gradient by the state, by a central difference of that gradient."""
+    """The derivative of the gradient with respect to the state, by a central difference of that gradient."""
     case = FIELDS[name]
     _, field, (t, z, noise) = met(name)
 

@@ -396,7 +396,7 @@ def test_threads_have_their_own_penalties(name: str) -> None:
 
 @pytest.mark.parametrize("name", FIXED)
 def test_the_transforms_of_torch_func_over_fixed_steps(name: str) -> None:
-    """Single samples by vmap, derivatives by the state and by the parameters, and other parameters."""
+    """Single samples by vmap, derivatives with respect to state and parameters, and other parameters."""
     # inside of a transform an adjoint differentiates the steps
     of_steps = {"adjoint": "autograd", "torchdyn's class, adjoint": "torchdyn's class"}.get(name, name)
     plain, model = (FACES[each].make(Wave(2), BOTH, "rk4") for each in (of_steps, name))

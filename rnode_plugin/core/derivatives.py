@@ -40,7 +40,7 @@ NOT_WEIGHED = (
 class Linearization(NamedTuple):
     """The result of one pass over a field. Quantities that were not wanted may be None.
 
-    The names of the attributes, except ``dz``, are what a caller may put into ``wants``.
+    The names of the attributes, except ``dz``, are the names for ``wants``.
 
     Attributes:
         dz: velocity ``f(t, z)``, ``(B, *event)``.
@@ -266,13 +266,13 @@ class AutogradField(Field):
             else:
                 t, z = _usable(t), _as_variable(z, keep=keep)
             # products are differentiated again by a loss (keep), and J v takes two derivatives for its value
-            looks = not checked.twice_differentiable and (keep or along)
+            checks_second = not checked.twice_differentiable and (keep or along)
             # a loss that contains J v takes a third derivative
-            looks_thrice = along and keep and checked.third_derivative is None
+            checks_third = along and keep and checked.third_derivative is None
             # nodes with a lower number are older than this evaluation
-            start = next_number(z) if looks or looks_thrice else 0
+            start = next_number(z) if checks_second or checks_third else 0
             dz = f(t, z, *extra)
-            if looks:
+            if checks_second:
                 checked.twice_differentiable = check_second_derivative(
                     dz, z, start, elsewhere, t, field=self._field, jvp=along
                 )
@@ -297,7 +297,7 @@ class AutogradField(Field):
                 checked.radius_holds = _refuse_wider(z, dz, radius)
         jvp = None
         if along:
-            if looks_thrice:
+            if checks_third:
                 checked.third_derivative = wrong_third_derivative(dz, z, start)
             wrong = checked.third_derivative or ""
             jvp = _double_reverse(dz, t, z, keep=keep, zero=lambda: self._zero(elsewhere, t, z, dz), wrong=wrong)
@@ -485,7 +485,7 @@ def _double_reverse(
         if pulled[0] is None:
             zero()  # for its check alone: df/dt may still contribute
         pairs = [(p, w.to(p.dtype)) for p, w in zip(pulled, tangents, strict=True) if p is not None]
-        # what is linear in u and does not depend on u is zero
+        # a function that is linear in u and does not depend on u is zero
         pairs = [(p, w) for p, w in pairs if p.requires_grad]
         if not pairs:
             return torch.zeros_like(z)

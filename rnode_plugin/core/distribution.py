@@ -51,7 +51,7 @@ class DensityModel(nn.Module, ABC):
     """A density ``p(x)`` or ``p(x | context)`` that a flow maps to a base distribution.
 
     All models here derive from this class. Training by likelihood, evaluation, diagnosis, importance sampling and
-    export call what is documented here and nothing else. To write your own model, set the attributes and implement
+    export call only the methods that are documented here. To write your own model, set the attributes and implement
     :meth:`encode` and :meth:`decode`; the other methods follow from these two. The page "Write a model" has an
     example.
 
@@ -266,7 +266,7 @@ class DensityModel(nn.Module, ABC):
             estimator: the estimator of the trace, or its name; None: the model's.
             regularizers: the penalties that the copy integrates. A span policy of the model, such as a learned end
                 time, stays.
-            warm_start: whether the copy begins warm, see :attr:`history`. It knows no steps yet.
+            warm_start: whether the copy begins warm, see :attr:`history`. It has no steps yet.
         """
         given = list(regularizers)
         for each in given:
@@ -333,7 +333,7 @@ class DensityModel(nn.Module, ABC):
         """Refuse samples, a context or noise that do not fit this model.
 
         Args:
-            x: what a call is given: samples, or latents.
+            x: the argument of a call: samples, or latents.
             context, noise: as for :meth:`encode`.
             latents: whether ``x`` are latents.
 

@@ -46,7 +46,7 @@ def lock_of(module: nn.Module | None) -> AbstractContextManager[object]:
     torch runs the backward passes of all threads in one thread, which may wait for the lock while a solve that
     holds it waits for that thread.
     """
-    # torch.compile cannot trace a lock, and what it compiles runs after the tracing
+    # torch.compile cannot trace a lock, and the compiled code runs after the tracing
     if module is None or torch.compiler.is_compiling():
         return nullcontext()
     while (layer := next(module.children(), None)) is not None:
@@ -202,17 +202,17 @@ class Evaluator:
         all modules.
         """
         modules = [part for each in (self.net, *others) if isinstance(each, nn.Module) for part in each.modules()]
-        noted = [(held, dict(held)) for part in modules for held in (part._parameters, part._buffers) if held]
+        noted = [(table, dict(table)) for part in modules for table in (part._parameters, part._buffers) if table]
         return functools.partial(self._as_noted, noted)
 
     @contextmanager
     def _as_noted(self, noted: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Iterator[None]:
         """Context for evaluations with the ``noted`` parameters and buffers, which they leave as they are."""
         others = [
-            (held, name, x)
-            for held, known in noted
-            for name, x in known.items()
-            if name in held and held[name] is not x
+            (table, name, x)
+            for table, entries in noted
+            for name, x in entries.items()
+            if name in table and table[name] is not x
         ]
         with lock_of(self.net) if others else nullcontext(), _replaced(others), self._copied_buffers():
             yield
@@ -275,14 +275,14 @@ def _explained(error: RuntimeError | AttributeError) -> ConfigError | None:
 @contextmanager
 def _replaced(entries: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
     """Context in which each dictionary has the value of its entry, ``(dictionary, key, value)``."""
-    before = [(held, name, held[name]) for held, name, _ in entries]
-    for held, name, x in entries:
-        held[name] = x
+    before = [(table, name, table[name]) for table, name, _ in entries]
+    for table, name, x in entries:
+        table[name] = x
     try:
         yield
     finally:
-        for held, name, x in before:
-            held[name] = x
+        for table, name, x in before:
+            table[name] = x
 
 
 class _States(NamedTuple):

@@ -80,7 +80,7 @@ class FieldEvaluation:
 
     All regularizers share the products with the Jacobian, so each product is computed once per evaluation.
 
-    A regularizer declares what it reads in ``needs``: ``"vjp"`` for :meth:`divergence`, :meth:`squared_frobenius`,
+    A regularizer declares its reads in ``needs``: ``"vjp"`` for :meth:`divergence`, :meth:`squared_frobenius`,
     :meth:`probes`, :meth:`jacobian` and :meth:`vjp`, ``"jvp"`` for :meth:`jvp` and :meth:`total_derivative`,
     ``"field"`` for :meth:`velocity` and :attr:`net`. A method whose need is not declared raises a ConfigError, even
     if another regularizer has declared that need.
@@ -228,7 +228,7 @@ class FieldEvaluation:
     def _require(self, need: str) -> None:
         if need not in self._needs:
             raise ConfigError(
-                f"the regularizer {self._name!r} reads what it has not declared of an evaluation: it must "
+                f"the regularizer {self._name!r} reads {need!r} of an evaluation and has not declared it: it must "
                 f'declare `needs={{"{need}"}}`.'
             )
 

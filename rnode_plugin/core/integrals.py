@@ -1,4 +1,4 @@
-"""Integrals: what one solve returns, the integral of each penalty by name, and their weighted sum (eq. 17)."""
+"""Integrals: the integral of each penalty of one solve by name, and their weighted sum (eq. 17)."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch has no public names for these and for what comes from torch.utils
+# torch has no public names for these and for the imports from torch.utils
 from torch._C._functorch import (
     get_unwrapped,
     is_batchedtensor,
@@ -45,7 +45,7 @@ def escaped(x: Tensor) -> bool:
 
 def exporting() -> bool:
     """Whether the operations of this thread are captured as a program, so that values of inputs are unknown."""
-    # torch.compile cannot trace a context variable, and what it compiles is never recorded
+    # torch.compile cannot trace a context variable, and compiled operations are never recorded
     return not torch.compiler.is_compiling() and _recording.get()
 
 
@@ -161,13 +161,13 @@ def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
     thread whose backward pass ends meanwhile does not run them either.
     """
     found = [hooks for x in tensors if (hooks := x._backward_hooks)]
-    held = [dict(hooks) for hooks in found]
+    saved = [dict(hooks) for hooks in found]
     for hooks in found:
         hooks.clear()
     try:
         yield
     finally:
-        for hooks, each in zip(found, held, strict=True):
+        for hooks, each in zip(found, saved, strict=True):
             hooks.update(each)
 
 

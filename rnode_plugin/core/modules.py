@@ -30,23 +30,23 @@ def _modules_of(value: object, seen: set[int]) -> Iterator[nn.Module]:
     if id(value) in seen:
         return
     seen.add(id(value))
-    held: list[object] = []
+    parts: list[object] = []
     if isinstance(value, functools.partial):
-        held = [value.func, *value.args, *value.keywords.values()]
+        parts = [value.func, *value.args, *value.keywords.values()]
     elif inspect.ismethod(value):
         owner = value.__self__
-        held = [owner]
+        parts = [owner]
         if not isinstance(owner, nn.Module):
-            held = [value.__func__, *getattr(owner, "__dict__", {}).values()]
+            parts = [value.__func__, *getattr(owner, "__dict__", {}).values()]
     elif inspect.isfunction(value):
-        held = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        parts = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
         for cell in value.__closure__ or ():
             with suppress(ValueError):  # a cell is empty until its name has a value
-                held.append(cell.cell_contents)
+                parts.append(cell.cell_contents)
         # not of functions with global names, which would lead into whole libraries
         read = (value.__globals__.get(name) for name in value.__code__.co_names)
-        held += [each for each in read if isinstance(each, nn.Module)]
+        parts += [each for each in read if isinstance(each, nn.Module)]
     elif callable(value) and inspect.isfunction(call := type(value).__call__):
-        held = [call, *getattr(value, "__dict__", {}).values()]
-    for each in held:
+        parts = [call, *getattr(value, "__dict__", {}).values()]
+    for each in parts:
         yield from _modules_of(each, seen)

@@ -48,7 +48,7 @@ class FlowOutput:
     health: tuple[HealthCheck, ...] = ()
 
     def check(self) -> FlowOutput:
-        """Wait for the device, raise the error of what was not finite or out of range, else return this output.
+        """Wait for the device, and return this output if all was finite and in range.
 
         Raises:
             SolverError: if a solve was not finite.

@@ -94,8 +94,8 @@ class Rate:
         name: the key of its penalty in every result.
         of: maps a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation` to the rate ``(B,)``, a sum over the
             event. The parameters of a ``torch.nn.Module`` are trained with the model.
-        needs: what it reads of an evaluation beyond ``t, z, dz, noise``: any of ``"vjp"``, ``"jvp"`` and
-            ``"field"``. If no rate needs one and no log-determinant is integrated, an evaluation computes no
+        needs: the quantities of an evaluation that it reads beyond ``t, z, dz, noise``: any of ``"vjp"``, ``"jvp"``
+            and ``"field"``. If no rate needs one and no log-determinant is integrated, an evaluation computes no
             product with the Jacobian.
         repeats: whether it evaluates the field again, for ``jacobian()`` with a random estimator or for a
             ``total_derivative()`` above order 2. Then the state of the random generators is noted at each

@@ -169,7 +169,7 @@ class Regularizers:
         return {name: strength_at(name, strength, step) for name, strength in strengths.items()}
 
     def refuse_schedules(self) -> None:
-        """Refuse a lambda that is a function of the optimizer's step, for an ``install``, which knows no step."""
+        """Refuse a lambda that is a function of the optimizer's step, for an ``install``, which has no step."""
         for name, strength in self.strengths.items():
             if callable(strength):
                 raise ConfigError(

@@ -277,7 +277,7 @@ class System:
                 "the trace needs noise, which draw() of an estimator returns if its `needs_noise` is True."
             )
         own = own.prepared(z, probes, one_graph=one_graph)
-        # a hand-written field gives products without autograd, and differences need none
+        # a hand-written field computes products without autograd, and differences need none
         by_autograd = isinstance(own, AutogradField) and bool(estimator.wants(probes))
         return FieldSolve(
             divergence=density and not in_column,

@@ -196,10 +196,10 @@ class Solver(ABC):
         return self.without_interpolation()
 
     def check_use(self, penalties: Sequence[StepPenalty]) -> None:
-        """Refuse step penalties that the method or the gradient cannot give, where a model is made.
+        """Refuse step penalties that the method or the gradient cannot have, where a model is made.
 
         Raises:
-            ConfigError: names what works instead.
+            ConfigError: names those that work instead.
         """
         self.check_steps(penalties)
         get_gradient(self.gradient).check_penalties(penalties)
@@ -208,7 +208,7 @@ class Solver(ABC):
         """Refuse an unknown choice, and gradients at half of the evaluations that this solver cannot draw.
 
         Raises:
-            ConfigError: names what works.
+            ConfigError: names the choices that work.
         """
         check_name(weight_gradients, WEIGHT_GRADIENTS, "choice of weight gradients")
         if weight_gradients == "all":
@@ -230,7 +230,7 @@ class Solver(ABC):
             )
 
     def check_steps(self, penalties: Sequence[StepPenalty]) -> None:
-        """Refuse penalties on accepted steps that the method cannot give, and name what works."""
+        """Refuse penalties on accepted steps that the method cannot have, and name those that work."""
         for penalty in penalties:
             if penalty.local:
                 continue

@@ -185,11 +185,11 @@ def constants_of(solver: SolverObject) -> list[object]:
     return [getattr(solver, name, None) for name in _CONSTANTS]
 
 
-def handing_on(solver: Solver, args: object) -> Solver:
-    """The solver, with ``args`` handed to the solver objects that step in it and in its adjoint."""
+def with_args(solver: Solver, args: object) -> Solver:
+    """The solver, with ``args`` passed to the solver objects that step in it and in its adjoint."""
     gradient, method = get_gradient(solver.gradient), get_method(solver.method)
     if isinstance(gradient, Adjoint) and isinstance(gradient.backward, Solver):
-        gradient = replace(gradient, backward=handing_on(gradient.backward, args))
+        gradient = replace(gradient, backward=with_args(gradient.backward, args))
     step = method.advance
     if not isinstance(step, _Step) or step.known:  # torchdyn's own methods do not read them
         return replace(solver, gradient=gradient)

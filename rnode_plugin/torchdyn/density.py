@@ -203,7 +203,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             estimator: the estimator of the trace, or its name; None: the model's.
             regularizers: the penalties that the copy integrates. Those that the model has keep its lambda. A span
                 policy of the model, such as a learned end time, stays.
-            warm_start: as for the class; the copy knows no steps yet.
+            warm_start: as for the class; the copy has no steps yet.
         """
         solver, times = self._on_grid(solver)
         twin = super().solved_with(

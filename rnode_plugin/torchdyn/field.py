@@ -41,7 +41,7 @@ CONTROL = "_control"
 Cost = Callable[[Tensor, Tensor], Tensor]
 
 
-# --- the attributes through which torchdyn hands time, control and noise to layers ---
+# --- the attributes through which torchdyn passes time, control and noise to layers ---
 
 
 _ABSENT = object()
@@ -219,7 +219,7 @@ def start_torchdyn(
             and a trace.
         vf: the field.
         x: the state ``(B, ...)`` at the start.
-        args: handed to fields that take ``args``.
+        args: passed to fields that take ``args``.
         penalties, one_graph: as for :meth:`System.start`.
         takes: finds the order and the names of a field's parameters.
         hidden_cost: ``integral_loss`` for an adjoint, whose state has no column for it.
@@ -313,7 +313,7 @@ def function_of(
         net: the user's module or function.
         modules: all modules of the field, including the wrappers.
         slots: the placeholders of these modules.
-        args: handed to a net that takes ``args``.
+        args: passed to a net that takes ``args``.
         takes: how the net is called.
         context: the third argument of the net; None if it takes none.
         order: order of the differential equation.

@@ -39,13 +39,13 @@ from .choice import (
     SolverObject,
     StepwiseAdjoint,
     constants_of,
-    handing_on,
     kept_times,
     method_from_torchdyn,
     refuse_leapfrog,
     resolve_solver,
     solver_from,
     solver_name,
+    with_args,
 )
 from .field import Cost, look_for_columns, start_torchdyn
 
@@ -56,7 +56,7 @@ _THEIRS = dict(vars(_Torchdyn))  # from before install() can replace them
 class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     """torchdyn's neural ODE with penalties on its vector field (sections 4 and 5 of the paper).
 
-    Without new arguments it returns what torchdyn's class returns, bitwise if the coefficients of the solver are
+    Without new arguments its results are those of torchdyn's class, bitwise if the coefficients of the solver are
     the same. torchdyn rounds the coefficients of a solver given by name to single precision. This class does so
     only for a state in single precision.
 
@@ -459,7 +459,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         # identity, because tensors cannot be compared by ==; an equal new object only resolves again
         if known is None or not all(map(operator.is_, known[0], key)):
             known = self._resolved = key, self._resolve()
-        return known[1] if isinstance(args, dict) and not args else handing_on(known[1], args)
+        return known[1] if isinstance(args, dict) and not args else with_args(known[1], args)
 
     def _resolve(self) -> Solver:
         """The solver that torchdyn's attributes describe now, which takes the steps of its solver objects.
