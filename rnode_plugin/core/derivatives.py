@@ -151,7 +151,7 @@ class Field(ABC):
 def as_field(field: Velocity, part: Part | None = None, *, radius: int | None = None) -> Field:
     """``field`` itself if it is a :class:`Field` of all of the state, else an :class:`AutogradField` of it.
 
-    ``radius`` is what the user says of a field that does not know its radius. Such a field becomes an
+    ``radius`` is given by the user for a field without a known radius. Such a field becomes an
     :class:`AutogradField` too, which checks it.
     """
     # a field with a faster pass differentiates the whole state, so for a part autograd does the work instead
@@ -534,7 +534,7 @@ def refuse_mixed_samples(z: Tensor, dz: Tensor) -> bool:
 def _refuse_wider(z: Tensor, dz: Tensor, radius: int) -> bool:
     """Refuse a field whose velocity at a pixel depends on pixels beyond ``radius``, which colors would add up.
 
-    The four corners and the middle pixel are looked at, one after the other, with random signs on all channels.
+    The four corners and the middle pixel are checked, one after the other, with random signs on all channels.
     Their products must be exactly zero outside of the radius: a tolerance would let too small a radius pass, whose
     trace is wrong by a fraction of a percent. Circular padding shows at the corners alone.
 
@@ -543,7 +543,8 @@ def _refuse_wider(z: Tensor, dz: Tensor, radius: int) -> bool:
         radius: in pixels.
 
     Returns:
-        Whether the question is settled. A Jacobian of zero, which a fresh net may have, shows nothing.
+        True if the check was conclusive, so that it need not run again. It is not for a Jacobian of zero, which a
+        fresh net may have.
 
     Raises:
         ConfigError: for a field with a larger radius.

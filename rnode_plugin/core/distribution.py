@@ -275,17 +275,17 @@ class DensityModel(nn.Module, ABC):
                     f"solved_with takes regularizer objects, such as kinetic of rnode_plugin.regularizers, not "
                     f"{each!r}."
                 )
-        twin = copy.copy(self)
+        model = copy.copy(self)
         # nn.Module keeps submodules in a dict, which a shallow copy would share: assignments must stay in the copy
-        twin._modules, twin._buffers = dict(self._modules), dict(self._buffers)
-        twin.solver = solver or self.solver
-        twin.history = History(longest_safe_steps={} if warm_start else None)
-        twin.estimator = self.estimator if estimator is None else get_estimator(estimator)
+        model._modules, model._buffers = dict(self._modules), dict(self._buffers)
+        model.solver = solver or self.solver
+        model.history = History(longest_safe_steps={} if warm_start else None)
+        model.estimator = self.estimator if estimator is None else get_estimator(estimator)
         policy = self.regularizers.span
         if policy is not None and policy.name not in {each.name for each in given}:  # a copy is not the same object
             given.append(policy)
-        twin.keep_regularizers(Regularizers.of(given))
-        return twin
+        model.keep_regularizers(Regularizers.of(given))
+        return model
 
     def citation(self) -> str:
         """BibTeX entries of the papers behind the penalties, the trace estimator and the solver of this model."""

@@ -136,9 +136,9 @@ class Evaluator:
 
         See :meth:`Field.weighed <rnode_plugin.core.derivatives.Field.weighed>`.
         """
-        twin = copy.copy(self)
-        twin._field = self._field.weighed(weigh)
-        return twin
+        weighed = copy.copy(self)
+        weighed._field = self._field.weighed(weigh)
+        return weighed
 
     def repeat(
         self,

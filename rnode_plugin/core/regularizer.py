@@ -1,7 +1,7 @@
 """The three kinds of regularizers: :class:`Rate`, :class:`StepPenalty` and :class:`SpanPolicy`.
 
 - A :class:`Rate` is a number per unit of time; its integral along the trajectory is the penalty.
-- A :class:`StepPenalty` sees each accepted step of the solver.
+- A :class:`StepPenalty` reads each accepted step of the solver.
 - A :class:`SpanPolicy` changes the times of the solve.
 
 The first two are data with a function in them. The objective (eq. 17) adds the penalties, each given per sample,
@@ -154,7 +154,7 @@ class StepPenalty:
         reduction: ``"sum"``, ``"mean"`` or ``"max"`` over the steps.
         uses: quantities that it reads and that not every method has: ``"error"`` for the embedded error estimate,
             ``"pair"`` for two stages at the same time.
-        local: whether it sees one extra step from a uniformly random time instead of the accepted steps. Its value
+        local: whether it reads one extra step from a uniformly random time instead of the accepted steps. Its value
             is an unbiased estimate of the time average. The start of the extra step is detached.
         divided_by_dims: whether the objective divides the penalty by the number of dimensions. By default it does
             not, because a solver's error norm is a mean over the dimensions.
@@ -221,7 +221,7 @@ Regularizer: TypeAlias = Rate | StepPenalty | SpanPolicy
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step of a solve, as a step penalty sees it.
+    """One step of a solve, for step penalties.
 
     Attributes:
         t: time at the start of the step, a tensor with one entry.

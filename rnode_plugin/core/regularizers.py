@@ -249,7 +249,7 @@ class Regularizers:
         Args:
             record: the step, of the whole state.
             event: extracts the part that the penalties measure from a state ``(B, ...)``, which may have more.
-            local: whether the step is the extra one, which local penalties see, or an accepted one.
+            local: whether the step is the extra one, which local penalties read, or an accepted one.
 
         Raises:
             ConfigError, PluginError: as :func:`checked`.

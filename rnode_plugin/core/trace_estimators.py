@@ -58,7 +58,7 @@ class TraceEstimator(ABC):
         needs_noise: whether an evaluation needs the noise that :meth:`draw` returns.
         is_exact: whether :meth:`divergence` is the exact trace, in place of which a field may give its own.
         probes: number of probe vectors that :meth:`draw` returns without a radius.
-        radius: the radius of a field that does not know its own, as its user gives it; None: no more is known.
+        radius: the radius of a field without a known one, as its user gives it; None: no more is known.
         repeats: whether :meth:`linearize` evaluates the field more than once.
     """
 
@@ -200,8 +200,8 @@ class Exact(TraceEstimator):
     channels): choose ``gradient="checkpointed"``.
 
     Args:
-        radius: the radius r of a field that does not know its own, such as a net of yours: the velocity at a pixel
-            depends on no pixel that is more than r rows or more than r columns away, in an event ``(C, *space)``
+        radius: the radius r of a field without a known one, such as a net of yours: the velocity at a pixel depends
+            on no pixel that is more than r rows or more than r columns away, in an event ``(C, *space)``
             with any number of dimensions of space. Each convolution adds ``dilation * (kernel_size - 1) / 2``. The
             radius is checked at the corners and at the middle pixel, at the first evaluations of each solve until
             the products there are not zero.

@@ -172,9 +172,9 @@ def gradient(subject: Subject, data: HeldOut) -> Check:
     lengths show how accurate they are.
     """
     few, directions = data.first(4), 4
-    twin = copy.deepcopy(subject.model)  # its parameters are changed below
-    model = twin.solved_with(solver=FixedGrid("rk4_38", step=0.25))
-    parameters = [p for p in twin.parameters() if p.is_floating_point()]
+    copied = copy.deepcopy(subject.model)  # its parameters are changed below
+    model = copied.solved_with(solver=FixedGrid("rk4_38", step=0.25))
+    parameters = [p for p in copied.parameters() if p.is_floating_point()]
     if not parameters:
         return _check(GRADIENT, "left out", "no parameters", {}, {})
     starts = [p.detach().clone() for p in parameters]
@@ -190,7 +190,7 @@ def gradient(subject: Subject, data: HeldOut) -> Check:
 
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            twin.requires_grad_(True)
+            copied.requires_grad_(True)
             found = torch.autograd.grad(log_prob(), parameters, allow_unused=True)
     except (ConfigError, RuntimeError) as error:
         return _check(GRADIENT, "failed", "refused", {"failure": str(error)}, {})

@@ -206,14 +206,14 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             warm_start: as for the class; the copy has no steps yet.
         """
         solver, times = self._on_grid(solver)
-        twin = super().solved_with(
+        model = super().solved_with(
             solver=solver, estimator=estimator, regularizers=regularizers, warm_start=warm_start
         )
         mine = self.regularizers.strengths
-        strengths = {name: mine.get(name, given) for name, given in twin.regularizers.strengths.items()}
-        twin.keep_regularizers(dataclasses.replace(twin.regularizers, strengths=strengths))
-        twin.t_span = times
-        return twin
+        strengths = {name: mine.get(name, given) for name, given in model.regularizers.strengths.items()}
+        model.keep_regularizers(dataclasses.replace(model.regularizers, strengths=strengths))
+        model.t_span = times
+        return model
 
     def encode(
         self,
@@ -521,8 +521,8 @@ def _moved(part: Any, fn: Callable[[Tensor], Tensor], done: dict[int, object]) -
     if not isinstance(part, (Distribution, Transform)):
         return part
     if id(part) not in done:
-        done[id(part)] = twin = copy.copy(part)
+        done[id(part)] = moved = copy.copy(part)
         # a weak reference points to a transform's inverse with the old tensors; None makes torch build another
         values = {k: None if isinstance(v, weakref.ref) else _moved(v, fn, done) for k, v in part.__dict__.items()}
-        twin.__dict__.update(values)
+        moved.__dict__.update(values)
     return done[id(part)]

@@ -214,7 +214,7 @@ def start_torchdyn(
     net is evaluated, so that its trace and the penalties share the products with its Jacobian.
 
     Args:
-        system: the penalties, the estimator, unless a CNF brings one, and the part of the state that is ``z``.
+        system: the penalties, the estimator, unless a CNF has one, and the part of the state that is ``z``.
             Columns are counted without the column of the cost; without them ``z`` is all but the columns of a cost
             and a trace.
         vf: the field.

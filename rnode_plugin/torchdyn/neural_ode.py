@@ -571,9 +571,9 @@ def install(*, torchdiffeq: bool = False, regularizers: RegularizersLike = None)
     resolve_regularizers(regularizers).refuse_schedules()
     history, both = History(), torchdiffeq or _installed.torchdiffeq
     if both:
-        from .. import torchdiffeq as face
+        from ..torchdiffeq import install as install_torchdiffeq
 
-        face.install(regularizers, history=history)
+        install_torchdiffeq(regularizers, history=history)
     _installed = _Installed(regularizers, history, both)
     for name, value in _BEHAVIOR.items():
         setattr(_Torchdyn, name, value)
@@ -601,7 +601,7 @@ def uninstall() -> None:
         else:
             delattr(_Torchdyn, name)
     if _installed.torchdiffeq:
-        from .. import torchdiffeq as face
+        from ..torchdiffeq import uninstall as uninstall_torchdiffeq
 
-        face.uninstall()
+        uninstall_torchdiffeq()
     _installed = _Installed()
