@@ -99,7 +99,7 @@ def diffrax_step(
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """A training step by diffrax, compiled: loss and gradient, in the order of the net's parameters.
 
-    With ``lambdas``, of kinetic and jacfrob, both penalties are followed; in the state, as diffrax has no other
+    With ``lambdas``, of kinetic and jacfrob, both penalties are integrated; in the state, as diffrax has no other
     place for them.
     """
     import diffrax  # pyright: ignore[reportMissingImports]  # optional

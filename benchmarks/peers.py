@@ -6,7 +6,7 @@
 The field is a multilayer perceptron with two hidden layers (2-50 with one). Three groups of cases solve the same
 problem from the same weights and starts, with the same method and tolerances: a plain field by torchdyn's and our
 NeuralODE, the same by torchdiffeq's and our odeint, and a density with the exact trace. Only ours, diffrax and the
-case by hand follow penalties. Times are processor time, and ratios are to the first case of a group. "memory" is
+case by hand integrate penalties. Times are processor time, and ratios are to the first case of a group. "memory" is
 what one training step adds to the process.
 
 The optional peers are zuko and diffrax: ``pip install zuko diffrax``.

@@ -82,7 +82,7 @@ class Data:
         return ImageTask(self.shape, self.levels, flip=self.flip)
 
     def changed(self, assigned: Mapping[str, str | None]) -> Data:
-        """Assign settings, written as texts, and change what follows from them.
+        """Assign settings, written as texts, and change the settings that they determine.
 
         Pictures in a folder bring their shape, and a ``size`` becomes the shape of all images. They have 256 levels
         unless ``levels`` are assigned. Images from another data set are mirrored only if ``flip`` is assigned, and
@@ -94,12 +94,12 @@ class Data:
             DataError: the pictures in a folder cannot be read.
         """
         # a mirrored digit is not a digit, so other data do not inherit the flips of a recipe for photographs
-        follows: dict[str, object] = {} if assigned.get("name", self.name) == self.name else {"flip": False}
-        if follows and assigned["name"] == "folder":
-            follows["levels"] = Data.levels
-        if follows and self.of_user:
-            follows |= {"root": None, "size": None}
-        new = dataclasses.replace(self, **{**follows, **_at_absolute_root(assigned)})
+        derived: dict[str, object] = {} if assigned.get("name", self.name) == self.name else {"flip": False}
+        if derived and assigned["name"] == "folder":
+            derived["levels"] = Data.levels
+        if derived and self.of_user:
+            derived |= {"root": None, "size": None}
+        new = dataclasses.replace(self, **{**derived, **_at_absolute_root(assigned)})
         if "shape" in assigned or not assigned.keys() & {"name", "root", "size"}:
             return new
         from ..data.catalog import image_shape, taken_by  # numpy, which a bad value does not wait for
@@ -223,7 +223,7 @@ class TableData:
         return TableTask(self.modeled, self.given)
 
     def changed(self, assigned: Mapping[str, str | None]) -> TableData:
-        """Assign settings, written as texts, and change what follows from them.
+        """Assign settings, written as texts, and change the settings that they determine.
 
         Another table brings its columns, unless ``columns`` are assigned, and is not looked for in the user's file.
 
@@ -236,14 +236,14 @@ class TableData:
         if self.of_user and assigned.get("name", self.name) != self.name:
             assigned = {"root": None, **assigned}
         name, root = assigned.get("name", self.name), assigned.get("root", self.root)
-        follows: dict[str, tuple[str, ...]] = {}
+        derived: dict[str, tuple[str, ...]] = {}
         # a published table at another place is the same table. The file of a user is not
         published = name == self.name and not self.of_user
         if (name, root) != (self.name, self.root) and "columns" not in assigned and not published:
             from ..data.catalog import table_columns  # numpy, which a bad value does not wait for
 
-            follows["columns"] = table_columns(name or "", root=root)
-        return dataclasses.replace(self, **assigned, **follows)
+            derived["columns"] = table_columns(name or "", root=root)
+        return dataclasses.replace(self, **assigned, **derived)
 
     def load(self, *, download: bool = False, val_images: int | None = None) -> Table:
         """Load the table in 32-bit numbers, with the modeled columns before the given ones.
