@@ -53,7 +53,7 @@ class Wave(nn.Module):
 
 
 def solver_of(method: str, **options: Any) -> Solver:
-    """The solver of a method, with those of the options that its kind has."""
+    """The solver of a method, with the options that its kind has."""
     kind = Adaptive if method in ADAPTIVE_METHODS else FixedGrid
     names = {field.name for field in fields(kind)}
     return kind(method, **{name: value for name, value in options.items() if name in names})

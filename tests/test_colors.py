@@ -74,7 +74,7 @@ def close(found: Tensor | None, wanted: Tensor, tolerance: float = 1e-12) -> Non
 @pytest.mark.parametrize("graph", [False, True], ids=["no graph", "graph"])
 @pytest.mark.parametrize("block", BLOCKS, ids=IDS)
 def test_the_trace_of_a_stack_is_exact(block: tuple[int, ...], graph: bool) -> None:
-    """The velocity too, and the number of products is that of the colors or of the dimensions."""
+    """The velocity too, and the number of products equals the number of colors or of dimensions."""
     *shape, layers, products = block
     field, z = stack(shape[1], layers), state(*shape)
     assert field.radius == layers
@@ -100,7 +100,7 @@ def test_each_activation(activation: str) -> None:
 
 @pytest.mark.parametrize("one_graph", [False, True])
 def test_gradients_are_those_of_the_dense_trace(one_graph: bool) -> None:
-    """With respect to the weights and the state, also where each evaluation needs a graph of its own."""
+    """With respect to the weights and the state, also where each evaluation needs a new graph."""
     field, z, t = stack(2), state(2, 2, 8, 7).requires_grad_(), T.clone().requires_grad_()
     found = System((), "exact").start(field, z, one_graph=one_graph)(t, z)
     assert found.dlogdet is not None

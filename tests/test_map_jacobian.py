@@ -124,7 +124,7 @@ def test_draws_of_the_base_have_the_density_of_the_map() -> None:
 
 
 def test_penalties_of_another_solve_stay() -> None:
-    """Training by the density of the map takes the penalties from a solve of its own."""
+    """Training by the density of the map takes the penalties from a separate solve."""
     model, z = of_linear(MATRIX, regularizers=["kinetic"]), torch.randn(4, 3).double()
     wanted = model.decode(z).regularization["kinetic"]
     log_prob = map_log_prob(model, z)[1]

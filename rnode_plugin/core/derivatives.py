@@ -144,7 +144,7 @@ class Field(ABC):
         raise ConfigError(NOT_WEIGHED)
 
     def inputs(self) -> Sequence[Tensor]:
-        """The tensors with respect to which an adjoint differentiates beside the parameters; by default none."""
+        """Further tensors with respect to which an adjoint differentiates, such as a context; by default none."""
         return ()
 
 

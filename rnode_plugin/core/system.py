@@ -170,7 +170,7 @@ class System:
         part: the part of a state that the penalties measure; None: all of it.
 
     Raises:
-        ConfigError: for an unknown estimator, an object that is no regularizer, and a span policy.
+        ConfigError: for an unknown estimator, an object that is not a regularizer, and a span policy.
 
     Example:
         >>> import torch
@@ -247,8 +247,8 @@ class System:
                 such as prepared weights. They may if the solve is differentiated through its steps.
             net: the module that the field calls; None: the one that is found in ``field``.
             user_field: the field as the user gave it, for penalties that read it; None: ``field``.
-            inputs: returns the tensors with respect to which an adjoint differentiates, except those of penalties;
-                None: the parameters of ``field``.
+            inputs: returns the tensors with respect to which an adjoint differentiates, without parameters of
+                penalties;                None: the parameters of ``field``.
             columns: columns of the state ahead of ``z``; None: there are none.
             counters: attributes of modules whose ``nfe`` counts the evaluations.
             velocity: the velocity at the one point where the result is evaluated, if it is known. Another
@@ -326,7 +326,8 @@ class FieldSolve(Solve):
         part: the part of the state that the penalties measure; None: all of it.
         columns, counters, user_field: see :meth:`System.start`.
         dims: number of dimensions of one sample that the penalties measure.
-        trained: returns the tensors with respect to which an adjoint differentiates, except those of penalties.
+        trained: returns the tensors with respect to which an adjoint differentiates, without parameters of
+            penalties.
     """
 
     divergence: bool

@@ -56,7 +56,7 @@ class StackField(nn.Module, Field):
 
     @property
     def radius(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The number of layers if they are 3x3 convolutions, each of which reads the pixels beside a pixel.
+        """The number of layers if they are 3x3 convolutions, each of which reads the neighbors of a pixel.
 
         None for linear layers, and if hooks or a subclass may change the velocity or the products.
         """

@@ -154,7 +154,7 @@ class StepController:
             known: the size of the step; None guesses it.
 
         Returns:
-            The length, and the number of evaluations including those of the guess.
+            The length, and the number of evaluations, which includes the guess.
 
         Raises:
             SolverError: if no guess is positive and finite, since the field is not.

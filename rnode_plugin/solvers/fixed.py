@@ -144,7 +144,7 @@ def _on_device(times: Tensor, device: torch.device) -> list[Tensor]:
     known = read(times) if times.device.type == "cpu" else None
     if known is None:
         return list(times.to(device).unbind())
-    # fill each time by a kernel of its own: a copy from the host would synchronize, and a CUDA graph cannot have it
+    # fill each time by a separate kernel: a copy from the host would synchronize, and a CUDA graph cannot have it
     made = {time: torch.full((), time, dtype=times.dtype, device=device) for time in {*known}}
     return [made[time] for time in known]
 

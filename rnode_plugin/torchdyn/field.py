@@ -351,7 +351,7 @@ def _unwrapped(vf: Any) -> tuple[Any, int, Sequence[dict[str, Any]]]:
 
 
 def _is_transparent(field: Any, state: Tensor) -> bool:
-    """Whether ``field`` is a CNF whose trace and velocity are those of its net with a known estimator."""
+    """Whether ``field`` is a CNF whose trace and velocity follow from its net and a known estimator."""
     if type(field) not in (CNF, TorchdynCNF) or has_hooks(field) or estimator_of(field) is None:
         return False
     return type(field) is CNF or (field.order == 1 and state.ndim == 2)

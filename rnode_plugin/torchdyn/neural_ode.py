@@ -56,9 +56,9 @@ _THEIRS = dict(vars(_Torchdyn))  # from before install() can replace them
 class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     """torchdyn's neural ODE with penalties on its vector field (sections 4 and 5 of the paper).
 
-    Without new arguments its results are those of torchdyn's class, bitwise if the coefficients of the solver are
-    the same. torchdyn rounds the coefficients of a solver given by name to single precision. This class does so
-    only for a state in single precision.
+    Without new arguments its results equal the results of torchdyn's class, bitwise if the coefficients of the
+    solver are the same. torchdyn rounds the coefficients of a solver given by name to single precision. This class
+    does so only for a state in single precision.
 
     The arguments before ``regularizers`` are torchdyn's, in its order.
 
