@@ -248,7 +248,7 @@ class System:
             net: the module that the field calls; None: the one that is found in ``field``.
             user_field: the field as the user gave it, for penalties that read it; None: ``field``.
             inputs: returns the tensors with respect to which an adjoint differentiates, without parameters of
-                penalties;                None: the parameters of ``field``.
+                penalties; None: the parameters of ``field``.
             columns: columns of the state ahead of ``z``; None: there are none.
             counters: attributes of modules whose ``nfe`` counts the evaluations.
             velocity: the velocity at the one point where the result is evaluated, if it is known. Another
