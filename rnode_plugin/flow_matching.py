@@ -29,7 +29,7 @@ def penalties_at(
     z: Tensor,
     regularizers: RegularizersLike,
     *,
-    trace_noise: str = "gaussian",
+    trace_noise: str = "rademacher",
     batch_dim: int | None = 0,
     velocity: Tensor | None = None,
 ) -> dict[str, Tensor]:
@@ -44,7 +44,8 @@ def penalties_at(
         z: states ``(B, *event)``.
         regularizers: names, objects or functions of rates, as for :class:`~rnode_plugin.NeuralODE`, but without
             lambdas, which you apply to the result.
-        trace_noise: noise for the product that ``jacfrob`` needs; each call draws once from torch's generator.
+        trace_noise: noise for the product that ``jacfrob`` needs, signs if it is not given. Each call draws once
+            from torch's generator.
         batch_dim: 0, the dimension of the samples. None: all of ``z`` is one sample, for a field that mixes the
             rows of its state, such as the nodes of a graph.
         velocity: ``field`` at ``t`` and ``z``, if the loss has computed it already. Penalties without a derivative,

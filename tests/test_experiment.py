@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rnode_plugin import MultiscaleFlow, get_recipe
 from rnode_plugin.core.random_streams import Stream, seed_everything, seeded
+from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.training.clock import Clock
@@ -131,7 +132,8 @@ def test_a_loss_is_a_function_of_its_arguments_and_the_seed() -> None:
 
 def test_probes_are_independent_of_the_pixels_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """A probe that follows the dequantization noise would bias the divergence of what is trained on."""
-    experiment = Experiment.of(tiny_recipe("model.hidden=2"))
+    # the squares of Gaussian noise vary, and those of signs do not
+    experiment = Experiment.of(tiny_recipe("model.hidden=2", "model.trace_noise=gaussian"))
     flow, levels = experiment.flow, experiment.recipe.task.model_options["levels"]
     assert isinstance(flow, MultiscaleFlow)
     drawn, draw, encode = [], flow.draw_noise, flow.encode
@@ -178,6 +180,21 @@ def test_a_validation_measures_the_solve_without_the_evaluations_of_a_penalty() 
     assert plain["nfe"] == 2 * 6  # one step of the midpoint method in each of six blocks
     assert [other[name] for name in ("bpd", "nfe", "gap")] == [plain[name] for name in ("bpd", "nfe", "gap")]
     assert other["local_error"] > 0
+
+
+def test_a_validation_takes_signs_and_leaves_the_noise_of_the_training() -> None:
+    rows = []
+    for noise in ("gaussian", "rademacher"):
+        recipe = tiny_recipe(f"model.trace_noise={noise}")
+        torch.manual_seed(0)
+        flow, batch = recipe.build_flow(), torch.from_numpy(recipe.load_data().val[:4])
+        with torch.no_grad():
+            for parameter in flow.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            rows.append(measure_batch(flow, recipe, batch, index=0, rank=0, training_solver=recipe.solver))
+        assert isinstance(flow.estimator, Hutchinson)
+        assert flow.estimator.noise == noise
+    assert rows[0] == rows[1]
 
 
 def test_a_module_trains_the_flow_and_the_loss_that_it_is_given() -> None:

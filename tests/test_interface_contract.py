@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +19,25 @@ from problems import Wave, difference, directions, slope
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
+from torchdyn.models.cnf import hutch_trace
 
 import rnode_plugin
-from rnode_plugin import Adaptive, FixedGrid, NeuralODE, RegularizedCNF, TableFlow
+from rnode_plugin import (
+    CNF,
+    Adaptive,
+    FixedGrid,
+    MultiscaleFlow,
+    NeuralODE,
+    RegularizedCNF,
+    TableFlow,
+)
 from rnode_plugin import torchdiffeq as our_torchdiffeq
+from rnode_plugin.cli.lists import exec_script
+from rnode_plugin.core.system import System
+from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.flow_matching import penalties_at
+from rnode_plugin.regularizers import jacfrob
 from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdiffeq import odeint, odeint_adjoint, regularize
 
@@ -438,3 +453,64 @@ def test_the_transforms_of_torch_func_over_fixed_steps(name: str) -> None:
             parameter.mul_(2)
     torch.testing.assert_close(found, loss(z))
     assert not torch.allclose(before, found)
+
+
+# the noise of an interface that is not given one ------------------------------------------------------------
+
+
+def field(t: Tensor, z: Tensor) -> Tensor:
+    return torch.sin(z)
+
+
+def solved_in_a_block(z: Tensor) -> None:
+    with regularize(["jacfrob"]):
+        theirs.odeint(field, z, torch.tensor(SPAN), method="rk4")
+
+
+def solved_after_install(z: Tensor) -> None:
+    our_torchdiffeq.install({"jacfrob": 0.1})
+    try:
+        theirs.odeint(field, z.requires_grad_(), torch.tensor(SPAN), method="rk4")
+    finally:
+        our_torchdiffeq.uninstall()
+
+
+def with_a_column(z: Tensor) -> Tensor:
+    return torch.cat([torch.zeros(len(z), 1), z], 1)
+
+
+INTERFACES: dict[str, Callable[[Tensor], object]] = {
+    "Hutchinson": lambda z: Hutchinson().draw(z),
+    "System": lambda z: System([jacfrob]).start(field, z),
+    "NeuralODE": lambda z: NeuralODE(nn.Linear(2, 2), "rk4", regularizers=["jacfrob"])(z),
+    "CNF": lambda z: NeuralODE(CNF(nn.Linear(2, 2), hutch_trace), "rk4")(with_a_column(z)),
+    "RegularizedCNF": lambda z: RegularizedCNF(nn.Linear(2, 2), event_shape=2).log_prob(z),
+    "MultiscaleFlow": lambda z: MultiscaleFlow((1, 4, 4), hidden=2)(torch.rand(2, 1, 4, 4)),
+    "TableFlow": lambda z: TableFlow(17).log_prob(torch.randn(3, 17)),
+    "odeint": lambda z: odeint(field, z, torch.tensor(SPAN), regularizers=["jacfrob"]),
+    "odeint_adjoint": lambda z: odeint_adjoint(
+        field, z, torch.tensor(SPAN), adjoint_params=(), regularizers=["jacfrob"]
+    ),
+    "regularize": solved_in_a_block,
+    "install": solved_after_install,
+    "penalties_at": lambda z: penalties_at(field, 0.3, z, ["jacfrob"]),
+}
+
+
+@pytest.mark.parametrize("name", INTERFACES)
+def test_the_noise_is_signs_unless_it_is_given(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, draw = [], Hutchinson.draw
+
+    def recorded(self: Hutchinson, z: Tensor, **options: Any) -> Tensor:
+        drawn.append(draw(self, z, **options))
+        return drawn[-1]
+
+    monkeypatch.setattr(Hutchinson, "draw", recorded)
+    INTERFACES[name](torch.randn(3, 2))
+    assert drawn
+    assert all((noise.abs() == 1).all() for noise in drawn)
+
+
+def test_the_command_exec_has_the_noise_of_the_interfaces() -> None:
+    (option,) = (each for each in exec_script.params if each.name == "trace_noise")
+    assert option.default == inspect.signature(odeint).parameters["trace_noise"].default == "rademacher"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..core.regularizer import Rate, SpanPolicy
 from ..errors import ConfigError, RnodeError, first_line
@@ -197,8 +198,8 @@ def _batch_dim(text: str) -> int | None:
     "state is one sample.",
 )  # fmt: skip
 @click.option(
-    "--trace-noise", default="gaussian", metavar="NAME",
-    help="Noise of jacfrob in solves by torchdiffeq: gaussian (default), rademacher, exact, and more.",
+    "--trace-noise", default="rademacher", metavar="NAME",
+    help="Noise of jacfrob in solves by torchdiffeq: rademacher (signs, the default), gaussian, exact, and more.",
 )  # fmt: skip
 @click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
@@ -222,7 +223,8 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
         from .. import install, torchdiffeq
     except ImportError as error:
         raise ConfigError(str(error)) from None
-    if spec is None and of_torchdiffeq != {"penalized": None, "batch_dim": 0, "trace_noise": "gaussian"}:
+    source = click.get_current_context().get_parameter_source
+    if spec is None and any(source(name) is not ParameterSource.DEFAULT for name in of_torchdiffeq):
         raise click.UsageError("--penalized, --batch-dim and --trace-noise need a --regularizer.")
     history = install(torchdiffeq=True, regularizers=spec)
     torchdiffeq.install(spec, history=history, **of_torchdiffeq)

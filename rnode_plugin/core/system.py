@@ -165,7 +165,7 @@ class System:
     Args:
         regularizers: rates and step penalties, or all regularizers of a model, resolved, whose span policy the
             model applies to the times of a solve.
-        estimator: ``"gaussian"``, ``"rademacher"``, ``"exact"``, see
+        estimator: ``"rademacher"``, ``"gaussian"``, ``"exact"``, see
             :func:`~rnode_plugin.core.trace_estimators.get_estimator`, or an object.
         part: the part of a state that the penalties measure; None: all of it.
 
@@ -187,7 +187,7 @@ class System:
     def __init__(
         self,
         regularizers: RegularizersLike = (),
-        estimator: str | TraceEstimator = "gaussian",
+        estimator: str | TraceEstimator = "rademacher",
         *,
         part: PartSpec | None = None,
     ) -> None:

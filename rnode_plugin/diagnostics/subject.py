@@ -78,8 +78,11 @@ class Subject:
     def encode(
         self, data: HeldOut, *, solver: Solver | None = None, estimator: TraceEstimator | None = None
     ) -> Encoded:
-        """Map the data to the latent, batch by batch, with the same noise at each call."""
-        model = self.model.solved_with(solver=solver, estimator=estimator)
+        """Map the data to the latent, batch by batch, with the same noise at each call.
+
+        The noise is signs, also for a model that trains with Gaussian noise. ``estimator`` replaces the model's.
+        """
+        model = self.model.solved_with(solver=solver, estimator=estimator or self.model.estimator.for_evaluation)
         with data.noise():
             outputs = [
                 model.encode(part, context=given, penalties=False, solver=model.solver.full_quadrature)

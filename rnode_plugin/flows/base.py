@@ -40,7 +40,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
     Args:
         solver: the integrator, kept as the attribute :attr:`solver`; None: the default :class:`FixedGrid`.
         regularizers: penalties to integrate: names, objects or functions.
-        trace_noise: ``"gaussian"``, ``"rademacher"`` or ``"exact"``, or an estimator.
+        trace_noise: ``"rademacher"``, ``"gaussian"`` or ``"exact"``, or an estimator.
         warm_start: whether each solve begins with the longest step that would have passed in the last one; see
             :class:`~rnode_plugin.core.history.History`.
     """

@@ -38,8 +38,8 @@ class TableFlow(BlockFlow):
         solver: the integrator of calls that give none, kept as the attribute :attr:`solver`; None: the default
             :class:`~rnode_plugin.FixedGrid`.
         regularizers: penalties to integrate: names, objects or functions.
-        trace_noise: ``"exact"``, ``"gaussian"`` or ``"rademacher"``. ``"auto"`` is exact for up to 16 columns, and
-            Rademacher otherwise.
+        trace_noise: ``"exact"``, ``"rademacher"`` (signs) or ``"gaussian"``. ``"auto"`` is exact for up to 16
+            columns, and signs otherwise.
         warm_start: whether each solve of an adaptive solver begins with the longest step that would have passed
             in the last one; see :attr:`DensityModel.history`.
 

@@ -50,7 +50,7 @@ def odeint(
     regularizers: RegularizersLike = None,
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
-    trace_noise: str = "gaussian",
+    trace_noise: str = "rademacher",
     quadrature: str = "full",
 ) -> Any:
     """torchdiffeq's ``odeint`` with penalties on the vector field (sections 4 and 5 of the paper).
@@ -80,9 +80,9 @@ def odeint(
             a mask over the first dimensions of a sample.
         batch_dim: dimension of the samples in this tensor. None: the whole state is one sample, for a field that
             mixes the rows of its state, such as the nodes of a graph.
-        trace_noise: noise of the product that ``jacfrob`` needs, such as ``"gaussian"``, ``"rademacher:4"`` or
-            ``"exact"``. It is drawn once per solve from torch's generator, so random numbers that are drawn later
-            differ from a run with the plain call.
+        trace_noise: noise of the product that ``jacfrob`` needs, such as ``"rademacher"`` (signs),
+            ``"gaussian:4"`` or ``"exact"``. It is drawn once per solve from torch's generator, so random numbers
+            that are drawn later differ from a run with the plain call.
         quadrature: ``"full"``, or ``"sampled"``, with which one evaluation in eight, drawn at random, computes the
             products with the Jacobian and counts eight times. This is unbiased, and penalties that read the
             velocity alone stay full. ``odeint_adjoint`` and ``"scipy_solver"`` do not offer it, since their error
@@ -132,7 +132,7 @@ def odeint_adjoint(
     regularizers: RegularizersLike = None,
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
-    trace_noise: str = "gaussian",
+    trace_noise: str = "rademacher",
 ) -> Any:
     """torchdiffeq's ``odeint_adjoint`` with penalties on the vector field; see :func:`odeint`.
 
@@ -167,7 +167,7 @@ def system_of(
     *,
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
-    trace_noise: str = "gaussian",
+    trace_noise: str = "rademacher",
 ) -> System:
     """Check the arguments that :func:`odeint` adds, as far as this is possible without a state."""
     resolved = Regularizers.of(regularizers, by_name=_by_name)

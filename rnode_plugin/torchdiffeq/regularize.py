@@ -65,7 +65,7 @@ def regularize(
     *regularizers: Any,
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
-    trace_noise: str = "gaussian",
+    trace_noise: str = "rademacher",
     quadrature: str = "full",
 ) -> Iterator[History]:
     """Integrate penalties in all solves by torchdiffeq within a block, for code that cannot be changed.

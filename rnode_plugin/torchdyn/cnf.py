@@ -25,10 +25,11 @@ class CNF(torchdyn_cnf.CNF):
 
     Args:
         net: ``net(t, z)`` or ``net(z)``, whose result has the shape of ``z``.
-        trace_estimator: None or ``"exact"`` for the exact divergence, ``"gaussian"`` or ``"rademacher"`` for
+        trace_estimator: None or ``"exact"`` for the exact divergence, ``"rademacher"`` or ``"gaussian"`` for
             Hutchinson's estimator, a :class:`~rnode_plugin.core.trace_estimators.TraceEstimator`, one of torchdyn's
             two functions, or a custom function ``(x_out, x_in, noise=...) -> (B,)``.
-        noise_dist: distribution of the noise ``(D,)`` with ``sample(shape)``; None: the estimator draws its own.
+        noise_dist: distribution of the noise ``(D,)`` with ``sample(shape)``; None: the estimator draws its own,
+            and torchdyn's ``hutch_trace`` becomes ``"rademacher"``.
         order: order of the differential equation. Above 1, ``z`` is position, velocity, ... along dimension 1.
         event_shape: shape of one sample of ``z`` as ``net`` takes it; None: ``(D,)``.
 
@@ -161,7 +162,7 @@ def _estimator(spec: str | TraceEstimator | Callable[..., Tensor] | None) -> Tra
     if spec is None or spec is torchdyn_cnf.autograd_trace:
         return get_estimator("exact")
     if spec is torchdyn_cnf.hutch_trace:
-        return get_estimator("gaussian")
+        return get_estimator("rademacher")
     return get_estimator(spec) if isinstance(spec, TraceEstimator) or not callable(spec) else spec
 
 

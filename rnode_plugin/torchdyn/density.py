@@ -52,7 +52,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         context_shape: shape of one context, for a conditional density ``p(x | context)``; each method then takes
             ``context=``, one for all samples or ``(B, *context_shape)``. Gradients reach the context in all
             gradient modes.
-        trace_estimator: ``"gaussian"`` or ``"rademacher"`` (Hutchinson, with noise drawn once per solve),
+        trace_estimator: ``"rademacher"`` or ``"gaussian"`` (Hutchinson, with noise drawn once per solve),
             ``"exact"``, ``"difference"`` for layers without a second derivative, or an estimator object. The model
             keeps it as the attribute ``estimator``.
         regularizers: as in :class:`~rnode_plugin.NeuralODE`.
@@ -94,7 +94,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         *,
         event_shape: Sequence[int] | int | None = None,
         context_shape: Sequence[int] | int | None = None,
-        trace_estimator: str | TraceEstimator = "gaussian",
+        trace_estimator: str | TraceEstimator = "rademacher",
         regularizers: RegularizersLike = ("kinetic", "jacfrob"),
         t_span: Tensor | Sequence[float] | None = None,
         solver: str | Solver = "dopri5",

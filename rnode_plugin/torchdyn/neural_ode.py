@@ -81,9 +81,9 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         optimizable_params: parameters of an adjoint for a field without any, as in torchdyn.
         regularizers: names (``"kinetic"``, ``"jacfrob"``, names from plugins), regularizer objects or functions
             ``rate(t, z, dz) -> (B,)``, or a mapping from these to lambda.
-        trace_noise: noise for the product that ``jacfrob`` needs if no CNF computes one: ``"gaussian"``,
-            ``"rademacher"``, ``"exact"`` for the whole Jacobian, ``"difference"`` for layers without a second
-            derivative, or an estimator.
+        trace_noise: noise for the product that ``jacfrob`` needs if no CNF computes one: ``"rademacher"``
+            (signs), ``"gaussian"`` (the paper's), ``"exact"`` for the whole Jacobian, ``"difference"`` for layers
+            without a second derivative, or an estimator.
         max_nfe: most evaluations of the field that one solve may use; None: 100,000 for an adaptive solver, no
             limit for fixed steps.
         penalized: the columns (dimension 1) of the state that the penalties measure, a slice or a mask ``(D,)`` of
@@ -161,7 +161,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         optimizable_params: Iterable[nn.Parameter] | Generator[nn.Parameter, None, None] = (),
         *,
         regularizers: RegularizersLike = None,
-        trace_noise: str | TraceEstimator = "gaussian",
+        trace_noise: str | TraceEstimator = "rademacher",
         max_nfe: int | None = None,
         penalized: slice | Tensor | Iterable[bool] | None = None,
         batch_dim: int | None = 0,

@@ -229,7 +229,7 @@ def _with_least_noise(flow: DensityModel, measure: AnyTask, *, warm_start: bool)
     """Return a copy of the flow, which shares its parameters, with the trace estimator for an evaluation."""
     estimator = flow.estimator
     if not estimator.is_exact:
-        estimator = Exact(frobenius=True) if is_exact(flow, measure) else Hutchinson("rademacher")
+        estimator = Exact(frobenius=True) if is_exact(flow, measure) else Hutchinson()
     return flow.solved_with(estimator=estimator, regularizers=flow.regularizers, warm_start=warm_start)
 
 

@@ -92,7 +92,9 @@ class Recorder(StepCallback, Checkpoint):
         recipe = self._recipe
         # the noise is a function of the seed, the process and the number of the batch
         noise = {"seed": recipe.training.seed, "batch": recipe.data.val_batch_size, "devices": self._plan.devices}
-        noise |= {"trace_noise": recipe.model.trace_noise}
+        # a validation has signs in place of Gaussian noise
+        estimator = recipe.model.trace_noise
+        noise |= {"trace_noise": "rademacher" if estimator == "gaussian" else estimator}
         return {**dataclasses.asdict(recipe.test_solver), **noise, "samples": self._validated}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

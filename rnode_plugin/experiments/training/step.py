@@ -169,7 +169,7 @@ def loss_of(flow: DensityModel, recipe: Recipe) -> Loss:
 def measure_batch(
     flow: DensityModel, recipe: Recipe, batch: Tensor, *, index: int, rank: int, training_solver: Solver
 ) -> dict[str, Tensor | float]:
-    """Measure a batch of held-out samples with the flow's own solver, as means over its samples.
+    """Measure a batch of held-out samples with the flow's own solver and random signs, as means over its samples.
 
     These are the score in the unit of the task, ``nfe`` without evaluations that only a penalty asks for, and each
     penalty, per dimension where the objective divides it. For the first batch there is also ``gap``, the score with
@@ -181,6 +181,8 @@ def measure_batch(
         SolverError: the accurate integration failed.
     """
     task = recipe.task
+    # whatever noise the flow trains with
+    flow = flow.solved_with(estimator=flow.estimator.for_evaluation, regularizers=flow.regularizers)
 
     def scored(solver: Solver | None = None, *, penalties: bool) -> tuple[Tensor, FlowOutput]:
         with seeded(recipe.training.seed, Stream.VALIDATE, rank, index):
