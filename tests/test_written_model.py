@@ -115,7 +115,7 @@ def test_a_step_a_validation_and_an_evaluation_take_the_density_of_the_model(nam
     task = TableTask(("a", "b"), ("c", "d") if given else ())
     settings: Any = SimpleNamespace(
         task=task, regularizers={"kinetic": 0.1}, measured=(), training=get_recipe("table").training,
-        solver=SimpleNamespace(build=lambda: grid),
+        solver=grid,
     )  # fmt: skip
     batch = torch.cat([x, *given.values()], 1)
     nll = -model.log_prob(x, **given)
