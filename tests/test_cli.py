@@ -25,6 +25,7 @@ from tiny_runs import as_options, rnode
 from rnode_plugin import __version__, cli, get_recipe, hookimpl
 from rnode_plugin.cli import main
 from rnode_plugin.cli.options import Duration, print_json
+from rnode_plugin.experiments.training.checkpoints import load_with_recipe, save_flow
 from rnode_plugin.plugins import registry as plugins
 from rnode_plugin.text import duration, table
 
@@ -212,6 +213,27 @@ def test_eval(trained: Path) -> None:
     found = json.loads(rnode("eval", str(trained), "--draws", "1", "--quiet", "--json", "--summary").stdout)
     assert found["samples"] == 297, "training validated on 40"
     assert "samples" not in found["means"]["dirty"]
+
+
+def test_eval_exact(trained: Path) -> None:
+    """A grid of the test stays. Adaptive steps give way to the step of the training, whose gap is shown."""
+    options = ["--exact", "--draws", "1", "--limit", "4", "--device", "cpu"]
+    checkpoint = trained / "checkpoints" / "last.ckpt"
+    grid = rnode("eval", checkpoint, *options)
+    assert grid.exit_code == 0, grid.output
+    assert "solving by" not in grid.output
+    assert re.search(r"^trace +exact$", grid.output, re.M)
+    chosen = json.loads(
+        rnode("eval", checkpoint, *options, "--solver", "method=dopri5", "--json", "--quiet").stdout
+    )
+    assert chosen["solver"].startswith("dopri5")
+    flow, recipe, _ = load_with_recipe(checkpoint)
+    adaptive = recipe.override(["test_solver.method=dopri5", "solver.step=0.5"])
+    save_flow(flow, trained / "adaptive.safetensors", recipe=adaptive)
+    found = rnode("eval", trained / "adaptive.safetensors", *options)
+    assert "solving by rk4_38, step 0.5, because" in found.stderr
+    assert re.search(r"^solver +rk4_38, step 0.5$", found.stdout, re.M)
+    assert re.search(r"^solver gap .*, this grid minus dopri5, tolerance 1e-05, first batch", found.stdout, re.M)
 
 
 def test_eval_repeats_the_numbers_of_train(trained: Path) -> None:

@@ -134,6 +134,36 @@ def test_the_trace_is_exact_in_few_dimensions_and_by_rademacher_probes_in_many(
     assert clean.mean == pytest.approx(exact.means["clean"].mean, abs=4 * clean.stderr_noise + 1e-6)
 
 
+def test_exact_traces_leave_the_noise_of_dequantization_alone() -> None:
+    """The scores are those of the exact flow, each with the noise of its draw, and clean ones are drawn once."""
+    shape = (1, 8, 8)
+    flow, pictures = active_flow(shape, "gaussian"), images(4, 17, shape)
+    calls: list[tuple[int, int]] = []
+    found = evaluate(flow, pictures, batch_size=2, draws=3, exact=True, progress=lambda *done: calls.append(done))
+    assert calls[-1] == (2 * 3 + 2, 2 * 3 + 2)
+    exact = active_flow(shape, "exact")
+    wanted = evaluate(exact, pictures, batch_size=2, draws=3)
+    for name in ("dirty", "clean"):
+        assert found.means[name].mean == pytest.approx(wanted.means[name].mean, abs=1e-5)
+        assert found.means[name].samples == pytest.approx(wanted.means[name].samples, abs=1e-5)
+    assert found.means["clean"].stderr_noise is None
+    assert found.penalties["kinetic"] == pytest.approx(wanted.penalties["kinetic"], rel=1e-4)
+    assert found.penalties["jacfrob"] == pytest.approx(wanted.penalties["jacfrob"], rel=0.05)
+    assert (found.nfe_mean, found.gap) == (wanted.nfe_mean, None)
+
+
+def test_the_gap_of_an_exact_evaluation_is_of_its_own_grid() -> None:
+    shape, coarse = (1, 8, 8), FixedGrid("euler", step=0.5)
+    flow, pictures = active_flow(shape, "gaussian"), images(4, 17, shape)
+    found = evaluate(flow, pictures, draws=1, exact=True, solver=coarse, accurate_solver=Adaptive("dopri5"))
+    by_grid, accurate = (
+        evaluate(flow, pictures, draws=1, exact=True, solver=each).means["dirty"].mean
+        for each in (coarse, Adaptive("dopri5"))
+    )
+    assert found.means["dirty"].mean == by_grid
+    assert found.gap == pytest.approx(by_grid - accurate, abs=0.1 * abs(by_grid - accurate))
+
+
 def test_evaluations_of_a_penalty_of_its_own_are_not_the_flows() -> None:
     plain, local = (
         MultiscaleFlow((1, 8, 8), hidden=4, levels=17, solver=RK4, regularizers=names)

@@ -44,6 +44,8 @@ def evaluate(
     solver: Solver | None = None,
     seed: int = 0,
     training_solver: Solver | None = None,
+    exact: bool = False,
+    accurate_solver: Solver | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure the likelihood, NFE and penalties of ``flow`` on samples.
@@ -63,6 +65,10 @@ def evaluate(
         solver: the integrator; None for the flow's own.
         seed: the seed of the noise.
         training_solver: a fixed grid to compare with ``solver``. An adaptive solver is not compared.
+        exact: whether to take the exact trace in any number of dimensions, see :class:`~rnode_plugin.Exact`.
+            Quantities without noise of their own are then drawn once. The NFE of a fixed grid and the solver gap
+            are measured with Rademacher probes.
+        accurate_solver: compare ``solver`` with it, in place of ``training_solver`` with ``solver``.
         progress: called with the number of batches that are done and the number of all batches.
 
     Returns:
@@ -78,7 +84,7 @@ def evaluate(
     start = time.monotonic()
     if measure is None:
         measure = ImageTask.of(flow)
-    solves = _Solves(measure, flow, samples, batch_size, solver, seed, progress)
+    solves = _Solves(measure, flow, samples, batch_size, solver, seed, exact, progress)
     draws = draws or solves.choose_draws()
     solves.take(range(draws), len(solves.batches))
     # the NFE of an adaptive solve depend on the samples that share it and on its first step. Batches of a fixed
@@ -86,12 +92,8 @@ def evaluate(
     batches = nfe_batches(len(samples), measure.dims)
     nfe = [solves.encode(solver, batch, index=index, alone=True).nfe for index, batch in enumerate(batches)]
     whole = flow.regularizers.undivided
-    gap = None
-    if training_solver is not None and not training_solver.adaptive:
-        accurate = solves.scores[0, 0, 0]
-        gap = measure_solver_gap(
-            lambda each: solves.encode(each, solves.batches[0]), solves.scores_of, training_solver, accurate
-        ).mean
+    coarse = training_solver if accurate_solver is None else solver or flow.solver
+    gap = None if coarse is None or coarse.adaptive else solves.gap(coarse, accurate_solver or solver)
     return Evaluation(
         samples=len(samples),
         means={quantity.name: solves.mean(draws, kind) for kind, quantity in enumerate(measure.quantities)},
@@ -137,10 +139,15 @@ class _Solves:
         batch_size: int,
         solver: Solver | None,
         seed: int,
+        exact: bool,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self._measure = measure
-        self._flow, self._cold = (_with_least_noise(flow, measure, warm_start=warm) for warm in (True, False))
+        self._measure, self._exact = measure, exact
+        self._flow, self._cold = (
+            _with_least_noise(flow, measure, exact=exact, warm_start=warm) for warm in (True, False)
+        )
+        # counts the evaluations of a fixed grid, and compares two solvers with the same noise, at a lower price
+        self._probed = _with_least_noise(flow, measure, exact=False, warm_start=False)
         self._samples, self._solver, self._seed, self._progress = samples, solver, seed, progress
         self.batches = [slice(first, first + batch_size) for first in range(0, len(samples), batch_size)]
         self.scores: dict[tuple[int, int, int], Tensor] = {}
@@ -148,21 +155,25 @@ class _Solves:
         # the scores come from a solve that no penalty has changed, so some penalties take another solve
         self._apart = flow.regularizers.adds_evaluations
         self._kinds = range(len(measure.quantities))
+        # with an exact trace, a quantity without noise of its own is the same in each draw
+        self._drawn = [not exact or each.noisy for each in measure.quantities]
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
         self._device = next(flow.parameters()).device
         # the solves of one draw of everything, and of the second draw of the first samples
-        self._total = len(self._kinds) * (len(self.batches) + self._pilot)
+        self._total = len(self._kinds) * len(self.batches) + sum(self._drawn) * self._pilot
 
     def choose_draws(self) -> int:
         """Choose the number of draws that makes the noise small enough, from two draws of the first samples."""
         if not self._measure.noisy and self._flow.estimator.is_exact:
             return 1
         self.take(range(2), self._pilot, total=self._total)
-        return max(_draws_needed(self._rows(range(2), kind, self._pilot)) for kind in self._kinds)
+        drawn = [kind for kind in self._kinds if self._drawn[kind]]
+        return max(_draws_needed(self._rows(range(2), kind, self._pilot)) for kind in drawn)
 
     def take(self, draws: range, batches: int, *, total: int | None = None) -> None:
         """Solve these draws of the first batches, except where that was done before."""
         keys = [key for key in itertools.product(draws, self._kinds, range(batches)) if key not in self.scores]
+        keys = [(draw, kind, index) for draw, kind, index in keys if draw == 0 or self._drawn[kind]]
         total = total or len(self.scores) + len(keys)
         for draw, kind, index in keys:
             batch, along = self.batches[index], kind == 0 and not self._apart
@@ -186,15 +197,34 @@ class _Solves:
         *,
         penalties: bool = False,
         alone: bool = False,
+        probed: bool = False,
     ) -> FlowOutput:
-        """Solve a batch with the noise of this draw, quantity and index; ``alone`` reuses no other solve's step."""
+        """Solve a batch with the noise of this draw, quantity and index.
+
+        ``alone`` reuses no other solve's step, and ``probed`` takes no exact trace because of ``exact``.
+        """
         # the noise depends on these numbers alone, so it is the same whichever solves came before, and with any
         # solver
         with seeded(self._seed, Stream.VALIDATE, draw, kind, index):
             x, context = self._measure.quantities[kind].inputs(batch_of(self._samples, batch).to(self._device))
             flow = self._cold if alone else self._flow
-            solver = (solver or flow.solver).full_quadrature
-            return flow.encode(x, context=context, solver=solver, penalties=penalties)
+            chosen: Solver = (solver or flow.solver).full_quadrature
+            if probed or (alone and self._exact and not chosen.adaptive):
+                flow = self._probed
+            return flow.encode(x, context=context, solver=chosen, penalties=penalties)
+
+    def gap(self, coarse: Solver, accurate: Solver | None) -> float:
+        """The mean score of the first batch by a coarse solver minus the one by an accurate solver.
+
+        Without an exact trace the scores by the accurate solver are those that were measured.
+        """
+        batch, scores = self.batches[0], self.scores[0, 0, 0]
+        if self._exact:
+            scores = self.scores_of(self.encode(accurate, batch, probed=True))
+        found = measure_solver_gap(
+            lambda each: self.encode(each, batch, probed=self._exact), self.scores_of, coarse, scores
+        )
+        return found.mean
 
     def scores_of(self, output: FlowOutput) -> Tensor:
         """Return the scores ``(B,)`` of a solve, in double precision on the CPU, where they are averaged."""
@@ -202,6 +232,7 @@ class _Solves:
 
     def mean(self, draws: int, kind: int) -> Mean:
         """Average the scores of all samples, with the standard errors of the mean."""
+        draws = draws if self._drawn[kind] else 1
         scores = self._rows(range(draws), kind, len(self.batches))
         count = scores.shape[1]
         several, noise = scores, None
@@ -225,11 +256,12 @@ class _Solves:
         return torch.stack(rows)
 
 
-def _with_least_noise(flow: DensityModel, measure: AnyTask, *, warm_start: bool) -> DensityModel:
+def _with_least_noise(flow: DensityModel, measure: AnyTask, *, exact: bool, warm_start: bool) -> DensityModel:
     """Return a copy of the flow, which shares its parameters, with the trace estimator for an evaluation."""
     estimator = flow.estimator
     if not estimator.is_exact:
-        estimator = Exact(frobenius=True) if is_exact(flow, measure) else Hutchinson()
+        many = Exact() if exact else Hutchinson()
+        estimator = Exact(frobenius=True) if is_exact(flow, measure) else many
     return flow.solved_with(estimator=estimator, regularizers=flow.regularizers, warm_start=warm_start)
 
 

@@ -56,7 +56,8 @@ class Evaluation:
         undivided: names of the penalties that are not divided.
         seconds: wall-clock time.
         gap: mean score with the training solver minus the mean score with the accurate one, on the first batch with
-            the same noise. Infinite if the training solver fails there; None if it is not a fixed grid.
+            the same noise. Infinite if the training solver fails there; None if it is not a fixed grid. With exact
+            traces by a grid, of this grid in place of the training solver.
     """
 
     samples: int
@@ -77,8 +78,8 @@ class Evaluation:
         means = {each.name: _mean_of(each.scores(data, self.samples)) for each in task.baselines}
         return dataclasses.replace(self, means={**self.means, **means})
 
-    def rows(self, task: AnyTask) -> list[tuple[str, str]]:
-        """Write the results for a terminal, one row each."""
+    def rows(self, task: AnyTask, *, gap: str = "training minus test solver") -> list[tuple[str, str]]:
+        """Write the results for a terminal, one row each; ``gap`` names the solvers of the gap."""
         spread = "" if self.nfe_min == self.nfe_max else f" ({self.nfe_min} to {self.nfe_max})"
         draws = f", {self.draws} draws of noise" if self.draws > 1 else ""
         solves = f"{self.nfe_batches} of {self.nfe_batch_size} {task.samples}"
@@ -91,7 +92,7 @@ class Evaluation:
                 rows.append(("warning", f"{text}: train longer, or choose other settings"))
         rows += [("NFE", f"{self.nfe_mean:.1f}{spread}  test solver, all blocks, batches solved alone: {solves}")]
         if self.gap is not None:
-            rows.append(("solver gap", f"{signed(self.gap)}  {task.unit}, training minus test solver, first batch"))
+            rows.append(("solver gap", f"{signed(self.gap)}  {task.unit}, {gap}, first batch"))
         for name, value in self.penalties.items():
             rows.append((name if name in self.undivided else f"{name} / dim", f"{value:.5f}"))
         return [*rows, ("evaluation", duration(self.seconds))]

@@ -24,6 +24,7 @@ class Dirty(Quantity):
 
     name, heading = "dirty", "bits/dim, dirty"
     meaning = "uniform noise in each bin: bounds the discrete likelihood"
+    noisy = True
 
     def __init__(self, levels: int) -> None:
         self._levels = levels

@@ -44,11 +44,13 @@ class Quantity(ABC):
         name: the key in ``result.json``, and the column in the file of all samples.
         heading: the name in the terminal and in a report.
         meaning: what the quantity measures, in the same places.
+        noisy: whether its inputs have noise, so that it differs between draws even if the trace is exact.
     """
 
     name: str
     heading: str
     meaning: str
+    noisy: bool = False
 
     @abstractmethod
     def inputs(self, batch: Tensor) -> FlowInput:
