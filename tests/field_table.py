@@ -70,7 +70,9 @@ def in_second_order(module: Any, z: Tensor) -> Field:
 
 
 def in_density(module: Any, z: Tensor) -> Field:
-    return start_net(System(estimator="exact"), module, z, None, density=True, penalties=False).field
+    return start_net(
+        System(estimator="exact"), module, z, None, density=True, penalties=False, one_graph=True
+    ).field
 
 
 def state_first(module: Any, z: Tensor) -> Field:

@@ -55,6 +55,18 @@ def test_integrals_are_the_same_sums_under_autocast() -> None:
     assert float(other[0]) == pytest.approx(-4.012, rel=1e-6)
 
 
+@pytest.mark.parametrize("part", [{}, {"penalized": slice(1, 3)}, {"batch_dim": None}], ids=str)
+def test_penalties_leave_the_steps_as_they_are_under_autocast(part: dict[str, Any]) -> None:
+    """Also where they measure a part of the state: sums over the stages must not be rounded to 8 bits."""
+    torch.manual_seed(0)
+    net, x, times = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)), torch.randn(3, 4), torch.ones(2)
+    times[0] = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = NeuralODE(net, solver="dopri5")(x, times)[1]
+        found = NeuralODE(net, solver="dopri5", regularizers=["kinetic"], **part)(x, times)[1]
+    assert torch.equal(found, plain)
+
+
 @pytest.mark.parametrize("part", ["solution", "local penalty", "another solve"])
 @pytest.mark.parametrize("sensitivity", GRADIENTS[1:])
 def test_gradients_in_one_autocast_block(sensitivity: str, part: str) -> None:

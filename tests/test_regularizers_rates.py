@@ -16,7 +16,7 @@ from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linear
 from rnode_plugin.core.field_evaluation import FieldEvaluation
 from rnode_plugin.core.objective import bits_per_dim, objective, standard_normal_log_prob
 from rnode_plugin.core.system import Derivative, System
-from rnode_plugin.core.trace_estimators import Hutchinson, Probes, TraceEstimator, get_estimator
+from rnode_plugin.core.trace_estimators import Exact, Hutchinson, Probes, TraceEstimator, get_estimator
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.fields import linear_field
 from rnode_plugin.flows.multiscale import dequantize
@@ -276,6 +276,20 @@ def test_an_estimator_that_drew_no_noise_is_told_so() -> None:
     torch.testing.assert_close(found.dlogdet, (3 * t).expand(2))
     with pytest.raises(ConfigError, match=r"noise, which draw\(\) of an estimator returns"):
         evaluated(field, ["jacfrob"], t, z, OwnEstimator(draws=False))
+
+
+class Shifted(Exact):
+    """A user's, whose divergence is not the trace."""
+
+    def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
+        return super().divergence(products, noise) + 7
+
+
+@pytest.mark.parametrize("names", [[], ["jacfrob"]])
+def test_a_divergence_of_a_subclass_of_exact_is_asked(names: list[str]) -> None:
+    t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    found = evaluated(lambda t, z: t * z, names, t, z, Shifted())
+    torch.testing.assert_close(found.dlogdet, (3 * t + 7).expand(2))
 
 
 def test_names_with_options_and_objects_are_the_same() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linearization
 from rnode_plugin.core.system import Derivative, Solve, System
-from rnode_plugin.core.trace_estimators import Exact, Hutchinson
+from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import Rate, jacfrob, kinetic
@@ -80,12 +80,6 @@ def test_a_penalty_that_holds_the_fields_parameters_counts_them_once() -> None:
         s.penalties["weight"].sum().backward()
         gradients.append([p.grad for p in field.parameters()])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-
-
-def test_noise_that_an_estimator_does_not_draw_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Hutchinson, "draw", lambda *_, **__: None)
-    with pytest.raises(ConfigError, match="needs noise, which draw"):
-        System().start(Wave(), torch.ones(2, 3).double())
 
 
 @pytest.mark.parametrize(("options", "divergence"), [({}, True), ({"regularizers": [jacfrob]}, False)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import sys
 import threading
@@ -745,3 +746,19 @@ def test_tolerances_of_columns_are_torchdiffeqs() -> None:
     tolerances = torch.tensor([1e-3, 1e-9], dtype=torch.float64)
     plain = PLAIN["odeint"](Field(), start(), SPAN, atol=tolerances)
     assert torch.equal(odeint(Field(), start(), SPAN, atol=tolerances, regularizers=["kinetic"])[0], plain)
+
+
+@pytest.mark.parametrize("regularizers", [[], ["steer"]])
+def test_a_tuple_without_a_rate_is_solved(regularizers: list[str]) -> None:
+    y0, field = (torch.ones(2, 2), torch.ones(2, 3)), lambda t, y: (-y[0], y[1])
+    found, penalties = odeint(field, y0, SPAN.float(), regularizers=regularizers, method="rk4")
+    assert [x.shape for x in found] == [(len(SPAN), 2, 2), (len(SPAN), 2, 3)]
+    assert list(penalties) == regularizers
+
+
+def test_a_module_may_keep_the_penalties_of_a_solve_and_be_copied() -> None:
+    a = torch.tensor(1.0, requires_grad=True)
+    _, penalties = odeint(lambda t, y: -a * y, torch.ones(4, 2), SPAN.float(), regularizers=["kinetic"])
+    twin = copy.deepcopy(penalties)
+    assert torch.equal(twin["kinetic"], penalties["kinetic"])
+    assert not twin["kinetic"].requires_grad

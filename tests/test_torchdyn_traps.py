@@ -242,8 +242,9 @@ def test_states_of_integers_and_without_a_batch() -> None:
     assert row.regularization["kinetic"].shape == (3,)
     number = torch.tensor(1.0)
     assert torch.equal(NeuralODE(decay, "euler")(number)[1], TorchdynNeuralODE(decay, "euler")(number)[1])
-    with pytest.raises(ConfigError, match="batch dimension"):
-        row(number)
+    for batch_dim in (0, None):
+        with pytest.raises(ConfigError, match="batch dimension"):
+            NeuralODE(decay, "rk4", regularizers=["kinetic"], batch_dim=batch_dim)(number)
 
 
 def test_complex_states_carry_no_penalties() -> None:

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -198,6 +198,7 @@ class Checked:
     third_derivative: str | None = None
 
 
+@final
 class AutogradField(Field):
     """A differentiable function ``(t, z)`` as a :class:`Field`, by reverse-mode automatic differentiation.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ class Integrals(Mapping[str, Tensor]):
     with_gradients: bool = field(default_factory=torch.is_grad_enabled)
     transformed: bool = field(default_factory=transforms_active)
     thread: int = field(default_factory=threading.get_ident)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Integrals:
+        # without the graph, which deepcopy refuses, so that a module may keep them as an attribute
+        by_name = {name: value.detach().clone() for name, value in self.by_name.items()}
+        return replace(self, by_name=by_name, regularizers=copy.deepcopy(self.regularizers, memo))
 
     def __repr__(self) -> str:
         return f"Integrals({', '.join(self)})"

@@ -150,7 +150,7 @@ class PartSpec:
                     f"penalties need a real floating-point state, not one of {x.dtype}: give a complex one as "
                     "torch.view_as_real(x)."
                 )
-            if dim is not None and not -x.ndim <= dim < x.ndim:
+            if x.ndim == 0 or (dim is not None and not -x.ndim <= dim < x.ndim):
                 raise ConfigError(
                     f"batch_dim={dim} is not a dimension of the state of shape {tuple(x.shape)}: penalties belong "
                     "to samples, along a batch dimension. batch_dim=None takes the whole state as one sample."

@@ -260,7 +260,8 @@ class System:
         regularizers, estimator = self.regularizers.integrated(penalties), self.estimator
         in_column = columns is not None and columns.event_shape is not None
         whole = state if columns is None else columns.without_cost(_tensor(state))
-        part = self.part.part(whole) if regularizers.penalties and not in_column else None
+        looks = bool(regularizers.penalties) or not isinstance(whole, Tensor)
+        part = self.part.part(whole) if looks and not in_column else None
         z = _tensor(whole) if part is None else part.take(whole)
         z = z if columns is None else columns.z_of(z)
         needs = regularizers.needs
@@ -381,9 +382,9 @@ class FieldSolve(Solve):
                     seen = (FieldEvaluation(evaluation, rate.needs, name),)
                     penalties[name] = checked(name, rate.of, seen, untouched, z)
             dz = dz if self.part is None else found.dz
-        elif columns is None:
-            _check_shape(dz, _tensor(state))
-            dz = dz.to(_tensor(state).dtype)
+        elif columns is None and isinstance(state, Tensor):  # torchdiffeq checks the tensors of a tuple
+            _check_shape(dz, state)
+            dz = dz.to(state.dtype)
         if columns is None:
             return Derivative(dz, dlogdet, penalties)
         return columns.derivative(t, _tensor(given), dz, dlogdet, penalties)

@@ -15,7 +15,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -68,6 +68,12 @@ class TraceEstimator(ABC):
     probes: int = 1
     radius: int | None = None
     repeats: bool = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # a new divergence need not be exact, so it is taken from the products unless the class says that it is
+        if "divergence" in vars(cls) and "is_exact" not in vars(cls):
+            cls.is_exact = False
 
     @property
     def for_evaluation(self) -> TraceEstimator:

@@ -77,7 +77,8 @@ def odeint(
             are joined; None: the first, or all of a ``y0`` that is one tensor. The others count as constants, so
             for a position and its velocity ``total_derivative`` needs both. A slice or a mask of booleans selects
             columns of one tensor, or of the first tensor in a tuple: a slice along dimension 1 of ``(B, D, ...)``,
-            a mask over the first dimensions of a sample.
+            a mask over the first dimensions of a sample. A slice or a mask ``(D,)`` of a state ``(N, D)`` that is
+            one sample selects columns too.
         batch_dim: dimension of the samples in this tensor. None: the whole state is one sample, for a field that
             mixes the rows of its state, such as the nodes of a graph.
         trace_noise: noise of the product that ``jacfrob`` needs, such as ``"rademacher"`` (signs),

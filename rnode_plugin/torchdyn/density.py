@@ -410,7 +410,8 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         """The states at ``times``, without density and penalties; a solve with a ``history`` begins warm."""
         rows, history = self.check_inputs(x, context=context), History() if history is None else history
         with outside_inference(x, rows, times) as (x, rows, times):
-            rhs = start_net(System(), self.net, x, rows, density=False, penalties=False)
+            one_graph = get_gradient(solver.gradient).through_steps
+            rhs = start_net(System(), self.net, x, rows, density=False, penalties=False, one_graph=one_graph)
             solution = solver.solve(rhs, x.clone(), times, **history.warm_start(times)).check()
             history.keep_step(solution.longest_safe_step, times)
             self.nfe = solution.stats.nfe

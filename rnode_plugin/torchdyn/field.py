@@ -160,7 +160,7 @@ def start_net(
     *,
     density: bool,
     penalties: bool,
-    one_graph: bool = True,
+    one_graph: bool,
     probes: Tensor | None = None,
 ) -> FieldSolve:
     """Start a solve of a user's net.
@@ -268,7 +268,7 @@ def start_torchdyn(
         exact = order == 1 and estimator.is_exact and "jvp" not in wants
         function = fastest(function, net, z, plain=plain, exact=exact, one_graph=one_graph)
     columns = None  # of a plain state with penalties, whose velocity has its shape
-    if cost or hidden_cost or density or not (penalties and system.regularizers.rates):
+    if cost or hidden_cost or density or not (penalties and system.regularizers.rates and spec.is_all):
         columns = Columns(hidden_cost if cost is None else cost, cost is None, event_shape)
     solve = system.start(
         function, x, density=density, penalties=penalties, probes=probes, one_graph=one_graph, net=holder,
