@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_runs import run, tiny_recipe
 
@@ -47,13 +48,20 @@ def file(recipe: Recipe, tmp_path: Path) -> Path:
     return tmp_path / "flow.ckpt"
 
 
-def test_there_and_back(file: Path, recipe: Recipe) -> None:
-    flow, found, facts = load_with_recipe(file)
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_there_and_back(file: Path, recipe: Recipe, tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / "deep" / f"model{suffix}"
+    save_flow(load_flow(file), out, recipe=recipe, facts=FACTS)
+    flow, found, facts = load_with_recipe(out)
     assert (found, facts) == (recipe, FACTS)
     assert flow.solver == recipe.test_solver
     assert not flow.training
     for name, tensor in torch.load(file.parent / "weights.pt").items():
         assert torch.equal(flow.state_dict()[name], tensor)
+    if suffix == ".safetensors":  # the names that the module itself uses
+        with safe_open(out, framework="pt") as stranger:
+            assert set(stranger.keys()) == set(flow.state_dict())
+            assert json.loads(stranger.metadata()["rnode_plugin"])["recipe"] == recipe.to_plain()
 
 
 def test_a_run_folder_means_its_best_checkpoint_else_its_last(file: Path, tmp_path: Path) -> None:
@@ -91,23 +99,6 @@ def test_nothing_in_the_file_is_executed(file: Path, tmp_path: Path) -> None:
 
 
 # safetensors ---------------------------------------------------------------------------------------------------
-
-
-def test_export_holds_weights_and_recipe(file: Path, recipe: Recipe, tmp_path: Path) -> None:
-    from safetensors import safe_open
-
-    out = tmp_path / "deep" / "model.safetensors"
-    save_flow(load_flow(file), out, recipe=recipe, facts=FACTS)
-    flow, found, facts = load_with_recipe(out)
-    assert (found, facts) == (recipe, FACTS)
-    for name, tensor in load_flow(file).state_dict().items():
-        assert torch.equal(flow.state_dict()[name], tensor)
-    x = torch.rand(2, 1, 8, 8)
-    noise = flow.draw_noise(2)
-    assert torch.equal(flow(x, noise=noise).z, load_flow(file)(x, noise=noise).z)
-    with safe_open(out, framework="pt") as stranger:  # the names that the module itself uses
-        assert set(stranger.keys()) == set(flow.state_dict())
-        assert json.loads(stranger.metadata()["rnode_plugin"])["recipe"] == recipe.to_plain()
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], header: str | None) -> None:
