@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -45,6 +46,9 @@ DIAGNOSED = DiagnosedWeights(
         seconds=1 / 3,
     ),
 )
+
+FEW: Any = {"steps": 1, "checks": (1,)}
+"""Steps of a run that has no curves to draw, which would take longer than all else."""
 
 
 def write_run(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from run_folders import ENVIRONMENT, write_run
+from run_folders import ENVIRONMENT, FEW, write_run
 from tiny_runs import rnode
 
 from rnode_plugin import get_recipe
@@ -44,10 +44,6 @@ from rnode_plugin.text import change_with_error, significant, with_error
 def digits(*settings: str, penalties: tuple[str, ...] = ("kinetic", "jacfrob"), seed: int = 42) -> Recipe:
     recipe = get_recipe("digits").override([*settings, f"training.seed={seed}", "model.hidden=8"])
     return dataclasses.replace(recipe, regularizers=dict.fromkeys(penalties, 0.01))
-
-
-FEW: Any = {"steps": 1, "checks": (1,)}
-"""Steps of a run that has no curves to draw, which would take longer than all else."""
 
 
 @pytest.fixture
@@ -96,8 +92,6 @@ def test_a_run_that_is_still_writing(tmp_path: Path) -> None:
 
 def test_finding_runs(runs: list[Path], tmp_path: Path) -> None:
     assert [run.path for run in read_runs([runs[1], tmp_path / "r"])[0]] == runs[1:]  # each once
-    with pytest.raises(ConfigError, match=r"no run at .*nothing: give a run folder"):
-        read_runs([tmp_path / "nothing"])
     # a repetition is not a second seed, and the finished one counts
     again = write_run(tmp_path / "r" / "2", digits(seed=43), steps=30, finished=False)
     found, left_out = read_runs([tmp_path / "r"])
@@ -105,17 +99,12 @@ def test_finding_runs(runs: list[Path], tmp_path: Path) -> None:
     assert left_out == [f"{again} has the settings and the seed of {runs[2]}."]
 
 
-def test_a_label_that_is_too_long_for_a_file(tmp_path: Path) -> None:
-    long = [
-        write_run(tmp_path / ("x" * 200) / name, digits(f"optimizer.lr={lr}"), **FEW)
-        for name, lr in (("a", 1), ("b", 2))
-    ]
-    assert write_report(long, tmp_path / "out").html.is_file()
-
-
-def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "a\udcff", digits(), **FEW)
-    assert "a?" in write_report([path], tmp_path / "out").html.read_text("utf-8")
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    """A label that is too long, and a folder whose name is no text."""
+    paths = [tmp_path / ("x" * 200) / "a", tmp_path / "b\udcff"]
+    for lr, path in enumerate(paths, 1):
+        write_run(path, digits(f"optimizer.lr={lr}"), **FEW)
+    assert "b?" in write_report(paths, tmp_path / "out").html.read_text("utf-8")
 
 
 def test_a_run_without_a_logged_step_is_left_out_by_name(tmp_path: Path) -> None:
@@ -272,38 +261,29 @@ def test_configurations_are_compared_image_by_image(tmp_path: Path) -> None:
     assert cells(table, "jacfrob")["against none"].endswith(": worse")
 
 
-@pytest.mark.parametrize(
-    ("mean", "spread", "verdict"),
-    [(1, 0.35, "worse"), (1, 0.45, "no difference shown"), (-1e-6, 1e-8, "no difference shown")],
-)
-def test_the_verdict_is_that_of_students_t(tmp_path: Path, mean: float, spread: float, verdict: str) -> None:
-    """For three differences of mean 1 and standard error 0.25 or so, 4.303 standard errors decide, not 1.96."""
-    found = differing(tmp_path, {42: ([0.0, 0.0, 0.0], [mean - spread, mean, mean + spread])})
-    assert found.error == pytest.approx(spread / 3**0.5)
-    assert found.verdict == verdict
+LUCKS = {42: -1e-4, 43: 0.0, 44: 1e-4}
 
 
-def test_an_error_over_seeds_has_the_choice_of_images_too(tmp_path: Path) -> None:
-    """Seeds that agree on the same images say nothing about other images."""
-    images = [2 + each for each in (0.3, -0.1, -0.1, 0.1)]
-    lucks = {42: -1e-4, 43: 0.0, 44: 1e-4}
-    scores = {seed: ([2.0] * 4, [each + luck for each in images]) for seed, luck in lucks.items()}
+@pytest.mark.parametrize(("scores", "mean", "error", "freedom", "verdict"), [
+    # for three differences of mean 1, 4.303 standard errors decide, not 1.96
+    ({42: ([0.0] * 3, [0.65, 1, 1.35])}, 1, 0.35 / 3**0.5, 2, "worse"),
+    ({42: ([0.0] * 3, [0.55, 1, 1.45])}, 1, 0.45 / 3**0.5, 2, "no difference shown"),
+    ({42: ([0.0] * 3, [-1.01e-6, -1e-6, -0.99e-6])}, -1e-6, 1e-8 / 3**0.5, 2, "no difference shown"),
+    # seeds that agree on the same images say nothing about other images, so four images decide: the variances of
+    # the mean are 0.11 / 3 / 4 over images and 1e-8 / 3 over seeds
+    ({seed: ([2.0] * 4, [2 + each + luck for each in (0.3, -0.1, -0.1, 0.1)]) for seed, luck in LUCKS.items()},
+     0.05, math.sqrt(0.11 / 3 / 4 + 1e-8 / 3), 3, "no difference shown"),
+    # seed by seed, and the last one has no partner: 3.46 standard errors, of three
+    ({42: ([1.0, 2.0], [0.9, 1.9]), 43: ([3.0, 4.0], [2.8, 3.8]), 44: ([9.0, 10.0], [8.7, 9.7]),
+      45: ((), [0.0, 0.0])}, -0.2, 0.1 / 3**0.5, 2, "no difference shown"),
+], ids=["clear", "Student's t", "too small to matter", "seeds that agree", "seeds that differ"])  # fmt: skip
+def test_the_verdict_on_a_difference(
+    tmp_path: Path, scores: dict[int, Any], mean: float, error: float, freedom: float, verdict: str
+) -> None:
     found = differing(tmp_path, scores)
-    assert found.mean == pytest.approx(0.05)
-    over_images, over_seeds = 0.11 / 3 / 4, 1e-8 / 3  # variances of the mean
-    assert found.error == pytest.approx(math.sqrt(over_images + over_seeds))
-    assert found.freedom == pytest.approx(3, rel=1e-3)  # of four images, which have nearly all of the error
-    assert found.verdict == "no difference shown"
-
-
-def test_several_seeds_are_compared_seed_by_seed(tmp_path: Path) -> None:
-    seeds = {42: (1.0, 0.9), 43: (3.0, 2.8), 44: (9.0, 8.7)}
-    scores = {seed: ([one, one + 1], [other, other + 1]) for seed, (one, other) in seeds.items()}
-    found = differing(tmp_path, {**scores, 45: ((), [0.0, 0.0])})  # the last one has no partner
-    assert found.freedom == pytest.approx(2)
-    assert found.mean == pytest.approx(-0.2)
-    assert found.error == pytest.approx(0.1 / 3**0.5)
-    assert found.verdict == "no difference shown"  # 3.46 standard errors, of three
+    assert (found.mean, found.error) == (pytest.approx(mean), pytest.approx(error))
+    assert found.freedom == pytest.approx(freedom, rel=1e-3)
+    assert found.verdict == verdict
 
 
 def test_what_cannot_be_paired_is_not(tmp_path: Path) -> None:
@@ -432,10 +412,10 @@ def test_the_error_of_a_baseline_is_over_the_rows(tmp_path: Path) -> None:
 
 
 def test_other_penalties_have_their_rows(tmp_path: Path) -> None:
+    """Of a finished run, whose result says what is not divided by the dimensions, and of a running one."""
     path = write_run(tmp_path / "0", digits(penalties=("kinetic",)))
     result = json.loads((path / "result.json").read_text())
-    result["evaluation"]["penalties"] |= {"taylor:3": 0.25, "error": 0.5}
-    result["evaluation"]["undivided"] = ["error"]
+    result["evaluation"] |= {"penalties": {"taylor:3": 0.25, "error": 0.5}, "undivided": ["error"]}
     (path / "result.json").write_text(json.dumps(result))
     table = make_table(configurations_of(path, write_run(tmp_path / "1", digits())))
     assert (cells(table, "kinetic")["taylor:3"], cells(table, "kinetic")["error"]) == ("0.250", "0.500")
@@ -539,22 +519,16 @@ def test_a_single_run_has_no_sections_that_compare(runs: list[Path], tmp_path: P
         assert part in head
     for absent in ("What the penalties", "against NFE", "Diagnosis"):
         assert absent not in text
+    assert re.findall(r"<(?:title|h1)>(.*)</", text) == ["Recipe digits"] * 2
 
 
-def test_the_title_names_the_file_or_the_recipe(tmp_path: Path) -> None:
-    def titled(name: str, *recipes: Recipe) -> str:
-        paths = [write_run(tmp_path / name / str(number), each, **FEW) for number, each in enumerate(recipes)]
-        html = write_report(paths, tmp_path / name / "out").html.read_text()
-        (title,), (heading,) = (re.findall(rf"<{tag}>(.*)</{tag}>", html) for tag in ("title", "h1"))
-        assert title == heading
-        return title
-
-    pictures = dataclasses.replace(
-        digits(), data=dataclasses.replace(digits().data, name="folder", root="/my/cats")
-    )
-    assert titled("own", pictures) == "cats, recipe digits"
-    assert titled("set", digits()) == "Recipe digits"
-    assert titled("two", pictures, dataclasses.replace(pictures, regularizers={})) == "2 configurations on cats"
+@pytest.mark.parametrize(("penalties", "title"), [
+    ((("kinetic",),), "cats, recipe digits"), (((), ("kinetic",)), "2 configurations on cats"),
+])  # fmt: skip
+def test_the_title_names_the_folder(tmp_path: Path, penalties: tuple[tuple[str, ...], ...], title: str) -> None:
+    paths = [write_run(tmp_path / str(n), pictures(CATS, each), **FEW) for n, each in enumerate(penalties)]
+    text = write_report(paths, tmp_path / "out").html.read_text()
+    assert re.findall(r"<(?:title|h1)>(.*)</", text) == [title] * 2
 
 
 def test_the_recipe_of_a_comparison_has_no_configuration(tmp_path: Path) -> None:
