@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
-from run_folders import write_run
-from tiny_runs import as_options, rnode, rows
+from run_folders import FEW, write_run
+from tiny_runs import SETTINGS, as_options, rnode, rows, tiny_recipe
 
 from rnode_plugin import get_recipe
 from rnode_plugin.core.schedules import linear_warmup
@@ -37,19 +37,10 @@ from rnode_plugin.experiments.training.checkpoints import header_with
 from rnode_plugin.experiments.training.clock import Clock
 from rnode_plugin.files import check_path_name
 
-TINY = [
-    "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none", "data.batch_size=50",
-    "data.train_images=200", "training.val_images=40", "data.val_batch_size=40", "training.max_steps=4",
-    "training.sample_images=2", "training.val_every_steps=2", "training.save_every=1",
-]  # fmt: skip
-
-
-FEW: Any = {"steps": 1, "checks": (1,)}  # too few steps for curves to draw
-
 
 @pytest.fixture
 def recipe() -> Recipe:
-    return get_recipe("digits").override(TINY)
+    return tiny_recipe()
 
 
 # configurations ------------------------------------------------------------------------------------------------
@@ -244,6 +235,16 @@ if (here / recipe["name"]).exists():
     sys.exit("Error: training stopped: the gradient is nan.")
 """
 
+WAITS = """
+import json, signal, sys, time
+from pathlib import Path
+
+name, here = json.loads(Path(sys.argv[2]).read_text())["name"], Path(HERE)
+signal.signal(signal.SIGTERM, lambda *_: ((here / f"{name}.ended").touch(), sys.exit(143)))
+(here / f"{name}.begun").touch()
+time.sleep(60)
+"""
+
 
 class Training:
     """A stand-in for ``rnode-cli train``, which copies a run folder, and what it was called with."""
@@ -387,7 +388,7 @@ def test_each_job_has_a_gpu(
 
 def test_the_command(training: Training, tmp_path: Path) -> None:
     options = ["--max-steps", "2", "--device", "cpu", "--out", tmp_path / "c"]
-    options += as_options(*(setting for setting in TINY if "max_steps" not in setting))
+    options += as_options(*(setting for setting in SETTINGS if "max_steps" not in setting))
     (tmp_path / "some.json").write_text('{"k": {"kinetic": [0.1, 0.2]}}')
     chosen = ["--configuration", "ffjord", "--configuration", tmp_path / "some.json"]
     result = rnode("compare", "digits", *chosen, *options)
@@ -412,12 +413,7 @@ def test_the_command(training: Training, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(("signum", "jobs"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
 def test_its_end_is_the_end_of_its_runs(training: Training, tmp_path: Path, signum: int, jobs: int) -> None:
-    training.program.write_text(
-        "import json, signal, sys, time; from pathlib import Path\n"
-        f"name, here = json.loads(Path(sys.argv[2]).read_text())['name'], Path({str(tmp_path)!r})\n"
-        "signal.signal(signal.SIGTERM, lambda *_: ((here / f'{name}.ended').touch(), sys.exit(143)))\n"
-        "(here / f'{name}.begun').touch(); time.sleep(60)\n"
-    )
+    training.program.write_text(WAITS.replace("HERE", repr(str(tmp_path))))
 
     def end_when_begun() -> None:
         while len(list(tmp_path.glob("*.begun"))) < jobs:
@@ -437,23 +433,18 @@ def test_its_end_is_the_end_of_its_runs(training: Training, tmp_path: Path, sign
 
 
 def test_a_line_that_cannot_be_printed_ends_all_runs(recipe: Recipe, training: Training, tmp_path: Path) -> None:
-    training.program.write_text(
-        "import signal, sys, time; from pathlib import Path\n"
-        f"here = Path({str(tmp_path)!r})\n"
-        "signal.signal(signal.SIGTERM, lambda *_: ((here / 'ended').touch(), sys.exit(143)))\n"
-        "(here / 'begun').touch(); time.sleep(20)\n"
-    )
+    training.program.write_text(WAITS.replace("HERE", repr(str(tmp_path))))
 
     def announce(line: str) -> None:
         if "run 1" not in line:
-            while not (tmp_path / "begun").exists():
+            while not (tmp_path / "digits-none.begun").exists():
                 time.sleep(0.01)
             raise BrokenPipeError(line)
 
     began = time.monotonic()
     with pytest.raises(BrokenPipeError):
         run(recipe, tmp_path / "c", "none", "kinetic", "rnode", jobs=2, announce=announce)
-    assert (tmp_path / "ended").exists()
+    assert (tmp_path / "digits-none.ended").exists()
     assert time.monotonic() - began < 15, "the first run has gone on to its end"
 
 
@@ -462,10 +453,7 @@ def test_a_line_that_cannot_be_printed_ends_all_runs(recipe: Recipe, training: T
 
 def test_configurations_begin_equally(recipe: Recipe, tmp_path: Path) -> None:
     """The first step's density is the same number, the later ones are not."""
-    recipe = recipe.override([
-        "training.max_steps=3", "training.val_every_steps=3", "training.val_images=8", "data.val_batch_size=8",
-        "data.batch_size=20", "model.layers=2", "training.sample_images=0", "optimizer.warmup=0",
-    ])  # fmt: skip
+    recipe = recipe.override(["training.max_steps=3", "training.val_every_steps=3", "optimizer.warmup=0"])
     none, taylor = (rows(tiny_runs.run(one, tmp_path).folder.path)
                     for one in configured_recipes(recipe, ("none", "taylor:2")))  # fmt: skip
     assert none[0]["train/bpd"] == taylor[0]["train/bpd"]
