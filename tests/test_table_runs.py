@@ -14,7 +14,7 @@ import click
 import numpy as np
 import pytest
 import torch
-from tiny_runs import as_options, assert_same, rnode, rows, run, signal_at
+from tiny_runs import as_options, assert_same, rnode, run, signal_at
 
 from rnode_plugin import get_recipe, hookimpl, load_flow
 from rnode_plugin.cli.runs import Values
@@ -63,10 +63,6 @@ def conditional(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_folder_of_a_table(file: Path, conditional: Path) -> None:
-    logged = rows(conditional)
-    assert [row["step"] for row in logged if "train/nll" in row] == [str(k) for k in range(1, 9)]
-    assert [row["step"] for row in logged if "val/nll" in row] == ["4", "8"]
-    assert not any("bpd" in name for row in logged for name in row)
     evaluation = json.loads((conditional / "result.json").read_text())["evaluation"]
     with (conditional / "rows.csv").open() as text:
         scores = list(csv.DictReader(text))
