@@ -233,7 +233,7 @@ def test_eval_exact(trained: Path) -> None:
     found = rnode("eval", trained / "adaptive.safetensors", *options)
     assert "solving by rk4_38, step 0.5, because" in found.stderr
     assert re.search(r"^solver +rk4_38, step 0.5$", found.stdout, re.M)
-    assert re.search(r"^solver gap .*, this grid minus dopri5, tolerance 1e-05, first batch", found.stdout, re.M)
+    assert re.search(r"^solver gap .*, this solver minus dopri5, tolerance 1e-05, first batch", found.stdout, re.M)
 
 
 def test_eval_repeats_the_numbers_of_train(trained: Path) -> None:

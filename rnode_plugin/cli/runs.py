@@ -77,6 +77,8 @@ class Values(click.ParamType):
 @click.option("--exact", is_flag=True,
               help="Take the exact trace in any number of dimensions, by the method rk4_38 with the step of the "
                    "training. --solver takes another solver.")  # fmt: skip
+@click.option("--bound", type=click.IntRange(1), metavar="K",
+              help="Measure the bound of K draws on the likelihood of images too, with --exact.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), metavar="N",
               help="Images or rows per solve. [default: the recipe's]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), metavar="N",
@@ -94,6 +96,7 @@ def eval(  # noqa: A001 - the command's name
     summary: bool,
     draws: int | None,
     exact: bool,
+    bound: int | None,
     batch_size: int | None,
     seed: int | None,
     download: bool,
@@ -116,7 +119,9 @@ def eval(  # noqa: A001 - the command's name
         raise click.UsageError("--summary shortens the JSON: add --json.")
     if wrong := [each for each in solver_settings if "=" not in each]:
         raise click.UsageError(f"--solver takes KEY=VALUE, as in --solver method=rk4, not {wrong[0]!r}.")
-    path = find_checkpoint(run)
+    if bound is not None and draws is not None:
+        raise click.UsageError("--bound K takes K draws: leave --draws out.")
+    path, exact = find_checkpoint(run), exact or bound is not None
     from ..experiments.data.facts import overlap_warning
     from ..experiments.evaluation.likelihood import evaluate
     from ..experiments.evaluation.loading import load_for_evaluation, pick_device
@@ -140,6 +145,7 @@ def eval(  # noqa: A001 - the command's name
         training_solver=recipe.solver,
         exact=exact,
         accurate_solver=accurate,
+        bound=bound,
         seed=recipe.training.seed if seed is None else seed,
         progress=None if quiet else batch_counter("evaluating"),
     )
@@ -152,7 +158,8 @@ def eval(  # noqa: A001 - the command's name
     if as_json:
         print_json({**head, **result.to_plain(samples=not summary)})
     else:
-        between = {} if accurate is None else {"gap": f"this grid minus {accurate.text}"}
+        other = "an accurate solver" if accurate is None else accurate.text
+        between = {} if accurate is None and bound is None else {"gap": f"this solver minus {other}"}
         click.echo(table([*head.items(), *result.rows(recipe.task, **between)]))
 
 

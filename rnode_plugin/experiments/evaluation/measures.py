@@ -58,6 +58,8 @@ class Evaluation:
         gap: mean score with the training solver minus the mean score with the accurate one, on the first batch with
             the same noise. Infinite if the training solver fails there; None if it is not a fixed grid. With exact
             traces by a grid, of this grid in place of the training solver.
+        bound: the bound of ``draws`` draws on the likelihood of discrete images; None if it was not asked for. It
+            is not to be compared with scores of one draw, which are the means.
     """
 
     samples: int
@@ -72,6 +74,7 @@ class Evaluation:
     undivided: tuple[str, ...] = ()
     seconds: float
     gap: float | None = None
+    bound: Mean | None = None
 
     def with_baselines(self, task: Task[D], data: D) -> Evaluation:
         """Return this evaluation with the means of the task's baselines, which are fitted to the training data."""
@@ -86,6 +89,9 @@ class Evaluation:
         known = [each for each in (*task.quantities, *task.baselines) if each.name in self.means]
         rows = [(f"held-out {task.samples}", f"{self.samples:,}{draws}")]
         rows += [(each.heading, f"{_with_errors(self.means[each.name], task)}  {each.meaning}") for each in known]
+        if self.bound is not None:
+            text = f"{_with_errors(self.bound, task)}  log of the mean density of the draws: no score of one draw"
+            rows.append((f"{task.unit}, bound of {self.draws}", text))
         for each in known:
             if each in task.baselines and (excess := self._excess(task, each.name)) is not None:
                 text = f"{with_error(excess.mean, excess.stderr)} {task.unit} worse than the {each.heading}"
@@ -111,7 +117,10 @@ class Evaluation:
     def to_plain(self, *, samples: bool = False) -> dict[str, Any]:
         """Convert the results to plain data for JSON. ``samples`` adds the values of all samples to the means."""
         plain = dataclasses.asdict(self)
-        for mean in plain["means"].values() if not samples else ():
+        if self.bound is None:
+            del plain["bound"]
+        bounds = [] if self.bound is None else [plain["bound"]]
+        for mean in [*plain["means"].values(), *bounds] if not samples else ():
             del mean["samples"]
         return plain
 
