@@ -12,7 +12,7 @@ from density_models import TIGHT, linear
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from rnode_plugin import Exact, Hutchinson, RegularizedCNF, importance_sample
+from rnode_plugin import Exact, FixedGrid, Hutchinson, MultiscaleFlow, RegularizedCNF, importance_sample
 from rnode_plugin.core.importance_sampling import ImportanceSample
 from rnode_plugin.core.trace_estimators import Difference
 from rnode_plugin.errors import ConfigError
@@ -83,6 +83,26 @@ def test_a_noisy_trace_of_many_dimensions_is_refused(estimator: Any) -> None:
     with pytest.raises(ConfigError, match=r"without noise.*of 66 dimensions.*'exact'.*jacobian='map'"):
         importance_sample(model, exact, 5)
     importance_sample(model, exact, 5, jacobian="map")
+
+
+def test_images_have_weights_without_noise_whatever_the_estimator() -> None:
+    """The blocks of two convolutions and 96 dimensions take at most 36 products."""
+    torch.manual_seed(0)
+    flow = MultiscaleFlow((1, 12, 8), hidden=3, layers=2, alpha=0.05, solver=FixedGrid("midpoint", step=0.5))
+    flow.double()
+    for p in flow.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    assert (flow.dims, flow.exact_products) == (96, 36)
+    rows = flow.solved_with(estimator=Exact(frobenius=True))  # another spacing
+    torch.manual_seed(1)
+    found = importance_sample(flow, lambda x: x.new_zeros(3), 3)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        x, log_prob = rows.inverse_and_log_prob(flow.base.sample(torch.Size([3])))
+    torch.testing.assert_close(found.x, x, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.log_weights, -log_prob, rtol=1e-12, atol=0)
+    net = RegularizedCNF(flow.fields[0], event_shape=(1, 12, 8))
+    assert net.exact_products == 9
 
 
 def test_a_target_that_is_zero_in_places_or_not_a_number_is_shown() -> None:

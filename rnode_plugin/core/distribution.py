@@ -297,6 +297,15 @@ class DensityModel(nn.Module, ABC):
         return self.event_shape.numel()
 
     @property
+    def exact_products(self) -> int:
+        """The number of products with a Jacobian that an exact trace takes at an evaluation of the largest block.
+
+        It is below :attr:`dims` if a field has a radius, as a stack of convolutions, see
+        :class:`~rnode_plugin.Exact`.
+        """
+        return self.dims
+
+    @property
     def block_shapes(self) -> Sequence[tuple[int, ...]]:
         """Shape of one state of each neural ODE of the model, in order."""
         return [tuple(self.event_shape)]

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from .distribution import DensityModel
 
 EXACT_DIMS = 64
-"""Importance sampling takes the exact trace in up to this many dimensions, so its weights have no noise."""
+"""Importance sampling takes the exact trace in up to this many dimensions, so its weights have no noise.
+
+Above it does so for fields with a radius, whose trace takes fewer products.
+"""
 
 Jacobian = Literal["trace", "map"]
 """The source of a log-determinant: the integrated trace of the field's Jacobian, or the discrete map's Jacobian."""
@@ -78,7 +81,8 @@ def importance_sample(
     The result estimates the target's normalizing constant and expectations under it.
 
     A noisy ``log p`` would bias ``exp(-log p)``. So the trace is exact in up to 64 dimensions, whatever the model's
-    estimator. In more dimensions an estimator with noise is refused.
+    estimator, and in any number for stacks of convolutions (see :class:`~rnode_plugin.Exact`). For other fields of
+    more dimensions an estimator with noise is refused.
 
     The trace belongs to the exact flow, so a coarse step biases the weights. With ``jacobian="map"`` there is no
     such bias wherever the discrete map is one to one, and a few steps suffice. A map that folds at a sample is
@@ -113,12 +117,14 @@ def importance_sample(
     if jacobian not in get_args(Jacobian):
         raise ConfigError(suggest(str(jacobian), get_args(Jacobian), "jacobian"))
     by_map, exact = jacobian == "map", model.estimator.is_exact
-    if not (by_map or exact) and model.dims > EXACT_DIMS:
+    few = model.dims <= EXACT_DIMS or model.exact_products < model.dims
+    if not (by_map or exact or few):
         raise ConfigError(
             f"importance weights need a log-density without noise, and {model.estimator!r} estimates the trace of "
             f"{model.dims} dimensions. Make it exact (trace_estimator='exact' of a RegularizedCNF, "
-            "trace_noise='exact' of a flow), which takes a product for each dimension, or take the density of the "
-            "discrete map by jacobian='map' (of a fixed grid, in at most 256 dimensions)."
+            "trace_noise='exact' of a flow), which takes a product for each dimension, or Exact(radius=) for a net "
+            "of convolutions, which takes fewer, or take the density of the discrete map by jacobian='map' (of a "
+            "fixed grid, in at most 256 dimensions)."
         )
     z = model.base.sample(torch.Size([check_count(n, "the number of samples")]))
     if by_map:

@@ -17,7 +17,7 @@ from ..core.objective import FlowOutput
 from ..core.regularizer import Regularizer
 from ..core.regularizers import Regularizers, RegularizersLike
 from ..core.system import System
-from ..core.trace_estimators import TraceEstimator, get_estimator
+from ..core.trace_estimators import TraceEstimator, exact_products, get_estimator
 from ..errors import ConfigError
 from ..solvers import FixedGrid, HealthCheck, Solver, check_all, get_gradient
 from ..solvers.solver import chosen_solver
@@ -69,6 +69,12 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
     @abstractmethod
     def block_shapes(self) -> Sequence[tuple[int, ...]]:
         """Shape of one state of each block, in order."""
+
+    @property
+    def exact_products(self) -> int:
+        """See :attr:`DensityModel.exact_products`."""
+        radii = [field.radius if isinstance(field, Field) else None for field in self.fields]
+        return max(exact_products(each, radius) for each, radius in zip(self.block_shapes, radii, strict=True))
 
     @property
     def latent_depths(self) -> list[int]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.transforms import Transform
 
+from ..core.derivatives import Field
 from ..core.distribution import DensityModel
 from ..core.history import History, OneProcessPerDevice
 from ..core.integrals import Integrals, attach
@@ -24,7 +25,7 @@ from ..core.regularizer import Regularizer
 from ..core.regularizers import Regularizers, RegularizersLike
 from ..core.signature import SCALAR, accepts, refuse_state_first, time_first
 from ..core.system import System
-from ..core.trace_estimators import TraceEstimator, get_estimator
+from ..core.trace_estimators import TraceEstimator, exact_products, get_estimator
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import GRADIENTS, METHODS, Adjoint, FixedGrid, Solver, get_gradient
@@ -214,6 +215,11 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         model.keep_regularizers(dataclasses.replace(model.regularizers, strengths=strengths))
         model.t_span = times
         return model
+
+    @property
+    def exact_products(self) -> int:
+        """See :attr:`DensityModel.exact_products`."""
+        return exact_products(self.event_shape, self.net.radius if isinstance(self.net, Field) else None)
 
     def encode(
         self,
