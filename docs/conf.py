@@ -77,7 +77,7 @@ SIDEBAR = {
     "which_penalty": "regularizers mathematics comparison",
     "benchmarks": "measured/speed measured/penalties measured/likelihood",
     "torchdyn": "diagnose export",
-    "images": "tables training scaling reports reproduce",
+    "images": "exact_images tables training scaling reports reproduce",
     "faq": "troubleshooting cli glossary",
     "api/index": "api/types api/torchdyn api/torchdiffeq api/flow_matching api/diffusion api/core api/solvers"
     " api/fields api/flows api/data api/recipes api/training api/evaluation api/reports api/plugins api/errors",
