@@ -187,8 +187,8 @@ def jacoffdiag(evaluation: FieldEvaluation) -> Tensor:
 def curl(evaluation: FieldEvaluation) -> Tensor:
     """``||J - J^T||_F^2``, estimated as ``||v^T J - J v||^2``; 0 for gradient fields (optimal transport maps).
 
-    It reads the trace estimator's product and needs one jvp for each probe. The exact estimator has J already, so
-    it needs none.
+    It reads the trace estimator's product and needs one jvp for each probe. The exact estimator needs none where it
+    has the whole J, and one for each color of a stack of convolutions.
     """
     return _with_transpose(evaluation, -1.0)
 
@@ -201,8 +201,8 @@ def curl(evaluation: FieldEvaluation) -> Tensor:
 def strain(evaluation: FieldEvaluation) -> Tensor:
     """``||(J + J^T)/2||_F^2``, estimated as ``||v^T J + J v||^2 / 4``; 0 for rigid motions.
 
-    It reads the trace estimator's product and needs one jvp for each probe. The exact estimator has J already, so
-    it needs none.
+    It reads the trace estimator's product and needs one jvp for each probe. The exact estimator needs none where it
+    has the whole J, and one for each color of a stack of convolutions.
     """
     return _with_transpose(evaluation, 1.0) / 4
 
