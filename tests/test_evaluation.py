@@ -136,7 +136,7 @@ def test_the_trace_is_exact_in_few_dimensions_and_by_rademacher_probes_in_many(
 
 
 def test_exact_traces_leave_the_noise_of_dequantization_alone() -> None:
-    """The scores are those of the exact flow, each with the noise of its draw, and clean ones are drawn once."""
+    """Scores come from the exact flow, each with the noise of its draw, and clean ones are drawn once."""
     shape = (1, 8, 8)
     flow, pictures = active_flow(shape, "gaussian"), images(4, 17, shape)
     calls: list[tuple[int, int]] = []

@@ -132,7 +132,7 @@ def test_a_loss_is_a_function_of_its_arguments_and_the_seed() -> None:
 
 def test_probes_are_independent_of_the_pixels_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """A probe that follows the dequantization noise would bias the divergence of what is trained on."""
-    # the squares of Gaussian noise vary, and those of signs do not
+    # squares of Gaussian noise vary, squares of signs do not
     experiment = Experiment.of(tiny_recipe("model.hidden=2", "model.trace_noise=gaussian"))
     flow, levels = experiment.flow, experiment.recipe.task.model_options["levels"]
     assert isinstance(flow, MultiscaleFlow)

@@ -100,7 +100,7 @@ def test_finding_runs(runs: list[Path], tmp_path: Path) -> None:
 
 
 def test_names_that_no_file_can_have(tmp_path: Path) -> None:
-    """A label that is too long, and a folder whose name is no text."""
+    """A label that is too long, and a folder whose name is not text."""
     paths = [tmp_path / ("x" * 200) / "a", tmp_path / "b\udcff"]
     for lr, path in enumerate(paths, 1):
         write_run(path, digits(f"optimizer.lr={lr}"), **FEW)
@@ -412,7 +412,7 @@ def test_the_error_of_a_baseline_is_over_the_rows(tmp_path: Path) -> None:
 
 
 def test_other_penalties_have_their_rows(tmp_path: Path) -> None:
-    """Of a finished run, whose result says what is not divided by the dimensions, and of a running one."""
+    """For a finished run, whose result names penalties per sample, and for a running one."""
     path = write_run(tmp_path / "0", digits(penalties=("kinetic",)))
     result = json.loads((path / "result.json").read_text())
     result["evaluation"] |= {"penalties": {"taylor:3": 0.25, "error": 0.5}, "undivided": ["error"]}

@@ -71,7 +71,7 @@ class TraceEstimator(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        # a new divergence need not be exact, so it is taken from the products unless the class says that it is
+        # a new divergence need not be exact, so it is taken from the products unless the class declares it exact
         if "divergence" in vars(cls) and "is_exact" not in vars(cls):
             cls.is_exact = False
 

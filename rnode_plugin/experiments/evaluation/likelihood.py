@@ -68,7 +68,7 @@ def evaluate(
         seed: the seed of the noise.
         training_solver: a fixed grid to compare with ``solver``. An adaptive solver is not compared.
         exact: whether to take the exact trace in any number of dimensions, see :class:`~rnode_plugin.Exact`.
-            Quantities without noise of their own are then drawn once. The NFE of a fixed grid and the solver gap
+            Quantities whose inputs have no noise are then drawn once. The NFE of a fixed grid and the solver gap
             are measured with Rademacher probes.
         accurate_solver: compare ``solver`` with it, in place of ``training_solver`` with ``solver``.
         bound: a number K of draws, for the bound ``log P(x) >= E log (1/K) sum_k p(x + u_k)`` on the likelihood of
@@ -172,7 +172,7 @@ class _Solves:
         # the scores come from a solve that no penalty has changed, so some penalties take another solve
         self._apart = flow.regularizers.adds_evaluations
         self._kinds = range(len(measure.quantities))
-        # with an exact trace, a quantity without noise of its own is the same in each draw
+        # with an exact trace, a quantity whose inputs have no noise is the same in each draw
         self._drawn = [not exact or each.noisy for each in measure.quantities]
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
         self._device = next(flow.parameters()).device
