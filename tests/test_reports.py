@@ -412,7 +412,7 @@ def test_the_error_of_a_baseline_is_over_the_rows(tmp_path: Path) -> None:
 
 
 def test_other_penalties_have_their_rows(tmp_path: Path) -> None:
-    """For a finished run, whose result names penalties per sample, and for a running one."""
+    """For a finished run, whose result lists the undivided penalties, and for a running one."""
     path = write_run(tmp_path / "0", digits(penalties=("kinetic",)))
     result = json.loads((path / "result.json").read_text())
     result["evaluation"] |= {"penalties": {"taylor:3": 0.25, "error": 0.5}, "undivided": ["error"]}
