@@ -95,7 +95,8 @@ def cases() -> dict[str, Callable[[], list[object]]]:
                 p.add_(0.02 * torch.randn_like(p))
         inputs = torch.rand(batch, *shape)
         # in earlier commits a recipe held the settings of a solver, which made it
-        solver = recipe.solver.build() if hasattr(recipe.solver, "build") else recipe.solver
+        given: Any = recipe.solver  # of a commit before solvers were data, its settings
+        solver = given.build() if hasattr(given, "build") else given
 
         def run() -> list[object]:
             torch.manual_seed(1)
