@@ -22,6 +22,7 @@ __all__ = [
     "Timing",
     "alternate",
     "device_option",
+    "environment_line",
     "peak_memory",
     "print_environment",
     "repeats_option",
@@ -146,13 +147,18 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
-def print_environment(device: torch.device) -> None:
-    """Device, versions and threads, one line."""
+def environment_line(device: torch.device) -> str:
+    """Device, versions and threads."""
     found = Environment.of(device)
     name = found.device if device.type == "cuda" else _cpu_model()
     packages = (f"{key} {found.packages[key]}" for key in ("torch", "torchdiffeq", "torchdyn", "rnode-plugin"))
     versions = ", ".join([f"python {found.python}", *packages])
-    click.echo(f"{name}, {found.cpus} CPUs, {found.threads} threads, {versions}, {found.platform}\n")
+    return f"{name}, {found.cpus} CPUs, {found.threads} threads, {versions}, {found.platform}"
+
+
+def print_environment(device: torch.device) -> None:
+    """Print :func:`environment_line`."""
+    click.echo(f"{environment_line(device)}\n")
 
 
 def _cpu_model() -> str:

@@ -1,15 +1,15 @@
-"""Small fields: a training step of NeuralODE, our odeint and a CNF, with and without penalties, and of peers.
+"""Small fields: a training step of torchdyn's and torchdiffeq's solves and of ours, with and without penalties.
 
     python benchmarks/peers.py --threads 1 --repeats 11
     python benchmarks/peers.py --field 2-50 --batch-size 256 --threads 1 --repeats 11
 
 The field is a multilayer perceptron with two hidden layers (2-50 with one). Three groups of cases solve the same
 problem from the same weights and starts, with the same method and tolerances: a plain field by torchdyn's and our
-NeuralODE, the same by torchdiffeq's and our odeint, and a density with the exact trace. Only ours, diffrax and the
-case by hand integrate penalties. Times are processor time, and ratios are to the first case of a group. "memory" is
-what one training step adds to the process.
-
-The optional peers are zuko and diffrax: ``pip install zuko diffrax``.
+NeuralODE, the same by torchdiffeq's and our odeint, and torchdyn's and our CNF with the exact trace. The cases of
+a group take the same steps, so their errors are equal. The exception is dopri5 in the case by hand, whose
+penalties enter the error norm. Only ours and the case by hand integrate penalties. Times are processor time, and
+ratios are to the first case of a group. "memory" is what one training step adds to the process. work_precision.py
+compares packages that choose other steps.
 """
 
 from __future__ import annotations
@@ -25,15 +25,6 @@ import click
 import torch
 import torchdiffeq
 from measure import alternate, peak_memory, print_environment, repeats_option, set_up, table, threads_option
-from peer_solvers import (
-    TOLERANCE,
-    by_hand_case,
-    diffrax_step,
-    installed,
-    loss_of,
-    torchdiffeq_options,
-    zuko_case,
-)
 from torch import Tensor, nn
 from torchdyn import models as torchdyn_models
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
@@ -42,6 +33,7 @@ from torchdyn.nn import DepthCat
 from rnode_plugin import CNF, NeuralODE
 from rnode_plugin.torchdiffeq import odeint
 
+TOLERANCE = 1e-5
 FIELDS = {"2-50": (2, 50, 1), "2-64": (2, 64, 2), "16-128": (16, 128, 2), "64-256": (64, 256, 2)}
 SOLVES = {"rk4": {"solver": "rk4"}, "dopri5": {"solver": "dopri5", "atol": TOLERANCE, "rtol": TOLERANCE}}
 BOTH = ["kinetic", "jacfrob"]
@@ -70,9 +62,6 @@ DENSITIES: dict[str, dict[str, Any]] = {
     "torchdyn's CNF, none": {},
     "our CNF, none": {"regularizers": None},
     "our CNF, both": {"regularizers": BOTH},
-    "zuko, none": {},
-    "diffrax, none": {"lambdas": None},
-    "diffrax, both": {"lambdas": (0.01, 0.01)},
 }
 GROUPS = (PLAIN, DIFFEQ, DENSITIES)
 
@@ -96,10 +85,41 @@ def perceptron(dims: int, hidden: int, layers: int, *, first: int = 0) -> nn.Seq
     return nn.Sequential(*inner, nn.Linear(hidden, dims))
 
 
-def cases_of(group: dict[str, Any], solve: str) -> list[str]:
-    """The cases of a group that can be run here."""
-    found = [name for name in group if "zuko" not in name or (solve == "dopri5" and installed("zuko"))]
-    return [name for name in found if "diffrax" not in name or installed("diffrax")]
+def torchdiffeq_options(solve: str, steps: int) -> dict[str, Any]:
+    """torchdiffeq's arguments for ``"rk4"`` with so many steps over [0, 1], or for ``"dopri5"``."""
+    if solve == "rk4":
+        return {"method": solve, "options": {"step_size": 1 / steps}}
+    return {"method": solve, "atol": TOLERANCE, "rtol": TOLERANCE}
+
+
+class Penalized(nn.Module):
+    """``(z, kinetic, jacfrob)`` as it is usually written by hand: one Gaussian product at each evaluation."""
+
+    def __init__(self, net: nn.Module, noise: Tensor) -> None:
+        super().__init__()
+        self.net, self.noise = net, noise
+
+    def forward(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            z = state[0] if state[0].requires_grad else state[0].requires_grad_()
+            dz = self.net(t, z)
+            product = torch.autograd.grad(dz, z, self.noise, create_graph=True)[0]
+        return dz, dz.square().sum(1), product.square().sum(1)
+
+
+def by_hand_case(net: nn.Module, solve: str, steps: int, x: Tensor) -> Callable[[], Tensor]:
+    """Both penalties in the state of torchdiffeq's ``odeint``, as written by hand."""
+    span = torch.linspace(0, 1, 2).to(x)
+    options = torchdiffeq_options(solve, steps)
+
+    def run() -> Tensor:
+        field = Penalized(net, torch.randn_like(x))
+        start = (x.clone().requires_grad_(), x.new_zeros(len(x)), x.new_zeros(len(x)))
+        solution: Any = torchdiffeq.odeint(field, start, span, **options)
+        z, kinetic, jacfrob = solution
+        return z[-1].square().mean() + 0.01 * (kinetic[-1] + jacfrob[-1]).mean() / x.shape[1]
+
+    return run
 
 
 def node_case(field: nn.Module, ours: dict[str, Any], solve: str, steps: int, x: Tensor) -> Callable[[], Tensor]:
@@ -134,9 +154,7 @@ def odeint_case(field: nn.Module, given: dict[str, Any], solve: str, steps: int,
 
 
 def density_case(net: nn.Module, case: str, solve: str, steps: int, x: Tensor) -> Callable[[], Tensor]:
-    """The likelihood of torchdyn's or our CNF in a NeuralODE, or of zuko's flow."""
-    if case == "zuko, none":
-        return zuko_case(net, x)
+    """The likelihood of torchdyn's or our CNF in a NeuralODE."""
     ours = DENSITIES[case]
     span = torch.linspace(0, 1, steps + 1 if solve == "rk4" else 2).to(x)
     options: dict[str, Any] = {**SOLVES[solve], "sensitivity": "autograd", "return_t_eval": False}
@@ -149,7 +167,7 @@ def density_case(net: nn.Module, case: str, solve: str, steps: int, x: Tensor) -
 
     def run() -> Tensor:
         end = ode(state, span)[-1]
-        loss = loss_of(end[:, 1:], -end[:, 0])
+        loss = (0.5 * end[:, 1:].square().sum(1) + end[:, 0]).mean()  # without its constant
         return loss + ode.reg_loss() if ours.get("regularizers") else loss
 
     return run
@@ -160,11 +178,8 @@ def training_step(group: int, field: str, solve: str, steps: int, batch: int, ca
     net: nn.Module = perceptron(*FIELDS[field])
     torch.manual_seed(1)
     x = torch.randn(batch, FIELDS[field][0])
-    if "diffrax" in case:
-        return diffrax_step(net, "tanh", solve, steps, x, DENSITIES[case]["lambdas"])  # pyright: ignore[reportArgumentType]
     if group == 2:
-        if "CNF" in case:  # with a layer that sees the time
-            net = nn.Sequential(DepthCat(1), *perceptron(*FIELDS[field], first=1))
+        net = nn.Sequential(DepthCat(1), *perceptron(*FIELDS[field], first=1))  # with a layer that sees the time
         run = density_case(net, case, solve, steps, x)
     else:
         net = Plain(net)
@@ -198,7 +213,7 @@ def main(fields: tuple[str, ...], solves: tuple[str, ...], **options: Any) -> No
                 case: (k, field, solve, steps, batch, case)
                 for k, group in enumerate(GROUPS)
                 if k < 2 or field == "2-64"
-                for case in cases_of(group, solve)
+                for case in group
             }
             timed = {case: training_step(*given) for case, given in built.items()}
             times = alternate(

@@ -57,10 +57,10 @@ class Found:
     bend: float
 
 
-def train(data: Tensor, regularizers: dict[str, float], *, steps: int, seed: int) -> TimeField:
-    """A field fitted by equation 17."""
+def train(data: Tensor, regularizers: dict[str, float], *, steps: int, seed: int, **shape: Any) -> TimeField:
+    """A field fitted by equation 17, with options of ``TimeField``."""
     torch.manual_seed(seed)
-    field = TimeField(2)
+    field = TimeField(2, **shape)
     model = RegularizedCNF(
         field, event_shape=2, trace_estimator="exact", regularizers=regularizers, solver="rk4_38",
         t_span=torch.linspace(0, 1, 5),
