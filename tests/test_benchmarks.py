@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery: the usual formulation is the same loss, and the script for a GPU is rehearsed."""
+"""The benchmarks' own machinery: all packages solve the same problem, and the script for a GPU is rehearsed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from tiny_runs import tiny_recipe
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
 
 def test_the_usual_formulation_trains_the_flow_of_an_experiment(tmp_path: Path) -> None:
@@ -36,6 +36,27 @@ def test_the_usual_formulation_trains_the_flow_of_an_experiment(tmp_path: Path) 
         assert terms.row["nfe"] == 96
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-6)
+
+
+def test_all_packages_solve_the_density_of_the_work_precision_diagrams() -> None:
+    """The finest setting of each curve gives log p of the tight solve, and each call of the field is counted."""
+    from figure_1 import TimeField  # pyright: ignore[reportMissingImports]
+    from work_precision import SMOOTH, reference, torch_cases
+
+    torch.manual_seed(0)
+    field, x = TimeField(2, **SMOOTH).double(), torch.randn(16, 2, dtype=torch.float64)
+    exact, cases = reference(field, x), torch_cases(field, x)
+    assert {"ours, rk4_38", "ours, dopri5 warm", "torchdyn", "torchdiffeq"} <= {curve for curve, _ in cases}
+    calls = {}
+    for (curve, setting), (counted, log_prob) in cases.items():
+        counted.calls = 0
+        with torch.no_grad():
+            found = log_prob()
+        calls[curve, setting] = counted.calls
+        if setting in (1e-7, 32, 64):
+            torch.testing.assert_close(found, exact, rtol=0, atol=1e-4 if "midpoint" in curve else 1e-5)
+    assert calls["ours, midpoint", 64] == calls["ours, rk4_38", 32] == 128
+    assert calls["ours, dopri5 warm", 1e-2] == 7 < calls["ours, dopri5 cold", 1e-2]  # one step, seven stages
 
 
 @pytest.mark.slow
