@@ -21,7 +21,7 @@ from .derivatives import NOT_WEIGHED, AutogradField, Field, Velocity, as_field
 from .evaluator import Evaluator
 from .field_evaluation import FieldEvaluation, Record
 from .modules import module_of
-from .part import Part, PartSpec, State
+from .part import PartSpec, State
 from .regularizers import NONE, Regularizers, RegularizersLike, checked
 from .trace_estimators import TraceEstimator, get_estimator
 
@@ -294,7 +294,6 @@ class System:
             probes=probes,
             wants=self.wants(density=density, penalties=penalties, probes=probes),
             by_estimator=products and type(estimator).linearize is not TraceEstimator.linearize,
-            part=part,
             columns=columns,
             counters=counters,
             user_field=(field if user_field is None else user_field) if part is None else None,
@@ -320,11 +319,10 @@ class FieldSolve(Solve):
     Attributes:
         trace: whether evaluations compute the divergence, which may be a column of the state.
         field: the field, prepared for this solve.
-        evaluator: evaluates it.
+        evaluator: evaluates it. Its ``part`` is the part of the state that the penalties measure.
         estimator, probes: for the products with the Jacobian that the divergence and the penalties read.
         wants: names of the quantities that the field computes at an evaluation.
         by_estimator: whether the estimator has its own way to evaluate the field, such as differences.
-        part: the part of the state that the penalties measure; None: all of it.
         columns, counters, user_field: see :meth:`System.start`.
         dims: number of dimensions of one sample that the penalties measure.
         trained: returns the tensors with respect to which an adjoint differentiates, without parameters of
@@ -341,7 +339,6 @@ class FieldSolve(Solve):
     probes: Tensor | None
     wants: frozenset[str]
     by_estimator: bool
-    part: Part | None
     columns: Columns | None
     counters: Sequence[dict[str, Any]]
     user_field: object
@@ -364,7 +361,7 @@ class FieldSolve(Solve):
             found = self.evaluator.evaluate(t, state, self.wants, self.probes)
         dz, dlogdet, penalties, rates = found.dz, None, dict[str, Tensor](), self.regularizers.rates
         if self.trace or rates:
-            z, dz = (_tensor(state), dz) if self.part is None else (self.part.take(state), self.part.take(dz))
+            z, dz = self.evaluator.z_of(state), self.evaluator.z_of(dz)
             _check_shape(dz, z)
             # under autocast the field runs in low precision, but integrals are summed in the precision of the state
             dz = dz.to(z.dtype)
@@ -381,7 +378,7 @@ class FieldSolve(Solve):
                 if products or not rate.needs:
                     seen = (FieldEvaluation(evaluation, rate.needs, name),)
                     penalties[name] = checked(name, rate.of, seen, untouched, z)
-            dz = dz if self.part is None else found.dz
+            dz = dz if self.evaluator.part is None else found.dz
         elif columns is None and isinstance(state, Tensor):  # torchdiffeq checks the tensors of a tuple
             _check_shape(dz, state)
             dz = dz.to(state.dtype)
@@ -403,7 +400,7 @@ class FieldSolve(Solve):
     def z_of(self, state: Tensor) -> Tensor:
         if self.columns is not None:
             state = self.columns.z_of(self.columns.without_cost(state))
-        return state if self.part is None else self.part.take(state)
+        return self.evaluator.z_of(state)
 
 
 def _check_shape(dz: Tensor, z: Tensor) -> None:

@@ -282,7 +282,7 @@ def look_for_columns(solve: FieldSolve, t: Tensor, x: Tensor) -> bool:
     """Warn about columns that the field moves but never reads. True if the check need not run again."""
     state = x if solve.columns is None else solve.columns.without_cost(x)
     # a trace or columns may be set apart already
-    signs = signs_for_columns(state) if solve.part is None else None
+    signs = signs_for_columns(state) if solve.evaluator.part is None else None
     if signs is None:
         return True
     try:
