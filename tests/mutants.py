@@ -57,6 +57,20 @@ MUTANTS = [
         "test_solve.py::test_a_sampled_integral_is_unbiased",
     ),
     Mutant(
+        "pixels of a color are one pixel too close",
+        "core/trace_estimators.py",
+        "place = torch.arange(size, device=z.device) % (radius + 1)",
+        "place = torch.arange(size, device=z.device) % max(radius, 1)",
+        "test_colors.py::test_the_trace_of_a_stack_is_exact",
+    ),
+    Mutant(
+        "pixels of a color share pixels that both depend on, in an exact Frobenius norm",
+        "core/trace_estimators.py",
+        "radius = 2 * radius if self.frobenius else radius",
+        "radius = 2 * radius - 1 if self.frobenius else radius",
+        "test_colors.py::test_the_frobenius_norm_is_exact_for_more_products",
+    ),
+    Mutant(
         "the longest safe step has the exponent of another order",
         "solvers/controller.py",
         "** (-1 / self.method.order))",
