@@ -82,8 +82,8 @@ class _Commands(click.Group):
         except OSError as error:
             if error.errno == errno.EPIPE or ctx.params.get("debug"):  # click handles a pipe without a reader
                 raise
-            place = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(f"{place}{(error.strerror or str(error)).lower()}.") from error
+            prefix = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{prefix}{(error.strerror or str(error)).lower()}.") from error
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

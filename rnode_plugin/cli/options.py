@@ -59,7 +59,7 @@ class Devices(click.ParamType):
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not re.fullmatch(r"auto|[1-9]\d*|\d+(,\d+)+|\d+,", text := str(value)):
-            self.fail(f"{text!r} names no devices: write how many, as 4, which, as 0,2, or auto.", param, ctx)
+            self.fail(f"--devices takes a number (4), indices (0,2) or auto, not {text!r}.", param, ctx)
         return text
 
 
@@ -84,7 +84,7 @@ device = click.option(
 )  # fmt: skip
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 quiet = click.option("--quiet", is_flag=True, help="Show results only, no progress.")
-force = click.option("--force", is_flag=True, help="Overwrite what is there.")
+force = click.option("--force", is_flag=True, help="Overwrite a file or folder that exists.")
 
 
 # Options that are a shorter form of a setting: the setting, the metavar and the help. They have no type in click,
@@ -153,7 +153,7 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     return new
 
 
-def refuse_place(name: str) -> None:
+def refuse_path_as_recipe(name: str) -> None:
     """Raise a ConfigError if ``name`` is a path, such as a run, a checkpoint or a table, and not a recipe.
 
     The message names the command or the option that takes such a path. Any other name passes, also an unknown one.
@@ -164,17 +164,17 @@ def refuse_place(name: str) -> None:
     from ..experiments.data.table_files import is_table  # imports numpy, which most names need not wait for
     from ..experiments.runs.run import Run
 
-    place = shlex.quote(name)
+    quoted = shlex.quote(name)
     if not path.exists():
-        advice = "there is no such file or folder"
+        advice = "no such file or folder exists"
     elif Run(path).is_described or Run(path).has_checkpoints:
-        advice = f"a run is continued by rnode-cli train --resume {place}"
+        advice = f"a run is continued by rnode-cli train --resume {quoted}"
     elif path.suffix in (".ckpt", ".safetensors"):
-        advice = f"a new run starts from its weights by --weights {place}"
+        advice = f"a new run starts from its weights by --weights {quoted}"
     elif path.is_dir():
-        advice = f"a folder of pictures is trained on by rnode-cli train pictures --data-root {place}"
+        advice = f"a folder of pictures is trained on by rnode-cli train pictures --data-root {quoted}"
     elif is_table(path):
-        advice = f"a table is trained on by rnode-cli train table --data-root {place}"
+        advice = f"a table is trained on by rnode-cli train table --data-root {quoted}"
     else:
         return
     raise ConfigError(f"{name!r} is not a recipe: {advice}. `rnode-cli recipes` lists the recipes.")
@@ -200,9 +200,9 @@ def check_folder(path: str | os.PathLike[str]) -> None:
         CheckpointError: the system refuses the file.
     """
     folder = Path(os.path.abspath(path))
-    there = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+    existing = next(each for each in (folder, *folder.parents) if os.path.exists(each))
     try:
-        tempfile.TemporaryFile(dir=there).close()
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise CheckpointError(f"cannot write into {path}: {reason}. Choose a folder that can be written.") from None
@@ -220,7 +220,7 @@ def free_path(named: str | None, default: str, *, force: bool) -> Path:
     if force or not (path.is_file() or (path.is_dir() and any(path.iterdir()))):
         return path
     if named is not None:
-        raise ConfigError(f"{path} is there already: choose another name, or overwrite it with --force.")
+        raise ConfigError(f"{path} exists already: choose another name, or overwrite it with --force.")
     numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
     return next(each for each in numbered if not each.exists())
 

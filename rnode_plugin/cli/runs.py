@@ -278,7 +278,7 @@ def diagnose(
               help="Standard deviation of the latent. May be repeated for images.")  # fmt: skip
 @click.option("--out", metavar="FILE",
               help="File to write, for rows .csv, .tsv, .npy or .parquet. [default: samples.png, samples.csv, or "
-                   "samples-1.png, ... if that is there]")  # fmt: skip
+                   "samples-1.png, ... if that exists]")  # fmt: skip
 @click.option("--given-values", type=Values(), metavar="COLUMN=VALUE,...",
               help="Values of the given columns of a conditional density, the same for all rows.")  # fmt: skip
 @click.option("--given-file", metavar="FILE",
@@ -335,11 +335,11 @@ def sample(
 
     flush_denormals()
     flow, recipe, facts = load_with_recipe(checkpoint, map_location=pick_device(device))
-    place = free_path(out, recipe.task.samples_file, force=force)
-    drawn = recipe.task.write_samples(flow, place, request, facts=facts)
+    target = free_path(out, recipe.task.samples_file, force=force)
+    drawn = recipe.task.write_samples(flow, target, request, facts=facts)
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
     drawn_at = ", ".join(f"{each:g}" for each in temperatures)
-    click.echo(f"{counted(drawn, recipe.task.sample)} at temperature {drawn_at}{averaged}: {place}")
+    click.echo(f"{counted(drawn, recipe.task.sample)} at temperature {drawn_at}{averaged}: {target}")
 
 
 @click.command()
@@ -417,7 +417,7 @@ def _run_of_best(checkpoint: Path) -> RunContents | None:
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path())
 @click.option("--out", metavar="FOLDER",
-              help="Folder of the report. [default: report, or report-1, ... if that is there]")  # fmt: skip
+              help="Folder of the report. [default: report, or report-1, ... if that exists]")  # fmt: skip
 @click.option("--title", help="Title of the report. [default: names the recipe or the data]")
 @force
 @as_json

@@ -27,7 +27,7 @@ from .options import (
     flush_denormals,
     print_json,
     quiet,
-    refuse_place,
+    refuse_path_as_recipe,
     regularizers_option,
     settings,
     short,
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 @click.option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Folder of all runs.")
 @click.option("--run-folder", metavar="FOLDER", help="Folder of a new run, instead of one under --runs.")
 @click.option("--logger", "loggers", multiple=True, metavar="|".join(LOGGERS),
-              help="Log there too, in addition to metrics.csv. May be repeated.")  # fmt: skip
+              help="Also log to this service, in addition to metrics.csv. May be repeated.")  # fmt: skip
 @click.option("--callback", "callbacks", multiple=True, metavar="MODULE:NAME",
               help="Use a callback of Lightning: an object, a class or a function. May be repeated.")  # fmt: skip
 @click.option("--num-nodes", type=click.IntRange(1), default=1, show_default=True, metavar="N",
@@ -107,7 +107,7 @@ def train(
         for name in callbacks:
             _check_callback(name)
         found, resume = _chosen(recipe, resume, ctx, ffjord=ffjord)
-        if resume is not None:  # the same columns, or the same shape, as the run has, at another place
+        if resume is not None:  # the same columns, or the same shape, as the run has, in another file or folder
             found = found.at_root(changes.pop("data_root"))
         chosen = changed(found, changes)
         if resume is None and chosen.training.weights is not None:
@@ -170,7 +170,7 @@ def _chosen(name: str | None, resume: str | None, ctx: click.Context, *, ffjord:
             raise click.UsageError(f"{resume} is a run of {found.name}, not of {name}. Leave the recipe out.", ctx)
         resume = str(path)
     elif name is not None:
-        refuse_place(name)
+        refuse_path_as_recipe(name)
         found = get_recipe(name)
     else:
         raise click.UsageError("name a RECIPE; `rnode-cli recipes` lists them.", ctx)
@@ -213,7 +213,7 @@ def _place(device: str, devices: str) -> dict[str, str]:
 
 
 def _check_callback(name: str) -> None:
-    """Raise a ConfigError for a text other than ``MODULE:NAME``, or a module that is not there.
+    """Raise a ConfigError for a text other than ``MODULE:NAME``, or a module that does not exist.
 
     The module is not imported yet, because most modules with callbacks import Lightning.
     """
@@ -224,7 +224,9 @@ def _check_callback(name: str) -> None:
         raise ConfigError(f"--callback {name}: write MODULE:NAME.")
     package = module.partition(".")[0]
     if package not in sys.modules and importlib.util.find_spec(package) is None:
-        raise ConfigError(f"--callback {name}: no module {package!r} is here or installed. Write MODULE:NAME.")
+        raise ConfigError(
+            f"--callback {name}: no module {package!r} is installed or in this folder. Write MODULE:NAME."
+        )
 
 
 def _callback(name: str) -> Callback:
@@ -329,7 +331,7 @@ def compare(
     from ..experiments.comparison.configurations import configured_recipes
     from ..experiments.recipes.recipe import get_recipe
 
-    refuse_place(recipe)
+    refuse_path_as_recipe(recipe)
     chosen = changed(get_recipe(recipe), changes)
     out = out or f"comparison/{recipe}"
     check_folder(out)

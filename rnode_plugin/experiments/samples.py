@@ -168,8 +168,8 @@ def save_corner(
         counts = (_DATA, f"{len(data):,} held-out rows"), (_SAMPLES, f"{len(samples):,} samples")
         handles = [figure.axes[0].plot([], [], color=color, label=label)[0] for color, label in counts]
         title = f"the first {shown} of {len(columns)} columns" if shown < len(columns) else None
-        place = "upper right" if shown > 1 else "outside upper center"
-        figure.legend(handles=handles, loc=place, frameon=False, fontsize=9, title=title)
+        corner = "upper right" if shown > 1 else "outside upper center"
+        figure.legend(handles=handles, loc=corner, frameon=False, fontsize=9, title=title)
         write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 

@@ -26,7 +26,7 @@ def get_dataset(
         name: one that ``rnode-cli data list`` shows.
         root: the folder that holds the data; None for ``data`` in the working directory.
         download: fetch it if it is missing or damaged. If several processes want it at the same time, one of them
-            fetches it. Nothing is written if it is there already.
+            fetches it. Nothing is written if it exists already.
         size: height and width in pixels, for data sets that can be scaled; None for the native ones.
         **options: further options of this data set, such as ``bits`` for ``folder``.
 
@@ -35,7 +35,7 @@ def get_dataset(
 
     Raises:
         ConfigError: an unknown name, or an option that the data set does not take.
-        DataError: it is missing or cannot be read. The message names the place to get it.
+        DataError: it is missing or cannot be read. The message says where to get it.
         PluginError: the plugin that offers it failed, or returned something else.
     """
     return _load(ImageData, name, {"root": root, "size": size}, options, root=root, download=download)
@@ -53,8 +53,8 @@ def get_table(name: str, *, root: str | None = None, download: bool = False, **o
     return _load(Table, name, {"root": root}, options, root=root, download=download)
 
 
-def taken_by(name: str, options: Mapping[str, object]) -> dict[str, object]:
-    """Select the ``options`` that the loader of a data set takes.
+def accepted_options(name: str, options: Mapping[str, object]) -> dict[str, object]:
+    """Select the ``options`` that the loader of a data set accepts.
 
     Raises:
         ConfigError: there is no data set of that name.
@@ -94,7 +94,7 @@ def _load(
     """
     signature = inspect.signature(registry.get("datasets", name))
     asked = {key: value for key, value in common.items() if value is not None}
-    arguments = taken_by(name, {**common, "download": False}) | asked | options
+    arguments = accepted_options(name, {**common, "download": False}) | asked | options
     try:
         # bound before the call, because a TypeError inside of a loader is a bug of the loader
         signature.bind(**arguments)

@@ -60,9 +60,9 @@ def imagenet64(*, root: str | None = None) -> ImageData:
     advice = (
         "Get Imagenet64_train_part1_npz.zip, Imagenet64_train_part2_npz.zip and Imagenet64_val_npz.zip from "
         "https://image-net.org/download-images (free, after registration), unpack all three into one FOLDER, and "
-        "run `python examples/imagenet64.py FOLDER {where}`; or put pictures into train and val there."
+        "run `python examples/imagenet64.py FOLDER {where}`; or put pictures into train and val in that folder."
     )
-    return _brought("imagenet64", root, advice, size=64, bits=8)
+    return _manual_download("imagenet64", root, advice, size=64, bits=8)
 
 
 def celebahq256(*, root: str | None = None) -> ImageData:
@@ -71,15 +71,15 @@ def celebahq256(*, root: str | None = None) -> ImageData:
         "Get CelebAMask-HQ.zip from https://github.com/switchablenorms/CelebAMask-HQ, and move the folder "
         "CelebA-HQ-img in it to {where}."
     )
-    return _brought("celebahq256", root, advice, size=256, bits=5)
+    return _manual_download("celebahq256", root, advice, size=256, bits=5)
 
 
-def _brought(name: str, root: str | None, advice: str, *, size: int, bits: int) -> ImageData:
-    """Read a data set that users bring themselves, from the folder with its name below the root."""
+def _manual_download(name: str, root: str | None, advice: str, *, size: int, bits: int) -> ImageData:
+    """Read a data set that the user has to download by hand, from the folder with its name below the root."""
     where = (Path(root) if root is not None else DEFAULT_ROOT) / name
     if not where.is_dir():
         raise DataError(
-            f"the data set {name} is not there, and it cannot be downloaded for you. {advice.format(where=where)}"
+            f"the data set {name} is missing, and it cannot be downloaded for you. {advice.format(where=where)}"
         )
     return _read(name, where, size=size, channels=3, bits=bits)
 
@@ -188,20 +188,20 @@ _FOLDERS = {
 def split_named(name: str) -> str | None:
     """Read ``"train"``, ``"val"`` or ``"test"`` from the first three folders of a path; None if they do not say."""
     *folders, _ = PurePosixPath(name).parts
-    place = _split_folder(folders)
-    return None if place is None else _FOLDERS[folders[place].lower()]
+    position = _split_folder(folders)
+    return None if position is None else _FOLDERS[folders[position].lower()]
 
 
 def _split_folder(folders: Sequence[str]) -> int | None:
     """Find the first of three folders of a path whose name says a part of the split."""
-    return next((place for place, folder in enumerate(folders[:3]) if folder.lower() in _FOLDERS), None)
+    return next((position for position, folder in enumerate(folders[:3]) if folder.lower() in _FOLDERS), None)
 
 
 def _unsplit(name: str) -> str:
     """Leave the folder of the split out of a path, so that a picture keeps its name if it moves to another part."""
     *folders, file = name.split("/")
-    if (place := _split_folder(folders)) is not None:
-        del folders[place]
+    if (position := _split_folder(folders)) is not None:
+        del folders[position]
     return "/".join((*folders, file))
 
 
@@ -262,9 +262,9 @@ def files_in(folder: Path) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise DataError(f"the folder {error.filename} cannot be read: {(error.strerror or '').lower()}.") from error
 
-    for here, files in walk(folder, onerror=refuse):
+    for parent, files in walk(folder, onerror=refuse):
         for file in files:
-            path = here / file
+            path = parent / file
             name = path.relative_to(folder).as_posix()
             # file managers and archivers leave hidden files, and reading a pipe could wait for ever
             if path.is_file() and not any(part.startswith((".", "__MACOSX")) for part in name.split("/")):

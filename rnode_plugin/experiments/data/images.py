@@ -133,8 +133,8 @@ class ImageData:
         if not all(self.pixels):
             object.__setattr__(self, "pixels", (fingerprint(self.train), fingerprint(self.val)))
         if self.names is not None and self.pictures is None:
-            lowest = sorted((name_hash(name), place) for place, name in enumerate(self.names[0]))[:_COMPARED]
-            found = {name: fingerprint(self.train[place : place + 1]) for name, place in lowest}
+            lowest = sorted((name_hash(name), index) for index, name in enumerate(self.names[0]))[:_COMPARED]
+            found = {name: fingerprint(self.train[index : index + 1]) for name, index in lowest}
             object.__setattr__(self, "pictures", found)
 
     def described(self) -> str:

@@ -88,13 +88,13 @@ def svhn(*, root: str | None = None, download: bool = False) -> ImageData:
 def _load(source: _Published, root: str | None, download: bool) -> ImageData:
     """Read a published data set, and fetch it only if it cannot be read."""
     base = Path(root) if root is not None else DEFAULT_ROOT
-    place = base / source.folder
+    folder = base / source.folder
     try:
         return _read(source, base, download=False)
     except Exception as error:  # if it is missing or damaged, torchvision may raise anything
         if not download:
             raise DataError(
-                f"the data set {source.name} is missing or damaged in the folder {place}. Leave out --no-download "
+                f"the data set {source.name} is missing or damaged in the folder {folder}. Leave out --no-download "
                 "to fetch it (in Python: download=True); --data-root names another folder."
             ) from error
     try:
@@ -104,8 +104,8 @@ def _load(source: _Published, root: str | None, download: bool) -> ImageData:
         if isinstance(error, OSError) and not isinstance(error, urllib.error.URLError) and error.filename:
             cause = f"the folder cannot be written ({(error.strerror or '').lower()})"
         raise DataError(
-            f"the data set {source.name} cannot be downloaded: {cause}. Put {source.files} into the folder {place} "
-            "and run this again, which then needs no network. --data-root names another folder."
+            f"the data set {source.name} cannot be downloaded: {cause}. Put {source.files} into the folder "
+            f"{folder} and run this again, which then needs no network. --data-root names another folder."
         ) from error
 
 

@@ -55,8 +55,8 @@ def leave_out(others: Sequence[str], *, given: bool = False) -> str:
         names = "NAME,NAME,..."
     elif any("," in name or name != name.strip() for name in others):  # a list of names would be read otherwise
         names = json.dumps(list(others), ensure_ascii=False)
-    place = "of --given, and out of the columns " if given else ""
-    return f"leave it out {place}with --set {shlex.quote(f'data.columns={names}')}"
+    where = "of --given, and out of the columns " if given else ""
+    return f"leave it out {where}with --set {shlex.quote(f'data.columns={names}')}"
 
 
 def read_columns(
@@ -181,8 +181,8 @@ def _read_text(path: Path, rows: int | None) -> pd.DataFrame:
         fault = first_line(error).removeprefix("Error tokenizing data. C error: ")
         raise _refused(path, f"below its first line pandas found: {fault}") from None
     if frame.shape[1] != len(names):
-        cells, there = counted(frame.shape[1], "cell"), counted(len(names), "name")
-        raise _refused(path, f"row 1 has {cells}, but there are {there}")
+        cells, expected = counted(frame.shape[1], "cell"), counted(len(names), "name")
+        raise _refused(path, f"row 1 has {cells}, but there are {expected}")
     # pandas fills a row with fewer cells at its end. Where spaces separate, an empty cell makes such a row, and all
     # later values stand under the names of their neighbors
     if separator == r"\s+" and len(names) > 1 and len(gaps := np.flatnonzero(frame.iloc[:, -1].isna())):

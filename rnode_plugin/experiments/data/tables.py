@@ -119,8 +119,8 @@ class Table:
         """
         with np.errstate(over="ignore"):  # an overflow becomes infinite, which is refused below with its column
             parts = {part: rows.astype(np.float32) for part, rows in self._parts.items()}
-        for place, name in enumerate(self.columns):
-            if not all(np.isfinite(rows[:, place]).all() for rows in parts.values()):
+        for index, name in enumerate(self.columns):
+            if not all(np.isfinite(rows[:, index]).all() for rows in parts.values()):
                 raise DataError(
                     f"the column {name!r} of {self.name} has values outside of 32-bit numbers: divide it by a "
                     "constant c, which lowers its NLL by log(c)."
@@ -158,8 +158,8 @@ def split_rows(
         DataError: too few rows, or shares that leave none to train on.
     """
     if len(rows) < _FEWEST:
-        there = counted(len(rows), "row")
-        raise DataError(f"{name} has {there}, but a density needs at least {_FEWEST}, better hundreds.")
+        found = counted(len(rows), "row")
+        raise DataError(f"{name} has {found}, but a density needs at least {_FEWEST}, better hundreds.")
     order = np.random.RandomState(seed).permutation(len(rows))  # a stream that NumPy keeps for good
     n_held_out, n_val = (max(1, round(share * len(rows))) for share in (held_out, validation))
     parts = np.split(rows[order], [n_held_out, n_held_out + n_val])
@@ -254,13 +254,13 @@ def check_columns(table: Table, modeled: int) -> None:
     # a diagonal entry of R is the norm of what a column adds to the span of the columns before it. One QR
     # decomposition therefore tests all columns, where regressions would take one for each
     alone = np.abs(np.diag(np.linalg.qr(standard[:, order], mode="r"))) / np.sqrt(len(rows))
-    for place, share in zip(order, alone, strict=True):
+    for index, share in zip(order, alone, strict=True):
         # 32-bit numbers round a column with a large mean by more than what the others leave undetermined
-        if share < max(_DEPENDENT, np.finfo(np.float32).eps / deviation[place]) and place < modeled:
+        if share < max(_DEPENDENT, np.finfo(np.float32).eps / deviation[index]) and index < modeled:
             raise DataError(
-                f"the column {table.columns[place]!r} of {table.name} is a linear function of the others, or "
+                f"the column {table.columns[index]!r} of {table.name} is a linear function of the others, or "
                 "nearly so for 32-bit numbers. So the rows have no density together. "
-                f"{_advice(table.columns[place], table, modeled)}"
+                f"{_advice(table.columns[index], table, modeled)}"
             )
 
 

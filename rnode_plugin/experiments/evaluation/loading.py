@@ -19,7 +19,7 @@ from ..recipes.task import FlowInput
 def load_for_evaluation(
     recipe: Recipe, facts: Facts | None, *, root: str | None = None, download: bool = False
 ) -> ImageData | Table:
-    """Load the data of a recipe, perhaps from another place, with all of its validation samples.
+    """Load the data of a recipe, perhaps from another file or folder, with all of its validation samples.
 
     Other data, or another split, may hold out samples that were trained on, and then a line on standard error warns
     about it. ``facts`` describe the training data; None for no comparison.
@@ -27,7 +27,7 @@ def load_for_evaluation(
     Raises:
         DataError: the table that the recipe names has changed since the training, or see
             :meth:`~rnode_plugin.experiments.recipes.recipe.Recipe.load_data`.
-        ConfigError: see there.
+        ConfigError: see ``Recipe.load_data``.
     """
     data = recipe.at_root(root).load_data(download=download, all_val=True)
     if root is None and isinstance(data, Table):
@@ -41,15 +41,15 @@ def check_device(name: str) -> None:
     """Refuse a CUDA or MPS device that PyTorch does not find, without opening any device.
 
     Raises:
-        ConfigError: the device does not exist here.
+        ConfigError: the machine does not have the device.
     """
     kind, _, index = name.partition(":")
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind)
     if count is None or (int(index) if index.isdecimal() else 0) < count:
         return
-    there = "none" if count == 0 else f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
+    found = "none" if count == 0 else f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
     raise ConfigError(
-        f"the device {name!r} cannot be used: PyTorch {torch.__version__} finds {there} here. Leave --device out, "
+        f"the device {name!r} cannot be used: PyTorch {torch.__version__} finds {found}. Leave --device out, "
         "or give --device cpu."
     )
 
@@ -58,7 +58,7 @@ def pick_device(name: str) -> torch.device:
     """Find the device with a name, and try it. ``auto`` is the first GPU, or the CPU if there is none.
 
     Raises:
-        ConfigError: the device does not exist here, or cannot compute.
+        ConfigError: the machine does not have the device, or the device cannot compute.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -102,9 +102,9 @@ class Data:
         new = dataclasses.replace(self, **{**derived, **_at_absolute_root(assigned)})
         if "shape" in assigned or not assigned.keys() & {"name", "root", "size"}:
             return new
-        from ..data.catalog import image_shape, taken_by  # numpy, which a bad value does not wait for
+        from ..data.catalog import accepted_options, image_shape  # numpy, which a bad value does not wait for
 
-        if new.size is not None and not taken_by(new.name, {"size": new.size}):
+        if new.size is not None and not accepted_options(new.name, {"size": new.size}):
             raise ConfigError(
                 f"the images of {new.name} have one size: leave --size out. It scales the pictures of a folder, as "
                 f"in rnode-cli train pictures --data-root FOLDER --size {new.size}."
@@ -125,14 +125,14 @@ class Data:
             DataError: the data set is missing, or its images have another shape or number of levels.
             ConfigError: there is no data set of that name.
         """
-        from ..data.catalog import get_dataset, taken_by
+        from ..data.catalog import accepted_options, get_dataset
         from ..data.images import shown
 
         _check_place(self)
         # pictures in a folder are read with the channels and bits of the recipe. Other data sets have fixed ones,
         # which are compared below
         asked = {"channels": self.shape[0], "bits": (self.levels - 1).bit_length()}
-        options = taken_by(self.name, asked)
+        options = accepted_options(self.name, asked)
         data = get_dataset(self.name, root=self.root, download=download, size=self.size, **options)
         if (data.shape, data.levels) != (self.shape, self.levels):
             channels, height, width = data.shape
@@ -257,13 +257,13 @@ class TableData:
             ConfigError: there is no table of that name, or these settings ask for another split of a table whose
                 split is fixed.
         """
-        from ..data.catalog import get_table, taken_by
+        from ..data.catalog import accepted_options, get_table
         from ..data.tables import check_columns
 
         _check_place(self)
         columns = (*self.modeled, *self.given)
         asked = {"columns": columns, "given": self.given, **{name: vars(self)[name] for name in _SPLIT}}
-        options = taken_by(self.name, asked)
+        options = accepted_options(self.name, asked)
         for name, default in _SPLIT.items():
             if name not in options and vars(self)[name] != default:
                 raise ConfigError(f"the table {self.name} has a fixed split: leave data.{name} at {default}.")
