@@ -63,7 +63,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     The arguments before ``regularizers`` are torchdyn's, in its order.
 
     Args:
-        vector_field: a module or function ``(x)`` or ``(t, x)``, either with ``args``; see docs/torchdyn.md.
+        vector_field: a module or function ``(x)`` or ``(t, x)``, either with ``args``; see :doc:`/torchdyn`.
         solver: a name or object from torchdyn, or ``"rk4_38"``, the 3/8 rule. torchdyn's ``"rk4"`` evaluates stages
             2 to 4 of a time-dependent field at t, t + h/2 and t + h/2 instead of t + h/2, t + h/2 and t + h, which
             lowers its order. ``"rk4"`` keeps this behavior, so that results do not change.
