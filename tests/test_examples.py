@@ -22,6 +22,7 @@ SCRIPTS = sorted(
 
 # each with a number of steps that takes a second or so, and the rows that its table must have
 TABLES = {
+    "classifier": (2, ["none", r"\{'kinetic': 0.01\}", r"\{'kinetic': 0.1\}"]),
     "density_2d": (2, ["exact +none", "exact +kinetic", "gaussian", "rademacher"]),
     "diffusion_likelihood": (
         2,
@@ -50,7 +51,7 @@ TABLES = {
 SHORTER = {"importance_sampling": ["--seconds", "0"]}
 
 # the others start a solver, a table and a picture each as these do
-QUICK = {"density_2d", "torchdiffeq_moons", "drop_in_classifier"}
+QUICK = {"classifier", "density_2d", "torchdiffeq_moons", "drop_in_classifier"}
 
 
 def run(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
