@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     *sorted(path for path in ROOT.glob("*.md") if path.name != "CHANGELOG.md"),  # history may name what is gone
     *sorted((ROOT / "docs").rglob("*.md")),
-    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "benchmarks").rglob("README.md")),
     *sorted((ROOT / "examples").rglob("README.md")),
 ]
 NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
-MEASURED = [ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs" / "measured").glob("*.md"))]
+MEASURED = [ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "results" / "penalties.csv"]
 REPEATING = ("README.md", "docs/index.md", "docs/which_penalty.md")
 # a notebook, its picture, the page that shows it, and the figures that the notebook prints and the page repeats
 SHOWN = [

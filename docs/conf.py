@@ -75,7 +75,6 @@ SIDEBAR = {
     "gallery": "start/two_moons notebooks/classifier notebooks/flow_matching notebooks/table_density"
     " notebooks/image_flow",
     "which_penalty": "regularizers mathematics comparison",
-    "benchmarks": "measured/speed measured/penalties measured/likelihood",
     "torchdyn": "diagnose export",
     "images": "exact_images tables training scaling reports reproduce",
     "faq": "troubleshooting cli glossary",

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = [
     *sorted(path for path in ROOT.glob("*.md") if path.name != "CHANGELOG.md"),  # history may name what is gone
     *sorted((ROOT / "docs").rglob("*.md")),
-    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "benchmarks").rglob("README.md")),
     *sorted((ROOT / "examples").rglob("README.md")),
 ]
 RUN_MARK = "<!-- run -->"
