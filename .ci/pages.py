@@ -24,7 +24,6 @@ REPEATING = ("README.md", "docs/index.md", "docs/which_penalty.md")
 # a notebook, its picture, the page that shows it, and the figures that the notebook prints and the page repeats
 SHOWN = [
     ("start/two_moons.ipynb", "two-moons.png", "docs/index.md", r"([\d.]+) nats/dim, NFE (\d+)"),
-    ("notebooks/classifier.ipynb", "classifier.png", "README.md", r"NFE (\d+), accuracy 0\.(\d\d)(\d)"),
 ]
 COLUMNS = 80  # the site cuts longer lines of code at its right edge
 
