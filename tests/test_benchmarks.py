@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
+from run_folders import write_run
 from tiny_runs import tiny_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +59,20 @@ def test_all_packages_solve_the_density_of_the_work_precision_diagrams() -> None
             torch.testing.assert_close(found, exact, rtol=0, atol=1e-4 if "midpoint" in curve else 1e-5)
     assert calls["ours, midpoint", 64] == calls["ours, rk4_38", 32] == 128
     assert calls["ours, dopri5 warm", 1e-2] == 7 < calls["ours, dopri5 cold", 1e-2]  # one step, seven stages
+
+
+def test_stored_runs_and_runs_in_folders_are_drawn_against_hours(tmp_path: Path) -> None:
+    from fresh_weights import main
+
+    run, picture = write_run(tmp_path / "run", tiny_recipe()), tmp_path / "hours.png"
+    for runs, last in (([], ["1.106", "198"]), ([str(run)], ["2.2", "130"])):
+        done = CliRunner().invoke(main, [*runs, "--out", str(picture)])
+        assert done.exit_code == 0, done.output
+        header, *rows = (line.split() for line in done.output.splitlines())
+        found = dict(zip(header, [row for row in rows if row[0] == "rnode"][-1], strict=True))
+        assert [f"{float(found[column]):g}" for column in ("bits_per_dim", "nfe")] == last
+        assert picture.stat().st_size > 1000
+        picture.unlink()
 
 
 @pytest.mark.slow
