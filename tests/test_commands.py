@@ -83,7 +83,7 @@ REFUSED: dict[str, str] = {
 
 # what is refused by the recipe in a checkpoint, which only torch can read: exit code 2
 REFUSED_BY_THE_RUN: dict[str, str] = {
-    "eval runs/digits/0 --solver metod=rk4": "unknown setting 'metod'. Did you mean method",
+    "eval runs/digits/0 --solver metod=rk4": "unknown setting 'metod'; did you mean 'method'",
     "eval runs/digits/0 --solver method=rk5": "unknown solver method 'rk5'; did you mean 'rk4'?",
     "eval runs/digits/0 --data-root nowhere": "so --data-root has no effect",
     "diagnose runs/digits/0 --data-root nowhere": "so --data-root has no effect",

@@ -14,7 +14,14 @@ import torch
 from rnode_plugin import Adaptive, FixedGrid
 from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.experiments.recipes.recipe import Recipe, as_text, get_recipe
+from rnode_plugin.experiments.recipes.fields import KeptBy, marks_of
+from rnode_plugin.experiments.recipes.recipe import (
+    Recipe,
+    as_text,
+    changed_test_solver,
+    differences,
+    get_recipe,
+)
 from rnode_plugin.solvers import Adjoint, get_method
 
 
@@ -321,9 +328,14 @@ def test_a_column_name_may_hold_a_comma() -> None:
 
 
 def test_the_settings_that_a_resumed_run_keeps_are_marked() -> None:
+    def marked(name: str) -> dict[str, KeptBy]:
+        groups = {group: each for group, each in vars(get_recipe(name)).items() if dataclasses.is_dataclass(each)}
+        return {f"{group}.{key}": mark for group, each in groups.items()
+                for key, mark in marks_of(type(each)).items()}  # fmt: skip
+
     weights = {"data.shape", "model.name", "model.hidden", "model.layers"}
-    images, rows = (get_recipe(name).kept() for name in ("digits", "table"))
-    assert {name for name, mark in images.items() if mark.weights} == weights
+    images, rows = marked("digits"), marked("table")
+    assert {name for name, mark in images.items() if mark is KeptBy.WEIGHTS} == weights
     assert images.keys() - weights == {
         "data.name", "data.levels", "model.alpha", "optimizer.name", "training.weights", "training.accumulate",
     }  # fmt: skip
@@ -333,3 +345,42 @@ def test_the_settings_that_a_resumed_run_keeps_are_marked() -> None:
     }  # fmt: skip
     for name, marks in (("digits", images), ("table", rows)):
         assert marks.keys() <= {path for path, _ in get_recipe(name).settings()}
+
+
+def test_differences_have_the_values_and_the_mark() -> None:
+    recipe = get_recipe("digits")
+    assert differences(recipe, dataclasses.replace(recipe, name="a", description="b")) == []
+    other = recipe.override(["model.hidden=3", "optimizer.lr=1", "training.accumulate=2", "regularizers.kinetic=0"])
+    found = [
+        ("model.hidden", (32, 3), KeptBy.WEIGHTS),
+        ("optimizer.lr", (0.02, 1.0), None),
+        ("regularizers.kinetic", (0.01, 0.0), None),
+        ("training.accumulate", (1, 2), KeptBy.RESUME),
+    ]
+    assert differences(recipe, other) == found
+    assert str(differences(recipe, other)[0]) == "model.hidden is 32 there and 3 here"
+    again = [(path, (*values, values[0]), kept) for path, values, kept in found]
+    assert differences(recipe, other, recipe) == again
+    # of two kinds, each of which has settings that the other lacks
+    kinds = {each.path: each for each in differences(recipe, get_recipe("table"))}
+    assert kinds["data.kind"] == ("data.kind", (None, "table"), KeptBy.WEIGHTS)
+    assert kinds["data.shape"] == ("data.shape", ((1, 8, 8), None), KeptBy.WEIGHTS)
+
+
+def test_the_test_solver_changes_by_texts_without_their_group() -> None:
+    recipe = get_recipe("digits")
+    for texts in (["atol=1e-3"], ["method=rk4", "step=none"], ["method=rk4", "quadrature=full"], []):
+        wanted = recipe.override([f"test_solver.{each}" for each in texts]).test_solver
+        assert changed_test_solver(recipe, texts) == wanted
+    for texts, message in (
+        (["step=0.1"], "^step has no effect, because dopri5 .*: give method=rk4_38 too, or atol and rtol instead"),
+        (["method=rk4", "atol=1"], "^atol has no effect, because rk4 .*: give method=dopri5 too, or step instead"),
+        (["method=rk4", "quadrature=sampled"], "^quadrature has no effect: validation and evaluation always use"),
+        (["atoll=1"], "unknown setting 'atoll'; did you mean 'atol'"),
+        (["method=rk5"], "unknown solver method 'rk5'"),
+        (["atol=small"], "^atol: .*got 'small'"),
+        (["atol=-1"], "^atol must be a number >= 0"),
+        (["atol"], "write key=value"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            changed_test_solver(recipe, texts)

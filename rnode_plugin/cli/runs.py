@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -125,11 +124,11 @@ def eval(  # noqa: A001 - the command's name
     from ..experiments.data.facts import overlap_warning
     from ..experiments.evaluation.likelihood import evaluate
     from ..experiments.evaluation.loading import load_for_evaluation, pick_device
+    from ..experiments.recipes.recipe import changed_test_solver
 
     flush_denormals()
     flow, recipe, facts = load_with_recipe(path, map_location=pick_device(device))
-    recipe = _with_test_solver(recipe, solver_settings)
-    solver, accurate = recipe.test_solver, None
+    solver, accurate = changed_test_solver(recipe, solver_settings), None
     if exact and solver.adaptive and not solver_settings:
         solver, accurate = _grid_of(recipe), solver
         if not quiet:
@@ -166,14 +165,6 @@ def eval(  # noqa: A001 - the command's name
 def _grid_of(recipe: Recipe) -> FixedGrid:
     """The grid of exact traces: rk4_38 with the step of the training, or with a step of 1/4 without one."""
     return FixedGrid("rk4_38", step=recipe.solver.step if isinstance(recipe.solver, FixedGrid) else 0.25)
-
-
-def _with_test_solver(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
-    """The recipe with the settings of ``--solver``, which messages name as the option takes them."""
-    try:
-        return recipe.override(f"test_solver.{each}" for each in assignments)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("test_solver.", "")) from None
 
 
 @click.command()

@@ -27,7 +27,7 @@ from ...errors import CheckpointError, ConfigError, TrainingError
 from ..data.facts import Facts
 from ..evaluation.loading import check_device
 from ..recipes.data import AnyData
-from ..recipes.recipe import Recipe, Training
+from ..recipes.recipe import Recipe, Training, differences
 from ..reports import Report, write_report
 from ..reports.runs import data_name
 from ..runs.results import Result
@@ -181,11 +181,8 @@ def _refuse_other(folder: Path, recipe: Recipe, facts: Facts) -> None:
     """
     run = Run(folder)
     if run.is_described:
-        old, new = dict(run.recipe().settings()), dict(recipe.settings())
-        differ = [f"{name} is {old.get(name)} there and {new.get(name)} here" for name in {**old, **new}
-                  if old.get(name) != new.get(name)]  # fmt: skip
-        if differ:
-            raise ConfigError(f"{folder} has other settings ({', '.join(differ)}): choose another --out.")
+        if differ := differences(run.recipe(), recipe):
+            raise ConfigError(f"{folder} has other settings ({', '.join(map(str, differ))}): choose another --out.")
         if run.read().facts not in (None, facts):
             raise ConfigError(f"{folder} was trained on other data, or with another split: choose another --out.")
     elif run.has_checkpoints:

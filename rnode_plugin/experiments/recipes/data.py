@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from ...errors import ConfigError, DataError, suggest
-from .fields import CONFIG, KEPT, OF_THE_WEIGHTS, Fraction, Names, Text, listed
+from .fields import CONFIG, Fraction, KeptBy, Names, Text, listed
 from .image_task import ImageTask
 from .table_task import TableTask
 
@@ -53,9 +53,9 @@ class Data:
     subject: ClassVar[str] = "images"
     foreign: ClassVar[Mapping[str, str]] = {"given": "tables"}
 
-    name: Annotated[Text, KEPT]
-    shape: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_of_an_image), OF_THE_WEIGHTS]
-    levels: Annotated[int, Field(ge=2), KEPT] = 256
+    name: Annotated[Text, KeptBy.RESUME]
+    shape: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_of_an_image), KeptBy.WEIGHTS]
+    levels: Annotated[int, Field(ge=2), KeptBy.RESUME] = 256
     batch_size: PositiveInt = 200
     val_batch_size: PositiveInt = 200
     flip: bool = False
@@ -182,18 +182,18 @@ class TableData:
     subject: ClassVar[str] = "a table"
     foreign: ClassVar[Mapping[str, str]] = {"size": "images"}
 
-    name: Annotated[Text, KEPT]
-    columns: Annotated[Names, OF_THE_WEIGHTS]
-    given: Annotated[Names, OF_THE_WEIGHTS] = ()
+    name: Annotated[Text, KeptBy.RESUME]
+    columns: Annotated[Names, KeptBy.WEIGHTS]
+    given: Annotated[Names, KeptBy.WEIGHTS] = ()
     root: Text | None = None
-    validation: Annotated[Fraction, OF_THE_WEIGHTS] = 0.1
-    held_out: Annotated[Fraction, OF_THE_WEIGHTS] = 0.2
-    split_seed: Annotated[int, Field(ge=0, lt=2**32), OF_THE_WEIGHTS] = 0
+    validation: Annotated[Fraction, KeptBy.WEIGHTS] = 0.1
+    held_out: Annotated[Fraction, KeptBy.WEIGHTS] = 0.2
+    split_seed: Annotated[int, Field(ge=0, lt=2**32), KeptBy.WEIGHTS] = 0
     batch_size: PositiveInt = 200
     val_batch_size: PositiveInt = 1000
-    train_rows: Annotated[PositiveInt | None, KEPT] = None
+    train_rows: Annotated[PositiveInt | None, KeptBy.RESUME] = None
     workers: NonNegativeInt = 0
-    kind: Annotated[Literal["table"], OF_THE_WEIGHTS] = "table"
+    kind: Annotated[Literal["table"], KeptBy.WEIGHTS] = "table"
 
     def __post_init__(self) -> None:
         for name, names in (("columns", self.columns), ("given", self.given)):

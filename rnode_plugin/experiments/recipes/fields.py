@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass
+from enum import Enum
 from typing import Annotated, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -37,26 +37,24 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 # what a resumed run keeps ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Marks a setting that a resumed run keeps.
+class KeptBy(Enum):
+    """Marks a setting whose value a run cannot change.
 
     Attributes:
-        weights: whether a new run from the weights, too, has to keep the setting: their shapes depend on it, or the
-            samples that are held out, of which another value would choose some that were trained on.
+        RESUME: a resumed run keeps it.
+        WEIGHTS: a new run from the weights keeps it too: their shapes depend on it, or the samples that are held
+            out, of which another value would choose some that were trained on.
     """
 
-    weights: bool = False
+    RESUME = "resume"
+    WEIGHTS = "weights"
 
 
-KEPT, OF_THE_WEIGHTS = Kept(), Kept(weights=True)
-
-
-def kept(group: type) -> dict[str, Kept]:
+def marks_of(group: type) -> dict[str, KeptBy]:
     """Return the marked settings of a group, by name."""
     return {
         name: mark
         for name, hint in get_type_hints(group, include_extras=True).items()
         for mark in getattr(hint, "__metadata__", ())
-        if isinstance(mark, Kept)
+        if isinstance(mark, KeptBy)
     }

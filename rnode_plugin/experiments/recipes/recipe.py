@@ -13,8 +13,9 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, SupportsFloat
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, SupportsFloat
 
 from pydantic import (
     BeforeValidator,
@@ -36,7 +37,7 @@ from ...solvers.solver import Adaptive, FixedGrid, Solver
 from ...solvers.tableaus import ADAPTIVE_METHODS, METHODS
 from ...validation import refused
 from .data import Data, TableData
-from .fields import CONFIG, Kept, kept, listed
+from .fields import CONFIG, KeptBy, listed, marks_of
 from .settings import Model, Optimizer, TableModel, Training
 from .task import AnyTask
 
@@ -44,8 +45,23 @@ if TYPE_CHECKING:
     from ...core.distribution import DensityModel
     from ..data import ImageData, Table
 
-__all__ = ["Data", "Model", "Optimizer", "Recipe", "TableData", "TableModel", "Training",
-           "as_text", "get_recipe", "is_recipe_file", "read_recipe", "read_strength"]  # fmt: skip
+__all__ = [
+    "Data",
+    "DifferentSetting",
+    "Model",
+    "Optimizer",
+    "Recipe",
+    "TableData",
+    "TableModel",
+    "Training",
+    "as_text",
+    "changed_test_solver",
+    "differences",
+    "get_recipe",
+    "is_recipe_file",
+    "read_recipe",
+    "read_strength",
+]  # fmt: skip
 
 
 def read_strength(value: object) -> WrittenStrength:
@@ -92,6 +108,7 @@ _AnyModel = Annotated[Annotated[Model, Tag("images")] | Annotated[TableModel, Ta
 # what a fixed grid and an adaptive solver lack of the settings of the other, and the methods to name in advice
 _SOLVERS: Mapping[str, type[FixedGrid | Adaptive]] = {"fixed": FixedGrid, "adaptive": Adaptive}
 _OF_SOLVERS = {kind: [each.name for each in dataclasses.fields(solver)] for kind, solver in _SOLVERS.items()}
+_SOLVER_SETTINGS = [*dict.fromkeys(key for keys in _OF_SOLVERS.values() for key in keys)]
 
 
 def _kind_of_solver(value: object) -> str:
@@ -102,26 +119,26 @@ def _kind_of_solver(value: object) -> str:
 
 def _solver_settings(value: object, info: ValidationInfo) -> object:
     """Refuse a setting of the other kind of solver in plain data, and a solver that no file can hold."""
-    group = info.field_name
+    prefix = f"{info.field_name}." if info.field_name else ""
     if isinstance(value, Mapping):
         kind = _kind_of_solver(value)
         for key in value:
-            if key not in _OF_SOLVERS[kind] and any(key in keys for keys in _OF_SOLVERS.values()):
+            if key not in _OF_SOLVERS[kind] and key in _SOLVER_SETTINGS:
                 raise ConfigError(
-                    f"{group}.{key} has no effect, because {_OTHER_KIND[kind].format(group, **value)}"
+                    f"{prefix}{key} has no effect, because {_OTHER_KIND[kind].format(prefix, **value)}"
                 )
     elif isinstance(value, Solver):
         for key, setting in vars(value).items():
             if not (setting is None or isinstance(setting, (str, int, float))):
                 raise ConfigError(
-                    f"{group}.{key} of a recipe is a name or a number, which a file can hold, not {setting!r:.60}."
+                    f"{prefix}{key} of a recipe is a name or a number, which a file can hold, not {setting!r:.60}."
                 )
     return value
 
 
 _OTHER_KIND = {
-    "adaptive": ("{method} chooses its own steps: give {0}.method=rk4_38 too, or {0}.atol and {0}.rtol instead."),
-    "fixed": "{method} takes the steps of a fixed grid: give {0}.method=dopri5 too, or {0}.step instead.",
+    "adaptive": ("{method} chooses its own steps: give {0}method=rk4_38 too, or {0}atol and {0}rtol instead."),
+    "fixed": "{method} takes the steps of a fixed grid: give {0}method=dopri5 too, or {0}step instead.",
 }
 _AnySolver = Annotated[
     Annotated[FixedGrid, Tag("fixed")] | Annotated[Adaptive, Tag("adaptive")],
@@ -210,7 +227,7 @@ class Recipe:
         for group, values in changes.items():
             old = vars(self)[group]
             if isinstance(old, Solver):
-                new[group] = _changed_solver(old, values)
+                new[group] = _solver_with(old, values)
             else:
                 new[group] = {**(old if isinstance(old, Mapping) else vars(old)), **values}
         with refused():
@@ -229,8 +246,7 @@ class Recipe:
     def _changes(self, assignments: Iterable[str]) -> dict[str, dict[str, str | None]]:
         """Sort the texts by group and key, with None for ``none``, and refuse what is not a setting."""
         changes: dict[str, dict[str, str | None]] = {}
-        of_solvers = [f"{group}.{key}" for group in ("solver", "test_solver") for keys in _OF_SOLVERS.values()
-                      for key in keys]  # fmt: skip
+        of_solvers = [f"{group}.{key}" for group in ("solver", "test_solver") for key in _SOLVER_SETTINGS]
         known = [*dict.fromkeys([*(path for path, _ in self.settings()), *of_solvers])]
         for assignment in assignments:
             # a regularizer may have options: regularizers.taylor:order=3=0.01
@@ -251,7 +267,7 @@ class Recipe:
                 registry.check_name("models", text)  # before the data are loaded
             elif path == "training.weights" and os.path.exists(text):  # not the name of weights in the package
                 text = os.path.abspath(text)  # so that a command in another folder finds them, as data.root
-            changes.setdefault(group, {})[key] = None if text.lower() in ("none", "null") else text
+            changes.setdefault(group, {})[key] = _text_or_none(text)
         return changes
 
     def ffjord(self) -> Recipe:
@@ -281,11 +297,6 @@ class Recipe:
             if not isinstance(value, str)  # name and description
             for key, entry in (value if isinstance(value, Mapping) else vars(value)).items()
         ]
-
-    def kept(self) -> dict[str, Kept]:
-        """Return the mark of each setting that a resumed run keeps, by ``group.key``."""
-        groups = {group: type(value) for group, value in vars(self).items() if dataclasses.is_dataclass(value)}
-        return {f"{group}.{key}": mark for group, kind in groups.items() for key, mark in kept(kind).items()}
 
     def to_plain(self) -> dict[str, Any]:
         """Convert the recipe to dictionaries, lists, numbers and texts, for JSON and checkpoints."""
@@ -393,7 +404,68 @@ class Recipe:
         return flow
 
 
-def _changed_solver(old: Solver, values: Mapping[str, str | None]) -> dict[str, object]:
+class DifferentSetting(NamedTuple):
+    """A setting whose value is not the same in all of some recipes.
+
+    Attributes:
+        path: ``group.key``.
+        values: the value in each recipe; None in a recipe that has no such setting.
+        kept: what has to keep the value; None if both a resumed run and a new one from its weights may change it.
+    """
+
+    path: str
+    values: tuple[object, ...]
+    kept: KeptBy | None
+
+    def __str__(self) -> str:
+        """Say how a second recipe, which is here, differs from a first one, which is there."""
+        there, here = self.values
+        return f"{self.path} is {there} there and {here} here"
+
+
+def differences(*recipes: Recipe) -> list[DifferentSetting]:
+    """List the settings in which recipes differ, other than their names and descriptions."""
+    known = [dict(each.settings()) for each in recipes]
+    marks: dict[str, KeptBy] = {}
+    for recipe in recipes:  # images and tables have different settings, and each keeps its own
+        for group, value in vars(recipe).items():
+            if dataclasses.is_dataclass(value):
+                marks |= {f"{group}.{key}": mark for key, mark in marks_of(type(value)).items()}
+    values = {path: tuple(each.get(path) for each in known) for path in dict.fromkeys(chain(*known))}
+    return [
+        DifferentSetting(path, each, marks.get(path))
+        for path, each in values.items()
+        if any(other != each[0] for other in each)
+    ]
+
+
+def changed_test_solver(recipe: Recipe, assignments: Iterable[str]) -> Solver:
+    """Return the test solver of a recipe with ``key=value`` texts applied, as :meth:`Recipe.override` does.
+
+    Messages name the settings as these texts do, without their group.
+
+    Raises:
+        ConfigError: a setting is unknown or has no effect, or a value is bad.
+    """
+    values: dict[str, str | None] = {}
+    for assignment in assignments:
+        key, equals, text = (each.strip() for each in assignment.partition("="))
+        if not equals:
+            raise ConfigError(f"{assignment!r} is not a setting: write key=value.")
+        check_name(key, _SOLVER_SETTINGS, "setting")
+        values[key] = _text_or_none(text)
+    with refused():
+        solver = TypeAdapter[Solver](_AnySolver).validate_python(_solver_with(recipe.test_solver, values))
+    if "quadrature" in values and solver.quadrature == "sampled":
+        raise ConfigError(f"quadrature has no effect{_FULL_IN_TESTS}")
+    return solver
+
+
+def _text_or_none(text: str) -> str | None:
+    return None if text.lower() in ("none", "null") else text
+
+
+def _solver_with(old: Solver, values: Mapping[str, str | None]) -> dict[str, object]:
     """The settings of a solver with other ``values``, without those that a method of another kind leaves over."""
     merged = {**vars(old), **values}
     check_name(merged["method"], METHODS, "solver method")
@@ -410,6 +482,9 @@ _NEEDED: Mapping[str, tuple[str, object]] = {
 }
 
 
+_FULL_IN_TESTS = ": validation and evaluation always use the full one. Leave it out."
+
+
 def _without_effect(recipe: Recipe, setting: str) -> str | None:
     """Say why a setting has no effect in a recipe, as the end of a sentence; None if it has one."""
     if setting == "training.warm_start" and not recipe.solver.adaptive:
@@ -418,7 +493,7 @@ def _without_effect(recipe: Recipe, setting: str) -> str | None:
             "leave it out."
         )
     if setting == "test_solver.quadrature" and recipe.test_solver.quadrature == "sampled":
-        return ": validation and evaluation always use the full one. Leave it out."
+        return _FULL_IN_TESTS
     if setting == "optimizer.matching_factor" and not recipe.matching:
         give = "leave training.weights out" if recipe.training.weights else "give training.matching=STEPS too"
         return f", because the run takes no steps of flow matching: {give}."

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, Po
 from pydantic.dataclasses import dataclass
 
 from ...errors import ConfigError, suggest
-from .fields import CONFIG, KEPT, OF_THE_WEIGHTS, Decay, Fraction, Listed, Text
+from .fields import CONFIG, Decay, Fraction, KeptBy, Listed, Text
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "auto")
 _SHORT = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}  # Lightning's
@@ -52,10 +52,10 @@ class Model(_Options):
 
     kind = "images"
 
-    name: Annotated[Text, OF_THE_WEIGHTS] = "MultiscaleFlow"
-    hidden: Annotated[PositiveInt, OF_THE_WEIGHTS] = 64
-    layers: Annotated[PositiveInt, OF_THE_WEIGHTS] = 4
-    alpha: Annotated[float, Field(gt=0, lt=0.5), KEPT] = 0.05
+    name: Annotated[Text, KeptBy.WEIGHTS] = "MultiscaleFlow"
+    hidden: Annotated[PositiveInt, KeptBy.WEIGHTS] = 64
+    layers: Annotated[PositiveInt, KeptBy.WEIGHTS] = 4
+    alpha: Annotated[float, Field(gt=0, lt=0.5), KeptBy.RESUME] = 0.05
     trace_noise: Literal["rademacher", "gaussian"] = "rademacher"
 
 
@@ -74,11 +74,11 @@ class TableModel(_Options):
         kind: marks the settings of a table's model.
     """
 
-    name: Annotated[Text, OF_THE_WEIGHTS] = "TableFlow"
-    hidden: Annotated[PositiveInt, OF_THE_WEIGHTS] = 64
-    layers: Annotated[PositiveInt, OF_THE_WEIGHTS] = 3
-    activation: Annotated[Literal["softplus", "tanh", "elu", "silu", "gelu"], OF_THE_WEIGHTS] = "softplus"
-    blocks: Annotated[PositiveInt, OF_THE_WEIGHTS] = 1
+    name: Annotated[Text, KeptBy.WEIGHTS] = "TableFlow"
+    hidden: Annotated[PositiveInt, KeptBy.WEIGHTS] = 64
+    layers: Annotated[PositiveInt, KeptBy.WEIGHTS] = 3
+    activation: Annotated[Literal["softplus", "tanh", "elu", "silu", "gelu"], KeptBy.WEIGHTS] = "softplus"
+    blocks: Annotated[PositiveInt, KeptBy.WEIGHTS] = 1
     trace_noise: Literal["auto", "exact", "gaussian", "rademacher"] = "auto"
     kind: Literal["table"] = "table"
 
@@ -107,7 +107,7 @@ class Optimizer:
             are not clipped.
     """
 
-    name: Annotated[Literal["adam", "muon"], KEPT] = "adam"
+    name: Annotated[Literal["adam", "muon"], KeptBy.RESUME] = "adam"
     lr: PositiveFloat = 1e-3
     warmup: NonNegativeInt = 1000
     schedule: Literal["constant", "cosine", "cooldown"] = "constant"
@@ -171,14 +171,14 @@ class Training:
     matching: NonNegativeInt = 0
     warm_start: bool = True
     weight_gradients: Literal["all", "half"] = "all"
-    weights: Annotated[Text | None, KEPT] = None
+    weights: Annotated[Text | None, KeptBy.RESUME] = None
     precision: Annotated[str, AfterValidator(_known_precision)] = "32-true"
     compile: bool | Literal["auto"] = False
     val_every: PositiveInt = 1
     val_every_steps: PositiveInt | None = None
     val_images: PositiveInt | None = None
     log_every: PositiveInt = 10
-    accumulate: Annotated[PositiveInt, KEPT] = 1
+    accumulate: Annotated[PositiveInt, KeptBy.RESUME] = 1
     ema: Fraction | None = None
     max_skipped: PositiveInt = 5
     save_every: PositiveInt = 100

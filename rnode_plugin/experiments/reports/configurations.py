@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from ...core.schedules import final_strength, strength_text
 from ...errors import RnodeError
 from ..evaluation.likelihood import is_exact
-from ..recipes.recipe import Recipe, as_text
+from ..recipes.recipe import Recipe, as_text, differences
 from ..recipes.task import Task
 from ..runs.contents import RunContents
 from .runs import data_name, data_text, given_name, penalties_of
@@ -165,12 +164,16 @@ def _labels(runs: Sequence[RunContents]) -> list[str]:
 
 def _difference(run: RunContents, twins: Sequence[RunContents]) -> str:
     """The first setting that no other of the ``twins`` has, as ``solver.step=0.5``, or all settings that differ."""
-    known = [{"name": each.recipe.name, **dict(each.recipe.settings()), **_outside(each)} for each in twins]
-    values = {name: [as_text(each.get(name)) for each in known] for name in dict.fromkeys(chain(*known))}
-    differ = [name for name, texts in values.items() if len(set(texts)) > 1 and name != "training.seed"]
-    alone = [name for name in differ if len(set(values[name])) == len(twins)][:1]
+    recipes = [each.recipe for each in twins]
+    values: dict[str, Sequence[object]] = {"name": [each.name for each in recipes]}
+    values |= {each.path: each.values for each in differences(*recipes) if each.path != "training.seed"}
+    values["devices"] = [each.devices for each in twins]
+    values["data"] = [each.facts and (each.facts.checksum or each.facts.train) for each in twins]
+    texts = {name: [as_text(value) for value in each] for name, each in values.items()}
+    differ = [name for name, each in texts.items() if len(set(each)) > 1]
+    alone = [name for name in differ if len(set(texts[name])) == len(twins)][:1]
     place = next(number for number, each in enumerate(twins) if each is run)
-    return ", ".join(f"{name}={values[name][place]}" for name in alone or differ)
+    return ", ".join(f"{name}={texts[name][place]}" for name in alone or differ)
 
 
 def _data_texts(runs: Sequence[RunContents]) -> list[str]:
@@ -188,11 +191,6 @@ def _data_texts(runs: Sequence[RunContents]) -> list[str]:
 
 def _measured(run: RunContents) -> str | None:
     return None if run.facts is None else run.facts.measured
-
-
-def _outside(run: RunContents) -> dict[str, object]:
-    """What configurations differ in, other than settings."""
-    return {"devices": run.devices, "data": run.facts and (run.facts.checksum or run.facts.train)}
 
 
 def _with_lambdas(recipe: Recipe) -> str:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError, ConfigError
 from ..data.facts import Facts, overlap_warning, refuse_other_split
-from ..recipes.recipe import Recipe
+from ..recipes.fields import KeptBy
+from ..recipes.recipe import Recipe, differences
 from ..runs.run import Run
 from .checkpoints import Contents, facts_of, newest_intact, put_weights, read_checkpoint, recipe_of
 
@@ -246,22 +247,18 @@ class Resumed:
         if "optimizer_states" not in contents:
             raise CheckpointError(f"{path} has only weights, so a training cannot be resumed from it.")
         former = recipe_of(contents, path)
-        old, new = dict(former.settings()), dict(recipe.settings())
-        # of both recipes, because images and tables have different settings, and one may lack what the other keeps
-        marks = {**former.kept(), **recipe.kept()}
-        differ = [name for name in marks if old.get(name) != new.get(name)]
         # the end of flow matching may be moved while the run has reached neither the old nor the new one
-        ends = {former.training.matching, recipe.training.matching}
-        if len(ends) > 1 and contents["global_step"] >= min(ends):
-            differ.append("training.matching")
+        ends = former.training.matching, recipe.training.matching
         # The checkpoint of a run with an average holds the average in its `state_dict`. Without the callback the
         # run would continue from that. An average may be started later in a run without one
-        if recipe.training.ema is None and former.training.ema is not None:
-            differ.append("training.ema")
+        refused = {
+            "training.matching": contents["global_step"] >= min(ends), "training.ema": recipe.training.ema is None,
+        }  # fmt: skip
+        differ = [each for each in differences(former, recipe) if each.kept or refused.get(each.path)]
         if differ:
-            what = ", ".join(f"{name} is {old.get(name)} there and {new.get(name)} here" for name in differ)
+            what = ", ".join(map(str, differ))
             advice = f"--weights {path} in place of --resume starts a new run from it"
-            if any(name in marks and marks[name].weights for name in differ):
+            if any(each.kept is KeptBy.WEIGHTS for each in differ):
                 advice = "Leave these settings out, or train a new run without --resume"
             raise CheckpointError(f"{path} cannot continue with other settings: {what}. {advice}.")
         return Resumed(path, contents, facts_of(contents), Run.of_checkpoint(path))
