@@ -156,12 +156,15 @@ def named(name: str, strength: Strength) -> Recipe:
 
 PLAIN, CATS = digits(penalties=()), "/my/cats"
 COARSE = dataclasses.replace(digits(), data=dataclasses.replace(digits().data, levels=2))
-FFJORD = dataclasses.replace(PLAIN, solver=Adaptive("dopri5", atol=1e-4))
+FFJORD = dataclasses.replace(PLAIN.ffjord(), name=PLAIN.name, regularizers={"kinetic": 0.0})
+ADAPTIVE = dataclasses.replace(PLAIN, solver=Adaptive("dopri5", atol=1e-4))
 LR = [digits(f"optimizer.lr={lr}", f"model.layers={layers}") for lr, layers in ((1, 2), (2, 2), (2, 3))]
 
 
 @pytest.mark.parametrize(("recipes", "labels"), [
     ([digits(), FFJORD, PLAIN], ["none", "ffjord", "rnode"]),
+    # an adaptive solver alone makes no FFJORD baseline
+    ([ADAPTIVE, PLAIN, digits()], ["none (solver.method=dopri5)", "none (solver.method=rk4_38)", "rnode"]),
     # columns "none" and "rnode" of different data would look like an ablation
     ([PLAIN, pictures(CATS)], ["none on digits", "rnode on cats"]),
     ([PLAIN, pictures(CATS, ())], ["none on digits", "none on cats"]),
@@ -232,12 +235,15 @@ def test_the_jacobian_norm_is_worded_by_its_estimator(tmp_path: Path) -> None:
 
 def test_what_the_others_are_compared_with(tmp_path: Path) -> None:
     plain = digits(penalties=())
-    # another tolerance makes no other baseline
-    ffjord = dataclasses.replace(plain, solver=dataclasses.replace(plain.ffjord().solver, atol=1e-6, max_nfe=500))
-    paths = [write_run(tmp_path / str(n), each) for n, each in enumerate((ffjord, plain, digits()))]
-    configurations = configurations_of(*paths)
-    assert [one.label for one in configurations] == ["none", "ffjord", "rnode"]
-    assert [base_of(configurations[k:]).label for k in range(3)] == ["none", "ffjord", "rnode"]
+    # the base has the solver of the run with penalties, if one of the runs without penalties has it
+    adaptive = dataclasses.replace(plain, solver=Adaptive("dopri5", atol=1e-6, max_nfe=500))
+    recipes = adaptive, plain.ffjord(), plain, digits()
+    paths = [write_run(tmp_path / str(n), each, **FEW) for n, each in enumerate(recipes)]
+    for first, base in ((0, "none (solver.method=rk4_38)"), (1, "none"), (3, "digits")):
+        configurations = configurations_of(*paths[first:])
+        assert base_of(configurations).label == base
+    configurations = configurations_of(paths[0], paths[3])
+    assert [base_of(configurations[k:]).label for k in (0, 1)] == ["none", "rnode"]
 
 
 def test_configurations_are_compared_image_by_image(tmp_path: Path) -> None:

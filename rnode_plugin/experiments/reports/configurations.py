@@ -150,16 +150,28 @@ def _labels(runs: Sequence[RunContents]) -> list[str]:
     if len(runs) == 1:
         return [runs[0].recipe.name]
     recipes = [run.recipe for run in runs]
-    data = _data_texts(runs)
+    names, texts = ([f" on {text(recipe)}" for recipe in recipes] for text in (data_name, data_text))
+    # data that have changed at the same place, under the same names, differ in the hash alone
+    hashed = [f"{text}, hash {_measured(run) or 'unknown'}" for text, run in zip(texts, runs, strict=True)]
+    data = _told_apart([""] * len(runs), names, texts, hashed)
     short = [f"{given_name(one) or penalties_of(one)}{on}" for one, on in zip(recipes, data, strict=True)]
     long = [f"{_with_lambdas(one)}{on}" for one, on in zip(recipes, data, strict=True)]
-    pairs = list(zip(short, long, strict=True))
-    labels = [text if len({each for own, each in pairs if own == label}) > 1 else label for label, text in pairs]
-    twins = [[other for other, label in zip(runs, labels, strict=True) if label == own] for own in labels]
-    return [
-        f"{label} ({_difference(run, group)})" if len(group) > 1 else label
-        for label, run, group in zip(labels, runs, twins, strict=True)
-    ]
+    labels = _told_apart(short, long)
+    twins = [[run for run, other in zip(runs, labels, strict=True) if other == label] for label in labels]
+    differences = [_difference(run, group) for run, group in zip(runs, twins, strict=True)]
+    settled = [f"{label} ({difference})" for label, difference in zip(labels, differences, strict=True)]
+    return _told_apart(labels, settled)
+
+
+def _told_apart(*texts: Sequence[str]) -> list[str]:
+    """A text for each run: its first one, or a later one if that tells apart runs which are equal up to there."""
+    labels, *longer = texts
+    for each in longer:
+        pairs = list(zip(labels, each, strict=True))
+        labels = [
+            text if len({other for own, other in pairs if own == label}) > 1 else label for label, text in pairs
+        ]
+    return list(labels)
 
 
 def _difference(run: RunContents, twins: Sequence[RunContents]) -> str:
@@ -174,19 +186,6 @@ def _difference(run: RunContents, twins: Sequence[RunContents]) -> str:
     alone = [name for name in differ if len(set(texts[name])) == len(twins)][:1]
     place = next(number for number, each in enumerate(twins) if each is run)
     return ", ".join(f"{name}={texts[name][place]}" for name in alone or differ)
-
-
-def _data_texts(runs: Sequence[RunContents]) -> list[str]:
-    """The end of each label, as `` on mnist``; empty if all runs have the same data.
-
-    Data that have changed at the same place, under the same names, differ in the hash alone.
-    """
-    names, texts = ([text(run.recipe) for run in runs] for text in (data_name, data_text))
-    hashed = [f"{text}, hash {_measured(run) or 'unknown'}" for text, run in zip(texts, runs, strict=True)]
-    if len(set(hashed)) == 1:
-        return [""] * len(hashed)
-    shortest = next(each for each in (names, texts, hashed) if len(set(each)) == len(set(hashed)))
-    return [f" on {text}" for text in shortest]
 
 
 def _measured(run: RunContents) -> str | None:

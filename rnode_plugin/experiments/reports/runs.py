@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,12 +21,17 @@ def penalties_of(recipe: Recipe) -> str:
     """The name that an ablation has for the penalties of a recipe.
 
     It is ``rnode`` for the paper's two penalties, and the names, as ``a+b``, for other ones. Without penalties it
-    is ``ffjord`` if the solver of the training is adaptive, as in the FFJORD baseline, else ``none``.
+    is ``ffjord`` for the baseline of ``--ffjord``, and ``none`` for any other solver of the training.
     """
     names = [name for name, strength in recipe.regularizers.items() if final_strength(strength) > 0]
     if set(names) == {"kinetic", "jacfrob"}:
         return "rnode"
-    return "+".join(names) or ("ffjord" if recipe.solver.adaptive else "none")
+    return "+".join(names) or ("ffjord" if _is_ffjord(recipe) else "none")
+
+
+def _is_ffjord(recipe: Recipe) -> bool:
+    """Whether a recipe without penalties trains the FFJORD baseline, with any name and measured penalties."""
+    return dataclasses.replace(recipe.ffjord(), name=recipe.name, regularizers=recipe.regularizers) == recipe
 
 
 def recipe_name(recipe: Recipe) -> str:
