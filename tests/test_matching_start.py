@@ -11,7 +11,7 @@ import torch
 from tiny_runs import run, tiny_recipe
 from torch import Tensor, nn
 
-from rnode_plugin import MultiscaleFlow
+from rnode_plugin import MultiscaleFlow, RegularizedCNF
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
 from rnode_plugin.experiments.training.module import RnodeModule
@@ -193,6 +193,7 @@ def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         RnodeModule(tiny_recipe("training.matching=1", "regularizers.learned_end_time=0.01"))
     assert tiny_recipe("training.matching=1", "training.weights=mnist-pretrained").matching == 0
     recipe = tiny_recipe("training.matching=1")
-    monkeypatch.setattr(type(recipe), "build_flow", lambda self: nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match=r"training\.matching needs a flow of blocks"):
+    cnf = RegularizedCNF(nn.Linear(2, 2), event_shape=2)
+    monkeypatch.setattr(type(recipe), "build_flow", lambda self: cnf)
+    with pytest.raises(ConfigError, match=r"training\.matching=1 needs a flow of blocks.*: leave it at 0"):
         RnodeModule(recipe)

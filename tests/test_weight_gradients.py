@@ -17,7 +17,7 @@ from torch import Tensor
 from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, RegularizedCNF, TableFlow
 from rnode_plugin.core.system import Derivative, Solve, System
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.experiments.training.step import LikelihoodLoss
+from rnode_plugin.experiments.training.step import loss_of
 from rnode_plugin.experiments.training.trainer import decided_compile
 from rnode_plugin.fields import compile_fields
 from rnode_plugin.regularizers import jacfrob, kinetic, total_derivative
@@ -170,9 +170,11 @@ def test_training_compiles_no_fields_by_itself_and_refuses_other_models() -> Non
     others = half.override(["training.weight_gradients=all"])
     assert [decided_compile(others, device) for device in devices] == [False, True]
     cnf: Any = RegularizedCNF(torch.nn.Linear(2, 2), event_shape=2)
-    LikelihoodLoss(cnf, others)
-    with pytest.raises(ConfigError, match=r"training\.weight_gradients=half needs a MultiscaleFlow or a TableFlow"):
-        LikelihoodLoss(cnf, half)
+    loss_of(cnf, others)
+    with pytest.raises(
+        ConfigError, match=r"training\.weight_gradients=half needs a flow of blocks.*: leave it at all"
+    ):
+        loss_of(cnf, half)
 
 
 def test_a_derivative_along_a_direction_has_weighed_gradients_too(

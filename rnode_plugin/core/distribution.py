@@ -7,7 +7,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -410,6 +410,29 @@ class DensityModel(nn.Module, ABC):
     def _like(self) -> Tensor:
         """A tensor of the dtype and on the device of this model; of torch's defaults where it has none."""
         return next(self.parameters(), next(self.buffers(), torch.empty(0)))
+
+
+@runtime_checkable
+class FlowOfBlocks(Protocol):
+    """What some settings of a training need of a model beyond :class:`DensityModel`.
+
+    ``training.matching`` calls :meth:`matching_loss`, and ``training.weight_gradients`` gives ``encode`` the option
+    of this name, see :meth:`Solver.solve <rnode_plugin.solvers.Solver.solve>`. Models that derive from
+    :class:`~rnode_plugin.flows.base.BlockFlow` have both.
+    """
+
+    @property
+    def block_shapes(self) -> Sequence[tuple[int, ...]]:
+        """See :attr:`DensityModel.block_shapes`."""
+        ...
+
+    def matching_loss(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
+        """The squared error of the velocities of all blocks for each sample, ``(B,)``, summed over its entries.
+
+        Args:
+            x, context: as for :meth:`DensityModel.encode`.
+        """
+        ...
 
 
 class FlowDistribution(Distribution):

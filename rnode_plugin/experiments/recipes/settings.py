@@ -58,6 +58,11 @@ class Model(_Options):
     alpha: Annotated[float, Field(gt=0, lt=0.5), KeptBy.RESUME] = 0.05
     trace_noise: Literal["rademacher", "gaussian"] = "rademacher"
 
+    @property
+    def total_layers(self) -> int:
+        """Number of layers that a file can ask for with these settings. The shape decides the number of blocks."""
+        return self.layers
+
 
 @dataclass(frozen=True, config=CONFIG)
 class TableModel(_Options):
@@ -81,6 +86,11 @@ class TableModel(_Options):
     blocks: Annotated[PositiveInt, KeptBy.WEIGHTS] = 1
     trace_noise: Literal["auto", "exact", "gaussian", "rademacher"] = "auto"
     kind: Literal["table"] = "table"
+
+    @property
+    def total_layers(self) -> int:
+        """Number of layers of all blocks."""
+        return self.layers * self.blocks
 
 
 @dataclass(frozen=True, config=CONFIG)

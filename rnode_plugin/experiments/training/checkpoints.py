@@ -162,7 +162,7 @@ def load_with_recipe(
     problem = f"{file} does not fit the model of its recipe"
     # The recipe in a file from elsewhere may describe a model of any size. One with more layers than the file has
     # tensors is refused here, before building it takes time and memory
-    layers = recipe.model.layers * getattr(recipe.model, "blocks", 1)
+    layers = recipe.model.total_layers
     if layers > max(len(state), _HARMLESS):
         raise CheckpointError(f"{problem}: the recipe has {layers:,} layers, the file {len(state)} tensors.")
     # The device `meta` builds shapes without values, so that a wide layer that does not fit the file takes no

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from ...core.distribution import DensityModel
+from ...core.distribution import DensityModel, FlowOfBlocks
 from ...core.objective import FlowOutput, objective, per_dim
 from ...core.random_streams import Stream, seeded
 from ...core.schedules import final_strength, strength_at
 from ...diagnostics.solver_gap import measure_solver_gap
 from ...errors import ConfigError, SolverError
-from ...flows.base import BlockFlow
 from ...solvers import HealthCheck, Solver, all_finite, check_all
+from ..recipes.settings import Training
 
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
@@ -70,20 +70,12 @@ class LikelihoodLoss:
     Args:
         flow: the model.
         recipe: the recipe with the lambdas, the solver and the task.
-
-    Raises:
-        ConfigError: for ``training.weight_gradients`` of a model that does not take them.
     """
 
     def __init__(self, flow: DensityModel, recipe: Recipe) -> None:
         self._flow, self._measured, self._task = flow, recipe.measured, recipe.task
         self._options: dict[str, Any] = {"solver": recipe.solver, "check": False}
         if recipe.training.weight_gradients != "all":
-            if not isinstance(flow, BlockFlow):
-                raise ConfigError(
-                    f"training.weight_gradients={recipe.training.weight_gradients} needs a MultiscaleFlow or a "
-                    f"TableFlow, not {recipe.model.name}: give training.weight_gradients=all."
-                )
             self._options["weight_gradients"] = recipe.training.weight_gradients
         self._lambdas = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
 
@@ -122,26 +114,16 @@ class LikelihoodLoss:
 
 
 class MatchingLoss:
-    """Computes flow matching, the squared error of the velocity per dimension, by one evaluation of each block.
+    """Computes flow matching, the squared error of the velocity per dimension, by one evaluation of each block."""
 
-    Raises:
-        ConfigError: the model has no blocks to match, or regularizers with parameters, which get no gradient.
-    """
-
-    def __init__(self, flow: DensityModel, recipe: Recipe) -> None:
-        learned = any(name.startswith("regularizer_modules.") for name, _ in flow.named_parameters())
-        if learned or not isinstance(flow, BlockFlow):
-            raise ConfigError(
-                "training.matching needs a flow of blocks, such as MultiscaleFlow, and regularizers without "
-                "parameters, which it gives no gradient."
-            )
+    def __init__(self, flow: FlowOfBlocks, recipe: Recipe) -> None:
         self._flow, self._task = flow, recipe.task
 
     def __call__(self, batch: Tensor, step: int) -> StepTerms:
         inputs = self._task.training_inputs(batch)
         loss = self._flow.matching_loss(inputs.x, context=inputs.context).mean() / self._task.dims
         loss = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan) * loss
-        return StepTerms(loss, {"matching": loss.detach(), "nfe": float(len(self._flow.fields))})
+        return StepTerms(loss, {"matching": loss.detach(), "nfe": float(len(self._flow.block_shapes))})
 
 
 class StagedLoss:
@@ -158,12 +140,22 @@ def loss_of(flow: DensityModel, recipe: Recipe) -> Loss:
     """Make the loss of a recipe for its model, with flow matching for the first steps if the recipe has some.
 
     Raises:
-        ConfigError: the recipe has steps of flow matching, and the model has no blocks to match.
+        ConfigError: the recipe has flow matching, or ``training.weight_gradients=half``, for a model that is no
+            :class:`~rnode_plugin.core.distribution.FlowOfBlocks`, or flow matching of regularizers that learn.
     """
-    likelihood = LikelihoodLoss(flow, recipe)
-    if not recipe.matching:
-        return likelihood
-    return StagedLoss(MatchingLoss(flow, recipe), recipe.matching, likelihood)
+    likelihood, training = LikelihoodLoss(flow, recipe), recipe.training
+    if not isinstance(flow, FlowOfBlocks):
+        needed = {"matching": recipe.matching > 0, "weight_gradients": training.weight_gradients != "all"}
+        for name in (name for name, is_chosen in needed.items() if is_chosen):
+            raise ConfigError(
+                f"training.{name}={getattr(training, name)} needs a flow of blocks, such as MultiscaleFlow or "
+                f"TableFlow, not {recipe.model.name}: leave it at {getattr(Training, name)}."
+            )
+    elif recipe.matching:
+        if any(True for each in flow.regularizers.modules for _ in each.parameters()):
+            raise ConfigError("training.matching needs regularizers without parameters, which get no gradient.")
+        return StagedLoss(MatchingLoss(flow, recipe), recipe.matching, likelihood)
+    return likelihood
 
 
 def measure_batch(
