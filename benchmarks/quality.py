@@ -295,7 +295,7 @@ def main(data: str, out: str, assignments: tuple[str, ...], **options: Any) -> N
         final: dict[str, float | str] = dict.fromkeys((*QUANTITIES, "gap"), "")
         with tempfile.TemporaryDirectory() as runs:
             try:
-                result = fit(
+                fitted = fit(
                     experiment_of(changed, images, method),
                     RunOptions(runs=runs, progress=False),
                     callbacks=[seen],
@@ -305,8 +305,8 @@ def main(data: str, out: str, assignments: tuple[str, ...], **options: Any) -> N
             except RnodeError as error:
                 ended = str(error)
             else:
-                ended = result.stopped
-                if (evaluation := result.evaluation) is not None:
+                ended = fitted.result.stopped
+                if (evaluation := fitted.result.evaluation) is not None:
                     gap = "" if evaluation.gap is None else evaluation.gap
                     final = {"dirty": evaluation.means["dirty"].mean, "nfe": evaluation.nfe_mean, "gap": gap}
                     final |= {name: evaluation.penalties[name] for name in ("kinetic", "jacfrob")}

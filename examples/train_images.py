@@ -39,12 +39,14 @@ def main():
         recipe.task.check_request(request, Path(options.output))
     except ConfigError as error:  # now, not after the training
         parser.error(f"no samples of {recipe.name} can be drawn: {error}")
-    result = fit(recipe, RunOptions(progress=False), devices=options.devices, num_nodes=options.num_nodes)
+    run, result, first_process, _ = fit(
+        recipe, RunOptions(progress=False), devices=options.devices, num_nodes=options.num_nodes
+    )
 
-    if not result.first_process:  # of several, one reports
+    if not first_process:  # of several, one reports
         return
     evaluation = result.evaluation
-    if evaluation is None:  # a signal stopped it; fit(recipe, RunOptions(resume=result.folder.path)) continues
+    if evaluation is None:  # a signal stopped it; fit(recipe, RunOptions(resume=run.path)) continues
         raise SystemExit(f"stopped by {result.stopped} after {result.steps} steps")
     print(f"steps              {result.steps} in {result.training_seconds:.1f} s")
     print(f"bits/dim dirty     {evaluation.means['dirty'].mean:.3f} ± {evaluation.means['dirty'].stderr:.3f}")
@@ -52,9 +54,9 @@ def main():
     print(f"NFE of a solve     {evaluation.nfe_mean:.0f}, all blocks together")
     for name, value in evaluation.penalties.items():
         print(f"{name + ' / dim':<18} {value:.4f}")
-    print(f"run                {result.folder.path}")
+    print(f"run                {run.path}")
 
-    flow = load_flow(result.folder.path)  # the best weights, on the CPU
+    flow = load_flow(run.path)  # the best weights, on the CPU
     recipe.task.write_samples(flow, Path(options.output), request)
 
 

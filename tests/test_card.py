@@ -30,7 +30,7 @@ UNKNOWN = "No result of these weights is known."
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of eight steps."""
-    return train(tiny_recipe(), tmp_path_factory.mktemp("card") / "runs").folder.path
+    return train(tiny_recipe(), tmp_path_factory.mktemp("card") / "runs").run.path
 
 
 @pytest.fixture

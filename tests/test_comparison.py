@@ -454,7 +454,7 @@ def test_a_line_that_cannot_be_printed_ends_all_runs(recipe: Recipe, training: T
 def test_configurations_begin_equally(recipe: Recipe, tmp_path: Path) -> None:
     """The first step's density is the same number, the later ones are not."""
     recipe = recipe.override(["training.max_steps=3", "training.val_every_steps=3", "optimizer.warmup=0"])
-    none, taylor = (rows(tiny_runs.run(one, tmp_path).folder.path)
+    none, taylor = (rows(tiny_runs.run(one, tmp_path).run.path)
                     for one in configured_recipes(recipe, ("none", "taylor:2")))  # fmt: skip
     assert none[0]["train/bpd"] == taylor[0]["train/bpd"]
     assert none[2]["train/bpd"] != taylor[2]["train/bpd"]

@@ -104,7 +104,7 @@ def test_a_run_says_that_it_compiles_and_changes_nothing_else(
     fast = run(tiny_recipe("training.max_steps=2", "training.compile=true"), tmp_path / "fast")
     assert capsys.readouterr().err.count("the fields are compiled: the first step takes longer") == 1
     assert len(compiled) == 1
-    a, b = (read_checkpoint(each.folder.last)["state_dict"] for each in (plain, fast))
+    a, b = (read_checkpoint(each.run.last)["state_dict"] for each in (plain, fast))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
 
@@ -155,7 +155,7 @@ def test_auto_trains_uncompiled_where_compiling_fails(
     monkeypatch.setattr("rnode_plugin.experiments.training.module.decided_compile", lambda recipe, device: True)
     automatic = run(tiny_recipe("training.max_steps=3", "training.compile=auto"), tmp_path / "auto")
     assert capsys.readouterr().err.count("InvalidCxxCompiler: No C++ compiler found. Train without it.") == 1
-    a, b = (read_checkpoint(each.folder.last)["state_dict"] for each in (plain, automatic))
+    a, b = (read_checkpoint(each.run.last)["state_dict"] for each in (plain, automatic))
     for name in a:
         assert torch.equal(a[name], b[name]), "the step that failed is taken again with the same noise"
 
@@ -165,7 +165,7 @@ def test_auto_trains_a_model_without_such_a_field(
 ) -> None:
     monkeypatch.setattr("rnode_plugin.experiments.training.module.compile_fields", lambda flow: 0)
     monkeypatch.setattr("rnode_plugin.experiments.training.module.decided_compile", lambda recipe, device: True)
-    assert run(tiny_recipe("training.max_steps=1", "training.compile=auto"), tmp_path).steps == 1
+    assert run(tiny_recipe("training.max_steps=1", "training.compile=auto"), tmp_path).result.steps == 1
     assert capsys.readouterr().err.count("has no field that can be compiled") == 1
 
 

@@ -35,7 +35,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"data.root={folder / 'rows.csv'}", "data.given=a", "model.hidden=8", "solver.step=0.5",
         "data.batch_size=40", "training.max_steps=4", "training.val_every_steps=4", "training.sample_images=0",
     ])  # fmt: skip
-    return run(recipe, folder).folder.path
+    return run(recipe, folder).run.path
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def short_table() -> Recipe:
 def test_a_recipe_stands_for_its_experiment(recipe: Recipe, tmp_path: Path) -> None:
     by_recipe = run(recipe, tmp_path / "a")
     by_experiment = run(Experiment.of(recipe), tmp_path / "b")
-    assert_same(by_recipe.folder.path, by_experiment.folder.path)
+    assert_same(by_recipe.run.path, by_experiment.run.path)
 
 
 def test_a_run_takes_another_loss(tmp_path: Path) -> None:
@@ -55,8 +55,8 @@ def test_a_run_takes_another_loss(tmp_path: Path) -> None:
     experiment = Experiment.of(recipe)
     replaced = dataclasses.replace(experiment, loss=LikelihoodLoss(experiment.flow, without))
     found, wanted = run(replaced, tmp_path / "a"), run(without, tmp_path / "b")
-    assert weights(found.folder.path).equal(weights(wanted.folder.path))
-    assert not weights(found.folder.path).equal(weights(run(recipe, tmp_path / "c").folder.path))
+    assert weights(found.run.path).equal(weights(wanted.run.path))
+    assert not weights(found.run.path).equal(weights(run(recipe, tmp_path / "c").run.path))
 
 
 def test_accumulated_batches_draw_the_noise_of_as_many_devices(tmp_path: Path) -> None:
@@ -91,10 +91,10 @@ def test_a_run_takes_other_samples_and_continues(tmp_path: Path) -> None:
         return dataclasses.replace(Experiment.of(tiny_recipe(*SHORT)), data=other.data, plan=other.plan)
 
     whole = run(first, tmp_path / "a")
-    assert_same(whole.folder.path, run(experiment(), tmp_path / "b").folder.path)
+    assert_same(whole.run.path, run(experiment(), tmp_path / "b").run.path)
     begun = experiment()
     part = run(begun, tmp_path / "c", callbacks=[signal_at(2)])
-    assert part.steps == 2
+    assert part.result.steps == 2
     # a second run would begin with trained weights, and its recipe would say that they are fresh
     for flow in (begun.flow, copy.deepcopy(begun.flow)):
         assert flow.trained_steps == 2
@@ -103,10 +103,10 @@ def test_a_run_takes_other_samples_and_continues(tmp_path: Path) -> None:
             run(again, tmp_path / "c")
     assert len(list((tmp_path / "c" / "digits").iterdir())) == 1
     for each in (experiment(), begun):
-        copied = Path(shutil.copytree(part.folder.path, tmp_path / str(id(each))))
+        copied = Path(shutil.copytree(part.run.path, tmp_path / str(id(each))))
         rest = run(each, tmp_path / "c", resume=copied)
-        assert rows(rest.folder.path) == rows(whole.folder.path)
-        assert weights(rest.folder.path).equal(weights(whole.folder.path))
+        assert rows(rest.run.path) == rows(whole.run.path)
+        assert weights(rest.run.path).equal(weights(whole.run.path))
 
 
 def test_an_experiment_for_other_devices_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rnode_plugin.experiments.training.module import RnodeModule
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tiny_recipe("training.ema=0.5", "training.max_steps=2"), tmp_path_factory.mktemp("runs")).folder.path
+    return run(tiny_recipe("training.ema=0.5", "training.max_steps=2"), tmp_path_factory.mktemp("runs")).run.path
 
 
 def weights_at_first_step(recipe: Recipe, runs: Path) -> dict[str, torch.Tensor]:
@@ -52,7 +52,7 @@ def test_a_table_keeps_the_scale_of_the_weights(tmp_path: Path) -> None:
     """The rows of the new run have another mean, and the weights were trained for the old one."""
     settings = ["model.hidden=8", "training.max_steps=1", "training.sample_images=0", "optimizer.name=adam"]
     recipe = get_recipe("table").override(settings)
-    trained = run(recipe, tmp_path / "runs").folder.path
+    trained = run(recipe, tmp_path / "runs").run.path
     few = recipe.override([f"training.weights={trained}", "data.train_rows=60"])
     found = weights_at_first_step(few, tmp_path / "runs")
     for name, tensor in load_flow(trained).state_dict().items():
@@ -96,8 +96,8 @@ def test_resumed_to_the_bit_without_the_source(trained: Path, tmp_path: Path) ->
     moved = tmp_path / "source"
     moved.symlink_to(trained)
     recipe = tiny_recipe(f"training.weights={moved}", "training.max_steps=2", "training.val_every_steps=1")
-    whole = run(recipe, tmp_path / "runs").folder.path
-    half = run(recipe.override(["training.max_steps=1"]), tmp_path / "runs").folder.path
+    whole = run(recipe, tmp_path / "runs").run.path
+    half = run(recipe.override(["training.max_steps=1"]), tmp_path / "runs").run.path
     moved.unlink()
     run(recipe, tmp_path / "runs", resume=half)
     assert rows(half) == rows(whole)

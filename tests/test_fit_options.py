@@ -47,15 +47,15 @@ def test_given_callbacks_and_loggers(tmp_path: Path) -> None:
     logger, read = logged(tmp_path)
     early = EarlyStopping("val/bpd", stopping_threshold=100.0)
     callbacks = [BeforeStep(lambda module, step: seen.append(step)), early]
-    result = run(tiny_recipe(), tmp_path / "runs", callbacks=callbacks, loggers=[logger], profiler="simple")
-    assert (result.stopped, result.steps, result.planned) == ("early", 4, 8)
+    fitted = run(tiny_recipe(), tmp_path / "runs", callbacks=callbacks, loggers=[logger], profiler="simple")
+    assert (fitted.result.stopped, fitted.result.steps, fitted.result.planned) == ("early", 4, 8)
     assert seen == [1, 2, 3, 4]
-    assert result.evaluation is not None
-    assert json.loads(result.folder.result.read_text())["stopped"] == "early"
+    assert fitted.result.evaluation is not None
+    assert json.loads(fitted.run.result.read_text())["stopped"] == "early"
     every = read()
     found = [row for row in every if row["train/loss"]]
     assert len(found) == 4
-    ours = [row for row in rows(result.folder.path) if "train/loss" in row]
+    ours = [row for row in rows(fitted.run.path) if "train/loss" in row]
     for theirs, mine in zip(found, ours, strict=True):
         for name in ("train/bpd", "epoch"):
             assert float(theirs[name]) == pytest.approx(float(mine[name]), rel=1e-6)
@@ -66,9 +66,9 @@ def test_loggers_of_a_resumed_run_get_the_steps_of_the_table(tmp_path: Path) -> 
     recipe = tiny_recipe("training.log_every=2")
     first = run(recipe.override(["training.max_steps=4"]), tmp_path / "runs")
     logger, read = logged(tmp_path)
-    result = run(recipe, tmp_path / "runs", resume=first.folder.path, loggers=[logger])
+    fitted = run(recipe, tmp_path / "runs", resume=first.run.path, loggers=[logger])
     found = [row for row in read() if row["train/loss"]]
-    ours = [row for row in rows(result.folder.path) if "train/loss" in row][2:]
+    ours = [row for row in rows(fitted.run.path) if "train/loss" in row][2:]
     assert [row["step"] for row in ours] == ["6", "8"]
     for name in ("train/bpd", "epoch"):
         assert [float(row[name]) for row in found] == pytest.approx([float(row[name]) for row in ours], rel=1e-6)
@@ -157,21 +157,21 @@ def test_the_average_of_the_weights(tmp_path: Path) -> None:
             weights.append([p.detach().clone() for p in pl_module.flow.parameters()])
 
     recipe = tiny_recipe("training.ema=0.75", "optimizer.warmup=0", "training.max_steps=4")
-    result = run(recipe, tmp_path, callbacks=[Record()])
+    fitted = run(recipe, tmp_path, callbacks=[Record()])
     wanted = weights[0]
     for after in weights[1:]:
         wanted = [0.75 * mean + 0.25 * new for mean, new in zip(wanted, after, strict=True)]
-    contents = read_checkpoint(result.folder.last)
-    flow, found, _ = load_with_recipe(result.folder.last)
+    contents = read_checkpoint(fitted.run.last)
+    flow, found, _ = load_with_recipe(fitted.run.last)
     assert found.weights == "moving average, decay 0.75"
     for mean, parameter in zip(wanted, flow.parameters(), strict=True):
         torch.testing.assert_close(parameter.detach(), mean)
     for raw, (name, _) in zip(weights[-1], flow.named_parameters(), strict=True):
         assert torch.equal(contents["current_model_state"][f"flow.{name}"], raw)
     plain = run(tiny_recipe("optimizer.warmup=0", "training.max_steps=4"), tmp_path / "plain")
-    for name, tensor in read_checkpoint(plain.folder.last)["state_dict"].items():
+    for name, tensor in read_checkpoint(plain.run.last)["state_dict"].items():
         assert torch.equal(tensor, contents["current_model_state"][name]), "averaging changes no step"
-    validations = [[row["val/bpd"] for row in rows(r.folder.path) if "val/bpd" in row] for r in (result, plain)]
+    validations = [[row["val/bpd"] for row in rows(r.run.path) if "val/bpd" in row] for r in (fitted, plain)]
     assert validations[0] != validations[1]
 
 
@@ -184,14 +184,14 @@ def test_an_average_begins_in_the_middle_of_a_run_and_does_not_end_there(tmp_pat
 
     bare = run(tiny_recipe("training.max_steps=1"), tmp_path / "c")
     averaged = tiny_recipe("training.max_steps=3", "training.ema=0.9")
-    later = run(averaged, tmp_path, resume=bare.folder.path, callbacks=[BeforeStep(look)])
-    contents = read_checkpoint(later.folder.last)
+    later = run(averaged, tmp_path, resume=bare.run.path, callbacks=[BeforeStep(look)])
+    contents = read_checkpoint(later.run.last)
     end, raw = contents["state_dict"], contents["current_model_state"]
     moved = sum(float((end[name] - start[name]).norm()) for name in start)
     whole_way = sum(float((raw[name] - start[name]).norm()) for name in start)
     assert moved == pytest.approx(0.1 * whole_way, rel=1e-3)
     with pytest.raises(CheckpointError, match=r"training\.ema is 0\.9 there and None here"):
-        run(tiny_recipe("training.max_steps=9"), tmp_path, resume=later.folder.path)
+        run(tiny_recipe("training.max_steps=9"), tmp_path, resume=later.run.path)
 
 
 # signals ------------------------------------------------------------------------------------------------------
@@ -220,10 +220,10 @@ def test_the_command_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        result = run(tiny_recipe("training.max_steps=1"), tmp_path, callbacks=[signal_at(1, signal.SIGHUP)])
+        fitted = run(tiny_recipe("training.max_steps=1"), tmp_path, callbacks=[signal_at(1, signal.SIGHUP)])
     finally:
         signal.signal(signal.SIGHUP, former)
-    assert result.stopped == "finished"
+    assert fitted.result.stopped == "finished"
 
 
 # the lock -----------------------------------------------------------------------------------------------------
@@ -242,6 +242,6 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert not taken
     # then another process may be writing this file
     part = run(tiny_recipe(), tmp_path / "runs", callbacks=[signal_at(1)])
-    (draft := part.folder.last.with_name(".last.ckpt.123.tmp")).touch()
-    run(tiny_recipe("training.max_steps=2"), tmp_path / "runs", resume=part.folder.path)
+    (draft := part.run.last.with_name(".last.ckpt.123.tmp")).touch()
+    run(tiny_recipe("training.max_steps=2"), tmp_path / "runs", resume=part.run.path)
     assert draft.exists()

@@ -146,7 +146,7 @@ def test_a_run_with_steps_of_matching(tmp_path: Path, capsys: pytest.CaptureFixt
     )  # fmt: skip
     whole = run(recipe, tmp_path, progress=True)
     printed = capsys.readouterr().out
-    with whole.folder.metrics.open() as file:
+    with whole.run.metrics.open() as file:
         every = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
     steps = [row for row in every if "lr" in row]
     assert [set(row) & {"train/matching", "train/bpd", "train/loss"} for row in steps] == (
@@ -163,9 +163,9 @@ def test_a_run_with_steps_of_matching(tmp_path: Path, capsys: pytest.CaptureFixt
     ]
     assert printed.index("\nstep 2: the learning rate falls") < printed.index("\nstep 4: maximum likelihood")
     # the optimizer begins again after step 4
-    state = read_checkpoint(whole.folder.last)["optimizer_states"][0]["state"]
+    state = read_checkpoint(whole.run.last)["optimizer_states"][0]["state"]
     assert {each["step"] for each in state.values() if "step" in each} == {4}
-    times = whole.folder.read().checks["train_seconds"]  # of a validation at step 4 and one at step 8
+    times = whole.run.read().checks["train_seconds"]  # of a validation at step 4 and one at step 8
     seconds = [float(row["train_seconds"]) for row in every if row["step"] in ("4", "8") and "lr" in row]
     assert times.tolist() == pytest.approx(seconds)
 

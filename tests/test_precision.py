@@ -93,9 +93,9 @@ def test_validation_of_a_run_in_bfloat16_is_in_float32(tmp_path: Path) -> None:
         "training.precision=bf16-mixed", "training.max_steps=2", "data.val_batch_size=15", "optimizer.lr=2e-2",
         "test_solver.method=dopri5", "test_solver.max_nfe=300",
     )  # fmt: skip
-    result = run(recipe, tmp_path)
-    (check,) = [row for row in rows(result.folder.path) if "val/bpd" in row]
-    flow: Any = load_flow(result.folder.last)
+    fitted = run(recipe, tmp_path)
+    (check,) = [row for row in rows(fitted.run.path) if "val/bpd" in row]
+    flow: Any = load_flow(fitted.run.last)
     with torch.no_grad(), seeded(recipe.training.seed, Stream.VALIDATE, 0, 0):
         x = dequantize(torch.as_tensor(recipe.load_data().val), 17)
         bits = flow.bits_per_dim(x)
@@ -136,6 +136,6 @@ def test_a_run_takes_the_precision_that_auto_means(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(trainer, "computes_bf16", lambda device: True)
     seen: list[str] = []
     look = BeforeStep(lambda module, step: seen.append(module.trainer.precision))
-    result = run(tiny_recipe("training.precision=auto", "training.max_steps=1"), tmp_path, callbacks=[look])
+    fitted = run(tiny_recipe("training.precision=auto", "training.max_steps=1"), tmp_path, callbacks=[look])
     assert seen == ["bf16-mixed"]
-    assert load_with_recipe(result.folder.last)[1].training.precision == "auto"
+    assert load_with_recipe(fitted.run.last)[1].training.precision == "auto"

@@ -64,20 +64,20 @@ def test_a_file_that_is_not_a_recipe(tmp_path: Path, text: str | None) -> None:
 def test_a_run_goes_on_with_the_optimizer_of_its_new_settings(tmp_path: Path) -> None:
     done = run(tiny_recipe("training.max_steps=1", "optimizer.warmup=0"), tmp_path)
     changed = tiny_recipe("training.max_steps=2", "optimizer.warmup=0", "optimizer.lr=1e-4", "optimizer.beta1=0.5")
-    again = run(changed, tmp_path, resume=done.folder.path)
-    assert [float(row["lr"]) for row in rows(again.folder.path) if "train/loss" in row] == [2e-3, 1e-4]
-    (group,) = read_checkpoint(again.folder.last)["optimizer_states"][0]["param_groups"]
+    again = run(changed, tmp_path, resume=done.run.path)
+    assert [float(row["lr"]) for row in rows(again.run.path) if "train/loss" in row] == [2e-3, 1e-4]
+    (group,) = read_checkpoint(again.run.last)["optimizer_states"][0]["param_groups"]
     assert tuple(group["betas"]) == (0.5, 0.999)
 
 
 def test_a_run_from_a_checkpoint_alone_has_a_best_one_of_its_own(tmp_path: Path) -> None:
     done = run(tiny_recipe("training.max_steps=1"), tmp_path)
-    kept = torch.load(done.folder.last, weights_only=True)
+    kept = torch.load(done.run.last, weights_only=True)
     (control,) = (state for state in kept["callbacks"].values() if "best" in state)
     control["best"] -= 5.0  # no validation will beat it
     torch.save(kept, tmp_path / "kept.ckpt")
     again = run(tiny_recipe("training.max_steps=2"), tmp_path / "new", resume=tmp_path / "kept.ckpt")
-    assert again.folder.path == tmp_path / "new" / "digits" / "0"
-    assert [row["step"] for row in rows(again.folder.path)] == ["2", "2"]
-    assert again.folder.best.is_file()
-    assert again.evaluation is not None
+    assert again.run.path == tmp_path / "new" / "digits" / "0"
+    assert [row["step"] for row in rows(again.run.path)] == ["2", "2"]
+    assert again.run.best.is_file()
+    assert again.result.evaluation is not None

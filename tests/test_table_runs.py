@@ -59,7 +59,7 @@ def recipe_of(file: Path, *settings: str) -> Recipe:
 def conditional(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the density of yield and pressure given the others."""
     settings = ["data.given=temperature,dose", "training.sample_images=50"]
-    return run(recipe_of(file, *settings), tmp_path_factory.mktemp("runs")).folder.path
+    return run(recipe_of(file, *settings), tmp_path_factory.mktemp("runs")).run.path
 
 
 def test_a_run_folder_of_a_table(file: Path, conditional: Path) -> None:
@@ -100,19 +100,19 @@ def test_a_resumed_run_is_the_same_to_the_bit(file: Path, tmp_path: Path) -> Non
     recipe = recipe_of(file, "data.given=dose", "training.ema=0.9")
     whole = run(recipe, tmp_path / "whole")
     part = run(recipe, tmp_path / "part", callbacks=[signal_at(5)])
-    assert (part.stopped, part.steps) == ("SIGTERM", 5)
-    done = run(recipe, tmp_path / "part", resume=part.folder.path)
-    assert_same(whole.folder.path, done.folder.path)
-    assert done.evaluation is not None
-    assert whole.evaluation is not None
-    assert done.evaluation.means["nll"] == whole.evaluation.means["nll"]
+    assert (part.result.stopped, part.result.steps) == ("SIGTERM", 5)
+    done = run(recipe, tmp_path / "part", resume=part.run.path)
+    assert_same(whole.run.path, done.run.path)
+    assert done.result.evaluation is not None
+    assert whole.result.evaluation is not None
+    assert done.result.evaluation.means["nll"] == whole.result.evaluation.means["nll"]
 
 
 def test_a_table_smaller_than_a_batch_is_one_batch(file: Path, tmp_path: Path) -> None:
     recipe = recipe_of(file, "data.batch_size=500", "training.max_steps=2", "training.val_every_steps=2")
-    result = run(recipe, tmp_path)
-    assert result.steps == 2
-    plan = read_checkpoint(result.folder.last)["callbacks"][RECORDER]["plan"]
+    fitted = run(recipe, tmp_path)
+    assert fitted.result.steps == 2
+    plan = read_checkpoint(fitted.run.last)["callbacks"][RECORDER]["plan"]
     assert plan["steps_per_epoch"] == 1, "all 140 training rows are in each step"
 
 
@@ -216,7 +216,7 @@ def test_a_table_that_has_changed_is_not_split_again(file: Path, tmp_path: Path)
     path = tmp_path / "measurements.csv"
     lines = file.read_text().splitlines()
     path.write_text("\n".join(lines) + "\n")
-    folder = run(recipe_of(path), tmp_path / "runs").folder.path
+    folder = run(recipe_of(path), tmp_path / "runs").run.path
     before = rnode("eval", str(folder), "--json")
     path.rename(tmp_path / "moved.csv")
     assert json.loads((folder / "environment.json").read_text())["facts"]["rows"] == 200

@@ -64,21 +64,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> FitResult:
     return run(tiny_recipe(*SETTINGS), tmp_path_factory.mktemp("whole") / "runs")
 
 
-def copy_of(result: FitResult, folder: Path) -> FitResult:
+def copy_of(fitted: FitResult, folder: Path) -> FitResult:
     """The same run in another folder, to change."""
-    shutil.copytree(result.folder.path, folder / "digits" / "0")
-    return dataclasses.replace(result, folder=Run(folder / "digits" / "0"))
+    shutil.copytree(fitted.run.path, folder / "digits" / "0")
+    return fitted._replace(run=Run(folder / "digits" / "0"))
 
 
-def rows(result: FitResult) -> list[dict[str, str]]:
-    return tiny_runs.rows(result.folder.path)
+def rows(fitted: FitResult) -> list[dict[str, str]]:
+    return tiny_runs.rows(fitted.run.path)
 
 
 def test_a_run_and_what_it_leaves(recipe: Recipe, whole: FitResult) -> None:
-    result, folder = whole, whole.folder.path
+    fitted, folder = whole, whole.run.path
     assert folder.parts[-3:] == ("runs", "digits", "0")
-    assert (result.steps, result.planned, result.stopped) == (6, 6, "finished")
-    assert result.folder.recipe() == recipe
+    assert (fitted.result.steps, fitted.result.planned, fitted.result.stopped) == (6, 6, "finished")
+    assert fitted.run.recipe() == recipe
     checkpoints = sorted(each.name for each in (folder / "checkpoints").iterdir())
     assert checkpoints == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     grids = ["best.png", "step-0000004.png", "step-0000006.png"]
@@ -87,12 +87,12 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, whole: FitResult) -> None:
         ".lock", "checkpoints", "environment.json", "images.csv", "metrics.csv", "recipe.json", "result.json",
         "samples",
     ]  # fmt: skip
-    assert result.evaluation is not None
-    read = result.folder.read()
-    assert read.result == result.with_evaluation(result.evaluation)
-    assert read.picture == (result.samples, None)
-    assert [len(mean.samples) for mean in result.evaluation.means.values()] == [60, 60]
-    found = rows(result)
+    assert fitted.result.evaluation is not None
+    read = fitted.run.read()
+    assert read.result == fitted.result
+    assert read.picture == (fitted.samples, None)
+    assert [len(mean.samples) for mean in fitted.result.evaluation.means.values()] == [60, 60]
+    found = rows(fitted)
     assert [int(row["step"]) for row in found] == [1, 2, 3, 4, 4, 5, 6, 6]
     train = {"epoch", "lr", "step", "train/bpd", "train/grad_norm", "train/jacfrob", "train/kinetic", "train/loss",
              "train/nfe", "train/skipped"}  # fmt: skip
@@ -100,8 +100,8 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, whole: FitResult) -> None:
     assert set(found[4]) == {"step", "val/bpd", "val/gap", "val/jacfrob", "val/kinetic", "val/nfe"}
     assert [float(row["lr"]) for row in found[:3]] == pytest.approx([2e-3 / 3, 2e-3 * 2 / 3, 2e-3])
     assert float(found[-1]["val/bpd"]) < float(found[0]["train/bpd"])
-    assert result.evaluation.means["dirty"].mean == pytest.approx(float(found[-1]["val/bpd"]), abs=0.02)
-    assert result.run_seconds > 0
+    assert fitted.result.evaluation.means["dirty"].mean == pytest.approx(float(found[-1]["val/bpd"]), abs=0.02)
+    assert fitted.result.run_seconds > 0
 
 
 def test_the_numbers_of_a_row(whole: FitResult) -> None:
@@ -112,7 +112,7 @@ def test_the_numbers_of_a_row(whole: FitResult) -> None:
             nll = (float(row["train/bpd"]) - math.log2(17)) * math.log(2)
             weight = 0.01 * (float(row["train/kinetic"]) + float(row["train/jacfrob"]))
             assert float(row["train/loss"]) == pytest.approx(nll + weight, abs=1e-5)
-    recipe, flow = tiny_recipe(*SETTINGS), load_flow(whole.folder.last)
+    recipe, flow = tiny_recipe(*SETTINGS), load_flow(whole.run.last)
     coarse = dataclasses.replace(recipe.solver, quadrature="full")  # not the random products of a step
     held_out = recipe.load_data().val[:60]
     bits, gaps, costs = [], [], []
@@ -141,7 +141,7 @@ def test_the_same_seed_gives_the_same_numbers_with_more_validations(
 ) -> None:
     torch.rand(3)
     often = run(recipe.override(["training.val_every_steps=1", "training.sample_images=0"]), tmp_path)
-    assert torch.equal(weights(often.folder.path), weights(whole.folder.path))
+    assert torch.equal(weights(often.run.path), weights(whole.run.path))
     steps = [[row for row in rows(each) if "lr" in row] for each in (often, whole)]
     assert steps[0] == steps[1]
 
@@ -157,14 +157,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(settings: tuple[str, ...],
     before = signal.getsignal(signal.SIGTERM)
     whole = run(recipe, tmp_path / "a")
     part = run(recipe, tmp_path / "b", callbacks=[signal_at(2)])  # inside of the flow matching
-    assert (part.stopped, part.steps, part.evaluation) == ("SIGTERM", 2, None)
+    assert (part.result.stopped, part.result.steps, part.result.evaluation) == ("SIGTERM", 2, None)
     assert signal.getsignal(signal.SIGTERM) == before  # the run's own handlers are gone again
     for stop in (4, 6):  # its last step, which is right before a validation, and after it
-        part = run(recipe, tmp_path, resume=part.folder.path, callbacks=[signal_at(stop)])
-    rest = run(recipe, tmp_path / "elsewhere", resume=part.folder.path)
-    assert rest.folder == part.folder
-    assert rest.run_seconds > part.run_seconds
-    assert_same(whole.folder.path, rest.folder.path)
+        part = run(recipe, tmp_path, resume=part.run.path, callbacks=[signal_at(stop)])
+    rest = run(recipe, tmp_path / "elsewhere", resume=part.run.path)
+    assert rest.run == part.run
+    assert rest.result.run_seconds > part.result.run_seconds
+    assert_same(whole.run.path, rest.run.path)
 
 
 @pytest.mark.usefixtures("ctrl_c")
@@ -174,24 +174,24 @@ def test_a_signal_during_the_last_validation_ends_the_run_after_it(recipe: Recip
             if trainer.global_step == 6:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    result = run(recipe, tmp_path, callbacks=[InTheLastValidation()])
-    assert (result.stopped, result.steps, result.evaluation) == ("SIGINT", 6, None)
-    assert "val/bpd" in rows(result)[-1]
+    fitted = run(recipe, tmp_path, callbacks=[InTheLastValidation()])
+    assert (fitted.result.stopped, fitted.result.steps, fitted.result.evaluation) == ("SIGINT", 6, None)
+    assert "val/bpd" in rows(fitted)[-1]
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def test_ffjord_trains_without_penalties_and_still_measures_them(recipe: Recipe, tmp_path: Path) -> None:
     ffjord = recipe.ffjord().override(["solver.atol=1e-3", "solver.rtol=1e-3", "training.max_steps=2"])
-    result = run(ffjord, tmp_path)
-    assert result.folder.path.parent.name == "digits-ffjord"
-    first, *_, last = rows(result)
+    fitted = run(ffjord, tmp_path)
+    assert fitted.run.path.parent.name == "digits-ffjord"
+    first, *_, last = rows(fitted)
     assert "train/kinetic" not in first
     assert "val/gap" not in last, "an adaptive training solver has none"
     assert float(first["train/loss"]) == pytest.approx(
         (float(first["train/bpd"]) - math.log2(17)) * math.log(2), abs=1e-5
     )
     assert float(last["val/kinetic"]) > 0
-    assert load_flow(result.folder.path).solver == ffjord.test_solver
+    assert load_flow(fitted.run.path).solver == ffjord.test_solver
 
 
 def test_a_lambda_that_warms_up_follows_the_steps_of_likelihood(tmp_path: Path) -> None:
@@ -200,33 +200,33 @@ def test_a_lambda_that_warms_up_follows_the_steps_of_likelihood(tmp_path: Path) 
         "regularizers.kinetic=0", "regularizers.jacfrob=0", "regularizers.l1=linear_warmup(2)*30",
         "solver.quadrature=full", "training.log_every=1",
     )  # fmt: skip
-    result = run(recipe, tmp_path)
-    steps = [{name: float(value) for name, value in row.items()} for row in rows(result) if "train/l1" in row]
+    fitted = run(recipe, tmp_path)
+    steps = [{name: float(value) for name, value in row.items()} for row in rows(fitted) if "train/l1" in row]
     assert len(steps) == 4
     for done, row in enumerate(steps):
         nll = (row["train/bpd"] - math.log2(17)) * math.log(2)
         assert row["train/loss"] - nll == pytest.approx(min(done / 2, 1) * 30 * row["train/l1"], abs=1e-5)
     assert steps[-1]["train/l1"] > 1e-4
-    stored = json.loads((result.folder.path / "recipe.json").read_text())
+    stored = json.loads((fitted.run.path / "recipe.json").read_text())
     assert stored["regularizers"]["l1"] == "linear_warmup(2)*30.0"
 
 
 def test_going_back_discards_what_later_steps_have_left(recipe: Recipe, whole: FitResult, tmp_path: Path) -> None:
     """The score of a run is one of its steps, also where an abandoned continuation was better."""
-    folder = copy_of(whole, tmp_path).folder
+    folder = copy_of(whole, tmp_path).run
     assert read_checkpoint(folder.best)["global_step"] == 6
     (folder.path / "diagnosis").mkdir()
     worse = recipe.override(["training.max_steps=7", "optimizer.lr=0.12"])
     copied = shutil.copy(folder.last.with_name("previous.ckpt"), tmp_path / "copied.ckpt")
-    result = run(worse, tmp_path, resume=folder.last.with_name("previous.ckpt"))
-    assert read_checkpoint(folder.best)["global_step"] == result.steps == 7
-    scores = [float(row["val/bpd"]) for row in rows(result) if "val/bpd" in row]
+    fitted = run(worse, tmp_path, resume=folder.last.with_name("previous.ckpt"))
+    assert read_checkpoint(folder.best)["global_step"] == fitted.result.steps == 7
+    scores = [float(row["val/bpd"]) for row in rows(fitted) if "val/bpd" in row]
     assert len(scores) == 2
     assert scores[1] > scores[0]  # the best of the steps up to the checkpoint
     assert not list(folder.samples.glob("step-0000006.png"))
     assert not (folder.path / "diagnosis").exists()
     elsewhere = run(worse, tmp_path, resume=copied)  # without the best weights of its steps
-    assert read_checkpoint(elsewhere.folder.best)["global_step"] == 7
+    assert read_checkpoint(elsewhere.run.best)["global_step"] == 7
 
 
 def test_epochs_of_other_batches_count_in_full_after_a_resume(tmp_path: Path) -> None:
@@ -234,9 +234,9 @@ def test_epochs_of_other_batches_count_in_full_after_a_resume(tmp_path: Path) ->
     recipe = tiny_recipe("training.max_steps=none", "training.max_epochs=2", "training.log_every=2")
     part = run(recipe, tmp_path, callbacks=[signal_at(4)])
     halved = recipe.override(["data.batch_size=10"])
-    part = run(halved, tmp_path, resume=part.folder.path, callbacks=[signal_at(6)])
-    rest = run(halved, tmp_path, resume=part.folder.path)
-    assert (rest.steps, rest.planned) == (12, 12)
+    part = run(halved, tmp_path, resume=part.run.path, callbacks=[signal_at(6)])
+    rest = run(halved, tmp_path, resume=part.run.path)
+    assert (rest.result.steps, rest.result.planned) == (12, 12)
     epochs = [(int(row["step"]), float(row["epoch"])) for row in rows(rest) if "epoch" in row]
     assert epochs == [(2, 0.5), (4, 1.0), (6, 1.25), (8, 1.5), (10, 1.75), (12, 2.0)]
 
@@ -252,10 +252,10 @@ def test_epochs_of_other_batches_count_in_full_after_a_resume(tmp_path: Path) ->
 def test_a_resume_that_makes_no_sense_is_refused(
     recipe: Recipe, whole: FitResult, tmp_path: Path, settings: list[str], message: str
 ) -> None:
-    result = copy_of(whole, tmp_path)
+    fitted = copy_of(whole, tmp_path)
     with pytest.raises(RnodeError, match=message):
-        run(recipe.override(settings), tmp_path, resume=result.folder.path, download=True)
-    assert result.folder.result.exists()
+        run(recipe.override(settings), tmp_path, resume=fitted.run.path, download=True)
+    assert fitted.run.result.exists()
     assert len(list((tmp_path / "digits").iterdir())) == 1  # nothing was begun
 
 
@@ -263,16 +263,16 @@ def test_a_run_that_was_killed_during_its_last_evaluation_is_evaluated(
     recipe: Recipe, whole: FitResult, tmp_path: Path
 ) -> None:
     """Again, if its evaluation has failed, and also with another test solver."""
-    result = copy_of(whole, tmp_path)
-    assert result.evaluation is not None
+    fitted = copy_of(whole, tmp_path)
+    assert fitted.result.evaluation is not None
     for settings, factor in (([], 1), (["test_solver.step=0.5"], 2)):
-        result.folder.result.unlink()
-        again = run(recipe.override(settings), tmp_path, resume=result.folder.path)
-        assert (again.steps, again.folder, again.stopped) == (6, result.folder, "finished")
-        assert again.evaluation is not None
-        assert (again.evaluation.means["dirty"] == result.evaluation.means["dirty"]) == (factor == 1)
-        assert again.evaluation.nfe_mean == factor * result.evaluation.nfe_mean
-        assert result.folder.result.exists()
+        fitted.run.result.unlink()
+        again = run(recipe.override(settings), tmp_path, resume=fitted.run.path)
+        assert (again.result.steps, again.run, again.result.stopped) == (6, fitted.run, "finished")
+        assert again.result.evaluation is not None
+        assert (again.result.evaluation.means["dirty"] == fitted.result.evaluation.means["dirty"]) == (factor == 1)
+        assert again.result.evaluation.nfe_mean == factor * fitted.result.evaluation.nfe_mean
+        assert fitted.run.result.exists()
 
 
 def recorder(recipe: Recipe, *, devices: int = 1, validated: slice = slice(60)) -> Recorder:
@@ -383,11 +383,11 @@ def test_the_time_of_training_has_the_wait_for_batches_and_no_validation(tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ArrayDataset, "__getitems__", slow)
         settings = "data.val_batch_size=15", "data.batch_size=40", "training.max_steps=4", "training.log_every=1"
-        result = run(tiny_recipe(*settings), tmp_path, callbacks=[Slow()])
-    steps = [row for row in csv.DictReader(result.folder.metrics.open()) if row["lr"]]
+        fitted = run(tiny_recipe(*settings), tmp_path, callbacks=[Slow()])
+    steps = [row for row in csv.DictReader(fitted.run.metrics.open()) if row["lr"]]
     seconds = [float(row["train_seconds"]) for row in steps]
     assert seconds == pytest.approx(list(itertools.accumulate(float(row["seconds_per_step"]) for row in steps)))
-    assert 0.4 < seconds[-1] < result.run_seconds - 0.4
+    assert 0.4 < seconds[-1] < fitted.result.run_seconds - 0.4
 
 
 # the plan ------------------------------------------------------------------------------------------------------
@@ -419,17 +419,17 @@ def test_samples_that_cannot_be_drawn_do_not_cost_the_evaluation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     far = ["training.max_steps=1", "training.sample_images=1", "training.sample_temperatures=1e38"]
-    result = run(tiny_recipe(*far), tmp_path)
+    fitted = run(tiny_recipe(*far), tmp_path)
     assert "no picture of samples of the best weights" in capsys.readouterr().err
-    assert result.samples is None
-    found = result.folder.read()
+    assert fitted.samples is None
+    found = fitted.run.read()
     assert found.result is not None
-    assert found.result.evaluation == result.evaluation
+    assert found.evaluation == fitted.result.evaluation
     assert found.picture is None
 
 
 def test_the_scores_of_some_held_out_images_have_their_numbers(recipe: Recipe, whole: FitResult) -> None:
-    with (whole.folder.path / "images.csv").open() as file:
+    with (whole.run.path / "images.csv").open() as file:
         numbers = [int(row["image"]) for row in csv.DictReader(file)]
     assert len(numbers) == 60  # of 297
     some, every = recipe.load_data(), recipe.load_data(all_val=True)
@@ -463,8 +463,8 @@ def test_a_run_whose_cooldown_has_not_begun_can_be_made_longer(
     cooldown = ("optimizer.warmup=1", "optimizer.schedule=cooldown", "optimizer.cooldown=0.5")
     planned = run(tiny_recipe(*cooldown, *long), tmp_path / "a")
     part = run(tiny_recipe(*cooldown, *short), tmp_path / "b", callbacks=[signal_at(2)])
-    longer = run(tiny_recipe(*cooldown, *long), tmp_path / "b", resume=part.folder.path)
-    assert_same(planned.folder.path, longer.folder.path)
+    longer = run(tiny_recipe(*cooldown, *long), tmp_path / "b", resume=part.run.path)
+    assert_same(planned.run.path, longer.run.path)
     rates = [float(row["lr"]) / 2e-3 for row in rows(longer) if "lr" in row]
     assert rates == pytest.approx([1, 1, 1, 1, 2 / 3, 1 / 3, *then])
 
@@ -473,13 +473,13 @@ def test_the_last_step_is_logged(tmp_path: Path) -> None:
     """Also if it is not a multiple of ``log_every``, and if a time limit makes it the last one, which validates."""
     recipe = tiny_recipe("training.log_every=5", "training.max_steps=3")
     whole, cut = run(recipe, tmp_path / "steps"), run(recipe, tmp_path / "time", max_time=1e-6)
-    assert (whole.stopped, cut.stopped) == ("finished", "max_time")
-    for result, last in ((whole, "3"), (cut, "1")):
-        assert [row["step"] for row in rows(result) if "train/loss" in row] == [last]
-        assert "val/bpd" in rows(result)[-1]
-        assert read_checkpoint(result.folder.last)["global_step"] == int(last)
-    rest = run(recipe, tmp_path, resume=cut.folder.path)
-    for one, other in zip(states(whole.folder), states(rest.folder), strict=True):
+    assert (whole.result.stopped, cut.result.stopped) == ("finished", "max_time")
+    for fitted, last in ((whole, "3"), (cut, "1")):
+        assert [row["step"] for row in rows(fitted) if "train/loss" in row] == [last]
+        assert "val/bpd" in rows(fitted)[-1]
+        assert read_checkpoint(fitted.run.last)["global_step"] == int(last)
+    rest = run(recipe, tmp_path, resume=cut.run.path)
+    for one, other in zip(states(whole.run), states(rest.run), strict=True):
         assert repr_exact(one) == repr_exact(other)
     assert [row for row in rows(rest) if row["step"] != "1"] == rows(whole)
 
@@ -494,14 +494,14 @@ def states(folder: Run) -> tuple[dict, dict]:
 
 def test_a_bad_gradient_changes_neither_weights_nor_moments(tmp_path: Path) -> None:
     short = run(tiny_recipe("training.max_steps=1"), tmp_path / "short")
-    result = run(tiny_recipe("training.max_steps=2"), tmp_path / "bad", callbacks=[SpoiltGradient(2)])
-    assert result.stopped == "finished"
-    for one, other in zip(states(short.folder), states(result.folder), strict=True):
+    fitted = run(tiny_recipe("training.max_steps=2"), tmp_path / "bad", callbacks=[SpoiltGradient(2)])
+    assert fitted.result.stopped == "finished"
+    for one, other in zip(states(short.run), states(fitted.run), strict=True):
         assert str(one) == str(other)
-    train = [row for row in rows(result) if "train/loss" in row]
+    train = [row for row in rows(fitted) if "train/loss" in row]
     assert [float(row["train/skipped"]) for row in train] == [0, 1]
     assert not math.isfinite(float(train[-1]["train/grad_norm"]))
-    assert read_checkpoint(result.folder.last)["progress"]["skipped"] == result.skipped == 1
+    assert read_checkpoint(fitted.run.last)["progress"]["skipped"] == fitted.result.skipped == 1
 
 
 class _FirstMoments(L.Callback):
@@ -520,9 +520,9 @@ def test_the_gradient_of_the_likelihood_is_clipped(tmp_path: Path) -> None:
     settings = ("training.matching=1", "training.max_steps=2", "training.log_every=1")
     plain, clipped = _FirstMoments(), _FirstMoments()
     run(tiny_recipe(*settings), tmp_path / "plain", callbacks=[plain])
-    result = run(tiny_recipe(*settings, "optimizer.clip=0.5"), tmp_path / "clipped", callbacks=[clipped])
+    fitted = run(tiny_recipe(*settings, "optimizer.clip=0.5"), tmp_path / "clipped", callbacks=[clipped])
     assert clipped.norms == pytest.approx([plain.norms[0], 0.05], rel=1e-5)
-    logged = [float(row["train/grad_norm"]) for row in rows(result) if "train/grad_norm" in row]
+    logged = [float(row["train/grad_norm"]) for row in rows(fitted) if "train/grad_norm" in row]
     assert logged == pytest.approx([10 * norm for norm in plain.norms], rel=1e-5)  # before it is clipped
     assert min(plain.norms) > 0.05
 
@@ -539,9 +539,9 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
     contents = read_checkpoint(folder.last)
     assert (contents["global_step"], contents["progress"]["skipped"]) == (5, 1)
     assert all(p.isfinite().all() for p in load_flow(folder.last).parameters())
-    result = run(recipe, tmp_path, resume=folder.path)  # without the cause
-    assert (result.stopped, result.steps) == ("finished", 8)
-    assert [row["step"] for row in rows(result) if "train/loss" in row] == list("12345678")
+    fitted = run(recipe, tmp_path, resume=folder.path)  # without the cause
+    assert (fitted.result.stopped, fitted.result.steps) == ("finished", 8)
+    assert [row["step"] for row in rows(fitted) if "train/loss" in row] == list("12345678")
 
 
 @pytest.mark.parametrize(
@@ -590,8 +590,8 @@ def test_a_failed_solve_is_skipped(tmp_path: Path) -> None:
         if step == 2:
             module.flow.encode = fail
 
-    result = run(tiny_recipe("training.max_steps=3"), tmp_path, callbacks=[BeforeStep(at)])
-    train = [row for row in rows(result) if "train/loss" in row]
+    fitted = run(tiny_recipe("training.max_steps=3"), tmp_path, callbacks=[BeforeStep(at)])
+    train = [row for row in rows(fitted) if "train/loss" in row]
     assert [row["train/nfe"] for row in train] == ["24.0", "77.0", "24.0"]
     assert [float(row["train/skipped"]) for row in train] == [0, 1, 1]
     assert set(train[0]) == set(train[1])  # in a run of several processes, means are taken over equal rows

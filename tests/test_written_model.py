@@ -75,7 +75,7 @@ def test_through_training_evaluation_diagnosis_samples_and_a_report(
     name: str, recipe: Recipe, tmp_path: Path
 ) -> None:
     recipe = recipe.override([f"model.name={name}"])
-    made = run(recipe, tmp_path / "runs").folder.path
+    made = run(recipe, tmp_path / "runs").run.path
     flow = load_flow(made)
     assert isinstance(flow, LaplaceFlow if name == "laplace" else HeavyTails)
     data = recipe.load_data()

@@ -130,7 +130,7 @@ def train(
             progress=not (quiet or as_json),
         )
         made = [_callback(name) for name in callbacks]
-        result = fit(chosen, options, callbacks=made, loggers=loggers, num_nodes=num_nodes, **place)
+        fitted = fit(chosen, options, callbacks=made, loggers=loggers, num_nodes=num_nodes, **place)
     except RnodeError as error:
         first = all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_PROCID"))
         if first or type(error) not in (ConfigError, TrainingError):  # another error may be in this process only
@@ -138,16 +138,15 @@ def train(
         # The first process reports the same error, if Lightning does not kill it before, which it does when another
         # process exits with an error.
         ctx.exit(0)
-    if not result.first_process:
+    if not fitted.first_process:
         return
     if as_json:
-        measured = None if result.evaluation is None else result.evaluation.to_plain()
-        places = {"folder": result.folder.path, "checkpoint": result.folder.best, "samples": result.samples}
-        print_json({**result.ended, **places, "evaluation": measured})
+        places = {"folder": fitted.run.path, "checkpoint": fitted.run.best, "samples": fitted.samples}
+        print_json({**fitted.result.to_plain(), **places})
     else:
-        _print_result(result, chosen, next_steps=next_steps)
-    if result.stopped in signal.Signals.__members__:
-        ctx.exit(128 + signal.Signals[result.stopped])
+        _print_result(fitted, chosen, next_steps=next_steps)
+    if (stopped := fitted.result.stopped) in signal.Signals.__members__:
+        ctx.exit(128 + signal.Signals[stopped])
 
 
 def _chosen(name: str | None, resume: str | None, ctx: click.Context, *, ffjord: bool) -> tuple[Recipe, str | None]:
@@ -248,8 +247,9 @@ def _callback(name: str) -> Callback:
     return made
 
 
-def _print_result(result: FitResult, recipe: Recipe, *, next_steps: bool) -> None:
-    folder, run = result.folder, shlex.quote(str(result.folder.path))
+def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> None:
+    folder, result, _, samples = fitted
+    run = shlex.quote(str(folder.path))
     if result.evaluation is None:
         click.echo(f"\nStopped by {result.stopped} after step {result.steps} of {result.planned}.")
         resume = f"Continue with: rnode-cli train --resume {run}"
@@ -263,7 +263,7 @@ def _print_result(result: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
         *result.evaluation.rows(recipe.task),
         ("checkpoint", str(folder.best)),
         ("metrics", str(folder.metrics)),
-        *([] if result.samples is None else [("samples", str(result.samples))]),
+        *([] if samples is None else [("samples", str(samples))]),
     ]
     click.echo(f"\n{table(rows)}")
     if next_steps:

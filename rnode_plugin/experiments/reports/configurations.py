@@ -85,12 +85,12 @@ class Configuration:
         The error of a baseline is always over the samples, because a baseline does not depend on the seed. None
         for runs that are not finished, and for the NFE of one seed.
         """
-        result, values = self.counted[0].result, [run.numbers[name] for run in self.counted]
-        if result is None:
+        evaluation, values = self.counted[0].evaluation, [run.numbers[name] for run in self.counted]
+        if evaluation is None:
             return None
         if len(values) > 1 and name not in [each.name for each in self.task.baselines]:
             return float(np.std(values, ddof=1) / len(values) ** 0.5)
-        score = result.evaluation.means.get(name)
+        score = evaluation.means.get(name)
         return None if score is None else score.stderr
 
 

@@ -66,7 +66,7 @@ def _main_lines(configurations: Sequence[Configuration], base: Configuration) ->
         if number == 0:
             meaning = f"{each.heading}, {task.sample} by {task.sample}"
             yield f"against {base.label}", meaning, lambda one: _difference(one, base)
-    sizes = {run.result.evaluation.nfe_batch_size for one in configurations for run in one.runs if run.result}
+    sizes = {run.evaluation.nfe_batch_size for one in configurations for run in one.runs if run.evaluation}
     batches = f", batches of {' or '.join(map(str, sorted(sizes)))} {task.samples}" if sizes else ""
     yield "NFE, test", f"evaluations of all blocks by the test solver{batches}", _known("nfe_test")
     yield "training time", "without validation", _known("training_seconds", duration)
@@ -143,7 +143,7 @@ def _each(text: Callable[..., object]) -> _Cell:
 
 
 def _held_out(one: Configuration) -> str:
-    known = [run.result.evaluation.samples for run in one.counted if run.result is not None]
+    known = [run.evaluation.samples for run in one.counted if run.evaluation is not None]
     return " or ".join(dict.fromkeys(f"{count:,}" for count in known))
 
 
@@ -156,8 +156,8 @@ def _parameters(one: Configuration) -> str:
 
 def _undivided(run: RunContents) -> Collection[str]:
     """The names of the penalties that are not divided by the number of dimensions."""
-    if run.result is not None:
-        return run.result.evaluation.undivided
+    if run.evaluation is not None:
+        return run.evaluation.undivided
     try:
         return resolve_regularizers(run.recipe.measured).undivided
     except RnodeError:  # of a plugin that is not installed here

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.facts import Facts
+from ..evaluation.measures import Evaluation
 from ..recipes.recipe import Recipe
 from ..recipes.task import AnyTask
 from .environment import Environment
@@ -80,6 +81,11 @@ class RunContents:
         return self.result is not None or len(self.steps["step"]) > 0
 
     @property
+    def evaluation(self) -> Evaluation | None:
+        """The evaluation of the best weights; None for a run without a result."""
+        return None if self.result is None else self.result.evaluation
+
+    @property
     def done(self) -> int:
         """The number of training steps, as the result says; without a result, up to the last step that is known."""
         return self.metrics.last_step if self.result is None else self.result.steps
@@ -95,15 +101,15 @@ class RunContents:
     @property
     def scores(self) -> NDArray[np.float64]:
         """The score of each held-out sample, as the first quantity of the task; empty if unknown."""
-        means = {} if self.result is None else self.result.evaluation.means
+        means = {} if self.evaluation is None else self.evaluation.means
         mean = means.get(self.task.quantities[0].name)
         return np.array([] if mean is None else mean.samples)
 
     @property
     def penalties(self) -> Mapping[str, float]:
         """The mean integral of each penalty, for the best weights, or at the last validation without a result."""
-        if self.result is not None:
-            return self.result.evaluation.penalties
+        if self.evaluation is not None:
+            return self.evaluation.penalties
         known = (name for name in self.recipe.measured if f"val/{name}" in self.checks)
         return {name: _last(self.checks[f"val/{name}"]) for name in known}
 
@@ -113,8 +119,7 @@ class RunContents:
 
         Scores and test NFE belong to the best weights or, without a result, to the last validation.
         """
-        if self.result is not None:
-            evaluation = self.result.evaluation
+        if self.result is not None and (evaluation := self.evaluation) is not None:
             scores = {name: score.mean for name, score in evaluation.means.items()}
             nfe_test, seconds = evaluation.nfe_mean, self.result.training_seconds
             # JSON has no infinity, which the gap of a training solver is that fails

@@ -22,17 +22,20 @@ from .texts import known_rows, numbers, reading, write_json, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunEnd:
-    """How and when a run ended.
+class Result:
+    """How and when a run ended, and the evaluation of its best weights.
 
     Attributes:
         stopped: why the run ended: ``"finished"``, ``"max_time"``, ``"early"`` if a callback ended it, or the name
             of a signal.
-        steps: optimizer steps of the whole run.
+        steps: optimizer steps of the whole run; after a signal, the steps in the newest checkpoint.
         planned: steps in the recipe.
         training_seconds: time of all steps of the run, without validations.
         run_seconds: wall-clock time of the whole run, without the final evaluation.
         skipped: steps without a usable gradient, which changed nothing.
+        evaluation: likelihoods, NFE and penalties on the held-out samples. None after a signal, which a run
+            continues from, and in the processes of a distributed run that do not report. Such a result is not
+            written to a file.
     """
 
     stopped: str
@@ -41,39 +44,17 @@ class RunEnd:
     training_seconds: float
     run_seconds: float
     skipped: int
+    evaluation: Evaluation | None = None
 
     @property
     def out_of_time(self) -> bool:
         """Whether a time limit ended the run before its planned steps."""
         return self.stopped == "max_time"
 
-    @property
-    def ended(self) -> dict[str, object]:
-        """These values by name, for JSON, without the ones that a subclass adds."""
-        return {each.name: getattr(self, each.name) for each in dataclasses.fields(RunEnd)}
-
-    def with_evaluation(self, evaluation: Evaluation) -> Result:
-        """Return this end together with the evaluation of the best weights."""
-        return Result(
-            stopped=self.stopped,
-            steps=self.steps,
-            planned=self.planned,
-            training_seconds=self.training_seconds,
-            run_seconds=self.run_seconds,
-            skipped=self.skipped,
-            evaluation=evaluation,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result(RunEnd):
-    """The end of a run, and the evaluation of its best weights. A run that a signal ends has no result.
-
-    Attributes:
-        evaluation: likelihoods, NFE and penalties on the held-out samples.
-    """
-
-    evaluation: Evaluation
+    def to_plain(self) -> dict[str, object]:
+        """Convert to plain data for JSON, without the scores by sample."""
+        evaluation = None if self.evaluation is None else self.evaluation.to_plain()
+        return {**vars(self), "evaluation": evaluation}
 
 
 _RESULT = TypeAdapter(Result)
@@ -84,16 +65,17 @@ def write_result(path: Path, result: Result, scores: Path, sample: str, numbers:
 
     Args:
         path: the file of the result, which has the means.
-        result: the means and the scores.
+        result: the end of the run with an evaluation.
         scores: the file of the scores, with a column for each mean, and one with the numbers of the samples.
         sample: name of the latter column, ``image`` or ``row``.
         numbers: the numbers of the samples; None to count them from 0.
     """
-    evaluation = result.evaluation
-    table = pandas.DataFrame({name: mean.samples for name, mean in evaluation.means.items()}, index=numbers)
+    assert result.evaluation is not None
+    means = result.evaluation.means
+    table = pandas.DataFrame({name: mean.samples for name, mean in means.items()}, index=numbers)
     # a result.json marks a run as finished, so it comes last, when the other file is complete
     write_text(scores, table.to_csv(index_label=sample, na_rep="nan", lineterminator="\n"))
-    write_json(path, {**result.ended, "evaluation": evaluation.to_plain()})
+    write_json(path, result.to_plain())
 
 
 def read_result(path: Path, scores: Path, sample: str) -> Result | None:
@@ -106,12 +88,14 @@ def read_result(path: Path, scores: Path, sample: str) -> Result | None:
     """
     with reading(path) as text:
         result = None if text is None else _RESULT.validate_python(json.loads(text))
+        evaluation = None if result is None else result.evaluation
+        if result is not None and evaluation is None:
+            raise ValueError("it has no evaluation")
     with reading(scores) as text:
         table = known_rows(numbers(text or ""), [sample])
-    if result is None:
+    if result is None or evaluation is None:
         return None
-    evaluation, there = result.evaluation, len(table[sample])
-    check_whole(scores, sample, there, evaluation.samples)
+    refuse_cut_off(scores, sample, len(table[sample]), evaluation.samples)
     means = {
         name: dataclasses.replace(mean, samples=tuple(table[name].tolist() if name in table else ()))
         for name, mean in evaluation.means.items()
@@ -119,14 +103,16 @@ def read_result(path: Path, scores: Path, sample: str) -> Result | None:
     return dataclasses.replace(result, evaluation=dataclasses.replace(evaluation, means=means))
 
 
-def check_whole(path: Path, what: str, there: int, whole: int) -> None:
-    """Refuse a file that ends before the last ``what`` of a finished run. An empty file counts as missing.
+def refuse_cut_off(path: Path, unit: str, found: int, expected: int) -> None:
+    """Refuse a file of a finished run with fewer samples or steps (``unit``) than it must have.
+
+    A file without any counts as missing.
 
     Raises:
         ConfigError: the file is cut off, as by a copy that was interrupted.
     """
-    if 0 < there < whole:
-        raise ConfigError(f"{path} is cut off: it ends with {what} {there} of {whole}.")
+    if 0 < found < expected:
+        raise ConfigError(f"{path} is cut off: it ends with {unit} {found} of {expected}.")
 
 
 # diagnosis -----------------------------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ class Run:
         from .contents import Picture, RunContents
         from .environment import read_environment
         from .metrics import read_metrics
-        from .results import check_whole, read_diagnosis, read_result
+        from .results import read_diagnosis, read_result, refuse_cut_off
 
         recipe = self.recipe()
         metrics = read_metrics(self.metrics, recipe.task.metric)
@@ -273,7 +273,7 @@ class Run:
         # a result promises all rows. Without this check a copy that was cut off would give shorter curves in
         # silence
         if result is not None:
-            check_whole(self.metrics, "step", metrics.last_step, result.steps)
+            refuse_cut_off(self.metrics, "step", metrics.last_step, result.steps)
         environment, facts = read_environment(self._environment)
         pictures = self._pictures()
         newest = Picture(pictures[max(pictures)], max(pictures)) if pictures else None

@@ -126,12 +126,12 @@ def _data(recipe: Recipe, facts: Facts | None) -> str:
 
 
 def _result(flow: DensityModel, run: RunContents | None) -> str:
-    if run is None or run.result is None:
+    if run is None or run.evaluation is None:
         ended = "" if run is None else f" The run was {run.state}."
         return f"No result of these weights is known.{ended}"
     task, solver = run.task, run.recipe.test_solver
     trace = "exact" if is_exact(flow, task) else "estimated with Rademacher probes"
-    rows = [*run.result.evaluation.rows(task), ("test solver", solver.text), ("trace", trace)]
+    rows = [*run.evaluation.rows(task), ("test solver", solver.text), ("trace", trace)]
     errors = (
         f"± is a standard error, of the choice of {task.samples} or of the noise, which is the spread between two "
         "evaluations. NFE is the number of evaluations of the vector fields in one solve, with a fresh first step."

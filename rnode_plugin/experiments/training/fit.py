@@ -7,9 +7,8 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as L
 import torch
@@ -21,11 +20,10 @@ from ...errors import CheckpointError, ConfigError, SolverError, TrainingError
 from ...text import batch_counter
 from ..data.facts import Facts
 from ..evaluation.likelihood import evaluate
-from ..evaluation.measures import Evaluation
 from ..evaluation.samples import save_samples
 from ..recipes.recipe import Recipe
 from ..runs.environment import Environment
-from ..runs.results import RunEnd
+from ..runs.results import Result
 from ..runs.run import Run, training_lock
 from .checkpoints import load_flow, newest_intact
 from .clock import Clock
@@ -41,27 +39,19 @@ from .stops import Stopped, Stops
 from .trainer import Place, end_other_processes, find_place, make_trainer, quiet
 
 
-@dataclass(frozen=True, kw_only=True)
-class FitResult(RunEnd):
-    """The end of a call to :func:`fit`.
+class FitResult(NamedTuple):
+    """What a call to :func:`fit` has made.
 
     Attributes:
-        stopped: why the call ended: ``"finished"``, ``"max_time"``, ``"early"`` if a callback ended it, or the name
-            of a signal.
-        steps: optimizer steps of the whole run so far; after a signal, the steps in the newest checkpoint.
-        planned: steps in the recipe.
-        training_seconds: time of all steps of the run, without validations.
-        run_seconds: wall-clock time of the whole run so far, without the final evaluation.
-        skipped: steps of the run without a usable gradient, which changed nothing.
-        folder: the folder of the run.
+        run: the folder of the run.
+        result: how and when the call ended, and the evaluation of the best weights.
         first_process: whether this process of a distributed run reports; the others evaluate nothing.
-        evaluation: the result of the best weights on the held-out samples; None after a signal.
         samples: the last picture of samples; None if there is none.
     """
 
-    folder: Run
-    first_process: bool = True
-    evaluation: Evaluation | None = None
+    run: Run
+    result: Result
+    first_process: bool
     samples: Path | None = None
 
 
@@ -152,7 +142,7 @@ def fit(
             # a group that still exists when its process ends can abort the process, which would look like a failure
             torch.distributed.destroy_process_group()
         by_signal = stopped in signal.Signals.__members__
-        result = FitResult(
+        result = Result(
             stopped=stopped,
             # a second signal ends a step halfway, so the checkpoint counts, from which the run would continue
             steps=_saved_steps(recorder.run) if by_signal else trainer.global_step,
@@ -160,12 +150,11 @@ def fit(
             training_seconds=clock.training_seconds,
             run_seconds=clock.run_seconds,
             skipped=skipped,
-            folder=recorder.run,
-            first_process=trainer.is_global_zero,
         )
         if by_signal or not trainer.is_global_zero:
-            return result
-        return _conclude(result, experiment, trainer.strategy.root_device, progress=options.progress)
+            return FitResult(recorder.run, result, trainer.is_global_zero)
+        device = trainer.strategy.root_device
+        return _conclude(recorder.run, result, experiment, device, progress=options.progress)
 
 
 def _with_weights(
@@ -306,16 +295,18 @@ def _announce(experiment: Experiment, trainer: L.Trainer, folder: Run, *, done: 
         print(f"validations and checkpoints use the {recipe.weights}")
 
 
-def _conclude(result: FitResult, experiment: Experiment, device: torch.device, *, progress: bool) -> FitResult:
+def _conclude(
+    run: Run, result: Result, experiment: Experiment, device: torch.device, *, progress: bool
+) -> FitResult:
     """Evaluate the best weights, draw samples, and write ``result.json``.
 
     Raises:
         TrainingError: a solve of held-out samples failed. The weights stay, and the message has the command that
             evaluates them again.
     """
-    folder, recipe, data, task = result.folder, experiment.recipe, experiment.data, experiment.task
+    recipe, data, task = experiment.recipe, experiment.data, experiment.task
     # from the file, because the flow that was trained has the last weights
-    flow = load_flow(folder.best, map_location=device)
+    flow = load_flow(run.best, map_location=device)
     try:
         evaluation = evaluate(
             flow,
@@ -329,16 +320,17 @@ def _conclude(result: FitResult, experiment: Experiment, device: torch.device, *
         ).with_baselines(task, data)
     except SolverError as error:
         raise TrainingError(
-            f"training is done, but its best weights could not be evaluated: {error} They are in {folder.best}; "
-            f"rnode-cli eval {folder.path} tries again, with another solver by --solver KEY=VALUE."
+            f"training is done, but its best weights could not be evaluated: {error} They are in {run.best}; "
+            f"rnode-cli eval {run.path} tries again, with another solver by --solver KEY=VALUE."
         ) from error
     samples = None
     if recipe.training.sample_images:
         try:
-            picture = folder.picture()
+            picture = run.picture()
             save_samples(task, flow, data, recipe.training, picture)
             samples = picture
         except SolverError as error:  # a latent far out may fail where no held-out sample does
             print(f"no picture of samples of the best weights: {error}", file=sys.stderr)
-    folder.conclude(result.with_evaluation(evaluation), recipe, data.numbers)
-    return dataclasses.replace(result, evaluation=evaluation, samples=samples)
+    result = dataclasses.replace(result, evaluation=evaluation)
+    run.conclude(result, recipe, data.numbers)
+    return FitResult(run, result, True, samples)
