@@ -75,6 +75,7 @@ SIDEBAR = {
     "gallery": "start/two_moons notebooks/classifier notebooks/flow_matching notebooks/table_density"
     " notebooks/image_flow",
     "which_penalty": "regularizers mathematics comparison",
+    "benchmarks": "",
     "torchdyn": "diagnose export",
     "images": "exact_images tables training scaling reports reproduce",
     "faq": "troubleshooting cli glossary",
@@ -176,7 +177,10 @@ def show_files_from_outside(app: Any, page: str, source: list[str]) -> None:
                 return found[0]
             target = (folder / found[1]).resolve()
             target = next((DOCS / f"{name}.md" for name, file in LINKED.items() if file == target), target)
-            return f"]({relpath(target, (DOCS / page).parent)}{found[2] or ''})"
+            path = relpath(target, (DOCS / page).parent)
+            if target.suffix == ".md" and DOCS not in target.parents:  # a page that the site does not have: its file
+                return f"](path:{path})"
+            return f"]({path}{found[2] or ''})"
 
         return LINK.sub(link, text)
 
