@@ -91,6 +91,15 @@ def test_the_package_exports_every_regularizer_of_the_list() -> None:
     assert not hasattr(regularizers, "kinetik")
 
 
+def test_the_regularizer_of_the_page_for_contributors_works() -> None:
+    page = (DOCS.parent / "CONTRIBUTING.md").read_text()
+    names = dict(vars(rates))  # the page puts it at the end of this module
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    model = NeuralODE(lambda t, z: torch.full_like(z, 2.0), solver="euler", regularizers=[names["l4"]])
+    model(torch.zeros(3, 2), torch.tensor([0.0, 1.0]))
+    assert torch.equal(model.regularization["l4"], torch.full((3,), 32.0))
+
+
 def test_the_tables_of_the_docs_are_those_of_the_declarations() -> None:
     """If this fails, run ``python docs/regularizer_tables.py``."""
     page = (DOCS / "regularizers.md").read_text("utf-8")
