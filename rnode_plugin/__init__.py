@@ -37,8 +37,8 @@ _PUBLIC = {
     "TableDataModule": "experiments.training.datamodule",
     "load_flow": "experiments.training.checkpoints",
     "diagnose": "diagnostics.diagnose",
-    "export_program": "experiments.evaluation.programs",
-    "save_program": "experiments.evaluation.programs",
+    "export_program": "export",
+    "save_program": "export",
     "penalties_at": "flow_matching",
     "velocity_from_noise": "diffusion",
     "install": "torchdyn.neural_ode",
@@ -60,11 +60,11 @@ if TYPE_CHECKING:
     from .diagnostics.diagnose import diagnose
     from .diffusion import velocity_from_noise
     from .errors import RnodeError, SolverError
-    from .experiments.evaluation.programs import export_program, save_program
     from .experiments.recipes.recipe import get_recipe
     from .experiments.training.checkpoints import load_flow
     from .experiments.training.datamodule import ImageDataModule, TableDataModule
     from .experiments.training.module import RnodeModule
+    from .export import export_program, save_program
     from .flow_matching import penalties_at
     from .flows.multiscale import MultiscaleFlow
     from .flows.table import TableFlow

@@ -168,7 +168,7 @@ WITH_EXAMPLES = [path for path in sorted((ROOT / "rnode_plugin").rglob("*.py")) 
 
 @pytest.mark.parametrize("path", [
     # test_export_programs exports smaller models
-    pytest.param(path, id=str(path.relative_to(ROOT)), marks=[pytest.mark.slow] * (path.name == "programs.py"))
+    pytest.param(path, id=str(path.relative_to(ROOT)), marks=[pytest.mark.slow] * (path.name == "export.py"))
     for path in WITH_EXAMPLES
 ])  # fmt: skip
 def test_examples_in_docstrings_run(path):

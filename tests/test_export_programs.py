@@ -27,8 +27,8 @@ from rnode_plugin import (
     save_program,
 )
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.experiments.evaluation.programs import Which
 from rnode_plugin.experiments.training.checkpoints import save_flow
+from rnode_plugin.export import Which
 from rnode_plugin.fields import linear_field
 from rnode_plugin.flows.table import TableFlow
 from rnode_plugin.regularizers import LearnedEndTime

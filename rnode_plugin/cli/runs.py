@@ -372,7 +372,7 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
     source = find_checkpoint(run)
     check_folder(path.parent)
     # what cannot work was refused before torch is imported here
-    from ..experiments.evaluation.programs import Which, export_program, save_program
+    from ..export import Which, export_program, save_program
 
     programs = {} if kind == "safetensors" else {w: path.with_stem(f"{path.stem}-{w}") for w in get_args(Which)}
     for target in programs.values() or [path]:

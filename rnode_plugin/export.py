@@ -18,11 +18,11 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ...core.distribution import DensityModel
-from ...core.modes import recording
-from ...errors import ConfigError, first_line, suggest
-from ...files import PROGRAM, write_atomically
-from ...solvers import Solver
+from .core.distribution import DensityModel
+from .core.modes import recording
+from .errors import ConfigError, first_line, suggest
+from .files import PROGRAM, write_atomically
+from .solvers import Solver
 
 Which = Literal["sampler", "log_prob"]
 
