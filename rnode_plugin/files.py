@@ -15,6 +15,9 @@ from .errors import CheckpointError, ConfigError, first_line
 PROGRAM = ".pt2"
 """The suffix of a program of torch.export."""
 
+SAFETENSORS = ".safetensors"
+"""The suffix of weights in the format that many programs read."""
+
 _PATH_NAME = re.compile(r"\w([\w .,+=@-]*[\w+=@-])?")
 _MAX_NAME_BYTES = 100  # file systems allow 255 bytes, and suffixes are added
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import runpy
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,8 +215,6 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
     penalized and the mean of each penalty. The exit code and the traceback are the script's. Processes that the
     script starts run without this, unless they are forked.
     """
-    import runpy
-
     spec = read_regularizers(regularizers) or None
     for name in spec or ():
         registry.check_name("regularizers", name.partition(":")[0])  # before torch is imported
@@ -253,8 +253,6 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
 
 def _copy_passed_over(name: str) -> str:
     """The file of a package that sys.path finds first, if it is another one than the imported one; else ``""``."""
-    from importlib.machinery import PathFinder
-
     # a script may have removed the module, to import another copy later
     found, imported = PathFinder.find_spec(name, sys.path), getattr(sys.modules.get(name), "__file__", None)
     if found is None or found.origin is None or imported is None:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ..core.schedules import DEFAULT_LAMBDA
 from ..errors import CheckpointError, ConfigError, RnodeError
+from ..experiments.runs.run import Run
 from ..plugins import registry
 from ..text import to_json
 
@@ -132,8 +134,6 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         ConfigError: an unknown name or setting, a value that cannot work, or an option of another kind of data.
         DataError: a table or a folder that is named cannot be read.
     """
-    from ..core.schedules import DEFAULT_LAMBDA
-
     penalties = changes.get("regularizers", ())
     texts = [
         f"regularizers.{each}" if "=" in each else f"regularizers.{each}={DEFAULT_LAMBDA}" for each in penalties
@@ -162,7 +162,6 @@ def refuse_path_as_recipe(name: str) -> None:
     if name in registry.names("recipes") or not (path.exists() or os.sep in name):
         return
     from ..experiments.data.table_files import is_table  # imports numpy, which most names need not wait for
-    from ..experiments.runs.run import Run
 
     quoted = shlex.quote(name)
     if not path.exists():

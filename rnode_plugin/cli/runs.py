@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from ..errors import ConfigError
-from ..files import PROGRAM
+from ..experiments.recipes.task import SampleRequest
+from ..experiments.runs.run import BEST, Run, find_checkpoint
+from ..files import PROGRAM, SAFETENSORS
 from ..solvers import FIXED_METHODS, FixedGrid
 from ..text import batch_counter, counted, duration, table
 from .options import (
@@ -64,7 +66,7 @@ class Values(click.ParamType):
 @run_argument
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Use N of the held-out images or rows.")
 @click.option("--solver", "solver_settings", multiple=True, metavar="KEY=VALUE",
-              help="Change the test solver: method=rk4, step=0.05, atol=1e-6, ... May be repeated.")  # fmt: skip
+              help="Change a setting of test_solver, as method=rk4 or atol=1e-6. May be repeated.")  # fmt: skip
 @short("data-root")
 @device
 @quiet
@@ -112,8 +114,6 @@ def eval(  # noqa: A001 - the command's name
     --exact it is exact: 25 products at each evaluation for images of one channel and four layers, and seconds for
     an image of MNIST. The NLL of a table, in nats per row, is shown with the NLL of a Gaussian.
     """
-    from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
-
     if summary and not as_json:
         raise click.UsageError("--summary shortens the JSON: add --json.")
     if wrong := [each for each in solver_settings if "=" not in each]:
@@ -125,6 +125,7 @@ def eval(  # noqa: A001 - the command's name
     from ..experiments.evaluation.likelihood import evaluate
     from ..experiments.evaluation.loading import load_for_evaluation, pick_device
     from ..experiments.recipes.recipe import changed_test_solver
+    from ..experiments.training.checkpoints import load_with_recipe
 
     flush_denormals()
     flow, recipe, facts = load_with_recipe(path, map_location=pick_device(device))
@@ -209,9 +210,6 @@ def diagnose(
     Writes diagnosis.json and diagnosis/ (PNG and SVG). `rnode-cli report` shows the diagnosis of the best weights
     of a run. The exit code is 3 if a check failed.
     """
-    from ..experiments.runs.run import BEST, Run
-    from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
-
     path = find_checkpoint(run)
     if out is not None:
         check_folder(out)
@@ -220,6 +218,7 @@ def diagnose(
     from ..experiments.evaluation.loading import held_out_samples, load_for_evaluation, pick_device
     from ..experiments.reports.diagnosis import save_diagnosis
     from ..experiments.runs.results import DiagnosedWeights
+    from ..experiments.training.checkpoints import load_with_recipe
 
     flush_denormals()
     torch_device = pick_device(device)
@@ -304,14 +303,12 @@ def sample(
     Each temperature is a block of rows of images, made from the same latents. The rows of a conditional density
     have the given columns in addition to the drawn ones.
     """
-    from ..experiments.data.table_files import column_names
-    from ..experiments.recipes.task import SampleRequest
-    from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
-
     if given_values and given_file:
         raise ConfigError("give the context with --given-values or with --given-file, not both.")
     checkpoint = find_checkpoint(run)
     if given_file is not None:
+        from ..experiments.data.table_files import column_names  # numpy, but not torch
+
         column_names(given_file)  # refuses a file that is not a table
     request = SampleRequest(
         count=count,
@@ -323,6 +320,7 @@ def sample(
     )
     check_folder(Path(out or "samples").parent)
     from ..experiments.evaluation.loading import pick_device
+    from ..experiments.training.checkpoints import load_with_recipe
 
     flush_denormals()
     flow, recipe, facts = load_with_recipe(checkpoint, map_location=pick_device(device))
@@ -359,8 +357,6 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
     With `--format torch-export`, write the sampler and the log-density as two programs on a fixed grid, which need
     torch alone: FILE-sampler.pt2 and FILE-log_prob.pt2 for FILE.pt2.
     """
-    from ..experiments.training.checkpoints import SAFETENSORS, find_checkpoint, load_with_recipe, save_flow
-
     path = Path(file)
     suffix = SAFETENSORS if kind == "safetensors" else PROGRAM
     if path.suffix != suffix:
@@ -372,6 +368,7 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
     source = find_checkpoint(run)
     check_folder(path.parent)
     # what cannot work was refused before torch is imported here
+    from ..experiments.training.checkpoints import load_with_recipe, save_flow
     from ..export import Which, export_program, save_program
 
     programs = {} if kind == "safetensors" else {w: path.with_stem(f"{path.stem}-{w}") for w in get_args(Which)}
@@ -395,8 +392,6 @@ def _run_of_best(checkpoint: Path) -> RunContents | None:
 
     None for other weights, and with a line on standard error for a run with a damaged file.
     """
-    from ..experiments.runs.run import BEST, Run
-
     run = Run.of_checkpoint(checkpoint) if checkpoint.name == BEST else None
     try:
         return None if run is None else run.read()
@@ -422,8 +417,6 @@ def report(*, runs: tuple[str, ...], out: str | None, title: str | None, force: 
     out. Runs that differ only in their seed form one configuration.
     Writes report.html (one file that opens offline) and figures/ (PNG and SVG).
     """
-    from ..experiments.runs.run import Run
-
     for run in map(Path, runs):
         Run.find(run)  # refuses a path without runs before torch is imported
     target = free_path(out, "report", force=force)
@@ -446,10 +439,9 @@ def cite(*, run: str | None) -> None:
 
     RUN is a run folder or a checkpoint. Without it, the papers behind `kinetic` and `jacfrob` are printed.
     """
-    from ..experiments.training.checkpoints import find_checkpoint, load_with_recipe
-
-    checkpoint = None if run is None else find_checkpoint(run)  # before torch is imported
+    checkpoint = None if run is None else find_checkpoint(run)
     from ..core.citations import citation
+    from ..experiments.training.checkpoints import load_with_recipe
     from ..regularizers import jacfrob, kinetic
 
     if checkpoint is None:

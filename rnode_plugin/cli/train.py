@@ -8,12 +8,15 @@ import pkgutil
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import ConfigError, RnodeError, TrainingError
+from ..experiments.runs.run import LAST, Run, find_checkpoint
 from ..experiments.training.loggers import LOGGERS, check_loggers
 from ..text import counted, duration, table
 from .options import (
@@ -41,6 +44,29 @@ if TYPE_CHECKING:
     from ..experiments.training.fit import FitResult
 
 
+def _logger_name(text: str) -> str:
+    check_loggers([text])
+    return text
+
+
+def _callback_name(text: str) -> str:
+    """Refuse a text other than ``MODULE:NAME``, or a module that does not exist (ConfigError).
+
+    The module is not imported yet, because most modules with callbacks import Lightning.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the user's module may lie in the folder where the command is given
+    module, colon, attribute = text.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(f"--callback {text}: write MODULE:NAME.")
+    package = module.partition(".")[0]
+    if package not in sys.modules and importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"--callback {text}: no module {package!r} is installed or in this folder. Write MODULE:NAME."
+        )
+    return text
+
+
 @click.command()
 @click.argument("recipe", required=False)
 @short("data", "data-root", "size", "max-steps", "max-epochs")
@@ -60,9 +86,9 @@ if TYPE_CHECKING:
 @click.option("--compile/--no-compile", default=None, help="Use torch.compile, which takes minutes at first.")
 @click.option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Folder of all runs.")
 @click.option("--run-folder", metavar="FOLDER", help="Folder of a new run, instead of one under --runs.")
-@click.option("--logger", "loggers", multiple=True, metavar="|".join(LOGGERS),
+@click.option("--logger", "loggers", multiple=True, metavar="|".join(LOGGERS), type=_logger_name,
               help="Also log to this service, in addition to metrics.csv. May be repeated.")  # fmt: skip
-@click.option("--callback", "callbacks", multiple=True, metavar="MODULE:NAME",
+@click.option("--callback", "callbacks", multiple=True, metavar="MODULE:NAME", type=_callback_name,
               help="Use a callback of Lightning: an object, a class or a function. May be repeated.")  # fmt: skip
 @click.option("--num-nodes", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Machines of a distributed run.")  # fmt: skip
@@ -102,18 +128,8 @@ def train(
     metrics, checkpoints and samples. With --resume, RECIPE may be left out. Settings that are given again change
     from there on, and a recipe.json changes all of them.
     """
-    try:
-        check_loggers(loggers)
-        for name in callbacks:
-            _check_callback(name)
-        found, resume = _chosen(recipe, resume, ctx, ffjord=ffjord)
-        if resume is not None:  # the same columns, or the same shape, as the run has, in another file or folder
-            found = found.at_root(changes.pop("data_root"))
-        chosen = changed(found, changes)
-        if resume is None and chosen.training.weights is not None:
-            from ..experiments.training.checkpoints import find_checkpoint
-
-            find_checkpoint(chosen.training.weights)
+    with _reported_once(ctx):
+        chosen, resume = _chosen(recipe, resume, changes, ffjord=ffjord)
         check_folder(_folder_of(resume) or run_folder or runs)
         place = _place(device, devices)
         flush_denormals()
@@ -131,6 +147,22 @@ def train(
         )
         made = [_callback(name) for name in callbacks]
         fitted = fit(chosen, options, callbacks=made, loggers=loggers, num_nodes=num_nodes, **place)
+    if not fitted.first_process:
+        return
+    if as_json:
+        files = {"folder": fitted.run.path, "checkpoint": fitted.run.best, "samples": fitted.samples}
+        print_json({**fitted.result.to_plain(), **files})
+    else:
+        _print_result(fitted, chosen, next_steps=next_steps)
+    if (stopped := fitted.result.stopped) in signal.Signals.__members__:
+        ctx.exit(128 + signal.Signals[stopped])
+
+
+@contextmanager
+def _reported_once(ctx: click.Context) -> Iterator[None]:
+    """Let only the first process of a distributed run report an error that all of them meet."""
+    try:
+        yield
     except RnodeError as error:
         first = all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_PROCID"))
         if first or type(error) not in (ConfigError, TrainingError):  # another error may be in this process only
@@ -138,48 +170,48 @@ def train(
         # The first process reports the same error, if Lightning does not kill it before, which it does when another
         # process exits with an error.
         ctx.exit(0)
-    if not fitted.first_process:
-        return
-    if as_json:
-        places = {"folder": fitted.run.path, "checkpoint": fitted.run.best, "samples": fitted.samples}
-        print_json({**fitted.result.to_plain(), **places})
-    else:
-        _print_result(fitted, chosen, next_steps=next_steps)
-    if (stopped := fitted.result.stopped) in signal.Signals.__members__:
-        ctx.exit(128 + signal.Signals[stopped])
 
 
-def _chosen(name: str | None, resume: str | None, ctx: click.Context, *, ffjord: bool) -> tuple[Recipe, str | None]:
-    """The recipe that is named, read from a file, or found in the run to continue; and where to resume from.
+def _chosen(
+    name: str | None, resume: str | None, changes: dict[str, Any], *, ffjord: bool
+) -> tuple[Recipe, str | None]:
+    """The recipe to train with all changes, and where to resume from.
 
-    The second value is ``resume``, or the checkpoint of it that the recipe was read from.
+    The recipe is named, read from a file, or found in the run to continue. The second value is ``resume``, or the
+    checkpoint of it that the recipe was read from.
     """
     from ..experiments.recipes.recipe import get_recipe, is_recipe_file, read_recipe
 
     if resume is not None and ffjord:
-        raise click.UsageError("--ffjord makes another model of the recipe. It cannot go with --resume.", ctx)
+        raise click.UsageError("--ffjord makes another model of the recipe. It cannot go with --resume.")
     if name is not None and is_recipe_file(name):
         found = read_recipe(name)
     elif resume is not None:
+        find_checkpoint(resume, prefer=LAST)  # refuses a missing run before torch is imported
         from ..experiments.training.checkpoints import newest_intact, recipe_of
 
         path, contents = newest_intact(resume)
         found = recipe_of(contents, path)
         if name not in (None, found.name):
-            raise click.UsageError(f"{resume} is a run of {found.name}, not of {name}. Leave the recipe out.", ctx)
+            raise click.UsageError(f"{resume} is a run of {found.name}, not of {name}. Leave the recipe out.")
         resume = str(path)
     elif name is not None:
         refuse_path_as_recipe(name)
         found = get_recipe(name)
     else:
-        raise click.UsageError("name a RECIPE; `rnode-cli recipes` lists them.", ctx)
-    return found.ffjord() if ffjord else found, resume
+        raise click.UsageError("name a RECIPE; `rnode-cli recipes` lists them.")
+    if ffjord:
+        found = found.ffjord()
+    if resume is not None:  # the same columns, or the same shape, as the run has, in another file or folder
+        found = found.at_root(changes.pop("data_root"))
+    found = changed(found, changes)
+    if resume is None and found.training.weights is not None:
+        find_checkpoint(found.training.weights)
+    return found, resume
 
 
 def _folder_of(resume: str | None) -> Path | None:
     """The folder of the run that ``resume`` continues; None for a checkpoint in no run, which begins a new one."""
-    from ..experiments.runs.run import Run
-
     run = None if resume is None else Run.of_checkpoint(Path(resume)) or Run(Path(resume))
     return run.path if run and run.is_described else None
 
@@ -193,39 +225,14 @@ def _place(device: str, devices: str) -> dict[str, str]:
     name, colon, index = device.partition(":")
     if colon and devices != "auto":
         raise ConfigError(f"--device {device} names one device: leave --devices out, or give --device {name}.")
-    cores = os.cpu_count() or 1
-    if devices.isdecimal() and int(devices) > cores and name in ("auto", "cpu"):
-        if name == "cpu":
-            raise ConfigError(f"--devices {devices} is more than the {counted(cores, 'core')} of this machine.")
-        import torch
-
-        if not torch.accelerator.is_available():
-            raise ConfigError(
-                f"no GPU was found (torch {torch.__version__}), and {devices} processes are more than the "
-                f"{counted(cores, 'core')} of this machine: leave --devices out, or install torch for your GPU."
-            )
-    if name not in ("auto", "cpu"):
+    processes, cores = int(devices) if devices.isdecimal() else 1, os.cpu_count() or 1
+    if name == "cpu" and processes > cores:
+        raise ConfigError(f"--devices {devices} is more than the {counted(cores, 'core')} of this machine.")
+    if name != "cpu":
         from ..experiments.evaluation.loading import check_device
 
-        check_device(device)
+        check_device(device, processes=processes)
     return {"accelerator": name, "devices": f"{index}," if colon else devices}
-
-
-def _check_callback(name: str) -> None:
-    """Raise a ConfigError for a text other than ``MODULE:NAME``, or a module that does not exist.
-
-    The module is not imported yet, because most modules with callbacks import Lightning.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the user's module may lie in the folder where the command is given
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
-        raise ConfigError(f"--callback {name}: write MODULE:NAME.")
-    package = module.partition(".")[0]
-    if package not in sys.modules and importlib.util.find_spec(package) is None:
-        raise ConfigError(
-            f"--callback {name}: no module {package!r} is installed or in this folder. Write MODULE:NAME."
-        )
 
 
 def _callback(name: str) -> Callback:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 
@@ -10,6 +11,7 @@ import torch
 
 from ...core.random_streams import Stream, seeded
 from ...errors import ConfigError, first_line
+from ...text import counted
 from ..data import ImageData, Table
 from ..data.facts import Facts, overlap_warning, refuse_other_split
 from ..recipes.recipe import Recipe
@@ -37,12 +39,20 @@ def load_for_evaluation(
     return data
 
 
-def check_device(name: str) -> None:
+def check_device(name: str, *, processes: int = 1) -> None:
     """Refuse a CUDA or MPS device that PyTorch does not find, without opening any device.
 
+    ``processes`` is their number if each of them takes a device, which is a CPU for ``auto`` without a GPU.
+
     Raises:
-        ConfigError: the machine does not have the device.
+        ConfigError: the machine does not have the device, or has fewer cores than processes for ``auto``.
     """
+    cores = os.cpu_count() or 1
+    if name == "auto" and processes > cores and not torch.accelerator.is_available():
+        raise ConfigError(
+            f"no GPU was found (torch {torch.__version__}), and {processes} processes are more than the "
+            f"{counted(cores, 'core')} of this machine: leave --devices out, or install torch for your GPU."
+        )
     kind, _, index = name.partition(":")
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind)
     if count is None or (int(index) if index.isdecimal() else 0) < count:

@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import ConfigError
+from filelock import FileLock, Timeout
+
+from ...errors import CheckpointError, ConfigError
 from ...files import remove_drafts, walk, write_atomically
+from ..recipes.pretrained import PRETRAINED, pretrained_file
 from .texts import reading, write_json
 
 if TYPE_CHECKING:
@@ -289,6 +292,40 @@ class Run:
         )
 
 
+def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path:
+    """Find the checkpoint file that ``path`` means.
+
+    This is ``path`` itself, the file ``prefer`` or another one in the run folder ``path``, or weights in the
+    package.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    return checkpoint_files(path, prefer)[0]
+
+
+def checkpoint_files(path: str | os.PathLike[str], prefer: str) -> list[Path]:
+    """List the checkpoint files that ``path`` can mean.
+
+    These are ``path`` itself, weights in the package, or the files of the run folder ``path``, of which ``prefer``
+    comes before the others, newest first.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    # a file or folder of the user's comes before a name of weights in the package
+    packaged = None if path.exists() else pretrained_file(str(path))
+    files = [path] if path.is_file() else Run(path).checkpoints(prefer)
+    if packaged is None and not files:
+        to_resume = prefer == LAST  # which needs more than weights
+        near = difflib.get_close_matches(str(path), [*([] if to_resume else PRETRAINED), *Run.here()], n=1)
+        hint = f"; did you mean {near[0]!r}? Give" if near and not path.exists() else ": give"
+        others = "or one of its .ckpt files" if to_resume else f"a .ckpt or .safetensors file, or {PRETRAINED[0]}"
+        raise CheckpointError(f"no checkpoint at {path}{hint} a run folder, with checkpoints/{prefer}, {others}.")
+    return files if packaged is None else [packaged]
+
+
 @contextmanager
 def training_lock(folder: Path, *, waiting: Callable[[], object] | None = None) -> Iterator[bool]:
     """Lock the run in ``folder`` for this process, and give whether the lock was taken.
@@ -300,8 +337,6 @@ def training_lock(folder: Path, *, waiting: Callable[[], object] | None = None) 
     Raises:
         ConfigError: another process trains the run, and ``waiting`` is None.
     """
-    from filelock import FileLock, Timeout
-
     lock = FileLock(folder / _LOCK)
     try:
         lock.acquire(timeout=0)

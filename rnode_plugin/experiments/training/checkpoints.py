@@ -5,7 +5,6 @@ Reading a file runs no code.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -14,28 +13,27 @@ import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 from ..._version import __version__
+from ...core.distribution import DensityModel
 from ...errors import CheckpointError, ConfigError, PluginError, first_line
-from ...files import write_atomically
+from ...files import SAFETENSORS, write_atomically
+from ..data import ImageData, Table
 from ..data.facts import Facts, overlap_warning
-from ..recipes.pretrained import PRETRAINED, pretrained_file
-from ..runs.run import BEST, LAST, Run
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from ...core.distribution import DensityModel
-    from ..data import ImageData, Table
-    from ..recipes.recipe import Recipe
-    from ..runs.contents import RunContents
+from ..recipes.recipe import Recipe
+from ..runs.contents import RunContents
+from ..runs.run import LAST, checkpoint_files, find_checkpoint
+from .card import write_card
 
 Contents = dict[str, Any]
 """The contents of a checkpoint, plain values and tensors by name. Some names are ours, the others Lightning's."""
 
-SAFETENSORS = ".safetensors"
 _FORMAT = 3
 _KEY, _CHECKSUM = "rnode_plugin", "sha256"
 _PREFIX = "flow."  # Lightning saves the state of RnodeModule, whose attribute `flow` is the model
@@ -82,13 +80,7 @@ def save_flow(
         CheckpointError: the file or its card cannot be written. An earlier file stays unchanged if the weights
             cannot be written.
     """
-    import torch
-
-    from .card import write_card
-
     if Path(path).suffix == SAFETENSORS:
-        from safetensors.torch import save
-
         # copies: the format refuses tensors that share memory or have unusual strides
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in flow.state_dict().items()}
         header = json.dumps(header_with(recipe, facts)[_KEY])
@@ -107,8 +99,6 @@ def checksum(tensors: Mapping[str, Tensor], header: str) -> str:
 
     A .safetensors file has no checksum of its contents, in contrast to the zip archive of a .ckpt file.
     """
-    import torch
-
     digest = hashlib.sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -154,8 +144,6 @@ def load_with_recipe(
 
     Arguments and errors are the same. The facts are None if the file has none.
     """
-    import torch
-
     file = find_checkpoint(path)
     contents = read_checkpoint(file)
     recipe, state = recipe_of(contents, file), _state_in(contents)
@@ -236,25 +224,11 @@ def _compare(flow: torch.nn.Module, state: Mapping[str, object], problem: str) -
 
 def _shapes(state: Mapping[str, object]) -> dict[str, str]:
     """Write the shape of each tensor for a comparison and a message."""
-    from torch import Tensor
-
     return {
         name: ("complex " if each.is_complex() else "") + ("x".join(map(str, each.shape)) or "a number")
         for name, each in state.items()
         if isinstance(each, Tensor)
     }
-
-
-def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path:
-    """Find the checkpoint file that ``path`` means.
-
-    This is ``path`` itself, the file ``prefer`` or another one in the run folder ``path``, or weights in the
-    package.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    return _files(Path(path), prefer)[0]
 
 
 def newest_intact(path: str | os.PathLike[str]) -> tuple[Path, Contents]:
@@ -266,7 +240,7 @@ def newest_intact(path: str | os.PathLike[str]) -> tuple[Path, Contents]:
         CheckpointError: there is none.
     """
     errors: list[CheckpointError] = []
-    for file in _files(Path(path), LAST):
+    for file in checkpoint_files(path, LAST):
         try:
             contents = read_checkpoint(file)
         except CheckpointError as error:
@@ -276,20 +250,6 @@ def newest_intact(path: str | os.PathLike[str]) -> tuple[Path, Contents]:
             print(f"{error} Continuing from {file.name}.", file=sys.stderr)
         return file, contents
     raise errors[0]
-
-
-def _files(path: Path, prefer: str) -> list[Path]:
-    """List the files that ``path`` can mean, in a run folder the preferred one before the others, newest first."""
-    # a file or folder of the user's comes before a name of weights in the package
-    packaged = None if path.exists() else pretrained_file(str(path))
-    files = [path] if path.is_file() else Run(path).checkpoints(prefer)
-    if packaged is None and not files:
-        to_resume = prefer == LAST  # which needs more than weights
-        near = difflib.get_close_matches(str(path), [*([] if to_resume else PRETRAINED), *Run.here()], n=1)
-        hint = f"; did you mean {near[0]!r}? Give" if near and not path.exists() else ": give"
-        others = "or one of its .ckpt files" if to_resume else f"a .ckpt or .safetensors file, or {PRETRAINED[0]}"
-        raise CheckpointError(f"no checkpoint at {path}{hint} a run folder, with checkpoints/{prefer}, {others}.")
-    return files if packaged is None else [packaged]
 
 
 def read_checkpoint(path: Path) -> Contents:
@@ -323,8 +283,6 @@ def read_checkpoint(path: Path) -> Contents:
 
 
 def _read(path: Path) -> object:
-    import torch
-
     # torch.save writes zip archives. Older files are bare pickles, which are refused unread
     with zipfile.ZipFile(path) as archive:
         if (bad := archive.testzip()) is not None:  # torch does not check the checksums of its archives
@@ -334,8 +292,6 @@ def _read(path: Path) -> object:
 
 def _read_safetensors(path: Path) -> Contents:
     """Read a ``.safetensors`` file into the form of a ``.ckpt`` file; empty if it has no header of ours."""
-    from safetensors import safe_open
-
     with safe_open(str(path), framework="pt") as file:
         metadata = file.metadata() or {}
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -352,8 +308,6 @@ def recipe_of(contents: Contents, path: Path) -> Recipe:
     Raises:
         CheckpointError: this version does not understand the recipe.
     """
-    from ..recipes.recipe import Recipe
-
     try:
         return Recipe.from_plain(contents[_KEY]["recipe"])
     except (ConfigError, RecursionError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,9 @@ from ...errors import ConfigError, suggest
 
 if TYPE_CHECKING:
     from pytorch_lightning.loggers import Logger
+
+LOGGERS = ("tensorboard", "wandb", "mlflow")
+"""The loggers, by the names of their packages."""
 
 
 def check_loggers(names: Iterable[str]) -> None:
@@ -29,31 +32,12 @@ def check_loggers(names: Iterable[str]) -> None:
 
 def make_logger(name: str, folder: Path) -> Logger:
     """Make the logger with that name for the folder of a run."""
-    return LOGGERS[name](folder, "-".join(folder.parts[-2:]))  # RECIPE-VERSION
+    from pytorch_lightning.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
-
-def _tensorboard(folder: Path, run: str) -> Logger:
-    from pytorch_lightning.loggers import TensorBoardLogger
-
-    return TensorBoardLogger(folder, name="", version="tensorboard")
-
-
-def _wandb(folder: Path, run: str) -> Logger:
-    from pytorch_lightning.loggers import WandbLogger
-
-    return WandbLogger(name=run, project="rnode", save_dir=folder)
-
-
-def _mlflow(folder: Path, run: str) -> Logger:
-    from pytorch_lightning.loggers import MLFlowLogger
-
-    place = os.environ.get("MLFLOW_TRACKING_URI")
-    return MLFlowLogger("rnode", run_name=run, tracking_uri=place, save_dir=str(folder / "mlflow"))
-
-
-LOGGERS: dict[str, Callable[[Path, str], Logger]] = {
-    "tensorboard": _tensorboard,
-    "wandb": _wandb,
-    "mlflow": _mlflow,
-}
-"""The function that makes each logger from the folder of a run and RECIPE-VERSION, by the name of its package."""
+    if name == "tensorboard":
+        return TensorBoardLogger(folder, name="", version="tensorboard")
+    run = "-".join(folder.parts[-2:])  # RECIPE-VERSION
+    if name == "wandb":
+        return WandbLogger(name=run, project="rnode", save_dir=folder)
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    return MLFlowLogger("rnode", run_name=run, tracking_uri=server, save_dir=str(folder / "mlflow"))
