@@ -20,7 +20,6 @@ from ...errors import CheckpointError, ConfigError, SolverError, TrainingError
 from ...text import batch_counter
 from ..data.facts import Facts
 from ..evaluation.likelihood import evaluate
-from ..evaluation.samples import save_samples
 from ..recipes.recipe import Recipe
 from ..runs.environment import Environment
 from ..runs.results import Result
@@ -327,7 +326,14 @@ def _conclude(
     if recipe.training.sample_images:
         try:
             picture = run.picture()
-            save_samples(task, flow, data, recipe.training, picture)
+            task.save_picture(
+                flow,
+                picture,
+                count=recipe.training.sample_images,
+                temperatures=recipe.training.sample_temperatures,
+                seed=recipe.training.seed,
+                data=data,
+            )
             samples = picture
         except SolverError as error:  # a latent far out may fail where no held-out sample does
             print(f"no picture of samples of the best weights: {error}", file=sys.stderr)

@@ -12,7 +12,6 @@ from pytorch_lightning.callbacks import Callback, Checkpoint
 
 from ...errors import SolverError, TrainingError
 from ..data.images import ImageArray, fingerprint
-from ..evaluation.samples import save_samples
 from ..recipes.recipe import Recipe
 from ..runs.metrics import MetricsTable
 from ..runs.run import Run
@@ -198,8 +197,15 @@ class SampleGrids(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         module = cast("RnodeModule", pl_module)
-        picture = self._recorder.run.picture(trainer.global_step)
+        training = module.recipe.training
         try:
-            save_samples(module.task, module.flow, None, module.recipe.training, picture)
+            module.task.save_picture(
+                module.flow,
+                self._recorder.run.picture(trainer.global_step),
+                count=training.sample_images,
+                temperatures=training.sample_temperatures,
+                seed=training.seed,
+                data=None,
+            )
         except SolverError as error:  # a latent far out may fail where no image does, so training continues
             print(f"no grid of samples at step {trainer.global_step}: {error}", file=sys.stderr)
