@@ -178,7 +178,7 @@ def show_files_from_outside(app: Any, page: str, source: list[str]) -> None:
             target = (folder / found[1]).resolve()
             target = next((DOCS / f"{name}.md" for name, file in LINKED.items() if file == target), target)
             path = relpath(target, (DOCS / page).parent)
-            if target.suffix == ".md" and DOCS not in target.parents:  # a page that the site does not have: its file
+            if target.suffix == ".md" and DOCS not in target.parents:  # not a page of the site
                 return f"](path:{path})"
             return f"]({path}{found[2] or ''})"
 
