@@ -333,9 +333,11 @@ def test_a_run_that_another_process_has_finished_meanwhile_has_not_failed(
     assert run(recipe, tmp_path / "c", "none").failed == ()
 
 
-def test_a_run_that_is_being_trained_is_waited_for(recipe: Recipe, training: Training, tmp_path: Path) -> None:
+def test_a_run_of_another_process_is_waited_for_after_the_others(
+    recipe: Recipe, training: Training, tmp_path: Path
+) -> None:
     """A comparison that was killed by SIGKILL leaves a process that trains."""
-    (one,) = configured_recipes(recipe, ("none",))
+    one, other_recipe = configured_recipes(recipe, ("none", "kinetic"))
     folder = write_run(tmp_path / "c" / "runs" / "digits-none" / "42", one, **FEW)
     later, said = (folder / "result.json").rename(tmp_path / "later"), list[str]()
     holds = f"from filelock import FileLock\nwith FileLock({str(folder / '.lock')!r}): print('held'); input()"
@@ -351,13 +353,17 @@ def test_a_run_that_is_being_trained_is_waited_for(recipe: Recipe, training: Tra
 
         def announce(line: str) -> None:
             said.append(line)
-            if later.exists():
+            if "waiting" in line:
                 threading.Timer(0.3, end).start()
 
-        result = compare([one], out=tmp_path / "c", accelerator="cpu", announce=announce)
-    title = "run 1 of 1: digits-none, seed 42"
-    assert said == [f"{title}: another process trains it, waiting for its end", f"{title}: done, in {folder}"]
-    assert (result.runs, result.failed, training.calls()) == ((folder,), (), [])
+        result = compare([one, other_recipe], out=tmp_path / "c", accelerator="cpu", announce=announce)
+    title = "run 1 of 2: digits-none, seed 42"
+    assert said == [
+        "run 2 of 2: digits-kinetic, seed 42",
+        f"{title}: another process trains it, waiting for its end",
+        f"{title}: done, in {folder}",
+    ]
+    assert (result.runs[0], result.failed, len(training.calls())) == (folder, (), 1)
 
 
 @pytest.mark.parametrize(("accelerator", "jobs", "visible", "gpus"), [

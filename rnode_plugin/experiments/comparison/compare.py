@@ -77,9 +77,9 @@ def compare(
 
     Each run is a process of ``rnode-cli train`` on one device, so a penalty, a model or a data set of a plugin must
     be installed. The same call in the same folder continues: it keeps finished runs and resumes interrupted ones.
-    If a process of an earlier call still trains one of the runs, its end is waited for. A run that fails does not
-    end the others. An exception in this call, such as KeyboardInterrupt, ends the running processes with a
-    checkpoint.
+    If a process of an earlier call still trains one of the runs, its end is waited for after all others have been
+    trained. A run that fails does not end the others. An exception in this call, such as KeyboardInterrupt, ends
+    the running processes with a checkpoint.
 
     Args:
         recipes: what to train, as :func:`~rnode_plugin.experiments.comparison.configurations.configured_recipes`
@@ -101,13 +101,19 @@ def compare(
     out, tell = Path(out), announce or (lambda line: None)
     planned = _planned(recipes, out, accelerator, download=download)
     with training_lock(out):
-        left = _left(planned, accelerator, max_time, tell, wait=True)
-        codes = _train(left, _slots(accelerator, jobs), tell, progress=announce is not None and jobs == 1)
-        failed = [
-            f"{run.name}: its process ended with exit code {code}.{_hint(code, jobs)}"
-            for run, code in zip(left, codes, strict=True)
-            if code and not _was_done_by_another(run, max_time, tell)
-        ]
+        failed: list[str] = []
+        folders = list(planned)
+        while folders:
+            left, busy = _left(planned, folders, accelerator, max_time, tell)
+            codes = _train(left, _slots(accelerator, jobs), tell, progress=announce is not None and jobs == 1)
+            failed += [
+                f"{run.name}: its process ended with exit code {code}.{_hint(code, jobs)}"
+                for run, code in zip(left, codes, strict=True)
+                if code and not _was_done_by_another(run, max_time, tell)
+            ]
+            for folder, title in busy.items():
+                _wait_for(folder, title, tell)
+            folders = list(busy)  # a process that was killed has left something to do
         runs = [folder for folder in planned if Run(folder).is_described]
         if not any(Run(folder).read().has_begun for folder in runs):
             raise TrainingError(" ".join(failed) or "the runs ended before a step was logged.")
@@ -135,7 +141,9 @@ def command_lines(
     planned = _planned(recipes, out, accelerator, download=download)
     variables = [f"{name}={value}" for name, value in _threads(jobs).items()]
     with training_lock(out):
-        left = _left(planned, accelerator, max_time, announce, wait=False)
+        left, busy = _left(planned, list(planned), accelerator, max_time, announce)
+    for title in busy.values():
+        announce(f"{title}: it is being trained by another process")
     return [shlex.join([*variables, "rnode-cli", *run.words]) for run in left]
 
 
@@ -191,25 +199,27 @@ def _refuse_other(folder: Path, recipe: Recipe, facts: Facts) -> None:
 
 def _left(
     planned: Mapping[Path, Recipe],
+    folders: Sequence[Path],
     accelerator: str,
     max_time: float | None,
     announce: Callable[[str], object],
-    *,
-    wait: bool,
-) -> list[_Left]:
-    """List the runs that are left to do. One that another process trains is waited for, or left out."""
+) -> tuple[list[_Left], dict[Path, str]]:
+    """List the runs in ``folders`` that are left to do, and the titles of those that another process trains."""
     # of several GPUs `train` would take all, with the recipe's batch on each
     device = ["--device", accelerator, *([] if ":" in accelerator else ["--devices", "1"])]
     left: list[_Left] = []
+    busy: dict[Path, str] = {}
     for number, (folder, recipe) in enumerate(planned.items(), 1):
+        if folder not in folders:
+            continue
         name = f"{recipe.name}, seed {recipe.training.seed}"
         title = f"run {number} of {len(planned)}: {name}"
         with ExitStack() as stack:
             if folder.exists():
                 try:
-                    stack.enter_context(training_lock(folder, waiting=_waiting(title, announce) if wait else None))
-                except ConfigError as error:
-                    announce(f"{title}: {error}")
+                    stack.enter_context(training_lock(folder))
+                except ConfigError:
+                    busy[folder] = title
                     continue
             if (options := _options(Run(folder), max_time)) is None:
                 announce(f"{title}: done, in {folder}")
@@ -221,11 +231,14 @@ def _left(
         file.write_text(json.dumps(recipe.to_plain()), encoding="utf-8")
         # --no-next because the comparison itself shows the next steps at its end
         left.append(_Left(title, name, folder, ["train", str(file), *options, *device, "--no-next"]))
-    return left
+    return left, busy
 
 
-def _waiting(title: str, announce: Callable[[str], object]) -> Callable[[], object]:
-    return lambda: announce(f"{title}: another process trains it, waiting for its end")
+def _wait_for(folder: Path, title: str, announce: Callable[[str], object]) -> None:
+    """Wait for the end of another process that trains a run."""
+    waiting = f"{title}: another process trains it, waiting for its end"
+    with training_lock(folder, waiting=lambda: announce(waiting)):
+        pass
 
 
 def _options(run: Run, max_time: float | None) -> list[str] | None:
@@ -332,8 +345,8 @@ def _was_done_by_another(run: _Left, max_time: float | None, announce: Callable[
     """Whether a run whose process failed is done all the same, because another process has trained it."""
     if not run.folder.exists():
         return False
-    with training_lock(run.folder, waiting=_waiting(run.title, announce)):
-        return _options(Run(run.folder), max_time) is None
+    _wait_for(run.folder, run.title, announce)
+    return _options(Run(run.folder), max_time) is None
 
 
 def _hint(code: int, jobs: int) -> str:
