@@ -256,8 +256,8 @@ MUTANTS = [
     Mutant(
         "the NFE depend on earlier solves",
         "experiments/evaluation/likelihood.py",
-        "flow = self._cold if alone else self._flow",
-        "flow = self._flow",
+        "regularizers=flow.regularizers, warm_start=False)",
+        "regularizers=flow.regularizers, warm_start=True)",
         "test_evaluation.py::test_nfe_is_that_of_separate_solves_of_the_same_batches",
     ),
     Mutant(

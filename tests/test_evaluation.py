@@ -58,7 +58,7 @@ def images(count: int, levels: int = 4, shape: tuple[int, int, int] = (1, 2, 2))
 
 def test_means_and_standard_errors_are_over_images_not_batches() -> None:
     flow = Known(lambda x: x.flatten(1).sum(1), [*[7, 9] * 9, 20])
-    result = evaluate(flow, images(10), measure=KNOWN, batch_size=4, draws=3, seed=5)
+    result = evaluate(flow, images(10), task=KNOWN, batch_size=4, draws=3, seed=5)
     assert [len(x) for x in flow.seen] == [*[4, 4, 2] * 6, 10]  # and once more for NFE
     assert (result.nfe_mean, result.nfe_batches, result.nfe_batch_size) == (20, 1, 10)
     # draws alternate dirty and clean, three batches each
@@ -87,7 +87,7 @@ class Noisy(Known):
 def test_draws_make_the_noise_small_against_the_images(noise: float, draws: int) -> None:
     """Levels 0 to 3 have variance 1.25. The noise may have a quarter of it: noise² / 0.3125 draws, at most 8."""
     pictures = images(4000)
-    found = evaluate(Noisy(1.0, noise), pictures, measure=KNOWN, batch_size=4000)
+    found = evaluate(Noisy(1.0, noise), pictures, task=KNOWN, batch_size=4000)
     assert found.draws == draws, found.draws
     own = np.var(pictures[:, 0, 0, 0])
     for bits in (found.means["dirty"], found.means["clean"]):
@@ -98,7 +98,7 @@ def test_draws_make_the_noise_small_against_the_images(noise: float, draws: int)
 def test_the_first_images_are_drawn_twice_and_the_others_once() -> None:
     flow = Noisy(1.0, 0.3)
     calls: list[tuple[int, int]] = []
-    evaluate(flow, images(100), measure=KNOWN, batch_size=20, progress=lambda *done: calls.append(done))
+    evaluate(flow, images(100), task=KNOWN, batch_size=20, progress=lambda *done: calls.append(done))
     assert len(flow.seen) == 2 * (5 + 2) + 1  # clean and dirty, five batches, two of them twice; NFE
     assert calls == [(done, 14) for done in range(1, 15)]
 
@@ -172,7 +172,7 @@ def test_the_bound_of_several_draws_approaches_the_mass_of_a_bin() -> None:
     mass = (math.exp(slope / 4) - 1) / (slope / 4)  # of a bin with 4 levels, over its density at the lower edge
     nats = slope * pictures.reshape(3, 4).sum(1) / 4 + 4 * math.log(mass)
     wanted = 2 - nats / (4 * math.log(2))
-    solver: dict[str, Any] = {"measure": KNOWN, "batch_size": 2, "solver": RK4}
+    solver: dict[str, Any] = {"task": KNOWN, "batch_size": 2, "solver": RK4}
     found = evaluate(flow, pictures, bound=3000, **solver)
     assert found.bound is not None
     assert found.draws == 3000
@@ -218,7 +218,7 @@ def test_a_bound_that_would_be_none_is_refused() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"solver": FixedGrid("rk4", step=0.5, quadrature="sampled")}, "full quadrature"),
         ({"draws": 2}, "its own number of draws"),
-        ({"measure": centers}, "one of discrete images"),
+        ({"task": centers}, "one of discrete images"),
     ]
     for options, words in cases:
         with pytest.raises(ConfigError, match=words):
@@ -357,7 +357,7 @@ def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form(monkeypatch: pytes
         return output
 
     monkeypatch.setattr(flow, "encode", counted)
-    found = evaluate(flow, pictures, measure=measure, batch_size=3, draws=1, solver=tight,
+    found = evaluate(flow, pictures, task=measure, batch_size=3, draws=1, solver=tight,
                      training_solver=euler)  # fmt: skip
 
     def latent(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -179,7 +179,7 @@ def test_nats_of_a_density_that_is_known_and_its_baseline(given: tuple[str, ...]
 
 
 def test_an_evaluation_has_all_quantities_and_baselines(case: Case) -> None:
-    result = evaluate(case.flow, case.batch, measure=case.task, draws=1)
+    result = evaluate(case.flow, case.batch, task=case.task, draws=1)
     assert tuple(result.means) == case.quantities
     whole = result.with_baselines(case.task, case.data)
     assert tuple(whole.means) == (*case.quantities, *(each.name for each in case.task.baselines))
@@ -187,11 +187,11 @@ def test_an_evaluation_has_all_quantities_and_baselines(case: Case) -> None:
     for each in (*case.task.quantities, *case.task.baselines):
         assert each.heading in headings
     with pytest.raises(ConfigError, match="an evaluation needs at least one row or image"):
-        evaluate(case.flow, case.batch[:0], measure=case.task)
+        evaluate(case.flow, case.batch[:0], task=case.task)
     if isinstance(case.task, ImageTask):  # the task that follows from a flow of images
         assert evaluate(case.flow, case.batch, draws=1).means == result.means
     else:
-        with pytest.raises(ConfigError, match="give measure=, the task of TableFlow: only images have a default"):
+        with pytest.raises(ConfigError, match="give task=, the task of TableFlow: only images have a default"):
             evaluate(case.flow, case.batch)
         # the trace is exact and nothing is noisy, so each row has the flow's own density
         x, context = case.task.inputs(case.batch)
@@ -208,7 +208,7 @@ def test_a_model_that_is_worse_than_a_gaussian_is_named(excess: np.ndarray, warn
     case = rows(())
     scores = np.random.default_rng(0).normal(size=50) * 10
     means = {"nll": Mean(0, 1, None, tuple(scores + excess)), "gaussian": Mean(0, 1, None, tuple(scores))}
-    whole = dataclasses.replace(evaluate(case.flow, case.batch, measure=case.task, draws=1), means=means)
+    whole = dataclasses.replace(evaluate(case.flow, case.batch, task=case.task, draws=1), means=means)
     found = dict(whole.rows(case.task)).get("warning", "")
     assert found.startswith("0.500 ± 0.071 nats per row worse than the NLL of a Gaussian: train longer") == warned
     assert (found == "") != warned

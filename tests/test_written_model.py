@@ -134,7 +134,7 @@ def test_a_step_a_validation_and_an_evaluation_take_the_density_of_the_model(nam
     assert float(row["gap"]) == pytest.approx(float((coarse - nll).mean()), rel=1e-9)
     assert float(row["kinetic"]) == pytest.approx(float(kinetic.mean()) / 2, rel=1e-9)
     followed = model.encode(x, **given, penalties=True).regularization["kinetic"]
-    result = evaluate(model, batch, measure=task, batch_size=2)
+    result = evaluate(model, batch, task=task, batch_size=2)
     if isinstance(model, RegularizedCNF):  # an evaluation does not count for its reg_loss
         assert torch.equal(model.regularization["kinetic"], followed)
     assert result.means["nll"].samples == pytest.approx(nll.tolist(), rel=1e-9)

@@ -138,7 +138,7 @@ def eval(  # noqa: A001 - the command's name
     result = evaluate(
         flow,
         data.held_out,
-        measure=recipe.task,
+        task=recipe.task,
         batch_size=batch_size or recipe.data.val_batch_size,
         draws=draws,
         solver=solver,

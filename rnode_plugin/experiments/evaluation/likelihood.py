@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,7 +40,7 @@ def evaluate(
     flow: DensityModel,
     samples: ImageArray | Tensor,
     *,
-    measure: AnyTask | None = None,
+    task: AnyTask | None = None,
     batch_size: int = 200,
     draws: int | None = None,
     solver: Solver | None = None,
@@ -58,7 +59,7 @@ def evaluate(
             probes, which have the smallest variance among probes with independent entries.
         samples: the raw data, array or tensor ``(N, ...)``: uint8 images ``(N, C, H, W)`` with values in
             0..levels-1, or rows of a table.
-        measure: the task of a recipe. None takes the task of a :class:`~rnode_plugin.MultiscaleFlow`, which has
+        task: the task of a recipe. None takes the task of a :class:`~rnode_plugin.MultiscaleFlow`, which has
             images with its shape and levels.
         batch_size: samples per solve. An adaptive solver chooses its steps for a whole batch, and begins with the
             longest safe step of the previous batch.
@@ -82,44 +83,47 @@ def evaluate(
         separate solves of the batches of :func:`nfe_batches`, which do not reuse the steps of another solve.
 
     Raises:
-        ConfigError: there are no samples, or no ``measure`` for a model other than a ``MultiscaleFlow``; a
+        ConfigError: there are no samples, or no ``task`` for a model other than a ``MultiscaleFlow``; a
             ``bound`` with ``draws``, with a sampled quadrature or for inputs without noise.
         SolverError: the integration failed.
     """
     if not len(samples):
         raise ConfigError("an evaluation needs at least one row or image.")
     start = time.monotonic()
-    if measure is None:
-        measure = ImageTask.of(flow)
+    if task is None:
+        task = ImageTask.of(flow)
+    used: Solver = solver or flow.solver
     if bound is not None:
-        _check_bound(bound, draws, measure, solver or flow.solver)
+        _check_bound(bound, draws, task, used)
         exact, draws = True, bound
         accurate_solver = accurate_solver or Adaptive("dopri5", atol=1e-6, rtol=1e-6)
-    solves = _Solves(measure, flow, samples, batch_size, solver, seed, exact, progress)
+    solves = _Solves(
+        task, flow, samples, batch_size=batch_size, solver=used, seed=seed, exact=exact, progress=progress
+    )
     draws = draws or solves.choose_draws()
     solves.take(range(draws), len(solves.batches))
     # the NFE of an adaptive solve depend on the samples that share it and on its first step. Batches of a fixed
     # size, each solved from its own first step, make the NFE of two evaluations comparable
-    batches = nfe_batches(len(samples), measure.dims)
-    nfe = [solves.encode(solver, batch, index=index, alone=True).nfe for index, batch in enumerate(batches)]
+    batches = nfe_batches(len(samples), task.dims)
+    nfe = solves.nfe(batches)
     whole = flow.regularizers.undivided
-    coarse = training_solver if accurate_solver is None else solver or flow.solver
+    coarse = training_solver if accurate_solver is None else used
     # an adaptive solver has errors below those of other figures, but a bound states its own
     gap = (
         None
         if coarse is None or (coarse.adaptive and bound is None)
-        else solves.gap(coarse, accurate_solver or solver)
+        else solves.gap(coarse, accurate_solver or used)
     )
     return Evaluation(
         samples=len(samples),
-        means={quantity.name: solves.mean(draws, kind) for kind, quantity in enumerate(measure.quantities)},
+        means={quantity.name: solves.mean(draws, index) for index, quantity in enumerate(task.quantities)},
         draws=draws,
         nfe_mean=float(np.mean(nfe)),
         nfe_min=min(nfe),
         nfe_max=max(nfe),
         nfe_batches=len(batches),
         nfe_batch_size=batches[0].stop,
-        penalties=per_dim(solves.integrals(draws), dims=measure.dims, undivided=whole),
+        penalties=per_dim(solves.integrals(draws), dims=task.dims, undivided=whole),
         undivided=tuple(sorted(whole)),
         gap=gap,
         bound=None if bound is None else solves.bound(draws),
@@ -141,7 +145,9 @@ def nfe_batches(samples: int, dims: int) -> list[slice]:
 class _Solves:
     """Runs the solves of an evaluation, once for each draw of noise, quantity and batch of samples.
 
-    The draws that :meth:`choose_draws` needs are kept, so :meth:`take` does not solve them again.
+    The noise of a solve depends on these three numbers and the seed alone, so it is the same whichever solves came
+    before, and with any solver. The draws that :meth:`choose_draws` needs are kept, so :meth:`take` does not solve
+    them again.
 
     Attributes:
         batches: the samples of each batch, as a slice.
@@ -150,112 +156,112 @@ class _Solves:
 
     def __init__(
         self,
-        measure: AnyTask,
+        task: AnyTask,
         flow: DensityModel,
         samples: ImageArray | Tensor,
+        *,
         batch_size: int,
-        solver: Solver | None,
+        solver: Solver,
         seed: int,
         exact: bool,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self._measure, self._exact = measure, exact
-        self._flow, self._cold = (
-            _with_least_noise(flow, measure, exact=exact, warm_start=warm) for warm in (True, False)
-        )
-        # counts the evaluations of a fixed grid, and compares two solvers with the same noise, at a lower price
-        self._probed = _with_least_noise(flow, measure, exact=False, warm_start=False)
-        self._samples, self._solver, self._seed, self._progress = samples, solver, seed, progress
+        self._task, self._samples, self._solver = task, samples, solver
+        self._seed, self._progress = seed, progress
+        self._flow = _with_least_noise(flow, task, exact=exact, warm_start=True)
+        # probes count the evaluations of a fixed grid and compare two solvers with the same noise, at a lower price
+        self._probed = self._flow
+        if exact:
+            self._probed = _with_least_noise(flow, task, exact=False, warm_start=False)
         self.batches = [slice(first, first + batch_size) for first in range(0, len(samples), batch_size)]
         self.scores: dict[tuple[int, int, int], Tensor] = {}
-        self._pilot = min(len(self.batches), math.ceil(_PILOT / batch_size))
-        # the scores come from a solve that no penalty has changed, so some penalties take another solve
-        self._apart = flow.regularizers.adds_evaluations
-        self._kinds = range(len(measure.quantities))
-        # with an exact trace, a quantity whose inputs have no noise is the same in each draw
-        self._drawn = [not exact or each.noisy for each in measure.quantities]
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
-        self._device = next(flow.parameters()).device
-        # the solves of one draw of everything, and of the second draw of the first samples
-        self._total = len(self._kinds) * len(self.batches) + sum(self._drawn) * self._pilot
+        self._pilot = min(len(self.batches), math.ceil(_PILOT / batch_size))
+        # with an exact trace, a quantity whose inputs have no noise is the same in each draw
+        self._drawn = [not exact or each.noisy for each in task.quantities]
 
     def choose_draws(self) -> int:
         """Choose the number of draws that makes the noise small enough, from two draws of the first samples."""
-        if not self._measure.noisy and self._flow.estimator.is_exact:
+        if not self._task.noisy and self._flow.estimator.is_exact:
             return 1
-        self.take(range(2), self._pilot, total=self._total)
-        drawn = [kind for kind in self._kinds if self._drawn[kind]]
-        return max(_draws_needed(self._rows(range(2), kind, self._pilot)) for kind in drawn)
+        # one draw of everything, and the second draw of the first samples
+        total = len(self._drawn) * len(self.batches) + sum(self._drawn) * self._pilot
+        self.take(range(2), self._pilot, total=total)
+        drawn = [quantity for quantity, each in enumerate(self._drawn) if each]
+        return max(_draws_needed(self._rows(range(2), quantity, self._pilot)) for quantity in drawn)
 
     def take(self, draws: range, batches: int, *, total: int | None = None) -> None:
         """Solve these draws of the first batches, except where that was done before."""
-        keys = [key for key in itertools.product(draws, self._kinds, range(batches)) if key not in self.scores]
-        keys = [(draw, kind, index) for draw, kind, index in keys if draw == 0 or self._drawn[kind]]
+        every = itertools.product(draws, range(len(self._drawn)), range(batches))
+        keys = [key for key in every if key not in self.scores and (key[0] == 0 or self._drawn[key[1]])]
         total = total or len(self.scores) + len(keys)
-        for draw, kind, index in keys:
-            batch, along = self.batches[index], kind == 0 and not self._apart
-            output = self.encode(self._solver, batch, draw, kind, index, penalties=along)
-            self.scores[draw, kind, index] = self.scores_of(output)
-            if kind == 0:  # the penalties are measured where training applies them, with the first quantity's noise
-                if self._apart:
-                    output = self.encode(self._solver, batch, draw, kind, index, penalties=True)
+        # scores come from a solve in which no penalty takes part, so some penalties take a separate solve
+        separate_penalty_solve = self._flow.regularizers.adds_evaluations
+        for draw, quantity, index in keys:
+            solved = partial(self._encode, self._flow, self._solver, (draw, quantity, index), self.batches[index])
+            # the penalties are measured where training applies them, with the first quantity's noise
+            with_penalties = quantity == 0
+            output = solved(penalties=with_penalties and not separate_penalty_solve)
+            self.scores[draw, quantity, index] = self._scores_of(output)
+            if with_penalties:
+                if separate_penalty_solve:
+                    output = solved(penalties=True)
                 sums = {name: float(each.cpu().double().sum()) for name, each in output.regularization.items()}
                 self._integrals[draw, index] = sums
             if self._progress is not None:
                 self._progress(len(self.scores), total)
 
-    def encode(
-        self,
-        solver: Solver | None,
-        batch: slice,
-        draw: int = 0,
-        kind: int = 0,
-        index: int = 0,
-        *,
-        penalties: bool = False,
-        alone: bool = False,
-        probed: bool = False,
-    ) -> FlowOutput:
-        """Solve a batch with the noise of this draw, quantity and index.
+    def nfe(self, batches: Sequence[slice]) -> list[int]:
+        """Count the evaluations of one solve of each of these batches, which begins with its own first step."""
+        flow = self._flow if self._solver.adaptive else self._probed
+        cold = flow.solved_with(estimator=flow.estimator, regularizers=flow.regularizers, warm_start=False)
+        return [self._encode(cold, self._solver, (0, 0, index), batch).nfe for index, batch in enumerate(batches)]
 
-        ``alone`` reuses no other solve's step, and ``probed`` takes no exact trace because of ``exact``.
-        """
-        # the noise depends on these numbers alone, so it is the same whichever solves came before, and with any
-        # solver
-        with seeded(self._seed, Stream.VALIDATE, draw, kind, index):
-            x, context = self._measure.quantities[kind].inputs(batch_of(self._samples, batch).to(self._device))
-            flow = self._cold if alone else self._flow
-            chosen: Solver = (solver or flow.solver).full_quadrature
-            if probed or (alone and self._exact and not chosen.adaptive):
-                flow = self._probed
-            return flow.encode(x, context=context, solver=chosen, penalties=penalties)
-
-    def gap(self, coarse: Solver, accurate: Solver | None) -> float:
+    def gap(self, coarse: Solver, accurate: Solver) -> float:
         """The mean score of the first batch by a coarse solver minus the one by an accurate solver.
 
         Without an exact trace the scores by the accurate solver are those that were measured.
         """
-        batch, scores = self.batches[0], self.scores[0, 0, 0]
-        if self._exact:
-            scores = self.scores_of(self.encode(accurate, batch, probed=True))
+        first, batch = (0, 0, 0), self.batches[0]
+        scores = self.scores[first]
+        if self._probed is not self._flow:
+            scores = self._scores_of(self._encode(self._probed, accurate, first, batch))
         found = measure_solver_gap(
-            lambda each: self.encode(each, batch, probed=self._exact), self.scores_of, coarse, scores
+            lambda each: self._encode(self._probed, each, first, batch),
+            self._scores_of,
+            coarse,
+            scores,
         )
         return found.mean
 
-    def scores_of(self, output: FlowOutput) -> Tensor:
-        """Return the scores ``(B,)`` of a solve, in double precision on the CPU, where they are averaged."""
-        return self._measure.scores(self._flow.log_prob_of(output)).cpu().double()
+    def _encode(
+        self,
+        flow: DensityModel,
+        solver: Solver,
+        noise: tuple[int, int, int],
+        batch: slice,
+        *,
+        penalties: bool = False,
+    ) -> FlowOutput:
+        """Solve a batch with the noise of a draw, a quantity and the index of a batch."""
+        with seeded(self._seed, Stream.VALIDATE, *noise):
+            samples = batch_of(self._samples, batch).to(next(flow.parameters()).device)
+            x, context = self._task.quantities[noise[1]].inputs(samples)
+            return flow.encode(x, context=context, solver=solver.full_quadrature, penalties=penalties)
 
-    def mean(self, draws: int, kind: int) -> Mean:
+    def _scores_of(self, output: FlowOutput) -> Tensor:
+        """Return the scores ``(B,)`` of a solve, in double precision on the CPU, where they are averaged."""
+        return self._task.scores(self._flow.log_prob_of(output)).cpu().double()
+
+    def mean(self, draws: int, quantity: int) -> Mean:
         """Average the scores of all samples, with the standard errors of the mean."""
-        draws = draws if self._drawn[kind] else 1
-        scores = self._rows(range(draws), kind, len(self.batches))
+        draws = draws if self._drawn[quantity] else 1
+        scores = self._rows(range(draws), quantity, len(self.batches))
         count = scores.shape[1]
         several, noise = scores, None
         # with one draw only the pilot was drawn twice, and its variance stands for the variance of all samples
-        if draws == 1 and (1, kind, 0) in self.scores:
-            several = self._rows(range(2), kind, self._pilot)
+        if draws == 1 and (1, quantity, 0) in self.scores:
+            several = self._rows(range(2), quantity, self._pilot)
         if len(several) > 1:
             noise = math.sqrt(float(several.var(0).mean()) / (draws * count))
         of_samples = float(scores.mean(0).std() / count**0.5) if count > 1 else None
@@ -264,7 +270,7 @@ class _Solves:
     def bound(self, draws: int) -> Mean:
         """The bound of several draws of the first quantity, whose scores are linear in the log-densities."""
         scores = self._rows(range(draws), 0, len(self.batches))
-        one, zero = self._measure.scores(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
+        one, zero = self._task.scores(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
         scale = one - zero  # of a score in nats, negative
         bounds = scale * ((scores / scale).logsumexp(0) - math.log(draws))
         of_samples = float(bounds.std() / len(bounds) ** 0.5) if len(bounds) > 1 else None
@@ -276,21 +282,21 @@ class _Solves:
         count = len(self._samples) * draws
         return {name: sum(each[name] for each in solves) / count for name in solves[0]}
 
-    def _rows(self, draws: range, kind: int, batches: int) -> Tensor:
+    def _rows(self, draws: range, quantity: int, batches: int) -> Tensor:
         """Return the scores of the first ``batches`` batches as ``(draws, samples)``."""
-        rows = [torch.cat([self.scores[draw, kind, index] for index in range(batches)]) for draw in draws]
+        rows = [torch.cat([self.scores[draw, quantity, index] for index in range(batches)]) for draw in draws]
         return torch.stack(rows)
 
 
-def _check_bound(bound: int, draws: int | None, measure: AnyTask, solver: Solver) -> None:
+def _check_bound(bound: int, draws: int | None, task: AnyTask, solver: Solver) -> None:
     """Refuse a bound of several draws that would be none (ConfigError)."""
     check_count(bound, "the number of draws of a bound")
     if draws is not None:
         raise ConfigError("a bound has its own number of draws: leave draws out.")
-    if not measure.quantities[0].noisy:
+    if not task.quantities[0].noisy:
         raise ConfigError(
             f"the bound of several draws is one of discrete images with uniform noise in each bin, not of "
-            f"{measure.subject}."
+            f"{task.subject}."
         )
     if solver.quadrature != "full":
         raise ConfigError(
@@ -298,18 +304,18 @@ def _check_bound(bound: int, draws: int | None, measure: AnyTask, solver: Solver
         )
 
 
-def _with_least_noise(flow: DensityModel, measure: AnyTask, *, exact: bool, warm_start: bool) -> DensityModel:
+def _with_least_noise(flow: DensityModel, task: AnyTask, *, exact: bool, warm_start: bool) -> DensityModel:
     """Return a copy of the flow, which shares its parameters, with the trace estimator for an evaluation."""
     estimator = flow.estimator
     if not estimator.is_exact:
         many = Exact() if exact else Hutchinson()
-        estimator = Exact(frobenius=True) if is_exact(flow, measure) else many
+        estimator = Exact(frobenius=True) if is_exact(flow, task) else many
     return flow.solved_with(estimator=estimator, regularizers=flow.regularizers, warm_start=warm_start)
 
 
-def is_exact(flow: DensityModel, measure: AnyTask) -> bool:
+def is_exact(flow: DensityModel, task: AnyTask) -> bool:
     """Whether an evaluation takes the exact trace, and the penalty ``jacfrob`` the norm of the whole Jacobian."""
-    return flow.estimator.is_exact or flow.dims <= measure.exact_dims
+    return flow.estimator.is_exact or flow.dims <= task.exact_dims
 
 
 def _draws_needed(rows: Tensor) -> int:

@@ -88,7 +88,7 @@ class ImageTask(Task["ImageData"]):
         from ...flows.multiscale import MultiscaleFlow
 
         if not isinstance(flow, MultiscaleFlow):
-            raise ConfigError(f"give measure=, the task of {type(flow).__name__}: only images have a default.")
+            raise ConfigError(f"give task=, the task of {type(flow).__name__}: only images have a default.")
         return cls(flow.image_shape, flow.levels)
 
     def prepare(self, flow: DensityModel, data: ImageData) -> None:

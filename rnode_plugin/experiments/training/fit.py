@@ -310,7 +310,7 @@ def _conclude(
         evaluation = evaluate(
             flow,
             data.held_out,
-            measure=task,
+            task=task,
             batch_size=recipe.data.val_batch_size,
             solver=recipe.test_solver,  # a run that was resumed may name another one than its best weights
             seed=recipe.training.seed,
