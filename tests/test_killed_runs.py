@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import signal
+import subprocess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_runs import CONTEXT, assert_same, rows, train
+from tiny_runs import CONTEXT, SETTINGS, TIMES, as_options, assert_same, repr_exact, rows, train, train_digits
 
 from rnode_plugin.errors import CheckpointError
 from rnode_plugin.experiments.training.checkpoints import newest_intact, read_checkpoint
@@ -63,26 +65,141 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return one_run(runs)
 
 
-def test_killed_while_a_checkpoint_is_written(whole: Path, tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    die = """
+# Statements that replace a function by one that dies between two writes
+_BEFORE = """
+import rnode_plugin.files as files
+from rnode_plugin.experiments.runs.metrics import MetricsTable
+add, publish, calls = MetricsTable.add, files.Draft.publish, []
+
+def die():
+    os.kill(os.getpid() if {alone} else 0, signal.SIGKILL)  # 0 is the group of all processes of the run
+
+def dies_at(step, name, path):
+    calls.extend([name] * (path.name == name))
+    return path.name == name and calls.count(name) == step
+"""
+PLACES = {
+    "after a row": """
+def dying(self, row, step):
+    add(self, row, step)
+    if step == 6 and "train/loss" in row: die()
+MetricsTable.add = dying
+""",
+    "in a checkpoint": """
 import torch
-save, calls = torch.save, []
+save = torch.save
 def dying(contents, file):
-    calls.append(1)
-    if len(calls) == 4:
+    if contents["global_step"] == 3:
         file.write(b"half")
         file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
+        die()
     save(contents, file)
 torch.save = dying
-"""
-    assert Child(runs, STEPS, die).end()[0] == -signal.SIGKILL
-    (draft,) = one_run(runs).rglob(".*.tmp")
-    assert draft.read_bytes() == b"half"
+""",
+    "between a validation's row and best": """
+def dying(self, row, step):
+    add(self, row, step)
+    if step == 8 and "val/bpd" in row: die()
+MetricsTable.add = dying
+""",
+    "between best and last": """
+def dying(self, **options):
+    publish(self, **options)
+    if dies_at(2, "best.ckpt", self._path): die()
+files.Draft.publish = dying
+""",
+    "between the first best and last": """
+def dying(self, **options):
+    publish(self, **options)
+    if dies_at(1, "best.ckpt", self._path): die()
+files.Draft.publish = dying
+""",
+    # the header of the first row, and a wider one for the first validation
+    "before the wider header": """
+def dying(self, **options):
+    if dies_at(2, "metrics.csv", self._path): die()
+    publish(self, **options)
+files.Draft.publish = dying
+""",
+    "after the wider header": """
+def dying(self, **options):
+    publish(self, **options)
+    if dies_at(2, "metrics.csv", self._path): die()
+files.Draft.publish = dying
+""",
+    "between previous and last": """
+replace = files.Path.replace
+def dying(self, target):
+    if self.name.startswith(".last.ckpt") and files.Path(target).with_name("previous.ckpt").exists(): die()
+    return replace(self, target)
+files.Path.replace = dying
+""",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_between_two_writes(whole: Path, tmp_path: Path, place: str) -> None:
+    runs = tmp_path / "runs"
+    assert Child(runs, STEPS, _BEFORE.format(alone=True) + PLACES[place]).end()[0] == -signal.SIGKILL
+    drafts = ("in a checkpoint", "before the wider header", "between previous and last")
+    assert len([*one_run(runs).rglob(".*.tmp")]) == (place in drafts)
     assert Child(runs, STEPS, resume=one_run(runs)).end()[0] == 0
-    assert_same(whole, one_run(runs))
+    assert_repeats(whole, one_run(runs))
     assert_intact(runs, 8)
+
+
+def assert_repeats(whole: Path, run: Path) -> None:
+    """The run has the metrics, weights, best weights and scores of one that nothing happened to, to the bit."""
+    assert_same(whole, run)
+    best = [read_checkpoint(each / "checkpoints" / "best.ckpt") for each in (whole, run)]
+    for key in ("global_step", "state_dict", "callbacks"):
+        assert repr_exact(best[0][key]) == repr_exact(best[1][key]), key
+    assert cells(whole) == cells(run)
+    assert (whole / "images.csv").read_bytes() == (run / "images.csv").read_bytes()
+
+
+def cells(run: Path) -> list[dict[str, str]]:
+    """All cells of the metrics, in the order of the file, but for its times."""
+    with (run / "metrics.csv").open(newline="") as file:
+        found = list(csv.reader(file))
+    return [{name: cell for name, cell in zip(found[0], row, strict=True) if name not in TIMES} for row in found]
+
+
+def train_on_two(folder: Path, before: str = "", *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the command on two processes, which form one process group."""
+    # both processes import the module of the callback
+    callback = "\nimport pytorch_lightning as L\nclass Idle(L.Callback): pass\n"
+    (folder / "kills.py").write_text("import os, signal\n" + before + callback)
+    return subprocess.run(
+        [*train_digits(*as_options(*SETTINGS, *STEPS)), "--devices", "2", "--callback", "kills:Idle",
+         "--runs", "runs", *options],
+        cwd=folder, capture_output=True, text=True, timeout=280, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.timeout(900)  # seven runs
+def test_two_processes_killed_between_two_writes(tmp_path: Path) -> None:
+    """One run, killed at each place in the order of its steps."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    done = train_on_two(whole)
+    assert done.returncode == 0, done.stderr
+    resume: tuple[str, ...] = ()
+    for place in (
+        "in a checkpoint", "before the wider header", "between the first best and last", "after a row",
+        "between a validation's row and best",
+    ):  # fmt: skip
+        done = train_on_two(killed, _BEFORE.format(alone=False) + PLACES[place], *resume)
+        assert done.returncode == -signal.SIGKILL, (place, done.stderr)
+        resume = ("--resume", str(one_run(killed / "runs")))
+    done = train_on_two(killed, "", *resume)
+    assert done.returncode == 0, done.stderr
+    assert_repeats(one_run(whole / "runs"), one_run(killed / "runs"))
+    assert_intact(killed / "runs", 8)
 
 
 def test_killed_in_a_step_with_a_truncated_newest_checkpoint(

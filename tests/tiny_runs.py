@@ -37,7 +37,7 @@ SETTINGS = [
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["rnode_plugin.experiments.training.fit"])
 
-_TIMES = {"seconds", "seconds_per_step", "train_seconds"}
+TIMES = {"seconds", "seconds_per_step", "train_seconds"}
 
 
 def tiny_recipe(*settings: str) -> Recipe:
@@ -76,7 +76,7 @@ def weights(run: Path) -> torch.Tensor:
 def rows(run: Path) -> list[dict[str, str]]:
     """The metrics of a run without its times."""
     with (run / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if k not in _TIMES and v} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if k not in TIMES and v} for row in csv.DictReader(file)]
 
 
 class BeforeStep(L.Callback):
@@ -119,8 +119,8 @@ def train(runs: Path, output: Path, settings: list[str], options: dict[str, Any]
     names: dict[str, Any] = {"os": os, "signal": signal, "at": lambda step: None}
     exec(before, names)
     callback = BeforeStep(lambda module, step: names["at"](step))
-    result = run(tiny_recipe(*settings), runs, callbacks=[callback], **options)
-    print("ended:", result.stopped)
+    fitted = run(tiny_recipe(*settings), runs, callbacks=[callback], **options)
+    print("ended:", fitted.result.stopped)
 
 
 def assert_same(one: Path, other: Path) -> None:
