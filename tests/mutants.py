@@ -276,16 +276,16 @@ MUTANTS = [
     ),
     Mutant(
         "the best score of a run on other devices is kept",
-        "experiments/training/recorder.py",
+        "experiments/training/after_step.py",
         '"devices": self._plan.devices}',
         '"devices": 1}',
         "test_training.py::test_another_validation_chooses_the_best_weights_again",
     ),
     Mutant(
         "the training time is the time of the last step",
-        "experiments/training/clock.py",
-        "self.training_seconds += self.step_seconds",
-        "self.training_seconds = self.step_seconds",
+        "experiments/training/after_step.py",
+        "self.training_seconds += seconds",
+        "self.training_seconds = seconds",
         "test_training.py::test_the_time_of_training_has_the_wait_for_batches_and_no_validation",
     ),
     Mutant(

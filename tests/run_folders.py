@@ -84,6 +84,7 @@ def write_run(
         table.add({**times, "train/bpd": bits + 10 / step, "train/nfe": 40 + step}, step)
         if step in checks:
             measured = {"val/jacfrob": jacfrob * step / steps, "val/kinetic": step / 100, "val/nfe": nfe + step}
+            measured |= {name: times[name] for name in ("epoch", "seconds", "train_seconds")}
             table.add({**measured, "val/bpd": bits + 8 / step, "val/gap": -step / 1e4}, step)
     if finished:
         run.conclude(_result(steps, stopped, bits, jacfrob, nfe, images), recipe)

@@ -34,7 +34,7 @@ from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.metrics import MetricsTable
 from rnode_plugin.experiments.runs.run import training_lock
 from rnode_plugin.experiments.training.checkpoints import header_with
-from rnode_plugin.experiments.training.clock import Clock
+from rnode_plugin.experiments.training.plan import AFTER_STEP
 from rnode_plugin.files import check_path_name
 
 
@@ -157,7 +157,7 @@ def test_the_line_of_a_run(
         MetricsTable(folder / "metrics.csv", keep=100).add({"train/matching": 0.1, "seconds": 40.0}, 2)
     if state not in ("new", "begun"):
         (folder / "checkpoints").mkdir()
-        callbacks = {Clock().state_key: {"run_seconds": 1.5}}
+        callbacks = {AFTER_STEP: {"run_seconds": 1.5}}
         contents = {**header_with(get_recipe("digits")), "state_dict": {}, "callbacks": callbacks}
         torch.save(contents, folder / "checkpoints" / "last.ckpt")
     if state == "damaged":

@@ -22,13 +22,10 @@ from rnode_plugin.core.random_streams import Stream, seed_everything, seeded
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.recipes.recipe import Recipe
-from rnode_plugin.experiments.training.clock import Clock
+from rnode_plugin.experiments.training.after_step import AfterStep, SampleGrids
 from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.module import RnodeModule
-from rnode_plugin.experiments.training.progress import Progress
-from rnode_plugin.experiments.training.recorder import Recorder, SampleGrids
 from rnode_plugin.experiments.training.step import LikelihoodLoss, StagedLoss, StepTerms, measure_batch
-from rnode_plugin.experiments.training.stops import Stops
 from rnode_plugin.experiments.training.trainer import find_place
 
 SHORT = ("training.max_steps=4",)
@@ -208,7 +205,7 @@ def test_a_module_trains_the_flow_and_the_loss_that_it_is_given() -> None:
 
 
 def test_callbacks_come_in_the_order_that_is_written_down(tmp_path: Path) -> None:
-    """A picture shows averaged weights, a time limit is known to the line of its step, the last one records."""
+    """A picture shows averaged weights, and what is written is what all others have left."""
 
     class Own(L.Callback):
         order: list[type] = []  # noqa: RUF012
@@ -219,7 +216,7 @@ def test_callbacks_come_in_the_order_that_is_written_down(tmp_path: Path) -> Non
 
     recipe = tiny_recipe("training.max_steps=1", "training.ema=0.5", "training.sample_images=1")
     run(recipe, tmp_path, callbacks=[Own()], progress=True)
-    assert Own.order == [Own, SampleGrids, WeightAveraging, Clock, Stops, Progress, Recorder]
+    assert Own.order == [Own, SampleGrids, WeightAveraging, AfterStep]
 
 
 def test_the_devices_of_a_call_are_found_before_its_trainer_is_made() -> None:

@@ -62,6 +62,25 @@ def test_given_callbacks_and_loggers(tmp_path: Path) -> None:
     assert [float(row["epoch"]) for row in every if row["val/bpd"]] == [1.0]
 
 
+def test_what_a_callback_logs_has_the_epoch_of_the_run(tmp_path: Path) -> None:
+    """Lightning would give it the epoch of its loop, which stays 0."""
+
+    class Own(L.Callback):
+        def on_train_batch_end(
+            self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            pl_module.log("mine", 10.0 * trainer.global_step)
+
+        def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            pl_module.log("validated", 10.0 * trainer.global_step)
+
+    logger, read = logged(tmp_path)
+    run(tiny_recipe(), tmp_path / "runs", callbacks=[Own()], loggers=[logger])
+    for name, steps in (("mine", range(1, 9)), ("validated", (4, 8))):
+        found = [(float(row[name]) / 10, float(row["epoch"])) for row in read() if row[name]]
+        assert found == [(step, step / 4) for step in steps]
+
+
 def test_loggers_of_a_resumed_run_get_the_steps_of_the_table(tmp_path: Path) -> None:
     recipe = tiny_recipe("training.log_every=2")
     first = run(recipe.override(["training.max_steps=4"]), tmp_path / "runs")

@@ -387,14 +387,16 @@ def test_steps_without_a_finite_score_count_as_steps(tmp_path: Path, finished: b
     path = write_run(tmp_path / "0", digits(), finished=finished)
     table = MetricsTable(path / "metrics.csv", keep=38)
     table.add({"epoch": 4.0, "train_seconds": 20.0, "train/bpd": math.nan}, 40)
-    table.add({"val/bpd": 2.2}, 40)
+    table.add({"epoch": 4.0, "train_seconds": 20.0, "val/bpd": 2.2}, 40)
     found = cells(make_table(configurations_of(path)), "digits")
     assert (found["steps"], found["state"]) == ("40", state)
 
 
 def test_a_validation_that_is_not_finite_and_a_plugin_that_is_not_here(tmp_path: Path) -> None:
     path = write_run(tmp_path / "0", digits(penalties=("length",)), checks=range(1, 40, 5), finished=False)
-    MetricsTable(path / "metrics.csv", keep=40).add({"val/bpd": math.inf, "val/nfe": 90}, 41)
+    MetricsTable(path / "metrics.csv", keep=40).add(
+        {"epoch": 4.1, "train_seconds": 20.5, "val/bpd": math.inf, "val/nfe": 90}, 41
+    )
     report = write_report([path], tmp_path / "out")
     found = cells(report.table, "digits")
     assert "parameters" not in found
@@ -427,7 +429,7 @@ def test_other_penalties_have_their_rows(tmp_path: Path) -> None:
     assert (cells(table, "kinetic")["taylor:3"], cells(table, "kinetic")["error"]) == ("0.250", "0.500")
     assert "taylor:3" not in cells(table, "rnode")
     running = write_run(tmp_path / "2", digits(penalties=("local_error", "curl")), finished=False)
-    validated = {"val/bpd": 2.2, "val/local_error": 0.5, "val/curl": 0.1}
+    validated = {"epoch": 4.1, "train_seconds": 20.5, "val/bpd": 2.2, "val/local_error": 0.5, "val/curl": 0.1}
     MetricsTable(running / "metrics.csv", keep=40).add(validated, 41)
     meanings = {row.name: row.meaning for row in (*table.rows, *make_table(configurations_of(running)).rows)}
     for name, meaning in (("taylor:3", "penalty / dim"), ("error", "penalty"), ("local_error", "penalty"),

@@ -84,7 +84,7 @@ def log(run: Run, kind: Kind, steps: Sequence[int], *, keep: int = 0) -> None:
         times = {"epoch": step / 3, "seconds": step / 7, "train_seconds": step / 9}
         table.add({**times, f"train/{kind.metric}": 1 / step, "train/nfe": 24}, step)
         if step % 4 == 0:
-            table.add({f"val/{kind.metric}": 2 / step, "val/gap": -1e-17, "seconds": step / 7}, step)
+            table.add({**times, f"val/{kind.metric}": 2 / step, "val/gap": -1e-17}, step)
 
 
 def assert_logged(run: Run, kind: Kind, steps: int) -> None:
@@ -94,13 +94,11 @@ def assert_logged(run: Run, kind: Kind, steps: int) -> None:
         np.testing.assert_array_equal(found.steps[name], numbers / divisor, err_msg=name)
     np.testing.assert_array_equal(found.steps[f"train/{kind.metric}"], 1 / numbers)
     np.testing.assert_array_equal(found.steps["train/nfe"], np.full(steps, 24))
-    checks = numbers[numbers % 4 == 0]
-    np.testing.assert_array_equal(found.checks["step"], checks)
-    np.testing.assert_array_equal(found.checks[f"val/{kind.metric}"], 2 / checks)
-    np.testing.assert_array_equal(found.checks["val/gap"], np.full(len(checks), -1e-17))
-    # epoch and time of a validation are interpolated from its step
-    np.testing.assert_allclose(found.checks["epoch"], checks / 3)
-    np.testing.assert_allclose(found.checks["train_seconds"], checks / 9)
+    validated = numbers[numbers % 4 == 0]
+    for name, divisor in {"step": 1, "epoch": 3, "seconds": 7, "train_seconds": 9}.items():
+        np.testing.assert_array_equal(found.validations[name], validated / divisor, err_msg=name)
+    np.testing.assert_array_equal(found.validations[f"val/{kind.metric}"], 2 / validated)
+    np.testing.assert_array_equal(found.validations["val/gap"], np.full(len(validated), -1e-17))
     assert found.last_step == steps
 
 
@@ -215,33 +213,19 @@ def test_metrics_have_any_number_and_columns_that_come_later(run: Run) -> None:
     found = run.read().steps
     np.testing.assert_array_equal(found["train/x"], values)
     np.testing.assert_array_equal(found["train/late"], [math.nan] * 4 + [5, 6])
-    table.add({"val/bpd": math.inf}, 6)
-    assert run.read().checks["val/bpd"].tolist() == [math.inf]
+    table.add({"epoch": 0.5, "train_seconds": 0.25, "val/bpd": math.inf}, 6)
+    assert run.read().validations["val/bpd"].tolist() == [math.inf]
     # a row with a time that is not finite has no place on the axis of a figure
     table.add({"epoch": 0.5, "train_seconds": math.inf, "train/bpd": 2.0}, 7)
     assert run.read().metrics.last_step == 6
 
 
-Rows = list[tuple[int, dict[str, float]]]
-
-
-@pytest.mark.parametrize(("rows", "has_begun", "places"), [
-    # steps of flow matching count as training, and none is of likelihood
-    ([(step, {"epoch": step, "train_seconds": 3 * step, "train/matching": 0.5}) for step in (1, 2)]
-     + [(2, {"val/bpd": 4.0})], False, [(2.0, 6.0)]),
-    # a validation before the first logged step
-    ([(4, {"val/bpd": 5.0}), (10, {"epoch": 1.0, "train_seconds": 5.0, "train/bpd": 6.0}), (10, {"val/bpd": 4.0})],
-     True, [(0.4, 2.0), (1.0, 5.0)]),
-], ids=["after flow matching", "before a logged step"])  # fmt: skip
-def test_a_validation_has_its_epoch_and_its_time(
-    run: Run, rows: Rows, has_begun: bool, places: list[tuple[float, float]]
-) -> None:
+def test_steps_of_flow_matching_are_no_beginning(run: Run) -> None:
     table = MetricsTable(run.metrics)
-    for step, row in rows:
-        table.add(row, step)
+    for name in ("train/matching", "val/bpd"):
+        table.add({"epoch": 1.0, "train_seconds": 3.0, name: 4.0}, 2)
     found = run.read()
-    assert found.has_begun == (len(found.steps["step"]) > 0) == has_begun
-    assert list(zip(found.checks["epoch"], found.checks["train_seconds"], strict=True)) == places
+    assert (found.has_begun, found.done, found.validations["val/bpd"].tolist()) == (False, 2, [4.0])
 
 
 def test_metrics_that_are_being_written(run: Run) -> None:

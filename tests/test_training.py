@@ -22,6 +22,7 @@ import pytest
 import pytorch_lightning as L
 import tiny_runs
 import torch
+from pytorch_lightning.callbacks import EarlyStopping
 from tiny_runs import BeforeStep, SpoiltGradient, assert_same, repr_exact, run, signal_at, tiny_recipe, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,19 +32,18 @@ from rnode_plugin.errors import ConfigError, RnodeError, SolverError, TrainingEr
 from rnode_plugin.experiments.data import ArrayDataset
 from rnode_plugin.experiments.recipes.recipe import Optimizer, Recipe
 from rnode_plugin.experiments.runs.run import Run
+from rnode_plugin.experiments.training import after_step as after_step_module
 from rnode_plugin.experiments.training import fit as fit_module
-from rnode_plugin.experiments.training import progress, stops
+from rnode_plugin.experiments.training import progress
+from rnode_plugin.experiments.training.after_step import AfterStep, TrainingInterrupted
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
-from rnode_plugin.experiments.training.clock import Clock
 from rnode_plugin.experiments.training.experiment import Experiment
-from rnode_plugin.experiments.training.failures import with_advice
+from rnode_plugin.experiments.training.failures import add_resume_hint
 from rnode_plugin.experiments.training.fit import FitResult
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.experiments.training.optimizers import learning_rate_factor
 from rnode_plugin.experiments.training.plan import RunPlan
-from rnode_plugin.experiments.training.recorder import Recorder
 from rnode_plugin.experiments.training.step import LikelihoodLoss
-from rnode_plugin.experiments.training.stops import Stopped, Stops
 from rnode_plugin.flows.multiscale import dequantize
 
 SETTINGS = [
@@ -97,7 +97,7 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, whole: FitResult) -> None:
     train = {"epoch", "lr", "step", "train/bpd", "train/grad_norm", "train/jacfrob", "train/kinetic", "train/loss",
              "train/nfe", "train/skipped"}  # fmt: skip
     assert set(found[0]) == train
-    assert set(found[4]) == {"step", "val/bpd", "val/gap", "val/jacfrob", "val/kinetic", "val/nfe"}
+    assert set(found[4]) == {"step", "val/bpd", "val/gap", "val/jacfrob", "val/kinetic", "val/nfe", "epoch"}
     assert [float(row["lr"]) for row in found[:3]] == pytest.approx([2e-3 / 3, 2e-3 * 2 / 3, 2e-3])
     assert float(found[-1]["val/bpd"]) < float(found[0]["train/bpd"])
     assert fitted.result.evaluation.means["dirty"].mean == pytest.approx(float(found[-1]["val/bpd"]), abs=0.02)
@@ -237,7 +237,7 @@ def test_epochs_of_other_batches_count_in_full_after_a_resume(tmp_path: Path) ->
     part = run(halved, tmp_path, resume=part.run.path, callbacks=[signal_at(6)])
     rest = run(halved, tmp_path, resume=part.run.path)
     assert (rest.result.steps, rest.result.planned) == (12, 12)
-    epochs = [(int(row["step"]), float(row["epoch"])) for row in rows(rest) if "epoch" in row]
+    epochs = [(int(row["step"]), float(row["epoch"])) for row in rows(rest) if "lr" in row]
     assert epochs == [(2, 0.5), (4, 1.0), (6, 1.25), (8, 1.5), (10, 1.75), (12, 2.0)]
 
 
@@ -275,25 +275,26 @@ def test_a_run_that_was_killed_during_its_last_evaluation_is_evaluated(
         assert fitted.run.result.exists()
 
 
-def recorder(recipe: Recipe, *, devices: int = 1, validated: slice = slice(60)) -> Recorder:
-    plan = RunPlan.of(recipe, 200, devices)
-    return Recorder(recipe, plan, Clock(), Stops(plan), validated=recipe.load_data().val[validated])
+def after_step(recipe: Recipe, *, devices: int = 1, validated: slice = slice(60), **options: Any) -> AfterStep:
+    plan, data = RunPlan.of(recipe, 200, devices), SimpleNamespace(val=recipe.load_data().val[validated])
+    experiment: Any = SimpleNamespace(recipe=recipe, plan=plan, data=data)
+    return AfterStep(experiment, **options)
 
 
 def test_another_validation_chooses_the_best_weights_again(recipe: Recipe) -> None:
     """The lowest value of easier images would keep weights that are no longer the best."""
-    before = recorder(recipe)
+    before = after_step(recipe)
     before.best = 1.0
     # a validation takes signs whatever the training does
-    same = recorder(recipe.override(["training.max_steps=9", "model.trace_noise=gaussian"]))
+    same = after_step(recipe.override(["training.max_steps=9", "model.trace_noise=gaussian"]))
     settings = (
         "training.val_images=30",
         "test_solver.step=0.5",
         "data.val_batch_size=5",
     )
-    others = [recorder(recipe.override([each])) for each in settings]
-    others.append(recorder(recipe, devices=2))
-    others += [recorder(recipe, validated=slice(59)), recorder(recipe, validated=slice(59, None, -1))]
+    others = [after_step(recipe.override([each])) for each in settings]
+    others.append(after_step(recipe, devices=2))
+    others += [after_step(recipe, validated=slice(59)), after_step(recipe, validated=slice(59, None, -1))]
     for later, best in ((same, 1.0), *((other, math.inf) for other in others)):
         later.load_state_dict(before.state_dict())
         assert later.best == best
@@ -304,32 +305,32 @@ def test_a_process_with_another_checkpoint_is_refused(recipe: Recipe) -> None:
     strategy = SimpleNamespace(broadcast=lambda step: 20)
     trainer: Any = SimpleNamespace(global_step=10, world_size=1, strategy=strategy)
     with pytest.raises(TrainingError, match="from step 10, the first one from step 20"):
-        recorder(recipe).on_train_start(trainer, RnodeModule(recipe))
+        after_step(recipe).on_train_start(trainer, RnodeModule(recipe))
 
 
 def test_a_second_signal_ends_a_run_at_once_but_an_echo_of_the_first_does_not(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(stops, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(after_step_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     for signum, later, ends in (
         (signal.SIGTERM, 0.0, False),
         (signal.SIGTERM, 2.0, True),
         (signal.SIGINT, 0.0, True),
     ):
-        decides = Stops(RunPlan.of(recipe, 200))
+        decides = after_step(recipe)
         decides.receive(signum)
         now[0] += later
-        with pytest.raises(Stopped) if ends else nullcontext():
+        with pytest.raises(TrainingInterrupted) if ends else nullcontext():
             decides.receive(signum)
 
 
 def test_a_run_with_all_of_its_steps_was_not_stopped_by_its_time_limit(recipe: Recipe) -> None:
-    plan = RunPlan.of(recipe, 200)
-    for step, out_of_time in ((1, True), (plan.total, False)):
-        decides = Stops(plan, max_time=1e-9)
-        trainer: Any = SimpleNamespace(world_size=1, should_stop=False)
-        decides.on_step_end(trainer, RnodeModule(recipe), step)
+    module: Any = SimpleNamespace(values=dict)
+    for step, out_of_time in ((1, True), (6, False)):
+        decides = after_step(recipe, max_time=1e-9)
+        trainer: Any = SimpleNamespace(global_step=step, world_size=1, should_stop=False, logged_metrics={})
+        decides.on_train_batch_end(trainer, module, None, None, 0)
         assert (trainer.should_stop, decides.out_of_time) == (True, out_of_time)
 
 
@@ -470,11 +471,14 @@ def test_a_run_whose_cooldown_has_not_begun_can_be_made_longer(
 
 
 def test_the_last_step_is_logged(tmp_path: Path) -> None:
-    """Also if it is not a multiple of ``log_every``, and if a time limit makes it the last one, which validates."""
+    """Also if it is not a multiple of ``log_every``, and if a time limit or a validation makes it the last one."""
     recipe = tiny_recipe("training.log_every=5", "training.max_steps=3")
     whole, cut = run(recipe, tmp_path / "steps"), run(recipe, tmp_path / "time", max_time=1e-6)
-    assert (whole.result.stopped, cut.result.stopped) == ("finished", "max_time")
-    for fitted, last in ((whole, "3"), (cut, "1")):
+    good = EarlyStopping("val/bpd", stopping_threshold=100.0)
+    early = run(recipe.override(["training.val_every_steps=2"]), tmp_path / "early", callbacks=[good])
+    ends = ((whole, "finished", "3"), (cut, "max_time", "1"), (early, "early", "2"))
+    for fitted, stopped, last in ends:
+        assert fitted.result.stopped == stopped
         assert [row["step"] for row in rows(fitted) if "train/loss" in row] == [last]
         assert "val/bpd" in rows(fitted)[-1]
         assert read_checkpoint(fitted.run.last)["global_step"] == int(last)
@@ -563,7 +567,7 @@ def test_an_error_names_the_checkpoint_that_a_resumed_run_finds(
         (folder.last.parent / name).touch()
     trainer: Any = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(launcher=None))
     written: Any = SimpleNamespace(folder=folder)
-    with pytest.raises(TrainingError) as caught, with_advice(written, trainer, is_new=False):
+    with pytest.raises(TrainingError) as caught, add_resume_hint(written, trainer, is_new=False):
         raise TrainingError("the disk is full.")
     paths = {"best": folder.best, "last": folder.last, "run": folder.path}
     assert str(caught.value).startswith("training stopped: the disk is full. ")

@@ -33,7 +33,7 @@ from ..reports.runs import data_name
 from ..runs.results import Result
 from ..runs.run import Run, training_lock
 from ..training.checkpoints import newest_intact
-from ..training.plan import CLOCK
+from ..training.plan import AFTER_STEP
 
 _RNODE_CLI = (sys.executable, "-m", "rnode_plugin")
 _VALIDATIONS = 20  # at least, in a run whose recipe has as many steps and chooses no interval
@@ -269,7 +269,7 @@ def _spent(run: Run) -> float:
         contents = newest_intact(run.path)[1]
     except CheckpointError:  # the process that resumes the run reports this
         return 0.0
-    return contents["callbacks"][CLOCK]["run_seconds"]
+    return contents["callbacks"][AFTER_STEP]["run_seconds"]
 
 
 def _threads(jobs: int) -> dict[str, str]:

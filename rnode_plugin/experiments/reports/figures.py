@@ -167,10 +167,10 @@ class _Curve(NamedTuple):
     def points(self, one: Configuration) -> Iterator[tuple[Vector, Vector]]:
         """The two columns of each run that has them. ``y`` is averaged over a window if it has a value a step."""
         for run in one.runs:
-            columns = run.checks if self.y.startswith("val/") else run.steps
+            columns = run.validations if self.y.startswith("val/") else run.steps
             if columns.keys() >= {self.x, self.y}:
                 x, y = columns[self.x] / self.unit, columns[self.y]
-                yield x, y if columns is run.checks else smooth(y, max(1, len(y) // _WINDOWS))
+                yield x, y if columns is run.validations else smooth(y, max(1, len(y) // _WINDOWS))
 
     def paint(self, axes: Axes, configurations: Sequence[Configuration]) -> None:
         """Draw the runs. The first run of each configuration has its label, if there are several configurations."""

@@ -71,9 +71,9 @@ class RunContents:
         return self.metrics.steps
 
     @property
-    def checks(self) -> Columns:
+    def validations(self) -> Columns:
         """The validations, see :class:`~rnode_plugin.experiments.runs.metrics.Metrics`."""
-        return self.metrics.checks
+        return self.metrics.validations
 
     @property
     def has_begun(self) -> bool:
@@ -110,8 +110,8 @@ class RunContents:
         """The mean integral of each penalty, for the best weights, or at the last validation without a result."""
         if self.evaluation is not None:
             return self.evaluation.penalties
-        known = (name for name in self.recipe.measured if f"val/{name}" in self.checks)
-        return {name: _last(self.checks[f"val/{name}"]) for name in known}
+        known = (name for name in self.recipe.measured if f"val/{name}" in self.validations)
+        return {name: _last(self.validations[f"val/{name}"]) for name in known}
 
     @functools.cached_property
     def numbers(self) -> Mapping[str, float]:
@@ -125,8 +125,8 @@ class RunContents:
             # JSON has no infinity, which the gap of a training solver is that fails
             gap = math.inf if evaluation.gap is None and not self.recipe.solver.adaptive else evaluation.gap
         else:
-            scores = {self.task.quantities[0].name: _last(self.checks[f"val/{self.task.metric}"])}
-            gap, nfe_test = (_last(self.checks.get(f"val/{name}")) for name in ("gap", "nfe"))
+            scores = {self.task.quantities[0].name: _last(self.validations[f"val/{self.task.metric}"])}
+            gap, nfe_test = (_last(self.validations.get(f"val/{name}")) for name in ("gap", "nfe"))
             seconds = _last(self.steps["train_seconds"])
         # the NFE of an adaptive solver grow while a model trains, so the last tenth of the steps describes its end.
         # The median of the times leaves out the first steps, which compile and warm up

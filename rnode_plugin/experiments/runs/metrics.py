@@ -66,17 +66,17 @@ class Metrics(NamedTuple):
     Attributes:
         steps: an entry for each logged training step of likelihood: ``step``, ``epoch``, ``train_seconds``,
             ``train/bpd``, ...
-        checks: an entry for each validation: the same three axes and ``val/bpd``, ``val/nfe``, ... A table has
+        validations: an entry for each validation: the same three axes and ``val/bpd``, ``val/nfe``, ... A table has
             ``nll`` in place of ``bpd``.
     """
 
     steps: Columns
-    checks: Columns
+    validations: Columns
 
     @property
     def last_step(self) -> int:
         """The last step that has an entry; 0 if there is none."""
-        return int(max([0, *self.steps["step"], *self.checks["step"]]))
+        return int(max([0, *self.steps["step"], *self.validations["step"]]))
 
 
 def read_metrics(path: Path, metric: str) -> Metrics:
@@ -93,17 +93,4 @@ def read_metrics(path: Path, metric: str) -> Metrics:
         table = numbers(text or "")
     axes = [name for name in _AXES if name in table]
     table[axes] = table[axes].where(np.isfinite(table[axes]))  # a score may be infinite, a time cannot
-    score, checked = f"train/{metric}", f"val/{metric}"
-    # steps of flow matching have no score, but their epochs and times place the validations between them
-    matching = table.get("train/matching")
-    trained = table.get(score) if matching is None else matching.fillna(table.get(score, np.nan))
-    times = known_rows(table.assign(trained=trained), [*_AXES, "trained"])
-    checks = known_rows(table, ["step", checked])
-    # the row of a validation has its step only, so its epoch and time are interpolated between training steps, and
-    # before the first logged one from the start of the run
-    known, unknown = len(times["step"]) > 0, np.full(len(checks["step"]), np.nan)
-    places = {
-        name: np.interp(checks["step"], [0.0, *times["step"]], [0.0, *times[name]]) if known else unknown
-        for name in ("epoch", "train_seconds")
-    }
-    return Metrics(known_rows(table, [*_AXES, score]), {**checks, **places})
+    return Metrics(*(known_rows(table, [*_AXES, f"{part}/{metric}"]) for part in ("train", "val")))

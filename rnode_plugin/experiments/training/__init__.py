@@ -2,15 +2,15 @@
 
 Read the modules in this order.
 
-1. ``experiment`` carries a recipe out up to its first step. An ``Experiment`` has the data, the model, the loss and
-   the plan as values. ``step`` defines the losses, and ``plan`` counts the steps of a run and says from which
-   checkpoint it continues.
+1. ``experiment`` builds everything that a recipe needs before its first step. An ``Experiment`` has the data, the
+   model, the loss and the plan as values. ``step`` defines the losses, and ``plan`` counts the steps of a run and
+   says from which checkpoint it continues.
 2. ``fit`` trains an experiment in a run folder and evaluates its best weights. ``trainer`` and ``loggers`` make
    Lightning's Trainer for it, and ``failures`` turns what went wrong into messages with advice.
 3. ``module`` is what Lightning trains: a step, a validation, and the optimizer from ``optimizers``. ``datamodule``
    chooses the samples of a step.
-4. After each step Lightning calls four callbacks in this order. ``clock`` times the step, ``stops`` decides whether
-   it was the last one, ``progress`` prints it, and ``recorder`` writes it down and ends the run.
+4. After each step Lightning calls ``after_step``, which writes the step down, saves it and ends the run.
+   ``progress`` prints a line of it.
 5. ``checkpoints`` writes and reads files of weights.
 
 Three rules hold everywhere. The noise and the samples of a step are functions of the seed and the number of the

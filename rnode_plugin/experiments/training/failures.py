@@ -21,12 +21,12 @@ from ...errors import (
     first_line,
 )
 from ..runs.run import LAST
-from .recorder import Recorder
+from .after_step import AfterStep
 from .trainer import end_other_processes
 
 
 @contextmanager
-def with_advice(recorder: Recorder, trainer: L.Trainer, *, is_new: bool) -> Iterator[None]:
+def add_resume_hint(after_step: AfterStep, trainer: L.Trainer, *, is_new: bool) -> Iterator[None]:
     """Add to an error how the run can continue, and end the other processes, which may wait for this one.
 
     ``is_new`` means that the run began in this call. Its folder is then removed if no step has left anything in it.
@@ -40,7 +40,7 @@ def with_advice(recorder: Recorder, trainer: L.Trainer, *, is_new: bool) -> Iter
         # a process that waits in a reduction would never notice that this one has left
         end_other_processes(trainer, signal.SIGKILL)
         left = "No checkpoint had been written yet."
-        if (folder := recorder.folder) is not None:
+        if (folder := after_step.folder) is not None:
             # last.ckpt is missing if a full disk had room for the best.ckpt of the first validation alone
             if found := folder.checkpoints(LAST):
                 best = f", --resume {folder.best} from the best one" if folder.best in found[1:] else ""
@@ -53,7 +53,7 @@ def with_advice(recorder: Recorder, trainer: L.Trainer, *, is_new: bool) -> Iter
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def translate_errors() -> Iterator[None]:
     """Convert errors that PyTorch, Lightning and the system raise while training to a RnodeError with advice.
 
     Any other exception is a bug and passes unchanged, with its traceback.

@@ -24,17 +24,14 @@ from ..recipes.recipe import Recipe
 from ..runs.environment import Environment
 from ..runs.results import Result
 from ..runs.run import Run, training_lock
+from .after_step import AfterStep, SampleGrids, TrainingInterrupted
 from .checkpoints import load_flow, newest_intact
-from .clock import Clock
 from .datamodule import RecipeDataModule
 from .experiment import Experiment
-from .failures import explained, with_advice
+from .failures import add_resume_hint, translate_errors
 from .loggers import check_loggers, make_logger
 from .module import RnodeModule
 from .plan import Resumed, RunOptions, RunPlan, batch_size
-from .progress import Progress
-from .recorder import Recorder, SampleGrids
-from .stops import Stopped, Stops
 from .trainer import Place, end_other_processes, find_place, make_trainer, quiet
 
 
@@ -97,7 +94,7 @@ def fit(
     recipe = experiment if isinstance(experiment, Recipe) else experiment.recipe
     # settings that a resumed run cannot change are refused here, because data may be downloaded next
     resumed = None if options.resume is None else Resumed.of(options.resume, recipe)
-    with quiet(), explained(), ExitStack() as stack:
+    with quiet(), translate_errors(), ExitStack() as stack:
         place = find_place(trainer_options)
         experiment = _with_weights(experiment, resumed, place, download=options.download)
         recipe, plan = experiment.recipe, experiment.plan
@@ -105,22 +102,19 @@ def fit(
             _refuse_finished(resumed, recipe, plan, options)
         facts = experiment.facts if resumed is None else resumed.facts_with(experiment.facts)
         # the time limit begins now, after the data were loaded
-        clock, stops = Clock(), Stops(plan, max_time=options.max_time, announce=options.progress)
-        recorder = Recorder(
-            recipe, plan, clock, stops, validated=experiment.data.val, folder=resumed and resumed.folder
-        )
+        after_step = AfterStep(experiment, max_time=options.max_time, progress=options.progress)
         trainer = make_trainer(
             recipe,
             plan,
             place,
-            callbacks=_in_order(experiment, callbacks, recorder, stops, clock, progress=options.progress),
+            callbacks=_in_order(experiment, callbacks, after_step),
             loggers=[each for each in loggers if isinstance(each, Logger)],
             options=trainer_options,
         )
-        # Only the first process makes the folder and writes into it. The others learn its path from the recorder,
+        # Only the first process makes the folder and writes into it. The others learn its path from AfterStep,
         # which broadcasts it when Lightning calls its setup hook
         if trainer.is_global_zero:
-            folder = recorder.folder or _new_folder(recipe, options)
+            folder = (resumed and resumed.folder) or _new_folder(recipe, options)
             # the lock comes before the first change, and the stack holds it until the evaluation is written
             if stack.enter_context(training_lock(folder.path)):
                 folder.remove_drafts()
@@ -129,14 +123,15 @@ def fit(
             environment = Environment.of(trainer.strategy.root_device, devices=trainer.world_size)
             folder.describe(recipe, environment, facts)
             done = resumed.done if resumed else 0
-            recorder.open(folder, keep=done)
+            after_step.open(folder, keep=done)
             trainer.loggers += [make_logger(name, folder.path) for name in names]  # these write into the folder
             if options.progress:
                 _announce(experiment, trainer, folder, done=done)
         checkpoint = None if resumed is None else resumed.checkpoint
-        with with_advice(recorder, trainer, is_new=resumed is None or resumed.folder is None), explained():
+        is_new = resumed is None or resumed.folder is None
+        with add_resume_hint(after_step, trainer, is_new=is_new), translate_errors():
             # a run that was killed while its best weights were evaluated has no step left, and passes here at once
-            stopped, skipped = _train(experiment, facts, trainer, stops, checkpoint)
+            stopped, skipped = _train(experiment, facts, trainer, after_step, checkpoint)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # a group that still exists when its process ends can abort the process, which would look like a failure
             torch.distributed.destroy_process_group()
@@ -144,16 +139,16 @@ def fit(
         result = Result(
             stopped=stopped,
             # a second signal ends a step halfway, so the checkpoint counts, from which the run would continue
-            steps=_saved_steps(recorder.run) if by_signal else trainer.global_step,
+            steps=_saved_steps(after_step.run) if by_signal else trainer.global_step,
             planned=plan.total,
-            training_seconds=clock.training_seconds,
-            run_seconds=clock.run_seconds,
+            training_seconds=after_step.training_seconds,
+            run_seconds=after_step.run_seconds,
             skipped=skipped,
         )
         if by_signal or not trainer.is_global_zero:
-            return FitResult(recorder.run, result, trainer.is_global_zero)
+            return FitResult(after_step.run, result, trainer.is_global_zero)
         device = trainer.strategy.root_device
-        return _conclude(recorder.run, result, experiment, device, progress=options.progress)
+        return _conclude(after_step.run, result, experiment, device, progress=options.progress)
 
 
 def _with_weights(
@@ -189,35 +184,23 @@ def _refuse_finished(resumed: Resumed, recipe: Recipe, plan: RunPlan, options: R
         )
 
 
-def _in_order(
-    experiment: Experiment,
-    callbacks: Sequence[Callback],
-    recorder: Recorder,
-    stops: Stops,
-    clock: Clock,
-    *,
-    progress: bool,
-) -> list[Callback]:
+def _in_order(experiment: Experiment, callbacks: Sequence[Callback], after_step: AfterStep) -> list[Callback]:
     """List all callbacks of a run in the order in which Lightning calls them.
 
     1. The user's callbacks see the weights as they were trained.
     2. ``SampleGrids`` draws before ``WeightAveraging`` puts the trained weights back in place of their average.
-    3. ``Clock`` times the step, ``Stops`` decides whether it was the last one, ``Progress`` prints it.
-    4. ``Recorder`` writes the state that all of these have reached, and ends the run if ``Stops`` has decided to.
+    3. ``AfterStep`` writes the state that all of these have reached.
     """
     recipe = experiment.recipe
     found = list(callbacks)
     if recipe.training.sample_images and experiment.task.draws_while_training:
-        found.append(SampleGrids(recorder))
+        found.append(SampleGrids(after_step))
     if (decay := recipe.training.ema) is not None:
         # After each step, average = decay * average + (1 - decay) * weights. Lightning swaps the average in for a
         # validation. In a checkpoint `state_dict` holds the average, so that a loaded model has it, and
         # `current_model_state` holds the weights that training continues from
         found.append(WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay)))
-    found += [clock, stops]
-    if progress:
-        found.append(Progress(recipe, experiment.plan, clock, stops))
-    return [*found, recorder]
+    return [*found, after_step]
 
 
 def _new_folder(recipe: Recipe, options: RunOptions) -> Run:
@@ -227,7 +210,7 @@ def _new_folder(recipe: Recipe, options: RunOptions) -> Run:
 
 
 def _train(
-    experiment: Experiment, facts: Facts, trainer: L.Trainer, stops: Stops, checkpoint: Path | None
+    experiment: Experiment, facts: Facts, trainer: L.Trainer, after_step: AfterStep, checkpoint: Path | None
 ) -> tuple[str, int]:
     """Train the experiment. Its checkpoints keep the ``facts``.
 
@@ -235,7 +218,8 @@ def _train(
         The reason why the training ended, as in :class:`FitResult`, and the number of skipped steps.
     """
     recipe = experiment.recipe
-    module = RnodeModule(recipe, flow=experiment.flow, loss=experiment.loss, facts=facts)
+    # AfterStep writes to the loggers
+    module = RnodeModule(recipe, flow=experiment.flow, loss=experiment.loss, facts=facts, to_loggers=False)
     if recipe.training.precision == "64-true":
         # Lightning converts the weights after it has restored them and copied them for their average, which would
         # round both to 32 bits
@@ -244,7 +228,7 @@ def _train(
     samples = RecipeDataModule(recipe, data=experiment.data, endless=True)
     try:
         trainer.fit(module, samples, ckpt_path=checkpoint)
-    except Stopped as stop:
+    except TrainingInterrupted as stop:
         # between two steps all processes raise this together. A second signal may reach this process alone, and the
         # others would wait for it in their next reduction
         if stop.at_once:
@@ -253,7 +237,7 @@ def _train(
     finally:
         if trainer.global_step:
             experiment.flow.trained_steps = trainer.global_step
-    if stops.out_of_time:
+    if after_step.out_of_time:
         return "max_time", module.skipped
     return "finished" if trainer.global_step >= trainer.max_steps else "early", module.skipped
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pytorch_lightning as L
 import torch
@@ -32,27 +32,20 @@ if TYPE_CHECKING:
     from ..data import ImageData, Table
 
 
-class _Logging(Protocol):
-    """The settings of a Trainer that decide which steps it logs. Lightning sets them without declaring a type."""
-
-    max_steps: int
-    log_every_n_steps: int
-
-
 class RnodeModule(L.LightningModule):
     """Trains the flow of a recipe by the objective (eq. 17) with its optimizer, in any ``Trainer``.
 
     A batch is uint8 images ``(B, C, H, W)`` or rows of a table ``(B, C)``, as
-    :class:`~rnode_plugin.ImageDataModule` and :class:`~rnode_plugin.TableDataModule` give. All logged values are
-    means over all devices.
+    :class:`~rnode_plugin.ImageDataModule` and :class:`~rnode_plugin.TableDataModule` give.
 
     - Each step logs ``train/loss`` in nats per dimension, ``train/bpd`` (for a table ``train/nll``, nats per row),
       ``train/nfe``, each penalty as ``train/NAME``, per dimension where the objective divides it,
-      ``train/grad_norm``, ``train/skipped`` and ``lr``. A step of flow matching logs ``train/matching``, the
-      squared error per dimension, in place of loss, score and penalties. With ``training.warm_start`` an adaptive
-      solver begins warm, so ``train/nfe`` is less than the NFE of the model, ``val/nfe``.
+      ``train/grad_norm``, ``train/skipped`` and ``lr``, all of the batch on its own device. A step of flow matching
+      logs ``train/matching``, the squared error per dimension, in place of loss, score and penalties. With
+      ``training.warm_start`` an adaptive solver begins warm, so ``train/nfe`` is less than the NFE of the model,
+      ``val/nfe``.
     - Each validation logs ``val/bpd`` or ``val/nll``, ``val/nfe``, ``val/NAME`` and, for a fixed grid, ``val/gap``,
-      the error of the training solver in the unit of the score.
+      the error of the training solver in the unit of the score, as means over all devices.
 
     The noise of a step is a function of the seed, the step and the device. A run that is interrupted at a whole
     step and resumed gives the same numbers as an uninterrupted one, to the bit on a CPU with the same number of
@@ -66,16 +59,19 @@ class RnodeModule(L.LightningModule):
             checkpoint.
         flow: the model as an :class:`~rnode_plugin.experiments.training.experiment.Experiment` has it, with the
             weights of the first step. By default the module builds the model, and when its first Trainer begins it
-            loads the weights that the recipe starts from and shows the model the rows of its table.
+            loads the weights that the recipe starts from and standardizes the model on the training rows.
         loss: what a step minimizes, a function of a batch and the number of earlier steps. By default this is flow
             matching and equation 17, as the recipe says.
         facts: the facts of the training data, which checkpoints keep. By default they are read from the checkpoint
             that the Trainer continues from, or else describe its data module.
+        to_loggers: whether the loggers of the Trainer get what is logged. Callbacks get it in any case.
 
     Attributes:
         flow, loss: the model and the loss.
         facts: the facts of the training data; None before training, or if the Trainer was given loaders.
         task: the task of the recipe.
+        own_values: what the last step has logged, as means over its batches on this device. Some are tensors, and
+            reading them waits for the device.
 
     Raises:
         ConfigError: the recipe has steps of flow matching, and the model has no blocks to match.
@@ -94,6 +90,7 @@ class RnodeModule(L.LightningModule):
         flow: DensityModel | None = None,
         loss: Loss | None = None,
         facts: Facts | None = None,
+        to_loggers: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(recipe, Recipe):
@@ -104,14 +101,13 @@ class RnodeModule(L.LightningModule):
         self.flow = new_flow(recipe) if flow is None else flow
         self.loss = loss_of(self.flow, recipe) if loss is None else loss
         self.facts, self._compares = facts, facts is None  # the caller has compared the facts with the data
-        self.solver = recipe.solver
+        self.solver, self._to_loggers = recipe.solver, to_loggers
         # steps without a usable gradient, in the whole run, and since the last usable one
         self.skipped = self.skipped_in_row = 0
         self._is_fresh = flow is None  # whether the flow still lacks its first weights and the rows of its table
         self._batches = self._world = 1  # batches per device in a step, and number of devices
         self._terms: list[StepTerms] = []  # the terms of each batch in this step, on this device
-        self._values: dict[str, Tensor | float] = {}  # values of the last step to log, tensors of this device
-        self._row: dict[str, float] | None = None  # the same values as numbers and as means over the devices
+        self.own_values: dict[str, Tensor | float] = {}
         # the longest safe steps of the last solves of each device, or of each batch in the place of a device
         self._safe_steps: dict[int, dict[int, dict[str, float]]] = {}
         self._groups: list[dict[str, object]] = []  # settings of the optimizer; empty if a subclass makes its own
@@ -186,20 +182,18 @@ class RnodeModule(L.LightningModule):
         return norm
 
     def _log_step(self, optimizer: torch.optim.Optimizer, *, norm: Tensor) -> None:
-        """Log the values of a step, averaged over its batches, and over the devices if the step is written."""
+        """Log the values of a step, averaged over its batches on this device."""
         rows = [terms.row for terms in self._terms]
-        self._values = {f"train/{name}": sum(row[name] / len(rows) for row in rows) for name in rows[0]}
-        self._values |= {"train/grad_norm": norm, "train/skipped": float(self.skipped)}
-        self._values["lr"] = optimizer.param_groups[0]["lr"]
-        self._row = None
-        # Reading a tensor waits for its device, and averaging over devices waits for all of them. So only a step
-        # that is written converts its values to numbers. global_step still counts without the present step
-        values = self.row() if self.is_logged(self.global_step + 1) else self._values
+        self.own_values = {f"train/{name}": sum(row[name] / len(rows) for row in rows) for name in rows[0]}
+        self.own_values |= {"train/grad_norm": norm, "train/skipped": float(self.skipped)}
+        self.own_values["lr"] = optimizer.param_groups[0]["lr"]
+        values = self.own_values
         if 0 < self.global_step == self.recipe.matching:
-            # Lightning gives its loggers the last value of a name in each later step, where it would look measured
+            # Lightning repeats the last value of a name in each later step, where it would look measured
             values = {**values, "train/matching": math.nan}
         for name, value in values.items():
-            self.log(name, value, prog_bar=name in (f"train/{self.task.metric}", "train/matching", "train/nfe"))
+            shown = name in (f"train/{self.task.metric}", "train/matching", "train/nfe")
+            self.log(name, value, prog_bar=shown, logger=self._to_loggers)
 
     def _why_skipped(self) -> str:
         """Say why this step was skipped, and what to change."""
@@ -210,20 +204,14 @@ class RnodeModule(L.LightningModule):
             "were skipped. Raise regularizers.jacfrob, or lower solver.step or optimizer.lr."
         )
 
-    def row(self) -> dict[str, float]:
+    def values(self) -> dict[str, float]:
         """Average the values of the last step over the devices. All devices have to call this together."""
-        if self._row is None:
-            self._row = {name: float(value) for name, value in self._values.items()}
-            if self._world > 1:
-                # in one reduction of all values, because each reduction waits for all devices
-                values = torch.tensor(list(self._row.values()), dtype=torch.float64)
-                self._row = dict(zip(self._row, self._reduced(values, "mean").tolist(), strict=True))
-        return self._row
-
-    def is_logged(self, step: int) -> bool:
-        """Whether the metrics of ``step``, counted from 1, are written. The last step is always written."""
-        trainer = cast("_Logging", self.trainer)
-        return step == trainer.max_steps or step % trainer.log_every_n_steps == 0
+        own = {name: float(value) for name, value in self.own_values.items()}
+        if self._world == 1:
+            return own
+        # in one reduction of all values, because each reduction waits for all devices
+        values = torch.tensor(list(own.values()), dtype=torch.float64)
+        return dict(zip(own, self._reduced(values, "mean").tolist(), strict=True))
 
     def _reduced(self, values: Tensor, operation: Literal["mean", "sum"]) -> Tensor:
         """Reduce values over the devices. All devices have to call this together."""
@@ -324,7 +312,13 @@ class RnodeModule(L.LightningModule):
         if several:
             sums = self._reduced(sums, "sum")
         for name, (total, samples) in zip(self._sums, sums.tolist(), strict=True):
-            self.log(f"val/{name}", total / samples, prog_bar=name == self.task.metric, sync_dist=several)
+            self.log(
+                f"val/{name}",
+                total / samples,
+                prog_bar=name == self.task.metric,
+                logger=self._to_loggers,
+                sync_dist=several,
+            )
 
     def on_validation_end(self) -> None:
         """Warn once if the error of the training solver is larger than the task allows."""

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ...core.distribution import DensityModel
     from ..data import ImageData, Table
 
-# keys of the state of our callbacks in a checkpoint, which Lightning would take from the names of their classes
-RECORDER, CLOCK = "rnode_plugin.recorder", "rnode_plugin.clock"
+# key of the state of our callback in a checkpoint, which Lightning would take from the name of its class
+AFTER_STEP = "rnode_plugin.after_step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +65,16 @@ class RunPlan:
         total: steps of the whole run, from its very first one, also if it is resumed.
         val_every: steps between two validations.
         devices: number of devices that share a step.
-        done, passed: an earlier step, and the epochs up to it. Epochs before that step may have had other numbers
-            of steps.
+        resumed_step, resumed_epochs: the step from which the run was last resumed and the epochs completed by then.
+            Epochs before it may have had a different length.
     """
 
     steps_per_epoch: int
     total: int
     val_every: int
     devices: int = 1
-    done: int = 0
-    passed: float = 0.0
+    resumed_step: int = 0
+    resumed_epochs: float = 0.0
 
     @staticmethod
     def of(recipe: Recipe, samples: int, devices: int = 1, *, resumed: Resumed | None = None) -> RunPlan:
@@ -86,7 +86,7 @@ class RunPlan:
             ConfigError: the samples do not fill one batch on each device, or flow matching fills all steps.
         """
         training, per_epoch = recipe.training, steps_per_epoch(recipe, samples, devices)
-        done, passed = (0, 0.0) if resumed is None else (resumed.done, resumed.epochs(per_epoch))
+        done, passed = (0, 0.0) if resumed is None else (resumed.done, resumed.epochs)
         if passed == done / per_epoch:  # counted from the first step, so that a resumed run rounds as a whole one
             done, passed = 0, 0.0
         limits = [
@@ -114,7 +114,7 @@ class RunPlan:
 
     def epochs_at(self, step: int) -> float:
         """Count the passes through the training samples up to a step, counted from 1."""
-        return self.passed + (step - self.done) / self.steps_per_epoch
+        return self.resumed_epochs + (step - self.resumed_step) / self.steps_per_epoch
 
     def validates_after(self, step: int) -> bool:
         """Whether a validation follows this step, counted from 1."""
@@ -190,15 +190,10 @@ class Resumed:
         """The number of steps that the run has taken."""
         return self.contents["global_step"]
 
-    def epochs(self, steps_per_epoch: int) -> float:
-        """Return the epochs that the run has passed.
-
-        A checkpoint of another Trainer does not have them, and its epochs count as ``steps_per_epoch`` each.
-        """
-        callbacks = self.contents.get("callbacks", {})
-        if RECORDER not in callbacks:
-            return self.done / steps_per_epoch
-        return RunPlan(**callbacks[RECORDER]["plan"]).epochs_at(self.done)
+    @property
+    def epochs(self) -> float:
+        """The epochs that the run has passed."""
+        return RunPlan(**self.contents["callbacks"][AFTER_STEP]["plan"]).epochs_at(self.done)
 
     def facts_with(self, now: Facts) -> Facts:
         """Return the facts of the run, which continues with data that have the facts ``now``.
@@ -240,12 +235,17 @@ class Resumed:
         """Read the file ``resume``, or the newest intact checkpoint in that run folder.
 
         Raises:
-            CheckpointError: there is no checkpoint, it has no optimizer state, or ``recipe`` changes a setting that
-                a resumed run keeps.
+            CheckpointError: there is no checkpoint, it has no optimizer state, another Trainer has written it, or
+                ``recipe`` changes a setting that a resumed run keeps.
         """
         path, contents = newest_intact(resume)
         if "optimizer_states" not in contents:
             raise CheckpointError(f"{path} has only weights, so a training cannot be resumed from it.")
+        if AFTER_STEP not in contents.get("callbacks", {}):
+            raise CheckpointError(
+                f"{path} was written by another Trainer, so its epochs and its best score are not known: "
+                f"--weights {path} starts a new run from it."
+            )
         former = recipe_of(contents, path)
         # the end of flow matching may be moved while the run has reached neither the old nor the new one
         ends = former.training.matching, recipe.training.matching

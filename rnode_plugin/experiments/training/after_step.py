@@ -1,0 +1,350 @@
+"""``AfterStep`` is called after each step of a run. It writes the step down, saves it, and ends the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import pytorch_lightning as L
+import torch
+from pytorch_lightning.callbacks import Callback, Checkpoint
+from torch import Tensor
+
+from ...errors import SolverError, TrainingError
+from ...text import batch_counter
+from ..data.images import fingerprint
+from ..runs.metrics import MetricsTable
+from ..runs.run import Run
+from .plan import AFTER_STEP
+from .progress import Terminal
+
+if TYPE_CHECKING:
+    from .experiment import Experiment
+    from .module import RnodeModule
+
+_SIGNALS = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # no SIGHUP on Windows
+
+
+class TrainingInterrupted(BaseException):
+    """Ends the training for a signal, between two steps and after a checkpoint, or at once for a second signal.
+
+    Like KeyboardInterrupt it is a BaseException, so that no ``except Exception`` takes it for a failure.
+    """
+
+    def __init__(self, signal_name: str, *, at_once: bool = False) -> None:
+        super().__init__(signal_name)
+        self.signal_name, self.at_once = signal_name, at_once
+
+
+class StepEnd(NamedTuple):
+    """What is known at the end of a step, or at the end of the validation after it.
+
+    Attributes:
+        step: number of steps so far.
+        values: of a step its loss, score, NFE and so on, of a validation its scores, by the names in the metrics.
+            If the step is not logged, they are the values of the first device, and not means over all devices.
+        train_seconds: time of all steps so far.
+        validates: whether a validation follows.
+        ends: whether the training ends after this step.
+        seconds_left: time until the limit on the time of the run; infinite if there is none.
+    """
+
+    step: int
+    values: Mapping[str, Tensor | float]
+    train_seconds: float
+    validates: bool
+    ends: bool
+    seconds_left: float
+
+
+class AfterStep(Checkpoint):
+    """Agrees with all devices after each step on the end of the run, writes the step down, saves, and ends the run.
+
+    This is a ``Checkpoint``, and Lightning calls such callbacks last. So a checkpoint holds the state that all
+    other callbacks have reached, and raising :class:`TrainingInterrupted` loses nothing. The row of a step is on
+    the disk before the checkpoint of the step. Only the first process writes.
+
+    After its last step, and when its time is up, Lightning validates a run once more. A signal ends the run after a
+    checkpoint, and a second signal at once, both by :class:`TrainingInterrupted`. A SIGTERM within one second of
+    the first signal does not count as a second one, because a scheduler may send it to the process group and to
+    each process. Only the main thread of a program can handle signals. A signal that is ignored, such as SIGHUP
+    under nohup, stays ignored. Lightning restores the former handlers at the end.
+
+    Args:
+        experiment: recipe, plan and data of the run.
+        max_time: seconds from now after which the run ends; None for no limit.
+        progress: whether the first process prints lines on the terminal.
+
+    Attributes:
+        folder: the folder of the run; None before the first process has made it.
+        best: the lowest score of the validations so far.
+        training_seconds: time of all steps of the run, including the parts before it was resumed. A step lasts
+            from the end of the step before it, so waiting for its batches counts. Validations and writing
+            checkpoints do not count.
+        out_of_time: whether the limit ended the training before its last step.
+    """
+
+    def __init__(self, experiment: Experiment, *, max_time: float | None = None, progress: bool = False) -> None:
+        self.folder: Run | None = None
+        self.best, self.training_seconds, self.out_of_time = math.inf, 0.0, False
+        self._recipe, self._plan, self._progress = experiment.recipe, experiment.plan, progress
+        self._validated = fingerprint(experiment.data.val)
+        # both in the first process alone
+        self._table: MetricsTable | None = None
+        self._terminal: Terminal | None = None
+        self._step = 0  # the step that this was called for last
+        self._began = self._step_began = time.monotonic()  # this clock ignores changes of the system's time
+        self._seconds_before = 0.0  # of the run in earlier calls
+        self._limit = math.inf if max_time is None else self._began + max_time
+        self._received: str | None = None  # name of the first signal that this process has received
+        self._received_at = 0.0
+        self._signal: str | None = None  # name of the signal that ends the run on all devices
+
+    @property
+    def run(self) -> Run:
+        """The folder of the run, which all processes know after Lightning's setup hook."""
+        assert self.folder is not None
+        return self.folder
+
+    @property
+    def run_seconds(self) -> float:
+        """Wall-clock time of the run so far, including the parts before it was resumed."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    def open(self, folder: Run, *, keep: int) -> None:
+        """Let the first process write into this folder, whose metrics stay up to step ``keep``."""
+        self.folder, self._table = folder, MetricsTable(folder.metrics, keep=keep)
+        self._terminal = Terminal(self._recipe, self._plan) if self._progress else None
+
+    # after a step and after a validation -----------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        # global_step counts optimizer steps, so with gradient accumulation it stays until the last batch of a step
+        if (step := trainer.global_step) == self._step:
+            return
+        module, now = cast("RnodeModule", pl_module), time.monotonic()
+        self._step, seconds, self._step_began = step, now - self._step_began, now
+        self.training_seconds += seconds
+        complete, time_is_up = step == self._plan.total, self._agree(trainer)
+        self.out_of_time = time_is_up and not complete
+        if time_is_up or complete:
+            trainer.should_stop = True  # Lightning validates once more
+        validates = trainer.should_stop or self._plan.validates_after(step)
+        # a callback may end the run in a validation, and the last step has a row
+        logged = validates or step % self._recipe.training.log_every == 0
+        values = module.values() if logged else module.own_values
+        self._write(trainer, values, logged=logged, validates=validates, seconds_per_step=seconds)
+        self._log_epoch(trainer, module)
+        # Lightning validates next, and `on_validation_end` saves. A run that was resumed from a checkpoint of this
+        # moment would skip the validation
+        if validates:
+            return
+        # not after a skipped step, so that the newest checkpoint is from a step that worked
+        due = step % self._recipe.training.save_every == 0 and not module.skipped_in_row
+        if due or self._signal is not None:
+            self._save(trainer, self.run.last)
+        self._end_for_signal()
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log_epoch(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self._agree(trainer)  # a validation is long, and a signal may have come meanwhile
+        found = trainer.callback_metrics.items()
+        row = {name: float(value) for name, value in found if name.startswith("val/")}
+        self._write(trainer, row)
+        metric = self._recipe.task.metric
+        # before the checkpoints are saved, so that neither of them holds these weights
+        if not math.isfinite(score := row[f"val/{metric}"]):
+            raise TrainingError(f"the validation {metric} is {score}.")
+        if score < self.best:
+            self.best = score
+            self._save(trainer, self.run.best)
+        self._save(trainer, self.run.last)
+        self._end_for_signal()
+
+    def _agree(self, trainer: L.Trainer) -> bool:
+        """Agree with all devices on whether the time is up, which is returned, and whether a signal ends the run.
+
+        The clocks of the processes differ, and one that stopped alone would leave the others waiting for it.
+        """
+        time_is_up, signaled = _in_any_process(trainer, time.monotonic() >= self._limit, self._received is not None)
+        if signaled:  # a process that has received no signal itself reports SIGTERM
+            self._signal = self._received or signal.SIGTERM.name
+        return time_is_up
+
+    def _write(
+        self,
+        trainer: L.Trainer,
+        values: Mapping[str, Tensor | float],
+        *,
+        logged: bool = True,
+        validates: bool = False,
+        **times: float,
+    ) -> None:
+        """Let the first process write a row of the metrics, hand it to the loggers, and print a line."""
+        if self._table is None:
+            return
+        if logged:
+            times |= {"epoch": self._plan.epochs_at(self._step), "train_seconds": self.training_seconds}
+            row = {name: float(value) for name, value in values.items()} | times | {"seconds": self.run_seconds}
+            self._table.add(row, self._step)
+            # The module's `log` would hand a row over after the checkpoint of its step, with the last value of each
+            # name that is no longer logged
+            for logger in trainer.loggers:
+                logger.log_metrics(row, step=self._step - 1)  # Lightning counts from 0
+                logger.save()
+        if self._terminal is not None:
+            left = max(self._limit - time.monotonic(), 0.0)
+            self._terminal(StepEnd(self._step, values, self.training_seconds, validates, trainer.should_stop, left))
+
+    def _log_epoch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # to what other callbacks log Lightning would add the epoch of its loop, which stays 0
+        if trainer.logged_metrics:
+            module.log("epoch", self._plan.epochs_at(trainer.global_step), sync_dist=trainer.world_size > 1)
+
+    def _save(self, trainer: L.Trainer, path: Path) -> None:
+        trainer.save_checkpoint(path)
+        self._step_began = time.monotonic()
+
+    def _end_for_signal(self) -> None:
+        if self._signal is not None:
+            raise TrainingInterrupted(self._signal)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._count = batch_counter("validating")
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._terminal is not None:
+            self._count(batch_idx + 1, int(trainer.num_val_batches[dataloader_idx]))
+
+    # before the first step -------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # the first hook after the processes have found each other
+        self.folder = trainer.strategy.broadcast(self.folder)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = step = trainer.global_step  # above 0 in a run that is resumed
+        # each machine reads its own copy of the checkpoint, and gradients at different weights would be averaged in
+        # silence
+        (differ,) = _in_any_process(trainer, (first := trainer.strategy.broadcast(step)) != step)
+        if differ:
+            raise TrainingError(
+                f"this process continues from step {step}, the first one from step {first}, and others may "
+                "differ: copy the newest checkpoint to all machines."
+            )
+        # without a best.ckpt in this folder the next validation has to write one, whatever its score. The file may
+        # lie in another folder, or going back has removed it because it was from a later step
+        self.best = trainer.strategy.broadcast(self.best if self.run.best.is_file() else math.inf)
+        # Lightning registers its own handlers just before this hook, and they would end a run between a step and
+        # its checkpoint. Set any earlier, ours would be replaced by them
+        main = threading.current_thread() is threading.main_thread()
+        for signum in _SIGNALS if main else ():
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, self.receive)
+        self._step_began = time.monotonic()
+
+    def receive(self, signum: int, frame: FrameType | None = None) -> None:
+        """Note a signal, and raise :class:`TrainingInterrupted` for a second one.
+
+        A handler may run between any two instructions of Python, so it only notes the name. The run ends later,
+        where its state is whole.
+        """
+        now, name = time.monotonic(), signal.Signals(signum).name
+        if self._received is None:
+            self._received, self._received_at = name, now
+            if self._terminal is not None and signum == signal.SIGINT:
+                # not print, which raises an error if the signal has interrupted another print
+                os.write(2, b"\nStopping after this step or validation. Press Ctrl-C again to stop at once.\n")
+        elif signum != signal.SIGTERM or now - self._received_at >= 1.0:
+            raise TrainingInterrupted(name, at_once=True)
+
+    # what checkpoints keep -------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        return AFTER_STEP
+
+    # Lightning saves this with each checkpoint and restores it before training starts
+    def state_dict(self) -> dict[str, object]:
+        return {
+            "best": self.best, "validation": self._validation, "plan": dataclasses.asdict(self._plan),
+            "run_seconds": self.run_seconds, "training_seconds": self.training_seconds,
+        }  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seconds_before, self.training_seconds = state_dict["run_seconds"], state_dict["training_seconds"]
+        # a score by another solver or noise, or of other samples, cannot be compared with those that follow
+        if state_dict["validation"] == self._validation:
+            self.best = state_dict["best"]
+
+    @property
+    def _validation(self) -> dict[str, object]:
+        """What the score of a validation depends on, other than the weights."""
+        recipe = self._recipe
+        # the noise is a function of the seed, the process and the number of the batch
+        noise = {"seed": recipe.training.seed, "batch": recipe.data.val_batch_size, "devices": self._plan.devices}
+        # a validation has signs in place of Gaussian noise
+        estimator = recipe.model.trace_noise
+        noise |= {"trace_noise": "rademacher" if estimator == "gaussian" else estimator}
+        return {**dataclasses.asdict(recipe.test_solver), **noise, "samples": self._validated}
+
+
+def _in_any_process(trainer: L.Trainer, *bits: bool) -> list[bool]:
+    """Whether each bit is set in any process of the run. All processes have to call this together."""
+    if trainer.world_size == 1:
+        return list(bits)
+    found = torch.tensor(bits, dtype=torch.float32, device=trainer.strategy.root_device)
+    return [each > 0 for each in cast("Tensor", trainer.strategy.reduce(found, reduce_op="sum")).tolist()]
+
+
+class SampleGrids(Callback):
+    """Draws a grid of samples, ``step-NUMBER.png``, at the end of each validation, with the weights that it had.
+
+    Args:
+        after_step: knows the folder of the run.
+    """
+
+    def __init__(self, after_step: AfterStep) -> None:
+        self._after_step = after_step
+
+    # In this hook WeightAveraging, which comes later in the list, has not yet put the trained weights back. In
+    # on_validation_end it has
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        module = cast("RnodeModule", pl_module)
+        training = module.recipe.training
+        try:
+            module.task.save_picture(
+                module.flow,
+                self._after_step.run.picture(trainer.global_step),
+                count=training.sample_images,
+                temperatures=training.sample_temperatures,
+                seed=training.seed,
+                data=None,
+            )
+        except SolverError as error:  # a latent far out may fail where no image does, so training continues
+            print(f"no grid of samples at step {trainer.global_step}: {error}", file=sys.stderr)
