@@ -1,8 +1,9 @@
-"""Writes files whole or not at all (``Draft``, ``write_atomically``), checks names, and walks through folders."""
+"""Writes files whole or not at all (``Draft``, ``write_atomically``), checks names, and finds files in folders."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -42,6 +43,18 @@ def check_path_name(name: str, what: str) -> str:
             "and _ . , + = @ -, with a letter or digit first."
         )
     return name
+
+
+def missing(path: str | os.PathLike[str]) -> str:
+    """The message for a file or folder that does not exist, which suggests a similar name in the same folder."""
+    path = Path(path)
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        names = []
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    hint = f"; did you mean {str(path.with_name(near[0]))!r}?" if near else "."
+    return f"{path} does not exist{hint}"
 
 
 def walk(

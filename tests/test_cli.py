@@ -251,7 +251,10 @@ def test_sample(trained: Path, tmp_path: Path) -> None:
     assert result.output == f"4 images at temperature 0.5, 1: {out}\n"
     assert Image.open(out).size == (4 * 66 + 2, 2 * (66 + 2))
     assert "--force" in failure(rnode(*arguments), 2)
-    assert rnode(*arguments, "--force").exit_code == 0
+    ended = (trained / "result.json").rename(tmp_path / "result.json")
+    unfinished = rnode(*arguments, "--force")
+    ended.rename(trained / "result.json")
+    assert (unfinished.exit_code, unfinished.stderr.startswith(f"{trained} has not finished: ")) == (0, True)
 
 
 def test_nothing_is_overwritten_in_silence(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

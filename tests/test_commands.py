@@ -100,7 +100,9 @@ REFUSED_BY_THE_RUN: dict[str, str] = {
 # files that are not there: exit code 1
 ABSENT: dict[str, str] = {
     "train table --data-root nothing.csv": "nothing.csv does not exist",
-    "train pictures --data-root nowhere": "nowhere cannot be read: no such file or directory",
+    "train pictures --data-root nowhere": "/nowhere does not exist.",
+    "train table --data-root row.csv": "/row.csv does not exist; did you mean '/",
+    "train pictures --data-root picture": "/picture does not exist; did you mean '/",
     "compare table --data-root nothing.csv": "nothing.csv does not exist",
     "train digits --weights mnist-pretraned": "did you mean 'mnist-pretrained'?",
     "train --resume runs/none": "give a run folder, with checkpoints/last.ckpt, or one of its .ckpt files.",

@@ -151,7 +151,7 @@ def test_links_in_circles_and_pipes_do_not_hang(tmp_path):
 def test_empty_missing_and_unclear_folders(tmp_path):
     with pytest.raises(ConfigError, match="--data-root"):
         get_dataset("folder")
-    with pytest.raises(DataError, match="nowhere cannot be read"):
+    with pytest.raises(DataError, match="nowhere does not exist"):
         get_dataset("folder", root=str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="holds neither pictures"):
         get_dataset("folder", root=str(tmp_path))

@@ -159,10 +159,10 @@ def test_a_plugins_regularizer_is_listed_as_it_declares_itself() -> None:
     strange = rows.keys() - BUILTIN.keys()
     shown = {name: [rows[name][key] for key in ("formula", "cost", "source")] for name in strange}
     assert shown["speed"] == ["", "jvp", ""]  # not torch's docstring of nn.Module
-    assert shown["described"] == ["The speed.", "jvp", ""]
+    assert shown["described"] == ["The speed", "jvp", ""]
     assert shown["length"] == ["the length", "nothing", "a thesis"]
     assert shown["plain"] == ["one", "none", "two"]
-    assert shown["waiting"] == ["Nothing changes.", "none", ""]
+    assert shown["waiting"] == ["Nothing changes", "none", ""]
     assert pickle.loads(pickle.dumps(length)) is length
 
 

@@ -324,6 +324,8 @@ def sample(
 
     flush_denormals()
     flow, recipe, facts = load_with_recipe(checkpoint, map_location=pick_device(device))
+    if (of_run := Run.of_checkpoint(checkpoint)) is not None and not of_run.result.is_file():
+        click.echo(f"{of_run.path} has not finished: these are samples of the weights so far.", err=True)
     target = free_path(out, recipe.task.samples_file, force=force)
     drawn = recipe.task.write_samples(flow, target, request, facts=facts)
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"

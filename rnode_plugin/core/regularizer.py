@@ -71,7 +71,8 @@ class About:
     """The description of a regularizer in lists and citations. No solve reads it.
 
     Attributes:
-        formula: the penalized quantity, in one line; the first line of the function's docstring if it is left out.
+        formula: the penalized quantity, in one line; the first line of the function's docstring, without its full
+            stop, if it is left out.
         cost: cost of an evaluation beyond the velocity, or the quantities that the penalty needs from the solver.
         source: its method and paper.
     """
@@ -83,7 +84,7 @@ class About:
     def or_of(self, described: object) -> About:
         """The same, with the first line of the docstring of ``described`` if there is no formula."""
         lines = inspect.cleandoc(described.__doc__ or "").splitlines()
-        return self if self.formula or not lines else replace(self, formula=lines[0])
+        return self if self.formula or not lines else replace(self, formula=lines[0].removesuffix("."))
 
 
 @dataclass(frozen=True)

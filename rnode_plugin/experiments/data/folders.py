@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from ...errors import ConfigError, DataError
-from ...files import walk
+from ...files import missing, walk
 from ...text import counted
 from .images import ImageArray, ImageData, Index, naming, shown
 
@@ -260,6 +260,8 @@ def files_in(folder: Path) -> Iterator[str]:
     """Yield the names of the files below a folder, relative, with ``/``, sorted folder by folder."""
 
     def refuse(error: OSError) -> None:
+        if isinstance(error, FileNotFoundError):
+            raise DataError(f"the folder {missing(error.filename)}") from error
         raise DataError(f"the folder {error.filename} cannot be read: {(error.strerror or '').lower()}.") from error
 
     for parent, files in walk(folder, onerror=refuse):

@@ -6,11 +6,13 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol, overload
 
 import numpy as np
 
 from ...errors import ConfigError, DataError, RnodeError
+from ...files import missing
 
 Index = int | slice | Sequence[int] | np.ndarray
 """What selects samples along the first dimension of an array."""
@@ -24,7 +26,8 @@ def naming(what: object, advice: str = "") -> Iterator[None]:
     except (RnodeError, MemoryError):  # they name the cause already, and a full memory does not lie in the file
         raise
     except FileNotFoundError as error:
-        raise DataError(f"{what} does not exist.{advice}") from error
+        own = missing(what) if isinstance(what, Path) and not advice else f"{what} does not exist.{advice}"
+        raise DataError(own) from error
     except Exception as error:  # PIL, NumPy and pandas raise many types for a damaged file
         cause = error.strerror.lower() if isinstance(error, OSError) and error.strerror else _DAMAGED
         raise DataError(f"{what} cannot be read: {cause}.{advice}") from error

@@ -31,7 +31,7 @@ from pydantic.dataclasses import dataclass
 
 from ...core.schedules import LinearWarmup, WrittenStrength, final_strength
 from ...errors import ConfigError, DataError, PluginError, check_name
-from ...files import check_path_name
+from ...files import check_path_name, missing
 from ...plugins import registry
 from ...solvers.solver import Adaptive, FixedGrid, Solver
 from ...solvers.tableaus import ADAPTIVE_METHODS, METHODS
@@ -344,7 +344,7 @@ class Recipe:
         if root is None or os.path.abspath(root) == self.data.root:
             return self
         if self.data.of_user and root and not os.path.exists(root):
-            raise DataError(f"{os.path.abspath(root)} does not exist.")
+            raise DataError(missing(os.path.abspath(root)))
         with refused("data"):
             data = dataclasses.replace(self.data, root=root and os.path.abspath(root))  # an empty one is refused
         return dataclasses.replace(self, data=data)
