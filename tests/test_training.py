@@ -35,7 +35,7 @@ from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.training import after_step as after_step_module
 from rnode_plugin.experiments.training import fit as fit_module
 from rnode_plugin.experiments.training import progress
-from rnode_plugin.experiments.training.after_step import AfterStep, TrainingInterrupted
+from rnode_plugin.experiments.training.after_step import AfterStep, StepEnd, TrainingInterrupted
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
 from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.failures import add_resume_hint
@@ -342,6 +342,19 @@ def test_progress_has_the_time_that_is_left(
     run(tiny_recipe("training.max_steps=4"), tmp_path, progress=True)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("step 3/4"))
     assert re.fullmatch(r"step 3/4  bits/dim \d\.\d{4}  NFE 24  \d+\.\d\d s/step, about \d.* left", line)
+
+
+def test_a_first_step_of_minutes_tells_the_time_of_the_run(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_INTERVAL", 0.0)
+    terminal = progress.Terminal(recipe, RunPlan(4, 8, 4))
+    for step, spent in ((1, 300.0), (2, 310.0)):  # the pace of later lines leaves the first step out
+        terminal(StepEnd(step, {"train/bpd": 3.5}, spent, validates=False, ends=False, seconds_left=math.inf))
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/8  bits/dim 3.5000  300.00 s/step, about 35 min 00 s left",
+        "step 2/8  bits/dim 3.5000  10.00 s/step, about 1 min 00 s left",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,8 @@ class Terminal:
         step, (done, spent) = end.step, self._mark or (end.step, 0.0)
         if step > done:
             self._mark, self._pace = (step, end.train_seconds), (end.train_seconds - spent) / (step - done)
+        elif not self._pace:  # after a first step of more than ten seconds
+            self._pace = end.train_seconds / step
         if step > self._matching:
             self._figures.pop("matching error", None)  # it is of an earlier step
         shown = "  ".join(
