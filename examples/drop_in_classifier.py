@@ -11,10 +11,10 @@ from torchdyn.nn import DepthCat
 
 from rnode_plugin import NeuralODE  # before: from torchdyn.core import NeuralODE
 
-CONFIGURATIONS = {
-    "none": None,  # torchdyn's own numbers
-    "['kinetic', 'jacfrob']": ["kinetic", "jacfrob"],  # lambda = 0.01 each, the paper's
-    "{'kinetic': 1, 'jacfrob': 1}": {"kinetic": 1, "jacfrob": 1},
+CONFIGURATIONS = {  # with the color of the curve
+    "none": (None, "gray"),  # torchdyn's own numbers
+    "['kinetic', 'jacfrob']": (["kinetic", "jacfrob"], "C0"),  # lambda = 0.01 each, the paper's
+    "{'kinetic': 1, 'jacfrob': 1}": ({"kinetic": 1, "jacfrob": 1}, "C1"),
 }
 T_SPAN = torch.linspace(0, 1, 2)
 
@@ -66,12 +66,12 @@ def main():
     plt.style.use("rnode_plugin.plots")
     _, axes = plt.subplots(figsize=(6, 4))
     print(f"{'regularizers':<30} {'NFE (test)':>12} {'test accuracy':>14}")
-    for name, regularizers in CONFIGURATIONS.items():
+    for name, (regularizers, color) in CONFIGURATIONS.items():
         nfe, count, accuracy = train(regularizers, data, steps=options.steps, seed=options.seed)
-        axes.plot(nfe, label=f"regularizers = {name}")
+        axes.plot(nfe, color=color, label=name)
         print(f"{name:<30} {count:>12.0f} {accuracy:>14.1%}", flush=True)
     axes.set(xlabel="training step", ylabel="evaluations per solve", ylim=(0, None))
-    axes.legend()
+    axes.legend(title="regularizers")
     plt.savefig(options.output, dpi=150)
 
 

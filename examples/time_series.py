@@ -11,7 +11,11 @@ from rnode_plugin.fields import linear_field
 
 TIMES = torch.linspace(0, 4, 21)
 SEEN, NOISE = 6, 0.05  # the first 6 angles are the input; standard deviation of the noise in radians
-CONFIGURATIONS = {"plain": {"kinetic": 0}, "['kinetic']": ["kinetic"], "{'kinetic': 1}": {"kinetic": 1}}
+CONFIGURATIONS = {  # with the color of the curve
+    "plain": ({"kinetic": 0}, "gray"),
+    "['kinetic']": (["kinetic"], "C0"),
+    "{'kinetic': 1}": ({"kinetic": 1}, "C1"),
+}
 
 
 def pendulums(count):
@@ -61,17 +65,17 @@ def main():
     angles, given = (x + NOISE * torch.randn_like(x) for x in (truth, held_out))
     plt.style.use("rnode_plugin.plots")
     figure, axes = plt.subplots(figsize=(8, 4))
-    axes.plot(TIMES, held_out[0], color="0.5", linewidth=5, alpha=0.5, label="truth")
+    axes.plot(TIMES, held_out[0], color="C2", linewidth=5, alpha=0.5, label="truth")
     axes.plot(TIMES[:SEEN], given[0, :SEEN], ".", color="C4", label="seen")
     print(f"{'regularizers':<16} {'NFE':>4} {'error, rad':>11}   on 256 held-out series, without noise")
-    for name, regularizers in CONFIGURATIONS.items():
+    for name, (regularizers, color) in CONFIGURATIONS.items():
         torch.manual_seed(options.seed)
         model = train(LatentODE(regularizers), angles, steps=options.steps)
         model.ode.vf.nfe = 0
         with torch.no_grad():
             predicted = model(given)
         print(f"{name:<16} {model.ode.vf.nfe:>4.0f} {(predicted - held_out).square().mean().sqrt():>11.4f}")
-        axes.plot(TIMES, predicted[0], label=name)
+        axes.plot(TIMES, predicted[0], color=color, label=name)
     axes.set(xlabel="time, s", ylabel="angle, rad")
     axes.legend()
     figure.savefig(options.output, dpi=150)

@@ -66,7 +66,7 @@ def main():
     plt.style.use("rnode_plugin.plots")
     _, axes = plt.subplots(figsize=(6, 3.4))
     print(f"{'regularizers':<18} {'seed':>4} {'NFE':>4} {'accuracy':>9}")
-    for regularizers, color in ((None, "C1"), ({"kinetic": 0.01}, "C0")):
+    for regularizers, color in ((None, "gray"), ({"kinetic": 0.01}, "C0")):
         for seed in range(options.seed, options.seed + 3):
             counts, nfe, accuracy = train(regularizers, steps=options.steps, seed=seed)
             print(f"{regularizers or 'none'!s:<18} {seed:>4} {nfe:>4} {accuracy:>9.1%}", flush=True)

@@ -90,7 +90,7 @@ def main():
             axes.scatter(*each[:, :2].T, s=20 * each[:, 2].exp(), alpha=0.5, linewidth=0)
         axes.set(title=f"penalty: {name}, action {action:.2f}", xlabel="$x_1$")
     panels[0].set_ylabel("$x_2$")
-    figure.savefig(options.output, dpi=120, bbox_inches="tight")
+    figure.savefig(options.output, dpi=120)
 
 
 if __name__ == "__main__":
