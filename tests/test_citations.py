@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from rnode_plugin import Adaptive, MultiscaleFlow, NeuralODE, RegularizedCNF
+from rnode_plugin import Adaptive, Exact, MultiscaleFlow, NeuralODE, RegularizedCNF
 from rnode_plugin.cli import main
 from rnode_plugin.core.citations import _entries
 from rnode_plugin.plugins.registry import get_regularizer, names
@@ -40,6 +40,9 @@ def test_each_declared_paper_has_an_entry() -> None:
      ["chen2018neural", "finlay2020how", "hutchinson1989stochastic", "tsitouras2011runge"]),
     (lambda: RegularizedCNF(torch.nn.Linear(2, 2), event_shape=2, trace_estimator="exact", regularizers=()),
      ["chen2018neural", "grathwohl2019ffjord", "dormand1980family"]),
+    (lambda: RegularizedCNF(torch.nn.Conv2d(1, 1, 3, padding=1), event_shape=(1, 4, 4), regularizers=(),
+                            trace_estimator=Exact(radius=1)),
+     ["chen2018neural", "grathwohl2019ffjord", "curtis1974estimation", "dormand1980family"]),
     (lambda: MultiscaleFlow((1, 4, 4), hidden=2, trace_noise="gaussian:3", solver=Adaptive("dopri5")),
      ["chen2018neural", "grathwohl2019ffjord", "finlay2020how", "hutchinson1989stochastic", "dormand1980family"]),
 ])  # fmt: skip

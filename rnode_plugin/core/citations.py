@@ -37,6 +37,8 @@ def citation(
         elif str(source):
             lines.append(f"% no entry is known for the penalty {regularizer.name}: {source}")
     keys += ["hutchinson1989stochastic"] if estimator is not None and estimator.needs_noise else []
+    # an exact trace with a radius takes one product for each color of the pixels
+    keys += ["curtis1974estimation"] if estimator is not None and estimator.radius is not None else []
     keys += [_METHODS.get(method, "") for method in methods]
     # dict.fromkeys drops repeated keys and keeps the order
     return "\n\n".join([*(entries[key] for key in dict.fromkeys(keys) if key in entries), *lines])

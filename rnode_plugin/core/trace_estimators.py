@@ -212,10 +212,11 @@ class Exact(TraceEstimator):
     dimensions. The Frobenius norm is exact too.
 
     A stack of L convolutions has the radius L, see :class:`~rnode_plugin.core.derivatives.Field`. Its products are
-    taken with one probe for each color, ``C min(H, L + 1) min(W, L + 1)`` of them, if that is less than the number
-    of dimensions. For four layers and one channel that is 25, for any size of the image. A color has random signs
-    at its pixels and zeros elsewhere. The divergence has no noise. The Frobenius norm is an unbiased estimate with
-    little noise (0.3 % of the norm, where one probe has 11 %), as are ``curl`` and ``strain``. Inside of the
+    taken with one probe for each color (Curtis, Powell and Reid, On the Estimation of Sparse Jacobian Matrices, IMA
+    Journal of Applied Mathematics 13, 1974), ``C min(H, L + 1) min(W, L + 1)`` of them, if that is less than the
+    number of dimensions. For four layers and one channel that is 25, for any size of the image. A color has random
+    signs at its pixels and zeros elsewhere. The divergence has no noise. The Frobenius norm is an unbiased estimate
+    with little noise (0.3 % of the norm, where one probe has 11 %), as are ``curl`` and ``strain``. Inside of the
     transforms of ``torch.func`` and in exported programs there is one product per dimension.
 
     Without gradients, a stack computes each color from what one forward pass keeps. With gradients, the graph of
