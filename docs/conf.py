@@ -82,7 +82,7 @@ SIDEBAR = {
     "api/index": "api/types api/torchdyn api/torchdiffeq api/flow_matching api/diffusion api/core api/solvers"
     " api/fields api/flows api/data api/recipes api/training api/evaluation api/reports api/plugins api/errors",
     "contributing": "plugins write_a_model third_party_plugin maf_tables parquet_pictures otflow architecture"
-    " changelog code_of_conduct security",
+    " release changelog code_of_conduct security",
 }
 TITLES = {  # shorter ones, for the sidebar
     "which_penalty": "Penalties",

@@ -143,6 +143,10 @@ def test_notebooks_run(path, tmp_path):
     assert all(count < nfe[0] for count in nfe[1:]), "the page promises fewer evaluations"
 
 
+def test_the_citation_file_has_the_version():
+    assert f"\nversion: {rnode_plugin.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_the_hooks_of_plugins_are_listed():
     hooks = re.findall(r"^\| `(rnode_\w+)\(", (ROOT / "docs" / "plugins.md").read_text(), re.MULTILINE)
     assert sorted(hooks) == sorted(name for name in hookspecs.__all__ if name.startswith("rnode_"))
