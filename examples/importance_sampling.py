@@ -90,7 +90,8 @@ def main():
     area = (AXIS[1] - AXIS[0]).double() ** 2
     log_z = energy.logsumexp(0) + area.log()
     plt.style.use("rnode_plugin.plots")
-    figure, panels = plt.subplots(1, 3 + len(PENALTIES), figsize=(19, 3.6), layout="constrained")
+    figure, panels = plt.subplots(2, 3, figsize=(9.5, 6.2))
+    panels = panels.ravel()
     density = (energy - log_z).exp().reshape(401, 401).T
     panels[0].pcolormesh(AXIS.numpy(), AXIS.numpy(), density.numpy(), shading="auto")
     panels[0].set(title="target", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
@@ -111,7 +112,7 @@ def main():
         axes.scatter(*found.x.T, s=4000 * found.weights, linewidth=0, alpha=0.5)
         axes.set(title=f"{name}, ESS {found.ess:.0f}", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
     compare(densities["both"], log_z, panels[-1], seconds=options.seconds, seed=options.seed)
-    figure.savefig(options.output, dpi=120, bbox_inches="tight")
+    figure.savefig(options.output, dpi=120)
 
 
 if __name__ == "__main__":

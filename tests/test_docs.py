@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import numpy as np
 import pytest
+from PIL import Image
 
 import rnode_plugin
 from rnode_plugin import get_recipe
@@ -141,6 +143,19 @@ def test_notebooks_run(path, tmp_path):
     nfe = [int(count) for count in re.findall(r"NFE (\d+)", printed)]
     assert len(nfe) >= 2 or path.stem in ("image_flow", "table_density")
     assert all(count < nfe[0] for count in nfe[1:]), "the page promises fewer evaluations"
+
+
+IMAGES = sorted((ROOT / "docs" / "images").rglob("*.png"))
+SAMPLES = ("digits.png", "mnist-pretrained.png")  # pixels of data sets, without axes
+
+
+@pytest.mark.parametrize("path", IMAGES, ids=[path.name for path in IMAGES])
+def test_images_are_shown_and_have_no_ground_of_their_own(path):
+    """An opaque ground is a white block in the dark theme."""
+    assert any(path.name in page.read_text() for page in DOCS), f"no page shows {path.name}"
+    if path.name not in SAMPLES:
+        alpha = np.asarray(Image.open(path).convert("RGBA"))[..., 3]
+        assert not alpha[[0, 0, -1, -1], [0, -1, 0, -1]].any()
 
 
 def test_the_citation_file_has_the_version():
