@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 
 from rnode_plugin import get_recipe
 from rnode_plugin.errors import ConfigError, DataError
-from rnode_plugin.experiments.data import ArrayDataset, ImageData, folders, get_dataset
-from rnode_plugin.experiments.data.batches import keep_batch
+from rnode_plugin.experiments.data import ImageData, folders, get_dataset
+from rnode_plugin.experiments.data.batches import ArrayDataset, keep_batch
 from rnode_plugin.experiments.data.folders import ImageFiles, PackedImages, decode
 from rnode_plugin.experiments.data.images import Selection
 

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rnode_plugin import load_flow
 from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.errors import ConfigError, RnodeError, SolverError, TrainingError
-from rnode_plugin.experiments.data import ArrayDataset
+from rnode_plugin.experiments.data.batches import ArrayDataset
 from rnode_plugin.experiments.recipes.recipe import Optimizer, Recipe
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.training import after_step as after_step_module

@@ -9,17 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from ...errors import ConfigError, DataError
 from ...files import missing, walk
 from ...text import counted
 from .images import ImageArray, ImageData, Index, naming, shown
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 DEFAULT_ROOT = Path("data")
 """The folder of the data sets unless another one is named."""
@@ -292,8 +290,6 @@ def notice_left_out(where: object, others: Sequence[object]) -> None:
 @contextmanager
 def _opened(file: Path | IO[bytes], name: object) -> Iterator[Image.Image]:
     """Open a picture without decoding its pixels. A fault in it is a DataError, also inside the context."""
-    from PIL import Image
-
     with naming(name):
         try:
             opened = Image.open(file, formats=_FORMATS)
@@ -317,8 +313,6 @@ def decode(file: Path | IO[bytes], *, size: int | None, channels: int, name: str
     Raises:
         DataError: the file is missing, damaged, or has more than 8 bits per channel.
     """
-    from PIL import Image, ImageOps
-
     with _opened(file, name or file) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB" if channels == 3 else "L")
         if size is not None and image.size != (size, size):  # a picture of the size is not filtered
