@@ -35,7 +35,7 @@ from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.training import after_step as after_step_module
 from rnode_plugin.experiments.training import fit as fit_module
 from rnode_plugin.experiments.training import progress
-from rnode_plugin.experiments.training.after_step import AfterStep, StepEnd, TrainingInterrupted
+from rnode_plugin.experiments.training.after_step import AfterStep, TrainingInterrupted
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
 from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.failures import add_resume_hint
@@ -350,7 +350,9 @@ def test_a_first_step_of_minutes_tells_the_time_of_the_run(
     monkeypatch.setattr(progress, "_INTERVAL", 0.0)
     terminal = progress.Terminal(recipe, RunPlan(4, 8, 4))
     for step, spent in ((1, 300.0), (2, 310.0)):  # the pace of later lines leaves the first step out
-        terminal(StepEnd(step, {"train/bpd": 3.5}, spent, validates=False, ends=False, seconds_left=math.inf))
+        terminal(
+            progress.StepEnd(step, {"train/bpd": 3.5}, spent, validates=False, ends=False, seconds_left=math.inf)
+        )
     assert capsys.readouterr().out.splitlines() == [
         "step 1/8  bits/dim 3.5000  300.00 s/step, about 35 min 00 s left",
         "step 2/8  bits/dim 3.5000  10.00 s/step, about 1 min 00 s left",

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytorch_lightning as L
 import torch
@@ -25,7 +25,7 @@ from ..data.images import fingerprint
 from ..runs.metrics import MetricsTable
 from ..runs.run import Run
 from .plan import AFTER_STEP
-from .progress import Terminal
+from .progress import StepEnd, Terminal
 
 if TYPE_CHECKING:
     from .experiment import Experiment
@@ -43,27 +43,6 @@ class TrainingInterrupted(BaseException):
     def __init__(self, signal_name: str, *, at_once: bool = False) -> None:
         super().__init__(signal_name)
         self.signal_name, self.at_once = signal_name, at_once
-
-
-class StepEnd(NamedTuple):
-    """What is known at the end of a step, or at the end of the validation after it.
-
-    Attributes:
-        step: number of steps so far.
-        values: of a step its loss, score, NFE and so on, of a validation its scores, by the names in the metrics.
-            If the step is not logged, they are the values of the first device, and not means over all devices.
-        train_seconds: time of all steps so far.
-        validates: whether a validation follows.
-        ends: whether the training ends after this step.
-        seconds_left: time until the limit on the time of the run; infinite if there is none.
-    """
-
-    step: int
-    values: Mapping[str, Tensor | float]
-    train_seconds: float
-    validates: bool
-    ends: bool
-    seconds_left: float
 
 
 class AfterStep(Checkpoint):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...text import duration
 from ..recipes.recipe import Recipe
@@ -11,7 +12,6 @@ from ..recipes.recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .after_step import StepEnd
     from .plan import RunPlan
 
 _INTERVAL = 10.0  # least seconds between two lines
@@ -20,6 +20,27 @@ _SHOWN = {
     "train/bpd": "bits/dim", "train/nll": "NLL", "train/matching": "matching error", "train/nfe": "NFE",
     "val/bpd": "val bits/dim", "val/nll": "val NLL",
 }  # fmt: skip
+
+
+class StepEnd(NamedTuple):
+    """What is known at the end of a step, or at the end of the validation after it.
+
+    Attributes:
+        step: number of steps so far.
+        values: of a step its loss, score, NFE and so on, of a validation its scores, by the names in the metrics.
+            If the step is not logged, they are the values of the first device, and not means over all devices.
+        train_seconds: time of all steps so far.
+        validates: whether a validation follows.
+        ends: whether the training ends after this step.
+        seconds_left: time until the limit on the time of the run; infinite if there is none.
+    """
+
+    step: int
+    values: Mapping[str, Tensor | float]
+    train_seconds: float
+    validates: bool
+    ends: bool
+    seconds_left: float
 
 
 class Terminal:
