@@ -290,14 +290,14 @@ MUTANTS = [
     ),
     Mutant(
         "the median time of a step is a mean",
-        "experiments/runs/contents.py",
+        "experiments/quantities.py",
         "float(np.median(times))",
         "float(np.mean(times))",
         "test_reports.py::test_the_table",
     ),
     Mutant(
         "the NFE of training are from its start",
-        "experiments/runs/contents.py",
+        "experiments/quantities.py",
         "nfe[-max(1, len(nfe) // 10) :]",
         "nfe[: max(1, len(nfe) // 10)]",
         "test_reports.py::test_the_table",

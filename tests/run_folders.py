@@ -65,6 +65,7 @@ def write_run(
     images: Sequence[float] = (),
     devices: int = 1,
     facts: Facts | None = None,
+    whole_jacobian: bool = False,
 ) -> Path:
     """A run of ``steps`` steps of half a second, ten to an epoch; its values are functions of the step's number.
 
@@ -87,14 +88,22 @@ def write_run(
             measured |= {name: times[name] for name in ("epoch", "seconds", "train_seconds")}
             table.add({**measured, "val/bpd": bits + 8 / step, "val/gap": -step / 1e4}, step)
     if finished:
-        run.conclude(_result(steps, stopped, bits, jacfrob, nfe, images), recipe)
+        run.conclude(_result(steps, stopped, bits, jacfrob, nfe, images, whole_jacobian), recipe)
     run.samples.mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (60, 90), dtype=np.uint8)
     Image.fromarray(pixels).save(run.picture(None if finished else 30))
     return path
 
 
-def _result(steps: int, stopped: str, bits: float, jacfrob: float, nfe: int, images: Sequence[float]) -> Result:
+def _result(
+    steps: int,
+    stopped: str,
+    bits: float,
+    jacfrob: float,
+    nfe: int,
+    images: Sequence[float],
+    whole_jacobian: bool,
+) -> Result:
     evaluation = Evaluation(
         samples=len(images) or 297,
         means={
@@ -107,6 +116,7 @@ def _result(steps: int, stopped: str, bits: float, jacfrob: float, nfe: int, ima
         nfe_max=nfe,
         nfe_batches=2,
         nfe_batch_size=100,
+        whole_jacobian=whole_jacobian,
         penalties={"kinetic": 0.4, "jacfrob": jacfrob},
         gap=-0.002,
         seconds=1.0,

@@ -20,6 +20,7 @@ from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.evaluation.measures import Evaluation, Mean
+from rnode_plugin.experiments.quantities import result_rows
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.training.checkpoints import load_flow, load_with_recipe, save_flow
 from rnode_plugin.text import significant
@@ -78,9 +79,9 @@ def test_the_card_of_a_run_has_its_result(trained: Path, tmp_path: Path, monkeyp
     errors = [significant(dirty[name], 2) for name in ("stderr", "stderr_noise")]
     found = rows["bits/dim, dirty"]
     assert found.startswith(f"{dirty['mean']:.4f} ± {errors[0]} (images) ± {errors[1]} (noise)")
-    assert rows["NFE"].startswith(f"{result['nfe_mean']:.1f} test solver")
+    nfe, solver = significant(result["nfe_mean"]), "midpoint, one step per interval"
+    assert rows["NFE, test"].startswith(f"{nfe} all blocks, test solver ({solver}), batches solved alone")
     assert rows["held-out images"].startswith("15")
-    assert rows["test solver"] == "midpoint, one step per interval"
     assert rows["trace"] == "estimated with Rademacher probes"
     assert rows["penalties, λ"] == "kinetic 0.01, jacfrob 0.01"
     assert rows["training"].startswith("step 8 of 8, ")
@@ -96,7 +97,7 @@ def test_other_weights_of_a_run_have_no_result(trained: Path, tmp_path: Path) ->
         export(source, tmp_path / str(number) / "model.safetensors")
         card = tmp_path / str(number) / "README.md"
         assert UNKNOWN in card.read_text()
-        assert not {"NFE", "bits/dim, dirty", "training"} & rows_of(card).keys()
+        assert not {"NFE, test", "bits/dim, dirty", "training"} & rows_of(card).keys()
 
 
 def test_the_figures_name_the_solver_that_measured_them(trained: Path, tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_the_figures_name_the_solver_that_measured_them(trained: Path, tmp_path:
     plain["test_solver"] = {"method": "dopri5", "atol": 1e-4, "rtol": 1e-4}
     (run / "recipe.json").write_text(json.dumps(plain))
     export(run, tmp_path / "new" / "model.safetensors")
-    assert rows_of(tmp_path / "new" / "README.md")["test solver"] == "dopri5, tolerance 0.0001"
+    assert "test solver (dopri5, tolerance 0.0001)" in rows_of(tmp_path / "new" / "README.md")["NFE, test"]
 
 
 def test_a_damaged_run_can_be_exported_without_figures(trained: Path, tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_the_card_of_a_flow_without_a_run(
     assert UNKNOWN in text
     assert "secret" not in text
     assert "model.hidden=4" in text
-    assert not {"NFE", "bits/dim, dirty", "training", "device"} & rows_of(card).keys()
+    assert not {"NFE, test", "bits/dim, dirty", "training", "device"} & rows_of(card).keys()
     assert loaded_by(card, monkeypatch).state_dict().keys() == flow.state_dict().keys()
 
 
@@ -160,12 +161,16 @@ def test_a_result_without_its_file_of_scores_is_not_compared() -> None:
     means = {"nll": Mean(2.0, 0.1), "gaussian": Mean(1.0, 0.1)}
     counts = {"nfe_mean": 8.0, "nfe_min": 8, "nfe_max": 8, "nfe_batches": 1, "nfe_batch_size": 9}
     measured: Any = {"samples": 9, "means": means, "draws": 1, "penalties": {}, "seconds": 1.0, **counts}
-    task = get_recipe("table").task
+    measured["whole_jacobian"] = True
+    task, solver = get_recipe("table").task, get_recipe("table").test_solver
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # numpy warns of the mean of nothing
-        assert "warning" not in dict(Evaluation(**measured).rows(task))
+        assert "warning" not in dict(result_rows(Evaluation(**measured), task, solver))
     means |= {name: Mean(mean.mean, 0.1, samples=(mean.mean,) * 9) for name, mean in means.items()}
-    assert "worse than the NLL of a Gaussian" in dict(Evaluation(**measured).rows(task))["warning"]
+    assert (
+        "worse than a Gaussian (1.00 nats per row)"
+        in dict(result_rows(Evaluation(**measured), task, solver))["warning"]
+    )
 
 
 def test_data_sets_of_the_hub_are_named(tmp_path: Path) -> None:

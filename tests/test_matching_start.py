@@ -165,7 +165,7 @@ def test_a_run_with_steps_of_matching(tmp_path: Path, capsys: pytest.CaptureFixt
     # the optimizer begins again after step 4
     state = read_checkpoint(whole.run.last)["optimizer_states"][0]["state"]
     assert {each["step"] for each in state.values() if "step" in each} == {4}
-    times = whole.run.read().validations["train_seconds"]  # of a validation at step 4 and one at step 8
+    times = whole.run.read().metrics.validations["train_seconds"]  # of a validation at step 4 and one at step 8
     seconds = [float(row["train_seconds"]) for row in every if row["step"] in ("4", "8") and "lr" in row]
     assert times.tolist() == pytest.approx(seconds)
 

@@ -23,16 +23,17 @@ from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.reports import figures, write_report
 from rnode_plugin.experiments.reports.configurations import (
+    GRAY,
     Configuration,
     Difference,
+    _looks,
     base_of,
     group_runs,
-    jacobian_norm,
-)  # fmt: skip
+)
 from rnode_plugin.experiments.reports.configurations import paired_difference as paired
 from rnode_plugin.experiments.reports.figures import draw
 from rnode_plugin.experiments.reports.runs import read_runs
-from rnode_plugin.experiments.reports.table import Table, make_table
+from rnode_plugin.experiments.reports.table import Table, make_table, quantities
 from rnode_plugin.experiments.runs.environment import write_environment
 from rnode_plugin.experiments.runs.metrics import MetricsTable
 from rnode_plugin.experiments.runs.run import Run
@@ -141,8 +142,9 @@ def test_a_broken_run_is_refused_and_left_out_below_a_folder(runs: list[Path], t
 def test_seeds_are_one_configuration_and_other_settings_another(runs: list[Path]) -> None:
     configurations = configurations_of(*reversed(runs))
     assert [(one.label, len(one.runs)) for one in configurations] == [("none", 1), ("rnode", 2)]
-    looks = [dataclasses.replace(configurations[0], number=number).look for number in range(42)]
-    assert len({(look["color"], look["marker"]) for look in looks}) == 42
+    assert [one.look["color"] for one in configurations] == [GRAY, "C0"]
+    looks = _looks([True, True, *[False] * 12])
+    assert len({(look["color"], look["marker"]) for look in looks}) == 14
 
 
 def pictures(root: str, penalties: tuple[str, ...] = ("kinetic", "jacfrob")) -> Recipe:
@@ -215,22 +217,22 @@ def test_a_note_says_that_seeds_were_stopped_at_different_steps(tmp_path: Path) 
         assert any(note.startswith(said) for note in notes) == noted
 
 
-def test_the_jacobian_norm_is_worded_by_its_estimator(tmp_path: Path) -> None:
-    """Evaluations of a tiny image take the exact trace, its validations the noise of the training."""
+def test_penalties_are_worded_by_their_estimator(tmp_path: Path) -> None:
+    """Evaluations of a tiny image take the whole Jacobian, its validations the noise of the training."""
     tiny = dataclasses.replace(digits(), data=dataclasses.replace(digits().data, shape=(1, 4, 4)))
-    of_noise, whole = "∫ ‖εᵀ∇f‖² dt / dim", "∫ ‖∇f‖² dt / dim"
+    of_noise, whole = "‖εᵀJ‖², an estimate of ‖J‖²_F", "‖J‖²_F"
     found: list[Configuration] = []
     for number, (recipe, finished, evaluated) in enumerate([
         (digits(), True, of_noise), (tiny, True, whole), (tiny, False, of_noise),
     ]):  # fmt: skip
-        found = configurations_of(write_run(tmp_path / str(number), recipe, finished=finished, **FEW))
-        assert jacobian_norm(found) == evaluated
-        assert jacobian_norm(found, validated=True) == of_noise
-        meanings = {row.name: row.meaning for row in make_table(found).rows}
-        assert meanings["Jacobian norm"] == f"{evaluated}, test solver"
-    (table,) = configurations_of(write_run(tmp_path / "table", get_recipe("table"), **FEW))
-    assert jacobian_norm([table], validated=True) == whole
-    assert jacobian_norm([table, *found]) == of_noise
+        options: Any = {"finished": finished, "whole_jacobian": evaluated is whole, **FEW}
+        found = configurations_of(write_run(tmp_path / str(number), recipe, **options))
+        for validated, formula in ((False, evaluated), (True, of_noise)):
+            meaning = quantities(found, validated=validated)["jacfrob"].meaning
+            assert meaning == f"{formula}, integrated over time, test solver"
+    table = configurations_of(write_run(tmp_path / "table", get_recipe("table"), **FEW, whole_jacobian=True))
+    assert quantities(table, validated=True)["jacfrob"].meaning.startswith(f"{whole},")
+    assert quantities([*table, *found])["jacfrob"].meaning.startswith(of_noise)
 
 
 def test_what_the_others_are_compared_with(tmp_path: Path) -> None:
@@ -357,8 +359,8 @@ def test_the_table(runs: list[Path]) -> None:
         ("bits/dim, clean", "2.000 ± 0.030 bits/dim", "1.920 ± 0.020 bits/dim"),
         ("NFE, test", "120", "85"),
         ("NFE, training", "78.5", "78.5"),  # of the last four steps: 77, 78, 79, 80
-        ("Jacobian norm", "4.00", "1.50"),
-        ("kinetic energy", "0.400", "0.400"),
+        ("jacfrob / dim", "4.00", "1.50"),
+        ("kinetic / dim", "0.400", "0.400"),
         ("training time", "20.0 s", "20.0 s"),
         ("time per step", "0.500 s", "0.500 s"),
         ("solver gap", "−0.0020 bits/dim", "−0.0020 bits/dim"),
@@ -426,15 +428,22 @@ def test_other_penalties_have_their_rows(tmp_path: Path) -> None:
     result["evaluation"] |= {"penalties": {"taylor:3": 0.25, "error": 0.5}, "undivided": ["error"]}
     (path / "result.json").write_text(json.dumps(result))
     table = make_table(configurations_of(path, write_run(tmp_path / "1", digits())))
-    assert (cells(table, "kinetic")["taylor:3"], cells(table, "kinetic")["error"]) == ("0.250", "0.500")
-    assert "taylor:3" not in cells(table, "rnode")
+    assert (cells(table, "kinetic")["taylor:3 / dim"], cells(table, "kinetic")["error"]) == ("0.250", "0.500")
+    assert "taylor:3 / dim" not in cells(table, "rnode")
     running = write_run(tmp_path / "2", digits(penalties=("local_error", "curl")), finished=False)
     validated = {"epoch": 4.1, "train_seconds": 20.5, "val/bpd": 2.2, "val/local_error": 0.5, "val/curl": 0.1}
     MetricsTable(running / "metrics.csv", keep=40).add(validated, 41)
     meanings = {row.name: row.meaning for row in (*table.rows, *make_table(configurations_of(running)).rows)}
-    for name, meaning in (("taylor:3", "penalty / dim"), ("error", "penalty"), ("local_error", "penalty"),
-                          ("curl", "penalty / dim")):  # fmt: skip
-        assert meanings[name] == f"{meaning}, test solver"  # a penalty of steps is not divided
+    for name, meaning in (
+        ("taylor:3 / dim", "‖dᴷz/dtᴷ‖² of order K, 2 to 5: `taylor:3`, integrated over time"),
+        (
+            "error",
+            "Σ E h over the steps, E the norm of the embedded error estimate",
+        ),  # not divided, as a penalty of steps
+        ("local_error", "E h of one extra step from a random time"),
+        ("curl / dim", "‖εᵀJ − Jε‖², an estimate of ‖J − Jᵀ‖²_F, integrated over time"),
+    ):
+        assert meanings[name] == f"{meaning}, test solver"
 
 
 def test_numbers_as_text() -> None:
@@ -499,8 +508,8 @@ def test_the_page_needs_nothing_but_itself_and_escapes_texts(runs: list[Path], t
     assert "rnode reaches 2.020 ± 0.020 bits/dim on held-out images with 85 evaluations for a solve" in text
     # and its figures
     assert {path.stem for path in report.figures} == {
-        "score-nfe", "score-training", "score-validation", "nfe-jacobian", "jacobian-epoch", "kinetic-epoch",
-        "nfe-epoch", "samples-1-none", "samples-2-rnode",
+        "score-nfe", "nfe-training", "score-training", "score-validation", "nfe-jacfrob", "jacfrob-epoch",
+        "kinetic-epoch", "samples-1-none", "samples-2-rnode",
     }  # fmt: skip
     assert set(figures.PANELS) == {path.stem for path in report.figures if not path.stem.startswith("samples")}
     for path in report.figures:
@@ -509,11 +518,12 @@ def test_the_page_needs_nothing_but_itself_and_escapes_texts(runs: list[Path], t
         if not path.stem.startswith("samples"):
             assert ET.parse(path.with_suffix(".svg")).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     for name, labels in {
-        "score-nfe": ["NFE of the test solver", "held-out, dirty [bits/dim]"],
+        "score-nfe": ["NFE, test", "held-out, dirty [bits/dim]"],
+        "nfe-training": ["epoch [passes over the training images]", "NFE"],
         "score-training": ["training time [seconds]", "training batches, dirty [bits/dim]"],
         "score-validation": ["training time [seconds]", "held-out, dirty [bits/dim]"],
-        "nfe-jacobian": ["Jacobian norm: ∫ ‖εᵀ∇f‖² dt / dim", "NFE of the test solver"],
-        "kinetic-epoch": ["epoch [passes over the training images]", "kinetic energy: ∫ ‖f‖² dt / dim"],
+        "nfe-jacfrob": ["jacfrob / dim", "NFE, test"],
+        "kinetic-epoch": ["epoch [passes over the training images]", "kinetic / dim"],
     }.items():
         svg = (tmp_path / "out" / "figures" / f"{name}.svg").read_text()
         for label in [*labels, "none", "rnode"]:

@@ -18,6 +18,7 @@ from rnode_plugin import get_recipe
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.evaluation.measures import Evaluation, Mean
+from rnode_plugin.experiments.quantities import numbers_of, scores_of, state_of, steps_of
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.environment import Environment
 from rnode_plugin.experiments.runs.metrics import MetricsTable
@@ -71,6 +72,7 @@ def result(kind: Kind, *, stopped: str = "finished", steps: int = 8, samples: in
             nfe_batch_size=100,
             penalties={"kinetic": 0.1, "l1": 1e20},
             undivided=("l1",),
+            whole_jacobian=False,
             seconds=2.5,
             gap=-1 / 3,
         ),
@@ -145,9 +147,10 @@ def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) ->
     assert found.diagnosed == (DIAGNOSED if state == "diagnosed" else None)
     assert found.picture is None
     assert found.has_begun
-    assert found.scores.tolist() == ([] if ended is None else list(ended.evaluation.means[kind.means[0]].samples))
+    measured = None if ended is None else ended.evaluation
+    assert scores_of(found).tolist() == ([] if measured is None else list(measured.means[kind.means[0]].samples))
     assert_logged(run, kind, steps)
-    assert found.state == {
+    assert state_of(found) == {
         "new": "not finished: step 6", "resumed": "not finished: step 8", "finished": "step 6 of 8",
         "max_time": "step 6 of 8, stopped by its time limit", "diagnosed": "step 6 of 8",
     }[state]  # fmt: skip
@@ -159,6 +162,7 @@ def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) ->
 
 def test_numbers_that_are_not_finite_leave_json_that_other_readers_take(run: Run) -> None:
     ended = result(IMAGES)
+    assert ended.evaluation is not None
     mean = Mean(math.nan, math.inf, None, (math.nan, math.inf, 1.0, 2.0, 3.0))
     means, penalties = {**ended.evaluation.means, "clean": mean}, {"kinetic": math.inf, "l1": 1.0}
     evaluation = dataclasses.replace(ended.evaluation, means=means, penalties=penalties, gap=math.inf)
@@ -167,12 +171,12 @@ def test_numbers_that_are_not_finite_leave_json_that_other_readers_take(run: Run
     for path in (run.result, run.diagnosis):
         json.loads(path.read_text(), parse_constant=pytest.fail)
     found = run.read()
-    assert math.isnan(found.numbers["clean"])
-    assert math.isnan(found.numbers["kinetic"])
-    assert found.numbers["l1"] == 1
-    assert found.numbers["gap"] == math.inf  # the training solver has failed
+    assert math.isnan(numbers_of(found)["clean"])
+    assert math.isnan(numbers_of(found)["kinetic"])
+    assert numbers_of(found)["l1"] == 1
+    assert numbers_of(found)["gap"] == math.inf  # the training solver has failed
     adaptive = dataclasses.replace(found, recipe=IMAGES.recipe.ffjord())
-    assert math.isnan(adaptive.numbers["gap"])  # nothing to measure
+    assert math.isnan(numbers_of(adaptive)["gap"])  # nothing to measure
 
 
 # a file each ---------------------------------------------------------------------------------------------------
@@ -210,11 +214,11 @@ def test_metrics_have_any_number_and_columns_that_come_later(run: Run) -> None:
     for step, value in enumerate(values, 1):
         late = {"train/late": step} if step > 4 else {}
         table.add({"epoch": 0.5, "train_seconds": 0.25, "train/bpd": 2.0, "train/x": value, **late}, step)
-    found = run.read().steps
+    found = run.read().metrics.steps
     np.testing.assert_array_equal(found["train/x"], values)
     np.testing.assert_array_equal(found["train/late"], [math.nan] * 4 + [5, 6])
     table.add({"epoch": 0.5, "train_seconds": 0.25, "val/bpd": math.inf}, 6)
-    assert run.read().validations["val/bpd"].tolist() == [math.inf]
+    assert run.read().metrics.validations["val/bpd"].tolist() == [math.inf]
     # a row with a time that is not finite has no place on the axis of a figure
     table.add({"epoch": 0.5, "train_seconds": math.inf, "train/bpd": 2.0}, 7)
     assert run.read().metrics.last_step == 6
@@ -225,7 +229,7 @@ def test_steps_of_flow_matching_are_no_beginning(run: Run) -> None:
     for name in ("train/matching", "val/bpd"):
         table.add({"epoch": 1.0, "train_seconds": 3.0, name: 4.0}, 2)
     found = run.read()
-    assert (found.has_begun, found.done, found.validations["val/bpd"].tolist()) == (False, 2, [4.0])
+    assert (found.has_begun, steps_of(found), found.metrics.validations["val/bpd"].tolist()) == (False, 2, [4.0])
 
 
 def test_metrics_that_are_being_written(run: Run) -> None:
@@ -243,10 +247,10 @@ def test_metrics_without_a_logged_step(run: Run) -> None:
     for text in (None, "", "a,b\n1,2\n", "step,train/bpd\n1,2\nx,y\n"):
         if text is not None:
             run.metrics.write_text(text)
-        assert (run.read().done, run.read().has_begun) == (0, False)
+        assert (steps_of(run.read()), run.read().has_begun) == (0, False)
     run.conclude(result(IMAGES, steps=0), IMAGES.recipe)  # fewer steps than one that is logged
     assert run.read().has_begun
-    assert run.read().state == "step 0 of 8"
+    assert state_of(run.read()) == "step 0 of 8"
 
 
 @KINDS
@@ -264,11 +268,12 @@ def test_the_result_and_its_scores(kind: Kind, tmp_path: Path) -> None:
     assert "samples" not in json.loads(run.result.read_text())["evaluation"]["means"][kind.means[0]]
     (tmp_path / kind.file).unlink()  # the means are known without it
     found = run.read()
-    assert found.result is not None
-    assert found.result.evaluation.means[kind.means[0]] == dataclasses.replace(
+    assert ended.evaluation is not None
+    assert found.evaluation is not None
+    assert found.evaluation.means[kind.means[0]] == dataclasses.replace(
         ended.evaluation.means[kind.means[0]], samples=()
     )
-    assert found.scores.tolist() == []
+    assert scores_of(found).tolist() == []
 
 
 def test_a_diagnosis_takes_the_place_of_an_earlier_one_and_goes_with_the_weights(run: Run) -> None:

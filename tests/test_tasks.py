@@ -16,13 +16,14 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor
 
-from rnode_plugin import FixedGrid, MultiscaleFlow, TableFlow
+from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, TableFlow
 from rnode_plugin.core.distribution import DensityModel
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.data import ImageData, Table
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.evaluation.likelihood import evaluate
 from rnode_plugin.experiments.evaluation.measures import Mean
+from rnode_plugin.experiments.quantities import result_rows
 from rnode_plugin.experiments.recipes.image_task import ImageTask
 from rnode_plugin.experiments.recipes.table_task import TableTask
 from rnode_plugin.experiments.recipes.task import SampleRequest, Task
@@ -183,7 +184,7 @@ def test_an_evaluation_has_all_quantities_and_baselines(case: Case) -> None:
     assert tuple(result.means) == case.quantities
     whole = result.with_baselines(case.task, case.data)
     assert tuple(whole.means) == (*case.quantities, *(each.name for each in case.task.baselines))
-    headings = [heading for heading, _ in whole.rows(case.task)]
+    headings = [heading for heading, _ in result_rows(whole, case.task, Adaptive("dopri5"))]
     for each in (*case.task.quantities, *case.task.baselines):
         assert each.heading in headings
     with pytest.raises(ConfigError, match="an evaluation needs at least one row or image"):
@@ -207,10 +208,10 @@ def test_a_model_that_is_worse_than_a_gaussian_is_named(excess: np.ndarray, warn
     """Unless the difference may be chance, though it is smaller than the error of each of the two scores."""
     case = rows(())
     scores = np.random.default_rng(0).normal(size=50) * 10
-    means = {"nll": Mean(0, 1, None, tuple(scores + excess)), "gaussian": Mean(0, 1, None, tuple(scores))}
+    means = {"nll": Mean(0, 1, None, tuple(scores + excess)), "gaussian": Mean(7, 1, None, tuple(scores))}
     whole = dataclasses.replace(evaluate(case.flow, case.batch, task=case.task, draws=1), means=means)
-    found = dict(whole.rows(case.task)).get("warning", "")
-    assert found.startswith("0.500 ± 0.071 nats per row worse than the NLL of a Gaussian: train longer") == warned
+    found = dict(result_rows(whole, case.task, Adaptive("dopri5"))).get("warning", "")
+    assert found.startswith("worse than a Gaussian (7.00 nats per row): train longer") == warned
     assert (found == "") != warned
 
 

@@ -124,6 +124,7 @@ def eval(  # noqa: A001 - the command's name
     from ..experiments.data.facts import overlap_warning
     from ..experiments.evaluation.likelihood import evaluate
     from ..experiments.evaluation.loading import load_for_evaluation, pick_device
+    from ..experiments.quantities import result_rows
     from ..experiments.recipes.recipe import changed_test_solver
     from ..experiments.training.checkpoints import load_with_recipe
 
@@ -158,9 +159,10 @@ def eval(  # noqa: A001 - the command's name
     if as_json:
         print_json({**head, **result.to_plain(samples=not summary)})
     else:
-        other = "an accurate solver" if accurate is None else accurate.text
-        between = {} if accurate is None and bound is None else {"gap": f"this solver minus {other}"}
-        click.echo(table([*head.items(), *result.rows(recipe.task, **between)]))
+        compared = "the training solver", "the test solver"
+        if accurate is not None or bound is not None:
+            compared = "this solver", "an accurate solver" if accurate is None else accurate.text
+        click.echo(table([*head.items(), *result_rows(result, recipe.task, solver, compared=compared)]))
 
 
 def _grid_of(recipe: Recipe) -> FixedGrid:

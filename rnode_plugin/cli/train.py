@@ -18,7 +18,7 @@ import click
 from ..errors import ConfigError, RnodeError, TrainingError
 from ..experiments.runs.run import LAST, Run, find_checkpoint
 from ..experiments.training.loggers import LOGGERS, check_loggers
-from ..text import counted, duration, table
+from ..text import counted, table
 from .options import (
     Devices,
     Duration,
@@ -255,6 +255,8 @@ def _callback(name: str) -> Callback:
 
 
 def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> None:
+    from ..experiments.quantities import TRAINING_TIME, result_rows
+
     folder, result, _, samples = fitted
     run = shlex.quote(str(folder.path))
     if result.evaluation is None:
@@ -266,8 +268,8 @@ def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
     skipped = f", {result.skipped} of them without a usable gradient" if result.skipped else ""
     rows = [
         ("steps", f"{result.steps} of {result.planned}{limit}{skipped}"),
-        ("training time", f"{duration(result.training_seconds)}  without validation"),
-        *result.evaluation.rows(recipe.task),
+        TRAINING_TIME.row(TRAINING_TIME.text(result.training_seconds)),
+        *result_rows(result.evaluation, recipe.task, recipe.test_solver),
         ("checkpoint", str(folder.best)),
         ("metrics", str(folder.metrics)),
         *([] if samples is None else [("samples", str(samples))]),

@@ -75,11 +75,14 @@ class About:
             stop, if it is left out.
         cost: cost of an evaluation beyond the velocity, or the quantities that the penalty needs from the solver.
         source: its method and paper.
+        estimate: the formula of what is computed in place of ``formula`` by a trace estimator with noise ε; empty
+            if the value does not depend on the estimator.
     """
 
     formula: str = ""
     cost: str = ""
     source: str | Source = ""
+    estimate: str = ""
 
     def or_of(self, described: object) -> About:
         """The same, with the first line of the docstring of ``described`` if there is no formula."""

@@ -36,7 +36,13 @@ def kinetic(evaluation: FieldEvaluation) -> Tensor:
     return sum_squares(evaluation.dz)
 
 
-@rate("jacfrob", needs={"vjp"}, about=About("‖J‖²_F", cost=_SHARED, source=_RNODE.at("eqs. 13 and 16")))
+@rate(
+    "jacfrob",
+    needs={"vjp"},
+    about=About(
+        "‖J‖²_F", cost=_SHARED, source=_RNODE.at("eqs. 13 and 16"), estimate="‖εᵀJ‖², an estimate of ‖J‖²_F"
+    ),
+)
 def jacfrob(evaluation: FieldEvaluation) -> Tensor:
     """``||v^T J||^2`` (RNODE, eq. 16), or ``||J||_F^2`` itself (eq. 13) with the exact estimator.
 
@@ -182,7 +188,12 @@ def jacoffdiag(evaluation: FieldEvaluation) -> Tensor:
 @rate(
     "curl",
     needs={"vjp", "jvp"},
-    about=About("‖J − Jᵀ‖²_F; 0 for gradient fields", cost=f"{_SHARED} and one jvp", source=_TAO),
+    about=About(
+        "‖J − Jᵀ‖²_F; 0 for gradient fields",
+        cost=f"{_SHARED} and one jvp",
+        source=_TAO,
+        estimate="‖εᵀJ − Jε‖², an estimate of ‖J − Jᵀ‖²_F",
+    ),
 )
 def curl(evaluation: FieldEvaluation) -> Tensor:
     """``||J - J^T||_F^2``, estimated as ``||v^T J - J v||^2``; 0 for gradient fields (optimal transport maps).
@@ -196,7 +207,12 @@ def curl(evaluation: FieldEvaluation) -> Tensor:
 @rate(
     "strain",
     needs={"vjp", "jvp"},
-    about=About("‖(J + Jᵀ)/2‖²_F; 0 for rigid motions", cost=f"{_SHARED} and one jvp", source=_TAO),
+    about=About(
+        "‖(J + Jᵀ)/2‖²_F; 0 for rigid motions",
+        cost=f"{_SHARED} and one jvp",
+        source=_TAO,
+        estimate="‖εᵀJ + Jε‖²/4, an estimate of ‖(J + Jᵀ)/2‖²_F",
+    ),
 )
 def strain(evaluation: FieldEvaluation) -> Tensor:
     """``||(J + J^T)/2||_F^2``, estimated as ``||v^T J + J v||^2 / 4``; 0 for rigid motions.

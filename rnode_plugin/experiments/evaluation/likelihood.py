@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...core.derivatives import Field
 from ...core.distribution import DensityModel
 from ...core.objective import FlowOutput, per_dim
 from ...core.random_streams import Stream, seeded
@@ -125,6 +126,7 @@ def evaluate(
         nfe_batch_size=batches[0].stop,
         penalties=per_dim(solves.integrals(draws), dims=task.dims, undivided=whole),
         undivided=tuple(sorted(whole)),
+        whole_jacobian=has_whole_jacobian(solves.flow),
         gap=gap,
         bound=None if bound is None else solves.bound(draws),
         seconds=time.monotonic() - start,
@@ -150,6 +152,7 @@ class _Solves:
     them again.
 
     Attributes:
+        flow: the model with the trace estimator of the evaluation.
         batches: the samples of each batch, as a slice.
         scores: the scores ``(B,)`` in double precision, by draw, quantity and batch.
     """
@@ -168,9 +171,9 @@ class _Solves:
     ) -> None:
         self._task, self._samples, self._solver = task, samples, solver
         self._seed, self._progress = seed, progress
-        self._flow = _with_least_noise(flow, task, exact=exact, warm_start=True)
+        self.flow = _with_least_noise(flow, task, exact=exact, warm_start=True)
         # probes count the evaluations of a fixed grid and compare two solvers with the same noise, at a lower price
-        self._probed = self._flow
+        self._probed = self.flow
         if exact:
             self._probed = _with_least_noise(flow, task, exact=False, warm_start=False)
         self.batches = [slice(first, first + batch_size) for first in range(0, len(samples), batch_size)]
@@ -182,7 +185,7 @@ class _Solves:
 
     def choose_draws(self) -> int:
         """Choose the number of draws that makes the noise small enough, from two draws of the first samples."""
-        if not self._task.noisy and self._flow.estimator.is_exact:
+        if not self._task.noisy and self.flow.estimator.is_exact:
             return 1
         # one draw of everything, and the second draw of the first samples
         total = len(self._drawn) * len(self.batches) + sum(self._drawn) * self._pilot
@@ -196,9 +199,9 @@ class _Solves:
         keys = [key for key in every if key not in self.scores and (key[0] == 0 or self._drawn[key[1]])]
         total = total or len(self.scores) + len(keys)
         # scores come from a solve in which no penalty takes part, so some penalties take a separate solve
-        separate_penalty_solve = self._flow.regularizers.adds_evaluations
+        separate_penalty_solve = self.flow.regularizers.adds_evaluations
         for draw, quantity, index in keys:
-            solved = partial(self._encode, self._flow, self._solver, (draw, quantity, index), self.batches[index])
+            solved = partial(self._encode, self.flow, self._solver, (draw, quantity, index), self.batches[index])
             # the penalties are measured where training applies them, with the first quantity's noise
             with_penalties = quantity == 0
             output = solved(penalties=with_penalties and not separate_penalty_solve)
@@ -213,7 +216,7 @@ class _Solves:
 
     def nfe(self, batches: Sequence[slice]) -> list[int]:
         """Count the evaluations of one solve of each of these batches, which begins with its own first step."""
-        flow = self._flow if self._solver.adaptive else self._probed
+        flow = self.flow if self._solver.adaptive else self._probed
         cold = flow.solved_with(estimator=flow.estimator, regularizers=flow.regularizers, warm_start=False)
         return [self._encode(cold, self._solver, (0, 0, index), batch).nfe for index, batch in enumerate(batches)]
 
@@ -224,7 +227,7 @@ class _Solves:
         """
         first, batch = (0, 0, 0), self.batches[0]
         scores = self.scores[first]
-        if self._probed is not self._flow:
+        if self._probed is not self.flow:
             scores = self._scores_of(self._encode(self._probed, accurate, first, batch))
         found = measure_solver_gap(
             lambda each: self._encode(self._probed, each, first, batch),
@@ -251,7 +254,7 @@ class _Solves:
 
     def _scores_of(self, output: FlowOutput) -> Tensor:
         """Return the scores ``(B,)`` of a solve, in double precision on the CPU, where they are averaged."""
-        return self._task.scores(self._flow.log_prob_of(output)).cpu().double()
+        return self._task.scores(self.flow.log_prob_of(output)).cpu().double()
 
     def mean(self, draws: int, quantity: int) -> Mean:
         """Average the scores of all samples, with the standard errors of the mean."""
@@ -316,6 +319,17 @@ def _with_least_noise(flow: DensityModel, task: AnyTask, *, exact: bool, warm_st
 def is_exact(flow: DensityModel, task: AnyTask) -> bool:
     """Whether an evaluation takes the exact trace, and the penalty ``jacfrob`` the norm of the whole Jacobian."""
     return flow.estimator.is_exact or flow.dims <= task.exact_dims
+
+
+def has_whole_jacobian(flow: DensityModel) -> bool:
+    """Whether ``flow`` measures ``jacfrob`` and penalties like it with the whole Jacobian, without noise.
+
+    Exact traces of a field with a radius take fewer products than dimensions, which only estimate its norm.
+    """
+    estimator = flow.estimator
+    radii = [estimator.radius, *(each.radius for each in flow.modules() if isinstance(each, Field))]
+    whole = isinstance(estimator, Exact) and estimator.frobenius
+    return estimator.is_exact and (whole or not any(radii))
 
 
 def _draws_needed(rows: Tensor) -> int:

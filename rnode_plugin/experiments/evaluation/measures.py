@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...text import duration, signed, significant, with_error
 from ...validation import NULL_IS_NAN
 from ..data.images import ImageArray
-from ..recipes.task import AnyTask, Task
+from ..recipes.task import Task
 
 D = TypeVar("D")
 _Number = Annotated[float, NULL_IS_NAN]
@@ -54,6 +53,8 @@ class Evaluation:
         penalties: mean integral of each penalty by name, divided by the number of dimensions where the objective
             divides it.
         undivided: names of the penalties that are not divided.
+        whole_jacobian: whether penalties such as ``jacfrob`` were measured with the whole Jacobian. Otherwise they
+            are estimates from its product with noise.
         seconds: wall-clock time.
         gap: mean score with the training solver minus the mean score with the accurate one, on the first batch with
             the same noise. Infinite if the training solver fails there; None if it is not a fixed grid. With exact
@@ -72,6 +73,7 @@ class Evaluation:
     nfe_batch_size: int
     penalties: dict[str, _Number]
     undivided: tuple[str, ...] = ()
+    whole_jacobian: bool
     seconds: float
     gap: float | None = None
     bound: Mean | None = None
@@ -80,39 +82,6 @@ class Evaluation:
         """Return this evaluation with the means of the task's baselines, which are fitted to the training data."""
         means = {each.name: _mean_of(each.scores(data, self.samples)) for each in task.baselines}
         return dataclasses.replace(self, means={**self.means, **means})
-
-    def rows(self, task: AnyTask, *, gap: str = "training minus test solver") -> list[tuple[str, str]]:
-        """Write the results for a terminal, one row each; ``gap`` names the solvers of the gap."""
-        spread = "" if self.nfe_min == self.nfe_max else f" ({self.nfe_min} to {self.nfe_max})"
-        draws = f", {self.draws} draws of noise" if self.draws > 1 else ""
-        solves = f"{self.nfe_batches} of {self.nfe_batch_size} {task.samples}"
-        known = [each for each in (*task.quantities, *task.baselines) if each.name in self.means]
-        rows = [(f"held-out {task.samples}", f"{self.samples:,}{draws}")]
-        rows += [(each.heading, f"{_with_errors(self.means[each.name], task)}  {each.meaning}") for each in known]
-        if self.bound is not None:
-            text = f"{_with_errors(self.bound, task)}  log of the mean density of the draws: no score of one draw"
-            rows.append((f"{task.unit}, bound of {self.draws}", text))
-        for each in known:
-            if each in task.baselines and (excess := self._excess(task, each.name)) is not None:
-                text = f"{with_error(excess.mean, excess.stderr)} {task.unit} worse than the {each.heading}"
-                rows.append(("warning", f"{text}: train longer, or choose other settings"))
-        rows += [("NFE", f"{self.nfe_mean:.1f}{spread}  test solver, all blocks, batches solved alone: {solves}")]
-        if self.gap is not None:
-            rows.append(("solver gap", f"{signed(self.gap)}  {task.unit}, {gap}, first batch"))
-        for name, value in self.penalties.items():
-            rows.append((name if name in self.undivided else f"{name} / dim", f"{value:.5f}"))
-        return [*rows, ("evaluation", duration(self.seconds))]
-
-    def _excess(self, task: AnyTask, baseline: str) -> Mean | None:
-        """Return by how much the model is worse than a baseline, sample by sample.
-
-        None if that may be chance, or if the scores of the samples are unknown, as in a run without their file.
-        """
-        ours, others = (np.array(self.means[name].samples) for name in (task.quantities[0].name, baseline))
-        if not len(ours):
-            return None
-        found = _mean_of(ours - others)
-        return found if found.mean > 2 * (found.stderr or 0.0) else None
 
     def to_plain(self, *, samples: bool = False) -> dict[str, Any]:
         """Convert the results to plain data for JSON. ``samples`` adds the values of all samples to the means."""
@@ -123,12 +92,6 @@ class Evaluation:
         for mean in [*plain["means"].values(), *bounds] if not samples else ():
             del mean["samples"]
         return plain
-
-
-def _with_errors(mean: Mean, task: AnyTask) -> str:
-    errors = [] if mean.stderr is None else [f"± {significant(mean.stderr, 2)} ({task.samples})"]
-    errors += [] if mean.stderr_noise is None else [f"± {significant(mean.stderr_noise, 2)} (noise)"]
-    return " ".join([f"{mean.mean:.4f}", *errors])
 
 
 def _mean_of(scores: np.ndarray) -> Mean:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ...core.distribution import DensityModel
 from ...core.schedules import final_strength, strength_text
 from ...errors import RnodeError
-from ..evaluation.likelihood import is_exact
+from ..evaluation.likelihood import has_whole_jacobian
+from ..evaluation.measures import Evaluation
+from ..quantities import numbers_of, scores_of
 from ..recipes.recipe import Recipe, as_text, differences
-from ..recipes.task import Task
+from ..recipes.task import AnyTask
 from ..runs.contents import RunContents
 from .runs import data_name, data_text, given_name, penalties_of
 
@@ -22,94 +27,83 @@ _LEVEL = 0.95
 _RESOLUTION = 1e-5  # bits/dim or nats; single precision does not resolve smaller differences
 # settings of the data that have no effect on the held-out samples
 _OF_TRAINING = ("batch_size", "workers", "flip", "train_images", "train_rows")
+_WITHOUT = ("none", "ffjord")  # penalties
+GRAY = "#767c85"
+"""The color of what has no penalties, in all figures: the ink of the style file, which reads on white and black."""
 _ORDER = ("none", "ffjord", "kinetic", "jacfrob", "rnode")  # as in the paper's ablation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Configuration:
     """Runs that have the same settings, except for the seed, the same data, and the same number of devices.
 
     Attributes:
         label: a name that no other configuration of the report has.
         runs: one run for each seed.
-        number: the place of the configuration in the report, from 0.
+        look: the color, the marker and the line style of its curves, as keywords of ``Axes.plot``.
     """
 
     label: str
     runs: tuple[RunContents, ...]
-    number: int
-
-    @property
-    def penalties(self) -> str:
-        """The name of its penalties, see :func:`~rnode_plugin.experiments.reports.runs.penalties_of`."""
-        return penalties_of(self.recipe)
-
-    @property
-    def look(self) -> dict[str, Any]:
-        """The color, the marker and the line style of its curves, as keywords of ``Axes.plot``."""
-        lines = "-", "--", "-.", ":"
-        return {
-            "color": f"C{self.number % 6}",
-            "marker": "oDs^vPX"[self.number % 7],
-            "linestyle": lines[self.number % 4],
-        }
-
-    @property
-    def task(self) -> Task:
-        """The task of the recipe, which has the words and units. All tasks of a report are of one kind."""
-        return self.runs[0].task
+    look: Mapping[str, Any]
 
     @property
     def recipe(self) -> Recipe:
         """The settings that its runs share. The seed is the one of the first run."""
         return self.runs[0].recipe
 
+    @functools.cached_property
+    def task(self) -> AnyTask:
+        """The task of the recipe, which has the words and units. All tasks of a report are of one kind."""
+        return self.recipe.task
+
+    @functools.cached_property
+    def flow(self) -> DensityModel | None:
+        """A flow of the recipe with fresh weights; None if it needs a plugin that is not installed here."""
+        try:
+            return self.recipe.build_flow()
+        except RnodeError:
+            return None
+
     @property
-    def counted(self) -> tuple[RunContents, ...]:
+    def measured_runs(self) -> tuple[RunContents, ...]:
         """The runs that have a result, or all runs if none has one. Means and errors are over these."""
         return tuple(run for run in self.runs if run.result is not None) or self.runs
 
-    def mean(self, name: str) -> float:
-        """The mean of a quantity over the counted runs; NaN if one of them has not measured it.
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """The evaluation of each run that has a result."""
+        return tuple(run.evaluation for run in self.runs if run.evaluation is not None)
 
-        Args:
-            name: a quantity of the task (``dirty`` and ``clean`` of images, ``nll`` of tables) or a baseline,
-                ``nfe_test``, ``nfe_train``, ``gap``, ``training_seconds``, ``seconds_per_step``, ``steps``, or the
-                name of a penalty.
-        """
-        return float(np.mean([run.numbers.get(name, math.nan) for run in self.counted]))
+    @functools.cached_property
+    def numbers(self) -> Mapping[str, Sequence[float]]:
+        """Each quantity of the measured runs, by its key, with NaN for a run that has not measured it."""
+        found = [numbers_of(run) for run in self.measured_runs]
+        return {key: [each.get(key, math.nan) for each in found] for key in dict.fromkeys(itertools.chain(*found))}
 
-    def error(self, name: str) -> float | None:
+    def mean(self, key: str) -> float:
+        """The mean of a quantity over the measured runs; NaN if one of them has not measured it."""
+        return float(np.mean(self.numbers.get(key, math.nan)))
+
+    def error(self, key: str, *, over_samples: bool = False) -> float | None:
         """Standard error of a score or of ``nfe_test``, over the seeds, or over the samples if there is one seed.
 
-        The error of a baseline is always over the samples, because a baseline does not depend on the seed. None
-        for runs that are not finished, and for the NFE of one seed.
+        ``over_samples`` is for a baseline, which does not depend on the seed. None for runs that are not finished,
+        and for the NFE of one seed.
         """
-        evaluation, values = self.counted[0].evaluation, [run.numbers[name] for run in self.counted]
-        if evaluation is None:
+        if not self.evaluations:
             return None
-        if len(values) > 1 and name not in [each.name for each in self.task.baselines]:
+        values = self.numbers.get(key, ())
+        if len(values) > 1 and not over_samples:
             return float(np.std(values, ddof=1) / len(values) ** 0.5)
-        score = evaluation.means.get(name)
+        score = self.evaluations[0].means.get(key)
         return None if score is None else score.stderr
 
-
-def jacobian_norm(configurations: Sequence[Configuration], *, validated: bool = False) -> str:
-    """The formula of the penalty ``jacfrob``, by the estimator that measured it.
-
-    It is of the whole Jacobian if all configurations have the exact trace, else of its product with noise. The
-    estimator is the one of evaluations, or of the validations of a training for ``validated`` and without a result.
-    """
-
-    def has_whole(one: Configuration) -> bool:
-        try:
-            flow = one.recipe.build_flow()
-        except RnodeError:  # a plugin that is not installed here
-            return False
-        evaluated = not validated and one.counted[0].result is not None
-        return is_exact(flow, one.task) if evaluated else flow.estimator.is_exact
-
-    return f"∫ ‖{'' if all(map(has_whole, configurations)) else 'εᵀ'}∇f‖² dt / dim"
+    def has_whole_jacobian(self, *, validated: bool = False) -> bool:
+        """Whether its penalties are those with the whole Jacobian, in evaluations or else in validations."""
+        if self.evaluations and not validated:
+            return all(each.whole_jacobian for each in self.evaluations)
+        return self.flow is not None and has_whole_jacobian(self.flow)
 
 
 def group_runs(runs: Sequence[RunContents]) -> list[Configuration]:
@@ -130,9 +124,23 @@ def group_runs(runs: Sequence[RunContents]) -> list[Configuration]:
         key=lambda group: (order.index(penalties_of(group[0].recipe)), _by_strength(group[0].recipe)),
     )
     labels = _labels([group[0] for group in members])
+    looks = _looks([penalties_of(group[0].recipe) in _WITHOUT for group in members])
     return [
-        Configuration(label, tuple(group), number)
-        for number, (label, group) in enumerate(zip(labels, members, strict=True))
+        Configuration(label=label, runs=tuple(group), look=look)
+        for label, group, look in zip(labels, members, looks, strict=True)
+    ]
+
+
+def _looks(without: Sequence[bool]) -> list[dict[str, Any]]:
+    """The look of each configuration: gray ``without`` penalties, and a color of the style with them."""
+    lines, markers, used = ("-", "--", "-.", ":"), "oDs^vPX", itertools.count()
+    return [
+        {
+            "color": GRAY if plain else f"C{next(used) % 6}",
+            "marker": markers[number % 7],
+            "linestyle": lines[number % 4],
+        }
+        for number, plain in enumerate(without)
     ]
 
 
@@ -158,9 +166,8 @@ def _labels(runs: Sequence[RunContents]) -> list[str]:
     long = [f"{_with_lambdas(one)}{on}" for one, on in zip(recipes, data, strict=True)]
     labels = _told_apart(short, long)
     twins = [[run for run, other in zip(runs, labels, strict=True) if other == label] for label in labels]
-    differences = [_difference(run, group) for run, group in zip(runs, twins, strict=True)]
-    settled = [f"{label} ({difference})" for label, difference in zip(labels, differences, strict=True)]
-    return _told_apart(labels, settled)
+    settings = [_difference(run, group) for run, group in zip(runs, twins, strict=True)]
+    return _told_apart(labels, [f"{label} ({each})" for label, each in zip(labels, settings, strict=True)])
 
 
 def _told_apart(*texts: Sequence[str]) -> list[str]:
@@ -232,8 +239,8 @@ def base_of(configurations: Sequence[Configuration]) -> Configuration:
 
     It is one without penalties, if possible with the training solver of a configuration that has penalties.
     """
-    plain = [each for each in configurations if each.penalties == "none"] or list(configurations)
-    solvers = [each.recipe.solver for each in configurations if each.penalties != "none"]
+    plain = [each for each in configurations if penalties_of(each.recipe) == "none"] or list(configurations)
+    solvers = [each.recipe.solver for each in configurations if penalties_of(each.recipe) != "none"]
     return next((each for each in plain if each.recipe.solver in solvers), plain[0])
 
 
@@ -246,17 +253,17 @@ def paired_difference(one: Configuration, base: Configuration) -> Difference | N
     paired.
     """
     pairs = [(run, other) for run in one.runs for other in base.runs if _same_samples(run, other)]
-    differences = [run.scores - other.scores for run, other in pairs]
+    changes = [scores_of(run) - scores_of(other) for run, other in pairs]
     # seeds may have different numbers of samples if a folder of pictures has changed between two runs
-    if not differences or len(differences[0]) < 2 or len({len(each) for each in differences}) > 1:
+    if not changes or len(changes[0]) < 2 or len({len(each) for each in changes}) > 1:
         return None
     # the seeds share their samples, so the spread of the seeds does not show the choice of the samples
-    parts = [np.mean(differences, axis=0), *([np.mean(differences, axis=1)] if len(differences) > 1 else [])]
+    parts = [np.mean(changes, axis=0), *([np.mean(changes, axis=1)] if len(changes) > 1 else [])]
     variances = [float(part.var(ddof=1)) / len(part) for part in parts]
     total = sum(variances)
     below = sum(each**2 / (len(part) - 1) for each, part in zip(variances, parts, strict=True))
     freedom = total**2 / below if below > 0 else len(parts[-1]) - 1.0  # without a spread any number is right
-    return Difference(float(np.mean(differences)), math.sqrt(total), freedom)
+    return Difference(float(np.mean(changes)), math.sqrt(total), freedom)
 
 
 def _same_samples(one: RunContents, other: RunContents) -> bool:
@@ -268,6 +275,13 @@ def _same_samples(one: RunContents, other: RunContents) -> bool:
         left_out = _OF_TRAINING if run.facts is None else (*_OF_TRAINING, "root")
         data = {name: value for name, value in vars(run.recipe.data).items() if name not in left_out}
         training = run.recipe.training
-        return (data, _measured(run), training.val_images, training.seed, len(run.scores), run.recipe.test_solver)
+        return (
+            data,
+            _measured(run),
+            training.val_images,
+            training.seed,
+            len(scores_of(run)),
+            run.recipe.test_solver,
+        )
 
-    return len(one.scores) > 0 and shown(one) == shown(other)
+    return len(scores_of(one)) > 0 and shown(one) == shown(other)

@@ -16,9 +16,9 @@ from ...diagnostics.checks import LOST
 from ...diagnostics.result import Check
 from ..runs.results import DiagnosedWeights
 from ..runs.run import Run
+from .configurations import GRAY
 from .figures import Drawing, draw, finish, legend
 
-_GRAY = "0.5"
 _Painter = Callable[["Figure", Check], None]
 
 
@@ -43,7 +43,7 @@ def _tolerance(figure: Figure, check: Check) -> None:
     above, below = figure.subplots(nrows=2, sharex=True)
     tolerance, distance = (np.array(check.curves[name]) for name in ("tolerance", "distance"))
     above.plot(tolerance[:-1], np.maximum(distance[:-1], 1e-9), color="C0", marker="o", markersize=4)
-    above.axhline(check.numbers["limit"], color=_GRAY, linestyle=":", label="small enough")
+    above.axhline(check.numbers["limit"], color=GRAY, linestyle=":", label="small enough")
     above.set_yscale("log")
     above.set_ylabel("error of the NLL\n[nats/dim]")
     below.plot(tolerance, check.curves["nfe"], color="C1", marker="s", markersize=4)
@@ -59,7 +59,7 @@ def _invertibility(figure: Figure, check: Check) -> None:
     error = np.maximum(check.curves["error"], 1e-12)
     axes.step(error, np.linspace(0, 100, len(error) + 1)[1:], where="post", color="C0")
     axes.set_xscale("log")
-    for place, text, color in zip(LOST, ("warning", "failed"), (_GRAY, "C1"), strict=True):
+    for place, text, color in zip(LOST, ("warning", "failed"), (GRAY, "C1"), strict=True):
         axes.axvline(place, color=color, linestyle=":", label=f"{text}, if the root mean square is larger")
     finish(axes, "error after the round trip / spread of the data", "samples with a smaller error [%]")
 
@@ -71,7 +71,7 @@ def _differences(one_name: str, other_name: str, x: str, y: str) -> _Painter:
         axes = figure.subplots()
         one, other = (np.array(check.curves[name]) for name in (one_name, other_name))
         axes.scatter(one, other - one, s=14, color="C0", alpha=0.6, linewidth=0)
-        axes.axhline(0, color=_GRAY, linewidth=1)
+        axes.axhline(0, color=GRAY, linewidth=1)
         finish(axes, x, y)
 
     return paint

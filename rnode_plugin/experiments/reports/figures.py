@@ -1,4 +1,4 @@
-"""The figures of a report: likelihood against NFE, and the paper's figures 2, 3 and 5, each as PNG and SVG."""
+"""The figures of a report: likelihood against NFE, NFE during training, and the paper's figures 2 and 5."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas
 from numpy.typing import NDArray
 
-from .configurations import Configuration, jacobian_norm
+from .configurations import Configuration
+from .table import quantities
 
 Vector = NDArray[np.float64]
 
 _WINDOWS = 20  # averages over a twentieth of a run, as the paper does with three hours of about sixty
 _SPAN_UNITS = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (2 * 60, 60, "minutes"), (0, 1, "seconds"))
-_KINETIC = "kinetic energy: ∫ ‖f‖² dt / dim"
-_NFE = "NFE of the test solver"
+_NARROWEST = 4.0  # evaluations that an axis of NFE shows at least
+_FEWEST = 3  # points of a curve. Two would be a straight line
 STYLE = "rnode_plugin.plots"
 """The style sheet of all figures, for ``matplotlib.style.use``."""
 
 PANELS = (
-    "score-nfe", "score-training", "score-validation", "nfe-jacobian", "jacobian-epoch", "kinetic-epoch",
-    "nfe-epoch",
+    "score-nfe", "nfe-training", "score-training", "score-validation", "nfe-jacfrob", "jacfrob-epoch",
+    "kinetic-epoch",
 )  # fmt: skip
 """The names of all panels that a report may have."""
 
@@ -106,6 +107,7 @@ def make_panels(configurations: Sequence[Configuration]) -> list[Panel]:
 def _panels(configurations: Sequence[Configuration]) -> Iterator[Panel]:
     task = configurations[0].task
     likelihood, samples = task.likelihood, task.samples
+    table = quantities(configurations, validated=True)
     both = task.quantities[0].name, "nfe_test"
     points = [one for one in configurations if all(math.isfinite(one.mean(name)) for name in both)]
     if len(points) > 1:
@@ -118,82 +120,107 @@ def _panels(configurations: Sequence[Configuration]) -> Iterator[Panel]:
         title, section = f"Held-out {likelihood} against NFE", "What the penalties buy"
         yield Panel("score-nfe", title, caption, section, drawing)
 
-    seconds = max(run.steps["train_seconds"].max(initial=0) for one in configurations for run in one.runs)
+    seconds = max(run.metrics.steps["train_seconds"].max(initial=0) for one in configurations for run in one.runs)
     unit, name = next((size, name) for least, size, name in _SPAN_UNITS if seconds >= least)
     time, epoch = f"training time [{name}]", f"epoch [passes over the training {samples}]"
-    section = f"{likelihood[0].upper()}{likelihood[1:]} during training"
-    window = "Each line is a run: the mean over the training batches in a window of a twentieth of its steps."
+    averaged = "the mean over the training batches in a window of a twentieth of the steps"
     check = f"Each mark is a validation on held-out {samples} with the test solver."
+    solvers = [" or ".join(dict.fromkeys(each)) for each in (
+        [one.recipe.solver.text for one in configurations], [one.recipe.test_solver.text for one in configurations],
+    )]  # fmt: skip
+    caption = (
+        f"Lines: training solver ({solvers[0]}), {averaged}. Marks: test solver ({solvers[1]}), at each validation "
+        f"on held-out {samples}."
+    )
+    during = f"{likelihood[0].upper()}{likelihood[1:]} during training"
     curves = [
-        _Curve("score-training", f"Training {likelihood}", "train_seconds", f"train/{task.metric}", time,
-               f"training batches, {task.score}", section, window, unit),
-        _Curve("score-validation", f"Held-out {likelihood}", "train_seconds", f"val/{task.metric}", time,
-               f"held-out, {task.score}", section, check, unit),
+        _Curve("nfe-training", "NFE during training", "epoch", ("train/nfe", "val/nfe"), epoch, "NFE",
+               "What a solve costs", caption),
+        _Curve("score-training", f"Training {likelihood}", "train_seconds", (f"train/{task.metric}",), time,
+               f"training batches, {task.score}", during, f"Each line is a run: {averaged}.", unit),
+        _Curve("score-validation", f"Held-out {likelihood}", "train_seconds", (f"val/{task.metric}",), time,
+               f"held-out, {task.score}", during, check, unit),
     ]  # fmt: skip
     if len(configurations) > 1:
         section = "What the penalties do during training"
-        jacobian = f"Jacobian norm: {jacobian_norm(configurations, validated=True)}"
-        curves += [
-            _Curve(name, title, x, f"val/{y}", x_label, y_label, section, check)
-            for name, title, x, y, x_label, y_label in (
-                ("nfe-jacobian", "NFE against the Jacobian norm", "val/jacfrob", "nfe", jacobian, _NFE),
-                ("jacobian-epoch", "Jacobian norm", "epoch", "jacfrob", epoch, jacobian),
-                ("kinetic-epoch", "Kinetic energy", "epoch", "kinetic", epoch, _KINETIC),
-                ("nfe-epoch", "NFE", "epoch", "nfe", epoch, _NFE),
+        for name in ("jacfrob", "kinetic"):
+            heading, caption = table[name].heading, f"{table[name].meaning}. {check}"
+            if name == "jacfrob":
+                curves.append(_Curve("nfe-jacfrob", f"NFE against {heading}", "val/jacfrob", ("val/nfe",), heading,
+                                     table["nfe_test"].heading, section, caption))  # fmt: skip
+            curves.append(
+                _Curve(f"{name}-epoch", heading, "epoch", (f"val/{name}",), epoch, heading, section, caption)
             )
-        ]
     for curve in curves:
-        if any(len(x) > 1 for one in configurations for x, _ in curve.points(one)):  # one point shows nothing
+        # one finite point shows nothing, and two are a straight line
+        if any(len(x) >= _FEWEST for one in configurations for _, x, _ in curve.points(one)):
             drawing = draw(curve.name, lambda figure, curve=curve: curve.paint(figure.subplots(), configurations))
             yield Panel(curve.name, curve.title, curve.caption, curve.section, drawing)
 
 
 class _Curve(NamedTuple):
-    """A figure that draws one column of the metrics of each run against another.
+    """A figure that draws columns of the metrics of each run against another one.
 
-    Values of ``x`` are divided by ``unit``.
+    A column of the training steps is a line, and one of the validations is marks, with a line between them if the
+    figure has no other. Values of ``x`` are divided by ``unit``.
     """
 
     name: str
     title: str
     x: str
-    y: str
+    ys: tuple[str, ...]
     x_label: str
     y_label: str
     section: str
     caption: str
     unit: float = 1.0
 
-    def points(self, one: Configuration) -> Iterator[tuple[Vector, Vector]]:
-        """The two columns of each run that has them. ``y`` is averaged over a window if it has a value a step."""
+    def points(self, one: Configuration) -> Iterator[tuple[str, Vector, Vector]]:
+        """The column and its points for each run that has it, averaged over a window if it has a value a step."""
         for run in one.runs:
-            columns = run.validations if self.y.startswith("val/") else run.steps
-            if columns.keys() >= {self.x, self.y}:
-                x, y = columns[self.x] / self.unit, columns[self.y]
-                yield x, y if columns is run.validations else smooth(y, max(1, len(y) // _WINDOWS))
+            for name in self.ys:
+                columns = run.metrics.validations if name.startswith("val/") else run.metrics.steps
+                if columns.keys() >= {self.x, name} and len(columns[name]):
+                    x, y = columns[self.x] / self.unit, columns[name]
+                    yield name, x, y if name.startswith("val/") else smooth(y, max(1, len(y) // _WINDOWS))
 
     def paint(self, axes: Axes, configurations: Sequence[Configuration]) -> None:
-        """Draw the runs. The first run of each configuration has its label, if there are several configurations."""
+        """Draw the runs. The first run of each configuration has its label."""
         late = [np.array([])]
         for one in configurations:
-            label = _plain_text(one.label) if len(configurations) > 1 else None
-            look = one.look
-            if self.x.startswith("val/"):  # the validations are in no order along this axis
-                look["linestyle"] = "none"
-            if not self.y.startswith("val/"):
-                look["marker"] = None
-            for x, y in self.points(one):
-                axes.plot(x, y, label=label, linewidth=1.8, markersize=4.5, markeredgewidth=0, **look)
+            label = _plain_text(one.label)
+            for name, x, y in self.points(one):
+                look = dict(one.look)
+                # validations have no order along another value, and stand next to the line of the training steps
+                if self.x.startswith("val/") or (name.startswith("val/") and len(self.ys) > 1):
+                    look["linestyle"] = "none"
+                if not name.startswith("val/"):
+                    look["marker"] = "none"
+                axes.plot(x, y, linewidth=1.8, markersize=4.5, markeredgewidth=0, **look)
                 late += [y[x >= x.max() / 10]] if self.x == "train_seconds" and len(x) > 5 else []
-                label = None
+                if label:
+                    shown = one.look if len(self.ys) > 1 else look
+                    axes.plot([], [], label=label, linewidth=1.8, markersize=4.5, markeredgewidth=0, **shown)
+                    label = ""
         values = np.concatenate(late)
         values = values[np.isfinite(values)]
         if len(values):  # leave out the first tenth, whose steep fall would flatten all later differences
             margin = 0.05 * float(np.ptp(values)) or 0.05
             axes.set_ylim(values.min() - margin, values.max() + margin)
-        if self.y == "val/nfe":
-            axes.locator_params(axis="y", integer=True)
+        if any(name.endswith("/nfe") for name in self.ys):
+            whole_numbers(axes, "y")
         finish(axes, self.x_label, self.y_label)
+
+
+def whole_numbers(axes: Axes, which: Literal["x", "y"]) -> None:
+    """Label an axis of counts with whole numbers, also if all of its values are equal."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    if (missing := _NARROWEST - (high - low)) > 0:
+        axes.set(**{f"{which}lim": (low - missing / 2, high + missing / 2)})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
 
 def smooth(values: Vector, window: int) -> Vector:
@@ -209,12 +236,12 @@ def _plain_text(label: str) -> str:
 
 
 def _trade_off(axes: Axes, configurations: Sequence[Configuration]) -> None:
-    """Draw a mark with error bars for each configuration."""
+    """Draw a mark with error bars for each configuration. Marks are hollow, because one may lie on another."""
     task = configurations[0].task
     name = task.quantities[0].name
     for one in configurations:
         axes.errorbar(one.mean("nfe_test"), one.mean(name), xerr=one.error("nfe_test"), yerr=one.error(name),
-                      markersize=6, markeredgewidth=0, elinewidth=1, capsize=2, label=_plain_text(one.label),
-                      **{**one.look, "linestyle": "none"})  # fmt: skip
-    axes.locator_params(axis="x", integer=True)
-    finish(axes, _NFE, f"held-out, {task.score}")
+                      markersize=7, markerfacecolor="none", markeredgewidth=1.6, elinewidth=1, capsize=2,
+                      label=_plain_text(one.label), **{**one.look, "linestyle": "none"})  # fmt: skip
+    whole_numbers(axes, "x")
+    finish(axes, quantities(configurations)["nfe_test"].heading, f"held-out, {task.score}")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ...diagnostics.result import VERDICTS, Check
+from ..quantities import state_of
 from ..recipes.recipe import as_text
 from .configurations import Configuration
 from .diagnosis import draw_check
@@ -62,7 +63,11 @@ def make_page(configurations: Sequence[Configuration], title: str | None, left_o
     environment = Environment(
         loader=PackageLoader("rnode_plugin.experiments.reports"), undefined=StrictUndefined, autoescape=True
     )
-    environment.filters |= {"base64": lambda contents: base64.b64encode(contents).decode(), "as_text": as_text}
+    environment.filters |= {
+        "base64": lambda contents: base64.b64encode(contents).decode(),
+        "as_text": as_text,
+        "state": state_of,
+    }
     html = environment.get_template("page.html").render(
         title=title or _title(configurations, facts),
         summary=summary(configurations),
@@ -89,7 +94,7 @@ def _facts(configurations: Sequence[Configuration]) -> dict[str, str]:
         "recipe": dict.fromkeys(recipe_name(one.recipe) for one in configurations),
         "data": dict.fromkeys(data_name(one.recipe) for one in configurations),
         "λ": [lambdas_text(one) for one in configurations] if len(configurations) == 1 else [],
-        "seed": sorted({str(run.recipe.training.seed) for one in configurations for run in one.counted}),
+        "seed": sorted({str(run.recipe.training.seed) for one in configurations for run in one.measured_runs}),
     }
     texts = {name: ", ".join(values) for name, values in facts.items()}
     return {name: text for name, text in texts.items() if text}
@@ -104,10 +109,15 @@ def _title(configurations: Sequence[Configuration], facts: Mapping[str, str]) ->
 
 
 def _diagnoses(configurations: Sequence[Configuration]) -> Iterator[_Diagnosed]:
-    runs = [(one, run, run.diagnosed) for one in configurations for run in one.counted if run.diagnosed is not None]
+    runs = [
+        (one, run, run.diagnosed)
+        for one in configurations
+        for run in one.measured_runs
+        if run.diagnosed is not None
+    ]
     for number, (one, run, diagnosed) in enumerate(runs, 1):
         found = diagnosed.diagnosis
-        label = one.label if len(one.counted) == 1 else f"{one.label}, seed {run.recipe.training.seed}"
+        label = one.label if len(one.measured_runs) == 1 else f"{one.label}, seed {run.recipe.training.seed}"
         names = [f"diagnosis-{number}-{check.file_name}" for check in found.checks]
         checks = zip(found.checks, names, strict=True)
         yield _Diagnosed(label, found.samples, [(each, name, draw_check(each, name)) for each, name in checks])
@@ -115,7 +125,7 @@ def _diagnoses(configurations: Sequence[Configuration]) -> Iterator[_Diagnosed]:
 
 def _grids(configurations: Sequence[Configuration]) -> Iterator[_Grid]:
     for number, one in enumerate(configurations, 1):
-        found = next((run.picture for run in one.counted if run.picture is not None), None)
+        found = next((run.picture for run in one.measured_runs if run.picture is not None), None)
         if found is None:
             continue
         origin = "best weights" if found.step is None else f"weights of step {found.step}"

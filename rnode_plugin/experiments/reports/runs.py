@@ -11,6 +11,7 @@ from ...core.schedules import final_strength
 from ...errors import ConfigError
 from ...plugins import registry
 from ..data.images import shown
+from ..quantities import steps_of
 from ..recipes.data import TableData
 from ..recipes.recipe import Recipe
 from ..runs.contents import RunContents
@@ -95,7 +96,7 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[RunContents
                 left_out[f"{each.path} has no logged step of likelihood."] = None
     if not runs:
         raise ConfigError(" ".join(left_out))
-    kinds = {run.task.metric: run for run in runs.values()}
+    kinds = {run.recipe.task.metric: run for run in runs.values()}
     if len(kinds) > 1:
         paths = " and ".join(str(run.path) for run in kinds.values())
         raise ConfigError(
@@ -103,7 +104,7 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[RunContents
         )
     # a repetition is not a second seed: its score is the same, so it would make the error too small
     kept: dict[str, RunContents] = {}
-    for run in sorted(runs.values(), key=lambda run: (run.result is None, -run.done)):
+    for run in sorted(runs.values(), key=lambda run: (run.result is None, -steps_of(run))):
         one = kept.setdefault(repr((run.recipe.to_plain(), run.devices, run.facts)), run)
         if one is not run:
             left_out[f"{run.path} has the settings and the seed of {one.path}."] = None

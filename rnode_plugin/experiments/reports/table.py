@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...core.schedules import strength_text
-from ...errors import RnodeError
-from ...plugins.registry import resolve_regularizers
-from ...text import change_with_error, duration, signed, significant, with_error
-from ..recipes.task import Task
+from ...text import change_with_error
+from ..quantities import Entry, state_of, steps_of, table_of, worse_than_baseline
+from ..recipes.task import AnyTask
 from ..runs.contents import RunContents
-from .configurations import Configuration, Difference, base_of, jacobian_norm, paired_difference
+from .configurations import Configuration, Difference, base_of, paired_difference
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def make_table(configurations: Sequence[Configuration]) -> Table:
     """The table of some configurations. A quantity that none of them has measured has no row."""
     base = base_of(configurations)
     rows: list[Row] = []
-    for detail, lines in ((False, _main_lines(configurations, base)), (True, _detail_lines(configurations, base))):
+    for detail, lines in ((False, _main_lines(configurations, base)), (True, _detail_lines(configurations))):
         for name, meaning, cell in lines:
             cells = tuple(cell(each) for each in configurations)
             if any(cells):
@@ -58,70 +57,54 @@ def make_table(configurations: Sequence[Configuration]) -> Table:
     return Table(tuple(each.label for each in configurations), tuple(rows), tuple(_notes(configurations, base)))
 
 
+def quantities(configurations: Sequence[Configuration], *, validated: bool = False) -> dict[str, Entry]:
+    """The table of quantities of these configurations, or of their validations for ``validated``."""
+    evaluations = [each for one in configurations for each in one.evaluations]
+    known = *(one.recipe.measured for one in configurations), *(each.penalties for each in evaluations)
+    return table_of(
+        configurations[0].task,
+        penalties=dict.fromkeys(itertools.chain(*known)),
+        solvers=[one.recipe.test_solver for one in configurations],
+        evaluations=evaluations,
+        whole_jacobian=all(one.has_whole_jacobian(validated=validated) for one in configurations),
+    )
+
+
 def _main_lines(configurations: Sequence[Configuration], base: Configuration) -> Iterator[_Line]:
     """The rows that are always shown, in their order."""
     task = base.task
-    for number, each in enumerate((*task.quantities, *task.baselines)):
-        yield each.heading, each.meaning, _score(each.name)
-        if number == 0:
-            meaning = f"{each.heading}, {task.sample} by {task.sample}"
+    for key, entry in quantities(configurations).items():
+        if not entry.folded:
+            yield entry.heading, entry.meaning, _known(key, entry)
+        if key == task.quantities[0].name:
+            meaning = f"{entry.heading}, {task.sample} by {task.sample}"
             yield f"against {base.label}", meaning, lambda one: _difference(one, base)
-    sizes = {run.evaluation.nfe_batch_size for one in configurations for run in one.runs if run.evaluation}
-    batches = f", batches of {' or '.join(map(str, sorted(sizes)))} {task.samples}" if sizes else ""
-    yield "NFE, test", f"evaluations of all blocks by the test solver{batches}", _known("nfe_test")
-    yield "training time", "without validation", _known("training_seconds", duration)
     yield "λ", "weights of the penalties", lambdas_text
 
 
-def _detail_lines(configurations: Sequence[Configuration], base: Configuration) -> Iterator[_Line]:
+def _detail_lines(configurations: Sequence[Configuration]) -> Iterator[_Line]:
     """The rows that a reader unfolds, in their order."""
-    task, runs = base.task, [run for one in configurations for run in one.runs]
-    yield "time per step", "median", _known("seconds_per_step", lambda seconds: f"{significant(seconds)} s")
-    yield "NFE, training", "per batch, all blocks, last tenth of the steps", _known("nfe_train")
-    whole = {name for run in runs for name in _undivided(run)}
-    known = {
-        "jacfrob": ("Jacobian norm", jacobian_norm(configurations)),
-        "kinetic": ("kinetic energy", "∫ ‖f‖² dt / dim"),
-    }
-    for name in dict.fromkeys(["jacfrob", "kinetic", *(name for run in runs for name in run.penalties)]):
-        heading, meaning = known.get(name, (name, "penalty" if name in whole else "penalty / dim"))
-        yield heading, f"{meaning}, test solver", _known(name)
-    likelihood = task.likelihood
-    meaning = f"{likelihood} by the training solver minus {likelihood} by the test solver"
-    yield "solver gap", meaning, _known("gap", lambda gap: f"{signed(gap)} {task.short_unit}")
-    yield "steps", "", _known("steps", lambda steps: f"{steps:,.0f}")
+    for key, entry in quantities(configurations).items():
+        if entry.folded:
+            yield entry.heading, entry.meaning, _known(key, entry)
     yield "parameters", "", _parameters
     yield "training solver", "", lambda one: one.recipe.solver.text
     yield "test solver", "", lambda one: one.recipe.test_solver.text
     yield "weights", "that are measured", lambda one: one.recipe.weights
-    yield "seeds", "", lambda one: ", ".join(str(run.recipe.training.seed) for run in one.counted)
-    yield f"held-out {task.samples}", "measured for the scores and penalties", _held_out
+    yield "seeds", "", lambda one: ", ".join(str(run.recipe.training.seed) for run in one.measured_runs)
+    yield f"held-out {configurations[0].task.samples}", "measured for the scores and penalties", _held_out
     yield "device", "of each run", _each(lambda run: run.environment.device if run.environment else "")
     yield "devices", "that train a run together", _each(lambda run: run.devices if run.environment else "")
     yield "threads", "of each run", _each(lambda run: run.environment.threads if run.environment else "")
-    yield "state", "", _each(lambda run: run.state)
+    yield "state", "", _each(state_of)
 
 
 # cells ---------------------------------------------------------------------------------------------------------
 
 
-def _known(name: str, text: Callable[[float], str] = significant) -> _Cell:
-    """A cell with the mean of a quantity as text, empty if it was not measured."""
-
-    def cell(one: Configuration) -> str:
-        value = one.mean(name)
-        return text(value) if math.isfinite(value) else "" if math.isnan(value) else "infinite"
-
-    return cell
-
-
-def _score(name: str) -> _Cell:
-    """A cell with the mean of a score, its standard error and the unit."""
-
-    def cell(one: Configuration) -> str:
-        return _known(name, lambda value: f"{with_error(value, one.error(name))} {one.task.short_unit}")(one)
-
-    return cell
+def _known(key: str, entry: Entry) -> _Cell:
+    """A cell with the mean of a quantity, empty if it was not measured."""
+    return lambda one: entry.text(one.mean(key), one.error(key, over_samples=entry.over_samples))
 
 
 def _difference(one: Configuration, base: Configuration) -> str:
@@ -133,35 +116,21 @@ def _compared(one: Configuration, base: Configuration) -> Difference | None:
     return None if one is base else paired_difference(one, base)
 
 
-def _change(found: Difference, task: Task) -> str:
+def _change(found: Difference, task: AnyTask) -> str:
     return f"{change_with_error(found.mean, found.error)} {task.short_unit}"
 
 
-def _each(text: Callable[..., object]) -> _Cell:
+def _each(text: Callable[[RunContents], object]) -> _Cell:
     """A cell with the text of each run, where equal texts stand once."""
     return lambda one: "; ".join(dict.fromkeys(str(text(run)) for run in one.runs))
 
 
 def _held_out(one: Configuration) -> str:
-    known = [run.evaluation.samples for run in one.counted if run.evaluation is not None]
-    return " or ".join(dict.fromkeys(f"{count:,}" for count in known))
+    return " or ".join(dict.fromkeys(f"{each.samples:,}" for each in one.evaluations))
 
 
 def _parameters(one: Configuration) -> str:
-    try:
-        return f"{sum(each.numel() for each in one.recipe.build_flow().parameters()):,}"
-    except RnodeError:  # a plugin that is not installed here
-        return ""
-
-
-def _undivided(run: RunContents) -> Collection[str]:
-    """The names of the penalties that are not divided by the number of dimensions."""
-    if run.evaluation is not None:
-        return run.evaluation.undivided
-    try:
-        return resolve_regularizers(run.recipe.measured).undivided
-    except RnodeError:  # of a plugin that is not installed here
-        return ()
+    return "" if one.flow is None else f"{sum(each.numel() for each in one.flow.parameters()):,}"
 
 
 def lambdas_text(one: Configuration) -> str:
@@ -183,7 +152,7 @@ def _notes(configurations: Sequence[Configuration], base: Configuration) -> Iter
         "finished one, with its last validation and without an error. Lower is better."
     )
     for one in configurations:
-        if len(steps := {run.done for run in one.counted}) > 1:
+        if len(steps := {steps_of(run) for run in one.measured_runs}) > 1:
             numbers = ", ".join(f"{each:,}" for each in sorted(steps))
             yield (
                 f"The runs of “{one.label}” were trained for different numbers of steps ({numbers}). Its means and "
@@ -200,18 +169,31 @@ def _notes(configurations: Sequence[Configuration], base: Configuration) -> Iter
 
 def summary(configurations: Sequence[Configuration]) -> list[str]:
     """A sentence on the result of each configuration."""
-    base = base_of(configurations)
-    return [_sentence(one, base) for one in configurations]
+    base, table = base_of(configurations), quantities(configurations)
+    return [_sentence(one, table, base) for one in configurations]
 
 
-def _sentence(one: Configuration, base: Configuration) -> str:
-    task = one.task
-    if not (score := _score(task.quantities[0].name)(one)):
-        return f"{one.label} has not been validated yet ({one.runs[0].state})."
+def _sentence(one: Configuration, table: Mapping[str, Entry], base: Configuration) -> str:
+    """A sentence on the scores of a configuration and on its price, or on how far it has come."""
+    task, score, states = one.task, one.task.quantities[0].name, ", ".join(map(state_of, one.measured_runs))
+
+    def known(key: str) -> str:
+        return _known(key, table[key])(one)
+
+    if not known(score):
+        return f"{one.label} has not been validated yet ({states})."
+    if not one.evaluations:
+        return (
+            f"{one.label} is {states}. The last validation of its training has {known(score)}{task.per_sample} on "
+            f"held-out {task.samples} at {known('nfe_test')} evaluations for a solve, without an error."
+        )
+    limited = any(run.result is not None and run.result.out_of_time for run in one.measured_runs)
     text = (
-        f"{one.label} reaches {score}{task.per_sample} on held-out {task.samples} with {_known('nfe_test')(one)} "
-        f"evaluations for a solve, after {_known('training_seconds', duration)(one)} of training"
+        f"{one.label}{f' ({states})' if limited else ''} reaches {known(score)}{task.per_sample} on held-out "
+        f"{task.samples} with {known('nfe_test')} evaluations for a solve, after {known('training_seconds')} of "
+        "training"
     )
     if (found := _compared(one, base)) is not None:
         text += f", {_change(found, task)} against {base.label} ({found.verdict})"
-    return f"{text}."
+    warning = worse_than_baseline(one.evaluations, task)
+    return f"{text}." if warning is None else f"{text}. It is {warning}."

@@ -17,6 +17,7 @@ from ...core.distribution import DensityModel
 from ...files import write_atomically
 from ...text import duration
 from ..evaluation.likelihood import is_exact
+from ..quantities import result_rows, state_of
 from ..recipes.recipe import Data, Recipe, as_text
 
 if TYPE_CHECKING:
@@ -127,11 +128,11 @@ def _data(recipe: Recipe, facts: Facts | None) -> str:
 
 def _result(flow: DensityModel, run: RunContents | None) -> str:
     if run is None or run.evaluation is None:
-        ended = "" if run is None else f" The run was {run.state}."
+        ended = "" if run is None else f" The run was {state_of(run)}."
         return f"No result of these weights is known.{ended}"
-    task, solver = run.task, run.recipe.test_solver
+    task, solver = run.recipe.task, run.recipe.test_solver
     trace = "exact" if is_exact(flow, task) else "estimated with Rademacher probes"
-    rows = [*run.evaluation.rows(task), ("test solver", solver.text), ("trace", trace)]
+    rows = [*result_rows(run.evaluation, task, solver), ("trace", trace)]
     errors = (
         f"± is a standard error, of the choice of {task.samples} or of the noise, which is the spread between two "
         "evaluations. NFE is the number of evaluations of the vector fields in one solve, with a fresh first step."
@@ -148,7 +149,7 @@ def _recipe(recipe: Recipe, run: RunContents | None) -> str:
         ("weights", recipe.weights),
     ]
     if run is not None and run.result is not None:
-        rows += [("training", f"{run.state}, {duration(run.result.training_seconds)}")]
+        rows += [("training", f"{state_of(run)}, {duration(run.result.training_seconds)}")]
     if run is not None and run.environment is not None:
         rows += [("device", f"{run.environment.devices} x {run.environment.device}")]
     # indented, because nothing in a setting can end such a block

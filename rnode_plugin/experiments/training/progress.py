@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...text import duration
+from ..quantities import progress_text
 from ..recipes.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
 
 _INTERVAL = 10.0  # least seconds between two lines
 _FIRST_LINE = 20  # so many steps after the first step of this call, a line is printed without waiting
-_SHOWN = {
-    "train/bpd": "bits/dim", "train/nll": "NLL", "train/matching": "matching error", "train/nfe": "NFE",
-    "val/bpd": "val bits/dim", "val/nll": "val NLL",
-}  # fmt: skip
 
 
 class StepEnd(NamedTuple):
@@ -52,9 +49,9 @@ class Terminal:
     """
 
     def __init__(self, recipe: Recipe, plan: RunPlan) -> None:
-        self._matching, self._total = recipe.matching, plan.total
+        self._matching, self._task, self._total = recipe.matching, recipe.task, plan.total
         self._stages = plan.stages(recipe)
-        self._figures: dict[str, Tensor | float] = {}  # the newest values by their words
+        self._values: dict[str, Tensor | float] = {}  # the newest ones, by their names in metrics.csv
         self._printed = time.monotonic()
         # step and training seconds at the last line, or after the first step of this call. The first step also
         # compiles and opens files, so its time would spoil the pace
@@ -64,7 +61,7 @@ class Terminal:
     def __call__(self, end: StepEnd) -> None:
         """Print the line of a step if it is due, and the name of a stage that begins."""
         self._mark = self._mark or (end.step, end.train_seconds)
-        self._figures |= {_SHOWN[name]: value for name, value in end.values.items() if name in _SHOWN}
+        self._values |= end.values
         # if a validation follows, its scores belong to the line of this step, which is printed after it
         if not end.validates and self._is_due(end):
             self._print_line(end)
@@ -87,10 +84,8 @@ class Terminal:
         elif not self._pace:  # after a first step of more than ten seconds
             self._pace = end.train_seconds / step
         if step > self._matching:
-            self._figures.pop("matching error", None)  # it is of an earlier step
-        shown = "  ".join(
-            f"{each} {float(value):.{0 if each == 'NFE' else 4}f}" for each, value in self._figures.items()
-        )
+            self._values.pop("train/matching", None)  # it is of an earlier step
+        shown = progress_text(self._values, self._task)
         pace = f"  {self._pace:.2f} s/step" if self._pace else ""
         # a step of flow matching is quicker than one of maximum likelihood, so its pace does not predict the rest
         left = self._total - step if step > self._matching and not end.ends else 0

@@ -1,0 +1,291 @@
+"""The table of quantities: the name, the meaning and the form of each number that a user sees of a run.
+
+:func:`table_of` makes it. The terminal, the line of progress, the table of a report and the labels of its figures
+read it. :func:`numbers_of` gives the numbers of a run by the same keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, SupportsFloat
+
+import numpy as np
+
+from ..core.regularizer import Rate
+from ..errors import RnodeError
+from ..plugins.registry import get_regularizer
+from ..text import duration, signed, significant, with_error
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..solvers import Solver
+    from .evaluation.measures import Evaluation, Mean
+    from .recipes.task import AnyTask
+    from .runs.contents import RunContents
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A quantity, as everything that shows it names, explains and writes it.
+
+    Attributes:
+        heading: its name, which heads its row in a table and labels its axis in a figure.
+        meaning: what it measures.
+        unit: the unit behind a value, with a space in front; empty for a number without one.
+        form: writes a value without its unit.
+        has_error: whether a standard error belongs to it, as to a score.
+        over_samples: whether the error is over the held-out samples also with several seeds, as for a baseline,
+            which does not depend on the seed.
+        folded: whether the page of a report shows its row only when a reader unfolds it.
+    """
+
+    heading: str
+    meaning: str = ""
+    unit: str = ""
+    form: Callable[[float], str] = significant
+    has_error: bool = False
+    over_samples: bool = False
+    folded: bool = False
+
+    def text(self, value: float, error: float | None = None) -> str:
+        """Write a value and its standard error, if it has one; empty for NaN."""
+        if math.isnan(value):
+            return ""
+        if math.isinf(value):
+            return "infinite"
+        return f"{with_error(value, error) if self.has_error else self.form(value)}{self.unit}"
+
+    def row(self, text: str) -> tuple[str, str]:
+        """A row for a terminal, with the value as text in front of its meaning."""
+        return self.heading, f"{text}  {self.meaning}"
+
+
+STEPS = Entry(heading="steps", form=lambda steps: f"{steps:,.0f}", folded=True)
+TRAINING_TIME = Entry(heading="training time", meaning="without validation", form=duration)
+STEP_TIME = Entry(heading="time per step", meaning="median", unit=" s", folded=True)
+NFE_TRAINING = Entry(
+    heading="NFE, training",
+    meaning="all blocks, training solver, mean over the last tenth of the steps",
+    folded=True,
+)
+
+
+def table_of(
+    task: AnyTask,
+    *,
+    penalties: Iterable[str],
+    solvers: Iterable[Solver],
+    evaluations: Sequence[Evaluation],
+    whole_jacobian: bool,
+    compared: tuple[str, str] = ("the training solver", "the test solver"),
+) -> dict[str, Entry]:
+    """The table of quantities of some runs with the same task, by key and in the order of a page.
+
+    Args:
+        task: has the scores and the baselines, with their units.
+        penalties: names of the measured penalties.
+        solvers: the solvers that evaluate.
+        evaluations: the results, whose batches the NFE belong to; empty for runs without a result.
+        whole_jacobian: see :class:`~rnode_plugin.experiments.evaluation.measures.Evaluation`.
+        compared: the two solvers of the gap.
+    """
+    unit, by = f" {task.short_unit}", " or ".join(dict.fromkeys(each.text for each in solvers))
+    batches = dict.fromkeys((each.nfe_batches, each.nfe_batch_size) for each in evaluations)
+    of = " or ".join(f"{count} of {size} {task.samples}" for count, size in batches)
+    undivided = {name for each in evaluations for name in each.undivided}
+    likelihood = task.likelihood
+    scores = {
+        each.name: Entry(
+            heading=each.heading,
+            meaning=each.meaning,
+            unit=unit,
+            has_error=True,
+            over_samples=each in task.baselines,
+        )
+        for each in (*task.quantities, *task.baselines)
+    }
+    return {
+        **scores,
+        "nfe_test": Entry(
+            heading="NFE, test",
+            meaning=f"all blocks, test solver ({by}){f', batches solved alone: {of}' if of else ''}",
+        ),
+        "training_seconds": TRAINING_TIME,
+        "seconds_per_step": STEP_TIME,
+        "nfe_train": NFE_TRAINING,
+        **{name: penalty(name, undivided, whole_jacobian=whole_jacobian) for name in penalties},
+        "gap": Entry(
+            heading="solver gap",
+            meaning=f"{likelihood} by {compared[0]} minus {likelihood} by {compared[1]}, first batch",
+            unit=unit,
+            form=signed,
+            folded=True,
+        ),
+        "steps": STEPS,
+    }
+
+
+def penalty(name: str, undivided: Iterable[str] = (), *, whole_jacobian: bool) -> Entry:
+    """The entry of a penalty, explained by the declaration of its regularizer, which may be one of a plugin.
+
+    ``undivided`` names penalties that are not divided by the number of dimensions, for a plugin that is not here.
+    """
+    try:
+        found = get_regularizer(name)
+    except RnodeError:  # of a plugin that is not installed here
+        meaning, is_divided = "test solver", name not in undivided
+    else:
+        about = found.about
+        formula = about.formula if whole_jacobian or not about.estimate else about.estimate
+        integral = ", integrated over time" if isinstance(found, Rate) else ""
+        meaning, is_divided = f"{formula}{integral}, test solver", found.divided_by_dims
+    return Entry(heading=f"{name} / dim" if is_divided else name, meaning=meaning, folded=True)
+
+
+# the numbers of a run ------------------------------------------------------------------------------------------
+
+
+def numbers_of(run: RunContents) -> dict[str, float]:
+    """The numbers that are known of a run, by the keys of :func:`table_of`; NaN for one that was not measured.
+
+    Scores, test NFE and penalties belong to the best weights or, without a result, to the last validation.
+    """
+    metrics, task, result = run.metrics, run.recipe.task, run.result
+    validated = {name.removeprefix("val/"): values for name, values in metrics.validations.items()}
+    if result is not None and (found := run.evaluation) is not None:
+        # JSON has no infinity, which the gap of a training solver is that fails
+        gap = math.inf if found.gap is None and not run.recipe.solver.adaptive else found.gap
+        measured = {
+            **found.penalties,
+            **{name: mean.mean for name, mean in found.means.items()},
+            "nfe_test": found.nfe_mean,
+            "gap": math.nan if gap is None else gap,
+            "training_seconds": result.training_seconds,
+        }
+    else:
+        measured = {
+            **{name: _last(validated[name]) for name in run.recipe.measured if name in validated},
+            task.quantities[0].name: _last(validated.get(task.metric)),
+            "nfe_test": _last(validated.get("nfe")),
+            "gap": _last(validated.get("gap")),
+            "training_seconds": _last(metrics.steps["train_seconds"]),
+        }
+    # the NFE of an adaptive solver grow while a model trains, so the last tenth of the steps describes its end. The
+    # median of the times leaves out the first steps, which compile and warm up
+    nfe, times = (metrics.steps.get(name, np.array([])) for name in ("train/nfe", "seconds_per_step"))
+    return {
+        **measured,
+        "nfe_train": float(np.mean(nfe[-max(1, len(nfe) // 10) :])) if len(nfe) else math.nan,
+        "seconds_per_step": float(np.median(times)) if len(times) else math.nan,
+        "steps": steps_of(run),
+    }
+
+
+def _last(values: NDArray[np.float64] | None) -> float:
+    return float(values[-1]) if values is not None and len(values) else math.nan
+
+
+def scores_of(run: RunContents) -> NDArray[np.float64]:
+    """The score of each held-out sample, as the first quantity of the task; empty if unknown."""
+    means = {} if run.evaluation is None else run.evaluation.means
+    mean = means.get(run.recipe.task.quantities[0].name)
+    return np.array([] if mean is None else mean.samples)
+
+
+def steps_of(run: RunContents) -> int:
+    """The number of training steps, as the result has it; without a result, up to the last step that is known."""
+    return run.metrics.last_step if run.result is None else run.result.steps
+
+
+def state_of(run: RunContents) -> str:
+    """The state of a run in words: its steps, and whether it is finished or was stopped by its time limit."""
+    if run.result is None:
+        return f"not finished: step {steps_of(run):,}"
+    limit = ", stopped by its time limit" if run.result.out_of_time else ""
+    return f"step {run.result.steps:,} of {run.result.planned:,}{limit}"
+
+
+def progress_text(values: Mapping[str, SupportsFloat], task: AnyTask) -> str:
+    """Write the logged ``values`` that a line of progress shows, by their names in ``metrics.csv``."""
+    shown = {
+        f"train/{task.metric}": (task.likelihood, 4),
+        "train/matching": ("matching error", 4),
+        "train/nfe": ("NFE", 0),
+        f"val/{task.metric}": (f"val {task.likelihood}", 4),
+    }
+    known = [(heading, places, values[name]) for name, (heading, places) in shown.items() if name in values]
+    return "  ".join(f"{heading} {float(value):.{places}f}" for heading, places, value in known)
+
+
+# the results of an evaluation ----------------------------------------------------------------------------------
+
+
+def result_rows(
+    evaluation: Evaluation,
+    task: AnyTask,
+    solver: Solver,
+    *,
+    compared: tuple[str, str] = ("the training solver", "the test solver"),
+) -> list[tuple[str, str]]:
+    """Write an evaluation by ``solver`` for a terminal, one row each; ``compared`` are the solvers of the gap."""
+    table = table_of(
+        task,
+        penalties=evaluation.penalties,
+        solvers=[solver],
+        evaluations=[evaluation],
+        whole_jacobian=evaluation.whole_jacobian,
+        compared=compared,
+    )
+    draws = f", {evaluation.draws} draws of noise" if evaluation.draws > 1 else ""
+    rows = [(f"held-out {task.samples}", f"{evaluation.samples:,}{draws}")]
+    rows += [
+        entry.row(_with_errors(evaluation.means[key], task))
+        for key, entry in table.items()
+        if key in evaluation.means
+    ]
+    if (bound := evaluation.bound) is not None:
+        text = f"{_with_errors(bound, task)}  log of the mean density of the draws: no score of one draw"
+        rows.append((f"{task.unit}, bound of {evaluation.draws}", text))
+    if (warning := worse_than_baseline([evaluation], task)) is not None:
+        rows.append(("warning", warning))
+    few, many, nfe = evaluation.nfe_min, evaluation.nfe_max, table["nfe_test"]
+    rows.append(nfe.row(nfe.text(evaluation.nfe_mean) + ("" if few == many else f" ({few} to {many})")))
+    if evaluation.gap is not None:
+        rows.append(table["gap"].row(table["gap"].text(evaluation.gap)))
+    rows += [table[name].row(table[name].text(value)) for name, value in evaluation.penalties.items()]
+    return [*rows, ("evaluation", duration(evaluation.seconds))]
+
+
+def _with_errors(mean: Mean, task: AnyTask) -> str:
+    errors = [] if mean.stderr is None else [f"± {significant(mean.stderr, 2)} ({task.samples})"]
+    errors += [] if mean.stderr_noise is None else [f"± {significant(mean.stderr_noise, 2)} (noise)"]
+    return " ".join([f"{mean.mean:.4f}", *errors])
+
+
+def worse_than_baseline(evaluations: Sequence[Evaluation], task: AnyTask) -> str | None:
+    """Say that a model is worse than a baseline in each of its ``evaluations``, one for each seed.
+
+    None if that may be chance, sample by sample, or if the scores of the samples are unknown, as in a run without
+    their file.
+    """
+    for each in task.baselines:
+        excess = [_excess(one, task.quantities[0].name, each.name) for one in evaluations]
+        if excess and all(one > 0 for one in excess):  # NaN is not
+            score = evaluations[0].means[each.name].mean
+            name = each.heading.removeprefix(f"{task.likelihood} of ")
+            return f"worse than {name} ({significant(score)} {task.unit}): train longer, or choose other settings"
+    return None
+
+
+def _excess(evaluation: Evaluation, score: str, baseline: str) -> float:
+    """The mean of a score minus a baseline, less two standard errors; NaN if their samples are unknown."""
+    means = evaluation.means
+    ours, others = (np.array(means[name].samples if name in means else ()) for name in (score, baseline))
+    if not len(ours) or len(ours) != len(others):
+        return math.nan
+    differences = ours - others
+    error = differences.std(ddof=1) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+    return float(differences.mean() - 2 * error)
