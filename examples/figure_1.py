@@ -20,7 +20,7 @@ PLANE = ("moons", "spirals", "gaussians", "gaussians_spiral")
 TRAIN, TEST = FixedGrid("rk4", step=1 / 10), Adaptive("dopri5", atol=1e-5, rtol=1e-5)
 EXACT = Adaptive("dopri5", atol=1e-6, rtol=1e-6)
 SPAN = torch.tensor([0.0, 1.0])
-GRAY, COLORS = "#808080", ("#d55e00", "#0072b2")
+DATA, COLORS = "#e69f00", ("#808080", "#0072b2")
 
 
 def mixture(count, *, seed=0):
@@ -120,7 +120,7 @@ def log_density(field, x):
 def paint_line(axes, field, x, label, color):
     """Density of data and model, paths, density of the samples that arrive."""
     grid = torch.linspace(-3.2, 3.2, 321)[:, None]
-    axes[0].plot(mixture_log_prob(grid).exp(), grid[:, 0], color=GRAY, linewidth=4, alpha=0.5)
+    axes[0].plot(mixture_log_prob(grid).exp(), grid[:, 0], color=DATA, linewidth=4, alpha=0.5)
     axes[0].plot(log_density(field, grid).exp(), grid[:, 0], color=color)
     path = follow(field, x)
     axes[1].plot(torch.linspace(0, 1, len(path)), path[:, :: len(x) // 25, 0], color=color, linewidth=1)
@@ -135,7 +135,7 @@ def paint_plane(axes, field, x, label, color):
     axes[0].contour(line, line, values.T, 8, colors=color, linewidths=0.8)
     path = follow(field, x[:60])
     axes[1].plot(path[:, :, 0], path[:, :, 1], color=color, linewidth=0.8)
-    axes[1].scatter(*path[0].T, s=9, color=GRAY, zorder=3)
+    axes[1].scatter(*path[0].T, s=9, color=DATA, zorder=3)
     axes[1].scatter(*path[-1].T, s=9, color=color, zorder=3)
     points = torch.cartesian_prod(torch.linspace(-2.4, 2.4, 15), torch.linspace(-2.4, 2.4, 15))
     axes[2].quiver(*points.T, *field(torch.tensor(0.5), points).detach().T, color=color, width=0.006)

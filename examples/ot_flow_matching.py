@@ -11,7 +11,12 @@ from torch import nn
 from rnode_plugin import penalties_at
 from rnode_plugin.flow_matching import ODESolver
 
-BOTH = {"kinetic": 0.1, "jacfrob": 0.01}
+PENALTIES = {  # with the color of the points
+    "none": ({}, "gray"),
+    "kinetic": ({"kinetic": 0.1}, "C0"),
+    "jacfrob": ({"jacfrob": 0.01}, "C1"),
+    "both": ({"kinetic": 0.1, "jacfrob": 0.01}, "C2"),
+}
 
 
 class Velocity(nn.Module):
@@ -60,9 +65,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="the first of three")
     parser.add_argument("--output", default="ot_flow_matching.png", help="file of the plot")
     options = parser.parse_args()
+    plt.style.use("rnode_plugin.plots")
     figure, axes = plt.subplots(figsize=(5, 3.4))
     print(f"{'penalties':<9} {'seed':>4} {'NFE':>4} {'energy distance':>16}")
-    for name, regularizers in {"none": {}, **{key: {key: BOTH[key]} for key in BOTH}, "both": BOTH}.items():
+    for name, (regularizers, color) in PENALTIES.items():
         found = []
         for seed in range(options.seed, options.seed + 3):
             torch.manual_seed(seed)
@@ -72,10 +78,10 @@ def main():
             samples = solver.sample(noise, method="dopri5")
             found.append((solver.nfe, energy_distance(samples, data)))
             print("{:<9} {:>4} {:>4} {:>16.4f}".format(name, seed, *found[-1]), flush=True)
-        axes.scatter(*zip(*found, strict=True), label=name)
+        axes.scatter(*zip(*found, strict=True), color=color, label=name)
     axes.set(xlabel="NFE of sampling, dopri5 at 1e-5", ylabel="energy distance", ylim=(0, None))
-    axes.legend(frameon=False, title="penalties")
-    figure.savefig(options.output, dpi=120, bbox_inches="tight")
+    axes.legend(title="penalties")
+    figure.savefig(options.output, dpi=150)
 
 
 if __name__ == "__main__":
