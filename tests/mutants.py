@@ -282,6 +282,15 @@ MUTANTS = [
         "test_training.py::test_another_validation_chooses_the_best_weights_again",
     ),
     Mutant(
+        "the last weights are saved before the best ones",
+        "experiments/training/after_step.py",
+        """            self._save(trainer, self.run.best)
+        self._save(trainer, self.run.last)""",
+        """            self._save(trainer, self.run.last)
+            self._save(trainer, self.run.best)""",
+        "test_killed_runs.py::test_killed_between_two_writes",
+    ),
+    Mutant(
         "the training time is the time of the last step",
         "experiments/training/after_step.py",
         "self.training_seconds += seconds",

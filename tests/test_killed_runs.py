@@ -73,11 +73,22 @@ add, publish, calls = MetricsTable.add, files.Draft.publish, []
 
 def die():
     os.kill(os.getpid() if {alone} else 0, signal.SIGKILL)  # 0 is the group of all processes of the run
-
-def dies_at(step, name, path):
-    calls.extend([name] * (path.name == name))
-    return path.name == name and calls.count(name) == step
 """
+
+
+def published(name: str, count: int, *, before: bool = False) -> str:
+    """Statements that die right after, or before, a file with this name is published for the time ``count``."""
+    return f"""
+def dying(self, **options):
+    calls.append(self._path.name)
+    now = self._path.name == "{name}" and calls.count("{name}") == {count}
+    if now and {before}: die()
+    publish(self, **options)
+    if now: die()
+files.Draft.publish = dying
+"""
+
+
 PLACES = {
     "after a row": """
 def dying(self, row, step):
@@ -102,31 +113,13 @@ def dying(self, row, step):
     if step == 8 and "val/bpd" in row: die()
 MetricsTable.add = dying
 """,
-    "between best and last": """
-def dying(self, **options):
-    publish(self, **options)
-    if dies_at(2, "best.ckpt", self._path): die()
-files.Draft.publish = dying
-""",
-    "between the first best and last": """
-def dying(self, **options):
-    publish(self, **options)
-    if dies_at(1, "best.ckpt", self._path): die()
-files.Draft.publish = dying
-""",
+    "between best and last": published("best.ckpt", 2),
+    "between the first best and last": published("best.ckpt", 1),
+    "after a checkpoint": published("last.ckpt", 3),
+    "after the last checkpoint": published("last.ckpt", 8),
     # the header of the first row, and a wider one for the first validation
-    "before the wider header": """
-def dying(self, **options):
-    if dies_at(2, "metrics.csv", self._path): die()
-    publish(self, **options)
-files.Draft.publish = dying
-""",
-    "after the wider header": """
-def dying(self, **options):
-    publish(self, **options)
-    if dies_at(2, "metrics.csv", self._path): die()
-files.Draft.publish = dying
-""",
+    "before the wider header": published("metrics.csv", 2, before=True),
+    "after the wider header": published("metrics.csv", 2),
     "between previous and last": """
 replace = files.Path.replace
 def dying(self, target):

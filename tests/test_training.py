@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnode_plugin import load_flow
 from rnode_plugin.core.random_streams import Stream, seeded
-from rnode_plugin.errors import ConfigError, RnodeError, SolverError, TrainingError
+from rnode_plugin.errors import CheckpointError, ConfigError, RnodeError, SolverError, TrainingError
 from rnode_plugin.experiments.data.batches import ArrayDataset
 from rnode_plugin.experiments.recipes.recipe import Optimizer, Recipe
 from rnode_plugin.experiments.runs.run import Run
@@ -42,7 +42,7 @@ from rnode_plugin.experiments.training.failures import add_resume_hint
 from rnode_plugin.experiments.training.fit import FitResult
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.experiments.training.optimizers import learning_rate_factor
-from rnode_plugin.experiments.training.plan import RunPlan
+from rnode_plugin.experiments.training.plan import AFTER_STEP, RunPlan
 from rnode_plugin.experiments.training.step import LikelihoodLoss
 from rnode_plugin.flows.multiscale import dequantize
 
@@ -257,6 +257,16 @@ def test_a_resume_that_makes_no_sense_is_refused(
         run(recipe.override(settings), tmp_path, resume=fitted.run.path, download=True)
     assert fitted.run.result.exists()
     assert len(list((tmp_path / "digits").iterdir())) == 1  # nothing was begun
+
+
+def test_a_checkpoint_of_another_trainer_is_not_resumed(recipe: Recipe, whole: FitResult, tmp_path: Path) -> None:
+    """It has neither the epochs nor the best score of the run, which would count as zero and as infinite."""
+    contents = read_checkpoint(whole.run.last)
+    del contents["callbacks"][AFTER_STEP]
+    torch.save(contents, file := tmp_path / "theirs.ckpt")
+    with pytest.raises(CheckpointError, match=r"was written by another Trainer.*--weights \S+ starts"):
+        run(recipe.override(["training.max_steps=9"]), tmp_path / "runs", resume=file)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_that_was_killed_during_its_last_evaluation_is_evaluated(
