@@ -8,7 +8,7 @@ import pkgutil
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,29 +44,6 @@ if TYPE_CHECKING:
     from ..experiments.training.fit import FitResult
 
 
-def _logger_name(text: str) -> str:
-    check_loggers([text])
-    return text
-
-
-def _callback_name(text: str) -> str:
-    """Refuse a text other than ``MODULE:NAME``, or a module that does not exist (ConfigError).
-
-    The module is not imported yet, because most modules with callbacks import Lightning.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the user's module may lie in the folder where the command is given
-    module, colon, attribute = text.partition(":")
-    if not (module and colon and attribute):
-        raise ConfigError(f"--callback {text}: write MODULE:NAME.")
-    package = module.partition(".")[0]
-    if package not in sys.modules and importlib.util.find_spec(package) is None:
-        raise ConfigError(
-            f"--callback {text}: no module {package!r} is installed or in this folder. Write MODULE:NAME."
-        )
-    return text
-
-
 @click.command()
 @click.argument("recipe", required=False)
 @short("data", "data-root", "size", "max-steps", "max-epochs")
@@ -86,9 +63,9 @@ def _callback_name(text: str) -> str:
 @click.option("--compile/--no-compile", default=None, help="Use torch.compile, which takes minutes at first.")
 @click.option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Folder of all runs.")
 @click.option("--run-folder", metavar="FOLDER", help="Folder of a new run, instead of one under --runs.")
-@click.option("--logger", "loggers", multiple=True, metavar="|".join(LOGGERS), type=_logger_name,
+@click.option("--logger", "loggers", multiple=True, metavar="|".join(LOGGERS),
               help="Also log to this service, in addition to metrics.csv. May be repeated.")  # fmt: skip
-@click.option("--callback", "callbacks", multiple=True, metavar="MODULE:NAME", type=_callback_name,
+@click.option("--callback", "callbacks", multiple=True, metavar="MODULE:NAME",
               help="Use a callback of Lightning: an object, a class or a function. May be repeated.")  # fmt: skip
 @click.option("--num-nodes", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Machines of a distributed run.")  # fmt: skip
@@ -129,9 +106,12 @@ def train(
     from there on, and a recipe.json changes all of them.
     """
     with _reported_once(ctx):
+        check_loggers(loggers)
+        for name in callbacks:
+            _check_callback(name)
         chosen, resume = _chosen(recipe, resume, changes, ffjord=ffjord)
         check_folder(_folder_of(resume) or run_folder or runs)
-        place = _place(device, devices)
+        used = _devices(device, devices)
         flush_denormals()
         # what cannot work was refused before these imports, which take seconds
         from ..experiments.training.fit import fit
@@ -146,7 +126,7 @@ def train(
             progress=not (quiet or as_json),
         )
         made = [_callback(name) for name in callbacks]
-        fitted = fit(chosen, options, callbacks=made, loggers=loggers, num_nodes=num_nodes, **place)
+        fitted = fit(chosen, options, callbacks=made, loggers=loggers, num_nodes=num_nodes, **used)
     if not fitted.first_process:
         return
     if as_json:
@@ -173,7 +153,7 @@ def _reported_once(ctx: click.Context) -> Iterator[None]:
 
 
 def _chosen(
-    name: str | None, resume: str | None, changes: dict[str, Any], *, ffjord: bool
+    name: str | None, resume: str | None, changes: Mapping[str, Any], *, ffjord: bool
 ) -> tuple[Recipe, str | None]:
     """The recipe to train with all changes, and where to resume from.
 
@@ -203,7 +183,8 @@ def _chosen(
     if ffjord:
         found = found.ffjord()
     if resume is not None:  # the same columns, or the same shape, as the run has, in another file or folder
-        found = found.at_root(changes.pop("data_root"))
+        found = found.at_root(changes["data_root"])
+        changes = {**changes, "data_root": None}
     found = changed(found, changes)
     if resume is None and found.training.weights is not None:
         find_checkpoint(found.training.weights)
@@ -216,7 +197,7 @@ def _folder_of(resume: str | None) -> Path | None:
     return run.path if run and run.is_described else None
 
 
-def _place(device: str, devices: str) -> dict[str, str]:
+def _devices(device: str, devices: str) -> dict[str, str]:
     """The options ``accelerator`` and ``devices`` of Lightning's Trainer.
 
     Raises:
@@ -233,6 +214,23 @@ def _place(device: str, devices: str) -> dict[str, str]:
 
         check_device(device, processes=processes)
     return {"accelerator": name, "devices": f"{index}," if colon else devices}
+
+
+def _check_callback(name: str) -> None:
+    """Refuse a text other than ``MODULE:NAME``, or a module that does not exist (ConfigError).
+
+    The module is not imported yet, because most modules with callbacks import Lightning.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the user's module may lie in the folder where the command is given
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(f"--callback {name}: write MODULE:NAME.")
+    package = module.partition(".")[0]
+    if package not in sys.modules and importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"--callback {name}: no module {package!r} is installed or in this folder. Write MODULE:NAME."
+        )
 
 
 def _callback(name: str) -> Callback:

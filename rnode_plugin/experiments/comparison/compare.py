@@ -204,7 +204,10 @@ def _left(
     max_time: float | None,
     announce: Callable[[str], object],
 ) -> tuple[list[_Left], dict[Path, str]]:
-    """List the runs in ``folders`` that are left to do, and the titles of those that another process trains."""
+    """List the runs in ``folders`` that are left to do, and the titles of those that another process trains.
+
+    ``planned`` has all runs of the comparison, by which they are numbered.
+    """
     # of several GPUs `train` would take all, with the recipe's batch on each
     device = ["--device", accelerator, *([] if ":" in accelerator else ["--devices", "1"])]
     left: list[_Left] = []
