@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..experiments.recipes.task import SampleRequest
 from ..experiments.runs.run import BEST, Run, find_checkpoint
-from ..files import PROGRAM, SAFETENSORS
+from ..files import PROGRAM, SAFETENSORS, missing
 from ..solvers import FIXED_METHODS, FixedGrid
 from ..text import batch_counter, counted, duration, table
 from .options import (
@@ -308,10 +308,8 @@ def sample(
     if given_values and given_file:
         raise ConfigError("give the context with --given-values or with --given-file, not both.")
     checkpoint = find_checkpoint(run)
-    if given_file is not None:
-        from ..experiments.data.table_files import column_names  # numpy, but not torch
-
-        column_names(given_file)  # refuses a file that is not a table
+    if given_file is not None and not Path(given_file).exists():
+        raise DataError(missing(given_file))
     request = SampleRequest(
         count=count,
         temperatures=temperatures,
