@@ -288,7 +288,7 @@ MUTANTS = [
         self._save(trainer, self.run.last)""",
         """            self._save(trainer, self.run.last)
             self._save(trainer, self.run.best)""",
-        "test_killed_runs.py::test_killed_between_two_writes",
+        "test_killed_runs.py::test_killed_between_two_writes[after the last checkpoint]",
     ),
     Mutant(
         "the training time is the time of the last step",

@@ -109,13 +109,14 @@ class AfterStep(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
+        """Agree on the end of the run, write the step down, save it, and end the run, in this order."""
         # global_step counts optimizer steps, so with gradient accumulation it stays until the last batch of a step
         if (step := trainer.global_step) == self._step:
             return
         module, now = cast("RnodeModule", pl_module), time.monotonic()
         self._step, seconds, self._step_began = step, now - self._step_began, now
         self.training_seconds += seconds
-        complete, time_is_up = step == self._plan.total, self._agree(trainer)
+        time_is_up, complete = self._agree(trainer), step == self._plan.total
         self.out_of_time = time_is_up and not complete
         if time_is_up or complete:
             trainer.should_stop = True  # Lightning validates once more
@@ -139,6 +140,7 @@ class AfterStep(Checkpoint):
         self._log_epoch(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the validation down, save the best and the newest weights, and end the run, in this order."""
         if trainer.sanity_checking:
             return
         self._agree(trainer)  # a validation is long, and a signal may have come meanwhile
@@ -191,9 +193,11 @@ class AfterStep(Checkpoint):
             self._terminal(StepEnd(self._step, values, self.training_seconds, validates, trainer.should_stop, left))
 
     def _log_epoch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        # to what other callbacks log Lightning would add the epoch of its loop, which stays 0
+        # To what other callbacks log, Lightning would add the epoch of its loop, which stays 0. They may log in the
+        # first process alone, where a reduction would wait for the others, and `rank_zero_only` reduces nothing
         if trainer.logged_metrics:
-            module.log("epoch", self._plan.epochs_at(trainer.global_step), sync_dist=trainer.world_size > 1)
+            epoch = self._plan.epochs_at(trainer.global_step)
+            module.log("epoch", epoch, sync_dist=True, rank_zero_only=True)
 
     def _save(self, trainer: L.Trainer, path: Path) -> None:
         trainer.save_checkpoint(path)
