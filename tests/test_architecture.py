@@ -37,11 +37,11 @@ LIGHT = [
         ),
         (
             "from rnode_plugin.experiments.recipes.task import SampleRequest\n"
-            "get_recipe('digits').task.check_request(SampleRequest(), None)",
+            "SampleRequest(); get_recipe('digits').override(['data.batch_size=5']).kind.samples",
             {"torch", "numpy"},
         ),
         (
-            "get_recipe('table').task.check_request(SampleRequest(), None)",
+            "get_recipe('table').override(['data.given=radius']).kind.samples",
             {"torch"},
         ),
     ],

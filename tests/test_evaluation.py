@@ -20,9 +20,10 @@ from rnode_plugin.core.trace_estimators import Exact, Hutchinson
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.evaluation.likelihood import evaluate, nfe_batches
 from rnode_plugin.experiments.quantities import result_rows
-from rnode_plugin.experiments.recipes.image_task import ImageTask
-from rnode_plugin.experiments.recipes.table_task import TableTask
-from rnode_plugin.experiments.recipes.task import FlowInput, Quantity
+from rnode_plugin.experiments.recipes.images import ImageTask
+from rnode_plugin.experiments.recipes.recipe import Data, TableData
+from rnode_plugin.experiments.recipes.rows import RowTask
+from rnode_plugin.experiments.recipes.task import FlowInput
 from rnode_plugin.experiments.samples import sample_images, save_grid
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.plugins.registry import get_regularizer
@@ -51,7 +52,7 @@ class Known(DensityModel):
         raise NotImplementedError
 
 
-KNOWN = ImageTask((1, 2, 2), 4)
+KNOWN = ImageTask(Data("known", (1, 2, 2), levels=4))
 
 
 def images(count: int, levels: int = 4, shape: tuple[int, int, int] = (1, 2, 2)) -> np.ndarray:
@@ -126,7 +127,7 @@ def test_the_norm_is_of_the_whole_jacobian_where_the_result_says_so(
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    task, rows = TableTask(tuple(f"c{k}" for k in range(columns))), torch.randn(4, columns)
+    task, rows = RowTask(TableData("rows", tuple(f"c{k}" for k in range(columns)))), torch.randn(4, columns)
     one, other = (evaluate(flow, rows, task=task, draws=1, seed=seed) for seed in (0, 1))
     assert one.whole_jacobian == other.whole_jacobian == whole
     assert (one.penalties == other.penalties) == whole
@@ -228,7 +229,7 @@ def test_the_bound_of_a_flow_is_of_its_exact_densities() -> None:
     assert found.bound.samples == pytest.approx(wanted.tolist(), abs=2e-5)
     assert found.bound.mean < found.means["dirty"].mean
     assert found.gap is not None
-    headings = dict(result_rows(found, ImageTask(shape, 17), RK4))
+    headings = dict(result_rows(found, ImageTask.of(flow), RK4))
     assert headings["bits/dim, bound of 3"].startswith(f"{found.bound.mean:.4f} ±")
     plain = found.to_plain()
     assert plain["bound"] == {"mean": found.bound.mean, "stderr": found.bound.stderr, "stderr_noise": None}
@@ -236,12 +237,11 @@ def test_the_bound_of_a_flow_is_of_its_exact_densities() -> None:
 
 def test_a_bound_that_would_be_none_is_refused() -> None:
     flow, pictures = active_flow((1, 8, 8), "gaussian"), images(2, 17, (1, 8, 8))
-    centers = ImageTask((1, 8, 8), 17)
-    centers.quantities = centers.quantities[1:]  # without noise
+    rows = RowTask(TableData("rows", ("a", "b")))
     cases: list[tuple[dict[str, Any], str]] = [
         ({"solver": FixedGrid("rk4", step=0.5, quadrature="sampled")}, "full quadrature"),
         ({"draws": 2}, "its own number of draws"),
-        ({"task": centers}, "one of discrete images"),
+        ({"task": rows}, "one of discrete images.*, not of a"),
     ]
     for options, words in cases:
         with pytest.raises(ConfigError, match=words):
@@ -322,7 +322,7 @@ def test_nfe_is_that_of_separate_solves_of_the_same_batches() -> None:
     settings: tuple[dict[str, Any], ...] = ({"draws": 1, "batch_size": 350}, {"draws": 2, "batch_size": 175})
     found = [evaluate(flow, pictures, solver=solver, **options) for options in settings]
     assert (found[0].nfe_batches, found[0].nfe_batch_size) == (3, 100)
-    flow.estimator, inputs, apart = Exact(), ImageTask.of(flow).quantities[0].inputs, []
+    flow.estimator, inputs, apart = Exact(), ImageTask.of(flow).inputs, []
     for index, batch in enumerate(nfe_batches(len(pictures), flow.dims)):
         with seeded(0, Stream.VALIDATE, 0, 0, index), torch.no_grad():
             x, _ = inputs(torch.from_numpy(pictures[batch]))
@@ -353,14 +353,11 @@ class Scaling(nn.Module):
         return self.rate * z
 
 
-class Double(Quantity):
-    """A likelihood in double precision."""
+class Double(ImageTask):
+    """Images in double precision."""
 
-    def __init__(self, single: Quantity) -> None:
-        self.name, self._single = single.name, single
-
-    def inputs(self, batch: Tensor) -> FlowInput:
-        return FlowInput(self._single.inputs(batch).x.double())
+    def inputs(self, batch: Tensor, quantity: str | None = None) -> FlowInput:
+        return FlowInput(super().inputs(batch, quantity).x.double())
 
 
 def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,8 +365,6 @@ def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form(monkeypatch: pytes
     flow = MultiscaleFlow((1, 2, 2), alpha=0.05, levels=17, trace_noise="exact", field=lambda shape: field).double()
     blocks, pictures = len(flow.fields), images(5, 17, (1, 2, 2))
     euler, tight = FixedGrid("euler", step=0.5), Adaptive("dopri5", atol=1e-10, rtol=1e-10)
-    measure = ImageTask((1, 2, 2), 17)
-    measure.quantities = tuple(map(Double, measure.quantities))
     calls: list[int] = []
     encode = flow.encode
 
@@ -380,7 +375,7 @@ def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form(monkeypatch: pytes
         return output
 
     monkeypatch.setattr(flow, "encode", counted)
-    found = evaluate(flow, pictures, task=measure, batch_size=3, draws=1, solver=tight,
+    found = evaluate(flow, pictures, task=Double.of(flow), batch_size=3, draws=1, solver=tight,
                      training_solver=euler)  # fmt: skip
 
     def latent(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -315,15 +315,14 @@ def test_a_text_is_typed_by_its_setting(assignment: str, wanted: object) -> None
     assert Recipe.from_plain(json.loads(json.dumps(changed.to_plain()))) == changed
 
 
-def test_a_column_name_may_hold_a_comma() -> None:
-    table = get_recipe("table").data
+def test_a_column_name_may_hold_a_comma(tmp_path: Path) -> None:
+    table, file = get_recipe("table").data, tmp_path / "table.csv"
+    file.write_text('"temp, mean","say ""x""",(a),b,c\n1,2,3,4,5\n')
     names = ("temp, mean", 'say "x"', "(a)", "b")
-    recipe = dataclasses.replace(
-        get_recipe("table"), data=dataclasses.replace(table, columns=names, given=names[:2])
-    )
-    texts = [
-        f"{path}={as_text(value)}" for path, value in recipe.settings() if path in ("data.columns", "data.given")
-    ]
+    data = dataclasses.replace(table, root=str(file), columns=names, given=names[:2])
+    recipe = dataclasses.replace(get_recipe("table"), data=data)
+    chosen = "data.root", "data.columns", "data.given"
+    texts = [f"{path}={as_text(value)}" for path, value in recipe.settings() if path in chosen]
     assert get_recipe("table").override(texts).data == recipe.data
 
 

@@ -17,6 +17,7 @@ from rnode_plugin.errors import ConfigError, DataError, RnodeError
 from rnode_plugin.experiments.data.table_files import column_names, read_columns, write_rows
 from rnode_plugin.experiments.data.tables import CELLS, Table, check_columns, split_rows, table
 from rnode_plugin.experiments.recipes.recipe import TableData, get_recipe
+from rnode_plugin.experiments.recipes.task import load_data, task_of
 
 NAMES = ("temperature (K)", "dose", "a, b")
 ROWS = np.random.default_rng(0).normal(size=(30, 3)) * [50, 1, 1e-3] + [300, 0, 0]
@@ -287,9 +288,9 @@ def test_the_advice_to_leave_columns_out_can_be_pasted(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"'sex' of .* is not numeric: row 1 holds 'f'.*, or leave it out"
     ) as refused:
-        recipe.load_data()
+        load_data(recipe)
     (setting,) = shlex.split(str(refused.value).rpartition("--set ")[2].removesuffix("."))
-    loaded: Any = recipe.override([setting]).load_data()  # also without the other column of texts
+    loaded: Any = load_data(recipe.override([setting]))  # also without the other column of texts
     assert loaded.columns == ("a", "b, mean", "c")
     with pytest.raises(DataError, match=r"Leave it out with --set data\.columns=a,b\.$"):
         _accept(_table(X, Y, 0 * X), 3)
@@ -314,7 +315,7 @@ def test_the_advice_on_a_column_fits(tmp_path: Path) -> None:
     path.write_text("a,sex\n" + "".join(f"{k},f\n" for k in range(40)))
     for given, advice in (("sex", rf"a point, or {without}"), ("a", r"a point\.$")):
         with pytest.raises(DataError, match=advice):
-            get_recipe("table").override([f"data.root={path}", f"data.given={given}"]).load_data()
+            load_data(get_recipe("table").override([f"data.root={path}", f"data.given={given}"]))
 
 
 def test_columns_that_are_only_close() -> None:
@@ -329,22 +330,26 @@ def test_a_recipe_takes_the_columns_of_its_file(tmp_path: Path) -> None:
     settings = recipe.data
     assert isinstance(settings, TableData)
     assert (settings.columns, settings.given) == (NAMES, ("dose", "temperature (K)"))
-    assert (recipe.dims, settings.modeled) == (1, ("a, b",))
-    loaded = settings.load()
+    assert (settings.event, settings.modeled) == (1, ("a, b",))
+    loaded = task_of(settings).load()
     assert loaded.columns == ("a, b", "dose", "temperature (K)")  # those that are given follow the others
     assert loaded.train.dtype == np.float32
     whole = np.concatenate([loaded.train, loaded.val, loaded.held_out])
     np.testing.assert_allclose(np.sort(whole[:, 2]), np.sort(ROWS[:, 0]), rtol=1e-6)
     chosen = get_recipe("table").override([f"data.root={path}", "data.columns=dose,temperature (K)"])
-    assert chosen.task.columns == ("dose", "temperature (K)")
+    assert isinstance(chosen.data, TableData)
+    assert chosen.data.modeled == ("dose", "temperature (K)")
+    with pytest.raises(ConfigError, match=r"data\.columns: unknown column 'doze'; did you mean 'dose'"):
+        recipe.override(["data.columns=doze", "data.given="])
     assert recipe.override(["training.seed=3"]).data == recipe.data
     assert type(recipe).from_plain(recipe.to_plain()) == recipe
 
 
 def test_the_table_that_comes_along() -> None:
     recipe = get_recipe("table")
-    assert recipe.task.columns == CELLS == table().columns
-    loaded = recipe.load_data()
+    assert isinstance(recipe.data, TableData)
+    assert recipe.data.modeled == CELLS == table().columns
+    loaded = load_data(recipe)
     assert (len(loaded.train), len(loaded.val), len(loaded.held_out)) == (398, 57, 114)
     assert recipe.override(["data.root=none"]).data == recipe.data
 
@@ -368,4 +373,4 @@ def test_settings_that_cannot_work(tmp_path: Path, settings: list[str], message:
 
 def test_a_table_is_not_a_set_of_images() -> None:
     with pytest.raises(ConfigError, match="the data set 'table' holds a table"):
-        get_recipe("digits").override(["data.name=table"]).load_data()
+        load_data(get_recipe("digits").override(["data.name=table"]))

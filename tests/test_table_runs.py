@@ -22,7 +22,7 @@ from rnode_plugin.diagnostics.gaussian import gaussian_scores
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.data.table_files import column_names, read_columns
 from rnode_plugin.experiments.data.tables import Table
-from rnode_plugin.experiments.recipes.recipe import Recipe, read_recipe
+from rnode_plugin.experiments.recipes.recipe import Recipe, TableData, read_recipe
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.samples import sample_rows
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe, read_checkpoint
@@ -258,7 +258,8 @@ def test_a_table_of_a_plugin_with_a_split_of_its_own(file: Path, register: Any) 
     with pytest.raises(ConfigError, match="has a fixed split"):
         recipe.override(["data.held_out=0.3"]).load_data()
     other = recipe_of(file).override(["data.name=ring"]).data
-    assert (other.root, other.task.columns) == (None, ("x", "y")), "it is not in the user's file"
+    assert isinstance(other, TableData)
+    assert (other.root, other.modeled) == (None, ("x", "y")), "it is not in the user's file"
 
 
 # weights of other columns

@@ -1,9 +1,10 @@
-"""The contract of a task, which images and tables keep: inputs, scores, preparation, samples, words."""
+"""The contract of a task, which images and rows keep: inputs, scores, statistics, samples, words."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,11 @@ from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.evaluation.likelihood import evaluate
 from rnode_plugin.experiments.evaluation.measures import Mean
 from rnode_plugin.experiments.quantities import result_rows
-from rnode_plugin.experiments.recipes.image_task import ImageTask
-from rnode_plugin.experiments.recipes.table_task import TableTask
-from rnode_plugin.experiments.recipes.task import SampleRequest, Task
+from rnode_plugin.experiments.recipes.images import ImageTask
+from rnode_plugin.experiments.recipes.kinds import IMAGES, ROWS
+from rnode_plugin.experiments.recipes.recipe import Data, TableData, get_recipe
+from rnode_plugin.experiments.recipes.rows import RowTask
+from rnode_plugin.experiments.recipes.task import AnyTask, SampleRequest, task_of
 from rnode_plugin.experiments.samples import sample_images, sample_rows, save_grid
 
 RK4 = FixedGrid("rk4", step=0.5)
@@ -47,7 +50,7 @@ class Case:
         flips: whether training mirrors the samples.
     """
 
-    task: Task[Any]
+    task: AnyTask
     data: ImageData | Table
     flow: DensityModel
     quantities: tuple[str, ...]
@@ -70,14 +73,15 @@ def images(*, flip: bool = False) -> Case:
     train, val = (random.integers(0, LEVELS, (n, 1, 4, 2), dtype=np.uint8) for n in (30, 9))
     flow = _moved(MultiscaleFlow((1, 4, 2), hidden=3, levels=LEVELS, alpha=0.05, solver=RK4))
     data = ImageData(name="images", train=train, val=val, shape=(1, 4, 2), levels=LEVELS)
-    return Case(ImageTask((1, 4, 2), LEVELS, flip=flip), data, flow, ("dirty", "clean"), flip)
+    return Case(task_of(Data("images", (1, 4, 2), LEVELS, flip=flip)), data, flow, ("dirty", "clean"), flip)
 
 
 def rows(given: tuple[str, ...] = ()) -> Case:
     random, size = np.random.default_rng(0), 2 + len(given)
     train, val, held_out = (random.normal(3, [0.1, 20, 1, 2][:size], (n, size)).astype("f4") for n in (30, 7, 9))
     flow = _moved(TableFlow(2, context=len(given), hidden=4, solver=RK4))
-    return Case(TableTask(NAMES, given), Table("rows", (*NAMES, *given), train, val, held_out), flow, ("nll",))
+    task = task_of(TableData("rows", (*given, *NAMES), given))  # the modeled columns come first in the data
+    return Case(task, Table("rows", (*NAMES, *given), train, val, held_out), flow, ("nll",))
 
 
 CASES = {
@@ -98,24 +102,25 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def test_each_quantity_has_its_input(case: Case) -> None:
     task, batch = case.task, case.batch
-    assert tuple(each.name for each in task.quantities) == case.quantities
-    for each in task.quantities:
-        x, context = each.inputs(batch)
-        if isinstance(task, TableTask):
+    assert tuple(each.name for each in task.kind.quantities) == case.quantities
+    for each in case.quantities:
+        x, context = task.inputs(batch, each)
+        if isinstance(task, RowTask):
             assert torch.equal(x, batch[:, :2])
-            assert (context is None) == (not task.given)
+            assert (context is None) == (not task.settings.given)
             assert context is None or torch.equal(context, batch[:, 2:])
             continue
         assert context is None
         assert torch.equal((x * LEVELS).floor(), batch.float()), "a pixel has left its bin"
         centers = (batch + 0.5) / LEVELS
-        assert torch.allclose(x, centers) == (each.name == "clean")
-        assert torch.equal(each.inputs(batch).x, x) == (each.name == "clean"), "the noise is the same twice"
+        assert torch.allclose(x, centers) == (each == "clean")
+        assert torch.equal(task.inputs(batch, each).x, x) == (each == "clean"), "the noise is the same twice"
 
 
 def test_training_takes_the_first_quantity_and_may_mirror(case: Case) -> None:
     found: list[Tensor] = []
-    for inputs in (case.task.quantities[0].inputs, case.task.inputs, case.task.training_inputs):
+    first_quantity = functools.partial(case.task.inputs, quantity=case.quantities[0])
+    for inputs in (first_quantity, case.task.inputs, case.task.training_inputs):
         torch.manual_seed(7)
         found.append(inputs(case.batch).x)
     first, again, trained = found
@@ -127,28 +132,20 @@ def test_training_takes_the_first_quantity_and_may_mirror(case: Case) -> None:
         assert torch.equal(one.flip(-1) if is_mirrored else one, other)
 
 
-def test_random_inputs_are_of_the_same_shapes(case: Case) -> None:
-    found, data = case.task.random_inputs(6), case.task.inputs(case.batch[:6])
-    assert found.x.shape == data.x.shape
-    assert (found.context is None) == (data.context is None)
-    assert found.context is None or (data.context is not None and found.context.shape == data.context.shape)
-    assert case.flow.log_prob(found.x, context=found.context).isfinite().all()
-
-
 def test_bits_of_a_density_that_is_known() -> None:
     """The density ``p(x) = 2 x`` of each pixel gives bin k the probability ``(2 k + 1) / levels**2``."""
     task, batch = images().task, images().batch
     for quantity, wanted in (
         # the middle of a bin has the mean of a linear density over the bin
-        (task.quantities[1], -((2 * batch + 1).double() / LEVELS**2).log2().mean((1, 2, 3))),
+        ("clean", -((2 * batch + 1).double() / LEVELS**2).log2().mean((1, 2, 3))),
         # the integral of -log2(2 (k + u) / levels**2) over u from 0 to 1
         (
-            task.quantities[0],
+            "dirty",
             -(_entropy(batch + 1) - _entropy(batch) - 1 + np.log(2 / LEVELS**2)).mean((1, 2, 3)) / np.log(2),
         ),
     ):
         torch.manual_seed(0)
-        x = torch.stack([quantity.inputs(batch).x for _ in range(2000)]).double()
+        x = torch.stack([task.inputs(batch, quantity).x for _ in range(2000)]).double()
         scores = torch.stack([task.scores((2 * each).log().sum((1, 2, 3))) for each in x])
         error = scores.std(0) / 2000**0.5
         assert ((scores.mean(0) - wanted).abs() <= 5 * error + 1e-6).all()
@@ -166,7 +163,6 @@ def test_nats_of_a_density_that_is_known_and_its_baseline(given: tuple[str, ...]
     wanted = -normal.logpdf(x.numpy()).sum(1)
     log_prob = torch.distributions.Normal(torch.tensor([1.0, -2.0]), torch.tensor([2.0, 0.5])).log_prob(x).sum(1)
     assert case.task.scores(log_prob).tolist() == pytest.approx(wanted.tolist(), rel=1e-6)
-    (gaussian,) = case.task.baselines
     train, held_out = (np.asarray(part, dtype=float) for part in (case.data.train, case.data.held_out[:4]))
 
     def joint(first: int) -> np.ndarray:
@@ -176,16 +172,19 @@ def test_nats_of_a_density_that_is_known_and_its_baseline(given: tuple[str, ...]
         return normal(part.mean(0), np.cov(part.T, ddof=0)).logpdf(held_out[:, first:])
 
     expected = joint(2) - joint(0) if given else -joint(0)
-    np.testing.assert_allclose(gaussian.scores(case.data, 4), expected, rtol=1e-6)
+    found = case.task.baseline_scores(case.data, 4)
+    assert list(found) == ["gaussian"]
+    np.testing.assert_allclose(found["gaussian"], expected, rtol=1e-6)
 
 
 def test_an_evaluation_has_all_quantities_and_baselines(case: Case) -> None:
     result = evaluate(case.flow, case.batch, task=case.task, draws=1)
     assert tuple(result.means) == case.quantities
     whole = result.with_baselines(case.task, case.data)
-    assert tuple(whole.means) == (*case.quantities, *(each.name for each in case.task.baselines))
+    kind = case.task.kind
+    assert tuple(whole.means) == (*case.quantities, *(each.name for each in kind.baselines))
     headings = [heading for heading, _ in result_rows(whole, case.task, Adaptive("dopri5"))]
-    for each in (*case.task.quantities, *case.task.baselines):
+    for each in (*kind.quantities, *kind.baselines):
         assert each.heading in headings
     with pytest.raises(ConfigError, match="an evaluation needs at least one row or image"):
         evaluate(case.flow, case.batch[:0], task=case.task)
@@ -215,9 +214,9 @@ def test_a_model_that_is_worse_than_a_gaussian_is_named(excess: np.ndarray, warn
     assert (found == "") != warned
 
 
-def test_preparation(case: Case) -> None:
+def test_the_statistics_of_a_fresh_flow(case: Case) -> None:
     before = {name: value.clone() for name, value in case.flow.state_dict().items()}
-    case.task.prepare(case.flow, case.data)
+    case.task.fit_statistics(case.flow, case.data)
     changed = {name for name, value in case.flow.state_dict().items() if not torch.equal(value, before[name])}
     if isinstance(case.task, ImageTask):
         assert changed == set()
@@ -232,8 +231,9 @@ def test_preparation(case: Case) -> None:
 
 def test_samples_in_a_file(case: Case, tmp_path: Path) -> None:
     task, flow = case.task, case.flow
-    path = tmp_path / task.samples_file
-    given: Any = AT if task.given else None
+    path = tmp_path / task.kind.samples_file
+    columns = getattr(task.settings, "given", ())
+    given: Any = AT if columns else None
     request = SampleRequest(count=6, given=given, seed=3, batch_size=4)
     assert task.write_samples(flow, path, request) == 6
     if isinstance(task, ImageTask):
@@ -243,9 +243,9 @@ def test_samples_in_a_file(case: Case, tmp_path: Path) -> None:
         assert task.write_samples(flow, path, SampleRequest(columns=10)) == 64
         assert Image.open(path).size == (10 * (2 * 16 + 2) + 2, 7 * (4 * 16 + 2) + 2)  # four pixels as 64
         return
-    context = np.tile(np.array([AT[name] for name in task.given], "f4"), (6, 1))
-    drawn = sample_rows(flow, 6, context=context if task.given else None, seed=3, batch_size=4)
-    found = _read(path, [*task.given, *NAMES])
+    context = np.tile(np.array([AT[name] for name in columns], "f4"), (6, 1))
+    drawn = sample_rows(flow, 6, context=context if columns else None, seed=3, batch_size=4)
+    found = _read(path, [*columns, *NAMES])
     np.testing.assert_allclose(found, np.concatenate([context, drawn], 1), rtol=1e-6)
     assert task.write_samples(flow, path, SampleRequest(given=given)) == 1000
 
@@ -272,19 +272,19 @@ def test_samples_at_the_contexts_of_a_file(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == ""
 
 
-IMAGES, ROWS, GIVEN_ROWS = "images", "rows", "rows given others"
+OF_IMAGES, OF_ROWS, GIVEN_ROWS = "images", "rows", "rows given others"
 
 
 @pytest.mark.parametrize(("name", "asked", "path", "message"), [
-    (IMAGES, SampleRequest(given=AT), None, "--given-file are for tables that were trained with --given"),
-    (IMAGES, SampleRequest(given="x.csv"), None, "--given-file are for tables that were trained with --given"),
-    (IMAGES, SampleRequest(), "x.csv", "x.csv is not a picture: its name must end in .png"),
-    (ROWS, SampleRequest(temperatures=(0.5, 1.0)), None, "drawn at one temperature"),
-    (IMAGES, SampleRequest(temperatures=(0.5, 1.0, 0.5)), None, "--temperature has 0.5 twice"),
-    (ROWS, SampleRequest(columns=3), None, "rows of a table are in no grid: leave --columns out"),
-    (ROWS, SampleRequest(), "x.png", "x.png is not a table"),
-    (ROWS, SampleRequest(given=AT), None, "trained without --given, so its density takes no context"),
-    (ROWS, SampleRequest(given="x.csv"), None, "trained without --given, so its density takes no context"),
+    (OF_IMAGES, SampleRequest(given=AT), None, "--given-file are for tables that were trained with --given"),
+    (OF_IMAGES, SampleRequest(given="x.csv"), None, "--given-file are for tables that were trained with --given"),
+    (OF_IMAGES, SampleRequest(), "x.csv", "x.csv is not a picture: its name must end in .png"),
+    (OF_ROWS, SampleRequest(temperatures=(0.5, 1.0)), None, "drawn at one temperature"),
+    (OF_IMAGES, SampleRequest(temperatures=(0.5, 1.0, 0.5)), None, "--temperature has 0.5 twice"),
+    (OF_ROWS, SampleRequest(columns=3), None, "rows of a table are in no grid: leave --columns out"),
+    (OF_ROWS, SampleRequest(), "x.png", "x.png is not a table"),
+    (OF_ROWS, SampleRequest(given=AT), None, "trained without --given, so its density takes no context"),
+    (OF_ROWS, SampleRequest(given="x.csv"), None, "trained without --given, so its density takes no context"),
     (GIVEN_ROWS, SampleRequest(), None, "given c, d, e, and c has no value. Name the values with --g"),
     (GIVEN_ROWS, SampleRequest(given={"c": 1.0}), None, "d, e has no value"),
     (GIVEN_ROWS, SampleRequest(given={**AT, "c": float("nan")}), None, "c has no value"),
@@ -298,7 +298,7 @@ def test_requests_that_are_refused(
     with pytest.raises(ConfigError, match=re.escape(message)):
         case.task.check_request(asked, place)
     with pytest.raises(ConfigError, match=re.escape(message)):
-        case.task.write_samples(case.flow, place or tmp_path / case.task.samples_file, asked)
+        case.task.write_samples(case.flow, place or tmp_path / case.task.kind.samples_file, asked)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -307,16 +307,24 @@ def test_a_picture_of_samples(case: Case, tmp_path: Path) -> None:
     temperatures = (0.5, 1.0) if of_images else (1.0,)
     case.task.save_picture(case.flow, path, count=5, temperatures=temperatures, seed=0, data=case.data)
     assert Image.open(path).width > 100
-    assert case.task.draws_while_training == of_images
-    assert case.task.grid_rows(temperatures) == (temperatures if of_images else ())
 
 
 # words ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_words_of_a_task(case: Case) -> None:
-    task = case.task
-    assert task.unit == task.short_unit + task.per_sample
-    assert task.score.endswith(f" [{task.unit}]")
-    assert task.samples == f"{task.sample}s"
-    assert task.subject == {(): "images", NAMES: "a, b" + " given c, d, e" * bool(task.given)}[task.columns]
+def test_the_words_of_a_kind(case: Case) -> None:
+    kind = case.task.kind
+    assert kind is (IMAGES if isinstance(case.data, ImageData) else ROWS)
+    assert kind.unit == kind.short_unit + kind.per_sample
+    assert kind.score.endswith(f" [{kind.unit}]")
+    assert (kind.samples, kind.scores_file) == (f"{kind.sample}s", f"{kind.sample}s.csv")
+    assert kind.has_grid == (kind is IMAGES)
+    settings = case.task.settings
+    given = "" if kind is IMAGES or not settings.given else " given c, d, e"
+    assert settings.text == ("1x4x2, 5 levels" if kind is IMAGES else f"a, b{given}")
+
+
+def test_the_kind_of_a_recipe_is_the_kind_of_its_task() -> None:
+    for name in ("digits", "pictures", "table"):
+        recipe = get_recipe(name)
+        assert task_of(recipe.data).kind is recipe.kind is (ROWS if name == "table" else IMAGES)

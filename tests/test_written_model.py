@@ -22,8 +22,8 @@ from rnode_plugin import FixedGrid, RegularizedCNF, TableFlow, get_recipe, hooki
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.experiments.data.tables import Table
 from rnode_plugin.experiments.evaluation.likelihood import evaluate
-from rnode_plugin.experiments.recipes.recipe import Recipe
-from rnode_plugin.experiments.recipes.table_task import TableTask
+from rnode_plugin.experiments.recipes.recipe import Recipe, TableData
+from rnode_plugin.experiments.recipes.rows import RowTask
 from rnode_plugin.experiments.training.step import LikelihoodLoss, measure_batch
 
 SETTINGS = [
@@ -112,7 +112,7 @@ def test_a_step_a_validation_and_an_evaluation_take_the_density_of_the_model(nam
     """Its log-density is compared with a dense Jacobian in test_model_contract."""
     grid = FixedGrid("rk4_38", step=0.5)
     model, x, given = make(name, grid)
-    task = TableTask(("a", "b"), ("c", "d") if given else ())
+    task = RowTask(TableData("rows", ("a", "b", "c", "d")[: 4 if given else 2], ("c", "d") if given else ()))
     settings: Any = SimpleNamespace(
         task=task, regularizers={"kinetic": 0.1}, measured=(), training=get_recipe("table").training,
         solver=grid,

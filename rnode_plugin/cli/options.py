@@ -134,7 +134,9 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         ConfigError: an unknown name or setting, a value that cannot work, or an option of another kind of data.
         DataError: a table or a folder that is named cannot be read.
     """
-    penalties = changes.get("regularizers", ())
+    from ..experiments.recipes.kinds import IMAGES  # pydantic, which the help need not wait for
+
+    kind, penalties = recipe.kind, changes.get("regularizers", ())
     texts = [
         f"regularizers.{each}" if "=" in each else f"regularizers.{each}={DEFAULT_LAMBDA}" for each in penalties
     ]
@@ -145,11 +147,13 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
             continue
         if name == "data":
             registry.check_name("datasets", value)
-        if (foreign := recipe.data.foreign.get(name)) is not None:
-            raise ConfigError(f"--{name} is for {foreign}, and {recipe.name} is a recipe of {recipe.data.subject}.")
-        texts.append(f"{setting.format(samples=recipe.task.samples)}={value}")
+        if (other := kind.options_of_other_kind.get(name)) is not None:
+            raise ConfigError(f"--{name} is for {other}, and {recipe.name} is a recipe of {kind.data}.")
+        texts.append(f"{setting.format(samples=kind.samples)}={value}")
     new = recipe.override([*texts, *changes["assignments"]])
-    new.data.check_chosen(recipe.data)
+    # a table by default comes with scikit-learn
+    if kind is IMAGES and new.data.has_own_files and new.data.root is None:
+        raise ConfigError("name the folder of your pictures: --data-root FOLDER.")
     return new
 
 

@@ -22,7 +22,7 @@ from ...diagnostics.solver_gap import measure_solver_gap
 from ...errors import ConfigError, check_count
 from ...solvers import Adaptive
 from ..data.images import ImageArray
-from ..recipes.image_task import ImageTask
+from ..recipes.images import ImageTask
 from ..recipes.task import AnyTask
 from .measures import Evaluation, Mean, batch_of
 
@@ -105,7 +105,7 @@ def evaluate(
     solves.take(range(draws), len(solves.batches))
     # the NFE of an adaptive solve depend on the samples that share it and on its first step. Batches of a fixed
     # size, each solved from its own first step, make the NFE of two evaluations comparable
-    batches = nfe_batches(len(samples), task.dims)
+    batches = nfe_batches(len(samples), flow.dims)
     nfe = solves.nfe(batches)
     whole = flow.regularizers.undivided
     coarse = training_solver if accurate_solver is None else used
@@ -117,14 +117,14 @@ def evaluate(
     )
     return Evaluation(
         samples=len(samples),
-        means={quantity.name: solves.mean(draws, index) for index, quantity in enumerate(task.quantities)},
+        means={quantity.name: solves.mean(draws, index) for index, quantity in enumerate(task.kind.quantities)},
         draws=draws,
         nfe_mean=float(np.mean(nfe)),
         nfe_min=min(nfe),
         nfe_max=max(nfe),
         nfe_batches=len(batches),
         nfe_batch_size=batches[0].stop,
-        penalties=per_dim(solves.integrals(draws), dims=task.dims, undivided=whole),
+        penalties=per_dim(solves.integrals(draws), dims=flow.dims, undivided=whole),
         undivided=tuple(sorted(whole)),
         whole_jacobian=has_whole_jacobian(solves.flow),
         gap=gap,
@@ -181,11 +181,11 @@ class _Solves:
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
         self._pilot = min(len(self.batches), math.ceil(_PILOT / batch_size))
         # with an exact trace, a quantity whose inputs have no noise is the same in each draw
-        self._drawn = [not exact or each.noisy for each in task.quantities]
+        self._drawn = [not exact or each.noisy for each in task.kind.quantities]
 
     def choose_draws(self) -> int:
         """Choose the number of draws that makes the noise small enough, from two draws of the first samples."""
-        if not self._task.noisy and self.flow.estimator.is_exact:
+        if not self._task.kind.quantities[0].noisy and self.flow.estimator.is_exact:
             return 1
         # one draw of everything, and the second draw of the first samples
         total = len(self._drawn) * len(self.batches) + sum(self._drawn) * self._pilot
@@ -249,7 +249,7 @@ class _Solves:
         """Solve a batch with the noise of a draw, a quantity and the index of a batch."""
         with seeded(self._seed, Stream.VALIDATE, *noise):
             samples = batch_of(self._samples, batch).to(next(flow.parameters()).device)
-            x, context = self._task.quantities[noise[1]].inputs(samples)
+            x, context = self._task.inputs(samples, self._task.kind.quantities[noise[1]].name)
             return flow.encode(x, context=context, solver=solver.full_quadrature, penalties=penalties)
 
     def _scores_of(self, output: FlowOutput) -> Tensor:
@@ -296,10 +296,10 @@ def _check_bound(bound: int, draws: int | None, task: AnyTask, solver: Solver) -
     check_count(bound, "the number of draws of a bound")
     if draws is not None:
         raise ConfigError("a bound has its own number of draws: leave draws out.")
-    if not task.quantities[0].noisy:
+    if not task.kind.quantities[0].noisy:
         raise ConfigError(
             f"the bound of several draws is one of discrete images with uniform noise in each bin, not of "
-            f"{task.subject}."
+            f"{task.kind.data}."
         )
     if solver.quadrature != "full":
         raise ConfigError(
@@ -318,7 +318,7 @@ def _with_least_noise(flow: DensityModel, task: AnyTask, *, exact: bool, warm_st
 
 def is_exact(flow: DensityModel, task: AnyTask) -> bool:
     """Whether an evaluation takes the exact trace, and the penalty ``jacfrob`` the norm of the whole Jacobian."""
-    return flow.estimator.is_exact or flow.dims <= task.exact_dims
+    return flow.estimator.is_exact or flow.dims <= task.kind.exact_dims
 
 
 def has_whole_jacobian(flow: DensityModel) -> bool:

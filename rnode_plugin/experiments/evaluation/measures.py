@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...validation import NULL_IS_NAN
-from ..data.images import ImageArray
-from ..recipes.task import Task
+from ..data import ImageArray, ImageData, Table
+from ..recipes.task import AnyTask
 
-D = TypeVar("D")
 _Number = Annotated[float, NULL_IS_NAN]
 
 
@@ -78,9 +77,9 @@ class Evaluation:
     gap: float | None = None
     bound: Mean | None = None
 
-    def with_baselines(self, task: Task[D], data: D) -> Evaluation:
+    def with_baselines(self, task: AnyTask, data: ImageData | Table) -> Evaluation:
         """Return this evaluation with the means of the task's baselines, which are fitted to the training data."""
-        means = {each.name: _mean_of(each.scores(data, self.samples)) for each in task.baselines}
+        means = {name: _mean_of(each) for name, each in task.baseline_scores(data, self.samples).items()}
         return dataclasses.replace(self, means={**self.means, **means})
 
     def to_plain(self, *, samples: bool = False) -> dict[str, Any]:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from ...errors import ConfigError, DataError, suggest
+from ...errors import ConfigError, suggest
 from .fields import CONFIG, Fraction, KeptBy, Names, Text, listed
-from .image_task import ImageTask
-from .table_task import TableTask
-
-if TYPE_CHECKING:
-    from ..data import ImageData, Table
 
 
 def _of_an_image(value: object) -> object:
@@ -44,14 +37,7 @@ class Data:
         workers: number of processes that read batches; 0 to read them in the training process.
         train_images: number of training images to use, drawn from all of them; None for all.
         size: height and width that the pictures of a folder are scaled to; None if they have the shape already.
-        kind: marks the settings of images.
-        subject: what the settings describe, in a message.
-        foreign: for each option of the command line that these data do not take, the data that take it.
     """
-
-    kind: ClassVar[str] = "images"
-    subject: ClassVar[str] = "images"
-    foreign: ClassVar[Mapping[str, str]] = {"given": "tables"}
 
     name: Annotated[Text, KeptBy.RESUME]
     shape: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_of_an_image), KeptBy.WEIGHTS]
@@ -72,90 +58,24 @@ class Data:
             )
 
     @property
-    def of_user(self) -> bool:
+    def has_own_files(self) -> bool:
         """Whether the images are the user's own pictures, in the folder ``root``."""
         return self.name == "folder"
 
     @property
-    def task(self) -> ImageTask:
-        """The task of modeling these images."""
-        return ImageTask(self.shape, self.levels, flip=self.flip)
+    def event(self) -> tuple[int, int, int]:
+        """The first argument of a model: the shape of one image."""
+        return self.shape
 
-    def changed(self, assigned: Mapping[str, str | None]) -> Data:
-        """Assign settings, written as texts, and change the settings that they determine.
+    @property
+    def model_options(self) -> dict[str, int]:
+        """Further arguments of a model that follow from the data."""
+        return {"levels": self.levels}
 
-        Pictures in a folder bring their shape, and a ``size`` becomes the shape of all images. They have 256 levels
-        unless ``levels`` are assigned. Images from another data set are mirrored only if ``flip`` is assigned, and
-        they are not looked for in the user's folder.
-
-        Raises:
-            ValidationError: a value is bad.
-            ConfigError: the images of this data set cannot be scaled.
-            DataError: the pictures in a folder cannot be read.
-        """
-        # a mirrored digit is not a digit, so other data do not inherit the flips of a recipe for photographs
-        derived: dict[str, object] = {} if assigned.get("name", self.name) == self.name else {"flip": False}
-        if derived and assigned["name"] == "folder":
-            derived["levels"] = Data.levels
-        if derived and self.of_user:
-            derived |= {"root": None, "size": None}
-        new = dataclasses.replace(self, **{**derived, **_at_absolute_root(assigned)})
-        if "shape" in assigned or not assigned.keys() & {"name", "root", "size"}:
-            return new
-        from ..data.catalog import accepted_options, image_shape  # numpy, which a bad value does not wait for
-
-        if new.size is not None and not accepted_options(new.name, {"size": new.size}):
-            raise ConfigError(
-                f"the images of {new.name} have one size: leave --size out. It scales the pictures of a folder, as "
-                f"in rnode-cli train pictures --data-root FOLDER --size {new.size}."
-            )
-        shape = image_shape(new.name, root=new.root, size=new.size)
-        if shape is None and new.size is not None:
-            shape = (new.shape[0], new.size, new.size)
-        return new if shape is None else dataclasses.replace(new, shape=shape)
-
-    def load(self, *, download: bool = False, val_images: int | None = None) -> ImageData:
-        """Load the data set, limited to the numbers of images in these settings.
-
-        Args:
-            download: fetch the data set if it is missing.
-            val_images: largest number of held-out images; None for all.
-
-        Raises:
-            DataError: the data set is missing, or its images have another shape or number of levels.
-            ConfigError: there is no data set of that name.
-        """
-        from ..data.catalog import accepted_options, get_dataset
-        from ..data.images import shown
-
-        _check_place(self)
-        # pictures in a folder are read with the channels and bits of the recipe. Other data sets have fixed ones,
-        # which are compared below
-        asked = {"channels": self.shape[0], "bits": (self.levels - 1).bit_length()}
-        options = accepted_options(self.name, asked)
-        data = get_dataset(self.name, root=self.root, download=download, size=self.size, **options)
-        if (data.shape, data.levels) != (self.shape, self.levels):
-            channels, height, width = data.shape
-            advice = (
-                f"Choose another data set, or add --set data.shape={channels},{height},{width} "
-                f"--set data.levels={data.levels}."
-            )
-            if self.of_user and data.levels == self.levels:  # the pictures of a run that were scaled since then
-                advice = "Give pictures of that size, or train a new run on these."
-            raise DataError(
-                f"the images of {self.name} are {shown(data.shape)} with {data.levels} levels, but the recipe is "
-                f"for {shown(self.shape)} with {self.levels}. {advice}"
-            )
-        return data.limit(self.train_images, val_images)
-
-    def check_chosen(self, before: AnyData) -> None:
-        """Refuse the user's pictures if no folder is named; see :meth:`TableData.check_chosen`.
-
-        Raises:
-            ConfigError: no folder is named.
-        """
-        if self.of_user and self.root is None:
-            raise ConfigError("name the folder of your pictures: --data-root FOLDER.")
+    @property
+    def text(self) -> str:
+        """What is modeled, in a message: ``1x28x28, 256 levels``."""
+        return f"{'x'.join(map(str, self.shape))}, {self.levels} levels"
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -176,11 +96,7 @@ class TableData:
         train_rows: number of training rows to use, drawn from all of them; None for all.
         workers: number of processes that read batches; 0 to read them in the training process.
         kind: marks the settings of a table.
-        subject, foreign: as for :class:`Data`.
     """
-
-    subject: ClassVar[str] = "a table"
-    foreign: ClassVar[Mapping[str, str]] = {"size": "images"}
 
     name: Annotated[Text, KeptBy.RESUME]
     columns: Annotated[Names, KeptBy.WEIGHTS]
@@ -213,101 +129,25 @@ class TableData:
         return tuple(name for name in self.columns if name not in self.given)
 
     @property
-    def of_user(self) -> bool:
+    def has_own_files(self) -> bool:
         """Whether the rows come from the user's file ``root``, or from the table that stands in for it."""
         return self.name == "table"
 
     @property
-    def task(self) -> TableTask:
-        """The task of modeling these rows."""
-        return TableTask(self.modeled, self.given)
+    def event(self) -> int:
+        """The first argument of a model: the number of modeled columns."""
+        return len(self.modeled)
 
-    def changed(self, assigned: Mapping[str, str | None]) -> TableData:
-        """Assign settings, written as texts, and change the settings that they determine.
+    @property
+    def model_options(self) -> dict[str, int]:
+        """Further arguments of a model that follow from the data."""
+        return {"context": len(self.given)}
 
-        Another table brings its columns, unless ``columns`` are assigned, and is not looked for in the user's file.
-
-        Raises:
-            ConfigError: there is no such table.
-            DataError: the table cannot be read.
-            ValidationError: a value is bad, or a given column is not in the table.
-        """
-        assigned = _at_absolute_root(assigned)
-        if self.of_user and assigned.get("name", self.name) != self.name:
-            assigned = {"root": None, **assigned}
-        name, root = assigned.get("name", self.name), assigned.get("root", self.root)
-        derived: dict[str, tuple[str, ...]] = {}
-        # a published table at another place is the same table. The file of a user is not
-        published = name == self.name and not self.of_user
-        if (name, root) != (self.name, self.root) and "columns" not in assigned and not published:
-            from ..data.catalog import table_columns  # numpy, which a bad value does not wait for
-
-            derived["columns"] = table_columns(name or "", root=root)
-        return dataclasses.replace(self, **assigned, **derived)
-
-    def load(self, *, download: bool = False, val_images: int | None = None) -> Table:
-        """Load the table in 32-bit numbers, with the modeled columns before the given ones.
-
-        Args:
-            download: fetch the table if it is missing.
-            val_images: largest number of rows to choose the weights by; None for all.
-
-        Raises:
-            DataError: the table is missing, or its columns have no density.
-            ConfigError: there is no table of that name, or these settings ask for another split of a table whose
-                split is fixed.
-        """
-        from ..data.catalog import accepted_options, get_table
-        from ..data.tables import check_columns
-
-        _check_place(self)
-        columns = (*self.modeled, *self.given)
-        asked = {"columns": columns, "given": self.given, **{name: vars(self)[name] for name in _SPLIT}}
-        options = accepted_options(self.name, asked)
-        for name, default in _SPLIT.items():
-            if name not in options and vars(self)[name] != default:
-                raise ConfigError(f"the table {self.name} has a fixed split: leave data.{name} at {default}.")
-        table = get_table(self.name, root=self.root, download=download, **options).select(columns)
-        # limited before it is checked, because a column may be constant in the rows that are left, and checked in
-        # double precision, in which a nearly constant column still shows its deviation
-        table = table.limit(self.train_rows, val_images)
-        check_columns(table, len(self.modeled))
-        return table.single()
-
-    def check_chosen(self, before: AnyData) -> None:
-        """Refuse columns from a command line that the user's file does not have.
-
-        This imports no torch, and reads only the names in the file.
-
-        Args:
-            before: the settings that the command line has changed.
-
-        Raises:
-            ConfigError: the file does not have one of the columns.
-            DataError: the file cannot be read.
-        """
-        if not self.of_user or (isinstance(before, TableData) and self.columns == before.columns):
-            return
-        from ..data.tables import table_columns
-
-        known = table_columns(self.root)
-        if unknown := [each for each in self.columns if each not in known]:
-            raise ConfigError(f"data.columns: {suggest(unknown[0], known, 'column')}")
+    @property
+    def text(self) -> str:
+        """What is modeled, in a message: ``a, b given c``."""
+        return " given ".join(", ".join(part) for part in (self.modeled, self.given) if part)
 
 
 AnyData = Data | TableData
 """The data settings of a recipe."""
-
-_SPLIT = {"validation": TableData.validation, "held_out": TableData.held_out, "split_seed": TableData.split_seed}
-
-
-def _check_place(data: AnyData) -> None:
-    """Refuse a file or folder of the user that was moved or removed since a run was trained on it."""
-    if data.of_user and data.root is not None and not os.path.exists(data.root):
-        raise DataError(f"{data.root} is not there: name the new place of the data with --data-root.")
-
-
-def _at_absolute_root(assigned: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Return assigned settings with an absolute ``root``, so that a command in another folder finds the data."""
-    root = assigned.get("root")
-    return {**assigned, "root": os.path.abspath(root)} if root else dict(assigned)

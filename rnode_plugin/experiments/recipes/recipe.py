@@ -30,16 +30,17 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from ...core.schedules import LinearWarmup, WrittenStrength, final_strength
-from ...errors import ConfigError, DataError, PluginError, check_name
-from ...files import check_path_name, missing
+from ...errors import ConfigError, PluginError, check_name
+from ...files import check_path_name
 from ...plugins import registry
 from ...solvers.solver import Adaptive, FixedGrid, Solver
 from ...solvers.tableaus import ADAPTIVE_METHODS, METHODS
 from ...validation import refused
 from .data import Data, TableData
 from .fields import CONFIG, KeptBy, listed, marks_of
+from .kinds import IMAGES, ROWS, AnyKind, at_root, refuse_repeated
 from .settings import Model, Optimizer, TableModel, Training
-from .task import AnyTask
+from .task import AnyTask, load_data, task_of
 
 if TYPE_CHECKING:
     from ...core.distribution import DensityModel
@@ -178,9 +179,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_path_name(self.name, "recipe")
-        if self.data.kind != self.model.kind:
+        if isinstance(self.data, TableData) != isinstance(self.model, TableModel):
             raise ConfigError("the data and the model of a recipe must both be of images or both of a table.")
-        self.task.grid_rows(self.training.sample_temperatures)  # refuses several temperatures for a table
+        temperatures = self.training.sample_temperatures
+        refuse_repeated(temperatures, "training.sample_temperatures")
+        if len(temperatures) > 1 and not self.kind.has_grid:
+            raise ConfigError("training.sample_temperatures: samples of a table have one temperature, such as 1.")
         for name, solver in (("solver", self.solver), ("test_solver", self.test_solver)):
             solver.check_density(name)
         self.solver.check_weight_gradients(self.training.weight_gradients)
@@ -205,7 +209,7 @@ class Recipe:
 
         The assignments are applied together, because two settings may be valid only together.
 
-        Another data set brings its columns or its shape, see :meth:`Data.changed` and :meth:`TableData.changed`. A
+        Another data set brings its columns or its shape, see :mod:`~rnode_plugin.experiments.recipes.kinds`. A
         method of the other kind takes the settings that both kinds have, and the defaults of its kind for the rest.
 
         Raises:
@@ -222,7 +226,7 @@ class Recipe:
         # the data come first, because they decide what a model, a temperature and a score mean
         if "data" in changes:
             with refused("data"):
-                data = self.data.changed(changes.pop("data"))
+                data = self.kind.resolve(self.data, changes.pop("data"))
             new["data"] = data
         for group, values in changes.items():
             old = vars(self)[group]
@@ -313,9 +317,13 @@ class Recipe:
             return TypeAdapter(Recipe).validate_python(plain)
 
     @property
+    def kind(self) -> AnyKind:
+        """What the recipe models, images or rows of a table, with its words and units."""
+        return ROWS if isinstance(self.data, TableData) else IMAGES
+
+    @property
     def task(self) -> AnyTask:
-        """What the recipe models, images or a table, with inputs, scores, samples, words and units."""
-        return self.data.task
+        return task_of(self.data)
 
     @property
     def dims(self) -> int:
@@ -323,16 +331,7 @@ class Recipe:
         return self.task.dims
 
     def load_data(self, *, download: bool = False, all_val: bool = False) -> ImageData | Table:
-        """Load the images or the table, with as many samples as the recipe says.
-
-        Args:
-            download: fetch them if they are missing.
-            all_val: ignore ``training.val_images`` and keep all samples for validation.
-
-        Raises:
-            DataError, ConfigError: see :meth:`Data.load` and :meth:`TableData.load`.
-        """
-        return self.data.load(download=download, val_images=None if all_val else self.training.val_images)
+        return load_data(self, download=download, all_val=all_val)
 
     def at_root(self, root: str | None) -> Recipe:
         """Return the recipe with its data at another place. A table keeps its columns, and may be another table.
@@ -341,13 +340,7 @@ class Recipe:
             ConfigError: the data come with a package, so they have no place.
             DataError: the table or folder does not exist.
         """
-        if root is None or os.path.abspath(root) == self.data.root:
-            return self
-        if self.data.of_user and root and not os.path.exists(root):
-            raise DataError(missing(os.path.abspath(root)))
-        with refused("data"):
-            data = dataclasses.replace(self.data, root=root and os.path.abspath(root))  # an empty one is refused
-        return dataclasses.replace(self, data=data)
+        return dataclasses.replace(self, data=at_root(self.data, root))
 
     @property
     def lambdas(self) -> dict[str, float]:
@@ -381,9 +374,9 @@ class Recipe:
         flow = registry.call(
             "models",
             self.model.name,
-            self.task.event,
+            self.data.event,
             **self.model.options,
-            **self.task.model_options,
+            **self.data.model_options,
             solver=self.test_solver,
             regularizers=self.measured,
         )

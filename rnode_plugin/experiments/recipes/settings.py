@@ -50,8 +50,6 @@ class Model(_Options):
             ``gaussian``. Evaluations take signs, ``rademacher``, in either case.
     """
 
-    kind = "images"
-
     name: Annotated[Text, KeptBy.WEIGHTS] = "MultiscaleFlow"
     hidden: Annotated[PositiveInt, KeptBy.WEIGHTS] = 64
     layers: Annotated[PositiveInt, KeptBy.WEIGHTS] = 4

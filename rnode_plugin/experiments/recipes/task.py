@@ -1,28 +1,37 @@
-"""``Task`` is what a recipe models, images or rows of a table, with everything that differs between the two.
+"""``Task`` trains, measures and draws what a recipe models: images or rows of a table.
 
-There are two tasks, :class:`~rnode_plugin.experiments.recipes.image_task.ImageTask` and
-:class:`~rnode_plugin.experiments.recipes.table_task.TableTask`. ``recipe.task`` returns the right one, and what
-differs between images and tables is a method or an attribute of it. All three modules are imported without torch
-and numpy, because commands refuse a wrong request by the task before they wait for those imports.
+``task_of`` makes an :class:`~rnode_plugin.experiments.recipes.images.ImageTask` or a
+:class:`~rnode_plugin.experiments.recipes.rows.RowTask` of data settings. This module is imported without torch.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
+
+from ...errors import DataError
+from .data import AnyData, Data, TableData
+from .kinds import AnyKind
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
     from ...core.distribution import DensityModel
+    from ..data import ImageData, Table
     from ..data.facts import Facts
+    from .recipe import Recipe
 
-D = TypeVar("D")
-"""The data of a task: ``ImageData`` or ``Table``."""
+S = TypeVar("S", Data, TableData)
+"""The data settings of a task."""
+
+D = TypeVar("D", "ImageData", "Table")
+"""The data of a task."""
 
 
 class FlowInput(NamedTuple):
@@ -35,42 +44,6 @@ class FlowInput(NamedTuple):
 
     x: Tensor
     context: Tensor | None = None
-
-
-class Quantity(ABC):
-    """A likelihood that an evaluation measures.
-
-    Attributes:
-        name: the key in ``result.json``, and the column in the file of all samples.
-        heading: the name in the terminal and in a report.
-        meaning: what the quantity measures, in the same places.
-        noisy: whether its inputs have noise, so that it differs between draws even if the trace is exact.
-    """
-
-    name: str
-    heading: str
-    meaning: str
-    noisy: bool = False
-
-    @abstractmethod
-    def inputs(self, batch: Tensor) -> FlowInput:
-        """Turn a batch of data into the input whose log-density is measured, with noise from torch's generator."""
-
-
-class Baseline(ABC, Generic[D]):
-    """A simple density, fitted to the training data, that a report compares the model with.
-
-    Attributes:
-        name, heading, meaning: as for a :class:`Quantity`.
-    """
-
-    name: str
-    heading: str
-    meaning: str
-
-    @abstractmethod
-    def scores(self, data: D, count: int) -> np.ndarray:
-        """Return the scores ``(count,)`` of the first ``count`` held-out samples, in the unit of the task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,91 +69,100 @@ class SampleRequest:
     batch_size: int | None = None
 
 
-class Task(ABC, Generic[D]):
-    """Defines what a recipe models: the inputs and scores of its flow, its samples, its words and units.
+class Task(ABC, Generic[S, D]):
+    """What a recipe models, with the inputs and scores of its flow, its data and its samples.
 
-    Lower scores are better.
+    Everything that differs between images and rows and needs torch or arrays is a method here. Words and limits are
+    in the :attr:`kind`.
+
+    Args:
+        settings: the data settings of the recipe.
 
     Attributes:
-        metric: name of the score in the logs: ``train/METRIC``, ``val/METRIC``.
-        unit: the unit of a score, such as ``nats per row``.
-        short_unit: the unit of a score next to a number, ``bits/dim`` or ``nats``.
-        per_sample: what ``unit`` adds to ``short_unit``, with a space in front; empty for ``bits/dim``.
-        likelihood: what a score is called in a sentence of a report: ``bits/dim`` or ``NLL``.
-        score: the label of a score on the axis of a figure, with its unit.
-        sample, samples: what one sample is called, and what several are: ``image`` and ``images``.
-        file: the file in the folder of a run that holds the scores of all held-out samples.
-        samples_file: the default file of drawn samples.
-        draws_while_training: whether each validation draws a picture of samples. A picture that takes as long as
-            several steps is drawn only once, at the end of the run.
-        max_gap: a validation warns if the error of the training solver, in the unit, is above this.
-        exact_dims: largest number of dimensions for which an evaluation computes the trace exactly.
-        noisy: whether the scores of one sample differ between draws even if the trace is exact, as with
-            dequantization noise.
-        quantities: the likelihoods that an evaluation measures. Training, validation and comparison use the first.
-        baselines: other densities, for comparison.
-        event: the first argument of a model, which is the shape of one image, or the number of modeled columns.
-        dims: number of dimensions of one sample.
-        model_options: further arguments of a model that follow from the data.
-        columns, given: names of the modeled and of the given columns of a table; empty for images.
-        subject: what is modeled, in a message: ``images``, or the names of the columns.
+        kind: the words, the unit and the quantities.
+        settings: as given.
     """
 
-    metric: ClassVar[str]
-    unit: ClassVar[str]
-    short_unit: ClassVar[str]
-    per_sample: ClassVar[str]
-    likelihood: ClassVar[str]
-    score: ClassVar[str]
-    sample: ClassVar[str]
-    samples: ClassVar[str]
-    file: ClassVar[str]
-    samples_file: ClassVar[str]
-    draws_while_training: ClassVar[bool]
-    max_gap: ClassVar[float]
-    exact_dims: ClassVar[int]
-    noisy: ClassVar[bool]
+    kind: ClassVar[AnyKind]
 
-    quantities: tuple[Quantity, ...]
-    baselines: tuple[Baseline[D], ...] = ()
-    event: tuple[int, ...] | int
-    dims: int
-    model_options: dict[str, int]
-    columns: tuple[str, ...] = ()
-    given: tuple[str, ...] = ()
-    subject: str
+    def __init__(self, settings: S) -> None:
+        self.settings = settings
+
+    # words, until their readers ask the kind ---------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "settings":
+            raise AttributeError(name)
+        settings, kind = self.settings, self.kind
+        if name in ("file", "draws_while_training", "noisy"):
+            return {"file": kind.scores_file, "draws_while_training": kind.has_grid,
+                    "noisy": kind.quantities[0].noisy}[name]  # fmt: skip
+        if name in ("columns", "subject", "given"):
+            of_rows = isinstance(settings, TableData)
+            return {"columns": settings.modeled if of_rows else (), "given": settings.given if of_rows else (),
+                    "subject": settings.text if of_rows else "images"}[name]  # fmt: skip
+        if name == "dims":
+            event = settings.event
+            return event if isinstance(event, int) else math.prod(event)
+        if name == "prepare":
+            return self.fit_statistics
+        return getattr(kind, name)
+
+    def grid_rows(self, temperatures: tuple[float, ...]) -> tuple[float, ...]:
+        return temperatures if self.kind.has_grid else ()
+
+    # data ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load(self, *, download: bool = False, val_images: int | None = None) -> D:
+        """Load the data, limited to the numbers of samples in the settings.
+
+        Args:
+            download: fetch the data set if it is missing.
+            val_images: largest number of images or rows for validations; None for all.
+
+        Raises:
+            DataError: the data set is missing, its images have another shape or number of levels, or its columns
+                have no density.
+            ConfigError: there is no data set of that name, or the settings ask for another split of a table whose
+                split is fixed.
+        """
+
+    @abstractmethod
+    def facts(self, data: D) -> Facts:
+        """Return the facts of the data, which tell them from others."""
 
     # what a flow takes and gives -------------------------------------------------------------------------------
 
     @abstractmethod
-    def prepare(self, flow: DensityModel, data: D) -> None:
-        """Let a fresh flow take from its training data what it needs before the first step."""
+    def fit_statistics(self, flow: DensityModel, data: D) -> None:
+        """Set the fixed statistics of a fresh flow, such as the means of columns, from the training data."""
 
-    def inputs(self, batch: Tensor) -> FlowInput:
-        """Turn a batch of data into the input of a flow, as the first quantity does."""
-        return self.quantities[0].inputs(batch)
+    @abstractmethod
+    def inputs(self, batch: Tensor, quantity: str | None = None) -> FlowInput:
+        """Turn a batch of data into the input of a flow, with noise from torch's generator.
+
+        Args:
+            batch: samples as the data have them.
+            quantity: the quantity that is measured at this input; None for the first one.
+        """
 
     def training_inputs(self, batch: Tensor) -> FlowInput:
         """Turn a batch of data into the input of a training step, which may augment it."""
         return self.inputs(batch)
 
     @abstractmethod
-    def random_inputs(self, count: int) -> FlowInput:
-        """Draw ``count`` random samples from torch's generator, on its default device."""
-
-    @abstractmethod
     def scores(self, log_prob: Tensor) -> Tensor:
         """Convert log-densities ``(B,)`` in nats, at a quantity's inputs, to scores ``(B,)`` in the unit."""
 
-    # samples ---------------------------------------------------------------------------------------------------
-
     @abstractmethod
-    def grid_rows(self, temperatures: tuple[float, ...]) -> tuple[float, ...]:
-        """Return the temperatures of the rows in a picture of samples; empty for a corner plot.
+    def baseline_scores(self, data: D, count: int) -> dict[str, np.ndarray]:
+        """Return the scores ``(count,)`` of the first ``count`` held-out samples under each baseline, by its name.
 
-        Raises:
-            ConfigError: samples cannot be drawn at these temperatures.
+        The baselines are fitted to the training data.
         """
+
+    # samples ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def save_picture(
@@ -245,5 +227,35 @@ class Task(ABC, Generic[D]):
         """
 
 
-AnyTask = Task[Any]
+def check_place(settings: AnyData) -> None:
+    """Refuse a file or folder of the user that was moved or removed since a run was trained on it."""
+    if settings.has_own_files and settings.root is not None and not os.path.exists(settings.root):
+        raise DataError(f"{settings.root} is not there: name the new place of the data with --data-root.")
+
+
+AnyTask: TypeAlias = Task[Any, Any]
 """The task of a recipe, whose kind of data only the recipe knows. Data that it has loaded fit its task."""
+
+
+def task_of(settings: AnyData) -> AnyTask:
+    """Make the task of data settings."""
+    # here, because both import torch and this module
+    from .images import ImageTask
+    from .rows import RowTask
+
+    return RowTask(settings) if isinstance(settings, TableData) else ImageTask(settings)
+
+
+def load_data(recipe: Recipe, *, download: bool = False, all_val: bool = False) -> ImageData | Table:
+    """Load the images or the table of a recipe, with as many samples as the recipe says.
+
+    Args:
+        recipe: all settings.
+        download: fetch them if they are missing.
+        all_val: ignore ``training.val_images`` and keep all samples for validation.
+
+    Raises:
+        DataError, ConfigError: see :meth:`Task.load`.
+    """
+    val_images = None if all_val else recipe.training.val_images
+    return task_of(recipe.data).load(download=download, val_images=val_images)

@@ -9,7 +9,7 @@ from ...core.random_streams import Stream, seeded
 from ..data import ImageData, Table
 from ..data.facts import Facts
 from ..recipes.recipe import Recipe
-from ..recipes.task import Task
+from ..recipes.task import AnyTask
 from .checkpoints import load_weights
 from .plan import Resumed, RunPlan, check_held_out
 from .step import Loss, loss_of
@@ -92,7 +92,7 @@ class Experiment:
         return Facts.of(self.data, self.task.given)
 
     @property
-    def task(self) -> Task:
+    def task(self) -> AnyTask:
         """The task of the recipe, images or rows of a table, with its scores, words and units."""
         return self.recipe.task
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ...errors import CheckpointError, ConfigError
 from ..data.facts import Facts, overlap_warning, refuse_other_split
 from ..recipes.fields import KeptBy
+from ..recipes.kinds import ROWS
 from ..recipes.recipe import Recipe, differences
 from ..runs.run import Run
 from .checkpoints import Contents, facts_of, newest_intact, put_weights, read_checkpoint, recipe_of
@@ -138,7 +139,7 @@ def batch_size(recipe: Recipe, samples: int) -> int:
     A step takes full batches only, so a table with fewer training rows than a batch is one batch.
     """
     size = recipe.data.batch_size
-    return min(size, samples) if recipe.data.kind == "table" else size
+    return min(size, samples) if recipe.kind is ROWS else size
 
 
 def steps_per_epoch(recipe: Recipe, samples: int, devices: int = 1) -> int:
