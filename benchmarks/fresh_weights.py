@@ -25,7 +25,7 @@ def rows(run: Path) -> pd.DataFrame:
     """The validations of a run, with columns of the stored table."""
     read = Run(run).read()
     columns = {"seconds": "train_seconds", "bits_per_dim": "val/bpd", "nfe": "val/nfe"}
-    values = {name: read.validations[key] for name, key in columns.items()}
+    values = {name: read.metrics.validations[key] for name, key in columns.items()}
     return pd.DataFrame({"run": penalties_of(read.recipe), **values})
 
 

@@ -32,8 +32,8 @@ def main(runs: tuple[Path, ...], cores: int, out: Path) -> None:
     points: list[tuple[float, float]] = []
     for run in (Run(path).read() for path in runs):
         offset = points[-1][0] if points else 0.0
-        hours = offset + cores * run.validations["train_seconds"] / 3600
-        points += zip(hours, run.validations["val/bpd"], strict=True)
+        hours = offset + cores * run.metrics.validations["train_seconds"] / 3600
+        points += zip(hours, run.metrics.validations["val/bpd"], strict=True)
     for hours, bits in points:
         click.echo(f"{hours:8.3f} h  {bits:.4f} bits/dim")
 
