@@ -36,6 +36,7 @@ DATA = ("moons", "spirals", "gaussians")
 PENALTIES = ("kinetic", "jacfrob", "kinetic+jacfrob", "total_derivative", "straightness", "strain+curl")
 STRENGTHS = (0.01, 0.1, 1.0)
 SHARES = {"curl": 0.1}  # of the strength: strain harms a solver more than vorticity (Tao and Choi, 2026)
+SIZES = (3, 5, 8)  # of a mark, for the strengths
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#24292f")
 
 
@@ -123,9 +124,11 @@ def paint(panels: Any, found: dict[Case, dict[str, Found]]) -> None:
             points = [each[data] for (n, _), each in found.items() if n == name]
             losses = [float((each.nll - base.nll).mean()) / 2 for each in points]
             axes.plot([each.nfe for each in points], losses, color=color, linewidth=0.8, label=name)
-            for each, loss, size in zip(points, losses, (3, 5, 8), strict=False):
+            for each, loss, size in zip(points, losses, SIZES, strict=False):
                 axes.plot(each.nfe, loss, marker="o", markersize=size, color=color, linestyle="none")
         axes.set(title=data, xlabel="NFE of dopri5 [evaluations]")
+    for strength, size in zip(dict.fromkeys(s for _, s in found if s is not None), SIZES, strict=False):
+        panels[-1].plot([], [], "o", markersize=size, color="#767c85", label=f"λ = {strength:g}")
     panels[0].set_ylabel("likelihood lost [nats/dim]")
     legend(panels[-1])
 
