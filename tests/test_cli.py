@@ -69,7 +69,7 @@ def test_json_has_no_number_that_is_not_finite(capsys: pytest.CaptureFixture[str
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
-    heavy = "torch", "torchdyn", "torchvision", "pytorch_lightning", "matplotlib", "sklearn", "numpy"
+    heavy = "torch", "torchdyn", "torchvision", "pytorch_lightning", "matplotlib", "sklearn", "numpy", "pydantic"
     code = (
         "import sys\nfrom rnode_plugin.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from ..errors import ConfigError, DataError
-from ..experiments.recipes.task import SampleRequest
 from ..experiments.runs.run import BEST, Run, find_checkpoint
 from ..files import PROGRAM, SAFETENSORS, missing
 from ..solvers import FIXED_METHODS, FixedGrid
@@ -310,6 +309,11 @@ def sample(
     checkpoint = find_checkpoint(run)
     if given_file is not None and not Path(given_file).exists():
         raise DataError(missing(given_file))
+    check_folder(Path(out or "samples").parent)
+    from ..experiments.evaluation.loading import pick_device
+    from ..experiments.recipes.task import SampleRequest
+    from ..experiments.training.checkpoints import load_with_recipe
+
     request = SampleRequest(
         count=count,
         temperatures=temperatures,
@@ -318,10 +322,6 @@ def sample(
         columns=columns,
         batch_size=batch_size,
     )
-    check_folder(Path(out or "samples").parent)
-    from ..experiments.evaluation.loading import pick_device
-    from ..experiments.training.checkpoints import load_with_recipe
-
     flush_denormals()
     flow, recipe, facts = load_with_recipe(checkpoint, map_location=pick_device(device))
     if (of_run := Run.of_checkpoint(checkpoint)) is not None and not of_run.result.is_file():
