@@ -28,7 +28,7 @@ _WAIT_SECONDS = 3600.0  # for another process that downloads
 
 def digits(*, root: str | None = None) -> ImageData:
     """1,797 handwritten digits, 1x8x8, 17 gray levels, 297 held out; they come with scikit-learn."""
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # a second, which no other data set needs
 
     pixels, labels = load_digits(return_X_y=True)
     images = np.asarray(pixels, dtype=np.uint8).reshape(-1, 1, 8, 8)
@@ -110,7 +110,7 @@ def _load(source: _Published, root: str | None, download: bool) -> ImageData:
 
 
 def _read(source: _Published, base: Path, *, download: bool) -> ImageData:
-    import torchvision.datasets
+    import torchvision.datasets  # it imports torch
 
     # torchvision takes any unpacked file for a complete one, so a process that was killed while it unpacked would
     # leave a file that no later download replaces

@@ -1,6 +1,7 @@
 """Reads names and columns of table files, and writes rows.
 
-pandas reads text and parquet, and NumPy reads ``.npy``. A text that pandas could misread is refused.
+pandas reads text and parquet, and NumPy reads ``.npy``. A text that pandas could misread is refused. The functions
+import pandas, which takes longer than all other checks of a request, so that no wrong word or path waits for it.
 """
 
 from __future__ import annotations
