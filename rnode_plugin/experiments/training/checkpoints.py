@@ -37,7 +37,7 @@ Contents = dict[str, Any]
 _FORMAT = 3
 _KEY, _CHECKSUM = "rnode_plugin", "sha256"
 _PREFIX = "flow."  # Lightning saves the state of RnodeModule, whose attribute `flow` is the model
-_HARMLESS = 1000  # layers that are quick to build, whatever a file contains
+_MAX_UNCHECKED_LAYERS = 1000  # a model with at most this many layers may be built before its file is checked
 
 
 def header_with(recipe: Recipe, facts: Facts | None = None) -> Contents:
@@ -151,7 +151,7 @@ def load_with_recipe(
     # The recipe in a file from elsewhere may describe a model of any size. One with more layers than the file has
     # tensors is refused here, before building it takes time and memory
     layers = recipe.model.total_layers
-    if layers > max(len(state), _HARMLESS):
+    if layers > max(len(state), _MAX_UNCHECKED_LAYERS):
         raise CheckpointError(f"{problem}: the recipe has {layers:,} layers, the file {len(state)} tensors.")
     # The device `meta` builds shapes without values, so that a wide layer that does not fit the file takes no
     # memory
