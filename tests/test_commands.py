@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from image_files import random_images, write_picture
 from tiny_runs import SETTINGS, as_options, rnode
 
@@ -18,8 +20,10 @@ from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
 from rnode_plugin.cli.options import check_folder
 from rnode_plugin.errors import CheckpointError
+from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.runs.run import Run
-from rnode_plugin.experiments.training.checkpoints import save_flow
+from rnode_plugin.experiments.training.checkpoints import read_checkpoint, save_flow
+from rnode_plugin.experiments.training.plan import AFTER_STEP, RunPlan
 from rnode_plugin.plugins.builtin import COMMANDS
 
 # invalid requests: exit code 2
@@ -115,11 +119,17 @@ ABSENT: dict[str, str] = {
     "eval runs/digit/0": "no checkpoint at runs/digit/0; did you mean 'runs/digits/0'?",
 }
 
-# what needs the devices, or the data, and therefore Lightning: exit code 2
-REFUSED_LATE: dict[str, str] = {
-    "train digits --device cpu --precision 16-mixed": "=16-mixed needs a GPU: on a CPU use 32-true or bf16-mixed",
+# what needs the data, and therefore torch: exit code 2
+REFUSED_BY_THE_DATA: dict[str, str] = {
     "train digits --device cpu --batch-size 1501": "1500 training images do not fill one batch of 1501",
     "train digits --device cpu --batch-size 800 --accumulate 2": "of 800, 2 times: use a smaller --batch-size",
+    "train digits --device cpu --max-steps 3 --set training.matching=3": "=3 leaves none of 3 steps for maximum",
+    "train --resume runs/digits/0 --device cpu --max-steps 3": "has done 3 of 3 steps: raise --max-steps.",
+}
+
+# what needs the devices, and therefore Lightning: exit code 2
+REFUSED_BY_THE_DEVICES: dict[str, str] = {
+    "train digits --device cpu --precision 16-mixed": "=16-mixed needs a GPU: on a CPU use 32-true or bf16-mixed",
     "train digits --device cpu --batch-size 800 --devices 2": "of 800 on each of 2 devices: use a smaller",
     "train digits --device cpu --limit-val 1 --devices 2": "1 held-out images are too few for 2 devices",
 }
@@ -130,17 +140,17 @@ DAMAGED: dict[str, str] = {
     "train pictures --data-root pictures": "4.png cannot be read: the file is damaged",
 }
 
-DAMAGED_CHECKPOINT: dict[str, str] = {
+# checkpoints that do not fit, and data that are missing or do not fit: exit code 1
+FAILED: dict[str, str] = {
     "train --resume half.ckpt": "half.ckpt cannot be read. It is truncated or not a checkpoint",
     "eval code.ckpt": "code.ckpt cannot be read. It is truncated or not a checkpoint",
-}
-
-FAILED_LATE: dict[str, str] = {
     "train digits --set data.levels=256 --device cpu": "with 17 levels, but the recipe is for 1x8x8 with 256",
     "train mnist --data-root empty --no-download --device cpu": "Leave out --no-download",
     "train imagenet64 --data-root empty --device cpu": "Get Imagenet64_train_part1",
     "train digits --weights mnist-pretrained --device cpu": "do not fit this model: fields.0.layers.0.weight is",
     "train --resume good.ckpt --device cpu": "has only weights, so a training cannot be resumed from it",
+    "train --resume runs/digits/0 --device cpu --set model.hidden=3": "model.hidden is 2 there and 3 here",
+    "train --resume runs/table/0 --device cpu": "has changed since the training: it had 3 rows, and has 569",
 }
 
 ABSENT_FOR_THE_RUN: dict[str, str] = {
@@ -261,8 +271,8 @@ ROWS = {
     words: (code, message, modules)
     for code, modules, table in (
         *((2, set[str](), REFUSED), (1, set[str](), ABSENT), (1, set[str](), UNWRITABLE), (1, set[str](), DAMAGED)),
-        *((2, {"torch"}, REFUSED_BY_THE_RUN), (1, {"torch"}, {**ABSENT_FOR_THE_RUN, **DAMAGED_CHECKPOINT})),
-        *((2, HEAVY, REFUSED_LATE), (1, HEAVY, FAILED_LATE)),
+        *((2, {"torch"}, {**REFUSED_BY_THE_RUN, **REFUSED_BY_THE_DATA}), (1, {"torch"}, ABSENT_FOR_THE_RUN)),
+        *((1, {"torch"}, FAILED), (2, HEAVY, REFUSED_BY_THE_DEVICES)),
     )
     for words, message in table.items()
 }  # fmt: skip
@@ -292,7 +302,12 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
     here = tmp_path_factory.mktemp("refusals")
     for name, changes in (("digits", ["model.hidden=2"]), ("table", ["data.given=texture"])):
         run, recipe = Run(here / "runs" / name / "0"), get_recipe(name).override(changes)
-        save_flow(recipe.build_flow(), run.best, recipe=recipe)
+        save_flow(recipe.build_flow(), run.best, recipe=recipe, facts=Facts(rows=3, checksum="of others"))
+        # as a run with three steps leaves it, whose weights and optimizer are read later
+        plan = dataclasses.asdict(RunPlan(steps_per_epoch=30, total=3, val_every=3))
+        begun = {"optimizer_states": [], "global_step": 3, "callbacks": {AFTER_STEP: {"plan": plan}}}
+        torch.save({**read_checkpoint(run.best), **begun}, run.last)
+        run.result.touch()
         (run.path / "recipe.json").write_text(json.dumps(recipe.to_plain()))
     good = (here / "runs" / "digits" / "0" / "checkpoints" / "best.ckpt").read_bytes()
     for file, contents in (

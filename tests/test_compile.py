@@ -152,7 +152,7 @@ def test_auto_trains_uncompiled_where_compiling_fails(
 
     plain = run(tiny_recipe("training.max_steps=3"), tmp_path / "plain")
     monkeypatch.setattr("rnode_plugin.fields.fused._compiler", lambda: broken(lambda: None))
-    monkeypatch.setattr("rnode_plugin.experiments.training.module.decided_compile", lambda recipe, device: True)
+    monkeypatch.setattr("rnode_plugin.experiments.training.module.resolve_compile", lambda recipe, device: True)
     automatic = run(tiny_recipe("training.max_steps=3", "training.compile=auto"), tmp_path / "auto")
     assert capsys.readouterr().err.count("InvalidCxxCompiler: No C++ compiler found. Train without it.") == 1
     a, b = (read_checkpoint(each.run.last)["state_dict"] for each in (plain, automatic))
@@ -164,7 +164,7 @@ def test_auto_trains_a_model_without_such_a_field(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("rnode_plugin.experiments.training.module.compile_fields", lambda flow: 0)
-    monkeypatch.setattr("rnode_plugin.experiments.training.module.decided_compile", lambda recipe, device: True)
+    monkeypatch.setattr("rnode_plugin.experiments.training.module.resolve_compile", lambda recipe, device: True)
     assert run(tiny_recipe("training.max_steps=1", "training.compile=auto"), tmp_path).result.steps == 1
     assert capsys.readouterr().err.count("has no field that can be compiled") == 1
 

@@ -15,7 +15,7 @@ from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.core.system import System
 from rnode_plugin.experiments.training import trainer
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe
-from rnode_plugin.experiments.training.trainer import computes_bf16, decided_compile, decided_precision
+from rnode_plugin.experiments.training.trainer import computes_bf16, resolve_compile, resolve_precision
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.regularizers import kinetic
 from rnode_plugin.solvers import GRADIENTS
@@ -115,7 +115,7 @@ def test_what_auto_means(
     monkeypatch.setattr(trainer, "computes_bf16", lambda device: native)
     recipe = tiny_recipe("training.precision=auto", "training.compile=auto", *settings)
     device = torch.device(kind)
-    assert (decided_precision(recipe, device), decided_compile(recipe, device)) == expected
+    assert (resolve_precision(recipe, device), resolve_compile(recipe, device)) == expected
 
 
 @pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])

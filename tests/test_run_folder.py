@@ -376,6 +376,7 @@ def test_runs_behind_a_link_are_found_once(tmp_path: Path) -> None:
     ("recipe.json", '{"name": "x", "colour": 1}', "does not hold what a run writes: unknown setting 'colour'."),
     ("result.json", ('"stderr": 0.02', '"stderr": "a"'),
      "does not hold what a run writes: evaluation.means.dirty.stderr: "),
+    ("result.json", ('"evaluation"', '"evaluated"'), "does not hold what a run writes: it has no evaluation."),
     ("diagnosis.json", '{"a":' * 100_000, "does not hold what a run writes: maximum recursion depth"),
     ("metrics.csv", None, "cannot be read: "),
 ])  # fmt: skip

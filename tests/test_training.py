@@ -287,8 +287,8 @@ def test_a_run_that_was_killed_during_its_last_evaluation_is_evaluated(
 
 def after_step(recipe: Recipe, *, devices: int = 1, validated: slice = slice(60), **options: Any) -> AfterStep:
     plan, data = RunPlan.of(recipe, 200, devices), SimpleNamespace(val=recipe.load_data().val[validated])
-    experiment: Any = SimpleNamespace(recipe=recipe, plan=plan, data=data)
-    return AfterStep(experiment, **options)
+    experiment: Any = SimpleNamespace(recipe=recipe, data=data)
+    return AfterStep(experiment, plan, **options)
 
 
 def test_another_validation_chooses_the_best_weights_again(recipe: Recipe) -> None:
@@ -389,7 +389,8 @@ def test_the_first_lines_have_the_batch_of_a_step_and_the_threads(
     recipe = recipe.override(["data.batch_size=50", f"training.accumulate={accumulate}", "data.train_images=none"])
     strategy = SimpleNamespace(root_device=torch.device(device))
     trainer: Any = SimpleNamespace(world_size=world, strategy=strategy, precision="32-true")
-    fit_module._announce(Experiment.of(recipe, devices=world), trainer, Run(Path("runs/digits/0")), done=0)
+    experiment = Experiment.of(recipe)
+    fit_module._announce(experiment, experiment.plan(world), trainer, Run(Path("runs/digits/0")))
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == f"steps 0 to 6, {batch}, 32-true, {world} x {device}, in runs/digits/0"
     named = "2 threads: OMP_NUM_THREADS=1 is faster while other programs need the processor"
@@ -592,7 +593,7 @@ def test_an_error_names_the_checkpoint_that_a_resumed_run_finds(
         (folder.last.parent / name).touch()
     trainer: Any = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(launcher=None))
     written: Any = SimpleNamespace(folder=folder)
-    with pytest.raises(TrainingError) as caught, add_resume_hint(written, trainer, is_new=False):
+    with pytest.raises(TrainingError) as caught, add_resume_hint(written, trainer):
         raise TrainingError("the disk is full.")
     paths = {"best": folder.best, "last": folder.last, "run": folder.path}
     assert str(caught.value).startswith("training stopped: the disk is full. ")

@@ -18,7 +18,7 @@ from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, RegularizedCNF, Ta
 from rnode_plugin.core.system import Derivative, Solve, System
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.training.step import loss_of
-from rnode_plugin.experiments.training.trainer import decided_compile
+from rnode_plugin.experiments.training.trainer import resolve_compile
 from rnode_plugin.fields import compile_fields
 from rnode_plugin.regularizers import jacfrob, kinetic, total_derivative
 from rnode_plugin.solvers import Solver
@@ -166,9 +166,9 @@ def test_what_cannot_be_is_refused(call: Callable[[], object], message: str) -> 
 def test_training_compiles_no_fields_by_itself_and_refuses_other_models() -> None:
     half = tiny_recipe("solver.quadrature=full", "training.compile=auto", "training.weight_gradients=half")
     devices = [torch.device(name) for name in ("cpu", "cuda")]
-    assert [decided_compile(half, device) for device in devices] == [False, False]
+    assert [resolve_compile(half, device) for device in devices] == [False, False]
     others = half.override(["training.weight_gradients=all"])
-    assert [decided_compile(others, device) for device in devices] == [False, True]
+    assert [resolve_compile(others, device) for device in devices] == [False, True]
     cnf: Any = RegularizedCNF(torch.nn.Linear(2, 2), event_shape=2)
     loss_of(cnf, others)
     with pytest.raises(

@@ -134,8 +134,8 @@ def train(
         print_json({**fitted.result.to_plain(), **files})
     else:
         _print_result(fitted, chosen, next_steps=next_steps)
-    if (stopped := fitted.result.stopped) in signal.Signals.__members__:
-        ctx.exit(128 + signal.Signals[stopped])
+    if fitted.result.by_signal:
+        ctx.exit(128 + signal.Signals[fitted.result.stopped])
 
 
 @contextmanager

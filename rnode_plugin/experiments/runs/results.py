@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,11 @@ class Result:
     def out_of_time(self) -> bool:
         """Whether a time limit ended the run before its planned steps."""
         return self.stopped == "max_time"
+
+    @property
+    def by_signal(self) -> bool:
+        """Whether a signal ended the run."""
+        return self.stopped in signal.Signals.__members__
 
     def to_plain(self) -> dict[str, object]:
         """Convert to plain data for JSON, without the scores by sample."""

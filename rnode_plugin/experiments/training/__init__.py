@@ -3,12 +3,14 @@
 Read the modules in this order.
 
 1. ``experiment`` builds everything that a recipe needs before its first step. An ``Experiment`` has the data, the
-   model, the loss and the plan as values. ``step`` defines the losses, and ``plan`` counts the steps of a run and
-   says from which checkpoint it continues.
-2. ``fit`` trains an experiment in a run folder and evaluates its best weights. ``trainer`` and ``loggers`` make
-   Lightning's Trainer for it, and ``failures`` turns what went wrong into messages with advice.
-3. ``module`` is what Lightning trains: a step, a validation, and the optimizer from ``optimizers``. ``datamodule``
-   chooses the samples of a step.
+   model and the loss as values. ``step`` defines the losses, and ``plan`` counts the steps of a run and says from
+   which checkpoint it continues.
+2. ``fit`` goes the whole way from a recipe to a result, in five stages: it begins, finds the devices, plans the
+   steps, opens the folder of the run and trains, and evaluates the best weights. Nothing before the second stage
+   imports Lightning, which takes seconds. ``failures`` turns what went wrong into messages with advice.
+3. ``train`` lets Lightning train. ``trainer`` finds the devices and makes Lightning's Trainer, with ``loggers`` by
+   name. ``module`` is what Lightning trains: a step, a validation, and the optimizer from ``optimizers``.
+   ``datamodule`` chooses the samples of a step.
 4. After each step Lightning calls ``after_step``, which writes the step down, saves it and ends the run.
    ``progress`` prints a line of it.
 5. ``checkpoints`` writes and reads files of weights.

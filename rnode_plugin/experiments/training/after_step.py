@@ -30,6 +30,7 @@ from .progress import StepEnd, Terminal
 if TYPE_CHECKING:
     from .experiment import Experiment
     from .module import RnodeModule
+    from .plan import RunPlan
 
 _SIGNALS = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # no SIGHUP on Windows
 
@@ -59,7 +60,8 @@ class AfterStep(Checkpoint):
     under nohup, stays ignored. Lightning restores the former handlers at the end.
 
     Args:
-        experiment: recipe, plan and data of the run.
+        experiment: recipe and data of the run.
+        plan: its steps.
         max_time: seconds from now after which the run ends; None for no limit.
         progress: whether the first process prints lines on the terminal.
 
@@ -72,10 +74,12 @@ class AfterStep(Checkpoint):
         out_of_time: whether the limit ended the training before its last step.
     """
 
-    def __init__(self, experiment: Experiment, *, max_time: float | None = None, progress: bool = False) -> None:
+    def __init__(
+        self, experiment: Experiment, plan: RunPlan, *, max_time: float | None = None, progress: bool = False
+    ) -> None:
         self.folder: Run | None = None
         self.best, self.training_seconds, self.out_of_time = math.inf, 0.0, False
-        self._recipe, self._plan, self._progress = experiment.recipe, experiment.plan, progress
+        self._recipe, self._plan, self._progress = experiment.recipe, plan, progress
         self._validated = fingerprint(experiment.data.val)
         # both in the first process alone
         self._table: MetricsTable | None = None

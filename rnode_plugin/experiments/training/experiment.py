@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from ...core.distribution import DensityModel
@@ -17,7 +18,7 @@ from .step import Loss, loss_of
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Experiment:
-    """The samples, the model, the loss and the plan of a recipe, ready for the first step.
+    """The samples, the model and the loss of a recipe, ready for the first step.
 
     Use ``dataclasses.replace`` to train with another part. The other parts stay as the recipe describes them.
 
@@ -27,7 +28,7 @@ class Experiment:
         flow: the model with the weights of the first step, on the CPU.
         loss: what a step minimizes, a function of a batch and the number of earlier steps. It holds ``flow``, so a
             new flow needs a new loss.
-        plan: the steps of the run.
+        resumed: the checkpoint that the weights are from, of the run that continues; None for a new run.
 
     Example:
         >>> import torch
@@ -37,7 +38,7 @@ class Experiment:
         >>> batch = torch.from_numpy(experiment.data.train[:5])
         >>> sorted(experiment.loss(batch, 0).row)
         ['bpd', 'jacfrob', 'kinetic', 'loss', 'nfe']
-        >>> experiment.plan.total
+        >>> experiment.plan(devices=2).total
         20
     """
 
@@ -45,7 +46,7 @@ class Experiment:
     data: ImageData | Table
     flow: DensityModel
     loss: Loss
-    plan: RunPlan
+    resumed: Resumed | None = None
 
     @classmethod
     def of(
@@ -53,7 +54,6 @@ class Experiment:
         recipe: Recipe,
         *,
         data: ImageData | Table | None = None,
-        devices: int = 1,
         download: bool = False,
         resumed: Resumed | None = None,
     ) -> Experiment:
@@ -62,12 +62,11 @@ class Experiment:
         Args:
             recipe: all settings.
             data: samples with the shape that the recipe names, in place of its data set.
-            devices: number of devices that share a step, each with ``data.batch_size`` samples.
             download: fetch the data set if it is missing.
             resumed: the checkpoint with the weights, in place of the weights that the recipe starts from.
 
         Raises:
-            ConfigError: the samples are too few for these devices, or the model refuses a setting.
+            ConfigError: the model refuses a setting.
             DataError: the data set is missing, does not fit the recipe, or surely holds out other samples than the
                 resumed run.
             CheckpointError: the weights are missing, or belong to another model.
@@ -75,8 +74,6 @@ class Experiment:
         """
         if data is None:
             data = recipe.load_data(download=download)
-        plan = RunPlan.of(recipe, len(data.train), devices, resumed=resumed)
-        check_held_out(recipe, len(data.val), devices)
         flow = new_flow(recipe)
         # before the weights, because a checkpoint brings its own means and deviations and must have the last word
         recipe.task.prepare(flow, data)
@@ -84,12 +81,31 @@ class Experiment:
             resumed.put_into(flow, data)
         elif recipe.training.weights is not None:
             load_weights(flow, recipe.training.weights, recipe=recipe, data=data)
-        return cls(recipe=recipe, data=data, flow=flow, loss=loss_of(flow, recipe), plan=plan)
+        return cls(recipe=recipe, data=data, flow=flow, loss=loss_of(flow, recipe), resumed=resumed)
 
-    @property
+    def plan(self, devices: int = 1) -> RunPlan:
+        """Plan the steps of a run on a number of devices, each with ``data.batch_size`` samples in a step.
+
+        Raises:
+            ConfigError: the samples are too few for these devices, flow matching fills all steps, or the resumed
+                run has no step left.
+        """
+        plan = RunPlan.of(self.recipe, len(self.data.train), devices, resumed=self.resumed)
+        check_held_out(self.recipe, len(self.data.val), devices)
+        if self.resumed is not None:
+            self.resumed.refuse_finished(plan, self.recipe)
+        return plan
+
+    @functools.cached_property
     def facts(self) -> Facts:
         """The facts of the data, which checkpoints of the run keep."""
-        return Facts.of(self.data, self.task.given)
+        now = Facts.of(self.data, self.task.given)
+        return now if self.resumed is None else self.resumed.facts_with(now)
+
+    @property
+    def done(self) -> int:
+        """The number of steps that the run has taken before."""
+        return 0 if self.resumed is None else self.resumed.done
 
     @property
     def task(self) -> AnyTask:

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import pytorch_lightning as L
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-from ...errors import (
-    ConfigError,
-    DataError,
-    LocalError,
-    RnodeError,
-    SolverError,
-    TrainingError,
-    first_line,
-)
+from ...errors import DataError, LocalError, RnodeError, SolverError, TrainingError, first_line
 from ..runs.run import LAST
-from .after_step import AfterStep
-from .trainer import end_other_processes
+
+if TYPE_CHECKING:
+    import pytorch_lightning as L
+
+    from .after_step import AfterStep
 
 
 @contextmanager
-def add_resume_hint(after_step: AfterStep, trainer: L.Trainer, *, is_new: bool) -> Iterator[None]:
+def add_resume_hint(after_step: AfterStep, trainer: L.Trainer) -> Iterator[None]:
     """Add to an error how the run can continue, and end the other processes, which may wait for this one.
-
-    ``is_new`` means that the run began in this call. Its folder is then removed if no step has left anything in it.
 
     Raises:
         RnodeError: the error, with the advice, as the same type. A SolverError becomes a TrainingError.
@@ -40,13 +31,10 @@ def add_resume_hint(after_step: AfterStep, trainer: L.Trainer, *, is_new: bool) 
         # a process that waits in a reduction would never notice that this one has left
         end_other_processes(trainer, signal.SIGKILL)
         left = "No checkpoint had been written yet."
-        if (folder := after_step.folder) is not None:
-            # last.ckpt is missing if a full disk had room for the best.ckpt of the first validation alone
-            if found := folder.checkpoints(LAST):
-                best = f", --resume {folder.best} from the best one" if folder.best in found[1:] else ""
-                left = f"The last good checkpoint is {found[0]}; --resume {folder.path} continues from it{best}."
-            elif is_new and trainer.is_global_zero and not folder.metrics.exists():
-                shutil.rmtree(folder.path, ignore_errors=True)  # it holds no result of a step
+        # last.ckpt is missing if a full disk had room for the best.ckpt of the first validation alone
+        if (run := after_step.folder) is not None and (found := run.checkpoints(LAST)):
+            best = f", --resume {run.best} from the best one" if run.best in found[1:] else ""
+            left = f"The last good checkpoint is {found[0]}; --resume {run.path} continues from it{best}."
         # the constructor of a SolverError takes other arguments than a message
         kind = TrainingError if isinstance(error, SolverError) else type(error)
         raise kind(f"training stopped: {str(error).rstrip('.')}. {left}") from error
@@ -54,12 +42,11 @@ def add_resume_hint(after_step: AfterStep, trainer: L.Trainer, *, is_new: bool) 
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Convert errors that PyTorch, Lightning and the system raise while training to a RnodeError with advice.
+    """Convert errors that PyTorch and the system raise while training to a RnodeError with advice.
 
     Any other exception is a bug and passes unchanged, with its traceback.
 
     Raises:
-        ConfigError: Lightning refuses the devices or a callback.
         LocalError: the machine failed, by its memory or its disk, or PyTorch failed in another way.
         TrainingError: the processes of the run lost each other.
     """
@@ -74,8 +61,6 @@ def translate_errors() -> Iterator[None]:
         raise DataError(lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from error
     except RnodeError:
         raise
-    except MisconfigurationException as error:
-        raise ConfigError(f"Lightning refuses this run: {' '.join(str(error).split())}") from error
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         raise LocalError(f"the system refused: {error.strerror or error}{place}.") from error
@@ -95,3 +80,9 @@ def translate_errors() -> Iterator[None]:
         raise LocalError(
             f"PyTorch failed: {first_line(error).rstrip('.')}. `rnode-cli --debug ...` shows where."
         ) from error
+
+
+def end_other_processes(trainer: L.Trainer, signum: int) -> None:
+    """Send a signal to the processes that this one has started, which would wait for this one forever."""
+    if trainer.is_global_zero and (launcher := trainer.strategy.launcher) is not None:
+        launcher.kill(signum)

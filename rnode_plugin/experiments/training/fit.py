@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
+import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pytorch_lightning as L
 import torch
-from pytorch_lightning.callbacks import Callback, WeightAveraging
-from pytorch_lightning.loggers import Logger
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ...errors import CheckpointError, ConfigError, SolverError, TrainingError
+from ...errors import ConfigError, RnodeError, SolverError, TrainingError
 from ...text import batch_counter
-from ..data.facts import Facts
 from ..evaluation.likelihood import evaluate
 from ..recipes.recipe import Recipe
 from ..runs.environment import Environment
 from ..runs.results import Result
 from ..runs.run import Run, training_lock
-from .after_step import AfterStep, SampleGrids, TrainingInterrupted
-from .checkpoints import load_flow, newest_intact
-from .datamodule import RecipeDataModule
+from .checkpoints import load_flow
 from .experiment import Experiment
-from .failures import add_resume_hint, translate_errors
+from .failures import translate_errors
 from .loggers import check_loggers, make_logger
-from .module import RnodeModule
 from .plan import Resumed, RunOptions, RunPlan, batch_size
-from .trainer import Place, end_other_processes, find_place, make_trainer, quiet
+
+if TYPE_CHECKING:
+    import pytorch_lightning as L
+    from pytorch_lightning.callbacks import Callback
+    from pytorch_lightning.loggers import Logger
+
+    from .trainer import Place
 
 
 class FitResult(NamedTuple):
@@ -69,7 +67,7 @@ def fit(
     the same number of threads.
 
     Args:
-        experiment: data, model, loss and plan. A recipe (:func:`rnode_plugin.get_recipe`) stands for the
+        experiment: data, model and loss. A recipe (:func:`rnode_plugin.get_recipe`) stands for the
             :class:`~rnode_plugin.experiments.training.experiment.Experiment` that it describes. The flow of an
             experiment is trained in place, so each run needs a new experiment.
         options: folders, resuming and limits of this call; None for the defaults.
@@ -89,170 +87,110 @@ def fit(
         LocalError: the machine failed, for example by a full memory or disk. The last good checkpoint stays.
     """
     options = options or RunOptions()
-    names = [each for each in loggers if isinstance(each, str)]
-    check_loggers(names)
-    recipe = experiment if isinstance(experiment, Recipe) else experiment.recipe
-    # settings that a resumed run cannot change are refused here, because data may be downloaded next
-    resumed = None if options.resume is None else Resumed.of(options.resume, recipe)
-    with quiet(), translate_errors(), ExitStack() as stack:
-        place = find_place(trainer_options)
-        experiment = _with_weights(experiment, resumed, place, download=options.download)
-        recipe, plan = experiment.recipe, experiment.plan
-        if resumed is not None:
-            _refuse_finished(resumed, recipe, plan, options)
-        facts = experiment.facts if resumed is None else resumed.facts_with(experiment.facts)
-        # the time limit begins now, after the data were loaded
-        after_step = AfterStep(experiment, max_time=options.max_time, progress=options.progress)
-        trainer = make_trainer(
-            recipe,
-            plan,
-            place,
-            callbacks=_in_order(experiment, callbacks, after_step),
-            loggers=[each for each in loggers if isinstance(each, Logger)],
-            options=trainer_options,
-        )
-        # Only the first process makes the folder and writes into it. The others learn its path from AfterStep,
-        # which broadcasts it when Lightning calls its setup hook
-        if trainer.is_global_zero:
-            folder = (resumed and resumed.folder) or _new_folder(recipe, options)
-            # the lock comes before the first change, and the stack holds it until the evaluation is written
-            if stack.enter_context(training_lock(folder.path)):
-                folder.remove_drafts()
-            if resumed is not None and resumed.folder is not None:
-                resumed.go_back(resumed.folder)
-            environment = Environment.of(trainer.strategy.root_device, devices=trainer.world_size)
-            folder.describe(recipe, environment, facts)
-            done = resumed.done if resumed else 0
-            after_step.open(folder, keep=done)
-            trainer.loggers += [make_logger(name, folder.path) for name in names]  # these write into the folder
-            if options.progress:
-                _announce(experiment, trainer, folder, done=done)
-        checkpoint = None if resumed is None else resumed.checkpoint
-        is_new = resumed is None or resumed.folder is None
-        with add_resume_hint(after_step, trainer, is_new=is_new), translate_errors():
-            # a run that was killed while its best weights were evaluated has no step left, and passes here at once
-            stopped, skipped = _train(experiment, facts, trainer, after_step, checkpoint)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # a group that still exists when its process ends can abort the process, which would look like a failure
-            torch.distributed.destroy_process_group()
-        by_signal = stopped in signal.Signals.__members__
-        result = Result(
-            stopped=stopped,
-            # a second signal ends a step halfway, so the checkpoint counts, from which the run would continue
-            steps=_saved_steps(after_step.run) if by_signal else trainer.global_step,
-            planned=plan.total,
-            training_seconds=after_step.training_seconds,
-            run_seconds=after_step.run_seconds,
-            skipped=skipped,
-        )
-        if by_signal or not trainer.is_global_zero:
-            return FitResult(after_step.run, result, trainer.is_global_zero)
-        device = trainer.strategy.root_device
-        return _conclude(after_step.run, result, experiment, device, progress=options.progress)
+    with translate_errors():
+        experiment = begin(experiment, options, loggers)
+        # Lightning is imported only now, because that takes seconds, and most refusals do not need it
+        from .after_step import AfterStep
+        from .train import in_order, train
+        from .trainer import find_place, make_trainer, quiet
+
+        with quiet():
+            place = find_place(trainer_options)
+            plan = experiment.plan(place.world)
+            # the time limit begins now, after the data were loaded
+            after_step = AfterStep(experiment, plan, max_time=options.max_time, progress=options.progress)
+            trainer = make_trainer(
+                experiment.recipe,
+                plan,
+                place,
+                callbacks=in_order(experiment, callbacks, after_step),
+                loggers=[each for each in loggers if not isinstance(each, str)],
+                options=trainer_options,
+            )
+            # Only the first process has a folder and writes into it. The others learn its path from AfterStep,
+            # which broadcasts it when Lightning calls its setup hook
+            is_first = trainer.is_global_zero
+            with _opened(experiment, place, options) if is_first else nullcontext() as run:
+                if run is not None:
+                    after_step.open(run, keep=experiment.done)
+                    names = [each for each in loggers if isinstance(each, str)]
+                    trainer.loggers += [make_logger(name, run.path) for name in names]  # they write into the folder
+                    if options.progress:
+                        _announce(experiment, plan, trainer, run)
+                result = train(experiment, plan, trainer, after_step)
+                if result.by_signal or not is_first:
+                    return FitResult(after_step.run, result, is_first)
+                return _conclude(after_step.run, result, experiment, place.device, progress=options.progress)
 
 
-def _with_weights(
-    experiment: Experiment | Recipe, resumed: Resumed | None, place: Place, *, download: bool
-) -> Experiment:
-    """Make the experiment of this call from its recipe, or take the caller's, with the weights of the first step.
+def begin(given: Experiment | Recipe, options: RunOptions, loggers: Sequence[Logger | str] = ()) -> Experiment:
+    """Make everything that a run needs before its first step, and refuse what cannot work on any devices.
+
+    Args:
+        given: a recipe, or the caller's experiment, which gets the weights of a run that is resumed.
+        options: folders, resuming and limits of a call to :func:`fit`.
+        loggers: loggers of the call, whose names are checked.
 
     Raises:
-        ConfigError: the caller made the experiment for another number of devices, or has trained it already.
-        DataError: the data surely hold out other samples than the run that is resumed.
+        ConfigError: a setting or a logger cannot work, or the experiment was trained already.
+        DataError: the data set is missing, does not fit, or surely holds out other samples than the resumed run.
+        CheckpointError: there is nothing to continue from, or the checkpoint belongs to another model.
     """
-    if isinstance(experiment, Recipe):
-        return Experiment.of(experiment, devices=place.world, download=download, resumed=resumed)
-    if experiment.plan.devices != place.world:
-        there = experiment.plan.devices
-        raise ConfigError(f"the experiment was made for {there} devices, and this call has {place.world}.")
-    if resumed is not None:
-        resumed.put_into(experiment.flow, experiment.data)
-    elif experiment.flow.trained_steps:
+    check_loggers(each for each in loggers if isinstance(each, str))
+    recipe = given if isinstance(given, Recipe) else given.recipe
+    # settings that a resumed run cannot change are refused here, because data may be downloaded next
+    resumed = None if options.resume is None else Resumed.of(options.resume, recipe)
+    if isinstance(given, Recipe):
+        experiment = Experiment.of(given, download=options.download, resumed=resumed)
+    elif resumed is not None:
+        resumed.put_into(given.flow, given.data)
+        experiment = dataclasses.replace(given, resumed=resumed)
+    elif given.flow.trained_steps:
         raise ConfigError(
             "the flow of this experiment was trained by another run, so it has no fresh weights: make a new "
             "experiment for each run, with training.weights=RUN to begin with the trained ones."
         )
+    else:
+        experiment = given
+    experiment.plan()  # what one device cannot train, several cannot either
     return experiment
 
 
-def _refuse_finished(resumed: Resumed, recipe: Recipe, plan: RunPlan, options: RunOptions) -> None:
-    """Refuse to continue a run that has no step left, and whose best weights were evaluated already."""
-    done, folder = resumed.done, resumed.folder
-    if done > plan.total or (done == plan.total and (folder is None or folder.result.exists())):
-        raise ConfigError(
-            f"{options.resume} has done {done} of {plan.total} steps: raise {plan.limited_by(recipe)}."
-        )
+@contextmanager
+def _opened(experiment: Experiment, place: Place, options: RunOptions) -> Iterator[Run]:
+    """Make or take the folder of the run, keep other processes out of it, and describe the run in it.
 
+    A run that is resumed in its folder goes back to its checkpoint. The folder of a new run is removed if an error
+    comes before a step has left anything in it.
 
-def _in_order(experiment: Experiment, callbacks: Sequence[Callback], after_step: AfterStep) -> list[Callback]:
-    """List all callbacks of a run in the order in which Lightning calls them.
-
-    1. The user's callbacks see the weights as they were trained.
-    2. ``SampleGrids`` draws before ``WeightAveraging`` puts the trained weights back in place of their average.
-    3. ``AfterStep`` writes the state that all of these have reached.
+    Raises:
+        ConfigError: another process trains the run, or the folder for a new run is not empty.
     """
-    recipe = experiment.recipe
-    found = list(callbacks)
-    if recipe.training.sample_images and experiment.task.draws_while_training:
-        found.append(SampleGrids(after_step))
-    if (decay := recipe.training.ema) is not None:
-        # After each step, average = decay * average + (1 - decay) * weights. Lightning swaps the average in for a
-        # validation. In a checkpoint `state_dict` holds the average, so that a loaded model has it, and
-        # `current_model_state` holds the weights that training continues from
-        found.append(WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay)))
-    return [*found, after_step]
+    recipe, resumed = experiment.recipe, experiment.resumed
+    former = None if resumed is None else resumed.run
+    if former is not None:
+        run = former
+    elif options.run_folder is not None:
+        run = Run.claim(options.run_folder)
+    else:
+        run = Run.create(options.runs, recipe)
+    with training_lock(run.path) as locked:  # before the first change
+        if locked:
+            run.remove_drafts()
+        if resumed is not None and former is not None:
+            resumed.go_back(former)
+        run.describe(recipe, Environment.of(place.device, devices=place.world), experiment.facts)
+        try:
+            yield run
+        except RnodeError:
+            if former is None and not run.metrics.exists() and not run.has_checkpoints:
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise
 
 
-def _new_folder(recipe: Recipe, options: RunOptions) -> Run:
-    if options.run_folder is not None:
-        return Run.claim(options.run_folder)
-    return Run.create(options.runs, recipe)
-
-
-def _train(
-    experiment: Experiment, facts: Facts, trainer: L.Trainer, after_step: AfterStep, checkpoint: Path | None
-) -> tuple[str, int]:
-    """Train the experiment. Its checkpoints keep the ``facts``.
-
-    Returns:
-        The reason why the training ended, as in :class:`FitResult`, and the number of skipped steps.
-    """
-    recipe = experiment.recipe
-    # AfterStep writes to the loggers
-    module = RnodeModule(recipe, flow=experiment.flow, loss=experiment.loss, facts=facts, to_loggers=False)
-    if recipe.training.precision == "64-true":
-        # Lightning converts the weights after it has restored them and copied them for their average, which would
-        # round both to 32 bits
-        module.double()
-    # one endless epoch, so that no validation or checkpoint of a run falls on the border of two epochs
-    samples = RecipeDataModule(recipe, data=experiment.data, endless=True)
-    try:
-        trainer.fit(module, samples, ckpt_path=checkpoint)
-    except TrainingInterrupted as stop:
-        # between two steps all processes raise this together. A second signal may reach this process alone, and the
-        # others would wait for it in their next reduction
-        if stop.at_once:
-            end_other_processes(trainer, signal.SIGKILL)
-        return stop.signal_name, module.skipped
-    finally:
-        if trainer.global_step:
-            experiment.flow.trained_steps = trainer.global_step
-    if after_step.out_of_time:
-        return "max_time", module.skipped
-    return "finished" if trainer.global_step >= trainer.max_steps else "early", module.skipped
-
-
-def _saved_steps(folder: Run) -> int:
-    """Read the number of steps in the newest checkpoint."""
-    try:
-        return newest_intact(folder.path)[1]["global_step"]
-    except CheckpointError:  # the run was stopped before it wrote one
-        return 0
-
-
-def _announce(experiment: Experiment, trainer: L.Trainer, folder: Run, *, done: int) -> None:
+def _announce(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, run: Run) -> None:
     """Print the first lines of a run: its model, data, steps, device and folder."""
-    recipe, data, task, plan = experiment.recipe, experiment.data, experiment.task, experiment.plan
+    recipe, data, task = experiment.recipe, experiment.data, experiment.task
     parameters = sum(p.numel() for p in experiment.flow.parameters())
     counts = f"{len(data.train):,} training and {len(data.held_out):,} held-out {task.samples}"
     if data.held_out is not data.val:  # the data of a table have three parts
@@ -266,10 +204,8 @@ def _announce(experiment: Experiment, trainer: L.Trainer, folder: Run, *, done: 
         size += f" = {whole:,} {task.samples} a step"
     print(f"{recipe.name}: {parameters:,} parameters, {counts}")
     print(data.described())
-    print(
-        f"steps {done} to {plan.total}, {size}, {trainer.precision}, {world} x {device}, in {folder.path}",
-        flush=True,
-    )
+    where = f"{trainer.precision}, {world} x {device}, in {run.path}"
+    print(f"steps {experiment.done} to {plan.total}, {size}, {where}", flush=True)
     if device.type == "cpu" and (threads := torch.get_num_threads()) > 1:
         print(f"{threads} threads: OMP_NUM_THREADS=1 is faster while other programs need the processor")
     for first, what in plan.stages(recipe).items():

@@ -24,7 +24,7 @@ from .datamodule import RecipeDataModule
 from .experiment import new_flow
 from .optimizers import learning_rate_factor, make_optimizer
 from .step import Loss, StepTerms, loss_of, measure_batch
-from .trainer import decided_compile
+from .trainer import resolve_compile
 
 if TYPE_CHECKING:
     from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
@@ -241,7 +241,7 @@ class RnodeModule(L.LightningModule):
         elif data is not None and self._compares:  # with the data of a checkpoint, or of the first fit
             self._print(overlap_warning(self.facts, data))
         self._is_fresh = False  # a second fit continues from the weights of the first
-        if decided_compile(self.recipe, self.device):
+        if resolve_compile(self.recipe, self.device):
             if compile_fields(self.flow):
                 self._print("the fields are compiled: the first step takes longer")
             elif self.recipe.training.compile == "auto":

@@ -178,13 +178,13 @@ class Resumed:
         checkpoint: the file.
         contents: the contents of the file.
         facts: the facts of the data that the run was trained on; None if they are not known.
-        folder: the run that the file lies in, which continues there; None for a file elsewhere.
+        run: the run that the file lies in, which continues there; None for a file elsewhere.
     """
 
     checkpoint: Path
     contents: Contents
     facts: Facts | None
-    folder: Run | None
+    run: Run | None
 
     @property
     def done(self) -> int:
@@ -217,6 +217,18 @@ class Resumed:
         if (doubt := overlap_warning(self.facts, data)) is not None:
             print(doubt, file=sys.stderr)
         put_weights(flow, self.contents, f"the weights of {self.checkpoint} do not fit this model")
+
+    def refuse_finished(self, plan: RunPlan, recipe: Recipe) -> None:
+        """Refuse a run that has no step left, and whose best weights were evaluated already.
+
+        Raises:
+            ConfigError: the run is finished. The message names the limits that ``recipe`` would have to raise.
+        """
+        evaluated = self.run is None or self.run.result.exists()
+        if self.done > plan.total or (self.done == plan.total and evaluated):
+            raise ConfigError(
+                f"{self.checkpoint} has done {self.done} of {plan.total} steps: raise {plan.limited_by(recipe)}."
+            )
 
     def go_back(self, run: Run) -> None:
         """Make the checkpoint the newest one in its run, and remove what later steps have left.

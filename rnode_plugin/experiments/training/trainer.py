@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as L
 import torch
+from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -29,7 +30,7 @@ from .plan import RunPlan
 TrainerOptions = Mapping[str, Any]
 """Options of Lightning's Trainer by name. Lightning checks their types."""
 
-_UNSEEN = ("fast_dev_run", "limit_val_batches", "overfit_batches")
+_CHANGES_RESULTS = ("fast_dev_run", "limit_val_batches", "overfit_batches")
 """Options of Lightning's Trainer that would silently change the numbers of a run."""
 
 
@@ -59,11 +60,10 @@ def find_place(options: TrainerOptions) -> Place:
     if TorchElasticEnvironment.detect() and where["devices"] == "auto":
         where["devices"] = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         where["num_nodes"] = int(os.environ["WORLD_SIZE"]) // where["devices"]
-    # The number of devices decides the steps of an epoch, which the Trainer of the run takes as an option. So a
-    # first Trainer is made only to ask Lightning what `auto` means here
     with _refusing():
-        probe = L.Trainer(**{**where, **_SILENT, "logger": False, "enable_checkpointing": False})
-    return Place(where, probe.strategy.root_device, probe.world_size)
+        # the number of devices decides the steps of an epoch, which the Trainer of the run takes as an option
+        fabric = Fabric(**where)
+    return Place(where, fabric.strategy.root_device, fabric.world_size)
 
 
 def make_trainer(
@@ -90,16 +90,16 @@ def make_trainer(
         "check_val_every_n_epoch": None,  # so that the interval counts over all epochs
         "accumulate_grad_batches": settings.accumulate,
         "log_every_n_steps": settings.log_every,
-        "precision": decided_precision(recipe, place.device),
+        "precision": resolve_precision(recipe, place.device),
     }
-    if refused := sorted(options.keys() & {*ours, *_UNSEEN}):
+    if refused := sorted(options.keys() & {*ours, *_CHANGES_RESULTS}):
         raise ConfigError(f"fit does not take Lightning's {refused[0]}: the settings of the recipe decide that.")
     if any(
         isinstance(each, GradientAccumulationScheduler) for each in callbacks
     ):  # steps, epochs count by the recipe
         raise ConfigError("fit does not take a GradientAccumulationScheduler: training.accumulate decides that.")
     # by default no sanity check, which would validate for a while before the first step
-    defaults = {"num_sanity_val_steps": 0, **_SILENT}
+    defaults = {"num_sanity_val_steps": 0, "enable_progress_bar": False, "enable_model_summary": False}
     plugins = options.get("plugins") or []
     plugins = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, (list, tuple)) else [plugins])]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
@@ -117,7 +117,6 @@ def make_trainer(
 
 
 _DEVICES = {"accelerator": "auto", "devices": "auto", "num_nodes": 1}
-_SILENT: TrainerOptions = {"enable_progress_bar": False, "enable_model_summary": False}
 
 
 @contextmanager
@@ -132,15 +131,15 @@ def _refusing() -> Iterator[None]:
 # what `auto` means ---------------------------------------------------------------------------------------------
 
 
-def decided_precision(recipe: Recipe, device: torch.device) -> str:
-    """Decide the precision. ``auto`` is bfloat16 for a fixed grid on a device that computes it, else 32 bits."""
+def resolve_precision(recipe: Recipe, device: torch.device) -> str:
+    """Resolve the precision. ``auto`` is bfloat16 for a fixed grid on a device that computes it, else 32 bits."""
     if (precision := recipe.training.precision) != "auto":
         return precision
     return "bf16-mixed" if computes_bf16(device) and not recipe.solver.adaptive else "32-true"
 
 
-def decided_compile(recipe: Recipe, device: torch.device) -> bool:
-    """Decide whether the fields are compiled. ``auto`` compiles on CUDA only, and where all else allows it."""
+def resolve_compile(recipe: Recipe, device: torch.device) -> bool:
+    """Resolve whether the fields are compiled. ``auto`` compiles on CUDA only, and where all else allows it."""
     training = recipe.training
     if training.compile == "auto":
         return device.type == "cuda" and training.weight_gradients == "all"
@@ -200,9 +199,3 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: str | os.PathLike[str], map_location: object = "cpu", weights_only: bool | None = None
     ) -> dict[str, object]:
         return read_checkpoint(Path(path))
-
-
-def end_other_processes(trainer: L.Trainer, signum: int) -> None:
-    """Send a signal to the processes that this one has started, which would wait for this one forever."""
-    if trainer.is_global_zero and (launcher := trainer.strategy.launcher) is not None:
-        launcher.kill(signum)

@@ -1,0 +1,110 @@
+"""``train`` lets Lightning train an experiment and returns how the training ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Sequence
+
+import pytorch_lightning as L
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import Callback, WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ...errors import CheckpointError, ConfigError
+from ..runs.results import Result
+from ..runs.run import Run
+from .after_step import AfterStep, SampleGrids, TrainingInterrupted
+from .checkpoints import newest_intact
+from .datamodule import RecipeDataModule
+from .experiment import Experiment
+from .failures import add_resume_hint, end_other_processes, translate_errors
+from .module import RnodeModule
+from .plan import RunPlan
+
+
+def in_order(experiment: Experiment, callbacks: Sequence[Callback], after_step: AfterStep) -> list[Callback]:
+    """List all callbacks of a run in the order in which Lightning calls them.
+
+    1. The user's callbacks see the weights as they were trained.
+    2. ``SampleGrids`` draws before ``WeightAveraging`` puts the trained weights back in place of their average.
+    3. ``AfterStep`` writes the state that all of these have reached.
+    """
+    recipe = experiment.recipe
+    found = list(callbacks)
+    if recipe.training.sample_images and experiment.task.draws_while_training:
+        found.append(SampleGrids(after_step))
+    if (decay := recipe.training.ema) is not None:
+        # After each step, average = decay * average + (1 - decay) * weights. Lightning swaps the average in for a
+        # validation. In a checkpoint `state_dict` holds the average, so that a loaded model has it, and
+        # `current_model_state` holds the weights that training continues from
+        found.append(WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay)))
+    return [*found, after_step]
+
+
+def train(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, after_step: AfterStep) -> Result:
+    """Train the experiment, whose run :func:`AfterStep.open` has opened in the first process.
+
+    Raises:
+        RnodeError: the training failed. The message names the checkpoint that the run can continue from.
+    """
+    with add_resume_hint(after_step, trainer), translate_errors():
+        # a run that was killed while its best weights were evaluated has no step left, and passes here at once
+        stopped, skipped = _train(experiment, trainer, after_step)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # a group that still exists when its process ends can abort the process, which would look like a failure
+        torch.distributed.destroy_process_group()
+    result = Result(
+        stopped=stopped,
+        steps=trainer.global_step,
+        planned=plan.total,
+        training_seconds=after_step.training_seconds,
+        run_seconds=after_step.run_seconds,
+        skipped=skipped,
+    )
+    # a second signal ends a step halfway, so the checkpoint counts, from which the run would continue
+    return dataclasses.replace(result, steps=_saved_steps(after_step.run)) if result.by_signal else result
+
+
+def _train(experiment: Experiment, trainer: L.Trainer, after_step: AfterStep) -> tuple[str, int]:
+    """Train the experiment.
+
+    Returns:
+        The reason why the training ended, as in :class:`Result`, and the number of skipped steps.
+    """
+    recipe, resumed = experiment.recipe, experiment.resumed
+    # AfterStep writes to the loggers
+    module = RnodeModule(
+        recipe, flow=experiment.flow, loss=experiment.loss, facts=experiment.facts, to_loggers=False
+    )
+    if recipe.training.precision == "64-true":
+        # Lightning converts the weights after it has restored them and copied them for their average, which would
+        # round both to 32 bits
+        module.double()
+    # one endless epoch, so that no validation or checkpoint of a run falls on the border of two epochs
+    samples = RecipeDataModule(recipe, data=experiment.data, endless=True)
+    try:
+        trainer.fit(module, samples, ckpt_path=None if resumed is None else resumed.checkpoint)
+    except TrainingInterrupted as stop:
+        # between two steps all processes raise this together. A second signal may reach this process alone, and the
+        # others would wait for it in their next reduction
+        if stop.at_once:
+            end_other_processes(trainer, signal.SIGKILL)
+        return stop.signal_name, module.skipped
+    except MisconfigurationException as error:
+        raise ConfigError(f"Lightning refuses this run: {' '.join(str(error).split())}") from error
+    finally:
+        if trainer.global_step:
+            experiment.flow.trained_steps = trainer.global_step
+    if after_step.out_of_time:
+        return "max_time", module.skipped
+    return "finished" if trainer.global_step >= trainer.max_steps else "early", module.skipped
+
+
+def _saved_steps(run: Run) -> int:
+    """Read the number of steps in the newest checkpoint."""
+    try:
+        return newest_intact(run.path)[1]["global_step"]
+    except CheckpointError:  # the run was stopped before it wrote one
+        return 0
