@@ -10,18 +10,21 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
+import matplotlib.figure
 import pytest
 from PIL import Image
-from run_folders import ENVIRONMENT, FEW, write_run
+from run_folders import DIAGNOSED, ENVIRONMENT, FEW, write_run
 from tiny_runs import rnode
 
 from rnode_plugin import get_recipe
 from rnode_plugin.core.schedules import Strength, linear_warmup, strength_text
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.data.facts import Facts
+from rnode_plugin.experiments.evaluation.measures import Mean
 from rnode_plugin.experiments.recipes.recipe import Recipe
-from rnode_plugin.experiments.reports import figures, write_report
+from rnode_plugin.experiments.reports import Report, figures, write_report
 from rnode_plugin.experiments.reports.configurations import (
     GRAY,
     Configuration,
@@ -31,7 +34,7 @@ from rnode_plugin.experiments.reports.configurations import (
     group_runs,
 )
 from rnode_plugin.experiments.reports.configurations import paired_difference as paired
-from rnode_plugin.experiments.reports.figures import draw
+from rnode_plugin.experiments.reports.figures import draw, whole_numbers
 from rnode_plugin.experiments.reports.runs import read_runs
 from rnode_plugin.experiments.reports.table import Table, make_table, quantities
 from rnode_plugin.experiments.runs.environment import write_environment
@@ -500,11 +503,15 @@ def test_the_page_needs_nothing_but_itself_and_escapes_texts(runs: list[Path], t
     text = report.html.read_text()
     references = re.findall(r'(?:src|href)="([^"]*)"', text)
     assert len(references) > 9
-    links = [reference for reference in references if not reference.startswith("data:")]
-    assert links == ["https://arxiv.org/abs/2002.02798"]  # a link, which a reader may follow
+    paper, *links = (reference for reference in references if not reference.startswith("data:"))
+    assert paper == "https://arxiv.org/abs/2002.02798"  # a link, which a reader may follow
+    # and links to the pictures of samples in full size, and to the folders of the runs
+    targets = {(report.html.parent / unquote(link)).resolve() for link in links}
+    pictures = {path for path in report.figures if path.stem.startswith("samples")}
+    assert targets == {path.resolve() for path in (folder, *runs[1:], *pictures)}
     assert not re.search(r"url\(|@import|<(script|iframe|object|embed|img src=x)", text)
     assert "<title>&lt;Digits&gt; &amp; more</title>" in text
-    assert "x/&lt;b&gt;</code>, seed 42" in text
+    assert "x/&lt;b&gt;</a></code>, seed 42" in text
     assert "rnode reaches 2.020 ± 0.020 bits/dim on held-out images with 85 evaluations for a solve" in text
     # and its figures
     assert {path.stem for path in report.figures} == {
@@ -535,9 +542,76 @@ def test_a_single_run_has_no_sections_that_compare(runs: list[Path], tmp_path: P
     head = text[text.index("<header>") : text.index("</header>")]
     for part in ("Recipe digits", "2.000 ± 0.020 bits/dim on held-out images", "kinetic 0.01, jacfrob 0.01", "42"):
         assert part in head
+    assert f">{runs[1]}</a>" in head
+    assert "NFE during training" in text
     for absent in ("What the penalties", "against NFE", "Diagnosis"):
         assert absent not in text
     assert re.findall(r"<(?:title|h1)>(.*)</", text) == ["Recipe digits"] * 2
+
+
+def head_of(report: Report) -> str:
+    text = report.html.read_text()
+    return text[text.index("<header>") : text.index("</header>")]
+
+
+def test_a_run_that_is_not_finished_looks_unfinished(tmp_path: Path) -> None:
+    running = write_run(tmp_path / "0", digits(), steps=24, checks=(10, 20), finished=False)
+    limited = write_run(tmp_path / "1", digits(seed=43), steps=24, checks=(10,), stopped="max_time")
+    head = head_of(write_report([running], tmp_path / "a"))
+    assert "digits is not finished: step 24. The last validation of its training has 2.4000 bits/dim" in head
+    assert "without an error." in head
+    assert "reaches" not in head
+    head = head_of(write_report([limited], tmp_path / "b"))
+    assert "digits (step 24 of 24, stopped by its time limit) reaches 2.000 ± 0.020 bits/dim" in head
+
+
+@pytest.mark.parametrize(("excess", "said"), [(1.0, True), (-1.0, False)])
+def test_the_headline_says_whether_a_flow_is_worse_than_a_gaussian(
+    tmp_path: Path, excess: float, said: bool
+) -> None:
+    recipe = get_recipe("table").override(["data.columns=a,b"])
+    run = Run(write_run(tmp_path / "0", recipe, **FEW))
+    result = run.read().result
+    assert result is not None
+    assert result.evaluation is not None
+    gaussian = (4.7, 4.8, 4.9)
+    scores = {"nll": tuple(each + excess for each in gaussian), "gaussian": gaussian}
+    means = {name: Mean(sum(each) / 3, 0.06, None, each) for name, each in scores.items()}
+    evaluation = dataclasses.replace(result.evaluation, samples=3, means=means)
+    run.conclude(dataclasses.replace(result, evaluation=evaluation), recipe)
+    warning = "It is worse than a Gaussian (4.80 nats per row): train longer, or choose other settings."
+    assert (warning in head_of(write_report([run.path], tmp_path / "out"))) == said
+
+
+def test_two_points_are_no_curve(tmp_path: Path) -> None:
+    for steps, drawn in ((2, set[str]()), (3, {"nfe-training", "score-training", "score-validation"})):
+        run = write_run(tmp_path / str(steps), digits(), steps=steps, checks=range(1, steps + 1))
+        figures = write_report([run], tmp_path / f"out{steps}").figures
+        assert {path.stem for path in figures if not path.stem.startswith("samples")} == drawn
+
+
+def test_an_axis_of_evaluations_has_whole_numbers() -> None:
+    for values, fewest in (([13, 13], 4), ([13, 14], 4), ([12, 130], 118)):
+        axes = matplotlib.figure.Figure().subplots()
+        axes.plot([0, 1], values)
+        whole_numbers(axes, "y")
+        low, high = axes.get_ylim()
+        assert high - low >= fewest
+        assert low < min(values) <= max(values) < high
+        assert all(tick == round(tick) for tick in axes.get_yticks())
+
+
+@pytest.mark.parametrize(("recipe", "dims", "conversion"), [
+    (digits(), 64, "bits/dim = 4.0875 + 1.4427 × NLL [nats/dim]."),  # log2(17), and 1 / ln 2
+    (get_recipe("table").override(["data.columns=a,b"]), 2, "NLL [nats per row] = 2 × NLL [nats/dim]."),
+])  # fmt: skip
+def test_a_diagnosis_is_related_to_the_results(tmp_path: Path, recipe: Recipe, dims: int, conversion: str) -> None:
+    run = Run(write_run(tmp_path / "0", recipe, **FEW))
+    diagnosis = dataclasses.replace(DIAGNOSED.diagnosis, checks=DIAGNOSED.diagnosis.checks[1:], dims=dims)
+    run.add_diagnosis(dataclasses.replace(DIAGNOSED, diagnosis=diagnosis), {})
+    text = write_report([run.path], tmp_path / "out").html.read_text()
+    assert conversion in text
+    assert f"The NFE of the results are by {recipe.test_solver.text}." in text
 
 
 @pytest.mark.parametrize(("penalties", "title"), [

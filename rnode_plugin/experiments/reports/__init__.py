@@ -64,7 +64,7 @@ def write_report(
         CheckpointError: the report cannot be written.
     """
     found, left_out = read_runs(runs)
-    html, table, pictures = make_page(group_runs(found), title, left_out)
+    html, table, pictures = make_page(group_runs(found), title, left_out, Path(out))
     files = {Path(out) / "figures" / name: contents for name, contents in pictures.items()}
     place, is_new = Path(out) / "report.html", not Path(out).exists()
     try:

@@ -70,7 +70,7 @@ def legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         columns = 1 if max(map(len, labels)) > 24 else min(3, len(handles))
-        axes.figure.legend(handles, labels, loc="outside upper left", ncols=columns, fontsize=8)
+        axes.figure.legend(handles, labels, loc="outside upper left", ncols=columns)
 
 
 def finish(axes: Axes, x: str, y: str) -> None:
@@ -132,10 +132,10 @@ def _panels(configurations: Sequence[Configuration]) -> Iterator[Panel]:
         f"Lines: training solver ({solvers[0]}), {averaged}. Marks: test solver ({solvers[1]}), at each validation "
         f"on held-out {samples}."
     )
-    during = f"{likelihood[0].upper()}{likelihood[1:]} during training"
+    during = "During training"
     curves = [
         _Curve("nfe-training", "NFE during training", "epoch", ("train/nfe", "val/nfe"), epoch, "NFE",
-               "What a solve costs", caption),
+               during, caption),
         _Curve("score-training", f"Training {likelihood}", "train_seconds", (f"train/{task.metric}",), time,
                f"training batches, {task.score}", during, f"Each line is a run: {averaged}.", unit),
         _Curve("score-validation", f"Held-out {likelihood}", "train_seconds", (f"val/{task.metric}",), time,

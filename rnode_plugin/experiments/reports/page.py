@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
+import urllib.parse
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ...diagnostics.result import VERDICTS, Check
 from ..quantities import state_of
 from ..recipes.recipe import as_text
+from ..runs.contents import RunContents
 from .configurations import Configuration
 from .diagnosis import draw_check
 from .figures import Drawing, make_panels
@@ -37,16 +42,21 @@ class _Grid(NamedTuple):
 
     name: str
     label: str
+    run: RunContents
     png: bytes
     temperatures: tuple[float, ...]
     origin: str
 
 
 class _Diagnosed(NamedTuple):
-    """The diagnosis of a run: each check with the name of its figure, and the figure, if it has one."""
+    """The diagnosis of a run: each check with the name of its figure, and the figure, if it has one.
+
+    ``units`` explains its NLL and its NFE next to the results.
+    """
 
     label: str
     samples: int
+    units: str
     checks: list[tuple[Check, str, Drawing | None]]
 
     @property
@@ -56,14 +66,20 @@ class _Diagnosed(NamedTuple):
         return [(verdict, counts[verdict]) for verdict in reversed(VERDICTS) if counts[verdict]]
 
 
-def make_page(configurations: Sequence[Configuration], title: str | None, left_out: Sequence[str]) -> Page:
-    """The page of some configurations. A browser fetches nothing for it, because everything is in the file."""
+def make_page(
+    configurations: Sequence[Configuration], title: str | None, left_out: Sequence[str], out: Path
+) -> Page:
+    """The page of some configurations, for the folder ``out``.
+
+    A browser fetches nothing for it, because everything is in the file. Its links are for a reader to follow.
+    """
     facts, table, panels = _facts(configurations), make_table(configurations), make_panels(configurations)
     grids, diagnoses = list(_grids(configurations)), list(_diagnoses(configurations))
     environment = Environment(
         loader=PackageLoader("rnode_plugin.experiments.reports"), undefined=StrictUndefined, autoescape=True
     )
     environment.filters |= {
+        "link": lambda path: _link(path, out),
         "base64": lambda contents: base64.b64encode(contents).decode(),
         "as_text": as_text,
         "state": state_of,
@@ -86,6 +102,15 @@ def make_page(configurations: Sequence[Configuration], title: str | None, left_o
     for name, drawing in drawings:
         pictures |= drawing.files(name)
     return Page(html, table, pictures)
+
+
+def _link(path: Path, out: Path) -> str:
+    """A link from the page in the folder ``out`` to a file or a folder, for as long as both stay where they are."""
+    try:
+        place = os.path.relpath(path, out)
+    except ValueError:  # on another drive of Windows
+        return path.resolve().as_uri()
+    return urllib.parse.quote(os.fsencode(Path(place).as_posix()))
 
 
 def _facts(configurations: Sequence[Configuration]) -> dict[str, str]:
@@ -120,15 +145,30 @@ def _diagnoses(configurations: Sequence[Configuration]) -> Iterator[_Diagnosed]:
         label = one.label if len(one.measured_runs) == 1 else f"{one.label}, seed {run.recipe.training.seed}"
         names = [f"diagnosis-{number}-{check.file_name}" for check in found.checks]
         checks = zip(found.checks, names, strict=True)
-        yield _Diagnosed(label, found.samples, [(each, name, draw_check(each, name)) for each, name in checks])
+        drawn = [(each, name, draw_check(each, name)) for each, name in checks]
+        yield _Diagnosed(label, found.samples, _units(one, found.dims), drawn)
+
+
+def _units(one: Configuration, dims: int) -> str:
+    """How the NLL of a diagnosis becomes a score, which is linear in it, and which solvers its NFE belong to."""
+    task = one.task
+    zero, unit = task.scores(torch.tensor([0.0, -dims], dtype=torch.float64)).tolist()
+    score = task.unit if task.unit == task.likelihood else f"{task.likelihood} [{task.unit}]"
+    shift = f"{zero:.4f} + " if zero else ""
+    return (
+        f"{score} = {shift}{unit - zero:.5g} × NLL [nats/dim]. The NFE of a check are by the solvers and at the "
+        f"tolerances that it names, where an accurate solver has 1e-6. The NFE of the results are by "
+        f"{one.recipe.test_solver.text}."
+    )
 
 
 def _grids(configurations: Sequence[Configuration]) -> Iterator[_Grid]:
     for number, one in enumerate(configurations, 1):
-        found = next((run.picture for run in one.measured_runs if run.picture is not None), None)
-        if found is None:
+        known = next(((run, run.picture) for run in one.measured_runs if run.picture is not None), None)
+        if known is None:
             continue
+        run, found = known
         origin = "best weights" if found.step is None else f"weights of step {found.step}"
         label = re.sub(r"[^a-z0-9._]+", "-", one.label.lower())[:60].strip("-.")  # file systems limit the length
         temperatures = one.task.grid_rows(one.recipe.training.sample_temperatures)
-        yield _Grid(f"samples-{number}-{label}", one.label, found.path.read_bytes(), temperatures, origin)
+        yield _Grid(f"samples-{number}-{label}", one.label, run, found.path.read_bytes(), temperatures, origin)
