@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 
 IMAGES = Kind(get_recipe("digits").override(["training.matching=3"]), ("dirty", "clean"), "images.csv")
 TABLE = Kind(
-    get_recipe("table").override(["data.columns=a,b,c", "data.given=c"]),
+    get_recipe("table").override(["data.columns=area,radius,texture", "data.given=texture"]),
     ("nll", "gaussian"),
     "rows.csv",
 )
