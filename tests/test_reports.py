@@ -159,7 +159,7 @@ def named(name: str, strength: Strength) -> Recipe:
     return dataclasses.replace(digits(), name=f"digits-{name}", regularizers={"kinetic": strength})
 
 
-PLAIN, CATS = digits(penalties=()), "/my/cats"
+PLAIN, CATS, TABLE = digits(penalties=()), "/my/cats", get_recipe("table").override(["data.columns=radius,texture"])
 COARSE = dataclasses.replace(digits(), data=dataclasses.replace(digits().data, levels=2))
 FFJORD = dataclasses.replace(PLAIN.ffjord(), name=PLAIN.name, regularizers={"kinetic": 0.0})
 ADAPTIVE = dataclasses.replace(PLAIN, solver=Adaptive("dopri5", atol=1e-4))
@@ -177,8 +177,8 @@ LR = [digits(f"optimizer.lr={lr}", f"model.layers={layers}") for lr, layers in (
     ([pictures(CATS, ()), pictures("/your/cats")],
      ["none on /my/cats (1x8x8, 17 levels)", "rnode on /your/cats (1x8x8, 17 levels)"]),
     ([PLAIN, COARSE], ["none on digits (1x8x8, 17 levels)", "rnode on digits (1x8x8, 2 levels)"]),
-    ([get_recipe("table").override([f"data.columns={columns}"]) for columns in ("a,b", "a,c")],
-     ["rnode on table (a, b)", "rnode on table (a, c)"]),
+    ([get_recipe("table").override([f"data.columns={columns}"]) for columns in ("area,radius", "area,texture")],
+     ["rnode on table (area, radius)", "rnode on table (area, texture)"]),
     # the names of a comparison, or the settings that differ
     ([named("weak", 0.01), named("strong", 1.0), PLAIN], ["none", "weak", "strong"]),
     (LR[:2], ["rnode (optimizer.lr=1.0)", "rnode (optimizer.lr=2.0)"]),
@@ -412,7 +412,8 @@ def test_the_error_of_a_baseline_is_over_the_rows(tmp_path: Path) -> None:
     """A Gaussian does not depend on the seed, so its deviation over the seeds is not an error."""
     for seed in (1, 2):
         path = write_run(
-            tmp_path / str(seed), get_recipe("table").override(["data.columns=a,b", f"training.seed={seed}"])
+            tmp_path / str(seed),
+            TABLE.override([f"training.seed={seed}"]),
         )
         result = json.loads((path / "result.json").read_text())
         means = {"nll": {"mean": 1.0 + seed, "stderr": 0.4}, "gaussian": {"mean": 2.5, "stderr": 0.49}}
@@ -569,7 +570,7 @@ def test_a_run_that_is_not_finished_looks_unfinished(tmp_path: Path) -> None:
 def test_the_headline_says_whether_a_flow_is_worse_than_a_gaussian(
     tmp_path: Path, excess: float, said: bool
 ) -> None:
-    recipe = get_recipe("table").override(["data.columns=a,b"])
+    recipe = TABLE
     run = Run(write_run(tmp_path / "0", recipe, **FEW))
     result = run.read().result
     assert result is not None
@@ -603,7 +604,7 @@ def test_an_axis_of_evaluations_has_whole_numbers() -> None:
 
 @pytest.mark.parametrize(("recipe", "dims", "conversion"), [
     (digits(), 64, "bits/dim = 4.0875 + 1.4427 × NLL [nats/dim]."),  # log2(17), and 1 / ln 2
-    (get_recipe("table").override(["data.columns=a,b"]), 2, "NLL [nats per row] = 2 × NLL [nats/dim]."),
+    (TABLE, 2, "NLL [nats per row] = 2 × NLL [nats/dim]."),
 ])  # fmt: skip
 def test_a_diagnosis_is_related_to_the_results(tmp_path: Path, recipe: Recipe, dims: int, conversion: str) -> None:
     run = Run(write_run(tmp_path / "0", recipe, **FEW))
