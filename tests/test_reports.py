@@ -18,11 +18,13 @@ from PIL import Image
 from run_folders import DIAGNOSED, ENVIRONMENT, FEW, write_run
 from tiny_runs import rnode
 
-from rnode_plugin import get_recipe
+from rnode_plugin import get_recipe, hookimpl
+from rnode_plugin.core.regularizer import About, Rate
 from rnode_plugin.core.schedules import Strength, linear_warmup, strength_text
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.evaluation.measures import Mean
+from rnode_plugin.experiments.quantities import penalty
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.reports import Report, figures, write_report
 from rnode_plugin.experiments.reports.configurations import (
@@ -448,6 +450,22 @@ def test_other_penalties_have_their_rows(tmp_path: Path) -> None:
         ("curl / dim", "‖εᵀJ − Jε‖², an estimate of ‖J − Jᵀ‖²_F, integrated over time"),
     ):
         assert meanings[name] == f"{meaning}, test solver"
+
+
+def test_a_penalty_of_a_plugin_is_explained_by_its_declaration(register: Any) -> None:
+    about = About("Σ f_i⁴", estimate="Σ (εᵀJ)_i⁴")
+    quartic = Rate("quartic", lambda evaluation: evaluation.dz.pow(4).flatten(1).sum(1), about=about)
+
+    class Plugin:
+        @hookimpl
+        def rnode_register_regularizers(self) -> dict[str, Rate]:
+            return {"quartic": quartic}
+
+    assert penalty("quartic", whole_jacobian=True).meaning == "test solver"
+    register(Plugin(), "mine")
+    for whole, formula in ((True, about.formula), (False, about.estimate)):
+        found = penalty("quartic", whole_jacobian=whole)
+        assert (found.heading, found.meaning) == ("quartic / dim", f"{formula}, integrated over time, test solver")
 
 
 def test_numbers_as_text() -> None:
