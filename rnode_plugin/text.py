@@ -51,7 +51,7 @@ def signed(value: float) -> str:
     return _with_sign(_rounded(value, 4))
 
 
-def counted(number: int, noun: str) -> str:
+def count_of(number: int, noun: str) -> str:
     """Format a count with its noun, as ``1 image`` or ``64 images``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 

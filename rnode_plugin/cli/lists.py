@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from ..core.regularizer import Rate, SpanPolicy
 from ..errors import ConfigError, RnodeError, first_line
 from ..plugins import registry
-from ..text import counted, significant, table
+from ..text import count_of, significant, table
 from .options import (
     as_json,
     loaded,
@@ -272,4 +272,4 @@ def _penalized_solves(history: History) -> str:
             "rnode_plugin.penalties_at to its loss."
         )
     means = ", ".join(f"{name} {significant(mean)}" for name, mean in history.means.items())
-    return f"{counted(history.solves, 'solve')} penalized. Mean integrals per sample: {means}."
+    return f"{count_of(history.solves, 'solve')} penalized. Mean integrals per sample: {means}."

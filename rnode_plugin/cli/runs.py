@@ -13,7 +13,7 @@ from ..errors import ConfigError, DataError
 from ..experiments.runs.run import BEST, Run, find_checkpoint
 from ..files import PROGRAM, SAFETENSORS, missing
 from ..solvers import FIXED_METHODS, FixedGrid
-from ..text import batch_counter, counted, duration, table
+from ..text import batch_counter, count_of, duration, table
 from .options import (
     as_json,
     check_folder,
@@ -330,7 +330,7 @@ def sample(
     drawn = recipe.task.write_samples(flow, target, request, facts=facts)
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
     drawn_at = ", ".join(f"{each:g}" for each in temperatures)
-    click.echo(f"{counted(drawn, recipe.task.sample)} at temperature {drawn_at}{averaged}: {target}")
+    click.echo(f"{count_of(drawn, recipe.task.sample)} at temperature {drawn_at}{averaged}: {target}")
 
 
 @click.command()

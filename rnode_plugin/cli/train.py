@@ -18,7 +18,7 @@ import click
 from ..errors import ConfigError, RnodeError, TrainingError
 from ..experiments.runs.run import LAST, Run, find_checkpoint
 from ..experiments.training.loggers import LOGGERS, check_loggers
-from ..text import counted, table
+from ..text import count_of, table
 from .options import (
     Devices,
     Duration,
@@ -208,7 +208,7 @@ def _devices(device: str, devices: str) -> dict[str, str]:
         raise ConfigError(f"--device {device} names one device: leave --devices out, or give --device {name}.")
     processes, cores = int(devices) if devices.isdecimal() else 1, os.cpu_count() or 1
     if name == "cpu" and processes > cores:
-        raise ConfigError(f"--devices {devices} is more than the {counted(cores, 'core')} of this machine.")
+        raise ConfigError(f"--devices {devices} is more than the {count_of(cores, 'core')} of this machine.")
     if name != "cpu":
         from ..experiments.evaluation.loading import check_device
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from ...errors import ConfigError, DataError
 from ...files import missing, walk
-from ...text import counted
+from ...text import count_of
 from .images import ImageArray, ImageData, Index, naming, shown
 
 DEFAULT_ROOT = Path("data")
@@ -283,7 +283,7 @@ def separated(folder: Path, wanted: Callable[[str], bool]) -> tuple[list[str], l
 def notice_left_out(where: object, others: Sequence[object]) -> None:
     """Print that files are left out, because a folder may hold pictures in a format that is not read."""
     if others:
-        left_out = f"{counted(len(others), 'file')} without a known suffix of pictures, such as {others[0]}"
+        left_out = f"{count_of(len(others), 'file')} without a known suffix of pictures, such as {others[0]}"
         print(f"{where}: left out {left_out}", file=sys.stderr)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from ...errors import ConfigError, DataError, first_line, suggest
 from ...files import write_atomically
-from ...text import counted
+from ...text import count_of
 from .images import naming
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _read_text(path: Path, rows: int | None) -> pd.DataFrame:
         fault = first_line(error).removeprefix("Error tokenizing data. C error: ")
         raise _refused(path, f"below its first line pandas found: {fault}") from None
     if frame.shape[1] != len(names):
-        cells, expected = counted(frame.shape[1], "cell"), counted(len(names), "name")
+        cells, expected = count_of(frame.shape[1], "cell"), count_of(len(names), "name")
         raise _refused(path, f"row 1 has {cells}, but there are {expected}")
     # pandas fills a row with fewer cells at its end. Where spaces separate, an empty cell makes such a row, and all
     # later values stand under the names of their neighbors

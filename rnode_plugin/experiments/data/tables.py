@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 
 from ...errors import DataError, suggest
-from ...text import counted
+from ...text import count_of
 from .images import limited
 from .table_files import column_names, leave_out, read_columns
 
@@ -158,7 +158,7 @@ def split_rows(
         DataError: too few rows, or shares that leave none to train on.
     """
     if len(rows) < _FEWEST:
-        found = counted(len(rows), "row")
+        found = count_of(len(rows), "row")
         raise DataError(f"{name} has {found}, but a density needs at least {_FEWEST}, better hundreds.")
     order = np.random.RandomState(seed).permutation(len(rows))  # a stream that NumPy keeps for good
     n_held_out, n_val = (max(1, round(share * len(rows))) for share in (held_out, validation))

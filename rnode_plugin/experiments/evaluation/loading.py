@@ -11,7 +11,7 @@ import torch
 
 from ...core.random_streams import Stream, seeded
 from ...errors import ConfigError, first_line
-from ...text import counted
+from ...text import count_of
 from ..data import ImageData, Table
 from ..data.facts import Facts, overlap_warning, refuse_other_split
 from ..recipes.recipe import Recipe
@@ -51,7 +51,7 @@ def check_device(name: str, *, processes: int = 1) -> None:
     if name == "auto" and processes > cores and not torch.accelerator.is_available():
         raise ConfigError(
             f"no GPU was found (torch {torch.__version__}), and {processes} processes are more than the "
-            f"{counted(cores, 'core')} of this machine: leave --devices out, or install torch for your GPU."
+            f"{count_of(cores, 'core')} of this machine: leave --devices out, or install torch for your GPU."
         )
     kind, _, index = name.partition(":")
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind)
