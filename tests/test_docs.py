@@ -17,6 +17,7 @@ import click
 import numpy as np
 import pytest
 from PIL import Image
+from run_folders import FEW, write_run
 
 import rnode_plugin
 from rnode_plugin import get_recipe
@@ -128,6 +129,16 @@ def test_python_compiles_and_runs_where_marked(block, tmp_path, monkeypatch):
 
 
 NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
+
+
+def test_the_program_that_reads_a_run_finds_its_numbers(tmp_path, monkeypatch):
+    (block,) = (each for each in PYTHON if "runs/digits/0" in each.text and "Run(" in each.text)
+    write_run(tmp_path / "runs" / "digits" / "0", get_recipe("digits"), images=(2.5, 3.5), **FEW)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block.text, names)
+    assert (names["bits"].tolist(), names["seconds"].tolist()) == ([10.0], [0.5])
+    assert names["scores"] == (2.5, 3.5)
 
 
 @pytest.mark.slow
