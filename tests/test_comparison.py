@@ -138,6 +138,7 @@ def test_configurations_that_are_refused(recipe: Recipe, tmp_path: Path, text: s
     ("interrupted", 1, "--resume", "0.001"),
     ("interrupted", None, "--resume", None),
     ("damaged", 90, "--resume", "90.000"),
+    ("foreign", 90, "--resume", "90.000"),  # its checkpoint is of another Trainer
     ("finished", 90, None, None),
     ("max_time", 1, None, None),
     ("max_time", 120, "--resume", "118.500"),
@@ -157,7 +158,7 @@ def test_the_line_of_a_run(
         MetricsTable(folder / "metrics.csv", keep=100).add({"train/matching": 0.1, "seconds": 40.0}, 2)
     if state not in ("new", "begun"):
         (folder / "checkpoints").mkdir()
-        callbacks = {AFTER_STEP: {"run_seconds": 1.5}}
+        callbacks = {} if state == "foreign" else {AFTER_STEP: {"run_seconds": 1.5}}
         contents = {**header_with(get_recipe("digits")), "state_dict": {}, "callbacks": callbacks}
         torch.save(contents, folder / "checkpoints" / "last.ckpt")
     if state == "damaged":

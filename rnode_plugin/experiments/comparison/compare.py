@@ -269,10 +269,9 @@ def _limit(max_time: float | None, *, spent: float = 0.0) -> list[str]:
 def _spent(run: Run) -> float:
     """The wall-clock time of a run up to the checkpoint that it continues from. A kill undoes the time after it."""
     try:
-        contents = newest_intact(run.path)[1]
-    except CheckpointError:  # the process that resumes the run reports this
+        return newest_intact(run.path)[1]["callbacks"][AFTER_STEP]["run_seconds"]
+    except (CheckpointError, KeyError):  # damaged, or of another Trainer: the process that resumes it reports this
         return 0.0
-    return contents["callbacks"][AFTER_STEP]["run_seconds"]
 
 
 def _threads(jobs: int) -> dict[str, str]:
