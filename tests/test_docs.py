@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import inspect
@@ -22,6 +23,7 @@ from run_folders import FEW, write_run
 import rnode_plugin
 from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
+from rnode_plugin.experiments.evaluation.measures import Evaluation
 from rnode_plugin.plugins import hookspecs
 from rnode_plugin.plugins import registry as plugins
 
@@ -167,6 +169,12 @@ def test_images_are_shown_and_have_no_ground_of_their_own(path):
     if path.name not in SAMPLES:
         alpha = np.asarray(Image.open(path).convert("RGBA"))[..., 3]
         assert not alpha[[0, 0, -1, -1], [0, -1, 0, -1]].any()
+
+
+def test_each_field_of_an_evaluation_is_explained():
+    page = (ROOT / "docs" / "cli.md").read_text()
+    rows = "".join(line for line in page.splitlines() if line.startswith("| `"))
+    assert {each.name for each in dataclasses.fields(Evaluation)} <= set(re.findall(r"`(\w+)`", rows))
 
 
 def test_the_citation_file_has_the_version():
