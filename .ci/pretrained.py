@@ -21,6 +21,7 @@ from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.recipes.pretrained import PRETRAINED, pretrained_file
 from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.recipes.tasks import load_data, task_of
 from rnode_plugin.experiments.training.checkpoints import checksum, header_with
 
 KEY, CHECKSUM = "rnode_plugin", "sha256"
@@ -40,7 +41,7 @@ def main() -> None:
         recipe = _recipe_of(old["recipe"])
         facts = Facts.from_plain(old.get("facts"))
         if facts is None and options.data_root is not None:
-            facts = Facts.of(recipe.at_root(options.data_root).load_data(all_val=True), recipe.task.given)
+            facts = task_of(recipe.data).facts(load_data(recipe.at_root(options.data_root), all_val=True))
         header = json.dumps(header_with(recipe, facts)[KEY])
         written = save(tensors, {"format": "pt", KEY: header, CHECKSUM: checksum(tensors, header)})
         file.write_bytes(written)

@@ -36,6 +36,7 @@ from rnode_plugin import MultiscaleFlow, get_recipe, objective
 from rnode_plugin.errors import RnodeError
 from rnode_plugin.experiments.data import ImageData
 from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.fit import fit
 from rnode_plugin.experiments.training.plan import RunOptions
@@ -104,7 +105,7 @@ class UsualLoss:
     """Equation 17 in the usual formulation, for the parameters of the flow of an experiment.
 
     Args:
-        experiment: gives the flow, the lambdas and the task.
+        experiment: gives the flow, the lambdas, the inputs and the scores.
         penalties: whether they are part of the loss.
         solver: torchdiffeq's options.
     """
@@ -119,11 +120,13 @@ class UsualLoss:
         x = self._task.training_inputs(batch).x
         output = self._usual(x, noise=self._flow.draw_noise(len(x)))
         log_prob = self._flow.log_prob_of(output)
-        dims = self._task.dims
+        dims = self._flow.dims
         loss = objective(log_prob, output.regularization, lambdas=self._lambdas, dims=dims).loss
         means = {name: value.detach().mean() / dims for name, value in output.regularization.items()}
         score = self._task.scores(log_prob.detach()).mean()
-        return StepTerms(loss, {"loss": loss.detach(), self._task.metric: score, "nfe": float(output.nfe), **means})
+        return StepTerms(
+            loss, {"loss": loss.detach(), self._task.kind.metric: score, "nfe": float(output.nfe), **means}
+        )
 
 
 @dataclass(frozen=True)
@@ -294,7 +297,7 @@ def main(data: str, out: str, assignments: tuple[str, ...], **options: Any) -> N
         "training.max_epochs=none", "training.sample_images=0",
     ])  # fmt: skip
     whole = recipe.override(["data.shape=1,28,28"]) if data == "mnist14" else recipe
-    images = cast("ImageData", whole.load_data())
+    images = cast("ImageData", load_data(whole))
     images = halved(images) if data == "mnist14" else images
     same = {"data": data, "steps": str(steps), "settings": " ".join(assignments)}
     rows: list[Any] = []

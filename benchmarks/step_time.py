@@ -128,7 +128,7 @@ def build(recipe_name: str, case: str, batch: int, device: str, *, dtype: torch.
         with torch.autocast(device, torch.bfloat16) if path.bf16 else nullcontext():
             output = step(x, noise=noise, **options)
         log_prob = flow.log_prob_of(output)
-        goal = objective(log_prob, output.regularization, lambdas=recipe.lambdas, dims=recipe.dims)
+        goal = objective(log_prob, output.regularization, lambdas=recipe.lambdas, dims=flow.dims)
         goal.loss.backward()
         return goal.loss.detach()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.recipes.task import SampleRequest
+from rnode_plugin.experiments.recipes.tasks import task_of
 from rnode_plugin.experiments.training.fit import fit
 from rnode_plugin.experiments.training.plan import RunOptions
 
@@ -34,9 +35,9 @@ def main():
     elif options.steps:
         settings += [f"training.max_steps={options.steps}", "training.max_epochs=none"]
     recipe = get_recipe(options.recipe).override(settings)
-    request = SampleRequest(count=16, temperatures=(0.6, 0.8, 1.0), columns=16)
+    task, request = task_of(recipe.data), SampleRequest(count=16, temperatures=(0.6, 0.8, 1.0), columns=16)
     try:
-        recipe.task.check_request(request, Path(options.output))
+        task.check_request(request, Path(options.output))
     except ConfigError as error:  # now, not after the training
         parser.error(f"no samples of {recipe.name} can be drawn: {error}")
     run, result, first_process, _ = fit(
@@ -57,7 +58,7 @@ def main():
     print(f"run                {run.path}")
 
     flow = load_flow(run.path)  # the best weights, on the CPU
-    recipe.task.write_samples(flow, Path(options.output), request)
+    task.write_samples(flow, Path(options.output), request)
 
 
 if __name__ == "__main__":

@@ -162,14 +162,14 @@ def test_a_result_without_its_file_of_scores_is_not_compared() -> None:
     counts = {"nfe_mean": 8.0, "nfe_min": 8, "nfe_max": 8, "nfe_batches": 1, "nfe_batch_size": 9}
     measured: Any = {"samples": 9, "means": means, "draws": 1, "penalties": {}, "seconds": 1.0, **counts}
     measured["whole_jacobian"] = True
-    task, solver = get_recipe("table").task, get_recipe("table").test_solver
+    kind, solver = get_recipe("table").kind, get_recipe("table").test_solver
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # numpy warns of the mean of nothing
-        assert "warning" not in dict(result_rows(Evaluation(**measured), task, solver))
+        assert "warning" not in dict(result_rows(Evaluation(**measured), kind, solver))
     means |= {name: Mean(mean.mean, 0.1, samples=(mean.mean,) * 9) for name, mean in means.items()}
     assert (
         "worse than a Gaussian (1.00 nats per row)"
-        in dict(result_rows(Evaluation(**measured), task, solver))["warning"]
+        in dict(result_rows(Evaluation(**measured), kind, solver))["warning"]
     )
 
 

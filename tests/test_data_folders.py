@@ -25,7 +25,7 @@ from rnode_plugin.experiments.data import ImageData, folders, get_dataset
 from rnode_plugin.experiments.data.batches import ArrayDataset, keep_batch
 from rnode_plugin.experiments.data.folders import ImageFiles, PackedImages, decode
 from rnode_plugin.experiments.data.images import Selection
-from rnode_plugin.experiments.recipes.task import load_data
+from rnode_plugin.experiments.recipes.tasks import load_data
 
 
 def _write(where, images, split="train", suffix=".png"):

@@ -21,6 +21,7 @@ from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.evaluation.likelihood import evaluate, nfe_batches
 from rnode_plugin.experiments.quantities import result_rows
 from rnode_plugin.experiments.recipes.images import ImageTask
+from rnode_plugin.experiments.recipes.kinds import IMAGES
 from rnode_plugin.experiments.recipes.recipe import Data, TableData
 from rnode_plugin.experiments.recipes.rows import RowTask
 from rnode_plugin.experiments.recipes.task import FlowInput
@@ -229,7 +230,7 @@ def test_the_bound_of_a_flow_is_of_its_exact_densities() -> None:
     assert found.bound.samples == pytest.approx(wanted.tolist(), abs=2e-5)
     assert found.bound.mean < found.means["dirty"].mean
     assert found.gap is not None
-    headings = dict(result_rows(found, ImageTask.of(flow), RK4))
+    headings = dict(result_rows(found, IMAGES, RK4))
     assert headings["bits/dim, bound of 3"].startswith(f"{found.bound.mean:.4f} ±")
     plain = found.to_plain()
     assert plain["bound"] == {"mean": found.bound.mean, "stderr": found.bound.stderr, "stderr_noise": None}

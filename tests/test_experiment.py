@@ -18,10 +18,12 @@ from tiny_runs import assert_same, rows, run, signal_at, tiny_recipe, weights
 from torch import Tensor
 
 from rnode_plugin import MultiscaleFlow, get_recipe
+from rnode_plugin.core.distribution import DensityModel
 from rnode_plugin.core.random_streams import Stream, seed_everything, seeded
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.recipes.tasks import load_data, task_of
 from rnode_plugin.experiments.training.after_step import AfterStep, SampleGrids
 from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.module import RnodeModule
@@ -123,7 +125,7 @@ def test_probes_are_independent_of_the_pixels_noise(monkeypatch: pytest.MonkeyPa
     """A probe that follows the dequantization noise would bias the divergence of what is trained on."""
     # squares of Gaussian noise vary, squares of signs do not
     experiment = Experiment.of(tiny_recipe("model.hidden=2", "model.trace_noise=gaussian"))
-    flow, levels = experiment.flow, experiment.recipe.task.model_options["levels"]
+    flow, levels = experiment.flow, experiment.recipe.data.model_options["levels"]
     assert isinstance(flow, MultiscaleFlow)
     drawn, draw, encode = [], flow.draw_noise, flow.encode
 
@@ -154,16 +156,21 @@ def test_a_staged_loss_counts_the_steps_of_each_stage() -> None:
     assert found == [{"first": 0.0}, {"first": 1.0}, {"then": 0.0}, {"then": 1.0}]
 
 
+def measure(flow: DensityModel, recipe: Recipe, batch: Tensor) -> dict[str, Any]:
+    task = task_of(recipe.data)
+    return measure_batch(flow, task, batch, seed=42, index=0, rank=0, training_solver=recipe.solver)
+
+
 def test_a_validation_measures_the_solve_without_the_evaluations_of_a_penalty() -> None:
     """Configurations are compared by these scores and NFE, so they must not depend on what is penalized."""
     found: list[dict[str, Any]] = []
     for recipe in (tiny_recipe(), tiny_recipe("regularizers.local_error=0.01")):
         torch.manual_seed(0)
-        flow, batch = recipe.build_flow(), torch.from_numpy(recipe.load_data().val[:4])
+        flow, batch = recipe.build_flow(), torch.from_numpy(load_data(recipe).val[:4])
         with torch.no_grad():
             for parameter in flow.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            row = measure_batch(flow, recipe, batch, index=0, rank=0, training_solver=recipe.solver)
+            row = measure(flow, recipe, batch)
         found.append({name: float(value) for name, value in row.items()})
     plain, other = found
     assert plain["nfe"] == 2 * 6  # one step of the midpoint method in each of six blocks
@@ -176,11 +183,11 @@ def test_a_validation_takes_signs_and_leaves_the_noise_of_the_training() -> None
     for noise in ("gaussian", "rademacher"):
         recipe = tiny_recipe(f"model.trace_noise={noise}")
         torch.manual_seed(0)
-        flow, batch = recipe.build_flow(), torch.from_numpy(recipe.load_data().val[:4])
+        flow, batch = recipe.build_flow(), torch.from_numpy(load_data(recipe).val[:4])
         with torch.no_grad():
             for parameter in flow.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            rows.append(measure_batch(flow, recipe, batch, index=0, rank=0, training_solver=recipe.solver))
+            rows.append(measure(flow, recipe, batch))
         assert isinstance(flow.estimator, Hutchinson)
         assert flow.estimator.noise == noise
     assert rows[0] == rows[1]

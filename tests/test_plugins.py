@@ -26,7 +26,7 @@ from rnode_plugin.cli import main
 from rnode_plugin.core.regularizers import Regularizers
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.experiments.data import ImageData, Table, get_dataset
-from rnode_plugin.experiments.recipes.task import load_data
+from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.plugins import builtin
 from rnode_plugin.plugins import registry as plugins
 from rnode_plugin.plugins.registry import KINDS, Plugin, Registry, get_regularizer

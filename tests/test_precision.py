@@ -13,6 +13,7 @@ from torch import nn
 from rnode_plugin import FixedGrid, NeuralODE, get_recipe, load_flow
 from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.core.system import System
+from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.experiments.training import trainer
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe
 from rnode_plugin.experiments.training.trainer import computes_bf16, resolve_compile, resolve_precision
@@ -27,7 +28,7 @@ def test_bits_per_dim_of_a_field_in_bfloat16() -> None:
     flow: Any = recipe.build_flow()
     for field in flow.fields:  # as smooth as a trained one, and not zero
         field.layers[-1].reset_parameters()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue, reportIndexIssue]
-    x = dequantize(torch.as_tensor(recipe.load_data().val[:32]), 17)
+    x = dequantize(torch.as_tensor(load_data(recipe).val[:32]), 17)
     noise = flow.draw_noise(len(x))
     bits = []
     for bf16 in (False, True):
@@ -97,7 +98,7 @@ def test_validation_of_a_run_in_bfloat16_is_in_float32(tmp_path: Path) -> None:
     (check,) = [row for row in rows(fitted.run.path) if "val/bpd" in row]
     flow: Any = load_flow(fitted.run.last)
     with torch.no_grad(), seeded(recipe.training.seed, Stream.VALIDATE, 0, 0):
-        x = dequantize(torch.as_tensor(recipe.load_data().val), 17)
+        x = dequantize(torch.as_tensor(load_data(recipe).val), 17)
         bits = flow.bits_per_dim(x)
     assert float(check["val/bpd"]) == pytest.approx(float(bits.mean()), abs=1e-5)
     assert 1e-7 < abs(float(check["val/gap"])) < 0.02, "what bfloat16 is off by"

@@ -17,6 +17,7 @@ from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.recipes.pretrained import PRETRAINED, pretrained_file
+from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.experiments.training.checkpoints import checksum, load_with_recipe
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -53,7 +54,7 @@ def test_it_draws_digits_from_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.skipif(not (DATA / "MNIST").exists(), reason="needs the MNIST data set")
 def test_its_facts_are_those_of_the_data_set() -> None:
     _, recipe, facts = load_with_recipe("mnist-pretrained")
-    assert Facts.of(recipe.at_root(str(DATA)).load_data()) == facts
+    assert Facts.of(load_data(recipe.at_root(str(DATA)))) == facts
 
 
 @pytest.mark.skipif(not (DATA / "MNIST").exists(), reason="needs the MNIST data set")

@@ -35,7 +35,7 @@ class Kind(NamedTuple):
 
     @property
     def metric(self) -> str:
-        return self.recipe.task.metric
+        return self.recipe.kind.metric
 
 
 IMAGES = Kind(get_recipe("digits").override(["training.matching=3"]), ("dirty", "clean"), "images.csv")
@@ -260,7 +260,7 @@ def test_the_result_and_its_scores(kind: Kind, tmp_path: Path) -> None:
     ended = result(kind, samples=samples)
     run.conclude(ended, kind.recipe)
     lines = (tmp_path / kind.file).read_text().splitlines()
-    assert lines[0] == ",".join([kind.recipe.task.sample, *kind.means])
+    assert lines[0] == ",".join([kind.recipe.kind.sample, *kind.means])
     assert [line.partition(",")[0] for line in lines[1:]] == [str(number) for number in range(samples)]
     run.conclude(ended, kind.recipe, np.arange(7, 7 + samples))
     assert run.read().result == ended

@@ -17,7 +17,7 @@ from rnode_plugin.errors import ConfigError, DataError, RnodeError
 from rnode_plugin.experiments.data.table_files import column_names, read_columns, write_rows
 from rnode_plugin.experiments.data.tables import CELLS, Table, check_columns, split_rows, table
 from rnode_plugin.experiments.recipes.recipe import TableData, get_recipe
-from rnode_plugin.experiments.recipes.task import load_data, task_of
+from rnode_plugin.experiments.recipes.tasks import load_data, task_of
 
 NAMES = ("temperature (K)", "dose", "a, b")
 ROWS = np.random.default_rng(0).normal(size=(30, 3)) * [50, 1, 1e-3] + [300, 0, 0]

@@ -29,7 +29,8 @@ from rnode_plugin.experiments.recipes.images import ImageTask
 from rnode_plugin.experiments.recipes.kinds import IMAGES, ROWS
 from rnode_plugin.experiments.recipes.recipe import Data, TableData, get_recipe
 from rnode_plugin.experiments.recipes.rows import RowTask
-from rnode_plugin.experiments.recipes.task import AnyTask, SampleRequest, task_of
+from rnode_plugin.experiments.recipes.task import AnyTask, SampleRequest
+from rnode_plugin.experiments.recipes.tasks import task_of
 from rnode_plugin.experiments.samples import sample_images, sample_rows, save_grid
 
 RK4 = FixedGrid("rk4", step=0.5)
@@ -183,7 +184,7 @@ def test_an_evaluation_has_all_quantities_and_baselines(case: Case) -> None:
     whole = result.with_baselines(case.task, case.data)
     kind = case.task.kind
     assert tuple(whole.means) == (*case.quantities, *(each.name for each in kind.baselines))
-    headings = [heading for heading, _ in result_rows(whole, case.task, Adaptive("dopri5"))]
+    headings = [heading for heading, _ in result_rows(whole, kind, Adaptive("dopri5"))]
     for each in (*kind.quantities, *kind.baselines):
         assert each.heading in headings
     with pytest.raises(ConfigError, match="an evaluation needs at least one row or image"):
@@ -209,7 +210,7 @@ def test_a_model_that_is_worse_than_a_gaussian_is_named(excess: np.ndarray, warn
     scores = np.random.default_rng(0).normal(size=50) * 10
     means = {"nll": Mean(0, 1, None, tuple(scores + excess)), "gaussian": Mean(7, 1, None, tuple(scores))}
     whole = dataclasses.replace(evaluate(case.flow, case.batch, task=case.task, draws=1), means=means)
-    found = dict(result_rows(whole, case.task, Adaptive("dopri5"))).get("warning", "")
+    found = dict(result_rows(whole, ROWS, Adaptive("dopri5"))).get("warning", "")
     assert found.startswith("worse than a Gaussian (7.00 nats per row): train longer") == warned
     assert (found == "") != warned
 

@@ -134,7 +134,7 @@ def _work(rank: int, address: str, result: str) -> None:
         flow.zero_grad()
         output = model(x[mine], noise=[eps[mine] for eps in noise], solver=recipe.solver)
         log_prob = flow.log_prob_of(output)
-        objective(log_prob, output.regularization, lambdas=recipe.lambdas, dims=recipe.dims).loss.backward()
+        objective(log_prob, output.regularization, lambdas=recipe.lambdas, dims=flow.dims).loss.backward()
         pair.append(gradient(flow))
     found["flow of images"] = pair
     if rank == 0:

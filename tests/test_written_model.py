@@ -24,6 +24,7 @@ from rnode_plugin.experiments.data.tables import Table
 from rnode_plugin.experiments.evaluation.likelihood import evaluate
 from rnode_plugin.experiments.recipes.recipe import Recipe, TableData
 from rnode_plugin.experiments.recipes.rows import RowTask
+from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.experiments.training.step import LikelihoodLoss, measure_batch
 
 SETTINGS = [
@@ -78,7 +79,7 @@ def test_through_training_evaluation_diagnosis_samples_and_a_report(
     made = run(recipe, tmp_path / "runs").run.path
     flow = load_flow(made)
     assert isinstance(flow, LaplaceFlow if name == "laplace" else HeavyTails)
-    data = recipe.load_data()
+    data = load_data(recipe)
     assert isinstance(data, Table)
     torch.testing.assert_close(flow.mean, torch.from_numpy(data.train.mean(0)), rtol=1e-4, atol=0)
 
@@ -114,7 +115,7 @@ def test_a_step_a_validation_and_an_evaluation_take_the_density_of_the_model(nam
     model, x, given = make(name, grid)
     task = RowTask(TableData("rows", ("a", "b", "c", "d")[: 4 if given else 2], ("c", "d") if given else ()))
     settings: Any = SimpleNamespace(
-        task=task, regularizers={"kinetic": 0.1}, measured=(), training=get_recipe("table").training,
+        data=task.settings, regularizers={"kinetic": 0.1}, measured=(), training=get_recipe("table").training,
         solver=grid,
     )  # fmt: skip
     batch = torch.cat([x, *given.values()], 1)
@@ -128,7 +129,9 @@ def test_a_step_a_validation_and_an_evaluation_take_the_density_of_the_model(nam
         torch.testing.assert_close(found, exact)
     model.eval()
     with torch.no_grad():
-        row = measure_batch(model, settings, batch, index=0, rank=0, training_solver=FixedGrid("euler", step=0.5))
+        row = measure_batch(
+            model, task, batch, seed=42, index=0, rank=0, training_solver=FixedGrid("euler", step=0.5)
+        )
         coarse = -model.log_prob_of(model.encode(x, **given, solver=FixedGrid("euler", step=0.5)))
     assert float(row["nll"]) == pytest.approx(float(nll.mean()), rel=1e-9)
     assert float(row["gap"]) == pytest.approx(float((coarse - nll).mean()), rel=1e-9)

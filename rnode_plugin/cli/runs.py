@@ -125,6 +125,7 @@ def eval(  # noqa: A001 - the command's name
     from ..experiments.evaluation.loading import load_for_evaluation, pick_device
     from ..experiments.quantities import result_rows
     from ..experiments.recipes.recipe import changed_test_solver
+    from ..experiments.recipes.tasks import task_of
     from ..experiments.training.checkpoints import load_with_recipe
 
     flush_denormals()
@@ -135,10 +136,11 @@ def eval(  # noqa: A001 - the command's name
         if not quiet:
             click.echo(f"solving by {solver.text}, because an adaptive solver takes more evaluations", err=True)
     data = load_for_evaluation(recipe, facts, root=data_root, download=download).measured_on(limit)
+    task = task_of(recipe.data)
     result = evaluate(
         flow,
         data.held_out,
-        task=recipe.task,
+        task=task,
         batch_size=batch_size or recipe.data.val_batch_size,
         draws=draws,
         solver=solver,
@@ -150,7 +152,7 @@ def eval(  # noqa: A001 - the command's name
         progress=None if quiet else batch_counter("evaluating"),
     )
     if overlap_warning(facts, data) is None:  # else it would be fitted to other rows than the flow
-        result = result.with_baselines(recipe.task, data)
+        result = result.with_baselines(task, data)
     head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
     head["solver"] = solver.text
     if exact:
@@ -161,7 +163,7 @@ def eval(  # noqa: A001 - the command's name
         compared = "the training solver", "the test solver"
         if accurate is not None or bound is not None:
             compared = "this solver", "an accurate solver" if accurate is None else accurate.text
-        click.echo(table([*head.items(), *result_rows(result, recipe.task, solver, compared=compared)]))
+        click.echo(table([*head.items(), *result_rows(result, recipe.kind, solver, compared=compared)]))
 
 
 def _grid_of(recipe: Recipe) -> FixedGrid:
@@ -229,11 +231,11 @@ def diagnose(
         own = Run.of_checkpoint(path)
         # a report shows the diagnosis in the folder as one on the data of the run
         measured = facts and facts.measured
-        fits = path.name == BEST and measured == Facts.of(data, recipe.task.given).measured
+        fits = path.name == BEST and measured == Facts.of(data).measured
         out = str(own.path if own and fits else free_path(None, "diagnosis", force=False))
         check_folder(out)
     target = Run(Path(out))
-    held_out = held_out_samples(recipe, data, samples or compared_for(recipe.dims), seed=seed)
+    held_out = held_out_samples(recipe, data, samples or compared_for(flow.dims), seed=seed)
     diagnosis = diagnose(
         flow,
         held_out.x.to(torch_device),
@@ -253,7 +255,7 @@ def diagnose(
         text = click.HelpFormatter(width=min(120, shutil.get_terminal_size().columns))
         text.write_dl([(f"{check.name}: {check.verdict}", check.sentence) for check in diagnosis.checks])
         click.echo(text.getvalue().rstrip())
-        used = f"{diagnosis.samples} held-out {recipe.task.samples} (--samples N changes that)"
+        used = f"{diagnosis.samples} held-out {recipe.kind.samples} (--samples N changes that)"
         click.echo(f"\n{used}, {duration(diagnosis.seconds)}\n{target.diagnosis}\n{target.figures}")
     if diagnosis.failed:
         ctx.exit(CHECK_FAILED)
@@ -312,6 +314,7 @@ def sample(
     check_folder(Path(out or "samples").parent)
     from ..experiments.evaluation.loading import pick_device
     from ..experiments.recipes.task import SampleRequest
+    from ..experiments.recipes.tasks import task_of
     from ..experiments.training.checkpoints import load_with_recipe
 
     request = SampleRequest(
@@ -326,11 +329,11 @@ def sample(
     flow, recipe, facts = load_with_recipe(checkpoint, map_location=pick_device(device))
     if (of_run := Run.of_checkpoint(checkpoint)) is not None and not of_run.result.is_file():
         click.echo(f"{of_run.path} has not finished: these are samples of the weights so far.", err=True)
-    target = free_path(out, recipe.task.samples_file, force=force)
-    drawn = recipe.task.write_samples(flow, target, request, facts=facts)
+    target = free_path(out, recipe.kind.samples_file, force=force)
+    drawn = task_of(recipe.data).write_samples(flow, target, request, facts=facts)
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
     drawn_at = ", ".join(f"{each:g}" for each in temperatures)
-    click.echo(f"{count_of(drawn, recipe.task.sample)} at temperature {drawn_at}{averaged}: {target}")
+    click.echo(f"{count_of(drawn, recipe.kind.sample)} at temperature {drawn_at}{averaged}: {target}")
 
 
 @click.command()

@@ -254,6 +254,7 @@ def _callback(name: str) -> Callback:
 
 def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> None:
     from ..experiments.quantities import TRAINING_TIME, result_rows
+    from ..experiments.recipes.data import TableData
 
     folder, result, _, samples = fitted
     run = shlex.quote(str(folder.path))
@@ -267,14 +268,15 @@ def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
     rows = [
         ("steps", f"{result.steps} of {result.planned}{limit}{skipped}"),
         TRAINING_TIME.row(TRAINING_TIME.text(result.training_seconds)),
-        *result_rows(result.evaluation, recipe.task, recipe.test_solver),
+        *result_rows(result.evaluation, recipe.kind, recipe.test_solver),
         ("checkpoint", str(folder.best)),
         ("metrics", str(folder.metrics)),
         *([] if samples is None else [("samples", str(samples))]),
     ]
     click.echo(f"\n{table(rows)}")
     if next_steps:
-        given = ",".join(f"{name}=VALUE" for name in recipe.task.given)
+        columns = recipe.data.given if isinstance(recipe.data, TableData) else ()
+        given = ",".join(f"{name}=VALUE" for name in columns)
         show_next(
             *([f"rnode-cli train --resume {run}"] if result.out_of_time else []),
             f"rnode-cli sample {run}" + (f" --given-values {shlex.quote(given)}" if given else ""),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..solvers import Solver
     from .evaluation.measures import Evaluation, Mean
-    from .recipes.task import AnyTask
+    from .recipes.kinds import AnyKind
     from .runs.contents import RunContents
 
 
@@ -74,7 +74,7 @@ NFE_TRAINING = Entry(
 
 
 def table_of(
-    task: AnyTask,
+    kind: AnyKind,
     *,
     penalties: Iterable[str],
     solvers: Iterable[Solver],
@@ -82,30 +82,30 @@ def table_of(
     whole_jacobian: bool,
     compared: tuple[str, str] = ("the training solver", "the test solver"),
 ) -> dict[str, Entry]:
-    """The table of quantities of some runs with the same task, by key and in the order of a page.
+    """The table of quantities of some runs of one kind, by key and in the order of a page.
 
     Args:
-        task: has the scores and the baselines, with their units.
+        kind: of the runs, with its scores and baselines and their units.
         penalties: names of the measured penalties.
         solvers: the solvers that evaluate.
         evaluations: the results, whose batches the NFE belong to; empty for runs without a result.
         whole_jacobian: see :class:`~rnode_plugin.experiments.evaluation.measures.Evaluation`.
         compared: the two solvers of the gap.
     """
-    unit, by = f" {task.short_unit}", " or ".join(dict.fromkeys(each.text for each in solvers))
+    unit, by = f" {kind.short_unit}", " or ".join(dict.fromkeys(each.text for each in solvers))
     batches = dict.fromkeys((each.nfe_batches, each.nfe_batch_size) for each in evaluations)
-    of = " or ".join(f"{count} of {size} {task.samples}" for count, size in batches)
+    of = " or ".join(f"{count} of {size} {kind.samples}" for count, size in batches)
     undivided = {name for each in evaluations for name in each.undivided}
-    likelihood = task.likelihood
+    likelihood = kind.likelihood
     scores = {
         each.name: Entry(
             heading=each.heading,
             meaning=each.meaning,
             unit=unit,
             has_error=True,
-            over_samples=each in task.baselines,
+            over_samples=each in kind.baselines,
         )
-        for each in (*task.quantities, *task.baselines)
+        for each in (*kind.quantities, *kind.baselines)
     }
     return {
         **scores,
@@ -153,7 +153,7 @@ def numbers_of(run: RunContents) -> dict[str, float]:
 
     Scores, test NFE and penalties belong to the best weights or, without a result, to the last validation.
     """
-    metrics, task, result = run.metrics, run.recipe.task, run.result
+    metrics, kind, result = run.metrics, run.recipe.kind, run.result
     validated = {name.removeprefix("val/"): values for name, values in metrics.validations.items()}
     if result is not None and (found := run.evaluation) is not None:
         # JSON has no infinity, which the gap of a training solver is that fails
@@ -168,7 +168,7 @@ def numbers_of(run: RunContents) -> dict[str, float]:
     else:
         measured = {
             **{name: _last(validated[name]) for name in run.recipe.measured if name in validated},
-            task.quantities[0].name: _last(validated.get(task.metric)),
+            kind.quantities[0].name: _last(validated.get(kind.metric)),
             "nfe_test": _last(validated.get("nfe")),
             "gap": _last(validated.get("gap")),
             "training_seconds": _last(metrics.steps["train_seconds"]),
@@ -189,9 +189,9 @@ def _last(values: NDArray[np.float64] | None) -> float:
 
 
 def scores_of(run: RunContents) -> NDArray[np.float64]:
-    """The score of each held-out sample, as the first quantity of the task; empty if unknown."""
+    """The score of each held-out sample, as the first quantity of the kind; empty if unknown."""
     means = {} if run.evaluation is None else run.evaluation.means
-    mean = means.get(run.recipe.task.quantities[0].name)
+    mean = means.get(run.recipe.kind.quantities[0].name)
     return np.array([] if mean is None else mean.samples)
 
 
@@ -208,13 +208,13 @@ def state_of(run: RunContents) -> str:
     return f"step {run.result.steps:,} of {run.result.planned:,}{limit}"
 
 
-def progress_text(values: Mapping[str, SupportsFloat], task: AnyTask) -> str:
+def progress_text(values: Mapping[str, SupportsFloat], kind: AnyKind) -> str:
     """Write the logged ``values`` that a line of progress shows, by their names in ``metrics.csv``."""
     shown = {
-        f"train/{task.metric}": (task.likelihood, 4),
+        f"train/{kind.metric}": (kind.likelihood, 4),
         "train/matching": ("matching error", 4),
         "train/nfe": ("NFE", 0),
-        f"val/{task.metric}": (f"val {task.likelihood}", 4),
+        f"val/{kind.metric}": (f"val {kind.likelihood}", 4),
     }
     known = [(heading, places, values[name]) for name, (heading, places) in shown.items() if name in values]
     return "  ".join(f"{heading} {float(value):.{places}f}" for heading, places, value in known)
@@ -225,14 +225,14 @@ def progress_text(values: Mapping[str, SupportsFloat], task: AnyTask) -> str:
 
 def result_rows(
     evaluation: Evaluation,
-    task: AnyTask,
+    kind: AnyKind,
     solver: Solver,
     *,
     compared: tuple[str, str] = ("the training solver", "the test solver"),
 ) -> list[tuple[str, str]]:
     """Write an evaluation by ``solver`` for a terminal, one row each; ``compared`` are the solvers of the gap."""
     table = table_of(
-        task,
+        kind,
         penalties=evaluation.penalties,
         solvers=[solver],
         evaluations=[evaluation],
@@ -240,16 +240,16 @@ def result_rows(
         compared=compared,
     )
     draws = f", {evaluation.draws} draws of noise" if evaluation.draws > 1 else ""
-    rows = [(f"held-out {task.samples}", f"{evaluation.samples:,}{draws}")]
+    rows = [(f"held-out {kind.samples}", f"{evaluation.samples:,}{draws}")]
     rows += [
-        entry.row(_with_errors(evaluation.means[key], task))
+        entry.row(_with_errors(evaluation.means[key], kind))
         for key, entry in table.items()
         if key in evaluation.means
     ]
     if (bound := evaluation.bound) is not None:
-        text = f"{_with_errors(bound, task)}  log of the mean density of the draws: no score of one draw"
-        rows.append((f"{task.unit}, bound of {evaluation.draws}", text))
-    if (warning := worse_than_baseline([evaluation], task)) is not None:
+        text = f"{_with_errors(bound, kind)}  log of the mean density of the draws: no score of one draw"
+        rows.append((f"{kind.unit}, bound of {evaluation.draws}", text))
+    if (warning := worse_than_baseline([evaluation], kind)) is not None:
         rows.append(("warning", warning))
     few, many, nfe = evaluation.nfe_min, evaluation.nfe_max, table["nfe_test"]
     rows.append(nfe.row(nfe.text(evaluation.nfe_mean) + ("" if few == many else f" ({few} to {many})")))
@@ -259,24 +259,24 @@ def result_rows(
     return [*rows, ("evaluation", duration(evaluation.seconds))]
 
 
-def _with_errors(mean: Mean, task: AnyTask) -> str:
-    errors = [] if mean.stderr is None else [f"± {significant(mean.stderr, 2)} ({task.samples})"]
+def _with_errors(mean: Mean, kind: AnyKind) -> str:
+    errors = [] if mean.stderr is None else [f"± {significant(mean.stderr, 2)} ({kind.samples})"]
     errors += [] if mean.stderr_noise is None else [f"± {significant(mean.stderr_noise, 2)} (noise)"]
     return " ".join([f"{mean.mean:.4f}", *errors])
 
 
-def worse_than_baseline(evaluations: Sequence[Evaluation], task: AnyTask) -> str | None:
+def worse_than_baseline(evaluations: Sequence[Evaluation], kind: AnyKind) -> str | None:
     """Say that a model is worse than a baseline in each of its ``evaluations``, one for each seed.
 
     None if that may be chance, sample by sample, or if the scores of the samples are unknown, as in a run without
     their file.
     """
-    for each in task.baselines:
-        excess = [_excess(one, task.quantities[0].name, each.name) for one in evaluations]
+    for each in kind.baselines:
+        excess = [_excess(one, kind.quantities[0].name, each.name) for one in evaluations]
         if excess and all(one > 0 for one in excess):  # NaN is not
             score = evaluations[0].means[each.name].mean
-            name = each.heading.removeprefix(f"{task.likelihood} of ")
-            return f"worse than {name} ({significant(score)} {task.unit}): train longer, or choose other settings"
+            name = each.heading.removeprefix(f"{kind.likelihood} of ")
+            return f"worse than {name} ({significant(score)} {kind.unit}): train longer, or choose other settings"
     return None
 
 

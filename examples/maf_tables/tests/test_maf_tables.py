@@ -12,6 +12,7 @@ import pytest
 from rnode_plugin import get_recipe
 from rnode_plugin.errors import ConfigError, DataError
 from rnode_plugin.experiments.data import get_table
+from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.plugins import registry
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -100,11 +101,11 @@ def test_bsds300_comes_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", COLUMNS)
 def test_recipes_and_what_is_said_of_a_missing_file(name: str, tmp_path: Path) -> None:
     recipe = get_recipe(name).override([f"data.root={tmp_path}"])
-    assert recipe.dims == COLUMNS[name]
+    assert recipe.data.event == COLUMNS[name]
     with pytest.raises(DataError, match=rf"{name} is missing: {tmp_path}.*zenodo\.org/records/1161203"):
-        recipe.load_data()
+        load_data(recipe)
     with pytest.raises(ConfigError, match=r"fixed split"):
-        recipe.override(["data.held_out=0.3"]).load_data()
+        load_data(recipe.override(["data.held_out=0.3"]))
 
 
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from ..data.facts import Facts
 from ..evaluation.loading import check_device
 from ..recipes.data import AnyData
 from ..recipes.recipe import Recipe, Training, differences
+from ..recipes.tasks import load_data, task_of
 from ..reports import Report, write_report
 from ..reports.runs import data_name
 from ..runs.results import Result
@@ -158,7 +159,7 @@ def _planned(recipes: Sequence[Recipe], out: Path, accelerator: str, *, download
     planned: dict[Path, Recipe] = {}
     for one in recipes:
         if one.data not in known:
-            known[one.data] = Facts.of(one.load_data(download=download), one.task.given)
+            known[one.data] = task_of(one.data).facts(load_data(one, download=download))
         folder = out / "runs" / one.name / str(one.training.seed)
         if folder in planned:
             raise ConfigError(f"two recipes have the name {one.name} and the seed {one.training.seed}.")

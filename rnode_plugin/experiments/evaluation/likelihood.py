@@ -23,6 +23,7 @@ from ...errors import ConfigError, check_count
 from ...solvers import Adaptive
 from ..data.images import ImageArray
 from ..recipes.images import ImageTask
+from ..recipes.kinds import AnyKind
 from ..recipes.task import AnyTask
 from .measures import Evaluation, Mean, batch_of
 
@@ -171,11 +172,11 @@ class _Solves:
     ) -> None:
         self._task, self._samples, self._solver = task, samples, solver
         self._seed, self._progress = seed, progress
-        self.flow = _with_least_noise(flow, task, exact=exact, warm_start=True)
+        self.flow = _with_least_noise(flow, task.kind, exact=exact, warm_start=True)
         # probes count the evaluations of a fixed grid and compare two solvers with the same noise, at a lower price
         self._probed = self.flow
         if exact:
-            self._probed = _with_least_noise(flow, task, exact=False, warm_start=False)
+            self._probed = _with_least_noise(flow, task.kind, exact=False, warm_start=False)
         self.batches = [slice(first, first + batch_size) for first in range(0, len(samples), batch_size)]
         self.scores: dict[tuple[int, int, int], Tensor] = {}
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
@@ -307,18 +308,18 @@ def _check_bound(bound: int, draws: int | None, task: AnyTask, solver: Solver) -
         )
 
 
-def _with_least_noise(flow: DensityModel, task: AnyTask, *, exact: bool, warm_start: bool) -> DensityModel:
+def _with_least_noise(flow: DensityModel, kind: AnyKind, *, exact: bool, warm_start: bool) -> DensityModel:
     """Return a copy of the flow, which shares its parameters, with the trace estimator for an evaluation."""
     estimator = flow.estimator
     if not estimator.is_exact:
         many = Exact() if exact else Hutchinson()
-        estimator = Exact(frobenius=True) if is_exact(flow, task) else many
+        estimator = Exact(frobenius=True) if is_exact(flow, kind) else many
     return flow.solved_with(estimator=estimator, regularizers=flow.regularizers, warm_start=warm_start)
 
 
-def is_exact(flow: DensityModel, task: AnyTask) -> bool:
+def is_exact(flow: DensityModel, kind: AnyKind) -> bool:
     """Whether an evaluation takes the exact trace, and the penalty ``jacfrob`` the norm of the whole Jacobian."""
-    return flow.estimator.is_exact or flow.dims <= task.kind.exact_dims
+    return flow.estimator.is_exact or flow.dims <= kind.exact_dims
 
 
 def has_whole_jacobian(flow: DensityModel) -> bool:

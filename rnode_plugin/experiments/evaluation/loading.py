@@ -16,6 +16,7 @@ from ..data import ImageData, Table
 from ..data.facts import Facts, overlap_warning, refuse_other_split
 from ..recipes.recipe import Recipe
 from ..recipes.task import FlowInput
+from ..recipes.tasks import load_data, task_of
 
 
 def load_for_evaluation(
@@ -28,10 +29,10 @@ def load_for_evaluation(
 
     Raises:
         DataError: the table that the recipe names has changed since the training, or see
-            :meth:`~rnode_plugin.experiments.recipes.recipe.Recipe.load_data`.
-        ConfigError: see ``Recipe.load_data``.
+            :func:`~rnode_plugin.experiments.recipes.tasks.load_data`.
+        ConfigError: see ``load_data``.
     """
-    data = recipe.at_root(root).load_data(download=download, all_val=True)
+    data = load_data(recipe.at_root(root), download=download, all_val=True)
     if root is None and isinstance(data, Table):
         refuse_other_split(facts, data)
     if (doubt := overlap_warning(facts, data)) is not None:
@@ -94,4 +95,4 @@ def held_out_samples(recipe: Recipe, data: ImageData | Table, count: int, *, see
         # in the order of the file, so that a mapped file is read in one sweep, and then in random order again: a
         # caller that takes the first few must not get only the beginning of a folder
         batch = torch.from_numpy(np.ascontiguousarray(held_out[chosen.sort().values.numpy()]))
-        return recipe.task.inputs(batch[torch.randperm(len(batch))])
+        return task_of(recipe.data).inputs(batch[torch.randperm(len(batch))])

@@ -44,7 +44,7 @@ class Evaluation:
     Attributes:
         samples: number of held-out samples.
         means: the mean scores in the unit of the task, by the name of their
-            :class:`~rnode_plugin.experiments.recipes.task.Quantity`.
+            :class:`~rnode_plugin.experiments.recipes.kinds.Quantity`.
         draws: number of noise draws per sample.
         nfe_mean, nfe_min, nfe_max: evaluations of the vector fields in one solve, summed over all blocks. They are
             measured in separate solves of the first ``nfe_batches`` batches with ``nfe_batch_size`` samples each,
@@ -78,7 +78,7 @@ class Evaluation:
     bound: Mean | None = None
 
     def with_baselines(self, task: AnyTask, data: ImageData | Table) -> Evaluation:
-        """Return this evaluation with the means of the task's baselines, which are fitted to the training data."""
+        """Return this evaluation with the means of the baselines, which are fitted to the training data."""
         means = {name: _mean_of(each) for name, each in task.baseline_scores(data, self.samples).items()}
         return dataclasses.replace(self, means={**self.means, **means})
 

@@ -40,11 +40,9 @@ from .data import Data, TableData
 from .fields import CONFIG, KeptBy, listed, marks_of
 from .kinds import IMAGES, ROWS, AnyKind, at_root, refuse_repeated
 from .settings import Model, Optimizer, TableModel, Training
-from .task import AnyTask, load_data, task_of
 
 if TYPE_CHECKING:
     from ...core.distribution import DensityModel
-    from ..data import ImageData, Table
 
 __all__ = [
     "Data",
@@ -320,18 +318,6 @@ class Recipe:
     def kind(self) -> AnyKind:
         """What the recipe models, images or rows of a table, with its words and units."""
         return ROWS if isinstance(self.data, TableData) else IMAGES
-
-    @property
-    def task(self) -> AnyTask:
-        return task_of(self.data)
-
-    @property
-    def dims(self) -> int:
-        """Number of dimensions d of one sample: C*H*W of an image, or the modeled columns of a table."""
-        return self.task.dims
-
-    def load_data(self, *, download: bool = False, all_val: bool = False) -> ImageData | Table:
-        return load_data(self, download=download, all_val=all_val)
 
     def at_root(self, root: str | None) -> Recipe:
         """Return the recipe with its data at another place. A table keeps its columns, and may be another table.

@@ -1,12 +1,12 @@
 """``Task`` trains, measures and draws what a recipe models: images or rows of a table.
 
-``task_of`` makes an :class:`~rnode_plugin.experiments.recipes.images.ImageTask` or a
-:class:`~rnode_plugin.experiments.recipes.rows.RowTask` of data settings. This module is imported without torch.
+It is an :class:`~rnode_plugin.experiments.recipes.images.ImageTask` or a
+:class:`~rnode_plugin.experiments.recipes.rows.RowTask`, made of data settings by
+:func:`~rnode_plugin.experiments.recipes.tasks.task_of`. This module is imported without torch.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ...core.distribution import DensityModel
     from ..data import ImageData, Table
     from ..data.facts import Facts
-    from .recipe import Recipe
 
 S = TypeVar("S", Data, TableData)
 """The data settings of a task."""
@@ -87,29 +86,6 @@ class Task(ABC, Generic[S, D]):
 
     def __init__(self, settings: S) -> None:
         self.settings = settings
-
-    # words, until their readers ask the kind ---------------------------------------------------------------------
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "settings":
-            raise AttributeError(name)
-        settings, kind = self.settings, self.kind
-        if name in ("file", "draws_while_training", "noisy"):
-            return {"file": kind.scores_file, "draws_while_training": kind.has_grid,
-                    "noisy": kind.quantities[0].noisy}[name]  # fmt: skip
-        if name in ("columns", "subject", "given"):
-            of_rows = isinstance(settings, TableData)
-            return {"columns": settings.modeled if of_rows else (), "given": settings.given if of_rows else (),
-                    "subject": settings.text if of_rows else "images"}[name]  # fmt: skip
-        if name == "dims":
-            event = settings.event
-            return event if isinstance(event, int) else math.prod(event)
-        if name == "prepare":
-            return self.fit_statistics
-        return getattr(kind, name)
-
-    def grid_rows(self, temperatures: tuple[float, ...]) -> tuple[float, ...]:
-        return temperatures if self.kind.has_grid else ()
 
     # data ------------------------------------------------------------------------------------------------------
 
@@ -235,27 +211,3 @@ def check_place(settings: AnyData) -> None:
 
 AnyTask: TypeAlias = Task[Any, Any]
 """The task of a recipe, whose kind of data only the recipe knows. Data that it has loaded fit its task."""
-
-
-def task_of(settings: AnyData) -> AnyTask:
-    """Make the task of data settings."""
-    # here, because both import torch and this module
-    from .images import ImageTask
-    from .rows import RowTask
-
-    return RowTask(settings) if isinstance(settings, TableData) else ImageTask(settings)
-
-
-def load_data(recipe: Recipe, *, download: bool = False, all_val: bool = False) -> ImageData | Table:
-    """Load the images or the table of a recipe, with as many samples as the recipe says.
-
-    Args:
-        recipe: all settings.
-        download: fetch them if they are missing.
-        all_val: ignore ``training.val_images`` and keep all samples for validation.
-
-    Raises:
-        DataError, ConfigError: see :meth:`Task.load`.
-    """
-    val_images = None if all_val else recipe.training.val_images
-    return task_of(recipe.data).load(download=download, val_images=val_images)

@@ -18,8 +18,8 @@ from ...errors import RnodeError
 from ..evaluation.likelihood import has_whole_jacobian
 from ..evaluation.measures import Evaluation
 from ..quantities import numbers_of, scores_of
+from ..recipes.kinds import AnyKind
 from ..recipes.recipe import Recipe, as_text, differences
-from ..recipes.task import AnyTask
 from ..runs.contents import RunContents
 from .runs import data_name, data_text, given_name, penalties_of
 
@@ -52,10 +52,10 @@ class Configuration:
         """The settings that its runs share. The seed is the one of the first run."""
         return self.runs[0].recipe
 
-    @functools.cached_property
-    def task(self) -> AnyTask:
-        """The task of the recipe, which has the words and units. All tasks of a report are of one kind."""
-        return self.recipe.task
+    @property
+    def kind(self) -> AnyKind:
+        """What the runs of a report model, with its words and units. All have one kind."""
+        return self.recipe.kind
 
     @functools.cached_property
     def flow(self) -> DensityModel | None:
@@ -211,7 +211,7 @@ def _with_lambdas(recipe: Recipe) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean of paired differences, in the unit of the task.
+    """A mean of paired differences, in the unit of the kind.
 
     Attributes:
         mean: the mean, negative if the configuration is better than the one that it is compared with.
@@ -247,7 +247,7 @@ def base_of(configurations: Sequence[Configuration]) -> Configuration:
 def paired_difference(one: Configuration, base: Configuration) -> Difference | None:
     """Scores of ``one`` minus scores of ``base`` on the same held-out samples with the same noise and test solver.
 
-    The scores are the first quantity of the task, which is dirty bits/dim for images. The error is over the
+    The scores are the first quantity of the kind, which is dirty bits/dim for images. The error is over the
     samples, each with its mean difference over the seeds that both have. With several seeds the error over the
     seeds is added in quadrature, with the degrees of freedom of Welch and Satterthwaite. None if nothing can be
     paired.

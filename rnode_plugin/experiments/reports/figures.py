@@ -105,10 +105,10 @@ def make_panels(configurations: Sequence[Configuration]) -> list[Panel]:
 
 
 def _panels(configurations: Sequence[Configuration]) -> Iterator[Panel]:
-    task = configurations[0].task
-    likelihood, samples = task.likelihood, task.samples
+    kind = configurations[0].kind
+    likelihood, samples = kind.likelihood, kind.samples
     table = quantities(configurations, validated=True)
-    both = task.quantities[0].name, "nfe_test"
+    both = kind.quantities[0].name, "nfe_test"
     points = [one for one in configurations if all(math.isfinite(one.mean(name)) for name in both)]
     if len(points) > 1:
         caption = (
@@ -136,10 +136,10 @@ def _panels(configurations: Sequence[Configuration]) -> Iterator[Panel]:
     curves = [
         _Curve("nfe-training", "NFE during training", "epoch", ("train/nfe", "val/nfe"), epoch, "NFE",
                during, caption),
-        _Curve("score-training", f"Training {likelihood}", "train_seconds", (f"train/{task.metric}",), time,
-               f"training batches, {task.score}", during, f"Each line is a run: {averaged}.", unit),
-        _Curve("score-validation", f"Held-out {likelihood}", "train_seconds", (f"val/{task.metric}",), time,
-               f"held-out, {task.score}", during, check, unit),
+        _Curve("score-training", f"Training {likelihood}", "train_seconds", (f"train/{kind.metric}",), time,
+               f"training batches, {kind.score}", during, f"Each line is a run: {averaged}.", unit),
+        _Curve("score-validation", f"Held-out {likelihood}", "train_seconds", (f"val/{kind.metric}",), time,
+               f"held-out, {kind.score}", during, check, unit),
     ]  # fmt: skip
     if len(configurations) > 1:
         section = "What the penalties do during training"
@@ -237,11 +237,11 @@ def _plain_text(label: str) -> str:
 
 def _trade_off(axes: Axes, configurations: Sequence[Configuration]) -> None:
     """Draw a mark with error bars for each configuration. Marks are hollow, because one may lie on another."""
-    task = configurations[0].task
-    name = task.quantities[0].name
+    kind = configurations[0].kind
+    name = kind.quantities[0].name
     for one in configurations:
         axes.errorbar(one.mean("nfe_test"), one.mean(name), xerr=one.error("nfe_test"), yerr=one.error(name),
                       markersize=7, markerfacecolor="none", markeredgewidth=1.6, elinewidth=1, capsize=2,
                       label=_plain_text(one.label), **{**one.look, "linestyle": "none"})  # fmt: skip
     whole_numbers(axes, "x")
-    finish(axes, quantities(configurations)["nfe_test"].heading, f"held-out, {task.score}")
+    finish(axes, quantities(configurations)["nfe_test"].heading, f"held-out, {kind.score}")

@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ...diagnostics.result import VERDICTS, Check
 from ..quantities import state_of
 from ..recipes.recipe import as_text
+from ..recipes.tasks import task_of
 from ..runs.contents import RunContents
 from .configurations import Configuration
 from .diagnosis import draw_check
@@ -151,9 +152,9 @@ def _diagnoses(configurations: Sequence[Configuration]) -> Iterator[_Diagnosed]:
 
 def _units(one: Configuration, dims: int) -> str:
     """How the NLL of a diagnosis becomes a score, which is linear in it, and which solvers its NFE belong to."""
-    task = one.task
+    kind, task = one.kind, task_of(one.recipe.data)
     zero, unit = task.scores(torch.tensor([0.0, -dims], dtype=torch.float64)).tolist()
-    score = task.unit if task.unit == task.likelihood else f"{task.likelihood} [{task.unit}]"
+    score = kind.unit if kind.unit == kind.likelihood else f"{kind.likelihood} [{kind.unit}]"
     shift = f"{zero:.4f} + " if zero else ""
     return (
         f"{score} = {shift}{unit - zero:.5g} × NLL [nats/dim]. The NFE of a check are by the solvers and at the "
@@ -170,5 +171,5 @@ def _grids(configurations: Sequence[Configuration]) -> Iterator[_Grid]:
         run, found = known
         origin = "best weights" if found.step is None else f"weights of step {found.step}"
         label = re.sub(r"[^a-z0-9._]+", "-", one.label.lower())[:60].strip("-.")  # file systems limit the length
-        temperatures = one.task.grid_rows(one.recipe.training.sample_temperatures)
+        temperatures = one.recipe.training.sample_temperatures if one.kind.has_grid else ()
         yield _Grid(f"samples-{number}-{label}", one.label, run, found.path.read_bytes(), temperatures, origin)

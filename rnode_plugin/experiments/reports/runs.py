@@ -10,9 +10,7 @@ from pathlib import Path
 from ...core.schedules import final_strength
 from ...errors import ConfigError
 from ...plugins import registry
-from ..data.images import shown
 from ..quantities import steps_of
-from ..recipes.data import TableData
 from ..recipes.recipe import Recipe
 from ..runs.contents import RunContents
 from ..runs.run import Run
@@ -61,8 +59,7 @@ def data_text(recipe: Recipe) -> str:
     """The data of a recipe with all that makes scores comparable, as ``mnist (1x28x28, 256 levels)``."""
     data = recipe.data
     place = data.root if own_data(recipe) else data.name
-    what = recipe.task.subject if isinstance(data, TableData) else f"{shown(data.shape)}, {data.levels} levels"
-    return f"{place} ({what})"
+    return f"{place} ({data.text})"
 
 
 def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[RunContents], list[str]]:
@@ -96,7 +93,7 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[RunContents
                 left_out[f"{each.path} has no logged step of likelihood."] = None
     if not runs:
         raise ConfigError(" ".join(left_out))
-    kinds = {run.recipe.task.metric: run for run in runs.values()}
+    kinds = {run.recipe.kind.metric: run for run in runs.values()}
     if len(kinds) > 1:
         paths = " and ".join(str(run.path) for run in kinds.values())
         raise ConfigError(

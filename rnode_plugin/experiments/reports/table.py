@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ...core.schedules import strength_text
 from ...text import change_with_error
 from ..quantities import Entry, state_of, steps_of, table_of, worse_than_baseline
-from ..recipes.task import AnyTask
+from ..recipes.kinds import AnyKind
 from ..runs.contents import RunContents
 from .configurations import Configuration, Difference, base_of, paired_difference
 
@@ -62,7 +62,7 @@ def quantities(configurations: Sequence[Configuration], *, validated: bool = Fal
     evaluations = [each for one in configurations for each in one.evaluations]
     known = *(one.recipe.measured for one in configurations), *(each.penalties for each in evaluations)
     return table_of(
-        configurations[0].task,
+        configurations[0].kind,
         penalties=dict.fromkeys(itertools.chain(*known)),
         solvers=[one.recipe.test_solver for one in configurations],
         evaluations=evaluations,
@@ -72,12 +72,12 @@ def quantities(configurations: Sequence[Configuration], *, validated: bool = Fal
 
 def _main_lines(configurations: Sequence[Configuration], base: Configuration) -> Iterator[_Line]:
     """The rows that are always shown, in their order."""
-    task = base.task
+    kind = base.kind
     for key, entry in quantities(configurations).items():
         if not entry.folded:
             yield entry.heading, entry.meaning, _known(key, entry)
-        if key == task.quantities[0].name:
-            meaning = f"{entry.heading}, {task.sample} by {task.sample}"
+        if key == kind.quantities[0].name:
+            meaning = f"{entry.heading}, {kind.sample} by {kind.sample}"
             yield f"against {base.label}", meaning, lambda one: _difference(one, base)
     yield "λ", "weights of the penalties", lambdas_text
 
@@ -92,7 +92,7 @@ def _detail_lines(configurations: Sequence[Configuration]) -> Iterator[_Line]:
     yield "test solver", "", lambda one: one.recipe.test_solver.text
     yield "weights", "that are measured", lambda one: one.recipe.weights
     yield "seeds", "", lambda one: ", ".join(str(run.recipe.training.seed) for run in one.measured_runs)
-    yield f"held-out {configurations[0].task.samples}", "measured for the scores and penalties", _held_out
+    yield f"held-out {configurations[0].kind.samples}", "measured for the scores and penalties", _held_out
     yield "device", "of each run", _each(lambda run: run.environment.device if run.environment else "")
     yield "devices", "that train a run together", _each(lambda run: run.devices if run.environment else "")
     yield "threads", "of each run", _each(lambda run: run.environment.threads if run.environment else "")
@@ -109,15 +109,15 @@ def _known(key: str, entry: Entry) -> _Cell:
 
 def _difference(one: Configuration, base: Configuration) -> str:
     found = _compared(one, base)
-    return "" if found is None else f"{_change(found, one.task)}: {found.verdict}"
+    return "" if found is None else f"{_change(found, one.kind)}: {found.verdict}"
 
 
 def _compared(one: Configuration, base: Configuration) -> Difference | None:
     return None if one is base else paired_difference(one, base)
 
 
-def _change(found: Difference, task: AnyTask) -> str:
-    return f"{change_with_error(found.mean, found.error)} {task.short_unit}"
+def _change(found: Difference, kind: AnyKind) -> str:
+    return f"{change_with_error(found.mean, found.error)} {kind.short_unit}"
 
 
 def _each(text: Callable[[RunContents], object]) -> _Cell:
@@ -143,12 +143,12 @@ def lambdas_text(one: Configuration) -> str:
 
 
 def _notes(configurations: Sequence[Configuration], base: Configuration) -> Iterator[str]:
-    task, samples = base.task, base.task.samples
-    over_samples = "".join(f" The error of “{each.heading}” is over the {samples}." for each in task.baselines)
+    kind, samples = base.kind, base.kind.samples
+    over_samples = "".join(f" The error of “{each.heading}” is over the {samples}." for each in kind.baselines)
     yield (
         f"± is the standard error over the seeds, or over the held-out {samples} if there is one seed."
         f"{over_samples} Scores, test NFE and penalties are measured with the weights that have the lowest "
-        f"validation {task.likelihood}. A run that is not finished counts only if its configuration has no "
+        f"validation {kind.likelihood}. A run that is not finished counts only if its configuration has no "
         "finished one, with its last validation and without an error. Lower is better."
     )
     for one in configurations:
@@ -160,7 +160,7 @@ def _notes(configurations: Sequence[Configuration], base: Configuration) -> Iter
             )
     if any(_compared(one, base) for one in configurations):
         yield (
-            f"The row “against {base.label}” compares two configurations {task.sample} by {task.sample}. Errors "
+            f"The row “against {base.label}” compares two configurations {kind.sample} by {kind.sample}. Errors "
             "that both share drop out of it. It reads “better” or “worse” if the 95 % interval of the mean "
             f"difference excludes zero. The interval covers the choice of the {samples}. With one seed it does not "
             "cover the luck of a training run. Train several seeds (--seeds 3) to cover both."
@@ -175,7 +175,7 @@ def summary(configurations: Sequence[Configuration]) -> list[str]:
 
 def _sentence(one: Configuration, table: Mapping[str, Entry], base: Configuration) -> str:
     """A sentence on the scores of a configuration and on its price, or on how far it has come."""
-    task, score, states = one.task, one.task.quantities[0].name, ", ".join(map(state_of, one.measured_runs))
+    kind, score, states = one.kind, one.kind.quantities[0].name, ", ".join(map(state_of, one.measured_runs))
 
     def known(key: str) -> str:
         return _known(key, table[key])(one)
@@ -184,16 +184,16 @@ def _sentence(one: Configuration, table: Mapping[str, Entry], base: Configuratio
         return f"{one.label} has not been validated yet ({states})."
     if not one.evaluations:
         return (
-            f"{one.label} is {states}. The last validation of its training has {known(score)}{task.per_sample} on "
-            f"held-out {task.samples} at {known('nfe_test')} evaluations for a solve, without an error."
+            f"{one.label} is {states}. The last validation of its training has {known(score)}{kind.per_sample} on "
+            f"held-out {kind.samples} at {known('nfe_test')} evaluations for a solve, without an error."
         )
     limited = any(run.result is not None and run.result.out_of_time for run in one.measured_runs)
     text = (
-        f"{one.label}{f' ({states})' if limited else ''} reaches {known(score)}{task.per_sample} on held-out "
-        f"{task.samples} with {known('nfe_test')} evaluations for a solve, after {known('training_seconds')} of "
+        f"{one.label}{f' ({states})' if limited else ''} reaches {known(score)}{kind.per_sample} on held-out "
+        f"{kind.samples} with {known('nfe_test')} evaluations for a solve, after {known('training_seconds')} of "
         "training"
     )
     if (found := _compared(one, base)) is not None:
-        text += f", {_change(found, task)} against {base.label} ({found.verdict})"
-    warning = worse_than_baseline(one.evaluations, task)
+        text += f", {_change(found, kind)} against {base.label} ({found.verdict})"
+    warning = worse_than_baseline(one.evaluations, kind)
     return f"{text}." if warning is None else f"{text}. It is {warning}."

@@ -154,7 +154,7 @@ class Run:
         return self.path / "environment.json"
 
     def _scores(self, recipe: Recipe) -> Path:
-        return self.path / recipe.task.file
+        return self.path / recipe.kind.scores_file
 
     def _pictures(self) -> dict[int, Path]:
         """Find the pictures that validations have drawn, by step."""
@@ -228,7 +228,7 @@ class Run:
         """
         from .results import write_result
 
-        write_result(self.result, result, self._scores(recipe), recipe.task.sample, numbers)
+        write_result(self.result, result, self._scores(recipe), recipe.kind.sample, numbers)
         # a diagnosis that was made while the run trained may be of other weights
         self.diagnosis.unlink(missing_ok=True)
         shutil.rmtree(self.figures, ignore_errors=True)
@@ -269,8 +269,8 @@ class Run:
         from .results import read_diagnosis, read_result, refuse_cut_off
 
         recipe = self.recipe()
-        metrics = read_metrics(self.metrics, recipe.task.metric)
-        result = read_result(self.result, self._scores(recipe), recipe.task.sample)
+        metrics = read_metrics(self.metrics, recipe.kind.metric)
+        result = read_result(self.result, self._scores(recipe), recipe.kind.sample)
         # a result promises all rows. Without this check a copy that was cut off would give shorter curves in
         # silence
         if result is not None:

@@ -151,7 +151,7 @@ class AfterStep(Checkpoint):
         found = trainer.callback_metrics.items()
         row = {name: float(value) for name, value in found if name.startswith("val/")}
         self._write(trainer, row)
-        metric = self._recipe.task.metric
+        metric = self._recipe.kind.metric
         # before the checkpoints are saved, so that neither of them holds these weights
         if not math.isfinite(score := row[f"val/{metric}"]):
             raise TrainingError(f"the validation {metric} is {score}.")

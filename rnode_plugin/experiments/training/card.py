@@ -123,18 +123,18 @@ def _data(recipe: Recipe, facts: Facts | None) -> str:
         shape = "x".join(map(str, recipe.data.shape))
         return f"`{name}`: images of {shape} (channels, height, width) with {recipe.data.levels} levels."
     rows = "" if facts is None or facts.rows is None else f", {facts.rows:,} rows in all parts"
-    return f"`{name}`: a table with the columns {_line(recipe.task.subject)}{rows}."
+    return f"`{name}`: a table with the columns {_line(recipe.data.text)}{rows}."
 
 
 def _result(flow: DensityModel, run: RunContents | None) -> str:
     if run is None or run.evaluation is None:
         ended = "" if run is None else f" The run was {state_of(run)}."
         return f"No result of these weights is known.{ended}"
-    task, solver = run.recipe.task, run.recipe.test_solver
-    trace = "exact" if is_exact(flow, task) else "estimated with Rademacher probes"
-    rows = [*result_rows(run.evaluation, task, solver), ("trace", trace)]
+    kind, solver = run.recipe.kind, run.recipe.test_solver
+    trace = "exact" if is_exact(flow, kind) else "estimated with Rademacher probes"
+    rows = [*result_rows(run.evaluation, kind, solver), ("trace", trace)]
     errors = (
-        f"± is a standard error, of the choice of {task.samples} or of the noise, which is the spread between two "
+        f"± is a standard error, of the choice of {kind.samples} or of the noise, which is the spread between two "
         "evaluations. NFE is the number of evaluations of the vector fields in one solve, with a fresh first step."
     )
     return f"{_table('measured', rows)}\n\n{errors}"
@@ -145,7 +145,7 @@ def _recipe(recipe: Recipe, run: RunContents | None) -> str:
         ("penalties, λ", ", ".join(f"{name} {each}" for name, each in recipe.regularizers.items()) or "none"),
         ("training solver", recipe.solver.text),
         ("optimizer", f"{recipe.optimizer.name}, learning rate {recipe.optimizer.lr:g}"),
-        ("batch", f"{recipe.data.batch_size} {recipe.task.samples} per device and step"),
+        ("batch", f"{recipe.data.batch_size} {recipe.kind.samples} per device and step"),
         ("weights", recipe.weights),
     ]
     if run is not None and run.result is not None:

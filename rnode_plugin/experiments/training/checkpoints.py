@@ -26,6 +26,7 @@ from ...errors import CheckpointError, ConfigError, PluginError, first_line
 from ...files import SAFETENSORS, write_atomically
 from ..data import ImageData, Table
 from ..data.facts import Facts, overlap_warning
+from ..recipes.data import AnyData, TableData
 from ..recipes.recipe import Recipe
 from ..runs.contents import RunContents
 from ..runs.run import LAST, checkpoint_files, find_checkpoint
@@ -177,19 +178,22 @@ def load_weights(
 
     Raises:
         CheckpointError: the file is missing, truncated, or from another program, or its weights belong to a model
-            of another shape or of other columns.
+            of another shape or of other data.
     """
     file = find_checkpoint(path)
     contents = read_checkpoint(file)
-    there, here = recipe_of(contents, file).task, recipe.task
+    there, here = recipe_of(contents, file).data, recipe.data
     # the weights include the mean and deviation of each column, which would scale other columns without an error
-    if (there.columns, there.given) != (here.columns, here.given):
-        raise CheckpointError(
-            f"the weights of {file} are of other columns: {there.subject} there and {here.subject} here."
-        )
+    if _columns(there) != _columns(here):
+        raise CheckpointError(f"the weights of {file} are of other data: {there.text} there and {here.text} here.")
     put_weights(flow, contents, f"the weights of {file} do not fit this model")
     if data is not None and (doubt := overlap_warning(facts_of(contents), data)) is not None:
         print(f"{file}: {doubt}", file=sys.stderr)
+
+
+def _columns(data: AnyData) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """Return the modeled and the given columns of a table; None for images."""
+    return (data.modeled, data.given) if isinstance(data, TableData) else None
 
 
 def _state_in(contents: Contents) -> dict[str, object]:

@@ -16,6 +16,7 @@ from ...core.random_streams import Stream, stream_seed
 from ..data import ImageArray, ImageData, Table
 from ..data.batches import ArrayDataset, keep_batch
 from ..recipes.recipe import Recipe
+from ..recipes.tasks import task_of
 from .plan import batch_size, check_held_out, steps_per_epoch
 
 if TYPE_CHECKING:
@@ -143,13 +144,16 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
             DataError: the data set is missing or does not fit the recipe.
         """
         if self._data is None:
-            self._data = cast("D", self.recipe.load_data())  # a recipe loads the kind of data that it models
+            self._data = self._load()
         return self._data
+
+    def _load(self, *, download: bool = False) -> D:
+        return task_of(self.recipe.data).load(download=download, val_images=self.recipe.training.val_images)
 
     def prepare_data(self) -> None:
         """Download the data set if it is missing. Lightning calls this in one process per machine."""
         if self._data is None and self._download:
-            self.recipe.load_data(download=True)
+            self._load(download=True)
 
     def setup(self, stage: str) -> None:
         devices = self._share[0]

@@ -11,6 +11,7 @@ from ..data import ImageData, Table
 from ..data.facts import Facts
 from ..recipes.recipe import Recipe
 from ..recipes.task import AnyTask
+from ..recipes.tasks import load_data, task_of
 from .checkpoints import load_weights
 from .plan import Resumed, RunPlan, check_held_out
 from .step import Loss, loss_of
@@ -73,10 +74,10 @@ class Experiment:
             PluginError: a plugin failed.
         """
         if data is None:
-            data = recipe.load_data(download=download)
+            data = load_data(recipe, download=download)
         flow = new_flow(recipe)
         # before the weights, because a checkpoint brings its own means and deviations and must have the last word
-        recipe.task.prepare(flow, data)
+        task_of(recipe.data).fit_statistics(flow, data)
         if resumed is not None:
             resumed.put_into(flow, data)
         elif recipe.training.weights is not None:
@@ -99,7 +100,7 @@ class Experiment:
     @functools.cached_property
     def facts(self) -> Facts:
         """The facts of the data, which checkpoints of the run keep."""
-        now = Facts.of(self.data, self.task.given)
+        now = self.task.facts(self.data)
         return now if self.resumed is None else self.resumed.facts_with(now)
 
     @property
@@ -107,10 +108,10 @@ class Experiment:
         """The number of steps that the run has taken before."""
         return 0 if self.resumed is None else self.resumed.done
 
-    @property
+    @functools.cached_property
     def task(self) -> AnyTask:
-        """The task of the recipe, images or rows of a table, with its scores, words and units."""
-        return self.recipe.task
+        """What the recipe models, which loads, scores and draws samples."""
+        return task_of(self.recipe.data)
 
 
 def new_flow(recipe: Recipe) -> DensityModel:

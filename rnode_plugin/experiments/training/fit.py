@@ -190,9 +190,9 @@ def _opened(experiment: Experiment, place: Place, options: RunOptions) -> Iterat
 
 def _announce(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, run: Run) -> None:
     """Print the first lines of a run: its model, data, steps, device and folder."""
-    recipe, data, task = experiment.recipe, experiment.data, experiment.task
+    recipe, data = experiment.recipe, experiment.data
     parameters = sum(p.numel() for p in experiment.flow.parameters())
-    counts = f"{len(data.train):,} training and {len(data.held_out):,} held-out {task.samples}"
+    counts = f"{len(data.train):,} training and {len(data.held_out):,} held-out {recipe.kind.samples}"
     if data.held_out is not data.val:  # the data of a table have three parts
         counts += f", {len(data.val):,} to choose the weights by"
     device, world = trainer.strategy.root_device, trainer.world_size
@@ -201,7 +201,7 @@ def _announce(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, run: Ru
     if (whole := batch * world * accumulate) > batch:  # by which a learning rate and the figures of a paper go
         size += f" x {world} devices" if world > 1 else ""
         size += f" x {accumulate} times" if accumulate > 1 else ""
-        size += f" = {whole:,} {task.samples} a step"
+        size += f" = {whole:,} {recipe.kind.samples} a step"
     print(f"{recipe.name}: {parameters:,} parameters, {counts}")
     print(data.described())
     where = f"{trainer.precision}, {world} x {device}, in {run.path}"

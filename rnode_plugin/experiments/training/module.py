@@ -19,6 +19,7 @@ from ...errors import CompilerError, ConfigError, LocalError, SolverError, Train
 from ...fields import compile_fields
 from ..data.facts import Facts, overlap_warning
 from ..recipes.recipe import Recipe
+from ..recipes.tasks import task_of
 from .checkpoints import facts_of, header_with, load_weights
 from .datamodule import RecipeDataModule
 from .experiment import new_flow
@@ -97,7 +98,7 @@ class RnodeModule(L.LightningModule):
             recipe = Recipe.from_plain(recipe)
         # as plain data, because a checkpoint with an object of ours could only be read by running code
         self.save_hyperparameters({"recipe": recipe.to_plain()})
-        self.recipe, self.task = recipe, recipe.task
+        self.recipe, self.task = recipe, task_of(recipe.data)
         self.flow = new_flow(recipe) if flow is None else flow
         self.loss = loss_of(self.flow, recipe) if loss is None else loss
         self.facts, self._compares = facts, facts is None  # the caller has compared the facts with the data
@@ -192,7 +193,7 @@ class RnodeModule(L.LightningModule):
             # Lightning repeats the last value of a name in each later step, where it would look measured
             values = {**values, "train/matching": math.nan}
         for name, value in values.items():
-            shown = name in (f"train/{self.task.metric}", "train/matching", "train/nfe")
+            shown = name in (f"train/{self.task.kind.metric}", "train/matching", "train/nfe")
             self.log(name, value, prog_bar=shown, logger=self._to_loggers)
 
     def _why_skipped(self) -> str:
@@ -225,7 +226,7 @@ class RnodeModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Show the training samples to a model that the module itself has built."""
         if stage == "fit" and self._is_fresh and (data := self._data()) is not None:
-            self.task.prepare(self.flow, data)
+            self.task.fit_statistics(self.flow, data)
 
     def _data(self) -> ImageData | Table | None:
         """Return the samples of the Trainer; None if it was given loaders."""
@@ -237,7 +238,7 @@ class RnodeModule(L.LightningModule):
         if self._is_fresh and weights is not None:
             load_weights(self.flow, weights, recipe=self.recipe, data=data)
         if data is not None and self.facts is None:
-            self.facts = Facts.of(data, self.task.given)
+            self.facts = self.task.facts(data)
         elif data is not None and self._compares:  # with the data of a checkpoint, or of the first fit
             self._print(overlap_warning(self.facts, data))
         self._is_fresh = False  # a second fit continues from the weights of the first
@@ -293,7 +294,7 @@ class RnodeModule(L.LightningModule):
             # autograd, which that mode does not allow, and a tensor that was made in it has to be cloned
             with torch.inference_mode(False), torch.no_grad():
                 row = measure_batch(
-                    self.flow, self.recipe, batch.clone(),
+                    self.flow, self.task, batch.clone(), seed=self.recipe.training.seed,
                     index=batch_idx, rank=self.global_rank, training_solver=self.solver,
                 )  # fmt: skip
         except SolverError as error:
@@ -315,21 +316,22 @@ class RnodeModule(L.LightningModule):
             self.log(
                 f"val/{name}",
                 total / samples,
-                prog_bar=name == self.task.metric,
+                prog_bar=name == self.task.kind.metric,
                 logger=self._to_loggers,
                 sync_dist=several,
             )
 
     def on_validation_end(self) -> None:
-        """Warn once if the error of the training solver is larger than the task allows."""
+        """Warn once if the error of the training solver is larger than the kind allows."""
         gap = float(self.trainer.callback_metrics.get("val/gap", 0.0))
         matched = self.global_step <= self.recipe.matching != 0  # flow matching trains without any solver
-        if abs(gap) <= self.task.max_gap or self._warned or matched or self.trainer.sanity_checking:
+        if abs(gap) <= self.task.kind.max_gap or self._warned or matched or self.trainer.sanity_checking:
             return
         self._warned = True
         self._print(
-            f"warning: at step {self.global_step} the training solver is off by {gap:+.3f} {self.task.unit} from "
-            f"the accurate one (val/gap), so the model learns its errors: lower solver.step, or raise the lambdas."
+            f"warning: at step {self.global_step} the training solver is off by {gap:+.3f} {self.task.kind.unit} "
+            "from the accurate one (val/gap), so the model learns its errors: lower solver.step, or raise the "
+            "lambdas."
         )
 
     # optimizer and checkpoints ---------------------------------------------------------------------------------

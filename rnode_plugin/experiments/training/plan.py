@@ -154,7 +154,7 @@ def steps_per_epoch(recipe: Recipe, samples: int, devices: int = 1) -> int:
     each = f" on each of {devices} devices" if devices > 1 else ""
     times = f", {accumulate} times" if accumulate > 1 else ""
     raise ConfigError(
-        f"{samples} training {recipe.task.samples} do not fill one batch of {batch}{each}{times}: "
+        f"{samples} training {recipe.kind.samples} do not fill one batch of {batch}{each}{times}: "
         "use a smaller --batch-size."
     )
 
@@ -166,7 +166,7 @@ def check_held_out(recipe: Recipe, samples: int, devices: int) -> None:
         ConfigError: the held-out samples are too few.
     """
     if samples < devices:
-        named = recipe.task.samples
+        named = recipe.kind.samples
         raise ConfigError(f"{samples} held-out {named} are too few for {devices} devices: each needs one.")
 
 

@@ -49,7 +49,7 @@ class Terminal:
     """
 
     def __init__(self, recipe: Recipe, plan: RunPlan) -> None:
-        self._matching, self._task, self._total = recipe.matching, recipe.task, plan.total
+        self._matching, self._kind, self._total = recipe.matching, recipe.kind, plan.total
         self._stages = plan.stages(recipe)
         self._values: dict[str, Tensor | float] = {}  # the newest ones, by their names in metrics.csv
         self._printed = time.monotonic()
@@ -85,7 +85,7 @@ class Terminal:
             self._pace = end.train_seconds / step
         if step > self._matching:
             self._values.pop("train/matching", None)  # it is of an earlier step
-        shown = progress_text(self._values, self._task)
+        shown = progress_text(self._values, self._kind)
         pace = f"  {self._pace:.2f} s/step" if self._pace else ""
         # a step of flow matching is quicker than one of maximum likelihood, so its pace does not predict the rest
         left = self._total - step if step > self._matching and not end.ends else 0

@@ -16,6 +16,8 @@ from ...diagnostics.solver_gap import measure_solver_gap
 from ...errors import ConfigError, SolverError
 from ...solvers import HealthCheck, Solver, all_finite, check_all
 from ..recipes.settings import Training
+from ..recipes.task import AnyTask
+from ..recipes.tasks import task_of
 
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
@@ -28,7 +30,7 @@ class StepTerms:
     Attributes:
         loss: the value to minimize in nats per dimension, or the squared error per dimension in flow matching, with
             its graph. If the loss is NaN, so is its gradient.
-        row: detached values to log, by name. Maximum likelihood logs ``loss``, the score in the unit of the task,
+        row: detached values to log, by name. Maximum likelihood logs ``loss``, the score in its unit,
             ``nfe`` summed over all blocks, and each penalty per dimension. Flow matching logs ``matching``, the
             squared error per dimension, and ``nfe``.
         health: the outcomes of the solves, still on the device.
@@ -69,11 +71,11 @@ class LikelihoodLoss:
 
     Args:
         flow: the model.
-        recipe: the recipe with the lambdas, the solver and the task.
+        recipe: the recipe with the lambdas, the solver and what the model is of.
     """
 
     def __init__(self, flow: DensityModel, recipe: Recipe) -> None:
-        self._flow, self._measured, self._task = flow, recipe.measured, recipe.task
+        self._flow, self._measured, self._task = flow, recipe.measured, task_of(recipe.data)
         self._options: dict[str, Any] = {"solver": recipe.solver, "check": False}
         if recipe.training.weight_gradients != "all":
             self._options["weight_gradients"] = recipe.training.weight_gradients
@@ -81,7 +83,7 @@ class LikelihoodLoss:
 
     def __call__(self, batch: Tensor, step: int) -> StepTerms:
         inputs = self._task.training_inputs(batch)
-        dims, metric = self._task.dims, self._task.metric
+        dims, metric = self._flow.dims, self._task.kind.metric
         # without a positive lambda a step integrates no penalties. Validations measure them in any case
         penalized = bool(self._lambdas)
         try:
@@ -117,11 +119,11 @@ class MatchingLoss:
     """Computes flow matching, the squared error of the velocity per dimension, by one evaluation of each block."""
 
     def __init__(self, flow: FlowOfBlocks, recipe: Recipe) -> None:
-        self._flow, self._task = flow, recipe.task
+        self._flow, self._task = flow, task_of(recipe.data)
 
     def __call__(self, batch: Tensor, step: int) -> StepTerms:
         inputs = self._task.training_inputs(batch)
-        loss = self._flow.matching_loss(inputs.x, context=inputs.context).mean() / self._task.dims
+        loss = self._flow.matching_loss(inputs.x, context=inputs.context).mean() / inputs.x[0].numel()
         loss = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan) * loss
         return StepTerms(loss, {"matching": loss.detach(), "nfe": float(len(self._flow.block_shapes))})
 
@@ -159,11 +161,18 @@ def loss_of(flow: DensityModel, recipe: Recipe) -> Loss:
 
 
 def measure_batch(
-    flow: DensityModel, recipe: Recipe, batch: Tensor, *, index: int, rank: int, training_solver: Solver
+    flow: DensityModel,
+    task: AnyTask,
+    batch: Tensor,
+    *,
+    seed: int,
+    index: int,
+    rank: int,
+    training_solver: Solver,
 ) -> dict[str, Tensor | float]:
     """Measure a batch of held-out samples with the flow's own solver and random signs, as means over its samples.
 
-    These are the score in the unit of the task, ``nfe`` without evaluations that only a penalty asks for, and each
+    These are the score in its unit, ``nfe`` without evaluations that only a penalty asks for, and each
     penalty, per dimension where the objective divides it. For the first batch there is also ``gap``, the score with
     ``training_solver`` minus the score with the accurate solver, if the former is a fixed grid. The noise is a
     function of the seed, the number of the batch and the process, so that two validations differ by the weights
@@ -172,12 +181,11 @@ def measure_batch(
     Raises:
         SolverError: the accurate integration failed.
     """
-    task = recipe.task
     # whatever noise the flow trains with
     flow = flow.solved_with(estimator=flow.estimator.for_evaluation, regularizers=flow.regularizers)
 
     def scored(solver: Solver | None = None, *, penalties: bool) -> tuple[Tensor, FlowOutput]:
-        with seeded(recipe.training.seed, Stream.VALIDATE, rank, index):
+        with seeded(seed, Stream.VALIDATE, rank, index):
             x, context = task.inputs(batch)
             solver = (solver or flow.solver).full_quadrature
             output = flow.encode(x, context=context, solver=solver, penalties=penalties)
@@ -192,8 +200,8 @@ def measure_batch(
         integrals = (scored(penalties=True)[1] if apart else output).regularization
     whole = flow.regularizers.undivided
     means = {name: value.mean() for name, value in integrals.items()}
-    row = {task.metric: scores.mean(), "nfe": float(output.nfe)}
-    row |= per_dim(means, dims=task.dims, undivided=whole)
+    row = {task.kind.metric: scores.mean(), "nfe": float(output.nfe)}
+    row |= per_dim(means, dims=flow.dims, undivided=whole)
     if index == 0 and not training_solver.adaptive:
         gap = measure_solver_gap(
             lambda solver: scored(solver, penalties=False)[0], lambda coarse: coarse, training_solver, scores

@@ -33,7 +33,7 @@ def in_order(experiment: Experiment, callbacks: Sequence[Callback], after_step: 
     """
     recipe = experiment.recipe
     found = list(callbacks)
-    if recipe.training.sample_images and experiment.task.draws_while_training:
+    if recipe.training.sample_images and recipe.kind.has_grid:
         found.append(SampleGrids(after_step))
     if (decay := recipe.training.ema) is not None:
         # After each step, average = decay * average + (1 - decay) * weights. Lightning swaps the average in for a
