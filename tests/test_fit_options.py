@@ -124,6 +124,7 @@ def test_options_that_the_recipe_decides(tmp_path: Path, options: dict[str, Any]
 def test_what_lightning_refuses_is_not_blamed_on_the_devices(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"Lightning refuses this run: Cannot use `LearningRateMonitor`"):
         run(tiny_recipe(), tmp_path, callbacks=[LearningRateMonitor()])
+    assert list((tmp_path / "digits").iterdir()) == []  # the folder of the run is gone
 
 
 def test_a_logger_that_is_not_there_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,6 +287,23 @@ def test_a_diagnosis_takes_the_place_of_an_earlier_one_and_goes_with_the_weights
     assert not run.figures.exists()
 
 
+@pytest.mark.parametrize(
+    "left", ["", "metrics.csv", "checkpoints/best.ckpt", "tensorboard/events", "of-mine/recipe.json"]
+)
+def test_a_run_is_discarded_only_with_its_description_alone(tmp_path: Path, left: str) -> None:
+    """A logger and a callback may have written before the first step that is logged."""
+    run = Run(tmp_path / "0")
+    run.describe(IMAGES.recipe, ENVIRONMENT)
+    (run.path / "checkpoints").mkdir()
+    with training_lock(run.path):
+        if left:
+            (run.path / left).parent.mkdir(exist_ok=True)
+            (run.path / left).touch()
+        run.discard()
+    assert run.is_described == run.path.exists() == (left != "")
+    assert not left or (run.path / left).is_file()
+
+
 def test_pictures_and_what_later_steps_have_left(run: Run) -> None:
     run.samples.mkdir()
     (run.samples / "step-of-mine.png").touch()

@@ -210,6 +210,12 @@ class Run:
         write_json(self.path / _RECIPE, recipe.to_plain())
         write_environment(self._environment, environment, facts)
 
+    def discard(self) -> None:
+        """Remove the folder if it has nothing but what :meth:`describe` wrote. Any other file keeps all of it."""
+        own = {self.path / _RECIPE, self._environment, self.path / _LOCK}
+        if all(each in own or each.is_dir() for each in self.path.rglob("*")):
+            shutil.rmtree(self.path, ignore_errors=True)
+
     def go_back(self, checkpoint: Path, step: int) -> None:
         """Make a checkpoint in this run the newest one, and remove the pictures of steps after its ``step``."""
         for later in (path for at, path in self._pictures().items() if at > step):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -161,7 +160,7 @@ def _opened(experiment: Experiment, place: Place, options: RunOptions) -> Iterat
     """Make or take the folder of the run, keep other processes out of it, and describe the run in it.
 
     A run that is resumed in its folder goes back to its checkpoint. The folder of a new run is removed if an error
-    comes before a step has left anything in it.
+    comes before a step, a logger or a callback has left a file in it.
 
     Raises:
         ConfigError: another process trains the run, or the folder for a new run is not empty.
@@ -183,8 +182,8 @@ def _opened(experiment: Experiment, place: Place, options: RunOptions) -> Iterat
         try:
             yield run
         except RnodeError:
-            if former is None and not run.metrics.exists() and not run.has_checkpoints:
-                shutil.rmtree(run.path, ignore_errors=True)
+            if former is None:
+                run.discard()
             raise
 
 
