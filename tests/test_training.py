@@ -370,6 +370,20 @@ def test_a_first_step_of_minutes_tells_the_time_of_the_run(
     ]
 
 
+@pytest.mark.parametrize(("matching", "pace"), [(0, "  2.00 s/step, about 6.0 s left"), (4, "")])
+def test_steps_of_flow_matching_do_not_tell_the_time_of_a_resumed_run(
+    recipe: Recipe,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    matching: int,
+    pace: str,
+) -> None:
+    monkeypatch.setattr(progress, "_INTERVAL", 0.0)
+    terminal = progress.Terminal(recipe.override([f"training.matching={matching}"]), RunPlan(4, 8, 4))
+    terminal(progress.StepEnd(5, {"train/bpd": 3.5}, 10.0, validates=False, ends=False, seconds_left=math.inf))
+    assert capsys.readouterr().out == f"step 5/8  bits/dim 3.5000{pace}\n"
+
+
 @pytest.mark.parametrize(
     ("world", "accumulate", "threads", "device", "batch"),
     [(1, 1, 1, "cpu", "batch 50"), (4, 1, 2, "cpu", "batch 50 x 4 devices = 200 images a step"),

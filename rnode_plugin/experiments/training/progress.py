@@ -81,7 +81,9 @@ class Terminal:
         step, (done, spent) = end.step, self._mark or (end.step, 0.0)
         if step > done:
             self._mark, self._pace = (step, end.train_seconds), (end.train_seconds - spent) / (step - done)
-        elif not self._pace:  # after a first step of more than ten seconds
+        # after a first step of more than ten seconds. In a resumed run this is the mean of all of its steps, which
+        # may mostly be those of flow matching, and those are quicker
+        elif not self._pace and (step == 1 or not self._matching):
             self._pace = end.train_seconds / step
         if step > self._matching:
             self._values.pop("train/matching", None)  # it is of an earlier step
