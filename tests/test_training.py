@@ -384,6 +384,17 @@ def test_steps_of_flow_matching_do_not_tell_the_time_of_a_resumed_run(
     assert capsys.readouterr().out == f"step 5/8  bits/dim 3.5000{pace}\n"
 
 
+def test_maximum_likelihood_has_its_own_pace(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = progress.Terminal(recipe.override(["training.matching=4"]), RunPlan(4, 8, 4))
+    for step, spent, interval in ((1, 0.1, math.inf), (4, 0.4, math.inf), (5, 10.4, 0.0)):
+        monkeypatch.setattr(progress, "_INTERVAL", interval)
+        terminal(progress.StepEnd(step, {}, spent, validates=False, ends=False, seconds_left=math.inf))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "step 5/8    10.00 s/step, about 30.0 s left"
+
+
 @pytest.mark.parametrize(
     ("world", "accumulate", "threads", "device", "batch"),
     [(1, 1, 1, "cpu", "batch 50"), (4, 1, 2, "cpu", "batch 50 x 4 devices = 200 images a step"),

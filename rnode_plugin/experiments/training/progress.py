@@ -67,6 +67,8 @@ class Terminal:
             self._print_line(end)
         if stage := self._stages.pop(end.step, None):
             print(f"step {end.step}: {stage}", flush=True)
+        if end.step == self._matching:  # the steps of maximum likelihood have another pace
+            self._mark, self._pace = (end.step, end.train_seconds), 0.0
 
     def _is_due(self, end: StepEnd) -> bool:
         """Whether a line is printed now. The next one then waits for an interval."""
