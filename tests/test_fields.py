@@ -254,6 +254,23 @@ def test_frozen_parameters_and_a_retained_graph() -> None:
 
 
 @pytest.mark.parametrize("kind", SHAPES)
+def test_gradients_of_the_state_alone_take_no_product_for_the_weights(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    field, (t, z, noise) = make_field(kind), make_inputs(kind)
+    layer: Any = type(field.prepared(z).fast.W[0])  # pyright: ignore[reportAttributeAccessIssue]
+    gradient, taken = layer.gradient, list[object]()
+    monkeypatch.setattr(layer, "gradient", lambda *args: taken.append(None) or gradient(*args))
+    out = field.prepared(z, noise).linearize(t, z, noise, PRODUCTS)
+    assert out.products is not None
+    loss = out.dz.square().sum() + out.products.square().sum()
+    alone = torch.autograd.grad(loss, z, retain_graph=True)[0]
+    assert not taken
+    assert torch.equal(alone, torch.autograd.grad(loss, [z, *field.parameters()])[0])
+    assert taken
+
+
+@pytest.mark.parametrize("kind", SHAPES)
 def test_forward_mode_over_products(kind: str) -> None:
     field: Any = make_field(kind)
     t, z, noise = (x.detach() for x in make_inputs(kind))

@@ -215,6 +215,33 @@ def test_a_map_that_mixes_samples_is_refused(graph: bool) -> None:
     map_log_prob(model.eval(), z)
 
 
+def test_the_check_for_mixed_samples_takes_one_backward_pass() -> None:
+    passes: list[Tensor] = []
+
+    def tanh(x: Tensor) -> Tensor:
+        y = x.tanh()
+        y.register_hook(passes.append)
+        return y
+
+    with torch.no_grad():
+        map_log_prob(
+            RegularizedCNF(Kernel(tanh), event_shape=2, solver="euler", t_span=(0.0, 1.0)), torch.randn(9, 2)
+        )
+    assert len(passes) == 2 + 1  # dimensions, and the check
+
+
+def test_rows_that_round_differently_from_their_sum_are_not_mixed_samples() -> None:
+    """Under autocast the rows of a Jacobian do not add up to the product with ones."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 4))
+    model = RegularizedCNF(net, event_shape=4, solver="euler", t_span=(0.0, 1.0))
+    z = torch.randn(50, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low = map_log_prob(model, z)[1]
+    with torch.no_grad():
+        torch.testing.assert_close(low, map_log_prob(model, z)[1], rtol=0, atol=0.1)
+
+
 class WithoutGraph(Kernel):
     """The same field, as code for inference often has it."""
 

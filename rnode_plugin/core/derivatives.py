@@ -498,12 +498,17 @@ def _double_reverse(
     return jvp
 
 
-def refuse_mixed_samples(z: Tensor, dz: Tensor) -> bool:
+def refuse_mixed_samples(z: Tensor, dz: Tensor, *, known: Tensor | None = None) -> bool:
     """Refuse a field whose velocity at one sample depends on other samples, since one product would mix their rows.
 
     If samples are independent, scaling a vector by one number per sample scales the product by the same numbers.
     They are powers of two, so that low precision rounds both in the same way. The check is left out where the host
     cannot read values.
+
+    Args:
+        z, dz: state and velocity ``(B, *event)``, with their graph.
+        known: the product with ones as a sum of others, if the caller has it. It saves a product unless it rounds
+            too differently from the scaled one.
 
     Returns:
         True if the check was conclusive, so that it need not run again. It is not for one sample, nor for a
@@ -517,13 +522,23 @@ def refuse_mixed_samples(z: Tensor, dz: Tensor) -> bool:
     powers = torch.randint(8, (len(z),), generator=torch.Generator().manual_seed(0))
     powers[:8] = torch.arange(8)[: len(z)]  # samples of a small batch all differ
     scale = (2**powers).to(z).reshape(-1, *(1 for _ in z.shape[1:]))
-    vectors = (torch.ones_like(dz), scale.to(dz.dtype).expand_as(dz))
-    plain, scaled = (torch.autograd.grad(dz, z, v, True, allow_unused=True)[0] for v in vectors)
-    if plain is None:  # the field ignores its state
+
+    def product(v: Tensor) -> Tensor | None:
+        return torch.autograd.grad(dz, z, v, True, allow_unused=True)[0]
+
+    def mixed(scaled: Tensor, plain: Tensor) -> bool:
+        # sqrt(eps) is far above rounding, which is of order eps
+        apart, bound = scale * plain, torch.finfo(dz.dtype).eps ** 0.5
+        return bool(((scaled - apart).abs() > bound * apart.abs().max()).any())
+
+    scaled = product(scale.to(dz.dtype).expand_as(dz))
+    if scaled is None:  # the field ignores its state
         return False
-    # sqrt(eps) is far above rounding, which is of order eps
-    apart, bound = scale * plain, torch.finfo(dz.dtype).eps ** 0.5
-    if bool(((scaled - apart).abs() > bound * apart.abs().max()).any()):
+    if known is not None and not mixed(scaled, known):
+        return bool((known != 0).any())
+    plain = product(torch.ones_like(dz))
+    assert plain is not None
+    if mixed(scaled, plain):
         raise ConfigError(
             "the velocity of one sample depends on other samples, as in a graph or under batch norm, so the exact "
             "Jacobian of one sample does not exist. Give batch_dim=None, which makes the whole state one sample, "

@@ -142,14 +142,15 @@ def jacobian_of(
                 return function(z).reshape(z.shape)
 
             check_second_derivative(x.reshape(z.shape), z, start, elsewhere, z.new_zeros(()), field=net, jvp=False)
-        if not apart:
-            refuse_mixed_samples(z, x.reshape(z.shape))
-        # samples do not mix, so the gradient of a sum over the batch has one row for each sample
+        # if samples do not mix, the gradient of a sum over the batch has one row for each sample
         rows = [
             torch.autograd.grad(each.sum(), z, retain_graph=True, create_graph=graph)[0].flatten(1)
             for each in x.flatten(1).unbind(1)
         ]
-        return x if graph else x.detach(), torch.stack(rows, 1)
+        jacobian = torch.stack(rows, 1)
+        if not apart:
+            refuse_mixed_samples(z, x.reshape(z.shape), known=jacobian.detach().sum(1).reshape(z.shape))
+        return x if graph else x.detach(), jacobian
 
 
 def log_abs_det(jacobian: Tensor) -> tuple[Tensor, Tensor]:

@@ -126,6 +126,16 @@ def next_number(x: Tensor) -> int:
     return node._sequence_nr()
 
 
+def reaches(node: Any) -> bool:
+    """Whether the backward pass that runs now reaches this node of the graph, which is not a leaf.
+
+    ``needs_input_grad`` of a node says only whether an input requires a gradient, even in a pass for the gradients
+    of other inputs. torch has no public name for this.
+    """
+    # torch.compile traces a backward pass before it runs
+    return torch.compiler.is_compiling() or torch._C._will_engine_execute_node(node)
+
+
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is enabled on the device of ``x``."""
     # not available on "meta"; torch 2.6 cannot compile `torch.amp.is_autocast_available`

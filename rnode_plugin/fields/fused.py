@@ -65,7 +65,7 @@ from ..core.derivatives import (
     trace_of_rows,
     unit_vectors,
 )
-from ..core.modes import autocasts, traced
+from ..core.modes import autocasts, reaches, traced
 from ..errors import CompilerError, ConfigError
 from .activations import Activation
 from .kernels import Dense, LayerMap
@@ -447,7 +447,10 @@ class _Evaluation(torch.autograd.Function):
                 product = None if g_last is None else _product(stack, layers, y, g_last)[0].to(z.dtype)
                 return None, *_by_autograd((f.to(z.dtype), product), grad_outputs, inputs)
             y, g = rest[: stack.activations], rest[stack.activations :]
-            return None, *_gradients(stack, inputs, ctx.needs_input_grad[1:], grad_outputs, y, g)
+            *needs, needs_theta = ctx.needs_input_grad[1:]
+            # a gradient with respect to the state alone, as for the Jacobian of a map, takes half of the products
+            needs_theta = needs_theta and reaches(ctx.next_functions[-1][0])
+            return None, *_gradients(stack, inputs, [*needs, needs_theta], grad_outputs, y, g)
 
 
 def _aliases(inputs: Sequence[Tensor | None]) -> list[Any]:
