@@ -12,8 +12,11 @@ from tiny_runs import rnode, rows, run, tiny_recipe
 
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.recipes.recipe import Recipe, read_recipe
-from rnode_plugin.experiments.runs.run import training_lock
+from rnode_plugin.experiments.runs.run import Run, training_lock
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
+from rnode_plugin.experiments.training.experiment import Experiment
+from rnode_plugin.experiments.training.fit import begin
+from rnode_plugin.experiments.training.plan import Resumed, RunOptions
 
 
 def train(*arguments: object) -> Result:
@@ -50,6 +53,16 @@ def test_the_file_decides_everything_and_the_folder_is_exactly_that(file: Path, 
     assert resumed.exit_code == 0, resumed.output
     assert Recipe.from_plain(json.loads((run / "recipe.json").read_text())) == longer
     assert [row["step"] for row in rows(run) if "train/loss" in row] == ["1", "2", "3"]
+
+    # an experiment may bring the run that it continues
+    experiment = Experiment.of(longer, resumed=Resumed.of(run, longer))
+    with pytest.raises(ConfigError, match="either run_folder or resume"):
+        begin(experiment, RunOptions(run_folder=tmp_path / "other"))
+    # a checkpoint outside of a run has no folder, so its run gets the one that is named
+    lone = Run(run).last.rename(tmp_path / "lone.ckpt")
+    longest = Experiment.of(tiny_recipe("training.max_steps=4", "optimizer.lr=1e-3"))
+    begun = begin(longest, RunOptions(resume=lone, run_folder=tmp_path / "other"))
+    assert (begun.done, begun.resumed is not None and begun.resumed.run) == (3, None)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[" * 100_000, "\ud800", "[1]", '{"name": "a"}'])

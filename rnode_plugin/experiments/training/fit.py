@@ -131,7 +131,8 @@ def begin(given: Experiment | Recipe, options: RunOptions, loggers: Sequence[Log
         loggers: loggers of the call, whose names are checked.
 
     Raises:
-        ConfigError: a setting or a logger cannot work, or the experiment was trained already.
+        ConfigError: a setting or a logger cannot work, the experiment was trained already, or a folder is given for
+            a run that has one.
         DataError: the data set is missing, does not fit, or surely holds out other samples than the resumed run.
         CheckpointError: there is nothing to continue from, or the checkpoint belongs to another model.
     """
@@ -139,6 +140,9 @@ def begin(given: Experiment | Recipe, options: RunOptions, loggers: Sequence[Log
     recipe = given if isinstance(given, Recipe) else given.recipe
     # settings that a resumed run cannot change are refused here, because data may be downloaded next
     resumed = None if options.resume is None else Resumed.of(options.resume, recipe)
+    former = resumed if resumed is not None or isinstance(given, Recipe) else given.resumed
+    if former is not None and former.run is not None and options.run_folder is not None:
+        raise ConfigError("a run that is resumed stays in its folder: give either run_folder or resume.")
     if isinstance(given, Recipe):
         experiment = Experiment.of(given, download=options.download, resumed=resumed)
     elif resumed is not None:

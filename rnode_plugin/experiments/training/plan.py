@@ -40,9 +40,6 @@ class RunOptions:
             learning rate does not change.
         download: fetch the data set if it is missing.
         progress: print the progress on the terminal.
-
-    Raises:
-        ConfigError: both ``run_folder`` and ``resume`` are given.
     """
 
     runs: str | os.PathLike[str] = "runs"
@@ -51,10 +48,6 @@ class RunOptions:
     max_time: float | None = None
     download: bool = False
     progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.run_folder is not None and self.resume is not None:
-            raise ConfigError("a run that is resumed stays in its folder: give either run_folder or resume.")
 
 
 @dataclass(frozen=True)
