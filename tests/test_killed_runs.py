@@ -130,7 +130,20 @@ files.Path.replace = dying
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+# places of which each write has another one among the quick tests
+SLOW = (
+    "after a row",
+    "between a validation's row and best",
+    "between the first best and last",
+    "after a checkpoint",
+    "after the wider header",
+    "between previous and last",
+)
+
+
+@pytest.mark.parametrize(
+    "place", [pytest.param(each, marks=[pytest.mark.slow] if each in SLOW else []) for each in PLACES]
+)
 def test_killed_between_two_writes(whole: Path, tmp_path: Path, place: str) -> None:
     runs = tmp_path / "runs"
     assert Child(runs, STEPS, _BEFORE.format(alone=True) + PLACES[place]).end()[0] == -signal.SIGKILL
