@@ -17,6 +17,7 @@ from ..core.regularizer import Rate
 from ..errors import RnodeError
 from ..plugins.registry import get_regularizer
 from ..text import duration, signed, significant, with_error
+from .evaluation.measures import mean_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -286,6 +287,5 @@ def _excess(evaluation: Evaluation, score: str, baseline: str) -> float:
     ours, others = (np.array(means[name].samples if name in means else ()) for name in (score, baseline))
     if not len(ours) or len(ours) != len(others):
         return math.nan
-    differences = ours - others
-    error = differences.std(ddof=1) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
-    return float(differences.mean() - 2 * error)
+    excess = mean_of(ours - others)
+    return excess.mean - 2 * (excess.stderr or 0.0)

@@ -79,7 +79,7 @@ class Evaluation:
 
     def with_baselines(self, task: AnyTask, data: ImageData | Table) -> Evaluation:
         """Return this evaluation with the means of the baselines, which are fitted to the training data."""
-        means = {name: _mean_of(each) for name, each in task.baseline_scores(data, self.samples).items()}
+        means = {name: mean_of(each) for name, each in task.baseline_scores(data, self.samples).items()}
         return dataclasses.replace(self, means={**self.means, **means})
 
     def to_plain(self, *, samples: bool = False) -> dict[str, Any]:
@@ -93,7 +93,8 @@ class Evaluation:
         return plain
 
 
-def _mean_of(scores: np.ndarray) -> Mean:
+def mean_of(scores: np.ndarray) -> Mean:
+    """Average scores ``(B,)``, with the standard error of the mean over them, None for a single score."""
     error = None if len(scores) < 2 else float(scores.std(ddof=1) / len(scores) ** 0.5)
     return Mean(float(scores.mean()), error, None, tuple(scores.tolist()))
 

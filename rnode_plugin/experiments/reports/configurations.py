@@ -16,7 +16,7 @@ from ...core.distribution import DensityModel
 from ...core.schedules import final_strength, strength_text
 from ...errors import RnodeError
 from ..evaluation.likelihood import has_whole_jacobian
-from ..evaluation.measures import Evaluation
+from ..evaluation.measures import Evaluation, mean_of
 from ..quantities import numbers_of, scores_of
 from ..recipes.kinds import AnyKind
 from ..recipes.recipe import Recipe, as_text, differences
@@ -95,7 +95,7 @@ class Configuration:
             return None
         values = self.numbers.get(key, ())
         if len(values) > 1 and not over_samples:
-            return float(np.std(values, ddof=1) / len(values) ** 0.5)
+            return mean_of(np.array(values)).stderr
         score = self.evaluations[0].means.get(key)
         return None if score is None else score.stderr
 
