@@ -29,21 +29,31 @@ GRID = FixedGrid("rk4_38", step=1 / STEPS)
 
 
 def gradients(
-    kind: str, solver: Solver, *, weight_gradients: str = "half", estimator: str = "gaussian", seed: int = 0
+    kind: str,
+    solver: Solver,
+    *,
+    weight_gradients: str = "half",
+    estimator: str = "gaussian",
+    seed: int = 0,
+    of_data: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of a solve, and its gradients with respect to the state and, in a row, to the weights."""
+    """The loss of a solve, and its gradients with respect to the state and, in a row, to the weights.
+
+    The gradient of a state that is ``of_data`` is 0, because data require none.
+    """
     field: Any = make_field(kind)
     generator = torch.Generator().manual_seed(3)
     z, noise = torch.randn(2, *SHAPES[kind], generator=generator, dtype=torch.float64)
-    z.requires_grad_()
+    z.requires_grad_(not of_data)
     probes = noise if estimator == "gaussian" else None
-    rhs = System([kinetic, jacfrob], estimator).start(field, z, probes=probes)
     torch.manual_seed(seed)
+    rhs = System([kinetic, jacfrob], estimator).start(field, z, probes=probes)
     solution = solver.solve(rhs, z, (0.0, 1.0), weight_gradients=weight_gradients)
     assert solution.logdet is not None
     terms = (solution.z[-1].square(), solution.logdet[-1], *solution.penalties.values())
     loss = torch.stack([term.sum() for term in terms]).sum()
-    of_z, *of_weights = torch.autograd.grad(loss, [z, *field.parameters()])
+    of_weights = torch.autograd.grad(loss, list(field.parameters()), retain_graph=True)
+    of_z = torch.zeros_like(z) if of_data else torch.autograd.grad(loss, z)[0]
     return loss.detach(), of_z, torch.cat([each.flatten() for each in of_weights])
 
 
@@ -70,17 +80,21 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, ...]], None]:
         ("rk4", "checkpointed", "conv", "gaussian"),
         ("rk4_38", "checkpointed", "linear", "gaussian"),
         ("rk4", "autograd", "linear", "exact"),
+        ("rk4", "autograd", "conv", "rademacher:2"),
+        ("rk4", "checkpointed", "conv", "exact"),
     ],
 )
+@pytest.mark.parametrize("of_data", [False, True], ids=["", "data"])
 def test_the_mean_over_all_draws_is_the_full_gradient(
-    draws: Callable[[tuple[int, ...]], None], method: str, gradient: str, kind: str, estimator: str
+    draws: Callable[[tuple[int, ...]], None], method: str, gradient: str, kind: str, estimator: str, of_data: bool
 ) -> None:
     solver = FixedGrid(method, step=1 / STEPS, gradient=gradient)
-    loss, of_z, full = gradients(kind, solver, weight_gradients="all", estimator=estimator)
+    options: Any = {"estimator": estimator, "of_data": of_data}
+    loss, of_z, full = gradients(kind, solver, weight_gradients="all", **options)
     found = list[Tensor]()
     for chosen in itertools.product((0, 1), repeat=STEPS):
         draws(chosen)
-        value, state, weights = gradients(kind, solver, estimator=estimator)
+        value, state, weights = gradients(kind, solver, **options)
         assert torch.equal(value, loss)
         assert torch.equal(state, of_z), "the state has the full gradient for every draw"
         found.append(weights)

@@ -238,7 +238,9 @@ class Stack(Field):
 
     def _several(self, t: Tensor, z: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Several products of convolutions, computed as one batch, since a convolution has one batch dimension."""
-        graph = torch.is_grad_enabled() and any(x.requires_grad for x in (t, z, vectors, self.theta))
+        # a stack with weighed gradients has a constant theta, but equation (2) has its own W_L
+        inputs = (t, z, vectors, self.theta, self._W_L)
+        graph = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         if self.fast is not None and not graph and not traced():
             with _without_autocast(z):
                 return _colors(self, self.fast, t, z, vectors)
