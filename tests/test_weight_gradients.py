@@ -118,6 +118,29 @@ def test_solves_of_a_seed_draw_the_same_and_others_not() -> None:
     assert any(not torch.equal(found[0], other) for other in found[2:])
 
 
+def test_second_derivatives_of_the_weights_are_refused(draws: Callable[[tuple[int, ...]], None]) -> None:
+    """They have a bias. A gradient with respect to the state has none, and is differentiated by the weights."""
+    field: Any = make_field("linear")
+    parameters, z = list(field.parameters()), torch.ones(SHAPES["linear"], dtype=torch.float64).requires_grad_()
+
+    def loss(**options: Any) -> Tensor:
+        return GRID.solve(started(field), z, (0.0, 1.0), **options).z[-1].square().sum()
+
+    def of_slope(**options: Any) -> Tensor:
+        (slope,) = torch.autograd.grad(loss(**options), z, create_graph=True)
+        found = torch.autograd.grad(slope.square().sum(), parameters, materialize_grads=True)
+        return torch.cat([each.flatten() for each in found])
+
+    full, found = of_slope(), list[Tensor]()
+    for chosen in itertools.product((0, 1), repeat=STEPS):
+        draws(chosen)
+        found.append(of_slope(weight_gradients="half"))
+    assert (torch.stack(found).mean(0) - full).norm() < 1e-12 * full.norm()
+    draws((0,) * STEPS)
+    with pytest.raises(ConfigError, match="first derivatives alone"):
+        torch.autograd.grad(loss(weight_gradients="half"), parameters, create_graph=True)
+
+
 @pytest.mark.parametrize("flow", [lambda: MultiscaleFlow((1, 8, 8), hidden=4), lambda: TableFlow(3, hidden=8)])
 def test_a_flow_gives_all_of_its_weights_a_gradient(flow: Callable[[], Any]) -> None:
     model = flow().double()

@@ -46,10 +46,10 @@ In the code, a list ``y`` holds ``y_1, y_2, ...`` in this order, and likewise fo
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +65,7 @@ from ..core.derivatives import (
     trace_of_rows,
     unit_vectors,
 )
-from ..core.modes import autocasts, reaches, traced
+from ..core.modes import autocasts, reaches, traced, transforms_active
 from ..errors import CompilerError, ConfigError
 from .activations import Activation
 from .kernels import Dense, LayerMap
@@ -170,7 +170,8 @@ class Stack(Field):
         through equation (2) is always whole, because it takes no further convolution in an evaluation.
 
         Raises:
-            ConfigError: for a compiled stack, whose graph has the whole gradient.
+            ConfigError: for a compiled stack, whose graph has the whole gradient; in a backward pass, for gradients
+                with respect to ``theta`` that are to be differentiated again.
         """
         if self._compiled:
             raise ConfigError(
@@ -181,7 +182,7 @@ class Stack(Field):
         stack._plain = None
         stack.theta = self.theta.view_as(self.theta) if weigh else self.theta.detach()
         if stack.theta.requires_grad:
-            stack.theta.register_hook(lambda gradient: weigh * gradient)
+            stack.theta.register_hook(functools.partial(_weighed, weigh))
         return stack
 
     def cast(self, x: Tensor) -> Tensor:
@@ -288,6 +289,18 @@ class Stack(Field):
         return b, r, [self.kind.unflat(row, shape) for row, shape in zip(rest, self.shapes, strict=True)]
 
 
+def _weighed(weigh: float, gradient: Tensor) -> Tensor:
+    """``weigh`` times a gradient with respect to the weights, in a backward pass."""
+    # a transform of torch.func enables gradients in the backward pass of a first derivative too
+    if torch.is_grad_enabled() and not transforms_active():
+        raise ConfigError(
+            "weight_gradients='half' gives the weights first derivatives alone, since the second ones of a random "
+            "half have a bias, and this gradient is to be differentiated again (create_graph=True): take "
+            "weight_gradients='all'."
+        )
+    return weigh * gradient
+
+
 @dataclass(frozen=True)
 class _PlainMap:
     """A layer in operations that record a graph."""
@@ -354,7 +367,7 @@ def _run_compiled(stack: Stack, t: Tensor, z: Tensor, g: Tensor | None) -> tuple
         raise CompilerError(f"torch.compile does not work here: {reason.rstrip('.')}. Train without it.") from error
 
 
-@cache
+@functools.cache
 def _compiler() -> Callable[..., Any]:
     return torch.compile(_plain, dynamic=False, fullgraph=True)
 
