@@ -62,7 +62,7 @@ def in_a_stack(module: Any, z: Tensor) -> Field:
 def in_neural_ode(module: Any, z: Tensor, *, order: int = 1) -> Field:
     """The field of one solve of a NeuralODE whose penalties read all that there is."""
     model = NeuralODE(module, order=order)
-    return start_torchdyn(System([curl]), model.vf, z, penalties=True, one_graph=True).field
+    return start_torchdyn(System([curl]), model.vf, z, one_graph=True).field
 
 
 def in_second_order(module: Any, z: Tensor) -> Field:
@@ -70,9 +70,7 @@ def in_second_order(module: Any, z: Tensor) -> Field:
 
 
 def in_density(module: Any, z: Tensor) -> Field:
-    return start_net(
-        System(estimator="exact"), module, z, None, density=True, penalties=False, one_graph=True
-    ).field
+    return start_net(System(estimator="exact"), module, z, None, density=True, one_graph=True).field
 
 
 def state_first(module: Any, z: Tensor) -> Field:

@@ -279,10 +279,9 @@ def test_a_span_policy_changes_times_and_has_a_penalty_of_its_own(training: bool
     assert plain.with_span_penalty({}, z) == {}
 
 
-def test_a_solve_integrates_no_span_policy_and_nothing_without_penalties() -> None:
+def test_a_solve_integrates_no_span_policy() -> None:
     given = Regularizers.of({kinetic: 0.5, LearnedEndTime(2.0): 1.0})
-    assert list(given.integrated(True)) == [kinetic]
-    assert given.integrated(True).strengths == {"kinetic": 0.5}
-    assert not given.integrated(False)
+    assert list(given.integrated) == [kinetic]
+    assert given.integrated.strengths == {"kinetic": 0.5}
     plain = Regularizers.of([kinetic, error])
-    assert plain.integrated(True) is plain
+    assert plain.integrated is plain

@@ -29,7 +29,7 @@ RegularizersLike: TypeAlias = "Regularizers | One | Iterable[One] | Mapping[Any,
 class Regularizers:
     """The regularizers of a model with their strengths, sorted by kind.
 
-    Every interface asks it in this order: :meth:`times` before a solve, :meth:`integrated` for the right-hand side
+    Every interface asks it in this order: :meth:`times` before a solve, :attr:`integrated` for the right-hand side
     of the solve, which calls :meth:`of_step` and :meth:`finish`, and :meth:`with_span_penalty` after the solve.
 
     Attributes:
@@ -202,10 +202,9 @@ class Regularizers:
                 return times
             return _times_of(span, times, training=training)
 
-    def integrated(self, penalties: bool) -> Regularizers:
-        """The regularizers that a solve integrates: all but the span policy; none without ``penalties``."""
-        if not penalties:
-            return NONE
+    @property
+    def integrated(self) -> Regularizers:
+        """The regularizers that a solve integrates: all but the span policy."""
         if self.span is None:
             return self
         rest = {each.name: each for each in self.penalties}

@@ -1,6 +1,6 @@
 """System and Solve: the right-hand side that is integrated (RNODE), of a model and of one of its solves.
 
-A :class:`System` has the settings of a model: its penalties, its estimator, and the part of the state that the
+A :class:`System` has the settings of a solve: its penalties, its estimator, and the part of the state that the
 penalties measure. A :class:`Solve` is the right-hand side of one call, and the only object that a solver sees. Each
 of its evaluations passes through the field once, and with one probe computes one product with the Jacobian, which
 the density and the penalties share.
@@ -200,15 +200,15 @@ class System:
         self.estimator = get_estimator(estimator)
         self.part = PartSpec() if part is None else part
 
-    def wants(self, *, density: bool, penalties: bool, probes: Tensor | None = None) -> frozenset[str]:
+    def wants(self, *, density: bool, probes: Tensor | None = None) -> frozenset[str]:
         """Names of the attributes of a Linearization that a field computes at an evaluation.
 
         See :class:`~rnode_plugin.core.derivatives.Linearization`. They are not the names in the ``needs`` of a rate
         (``"vjp"``, ``"jvp"``, ``"field"``). The quantities that a field computes for these needs and for the
         divergence depend on the estimator, and on the ``probes`` that it drew.
         """
-        needs = self.regularizers.needs if penalties else frozenset[str]()
-        wants, of_estimator = needs & {"jvp"}, self.estimator.wants(probes)
+        needs, of_estimator = self.regularizers.needs, self.estimator.wants(probes)
+        wants = needs & {"jvp"}
         if "vjp" in needs:
             # an estimator that needs no product, as of differences, leaves a net as it is, perhaps compiled
             wants |= of_estimator | {"pull"} if of_estimator else frozenset[str]()
@@ -223,14 +223,11 @@ class System:
         state: State,
         *,
         density: bool = True,
-        penalties: bool = True,
         probes: Tensor | None = None,
         one_graph: bool = True,
         net: nn.Module | None = None,
         user_field: object = None,
-        inputs: Callable[[], Iterable[Tensor]] | None = None,
         columns: Columns | None = None,
-        counters: Sequence[dict[str, Any]] = (),
         velocity: Tensor | None = None,
     ) -> FieldSolve:
         """Make the right-hand side of one solve, for the field as it is now.
@@ -240,24 +237,20 @@ class System:
             state: the state at the start of the solve.
             density: whether to integrate the log-determinant too (a continuous normalizing flow), or the state
                 alone.
-            penalties: whether to integrate the penalties.
             probes: the probe vectors of the products with the Jacobian, as the estimator draws them; None draws
                 them from torch's global generator, if any are needed, as the radius of the field suits.
             one_graph: whether evaluations may share one graph of the quantities that depend only on the parameters,
                 such as prepared weights. They may if the solve is differentiated through its steps.
             net: the module that the field calls; None: the one that is found in ``field``.
             user_field: the field as the user gave it, for penalties that read it; None: ``field``.
-            inputs: returns the tensors with respect to which an adjoint differentiates, without parameters of
-                penalties; None: the parameters of ``field``.
             columns: columns of the state ahead of ``z``; None: there are none.
-            counters: attributes of modules whose ``nfe`` counts the evaluations.
             velocity: the velocity at the one point where the result is evaluated, if it is known. Another
                 evaluation cannot repeat the random draws behind it.
 
         Raises:
             ConfigError: for a state that has no such part, or that penalties cannot measure.
         """
-        regularizers, estimator = self.regularizers.integrated(penalties), self.estimator
+        regularizers, estimator = self.regularizers.integrated, self.estimator
         in_column = columns is not None and columns.event_shape is not None
         whole = state if columns is None else columns.without_cost(_tensor(state))
         looks = bool(regularizers.penalties) or not isinstance(whole, Tensor)
@@ -292,13 +285,12 @@ class System:
             ),
             estimator=estimator,
             probes=probes,
-            wants=self.wants(density=density, penalties=penalties, probes=probes),
+            wants=self.wants(density=density, probes=probes),
             by_estimator=products and type(estimator).linearize is not TraceEstimator.linearize,
             columns=columns,
-            counters=counters,
             user_field=(field if user_field is None else user_field) if part is None else None,
             dims=z.shape[1:].numel(),
-            trained=(lambda: _parameters(field)) if inputs is None else inputs,
+            trained=lambda: _parameters(field),
         )  # fmt: skip
 
 
@@ -323,10 +315,11 @@ class FieldSolve(Solve):
         estimator, probes: for the products with the Jacobian that the divergence and the penalties read.
         wants: names of the quantities that the field computes at an evaluation.
         by_estimator: whether the estimator has its own way to evaluate the field, such as differences.
-        columns, counters, user_field: see :meth:`System.start`.
+        columns, user_field: see :meth:`System.start`.
         dims: number of dimensions of one sample that the penalties measure.
         trained: returns the tensors with respect to which an adjoint differentiates, without parameters of
             penalties.
+        counters: attributes of modules whose ``nfe`` counts the evaluations.
     """
 
     divergence: bool
@@ -340,10 +333,10 @@ class FieldSolve(Solve):
     wants: frozenset[str]
     by_estimator: bool
     columns: Columns | None
-    counters: Sequence[dict[str, Any]]
     user_field: object
     dims: int
     trained: Callable[[], Iterable[Tensor]]
+    counters: Sequence[dict[str, Any]] = ()
 
     def __call__(self, t: Tensor, state: State, *, products: bool = True) -> Derivative:
         for counter in self.counters:

@@ -298,8 +298,8 @@ class _Pass:
         training = flow.training and torch.is_grad_enabled()
         self._penalties = training if penalties is None else penalties
         self._draws_times = training and self._penalties
-        self._integrated = flow.regularizers.integrated(self._penalties)
-        self._density, self._system = density, System(flow.regularizers, flow.estimator)
+        self._density = density
+        self._system = System(flow.regularizers if self._penalties else (), flow.estimator)
         self._logdets: list[Tensor] = []
         self._totals: dict[str, Tensor] = {}
         self._steps = 0
@@ -314,9 +314,7 @@ class _Pass:
             z = field.layout(z)
             if noise is not None and noise.shape == z.shape:  # not the noise of several probes
                 noise = field.layout(noise)
-        solve = self._system.start(
-            field, z, density=self._density, penalties=self._penalties, probes=noise, one_graph=one_graph
-        )
+        solve = self._system.start(field, z, density=self._density, probes=noise, one_graph=one_graph)
         block = len(self._flow.fields) - 1 - index if self._backward else index
         times, history = self._times(z), self._flow.history
         solution = self._solver.solve(
@@ -329,7 +327,7 @@ class _Pass:
         self.health += solution.health
         self.nfe += solution.stats.nfe
         self._steps += solution.stats.steps
-        self._totals = self._integrated.joined(
+        self._totals = self._system.regularizers.joined(
             self._totals, solution.penalties, solves=index + 1, share=solution.stats.steps / self._steps
         )
         return solution.z[-1]

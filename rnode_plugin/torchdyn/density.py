@@ -379,7 +379,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             regularizers = self.regularizers
             times = regularizers.times(times, training=training and penalties, like=x, backward=backward)
             rhs = start_net(
-                System(regularizers, self.estimator), self.net, x, rows, density=True, penalties=penalties,
+                System(regularizers if penalties else (), self.estimator), self.net, x, rows, density=True,
                 probes=None if noise is None else noise[0],
                 one_graph=get_gradient(solver.gradient).through_steps,
             )  # fmt: skip
@@ -417,7 +417,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         rows, history = self.check_inputs(x, context=context), History() if history is None else history
         with outside_inference(x, rows, times) as (x, rows, times):
             one_graph = get_gradient(solver.gradient).through_steps
-            rhs = start_net(System(), self.net, x, rows, density=False, penalties=False, one_graph=one_graph)
+            rhs = start_net(System(), self.net, x, rows, density=False, one_graph=one_graph)
             solution = solver.solve(rhs, x.clone(), times, **history.warm_start(times)).check()
             history.keep_step(solution.longest_safe_step, times)
             self.nfe = solution.stats.nfe

@@ -159,7 +159,6 @@ def start_net(
     context: Tensor | None,
     *,
     density: bool,
-    penalties: bool,
     one_graph: bool,
     probes: Tensor | None = None,
 ) -> FieldSolve:
@@ -172,7 +171,7 @@ def start_net(
         net: ``net(z)``, ``net(t, z)``, or with a context ``net(t, z, context)``.
         z: the state ``(B, *event)`` at the start.
         context: one row for each sample; None if the net takes none.
-        density, penalties, one_graph, probes: as for :meth:`System.start`.
+        density, one_graph, probes: as for :meth:`System.start`.
 
     Raises:
         ConfigError: for a net with layers that read the state at the start, as DataControl does.
@@ -184,17 +183,16 @@ def start_net(
             "a layer of this net reads the state at the start of the solve (DataControl), so the integral of "
             "the divergence is not the log-determinant: leave it out, or give a context= that the net reads."
         )
-    wants = system.wants(density=density, penalties=penalties)
+    wants = system.wants(density=density)
     takes = field_takes(net) if context is None else Takes("t, x")
     function, plain = function_of(net, modules, slots, takes=takes, context=context, differentiated=bool(wants))
     if density:
         exact = system.estimator.is_exact and "jvp" not in wants
         function = fastest(function, net, z, context, plain=plain, exact=exact, one_graph=one_graph)
-    return system.start(
-        function, z, density=density, penalties=penalties, probes=probes, one_graph=one_graph,
-        net=net if isinstance(net, nn.Module) else module_of(net), user_field=net,
-        inputs=lambda: tensors_of((net,), context),
-    )  # fmt: skip
+    solve = system.start(
+        function, z, density=density, probes=probes, one_graph=one_graph, net=module_of(net), user_field=net
+    )
+    return replace(solve, trained=lambda: tensors_of((net,), context))
 
 
 def start_torchdyn(
@@ -203,7 +201,6 @@ def start_torchdyn(
     x: Tensor,
     args: object = None,
     *,
-    penalties: bool,
     one_graph: bool,
     takes: Callable[[object], Takes] = field_takes,
     hidden_cost: Cost | None = None,
@@ -220,7 +217,7 @@ def start_torchdyn(
         vf: the field.
         x: the state ``(B, ...)`` at the start.
         args: passed to fields that take ``args``.
-        penalties, one_graph: as for :meth:`System.start`.
+        one_graph: as for :meth:`System.start`.
         takes: finds the order and the names of a field's parameters.
         hidden_cost: ``integral_loss`` for an adjoint, whose state has no column for it.
 
@@ -237,13 +234,12 @@ def start_torchdyn(
     spec, estimator, probes, event_shape = system.part, system.estimator, None, None
     if spec.batch_dim is None and cnfs:
         raise ConfigError("batch_dim=None has no meaning for a CNF: the density is one of each sample.")
-    penalties = penalties and bool(system.regularizers.penalties)
     # look inside a single CNF, so that its trace and the penalties share one evaluation of its net
     density = len(cnfs) == 1 and spec.columns is None and _is_transparent(net, state)
     slots = Slots(modules, x, ahead=0 if cost is None else 1, cnf=net if density else None)
     if cnfs and spec.columns is None:
         estimator = estimator_of(cnfs[0]) or estimator
-        if len(cnfs) > 1 and penalties:
+        if len(cnfs) > 1 and system.regularizers.penalties:
             raise ConfigError(
                 f"the vector field contains {len(cnfs)} CNF modules; penalties need one, to find z after the "
                 "trace, or penalized=, the columns of the state that they measure."
@@ -259,7 +255,7 @@ def start_torchdyn(
         z = state
     if estimator is not system.estimator or spec is not system.part:  # a CNF's
         system = System(system.regularizers, estimator, part=spec)
-    wants = system.wants(density=density, penalties=penalties)
+    wants = system.wants(density=density)
     # the trace of a CNF that is not looked into is differentiated too
     function, plain = function_of(
         net, modules, slots, args, takes=takes(net), order=order, differentiated=bool(wants or cnfs)
@@ -268,14 +264,16 @@ def start_torchdyn(
         exact = order == 1 and estimator.is_exact and "jvp" not in wants
         function = fastest(function, net, z, plain=plain, exact=exact, one_graph=one_graph)
     columns = None  # of a plain state with penalties, whose velocity has its shape
-    if cost or hidden_cost or density or not (penalties and system.regularizers.rates and spec.is_all):
+    if cost or hidden_cost or density or not (system.regularizers.rates and spec.is_all):
         columns = Columns(hidden_cost if cost is None else cost, cost is None, event_shape)
     solve = system.start(
-        function, x, density=density, penalties=penalties, probes=probes, one_graph=one_graph, net=holder,
-        user_field=net if order == 1 else None, inputs=lambda: tensors_of((vf, hidden_cost), args),
-        columns=columns, counters=counters,
+        function, x, density=density, probes=probes, one_graph=one_graph, net=holder,
+        user_field=net if order == 1 else None, columns=columns,
     )  # fmt: skip
-    return replace(solve, inner_autograd=True)  # the field of a user may differentiate inside
+    return replace(
+        solve, trained=lambda: tensors_of((vf, hidden_cost), args), counters=counters,
+        inner_autograd=True,  # the field of a user may differentiate inside
+    )  # fmt: skip
 
 
 def look_for_columns(solve: FieldSolve, t: Tensor, x: Tensor) -> bool:

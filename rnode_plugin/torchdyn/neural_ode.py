@@ -295,8 +295,8 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             if torch.is_grad_enabled() and not through_steps and self.vf.sensitivity != "autograd":
                 hidden = self.integral_loss
             rhs = start_torchdyn(
-                self._system, self.vf, x, args, penalties=penalties, one_graph=through_steps, takes=self._takes,
-                hidden_cost=hidden,
+                self._system_of(penalties=penalties), self.vf, x, args, one_graph=through_steps,
+                takes=self._takes, hidden_cost=hidden,
             )  # fmt: skip
             # once for each model, because the check takes one more evaluation
             if not self._columns_known and rhs.regularizers and x.ndim == 2:
@@ -320,7 +320,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             solver = replace(self._solver({}).without_interpolation(), gradient=Autograd())
             x, t_span = self._start(x, t_span, solver)
             t_span = self.history.regularizers.times(t_span)
-            rhs = start_torchdyn(self._system, self.vf, x, penalties=False, one_graph=True)
+            rhs = start_torchdyn(self._system_of(penalties=False), self.vf, x, one_graph=True)
             return solver.solve(rhs, x, t_span).check().z
 
     def collect_penalties(self) -> AbstractContextManager[History]:
@@ -389,6 +389,11 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     def defunc(self) -> nn.Module:
         """``vf`` under the name that torchdyn's tutorials of Hamiltonian and Lagrangian fields still use."""
         return self.vf
+
+    def _system_of(self, *, penalties: bool) -> System:
+        """The system of one solve, with the penalties of the model or without."""
+        system = self._system
+        return system if penalties else System(estimator=system.estimator, part=system.part)
 
     def _start(self, x: object, t_span: Any, solver: Solver) -> tuple[Tensor, Tensor]:
         """Check the state and the times of a solve, and copy them, because a field or a penalty may change them."""
