@@ -320,6 +320,25 @@ def test_a_field_that_has_become_harder_meets_the_tolerance() -> None:
     assert history.longest_safe_steps[0]["forward"] == pytest.approx(cold.longest_safe_step, rel=0.2)
 
 
+def cubic(t: Tensor, z: Tensor) -> Derivative:
+    return Derivative(-(z**3), None, {})
+
+
+@pytest.mark.parametrize("first_step", [None, 1e-4])
+def test_a_first_step_that_overflows_is_taken_as_without_a_warm_start(first_step: float | None) -> None:
+    z, history = torch.full((2, 1), 0.1), History(longest_safe_steps={})
+    solver, bound, times = Adaptive("dopri5", first_step=first_step), Solve(cubic), T.float()
+    solve_warm(solver, bound, z, times, history)
+    assert history.warm_start(times)["safe_step"] > 0.02
+    warm, cold = solve_warm(solver, bound, 1e5 * z, times, history), solver.solve(bound, 1e5 * z, times)
+    assert torch.equal(warm.z, cold.z)
+    # one more trial, whose first stage is known
+    assert (warm.stats.rejected, warm.stats.nfe) == (cold.stats.rejected + 1, cold.stats.nfe + 6)
+    assert history.longest_safe_steps == {0: {"forward": cold.longest_safe_step}}
+    with pytest.raises(SolverError, match="no longer finite"):
+        solve_warm(solver, bound, z * math.nan, times, history)
+
+
 def test_a_sliver_at_the_end_does_not_shorten_the_safe_step() -> None:
     """Its error is rounding, which in single precision would make the safe step a few slivers."""
     method = dataclasses.replace(get_method("dopri5"), fit=lambda dt, rest, sign: dt)  # as torchdyn's

@@ -56,10 +56,11 @@ def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | Non
     t, end, upcoming = span[:1], span[-1], 1  # `upcoming` is the index of the next output time
     draw = draw_stage(method) if sampled else None
     start = span[0].to(device)
-    rates: Derivative | None = rhs(start, z, products=not draw)
+    begun = rhs(start, z, products=not draw)
+    rates: Derivative | None = begun
     totals = Totals([start], [z], knots=[(start, z)] if save_steps else None, nfe=1)
     known = solver.first_step if safe_step is None else control.warm_start(safe_step, span)
-    dt, totals.nfe = control.first_length(rhs, z, rates.dz, span, totals.nfe, known=known)
+    dt, totals.nfe = control.first_length(rhs, z, begun.dz, span, totals.nfe, known=known)
     safe = math.inf  # the longest step that all trials would have accepted
     while control.before(t, end):
         trial = control.trial(dt, t, end, span[upcoming] if interpolate is None else None)
@@ -68,7 +69,12 @@ def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | Non
         totals.nfe += step.nfe
         ratio = control.error_ratio(step, z, totals.logdet)
         if not math.isfinite(float(ratio)):
-            fail_nonfinite(float(t.detach()), totals.steps, totals.nfe)
+            if safe_step is None or totals.steps + totals.rejected > 0:
+                fail_nonfinite(float(t.detach()), totals.steps, totals.nfe)
+            # from another state this step was safe, but here a solve that begins without it may succeed
+            totals.rejected, known = 1, solver.first_step
+            dt, totals.nfe = control.first_length(rhs, z, begun.dz, span, totals.nfe, known=known)
+            continue
         if bool(ratio <= 1):
             reached = t + trial.dt
             if interpolate is not None:  # outputs strictly inside the step, read off without a stop
