@@ -132,6 +132,9 @@ def test_the_norm_is_of_the_whole_jacobian_where_the_result_says_so(
     one, other = (evaluate(flow, rows, task=task, draws=1, seed=seed) for seed in (0, 1))
     assert one.whole_jacobian == other.whole_jacobian == whole
     assert (one.penalties == other.penalties) == whole
+    # with an exact trace there is nothing to draw twice
+    exact = evaluate(flow, rows, task=task, draws=2, exact=True)
+    assert (exact.draws, exact.means["nll"].stderr_noise) == (1, None)
     # colors of a stack of convolutions give the trace without noise, and an estimate of the norm
     pictures = images(4, 17, (1, 8, 8))
     assert not evaluate(active_flow((1, 8, 8), "gaussian"), pictures, draws=1, exact=True).whole_jacobian

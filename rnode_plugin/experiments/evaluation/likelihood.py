@@ -66,7 +66,8 @@ def evaluate(
         batch_size: samples per solve. An adaptive solver chooses its steps for a whole batch, and begins with the
             longest safe step of the previous batch.
         draws: noise draws per sample. None chooses between one and eight, so that the error from the noise is at
-            most half of the error from the samples. For this the first samples are drawn twice.
+            most half of the error from the samples. For this the first samples are drawn twice. Rows with an exact
+            trace have no noise, and are drawn once in any case.
         solver: the integrator; None for the flow's own.
         seed: the seed of the noise.
         training_solver: a fixed grid to compare with ``solver``. An adaptive solver is not compared.
@@ -102,7 +103,7 @@ def evaluate(
     solves = _Solves(
         task, flow, samples, batch_size=batch_size, solver=used, seed=seed, exact=exact, progress=progress
     )
-    draws = draws or solves.choose_draws()
+    draws = solves.choose_draws(draws)
     solves.take(range(draws), len(solves.batches))
     # the NFE of an adaptive solve depend on the samples that share it and on its first step. Batches of a fixed
     # size, each solved from its own first step, make the NFE of two evaluations comparable
@@ -184,10 +185,15 @@ class _Solves:
         # with an exact trace, a quantity whose inputs have no noise is the same in each draw
         self._drawn = [not exact or each.noisy for each in task.kind.quantities]
 
-    def choose_draws(self) -> int:
-        """Choose the number of draws that makes the noise small enough, from two draws of the first samples."""
+    def choose_draws(self, asked: int | None) -> int:
+        """Choose the number of draws: 1 without any noise, else as ``asked``.
+
+        If none is asked for, it is one that makes the noise small enough, from two draws of the first samples.
+        """
         if not self._task.kind.quantities[0].noisy and self.flow.estimator.is_exact:
             return 1
+        if asked is not None:
+            return asked
         # one draw of everything, and the second draw of the first samples
         total = len(self._drawn) * len(self.batches) + sum(self._drawn) * self._pilot
         self.take(range(2), self._pilot, total=total)
