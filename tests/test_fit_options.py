@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -241,6 +242,24 @@ def test_the_command_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert done.exit_code == 130, done.output
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert f"Stopped by SIGINT after step {7 - times} of 8.\nContinue with: rnode-cli train --resume" in done.output
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize(
+    ("hook", "name", "steps"),
+    [("setup", "SIGINT", 0), ("on_train_start", "SIGTERM", 1), ("on_train_end", "SIGTERM", 8),
+     ("teardown", "SIGINT", 8)],
+)  # fmt: skip
+def test_a_signal_outside_of_the_steps(tmp_path: Path, hook: str, name: str, steps: int) -> None:
+    """Lightning exits for the first two, for SIGTERM after a step, and for the last. Nothing asks for the third."""
+    signum = signal.Signals[name]
+    before = signal.getsignal(signum)
+    sends = type("Sends", (L.Callback,), {hook: lambda *_, **__: os.kill(os.getpid(), signum)})()
+    fitted = run(tiny_recipe(), tmp_path, callbacks=[sends])
+    assert (fitted.result.stopped, fitted.result.steps, fitted.result.evaluation) == (name, steps, None)
+    assert signal.getsignal(signum) == before
+    assert fitted.run.has_checkpoints is bool(steps)
+    assert not fitted.run.result.exists()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")

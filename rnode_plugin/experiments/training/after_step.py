@@ -72,6 +72,7 @@ class AfterStep(Checkpoint):
             from the end of the step before it, so waiting for its batches counts. Validations and writing
             checkpoints do not count.
         out_of_time: whether the limit ended the training before its last step.
+        received: the name of the first signal that this process has received while it trained; None without one.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class AfterStep(Checkpoint):
         self._began = self._step_began = time.monotonic()  # this clock ignores changes of the system's time
         self._seconds_before = 0.0  # of the run in earlier calls
         self._limit = math.inf if max_time is None else self._began + max_time
-        self._received: str | None = None  # name of the first signal that this process has received
+        self.received: str | None = None
         self._received_at = 0.0
         self._signal: str | None = None  # name of the signal that ends the run on all devices
 
@@ -166,9 +167,9 @@ class AfterStep(Checkpoint):
 
         The clocks of the processes differ, and one that stopped alone would leave the others waiting for it.
         """
-        time_is_up, signaled = _in_any_process(trainer, time.monotonic() >= self._limit, self._received is not None)
+        time_is_up, signaled = _in_any_process(trainer, time.monotonic() >= self._limit, self.received is not None)
         if signaled:  # a process that has received no signal itself reports SIGTERM
-            self._signal = self._received or signal.SIGTERM.name
+            self._signal = self.received or signal.SIGTERM.name
         return time_is_up
 
     def _write(
@@ -260,8 +261,8 @@ class AfterStep(Checkpoint):
         where its state is whole.
         """
         now, name = time.monotonic(), signal.Signals(signum).name
-        if self._received is None:
-            self._received, self._received_at = name, now
+        if self.received is None:
+            self.received, self._received_at = name, now
             if self._terminal is not None and signum == signal.SIGINT:
                 # not print, which raises an error if the signal has interrupted another print
                 os.write(2, b"\nStopping after this step or validation. Press Ctrl-C again to stop at once.\n")

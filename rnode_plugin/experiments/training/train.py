@@ -10,6 +10,7 @@ import pytorch_lightning as L
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, WeightAveraging
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ...errors import CheckpointError, ConfigError
@@ -84,6 +85,7 @@ def _train(experiment: Experiment, trainer: L.Trainer, after_step: AfterStep) ->
         module.double()
     # one endless epoch, so that no validation or checkpoint of a run falls on the border of two epochs
     samples = RecipeDataModule(recipe, data=experiment.data, endless=True)
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit(module, samples, ckpt_path=None if resumed is None else resumed.checkpoint)
     except TrainingInterrupted as stop:
@@ -92,11 +94,21 @@ def _train(experiment: Experiment, trainer: L.Trainer, after_step: AfterStep) ->
         if stop.at_once:
             end_other_processes(trainer, signal.SIGKILL)
         return stop.signal_name, module.skipped
+    except SystemExit as stop:
+        # Lightning's answer to a signal before `AfterStep` takes the signals over, or after it has given them back.
+        # From then on Ctrl-C would be ignored. Another process ends with its exit code, which ends the first one
+        by_ctrl_c = isinstance(stop.__context__, KeyboardInterrupt)
+        if not trainer.is_global_zero or not (by_ctrl_c or isinstance(stop, SIGTERMException)):
+            raise
+        signal.signal(signal.SIGINT, on_ctrl_c)
+        return (signal.SIGINT if by_ctrl_c else signal.SIGTERM).name, module.skipped
     except MisconfigurationException as error:
         raise ConfigError(f"Lightning refuses this run: {' '.join(str(error).split())}") from error
     finally:
         if trainer.global_step:
             experiment.flow.trained_steps = trainer.global_step
+    if after_step.received is not None:  # after its last step, when the newest checkpoint was written
+        return after_step.received, module.skipped
     if after_step.out_of_time:
         return "max_time", module.skipped
     return "finished" if trainer.global_step >= trainer.max_steps else "early", module.skipped
