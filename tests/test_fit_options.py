@@ -21,7 +21,7 @@ from pytorch_lightning.callbacks import EarlyStopping, GradientAccumulationSched
 from pytorch_lightning.loggers import CSVLogger
 from tiny_runs import SETTINGS, BeforeStep, as_options, rnode, rows, run, signal_at, tiny_recipe
 
-from rnode_plugin.errors import CheckpointError, ConfigError
+from rnode_plugin.errors import CheckpointError, ConfigError, TrainingError
 from rnode_plugin.experiments.runs.run import training_lock
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe, read_checkpoint
 
@@ -112,14 +112,20 @@ def test_loggers_get_no_value_of_flow_matching_after_its_end(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("options", "named"), [
-    ({"max_steps": 1}, "the settings of the recipe decide"), ({"logger": 1}, "does not take Lightning's logger"),
-    ({"limit_val_batches": 1}, "the settings of the recipe decide"), ({"no_such_option": 1}, "no_such"),
+    ({"max_steps": 1}, "the settings of the recipe and"), ({"logger": 1}, "does not take Lightning's logger"),
+    ({"limit_val_batches": 1}, "the settings of the recipe and"), ({"no_such_option": 1}, "no_such"),
+    ({"min_steps": 6}, "Lightning's min_steps: .*RunOptions decide"),
     ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, r"AccumulationScheduler: training\.accumulate"),
 ])  # fmt: skip
 def test_options_that_the_recipe_decides(tmp_path: Path, options: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         run(tiny_recipe(), tmp_path / "runs", **options)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_without_a_step_has_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"took no step, .* No checkpoint had been written yet\."):
+        run(tiny_recipe(), tmp_path, limit_train_batches=0)
 
 
 def test_what_lightning_refuses_is_not_blamed_on_the_devices(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback, WeightAveraging
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, TrainingError
 from ..runs.results import Result
 from ..runs.run import Run
 from .after_step import AfterStep, SampleGrids, TrainingInterrupted
@@ -73,6 +73,9 @@ def _train(experiment: Experiment, trainer: L.Trainer, after_step: AfterStep) ->
 
     Returns:
         The reason why the training ended, as in :class:`Result`, and the number of skipped steps.
+
+    Raises:
+        TrainingError: no validation has chosen weights.
     """
     recipe, resumed = experiment.recipe, experiment.resumed
     # AfterStep writes to the loggers
@@ -109,6 +112,8 @@ def _train(experiment: Experiment, trainer: L.Trainer, after_step: AfterStep) ->
             experiment.flow.trained_steps = trainer.global_step
     if after_step.received is not None:  # after its last step, when the newest checkpoint was written
         return after_step.received, module.skipped
+    if trainer.is_global_zero and not after_step.run.best.is_file():
+        raise TrainingError("it took no step, so there are no weights to evaluate")
     if after_step.out_of_time:
         return "max_time", module.skipped
     return "finished" if trainer.global_step >= trainer.max_steps else "early", module.skipped

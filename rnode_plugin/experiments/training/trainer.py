@@ -30,8 +30,10 @@ from .plan import RunPlan
 TrainerOptions = Mapping[str, Any]
 """Options of Lightning's Trainer by name. Lightning checks their types."""
 
-_CHANGES_RESULTS = ("fast_dev_run", "limit_val_batches", "overfit_batches")
-"""Options of Lightning's Trainer that would silently change the numbers of a run."""
+_CHANGES_RESULTS = (
+    "fast_dev_run", "limit_val_batches", "max_time", "min_epochs", "min_steps", "overfit_batches",
+)  # fmt: skip
+"""Options of Lightning's Trainer that would silently change the numbers of a run, or its end."""
 
 
 class Place(NamedTuple):
@@ -93,7 +95,9 @@ def make_trainer(
         "precision": resolve_precision(recipe, place.device),
     }
     if refused := sorted(options.keys() & {*ours, *_CHANGES_RESULTS}):
-        raise ConfigError(f"fit does not take Lightning's {refused[0]}: the settings of the recipe decide that.")
+        raise ConfigError(
+            f"fit does not take Lightning's {refused[0]}: the settings of the recipe and RunOptions decide."
+        )
     if any(
         isinstance(each, GradientAccumulationScheduler) for each in callbacks
     ):  # steps, epochs count by the recipe
