@@ -185,7 +185,10 @@ def start_net(
         )
     wants = system.wants(density=density)
     takes = field_takes(net) if context is None else Takes("t, x")
-    function, plain = function_of(net, modules, slots, takes=takes, context=context, differentiated=bool(wants))
+    function = originals(net, modules) if wants else net
+    if context is not None:
+        function = AutogradField(function, context)
+    function, plain = function_of(function, slots, takes=takes)
     if density:
         exact = system.estimator.is_exact and "jvp" not in wants
         function = fastest(function, net, z, context, plain=plain, exact=exact, one_graph=one_graph)
@@ -257,9 +260,8 @@ def start_torchdyn(
         system = System(system.regularizers, estimator, part=spec)
     wants = system.wants(density=density)
     # the trace of a CNF that is not looked into is differentiated too
-    function, plain = function_of(
-        net, modules, slots, args, takes=takes(net), order=order, differentiated=bool(wants or cnfs)
-    )
+    function = originals(net, modules) if wants or cnfs else net
+    function, plain = function_of(function, slots, args, takes=takes(net), order=order)
     if wants and spec.is_all:
         exact = order == 1 and estimator.is_exact and "jvp" not in wants
         function = fastest(function, net, z, plain=plain, exact=exact, one_graph=one_graph)
@@ -292,37 +294,25 @@ def look_for_columns(solve: FieldSolve, t: Tensor, x: Tensor) -> bool:
 
 
 def function_of(
-    net: Any,
-    modules: Sequence[nn.Module],
+    function: Callable[..., Tensor],
     slots: Slots,
     args: object = None,
     *,
     takes: Takes,
-    context: Tensor | None = None,
     order: int = 1,
-    differentiated: bool,
 ) -> tuple[Velocity, bool]:
-    """The function ``(t, z)`` of a net, without torchdyn's wrappers, and whether the call adds nothing to the net.
+    """A net as a function ``(t, z)``, and whether the call adds nothing to the net.
 
     It sets the attributes of the solve (control, noise, arguments) at each evaluation, also at the evaluations that
     a backward pass repeats. So another solve in between has no influence.
 
     Args:
-        net: the user's module or function.
-        modules: all modules of the field, including the wrappers.
-        slots: the placeholders of these modules.
+        function: the user's module or function, without torchdyn's wrappers.
+        slots: the placeholders of all modules of the field.
         args: passed to a net that takes ``args``.
         takes: how the net is called.
-        context: the third argument of the net; None if it takes none.
         order: order of the differential equation.
-        differentiated: whether products are taken, whose gradient needs a double backward, which compiled parts do
-            not have.
     """
-    function: Callable[..., Tensor] = net
-    if differentiated:
-        function = originals(function, modules)
-    if context is not None:
-        function = AutogradField(function, context)
     plain = takes.order == "t, x" and not takes.args
     if not plain:
         function = call_of(function, args, takes)
@@ -404,7 +394,14 @@ def is_cnf(module: nn.Module) -> bool:
 
 
 def originals(function: Callable[..., Tensor], modules: Iterable[nn.Module]) -> Callable[..., Tensor]:
-    """``function``, run without torch.compile if it contains compiled parts, which have no double backward."""
+    """``function`` for products, run without torch.compile if it contains compiled parts.
+
+    The gradient of a product needs a double backward, which compiled parts do not have.
+
+    Args:
+        function: the user's module or function.
+        modules: all modules of the field, including the wrappers.
+    """
     for module in modules:
         attributes = vars(module)
         if COMPILED_MODULE in module._modules or attributes.get(COMPILED_IN_PLACE) is not None:
