@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 
+import numpy as np
+import torch
+
 
 class Stream(IntEnum):
     """The purposes of random numbers. Streams with different purposes are independent."""
@@ -24,24 +27,18 @@ class Stream(IntEnum):
 
 def stream_seed(seed: int, stream: Stream, *index: int) -> int:
     """A 63-bit seed for one place in one stream, such as (rank, step)."""
-    import numpy as np
-
     # SeedSequence hashes its entries, so that neighboring seeds and indices give unrelated streams
     return int(np.random.SeedSequence([seed, int(stream), *index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def seed_everything(seed: int, stream: Stream, *index: int) -> None:
     """Seed torch's generators on every device for one place in one stream."""
-    import torch
-
     torch.manual_seed(stream_seed(seed, stream, *index))
 
 
 @contextmanager
 def seeded(seed: int, stream: Stream, *index: int) -> Iterator[None]:
     """Context like :func:`seed_everything` that restores the generators at its end."""
-    import torch
-
     # reading the state of a GPU would initialize CUDA, which a program on the CPU should not pay for
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
