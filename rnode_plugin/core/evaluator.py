@@ -34,7 +34,7 @@ _RUNS_ONCE = (
 )
 
 
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # pyright: ignore[reportInvalidTypeForm]
+_locks: WeakKeyDictionary[nn.Module, AbstractContextManager[object]] = WeakKeyDictionary()
 _making = threading.Lock()
 
 

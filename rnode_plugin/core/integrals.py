@@ -142,11 +142,11 @@ class _Tie(torch.autograd.Function):
         ctx.unit_cost = None if cost is None else torch.ones_like(cost)
 
     @staticmethod
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, dsol: Tensor | None, *dintegrals: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dsol, *dintegrals = gradients
         return dsol, ctx.unit_cost, *dintegrals
 
     @staticmethod
-    def jvp(ctx: Any, dsol: Tensor | None, dcost: Tensor | None, *dintegrals: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        dsol, _, *dintegrals = tangents  # the second one is the cost's
         return tuple(None if tangent is None else tangent.clone() for tangent in (dsol, *dintegrals))

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..errors import ConfigError
 
@@ -68,9 +68,9 @@ def linear_warmup(steps: int, strength: float = DEFAULT_LAMBDA) -> LinearWarmup:
     return LinearWarmup(steps, _number("linear_warmup", strength))
 
 
-def check_lambda(name: str, strength: object) -> Strength:
+def check_lambda(name: str, strength: Strength) -> Strength:
     """The strength if it is a function, or a finite number >= 0 as a float; a ConfigError for anything else."""
-    return strength if callable(strength) else _number(name, strength)  # pyright: ignore[reportReturnType]
+    return strength if callable(strength) else _number(name, strength)
 
 
 def strength_at(name: str, strength: Strength, step: int | None) -> float:
@@ -101,9 +101,9 @@ def strength_text(strength: WrittenStrength) -> str:
     return str(strength) if isinstance(strength, LinearWarmup) else f"{strength:g}"
 
 
-def _number(name: str, strength: object) -> float:
+def _number(name: str, strength: Any) -> float:
     try:
-        value = float(strength)  # pyright: ignore[reportArgumentType]
+        value = float(strength)
     except (TypeError, ValueError):
         value = math.nan
     if not (math.isfinite(value) and value >= 0):

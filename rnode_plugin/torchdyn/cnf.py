@@ -67,12 +67,11 @@ class CNF(torchdyn_cnf.CNF):
 
     def forward(self, t: Tensor, x: Tensor | None = None, args: object = None) -> Tensor:  # pyright: ignore
         """The field at ``t`` and ``x [B, 1 + D]``. ``cnf(x)``, as in an nn.Sequential, takes the solver's time."""
-        if x is None:
-            x, t = t, self.t  # pyright: ignore[reportAssignmentType]
-        if t is None and field_takes(self.net).order == "t, x":
+        time, state = (self.t, t) if x is None else (t, x)
+        if time is None and field_takes(self.net).order == "t, x":
             raise ConfigError("the net of this CNF depends on time, and no time is known: call it as cnf(t, x).")
-        z = self.event(x)
-        t = z.new_zeros(()) if t is None else t
+        z = self.event(state)
+        time = z.new_zeros(()) if time is None else time
         noise = self.noise
         if noise is not None and noise.shape[-z.ndim :] != z.shape:
             noise = noise.reshape(z.shape)
@@ -83,12 +82,12 @@ class CNF(torchdyn_cnf.CNF):
                     "solve it by one of these."
                 )
             solve = System(estimator=self.trace_estimator).start(self._velocity(args), z, probes=noise)
-            dz, trace, _ = solve(t, z)
+            dz, trace, _ = solve(time, z)
             assert trace is not None
         else:
             with torch.enable_grad():
                 z = z.requires_grad_()
-                dz = self._velocity(args)(t, z)
+                dz = self._velocity(args)(time, z)
                 trace = self.trace_estimator(dz, z, noise=noise)
         return torch.cat([-trace[:, None], dz.flatten(1)], 1)
 
