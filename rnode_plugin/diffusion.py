@@ -84,8 +84,9 @@ def velocity_from_noise(
         )
     if not all(isinstance(level(torch.tensor(0.5)), Tensor) for level in (alpha, sigma)):
         raise ConfigError("alpha and sigma must be functions of a tensor that return one, such as torch.cos.")
-    scale = getattr(alpha, "time_scale", 1.0) if time_scale is None else time_scale
-    return DiffusionVelocity(time_first(net, call=call, time_shape=time_shape), alpha, sigma, predicts, scale)
+    if time_scale is None:
+        time_scale = alpha.time_scale if isinstance(alpha, _Discrete) else 1.0
+    return DiffusionVelocity(time_first(net, call=call, time_shape=time_shape), alpha, sigma, predicts, time_scale)
 
 
 class DiffusionVelocity(nn.Module):

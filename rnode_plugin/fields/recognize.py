@@ -76,7 +76,7 @@ def _parts(module: object, adds_time: Callable[[nn.Module], bool]) -> Iterator[P
         name, wanted = _SETTINGS[type(module)]
         known = all(getattr(module, key) == value for key, value in wanted.items())
         # our softplus has no threshold that matters, and a user's from 20 on changes values by at most 2e-9
-        known = known and getattr(module, "threshold", 20) >= 20
+        known = known and not (isinstance(module, nn.Softplus) and module.threshold < 20)
         yield ("a", get_activation(name)) if known else _UNKNOWN
     elif type(module) is nn.Linear:
         yield "L", module

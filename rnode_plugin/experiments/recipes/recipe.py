@@ -90,14 +90,17 @@ _Strength = Annotated[
 ]
 
 
+_OF_TABLE = (TableData, TableModel)
+
+
 def _tag(value: object) -> str:
     """Tell settings of images from settings of a table, as plain data or as an object.
 
     With the tag pydantic tries one class alone, and its message does not list what the other class would have
     wanted.
     """
-    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
-    return "table" if kind == "table" else "images"
+    of_table = value.get("kind") == "table" if isinstance(value, Mapping) else isinstance(value, _OF_TABLE)
+    return "table" if of_table else "images"
 
 
 _AnyData = Annotated[Annotated[Data, Tag("images")] | Annotated[TableData, Tag("table")], Discriminator(_tag)]
@@ -112,8 +115,9 @@ _SOLVER_SETTINGS = [*dict.fromkeys(key for keys in _OF_SOLVERS.values() for key 
 
 def _kind_of_solver(value: object) -> str:
     """``adaptive`` or ``fixed`` by the method of a solver, as plain data or as an object."""
-    method = value.get("method") if isinstance(value, Mapping) else getattr(value, "name", None)
-    return "adaptive" if method in ADAPTIVE_METHODS else "fixed"
+    if isinstance(value, Solver):
+        return "adaptive" if value.adaptive else "fixed"
+    return "adaptive" if isinstance(value, Mapping) and value.get("method") in ADAPTIVE_METHODS else "fixed"
 
 
 def _solver_settings(value: object, info: ValidationInfo) -> object:
