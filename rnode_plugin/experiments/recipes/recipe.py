@@ -279,8 +279,8 @@ class Recipe:
     def ffjord(self) -> Recipe:
         """Return the FFJORD baseline (section 6), without penalties or flow matching, with dopri5 at 1e-5.
 
-        Each of its solves begins with a step of 1/6, as the paper's, so it does not begin warm. It keeps the
-        gradient, the error norm and the largest NFE of the recipe's solver.
+        Each of its solves begins with a step of 1/6, as in the authors' scripts, so it does not begin warm. It
+        keeps the gradient, the error norm and the largest NFE of the recipe's solver.
         """
         own = self.solver
         norm = own.error_norm if isinstance(own, Adaptive) else "rms"
