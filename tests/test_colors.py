@@ -264,20 +264,36 @@ def test_a_user_names_the_radius(kind: type[Any], shape: tuple[int, ...]) -> Non
         close(found, trace_of(dense(field, z)))
 
 
+def down() -> nn.Conv2d:
+    return nn.Conv2d(2, 2, 3, stride=2, padding=1)
+
+
+def up() -> nn.ConvTranspose2d:
+    return nn.ConvTranspose2d(2, 2, 4, stride=2, padding=1)
+
+
 LIES: dict[str, Callable[[], tuple[Net, int]]] = {
     "one layer too few": lambda: (net(), 1),
     "a dilation": lambda: (Net(nn.Conv2d(2, 2, 3, padding=2, dilation=2)).double(), 1),
     "a normalization": lambda: (net(nn.InstanceNorm2d(4)), 2),
     "circular padding": lambda: (net(padding_mode="circular"), 2),
-    "a mean": lambda: (net(nn.AdaptiveAvgPool2d(1), nn.Upsample((9, 10))), 2),
+    "a mean": lambda: (net(nn.AdaptiveAvgPool2d(1), nn.Upsample((10, 10))), 2),
+    # the corners and the pixel in the middle reach less far than others
+    "a stride": lambda: (Net(down(), nn.Tanh(), up()).double(), 2),
+    "two strides": lambda: (Net(down(), nn.Tanh(), down(), nn.Tanh(), up(), up()).double(), 7),
 }
+
+
+def test_a_radius_of_strides_is_the_widest_of_all_pixels() -> None:
+    field, z = Net(down(), nn.Tanh(), up()).double(), state(2, 2, 10, 12)
+    close(System((), Exact(radius=3)).start(field, z)(T, z).dlogdet, trace_of(dense(field, z)))
 
 
 @pytest.mark.parametrize("lie", LIES)
 @pytest.mark.parametrize("graph", [False, True], ids=["no graph", "graph"])
 def test_a_radius_that_is_too_small_is_refused(lie: str, graph: bool) -> None:
     field, radius = LIES[lie]()
-    z = state(2, 2, 9, 10)
+    z = state(2, 2, 24, 24) if lie == "two strides" else state(2, 2, 10, 10)
     solve = System((), Exact(radius=radius)).start(field, z)
     with torch.set_grad_enabled(graph), pytest.raises(ConfigError, match=rf"more than {radius} rows.*too small"):
         solve(T, z)

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast, final
 
@@ -550,9 +550,8 @@ def refuse_mixed_samples(z: Tensor, dz: Tensor, *, known: Tensor | None = None) 
 def _refuse_wider(z: Tensor, dz: Tensor, radius: int) -> bool:
     """Refuse a field whose velocity at a pixel depends on pixels beyond ``radius``, which colors would add up.
 
-    The four corners and the middle pixel are checked, one after the other, with random signs on all channels.
-    Their products must be exactly zero outside of the radius: a tolerance would let too small a radius pass, whose
-    trace is wrong by a fraction of a percent. Circular padding shows at the corners alone.
+    The products of some pixels, with random signs on all channels, must be exactly zero outside of their radius: a
+    tolerance would let too small a radius pass, whose trace is wrong by a fraction of a percent.
 
     Args:
         z, dz: state and velocity ``(B, C, *space)``, with their graph.
@@ -569,27 +568,40 @@ def _refuse_wider(z: Tensor, dz: Tensor, radius: int) -> bool:
         return False
     space, found = z.shape[2:], list[bool]()
     signs = torch.randint(2, z.shape[:2], generator=torch.Generator().manual_seed(0)).to(dz) * 2 - 1
-    for pixel in (*itertools.product(*({0, size - 1} for size in space)), tuple(size // 2 for size in space)):
-        v = torch.zeros_like(dz)
-        v[(..., *pixel)] = signs
+    for pixels in _pixels_to_check(space, radius):
+        at = torch.ones(space, dtype=torch.bool, device=z.device)
+        far = ~at
+        for dim, (places, size) in enumerate(zip(pixels, space, strict=True)):
+            distances = torch.arange(size)[:, None] - torch.tensor(places)
+            nearest = distances.abs().amin(1).reshape(-1, *(1 for _ in space[dim + 1 :])).to(z.device)
+            at, far = at & (nearest == 0), far | (nearest > radius)
         # torch's own convolutions give exact zeros, the fast ones of cuDNN rounding errors
         with torch.backends.cudnn.flags(enabled=False):
+            v = signs.reshape(*signs.shape, *(1 for _ in space)) * at
             product = torch.autograd.grad(dz, z, v, True, allow_unused=True)[0]
         if product is None:  # the field ignores its state
             return False
-        far = torch.zeros(space, dtype=torch.bool, device=z.device)
-        for dim, (place, size) in enumerate(zip(pixel, space, strict=True)):
-            away = (torch.arange(size, device=z.device) - place).abs() > radius
-            far |= away.reshape(-1, *(1 for _ in space[dim + 1 :]))
         if bool((product[..., far] != 0).any()):
             raise ConfigError(
-                f"the velocity at a pixel depends on pixels more than {radius} rows or columns away, so the radius "
-                f"{radius} of this exact trace is too small. Each convolution adds dilation * (kernel_size - 1) / "
-                "2 to it. A normalization over the image, attention or circular padding has no radius: take "
-                "Exact() with a product for each dimension, or a random estimator."
+                f"the velocity at a pixel depends on pixels more than {radius} rows or columns away, so the "
+                f"radius {radius} of this exact trace is too small. Each convolution adds dilation * (kernel_size "
+                "// 2) to it, times all strides before it. A normalization over the image, attention or circular "
+                "padding has no radius: take Exact() with a product for each dimension, or a random estimator."
             )
         found.append(bool((product != 0).any()))
     return all(found)
+
+
+def _pixels_to_check(space: Sequence[int], radius: int) -> Iterator[list[Sequence[int]]]:
+    """The pixels of each product that checks a ``radius``, by their places along each dimension of ``space``."""
+    corners = itertools.product(*({0, size - 1} for size in space))  # circular padding shows there alone
+    for pixel in (*corners, tuple(size // 2 for size in space)):
+        yield [[place] for place in pixel]
+    # With strides the reach of a pixel depends on its place. So check pixels in all rows and columns, many at once,
+    # with two pixels between their surroundings, at which wider ones show.
+    apart = 2 * radius + 3
+    for first in range(min(apart, max(space))):
+        yield [range(first % size, size, apart) for size in space]
 
 
 def _unseen(z: Tensor) -> bool:

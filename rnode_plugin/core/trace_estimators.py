@@ -226,9 +226,9 @@ class Exact(TraceEstimator):
     Args:
         radius: the radius r of a field without a known one, such as a net of yours: the velocity at a pixel depends
             on no pixel that is more than r rows or more than r columns away, in an event ``(C, *space)``
-            with any number of dimensions of space. Each convolution adds ``dilation * (kernel_size - 1) / 2``. The
-            radius is checked at the corners and at the middle pixel, at the first evaluations of each solve until
-            the products there are not zero.
+            with any number of dimensions of space. Each convolution adds ``dilation * (kernel_size // 2)``, times
+            all strides before it. Some pixels in all rows and columns check the radius, at the first evaluations of
+            each solve until the products there are not zero.
         frobenius: whether the Frobenius norm is exact as well. Pixels of a color are then 2 r + 1 apart, which
             takes ``C min(H, 2 r + 1) min(W, 2 r + 1)`` products: 81 in place of 25 for four layers and one channel.
 
