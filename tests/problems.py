@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -57,6 +60,19 @@ def solver_of(method: str, **options: Any) -> Solver:
     kind = Adaptive if method in ADAPTIVE_METHODS else FixedGrid
     names = {field.name for field in fields(kind)}
     return kind(method, **{name: value for name, value in options.items() if name in names})
+
+
+def _saved(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model)), "save": _saved,
+}  # fmt: skip
+"""The ways in which a user copies a model."""
 
 
 @contextmanager

@@ -156,23 +156,22 @@ def test_a_staged_loss_counts_the_steps_of_each_stage() -> None:
     assert found == [{"first": 0.0}, {"first": 1.0}, {"then": 0.0}, {"then": 1.0}]
 
 
-def measure(flow: DensityModel, recipe: Recipe, batch: Tensor) -> dict[str, Any]:
-    task = task_of(recipe.data)
-    return measure_batch(flow, task, batch, seed=42, index=0, rank=0, training_solver=recipe.solver)
+def validated(*settings: str) -> tuple[DensityModel, dict[str, float]]:
+    """A flow with fields that are not zero, and what a validation measures of it."""
+    recipe = tiny_recipe(*settings)
+    torch.manual_seed(0)
+    flow, batch = recipe.build_flow(), torch.from_numpy(load_data(recipe).val[:4])
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        task = task_of(recipe.data)
+        row = measure_batch(flow, task, batch, seed=42, index=0, rank=0, training_solver=recipe.solver)
+    return flow, {name: float(value) for name, value in row.items()}
 
 
 def test_a_validation_measures_the_solve_without_the_evaluations_of_a_penalty() -> None:
     """Configurations are compared by these scores and NFE, so they must not depend on what is penalized."""
-    found: list[dict[str, Any]] = []
-    for recipe in (tiny_recipe(), tiny_recipe("regularizers.local_error=0.01")):
-        torch.manual_seed(0)
-        flow, batch = recipe.build_flow(), torch.from_numpy(load_data(recipe).val[:4])
-        with torch.no_grad():
-            for parameter in flow.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-            row = measure(flow, recipe, batch)
-        found.append({name: float(value) for name, value in row.items()})
-    plain, other = found
+    (_, plain), (_, other) = validated(), validated("regularizers.local_error=0.01")
     assert plain["nfe"] == 2 * 6  # one step of the midpoint method in each of six blocks
     assert [other[name] for name in ("bpd", "nfe", "gap")] == [plain[name] for name in ("bpd", "nfe", "gap")]
     assert other["local_error"] > 0
@@ -181,13 +180,8 @@ def test_a_validation_measures_the_solve_without_the_evaluations_of_a_penalty() 
 def test_a_validation_takes_signs_and_leaves_the_noise_of_the_training() -> None:
     rows = []
     for noise in ("gaussian", "rademacher"):
-        recipe = tiny_recipe(f"model.trace_noise={noise}")
-        torch.manual_seed(0)
-        flow, batch = recipe.build_flow(), torch.from_numpy(load_data(recipe).val[:4])
-        with torch.no_grad():
-            for parameter in flow.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-            rows.append(measure(flow, recipe, batch))
+        flow, row = validated(f"model.trace_noise={noise}")
+        rows.append(row)
         assert isinstance(flow.estimator, Hutchinson)
         assert flow.estimator.noise == noise
     assert rows[0] == rows[1]

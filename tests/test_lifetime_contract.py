@@ -5,9 +5,6 @@ A call reads modules, attributes and solver objects as they are then, and a back
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from density_models import make as make_density
-from problems import Wave
+from problems import COPIES, Wave
 from regularizer_table import Weighed, weighed
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -408,19 +405,9 @@ def test_a_model_for_each_thread_has_its_own_penalties() -> None:
 # copies and twins ------------------------------------------------------------------------------------------------
 
 
-def saved(model: nn.Module) -> Any:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved]
-
-
-@pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle", "save"])
+@pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("kind", ["neural ode", "density"])
-def test_a_copy_has_its_own_parameters_of_penalties(kind: str, copied: Callable[[Any], Any]) -> None:
+def test_a_copy_has_its_own_parameters_of_penalties(kind: str, how: str) -> None:
     """The parameter that an optimizer of the copy moves is the one that the penalty of the copy reads."""
     make: Any = NeuralODE if kind == "neural ode" else density
     model = make(Wave(), solver="rk4", regularizers=[weighed()])
@@ -429,7 +416,7 @@ def test_a_copy_has_its_own_parameters_of_penalties(kind: str, copied: Callable[
     call(model)
     loss = model.reg_loss()
     loss.backward()
-    twin = copied(model)
+    twin = COPIES[how](model)
     assert list(twin.state_dict()) == list(model.state_dict())
     ((_, own),) = ((n, p) for n, p in twin.named_parameters() if p.ndim == 0)
     with torch.no_grad():

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import math
-import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from density_models import ACCURATE, MODELS, make
+from problems import COPIES
 from regularizer_table import weighed
 from torch import Tensor, nn
 
@@ -279,7 +277,7 @@ def test_a_warm_start_begins_with_the_last_solve_of_each_block_and_direction(nam
     assert [set(each) for each in steps.values()] == [{"forward", "backward"}] * len(ways)
     assert [each["forward"] for each in steps.values()] == forward
     known = copy.deepcopy(warm.history.longest_safe_steps)
-    for copied in (copy.deepcopy(warm), pickle.loads(pickle.dumps(warm))):
+    for copied in (how(warm) for how in COPIES.values()):
         assert copied.history.longest_safe_steps == known
         copied.encode(x / 2, **given)
         assert copied.history.longest_safe_steps != known
@@ -333,19 +331,12 @@ def test_another_solver_shares_the_parameters(name: str) -> None:
     assert model.solver is ACCURATE
 
 
-def saved(model: nn.Module) -> Any:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved])
+@pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("name", MODELS)
-def test_copies_are_independent(name: str, copied: Callable[[Any], Any]) -> None:
+def test_copies_are_independent(name: str, how: str) -> None:
     model, x, given = make(name, FixedGrid("rk4_38", step=0.5))
     before = model.log_prob(x, **given).detach()
-    twin = copied(model)
+    twin = COPIES[how](model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import io
 import math
-import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -16,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from field_table import OwnTanh
-from problems import Linear, Wave, counted_products, linear_closed_form
+from problems import COPIES, Linear, Wave, counted_products, linear_closed_form
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 from torch.utils.checkpoint import checkpoint
@@ -430,10 +428,7 @@ def solution(model: nn.Module) -> Tensor:
 def test_deepcopy_and_pickle_after_use(name: str) -> None:
     torch.manual_seed(0)
     model = called(COPIED[name]())
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+    for other in (how(model) for how in COPIES.values()):
         assert torch.equal(solution(other), solution(model))
         with torch.no_grad():
             for parameter in other.parameters():
@@ -489,7 +484,7 @@ def test_a_warm_start_begins_with_the_last_call_in_that_direction(sensitivity: s
     warm.trajectory(x, ahead)
     torch.func.grad(lambda x: warm(x, ahead)[1][-1].sum())(2 * x)  # a transform neither reads nor writes
     assert warm.history.longest_safe_steps == known
-    for copied in (copy.deepcopy(warm), pickle.loads(pickle.dumps(warm))):
+    for copied in (how(warm) for how in COPIES.values()):
         assert copied.history.longest_safe_steps == known
         copied(2 * x, ahead)
         assert copied.history.longest_safe_steps != known
