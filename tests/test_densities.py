@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,16 @@ from torchdyn.nn import DataControl
 from torchdyn.numerics.solvers.ode import RungeKutta4
 from torchdyn_fields import mlp
 
-from rnode_plugin import Adaptive, FixedGrid, Hutchinson, NeuralODE, RegularizedCNF, TableFlow, importance_sample
+from rnode_plugin import (
+    Adaptive,
+    FixedGrid,
+    Hutchinson,
+    NeuralODE,
+    RegularizedCNF,
+    TableFlow,
+    importance_sample,
+    map_log_prob,
+)
 from rnode_plugin.core.distribution import FlowDistribution
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flow_matching import ODESolver
@@ -189,6 +199,23 @@ def test_the_solver_of_a_model_keeps_its_times_if_a_call_gives_it() -> None:
     own, given, other = (model.encode(x, solver=each) for each in (None, model.solver, Adaptive("dopri5")))
     torch.testing.assert_close((given.z, given.logdet), (own.z, own.logdet), rtol=0, atol=0)
     assert own.nfe == given.nfe > other.nfe  # which stops nowhere between the ends
+
+
+def test_a_grid_of_the_models_step_keeps_its_times() -> None:
+    """So the density of the discrete map, or a program, belongs to the model's own samples."""
+    grid, span = FixedGrid("midpoint", step=0.4), torch.linspace(0, 1, 3)
+    model = RegularizedCNF(Wave(2), event_shape=2, solver=grid, t_span=span, trace_estimator="exact").double()
+    z = torch.randn(4, 2).double()
+    own = model.decode(z)
+    for other in (
+        dataclasses.replace(grid, gradient="checkpointed"),
+        dataclasses.replace(grid, quadrature="sampled"),
+    ):
+        assert torch.equal(model.decode(z, solver=other).x, own.x)
+        assert torch.equal(model.solved_with(solver=other).inverse(z), own.x)
+    assert torch.equal(map_log_prob(model, z)[0], own.x)
+    ends = [model.decode(z, solver=FixedGrid("midpoint", step=step)).nfe for step in (0.4, 0.5, 0.35)]
+    assert [own.nfe, *ends] == [8, 8, 4, 6]
 
 
 def controlled() -> RegularizedCNF:

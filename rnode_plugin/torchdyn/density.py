@@ -199,8 +199,8 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         Since submodules are shared, ``train()`` and ``eval()`` of the copy act on the submodules of both.
 
         Args:
-            solver: a :class:`~rnode_plugin.Solver`; None: the model's. With ``step=None`` the grid is the model's
-                ``t_span``.
+            solver: a :class:`~rnode_plugin.Solver`; None: the model's. A grid with the step of the model's or
+                without one stops at all times of ``t_span``, and any other solver at its ends alone.
             estimator: the estimator of the trace, or its name; None: the model's.
             regularizers: the penalties that the copy integrates. Those that the model has keep its lambda. A span
                 policy of the model, such as a learned end time, stays.
@@ -351,10 +351,13 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
 
     def _on_grid(self, solver: Solver | None) -> tuple[Solver, Tensor]:
         """The solver for a call and its times."""
-        if solver is None or solver is self.solver:
-            return self.solver, self.t_span
-        solver = chosen_solver(solver, self.solver)
-        steps_at_times = isinstance(solver, FixedGrid) and solver.step is None
+        own = self.solver
+        if solver is None or solver is own:
+            return own, self.t_span
+        solver = chosen_solver(solver, own)
+        # a solver that differs in the gradient or the quadrature alone must compute the model's map
+        steps = (None, own.step if isinstance(own, FixedGrid) else None)
+        steps_at_times = isinstance(solver, FixedGrid) and solver.step in steps
         return solver, self.t_span if steps_at_times else self.t_span[[0, -1]]
 
     def _solve(
