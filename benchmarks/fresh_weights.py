@@ -14,11 +14,12 @@ from pathlib import Path
 import click
 import pandas as pd
 
+from rnode_plugin.experiments.reports.configurations import GRAY
 from rnode_plugin.experiments.reports.runs import penalties_of
 from rnode_plugin.experiments.runs.run import Run
 
 MEASURED = Path(__file__).parent / "results" / "fresh_weights_28x28.csv"
-DRAWN = {"ffjord": ("FFJORD, no penalties", "gray", "s"), "rnode": ("RNODE, both penalties", "C0", "o")}
+DRAWN = {"ffjord": ("FFJORD, no penalties", GRAY, "s"), "rnode": ("RNODE, both penalties", "C0", "o")}
 
 
 def rows(run: Path) -> pd.DataFrame:

@@ -27,6 +27,7 @@ from measure import print_environment, set_up, table, threads_option
 from torch import Tensor
 
 from rnode_plugin import RegularizedCNF
+from rnode_plugin.experiments.reports.configurations import GRAY
 from rnode_plugin.experiments.reports.figures import draw, legend
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -119,7 +120,7 @@ def paint(panels: Any, found: dict[Case, dict[str, Found]]) -> None:
     for axes, data in zip(panels, DATA, strict=True):
         base = found["none", None][data]
         axes.axhline(0, color="#808080", linewidth=0.6)
-        axes.plot(base.nfe, 0, marker="o", color="#767c85", linestyle="none", label="none")
+        axes.plot(base.nfe, 0, marker="o", color=GRAY, linestyle="none", label="none")
         for color, name in zip(_COLORS, dict.fromkeys(n for n, s in found if s is not None), strict=False):
             points = [each[data] for (n, _), each in found.items() if n == name]
             losses = [float((each.nll - base.nll).mean()) / 2 for each in points]
@@ -128,7 +129,7 @@ def paint(panels: Any, found: dict[Case, dict[str, Found]]) -> None:
                 axes.plot(each.nfe, loss, marker="o", markersize=size, color=color, linestyle="none")
         axes.set(title=data, xlabel="NFE of dopri5 [evaluations]")
     for strength, size in zip(dict.fromkeys(s for _, s in found if s is not None), SIZES, strict=False):
-        panels[-1].plot([], [], "o", markersize=size, color="#767c85", label=f"λ = {strength:g}")
+        panels[-1].plot([], [], "o", markersize=size, color=GRAY, label=f"λ = {strength:g}")
     panels[0].set_ylabel("likelihood lost [nats/dim]")
     legend(panels[-1])
 

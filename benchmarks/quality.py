@@ -37,6 +37,7 @@ from rnode_plugin.errors import RnodeError
 from rnode_plugin.experiments.data import ImageData
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.recipes.tasks import load_data
+from rnode_plugin.experiments.reports.configurations import GRAY
 from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.fit import fit
 from rnode_plugin.experiments.training.plan import RunOptions
@@ -245,7 +246,7 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], final: Sequence[Mapping[
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
     grays, hues = itertools.cycle(("-", "--", ":")), itertools.count()
     for name in dict.fromkeys(row["method"] for row in rows):
-        color, line = (f"C{next(hues)}", "-") if METHODS[name].penalized else ("gray", next(grays))
+        color, line = (f"C{next(hues)}", "-") if METHODS[name].penalized else (GRAY, next(grays))
         curves = []
         for seed in dict.fromkeys(row["seed"] for row in rows if row["method"] == name):
             points = [row for row in rows if (row["method"], row["seed"]) == (name, seed) and int(row["step"])]
