@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
 
-def test_the_usual_formulation_trains_the_flow_of_an_experiment(tmp_path: Path) -> None:
+def test_the_usual_formulation_trains_the_flow_of_an_experiment() -> None:
     """Its loss has the value and the gradient of ours on the same grid, for the same parameters."""
     from quality import ADAM, Method, experiment_of
 

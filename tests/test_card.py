@@ -118,7 +118,7 @@ def test_a_damaged_run_can_be_exported_without_figures(trained: Path, tmp_path: 
     assert UNKNOWN in (tmp_path / "new" / "README.md").read_text()
 
 
-def test_a_run_that_is_not_finished_says_so(trained: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_run_that_is_not_finished_says_so(trained: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     (run / "result.json").unlink()
     export(run, tmp_path / "new" / "model.safetensors")

@@ -195,7 +195,7 @@ FILES = {
 
 
 @pytest.fixture(params=sorted(FILES))
-def published(request, tmp_path, monkeypatch):
+def published(request, monkeypatch):
     """``(name, what its publisher sends, address, how often each was asked for)`` of each published data set."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     files: dict[str, bytes] = {}

@@ -63,11 +63,11 @@ def learning_rate_factor(
     return factor
 
 
-def orthogonalized(matrices: Tensor, *, steps: int = 5) -> Tensor:
+def orthogonalized(matrices: Tensor) -> Tensor:
     """Approximate the nearest matrix with orthonormal rows or columns to each of ``matrices (N, m, n)``.
 
-    This is the Newton-Schulz iteration ``X <- a X + (b A + c A^2) X`` with ``A = X X^T``, in the precision of the
-    matrices. The singular values of the result lie between about 0.7 and 1.2.
+    These are five steps of the Newton-Schulz iteration ``X <- a X + (b A + c A^2) X`` with ``A = X X^T``, in the
+    precision of the matrices. The singular values of the result lie between about 0.7 and 1.2.
     """
     a, b, c = _NEWTON_SCHULZ
     # A is m times m, so a tall matrix is transposed for the smaller product
@@ -75,7 +75,7 @@ def orthogonalized(matrices: Tensor, *, steps: int = 5) -> Tensor:
     x = matrices.mT if tall else matrices
     # the iteration needs singular values of at most 1, and the Frobenius norm bounds the largest
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPS)
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
