@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, SupportsFloat
 
@@ -482,7 +483,7 @@ def _without_effect(recipe: Recipe, setting: str) -> str | None:
         return f", because the run takes no steps of flow matching: {give}."
     if setting in _NEEDED:
         other, needed = _NEEDED[setting]
-        if (value := dict(recipe.settings())[other]) != needed:
+        if (value := attrgetter(other)(recipe)) != needed:
             found, wanted = (f"{other}={as_text(each)}" for each in (value, needed))
             return f" with {found}: give {wanted} too."
     return None
