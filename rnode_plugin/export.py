@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .core.distribution import DensityModel
 from .core.modes import recording
-from .errors import ConfigError, first_line, suggest
+from .errors import ConfigError, check_name, first_line
 from .files import PROGRAM, write_atomically
 from .solvers import Solver
 
@@ -62,8 +62,7 @@ def export_program(
         >>> tuple(program.module()(torch.randn(5, 16)).shape)
         (5, 1, 4, 4)
     """
-    if which not in get_args(Which):
-        raise ConfigError(suggest(str(which), get_args(Which), "program"))
+    check_name(which, get_args(Which), "program")
     if not isinstance(model, DensityModel):
         raise ConfigError(
             f"a program is made of a density, such as a RegularizedCNF, not of {type(model).__name__}."

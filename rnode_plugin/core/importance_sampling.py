@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, check_count, suggest
+from ..errors import ConfigError, check_count, check_name
 from .map_jacobian import map_log_prob
 from .trace_estimators import Exact
 
@@ -114,8 +114,7 @@ def importance_sample(
         >>> bool(error.abs() < 5 * found.log_z_error), bool(found.ess > 500)
         (True, True)
     """
-    if jacobian not in get_args(Jacobian):
-        raise ConfigError(suggest(str(jacobian), get_args(Jacobian), "jacobian"))
+    check_name(jacobian, get_args(Jacobian), "jacobian")
     by_map, exact = jacobian == "map", model.estimator.is_exact
     few = model.dims <= EXACT_DIMS or model.exact_products < model.dims
     if not (by_map or exact or few):

@@ -25,7 +25,7 @@ from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDi
 
 from ..core.derivatives import Velocity
 from ..core.modes import on_host, transforms_active
-from ..errors import ConfigError, suggest
+from ..errors import ConfigError, check_name
 from ..solvers import (
     ADAPTIVE_METHODS,
     Adaptive,
@@ -117,8 +117,7 @@ def _build(name: str, dtype: torch.dtype, role: str = "solver") -> SolverObject:
     # torchdyn builds the tableau of a name in single precision and only then converts it to the type of the state
     if name == "rk4_38":
         return RungeKutta38(dtype)
-    if name not in SOLVER_DICT:
-        raise ConfigError(suggest(name, (*SOLVER_DICT, "rk4_38"), role))
+    check_name(name, (*SOLVER_DICT, "rk4_38"), role)
     return str_to_solver(name, dtype)
 
 

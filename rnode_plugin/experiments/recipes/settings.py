@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from ...errors import ConfigError, suggest
+from ...errors import ConfigError, check_name
 from .fields import CONFIG, Decay, Fraction, KeptBy, Listed, Text
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "auto")
@@ -23,8 +23,7 @@ def _known_precision(name: str) -> str:
             f"training.precision={name} would round the data themselves: use 32-true or "
             f"{name.replace('true', 'mixed')}."
         )
-    if name not in _PRECISIONS:
-        raise ConfigError(suggest(name, _PRECISIONS, "precision"))
+    check_name(name, _PRECISIONS, "precision")
     return name
 
 
