@@ -212,7 +212,9 @@ def test_a_lambda_that_warms_up_follows_the_steps_of_likelihood(tmp_path: Path) 
     assert stored["regularizers"]["l1"] == "linear_warmup(2)*30.0"
 
 
-def test_going_back_discards_what_later_steps_have_left(recipe: Recipe, whole: FitResult, tmp_path: Path) -> None:
+def test_going_back_discards_what_later_steps_have_left(
+    recipe: Recipe, whole: FitResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The score of a run is one of its steps, also where an abandoned continuation was better."""
     folder = copy_of(whole, tmp_path).run
     assert read_checkpoint(folder.best)["global_step"] == 6
@@ -228,6 +230,11 @@ def test_going_back_discards_what_later_steps_have_left(recipe: Recipe, whole: F
     assert not (folder.path / "diagnosis").exists()
     elsewhere = run(worse, tmp_path, resume=copied)  # without the best weights of its steps
     assert read_checkpoint(elsewhere.run.best)["global_step"] == 7
+    os.truncate(folder.best, 100)  # with which the run could not end
+    run(worse.override(["training.max_steps=8", "optimizer.lr=0.2"]), tmp_path, resume=folder.path)
+    assert read_checkpoint(folder.best)["global_step"] == 8
+    assert "best.ckpt cannot be read" in (said := capsys.readouterr().err)
+    assert "zip file. The next validation writes it again." in said
 
 
 def test_epochs_of_other_batches_count_in_full_after_a_resume(tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def read_checkpoint(path: Path) -> Contents:
         ) from None
     except Exception as error:  # a damaged file can make the reader fail in any way
         raise CheckpointError(
-            f"{path} cannot be read. It is truncated or not a checkpoint: {first_line(error)}"
+            f"{path} cannot be read. It is truncated or not a checkpoint: {first_line(error).rstrip('.')}."
         ) from None
     contents = cast("Contents", found) if isinstance(found, dict) else {}
     header = contents.get(_KEY)

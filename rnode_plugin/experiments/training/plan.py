@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -230,9 +229,14 @@ class Resumed:
         ``metrics.csv`` would lack the steps in between.
         """
         # a best.ckpt from a later step has no validation in the metrics that are left, and the run could end with
-        # it as its best weights. A missing or damaged file has no step to compare
-        with suppress(CheckpointError):
-            if read_checkpoint(run.best)["global_step"] > self.done:
+        # it as its best weights. With a damaged one it could not end. The next validation writes a file that lacks
+        if run.best.is_file():
+            try:
+                of_no_use = read_checkpoint(run.best)["global_step"] > self.done
+            except CheckpointError as error:
+                print(f"{error} The next validation writes it again.", file=sys.stderr)
+                of_no_use = True
+            if of_no_use:
                 run.best.unlink()
         run.go_back(self.checkpoint, self.done)
 
