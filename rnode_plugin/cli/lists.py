@@ -107,8 +107,7 @@ def regularizers(*, as_json: bool) -> None:
     """List the regularizers: kind, what each penalizes, its cost, its source, and the package.
 
     Use a name in NeuralODE(..., regularizers=[NAME]), or in `rnode-cli train digits --regularizer NAME=LAMBDA`.
-    Names can have options: taylor:3, steer:0.25. LAMBDA is a number, or
-    linear_warmup(STEPS)*NUMBER.
+    Names can have options: taylor:3, steer:0.25. LAMBDA is a number, or linear_warmup(STEPS)*NUMBER.
     """
     rows: list[dict[str, str]] = []
     for plugin in registry.report():
@@ -209,11 +208,11 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
     """Run SCRIPT with ARGS as `python SCRIPT ARGS...` would, after rnode_plugin.install(torchdiffeq=True).
 
     torchdyn's own NeuralODE and torchdiffeq's odeint then accept regularizers=. With --regularizer the gradient of
-    the penalties is added to the gradient of the script's loss, which it prints without them. Each backward pass
-    through a solution adds it once: a script that accumulates the gradients of k batches needs LAMBDA / k, and one
-    with a GradScaler needs bf16 instead. At the end, one line on standard error has the number of solves that were
-    penalized and the mean of each penalty. The exit code and the traceback are the script's. Processes that the
-    script starts run without this, unless they are forked.
+    the penalties is added to the gradient of the script's loss. The loss that the script prints does not contain
+    them. Each backward pass through a solution adds their gradient once: a script that accumulates the gradients of
+    k batches needs LAMBDA / k, and one with a GradScaler needs bf16 instead. At the end, one line on standard error
+    has the number of solves that were penalized and the mean of each penalty. The exit code and the traceback are
+    the script's. Processes that the script starts run without penalties, unless they are forked.
     """
     spec = read_regularizers(regularizers) or None
     for name in spec or ():

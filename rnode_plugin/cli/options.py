@@ -102,7 +102,7 @@ _SHORT: dict[str, tuple[str, str, str]] = {
     "limit-val": ("training.val_images", "N", "Validate on N images or rows only."),
     "max-steps": ("training.max_steps", "N", "Stop after N steps of the run."),
     "max-epochs": ("training.max_epochs", "N", "Stop after N epochs of the run."),
-    "val-every": ("training.val_every_steps", "N", "Validate every N steps instead of by epochs."),
+    "val-every": ("training.val_every_steps", "N", "Validate every N steps instead of after each epoch."),
     "seed": ("training.seed", "N", "Seed of the weights, the data order and all noise."),
     "weights": ("training.weights", "RUN", "Start from the weights of a run, a file or a packaged flow. Everything "
                 "else starts fresh."),

@@ -78,7 +78,7 @@ class Values(click.ParamType):
               help="Take the exact trace in any number of dimensions, by the method rk4_38 with the step of the "
                    "training. --solver takes another solver.")  # fmt: skip
 @click.option("--bound", type=click.IntRange(1), metavar="K",
-              help="Measure the bound of K draws on the likelihood of images too, with --exact.")  # fmt: skip
+              help="Also measure the bound of K draws on the likelihood of images, as with --exact.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), metavar="N",
               help="Images or rows per solve. [default: the recipe's]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), metavar="N",

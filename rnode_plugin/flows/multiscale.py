@@ -146,7 +146,8 @@ class MultiscaleFlow(BlockFlow):
         solver: the integrator of calls that give none, kept as the attribute :attr:`solver`; None: the default
             :class:`~rnode_plugin.FixedGrid`.
         regularizers: penalties to integrate: names, objects or functions.
-        trace_noise: ``"rademacher"`` (signs), ``"gaussian"`` (the paper's), or ``"exact"`` for tiny images.
+        trace_noise: ``"rademacher"`` (signs), ``"gaussian"`` (the paper's), or ``"exact"``, whose price
+            :class:`~rnode_plugin.Exact` names.
         field: makes the field of a block from the shape of its state, in place of the paper's field.
         warm_start: whether each solve of an adaptive solver begins with the longest step that would have passed
             in the last one; see :attr:`DensityModel.history`.
