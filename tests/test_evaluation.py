@@ -221,7 +221,8 @@ def test_the_bound_of_a_flow_is_of_its_exact_densities() -> None:
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.mul_(0.4)  # densities of the draws that are of one order
-    found = evaluate(flow, pictures, bound=draws, solver=RK4)
+    sampled = FixedGrid("rk4", step=0.5, quadrature="sampled")  # whose noise no evaluation has
+    found = evaluate(flow, pictures, bound=draws, solver=sampled)
     rows = []
     for draw in range(draws):
         with seeded(0, Stream.VALIDATE, draw, 0, 0), torch.no_grad():
@@ -243,15 +244,16 @@ def test_a_bound_that_would_be_none_is_refused() -> None:
     flow, pictures = active_flow((1, 8, 8), "gaussian"), images(2, 17, (1, 8, 8))
     rows = RowTask(TableData("rows", ("a", "b")))
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"solver": FixedGrid("rk4", step=0.5, quadrature="sampled")}, "full quadrature"),
         ({"draws": 2}, "its own number of draws"),
         ({"task": rows}, "one of discrete images.*, not of a"),
     ]
     for options, words in cases:
         with pytest.raises(ConfigError, match=words):
             evaluate(flow, pictures, bound=2, **options)
-    with pytest.raises(ConfigError, match="draws of a bound must be a whole number"):
-        evaluate(flow, pictures, bound=0)
+    none: tuple[dict[str, Any], ...] = ({"bound": 0}, {"draws": 0})
+    for options in none:
+        with pytest.raises(ConfigError, match="number of draws must be a whole number of at least 1, not 0"):
+            evaluate(flow, pictures, **options)
 
 
 def test_evaluations_of_a_penalty_of_its_own_are_not_the_flows() -> None:

@@ -86,8 +86,8 @@ def evaluate(
         separate solves of the batches of :func:`nfe_batches`, which do not reuse the steps of another solve.
 
     Raises:
-        ConfigError: there are no samples, or no ``task`` for a model other than a ``MultiscaleFlow``; a
-            ``bound`` with ``draws``, with a sampled quadrature or for inputs without noise.
+        ConfigError: there are no samples or no draws, or no ``task`` for a model other than a
+            ``MultiscaleFlow``; a ``bound`` with ``draws`` or for inputs without noise.
         SolverError: the integration failed.
     """
     if not len(samples):
@@ -97,7 +97,7 @@ def evaluate(
         task = ImageTask.of(flow)
     used: Solver = solver or flow.solver
     if bound is not None:
-        _check_bound(bound, draws, task, used)
+        _check_bound(draws, task)
         exact, draws = True, bound
         accurate_solver = accurate_solver or Adaptive("dopri5", atol=1e-6, rtol=1e-6)
     solves = _Solves(
@@ -193,7 +193,7 @@ class _Solves:
         if not self._task.kind.quantities[0].noisy and self.flow.estimator.is_exact:
             return 1
         if asked is not None:
-            return asked
+            return check_count(asked, "the number of draws")
         # one draw of everything, and the second draw of the first samples
         total = len(self._drawn) * len(self.batches) + sum(self._drawn) * self._pilot
         self.take(range(2), self._pilot, total=total)
@@ -298,19 +298,14 @@ class _Solves:
         return torch.stack(rows)
 
 
-def _check_bound(bound: int, draws: int | None, task: AnyTask, solver: Solver) -> None:
+def _check_bound(draws: int | None, task: AnyTask) -> None:
     """Refuse a bound of several draws that would be none (ConfigError)."""
-    check_count(bound, "the number of draws of a bound")
     if draws is not None:
         raise ConfigError("a bound has its own number of draws: leave draws out.")
     if not task.kind.quantities[0].noisy:
         raise ConfigError(
             f"the bound of several draws is one of discrete images with uniform noise in each bin, not of "
             f"{task.kind.data}."
-        )
-    if solver.quadrature != "full":
-        raise ConfigError(
-            "the bound of several draws needs the full quadrature: the noise of a sampled one would move it upward."
         )
 
 
