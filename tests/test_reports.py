@@ -126,7 +126,9 @@ def test_a_run_without_a_logged_step_is_left_out_by_name(tmp_path: Path) -> None
     # nor does one without a validation
     write_run(tmp_path / "r" / "4", digits(seed=46), steps=5, checks=(), finished=False)
     report = write_report([tmp_path / "r"], tmp_path / "out")
-    assert report.left_out == tuple(f"{each} has no logged step of likelihood." for each in (begun, early))
+    assert report.left_out == tuple(
+        f"{each} has no logged step of likelihood, and no validation." for each in (begun, early)
+    )
     assert "Left out:" in report.html.read_text()
     found = cells(report.table, "digits")
     assert (found["seeds"], found["bits/dim, dirty"]) == ("42, 43", "2.020 ± 0.020 bits/dim")

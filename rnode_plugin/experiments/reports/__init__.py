@@ -54,7 +54,8 @@ def write_report(
 
     Args:
         runs: run folders, or folders with run folders below them. Runs below a folder that cannot be read, runs
-            without a logged step and repetitions are left out and named in the report.
+            without a validation or a logged step of likelihood, and repetitions, are left out and named in the
+            report.
         out: folder for ``report.html`` (one file with everything in it, nothing is fetched) and ``figures/`` (PNG
             and SVG). Figures of a report that is there are removed.
         title: None for one that names the recipe or the data sets.

@@ -70,7 +70,7 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[RunContents
 
     Returns:
         The runs, and a message for each one that is left out: a run below a folder that cannot be read, a run
-        without a logged step of likelihood, or a repetition of another run.
+        without a logged step of likelihood or a validation, or a repetition of another run.
 
     Raises:
         ConfigError: there is no run at one of the paths, it cannot be read, nothing is left, or some runs are on
@@ -90,7 +90,7 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[RunContents
             if run.has_begun:
                 runs[each.path] = run
             else:
-                left_out[f"{each.path} has no logged step of likelihood."] = None
+                left_out[f"{each.path} has no logged step of likelihood, and no validation."] = None
     if not runs:
         raise ConfigError(" ".join(left_out))
     kinds = {run.recipe.kind.metric: run for run in runs.values()}

@@ -52,8 +52,8 @@ class RunContents:
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is something to report: a logged step or a result."""
-        return self.result is not None or len(self.metrics.steps["step"]) > 0
+        """Whether there is something to report: a logged step of likelihood, a validation or a result."""
+        return self.result is not None or self.metrics.last_step > 0
 
     @property
     def evaluation(self) -> Evaluation | None:
