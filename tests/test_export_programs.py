@@ -73,6 +73,17 @@ def density(net: nn.Module, trace: str = "exact", **options: Any) -> Regularized
     )
 
 
+def matched(time_shape: str, trace: str) -> RegularizedCNF:
+    """Of flow matching: with one time for each sample."""
+    net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    return shaken(
+        RegularizedCNF.from_velocity(
+            net, call=lambda net, t, x: net(torch.cat([x, t.reshape(-1, 1)], 1)), time_shape=time_shape,
+            event_shape=2, trace_estimator=trace, solver="midpoint", steps=1,
+        )
+    )  # fmt: skip
+
+
 class Conditional(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -93,11 +104,13 @@ def conditional() -> RegularizedCNF:
 QUICK: dict[str, Callable[[], Any]] = {
     "conditional": conditional,
     "model of a third party": lambda: shaken(LaplaceFlow(2, hidden=6)),  # its base is a property
+    "exact": lambda: matched("(B,)", "exact"),
 }
 SLOW: dict[str, Callable[[], Any]] = {
     "images": images,
     "table, context": lambda: table(context=1),
     "two probes": lambda: density(linear_field(2, hidden=6), "gaussian:2"),
+    "differences": lambda: matched("(B, 1)", "difference:2"),
 }
 
 

@@ -85,7 +85,7 @@ class Field(ABC):
         ...     def linearize(self, t, z, probes=None, wants=frozenset(), *, peek=None):
         ...         if wants <= {"products", "trace"}:
         ...             products = None if probes is None else -t * probes
-        ...             return Linearization(self(t, z), products, trace=-t * z[0].numel() * z.new_ones(len(z)))
+        ...             return Linearization(self(t, z), products, trace=-t * z[0].numel() * z.new_ones(z.shape[0]))
         ...         return AutogradField(self).linearize(t, z, probes, wants, peek=peek)
         >>> Decay().linearize(torch.tensor(2.0), torch.ones(1, 3), None, frozenset({"trace"})).trace
         tensor([-6.])
@@ -517,7 +517,7 @@ def refuse_mixed_samples(z: Tensor, dz: Tensor, *, known: Tensor | None = None) 
     Raises:
         ConfigError: for samples that depend on each other.
     """
-    if len(z) < 2 or not dz.requires_grad or _unseen(z):
+    if _unseen(z) or len(z) < 2 or not dz.requires_grad:  # in this order, since len() freezes a program's batch
         return False
     powers = torch.randint(8, (len(z),), generator=torch.Generator().manual_seed(0))
     powers[:8] = torch.arange(8)[: len(z)]  # samples of a small batch all differ

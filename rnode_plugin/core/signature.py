@@ -277,7 +277,7 @@ def _in_shape(t: Tensor, x: Tensor, name: str) -> Tensor:
     """A time, or one time for each sample of ``x``, in a shape of :data:`TIME_SHAPES` or as a scalar."""
     if name == SCALAR:
         return t.reshape(())
-    shape = (len(x), 1)[: TIME_SHAPES[name]]
+    shape = (x.shape[0], 1)[: TIME_SHAPES[name]]  # not len(x), which freezes the size of the batch in a program
     return t.reshape(-1, *shape[1:]).expand(shape)
 
 

@@ -394,7 +394,7 @@ class Difference(TraceEstimator):
         # outliers.
         # The less precise of state and velocity determines the rounding error.
         eps = max(torch.finfo(x.dtype).eps for x in (z, dz))
-        step = 2 * eps ** (1 / 3) * sizes.median() if len(z) > 0 else sizes.new_ones(())
+        step = 2 * eps ** (1 / 3) * sizes.median() if z.shape[0] > 0 else sizes.new_ones(())
 
         def along(e: Tensor) -> Tensor:
             ends = (evaluator.repeat(t, state, z=z + sign * step * e).dz for sign in (1, -1))
