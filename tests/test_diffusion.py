@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,6 +131,83 @@ def test_the_snippets_of_the_page_are_right(capsys: pytest.CaptureFixture[str]) 
     alpha, sigma = of_betas(torch.linspace(0, STEPS - 1, 10_000, dtype=torch.float64))
     expected = ((0.5 * alpha) ** 2 / ((0.5 * alpha) ** 2 + sigma**2)).mean()
     assert abs(found - float(expected)) < 0.005
+
+
+def gaussian_predictor(levels: Any, predicts: str) -> Any:
+    """The exact prediction for data with a standard deviation of 0.3, called with the state and the time."""
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (each if each.ndim == 0 else each[:, None] for each in levels(t))
+        noise = sigma * x / ((0.3 * alpha) ** 2 + sigma**2)
+        data = (x - sigma * noise) / alpha
+        return {"noise": noise, "data": data, "score": -noise / sigma, "v": alpha * noise - sigma * data}[predicts]
+
+    return network
+
+
+def of_steps(t: Tensor) -> tuple[Tensor, Tensor]:
+    """of_linear at the labels of score_sde, one for each sample."""
+    assert t.shape == (5,)
+    return of_linear(t / 999)
+
+
+def learned_variance(x: Tensor, t: Tensor) -> Tensor:
+    """guided-diffusion: one index for each sample, and the variance behind the noise."""
+    assert t.shape == (5,)
+    return torch.cat([gaussian_predictor(of_betas, "noise")(x, t), x], 1)
+
+
+def of_diffusers(predicts: str) -> Any:
+    return lambda x, t: SimpleNamespace(sample=gaussian_predictor(of_betas, predicts)(x, t))
+
+
+def of_betas_at(t: Tensor) -> tuple[Tensor, Tensor]:
+    return of_betas((STEPS - 1) * t)
+
+
+def of_edm(t: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ones_like(t), t
+
+
+# the beginning of a line of the page's table: a network with the interface that it names, and its levels by time
+LINES: dict[str, tuple[Any, Any]] = {
+    "DDPM with discrete steps": (gaussian_predictor(of_betas, "noise"), of_betas_at),
+    "diffusers, `DDPMScheduler`": (of_diffusers("noise"), of_betas_at),
+    "guided-diffusion": (learned_variance, of_betas_at),
+    "score_sde": (gaussian_predictor(of_steps, "noise"), of_linear),
+    "a score in continuous time": (gaussian_predictor(of_linear, "score"), of_linear),
+    "the continuous cosine schedule": (gaussian_predictor(of_cosine, "noise"), of_cosine),
+    "EDM's denoiser": (gaussian_predictor(of_edm, "data"), of_edm),
+}
+
+
+@pytest.mark.parametrize(("line", "predicts"), [
+    *((line, None) for line in LINES),
+    *(("diffusers, `DDPMScheduler`", predicts) for predicts in ("v", "data")),
+])  # fmt: skip
+def test_a_line_of_the_table_gives_the_density(line: str, predicts: str | None) -> None:
+    (row,) = (each for each in PAGE.read_text().splitlines() if each.startswith(f"| {line}"))
+    _, arguments, times = row.strip("| ").split(" | ")
+    names: dict[str, Any] = {
+        "velocity_from_noise": velocity_from_noise, "torch": torch, "cosine": cosine, "from_betas": from_betas,
+        "linear_beta": linear_beta, "betas": BETAS, "scheduler": SimpleNamespace(betas=BETAS),
+    }  # fmt: skip
+    network, levels = LINES[line]
+    names["net"] = names["unet"] = network if predicts is None else of_diffusers(predicts)
+    also = "" if predicts is None else f", predicts={predicts!r}"
+    v = eval(f"velocity_from_noise({arguments.strip('`')}{also})", names)
+    if times == "as above":  # the row of DDPM
+        times = "0 and 1"
+    data_time, noise_time, *width = map(float, re.findall(r"[\d.]+(?:e-\d+)?", times))
+    zero = torch.zeros(2, dtype=torch.float64)
+    base = Independent(Normal(zero, width[0] + zero), 1) if width else None
+    model = RegularizedCNF.from_velocity(
+        v, data_time=data_time, noise_time=noise_time, event_shape=2, base=base, trace_estimator="exact",
+        atol=1e-6, rtol=1e-6,
+    )  # fmt: skip
+    x, (alpha, sigma) = 0.3 * torch.randn(5, 2, dtype=torch.float64), levels(torch.tensor(data_time).double())
+    exact = Independent(Normal(zero, (0.3 * alpha).hypot(sigma) + zero), 1)
+    torch.testing.assert_close(model.log_prob(x).detach(), exact.log_prob(x), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("betas", [BETAS, nichol_dhariwal()], ids=["linear", "clipped cosine"])
