@@ -100,7 +100,7 @@ def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | Non
     # penalties are not in the error that is read at each step, so check them once at the end
     if totals.penalties and not read(torch.isfinite(health(*totals.penalties.values()))):
         fail_integrals(z, None, totals.penalties, float(t.detach()), totals.steps, totals.nfe)
-    return totals.solution(longest_safe_step=safe)
+    return totals.solution(longest_safe_step=safe if z.numel() > 0 else None)  # no sample shows what is safe
 
 
 def _check_state(solver: Adaptive, rhs: Solve, z: Tensor) -> None:

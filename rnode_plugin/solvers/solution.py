@@ -52,8 +52,8 @@ class Solution:
         health: checks, on the device, that the solve stayed finite. :meth:`check` reads them, and
             :func:`~rnode_plugin.solvers.check_all` reads several solves together.
         longest_safe_step: the longest step whose error would have been accepted everywhere in an adaptive solve;
-            None for a fixed grid. A solve of the same field with this ``safe_step`` needs no evaluation to guess a
-            first step, and its first step is not rejected.
+            None for a fixed grid and an empty batch. A solve of the same field with this ``safe_step`` needs no
+            evaluation to guess a first step, and its first step is not rejected.
         steps: the accepted steps of a solve with ``save_steps``, else None. They have a graph in the gradient modes
             that differentiate through the steps.
 
