@@ -274,6 +274,17 @@ class LostGraph(Linear, Field):
         return found._replace(products=products, trace=trace)
 
 
+class WithoutGradient(Linear, Field):
+    """A field that computes values alone."""
+
+    def linearize(
+        self, t: Tensor, z: Tensor, probes: Any = None, wants: Any = VELOCITY, *, peek: Any = None
+    ) -> Any:
+        if torch.is_grad_enabled():
+            raise ConfigError("no gradient passes through this field")
+        return AutogradField(self.forward).linearize(t, z, probes, wants, peek=peek)
+
+
 @pytest.mark.parametrize("model", [density(), image_flow(), table_flow()], ids=["density", "images", "table"])
 def test_a_gradient_that_agrees_with_differences_passes(model: nn.Module) -> None:
     data = IMAGES if isinstance(model, MultiscaleFlow) else X * 0.1 + 10 if isinstance(model, TableFlow) else X
@@ -285,6 +296,11 @@ def test_a_gradient_that_agrees_with_differences_passes(model: nn.Module) -> Non
 def test_a_product_without_a_graph_is_found() -> None:
     found = of("gradient", density(LostGraph()))
     assert (found.verdict, "lose their graph" in found.sentence) == ("failed", True)
+
+
+def test_a_gradient_that_is_refused_is_a_finding() -> None:
+    found = of("gradient", density(WithoutGradient()))
+    assert (found.verdict, "no gradient passes through this field" in found.sentence) == ("failed", True)
 
 
 def test_a_model_without_parameters_has_no_gradient() -> None:
@@ -428,6 +444,7 @@ def test_a_model_that_is_worse_or_better_than_a_gaussian() -> None:
     assert of("gaussian", two, modes).verdict == "ok"
     for constant in (0.0, 0.1):  # the mean of copies of 0.1 is rounded
         assert of("gaussian", density(), torch.full((40, 2), constant)).verdict == "left out"
+    assert of("gaussian", density(), X[:, :1].expand(-1, 2)).verdict == "left out"  # a copied column
     assert of("gaussian", density(), X[:19]).verdict == "left out"
     few = of("gaussian", image_flow(), IMAGES[:30])  # fewer samples than a covariance needs
     assert "independent dimensions" in few.sentence

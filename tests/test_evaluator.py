@@ -217,6 +217,40 @@ class Once(Kernel):
         return Kernel.backward(ctx, g)
 
 
+class Slope(torch.autograd.Function):
+    """The product of a vector with SiLU's derivative, which refuses another derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, g: Tensor) -> Tensor:
+        s = x.sigmoid()
+        return g * (s + x * s * (1 - s))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        raise NotImplementedError("no double backward")
+
+
+class Refusing(Kernel):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Slope.apply(*ctx.saved_tensors, g)
+
+
+class Deleting(Kernel):
+    """Its backward pass deletes what it has read, as that of guided-diffusion's checkpoint does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.kept = x
+        return Kernel.forward(ctx, x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x = ctx.kept
+        del ctx.kept
+        return Slope.apply(x, g)
+
+
 class Twice(Kernel):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -274,7 +308,7 @@ PRODUCTS: dict[str, Callable[[nn.Module], Tensor]] = {
 
 
 @pytest.mark.parametrize("call", PRODUCTS.values(), ids=PRODUCTS)
-@pytest.mark.parametrize("kernel", [Kernel, Once])
+@pytest.mark.parametrize("kernel", [Kernel, Once, Refusing])
 def test_a_product_through_a_kernel_is_refused_where_it_is_differentiated(kernel: Any, call: Any) -> None:
     net = Net(kernel.apply)
     with pytest.raises(ConfigError, match=f"{kernel.__name__} cannot be differentiated"):
@@ -297,6 +331,19 @@ def test_values_through_a_kernel_are_right_without_gradients(name: str) -> None:
             penalties_at(Net(f), 0.3, states(), [name], trace_noise="exact")[name]
             for f in (Kernel.apply, nn.functional.silu)
         )
+    assert torch.allclose(found, expected)
+
+
+@pytest.mark.parametrize(("name", "noise"), [("jacfrob", "exact"), ("jacdiag", "rademacher")])
+def test_a_backward_pass_that_runs_once_gives_one_product(name: str, noise: str) -> None:
+    """``jacdiag`` evaluates the net again for the rows, which are several products too."""
+    with torch.no_grad():
+        found, expected = (
+            (torch.manual_seed(0), penalties_at(Net(f), 0.3, states(), ["jacfrob"])["jacfrob"])[1]
+            for f in (Deleting.apply, nn.functional.silu)
+        )
+        with pytest.raises(ConfigError, match=r"runs only once .*DeletingBackward.* take one product"):
+            penalties_at(Net(Deleting.apply), 0.3, states(), [name], trace_noise=noise)
     assert torch.allclose(found, expected)
 
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -292,6 +293,22 @@ def test_unread_columns_of_every_layout_are_named(shape: tuple[int, ...], batch_
         warnings.simplefilter("error")
         odeint(field, start(*shape), SPAN, **given, penalized=mask)
         odeint(lambda t, y: -y, start(*shape), SPAN, **given)
+
+
+@dataclass
+class Scaled:
+    """A field that no set can hold, since it has no hash."""
+
+    by: float
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.by * torch.cat([y[:, :1], y[:, :1]], 1)
+
+
+def test_columns_are_looked_for_each_time_in_a_field_without_a_hash() -> None:
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"moves the columns \[1\]"):
+            odeint(Scaled(-1.0), start(4, 2), SPAN, regularizers="kinetic", method="rk4")
 
 
 @pytest.mark.parametrize("call", [odeint, odeint_adjoint])
