@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -374,6 +375,12 @@ def test_a_process_does_not_wait_for_ever(
         holder.wait()
     with one_download(tmp_path), one_download(str(tmp_path)):  # free again; and a data set may call another
         pass
+
+
+def test_a_file_system_without_locks_takes_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sets.FileLock, "acquire", Mock(side_effect=NotImplementedError("no locks here")))
+    with one_download(tmp_path) as folder:
+        assert folder == tmp_path
 
 
 @pytest.mark.parametrize("place", ["/proc", "FILE/below"])

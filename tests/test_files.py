@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rnode_plugin.errors import CheckpointError
-from rnode_plugin.files import check_path_name, write_atomically
+from rnode_plugin.files import check_path_name, missing, write_atomically
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and signals of POSIX")
 
@@ -95,6 +95,12 @@ def test_a_full_disk_is_called_that_by_torch_s_writer_too(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"weights: File too large\.$"):
         write_atomically(tmp_path / "weights", write)
     assert names(tmp_path) == []
+
+
+def test_a_missing_file_in_a_missing_folder_has_no_similar_name(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").touch()
+    assert missing(tmp_path / "row.csv").endswith(f"; did you mean {str(tmp_path / 'rows.csv')!r}?")
+    assert missing(tmp_path / "none" / "row.csv") == f"{tmp_path / 'none' / 'row.csv'} does not exist."
 
 
 @pytest.mark.parametrize("name", ["digits", "my recipe 2", "é-1", "a.b,c+d=e@f", "_x", "x" * 100])

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -21,9 +22,10 @@ from pytorch_lightning.callbacks import EarlyStopping, GradientAccumulationSched
 from pytorch_lightning.loggers import CSVLogger
 from tiny_runs import SETTINGS, BeforeStep, as_options, rnode, rows, run, signal_at, tiny_recipe
 
-from rnode_plugin.errors import CheckpointError, ConfigError, TrainingError
+from rnode_plugin.errors import CheckpointError, ConfigError, DataError, LocalError, TrainingError
 from rnode_plugin.experiments.runs.run import training_lock
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe, read_checkpoint
+from rnode_plugin.experiments.training.failures import translate_errors
 
 
 def train(*arguments: object) -> Result:
@@ -276,6 +278,30 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGHUP, former)
     assert fitted.result.stopped == "finished"
+
+
+# the machine ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (
+            OSError(28, "No space left on device", "last.ckpt"),
+            LocalError,
+            "refused: No space left on device (las",
+        ),
+        (OSError("broken"), LocalError, "the system refused: broken."),
+        (MemoryError(), LocalError, "out of memory: MemoryError. Give --set solver.gradient=checkpointed"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nMore"), LocalError, "memory: CUDA out of memory. Give --set"),
+        (torch.distributed.DistError("no peer.\nMore"), TrainingError, "cannot reach each other (no peer)."),
+        (RuntimeError("no kernel.\nMore"), LocalError, "PyTorch failed: no kernel. `rnode-cli --debug"),
+        (DataError("no rows."), DataError, "no rows."),
+    ],
+)
+def test_what_a_machine_does_not_do_has_advice(error: Exception, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=re.escape(words)), translate_errors():
+        raise error
 
 
 # the lock -----------------------------------------------------------------------------------------------------

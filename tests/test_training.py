@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -473,6 +474,17 @@ def test_plan(recipe: Recipe) -> None:
     # three tenths of two steps are none
     stages = {0: "flow matching", 2: "maximum likelihood", 9: "the learning rate falls until step 12"}
     assert RunPlan.of(short, 230).stages(short) == stages
+
+
+def test_an_evaluation_that_fails_leaves_the_trained_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = SolverError("underflow", "the step size fell to 0", "Loosen atol.", t=0.0, step=1, nfe=6)
+    monkeypatch.setattr(fit_module, "evaluate", Mock(side_effect=error))
+    with pytest.raises(TrainingError, match=r"training is done, .* not be evaluated: .*fell to 0.*best\.ckpt"):
+        run(tiny_recipe("training.max_steps=1"), tmp_path)
+    (found,) = (tmp_path / "digits").iterdir()
+    load_flow(found)
 
 
 def test_samples_that_cannot_be_drawn_do_not_cost_the_evaluation(

@@ -25,6 +25,7 @@ from rnode_plugin.experiments.evaluation.likelihood import evaluate
 from rnode_plugin.experiments.recipes.recipe import Recipe, TableData
 from rnode_plugin.experiments.recipes.rows import RowTask
 from rnode_plugin.experiments.recipes.tasks import load_data
+from rnode_plugin.experiments.training.checkpoints import save_flow
 from rnode_plugin.experiments.training.step import LikelihoodLoss, measure_batch
 
 SETTINGS = [
@@ -34,12 +35,21 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+class Reading(LaplaceFlow):
+    """A model that reads a value when it is made, which a tensor without values does not have."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        assert self.get_buffer("mean").sum().item() == 0
+
+
 class Plugin:
     @hookimpl
     def rnode_register_models(self) -> dict[str, Any]:
         return {
             "laplace": LaplaceFlow,
             "student": HeavyTails,
+            "reading": Reading,
             "own solver": lambda columns, *, regularizers, **others: LaplaceFlow(
                 columns, regularizers=regularizers
             ),
@@ -142,6 +152,20 @@ def test_a_step_a_validation_and_an_evaluation_take_the_density_of_the_model(nam
         assert torch.equal(model.regularization["kinetic"], followed)
     assert result.means["nll"].samples == pytest.approx(nll.tolist(), rel=1e-9)
     assert result.penalties["kinetic"] == pytest.approx(float(kinetic.mean()) / 2, rel=1e-9)
+
+
+def test_a_model_that_needs_values_to_be_made(recipe: Recipe, tmp_path: Path) -> None:
+    """A list of settings and a checkpoint make a model of shapes alone where they can."""
+    recipe = recipe.override(["model.name=reading"])
+    flow = recipe.build_flow()
+    save_flow(flow, tmp_path / "weights" / "model.ckpt", recipe=recipe)
+    again = load_flow(tmp_path / "weights" / "model.ckpt")
+    assert isinstance(again, Reading)
+    for name, value in flow.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    shown = rnode("recipes", "show", "table", "--set", "model.name=reading")
+    assert (shown.exit_code, "model.name" in shown.stdout) == (0, True)
+    assert "The number of parameters is not known: the model 'reading'" in shown.stdout
 
 
 def test_a_base_of_single_columns_is_refused() -> None:
