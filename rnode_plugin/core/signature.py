@@ -152,6 +152,12 @@ def refuse_state_first(field: object, caller: str) -> None:
             f"{caller} would call this field as (x), but it also takes {takes.rest[0]!r}, which is not known as a "
             "time: give time_first(field, call=lambda net, t, x: net(x, t)), from rnode_plugin.core.signature."
         )
+    if takes.order == "?" and accepts(field, None, None) and not accepts(field, None):
+        raise ConfigError(
+            f"{caller} would call this field as (x), but it takes two arguments, and neither name is known as a "
+            "time: call the time t, or give time_first(field), from rnode_plugin.core.signature, which passes the "
+            "time as the first one."
+        )
     if takes.order in ("x, t", "x, *, t", "..., t"):
         raise ConfigError(
             f"{caller} calls a field as (t, x), but the time is not the first parameter of this one: give "
