@@ -121,7 +121,8 @@ class Solver(ABC):
                 constants, so a model that makes them during a call gives numbers.
             safe_step: the ``longest_safe_step`` of an earlier solution of the same field in the same direction of
                 time. An adaptive solver first tries it, times the safety factor of its method unless the whole step
-                reaches the end of the solve. None: the solver's ``first_step``. A fixed grid does not use it.
+                reaches the end of the solve. None: the solver's ``first_step``, which a solve also takes where the
+                state after the safe step is not finite. A fixed grid does not use it.
             adjoint_safe_step: the same for the backward pass of a continuous adjoint.
             keep_adjoint_step: called by each backward pass of an adaptive continuous adjoint with its longest safe
                 step. This is a function, because the backward pass runs after the solution was returned.
