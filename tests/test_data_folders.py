@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import pickle
 import re
 import runpy
+import signal
 import struct
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -19,7 +22,7 @@ from image_files import picture_bytes, random_images, write_picture
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from rnode_plugin import get_recipe
+from rnode_plugin import ImageDataModule, get_recipe
 from rnode_plugin.errors import ConfigError, DataError
 from rnode_plugin.experiments.data import ImageData, folders, get_dataset
 from rnode_plugin.experiments.data.batches import ArrayDataset, keep_batch
@@ -339,6 +342,22 @@ def test_workers_open_a_packed_file_themselves(tmp_path):
     assert np.array_equal(pickle.loads(pickle.dumps(packed))[:], images >> 3)
     batches = DataLoader(ArrayDataset(packed), collate_fn=keep_batch, batch_size=5, num_workers=1)
     assert torch.equal(torch.cat(list(batches)), torch.from_numpy(images >> 3))
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals have no sender here")
+def test_workers_outlive_the_signals_to_all_processes_of_a_run():
+    """A scheduler sends SIGTERM to all processes of a job, and a terminal sends Ctrl-C to them."""
+    recipe = get_recipe("digits").override(["data.workers=1", "data.batch_size=20", "data.train_images=200"])
+    before = multiprocessing.active_children()
+    batches = iter(ImageDataModule(recipe).train_dataloader())
+    next(batches)
+    (worker,) = {*multiprocessing.active_children()} - {*before}
+    for name in ("TERM", "INT", "HUP"):  # by another process, because the parent ends its workers by SIGTERM
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    assert len(list(batches)) == 9
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0
 
 
 def test_a_picture_that_breaks_while_training_is_named(tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -13,6 +16,9 @@ from torch.utils.data import Dataset
 from .images import ImageArray
 
 T = TypeVar("T")
+
+SIGNALS = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+"""The signals that ask a program to end; Windows has no SIGHUP."""
 
 
 class ArrayDataset(Dataset[Tensor]):
@@ -53,3 +59,24 @@ class ArrayDataset(Dataset[Tensor]):
 def keep_batch(batch: T) -> T:
     """Return the batch unchanged, as the collate function of data sets that return whole batches."""
     return batch
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Let a worker of a ``DataLoader`` outlive the signals that a terminal or a scheduler sends to all processes.
+
+    The process that it reads for takes them too. It needs batches up to its checkpoint, and then ends its workers.
+    """
+    for each in SIGNALS:
+        if each != signal.SIGTERM:
+            signal.signal(each, signal.SIG_IGN)
+        elif hasattr(
+            signal, "sigwaitinfo"
+        ):  # on Linux. It knows the sender, and the parent ends workers by SIGTERM
+            signal.pthread_sigmask(signal.SIG_BLOCK, [each])
+            threading.Thread(target=_end_for_parent, daemon=True).start()
+
+
+def _end_for_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)

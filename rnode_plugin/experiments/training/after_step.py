@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...errors import SolverError, TrainingError
 from ...text import batch_counter
+from ..data.batches import SIGNALS
 from ..data.images import fingerprint
 from ..runs.metrics import MetricsTable
 from ..runs.run import Run
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from .experiment import Experiment
     from .module import RnodeModule
     from .plan import RunPlan
-
-_SIGNALS = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # no SIGHUP on Windows
 
 
 class TrainingInterrupted(BaseException):
@@ -249,7 +248,7 @@ class AfterStep(Checkpoint):
         # Lightning registers its own handlers just before this hook, and they would end a run between a step and
         # its checkpoint. Set any earlier, ours would be replaced by them
         main = threading.current_thread() is threading.main_thread()
-        for signum in _SIGNALS if main else ():
+        for signum in SIGNALS if main else ():
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 signal.signal(signum, self.receive)
         self._step_began = time.monotonic()

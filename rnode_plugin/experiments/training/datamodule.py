@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from ...core.random_streams import Stream, stream_seed
 from ..data import ImageArray, ImageData, Table
-from ..data.batches import ArrayDataset, keep_batch
+from ..data.batches import ArrayDataset, keep_batch, leave_signals_to_parent
 from ..recipes.recipe import Recipe
 from ..recipes.tasks import task_of
 from .plan import batch_size, check_held_out, steps_per_epoch
@@ -195,6 +195,7 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
             collate_fn=keep_batch,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=leave_signals_to_parent,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 
