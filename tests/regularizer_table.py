@@ -34,6 +34,13 @@ class Weighed(nn.Module):
         return self.weight * evaluation.z.flatten(1).square().sum(1)
 
 
+class WeighedFunction(Weighed):
+    """The same as a function of time, state and velocity."""
+
+    def forward(self, t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+        return self.weight * z.flatten(1).square().sum(1)
+
+
 def weighed() -> Rate:
     return Rate("weighed", Weighed())
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from density_models import make as make_density
 from problems import COPIES, Wave
-from regularizer_table import Weighed, weighed
+from regularizer_table import Weighed, WeighedFunction, weighed
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributions import MultivariateNormal
@@ -407,10 +407,11 @@ def test_a_model_for_each_thread_has_its_own_penalties() -> None:
 
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("kind", ["neural ode", "density"])
-def test_a_copy_has_its_own_parameters_of_penalties(kind: str, how: str) -> None:
+@pytest.mark.parametrize("penalty", [weighed, WeighedFunction])
+def test_a_copy_has_its_own_parameters_of_penalties(penalty: Callable[[], Any], kind: str, how: str) -> None:
     """The parameter that an optimizer of the copy moves is the one that the penalty of the copy reads."""
     make: Any = NeuralODE if kind == "neural ode" else density
-    model = make(Wave(), solver="rk4", regularizers=[weighed()])
+    model = make(Wave(), solver="rk4", regularizers=[penalty()])
     x = torch.randn(4, 3, dtype=torch.float64)
     call: Any = (lambda each: each(x)) if kind == "neural ode" else lambda each: each.log_prob(x)
     call(model)

@@ -136,7 +136,8 @@ class Regularizers:
     @property
     def code(self) -> tuple[object, ...]:
         """The function or module of each penalty, and the span policy, in order."""
-        return tuple(map(code_of, self))
+        code = map(code_of, self)
+        return tuple(each.function if isinstance(each, _OfPlainFunction) else each for each in code)
 
     @property
     def modules(self) -> list[nn.Module]:
