@@ -34,8 +34,12 @@ class Weighed(nn.Module):
         return self.weight * evaluation.z.flatten(1).square().sum(1)
 
 
-class WeighedFunction(Weighed):
+class WeighedFunction(nn.Module):
     """The same as a function of time, state and velocity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
 
     def forward(self, t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
         return self.weight * z.flatten(1).square().sum(1)
