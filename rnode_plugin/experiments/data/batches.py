@@ -69,9 +69,8 @@ def leave_signals_to_parent(worker: int) -> None:
     for each in SIGNALS:
         if each != signal.SIGTERM:
             signal.signal(each, signal.SIG_IGN)
-        elif hasattr(
-            signal, "sigwaitinfo"
-        ):  # on Linux. It knows the sender, and the parent ends workers by SIGTERM
+        elif hasattr(signal, "sigwaitinfo"):  # on Linux
+            # it tells the sender, since the parent ends its workers by SIGTERM too
             signal.pthread_sigmask(signal.SIG_BLOCK, [each])
             threading.Thread(target=_end_for_parent, daemon=True).start()
 
