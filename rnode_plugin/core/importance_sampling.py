@@ -92,6 +92,7 @@ def importance_sample(
     Args:
         model: the density that is sampled.
         log_target: logarithm of the target's unnormalized density in nats; maps ``(n, *event_shape)`` to ``(n,)``.
+            It is -inf where the target is zero.
         n: number of samples.
         context: ``context_shape`` for all samples or ``(n, *context_shape)``; only for a conditional density.
         jacobian: ``"trace"`` integrates the trace of the field's Jacobian. ``"map"`` takes the Jacobian of the
@@ -101,9 +102,9 @@ def importance_sample(
         ImportanceSample: the samples and their log-weights.
 
     Raises:
-        ConfigError: for a number below one, a ``log_target`` that does not give ``(n,)``, samples that all lie
-            outside of the target, a noisy trace in more than 64 dimensions, a context as in
-            :meth:`DensityModel.encode`, and all that ``map_log_prob`` refuses.
+        ConfigError: for a number below one, a ``log_target`` that does not give real numbers ``(n,)`` or gives NaN
+            or +inf, samples that all lie outside of the target, a noisy trace in more than 64 dimensions, a context
+            as in :meth:`DensityModel.encode`, and all that ``map_log_prob`` refuses.
         SolverError: from the solve.
 
     Example:
@@ -132,12 +133,26 @@ def importance_sample(
         weighed = model if exact else model.solved_with(estimator=Exact())
         x, log_prob = weighed.inverse_and_log_prob(z, context=context)
         model.nfe = weighed.nfe
-    log_target_x = log_target(x)
-    if log_target_x.shape != (n,):
-        raise ConfigError(f"log_target must give one number per sample, ({n},), not {tuple(log_target_x.shape)}.")
+    log_target_x = _checked(log_target(x), n)
     if bool((log_target_x == -math.inf).all()):
         raise ConfigError(
             f"none of the {n} samples lies inside the target, where log_target is above -inf: draw more, or train "
             "the density to cover the target first."
         )
     return ImportanceSample(x, log_target_x.double() - log_prob.double())
+
+
+def _checked(log_target_x: object, n: int) -> Tensor:
+    """What a ``log_target`` has returned for n samples, if each of them can be weighed by it."""
+    if not isinstance(log_target_x, Tensor):
+        got = type(log_target_x).__name__
+    elif log_target_x.shape != (n,) or not log_target_x.is_floating_point():
+        got = f"shape {tuple(log_target_x.shape)}, {log_target_x.dtype}"
+    elif wrong := n - int((log_target_x < math.inf).sum()):  # NaN is not below it either
+        got = f"NaN or +inf for {wrong} of {n} samples"
+    else:
+        return log_target_x
+    raise ConfigError(
+        f"log_target must return one real number per sample, a tensor of floats ({n},), with -inf where the target "
+        f"is zero, but it returned {got}."
+    )
