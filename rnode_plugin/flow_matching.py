@@ -108,8 +108,8 @@ def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, *, noise_time:
         The score ``(B, *event)``.
 
     Raises:
-        ConfigError: for another ``noise_time``, for times where the state has less than 1e-4 of the noise, and for
-            the velocity of a diffusion model, whose paths are not straight.
+        ConfigError: for another ``noise_time``, for times outside of [0, 1] or where the state has less than 1e-4
+            of the noise, and for the velocity of a diffusion model, whose paths are not straight.
 
     Example:
         >>> import torch
@@ -128,8 +128,11 @@ def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, *, noise_time:
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     velocity = call_of(time_first(v))(t, x)
     noise = t if noise_time == 1 else 1 - t
-    if not bool((noise >= 1e-4).all()):
-        raise ConfigError(f"the score is singular at the data, time {1 - noise_time:g}: give other times.")
+    if not bool(((noise >= 1e-4) & (noise <= 1)).all()):
+        raise ConfigError(
+            f"the paths go from the noise, time {noise_time:g}, to the data, time {1 - noise_time:g}, where the "
+            "score is singular: give times between."
+        )
     noise = noise.reshape(-1, *(1,) * (x.ndim - 1)) if noise.ndim else noise
     # with noise at time 0, replacing t by 1 - t reverses the velocity
     sign = 1 if noise_time == 1 else -1
