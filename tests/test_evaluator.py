@@ -334,9 +334,14 @@ def test_values_through_a_kernel_are_right_without_gradients(name: str) -> None:
     assert torch.allclose(found, expected)
 
 
-@pytest.mark.parametrize(("name", "noise"), [("jacfrob", "exact"), ("jacdiag", "rademacher")])
+@pytest.mark.parametrize(
+    ("name", "noise"), [("jacfrob", "exact"), ("jacdiag", "rademacher"), ("directional_vjp", "rademacher")]
+)
 def test_a_backward_pass_that_runs_once_gives_one_product(name: str, noise: str) -> None:
-    """``jacdiag`` evaluates the net again for the rows, which are several products too."""
+    """``jacdiag`` evaluates the net again for the rows, which are several products too.
+
+    ``directional_vjp`` takes its product after the evaluation.
+    """
     with torch.no_grad():
         found, expected = (
             (torch.manual_seed(0), penalties_at(Net(f), 0.3, states(), ["jacfrob"])["jacfrob"])[1]

@@ -7,7 +7,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, NoReturn, final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,8 +29,8 @@ _INFERENCE = (
 )
 _RUNS_ONCE = (
     "a backward pass inside the vector field runs only once ({}), as in guided-diffusion's checkpoint, but this "
-    "evaluation needs it again: take one product with a random trace ('gaussian' or 'rademacher'), or run the "
-    "layer without it."
+    "evaluation needs it again: take one product, as of 'jacfrob' with a random trace ('gaussian' or "
+    "'rademacher'), or run the layer without it."
 )
 
 
@@ -126,10 +126,7 @@ class Evaluator:
             with self._exclusive:
                 return self._field.linearize(t, state, probes, wants, peek=self.peek)
         except (RuntimeError, AttributeError) as error:
-            explained = _explained(error)
-            if explained is None:
-                raise
-            raise explained from error
+            explain(error)
 
     def weighed(self, weigh: float) -> Evaluator:
         """An evaluator of the field with weighed gradients.
@@ -182,10 +179,7 @@ class Evaluator:
                     )
                 return found
         except (RuntimeError, AttributeError) as error:
-            explained = _explained(error)
-            if explained is None:
-                raise
-            raise explained from error
+            explain(error)
 
     def peek(self, t: Tensor, state: State) -> Tensor:
         """The velocity, with no effect on buffers and random generators. Two calls in a row draw the same."""
@@ -261,15 +255,15 @@ class Evaluator:
         return state
 
 
-def _explained(error: RuntimeError | AttributeError) -> ConfigError | None:
-    """An error that names the remedy for a gradient inside a field; None for another error."""
+def explain(error: RuntimeError | AttributeError) -> NoReturn:
+    """Raise an error that names the remedy for a gradient inside a field, and another ``error`` as it is."""
     # torch has no error classes for these two cases, so its texts have to tell them apart
     text = str(error)
-    if isinstance(error, AttributeError):
-        return ConfigError(_RUNS_ONCE.format(text)) if "Backward' object has no attribute" in text else None
-    if not torch.is_grad_enabled() and "does not require grad" in text:
-        return ConfigError(_INFERENCE if torch.is_inference_mode_enabled() else _NO_GRADIENTS)
-    return None
+    if isinstance(error, AttributeError) and "Backward' object has no attribute" in text:
+        raise ConfigError(_RUNS_ONCE.format(text)) from error
+    if isinstance(error, RuntimeError) and not torch.is_grad_enabled() and "does not require grad" in text:
+        raise ConfigError(_INFERENCE if torch.is_inference_mode_enabled() else _NO_GRADIENTS) from error
+    raise error
 
 
 @contextmanager

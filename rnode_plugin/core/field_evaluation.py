@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .derivatives import DirectionalDerivative, total_derivative
-from .evaluator import Evaluator
+from .evaluator import Evaluator, explain
 from .part import State
 from .signature import innermost
 from .trace_estimators import Probes, TraceEstimator
@@ -154,7 +154,10 @@ class FieldEvaluation:
         def compute() -> tuple[Tensor, Tensor]:
             if record.pull is None:
                 return v, self._product(v)
-            return v, record.pull(v).to(self.z.dtype)
+            try:
+                return v, record.pull(v).to(self.z.dtype)
+            except AttributeError as error:  # from a layer whose backward pass runs only once
+                explain(error)
 
         return record.once(("vjp", id(v)), compute)[1]  # the result contains v, so that no other tensor gets its id
 
