@@ -30,7 +30,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, RegularizedCNF, diagnose
 from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field
-from rnode_plugin.core.trace_estimators import Hutchinson
+from rnode_plugin.core.trace_estimators import Exact, Hutchinson
 from rnode_plugin.diagnostics import checks, texts
 from rnode_plugin.diagnostics.diagnose import compared_for, samples_for
 from rnode_plugin.diagnostics.result import Check, Diagnosis
@@ -355,12 +355,17 @@ def test_a_normalized_density_passes(model: Any, data: tuple[Tensor, ...]) -> No
 
 
 @pytest.mark.parametrize("extra", [0.0, 1.0])
-def test_images_of_more_than_256_dimensions_have_exact_traces(extra: float) -> None:
+@pytest.mark.parametrize("radius", [None, 2], ids=["known radius", "given radius"])
+def test_images_of_more_than_256_dimensions_have_exact_traces(radius: int | None, extra: float) -> None:
     torch.manual_seed(0)
-    field = conv_field(1, hidden=3, layers=2)
+    field: Any = conv_field(1, hidden=3, layers=2)
+    estimator: Any = "rademacher"
+    if radius is not None:
+        layers = nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 1, 3, padding=1)
+        field, estimator = nn.Sequential(*layers), Exact(radius=radius)
     for parameter in field.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    model = WrongLogdet(field, event_shape=(1, 17, 16))
+    model = WrongLogdet(field, event_shape=(1, 17, 16), trace_estimator=estimator)
     model.extra = extra
     found = of("normalization", model, torch.randn(2, 1, 17, 16))
     assert found.verdict == ("failed" if extra else "ok"), found.sentence

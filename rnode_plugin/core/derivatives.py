@@ -160,6 +160,12 @@ def as_field(field: Velocity, part: Part | None = None, *, radius: int | None = 
     return AutogradField(field, part=part, radius=radius)
 
 
+def radius_of(field: object, given: int | None) -> int | None:
+    """The radius by which an exact trace of ``field`` takes its products: its own, else the ``given`` one."""
+    own = field.radius if isinstance(field, Field) else None
+    return given if own is None else own
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of ``module`` may do more than its class does, through hooks or a replaced ``forward``.
 

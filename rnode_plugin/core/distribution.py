@@ -300,8 +300,8 @@ class DensityModel(nn.Module, ABC):
     def exact_products(self) -> int:
         """The number of products with a Jacobian that an exact trace takes at an evaluation of the largest block.
 
-        It is below :attr:`dims` if a field has a radius, as a stack of convolutions, see
-        :class:`~rnode_plugin.Exact`.
+        It is below :attr:`dims` if a field has a radius, as a stack of convolutions, or the estimator names one,
+        see :class:`~rnode_plugin.Exact`.
         """
         return self.dims
 

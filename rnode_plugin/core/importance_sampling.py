@@ -130,7 +130,7 @@ def importance_sample(
     if by_map:
         x, log_prob = map_log_prob(model, z, context=context)
     else:
-        weighed = model if exact else model.solved_with(estimator=Exact())
+        weighed = model if exact else model.solved_with(estimator=Exact(radius=model.estimator.radius))
         x, log_prob = weighed.inverse_and_log_prob(z, context=context)
         model.nfe = weighed.nfe
     log_target_x = _checked(log_target(x), n)

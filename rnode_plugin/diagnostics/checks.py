@@ -151,7 +151,8 @@ def normalization(subject: Subject, data: HeldOut) -> Check:
         FixedGrid("rk4_38", step=0.25 * times) if large else accurate(few.x.dtype, 10 ** (times - 1))
         for times in (1, 2)
     )
-    encoded, rougher = (subject.encode(few, solver=solver, estimator=Exact()) for solver in (fine, coarse))
+    exact = Exact(radius=subject.model.estimator.radius)
+    encoded, rougher = (subject.encode(few, solver=solver, estimator=exact) for solver in (fine, coarse))
     expected = _by_jacobian(subject, encoded.z, few.context, fine)
     differences = encoded.log_prob - expected
     worst = float(differences[differences.abs().argmax()])

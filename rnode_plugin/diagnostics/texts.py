@@ -120,7 +120,7 @@ INSTEAD = {
     ),
     (NORMALIZATION, "too large"): (
         "The Jacobian of the whole map takes {dims:.0f} backward passes through a solve, and the limit is "
-        "{limit:.0f} ({largest:.0f} for stacks of convolutions). Check a smaller model with the same layers."
+        "{limit:.0f} ({largest:.0f} for fields with a radius). Check a smaller model with the same layers."
     ),
     (GRADIENT, "refused"): "The log-density has no gradient: {failure}",
     (GRADIENT, "no parameters"): "The model has no parameters to differentiate with respect to.",

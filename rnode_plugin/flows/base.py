@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..core.derivatives import Field
+from ..core.derivatives import Field, radius_of
 from ..core.distribution import DensityModel, StandardNormal
 from ..core.history import History, OneProcessPerDevice
 from ..core.modes import on_host
@@ -73,7 +73,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
     @property
     def exact_products(self) -> int:
         """See :attr:`DensityModel.exact_products`."""
-        radii = [field.radius if isinstance(field, Field) else None for field in self.fields]
+        radii = [radius_of(field, self.estimator.radius) for field in self.fields]
         return max(exact_products(each, radius) for each, radius in zip(self.block_shapes, radii, strict=True))
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.transforms import Transform
 
-from ..core.derivatives import Field
+from ..core.derivatives import radius_of
 from ..core.distribution import DensityModel
 from ..core.history import History, OneProcessPerDevice
 from ..core.integrals import Integrals, attach
@@ -219,7 +219,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
     @property
     def exact_products(self) -> int:
         """See :attr:`DensityModel.exact_products`."""
-        return exact_products(self.event_shape, self.net.radius if isinstance(self.net, Field) else None)
+        return exact_products(self.event_shape, radius_of(self.net, self.estimator.radius))
 
     def encode(
         self,
