@@ -295,7 +295,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
         (MemoryError(), LocalError, "out of memory: MemoryError. Give --set solver.gradient=checkpointed"),
         (torch.OutOfMemoryError("CUDA out of memory.\nMore"), LocalError, "memory: CUDA out of memory. Give --set"),
         (torch.distributed.DistError("no peer.\nMore"), TrainingError, "cannot reach each other (no peer)."),
-        (RuntimeError("no kernel.\nMore"), LocalError, "PyTorch failed: no kernel. `rnode-cli --debug"),
+        (RuntimeError("no kernel.\nMore"), LocalError, "RuntimeError: no kernel. `rnode-cli --debug"),
         (DataError("no rows."), DataError, "no rows."),
     ],
 )

@@ -281,5 +281,5 @@ def test_a_worker_that_dies(tmp_path: Path) -> None:
         "[os.kill(pid, signal.SIGKILL) for pid in kids]; import time; time.sleep(0.3)"
     )
     message = Child(tmp_path / "runs", [*STEPS, "data.workers=1"], at(3, kill_children)).error()
-    assert "training stopped: PyTorch failed: DataLoader worker" in message
+    assert "training stopped: RuntimeError: DataLoader worker" in message
     assert "continues from it" in message

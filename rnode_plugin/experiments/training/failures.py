@@ -47,7 +47,7 @@ def translate_errors() -> Iterator[None]:
     Any other exception is a bug and passes unchanged, with its traceback.
 
     Raises:
-        LocalError: the machine failed, by its memory or its disk, or PyTorch failed in another way.
+        LocalError: the machine failed, by its memory or its disk, or a RuntimeError ended the training.
         TrainingError: the processes of the run lost each other.
     """
     try:
@@ -75,10 +75,10 @@ def translate_errors() -> Iterator[None]:
             "--batch-size and, in a new run, raise --accumulate by the same factor."
         ) from error
     # last, because DistError and OutOfMemoryError are RuntimeErrors. It is memory of a CPU, a worker that died, or
-    # a bug, which PyTorch tells apart by the text alone
+    # a bug, which PyTorch tells apart by the text alone, or a callback of the user's has raised it
     except RuntimeError as error:
         raise LocalError(
-            f"PyTorch failed: {first_line(error).rstrip('.')}. `rnode-cli --debug ...` shows where."
+            f"{type(error).__name__}: {first_line(error).rstrip('.')}. `rnode-cli --debug ...` shows where."
         ) from error
 
 
