@@ -115,7 +115,10 @@ def test_loggers_get_no_value_of_flow_matching_after_its_end(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("options", "named"), [
     ({"max_steps": 1}, "the settings of the recipe and"), ({"logger": 1}, "does not take Lightning's logger"),
-    ({"limit_val_batches": 1}, "the settings of the recipe and"), ({"no_such_option": 1}, "no_such"),
+    ({"limit_val_batches": 1}, "the settings of the recipe and"),
+    ({"no_such_option": 1}, "Lightning refuses this run: .*no_such_option"),
+    ({"enable_checkpointing": False}, "Lightning refuses this run: .*enable_checkpointing=False"),
+    ({"barebones": True}, "Lightning refuses this run: .*barebones=True"),
     ({"min_steps": 6}, "Lightning's min_steps: .*RunOptions decide"),
     ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, r"AccumulationScheduler: training\.accumulate"),
 ])  # fmt: skip

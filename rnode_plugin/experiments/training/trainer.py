@@ -62,7 +62,7 @@ def find_place(options: TrainerOptions) -> Place:
     if TorchElasticEnvironment.detect() and where["devices"] == "auto":
         where["devices"] = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         where["num_nodes"] = int(os.environ["WORLD_SIZE"]) // where["devices"]
-    with _refusing():
+    with _refusing("this device cannot be used"):
         # the number of devices decides the steps of an epoch, which the Trainer of the run takes as an option
         fabric = Fabric(**where)
     return Place(where, fabric.strategy.root_device, fabric.world_size)
@@ -80,7 +80,7 @@ def make_trainer(
     """Make Lightning's Trainer for a run. The recipe decides its steps, precision, validations and logs.
 
     Raises:
-        ConfigError: the recipe decides one of ``options``, or the precision does not work here.
+        ConfigError: the recipe decides one of ``options``, or Lightning refuses one or the precision.
     """
     settings = recipe.training
     ours = {
@@ -109,7 +109,7 @@ def make_trainer(
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # a requeued job continues by --resume, and Lightning's requeueing writes other files elsewhere
         plugins.append(SLURMEnvironment(auto_requeue=False))
-    with _refusing():
+    with _refusing("Lightning refuses this run"):
         trainer = L.Trainer(**{**defaults, **options, **place.options, **ours, "plugins": plugins})
     if trainer.world_size != place.world:
         raise ConfigError("the plugins start another number of processes than devices times num_nodes.")
@@ -124,12 +124,12 @@ _DEVICES = {"accelerator": "auto", "devices": "auto", "num_nodes": 1}
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
-    """Convert the errors by which Lightning refuses options to a ConfigError."""
+def _refusing(what: str) -> Iterator[None]:
+    """Convert the errors by which Lightning refuses options to a ConfigError, which begins with ``what``."""
     try:
         yield
     except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
-        raise ConfigError(f"this device or precision cannot be used: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{what}: {' '.join(str(error).split())}") from None
 
 
 # what `auto` means ---------------------------------------------------------------------------------------------
