@@ -172,10 +172,7 @@ def numbers_of(run: RunContents) -> dict[str, float]:
             kind.quantities[0].name: _last(validated.get(kind.metric)),
             "nfe_test": _last(validated.get("nfe")),
             "gap": _last(validated.get("gap")),
-            # a run in flow matching has validations alone
-            "training_seconds": max(
-                [*metrics.steps["train_seconds"], *metrics.validations["train_seconds"]], default=math.nan
-            ),
+            "training_seconds": max(metrics.rows["train_seconds"], default=math.nan),
         }
     # the NFE of an adaptive solver grow while a model trains, so the last tenth of the steps describes its end. The
     # median of the times leaves out the first steps, which compile and warm up

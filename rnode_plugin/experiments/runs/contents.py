@@ -53,7 +53,8 @@ class RunContents:
     @property
     def has_begun(self) -> bool:
         """Whether there is something to report: a logged step of likelihood, a validation or a result."""
-        return self.result is not None or self.metrics.last_step > 0
+        logged = len(self.metrics.steps["step"]) + len(self.metrics.validations["step"])
+        return self.result is not None or logged > 0
 
     @property
     def evaluation(self) -> Evaluation | None:

@@ -64,19 +64,21 @@ class Metrics(NamedTuple):
     """The rows in a ``metrics.csv``, by column.
 
     Attributes:
+        rows: an entry for each row, also of a step of flow matching: ``step``, ``epoch``, ``train_seconds``, ...
         steps: an entry for each logged training step of likelihood: ``step``, ``epoch``, ``train_seconds``,
             ``train/bpd``, ...
         validations: an entry for each validation: the same three axes and ``val/bpd``, ``val/nfe``, ... A table has
             ``nll`` in place of ``bpd``.
     """
 
+    rows: Columns
     steps: Columns
     validations: Columns
 
     @property
     def last_step(self) -> int:
-        """The last step that has an entry; 0 if there is none."""
-        return int(max([0, *self.steps["step"], *self.validations["step"]]))
+        """The last step that has a row; 0 if there is none."""
+        return int(max(self.rows["step"], default=0))
 
 
 def read_metrics(path: Path, metric: str) -> Metrics:
@@ -93,4 +95,5 @@ def read_metrics(path: Path, metric: str) -> Metrics:
         table = numbers(text or "")
     axes = [name for name in _AXES if name in table]
     table[axes] = table[axes].where(np.isfinite(table[axes]))  # a score may be infinite, a time cannot
-    return Metrics(*(known_rows(table, [*_AXES, f"{part}/{metric}"]) for part in ("train", "val")))
+    scores = (), (f"train/{metric}",), (f"val/{metric}",)
+    return Metrics(*(known_rows(table, [*_AXES, *score]) for score in scores))
