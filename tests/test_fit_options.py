@@ -237,22 +237,28 @@ def test_an_average_begins_in_the_middle_of_a_run_and_does_not_end_there(tmp_pat
 
 
 @pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize("times", [1, 2])
-def test_the_command_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    """The first signal lets a step end, the second does not."""
-    (tmp_path / f"signals_{times}.py").write_text(
+@pytest.mark.parametrize(("times", "before"), [(1, 6), (2, 6), (1, 3)])
+def test_the_command_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, before: int) -> None:
+    """The first signal lets a step end, the second does not. The first validation is after step 4."""
+    (tmp_path / f"signals_{times}_{before}.py").write_text(
         "import os, signal, pytorch_lightning as L\n"
         "class Sends(L.Callback):\n"
         "    def on_train_batch_start(self, trainer, *rest):\n"
-        "        if trainer.global_step == 5:\n"
+        f"        if trainer.global_step == {before - 1}:\n"
         f"            for _ in range({times}): os.kill(os.getpid(), signal.SIGINT)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    done = train("digits", "--callback", f"signals_{times}:Sends", "--runs", tmp_path / "runs")
+    given = "digits", "--callback", f"signals_{times}_{before}:Sends", "--runs", tmp_path / "runs"
+    done = train(*given, *(["--json"] if before == 3 else []))
     assert done.exit_code == 130, done.output
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    assert f"Stopped by SIGINT after step {7 - times} of 8.\nContinue with: rnode-cli train --resume" in done.output
+    if before == 3:
+        found = json.loads(done.stdout)
+        assert (found["steps"], found["checkpoint"], Path(found["folder"]).is_dir()) == (3, None, True)
+        return
+    said = f"Stopped by SIGINT after step {before + 1 - times} of 8.\nContinue with: rnode-cli train --resume"
+    assert said in done.output
 
 
 @pytest.mark.usefixtures("ctrl_c")

@@ -130,7 +130,8 @@ def train(
     if not fitted.first_process:
         return
     if as_json:
-        files = {"folder": fitted.run.path, "checkpoint": fitted.run.best, "samples": fitted.samples}
+        best = fitted.run.best if fitted.run.best.is_file() else None  # a signal came before the first validation
+        files = {"folder": fitted.run.path, "checkpoint": best, "samples": fitted.samples}
         print_json({**fitted.result.to_plain(), **files})
     else:
         _print_result(fitted, chosen, next_steps=next_steps)
