@@ -168,6 +168,10 @@ def test_a_run_with_steps_of_matching(tmp_path: Path, capsys: pytest.CaptureFixt
     times = whole.run.read().metrics.validations["train_seconds"]  # of a validation at step 4 and one at step 8
     seconds = [float(row["train_seconds"]) for row in every if row["step"] in ("4", "8") and "lr" in row]
     assert times.tolist() == pytest.approx(seconds)
+    run(recipe.override(["training.max_steps=10"]), tmp_path, resume=whole.run.path, progress=True)
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("after step")] == [
+        "after step 4: maximum likelihood", "after step 7: the learning rate falls until step 10",
+    ]  # fmt: skip
 
 
 class _Strict(nn.Module):

@@ -211,7 +211,7 @@ def _announce(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, run: Ru
     print(f"steps {experiment.done} to {plan.total}, {size}, {where}", flush=True)
     if device.type == "cpu" and (threads := torch.get_num_threads()) > 1:
         print(f"{threads} threads: OMP_NUM_THREADS=1 is faster while other programs need the processor")
-    for first, what in plan.stages(recipe).items():
+    for first, what in plan.stages(recipe, done=experiment.done).items():
         print(f"after step {first}: {what}")
     if recipe.training.ema is not None:
         print(f"validations and checkpoints use the {recipe.weights}")

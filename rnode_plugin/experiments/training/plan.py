@@ -113,16 +113,19 @@ class RunPlan:
         """Whether a validation follows this step, counted from 1."""
         return step % self.val_every == 0
 
-    def stages(self, recipe: Recipe) -> dict[int, str]:
-        """Describe what begins after which step, in words; empty for a run whose steps are all of one kind."""
+    def stages(self, recipe: Recipe, *, done: int = 0) -> dict[int, str]:
+        """Describe what begins after which step, in words, without what has ended by step ``done``.
+
+        It is empty for a run whose steps are all of one kind.
+        """
         matching, optimizer = recipe.matching, recipe.optimizer
-        found = {0: "flow matching", matching: "maximum likelihood"} if matching else {}
+        found = [(0, matching, "flow matching"), (matching, self.total, "maximum likelihood")] if matching else []
         if optimizer.schedule == "cooldown":
             # each stage has its own cooldown. A set, because without matching both stages are the whole run
             for first, end in {(0, matching or self.total), (matching, self.total)}:
                 if steps := math.floor(optimizer.cooldown * (end - first)):
-                    found[end - steps] = f"the learning rate falls until step {end}"
-        return dict(sorted(found.items()))
+                    found.append((end - steps, end, f"the learning rate falls until step {end}"))
+        return {first: what for first, end, what in sorted(found) if end > done}
 
 
 def batch_size(recipe: Recipe, samples: int) -> int:
