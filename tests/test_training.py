@@ -44,7 +44,7 @@ from rnode_plugin.experiments.training.failures import add_resume_hint
 from rnode_plugin.experiments.training.fit import FitResult
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.experiments.training.optimizers import learning_rate_factor
-from rnode_plugin.experiments.training.plan import AFTER_STEP, RunPlan
+from rnode_plugin.experiments.training.plan import AFTER_STEP, RunOptions, RunPlan
 from rnode_plugin.experiments.training.step import LikelihoodLoss
 from rnode_plugin.flows.multiscale import dequantize
 
@@ -541,6 +541,12 @@ def test_a_run_whose_cooldown_has_not_begun_can_be_made_longer(
     assert_same(planned.run.path, longer.run.path)
     rates = [float(row["lr"]) / 2e-3 for row in rows(longer) if "lr" in row]
     assert rates == pytest.approx([1, 1, 1, 1, 2 / 3, 1 / 3, *then])
+
+
+@pytest.mark.parametrize("seconds", [math.nan, 0.0, -1.0])
+def test_a_time_limit_that_no_clock_reaches_or_that_is_over_is_refused(seconds: float) -> None:
+    with pytest.raises(ConfigError, match=f"max_time must be a number of seconds above 0, not {seconds}"):
+        RunOptions(max_time=seconds)
 
 
 def test_the_last_step_is_logged(tmp_path: Path) -> None:

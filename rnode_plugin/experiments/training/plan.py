@@ -39,6 +39,9 @@ class RunOptions:
             learning rate does not change.
         download: fetch the data set if it is missing.
         progress: print the progress on the terminal.
+
+    Raises:
+        ConfigError: ``max_time`` is not above 0.
     """
 
     runs: str | os.PathLike[str] = "runs"
@@ -47,6 +50,10 @@ class RunOptions:
     max_time: float | None = None
     download: bool = False
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_time is not None and not self.max_time > 0:  # also NaN, which no clock ever reaches
+            raise ConfigError(f"max_time must be a number of seconds above 0, not {self.max_time}.")
 
 
 @dataclass(frozen=True)
