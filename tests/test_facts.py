@@ -20,6 +20,7 @@ from rnode_plugin.experiments.data import ImageData, Table, get_dataset
 from rnode_plugin.experiments.data.facts import Facts, overlap_warning, refuse_other_split
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe
 from rnode_plugin.experiments.training.module import RnodeModule
+from rnode_plugin.experiments.training.plan import Resumed
 
 IMAGES = random_images(130, (1, 8, 8))
 FEW, MANY = 60, 100  # less and more than the training pictures whose names are kept
@@ -163,6 +164,21 @@ def test_a_training_picture_that_is_moved_to_the_held_out_ones_is_named(tmp_path
     assert overlap_warning(facts, load(faces)) is not None
 
 
+def test_pictures_that_a_resumed_run_was_given_are_known_to_be_trained_on(tmp_path: Path) -> None:
+    faces = _sorted_in_place(pictures(tmp_path / "faces"))
+    first = Resumed(tmp_path, {}, Facts.of(load(faces)), None)
+    for number, image in enumerate(IMAGES[FEW : FEW + 5]):
+        write_picture(faces / "train" / f"new{number}.png", image)
+    more = load(faces)
+    second = Resumed(tmp_path, {}, first.facts_with(Facts.of(more), more), None)
+    for picture in ("new0.png", next((faces / "train").glob("p*.png")).name):  # of the second part and of the first
+        (faces / "train" / picture).rename(faces / "val" / picture)
+        with pytest.raises(DataError, match=f"trained on are held out now, such as {picture}"):
+            refuse_other_split(second.facts, load(faces))
+        (faces / "val" / picture).rename(faces / "train" / picture)
+    assert verdict(second.facts, load(faces)) == "silent"
+
+
 def test_a_deleted_picture_whose_name_a_held_out_one_has_too_was_not_moved(tmp_path: Path) -> None:
     for part, images in (("train", IMAGES[:FEW]), ("val", IMAGES[FEW : FEW + 20])):
         for number, image in enumerate(images):
@@ -298,6 +314,8 @@ def test_a_trainer_of_the_user_keeps_and_compares_facts(tmp_path: Path, capsys: 
     assert fit(faces.parent, 2, ckpt_path=tmp_path / "mine.ckpt") == facts
     assert OTHER in capsys.readouterr().err
     assert fit(faces, 3, ckpt_path=tmp_path / "mine.ckpt") == facts
+    more = load(pictures(faces, IMAGES))
+    assert fit(faces, 4, ckpt_path=tmp_path / "mine.ckpt") == Facts.of(more) != facts
     assert OTHER not in capsys.readouterr().err
 
 

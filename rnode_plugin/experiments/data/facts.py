@@ -86,7 +86,7 @@ def overlap_warning(facts: Facts | None, data: ImageData | Table) -> str | None:
             f"{data.name} has other rows than the table of the training, or another split. If the two share rows, "
             "some that were trained on may be held out now."
         )
-    if facts.train in (None, data.pixels[0]) or _has_more(facts, data):
+    if facts.train in (None, data.pixels[0]) or has_more(facts, data):
         return None
     if moved := _moved(facts, data):
         return f"Pictures that were trained on are held out now, such as {moved[0]}."
@@ -123,8 +123,10 @@ def refuse_other_split(facts: Facts | None, data: ImageData | Table) -> None:
         )
 
 
-def _has_more(facts: Facts, data: ImageData) -> bool:
+def has_more(facts: Facts, data: ImageData | Table) -> bool:
     """Whether pictures were added to the training pictures, which moves none of those to the held-out ones."""
+    if isinstance(data, Table):
+        return False
     before, now = facts.pictures or {}, data.pictures or {}
     known = before.keys() & now.keys()
     return bool(known) and not _gone(facts, data) and all(before[name] == now[name] for name in known)

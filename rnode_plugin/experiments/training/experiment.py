@@ -101,7 +101,7 @@ class Experiment:
     def facts(self) -> Facts:
         """The facts of the data, which checkpoints of the run keep."""
         now = self.task.facts(self.data)
-        return now if self.resumed is None else self.resumed.facts_with(now)
+        return now if self.resumed is None else self.resumed.facts_with(now, self.data)
 
     @property
     def done(self) -> int:

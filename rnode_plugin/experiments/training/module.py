@@ -17,7 +17,7 @@ from ...core.distribution import DensityModel
 from ...core.random_streams import Stream, seed_everything
 from ...errors import CompilerError, ConfigError, LocalError, SolverError, TrainingError
 from ...fields import compile_fields
-from ..data.facts import Facts, overlap_warning
+from ..data.facts import Facts, has_more, overlap_warning
 from ..recipes.recipe import Recipe
 from ..recipes.tasks import task_of
 from .checkpoints import facts_of, header_with, load_weights
@@ -237,7 +237,7 @@ class RnodeModule(L.LightningModule):
         weights, data = self.recipe.training.weights, self._data()
         if self._is_fresh and weights is not None:
             load_weights(self.flow, weights, recipe=self.recipe, data=data)
-        if data is not None and self.facts is None:
+        if data is not None and (self.facts is None or has_more(self.facts, data)):
             self.facts = self.task.facts(data)
         elif data is not None and self._compares:  # with the data of a checkpoint, or of the first fit
             self._print(overlap_warning(self.facts, data))

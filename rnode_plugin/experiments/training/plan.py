@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError, ConfigError
-from ..data.facts import Facts, overlap_warning, refuse_other_split
+from ..data.facts import Facts, has_more, overlap_warning, refuse_other_split
 from ..recipes.fields import KeptBy
 from ..recipes.kinds import ROWS
 from ..recipes.recipe import Recipe, differences
@@ -198,13 +198,15 @@ class Resumed:
         """The epochs that the run has passed."""
         return RunPlan(**self.contents["callbacks"][AFTER_STEP]["plan"]).epochs_at(self.done)
 
-    def facts_with(self, now: Facts) -> Facts:
-        """Return the facts of the run, which continues with data that have the facts ``now``.
+    def facts_with(self, now: Facts, data: ImageData | Table) -> Facts:
+        """Return the facts of the run, which continues with ``data`` that have the facts ``now``.
 
         They describe the training samples of its first part, which must not be forgotten, and the held-out samples
-        of now, on which it is scored.
+        of now, on which it is scored. If pictures were only added, the training samples of now are these and those.
         """
-        return now if self.facts is None else dataclasses.replace(self.facts, held_out=now.held_out)
+        if self.facts is None or has_more(self.facts, data):
+            return now
+        return dataclasses.replace(self.facts, held_out=now.held_out)
 
     def put_into(self, flow: DensityModel, data: ImageData | Table) -> None:
         """Give ``flow`` the weights in the checkpoint, to train on with ``data``.
