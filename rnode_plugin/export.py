@@ -6,8 +6,9 @@ import copy
 import dataclasses
 import itertools
 import os
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -21,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .core.distribution import DensityModel
 from .core.modes import recording
 from .errors import ConfigError, check_name, first_line
-from .files import PROGRAM, write_atomically
+from .files import PROGRAM, write_together
 from .solvers import Solver
 
 Which = Literal["sampler", "log_prob"]
@@ -136,10 +137,21 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path
         (2, 1, 4, 4)
     """
     path = Path(path)
-    if path.suffix != PROGRAM:
-        raise ConfigError(f"a program's file must end in {PROGRAM}, not {str(path)!r}.")
-    write_atomically(path, lambda file: torch.export.save(program, file))
+    save_programs({path: program})
     return path
+
+
+def save_programs(programs: Mapping[Path, ExportedProgram]) -> None:
+    """Write programs as :func:`save_program` does, all of them or none.
+
+    Raises:
+        ConfigError: a name has another suffix than ``.pt2``.
+        CheckpointError: a file cannot be written. Earlier files stay unchanged.
+    """
+    for path in programs:
+        if path.suffix != PROGRAM:
+            raise ConfigError(f"a program's file must end in {PROGRAM}, not {str(path)!r}.")
+    write_together({path: partial(torch.export.save, program) for path, program in programs.items()})
 
 
 def _on_grid(model: DensityModel, chosen: Solver | None) -> DensityModel:

@@ -6,7 +6,8 @@ import contextlib
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -152,11 +153,35 @@ def write_atomically(
     Raises:
         CheckpointError: if the file cannot be written, for example on a full disk; no partial file remains.
     """
+    with _reporting(path), Draft(path) as draft:
+        write(draft.file)
+        draft.finish()
+        draft.publish(keep=keep)
+
+
+def write_together(writes: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
+    """Write files like :func:`write_atomically`, where a file that cannot be written leaves all of them unchanged.
+
+    Raises:
+        CheckpointError: for the first such file.
+    """
+    with ExitStack() as stack:
+        drafts: dict[Path, Draft] = {}
+        for path, write in writes.items():
+            with _reporting(path):
+                drafts[path] = stack.enter_context(Draft(path))
+                write(drafts[path].file)
+                drafts[path].finish()
+        for path, draft in drafts.items():
+            with _reporting(path):
+                draft.publish()
+
+
+@contextmanager
+def _reporting(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Convert the errors of writing a file to a CheckpointError."""
     try:
-        with Draft(path) as draft:
-            write(draft.file)
-            draft.finish()
-            draft.publish(keep=keep)
+        yield
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         cause: BaseException = error
         while cause.__context__ is not None and not isinstance(cause, OSError):

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -183,6 +184,40 @@ def test_refusals(tmp_path: Path) -> None:
         export_program(images(solver=Adaptive("dopri5")), "log_prob")
     with pytest.raises(ConfigError, match=r"must end in \.pt2"):
         save_program(cast("ExportedProgram", None), tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("fault", ["made", "written"])
+@pytest.mark.parametrize("old", [{}, {"a-log_prob.pt2": b"old", "a-sampler.pt2": b"old"}], ids=["new", "forced"])
+def test_a_program_that_fails_leaves_no_half_of_a_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, old: dict[str, bytes]
+) -> None:
+    recipe = get_recipe("digits").override(["data.shape=1,4,4", "model.hidden=4"])
+    save_flow(recipe.build_flow(), tmp_path / "run.ckpt", recipe=recipe)
+    for name, contents in old.items():
+        (tmp_path / name).write_bytes(contents)
+
+    def write(program: object, file: BinaryIO) -> None:
+        if program == "second":
+            raise OSError(28, "No space left on device")
+        file.write(b"whole")
+
+    second = ConfigError("no second program.") if fault == "made" else "second"
+    monkeypatch.setattr("rnode_plugin.export.export_program", Mock(side_effect=["first", second]))
+    monkeypatch.setattr(torch.export, "save", write)
+    words = (
+        "export",
+        tmp_path / "run.ckpt",
+        tmp_path / "a.pt2",
+        "--format",
+        "torch-export",
+        "--step",
+        "1",
+        "--force",
+    )
+    done = rnode(*words)
+    message = "no second program." if fault == "made" else "log_prob.pt2: No space left on device."
+    assert (done.exit_code, message in done.output) == (2 if fault == "made" else 1, True), done.output
+    assert {each.name: each.read_bytes() for each in tmp_path.glob("*.pt2*")} == old  # drafts too
 
 
 @pytest.mark.slow

@@ -374,7 +374,7 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
     check_folder(path.parent)
     # what cannot work was refused before torch is imported here
     from ..experiments.training.checkpoints import load_with_recipe, save_flow
-    from ..export import Which, export_program, save_program
+    from ..export import Which, export_program, save_programs
 
     programs = {} if kind == "safetensors" else {w: path.with_stem(f"{path.stem}-{w}") for w in get_args(Which)}
     for target in programs.values() or [path]:
@@ -387,8 +387,8 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
         click.echo(file if card is None else f"{file}, with its model card {card}")
         return
     grid = flow.solver if step is None else FixedGrid(method or "rk4_38", step=step)
-    for which, target in programs.items():
-        save_program(export_program(flow, which, solver=grid), target)
+    save_programs({target: export_program(flow, which, solver=grid) for which, target in programs.items()})
+    for target in programs.values():
         click.echo(f"{target} ({grid.text}, {target.stat().st_size / 1e6:.1f} MB)")
 
 
