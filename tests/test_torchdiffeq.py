@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torchdiffeq._impl.odeint import SOLVERS
 
 import rnode_plugin
+from rnode_plugin import NeuralODE
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import Rate, linear_warmup
 from rnode_plugin.torchdiffeq import install, odeint, odeint_adjoint, regularize, uninstall
@@ -478,7 +479,11 @@ def test_samples_in_two_dimensions_have_the_loss_of_batch_dim_0() -> None:
     torch.testing.assert_close(*losses)
 
 
-def test_the_adjoint_reaches_the_parameters_of_a_rate_and_counts_those_of_the_field_once() -> None:
+@pytest.mark.parametrize("given", ["a rate", "a method", "a function"])
+@pytest.mark.parametrize("interface", ["odeint", "NeuralODE"])
+def test_the_adjoint_reaches_the_parameters_of_a_rate_and_counts_those_of_the_field_once(
+    interface: str, given: str
+) -> None:
     field = Field()
 
     class OfTheField(Weighed):
@@ -492,14 +497,29 @@ def test_the_adjoint_reaches_the_parameters_of_a_rate_and_counts_those_of_the_fi
         def finish(self, integral: Tensor, z0: Tensor, z1: Tensor, length: Tensor) -> Tensor:
             return self.weight * integral + (z1 - z0).square().sum(1) / length
 
-    module = OfTheField()
-    rate = Rate("weighed", module, finish=module.finish)
+        def of_state(self, t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+            return self.weight * self.layer(z).square().sum(1)
 
-    def gradients(ode: Any) -> tuple[Tensor, ...]:
-        loss = ode(field, start(), SPAN, regularizers={rate: 1.0})[1].loss()
+    module = OfTheField()
+    penalty: Any = {
+        "a rate": Rate("weighed", module, finish=module.finish),
+        "a method": module.of_state,
+        "a function": lambda t, z, dz: module.of_state(t, z, dz),
+    }[given]
+
+    def gradients(*, adjoint: bool) -> tuple[Tensor, ...]:
+        if interface == "odeint":
+            ode = odeint_adjoint if adjoint else odeint
+            loss = ode(field, start(), SPAN, regularizers={penalty: 1.0})[1].loss()
+        else:
+            tight: Any = dict.fromkeys(("atol", "rtol", "atol_adjoint", "rtol_adjoint"), 1e-10)
+            mode = "adjoint" if adjoint else "autograd"
+            model = NeuralODE(field, "dopri5", sensitivity=mode, regularizers={penalty: 1.0}, **tight)
+            model(start(), SPAN)
+            loss = model.reg_loss()
         return torch.autograd.grad(loss, [module.weight, *field.parameters()])
 
-    torch.testing.assert_close(gradients(odeint_adjoint), gradients(odeint), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradients(adjoint=True), gradients(adjoint=False), rtol=1e-5, atol=1e-7)
 
 
 # --- code that cannot be changed --------------------------------------------------------------------------------

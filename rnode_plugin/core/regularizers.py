@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from ..errors import ConfigError, PluginError, RnodeError, suggest
 from .modes import differs, on_host
+from .modules import module_of
 from .regularizer import Rate, Regularizer, SpanPolicy, StepPenalty, StepRecord, code_of
 from .schedules import DEFAULT_LAMBDA, Strength, check_lambda, strength_at
 from .signature import accepts
@@ -143,6 +144,14 @@ class Regularizers:
     def modules(self) -> list[nn.Module]:
         """Those in :attr:`code` that are modules, whose parameters train with the model."""
         return [each for each in self.code if isinstance(each, nn.Module)]
+
+    @property
+    def called(self) -> list[nn.Module]:
+        """The modules that penalties call, :attr:`modules` and owners of methods; gradients reach their parameters.
+
+        An owner does not become a submodule of the model, because it may contain it, as a LightningModule does.
+        """
+        return [each for each in map(module_of, self.code) if each is not None]
 
     @property
     def undivided(self) -> frozenset[str]:

@@ -383,12 +383,12 @@ class FieldSolve(Solve):
         return replace(self, evaluator=self.evaluator.weighed(weigh))
 
     def inputs(self) -> list[Tensor]:
-        of_penalties = (p for module in self.regularizers.modules for p in module.parameters())
+        of_penalties = (p for module in self.regularizers.called for p in module.parameters())
         return list({id(x): x for x in (*self.trained(), *self.field.inputs(), *of_penalties)}.values())
 
     def as_now(self) -> Callable[[], AbstractContextManager[object]]:
         cost = None if self.columns is None else self.columns.cost
-        return self.evaluator.as_now((*self.regularizers.modules, cost))
+        return self.evaluator.as_now((*self.regularizers.called, cost))
 
     def z_of(self, state: Tensor) -> Tensor:
         if self.columns is not None:

@@ -268,7 +268,7 @@ def _adjoint(given: Mapping[str, Any], system: Augmented) -> dict[str, Any]:
     if parameters is None and isinstance(system.func, nn.Module):
         parameters = find_parameters(system.func)
     if parameters is not None:  # each only once, because its gradient would otherwise count twice
-        of_penalties = (p for module in system.solve.regularizers.modules for p in module.parameters())
+        of_penalties = (p for module in system.solve.regularizers.called for p in module.parameters())
         parameters = [*parameters, *of_penalties]
         changed["adjoint_params"] = tuple({id(p): p for p in parameters}.values())
     options, own = given["options"], given["adjoint_options"]

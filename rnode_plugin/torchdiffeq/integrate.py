@@ -144,7 +144,7 @@ def odeint_adjoint(
         adjoint_method: method of the backward solve; None: ``method``.
         adjoint_options: options of that method.
         adjoint_params: the parameters that get gradients; None: all parameters of ``func``. Parameters of
-            regularizers that are modules are added.
+            modules that regularizers call are added.
 
     Returns:
         As for :func:`odeint`.

@@ -80,7 +80,8 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         return_t_eval: whether a call returns ``(t_eval, trajectory)`` or the trajectory alone.
         optimizable_params: parameters of an adjoint for a field without any, as in torchdyn.
         regularizers: names (``"kinetic"``, ``"jacfrob"``, names from plugins), regularizer objects or functions
-            ``rate(t, z, dz) -> (B,)``, or a mapping from these to lambda.
+            ``rate(t, z, dz) -> (B,)``, or a mapping from these to lambda. A module among them becomes a submodule,
+            but not the owner of a method, whose parameters you give to the optimizer yourself.
         trace_noise: noise for the product that ``jacfrob`` needs if no CNF computes one: ``"rademacher"``
             (signs), ``"gaussian"`` (the paper's), ``"exact"`` for the whole Jacobian, ``"difference"`` for layers
             without a second derivative, or an estimator.

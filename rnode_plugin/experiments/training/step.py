@@ -154,7 +154,7 @@ def loss_of(flow: DensityModel, recipe: Recipe) -> Loss:
                 f"TableFlow, not {recipe.model.name}: leave it at {getattr(Training, name)}."
             )
     elif recipe.matching:
-        if any(True for each in flow.regularizers.modules for _ in each.parameters()):
+        if any(True for each in flow.regularizers.called for _ in each.parameters()):
             raise ConfigError("training.matching needs regularizers without parameters, which get no gradient.")
         return StagedLoss(MatchingLoss(flow, recipe), recipe.matching, likelihood)
     return likelihood
