@@ -122,6 +122,32 @@ def test_a_small_file_cannot_ask_for_a_huge_model(tmp_path: Path, name: str, set
     assert time.monotonic() - start < 20
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("digits", "model.hidden=5", r"fields\.0.* is 5x.* there and 4x.* in the model"),
+        ("digits", "model.alpha=0.01", "to another sample"),
+        ("table", "model.activation=tanh", "to another sample"),
+    ],
+)
+def test_a_flow_that_its_recipe_does_not_build_is_not_saved(
+    name: str, change: str, message: str, tmp_path: Path
+) -> None:
+    recipe = get_recipe(name).override(["model.hidden=4", *(["data.given=texture"] if name == "table" else [])])
+    other = recipe.override([change])
+    torch.manual_seed(0)
+    flow = other.build_flow().double()
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    before = torch.get_rng_state()
+    with pytest.raises(CheckpointError, match=f"recipe '{name}' does not build this flow: .*{message}"):
+        save_flow(flow, tmp_path / "flow.ckpt", recipe=recipe)
+    assert not list(tmp_path.iterdir())
+    save_flow(flow, tmp_path / "flow.ckpt", recipe=other)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {p.dtype for p in load_flow(tmp_path / "flow.ckpt").parameters()} == {torch.float32}
+
+
 def test_any_flipped_bit_is_noticed(file: Path, recipe: Recipe, tmp_path: Path) -> None:
     good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
     save_flow(load_flow(file), good, recipe=recipe)

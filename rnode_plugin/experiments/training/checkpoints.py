@@ -5,6 +5,7 @@ Reading a file runs no code.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from ..._version import __version__
 from ...core.distribution import DensityModel
 from ...errors import CheckpointError, ConfigError, PluginError, first_line
 from ...files import SAFETENSORS, write_atomically
+from ...solvers import FixedGrid
 from ..data import ImageData, Table
 from ..data.facts import Facts, overlap_warning
 from ..recipes.data import AnyData, TableData
@@ -78,9 +80,10 @@ def save_flow(
         The model card; None if there is no new one.
 
     Raises:
-        CheckpointError: the file or its card cannot be written. An earlier file stays unchanged if the weights
-            cannot be written.
+        CheckpointError: the recipe builds another model, so that the file would not give ``flow`` back, or the file
+            or its card cannot be written. An earlier file stays unchanged if the weights are not written.
     """
+    _refuse_another(flow, recipe)
     if Path(path).suffix == SAFETENSORS:
         # copies: the format refuses tensors that share memory or have unusual strides
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in flow.state_dict().items()}
@@ -93,6 +96,29 @@ def save_flow(
         contents = {**header_with(recipe, facts), "state_dict": state}
         write_atomically(path, lambda file: torch.save(contents, file))
     return write_card(flow, Path(path), recipe=recipe, facts=facts, run=run)
+
+
+def _refuse_another(flow: DensityModel, recipe: Recipe) -> None:
+    """Refuse a flow that differs from the one of its recipe: in shapes, or in settings, which one latent shows."""
+    with torch.random.fork_rng(devices=()), torch.no_grad():
+        torch.manual_seed(0)
+        built, state = recipe.build_flow(), flow.state_dict()
+        _compare(built, state, f"the recipe {recipe.name!r} does not build this flow")
+        built.load_state_dict(state)
+        z = torch.randn(1, *built.base.event_shape)
+        context = None if built.context_shape is None else torch.randn(1, *built.context_shape)
+        # a copy in the precision and mode in which a file is loaded; a step of one evaluation in each block
+        ours, loaded = (
+            each.to("cpu", z.dtype).eval().decode(
+                z, context=context, penalties=False, solver=FixedGrid("euler", step=1.0), check=False
+            ).x
+            for each in (copy.deepcopy(flow), built)
+        )  # fmt: skip
+    if not torch.allclose(ours, loaded, rtol=1e-3, atol=1e-6, equal_nan=True):
+        raise CheckpointError(
+            f"the recipe {recipe.name!r} does not build this flow: with these weights its model maps a latent to "
+            "another sample. Give the recipe with the settings of the flow, by Recipe.override."
+        )
 
 
 def checksum(tensors: Mapping[str, Tensor], header: str) -> str:
@@ -119,7 +145,7 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
         map_location: device of the flow.
 
     Returns:
-        The flow in evaluation mode.
+        The flow in evaluation mode, in single precision whatever the precision of the weights in the file.
 
     Raises:
         CheckpointError: the file is missing, truncated, or from another program, or its weights do not fit the
