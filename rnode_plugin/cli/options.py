@@ -99,10 +99,11 @@ _SHORT: dict[str, tuple[str, str, str]] = {
     "batch-size": ("data.batch_size", "N", "Images, or rows, per device and step. [default: the recipe's]"),
     "accumulate": ("training.accumulate", "N", "Average the gradients of N batches for one step."),
     "limit-train": ("data.train_{samples}", "N", "Train on N images or rows only."),
-    "limit-val": ("training.val_images", "N", "Validate on N images or rows only."),
+    "limit-val": ("training.val_images", "N", "Validate on N images or rows only. The result for images is "
+                  "measured on these N, too."),
     "max-steps": ("training.max_steps", "N", "Stop after N steps of the run."),
     "max-epochs": ("training.max_epochs", "N", "Stop after N epochs of the run."),
-    "val-every": ("training.val_every_steps", "N", "Validate every N steps instead of after each epoch."),
+    "val-every": ("training.val_every_steps", "N", "Validate every N steps. [default: the recipe's]"),
     "seed": ("training.seed", "N", "Seed of the weights, the data order and all noise."),
     "weights": ("training.weights", "RUN", "Start from the weights of a run, a file or a packaged flow. Everything "
                 "else starts fresh."),

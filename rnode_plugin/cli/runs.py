@@ -72,11 +72,11 @@ class Values(click.ParamType):
 @as_json
 @click.option("--summary", is_flag=True, help="Leave the value of each image or row out of the JSON.")
 @click.option("--draws", type=click.IntRange(1), metavar="N",
-              help="Draws of noise per sample. [default: as many as make the error of the noise at most half of "
-                   "the error of the samples]")  # fmt: skip
+              help="Draws of noise per sample. [default: as many, up to 8, as make the error of the noise at "
+                   "most half of the error of the samples]")  # fmt: skip
 @click.option("--exact", is_flag=True,
-              help="Take the exact trace in any number of dimensions, by the method rk4_38 with the step of the "
-                   "training. --solver takes another solver.")  # fmt: skip
+              help="Take the exact trace in any number of dimensions. The method rk4_38 with the step of the "
+                   "training then replaces an adaptive solver. --solver takes another solver.")  # fmt: skip
 @click.option("--bound", type=click.IntRange(1), metavar="K",
               help="Also measure the bound of K draws on the likelihood of images, as with --exact.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), metavar="N",
@@ -110,8 +110,9 @@ def eval(  # noqa: A001 - the command's name
     Bits/dim are dirty (uniform noise in each bin) and clean (the centers of the bins), with standard errors from
     the choice of images and from the noise. The table also has the NFE of one solve, the penalties, and the time.
     The trace is exact in up to 16 dimensions (64 for a table), and estimated with Rademacher probes in more. With
-    --exact it is exact: 25 products at each evaluation for images of one channel and four layers, and seconds for
-    an image of MNIST. The NLL of a table, in nats per row, is shown with the NLL of a Gaussian.
+    --exact it is always exact, which takes 25 products at each evaluation for images of one channel and four
+    layers, and seconds for an image of MNIST. The NLL of a table, in nats per row, is shown with the NLL of a
+    Gaussian.
     """
     if summary and not as_json:
         raise click.UsageError("--summary shortens the JSON: add --json.")
