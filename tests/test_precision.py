@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from rnode_plugin import FixedGrid, NeuralODE, get_recipe, load_flow
 from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.core.system import System
 from rnode_plugin.experiments.recipes.tasks import load_data
-from rnode_plugin.experiments.training import trainer
+from rnode_plugin.experiments.training import step, trainer
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe
 from rnode_plugin.experiments.training.trainer import computes_bf16, resolve_compile, resolve_precision
 from rnode_plugin.flows.multiscale import dequantize
@@ -102,6 +103,24 @@ def test_validation_of_a_run_in_bfloat16_is_in_float32(tmp_path: Path) -> None:
         bits = flow.bits_per_dim(x)
     assert float(check["val/bpd"]) == pytest.approx(float(bits.mean()), abs=1e-5)
     assert 1e-7 < abs(float(check["val/gap"])) < 0.02, "what bfloat16 is off by"
+
+
+@pytest.mark.parametrize(
+    ("precision", "advice"),
+    [("32-true", "solver.step, or raise"), ("bf16-mixed", "solver.step, train in 32-true, or")],
+)
+def test_a_training_solver_that_is_off_is_named_with_the_remedies(
+    precision: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(step, "measure_solver_gap", lambda *_: SimpleNamespace(mean=-0.03))
+    run(
+        tiny_recipe(f"training.precision={precision}", "training.max_steps=2", "training.val_every_steps=1"),
+        tmp_path,
+    )
+    found = " ".join(capsys.readouterr().err.split())
+    warning = "warning: at step 1 the training solver is off by -0.030 bits/dim from the accurate one (val/gap)"
+    assert found.count("the training solver is off") == 1, "one warning for each run"
+    assert f"{warning}, so the model learns its errors: lower {advice}" in found
 
 
 @pytest.mark.parametrize(("kind", "native", "settings", "expected"), [

@@ -328,10 +328,11 @@ class RnodeModule(L.LightningModule):
         if abs(gap) <= self.task.kind.max_gap or self._warned or matched or self.trainer.sanity_checking:
             return
         self._warned = True
+        rounds = "mixed" in str(self.trainer.precision)
         self._print(
             f"warning: at step {self.global_step} the training solver is off by {gap:+.3f} {self.task.kind.unit} "
-            "from the accurate one (val/gap), so the model learns its errors: lower solver.step, or raise the "
-            "lambdas."
+            "from the accurate one (val/gap), so the model learns its errors: lower solver.step"
+            f"{', train in 32-true' if rounds else ''}, or raise the lambdas."
         )
 
     # optimizer and checkpoints ---------------------------------------------------------------------------------
