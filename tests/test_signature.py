@@ -343,7 +343,7 @@ def test_a_parameter_that_nothing_fills_is_named_where_the_contract_is_time_firs
         with pytest.raises(ConfigError, match=r"also takes 'noise_level', .* net\(x, t\)\)"):
             make(of_noise)  # pyright: ignore[reportArgumentType]
         with pytest.raises(ConfigError, match=r"neither name is known as a time: .* time_first"):
-            make(nameless)
+            make(nameless)  # pyright: ignore[reportArgumentType]
     model = NeuralODE(time_first(of_noise, call=lambda net, t, x: net(x, t)), "midpoint")
     torch.testing.assert_close(model(torch.zeros(5, 2))[1][-1], torch.full((5, 2), 1.5))
 

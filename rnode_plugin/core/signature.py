@@ -82,7 +82,7 @@ def field_takes(field: object) -> Takes:
     return Takes(order, args, time, tuple(rest))
 
 
-def accepts(field: Callable[..., object], *positional: object) -> bool:
+def accepts(field: object, *positional: object) -> bool:
     """Whether ``field`` can be called with these positional arguments."""
     try:
         inspect.signature(_function(field)).bind(*positional)
