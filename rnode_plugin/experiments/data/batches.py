@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from multiprocessing import parent_process
 from typing import TypeVar
 
 import numpy as np
@@ -76,6 +77,8 @@ def leave_signals_to_parent(worker: int) -> None:
 
 
 def _end_for_parent() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+    parent = parent_process()  # the one that has started the worker, where os.getppid() may be a fork server
+    assert parent is not None
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid:
         pass
     os._exit(0)
