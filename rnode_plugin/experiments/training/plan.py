@@ -241,7 +241,7 @@ class Resumed:
         ``metrics.csv`` would lack the steps in between.
         """
         # a best.ckpt from a later step has no validation in the metrics that are left, and the run could end with
-        # it as its best weights. With a damaged one it could not end. The next validation writes a file that lacks
+        # it as its best weights. With a damaged one it could not end. The next validation writes a missing file
         if run.best.is_file():
             try:
                 of_no_use = read_checkpoint(run.best)["global_step"] > self.done
