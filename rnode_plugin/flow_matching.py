@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .core.importance_sampling import check_log_density
 from .core.modes import outside_inference, refuse_dual_numbers
 from .core.modules import module_of
 from .core.part import PartSpec
@@ -249,7 +250,7 @@ class ODESolver:
 
         Raises:
             ConfigError: as for :meth:`sample`, for a ``time_grid`` with other ends, and for a ``log_p0`` that does
-                not return ``(B,)``.
+                not give real numbers ``(B,)`` or gives NaN or +inf.
             SolverError: if the solve fails.
         """
         from .torchdyn.density import RegularizedCNF  # loads torchdyn, which no other function here needs
@@ -265,13 +266,7 @@ class ODESolver:
         density.t_span = grid
         with torch.set_grad_enabled(enable_grad):
             found = density.encode(x_1)
-            of_noise = log_p0(found.z)
-            if of_noise.shape != found.logdet.shape:
-                raise ConfigError(
-                    f"log_p0 must return one log-density per sample, a tensor ({len(x_1)},), not "
-                    f"{tuple(of_noise.shape)}: sum it over the event, as Independent(Normal(...), 1).log_prob does."
-                )
-            log_prob = of_noise + found.logdet
+            log_prob = check_log_density(log_p0(found.z), len(x_1), "log_p0") + found.logdet
             path, self.nfe = found.z, found.nfe
             if return_intermediates:  # a second solve, because the solution of a density has no states between
                 path = density.trajectory(x_1)

@@ -209,9 +209,17 @@ def test_wrong_arguments_are_one_sentence() -> None:
         ODESolver(linear).sample(points(2, 3), 0.1, method="heun3")
     with pytest.raises(ConfigError, match="from 1 to 0"):
         ODESolver(linear).compute_likelihood(points(2, 3), normal, time_grid=torch.tensor([0.0, 1.0]))
-    for log_p0 in (lambda z: normal(z).sum(), lambda z: normal(z)[:, None]):
-        with pytest.raises(ConfigError, match="log_p0 must return one log-density per sample"):
-            ODESolver(linear).compute_likelihood(points(2, 3), log_p0, step_size=0.5)
+    for log_p0, got in (
+        (lambda z: normal(z).sum(), r"shape \(\), torch.float64"),
+        (lambda z: normal(z)[:, None], r"shape \(2, 1\), torch.float64"),
+        (lambda z: torch.complex(normal(z), normal(z)), r"shape \(2,\), torch.complex128"),
+        (lambda z: 0.0, "float"),
+        (lambda z: normal(z) * torch.tensor([1, math.nan]), "NaN or [+]inf for 1 of 2 samples"),
+        (lambda z: normal(z) + math.inf, "NaN or [+]inf for 2 of 2 samples"),
+    ):
+        log_density: Any = log_p0
+        with pytest.raises(ConfigError, match=f"log_p0 must return one real number per .* returned {got}[.]$"):
+            ODESolver(linear).compute_likelihood(points(2, 3), log_density, step_size=0.5)
     for act in (ODESolver(linear).sample, lambda x: ODESolver(linear).compute_likelihood(x, normal)):
         with pytest.raises(ConfigError, match=r"euler would take one step.* or method='dopri5'"):
             act(points(2, 3))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, check_count, check_name
 from .map_jacobian import map_log_prob
+from .modes import read
 from .trace_estimators import Exact
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def importance_sample(
         weighed = model if exact else model.solved_with(estimator=Exact(radius=model.estimator.radius))
         x, log_prob = weighed.inverse_and_log_prob(z, context=context)
         model.nfe = weighed.nfe
-    log_target_x = _checked(log_target(x), n)
+    log_target_x = check_log_density(log_target(x), n, "log_target")
     if bool((log_target_x == -math.inf).all()):
         raise ConfigError(
             f"none of the {n} samples lies inside the target, where log_target is above -inf: draw more, or train "
@@ -142,17 +143,22 @@ def importance_sample(
     return ImportanceSample(x, log_target_x.double() - log_prob.double())
 
 
-def _checked(log_target_x: object, n: int) -> Tensor:
-    """What a ``log_target`` has returned for n samples, if each of them can be weighed by it."""
-    if not isinstance(log_target_x, Tensor):
-        got = type(log_target_x).__name__
-    elif log_target_x.shape != (n,) or not log_target_x.is_floating_point():
-        got = f"shape {tuple(log_target_x.shape)}, {log_target_x.dtype}"
-    elif wrong := n - int((log_target_x < math.inf).sum()):  # NaN is not below it either
+def check_log_density(found: object, n: int, name: str) -> Tensor:
+    """Return what a user's function ``name`` has returned for n samples, if it can be a log-density of each.
+
+    Raises:
+        ConfigError: unless these are real numbers ``(n,)`` without NaN and +inf. Inside of ``torch.func.vmap``
+            their values are not known, and are not looked at.
+    """
+    if not isinstance(found, Tensor):
+        got = type(found).__name__
+    elif found.shape != (n,) or not found.is_floating_point():
+        got = f"shape {tuple(found.shape)}, {found.dtype}"
+    elif wrong := read((~(found < math.inf)).sum()):  # NaN is not below it either
         got = f"NaN or +inf for {wrong} of {n} samples"
     else:
-        return log_target_x
+        return found
     raise ConfigError(
-        f"log_target must return one real number per sample, a tensor of floats ({n},), with -inf where the target "
-        f"is zero, but it returned {got}."
+        f"{name} must return one real number per sample, a tensor of floats ({n},) that are summed over the event, "
+        f"with -inf where the density is zero, but it returned {got}."
     )
