@@ -517,9 +517,14 @@ def test_times_as_a_list_and_noise_of_the_nets_precision(span: Any) -> None:
     net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
     model = RegularizedCNF(net, event_shape=2, t_span=span, trace_estimator="rademacher")
     x = torch.randn(3, 2, dtype=torch.float64)
-    assert model.log_prob(x, noise=model.draw_noise(3)).dtype == torch.float64
+    assert model.log_prob(x, noise=model.draw_noise(3)).dtype == model.sample(3).dtype == torch.float64
     assert model.t_span.tolist() == span
     assert RegularizedCNF.from_velocity(net, 0.3, noise_time=0.0, event_shape=2).t_span.tolist() == [0.3, 0.0]
+
+
+def test_the_base_is_on_the_device_of_the_net() -> None:
+    model = RegularizedCNF(nn.Linear(2, 2, device="meta"), event_shape=2)
+    assert model.base.sample().device.type == "meta"
 
 
 def test_without_an_absolute_tolerance() -> None:

@@ -48,7 +48,8 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             ``net(t, z, context)``. torchdyn's DepthCat and Galerkin layers may be in it, but not DataControl, which
             reads the samples themselves.
         base: distribution of ``z`` with an empty batch shape and the event shape of the data; None: the standard
-            normal distribution. The model's ``.to()`` moves its tensors, which must not require a gradient.
+            normal distribution, in the dtype and on the device of the net's parameters. The model's ``.to()`` moves
+            its tensors, which must not require a gradient.
         event_shape: shape of one sample; may be left out if ``base`` has it.
         context_shape: shape of one context, for a conditional density ``p(x | context)``; each method then takes
             ``context=``, one for all samples or ``(B, *context_shape)``. Gradients reach the context in all
@@ -103,7 +104,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.base, self.event_shape = _base_and_shape(base, event_shape)
+        self.base, self.event_shape = _base_and_shape(base, event_shape, net)
         self.context_shape = None if context_shape is None else check_shape(context_shape, "context_shape")
         if self.context_shape is not None and not accepts(net, None, None, None):
             raise ConfigError("a conditional net is called net(t, z, context), but this one does not take that.")
@@ -171,8 +172,8 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
                 "steps=, the steps of a fixed-step solver between them."
             )
         noise_time = 1.0 - data_time if noise_time is None else noise_time
-        if hasattr(net, "check_ends"):
-            net.check_ends(data_time, noise_time, base=options.get("base"))  # pyright: ignore[reportCallIssue]
+        if (check_ends := getattr(net, "check_ends", None)) is not None:
+            check_ends(data_time, noise_time, base=options.get("base"))
         options = {"regularizers": (), **options}  # a velocity from flow matching usually is trained already
         context = options.get("context_shape") is not None
         net = time_first(net, call=call, time_shape=time_shape or SCALAR, with_context=context)
@@ -480,24 +481,29 @@ def _solver_of(solver: object, options: Mapping[str, Any]) -> Solver:
     return made
 
 
+def _parameter_of(net: object) -> Tensor:
+    """The first floating-point parameter of a net; a tensor of torch's defaults where it has none."""
+    parameters = net.parameters() if isinstance(net, nn.Module) else ()
+    return next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+
+
 def _precision(net: object) -> torch.dtype:
     """The dtype of times for a net: its parameters' dtype, but at least torch's default dtype."""
-    parameters = net.parameters() if isinstance(net, nn.Module) else ()
-    dtypes = [p.dtype for p in parameters if p.is_floating_point()]
-    return torch.promote_types(dtypes[0] if dtypes else torch.float16, torch.get_default_dtype())
+    return torch.promote_types(_parameter_of(net).dtype, torch.get_default_dtype())
 
 
 def _base_and_shape(
-    base: Distribution | None, event_shape: Sequence[int] | int | None
+    base: Distribution | None, event_shape: Sequence[int] | int | None, net: object
 ) -> tuple[Distribution, torch.Size]:
     """A copy of the base, and the shape of a sample; a ConfigError for shapes that are missing or do not fit."""
     shape = None if event_shape is None else check_shape(event_shape, "event_shape")
     if base is None:
         if shape is None:
             raise ConfigError("give event_shape=, the shape of one sample, or a base distribution that has it.")
+        like = _parameter_of(net)
+        zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
         # without the check of values, which torch 2.6 does not do under vmap
-        normal = Normal(torch.zeros(shape), torch.ones(shape), validate_args=False)
-        return Independent(normal, len(shape)), shape
+        return Independent(Normal(zeros, zeros + 1, validate_args=False), len(shape)), shape
     if base.batch_shape:
         raise ConfigError(
             f"the base distribution has batch shape {tuple(base.batch_shape)}: its density must be one of a whole "
