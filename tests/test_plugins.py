@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import logging
@@ -14,6 +15,7 @@ import sys
 import textwrap
 from importlib import metadata
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import click
@@ -246,6 +248,41 @@ def test_each_model_has_its_own_penalty(register, registered):
     assert dict(Regularizers.of(get_regularizer("gain")).modules[0].named_parameters())["gain"].item() == 1
 
 
+class Counting(SpanPolicy):
+    """Whose penalty is the number of its calls."""
+
+    name = "counting"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def times(self, t_span, /, *, training):
+        return t_span
+
+    def penalty(self, z, /):
+        self.calls += 1
+        return z.new_full((len(z),), self.calls)
+
+    def of(self, evaluation):
+        return self.penalty(evaluation.z)
+
+
+@pytest.mark.parametrize("registered", [
+    Rate("counting", Counting().of), Rate("counting", functools.partial(Counting.of, Counting())), Counting(),
+], ids=["method", "partial", "policy"])  # fmt: skip
+def test_each_model_has_a_penalty_with_its_own_state(register, registered):
+    register(Offers(counting=registered), "counts")
+    values = []
+    for _ in range(2):
+        model = NeuralODE(torch.nn.Linear(2, 2), solver="euler", regularizers=["counting"])
+        model(torch.ones(3, 2), torch.tensor([0.0, 1.0]))
+        values.append(model.regularization["counting"].tolist())
+    assert values == [[1, 1, 1]] * 2
+
+
+LOCK: Any = Lock()
+
+
 def picky(power: int, name: str = "picky") -> Rate:
     raise ValueError(f"the power must not be {power}")
 
@@ -279,8 +316,9 @@ def empty(*, name: str) -> torch.nn.Module:
     (deaf, "deaf:3", "registered as 'deaf:3' calls itself 'deaf'"),
     (picky, "picky:0", r"'picky' of .*failed: ValueError: the power must not be 0"),
     (gain(), "other", "registered as 'other' calls itself 'gain'"),
+    (Rate("lock", functools.partial(Counting.of, LOCK)), "lock", "'lock' of .* cannot be copied .*: TypeError"),
 ], ids=[
-    "function", "module", "number", "of a module", "without options", "with another name", "fails", "name",
+    "function", "module", "number", "of a module", "without options", "with another name", "fails", "name", "lock",
 ])  # fmt: skip
 def test_what_is_no_regularizer_is_refused_and_leaves_the_list(register, registered, name, message):
     base = name.partition(":")[0]

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from .._version import __version__
-from ..core.regularizer import Regularizer, code_of
+from ..core.regularizer import Regularizer
 from ..errors import ConfigError, PluginError, RnodeError, suggest
 from . import builtin, hookspecs
 
@@ -257,22 +257,22 @@ def get_regularizer(name: str) -> Regularizer:
 
     Options are numbers or ``key=number``, separated by commas: ``"taylor:3"``, ``"taylor:order=3"``. Only a
     registered factory, a function or a class, takes options; it also receives the whole text as ``name=``. A
-    registered module, or a penalty whose function is one, is copied, so that each model trains its own parameters.
+    registered object is copied, so that each model trains its own parameters and keeps its own state.
 
     Raises:
         ConfigError: for an unknown name, for options of a regularizer that takes none, and for options that the
             regularizer refuses.
-        PluginError: for an object that neither is a regularizer nor makes one, and if the name of the regularizer
-            is not the registered one, or its factory takes no ``name=`` or fails.
+        PluginError: for an object that neither is a regularizer nor makes one or cannot be copied, and if the name
+            of the regularizer is not the registered one, or its factory takes no ``name=`` or fails.
     """
-    from torch import nn
-
     base, _, options = name.partition(":")
     made: Any = get("regularizers", base)
     if isinstance(made, Regularizer):
         if base != name:
             raise ConfigError(f"the regularizer {base!r} takes no options: write {base!r}, not {name!r}.")
-        made = copy.deepcopy(made) if isinstance(code_of(made), nn.Module) else made
+        owner = check_name("regularizers", base)
+        with owner.guarded(f"{base!r} of {owner} cannot be copied for a model (register a function that makes it)"):
+            made = copy.deepcopy(made)
     else:
         made = _made_regularizer(made, base, options, name)
     if (own := getattr(made, "name", None)) != name:  # it is the key of the penalty in every result
