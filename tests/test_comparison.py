@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shlex
 import shutil
@@ -134,6 +135,7 @@ def test_configurations_that_are_refused(recipe: Recipe, tmp_path: Path, text: s
 
 @pytest.mark.parametrize(("state", "limit", "option", "left"), [
     ("new", 90, "--run-folder", "90.000"),
+    ("new", math.inf, "--run-folder", None),
     ("begun", 90, "--run-folder", "90.000"),  # it ended before its first checkpoint
     ("interrupted", 90, "--resume", "88.500"),  # all runs have the same time
     ("interrupted", 1, "--resume", "0.001"),
@@ -212,6 +214,9 @@ def test_what_is_found_before_anything_is_trained(recipe: Recipe, tmp_path: Path
         compare([missing], out=tmp_path / "out")
     with pytest.raises(ConfigError, match="two recipes have the name digits and the seed 42"):
         compare([recipe, recipe.override(["optimizer.lr=1"])], out=tmp_path / "out")
+    for act in (compare, command_lines):
+        with pytest.raises(ConfigError, match="max_time must be a number of seconds above 0, not nan"):
+            act([recipe], out=tmp_path / "out", max_time=math.nan)
     assert not (tmp_path / "out").exists()
     with training_lock(tmp_path), pytest.raises(ConfigError, match="is being trained by another process"):
         compare([recipe], out=tmp_path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shlex
 import shutil
@@ -34,7 +35,7 @@ from ..reports.runs import data_name
 from ..runs.results import Result
 from ..runs.run import Run, training_lock
 from ..training.checkpoints import newest_intact
-from ..training.plan import AFTER_STEP
+from ..training.plan import AFTER_STEP, RunOptions
 
 _RNODE_CLI = (sys.executable, "-m", "rnode_plugin")
 _VALIDATIONS = 20  # at least, in a run whose recipe has as many steps and chooses no interval
@@ -100,7 +101,7 @@ def compare(
         TrainingError: no run can be reported.
     """
     out, tell = Path(out), announce or (lambda line: None)
-    planned = _planned(recipes, out, accelerator, download=download)
+    planned = _planned(recipes, out, accelerator, max_time, download=download)
     with training_lock(out):
         failed: list[str] = []
         folders = list(planned)
@@ -139,7 +140,7 @@ def command_lines(
     writes the report. Arguments and errors are the same, and ``announce`` is called for the runs without a line.
     """
     out = Path(out)
-    planned = _planned(recipes, out, accelerator, download=download)
+    planned = _planned(recipes, out, accelerator, max_time, download=download)
     variables = [f"{name}={value}" for name, value in _threads(jobs).items()]
     with training_lock(out):
         left, busy = _left(planned, list(planned), accelerator, max_time, announce)
@@ -148,13 +149,16 @@ def command_lines(
     return [shlex.join([*variables, "rnode-cli", *run.words]) for run in left]
 
 
-def _planned(recipes: Sequence[Recipe], out: Path, accelerator: str, *, download: bool) -> dict[Path, Recipe]:
-    """The recipe of each run by its folder, after a look at the data and at what the folders hold.
+def _planned(
+    recipes: Sequence[Recipe], out: Path, accelerator: str, max_time: float | None, *, download: bool
+) -> dict[Path, Recipe]:
+    """The recipe of each run by its folder, after a look at the options, the data and what the folders hold.
 
     Raises:
         ConfigError, DataError: see :func:`compare`.
     """
     check_device(accelerator)
+    RunOptions(max_time=max_time)  # refuses it as each run would
     known: dict[AnyData, Facts] = {}
     planned: dict[Path, Recipe] = {}
     for one in recipes:
@@ -264,7 +268,9 @@ def _has_time_left(result: Result, max_time: float | None) -> bool:
 
 def _limit(max_time: float | None, *, spent: float = 0.0) -> list[str]:
     """The time that is left for a run. A resumed run that got all of it again would have an advantage."""
-    return [] if max_time is None else ["--max-time", f"{max(max_time - spent, 0.001):.3f}"]
+    if max_time is None or max_time == math.inf:
+        return []
+    return ["--max-time", f"{max(max_time - spent, 0.001):.3f}"]
 
 
 def _spent(run: Run) -> float:
