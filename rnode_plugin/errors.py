@@ -90,8 +90,12 @@ class LocalError(TrainingError):
     """One process of a run failed on its own. The others only lose the connection."""
 
 
-NO_MEMORY = "memoryerror:|can't allocate memory|not enough memory|error: out of memory"
-"""Lower-case patterns in the class and the message of an error of PyTorch that identify exhausted memory."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python or PyTorch is about exhausted memory, of the machine or of a device."""
+    # for a CPU and for MPS, PyTorch raises a RuntimeError, which the text alone tells apart from others
+    text = f"{type(error).__name__}: {error}".lower()
+    patterns = ("memoryerror:", "can't allocate memory", "not enough memory", "out of memory")
+    return any(words in text for words in patterns)
 
 
 def first_line(error: BaseException) -> str:

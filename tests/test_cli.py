@@ -277,7 +277,11 @@ def test_nothing_is_overwritten_in_silence(trained: Path, tmp_path: Path, monkey
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory.\nMore lines"), RuntimeError("CUDA error: out of memory\nMore")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nMore lines"),
+        RuntimeError("CUDA error: out of memory\nMore"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GiB)."),
+    ],
 )
 def test_memory_that_is_used_up_is_one_message(trained: Path, error: Exception) -> None:
     with pytest.MonkeyPatch.context() as patch:

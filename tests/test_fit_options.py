@@ -303,6 +303,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
         (OSError("broken"), LocalError, "the system refused: broken."),
         (MemoryError(), LocalError, "out of memory: MemoryError. Give --set solver.gradient=checkpointed"),
         (torch.OutOfMemoryError("CUDA out of memory.\nMore"), LocalError, "memory: CUDA out of memory. Give --set"),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory."), LocalError, "memory. Give --set"),
         (torch.distributed.DistError("no peer.\nMore"), TrainingError, "cannot reach each other (no peer)."),
         (RuntimeError("no kernel.\nMore"), LocalError, "RuntimeError: no kernel. `rnode-cli --debug"),
         (DataError("no rows."), DataError, "no rows."),

@@ -320,6 +320,12 @@ def test_a_bad_penalty_is_named(function: Callable[..., Tensor], error: type, wo
         model(torch.randn(2, 3, dtype=torch.float64))
 
 
+def test_a_full_memory_is_no_fault_of_a_penalty() -> None:
+    model = NeuralODE(Wave(), "rk4", regularizers=[lambda t, z, dz: torch.empty(10**15).sum()])
+    with pytest.raises(RuntimeError, match="memory"):
+        model(torch.randn(2, 3, dtype=torch.float64))
+
+
 def test_what_an_evaluation_cannot_have() -> None:
     z, t = torch.ones(2, 3, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
     with pytest.raises(ConfigError, match="too many for 200 dimensions"):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import sys
 import traceback
 
 import click
 
 from .._version import __version__
-from ..errors import NO_MEMORY, ConfigError, PluginError, RnodeError, first_line, suggest
+from ..errors import ConfigError, PluginError, RnodeError, first_line, is_out_of_memory, suggest
 from ..plugins import builtin, registry
 from .options import loaded
 
@@ -74,7 +73,7 @@ class _Commands(click.Group):
             hint = "" if not isinstance(error, PluginError) else " `rnode-cli --debug ...` shows the traceback."
             raise (_Misuse if isinstance(error, ConfigError) else click.ClickException)(f"{error}{hint}") from error
         except (RuntimeError, MemoryError) as error:  # from a device; `fit` explains more of them itself
-            if ctx.params.get("debug") or not re.search(NO_MEMORY, f"{type(error).__name__}: {error}".lower()):
+            if ctx.params.get("debug") or not is_out_of_memory(error):
                 raise
             raise click.ClickException(
                 f"out of memory ({first_line(error).rstrip('.')}). Use fewer samples at once, or another --device."

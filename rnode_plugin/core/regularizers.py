@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..errors import ConfigError, PluginError, RnodeError, suggest
+from ..errors import ConfigError, PluginError, RnodeError, is_out_of_memory, suggest
 from .modes import differs, on_host
 from .modules import module_of
 from .regularizer import Rate, Regularizer, SpanPolicy, StepPenalty, StepRecord, code_of
@@ -481,7 +481,7 @@ ONE_DRAW = (
 
 def _passes(error: Exception) -> bool:
     """Whether an error that a call of a regularizer raises is not about that regularizer."""
-    if isinstance(error, (RnodeError, torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, RnodeError) or is_out_of_memory(error):
         return True
     # torch stops the second run of a checkpointed step early by raising this
     return type(error).__module__ == "torch.utils.checkpoint"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...errors import DataError, LocalError, RnodeError, SolverError, TrainingError, first_line
+from ...errors import DataError, LocalError, RnodeError, SolverError, TrainingError, first_line, is_out_of_memory
 from ..runs.run import LAST
 
 if TYPE_CHECKING:
@@ -69,14 +69,13 @@ def translate_errors() -> Iterator[None]:
             f"the processes of this run cannot reach each other ({first_line(error).rstrip('.')}). If one has "
             "ended, its message has the reason, unless the system killed it, for example because memory ran out."
         ) from error
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise LocalError(
-            f"out of memory: {first_line(error).rstrip('.')}. Give --set solver.gradient=checkpointed, or lower "
-            "--batch-size and, in a new run, raise --accumulate by the same factor."
-        ) from error
-    # last, because DistError and OutOfMemoryError are RuntimeErrors. It is memory of a CPU, a worker that died, or
-    # a bug, which PyTorch tells apart by the text alone, or a callback of the user's has raised it
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:  # last, because DistError is a RuntimeError
+        if is_out_of_memory(error):
+            raise LocalError(
+                f"out of memory: {first_line(error).rstrip('.')}. Give --set solver.gradient=checkpointed, or "
+                "lower --batch-size and, in a new run, raise --accumulate by the same factor."
+            ) from error
+        # a worker that died, or a bug, which PyTorch tells apart by the text alone, or a callback of the user's
         raise LocalError(
             f"{type(error).__name__}: {first_line(error).rstrip('.')}. `rnode-cli --debug ...` shows where."
         ) from error
