@@ -205,7 +205,6 @@ def start_torchdyn(
     args: object = None,
     *,
     one_graph: bool,
-    takes: Callable[[object], Takes] = field_takes,
     hidden_cost: Cost | None = None,
 ) -> FieldSolve:
     """Start a solve of torchdyn's wrapped field ``vf``, as it is now.
@@ -221,7 +220,6 @@ def start_torchdyn(
         x: the state ``(B, ...)`` at the start.
         args: passed to fields that take ``args``.
         one_graph: as for :meth:`System.start`.
-        takes: finds the order and the names of a field's parameters.
         hidden_cost: ``integral_loss`` for an adjoint, whose state has no column for it.
 
     Raises:
@@ -261,7 +259,7 @@ def start_torchdyn(
     wants = system.wants(density=density)
     # the trace of a CNF that is not looked into is differentiated too
     function = originals(net, modules) if wants or cnfs else net
-    function, plain = function_of(function, slots, args, takes=takes(net), order=order)
+    function, plain = function_of(function, slots, args, takes=field_takes(net), order=order)
     if wants and spec.is_all:
         exact = order == 1 and estimator.is_exact and "jvp" not in wants
         function = fastest(function, net, z, plain=plain, exact=exact, one_graph=one_graph)

@@ -27,7 +27,7 @@ from ..core.integrals import Integrals, attach
 from ..core.modes import on_host, outside_inference
 from ..core.part import PartSpec, warn_of_flat_state
 from ..core.regularizers import RegularizersLike
-from ..core.signature import Takes, field_takes, refuse_state_first
+from ..core.signature import refuse_state_first
 from ..core.system import COST, FieldSolve, System
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, check_count, suggest
@@ -141,7 +141,6 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     _quadrature: str = "full"
     _error_norm: str = "rms"
     _resolved: tuple[list[object], Solver] | None = None
-    _known: tuple[object, Takes] = (None, Takes("?"))
     _columns_known: bool = False
 
     def __init__(
@@ -296,8 +295,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             if torch.is_grad_enabled() and not through_steps and self.vf.sensitivity != "autograd":
                 hidden = self.integral_loss
             rhs = start_torchdyn(
-                self._system_of(penalties=penalties), self.vf, x, args, one_graph=through_steps,
-                takes=self._takes, hidden_cost=hidden,
+                self._system_of(penalties=penalties), self.vf, x, args, one_graph=through_steps, hidden_cost=hidden
             )  # fmt: skip
             # once for each model, because the check takes one more evaluation
             if not self._columns_known and rhs.regularizers and x.ndim == 2:
@@ -443,13 +441,6 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         sol, integrals = attach(solution.z, integrals, cost)
         history.add(Integrals(integrals, history.regularizers, rhs.dims))
         return sol
-
-    def _takes(self, net: object) -> Takes:
-        """The parameters of ``net``, looked up once for each forward method, because a user may replace it."""
-        known = net, getattr(net, "forward", None)
-        if self._known[0] != known:
-            self._known = known, field_takes(net)
-        return self._known[1]
 
     def _solver(self, args: object) -> Solver:
         """The solver for a call with ``args``, resolved again if an attribute has changed.
