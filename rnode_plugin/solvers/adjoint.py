@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,11 @@ from ..core.system import Derivative, Solve
 from ..errors import ConfigError
 from .checkpoint import is_complete
 from .solution import Solution, Steps
-from .step import Integrator, Problem
+from .step import Problem
 from .tableaus import hermite
+
+if TYPE_CHECKING:
+    from .solver import Solver
 
 
 @dataclass
@@ -48,7 +51,7 @@ class AdjointCall:
 
     rhs: Solve
     forward: Callable[[Tensor, Tensor], Solution]
-    backward: Integrator
+    backward: Solver
     as_now: Callable[[], AbstractContextManager[object]]
     interpolated: bool = False
     solution: Solution | None = None

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from ..core.regularizer import StepPenalty
     from .solution import Solution
-    from .step import Integrator, Problem
+    from .solver import Solver
+    from .step import Problem
 
 
 class Gradient:
@@ -32,7 +33,7 @@ class Gradient:
 
     through_steps: ClassVar[bool] = True
 
-    def solve(self, solver: Integrator, problem: Problem) -> Solution:
+    def solve(self, solver: Solver, problem: Problem) -> Solution:
         """Solve ``problem`` by the steps of ``solver``, and attach this gradient to the solution."""
         return solver.march(problem)
 
@@ -52,7 +53,7 @@ class Autograd(Gradient):
 class Checkpointed(Gradient):
     """Gives the same gradient with the activations of one step at a time, and evaluates each step once more."""
 
-    def solve(self, solver: Integrator, problem: Problem) -> Solution:
+    def solve(self, solver: Solver, problem: Problem) -> Solution:
         from .checkpoint import checkpointed
         from .step import Stepper
 
@@ -75,11 +76,11 @@ class Adjoint(Gradient):
             at these, instead of solving for them again.
     """
 
-    backward: Integrator | None = None
+    backward: Solver | None = None
     interpolated: bool = False
     through_steps: ClassVar[bool] = False
 
-    def solve(self, solver: Integrator, problem: Problem) -> Solution:
+    def solve(self, solver: Solver, problem: Problem) -> Solution:
         import torch
 
         from ..core.modes import transforms_active

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -82,23 +82,6 @@ def check_times(t_span: Tensor) -> None:
             f"times, not {t_span.tolist()}: where it turns back or stands still, start another solve from the last "
             "state."
         )
-
-
-class Integrator(Protocol):
-    """The part of a :class:`~rnode_plugin.Solver` that a :class:`~rnode_plugin.solvers.Gradient` runs."""
-
-    adaptive: ClassVar[bool]
-
-    @property
-    def method(self) -> str | Method: ...
-
-    @property
-    def tolerances(self) -> tuple[Tolerance, Tolerance] | None: ...
-
-    @property
-    def march(self) -> Callable[..., Solution]: ...
-
-    def of_adjoint(self) -> Integrator: ...
 
 
 Draw = dict[int, float]

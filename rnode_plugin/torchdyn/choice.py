@@ -187,7 +187,7 @@ def constants_of(solver: SolverObject) -> list[object]:
 def with_args(solver: Solver, args: object) -> Solver:
     """The solver, with ``args`` passed to the solver objects that step in it and in its adjoint."""
     gradient, method = get_gradient(solver.gradient), get_method(solver.method)
-    if isinstance(gradient, Adjoint) and isinstance(gradient.backward, Solver):
+    if isinstance(gradient, Adjoint) and gradient.backward is not None:
         gradient = replace(gradient, backward=with_args(gradient.backward, args))
     step = method.advance
     if not isinstance(step, _Step) or step.known:  # torchdyn's own methods do not read them
