@@ -6,7 +6,6 @@ Importing, making and printing them needs no torch. A solve imports the code tha
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from ..core.regularizer import StepPenalty
     from ..core.system import Solve
     from .solution import Solution
-    from .step import Tolerance
+    from .step import Problem, Step, Tolerance
 
     MethodLike: TypeAlias = str | Method
     GradientLike: TypeAlias = str | Gradient
@@ -179,13 +178,13 @@ class Solver(ABC):
             solution = with_path_penalties(solution, problem, self.tolerances)
         return solution if save_steps or solution.steps is None else replace(solution, steps=None)
 
-    @property
     @abstractmethod
-    def march(self) -> Callable[..., Solution]:
-        """The function ``(problem, *, take=None)`` that takes all steps of a solve, without local penalties.
+    def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
+        """Take all steps of a solve, without local penalties. The result is differentiable through the steps.
 
-        It is differentiable through the steps. ``problem`` has the arguments of :meth:`solve`, and ``take`` takes
-        one step as a :class:`~rnode_plugin.solvers.step.Stepper` does; None: a stepper.
+        Args:
+            problem: the arguments of :meth:`solve`.
+            take: takes one step as a :class:`~rnode_plugin.solvers.step.Stepper` does; None: a stepper.
         """
 
     def without_interpolation(self: _Self) -> _Self:
@@ -295,11 +294,10 @@ class FixedGrid(Solver):
     def text(self) -> str:
         return f"{self.name}, " + ("one step per interval" if self.step is None else f"step {self.step:g}")
 
-    @property
-    def march(self) -> Callable[..., Solution]:
+    def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
         from .fixed import march
 
-        return functools.partial(march, self)
+        return march(self, problem, take=take)
 
 
 @dataclass(frozen=True)
@@ -361,11 +359,10 @@ class Adaptive(Solver):
     def of_adjoint(self) -> Adaptive:
         return replace(super().of_adjoint(), error_norm="rms")
 
-    @property
-    def march(self) -> Callable[..., Solution]:
+    def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
         from .adaptive import march
 
-        return functools.partial(march, self)
+        return march(self, problem, take=take)
 
 
 def chosen_solver(solver: object, otherwise: Solver) -> Solver:
