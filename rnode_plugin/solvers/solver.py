@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias, TypeGuard
 
 from ..errors import ConfigError, check_name
 from .gradients import Gradient, get_gradient
@@ -32,8 +32,6 @@ else:  # the types in the settings of a recipe, by which pydantic reads and chec
 QUADRATURES = ("full", "sampled")
 ERROR_NORMS = ("rms", "worst")
 WEIGHT_GRADIENTS = ("all", "half")
-
-_Self = TypeVar("_Self", bound="Solver")
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class Solver(ABC):
         return None
 
     @property
-    def full_quadrature(self: _Self) -> _Self:
+    def full_quadrature(self) -> Self:
         """This solver with ``quadrature="full"``, for a call that takes the products at every evaluation."""
         return self if self.quadrature == "full" else replace(self, quadrature="full")
 
@@ -187,11 +185,11 @@ class Solver(ABC):
             take: takes one step as a :class:`~rnode_plugin.solvers.step.Stepper` does; None: a stepper.
         """
 
-    def without_interpolation(self: _Self) -> _Self:
+    def without_interpolation(self) -> Self:
         """The same solver, but one that stops at each output time instead of interpolating."""
         return replace(self, method=replace(get_method(self.method), interpolate=None))
 
-    def of_adjoint(self: _Self) -> _Self:
+    def of_adjoint(self) -> Self:
         """This solver adapted to the backward pass of an adjoint, whose state is not a batch of samples."""
         return self.without_interpolation()
 
@@ -356,7 +354,7 @@ class Adaptive(Solver):
     def tolerances(self) -> tuple[Tolerance, Tolerance]:
         return self.atol, self.rtol
 
-    def of_adjoint(self) -> Adaptive:
+    def of_adjoint(self) -> Self:
         return replace(super().of_adjoint(), error_norm="rms")
 
     def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
