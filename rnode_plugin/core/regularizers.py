@@ -220,7 +220,7 @@ class Regularizers:
         rest = {each.name: each for each in self.penalties}
         return replace(self, by_name=rest, strengths={name: self.strengths[name] for name in rest})
 
-    def check_time_gradient(self, t: Tensor, *, through_steps: bool = True) -> None:
+    def check_time_gradient(self, t: Tensor, *, through_steps: bool) -> None:
         """Refuse times with a gradient that a rate cannot give, because it detaches a part of itself.
 
         Through the steps of a solve, such a rate has no gradient with respect to any time. A continuous adjoint has

@@ -147,8 +147,7 @@ class Solver(ABC):
         from .path_penalties import with_path_penalties
         from .step import Problem, check_times
 
-        if weight_gradients != "all":
-            self.check_weight_gradients(weight_gradients)
+        self.check_weight_gradients(weight_gradients)
         refuse_dual_numbers()
         if rhs.divergence:
             self.check_density()
@@ -157,9 +156,7 @@ class Solver(ABC):
                 t_span = torch.tensor(t_span, dtype=z0.dtype.to_real())
         check_times(t_span)
         regularizers, gradient = rhs.regularizers, get_gradient(self.gradient)
-        if regularizers.no_time_gradient:
-            through_steps = gradient.through_steps or transforms_active()
-            regularizers.check_time_gradient(t_span, through_steps=through_steps)
+        regularizers.check_time_gradient(t_span, through_steps=gradient.through_steps or transforms_active())
         for length in (safe_step, adjoint_safe_step):
             if length is not None and not length > 0:
                 raise ConfigError(f"a safe step must be a length > 0 or None, not {length!r}.")
