@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .core.modes import outside_inference
 from .core.signature import field_takes, time_first
-from .errors import ConfigError, suggest
+from .errors import ConfigError, check_name
 
 Level = Callable[[Tensor], Tensor]
 """The level of data or noise in a state, as a function of time. It maps a tensor to a tensor of the same shape."""
@@ -75,8 +75,7 @@ def velocity_from_noise(
         >>> torch.allclose(model.log_prob(x), noise.log_prob(x).sum(1), atol=0.01)
         True
     """
-    if predicts not in PREDICTIONS:
-        raise ConfigError(suggest(predicts, PREDICTIONS, "prediction"))
+    check_name(predicts, PREDICTIONS, "prediction")
     if call is None and field_takes(net).order == "x":
         raise ConfigError(
             "no parameter of the network has the name of a time, such as t or timestep: give call=, such as "

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, check_count, suggest
+from ..errors import ConfigError, check_count, check_name, suggest
 from .derivatives import Linearization, trace_of_rows, unit_vectors
 from .evaluator import Evaluator
 from .modes import autocasts, traced
@@ -171,7 +171,8 @@ class Hutchinson(TraceEstimator):
     """
 
     def __init__(self, noise: str = "rademacher", *, probes: int = 1) -> None:
-        self.noise = _known(noise)
+        check_name(noise, _NOISES, "trace noise")
+        self.noise = noise
         self.probes = check_count(probes, "a trace estimator's probes")
 
     def __repr__(self) -> str:
@@ -418,12 +419,6 @@ class Difference(TraceEstimator):
 
     def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
         return sum_squares(products) if self.probes == 1 else torch.stack(list(map(sum_squares, products))).mean(0)
-
-
-def _known(noise: str) -> str:
-    if noise not in _NOISES:
-        raise ConfigError(suggest(noise, _NOISES, "trace noise"))
-    return noise
 
 
 def _draw(kind: str, shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -19,7 +19,7 @@ from ..core.part import PartSpec, State, tensors_of, warn_of_flat_state
 from ..core.regularizer import Regularizer, code_of
 from ..core.regularizers import Regularizers, RegularizersLike
 from ..core.system import System
-from ..errors import ConfigError, suggest
+from ..errors import ConfigError, check_name
 from ..plugins.registry import get_regularizer
 from ..solvers import QUADRATURES
 from .augmented import Augmented, extended
@@ -182,8 +182,7 @@ def system_of(
 
 def is_sampled(quadrature: str) -> bool:
     """Whether a quadrature is ``"sampled"``; a ConfigError for an unknown name."""
-    if quadrature not in QUADRATURES:
-        raise ConfigError(suggest(quadrature, QUADRATURES, "quadrature"))
+    check_name(quadrature, QUADRATURES, "quadrature")
     return quadrature == "sampled"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import ConfigError, suggest
+from ...errors import ConfigError, check_name
 
 if TYPE_CHECKING:
     from pytorch_lightning.loggers import Logger
@@ -24,8 +24,7 @@ def check_loggers(names: Iterable[str]) -> None:
         ConfigError: for the first such name.
     """
     for name in names:
-        if name not in LOGGERS:
-            raise ConfigError(suggest(name, LOGGERS, "logger"))
+        check_name(name, LOGGERS, "logger")
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"{name} is not installed: pip install 'rnode-plugin[{name}]'.")
 
