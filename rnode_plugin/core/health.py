@@ -41,16 +41,15 @@ def check_all(checks: Sequence[HealthCheck]) -> None:
             check.fail(int(bad[0]))
 
 
-def health(*tensors: Tensor | None) -> Tensor:
+def health(*tensors: Tensor) -> Tensor:
     """A 0-d tensor that is finite if and only if all entries are; the host does not wait for the device.
 
     (A sum of finite entries overflows only if the entries themselves are close to overflow.)
     """
     total: Tensor | None = None
     for x in tensors:
-        if x is not None:
-            # the largest float16 is 65504, which a sum of ordinary entries exceeds
-            part = x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32))
-            total = part if total is None else total + part.to(total.dtype)
+        # the largest float16 is 65504, which a sum of ordinary entries exceeds
+        part = x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32))
+        total = part if total is None else total + part.to(total.dtype)
     assert total is not None
     return total

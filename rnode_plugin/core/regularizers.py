@@ -251,26 +251,26 @@ class Regularizers:
             )
 
     def of_step(
-        self, record: StepRecord, event: Callable[[Tensor], Tensor], *, local: bool
+        self, record: StepRecord, z_of: Callable[[Tensor], Tensor], *, local: bool
     ) -> dict[str, tuple[str, Tensor]]:
         """``(reduction, value (B,))`` of each step penalty by name, at one step.
 
         Args:
             record: the step, of the whole state.
-            event: extracts the part that the penalties measure from a state ``(B, ...)``, which may have more.
+            z_of: extracts the part that the penalties measure from a state ``(B, ...)``, which may have more.
             local: whether the step is the extra one, which local penalties read, or an accepted one.
 
         Raises:
             ConfigError, PluginError: as :func:`checked`.
         """
-        # `event` selects the same entries of a state, of its velocity and of its error
+        # `z_of` selects the same entries of a state, of its velocity and of its error
         seen = replace(
             record,
-            z0=event(record.z0),
-            z1=event(record.z1),
-            states=[event(z) for z in record.states],
-            velocities=[event(v) for v in record.velocities],
-            error=None if record.error is None else event(record.error),
+            z0=z_of(record.z0),
+            z1=z_of(record.z1),
+            states=[z_of(z) for z in record.states],
+            velocities=[z_of(v) for v in record.velocities],
+            error=None if record.error is None else z_of(record.error),
         )
         untouched = [seen.z0, seen.z1, *seen.states, *seen.velocities]
         if seen.error is not None:

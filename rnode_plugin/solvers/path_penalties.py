@@ -30,9 +30,9 @@ def with_path_penalties(
             grid.
     """
     extra, stats, checks = dict[str, Tensor](), solution.stats, solution.health
-    regularizers, event = problem.rhs.regularizers, problem.rhs.z_of
+    regularizers, z_of = problem.rhs.regularizers, problem.rhs.z_of
     if regularizers.finished:
-        z0, z1 = event(solution.z[0]), event(solution.z[-1])
+        z0, z1 = z_of(solution.z[0]), z_of(solution.z[-1])
         # the times of the problem have the graph of t_span, which the output times of a continuous adjoint lack
         extra = regularizers.finish(solution.penalties, z0, z1, problem.t_span)
     if regularizers.adds_evaluations:
