@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,23 +40,19 @@ class AdjointCall:
         forward: solves the system from a state ``z`` through times ``t``. The solution has all outputs that the
             loss may depend on.
         backward: the solver of the backward pass.
-        as_now: makes the context of a backward pass; see :meth:`Solve.as_now`.
         interpolated: whether the backward pass reads the states from the accepted steps.
-        solution: the solution of the forward pass, without a graph.
-        steps: the accepted steps of the forward pass, which the backward pass reads.
         safe_step: the first step of each backward pass, also of the second one through one solution.
         keep_step: receives the longest safe step of each backward pass.
+        solution: the solution of the forward pass, without a graph.
     """
 
     rhs: Solve
     forward: Callable[[Tensor, Tensor], Solution]
     backward: Solver
-    as_now: Callable[[], AbstractContextManager[object]]
-    interpolated: bool = False
+    interpolated: bool
+    safe_step: float | None
+    keep_step: Callable[[float], None] | None
     solution: Solution | None = None
-    steps: Steps | None = None
-    safe_step: float | None = None
-    keep_step: Callable[[float], None] | None = None
 
 
 def solve_adjoint(call: AdjointCall, z0: Tensor, t_span: Tensor) -> Solution:
@@ -79,6 +74,7 @@ class _Adjoint(torch.autograd.Function):
     def forward(
         ctx: Any, call: AdjointCall, z0: Tensor, t_span: Tensor, *params: Tensor
     ) -> tuple[Tensor | None, ...]:
+        ctx.as_now = call.rhs.as_now()  # makes the contexts of backward passes
         before = random_states(z0)
         solution = call.forward(z0, t_span)  # without a graph, since autograd disables gradients here
         drop_casts()
@@ -90,8 +86,9 @@ class _Adjoint(torch.autograd.Function):
                 stacklevel=2,
             )
         t, z = solution.t, solution.z
-        call.solution, call.steps = solution, solution.steps if call.interpolated else None
+        call.solution = solution
         ctx.call, ctx.names = call, tuple(solution.penalties)
+        ctx.steps = solution.steps if call.interpolated else None
         ctx.save_for_backward(t_span, t, z, *params)
         ctx.mark_non_differentiable(t)
         return t, z, solution.logdet, *solution.penalties.values()
@@ -104,7 +101,7 @@ class _Adjoint(torch.autograd.Function):
                 "again (create_graph=True): use the gradient mode 'autograd' or 'checkpointed'."
             )
         # the forward pass has updated running statistics once already
-        with without_kept_casts(), ctx.call.as_now():
+        with without_kept_casts(), ctx.as_now():
             _, dz, dlogdet, *dpenalties = gradients
             return _sweep(ctx, dz, dlogdet, dpenalties)
 
@@ -114,7 +111,7 @@ def _sweep(ctx: Any, dz: Tensor, dlogdet: Tensor | None, dpenalties: Sequence[Te
     t_span, t, z, *params = ctx.saved_tensors
     z = z.detach()  # an output of this node, of which a field could not make a variable
     call: AdjointCall = ctx.call
-    pass_ = _Backward(call, t, params, dict(zip(ctx.names, dpenalties, strict=True)))
+    pass_ = _Backward(call, ctx.steps, t, params, dict(zip(ctx.names, dpenalties, strict=True)))
     wants_times, last = ctx.needs_input_grad[2], len(t) - 1
     span_index = _positions(t_span, t) if wants_times else {}
     dt, a = torch.zeros_like(t_span), torch.zeros_like(z[0])
@@ -158,7 +155,12 @@ class _Backward:
     """The backward system of one solve, and the gradients with respect to parameters that it accumulates."""
 
     def __init__(
-        self, call: AdjointCall, t: Tensor, params: Sequence[Tensor], dpenalties: dict[str, Tensor]
+        self,
+        call: AdjointCall,
+        steps: Steps | None,
+        t: Tensor,
+        params: Sequence[Tensor],
+        dpenalties: dict[str, Tensor],
     ) -> None:
         self.rhs, self.solver = call.rhs, call.backward
         self.params = params
@@ -169,7 +171,7 @@ class _Backward:
         self.checked = False
         self.safe_step = call.safe_step
         self.safe: list[tuple[float, float]] = []  # the length of each interval, and its longest safe step
-        self.path = None if call.steps is None else _Path(call.rhs, call.steps, self.sign)
+        self.path = None if steps is None else _Path(call.rhs, steps, self.sign)
 
     @property
     def may_skip(self) -> bool:

@@ -97,10 +97,7 @@ class Adjoint(Gradient):
         if transforms_active() or not torch.is_grad_enabled():
             return forward(z, t)
         backward = (self.backward or solver).of_adjoint()
-        call = AdjointCall(
-            rhs, forward, backward, rhs.as_now(), interpolated=self.interpolated,
-            safe_step=adjoint_safe_step, keep_step=keep_adjoint_step,
-        )  # fmt: skip
+        call = AdjointCall(rhs, forward, backward, self.interpolated, adjoint_safe_step, keep_adjoint_step)
         return solve_adjoint(call, z, t.to(z.device))
 
     def outputs(self, solution: Solution, *, adaptive: bool) -> Solution:
