@@ -29,7 +29,7 @@ def add_resume_hint(after_step: AfterStep, trainer: L.Trainer) -> Iterator[None]
         yield
     except RnodeError as error:
         # a process that waits in a reduction would never notice that this one has left
-        end_other_processes(trainer, signal.SIGKILL)
+        end_other_processes(trainer)
         left = "No checkpoint had been written yet."
         # last.ckpt is missing if a full disk had room for the best.ckpt of the first validation alone
         if (run := after_step.folder) is not None and (found := run.checkpoints(LAST)):
@@ -81,7 +81,7 @@ def translate_errors() -> Iterator[None]:
         ) from error
 
 
-def end_other_processes(trainer: L.Trainer, signum: int) -> None:
-    """Send a signal to the processes that this one has started, which would wait for this one forever."""
+def end_other_processes(trainer: L.Trainer) -> None:
+    """Kill the processes that this one has started, which would wait for this one forever."""
     if trainer.is_global_zero and (launcher := trainer.strategy.launcher) is not None:
-        launcher.kill(signum)
+        launcher.kill(signal.SIGKILL)

@@ -95,7 +95,7 @@ def _train(experiment: Experiment, trainer: L.Trainer, after_step: AfterStep) ->
         # between two steps all processes raise this together. A second signal may reach this process alone, and the
         # others would wait for it in their next reduction
         if stop.at_once:
-            end_other_processes(trainer, signal.SIGKILL)
+            end_other_processes(trainer)
         return stop.signal_name, module.skipped
     except SystemExit as stop:
         # Lightning's answer to a signal before `AfterStep` takes the signals over, or after it has given them back.
