@@ -102,7 +102,7 @@ class RnodeModule(L.LightningModule):
         self.flow = new_flow(recipe) if flow is None else flow
         self.loss = loss_of(self.flow, recipe) if loss is None else loss
         self.facts, self._compares = facts, facts is None  # the caller has compared the facts with the data
-        self.solver, self._to_loggers = recipe.solver, to_loggers
+        self._to_loggers = to_loggers
         # steps without a usable gradient, in the whole run, and since the last usable one
         self.skipped = self.skipped_in_row = 0
         self._is_fresh = flow is None  # whether the flow still lacks its first weights and the rows of its table
@@ -255,7 +255,7 @@ class RnodeModule(L.LightningModule):
         # A checkpoint restores the optimizer with the learning rates and decays of the recipe that it was saved
         # with. A resumed run may change these settings, so the settings of this recipe are put back
         if self._groups:
-            scheduler = self._scheduler()
+            scheduler = cast("LambdaLR", self.lr_schedulers())
             groups = self._optimizer().param_groups
             for group, own, factor in zip(groups, self._groups, scheduler.lr_lambdas, strict=True):
                 group.update(own)
@@ -269,12 +269,9 @@ class RnodeModule(L.LightningModule):
         if batch_idx % self._batches == 0 and 0 < self.global_step == self.recipe.matching:
             self._optimizer().state.clear()
 
-    # Lightning types both as unions with lists, for modules with several optimizers
+    # Lightning types optimizers and schedulers as unions with lists, for modules with several of them
     def _optimizer(self) -> torch.optim.Optimizer:
         return cast("torch.optim.Optimizer", self.optimizers(use_pl_optimizer=False))
-
-    def _scheduler(self) -> LambdaLR:
-        return cast("LambdaLR", self.lr_schedulers())
 
     def _print(self, line: str | None) -> None:
         """Print a line on standard error, in the first process alone."""
@@ -295,7 +292,7 @@ class RnodeModule(L.LightningModule):
             with torch.inference_mode(False), torch.no_grad():
                 row = measure_batch(
                     self.flow, self.task, batch.clone(), seed=self.recipe.training.seed,
-                    index=batch_idx, rank=self.global_rank, training_solver=self.solver,
+                    index=batch_idx, rank=self.global_rank, training_solver=self.recipe.solver,
                 )  # fmt: skip
         except SolverError as error:
             where = f"in the validation at training step {self.global_step}"
