@@ -124,7 +124,7 @@ class AfterStep(Checkpoint):
         self.out_of_time = time_is_up and not complete
         if time_is_up or complete:
             trainer.should_stop = True  # Lightning validates once more
-        validates = trainer.should_stop or self._plan.validates_after(step)
+        validates = trainer.should_stop or step % self._plan.val_every == 0
         # a callback may end the run in a validation, and the last step has a row
         logged = validates or step % self._recipe.training.log_every == 0
         values = module.values() if logged else module.own_values

@@ -116,10 +116,6 @@ class RunPlan:
         """Count the passes through the training samples up to a step, counted from 1."""
         return self.resumed_epochs + (step - self.resumed_step) / self.steps_per_epoch
 
-    def validates_after(self, step: int) -> bool:
-        """Whether a validation follows this step, counted from 1."""
-        return step % self.val_every == 0
-
     def stages(self, recipe: Recipe, *, done: int = 0) -> dict[int, str]:
         """Describe what begins after which step, in words, without what has ended by step ``done``.
 
