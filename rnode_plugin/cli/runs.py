@@ -29,7 +29,6 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..experiments.recipes.recipe import Recipe
     from ..experiments.runs.contents import RunContents
 
 CHECK_FAILED = 3
@@ -133,7 +132,8 @@ def eval(  # noqa: A001 - the command's name
     flow, recipe, facts = load_with_recipe(path, map_location=pick_device(device))
     solver, accurate = changed_test_solver(recipe, solver_settings), None
     if exact and solver.adaptive and not solver_settings:
-        solver, accurate = _grid_of(recipe), solver
+        step = recipe.solver.step if isinstance(recipe.solver, FixedGrid) else 0.25
+        solver, accurate = FixedGrid("rk4_38", step=step), solver
         if not quiet:
             click.echo(f"solving by {solver.text}, because an adaptive solver takes more evaluations", err=True)
     data = load_for_evaluation(recipe, facts, root=data_root, download=download).measured_on(limit)
@@ -165,11 +165,6 @@ def eval(  # noqa: A001 - the command's name
         if accurate is not None or bound is not None:
             compared = "this solver", "an accurate solver" if accurate is None else accurate.text
         click.echo(table([*head.items(), *result_rows(result, recipe.kind, solver, compared=compared)]))
-
-
-def _grid_of(recipe: Recipe) -> FixedGrid:
-    """The grid of exact traces: rk4_38 with the step of the training, or with a step of 1/4 without one."""
-    return FixedGrid("rk4_38", step=recipe.solver.step if isinstance(recipe.solver, FixedGrid) else 0.25)
 
 
 @click.command()
