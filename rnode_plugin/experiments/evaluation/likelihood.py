@@ -25,7 +25,7 @@ from ..data.images import ImageArray
 from ..recipes.images import ImageTask
 from ..recipes.kinds import AnyKind
 from ..recipes.task import AnyTask
-from .measures import Evaluation, Mean, batch_of
+from .measures import Evaluation, Mean
 
 if TYPE_CHECKING:
     from ...solvers import Solver
@@ -255,7 +255,11 @@ class _Solves:
     ) -> FlowOutput:
         """Solve a batch with the noise of a draw, a quantity and the index of a batch."""
         with seeded(self._seed, Stream.VALIDATE, *noise):
-            samples = batch_of(self._samples, batch).to(next(flow.parameters()).device)
+            samples = self._samples[batch]
+            if not isinstance(samples, Tensor):
+                # copied, because a slice of a mapped file is read-only, and torch warns about such memory
+                samples = torch.from_numpy(np.array(samples))
+            samples = samples.to(next(flow.parameters()).device)
             x, context = self._task.inputs(samples, self._task.kind.quantities[noise[1]].name)
             return flow.encode(x, context=context, solver=solver.full_quadrature, penalties=penalties)
 

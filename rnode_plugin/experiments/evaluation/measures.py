@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ...validation import NULL_IS_NAN
-from ..data import ImageArray, ImageData, Table
+from ..data import ImageData, Table
 from ..recipes.task import AnyTask
 
 _Number = Annotated[float, NULL_IS_NAN]
@@ -97,10 +95,3 @@ def mean_of(scores: np.ndarray) -> Mean:
     """Average scores ``(B,)``, with the standard error of the mean over them, None for a single score."""
     error = None if len(scores) < 2 else float(scores.std(ddof=1) / len(scores) ** 0.5)
     return Mean(float(scores.mean()), error, None, tuple(scores.tolist()))
-
-
-def batch_of(samples: ImageArray | Tensor, part: slice) -> Tensor:
-    """Read some of the samples in an array, in memory or on disk, as a tensor."""
-    chosen = samples[part]
-    # copied, because a slice of a mapped file is read-only, and torch warns about such memory
-    return chosen if isinstance(chosen, Tensor) else torch.from_numpy(np.array(chosen))
