@@ -162,17 +162,8 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Load batches of the training samples. An epoch has only as many as fill whole steps."""
-        return self._loader(self.data.train, None, self._order())  # the order gives whole batches
-
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        """Load batches of the held-out samples, each sample on exactly one device, so that means count it once."""
-        world, rank, _ = self._share
-        share = UnrepeatedDistributedSampler(self.data.val, num_replicas=world, rank=rank, shuffle=False)
-        return self._loader(self.data.val, self.recipe.data.val_batch_size, share)
-
-    def _order(self) -> StepOrder:
         world, rank, accumulate = self._share
-        return StepOrder(
+        order = StepOrder(
             len(self.data.train),
             batch_size=batch_size(self.recipe, len(self.data.train)),
             seed=self.recipe.training.seed,
@@ -182,6 +173,13 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
             next_step=lambda: 0 if self.trainer is None else self.trainer.global_step,
             endless=self._endless,
         )
+        return self._loader(self.data.train, None, order)  # the order gives whole batches
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """Load batches of the held-out samples, each sample on exactly one device, so that means count it once."""
+        world, rank, _ = self._share
+        share = UnrepeatedDistributedSampler(self.data.val, num_replicas=world, rank=rank, shuffle=False)
+        return self._loader(self.data.val, self.recipe.data.val_batch_size, share)
 
     def _loader(
         self, samples: ImageArray, batch_size: int | None, sampler: Sampler[list[int]] | Iterable[int]
