@@ -51,8 +51,12 @@ def train(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, after_step:
         RnodeError: the training failed. The message names the checkpoint that the run can continue from.
     """
     with add_resume_hint(after_step, trainer), translate_errors():
+        # AfterStep writes to the loggers
+        module = RnodeModule(
+            experiment.recipe, flow=experiment.flow, loss=experiment.loss, facts=experiment.facts, to_loggers=False
+        )
         # a run that was killed while its best weights were evaluated has no step left, and passes here at once
-        stopped, skipped = _train(experiment, trainer, after_step)
+        stopped = _train(module, experiment, trainer, after_step)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # a group that still exists when its process ends can abort the process, which would look like a failure
         torch.distributed.destroy_process_group()
@@ -62,26 +66,19 @@ def train(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, after_step:
         planned=plan.total,
         training_seconds=after_step.training_seconds,
         run_seconds=after_step.run_seconds,
-        skipped=skipped,
+        skipped=module.skipped,
     )
     # a second signal ends a step halfway, so the checkpoint counts, from which the run would continue
     return dataclasses.replace(result, steps=_saved_steps(after_step.run)) if result.by_signal else result
 
 
-def _train(experiment: Experiment, trainer: L.Trainer, after_step: AfterStep) -> tuple[str, int]:
-    """Train the experiment.
-
-    Returns:
-        The reason why the training ended, as in :class:`Result`, and the number of skipped steps.
+def _train(module: RnodeModule, experiment: Experiment, trainer: L.Trainer, after_step: AfterStep) -> str:
+    """Train the experiment, and return the reason why the training ended, as in :class:`Result`.
 
     Raises:
         TrainingError: no validation has chosen weights.
     """
     recipe, resumed = experiment.recipe, experiment.resumed
-    # AfterStep writes to the loggers
-    module = RnodeModule(
-        recipe, flow=experiment.flow, loss=experiment.loss, facts=experiment.facts, to_loggers=False
-    )
     if recipe.training.precision == "64-true":
         # Lightning converts the weights after it has restored them and copied them for their average, which would
         # round both to 32 bits
@@ -96,7 +93,7 @@ def _train(experiment: Experiment, trainer: L.Trainer, after_step: AfterStep) ->
         # others would wait for it in their next reduction
         if stop.at_once:
             end_other_processes(trainer)
-        return stop.signal_name, module.skipped
+        return stop.signal_name
     except SystemExit as stop:
         # Lightning's answer to a signal before `AfterStep` takes the signals over, or after it has given them back.
         # From then on Ctrl-C would be ignored. Another process ends with its exit code, which ends the first one
@@ -104,19 +101,19 @@ def _train(experiment: Experiment, trainer: L.Trainer, after_step: AfterStep) ->
         if not trainer.is_global_zero or not (by_ctrl_c or isinstance(stop, SIGTERMException)):
             raise
         signal.signal(signal.SIGINT, on_ctrl_c)
-        return (signal.SIGINT if by_ctrl_c else signal.SIGTERM).name, module.skipped
+        return (signal.SIGINT if by_ctrl_c else signal.SIGTERM).name
     except MisconfigurationException as error:
         raise ConfigError(f"Lightning refuses this run: {' '.join(str(error).split())}") from error
     finally:
         if trainer.global_step:
             experiment.flow.trained_steps = trainer.global_step
     if after_step.received is not None:  # after its last step, when the newest checkpoint was written
-        return after_step.received, module.skipped
+        return after_step.received
     if trainer.is_global_zero and not after_step.run.best.is_file():
         raise TrainingError("it took no step, so there are no weights to evaluate")
     if after_step.out_of_time:
-        return "max_time", module.skipped
-    return "finished" if trainer.global_step >= trainer.max_steps else "early", module.skipped
+        return "max_time"
+    return "finished" if trainer.global_step >= trainer.max_steps else "early"
 
 
 def _saved_steps(run: Run) -> int:
