@@ -180,8 +180,8 @@ def _opened(experiment: Experiment, place: Place, options: RunOptions) -> Iterat
     with training_lock(run.path) as locked:  # before the first change
         if locked:
             run.remove_drafts()
-        if resumed is not None and former is not None:
-            resumed.go_back(former)
+        if resumed is not None:
+            resumed.go_back()
         run.describe(recipe, Environment.of(place.device, devices=place.world), experiment.facts)
         try:
             yield run

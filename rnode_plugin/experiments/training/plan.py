@@ -230,12 +230,14 @@ class Resumed:
                 f"{self.checkpoint} has done {self.done} of {plan.total} steps: raise {plan.limited_by(recipe)}."
             )
 
-    def go_back(self, run: Run) -> None:
-        """Make the checkpoint the newest one in its run, and remove what later steps have left.
+    def go_back(self) -> None:
+        """Make the checkpoint the newest one in its run, if it lies in one, and remove what later steps have left.
 
         If a checkpoint with more steps stayed the newest, a run that is killed soon would continue from that, and
         ``metrics.csv`` would lack the steps in between.
         """
+        if (run := self.run) is None:
+            return
         # a best.ckpt from a later step has no validation in the metrics that are left, and the run could end with
         # it as its best weights. With a damaged one it could not end. The next validation writes a missing file
         if run.best.is_file():
