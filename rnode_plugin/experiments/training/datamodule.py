@@ -16,7 +16,7 @@ from ...core.random_streams import Stream, stream_seed
 from ..data import ImageArray, ImageData, Table
 from ..data.batches import ArrayDataset, keep_batch, leave_signals_to_parent
 from ..recipes.recipe import Recipe
-from ..recipes.tasks import task_of
+from ..recipes.tasks import load_data
 from .plan import batch_size, check_held_out, steps_per_epoch
 
 if TYPE_CHECKING:
@@ -144,16 +144,13 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
             DataError: the data set is missing or does not fit the recipe.
         """
         if self._data is None:
-            self._data = self._load()
+            self._data = cast("D", load_data(self.recipe))
         return self._data
-
-    def _load(self, *, download: bool = False) -> D:
-        return task_of(self.recipe.data).load(download=download, val_images=self.recipe.training.val_images)
 
     def prepare_data(self) -> None:
         """Download the data set if it is missing. Lightning calls this in one process per machine."""
         if self._data is None and self._download:
-            self._load(download=True)
+            load_data(self.recipe, download=True)
 
     def setup(self, stage: str) -> None:
         devices = self._share[0]
