@@ -73,8 +73,8 @@ class Evaluator:
         field: the field of the whole state.
         net: the module that the field calls; None: none is known.
         part: the part of the state that penalties measure; None: all of it.
-        repeats: whether :meth:`repeat` may be called. If so, the state of the random generators is noted at each
-            evaluation.
+        repeats: whether :meth:`repeat` may be called for a field that draws random numbers. If so, the state of the
+            generators is noted at each evaluation.
         velocity: the velocity at the one point that :meth:`evaluate` is asked for, if the caller has it. An
             evaluation that wants the velocity alone returns it.
     """

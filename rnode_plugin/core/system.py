@@ -159,8 +159,8 @@ class Solve:
 class System:
     """The right-hand side of a model: the velocity of each call's field, its divergence, and penalties (RNODE).
 
-    A system contains no tensor and no shape, and stores nothing that it has read from a module. So a model may be
-    copied, moved and changed between two calls.
+    A system stores nothing of a state and nothing that it has read from a module. So a model may be copied, moved
+    and changed between two calls.
 
     Args:
         regularizers: rates and step penalties, or all regularizers of a model, resolved, whose span policy the
