@@ -257,11 +257,11 @@ def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
     from ..experiments.quantities import TRAINING_TIME, result_rows
     from ..experiments.recipes.data import TableData
 
-    folder, result, _, samples = fitted
-    run = shlex.quote(str(folder.path))
+    run, result, samples = fitted.run, fitted.result, fitted.samples
+    path = shlex.quote(str(run.path))
     if result.evaluation is None:
         click.echo(f"\nStopped by {result.stopped} after step {result.steps} of {result.planned}.")
-        resume = f"Continue with: rnode-cli train --resume {run}"
+        resume = f"Continue with: rnode-cli train --resume {path}"
         click.echo(resume if result.steps else "No checkpoint had been written yet.")
         return
     limit = ", time limit" if result.out_of_time else ""
@@ -270,8 +270,8 @@ def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
         ("steps", f"{result.steps} of {result.planned}{limit}{skipped}"),
         TRAINING_TIME.row(TRAINING_TIME.text(result.training_seconds)),
         *result_rows(result.evaluation, recipe.kind, recipe.test_solver),
-        ("checkpoint", str(folder.best)),
-        ("metrics", str(folder.metrics)),
+        ("checkpoint", str(run.best)),
+        ("metrics", str(run.metrics)),
         *([] if samples is None else [("samples", str(samples))]),
     ]
     click.echo(f"\n{table(rows)}")
@@ -279,10 +279,10 @@ def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
         columns = recipe.data.given if isinstance(recipe.data, TableData) else ()
         given = ",".join(f"{name}=VALUE" for name in columns)
         show_next(
-            *([f"rnode-cli train --resume {run}"] if result.out_of_time else []),
-            f"rnode-cli sample {run}" + (f" --given-values {shlex.quote(given)}" if given else ""),
-            f"rnode-cli diagnose {run}",
-            f"rnode-cli report {run}",
+            *([f"rnode-cli train --resume {path}"] if result.out_of_time else []),
+            f"rnode-cli sample {path}" + (f" --given-values {shlex.quote(given)}" if given else ""),
+            f"rnode-cli diagnose {path}",
+            f"rnode-cli report {path}",
         )
 
 
