@@ -237,14 +237,14 @@ def extended(given: Mapping[str, Any], system: Augmented) -> dict[str, Any]:
     for key, of_penalty in (("rtol", 0.0), ("atol", math.inf)):
         extends = iterates and key == "atol"
         if extends or isinstance(given[key], (tuple, list)) or torch.as_tensor(given[key]).ndim > 0:
-            changed[key] = _tolerances(given[key], system, [of_penalty] * len(system.solve.regularizers.rates))
+            changed[key] = _tolerances(given[key], system, of_penalty)
     if "adjoint_params" in given:
         changed |= _adjoint(given, system)
     return changed
 
 
-def _tolerances(value: Any, system: Augmented, of_penalties: list[float]) -> Any:
-    """A tolerance for the tensors or entries of the user's state, extended to the augmented state."""
+def _tolerances(value: Any, system: Augmented, of_penalty: float) -> Any:
+    """A tolerance for the tensors or entries of the user's state, extended by the tolerance of each penalty."""
     if system.is_tuple and (isinstance(value, (tuple, list)) or torch.as_tensor(value).ndim > 0):
         rows = [torch.as_tensor(x) for x in value]  # a number becomes float32, as in torchdiffeq
         if len(rows) != len(system.shapes):
@@ -255,7 +255,7 @@ def _tolerances(value: Any, system: Augmented, of_penalties: list[float]) -> Any
         rows = [x.reshape(-1).expand(shape.numel()) for x, shape in zip(rows, system.shapes, strict=True)]
     else:
         rows = [rows[0].expand(system.shapes[0]).reshape(-1)]
-    return (*rows, *map(rows[0].new_tensor, of_penalties))
+    return (*rows, *(rows[0].new_tensor(of_penalty) for _ in system.solve.regularizers.rates))
 
 
 def _adjoint(given: Mapping[str, Any], system: Augmented) -> dict[str, Any]:
