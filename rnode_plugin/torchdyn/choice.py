@@ -197,7 +197,7 @@ def with_args(solver: Solver, args: object) -> Solver:
 
 
 def method_from_torchdyn(
-    solver: SolverObject, name: str | None = None, *, interpolator: str | Callable[..., object] | None = None
+    solver: SolverObject, name: str | None, *, interpolator: str | Callable[..., object] | None
 ) -> Method:
     """A method that takes exactly the steps of a torchdyn solver object, a hypersolver's or a user's included.
 
