@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .core.importance_sampling import check_log_density
 from .core.modes import outside_inference, refuse_dual_numbers
-from .core.modules import module_of
 from .core.part import PartSpec
 from .core.regularizer import Rate
 from .core.regularizers import RegularizersLike
@@ -83,10 +82,10 @@ def penalties_at(
             raise ConfigError(
                 f"{each.name!r} is not a rate alone: it needs a solve, which penalties_at does not make."
             )
-    given, net, field = field, module_of(field), call_of(time_first(field, with_context=False))
+    function = call_of(time_first(field, with_context=False))
     system = System(rates, trace_noise, part=PartSpec(batch_dim=batch_dim))
     with outside_inference(t, z, velocity) as (time, z, velocity):
-        solve = system.start(field, z, density=False, net=net, user_field=given, velocity=velocity)
+        solve = system.start(function, z, density=False, user_field=field, velocity=velocity)
         return solve(time, z).penalties
 
 

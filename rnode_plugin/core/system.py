@@ -241,7 +241,7 @@ class System:
                 them from torch's global generator, if any are needed, as the radius of the field suits.
             one_graph: whether evaluations may share one graph of the quantities that depend only on the parameters,
                 such as prepared weights. They may if the solve is differentiated through its steps.
-            net: the module that the field calls; None: the one that is found in ``field``.
+            net: the module that the field calls; None: the one that is found in ``user_field``.
             user_field: the field as the user gave it, for penalties that read it; None: ``field``.
             columns: columns of the state ahead of ``z``; None: there are none.
             velocity: the velocity at the one point where the result is evaluated, if it is known. Another
@@ -264,6 +264,7 @@ class System:
                 "a density and penalties that need products with the Jacobian take a real state: give a complex "
                 "one as torch.view_as_real(z)."
             )
+        user_field = field if user_field is None else user_field
         own = as_field(field, part, radius=estimator.radius)
         probes = estimator.draw(z, radius=own.radius) if probes is None and products else probes
         if probes is None and products and estimator.needs_noise:
@@ -280,7 +281,7 @@ class System:
             inner_autograd="jvp" in needs or (products and by_autograd),
             field=own,
             evaluator=Evaluator(
-                own, module_of(field) if net is None else net, part=part, velocity=velocity,
+                own, module_of(user_field) if net is None else net, part=part, velocity=velocity,
                 repeats=velocity is None and (estimator.repeats or regularizers.repeats),
             ),
             estimator=estimator,
@@ -288,7 +289,7 @@ class System:
             wants=self.wants(density=density, probes=probes),
             by_estimator=products and type(estimator).linearize is not TraceEstimator.linearize,
             columns=columns,
-            user_field=(field if user_field is None else user_field) if part is None else None,
+            user_field=user_field if part is None else None,
             dims=z.shape[1:].numel(),
             trained=lambda: _parameters(field),
         )  # fmt: skip

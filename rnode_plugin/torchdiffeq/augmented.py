@@ -18,7 +18,6 @@ from torchdiffeq._impl.misc import _mixed_norm, _rms_norm
 
 from ..core.derivatives import AutogradField
 from ..core.modes import outside_checkpoints, transforms_active
-from ..core.modules import module_of
 from ..core.part import State, signs_for_columns, tensors_of, warn_of_unread_columns
 from ..core.system import System
 from ..errors import ConfigError
@@ -77,7 +76,7 @@ class Augmented:
                 signs = self._part.put(y0, signs)
         call, self._recorded = _with_record(func, signs)
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # penalties are integrated over |dt|
-        self.solve = system.start(AutogradField(call), y0, density=False, net=module_of(func), user_field=func)
+        self.solve = system.start(AutogradField(call), y0, density=False, user_field=func)
         # torchdiffeq does not show its stages, so a sampled quadrature draws among consecutive evaluations
         needs = system.regularizers.needs
         self._factors = _one_in_eight() if sampled and needs else itertools.repeat(1)

@@ -192,9 +192,7 @@ def start_net(
     if density:
         exact = system.estimator.is_exact and "jvp" not in wants
         function = fastest(function, net, z, context, plain=plain, exact=exact, one_graph=one_graph)
-    solve = system.start(
-        function, z, density=density, probes=probes, one_graph=one_graph, net=module_of(net), user_field=net
-    )
+    solve = system.start(function, z, density=density, probes=probes, one_graph=one_graph, user_field=net)
     return replace(solve, trained=lambda: tensors_of((net,), context))
 
 
