@@ -58,14 +58,12 @@ class TraceEstimator(ABC):
     Attributes:
         needs_noise: whether an evaluation needs the noise that :meth:`draw` returns.
         is_exact: whether :meth:`divergence` is the exact trace, in place of which a field may give its own.
-        probes: number of probe vectors that :meth:`draw` returns without a radius.
         radius: the radius of a field without a known one, as its user gives it; None: no more is known.
         repeats: whether :meth:`linearize` evaluates the field more than once.
     """
 
     needs_noise: bool = True
     is_exact: bool = False
-    probes: int = 1
     radius: int | None = None
     repeats: bool = False
 
@@ -250,7 +248,6 @@ class Exact(TraceEstimator):
 
     needs_noise = False
     is_exact = True
-    probes = 0
 
     def __init__(self, *, radius: int | None = None, frobenius: bool = False) -> None:
         if radius is not None and (not isinstance(radius, int) or isinstance(radius, bool) or radius < 0):
