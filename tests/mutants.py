@@ -235,7 +235,7 @@ MUTANTS = [
     Mutant(
         "flow matching is clipped",
         "experiments/training/module.py",
-        "bound = math.inf if self.matches else",
+        "bound = math.inf if matches else",
         "bound = math.inf if False else",
         "test_training.py::test_the_gradient_of_the_likelihood_is_clipped",
     ),

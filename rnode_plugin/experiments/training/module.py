@@ -114,11 +114,6 @@ class RnodeModule(L.LightningModule):
         self._groups: list[dict[str, object]] = []  # settings of the optimizer; empty if a subclass makes its own
         self._warned = False
 
-    @property
-    def matches(self) -> bool:
-        """Whether the current step is a step of flow matching."""
-        return self.global_step < self.recipe.matching
-
     # a training step -------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -169,7 +164,8 @@ class RnodeModule(L.LightningModule):
         Raises:
             TrainingError: too many steps in a row had no finite gradient.
         """
-        bound = math.inf if self.matches else self.recipe.optimizer.clip or math.inf
+        matches = self.global_step < self.recipe.matching
+        bound = math.inf if matches else self.recipe.optimizer.clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), bound)
         if norm.isfinite():  # the only value that a step reads from the device
             self.skipped_in_row = 0
