@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,14 +60,14 @@ def measure_solver_gap(
     """Measure scores by ``solver`` minus ``accurate`` scores.
 
     Args:
-        solve: solves the samples with a given solver, with the same noise at each call.
+        solve: solves the samples with a given solver and its full quadrature, because the noise of a sampled one
+            is not an error of the solver. The noise of the samples is the same at each call.
         scores: computes the score of each sample, ``(B,)``, such as bits/dim, from the result of ``solve``.
-        solver: the solver to measure. It runs with a full quadrature, because the noise of a sampled quadrature is
-            not an error of the solver.
+        solver: the solver to measure.
         accurate: the scores ``(B,)`` by an accurate solver.
     """
     try:
-        output = solve(dataclasses.replace(solver, quadrature="full"))
+        output = solve(solver)
     except SolverError as error:
         return SolverGap(torch.full((len(accurate),), math.inf, dtype=torch.float64), None, error)
     return SolverGap(scores(output).cpu().double() - accurate.cpu().double(), output, None)
