@@ -201,7 +201,7 @@ def warn_of_flat_state(z: Tensor, needs: Collection[str]) -> None:
 
     Such a state is read as D samples of one number, so a Jacobian penalty misses the coupling between the entries.
     """
-    if len(z) > 1 and needs:
+    if z.ndim == 1 and len(z) > 1 and needs:
         warnings.warn(  # Python shows it once
             f"a state of shape {tuple(z.shape)} counts as {len(z)} samples of one dimension, which must not depend "
             "on each other: give one sample as (1, D), or batch_dim=None.",

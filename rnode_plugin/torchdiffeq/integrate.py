@@ -266,8 +266,7 @@ def solve(
     t = regularizers.times(t, training=torch.is_grad_enabled() and getattr(func, "training", True))
     augmented = Augmented(func, system, y0, t, sampled=sampled)
     z0 = augmented.z_of(y0)
-    if z0.ndim == 1:
-        warn_of_flat_state(z0, regularizers.needs)
+    warn_of_flat_state(z0, regularizers.needs)
     regularizers.check_time_gradient(t, through_steps=name == "odeint")
     state = (*tensors_of(y0), *(z0.new_zeros(len(z0)) for _ in regularizers.rates))
     full = PLAIN[name](augmented, state, t, **extended(given, augmented))

@@ -280,7 +280,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             solver, kept = self._solver(args), None
             x, t_span = self._start(x, t_span, solver)
             t_span = regularizers.times(t_span, training=training and penalties)
-            if penalties and x.ndim == 1 and self._system.part.batch_dim == 0:
+            if penalties and self._system.part.batch_dim == 0:
                 warn_of_flat_state(x, regularizers.needs)
             if solver.adaptive:
                 if len(save_at) > 0:
