@@ -273,8 +273,8 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         Arguments and errors as for :meth:`encode`. The penalties are kept for :meth:`reg_loss`.
         """
         solver = self.solver.full_quadrature
-        found = self._solve(x, context, noise, penalties, solver, check=True, backward=False)
-        return self.log_prob_of(found)
+        output = self.encode(x, context=context, noise=noise, penalties=penalties, solver=solver)
+        return self.log_prob_of(output)
 
     def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Solver | None = None) -> Tensor:
         """The samples of latents ``z``, without products with the Jacobian; errors as for :meth:`encode`.
