@@ -252,8 +252,7 @@ def start_torchdyn(
         net, order, event_shape = cnf.net, cnf.order, z.shape[1:]
     else:
         z = state
-    if estimator is not system.estimator or spec is not system.part:  # a CNF's
-        system = System(system.regularizers, estimator, part=spec)
+    system = System(system.regularizers, estimator, part=spec)  # a CNF has its own
     wants = system.wants(density=density)
     # the trace of a CNF that is not looked into is differentiated too
     function = originals(net, modules) if wants or cnfs else net
