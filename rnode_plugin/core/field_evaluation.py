@@ -142,7 +142,7 @@ class FieldEvaluation:
                 f"an exact Jacobian takes one product per dimension, too many for {dims} dimensions (the limit is "
                 f"{_MAX_DIMS}): use a penalty that estimates, such as 'jacfrob', 'curl' or 'strain'."
             )
-        return _matrices(self._record.once("rows", lambda: self._rows()))
+        return _matrices(self._record.once("rows", self._rows))
 
     def vjp(self, v: Tensor) -> Tensor:
         """``v^T df/dz``, with the shape of ``z``, for any ``v (B, *event)``."""
