@@ -57,7 +57,7 @@ def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | Non
     draw = draw_stage(method) if sampled else None
     start = span[0].to(device)
     begun = rhs(start, z, products=not draw)
-    rates: Derivative | None = begun
+    first: Derivative | None = begun
     totals = Totals([start], [z], knots=[(start, z)] if save_steps else None, nfe=1)
     known = solver.first_step if safe_step is None else control.warm_start(safe_step, span)
     dt, totals.nfe = control.first_length(rhs, z, begun.dz, span, totals.nfe, known=known)
@@ -65,7 +65,7 @@ def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | Non
     while control.before(t, end):
         trial = control.trial(dt, t, end, span[upcoming] if interpolate is None else None)
         _check_trial(t, trial.dt, totals, method, budget)
-        step = take(z, t.to(device), trial.dt.to(device), rates, draw)
+        step = take(z, t.to(device), trial.dt.to(device), first, draw)
         totals.nfe += step.nfe
         ratio = control.error_ratio(step, z, totals.logdet)
         if not math.isfinite(float(ratio)):
@@ -78,11 +78,11 @@ def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | Non
         if bool(ratio <= 1):
             reached = t + trial.dt
             if interpolate is not None:  # outputs strictly inside the step, read off without a stop
-                first = upcoming
+                passed = upcoming
                 while upcoming < len(span) - 1 and control.before(span[upcoming], reached):
                     upcoming += 1
-                inside = [x.to(device) for x in span[first:upcoming]]
-                states = interpolate(step, z, rates, t.to(device), trial.dt.to(device), inside)
+                inside = [x.to(device) for x in span[passed:upcoming]]
+                states = interpolate(step, z, first, t.to(device), trial.dt.to(device), inside)
                 for time, state in zip(inside, states, strict=True):
                     totals.save(time, state)
             totals.add(step, reached.reshape(()))
@@ -90,7 +90,7 @@ def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | Non
             if not control.before(reached, span[upcoming]):
                 totals.save(reached.reshape(()), step.z)
                 upcoming = min(upcoming + 1, len(span) - 1)
-            t, z, rates = reached, step.z, step.last
+            t, z, first = reached, step.z, step.last
             # one draw for each accepted step, which a rejected trial keeps
             draw = draw_stage(method) if sampled else None
         else:

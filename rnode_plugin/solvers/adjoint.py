@@ -36,7 +36,7 @@ class AdjointCall:
     """One solve by an adjoint, shared by its forward and backward pass.
 
     Attributes:
-        rhs: the right-hand side; it must give the same rates in both passes.
+        rhs: the right-hand side; it must give the same derivatives in both passes.
         forward: solves the system from a state ``z`` through times ``t``. The solution has all outputs that the
             loss may depend on.
         backward: the solver of the backward pass.
@@ -211,13 +211,15 @@ class _Backward:
         """``H`` at one time and state, summed over the batch."""
         return self._hamiltonian(self.rhs(t, z), a, dl, penalties=penalties)
 
-    def _hamiltonian(self, rates: Derivative, a: Tensor, dl: Tensor | None, *, penalties: bool = True) -> Tensor:
-        total = (a.conj() * rates.dz).sum().real  # the inner product of real and imaginary parts
-        if dl is not None and rates.dlogdet is not None:
-            total = total + (dl * rates.dlogdet).sum()
+    def _hamiltonian(
+        self, derivative: Derivative, a: Tensor, dl: Tensor | None, *, penalties: bool = True
+    ) -> Tensor:
+        total = (a.conj() * derivative.dz).sum().real  # the inner product of real and imaginary parts
+        if dl is not None and derivative.dlogdet is not None:
+            total = total + (dl * derivative.dlogdet).sum()
         if penalties:
             for name, weight in self.dpenalties.items():
-                total = total + (weight * rates.penalties[name]).sum()
+                total = total + (weight * derivative.penalties[name]).sum()
         return total
 
     def _gradients(self, t: Tensor, z: Tensor, a: Tensor, dl: Tensor | None) -> list[Tensor]:
@@ -225,8 +227,8 @@ class _Backward:
         with torch.enable_grad():
             z, t = z.detach().requires_grad_(), t.detach()
             start = None if self.checked else next_number(z)
-            rates = self.rhs(t, z)
-            total = self._hamiltonian(rates, a, dl)
+            derivative = self.rhs(t, z)
+            total = self._hamiltonian(derivative, a, dl)
             inputs = [z, *self.params]
             if start is not None:  # once for each backward pass, because it walks the whole graph
                 self.checked = True
@@ -242,7 +244,7 @@ class _Backward:
                 with without_hooks(self.params):
                     found = torch.autograd.grad(total, inputs, allow_unused=True)
         filled = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
-        return [rates.dz.detach(), *filled]
+        return [derivative.dz.detach(), *filled]
 
 
 class _Path:

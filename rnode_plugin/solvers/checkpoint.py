@@ -96,8 +96,8 @@ def _leaves(
         state = z.detach().requires_grad_()
         start = next_number(state)
         # a clone, because torch refuses a field that changes a leaf in place
-        rates = rhs(t.detach(), state.clone())
-    found = _find_leaves([x for x in tree_leaves(rates) if isinstance(x, Tensor)], start)
+        derivative = rhs(t.detach(), state.clone())
+    found = _find_leaves([x for x in tree_leaves(derivative) if isinstance(x, Tensor)], start)
     if found is None:  # a replay would run through that other graph at each step
         return None
     # add all parameters, because a module may read some of them at other times only

@@ -32,7 +32,7 @@ class Step(NamedTuple):
     Attributes:
         z: new state.
         error: error estimate of the new state; None for a fixed grid.
-        last: rates at the new state if the method has evaluated them (first same as last).
+        last: derivative at the new state if the method has evaluated it (first same as last).
         dlogdet: increment ``(B,)`` of the log-determinant in nats; None without a density.
         dlogdet_error: error estimate of this increment.
         penalties: increment of the integral of each rate by name, ``(B,)``.
@@ -123,7 +123,7 @@ class Stepper:
         Args:
             z: state ``(B, *event)`` at the time ``t``.
             t, dt: start and length of the step; the length is negative backward in time.
-            first: rates at ``(t, z)`` if the previous step has evaluated them.
+            first: derivative at ``(t, z)`` if the previous step has evaluated it.
             draw: the stages that compute products with the Jacobian; all others compute the velocity alone. None:
                 all stages compute everything.
             weigh: the factors of the gradients with respect to the weights; None: all are 1.
@@ -136,43 +136,44 @@ class Stepper:
         stages = _Stages(self.rhs, z, t, first, draw, weigh, keep_places=watched)
         k1 = None if first is None else first.dz
         new_velocity, new, error, *velocities = self.method.advance(stages, z, t, dt, k1)
-        dlogdet, dlogdet_error, penalties = self._integrate(stages.rates, dt, draw, with_error=error is not None)
+        derivatives = stages.derivatives
+        dlogdet, dlogdet_error, penalties = self._integrate(derivatives, dt, draw, with_error=error is not None)
         # first same as last: the method returns the very tensor of the last stage
         last = None
-        for each in stages.rates:  # torch.compile of torch 2.6 cannot trace next()
+        for each in derivatives:  # torch.compile of torch 2.6 cannot trace next()
             last = each if each.dz is new_velocity else last
         of_path: dict[str, tuple[str, Tensor]] = {}
         if watched:
             atol, rtol = self.tolerances or (None, None)
             times, states = zip(*stages.places, strict=True)
             record = StepRecord(
-                t=t, h=dt.abs(), z0=z, z1=new, times=times, states=states, velocities=[r.dz for r in stages.rates],
+                t=t, h=dt.abs(), z0=z, z1=new, times=times, states=states, velocities=[d.dz for d in derivatives],
                 error=error, pair=self.method.pair, atol=atol, rtol=rtol,
             )  # fmt: skip
             of_path = regularizers.of_step(record, self.rhs.z_of, local=self.local)
         return Step(
             z=new, error=error, last=last, dlogdet=dlogdet, dlogdet_error=dlogdet_error, penalties=penalties,
-            path=of_path, stages=velocities[0] if velocities else None, nfe=len(stages.rates) - stages.given,
+            path=of_path, stages=velocities[0] if velocities else None, nfe=len(derivatives) - stages.given,
         )  # fmt: skip
 
     def _integrate(
-        self, rates: Sequence[Derivative], dt: Tensor, draw: Draw | None, *, with_error: bool
+        self, derivatives: Sequence[Derivative], dt: Tensor, draw: Draw | None, *, with_error: bool
     ) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
         """The increments of log-determinant and penalties in a step, and the error estimate of the former."""
         method, weights = self.method, self.method.weights or (1.0,)
-        source = rates[min(draw) if draw else 0]  # a stage that has every rate of this step
+        source = derivatives[min(draw) if draw else 0]  # a stage that has every rate of this step
         rows: list[Sequence[Any]] = []
         for name in source.penalties:
-            rows.append([r.penalties.get(name) for r in rates])
+            rows.append([each.penalties.get(name) for each in derivatives])
         dlogdet = dlogdet_error = None
         if source.dlogdet is not None:
-            traces = [r.dlogdet for r in rates]
+            traces = [each.dlogdet for each in derivatives]
             rows.append(traces)  # weighed together with the penalties, to save operations
             if with_error and method.error_weights is not None:
                 dlogdet_error = _weigh([traces], method.error_weights, dt.detach())[0]
-        if rows and (len(rates) < len(weights) or abs(sum(weights) - 1) > 1e-3):
+        if rows and (len(derivatives) < len(weights) or abs(sum(weights) - 1) > 1e-3):
             raise ConfigError(  # a user's method, whose integrals would be wrong
-                f"a step of {method.name} evaluates the field {len(rates)} times, and its {len(weights)} "
+                f"a step of {method.name} evaluates the field {len(derivatives)} times, and its {len(weights)} "
                 f"quadrature weights sum to {sum(weights):g}: give the solver `weights`, one for each evaluation "
                 "in a step, that sum to 1."
             )
@@ -188,7 +189,7 @@ class _Stages:
     """The field as a method calls it in one step from ``(t, z)``, recording the stages in order of evaluation.
 
     Attributes:
-        rates: the rates of each stage. The first one may have been given.
+        derivatives: the derivative at each stage. The first one may have been given.
         places: time and state of each stage, which step penalties read; empty unless they are kept.
         given: whether the first stage was given and is not evaluated in this step.
     """
@@ -207,22 +208,22 @@ class _Stages:
         self.rhs, self.z, self.t, self.draw, self.keep_places = rhs, z, t, draw, keep_places
         self.weigh = weigh
         self.given = first is not None
-        self.rates: list[Derivative] = [] if first is None else [first]
+        self.derivatives: list[Derivative] = [] if first is None else [first]
         self.places: list[tuple[Tensor, Tensor]] = [(t, z)] if keep_places and self.given else []
 
     def __call__(self, time: Tensor, state: Tensor, args: object = None) -> Tensor:
         """The velocity. A user's solver passes on its ``args``, which the field has received already."""
-        rates = self.rates
-        if self.given and state is self.z and len(rates) == 1 and bool(time == self.t):
+        found = self.derivatives
+        if self.given and state is self.z and len(found) == 1 and bool(time == self.t):
             # a user's method evaluates its first stage although it was given, so this one takes its place
             self.given = False
-            rates.clear()
+            found.clear()
             self.places.clear()
         if self.keep_places:
             self.places.append((time, state))
-        rhs = self.rhs if self.weigh is None else self.rhs.weighed(self.weigh[len(rates)])
-        rates.append(rhs(time, state, products=self.draw is None or len(rates) in self.draw))
-        return rates[-1].dz
+        rhs = self.rhs if self.weigh is None else self.rhs.weighed(self.weigh[len(found)])
+        found.append(rhs(time, state, products=self.draw is None or len(found) in self.draw))
+        return found[-1].dz
 
 
 def draw_stage(method: Method) -> Draw | None:

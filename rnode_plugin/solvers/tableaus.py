@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     """``(dt, rest, sign)`` to the length of a step, where ``rest`` is the time left to the next stop."""
     Interpolate: TypeAlias = Callable[[Any, Tensor, Any, Tensor, Tensor, Sequence[Tensor]], list[Tensor]]
     """``(step, z, first, t, dt, times)`` to the states at ``times`` inside a step from ``(t, z)``, where ``first``
-    are the rates."""
+    is the derivative."""
 
 
 def count_steps(length: float, longest: float) -> int:
