@@ -86,8 +86,9 @@ def fit(
         LocalError: the machine failed, for example by a full memory or disk. The last good checkpoint stays.
     """
     options = options or RunOptions()
+    names = [each for each in loggers if isinstance(each, str)]
     with translate_errors():
-        experiment = begin(experiment, options, loggers)
+        experiment = begin(experiment, options, names)
         # Lightning is imported only now, because that takes seconds, and most refusals do not need it
         from .after_step import AfterStep
         from .train import in_order, train
@@ -112,7 +113,6 @@ def fit(
             with _opened(experiment, place, options) if is_first else nullcontext() as run:
                 if run is not None:
                     after_step.open(run, keep=experiment.done)
-                    names = [each for each in loggers if isinstance(each, str)]
                     trainer.loggers += [make_logger(name, run.path) for name in names]  # they write into the folder
                     if options.progress:
                         _announce(experiment, plan, trainer, run)
@@ -122,13 +122,13 @@ def fit(
                 return _conclude(after_step.run, result, experiment, place.device, progress=options.progress)
 
 
-def begin(given: Experiment | Recipe, options: RunOptions, loggers: Sequence[Logger | str] = ()) -> Experiment:
+def begin(given: Experiment | Recipe, options: RunOptions, loggers: Sequence[str] = ()) -> Experiment:
     """Make everything that a run needs before its first step, and refuse what cannot work on any devices.
 
     Args:
         given: a recipe, or the caller's experiment, which gets the weights of a run that is resumed.
         options: folders, resuming and limits of a call to :func:`fit`.
-        loggers: loggers of the call, whose names are checked.
+        loggers: names of loggers of the call.
 
     Raises:
         ConfigError: a setting or a logger cannot work, the experiment was trained already, or a folder is given for
@@ -136,7 +136,7 @@ def begin(given: Experiment | Recipe, options: RunOptions, loggers: Sequence[Log
         DataError: the data set is missing, does not fit, or surely holds out other samples than the resumed run.
         CheckpointError: there is nothing to continue from, or the checkpoint belongs to another model.
     """
-    check_loggers(each for each in loggers if isinstance(each, str))
+    check_loggers(loggers)
     recipe = given if isinstance(given, Recipe) else given.recipe
     # settings that a resumed run cannot change are refused here, because data may be downloaded next
     resumed = None if options.resume is None else Resumed.of(options.resume, recipe)
