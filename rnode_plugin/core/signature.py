@@ -103,9 +103,8 @@ def call_of(field: Callable[..., Tensor], args: object = None, takes: Takes | No
     """
     takes = takes or field_takes(field)
     keywords = {"args": {} if args is None else args} if takes.args else {}
-    if takes.order != "t, x":
-        return _without_time(functools.partial(field, **keywords) if keywords else field)
-    return functools.partial(field, **keywords) if keywords else field
+    function = functools.partial(field, **keywords) if keywords else field
+    return function if takes.order == "t, x" else _without_time(function)
 
 
 def _without_time(field: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
