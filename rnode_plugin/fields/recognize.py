@@ -26,10 +26,10 @@ _SETTINGS = {
     nn.GELU: ("gelu", {"approximate": "none"}),
 }
 
-Part = tuple[str, Any]
+_Layer = tuple[str, Any]
 """``"L"`` with a linear layer, ``"a"`` with an activation, ``"t"`` for time as one more input of the next layer."""
 
-_UNKNOWN: Part = ("?", None)
+_UNKNOWN: _Layer = ("?", None)
 
 
 def recognize(
@@ -41,13 +41,13 @@ def recognize(
     with hooks is left alone, because the effect of its hooks is unknown. ``adds_time`` finds the modules
     that append the time to their input as the last column.
     """
-    parts = list(_parts(module, adds_time))
-    kinds = "".join(kind for kind, _ in parts)
-    activations = {activation for kind, activation in parts if kind == "a"}
+    layers = list(_layers(module, adds_time))
+    kinds = "".join(kind for kind, _ in layers)
+    activations = {activation for kind, activation in layers if kind == "a"}
     if len(activations) > 1 or not re.fullmatch("(t?La)*t?L", kinds):
         return None
     timed = [kind == "tL" for kind in re.findall("t?L", kinds)]
-    linear = [layer for kind, layer in parts if kind == "L"]
+    linear = [layer for kind, layer in layers if kind == "L"]
     inputs, outputs = linear[0].weight.shape[1] - timed[0], linear[-1].weight.shape[0]
     if z.ndim != 2 or not z.shape[1] == inputs == outputs or any(each.weight.dtype != z.dtype for each in linear):
         return None
@@ -65,13 +65,13 @@ def _split(weight: Tensor, timed: bool) -> tuple[Tensor | None, Tensor]:
     return time, state
 
 
-def _parts(module: object, adds_time: Callable[[nn.Module], bool]) -> Iterator[Part]:
+def _layers(module: object, adds_time: Callable[[nn.Module], bool]) -> Iterator[_Layer]:
     """The layers of nested ``nn.Sequential`` in a row."""
     if not isinstance(module, nn.Module) or has_hooks(module):
         yield _UNKNOWN
     elif type(module) is nn.Sequential:
         for child in module:
-            yield from _parts(child, adds_time)
+            yield from _layers(child, adds_time)
     elif type(module) in _SETTINGS:
         name, wanted = _SETTINGS[type(module)]
         known = all(getattr(module, key) == value for key, value in wanted.items())
