@@ -160,10 +160,9 @@ class Solver(ABC):
         for length in (safe_step, adjoint_safe_step):
             if length is not None and not length > 0:
                 raise ConfigError(f"a safe step must be a length > 0 or None, not {length!r}.")
-        if regularizers.steps:
-            self.check_steps(regularizers.steps)
-            if torch.is_grad_enabled():  # without gradients the values are the same in every mode
-                gradient.check_penalties(regularizers.steps)
+        self.check_steps(regularizers.steps)
+        if torch.is_grad_enabled():  # without gradients the values are the same in every mode
+            gradient.check_penalties(regularizers.steps)
         keep_steps = save_steps or regularizers.adds_evaluations
         problem = Problem(
             rhs, z0, t_span, keep_steps, safe_step, adjoint_safe_step, keep_adjoint_step, weight_gradients
