@@ -450,14 +450,16 @@ class FlowDistribution(Distribution):
         ConfigError: for a context that is missing, misshapen or not asked for.
     """
 
-    arg_constraints = {}  # noqa: RUF012  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
-
     def __init__(
         self, model: DensityModel, context: Tensor | None = None, *, validate_args: bool | None = None
     ) -> None:
         self.model, self.context = model, context
         self.has_rsample = model.base.has_rsample
         super().__init__(_batch_shape_of(context, model.context_shape), model.event_shape, validate_args)
+
+    @property
+    def arg_constraints(self) -> dict[str, constraints.Constraint]:
+        return {}
 
     @property
     def support(self) -> constraints.Constraint:
