@@ -67,7 +67,7 @@ def figures() -> Iterator[str]:
         text = _plain((ROOT / name).read_text())
         found = re.findall(r"(?<!, )\b[\d.]+ → [\d.]*\d", text)
         found += re.findall(r"[\d.]+, [\d.]+, [\d.]+ → [\d.]+, [\d.]+, [\d.]*\d", text)
-        for figure in [*found, *re.findall(r"0\.999|1\.053|9\.4 hours|0\.0023", text)]:
+        for figure in [*found, *re.findall(r"0\.994|1\.053|10\.7 hours|0\.0023", text)]:
             if figure not in source:
                 yield f"{name}: {figure} stands in none of {', '.join(map(_name, MEASURED))}"
 
