@@ -522,6 +522,16 @@ def test_times_as_a_list_and_noise_of_the_nets_precision(span: Any) -> None:
     assert RegularizedCNF.from_velocity(net, 0.3, noise_time=0.0, event_shape=2).t_span.tolist() == [0.3, 0.0]
 
 
+def test_the_base_of_a_half_precision_net_keeps_the_digits_of_its_log_density() -> None:
+    net = nn.Linear(256, 256)
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    model = RegularizedCNF(net.bfloat16(), event_shape=256, solver=FixedGrid(step=0.5))
+    x = torch.randn(3, 256).bfloat16()
+    expected = -0.5 * (x.double().square() + math.log(2 * math.pi)).sum(1)
+    torch.testing.assert_close(model.log_prob(x).double(), expected, rtol=1e-6, atol=0)
+
+
 def test_the_base_is_on_the_device_of_the_net() -> None:
     model = RegularizedCNF(nn.Linear(2, 2, device="meta"), event_shape=2)
     assert model.base.sample().device.type == "meta"

@@ -48,8 +48,8 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             ``net(t, z, context)``. torchdyn's DepthCat and Galerkin layers may be in it, but not DataControl, which
             reads the samples themselves.
         base: distribution of ``z`` with an empty batch shape and the event shape of the data; None: the standard
-            normal distribution, in the dtype and on the device of the net's parameters. The model's ``.to()`` moves
-            its tensors, which must not require a gradient.
+            normal distribution, in the dtype of the net's parameters, at least float32, and on their device. The
+            model's ``.to()`` moves its tensors, which must not require a gradient.
         event_shape: shape of one sample; may be left out if ``base`` has it.
         context_shape: shape of one context, for a conditional density ``p(x | context)``; each method then takes
             ``context=``, one for all samples or ``(B, *context_shape)``. Gradients reach the context in all
@@ -501,7 +501,9 @@ def _base_and_shape(
         if shape is None:
             raise ConfigError("give event_shape=, the shape of one sample, or a base distribution that has it.")
         like = _parameter_of(net)
-        zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        # a log-density of half precision would have lost whole nats
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        zeros = torch.zeros(shape, dtype=dtype, device=like.device)
         # without the check of values, which torch 2.6 does not do under vmap
         return Independent(Normal(zeros, zeros + 1, validate_args=False), len(shape)), shape
     if base.batch_shape:
