@@ -501,7 +501,7 @@ def _base_and_shape(
         if shape is None:
             raise ConfigError("give event_shape=, the shape of one sample, or a base distribution that has it.")
         like = _parameter_of(net)
-        # a log-density of half precision would have lost whole nats
+        # half precision would round a log-density to whole nats
         dtype = torch.promote_types(like.dtype, torch.float32)
         zeros = torch.zeros(shape, dtype=dtype, device=like.device)
         # without the check of values, which torch 2.6 does not do under vmap

@@ -75,7 +75,7 @@ def translate_errors() -> Iterator[None]:
                 f"out of memory: {first_line(error).rstrip('.')}. Give --set solver.gradient=checkpointed, or "
                 "lower --batch-size and, in a new run, raise --accumulate by the same factor."
             ) from error
-        # a worker that died, or a bug, which PyTorch tells apart by the text alone, or a callback of the user's
+        # A worker died, or there is a bug, maybe in a user's callback: PyTorch tells these apart by the text alone
         raise LocalError(
             f"{type(error).__name__}: {first_line(error).rstrip('.')}. `rnode-cli --debug ...` shows where."
         ) from error
