@@ -348,7 +348,9 @@ def test_a_run_with_all_of_its_steps_was_not_stopped_by_its_time_limit(recipe: R
     module: Any = SimpleNamespace(values=dict)
     for step, out_of_time in ((1, True), (6, False)):
         decides = after_step(recipe, max_time=1e-9)
-        trainer: Any = SimpleNamespace(global_step=step, world_size=1, should_stop=False, logged_metrics={})
+        trainer: Any = SimpleNamespace(
+            global_step=step, world_size=1, is_global_zero=False, should_stop=False, logged_metrics={}
+        )
         decides.on_train_batch_end(trainer, module, None, None, 0)
         assert (trainer.should_stop, decides.out_of_time) == (True, out_of_time)
 

@@ -128,7 +128,12 @@ class AfterStep(Checkpoint):
         # a callback may end the run in a validation, and the last step has a row
         logged = validates or step % self._recipe.training.log_every == 0
         values = module.values() if logged else module.own_values
-        self._write(trainer, values, logged=logged, validates=validates, seconds_per_step=seconds)
+        if trainer.is_global_zero:
+            if logged:
+                row = self.row(values, seconds_per_step=seconds)
+                self.log_row(row)
+                self.send_to_loggers(trainer, row)
+            self.print_progress(trainer, values, validates=validates)
         self._log_epoch(trainer, module)
         # Lightning validates next, and `on_validation_end` saves. A run that was resumed from a checkpoint of this
         # moment would skip the validation
@@ -149,11 +154,15 @@ class AfterStep(Checkpoint):
             return
         self._agree(trainer)  # a validation is long, and a signal may have come meanwhile
         found = trainer.callback_metrics.items()
-        row = {name: float(value) for name, value in found if name.startswith("val/")}
-        self._write(trainer, row)
+        scores = {name: float(value) for name, value in found if name.startswith("val/")}
+        if trainer.is_global_zero:
+            row = self.row(scores)
+            self.log_row(row)
+            self.send_to_loggers(trainer, row)
+            self.print_progress(trainer, scores, validates=False)
         metric = self._recipe.kind.metric
         # before the checkpoints are saved, so that neither of them holds these weights
-        if not math.isfinite(score := row[f"val/{metric}"]):
+        if not math.isfinite(score := scores[f"val/{metric}"]):
             raise TrainingError(f"the validation {metric} is {score}.")
         if score < self.best:
             self.best = score
@@ -171,27 +180,26 @@ class AfterStep(Checkpoint):
             self._signal = self.received or signal.SIGTERM.name
         return time_is_up
 
-    def _write(
-        self,
-        trainer: L.Trainer,
-        values: Mapping[str, Tensor | float],
-        *,
-        logged: bool = True,
-        validates: bool = False,
-        **times: float,
-    ) -> None:
-        """Let the first process write a row of the metrics, hand it to the loggers, and print a line."""
-        if self._table is None:
-            return
-        if logged:
-            times |= {"epoch": self._plan.epochs_at(self._step), "train_seconds": self.training_seconds}
-            row = {name: float(value) for name, value in values.items()} | times | {"seconds": self.run_seconds}
-            self._table.add(row, self._step)
-            # The module's `log` would hand a row over after the checkpoint of its step, with the last value of each
-            # name that is no longer logged
-            for logger in trainer.loggers:
-                logger.log_metrics(row, step=self._step - 1)  # Lightning counts from 0
-                logger.save()
+    def row(self, values: Mapping[str, Tensor | float], **times: float) -> dict[str, float]:
+        """Make the row of ``metrics.csv`` for the values of this step, or of the validation after it."""
+        times |= {"epoch": self._plan.epochs_at(self._step), "train_seconds": self.training_seconds}
+        return {name: float(value) for name, value in values.items()} | times | {"seconds": self.run_seconds}
+
+    def log_row(self, row: Mapping[str, float]) -> None:
+        """Write a row of the metrics. It is on the disk when this returns."""
+        assert self._table is not None
+        self._table.add(row, self._step)
+
+    def send_to_loggers(self, trainer: L.Trainer, row: Mapping[str, float]) -> None:
+        """Hand a row of the metrics to the loggers."""
+        # The module's `log` would hand a row over after the checkpoint of its step, with the last value of each
+        # name that is no longer logged
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(row), step=self._step - 1)  # Lightning counts from 0
+            logger.save()
+
+    def print_progress(self, trainer: L.Trainer, values: Mapping[str, Tensor | float], *, validates: bool) -> None:
+        """Print a line on the terminal if it is due."""
         if self._terminal is not None:
             left = max(self._limit - time.monotonic(), 0.0)
             self._terminal(StepEnd(self._step, values, self.training_seconds, validates, trainer.should_stop, left))
