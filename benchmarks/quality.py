@@ -84,17 +84,6 @@ METHODS = {
     "exact divergence": Method(("solver.method=rk4_38", "solver.quadrature=full", "solver.step=0.25")),
     "constant rate, EMA 0.98": Method((*SAMPLED, "optimizer.schedule=constant", "training.ema=0.98")),
     "matched, sampled": Method((*SAMPLED, "solver.step=0.25", "training.matching=1500")),
-    # a step of this takes 1.32 times as long as one of the method above, so with a share of 0.757 both take as long
-    "matched, full, half": Method(
-        (
-            "solver.method=rk4_38",
-            "solver.quadrature=full",
-            "solver.step=0.25",
-            "training.weight_gradients=half",
-            "training.matching=1500",
-        ),
-        share=0.757,
-    ),
     **{f"{n} steps of matching, half the steps": matched(n) for n in (300, 1000, 1500, 3000, 6000)},
     "300 steps of matching, half the steps, no penalties": matched(300, *UNPENALIZED),
     "vanilla FFJORD": Method((*ADAM, *UNPENALIZED), usual={"method": "dopri5", "atol": 1e-5, "rtol": 1e-5}),

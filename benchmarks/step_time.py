@@ -44,14 +44,12 @@ class Path:
         bf16: whether the field computes in bfloat16.
         fused: whether the field brings its own product with the Jacobian.
         compiled: whether torch.compile has a share in it.
-        weight_gradients: "half" for gradients of the weights at half of the evaluations.
     """
 
     solver: Solver = FixedGrid("rk4_38", step=0.25)  # noqa: RUF009  (frozen)
     bf16: bool = False
     fused: bool = True
     compiled: bool = False
-    weight_gradients: str = "all"
 
 
 def _rk4(**changes: object) -> Solver:
@@ -60,7 +58,6 @@ def _rk4(**changes: object) -> Solver:
 
 PATHS = {
     EXACT: Path(),
-    "half": Path(weight_gradients="half"),
     "checkpointed": Path(_rk4(gradient="checkpointed")),
     "adjoint": Path(_rk4(gradient="adjoint")),
     "without the fused product": Path(fused=False),
@@ -119,7 +116,7 @@ def build(recipe_name: str, case: str, batch: int, device: str, *, dtype: torch.
     if path.compiled:
         compile_fields(flow)
     step: MultiscaleFlow | UsualFlow = flow
-    options: dict[str, Any] = {"solver": path.solver, "weight_gradients": path.weight_gradients}
+    options: dict[str, Any] = {"solver": path.solver}
     if case == BASELINE:
         step, options = UsualFlow(flow, method="rk4", options={"step_size": 0.25}), {}
 

@@ -21,6 +21,7 @@ from rnode_plugin.experiments.recipes.recipe import (
     changed_test_solver,
     differences,
     get_recipe,
+    read_recipe,
 )
 from rnode_plugin.solvers import Adjoint, get_method
 
@@ -166,8 +167,8 @@ def test_a_method_of_the_other_kind_keeps_what_both_kinds_have() -> None:
     grid = get_recipe("mnist").override(["solver.step=0.1", "solver.max_nfe=99", "solver.gradient=checkpointed"])
     shared: dict[str, Any] = {"max_nfe": 99, "gradient": "checkpointed"}
     assert grid.solver == FixedGrid("rk4_38", step=0.1, **shared)
-    adaptive = grid.override(["solver.method=tsit5", "solver.error_norm=worst", "solver.atol=1e-3"])
-    assert adaptive.solver == Adaptive("tsit5", atol=1e-3, error_norm="worst", **shared)
+    adaptive = grid.override(["solver.method=tsit5", "solver.first_step=0.1", "solver.atol=1e-3"])
+    assert adaptive.solver == Adaptive("tsit5", atol=1e-3, first_step=0.1, **shared)
     assert adaptive.override(["solver.method=dopri5"]).solver == dataclasses.replace(
         adaptive.solver, method="dopri5"
     )
@@ -226,24 +227,30 @@ def test_bad_overrides_are_refused(assignment: str, message: str) -> None:
         get_recipe("mnist").override([assignment])
 
 
-@pytest.mark.parametrize(("assignments", "message"), [
-    (["solver.quadrature=sampled"], "weight_gradients='half' needs quadrature='full'"),
-    (["solver.method=dopri5"], "rk4 or rk4_38 on a fixed grid, not of dopri5"),
-    (["solver.method=euler"], "rk4 or rk4_38 on a fixed grid, not of euler"),
-    (["solver.gradient=adjoint"], "use the gradient 'autograd' or 'checkpointed'"),
-    (["training.compile=true"], "fields that are not compiled: give training.compile=false"),
+@pytest.mark.parametrize(("setting", "value", "others"), [
+    ("training.weight_gradients", "all", ["half", ["all"], None]),
+    ("solver.error_norm", "rms", ["worst", {}]),
+    ("test_solver.error_norm", "rms", ["worst", 1]),
 ])  # fmt: skip
-def test_weight_gradients_at_half_of_the_evaluations(assignments: list[str], message: str) -> None:
-    """They are refused with what cannot draw them, and are not a part of the baseline."""
-    recipe = get_recipe("mnist").override(["training.weight_gradients=half", "training.compile=auto"])
-    assert recipe.ffjord().training.weight_gradients == "all"
-    with pytest.raises(ConfigError, match=message):
-        recipe.override(assignments)
+def test_retired_settings_of_files(tmp_path: Path, setting: str, value: str, others: list[object]) -> None:
+    """They are dropped at the value that is left, else refused by name, and are no settings of this version."""
+    recipe = get_recipe("mnist").override(["solver.method=dopri5", "solver.quadrature=full"])
+    (group, key), file = setting.split("."), tmp_path / "recipe.json"
+    for given in (value, *others):
+        plain = recipe.to_plain()
+        plain[group][key] = given
+        file.write_text(json.dumps(plain))
+        if given == value:
+            assert read_recipe(file) == Recipe.from_plain(plain) == recipe
+            continue
+        with pytest.raises(ConfigError, match=rf"{setting}=.* an earlier version.* as with {setting}={value}\."):
+            read_recipe(file)
+    with pytest.raises(ConfigError, match=f"unknown setting '{setting}'"):
+        recipe.override([f"{setting}={value}"])
 
 
 @pytest.mark.parametrize(("assignments", "message"), [
     (["solver.atol=1e-8"], "solver.atol has no effect, because rk4_38 takes the steps of a fixed grid"),
-    (["solver.error_norm=worst"], "solver.error_norm has no effect, because rk4_38 takes the steps"),
     (["training.warm_start=no"], "training.warm_start has no effect, because rk4_38 .* give solver.method=dopri5"),
     (["test_solver.method=rk4", "test_solver.rtol=1e-8"], "test_solver.rtol .* test_solver.method=dopri5"),
     (["optimizer.name=adam", "optimizer.momentum=0.5"], "optimizer.momentum .* give optimizer.name=muon too"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import warnings
 from typing import Any
 
@@ -21,7 +20,6 @@ from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import Rate, jacfrob, kinetic
 from rnode_plugin.solvers import (
     ADAPTIVE_METHODS,
-    GRADIENTS,
     METHODS,
     Adaptive,
     Adjoint,
@@ -267,55 +265,6 @@ def test_logdet_takes_part_in_the_error_control() -> None:
 def cubes(t: Tensor, z: Tensor) -> Derivative:
     """``z' = -z^3`` in each entry, solved by ``z / sqrt(1 + 2 z^2 t)``; its divergence is an integral."""
     return Derivative(-(z**3), (-3 * z**2).sum(1), {})
-
-
-@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
-@pytest.mark.parametrize("backward_in_time", [False, True])
-def test_the_worst_sample_decides_as_if_it_were_alone(method: str, *, backward_in_time: bool) -> None:
-    sign = -1 if backward_in_time else 1
-
-    def rates(t: Tensor, z: Tensor) -> Derivative:
-        of = cubes(t, z)
-        assert of.dlogdet is not None
-        return Derivative(sign * of.dz, sign * of.dlogdet, {})
-
-    # one sample far from rest among 63 close to it
-    z0 = torch.full((64, 2), 0.1, dtype=torch.float64)
-    z0[17] = torch.tensor([6.0, 0.5])
-    t = torch.tensor([0.0, sign * 0.7, sign * 1.0], dtype=torch.float64)
-    found = {}
-    for name, z, norm in (("alone", z0[17:18], "rms"), ("worst", z0, "worst"), ("rms", z0, "rms")):
-        solver = Adaptive(method, atol=1e-6, rtol=1e-6, first_step=0.01, error_norm=norm)
-        found[name] = solver.solve(Solve(rates), z, t)
-    alone, worst, rms = found["alone"], found["worst"], found["rms"]
-    assert worst.stats == alone.stats
-    assert rms.stats.nfe < alone.stats.nfe
-    assert alone.logdet is not None
-    assert worst.logdet is not None
-    torch.testing.assert_close(worst.z[:, 17], alone.z[:, 0], rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(worst.logdet[:, 17], alone.logdet[:, 0], rtol=1e-13, atol=1e-13)
-    exact = z0[17] / (1 + 2 * z0[17] ** 2).sqrt()
-    errors = {
-        name: float((solution.z[-1, 17] - exact).abs().max()) for name, solution in (("worst", worst), ("rms", rms))
-    }
-    assert errors["rms"] > 3 * errors["worst"]
-
-
-@pytest.mark.parametrize("shape", [(5,), (5, 2, 3)])
-def test_the_worst_sample_of_states_of_any_shape(shape: tuple[int, ...]) -> None:
-    z0 = torch.linspace(0.5, 2, math.prod(shape)).double().reshape(shape)
-    solver = Adaptive("dopri5", atol=1e-8, rtol=1e-8, error_norm="worst")
-    z = solver.solve(Solve(lambda t, z: Derivative(-(z**3), None, {})), z0, T).z[-1]
-    torch.testing.assert_close(z, z0 / (1 + 2 * z0**2).sqrt(), rtol=1e-7, atol=1e-7)
-
-
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_gradients_with_the_error_of_the_worst_sample(gradient: str) -> None:
-    z0 = torch.tensor([[0.1], [2.0]], dtype=torch.float64, requires_grad=True)
-    solver = tight("dopri5", gradient, error_norm="worst")
-    solver.solve(Solve(cubes), z0, T).z[-1].sum().backward()
-    assert z0.grad is not None
-    torch.testing.assert_close(z0.grad, (1 + 2 * z0.detach() ** 2) ** -1.5, rtol=1e-7, atol=1e-7)
 
 
 class _Toy(Solve):

@@ -146,7 +146,7 @@ def test_a_text_has_all_that_decides_the_steps() -> None:
     for solver, text in (
         (Adaptive("tsit5"), "tsit5, tolerance 1e-05"),
         (Adaptive("tsit5", rtol=0.01), "tsit5, atol 1e-05, rtol 0.01"),
-        (Adaptive("tsit5", atol=0.0, error_norm="worst"), "tsit5, atol 0, rtol 1e-05, error norm worst"),
+        (Adaptive("tsit5", atol=0.0), "tsit5, atol 0, rtol 1e-05"),
     ):
         assert solver.text == text
     tolerances = torch.tensor([1e-3, 1e-4])
@@ -231,7 +231,6 @@ def test_a_gradient_by_name_is_the_object(gradient: str) -> None:
         (lambda: FixedGrid(Solver), "unknown solver method"),  # pyright: ignore[reportArgumentType]
         (lambda: FixedGrid(quadrature="half"), "unknown quadrature 'half'"),
         (lambda: Adaptive(rtol=None), "rtol must be a number >= 0"),  # pyright: ignore[reportArgumentType]
-        (lambda: Adaptive(error_norm="max"), "unknown error norm 'max'"),
         (lambda: Adaptive(max_nfe=math.inf), "max_nfe must"),  # pyright: ignore[reportArgumentType]
         (lambda: FixedGrid(gradient="adjoint", quadrature="sampled"), "gradient of the steps that were drawn"),
     ],

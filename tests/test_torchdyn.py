@@ -275,8 +275,6 @@ def test_options_without_effect_warn_as_torchdyns_do() -> None:
         ({"trace_noise": "normal"}, "trace estimator"),
         ({"trace_noise": "hutch++:3"}, "'hutch\\+\\+:3': use 'exact', or more probes"),
         ({"max_nfe": 0}, "max_nfe"),
-        ({"solver": "rk4", "error_norm": "worst"}, "adaptive methods"),
-        ({"solver": "dopri5", "error_norm": "worst", "batch_dim": None}, "batch_dim=None has one sample"),
         ({"atol": -1}, "atol"),
         ({"rtol": torch.tensor([1e-3, float("nan")])}, "rtol"),
         ({"rtol_adjoint": float("inf")}, "rtol_adjoint"),

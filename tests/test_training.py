@@ -152,7 +152,6 @@ def test_the_same_seed_gives_the_same_numbers_with_more_validations(
     # in single precision are runs of test_killed_runs and test_table_runs
     ("training.precision=64-true",),
     ("solver.method=dopri5", "solver.quadrature=full", "training.accumulate=2"),  # which begins warm
-    ("solver.quadrature=full", "training.weight_gradients=half"),
 ])  # fmt: skip
 def test_interrupted_and_resumed_equals_uninterrupted(settings: tuple[str, ...], tmp_path: Path) -> None:
     recipe = tiny_recipe("training.ema=0.9", "optimizer.name=muon", "training.matching=4", *settings)

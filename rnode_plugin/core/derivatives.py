@@ -30,12 +30,6 @@ DirectionalDerivative = Callable[[Tensor, float], Tensor]
 VELOCITY: frozenset[str] = frozenset()
 """The argument ``wants`` of :meth:`Field.linearize` for a caller that needs the velocity alone."""
 
-NOT_WEIGHED = (
-    "weight_gradients='half' needs the pass by hand of a StackField without hooks and without a forward or "
-    "linearize of a subclass, in a solve that is differentiated through its steps: take such a field, or "
-    "weight_gradients='all'."
-)
-
 
 class Linearization(NamedTuple):
     """The result of one pass over a field. Quantities that were not wanted may be None.
@@ -132,16 +126,6 @@ class Field(ABC):
     def layout(self, x: Tensor) -> Tensor:
         """``x (B, *event)`` in the memory layout in which this field is fast; by default ``x`` itself."""
         return x
-
-    def weighed(self, weigh: float) -> Field:
-        """This field with ``weigh`` times its gradients with respect to its weights.
-
-        With 0 these gradients take no time. Values and all other gradients stay the same. By default it is refused.
-
-        Raises:
-            ConfigError: if the field cannot do this.
-        """
-        raise ConfigError(NOT_WEIGHED)
 
     def inputs(self) -> Sequence[Tensor]:
         """Further tensors with respect to which an adjoint differentiates, such as a context; by default none."""

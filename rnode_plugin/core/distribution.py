@@ -414,11 +414,10 @@ class DensityModel(nn.Module, ABC):
 
 @runtime_checkable
 class FlowOfBlocks(Protocol):
-    """What some settings of a training need of a model beyond :class:`DensityModel`.
+    """What flow matching needs of a model beyond :class:`DensityModel`.
 
-    ``training.matching`` calls :meth:`matching_loss`, and ``training.weight_gradients`` gives ``encode`` the option
-    of this name, see :meth:`Solver.solve <rnode_plugin.solvers.Solver.solve>`. Models that derive from
-    :class:`~rnode_plugin.flows.base.BlockFlow` have both.
+    ``training.matching`` calls :meth:`matching_loss`. Models that derive from
+    :class:`~rnode_plugin.flows.base.BlockFlow` have it.
     """
 
     @property

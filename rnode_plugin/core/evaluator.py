@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -127,15 +126,6 @@ class Evaluator:
                 return self._field.linearize(t, state, probes, wants, peek=self.peek)
         except (RuntimeError, AttributeError) as error:
             explain(error)
-
-    def weighed(self, weigh: float) -> Evaluator:
-        """An evaluator of the field with weighed gradients.
-
-        See :meth:`Field.weighed <rnode_plugin.core.derivatives.Field.weighed>`.
-        """
-        weighed = copy.copy(self)
-        weighed._field = self._field.weighed(weigh)
-        return weighed
 
     def repeat(
         self,

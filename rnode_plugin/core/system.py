@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .derivatives import NOT_WEIGHED, AutogradField, Field, Velocity, as_field
+from .derivatives import AutogradField, Field, Velocity, as_field
 from .evaluator import Evaluator
 from .field_evaluation import FieldEvaluation, Record
 from .modules import module_of
@@ -132,16 +132,6 @@ class Solve:
     def z_of(self, state: Tensor) -> Tensor:
         """The part ``(B, *event)`` that the penalties measure, of a solver's state or of its velocity."""
         return state
-
-    def weighed(self, weigh: float) -> Solve:
-        """This right-hand side with ``weigh`` times its gradients with respect to the weights of the field.
-
-        See :meth:`Field.weighed <rnode_plugin.core.derivatives.Field.weighed>`.
-
-        Raises:
-            ConfigError: if the field cannot do this.
-        """
-        raise ConfigError(NOT_WEIGHED)
 
     def inputs(self) -> list[Tensor]:
         """The tensors with respect to which a continuous adjoint differentiates, as they are now, each once."""
@@ -379,9 +369,6 @@ class FieldSolve(Solve):
         if columns is None:
             return Derivative(dz, dlogdet, penalties)
         return columns.derivative(t, _tensor(given), dz, dlogdet, penalties)
-
-    def weighed(self, weigh: float) -> FieldSolve:
-        return replace(self, evaluator=self.evaluator.weighed(weigh))
 
     def inputs(self) -> list[Tensor]:
         of_penalties = (p for module in self.regularizers.called for p in module.parameters())

@@ -45,7 +45,6 @@ In the code, a list ``y`` holds ``y_1, y_2, ...`` in this order, and likewise fo
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -65,7 +64,7 @@ from ..core.derivatives import (
     trace_of_rows,
     unit_vectors,
 )
-from ..core.modes import autocasts, reaches, traced, transforms_active
+from ..core.modes import autocasts, reaches, traced
 from ..errors import CompilerError, ConfigError
 from .activations import Activation
 from .kernels import Dense, LayerMap
@@ -163,28 +162,6 @@ class Stack(Field):
         rows = row.to(self.dtype).split([n * pixels for n in outputs])
         return [self.kind.unflat_bias(each, n, self.event) for each, n in zip(rows, outputs, strict=True)]
 
-    def weighed(self, weigh: float) -> Stack:
-        """Implement :meth:`Field.weighed <rnode_plugin.core.derivatives.Field.weighed>` for ``theta``.
-
-        With 0 only the gradients with respect to ``t`` and ``z`` are computed in (6). The gradient of ``W_L``
-        through equation (2) is always whole, because it takes no further convolution in an evaluation.
-
-        Raises:
-            ConfigError: for a compiled stack, whose graph has the whole gradient; in a backward pass, for gradients
-                with respect to ``theta`` that are to be differentiated again.
-        """
-        if self._compiled:
-            raise ConfigError(
-                "weight gradients at half of the evaluations need fields that are not compiled: train with "
-                "compile=False (training.compile=false), or weight_gradients='all'."
-            )
-        stack = copy.copy(self)
-        stack._plain = None
-        stack.theta = self.theta.view_as(self.theta) if weigh else self.theta.detach()
-        if stack.theta.requires_grad:
-            stack.theta.register_hook(functools.partial(_weighed, weigh))
-        return stack
-
     def cast(self, x: Tensor) -> Tensor:
         """``x (B, *event)`` in the dtype and the memory layout in which the layers compute."""
         return self.kind.layout(x.to(self.dtype))
@@ -239,9 +216,7 @@ class Stack(Field):
 
     def _several(self, t: Tensor, z: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Several products of convolutions, computed as one batch, since a convolution has one batch dimension."""
-        # a stack with weighed gradients has a constant theta, but equation (2) has its own W_L
-        inputs = (t, z, vectors, self.theta, self._W_L)
-        graph = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        graph = torch.is_grad_enabled() and any(x.requires_grad for x in (t, z, vectors, self.theta))
         if self.fast is not None and not graph and not traced():
             with _without_autocast(z):
                 return _colors(self, self.fast, t, z, vectors)
@@ -287,18 +262,6 @@ class Stack(Field):
         b, *rest = theta.split(self._sizes)
         r = rest.pop(0) if self._timed else None
         return b, r, [self.kind.unflat(row, shape) for row, shape in zip(rest, self.shapes, strict=True)]
-
-
-def _weighed(weigh: float, gradient: Tensor) -> Tensor:
-    """``weigh`` times a gradient with respect to the weights, in a backward pass."""
-    # a transform of torch.func enables gradients in the backward pass of a first derivative too
-    if torch.is_grad_enabled() and not transforms_active():
-        raise ConfigError(
-            "weight_gradients='half' gives the weights first derivatives alone, since the second ones of a random "
-            "half have a bias, and this gradient is to be differentiated again (create_graph=True): take "
-            "weight_gradients='all'."
-        )
-    return weigh * gradient
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,6 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         penalties: bool | None = None,
         solver: Solver | None = None,
         check: bool = True,
-        weight_gradients: str = "all",
     ) -> FlowOutput:
         """Map samples to latents, and compute the log-determinant and the penalties for training.
 
@@ -133,8 +132,6 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
             solver: the integrator; None for :attr:`solver`.
             check: whether to wait for the device, and raise an error if a solve failed or a sample is out of range.
                 With False the caller reads the output's ``health``.
-            weight_gradients: ``"all"``, or ``"half"`` for random gradients of the weights of the fields at half of
-                the evaluations, see :meth:`Solver.solve <rnode_plugin.solvers.Solver.solve>`.
 
         Returns:
             FlowOutput: latent ``(B, D)``, log-determinant ``(B,)`` in nats, the logit or the standardization
@@ -149,7 +146,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         y, logdet, health = self._enter(x, solver)
         noise = self.draw_noise(x.shape[0]) if noise is None else noise
         blocks = zip(self._fields_at(rows), noise, strict=True)
-        through = _Pass(self, blocks, solver, penalties=penalties, weight_gradients=weight_gradients)
+        through = _Pass(self, blocks, solver, penalties=penalties)
         output = through.output(x, self._push(y, through), logdet, health)
         self.nfe = output.nfe
         return output.check() if check else output
@@ -279,7 +276,6 @@ class _Pass:
         backward: whether time runs from 1 to 0.
         density: whether the log-determinant is integrated.
         penalties: whether to integrate the penalties; None means yes in training mode with gradients enabled.
-        weight_gradients: see :meth:`Solver.solve <rnode_plugin.solvers.Solver.solve>`.
     """
 
     def __init__(
@@ -291,9 +287,8 @@ class _Pass:
         backward: bool = False,
         density: bool = True,
         penalties: bool | None = False,
-        weight_gradients: str = "all",
     ) -> None:
-        self._blocks, self._solver, self._weight_gradients = enumerate(blocks), solver, weight_gradients
+        self._blocks, self._solver = enumerate(blocks), solver
         self._flow, self._backward = flow, backward
         training = flow.training and torch.is_grad_enabled()
         self._penalties = training if penalties is None else penalties
@@ -317,10 +312,7 @@ class _Pass:
         solve = self._system.start(field, z, density=self._density, probes=noise, one_graph=one_graph)
         block = len(self._flow.fields) - 1 - index if self._backward else index
         times, history = self._times(z), self._flow.history
-        solution = self._solver.solve(
-            solve, z, times,
-            **history.warm_start(times, block=block), weight_gradients=self._weight_gradients,
-        )  # fmt: skip
+        solution = self._solver.solve(solve, z, times, **history.warm_start(times, block=block))
         history.keep_step(solution.longest_safe_step, times, block=block)
         if solution.logdet is not None:
             self._logdets.append(solution.logdet[-1])

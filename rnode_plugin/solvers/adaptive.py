@@ -52,7 +52,7 @@ def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | Non
     take = Stepper(rhs, method, solver.tolerances) if take is None else take
     budget = int(solver.max_nfe or DEFAULT_MAX_NFE)
     sign = 1.0 if bool(span[-1] >= span[0]) else -1.0
-    control = StepController(method, solver.atol, solver.rtol, solver.error_norm, sign)
+    control = StepController(method, solver.atol, solver.rtol, sign)
     t, end, upcoming = span[:1], span[-1], 1  # `upcoming` is the index of the next output time
     draw = draw_stage(method) if sampled else None
     start = span[0].to(device)

@@ -43,14 +43,13 @@ class StepController:
 
     Attributes:
         method: has the constants of the rules, and fits a length to the time left to the next stop.
-        atol, rtol, error_norm: see :class:`~rnode_plugin.Adaptive`.
+        atol, rtol: see :class:`~rnode_plugin.Adaptive`.
         sign: 1 forward in time, -1 backward.
     """
 
     method: Method
     atol: Tolerance
     rtol: Tolerance
-    error_norm: str
     sign: float
 
     def before(self, a: Tensor, b: Tensor) -> bool:
@@ -105,29 +104,24 @@ class StepController:
 
     @torch.no_grad()
     def error_ratio(self, step: Step, z: Tensor, logdet: Tensor | None) -> Tensor:
-        """The error of a step from ``z``, divided by the allowed error, in the norm ``error_norm``.
+        """The error of a step from ``z``, divided by the allowed error.
 
-        It is a root mean square over the entries of state and log-determinant, in the whole batch or in the worst
-        sample, and 0 for an empty batch. The result is a scalar on the CPU, the only number that a step reads from
-        the device.
+        It is a root mean square over the entries of state and log-determinant, and 0 for an empty batch. The result
+        is a scalar on the CPU, the only number that a step reads from the device.
         """
         assert step.error is not None
         if z.numel() == 0:
             return torch.zeros(())
         size = torch.max(z.abs(), step.z.abs())
         scaled = step.error / (self.atol + self.rtol * size).clamp(min=_LEAST)
-        by_sample = self.error_norm == "worst"
-        if by_sample:
-            scaled = scaled.reshape(len(scaled), -1)
         if step.dlogdet_error is not None and step.dlogdet is not None:
             size = step.dlogdet.abs()
             if logdet is not None:
                 size = torch.max(logdet.abs(), (logdet + step.dlogdet).abs())
             of_logdet = step.dlogdet_error / (self.atol + self.rtol * size).clamp(min=_LEAST)
             # the log-determinant is one more entry of each sample's state, as in torchdyn's CNF
-            columns = [scaled, of_logdet.unsqueeze(1)] if by_sample else [scaled.flatten(), of_logdet.flatten()]
-            scaled = torch.cat(columns, -1)
-        return self._on_host(_rms(scaled, 1).amax() if by_sample else _rms(scaled))[0]
+            scaled = torch.cat([scaled.flatten(), of_logdet.flatten()])
+        return self._on_host(_rms(scaled))[0]
 
     def warm_start(self, safe: float, times: Tensor) -> float:
         """The size of the first step of a solve through ``times``, from the longest ``safe`` step of another solve.
@@ -208,6 +202,6 @@ class StepController:
         return torch.tensor(values, dtype=together.dtype).unbind()
 
 
-def _rms(x: Tensor, dim: int | None = None) -> Tensor:
-    """The root mean square over ``dim``, or over all entries (Hairer, Norsett and Wanner, 1993, eq. II.4.11)."""
-    return (x.abs() if x.is_complex() else x).pow(2).mean(dim).sqrt()
+def _rms(x: Tensor) -> Tensor:
+    """The root mean square over all entries (Hairer, Norsett and Wanner, 1993, eq. II.4.11)."""
+    return (x.abs() if x.is_complex() else x).pow(2).mean().sqrt()

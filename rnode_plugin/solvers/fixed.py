@@ -23,7 +23,6 @@ from .step import (
     Step,
     Stepper,
     Totals,
-    draw_half,
     draw_stage,
     fail_integrals,
     fail_max_nfe,
@@ -46,7 +45,6 @@ def march(solver: FixedGrid, problem: Problem, *, take: Callable[..., Step] | No
     # A density draws one stage in each step, below. Penalties alone draw fewer evaluations, over the whole solve.
     if solver.quadrature == "sampled" and not rhs.divergence:
         draws = _draw_stages(method, _lengths(t_span, counts))
-    halves = problem.weight_gradients == "half"
     take = Stepper(rhs, method, None) if take is None else take
     # times on the CPU stay there, so that step lengths are numbers for the host, unless they require a gradient
     if t_span.device.type != "cpu" or t_span.requires_grad:
@@ -60,7 +58,7 @@ def march(solver: FixedGrid, problem: Problem, *, take: Callable[..., Step] | No
             draw = None
             if solver.quadrature == "sampled":
                 draw = draw_stage(method) if draws is None else draws[totals.steps]
-            step = take(z, start, dt, None, draw, draw_half() if halves else None)
+            step = take(z, start, dt, None, draw)
             totals.add(step, end)
             totals.nfe += step.nfe
             z = step.z

@@ -96,7 +96,7 @@ class Adjoint(Gradient):
 
         if transforms_active() or not torch.is_grad_enabled():
             return forward(z, t)
-        backward = (self.backward or solver).of_adjoint()
+        backward = (self.backward or solver).without_interpolation()
         call = AdjointCall(rhs, forward, backward, self.interpolated, adjoint_safe_step, keep_adjoint_step)
         return solve_adjoint(call, z, t.to(z.device))
 

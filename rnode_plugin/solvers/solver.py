@@ -30,8 +30,6 @@ else:  # the types in the settings of a recipe, by which pydantic reads and chec
     Tolerance, MethodLike, GradientLike = float, str, str
 
 QUADRATURES = ("full", "sampled")
-ERROR_NORMS = ("rms", "worst")
-WEIGHT_GRADIENTS = ("all", "half")
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,6 @@ class Solver(ABC):
         adjoint_safe_step: float | None = None,
         keep_adjoint_step: Callable[[float], None] | None = None,
         save_steps: bool = False,
-        weight_gradients: str = "all",
     ) -> Solution:
         """Solve the augmented system (RNODE) from ``t_span[0]`` through all of ``t_span``.
 
@@ -124,10 +121,6 @@ class Solver(ABC):
             keep_adjoint_step: called by each backward pass of an adaptive continuous adjoint with its longest safe
                 step. This is a function, because the backward pass runs after the solution was returned.
             save_steps: whether the solution contains the accepted steps.
-            weight_gradients: ``"all"``, or ``"half"`` to compute gradients with respect to the weights of the field
-                at two of the four evaluations of each step, twice as large: the first and the third, or the second
-                and the fourth, drawn by torch's generator. Values and the gradient with respect to ``z0`` are those
-                of ``"all"``. The gradient with respect to the weights is random, and its mean is that of ``"all"``.
 
         Returns:
             Solution: states at all of ``t_span``, log-determinant (nats), integrals of the penalties, and the cost.
@@ -147,7 +140,6 @@ class Solver(ABC):
         from .path_penalties import with_path_penalties
         from .step import Problem, check_times
 
-        self.check_weight_gradients(weight_gradients)
         refuse_dual_numbers()
         if rhs.divergence:
             self.check_density()
@@ -164,9 +156,7 @@ class Solver(ABC):
         if torch.is_grad_enabled():  # without gradients the values are the same in every mode
             gradient.check_penalties(regularizers.steps)
         keep_steps = save_steps or regularizers.adds_evaluations
-        problem = Problem(
-            rhs, z0, t_span, keep_steps, safe_step, adjoint_safe_step, keep_adjoint_step, weight_gradients
-        )
+        problem = Problem(rhs, z0, t_span, keep_steps, safe_step, adjoint_safe_step, keep_adjoint_step)
         solution = gradient.solve(self, problem)
         if regularizers.finished or regularizers.adds_evaluations:
             solution = with_path_penalties(solution, problem, self.tolerances)
@@ -185,10 +175,6 @@ class Solver(ABC):
         """The same solver, but one that stops at each output time instead of interpolating."""
         return replace(self, method=replace(get_method(self.method), interpolate=None))
 
-    def of_adjoint(self) -> Self:
-        """This solver adapted to the backward pass of an adjoint, whose state is not a batch of samples."""
-        return self.without_interpolation()
-
     def check_use(self, penalties: Sequence[StepPenalty]) -> None:
         """Refuse step penalties that the method or the gradient cannot have, where a model is made.
 
@@ -197,31 +183,6 @@ class Solver(ABC):
         """
         self.check_steps(penalties)
         get_gradient(self.gradient).check_penalties(penalties)
-
-    def check_weight_gradients(self, weight_gradients: str) -> None:
-        """Refuse an unknown choice, and gradients at half of the evaluations that this solver cannot draw.
-
-        Raises:
-            ConfigError: names the choices that work.
-        """
-        check_name(weight_gradients, WEIGHT_GRADIENTS, "choice of weight gradients")
-        if weight_gradients == "all":
-            return
-        if all(get_method(self.method) is not get_method(name) for name in ("rk4", "rk4_38")):
-            raise ConfigError(
-                f"weight_gradients='half' draws two of the four evaluations of a step of rk4 or rk4_38 on a fixed "
-                f"grid, not of {self.name}."
-            )
-        if self.quadrature != "full":
-            raise ConfigError(
-                "weight_gradients='half' needs quadrature='full': with a sampled one it would save little time and "
-                "add much noise."
-            )
-        if not get_gradient(self.gradient).through_steps:
-            raise ConfigError(
-                "weight_gradients='half' needs the gradient of the steps that were drawn, which a continuous "
-                "adjoint does not take: use the gradient 'autograd' or 'checkpointed'."
-            )
 
     def check_steps(self, penalties: Sequence[StepPenalty]) -> None:
         """Refuse penalties on accepted steps that the method cannot have, and name those that work."""
@@ -298,16 +259,14 @@ class FixedGrid(Solver):
 class Adaptive(Solver):
     """Takes steps as long as the errors in the state and in the log-determinant allow.
 
+    The error that is compared with the tolerances is the root mean square over all entries of the batch. So one of
+    B samples may have an error of sqrt(B) times the tolerance.
+
     Args:
         method: ``dopri5`` or ``tsit5``, or a :class:`~rnode_plugin.solvers.Method` with an error estimate.
         atol: absolute tolerance. One of ``atol`` and ``rtol`` may be 0.
         rtol: relative tolerance.
         first_step: first trial step; None estimates one with one more evaluation.
-        error_norm: the norm that is compared with the tolerances. ``rms`` is the root mean square of the error over
-            all entries of the batch, so that one of B samples may have an error of sqrt(B) times the tolerance.
-            ``worst`` is the largest root mean square of one sample (the samples are along dimension 0). With it
-            each sample meets the tolerance in each step, whatever the batch, at the cost of more steps. The
-            backward pass of a continuous adjoint takes ``rms``.
         max_nfe, gradient, quadrature: see :class:`FixedGrid`.
 
     Raises:
@@ -323,7 +282,6 @@ class Adaptive(Solver):
     atol: Tolerance = 1e-5
     rtol: Tolerance = 1e-5
     first_step: float | None = None
-    error_norm: str = "rms"
     adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -338,20 +296,16 @@ class Adaptive(Solver):
         if all(isinstance(x, (int, float)) and x == 0 for x in self.tolerances):
             raise ConfigError("atol and rtol are both 0, which no step can meet: raise one of them.")
         _check_positive(self.first_step, "first_step")
-        check_name(self.error_norm, ERROR_NORMS, "error norm")
 
     @property
     def text(self) -> str:
         absolute, relative = (_tolerance_text(each) for each in self.tolerances)
         both = f"tolerance {absolute}" if absolute == relative else f"atol {absolute}, rtol {relative}"
-        return f"{self.name}, {both}" + ("" if self.error_norm == "rms" else f", error norm {self.error_norm}")
+        return f"{self.name}, {both}"
 
     @property
     def tolerances(self) -> tuple[Tolerance, Tolerance]:
         return self.atol, self.rtol
-
-    def of_adjoint(self) -> Self:
-        return replace(super().of_adjoint(), error_norm="rms")
 
     def march(self, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
         from .adaptive import march

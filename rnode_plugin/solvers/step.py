@@ -62,7 +62,6 @@ class Problem(NamedTuple):
     safe_step: float | None = None
     adjoint_safe_step: float | None = None
     keep_adjoint_step: Callable[[float], None] | None = None
-    weight_gradients: str = "all"
 
 
 def check_times(t_span: Tensor) -> None:
@@ -87,9 +86,6 @@ def check_times(t_span: Tensor) -> None:
 Draw = dict[int, float]
 """The stages of a step that compute products with the Jacobian in a sampled quadrature. The value of a stage is the
 weight of its rates, relative to the length of the step."""
-
-Weigh = tuple[float, ...]
-"""The factor of the gradient with respect to the weights at each evaluation of a step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +112,6 @@ class Stepper:
         dt: Tensor,
         first: Derivative | None,
         draw: Draw | None,
-        weigh: Weigh | None = None,
     ) -> Step:
         """Take one step.
 
@@ -126,14 +121,13 @@ class Stepper:
             first: derivative at ``(t, z)`` if the previous step has evaluated it.
             draw: the stages that compute products with the Jacobian; all others compute the velocity alone. None:
                 all stages compute everything.
-            weigh: the factors of the gradients with respect to the weights; None: all are 1.
 
         Raises:
             ConfigError: for quadrature weights that do not belong to the evaluations of the step.
         """
         regularizers = self.rhs.regularizers
         watched = bool(regularizers.steps) and any(each.local == self.local for each in regularizers.steps)
-        stages = _Stages(self.rhs, z, t, first, draw, weigh, keep_places=watched)
+        stages = _Stages(self.rhs, z, t, first, draw, keep_places=watched)
         k1 = None if first is None else first.dz
         new_velocity, new, error, *velocities = self.method.advance(stages, z, t, dt, k1)
         derivatives = stages.derivatives
@@ -201,12 +195,10 @@ class _Stages:
         t: Tensor,
         first: Derivative | None,
         draw: Draw | None,
-        weigh: Weigh | None,
         *,
         keep_places: bool,
     ) -> None:
         self.rhs, self.z, self.t, self.draw, self.keep_places = rhs, z, t, draw, keep_places
-        self.weigh = weigh
         self.given = first is not None
         self.derivatives: list[Derivative] = [] if first is None else [first]
         self.places: list[tuple[Tensor, Tensor]] = [(t, z)] if keep_places and self.given else []
@@ -221,8 +213,7 @@ class _Stages:
             self.places.clear()
         if self.keep_places:
             self.places.append((time, state))
-        rhs = self.rhs if self.weigh is None else self.rhs.weighed(self.weigh[len(found)])
-        found.append(rhs(time, state, products=self.draw is None or len(found) in self.draw))
+        found.append(self.rhs(time, state, products=self.draw is None or len(found) in self.draw))
         return found[-1].dz
 
 
@@ -232,15 +223,6 @@ def draw_stage(method: Method) -> Draw | None:
         return None
     weights = constant(method.draws, torch.float64, _CPU)
     return {int(torch.multinomial(weights, 1)): 1.0}
-
-
-def draw_half() -> Weigh:
-    """Draw two of the four evaluations of a step, to compute twice the gradients with respect to the weights.
-
-    They are the first and the third, or the second and the fourth, with probability 1/2. So each evaluation has its
-    gradient in the mean over the draws, and the same share of a step is kept by either draw.
-    """
-    return (2.0, 0.0, 2.0, 0.0) if torch.randint(2, (), device=_CPU) else (0.0, 2.0, 0.0, 2.0)
 
 
 def _weigh(

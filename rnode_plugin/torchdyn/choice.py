@@ -27,7 +27,6 @@ from ..core.derivatives import Velocity
 from ..core.modes import on_host, transforms_active
 from ..errors import ConfigError, check_name
 from ..solvers import (
-    ADAPTIVE_METHODS,
     Adaptive,
     Adjoint,
     FixedGrid,
@@ -149,27 +148,19 @@ def kept_times(t_span: Tensor, save_at: Tensor | Sequence[float]) -> list[int]:
     return matches.any(1).nonzero().flatten().tolist()
 
 
-def solver_from(
-    method: str | Method, *, atol: Tolerance, rtol: Tolerance, error_norm: str = "rms", **shared: Any
-) -> Solver:
+def solver_from(method: str | Method, *, atol: Tolerance, rtol: Tolerance, **shared: Any) -> Solver:
     """The solver of a method with torchdyn's arguments: a fixed grid takes one step for each interval of the times.
 
     Args:
         method: a name or a method.
-        atol, rtol, error_norm: options of an adaptive solver; a fixed grid has no tolerances.
+        atol, rtol: options of an adaptive solver; a fixed grid has no tolerances.
         shared: options of both kinds.
 
     Raises:
-        ConfigError: for the error norm ``worst`` of a fixed method, and as the solver.
+        ConfigError: as the solver.
     """
-    found = get_method(method)
-    if found.adaptive:
-        return Adaptive(method, atol=atol, rtol=rtol, error_norm=error_norm, **shared)
-    if error_norm != "rms":
-        raise ConfigError(
-            f"error_norm={error_norm!r} is for adaptive methods ({', '.join(ADAPTIVE_METHODS)}): {found.name} does "
-            "not look at its errors."
-        )
+    if get_method(method).adaptive:
+        return Adaptive(method, atol=atol, rtol=rtol, **shared)
     return FixedGrid(method, step=None, **shared)
 
 

@@ -96,8 +96,6 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         quadrature: ``"full"``, or ``"sampled"`` to compute the products that penalties such as ``jacfrob`` need in
             a few evaluations only, see :class:`~rnode_plugin.Solver`. A CNF's trace needs the product in every
             evaluation, so there the quadrature stays full.
-        error_norm: ``"rms"``, or ``"worst"`` for steps in which each sample meets the tolerances of an adaptive
-            solver, see :class:`~rnode_plugin.Adaptive`.
         warm_start: whether each call with an adaptive solver begins with the longest step that would have passed in
             the last one, as does the backward pass of a continuous adjoint. Otherwise each call guesses its first
             step, as torchdyn does. :meth:`trajectory` does not take part. ``history.longest_safe_steps[0]`` has
@@ -139,7 +137,6 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     _named: Sequence[tuple[SolverObject, str]] = ()
     _system: System = System()
     _quadrature: str = "full"
-    _error_norm: str = "rms"
     _resolved: tuple[list[object], Solver] | None = None
     _columns_known: bool = False
 
@@ -166,7 +163,6 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         penalized: slice | Tensor | Iterable[bool] | None = None,
         batch_dim: int | None = 0,
         quadrature: str = "full",
-        error_norm: str = "rms",
         warm_start: bool = False,
     ) -> None:
         given = _installed if regularizers is None else _Installed(regularizers)
@@ -181,10 +177,6 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         refuse_state_first(vector_field, "NeuralODE")
         if batch_dim not in (0, None):
             raise ConfigError(f"batch_dim must be 0, or None for a state that is one sample, not {batch_dim!r}.")
-        if batch_dim is None and error_norm == "worst":
-            raise ConfigError(
-                "error_norm='worst' is the error of the worst sample, and batch_dim=None has one sample."
-            )
         spec = PartSpec.of(penalized, batch_dim)
         if spec.tensors is not None or (isinstance(spec.columns, Tensor) and spec.columns.ndim > 1):
             raise ConfigError(
@@ -206,7 +198,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         self.solver_adjoint, steps = backward, {} if warm_start else None
         self.history = History(resolved, counted_in=given.history, longest_safe_steps=steps)
         self._system = System(resolved, get_estimator(trace_noise), part=spec)
-        self._max_nfe, self._quadrature, self._error_norm = max_nfe, quadrature, error_norm
+        self._max_nfe, self._quadrature = max_nfe, quadrature
         built = ((forward, solver), (backward, solver_adjoint))
         self._named = tuple((made, name) for made, name in built if isinstance(name, str))
         if resolved:
@@ -491,7 +483,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             gradient = kind(backward, interpolated=gradient.interpolated)
         return solver_from(
             method(self.solver, self.interpolator), atol=self.atol, rtol=self.rtol, gradient=gradient,
-            max_nfe=self._max_nfe, quadrature=self._quadrature, error_norm=self._error_norm,
+            max_nfe=self._max_nfe, quadrature=self._quadrature,
         )  # fmt: skip
 
 
@@ -528,7 +520,7 @@ def install(*, torchdiffeq: bool = False, regularizers: RegularizersLike = None)
 
     From then on every object of that class, also one that was made before, is solved by rnode_plugin: with the same
     values, with correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``batch_dim=``,
-    ``quadrature=``, ``error_norm=``, ``warm_start=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second
+    ``quadrature=``, ``warm_start=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second
     call replaces the ``regularizers``.
 
     It affects this process only. ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed.

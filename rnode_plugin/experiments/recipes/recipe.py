@@ -190,12 +190,6 @@ class Recipe:
             raise ConfigError("training.sample_temperatures: samples of a table have one temperature, such as 1.")
         for name, solver in (("solver", self.solver), ("test_solver", self.test_solver)):
             solver.check_density(name)
-        self.solver.check_weight_gradients(self.training.weight_gradients)
-        if self.training.weight_gradients == "half" and self.training.compile is True:
-            raise ConfigError(
-                "training.weight_gradients=half needs fields that are not compiled: give training.compile=false "
-                "or training.weight_gradients=all."
-            )
         # an adaptive solver estimates its error as a difference of two results. In low precision that difference is
         # rounding, which no smaller step removes
         precision = self.training.precision
@@ -281,14 +275,13 @@ class Recipe:
         """Return the FFJORD baseline (section 6), without penalties or flow matching, with dopri5 at 1e-5.
 
         Each of its solves begins with a step of 1/6, as in the authors' scripts, so it does not begin warm. It
-        keeps the gradient, the error norm and the largest NFE of the recipe's solver.
+        keeps the gradient and the largest NFE of the recipe's solver.
         """
         own = self.solver
-        norm = own.error_norm if isinstance(own, Adaptive) else "rms"
-        solver = Adaptive("dopri5", first_step=1 / 6, max_nfe=own.max_nfe, gradient=own.gradient, error_norm=norm)
+        solver = Adaptive("dopri5", first_step=1 / 6, max_nfe=own.max_nfe, gradient=own.gradient)
         name = self.name if self.name.endswith("-ffjord") else f"{self.name}-ffjord"
         with refused():
-            training = dataclasses.replace(self.training, matching=0, warm_start=False, weight_gradients="all")
+            training = dataclasses.replace(self.training, matching=0, warm_start=False)
             return dataclasses.replace(self, name=name, solver=solver, training=training, regularizers={})
 
     @property
@@ -311,13 +304,13 @@ class Recipe:
 
     @staticmethod
     def from_plain(plain: Mapping[str, object]) -> Recipe:
-        """Make a recipe from what :meth:`to_plain` gives.
+        """Make a recipe from what :meth:`to_plain` gives, in this version or in an earlier one.
 
         Raises:
-            ConfigError: a setting is unknown, or a value is bad.
+            ConfigError: a setting is unknown, or a value is bad or no longer possible.
         """
         with refused():
-            return TypeAdapter(Recipe).validate_python(plain)
+            return TypeAdapter(Recipe).validate_python(_as_of_now(plain))
 
     @property
     def kind(self) -> AnyKind:
@@ -521,6 +514,40 @@ def get_recipe(name: str) -> Recipe:
 def is_recipe_file(name: str) -> bool:
     """Whether ``name`` means a file and not the name of a recipe."""
     return name.endswith(".json")
+
+
+_RETIRED: Mapping[str, Mapping[object, object]] = {
+    "training.weight_gradients": {"all": None},
+    "solver.error_norm": {"rms": None},
+    "test_solver.error_norm": {"rms": None},
+}
+"""Settings of earlier versions, and their values by what a file has; None: this version has no such setting."""
+
+
+def _as_of_now(plain: Mapping[str, object]) -> dict[str, object]:
+    """Plain data of a recipe without retired settings and values.
+
+    Raises:
+        ConfigError: a retired setting has a value that this version cannot have.
+    """
+    now = dict(plain)
+    for path, values in _RETIRED.items():
+        group, _, key = path.partition(".")
+        settings: Any = now.get(group)
+        if not isinstance(settings, Mapping) or key not in settings:
+            continue
+        given = settings[key]
+        # compared one by one, because a file may hold a list there, which no dictionary can look up
+        replaced = [new for old, new in values.items() if old == given]
+        if replaced:
+            rest = {name: each for name, each in settings.items() if name != key}
+            now[group] = rest if replaced[0] is None else {**settings, key: replaced[0]}
+        elif None in values.values():
+            raise ConfigError(
+                f"{path}={given} is a setting of an earlier version, which this version does not have: it trains "
+                f"as with {path}={next(iter(values))}."
+            )
+    return now
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:

@@ -146,17 +146,13 @@ class Training:
             :attr:`History.longest_safe_steps <rnode_plugin.core.history.History>`. A fixed grid does not
             use it. An evaluation begins its second batch with the steps of the first, and measures the NFE in
             solves that do not.
-        weight_gradients: ``all``, or ``half`` to compute the gradients of the weights at half of the evaluations,
-            drawn in each step of a solve, which saves about 15 % of a training step. It needs ``rk4`` or
-            ``rk4_38`` with the full quadrature, the gradient ``autograd`` or ``checkpointed``, and fields that are
-            not compiled. See :meth:`Solver.solve <rnode_plugin.solvers.Solver.solve>`.
         weights: where the weights of the first step are: a run folder, a ``.ckpt`` or ``.safetensors`` file, or a
             name of weights in the package; None for fresh ones.
         precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` or ``64-true``, as Lightning names them. ``auto`` is
             ``bf16-mixed`` for a fixed grid where the device computes bfloat16 natively, else ``32-true``. Weights
             that were trained in 64 bits are evaluated and sampled in 32, as all others.
         compile: whether training evaluates the stack fields through torch.compile. ``auto`` does so on CUDA, where
-            it works, unless ``weight_gradients`` is ``half``.
+            it works.
         val_every: epochs between two validations, each with a grid of samples if the data are images.
         val_every_steps: steps between two validations instead; None for epochs.
         val_images: number of images or rows that a validation uses; None for all. ``rnode-cli eval`` uses all.
@@ -177,7 +173,6 @@ class Training:
     seed: NonNegativeInt = 42
     matching: NonNegativeInt = 0
     warm_start: bool = True
-    weight_gradients: Literal["all", "half"] = "all"
     weights: Annotated[Text | None, KeptBy.RESUME] = None
     precision: Annotated[str, AfterValidator(_known_precision)] = "32-true"
     compile: bool | Literal["auto"] = False

@@ -77,8 +77,6 @@ class LikelihoodLoss:
     def __init__(self, flow: DensityModel, recipe: Recipe) -> None:
         self._flow, self._measured, self._task = flow, recipe.measured, task_of(recipe.data)
         self._options: dict[str, Any] = {"solver": recipe.solver, "check": False}
-        if recipe.training.weight_gradients != "all":
-            self._options["weight_gradients"] = recipe.training.weight_gradients
         self._lambdas = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
 
     def __call__(self, batch: Tensor, step: int) -> StepTerms:
@@ -142,22 +140,20 @@ def loss_of(flow: DensityModel, recipe: Recipe) -> Loss:
     """Make the loss of a recipe for its model, with flow matching for the first steps if the recipe has some.
 
     Raises:
-        ConfigError: the recipe has flow matching, or ``training.weight_gradients=half``, for a model that is no
-            :class:`~rnode_plugin.core.distribution.FlowOfBlocks`, or flow matching of regularizers that learn.
+        ConfigError: the recipe has flow matching for a model that is no
+            :class:`~rnode_plugin.core.distribution.FlowOfBlocks`, or for regularizers that learn.
     """
-    likelihood, training = LikelihoodLoss(flow, recipe), recipe.training
+    likelihood = LikelihoodLoss(flow, recipe)
+    if not recipe.matching:
+        return likelihood
     if not isinstance(flow, FlowOfBlocks):
-        needed = {"matching": recipe.matching > 0, "weight_gradients": training.weight_gradients != "all"}
-        for name in (name for name, is_chosen in needed.items() if is_chosen):
-            raise ConfigError(
-                f"training.{name}={getattr(training, name)} needs a flow of blocks, such as MultiscaleFlow or "
-                f"TableFlow, not {recipe.model.name}: leave it at {getattr(Training, name)}."
-            )
-    elif recipe.matching:
-        if any(True for each in flow.regularizers.called for _ in each.parameters()):
-            raise ConfigError("training.matching needs regularizers without parameters, which get no gradient.")
-        return StagedLoss(MatchingLoss(flow, recipe), recipe.matching, likelihood)
-    return likelihood
+        raise ConfigError(
+            f"training.matching={recipe.matching} needs a flow of blocks, such as MultiscaleFlow or TableFlow, not "
+            f"{recipe.model.name}: leave it at {Training.matching}."
+        )
+    if any(True for each in flow.regularizers.called for _ in each.parameters()):
+        raise ConfigError("training.matching needs regularizers without parameters, which get no gradient.")
+    return StagedLoss(MatchingLoss(flow, recipe), recipe.matching, likelihood)
 
 
 def measure_batch(

@@ -143,11 +143,9 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> str:
 
 
 def resolve_compile(recipe: Recipe, device: torch.device) -> bool:
-    """Resolve whether the fields are compiled. ``auto`` compiles on CUDA only, and where all else allows it."""
-    training = recipe.training
-    if training.compile == "auto":
-        return device.type == "cuda" and training.weight_gradients == "all"
-    return training.compile
+    """Resolve whether the fields are compiled. ``auto`` compiles on CUDA only."""
+    compiles = recipe.training.compile
+    return device.type == "cuda" if compiles == "auto" else compiles
 
 
 def computes_bf16(device: torch.device) -> bool:
