@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -200,6 +201,36 @@ def test_labels(tmp_path: Path, recipes: list[Recipe], labels: list[str]) -> Non
     for one in configurations:
         terms = [f"{name} {strength_text(each)}" for name, each in one.recipe.regularizers.items()]
         assert cells(table, one.label)["λ"] == (", ".join(terms) or "none")
+
+
+def test_runs_that_differ_in_a_description_are_one_configuration(tmp_path: Path) -> None:
+    """As after an update that rewords a preset, or where the data were copied: nothing that changes a run."""
+    facts = Facts(train="a", held_out="b")
+    mine = pictures(CATS)
+    others = (
+        mine,
+        dataclasses.replace(mine, description="reworded", name="pictures-mine"),
+        pictures("/your/dogs"),
+    )
+    for number, (one, seed) in enumerate(itertools.product(others, (42, 43))):
+        training = dataclasses.replace(one.training, seed=seed)
+        write_run(tmp_path / str(number), dataclasses.replace(one, training=training), facts=facts, **FEW)
+    plain = dataclasses.replace(others[2], regularizers={})
+    write_run(tmp_path / "plain", plain, facts=facts, **FEW)
+    report = write_report([tmp_path], tmp_path / "out")
+    assert report.table.columns == ("none", "rnode"), "one data set has one name"
+    assert cells(report.table, "rnode")["seeds"] == "42, 43"
+    assert len(report.left_out) == 4, "a repetition is no second seed"
+    assert all(" has the settings and the seed of " in text for text in report.left_out)
+    # without facts, a copy at another place may be another data set
+    for number, one in enumerate((mine, others[2])):
+        write_run(tmp_path / "unknown" / str(number), one, **FEW)
+    unknown = write_report([tmp_path / "unknown"], tmp_path / "out2")
+    assert (len(unknown.table.columns), unknown.left_out) == (2, ())
+    # each row of the JSON has a cell for each configuration
+    rows = write_report([tmp_path], tmp_path / "out3").to_plain()["table"]
+    assert isinstance(rows, dict)
+    assert {len(row) for row in rows.values()} == {4}
 
 
 def test_runs_on_other_numbers_of_devices_are_another_configuration(tmp_path: Path) -> None:

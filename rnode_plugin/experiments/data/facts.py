@@ -63,6 +63,11 @@ class Facts:
         return {name: value for name, value in _FACTS.dump_python(self, mode="json").items() if value is not None}
 
     @property
+    def identity(self) -> tuple[str | None, ...]:
+        """What tells the data from others, as hashes of their samples and of the split."""
+        return self.checksum, self.train, self.held_out
+
+    @property
     def measured(self) -> str | None:
         """A hash of the held-out samples. Scores of other ones cannot be paired, sample by sample."""
         return self.checksum or self.held_out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -19,9 +18,9 @@ from ..evaluation.likelihood import has_whole_jacobian
 from ..evaluation.measures import Evaluation, mean_of
 from ..quantities import numbers_of, scores_of
 from ..recipes.kinds import AnyKind
-from ..recipes.recipe import Recipe, as_text, differences
+from ..recipes.recipe import Recipe
 from ..runs.contents import RunContents
-from .runs import data_name, data_text, given_name, penalties_of
+from .runs import configuration_of, data_name, data_text, given_name, penalties_of, settings_of
 
 _LEVEL = 0.95
 _RESOLUTION = 1e-5  # bits/dim or nats; single precision does not resolve smaller differences
@@ -112,12 +111,9 @@ def group_runs(runs: Sequence[RunContents]) -> list[Configuration]:
     Configurations of the paper's ablation come first and the others as they are given. Configurations with the same
     penalties, as in a sweep, are sorted by lambda.
     """
-    groups: dict[str, list[RunContents]] = {}
+    groups: dict[tuple[object, ...], list[RunContents]] = {}
     for run in runs:
-        training = dataclasses.replace(run.recipe.training, seed=0)
-        settings = dataclasses.replace(run.recipe, training=training).to_plain()
-        # a step takes a batch on each device, so the number of devices changes a run as the size of a batch does
-        groups.setdefault(repr((settings, run.devices, run.facts)), []).append(run)
+        groups.setdefault(configuration_of(run), []).append(run)
     order = list(dict.fromkeys([*_ORDER, *(penalties_of(group[0].recipe) for group in groups.values())]))
     members = sorted(
         groups.values(),
@@ -158,7 +154,10 @@ def _labels(runs: Sequence[RunContents]) -> list[str]:
     if len(runs) == 1:
         return [runs[0].recipe.name]
     recipes = [run.recipe for run in runs]
-    names, texts = ([f" on {text(recipe)}" for recipe in recipes] for text in (data_name, data_text))
+    # a copy at another place has the name of the first one, because two names would look like two data sets
+    first: dict[object, Recipe] = {}
+    places = [first.setdefault((run.facts and run.facts.identity) or run, run.recipe) for run in runs]
+    names, texts = ([f" on {text(place)}" for place in places] for text in (data_name, data_text))
     # data that have changed at the same place, under the same names, differ in the hash alone
     hashed = [f"{text}, hash {_measured(run) or 'unknown'}" for text, run in zip(texts, runs, strict=True)]
     data = _told_apart([""] * len(runs), names, texts, hashed)
@@ -183,12 +182,12 @@ def _told_apart(*texts: Sequence[str]) -> list[str]:
 
 def _difference(run: RunContents, twins: Sequence[RunContents]) -> str:
     """The first setting that no other of the ``twins`` has, as ``solver.step=0.5``, or all settings that differ."""
-    recipes = [each.recipe for each in twins]
-    values: dict[str, Sequence[object]] = {"name": [each.name for each in recipes]}
-    values |= {each.path: each.values for each in differences(*recipes) if each.path != "training.seed"}
-    values["devices"] = [each.devices for each in twins]
-    values["data"] = [each.facts and (each.facts.checksum or each.facts.train) for each in twins]
-    texts = {name: [as_text(value) for value in each] for name, each in values.items()}
+    settings = [settings_of(each) for each in twins]
+    texts = {"name": [each.recipe.name for each in twins]}
+    paths = dict.fromkeys(itertools.chain(*settings))
+    texts |= {path: [each.get(path, "none") for each in settings] for path in paths}
+    texts["devices"] = [str(each.devices) for each in twins]
+    texts["data"] = [str(each.facts and (each.facts.checksum or each.facts.train)) for each in twins]
     differ = [name for name, each in texts.items() if len(set(each)) > 1]
     alone = [name for name in differ if len(set(texts[name])) == len(twins)][:1]
     place = next(number for number, each in enumerate(twins) if each is run)

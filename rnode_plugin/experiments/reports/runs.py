@@ -11,7 +11,7 @@ from ...core.schedules import final_strength
 from ...errors import ConfigError
 from ...plugins import registry
 from ..quantities import steps_of
-from ..recipes.recipe import Recipe
+from ..recipes.recipe import Recipe, as_text
 from ..runs.contents import RunContents
 from ..runs.run import Run
 
@@ -62,6 +62,24 @@ def data_text(recipe: Recipe) -> str:
     return f"{place} ({data.text})"
 
 
+def settings_of(run: RunContents) -> dict[str, str]:
+    """The text of each setting in which runs of two configurations may differ.
+
+    The seed is left out, and the place of the data too if the facts of the run identify them: a copy is the same.
+    """
+    left_out = {"training.seed"} if run.facts is None else {"training.seed", "data.root"}
+    return {path: as_text(value) for path, value in run.recipe.settings() if path not in left_out}
+
+
+def configuration_of(run: RunContents) -> tuple[object, ...]:
+    """A key that the runs of one configuration share, and no run of another configuration has.
+
+    It has the settings, the data, and the number of devices, because a step takes a batch on each. Names and
+    descriptions change no run and are left out.
+    """
+    return tuple(settings_of(run).items()), run.devices, run.facts and run.facts.identity
+
+
 def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[RunContents], list[str]]:
     """Read the runs of a report.
 
@@ -100,9 +118,9 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[RunContents
             f"runs on images and on tables have no unit in common, such as {paths}: make a report of each kind."
         )
     # a repetition is not a second seed: its score is the same, so it would make the error too small
-    kept: dict[str, RunContents] = {}
+    kept: dict[tuple[object, ...], RunContents] = {}
     for run in sorted(runs.values(), key=lambda run: (run.result is None, -steps_of(run))):
-        one = kept.setdefault(repr((run.recipe.to_plain(), run.devices, run.facts)), run)
+        one = kept.setdefault((*configuration_of(run), run.recipe.training.seed), run)
         if one is not run:
             left_out[f"{run.path} has the settings and the seed of {one.path}."] = None
     return [run for run in runs.values() if run in kept.values()], list(left_out)
