@@ -1,6 +1,7 @@
-"""Two moons classified through torchdiffeq's odeint, without and with the kinetic penalty: NFE and accuracy."""
+"""Two moons by torchdiffeq's odeint, without and with the kinetic penalty: NFE, seconds of training, accuracy."""
 
 import argparse
+import time
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -37,7 +38,7 @@ def train(regularizers, *, steps, seed):
     generator = torch.Generator().manual_seed(100 + seed)
     field, head = Field(), nn.Linear(2, 2)
     optimizer = torch.optim.Adam([*field.parameters(), *head.parameters()], lr=1e-2)
-    counts = []
+    counts, start = [], time.process_time()
     for _ in range(steps):
         (x, label), field.nfe = moons(256, generator), 0
         if regularizers is None:  # torchdiffeq's own call
@@ -50,11 +51,12 @@ def train(regularizers, *, steps, seed):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    seconds = time.process_time() - start
     (x, label), field.nfe = moons(1000, generator), 0
     with torch.no_grad():
         z = odeint(field, x, T_SPAN, **TOLERANCES)[-1]
         accuracy = (head(z).argmax(1) == label).float().mean().item()
-    return counts, field.nfe, accuracy
+    return counts, seconds, field.nfe, accuracy
 
 
 def main():
@@ -65,11 +67,13 @@ def main():
     options = parser.parse_args()
     plt.style.use("rnode_plugin.plots")
     _, axes = plt.subplots(figsize=(6, 3.4))
-    print(f"{'regularizers':<18} {'seed':>4} {'NFE':>4} {'accuracy':>9}")
+    print(f"{'regularizers':<18} {'seed':>4} {'training':>9} {'NFE':>4} {'accuracy':>9}")
     for regularizers, color in ((None, "gray"), ({"kinetic": 0.01}, "C0")):
         for seed in range(options.seed, options.seed + 3):
-            counts, nfe, accuracy = train(regularizers, steps=options.steps, seed=seed)
-            print(f"{regularizers or 'none'!s:<18} {seed:>4} {nfe:>4} {accuracy:>9.1%}", flush=True)
+            counts, seconds, nfe, accuracy = train(regularizers, steps=options.steps, seed=seed)
+            print(
+                f"{regularizers or 'none'!s:<18} {seed:>4} {seconds:>7.1f} s {nfe:>4} {accuracy:>9.1%}", flush=True
+            )
             axes.plot(counts, color=color, label=str(regularizers or "none") if seed == options.seed else None)
     axes.set(xlabel="training step", ylabel="NFE of the step's solve", ylim=(0, None))
     axes.legend(title="regularizers")
