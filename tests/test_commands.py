@@ -44,7 +44,7 @@ REFUSED: dict[str, str] = {
     "train digits --devices 99999 --device cpu": "--devices 99999 is more than the",
     "train digits --devices x": "--devices takes a number (4), indices (0,2) or auto, not 'x'.",
     "train digits --num-nodes 0": "0 is not in the range x>=1",
-    "train digits --precision fp8": "unknown precision 'fp8'. Known: 16-mixed, 32-true, 64-true, auto, bf16-mixed.",
+    "train digits --precision fp8": "unknown precision 'fp8'. Known: 16-mixed, 32-true, 64-true, bf16-mixed.",
     "train digits --logger wandbb": "unknown logger 'wandbb'; did you mean 'wandb'",
     "train digits --set data.shape=1,2": "data.shape: an image has three numbers C,H,W (channels, height, width), "
     "as in 1,28,28, got '1,2'.",

@@ -141,34 +141,6 @@ def test_without_a_compiler_a_run_ends_in_one_sentence(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_auto_trains_uncompiled_where_compiling_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def broken(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            raise TorchDynamoException("InvalidCxxCompiler: No C++ compiler found")
-
-        return run
-
-    plain = run(tiny_recipe("training.max_steps=3"), tmp_path / "plain")
-    monkeypatch.setattr("rnode_plugin.fields.fused._compiler", lambda: broken(lambda: None))
-    monkeypatch.setattr("rnode_plugin.experiments.training.module.resolve_compile", lambda recipe, device: True)
-    automatic = run(tiny_recipe("training.max_steps=3", "training.compile=auto"), tmp_path / "auto")
-    assert capsys.readouterr().err.count("InvalidCxxCompiler: No C++ compiler found. Train without it.") == 1
-    a, b = (read_checkpoint(each.run.last)["state_dict"] for each in (plain, automatic))
-    for name in a:
-        assert torch.equal(a[name], b[name]), "the step that failed is taken again with the same noise"
-
-
-def test_auto_trains_a_model_without_such_a_field(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("rnode_plugin.experiments.training.module.compile_fields", lambda flow: 0)
-    monkeypatch.setattr("rnode_plugin.experiments.training.module.resolve_compile", lambda recipe, device: True)
-    assert run(tiny_recipe("training.max_steps=1", "training.compile=auto"), tmp_path).result.steps == 1
-    assert capsys.readouterr().err.count("has no field that can be compiled") == 1
-
-
 def test_a_model_without_such_a_field_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert compile_fields(torch.nn.Linear(2, 2)) == 0
     plain = get_recipe("digits").override(["training.compile=true"])

@@ -8,16 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import BeforeStep, rows, run, tiny_recipe
+from tiny_runs import rows, run, tiny_recipe
 from torch import nn
 
 from rnode_plugin import FixedGrid, NeuralODE, get_recipe, load_flow
 from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.core.system import System
 from rnode_plugin.experiments.recipes.tasks import load_data
-from rnode_plugin.experiments.training import step, trainer
-from rnode_plugin.experiments.training.checkpoints import load_with_recipe
-from rnode_plugin.experiments.training.trainer import computes_bf16, resolve_compile, resolve_precision
+from rnode_plugin.experiments.training import step
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.regularizers import kinetic
 from rnode_plugin.solvers import GRADIENTS
@@ -121,41 +119,3 @@ def test_a_training_solver_that_is_off_is_named_with_the_remedies(
     warning = "warning: at step 1 the training solver is off by -0.030 bits/dim from the accurate one (val/gap)"
     assert found.count("the training solver is off") == 1, "one warning for each run"
     assert f"{warning}, so the model learns its errors: lower {advice}" in found
-
-
-@pytest.mark.parametrize(("kind", "native", "settings", "expected"), [
-    ("cpu", True, (), ("bf16-mixed", False)), ("cpu", False, (), ("32-true", False)),
-    ("cuda", True, (), ("bf16-mixed", True)), ("cuda", False, (), ("32-true", True)),
-    ("cuda", True, ("solver.method=dopri5", "solver.quadrature=full"), ("32-true", True)),
-    ("cuda", False, ("training.precision=64-true", "training.compile=false"), ("64-true", False)),
-])  # fmt: skip
-def test_what_auto_means(
-    monkeypatch: pytest.MonkeyPatch, kind: str, native: bool, settings: tuple[str, ...], expected: tuple[str, bool]
-) -> None:
-    monkeypatch.setattr(trainer, "computes_bf16", lambda device: native)
-    recipe = tiny_recipe("training.precision=auto", "training.compile=auto", *settings)
-    device = torch.device(kind)
-    assert (resolve_precision(recipe, device), resolve_compile(recipe, device)) == expected
-
-
-@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
-def test_a_card_computes_bf16_from_8_0(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], native: bool
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert computes_bf16(torch.device("cuda")) == native
-
-
-def test_a_processor_computes_bf16_by_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    for flags, native in (("avx2 avx512f", False), ("avx512f avx512_bf16", True), ("amx_bf16 amx_tile", True)):
-        monkeypatch.setattr(Path, "read_text", lambda self, flags=flags, **options: f"flags : {flags}")
-        assert computes_bf16(torch.device("cpu")) == native
-
-
-def test_a_run_takes_the_precision_that_auto_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "computes_bf16", lambda device: True)
-    seen: list[str] = []
-    look = BeforeStep(lambda module, step: seen.append(module.trainer.precision))
-    fitted = run(tiny_recipe("training.precision=auto", "training.max_steps=1"), tmp_path, callbacks=[look])
-    assert seen == ["bf16-mixed"]
-    assert load_with_recipe(fitted.run.last)[1].training.precision == "auto"

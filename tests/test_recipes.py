@@ -87,7 +87,6 @@ def test_fast_recipes_have_model_and_objective_of_the_papers(name: str) -> None:
     assert dataclasses.replace(recipe.data, batch_size=200) == papers.data
     assert recipe.solver == dataclasses.replace(papers.solver, quadrature="sampled")
     assert recipe.training.matching
-    assert (recipe.training.precision, recipe.training.compile) == ("auto", "auto")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,14 +97,17 @@ def test_solvers_and_the_ffjord_baseline(name: str) -> None:
         assert (solver.method, solver.atol, solver.rtol, solver.first_step) == ("dopri5", 1e-5, 1e-5, 1 / 6)
     assert recipe.model.trace_noise == ("gaussian" if name in PAPER else "rademacher")
     if name in PAPER:
-        assert (recipe.training.precision, recipe.training.compile) == ("32-true", False)
         assert isinstance(recipe.solver, Adaptive) or recipe.solver.step == 0.25
     assert Recipe.from_plain(json.loads(json.dumps(recipe.to_plain()))) == recipe
     ffjord = recipe.ffjord()
     assert (ffjord.regularizers, ffjord.model) == ({}, recipe.model)
     assert dataclasses.replace(ffjord.solver, gradient="autograd") == recipe.test_solver
-    assert recipe.training.warm_start  # what trains by an adaptive solver begins warm, but not the baseline
-    assert not ffjord.training.warm_start
+    # no setting but the solver and the objective is between a recipe and its baseline, also where it begins warm
+    kept = recipe.training
+    assert (kept.precision, kept.compile, kept.warm_start) == ("32-true", False, False)
+    assert ffjord.training == dataclasses.replace(kept, matching=0)
+    warm = dataclasses.replace(recipe, training=dataclasses.replace(kept, warm_start=True))
+    assert warm.ffjord().training == dataclasses.replace(kept, matching=0, warm_start=True)
     with pytest.raises(ConfigError, match=r"unknown setting 'solver.warm_start'. Did you mean training.warm_start"):
         recipe.override(["solver.warm_start=false"])
     assert ffjord.name == f"{name}-ffjord" == ffjord.ffjord().name
@@ -307,7 +309,7 @@ def test_bad_plain_recipes_are_refused(change: dict[str, object], message: str) 
     [
         ("solver.step= 0.5 ", 0.5), ("solver.step=None", None),
         ("solver.max_nfe=1000", 1000), ("data.root=none", None), ("data.flip=yes", True),
-        ("training.compile=true", True), ("training.compile=auto", "auto"), ("optimizer.lr=3", 3.0),
+        ("training.compile=true", True), ("training.compile=no", False), ("optimizer.lr=3", 3.0),
         ("training.weights=007", "007"), ("training.seed=1234567890123456789", 1234567890123456789),
         ("data.shape=3, 16,16", (3, 16, 16)), ("training.sample_temperatures=[0.5, 1]", (0.5, 1.0)),
         ("model.trace_noise=gaussian", "gaussian"), ("regularizers.jacfrob=0", 0.0),

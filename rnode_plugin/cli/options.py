@@ -107,7 +107,7 @@ _SHORT: dict[str, tuple[str, str, str]] = {
     "seed": ("training.seed", "N", "Seed of the weights, the data order and all noise."),
     "weights": ("training.weights", "RUN", "Start from the weights of a run, a file or a packaged flow. Everything "
                 "else starts fresh."),
-    "precision": ("training.precision", "NAME", "Precision, as Lightning names it: 32-true, bf16-mixed or auto."),
+    "precision": ("training.precision", "NAME", "Precision, as Lightning names it: 32-true or bf16-mixed."),
 }  # fmt: skip
 
 

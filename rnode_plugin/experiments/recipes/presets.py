@@ -105,9 +105,7 @@ def pictures() -> Recipe:
         solver=_SAMPLED_QUARTER,
         test_solver=_DOPRI5,
         optimizer=_MUON_LARGE,
-        training=Training(
-            max_epochs=None, max_steps=1000, val_every_steps=100, val_images=300, precision="auto", compile="auto"
-        ),
+        training=Training(max_epochs=None, max_steps=1000, val_every_steps=100, val_images=300),
     )
 
 
@@ -165,7 +163,5 @@ def _fast(recipe: Recipe) -> Recipe:
             max_steps=matching + likelihood,
             matching=matching,
             val_images=200,
-            precision="auto",
-            compile="auto",
         ),
     )

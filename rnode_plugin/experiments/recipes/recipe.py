@@ -274,14 +274,15 @@ class Recipe:
     def ffjord(self) -> Recipe:
         """Return the FFJORD baseline (section 6), without penalties or flow matching, with dopri5 at 1e-5.
 
-        Each of its solves begins with a step of 1/6, as in the authors' scripts, so it does not begin warm. It
-        keeps the gradient and the largest NFE of the recipe's solver.
+        Each of its solves begins with a step of 1/6, as in the authors' scripts. It keeps the gradient and the
+        largest NFE of the recipe's solver, and every other setting, so that it differs from the recipe by its
+        solver and its objective alone.
         """
         own = self.solver
         solver = Adaptive("dopri5", first_step=1 / 6, max_nfe=own.max_nfe, gradient=own.gradient)
         name = self.name if self.name.endswith("-ffjord") else f"{self.name}-ffjord"
         with refused():
-            training = dataclasses.replace(self.training, matching=0, warm_start=False)
+            training = dataclasses.replace(self.training, matching=0)
             return dataclasses.replace(self, name=name, solver=solver, training=training, regularizers={})
 
     @property
@@ -517,6 +518,8 @@ def is_recipe_file(name: str) -> bool:
 
 
 _RETIRED: Mapping[str, Mapping[object, object]] = {
+    "training.precision": {"auto": "32-true"},
+    "training.compile": {"auto": False},
     "training.weight_gradients": {"all": None},
     "solver.error_norm": {"rms": None},
     "test_solver.error_norm": {"rms": None},

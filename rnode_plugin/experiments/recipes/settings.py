@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from ...errors import ConfigError, check_name
 from .fields import CONFIG, Decay, Fraction, KeptBy, Listed, Text
 
-_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "auto")
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 _SHORT = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}  # Lightning's
 
 
@@ -148,11 +148,9 @@ class Training:
             solves that do not.
         weights: where the weights of the first step are: a run folder, a ``.ckpt`` or ``.safetensors`` file, or a
             name of weights in the package; None for fresh ones.
-        precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` or ``64-true``, as Lightning names them. ``auto`` is
-            ``bf16-mixed`` for a fixed grid where the device computes bfloat16 natively, else ``32-true``. Weights
-            that were trained in 64 bits are evaluated and sampled in 32, as all others.
-        compile: whether training evaluates the stack fields through torch.compile. ``auto`` does so on CUDA, where
-            it works.
+        precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` or ``64-true``, as Lightning names them. Weights that
+            were trained in 64 bits are evaluated and sampled in 32, as all others.
+        compile: whether training evaluates the stack fields through torch.compile.
         val_every: epochs between two validations, each with a grid of samples if the data are images.
         val_every_steps: steps between two validations instead; None for epochs.
         val_images: number of images or rows that a validation uses; None for all. ``rnode-cli eval`` uses all.
@@ -172,10 +170,10 @@ class Training:
     max_steps: PositiveInt | None = None
     seed: NonNegativeInt = 42
     matching: NonNegativeInt = 0
-    warm_start: bool = True
+    warm_start: bool = False
     weights: Annotated[Text | None, KeptBy.RESUME] = None
     precision: Annotated[str, AfterValidator(_known_precision)] = "32-true"
-    compile: bool | Literal["auto"] = False
+    compile: bool = False
     val_every: PositiveInt = 1
     val_every_steps: PositiveInt | None = None
     val_images: PositiveInt | None = None

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ...core.distribution import DensityModel
 from ...core.random_streams import Stream, seed_everything
-from ...errors import CompilerError, ConfigError, LocalError, SolverError, TrainingError
+from ...errors import ConfigError, LocalError, SolverError, TrainingError
 from ...fields import compile_fields
 from ..data.facts import Facts, has_more, overlap_warning
 from ..recipes.recipe import Recipe
@@ -25,7 +25,6 @@ from .datamodule import RecipeDataModule
 from .experiment import new_flow
 from .optimizers import learning_rate_factor, make_optimizer
 from .step import Loss, StepTerms, loss_of, measure_batch
-from .trainer import resolve_compile
 
 if TYPE_CHECKING:
     from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
@@ -122,15 +121,7 @@ class RnodeModule(L.LightningModule):
         # With accumulation one device takes in turn the batches that several devices would take at once. It draws
         # the noise that they would draw, so both give the same step
         device = part * self._world + self.global_rank
-        # torch.compile fails at the first call, not when it wraps a field
-        try:
-            terms = self._terms_of(batch, device)
-        except CompilerError as error:
-            if self.recipe.training.compile != "auto":
-                raise
-            compile_fields(self.flow, compiled=False)
-            self._print(f"{error} With training.compile=auto the run trains uncompiled.")
-            terms = self._terms_of(batch, device)
+        terms = self._terms_of(batch, device)
         # the terms are kept until the step is logged, and with its graph the loss would keep the whole solve
         detached = dataclasses.replace(terms, loss=terms.loss.detach())
         self._terms = [*(self._terms if part else ()), detached]
@@ -238,14 +229,11 @@ class RnodeModule(L.LightningModule):
         elif data is not None and self._compares:  # with the data of a checkpoint, or of the first fit
             self._print(overlap_warning(self.facts, data))
         self._is_fresh = False  # a second fit continues from the weights of the first
-        if resolve_compile(self.recipe, self.device):
-            if compile_fields(self.flow):
-                self._print("the fields are compiled: the first step takes longer")
-            elif self.recipe.training.compile == "auto":
-                self._print(f"the model {self.recipe.model.name} has no field that can be compiled.")
-            else:
+        if self.recipe.training.compile:
+            if not compile_fields(self.flow):
                 name = self.recipe.model.name
                 raise ConfigError(f"the model {name} has no field that can be compiled: train without --compile.")
+            self._print("the fields are compiled: the first step takes longer")
 
     def on_train_start(self) -> None:
         # A checkpoint restores the optimizer with the learning rates and decays of the recipe that it was saved

@@ -92,7 +92,7 @@ def make_trainer(
         "check_val_every_n_epoch": None,  # so that the interval counts over all epochs
         "accumulate_grad_batches": settings.accumulate,
         "log_every_n_steps": settings.log_every,
-        "precision": resolve_precision(recipe, place.device),
+        "precision": settings.precision,
     }
     if refused := sorted(options.keys() & {*ours, *_CHANGES_RESULTS}):
         raise ConfigError(
@@ -130,36 +130,6 @@ def _refusing(what: str) -> Iterator[None]:
         yield
     except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
         raise ConfigError(f"{what}: {' '.join(str(error).split())}") from None
-
-
-# what `auto` means ---------------------------------------------------------------------------------------------
-
-
-def resolve_precision(recipe: Recipe, device: torch.device) -> str:
-    """Resolve the precision. ``auto`` is bfloat16 for a fixed grid on a device that computes it, else 32 bits."""
-    if (precision := recipe.training.precision) != "auto":
-        return precision
-    return "bf16-mixed" if computes_bf16(device) and not recipe.solver.adaptive else "32-true"
-
-
-def resolve_compile(recipe: Recipe, device: torch.device) -> bool:
-    """Resolve whether the fields are compiled. ``auto`` compiles on CUDA only."""
-    compiles = recipe.training.compile
-    return device.type == "cuda" if compiles == "auto" else compiles
-
-
-def computes_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 numbers natively, which CUDA does from 8.0, and some CPUs do.
-
-    A CPU needs ``avx512_bf16`` or AMX. Others emulate bfloat16, which is slower than 32 bits.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:  # not Linux
-        return False
-    return device.type == "cpu" and any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
 
 
 # terminal, checkpoints -----------------------------------------------------------------------------------------
