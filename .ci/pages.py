@@ -19,7 +19,8 @@ PAGES = [
     *sorted((ROOT / "examples").rglob("README.md")),
 ]
 NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
-MEASURED = [ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "results" / "penalties.csv"]
+RESULTS = ROOT / "benchmarks" / "results"
+MEASURED = [ROOT / "benchmarks" / "README.md", RESULTS / "README.md", RESULTS / "penalties.csv"]
 REPEATING = ("README.md", "docs/index.md", "docs/which_penalty.md")
 # a notebook, its picture, the page that shows it, and the figures that the notebook prints and the page repeats
 SHOWN = [

@@ -75,7 +75,7 @@ SIDEBAR = {
     "gallery": "start/two_moons notebooks/classifier notebooks/flow_matching notebooks/table_density"
     " notebooks/image_flow",
     "which_penalty": "regularizers mathematics comparison",
-    "benchmarks": "",
+    "benchmarks": "results",
     "torchdyn": "diagnose export",
     "images": "exact_images tables training scaling reports reproduce",
     "faq": "troubleshooting cli glossary",
@@ -93,6 +93,7 @@ TITLES = {  # shorter ones, for the sidebar
     "tables": "Tables",
     "scaling": "GPU, devices, machines",
     "diagnose": "Diagnose",
+    "results": "All measurements",
     "export": "Export",
     "mathematics": "Mathematics",
     "troubleshooting": "Error messages",
@@ -117,6 +118,7 @@ SHOWN = {
     "maf_tables": ROOT / "examples" / "maf_tables" / "README.md",
     "otflow": ROOT / "examples" / "otflow" / "README.md",
     "parquet_pictures": ROOT / "examples" / "parquet_pictures" / "README.md",
+    "results": ROOT / "benchmarks" / "results" / "README.md",
     "security": ROOT / "SECURITY.md",
     "third_party_plugin": ROOT / "examples" / "third_party_regularizer" / "README.md",
 }
