@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.tf32 import without_tf32
 from ..errors import ConfigError, SolverError
 from ..solvers import Solver
 from . import checks
@@ -28,6 +29,7 @@ def compared_for(dims: int) -> int:
 
 
 @torch.no_grad()
+@without_tf32()
 def diagnose(
     model: Any,
     x: Tensor,
@@ -38,7 +40,7 @@ def diagnose(
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
 ) -> Diagnosis:
-    """Check whether the densities and samples of a model can be trusted.
+    """Check whether the densities and samples of a model can be trusted, without the rounding of TF32.
 
     Args:
         model: a :class:`~rnode_plugin.RegularizedCNF`, a :class:`~rnode_plugin.MultiscaleFlow`, or another

@@ -17,6 +17,7 @@ from ...core.derivatives import Field
 from ...core.distribution import DensityModel
 from ...core.objective import FlowOutput, per_dim
 from ...core.random_streams import Stream, seeded
+from ...core.tf32 import without_tf32
 from ...core.trace_estimators import Exact, Hutchinson
 from ...diagnostics.solver_gap import measure_solver_gap
 from ...errors import ConfigError, check_count
@@ -38,6 +39,7 @@ _NFE_BATCHES, _NFE_BATCH, _NFE_NUMBERS = 4, 100, 400_000  # number of batches, a
 
 
 @torch.no_grad()
+@without_tf32()
 def evaluate(
     flow: DensityModel,
     samples: ImageArray | Tensor,
@@ -53,7 +55,7 @@ def evaluate(
     bound: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Measure the likelihood, NFE and penalties of ``flow`` on samples.
+    """Measure the likelihood, NFE and penalties of ``flow`` on samples, without the rounding of TF32.
 
     Args:
         flow: the model, which stays on its device and in its mode. Its trace estimator is replaced. The trace is

@@ -12,6 +12,7 @@ from ...core.distribution import DensityModel, FlowOfBlocks
 from ...core.objective import FlowOutput, objective, per_dim
 from ...core.random_streams import Stream, seeded
 from ...core.schedules import final_strength, strength_at
+from ...core.tf32 import without_tf32
 from ...diagnostics.solver_gap import measure_solver_gap
 from ...errors import ConfigError, SolverError
 from ...solvers import HealthCheck, Solver, all_finite, check_all
@@ -189,9 +190,9 @@ def measure_batch(
 
     # score and NFE come from a solve that no penalty has changed, so some penalties take another solve
     apart = flow.regularizers.adds_evaluations
-    # In 8 or 11 bits the rounding of a field is larger than the tolerances of an adaptive method, which would
-    # shrink its steps without end
-    with torch.autocast(batch.device.type, enabled=False):
+    # In the 8 or 11 bits of bfloat16, float16 and TF32 the rounding of a field is larger than the tolerances of an
+    # adaptive method, which would shrink its steps without end. The training solver below computes as in training
+    with torch.autocast(batch.device.type, enabled=False), without_tf32():
         scores, output = scored(penalties=not apart)
         integrals = (scored(penalties=True)[1] if apart else output).regularization
     whole = flow.regularizers.undivided
