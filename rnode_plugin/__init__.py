@@ -39,7 +39,8 @@ _PUBLIC = {
     "diagnose": "diagnostics.diagnose",
     "export_program": "export",
     "save_program": "export",
-    "penalties_at": "flow_matching",
+    "penalties_along": "penalties",
+    "penalties_at": "penalties",
     "velocity_from_noise": "diffusion",
     "install": "torchdyn.neural_ode",
     "uninstall": "torchdyn.neural_ode",
@@ -65,9 +66,9 @@ if TYPE_CHECKING:
     from .experiments.training.datamodule import ImageDataModule, TableDataModule
     from .experiments.training.module import RnodeModule
     from .export import export_program, save_program
-    from .flow_matching import penalties_at
     from .flows.multiscale import MultiscaleFlow
     from .flows.table import TableFlow
+    from .penalties import penalties_along, penalties_at
     from .plugins.hookspecs import hookimpl
     from .regularizers import Rate
     from .solvers.solution import Solution

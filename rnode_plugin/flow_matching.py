@@ -1,92 +1,22 @@
-"""Penalties and scores at points, and an ``ODESolver``, for velocities that are trained without a solve."""
+"""Scores at points, and flow_matching's ``ODESolver``, for velocities that are trained without a solve."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .core.importance_sampling import check_log_density
-from .core.modes import outside_inference, refuse_dual_numbers
-from .core.part import PartSpec
-from .core.regularizer import Rate
-from .core.regularizers import RegularizersLike
+from .core.modes import outside_inference
 from .core.signature import SCALAR, call_of, time_first
 from .core.system import System
 from .errors import ConfigError, suggest
-from .plugins.registry import resolve_regularizers
 from .solvers import FIXED_METHODS, METHODS, Adaptive, FixedGrid, Solver
 
 _METHODS = {"rk4": "rk4_38"}  # flow_matching takes torchdiffeq's names, and its rk4 is the 3/8 rule
-
-
-def penalties_at(
-    field: Callable[..., Tensor],
-    t: Tensor | float,
-    z: Tensor,
-    regularizers: RegularizersLike,
-    *,
-    trace_noise: str = "rademacher",
-    batch_dim: int | None = 0,
-    velocity: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Compute the rates of penalties at given points, for a loss without a solve, such as flow matching.
-
-    If the times of a batch are uniform in [0, 1], the mean of a rate over the batch estimates the penalty's
-    integral. This mean times lambda / D is the penalty's term in eq. 17.
-
-    Args:
-        field: the velocity. The names of its parameters decide how it is called, by default ``(t, x)``.
-        t: a number, or one time per sample, ``(B,)`` or ``(B, 1)``, as the field takes it.
-        z: states ``(B, *event)``.
-        regularizers: names, objects or functions of rates, as for :class:`~rnode_plugin.NeuralODE`, but without
-            lambdas, which you apply to the result.
-        trace_noise: noise for the product that ``jacfrob`` needs, signs if it is not given. Each call draws once
-            from torch's generator.
-        batch_dim: 0, the dimension of the samples. None: all of ``z`` is one sample, for a field that mixes the
-            rows of its state, such as the nodes of a graph.
-        velocity: ``field`` at ``t`` and ``z``, if the loss has computed it already. Penalties without a derivative,
-            such as ``kinetic`` and ``finite_difference``, then do not evaluate it a second time. A penalty with a
-            derivative evaluates the field itself, with its own dropout mask.
-
-    Returns:
-        The rate ``(B,)`` of each penalty by name, summed over the event; differentiable if gradients are enabled.
-
-    Raises:
-        ConfigError: for a regularizer that is unknown, not a rate or given with a lambda, for a ``t`` of another
-            shape, and for a ``velocity`` of a field with dropout where a penalty evaluates the field at another
-            point.
-
-    Example:
-        >>> import torch
-        >>> from rnode_plugin import penalties_at
-        >>> z = torch.ones(3, 2)
-        >>> rates = penalties_at(lambda t, x: -2 * x, 0.5, z, ["kinetic", "jacfrob"], trace_noise="exact")
-        >>> {name: rate.tolist() for name, rate in rates.items()}
-        {'kinetic': [8.0, 8.0, 8.0], 'jacfrob': [8.0, 8.0, 8.0]}
-    """
-    if isinstance(regularizers, Mapping) and any(strength is not None for strength in regularizers.values()):
-        raise ConfigError("penalties_at applies no lambda: give the names alone and weigh the rates by lambda / D.")
-    refuse_dual_numbers()
-    rates = resolve_regularizers(regularizers)
-    if batch_dim not in (0, None):
-        raise ConfigError(f"batch_dim must be 0, or None for a state that is one sample, not {batch_dim!r}.")
-    t = torch.as_tensor(t, dtype=z.dtype, device=z.device)
-    if t.ndim and (t.numel(), t.shape[:1]) != (len(z), z.shape[:1]):
-        raise ConfigError(f"t must be a number or of shape ({len(z)},) or ({len(z)}, 1), not {tuple(t.shape)}.")
-    for each in rates:
-        if not isinstance(each, Rate) or each.finish is not None:
-            raise ConfigError(
-                f"{each.name!r} is not a rate alone: it needs a solve, which penalties_at does not make."
-            )
-    function = call_of(time_first(field, with_context=False))
-    system = System(rates, trace_noise, part=PartSpec(batch_dim=batch_dim))
-    with outside_inference(t, z, velocity) as (time, z, velocity):
-        solve = system.start(function, z, density=False, user_field=field, velocity=velocity)
-        return solve(time, z).penalties
 
 
 def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, *, noise_time: float) -> Tensor:

@@ -30,13 +30,14 @@ from rnode_plugin import (
     NeuralODE,
     RegularizedCNF,
     TableFlow,
+    penalties_along,
+    penalties_at,
 )
 from rnode_plugin import torchdiffeq as our_torchdiffeq
 from rnode_plugin.cli.lists import exec_script
 from rnode_plugin.core.system import System
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.flow_matching import penalties_at
 from rnode_plugin.regularizers import jacfrob
 from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdiffeq import odeint, odeint_adjoint, regularize
@@ -493,6 +494,7 @@ INTERFACES: dict[str, Callable[[Tensor], object]] = {
     ),
     "regularize": solved_in_a_block,
     "install": solved_after_install,
+    "penalties_along": lambda z: penalties_along(field, torch.tensor(SPAN), torch.stack([z, 2 * z]), ["jacfrob"]),
     "penalties_at": lambda z: penalties_at(field, 0.3, z, ["jacfrob"]),
 }
 

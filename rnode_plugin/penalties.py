@@ -1,0 +1,281 @@
+"""Penalties without a solve of this package: at given points, and along the states that another solver returned."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .core.derivatives import Velocity
+from .core.integrals import Integrals
+from .core.modes import differs, outside_inference, refuse_dual_numbers, transforms_active
+from .core.modules import module_of
+from .core.part import PartSpec, State, tensors_of, warn_of_flat_state
+from .core.regularizer import Rate
+from .core.regularizers import RegularizersLike
+from .core.signature import accepts, call_of, field_takes, time_first
+from .core.system import System
+from .core.trace_estimators import TraceEstimator
+from .errors import ConfigError
+from .plugins.registry import resolve_regularizers
+
+
+def penalties_at(
+    field: Callable[..., Tensor],
+    t: Tensor | float,
+    z: Tensor,
+    regularizers: RegularizersLike,
+    *,
+    trace_noise: str | TraceEstimator = "rademacher",
+    batch_dim: int | None = 0,
+    velocity: Tensor | None = None,
+    context: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Compute the rates of penalties at given points, for a loss without a solve, such as flow matching.
+
+    If the times of a batch are uniform in [0, 1], the mean of a rate over the batch estimates the penalty's
+    integral. This mean times lambda / D is the penalty's term in eq. 17.
+
+    Args:
+        field: the velocity. The names of its parameters decide how it is called, by default ``(t, x)``.
+        t: a number, or one time per sample, ``(B,)`` or ``(B, 1)``, as the field takes it.
+        z: states ``(B, *event)``.
+        regularizers: names, objects or functions of rates, as for :class:`~rnode_plugin.NeuralODE`, but without
+            lambdas, which you apply to the result.
+        trace_noise: noise for the product that ``jacfrob`` needs, signs if it is not given. Each call draws once
+            from torch's generator.
+        batch_dim: 0, the dimension of the samples. None: all of ``z`` is one sample, for a field that mixes the
+            rows of its state, such as the nodes of a graph.
+        velocity: ``field`` at ``t`` and ``z``, if the loss has computed it already. Penalties without a derivative,
+            such as ``kinetic`` and ``finite_difference``, then do not evaluate it a second time. A penalty with a
+            derivative evaluates the field itself, with its own dropout mask.
+        context: a third argument of the field, ``field(t, z, context)``, passed on as it is.
+
+    Returns:
+        The rate ``(B,)`` of each penalty by name, summed over the event; differentiable if gradients are enabled.
+
+    Raises:
+        ConfigError: for a regularizer that is unknown, not a rate or given with a lambda, for a ``t`` of another
+            shape, for a field that takes no ``context``, and for a ``velocity`` of a field with dropout where a
+            penalty evaluates the field at another point.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin import penalties_at
+        >>> z = torch.ones(3, 2)
+        >>> rates = penalties_at(lambda t, x: -2 * x, 0.5, z, ["kinetic", "jacfrob"], trace_noise="exact")
+        >>> {name: rate.tolist() for name, rate in rates.items()}
+        {'kinetic': [8.0, 8.0, 8.0], 'jacfrob': [8.0, 8.0, 8.0]}
+    """
+    if isinstance(regularizers, Mapping) and any(strength is not None for strength in regularizers.values()):
+        raise ConfigError("penalties_at applies no lambda: give the names alone and weigh the rates by lambda / D.")
+    refuse_dual_numbers()
+    rates = resolve_regularizers(regularizers)
+    if batch_dim not in (0, None):
+        raise ConfigError(f"batch_dim must be 0, or None for a state that is one sample, not {batch_dim!r}.")
+    t = torch.as_tensor(t, dtype=z.dtype, device=z.device)
+    if t.ndim and (t.numel(), t.shape[:1]) != (len(z), z.shape[:1]):
+        raise ConfigError(f"t must be a number or of shape ({len(z)},) or ({len(z)}, 1), not {tuple(t.shape)}.")
+    for each in rates:
+        if not isinstance(each, Rate) or each.finish is not None:
+            raise ConfigError(
+                f"{each.name!r} is not a rate alone: it needs a solve, which penalties_at does not make."
+            )
+    system = System(rates, trace_noise, part=PartSpec(batch_dim=batch_dim))
+    with outside_inference(t, z, velocity, context) as (time, z, velocity, context):
+        function = _velocity_of(field, context)
+        solve = system.start(function, z, density=False, user_field=field, velocity=velocity)
+        return solve(time, z).penalties
+
+
+def penalties_along(
+    field: Callable[..., Any],
+    times: Tensor | Iterable[float | Tensor],
+    states: State,
+    regularizers: RegularizersLike,
+    *,
+    trace_noise: str | TraceEstimator = "rademacher",
+    batch_dim: int | None = 0,
+    penalized: Any = None,
+    velocities: State | None = None,
+    context: Tensor | None = None,
+) -> Integrals:
+    """Integrate penalties along the states that any solver returned, such as zuko's, torchode's or your own loop.
+
+    It evaluates the rates at each of the T states, which takes T evaluations of the field, and integrates cubic
+    polynomials through the rates at four neighboring times. Two times give the trapezoidal rule, three equidistant
+    ones Simpson's rule, and four the 3/8 rule. For smooth paths the error falls as the fourth power of the distance
+    between the times. Give 10 to 20 times, and compare the result with that of twice as many.
+
+    For very uneven times, such as intervals that double, a weight of this quadrature may be negative. Then the
+    trapezoidal rule takes its place, so that a non-negative rate has a non-negative integral.
+
+    The gradient goes through the graph that the solver has left in ``states``. Detached states have none, so the
+    gradient then lacks a part, and you get a warning. :doc:`/start/any_solver` has a program for each solver.
+
+    Args:
+        field: the velocity. The names of its parameters decide how it is called, by default ``(t, x)``.
+        times: one row of times ``(T,)`` for all samples, increasing or decreasing, two or more. A gradient reaches
+            times with a graph.
+        states: the states at these times, ``(T, B, *event)``, or a tuple of such tensors for a field of a tuple,
+            as torchdiffeq returns them. The times come first: ``ys.transpose(0, 1)`` for torchode's ``(B, T, D)``.
+        regularizers: names, objects or functions of rates, or a mapping from these to lambda, as for
+            :class:`~rnode_plugin.NeuralODE`.
+        trace_noise: noise for the product that ``jacfrob`` needs, drawn at each time from torch's generator.
+        batch_dim: dimension of the samples in the state of one time. None: the whole state is one sample, for a
+            field that mixes the rows of its state, such as the nodes of a graph; integrals are then ``(1,)``.
+        penalized: the tensors of a tuple, or the columns of a state, that the penalties measure, as for
+            :func:`rnode_plugin.torchdiffeq.odeint`; None: the first tensor, or all of a state that is one tensor.
+        velocities: ``field`` at these times and states, in the form of ``states``, if they are known. Penalties
+            without a derivative, such as ``kinetic``, then do not evaluate the field. A penalty with a derivative
+            evaluates the field itself, with its own dropout mask.
+        context: a third argument of the field, ``field(t, z, context)``, passed on as it is.
+
+    Returns:
+        Integrals: a mapping from names to integrals ``(B,)`` over ``|dt|``, whose ``loss()`` is their weighted sum
+            in eq. 17.
+
+    Raises:
+        ConfigError: for times that are not one finite, strictly monotonic row, for a list of states or states
+            without the times along their first dimension, for a regularizer that is unknown, a span policy or a
+            penalty on the steps of a solver, for times with a gradient that a rate cannot give, and for a
+            ``penalized`` or ``batch_dim`` that the state does not have.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin import penalties_along
+        >>> times = torch.linspace(0, 1, 21)
+        >>> states = torch.ones(21, 4, 2) * torch.exp(-times)[:, None, None]  # any solver's
+        >>> penalties = penalties_along(lambda t, x: -x, times, states, {"kinetic": 0.01})
+        >>> round(float(penalties["kinetic"][0]), 4)  # 1 - exp(-2)
+        0.8647
+    """
+    refuse_dual_numbers()
+    resolved = resolve_regularizers(regularizers)
+    for each in resolved:
+        if not isinstance(each, Rate):
+            raise ConfigError(
+                f"{each.name!r} reads or changes the steps or the times of a solve, which was made already: use it "
+                "in NeuralODE or RegularizedCNF, and a rate such as 'kinetic' or 'jacfrob' along given states."
+            )
+    row = _row_of(times)
+    _check_states("states", states, len(row))
+    if velocities is not None:
+        _check_states("velocities", velocities, len(row))
+        shapes, wanted = ([tuple(x.shape) for x in tensors_of(each)] for each in (velocities, states))
+        if shapes != wanted:
+            raise ConfigError(f"velocities must have the shape of states, {wanted}, not {shapes}.")
+    resolved.check_time_gradient(row, through_steps=True)
+    if torch.is_grad_enabled() and not transforms_active() and not any(x.requires_grad for x in tensors_of(states)):
+        net = module_of(field)
+        if net is not None and any(p.requires_grad for p in net.parameters()):
+            warnings.warn(_NO_GRAPH, stacklevel=2)
+    system = System(resolved, trace_noise, part=PartSpec.of(penalized, batch_dim))
+    with outside_inference(row, states, velocities, context) as (row, states, velocities, context):
+        function, path = _velocity_of(field, context), _each_time(states)
+        known: list[Any] = [None] * len(row) if velocities is None else _each_time(velocities)
+        part = system.part.part(path[0])
+        z0, z1 = (tensors_of(x)[0] if part is None else part.take(x) for x in (path[0], path[-1]))
+        warn_of_flat_state(z0, resolved.needs)
+        found: dict[str, list[Tensor]] = {name: [] for name in resolved.rates}
+        for t, state, velocity in zip(row.to(z0), path, known, strict=True):
+            solve = system.start(function, state, density=False, user_field=field, velocity=velocity)
+            for name, rate in solve(t, state).penalties.items():
+                found[name].append(rate)
+        weights = _weights(row).to(z0)[:, None]
+        integrals = {name: (weights * torch.stack(rates)).sum(0) for name, rates in found.items()}
+        integrals |= resolved.finish(integrals, z0, z1, row)
+    return Integrals(integrals, resolved, z0.shape[1:].numel())
+
+
+_NO_GRAPH = (
+    "the states have no graph, so the gradient of these penalties lacks the part that goes through the states: "
+    "solve with gradients enabled, and do not detach the states. For points that do not come from the field, such "
+    "as a path between data, penalties_at gives the whole gradient."
+)
+
+
+def _velocity_of(field: Callable[..., Any], context: Tensor | None) -> Velocity:
+    """The field as a function of time and state, in the order that the names of its parameters tell."""
+    function = call_of(time_first(field, with_context=context is not None))
+    if context is None:
+        return function
+    takes = field_takes(field)
+    if takes.order == "x" or ("*" not in takes.order and not accepts(field, None, None, None)):
+        raise ConfigError("context= makes the call field(t, z, context), which this field does not take.")
+    return lambda t, z: function(t, z, context)
+
+
+def _row_of(times: Tensor | Iterable[float | Tensor]) -> Tensor:
+    """The times as one row ``(T,)``, checked."""
+    if not isinstance(times, Tensor):
+        given = [torch.as_tensor(t, dtype=torch.float64) for t in times]
+        times = torch.stack(given) if given else torch.zeros(0)
+    if times.ndim != 1 or differs(times):
+        raise ConfigError(
+            f"times must be one row (T,) for all samples, not of shape {tuple(times.shape)}: where each sample may "
+            "have times of its own, as in torchode, solve to times that all samples share."
+        )
+    row = times if times.is_floating_point() else times.double()
+    steps = row.detach().diff()
+    if len(row) < 2 or not bool(((steps > 0).all() | (steps < 0).all()) & torch.isfinite(row).all()):
+        raise ConfigError(
+            f"times must be two or more finite times, strictly increasing or decreasing, not {times.tolist()}."
+        )
+    return row
+
+
+def _check_states(name: str, states: object, count: int) -> None:
+    """Refuse what is not a tensor, or a tuple of tensors, with the times along the first dimension."""
+    tensors = (states,) if isinstance(states, Tensor) else states
+    if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
+        raise ConfigError(
+            f"{name} must be a tensor (T, B, ...), or a tuple of such tensors for a field of a tuple, not a "
+            f"{type(states).__name__}: torch.stack makes a tensor of a list of states."
+        )
+    for x in tensors:
+        if x.shape[:1] != (count,):
+            raise ConfigError(
+                f"{name} must have the {count} times along their first dimension, not the shape {tuple(x.shape)}: "
+                "where the samples come first, as in torchode, give states.transpose(0, 1)."
+            )
+
+
+def _each_time(states: State) -> list[State]:
+    """The state at each time."""
+    if isinstance(states, Tensor):
+        return list(states.unbind())
+    return list(zip(*(x.unbind() for x in states), strict=True))
+
+
+def _weights(times: Tensor) -> Tensor:
+    """The weight ``(T,)`` of each time in an integral over ``|dt|``, none of them negative, in double precision."""
+    t = times.cpu().double()
+    t = t if bool(t[-1] > t[0]) else -t
+    weights = _interpolatory(t, min(4, len(t)))
+    return _interpolatory(t, 2) if bool((weights < 0).any()) else weights
+
+
+def _interpolatory(t: Tensor, points: int) -> Tensor:
+    """The weights of a quadrature that integrates, from each time to the next, a polynomial through near values.
+
+    Args:
+        t: increasing times ``(T,)``.
+        points: number of values, 2 to 4, that determine a polynomial: those at both ends of its interval, and
+            their neighbors on both sides, as far as there are any.
+    """
+    first = (torch.arange(len(t) - 1) - (points - 2) // 2).clamp(0, len(t) - points)
+    near = first[:, None] + torch.arange(points)  # (T - 1, points)
+    knots, itself = t[near], torch.eye(points, dtype=torch.bool)
+    gaps = (knots[:, :, None] - knots[:, None]).masked_fill(itself, 1.0)
+    half, middle = t.diff() / 2, (t[1:] + t[:-1]) / 2
+    weights = torch.zeros_like(t)
+    for node in (middle - half / math.sqrt(3), middle + half / math.sqrt(3)):  # Gauss's rule, exact for cubics
+        factors = (node[:, None, None] - knots[:, None]) / gaps
+        lagrange = factors.masked_fill(itself, 1.0).prod(2)  # the polynomials that are 1 at one of the times
+        weights = weights.index_add(0, near.flatten(), (half[:, None] * lagrange).flatten())
+    return weights
