@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from density_models import MODELS
 from density_models import make as make_density
 from problems import COPIES, Wave
 from regularizer_table import Weighed, WeighedFunction, weighed
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.distributions import MultivariateNormal
+from torch.distributions import Independent, MultivariateNormal, Normal
 from torch.func import functional_call
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
 from torchdyn.core.defunc import DEFuncBase
@@ -30,10 +31,13 @@ from torchdyn.numerics.solvers.ode import DormandPrince45, Euler
 from torchdyn_fields import mlp
 
 import rnode_plugin
-from rnode_plugin import FixedGrid, Hutchinson, NeuralODE, RegularizedCNF, TableFlow
+from rnode_plugin import FixedGrid, Hutchinson, NeuralODE, RegularizedCNF, TableFlow, objective
+from rnode_plugin.core.distribution import StandardNormal
+from rnode_plugin.core.history import History
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import linear_field
-from rnode_plugin.regularizers import LearnedEndTime, Rate
+from rnode_plugin.plugins.registry import resolve_regularizers
+from rnode_plugin.regularizers import LearnedEndTime, Rate, l1
 from rnode_plugin.solvers import GRADIENTS
 
 SPAN = torch.linspace(0, 1, 5)
@@ -443,6 +447,78 @@ def test_a_twin_has_the_parameters_of_its_penalties(name: str) -> None:
     output = twin.encode(x, **given, penalties=True)
     loss = twin.log_prob_of(output).sum() + sum(value.sum() for value in output.regularization.values())
     assert all(bool(g != 0) for g in torch.autograd.grad(loss, [*end.parameters(), *penalty.parameters()]))
+
+
+# what every density keeps of its last call -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_density_keeps_the_penalties_of_its_last_call(name: str) -> None:
+    model, x, given = make_density(name, FixedGrid("rk4_38", step=0.5))
+    strengths = {"kinetic": 0.5, "jacfrob": 0.1}
+    model.keep_regularizers(resolve_regularizers(strengths))
+    outputs = [model.encode(x, **given)]
+    expected = objective(
+        model.log_prob_of(outputs[0]), outputs[0].regularization, lambdas=strengths, dims=model.dims
+    )
+    nll = -model.log_prob_of(outputs[0]).mean() / model.dims
+    torch.testing.assert_close(nll + model.reg_loss(), expected.loss)
+    torch.testing.assert_close(model.reg_loss(kinetic=0.0), expected.penalties["jacfrob"])
+    parameters = list(model.parameters())
+    ours, theirs = (
+        torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+        for loss in (nll + model.reg_loss(), expected.loss)
+    )
+    torch.testing.assert_close(ours, theirs)
+    with model.collect_penalties():
+        outputs = [model.encode(x, **given), model.decode(outputs[0].z.detach(), **given)]
+    sums = {key: sum(each.regularization[key] for each in outputs) for key in strengths}
+    torch.testing.assert_close(model.regularization, sums)
+    with pytest.raises(ConfigError, match=r"must be (a tensor|of shape)"):
+        model.encode(x[..., :1], **given)
+    with torch.no_grad():
+        model.encode(x, **given)
+    with pytest.raises(ConfigError, match="did not integrate kinetic, jacfrob"):
+        model.reg_loss()
+    model.history = History(model.regularizers)
+    for each in outputs:  # of a model that does not call `begin`, the last call counts, too
+        model.keep_output(each)
+        torch.testing.assert_close(model.regularization, each.regularization)
+    twin = model.solved_with(regularizers=[model.regularizers.by_name["kinetic"], l1])
+    assert dict(twin.regularizers.strengths) == {"kinetic": 0.5, "l1": 0.01}
+    twin.encode(x, **given, penalties=True)
+    assert set(twin.regularization) == {"kinetic", "l1"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_generator_draws_the_latents_of_a_standard_normal(name: str) -> None:
+    model, _, given = make_density(name, FixedGrid("rk4_38", step=0.5))
+    before = torch.get_rng_state()
+    seeded = [torch.Generator().manual_seed(3) for _ in range(2)]
+    if not isinstance(model.base, StandardNormal):
+        assert name in ("model of a third party", "table flow with another base")
+        with pytest.raises(ConfigError, match="draws from torch's global generator"):
+            model.sample(3, generator=seeded[0], **given)
+        return
+    one, other = (model.sample(3, generator=each, **given) for each in seeded)
+    assert torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(model.sample(3, generator=seeded[0], **given), one)
+
+
+@pytest.mark.parametrize("event", [(3,), (2, 3), (1, 2, 2)])
+@pytest.mark.parametrize("batch", [(), (4,), (5, 4)])
+def test_the_standard_normal_is_torchs(event: tuple[int, ...], batch: tuple[int, ...]) -> None:
+    zeros = torch.zeros(event, dtype=torch.float64)
+    ours, torchs = StandardNormal.like(zeros), Independent(Normal(zeros, zeros + 1), len(event))
+    x = torch.randn(*batch, *event, dtype=torch.float64)
+    torch.testing.assert_close(ours.log_prob(x), torchs.log_prob(x))
+    torch.testing.assert_close(ours.expand(batch).log_prob(zeros), torchs.expand(batch).log_prob(zeros))
+    draws = []
+    for each in (ours, torchs):
+        torch.manual_seed(0)
+        draws.append(each.sample(torch.Size(batch)))
+    assert torch.equal(*draws)
 
 
 # torchdyn's class, before install and after ----------------------------------------------------------------------

@@ -84,7 +84,6 @@ def test_an_exact_trace_up_to_16_columns() -> None:
         (lambda: TableFlow(2, context=2).sample(3, context=torch.zeros(4, 2)), r"has shape \(4, 2\)|not \(4, 2\)"),
         (lambda: TableFlow(2).standardize(torch.zeros(4, 2)), "a column is constant"),
         (lambda: TableFlow(2).standardize(torch.zeros(4, 3)), r"takes rows \(N, 2\)"),
-        (lambda: TableFlow(2, regularizers={"kinetic": 5.0}), "a flow applies no lambda"),
         (lambda: TableFlow(2, regularizers=["hjb"]), "'hjb': install the plugin in examples/otflow"),
     ],
 )  # fmt: skip

@@ -7,6 +7,8 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -16,6 +18,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 from ..errors import ConfigError, check_count
 from .citations import citation
 from .history import History
+from .integrals import Integrals
 from .objective import FlowOutput, standard_normal_log_prob
 from .regularizer import Regularizer
 from .regularizers import NONE, Regularizers
@@ -25,24 +28,26 @@ _ONE = torch.Size()
 
 
 class StandardNormal(Independent):
-    """The standard normal distribution of vectors, whose draws may come from a generator.
+    """The standard normal distribution of samples of any shape, whose draws may come from a generator.
 
     Its log-density is one sum of squares. torch's would also subtract a mean of 0 and divide by a scale of 1.
     """
 
     @classmethod
     def like(cls, z: Tensor) -> StandardNormal:
-        """The standard normal distribution of vectors like ``z (D,)``, with its dtype and on its device."""
+        """The standard normal distribution of samples like ``z (*event)``, with its dtype and on its device."""
         zeros = torch.zeros_like(z)
-        return cls(Normal(zeros, zeros + 1, validate_args=False), 1, validate_args=False)
+        # without the check of values, which torch 2.6 does not do under vmap
+        return cls(Normal(zeros, zeros + 1, validate_args=False), z.ndim, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """``log N(value; 0, I)`` in nats, ``(...)`` for ``value (..., D)``."""
-        found = standard_normal_log_prob(value)
+        """``log N(value; 0, I)`` in nats, ``(...)`` for ``value (..., *event)``."""
+        value = value.to(torch.promote_types(value.dtype, self.mean.dtype))  # half precision has too few digits
+        found = standard_normal_log_prob(value.flatten(value.ndim - len(self.event_shape)))
         return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape)) if self.batch_shape else found
 
     def sample(self, sample_shape: Sequence[int] = _ONE, generator: torch.Generator | None = None) -> Tensor:
-        """Draws ``(*sample_shape, D)`` from ``generator``, which is on this device; None: torch's global one."""
+        """Draws ``(*sample_shape, *event)`` from a ``generator`` on this device; None: torch's global one."""
         like, shape = self.mean, self._extended_shape(torch.Size(sample_shape))
         return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
 
@@ -96,6 +101,29 @@ class DensityModel(nn.Module, ABC):
     def history(self) -> History:
         """The penalties and step lengths of the model's last solves."""
         return History()
+
+    def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
+        """Sum the weighted penalties of the last :meth:`encode` or :meth:`decode` (eq. 17), in nats/dim.
+
+        Without regularizers it is 0. ``step``, ``lambdas`` and errors are as for
+        :meth:`NeuralODE.reg_loss <rnode_plugin.NeuralODE.reg_loss>`.
+        """
+        return self.history.loss(step=step, **lambdas)
+
+    @property
+    def regularization(self) -> dict[str, Tensor]:
+        """Integral of each penalty of the last :meth:`encode` or :meth:`decode`, ``(B,)`` by name.
+
+        See :attr:`NeuralODE.regularization <rnode_plugin.NeuralODE.regularization>`.
+        """
+        return self.history.as_dict()
+
+    def collect_penalties(self) -> AbstractContextManager[History]:
+        """Sum the penalties of several calls.
+
+        See :meth:`NeuralODE.collect_penalties <rnode_plugin.NeuralODE.collect_penalties>`.
+        """
+        return self.history.collecting()
 
     @abstractmethod
     def encode(
@@ -216,8 +244,8 @@ class DensityModel(nn.Module, ABC):
             temperature: factor on the deviation of the latents from the mean of the base. 1 samples the density
                 itself; lower values give samples nearer to its mode (the paper shows images at 0.5 to 1).
             context: ``context_shape`` for all samples or ``(n, *context_shape)``; only for a conditional density.
-            generator: draws the latents; it is on the model's device. Only for flows, whose base is a
-                :class:`StandardNormal`: other bases draw from torch's global generator.
+            generator: draws the latents; it is on the model's device. Only for a base that is a
+                :class:`StandardNormal`, the default: other bases draw from torch's global generator.
 
         Raises:
             ConfigError: for a number or a temperature that is not positive, and for a context as in :meth:`encode`.
@@ -264,8 +292,8 @@ class DensityModel(nn.Module, ABC):
         Args:
             solver: a :class:`~rnode_plugin.Solver`; None: the model's.
             estimator: the estimator of the trace, or its name; None: the model's.
-            regularizers: the penalties that the copy integrates. A span policy of the model, such as a learned end
-                time, stays.
+            regularizers: the penalties that the copy integrates. Those that the model has keep its lambda. A span
+                policy of the model, such as a learned end time, stays.
             warm_start: whether the copy begins warm, see :attr:`history`. It has no steps yet.
         """
         given = list(regularizers)
@@ -284,7 +312,9 @@ class DensityModel(nn.Module, ABC):
         policy = self.regularizers.span
         if policy is not None and policy.name not in {each.name for each in given}:  # a copy is not the same object
             given.append(policy)
-        model.keep_regularizers(Regularizers.of(given))
+        resolved, mine = Regularizers.of(given), self.regularizers.strengths
+        strengths = {name: mine.get(name, default) for name, default in resolved.strengths.items()}
+        model.keep_regularizers(replace(resolved, strengths=strengths))
         return model
 
     def citation(self) -> str:
@@ -381,9 +411,20 @@ class DensityModel(nn.Module, ABC):
             regularizers: as ``rnode_plugin.plugins.registry.resolve_regularizers`` returns them.
         """
         self.regularizers = regularizers
+        self.history = History(regularizers, longest_safe_steps=self.history.longest_safe_steps)
         self._modules.pop("regularizer_modules", None)  # those of earlier regularizers
         if modules := regularizers.modules:
             self.regularizer_modules = nn.ModuleList(modules)
+
+    def keep_output(self, output: FlowOutput) -> FlowOutput:
+        """Keep the NFE of an output, and its penalties for :meth:`reg_loss`, and return the output.
+
+        :meth:`encode` and :meth:`decode` end with it. A call that begins with ``self.history.begin()`` leaves no
+        penalties of an earlier one if it fails.
+        """
+        self.nfe = output.nfe
+        self.history.add(Integrals(output.regularization, self.regularizers, self.dims))
+        return output
 
     def _check_noise(self, noise: Sequence[Tensor | None], x: Tensor) -> None:
         shapes = self.block_shapes

@@ -60,6 +60,7 @@ class History(Mapping[str, Tensor]):
         self._kept: list[Integrals] = []
         self._collecting = False
         self._begun: int | None = None  # the thread of a solve that has begun but not ended
+        self._announced = False  # whether a solve has ever begun
         self._sums: dict[str, Tensor | int] = defaultdict(int)  # stay on the device: only `means` waits for them
         self._samples: dict[str, int] = defaultdict(int)
 
@@ -94,12 +95,14 @@ class History(Mapping[str, Tensor]):
 
     def begin(self) -> None:
         """Start a new solve and discard the previous one, unless a ``collecting`` block is active."""
-        self._begun = threading.get_ident()
+        self._begun, self._announced = threading.get_ident(), True
         if not self._collecting:
             self._kept = []
 
     def add(self, integrals: Integrals) -> None:
         """Keep the integrals of a solve. This ends the solve that :meth:`begin` has started."""
+        if not (self._announced or self._collecting):  # a model that never calls `begin`
+            self._kept = []
         self._begun = None
         self._kept.append(integrals)
 

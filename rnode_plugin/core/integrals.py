@@ -68,7 +68,8 @@ class Integrals(Mapping[str, Tensor]):
         if missing := self.missing:
             raise ConfigError(
                 f"the last call did not integrate {', '.join(missing)}: that happens in training mode with "
-                "gradients enabled, or if you ask for it, model(x, t_span, penalties=True)."
+                "gradients enabled, or if you ask for it, model(x, t_span, penalties=True). A density integrates "
+                "them in encode and decode, and a flow not in log_prob."
             )
         if self.transformed and any(map(escaped, self.by_name.values())):
             raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,8 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
 
     Args:
         solver: the integrator, kept as the attribute :attr:`solver`; None: the default :class:`FixedGrid`.
-        regularizers: penalties to integrate: names, objects or functions.
+        regularizers: penalties to integrate: names, objects or functions. A mapping sets each lambda, for
+            :meth:`reg_loss`, otherwise it is 0.01. The output of :meth:`encode` has integrals without a lambda.
         trace_noise: ``"rademacher"``, ``"gaussian"`` or ``"exact"``, or an estimator.
         warm_start: whether each solve begins with the longest step that would have passed in the last one; see
             :class:`~rnode_plugin.core.history.History`.
@@ -61,8 +62,6 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         self.solver = chosen_solver(solver, FixedGrid())
         self.estimator = get_estimator(trace_noise)
         self.history = History(longest_safe_steps={} if warm_start else None)
-        if isinstance(regularizers, Mapping) and any(each is not None for each in regularizers.values()):
-            raise ConfigError("a flow applies no lambda: name the regularizers, and give lambdas= to objective().")
         self.keep_regularizers(Regularizers.of(regularizers, by_name=_registered))
 
     @property
@@ -141,6 +140,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
             ConfigError: for samples, contexts or noise of the wrong shape, type or range.
             SolverError: if the integration fails.
         """
+        self.history.begin()  # first, so that an error below leaves no penalties of an earlier solve
         rows = self.check_inputs(x, context=context, noise=noise)
         solver = chosen_solver(solver, self.solver)
         y, logdet, health = self._enter(x, solver)
@@ -149,7 +149,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         through = _Pass(self, blocks, solver, penalties=penalties)
         output = through.output(x, self._push(y, through), logdet, health)
         self.nfe = output.nfe
-        return output.check() if check else output
+        return self.keep_output(output.check() if check else output)
 
     def decode(
         self,
@@ -167,6 +167,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
             ConfigError: for latents, contexts or noise of the wrong shape or type.
             SolverError: if the integration fails.
         """
+        self.history.begin()
         rows = self.check_inputs(z, context=context, noise=noise, latents=True)
         noise = self.draw_noise(z.shape[0]) if noise is None else noise
         # noise is in the order of the blocks in both directions, so encode and decode can share it
@@ -176,7 +177,7 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         x, logdet = self._leave(self._pull(z, through))
         output = through.output(x, z, logdet)
         self.nfe = output.nfe
-        return output.check() if check else output
+        return self.keep_output(output.check() if check else output)
 
     def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Solver | None = None) -> Tensor:
         """The samples ``(B, *event_shape)`` of latents ``z (B, D)``.

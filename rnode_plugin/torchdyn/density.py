@@ -7,22 +7,21 @@ import dataclasses
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution
 from torch.distributions.transforms import Transform
 
 from ..core.derivatives import radius_of
-from ..core.distribution import DensityModel
+from ..core.distribution import DensityModel, StandardNormal
 from ..core.history import History, OneProcessPerDevice
-from ..core.integrals import Integrals, attach
+from ..core.integrals import attach
 from ..core.modes import outside_inference
 from ..core.objective import FlowOutput
 from ..core.regularizer import Regularizer
-from ..core.regularizers import Regularizers, RegularizersLike
+from ..core.regularizers import RegularizersLike
 from ..core.signature import SCALAR, accepts, refuse_state_first, time_first
 from ..core.system import System
 from ..core.trace_estimators import TraceEstimator, exact_products, get_estimator
@@ -195,25 +194,15 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         regularizers: Iterable[Regularizer] = (),
         warm_start: bool = False,
     ) -> RegularizedCNF:
-        """A copy that shares the submodules, with another solver, trace estimator or penalties.
+        """As :meth:`DensityModel.solved_with`.
 
-        Since submodules are shared, ``train()`` and ``eval()`` of the copy act on the submodules of both.
-
-        Args:
-            solver: a :class:`~rnode_plugin.Solver`; None: the model's. A grid with the step of the model's or
-                without one stops at all times of ``t_span``, and any other solver at its ends alone.
-            estimator: the estimator of the trace, or its name; None: the model's.
-            regularizers: the penalties that the copy integrates. Those that the model has keep its lambda. A span
-                policy of the model, such as a learned end time, stays.
-            warm_start: as for the class; the copy has no steps yet.
+        A grid with the step of the model's or without one stops at all times of ``t_span``, and any other solver at
+        its ends alone.
         """
         solver, times = self._on_grid(solver)
         model = super().solved_with(
             solver=solver, estimator=estimator, regularizers=regularizers, warm_start=warm_start
         )
-        mine = self.regularizers.strengths
-        strengths = {name: mine.get(name, given) for name, given in model.regularizers.strengths.items()}
-        model.keep_regularizers(dataclasses.replace(model.regularizers, strengths=strengths))
         model.t_span = times
         return model
 
@@ -325,26 +314,6 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         merged, order = torch.cat([times, inner]).sort(descending=bool(times[0] > times[-1]))
         return self._states(x, merged, context, self.solver)[order < len(times)]
 
-    def keep_regularizers(self, regularizers: Regularizers) -> None:
-        self.history = History(regularizers, longest_safe_steps=self.history.longest_safe_steps)
-        super().keep_regularizers(regularizers)
-
-    def collect_penalties(self) -> AbstractContextManager[History]:
-        """Sum the penalties of several calls of :meth:`log_prob`; see :meth:`NeuralODE.collect_penalties`."""
-        return self.history.collecting()
-
-    def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
-        """Sum the weighted penalties of the last :meth:`log_prob` or :meth:`inverse_and_log_prob`, in nats/dim.
-
-        ``step``, ``lambdas`` and errors are as for :meth:`NeuralODE.reg_loss`. Without regularizers it is 0.
-        """
-        return self.history.loss(step=step, **lambdas)
-
-    @property
-    def regularization(self) -> dict[str, Tensor]:
-        """Integral of each penalty, ``(B,)`` by name; see :attr:`NeuralODE.regularization`."""
-        return self.history.as_dict()
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RegularizedCNF:
         super()._apply(fn, recurse)
         self.base = _moved(self.base, lambda x: fn(x.detach()), {})
@@ -397,17 +366,16 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             if penalties:
                 integrals = regularizers.with_span_penalty(integrals, x)
             end, integrals = attach(solution.z[-1], integrals)
-            history.add(Integrals(integrals, regularizers, self.dims))
-            self.nfe = solution.stats.nfe
             logdet = solution.logdet[-1]
-            return FlowOutput(
+            output = FlowOutput(
                 x=end if backward else start,
                 z=start if backward else end,
                 logdet=-logdet if backward else logdet,
                 regularization=integrals,
-                nfe=self.nfe,
+                nfe=solution.stats.nfe,
                 health=solution.health,
             )
+            return self.keep_output(output)
 
     def _states(
         self,
@@ -500,9 +468,7 @@ def _base_and_shape(
         like = _parameter_of(net)
         # half precision would round a log-density to whole nats
         dtype = torch.promote_types(like.dtype, torch.float32)
-        zeros = torch.zeros(shape, dtype=dtype, device=like.device)
-        # without the check of values, which torch 2.6 does not do under vmap
-        return Independent(Normal(zeros, zeros + 1, validate_args=False), len(shape)), shape
+        return StandardNormal.like(torch.zeros(shape, dtype=dtype, device=like.device)), shape
     if base.batch_shape:
         raise ConfigError(
             f"the base distribution has batch shape {tuple(base.batch_shape)}: its density must be one of a whole "
