@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Linear, Wave, solver_of
+from problems import Linear, Wave, linear_closed_form, solver_of
 from torch import Tensor
 
 from rnode_plugin.core.history import History
@@ -350,6 +350,38 @@ def test_a_sliver_at_the_end_does_not_shorten_the_safe_step() -> None:
     with_sliver = solver.solve(bound, z, torch.tensor([0.0, 0.10001]))
     assert (whole.stats.steps, with_sliver.stats.steps) == (1, 2)
     assert with_sliver.longest_safe_step == whole.longest_safe_step
+
+
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+@pytest.mark.parametrize("gradient", ["autograd", "checkpointed"])
+@pytest.mark.parametrize("ends", [(0.0, 0.2), (0.0, 0.125, 0.25), (0.3, 0.1)])
+def test_a_step_that_ends_at_a_time_has_its_gradient(method: str, gradient: str, ends: tuple[float, ...]) -> None:
+    """A first step is as long as an interval, so that no step is cut off."""
+    z = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    net = Linear(3)
+    as_torchdyn = dataclasses.replace(get_method(method), fit=None)
+    solver = Adaptive(as_torchdyn, atol=1e-3, rtol=1e-3, first_step=abs(ends[1] - ends[0]), gradient=gradient)
+    bound = System([kinetic], "exact").start(net, z)
+
+    def values(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = solver.solve(bound, z, t)
+        assert found.logdet is not None
+        assert found.stats.steps == len(t) - 1
+        return found.z.sum((1, 2)), found.logdet.sum(1), found.penalties["kinetic"].sum()
+
+    t, a = torch.tensor(ends, dtype=torch.float64), net.a.detach()
+    velocity = linear_closed_form(a, z, t).z @ a.T
+    # a solve to a later time goes on with the velocity there; one from a later start takes that much less time
+    of_length = torch.eye(len(t), dtype=t.dtype)
+    of_length[:, 0] -= 1
+    of_z, of_logdet, of_kinetic = torch.autograd.functional.jacobian(values, t)
+    torch.testing.assert_close(of_z, velocity.sum((1, 2))[:, None] * of_length, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(of_logdet, len(z) * torch.trace(a) * of_length)
+    energy = velocity[-1].square().sum() * (t[-1] - t[0]).sign() * of_length[-1]
+    torch.testing.assert_close(of_kinetic, energy, rtol=1e-3, atol=1e-3)
+    if gradient == "autograd":  # and in forward mode nothing changes when all times move together
+        for moved in torch.func.jvp(values, (t,), (torch.ones_like(t),))[1]:
+            torch.testing.assert_close(moved, torch.zeros_like(moved), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("interpolated", [False, True])

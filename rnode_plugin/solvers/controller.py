@@ -27,7 +27,7 @@ class Trial(NamedTuple):
     """The length of a step that is tried, negative backward in time.
 
     Attributes:
-        dt: length of the step. If it ends at a stop, it has the graph of the stop's time.
+        dt: length of the step. If it ends at a stop or at the end of the solve, it has the graph of that time.
         wanted: length before it was cut off.
         uncut: length that was cut off at an output time, with which the solve continues; None if none was.
     """
@@ -64,11 +64,19 @@ class StepController:
         if self.method.fit is not None:
             dt = self.method.fit(dt, (end if stop is None else stop) - t, self.sign)
         wanted, uncut = dt, None
-        if self.before(end, t + dt):
-            dt = end - t
-        if stop is not None and self.before(stop, t + dt):
-            dt, uncut = stop - t, dt.detach()
+        if not self.before(t + dt, end):
+            dt = self._ending(dt, t, end)
+        if stop is not None and not self.before(t + dt, stop):
+            uncut = dt.detach() if self.before(stop, t + dt) else None
+            dt = self._ending(dt.detach(), t, stop)
         return Trial(dt, wanted, uncut)
+
+    def _ending(self, dt: Tensor, t: Tensor, goal: Tensor) -> Tensor:
+        """The length ``dt``, which reaches the time ``goal`` from ``t``, with the graph of that time."""
+        rest = goal - t
+        # A step that ends there without being cut off, as a warm start's, keeps its value. The one that is left
+        # may differ in the last digit, and a repeated call would then take other steps.
+        return rest if self.before(goal, t + dt) else dt + (rest - rest.detach())
 
     @torch.no_grad()
     def next_length(self, trial: Trial, t: Tensor, error_ratio: Tensor) -> Tensor:
