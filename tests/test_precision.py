@@ -17,7 +17,7 @@ from rnode_plugin.core.system import System
 from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.experiments.training import step
 from rnode_plugin.flows.multiscale import dequantize
-from rnode_plugin.regularizers import kinetic
+from rnode_plugin.regularizers import Rate, StepPenalty, kinetic
 from rnode_plugin.solvers import GRADIENTS
 
 
@@ -53,6 +53,36 @@ def test_integrals_are_the_same_sums_under_autocast() -> None:
     assert all(x.dtype is torch.float32 for x in other)
     torch.testing.assert_close(other, one, rtol=1e-6, atol=0)
     assert float(other[0]) == pytest.approx(-4.012, rel=1e-6)
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+def test_what_autocast_rounds_is_summed_as_the_state_is(sensitivity: str) -> None:
+    """A rate, a step penalty and a cost of 1 from a module, over 100 steps. In bfloat16 their sums would be 1.05."""
+    one = nn.Linear(2, 1)
+    nn.init.zeros_(one.weight)
+    nn.init.ones_(one.bias)
+    rate = Rate("rate", lambda at: one(at.z).squeeze(1))
+    step = StepPenalty("step", lambda step: one(step.z1).squeeze(1))
+    hidden = "adjoint" in sensitivity  # an adjoint goes through no steps, and has no column for the cost
+    model = NeuralODE(
+        nn.Linear(2, 2), "euler", sensitivity=sensitivity, regularizers=[rate] if hidden else [rate, step],
+        integral_loss=lambda t, x: one(x).squeeze(1),
+    )  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(torch.ones(1, 2 if hidden else 3), torch.linspace(0, 1, 101))[1]
+    penalties = {name: value.detach() for name, value in model.regularization.items()}
+    assert {each.dtype for each in penalties.values()} == {torch.float32}
+    assert float(penalties.pop("rate")) == pytest.approx(1.0, rel=1e-5)
+    if not hidden:
+        assert float(penalties["step"]) == 100.0
+        assert float(found[-1, 0, 0].detach()) - float(found[0, 0, 0].detach()) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_rate_of_single_precision_in_a_solve_of_double() -> None:
+    rate = Rate("rate", lambda at: torch.full((1,), 0.1))
+    model = NeuralODE(lambda t, z: 0 * z, "euler", regularizers=[rate])
+    model(torch.ones(1, 2).double(), torch.linspace(0, 1, 101).double())
+    assert model.regularization["rate"].tolist() == [pytest.approx(float(torch.tensor(0.1)), rel=1e-14)]
 
 
 @pytest.mark.parametrize("part", [{}, {"penalized": slice(1, 3)}, {"batch_dim": None}], ids=str)

@@ -421,6 +421,9 @@ def checked(
 ) -> Tensor:
     """``call(*seen)``, a real floating-point tensor ``(B,)``; an error names the regularizer.
 
+    The result has at least the precision of the state. A module in a rate may compute in low precision under
+    autocast, too low for a sum over many steps.
+
     Args:
         name: of the regularizer.
         call: the function of a penalty, its ``finish``, or the ``penalty`` of a span policy.
@@ -432,8 +435,10 @@ def checked(
         ConfigError: for another result, and for a regularizer that writes into ``untouched``.
         PluginError: if the regularizer raises another error.
     """
+    precision = like.dtype.to_real()
     if torch.compiler.is_compiling():  # the same call was made uncompiled before
-        return call(*seen)
+        value = call(*seen)
+        return value.to(torch.promote_types(value.dtype, precision))
     # torch counts writes into a tensor in its version; tensors made in inference mode have none
     versions = [None if x.is_inference() else x._version for x in untouched]
     try:
@@ -457,7 +462,7 @@ def checked(
             f"the regularizer {name!r} returned {got}; it must return one real number per sample, a "
             f"tensor of floats of shape {tuple(like.shape[:1])}."
         )
-    return value
+    return value.to(torch.promote_types(value.dtype, precision))
 
 
 def _times_of(policy: SpanPolicy, times: Tensor, *, training: bool) -> Tensor:

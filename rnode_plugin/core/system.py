@@ -85,6 +85,7 @@ class Columns:
             dz = dz.to(state.dtype)  # under autocast dz has low precision, too low for sums over many steps
         if self.cost is not None:
             cost = self.cost(t, state)
+            cost = cost.to(torch.promote_types(cost.dtype, state.dtype.to_real()))  # as low as dz under autocast
             if self.hidden:
                 penalties = {**penalties, COST: cost.sum()}
             else:
