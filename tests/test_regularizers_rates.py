@@ -22,6 +22,8 @@ from rnode_plugin.fields import linear_field
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import LearnedEndTime, Rate, StepPenalty, taylor
+from rnode_plugin.solvers import GRADIENTS
+from rnode_plugin.torchdiffeq import odeint, odeint_adjoint
 
 ESTIMATED = ["jacfrob", "curl", "strain"]
 
@@ -442,3 +444,85 @@ def test_standard_normal_log_prob() -> None:
     z = torch.randn(4, 6, dtype=torch.float64)
     expected = torch.distributions.Normal(0, 1).log_prob(z).sum(1)
     torch.testing.assert_close(standard_normal_log_prob(z), expected)
+
+
+# a part of the state ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+@pytest.mark.parametrize("layout", ["columns", "tuple"])
+def test_the_rest_of_a_state_moves_in_its_accelerations(layout: str, sensitivity: str) -> None:
+    """As those of one column among the accelerations of the whole state, with their gradients."""
+    if layout == "tuple" and sensitivity not in ("autograd", "adjoint"):
+        pytest.skip("a gradient that torchdiffeq does not have")
+    eps, adjoint = 0.01, "adjoint" in sensitivity
+
+    def later(at: FieldEvaluation) -> Tensor:
+        return (at.dz - at.velocity(at.t + eps, at.z + eps * at.dz).detach())[:, :1].square().sum(1) / eps**2
+
+    wanted = {
+        "total_derivative": Rate("2", lambda at: at.total_derivative()[:, :1].square().sum(1), needs={"jvp"}),
+        "taylor:3": Rate(
+            "3", lambda at: at.total_derivative(3)[:, :1].square().sum(1), needs={"jvp"}, repeats=True
+        ),
+        "finite_difference": Rate("later", later, needs={"field"}),
+    }
+    field = Wave()
+    z = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    times = torch.linspace(0.2, 0.8, 2).double()
+    tight: dict[str, Any] = {"atol": 1e-8, "rtol": 1e-8}
+
+    def of_torchdyn(regularizers: Any, **part: Any) -> dict[str, Tensor]:
+        of_adjoint = {f"{name}_adjoint": value for name, value in tight.items()}
+        model = NeuralODE(
+            field, "dopri5", sensitivity=sensitivity, regularizers=regularizers, **part, **tight, **of_adjoint
+        )
+        model(z, times)
+        return model.regularization
+
+    def of_tuple() -> dict[str, Tensor]:
+        solve = odeint_adjoint if adjoint else odeint
+
+        class Parts(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.whole = field
+
+            def forward(self, t: Tensor, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                return self.whole(t, torch.cat(y, 1)).split([1, 2], 1)
+
+        return dict(solve(Parts(), z.split([1, 2], 1), times, regularizers=list(wanted), **tight)[1])
+
+    exact = of_torchdyn(list(wanted.values()))
+    found = of_tuple() if layout == "tuple" else of_torchdyn(list(wanted), penalized=slice(0, 1))
+    for name, rate in wanted.items():
+        torch.testing.assert_close(found[name], exact[rate.name], rtol=1e-6, atol=1e-6, msg=name)
+        both = [
+            torch.autograd.grad(values.sum(), [z, *field.parameters()], retain_graph=True)
+            for values in (found[name], exact[rate.name])
+        ]
+        for one, other in zip(*both, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3 if adjoint else 1e-6, atol=1e-4, msg=name)
+
+
+def test_the_acceleration_of_a_part_repeats_the_masks_of_dropout() -> None:
+    """Of x' = m y and y' = m, with one mask m for both, the acceleration of x is m^2."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, t: Tensor, z: Tensor) -> Tensor:
+            mask = self.drop(torch.ones(1, dtype=z.dtype))
+            return torch.stack([mask * z[:, 1], mask * torch.ones_like(z[:, 1])], 1)
+
+    torch.manual_seed(0)
+    model = NeuralODE(Masked(), "euler", regularizers=["total_derivative", "kinetic"], penalized=slice(1))
+    found = set[float]()
+    for _ in range(20):
+        model(torch.ones(1, 2), torch.linspace(0, 1, 2))  # one evaluation
+        squared = float(model.regularization["kinetic"])
+        assert float(model.regularization["total_derivative"]) == pytest.approx(squared**2)
+        found.add(squared)
+    assert found == {0.0, 4.0}

@@ -385,13 +385,20 @@ def _in_transform(f: Velocity, t: Tensor, z: Tensor, probes: Tensor | None, want
     return Linearization(dz, *_products(wants, z, probes, pull_second), jvp=jvp, pull=pull_second)
 
 
-def total_derivative(field: Velocity, t: Tensor, z: Tensor, order: int) -> Tensor:
+def total_derivative(
+    field: Velocity, t: Tensor, z: Tensor, order: int, *, part: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """``d^order z / dt^order`` along the trajectory of ``field`` through ``(t, z)``, of the shape of ``z``.
 
     Order 1 is the velocity. Each of the ``order - 1`` nested derivatives costs about three times the one before.
+    With ``part``, which takes a part of a velocity, it is the derivative of that part, while all of ``z`` moves.
     """
+
+    def velocity_of_part(t: Tensor, z: Tensor) -> Tensor:
+        return field(t, z) if part is None else part(field(t, z))
+
     # d/dt of g(t, z(t)) is the derivative of g along (f, 1), which is again a function of (t, z)
-    derivative = field
+    derivative = velocity_of_part
     for _ in range(order - 1):
         derivative = _along(field, derivative)
     if transforms_active():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .derivatives import DirectionalDerivative, total_derivative
 from .evaluator import Evaluator, explain
-from .part import State
+from .part import State, joined, parted
 from .signature import innermost
 from .trace_estimators import Probes, TraceEstimator
 
@@ -34,6 +34,7 @@ class Record:
         state: the state of the solve.
         z: the part of the state that penalties measure, ``(B, *event)``.
         dz: velocity of that part, with the same shape.
+        whole: velocity of the state.
         noise: the probe vectors of the solve; None if there are none.
         products: the products that the estimator computed along with the velocity; None if they were not wanted.
         estimator: reduces the products to a divergence or a norm.
@@ -47,6 +48,7 @@ class Record:
     state: State
     z: Tensor
     dz: Tensor
+    whole: State
     noise: Tensor | None
     products: Tensor | None
     estimator: TraceEstimator
@@ -176,26 +178,47 @@ class FieldEvaluation:
     def total_derivative(self, order: int = 2) -> Tensor:
         """``d^order z / dt^order`` along the trajectory, with the shape of ``z``.
 
-        Order 1 is the velocity, order 2 is ``df/dz f + df/dt`` (eq. 7). A regularizer that reads a higher order
-        must declare ``repeats=True``, because the field is evaluated again.
+        Order 1 is the velocity. Order 2 is ``df/dz f + df/dt`` (eq. 7). A regularizer that reads a higher order
+        must declare ``repeats=True``, because the field is evaluated again. If ``z`` is a part of the state, the
+        rest of it moves by its own velocity, and the field is evaluated again at order 2 too.
         """
         if order == 1:
             return self.dz
-        if order == 2:
+        if order == 2 and not self._is_part:
             return self.jvp(self.dz, 1.0)
         self._require("jvp")
         evaluator, state = self._record.evaluator, self._record.state
 
-        def again(t: Tensor, z: Tensor) -> Tensor:
-            return evaluator.z_of(evaluator.repeat(t, state, z=z).dz)
+        def again(t: Tensor, whole: Tensor) -> Tensor:
+            return joined(evaluator.repeat(t, parted(whole, state)).dz)
 
-        return self._record.once(("total", order), lambda: total_derivative(again, self.t, self.z, order))
+        def part(velocity: Tensor) -> Tensor:
+            return evaluator.z_of(parted(velocity, state))
+
+        def compute() -> Tensor:
+            return total_derivative(again, self.t, joined(state), order, part=part).to(self.z.dtype)
+
+        return self._record.once(("total", order), compute)
 
     def velocity(self, t: Tensor, z: Tensor) -> Tensor:
-        """``f(t, z)`` at another time and state ``(B, *event)``, with the random draws of this evaluation."""
+        """``f(t, z)`` at another time and state ``(B, *event)``, with the random draws of this evaluation.
+
+        If ``z`` is a part of the state, the rest of it moves on by its own velocity up to the time ``t``.
+        """
         self._require("field")
-        evaluator = self._record.evaluator
-        return evaluator.z_of(evaluator.repeat(t, self._record.state, z=z).dz).to(z.dtype)
+        record = self._record
+        evaluator, state = record.evaluator, record.state
+        if self._is_part:
+            whole = joined(state)
+            later = t.to(whole.device) - self.t.to(whole.device)
+            state = parted(whole + later.to(whole.dtype) * joined(record.whole).to(whole.dtype), state)
+        return evaluator.z_of(evaluator.repeat(t, state, z=z).dz).to(z.dtype)
+
+    @property
+    def _is_part(self) -> bool:
+        """Whether the state has more than ``z``."""
+        part = self._record.evaluator.part
+        return part is not None and part.leaves_out(self._record.state)
 
     @property
     def net(self) -> Any:

@@ -21,7 +21,7 @@ State = Tensor | tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """The place of ``z (B, *event)``, which penalties measure, in a state. The rest of the state is constant.
+    """The place of ``z (B, *event)``, which penalties measure, in a state.
 
     Attributes:
         is_tuple: whether a state is a tuple of tensors.
@@ -45,6 +45,10 @@ class Part:
         It is then used as it is, because slicing would make a small net 10 % slower.
         """
         return len(self.tensors) == 1 and self.batch_dim == 0 and self.entries is None
+
+    def leaves_out(self, state: State) -> bool:
+        """Whether the state has more than ``z``."""
+        return self.entries is not None or len(self.tensors) < len(tensors_of(state))
 
     def take(self, state: State) -> Tensor:
         """Extract ``z (B, *event)`` from a state, or the same part from its velocity."""
@@ -186,6 +190,19 @@ class PartSpec:
 def tensors_of(state: State) -> tuple[Tensor, ...]:
     """The tensors of a state, or of its velocity."""
     return (state,) if isinstance(state, Tensor) else tuple(state)
+
+
+def joined(state: State) -> Tensor:
+    """A state or its velocity as one tensor: itself, or the entries of all tensors of a tuple in a row."""
+    return state if isinstance(state, Tensor) else torch.cat([x.flatten() for x in state])
+
+
+def parted(row: Tensor, like: State) -> State:
+    """The inverse of :func:`joined`, for a state whose tensors are like those of ``like``."""
+    if isinstance(like, Tensor):
+        return row
+    parts = row.split([x.numel() for x in like])
+    return tuple(part.reshape(x.shape).to(x.dtype) for part, x in zip(parts, like, strict=True))
 
 
 def samples_first(x: Tensor, batch_dim: int | None) -> Tensor:

@@ -263,6 +263,8 @@ class System:
                 "the trace needs noise, which draw() of an estimator returns if its `needs_noise` is True."
             )
         own = own.prepared(z, probes, one_graph=one_graph)
+        # an acceleration of a part, while the rest moves too, takes another pass over the field
+        moves = "jvp" in needs and part is not None and part.leaves_out(whole)
         # a hand-written field computes products without autograd, and differences need none
         by_autograd = isinstance(own, AutogradField) and bool(estimator.wants(probes))
         return FieldSolve(
@@ -273,7 +275,7 @@ class System:
             field=own,
             evaluator=Evaluator(
                 own, module_of(user_field) if net is None else net, part=part, velocity=velocity,
-                repeats=velocity is None and (estimator.repeats or regularizers.repeats),
+                repeats=velocity is None and (estimator.repeats or regularizers.repeats or moves),
             ),
             estimator=estimator,
             probes=probes,
@@ -352,7 +354,7 @@ class FieldSolve(Solve):
             dz = dz.to(z.dtype)
             computed = found.products if found.rows is None else found.rows
             evaluation = Record(
-                t=t, state=state, z=z, dz=dz, noise=self.probes,
+                t=t, state=state, z=z, dz=dz, whole=found.dz, noise=self.probes,
                 products=None if computed is None else computed.to(z.dtype), estimator=self.estimator,
                 evaluator=self.evaluator, jvp=found.jvp, pull=found.pull, net=self.user_field,
             )  # fmt: skip

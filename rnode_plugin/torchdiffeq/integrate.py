@@ -74,11 +74,12 @@ def odeint(
             (B,)``, or a mapping from these to lambda, as for :class:`~rnode_plugin.NeuralODE`. Step penalties need
             the solver's steps, which torchdiffeq does not show, so they are refused.
         penalized: index of the tensor in a tuple ``y0`` that the penalties measure, or indices of several, which
-            are joined; None: the first, or all of a ``y0`` that is one tensor. The others count as constants, so
-            for a position and its velocity ``total_derivative`` needs both. A slice or a mask of booleans selects
-            columns of one tensor, or of the first tensor in a tuple: a slice along dimension 1 of ``(B, D, ...)``,
-            a mask over the first dimensions of a sample. A slice or a mask ``(D,)`` of a state ``(N, D)`` that is
-            one sample selects columns too.
+            are joined; None: the first, or all of a ``y0`` that is one tensor. A slice or a mask of booleans
+            selects columns of one tensor, or of the first tensor in a tuple: a slice along dimension 1 of ``(B, D,
+            ...)``, a mask over the first dimensions of a sample. A slice or a mask ``(D,)`` of a state ``(N, D)``
+            that is one sample selects columns too. The rest of the state counts as constant in derivatives with
+            respect to ``z``, as of ``jacfrob``, and moves by its own velocity in derivatives along the trajectory
+            (``total_derivative``, ``taylor``, ``finite_difference``), which then take further evaluations.
         batch_dim: dimension of the samples in this tensor. None: the whole state is one sample, for a field that
             mixes the rows of its state, such as the nodes of a graph.
         trace_noise: noise of the product that ``jacfrob`` needs, such as ``"rademacher"`` (signs),

@@ -91,6 +91,9 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             booleans, for a custom field that keeps a divergence or a cost in the state. They are counted without
             the column of an ``integral_loss``. None: all columns except the column of an ``integral_loss`` and the
             trace of a CNF, which are recognized (a module with an attribute ``noise_dist`` counts as a CNF).
+            Columns that are left out count as constants in derivatives with respect to ``z``, as of ``jacfrob``.
+            In derivatives along the trajectory (``total_derivative``, ``taylor``, ``finite_difference``) they move
+            by their own velocity, which takes further evaluations.
         batch_dim: 0, the dimension of the samples. None: the whole state is one sample, for a field that mixes the
             rows of its state, such as the nodes of a graph.
         quadrature: ``"full"``, or ``"sampled"`` to compute the products that penalties such as ``jacfrob`` need in
