@@ -31,7 +31,7 @@ _VARIABLES = (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from ..core.history import History
+    from ..core.history import SolveCounter
 
 
 @click.group(invoke_without_command=True)
@@ -225,8 +225,8 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
     source = click.get_current_context().get_parameter_source
     if spec is None and any(source(name) is not ParameterSource.DEFAULT for name in of_torchdiffeq):
         raise click.UsageError("--penalized, --batch-dim and --trace-noise need a --regularizer.")
-    history = install(torchdiffeq=True, regularizers=spec)
-    torchdiffeq.install(spec, history=history, **of_torchdiffeq)
+    counter = install(torchdiffeq=True, regularizers=spec)
+    torchdiffeq.install(spec, counter=counter, **of_torchdiffeq)
     sys.argv = [str(script), *args]
     try:
         runpy.run_path(str(script), run_name="__main__")
@@ -247,7 +247,7 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
                     "imports first. Put the folder of the other copy on PYTHONPATH to exchange the two.",
                     err=True,
                 )
-        click.echo(f"rnode: {_penalized_solves(history) if spec else _NOT_ASKED}", err=True)
+        click.echo(f"rnode: {_penalized_solves(counter) if spec else _NOT_ASKED}", err=True)
 
 
 def _copy_passed_over(name: str) -> str:
@@ -262,13 +262,13 @@ def _copy_passed_over(name: str) -> str:
 _NOT_ASKED = "no penalty was added to a gradient, since no --regularizer was given."
 
 
-def _penalized_solves(history: History) -> str:
+def _penalized_solves(counter: SolveCounter) -> str:
     """A sentence with the number of penalized solves and the mean penalties; for no solve, what may be wrong."""
-    if not history.solves:
+    if not counter.solves:
         return (
             "no solve was penalized: in this process no gradient went through a solve by torchdiffeq, or by a "
             "torchdyn NeuralODE without regularizers=. Flow matching trains without solves: add "
             "rnode_plugin.penalties_at to its loss."
         )
-    means = ", ".join(f"{name} {significant(mean)}" for name, mean in history.means.items())
-    return f"{count_of(history.solves, 'solve')} penalized. Mean integrals per sample: {means}."
+    means = ", ".join(f"{name} {significant(mean)}" for name, mean in counter.means.items())
+    return f"{count_of(counter.solves, 'solve')} penalized. Mean integrals per sample: {means}."

@@ -28,8 +28,8 @@ class History(Mapping[str, Tensor]):
 
     Args:
         regularizers: the regularizers of the model or the block.
-        counted_in: of a model that an ``install`` penalizes, the history that ``install`` has returned, which
-            counts the solves of all such models and their copies.
+        counted_in: of a model that an ``install`` penalizes, the counter that ``install`` has returned, of the
+            solves of all such models and their copies.
         longest_safe_steps: see below.
         absent: advice for the error that is raised before the first solve.
         of_one_thread: whether a thread reads only its own solves.
@@ -41,28 +41,24 @@ class History(Mapping[str, Tensor]):
             ``"backward adjoint"`` for the backward pass of a continuous adjoint. Copies keep the steps,
             a ``state_dict`` does not have them, and ``model.history.longest_safe_steps.clear()`` forgets them.
             None: each solve begins with the first step of its solver.
-        solves: for the history of an ``install``, the number of solves whose penalties took part in a backward
-            pass. Solves inside a transform of ``torch.func`` are not counted.
     """
 
     def __init__(
         self,
         regularizers: Regularizers = NONE,
         *,
-        counted_in: History | None = None,
+        counted_in: SolveCounter | None = None,
         longest_safe_steps: dict[int, dict[str, float]] | None = None,
         absent: str = "call the model first.",
         of_one_thread: bool = True,
     ) -> None:
         self.regularizers, self.counted_in = regularizers, counted_in
-        self.longest_safe_steps, self.solves = longest_safe_steps, 0
+        self.longest_safe_steps = longest_safe_steps
         self._absent, self._of_one_thread = absent, of_one_thread
         self._kept: list[Integrals] = []
         self._collecting = False
         self._begun: int | None = None  # the thread of a solve that has begun but not ended
         self._announced = False  # whether a solve has ever begun
-        self._sums: dict[str, Tensor | int] = defaultdict(int)  # stay on the device: only `means` waits for them
-        self._samples: dict[str, int] = defaultdict(int)
 
     # both leave out the solves, because deepcopy refuses tensors with a graph
     def __deepcopy__(self, memo: dict[int, object]) -> History:
@@ -206,6 +202,23 @@ class History(Mapping[str, Tensor]):
         # leave out solves for a log line; if there are no others, the error is about them
         asked = [solve for solve in kept if solve.with_gradients or not solve.missing]
         return [solve.check() for solve in asked or kept]
+
+
+class SolveCounter:
+    """Counts the solves that an ``install`` has penalized, with the means of their penalties. Copies keep both.
+
+    Attributes:
+        solves: the number of solves whose penalties took part in a backward pass. Solves inside a transform of
+            ``torch.func`` are not counted.
+    """
+
+    def __init__(self) -> None:
+        self.solves = 0
+        self._sums: dict[str, Tensor | int] = defaultdict(int)  # stay on the device: only `means` waits for them
+        self._samples: dict[str, int] = defaultdict(int)
+
+    def __repr__(self) -> str:
+        return f"SolveCounter(solves={self.solves})"
 
     def count(self, integrals: Integrals) -> Tensor:
         """The weighted sum of ``integrals``, which counts as one solve when a backward pass reaches it.

@@ -14,7 +14,7 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from ..core.history import History
+from ..core.history import History, SolveCounter
 from ..core.integrals import attach
 from ..core.part import State
 from ..core.regularizers import RegularizersLike
@@ -129,7 +129,9 @@ def regularize(
         here.penalized_solve = None
 
 
-def install(regularizers: RegularizersLike = None, *, history: History | None = None, **options: Any) -> History:
+def install(
+    regularizers: RegularizersLike = None, *, counter: SolveCounter | None = None, **options: Any
+) -> SolveCounter:
     """Give torchdiffeq's ``odeint`` and ``odeint_adjoint`` the arguments of the functions in this module's package.
 
     With ``regularizers`` every solve with gradients enabled integrates them, and the gradient of the weighted sum
@@ -145,12 +147,12 @@ def install(regularizers: RegularizersLike = None, *, history: History | None = 
 
     Args:
         regularizers: as for :func:`~rnode_plugin.torchdiffeq.odeint`; None: only the arguments are added.
-        history: counts the solves; None for a new one.
+        counter: counts the solves; None for a new one.
         options: ``penalized``, ``batch_dim``, ``trace_noise`` and ``quadrature``, as for
             :func:`~rnode_plugin.torchdiffeq.odeint`.
 
     Returns:
-        History: the number of solves that were penalized so far, ``solves``, and the mean of each penalty,
+        SolveCounter: the number of solves that were penalized so far, ``solves``, and the mean of each penalty,
             ``means``.
 
     Raises:
@@ -159,18 +161,18 @@ def install(regularizers: RegularizersLike = None, *, history: History | None = 
     """
     global _installed
     sampled = is_sampled(options.pop("quadrature", "full"))
-    system, counted = system_of(regularizers, **options), History() if history is None else history
+    system, counter = system_of(regularizers, **options), SolveCounter() if counter is None else counter
     system.regularizers.refuse_schedules()
 
     def add_gradient(name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given) -> Any:
         if not system.regularizers or not torch.is_grad_enabled() or _ends_by_event(given):
             return PLAIN[name](func, y0, t, **given)
         solution, integrals = solve(name, func, y0, t, given, system, sampled=sampled)
-        return _with_cost(solution, counted.count(integrals))
+        return _with_cost(solution, counter.count(integrals))
 
     _bind()
     _installed = add_gradient
-    return counted
+    return counter
 
 
 def uninstall() -> None:

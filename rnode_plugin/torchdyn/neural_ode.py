@@ -7,7 +7,7 @@ import functools
 import io
 import operator
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from torchdyn.numerics.interpolators import INTERP_DICT
 from torchdyn.numerics.solvers.ode import RungeKutta4
 
 from ..core.citations import citation
-from ..core.history import History, OneProcessPerDevice
+from ..core.history import History, OneProcessPerDevice, SolveCounter
 from ..core.integrals import Integrals, attach
 from ..core.modes import on_host, outside_inference
 from ..core.part import PartSpec, warn_of_flat_state
@@ -199,7 +199,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
                 return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
             )  # fmt: skip
         self.solver_adjoint, steps = backward, {} if warm_start else None
-        self.history = History(resolved, counted_in=given.history, longest_safe_steps=steps)
+        self.history = History(resolved, counted_in=given.counter, longest_safe_steps=steps)
         self._system = System(resolved, get_estimator(trace_noise), part=spec)
         self._max_nfe, self._quadrature = max_nfe, quadrature
         built = ((forward, solver), (backward, solver_adjoint))
@@ -506,19 +506,19 @@ class _Installed:
 
     Attributes:
         regularizers: for models that name none; unresolved, because each model gets its own objects.
-        history: counts the solves that they penalize.
+        counter: counts the solves that they penalize.
         torchdiffeq: whether torchdiffeq's functions are replaced too.
     """
 
     regularizers: RegularizersLike = None
-    history: History | None = None
+    counter: SolveCounter | None = None
     torchdiffeq: bool = False
 
 
 _installed = _Installed()
 
 
-def install(*, torchdiffeq: bool = False, regularizers: RegularizersLike = None) -> History:
+def install(*, torchdiffeq: bool = False, regularizers: RegularizersLike = None) -> SolveCounter:
     """Give torchdyn's ``NeuralODE`` the arguments and the behavior of :class:`~rnode_plugin.NeuralODE`.
 
     From then on every object of that class, also one that was made before, is solved by rnode_plugin: with the same
@@ -541,8 +541,8 @@ def install(*, torchdiffeq: bool = False, regularizers: RegularizersLike = None)
             solution contains the gradient of the penalties too.
 
     Returns:
-        History: the number of solves that these ``regularizers`` have penalized so far, ``solves``, and the mean of
-            each penalty, ``means``.
+        SolveCounter: the number of solves that these ``regularizers`` have penalized so far, ``solves``, and the
+            mean of each penalty, ``means``.
 
     Raises:
         ConfigError: for ``regularizers`` that ``NeuralODE`` refuses, and for a lambda that is a function of the
@@ -561,15 +561,17 @@ def install(*, torchdiffeq: bool = False, regularizers: RegularizersLike = None)
     """
     global _installed
     resolve_regularizers(regularizers).refuse_schedules()
-    history, both = History(), torchdiffeq or _installed.torchdiffeq
+    counter, both = SolveCounter(), torchdiffeq or _installed.torchdiffeq
     if both:
         from ..torchdiffeq import install as install_torchdiffeq
 
-        install_torchdiffeq(regularizers, history=history)
-    _installed = _Installed(regularizers, history, both)
+    if isinstance(regularizers, Iterator):  # which gives its entries once, and each model resolves them
+        regularizers = list(regularizers)
+        install_torchdiffeq(regularizers, counter=counter)
+    _installed = _Installed(regularizers, counter, both)
     for name, value in _BEHAVIOR.items():
         setattr(_Torchdyn, name, value)
-    return history
+    return counter
 
 
 def uninstall() -> None:
