@@ -104,10 +104,10 @@ class DiffusionVelocity(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
         """The velocity ``(B, *event)`` at states ``x`` and at ``t``, a scalar or one time per sample."""
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        t = _time_of(t, x)
         levels, (alpha_rate, sigma_rate) = _with_rates(lambda t: (self.alpha(t), self.sigma(t)), t)
         data, noise = self._data_and_noise(t, x, context, *levels)
-        return _rows(alpha_rate, x) * data + _rows(sigma_rate, x) * noise
+        return (_rows(alpha_rate, x) * data + _rows(sigma_rate, x) * noise).to(x.dtype)
 
     def data_and_noise(self, t: Tensor | float, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         """The data and the noise, each ``(B, *event)``, that the network predicts for states ``x`` at ``t``.
@@ -115,8 +115,9 @@ class DiffusionVelocity(nn.Module):
         This can check a schedule. If schedule, prediction and time scale are as in training, then on noised data
         ``alpha(t) data + sigma(t) noise`` the mean squared error of the noise is the training loss.
         """
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-        return self._data_and_noise(t, x, context, self.alpha(t), self.sigma(t))
+        t = _time_of(t, x)
+        data, noise = self._data_and_noise(t, x, context, self.alpha(t), self.sigma(t))
+        return data.to(x.dtype), noise.to(x.dtype)
 
     def check_ends(self, data_time: float, noise_time: float, *, base: object = None) -> None:
         """Refuse times between which there is no density. :meth:`RegularizedCNF.from_velocity` calls this method.
@@ -168,7 +169,10 @@ class DiffusionVelocity(nn.Module):
     def _data_and_noise(
         self, t: Tensor, x: Tensor, context: Sequence[Tensor], alpha: Tensor, sigma: Tensor
     ) -> tuple[Tensor, Tensor]:
-        found = self.net(t * self.time_scale, x, *context)
+        time = (t * self.time_scale).to(x.dtype)
+        if isinstance(self.alpha, _Discrete):
+            time = time.clamp(max=_largest(self.time_scale, x.dtype))
+        found = self.net(time, x, *context)
         if not isinstance(found, Tensor) or found.shape != x.shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ConfigError(
@@ -209,6 +213,17 @@ def _with_rates(levels: Callable[[Tensor], Any], t: Tensor) -> tuple[Any, Any]:
     with outside_inference(t) as (time,):  # in inference mode, torch 2.6 returns zeros for the derivatives
         found: Any = torch.func.jvp(levels, (time,), (torch.ones_like(time),))
     return found
+
+
+def _time_of(t: Tensor | float, x: Tensor) -> Tensor:
+    """The time ``t`` for states ``x``, in single precision at least, since half of it rounds levels and steps."""
+    return torch.as_tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
+
+def _largest(limit: float, dtype: torch.dtype) -> float:
+    """The largest number of ``dtype`` up to ``limit``, in bfloat16 996 up to 999, which it rounds to 1,000."""
+    rounded = torch.tensor(limit, dtype=dtype)
+    return float(rounded if float(rounded) <= limit else rounded.nextafter(rounded.new_zeros(())))
 
 
 def _rows(level: Tensor, x: Tensor) -> Tensor:
@@ -274,12 +289,14 @@ class _Discrete(nn.Module):
         self.register_buffer("pieces", pieces, persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.level(self._log_alpha, t)
+        return self.level(self._log_alpha, t).to(t.dtype)
 
     def _log_alpha(self, t: Tensor) -> Tensor:
-        place = t * self.time_scale
+        # in half precision there are fewer numbers than steps
+        exact = t.to(torch.promote_types(t.dtype, torch.float32))
+        place = exact * self.time_scale
         piece = place.floor().clamp(0, self.time_scale - 1).long()
-        a, b, c, d = self.pieces.to(t).index_select(1, piece.reshape(-1)).reshape(4, *t.shape)
+        a, b, c, d = self.pieces.to(exact).index_select(1, piece.reshape(-1)).reshape(4, *t.shape)
         part = place - piece
         inside = (part - 0.5).abs() < 0.51  # with some slack, since rounding may move the last time of a solve
         return torch.where(inside, ((a * part + b) * part + c) * part + d, math.nan)

@@ -226,6 +226,36 @@ def test_a_discrete_schedule_goes_through_its_steps(betas: Tensor) -> None:
     assert bool(alpha(torch.tensor([-0.1, 1.1])).isnan().all())
 
 
+@pytest.mark.parametrize(("steps", "dtype"), [(1000, torch.bfloat16), (500, torch.bfloat16), (4000, torch.float16)])
+def test_a_discrete_schedule_in_half_precision(steps: int, dtype: torch.dtype) -> None:
+    """It has fewer numbers than steps: bfloat16 rounds 998 and 999 to 1,000, which is no index of the network's."""
+    schedule = from_betas(torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * (1000 / steps))
+    times = torch.tensor([0.0, 0.5, 0.99, 0.998, 1.0], dtype=dtype)
+    for level in schedule:
+        torch.testing.assert_close(level(times), level(times.double()).to(dtype), rtol=0.01, atol=0)
+    table = nn.Embedding(steps, 2)
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = table
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return 0.5 * x + 0.1 * self.table(t.round().long())
+
+    x, found = torch.tensor([[0.3, -0.2], [0.5, 0.1]]), list[Tensor]()
+    for precision in (torch.float32, dtype):
+        v = velocity_from_noise(Network(), *schedule).to(precision)
+        (_, noise), velocity = v.data_and_noise(1.0, x.to(precision)), v(torch.tensor(1.0), x.to(precision))
+        assert noise.dtype == velocity.dtype == precision
+        assert bool(velocity.isfinite().all())
+        model = RegularizedCNF.from_velocity(
+            v, data_time=0, event_shape=2, trace_estimator="exact", solver="rk4", steps=10
+        ).to(precision)
+        found.append(model.log_prob(x.to(precision)).detach().float())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0.5)
+
+
 def test_the_network_gets_the_index_of_a_step() -> None:
     seen = []
 
