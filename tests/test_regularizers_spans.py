@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from rnode_plugin.regularizers import (
 from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdiffeq import odeint
 
+SPAN = torch.tensor([0.0, 1.0], dtype=torch.float64)
 TIGHT: dict[str, Any] = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
 
 
@@ -221,13 +223,28 @@ class Later(SpanPolicy):
         (Later(lambda z: z.mul_(2).sum(1)), ConfigError, "'later' writes into"),
         (Later(lambda z: z.missing), PluginError, "regularizer 'later' raised AttributeError"),
         (Later(None, lambda t: t.missing), PluginError, "`times` of the regularizer 'later' raised AttributeError"),
+        (Later(None, lambda t: t.flip(0)), ConfigError, r"'later' turned the times round.*here increasing"),
+        (
+            Later(None, lambda t: t[[0, 0, -1]]),
+            ConfigError,
+            r"'later' must return.*like.*\(2,\).*not \(3,\)",
+        ),
+        (Later(None, lambda t: t.float()), ConfigError, r"'later' must return a tensor like.*not .*float32"),
+        (Later(None, lambda t: t.tolist()), ConfigError, r"'later' must return a tensor like.*not \[0\.0, 1\.0\]"),
     ],
-    ids=["columns", "sum", "writes", "fails", "times"],
+    ids=["columns", "sum", "writes", "fails", "times", "direction", "number", "dtype", "list"],
 )
-def test_a_bad_span_policy_is_named(policy: SpanPolicy, error: type, words: str) -> None:
-    model = NeuralODE(Linear(3), "rk4", regularizers=[policy])
+@pytest.mark.parametrize("interface", ["NeuralODE", "density", "odeint"])
+def test_a_bad_span_policy_is_named(policy: SpanPolicy, error: type, words: str, interface: str) -> None:
+    calls: dict[str, Callable[[], object]] = {
+        "NeuralODE": lambda: NeuralODE(Linear(3), "rk4", regularizers=[policy])(states(), SPAN),
+        "density": lambda: RegularizedCNF(
+            Linear(3), event_shape=3, solver=FixedGrid(), regularizers=[policy]
+        ).double().log_prob(states()),
+        "odeint": lambda: odeint(Linear(3), states(), SPAN, regularizers=[policy]),
+    }  # fmt: skip
     with pytest.raises(error, match=words):
-        model(states())
+        calls[interface]()
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ class SpanPolicy(ABC):
 
     @abstractmethod
     def times(self, t_span: Tensor, /, *, training: bool) -> Tensor:
-        """The times ``(T,)`` to solve through instead of ``t_span (T,)``, in the same direction."""
+        """The times ``(T,)`` to solve through instead of ``t_span (T,)``, in its direction, dtype and device."""
 
     @abstractmethod
     def penalty(self, z: Tensor, /) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..errors import ConfigError, PluginError, RnodeError, is_out_of_memory, suggest
-from .modes import differs, on_host
+from .modes import differs, on_host, read
 from .modules import module_of
 from .regularizer import Rate, Regularizer, SpanPolicy, StepPenalty, StepRecord, code_of
 from .schedules import DEFAULT_LAMBDA, Strength, check_lambda, strength_at
@@ -468,14 +468,28 @@ def checked(
 def _times_of(policy: SpanPolicy, times: Tensor, *, training: bool) -> Tensor:
     if torch.compiler.is_compiling():
         return policy.times(times, training=training)
+    before = times
     try:
         times = policy.times(times, training=training)
     except Exception as error:
         if _passes(error):
             raise
         raise PluginError(f"`times` of the regularizer {policy.name!r} raised {_one_line(error)}") from error
-    if isinstance(times, Tensor) and differs(times):
+    alike = isinstance(times, Tensor) and (times.shape, times.dtype) == (before.shape, before.dtype)
+    if not alike or times.device != before.device:
+        got = f"{tuple(times.shape)}, {times.dtype}, {times.device}" if isinstance(times, Tensor) else repr(times)
+        raise ConfigError(
+            f"`times` of the regularizer {policy.name!r} must return a tensor like its argument, "
+            f"{tuple(before.shape)}, {before.dtype}, {before.device}, not {got:.100}."
+        )
+    if differs(times):
         raise ConfigError(ONE_DRAW.format(f"the times of {policy.name!r}"))
+    lengths = read(torch.stack([before[-1] - before[0], times[-1] - times[0]])) if len(before) > 1 else None
+    if lengths is not None and lengths[0] * lengths[1] < 0:
+        raise ConfigError(
+            f"`times` of the regularizer {policy.name!r} turned the times round: it must return them in the "
+            f"direction of its argument, here {'de' if lengths[0] < 0 else 'in'}creasing."
+        )
     return times
 
 
