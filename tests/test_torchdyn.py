@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import math
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -29,6 +30,7 @@ from torchdyn.numerics.solvers.ode import DormandPrince45, Euler, MSZero, RungeK
 from torchdyn_fields import WithTime, mlp
 
 from rnode_plugin import CNF, Adaptive, Exact, NeuralODE, RegularizedCNF, SolverError
+from rnode_plugin.core.evaluator import lock_of
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.solvers import GRADIENTS, Adjoint
 from rnode_plugin.torchdiffeq import odeint
@@ -250,6 +252,34 @@ def test_save_at_return_t_eval_and_default_times() -> None:
     ours.t_span = torch.linspace(0, 2, 5)  # pyright: ignore[reportAttributeAccessIssue]
     assert ours(x)[1].shape == (5, 6, 4)
     assert torch.equal(ours.trajectory(x, span), theirs.trajectory(x, span))
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_a_dict_of_states_has_no_checkpoints(solver: str) -> None:
+    model = NeuralODE(lambda t, x: {"a": -x["a"]}, solver, sensitivity="checkpointed")
+    with pytest.raises(ConfigError, match=r"'checkpointed' needs a state that is one tensor.*use 'autograd'"):
+        model({"a": torch.ones(2, 2)}, torch.linspace(0, 1, 3))
+
+
+def test_the_noise_of_a_cnf_is_written_under_the_lock_of_its_net() -> None:
+    drawn = threading.Event()
+
+    class Signs:
+        def sample(self, shape: tuple[int, ...]) -> Tensor:
+            drawn.set()
+            return torch.ones(*shape, 2)
+
+    cnf = CNF(nn.Linear(2, 2), "rademacher", noise_dist=Signs())
+    model = NeuralODE(cnf, "rk4")
+    with lock_of(model.vf):  # as another thread that evaluates
+        thread = threading.Thread(target=model, args=(torch.zeros(3, 3), torch.linspace(0, 1, 2)))
+        thread.start()
+        assert drawn.wait(60)
+        thread.join(0.2)
+        assert cnf.noise is None
+    thread.join()
+    assert cnf.noise is not None
+    assert torch.equal(cnf.noise, torch.ones(3, 2))
 
 
 def test_options_without_effect_warn_as_torchdyns_do() -> None:

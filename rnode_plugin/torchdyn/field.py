@@ -247,7 +247,9 @@ def start_torchdyn(
             spec = replace(spec, columns=slice(1, None))
     if density:
         z = net.event(state) if type(net) is CNF else state[:, 1:]
-        probes = vars(net)["noise"] = noise_of(net, z)
+        probes = noise_of(net, z)
+        with lock_of(modules[0]):  # which an evaluation holds that has filled the placeholders
+            vars(net)["noise"] = probes
         cnf: Any = net
         net, order, event_shape = cnf.net, cnf.order, z.shape[1:]
     else:
