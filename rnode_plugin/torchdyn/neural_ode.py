@@ -268,6 +268,11 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         if isinstance(x, dict):
             if history.regularizers:
                 raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
+            if self.sensalg == "checkpointed":  # torchdyn solves a dict, and does not know this gradient
+                raise ConfigError(
+                    "sensitivity='checkpointed' needs a state that is one tensor (B, ...), not a dict of them: use "
+                    "'autograd'."
+                )
             return ODEProblem.odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
         penalties = training if penalties is None else penalties
         regularizers = history.regularizers
@@ -560,13 +565,13 @@ def install(*, torchdiffeq: bool = False, regularizers: RegularizersLike = None)
         >>> uninstall()
     """
     global _installed
+    if isinstance(regularizers, Iterator):  # which gives its entries once, and each model resolves them
+        regularizers = list(regularizers)
     resolve_regularizers(regularizers).refuse_schedules()
     counter, both = SolveCounter(), torchdiffeq or _installed.torchdiffeq
     if both:
         from ..torchdiffeq import install as install_torchdiffeq
 
-    if isinstance(regularizers, Iterator):  # which gives its entries once, and each model resolves them
-        regularizers = list(regularizers)
         install_torchdiffeq(regularizers, counter=counter)
     _installed = _Installed(regularizers, counter, both)
     for name, value in _BEHAVIOR.items():
