@@ -137,6 +137,27 @@ def test_what_a_field_gives_is_that_of_its_dense_jacobian(name: str) -> None:
             assert_close(zero if a is None else a, zero if b is None else b, 1e-10, f"gradient of {each}")
 
 
+@pytest.mark.parametrize(
+    ("estimator", "rate", "missing"),
+    [("exact", None, "trace"), ("exact", jacfrob, "rows"), ("rademacher", jacfrob, "products"),
+     ("rademacher", total_derivative, "jvp")],
+)  # fmt: skip
+def test_a_field_that_leaves_out_what_is_wanted_is_named(estimator: str, rate: Any, missing: str) -> None:
+    class Lazy(nn.Module, Field):
+        def forward(self, t: Tensor, z: Tensor) -> Tensor:
+            return -z
+
+        def linearize(
+            self, t: Tensor, z: Tensor, probes: Any = None, wants: frozenset[str] = VELOCITY, *, peek: Any = None
+        ) -> Linearization:
+            return Linearization(self(t, z))
+
+    z = torch.ones(2, 3)
+    solve = System([] if rate is None else [rate], estimator).start(Lazy(), z, density=rate is not total_derivative)
+    with pytest.raises(ConfigError, match=f"the Field Lazy was asked for '{missing}' and left it out"):
+        solve(torch.tensor(0.0), z)
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_penalties_have_the_derivatives_of_central_differences(name: str) -> None:
     """By time, state and parameters, along random directions. A field that mixes samples has estimates alone."""

@@ -159,7 +159,8 @@ class StateFirst(nn.Module):
         (lambda f: f.inverse(torch.zeros(2, 63).double()), r"shape \(B, 64\)"),
         (lambda f: MultiscaleFlow((1, 8, 0)), "three positive integers"),
         (lambda f: MultiscaleFlow(SHAPE, alpha=0.5), "alpha must be between"),
-        (lambda f: MultiscaleFlow(SHAPE, levels=0), "levels must be at least 1"),
+        (lambda f: MultiscaleFlow(SHAPE, levels=0), "levels must be a whole number of at least 1, not 0"),
+        (lambda f: MultiscaleFlow(SHAPE, levels="x"), "levels must be a whole number"),  # pyright: ignore[reportArgumentType]
         (lambda f: MultiscaleFlow(SHAPE, field=lambda shape: StateFirst()), "the time is not the first parameter"),
     ],
 )

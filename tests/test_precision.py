@@ -57,7 +57,7 @@ def test_integrals_are_the_same_sums_under_autocast() -> None:
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
 def test_what_autocast_rounds_is_summed_as_the_state_is(sensitivity: str) -> None:
-    """A rate, a step penalty and a cost of 1 from a module, over 100 steps. In bfloat16 their sums would be 1.05."""
+    """A rate, a step penalty and a cost of 1 from a module, over 100 steps. In bfloat16 it would be 1.05."""
     one = nn.Linear(2, 1)
     nn.init.zeros_(one.weight)
     nn.init.ones_(one.bias)

@@ -432,6 +432,19 @@ def test_accepted_steps_are_saved_if_asked_for(method: str, gradient: str) -> No
     assert solver.solve(bound, z, t).steps is None
 
 
+@pytest.mark.parametrize("rate", [1e19, 1e25])
+def test_an_exploded_velocity_in_double_precision_ends_in_an_error(rate: float) -> None:
+    """Its first step divides the solve into more steps than a whole number of 64 bits counts."""
+    solver, z = Adaptive("dopri5", max_nfe=100), torch.ones(2, 2, dtype=torch.float64)
+    with pytest.raises(SolverError, match="budget of 100 evaluations"):
+        solver.solve(Solve(functools.partial(decay, rate=rate)), z, T)
+
+
+def test_a_first_step_may_be_as_short_as_a_number_can_be() -> None:
+    found = Adaptive("dopri5", first_step=1e-30).solve(Solve(decay), torch.ones(2, 2, dtype=torch.float64), T)
+    assert float(found.z[-1, 0, 0]) == pytest.approx(math.exp(-1), rel=1e-4)
+
+
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_velocity_that_is_not_finite_at_the_start_is_named_so(value: float, backward: bool) -> None:

@@ -107,7 +107,7 @@ class Field(ABC):
             t, z: as for a call.
             probes: the probe vectors, ``(B, *event)``, or ``(k, B, *event)`` for k of them.
             wants: names of attributes of :class:`Linearization`: ``"products"`` (with the probes), ``"rows"``,
-                ``"trace"``, ``"jvp"``, ``"pull"``.
+                ``"trace"``, ``"jvp"``, ``"pull"``. Only a ``"pull"`` may be left out.
             peek: evaluates this field at other points, for checks. It leaves buffers and random generators
                 unchanged, and draws from the generators as they are. None: the field itself evaluates.
         """

@@ -121,9 +121,9 @@ class Evaluator:
             self._draws = random_states(self.z_of(state)) or self._draws
         try:
             if self._exclusive is None:
-                return self._field.linearize(t, state, probes, wants, peek=self.peek)
+                return self._linearize(t, state, probes, wants)
             with self._exclusive:
-                return self._field.linearize(t, state, probes, wants, peek=self.peek)
+                return self._linearize(t, state, probes, wants)
         except (RuntimeError, AttributeError) as error:
             explain(error)
 
@@ -156,10 +156,9 @@ class Evaluator:
             with self._without_effects(x) as before:
                 if self._draws is not None:
                     _restore(self._draws)
-                if wants:
-                    found = self._field.linearize(t, state, probes, wants, peek=self.peek)
-                else:  # a call can be differentiated any number of times, a linearization perhaps only once
-                    found = Linearization(self._field(t, state))
+                # a call can be differentiated any number of times, a linearization perhaps only once
+                call = None if wants else self._field(t, state)
+                found = self._linearize(t, state, probes, wants) if call is None else Linearization(call)
                 # no draws were noted, so those inside were new ones
                 if before is not None and not self.repeats and not same_states(before, random_states(x)):
                     raise ConfigError(
@@ -170,6 +169,18 @@ class Evaluator:
                 return found
         except (RuntimeError, AttributeError) as error:
             explain(error)
+
+    def _linearize(self, t: Tensor, state: State, probes: Tensor | None, wants: frozenset[str]) -> Linearization:
+        """The result of the field, with all that is wanted, which a user's :class:`Field` may leave out."""
+        found = self._field.linearize(t, state, probes, wants, peek=self.peek)
+        for name in ("products", "rows", "trace", "jvp"):  # a `pull` only saves another evaluation
+            if name in wants and getattr(found, name) is None and (name != "trace" or found.rows is None):
+                raise ConfigError(
+                    f"linearize of the Field {type(self._field).__name__} was asked for {name!r} and left it out: "
+                    "compute each of `wants`, or return AutogradField(self).linearize(...) for those that you do "
+                    "not compute."
+                )
+        return found
 
     def peek(self, t: Tensor, state: State) -> Tensor:
         """The velocity, with no effect on buffers and random generators. Two calls in a row draw the same."""

@@ -14,7 +14,7 @@ from ..core.objective import bits_per_dim
 from ..core.regularizers import RegularizersLike
 from ..core.signature import refuse_state_first
 from ..core.trace_estimators import TraceEstimator
-from ..errors import ConfigError
+from ..errors import ConfigError, check_count
 from ..fields import conv_field
 from ..regularizers import jacfrob, kinetic
 from ..solvers import HealthCheck, Solver, check_all
@@ -198,9 +198,7 @@ class MultiscaleFlow(BlockFlow):
         self.image_shape, self.event_shape = shape, torch.Size(shape)
         if not 0 < alpha < 0.5:  # else the logit is not finite on [0, 1]
             raise ConfigError(f"alpha must be between 0 and 0.5 (both excluded), not {alpha!r}.")
-        if levels < 1:
-            raise ConfigError(f"levels must be at least 1, not {levels}.")
-        self.alpha, self.levels = alpha, levels
+        self.alpha, self.levels = alpha, check_count(levels, "levels")
         self.stages = plan_stages(self.image_shape)
 
         def default(shape: Shape) -> nn.Module:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias, TypeGuard
 
-from ..errors import ConfigError, check_name
+from ..errors import ConfigError, check_count, check_name
 from .gradients import Gradient, get_gradient
 from .tableaus import ADAPTIVE_METHODS, FIXED_METHODS, Method, get_method
 
@@ -72,9 +72,11 @@ class Solver(ABC):
         get_method(self.method)
         gradient = get_gradient(self.gradient)
         check_name(self.quadrature, QUADRATURES, "quadrature")
-        _check_positive(self.max_nfe, "max_nfe")
+        if self.max_nfe is not None:
+            check_count(self.max_nfe, "max_nfe")
         if self.quadrature == "sampled":
             gradient.check_sampling()
+            _check_draws(get_method(self.method))
 
     @property
     def name(self) -> str:
@@ -343,6 +345,24 @@ def check_tolerance(value: object, name: str) -> None:
     tensor = hasattr(value, "dtype") and not isinstance(value, float)
     if not (tensor or (_is_number(value) and value >= 0)):
         raise ConfigError(f"{name} must be a number >= 0, not {value!r}.")
+
+
+def _check_draws(method: Method) -> None:
+    """Refuse probabilities of stages whose sampled quadrature would be biased or incomplete."""
+    draws = method.draws
+    if draws is None:
+        return
+    wrong = ""
+    if len(draws) != method.stages:
+        wrong = f"they are {len(draws)}, and the step has {method.stages} quadrature weights"
+    elif min(draws) < 0 or not abs(sum(draws) - 1) <= 1e-3:  # NaN too
+        wrong = f"they are not probabilities with the sum 1, but {draws}"
+    elif method.adaptive and draws[0] != 0:
+        wrong = "the first one must be 0, because the previous step has evaluated the first stage, without products"
+    if wrong:
+        raise ConfigError(
+            f"quadrature='sampled' cannot draw stages by the `draws` of the method {method.name!r}: {wrong}."
+        )
 
 
 def _check_positive(value: object, name: str) -> None:

@@ -53,7 +53,8 @@ def evenly(dt: Tensor, rest: Tensor, sign: float) -> Tensor:
         return dt
     # Make the last step overshoot. The solve cuts it off exactly at the stop, whose time has the graph.
     count = count_steps(steps, 1.0)
-    return rest / count if count > 1 else (dt * sign).maximum(2 * rest * sign) * sign
+    # as a float, because torch takes no whole number beyond 64 bits: an exploded velocity needs more steps
+    return rest / float(count) if count > 1 else (dt * sign).maximum(2 * rest * sign) * sign
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ class Method:
         weights: quadrature weight of each evaluation of the field in a step, in their order. None if they are not
             known (a user's solver object); a rate is then taken at the start of the step.
         error_weights: the weights for the error estimate of a quadrature.
-        draws: the probability that an evaluation represents the step in a sampled quadrature. These are the weights
-            of a quadrature without negative weights. None: quadratures cannot be sampled.
+        draws: the probability that an evaluation represents the step in a sampled quadrature, one for each of the
+            ``weights``, with the sum 1. These are the weights of a quadrature without negative weights. The first
+            one of an adaptive method is 0, because the previous step has evaluated that stage already. None:
+            quadratures cannot be sampled.
         safety, min_factor, max_factor: constants of the step-size controller.
         nodes: time of each stage as a fraction of the step, in the order of their evaluation; None if not known.
         fit: fits the length of an adaptive step to the time left to the next stop; None leaves the length.
