@@ -463,6 +463,33 @@ def test_what_fails_leaves_the_lists_and_debug_shows_the_traceback(wrong):
 
 
 # the example of a package, built from its folder and used by a fresh interpreter
+LOUD = """
+    from rnode_plugin import get_recipe, hookimpl
+    from rnode_plugin.regularizers import Rate
+
+    print("imported")
+
+    def quiet(*, name="quiet"):
+        print("made")
+        return Rate(name, lambda evaluation: evaluation.dz.abs().flatten(1).sum(1))
+
+    @hookimpl
+    def rnode_register_regularizers():
+        print("asked")
+        return {"quiet": quiet}
+"""
+
+
+def test_what_a_plugin_prints_is_not_part_of_the_output(install, monkeypatch):
+    install("loud", LOUD)
+    monkeypatch.setattr(plugins, "_shared", registry := Registry())
+    for name in ("report", "names", "check_name", "get", "call"):
+        monkeypatch.setattr(plugins, name, getattr(registry, name))
+    done = CliRunner().invoke(main, ["regularizers", "--json"])
+    assert "quiet" in [row["name"] for row in json.loads(done.stdout)]
+    assert done.stderr.split() == ["imported", "asked", "made"]
+
+
 
 CODE = """
 import json, sys

@@ -94,6 +94,13 @@ def signal_at(step: int, signum: int = signal.SIGTERM) -> L.Callback:
     return BeforeStep(lambda module, at: os.kill(os.getpid(), signum) if at == step else None)
 
 
+class Loud(L.Callback):
+    """A callback that prints."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        print("training starts")
+
+
 class SpoiltGradient(L.Callback):
     """Multiplies the gradient of some steps, counted from 1."""
 

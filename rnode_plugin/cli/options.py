@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
 import re
 import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from ..experiments.recipes.recipe import Recipe
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
+
+_OUTPUT = f"{__name__}.output"  # where standard output is kept in click's context
 
 _F = TypeVar("_F", bound=Callable[..., object])
 
@@ -84,7 +88,10 @@ device = click.option(
     "--device", type=DeviceName(), default="auto", show_default=True, metavar="NAME",
     help="Device to use: cpu, cuda, cuda:1, mps or auto.",
 )  # fmt: skip
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+as_json = click.option(
+    "--json", "as_json", is_flag=True, is_eager=True, callback=lambda ctx, _, on: _json_alone(ctx) if on else on,
+    help="Print JSON.",
+)  # fmt: skip
 quiet = click.option("--quiet", is_flag=True, help="Show results only, no progress.")
 force = click.option("--force", is_flag=True, help="Overwrite a file or folder that exists.")
 
@@ -252,7 +259,7 @@ def show_next(*steps: str) -> None:
 
 def print_json(value: object) -> None:
     """Print a value as JSON, see :func:`~rnode_plugin.text.to_json`."""
-    click.echo(to_json(value))
+    click.echo(to_json(value), file=click.get_current_context().meta.get(_OUTPUT))
 
 
 def loaded(kind: str, describe: Callable[[str], str]) -> list[tuple[str, str]]:
@@ -267,3 +274,10 @@ def loaded(kind: str, describe: Callable[[str], str]) -> list[tuple[str, str]]:
         except RnodeError as error:
             rows.append((name, f"(cannot be loaded: {error})"))
     return rows
+def _json_alone(ctx: click.Context) -> bool:
+    """Keep standard output for :func:`print_json`. What a model or a callback prints goes to standard error."""
+    ctx.meta[_OUTPUT] = sys.stdout
+    ctx.with_resource(contextlib.redirect_stdout(sys.stderr))
+    return True
+
+

@@ -16,10 +16,11 @@ import os
 import pkgutil
 import re
 import reprlib
+import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -97,11 +98,15 @@ class Plugin:
     def guarded(self, what: str, *, passing: type[Exception] | tuple[()] = ()) -> Iterator[None]:
         """Context for code of the plugin, in which an error becomes a PluginError with a readable message.
 
+        What the code prints goes to standard error, because a command prints its result, such as JSON, to standard
+        output.
+
         Raises:
             PluginError: if the code raised something other than ``passing``, or called ``sys.exit``.
         """
         try:
-            yield
+            with redirect_stdout(sys.stderr):
+                yield
         except passing:
             raise
         except (Exception, SystemExit) as error:
