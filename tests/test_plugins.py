@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import tomllib
 from importlib import metadata
 from pathlib import Path
 from threading import Lock
@@ -462,7 +463,6 @@ def test_what_fails_leaves_the_lists_and_debug_shows_the_traceback(wrong):
     assert "Traceback" in CliRunner().invoke(main, ["--debug", "recipes", "show", "old-recipe"]).output
 
 
-# the example of a package, built from its folder and used by a fresh interpreter
 LOUD = """
     from rnode_plugin import get_recipe, hookimpl
     from rnode_plugin.regularizers import Rate
@@ -490,6 +490,7 @@ def test_what_a_plugin_prints_is_not_part_of_the_output(install, monkeypatch):
     assert done.stderr.split() == ["imported", "asked", "made"]
 
 
+# the example of a package, built from its folder and used by a fresh interpreter
 
 CODE = """
 import json, sys
@@ -534,3 +535,22 @@ def test_the_example_is_installed_found_and_a_penalty_of_models(tmp_path: Path) 
     assert {"arclength", "chordlength", "kinetic"} < set(names)
     assert package == ["rnode-arclength", "1.0.0"]
     assert max(arc, loss) < 1e-8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["maf_tables", "otflow", "parquet_pictures"])
+def test_the_tests_of_an_example_pass_where_it_is_installed(tmp_path: Path, name: str) -> None:
+    """With the metadata that ``pip install .`` leaves, beside the folder that the tests put on the path."""
+    folder = ROOT / "examples" / name
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    info = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    lines = [f"{entry} = {module}" for entry, module in project["entry-points"]["rnode_plugin"].items()]
+    (info / "entry_points.txt").write_text("\n".join(["[rnode_plugin]", *lines]))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, folder, ROOT)))}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / "tests")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, " passed" in done.stdout) == (0, True), done.stdout
