@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +30,28 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 _OUTPUT = f"{__name__}.output"  # where standard output is kept in click's context
 
 _F = TypeVar("_F", bound=Callable[..., object])
+
+
+class InSections(click.Command):
+    """A command whose help has its options in sections.
+
+    Args:
+        sections: the title of each section and the names of its options, in order. Other options come last.
+        options: those of click's Command.
+    """
+
+    def __init__(self, *, sections: Mapping[str, Sequence[str]], **options: Any) -> None:
+        super().__init__(**options)
+        self.sections = sections
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
+        rows = {each.name: row for each in options if (row := each.get_help_record(ctx)) is not None}
+        for title, names in self.sections.items():
+            with formatter.section(title):
+                formatter.write_dl([rows.pop(name) for name in names])
+        with formatter.section("Other"):
+            formatter.write_dl(list(rows.values()))
 
 
 class Duration(click.ParamType):

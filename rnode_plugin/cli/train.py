@@ -22,6 +22,7 @@ from ..text import count_of, table
 from .options import (
     Devices,
     Duration,
+    InSections,
     as_json,
     changed,
     check_folder,
@@ -44,7 +45,15 @@ if TYPE_CHECKING:
     from ..experiments.training.fit import FitResult
 
 
-@click.command()
+@click.command(cls=InSections, sections={
+    "Data": ("data", "data_root", "size", "given", "limit_train", "limit_val", "download"),
+    "Length": ("max_steps", "max_epochs", "max_time", "batch_size", "accumulate", "val_every"),
+    "Penalties and other settings": ("regularizers", "ffjord", "assignments", "seed"),
+    "Where to begin": ("resume", "weights"),
+    "Devices": ("device", "devices", "num_nodes", "precision", "compile"),
+    "Files": ("runs", "run_folder", "loggers", "callbacks"),
+    "Output": ("quiet", "as_json", "next_steps"),
+})  # fmt: skip
 @click.argument("recipe", required=False)
 @short("data", "data-root", "size", "max-steps", "max-epochs")
 @click.option("--max-time", type=Duration(), help="Stop after 90 (seconds), 20m or 1h30m of this call.")
