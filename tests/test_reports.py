@@ -567,8 +567,8 @@ def test_the_page_needs_nothing_but_itself_and_escapes_texts(runs: list[Path], t
     assert "rnode reaches 2.020 ± 0.020 bits/dim on held-out images with 85 evaluations for a solve" in text
     # and its figures
     assert {path.stem for path in report.figures} == {
-        "score-nfe", "nfe-training", "score-training", "score-validation", "nfe-jacfrob", "jacfrob-epoch",
-        "kinetic-epoch", "samples-1-none", "samples-2-rnode",
+        "score-nfe", "nfe-training", "score-training", "score-validation", "nfe-jacfrob", "jacfrob-training",
+        "kinetic-training", "samples-1-none", "samples-2-rnode",
     }  # fmt: skip
     assert set(figures.PANELS) == {path.stem for path in report.figures if not path.stem.startswith("samples")}
     for path in report.figures:
@@ -578,11 +578,11 @@ def test_the_page_needs_nothing_but_itself_and_escapes_texts(runs: list[Path], t
             assert ET.parse(path.with_suffix(".svg")).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     for name, labels in {
         "score-nfe": ["NFE, test", "held-out, dirty [bits/dim]"],
-        "nfe-training": ["epoch [passes over the training images]", "NFE"],
+        "nfe-training": ["training time [seconds]", "NFE"],
         "score-training": ["training time [seconds]", "training batches, dirty [bits/dim]"],
         "score-validation": ["training time [seconds]", "held-out, dirty [bits/dim]"],
         "nfe-jacfrob": ["jacfrob / dim", "NFE, test"],
-        "kinetic-epoch": ["epoch [passes over the training images]", "kinetic / dim"],
+        "kinetic-training": ["training time [seconds]", "kinetic / dim"],
     }.items():
         svg = (tmp_path / "out" / "figures" / f"{name}.svg").read_text()
         for label in [*labels, "none", "rnode"]:
@@ -601,6 +601,15 @@ def test_a_single_run_has_no_sections_that_compare(runs: list[Path], tmp_path: P
     assert re.findall(r"<(?:title|h1)>(.*)</", text) == ["Recipe digits"] * 2
 
 
+def test_what_a_report_can_be_made_of(runs: list[Path], tmp_path: Path) -> None:
+    assert write_report(str(runs[1]), tmp_path / "text").table == write_report(runs[1:2], tmp_path / "list").table
+    with pytest.raises(ConfigError, match="a report needs at least one run folder"):
+        write_report([], tmp_path / "none")
+    with pytest.raises(CheckpointError, match="no run at a1: give a run folder"):
+        write_report("a1", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def head_of(report: Report) -> str:
     text = report.html.read_text()
     return text[text.index("<header>") : text.index("</header>")]
@@ -611,7 +620,7 @@ def test_a_run_that_is_not_finished_looks_unfinished(tmp_path: Path) -> None:
     limited = write_run(tmp_path / "1", digits(seed=43), steps=24, checks=(10,), stopped="max_time")
     head = head_of(write_report([running], tmp_path / "a"))
     assert "digits is not finished: step 24. The last validation of its training has 2.4000 bits/dim" in head
-    assert "without an error." in head
+    assert "without a standard error." in head
     assert "reaches" not in head
     head = head_of(write_report([limited], tmp_path / "b"))
     assert "digits (step 24 of 24, stopped by its time limit) reaches 2.000 ± 0.020 bits/dim" in head

@@ -48,21 +48,24 @@ class Report:
 
 
 def write_report(
-    runs: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str] = "report", *, title: str | None = None
+    runs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str] = "report",
+    *,
+    title: str | None = None,
 ) -> Report:
     """Write the report of some runs, finished or running.
 
     Args:
-        runs: run folders, or folders with run folders below them. Runs below a folder that cannot be read, runs
-            without a validation or a logged step of likelihood, and repetitions, are left out and named in the
-            report.
+        runs: run folders, or folders with run folders below them, or one of these. Runs below a folder that cannot
+            be read, runs without a validation or a logged step of likelihood, and repetitions, are left out and
+            named in the report.
         out: folder for ``report.html`` (one file with everything in it, nothing is fetched) and ``figures/`` (PNG
             and SVG). Figures of a report that is there are removed.
         title: None for one that names the recipe or the data sets.
 
     Raises:
-        ConfigError: there is no run at one of the places, it cannot be read, or nothing is left to report.
-        CheckpointError: the report cannot be written.
+        ConfigError: a run cannot be read, or nothing is left to report.
+        CheckpointError: there is no run at one of the places, or the report cannot be written.
     """
     found, left_out = read_runs(runs)
     html, table, pictures = make_page(group_runs(found), title, left_out, Path(out))

@@ -31,8 +31,8 @@ STYLE = "rnode_plugin.plots"
 """The style sheet of all figures, for ``matplotlib.style.use``."""
 
 PANELS = (
-    "score-nfe", "nfe-training", "score-training", "score-validation", "nfe-jacfrob", "jacfrob-epoch",
-    "kinetic-epoch",
+    "score-nfe", "nfe-training", "score-training", "score-validation", "nfe-jacfrob", "jacfrob-training",
+    "kinetic-training",
 )  # fmt: skip
 """The names of all panels that a report may have."""
 
@@ -122,7 +122,7 @@ def _panels(configurations: Sequence[Configuration]) -> Iterator[Panel]:
 
     seconds = max(run.metrics.steps["train_seconds"].max(initial=0) for one in configurations for run in one.runs)
     unit, name = next((size, name) for least, size, name in _SPAN_UNITS if seconds >= least)
-    time, epoch = f"training time [{name}]", f"epoch [passes over the training {samples}]"
+    time = f"training time [{name}]"  # of all curves, so that a moment lies in the same place in each
     averaged = "the mean over the training batches in a window of a twentieth of the steps"
     check = f"Each mark is a validation on held-out {samples} with the test solver."
     solvers = [" or ".join(dict.fromkeys(each)) for each in (
@@ -134,12 +134,12 @@ def _panels(configurations: Sequence[Configuration]) -> Iterator[Panel]:
     )
     during = "During training"
     curves = [
-        _Curve("nfe-training", "NFE during training", "epoch", ("train/nfe", "val/nfe"), epoch, "NFE",
-               during, caption),
+        _Curve("nfe-training", "NFE during training", "train_seconds", ("train/nfe", "val/nfe"), time, "NFE",
+               during, caption, unit),
         _Curve("score-training", f"Training {likelihood}", "train_seconds", (f"train/{kind.metric}",), time,
-               f"training batches, {kind.score}", during, f"Each line is a run: {averaged}.", unit),
+               f"training batches, {kind.score}", during, f"Each line is a run: {averaged}.", unit, falls=True),
         _Curve("score-validation", f"Held-out {likelihood}", "train_seconds", (f"val/{kind.metric}",), time,
-               f"held-out, {kind.score}", during, check, unit),
+               f"held-out, {kind.score}", during, check, unit, falls=True),
     ]  # fmt: skip
     if len(configurations) > 1:
         section = "What the penalties do during training"
@@ -148,9 +148,8 @@ def _panels(configurations: Sequence[Configuration]) -> Iterator[Panel]:
             if name == "jacfrob":
                 curves.append(_Curve("nfe-jacfrob", f"NFE against {heading}", "val/jacfrob", ("val/nfe",), heading,
                                      table["nfe_test"].heading, section, caption))  # fmt: skip
-            curves.append(
-                _Curve(f"{name}-epoch", heading, "epoch", (f"val/{name}",), epoch, heading, section, caption)
-            )
+            curves.append(_Curve(f"{name}-training", heading, "train_seconds", (f"val/{name}",), time, heading,
+                                 section, caption, unit))  # fmt: skip
     for curve in curves:
         # one finite point shows nothing, and two are a straight line
         if any(len(x) >= _FEWEST for one in configurations for _, x, _ in curve.points(one)):
@@ -162,7 +161,8 @@ class _Curve(NamedTuple):
     """A figure that draws columns of the metrics of each run against another one.
 
     A column of the training steps is a line, and one of the validations is marks, with a line between them if the
-    figure has no other. Values of ``x`` are divided by ``unit``.
+    figure has no other. Values of ``x`` are divided by ``unit``. If the curve ``falls`` steeply at first, the axis
+    shows its values after the first tenth.
     """
 
     name: str
@@ -174,6 +174,7 @@ class _Curve(NamedTuple):
     section: str
     caption: str
     unit: float = 1.0
+    falls: bool = False
 
     def points(self, one: Configuration) -> Iterator[tuple[str, Vector, Vector]]:
         """The column and its points for each run that has it, averaged over a window if it has a value a step."""
@@ -197,7 +198,7 @@ class _Curve(NamedTuple):
                 if not name.startswith("val/"):
                     look["marker"] = "none"
                 axes.plot(x, y, linewidth=1.8, markersize=4.5, markeredgewidth=0, **look)
-                late += [y[x >= x.max() / 10]] if self.x == "train_seconds" and len(x) > 5 else []
+                late += [y[x >= x.max() / 10]] if self.falls and len(x) > 5 else []
                 if label:
                     shown = one.look if len(self.ys) > 1 else look
                     axes.plot([], [], label=label, linewidth=1.8, markersize=4.5, markeredgewidth=0, **shown)

@@ -80,20 +80,26 @@ def configuration_of(run: RunContents) -> tuple[object, ...]:
     return tuple(settings_of(run).items()), run.devices, run.facts and run.facts.identity
 
 
-def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[RunContents], list[str]]:
+def read_runs(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> tuple[list[RunContents], list[str]]:
     """Read the runs of a report.
 
     Args:
-        paths: run folders, and folders that have run folders below them.
+        paths: run folders, and folders that have run folders below them, or one of these.
 
     Returns:
         The runs, and a message for each one that is left out: a run below a folder that cannot be read, a run
         without a logged step of likelihood or a validation, or a repetition of another run.
 
     Raises:
-        ConfigError: there is no run at one of the paths, it cannot be read, nothing is left, or some runs are on
-            images and others on tables.
+        CheckpointError: there is no run at one of the paths.
+        ConfigError: no path is given, a run cannot be read, nothing is left, or some runs are on images and others
+            on tables.
     """
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    if not paths:
+        raise ConfigError("a report needs at least one run folder.")
     runs: dict[Path, RunContents] = {}
     left_out: dict[str, None] = {}
     for path in map(Path, paths):

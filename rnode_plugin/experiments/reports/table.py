@@ -149,7 +149,7 @@ def _notes(configurations: Sequence[Configuration], base: Configuration) -> Iter
         f"± is the standard error over the seeds, or over the held-out {samples} if there is one seed."
         f"{over_samples} Scores, test NFE and penalties are measured with the weights that have the lowest "
         f"validation {kind.likelihood}. A run that is not finished counts only if its configuration has no "
-        "finished one, with its last validation and without an error. Lower is better."
+        "finished one, with its last validation and without a standard error. Lower is better."
     )
     for one in configurations:
         if len(steps := {steps_of(run) for run in one.measured_runs}) > 1:
@@ -185,7 +185,7 @@ def _sentence(one: Configuration, table: Mapping[str, Entry], base: Configuratio
     if not one.evaluations:
         return (
             f"{one.label} is {states}. The last validation of its training has {known(score)}{kind.per_sample} on "
-            f"held-out {kind.samples} at {known('nfe_test')} evaluations for a solve, without an error."
+            f"held-out {kind.samples} at {known('nfe_test')} evaluations for a solve, without a standard error."
         )
     limited = any(run.result is not None and run.result.out_of_time for run in one.measured_runs)
     text = (
