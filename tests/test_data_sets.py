@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import importlib.abc
 import io
 import pickle
 import re
@@ -283,6 +284,20 @@ def test_without_a_network_it_names_the_files_and_where_they_belong(name, file, 
     assert not re.search(r"urlopen|Errno|refused|Tried", message)
 
 
+@pytest.mark.parametrize("download", [True, False])
+def test_a_torchvision_that_is_broken_is_no_missing_server(tmp_path, monkeypatch, download):
+    class Broken(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name.partition(".")[0] == "torchvision":
+                raise RuntimeError("operator torchvision::nms does not exist")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(ConfigError, match="torchvision, which cannot be imported: operator torchvision::nms does"):
+        get_dataset("mnist", root=str(tmp_path), download=download)
+
+
 def test_unknown_names_and_options_list_the_known_ones():
     with pytest.raises(ConfigError, match="unknown data set 'mnits'; did you mean 'mnist'"):
         get_dataset("mnits")
@@ -299,7 +314,25 @@ def _data(**changes) -> ImageData:
     return ImageData(**{"name": "x", "train": images, "val": images, "shape": (1, 4, 4), "levels": 17, **changes})
 
 
+class _Unfaithful:
+    """A plugin's array, which returns something else than its shape and dtype say."""
+
+    shape, dtype = (10, 1, 4, 4), np.dtype(np.uint8)
+
+    def __init__(self, found: object) -> None:
+        self.found = found
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: object) -> object:
+        return self.found
+
+
 @pytest.mark.parametrize(("changes", "message"), [
+    ({"train": _Unfaithful(np.zeros((1, 1, 4, 4), np.uint8))}, r"train images return uint8 \(1, 1, 4, 4\) for 2"),
+    ({"val": _Unfaithful(np.zeros((2, 1, 4, 4)))}, r"val images return float64 .* promise uint8 \(2, 1, 4, 4\)"),
+    ({"val": _Unfaithful([0, 1])}, "val images return list for 2 indices"),
     ({"train": np.zeros((10, 1, 4, 4), np.float32)}, "train images are float32 .* must be uint8"),
     ({"val": np.zeros((10, 4, 4), np.uint8)}, r"val images are uint8 \(10, 4, 4\).*\(N, 1, 4, 4\)"),
     ({"train": np.zeros((0, 1, 4, 4), np.uint8)}, r"train images are uint8 \(0"),

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from rnode_plugin.errors import ConfigError, DataError, RnodeError
-from rnode_plugin.experiments.data.table_files import column_names, read_columns, write_rows
+from rnode_plugin.experiments.data.table_files import check_written, column_names, read_columns, write_rows
 from rnode_plugin.experiments.data.tables import CELLS, Table, check_columns, split_rows, table
 from rnode_plugin.experiments.recipes.recipe import TableData, get_recipe
 from rnode_plugin.experiments.recipes.tasks import load_data, task_of
@@ -131,6 +131,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "underscores": ("a,b\n1,2\n1_000,2\n", "'a' .*not numeric: row 2 holds '1_000'"),
     "a header alone": ("a,b\n", "no rows"),
     "two columns of one name": ("a,b,a\n1,2,3\n", "2 columns have the name 'a'"),
+    "two columns that look alike": ("\u00e9,e\u0301\n1,2\n", "look alike, '\u00e9' in two forms of Unicode"),
     "a comment": ("# a,b\n1,2\n", "begins with #"),
     "an empty row of one column": ("a\n1\n\n3\n", "missing or infinite in 1 of 3 rows.* row 2"),
     "nothing": ("", "first line is empty"),
@@ -188,8 +189,25 @@ def test_parquet_of_pandas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(DataError, match=f"'{name}' .*{message}"):
             read_columns(path, ["a", name])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'rnode-plugin\[parquet\]'"):
+    with pytest.raises(ConfigError, match=r"need pyarrow: pip install pyarrow"):
         column_names(path)
+    with pytest.raises(ConfigError, match="need pyarrow: pip install pyarrow"):
+        check_written(path)  # before any row is drawn
+
+
+def test_names_of_parquet_are_found_without_its_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pandas
+
+    frame = pandas.DataFrame({"a": PAIRS[:, 0], "b": PAIRS[:, 1]})
+    frame.rename_axis("id").to_parquet(tmp_path / "data.parquet")
+    frame.iloc[:0].to_parquet(tmp_path / "empty.parquet")
+    folder = tmp_path / "parts.parquet"  # as Spark writes it
+    folder.mkdir()
+    frame.to_parquet(folder / "0.parquet")
+    monkeypatch.setattr(pandas, "read_parquet", lambda *_, **__: pytest.fail("the values were read"))
+    assert column_names(tmp_path / "data.parquet") == column_names(folder) == ("a", "b")
+    with pytest.raises(DataError, match="columns, but no rows"):
+        column_names(tmp_path / "empty.parquet")
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -220,6 +238,8 @@ def test_the_split_is_a_function_of_its_seed() -> None:
     assert not np.array_equal(one.held_out, other.held_out)
     with pytest.raises(DataError, match="t has 19 rows, but a density needs at least 20"):
         split_rows("t", ["a"], rows[:19], validation=0.1, held_out=0.1, seed=0)
+    with pytest.raises(DataError, match=r"20 rows, of which data.held_out=0.5 takes 10 and data.val"):
+        split_rows("t", ["a"], rows[:20], validation=0.49, held_out=0.5, seed=0)
     with pytest.raises(DataError, match="t has 1 row, but"):
         split_rows("t", ["a"], rows[:1], validation=0.1, held_out=0.1, seed=0)
 

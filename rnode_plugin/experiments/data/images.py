@@ -71,6 +71,21 @@ def fingerprint(samples: ImageArray) -> str:
     return hashlib.sha256(f"{len(samples)} {some.shape}".encode() + some.tobytes()).hexdigest()[:16]
 
 
+def _check_reads(images: ImageArray, what: str) -> None:
+    """Refuse an array, such as a plugin's, that returns other images than its shape and dtype promise.
+
+    A batch would take one image for each of its places, or cut numbers off, without an error.
+    """
+    indices = np.array([0, len(images) - 1])
+    found = images[indices]
+    wanted = (len(indices), *images.shape[1:])
+    if not isinstance(found, np.ndarray) or (found.shape, found.dtype) != (wanted, images.dtype):
+        got = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else type(found).__name__
+        raise DataError(
+            f"{what} return {got} for {len(indices)} indices, but they promise {images.dtype} {wanted}."
+        )
+
+
 class Selection:
     """Selects some images of another array, and reads them when they are indexed.
 
@@ -134,6 +149,8 @@ class ImageData:
             if isinstance(images, np.ndarray) and self.levels < 256 and images.max() >= self.levels:
                 raise DataError(f"{what} hold the value {images.max()}, which {self.levels} levels do not reach.")
         if not all(self.pixels):
+            for part, images in (("train", self.train), ("val", self.val)):
+                _check_reads(images, f"{self.name}: the {part} images")
             object.__setattr__(self, "pixels", (fingerprint(self.train), fingerprint(self.val)))
         if self.names is not None and self.pictures is None:
             lowest = sorted((name_hash(name), index) for index, name in enumerate(self.names[0]))[:_COMPARED]

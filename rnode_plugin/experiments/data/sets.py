@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ...errors import DataError
+from ...errors import ConfigError, DataError, first_line
 from .folders import DEFAULT_ROOT
 from .images import ImageData, shuffled
 
@@ -90,6 +90,14 @@ def _load(source: _Published, root: str | None, download: bool) -> ImageData:
     base = Path(root) if root is not None else DEFAULT_ROOT
     folder = base / source.folder
     try:
+        import torchvision.datasets  # it imports torch  # noqa: F401
+    except Exception as error:  # such as a RuntimeError, if it was built for another version of torch
+        raise ConfigError(
+            f"the data set {source.name} needs torchvision, which cannot be imported: "
+            f"{first_line(error).rstrip('.')}. Install the version that belongs to your torch: pip install "
+            "--upgrade torch torchvision."
+        ) from error
+    try:
         return _read(source, base, download=False)
     except Exception as error:  # if it is missing or damaged, torchvision may raise anything
         if not download:
@@ -110,7 +118,7 @@ def _load(source: _Published, root: str | None, download: bool) -> ImageData:
 
 
 def _read(source: _Published, base: Path, *, download: bool) -> ImageData:
-    import torchvision.datasets  # it imports torch
+    import torchvision.datasets
 
     # torchvision takes any unpacked file for a complete one, so a process that was killed while it unpacked would
     # leave a file that no later download replaces

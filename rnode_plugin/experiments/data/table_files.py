@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import shlex
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -139,6 +140,8 @@ def _frame(path: Path, rows: int | None = None) -> pd.DataFrame:
             raise _refused(path, "a column has no name")
         if names.count(name) > 1:
             raise _refused(path, f"{names.count(name)} columns have the name {name!r}")
+        if (composed := unicodedata.normalize("NFC", name)) != name and composed in names:
+            raise _refused(path, f"two columns have names that look alike, {composed!r} in two forms of Unicode")
     if frame.empty:
         raise DataError(f"{path} has {'columns, but no rows' if names else 'no columns'}.")
     return frame
@@ -221,21 +224,22 @@ def _read_array(path: Path, rows: int | None) -> pd.DataFrame:
 def _read_parquet(path: Path, rows: int | None) -> pd.DataFrame:
     import pandas
 
-    _need_pyarrow()
-    frame = pandas.read_parquet(path)  # an index that pandas has written is not a column
+    # an index that pandas has written is not a column, in either case
+    if rows is None:
+        frame = pandas.read_parquet(path)
+    else:  # a file has its names and the number of its rows at its end, so no value is read
+        from pyarrow import dataset
+
+        found = dataset.dataset(path, format="parquet", partitioning="hive")
+        frame = found.schema.empty_table().to_pandas().reindex(range(min(rows, found.count_rows())))
     return frame.set_axis(frame.columns.map(str), axis=1)
-
-
-def _need_pyarrow() -> None:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError("parquet files need pyarrow: pip install 'rnode-plugin[parquet]'.")
 
 
 def check_written(path: str | os.PathLike[str]) -> None:
     """Refuse a file that :func:`write_rows` cannot write.
 
     Raises:
-        ConfigError: its name has another ending.
+        ConfigError: its name has another ending, or the writer is not installed.
     """
     _format_of(Path(path))
 
@@ -259,7 +263,6 @@ def _write_text(file: IO[bytes], frame: pd.DataFrame, separator: str) -> None:
 
 
 def _write_parquet(file: IO[bytes], frame: pd.DataFrame) -> None:
-    _need_pyarrow()
     frame.to_parquet(file, index=False)
 
 
@@ -286,4 +289,6 @@ def _format_of(path: Path) -> _Format:
     found = _FORMATS.get(path.suffix.lower())
     if found is None:
         raise ConfigError(f"{path} is not a table: its name must end in {', '.join(_FORMATS)}.")
+    if path.suffix.lower() == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError("parquet files need pyarrow: pip install pyarrow.")
     return found

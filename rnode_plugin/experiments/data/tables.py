@@ -162,6 +162,11 @@ def split_rows(
         raise DataError(f"{name} has {found}, but a density needs at least {_FEWEST}, better hundreds.")
     order = np.random.RandomState(seed).permutation(len(rows))  # a stream that NumPy keeps for good
     n_held_out, n_val = (max(1, round(share * len(rows))) for share in (held_out, validation))
+    if n_held_out + n_val >= len(rows):
+        raise DataError(
+            f"{name} has {count_of(len(rows), 'row')}, of which data.held_out={held_out:g} takes {n_held_out} and "
+            f"data.validation={validation:g} takes {n_val}. None is left to train on: give smaller shares."
+        )
     parts = np.split(rows[order], [n_held_out, n_held_out + n_val])
     return Table(
         name, tuple(columns), train=parts[2], val=parts[1], held_out=parts[0], numbers=order[:n_held_out] + 1
