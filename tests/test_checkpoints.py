@@ -8,7 +8,7 @@ import pickle
 import random
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -171,6 +171,15 @@ def test_complex_weights_are_refused(file: Path, recipe: Recipe, tmp_path: Path)
         pytest.skip("safetensors before 0.7 knows no complex numbers")
     with pytest.raises(CheckpointError, match=f"{name} is complex .* there and .* in the model"):
         load_flow(tmp_path / "x.safetensors")
+
+
+def test_a_file_that_may_not_be_read_is_not_called_truncated(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:  # since nothing stops a superuser
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("zipfile.ZipFile", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be read: permission denied\.$"):
+        load_flow(file)
 
 
 def test_foreign(tmp_path: Path) -> None:

@@ -296,6 +296,8 @@ def read_checkpoint(path: Path) -> Contents:
             f"{path} is not a checkpoint of rnode-plugin: it holds more than tensors and plain values, and such a "
             "file is not opened because it could run code."
         ) from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise CheckpointError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from None
     except Exception as error:  # a damaged file can make the reader fail in any way
         raise CheckpointError(
             f"{path} cannot be read. It is truncated or not a checkpoint: {first_line(error).rstrip('.')}."

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import pytorch_lightning as L
 import torch
-from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -101,6 +100,19 @@ class StepOrder(DistributedSampler[list[int]]):
         return self._known[1]
 
 
+class _Share(DistributedSampler[int]):
+    """The samples of one device in order, each sample on exactly one device, where PyTorch's own repeats some."""
+
+    def __init__(self, samples: int, *, world: int, rank: int) -> None:
+        self._places = range(rank, samples, world)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
 class _Resumable(DataLoader[Tensor]):
     """A loader that Lightning can resume in the middle of an epoch.
 
@@ -175,7 +187,7 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Load batches of the held-out samples, each sample on exactly one device, so that means count it once."""
         world, rank, _ = self._share
-        share = UnrepeatedDistributedSampler(self.data.val, num_replicas=world, rank=rank, shuffle=False)
+        share = _Share(len(self.data.val), world=world, rank=rank)
         return self._loader(self.data.val, self.recipe.data.val_batch_size, share)
 
     def _loader(

@@ -30,9 +30,11 @@ def add_resume_hint(after_step: AfterStep, trainer: L.Trainer) -> Iterator[None]
     except RnodeError as error:
         # a process that waits in a reduction would never notice that this one has left
         end_other_processes(trainer)
+        if (run := after_step.folder) is not None and not run.path.is_dir():
+            raise TrainingError(f"training stopped: the folder of the run, {run.path}, was removed.") from error
         left = "No checkpoint had been written yet."
         # last.ckpt is missing if a full disk had room for the best.ckpt of the first validation alone
-        if (run := after_step.folder) is not None and (found := run.checkpoints(LAST)):
+        if run is not None and (found := run.checkpoints(LAST)):
             best = f", --resume {run.best} from the best one" if run.best in found[1:] else ""
             left = f"The last good checkpoint is {found[0]}; --resume {run.path} continues from it{best}."
         # the constructor of a SolverError takes other arguments than a message

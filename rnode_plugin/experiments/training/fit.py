@@ -136,6 +136,8 @@ def begin(given: Experiment | Recipe, options: RunOptions, loggers: Sequence[str
         DataError: the data set is missing, does not fit, or surely holds out other samples than the resumed run.
         CheckpointError: there is nothing to continue from, or the checkpoint belongs to another model.
     """
+    if not isinstance(given, (Recipe, Experiment)):
+        raise ConfigError(f"fit takes a Recipe, such as get_recipe('digits'), or an Experiment, not {given!r:.60}.")
     check_loggers(loggers)
     recipe = given if isinstance(given, Recipe) else given.recipe
     # settings that a resumed run cannot change are refused here, because data may be downloaded next

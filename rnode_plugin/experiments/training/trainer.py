@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -65,6 +66,13 @@ def find_place(options: TrainerOptions) -> Place:
     with _refusing("this device cannot be used"):
         # the number of devices decides the steps of an epoch, which the Trainer of the run takes as an option
         fabric = Fabric(**where)
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if fabric.world_size == 1 and tasks.isdecimal() and int(tasks) > 1 and os.environ.get("SLURM_PROCID") == "0":
+        print(
+            f"SLURM has {tasks} tasks, and each that starts this command trains a run of its own, on one device. "
+            f"One run on all of them needs --devices {tasks}, or their number on a node and --num-nodes.",
+            file=sys.stderr,
+        )
     return Place(where, fabric.strategy.root_device, fabric.world_size)
 
 
@@ -128,7 +136,7 @@ def _refusing(what: str) -> Iterator[None]:
     """Convert the errors by which Lightning refuses options to a ConfigError, which begins with ``what``."""
     try:
         yield
-    except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
+    except (ValueError, RuntimeError, TypeError, ImportError, MisconfigurationException) as error:
         raise ConfigError(f"{what}: {' '.join(str(error).split())}") from None
 
 
