@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import reprlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from pydantic import BeforeValidator, ValidationError
 
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 NULL_IS_NAN = BeforeValidator(lambda value: math.nan if value is None else value)
 """For a number in JSON, where null stands for NaN and infinity. It is read as NaN."""
@@ -39,8 +44,29 @@ def _sentence(error: ValidationError, group: str) -> str:
     here = [each for each in found if _path(each["loc"], group) == path]
     if len(here) > 1:  # pydantic counts the entries of a list without those that are wrong
         here = [each for each in here if each["type"] != "too_short"]
-    text = " or ".join(dict.fromkeys(each["msg"].removeprefix("Value error, ") for each in here))
-    return f"{path or 'recipe'}: {text[:1].lower()}{text[1:]}, got {reprlib.repr(found[0]['input'])}."
+    text = " or ".join(dict.fromkeys(_plain(each) for each in here))
+    return f"{path or 'recipe'}: {text}, got {reprlib.repr(found[0]['input'])}."
+
+
+_WORDS = {  # of pydantic's types of errors, whose own words are about types of Python
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "string_type": "must be a text",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+}
+
+
+def _plain(error: ErrorDetails) -> str:
+    """What a setting must be, from one of pydantic's findings."""
+    own = error["msg"].removeprefix("Value error, ")
+    text = re.sub("^Input should be", "must be", own)
+    return _WORDS.get(error["type"], f"{text[:1].lower()}{text[1:]}")
 
 
 def _path(location: tuple[int | str, ...], group: str) -> str:

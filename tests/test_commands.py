@@ -34,6 +34,10 @@ REFUSED: dict[str, str] = {
     "train digit": "unknown recipe 'digit'; did you mean 'digits'",
     "compare digit": "did you mean 'digits'",
     "recipes show digit": "did you mean 'digits'",
+    "recipes digits": "digits is no command: rnode-cli recipes show digits shows it.",
+    "regularizers kinetik": "unknown regularizer 'kinetik'; did you mean 'kinetic'",
+    "train digits --lr 0.1": "no such option --lr: a setting is given by --set optimizer.lr=VALUE.",
+    "train digits --learning-rate 0.1": "a setting is given by --set optimizer.lr=VALUE.",
     "train digits --max-step 3": "No such option",
     "train digits --max-time soon": "not a span of time",
     "train digits --set optimizer.rl=1": "Did you mean optimizer.lr",
@@ -44,17 +48,20 @@ REFUSED: dict[str, str] = {
     "train digits --devices 99999 --device cpu": "--devices 99999 is more than the",
     "train digits --devices x": "--devices takes a number (4), indices (0,2) or auto, not 'x'.",
     "train digits --num-nodes 0": "0 is not in the range x>=1",
+    "train digits --precision fp16": "unknown precision 'fp16'; did you mean '16-mixed'?",
+    "train digits --seed abc": "training.seed: must be a whole number, got 'abc'.",
+    "train digits --max-steps 0": "training.max_steps: must be greater than 0, got '0'.",
     "train digits --precision fp8": "unknown precision 'fp8'. Known: 16-mixed, 32-true, 64-true, bf16-mixed.",
     "train digits --logger wandbb": "unknown logger 'wandbb'; did you mean 'wandb'",
     "train digits --set data.shape=1,2": "data.shape: an image has three numbers C,H,W (channels, height, width), "
     "as in 1,28,28, got '1,2'.",
-    "train digits --batch-size 0": "data.batch_size: input should be greater than 0, got '0'",
+    "train digits --batch-size 0": "data.batch_size: must be greater than 0, got '0'",
     "train runs/none/0": "'runs/none/0' is not a recipe: no such file or folder exists.",
     "train digits --set model.name=multi": "unknown model 'multi'. Known: MultiscaleFlow, TableFlow.",
     "train digits --size 12": "the images of digits have one size: leave --size out. It scales the pictures of a",
     "train digits --data-root nowhere": "the digits come with scikit-learn, so --data-root has no effect.",
     "train digits --data-root pictures": "To train on your pictures: rnode-cli train pictures --data-root pic",
-    "train pictures --data-root pictures --size 64000": "data.size: input should be less than or equal to 8192",
+    "train pictures --data-root pictures --size 64000": "data.size: must be less than or equal to 8192",
     "train digits --ffjord --precision bf16-mixed": "dopri5 cannot train with training.precision=bf16-mixed",
     "train digits --device cuda:1 --devices 2": "--device cuda:1 names one device",
     "train ./pictures": "is not a recipe: a folder of pictures is trained on by rnode-cli train pictures",
@@ -74,15 +81,17 @@ REFUSED: dict[str, str] = {
     "train table --set data.columns=radius,textur": "data.columns: unknown column 'textur'; did you mean",
     "compare digits --configuration kinetic --configuration kinetik": "unknown configuration 'kinetik'; did",
     "compare digits --configuration none.json": "none.json cannot be read: No such file",
+    "compare digits --configuration bad.json": "It is not JSON: Expecting ',' delimiter: line 1 column 11",
     "compare digits --configuration rnode --seeds 0": "0 is not in the range x>=1",
     "compare digits --jobs 0": "0 is not in the range x>=1",
     "export runs/digits/0 model.pt": "a file of --format safetensors must end in .safetensors, not 'model.pt'.",
     "export runs/digits/0 a.safetensors --format torch-export": "must end in .pt2, not 'a.safetensors'.",
+    "export runs/digits/0 a.onnx": "and torch-export for programs that run with torch alone (.pt2).",
     "export runs/digits/0 a.safetensors --step 1": "--step and --method are options of programs",
     "data prepare pictures packed --size 64": "pictures need no preparation: give their folder by --data-root, and",
     "cite runs/digits/0 --json": "No such option",
     "exec --regularizer kinetik=1 script.py": "unknown regularizer 'kinetik'; did you mean 'kinetic'?",
-    "report runs/digit/0": "no run at runs/digit/0; did you mean 'runs/digits/0'? Give a run folder",
+    "report runs/digits/0 --out pictures": "pictures exists already: choose another name, or overwrite it",
 }
 
 # what is refused by the recipe in a checkpoint, which only torch can read: exit code 2
@@ -92,11 +101,11 @@ REFUSED_BY_THE_RUN: dict[str, str] = {
     "eval runs/digits/0 --data-root nowhere": "so --data-root has no effect",
     "diagnose runs/digits/0 --data-root nowhere": "so --data-root has no effect",
     "eval runs/digits/0 --solver method=dopri5 --solver step=0.1": "step has no effect, because dopri5 chooses",
-    "eval runs/digits/0 --data-root ''": "data.root: string should have at least 1 character",
-    "eval runs/digits/0 --data-root \udcff": "data.root: input should be a valid string",
+    "eval runs/digits/0 --data-root ''": "data.root: must not be empty",
+    "eval runs/digits/0 --data-root \udcff": "data.root: must be",
     "eval runs/digits/0 --device cuda:77": "the device 'cuda:77' cannot be used: PyTorch",
     "train mnist --resume good.ckpt": "good.ckpt is a run of digits, not of mnist. Leave",
-    "sample runs/digits/0 --out x.jpg": "x.jpg is not a picture: its name must end in .png.",
+    "sample runs/digits/0 --out x.jpg": "images are written as PNG, and x.jpg has another ending: end its name",
     "sample runs/table/0 --given-values texture=-1e39": "texture=-1e+39 is outside of 32-bit numbers",
     "sample runs/table/0 --given-values textur=1": "unknown given column 'textur'; did you mean 'texture'?",
 }
@@ -116,6 +125,10 @@ ABSENT: dict[str, str] = {
     "diagnose mnist-pretraned": "did you mean 'mnist-pretrained'?",
     "export mnist-pretraned a.safetensors": "did you mean 'mnist-pretrained'?",
     "cite mnist-pretraned": "did you mean 'mnist-pretrained'?",
+    "eval digits": "no checkpoint at digits: digits is a recipe, which rnode-cli train digits trains. Give a run",
+    "report digits": "no run at digits: digits is a recipe, which rnode-cli train digits trains. Give a run folder",
+    "report runs/digit/0": "no run at runs/digit/0; did you mean 'runs/digits/0'? Give a run folder",
+    "report nowhere": "no run at nowhere: give a run folder (it holds recipe.json), or a folder of them.",
     "eval runs/digit/0": "no checkpoint at runs/digit/0; did you mean 'runs/digits/0'?",
 }
 
@@ -311,7 +324,8 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
         (run.path / "recipe.json").write_text(json.dumps(recipe.to_plain()))
     good = (here / "runs" / "digits" / "0" / "checkpoints" / "best.ckpt").read_bytes()
     for file, contents in (
-        ("script.py", b""), ("rows.csv", b"a,b\n1,2\n"), ("good.ckpt", good), ("half.ckpt", good[: len(good) // 2]),
+        ("script.py", b""), ("bad.json", b'{"a": {}  "b": {}}'),
+        ("rows.csv", b"a,b\n1,2\n"), ("good.ckpt", good), ("half.ckpt", good[: len(good) // 2]),
         ("code.ckpt", pickle.dumps(print)),
     ):  # fmt: skip
         (here / file).write_bytes(contents)

@@ -114,6 +114,8 @@ def test_penalties_by_name_and_in_a_file(recipe: Recipe, tmp_path: Path) -> None
     ('{"a": 1}', "must be JSON that maps names to penalties"),
     ('{"a": {"kinetic": 1}, "a": {"kinetic": 2}}', "a.json has the name 'a' twice"),
     ('{"a": {"kinetic": 1, "kinetic": 2}}', "a.json has the name 'kinetic' twice"),
+    ('{"a": {} "kinetic": 1}', r"It is not JSON: Expecting ',' delimiter: line 1 column 10"),
+    ('{"": {}}', "a.json has a configuration without a name"),
     ("{}", "a.json has no configuration"),
     ('{"a": {"kinetic": 1}, "b": {"kinetic": [], "l1": [1]}}', "a sweep without a lambda"),
     ('{"a": {"kinetic": -1}}', "a.json, a: regularizers.kinetic: expected a finite number"),

@@ -110,6 +110,25 @@ def test_the_tables_of_the_docs_are_those_of_the_declarations() -> None:
 @pytest.mark.parametrize("declared", [kinetic, straightness, local_error])
 def test_copies_and_pickles_of_a_declared_function_are_the_same_object(declared: object) -> None:
     assert copy.deepcopy(declared) is declared
+def test_the_tables_are_made_from_the_checkout(tmp_path: Path) -> None:
+    (tmp_path / "rnode_plugin.py").write_text("raise ImportError('an installed copy')")
+    script = str(DOCS / "regularizer_tables.py")
+    code = f"import runpy; print(runpy.run_path({script!r})['get_regularizer'].__module__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "rnode_plugin.plugins.registry", done.stderr
+
+
+def test_one_regularizer_is_shown_alone() -> None:
+    found = CliRunner().invoke(main, ["regularizers", "taylor:3"]).output.splitlines()
+    row = listed()["taylor"]
+    assert [line.split(maxsplit=1)[0] for line in found[:3]] == ["name", "kind", "formula"]
+    assert (found[0].split()[1], found[2].partition(" ")[2].strip()) == ("taylor", row["formula"])
+    assert json.loads(CliRunner().invoke(main, ["regularizers", "taylor", "--json"]).output) == [row]
+
+
     assert pickle.loads(pickle.dumps(declared)) is declared
 
 

@@ -162,7 +162,7 @@ def test_a_diagnosis_as_plain_data_and_back() -> None:
     assert back.checks[0] == checks[0]
     assert math.isnan(back.checks[1].numbers["nll"])
     plain["checks"][0]["verdict"] = "good"
-    with pytest.raises(ConfigError, match=r"diagnosis\.checks: input should be"):
+    with pytest.raises(ConfigError, match=r"diagnosis\.checks: must be"):
         Diagnosis.from_plain(plain)
 
 

@@ -80,8 +80,13 @@ def test_other_data_leave_the_diagnosis_of_the_run(
         (inside, "best.ckpt", trained.parents[1] / "rows.csv"),  # the table of the run
     ):
         monkeypatch.chdir(place)
+        if other == "other.csv":
+            (trained / "result.json").rename(tmp_path / "result.json")  # as while the run trains
         result = rnode("diagnose", weights, "--samples", "8", "--quiet", "--data-root", other)
         assert result.exit_code in (0, CHECK_FAILED), result.output
+        assert ("has not finished: these are its weights so far" in result.stderr) == (other == "other.csv")
+        if other == "other.csv":
+            (tmp_path / "result.json").rename(trained / "result.json")
         assert ((trained / "diagnosis.json").read_bytes() == before) == (other == "other.csv")
     assert json.loads((tmp_path / "diagnosis" / "diagnosis.json").read_text())["samples"] == 8
     (trained / "diagnosis.json").write_bytes(before)

@@ -202,6 +202,9 @@ def test_a_recipe_holds_names_and_numbers() -> None:
 
 @pytest.mark.parametrize(("assignment", "message"), [
     ("optimizer.lrr=1", r"unknown setting 'optimizer.lrr'. Did you mean optimizer.lr"),
+    ("lr=1", r"unknown setting 'lr'. Did you mean optimizer.lr\?"),
+    ("optimizer.learning_rate=1", r"Did you mean optimizer.lr\?"),
+    ("validation.every=4", r"Did you mean training.val_every or training.val_every_steps or"),
     ("optimizer=1", "unknown setting 'optimizer'"),
     ("paper.hours=1", "unknown setting 'paper.hours'"),
     ("optimizer.lr", "write group.key=value"),
@@ -212,9 +215,9 @@ def test_a_recipe_holds_names_and_numbers() -> None:
     ("test_solver.first_step=-1", r"^test_solver: .*first_step must be a number > 0"),
     ("solver.step=auto", "solver.step: .*got 'auto'"),
     ("training.max_epochs=none", "cannot both be none"),
-    ("training.sample_temperatures=nan", "temperatures: input should be a finite number, got 'nan'"),
+    ("training.sample_temperatures=nan", "temperatures: must be a finite number, got 'nan'"),
     ("training.sample_temperatures=0.8,1,0.8", "has 0.8 twice"),
-    ("training.sample_temperatures=", "temperatures: tuple should have at least 1 item"),
+    ("training.sample_temperatures=", "temperatures: must not be empty"),
     ("training.precision=bf16-true", "would round the data themselves: use 32-true or bf16-mixed"),
     ("regularizers.kinetik=1", "unknown regularizer 'kinetik'; did you mean 'kinetic'"),
     ("regularizers.=1", "unknown setting"),

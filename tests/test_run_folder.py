@@ -15,7 +15,7 @@ import torch
 from run_folders import DIAGNOSED, ENVIRONMENT, write_run
 
 from rnode_plugin import get_recipe
-from rnode_plugin.errors import ConfigError
+from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.evaluation.measures import Evaluation, Mean
 from rnode_plugin.experiments.quantities import numbers_of, scores_of, state_of, steps_of
@@ -369,10 +369,10 @@ def test_finding_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Run.here() == [str(path) for path in paths]
     assert Run.find(Path("runs")) == [Run(path) for path in paths]
     assert Run.find(paths[1]) == [Run(paths[1])]
-    with pytest.raises(ConfigError, match=r"^no run at runs.digits.2; did you mean '.*'\? Give a run folder "):
+    with pytest.raises(CheckpointError, match=r"^no run at runs.digits.2; did you mean '.*'\? Give a run folder "):
         Run.find(Path("runs/digits/2"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"^no run at empty: give a run folder \(it holds recipe.json\), or a"):
+    with pytest.raises(CheckpointError, match=r"^no run at empty: give a run folder \(it holds recipe.json\), or"):
         Run.find(Path("empty"))
 
 

@@ -67,6 +67,8 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(130)
+        except click.NoSuchOption as error:
+            raise _named_as_setting(error) from None
         except RnodeError as error:
             if ctx.params.get("debug"):
                 traceback.print_exception(error)
@@ -83,6 +85,19 @@ class _Commands(click.Group):
                 raise
             prefix = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(f"{prefix}{(error.strerror or str(error)).lower()}.") from error
+
+
+def _named_as_setting(error: click.NoSuchOption) -> click.UsageError:
+    """The error for an unknown option, with the setting of the same name for a command that takes ``--set``."""
+    command = None if error.ctx is None else error.ctx.command
+    if command is not None and any(each.name == "assignments" for each in command.params):
+        from ..experiments.recipes.recipe import get_recipe, named_settings  # pydantic
+
+        known = dict.fromkeys(path for name in ("digits", "table") for path, _ in get_recipe(name).settings())
+        if named := named_settings(error.option_name.lstrip("-").replace("-", "_"), known):
+            ways = " or ".join(f"--set {each}=VALUE" for each in named)
+            return click.UsageError(f"no such option {error.option_name}: a setting is given by {ways}.", error.ctx)
+    return error
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

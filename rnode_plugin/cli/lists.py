@@ -14,6 +14,7 @@ import click
 from click.core import ParameterSource
 
 from ..core.regularizer import Rate, SpanPolicy
+from ..core.schedules import DEFAULT_LAMBDA
 from ..errors import ConfigError, RnodeError, first_line
 from ..plugins import registry
 from ..text import count_of, significant, table
@@ -34,7 +35,24 @@ if TYPE_CHECKING:
     from ..core.history import SolveCounter
 
 
-@click.group(invoke_without_command=True)
+class _Advising(click.Group):
+    """A group that says what to use in place of a command that people look for in it."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if self.name == "recipes" and args[0] in registry.names("recipes"):
+            raise click.UsageError(f"{args[0]} is no command: rnode-cli recipes show {args[0]} shows it.", ctx)
+        if (self.name, args[0]) == ("data", "prepare"):
+            raise click.UsageError(
+                "pictures need no preparation: give their folder by --data-root, and --set data.workers=2 if there "
+                "are many. examples/imagenet64.py writes the arrays of imagenet64.",
+                ctx,
+            )
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Advising, invoke_without_command=True)
 @click.pass_context
 def recipes(ctx: click.Context) -> None:
     """List the recipes, or show every setting of one."""
@@ -71,22 +89,7 @@ def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool
         click.echo(f"\nThe number of parameters is not known: {first_line(error)}")
 
 
-class _Data(click.Group):
-    """The group ``data``, which names what to use in place of a command that people look for."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] == "prepare":
-            raise click.UsageError(
-                "pictures need no preparation: give their folder by --data-root, and --set data.workers=2 if there "
-                "are many. examples/imagenet64.py writes the arrays of imagenet64.",
-                ctx,
-            )
-        return super().resolve_command(ctx, args)
-
-
-@click.group(cls=_Data)
+@click.group(cls=_Advising)
 def data() -> None:
     """List the data sets, images and tables."""
 
@@ -102,18 +105,22 @@ def list_datasets() -> None:
 
 
 @click.command()
+@click.argument("name", required=False)
 @as_json
-def regularizers(*, as_json: bool) -> None:
-    """List the regularizers: kind, what each penalizes, its cost, its source, and the package.
+def regularizers(*, name: str | None, as_json: bool) -> None:
+    """List the regularizers, or show one: kind, what each penalizes, its cost, its source, and the package.
 
     Use a name in NeuralODE(..., regularizers=[NAME]), or in `rnode-cli train digits --regularizer NAME=LAMBDA`.
     Names can have options: taylor:3, steer:0.25. LAMBDA is a number, or linear_warmup(STEPS)*NUMBER.
     """
+    plugins = registry.report()
+    if name is not None:
+        plugins = [registry.check_name("regularizers", name := name.partition(":")[0])]
     rows: list[dict[str, str]] = []
-    for plugin in registry.report():
-        for name in sorted(plugin.registers["regularizers"]):
+    for plugin in plugins:
+        for each in sorted(plugin.registers["regularizers"]) if name is None else [name]:
             try:
-                found = registry.get_regularizer(name)
+                found = registry.get_regularizer(each)
                 needs = sorted(found.needs) if isinstance(found, Rate) else ()
                 about = found.about.or_of(type(found)) if isinstance(found, SpanPolicy) else found.about
                 row = {
@@ -125,10 +132,13 @@ def regularizers(*, as_json: bool) -> None:
             except RnodeError as error:
                 row = {"kind": "?", "formula": str(error), "cost": "?", "source": "?"}
             source = plugin.name if plugin.distribution is None else f"{plugin.distribution} {plugin.version}"
-            rows.append({"name": name, **row, "installed_from": source})
+            rows.append({"name": each, **row, "installed_from": source})
     rows.sort(key=lambda row: row["kind"])
     if as_json:
         print_json(rows)
+        return
+    if name is not None:
+        click.echo(table((key.replace("_", " "), text) for key, text in rows[0].items()))
         return
     header = ("name", "kind", "what it penalizes", "cost", "source", "installed from")
     click.echo(table([header, *(tuple(row.values()) for row in rows)]))
@@ -185,8 +195,9 @@ def _batch_dim(text: str) -> int | None:
 
 @click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option(
-    "--regularizer", "regularizers", multiple=True, metavar="NAME=LAMBDA",
-    help="Penalize every NeuralODE and every solve by torchdiffeq, as kinetic=0.01. May be repeated.",
+    "--regularizer", "regularizers", multiple=True, metavar="NAME[=LAMBDA]",
+    help="Penalize every NeuralODE and every solve by torchdiffeq, as kinetic=0.1. May be repeated. "
+         f"[default LAMBDA: {DEFAULT_LAMBDA}]",
 )  # fmt: skip
 @click.option(
     "--penalized", type=_penalized, metavar="INDEX",

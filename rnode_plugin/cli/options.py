@@ -99,8 +99,9 @@ settings = click.option(
     help="Change a setting of the recipe. `rnode-cli recipes show NAME` lists them. May be repeated.",
 )  # fmt: skip
 regularizers_option = click.option(
-    "--regularizer", "regularizers", multiple=True, metavar="NAME=LAMBDA",
-    help="Penalize with this strength, as kinetic=0.01. `rnode-cli regularizers` lists the names. May be repeated.",
+    "--regularizer", "regularizers", multiple=True, metavar="NAME[=LAMBDA]",
+    help="Penalize with this strength, as kinetic=0.1. `rnode-cli regularizers` lists the names. May be repeated. "
+         f"[default LAMBDA: {DEFAULT_LAMBDA}]",
 )  # fmt: skip
 download = click.option(
     "--download/--no-download", default=True, show_default=True,
@@ -279,6 +280,13 @@ def show_next(*steps: str) -> None:
     click.echo("\nNext: " + "\n      ".join(steps))
 
 
+def _json_alone(ctx: click.Context) -> bool:
+    """Keep standard output for :func:`print_json`. What a model or a callback prints goes to standard error."""
+    ctx.meta[_OUTPUT] = sys.stdout
+    ctx.with_resource(contextlib.redirect_stdout(sys.stderr))
+    return True
+
+
 def print_json(value: object) -> None:
     """Print a value as JSON, see :func:`~rnode_plugin.text.to_json`."""
     click.echo(to_json(value), file=click.get_current_context().meta.get(_OUTPUT))
@@ -296,10 +304,3 @@ def loaded(kind: str, describe: Callable[[str], str]) -> list[tuple[str, str]]:
         except RnodeError as error:
             rows.append((name, f"(cannot be loaded: {error})"))
     return rows
-def _json_alone(ctx: click.Context) -> bool:
-    """Keep standard output for :func:`print_json`. What a model or a callback prints goes to standard error."""
-    ctx.meta[_OUTPUT] = sys.stdout
-    ctx.with_resource(contextlib.redirect_stdout(sys.stderr))
-    return True
-
-

@@ -231,6 +231,7 @@ def diagnose(
         out = str(own.path if own and fits else free_path(None, "diagnosis", force=False))
         check_folder(out)
     target = Run(Path(out))
+    _warn_if_unfinished(path)
     held_out = held_out_samples(recipe, data, samples or compared_for(flow.dims), seed=seed)
     diagnosis = diagnose(
         flow,
@@ -255,6 +256,12 @@ def diagnose(
         click.echo(f"\n{used}, {duration(diagnosis.seconds)}\n{target.diagnosis}\n{target.figures}")
     if diagnosis.failed:
         ctx.exit(CHECK_FAILED)
+
+
+def _warn_if_unfinished(checkpoint: Path) -> None:
+    run = Run.of_checkpoint(checkpoint)
+    if run is not None and not run.result.is_file():
+        click.echo(f"{run.path} has not finished: these are its weights so far.", err=True)
 
 
 @click.command()
@@ -323,8 +330,7 @@ def sample(
     )
     flush_denormals()
     flow, recipe, facts = load_with_recipe(checkpoint, map_location=pick_device(device))
-    if (of_run := Run.of_checkpoint(checkpoint)) is not None and not of_run.result.is_file():
-        click.echo(f"{of_run.path} has not finished: these are samples of the weights so far.", err=True)
+    _warn_if_unfinished(checkpoint)
     target = free_path(out, recipe.kind.samples_file, force=force)
     drawn = task_of(recipe.data).write_samples(flow, target, request, facts=facts)
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
@@ -361,7 +367,10 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
     path = Path(file)
     suffix = SAFETENSORS if kind == "safetensors" else PROGRAM
     if path.suffix != suffix:
-        raise ConfigError(f"a file of --format {kind} must end in {suffix}, not {file!r}.")
+        raise ConfigError(
+            f"a file of --format {kind} must end in {suffix}, not {file!r}. The formats are safetensors for the "
+            f"weights, and torch-export for programs that run with torch alone ({PROGRAM})."
+        )
     if kind == "safetensors" and (step or method):
         raise ConfigError("--step and --method are options of programs: give --format torch-export too.")
     if method is not None and step is None:

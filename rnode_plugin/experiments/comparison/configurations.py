@@ -99,8 +99,11 @@ def _read_file(recipe: Recipe, file: Path) -> Iterator[tuple[str, Recipe]]:
         raise
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from None
-    except (ValueError, RecursionError):
-        raise ConfigError(f"{file} must be JSON that maps names to penalties, such as {_EXAMPLE}.") from None
+    except (ValueError, RecursionError) as error:
+        fault = f" It is not JSON: {error}." if isinstance(error, json.JSONDecodeError) else ""
+        raise ConfigError(f"{file} must be JSON that maps names to penalties, such as {_EXAMPLE}.{fault}") from None
+    if not all(each.strip() for each in entries):
+        raise ConfigError(f"{file} has a configuration without a name: write it as {_EXAMPLE}.")
     if not entries or [] in itertools.chain.from_iterable(each.values() for each in entries.values()):
         raise ConfigError(f"{file} has no configuration, or a sweep without a lambda: write it as {_EXAMPLE}.")
     for entry, penalties in entries.items():

@@ -109,7 +109,7 @@ class ImageTask(Task[Data, "ImageData"]):
         if request.given is not None:
             raise ConfigError("--given-values and --given-file are for tables that were trained with --given.")
         if path is not None and path.suffix.lower() != ".png":
-            raise ConfigError(f"{path} is not a picture: its name must end in .png.")
+            raise ConfigError(f"images are written as PNG, and {path} has another ending: end its name in .png.")
 
     def write_samples(
         self, flow: DensityModel, path: Path, request: SampleRequest, *, facts: Facts | None = None

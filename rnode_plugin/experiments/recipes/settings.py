@@ -12,6 +12,10 @@ from .fields import CONFIG, Decay, Fraction, KeptBy, Listed, Text
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 _SHORT = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}  # Lightning's
+_MEANT = {  # by what other programs write
+    "fp16": "16-mixed", "float16": "16-mixed", "half": "16-mixed", "bfloat16": "bf16-mixed", "fp32": "32-true",
+    "float32": "32-true", "single": "32-true", "fp64": "64-true", "float64": "64-true", "double": "64-true",
+}  # fmt: skip
 
 
 def _known_precision(name: str) -> str:
@@ -23,6 +27,8 @@ def _known_precision(name: str) -> str:
             f"training.precision={name} would round the data themselves: use 32-true or "
             f"{name.replace('true', 'mixed')}."
         )
+    if (meant := _MEANT.get(name.lower())) is not None:
+        raise ConfigError(f"unknown precision {name!r}; did you mean {meant!r}?")
     check_name(name, _PRECISIONS, "precision")
     return name
 

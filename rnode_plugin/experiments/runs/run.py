@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError, ConfigError
 from ...files import remove_drafts, walk, write_atomically
+from ...plugins import registry
 from ..recipes.pretrained import PRETRAINED, pretrained_file
 from .texts import reading, write_json
 
@@ -61,7 +62,7 @@ class Run:
         """Find the run at ``path``, or the runs below it, also behind links, each once.
 
         Raises:
-            ConfigError: there is none.
+            CheckpointError: there is none.
         """
         if Run(path).is_described:
             return [Run(path)]
@@ -69,7 +70,8 @@ class Run:
         if not inside:
             near = difflib.get_close_matches(str(path), Run.here(), n=1)
             hint = f"; did you mean {near[0]!r}? Give" if near and not path.exists() else ": give"
-            raise ConfigError(f"no run at {path}{hint} a run folder (it holds {_RECIPE}), or a folder of them.")
+            hint = _if_recipe(path) or hint
+            raise CheckpointError(f"no run at {path}{hint} a run folder (it holds {_RECIPE}), or a folder of them.")
         return [Run(each) for each in inside]
 
     @staticmethod
@@ -326,8 +328,17 @@ def checkpoint_files(path: str | os.PathLike[str], prefer: str) -> list[Path]:
         near = difflib.get_close_matches(str(path), [*([] if to_resume else PRETRAINED), *Run.here()], n=1)
         hint = f"; did you mean {near[0]!r}? Give" if near and not path.exists() else ": give"
         others = "or one of its .ckpt files" if to_resume else f"a .ckpt or .safetensors file, or {PRETRAINED[0]}"
-        raise CheckpointError(f"no checkpoint at {path}{hint} a run folder, with checkpoints/{prefer}, {others}.")
+        raise CheckpointError(
+            f"no checkpoint at {path}{_if_recipe(path) or hint} a run folder, with checkpoints/{prefer}, {others}."
+        )
     return files if packaged is None else [packaged]
+
+
+def _if_recipe(path: Path) -> str:
+    """Say how a recipe is trained, for a message on ``path``, which may be the name of one."""
+    if path.exists() or str(path) not in registry.names("recipes"):
+        return ""
+    return f": {path} is a recipe, which rnode-cli train {path} trains. Give"
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def check_loggers(names: Iterable[str]) -> None:
     for name in names:
         check_name(name, LOGGERS, "logger")
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"{name} is not installed: pip install 'rnode-plugin[{name}]'.")
+            raise ConfigError(f"{name} is not installed: pip install {name}.")
 
 
 def make_logger(name: str, folder: Path) -> Logger:
