@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, whatever copy is installed
 
 from rnode_plugin.plugins.registry import get_regularizer
 from rnode_plugin.regularizers import BUILTIN
