@@ -189,7 +189,8 @@ def penalties_along(
         weights = _weights(row).to(z0)[:, None]
         integrals = {name: (weights * torch.stack(rates)).sum(0) for name, rates in found.items()}
         integrals |= resolved.finish(integrals, z0, z1, row)
-    return Integrals(integrals, resolved, z0.shape[1:].numel())
+    nfe = 0 if velocities is not None and not system.wants(density=False) else len(row)
+    return Integrals(integrals, resolved, z0.shape[1:].numel(), nfe)
 
 
 _NO_GRAPH = (

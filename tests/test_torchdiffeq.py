@@ -64,8 +64,27 @@ def test_penalties_change_neither_values_nor_evaluations(method: str, backward: 
     nfe, field.nfe = field.nfe, 0
     found, penalties = odeint(field, y0, t, **arguments, regularizers=["kinetic", "jacfrob"])
     assert torch.equal(found, expected)
-    assert field.nfe == nfe
+    assert field.nfe == penalties.nfe == nfe
     assert all(value.shape == (4,) and bool((value > 0).all()) for value in penalties.values())
+
+
+def test_the_nfe_of_a_solve_is_that_of_its_forward_pass() -> None:
+    """Also without penalties, over the solves of a block, and without what a penalty or a backward pass adds."""
+    field, y0 = Field(), start()
+    theirs.odeint(field, y0, SPAN)
+    nfe, field.nfe = field.nfe, 0
+    y, penalties = odeint_adjoint(field, y0, SPAN, regularizers=["kinetic"])
+    (y[-1].sum() + penalties.loss()).backward()
+    assert field.nfe > penalties.nfe == nfe
+    assert odeint(field, y0, SPAN, regularizers=[])[1].nfe == nfe
+    assert odeint(field, y0, SPAN, regularizers=["finite_difference"])[1].nfe == nfe
+    for given in (["kinetic"], []):
+        with regularize(given) as found:
+            theirs.odeint(field, y0, SPAN)
+            theirs.odeint_adjoint(field, y0, SPAN)
+        assert found.nfe == 2 * nfe
+    with regularize("kinetic") as found, pytest.raises(ConfigError, match="saw no solve"):
+        assert found.nfe
 
 
 def loss_and_gradient(ode: Any, t: Tensor, method: str, **given: Any) -> list[Tensor]:

@@ -491,6 +491,7 @@ def test_a_warm_start_begins_with_the_last_call_in_that_direction(sensitivity: s
         before = model.vf.nfe
         end = model(x, span)[1][-1]
         after = model.vf.nfe
+        assert model.history.nfe == after - before
         end.square().sum().backward()
         return end, after - before, model.vf.nfe - after
 

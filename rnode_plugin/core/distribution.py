@@ -423,7 +423,7 @@ class DensityModel(nn.Module, ABC):
         penalties of an earlier one if it fails.
         """
         self.nfe = output.nfe
-        self.history.add(Integrals(output.regularization, self.regularizers, self.dims))
+        self.history.add(Integrals(output.regularization, self.regularizers, self.dims, output.nfe))
         return output
 
     def _check_noise(self, noise: Sequence[Tensor | None], x: Tensor) -> None:

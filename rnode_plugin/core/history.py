@@ -182,9 +182,12 @@ class History(Mapping[str, Tensor]):
         return weighted_sum(self._readable(), self.regularizers, step, lambdas)
 
     def _readable(self) -> list[Integrals]:
-        """The solves to sum, which this thread may read."""
-        if not self.regularizers:  # a sum over nothing, before a call as after it
-            return []
+        """The solves whose penalties are summed."""
+        # without regularizers a sum over nothing, before a call as after it
+        return [solve.check() for solve in self._solves()] if self.regularizers else []
+
+    def _solves(self) -> list[Integrals]:
+        """The solves that count, which this thread may read."""
         kept, begun = self._kept, self._begun
         threads = {solve.thread for solve in kept} if kept or begun is None else {begun}
         if self._of_one_thread and threads - {threading.get_ident()}:
@@ -201,7 +204,16 @@ class History(Mapping[str, Tensor]):
             raise ConfigError(f"there are no penalties yet: {self._absent}")
         # leave out solves for a log line; if there are no others, the error is about them
         asked = [solve for solve in kept if solve.with_gradients or not solve.missing]
-        return [solve.check() for solve in asked or kept]
+        return asked or kept
+
+    @property
+    def nfe(self) -> int:
+        """The sum of :attr:`Integrals.nfe` over the solves, also without regularizers.
+
+        Raises:
+            ConfigError: as :meth:`as_dict` does with regularizers.
+        """
+        return sum(solve.nfe for solve in self._solves())
 
 
 class SolveCounter:

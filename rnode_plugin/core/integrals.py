@@ -25,6 +25,8 @@ class Integrals(Mapping[str, Tensor]):
         by_name: the integrals, from :func:`attach`. A solve that was not asked for penalties has none.
         regularizers: the regularizers of the model or the block, with their strengths.
         dims: number of dimensions of one sample.
+        nfe: number of evaluations of the field that the solve asked for, rejected steps included. The
+            evaluations that a penalty adds (``finite_difference``) and those of a backward pass are not in it.
         with_gradients: whether gradients were enabled in the solve.
         transformed: whether the solve was inside a transform of ``torch.func``.
         thread: the thread of the solve.
@@ -33,6 +35,7 @@ class Integrals(Mapping[str, Tensor]):
     by_name: Mapping[str, Tensor]
     regularizers: Regularizers
     dims: int
+    nfe: int
     with_gradients: bool = field(default_factory=torch.is_grad_enabled)
     transformed: bool = field(default_factory=transforms_active)
     thread: int = field(default_factory=threading.get_ident)

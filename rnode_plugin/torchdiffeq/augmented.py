@@ -54,6 +54,7 @@ class Augmented:
         shapes: shapes of the tensors of the user's state, which torchdiffeq integrates ahead of the penalties.
         is_tuple: whether the user's state is a tuple.
         solve: the right-hand side for the user's state.
+        evaluations: number of evaluations so far.
 
     Raises:
         ConfigError: for a state that penalties cannot measure.
@@ -76,6 +77,7 @@ class Augmented:
                 signs = self._part.put(y0, signs)
         call, self._recorded = _with_record(func, signs)
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # penalties are integrated over |dt|
+        self.evaluations = 0
         self.solve = system.start(AutogradField(call), y0, density=False, user_field=func)
         # torchdiffeq does not show its stages, so a sampled quadrature draws among consecutive evaluations
         needs = system.regularizers.needs
@@ -83,6 +85,7 @@ class Augmented:
 
     def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Velocity and rates. A sampled quadrature multiplies those that need products by 8 or, without them, 0."""
+        self.evaluations += 1
         factor, y = next(self._factors), self.of_user(state)
         # a field that calls torchdiffeq itself gets the plain solve
         before, here.evaluating = here.evaluating, True

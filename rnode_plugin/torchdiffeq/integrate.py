@@ -93,7 +93,7 @@ def odeint(
     Returns:
         Without ``regularizers``, what torchdiffeq returns. With them, the pair of the solution and the penalties
         (:class:`~rnode_plugin.core.integrals.Integrals`), a mapping from names to integrals ``(B,)`` along the path
-        whose ``loss()`` is the weighted sum in eq. 17.
+        whose ``loss()`` is the weighted sum in eq. 17. Its ``nfe`` is the number of evaluations of this solve.
 
     Raises:
         ConfigError: for a state that is complex or neither a tensor nor a tuple of tensors; for a ``penalized`` or
@@ -108,6 +108,8 @@ def odeint(
         >>> y, penalties = odeint(lambda t, y: -y, y0, t, regularizers={"kinetic": 0.01})
         >>> round(float(penalties["kinetic"][0]), 4)  # 1 - exp(-2)
         0.8647
+        >>> penalties.nfe
+        50
     """
     given = {"rtol": rtol, "atol": atol, "method": method, "options": options, "event_fn": event_fn}
     if regularizers is None:
@@ -280,4 +282,4 @@ def solve(
     if regularizers.finished and len(t) > 1:  # torchdiffeq returns y0 for one time alone
         integrals |= regularizers.finish(integrals, z0, augmented.z_of(end), t)
     kept[0], integrals = attach(kept[0], regularizers.with_span_penalty(integrals, z0))
-    return augmented.of_user(kept), Integrals(integrals, regularizers, augmented.solve.dims)
+    return augmented.of_user(kept), Integrals(integrals, regularizers, augmented.solve.dims, augmented.evaluations)

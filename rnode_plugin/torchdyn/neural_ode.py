@@ -429,6 +429,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     ) -> Tensor:
         """The states of a solution, tied to the penalties, which are kept for :meth:`reg_loss`."""
         history, integrals = self.history, dict(solution.penalties)
+        of_solve = history.regularizers, rhs.dims, solution.stats.nfe
         cost = integrals.pop(COST, None)
         if cost is not None and bool(t_span[-1] < t_span[0]):
             cost = -cost  # penalties are integrated over |dt|, but torchdyn's column for the cost over dt
@@ -436,10 +437,10 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             z = x if self._system.part.batch_dim == 0 else x.unsqueeze(0)
             integrals = history.regularizers.with_span_penalty(integrals, z)
         if history.counted_in is not None and integrals:  # install(regularizers=): backward adds the penalties
-            added = history.counted_in.count(Integrals(integrals, history.regularizers, rhs.dims))
+            added = history.counted_in.count(Integrals(integrals, *of_solve))
             cost = added if cost is None else cost.sum() + added
         sol, integrals = attach(solution.z, integrals, cost)
-        history.add(Integrals(integrals, history.regularizers, rhs.dims))
+        history.add(Integrals(integrals, *of_solve))
         return sol
 
     def _solver(self, args: object) -> Solver:
