@@ -138,7 +138,7 @@ def test_configurations_that_are_refused(recipe: Recipe, tmp_path: Path, text: s
 @pytest.mark.parametrize(("state", "limit", "option", "left"), [
     ("new", 90, "--run-folder", "90.000"),
     ("new", math.inf, "--run-folder", None),
-    ("begun", 90, "--run-folder", "90.000"),  # it ended before its first checkpoint
+    ("begun", 90, None, None),  # it ended before its first checkpoint
     ("interrupted", 90, "--resume", "88.500"),  # all runs have the same time
     ("interrupted", 1, "--resume", "0.001"),
     ("interrupted", None, "--resume", None),
@@ -180,10 +180,15 @@ def test_the_line_of_a_run(
     assert list(map(shlex.split, found)) == ([] if option is None else [list(map(str, wanted))])
     if option is not None:
         assert Recipe.from_plain(json.loads(file.read_text())) == one
-    why = {"locked": "is being trained by another process", "max_time": "done, in", "finished": "done, in"}
+    why = {
+        "begun": "it ended before its first checkpoint",
+        "locked": "trained by another process",
+        "max_time": "done, in",
+        "finished": "done, in",
+    }
     assert [line for line in said if why[state] in line] == said
     assert len(said) == (option is None)
-    assert folder.exists() == (state not in ("new", "begun"))
+    assert folder.exists() == (state != "new")
 
 
 @pytest.mark.parametrize(("changed", "message"), [
@@ -307,7 +312,11 @@ def test_a_comparison_runs_its_lines_and_continues(
     assert sorted(capfd.readouterr().out.splitlines()) == [
         f"run {number} of 4: {path.parent.name}, seed {path.name}" for number, path in enumerate(result.runs, 1)
     ]
+    killed = write_run(tmp_path / "c" / "runs" / "digits-kinetic" / "42", recipes[0], finished=False, **FEW)
+    (killed / "recipe.json").unlink()  # before its first checkpoint
+    (killed / "metrics.csv").write_text("of the first step")
     again = run(recipe, tmp_path / "c", "none", "kinetic", announce=print)
+    assert (killed / "metrics.csv").read_bytes() == (training.folder / "run" / "metrics.csv").read_bytes()
     assert [call[1][1] for call in training.calls()] == [str(tmp_path / "c" / "recipes" / "digits-kinetic-42.json")]
     assert again.runs[0] == result.runs[0]
     shown = capfd.readouterr().out

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from ...errors import CheckpointError, ConfigError, TrainingError
+from ...files import write_atomically
 from ..data.facts import Facts
 from ..evaluation.loading import check_device
 from ..recipes.data import AnyData
@@ -106,7 +107,7 @@ def compare(
         failed: list[str] = []
         folders = list(planned)
         while folders:
-            left, busy = _left(planned, folders, accelerator, max_time, tell)
+            left, busy = _left(planned, folders, accelerator, max_time, tell, begin=True)
             codes = _train(left, _slots(accelerator, jobs), tell, progress=announce is not None and jobs == 1)
             failed += [
                 f"{run.name}: its process ended with exit code {code}.{_hint(code, jobs)}"
@@ -136,14 +137,15 @@ def command_lines(
     """Return a line of shell for each run that :func:`compare` would train, and train nothing.
 
     The lines can run in any order, on several machines that share the folder. ``CUDA_VISIBLE_DEVICES`` is left to
-    the caller. A run that another process trains at this moment has no line. When all have ended, :func:`compare`
-    writes the report. Arguments and errors are the same, and ``announce`` is called for the runs without a line.
+    the caller. A run has no line if another process trains it at this moment, or if it ended before its first
+    checkpoint, since nothing is removed here. When all have ended, :func:`compare` writes the report. Arguments and
+    errors are the same, and ``announce`` is called for the runs without a line.
     """
     out = Path(out)
     planned = _planned(recipes, out, accelerator, max_time, download=download)
     variables = [f"{name}={value}" for name, value in _threads(jobs).items()]
     with training_lock(out):
-        left, busy = _left(planned, list(planned), accelerator, max_time, announce)
+        left, busy = _left(planned, list(planned), accelerator, max_time, announce, begin=False)
     for title in busy.values():
         announce(f"{title}: it is being trained by another process")
     return [shlex.join([*variables, "rnode-cli", *run.words]) for run in left]
@@ -208,10 +210,13 @@ def _left(
     accelerator: str,
     max_time: float | None,
     announce: Callable[[str], object],
+    *,
+    begin: bool,
 ) -> tuple[list[_Left], dict[Path, str]]:
     """List the runs in ``folders`` that are left to do, and the titles of those that another process trains.
 
-    ``planned`` has all runs of the comparison, by which they are numbered.
+    ``planned`` has all runs of the comparison, by which they are numbered. With ``begin``, what a run without a
+    checkpoint has left is removed, so that it can begin again.
     """
     # of several GPUs `train` would take all, with the recipe's batch on each
     device = ["--device", accelerator, *([] if ":" in accelerator else ["--devices", "1"])]
@@ -232,11 +237,17 @@ def _left(
             if (options := _options(Run(folder), max_time)) is None:
                 announce(f"{title}: done, in {folder}")
                 continue
-            if folder.exists() and "--resume" not in options:  # the run ended before its first checkpoint
+            if folder.exists() and "--resume" not in options:
+                if not begin:
+                    announce(
+                        f"{title}: it ended before its first checkpoint, and {folder} is in the way of another"
+                    )
+                    continue
                 shutil.rmtree(folder)
         out = folder.parents[2]  # above runs/NAME/SEED
         file = out / "recipes" / f"{recipe.name}-{recipe.training.seed}.json"
-        file.write_text(json.dumps(recipe.to_plain()), encoding="utf-8")
+        text = json.dumps(recipe.to_plain()).encode()
+        write_atomically(file, lambda draft, text=text: draft.write(text))  # a process may be reading it
         # --no-next because the comparison itself shows the next steps at its end
         left.append(_Left(title, name, folder, ["train", str(file), *options, *device, "--no-next"]))
     return left, busy
