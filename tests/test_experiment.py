@@ -24,7 +24,7 @@ from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.recipes.tasks import load_data, task_of
-from rnode_plugin.experiments.training.after_step import AfterStep, SampleGrids
+from rnode_plugin.experiments.training.after_step import AfterStep, Folder, SampleGrids
 from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.experiments.training.step import LikelihoodLoss, StagedLoss, StepTerms, measure_batch
@@ -209,7 +209,7 @@ def test_callbacks_come_in_the_order_that_is_written_down(tmp_path: Path) -> Non
 
     recipe = tiny_recipe("training.max_steps=1", "training.ema=0.5", "training.sample_images=1")
     run(recipe, tmp_path, callbacks=[Own()], progress=True)
-    assert Own.order == [Own, SampleGrids, WeightAveraging, AfterStep]
+    assert Own.order == [Folder, Own, SampleGrids, WeightAveraging, AfterStep]
 
 
 def test_the_devices_of_a_call_are_found_before_its_trainer_is_made() -> None:

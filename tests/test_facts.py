@@ -166,11 +166,11 @@ def test_a_training_picture_that_is_moved_to_the_held_out_ones_is_named(tmp_path
 
 def test_pictures_that_a_resumed_run_was_given_are_known_to_be_trained_on(tmp_path: Path) -> None:
     faces = _sorted_in_place(pictures(tmp_path / "faces"))
-    first = Resumed(tmp_path, {}, Facts.of(load(faces)), None)
+    first = Resumed(tmp_path, 0, 0.0, Facts.of(load(faces)), None)
     for number, image in enumerate(IMAGES[FEW : FEW + 5]):
         write_picture(faces / "train" / f"new{number}.png", image)
     more = load(faces)
-    second = Resumed(tmp_path, {}, first.facts_with(Facts.of(more), more), None)
+    second = Resumed(tmp_path, 0, 0.0, first.facts_with(Facts.of(more), more), None)
     for picture in ("new0.png", next((faces / "train").glob("p*.png")).name):  # of the second part and of the first
         (faces / "train" / picture).rename(faces / "val" / picture)
         with pytest.raises(DataError, match=f"trained on are held out now, such as {picture}"):

@@ -302,7 +302,7 @@ def test_a_signal_outside_of_the_steps(tmp_path: Path, hook: str, name: str, ste
     fitted = run(tiny_recipe(), tmp_path, callbacks=[sends])
     assert (fitted.result.stopped, fitted.result.steps, fitted.result.evaluation) == (name, steps, None)
     assert signal.getsignal(signum) == before
-    assert fitted.run.has_checkpoints is bool(steps)
+    assert fitted.run.path.exists() == fitted.run.has_checkpoints == bool(steps)
     assert not fitted.run.result.exists()
 
 

@@ -228,13 +228,18 @@ def test_killed_in_a_step_with_a_truncated_newest_checkpoint(
 
 
 def test_an_earlier_checkpoint_becomes_the_newest_one(whole: Path, tmp_path: Path) -> None:
-    """A run that continues from it and is killed soon has no later checkpoint, to which steps would be missing."""
+    """A run that continues from it and is killed soon has no later checkpoint, to which steps would be missing.
+
+    It goes back after its first step, and is killed in the second one.
+    """
     run = tmp_path / "runs" / "digits" / "0"
     shutil.copytree(whole, run)
-    die = at(8, "os.kill(os.getpid(), signal.SIGKILL)")
-    resumed = Child(tmp_path / "runs", STEPS, die, resume=run / "checkpoints" / "previous.ckpt")
+    longer = [*STEPS, "training.max_steps=10", "training.val_every_steps=10", "training.save_every=100"]
+    die = at(9, "os.kill(os.getpid(), signal.SIGKILL)")
+    resumed = Child(tmp_path / "runs", longer, die, resume=run / "checkpoints" / "previous.ckpt")
     assert resumed.end()[0] == -signal.SIGKILL
-    assert newest_intact(run)[1]["global_step"] == int(rows(run)[-1]["step"]) == 7
+    assert [row["step"] for row in rows(run)][-2:] == ["7", "8"]
+    assert newest_intact(run)[1]["global_step"] == 7
     assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 7
 
 

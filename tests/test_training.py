@@ -295,7 +295,7 @@ def test_a_run_that_was_killed_during_its_last_evaluation_is_evaluated(
 
 def after_step(recipe: Recipe, *, devices: int = 1, validated: slice = slice(60), **options: Any) -> AfterStep:
     plan, data = RunPlan.of(recipe, 200, devices), SimpleNamespace(val=load_data(recipe).val[validated])
-    experiment: Any = SimpleNamespace(recipe=recipe, data=data)
+    experiment: Any = SimpleNamespace(recipe=recipe, data=data, resumed=None)
     return AfterStep(experiment, plan, **options)
 
 
@@ -646,7 +646,7 @@ def test_an_error_names_the_checkpoint_that_a_resumed_run_finds(
     for name in files:
         (folder.last.parent / name).touch()
     trainer: Any = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(launcher=None))
-    written: Any = SimpleNamespace(folder=folder)
+    written: Any = SimpleNamespace(folder=folder, begun=True, replaced=None)
     with pytest.raises(TrainingError) as caught, add_resume_hint(written, trainer):
         raise TrainingError("the disk is full.")
     paths = {"best": folder.best, "last": folder.last, "run": folder.path}

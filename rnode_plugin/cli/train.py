@@ -114,7 +114,7 @@ def train(
     metrics, checkpoints and samples. With --resume, RECIPE may be left out. Settings that are given again change
     from there on, and a recipe.json changes all of them.
     """
-    with _reported_once(ctx):
+    with _reported_by_process(ctx):
         check_loggers(loggers)
         for name in callbacks:
             _check_callback(name)
@@ -140,7 +140,8 @@ def train(
         return
     if as_json:
         best = fitted.run.best if fitted.run.best.is_file() else None  # a signal came before the first validation
-        files = {"folder": fitted.run.path, "checkpoint": best, "samples": fitted.samples}
+        folder = fitted.run.path if fitted.run.path.is_dir() else None  # a signal came before the first step
+        files = {"folder": folder, "checkpoint": best, "samples": fitted.samples}
         print_json({**fitted.result.to_plain(), **files})
     else:
         _print_result(fitted, chosen, next_steps=next_steps)
@@ -149,16 +150,19 @@ def train(
 
 
 @contextmanager
-def _reported_once(ctx: click.Context) -> Iterator[None]:
-    """Let only the first process of a distributed run report an error that all of them meet."""
+def _reported_by_process(ctx: click.Context) -> Iterator[None]:
+    """Let the other processes of a distributed run name themselves in an error, and end as if there were none."""
     try:
         yield
     except RnodeError as error:
         first = all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_PROCID"))
         if first or type(error) not in (ConfigError, TrainingError):  # another error may be in this process only
             raise
-        # The first process reports the same error, if Lightning does not kill it before, which it does when another
-        # process exits with an error.
+        # The first process may meet the same error, or only lose its peer. It reports that and its advice, if
+        # Lightning does not kill it before, which it does when another process exits with an error
+        ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+        rank = next(each for each in ranks if each is not None)
+        click.echo(f"process {rank}: {error}", err=True)
         ctx.exit(0)
 
 

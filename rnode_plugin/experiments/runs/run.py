@@ -201,6 +201,13 @@ class Run:
         for folder in (self.path, self.path / _CHECKPOINTS, self.samples):
             remove_drafts(folder)
 
+    def result_steps(self) -> int | None:
+        """Read after how many steps the result was written; None without a result, or for one that is damaged."""
+        try:
+            return int(json.loads(self.result.read_text(encoding="utf-8"))["steps"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+
     def describe(self, recipe: Recipe, environment: Environment, facts: Facts | None = None) -> None:
         """Write recipe, environment and the facts of the data, and remove the results of an earlier part."""
         from .environment import write_environment

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -23,8 +23,10 @@ from ...errors import SolverError, TrainingError
 from ...text import batch_counter
 from ..data.batches import SIGNALS
 from ..data.images import fingerprint
+from ..runs.environment import Environment
 from ..runs.metrics import MetricsTable
 from ..runs.run import Run
+from .loggers import make_logger
 from .plan import AFTER_STEP
 from .progress import StepEnd, Terminal
 
@@ -66,6 +68,8 @@ class AfterStep(Checkpoint):
 
     Attributes:
         folder: the folder of the run; None before the first process has made it.
+        begun: whether the run has taken a step in this call, after which :meth:`begin` has changed the folder.
+        replaced: the steps of the result that :meth:`begin` has removed; None if there was none.
         best: the lowest score of the validations so far.
         training_seconds: time of all steps of the run, including the parts before it was resumed. A step lasts
             from the end of the step before it, so waiting for its batches counts. Validations and writing
@@ -78,10 +82,12 @@ class AfterStep(Checkpoint):
         self, experiment: Experiment, plan: RunPlan, *, max_time: float | None = None, progress: bool = False
     ) -> None:
         self.folder: Run | None = None
+        self.begun, self.replaced = False, None
         self.best, self.training_seconds, self.out_of_time = math.inf, 0.0, False
-        self._recipe, self._plan, self._progress = experiment.recipe, plan, progress
+        self._experiment, self._recipe, self._plan, self._progress = experiment, experiment.recipe, plan, progress
         self._validated = fingerprint(experiment.data.val)
-        # both in the first process alone
+        # all three in the first process alone
+        self._locked = False
         self._table: MetricsTable | None = None
         self._terminal: Terminal | None = None
         self._step = 0  # the step that this was called for last
@@ -103,10 +109,30 @@ class AfterStep(Checkpoint):
         """Wall-clock time of the run so far, including the parts before it was resumed."""
         return self._seconds_before + time.monotonic() - self._began
 
-    def open(self, folder: Run, *, keep: int) -> None:
-        """Let the first process write into this folder, whose metrics stay up to step ``keep``."""
-        self.folder, self._table = folder, MetricsTable(folder.metrics, keep=keep)
+    def open(self, folder: Run, *, locked: bool) -> None:
+        """Tell the first process the folder of the run, and whether this process holds its lock."""
+        self.folder, self._locked = folder, locked
         self._terminal = Terminal(self._recipe, self._plan) if self._progress else None
+
+    def begin(self, trainer: L.Trainer) -> None:
+        """Let the first process change the folder, once, when nothing can refuse the run any more.
+
+        This comes after the first step of a call, because Lightning, a callback, the memory or a broken picture may
+        refuse the run until then. The half-written files of a killed process go, a run that is resumed goes back to
+        its checkpoint, the results of its earlier part go, and recipe and environment are written.
+        """
+        if not self.begun and trainer.is_global_zero:
+            run, experiment = self.run, self._experiment
+            if self._locked:
+                run.remove_drafts()
+            if experiment.resumed is not None:
+                experiment.resumed.go_back()
+            self.replaced = run.result_steps()
+            environment = Environment.of(trainer.strategy.root_device, devices=trainer.world_size)
+            run.describe(self._recipe, environment, experiment.facts)
+            self._table = MetricsTable(run.metrics, keep=experiment.done)
+            self._step_began = time.monotonic()
+        self.begun = True
 
     # after a step and after a validation -----------------------------------------------------------------------
 
@@ -124,6 +150,7 @@ class AfterStep(Checkpoint):
         self.out_of_time = time_is_up and not complete
         if time_is_up or complete:
             trainer.should_stop = True  # Lightning validates once more
+        self.begin(trainer)
         validates = trainer.should_stop or step % self._plan.val_every == 0
         # a callback may end the run in a validation, and the last step has a row
         logged = validates or step % self._recipe.training.log_every == 0
@@ -236,10 +263,6 @@ class AfterStep(Checkpoint):
 
     # before the first step -------------------------------------------------------------------------------------
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        # the first hook after the processes have found each other
-        self.folder = trainer.strategy.broadcast(self.folder)
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = step = trainer.global_step  # above 0 in a run that is resumed
         # each machine reads its own copy of the checkpoint, and gradients at different weights would be averaged in
@@ -250,9 +273,10 @@ class AfterStep(Checkpoint):
                 f"this process continues from step {step}, the first one from step {first}, and others may "
                 "differ: copy the newest checkpoint to all machines."
             )
-        # without a best.ckpt in this folder the next validation has to write one, whatever its score. The file may
-        # lie in another folder, or going back has removed it because it was from a later step
-        self.best = trainer.strategy.broadcast(self.best if self.run.best.is_file() else math.inf)
+        # without a best.ckpt that stays, the next validation has to write one, whatever its score
+        resumed = self._experiment.resumed
+        kept = resumed is not None and trainer.is_global_zero and resumed.keeps_best
+        self.best = trainer.strategy.broadcast(self.best if kept else math.inf)
         # Lightning registers its own handlers just before this hook, and they would end a run between a step and
         # its checkpoint. Set any earlier, ours would be replaced by them
         main = threading.current_thread() is threading.main_thread()
@@ -313,6 +337,28 @@ def _in_any_process(trainer: L.Trainer, *bits: bool) -> list[bool]:
         return list(bits)
     found = torch.tensor(bits, dtype=torch.float32, device=trainer.strategy.root_device)
     return [each > 0 for each in cast("Tensor", trainer.strategy.reduce(found, reduce_op="sum")).tolist()]
+
+
+class Folder(Callback):
+    """Tells all processes the folder of the run, and makes the loggers that were given by name in each of them.
+
+    The first process makes its own loggers before Lightning starts, because a profiler asks for their folder. A
+    callback that needs a logger, such as LearningRateMonitor, looks for one in every process. So this one comes
+    before the user's callbacks.
+
+    Args:
+        after_step: knows the folder in the first process, and gets it in the others.
+        loggers: the names.
+    """
+
+    def __init__(self, after_step: AfterStep, loggers: Sequence[str] = ()) -> None:
+        self._after_step, self._loggers = after_step, tuple(loggers)
+
+    # the first hook after the processes have found each other
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        run = self._after_step.folder = trainer.strategy.broadcast(self._after_step.folder)
+        if run is not None and not trainer.is_global_zero:
+            trainer.loggers += [make_logger(name, run.path) for name in self._loggers]
 
 
 class SampleGrids(Callback):

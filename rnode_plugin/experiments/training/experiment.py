@@ -79,7 +79,7 @@ class Experiment:
         # before the weights, because a checkpoint brings its own means and deviations and must have the last word
         task_of(recipe.data).fit_statistics(flow, data)
         if resumed is not None:
-            resumed.put_into(flow, data)
+            resumed = resumed.put_into(flow, data)
         elif recipe.training.weights is not None:
             load_weights(flow, recipe.training.weights, recipe=recipe, data=data)
         return cls(recipe=recipe, data=data, flow=flow, loss=loss_of(flow, recipe), resumed=resumed)

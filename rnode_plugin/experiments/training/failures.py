@@ -37,9 +37,12 @@ def add_resume_hint(after_step: AfterStep, trainer: L.Trainer) -> Iterator[None]
         if run is not None and (found := run.checkpoints(LAST)):
             best = f", --resume {run.best} from the best one" if run.best in found[1:] else ""
             left = f"The last good checkpoint is {found[0]}; --resume {run.path} continues from it{best}."
+        if after_step.replaced is not None:
+            left += f" The result of step {after_step.replaced} was removed when the run went on."
         # the constructor of a SolverError takes other arguments than a message
         kind = TrainingError if isinstance(error, SolverError) else type(error)
-        raise kind(f"training stopped: {str(error).rstrip('.')}. {left}") from error
+        what = "training stopped" if after_step.begun else "training did not begin"
+        raise kind(f"{what}: {str(error).rstrip('.')}. {left}") from error
 
 
 @contextmanager

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ...errors import ConfigError, RnodeError, SolverError, TrainingError
+from ...errors import ConfigError, SolverError, TrainingError
 from ...text import batch_counter
 from ..evaluation.likelihood import evaluate
 from ..recipes.recipe import Recipe
-from ..runs.environment import Environment
 from ..runs.results import Result
 from ..runs.run import Run, training_lock
 from .checkpoints import load_flow
@@ -29,14 +28,14 @@ if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback
     from pytorch_lightning.loggers import Logger
 
-    from .trainer import Place
+    from .after_step import AfterStep
 
 
 class FitResult(NamedTuple):
     """What a call to :func:`fit` has made.
 
     Attributes:
-        run: the folder of the run.
+        run: the folder of the run. A new run that a signal has stopped before its first step has none.
         result: how and when the call ended, and the evaluation of the best weights.
         first_process: whether this process of a distributed run reports; the others evaluate nothing.
         samples: the last picture of samples; None if there is none.
@@ -103,16 +102,15 @@ def fit(
                 experiment.recipe,
                 plan,
                 place,
-                callbacks=in_order(experiment, callbacks, after_step),
+                callbacks=in_order(experiment, callbacks, after_step, loggers=names),
                 loggers=[each for each in loggers if not isinstance(each, str)],
                 options=trainer_options,
             )
-            # Only the first process has a folder and writes into it. The others learn its path from AfterStep,
-            # which broadcasts it when Lightning calls its setup hook
+            # only the first process has a folder and writes into it. The callback `Folder` tells the others its
+            # path
             is_first = trainer.is_global_zero
-            with _opened(experiment, place, options) if is_first else nullcontext() as run:
+            with _opened(experiment, options, after_step) if is_first else nullcontext() as run:
                 if run is not None:
-                    after_step.open(run, keep=experiment.done)
                     trainer.loggers += [make_logger(name, run.path) for name in names]  # they write into the folder
                     if options.progress:
                         _announce(experiment, plan, trainer, run)
@@ -148,8 +146,7 @@ def begin(given: Experiment | Recipe, options: RunOptions, loggers: Sequence[str
     if isinstance(given, Recipe):
         experiment = Experiment.of(given, download=options.download, resumed=resumed)
     elif resumed is not None:
-        resumed.put_into(given.flow, given.data)
-        experiment = dataclasses.replace(given, resumed=resumed)
+        experiment = dataclasses.replace(given, resumed=resumed.put_into(given.flow, given.data))
     elif given.flow.trained_steps:
         raise ConfigError(
             "the flow of this experiment was trained by another run, so it has no fresh weights: make a new "
@@ -162,35 +159,29 @@ def begin(given: Experiment | Recipe, options: RunOptions, loggers: Sequence[str
 
 
 @contextmanager
-def _opened(experiment: Experiment, place: Place, options: RunOptions) -> Iterator[Run]:
-    """Make or take the folder of the run, keep other processes out of it, and describe the run in it.
+def _opened(experiment: Experiment, options: RunOptions, after_step: AfterStep) -> Iterator[Run]:
+    """Make or take the folder of the run, and keep other processes out of it.
 
-    A run that is resumed in its folder goes back to its checkpoint. The folder of a new run is removed if an error
-    comes before a step, a logger or a callback has left a file in it.
+    Nothing in it changes before ``after_step`` has seen a step. The folder of a new run that ends before that, by
+    an error or a signal, is removed, unless a logger or a callback has left a file in it.
 
     Raises:
         ConfigError: another process trains the run, or the folder for a new run is not empty.
     """
-    recipe, resumed = experiment.recipe, experiment.resumed
-    former = None if resumed is None else resumed.run
+    former = None if experiment.resumed is None else experiment.resumed.run
     if former is not None:
         run = former
     elif options.run_folder is not None:
         run = Run.claim(options.run_folder)
     else:
-        run = Run.create(options.runs, recipe)
-    with training_lock(run.path) as locked:  # before the first change
-        if locked:
-            run.remove_drafts()
-        if resumed is not None:
-            resumed.go_back()
-        run.describe(recipe, Environment.of(place.device, devices=place.world), experiment.facts)
+        run = Run.create(options.runs, experiment.recipe)
+    with training_lock(run.path) as locked:
+        after_step.open(run, locked=locked)
         try:
             yield run
-        except RnodeError:
-            if former is None:
+        finally:
+            if former is None and not after_step.begun:
                 run.discard()
-            raise
 
 
 def _announce(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -174,25 +175,19 @@ class Resumed:
 
     Attributes:
         checkpoint: the file.
-        contents: the contents of the file.
+        done: the number of steps that the run has taken.
+        epochs: the epochs that the run has passed.
         facts: the facts of the data that the run was trained on; None if they are not known.
         run: the run that the file lies in, which continues there; None for a file elsewhere.
+        contents: the contents of the file, until :meth:`put_into` has given them to a flow.
     """
 
     checkpoint: Path
-    contents: Contents
+    done: int
+    epochs: float
     facts: Facts | None
     run: Run | None
-
-    @property
-    def done(self) -> int:
-        """The number of steps that the run has taken."""
-        return self.contents["global_step"]
-
-    @property
-    def epochs(self) -> float:
-        """The epochs that the run has passed."""
-        return RunPlan(**self.contents["callbacks"][AFTER_STEP]["plan"]).epochs_at(self.done)
+    contents: Contents | None = None
 
     def facts_with(self, now: Facts, data: ImageData | Table) -> Facts:
         """Return the facts of the run, which continues with ``data`` that have the facts ``now``.
@@ -204,10 +199,13 @@ class Resumed:
             return now
         return dataclasses.replace(self.facts, held_out=now.held_out)
 
-    def put_into(self, flow: DensityModel, data: ImageData | Table) -> None:
-        """Give ``flow`` the weights in the checkpoint, to train on with ``data``.
+    def put_into(self, flow: DensityModel, data: ImageData | Table) -> Resumed:
+        """Give ``flow`` the weights in the checkpoint, to train on with ``data``, and let the contents go.
 
         A line on standard error warns if ``data`` may hold out samples that the run was trained on.
+
+        Returns:
+            this without the contents of the file, which Lightning reads again when the training starts.
 
         Raises:
             CheckpointError: the weights belong to another model.
@@ -216,7 +214,9 @@ class Resumed:
         refuse_other_split(self.facts, data)
         if (doubt := overlap_warning(self.facts, data)) is not None:
             print(doubt, file=sys.stderr)
-        put_weights(flow, self.contents, f"the weights of {self.checkpoint} do not fit this model")
+        contents = self.contents or read_checkpoint(self.checkpoint)
+        put_weights(flow, contents, f"the weights of {self.checkpoint} do not fit this model")
+        return dataclasses.replace(self, contents=None)
 
     def refuse_finished(self, plan: RunPlan, recipe: Recipe) -> None:
         """Refuse a run that has no step left, and whose best weights were evaluated already.
@@ -230,6 +230,21 @@ class Resumed:
                 f"{self.checkpoint} has done {self.done} of {plan.total} steps: raise {plan.limited_by(recipe)}."
             )
 
+    @functools.cached_property
+    def keeps_best(self) -> bool:
+        """Whether the best weights of the run stay when it continues.
+
+        A best.ckpt from a later step has no validation in the metrics that are left, and the run could end with it
+        as its best weights. With a damaged one it could not end. The next validation writes a missing file.
+        """
+        if self.run is None or not self.run.best.is_file():
+            return False
+        try:
+            return read_checkpoint(self.run.best)["global_step"] <= self.done
+        except CheckpointError as error:
+            print(f"{error} The next validation writes it again.", file=sys.stderr)
+            return False
+
     def go_back(self) -> None:
         """Make the checkpoint the newest one in its run, if it lies in one, and remove what later steps have left.
 
@@ -238,16 +253,8 @@ class Resumed:
         """
         if (run := self.run) is None:
             return
-        # a best.ckpt from a later step has no validation in the metrics that are left, and the run could end with
-        # it as its best weights. With a damaged one it could not end. The next validation writes a missing file
-        if run.best.is_file():
-            try:
-                of_no_use = read_checkpoint(run.best)["global_step"] > self.done
-            except CheckpointError as error:
-                print(f"{error} The next validation writes it again.", file=sys.stderr)
-                of_no_use = True
-            if of_no_use:
-                run.best.unlink()
+        if not self.keeps_best:
+            run.best.unlink(missing_ok=True)
         run.go_back(self.checkpoint, self.done)
 
     @staticmethod
@@ -281,4 +288,6 @@ class Resumed:
             if any(each.kept is KeptBy.WEIGHTS for each in differ):
                 advice = "Leave these settings out, or train a new run without --resume"
             raise CheckpointError(f"{path} cannot continue with other settings: {what}. {advice}.")
-        return Resumed(path, contents, facts_of(contents), Run.of_checkpoint(path))
+        done = contents["global_step"]
+        epochs = RunPlan(**contents["callbacks"][AFTER_STEP]["plan"]).epochs_at(done)
+        return Resumed(path, done, epochs, facts_of(contents), Run.of_checkpoint(path), contents)

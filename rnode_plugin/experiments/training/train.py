@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ...errors import CheckpointError, ConfigError, TrainingError
 from ..runs.results import Result
 from ..runs.run import Run
-from .after_step import AfterStep, SampleGrids, TrainingInterrupted
+from .after_step import AfterStep, Folder, SampleGrids, TrainingInterrupted
 from .checkpoints import newest_intact
 from .datamodule import RecipeDataModule
 from .experiment import Experiment
@@ -25,15 +25,18 @@ from .module import RnodeModule
 from .plan import RunPlan
 
 
-def in_order(experiment: Experiment, callbacks: Sequence[Callback], after_step: AfterStep) -> list[Callback]:
+def in_order(
+    experiment: Experiment, callbacks: Sequence[Callback], after_step: AfterStep, *, loggers: Sequence[str] = ()
+) -> list[Callback]:
     """List all callbacks of a run in the order in which Lightning calls them.
 
-    1. The user's callbacks see the weights as they were trained.
-    2. ``SampleGrids`` draws before ``WeightAveraging`` puts the trained weights back in place of their average.
-    3. ``AfterStep`` writes the state that all of these have reached.
+    1. ``Folder`` makes the ``loggers``, which callbacks may need.
+    2. The user's callbacks see the weights as they were trained.
+    3. ``SampleGrids`` draws before ``WeightAveraging`` puts the trained weights back in place of their average.
+    4. ``AfterStep`` writes the state that all of these have reached.
     """
     recipe = experiment.recipe
-    found = list(callbacks)
+    found = [Folder(after_step, loggers), *callbacks]
     if recipe.training.sample_images and recipe.kind.has_grid:
         found.append(SampleGrids(after_step))
     if (decay := recipe.training.ema) is not None:
@@ -45,7 +48,7 @@ def in_order(experiment: Experiment, callbacks: Sequence[Callback], after_step: 
 
 
 def train(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, after_step: AfterStep) -> Result:
-    """Train the experiment, whose run :func:`AfterStep.open` has opened in the first process.
+    """Train the experiment, whose folder :func:`AfterStep.open` has told the first process.
 
     Raises:
         RnodeError: the training failed. The message names the checkpoint that the run can continue from.
@@ -109,8 +112,10 @@ def _train(module: RnodeModule, experiment: Experiment, trainer: L.Trainer, afte
             experiment.flow.trained_steps = trainer.global_step
     if after_step.received is not None:  # after its last step, when the newest checkpoint was written
         return after_step.received
-    if trainer.is_global_zero and not after_step.run.best.is_file():
+    kept = after_step.run.best.is_file() if after_step.begun else resumed is not None and resumed.keeps_best
+    if trainer.is_global_zero and not kept:
         raise TrainingError("it took no step, so there are no weights to evaluate")
+    after_step.begin(trainer)  # a run without a step left
     if after_step.out_of_time:
         return "max_time"
     return "finished" if trainer.global_step >= trainer.max_steps else "early"
