@@ -136,8 +136,13 @@ def remove_drafts(folder: Path) -> None:
     No other process may write into the folder meanwhile.
     """
     for each in folder.glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", each.name):
+        if is_draft(each):
             each.unlink(missing_ok=True)
+
+
+def is_draft(path: Path) -> bool:
+    """Whether a file has the name of a draft."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
 
 
 def write_atomically(

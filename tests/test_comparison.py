@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -336,6 +337,26 @@ def test_a_run_that_fails_leaves_the_others_alone(recipe: Recipe, training: Trai
         run(recipe, tmp_path / "d", "none")
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_files_of_a_user_stop_a_comparison(
+    recipe: Recipe, training: Training, tmp_path: Path, linked: bool
+) -> None:
+    """They stay, and nothing is trained, even where the run before them could be."""
+    folder = tmp_path / "c" / "runs" / "digits-rnode" / "42"
+    theirs = tmp_path / "theirs" if linked else folder
+    (theirs / "notes").mkdir(parents=True)
+    (theirs / "notes" / "lab.txt").write_text("mine")
+    (theirs / "model.safetensors").write_text("mine")
+    if linked:
+        folder.parent.mkdir(parents=True)
+        folder.symlink_to(theirs)
+    named = re.escape(str(folder)) if linked else r"model\.safetensors and 1 more"
+    with pytest.raises(TrainingError, match=rf"is in the way of a run: it holds \S*{named}\. Move that away"):
+        run(recipe, tmp_path / "c", "none", "rnode")
+    assert training.calls() == []
+    assert {each.name for each in theirs.rglob("*") if each.is_file()} >= {"lab.txt", "model.safetensors"}
+
+
 @pytest.mark.parametrize(("jobs", "advice"), [(1, " digits-rnode"), (2, " A lower --jobs trains fewer runs")])
 def test_a_run_that_was_killed(recipe: Recipe, training: Training, tmp_path: Path, jobs: int, advice: str) -> None:
     training.program.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
@@ -351,13 +372,18 @@ def test_a_run_that_another_process_has_finished_meanwhile_has_not_failed(
     assert run(recipe, tmp_path / "c", "none").failed == ()
 
 
+@pytest.mark.parametrize("begun", [True, False])
 def test_a_run_of_another_process_is_waited_for_after_the_others(
-    recipe: Recipe, training: Training, tmp_path: Path
+    recipe: Recipe, training: Training, tmp_path: Path, begun: bool
 ) -> None:
-    """A comparison that was killed by SIGKILL leaves a process that trains."""
+    """A comparison that was killed by SIGKILL leaves a process that trains, maybe in its first step."""
     one, other_recipe = configured_recipes(recipe, ("none", "kinetic"))
-    folder = write_run(tmp_path / "c" / "runs" / "digits-none" / "42", one, **FEW)
-    later, said = (folder / "result.json").rename(tmp_path / "later"), list[str]()
+    folder, said = tmp_path / "c" / "runs" / "digits-none" / "42", list[str]()
+    whole = write_run(tmp_path / "whole", one, **FEW)
+    if begun:
+        shutil.copytree(whole, folder)
+        (folder / "result.json").unlink()
+    folder.mkdir(parents=True, exist_ok=True)
     holds = f"from filelock import FileLock\nwith FileLock({str(folder / '.lock')!r}): print('held'); input()"
     with subprocess.Popen(
         [sys.executable, "-u", "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -366,7 +392,7 @@ def test_a_run_of_another_process_is_waited_for_after_the_others(
         assert other.stdout.readline() == b"held\n"
 
         def end() -> None:
-            later.rename(folder / "result.json")
+            shutil.copytree(whole, folder, dirs_exist_ok=True)
             other.communicate(b"\n")
 
         def announce(line: str) -> None:

@@ -290,10 +290,13 @@ def test_a_diagnosis_takes_the_place_of_an_earlier_one_and_goes_with_the_weights
 
 
 @pytest.mark.parametrize(
-    "left", ["", "metrics.csv", "checkpoints/best.ckpt", "tensorboard/events", "of-mine/recipe.json"]
-)
-def test_a_run_is_discarded_only_with_its_description_alone(tmp_path: Path, left: str) -> None:
-    """A logger and a callback may have written before the first step that is logged."""
+    ("left", "own"),
+    [("", True), ("metrics.csv", True), ("samples/step-0000004.png", True), ("checkpoints/.last.ckpt.7.tmp", True),
+     ("checkpoints/best.ckpt", False), ("tensorboard/events", False), ("of-mine/recipe.json", False),
+     ("samples/mine.png", False), ("result.json", False), ("model.safetensors", False)],
+)  # fmt: skip
+def test_a_run_is_discarded_with_its_own_files_alone(tmp_path: Path, left: str, own: bool) -> None:
+    """A logger, a callback or a user may have written into the folder, and weights and results stay."""
     run = Run(tmp_path / "0")
     run.describe(IMAGES.recipe, ENVIRONMENT)
     (run.path / "checkpoints").mkdir()
@@ -301,9 +304,24 @@ def test_a_run_is_discarded_only_with_its_description_alone(tmp_path: Path, left
         if left:
             (run.path / left).parent.mkdir(exist_ok=True)
             (run.path / left).touch()
-        run.discard()
-    assert run.is_described == run.path.exists() == (left != "")
-    assert not left or (run.path / left).is_file()
+        assert run.discard() == ([] if own else [run.path / left])
+    assert run.is_described == run.path.exists() == (not own)
+    assert own or (run.path / left).is_file()
+
+
+def test_a_run_with_links_is_not_discarded(tmp_path: Path) -> None:
+    run, theirs = Run(tmp_path / "0"), tmp_path / "theirs"
+    run.describe(IMAGES.recipe, ENVIRONMENT)
+    theirs.mkdir()
+    (theirs / "metrics.csv").touch()
+    (link := tmp_path / "1").symlink_to(run.path)
+    assert Run(link).discard() == [link]
+    for name, target in (("samples", theirs), ("metrics.csv", theirs / "metrics.csv")):
+        (run.path / name).symlink_to(target)
+        assert run.discard() == [run.path / name]
+        (run.path / name).unlink()
+    assert run.discard() == []
+    assert [each.name for each in theirs.iterdir()] == ["metrics.csv"]
 
 
 def test_pictures_and_what_later_steps_have_left(run: Run) -> None:

@@ -274,8 +274,10 @@ def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
     path = shlex.quote(str(run.path))
     if result.evaluation is None:
         click.echo(f"\nStopped by {result.stopped} after step {result.steps} of {result.planned}.")
-        resume = f"Continue with: rnode-cli train --resume {path}"
-        click.echo(resume if result.steps else "No checkpoint had been written yet.")
+        if not result.steps:
+            click.echo("No checkpoint had been written yet.")
+        elif next_steps:  # a comparison is continued by its own command
+            click.echo(f"Continue with: rnode-cli train --resume {path}")
         return
     limit = ", time limit" if result.out_of_time else ""
     skipped = f", {result.skipped} of them without a usable gradient" if result.skipped else ""

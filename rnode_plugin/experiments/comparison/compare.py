@@ -10,7 +10,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -99,7 +98,7 @@ def compare(
         ConfigError: settings that cannot work, runs with other settings or on other data in the folder, or another
             process that trains in it.
         DataError: the data set is missing or does not fit a recipe.
-        TrainingError: no run can be reported.
+        TrainingError: no run can be reported, or the folder for a run holds files of somebody else.
     """
     out, tell = Path(out), announce or (lambda line: None)
     planned = _planned(recipes, out, accelerator, max_time, download=download)
@@ -243,7 +242,12 @@ def _left(
                         f"{title}: it ended before its first checkpoint, and {folder} is in the way of another"
                     )
                     continue
-                shutil.rmtree(folder)
+                if others := Run(folder).discard():
+                    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+                    raise TrainingError(
+                        f"{folder} is in the way of a run: it holds {others[0]}{more}. Move that away, or choose "
+                        "another --out."
+                    )
         out = folder.parents[2]  # above runs/NAME/SEED
         file = out / "recipes" / f"{recipe.name}-{recipe.training.seed}.json"
         text = json.dumps(recipe.to_plain()).encode()

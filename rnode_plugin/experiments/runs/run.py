@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError, ConfigError
-from ...files import remove_drafts, walk, write_atomically
+from ...files import is_draft, remove_drafts, walk, write_atomically
 from ...plugins import registry
 from ..recipes.pretrained import PRETRAINED, pretrained_file
 from .texts import reading, write_json
@@ -219,11 +219,25 @@ class Run:
         write_json(self.path / _RECIPE, recipe.to_plain())
         write_environment(self._environment, environment, facts)
 
-    def discard(self) -> None:
-        """Remove the folder if it has nothing but what :meth:`describe` wrote. Any other file keeps all of it."""
-        own = {self.path / _RECIPE, self._environment, self.path / _LOCK}
-        if all(each in own or each.is_dir() for each in self.path.rglob("*")):
+    def discard(self) -> list[Path]:
+        """Remove the folder if it has nothing but what a run writes before its first checkpoint.
+
+        These are its description, its metrics, pictures of its steps, and half-written files.
+
+        Returns:
+            everything else in the folder, because of which nothing was removed: files of somebody else, links,
+            checkpoints and results.
+        """
+        own = {self.path / _RECIPE, self._environment, self.path / _LOCK, self.metrics, *self._pictures().values()}
+        if self.path.is_symlink():
+            return [self.path]
+        others = [
+            each for each in sorted(self.path.rglob("*"))
+            if each.is_symlink() or not (each in own or each.is_dir() or is_draft(each))
+        ]  # fmt: skip
+        if not others:
             shutil.rmtree(self.path, ignore_errors=True)
+        return others
 
     def go_back(self, checkpoint: Path, step: int) -> None:
         """Make a checkpoint in this run the newest one, and remove the pictures of steps after its ``step``."""
