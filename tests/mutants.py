@@ -275,11 +275,11 @@ MUTANTS = [
         "test_reports.py::test_configurations_are_compared_image_by_image",
     ),
     Mutant(
-        "the best score of a run on other devices is kept",
-        "experiments/training/after_step.py",
-        '"devices": self._plan.devices}',
-        '"devices": 1}',
-        "test_training.py::test_another_validation_chooses_the_best_weights_again",
+        "the noise of a validation is that of the device's own count of batches",
+        "experiments/training/module.py",
+        "index=batch_idx * self.trainer.world_size + self.global_rank,",
+        "index=batch_idx,",
+        "test_two_processes.py::test_two_processes_train_as_one_that_accumulates",
     ),
     Mutant(
         "the last weights are saved before the best ones",

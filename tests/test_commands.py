@@ -144,7 +144,6 @@ REFUSED_BY_THE_DATA: dict[str, str] = {
 REFUSED_BY_THE_DEVICES: dict[str, str] = {
     "train digits --device cpu --precision 16-mixed": "=16-mixed needs a GPU: on a CPU use 32-true or bf16-mixed",
     "train digits --device cpu --batch-size 800 --devices 2": "of 800 on each of 2 devices: use a smaller",
-    "train digits --device cpu --limit-val 1 --devices 2": "1 held-out images are too few for 2 devices",
 }
 
 # files that hold something else: exit code 1

@@ -165,7 +165,7 @@ def validated(*settings: str) -> tuple[DensityModel, dict[str, float]]:
         for parameter in flow.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
         task = task_of(recipe.data)
-        row = measure_batch(flow, task, batch, seed=42, index=0, rank=0, training_solver=recipe.solver)
+        row = measure_batch(flow, task, batch, seed=42, index=0, training_solver=recipe.solver)
     return flow, {name: float(value) for name, value in row.items()}
 
 
@@ -210,6 +210,23 @@ def test_callbacks_come_in_the_order_that_is_written_down(tmp_path: Path) -> Non
     recipe = tiny_recipe("training.max_steps=1", "training.ema=0.5", "training.sample_images=1")
     run(recipe, tmp_path, callbacks=[Own()], progress=True)
     assert Own.order == [Folder, Own, SampleGrids, WeightAveraging, AfterStep]
+
+
+@pytest.mark.parametrize(("tasks", "accepted"), [(1, False), (2, True), (4, False)])
+def test_slurm_has_a_task_for_each_device(
+    tasks: int, accepted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning notices a missing srun only after it has begun, by a ValueError with its traceback."""
+    environment = {"NTASKS": tasks, "NTASKS_PER_NODE": tasks, "NNODES": 1, "JOB_NAME": "train", "JOB_ID": 7}
+    environment |= {"PROCID": 0, "LOCALID": 0, "NODEID": 0, "NODELIST": "here"}
+    for name, value in environment.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    if accepted:
+        assert find_place({"accelerator": "cpu", "devices": 2}).world == 2
+        return
+    with pytest.raises(ConfigError, match=r"SLURM has started .* for 2 devices\. Start the command with srun"):
+        run(tiny_recipe(), tmp_path, devices=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_devices_of_a_call_are_found_before_its_trainer_is_made() -> None:

@@ -114,3 +114,44 @@ def test_what_fills_no_step_waits_for_another_epoch(tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="80 training images do not fill one batch of 100"):
         train(tiny_recipe("data.batch_size=100"), tmp_path, max_steps=1)
+
+
+def test_what_a_trainer_decides_other_than_the_recipe_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny_recipe("training.accumulate=2", "training.precision=bf16-mixed")
+    train(recipe, tmp_path, max_steps=1, limit_val_batches=0)
+    said = capsys.readouterr().err
+    assert "the Trainer decides: accumulate_grad_batches=1, and training.accumulate=2 has no effect." in said
+    assert "the Trainer decides: precision=32-true, and training.precision=bf16-mixed has no effect." in said
+    train(recipe, tmp_path, max_steps=1, limit_val_batches=0, accumulate_grad_batches=2, precision="bf16-mixed")
+    assert "the Trainer decides" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"precision": "bf16-true"}, "precision='bf16-true' of the Trainer .* use '32-true' or 'bf16-mixed'"),
+    ({"overfit_batches": 1}, "overfit_batches .*: set data.train_images"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_options_of_a_trainer_that_cannot_work_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(tiny_recipe(), tmp_path, max_steps=1, **options)
+
+
+@pytest.mark.parametrize(("what", "message"), [
+    ("regularizers.kinetic", r"process 1 of this run .*: regularizers.kinetic is 5\.0 in process 1 and 0\.01 in"),
+    ("the number of training samples", "process 1 .*: the number of training samples is"),
+    ("the version of rnode-plugin", "process 1 .* the same version of rnode-plugin"),
+    ("regularizers.curl", "process 1 .*: regularizers.curl is 5.0 in process 1 and not set in process 0"),
+])  # fmt: skip
+def test_a_process_that_trains_another_run_is_named(
+    what: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_all(self: RnodeModule, value: Any) -> list[Any]:
+        return [value, {**value, what: "5.0"}]
+
+    monkeypatch.setattr(RnodeModule, "_of_all", of_all)
+    with pytest.raises(ConfigError, match=message):
+        train(tiny_recipe(), tmp_path, max_steps=1)

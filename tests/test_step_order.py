@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rnode_plugin.experiments.training.datamodule import StepOrder
+from rnode_plugin.experiments.training.datamodule import StepOrder, ValidationOrder
 
 
 def order_of(done: int = 0, **options: Any) -> StepOrder:
@@ -54,3 +54,15 @@ def test_two_devices_and_two_batches_a_step_take_the_images_of_one() -> None:
     parts = [batches(3, samples=40, batch_size=2, accumulate=2, world=2, rank=rank) for rank in (0, 1)]
     first, second = ([part[::2], part[1::2]] for part in parts)
     assert [a + b + c + d for a, b, c, d in zip(first[0], second[0], first[1], second[1], strict=True)] == one
+
+
+@pytest.mark.parametrize("samples", [1, 7, 8, 9, 16, 23])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_devices_together_validate_the_batches_of_one(samples: int, world: int) -> None:
+    one = list(ValidationOrder(samples, batch_size=4))
+    assert list(itertools.chain(*one)) == list(range(samples))
+    orders = [ValidationOrder(samples, batch_size=4, world=world, rank=rank) for rank in range(world)]
+    parts = [list(order) for order in orders]
+    assert {len(part) for part in parts} == {len(order) for order in orders} == {-(-len(one) // world)}
+    by_turns = [batch for turn in zip(*parts, strict=True) for batch in turn]
+    assert by_turns == one + [[]] * (len(by_turns) - len(one))

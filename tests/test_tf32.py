@@ -144,6 +144,6 @@ def test_a_validation_sees_them_off_but_for_the_training_solver(recorded: Any) -
     for solver, expected in ((flow.solver, {False}), (FixedGrid("rk4", step=0.5), {False, True})):
         seen.clear()
         with torch.no_grad():
-            measure_batch(flow, TASK, ROWS[:20], seed=0, index=0, rank=0, training_solver=solver)
+            measure_batch(flow, TASK, ROWS[:20], seed=0, index=0, training_solver=solver)
         assert {each["products"] for each in seen} == expected
         assert flags()["products"] is True

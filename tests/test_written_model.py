@@ -139,9 +139,7 @@ def test_a_step_a_validation_and_an_evaluation_take_the_density_of_the_model(nam
         torch.testing.assert_close(found, exact)
     model.eval()
     with torch.no_grad():
-        row = measure_batch(
-            model, task, batch, seed=42, index=0, rank=0, training_solver=FixedGrid("euler", step=0.5)
-        )
+        row = measure_batch(model, task, batch, seed=42, index=0, training_solver=FixedGrid("euler", step=0.5))
         coarse = -model.log_prob_of(model.encode(x, **given, solver=FixedGrid("euler", step=0.5)))
     assert float(row["nll"]) == pytest.approx(float(nll.mean()), rel=1e-9)
     assert float(row["gap"]) == pytest.approx(float((coarse - nll).mean()), rel=1e-9)

@@ -53,7 +53,8 @@ class ArrayDataset(Dataset[Tensor]):
         order = np.argsort(wanted, kind="stable")
         batch = np.empty((len(wanted), *self._images.shape[1:]), dtype=self._images.dtype)
         # and scattered back to the order of the sampler, which decides the noise that a sample meets
-        batch[order] = self._images[wanted[order]]
+        if len(wanted):  # a device has an empty batch where a validation has none left for it
+            batch[order] = self._images[wanted[order]]
         return torch.from_numpy(batch)
 
 

@@ -294,9 +294,10 @@ class AfterStep(Checkpoint):
         now, name = time.monotonic(), signal.Signals(signum).name
         if self.received is None:
             self.received, self._received_at = name, now
-            if self._terminal is not None and signum == signal.SIGINT:
+            if self._terminal is not None:
+                again = "Press Ctrl-C again to stop" if signum == signal.SIGINT else f"A second {name} stops it"
                 # not print, which raises an error if the signal has interrupted another print
-                os.write(2, b"\nStopping after this step or validation. Press Ctrl-C again to stop at once.\n")
+                os.write(2, f"\nStopping after this step or validation. {again} at once.\n".encode())
         elif signum != signal.SIGTERM or now - self._received_at >= 1.0:
             raise TrainingInterrupted(name, at_once=True)
 
@@ -323,8 +324,8 @@ class AfterStep(Checkpoint):
     def _validation(self) -> dict[str, object]:
         """What the score of a validation depends on, other than the weights."""
         recipe = self._recipe
-        # the noise is a function of the seed, the process and the number of the batch
-        noise = {"seed": recipe.training.seed, "batch": recipe.data.val_batch_size, "devices": self._plan.devices}
+        # the noise is a function of the seed and the number of the batch
+        noise = {"seed": recipe.training.seed, "batch": recipe.data.val_batch_size}
         # a validation has signs in place of Gaussian noise
         estimator = recipe.model.trace_noise
         noise |= {"trace_noise": "rademacher" if estimator == "gaussian" else estimator}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import pytorch_lightning as L
@@ -12,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ...core.random_streams import Stream, stream_seed
+from ...errors import ConfigError
 from ..data import ImageArray, ImageData, Table
 from ..data.batches import ArrayDataset, keep_batch, leave_signals_to_parent
 from ..recipes.recipe import Recipe
 from ..recipes.tasks import load_data
-from .plan import batch_size, check_held_out, steps_per_epoch
+from .plan import batch_size, steps_per_epoch
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset, Sampler
@@ -100,17 +102,32 @@ class StepOrder(DistributedSampler[list[int]]):
         return self._known[1]
 
 
-class _Share(DistributedSampler[int]):
-    """The samples of one device in order, each sample on exactly one device, where PyTorch's own repeats some."""
+class ValidationOrder(DistributedSampler[list[int]]):
+    """Gives the batches of the held-out samples to the devices by turns, each a list of numbers of samples.
 
-    def __init__(self, samples: int, *, world: int, rank: int) -> None:
-        self._places = range(rank, samples, world)
+    All devices together validate the batches that one device would. The noise of a batch is a function of its
+    number, and an adaptive solver chooses its steps for a whole batch, so a validation has the same values on any
+    number of devices. Lightning waits for as many batches of each device. Those that are missing at the end are
+    empty.
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._places)
+    Args:
+        samples: number of held-out samples.
+        batch_size: samples per batch.
+        world, rank: number of devices, and which of them this one is.
+    """
+
+    def __init__(self, samples: int, *, batch_size: int, world: int = 1, rank: int = 0) -> None:
+        numbers = cast("Dataset[list[int]]", range(samples))  # a DistributedSampler as StepOrder is one
+        super().__init__(numbers, num_replicas=world, rank=rank, shuffle=False)
+        self._numbers, self._batch_size = range(samples), batch_size
 
     def __len__(self) -> int:
-        return len(self._places)
+        return math.ceil(len(self._numbers) / (self._batch_size * self.num_replicas))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for turn in range(len(self)):
+            first = (turn * self.num_replicas + self.rank) * self._batch_size
+            yield list(self._numbers[first : first + self._batch_size])
 
 
 class _Resumable(DataLoader[Tensor]):
@@ -165,9 +182,18 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
             load_data(self.recipe, download=True)
 
     def setup(self, stage: str) -> None:
+        """Refuse samples that fill no step, and a Trainer that takes them in another order.
+
+        Raises:
+            ConfigError: the samples are too few, or the Trainer has ``overfit_batches``.
+        """
+        if getattr(self.trainer, "overfit_batches", 0):  # an attribute that Lightning sets without declaring it
+            raise ConfigError(
+                "overfit_batches of the Trainer takes samples one by one, without the order of the recipe: set "
+                "data.train_images or data.train_rows to a few samples in its place."
+            )
         devices = self._share[0]
-        steps_per_epoch(self.recipe, len(self.data.train), devices)  # refuses samples that fill no step
-        check_held_out(self.recipe, len(self.data.val), devices)
+        steps_per_epoch(self.recipe, len(self.data.train), devices)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Load batches of the training samples. An epoch has only as many as fill whole steps."""
@@ -182,23 +208,23 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
             next_step=lambda: 0 if self.trainer is None else self.trainer.global_step,
             endless=self._endless,
         )
-        return self._loader(self.data.train, None, order)  # the order gives whole batches
+        return self._loader(self.data.train, order)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        """Load batches of the held-out samples, each sample on exactly one device, so that means count it once."""
+        """Load batches of the held-out samples, each batch on exactly one device, so that means count it once."""
         world, rank, _ = self._share
-        share = _Share(len(self.data.val), world=world, rank=rank)
-        return self._loader(self.data.val, self.recipe.data.val_batch_size, share)
+        order = ValidationOrder(
+            len(self.data.val), batch_size=self.recipe.data.val_batch_size, world=world, rank=rank
+        )
+        return self._loader(self.data.val, order)
 
-    def _loader(
-        self, samples: ImageArray, batch_size: int | None, sampler: Sampler[list[int]] | Iterable[int]
-    ) -> DataLoader[Tensor]:
+    def _loader(self, samples: ImageArray, order: Sampler[list[int]]) -> DataLoader[Tensor]:
         workers = self.recipe.data.workers
         # pinned memory is copied to a GPU while Python prepares the next kernels
         return _Resumable(
             ArrayDataset(samples),
-            batch_size=batch_size,
-            sampler=sampler,
+            batch_size=None,  # the order gives whole batches
+            sampler=order,
             collate_fn=keep_batch,
             num_workers=workers,
             persistent_workers=workers > 0,

@@ -13,7 +13,7 @@ from ..recipes.recipe import Recipe
 from ..recipes.task import AnyTask
 from ..recipes.tasks import load_data, task_of
 from .checkpoints import load_weights
-from .plan import Resumed, RunPlan, check_held_out
+from .plan import Resumed, RunPlan
 from .step import Loss, loss_of
 
 
@@ -92,7 +92,6 @@ class Experiment:
                 run has no step left.
         """
         plan = RunPlan.of(self.recipe, len(self.data.train), devices, resumed=self.resumed)
-        check_held_out(self.recipe, len(self.data.val), devices)
         if self.resumed is not None:
             self.resumed.refuse_finished(plan, self.recipe)
         return plan

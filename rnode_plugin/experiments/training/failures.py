@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +71,12 @@ def translate_errors() -> Iterator[None]:
         place = f" ({error.filename})" if error.filename else ""
         raise LocalError(f"the system refused: {error.strerror or error}{place}.") from error
     except torch.distributed.DistError as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            port = os.environ.get("MASTER_PORT", "of the run")
+            raise TrainingError(
+                f"the port {port}, by which the processes of a run find each other, is in use, maybe by another "
+                "run: set MASTER_PORT to a free one, the same on all machines."
+            ) from error
         raise TrainingError(
             f"the processes of this run cannot reach each other ({first_line(error).rstrip('.')}). If one has "
             "ended, its message has the reason, unless the system killed it, for example because memory ran out."

@@ -6,19 +6,20 @@ import dataclasses
 import math
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pytorch_lightning as L
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..._version import __version__
 from ...core.distribution import DensityModel
 from ...core.random_streams import Stream, seed_everything
 from ...errors import ConfigError, LocalError, SolverError, TrainingError
 from ...fields import compile_fields
 from ..data.facts import Facts, has_more, overlap_warning
-from ..recipes.recipe import Recipe
+from ..recipes.recipe import Recipe, as_text
 from ..recipes.tasks import task_of
 from .checkpoints import facts_of, header_with, load_weights
 from .datamodule import RecipeDataModule
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 
     from ..data import ImageData, Table
+
+
+T = TypeVar("T")
 
 
 class RnodeModule(L.LightningModule):
@@ -51,8 +55,8 @@ class RnodeModule(L.LightningModule):
     step and resumed gives the same numbers as an uninterrupted one, to the bit on a CPU with the same number of
     threads.
 
-    The Trainer decides the number of steps and epochs, the precision and the validations. The settings of the
-    recipe for these are used by :func:`~rnode_plugin.experiments.training.fit.fit`.
+    The Trainer decides the number of steps and epochs, the batches in a step, the precision and the validations.
+    The settings of the recipe for these are used by :func:`~rnode_plugin.experiments.training.fit.fit`.
 
     Args:
         recipe: all settings, or their plain data, as Lightning passes them when it rebuilds the module from a
@@ -74,7 +78,8 @@ class RnodeModule(L.LightningModule):
             reading them waits for the device.
 
     Raises:
-        ConfigError: the recipe has steps of flow matching, and the model has no blocks to match.
+        ConfigError: the recipe has steps of flow matching, and the model has no blocks to match; when a Trainer
+            begins, the Trainer would round the samples, or another process has other settings or data.
 
     Example:
         >>> from rnode_plugin import get_recipe
@@ -199,11 +204,15 @@ class RnodeModule(L.LightningModule):
             return own
         # in one reduction of all values, because each reduction waits for all devices
         values = torch.tensor(list(own.values()), dtype=torch.float64)
-        return dict(zip(own, self._reduced(values, "mean").tolist(), strict=True))
+        means = cast("Tensor", self.trainer.strategy.reduce(values.to(self.device), reduce_op="mean"))
+        return dict(zip(own, means.tolist(), strict=True))
 
-    def _reduced(self, values: Tensor, operation: Literal["mean", "sum"]) -> Tensor:
-        """Reduce values over the devices. All devices have to call this together."""
-        return cast("Tensor", self.trainer.strategy.reduce(values.to(self.device), reduce_op=operation))
+    def _of_all(self, value: T) -> list[T]:
+        """List a value of each process by its rank. All processes have to call this together."""
+        found = [value] * self.trainer.world_size
+        if len(found) > 1:
+            torch.distributed.all_gather_object(found, value)
+        return found
 
     # before the first step, in Lightning's order ---------------------------------------------------------------
 
@@ -211,9 +220,62 @@ class RnodeModule(L.LightningModule):
     # `on_fit_start`, restores the optimizer, and calls `on_train_start`
 
     def setup(self, stage: str) -> None:
-        """Show the training samples to a model that the module itself has built."""
-        if stage == "fit" and self._is_fresh and (data := self._data()) is not None:
+        """Check that all processes train one run, and show the data to a model that the module itself has built."""
+        if stage != "fit":
+            return
+        data = self._data()
+        self._refuse_precision()
+        self._refuse_other_runs(data)
+        if self._is_fresh and data is not None:
             self.task.fit_statistics(self.flow, data)
+
+    def _refuse_precision(self) -> None:
+        """Refuse a Trainer that rounds the samples, and say what else it decides other than the recipe.
+
+        Raises:
+            ConfigError: the Trainer has 16 bits without a mixture.
+        """
+        trainer, training = self.trainer, self.recipe.training
+        if (precision := str(trainer.precision)) in ("16-true", "bf16-true"):
+            raise ConfigError(
+                f"precision={precision!r} of the Trainer would round the data themselves: use '32-true' or "
+                f"{precision.replace('true', 'mixed')!r}."
+            )
+        decided = {
+            "accumulate": (trainer.accumulate_grad_batches, training.accumulate),
+            "precision": (precision, training.precision),
+        }
+        for name, (here, there) in decided.items():
+            if here != there:
+                own = "accumulate_grad_batches" if name == "accumulate" else name
+                self._print(f"the Trainer decides: {own}={here}, and training.{name}={there} has no effect.")
+
+    def _refuse_other_runs(self, data: ImageData | Table | None) -> None:
+        """Compare the recipe, the data and the version of the package of all processes.
+
+        The gradients of different runs would be averaged without a word.
+
+        Raises:
+            ConfigError: a process has others than the first one.
+        """
+        # each machine may have its own place for the same files
+        own = {path: as_text(value) for path, value in self.recipe.settings() if path != "data.root"}
+        own["training.weights"] = "given" if self.recipe.training.weights else "none"
+        own["the version of rnode-plugin"] = __version__
+        if data is not None:
+            own["the number of training samples"] = f"{len(data.train):,}"
+            own["the number of held-out samples"] = f"{len(data.held_out):,}"
+            own["the hash of the data"] = "/".join(map(str, self.task.facts(data).identity))
+        first, *others = self._of_all(own)
+        for rank, other in enumerate(others, start=1):
+            for what in {**first, **other}:
+                here, there = first.get(what, "not set"), other.get(what, "not set")
+                if here != there:
+                    raise ConfigError(
+                        f"process {rank} of this run trains another one than process 0: {what} is {there} in "
+                        f"process {rank} and {here} in process 0. Give all processes the same command, the same "
+                        "data and the same version of rnode-plugin."
+                    )
 
     def _data(self) -> ImageData | Table | None:
         """Return the samples of the Trainer; None if it was given loaders."""
@@ -265,41 +327,39 @@ class RnodeModule(L.LightningModule):
     # a validation ----------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        # for each value two sums: the value times the samples of its batch, and these samples
-        self._sums: dict[str, Tensor] = {}
+        self._measured: list[tuple[dict[str, float], int]] = []  # of each batch the values and its samples
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Measure a batch with the test solver. The noise is the same in each validation."""
+        """Measure a batch with the test solver. The noise is the same in each validation, on any devices."""
+        if not len(batch):  # where other devices have the last batches
+            return
         try:
             # Lightning validates in inference mode. A field without its own Jacobian products takes them by
             # autograd, which that mode does not allow, and a tensor that was made in it has to be cloned
             with torch.inference_mode(False), torch.no_grad():
                 row = measure_batch(
                     self.flow, self.task, batch.clone(), seed=self.recipe.training.seed,
-                    index=batch_idx, rank=self.global_rank, training_solver=self.recipe.solver,
+                    index=batch_idx * self.trainer.world_size + self.global_rank,
+                    training_solver=self.recipe.solver,
                 )  # fmt: skip
         except SolverError as error:
             where = f"in the validation at training step {self.global_step}"
             raise LocalError(f"the solver failed {where}: {error}") from error
-        # a last batch is smaller, and `val/gap` is only in the first row, so each value counts its own samples
-        for name, value in row.items():
-            here = torch.tensor([float(value) * len(batch), len(batch)], dtype=torch.float64)
-            self._sums[name] = self._sums.get(name, 0.0) + here
+        self._measured.append(({name: float(value) for name, value in row.items()}, len(batch)))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means over all samples on all devices, which may have shares of different sizes."""
-        sums = torch.stack(list(self._sums.values()))
-        several = self.trainer.world_size > 1
-        # our own sums, because Lightning's mean over devices rounds the number of samples per device down
-        if several:
-            sums = self._reduced(sums, "sum")
-        for name, (total, samples) in zip(self._sums, sums.tolist(), strict=True):
+        """Log the means over all samples on all devices."""
+        measured = [each for of_process in self._of_all(self._measured) for each in of_process]
+        for name in dict.fromkeys(name for row, _ in measured for name in row):
+            # a last batch is smaller, and `val/gap` is only in the first row, so each value counts its own samples
+            found = [(row[name], samples) for row, samples in measured if name in row]
+            # fsum is exact, whatever the order, so the mean does not depend on the number of devices
+            mean = math.fsum(value * samples for value, samples in found) / sum(samples for _, samples in found)
+            shown = name == self.task.kind.metric
+            # all processes have the same mean, which Lightning's own mean over them could round
+            several = self.trainer.world_size > 1
             self.log(
-                f"val/{name}",
-                total / samples,
-                prog_bar=name == self.task.kind.metric,
-                logger=self._to_loggers,
-                sync_dist=several,
+                f"val/{name}", mean, prog_bar=shown, logger=self._to_loggers, sync_dist=several, reduce_fx="max"
             )
 
     def on_validation_end(self) -> None:

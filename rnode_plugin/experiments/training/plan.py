@@ -158,17 +158,6 @@ def steps_per_epoch(recipe: Recipe, samples: int, devices: int = 1) -> int:
     )
 
 
-def check_held_out(recipe: Recipe, samples: int, devices: int) -> None:
-    """Refuse fewer held-out samples than devices, because each device validates at least one.
-
-    Raises:
-        ConfigError: the held-out samples are too few.
-    """
-    if samples < devices:
-        named = recipe.kind.samples
-        raise ConfigError(f"{samples} held-out {named} are too few for {devices} devices: each needs one.")
-
-
 @dataclass(frozen=True)
 class Resumed:
     """The checkpoint that a run continues from.

@@ -23,6 +23,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ...errors import ConfigError
 from ...files import write_atomically
+from ...text import count_of
 from ..recipes.recipe import Recipe
 from ..runs.run import LAST, PREVIOUS
 from .checkpoints import read_checkpoint
@@ -66,6 +67,8 @@ def find_place(options: TrainerOptions) -> Place:
     with _refusing("this device cannot be used"):
         # the number of devices decides the steps of an epoch, which the Trainer of the run takes as an option
         fabric = Fabric(**where)
+    of_node = getattr(fabric.strategy, "parallel_devices", None)  # a strategy for one device has none
+    _refuse_other_tasks(len(of_node) if of_node else 1, where["num_nodes"])
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if fabric.world_size == 1 and tasks.isdecimal() and int(tasks) > 1 and os.environ.get("SLURM_PROCID") == "0":
         print(
@@ -74,6 +77,22 @@ def find_place(options: TrainerOptions) -> Place:
             file=sys.stderr,
         )
     return Place(where, fabric.strategy.root_device, fabric.world_size)
+
+
+def _refuse_other_tasks(devices: int, nodes: int) -> None:
+    """Refuse several devices if SLURM has not started a task for each, which Lightning notices after it has begun.
+
+    Raises:
+        ConfigError: the tasks are more or fewer than the devices.
+    """
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect() or devices * nodes == 1:
+        return
+    if (tasks := int(os.environ["SLURM_NTASKS"])) != devices * nodes:
+        raise ConfigError(
+            f"SLURM has started {count_of(tasks, 'task')} for {devices * nodes} devices. Start the command with "
+            f"srun, and one task for each device (#SBATCH --nodes={nodes} --ntasks-per-node={devices}), as "
+            "examples/slurm.sh does."
+        )
 
 
 def make_trainer(
