@@ -27,7 +27,7 @@ from pytorch_lightning.callbacks import EarlyStopping
 from tiny_runs import BeforeStep, SpoiltGradient, assert_same, repr_exact, run, signal_at, tiny_recipe, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rnode_plugin import load_flow
+from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.errors import CheckpointError, ConfigError, RnodeError, SolverError, TrainingError
 from rnode_plugin.experiments.data.batches import ArrayDataset
@@ -311,7 +311,7 @@ def test_another_validation_chooses_the_best_weights_again(recipe: Recipe) -> No
         "data.val_batch_size=5",
     )
     others = [after_step(recipe.override([each])) for each in settings]
-    others.append(after_step(recipe, devices=2))
+    assert after_step(recipe, devices=2).state_dict()["validation"] == before.state_dict()["validation"]
     others += [after_step(recipe, validated=slice(59)), after_step(recipe, validated=slice(59, None, -1))]
     for later, best in ((same, 1.0), *((other, math.inf) for other in others)):
         later.load_state_dict(before.state_dict())
@@ -324,6 +324,19 @@ def test_a_process_with_another_checkpoint_is_refused(recipe: Recipe) -> None:
     trainer: Any = SimpleNamespace(global_step=10, world_size=1, strategy=strategy)
     with pytest.raises(TrainingError, match="from step 10, the first one from step 20"):
         after_step(recipe).on_train_start(trainer, RnodeModule(recipe))
+
+
+@pytest.mark.parametrize(("signum", "again"), [
+    (signal.SIGINT, "Press Ctrl-C again to stop at once."), (signal.SIGTERM, "A second SIGTERM stops it at once."),
+])  # fmt: skip
+def test_the_first_signal_is_answered(
+    recipe: Recipe, signum: signal.Signals, again: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    quiet, progressing = after_step(recipe), after_step(recipe, progress=True)
+    progressing._terminal = progress.Terminal(recipe, RunPlan(4, 8, 4))
+    for each, said in ((quiet, ""), (progressing, f"\nStopping after this step or validation. {again}\n")):
+        each.receive(signum)
+        assert capfd.readouterr().err == said
 
 
 def test_a_second_signal_ends_a_run_at_once_but_an_echo_of_the_first_does_not(
@@ -425,11 +438,25 @@ def test_the_first_lines_have_the_batch_of_a_step_and_the_threads(
     strategy = SimpleNamespace(root_device=torch.device(device))
     trainer: Any = SimpleNamespace(world_size=world, strategy=strategy, precision="32-true")
     experiment = Experiment.of(recipe)
-    fit_module._announce(experiment, experiment.plan(world), trainer, Run(Path("runs/digits/0")))
+    plan = experiment.plan(world)
+    fit_module._announce(experiment, plan, trainer, Run(Path("runs/digits/0")))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == f"steps 0 to 6, {batch}, 32-true, {world} x {device}, in runs/digits/0"
+    assert lines[2] == (
+        f"steps 0 to 6 ({plan.steps_per_epoch} an epoch), {batch}, 32-true, {world} x {device}, in runs/digits/0"
+    )
     named = "2 threads: OMP_NUM_THREADS=1 is faster while other programs need the processor"
     assert (named in lines) == (threads > 1 and device == "cpu")
+
+
+@pytest.mark.parametrize(("name", "settings", "gigabytes"), [
+    ("mnist", (), 13), ("cifar10", (), 17), ("mnist", ("data.batch_size=20",), 1),
+    ("mnist", ("solver.gradient=checkpointed",), 0), ("mnist", ("solver.method=dopri5",), 0), ("table", (), 0),
+])  # fmt: skip
+def test_the_memory_of_a_step_is_estimated(name: str, settings: tuple[str, ...], gigabytes: int) -> None:
+    """A step of mnist was measured to need 12.3 GB, and one of 8 images 474 MB."""
+    recipe = get_recipe(name).override(settings)
+    needed = fit_module._step_memory(recipe, getattr(recipe.data, "batch_size", None) or 1)
+    assert round(needed / 1e9) == gigabytes
 
 
 def test_the_time_of_training_has_the_wait_for_batches_and_no_validation(tmp_path: Path) -> None:

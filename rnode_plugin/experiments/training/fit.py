@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ...errors import ConfigError, SolverError, TrainingError
+from ...solvers import FixedGrid, get_method
 from ...text import batch_counter
 from ..evaluation.likelihood import evaluate
-from ..recipes.recipe import Recipe
+from ..recipes.recipe import Data, Model, Recipe
 from ..runs.results import Result
 from ..runs.run import Run, training_lock
 from .checkpoints import load_flow
@@ -200,14 +202,35 @@ def _announce(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, run: Ru
         size += f" = {whole:,} {recipe.kind.samples} a step"
     print(f"{recipe.name}: {parameters:,} parameters, {counts}")
     print(data.described())
-    where = f"{trainer.precision}, {world} x {device}, in {run.path}"
-    print(f"steps {experiment.done} to {plan.total}, {size}, {where}", flush=True)
+    steps = f"steps {experiment.done} to {plan.total} ({plan.steps_per_epoch:,} an epoch)"
+    print(f"{steps}, {size}, {trainer.precision}, {world} x {device}, in {run.path}", flush=True)
+    if device.type == "cpu" and (needed := _step_memory(recipe, batch)) > 2e9:
+        print(
+            f"a step of this batch needs about {needed / 1e9:.0f} GB of memory, and on a CPU it may take minutes. "
+            "A smaller --batch-size needs less in proportion, and --set solver.gradient=checkpointed a third."
+        )
     if device.type == "cpu" and (threads := torch.get_num_threads()) > 1:
         print(f"{threads} threads: OMP_NUM_THREADS=1 is faster while other programs need the processor")
     for first, what in plan.stages(recipe, done=experiment.done).items():
         print(f"after step {first}: {what}")
     if recipe.training.ema is not None:
         print(f"validations and checkpoints use the {recipe.weights}")
+
+
+def _step_memory(recipe: Recipe, batch: int) -> float:
+    """Estimate the bytes that a step keeps for its backward pass; 0 for models and solvers without an estimate.
+
+    A MultiscaleFlow keeps 18 to 20 arrays of the size of a hidden layer for an image and evaluation, by the memory
+    of steps of ``mnist`` and ``cifar10``.
+    """
+    data, model, solver = recipe.data, recipe.model, recipe.solver
+    if not (isinstance(data, Data) and isinstance(model, Model) and model.name == Model.name):
+        return 0.0
+    if not (isinstance(solver, FixedGrid) and solver.gradient == "autograd"):
+        return 0.0
+    steps = 1 if solver.step is None else math.ceil(round(1 / solver.step, 6))
+    evaluations = steps * get_method(solver.method).stages
+    return 20.0 * 4 * model.hidden * math.prod(data.shape[1:]) * evaluations * batch
 
 
 def _conclude(
