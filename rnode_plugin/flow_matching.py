@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .core.history import History
 from .core.importance_sampling import check_log_density
+from .core.integrals import Integrals, attach
 from .core.modes import outside_inference
+from .core.regularizers import NONE, Regularizers, RegularizersLike
 from .core.signature import SCALAR, call_of, time_first
 from .core.system import System
+from .core.trace_estimators import TraceEstimator, get_estimator
 from .errors import ConfigError, suggest
+from .plugins.registry import resolve_regularizers
 from .solvers import FIXED_METHODS, METHODS, Adaptive, FixedGrid, Solver
 
 _METHODS = {"rk4": "rk4_38"}  # flow_matching takes torchdiffeq's names, and its rk4 is the 3/8 rule
@@ -73,7 +78,7 @@ class ODESolver:
     """flow_matching's ``ODESolver`` with the same two methods, solved by a :class:`~rnode_plugin.Solver`.
 
     Unlike in flow_matching 1.0.10, likelihoods have gradients (``enable_grad=True``) and exact traces work for
-    every event shape. For several probes, samples with their density from one solve, or penalties, use
+    every event shape. For several probes, or samples with their density from one solve, use
     :meth:`RegularizedCNF.from_velocity`.
 
     Args:
@@ -81,12 +86,19 @@ class ODESolver:
             is called.
         time_shape: ``"(B,)"`` or ``"(B, 1)"`` for a model that takes one time for each sample in this shape; None:
             a scalar.
+        regularizers: penalties, as for :class:`~rnode_plugin.NeuralODE`. A call with ``enable_grad=True``
+            integrates them, for :meth:`reg_loss`. Another call, such as samples for a plot, leaves those of the
+            last one.
+        trace_noise: noise of the product that ``jacfrob`` needs in :meth:`sample`. In :meth:`compute_likelihood` it
+            shares the product of the divergence.
 
     Raises:
-        ConfigError: for the velocity of a diffusion model, whose data are at time 0.
+        ConfigError: for the velocity of a diffusion model, whose data are at time 0, for an unknown regularizer,
+            and for a span policy, because ``time_grid`` determines the times.
 
     Attributes:
         nfe: number of evaluations of the velocity in the last call.
+        history: the penalties of the last call that integrated them, by name.
 
     Example:
         >>> import torch
@@ -96,16 +108,41 @@ class ODESolver:
         1.0
         >>> solver.nfe
         200
+        >>> solver = ODESolver(lambda x, t: -x, regularizers={"kinetic": 0.5})
+        >>> samples = solver.sample(torch.ones(4, 2), method="dopri5", enable_grad=True)
+        >>> round(float(solver.reg_loss()), 4)  # 0.5 * (1 - exp(-2)) / 2
+        0.2162
     """
 
-    def __init__(self, velocity_model: Callable[..., Tensor], *, time_shape: str | None = None) -> None:
+    def __init__(
+        self,
+        velocity_model: Callable[..., Tensor],
+        *,
+        time_shape: str | None = None,
+        regularizers: RegularizersLike = None,
+        trace_noise: str | TraceEstimator = "rademacher",
+    ) -> None:
         if hasattr(velocity_model, "check_ends"):
             raise ConfigError(
                 "ODESolver has the noise at time 0 and the data at 1, and a diffusion model the other way round: "
                 "give its velocity to RegularizedCNF.from_velocity, with data_time= and noise_time=."
             )
+        resolved = resolve_regularizers(regularizers)
+        if resolved.span is not None:
+            raise ConfigError(
+                f"{resolved.span.name!r} changes the times of a solve, which the time_grid of an ODESolver gives: "
+                "use RegularizedCNF.from_velocity for it."
+            )
         self.velocity_model, self.time_shape = velocity_model, time_shape
-        self.nfe = 0
+        self.nfe, self.estimator = 0, get_estimator(trace_noise)
+        self.history = History(resolved, absent="call sample or compute_likelihood with enable_grad=True first.")
+
+    def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
+        """The sum of the weighted penalties (eq. 17) of the last call with ``enable_grad=True``, in nats/dim.
+
+        Arguments and errors are as for :meth:`NeuralODE.reg_loss`. Without regularizers it is 0.
+        """
+        return self.history.loss(step=step, **lambdas)
 
     def sample(
         self,
@@ -141,12 +178,18 @@ class ODESolver:
                 that are not floating-point numbers.
             SolverError: if the solve fails.
         """
+        regularizers, field = self._begin(enable_grad), self._field(model_extras)
         grid = _grid((0.0, 1.0), time_grid, method, step_size, like=x_init)
         with torch.set_grad_enabled(enable_grad), outside_inference(x_init, grid) as (start, times):
-            rhs = System().start(self._field(model_extras), start, density=False)
+            rhs = System(regularizers, self.estimator).start(
+                field, start, density=False, user_field=self.velocity_model
+            )
             solution = _solver(method, step_size, atol, rtol).solve(rhs, start, times).check()
-        self.nfe = solution.stats.nfe
-        return solution.z if return_intermediates else solution.z[-1]
+            states, integrals = attach(solution.z, solution.penalties)
+            self.nfe = solution.stats.nfe
+            if enable_grad:
+                self.history.add(Integrals(integrals, regularizers, rhs.dims, self.nfe))
+        return states if return_intermediates else states[-1]
 
     def compute_likelihood(
         self,
@@ -184,17 +227,20 @@ class ODESolver:
         """
         from .torchdyn.density import RegularizedCNF  # loads torchdyn, which no other function here needs
 
+        regularizers, field = self._begin(enable_grad), self._field(model_extras)
         grid = _grid((1.0, 0.0), time_grid, method, step_size, like=x_1)
         first, last = float(grid[0]), float(grid[-1])
         if (first, last) != (1.0, 0.0):
             raise ConfigError(f"the time_grid of a likelihood goes from 1 to 0, not from {first:g} to {last:g}.")
         density = RegularizedCNF.from_velocity(
-            self._field(model_extras), call=lambda field, t, x: field(t, x), event_shape=x_1.shape[1:],
-            trace_estimator="exact" if exact_divergence else "rademacher",
-        ).solved_with(solver=_solver(method, step_size, atol, rtol))  # fmt: skip
-        density.t_span = grid
+            field, call=lambda field, t, x: field(t, x), event_shape=x_1.shape[1:],
+            trace_estimator="exact" if exact_divergence else "rademacher", regularizers=regularizers,
+        )  # fmt: skip
+        density.solver, density.t_span = _solver(method, step_size, atol, rtol), grid
         with torch.set_grad_enabled(enable_grad):
-            found = density.encode(x_1)
+            found = density.encode(x_1, penalties=enable_grad)
+            if enable_grad:
+                self.history.add(Integrals(found.regularization, regularizers, density.dims, found.nfe))
             log_prob = check_log_density(log_p0(found.z), len(x_1), "log_p0") + found.logdet
             path, self.nfe = found.z, found.nfe
             if return_intermediates:  # a second solve, because the solution of a density has no states between
@@ -202,8 +248,16 @@ class ODESolver:
                 self.nfe += density.nfe
         return path, log_prob
 
+    def _begin(self, enable_grad: bool) -> Regularizers:
+        """Begin a call, and return the penalties that it integrates."""
+        if enable_grad:  # first, so that an error leaves no penalties of an earlier call
+            self.history.begin()
+        return self.history.regularizers if enable_grad else NONE
+
     def _field(self, extras: dict[str, object]) -> Any:
         """The velocity as a function of time and state."""
+        if "regularizers" in extras:  # a model that takes any extra would swallow it
+            raise ConfigError("the penalties of an ODESolver are given once, ODESolver(model, regularizers=...).")
         model = self.velocity_model
         model = functools.partial(model, **extras) if extras else model
         return call_of(time_first(model, time_shape=self.time_shape or SCALAR, with_context=False))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from field_table import Energy
 from problems import difference, directions, slope
 from torch import Tensor, nn
 
-from rnode_plugin import RegularizedCNF, penalties_at
+from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields.stack import linear_field
 from rnode_plugin.flow_matching import ODESolver, score
@@ -165,6 +168,82 @@ def test_evaluations_of_the_velocity_are_counted(method: str) -> None:
         calls.clear()
         act()
         assert counter.nfe == len(calls) > 0
+
+
+@pytest.mark.parametrize("method", ["midpoint", "dopri5"])
+def test_an_odesolver_integrates_penalties_where_gradients_are_asked_for(method: str) -> None:
+    """Likelihoods as a density, samples as a NeuralODE; the values stay equal to the bit."""
+    model, x, lambdas = Velocity(), points(5, 3), {"kinetic": 0.3, "jacfrob": 0.1}
+    given: dict[str, Any] = {"method": method, "step_size": 0.1 if method == "midpoint" else None}
+    tight: dict[str, Any] = {} if method == "midpoint" else {"atol": 1e-9, "rtol": 1e-9}
+    solver = ODESolver(model, regularizers=lambdas, trace_noise="exact")
+    plain, weights = ODESolver(model), list(model.parameters())
+    density = RegularizedCNF.from_velocity(
+        model, event_shape=3, trace_estimator="exact", regularizers=lambdas, solver=method,
+        steps=10 if method == "midpoint" else None, **tight,
+    ).double()  # fmt: skip
+    density.log_prob(x)
+    wanted = density.reg_loss()
+    options: dict[str, Any] = {**given, **tight, "exact_divergence": True, "enable_grad": True}
+    found = solver.compute_likelihood(x, normal, **options)
+    for one, other in zip(found, plain.compute_likelihood(x, normal, **options), strict=True):
+        assert torch.equal(one, other)
+    torch.testing.assert_close(solver.reg_loss(), wanted, rtol=1e-8, atol=0)
+    for one, other in zip(
+        torch.autograd.grad(solver.reg_loss(), weights, retain_graph=True), torch.autograd.grad(wanted, weights),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-12)
+    assert solver.history.nfe == solver.nfe == plain.nfe
+    before = solver.reg_loss()
+    solver.sample(x, **given)  # a plot
+    assert torch.equal(solver.reg_loss(), before)
+    for intermediates in (False, True):
+        options = {**given, **tight, "enable_grad": True, "return_intermediates": intermediates}
+        assert torch.equal(solver.sample(x, **options), plain.sample(x, **options))
+        ode = NeuralODE(
+            lambda t, x: model(x, t), "midpoint" if method == "midpoint" else "dopri5", regularizers=lambdas,
+            trace_noise="exact", **tight,
+        )  # fmt: skip
+        ode(x, torch.linspace(0, 1, 11 if method == "midpoint" else 2).double())
+        torch.testing.assert_close(solver.reg_loss(), ode.reg_loss(), rtol=1e-7, atol=0)
+
+
+def test_penalties_of_an_odesolver_are_never_lost_in_silence() -> None:
+    model, x = Velocity(), points(5, 3)
+
+    def swallows(x: Tensor, t: Tensor, **extras: Any) -> Tensor:
+        return model(x, t)
+
+    solver = ODESolver(swallows, regularizers=["kinetic"])
+    given: dict[str, Any] = {"step_size": 0.5}
+    for act in (solver.sample, lambda x, **options: solver.compute_likelihood(x, normal, **options)):
+        with pytest.raises(ConfigError, match=r"given once, ODESolver\(model, regularizers="):
+            act(x, **given, regularizers=["kinetic"])
+        act(x, **given)
+        with pytest.raises(ConfigError, match="call sample or compute_likelihood with enable_grad=True first"):
+            solver.reg_loss()
+    for name in ("steer", "learned_end_time"):
+        with pytest.raises(ConfigError, match=f"{name!r} changes the times of a solve"):
+            ODESolver(Velocity(), regularizers=[name])
+    assert float(ODESolver(Velocity()).reg_loss()) == 0
+    with pytest.raises(ConfigError, match="'error' cannot be computed: the method 'euler'"):
+        ODESolver(Velocity(), regularizers=["error"]).sample(x, **given, enable_grad=True)
+
+
+def test_the_maximum_likelihood_of_the_page_trains_with_our_import_alone() -> None:
+    """As the notebook of flow_matching does, whose release 1.0.10 gives a likelihood no gradient."""
+    page = (Path(__file__).parents[1] / "docs" / "start" / "flow_matching.md").read_text()
+    (program,) = (each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "make_moons" in each)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert names["losses"][-1] < names["losses"][0]
+    if pytest.importorskip("flow_matching") and version("flow_matching") == "1.0.10":
+        line = "from rnode_plugin.flow_matching import ODESolver"
+        program = program.replace(line, "from flow_matching.solver import ODESolver")
+        program = re.sub(r", regularizers=.*?}", "", program).replace(" + solver.reg_loss()", "")
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            exec(program, {})
 
 
 class Estimator(nn.Module):
