@@ -20,6 +20,7 @@ from torchdyn.models.cnf import autograd_trace
 from torchdyn.numerics.solvers.ode import DormandPrince45
 from torchdyn_fields import WithTime, mlp
 
+import rnode_plugin
 from rnode_plugin import (
     CNF,
     Exact,
@@ -527,6 +528,70 @@ def test_a_trajectory_leaves_the_penalties_of_the_last_call() -> None:
     before = model.reg_loss()
     model.trajectory(x + 5, torch.linspace(0, 1, 3))
     assert torch.equal(model.reg_loss(), before)
+    model.trajectory(x + 5, torch.linspace(0, 1, 3), penalties=True)
+    assert not torch.equal(model.reg_loss(), before)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"sensitivity": "adjoint"}, {"order": 2}, {"integral_loss": lambda t, x: x.square().sum(1)},
+], ids=["plain", "adjoint", "order", "cost"])  # fmt: skip
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_a_trajectory_in_a_block_counts_as_a_call(solver: str, options: dict[str, Any]) -> None:
+    """With the same values, penalties and gradients as a call that is differentiated through its steps."""
+    torch.manual_seed(0)
+    net, x, times = mlp(4, 16, 2 if "order" in options else 4), torch.randn(3, 4), torch.linspace(0, 1, 4)
+    if "integral_loss" in options:
+        net, x = mlp(3, 16, 3), torch.randn(3, 4)
+    given: dict[str, Any] = {"solver": solver, "regularizers": {"kinetic": 1.0, "jacfrob": 0.1}, **options}
+    by_call = NeuralODE(net, trace_noise="exact", **{**given, "sensitivity": "autograd"})
+    model = NeuralODE(net, trace_noise="exact", **given)
+    plain = model.trajectory(x, times)
+    by_call(x, times)
+    with model.collect_penalties():
+        states = model.trajectory(x, times)
+        with torch.no_grad():
+            model.trajectory(x + 5, times)
+    assert torch.equal(states, plain)
+    torch.testing.assert_close(model.regularization, by_call.regularization)
+    weights = list(net.parameters())[:-1]
+    for one, other in zip(
+        torch.autograd.grad(model.reg_loss(), weights),
+        torch.autograd.grad(by_call.reg_loss(), weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+    with model.collect_penalties():
+        model.trajectory(x, times)
+        model.trajectory(x, times)
+    torch.testing.assert_close(model.reg_loss(), 2 * by_call.reg_loss())
+
+
+def test_a_trajectory_of_an_installed_penalty_has_its_gradient() -> None:
+    torch.manual_seed(0)
+    net, x, times = mlp(2, 8, 2), torch.randn(8, 2), torch.linspace(0, 1, 3)
+
+    def gradient(solve: Callable[[], Tensor]) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(solve().square().mean(), [*net.parameters()])])
+
+    plain = gradient(lambda: TorchdynNeuralODE(net, "dopri5").trajectory(x, times)[-1])
+    counter = rnode_plugin.install(regularizers={"kinetic": 10.0})
+    try:
+        patched: Any = TorchdynNeuralODE
+        model = patched(net, "dopri5")
+        by_call = gradient(lambda: model(x, times)[1][-1])
+        found = gradient(lambda: model.trajectory(x, times)[-1])
+        assert counter.solves == 2
+        for _ in range(3):
+            with torch.no_grad():
+                model.trajectory(x, times)
+        assert counter.solves == 2
+        assert len(model.history._kept) == 1  # no graph piles up
+        own = patched(net, "dopri5", regularizers=["kinetic"])  # adds reg_loss() itself
+        torch.testing.assert_close(gradient(lambda: own.trajectory(x, times)[-1]), plain)
+    finally:
+        rnode_plugin.uninstall()
+    torch.testing.assert_close(found, by_call)
+    assert float((found - plain).norm()) > 0.1 * float(plain.norm())
 
 
 class Holder:
@@ -673,8 +738,10 @@ def test_why_there_are_no_penalties() -> None:
             with pytest.raises(ConfigError, match="unknown penalty 'kinetic'"):
                 model.reg_loss(kinetic=0.1)
     model = NeuralODE(field, "dopri5", regularizers=["kinetic"])
-    with pytest.raises(ConfigError, match="no penalties yet: call the model first"):
-        model.reg_loss()
+    for each in (model, copy.deepcopy(model)):
+        each.trajectory(x, torch.linspace(0, 1, 2))
+        with pytest.raises(ConfigError, match=r"no penalties yet: call the model first. trajectory\(\) .*block"):
+            each.reg_loss()
     model(x)
     broken[0] = True
     with pytest.raises(SolverError):

@@ -63,14 +63,24 @@ class History(Mapping[str, Tensor]):
     # both leave out the solves, because deepcopy refuses tensors with a graph
     def __deepcopy__(self, memo: dict[int, object]) -> History:
         steps = copy.deepcopy(self.longest_safe_steps, memo)
-        return History(copy.deepcopy(self.regularizers, memo), counted_in=self.counted_in, longest_safe_steps=steps)
+        return History(
+            copy.deepcopy(self.regularizers, memo), counted_in=self.counted_in, longest_safe_steps=steps,
+            absent=self._absent,
+        )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
-        kept = {"counted_in": self.counted_in, "longest_safe_steps": self.longest_safe_steps}
+        kept = {
+            "counted_in": self.counted_in, "longest_safe_steps": self.longest_safe_steps, "absent": self._absent
+        }  # fmt: skip
         return functools.partial(History, **kept), (self.regularizers,)
 
     def __repr__(self) -> str:
         return f"History({', '.join(self)})"
+
+    @property
+    def counts_all(self) -> bool:
+        """Whether each solve with gradients counts, also a trajectory: in a block, and for an ``install``."""
+        return self._collecting or self.counted_in is not None
 
     @contextmanager
     def collecting(self) -> Iterator[History]:

@@ -287,7 +287,7 @@ def look_for_columns(solve: FieldSolve, t: Tensor, x: Tensor) -> bool:
             found = solve.evaluator.repeat(t.to(state.device), state, frozenset({"products"}), signs)
     except (RnodeError, RuntimeError):  # no graph, or one that runs once: fine for penalties without a derivative
         return True
-    return warn_of_unread_columns(found.dz, found.products, stacklevel=6)
+    return warn_of_unread_columns(found.dz, found.products, stacklevel=7)
 
 
 def function_of(

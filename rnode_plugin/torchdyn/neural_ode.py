@@ -49,6 +49,10 @@ from .choice import (
 )
 from .field import Cost, look_for_columns, start_torchdyn
 
+_NO_CALL = (
+    "call the model first. trajectory() integrates them in a block of collect_penalties(), or by penalties=True."
+)
+
 _Torchdyn = torchdyn_neuralde.NeuralODE
 _THEIRS = dict(vars(_Torchdyn))  # from before install() can replace them
 
@@ -106,7 +110,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             them, and ``model.history.longest_safe_steps.clear()`` forgets them.
 
     After a call :attr:`regularization` has the integral of each penalty along the trajectory, and :meth:`reg_loss`
-    returns their weighted sum. :meth:`trajectory` does not integrate penalties and keeps those from the last call.
+    returns their weighted sum. :meth:`trajectory` keeps those from the last call, except where each solve counts.
     For ``order`` 2 and higher, ``z`` is the whole state (position, velocity, ...), and penalties see the field of
     the first-order system.
 
@@ -199,7 +203,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
                 return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
             )  # fmt: skip
         self.solver_adjoint, steps = backward, {} if warm_start else None
-        self.history = History(resolved, counted_in=given.counter, longest_safe_steps=steps)
+        self.history = History(resolved, counted_in=given.counter, longest_safe_steps=steps, absent=_NO_CALL)
         self._system = System(resolved, get_estimator(trace_noise), part=spec)
         self._max_nfe, self._quadrature = max_nfe, quadrature
         built = ((forward, solver), (backward, solver_adjoint))
@@ -280,8 +284,6 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             solver, kept = self._solver(args), None
             x, t_span = self._start(x, t_span, solver)
             t_span = regularizers.times(t_span, training=training and penalties)
-            if penalties and self._system.part.batch_dim == 0:
-                warn_of_flat_state(x, regularizers.needs)
             if solver.adaptive:
                 if len(save_at) > 0:
                     warnings.warn("Setting save_at has no effect on adaptive-step methods", stacklevel=3)
@@ -297,10 +299,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             rhs = start_torchdyn(
                 self._system_of(penalties=penalties), self.vf, x, args, one_graph=through_steps, hidden_cost=hidden
             )  # fmt: skip
-            # once for each model, because the check takes one more evaluation
-            if not self._columns_known and rhs.regularizers and x.ndim == 2:
-                lone = not rhs.trace and self._system.part.is_all
-                self._columns_known = not lone or look_for_columns(rhs, t_span[0], x)
+            self._check_state(x, t_span, rhs)
             nfe = self.vf.nfe
             solution = solver.solve(rhs, x, t_span, **history.warm_start(t_span)).check()
             history.keep_step(solution.longest_safe_step, t_span)
@@ -309,18 +308,33 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
                 solution = replace(solution, t=solution.t[kept], z=solution.z[kept])
             return solution.t, self._remember(x, t_span, rhs, solution, penalties=penalties)
 
-    def trajectory(self, x: Tensor, t_span: Tensor) -> Tensor:
-        """Solve without penalties. The solution ``(T, B, ...)`` at ``t_span`` is differentiable through the steps.
+    def trajectory(self, x: Tensor, t_span: Tensor, *, penalties: bool | None = None) -> Tensor:
+        """The solution ``(T, B, ...)`` at ``t_span``, differentiable through the steps whatever the sensitivity.
 
-        :meth:`reg_loss` and :attr:`regularization` still belong to the last call of the model. Errors are as for
-        :meth:`forward`.
+        A trajectory for a plot must not replace the penalties of the last call, to which :meth:`reg_loss` and
+        :attr:`regularization` belong. So it integrates penalties only on request, or where each solve counts.
+
+        Args:
+            x: initial state ``(B, ...)``.
+            t_span: times ``(T,)``, increasing or decreasing.
+            penalties: whether to integrate the penalties. None means yes inside of :meth:`collect_penalties`, and
+                for penalties from :func:`install`, both in training mode with gradients enabled.
+
+        Raises:
+            ConfigError, SolverError: as for :meth:`forward`.
         """
+        history, training = self.history, torch.is_grad_enabled() and self.training
+        penalties = training and history.counts_all if penalties is None else penalties
+        if penalties:
+            history.begin()
         with outside_inference(x, t_span) as (x, t_span):
             solver = replace(self._solver({}).without_interpolation(), gradient=Autograd())
             x, t_span = self._start(x, t_span, solver)
-            t_span = self.history.regularizers.times(t_span)
-            rhs = start_torchdyn(self._system_of(penalties=False), self.vf, x, one_graph=True)
-            return solver.solve(rhs, x, t_span).check().z
+            t_span = history.regularizers.times(t_span, training=training and penalties)
+            rhs = start_torchdyn(self._system_of(penalties=penalties), self.vf, x, one_graph=True)
+            self._check_state(x, t_span, rhs)
+            solution = solver.solve(rhs, x, t_span).check()
+            return self._remember(x, t_span, rhs, solution, penalties=True) if penalties else solution.z
 
     def collect_penalties(self) -> AbstractContextManager[History]:
         """Sum :meth:`reg_loss` over all calls in a ``with`` block, for a loss that solves several times::
@@ -423,6 +437,15 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             # and a higher one would promote the state
             times = times.to(precision) if solver.adaptive or not times.is_floating_point() else times
             return x, times.to(x.device, copy=True)
+
+    def _check_state(self, x: Tensor, t_span: Tensor, rhs: FieldSolve) -> None:
+        """Warn about a state that the penalties of a solve would misread."""
+        if self._system.part.batch_dim == 0:
+            warn_of_flat_state(x, rhs.regularizers.needs)
+        # once for each model, because the check takes one more evaluation
+        if not self._columns_known and rhs.regularizers and x.ndim == 2:
+            lone = not rhs.trace and self._system.part.is_all
+            self._columns_known = not lone or look_for_columns(rhs, t_span[0], x)
 
     def _remember(
         self, x: Tensor, t_span: Tensor, rhs: FieldSolve, solution: Solution, *, penalties: bool
@@ -532,7 +555,9 @@ def install(*, torchdiffeq: bool = False, regularizers: RegularizersLike = None)
     ``quadrature=``, ``warm_start=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second
     call replaces the ``regularizers``.
 
-    It affects this process only. ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed.
+    It affects this process only. ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed. Solves
+    by ``torchdyn.numerics.odeint`` and ``ODEProblem`` stay torchdyn's: take ``NeuralODE`` in the place of
+    ``ODEProblem``, or :func:`~rnode_plugin.penalties_along` along the states.
 
     Args:
         torchdiffeq: whether to replace torchdiffeq's ``odeint`` and ``odeint_adjoint`` by the functions in
