@@ -6,6 +6,7 @@ import copy
 import pickle
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,6 +86,29 @@ def test_the_nfe_of_a_solve_is_that_of_its_forward_pass() -> None:
         assert found.nfe == 2 * nfe
     with regularize("kinetic") as found, pytest.raises(ConfigError, match="saw no solve"):
         assert found.nfe
+
+
+def test_a_module_outside_of_sys_modules_is_made_after_the_first_block() -> None:
+    """The error of the block says so, and what serves the solvers that it does not see."""
+    uninstall()
+    source = "from torchdiffeq import odeint\ndef solve(field, y0, t): return odeint(field, y0, t)\n"
+    made = [types.ModuleType("loaded_by_a_file") for _ in range(2)]
+    exec(source, vars(made[0]))
+    try:
+        with regularize("kinetic") as penalties:
+            made[0].solve(Field(), start(), SPAN)
+        with pytest.raises(ConfigError, match=r"module that is not in sys\.modules, have to be made") as caught:
+            penalties.loss()
+        assert (
+            "penalties_along integrates penalties along the states from torchdyn.numerics.odeint, ODEProblem"
+            in str(caught.value)
+        )
+        exec(source, vars(made[1]))
+        with regularize("kinetic") as penalties:
+            made[1].solve(Field(), start(), SPAN)
+        assert float(penalties.loss().detach()) > 0
+    finally:
+        uninstall()
 
 
 def loss_and_gradient(ode: Any, t: Tensor, method: str, **given: Any) -> list[Tensor]:

@@ -278,8 +278,9 @@ def _penalized_solves(counter: SolveCounter) -> str:
     if not counter.solves:
         return (
             "no solve was penalized: in this process no gradient went through a solve by torchdiffeq, or by a "
-            "torchdyn NeuralODE without regularizers=. Flow matching trains without solves: add "
-            "rnode_plugin.penalties_at to its loss."
+            "torchdyn NeuralODE without regularizers=. For torchdyn.numerics.odeint, ODEProblem or another solver "
+            "add rnode_plugin.penalties_along to the loss, and for flow matching, which trains without solves, "
+            "rnode_plugin.penalties_at."
         )
     means = ", ".join(f"{name} {significant(mean)}" for name, mean in counter.means.items())
     return f"{count_of(counter.solves, 'solve')} penalized. Mean integrals per sample: {means}."

@@ -31,8 +31,10 @@ _OURS = ("regularizers", "penalized", "batch_dim", "trace_noise", "quadrature")
 _NOT_SEEN = (
     "this regularize() block saw no solve by torchdiffeq that came to its end. It sees calls of odeint and "
     "odeint_adjoint in its own thread and process, except solves that end by event_fn. A model that kept the "
-    "function before the first block (self.odeint = odeint, functools.partial) has to be made after "
-    "rnode_plugin.torchdiffeq.install()."
+    "function before the first block (self.odeint = odeint, functools.partial), and a module that is not in "
+    "sys.modules, have to be made after rnode_plugin.torchdiffeq.install(). Other solvers: NeuralODE and ODESolver "
+    "of this package take regularizers= themselves, and rnode_plugin.penalties_along integrates penalties along "
+    "the states from torchdyn.numerics.odeint, ODEProblem or any solver."
 )
 
 _installed: PenalizedSolve | None = None
@@ -76,7 +78,8 @@ def regularize(
 
     The first block rebinds every name that a loaded module has for torchdiffeq's ``odeint`` or ``odeint_adjoint``
     to a function that only calls torchdiffeq outside of blocks; :func:`uninstall` restores the names. A model that
-    keeps the function as an attribute has to be made after the first block, or after :func:`install`.
+    keeps the function as an attribute, and a module that is not in ``sys.modules``, have to be made after the first
+    block, or after :func:`install`.
 
     Args:
         regularizers: names, objects or functions, or one mapping from these to lambda, as for
