@@ -33,6 +33,19 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(2, 5, 3), nn.Softplus(), nn.Conv2d(5, 4, 3)).double()
 
 
+def test_adam_takes_all_parameters_together_with_the_same_numbers() -> None:
+    one, other = net(), net()
+    ours = make_optimizer(one, tiny_recipe("optimizer.weight_decay=0.01").optimizer)
+    assert ours.defaults["foreach"]
+    plain = torch.optim.Adam(other.parameters(), foreach=False, **{
+        name: ours.defaults[name] for name in ("lr", "betas", "weight_decay")
+    })  # fmt: skip
+    for _ in range(5):
+        step(one, ours)
+        step(other, plain)
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     model(torch.linspace(-1, 1, 2 * 2 * 49, dtype=torch.float64).view(2, 2, 7, 7)).square().sum().backward()

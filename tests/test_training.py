@@ -45,7 +45,7 @@ from rnode_plugin.experiments.training.fit import FitResult
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.experiments.training.optimizers import learning_rate_factor
 from rnode_plugin.experiments.training.plan import AFTER_STEP, RunOptions, RunPlan
-from rnode_plugin.experiments.training.step import LikelihoodLoss
+from rnode_plugin.experiments.training.step import LikelihoodLoss, StepTerms
 from rnode_plugin.flows.multiscale import dequantize
 
 SETTINGS = [
@@ -365,6 +365,45 @@ def test_a_run_with_all_of_its_steps_was_not_stopped_by_its_time_limit(recipe: R
         )
         decides.on_train_batch_end(trainer, module, None, None, 0)
         assert (trainer.should_stop, decides.out_of_time) == (True, out_of_time)
+
+
+def test_processes_ask_each_other_about_once_a_second(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the same number of steps in each, by the slowest, before each validation and at the last step."""
+    longest, asked, clock = [0.0], list[int](), [0.0]
+    monkeypatch.setattr(after_step_module.time, "monotonic", lambda: clock[0])
+    decides = after_step(recipe.override(["training.max_steps=60", "training.val_every_steps=25"]), devices=2)
+
+    def reduce(values: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        assert reduce_op == "max"
+        asked.append(trainer.global_step)
+        return values.maximum(torch.tensor([0.0, 0.0, longest[0]]))  # of another process
+
+    module: Any = SimpleNamespace(values=dict, own_values={}, skipped_in_row=1)
+    trainer: Any = SimpleNamespace(
+        global_step=0, world_size=2, is_global_zero=False, should_stop=False, logged_metrics={},
+        strategy=SimpleNamespace(reduce=reduce, root_device=torch.device("cpu")),
+    )  # fmt: skip
+    for step in range(1, 61):
+        clock[0] += 0.05
+        longest[0] = 0.1 if step < 30 else 0.4
+        trainer.global_step = step
+        decides.on_train_batch_end(trainer, module, None, None, 0)
+    assert asked == [1, 11, 21, 25, 35, 38, 41, 44, 47, 50, 53, 56, 59, 60]
+    assert not decides.out_of_time
+
+
+def test_what_a_step_logs_is_on_the_cpu_or_where_it_was_computed(recipe: Recipe) -> None:
+    """Lightning copies a number to the device, which waits for it."""
+    module, seen = RnodeModule(recipe), dict[str, Any]()
+    module.log = lambda name, value, **_: seen.update({name: value})
+    module.to("meta")
+    norm = torch.zeros((), device="meta")
+    module._terms = [StepTerms(norm, {"loss": norm, "nfe": 8.0})]
+    module._log_step(module.configure_optimizers()["optimizer"], norm=norm)  # pyright: ignore
+    assert {name: value.device.type for name, value in seen.items()} == {
+        "train/loss": "meta", "train/nfe": "cpu", "train/grad_norm": "meta", "train/skipped": "cpu", "lr": "cpu",
+    }  # fmt: skip
+    assert seen["train/nfe"] == 8.0
 
 
 def test_progress_has_the_time_that_is_left(

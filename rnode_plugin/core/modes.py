@@ -136,6 +136,33 @@ def reaches(node: Any) -> bool:
     return torch.compiler.is_compiling() or torch._C._will_engine_execute_node(node)
 
 
+def refuse_capture(what: str) -> None:
+    """Refuse a draw on the CPU while a CUDA graph is captured, because each replay would repeat it in silence.
+
+    Raises:
+        ConfigError: with the name of what is drawn.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise ConfigError(
+            f"{what} is drawn on the CPU, and each replay of the CUDA graph that is captured here would repeat the "
+            "draw: capture a solve with quadrature='full' and without local penalties and 'steer'."
+        )
+
+
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """A time ``x``, one number, on a device. From the CPU it gets there without a copy unless it has a graph.
+
+    A copy waits for the device, and a CUDA graph cannot capture one.
+    """
+    if x.device == device:
+        return x
+    # inside a transform of torch.func a number lacks the tangent of its tensor
+    known = None if x.requires_grad or x.device.type != "cpu" or transforms_active() else read(x)
+    if known is None:
+        return x.to(device)
+    return torch.full(x.shape, known if x.ndim == 0 else known[0], dtype=x.dtype, device=device)
+
+
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is enabled on the device of ``x``."""
     # not available on "meta"; torch 2.6 cannot compile `torch.amp.is_autocast_available`

@@ -197,8 +197,11 @@ class Regularizers:
         Args:
             t_span: the times of the model, ``(T,)``.
             training: whether a span policy may draw times. A solve without penalties draws none.
-            like: has the dtype and device of the result; None: ``t_span`` itself.
+            like: has the dtype of the result; None: ``t_span`` itself.
             backward: whether the result runs in the other direction than ``t_span``.
+
+        Returns:
+            The times, where ``t_span`` is, unless a span policy has parameters on another device.
 
         Raises:
             ConfigError: from the policy, for a span that it cannot change, and for times that differ between the
@@ -206,11 +209,13 @@ class Regularizers:
             PluginError: if the policy raises another error.
         """
         with on_host():  # a captured program has the times as constants
-            times = t_span if like is None else t_span.to(like)
+            times = t_span if like is None else t_span.to(like.dtype)
+            times = times if like is None or times.requires_grad else times.cpu()
             times = times.flip(0) if backward else times
             if (span := self.span) is None:
                 return times
-            return _times_of(span, times, training=training)
+            own = next(span.parameters(), times) if isinstance(span, nn.Module) else times
+            return _times_of(span, times.to(own.device), training=training)
 
     @property
     def integrated(self) -> Regularizers:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.health import health
-from ..core.modes import read
+from ..core.modes import on_device, read
 from ..core.system import Derivative, Solve
 from ..errors import ConfigError, SolverError
 from .controller import StepController
@@ -55,7 +55,7 @@ def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | Non
     control = StepController(method, solver.atol, solver.rtol, sign)
     t, end, upcoming = span[:1], span[-1], 1  # `upcoming` is the index of the next output time
     draw = draw_stage(method) if sampled else None
-    start = span[0].to(device)
+    start = on_device(span[0], device)
     begun = rhs(start, z, products=not draw)
     first: Derivative | None = begun
     totals = Totals([start], [z], knots=[(start, z)] if save_steps else None, nfe=1)
@@ -65,7 +65,8 @@ def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | Non
     while control.before(t, end):
         trial = control.trial(dt, t, end, span[upcoming] if interpolate is None else None)
         _check_trial(t, trial.dt, totals, method, budget)
-        step = take(z, t.to(device), trial.dt.to(device), first, draw)
+        begin, length = _both_on(device, t, trial.dt)
+        step = take(z, begin, length, first, draw)
         totals.nfe += step.nfe
         ratio = control.error_ratio(step, z, totals.logdet)
         if not math.isfinite(float(ratio)):
@@ -81,8 +82,8 @@ def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | Non
                 passed = upcoming
                 while upcoming < len(span) - 1 and control.before(span[upcoming], reached):
                     upcoming += 1
-                inside = [x.to(device) for x in span[passed:upcoming]]
-                states = interpolate(step, z, first, t.to(device), trial.dt.to(device), inside)
+                inside = [on_device(x, device) for x in span[passed:upcoming]]
+                states = interpolate(step, z, first, begin, length, inside)
                 for time, state in zip(inside, states, strict=True):
                     totals.save(time, state)
             totals.add(step, reached.reshape(()))
@@ -101,6 +102,14 @@ def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | Non
     if totals.penalties and not read(torch.isfinite(health(*totals.penalties.values()))):
         fail_integrals(z, None, totals.penalties, float(t.detach()), totals.steps, totals.nfe)
     return totals.solution(longest_safe_step=safe if z.numel() > 0 else None)  # no sample shows what is safe
+
+
+def _both_on(device: torch.device, t: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Start and length of a step, with one copy to the device if they have a graph, and none otherwise."""
+    if device == t.device or not (t.requires_grad or dt.requires_grad):
+        return on_device(t, device), on_device(dt, device)
+    both = torch.cat([t, dt.reshape(1)]).to(device)
+    return both[:1], both[1:].reshape(dt.shape)
 
 
 def _check_state(solver: Adaptive, rhs: Solve, z: Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.modes import read
+from ..core.modes import on_device, read
 from ..core.system import Solve
 from ..errors import ConfigError
 from .step import Step, Tolerance, fail_nonfinite
@@ -189,7 +189,7 @@ class StepController:
         tiny = torch.tensor(1e-6, dtype=t.dtype)
         probe = tiny if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
         time, state = t + probe, z + probe * velocity
-        there = rhs((-time if mirrored else time).to(z.device), state, products=False).dz
+        there = rhs(on_device(-time if mirrored else time, z.device), state, products=False).dz
         there = (-there if mirrored else there).detach()
         (change,) = self._on_host(_rms((there - velocity) / scale) / probe)
         if speed <= 1e-15 and change <= 1e-15:  # a field at rest gives no scale

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.health import HealthCheck, health
-from ..core.modes import on_host, read
+from ..core.modes import on_host, read, refuse_capture
 from ..errors import ConfigError
 from .solution import Solution
 from .step import (
@@ -163,6 +163,7 @@ def _draw_stages(method: Method, lengths: Sequence[float]) -> list[Draw | None]:
     stages = method.stages
     if method.draws is None or stages == 1:
         return [None] * len(lengths)
+    refuse_capture("the stage of a sampled quadrature")
     count = max(1, round(len(lengths) * stages / 8))
     size = sum(lengths) / count  # method.draws sums to one in each step, so the line is as long as the solve
     if max(lengths) > (stages - 2) * size and min(method.draws) > 0:

@@ -54,12 +54,13 @@ class Checkpointed(Gradient):
     """Gives the same gradient with the activations of one step at a time, and evaluates each step once more."""
 
     def solve(self, solver: Solver, problem: Problem) -> Solution:
+        from ..core.modes import on_device
         from .checkpoint import checkpointed
         from .step import Stepper
 
         rhs, z, t, *_ = problem
         one_step = Stepper(rhs, get_method(solver.method), solver.tolerances)
-        take = checkpointed(one_step, rhs, z, t[0].to(z.device))
+        take = checkpointed(one_step, rhs, z, on_device(t[0], z.device))
         return solver.march(problem, take=take)
 
 
@@ -98,7 +99,7 @@ class Adjoint(Gradient):
             return forward(z, t)
         backward = (self.backward or solver).without_interpolation()
         call = AdjointCall(rhs, forward, backward, self.interpolated, adjoint_safe_step, keep_adjoint_step)
-        return solve_adjoint(call, z, t.to(z.device))
+        return solve_adjoint(call, z, t.to(z.device) if t.requires_grad else t)
 
     def outputs(self, solution: Solution, *, adaptive: bool) -> Solution:
         """The solution of an adaptive solver or a fixed grid with the outputs that the loss may depend on."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.health import HealthCheck
-from ..core.modes import constant, exporting, on_host, read, transforms_active
+from ..core.modes import constant, exporting, on_device, on_host, read, refuse_capture, transforms_active
 from ..core.regularizer import StepRecord
 from ..core.system import Derivative, Solve
 from ..errors import ConfigError, SolverError
@@ -221,6 +221,7 @@ def draw_stage(method: Method) -> Draw | None:
     """Draw one stage to represent its step, by the weights of a quadrature; None if they are not known."""
     if method.draws is None:
         return None
+    refuse_capture("the stage of a sampled quadrature")
     weights = constant(method.draws, torch.float64, _CPU)
     return {int(torch.multinomial(weights, 1)): 1.0}
 
@@ -312,11 +313,11 @@ class Totals:
                 self._means.add(name)
         self.steps += 1
         if self.knots is not None:
-            self.knots.append((end.to(step.z.device), step.z))
+            self.knots.append((on_device(end, step.z.device), step.z))
 
     def save(self, t: Tensor, z: Tensor) -> None:
         """Add an output, with the log-determinant up to here."""
-        self.t.append(t.to(z.device))
+        self.t.append(on_device(t, z.device))
         self.z.append(z)
         if self.logdet is not None:
             self._logdets.append(self.logdet)

@@ -17,7 +17,7 @@ from torchdiffeq._impl.adjoint import find_parameters
 from torchdiffeq._impl.misc import _mixed_norm, _rms_norm
 
 from ..core.derivatives import AutogradField
-from ..core.modes import outside_checkpoints, transforms_active
+from ..core.modes import outside_checkpoints, refuse_capture, transforms_active
 from ..core.part import State, signs_for_columns, tensors_of, warn_of_unread_columns
 from ..core.system import System
 from ..errors import ConfigError
@@ -293,6 +293,7 @@ def _adjoint(given: Mapping[str, Any], system: Augmented) -> dict[str, Any]:
 def _one_in_eight() -> Iterator[int]:
     """8 for one randomly chosen evaluation in each group of eight, and 0 for the others."""
     while True:
+        refuse_capture("the evaluation of a sampled quadrature")
         chosen = int(torch.randint(8, ()))
         yield from (8 if i == chosen else 0 for i in range(8))
 

@@ -122,7 +122,8 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         if not (isinstance(given, Tensor) and given.is_floating_point()):
             given = torch.as_tensor(given, dtype=_precision(net))
         check_times(given)
-        self.register_buffer("t_span", given, persistent=False)
+        # not a buffer: on the CPU the host knows the steps of a solve without waiting for the device
+        self.t_span = given if given.requires_grad else given.cpu()
 
     @classmethod
     def from_velocity(
@@ -310,6 +311,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         if not (isinstance(self.solver, FixedGrid) and self.solver.step is None):
             return self._states(x, times, context, self.solver)
         check_times(times)
+        grid = grid.to(times.device)
         inner = grid[(grid > times.min()) & (grid < times.max()) & ~torch.isin(grid, times)]
         merged, order = torch.cat([times, inner]).sort(descending=bool(times[0] > times[-1]))
         return self._states(x, merged, context, self.solver)[order < len(times)]

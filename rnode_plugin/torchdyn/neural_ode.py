@@ -436,7 +436,8 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             # the steps of an adaptive solve take the precision of the times: a lower one would round their sums,
             # and a higher one would promote the state
             times = times.to(precision) if solver.adaptive or not times.is_floating_point() else times
-            return x, times.to(x.device, copy=True)
+            # on the CPU, so that the host knows the steps without waiting for the device
+            return x, times.to(x.device if times.requires_grad else "cpu", copy=True)
 
     def _check_state(self, x: Tensor, t_span: Tensor, rhs: FieldSolve) -> None:
         """Warn about a state that the penalties of a solve would misread."""

@@ -91,6 +91,7 @@ class AfterStep(Checkpoint):
         self._table: MetricsTable | None = None
         self._terminal: Terminal | None = None
         self._step = 0  # the step that this was called for last
+        self._agrees_at = 0  # the step after which the processes agree next, if they need not agree before
         self._began = self._step_began = time.monotonic()  # this clock ignores changes of the system's time
         self._seconds_before = 0.0  # of the run in earlier calls
         self._limit = math.inf if max_time is None else self._began + max_time
@@ -146,7 +147,9 @@ class AfterStep(Checkpoint):
         module, now = cast("RnodeModule", pl_module), time.monotonic()
         self._step, seconds, self._step_began = step, now - self._step_began, now
         self.training_seconds += seconds
-        time_is_up, complete = self._agree(trainer), step == self._plan.total
+        complete = step == self._plan.total
+        due = complete or trainer.should_stop or step % self._plan.val_every == 0
+        time_is_up = self._agree(trainer, seconds) if due or step >= self._agrees_at else False
         self.out_of_time = time_is_up and not complete
         if time_is_up or complete:
             trainer.should_stop = True  # Lightning validates once more
@@ -179,7 +182,7 @@ class AfterStep(Checkpoint):
         """Write the validation down, save the best and the newest weights, and end the run, in this order."""
         if trainer.sanity_checking:
             return
-        self._agree(trainer)  # a validation is long, and a signal may have come meanwhile
+        self._agree(trainer, 0.0)  # a validation is long, and a signal may have come meanwhile
         found = trainer.callback_metrics.items()
         scores = {name: float(value) for name, value in found if name.startswith("val/")}
         if trainer.is_global_zero:
@@ -197,15 +200,20 @@ class AfterStep(Checkpoint):
         self._save(trainer, self.run.last)
         self._end_for_signal()
 
-    def _agree(self, trainer: L.Trainer) -> bool:
+    def _agree(self, trainer: L.Trainer, seconds: float) -> bool:
         """Agree with all devices on whether the time is up, which is returned, and whether a signal ends the run.
 
-        The clocks of the processes differ, and one that stopped alone would leave the others waiting for it.
+        The clocks of the processes differ, and one that stopped alone would leave the others waiting for it. But a
+        question waits for the device. So after a step that has taken ``seconds`` in the slowest process, they ask
+        again about a second later, after a number of steps that is the same in all of them.
         """
-        time_is_up, signaled = _in_any_process(trainer, time.monotonic() >= self._limit, self.received is not None)
+        ends = time.monotonic() >= self._limit, self.received is not None
+        time_is_up, signaled, longest = _largest_in_any_process(trainer, *ends, seconds)
+        several = trainer.world_size > 1 and longest > 0
+        self._agrees_at = self._step + (math.ceil(_ASK_AGAIN / longest) if several else 1)
         if signaled:  # a process that has received no signal itself reports SIGTERM
             self._signal = self.received or signal.SIGTERM.name
-        return time_is_up
+        return time_is_up > 0
 
     def row(self, values: Mapping[str, Tensor | float], **times: float) -> dict[str, float]:
         """Make the row of ``metrics.csv`` for the values of this step, or of the validation after it."""
@@ -267,7 +275,7 @@ class AfterStep(Checkpoint):
         self._step = step = trainer.global_step  # above 0 in a run that is resumed
         # each machine reads its own copy of the checkpoint, and gradients at different weights would be averaged in
         # silence
-        (differ,) = _in_any_process(trainer, (first := trainer.strategy.broadcast(step)) != step)
+        (differ,) = _largest_in_any_process(trainer, (first := trainer.strategy.broadcast(step)) != step)
         if differ:
             raise TrainingError(
                 f"this process continues from step {step}, the first one from step {first}, and others may "
@@ -332,12 +340,15 @@ class AfterStep(Checkpoint):
         return {**dataclasses.asdict(recipe.test_solver), **noise, "samples": self._validated}
 
 
-def _in_any_process(trainer: L.Trainer, *bits: bool) -> list[bool]:
-    """Whether each bit is set in any process of the run. All processes have to call this together."""
+_ASK_AGAIN = 1.0  # seconds
+
+
+def _largest_in_any_process(trainer: L.Trainer, *values: float) -> list[float]:
+    """The largest of each value in all processes of the run, 0 or 1 of a bool. All have to call this together."""
     if trainer.world_size == 1:
-        return list(bits)
-    found = torch.tensor(bits, dtype=torch.float32, device=trainer.strategy.root_device)
-    return [each > 0 for each in cast("Tensor", trainer.strategy.reduce(found, reduce_op="sum")).tolist()]
+        return list(map(float, values))
+    found = torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device)
+    return cast("Tensor", trainer.strategy.reduce(found, reduce_op="max")).tolist()
 
 
 class Folder(Callback):

@@ -186,6 +186,8 @@ class RnodeModule(L.LightningModule):
             values = {**values, "train/matching": math.nan}
         for name, value in values.items():
             shown = name in (f"train/{self.task.kind.metric}", "train/matching", "train/nfe")
+            # as a tensor on the CPU: Lightning would copy a number to the device, which waits for the device
+            value = value if isinstance(value, Tensor) else torch.tensor(float(value))
             self.log(name, value, prog_bar=shown, logger=self._to_loggers)
 
     def _why_skipped(self) -> str:

@@ -22,7 +22,10 @@ def make_optimizer(flow: nn.Module, settings: Optimizer) -> torch.optim.Optimize
     """Make the optimizer that ``settings`` describes, for all parameters of ``flow``."""
     betas = (settings.beta1, settings.beta2)
     if settings.name == "adam":
-        return torch.optim.Adam(flow.parameters(), lr=settings.lr, betas=betas, weight_decay=settings.weight_decay)
+        # foreach: a few operations for all parameters, with the same numbers, on every device
+        return torch.optim.Adam(
+            flow.parameters(), lr=settings.lr, betas=betas, weight_decay=settings.weight_decay, foreach=True
+        )
     return Muon(
         flow.parameters(),
         lr=settings.lr,
