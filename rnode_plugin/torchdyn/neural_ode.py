@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 import torchsde
@@ -53,8 +53,32 @@ _NO_CALL = (
     "call the model first. trajectory() integrates them in a block of collect_penalties(), or by penalties=True."
 )
 
+_P = ParamSpec("_P")
 _Torchdyn = torchdyn_neuralde.NeuralODE
 _THEIRS = dict(vars(_Torchdyn))  # from before install() can replace them
+
+
+_OF_TORCHDYN_0 = {
+    "func": "vector_field=",
+    "s_span": "t_span, an argument of the call, model(x, t_span)",
+    "intloss": "integral_loss=",
+}
+"""The keywords of torchdyn 0.x that its present class lacks, and what they are now."""
+
+
+def _names_new_keywords(init: Callable[_P, None]) -> Callable[_P, None]:
+    """Make the keywords of torchdyn 0.x an error that names the present ones.
+
+    A decorator, because ``**kwargs`` of the constructor would accept every misspelled keyword.
+    """
+
+    @functools.wraps(init)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        for name in _OF_TORCHDYN_0.keys() & kwargs.keys():
+            raise ConfigError(f"{name}= of torchdyn 0.x is now {_OF_TORCHDYN_0[name]}.")
+        init(*args, **kwargs)
+
+    return wrapped
 
 
 class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
@@ -147,6 +171,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     _resolved: tuple[list[object], Solver] | None = None
     _columns_known: bool = False
 
+    @_names_new_keywords
     def __init__(
         self,
         vector_field: Callable[..., Any] | nn.Module,
