@@ -12,7 +12,9 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from torch.utils.data import DataLoader
 from rnode_plugin import ImageDataModule, get_recipe
 from rnode_plugin.errors import ConfigError, DataError
 from rnode_plugin.experiments.data import ImageData, folders, get_dataset
-from rnode_plugin.experiments.data.batches import ArrayDataset, keep_batch
+from rnode_plugin.experiments.data.batches import ArrayDataset, keep_batch, leave_signals_to_parent
 from rnode_plugin.experiments.data.folders import ImageFiles, PackedImages, decode
 from rnode_plugin.experiments.data.images import Selection
 from rnode_plugin.experiments.recipes.tasks import load_data
@@ -344,7 +346,58 @@ def test_workers_open_a_packed_file_themselves(tmp_path):
     assert torch.equal(torch.cat(list(batches)), torch.from_numpy(images >> 3))
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals have no sender here")
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="signals have no sender here")
+def test_a_signal_to_a_worker_that_starts_is_held_back(monkeypatch):
+    """It is sent right after the fork, when the worker has not prepared for signals yet."""
+    recipe = get_recipe("digits").override(["data.workers=1", "data.batch_size=20", "data.train_images=200"])
+    start = BaseProcess.start
+
+    def signalled(process):
+        start(process)
+        for name in ("TERM", "INT", "HUP"):
+            subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)
+
+    def slow(worker, prepare=leave_signals_to_parent):
+        time.sleep(1)
+        prepare(worker)
+
+    monkeypatch.setattr(BaseProcess, "start", signalled)
+    monkeypatch.setattr("rnode_plugin.experiments.training.datamodule.leave_signals_to_parent", slow)
+    assert len(list(ImageDataModule(recipe).train_dataloader())) == 10
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
+ORPHANS = """
+import multiprocessing, os, signal
+from rnode_plugin import ImageDataModule, get_recipe
+
+recipe = get_recipe("digits").override(["data.workers=2", "data.batch_size=20", "data.train_images=200"])
+next(batches := iter(ImageDataModule(recipe).train_dataloader()))
+print(*(each.pid for each in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="signals have no sender here")
+def test_workers_of_a_killed_process_end_at_once(tmp_path):
+    """Otherwise they may hold the lock of its run for as long as they take to notice, and a resume is refused."""
+    with (tmp_path / "workers").open("w") as file:  # a pipe would not end before the workers
+        killed = subprocess.run([sys.executable, "-c", ORPHANS], stdout=file, check=False)
+    end = time.monotonic() + 4  # PyTorch's own watch takes five seconds
+    assert killed.returncode == -signal.SIGKILL
+    workers = (tmp_path / "workers").read_text().split()
+    assert len(workers) == 2
+
+    def runs(pid: str) -> bool:
+        stat = Path(f"/proc/{pid}/stat")
+        return stat.exists() and stat.read_text().rpartition(") ")[2][0] != "Z"
+
+    while any(map(runs, workers)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(runs, workers))
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="signals have no sender here")
 def test_workers_outlive_the_signals_to_all_processes_of_a_run():
     """A scheduler sends SIGTERM to all processes of a job, and a terminal sends Ctrl-C to them."""
     recipe = get_recipe("digits").override(["data.workers=1", "data.batch_size=20", "data.train_images=200"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import parent_process
 from typing import TypeVar
 
@@ -20,6 +21,9 @@ T = TypeVar("T")
 
 SIGNALS = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 """The signals that ask a program to end; Windows has no SIGHUP."""
+
+
+_NAMES_SENDER = hasattr(signal, "sigtimedwait")  # on Linux
 
 
 class ArrayDataset(Dataset[Tensor]):
@@ -63,15 +67,32 @@ def keep_batch(batch: T) -> T:
     return batch
 
 
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Start workers so that no signal reaches one before :func:`leave_signals_to_parent`.
+
+    A worker inherits what its parent's thread holds back. The parent gets its signals at the end of the context.
+    """
+    if not _NAMES_SENDER:  # there a worker could never be ended by SIGTERM
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_signals_to_parent(worker: int) -> None:
     """Let a worker of a ``DataLoader`` outlive the signals that a terminal or a scheduler sends to all processes.
 
     The process that it reads for takes them too. It needs batches up to its checkpoint, and then ends its workers.
+    A worker whose parent was killed ends within a second, because it may hold the lock of the run.
     """
     for each in SIGNALS:
         if each != signal.SIGTERM:
             signal.signal(each, signal.SIG_IGN)
-        elif hasattr(signal, "sigwaitinfo"):  # on Linux
+        elif _NAMES_SENDER:
             # it tells the sender, since the parent ends its workers by SIGTERM too
             signal.pthread_sigmask(signal.SIG_BLOCK, [each])
             threading.Thread(target=_end_for_parent, daemon=True).start()
@@ -80,6 +101,7 @@ def leave_signals_to_parent(worker: int) -> None:
 def _end_for_parent() -> None:
     parent = parent_process()  # the one that has started the worker, where os.getppid() may be a fork server
     assert parent is not None
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid:
-        pass
+    while (found := signal.sigtimedwait([signal.SIGTERM], 1.0)) is None or found.si_pid != parent.pid:
+        if found is None and not parent.is_alive():
+            break
     os._exit(0)

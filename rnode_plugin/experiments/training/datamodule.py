@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import pytorch_lightning as L
 import torch
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from ...core.random_streams import Stream, stream_seed
 from ...errors import ConfigError
 from ..data import ImageArray, ImageData, Table
-from ..data.batches import ArrayDataset, keep_batch, leave_signals_to_parent
+from ..data.batches import ArrayDataset, keep_batch, leave_signals_to_parent, signals_held_back
 from ..recipes.recipe import Recipe
 from ..recipes.tasks import load_data
 from .plan import batch_size, steps_per_epoch
@@ -136,6 +136,10 @@ class _Resumable(DataLoader[Tensor]):
     Lightning warns about other loaders, because they would begin the epoch again. This one has no state to save,
     because its sampler finds its place from the step.
     """
+
+    def __iter__(self) -> Any:  # the iterator of PyTorch, whose class has no public name
+        with signals_held_back():
+            return super().__iter__()
 
     def state_dict(self) -> dict[str, object]:
         return {}
