@@ -31,6 +31,7 @@ from torchdyn_fields import mlp
 from rnode_plugin import (
     Adaptive,
     FixedGrid,
+    FlowOutput,
     Hutchinson,
     NeuralODE,
     RegularizedCNF,
@@ -251,7 +252,7 @@ WEIGHT = nn.Parameter(torch.ones(2))
     (lambda: cnf(solver=RungeKutta4()), "belong in NeuralODE"),
     (lambda: cnf(solver="rk4"), "rk4 would take one step"),
     (lambda: cnf(solver="rk4", regularizers=["error"]), "dopri5"),
-    (lambda: cnf().solved_with(regularizers=["kinetic"]), "solved_with takes regularizer objects"),  # pyright: ignore
+    (lambda: RegularizedCNF(nn.Linear(2, 2), (2,)), r"base= takes a distribution .* not \(2,\): .* event_shape="),  # pyright: ignore
     (lambda: cnf(solver=Adaptive(), atol=1e-9), "give atol= to Adaptive"),
     (lambda: cnf(solver_adjoint=RungeKutta4()), "solver_adjoint=.* name"),
     (lambda: cnf(sensitivity=Adjoint(Adaptive(atol=1e-9))), "sensitivity=.* name .* gradient object"),
@@ -422,7 +423,7 @@ def test_samples_and_distributions(name: str, batch: tuple[int, ...] | None) -> 
     x = d.sample()
     torch.testing.assert_close(wider.log_prob(x), d.log_prob(x).expand(wider.batch_shape))
     torch.testing.assert_close(wider.expand((5, 2, *batch)).log_prob(x)[4], wider.log_prob(x))
-    assert wider.sample((2,)).unique().numel() == wider.sample((2,)).numel()  # each has a separate draw
+    assert wider.rsample((2,)).unique().numel() == wider.rsample((2,)).numel()  # each has a separate draw
     if d.batch_shape:
         with pytest.raises(RuntimeError):
             d.expand((7,))
@@ -543,3 +544,34 @@ def test_without_an_absolute_tolerance() -> None:
     nn.init.zeros_(net.weight)
     model, x = RegularizedCNF(net, event_shape=2, solver="dopri5", atol=0.0, rtol=1e-5), torch.randn(3, 2)
     torch.testing.assert_close(model.log_prob(x), model.base.log_prob(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("made", ["made so", "moved"])
+def test_a_net_in_half_precision_has_a_base_in_single(dtype: torch.dtype, made: str) -> None:
+    """The base of 200 dimensions has log-densities near -280, where bfloat16 has a number in two nats."""
+    net, mean = nn.Linear(200, 200).to(dtype if made == "made so" else torch.float32), 0.3 * torch.ones(200)
+    for base in (None, Independent(Normal(mean, 1.0), 1)):
+        model = RegularizedCNF(net, base, event_shape=200, solver=FixedGrid()).to(dtype)
+        x = torch.randn(4, 200).to(dtype)
+        assert model.log_prob_of(FlowOutput(x=x, z=x, logdet=torch.zeros(4))).dtype == torch.float32
+        wanted = Independent(Normal(0 * mean if base is None else mean, 1.0), 1).log_prob(x.float())
+        torch.testing.assert_close(model.base.log_prob(x.float()), wanted, rtol=1e-6, atol=1e-4)
+        latents = model.base.sample(torch.Size([4]))
+        assert latents.dtype == torch.float32
+        assert model.sample(4).dtype == model.distribution().sample((4,)).dtype == dtype
+        samples, log_prob = model.inverse_and_log_prob(latents)
+        assert (samples.dtype, log_prob.dtype) == (dtype, torch.float32)
+        assert bool(log_prob.isfinite().all())
+
+
+def test_a_base_in_double_precision_stays_so_for_a_net_in_half() -> None:
+    model = RegularizedCNF(nn.Linear(2, 2), event_shape=2).double().to(torch.bfloat16)
+    assert model.base.mean.dtype == torch.float64
+
+
+def test_a_generator_draws_the_latents_of_the_default_base() -> None:
+    model = plain()
+    one, other = (model.sample(3, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, model.sample(3))

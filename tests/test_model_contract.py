@@ -27,6 +27,7 @@ from rnode_plugin import (
 )
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
+from rnode_plugin.regularizers import kinetic
 from rnode_plugin.solvers import GRADIENTS
 
 QUICK = FixedGrid("rk4_38", step=0.5)
@@ -253,6 +254,33 @@ def test_other_penalties_are_followed_and_their_parameters_belong_to_the_model(n
         (found,) = carry(start, **given, penalties=True).regularization.values()
         (gradient,) = torch.autograd.grad(found.sum(), weight)
         torch.testing.assert_close(gradient * weight, found.sum())  # the penalty is linear in it
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_copy_takes_its_regularizers_in_every_form(name: str) -> None:
+    model, _, _ = make(name, QUICK)
+    model.keep_regularizers(resolve_regularizers({"kinetic": 0.3}))
+    for one in (kinetic, [kinetic], iter([kinetic])):
+        assert model.solved_with(regularizers=one).regularizers.strengths == {"kinetic": 0.3}
+    assert model.solved_with(regularizers={kinetic: 0.5}).regularizers.strengths == {"kinetic": 0.5}
+    if name == "model of a third party":  # which has no registry
+        with pytest.raises(ConfigError, match="takes regularizer objects"):
+            model.solved_with(regularizers="kinetic")
+        return
+    for names in ("kinetic", ["kinetic"]):
+        assert model.solved_with(regularizers=names).regularizers.strengths == {"kinetic": 0.3}
+    with pytest.raises(ConfigError, match=r"solver= takes a FixedGrid or an Adaptive object here, not 'dopri5'"):
+        model.solved_with(solver="dopri5")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("image flow")])
+def test_samples_of_the_distribution_are_in_the_range_of_the_models(name: str) -> None:
+    model, _, _ = make(name, QUICK)
+    torch.manual_seed(0)
+    found = model.distribution().sample((200,))
+    assert (float(found.min()), bool(found.max() <= 1)) == (0.0, True)  # some lay below, in the margin of the logit
+    torch.manual_seed(0)
+    assert torch.equal(found, model.sample(200))
 
 
 @pytest.mark.parametrize("name", MODELS)

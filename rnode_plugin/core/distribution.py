@@ -6,10 +6,10 @@ import copy
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, NoReturn, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,7 @@ from .citations import citation
 from .history import History
 from .integrals import Integrals
 from .objective import FlowOutput, standard_normal_log_prob
-from .regularizer import Regularizer
-from .regularizers import NONE, Regularizers
+from .regularizers import NONE, Regularizers, RegularizersLike
 from .trace_estimators import TraceEstimator, get_estimator
 
 _ONE = torch.Size()
@@ -282,7 +281,7 @@ class DensityModel(nn.Module, ABC):
         *,
         solver: Any = None,
         estimator: str | TraceEstimator | None = None,
-        regularizers: Iterable[Regularizer] = (),
+        regularizers: RegularizersLike = (),
         warm_start: bool = False,
     ) -> Self:
         """A copy that shares the submodules, with another solver, trace estimator or penalties.
@@ -292,30 +291,30 @@ class DensityModel(nn.Module, ABC):
         Args:
             solver: a :class:`~rnode_plugin.Solver`; None: the model's.
             estimator: the estimator of the trace, or its name; None: the model's.
-            regularizers: the penalties that the copy integrates. Those that the model has keep its lambda. A span
-                policy of the model, such as a learned end time, stays.
+            regularizers: the penalties that the copy integrates, one or several, or a mapping from these to lambda.
+                Without a mapping those that the model has keep its lambda. A span policy of the model, such as a
+                learned end time, stays.
             warm_start: whether the copy begins warm, see :attr:`history`. It has no steps yet.
         """
-        given = list(regularizers)
-        for each in given:
-            if not isinstance(each, Regularizer):
-                raise ConfigError(
-                    f"solved_with takes regularizer objects, such as kinetic of rnode_plugin.regularizers, not "
-                    f"{each!r}."
-                )
+        resolved, mine = self._resolved(regularizers), self.regularizers.strengths
+        strengths = dict(resolved.strengths)
+        if not isinstance(regularizers, Mapping):
+            strengths = {name: mine.get(name, default) for name, default in strengths.items()}
+        by_name, policy = dict(resolved.by_name), self.regularizers.span
+        if policy is not None and policy.name not in by_name:
+            by_name[policy.name], strengths[policy.name] = policy, mine[policy.name]
         model = copy.copy(self)
         # nn.Module keeps submodules in a dict, which a shallow copy would share: assignments must stay in the copy
         model._modules, model._buffers = dict(self._modules), dict(self._buffers)
         model.solver = solver or self.solver
         model.history = History(longest_safe_steps={} if warm_start else None)
         model.estimator = self.estimator if estimator is None else get_estimator(estimator)
-        policy = self.regularizers.span
-        if policy is not None and policy.name not in {each.name for each in given}:  # a copy is not the same object
-            given.append(policy)
-        resolved, mine = Regularizers.of(given), self.regularizers.strengths
-        strengths = {name: mine.get(name, default) for name, default in resolved.strengths.items()}
-        model.keep_regularizers(replace(resolved, strengths=strengths))
+        model.keep_regularizers(replace(resolved, by_name=by_name, strengths=strengths))
         return model
+
+    def _resolved(self, regularizers: RegularizersLike) -> Regularizers:
+        """The regularizers of an argument. Our own models also know names, which a registry has (ConfigError)."""
+        return Regularizers.of(regularizers, by_name=_refuse_name)
 
     def citation(self) -> str:
         """BibTeX entries of the papers behind the penalties, the trace estimator and the solver of this model."""
@@ -358,7 +357,10 @@ class DensityModel(nn.Module, ABC):
         """
 
     def in_range(self, x: Tensor) -> Tensor:
-        """Samples moved into the range of the data; :meth:`sample` calls it. Image models clamp to [0, 1]."""
+        """Samples moved into the range of the data, as of :meth:`sample` and of ``sample`` of the distribution.
+
+        Image models clamp to [0, 1].
+        """
         return x
 
     def check_inputs(
@@ -529,13 +531,17 @@ class FlowDistribution(Distribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = _ONE) -> Tensor:
-        """Samples ``(*sample_shape, *batch_shape, *event_shape)``, without a gradient."""
+        """Samples ``(*sample_shape, *batch_shape, *event_shape)`` in the range of the data, without a gradient."""
         shape = torch.Size(sample_shape) + self.batch_shape
         z = self.model.base.sample(torch.Size([shape.numel()]))
-        return self.model.inverse(z, context=self._rows(shape)).reshape(shape + self.event_shape)
+        x = self.model.in_range(self.model.inverse(z, context=self._rows(shape)))
+        return x.reshape(shape + self.event_shape)
 
     def rsample(self, sample_shape: Sequence[int] = _ONE) -> Tensor:
-        """As :meth:`sample`, but differentiable with respect to the field, the context and a trained base."""
+        """As :meth:`sample`, but differentiable with respect to the field, the context and a trained base.
+
+        For that, samples of images are not clamped to their range.
+        """
         shape = torch.Size(sample_shape) + self.batch_shape
         z = self.model.base.rsample(torch.Size([shape.numel()]))
         return self.model.inverse(z, context=self._rows(shape)).reshape(shape + self.event_shape)
@@ -553,6 +559,13 @@ class FlowDistribution(Distribution):
             return None
         own = self.context.shape[len(self.batch_shape) :]
         return self.context.expand(shape + own).reshape(shape.numel(), *own)
+
+
+def _refuse_name(name: str) -> NoReturn:
+    raise ConfigError(
+        "this density takes regularizer objects, such as kinetic of rnode_plugin.regularizers, not a name: "
+        f"{name!r}."
+    )
 
 
 def _batch_shape_of(context: Tensor | None, shape: torch.Size | None) -> torch.Size:

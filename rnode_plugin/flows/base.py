@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,24 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         self.solver = chosen_solver(solver, FixedGrid())
         self.estimator = get_estimator(trace_noise)
         self.history = History(longest_safe_steps={} if warm_start else None)
-        self.keep_regularizers(Regularizers.of(regularizers, by_name=_registered))
+        self.keep_regularizers(self._resolved(regularizers))
+
+    def _resolved(self, regularizers: RegularizersLike) -> Regularizers:
+        return Regularizers.of(regularizers, by_name=_registered)
+
+    def solved_with(
+        self,
+        *,
+        solver: Solver | None = None,
+        estimator: str | TraceEstimator | None = None,
+        regularizers: RegularizersLike = (),
+        warm_start: bool = False,
+    ) -> Self:
+        """As :meth:`DensityModel.solved_with`."""
+        return super().solved_with(
+            solver=chosen_solver(solver, self.solver), estimator=estimator, regularizers=regularizers,
+            warm_start=warm_start,
+        )  # fmt: skip
 
     @property
     @abstractmethod

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,7 @@ from ..core.history import History, OneProcessPerDevice
 from ..core.integrals import attach
 from ..core.modes import outside_inference
 from ..core.objective import FlowOutput
-from ..core.regularizer import Regularizer
-from ..core.regularizers import RegularizersLike
+from ..core.regularizers import Regularizers, RegularizersLike
 from ..core.signature import SCALAR, accepts, refuse_state_first, time_first
 from ..core.system import System
 from ..core.trace_estimators import TraceEstimator, exact_products, get_estimator
@@ -192,7 +191,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         *,
         solver: Solver | None = None,
         estimator: str | TraceEstimator | None = None,
-        regularizers: Iterable[Regularizer] = (),
+        regularizers: RegularizersLike = (),
         warm_start: bool = False,
     ) -> RegularizedCNF:
         """As :meth:`DensityModel.solved_with`.
@@ -206,6 +205,9 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         )
         model.t_span = times
         return model
+
+    def _resolved(self, regularizers: RegularizersLike) -> Regularizers:
+        return resolve_regularizers(regularizers)
 
     @property
     def exact_products(self) -> int:
@@ -248,7 +250,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         check: bool = True,
     ) -> FlowOutput:
         """Samples ``(B, *event_shape)`` of latents ``z``; arguments and errors as for :meth:`encode`."""
-        return self._solve(z, context, noise, penalties, solver, check=check, backward=True)
+        return self._solve(self._latents(z), context, noise, penalties, solver, check=check, backward=True)
 
     def log_prob(
         self,
@@ -272,7 +274,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         It does not integrate penalties. :meth:`reg_loss` still belongs to the solve before, as after
         :meth:`sample`.
         """
-        solver, times = self._on_grid(solver)
+        z, (solver, times) = self._latents(z), self._on_grid(solver)
         times = self.regularizers.times(times, like=z, backward=True)
         return self._states(z, times, context, solver, self.history)[-1]
 
@@ -318,8 +320,21 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RegularizedCNF:
         super()._apply(fn, recurse)
-        self.base = _moved(self.base, lambda x: fn(x.detach()), {})
+
+        def moved(x: Tensor) -> Tensor:
+            new = fn(x.detach())
+            if not new.is_floating_point() or new.dtype.itemsize >= 4:
+                return new
+            # half precision would round a log-density to whole nats
+            return x.detach().to(new.device, torch.promote_types(x.dtype, torch.float32))
+
+        self.base = _moved(self.base, moved, {})
         return self
+
+    def _latents(self, z: Tensor) -> Tensor:
+        """Latents for the net. The base of a net in half precision draws them in single precision."""
+        precision = _parameter_of(self.net).dtype
+        return z.to(precision) if precision.itemsize < 4 and z.is_floating_point() else z
 
     def _on_grid(self, solver: Solver | None) -> tuple[Solver, Tensor]:
         """The solver for a call and its times."""
@@ -471,6 +486,11 @@ def _base_and_shape(
         # half precision would round a log-density to whole nats
         dtype = torch.promote_types(like.dtype, torch.float32)
         return StandardNormal.like(torch.zeros(shape, dtype=dtype, device=like.device)), shape
+    if not isinstance(base, Distribution):
+        raise ConfigError(
+            f"base= takes a distribution of torch.distributions, not {base!r:.60}: the shape of one sample is "
+            "event_shape=."
+        )
     if base.batch_shape:
         raise ConfigError(
             f"the base distribution has batch shape {tuple(base.batch_shape)}: its density must be one of a whole "
