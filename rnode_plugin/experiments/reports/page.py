@@ -19,7 +19,7 @@ from ...diagnostics.result import VERDICTS, Check
 from ..quantities import state_of
 from ..recipes.recipe import as_text
 from ..recipes.tasks import task_of
-from ..runs.contents import RunContents
+from ..runs.contents import Picture, RunContents
 from .configurations import Configuration
 from .diagnosis import draw_check
 from .figures import Drawing, make_panels
@@ -165,11 +165,23 @@ def _units(one: Configuration, dims: int) -> str:
 
 def _grids(configurations: Sequence[Configuration]) -> Iterator[_Grid]:
     for number, one in enumerate(configurations, 1):
-        known = next(((run, run.picture) for run in one.measured_runs if run.picture is not None), None)
+        known = next(((run, *shown) for run in one.measured_runs if (shown := _picture(run)) is not None), None)
         if known is None:
             continue
-        run, found = known
+        run, found, png = known
         origin = "best weights" if found.step is None else f"weights of step {found.step}"
         label = re.sub(r"[^a-z0-9._]+", "-", one.label.lower())[:60].strip("-.")  # file systems limit the length
         temperatures = one.recipe.training.sample_temperatures if one.kind.has_grid else ()
-        yield _Grid(f"samples-{number}-{label}", one.label, run, found.path.read_bytes(), temperatures, origin)
+        yield _Grid(f"samples-{number}-{label}", one.label, run, png, temperatures, origin)
+
+
+def _picture(run: RunContents) -> tuple[Picture, bytes] | None:
+    """Read the picture of a run; None if there is none, or if the file is another one.
+
+    In a folder from somebody else the name may belong to a link, and any file of this machine would be in the page.
+    """
+    found = run.picture
+    if found is None or not found.path.resolve().is_relative_to(run.path.resolve()):
+        return None
+    png = found.path.read_bytes()
+    return (found, png) if png.startswith(b"\x89PNG\r\n\x1a\n") else None

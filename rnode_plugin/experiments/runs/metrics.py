@@ -39,7 +39,7 @@ class MetricsTable:
         # a new name, such as the first validation's, needs a wider header, for which the file is written again. A
         # row with known names is appended
         if new := full.keys() - set(self._names):
-            rows = self._read()[1] if self._path.exists() else []
+            rows = self._read()[1] if self._path.is_file() else []
             self._names = sorted({*self._names, *new})
             self._replace(rows)
         with self._path.open("a", newline="") as file:

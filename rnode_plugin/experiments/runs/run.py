@@ -196,6 +196,41 @@ class Run:
                 )
         return Run(path)
 
+    def refuse_links(self) -> None:
+        """Refuse a folder whose files would be written elsewhere, as an archive from somebody else may make it.
+
+        Raises:
+            ConfigError: a subfolder of the run is a link out of it.
+        """
+        for folder in self._subfolders:
+            if folder.is_symlink() and not folder.resolve().is_relative_to(self.path.resolve()):
+                raise ConfigError(
+                    f"{folder} is a link out of the run folder, to {os.readlink(folder)}: put a folder in its "
+                    "place."
+                )
+
+    def replace_links(self) -> None:
+        """Put a copy in place of each link to a file that a run writes, so that what it points to stays as it is.
+
+        Raises:
+            ConfigError: a subfolder of the run is a link out of it.
+        """
+        self.refuse_links()
+        names = {_RECIPE, self._environment.name, self.metrics.name, self.result.name, self.diagnosis.name}
+        files = [self.path / name for name in sorted(names)] + [
+            each for folder in self._subfolders for each in sorted(folder.glob("*"))
+        ]
+        for file in files:
+            if file.is_symlink() and not file.is_dir():
+                contents = file.read_bytes() if file.is_file() else None
+                file.unlink()
+                if contents is not None:
+                    write_atomically(file, lambda draft, contents=contents: draft.write(contents))
+
+    @property
+    def _subfolders(self) -> tuple[Path, ...]:
+        return self.path / _CHECKPOINTS, self.samples, self.figures
+
     def remove_drafts(self) -> None:
         """Remove half-written files of a killed process. Only the process that holds the lock may call this."""
         for folder in (self.path, self.path / _CHECKPOINTS, self.samples):
@@ -266,6 +301,7 @@ class Run:
         """Write a diagnosis, and its figures by the names of their files, in place of an earlier one."""
         from .results import write_diagnosis
 
+        self.replace_links()
         for check in diagnosed.diagnosis.checks:  # one that has no figure now may have had one before
             for suffix in ("png", "svg"):
                 (self.figures / f"{check.file_name}.{suffix}").unlink(missing_ok=True)

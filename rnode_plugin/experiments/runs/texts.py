@@ -44,7 +44,9 @@ def reading(path: Path) -> Iterator[str | None]:
             values that no run writes.
     """
     try:
-        yield path.read_text(encoding="utf-8") if path.exists() else None
+        if (exists := path.exists()) and not path.is_file():  # a pipe would wait for a writer
+            raise OSError("it is not a regular file")
+        yield path.read_text(encoding="utf-8") if exists else None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from None
     except (ValueError, RecursionError) as error:  # no UTF-8, JSON, CSV, or not what is expected there

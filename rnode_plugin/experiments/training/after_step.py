@@ -124,6 +124,7 @@ class AfterStep(Checkpoint):
         """
         if not self.begun and trainer.is_global_zero:
             run, experiment = self.run, self._experiment
+            run.replace_links()
             if self._locked:
                 run.remove_drafts()
             if experiment.resumed is not None:

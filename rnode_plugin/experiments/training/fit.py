@@ -168,7 +168,8 @@ def _opened(experiment: Experiment, options: RunOptions, after_step: AfterStep) 
     an error or a signal, is removed, unless a logger or a callback has left a file in it.
 
     Raises:
-        ConfigError: another process trains the run, or the folder for a new run is not empty.
+        ConfigError: another process trains the run, the folder for a new run is not empty, or a subfolder of the
+            run is a link out of it.
     """
     former = None if experiment.resumed is None else experiment.resumed.run
     if former is not None:
@@ -177,6 +178,7 @@ def _opened(experiment: Experiment, options: RunOptions, after_step: AfterStep) 
         run = Run.claim(options.run_folder)
     else:
         run = Run.create(options.runs, experiment.recipe)
+    run.refuse_links()
     with training_lock(run.path) as locked:
         after_step.open(run, locked=locked)
         try:

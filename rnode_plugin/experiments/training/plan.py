@@ -7,11 +7,12 @@ import functools
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, first_line
 from ..data.facts import Facts, has_more, overlap_warning, refuse_other_split
 from ..recipes.fields import KeptBy
 from ..recipes.kinds import ROWS
@@ -257,18 +258,25 @@ class Resumed:
         path, contents = newest_intact(resume)
         if "optimizer_states" not in contents:
             raise CheckpointError(f"{path} has only weights, so a training cannot be resumed from it.")
-        if AFTER_STEP not in contents.get("callbacks", {}):
+        callbacks = contents.get("callbacks")
+        if not isinstance(callbacks, Mapping) or AFTER_STEP not in callbacks:
             raise CheckpointError(
                 f"{path} was written by another Trainer, so its epochs and its best score are not known: "
                 f"--weights {path} starts a new run from it."
             )
+        try:
+            if type(done := contents["global_step"]) is not int:
+                raise TypeError(f"global_step is {done!r}")
+            epochs = RunPlan(**callbacks[AFTER_STEP]["plan"]).epochs_at(done)
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise unlike_a_run(path, error) from error
         former = recipe_of(contents, path)
         # the end of flow matching may be moved while the run has reached neither the old nor the new one
         ends = former.training.matching, recipe.training.matching
         # The checkpoint of a run with an average holds the average in its `state_dict`. Without the callback the
         # run would continue from that. An average may be started later in a run without one
         refused = {
-            "training.matching": contents["global_step"] >= min(ends), "training.ema": recipe.training.ema is None,
+            "training.matching": done >= min(ends), "training.ema": recipe.training.ema is None,
         }  # fmt: skip
         differ = [each for each in differences(former, recipe) if each.kept or refused.get(each.path)]
         if differ:
@@ -277,6 +285,12 @@ class Resumed:
             if any(each.kept is KeptBy.WEIGHTS for each in differ):
                 advice = "Leave these settings out, or train a new run without --resume"
             raise CheckpointError(f"{path} cannot continue with other settings: {what}. {advice}.")
-        done = contents["global_step"]
-        epochs = RunPlan(**contents["callbacks"][AFTER_STEP]["plan"]).epochs_at(done)
         return Resumed(path, done, epochs, facts_of(contents), Run.of_checkpoint(path), contents)
+
+
+def unlike_a_run(checkpoint: Path, error: Exception) -> CheckpointError:
+    """Make the error for a checkpoint that can be read, and whose values no run has written."""
+    return CheckpointError(
+        f"{checkpoint} does not hold what a run writes ({type(error).__name__}: {first_line(error).rstrip('.')}) "
+        f"and cannot be resumed: --weights {checkpoint} starts a new run from it."
+    )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import traceback
 from collections.abc import Sequence
 
 import pytorch_lightning as L
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, WeightAveraging
+from pytorch_lightning.trainer.connectors import checkpoint_connector
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ...errors import CheckpointError, ConfigError, TrainingError
+from ...errors import CheckpointError, ConfigError, RnodeError, TrainingError
 from ..runs.results import Result
 from ..runs.run import Run
 from .after_step import AfterStep, Folder, SampleGrids, TrainingInterrupted
@@ -22,7 +24,7 @@ from .datamodule import RecipeDataModule
 from .experiment import Experiment
 from .failures import add_resume_hint, end_other_processes, translate_errors
 from .module import RnodeModule
-from .plan import RunPlan
+from .plan import RunPlan, unlike_a_run
 
 
 def in_order(
@@ -107,6 +109,10 @@ def _train(module: RnodeModule, experiment: Experiment, trainer: L.Trainer, afte
         return (signal.SIGINT if by_ctrl_c else signal.SIGTERM).name
     except MisconfigurationException as error:
         raise ConfigError(f"Lightning refuses this run: {' '.join(str(error).split())}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if resumed is None or isinstance(error, RnodeError) or not _in_restore(error):
+            raise
+        raise unlike_a_run(resumed.checkpoint, error) from error
     finally:
         if trainer.global_step:
             experiment.flow.trained_steps = trainer.global_step
@@ -119,6 +125,12 @@ def _train(module: RnodeModule, experiment: Experiment, trainer: L.Trainer, afte
     if after_step.out_of_time:
         return "max_time"
     return "finished" if trainer.global_step >= trainer.max_steps else "early"
+
+
+def _in_restore(error: Exception) -> bool:
+    """Whether an error was raised while Lightning restored a checkpoint, and not in a step or another hook."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__") == checkpoint_connector.__name__ for frame in frames)
 
 
 def _saved_steps(run: Run) -> int:
