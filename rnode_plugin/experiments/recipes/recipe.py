@@ -307,14 +307,14 @@ class Recipe:
         return TypeAdapter(Recipe).dump_python(self, mode="json")
 
     @staticmethod
-    def from_plain(plain: Mapping[str, object]) -> Recipe:
+    def from_plain(plain: object) -> Recipe:
         """Make a recipe from what :meth:`to_plain` gives, in this version or in an earlier one.
 
         Raises:
             ConfigError: a setting is unknown, or a value is bad or no longer possible.
         """
         with refused():
-            return TypeAdapter(Recipe).validate_python(_as_of_now(plain))
+            return TypeAdapter(Recipe).validate_python(_as_of_now(plain) if isinstance(plain, Mapping) else plain)
 
     @property
     def kind(self) -> AnyKind:
