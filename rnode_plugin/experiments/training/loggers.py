@@ -38,5 +38,8 @@ def make_logger(name: str, folder: Path) -> Logger:
     run = "-".join(folder.parts[-2:])  # RECIPE-VERSION
     if name == "wandb":
         return WandbLogger(name=run, project="rnode", save_dir=folder)
-    server = os.environ.get("MLFLOW_TRACKING_URI")
+    if (server := os.environ.get("MLFLOW_TRACKING_URI")) is None:  # newer versions refuse plain files without one
+        place = folder / "mlflow"
+        place.mkdir(exist_ok=True)
+        server = f"sqlite:///{(place / 'mlflow.db').resolve()}"
     return MLFlowLogger("rnode", run_name=run, tracking_uri=server, save_dir=str(folder / "mlflow"))
