@@ -3,13 +3,15 @@
 Run it whenever the form of a recipe, of the facts or of the header changes. It reads each file as git has it in
 COMMIT, which the last change of the form has written, and needs no code of that commit. The tensors stay the same
 to the bit. Settings that recipes no longer have are left out, and are listed together with the new ones: if a
-setting has got another name or another meaning, change its value in `_recipe_of`. Facts of the data stay. If a
-file has no facts, they are read from its data set in FOLDER.
+setting has got another name or another meaning, change its value in `_recipe_of`. Facts of the data stay, and so do
+the hashes of the samples that the weights were trained on. With FOLDER both are made again from the data set in it,
+whose training part all of these weights were trained on.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 from typing import Any
@@ -18,11 +20,11 @@ import torch
 from safetensors.torch import load, save
 
 from rnode_plugin import get_recipe, load_flow
-from rnode_plugin.experiments.data.facts import Facts
+from rnode_plugin.experiments.data.hashes import NONE, hashes_in, united
 from rnode_plugin.experiments.recipes.pretrained import PRETRAINED, pretrained_file
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.recipes.tasks import load_data, task_of
-from rnode_plugin.experiments.training.checkpoints import checksum, header_with
+from rnode_plugin.experiments.training.checkpoints import TRAINED_ON, checksum, facts_of, header_with
 
 KEY, CHECKSUM = "rnode_plugin", "sha256"
 
@@ -30,7 +32,7 @@ KEY, CHECKSUM = "rnode_plugin", "sha256"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("commit", help="the commit that has the files in the form before")
-    parser.add_argument("--data-root", help="the folder of the data set, for files without facts")
+    parser.add_argument("--data-root", help="the folder of the data set, to make the facts again")
     options = parser.parse_args()
     for name in PRETRAINED:
         file = pretrained_file(name)
@@ -39,15 +41,22 @@ def main() -> None:
         tensors, metadata = load(before), _metadata(before)
         old = json.loads(metadata[KEY])
         recipe = _recipe_of(old["recipe"])
-        facts = Facts.from_plain(old.get("facts"))
-        if facts is None and options.data_root is not None:
-            facts = task_of(recipe.data).facts(load_data(recipe.at_root(options.data_root), all_val=True))
-        header = json.dumps(header_with(recipe, facts)[KEY])
-        written = save(tensors, {"format": "pt", KEY: header, CHECKSUM: checksum(tensors, header)})
+        hashes = {key: tensors.pop(key) for key in [TRAINED_ON] if key in tensors}
+        facts = facts_of({KEY: old, **hashes})
+        if options.data_root is not None:
+            data = load_data(recipe.at_root(options.data_root), all_val=True)
+            trained_on = united(NONE, hashes_in(data.train))
+            facts = dataclasses.replace(task_of(recipe.data).facts(data), trained_on=trained_on)
+        beside = header_with(recipe, facts)
+        header = json.dumps(beside.pop(KEY))
+        beside |= tensors
+        written = save(beside, {"format": "pt", KEY: header, CHECKSUM: checksum(beside, header)})
         file.write_bytes(written)
-        assert all(torch.equal(tensor, tensors[key]) for key, tensor in load(written).items())
+        after = load(written)
+        assert all(torch.equal(after[key], tensor) for key, tensor in tensors.items())
         load_flow(name)
         print(f"{file}: {old['format']} -> {json.loads(header)['format']}, facts {facts}")
+        print(f"{0 if facts is None or facts.trained_on is None else len(facts.trained_on):,} hashes of samples")
 
 
 def _metadata(contents: bytes) -> dict[str, str]:

@@ -29,7 +29,7 @@ from rnode_plugin.experiments.training.checkpoints import (
     save_flow,
 )
 
-FACTS = Facts(pictures={"0a": "0b"}, train="1", held_out="2")
+FACTS = Facts(train="1", held_out="2")
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from rnode_plugin import FixedGrid, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError
-from rnode_plugin.experiments.data.facts import Facts
+from rnode_plugin.experiments.data.facts import Facts, Overlap
+from rnode_plugin.experiments.data.hashes import digest, hashes_of
 from rnode_plugin.experiments.recipes.pretrained import PRETRAINED, pretrained_file
 from rnode_plugin.experiments.recipes.tasks import load_data
-from rnode_plugin.experiments.training.checkpoints import checksum, load_with_recipe
+from rnode_plugin.experiments.training.checkpoints import TRAINED_ON, checksum, load_with_recipe
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -30,7 +31,10 @@ def test_weights_are_small_and_carry_their_recipe(name: str) -> None:
     assert file.stat().st_size < 4_000_000
     flow, recipe, facts = load_with_recipe(name)
     assert recipe.data.root is None
-    assert facts == Facts(train="1aa5a33593a8caad", held_out="d88922d36990b8e2")
+    assert facts == Facts(train="1aa5a33593a8caad", held_out="27640bb1061518fd")
+    assert facts is not None
+    assert facts.trained_on is not None
+    assert len(facts.trained_on) == 60_000
     assert all(p.dtype is torch.float32 for p in flow.parameters())
 
 
@@ -39,7 +43,9 @@ def test_a_new_header_leaves_the_tensors(name: str) -> None:
     """.ci/pretrained.py writes the file again whenever the form of a recipe changes."""
     file = pretrained_file(name)
     assert file is not None
-    assert checksum(load_file(file), "") == "b7b82dbb00592d0889a01fa55e068155fcb679496c90ae2efff6b6f2e2db30c9"
+    tensors = load_file(file)
+    assert digest(tensors.pop(TRAINED_ON).numpy()) == "02a5d92e0fe0b333"
+    assert checksum(tensors, "") == "b7b82dbb00592d0889a01fa55e068155fcb679496c90ae2efff6b6f2e2db30c9"
 
 
 def test_it_draws_digits_from_the_command_line(tmp_path: Path) -> None:
@@ -54,7 +60,12 @@ def test_it_draws_digits_from_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.skipif(not (DATA / "MNIST").exists(), reason="needs the MNIST data set")
 def test_its_facts_are_those_of_the_data_set() -> None:
     _, recipe, facts = load_with_recipe("mnist-pretrained")
-    assert Facts.of(load_data(recipe.at_root(str(DATA)))) == facts
+    data = load_data(recipe.at_root(str(DATA)))
+    assert Facts.of(data) == facts
+    assert facts is not None
+    assert facts.trained_on is not None
+    assert (facts.trained_on == np.unique(hashes_of(data.train[:]))).all()
+    assert Overlap.of(facts, data) == Overlap(0, 10_000)
 
 
 @pytest.mark.skipif(not (DATA / "MNIST").exists(), reason="needs the MNIST data set")

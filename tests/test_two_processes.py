@@ -25,7 +25,7 @@ from rnode_plugin import CNF, NeuralODE, RegularizedCNF, get_recipe
 from rnode_plugin.core.objective import objective
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.experiments.runs.run import Run
-from rnode_plugin.experiments.training.checkpoints import read_checkpoint
+from rnode_plugin.experiments.training.checkpoints import facts_of, read_checkpoint
 from rnode_plugin.regularizers import Rate
 from rnode_plugin.solvers import GRADIENTS
 
@@ -184,6 +184,11 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
     assert one.returncode == 0, one.stderr
     a, b = tmp_path / "two" / "digits" / "0", tmp_path / "one" / "digits" / "0"
     torch.testing.assert_close(weights(a), weights(b), rtol=1e-4, atol=1e-6)
+    facts = [facts_of(read_checkpoint(Run(each).last)) for each in (a, b)]
+    sets = [None if each is None or each.trained_on is None else each.trained_on.tolist() for each in facts]
+    assert sets[0] is not None
+    assert sets[0] == sets[1], "both were trained on the same images"
+    assert len(sets[0]) == 80
     assert len(rows(a)) == len(rows(b)) == 7
     assert [Run(each).read().devices for each in (a, b)] == [2, 1]
     for of_two, of_one in zip(rows(a), rows(b), strict=True):

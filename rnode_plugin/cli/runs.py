@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import shutil
 from pathlib import Path
@@ -120,7 +121,6 @@ def eval(  # noqa: A001 - the command's name
     if bound is not None and draws is not None:
         raise click.UsageError("--bound K takes K draws: leave --draws out.")
     path, exact = find_checkpoint(run), exact or bound is not None
-    from ..experiments.data.facts import overlap_warning
     from ..experiments.evaluation.likelihood import evaluate
     from ..experiments.evaluation.loading import load_for_evaluation, pick_device
     from ..experiments.quantities import result_rows
@@ -136,7 +136,8 @@ def eval(  # noqa: A001 - the command's name
         solver, accurate = FixedGrid("rk4_38", step=step), solver
         if not quiet:
             click.echo(f"solving by {solver.text}, because an adaptive solver takes more evaluations", err=True)
-    data = load_for_evaluation(recipe, facts, root=data_root, download=download).measured_on(limit)
+    data, overlap = load_for_evaluation(recipe, facts, root=data_root, download=download, quiet=quiet)
+    data = data.measured_on(limit)
     task = task_of(recipe.data)
     result = evaluate(
         flow,
@@ -152,7 +153,8 @@ def eval(  # noqa: A001 - the command's name
         seed=recipe.training.seed if seed is None else seed,
         progress=None if quiet else batch_counter("evaluating"),
     )
-    if overlap_warning(facts, data) is None:  # else it would be fitted to other rows than the flow
+    result = dataclasses.replace(result, overlap=overlap)
+    if facts is None or facts.describe(data):  # else they would be fitted to other rows than the flow
         result = result.with_baselines(task, data)
     head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
     head["solver"] = solver.text
@@ -215,6 +217,7 @@ def diagnose(
     from ..diagnostics.diagnose import compared_for, diagnose
     from ..experiments.data.facts import Facts
     from ..experiments.evaluation.loading import held_out_samples, load_for_evaluation, pick_device
+    from ..experiments.quantities import overlap_text
     from ..experiments.reports.diagnosis import save_diagnosis
     from ..experiments.runs.results import DiagnosedWeights
     from ..experiments.training.checkpoints import load_with_recipe
@@ -222,7 +225,7 @@ def diagnose(
     flush_denormals()
     torch_device = pick_device(device)
     flow, recipe, facts = load_with_recipe(path, map_location=torch_device)
-    data = load_for_evaluation(recipe, facts, root=data_root, download=download)
+    data, overlap = load_for_evaluation(recipe, facts, root=data_root, download=download, quiet=quiet)
     if out is None:
         own = Run.of_checkpoint(path)
         # a report shows the diagnosis in the folder as one on the data of the run
@@ -243,7 +246,7 @@ def diagnose(
         progress=None if quiet else lambda name: click.echo(f"checking: {name}", err=True),
     )
     diagnosed = DiagnosedWeights(
-        checkpoint=str(path), recipe=recipe.name, weights=recipe.weights, diagnosis=diagnosis
+        checkpoint=str(path), recipe=recipe.name, weights=recipe.weights, diagnosis=diagnosis, overlap=overlap
     )
     save_diagnosis(diagnosed, target)
     if as_json:
@@ -253,6 +256,7 @@ def diagnose(
         text.write_dl([(f"{check.name}: {check.verdict}", check.sentence) for check in diagnosis.checks])
         click.echo(text.getvalue().rstrip())
         used = f"{diagnosis.samples} held-out {recipe.kind.samples} (--samples N changes that)"
+        used += f", trained on: {overlap_text(overlap, recipe.kind)}"
         click.echo(f"\n{used}, {duration(diagnosis.seconds)}\n{target.diagnosis}\n{target.figures}")
     if diagnosis.failed:
         ctx.exit(CHECK_FAILED)
@@ -347,8 +351,12 @@ def sample(
               help="Longest step of a program's grid. A block of a flow takes one unit of time.")  # fmt: skip
 @click.option("--method", type=click.Choice(FIXED_METHODS),
               help="Method of a program's steps. [default: rk4_38]")  # fmt: skip
+@click.option("--trained-on", is_flag=True,
+              help="Write the hashes of the samples that the weights were trained on too.")  # fmt: skip
 @force
-def export(*, run: str, file: str, kind: str, force: bool, step: float | None, method: str | None) -> None:
+def export(
+    *, run: str, file: str, kind: str, force: bool, step: float | None, method: str | None, trained_on: bool
+) -> None:
     """Write the weights of RUN, a run folder or a checkpoint, as FILE.safetensors, or as programs that run alone.
 
     \b
@@ -360,6 +368,10 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
 
     Weights that are alone in their folder, as with FILE my-flow/model.safetensors, get a model card with the result
     of RUN, README.md. In a folder with other files none is written. A README.md of yours stays, also with --force.
+
+    With --trained-on an evaluation of the file counts the held-out samples that its weights were trained on.
+    Whoever has the record of a person can then test whether it was trained on, so without this option the file
+    does not have these hashes.
 
     With `--format torch-export`, write the sampler and the log-density as two programs on a fixed grid, which need
     torch alone: FILE-sampler.pt2 and FILE-log_prob.pt2 for FILE.pt2.
@@ -373,6 +385,8 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
         )
     if kind == "safetensors" and (step or method):
         raise ConfigError("--step and --method are options of programs: give --format torch-export too.")
+    if kind != "safetensors" and trained_on:
+        raise ConfigError("programs have no hashes of samples: leave --trained-on out.")
     if method is not None and step is None:
         raise ConfigError("--method needs a --step.")
     source = find_checkpoint(run)
@@ -388,7 +402,7 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
     averaged = "" if recipe.training.ema is None else f" ({recipe.weights})"
     click.echo(f"{recipe.name}, weights of {source}{averaged}:")
     if not programs:
-        card = save_flow(flow, path, recipe=recipe, facts=facts, run=_run_of_best(source))
+        card = save_flow(flow, path, recipe=recipe, facts=facts, run=_run_of_best(source), trained_on=trained_on)
         click.echo(file if card is None else f"{file}, with its model card {card}")
         return
     grid = flow.solver if step is None else FixedGrid(method or "rk4_38", step=step)

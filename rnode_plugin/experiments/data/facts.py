@@ -1,53 +1,57 @@
-"""``Facts`` tell the data that weights were trained on from other data, and from another split of the same data."""
+"""``Facts`` say which data weights were trained on, and which samples. ``Overlap`` counts held-out ones of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import field
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from ...errors import DataError
-from .images import ImageData, name_hash
+from .hashes import are_in, hashes_of, spread
+from .images import ImageData
 from .tables import Table
 
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
 class Facts:
     """What a file of weights says about the data that they were trained on.
 
-    They describe all samples, whatever limits a recipe sets, and stand next to the recipe in every checkpoint and
-    ``.safetensors`` file. A table has the first three, and images have the others.
+    All but the last attribute identify the data: reports and comparisons tell them from others by these, and two
+    facts are equal if these are. They describe all samples, whatever limits a recipe sets, and every file of
+    weights has them in its header.
 
     Attributes:
-        rows: number of rows in all parts of the table.
-        checksum: a hash of the values in these rows and of the split.
+        rows: number of rows in all parts of the table; None for images.
+        checksum: a hash of the values in these rows and of the split; None for images.
         given_ranges: the smallest and the largest value of each given column in the training rows.
-        pictures: hashes of the pixels of training pictures by hashes of their names, as
-            :class:`~rnode_plugin.experiments.data.ImageData` has them. None for images without names, such as
-            packed ones.
-        train, held_out: hashes of the training images and of the held-out ones.
+        train, held_out: hashes of the training images and of the held-out ones; None for a table.
+        trained_on: the hash of each sample that a step was given, in this run and in those whose weights it began
+            with, as :func:`~rnode_plugin.experiments.data.hashes.hashes_of` computes it: sorted, each once. None if
+            they are not known. Checkpoints have it beside their weights.
     """
 
     rows: int | None = None
     checksum: str | None = None
     given_ranges: tuple[tuple[_Number, _Number], ...] | None = None
-    pictures: dict[str, str] | None = None
     train: str | None = None
     held_out: str | None = None
+    trained_on: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
-    def of(data: ImageData | Table, given: Sequence[str] = ()) -> Facts:
+    def of(data: ImageData | Table, given: Sequence[str] = (), *, trained_on: np.ndarray | None = None) -> Facts:
         """Return the facts of ``data``, with the ranges of its columns ``given``."""
         if isinstance(data, Table):
             columns = data.train[:, [data.columns.index(name) for name in given]]
             ranges = tuple(zip(columns.min(0).tolist(), columns.max(0).tolist(), strict=True))
-            return Facts(rows=data.rows, checksum=data.checksum, given_ranges=ranges or None)
-        pictures = None if data.pictures is None else dict(data.pictures)
-        return Facts(pictures=pictures, train=data.pixels[0], held_out=data.pixels[1])
+            return Facts(data.rows, data.checksum, ranges or None, trained_on=trained_on)
+        return Facts(train=data.pixels[0], held_out=data.pixels[1], trained_on=trained_on)
 
     @staticmethod
     def from_plain(plain: object) -> Facts | None:
@@ -56,11 +60,14 @@ class Facts:
         Raises:
             ValueError: ``plain`` is neither.
         """
+        if isinstance(plain, dict):
+            plain = {name: value for name, value in plain.items() if name != "pictures"}  # of earlier files
         return _FACTS.validate_python(plain)
 
     def to_plain(self) -> dict[str, Any]:
-        """Convert to dictionaries, lists, numbers and texts, for JSON and checkpoints."""
-        return {name: value for name, value in _FACTS.dump_python(self, mode="json").items() if value is not None}
+        """Convert the identity of the data to dictionaries, lists, numbers and texts, for JSON and checkpoints."""
+        plain = _FACTS.dump_python(dataclasses.replace(self, trained_on=None), mode="json")
+        return {name: value for name, value in plain.items() if value is not None}
 
     @property
     def identity(self) -> tuple[str | None, ...]:
@@ -72,86 +79,134 @@ class Facts:
         """A hash of the held-out samples. Scores of other ones cannot be paired, sample by sample."""
         return self.checksum or self.held_out
 
+    def describe(self, data: ImageData | Table) -> bool:
+        """Whether the weights were last trained on ``data``, with the same split."""
+        return self.identity == Facts.of(data).identity
+
 
 _FACTS = TypeAdapter[Facts | None](Facts | None)
 
 
-def overlap_warning(facts: Facts | None, data: ImageData | Table) -> str | None:
-    """Say why held-out samples of ``data`` may have been trained on by weights with these ``facts``.
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """The number of held-out samples that weights were trained on, and of all of them, whatever a limit says.
+
+    Attributes:
+        held_out, all_held_out: of the samples that measure the result.
+        val, all_val: of the rows of a table that choose the weights; 0 for images, whose held-out ones do that.
+    """
+
+    held_out: int
+    all_held_out: int
+    val: int = 0
+    all_val: int = 0
+
+    @staticmethod
+    def of(
+        facts: Facts | None,
+        data: ImageData | Table,
+        *,
+        workers: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Overlap | None:
+        """Count the held-out samples of ``data`` among those that weights with these ``facts`` were trained on.
+
+        Args:
+            facts: of the weights.
+            data: with all held-out samples.
+            workers: number of processes that decode pictures on disk.
+            progress: called with the number of batches of such pictures that are hashed, and of all of them.
+
+        Returns:
+            The numbers; None if the facts do not say what the weights were trained on.
+        """
+        if facts is None or facts.trained_on is None:
+            return None
+        hashes = data.held_out_hashes
+        if hashes is None:
+            from .batches import hashes_on_disk
+
+            hashes = hashes_on_disk(data.all_held_out, workers=workers, progress=progress)
+        found = int(are_in(hashes, facts.trained_on).sum())
+        if not isinstance(data, Table):
+            return Overlap(found, len(hashes))
+        val = are_in(hashes_of(data.all_val), facts.trained_on)
+        return Overlap(found, len(hashes), int(val.sum()), len(val))
+
+    def text(self, samples: str) -> str:
+        """``29 of 40 held-out rows and 3 of 20 rows that choose the weights``; ``samples`` is the noun."""
+        text = f"{self.held_out:,} of {self.all_held_out:,} held-out {samples}"
+        return (
+            f"{text} and {self.val:,} of {self.all_val:,} {samples} that choose the weights"
+            if self.all_val
+            else text
+        )
+
+
+def doubt(facts: Facts | None, data: ImageData | Table, overlap: Overlap | None) -> str | None:
+    """Say why held-out samples of ``data`` are none for weights with these ``facts``, or may be none.
+
+    Args:
+        facts: of the weights.
+        data: with a training part, of which 64 samples are looked at.
+        overlap: the :class:`Overlap` of both.
 
     Returns:
-        A sentence; None if ``data`` are the data of the training with their split, or nothing is known.
+        A sentence; None if the held-out samples were not trained on, or nothing is known.
     """
-    if facts is None:
+    samples = "rows" if isinstance(data, Table) else "images"
+    if overlap is not None and (overlap.held_out or overlap.val):
+        return f"{overlap.text(samples)} of {data.name} were trained on."
+    if facts is None or facts.describe(data):
+        return None
+    if facts.trained_on is not None:
+        some = spread(data.train)
+        if are_in(hashes_of(some), facts.trained_on).any():
+            return None
+        # images that were scaled or encoded again have other pixels, and rows that were rounded other values
+        return (
+            f"None of {len(some)} training {samples} of {data.name} was trained on before: these are other "
+            f"{samples}, or changed copies, of which a held-out one cannot be recognized."
+        )
+    if facts.identity == (None, None, None):
         return None
     if isinstance(data, Table):
-        if facts.checksum in (None, data.checksum):
-            return None
         return (
             f"{data.name} has other rows than the table of the training, or another split. If the two share rows, "
             "some that were trained on may be held out now."
         )
-    if facts.train in (None, data.pixels[0]) or has_more(facts, data):
-        return None
-    if moved := _moved(facts, data):
-        return f"Pictures that were trained on are held out now, such as {moved[0]}."
-    return (
-        "The weights were trained on other images, or on these under other names. Some that were trained on may be "
-        "held out now."
-    )
+    return "The weights were trained on other images. Some that were trained on may be held out now."
 
 
-def refuse_other_split(facts: Facts | None, data: ImageData | Table) -> None:
-    """Refuse ``data`` that do not have the split by which weights with these ``facts`` were trained.
+def refuse_leak(
+    facts: Facts | None, data: ImageData | Table, overlap: Overlap | None, *, before: int | None
+) -> None:
+    """Refuse to resume a run on data that hold out more samples which it was trained on than its own data do.
 
-    These are a table that has changed, and pictures with other names, because the names decide the split. Other
-    images are not refused: pictures may have been added, or decoded by another version of a library, and packed
-    images have no names.
+    Of a run that does not say what it was trained on, a table is refused that has changed, because its new split
+    holds out others.
+
+    Args:
+        facts: of the run.
+        data: what it would continue with.
+        overlap: the :class:`Overlap` of both.
+        before: the number of such samples in the data of the run so far; None counts as 0.
 
     Raises:
         DataError: the data are refused.
     """
-    if facts is None or (doubt := overlap_warning(facts, data)) is None:
+    advice = "Put the old data back, name them with --data-root, or train a new run on these."
+    if overlap is not None and overlap.held_out > (before or 0):
+        samples = "rows" if isinstance(data, Table) else "images"
+        raise DataError(
+            f"{overlap.text(samples)} of {data.name} were trained on. In the data of the run these were "
+            f"{before or 0:,} held-out ones. {advice}"
+        )
+    if facts is None or facts.trained_on is not None or not isinstance(data, Table):
         return
-    if isinstance(data, Table):
+    if facts.checksum not in (None, data.checksum):
         now = f"{data.rows:,} rows" if data.rows != facts.rows else "as many rows, but not the same"
         raise DataError(
             f"{data.name} has changed since the training: it had {facts.rows:,} rows, and has {now} now. In a new "
-            "split, rows that were trained on could be held out. Put the old file back, name it with --data-root, "
-            "or train a new run on this one."
+            f"split, rows that were trained on could be held out. {advice}"
         )
-    # if names are only gone, their pictures were deleted
-    if _moved(facts, data) or (_gone(facts, data) and _new(facts, data)):
-        raise DataError(
-            f"{doubt} Put the pictures back as they were, name their folder with --data-root, or train a new run "
-            "on these."
-        )
-
-
-def has_more(facts: Facts, data: ImageData | Table) -> bool:
-    """Whether pictures were added to the training pictures, which moves none of those to the held-out ones."""
-    if isinstance(data, Table):
-        return False
-    before, now = facts.pictures or {}, data.pictures or {}
-    known = before.keys() & now.keys()
-    return bool(known) and not _gone(facts, data) and all(before[name] == now[name] for name in known)
-
-
-def _moved(facts: Facts, data: ImageData) -> list[str]:
-    """List the held-out pictures whose names were those of training pictures, and are no longer."""
-    # train/1.png and val/1.png have one name, so a deleted picture would look moved
-    gone = set() if facts.held_out == data.pixels[1] else _gone(facts, data)
-    return [name for name in (data.names[1] if data.names else ()) if name_hash(name) in gone]
-
-
-def _gone(facts: Facts, data: ImageData) -> set[str]:
-    """Return the recorded names, as hashes, that no training picture has now; empty for images without names."""
-    if facts.pictures is None or data.names is None:
-        return set()
-    return facts.pictures.keys() - set(map(name_hash, data.names[0]))
-
-
-def _new(facts: Facts, data: ImageData) -> set[str]:
-    """Return the names of training pictures, as hashes, that would have been recorded if they had been there."""
-    before, now = facts.pictures or {}, data.pictures or {}
-    return {name for name in now.keys() - before.keys() if name <= max(before)}

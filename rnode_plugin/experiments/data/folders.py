@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from ...errors import ConfigError, DataError
 from ...files import missing, walk
 from ...text import count_of
+from .hashes import fingerprint
 from .images import ImageArray, ImageData, Index, naming, shown
 
 DEFAULT_ROOT = Path("data")
@@ -89,14 +90,12 @@ def _read(name: str, where: Path, *, size: int | None, channels: int | None, bit
             f"{name}: bits must be 1 to 8, channels 1 or 3, the size at least 1, not {bits}, {channels} and {size}."
         )
     parts: list[ImageArray]
-    named: tuple[list[str], list[str]] | None = None
     if _is_packed(where):
         parts = [PackedImages(where / file, shift=8 - bits) for file in (TRAIN_FILE, VAL_FILE)]
     else:
         names = _pictures(where, notice=True)
         splits = assign([split_named(n) for n in names], names, where=str(where))
         chosen = [[n for n, split in zip(names, splits, strict=True) if split == part] for part in ("train", "val")]
-        named = [_unsplit(n) for n in chosen[0]], [_unsplit(n) for n in chosen[1]]
         options = {"size": size, "channels": channels or 3, "shift": 8 - bits}
         parts = [ImageFiles(where, part, **options).in_memory() for part in chosen]
     train, val = parts
@@ -109,7 +108,8 @@ def _read(name: str, where: Path, *, size: int | None, channels: int | None, bit
                 f"{name}: {where} holds images of {shown(images.shape[1:])}, not {shown(wanted)}. Scale pictures "
                 "with --size, and arrays before you write them."
             )
-    return ImageData(name=name, train=train, val=val, shape=(c, h, w), levels=2**bits, names=named)
+    pixels = (fingerprint(train), val.checksum()) if isinstance(val, ImageFiles) else ("", "")
+    return ImageData(name=name, train=train, val=val, shape=(c, h, w), levels=2**bits, pixels=pixels)
 
 
 def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int, int]:
@@ -186,21 +186,7 @@ _FOLDERS = {
 def split_named(name: str) -> str | None:
     """Read ``"train"``, ``"val"`` or ``"test"`` from the first three folders of a path; None if they do not say."""
     *folders, _ = PurePosixPath(name).parts
-    position = _split_folder(folders)
-    return None if position is None else _FOLDERS[folders[position].lower()]
-
-
-def _split_folder(folders: Sequence[str]) -> int | None:
-    """Find the first of three folders of a path whose name says a part of the split."""
-    return next((position for position, folder in enumerate(folders[:3]) if folder.lower() in _FOLDERS), None)
-
-
-def _unsplit(name: str) -> str:
-    """Leave the folder of the split out of a path, so that a picture keeps its name if it moves to another part."""
-    *folders, file = name.split("/")
-    if (position := _split_folder(folders)) is not None:
-        del folders[position]
-    return "/".join((*folders, file))
+    return next((_FOLDERS[each.lower()] for each in folders[:3] if each.lower() in _FOLDERS), None)
 
 
 _HELD_OUT = 0.1  # share of the pictures, if no folders split them
@@ -342,6 +328,14 @@ class ImageFiles:
         """Decode all pictures if they fit into memory; otherwise return this array, which decodes on demand."""
         return self[:] if np.prod(self.shape, dtype=np.int64) <= _IN_MEMORY_BYTES else self
 
+    def checksum(self) -> str:
+        """Hash the names and sizes of the files and the pixels of some: to decode all would take minutes."""
+        found = hashlib.sha256(fingerprint(self).encode())
+        for name in self._names:
+            # file names on Linux need not be valid UTF-8
+            found.update(f"\n{(self._folder / name).stat().st_size} {name}".encode("utf-8", "surrogateescape"))
+        return found.hexdigest()[:16]
+
     def __len__(self) -> int:
         return len(self._names)
 
@@ -376,6 +370,8 @@ class PackedImages:
     Raises:
         DataError: the file is missing or damaged, or does not hold such images.
     """
+
+    is_stored = True  # nothing has to be decoded
 
     def __init__(self, path: Path, *, shift: int = 0) -> None:
         self._path, self._shift = path, shift

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 
 from ...errors import ConfigError, DataError, RnodeError
 from ...files import missing
+from .hashes import are_in, digest, fingerprint, hashes_in, hashes_of
 
 Index = int | slice | Sequence[int] | np.ndarray
 """What selects samples along the first dimension of an array."""
@@ -53,22 +54,6 @@ class ImageArray(Protocol):
     def dtype(self) -> np.dtype: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: Index, /) -> np.ndarray: ...
-
-
-_COMPARED = 64  # samples, because pictures on disk are decoded for this
-
-
-def name_hash(name: str) -> str:
-    """Hash the name of a picture."""
-    # file names on Linux need not be valid UTF-8
-    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-
-
-def fingerprint(samples: ImageArray) -> str:
-    """Hash the number of images or rows and some of them, evenly spread, which tells other samples from these."""
-    count = min(len(samples), _COMPARED)
-    some = np.ascontiguousarray(samples[np.arange(count) * len(samples) // count])
-    return hashlib.sha256(f"{len(samples)} {some.shape}".encode() + some.tobytes()).hexdigest()[:16]
 
 
 def _check_reads(images: ImageArray, what: str) -> None:
@@ -114,12 +99,10 @@ class ImageData:
         levels: number of values that a pixel can take, 256 for 8 bits.
         numbers: the place of each image of ``val`` among all held-out images, from 0; None if ``val`` is all of
             them. A table has the places of its rows in the file.
-        names: names of all training pictures and of all held-out ones, without the folder of a part of the split;
-            None for images without names.
-        pixels: the :func:`fingerprint` of all training images and of all held-out ones.
-        pictures: the hash of the pixels of some training pictures by the :func:`name_hash` of their names, which
-            are the lowest of these. It is computed, as ``pixels`` are, if it is not given. :meth:`limit` keeps all
-            three, because they describe the whole data set.
+        pixels: a hash of some training images (:func:`~rnode_plugin.experiments.data.hashes.fingerprint`), and one
+            of the held-out images: of all if they are in memory or in an array file, else of some. They are
+            computed if they are not given. :meth:`limit` keeps them, because they describe the whole data set.
+        unlimited: the held-out images that :meth:`limit` has drawn ``val`` from; None if ``val`` is all of them.
 
     Raises:
         DataError: the arrays are not such images. Values of arrays on disk are not checked.
@@ -131,9 +114,8 @@ class ImageData:
     shape: tuple[int, int, int]
     levels: int = 256
     numbers: np.ndarray | None = None
-    names: tuple[Sequence[str], Sequence[str]] | None = None
     pixels: tuple[str, str] = ("", "")
-    pictures: Mapping[str, str] | None = None
+    unlimited: ImageArray | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.levels <= 256:
@@ -151,15 +133,31 @@ class ImageData:
         if not all(self.pixels):
             for part, images in (("train", self.train), ("val", self.val)):
                 _check_reads(images, f"{self.name}: the {part} images")
-            object.__setattr__(self, "pixels", (fingerprint(self.train), fingerprint(self.val)))
-        if self.names is not None and self.pictures is None:
-            lowest = sorted((name_hash(name), index) for index, name in enumerate(self.names[0]))[:_COMPARED]
-            found = {name: fingerprint(self.train[index : index + 1]) for name, index in lowest}
-            object.__setattr__(self, "pictures", found)
+            hashes = self.held_out_hashes
+            held_out = fingerprint(self.all_held_out) if hashes is None else digest(hashes)
+            object.__setattr__(self, "pixels", (fingerprint(self.train), held_out))
+
+    @property
+    def all_held_out(self) -> ImageArray:
+        """The held-out images, whatever their limit is."""
+        return self.val if self.unlimited is None else self.unlimited
+
+    @functools.cached_property
+    def held_out_hashes(self) -> np.ndarray | None:
+        """The hash of each image in ``all_held_out``; None for pictures that would have to be decoded for it."""
+        images = self.all_held_out
+        is_quick = isinstance(images, np.ndarray) or getattr(images, "is_stored", False)
+        return hashes_in(images) if is_quick else None
 
     def described(self) -> str:
-        """Describe the images by shape and levels, in one line at the start of a run."""
-        return f"{self.name}: images of {shown(self.shape)}, {self.levels} levels"
+        """Describe the images by shape and levels, in one line at the start of a run.
+
+        A second line counts the held-out images that equal a training image, if all are in memory.
+        """
+        text = f"{self.name}: images of {shown(self.shape)}, {self.levels} levels"
+        if not isinstance(self.train, np.ndarray) or not isinstance(self.val, np.ndarray):
+            return text
+        return text + repeated(self.train, self.val, "image")
 
     @property
     def held_out(self) -> ImageArray:
@@ -181,11 +179,22 @@ class ImageData:
             train=limited(self.train, n_train),
             val=limited(self.val, n_val),
             numbers=limited(places, n_val),
+            unlimited=self.all_held_out,
         )
 
     def measured_on(self, n: int | None) -> ImageData:
         """Return the data set with at most ``n`` held-out images, drawn as in :meth:`limit`; None for all."""
         return self.limit(None, n)
+
+
+def repeated(train: np.ndarray, held_out: np.ndarray, sample: str) -> str:
+    """Write a second line that counts the held-out samples which equal a training sample; empty without any.
+
+    A flow may have memorized them. ``sample`` is the noun.
+    """
+    found = int(are_in(hashes_of(held_out), np.sort(hashes_of(train))).sum())
+    equal = "equals" if found == 1 else "equal"
+    return f"\n{found:,} of {len(held_out):,} held-out {sample}s {equal} a training {sample}" if found else ""
 
 
 def shuffled(n: int) -> np.ndarray:

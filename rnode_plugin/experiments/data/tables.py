@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from ...errors import DataError, suggest
 from ...text import count_of
-from .images import limited
+from .hashes import hashes_of
+from .images import limited, repeated
 from .table_files import column_names, leave_out, read_columns
 
 CELLS = ("radius", "texture", "perimeter", "area", "smoothness", "compactness", "symmetry", "fractal dimension")
@@ -34,6 +36,7 @@ class Table:
         rows, checksum: number of rows in all parts, and a hash of their values and of the split. They are computed
             if they are not given. :meth:`limit` and :meth:`single` keep them, because they describe the file.
         numbers: the place of each held-out row in the file, from 1; None for a table that comes in parts.
+        unlimited: the rows that ``val`` and ``held_out`` were drawn from by a limit; None if they are all of them.
 
     Raises:
         DataError: the arrays are not such rows.
@@ -47,6 +50,7 @@ class Table:
     rows: int = 0
     checksum: str = ""
     numbers: np.ndarray | None = None
+    unlimited: tuple[np.ndarray, np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", tuple(self.columns))
@@ -72,6 +76,28 @@ class Table:
     def _parts(self) -> dict[str, np.ndarray]:
         return {"train": self.train, "val": self.val, "held_out": self.held_out}
 
+    @property
+    def all_val(self) -> np.ndarray:
+        """The rows that choose the weights, whatever their limit is."""
+        return self.val if self.unlimited is None else self.unlimited[0]
+
+    @property
+    def all_held_out(self) -> np.ndarray:
+        """The held-out rows, whatever their limit is."""
+        return self.held_out if self.unlimited is None else self.unlimited[1]
+
+    @functools.cached_property
+    def held_out_hashes(self) -> np.ndarray:
+        """The hash of each row in ``all_held_out``."""
+        return hashes_of(self.all_held_out)
+
+    def _each(self, change: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+        """Change the rows of all parts, also those that a limit has left out."""
+        rows: dict[str, Any] = {part: change(each) for part, each in self._parts.items()}
+        if self.unlimited is not None:
+            rows["unlimited"] = tuple(map(change, self.unlimited))
+        return rows
+
     def select(self, columns: Sequence[str]) -> Table:
         """Return the same rows with these columns, in this order, and a checksum of them alone.
 
@@ -82,12 +108,14 @@ class Table:
             if name not in self.columns:
                 raise DataError(f"{self.name}: {suggest(name, self.columns, 'column')}")
         at = [self.columns.index(name) for name in columns]
-        parts = {part: np.ascontiguousarray(rows[:, at]) for part, rows in self._parts.items()}
+        parts = self._each(lambda rows: np.ascontiguousarray(rows[:, at]))
         return dataclasses.replace(self, columns=tuple(columns), rows=0, checksum="", **parts)
 
     def limit(self, n_train: int | None = None, n_val: int | None = None) -> Table:
         """Return the table with at most ``n_train`` training and ``n_val`` validation rows, drawn as for images."""
-        return dataclasses.replace(self, train=limited(self.train, n_train), val=limited(self.val, n_val))
+        unlimited = self.all_val, self.all_held_out
+        train, val = limited(self.train, n_train), limited(self.val, n_val)
+        return dataclasses.replace(self, train=train, val=val, unlimited=unlimited)
 
     def measured_on(self, n: int | None) -> Table:
         """Return the table with at most ``n`` held-out rows, drawn as in :meth:`limit`; None for all."""
@@ -95,7 +123,8 @@ class Table:
         if rows is self.held_out:
             return self
         numbers = None if self.numbers is None else limited(self.numbers, n)
-        return dataclasses.replace(self, held_out=rows, numbers=numbers)
+        unlimited = self.all_val, self.all_held_out
+        return dataclasses.replace(self, held_out=rows, numbers=numbers, unlimited=unlimited)
 
     def check_finite(self) -> None:
         """Refuse missing and infinite values, which only a table of a plugin can have.
@@ -118,9 +147,9 @@ class Table:
             DataError: a value is outside of their range.
         """
         with np.errstate(over="ignore"):  # an overflow becomes infinite, which is refused below with its column
-            parts = {part: rows.astype(np.float32) for part, rows in self._parts.items()}
+            parts = self._each(lambda rows: rows.astype(np.float32))
         for index, name in enumerate(self.columns):
-            if not all(np.isfinite(rows[:, index]).all() for rows in parts.values()):
+            if not all(np.isfinite(parts[part][:, index]).all() for part in self._parts):
                 raise DataError(
                     f"the column {name!r} of {self.name} has values outside of 32-bit numbers: divide it by a "
                     "constant c, which lowers its NLL by log(c)."
@@ -134,11 +163,7 @@ class Table:
         """
         columns = ", ".join(self.columns[:20]) + (", ..." if len(self.columns) > 20 else "")
         text = f"{self.name}: {self.rows:,} rows, columns {columns}"
-        train = set(map(bytes, self.train + 0.0))  # which turns -0.0 into 0.0
-        repeated = sum(bytes(row) in train for row in self.held_out + 0.0)
-        if repeated:
-            text += f"\n{repeated:,} of {len(self.held_out):,} held-out rows equal a training row"
-        return text
+        return text + repeated(self.train, self.held_out, "row")
 
 
 def split_rows(

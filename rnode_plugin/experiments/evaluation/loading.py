@@ -11,33 +11,38 @@ import torch
 
 from ...core.random_streams import Stream, seeded
 from ...errors import ConfigError, first_line
-from ...text import count_of
+from ...text import batch_counter, count_of
 from ..data import ImageData, Table
-from ..data.facts import Facts, overlap_warning, refuse_other_split
+from ..data.facts import Facts, Overlap, doubt
 from ..recipes.recipe import Recipe
 from ..recipes.task import FlowInput
 from ..recipes.tasks import load_data, task_of
 
 
 def load_for_evaluation(
-    recipe: Recipe, facts: Facts | None, *, root: str | None = None, download: bool = False
-) -> ImageData | Table:
+    recipe: Recipe, facts: Facts | None, *, root: str | None = None, download: bool = False, quiet: bool = False
+) -> tuple[ImageData | Table, Overlap | None]:
     """Load the data of a recipe, perhaps from another file or folder, with all of its validation samples.
 
-    Other data, or another split, may hold out samples that were trained on, and then a line on standard error warns
-    about it. ``facts`` describe the training data; None for no comparison.
+    Held-out samples that the weights were trained on are counted. A line on standard error warns of them, and of
+    other data among which they cannot be recognized.
+
+    Args:
+        recipe: of the weights.
+        facts: of the data that they were trained on; None if they are not known.
+        root: another file or folder.
+        download: fetch the data set if it is missing.
+        quiet: print no progress.
 
     Raises:
-        DataError: the table that the recipe names has changed since the training, or see
-            :func:`~rnode_plugin.experiments.recipes.tasks.load_data`.
-        ConfigError: see ``load_data``.
+        DataError, ConfigError: see :func:`~rnode_plugin.experiments.recipes.tasks.load_data`.
     """
     data = load_data(recipe.at_root(root), download=download, all_val=True)
-    if root is None and isinstance(data, Table):
-        refuse_other_split(facts, data)
-    if (doubt := overlap_warning(facts, data)) is not None:
-        print(doubt, file=sys.stderr)
-    return data
+    progress = None if quiet else batch_counter("comparing the pictures")
+    overlap = Overlap.of(facts, data, workers=recipe.data.workers, progress=progress)
+    if (said := doubt(facts, data, overlap)) is not None:
+        print(said, file=sys.stderr)
+    return data, overlap
 
 
 def check_device(name: str, *, processes: int = 1) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...validation import NULL_IS_NAN
 from ..data import ImageData, Table
+from ..data.facts import Overlap
 from ..recipes.task import AnyTask
 
 _Number = Annotated[float, NULL_IS_NAN]
@@ -58,6 +59,7 @@ class Evaluation:
             traces by a grid, of this grid in place of the training solver.
         bound: the bound of ``draws`` draws on the likelihood of discrete images; None if it was not asked for. It
             is not to be compared with scores of one draw, which are the means.
+        overlap: the number of held-out samples that the weights were trained on; None if it is not known.
     """
 
     samples: int
@@ -74,6 +76,7 @@ class Evaluation:
     seconds: float
     gap: float | None = None
     bound: Mean | None = None
+    overlap: Overlap | None = None
 
     def with_baselines(self, task: AnyTask, data: ImageData | Table) -> Evaluation:
         """Return this evaluation with the means of the baselines, which are fitted to the training data."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...core.schedules import strength_text
 from ...text import change_with_error
-from ..quantities import Entry, state_of, steps_of, table_of, worse_than_baseline
+from ..quantities import Entry, overlap_text, state_of, steps_of, table_of, worse_than_baseline
 from ..recipes.kinds import AnyKind
 from ..runs.contents import RunContents
 from .configurations import Configuration, Difference, base_of, paired_difference
@@ -93,6 +93,7 @@ def _detail_lines(configurations: Sequence[Configuration]) -> Iterator[_Line]:
     yield "weights", "that are measured", lambda one: one.recipe.weights
     yield "seeds", "", lambda one: ", ".join(str(run.recipe.training.seed) for run in one.measured_runs)
     yield f"held-out {configurations[0].kind.samples}", "measured for the scores and penalties", _held_out
+    yield "trained on", "held-out samples that the weights have seen", _trained_on
     yield "device", "of each run", _each(lambda run: run.environment.device if run.environment else "")
     yield "devices", "that train a run together", _each(lambda run: run.devices if run.environment else "")
     yield "threads", "of each run", _each(lambda run: run.environment.threads if run.environment else "")
@@ -129,6 +130,10 @@ def _held_out(one: Configuration) -> str:
     return " or ".join(dict.fromkeys(f"{each.samples:,}" for each in one.evaluations))
 
 
+def _trained_on(one: Configuration) -> str:
+    return "; ".join(dict.fromkeys(overlap_text(each.overlap, one.kind) for each in one.evaluations))
+
+
 def _parameters(one: Configuration) -> str:
     return "" if one.flow is None else f"{sum(each.numel() for each in one.flow.parameters()):,}"
 
@@ -158,6 +163,11 @@ def _notes(configurations: Sequence[Configuration], base: Configuration) -> Iter
                 f"The runs of “{one.label}” were trained for different numbers of steps ({numbers}). Its means and "
                 "errors therefore show more than the luck of a seed. --resume continues a run."
             )
+    for one in configurations:
+        if any(each.overlap is None for each in one.evaluations):
+            yield f"It is not known how many of the held-out {samples} of “{one.label}” were trained on."
+        elif any(each.overlap and (each.overlap.held_out or each.overlap.val) for each in one.evaluations):
+            yield f"{_trained_on(one)} of “{one.label}” were trained on, so its scores promise too much."
     if any(_compared(one, base) for one in configurations):
         yield (
             f"The row “against {base.label}” compares two configurations {kind.sample} by {kind.sample}. Errors "

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 
 from ...diagnostics.result import Diagnosis
 from ...errors import ConfigError
+from ..data.facts import Overlap
 from ..evaluation.measures import Evaluation
 from .texts import known_rows, numbers, reading, write_json, write_text
 
@@ -133,12 +134,14 @@ class DiagnosedWeights:
         recipe: name of their recipe.
         weights: which weights they are, ``as trained`` or an average.
         diagnosis: all checks.
+        overlap: the number of held-out samples that the weights were trained on; None if it is not known.
     """
 
     checkpoint: str
     recipe: str
     weights: str
     diagnosis: Diagnosis
+    overlap: Overlap | None = None
 
     def to_plain(self) -> dict[str, object]:
         """Convert to plain data for JSON, the weights first and then what :meth:`Diagnosis.to_plain` gives."""
@@ -146,6 +149,7 @@ class DiagnosedWeights:
             "checkpoint": self.checkpoint,
             "recipe": self.recipe,
             "weights": self.weights,
+            "overlap": None if self.overlap is None else dataclasses.asdict(self.overlap),
             **self.diagnosis.to_plain(),
         }
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ...errors import SolverError, TrainingError
 from ...text import batch_counter
 from ..data.batches import SIGNALS
-from ..data.images import fingerprint
+from ..data.hashes import fingerprint
 from ..runs.environment import Environment
 from ..runs.metrics import MetricsTable
 from ..runs.run import Run

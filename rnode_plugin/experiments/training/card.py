@@ -118,6 +118,24 @@ def _front_matter(recipe: Recipe) -> str:
 
 
 def _data(recipe: Recipe, facts: Facts | None) -> str:
+    return f"{_data_text(recipe, facts)}\n\n{_hashes_text(recipe, facts)}"
+
+
+def _hashes_text(recipe: Recipe, facts: Facts | None) -> str:
+    sample = recipe.kind.sample
+    if facts is None or facts.trained_on is None:
+        return (
+            f"The file does not say on which {sample}s the weights were trained, so an evaluation of it cannot "
+            "count these among held-out ones."
+        )
+    return (
+        f"The file has a hash of each {sample} that the weights were trained on ({len(facts.trained_on):,}). By "
+        f"these an evaluation counts them among held-out ones, and whoever has the {sample} of a person can test "
+        "whether the weights were trained on it."
+    )
+
+
+def _data_text(recipe: Recipe, facts: Facts | None) -> str:
     name = _line(recipe.data.name)
     if isinstance(recipe.data, Data):
         shape = "x".join(map(str, recipe.data.shape))

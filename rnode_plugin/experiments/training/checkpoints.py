@@ -1,4 +1,4 @@
-"""Writes and reads checkpoints: a recipe and facts of the data as plain data, and a state dict.
+"""Writes and reads checkpoints: a recipe and facts of the data as plain data, hashes of samples, and a state dict.
 
 Reading a file runs no code.
 """
@@ -6,6 +6,7 @@ Reading a file runs no code.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -26,8 +28,9 @@ from ...core.distribution import DensityModel
 from ...errors import CheckpointError, ConfigError, PluginError, first_line
 from ...files import SAFETENSORS, write_atomically
 from ...solvers import FixedGrid
+from ...text import batch_counter
 from ..data import ImageData, Table
-from ..data.facts import Facts, overlap_warning
+from ..data.facts import Facts, Overlap, doubt
 from ..recipes.data import AnyData, TableData
 from ..recipes.recipe import Recipe
 from ..runs.contents import RunContents
@@ -39,14 +42,23 @@ Contents = dict[str, Any]
 
 _FORMAT = 3
 _KEY, _CHECKSUM = "rnode_plugin", "sha256"
+TRAINED_ON = "rnode_plugin.trained_on"
+"""The name of the tensor of hashes in a file, beside the weights."""
 _PREFIX = "flow."  # Lightning saves the state of RnodeModule, whose attribute `flow` is the model
 _MAX_UNCHECKED_LAYERS = 1000  # a model with at most this many layers may be built before its file is checked
 
 
 def header_with(recipe: Recipe, facts: Facts | None = None) -> Contents:
-    """Make the header of a file as plain data: its format, the version that writes it, recipe and facts."""
+    """Make what a file has beside its weights: the header, and the hashes of what they were trained on, if known.
+
+    The header is plain data: the format, the version that writes it, the recipe, and the identity of the data.
+    """
     plain = None if facts is None else facts.to_plain()
-    return {_KEY: {"format": _FORMAT, "version": __version__, "recipe": recipe.to_plain(), "facts": plain}}
+    header = {"format": _FORMAT, "version": __version__, "recipe": recipe.to_plain(), "facts": plain}
+    if facts is None or facts.trained_on is None:
+        return {_KEY: header}
+    # as signed numbers, because safetensors of earlier versions of torch know no others of 64 bits
+    return {_KEY: header, TRAINED_ON: torch.from_numpy(facts.trained_on.view(np.int64).copy())}
 
 
 def save_flow(
@@ -56,6 +68,7 @@ def save_flow(
     recipe: Recipe,
     facts: Facts | None = None,
     run: RunContents | None = None,
+    trained_on: bool = False,
 ) -> Path | None:
     """Write the weights of ``flow`` and the recipe that builds it. :func:`load_flow` reads the file.
 
@@ -75,6 +88,9 @@ def save_flow(
             not known.
         run: what ``Run(folder).read()`` gives for the run whose best weights ``flow`` has. Its result is in the
             card. With None the card has no figures.
+        trained_on: also write the hashes of the samples that the weights were trained on, which ``facts`` have, so
+            that an evaluation of the file counts those among held-out samples. Whoever has a sample can then test
+            whether it was trained on.
 
     Returns:
         The model card; None if there is no new one.
@@ -82,18 +98,25 @@ def save_flow(
     Raises:
         CheckpointError: the recipe builds another model, so that the file would not give ``flow`` back, or the file
             or its card cannot be written. An earlier file stays unchanged if the weights are not written.
+        ConfigError: ``trained_on`` is asked for, and the facts do not have these hashes.
     """
+    if trained_on and (facts is None or facts.trained_on is None):
+        raise ConfigError("it is not known which samples these weights were trained on: leave their hashes out.")
+    if facts is not None and not trained_on:
+        facts = dataclasses.replace(facts, trained_on=None)
     _refuse_another(flow, recipe)
+    beside = header_with(recipe, facts)
     if Path(path).suffix == SAFETENSORS:
         # copies: the format refuses tensors that share memory or have unusual strides
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in flow.state_dict().items()}
-        header = json.dumps(header_with(recipe, facts)[_KEY])
+        header = json.dumps(beside.pop(_KEY))
+        tensors |= beside
         metadata = {"format": "pt", _KEY: header, _CHECKSUM: checksum(tensors, header)}
         encoded = save(tensors, metadata=metadata)
         write_atomically(path, lambda file: file.write(encoded))
     else:
         state = {_PREFIX + name: tensor for name, tensor in flow.state_dict().items()}
-        contents = {**header_with(recipe, facts), "state_dict": state}
+        contents = {**beside, "state_dict": state}
         write_atomically(path, lambda file: torch.save(contents, file))
     return write_card(flow, Path(path), recipe=recipe, facts=facts, run=run)
 
@@ -196,11 +219,14 @@ def load_with_recipe(
 
 def load_weights(
     flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe, data: ImageData | Table | None
-) -> None:
+) -> Facts | None:
     """Give ``flow``, which ``recipe`` has built, the weights in a run, a file, or the package.
 
-    A line on standard error warns if the weights may have been trained on held-out samples of ``data``, the data of
-    the new training; None for no comparison.
+    A line on standard error warns if the weights were trained on held-out samples of ``data``, the data of the new
+    training; None for no comparison.
+
+    Returns:
+        The facts of the data that the weights were trained on; None if the file has none.
 
     Raises:
         CheckpointError: the file is missing, truncated, or from another program, or its weights belong to a model
@@ -213,8 +239,21 @@ def load_weights(
     if _columns(there) != _columns(here):
         raise CheckpointError(f"the weights of {file} are of other data: {there.text} there and {here.text} here.")
     put_weights(flow, contents, f"the weights of {file} do not fit this model")
-    if data is not None and (doubt := overlap_warning(facts_of(contents), data)) is not None:
-        print(f"{file}: {doubt}", file=sys.stderr)
+    facts = facts_of(contents)
+    if data is not None and (said := doubt(facts, data, overlap_at_start(facts, data, recipe))) is not None:
+        print(f"{file}: {said}", file=sys.stderr)
+    return facts
+
+
+def overlap_at_start(facts: Facts | None, data: ImageData | Table, recipe: Recipe) -> Overlap | None:
+    """Count the held-out samples that the weights with which a run begins were trained on.
+
+    Pictures on disk are decoded for it only if they are others than those that the weights were trained with. The
+    end of the run counts them in any case.
+    """
+    if facts is None or (data.held_out_hashes is None and facts.describe(data)):
+        return None
+    return Overlap.of(facts, data, workers=recipe.data.workers, progress=batch_counter("comparing the pictures"))
 
 
 def _columns(data: AnyData) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
@@ -334,7 +373,8 @@ def _read_safetensors(path: Path) -> Contents:
         return {}
     if metadata.get(_CHECKSUM) != checksum(state, header):
         raise ValueError("the checksum in its metadata differs from its contents")
-    return {_KEY: json.loads(header), "state_dict": state}
+    beside = {TRAINED_ON: state.pop(TRAINED_ON)} if TRAINED_ON in state else {}
+    return {_KEY: json.loads(header), **beside, "state_dict": state}
 
 
 def recipe_of(contents: Contents, path: Path) -> Recipe:
@@ -351,14 +391,23 @@ def recipe_of(contents: Contents, path: Path) -> Recipe:
 
 
 def facts_of(contents: Mapping[str, Any]) -> Facts | None:
-    """Read the facts of the training data in the contents of a checkpoint; None if it has none.
+    """Read the facts of the training data in the contents of a checkpoint, with the hashes; None if it has none.
 
     Raises:
         CheckpointError: this version does not understand them.
     """
     header = contents[_KEY]
     try:
-        return Facts.from_plain(header.get("facts"))
-    except (ValueError, RecursionError) as error:
+        facts, hashes = Facts.from_plain(header.get("facts")), contents.get(TRAINED_ON)
+        if hashes is None:
+            return facts
+        found = cast("Tensor", hashes).numpy()
+        if found.dtype != np.int64 or found.ndim != 1:
+            raise ValueError("what was trained on are no hashes")
+        found = found.view(np.uint64)
+        if not (found[1:] > found[:-1]).all():  # a search among others would find too few
+            raise ValueError("the hashes of what was trained on are not sorted")
+        return dataclasses.replace(facts or Facts(), trained_on=found)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         version, reason = header.get("version"), first_line(error)
         raise CheckpointError(f"rnode-plugin {version} has written facts that cannot be read: {reason}") from None

@@ -130,8 +130,8 @@ class ValidationOrder(DistributedSampler[list[int]]):
             yield list(self._numbers[first : first + self._batch_size])
 
 
-class _Resumable(DataLoader[Tensor]):
-    """A loader that Lightning can resume in the middle of an epoch.
+class RecipeLoader(DataLoader[Tensor]):
+    """Loads the batches of a :class:`RecipeDataModule`, and lets Lightning resume in the middle of an epoch.
 
     Lightning warns about other loaders, because they would begin the epoch again. This one has no state to save,
     because its sampler finds its place from the step.
@@ -225,7 +225,7 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
     def _loader(self, samples: ImageArray, order: Sampler[list[int]]) -> DataLoader[Tensor]:
         workers = self.recipe.data.workers
         # pinned memory is copied to a GPU while Python prepares the next kernels
-        return _Resumable(
+        return RecipeLoader(
             ArrayDataset(samples),
             batch_size=None,  # the order gives whole batches
             sampler=order,

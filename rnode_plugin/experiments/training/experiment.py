@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
+
+import numpy as np
 
 from ...core.distribution import DensityModel
 from ...core.random_streams import Stream, seeded
 from ..data import ImageData, Table
 from ..data.facts import Facts
+from ..data.hashes import NONE
 from ..recipes.recipe import Recipe
 from ..recipes.task import AnyTask
 from ..recipes.tasks import load_data, task_of
@@ -30,6 +34,8 @@ class Experiment:
         loss: what a step minimizes, a function of a batch and the number of earlier steps. It holds ``flow``, so a
             new flow needs a new loss.
         resumed: the checkpoint that the weights are from, of the run that continues; None for a new run.
+        trained_on: the hashes of the samples that these weights were trained on, none of them for fresh weights;
+            None if they are not known.
 
     Example:
         >>> import torch
@@ -48,6 +54,7 @@ class Experiment:
     flow: DensityModel
     loss: Loss
     resumed: Resumed | None = None
+    trained_on: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -78,11 +85,15 @@ class Experiment:
         flow = new_flow(recipe)
         # before the weights, because a checkpoint brings its own means and deviations and must have the last word
         task_of(recipe.data).fit_statistics(flow, data)
+        before: Facts | None = Facts(trained_on=NONE)
         if resumed is not None:
-            resumed = resumed.put_into(flow, data)
+            resumed = resumed.put_into(flow, data, recipe)
+            before = resumed.facts
         elif recipe.training.weights is not None:
-            load_weights(flow, recipe.training.weights, recipe=recipe, data=data)
-        return cls(recipe=recipe, data=data, flow=flow, loss=loss_of(flow, recipe), resumed=resumed)
+            before = load_weights(flow, recipe.training.weights, recipe=recipe, data=data)
+        known = before and before.trained_on
+        loss = loss_of(flow, recipe)
+        return cls(recipe=recipe, data=data, flow=flow, loss=loss, resumed=resumed, trained_on=known)
 
     def plan(self, devices: int = 1) -> RunPlan:
         """Plan the steps of a run on a number of devices, each with ``data.batch_size`` samples in a step.
@@ -98,9 +109,8 @@ class Experiment:
 
     @functools.cached_property
     def facts(self) -> Facts:
-        """The facts of the data, which checkpoints of the run keep."""
-        now = self.task.facts(self.data)
-        return now if self.resumed is None else self.resumed.facts_with(now, self.data)
+        """The facts of the data, and of what the weights of the first step were trained on."""
+        return dataclasses.replace(self.task.facts(self.data), trained_on=self.trained_on)
 
     @property
     def done(self) -> int:

@@ -15,11 +15,12 @@ import torch
 from ...errors import ConfigError, SolverError, TrainingError
 from ...solvers import FixedGrid, get_method
 from ...text import batch_counter
+from ..data.facts import Overlap
 from ..evaluation.likelihood import evaluate
 from ..recipes.recipe import Data, Model, Recipe
 from ..runs.results import Result
 from ..runs.run import Run, training_lock
-from .checkpoints import load_flow
+from .checkpoints import load_with_recipe
 from .experiment import Experiment
 from .failures import translate_errors
 from .loggers import check_loggers, make_logger
@@ -148,7 +149,9 @@ def begin(given: Experiment | Recipe, options: RunOptions, loggers: Sequence[str
     if isinstance(given, Recipe):
         experiment = Experiment.of(given, download=options.download, resumed=resumed)
     elif resumed is not None:
-        experiment = dataclasses.replace(given, resumed=resumed.put_into(given.flow, given.data))
+        known = resumed.facts and resumed.facts.trained_on
+        resumed = resumed.put_into(given.flow, given.data, recipe)
+        experiment = dataclasses.replace(given, resumed=resumed, trained_on=known)
     elif given.flow.trained_steps:
         raise ConfigError(
             "the flow of this experiment was trained by another run, so it has no fresh weights: make a new "
@@ -246,7 +249,9 @@ def _conclude(
     """
     recipe, data, task = experiment.recipe, experiment.data, experiment.task
     # from the file, because the flow that was trained has the last weights
-    flow = load_flow(run.best, map_location=device)
+    flow, _, facts = load_with_recipe(run.best, map_location=device)
+    comparing = batch_counter("comparing the pictures") if progress else None
+    overlap = Overlap.of(facts, data, workers=recipe.data.workers, progress=comparing)
     try:
         evaluation = evaluate(
             flow,
@@ -278,6 +283,6 @@ def _conclude(
             samples = picture
         except SolverError as error:  # a latent far out may fail where no held-out sample does
             print(f"no picture of samples of the best weights: {error}", file=sys.stderr)
-    result = dataclasses.replace(result, evaluation=evaluation)
+    result = dataclasses.replace(result, evaluation=dataclasses.replace(evaluation, overlap=overlap))
     run.conclude(result, recipe, data.numbers)
     return FitResult(run, result, True, samples)

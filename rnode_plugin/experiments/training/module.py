@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numpy as np
 import pytorch_lightning as L
 import torch
 from torch import Tensor
@@ -18,11 +19,12 @@ from ...core.distribution import DensityModel
 from ...core.random_streams import Stream, seed_everything
 from ...errors import ConfigError, LocalError, SolverError, TrainingError
 from ...fields import compile_fields
-from ..data.facts import Facts, has_more, overlap_warning
+from ..data.facts import Facts, Overlap, doubt
+from ..data.hashes import NONE, hashes_of, united
 from ..recipes.recipe import Recipe, as_text
 from ..recipes.tasks import task_of
-from .checkpoints import facts_of, header_with, load_weights
-from .datamodule import RecipeDataModule
+from .checkpoints import facts_of, header_with, load_weights, overlap_at_start
+from .datamodule import RecipeDataModule, RecipeLoader
 from .experiment import new_flow
 from .optimizers import learning_rate_factor, make_optimizer
 from .step import Loss, StepTerms, loss_of, measure_batch
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+
+_BATCHES = 1000  # whose hashes are kept until each of them is kept once
 
 
 class RnodeModule(L.LightningModule):
@@ -66,13 +70,15 @@ class RnodeModule(L.LightningModule):
             loads the weights that the recipe starts from and standardizes the model on the training rows.
         loss: what a step minimizes, a function of a batch and the number of earlier steps. By default this is flow
             matching and equation 17, as the recipe says.
-        facts: the facts of the training data, which checkpoints keep. By default they are read from the checkpoint
-            that the Trainer continues from, or else describe its data module.
+        facts: the facts of the training data, and of what the weights were trained on before. By default they are
+            read from the checkpoint that the Trainer continues from, or else describe its data module. Checkpoints
+            keep them with the hash of each sample that a step was given since then.
         to_loggers: whether the loggers of the Trainer get what is logged. Callbacks get it in any case.
 
     Attributes:
         flow, loss: the model and the loss.
-        facts: the facts of the training data; None before training, or if the Trainer was given loaders.
+        facts: the facts of the training data, with the hashes up to the last checkpoint; None before training, or
+            if the Trainer was given loaders.
         task: the task of the recipe.
         own_values: what the last step has logged, as means over its batches on this device. Some are tensors, and
             reading them waits for the device.
@@ -106,6 +112,8 @@ class RnodeModule(L.LightningModule):
         self.flow = new_flow(recipe) if flow is None else flow
         self.loss = loss_of(self.flow, recipe) if loss is None else loss
         self.facts, self._compares = facts, facts is None  # the caller has compared the facts with the data
+        self._given: list[np.ndarray] = []  # hashes of the samples that steps were given since the last checkpoint
+        self._known = 0  # the number of hashes before the first step on these data
         self._to_loggers = to_loggers
         # steps without a usable gradient, in the whole run, and since the last usable one
         self.skipped = self.skipped_in_row = 0
@@ -286,12 +294,21 @@ class RnodeModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         weights, data = self.recipe.training.weights, self._data()
-        if self._is_fresh and weights is not None:
-            load_weights(self.flow, weights, recipe=self.recipe, data=data)
-        if data is not None and (self.facts is None or has_more(self.facts, data)):
-            self.facts = self.task.facts(data)
-        elif data is not None and self._compares:  # with the data of a checkpoint, or of the first fit
-            self._print(overlap_warning(self.facts, data))
+        if self._is_fresh:
+            fresh = Facts(trained_on=NONE)
+            before = load_weights(self.flow, weights, recipe=self.recipe, data=data) if weights else fresh
+        else:  # of a checkpoint, or of the first fit
+            before = self.facts
+            if data is not None and self._compares:
+                self._print(doubt(before, data, overlap_at_start(before, data, self.recipe)))
+        known = before and before.trained_on
+        if data is not None and self._compares:
+            self.facts = dataclasses.replace(self.task.facts(data), trained_on=known)
+        elif (
+            data is None and self.facts is not None
+        ):  # loaders of the user, whose samples are not those of a data set
+            self.facts = dataclasses.replace(self.facts, trained_on=None)
+        self._compares, self._known = True, 0 if known is None else len(known)
         self._is_fresh = False  # a second fit continues from the weights of the first
         if self.recipe.training.compile:
             if not compile_fields(self.flow):
@@ -316,6 +333,34 @@ class RnodeModule(L.LightningModule):
         # loss, would steer its first steps
         if batch_idx % self._batches == 0 and 0 < self.global_step == self.recipe.matching:
             self._optimizer().state.clear()
+        self._remember(batch)
+
+    def _remember(self, batch: Tensor) -> None:
+        """Hash the samples that a step is given, before it may change the weights.
+
+        What was trained on is not known from here on if they come from a loader that is not ours, or were rounded.
+        """
+        if self.facts is None or self.facts.trained_on is None:
+            return
+        ours = isinstance(self.trainer.train_dataloader, RecipeLoader)
+        if not ours or getattr(batch, "dtype", None) not in (torch.uint8, torch.float32, torch.float64):
+            self.facts = dataclasses.replace(self.facts, trained_on=None)
+            return
+        self._given.append(hashes_of(batch.numpy(force=True)))
+        if len(self._given) == _BATCHES:  # each sample once, or a long run would fill the memory
+            self._given = [np.unique(np.concatenate(self._given))]
+
+    def _unite(self, given: Sequence[np.ndarray | None]) -> None:
+        """Add the hashes that all processes have given, each None if it does not know what it was trained on."""
+        facts, data = self.facts, self._data()
+        if facts is None or facts.trained_on is None:
+            return
+        known: np.ndarray | None = None
+        if data is not None and all(each is not None for each in given):
+            known = united(facts.trained_on, np.concatenate([NONE, *(each for each in given if each is not None)]))
+            if len(known) - self._known > len(data.train):  # something has changed samples on their way to a step
+                known = None
+        self.facts, self._given = dataclasses.replace(facts, trained_on=known), []
 
     # Lightning types optimizers and schedulers as unions with lists, for modules with several of them
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -405,19 +450,29 @@ class RnodeModule(L.LightningModule):
         # the header makes Lightning's checkpoint one of ours, from which load_flow rebuilds the model
         # Lightning calls this in all processes, and the first one writes
         rank, world = self.global_rank, self.trainer.world_size
-        known = [{device: each for device, each in self._safe_steps.items() if device % world == rank}]
-        if world > 1:
-            known = known * world
-            torch.distributed.all_gather_object(known, known[0])
-        safe_steps = {device: steps for each in known for device, steps in each.items()}
+        is_known = self.facts is not None and self.facts.trained_on is not None
+        own = {device: each for device, each in self._safe_steps.items() if device % world == rank}
+        found = self._of_all((own, np.concatenate([NONE, *self._given]) if is_known else None))
+        safe_steps = {device: steps for each, _ in found for device, steps in each.items()}
+        self._unite([given for _, given in found])
         progress = {
             "skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "safe_steps": safe_steps,
+            "repeated": self._repeated(),
         }  # fmt: skip
         checkpoint.update(header_with(self.recipe, self.facts), progress=progress)
+
+    def _repeated(self) -> int | None:
+        """Count the held-out samples that equal one that was trained on; None if they would have to be decoded."""
+        data = self._data()
+        if data is None or data.held_out_hashes is None:
+            return None
+        overlap = Overlap.of(self.facts, data)
+        return None if overlap is None else overlap.held_out
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
         progress = cast("dict[str, Any]", checkpoint["progress"])
         self.skipped, self.skipped_in_row = progress["skipped"], progress["skipped_in_row"]
         self._safe_steps = progress["safe_steps"]
-        self.facts = self.facts or facts_of(checkpoint)
+        if self._compares:
+            self.facts, self._given = facts_of(checkpoint), []
         self._is_fresh = False

@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError, ConfigError, first_line
-from ..data.facts import Facts, has_more, overlap_warning, refuse_other_split
+from ..data.facts import Facts, doubt, refuse_leak
 from ..recipes.fields import KeptBy
 from ..recipes.kinds import ROWS
 from ..recipes.recipe import Recipe, differences
 from ..runs.run import Run
-from .checkpoints import Contents, facts_of, newest_intact, put_weights, read_checkpoint, recipe_of
+from .checkpoints import (
+    Contents,
+    facts_of,
+    newest_intact,
+    overlap_at_start,
+    put_weights,
+    read_checkpoint,
+    recipe_of,
+)
 
 if TYPE_CHECKING:
     from ...core.distribution import DensityModel
@@ -179,32 +187,23 @@ class Resumed:
     run: Run | None
     contents: Contents | None = None
 
-    def facts_with(self, now: Facts, data: ImageData | Table) -> Facts:
-        """Return the facts of the run, which continues with ``data`` that have the facts ``now``.
+    def put_into(self, flow: DensityModel, data: ImageData | Table, recipe: Recipe) -> Resumed:
+        """Give ``flow`` the weights in the checkpoint, to train on with ``data`` by ``recipe``.
 
-        They describe the training samples of its first part, which must not be forgotten, and the held-out samples
-        of now, on which it is scored. If pictures were only added, the training samples of now are these and those.
-        """
-        if self.facts is None or has_more(self.facts, data):
-            return now
-        return dataclasses.replace(self.facts, held_out=now.held_out)
-
-    def put_into(self, flow: DensityModel, data: ImageData | Table) -> Resumed:
-        """Give ``flow`` the weights in the checkpoint, to train on with ``data``, and let the contents go.
-
-        A line on standard error warns if ``data`` may hold out samples that the run was trained on.
+        A line on standard error warns if ``data`` hold out samples that the run was trained on, or may do so.
 
         Returns:
             this without the contents of the file, which Lightning reads again when the training starts.
 
         Raises:
             CheckpointError: the weights belong to another model.
-            DataError: ``data`` surely hold out other samples than the run.
+            DataError: ``data`` hold out more samples that the run was trained on than its own data do.
         """
-        refuse_other_split(self.facts, data)
-        if (doubt := overlap_warning(self.facts, data)) is not None:
-            print(doubt, file=sys.stderr)
         contents = self.contents or read_checkpoint(self.checkpoint)
+        overlap = overlap_at_start(self.facts, data, recipe)
+        refuse_leak(self.facts, data, overlap, before=contents.get("progress", {}).get("repeated"))
+        if (said := doubt(self.facts, data, overlap)) is not None:
+            print(said, file=sys.stderr)
         put_weights(flow, contents, f"the weights of {self.checkpoint} do not fit this model")
         return dataclasses.replace(self, contents=None)
 
