@@ -460,13 +460,12 @@ def test_exec_ends_with_the_number_of_penalized_solves(
     assert done.exit_code == code, done.output
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith(f"rnode: {line}")
+    if "penalized" in line:  # what exec does not see may have trained as well
+        assert (
+            "torchdyn.numerics.odeint, ODEProblem or another solver add rnode_plugin.penalties_along" in done.stderr
+        )
     if "no solve" in line:
-        for name in (
-            "torchdyn.numerics.odeint, ODEProblem",
-            "penalties_along to the loss",
-            "rnode_plugin.penalties_at",
-        ):
-            assert name in done.stderr
+        assert "rnode_plugin.penalties_at." in done.stderr
 
 
 def test_exec_names_a_copy_of_torchdiffeq_that_the_script_did_not_get(

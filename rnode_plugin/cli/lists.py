@@ -275,12 +275,14 @@ _NOT_ASKED = "no penalty was added to a gradient, since no --regularizer was giv
 
 def _penalized_solves(counter: SolveCounter) -> str:
     """A sentence with the number of penalized solves and the mean penalties; for no solve, what may be wrong."""
+    others = (
+        "For torchdyn.numerics.odeint, ODEProblem or another solver add rnode_plugin.penalties_along to the loss"
+    )
     if not counter.solves:
         return (
             "no solve was penalized: in this process no gradient went through a solve by torchdiffeq, or by a "
-            "torchdyn NeuralODE without regularizers=. For torchdyn.numerics.odeint, ODEProblem or another solver "
-            "add rnode_plugin.penalties_along to the loss, and for flow matching, which trains without solves, "
-            "rnode_plugin.penalties_at."
+            f"torchdyn NeuralODE without regularizers=. {others}, and for flow matching, which trains without "
+            "solves, rnode_plugin.penalties_at."
         )
     means = ", ".join(f"{name} {significant(mean)}" for name, mean in counter.means.items())
-    return f"{count_of(counter.solves, 'solve')} penalized. Mean integrals per sample: {means}."
+    return f"{count_of(counter.solves, 'solve')} penalized. Mean integrals per sample: {means}. {others}."
