@@ -223,7 +223,8 @@ class Later(SpanPolicy):
         (Later(lambda z: z.mul_(2).sum(1)), ConfigError, "'later' writes into"),
         (Later(lambda z: z.missing), PluginError, "regularizer 'later' raised AttributeError"),
         (Later(None, lambda t: t.missing), PluginError, "`times` of the regularizer 'later' raised AttributeError"),
-        (Later(None, lambda t: t.flip(0)), ConfigError, r"'later' turned the times round.*here increasing"),
+        (Later(None, lambda t: t.flip(0)), ConfigError, "'later' must return finite times .* increasing here"),
+        (Later(None, lambda t: t * torch.nan), ConfigError, "'later' must return finite times"),
         (
             Later(None, lambda t: t[[0, 0, -1]]),
             ConfigError,
@@ -232,7 +233,7 @@ class Later(SpanPolicy):
         (Later(None, lambda t: t.float()), ConfigError, r"'later' must return a tensor like.*not .*float32"),
         (Later(None, lambda t: t.tolist()), ConfigError, r"'later' must return a tensor like.*not \[0\.0, 1\.0\]"),
     ],
-    ids=["columns", "sum", "writes", "fails", "times", "direction", "number", "dtype", "list"],
+    ids=["columns", "sum", "writes", "fails", "times", "direction", "nan", "number", "dtype", "list"],
 )
 @pytest.mark.parametrize("interface", ["NeuralODE", "density", "odeint"])
 def test_a_bad_span_policy_is_named(policy: SpanPolicy, error: type, words: str, interface: str) -> None:

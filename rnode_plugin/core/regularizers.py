@@ -490,10 +490,11 @@ def _times_of(policy: SpanPolicy, times: Tensor, *, training: bool) -> Tensor:
     if differs(times):
         raise ConfigError(ONE_DRAW.format(f"the times of {policy.name!r}"))
     lengths = read(torch.stack([before[-1] - before[0], times[-1] - times[0]])) if len(before) > 1 else None
-    if lengths is not None and lengths[0] * lengths[1] < 0:
+    # a length of NaN is not in any direction
+    if lengths is not None and lengths[0] and not lengths[0] * lengths[1] >= 0:
         raise ConfigError(
-            f"`times` of the regularizer {policy.name!r} turned the times round: it must return them in the "
-            f"direction of its argument, here {'de' if lengths[0] < 0 else 'in'}creasing."
+            f"`times` of the regularizer {policy.name!r} must return finite times in the direction of its "
+            f"argument, which are {'de' if lengths[0] < 0 else 'in'}creasing here."
         )
     return times
 
