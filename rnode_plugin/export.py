@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from .core.distribution import DensityModel
-from .core.modes import recording
+from .core.modes import make_fx, recording
 from .errors import ConfigError, check_name, first_line
 from .files import PROGRAM, write_together
 from .solvers import Solver

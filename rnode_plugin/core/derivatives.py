@@ -7,20 +7,18 @@ faster pass derives from :class:`Field` itself.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, cast, final
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import ConfigError
-from .modes import exporting, next_number, refuse_dual_numbers, transforms_active
+from .field_checks import FieldChecks
+from .modes import dual_numbers, next_number, refuse_dual_numbers, transforms_active
 from .part import Part
-from .second_derivatives import WithoutGradient, check_second_derivative, wrong_third_derivative
+from .second_derivatives import Evaluated, WithoutGradient, reaches_state
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """A vector field ``f(t, z)``. It maps a scalar time and a state ``(B, *event)`` to a velocity ``(B, *event)``."""
@@ -112,6 +110,31 @@ class Field(ABC):
                 unchanged, and draws from the generators as they are. None: the field itself evaluates.
         """
 
+    def check_at(
+        self,
+        t: Tensor,
+        z: Tensor,
+        probes: Tensor | None,
+        wants: frozenset[str],
+        *,
+        peek: Velocity,
+        at_end: bool = False,
+    ) -> None:
+        """Check at one time and state what :meth:`linearize` checks, with no effect and no result.
+
+        A field that computes its own products has nothing to check.
+
+        Args:
+            t, z, probes, wants: as for :meth:`linearize`.
+            peek: evaluates this field without effects, see there.
+            at_end: whether to check at the end of a solve only what may have been zero before, the coupling of
+                samples and of pixels beyond the radius. Nothing is evaluated where products do not rely on these.
+
+        Raises:
+            ConfigError: as :meth:`linearize`.
+        """
+        return
+
     def prepared(self, z: Tensor, probes: Tensor | None = None, *, one_graph: bool = True) -> Field:
         """This field for one solve from ``z (B, *event)``, with all constants of the solve computed; or itself.
 
@@ -150,44 +173,6 @@ def radius_of(field: object, given: int | None) -> int | None:
     return given if own is None else own
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of ``module`` may do more than its class does, through hooks or a replaced ``forward``.
-
-    Hooks that are registered for all modules count too, except torch's own, which only count operations.
-    """
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return True
-    # torch has no public names for these
-    of_torch = nn.modules.module
-    for hook in (*of_torch._global_forward_hooks.values(), *of_torch._global_forward_pre_hooks.values()):
-        if not getattr(hook, "__module__", "").startswith("torch."):
-            return True
-    # a forward that was assigned to this one instance, as offloading tools do
-    return "forward" in vars(module)
-
-
-@dataclass(slots=True)
-class Checked:
-    """Results of checks that need to run once for each solve of a field.
-
-    They are not stored with the net: a result for one function of a net, with its present layers and modes, need
-    not hold for another function or in a later solve.
-
-    Attributes:
-        ignores_state: whether the velocity does not depend on the state.
-        samples_are_apart: whether the velocity of a sample does not depend on other samples.
-        radius_holds: whether the velocity at a pixel depends on no pixel beyond the radius.
-        twice_differentiable: whether products with the Jacobian can be differentiated.
-        third_derivative: reason why the third derivative is wrong; ``""``: it is right; None: not checked yet.
-    """
-
-    ignores_state: bool = False
-    samples_are_apart: bool = False
-    radius_holds: bool = False
-    twice_differentiable: bool = False
-    third_derivative: str | None = None
-
-
 @final
 class AutogradField(Field):
     """A differentiable function ``(t, z)`` as a :class:`Field`, by reverse-mode automatic differentiation.
@@ -204,7 +189,9 @@ class AutogradField(Field):
         part: the part of the state to differentiate with respect to, whose velocity is differentiated; None: all of
             it. The ``dz`` of :meth:`linearize` is the velocity of the whole state, everything else belongs to the
             part.
-        checked: results of earlier checks of the function, which need not run again; None: there are none.
+        checks: the checks of the function in this solve, with earlier results, which need not run again; None: new
+            ones.
+        captured: whether evaluations become a part of one compiled step, in which nothing can be checked.
         radius: the :attr:`Field.radius` of the part, which is checked; None: it is not known.
 
     Raises:
@@ -218,11 +205,13 @@ class AutogradField(Field):
         field: Callable[..., Tensor],
         *extra: Tensor,
         part: Part | None = None,
-        checked: Checked | None = None,
+        checks: FieldChecks | None = None,
+        captured: bool = False,
         radius: int | None = None,
     ) -> None:
         self._field, self._extra, self.part, self.radius = field, extra, part, radius
-        self._checked = Checked() if checked is None else checked
+        self.captured = captured
+        self.checks = FieldChecks() if checks is None else checks
 
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
         return self._field(t, z, *self._extra)
@@ -236,37 +225,35 @@ class AutogradField(Field):
         *,
         peek: Velocity | None = None,
     ) -> Linearization:
-        f, extra, elsewhere = self._field, self._extra, self if peek is None else peek
+        f, extra, checks, elsewhere = self._field, self._extra, self.checks, self if peek is None else peek
         if not wants:
             return Linearization(f(t, z, *extra))
         if self.part is not None:
             return self._of_part(self.part, t, z, probes, wants, elsewhere)
+        if self.captured:
+            return by_vjp(self, t, z, probes, wants)
+        if torch.compiler.is_dynamo_compiling():
+            # a user's own torch.compile leaves this evaluation out of its graph, in which nothing could be checked
+            outside = cast("Callable[..., Linearization]", torch.compiler.disable(self.linearize))
+            return outside(t, z, probes, wants, peek=peek)
         if transforms_active():
-            return _in_transform(self, t, z, probes, wants)
+            found, seen, keep = self._in_transform(t, z, probes, wants, elsewhere)
+            return self._checked(found, seen, wants, probes, keep=keep)
         refuse_dual_numbers()
-        checked = self._checked
         along, later = "jvp" in wants, "pull" in wants
         # Products need a graph even if the caller wants none, so gradients are enabled here in any case. `keep` is
         # whether the results keep their graph.
         keep = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        whole = "rows" in wants or "trace" in wants
-        several = whole or (probes is not None and probes.ndim > z.ndim)
+        several = "rows" in wants or "trace" in wants or (probes is not None and probes.ndim > z.ndim)
         with torch.inference_mode(False), torch.enable_grad():
             if along:
                 t, z = _as_variables(t, z, keep=keep)
             else:
                 t, z = _usable(t), _as_variable(z, keep=keep)
-            # products are differentiated again by a loss (keep), and J v takes two derivatives for its value
-            checks_second = not checked.twice_differentiable and (keep or along)
-            # a loss that contains J v takes a third derivative
-            checks_third = along and keep and checked.third_derivative is None
             # nodes with a lower number are older than this evaluation
-            start = next_number(z) if checks_second or checks_third else 0
+            start = next_number(z) if checks.walks(keep=keep, along=along) else 0
             dz = f(t, z, *extra)
-            if checks_second:
-                checked.twice_differentiable = check_second_derivative(
-                    dz, z, start, elsewhere, t, field=self._field, jvp=along
-                )
+            seen = Evaluated.of_graph(t, z, dz, start, elsewhere, f)
 
             def pull(v: Tensor) -> Tensor:
                 """``v^T d(dz)/dz``; zero for a field that ignores its state."""
@@ -276,30 +263,109 @@ class AutogradField(Field):
                     retain = keep or several or along or later
                     v = _usable(v).to(dz.dtype)
                     vjp = torch.autograd.grad(dz, z, v, retain, create_graph=keep, allow_unused=True)[0]
-                return self._zero(elsewhere, t, z, dz) if vjp is None else vjp
+                return checks.zero(seen) if vjp is None else vjp
 
             products, rows, trace = _products(wants, z, probes, pull)
-            # If samples mix, a random product still gives an unbiased trace, because terms with the probes of other
-            # samples have mean zero. Unit vectors in all samples at once would add them up.
-            radius = self.radius if several and not whole else None
-            if (whole or radius is not None) and not checked.samples_are_apart:
-                checked.samples_are_apart = refuse_mixed_samples(z, dz)
-            if radius is not None and not checked.radius_holds:
-                checked.radius_holds = _refuse_wider(z, dz, radius)
-        jvp = None
-        if along:
-            if checks_third:
-                checked.third_derivative = wrong_third_derivative(dz, z, start)
-            wrong = checked.third_derivative or ""
-            jvp = _double_reverse(dz, t, z, keep=keep, zero=lambda: self._zero(elsewhere, t, z, dz), wrong=wrong)
-        found = dz
-        if not keep:
-            found = without_graph(dz)
-            products = None if products is None else without_graph(products)
-            rows = None if rows is None else without_graph(rows)
-        return Linearization(
-            found, products, rows, trace, jvp, functools.partial(_later, pull, keep) if later else None
+            jvp = _double_reverse(dz, t, z, keep=keep, zero=lambda: checks.zero(seen)) if along else None
+            pull_later = functools.partial(_later, pull, keep) if later else None
+            found = Linearization(dz, products, rows, trace, jvp, pull_later)
+            found = self._checked(found, seen, wants, probes, keep=keep)
+        if keep:
+            return found
+        return found._replace(
+            dz=without_graph(dz),
+            products=None if products is None else without_graph(products),
+            rows=None if rows is None else without_graph(rows),
         )
+
+    def _checked(
+        self,
+        found: Linearization,
+        seen: Evaluated,
+        wants: frozenset[str],
+        probes: Tensor | None,
+        *,
+        keep: bool,
+    ) -> Linearization:
+        """The linearization of an evaluation, after the checks of the field."""
+        apart, radius = self._relies_on(wants, probes, seen.z)
+        along = found.jvp is not None
+        self.checks.after(seen, keep=keep, along=along, apart=apart, radius=radius)
+        if found.jvp is not None and keep and (why := self.checks.third_derivative):
+            return found._replace(jvp=functools.partial(_without_gradient, found.jvp, why))
+        return found
+
+    def _relies_on(self, wants: frozenset[str], probes: Tensor | None, z: Tensor) -> tuple[bool, int | None]:
+        """Whether the products rely on samples that are apart, and the radius by which they are taken."""
+        whole = "rows" in wants or "trace" in wants
+        radius = self.radius if not whole and probes is not None and probes.ndim > z.ndim else None
+        return whole or radius is not None, radius
+
+    def _in_transform(
+        self, t: Tensor, z: Tensor, probes: Tensor | None, wants: frozenset[str], elsewhere: Velocity
+    ) -> tuple[Linearization, Evaluated, bool]:
+        """Linearize inside a transform of torch.func, where autograd's own functions fail.
+
+        Returns:
+            The linearization, the evaluation for the checks, and whether the results may be differentiated.
+        """
+        # inside of vjp gradients are always enabled
+        keep = torch.is_grad_enabled() or dual_numbers()
+        graph: list[Any] = []
+
+        def noted(t: Tensor, z: Tensor) -> Tensor:
+            dz = self(t, z)
+            graph[:] = dz.grad_fn, z  # of the level of this vjp, whose graph begins at the state
+            return dz
+
+        found = by_vjp(noted, t, z, probes, wants | {"pull"})
+        product = found.pull
+        assert product is not None
+
+        def pull(v: Tensor) -> Tensor | None:
+            with torch.no_grad():
+                return product(v) if reached else None
+
+        seen = Evaluated(
+            t, z, found.dz, *graph, start=0, depends=True, pull=pull, elsewhere=elsewhere, field=self._field
+        )
+        # by the path, not by a product of zero, which a mask of dropout may make
+        reached = reaches_state(seen)
+        if not reached:
+            self.checks.zero(seen)
+        return found, seen, keep
+
+    def check_at(
+        self,
+        t: Tensor,
+        z: Tensor,
+        probes: Tensor | None,
+        wants: frozenset[str],
+        *,
+        peek: Velocity,
+        at_end: bool = False,
+    ) -> None:
+        part, state = self.part, z
+        z = state if part is None else part.take(state)
+        apart, radius = self._relies_on(wants, probes, z)
+        if not wants or (at_end and not apart):
+            return
+
+        def f(t: Tensor, z: Tensor) -> Tensor:
+            return peek(t, z) if part is None else part.take(peek(t, cast("Tensor", part.put(state, z))))
+
+        field = AutogradField(f, checks=self.checks, radius=self.radius)
+        if not at_end:
+            field.linearize(t, z, probes, wants)
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            if transforms_active():
+                seen = field._in_transform(t, z, None, _PULL, f)[1]
+            else:
+                z = _as_variable(z, keep=False)
+                with torch.enable_grad():
+                    seen = Evaluated.of_graph(t, z, f(_usable(t), z), 0, f, f)
+            self.checks.at_end(seen, radius=radius)
 
     def _of_part(
         self,
@@ -322,38 +388,12 @@ class AutogradField(Field):
         def of_part_elsewhere(t: Tensor, z: Tensor) -> Tensor:
             return part.take(elsewhere(t, cast("Tensor", part.put(state, z))))
 
-        field = AutogradField(of_part, checked=self._checked, radius=self.radius)
+        field = AutogradField(of_part, checks=self.checks, captured=self.captured, radius=self.radius)
         found = field.linearize(t, part.take(state), probes, wants, peek=of_part_elsewhere)
         whole = velocities[0]
         if not torch.is_grad_enabled():  # the graph was for the products, the caller wants none
             whole = tuple(map(without_graph, whole)) if part.is_tuple else without_graph(whole)
         return found._replace(dz=cast("Tensor", whole))
-
-    def _zero(self, elsewhere: Velocity, t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
-        """The product with the Jacobian of a field whose graph does not reach its state: zero.
-
-        That is right for a field that ignores its state. A second evaluation at another state shows whether it
-        does.
-
-        Raises:
-            ConfigError: if the velocity is different there.
-        """
-        if self._checked.ignores_state or z.is_meta:
-            return torch.zeros_like(z)
-        with torch.no_grad():
-            state = z.detach()
-            # another value in each entry, so that no symmetry of the field hides the change
-            shift = torch.linspace(0.1, 0.3, max(state.numel(), 1), dtype=state.real.dtype, device=state.device)
-            moved = state + shift[: state.numel()].reshape(state.shape) * (1 + state.abs())
-            there = elsewhere(t.detach(), moved)
-        if not torch.equal(there, dz):
-            raise ConfigError(
-                "the vector field runs without a graph (no_grad, detach or numpy inside it), so its Jacobian would "
-                "count as zero in jacfrob and in a trace. Let the field run with gradients, or use penalties "
-                "that need no Jacobian, such as kinetic."
-            )
-        self._checked.ignores_state = bool(dz.any())  # a velocity of zero everywhere shows nothing
-        return torch.zeros_like(z)
 
 
 def _later(pull: Callable[[Tensor], Tensor], keep: bool, v: Tensor) -> Tensor:
@@ -363,8 +403,12 @@ def _later(pull: Callable[[Tensor], Tensor], keep: bool, v: Tensor) -> Tensor:
     return found if keep else without_graph(found)
 
 
-def _in_transform(f: Velocity, t: Tensor, z: Tensor, probes: Tensor | None, wants: frozenset[str]) -> Linearization:
-    """Velocity and derivatives inside a transform of ``torch.func``, where autograd's own functions fail."""
+def by_vjp(f: Velocity, t: Tensor, z: Tensor, probes: Tensor | None, wants: frozenset[str]) -> Linearization:
+    """Velocity and derivatives by ``torch.func.vjp``.
+
+    It reads no number and checks nothing, so that torch.compile can trace it, and works inside the transforms of
+    torch.func.
+    """
     if "jvp" not in wants:
         dz, pull_z = torch.func.vjp(lambda z: f(t, z), z)[:2]
 
@@ -383,6 +427,11 @@ def _in_transform(f: Velocity, t: Tensor, z: Tensor, probes: Tensor | None, want
         return transpose((torch.full_like(t, dt), v.to(z.dtype)))[0]
 
     return Linearization(dz, *_products(wants, z, probes, pull_second), jvp=jvp, pull=pull_second)
+
+
+def _without_gradient(jvp: DirectionalDerivative, why: str, v: Tensor, dt: float = 0.0) -> Tensor:
+    """A derivative along a direction, whose gradient raises an error with the given text."""
+    return WithoutGradient.apply(jvp(v, dt), why)
 
 
 def total_derivative(
@@ -427,7 +476,7 @@ def unit_vectors(z: Tensor) -> Tensor:
     return torch.eye(dims, dtype=z.dtype, device=z.device).reshape(dims, 1, *z.shape[1:])
 
 
-_JVP = frozenset({"jvp"})
+_JVP, _PULL = frozenset({"jvp"}), frozenset({"pull"})
 
 
 def _along(field: Velocity, derivative: Velocity) -> Velocity:
@@ -456,11 +505,9 @@ def _products(
 
 
 def _double_reverse(
-    dz: Tensor, t: Tensor, z: Tensor, *, keep: bool, zero: Callable[[], Tensor], wrong: str = ""
+    dz: Tensor, t: Tensor, z: Tensor, *, keep: bool, zero: Callable[[], Tensor]
 ) -> DirectionalDerivative:
     """Derivatives along directions from the graph of ``dz``; ``zero()`` where that does not reach ``z``.
-
-    ``wrong`` is the reason why their gradient is wrong, for the error of a backward pass; ``""``: it is right.
 
     ``u^T J`` is linear in ``u``, so its derivative with respect to ``u``, pulled back with ``v``, is ``J v`` for
     any ``u``.
@@ -469,8 +516,6 @@ def _double_reverse(
     def jvp(v: Tensor, dt: float = 0.0) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             found = push(_usable(v), dt)
-            if wrong and keep:
-                found = WithoutGradient.apply(found, wrong)
         return found if keep else without_graph(found)
 
     def push(v: Tensor, dt: float) -> Tensor:
@@ -493,118 +538,6 @@ def _double_reverse(
         return torch.zeros_like(z) if product is None else product
 
     return jvp
-
-
-def refuse_mixed_samples(z: Tensor, dz: Tensor, *, known: Tensor | None = None) -> bool:
-    """Refuse a field whose velocity at one sample depends on other samples, since one product would mix their rows.
-
-    If samples are independent, scaling a vector by one number per sample scales the product by the same numbers.
-    They are powers of two, so that low precision rounds both in the same way. The check is left out where the host
-    cannot read values.
-
-    Args:
-        z, dz: state and velocity ``(B, *event)``, with their graph.
-        known: the product with ones as a sum of others, if the caller has it. It saves a product unless it rounds
-            too differently from the scaled one.
-
-    Returns:
-        True if the check was conclusive, so that it need not run again. It is not for one sample, nor for a
-        Jacobian of zero.
-
-    Raises:
-        ConfigError: for samples that depend on each other.
-    """
-    if _unseen(z) or len(z) < 2 or not dz.requires_grad:  # in this order, since len() freezes a program's batch
-        return False
-    powers = torch.randint(8, (len(z),), generator=torch.Generator().manual_seed(0))
-    powers[:8] = torch.arange(8)[: len(z)]  # samples of a small batch all differ
-    scale = (2**powers).to(z).reshape(-1, *(1 for _ in z.shape[1:]))
-
-    def product(v: Tensor) -> Tensor | None:
-        return torch.autograd.grad(dz, z, v, True, allow_unused=True)[0]
-
-    def mixed(scaled: Tensor, plain: Tensor) -> bool:
-        # sqrt(eps) is far above rounding, which is of order eps
-        apart, bound = scale * plain, torch.finfo(dz.dtype).eps ** 0.5
-        return bool(((scaled - apart).abs() > bound * apart.abs().max()).any())
-
-    scaled = product(scale.to(dz.dtype).expand_as(dz))
-    if scaled is None:  # the field ignores its state
-        return False
-    if known is not None and not mixed(scaled, known):
-        return bool((known != 0).any())
-    plain = product(torch.ones_like(dz))
-    assert plain is not None
-    if mixed(scaled, plain):
-        raise ConfigError(
-            "the velocity of one sample depends on other samples, as in a graph or under batch norm, so the exact "
-            "Jacobian of one sample does not exist. Give batch_dim=None, which makes the whole state one sample, "
-            "to NeuralODE, odeint, regularize or penalties_at, or estimate by a random trace_noise."
-        )
-    return bool((plain != 0).any())
-
-
-def _refuse_wider(z: Tensor, dz: Tensor, radius: int) -> bool:
-    """Refuse a field whose velocity at a pixel depends on pixels beyond ``radius``, which colors would add up.
-
-    The products of some pixels, with random signs on all channels, must be exactly zero outside of their radius: a
-    tolerance would let too small a radius pass, whose trace is wrong by a fraction of a percent.
-
-    Args:
-        z, dz: state and velocity ``(B, C, *space)``, with their graph.
-        radius: in pixels.
-
-    Returns:
-        True if the check was conclusive, so that it need not run again. It is not for a Jacobian of zero, which a
-        fresh net may have.
-
-    Raises:
-        ConfigError: for a field with a larger radius.
-    """
-    if _unseen(z) or not dz.requires_grad:
-        return False
-    space, found = z.shape[2:], list[bool]()
-    signs = torch.randint(2, z.shape[:2], generator=torch.Generator().manual_seed(0)).to(dz) * 2 - 1
-    for pixels in _pixels_to_check(space, radius):
-        at = torch.ones(space, dtype=torch.bool, device=z.device)
-        far = ~at
-        for dim, (places, size) in enumerate(zip(pixels, space, strict=True)):
-            distances = torch.arange(size)[:, None] - torch.tensor(places)
-            nearest = distances.abs().amin(1).reshape(-1, *(1 for _ in space[dim + 1 :])).to(z.device)
-            at, far = at & (nearest == 0), far | (nearest > radius)
-        # torch's own convolutions give exact zeros, the fast ones of cuDNN rounding errors
-        with torch.backends.cudnn.flags(enabled=False):
-            v = signs.reshape(*signs.shape, *(1 for _ in space)) * at
-            product = torch.autograd.grad(dz, z, v, True, allow_unused=True)[0]
-        if product is None:  # the field ignores its state
-            return False
-        if bool((product[..., far] != 0).any()):
-            raise ConfigError(
-                f"the velocity at a pixel depends on pixels more than {radius} rows or columns away, so the "
-                f"radius {radius} of this exact trace is too small. Each convolution adds dilation * (kernel_size "
-                "// 2) to it, times all strides before it. A normalization over the image, attention or circular "
-                "padding has no radius: take Exact() with a product for each dimension, or a random estimator."
-            )
-        found.append(bool((product != 0).any()))
-    return all(found)
-
-
-def _pixels_to_check(space: Sequence[int], radius: int) -> Iterator[list[Sequence[int]]]:
-    """The pixels of each product that checks a ``radius``, by their places along each dimension of ``space``."""
-    corners = itertools.product(*({0, size - 1} for size in space))  # circular padding shows there alone
-    for pixel in (*corners, tuple(size // 2 for size in space)):
-        yield [[place] for place in pixel]
-    # With strides the reach of a pixel depends on its place. So check pixels in all rows and columns, many at once,
-    # with two pixels between their surroundings, at which wider ones show.
-    apart = 2 * radius + 3
-    for first in range(min(apart, max(space))):
-        yield [range(first % size, size, apart) for size in space]
-
-
-def _unseen(z: Tensor) -> bool:
-    """Whether the host cannot read values, so that checks are left out."""
-    capturing = z.is_cuda and torch.cuda.is_current_stream_capturing()
-    return z.is_meta or capturing or exporting() or torch.compiler.is_compiling()
 
 
 def _usable(x: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class History(Mapping[str, Tensor]):
 
     def add(self, integrals: Integrals) -> None:
         """Keep the integrals of a solve. This ends the solve that :meth:`begin` has started."""
-        if not (self._announced or self._collecting):  # a model that never calls `begin`
+        if self._of_one_thread and not (self._announced or self._collecting):  # a model that never calls `begin`
             self._kept = []
         self._begun = None
         self._kept.append(integrals)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .derivatives import refuse_mixed_samples
+from .field_checks import refuse_mixed_samples
 from .modes import differs, next_number, transforms_active
 from .objective import FlowOutput
-from .second_derivatives import check_second_derivative
+from .second_derivatives import Evaluated, check_second_derivative
 from .trace_estimators import Hutchinson
 
 if TYPE_CHECKING:
@@ -136,12 +136,13 @@ def jacobian_of(
         x = function(z)
         if differs(x):
             raise ConfigError(_TRANSFORMED)
+
+        def elsewhere(_: Tensor, z: Tensor) -> Tensor:
+            return function(z).reshape(z.shape)
+
+        seen = Evaluated.of_graph(z.new_zeros(()), z, x.reshape(z.shape), start, elsewhere, net)
         if graph:
-
-            def elsewhere(_: Tensor, z: Tensor) -> Tensor:
-                return function(z).reshape(z.shape)
-
-            check_second_derivative(x.reshape(z.shape), z, start, elsewhere, z.new_zeros(()), field=net, jvp=False)
+            check_second_derivative(seen, jvp=False)
         # if samples do not mix, the gradient of a sum over the batch has one row for each sample
         rows = [
             torch.autograd.grad(each.sum(), z, retain_graph=True, create_graph=graph)[0].flatten(1)
@@ -149,7 +150,7 @@ def jacobian_of(
         ]
         jacobian = torch.stack(rows, 1)
         if not apart:
-            refuse_mixed_samples(z, x.reshape(z.shape), known=jacobian.detach().sum(1).reshape(z.shape))
+            refuse_mixed_samples(seen, known=jacobian.detach().sum(1).reshape(z.shape))
         return x if graph else x.detach(), jacobian
 
 

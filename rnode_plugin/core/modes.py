@@ -1,45 +1,182 @@
-"""The modes in which torch runs the operations of this thread: transforms, captured programs and inference mode."""
+"""The modes in which torch runs the operations of this thread: transforms, captured programs and inference mode.
+
+It is also the only module that uses names of torch that are not public.
+"""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
-
-# torch has no public names for these and for the imports from torch.utils
-from torch._C._functorch import (
-    get_unwrapped,
-    is_batchedtensor,
-    is_functorch_wrapped_tensor,
-    maybe_current_level,
-    maybe_get_level,
-)
+from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map_only
 
 from ..errors import ConfigError
 
 _recording: ContextVar[bool] = ContextVar("_recording", default=False)
 
+# names of torch that are not public ------------------------------------------------------------------------------
 
-transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
-"""Whether a transform of torch.func is active. It has no public name; autograd.Function calls the same function."""
+TESTED = "2.13"
+"""The newest torch with which this package was tested; pyproject.toml names it, too."""
+
+NAMES = {
+    "torch._C._are_functorch_transforms_active": "solves are refused, because nothing else tells of torch.func",
+    "torch._C._functorch.get_unwrapped": "solves with products are refused inside torch.func",
+    "torch._C._functorch.is_functorch_wrapped_tensor": "solves with products are refused inside torch.func",
+    "torch._C._functorch.is_batchedtensor": "penalties of solves inside torch.func are refused",
+    "torch._C._functorch.maybe_current_level": "penalties of solves inside torch.func are refused",
+    "torch._C._functorch.maybe_get_level": "penalties of solves inside torch.func are refused",
+    "torch.autograd.forward_ad._current_level": "solves are refused, or would drop dual numbers in silence",
+    "torch.autograd.function.BackwardCFunction": "all layers count as custom functions, compared by differences",
+    "torch._C._will_engine_execute_node": "a backward pass computes the gradients of all weights",
+    "torch.utils._python_dispatch._disable_current_modes": "exports are refused",
+    "torch.fx.experimental.proxy_tensor.make_fx": "exports are refused",
+    "torch.utils._pytree": "checkpointed solves and inference mode are refused",
+    "torch.nn.modules.module._global_forward_hooks": "all layers count as having hooks, which autograd serves",
+    "torch.nn.modules.module._global_forward_pre_hooks": "all layers count as having hooks, which autograd serves",
+}
+"""The names that torch may change without notice, with what happens in a torch that lacks one.
+
+Attributes of objects have no entry: ``_sequence_nr`` of a node and ``_backward_hooks`` of a tensor, without which
+a solve that needs them is refused, and the closures of the classes that torch.func makes of a custom function,
+without which each of these is compared anew.
+"""
+
+
+def find_private(path: str) -> Any:
+    """The object of torch with this path, one of :data:`NAMES`; None in a torch that has none."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
+
+
+def private(path: str) -> Any:
+    """As :func:`find_private`; in a torch that has none, a function that raises a ConfigError."""
+
+    def refuse(*args: object, **options: object) -> NoReturn:
+        refuse_torch(path)
+
+    found = find_private(path)
+    return refuse if found is None else found
+
+
+def refuse_torch(name: str) -> NoReturn:
+    """Refuse a torch that lacks a name (ConfigError)."""
+    raise ConfigError(
+        f"torch {torch.__version__} has no {name}, which this call needs: install a torch from 2.6 to {TESTED}, "
+        "with which rnode-plugin was tested."
+    )
+
+
+transforms_active: Callable[[], bool] = private("torch._C._are_functorch_transforms_active")
+"""Whether a transform of torch.func is active. autograd.Function calls the same function."""
+
+_get_unwrapped: Callable[[Tensor], Tensor] = private("torch._C._functorch.get_unwrapped")
+_is_wrapped: Callable[[Tensor], bool] = private("torch._C._functorch.is_functorch_wrapped_tensor")
+_is_batched: Callable[[Tensor], bool] = private("torch._C._functorch.is_batchedtensor")
+_current_level: Callable[[], int | None] = private("torch._C._functorch.maybe_current_level")
+_level: Callable[[Tensor], int | None] = private("torch._C._functorch.maybe_get_level")
+_without_modes: Callable[[], AbstractContextManager[object]] = private(
+    "torch.utils._python_dispatch._disable_current_modes"
+)
+_executes: Callable[[Any], bool] = find_private("torch._C._will_engine_execute_node") or (lambda node: True)
+_CustomNode: Any = find_private("torch.autograd.function.BackwardCFunction")
+_pytree: Any = find_private("torch.utils._pytree")
+make_fx: Callable[..., Callable[..., Any]] = private("torch.fx.experimental.proxy_tensor.make_fx")
+
+
+def tree(name: str) -> Callable[..., Any]:
+    """A function of ``torch.utils._pytree``, such as ``tree_flatten``."""
+    return refuse_torch("torch.utils._pytree") if _pytree is None else getattr(_pytree, name)
+
+
+def number_of(node: Any) -> int:
+    """The number of a node of the graph. Nodes that are made later have a higher number."""
+    try:
+        return node._sequence_nr()
+    except AttributeError:
+        refuse_torch("_sequence_nr of a node")
+
+
+def custom_function(node: Any) -> type | None:
+    """The ``torch.autograd.Function`` of a node of the graph; None for an operation of torch.
+
+    Inside of ``torch.func`` torch makes a new class for each call, whose functions refer to the user's class.
+    """
+    if _CustomNode is not None and not isinstance(node, _CustomNode):
+        return None
+    function = getattr(type(node), "_forward_cls", type(node))
+    backward = getattr(function, "backward", None)
+    known = inspect.getclosurevars(backward).nonlocals if inspect.isfunction(backward) else {}
+    return known.get("autograd_function", function)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module`` may do more than its class does, through hooks or a replaced ``forward``.
+
+    Hooks that are registered for all modules count too, except torch's own, which only count operations.
+    """
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    of_torch = nn.modules.module
+    for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
+        hooks = getattr(of_torch, name, None)
+        if hooks is None:
+            return True
+        for hook in hooks.values():
+            if not getattr(hook, "__module__", "").startswith("torch."):
+                return True
+    # a forward that was assigned to this one instance, as offloading tools do
+    return "forward" in vars(module)
+
+
+def hooks_of(x: Tensor) -> Any:
+    """The hooks of a tensor by their number; None if it has none."""
+    try:
+        return x._backward_hooks
+    except AttributeError:
+        refuse_torch("_backward_hooks of a tensor")
+
+
+# transforms, programs and forward mode ---------------------------------------------------------------------------
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """``x`` without the wrappers of torch.func's transforms: of all samples of a ``torch.func.vmap`` at once."""
+    if transforms_active():
+        while _is_wrapped(x):
+            x = _get_unwrapped(x)
+    return x
+
+
+def any_of(x: Tensor) -> bool:
+    """Whether any entry of ``x`` is true; inside ``torch.func.vmap``, of all samples together."""
+    return bool(unwrapped(x).any())
+
+
+def unseen(x: Tensor) -> bool:
+    """Whether the host cannot read values, so that checks are left out."""
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return x.is_meta or capturing or exporting() or torch.compiler.is_compiling()
 
 
 def escaped(x: Tensor) -> bool:
     """Whether ``x`` was made inside a ``torch.func.vmap`` that has ended, so that no operation accepts it."""
-    current = maybe_current_level() or 0
+    current = _current_level() or 0
     # each transform wraps a tensor once; a level above the current one belongs to a transform that has ended
-    while is_functorch_wrapped_tensor(x):
-        if is_batchedtensor(x) and (maybe_get_level(x) or 0) > current:
+    while _is_wrapped(x):
+        if _is_batched(x) and (_level(x) or 0) > current:
             return True
-        x = get_unwrapped(x)
+        x = _get_unwrapped(x)
     return False
 
 
@@ -61,12 +198,18 @@ def recording() -> Iterator[None]:
 
 def on_host() -> AbstractContextManager[object]:
     """Context for operations that a captured program must not contain. Their results enter it as constants."""
-    return _disable_current_modes() if exporting() else nullcontext()
+    return _without_modes() if exporting() else nullcontext()
 
 
 def traced() -> bool:
     """Whether a transform of torch.func or an export is active."""
     return transforms_active() or exporting()
+
+
+def dual_numbers() -> bool:
+    """Whether forward mode is active, of ``torch.autograd.forward_ad`` or of ``torch.func.jvp``."""
+    level = getattr(forward_ad, "_current_level", None)  # negative outside of forward mode
+    return refuse_torch("torch.autograd.forward_ad._current_level") if level is None else level >= 0
 
 
 def refuse_dual_numbers() -> None:
@@ -75,8 +218,7 @@ def refuse_dual_numbers() -> None:
     Raises:
         ConfigError: inside ``torch.autograd.forward_ad.dual_level()``.
     """
-    # the level, which is negative outside of that context, has no public name
-    if forward_ad._current_level >= 0 and not transforms_active():
+    if dual_numbers() and not transforms_active():
         raise ConfigError(
             "a solve and its penalties do not compute with the dual numbers of torch.autograd.forward_ad: use "
             "torch.func.jvp or torch.func.jacfwd for forward mode."
@@ -123,17 +265,17 @@ def next_number(x: Tensor) -> int:
     """
     node = (x * 1).grad_fn
     assert node is not None
-    return node._sequence_nr()
+    return number_of(node)
 
 
 def reaches(node: Any) -> bool:
     """Whether the backward pass that runs now reaches this node of the graph, which is not a leaf.
 
     ``needs_input_grad`` of a node says only whether an input requires a gradient, even in a pass for the gradients
-    of other inputs. torch has no public name for this.
+    of other inputs.
     """
     # torch.compile traces a backward pass before it runs
-    return torch.compiler.is_compiling() or torch._C._will_engine_execute_node(node)
+    return torch.compiler.is_compiling() or _executes(node)
 
 
 def refuse_capture(what: str) -> None:
@@ -197,7 +339,7 @@ def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
     The outer one runs them with the whole gradient. A hook that scales it would otherwise scale it twice. Another
     thread whose backward pass ends meanwhile does not run them either.
     """
-    found = [hooks for x in tensors if (hooks := x._backward_hooks)]
+    found = [hooks for x in tensors if (hooks := hooks_of(x))]
     saved = [dict(hooks) for hooks in found]
     for hooks in found:
         hooks.clear()
@@ -211,8 +353,11 @@ def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
 def outside_checkpoints() -> AbstractContextManager[object]:
     """Context for a graph that is made only once, such as a check's, and does not outlive the block.
 
-    ``torch.utils.checkpoint`` around a model counts the saved tensors, and its second run must save as many.
+    ``torch.utils.checkpoint`` around a model counts the saved tensors, and its second run must save as many. The
+    transforms of torch.func refuse hooks of saved tensors, so inside of them the context does nothing.
     """
+    if transforms_active():
+        return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged)
 
 
@@ -231,4 +376,4 @@ def outside_inference(*values: Any) -> Iterator[tuple[Any, ...]]:
         yield values
         return
     with torch.inference_mode(False), torch.no_grad():
-        yield tree_map_only(Tensor, Tensor.clone, values)
+        yield tree("tree_map_only")(Tensor, Tensor.clone, values)

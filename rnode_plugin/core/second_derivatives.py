@@ -9,16 +9,25 @@ with a difference quotient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction  # torch has no public name for it
 from torch.autograd.graph import Node
 
 from ..errors import ConfigError
-from .modes import autocasts, exporting, outside_checkpoints
+from .modes import (
+    autocasts,
+    custom_function,
+    number_of,
+    outside_checkpoints,
+    transforms_active,
+    unseen,
+    unwrapped,
+)
 from .modules import module_of
 
 _right: WeakKeyDictionary[nn.Module, set[type]] = WeakKeyDictionary()  # functions that passed, by net
@@ -36,7 +45,56 @@ FUSED_ATTENTION = (
 )
 
 
-def wrong_third_derivative(dz: Tensor, z: Tensor, start: int) -> str:
+@dataclass(eq=False, slots=True)
+class Evaluated:
+    """One evaluation of a field with its graph, as a check reads it in any mode.
+
+    Attributes:
+        t, z, dz: time, state and velocity ``(B, *event)``.
+        root: the node of the graph that makes the velocity; None if it has no graph.
+        variable: the state as a variable of that graph.
+        start: nodes with a lower number are not part of the graph of this evaluation.
+        depends: whether a gradient may pass through the state to something else.
+        pull: ``v^T df/dz`` for ``v (B, *event)``, without a graph; None where the graph does not reach the state.
+        elsewhere: evaluates the same field at another time and state.
+        field: the function of the field. Each custom function is compared once for the net that it calls.
+    """
+
+    t: Tensor
+    z: Tensor
+    dz: Tensor
+    root: Node | None
+    variable: Tensor
+    start: int
+    depends: bool
+    pull: Callable[[Tensor], Tensor | None]
+    elsewhere: Callable[[Tensor, Tensor], Tensor]
+    field: object
+
+    @classmethod
+    def of_graph(
+        cls,
+        t: Tensor,
+        z: Tensor,
+        dz: Tensor,
+        start: int,
+        elsewhere: Callable[[Tensor, Tensor], Tensor],
+        field: object,
+    ) -> Self:
+        """An evaluation outside of transforms, whose velocity has the graph of autograd."""
+
+        def pull(v: Tensor) -> Tensor | None:
+            return torch.autograd.grad(dz, z, v, True, allow_unused=True)[0] if dz.requires_grad else None
+
+        return cls(t, z, dz, dz.grad_fn, z, start, z.grad_fn is not None, pull, elsewhere, field)
+
+    @property
+    def unseen(self) -> bool:
+        """Whether the host cannot read values, so that checks are left out."""
+        return unseen(self.z)
+
+
+def wrong_third_derivative(seen: Evaluated) -> str:
     """Return a message that names a layer whose third derivative torch computes wrongly; ``""`` if there is none.
 
     The layers are those between ``z`` and ``dz``. A derivative along a direction takes two derivatives, and its
@@ -45,11 +103,11 @@ def wrong_third_derivative(dz: Tensor, z: Tensor, start: int) -> str:
     ``batch_norm``.
 
     Args:
-        dz, z, start: as in :func:`check_second_derivative`.
+        seen: the evaluation.
     """
-    if dz.grad_fn is None or z.is_meta or exporting() or torch.compiler.is_compiling():
+    if seen.root is None or seen.unseen:
         return ""
-    pending, seen = [dz.grad_fn], {dz.grad_fn}
+    pending, found = [seen.root], {seen.root}
     while pending:
         node = pending.pop()
         name = node.name()
@@ -63,8 +121,8 @@ def wrong_third_derivative(dz: Tensor, z: Tensor, start: int) -> str:
                     "values without a gradient are right."
                 )
         for below, _ in node.next_functions:
-            if below is not None and below not in seen and below._sequence_nr() >= start:
-                seen.add(below)
+            if below is not None and below not in found and number_of(below) >= seen.start:
+                found.add(below)
                 pending.append(below)
     return ""
 
@@ -76,40 +134,35 @@ _NORMS = {
 
 
 class WithoutGradient(torch.autograd.Function):
-    """The identity, whose backward pass raises a ConfigError with the given text."""
+    """The identity, whose derivative raises a ConfigError with the given text."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, why: str) -> Tensor:
-        ctx.why = why
+    def forward(x: Tensor, why: str) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.why = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         raise ConfigError(ctx.why)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise ConfigError(ctx.why)
 
-def check_second_derivative(
-    dz: Tensor,
-    z: Tensor,
-    start: int,
-    elsewhere: Callable[[Tensor, Tensor], Tensor],
-    t: Tensor,
-    *,
-    field: object,
-    jvp: bool,
-) -> bool:
+
+def check_second_derivative(seen: Evaluated, *, jvp: bool) -> bool:
     """Refuse a field whose products lose their dependence on the state.
 
     With ``v^T f`` as the function, the derivative of the product ``v^T J`` along ``w`` is a Hessian times ``w``,
     which is symmetric. So reverse mode and a difference of products give the same tensor, entry by entry.
 
     Args:
-        dz: the velocity at ``z``, with its graph.
-        z: the state, a variable of that graph.
-        start: nodes with a lower number are not part of that graph.
-        elsewhere: evaluates the same field at another time and state.
-        t: the time.
-        field: the function of the field. Each custom function is compared once for the net that it calls.
+        seen: the evaluation.
         jvp: whether derivatives along directions are asked for, whose values take a second derivative.
 
     Returns:
@@ -118,16 +171,16 @@ def check_second_derivative(
     Raises:
         ConfigError: if the comparison fails, and for an attention kernel without a second derivative.
     """
-    if dz.grad_fn is None or z.is_meta or exporting() or torch.compiler.is_compiling():
-        return dz.grad_fn is not None
-    foreign, depends = _functions(dz, z, start)
+    if seen.root is None or seen.unseen:
+        return seen.root is not None
+    foreign, depends = _functions(seen, seen.root)
     # without parameters and with a state that is a leaf, no gradient of a product is ever taken
-    if not foreign or not (jvp or depends or z.grad_fn is not None):
+    if not foreign or not (jvp or depends or seen.depends):
         return True
     for name in foreign.values():
         if name.startswith("ScaledDotProduct"):
             raise ConfigError(FUSED_ATTENTION)
-    net = module_of(field)
+    net, dz = module_of(seen.field), seen.dz
     known = set[type]() if net is None else _right.setdefault(net, set())
     # differences of a velocity in half precision are mostly rounding, so nothing can be compared
     half = dz.dtype.itemsize < 4 or autocasts(dz)
@@ -135,7 +188,7 @@ def check_second_derivative(
     if not new or half:
         return True
     with outside_checkpoints():
-        found = _compare(dz, z, elsewhere, t)
+        found = _compare(seen)
     if found is False:
         names = " and ".join(sorted({foreign[each] for each in new}))
         raise ConfigError(
@@ -148,32 +201,45 @@ def check_second_derivative(
     return bool(found)
 
 
-def _functions(dz: Tensor, z: Tensor, start: int) -> tuple[dict[type | str, str], bool]:
-    """Custom functions and fused attention between ``z`` and ``dz`` by name, and whether parameters are read.
+def reaches_state(seen: Evaluated) -> bool:
+    """Whether the graph of the velocity reaches the state, where that is a leaf, as in ``torch.func.vjp``."""
+    pending, found = [seen.root], {seen.root}
+    while pending:
+        if (node := pending.pop()) is None:
+            continue
+        if getattr(node, "variable", None) is seen.variable:
+            return True
+        new = {below for below, _ in node.next_functions} - found
+        found |= new
+        pending += new
+    return False
 
-    Nodes older than ``start`` belong to other computations and cannot lead to ``z``.
+
+def _functions(of: Evaluated, root: Node) -> tuple[dict[type | str, str], bool]:
+    """Custom functions and fused attention between state and velocity by name, and whether parameters are read.
+
+    Nodes older than ``start`` belong to other computations and cannot lead to the state.
     """
-    end = z.grad_fn
+    end = of.variable.grad_fn
     parents: dict[Node, list[Node]] = {}  # from an input of a node to the node
-    assert dz.grad_fn is not None
     # a walk from the velocity down to the state, which notes the readers of each node's output
-    pending: list[Node] = [dz.grad_fn]
-    seen, suspects, ends = {dz.grad_fn}, dict[Node, tuple[type | str, str]](), list[Node]()
+    pending: list[Node] = [root]
+    seen, suspects, ends = {root}, dict[Node, tuple[type | str, str]](), list[Node]()
     depends = False
     while pending:
         node = pending.pop()
         variable = getattr(node, "variable", None)
-        if node is end or variable is z:  # the state, as the output of a node or as a leaf
+        # the state, as the output of a node or as a leaf
+        if (end is not None and node is end) or variable is of.variable:
             ends.append(node)
             continue
         if variable is not None:  # another leaf, a parameter
             depends = True
             continue
-        if node._sequence_nr() < start:
+        if number_of(node) < of.start:
             depends = True
             continue
-        if isinstance(node, BackwardCFunction):
-            function = getattr(type(node), "_forward_cls", type(node))
+        if (function := custom_function(node)) is not None:
             # our own functions have tested double backwards
             if not function.__module__.startswith("rnode_plugin."):
                 suspects[node] = function, function.__name__
@@ -197,36 +263,49 @@ def _functions(dz: Tensor, z: Tensor, start: int) -> tuple[dict[type | str, str]
     return {function: name for node, (function, name) in suspects.items() if node in between}, depends
 
 
-def _compare(dz: Tensor, z: Tensor, elsewhere: Callable[[Tensor, Tensor], Tensor], t: Tensor) -> bool | None:
+def _compare(seen: Evaluated) -> bool | None:
     """Whether autograd's second derivative is right; None where differences cannot tell, such as at kinks."""
-    generator = torch.Generator().manual_seed(0)
-    v, w = (torch.randint(2, dz.shape, generator=generator).to(dz) * 2 - 1 for _ in range(2))
-    point, w, t = z.detach(), w.to(z.dtype), t.detach()
+    dz, elsewhere, inside = seen.dz, seen.elsewhere, transforms_active()
+    draws = np.random.default_rng(0).integers(2, size=(2, *dz.shape)) * 2 - 1
+    v, w = torch.from_numpy(draws).to(dz.device, dz.dtype)
+    point, w, t = seen.z.detach(), w.to(seen.z.dtype), seen.t.detach()
     # one percent of the state: large against rounding in float32, small against the scale of the field
     size = 0.01 * point.square().mean().sqrt().clamp(min=0.1)
 
     def product(state: Tensor, *, again: bool = False) -> Tensor | None:
         # a separate evaluation, because some backward passes run only once
+        if inside:
+            return torch.func.vjp(lambda z: elsewhere(t, z), state)[1](v)[0]
         velocity = elsewhere(t, state)
         return torch.autograd.grad(velocity, state, v, create_graph=again, allow_unused=True)[0]
 
     def difference(step: Tensor) -> Tensor:
-        ends = (product((point + shift * w).requires_grad_()) for shift in (step, -step))
+        places = (point + shift * w for shift in (step, -step))
+        ends = (product(place if inside else place.requires_grad_()) for place in places)
         later, before = (torch.zeros_like(point) if end is None else end for end in ends)
         return (later - before) / (2 * step)
 
     # A central difference has an error of order step^2, so that its change with the step shows how far to trust it.
     fine, coarse = difference(size), difference(2 * size)
-    expected, doubt = float(fine.norm()), float((fine - coarse).norm())
+    expected, doubt = _norm(fine), _norm(fine - coarse)
     if not expected > 0 or not doubt < 0.1 * expected:
         return None
     # the Hessian of v^T f is symmetric: the gradient of (product . w) is the derivative of the product along w
-    state = point.requires_grad_()
-    found, exact = product(state, again=True), None
-    if found is not None and found.requires_grad:
-        try:
-            exact = torch.autograd.grad(found, state, w, allow_unused=True)[0]
-        except RuntimeError:  # torch marks some backward passes as not differentiable
-            return False
+    exact = None
+    try:  # torch marks some backward passes as not differentiable
+        if inside:
+            exact = torch.func.vjp(product, point)[1](w)[0]
+        else:
+            state = point.requires_grad_()
+            found = product(state, again=True)
+            if found is not None and found.requires_grad:
+                exact = torch.autograd.grad(found, state, w, allow_unused=True)[0]
+    except RuntimeError:
+        return False
     exact = torch.zeros_like(point) if exact is None else exact
-    return float((exact - fine).norm()) <= 0.02 * expected + 3 * doubt
+    return _norm(exact - fine) <= 0.02 * expected + 3 * doubt
+
+
+def _norm(x: Tensor) -> float:
+    """The norm of all entries, inside ``torch.func.vmap`` those of all samples together."""
+    return float(unwrapped(x).norm())

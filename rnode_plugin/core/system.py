@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from .derivatives import AutogradField, Field, Velocity, as_field
 from .evaluator import Evaluator
 from .field_evaluation import FieldEvaluation, Record
+from .modes import unseen
 from .modules import module_of
 from .part import PartSpec, State
 from .regularizers import NONE, Regularizers, RegularizersLike, checked
@@ -129,6 +130,13 @@ class Solve:
             PluginError: if a regularizer raises another error.
         """
         return self._function(t, _tensor(state))
+
+    def check_at(self, t: Tensor, state: State, *, at_end: bool = False) -> None:
+        """Check the field at one time and state, without effects; see :meth:`Field.check_at`.
+
+        Raises:
+            ConfigError: as a call.
+        """
 
     def z_of(self, state: Tensor) -> Tensor:
         """The part ``(B, *event)`` that the penalties measure, of a solver's state or of its velocity."""
@@ -372,6 +380,14 @@ class FieldSolve(Solve):
         if columns is None:
             return Derivative(dz, dlogdet, penalties)
         return columns.derivative(t, _tensor(given), dz, dlogdet, penalties)
+
+    def check_at(self, t: Tensor, state: State, *, at_end: bool = False) -> None:
+        if self.columns is not None:
+            state = self.columns.z_of(self.columns.without_cost(_tensor(state)))
+        if unseen(self.evaluator.z_of(state)):
+            return
+        given: Any = state
+        self.field.check_at(t, given, self.probes, self.wants, peek=cast(Any, self.evaluator.peek), at_end=at_end)
 
     def inputs(self) -> list[Tensor]:
         of_penalties = (p for module in self.regularizers.called for p in module.parameters())

@@ -222,12 +222,17 @@ class Exact(TraceEstimator):
     all colors of all evaluations stays alive (about 0.6 GB for an image of 28x28 and 16 evaluations of 64 hidden
     channels): choose ``gradient="checkpointed"``.
 
+    A field whose samples depend on each other is refused, and a field that reaches beyond its radius: at the first
+    evaluations of each solve until the products there are not zero, and once more at the end of the solve, which
+    takes one more call of the field. The radius is checked at some pixels in all rows and columns, at others at the
+    end. A coupling that is zero at both ends, or between pixels that are not looked at, is not seen:
+    :func:`~rnode_plugin.diagnose` compares the density with one that relies on neither.
+
     Args:
         radius: the radius r of a field without a known one, such as a net of yours: the velocity at a pixel depends
             on no pixel that is more than r rows or more than r columns away, in an event ``(C, *space)``
             with any number of dimensions of space. Each convolution adds ``dilation * (kernel_size // 2)``, times
-            all strides before it. Some pixels in all rows and columns check the radius, at the first evaluations of
-            each solve until the products there are not zero.
+            all strides before it. It is checked, as above.
         frobenius: whether the Frobenius norm is exact as well. Pixels of a color are then 2 r + 1 apart, which
             takes ``C min(H, 2 r + 1) min(W, 2 r + 1)`` products: 81 in place of 25 for four layers and one channel.
 

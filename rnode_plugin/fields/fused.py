@@ -57,13 +57,13 @@ from torch import Tensor
 from ..core.derivatives import (
     VELOCITY,
     AutogradField,
-    Checked,
     Field,
     Linearization,
     Velocity,
     trace_of_rows,
     unit_vectors,
 )
+from ..core.field_checks import FieldChecks
 from ..core.modes import autocasts, reaches, traced
 from ..errors import CompilerError, ConfigError
 from .activations import Activation
@@ -184,8 +184,8 @@ class Stack(Field):
         t = _as_time(t, z)
         if "jvp" in wants:
             # samples stay apart in these layers, and torch can differentiate them three times
-            checked = Checked(samples_are_apart=True, twice_differentiable=True, third_derivative="")
-            return AutogradField(self, checked=checked).linearize(t, z, probes, wants, peek=peek)
+            checks = FieldChecks(samples_are_apart=True, twice_differentiable=True, third_derivative="")
+            return AutogradField(self, checks=checks).linearize(t, z, probes, wants, peek=peek)
         if "rows" in wants or "trace" in wants:
             found = self._with_rows(t, z, wants)
             # one more pass for the products

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.derivatives import has_hooks
-from ..core.modes import exporting
+from ..core.modes import exporting, has_hooks
 from .activations import get_activation
 from .fused import Stack
 from .kernels import Dense

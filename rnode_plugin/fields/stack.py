@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.derivatives import VELOCITY, AutogradField, Field, Linearization, Velocity, has_hooks
-from ..core.modes import exporting, outside_inference
+from ..core.derivatives import VELOCITY, AutogradField, Field, Linearization, Velocity
+from ..core.modes import exporting, has_hooks, outside_inference
 from ..errors import ConfigError, check_count
 from .activations import get_activation
 from .fused import Stack

@@ -15,15 +15,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.utils._pytree import (  # torch has no public name for it
-    TreeSpec,
-    tree_flatten,
-    tree_leaves,
-    tree_unflatten,
-)
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
-from ..core.modes import drop_casts, next_number, transforms_active, without_hooks
+from ..core.modes import drop_casts, next_number, number_of, transforms_active, tree, without_hooks
 from ..core.second_derivatives import FUSED_ATTENTION
 from ..core.system import Solve
 from ..errors import ConfigError
@@ -97,7 +91,7 @@ def _leaves(
         start = next_number(state)
         # a clone, because torch refuses a field that changes a leaf in place
         derivative = rhs(t.detach(), state.clone())
-    found = _find_leaves([x for x in tree_leaves(derivative) if isinstance(x, Tensor)], start)
+    found = _find_leaves([x for x in tree("tree_leaves")(derivative) if isinstance(x, Tensor)], start)
     if found is None:  # a replay would run through that other graph at each step
         return None
     # add all parameters, because a module may read some of them at other times only
@@ -121,7 +115,7 @@ def _find_leaves(outputs: Sequence[Tensor], start: int, known: Sequence[object] 
         variable: Tensor | None = getattr(node, "variable", None)
         if variable is not None:
             leaves[id(variable)] = variable
-        elif node._sequence_nr() < start:
+        elif number_of(node) < start:
             return None
         pending += [parent for parent, _ in node.next_functions if parent is not None]
     return list(leaves.values())
@@ -135,11 +129,11 @@ class _Call:
 
     def __init__(self, function: Callable[..., object], args: tuple[object, ...]) -> None:
         self.function = function
-        self.flat, self.arguments = tree_flatten(args)
-        self.result: TreeSpec | None = None  # the structure of the result
+        self.flat, self.arguments = tree("tree_flatten")(args)
+        self.result: object = None  # the structure of the result
 
     def run(self, flat: Sequence[object]) -> list[Any]:
-        outputs, self.result = tree_flatten(self.function(*tree_unflatten(flat, self.arguments)))
+        outputs, self.result = tree("tree_flatten")(self.function(*tree("tree_unflatten")(flat, self.arguments)))
         return outputs
 
 
@@ -152,7 +146,7 @@ def _replay(function: Callable[..., _Result], args: tuple[object, ...], leaves: 
     call = _Call(function, args)
     outputs: Any = _Replay.apply(call, len(call.flat), *call.flat, *leaves)
     assert call.result is not None
-    return tree_unflatten(outputs, call.result)
+    return tree("tree_unflatten")(outputs, call.result)
 
 
 class _Replay(torch.autograd.Function):

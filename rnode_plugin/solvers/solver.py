@@ -160,6 +160,8 @@ class Solver(ABC):
         keep_steps = save_steps or regularizers.adds_evaluations
         problem = Problem(rhs, z0, t_span, keep_steps, safe_step, adjoint_safe_step, keep_adjoint_step)
         solution = gradient.solve(self, problem)
+        with torch.no_grad():
+            rhs.check_at(solution.t[-1].detach(), solution.z[-1].detach(), at_end=True)
         if regularizers.finished or regularizers.adds_evaluations:
             solution = with_path_penalties(solution, problem, self.tolerances)
         return solution if save_steps or solution.steps is None else replace(solution, steps=None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torchdiffeq
 
 try:
+    from torchdiffeq import odeint_event  # noqa: F401  (a copy that lacks it is too old)
+
     from .integrate import odeint, odeint_adjoint
     from .regularize import install, regularize, uninstall
 except ImportError as error:

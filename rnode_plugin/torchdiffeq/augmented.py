@@ -13,14 +13,13 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torchdiffeq._impl.adjoint import find_parameters
-from torchdiffeq._impl.misc import _mixed_norm, _rms_norm
 
 from ..core.derivatives import AutogradField
 from ..core.modes import outside_checkpoints, refuse_capture, transforms_active
 from ..core.part import State, signs_for_columns, tensors_of, warn_of_unread_columns
 from ..core.system import System
 from ..errors import ConfigError
+from .names import find_parameters, mixed_norm, rms_norm
 
 
 class _Here(threading.local):
@@ -117,6 +116,17 @@ class Augmented:
         """The user's part of a flattened state. For a tuple it stays flat, as in torchdiffeq."""
         own = flat[: sum(shape.numel() for shape in self.shapes)]
         return own if self.is_tuple else own.view(self.shapes[0])
+
+    def check_end(self, t: Tensor, end: State) -> None:
+        """Check the field at the end of a solve; see :meth:`Field.check_at`."""
+        tensors = tuple(x.detach() for x in tensors_of(end))
+        state = tensors if self.is_tuple else tensors[0]
+        before, here.evaluating = here.evaluating, True
+        try:
+            with torch.no_grad():
+                self.solve.check_at(t.detach().to(tensors[0].device), state, at_end=True)
+        finally:
+            here.evaluating = before
 
     def warn_of_constant_part(self, y0: State, end: State) -> None:
         """Warn if a solve from ``y0`` to ``end`` moved the state, but not the part that the penalties measure."""
@@ -226,7 +236,7 @@ def extended(given: Mapping[str, Any], system: Augmented) -> dict[str, Any]:
         system: the augmented field.
     """
     changed, options = dict(given), dict(given["options"] or {})
-    norm = options.get("norm", _mixed_norm if system.is_tuple else _rms_norm)
+    norm = options.get("norm", mixed_norm if system.is_tuple else rms_norm)
     # torchdiffeq's step lengths depend on these norms. A gradient through a norm would differentiate the step
     # control, which is wrong for a penalty that detaches another evaluation.
     options["norm"] = lambda state: norm(system.of_user(state)).detach()

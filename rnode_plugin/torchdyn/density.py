@@ -54,7 +54,9 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
             gradient modes.
         trace_estimator: ``"rademacher"`` or ``"gaussian"`` (Hutchinson, with noise drawn once per solve),
             ``"exact"``, ``"difference"`` for layers without a second derivative, or an estimator object. The model
-            keeps it as the attribute ``estimator``.
+            keeps it as the attribute ``estimator``. An exact trace refuses a net that mixes samples, unless they
+            are coupled only in the middle of a solve, see :class:`~rnode_plugin.Exact`, which
+            :func:`~rnode_plugin.diagnose` shows.
         regularizers: as in :class:`~rnode_plugin.NeuralODE`.
         t_span: times of the solve from data to base; None: 0 to 1. A fixed-step solver takes one step per interval
             and needs them, unless it is an object with a ``step``.

@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves  # torch has no public name for it
 from torchdyn.core.defunc import DEFunc, DEFuncBase
 from torchdyn.models.cnf import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
-from ..core.derivatives import AutogradField, Field, Velocity, has_hooks
+from ..core.derivatives import AutogradField, Field, Velocity
 from ..core.evaluator import lock_of
-from ..core.modes import outside_checkpoints
+from ..core.modes import has_hooks, outside_checkpoints, tree
 from ..core.modules import module_of
 from ..core.part import signs_for_columns, warn_of_unread_columns
 from ..core.signature import (
@@ -381,7 +380,7 @@ def adds_time(module: nn.Module) -> bool:
 def tensors_of(parts: Iterable[object], args: object) -> list[Tensor]:
     """The tensors with respect to which an adjoint differentiates: parameters in ``parts``, tensors in ``args``."""
     found = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
-    given = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.requires_grad]
+    given = [x for x in tree("tree_leaves")(args) if isinstance(x, Tensor) and x.requires_grad]
     return list({id(x): x for x in [*found, *given]}.values())
 
 

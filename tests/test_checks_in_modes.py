@@ -1,0 +1,407 @@
+"""The checks of a field inside torch.func, under a user's torch.compile, and at the end of a solve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+
+from rnode_plugin import Adaptive, Exact, FixedGrid, NeuralODE, RegularizedCNF
+from rnode_plugin.core.derivatives import AutogradField, Linearization
+from rnode_plugin.core.field_checks import _pixels_to_check
+from rnode_plugin.core.system import System
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.regularizers import jacfrob, total_derivative
+from rnode_plugin.torchdiffeq import odeint, regularize
+
+SPAN = torch.linspace(0, 1, 3, dtype=torch.float64)
+GRID = FixedGrid("rk4_38", step=0.5)
+
+
+class Tanh(torch.autograd.Function):
+    """The hyperbolic tangent, whose backward pass forgets that it depends on the state."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.tanh()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * (1 - ctx.saved_tensors[0].detach().tanh() ** 2)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0] * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+class RightTanh(Tanh):
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+def dropped(x: Tensor) -> Tensor:
+    return nn.functional.dropout(x, 0.9, training=True)  # often of all samples
+
+
+class Field(nn.Module):
+    """``act(W z + t)`` of a function of the state."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor] = lambda z: z, act: Any = torch.tanh) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.read, self.act = nn.Linear(2, 2).double(), read, act
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.act(self.linear(self.read(z)) + t)
+
+
+BAD = {
+    "detached": (lambda: Field(torch.Tensor.detach), "runs without a graph"),
+    "mixing": (lambda: Field(lambda z: z - z.mean(0)), "depends on other samples"),
+    "kernel": (lambda: Field(act=Tanh.apply), "backward pass of Tanh cannot be differentiated"),
+}
+GOOD = {
+    "plain": Field,
+    "custom function": lambda: Field(act=RightTanh.apply),
+    "blind": lambda: Field(lambda z: torch.zeros_like(z)),
+    "dropout": lambda: Field(act=dropped),
+}
+
+
+def density(net: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    model = RegularizedCNF(net, event_shape=2, trace_estimator="exact", solver=GRID, regularizers=())
+    return model, lambda x: model.encode(x).logdet
+
+
+def node(net: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    model = NeuralODE(net, "rk4", regularizers=["jacfrob"], trace_noise="exact")
+
+    def penalty(x: Tensor) -> Tensor:
+        model(x, SPAN)
+        return model.regularization["jacfrob"]
+
+    return model, penalty
+
+
+def of_parameters(model: nn.Module, call: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The sum over the samples as a function of parameters and samples."""
+
+    class Called(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return call(x).sum()
+
+    called = Called()
+    return lambda parameters, x: functional_call(called, {f"model.{k}": v for k, v in parameters.items()}, (x,))
+
+
+def modes(face: Callable[[nn.Module], Any], net: nn.Module) -> dict[str, tuple[Callable[[Tensor], Any], Any]]:
+    """A call by the name of its mode, with the same values by autograd outside of transforms."""
+    model, call = face(net)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    own = dict(model.named_parameters())
+    of = of_parameters(model, call)
+
+    def gradient(x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(call(x).sum(), x, allow_unused=True)[0]
+
+    def of_weights(x: Tensor) -> dict[str, Tensor]:
+        found = torch.autograd.grad(call(x).sum(), list(own.values()), allow_unused=True)
+        return {k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(own.items(), found, strict=True)}
+
+    def ensemble(x: Tensor) -> Tensor:
+        stacked = {k: torch.stack([p, 0.5 * p]) for k, p in parameters.items()}
+        return vmap(of, in_dims=(0, None), randomness="same")(stacked, x)
+
+    def one_by_one(x: Tensor) -> Tensor:
+        return torch.stack([of({k: s * p for k, p in parameters.items()}, x) for s in (1.0, 0.5)])
+
+    def alone(x: Tensor) -> Tensor:
+        return torch.cat([call(each[None]) for each in x])
+
+    return {
+        "vmap": (vmap(lambda x: call(x[None])[0], randomness="same"), alone),
+        "grad": (grad(lambda x: call(x).sum()), gradient),
+        "vmap of grad": (
+            vmap(grad(lambda x: call(x[None])[0]), randomness="same"),
+            lambda x: torch.cat([gradient(each[None]) for each in x]),
+        ),
+        "functional_call": (lambda x: grad(of)(parameters, x), of_weights),
+        "ensemble": (ensemble, one_by_one),
+        "jvp": (lambda x: jvp(call, (x,), (torch.ones_like(x),))[1], lambda x: gradient(x).sum(1)),
+    }
+
+
+MODES = ["vmap", "grad", "vmap of grad", "functional_call", "ensemble", "jvp"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("face", [density, node])
+@pytest.mark.parametrize("name", BAD)
+def test_inside_torch_func_fields_are_refused_as_outside(name: str, face: Any, mode: str) -> None:
+    make, message = BAD[name]
+    x = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    inside, _ = modes(face, make())[mode]
+    with pytest.raises(ConfigError, match=message):
+        face(make())[1](x)
+    if name == "mixing" and mode.startswith("vmap"):  # of single samples, each of which is its own mean
+        assert all(bool(each.isfinite().all()) for each in inside(x))
+        return
+    with pytest.raises(ConfigError, match=message):
+        inside(x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("face", [density, node])
+@pytest.mark.parametrize("name", GOOD)
+def test_inside_torch_func_right_fields_have_the_same_numbers(name: str, face: Any, mode: str) -> None:
+    x = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    inside, outside = modes(face, GOOD[name]())[mode]
+    torch.manual_seed(2)
+    found = inside(x)
+    if name == "dropout":  # other masks
+        assert all(bool(each.isfinite().all()) for each in (found.values() if isinstance(found, dict) else [found]))
+        return
+    torch.testing.assert_close(found, outside(x))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_values_alone_are_refused_too_where_they_are_wrong(name: str) -> None:
+    """Without gradients a kernel has the right values."""
+    make, message = BAD[name]
+    x = torch.randn(2, 4, 2, dtype=torch.float64)
+    _, call = density(make())
+    with torch.no_grad():
+        if name == "kernel":
+            torch.testing.assert_close(vmap(call)(x), torch.stack(list(map(call, x))))
+            return
+        with pytest.raises(ConfigError, match=message):
+            vmap(call)(x)
+
+
+def test_a_wrong_third_derivative_inside_torch_func() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Tanh()).double()
+    model, x = NeuralODE(net, "rk4", regularizers=[total_derivative]), torch.randn(4, 2, 3).double()
+
+    def penalty(x: Tensor) -> Tensor:
+        model(x, SPAN)
+        return model.regularization["total_derivative"]
+
+    torch.testing.assert_close(vmap(penalty)(x), torch.stack(list(map(penalty, x))))
+    for transformed in (grad(lambda x: penalty(x).sum()), lambda x: jvp(penalty, (x,), (x,))):
+        with pytest.raises(ConfigError, match="wrong third derivative of NativeLayerNorm"):
+            transformed(x[0])
+
+
+# a user's own torch.compile --------------------------------------------------------------------------------------
+
+
+class Squeeze(nn.Module):
+    """A convolution with a mean over the image, whose share is ``gate(t)``."""
+
+    def __init__(self, gate: Callable[[Tensor], Any] = lambda t: 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.gate = nn.Conv2d(1, 1, 3, padding=1).double(), gate
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.conv(z).tanh() * (1 + self.gate(t) * (3 * z.mean((2, 3), keepdim=True)).tanh())
+
+
+def images(net: nn.Module) -> RegularizedCNF:
+    return RegularizedCNF(net, event_shape=(1, 8, 8), trace_estimator=Exact(radius=1), solver=GRID, regularizers=())
+
+
+@pytest.mark.parametrize(
+    ("name", "of"), [*((name, "log_prob") for name in (*BAD, "radius", "right")), ("mixing", "model")]
+)
+def test_a_users_compile_refuses_what_a_plain_call_refuses(name: str, of: str) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(4, 2, dtype=torch.float64)
+    if name == "radius":
+        model, x, message = images(Squeeze()), x.new_ones(2, 1, 8, 8), "more than 1 rows or columns away"
+    else:
+        make, message = BAD.get(name, (Field, ""))
+        model: Any = density(make())[0]
+    compiled: Any = torch.compile(model, backend="eager")
+    call = (lambda x: compiled(x).logdet) if of == "model" else torch.compile(model.log_prob, backend="eager")
+    if name == "right":
+        plain = model(x).logdet if of == "model" else model.log_prob(x)
+        torch.testing.assert_close(call(x), plain)
+        ours, theirs = (torch.autograd.grad(each.sum(), model.net.linear.weight) for each in (call(x), plain))
+        torch.testing.assert_close(ours, theirs)
+        return
+    with pytest.raises(ConfigError, match=message):
+        call(x)
+
+
+# the end of a solve ----------------------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """Samples that are coupled by ``gate(t)`` times a function of their mean."""
+
+    def __init__(self, gate: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.gate, self.calls = nn.Linear(2, 2).double(), gate, 0
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        self.calls += 1
+        return self.linear(z).tanh() + self.gate(t) * z.mean(0, keepdim=True).tanh().expand_as(z)
+
+
+def at_the_end(t: Tensor) -> Any:
+    return (t - 0.5).relu()
+
+
+def in_the_middle(t: Tensor) -> Any:
+    return (0.1 - (t - 0.5).abs()).relu()
+
+
+X = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+SOLVES: dict[str, Callable[[nn.Module], object]] = {
+    "density": lambda net: RegularizedCNF(net, event_shape=2, trace_estimator="exact", solver=GRID).log_prob(X),
+    "density, dopri5": lambda net: RegularizedCNF(net, event_shape=2, trace_estimator="exact").log_prob(X),
+    "samples and densities": lambda net: RegularizedCNF(
+        net, event_shape=2, trace_estimator="exact", solver=Adaptive(gradient="adjoint"), t_span=(1.0, 0.0)
+    ).inverse_and_log_prob(X),
+    "node": lambda net: NeuralODE(net, "rk4", regularizers=["jacfrob"], trace_noise="exact")(X, SPAN),
+    "checkpointed": lambda net: NeuralODE(
+        net, "rk4", regularizers=["jacfrob"], trace_noise="exact", sensitivity="checkpointed"
+    )(X, SPAN),
+    "odeint": lambda net: odeint(net, X, SPAN, method="rk4", regularizers=["jacfrob"], trace_noise="exact"),
+    "odeint of a tuple": lambda net: odeint(
+        lambda t, y: (net(t, y[0]), y[1]), (X, X), SPAN, method="rk4", regularizers=["jacfrob"], trace_noise="exact"
+    ),
+    "grad": lambda net: grad(lambda x: density(net)[1](x).sum())(X),
+}
+
+
+def regularized(net: nn.Module) -> object:
+    import torchdiffeq
+
+    with regularize("jacfrob", trace_noise="exact"):
+        return torchdiffeq.odeint(net, X, SPAN, method="rk4")
+
+
+SOLVES["regularize"] = regularized
+
+
+@pytest.mark.parametrize("name", SOLVES)
+def test_a_coupling_of_samples_that_opens_within_a_solve_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="depends on other samples"):
+        SOLVES[name](Gated(at_the_end))
+    SOLVES[name](Gated(lambda t: 0.0))
+    SOLVES[name](Gated(in_the_middle))  # zero at both ends, as the docstring of Exact says
+
+
+def test_random_traces_of_such_fields_and_one_more_call_for_exact_ones() -> None:
+    def calls(estimator: str, gate: Callable[[Tensor], Any]) -> tuple[int, int]:
+        net = Gated(gate)
+        model = RegularizedCNF(net, event_shape=2, trace_estimator=estimator, solver=GRID)
+        model.log_prob(X)
+        return net.calls, model.nfe
+
+    assert calls("rademacher", at_the_end) == (8, 8)
+    assert calls("exact", lambda t: 0.0) == (9, 8)
+
+
+def test_a_reach_of_pixels_that_opens_within_a_solve_is_refused() -> None:
+    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    for gate in (lambda t: 1.0, lambda t: t, at_the_end):
+        with pytest.raises(ConfigError, match="more than 1 rows or columns away"):
+            images(Squeeze(gate)).log_prob(x)
+    images(Squeeze(lambda t: 0.0)).log_prob(x)
+
+
+def test_the_end_of_a_solve_is_checked_at_other_pixels() -> None:
+    """A coupling of one pixel that no product of the first lattice looks at shows on the second one."""
+
+    class Pair(Squeeze):
+        def forward(self, t: Tensor, z: Tensor) -> Tensor:
+            far = torch.zeros_like(z)
+            far[..., 0, 1] = z[..., 3, 4].square()
+            return self.conv(z).tanh() + far
+
+    looked_at = [
+        any(0 in rows and 1 in columns for rows, columns in _pixels_to_check((8, 8), 1, offset))
+        for offset in (0, 1)
+    ]
+    assert looked_at == [False, True]
+    with pytest.raises(ConfigError, match="more than 1 rows or columns away"):
+        images(Pair()).log_prob(torch.randn(2, 1, 8, 8, dtype=torch.float64))
+
+
+def test_a_solve_that_explodes_keeps_its_own_error() -> None:
+    model = images(Squeeze())
+    model.net = nn.Conv2d(1, 1, 3, padding=1).double()
+    nn.init.constant_(model.net.weight, 1e200)
+    with pytest.raises(Exception, match="no longer finite"):
+        model.log_prob(torch.ones(2, 1, 8, 8, dtype=torch.float64))
+
+
+# a step that is compiled as a whole ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wants", [{"products"}, {"rows", "trace"}, {"jvp"}, {"products", "jvp", "pull"}])
+def test_a_captured_field_has_the_same_numbers_and_checks_nothing(wants: set[str]) -> None:
+    t, probes = torch.tensor(0.3, dtype=torch.float64), torch.randn_like(X)
+    net = Field()
+
+    def numbers(field: AutogradField) -> list[Tensor]:
+        found: Linearization = field.linearize(t, X, probes, frozenset(wants))
+        tensors = [x for x in (found.dz, found.products, found.rows, found.trace) if x is not None]
+        tensors += [] if found.jvp is None else [found.jvp(probes, 1.0)]
+        tensors += [] if found.pull is None or "pull" not in wants else [found.pull(probes)]
+        loss = sum(x.square().sum() for x in tensors)
+        assert isinstance(loss, Tensor)
+        return [*tensors, *torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)]
+
+    torch.testing.assert_close(numbers(AutogradField(net, captured=True)), numbers(AutogradField(net)))
+    for name, (make, message) in BAD.items():
+        AutogradField(make(), captured=True).linearize(t, X, probes, frozenset(wants))
+        if "rows" not in wants and name == "mixing":
+            continue
+        with pytest.raises(ConfigError, match=message):
+            numbers(AutogradField(make()))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_check_at_one_time_refuses_as_an_evaluation_without_effects(name: str) -> None:
+    make, message = BAD[name]
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.field, self.norm = make(), nn.BatchNorm1d(2).double()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, t: Tensor, z: Tensor) -> Tensor:
+            self.calls += 1
+            return self.field(t, z) + 0 * nn.functional.dropout(torch.ones_like(z))
+
+    net = Counted()
+    rhs = System([jacfrob], "exact").start(net, X)
+    state = torch.get_rng_state()
+    with pytest.raises(ConfigError, match=message):
+        rhs.check_at(SPAN[0], X)
+    assert net.calls == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    System([jacfrob], "exact").start(Field(), X).check_at(SPAN[0], X)
