@@ -8,6 +8,7 @@ import pkgutil
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,19 +152,25 @@ def train(
 
 @contextmanager
 def _reported_by_process(ctx: click.Context) -> Iterator[None]:
-    """Let the other processes of a distributed run name themselves in an error, and end as if there were none."""
+    """Let the other processes of a distributed run name themselves in an error, and end after the first one."""
     try:
         yield
     except RnodeError as error:
         first = all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_PROCID"))
         if first or type(error) not in (ConfigError, TrainingError):  # another error may be in this process only
             raise
-        # The first process may meet the same error, or only lose its peer. It reports that and its advice, if
-        # Lightning does not kill it before, which it does when another process exits with an error
         ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
         rank = next(each for each in ranks if each is not None)
         click.echo(f"process {rank}: {error}", err=True)
-        ctx.exit(0)
+        # An exit code other than 0 lets the launcher kill the first process, which may meet the same error: it gets
+        # the time to print its own, with its advice. Without the exit code it could wait here for half an hour
+        parent, end = os.getppid(), time.monotonic() + _SECONDS_TO_SPEAK
+        while os.getppid() == parent and time.monotonic() < end:
+            time.sleep(0.1)
+        ctx.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+_SECONDS_TO_SPEAK = 20.0
 
 
 def _chosen(
