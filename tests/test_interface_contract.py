@@ -322,9 +322,7 @@ def test_penalties_and_gradients_equal_scipy_and_finite_differences(name: str) -
     loss = sum(found[each].sum() / exact[each].sum() for each in names)
     ours = slope(loss, parameters, directions(parameters))  # pyright: ignore[reportArgumentType]
     wanted: Any = sum(slopes[each] / exact[each].sum() for each in names)
-    # the interpolant of third order between knots has an error too
-    tolerance = 1e-3 if name == "interpolated_adjoint" else 1e-5
-    torch.testing.assert_close(ours, wanted, rtol=tolerance, atol=1e-7)
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", FACES)
@@ -338,9 +336,8 @@ def test_the_gradient_of_values_and_penalties_is_that_of_central_differences(nam
         return end_of(name, values).sin().sum() + sum(penalties.values()).sum()  # pyright: ignore
 
     along = directions(variables)
-    tolerance = 1e-3 if name == "interpolated_adjoint" else 1e-6
     torch.testing.assert_close(
-        slope(value(), variables, along).detach(), difference(value, variables, along), rtol=tolerance, atol=1e-8
+        slope(value(), variables, along).detach(), difference(value, variables, along), rtol=1e-6, atol=1e-8
     )
 
 

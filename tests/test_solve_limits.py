@@ -384,10 +384,10 @@ def test_a_step_that_ends_at_a_time_has_its_gradient(method: str, gradient: str,
             torch.testing.assert_close(moved, torch.zeros_like(moved), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("interpolated", [False, True])
+@pytest.mark.parametrize("restarted", [False, True])
 @pytest.mark.parametrize("times", [T, T.flip(0), torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)])
 def test_the_backward_pass_of_an_adjoint_begins_with_what_its_forward_pass_knew(
-    interpolated: bool, times: Tensor
+    restarted: bool, times: Tensor
 ) -> None:
     net, z = Wave(), torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     bound, known = System().start(net, z, density=False), dict[str, float]()
@@ -396,7 +396,7 @@ def test_the_backward_pass_of_an_adjoint_begins_with_what_its_forward_pass_knew(
 
     def gradient(first_step: float | None, history: History) -> tuple[list[Tensor], int]:
         backward = Adaptive("dopri5", atol=1e-7, rtol=1e-7, first_step=first_step)
-        solver = Adaptive("dopri5", atol=1e-7, rtol=1e-7, gradient=Adjoint(backward, interpolated=interpolated))
+        solver = Adaptive("dopri5", atol=1e-7, rtol=1e-7, gradient=Adjoint(backward, restarted=restarted))
         loss = solve_warm(solver, bound, z, times, history).z[1:].square().sum()
         calls = list[int]()
         with net.register_forward_hook(lambda *_: calls.append(1)):

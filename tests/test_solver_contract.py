@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Linear, linear_closed_form, solver_of
+from problems import Linear, Wave, linear_closed_form, solver_of
 from torch import Tensor
 
 from rnode_plugin import Adaptive, FixedGrid, Solver, System
@@ -79,11 +79,35 @@ def test_a_linear_field_is_solved_and_differentiated_as_in_closed_form(
             parts = (s.z, s.logdet, s.penalties["kinetic"], s.penalties["jacfrob"])
         gradients = torch.autograd.grad(loss_of(*parts), [field.a, z, t])
         results.append([p.detach() for p in parts] + list(gradients))
-    # the interpolant is of third order between knots, whatever the method
-    tolerance = max(ACCURACY.get(name, 1e-7), 1e-5 if gradient == "interpolated_adjoint" else 0.0)
+    tolerance = ACCURACY.get(name, 1e-7)
     for part, exact, ours in zip(("z", "logdet", "kinetic", "jacfrob", "dA", "dz0", "dt"), *results, strict=True):
         error = (ours - exact).norm() / exact.norm()
         assert error < tolerance, f"{part}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", ["rk4_38", "dopri5"])
+def test_a_restarted_adjoint_is_one_with_an_output_at_each_step(name: str, backward: bool) -> None:
+    field, z0 = Wave(), torch.randn(2, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    times = torch.tensor([0.9, 0.55, 0.1] if backward else [0.1, 0.55, 0.9], dtype=torch.float64)
+    kind = {"rk4_38": FixedGrid("rk4_38", step=0.1), "dopri5": Adaptive("dopri5", atol=1e-5, rtol=1e-5)}[name]
+    rhs = System([kinetic], "exact").start(field, z0)
+    solution = kind.solve(rhs, z0, times, save_steps=True)
+    assert solution.steps is not None
+    every = torch.cat([solution.steps.t[:-1], times[-1:]])
+
+    def gradients(times: Tensor, gradient: Adjoint) -> tuple[Tensor, ...]:
+        z = z0.clone().requires_grad_()
+        solution = dataclasses.replace(kind, gradient=gradient).solve(rhs, z, times)
+        assert solution.logdet is not None
+        loss = solution.z[-1].sin().sum() + solution.logdet[-1].sum() + solution.penalties["kinetic"].sum()
+        return torch.autograd.grad(loss, [z, *field.parameters()])
+
+    solver = FixedGrid("rk4_38", step=1)  # one step between two stops
+    restarted = gradients(times, Adjoint(solver, restarted=True))
+    torch.testing.assert_close(restarted, gradients(every, Adjoint(solver)), rtol=1e-9, atol=1e-9)
+    plain = gradients(times, Adjoint(solver))
+    assert all(not torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(plain, restarted, strict=True))
 
 
 def test_a_density_stops_at_each_output_where_a_state_is_interpolated() -> None:
@@ -209,7 +233,7 @@ def test_another_solve_before_the_backward_pass_changes_no_gradient(name: str, g
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_a_gradient_by_name_is_the_object(gradient: str) -> None:
     kinds = {"autograd": Autograd(), "checkpointed": Checkpointed(), "adjoint": Adjoint()}
-    assert get_gradient(gradient) == kinds.get(gradient, Adjoint(interpolated=True))
+    assert get_gradient(gradient) == kinds.get(gradient, Adjoint(restarted=True))
     assert FixedGrid(gradient=gradient).gradient == gradient
 
 

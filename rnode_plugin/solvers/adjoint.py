@@ -25,7 +25,6 @@ from ..errors import ConfigError
 from .checkpoint import is_complete
 from .solution import Solution, Steps
 from .step import Problem
-from .tableaus import hermite
 
 if TYPE_CHECKING:
     from .solver import Solver
@@ -40,7 +39,7 @@ class AdjointCall:
         forward: solves the system from a state ``z`` through times ``t``. The solution has all outputs that the
             loss may depend on.
         backward: the solver of the backward pass.
-        interpolated: whether the backward pass reads the states from the accepted steps.
+        restarted: whether the backward pass restarts from the stored state at each accepted step.
         safe_step: the first step of each backward pass, also of the second one through one solution.
         keep_step: receives the longest safe step of each backward pass.
         solution: the solution of the forward pass, without a graph.
@@ -49,7 +48,7 @@ class AdjointCall:
     rhs: Solve
     forward: Callable[[Tensor, Tensor], Solution]
     backward: Solver
-    interpolated: bool
+    restarted: bool
     safe_step: float | None
     keep_step: Callable[[float], None] | None
     solution: Solution | None = None
@@ -88,7 +87,7 @@ class _Adjoint(torch.autograd.Function):
         t, z = solution.t, solution.z
         call.solution = solution
         ctx.call, ctx.names = call, tuple(solution.penalties)
-        ctx.steps = solution.steps if call.interpolated else None
+        ctx.steps = solution.steps if call.restarted else None
         ctx.save_for_backward(t_span, t, z, *params)
         ctx.mark_non_differentiable(t)
         return t, z, solution.logdet, *solution.penalties.values()
@@ -116,24 +115,16 @@ def _sweep(ctx: Any, dz: Tensor, dlogdet: Tensor | None, dpenalties: Sequence[Te
     span_index = _positions(t_span, t) if wants_times else {}
     dt, a = torch.zeros_like(t_span), torch.zeros_like(z[0])
     dl = None if dlogdet is None else torch.zeros_like(dlogdet[0])
-    k = last
-    while True:
-        if k > 0 and k in span_index:
+    for k in range(last, 0, -1):
+        if k in span_index:
             # A change of an output time changes its own output. A change of the last one also moves the path's end.
             mine = None if dlogdet is None else dlogdet[k]
             dt[span_index[k]] = pass_.hamiltonian(t[k], z[k], dz[k], mine, penalties=k == last)
-        if k == 0:
-            break
         a = a + dz[k]
         if dl is not None and dlogdet is not None:
             dl = dl + dlogdet[k]
-        before = k - 1
-        if pass_.may_skip:  # the adjoint jumps only where the loss has a gradient
-            while before > 0 and not _any(dz[before], None if dlogdet is None else dlogdet[before]):
-                before -= 1
-        if bool(t[k] != t[before]):
-            a = pass_.interval(t[k], t[before], z[k], a, dl)
-        k = before
+        if bool(t[k] != t[k - 1]):
+            a = pass_.interval(t[k], t[k - 1], z[k], a, dl)
     if call.keep_step is not None and pass_.safe:
         call.keep_step(pass_.longest_safe_step)
     if wants_times:
@@ -145,10 +136,6 @@ def _sweep(ctx: Any, dz: Tensor, dlogdet: Tensor | None, dpenalties: Sequence[Te
 def _positions(t_span: Tensor, t: Tensor) -> dict[int, int]:
     """Indices of the times of ``t_span`` among the outputs ``t``, which have more times if every step is one."""
     return {int((t - time).abs().argmin()): j for j, time in enumerate(t_span)}
-
-
-def _any(*gradients: Tensor | None) -> bool:
-    return any(bool(g.any()) for g in gradients if g is not None)
 
 
 class _Backward:
@@ -171,35 +158,49 @@ class _Backward:
         self.checked = False
         self.safe_step = call.safe_step
         self.safe: list[tuple[float, float]] = []  # the length of each interval, and its longest safe step
-        self.path = None if steps is None else _Path(call.rhs, steps, self.sign)
-
-    @property
-    def may_skip(self) -> bool:
-        """Whether outputs without a gradient need no stop, because the states come from the interpolant."""
-        return self.path is not None and self.solver.adaptive
+        self.steps = steps
+        # increasing in both directions of time, for bisect
+        self.keys = [] if steps is None else [self.sign * t for t in steps.t.tolist()]
 
     def interval(self, t1: Tensor, t0: Tensor, z: Tensor, a: Tensor, dl: Tensor | None) -> Tensor:
-        """Solve the adjoint from ``t1``, with state ``z`` and adjoint ``a``, back to ``t0``."""
-        path = self.path
-        # without an interpolant of the states, solve for them again, backward, together with the adjoint
-        state = a if path is not None else torch.stack([z, a])
+        """Solve the adjoint from ``t1``, with state ``z`` and adjoint ``a``, back to the output at ``t0``."""
+        for t, z_there in self._between(t1, t0):
+            a = self._solve(t1, t, z, a, dl)
+            t1, z = t, z_there
+        return self._solve(t1, t0, z, a, dl)
 
-        def adjoint_system(t: Tensor, z: Tensor) -> Derivative:
-            z, a = (path(t), z) if path is not None else z.unbind()
+    def _between(self, t1: Tensor, t0: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Times and states of the stored steps between two outputs, in the order of a solve from ``t1`` to ``t0``.
+
+        A state that is solved for backward departs from the forward path. The longer the solve, the further it
+        departs, so each stored step is a new start.
+        """
+        if self.steps is None:
+            return []
+        first, last = self.sign * float(t0), self.sign * float(t1)
+        slack = 1e-6 * (last - first)  # the end of a step may differ from the output there by rounding
+        left, right = bisect.bisect(self.keys, first + slack), bisect.bisect_left(self.keys, last - slack)
+        return [(self.steps.t[i], self.steps.z[i]) for i in reversed(range(left, right))]
+
+    def _solve(self, t1: Tensor, t0: Tensor, z: Tensor, a: Tensor, dl: Tensor | None) -> Tensor:
+        """Solve for the state and the adjoint together, without a stop between ``t1`` and ``t0``."""
+
+        def adjoint_system(t: Tensor, state: Tensor) -> Derivative:
+            z, a = state.unbind()
             dz, da, *dparams = self._gradients(t, z, a, dl)
-            rate = -da if path is not None else torch.stack([dz, -da])
             # the gradients of the parameters are integrated as penalties, over |dt|; the sign makes it dt
-            return Derivative(rate, None, {str(i): self.sign * g for i, g in enumerate(dparams)})
+            return Derivative(torch.stack([dz, -da]), None, {str(i): self.sign * g for i, g in enumerate(dparams)})
 
-        times = torch.stack([t1, t0]) if path is None else torch.cat([t1[None], path.between(t1, t0), t0[None]])
-        problem = Problem(Solve(adjoint_system), state, times, safe_step=self.safe_step)
+        problem = Problem(
+            Solve(adjoint_system), torch.stack([z, a]), torch.stack([t1, t0]), safe_step=self.safe_step
+        )
         solution = self.solver.march(problem).check()
         if solution.longest_safe_step is not None:
             self.safe.append((abs(float(t1 - t0)), solution.longest_safe_step))
         for i, gradient in enumerate(self.gradients):
             # the integral for a scalar parameter has shape [1] if the times have that shape
             gradient += solution.penalties[str(i)].reshape(gradient.shape)
-        return solution.z[-1] if path is not None else solution.z[-1, 1]
+        return solution.z[-1, 1]
 
     @property
     def longest_safe_step(self) -> float:
@@ -245,38 +246,3 @@ class _Backward:
                     found = torch.autograd.grad(total, inputs, allow_unused=True)
         filled = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
         return [derivative.dz.detach(), *filled]
-
-
-class _Path:
-    """Interpolates the accepted states by cubics. The velocities at the knots are evaluated when needed."""
-
-    def __init__(self, rhs: Solve, steps: Steps, sign: float) -> None:
-        self.rhs, self.steps = rhs, steps
-        self.keys = [sign * t for t in steps.t.tolist()]  # increasing in both directions of time, for bisect
-        self.sign = sign
-        self.velocities: dict[int, Tensor] = {}
-
-    def __call__(self, t: Tensor) -> Tensor:
-        # the interval between two accepted steps that contains t, clamped to the ends against rounding
-        right = bisect.bisect_left(self.keys, self.sign * float(t))
-        right = min(max(right, 1), len(self.keys) - 1)
-        left = right - 1
-        t0, z0, t1, z1 = (x[k] for k in (left, right) for x in self.steps)
-        return hermite(t0, z0, self._velocity(left), t1, z1, self._velocity(right), t)
-
-    def between(self, t1: Tensor, t0: Tensor) -> Tensor:
-        """The times of the accepted steps between two times, in the order of a solve from ``t1`` to ``t0``.
-
-        The adjoint may be smooth where the gradient of the parameters changes as fast as the forward path. Its
-        steps are not chosen by that gradient, so a step over several of the path's steps would miss such changes.
-        """
-        first, last = self.sign * float(t0), self.sign * float(t1)
-        slack = 1e-6 * (last - first)  # the end of a step may differ from the output there by rounding
-        left, right = bisect.bisect(self.keys, first + slack), bisect.bisect_left(self.keys, last - slack)
-        return self.steps.t[left:right].flip(0)
-
-    def _velocity(self, knot: int) -> Tensor:
-        if knot not in self.velocities:
-            t, z = (x[knot] for x in self.steps)
-            self.velocities[knot] = self.rhs(t, z, products=False).dz.detach()
-        return self.velocities[knot]

@@ -73,12 +73,13 @@ class Adjoint(Gradient):
     Args:
         backward: the solver of the backward pass, such as ``Adaptive("dopri5", atol=1e-6)``; None: the solver of
             the forward pass. The ``gradient`` of this solver is ignored.
-        interpolated: whether the backward pass reads the states from cubics through the accepted states, and stops
-            at these, instead of solving for them again.
+        restarted: whether the backward pass, which solves for the states again, stops at each step that the forward
+            pass accepted and restarts there from the stored state, so that its states stay close to the forward
+            pass's.
     """
 
     backward: Solver | None = None
-    interpolated: bool = False
+    restarted: bool = False
     through_steps: ClassVar[bool] = False
 
     def solve(self, solver: Solver, problem: Problem) -> Solution:
@@ -92,13 +93,13 @@ class Adjoint(Gradient):
 
         def forward(z: Tensor, t: Tensor) -> Solution:
             # built from the arguments: the graph keeps this function, which must not refer to the problem's state
-            problem = Problem(rhs, z, t, save_steps or self.interpolated, safe_step)
+            problem = Problem(rhs, z, t, save_steps or self.restarted, safe_step)
             return self.outputs(solver.march(problem), adaptive=solver.adaptive)
 
         if transforms_active() or not torch.is_grad_enabled():
             return forward(z, t)
         backward = (self.backward or solver).without_interpolation()
-        call = AdjointCall(rhs, forward, backward, self.interpolated, adjoint_safe_step, keep_adjoint_step)
+        call = AdjointCall(rhs, forward, backward, self.restarted, adjoint_safe_step, keep_adjoint_step)
         return solve_adjoint(call, z, t.to(z.device) if t.requires_grad else t)
 
     def outputs(self, solution: Solution, *, adaptive: bool) -> Solution:
@@ -124,7 +125,7 @@ _NAMED: dict[str, Gradient] = {
     "autograd": Autograd(),
     "checkpointed": Checkpointed(),
     "adjoint": Adjoint(),
-    "interpolated_adjoint": Adjoint(interpolated=True),
+    "interpolated_adjoint": Adjoint(restarted=True),
 }
 GRADIENTS = tuple(_NAMED)
 

@@ -225,7 +225,7 @@ class FixedGrid(Solver):
             activations. ``checkpointed`` gives the same gradient with the activations of one step at a time, and
             evaluates each step once more. ``adjoint`` solves the continuous adjoint backward (as in the paper); its
             gradient differs from the gradient of the discrete loss by the discretization error.
-            ``interpolated_adjoint`` solves the adjoint along an interpolant of the forward states.
+            ``interpolated_adjoint`` (torchdyn's name) also restarts from the stored state of each accepted step.
 
     Raises:
         ConfigError: for an unknown name, a number out of range, and a method that chooses its own steps.

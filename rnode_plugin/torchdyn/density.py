@@ -457,7 +457,7 @@ def _solver_of(solver: object, options: Mapping[str, Any]) -> Solver:
     if isinstance(gradient, Adjoint):
         gradient = dataclasses.replace(gradient, backward=adjoint)
     made = solver_from(solver, atol=chosen["atol"], rtol=chosen["rtol"], max_nfe=limit, gradient=gradient)
-    if made.adaptive and not adjoint.adaptive and isinstance(gradient, Adjoint) and not gradient.interpolated:
+    if made.adaptive and not adjoint.adaptive and isinstance(gradient, Adjoint) and not gradient.restarted:
         raise ConfigError(
             f"the adjoint of {solver} would take one step of {backward} over the whole solve: give an adaptive "
             "method as solver_adjoint=, or solver=Adaptive(..., gradient=Adjoint(FixedGrid(..., step=...)))."

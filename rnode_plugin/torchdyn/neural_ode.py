@@ -528,8 +528,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         if isinstance(gradient, Adjoint):
             check_tolerance(self.atol_adjoint, "atol of the adjoint")
             check_tolerance(self.rtol_adjoint, "rtol of the adjoint")
-            # The adjoint system depends on time if the path is interpolated. Its values need not match torchdyn's,
-            # so take the rk4 that evaluates at the right times.
+            # The gradient need not match torchdyn's, so take the rk4 that evaluates at the right times.
             ours = type(self.solver_adjoint) is RungeKutta4
             backward = solver_from(
                 "rk4" if ours else method(self.solver_adjoint),
@@ -537,8 +536,8 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
                 rtol=self.rtol_adjoint,
                 max_nfe=self._max_nfe,
             )
-            kind = StepwiseAdjoint if gradient.interpolated else Adjoint
-            gradient = kind(backward, interpolated=gradient.interpolated)
+            kind = StepwiseAdjoint if gradient.restarted else Adjoint
+            gradient = kind(backward, restarted=gradient.restarted)
         return solver_from(
             method(self.solver, self.interpolator), atol=self.atol, rtol=self.rtol, gradient=gradient,
             max_nfe=self._max_nfe, quadrature=self._quadrature,
