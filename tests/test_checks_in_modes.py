@@ -117,13 +117,19 @@ def modes(face: Callable[[nn.Module], Any], net: nn.Module) -> dict[str, tuple[C
     own = dict(model.named_parameters())
     of = of_parameters(model, call)
 
+    def gradients(x: Tensor, inputs: list[Any]) -> list[Tensor]:
+        total = call(x).sum()
+        if not total.requires_grad:  # of a field that reads nothing
+            return list(map(torch.zeros_like, inputs))
+        found = torch.autograd.grad(total, inputs, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, found, strict=True)]
+
     def gradient(x: Tensor) -> Tensor:
         x = x.clone().requires_grad_()
-        return torch.autograd.grad(call(x).sum(), x, allow_unused=True)[0]
+        return gradients(x, [x])[0]
 
     def of_weights(x: Tensor) -> dict[str, Tensor]:
-        found = torch.autograd.grad(call(x).sum(), list(own.values()), allow_unused=True)
-        return {k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(own.items(), found, strict=True)}
+        return dict(zip(own, gradients(x, list(own.values())), strict=True))
 
     def ensemble(x: Tensor) -> Tensor:
         stacked = {k: torch.stack([p, 0.5 * p]) for k, p in parameters.items()}
