@@ -91,6 +91,9 @@ _without_modes: Callable[[], AbstractContextManager[object]] = private(
 _executes: Callable[[Any], bool] = find_private("torch._C._will_engine_execute_node") or (lambda node: True)
 _CustomNode: Any = find_private("torch.autograd.function.BackwardCFunction")
 _pytree: Any = find_private("torch.utils._pytree")
+_HOOKS_OF_ALL: Any = tuple(
+    find_private(f"torch.nn.modules.module._global_forward_{kind}") for kind in ("hooks", "pre_hooks")
+)
 make_fx: Callable[..., Callable[..., Any]] = private("torch.fx.experimental.proxy_tensor.make_fx")
 
 
@@ -127,9 +130,7 @@ def has_hooks(module: nn.Module) -> bool:
     """
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
-    of_torch = nn.modules.module
-    for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
-        hooks = getattr(of_torch, name, None)
+    for hooks in _HOOKS_OF_ALL:
         if hooks is None:
             return True
         for hook in hooks.values():
