@@ -446,6 +446,7 @@ def named_settings(asked: str, known: Iterable[str]) -> list[str]:
     """Find the settings whose last part, or its initials, are those of ``asked``, at most three.
 
     Example:
+        >>> from rnode_plugin.experiments.recipes.recipe import named_settings
         >>> named_settings("learning_rate", ["optimizer.lr", "optimizer.vector_lr"])
         ['optimizer.lr']
     """
