@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -199,6 +198,8 @@ def test_a_velocity_is_called_by_the_names_of_its_parameters(name: str) -> None:
     )
     torch.testing.assert_close(model.encode(z).z, z + 1.5)
     torch.testing.assert_close(model.inverse(z), z - 1.5)
+    solver = ODESolver(VELOCITIES[name](), time_shape=SHAPES.get(name))
+    torch.testing.assert_close(solver.sample(z, 0.5, "midpoint"), z + 1.5)
     first = time_first(VELOCITIES[name](), time_shape=SHAPES.get(name))
     torch.testing.assert_close(NeuralODE(first, "midpoint")(z)[1][-1], z + 1.5)
 
@@ -237,18 +238,6 @@ def test_contexts() -> None:
     torch.testing.assert_close(classes.encode(z, context=torch.ones(5, 1).long()).z, z + 3)
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_the_absence_of_a_time_shape_ends_in_a_sentence(name: str) -> None:
-    model = RegularizedCNF.from_velocity(VELOCITIES[name](), event_shape=2, solver="midpoint", steps=1)
-    sentence = rf"a scalar time\..* time_shape='{re.escape(SHAPES[name])}'"
-    with pytest.raises((IndexError, RuntimeError), match=sentence):
-        model.log_prob(torch.zeros(5, 2))
-    with pytest.raises((IndexError, RuntimeError), match=sentence):
-        ODESolver(VELOCITIES[name]()).sample(torch.zeros(5, 2), step_size=0.5)
-    found = ODESolver(VELOCITIES[name](), time_shape=SHAPES[name]).sample(torch.zeros(5, 2), 0.5, "midpoint")
-    torch.testing.assert_close(found, torch.full((5, 2), 1.5))
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", [1, 5])
 def test_a_velocity_gets_scalar_times_from_every_method(method: str, size: int) -> None:
@@ -282,7 +271,7 @@ def test_a_time_that_was_passed_as_the_state_is_named() -> None:
             return points / (1 + sigma.mean())
 
     for net in (Nameless(), Mean()):
-        words = r"'points', .* was passed the time, .*=lambda net, t, x: net\(x, sigma=t\)"
+        words = r"shape .* at states of shape \(3, 2\)\..* If the state is first, .*=lambda net, t, x: net\(x, t\)"
         for act in (
             RegularizedCNF.from_velocity(net, event_shape=2).log_prob,
             lambda x: ODESolver(net).sample(x, step_size=0.5),  # noqa: B023
@@ -346,52 +335,6 @@ def test_a_parameter_that_nothing_fills_is_named_where_the_contract_is_time_firs
             make(nameless)  # pyright: ignore[reportArgumentType]
     model = NeuralODE(time_first(of_noise, call=lambda net, t, x: net(x, t)), "midpoint")
     torch.testing.assert_close(model(torch.zeros(5, 2))[1][-1], torch.full((5, 2), 1.5))
-
-
-class Perceptron(nn.Module):
-    """As torchcfm's tutorial has it: called with the time as the last column of its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-class Wrapped(nn.Module):
-    """As torchcfm's torch_wrapper: for a solver, with one time for all samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = Perceptron()
-
-    def forward(self, t: Tensor, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return self.net(torch.cat([x, t.repeat(len(x))[:, None]], 1))
-
-
-@pytest.mark.parametrize("make", [Perceptron, lambda: Perceptron().net])
-def test_a_velocity_with_the_time_as_a_column_is_told_how_to_write_it(make: Callable[[], nn.Module]) -> None:
-    torch.manual_seed(0)
-    net, z, t = make(), torch.randn(5, 2), torch.rand(5)
-    sentence = r"with the state alone\. If the time is a column, .*torch\.cat\(\[x, t.*\], 1\)"
-    for act in (
-        lambda: penalties_at(net, t, z, ["jacfrob"]),
-        lambda: penalties_at(net, 0.5, z, ["kinetic"]),
-        lambda: ODESolver(net).sample(z, method="dopri5"),
-        lambda: RegularizedCNF.from_velocity(net, event_shape=2, trace_estimator="exact").log_prob(z),
-        lambda: RegularizedCNF.from_velocity(net, event_shape=2).log_prob(z),
-        lambda: NeuralODE(net)(z),
-    ):
-        with pytest.raises(RuntimeError, match=sentence):
-            act()
-
-
-def test_a_velocity_for_a_solver_is_told_that_it_takes_one_time() -> None:
-    net, z = Wrapped(), torch.randn(5, 2)
-    with pytest.raises(RuntimeError, match=r"times of shape \(5,\)\. If it takes one, give a number"):
-        penalties_at(net, torch.rand(5), z, ["jacfrob"])
-    assert penalties_at(net, 0.5, z, ["jacfrob"])["jacfrob"].shape == (5,)
 
 
 def test_a_field_that_fails_is_not_called_again() -> None:

@@ -104,22 +104,7 @@ def call_of(field: Callable[..., Tensor], args: object = None, takes: Takes | No
     takes = takes or field_takes(field)
     keywords = {"args": {} if args is None else args} if takes.args else {}
     function = functools.partial(field, **keywords) if keywords else field
-    return function if takes.order == "t, x" else _without_time(function)
-
-
-def _without_time(field: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A field that takes only the state, as a function of time and state."""
-
-    def evaluate(t: Tensor, x: Tensor) -> Tensor:
-        try:
-            return field(x)
-        except (IndexError, RuntimeError) as error:
-            column = "t[:, None]" if t.ndim > 0 else "t.expand(len(x), 1)"
-            written = _write(f"net(torch.cat([x, {column}], 1))")
-            error.add_note(f"The velocity was called with the state alone. If the time is a column, {written}.")
-            raise
-
-    return evaluate
+    return function if takes.order == "t, x" else lambda t, x: function(x)
 
 
 def original(field: Any) -> Any:
@@ -247,30 +232,14 @@ class _TimeFirst(nn.Module):
             t = _in_shape(t, x, self.time_shape)
         if self.call is not None:
             return self.call(self.field, t, x, *context)
-        try:
-            found = self._evaluate(t, x, *context)
-        except (IndexError, RuntimeError) as error:
-            error.add_note(self._passed(t))
-            raise
-        if self.takes.order == "?" and isinstance(found, Tensor) and found.shape != x.shape:
-            shapes = f"{tuple(found.shape)} at states of shape {tuple(x.shape)}"
-            raise ConfigError(f"the velocity has the shape {shapes}. {self._passed(t)}")
-        return found
-
-    def _passed(self, t: Tensor) -> str:
-        """The arguments of the call in words, with advice for a velocity that takes others."""
-        names = [each.name for each in _parameters(_function(self.field))[:2]]
-        if self.takes.order == "?" and len(names) > 1:
-            return (
-                f"{names[0]!r}, the first parameter of this velocity, was passed the time, and {names[1]!r} the "
-                f"state, because neither name is known. If the state is first, {_write(f'net(x, {names[1]}=t)')}."
+        velocity = self._evaluate(t, x, *context)
+        if self.takes.order == "?" and isinstance(velocity, Tensor) and velocity.shape != x.shape:
+            raise ConfigError(
+                f"the velocity has the shape {tuple(velocity.shape)} at states of shape {tuple(x.shape)}. It was "
+                "called with the time as the first argument and the state as the second, because no parameter's "
+                f"name says which is which. If the state is first, {_write('net(x, t)')}."
             )
-        if t.ndim > 0:
-            return f"The velocity was called with times of shape {tuple(t.shape)}. If it takes one, give a number."
-        return (
-            "The velocity was called with a scalar time. If it takes one time for each sample, give "
-            "time_shape='(B,)' or time_shape='(B, 1)', or times of that shape."
-        )
+        return velocity
 
     def _evaluate(self, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
         if self.takes.order == "x, *, t":
