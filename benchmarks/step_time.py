@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from usual import UsualFlow
 
 from rnode_plugin import FixedGrid, MultiscaleFlow, Solver, get_recipe, objective
-from rnode_plugin.fields import compile_fields
 
 BASELINE, EXACT = "usual formulation", "exact"
 
@@ -43,13 +42,11 @@ class Path:
         solver: the integrator.
         bf16: whether the field computes in bfloat16.
         fused: whether the field brings its own product with the Jacobian.
-        compiled: whether torch.compile has a share in it.
     """
 
     solver: Solver = FixedGrid("rk4_38", step=0.25)  # noqa: RUF009  (frozen)
     bf16: bool = False
     fused: bool = True
-    compiled: bool = False
 
 
 def _rk4(**changes: object) -> Solver:
@@ -66,9 +63,9 @@ PATHS = {
     "sampled, bf16": Path(_rk4(quadrature="sampled"), bf16=True),
     "sampled, step 0.5": Path(_rk4(quadrature="sampled", step=0.5)),
     "sampled, bf16, step 0.5": Path(_rk4(quadrature="sampled", step=0.5), bf16=True),
-    "compiled": Path(compiled=True),
-    "compiled, bf16": Path(bf16=True, compiled=True),
-    "compiled, sampled, bf16, step 0.5": Path(_rk4(quadrature="sampled", step=0.5), bf16=True, compiled=True),
+    "compiled": Path(_rk4(compile=True)),
+    "compiled, bf16": Path(_rk4(compile=True), bf16=True),
+    "compiled, sampled, bf16, step 0.5": Path(_rk4(quadrature="sampled", step=0.5, compile=True), bf16=True),
 }
 
 
@@ -113,8 +110,6 @@ def build(recipe_name: str, case: str, batch: int, device: str, *, dtype: torch.
     flow.to(device, dtype)
     x = torch.rand(batch, *data.shape).to(device, dtype)
     noise = [torch.randn(batch, *block).to(device, dtype) for block in flow.block_shapes]
-    if path.compiled:
-        compile_fields(flow)
     step: MultiscaleFlow | UsualFlow = flow
     options: dict[str, Any] = {"solver": path.solver}
     if case == BASELINE:

@@ -82,10 +82,6 @@ class TrainingError(RnodeError):
     """Training cannot continue. The last good checkpoint is kept."""
 
 
-class CompilerError(ConfigError):
-    """torch.compile does not work in this environment."""
-
-
 class LocalError(TrainingError):
     """One process of a run failed on its own. The others only lose the connection."""
 

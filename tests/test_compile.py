@@ -1,4 +1,4 @@
-"""torch.compile of stack fields: the same numbers, used in training alone, and one sentence where it fails."""
+"""Compiled steps: the tests of ``compiled_steps`` in processes of their own, and ``training.compile``."""
 
 from __future__ import annotations
 
@@ -6,127 +6,131 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compiled_fields import assert_same_compiled, numbers
 from tiny_runs import SETTINGS, as_options, run, tiny_recipe, train_digits
-from torch._dynamo.exc import TorchDynamoException
 
-from rnode_plugin import get_recipe
+from rnode_plugin import Adaptive, FixedGrid, get_recipe
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.reports.runs import configuration_of
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
-from rnode_plugin.fields import compile_fields, conv_field, fused, linear_field
+from rnode_plugin.experiments.training.step import LikelihoodLoss
+from rnode_plugin.solvers import graph
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
 )
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    fused._compiler.cache_clear()
-    torch.manual_seed(0)
-    yield
-    fused._compiler.cache_clear()
-
-
-_TWO_FIELDS = """
-import torch
-from rnode_plugin.fields import conv_field, linear_field
-from compiled_fields import assert_same_compiled
-
-torch.manual_seed(0)
-assert_same_compiled(linear_field(3, hidden=5, layers=2), torch.randn(4, 3))
-assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-assert_same_compiled(conv_field(1, hidden=4, layers=3, activation="tanh"), torch.randn(3, 1, 5, 5))
-"""
+_NUMBERS = "test_the_numbers_are_those_of_eager_steps"
+_GROUPS = {
+    "estimators": f"{_NUMBERS} and (grid or exact or probes or difference)",
+    "rates": f"{_NUMBERS} and (rate or derivative or curl or taylor or repeated or local or steps])",
+    "nets": f"{_NUMBERS} and (depth or context or frozen or float64 or autocast or dropout)",
+    "solvers": f"{_NUMBERS} and (adaptive or tsit5 or sampled or checkpointed or adjoint)",
+    "stacks": f"{_NUMBERS} and (stack or convolutions)",
+    "nodes": f"{_NUMBERS} and node",
+    "graphs": "graph or compile",
+    "refusals": "refused or radius",
+    "fallbacks": "eager and not numbers or limit",
+}
+"""Expressions that choose the tests of one process, together all of them."""
 
 
-_ONE_GRAPH = """
-import torch
-from compiled_fields import assert_same_compiled
-from rnode_plugin.fields import linear_field
-
-compiler = torch.compile
-torch.compile = lambda function, **options: compiler(function, **{**options, "backend": "eager"})
-torch.manual_seed(0)
-assert_same_compiled(linear_field(3, hidden=5, layers=2), torch.randn(4, 3))
-assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-"""
-
-
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("script", [
-    pytest.param(_ONE_GRAPH, id="one graph"),
-    pytest.param(_TWO_FIELDS, id="fields", marks=[needs_compiler, pytest.mark.slow]),
-])  # fmt: skip
-def test_compiled_values_and_gradients_are_the_plain_ones(script: str) -> None:
-    """In a separate process, without what has imported distutils or puts probes of coverage into functions."""
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=here)
-    assert done.returncode == 0, done.stderr
+def _pytest(*options: str, backend: str) -> None:
+    file = Path(__file__).with_name("compiled_steps.py")
+    environment = {**os.environ, "COMPILE_BACKEND": backend, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--show-capture=no",
+        str(file),
+        *options,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_compiled_on_a_gpu() -> None:
-    torch.manual_seed(0)
-    field, z = conv_field(2, hidden=6).cuda(), torch.randn(3, 2, 8, 8, device="cuda")
-    with torch.device("cuda"):
-        assert_same_compiled(field, z, rtol=1e-3, atol=1e-4)  # TF32
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("group", _GROUPS)
+def test_compiled_steps(group: str) -> None:
+    _pytest("-k", _GROUPS[group], backend="aot_eager")
 
 
-def test_in_training_mode_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("case", ["grid", "adaptive", "depth", "curl and strain", "sampled", "stack", "node rk4"])
+def test_machine_code(case: str) -> None:
+    _pytest("-k", f"{_NUMBERS} and {case.replace(' ', ' and ')}]", backend="inductor")
 
-    def record(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        return lambda *arguments: calls.append(function.__name__) or function(*arguments)
 
-    monkeypatch.setattr(torch, "compile", record)
-    field, z = conv_field(1, hidden=4), torch.randn(2, 1, 4, 4)
-    assert_same_compiled(field, z)
-    assert len(calls) == 1
-    numbers(field.eval(), z)
-    assert len(calls) == 1
+def test_every_test_is_in_a_group() -> None:
+    file = Path(__file__).with_name("compiled_steps.py")
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", str(file)]
+    alone = " or ".join(f"({expression})" for expression in _GROUPS.values())
+    done = subprocess.run([*command, "-k", f"not ({alone})"], capture_output=True, text=True, check=False)
+    assert done.returncode == 5, done.stdout  # pytest's code for no tests
+
+
+# in training ------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_says_that_it_compiles_and_changes_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compiled: list[Any] = []
+    made: list[Any] = []
     plain = run(tiny_recipe("training.max_steps=2"), tmp_path / "plain")
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: made.append(options) or function)
     fast = run(tiny_recipe("training.max_steps=2", "training.compile=true"), tmp_path / "fast")
-    assert capsys.readouterr().err.count("the fields are compiled: the first step takes longer") == 1
-    assert len(compiled) == 1
+    assert capsys.readouterr().err.count("the steps of the solver are compiled") == 1
+    assert made
+    assert all(each == {"fullgraph": True, "dynamic": None} for each in made)
     a, b = (read_checkpoint(each.run.last)["state_dict"] for each in (plain, fast))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+    assert configuration_of(plain.run.read()) == configuration_of(fast.run.read())
 
 
-def test_where_compiling_fails_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            raise TorchDynamoException(
-                "backend='inductor' raised:\nInvalidCxxCompiler: No C++ compiler found\n\nSet"
-            )
+def test_the_setting_is_one_of_the_training() -> None:
+    recipe = get_recipe("digits").override(["training.compile=true"])
+    assert not recipe.solver.compile
+    assert not any(path.endswith("solver.compile") for path, _ in recipe.settings())
+    assert "compile" not in {**recipe.to_plain()["solver"], **recipe.to_plain()["test_solver"]}
+    assert Recipe.from_plain(recipe.to_plain()) == recipe
+    solver = LikelihoodLoss(recipe.build_flow(), recipe)._options["solver"]
+    assert solver == replace(recipe.solver, compile=True)
+    assert recipe.ffjord().training.compile
 
-        return run
 
-    monkeypatch.setattr(torch, "compile", broken)
-    field = linear_field(3, hidden=5)
-    compile_fields(field)
-    with pytest.raises(ConfigError, match="does not work here: InvalidCxxCompiler"):
-        numbers(field, torch.randn(4, 3))
+@pytest.mark.parametrize("group", ["solver", "test_solver"])
+def test_a_solver_of_a_recipe_has_no_such_setting(group: str) -> None:
+    recipe = get_recipe("digits")
+    with pytest.raises(ConfigError, match=r"unknown setting"):
+        recipe.override([f"{group}.compile=true"])
+    with pytest.raises(ConfigError, match=r"give training\.compile"):
+        Recipe.from_plain({**recipe.to_plain(), group: {"method": "rk4_38", "compile": True}})
+    with pytest.raises(ValueError, match=r"training\.compile=true"):
+        replace(recipe, **{group: FixedGrid("rk4_38", compile=True)})
+
+
+@pytest.mark.parametrize("kind", [FixedGrid, Adaptive])
+def test_the_option_is_true_or_false(kind: Any) -> None:
+    with pytest.raises(ConfigError, match="compile must be True or False, not 'auto'"):
+        kind(compile="auto")
 
 
 @pytest.mark.slow
-def test_without_a_compiler_a_run_ends_in_one_sentence(tmp_path: Path) -> None:
+def test_without_a_compiler_a_run_trains_eagerly(tmp_path: Path) -> None:
     settings = as_options(*SETTINGS, "training.max_steps=3")
     environment = {
         **os.environ,
@@ -136,14 +140,26 @@ def test_without_a_compiler_a_run_ends_in_one_sentence(tmp_path: Path) -> None:
     }
     command = train_digits(*settings, "--compile", "--runs", str(tmp_path / "b"))
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
-    assert done.returncode == 2, done.stderr
-    assert "torch.compile does not work here" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "run without compile=True" in done.stderr
+    assert "ompiler" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_model_without_such_a_field_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert compile_fields(torch.nn.Linear(2, 2)) == 0
-    plain = get_recipe("digits").override(["training.compile=true"])
-    monkeypatch.setattr("rnode_plugin.experiments.training.module.compile_fields", lambda flow: 0)
-    with pytest.raises(ConfigError, match="no field that can be compiled"):
-        run(plain, tmp_path)
+def test_a_net_that_cannot_keep_graphs_runs_eagerly() -> None:
+    from rnode_plugin.core.system import System
+
+    class Velocity:
+        __slots__ = ()
+
+        def __call__(self, t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            return -z
+
+    z = torch.ones(2, 3, requires_grad=True)
+    solver = FixedGrid("euler", compile=True)
+    with pytest.warns(UserWarning, match="run without compile=True"):
+        found = solver.solve(System().start(Velocity(), z), z, (0.0, 1.0))
+    assert torch.equal(
+        found.z, replace(solver, compile=False).solve(System().start(Velocity(), z), z, (0.0, 1.0)).z
+    )
+    assert not any(isinstance(each, Velocity) for each in graph._steps)

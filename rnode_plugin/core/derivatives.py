@@ -150,6 +150,15 @@ class Field(ABC):
         """``x (B, *event)`` in the memory layout in which this field is fast; by default ``x`` itself."""
         return x
 
+    def traceable(self) -> Field:
+        """This field in operations that torch.compile can trace, without checks; by default the field itself."""
+        return self
+
+    @property
+    def untraceable(self) -> str:
+        """What the checks of an evaluation have found that :meth:`traceable` leaves out; empty if nothing."""
+        return ""
+
     def inputs(self) -> Sequence[Tensor]:
         """Further tensors with respect to which an adjoint differentiates, such as a context; by default none."""
         return ()
@@ -367,6 +376,15 @@ class AutogradField(Field):
                     seen = Evaluated.of_graph(t, z, f(_usable(t), z), 0, f, f)
             self.checks.at_end(seen, radius=radius)
 
+    def traceable(self) -> AutogradField:
+        return AutogradField(
+            self._field, *self._extra, part=self.part, checks=self.checks, captured=True, radius=self.radius
+        )
+
+    @property
+    def untraceable(self) -> str:
+        return self.checks.third_derivative or ""
+
     def _of_part(
         self,
         part: Part,
@@ -435,7 +453,13 @@ def _without_gradient(jvp: DirectionalDerivative, why: str, v: Tensor, dt: float
 
 
 def total_derivative(
-    field: Velocity, t: Tensor, z: Tensor, order: int, *, part: Callable[[Tensor], Tensor] | None = None
+    field: Velocity,
+    t: Tensor,
+    z: Tensor,
+    order: int,
+    *,
+    part: Callable[[Tensor], Tensor] | None = None,
+    captured: bool = False,
 ) -> Tensor:
     """``d^order z / dt^order`` along the trajectory of ``field`` through ``(t, z)``, of the shape of ``z``.
 
@@ -449,8 +473,8 @@ def total_derivative(
     # d/dt of g(t, z(t)) is the derivative of g along (f, 1), which is again a function of (t, z)
     derivative = velocity_of_part
     for _ in range(order - 1):
-        derivative = _along(field, derivative)
-    if transforms_active():
+        derivative = _along(field, derivative, captured=captured)
+    if captured or transforms_active():
         return derivative(t, z).to(z.dtype)
     keep = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     with torch.inference_mode(False), torch.enable_grad():
@@ -479,11 +503,11 @@ def unit_vectors(z: Tensor) -> Tensor:
 _JVP, _PULL = frozenset({"jvp"}), frozenset({"pull"})
 
 
-def _along(field: Velocity, derivative: Velocity) -> Velocity:
+def _along(field: Velocity, derivative: Velocity, *, captured: bool) -> Velocity:
     """The derivative of a function of ``(t, z)`` along the field's trajectories."""
 
     def along(t: Tensor, z: Tensor) -> Tensor:
-        jvp = AutogradField(derivative).linearize(t, z, None, _JVP).jvp
+        jvp = AutogradField(derivative, captured=captured).linearize(t, z, None, _JVP).jvp
         assert jvp is not None
         return jvp(field(t, z), 1.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -78,7 +79,7 @@ class Evaluator:
             evaluation that wants the velocity alone returns it.
     """
 
-    __slots__ = ("_draws", "_exclusive", "_field", "_modules", "_velocity", "net", "part", "repeats")
+    __slots__ = ("_draws", "_exclusive", "_field", "_modules", "_velocity", "captured", "net", "part", "repeats")
 
     def __init__(
         self,
@@ -91,6 +92,7 @@ class Evaluator:
     ) -> None:
         self._field: Any = field  # Any: with a part it takes the whole state, which may be a tuple
         self.net, self.part, self.repeats, self._velocity = net, part, repeats, velocity
+        self.captured = False  # whether evaluations become a part of one compiled step
         self._draws: _States | None = None
         self._modules: list[nn.Module] | None = None
         # the lock to hold while an evaluation writes into buffers, which another thread may have replaced by copies
@@ -127,6 +129,13 @@ class Evaluator:
         except (RuntimeError, AttributeError) as error:
             explain(error)
 
+    def traceable(self) -> Evaluator:
+        """An evaluator that torch.compile can trace, which holds no lock and makes no checks."""
+        traceable = copy.copy(self)
+        traceable._field, traceable._exclusive, traceable._draws = self._field.traceable(), None, None
+        traceable.captured = True
+        return traceable
+
     def repeat(
         self,
         t: Tensor,
@@ -153,9 +162,9 @@ class Evaluator:
             state = z if self.part is None else self.part.put(state, z)
         x = self.z_of(state)
         try:
-            with self._without_effects(x) as before:
+            with self.without_effects(x) as before:
                 if self._draws is not None:
-                    _restore(self._draws)
+                    restore(self._draws)
                 # a call can be differentiated any number of times, a linearization perhaps only once
                 call = None if wants else self._field(t, state)
                 found = self._linearize(t, state, probes, wants) if call is None else Linearization(call)
@@ -184,7 +193,7 @@ class Evaluator:
 
     def peek(self, t: Tensor, state: State) -> Tensor:
         """The velocity, with no effect on buffers and random generators. Two calls in a row draw the same."""
-        with self._without_effects(self.z_of(state)):
+        with self.without_effects(self.z_of(state)):
             return self._field(t, state)
 
     def as_now(self, others: Iterable[object] = ()) -> Callable[[], AbstractContextManager[None]]:
@@ -213,7 +222,7 @@ class Evaluator:
             yield
 
     @contextmanager
-    def _without_effects(self, z: Tensor) -> Iterator[_States | None]:
+    def without_effects(self, z: Tensor) -> Iterator[_States | None]:
         """Context for evaluations without side effects, which restores buffers and random generators at its end.
 
         It yields the states of the generators.
@@ -224,7 +233,7 @@ class Evaluator:
                 yield before
             finally:
                 if before is not None:
-                    _restore(before)
+                    restore(before)
 
     @contextmanager
     def _copied_buffers(self) -> Iterator[None]:
@@ -307,7 +316,8 @@ def same_states(one: _States, other: _States | None) -> bool:
     return one.cuda is None or other.cuda is None or torch.equal(one.cuda, other.cuda)
 
 
-def _restore(states: _States) -> None:
+def restore(states: _States) -> None:
+    """Put the generators into states that :func:`random_states` has read."""
     torch.set_rng_state(states.cpu)
     if states.cuda is not None:
         torch.cuda.set_rng_state(states.cuda, states.device)

@@ -41,7 +41,8 @@ class Record:
         evaluator: evaluates the field again, for quantities that this evaluation did not compute.
         jvp, pull: derivatives from the pass that gave the velocity; None if the pass gave none.
         net: the field as the user gave it; None where penalties measure a part of its state.
-        known: results that a regularizer has computed, with the versions of their tensors, by key.
+        known: results that a regularizer has computed: key, argument, whether gradients were enabled, value, and
+            versions of argument and value.
     """
 
     t: Tensor
@@ -56,25 +57,26 @@ class Record:
     jvp: DirectionalDerivative | None
     pull: Callable[[Tensor], Tensor] | None
     net: object
-    known: dict[object, tuple[Any, list[int]]] = field(default_factory=dict)
+    known: list[tuple[object, object, bool, Any, list[int]]] = field(default_factory=list)
 
     def divergence(self) -> Tensor:
         """``div f (B,)`` from the products."""
         assert self.products is not None
         return self.estimator.divergence(self.products, self.noise)
 
-    def once(self, key: object, compute: Callable[[], _Found]) -> _Found:
-        """The result of ``compute``, cached for all regularizers of this evaluation.
+    def once(self, key: object, compute: Callable[[], _Found], of: object = None) -> _Found:
+        """The result of ``compute``, kept for all regularizers of this evaluation, by a key and an argument ``of``.
 
         If one of them has modified the result in place, it is computed again.
         """
         # a result that one regularizer reads under no_grad lacks the graph that another one needs
-        key = key, torch.is_grad_enabled()
-        found = self.known.get(key)
-        if found is None or _versions(found[0]) != found[1]:
-            value = compute()
-            self.known[key] = found = value, _versions(value)
-        return found[0]
+        graph = torch.is_grad_enabled()
+        for known, argument, with_graph, value, versions in self.known:
+            if known == key and argument is of and with_graph == graph and _versions(of, value) == versions:
+                return value
+        value = compute()
+        self.known.append((key, of, graph, value, _versions(of, value)))
+        return value
 
 
 class FieldEvaluation:
@@ -153,27 +155,27 @@ class FieldEvaluation:
         if v is self.noise and record.products is not None and "products" in record.estimator.wants(v):
             return record.products
 
-        def compute() -> tuple[Tensor, Tensor]:
+        def compute() -> Tensor:
             if record.pull is None:
-                return v, self._product(v)
+                return self._product(v)
             try:
-                return v, record.pull(v).to(self.z.dtype)
+                return record.pull(v).to(self.z.dtype)
             except AttributeError as error:  # from a layer whose backward pass runs only once
                 explain(error)
 
-        return record.once(("vjp", id(v)), compute)[1]  # the result contains v, so that no other tensor gets its id
+        return record.once("vjp", compute, v)
 
     def jvp(self, v: Tensor, dt: float = 0.0) -> Tensor:
         """``df/dz v + df/dt dt``, with the shape of ``z``, for any ``v (B, *event)``."""
         self._require("jvp")
 
-        def compute() -> tuple[Tensor, Tensor]:
+        def compute() -> Tensor:
             record = self._record
             jvp = record.jvp or record.evaluator.repeat(self.t, record.state, _JVP).jvp
             assert jvp is not None
-            return v, jvp(v, dt).to(self.z.dtype)
+            return jvp(v, dt).to(self.z.dtype)
 
-        return self._record.once(("jvp", id(v), dt), compute)[1]
+        return self._record.once(("jvp", dt), compute, v)
 
     def total_derivative(self, order: int = 2) -> Tensor:
         """``d^order z / dt^order`` along the trajectory, with the shape of ``z``.
@@ -196,7 +198,8 @@ class FieldEvaluation:
             return evaluator.z_of(parted(velocity, state))
 
         def compute() -> Tensor:
-            return total_derivative(again, self.t, joined(state), order, part=part).to(self.z.dtype)
+            found = total_derivative(again, self.t, joined(state), order, part=part, captured=evaluator.captured)
+            return found.to(self.z.dtype)
 
         return self._record.once(("total", order), compute)
 
@@ -259,11 +262,11 @@ class FieldEvaluation:
             )
 
 
-def _versions(found: object) -> list[int]:
-    """The number of writes into each tensor in a result; torch does not count them in inference mode."""
+def _versions(*found: object) -> list[int]:
+    """The number of writes into each tensor; torch does not count them in inference mode."""
     versions: list[int] = []  # torch.compile cannot trace list[int]()
     if not torch.compiler.is_compiling():
-        for x in found if isinstance(found, tuple) else (found,):  # a tuple of a vector and its product
+        for x in found:
             if isinstance(x, Tensor) and not x.is_inference():
                 versions.append(x._version)
     return versions

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..errors import ConfigError
+from ..errors import ConfigError, is_out_of_memory
 
 _recording: ContextVar[bool] = ContextVar("_recording", default=False)
 
@@ -36,6 +37,9 @@ NAMES = {
     "torch.autograd.forward_ad._current_level": "solves are refused, or would drop dual numbers in silence",
     "torch.autograd.function.BackwardCFunction": "all layers count as custom functions, compared by differences",
     "torch._C._will_engine_execute_node": "a backward pass computes the gradients of all weights",
+    "torch._C._current_graph_task_id": "a checkpointed step that only its second run cannot trace raises an error",
+    "torch._dynamo.exc": "a step that cannot be compiled raises torch's error",
+    "torch._dynamo.convert_frame": "some steps that cannot be compiled raise torch's error",
     "torch.utils._python_dispatch._disable_current_modes": "exports are refused",
     "torch.fx.experimental.proxy_tensor.make_fx": "exports are refused",
     "torch.utils._pytree": "checkpointed solves and inference mode are refused",
@@ -89,6 +93,7 @@ _without_modes: Callable[[], AbstractContextManager[object]] = private(
     "torch.utils._python_dispatch._disable_current_modes"
 )
 _executes: Callable[[Any], bool] = find_private("torch._C._will_engine_execute_node") or (lambda node: True)
+_graph_task: Callable[[], int] = find_private("torch._C._current_graph_task_id") or (lambda: -1)
 _CustomNode: Any = find_private("torch.autograd.function.BackwardCFunction")
 _pytree: Any = find_private("torch.utils._pytree")
 _HOOKS_OF_ALL: Any = tuple(
@@ -277,6 +282,23 @@ def reaches(node: Any) -> bool:
     """
     # torch.compile traces a backward pass before it runs
     return torch.compiler.is_compiling() or _executes(node)
+
+
+def runs_backward() -> bool:
+    """Whether this thread runs a backward pass, as where a checkpointed step is taken again."""
+    return _graph_task() != -1
+
+
+def is_of_compiler(error: Exception) -> bool:
+    """Whether an error says that torch.compile cannot compile a function, and not that the function has failed."""
+    names = ("TorchDynamoException", "FailOnRecompileLimitHit", "FailOnCacheLimitHit")  # the last of torch 2.6
+    known = find_private("torch._dynamo.exc")
+    if isinstance(error, tuple(kind for name in names if (kind := getattr(known, name, None)) is not None)):
+        return not is_out_of_memory(error)
+    # Dynamo lets some errors of its own pass as they are
+    file = getattr(find_private("torch._dynamo.convert_frame"), "__file__", "")
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_filename == file for frame, _ in frames)
 
 
 def refuse_capture(what: str) -> None:

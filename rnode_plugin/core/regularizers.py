@@ -440,10 +440,20 @@ def checked(
         ConfigError: for another result, and for a regularizer that writes into ``untouched``.
         PluginError: if the regularizer raises another error.
     """
-    precision = like.dtype.to_real()
-    if torch.compiler.is_compiling():  # the same call was made uncompiled before
-        value = call(*seen)
-        return value.to(torch.promote_types(value.dtype, precision))
+    # a graph is traced after the same call was made for the checks of a solve, and cannot count writes
+    value = call(*seen) if torch.compiler.is_compiling() else _watched(name, call, seen, untouched)
+    if not isinstance(value, Tensor) or value.shape != like.shape[:1] or not value.is_floating_point():
+        got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigError(
+            f"the regularizer {name!r} returned {got}; it must return one real number per sample, a "
+            f"tensor of floats of shape {tuple(like.shape[:1])}."
+        )
+    # torch.compile cannot trace `like.dtype.to_real()`
+    return value.to(torch.promote_types(value.dtype, like.real.dtype))
+
+
+def _watched(name: str, call: Callable[..., Tensor], seen: Sequence[Any], untouched: Sequence[Tensor]) -> Tensor:
+    """``call(*seen)``, with the errors of :func:`checked` for what the call raises and writes."""
     # torch counts writes into a tensor in its version; tensors made in inference mode have none
     versions = [None if x.is_inference() else x._version for x in untouched]
     try:
@@ -461,13 +471,7 @@ def checked(
     for x, before in zip(untouched, versions, strict=True):
         if before is not None and x._version != before:
             raise ConfigError(_WRITES.format(name))
-    if not isinstance(value, Tensor) or value.shape != like.shape[:1] or not value.is_floating_point():
-        got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise ConfigError(
-            f"the regularizer {name!r} returned {got}; it must return one real number per sample, a "
-            f"tensor of floats of shape {tuple(like.shape[:1])}."
-        )
-    return value.to(torch.promote_types(value.dtype, precision))
+    return value
 
 
 def _times_of(policy: SpanPolicy, times: Tensor, *, training: bool) -> Tensor:

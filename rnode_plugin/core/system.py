@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast, final
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .derivatives import AutogradField, Field, Velocity, as_field
-from .evaluator import Evaluator
+from .evaluator import Evaluator, random_states, same_states
 from .field_evaluation import FieldEvaluation, Record
 from .modes import unseen
 from .modules import module_of
@@ -86,7 +86,7 @@ class Columns:
             dz = dz.to(state.dtype)  # under autocast dz has low precision, too low for sums over many steps
         if self.cost is not None:
             cost = self.cost(t, state)
-            cost = cost.to(torch.promote_types(cost.dtype, state.dtype.to_real()))  # as low as dz under autocast
+            cost = cost.to(torch.promote_types(cost.dtype, state.real.dtype))  # as low as dz under autocast
             if self.hidden:
                 penalties = {**penalties, COST: cost.sum()}
             else:
@@ -103,6 +103,8 @@ class Solve:
         divergence: whether the log-determinant is integrated, so that derivatives have one.
         regularizers: the rates and step penalties of the solve.
         inner_autograd: whether an evaluation differentiates inside, which a checkpoint must allow for.
+        repeats: whether an evaluation evaluates the field more than once, with the same random draws.
+        owner: the net or function that is evaluated, which keeps the compiled steps of its solves.
 
     Args:
         function: maps ``(t, state)`` to a :class:`Derivative`.
@@ -111,9 +113,11 @@ class Solve:
     divergence: bool = False
     regularizers: Regularizers = NONE
     inner_autograd: bool = True
+    repeats: bool = False
+    owner: object
 
     def __init__(self, function: Callable[[Tensor, Tensor], Derivative]) -> None:
-        self._function = function
+        self._function = self.owner = function
 
     def __call__(self, t: Tensor, state: State, *, products: bool = True) -> Derivative:
         """Evaluate the right-hand side.
@@ -141,6 +145,25 @@ class Solve:
     def z_of(self, state: Tensor) -> Tensor:
         """The part ``(B, *event)`` that the penalties measure, of a solver's state or of its velocity."""
         return state
+
+    def traceable(self) -> Solve:
+        """This right-hand side in operations that torch.compile can trace, without checks and counters."""
+        return self
+
+    def check(self, t: Tensor, state: State) -> str:
+        """Evaluate once without effects, for the checks that a traceable right-hand side does not make.
+
+        Returns:
+            The reason why steps of the traceable right-hand side would differ from the others; empty if none would.
+
+        Raises:
+            ConfigError, PluginError: as an evaluation.
+        """
+        self(t, state)
+        return ""
+
+    def count(self, evaluations: int) -> None:
+        """Count evaluations of the traceable right-hand side."""
 
     def inputs(self) -> list[Tensor]:
         """The tensors with respect to which a continuous adjoint differentiates, as they are now, each once."""
@@ -293,6 +316,7 @@ class System:
             user_field=user_field if part is None else None,
             dims=z.shape[1:].numel(),
             trained=lambda: _parameters(field),
+            owner=user_field,
         )  # fmt: skip
 
 
@@ -321,6 +345,7 @@ class FieldSolve(Solve):
         dims: number of dimensions of one sample that the penalties measure.
         trained: returns the tensors with respect to which an adjoint differentiates, without parameters of
             penalties.
+        owner: see :class:`Solve`.
         counters: attributes of modules whose ``nfe`` counts the evaluations.
     """
 
@@ -338,11 +363,11 @@ class FieldSolve(Solve):
     user_field: object
     dims: int
     trained: Callable[[], Iterable[Tensor]]
+    owner: object
     counters: Sequence[dict[str, Any]] = ()
 
     def __call__(self, t: Tensor, state: State, *, products: bool = True) -> Derivative:
-        for counter in self.counters:
-            counter["nfe"] += 1
+        self.count(1)
         columns, given = self.columns, state
         if columns is not None:
             given = columns.without_cost(_tensor(state))
@@ -354,7 +379,7 @@ class FieldSolve(Solve):
             found = self.estimator.linearize(self.evaluator, t, state, self.probes, self.wants)
         else:
             found = self.evaluator.evaluate(t, state, self.wants, self.probes)
-        dz, dlogdet, penalties, rates = found.dz, None, dict[str, Tensor](), self.regularizers.rates
+        dz, dlogdet, penalties, rates = found.dz, None, {}, self.regularizers.rates
         if self.trace or rates:
             z, dz = self.evaluator.z_of(state), self.evaluator.z_of(dz)
             _check_shape(dz, z)
@@ -388,6 +413,26 @@ class FieldSolve(Solve):
             return
         given: Any = state
         self.field.check_at(t, given, self.probes, self.wants, peek=cast(Any, self.evaluator.peek), at_end=at_end)
+
+    @property
+    def repeats(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.evaluator.repeats
+
+    def traceable(self) -> FieldSolve:
+        return replace(self, evaluator=self.evaluator.traceable(), counters=())
+
+    def check(self, t: Tensor, state: State) -> str:
+        z = self.z_of(_tensor(state))
+        with self.evaluator.without_effects(z) as before:
+            replace(self, counters=())(t, state)
+            draws = before is not None and not same_states(before, random_states(z))
+        if draws and self.repeats:
+            return "a penalty repeats the random draws of the field, as of dropout, which a graph cannot"
+        return self.field.untraceable
+
+    def count(self, evaluations: int) -> None:
+        for counter in self.counters:
+            counter["nfe"] += evaluations
 
     def inputs(self) -> list[Tensor]:
         of_penalties = (p for module in self.regularizers.called for p in module.parameters())

@@ -45,8 +45,8 @@ In the code, a list ``y`` holds ``y_1, y_2, ...`` in this order, and likewise fo
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -65,7 +65,7 @@ from ..core.derivatives import (
 )
 from ..core.field_checks import FieldChecks
 from ..core.modes import autocasts, reaches, traced
-from ..errors import CompilerError, ConfigError
+from ..errors import ConfigError
 from .activations import Activation
 from .kernels import Dense, LayerMap
 
@@ -89,7 +89,6 @@ class Stack(Field):
         noise: the probe vectors of the solve, for which equation (2) is computed here.
         context: ``(B, C)``, for layers that take it after the state.
         fast: whether evaluations use the hand-written backward pass.
-        compiled: whether evaluations go through torch.compile, which derives their backward pass.
     """
 
     def __init__(
@@ -102,19 +101,18 @@ class Stack(Field):
         noise: Tensor | None = None,
         context: Tensor | None = None,
         fast: bool = False,
-        compiled: bool = False,
     ) -> None:
         self.kind, self.activation, self.event = kind, activation, tuple(z.shape[2:])
         if len(self.event) != (0 if kind is Dense else 2):
             takes = "linear layers takes (B, D)" if kind is Dense else "convolutions takes (B, C, H, W)"
             raise ConfigError(f"a field of {takes} as a state, not {tuple(z.shape)}.")
         self.radius = None if kind is Dense else len(layers)  # 3x3 convolutions
-        self._context, self._compiled = context, compiled
+        self._context = context
         self.dtype = z.dtype
         if z.dtype is torch.float32 and autocasts(z):
             self.dtype = torch.get_autocast_dtype(z.device.type)
         self._timed = any(time is not None for time, _, _ in layers)
-        rows = list[Tensor]()
+        rows: list[Tensor] = []  # torch.compile cannot trace list[Tensor]()
         with _without_autocast(z):
             for time, weight, bias in layers:
                 time = weight.new_zeros(weight.shape[0], 1, *weight.shape[2:]) if time is None else time
@@ -129,7 +127,8 @@ class Stack(Field):
         self.start = b_and_r.shape[1] * (1 + self._timed)  # index of the first weight in theta
         self._sizes = [b_and_r.shape[1]] * (1 + self._timed) + [each.numel() for each in flat]
         self._W_L = kind.unflat(flat[-1], self.shapes[-1])
-        self._plain = self.layers_of(self.theta) if compiled else None
+        self._plain: Layers | None = None
+        self._captured = False
         self.fast: Layers | None = None
         if fast:
             # detached: the hand-written nodes take theta as an input and return its gradient themselves
@@ -162,6 +161,12 @@ class Stack(Field):
         rows = row.to(self.dtype).split([n * pixels for n in outputs])
         return [self.kind.unflat_bias(each, n, self.event) for each, n in zip(rows, outputs, strict=True)]
 
+    def traceable(self) -> Stack:
+        stack = copy.copy(self)
+        stack.fast, stack._captured = None, True
+        stack._plain = self.layers_of(self.theta)  # here, so that all steps share it
+        return stack
+
     def cast(self, x: Tensor) -> Tensor:
         """``x (B, *event)`` in the dtype and the memory layout in which the layers compute."""
         return self.kind.layout(x.to(self.dtype))
@@ -185,7 +190,8 @@ class Stack(Field):
         if "jvp" in wants:
             # samples stay apart in these layers, and torch can differentiate them three times
             checks = FieldChecks(samples_are_apart=True, twice_differentiable=True, third_derivative="")
-            return AutogradField(self, checks=checks).linearize(t, z, probes, wants, peek=peek)
+            field = AutogradField(self, checks=checks, captured=self._captured)
+            return field.linearize(t, z, probes, wants, peek=peek)
         if "rows" in wants or "trace" in wants:
             found = self._with_rows(t, z, wants)
             # one more pass for the products
@@ -235,8 +241,6 @@ class Stack(Field):
         # the product of a single layer does not depend on the state, so the hand-written pass has nothing to do
         if self.fast is None or (g is not None and not self.activations) or traced():
             return _plain(self, t, z, g)
-        if self._compiled:
-            return _run_compiled(self, t, z, g)
         outputs: Any = _Evaluation.apply(self, t, z, g, self.theta)
         return outputs
 
@@ -314,25 +318,6 @@ def _plain(stack: Stack, t: Tensor, z: Tensor, g: Tensor | None) -> tuple[Tensor
             return f.to(z.dtype), None
         product = _product(stack, stack.plain, y, g)[0].to(z.dtype)
         return f.to(z.dtype), product.expand(*g.shape[: g.dim() - z.dim()], *z.shape)
-
-
-def _run_compiled(stack: Stack, t: Tensor, z: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """:func:`_plain`, compiled once for each shape."""
-    from torch._dynamo.config import patch
-    from torch._dynamo.exc import TorchDynamoException
-
-    try:
-        with patch(cache_size_limit=64):  # one entry for each shape and kind of evaluation
-            return _compiler()(stack, t, z, g)
-    except TorchDynamoException as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = next((line for line in lines if "Error" in line or "ompiler" in line), type(error).__name__)
-        raise CompilerError(f"torch.compile does not work here: {reason.rstrip('.')}. Train without it.") from error
-
-
-@functools.cache
-def _compiler() -> Callable[..., Any]:
-    return torch.compile(_plain, dynamic=False, fullgraph=True)
 
 
 # equations (1) and (3) ------------------------------------------------------------------------------------------

@@ -42,9 +42,6 @@ class StackField(nn.Module, Field):
         ConfigError: for another kind of layer or an unknown activation.
     """
 
-    compiled = False
-    """Whether evaluations in training mode go through torch.compile."""
-
     def __init__(self, layers: Iterable[nn.Module], *, activation: str = "softplus") -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -97,6 +94,14 @@ class StackField(nn.Module, Field):
         t = t if isinstance(t, Tensor) else z.new_tensor(t)
         return self._of_one_graph(z, None, context).linearize(t, z, probes, wants, peek=peek)
 
+    def traceable(self) -> Field:
+        """Implement :meth:`Field.traceable <rnode_plugin.core.derivatives.Field.traceable>`.
+
+        A solve that is not differentiated through its steps evaluates the field itself, by automatic
+        differentiation.
+        """
+        return AutogradField(self, captured=True) if type(self).linearize is StackField.linearize else self
+
     def layout(self, x: Tensor) -> Tensor:
         """``x (B, *event)`` in the memory layout in which this field is fast and returns its velocity."""
         return self._kind.layout(x)
@@ -117,11 +122,9 @@ class StackField(nn.Module, Field):
     def _of_one_graph(self, z: Tensor, noise: Tensor | None, context: Tensor | None) -> Field:
         if type(self).forward is not StackField.forward or any(map(has_hooks, (self, *self.layers))):
             return AutogradField(lambda t, z: self(t, z, context))
-        # skipped where batch shapes vary (validation, sampling), because every new shape triggers a compilation
-        compiled = self.compiled and self.training
         # a penalty may differentiate with respect to the state, through tensors that are made here
         with outside_inference():
-            return self._stack(z, noise=noise, context=context, fast=not exporting(), compiled=compiled)
+            return self._stack(z, noise=noise, context=context, fast=not exporting())
 
     def _stack(self, z: Tensor, **options: Any) -> Stack:
         layers: list[Any] = list(self.layers)
@@ -147,6 +150,10 @@ class AtContext(nn.Module, Field):
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         """Velocity ``(B, D)``."""
         return self.field(t, z, self._context)
+
+    def traceable(self) -> Field:
+        """As :meth:`StackField.traceable`."""
+        return AutogradField(self, captured=True) if type(self.field).linearize is StackField.linearize else self
 
     def linearize(
         self,
@@ -201,22 +208,6 @@ def linear_field(
         ConfigError: for a size below 1 or an unknown activation.
     """
     return _build(ConcatLinear, features, hidden, layers, activation, context)
-
-
-def compile_fields(model: nn.Module, *, compiled: bool = True) -> int:
-    """Send the evaluations of all stack fields in a model through torch.compile while it is in training mode.
-
-    Args:
-        model: the module that contains the fields.
-        compiled: whether to compile; False returns to uncompiled evaluations.
-
-    Returns:
-        The number of stack fields in the model.
-    """
-    fields = [each for each in model.modules() if isinstance(each, StackField)]
-    for field in fields:
-        field.compiled = compiled
-    return len(fields)
 
 
 def _build(

@@ -16,12 +16,12 @@ from torch import Tensor
 from ..core.health import HealthCheck, health
 from ..core.modes import on_host, read, refuse_capture
 from ..errors import ConfigError
+from .graph import stepper
 from .solution import Solution
 from .step import (
     Draw,
     Problem,
     Step,
-    Stepper,
     Totals,
     draw_stage,
     fail_integrals,
@@ -45,7 +45,7 @@ def march(solver: FixedGrid, problem: Problem, *, take: Callable[..., Step] | No
     # A density draws one stage in each step, below. Penalties alone draw fewer evaluations, over the whole solve.
     if solver.quadrature == "sampled" and not rhs.divergence:
         draws = _draw_stages(method, _lengths(t_span, counts))
-    take = Stepper(rhs, method, None) if take is None else take
+    take = stepper(solver, problem) if take is None else take
     # times on the CPU stay there, so that step lengths are numbers for the host, unless they require a gradient
     if t_span.device.type != "cpu" or t_span.requires_grad:
         t_span = t_span.to(z.device)

@@ -7,11 +7,10 @@ its gradient cannot have. Importing this needs no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import ConfigError, check_name
-from .tableaus import get_method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,11 +55,10 @@ class Checkpointed(Gradient):
     def solve(self, solver: Solver, problem: Problem) -> Solution:
         from ..core.modes import on_device
         from .checkpoint import checkpointed
-        from .step import Stepper
+        from .graph import stepper
 
         rhs, z, t, *_ = problem
-        one_step = Stepper(rhs, get_method(solver.method), solver.tolerances)
-        take = checkpointed(one_step, rhs, z, on_device(t[0], z.device))
+        take = checkpointed(stepper(solver, problem), rhs, z, on_device(t[0], z.device))
         return solver.march(problem, take=take)
 
 
@@ -98,7 +96,8 @@ class Adjoint(Gradient):
 
         if transforms_active() or not torch.is_grad_enabled():
             return forward(z, t)
-        backward = (self.backward or solver).without_interpolation()
+        # its steps differentiate by autograd, which a graph cannot
+        backward = replace((self.backward or solver).without_interpolation(), compile=False)
         call = AdjointCall(rhs, forward, backward, self.restarted, adjoint_safe_step, keep_adjoint_step)
         return solve_adjoint(call, z, t.to(z.device) if t.requires_grad else t)
 

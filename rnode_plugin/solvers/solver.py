@@ -51,6 +51,7 @@ class Solver(ABC):
             the density's error.
         max_nfe: most evaluations that one solve may use; None: no limit for a fixed grid, 100,000 for an adaptive
             solver.
+        compile: whether torch.compile makes one graph of a step, see :doc:`/compile`.
         adaptive: whether the method chooses the steps.
         name: the method's name.
         text: a short description, such as ``rk4_38, step 0.25``.
@@ -66,6 +67,7 @@ class Solver(ABC):
     gradient: GradientLike = "autograd"
     quadrature: str = "full"
     max_nfe: int | None = None
+    compile: bool = False
     adaptive: ClassVar[bool]
 
     def __post_init__(self) -> None:
@@ -74,6 +76,8 @@ class Solver(ABC):
         check_name(self.quadrature, QUADRATURES, "quadrature")
         if self.max_nfe is not None:
             check_count(self.max_nfe, "max_nfe")
+        if not isinstance(self.compile, bool):
+            raise ConfigError(f"compile must be True or False, not {self.compile!r}.")
         if self.quadrature == "sampled":
             gradient.check_sampling()
             _check_draws(get_method(self.method))
@@ -159,7 +163,12 @@ class Solver(ABC):
             gradient.check_penalties(regularizers.steps)
         keep_steps = save_steps or regularizers.adds_evaluations
         problem = Problem(rhs, z0, t_span, keep_steps, safe_step, adjoint_safe_step, keep_adjoint_step)
-        solution = gradient.solve(self, problem)
+        if self.compile:
+            from . import graph
+
+            solution = graph.solve(self, problem, gradient.solve)
+        else:
+            solution = gradient.solve(self, problem)
         with torch.no_grad():
             rhs.check_at(solution.t[-1].detach(), solution.z[-1].detach(), at_end=True)
         if regularizers.finished or regularizers.adds_evaluations:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.health import HealthCheck
-from ..core.modes import constant, exporting, on_device, on_host, read, refuse_capture, transforms_active
+from ..core.modes import constant, exporting, on_device, on_host, refuse_capture, transforms_active
 from ..core.regularizer import StepRecord
 from ..core.system import Derivative, Solve
 from ..errors import ConfigError, SolverError
@@ -98,12 +98,14 @@ class Stepper:
         tolerances: absolute and relative tolerance, which step penalties read; None for a fixed grid.
         local: whether a step computes the local step penalties. Any other step computes the penalties on accepted
             steps.
+        forward: whether the steps are known to go forward in time, which saves a product with the sign.
     """
 
     rhs: Solve
     method: Method
     tolerances: tuple[Tolerance, Tolerance] | None
     local: bool = False
+    forward: bool = False
 
     def __call__(
         self,
@@ -174,8 +176,7 @@ class Stepper:
         # penalties are integrated over |dt|, so that they are not negative backward in time; the trace over dt
         integrals = _weigh(rows, weights, dt.abs(), draw)
         if source.dlogdet is not None:
-            forward = dt.is_cpu and (read(dt.reshape(())) or -1) > 0  # if known, saves a product with the sign
-            dlogdet = integrals.pop() if forward else integrals.pop() * dt.sign().to(source.dlogdet.dtype)
+            dlogdet = integrals.pop() if self.forward else integrals.pop() * dt.sign().to(source.dlogdet.dtype)
         return dlogdet, dlogdet_error, dict(zip(source.penalties, integrals, strict=True))
 
 

@@ -77,6 +77,7 @@ class Method:
         nodes: time of each stage as a fraction of the step, in the order of their evaluation; None if not known.
         fit: fits the length of an adaptive step to the time left to the next stop; None leaves the length.
         interpolate: returns the states at output times inside a step; None: the solve stops at each output time.
+        traceable: whether torch.compile can trace ``advance``.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Method:
     nodes: tuple[float, ...] | None = None
     fit: FitStep | None = evenly
     interpolate: Interpolate | None = None
+    traceable: bool = True
 
     def __reduce__(self) -> Any:
         """Pickle a built-in method by its name, because its step is a local function."""

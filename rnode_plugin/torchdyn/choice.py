@@ -187,6 +187,13 @@ def with_args(solver: Solver, args: object) -> Solver:
     return replace(solver, gradient=gradient, method=stepping)
 
 
+def prepare(solver: Solver, x: Tensor, t: Tensor) -> None:
+    """Build the solver object of a solve from ``(t, x)`` before torch.compile traces its steps."""
+    step = get_method(solver.method).advance
+    if solver.compile and isinstance(step, _Step):
+        step.solver_like(x, t)
+
+
 def method_from_torchdyn(
     solver: SolverObject, name: str | None, *, interpolator: str | Callable[..., object] | None
 ) -> Method:
@@ -234,6 +241,7 @@ def method_from_torchdyn(
         nodes=nodes,
         fit=None,  # torchdyn does not fit steps to the next stop
         interpolate=interpolate,
+        traceable=type(solver) in _FAMILIES,
     )
 
 
@@ -250,9 +258,7 @@ class _Step:
         self._ready: tuple[tuple[torch.dtype, torch.device] | None, SolverObject] = (None, solver)
 
     def __call__(self, f: Velocity, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
-        like, solver = self._ready
-        if like != (x.dtype, x.device):
-            solver = self._solver_like(x, t)
+        solver = self.solver_like(x, t)
         if isinstance(solver, ImplicitEuler) and torch.is_grad_enabled():
             raise ConfigError(
                 "the steps of torchdyn's implicit Euler have no gradient, because an optimizer finds each new "
@@ -268,8 +274,11 @@ class _Step:
                 return mirrored.original(new_velocity), new, error
         return solver.step(f, x, t, dt, k1=k1, args=self.args)
 
-    def _solver_like(self, x: Tensor, t: Tensor) -> SolverObject:
+    def solver_like(self, x: Tensor, t: Tensor) -> SolverObject:
         """The solver object for states like ``x``. One with a name is built here, so no other model moves it."""
+        like, solver = self._ready
+        if like == (x.dtype, x.device):
+            return solver
         with on_host():
             solver = self.solver
             if self.name is not None:

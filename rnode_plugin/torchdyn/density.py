@@ -66,8 +66,8 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         warm_start: whether each solve of an adaptive solver begins with the longest step that would have passed
             in the last one; see :attr:`DensityModel.history`. :meth:`trajectory` does not take part.
         options: of a solver that is given by its name: ``atol`` and ``rtol`` of an adaptive solver, 1e-5, the
-            paper's, unless given; ``sensitivity``, ``solver_adjoint``, ``atol_adjoint``, ``rtol_adjoint``
-            and ``max_nfe`` as in :class:`~rnode_plugin.NeuralODE`.
+            paper's, unless given; ``sensitivity``, ``solver_adjoint``, ``atol_adjoint``, ``rtol_adjoint``,
+            ``max_nfe`` and ``compile`` as in :class:`~rnode_plugin.NeuralODE`.
 
     Raises:
         ConfigError: for shapes that do not fit together, a base that requires a gradient, times that are not
@@ -417,7 +417,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
 
 _OPTIONS: dict[str, Any] = {
     "sensitivity": "autograd", "solver_adjoint": None, "atol": 1e-5, "rtol": 1e-5, "atol_adjoint": 1e-4,
-    "rtol_adjoint": 1e-4, "max_nfe": None,
+    "rtol_adjoint": 1e-4, "max_nfe": None, "compile": False,
 }  # fmt: skip
 """The options of a solver that is given by its name, and their defaults."""
 
@@ -456,7 +456,14 @@ def _solver_of(solver: object, options: Mapping[str, Any]) -> Solver:
     adjoint = solver_from(backward, atol=chosen["atol_adjoint"], rtol=chosen["rtol_adjoint"], max_nfe=limit)
     if isinstance(gradient, Adjoint):
         gradient = dataclasses.replace(gradient, backward=adjoint)
-    made = solver_from(solver, atol=chosen["atol"], rtol=chosen["rtol"], max_nfe=limit, gradient=gradient)
+    made = solver_from(
+        solver,
+        atol=chosen["atol"],
+        rtol=chosen["rtol"],
+        max_nfe=limit,
+        gradient=gradient,
+        compile=chosen["compile"],
+    )
     if made.adaptive and not adjoint.adaptive and isinstance(gradient, Adjoint) and not gradient.restarted:
         raise ConfigError(
             f"the adjoint of {solver} would take one step of {backward} over the whole solve: give an adaptive "

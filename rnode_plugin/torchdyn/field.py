@@ -49,17 +49,19 @@ _ABSENT = object()
 class _Slot(NamedTuple):
     """One attribute of one module."""
 
-    attributes: dict[str, Any]
+    module: nn.Module
     name: str
 
+    # not through `vars`, because torch.compile does not see that the module reads what is written there, and not by
+    # `setattr`, which would make a submodule or parameter of some values
     def fill(self, value: object) -> None:
-        self.attributes[self.name] = value
+        object.__setattr__(self.module, self.name, value)
 
     def restore(self, value: object) -> None:
-        if value is _ABSENT:  # the class has None
-            self.attributes.pop(self.name, None)
-        else:
-            self.attributes[self.name] = value
+        if value is not _ABSENT:
+            self.fill(value)
+        elif self.name in vars(self.module):  # the class has None
+            delattr(self.module, self.name)
 
 
 class Slots:
@@ -96,23 +98,23 @@ class Slots:
             t = own.get("t", getattr(kind, "t", _ABSENT))
             present = own.get(CONTROL, getattr(kind, CONTROL, _ABSENT))
             if isinstance(module, DepthCat):
-                self.times.append(_Slot(own, "t"))
+                self.times.append(_Slot(module, "t"))
             elif module is not cnf and (t is None or (isinstance(t, Tensor) and t.ndim == 0)):
-                self.times.append(_Slot(own, "t"))
-                self.borrowed.append(_Slot(own, "t"))
+                self.times.append(_Slot(module, "t"))
+                self.borrowed.append(_Slot(module, "t"))
             if is_cnf(module):
                 noise = None if module is cnf else noise_of(module, x[:, ahead + 1 :])
                 if noise is not None:
-                    self.values.append((_Slot(own, "noise"), noise))
+                    self.values.append((_Slot(module, "noise"), noise))
                 ahead, shape = ahead + 1, getattr(module, "event_shape", None)
             if isinstance(module, DataControl) or present is None or isinstance(present, Tensor):
                 control = x[:, ahead:].detach()
                 control = control if shape is None else control.reshape(control.shape[0], *shape)
-                self.values.append((_Slot(own, CONTROL), control))
+                self.values.append((_Slot(module, CONTROL), control))
                 if not isinstance(module, DataControl):
-                    self.borrowed.append(_Slot(own, CONTROL))
+                    self.borrowed.append(_Slot(module, CONTROL))
             if isinstance(module, GalLayer):
-                self.results += [_Slot(own, name) for name in ("weight", "bias") if name in own]
+                self.results += [_Slot(module, name) for name in ("weight", "bias") if name in own]
         self.found = bool(self.times or self.values or self.results)
         self.lock = lock_of(modules[0] if self.found else None)
 
@@ -120,7 +122,8 @@ class Slots:
         """``function``, with the placeholders filled during each evaluation."""
 
         def evaluate(t: Tensor, z: Tensor) -> Tensor:
-            with self.lock:
+            # torch.compile cannot trace a lock, and the compiled code reads no placeholder
+            with contextlib.nullcontext() if torch.compiler.is_compiling() else self.lock:
                 self.fill(t)
                 try:
                     return function(t, z)
@@ -131,7 +134,7 @@ class Slots:
 
     def fill(self, t: Tensor) -> None:
         """Fill all placeholders for an evaluation at ``t``."""
-        self._before = [attributes.get(name, _ABSENT) for attributes, name in self.borrowed]
+        self._before = [vars(module).get(name, _ABSENT) for module, name in self.borrowed]
         for slot in self.times:
             slot.fill(t)
         for slot, value in self.values:
@@ -139,11 +142,15 @@ class Slots:
 
     def clear(self, t: Tensor) -> None:
         """Remove graphs from the modules, because they keep memory alive and deepcopy refuses them."""
-        if t.requires_grad:
-            for slot in self.times:
-                slot.fill(t.detach())
-        for attributes, name in self.results:
-            attributes[name] = attributes[name].detach()
+        if torch.compiler.is_compiling():  # a tensor of a transform inside of the graph must not leave it
+            for slot in (*self.times, *self.results):
+                slot.fill(None)
+        else:
+            if t.requires_grad:
+                for slot in self.times:
+                    slot.fill(t.detach())
+            for slot in self.results:
+                slot.fill(getattr(slot.module, slot.name).detach())
         for slot, value in zip(self.borrowed, self._before, strict=True):
             slot.restore(value)
 
@@ -269,7 +276,7 @@ def start_torchdyn(
         user_field=net if order == 1 else None, columns=columns,
     )  # fmt: skip
     return replace(
-        solve, trained=lambda: tensors_of((vf, hidden_cost), args), counters=counters,
+        solve, trained=lambda: tensors_of((vf, hidden_cost), args), owner=vf, counters=counters,
         inner_autograd=True,  # the field of a user may differentiate inside
     )  # fmt: skip
 

@@ -41,6 +41,7 @@ from .choice import (
     constants_of,
     kept_times,
     method_from_torchdyn,
+    prepare,
     refuse_leapfrog,
     resolve_solver,
     solver_from,
@@ -132,6 +133,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             step, as torchdyn does. :meth:`trajectory` does not take part. ``history.longest_safe_steps[0]`` has
             the steps by direction of time. Copies by deepcopy and pickle keep them, a ``state_dict`` does not have
             them, and ``model.history.longest_safe_steps.clear()`` forgets them.
+        compile: whether torch.compile makes one graph of a step in calls with gradients, see :doc:`/compile`.
 
     After a call :attr:`regularization` has the integral of each penalty along the trajectory, and :meth:`reg_loss`
     returns their weighted sum. :meth:`trajectory` keeps those from the last call, except where each solve counts.
@@ -168,6 +170,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     _named: Sequence[tuple[SolverObject, str]] = ()
     _system: System = System()
     _quadrature: str = "full"
+    _compile: bool = False
     _resolved: tuple[list[object], Solver] | None = None
     _columns_known: bool = False
 
@@ -196,6 +199,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         batch_dim: int | None = 0,
         quadrature: str = "full",
         warm_start: bool = False,
+        compile: bool = False,
     ) -> None:
         given = _installed if regularizers is None else _Installed(regularizers)
         resolved = resolve_regularizers(given.regularizers)
@@ -231,6 +235,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         self.history = History(resolved, counted_in=given.counter, longest_safe_steps=steps, absent=_NO_CALL)
         self._system = System(resolved, get_estimator(trace_noise), part=spec)
         self._max_nfe, self._quadrature = max_nfe, quadrature
+        self._compile = compile  # `compile` is a method of every module
         built = ((forward, solver), (backward, solver_adjoint))
         self._named = tuple((made, name) for made, name in built if isinstance(name, str))
         if resolved:
@@ -462,7 +467,9 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             # and a higher one would promote the state
             times = times.to(precision) if solver.adaptive or not times.is_floating_point() else times
             # on the CPU, so that the host knows the steps without waiting for the device
-            return x, times.to(x.device if times.requires_grad else "cpu", copy=True)
+            times = times.to(x.device if times.requires_grad else "cpu", copy=True)
+        prepare(solver, x, times[:1])
+        return x, times
 
     def _check_state(self, x: Tensor, t_span: Tensor, rhs: FieldSolve) -> None:
         """Warn about a state that the penalties of a solve would misread."""
@@ -540,7 +547,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             gradient = kind(backward, restarted=gradient.restarted)
         return solver_from(
             method(self.solver, self.interpolator), atol=self.atol, rtol=self.rtol, gradient=gradient,
-            max_nfe=self._max_nfe, quadrature=self._quadrature,
+            max_nfe=self._max_nfe, quadrature=self._quadrature, compile=self._compile,
         )  # fmt: skip
 
 
@@ -577,7 +584,7 @@ def install(*, torchdiffeq: bool = False, regularizers: RegularizersLike = None)
 
     From then on every object of that class, also one that was made before, is solved by rnode_plugin: with the same
     values, with correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``batch_dim=``,
-    ``quadrature=``, ``warm_start=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second
+    ``quadrature=``, ``warm_start=``, ``compile=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second
     call replaces the ``regularizers``.
 
     It affects this process only. ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed. Solves

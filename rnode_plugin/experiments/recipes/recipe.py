@@ -64,6 +64,7 @@ __all__ = [
     "read_recipe",
     "read_strength",
     "similar_settings",
+    "solver_settings",
 ]  # fmt: skip
 
 
@@ -113,7 +114,11 @@ _AnyModel = Annotated[Annotated[Model, Tag("images")] | Annotated[TableModel, Ta
 
 # what a fixed grid and an adaptive solver lack of the settings of the other, and the methods to name in advice
 _SOLVERS: Mapping[str, type[FixedGrid | Adaptive]] = {"fixed": FixedGrid, "adaptive": Adaptive}
-_OF_SOLVERS = {kind: [each.name for each in dataclasses.fields(solver)] for kind, solver in _SOLVERS.items()}
+# whether the steps are compiled is a setting of the training
+_OF_SOLVERS = {
+    kind: [each.name for each in dataclasses.fields(solver) if each.name != "compile"]
+    for kind, solver in _SOLVERS.items()
+}
 _SOLVER_SETTINGS = [*dict.fromkeys(key for keys in _OF_SOLVERS.values() for key in keys)]
 
 
@@ -128,6 +133,8 @@ def _solver_settings(value: object, info: ValidationInfo) -> object:
     """Refuse a setting of the other kind of solver in plain data, and a solver that no file can hold."""
     prefix = f"{info.field_name}." if info.field_name else ""
     if isinstance(value, Mapping):
+        if "compile" in value:
+            raise ConfigError(f"{prefix}compile is not a setting of a solver: give training.compile.")
         kind = _kind_of_solver(value)
         for key in value:
             if key not in _OF_SOLVERS[kind] and key in _SOLVER_SETTINGS:
@@ -135,12 +142,26 @@ def _solver_settings(value: object, info: ValidationInfo) -> object:
                     f"{prefix}{key} has no effect, because {_OTHER_KIND[kind].format(prefix, **value)}"
                 )
     elif isinstance(value, Solver):
+        if value.compile:
+            raise ConfigError(f"{prefix}compile is not a setting of a recipe's solver: give training.compile=true.")
         for key, setting in vars(value).items():
             if not (setting is None or isinstance(setting, (str, int, float))):
                 raise ConfigError(
                     f"{prefix}{key} of a recipe is a name or a number, which a file can hold, not {setting!r:.60}."
                 )
     return value
+
+
+def _settings_of(group: object) -> Mapping[str, object]:
+    """The settings of a group of a recipe, by name."""
+    if isinstance(group, Solver):
+        return solver_settings(group)
+    return group if isinstance(group, Mapping) else vars(group)
+
+
+def solver_settings(solver: Solver) -> dict[str, object]:
+    """The settings of a solver that a recipe has, by name."""
+    return {name: getattr(solver, name) for name in _OF_SOLVERS[_kind_of_solver(solver)]}
 
 
 _OTHER_KIND = {
@@ -299,12 +320,13 @@ class Recipe:
             (f"{group}.{key}", entry)
             for group, value in vars(self).items()
             if not isinstance(value, str)  # name and description
-            for key, entry in (value if isinstance(value, Mapping) else vars(value)).items()
+            for key, entry in _settings_of(value).items()
         ]
 
     def to_plain(self) -> dict[str, Any]:
         """Convert the recipe to dictionaries, lists, numbers and texts, for JSON and checkpoints."""
-        return TypeAdapter(Recipe).dump_python(self, mode="json")
+        left_out = {group: {"compile"} for group in ("solver", "test_solver")}
+        return TypeAdapter(Recipe).dump_python(self, mode="json", exclude=left_out)
 
     @staticmethod
     def from_plain(plain: object) -> Recipe:
@@ -481,7 +503,7 @@ def _text_or_none(text: str) -> str | None:
 
 def _solver_with(old: Solver, values: Mapping[str, str | None]) -> dict[str, object]:
     """The settings of a solver with other ``values``, without those that a method of another kind leaves over."""
-    merged = {**vars(old), **values}
+    merged = {**_settings_of(old), **values}
     check_name(merged["method"], METHODS, "solver method")
     kept = _OF_SOLVERS[_kind_of_solver(merged)]
     return {key: each for key, each in merged.items() if key in kept or values.get(key) is not None}

@@ -156,7 +156,9 @@ class Training:
             name of weights in the package; None for fresh ones.
         precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` or ``64-true``, as Lightning names them. Weights that
             were trained in 64 bits are evaluated and sampled in 32, as all others.
-        compile: whether training evaluates the stack fields through torch.compile.
+        compile: whether torch.compile makes one graph of each step of the training solver, which takes a minute or
+            more at first. It pays for small fields with a random trace, and not for image fields on a CPU or tables
+            with exact traces.
         val_every: epochs between two validations, each with a grid of samples if the data are images.
         val_every_steps: steps between two validations instead; None for epochs.
         val_images: number of images or rows that a validation uses; None for all. ``rnode-cli eval`` uses all.

@@ -65,9 +65,10 @@ def data_text(recipe: Recipe) -> str:
 def settings_of(run: RunContents) -> dict[str, str]:
     """The text of each setting in which runs of two configurations may differ.
 
-    The seed is left out, and the place of the data too if the facts of the run identify them: a copy is the same.
+    The seed is left out, whether the steps are compiled, and the place of the data too if the facts of the run
+    identify them: a copy is the same.
     """
-    left_out = {"training.seed"} if run.facts is None else {"training.seed", "data.root"}
+    left_out = {"training.seed", "training.compile"} | (set() if run.facts is None else {"data.root"})
     return {path: as_text(value) for path, value in run.recipe.settings() if path not in left_out}
 
 

@@ -23,6 +23,7 @@ from ...errors import SolverError, TrainingError
 from ...text import batch_counter
 from ..data.batches import SIGNALS
 from ..data.hashes import fingerprint
+from ..recipes.recipe import solver_settings
 from ..runs.environment import Environment
 from ..runs.metrics import MetricsTable
 from ..runs.run import Run
@@ -338,7 +339,7 @@ class AfterStep(Checkpoint):
         # a validation has signs in place of Gaussian noise
         estimator = recipe.model.trace_noise
         noise |= {"trace_noise": "rademacher" if estimator == "gaussian" else estimator}
-        return {**dataclasses.asdict(recipe.test_solver), **noise, "samples": self._validated}
+        return {**solver_settings(recipe.test_solver), **noise, "samples": self._validated}
 
 
 _ASK_AGAIN = 1.0  # seconds

@@ -18,7 +18,6 @@ from ..._version import __version__
 from ...core.distribution import DensityModel
 from ...core.random_streams import Stream, seed_everything
 from ...errors import ConfigError, LocalError, SolverError, TrainingError
-from ...fields import compile_fields
 from ..data.facts import Facts, Overlap, doubt
 from ..data.hashes import NONE, hashes_of, united
 from ..recipes.recipe import Recipe, as_text
@@ -311,10 +310,7 @@ class RnodeModule(L.LightningModule):
         self._compares, self._known = True, 0 if known is None else len(known)
         self._is_fresh = False  # a second fit continues from the weights of the first
         if self.recipe.training.compile:
-            if not compile_fields(self.flow):
-                name = self.recipe.model.name
-                raise ConfigError(f"the model {name} has no field that can be compiled: train without --compile.")
-            self._print("the fields are compiled: the first step takes longer")
+            self._print("the steps of the solver are compiled: the first training step takes longer")
 
     def on_train_start(self) -> None:
         # A checkpoint restores the optimizer with the learning rates and decays of the recipe that it was saved

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -77,7 +77,8 @@ class LikelihoodLoss:
 
     def __init__(self, flow: DensityModel, recipe: Recipe) -> None:
         self._flow, self._measured, self._task = flow, recipe.measured, task_of(recipe.data)
-        self._options: dict[str, Any] = {"solver": recipe.solver, "check": False}
+        solver = replace(recipe.solver, compile=recipe.training.compile)
+        self._options: dict[str, Any] = {"solver": solver, "check": False}
         self._lambdas = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
 
     def __call__(self, batch: Tensor, step: int) -> StepTerms:
