@@ -82,8 +82,8 @@ SIDEBAR = {
     "api/index": "api/types api/torchdyn api/torchdiffeq api/penalties api/flow_matching api/diffusion api/core"
     " api/solvers api/fields api/flows api/data api/recipes api/training api/evaluation api/reports api/plugins"
     " api/errors",
-    "contributing": "plugins write_a_model third_party_plugin maf_tables parquet_pictures otflow architecture"
-    " release changelog code_of_conduct security",
+    "contributing": "plugins write_a_model third_party_plugin maf_tables parquet_pictures otflow ffjord_rates"
+    " architecture release changelog code_of_conduct security",
 }
 TITLES = {  # shorter ones, for the sidebar
     "which_penalty": "Penalties",
@@ -102,6 +102,7 @@ TITLES = {  # shorter ones, for the sidebar
     "maf_tables": "Example: data sets and recipes",
     "parquet_pictures": "Example: parquet pictures",
     "otflow": "Example: a field, its penalty and a model",
+    "ffjord_rates": "Example: rates of the whole Jacobian",
     "start/two_moons": "Notebook: two moons",
     "notebooks/classifier": "Notebook: a classifier",
     "notebooks/table_density": "Notebook: a table",
@@ -115,6 +116,7 @@ SHOWN = {
     "changelog": ROOT / "CHANGELOG.md",
     "code_of_conduct": ROOT / "CODE_OF_CONDUCT.md",
     "contributing": ROOT / "CONTRIBUTING.md",
+    "ffjord_rates": ROOT / "examples" / "ffjord_rates" / "README.md",
     "gallery": ROOT / "examples" / "README.md",
     "maf_tables": ROOT / "examples" / "maf_tables" / "README.md",
     "otflow": ROOT / "examples" / "otflow" / "README.md",

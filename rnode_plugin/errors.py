@@ -102,6 +102,8 @@ def first_line(error: BaseException) -> str:
 _INSTEAD = {  # of methods that papers and other packages have under these names
     "hutch++": "use 'exact', or more probes, such as 'rademacher:4'",
     "hjb": "install the plugin in examples/otflow, which has it with its field",
+    "jacdiag": "install the plugin in examples/ffjord_rates",
+    "jacoffdiag": "install the plugin in examples/ffjord_rates",
     "trajectory_polynomial": "solve through random times, and penalize the residual of a fit to these states",
 }
 

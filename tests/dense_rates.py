@@ -16,15 +16,12 @@ def dense_rates(f: Function, t: Tensor, z: Tensor, *, highest: int = 4) -> dict[
     """The rates of one sample ``z (D,)`` of ``f(t, z) (D,)``, scalars; ``taylor`` up to order ``highest``."""
     dz = f(t, z)
     jacobian = torch.func.jacrev(f, argnums=1)(t, z)
-    diagonal = jacobian.diagonal().square().sum()
     rates = {
         "kinetic": dz.square().sum(),
         "jacfrob": jacobian.square().sum(),
         "directional": (jacobian @ dz).square().sum(),
         "directional_vjp": (dz @ jacobian).square().sum(),
         "l1": dz.abs().sum(),
-        "jacdiag": diagonal,
-        "jacoffdiag": jacobian.square().sum() - diagonal,
         "curl": (jacobian - jacobian.T).square().sum(),
         "strain": ((jacobian + jacobian.T) / 2).square().sum(),
     }

@@ -23,6 +23,12 @@ def _squared_divergence(evaluation: Any) -> Tensor:
 squared_divergence = Rate("squared_divergence", _squared_divergence, needs={"vjp"})
 
 
+@rate("diagonal", needs={"vjp"}, repeats=True)
+def diagonal(evaluation: Any) -> Tensor:
+    """``sum_i J_ii^2``, by the rows of the whole Jacobian."""
+    return evaluation.jacobian().diagonal(dim1=1, dim2=2).square().sum(1)
+
+
 class Weighed(nn.Module):
     """A trained multiple of the squared norm."""
 
@@ -125,13 +131,16 @@ RATES: dict[str, tuple[Callable[[], Any], Dense]] = {
     **{
         name: (lambda name=name: name, known(name))
         for name in (
-            "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "l1", "jacdiag",
-            "jacoffdiag", "curl", "strain", "taylor:2", "taylor:3", "taylor:4",
+            "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "l1", "curl", "strain",
+            "taylor:2", "taylor:3", "taylor:4",
         )
     },
     "finite_difference:0.1": (lambda: "finite_difference:0.1", difference_in_time),
     "squared_divergence": (
         lambda: squared_divergence, lambda f, t, z: torch.func.jacrev(f, argnums=1)(t, z).trace().square()
+    ),
+    "diagonal": (
+        lambda: diagonal, lambda f, t, z: torch.func.jacrev(f, argnums=1)(t, z).diagonal().square().sum()
     ),
     "weighed": (weighed, lambda f, t, z: 1.5 * z.square().sum()),
     "along_the_state": (

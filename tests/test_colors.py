@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from regularizer_table import diagonal
 from torch import Tensor, nn
 
 from rnode_plugin import Exact, FixedGrid, Hutchinson, NeuralODE, RegularizedCNF
@@ -17,7 +18,7 @@ from rnode_plugin.core.system import System
 from rnode_plugin.core.trace_estimators import exact_products
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import StackField, conv_field
-from rnode_plugin.regularizers import curl, jacdiag, jacfrob, strain
+from rnode_plugin.regularizers import curl, jacfrob, strain
 from rnode_plugin.torchdyn.cnf import CNF
 
 T = torch.tensor(0.3, dtype=torch.float64)
@@ -172,9 +173,9 @@ def test_penalties_of_the_whole_jacobian_take_its_rows() -> None:
     field, z = stack(1, 2), state(1, 1, 12, 12)
     whole = Rate("whole", lambda at: at.jacobian().sum((1, 2)), needs=frozenset({"vjp"}))
     with torch.no_grad():
-        found = System([jacdiag, whole], "exact").start(field, z)(T, z)
+        found = System([diagonal, whole], "exact").start(field, z)(T, z)
     jacobian = dense(field, z)
-    close(found.penalties["jacdiag"], jacobian.diagonal(dim1=1, dim2=2).square().sum(1))
+    close(found.penalties["diagonal"], jacobian.diagonal(dim1=1, dim2=2).square().sum(1))
     close(found.penalties["whole"], jacobian.sum((1, 2)))
     close(found.dlogdet, trace_of(jacobian))
 

@@ -35,7 +35,7 @@ DOCS = [
     *sorted((ROOT / "examples").rglob("README.md")),
 ]
 RUN_MARK = "<!-- run -->"
-OF_OTHERS = ("arclength", "laplace", "otflow")  # names that the plugins of examples bring
+OF_OTHERS = ("arclength", "jacdiag", "laplace", "otflow")  # names that the plugins of examples bring
 
 
 class Block(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from regularizer_table import diagonal
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -25,7 +26,7 @@ from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdiffeq import odeint, odeint_adjoint
 
 SPAN = torch.tensor([0.0, 1.0])
-AGAIN = ["finite_difference:0.5", "directional_vjp", "total_derivative", "taylor:3", "jacdiag"]
+AGAIN: list[Any] = ["finite_difference:0.5", "directional_vjp", "total_derivative", "taylor:3", diagonal]
 
 
 class Net(nn.Module):
@@ -150,18 +151,18 @@ def test_every_product_has_the_mask_of_its_evaluation() -> None:
     s = found["kinetic"].sqrt()
     assert set(s.tolist()) == {0.0, 2.0}
     for name, power in (("finite_difference:0.5", 4), ("directional_vjp", 4), ("total_derivative", 4),
-                        ("taylor:3", 6), ("jacdiag", 2), ("directional", 4), ("jacfrob", 2)):  # fmt: skip
+                        ("taylor:3", 6), ("diagonal", 2), ("directional", 4), ("jacfrob", 2)):  # fmt: skip
         assert torch.allclose(found[name], s**power), name
 
 
 @pytest.mark.parametrize("estimator", ["gaussian", "rademacher:2", "difference"])
 def test_probes_that_evaluate_again_have_the_mask_too(estimator: str) -> None:
     drop, z = nn.Dropout(0.5), torch.ones(500, 2)
-    found = penalties_at(lambda t, z: drop(z[:, :1]) * z, 0.0, z, ["kinetic", "jacdiag", "jacfrob"],
+    found = penalties_at(lambda t, z: drop(z[:, :1]) * z, 0.0, z, ["kinetic", diagonal, "jacfrob"],
                          trace_noise=estimator)  # fmt: skip
     dropped = found["kinetic"] == 0
     assert 100 < int(dropped.sum()) < 400
-    assert torch.equal(found["jacdiag"] == 0, dropped)
+    assert torch.equal(found["diagonal"] == 0, dropped)
     assert torch.equal(found["jacfrob"] == 0, dropped)
 
 
@@ -272,8 +273,13 @@ class Kinked(torch.autograd.Function):
         return g * ctx.saved_tensors[0]
 
 
-def by_points(name: str) -> Callable[[nn.Module], Tensor]:
-    return lambda net: penalties_at(net, 0.3, states(), [name])[name].mean()
+def rate_at(net: nn.Module, penalty: Any, noise: str = "rademacher") -> Tensor:
+    (values,) = penalties_at(net, 0.3, states(), [penalty], trace_noise=noise).values()
+    return values
+
+
+def by_points(penalty: Any) -> Callable[[nn.Module], Tensor]:
+    return lambda net: rate_at(net, penalty).mean()
 
 
 def by_solve(sensitivity: str) -> Callable[[nn.Module], Tensor]:
@@ -301,7 +307,8 @@ def by_odeint(net: nn.Module) -> Tensor:
 
 
 PRODUCTS: dict[str, Callable[[nn.Module], Tensor]] = {
-    **{name: by_points(name) for name in ("jacfrob", "total_derivative", "curl", "directional_vjp", "jacdiag")},
+    **{name: by_points(name) for name in ("jacfrob", "total_derivative", "curl", "directional_vjp")},
+    "diagonal": by_points(diagonal),
     "NeuralODE": by_solve("autograd"), "checkpointed": by_solve("checkpointed"), "adjoint": by_solve("adjoint"),
     "density": by_density, "ODESolver": by_flow_matching, "odeint": by_odeint,
 }  # fmt: skip
@@ -324,21 +331,18 @@ def test_a_function_that_can_be_differentiated_is_no_false_alarm(function: Any, 
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["jacfrob", "directional_vjp", "jacdiag"])
-def test_values_through_a_kernel_are_right_without_gradients(name: str) -> None:
+@pytest.mark.parametrize("penalty", ["jacfrob", "directional_vjp", diagonal])
+def test_values_through_a_kernel_are_right_without_gradients(penalty: Any) -> None:
     with torch.no_grad():
-        found, expected = (
-            penalties_at(Net(f), 0.3, states(), [name], trace_noise="exact")[name]
-            for f in (Kernel.apply, nn.functional.silu)
-        )
+        found, expected = (rate_at(Net(f), penalty, "exact") for f in (Kernel.apply, nn.functional.silu))
     assert torch.allclose(found, expected)
 
 
 @pytest.mark.parametrize(
-    ("name", "noise"), [("jacfrob", "exact"), ("jacdiag", "rademacher"), ("directional_vjp", "rademacher")]
+    ("penalty", "noise"), [("jacfrob", "exact"), (diagonal, "rademacher"), ("directional_vjp", "rademacher")]
 )
-def test_a_backward_pass_that_runs_once_gives_one_product(name: str, noise: str) -> None:
-    """``jacdiag`` evaluates the net again for the rows, which are several products too.
+def test_a_backward_pass_that_runs_once_gives_one_product(penalty: Any, noise: str) -> None:
+    """``diagonal`` evaluates the net again for the rows, which are several products too.
 
     ``directional_vjp`` takes its product after the evaluation.
     """
@@ -348,7 +352,7 @@ def test_a_backward_pass_that_runs_once_gives_one_product(name: str, noise: str)
             for f in (Deleting.apply, nn.functional.silu)
         )
         with pytest.raises(ConfigError, match=r"runs only once .*DeletingBackward.* take one product"):
-            penalties_at(Net(Deleting.apply), 0.3, states(), [name], trace_noise=noise)
+            rate_at(Net(Deleting.apply), penalty, noise)
     assert torch.allclose(found, expected)
 
 

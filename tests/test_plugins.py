@@ -538,7 +538,7 @@ def test_the_example_is_installed_found_and_a_penalty_of_models(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["maf_tables", "otflow", "parquet_pictures"])
+@pytest.mark.parametrize("name", ["ffjord_rates", "maf_tables", "otflow", "parquet_pictures"])
 def test_the_tests_of_an_example_pass_where_it_is_installed(tmp_path: Path, name: str) -> None:
     """With the metadata that ``pip install .`` leaves, beside the folder that the tests put on the path."""
     folder = ROOT / "examples" / name

@@ -31,8 +31,8 @@ TIGHT = Adaptive("dopri5", atol=1e-6, rtol=1e-6)
 STEPS = [error, stiffness]
 OF_STEPS = ["error", "stiffness"]  # they need the steps in the graph
 OTHERS = [
-    "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "taylor:3", "l1", "jacdiag",
-    "jacoffdiag", "curl", "strain", "local_error", "local_stiffness", "straightness", "learned_end_time",
+    "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "taylor:3", "l1", "curl",
+    "strain", "local_error", "local_stiffness", "straightness", "learned_end_time",
 ]  # fmt: skip
 
 

@@ -28,8 +28,6 @@ BUILTIN = {
     "finite_difference": "rates:finite_difference",
     "taylor": "rates:taylor",
     "l1": "rates:l1",
-    "jacdiag": "rates:jacdiag",
-    "jacoffdiag": "rates:jacoffdiag",
     "curl": "rates:curl",
     "strain": "rates:strain",
     "straightness": "rates:straightness",

@@ -24,7 +24,6 @@ _RNODE = Source("RNODE", "Finlay et al.", 2020, "finlay2020how")
 _FFJORD = Source("FFJORD", "Grathwohl et al.", 2019, "grathwohl2019ffjord", "code")
 _TAO = Source("", "Tao and Choi", 2026, "tao2026strain")
 _SHARED = "the shared product"
-_EACH = "D products, for small D"
 
 
 @rate("kinetic", about=About("‖f‖², the squared speed", source=_RNODE.at("eq. 9a")))
@@ -167,22 +166,6 @@ class _Taylor:
 def l1(evaluation: FieldEvaluation) -> Tensor:
     """``||f||_1``. FFJORD's code takes the mean. It needs no product with the Jacobian."""
     return sum_event(evaluation.dz.abs())
-
-
-@rate("jacdiag", needs={"vjp"}, repeats=True, about=About("Σ J_ii²", cost=_EACH, source=_FFJORD))
-def jacdiag(evaluation: FieldEvaluation) -> Tensor:
-    """``sum_i J_ii^2``, from the exact Jacobian, which needs D products, so D must be small.
-
-    FFJORD's code intends this, takes the root of the mean square, and slices the first column by mistake.
-    """
-    return evaluation.jacobian().diagonal(dim1=1, dim2=2).square().sum(1)
-
-
-@rate("jacoffdiag", needs={"vjp"}, repeats=True, about=About("Σ J_ij² over i ≠ j", cost=_EACH, source=_FFJORD))
-def jacoffdiag(evaluation: FieldEvaluation) -> Tensor:
-    """``sum_{i != j} J_ij^2``, from the exact Jacobian, which needs D products. FFJORD's code takes the mean."""
-    squares = evaluation.jacobian().square()
-    return squares.sum((1, 2)) - squares.diagonal(dim1=1, dim2=2).sum(1)
 
 
 @rate(
