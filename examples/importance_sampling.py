@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from rnode_plugin import Adaptive, FixedGrid, RegularizedCNF, importance_sample
-from rnode_plugin.core.importance_sampling import ImportanceSample
+from rnode_plugin.analysis.importance_sampling import ImportanceSample
 from rnode_plugin.fields import linear_field
 
 PENALTIES = {"none": {}, "kinetic": {"kinetic": 0.01}, "both": {"kinetic": 0.01, "jacfrob": 0.01}}

@@ -19,8 +19,8 @@ _PUBLIC = {
     "TableFlow": "flows.table",
     "DensityModel": "core.distribution",
     "FlowOutput": "core.objective",
-    "importance_sample": "core.importance_sampling",
-    "map_log_prob": "core.map_jacobian",
+    "importance_sample": "analysis.importance_sampling",
+    "map_log_prob": "analysis.map_jacobian",
     "Solution": "solvers.solution",
     "Adaptive": "solvers.solver",
     "FixedGrid": "solvers.solver",
@@ -36,7 +36,7 @@ _PUBLIC = {
     "ImageDataModule": "experiments.training.datamodule",
     "TableDataModule": "experiments.training.datamodule",
     "load_flow": "experiments.training.checkpoints",
-    "diagnose": "diagnostics.diagnose",
+    "diagnose": "analysis.diagnose",
     "export_program": "export",
     "save_program": "export",
     "penalties_along": "penalties",
@@ -52,13 +52,13 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from .analysis.diagnose import diagnose
+    from .analysis.importance_sampling import importance_sample
+    from .analysis.map_jacobian import map_log_prob
     from .core.distribution import DensityModel
-    from .core.importance_sampling import importance_sample
-    from .core.map_jacobian import map_log_prob
     from .core.objective import FlowOutput, bits_per_dim, objective
     from .core.system import System
     from .core.trace_estimators import Exact, Hutchinson
-    from .diagnostics.diagnose import diagnose
     from .diffusion import velocity_from_noise
     from .errors import RnodeError, SolverError
     from .experiments.recipes.recipe import get_recipe

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .core.distribution import check_log_density
 from .core.history import History
-from .core.importance_sampling import check_log_density
 from .core.integrals import Integrals, attach
 from .core.modes import outside_inference
 from .core.regularizers import NONE, Regularizers, RegularizersLike

@@ -128,7 +128,7 @@ MUTANTS = [
     ),
     Mutant(
         "the error of log Z is divided by n, not by n - 1",
-        "core/importance_sampling.py",
+        "analysis/importance_sampling.py",
         "/ (n - 1)).sqrt()",
         "/ n).sqrt()",
         "test_importance_sampling.py::test_the_error_of_log_z_is_that_of_a_mean_of_three_weights",

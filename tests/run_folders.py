@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rnode_plugin.diagnostics.result import Check, Diagnosis
+from rnode_plugin.analysis.result import Check, Diagnosis
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.evaluation.measures import Evaluation, Mean
 from rnode_plugin.experiments.recipes.recipe import Recipe

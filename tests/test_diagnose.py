@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, RegularizedCNF, diagnose
+from rnode_plugin.analysis import checks, texts
+from rnode_plugin.analysis.diagnose import compared_for, samples_for
+from rnode_plugin.analysis.result import Check, Diagnosis
+from rnode_plugin.analysis.subject import HeldOut, Subject
 from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field
 from rnode_plugin.core.trace_estimators import Exact, Hutchinson
-from rnode_plugin.diagnostics import checks, texts
-from rnode_plugin.diagnostics.diagnose import compared_for, samples_for
-from rnode_plugin.diagnostics.result import Check, Diagnosis
-from rnode_plugin.diagnostics.subject import HeldOut, Subject
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import conv_field
 from rnode_plugin.flows.table import TableFlow

@@ -15,8 +15,8 @@ from PIL import Image
 from tiny_runs import rnode, run, tiny_recipe
 
 from rnode_plugin import get_recipe
+from rnode_plugin.analysis.result import Check
 from rnode_plugin.cli.runs import CHECK_FAILED
-from rnode_plugin.diagnostics.result import Check
 from rnode_plugin.experiments.evaluation.loading import held_out_samples
 from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.experiments.reports.diagnosis import draw_check

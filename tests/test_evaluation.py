@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, TableFlow
+from rnode_plugin.analysis.random_streams import Stream, seeded, stream_seed
 from rnode_plugin.core.distribution import DensityModel, StandardNormal
 from rnode_plugin.core.objective import FlowOutput
-from rnode_plugin.core.random_streams import Stream, seeded, stream_seed
 from rnode_plugin.core.trace_estimators import Exact, Hutchinson
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.evaluation.likelihood import evaluate, nfe_batches

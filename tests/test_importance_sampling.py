@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from rnode_plugin import Exact, FixedGrid, Hutchinson, MultiscaleFlow, RegularizedCNF, importance_sample
-from rnode_plugin.core.importance_sampling import ImportanceSample
+from rnode_plugin.analysis.importance_sampling import ImportanceSample
 from rnode_plugin.core.trace_estimators import Difference
 from rnode_plugin.errors import ConfigError
 

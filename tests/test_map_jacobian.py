@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal
 from torch.func import grad, jvp, vmap
 
 from rnode_plugin import Adaptive, DensityModel, FixedGrid, RegularizedCNF, importance_sample, map_log_prob
-from rnode_plugin.core import map_jacobian
+from rnode_plugin.analysis import map_jacobian
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.solvers import GRADIENTS
 

@@ -12,7 +12,7 @@ from tiny_runs import rows, run, tiny_recipe
 from torch import nn
 
 from rnode_plugin import FixedGrid, NeuralODE, get_recipe, load_flow
-from rnode_plugin.core.random_streams import Stream, seeded
+from rnode_plugin.analysis.random_streams import Stream, seeded
 from rnode_plugin.core.system import System
 from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.experiments.training import step

@@ -17,8 +17,8 @@ import torch
 from tiny_runs import as_options, assert_same, rnode, run, signal_at
 
 from rnode_plugin import get_recipe, hookimpl, load_flow
+from rnode_plugin.analysis.gaussian import gaussian_scores
 from rnode_plugin.cli.runs import Values
-from rnode_plugin.diagnostics.gaussian import gaussian_scores
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.data.table_files import column_names, read_columns
 from rnode_plugin.experiments.data.tables import Table

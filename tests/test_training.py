@@ -28,7 +28,7 @@ from tiny_runs import BeforeStep, SpoiltGradient, assert_same, repr_exact, run, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnode_plugin import get_recipe, load_flow
-from rnode_plugin.core.random_streams import Stream, seeded
+from rnode_plugin.analysis.random_streams import Stream, seeded
 from rnode_plugin.errors import CheckpointError, ConfigError, RnodeError, SolverError, TrainingError
 from rnode_plugin.experiments.data.batches import ArrayDataset
 from rnode_plugin.experiments.recipes.recipe import Optimizer, Recipe

@@ -214,7 +214,7 @@ def diagnose(
     path = find_checkpoint(run)
     if out is not None:
         check_folder(out)
-    from ..diagnostics.diagnose import compared_for, diagnose
+    from ..analysis.diagnose import compared_for, diagnose
     from ..experiments.data.facts import Facts
     from ..experiments.evaluation.loading import held_out_samples, load_for_evaluation, pick_device
     from ..experiments.quantities import overlap_text

@@ -19,6 +19,7 @@ from ..errors import ConfigError, check_count
 from .citations import citation
 from .history import History
 from .integrals import Integrals
+from .modes import read
 from .objective import FlowOutput, standard_normal_log_prob
 from .regularizers import NONE, Regularizers, RegularizersLike
 from .trace_estimators import TraceEstimator, get_estimator
@@ -221,7 +222,7 @@ class DensityModel(nn.Module, ABC):
         """The samples of latents ``z (B, *base.event_shape)`` and their ``log p(x) (B,)`` in nats, from one solve.
 
         The trace is taken as in :meth:`log_prob`. Arguments and errors as for :meth:`encode`. For the density of
-        the samples that a solver of a few steps computes see :func:`~rnode_plugin.core.map_jacobian.map_log_prob`.
+        the samples that a solver of a few steps computes see :func:`~rnode_plugin.map_log_prob`.
         """
         solver = self.solver.full_quadrature
         output = self.decode(z, context=context, noise=noise, penalties=False, solver=solver)
@@ -581,3 +582,24 @@ def _batch_shape_of(context: Tensor | None, shape: torch.Size | None) -> torch.S
             f"(B, *{tuple(shape)}), not {got}."
         )
     return context.shape[: -len(shape)]
+
+
+def check_log_density(found: object, n: int, name: str) -> Tensor:
+    """Return what a user's function ``name`` has returned for n samples, if it can be a log-density of each.
+
+    Raises:
+        ConfigError: unless these are real numbers ``(n,)`` without NaN and +inf. Inside of ``torch.func.vmap``
+            their values are not known, and are not looked at.
+    """
+    if not isinstance(found, Tensor):
+        got = type(found).__name__
+    elif found.shape != (n,) or not found.is_floating_point():
+        got = f"shape {tuple(found.shape)}, {found.dtype}"
+    elif wrong := read((~(found < math.inf)).sum()):  # NaN is not below it either
+        got = f"NaN or +inf for {wrong} of {n} samples"
+    else:
+        return found
+    raise ConfigError(
+        f"{name} must return one real number per sample, a tensor of floats ({n},) that are summed over the event, "
+        f"with -inf where the density is zero, but it returned {got}."
+    )

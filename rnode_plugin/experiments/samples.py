@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.random_streams import Stream, seeded
+from ..analysis.random_streams import Stream, seeded
 from ..files import write_atomically
 
 if TYPE_CHECKING:

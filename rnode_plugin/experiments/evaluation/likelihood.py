@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...analysis.random_streams import Stream, seeded
+from ...analysis.solver_gap import measure_solver_gap
 from ...core.derivatives import Field
 from ...core.distribution import DensityModel
 from ...core.objective import FlowOutput, per_dim
-from ...core.random_streams import Stream, seeded
 from ...core.tf32 import without_tf32
 from ...core.trace_estimators import Exact, Hutchinson
-from ...diagnostics.solver_gap import measure_solver_gap
 from ...errors import ConfigError, check_count
 from ...solvers import Adaptive
 from ..data.images import ImageArray

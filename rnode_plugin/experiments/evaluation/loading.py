@@ -9,7 +9,7 @@ import textwrap
 import numpy as np
 import torch
 
-from ...core.random_streams import Stream, seeded
+from ...analysis.random_streams import Stream, seeded
 from ...errors import ConfigError, first_line
 from ...text import batch_counter, count_of
 from ..data import ImageData, Table

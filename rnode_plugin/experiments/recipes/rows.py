@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ...diagnostics.gaussian import gaussian_scores
+from ...analysis.gaussian import gaussian_scores
 from ...errors import ConfigError, suggest
 from ..data.catalog import accepted_options, get_table
 from ..data.facts import Facts

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ...diagnostics import texts
-from ...diagnostics.checks import LOST
-from ...diagnostics.result import Check
+from ...analysis import texts
+from ...analysis.checks import LOST
+from ...analysis.result import Check
 from ..runs.results import DiagnosedWeights
 from ..runs.run import Run
 from .configurations import GRAY

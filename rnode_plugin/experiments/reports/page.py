@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ...diagnostics.result import VERDICTS, Check
+from ...analysis.result import VERDICTS, Check
 from ..quantities import state_of
 from ..recipes.recipe import as_text
 from ..recipes.tasks import task_of

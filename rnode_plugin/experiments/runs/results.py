@@ -16,7 +16,7 @@ import numpy as np
 import pandas
 from pydantic import TypeAdapter
 
-from ...diagnostics.result import Diagnosis
+from ...analysis.result import Diagnosis
 from ...errors import ConfigError
 from ..data.facts import Overlap
 from ..evaluation.measures import Evaluation

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..._version import __version__
+from ...analysis.random_streams import Stream, seed_everything
 from ...core.distribution import DensityModel
-from ...core.random_streams import Stream, seed_everything
 from ...errors import ConfigError, LocalError, SolverError, TrainingError
 from ..data.facts import Facts, Overlap, doubt
 from ..data.hashes import NONE, hashes_of, united

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from ...analysis.random_streams import Stream, seeded
+from ...analysis.solver_gap import measure_solver_gap
 from ...core.distribution import DensityModel, FlowOfBlocks
 from ...core.objective import FlowOutput, objective, per_dim
-from ...core.random_streams import Stream, seeded
 from ...core.schedules import final_strength, strength_at
 from ...core.tf32 import without_tf32
-from ...diagnostics.solver_gap import measure_solver_gap
 from ...errors import ConfigError, SolverError
 from ...solvers import HealthCheck, Solver, all_finite, check_all
 from ..recipes.settings import Training

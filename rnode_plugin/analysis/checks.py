@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.map_jacobian import MOST_DIMS, jacobian_of, log_abs_det
 from ..core.objective import FlowOutput
 from ..core.trace_estimators import Exact
 from ..errors import ConfigError, SolverError
 from ..solvers import Adaptive, FixedGrid, Solver
 from .gaussian import gaussian_scores
+from .map_jacobian import MOST_DIMS, jacobian_of, log_abs_det
 from .result import Check, Verdict
 from .solver_gap import measure_solver_gap, standard_error
 from .subject import Encoded, HeldOut, Subject

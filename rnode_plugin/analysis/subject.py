@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..core.distribution import DensityModel
-from ..core.random_streams import Stream, seeded
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
 from ..solvers import Solver
+from .random_streams import Stream, seeded
 
 _BATCH_NUMBERS = 400_000  # most numbers in the state of one solve, 510 images of MNIST
 _MAX_BATCH = 4096

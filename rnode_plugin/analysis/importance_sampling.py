@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ..core.distribution import DensityModel, check_log_density
+from ..core.trace_estimators import Exact
 from ..errors import ConfigError, check_count, check_name
 from .map_jacobian import map_log_prob
-from .modes import read
-from .trace_estimators import Exact
-
-if TYPE_CHECKING:
-    from .distribution import DensityModel
 
 EXACT_DIMS = 64
 """Importance sampling takes the exact trace in up to this many dimensions, so its weights have no noise.
@@ -97,7 +94,7 @@ def importance_sample(
         n: number of samples.
         context: ``context_shape`` for all samples or ``(n, *context_shape)``; only for a conditional density.
         jacobian: ``"trace"`` integrates the trace of the field's Jacobian. ``"map"`` takes the Jacobian of the
-            discrete map, see :func:`~rnode_plugin.core.map_jacobian.map_log_prob`.
+            discrete map, see :func:`~rnode_plugin.analysis.map_jacobian.map_log_prob`.
 
     Returns:
         ImportanceSample: the samples and their log-weights.
@@ -141,24 +138,3 @@ def importance_sample(
             "the density to cover the target first."
         )
     return ImportanceSample(x, log_target_x.double() - log_prob.double())
-
-
-def check_log_density(found: object, n: int, name: str) -> Tensor:
-    """Return what a user's function ``name`` has returned for n samples, if it can be a log-density of each.
-
-    Raises:
-        ConfigError: unless these are real numbers ``(n,)`` without NaN and +inf. Inside of ``torch.func.vmap``
-            their values are not known, and are not looked at.
-    """
-    if not isinstance(found, Tensor):
-        got = type(found).__name__
-    elif found.shape != (n,) or not found.is_floating_point():
-        got = f"shape {tuple(found.shape)}, {found.dtype}"
-    elif wrong := read((~(found < math.inf)).sum()):  # NaN is not below it either
-        got = f"NaN or +inf for {wrong} of {n} samples"
-    else:
-        return found
-    raise ConfigError(
-        f"{name} must return one real number per sample, a tensor of floats ({n},) that are summed over the event, "
-        f"with -inf where the density is zero, but it returned {got}."
-    )

@@ -10,20 +10,17 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..core.distribution import DensityModel
+from ..core.field_checks import refuse_mixed_samples
+from ..core.modes import differs, next_number, transforms_active
+from ..core.objective import FlowOutput
+from ..core.second_derivatives import Evaluated, check_second_derivative
+from ..core.trace_estimators import Hutchinson
 from ..errors import ConfigError
-from .field_checks import refuse_mixed_samples
-from .modes import differs, next_number, transforms_active
-from .objective import FlowOutput
-from .second_derivatives import Evaluated, check_second_derivative
-from .trace_estimators import Hutchinson
-
-if TYPE_CHECKING:
-    from .distribution import DensityModel
 
 MOST_DIMS = 256
 """Most dimensions of a map whose Jacobian is taken, since each takes one backward pass through the solve."""
