@@ -60,7 +60,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_json_has_no_number_that_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
-    print_json({"gap": math.inf, "means": [{"mean": math.nan, "samples": (0.1, -math.inf)}], "file": Path("NaN")})
+    value = {"gap": math.inf, "means": [{"mean": math.nan, "samples": (0.1, -math.inf)}], "file": Path("NaN")}
+    with click.Context(click.Command("eval")):
+        print_json(value)
     plain = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert plain == {"gap": None, "means": [{"mean": None, "samples": [0.1, None]}], "file": "NaN"}
 

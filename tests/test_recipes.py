@@ -124,7 +124,7 @@ def test_a_run_keeps_the_absolute_paths_of_its_data_and_of_its_first_weights(nam
         assert moved.data.root == str(tmp_path / "data.csv")
     assert recipe.override(["data.root=none"]).data.root is None
     assert recipe.at_root(None) == recipe
-    with pytest.raises(ConfigError, match="at least 1 character"):
+    with pytest.raises(ConfigError, match=r"data\.root: must not be empty"):
         recipe.at_root("")
     (tmp_path / "runs").mkdir()
     for weights, kept in (("runs", str(tmp_path / "runs")), ("mnist-pretrained", "mnist-pretrained")):

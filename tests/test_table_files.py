@@ -249,7 +249,7 @@ def test_held_out_rows_that_were_trained_on_are_counted() -> None:
     assert twice.described() == "t: 800 rows, columns a, b\n160 of 160 held-out rows equal a training row"
     zeros, rows = np.array([[0.0, 1.0], [2.0, 3.0]]), np.array([[-0.0, 1.0], [2.0, 4.0], [3.0, 2.0]])
     parts = Table("plugin's", ("a", "b"), zeros, zeros, rows)
-    assert parts.described().endswith("columns a, b\n1 of 3 held-out rows equal a training row")
+    assert parts.described().endswith("columns a, b\n1 of 3 held-out rows equals a training row")
     assert "equal" not in table().single().described()
 
 

@@ -279,7 +279,7 @@ OF_IMAGES, OF_ROWS, GIVEN_ROWS = "images", "rows", "rows given others"
 @pytest.mark.parametrize(("name", "asked", "path", "message"), [
     (OF_IMAGES, SampleRequest(given=AT), None, "--given-file are for tables that were trained with --given"),
     (OF_IMAGES, SampleRequest(given="x.csv"), None, "--given-file are for tables that were trained with --given"),
-    (OF_IMAGES, SampleRequest(), "x.csv", "x.csv is not a picture: its name must end in .png"),
+    (OF_IMAGES, SampleRequest(), "x.csv", "has another ending: end its name in .png"),
     (OF_ROWS, SampleRequest(temperatures=(0.5, 1.0)), None, "drawn at one temperature"),
     (OF_IMAGES, SampleRequest(temperatures=(0.5, 1.0, 0.5)), None, "--temperature has 0.5 twice"),
     (OF_ROWS, SampleRequest(columns=3), None, "rows of a table are in no grid: leave --columns out"),
