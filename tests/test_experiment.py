@@ -61,7 +61,8 @@ def test_a_run_takes_another_loss(tmp_path: Path) -> None:
 def test_accumulated_batches_draw_the_noise_of_as_many_devices(tmp_path: Path) -> None:
     """And each begins with the first steps of its batch in the step before."""
     adaptive = ("solver.method=dopri5", "solver.quadrature=full", "solver.atol=1e-2")
-    experiment = Experiment.of(tiny_recipe(*SHORT, "training.accumulate=2", *adaptive))
+    settings = ("training.accumulate=2", "training.warm_start=true", *adaptive)
+    experiment = Experiment.of(tiny_recipe(*SHORT, *settings))
     drawn: list[float] = []
     known: list[object] = []
 
