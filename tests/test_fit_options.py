@@ -332,6 +332,13 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
         (torch.OutOfMemoryError("CUDA out of memory.\nMore"), LocalError, "memory: CUDA out of memory. Give --set"),
         (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory."), LocalError, "memory. Give --set"),
         (torch.distributed.DistError("no peer.\nMore"), TrainingError, "cannot reach each other (no peer)."),
+        (
+            RuntimeError(
+                "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:5. Look"
+            ),
+            TrainingError,
+            "cannot reach each other (Connection closed by peer [::1]:5).",
+        ),
         (RuntimeError("no kernel.\nMore"), LocalError, "RuntimeError: no kernel. `rnode-cli --debug"),
         (DataError("no rows."), DataError, "no rows."),
     ],

@@ -208,6 +208,40 @@ def test_two_processes_killed_between_two_writes(tmp_path: Path) -> None:
     assert_intact(killed / "runs", 8)
 
 
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_a_process_ends_with_the_one_that_has_started_it(tmp_path: Path) -> None:
+    """The first one is killed before the two have met. The other would wait for it for half an hour."""
+    done = train_on_two(
+        tmp_path,
+        """
+import torch
+if "LOCAL_RANK" not in os.environ:
+    torch.distributed.init_process_group = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+""",
+    )  # both hold the pipe whose end this waits for
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_the_loss_of_a_process_is_named(tmp_path: Path) -> None:
+    """The other one is killed in the first step of a run, which leaves no folder."""
+    done = train_on_two(
+        tmp_path,
+        """
+import torch
+first = "LOCAL_RANK" not in os.environ
+backward = torch.Tensor.backward
+torch.Tensor.backward = lambda *a, **b: backward(*a, **b) if first else os.kill(os.getpid(), signal.SIGKILL)
+""",
+    )
+    assert done.returncode == 1, done.stderr
+    assert "training did not begin: the processes of this run cannot reach each other (" in done.stderr
+    assert "/gloo/" not in done.stderr
+    assert not list((tmp_path / "runs" / "digits").iterdir())
+
+
 def test_killed_in_a_step_with_a_truncated_newest_checkpoint(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

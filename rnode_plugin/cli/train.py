@@ -164,8 +164,10 @@ def _reported_by_process(ctx: click.Context) -> Iterator[None]:
         click.echo(f"process {rank}: {error}", err=True)
         # An exit code other than 0 lets the launcher kill the first process, which may meet the same error: it gets
         # the time to print its own, with its advice. Without the exit code it could wait here for half an hour
-        parent, end = os.getppid(), time.monotonic() + _SECONDS_TO_SPEAK
-        while os.getppid() == parent and time.monotonic() < end:
+        from ..experiments.training.failures import FIRST_PROCESS  # torch
+
+        parent, end = os.environ.get(FIRST_PROCESS, str(os.getppid())), time.monotonic() + _SECONDS_TO_SPEAK
+        while str(os.getppid()) == parent and time.monotonic() < end:
             time.sleep(0.1)
         ctx.exit(2 if isinstance(error, ConfigError) else 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -77,11 +78,10 @@ def translate_errors() -> Iterator[None]:
                 f"the port {port}, by which the processes of a run find each other, is in use, maybe by another "
                 "run: set MASTER_PORT to a free one, the same on all machines."
             ) from error
-        raise TrainingError(
-            f"the processes of this run cannot reach each other ({first_line(error).rstrip('.')}). If one has "
-            "ended, its message has the reason, unless the system killed it, for example because memory ran out."
-        ) from error
+        raise _lost(first_line(error)) from error
     except (MemoryError, RuntimeError) as error:  # last, because DistError is a RuntimeError
+        if "/gloo/" in str(error):  # its errors have no type of their own, and begin with a line of its source
+            raise _lost(first_line(error).partition("] ")[2].partition(". ")[0]) from error
         if is_out_of_memory(error):
             raise LocalError(
                 f"out of memory: {first_line(error).rstrip('.')}. Give --set solver.gradient=checkpointed, or "
@@ -93,7 +93,55 @@ def translate_errors() -> Iterator[None]:
         ) from error
 
 
+def _lost(reason: str) -> TrainingError:
+    return TrainingError(
+        f"the processes of this run cannot reach each other ({reason.rstrip('.')}). If one has ended, its message "
+        "has the reason, unless the system killed it, for example because memory ran out."
+    )
+
+
 def end_other_processes(trainer: L.Trainer) -> None:
     """Kill the processes that this one has started, which would wait for this one forever."""
     if trainer.is_global_zero and (launcher := trainer.strategy.launcher) is not None:
         launcher.kill(signal.SIGKILL)
+        let_others_end(trainer)
+
+
+def let_others_end(trainer: L.Trainer) -> None:
+    """Let the processes that this one has started end before it, with any exit code.
+
+    Lightning looks after them every five seconds, and would kill this process, which evaluates or has a message.
+    """
+    if trainer.is_global_zero and (launcher := trainer.strategy.launcher) is not None:
+        getattr(launcher, "procs", []).clear()
+
+
+FIRST_PROCESS = "RNODE_FIRST_PROCESS"
+"""The variable of the environment with the number of the process that has started this one for another device."""
+
+
+@contextmanager
+def ended_with_first_process() -> Iterator[None]:
+    """End this process within a second if the first one, which has started it, was killed.
+
+    It would wait for the first one until PyTorch's time limit of half an hour if they had not met yet. The first
+    process leaves its number in the environment of those that it starts. Another launcher ends processes itself.
+    """
+    first, done = os.environ.get(FIRST_PROCESS), threading.Event()
+
+    def watch() -> None:
+        while str(os.getppid()) == first:
+            if done.wait(1.0):
+                return
+        os._exit(1)
+
+    if is_other := first is not None and os.environ.get("LOCAL_RANK", "0") != "0":
+        threading.Thread(target=watch, daemon=True).start()
+    else:
+        os.environ[FIRST_PROCESS] = str(os.getpid())
+    try:
+        yield
+    finally:
+        done.set()
+        if not is_other:
+            os.environ.pop(FIRST_PROCESS, None)

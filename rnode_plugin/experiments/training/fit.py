@@ -22,7 +22,7 @@ from ..runs.results import Result
 from ..runs.run import Run, training_lock
 from .checkpoints import load_with_recipe
 from .experiment import Experiment
-from .failures import translate_errors
+from .failures import ended_with_first_process, translate_errors
 from .loggers import check_loggers, make_logger
 from .plan import Resumed, RunOptions, RunPlan, batch_size
 
@@ -89,7 +89,7 @@ def fit(
     """
     options = options or RunOptions()
     names = [each for each in loggers if isinstance(each, str)]
-    with translate_errors():
+    with translate_errors(), ended_with_first_process():
         experiment = begin(experiment, options, names)
         # Lightning is imported only now, because that takes seconds, and most refusals do not need it
         from .after_step import AfterStep

@@ -22,7 +22,7 @@ from .after_step import AfterStep, Folder, SampleGrids, TrainingInterrupted
 from .checkpoints import newest_intact
 from .datamodule import RecipeDataModule
 from .experiment import Experiment
-from .failures import add_resume_hint, end_other_processes, translate_errors
+from .failures import add_resume_hint, end_other_processes, let_others_end, translate_errors
 from .module import RnodeModule
 from .plan import RunPlan, unlike_a_run
 
@@ -62,6 +62,7 @@ def train(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, after_step:
         )
         # a run that was killed while its best weights were evaluated has no step left, and passes here at once
         stopped = _train(module, experiment, trainer, after_step)
+    let_others_end(trainer)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # a group that still exists when its process ends can abort the process, which would look like a failure
         torch.distributed.destroy_process_group()
