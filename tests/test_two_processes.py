@@ -203,7 +203,7 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("settings", "what"), [
     (["--set", "optimizer.lr=0.5"], "optimizer.lr is 0.5 in process 1 and 0.002 in process 0"),
-    (["--limit-train", "60"], "data.train_images is 60 in process 1 and 80 in process 0"),
+    (["--set", "data.train_images=60"], "data.train_images is 60 in process 1 and 80 in process 0"),
 ])  # fmt: skip
 def test_processes_with_other_commands_are_refused(settings: list[str], what: str, tmp_path: Path) -> None:
     """Started as on two machines. The gradients of both were averaged without a word."""
