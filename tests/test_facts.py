@@ -314,9 +314,11 @@ ROWS = np.random.RandomState(0).randn(200, 3)
     (ROWS, {}, "silent"),
     (ROWS.astype(np.float32), {}, "silent"),
     (ROWS, {"seed": 1}, "refused"),
-    (ROWS, {"held_out": 0.3}, "refused"),
+    (ROWS, {"held_out": 0.3}, "line"),  # the rows that chose the weights are held out, and others choose them
+    (ROWS, {"held_out": 0.4}, "refused"),
     (ROWS, {"validation": 0.2}, "line"),  # the held-out rows stay, and rows that choose the weights were trained on
-    (np.concatenate([ROWS, ROWS[:1] + 1]), {}, "refused"),  # another split of a table that has grown
+    (np.concatenate([ROWS, ROWS[:1] + 1]), {}, "silent"),  # a table that has grown, and holds out no row of before
+    (np.concatenate([ROWS, ROWS[:2] + 1]), {}, "refused"),
     (ROWS[::-1], {}, "refused"),
     (np.concatenate([ROWS, ROWS]), {}, "refused"),
     (ROWS + 1, {}, "line"),
