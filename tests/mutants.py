@@ -193,8 +193,8 @@ MUTANTS = [
     Mutant(
         "a smaller last batch of a validation counts in full",
         "experiments/training/module.py",
-        "torch.tensor([float(value) * len(batch), len(batch)]",
-        "torch.tensor([float(value), 1.0]",
+        "self._measured.append(({name: float(value) for name, value in row.items()}, len(batch)))",
+        "self._measured.append(({name: float(value) for name, value in row.items()}, 1))",
         "test_training.py::test_the_numbers_of_a_row",
     ),
     Mutant(

@@ -392,10 +392,12 @@ def test_processes_ask_each_other_about_once_a_second(recipe: Recipe, monkeypatc
     assert not decides.out_of_time
 
 
-def test_what_a_step_logs_is_on_the_cpu_or_where_it_was_computed(recipe: Recipe) -> None:
+def test_what_a_step_logs_is_on_the_cpu_or_where_it_was_computed(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Lightning copies a number to the device, which waits for it."""
     module, seen = RnodeModule(recipe), dict[str, Any]()
-    module.log = lambda name, value, **_: seen.update({name: value})
+    monkeypatch.setattr(module, "log", lambda name, value, **_: seen.update({name: value}))
     module.to("meta")
     norm = torch.zeros((), device="meta")
     module._terms = [StepTerms(norm, {"loss": norm, "nfe": 8.0})]

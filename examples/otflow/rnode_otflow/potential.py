@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linearization, Velocity, has_hooks
+from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linearization, Velocity
+from rnode_plugin.core.modes import has_hooks
 from rnode_plugin.errors import ConfigError, check_count
 
 
