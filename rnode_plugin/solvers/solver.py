@@ -229,7 +229,7 @@ class FixedGrid(Solver):
         method: ``euler``, ``midpoint``, ``rk4`` (classical) or ``rk4_38`` (3/8 rule, the paper's), or a
             :class:`~rnode_plugin.solvers.Method`.
         step: longest step; None: one step for each interval of the times.
-        max_nfe, quadrature: see :class:`Solver`.
+        max_nfe, quadrature, compile: see :class:`Solver`.
         gradient: an object of :mod:`~rnode_plugin.solvers.gradients`, or a name: ``autograd`` keeps all
             activations. ``checkpointed`` gives the same gradient with the activations of one step at a time, and
             evaluates each step once more. ``adjoint`` solves the continuous adjoint backward (as in the paper); its
@@ -280,7 +280,7 @@ class Adaptive(Solver):
         atol: absolute tolerance. One of ``atol`` and ``rtol`` may be 0.
         rtol: relative tolerance.
         first_step: first trial step; None estimates one with one more evaluation.
-        max_nfe, gradient, quadrature: see :class:`FixedGrid`.
+        max_nfe, gradient, quadrature, compile: see :class:`FixedGrid`.
 
     Raises:
         ConfigError: for an unknown name, a number out of range, and a method without an error estimate.
