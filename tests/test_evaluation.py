@@ -410,6 +410,7 @@ def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form(monkeypatch: pytes
     kinetic = 0.64 * squares * (np.exp(1.6) - 1) / 1.6
     assert found.penalties == {"kinetic": pytest.approx(kinetic), "jacfrob": pytest.approx(0.64 * blocks)}
     assert found.gap == pytest.approx((bits(drawn[0], 1.4**2) - dirty[:3]).mean(), abs=1e-7)
-    # at last all five images alone, and the first three by the training solver
-    assert calls[-2:] == [found.nfe_mean, 2 * blocks]
+    # at last all five images alone, and the first three by the training solver, each with an evaluation that checks
+    # the field at the end of a block
+    assert calls[-2:] == [found.nfe_mean + blocks, 2 * blocks + blocks]
     assert (found.nfe_batches, found.nfe_batch_size) == (1, 5)
