@@ -55,7 +55,7 @@ without which each of these is compared anew.
 
 
 def find_private(path: str) -> Any:
-    """The object of torch with this path, one of :data:`NAMES`; None in a torch that has none."""
+    """The object with this path, such as one of :data:`NAMES`; None in a version that has none."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)

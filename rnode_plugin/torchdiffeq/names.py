@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torchdiffeq
 from torch import Tensor, nn
 
+from ..core.modes import find_private
 from ..errors import ConfigError
 
 TESTED = "0.2.5"
@@ -21,15 +21,6 @@ NAMES = {
 }
 
 
-def _private(path: str) -> Any:
-    """The object of torchdiffeq with this path, one of :data:`NAMES`; None in a torchdiffeq that has none."""
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        return None
-
-
 def _norm(path: str) -> Callable[..., Tensor]:
     def refuse(state: object) -> NoReturn:
         version = getattr(torchdiffeq, "__version__", "")
@@ -38,7 +29,7 @@ def _norm(path: str) -> Callable[..., Tensor]:
             f"torchdiffeq from 0.2.3 to {TESTED}, with which rnode-plugin was tested, or give a norm in options=."
         )
 
-    return _private(path) or refuse
+    return find_private(path) or refuse
 
 
 def _parameters(module: nn.Module) -> Sequence[nn.Parameter]:
@@ -46,7 +37,7 @@ def _parameters(module: nn.Module) -> Sequence[nn.Parameter]:
 
 
 find_parameters: Callable[[nn.Module], Sequence[Tensor]] = (
-    _private("torchdiffeq._impl.adjoint.find_parameters") or _parameters
+    find_private("torchdiffeq._impl.adjoint.find_parameters") or _parameters
 )
 rms_norm = _norm("torchdiffeq._impl.misc._rms_norm")
 mixed_norm = _norm("torchdiffeq._impl.misc._mixed_norm")
