@@ -1,4 +1,4 @@
-"""Tests of compiled steps, which ``test_compile`` runs in processes of their own.
+"""Tests of compiled steps and of a user's torch.compile, which ``test_compile`` runs in processes of their own.
 
 Probes of coverage in the functions of the package, and what has imported distutils, cannot be compiled. The
 environment variable ``COMPILE_BACKEND`` chooses the compiler: ``aot_eager``, which makes no machine code, unless it
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
+import test_checks_in_modes as modes
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -467,6 +468,33 @@ def test_too_small_a_radius_is_refused_as_without(solver: Solver) -> None:
     model = RegularizedCNF(net, event_shape=(1, 8, 8), solver=solver, trace_estimator=Exact(radius=1))
     with pytest.raises(ConfigError, match="radius"):
         model.log_prob(torch.randn(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "of"), [*((name, "log_prob") for name in (*modes.BAD, "radius", "right")), ("mixing", "model")]
+)
+def test_fields_refused_under_a_users_own_compile(name: str, of: str) -> None:
+    model: Any
+    x = torch.randn(4, 2, dtype=torch.float64)
+    if name == "radius":
+        model, x, message = (
+            modes.images(modes.Squeeze()),
+            x.new_ones(2, 1, 8, 8),
+            "more than 1 rows or columns",
+        )
+    else:
+        make, message = modes.BAD.get(name, (modes.Field, ""))
+        model = modes.density(make())[0]
+    compiled: Any = torch.compile(model, backend="eager")
+    call = (lambda x: compiled(x).logdet) if of == "model" else torch.compile(model.log_prob, backend="eager")
+    if name == "right":
+        plain = model(x).logdet if of == "model" else model.log_prob(x)
+        torch.testing.assert_close(call(x), plain)
+        ours, theirs = (torch.autograd.grad(each.sum(), model.net.linear.weight) for each in (call(x), plain))
+        torch.testing.assert_close(ours, theirs)
+        return
+    with pytest.raises(ConfigError, match=message):
+        call(x)
 
 
 # what cannot be compiled ------------------------------------------------------------------------------------------

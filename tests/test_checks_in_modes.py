@@ -1,4 +1,4 @@
-"""The checks of a field inside torch.func, under a user's torch.compile, and at the end of a solve."""
+"""The checks of a field inside torch.func and at the end of a solve."""
 
 from __future__ import annotations
 
@@ -232,29 +232,6 @@ class Squeeze(nn.Module):
 
 def images(net: nn.Module) -> RegularizedCNF:
     return RegularizedCNF(net, event_shape=(1, 8, 8), trace_estimator=Exact(radius=1), solver=GRID, regularizers=())
-
-
-@pytest.mark.parametrize(
-    ("name", "of"), [*((name, "log_prob") for name in (*BAD, "radius", "right")), ("mixing", "model")]
-)
-def test_a_users_compile_refuses_what_a_plain_call_refuses(name: str, of: str) -> None:
-    torch._dynamo.reset()
-    x = torch.randn(4, 2, dtype=torch.float64)
-    if name == "radius":
-        model, x, message = images(Squeeze()), x.new_ones(2, 1, 8, 8), "more than 1 rows or columns away"
-    else:
-        make, message = BAD.get(name, (Field, ""))
-        model: Any = density(make())[0]
-    compiled: Any = torch.compile(model, backend="eager")
-    call = (lambda x: compiled(x).logdet) if of == "model" else torch.compile(model.log_prob, backend="eager")
-    if name == "right":
-        plain = model(x).logdet if of == "model" else model.log_prob(x)
-        torch.testing.assert_close(call(x), plain)
-        ours, theirs = (torch.autograd.grad(each.sum(), model.net.linear.weight) for each in (call(x), plain))
-        torch.testing.assert_close(ours, theirs)
-        return
-    with pytest.raises(ConfigError, match=message):
-        call(x)
 
 
 # the end of a solve ----------------------------------------------------------------------------------------------
