@@ -42,7 +42,7 @@ def test_the_usual_formulation_trains_the_flow_of_an_experiment() -> None:
         torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-6)
 
 
-def test_all_packages_solve_the_density_of_the_work_precision_diagrams() -> None:
+def test_all_packages_solve_the_density_of_the_diagrams() -> None:
     """The finest setting of each curve gives log p of the tight solve, and each call of the field is counted."""
     from figure_1 import TimeField  # pyright: ignore[reportMissingImports]
     from work_precision import SMOOTH, reference, torch_cases
@@ -64,7 +64,7 @@ def test_all_packages_solve_the_density_of_the_work_precision_diagrams() -> None
     assert calls["ours, dopri5 warm", 1e-2] == 7 + 1 < calls["ours, dopri5 cold", 1e-2]  # one step, seven stages
 
 
-def test_stored_runs_and_runs_in_folders_are_drawn_against_hours(tmp_path: Path) -> None:
+def test_stored_runs_and_folders_are_drawn_against_hours(tmp_path: Path) -> None:
     from fresh_weights import main
 
     run, picture = write_run(tmp_path / "run", tiny_recipe()), tmp_path / "hours.png"

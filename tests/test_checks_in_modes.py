@@ -288,14 +288,14 @@ SOLVES["regularize"] = regularized
 
 
 @pytest.mark.parametrize("name", SOLVES)
-def test_a_coupling_of_samples_that_opens_within_a_solve_is_refused(name: str) -> None:
+def test_a_coupling_that_opens_within_a_solve_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="depends on other samples"):
         SOLVES[name](Gated(at_the_end))
     SOLVES[name](Gated(lambda t: 0.0))
     SOLVES[name](Gated(in_the_middle))  # zero at both ends, as the docstring of Exact says
 
 
-def test_random_traces_of_such_fields_and_one_more_call_for_exact_ones() -> None:
+def test_random_traces_and_one_more_call_for_exact_ones() -> None:
     def calls(estimator: str, gate: Callable[[Tensor], Any]) -> tuple[int, int]:
         net = Gated(gate)
         model = RegularizedCNF(net, event_shape=2, trace_estimator=estimator, solver=GRID)
@@ -344,7 +344,7 @@ def test_a_solve_that_explodes_keeps_its_own_error() -> None:
 
 
 @pytest.mark.parametrize("wants", [{"products"}, {"rows", "trace"}, {"jvp"}, {"products", "jvp", "pull"}])
-def test_a_captured_field_has_the_same_numbers_and_checks_nothing(wants: set[str]) -> None:
+def test_a_captured_field_checks_nothing(wants: set[str]) -> None:
     t, probes = torch.tensor(0.3, dtype=torch.float64), torch.randn_like(X)
     net = Field()
 
@@ -367,7 +367,7 @@ def test_a_captured_field_has_the_same_numbers_and_checks_nothing(wants: set[str
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_check_at_one_time_refuses_as_an_evaluation_without_effects(name: str) -> None:
+def test_a_check_at_one_time_has_no_effects(name: str) -> None:
     make, message = BAD[name]
 
     class Counted(nn.Module):

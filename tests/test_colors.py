@@ -135,7 +135,7 @@ def test_a_solve_of_each_gradient(gradient: str) -> None:
         close(one, other, 1e-12 if gradient == "checkpointed" else 1e-4)
 
 
-def test_the_frobenius_norm_of_signed_colors_has_no_bias_and_little_noise() -> None:
+def test_the_frobenius_norm_of_signed_colors_is_unbiased() -> None:
     field, z = stack(1, 2), state(1, 1, 6, 6).expand(400, 1, 6, 6).contiguous()
     wanted, deviations = dense(field, z[:1]).square().sum(), []
     torch.manual_seed(2)
@@ -379,7 +379,7 @@ def test_samples_without_space_have_no_radius() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 7, 5), (1, 1, 4, 11), (2, 3, 9), (2, 1, 4, 5, 6)], ids=str)
-def test_colors_cover_each_pixel_once_and_pixels_of_a_color_are_apart(shape: tuple[int, ...]) -> None:
+def test_colors_cover_each_pixel_once(shape: tuple[int, ...]) -> None:
     z, radius = state(*shape), 2
     probes = Exact().draw(z, radius=radius, generator=torch.Generator().manual_seed(0))
     assert probes is not None

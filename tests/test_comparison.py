@@ -364,7 +364,7 @@ def test_a_run_that_was_killed(recipe: Recipe, training: Training, tmp_path: Pat
         run(recipe, tmp_path / "c", "none", "rnode", jobs=jobs)
 
 
-def test_a_run_that_another_process_has_finished_meanwhile_has_not_failed(
+def test_a_run_that_another_process_has_finished_is_no_failure(
     recipe: Recipe, training: Training, tmp_path: Path
 ) -> None:
     """A process that a killed comparison has left may not have its lock yet when the next comparison looks."""
@@ -373,7 +373,7 @@ def test_a_run_that_another_process_has_finished_meanwhile_has_not_failed(
 
 
 @pytest.mark.parametrize("begun", [True, False])
-def test_a_run_of_another_process_is_waited_for_after_the_others(
+def test_a_run_of_another_process_is_waited_for_last(
     recipe: Recipe, training: Training, tmp_path: Path, begun: bool
 ) -> None:
     """A comparison that was killed by SIGKILL leaves a process that trains, maybe in its first step."""

@@ -59,7 +59,7 @@ def test_folders_make_the_split(tmp_path, held_out):
     assert _rows(data.val) == _rows(val)
 
 
-def test_without_folders_names_decide_so_that_new_pictures_move_no_old_one(tmp_path):
+def test_without_folders_new_pictures_move_no_old_one(tmp_path):
     images = random_images(200)
     for i, image in enumerate(images[:150]):
         write_picture(tmp_path / "any" / f"{i:03}.png", image)

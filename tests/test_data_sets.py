@@ -271,7 +271,7 @@ def test_what_is_sent_must_be_the_published_file(published, tmp_path):
     ("fashion-mnist", "train-images-idx3-ubyte.gz", "FashionMNIST/raw"),
     ("cifar10", "cifar-10-python.tar.gz", ""), ("svhn", "train_32x32.mat and test_32x32.mat", ""),
 ])  # fmt: skip
-def test_without_a_network_it_names_the_files_and_where_they_belong(name, file, folder, tmp_path, monkeypatch):
+def test_without_a_network_it_names_the_files(name, file, folder, tmp_path, monkeypatch):
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(DataError) as caught:

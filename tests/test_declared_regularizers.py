@@ -130,7 +130,7 @@ def test_one_regularizer_is_shown_alone() -> None:
 
 
 @pytest.mark.parametrize("declared", [kinetic, straightness, local_error])
-def test_copies_and_pickles_of_a_declared_function_are_the_same_object(declared: object) -> None:
+def test_copies_of_a_declared_function_are_the_same_object(declared: object) -> None:
     assert copy.deepcopy(declared) is declared
     assert pickle.loads(pickle.dumps(declared)) is declared
 
@@ -207,7 +207,7 @@ def test_a_regularizer_of_no_kind_is_refused(make: Callable[[OfNoKind], object])
         make(OfNoKind())
 
 
-def test_penalties_of_several_solves_are_joined_by_their_reduction() -> None:
+def test_penalties_of_solves_are_joined_by_their_reduction() -> None:
     """Three solves of 1, 1 and 2 steps with one value each."""
     values, shares = [torch.tensor([x]) for x in (1.0, 2.0, 6.0)], (1.0, 1 / 2, 2 / 4)
 

@@ -96,7 +96,7 @@ def test_base_follows_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("policy", [LearnedEndTime(2.0), Steer(0.5)], ids=["learned", "steer"])
-def test_samples_run_through_the_time_that_the_density_runs_through(policy: Any) -> None:
+def test_samples_run_through_the_time_of_the_density(policy: Any) -> None:
     torch.manual_seed(0)
     model = RegularizedCNF(linear(0.3 * torch.randn(2, 2)), event_shape=2, regularizers=[policy], **TIGHT).double()
     x = torch.randn(3, 2, dtype=torch.float64)
@@ -194,7 +194,7 @@ def probing(probes: int) -> RegularizedCNF:
     return cnf(trace_estimator=Hutchinson("gaussian", probes=probes)).double()
 
 
-def test_the_solver_of_a_model_keeps_its_times_if_a_call_gives_it() -> None:
+def test_the_solver_of_a_model_keeps_its_times() -> None:
     model = RegularizedCNF(Wave(2), event_shape=2, t_span=torch.linspace(0, 1, 6), trace_estimator="exact").double()
     x = torch.randn(4, 2).double()
     own, given, other = (model.encode(x, solver=each) for each in (None, model.solver, Adaptive("dopri5")))
@@ -523,7 +523,7 @@ def test_times_as_a_list_and_noise_of_the_nets_precision(span: Any) -> None:
     assert RegularizedCNF.from_velocity(net, 0.3, noise_time=0.0, event_shape=2).t_span.tolist() == [0.3, 0.0]
 
 
-def test_the_base_of_a_half_precision_net_keeps_the_digits_of_its_log_density() -> None:
+def test_the_base_of_a_half_precision_net_keeps_its_digits() -> None:
     net = nn.Linear(256, 256)
     for parameter in net.parameters():
         nn.init.zeros_(parameter)

@@ -134,7 +134,7 @@ CASES = {
 
 @pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_forward_mode_has_the_derivatives_of_central_differences(case: str, graph: bool) -> None:
+def test_forward_mode_has_central_differences(case: str, graph: bool) -> None:
     outputs, x = CASES[case], torch.linspace(-1, 1, 8, dtype=DOUBLE).reshape(4, 2)
     direction = torch.linspace(1, -0.5, 8, dtype=DOUBLE).reshape(4, 2)
     with torch.no_grad():

@@ -178,7 +178,7 @@ def test_the_model_and_the_generator_are_left_as_they_were() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_diagnosis_takes_signs_and_leaves_the_noise_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diagnosis_leaves_the_noise_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     kept, draw = [], Hutchinson.draw
 
     def recorded(self: Hutchinson, z: Tensor, **options: Any) -> Tensor:
@@ -397,7 +397,7 @@ def test_samples_of_an_untrained_flow() -> None:
     assert of("samples", flow, torch.zeros(40, 1, 4, 4)).verdict == "failed"
 
 
-def test_a_difference_that_is_larger_than_guessing_explains_reads_larger() -> None:
+def test_a_difference_beyond_guessing_reads_larger() -> None:
     limit = 100 * checks.guessing_limit(checks.MOST)  # 53.7 %
     numbers = {"percent": limit + 0.1, "guess_low": 100 - limit, "guess_high": limit, "samples": checks.MOST}
     sentence = texts.text_of("samples", "different").format(**numbers)

@@ -119,9 +119,7 @@ def active_flow(shape: tuple[int, int, int], trace_noise: str) -> MultiscaleFlow
 @pytest.mark.parametrize(("columns", "trace_noise", "whole"), [
     (3, "rademacher", True), (70, "rademacher", False), (70, "exact", True),
 ])  # fmt: skip
-def test_the_norm_is_of_the_whole_jacobian_where_the_result_says_so(
-    columns: int, trace_noise: str, whole: bool
-) -> None:
+def test_the_norm_is_of_the_whole_jacobian_where_it_says_so(columns: int, trace_noise: str, whole: bool) -> None:
     """The inputs of a table have no noise, so only an estimate of the norm depends on the seed."""
     torch.manual_seed(0)
     flow = TableFlow(columns, hidden=8, solver=RK4, trace_noise=trace_noise, regularizers=["jacfrob"])
@@ -141,9 +139,7 @@ def test_the_norm_is_of_the_whole_jacobian_where_the_result_says_so(
 
 
 @pytest.mark.parametrize(("side", "draws"), [(4, 0), (8, 2 * 2 + 1)])  # two quantities, two draws; NFE
-def test_the_trace_is_exact_in_few_dimensions_and_by_rademacher_probes_in_many(
-    side: int, draws: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_trace_is_exact_in_few_dimensions(side: int, draws: int, monkeypatch: pytest.MonkeyPatch) -> None:
     shape, draw = (1, side, side), Hutchinson.draw
     flow, pictures = active_flow(shape, "gaussian"), images(4, 17, shape)
     probes: list[Tensor] = []
@@ -193,7 +189,7 @@ def test_the_gap_of_an_exact_evaluation_is_of_its_own_grid() -> None:
     assert found.gap == pytest.approx(by_grid - accurate, abs=0.1 * abs(by_grid - accurate))
 
 
-def test_the_bound_of_several_draws_approaches_the_mass_of_a_bin() -> None:
+def test_the_bound_of_draws_approaches_the_mass_of_a_bin() -> None:
     """The density is ``exp(3 sum(x))`` up to a constant, whose mass in each bin is known."""
     pictures, slope = images(3), 3.0
     flow = Known(lambda x: slope * x.flatten(1).sum(1))

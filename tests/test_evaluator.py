@@ -62,7 +62,7 @@ def penalty_to(end: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
-def test_finite_difference_by_the_end_is_the_rate_there_or_refused(solver: str) -> None:
+def test_a_finite_difference_at_the_end_is_its_rate_or_refused(solver: str) -> None:
     net, z, end = Net().double(), states(5).double(), torch.tensor(1.2, dtype=torch.float64, requires_grad=True)
 
     def node(sensitivity: str) -> Callable[[Tensor], Tensor]:
@@ -185,7 +185,7 @@ def test_a_penalty_leaves_the_random_numbers_of_the_solve(name: str) -> None:
         assert torch.equal(found, expected)
 
 
-def test_a_regularizer_that_evaluates_a_random_field_again_must_say_so() -> None:
+def test_a_regularizer_that_repeats_a_random_field_says_so() -> None:
     rate = Rate("trace", lambda e: e.jacobian().diagonal(dim1=1, dim2=2).sum(1), needs={"vjp"})
     with pytest.raises(ConfigError, match="repeats=True"):
         penalties_at(Net(nn.Dropout(0.5)), 0.0, states(), [rate])
@@ -316,7 +316,7 @@ PRODUCTS: dict[str, Callable[[nn.Module], Tensor]] = {
 
 @pytest.mark.parametrize("call", PRODUCTS.values(), ids=PRODUCTS)
 @pytest.mark.parametrize("kernel", [Kernel, Once, Refusing])
-def test_a_product_through_a_kernel_is_refused_where_it_is_differentiated(kernel: Any, call: Any) -> None:
+def test_a_differentiated_product_through_a_kernel_is_refused(kernel: Any, call: Any) -> None:
     net = Net(kernel.apply)
     with pytest.raises(ConfigError, match=f"{kernel.__name__} cannot be differentiated"):
         call(net).backward()
@@ -324,7 +324,7 @@ def test_a_product_through_a_kernel_is_refused_where_it_is_differentiated(kernel
 
 @pytest.mark.parametrize("call", PRODUCTS.values(), ids=PRODUCTS)
 @pytest.mark.parametrize("function", [Twice, Kinked])
-def test_a_function_that_can_be_differentiated_is_no_false_alarm(function: Any, call: Any) -> None:
+def test_a_differentiable_function_is_no_false_alarm(function: Any, call: Any) -> None:
     plain = {Twice: nn.functional.silu, Kinked: nn.functional.relu}[function]
     nets = Net(function.apply), Net(plain)
     found, expected = ((torch.manual_seed(1), gradient(call(net), net))[1] for net in nets)
@@ -357,7 +357,7 @@ def test_a_backward_pass_that_runs_once_gives_one_product(penalty: Any, noise: s
 
 
 @pytest.mark.parametrize("kernel", [Kernel, Once])
-def test_kinetic_and_finite_difference_need_no_second_derivative(kernel: Any) -> None:
+def test_kinetic_and_differences_need_no_second_derivative(kernel: Any) -> None:
     for name in ("kinetic", "finite_difference"):
         found, expected = (
             gradient(by_points(name)(net), net) for net in (Net(kernel.apply), Net(nn.functional.silu))
@@ -478,7 +478,7 @@ def test_a_compiled_net_stays_compiled() -> None:
     assert len(runs) - before == 4 * 3  # each stage and its two differences
 
 
-def test_differences_refuse_half_precision_and_the_transposed_product() -> None:
+def test_differences_refuse_half_precision_and_transposes() -> None:
     z = states().bfloat16()
     with pytest.raises(ConfigError, match="float32 or float64"):
         penalties_at(Net().bfloat16(), 0.0, z, ["jacfrob"], trace_noise="difference")
@@ -566,7 +566,7 @@ def test_columns_that_the_field_never_reads_are_named_once(columns: int) -> None
         NeuralODE(Net(), solver="rk4", regularizers=["kinetic"])(states(), SPAN)
 
 
-def test_a_rate_that_differentiates_the_velocity_is_told_what_to_declare() -> None:
+def test_a_rate_that_differentiates_is_told_what_to_declare() -> None:
     def rate(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
         return torch.autograd.grad(dz.sum(), z, create_graph=True)[0].square().sum(1)
 

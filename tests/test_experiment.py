@@ -170,7 +170,7 @@ def validated(*settings: str) -> tuple[DensityModel, dict[str, float]]:
     return flow, {name: float(value) for name, value in row.items()}
 
 
-def test_a_validation_measures_the_solve_without_the_evaluations_of_a_penalty() -> None:
+def test_a_validation_counts_no_evaluation_of_a_penalty() -> None:
     """Configurations are compared by these scores and NFE, so they must not depend on what is penalized."""
     (_, plain), (_, other) = validated(), validated("regularizers.local_error=0.01")
     assert plain["nfe"] == 2 * 6  # one step of the midpoint method in each of six blocks
@@ -178,7 +178,7 @@ def test_a_validation_measures_the_solve_without_the_evaluations_of_a_penalty() 
     assert other["local_error"] > 0
 
 
-def test_a_validation_takes_signs_and_leaves_the_noise_of_the_training() -> None:
+def test_a_validation_leaves_the_noise_of_the_training() -> None:
     rows = []
     for noise in ("gaussian", "rademacher"):
         flow, row = validated(f"model.trace_noise={noise}")
@@ -230,7 +230,7 @@ def test_slurm_has_a_task_for_each_device(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_devices_of_a_call_are_found_before_its_trainer_is_made() -> None:
+def test_the_devices_of_a_call_are_found_before_its_trainer() -> None:
     place = find_place({"accelerator": "cpu", "devices": 2})
     assert (place.device.type, place.world) == ("cpu", 2)
     with pytest.raises(ConfigError, match=re.escape("this device cannot be used")):

@@ -493,7 +493,7 @@ def test_the_set_is_that_of_the_steps_and_of_no_validation(tmp_path: Path) -> No
     assert not found & set(hashes_of(data.data.val[:]).tolist())
 
 
-def test_a_run_resumes_its_set_and_a_new_one_begins_with_that_of_its_weights(tmp_path: Path) -> None:
+def test_a_run_resumes_its_set_or_that_of_its_weights(tmp_path: Path) -> None:
     recipe = tiny_recipe("data.train_images=none", "training.max_steps=2", "training.val_every_steps=2")
     images = Experiment.of(recipe).data.train[:]
     first = run(recipe, tmp_path / "a")
@@ -527,7 +527,7 @@ class _SecondBatchError(Exception):
     pass
 
 
-def test_a_step_that_fails_in_its_second_batch_has_both_in_the_set(tmp_path: Path) -> None:
+def test_a_step_that_fails_has_both_batches_in_the_set(tmp_path: Path) -> None:
     """The samples of a step that was not finished may have changed nothing, and a set without them would be wrong
     where they have."""
     recipe = tiny_recipe("data.train_images=none", "training.accumulate=2")
@@ -688,7 +688,7 @@ def chain(folder: Path) -> Iterator[tuple[Path, str]]:
         yield folder / name, said(*train, folder / name, "--weights", folder / before)
 
 
-def test_what_the_first_of_several_runs_was_trained_on_is_known_to_the_last(tmp_path: Path) -> None:
+def test_the_last_of_several_runs_knows_all_sets(tmp_path: Path) -> None:
     (_, silent), (second, first_line), (third, line) = chain(tmp_path)
     orders = [np.random.RandomState(seed).permutation(len(ROWS)) for seed in (0, 1)]
     held_out, val = (len(set(orders[1][a:b]) & set(orders[0][60:])) for a, b in ((0, 40), (40, 60)))
@@ -730,7 +730,7 @@ def test_data_that_were_moved_or_scaled_are_named(trained_run: Path, tmp_path: P
         moved_to.rename(faces)
 
 
-def test_a_table_is_the_same_with_more_columns_and_in_another_order(tmp_path: Path) -> None:
+def test_a_table_is_the_same_with_more_columns(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(60, 4))
     frame = pd.DataFrame(rows, columns=list("abcd"))
     frame.iloc[:, :3].to_csv(tmp_path / "t.csv", index=False)

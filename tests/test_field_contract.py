@@ -287,7 +287,7 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_an_evaluation_leaves_what_a_call_leaves_and_a_repeated_one_nothing(name: str) -> None:
+def test_an_evaluation_leaves_what_a_call_leaves(name: str) -> None:
     """A call of the net moves running statistics and draws masks, and nothing else of this package does."""
     case = FIELDS[name]
     module, (t, z, noise) = case.make(), inputs_of(case)
@@ -382,7 +382,7 @@ def test_samples_that_mix_have_no_exact_jacobian(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_differences_of_the_velocity_are_the_directional_derivative(name: str) -> None:
+def test_differences_are_the_directional_derivative(name: str) -> None:
     """To their error of second order in the step."""
     case = FIELDS[name]
     module, (t, z, noise) = case.make(), inputs_of(case)
@@ -404,7 +404,7 @@ def test_differences_take_a_state_of_one_number_per_sample() -> None:
     torch.testing.assert_close(estimator.squared_frobenius(products, noise), z.cos() ** 2, rtol=1e-8, atol=1e-8)
 
 
-def test_differences_of_a_velocity_of_lower_precision_are_longer() -> None:
+def test_differences_of_lower_precision_are_longer() -> None:
     """A step for float64 would be lost in the rounding of float32 near 100."""
     matrix, z = torch.randn(8, 8), torch.randn(5, 8, dtype=torch.float64)
     estimator, evaluator = Difference(), Evaluator(AutogradField(lambda t, z: z.float() @ matrix.T + 100))

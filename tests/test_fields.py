@@ -149,7 +149,7 @@ def test_what_cannot_work_is_refused(build: object, message: str) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_an_evaluation_without_gradients_leaves_them_to_later_ones(layers: int) -> None:
+def test_an_evaluation_without_gradients_leaves_them_later(layers: int) -> None:
     """A prepared field serves a whole solve, in which ``finite_difference`` evaluates it under ``no_grad``."""
     field = active(linear_field(4, hidden=3, layers=layers))
     t, z, noise = make_inputs("linear")
@@ -205,7 +205,7 @@ def test_torch_func_differentiates_by_the_parameters(kind: str) -> None:
         assert relative(a, b) < 1e-12
 
 
-def test_a_first_call_inside_nested_transforms_leaves_nothing_behind() -> None:
+def test_a_first_call_in_nested_transforms_leaves_nothing() -> None:
     field, z, t = make_field("conv"), torch.randn(2, 2, 3, 11, dtype=torch.float64), torch.tensor(0.3)
     second = torch.func.jacrev(lambda z: torch.func.jvp(lambda z: field(t, z), (z,), (z,))[1])
     assert second(z).shape == (*z.shape, *z.shape)
@@ -254,9 +254,7 @@ def test_frozen_parameters_and_a_retained_graph() -> None:
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_gradients_of_the_state_alone_take_no_product_for_the_weights(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_of_the_state_take_no_product_for_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     field, (t, z, noise) = make_field(kind), make_inputs(kind)
     layer: Any = type(field.prepared(z).fast.W[0])  # pyright: ignore[reportAttributeAccessIssue]
     gradient, taken = layer.gradient, list[object]()
@@ -301,7 +299,7 @@ def test_autocast_keeps_the_states_dtype() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_the_radius_of_convolutions_is_that_of_the_dense_jacobian(layers: int) -> None:
+def test_the_radius_of_convolutions_is_the_dense_jacobians(layers: int) -> None:
     """Zero for pixels that are farther apart in rows or columns, and not zero at that distance in each of them."""
     field, t = active(conv_field(2, hidden=5, layers=layers, activation="tanh")), torch.tensor(0.3).double()
     z = torch.randn(1, 2, 9, 8, dtype=torch.float64)

@@ -59,7 +59,7 @@ def test_a_table_keeps_the_scale_of_the_weights(tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-def test_a_second_trainer_continues_from_what_the_first_has_trained(trained: Path, tmp_path: Path) -> None:
+def test_a_second_trainer_continues_the_first(trained: Path, tmp_path: Path) -> None:
     """The recipe's first weights and the table's rows are for a module that was never trained."""
     begun: list[torch.Tensor] = []
 

@@ -242,7 +242,7 @@ def test_the_average_of_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The checkpoint was not created with WeightAveraging")
-def test_an_average_begins_in_the_middle_of_a_run_and_does_not_end_there(tmp_path: Path) -> None:
+def test_an_average_begins_in_the_middle_of_a_run(tmp_path: Path) -> None:
     start: dict[str, torch.Tensor] = {}  # the weights before the last step, with which the average begins
 
     def look(module: Any, step: int) -> None:

@@ -54,7 +54,7 @@ def exact_log_prob(x: Tensor) -> Tensor:
     return normal(x * torch.exp(-SCALES)) - SCALES.sum()
 
 
-def test_penalties_at_points_with_a_time_for_each_are_dense_derivatives() -> None:
+def test_penalties_at_points_with_times_are_dense_derivatives() -> None:
     """At one time for all they are in ``test_regularizer_contract``."""
     field, z, times = Velocity(), points(5, 3), torch.linspace(0, 1, 5, dtype=torch.float64)
     names = ["kinetic", "jacfrob", "total_derivative", "curl"]
@@ -69,7 +69,7 @@ def test_penalties_at_points_with_a_time_for_each_are_dense_derivatives() -> Non
     assert all(p.grad is not None for p in field.parameters())
 
 
-def test_times_at_points_may_have_the_shape_that_the_network_takes() -> None:
+def test_times_at_points_may_have_the_networks_shape() -> None:
     field, z, t = Velocity(), points(5, 3), torch.linspace(0, 1, 5, dtype=torch.float64)
     names = ["kinetic", "jacfrob", "total_derivative", "finite_difference:0.1"]
     found = penalties_at(lambda t, x: field(x, t.squeeze(1)), t[:, None], z, names, trace_noise="exact")
@@ -171,7 +171,7 @@ def test_evaluations_of_the_velocity_are_counted(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["midpoint", "dopri5"])
-def test_an_odesolver_integrates_penalties_where_gradients_are_asked_for(method: str) -> None:
+def test_an_odesolver_integrates_penalties_with_gradients(method: str) -> None:
     """Likelihoods as a density, samples as a NeuralODE; the values stay equal to the bit."""
     model, x, lambdas = Velocity(), points(5, 3), {"kinetic": 0.3, "jacfrob": 0.1}
     given: dict[str, Any] = {"method": method, "step_size": 0.1 if method == "midpoint" else None}
@@ -231,7 +231,7 @@ def test_penalties_of_an_odesolver_are_never_lost_in_silence() -> None:
         ODESolver(Velocity(), regularizers=["error"]).sample(x, **given, enable_grad=True)
 
 
-def test_the_maximum_likelihood_of_the_page_trains_with_our_import_alone() -> None:
+def test_the_maximum_likelihood_of_the_page_trains() -> None:
     """As the notebook of flow_matching does, whose release 1.0.10 gives a likelihood no gradient."""
     page = (Path(__file__).parents[1] / "docs" / "start" / "flow_matching.md").read_text()
     (program,) = (each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "make_moons" in each)
@@ -356,7 +356,7 @@ def test_the_score_is_the_gradient_of_the_log_density(t: float, noise_time: int)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_velocity_that_is_a_gradient_has_its_values_without_gradients(mode: Any) -> None:
+def test_a_velocity_that_is_a_gradient_works_without_gradients(mode: Any) -> None:
     """As in NeuralODE, and whichever penalties read its derivatives."""
     field, z, names = Energy(), points(5, 4), ["kinetic", "finite_difference", "jacfrob"]
     wanted = penalties_at(field, 0.3, z, names, trace_noise="exact"), ODESolver(field).sample(z, step_size=0.5)
@@ -421,7 +421,7 @@ def density_of_attention(estimator: str) -> tuple[ModesByAttention, RegularizedC
     )
 
 
-def test_the_likelihood_of_an_attention_is_exact_without_gradients() -> None:
+def test_the_likelihood_of_an_attention_is_exact() -> None:
     velocity, model = density_of_attention("exact")
     x = 2 * points(7, 2)
     with torch.no_grad():

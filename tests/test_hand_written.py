@@ -81,7 +81,7 @@ def test_the_terms_of_the_loss_are_equal(name: str) -> None:
     torch.testing.assert_close(ours_by_weight, theirs_by_weight)
 
 
-def test_the_jacobian_norm_of_the_same_noise_is_that_of_the_papers_code() -> None:
+def test_the_jacobian_norm_is_that_of_the_papers_code() -> None:
     net = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, D)).double()
     z = torch.randn(6, D, dtype=torch.float64)
     torch.manual_seed(1)
@@ -94,7 +94,7 @@ def test_the_jacobian_norm_of_the_same_noise_is_that_of_the_papers_code() -> Non
     torch.testing.assert_close(found.loss().detach(), C * product.pow(2).mean())
 
 
-def test_of_a_graph_the_kinetic_energy_is_grands_and_the_norm_is_not() -> None:
+def test_the_kinetic_energy_of_a_graph_is_grands() -> None:
     """GRAND sums the diagonal of the Jacobian over the features, for the sum over the nodes of the velocity."""
     links, weight = torch.rand(6, 6, dtype=torch.float64), torch.randn(D, D, dtype=torch.float64)
     z = torch.randn(6, D, dtype=torch.float64).requires_grad_()

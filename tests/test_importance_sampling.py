@@ -85,7 +85,7 @@ def test_a_noisy_trace_of_many_dimensions_is_refused(estimator: Any) -> None:
     importance_sample(model, exact, 5, jacobian="map")
 
 
-def test_images_have_weights_without_noise_whatever_the_estimator() -> None:
+def test_images_have_weights_without_noise() -> None:
     """The blocks of two convolutions and 96 dimensions take at most 36 products."""
     torch.manual_seed(0)
     flow = MultiscaleFlow((1, 12, 8), hidden=3, layers=2, alpha=0.05, solver=FixedGrid("midpoint", step=0.5))

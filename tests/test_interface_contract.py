@@ -229,7 +229,7 @@ class Counted(nn.Module):
 
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_values_and_evaluations_are_the_librarys_with_penalties_and_without(name: str, method: str) -> None:
+def test_values_and_evaluations_are_the_librarys(name: str, method: str) -> None:
     """To the bit, for torchdyn in single precision, to which it rounds its coefficients.
 
     An interpolated adjoint has the states at its steps too. Checkpoints take one evaluation to prepare a replay.
@@ -311,7 +311,7 @@ def reference() -> tuple[Wave, Tensor, dict[str, Tensor], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("name", [*GRADIENTS, "density", "odeint", "regularize"])
-def test_penalties_and_gradients_equal_scipy_and_finite_differences(name: str) -> None:
+def test_penalties_and_gradients_equal_scipy_and_differences(name: str) -> None:
     """Values to 1e-6 and the parameters' gradient, along a random direction, to 1e-5."""
     field, z0, exact, slopes = reference()
     parameters, names = list(field.parameters()), [*RATES, "straightness"]
@@ -327,7 +327,7 @@ def test_penalties_and_gradients_equal_scipy_and_finite_differences(name: str) -
 
 
 @pytest.mark.parametrize("name", FACES)
-def test_the_gradient_of_values_and_penalties_is_that_of_central_differences(name: str) -> None:
+def test_gradients_of_values_and_penalties_are_differences(name: str) -> None:
     """By state and parameters, of a loss of both."""
     field, z = Wave(2), states().requires_grad_()
     model, variables = FACES[name].make(field, BOTH, "dopri5"), [z, *field.parameters()]

@@ -297,7 +297,7 @@ def in_threads(work: Callable[[int], object], count: int = 3) -> list[Any]:
 
 
 @pytest.mark.parametrize("layer", [DataControl, DepthCat])
-def test_threads_that_solve_one_model_keep_their_control_and_time(layer: Any) -> None:
+def test_threads_with_one_model_keep_their_control_and_time(layer: Any) -> None:
     control = layer is DataControl
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -333,7 +333,7 @@ class Slow(nn.Module):
         return torch.sin(x)
 
 
-def test_threads_that_solve_one_net_move_its_buffers_once_an_evaluation() -> None:
+def test_threads_with_one_net_move_its_buffers_once() -> None:
     """Each thread has another model. The penalty evaluates the field again, with copies of the buffers."""
     slow = Slow()
     net = nn.Sequential(nn.Linear(3, 3), slow)
@@ -568,7 +568,7 @@ def test_install_keeps_the_entries_of_a_generator(uninstalled: None) -> None:
     assert weight.grad > 0
 
 
-def test_what_install_returns_is_true_and_its_copies_keep_the_counts(uninstalled: None) -> None:
+def test_what_install_returns_and_its_copies_keep_the_counts(uninstalled: None) -> None:
     counter = rnode_plugin.install(regularizers=["kinetic"])
     assert counter
     model: Any = TorchdynNeuralODE(nn.Linear(2, 2), "rk4")

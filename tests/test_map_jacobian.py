@@ -230,7 +230,7 @@ def test_the_check_for_mixed_samples_takes_one_backward_pass() -> None:
     assert len(passes) == 2 + 1  # dimensions, and the check
 
 
-def test_rows_that_round_differently_from_their_sum_are_not_mixed_samples() -> None:
+def test_rounding_of_rows_is_no_mixed_sample() -> None:
     """Under autocast the rows of a Jacobian do not add up to the product with ones."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 4))
@@ -251,7 +251,7 @@ class WithoutGraph(Kernel):
 
 
 @pytest.mark.parametrize("graph", [True, False])
-def test_a_field_without_a_graph_is_refused_and_a_diagonal_one_is_not(graph: bool) -> None:
+def test_a_field_without_a_graph_is_refused(graph: bool) -> None:
     model = RegularizedCNF(
         WithoutGraph(torch.tanh), event_shape=2, solver="rk4", t_span=(0.0, 1.0), regularizers=()
     ).double()

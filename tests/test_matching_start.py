@@ -128,7 +128,7 @@ def test_each_coordinate_has_until_its_own_block() -> None:
     assert_mean(found, float(((1 + y.square()) / k).sum()), 0.01 * float(found.mean()))
 
 
-def test_a_gradient_reaches_every_parameter_but_of_wrong_images_none() -> None:
+def test_a_gradient_reaches_every_parameter() -> None:
     flow = MultiscaleFlow((1, 8, 8), hidden=4)
     for parameter in flow.parameters():
         nn.init.normal_(parameter, std=0.1)

@@ -65,7 +65,7 @@ def rates(field: nn.Module, penalty: Any, batch_dim: int | None = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("make", [Graph, Normed])
-def test_an_exact_jacobian_of_a_field_that_mixes_samples_is_refused(make: type[nn.Module]) -> None:
+def test_an_exact_jacobian_of_mixed_samples_is_refused(make: type[nn.Module]) -> None:
     for name in ("jacfrob", diagonal):
         for act in (
             lambda name=name: rates(make(), name),
@@ -89,7 +89,7 @@ def test_samples_that_begin_to_mix_are_refused() -> None:
         NeuralODE(field, "rk4", regularizers=["jacfrob"], trace_noise="exact")(X, SPAN)
 
 
-def test_what_a_solve_has_found_out_does_not_hold_for_the_next_one() -> None:
+def test_what_a_solve_finds_does_not_hold_for_the_next_one() -> None:
     """In evaluation mode batch norm keeps samples apart, and another function of the same net may mix them."""
     net = Normed().eval()
     model = RegularizedCNF(net, event_shape=3, trace_estimator="exact", regularizers=())

@@ -102,7 +102,7 @@ def test_the_solver_of_a_call(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_density_takes_the_trace_everywhere_and_training_as_its_solver_says(name: str) -> None:
+def test_a_density_takes_trace_and_training_as_its_solver_says(name: str) -> None:
     model, x, given = make(name, dataclasses.replace(QUICK, quadrature="sampled"))
     full = model.encode(x, **given, solver=QUICK)
     close: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
@@ -115,7 +115,7 @@ def test_a_density_takes_the_trace_everywhere_and_training_as_its_solver_says(na
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_solve_that_fails_raises_at_once_or_when_its_health_is_read(name: str) -> None:
+def test_a_failed_solve_raises_at_once_or_with_its_health(name: str) -> None:
     model, x, given = make(name, QUICK)
     z = model.encode(x, **given).z.detach()
     for parameter in model.parameters():
@@ -243,7 +243,7 @@ def test_a_name_is_refused_where_a_solver_object_is_wanted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_other_penalties_are_followed_and_their_parameters_belong_to_the_model(name: str) -> None:
+def test_other_penalties_belong_to_the_model(name: str) -> None:
     model, x, given = make(name, QUICK)
     penalty = weighed()
     weight = penalty.of.weight  # pyright: ignore[reportFunctionMemberAccess]
@@ -274,7 +274,7 @@ def test_a_copy_takes_its_regularizers_in_every_form(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("image flow")])
-def test_samples_of_the_distribution_are_in_the_range_of_the_models(name: str) -> None:
+def test_samples_of_the_distribution_are_in_the_models_range(name: str) -> None:
     model, _, _ = make(name, QUICK)
     torch.manual_seed(0)
     found = model.distribution().sample((200,))
@@ -284,7 +284,7 @@ def test_samples_of_the_distribution_are_in_the_range_of_the_models(name: str) -
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_warm_start_begins_with_the_last_solve_of_each_block_and_direction(name: str) -> None:
+def test_a_warm_start_belongs_to_a_block_and_a_direction(name: str) -> None:
     model, x, given = make(name)
     warm = model.solved_with(warm_start=True)
     cold, first, again = (each.encode(x, **given) for each in (model, warm, warm))

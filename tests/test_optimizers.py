@@ -11,7 +11,7 @@ from rnode_plugin.experiments.training.optimizers import Muon, make_optimizer, o
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 9), (2, 9, 4), (1, 5, 5)])
-def test_orthogonalized_keeps_singular_vectors_and_levels_values(shape: tuple[int, int, int]) -> None:
+def test_orthogonalized_levels_singular_values(shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     matrices = torch.randn(shape, dtype=torch.float64)
     u, values, v = torch.linalg.svd(matrices, full_matrices=False)
@@ -33,7 +33,7 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(2, 5, 3), nn.Softplus(), nn.Conv2d(5, 4, 3)).double()
 
 
-def test_adam_takes_all_parameters_together_with_the_same_numbers() -> None:
+def test_adam_takes_all_parameters_together() -> None:
     one, other = net(), net()
     ours = make_optimizer(one, tiny_recipe("optimizer.weight_decay=0.01").optimizer)
     assert ours.defaults["foreach"]

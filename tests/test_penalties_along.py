@@ -223,7 +223,7 @@ def test_tuples_are_integrated_as_by_torchdiffeq(name: str, penalized: Any) -> N
         ((6, 4), {"batch_dim": None}),
     ],
 )
-def test_parts_and_whole_states_are_integrated_as_by_torchdiffeq(shape: Any, options: dict[str, Any]) -> None:
+def test_parts_are_integrated_as_by_torchdiffeq(shape: Any, options: dict[str, Any]) -> None:
     field, y0, times = Oscillator(), starts(*shape), row(33)
     states, wanted = odeint(field, y0, times, **TIGHT, regularizers=BOTH, trace_noise="exact", **options)
     found = penalties_along(field, times, states, BOTH, trace_noise="exact", **options)

@@ -101,7 +101,7 @@ def test_every_builtin_reference_leads_somewhere(kind, name):
         assert value.help
 
 
-def test_builtin_is_first_and_there_once_whatever_the_metadata_say(install, monkeypatch):
+def test_builtin_is_first_and_there_once(install, monkeypatch):
     install("rnode-plugin", "", entry_points="[rnode_plugin]\nbuiltin = rnode_plugin.plugins.builtin\n")
     both = list(metadata.distributions()) * 2
     monkeypatch.setattr(metadata, "distributions", lambda: both)
@@ -112,7 +112,7 @@ def test_builtin_is_first_and_there_once_whatever_the_metadata_say(install, monk
     assert Registry().names("regularizers") == REGULARIZERS
 
 
-def test_an_installed_plugin_is_found_and_may_look_up_names_itself(install, monkeypatch):
+def test_an_installed_plugin_is_found_and_looks_up_names(install, monkeypatch):
     registry = Registry()
     monkeypatch.setattr(plugins, "names", registry.names)
     source = "from rnode_plugin.plugins import registry\nKNOWN = registry.names('regularizers')\n"
@@ -446,7 +446,7 @@ def wrong(register):
     (["train", "digits", "--set", "model.name=nothing"], "NoneType, not a DensityModel.*Write a model"),
     (["train", "digits", "--set", "model.name=unbuilt"], "the model 'unbuilt' of plugin 'wrong'.* not here"),
 ])  # fmt: skip
-def test_what_fails_inside_a_plugin_is_one_message_that_names_it(wrong, arguments, message, tmp_path, monkeypatch):
+def test_a_failure_inside_a_plugin_is_a_message_that_names_it(wrong, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code in (1, 2), done.output
@@ -455,7 +455,7 @@ def test_what_fails_inside_a_plugin_is_one_message_that_names_it(wrong, argument
     assert [each for each in tmp_path.rglob("*") if each.is_file()] == []
 
 
-def test_what_fails_leaves_the_lists_and_debug_shows_the_traceback(wrong):
+def test_a_failure_leaves_the_lists_and_a_traceback(wrong):
     assert re.search(r"wrong-command +\(cannot be loaded", CliRunner().invoke(main, ["--help"]).output)
     listed = CliRunner().invoke(main, ["recipes"]).output
     assert re.search(r"^old-recipe +\(cannot be loaded: the recipe 'old-recipe' of plugin", listed, re.MULTILINE)

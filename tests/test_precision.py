@@ -137,7 +137,7 @@ def test_validation_of_a_run_in_bfloat16_is_in_float32(tmp_path: Path) -> None:
     ("precision", "advice"),
     [("32-true", "solver.step, or raise"), ("bf16-mixed", "solver.step, train in 32-true, or")],
 )
-def test_a_training_solver_that_is_off_is_named_with_the_remedies(
+def test_an_inexact_training_solver_is_named_with_remedies(
     precision: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(step, "measure_solver_gap", lambda *_: SimpleNamespace(mean=-0.03))

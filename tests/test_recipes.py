@@ -116,7 +116,7 @@ def test_solvers_and_the_ffjord_baseline(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mnist", "table"])
-def test_a_run_keeps_the_absolute_paths_of_its_data_and_of_its_first_weights(name, tmp_path, monkeypatch) -> None:
+def test_a_run_keeps_the_absolute_paths_of_its_inputs(name, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.csv").write_text("a,b\n1,2\n3,4\n")
     recipe = get_recipe(name)

@@ -99,7 +99,7 @@ def test_densities_and_adaptive_steps_of_a_recognized_field(cnf: str | None, sol
 
 
 @pytest.mark.parametrize("cnf", [None, "exact"])
-def test_derivatives_along_directions_are_those_of_the_module_itself(cnf: str | None) -> None:
+def test_derivatives_along_directions_are_the_modules(cnf: str | None) -> None:
     options: dict[str, Any] = {"cnf": cnf, "noise": "exact", "sensitivity": "autograd"}
     options["penalties"] = [*PENALTIES, "total_derivative", "directional", "curl"]
     net = perceptron(timed=True)
@@ -108,7 +108,7 @@ def test_derivatives_along_directions_are_those_of_the_module_itself(cnf: str | 
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
 
 
-def test_the_time_of_a_field_without_time_has_no_second_derivative() -> None:
+def test_a_field_without_time_has_no_second_time_derivative() -> None:
     net, x = perceptron().requires_grad_(False), torch.ones(4, 3, dtype=torch.float64)
     t, stack = torch.zeros((), dtype=torch.float64, requires_grad=True), recognize(net, x)
     assert stack is not None

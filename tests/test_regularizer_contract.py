@@ -230,7 +230,7 @@ def test_one_number_per_sample_that_other_samples_do_not_change(name: str) -> No
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_objective_divides_it_by_the_dimensions_as_it_declares(name: str) -> None:
+def test_the_objective_divides_by_dimensions_as_declared(name: str) -> None:
     model = neural_ode(name)
     mean = integral(model, states()).mean()
     assert ALL[name].divided_by_dims == (name not in UNDIVIDED and not name.startswith("steer"))
@@ -252,7 +252,7 @@ OF_SOLVES = [
 
 
 @pytest.mark.parametrize("name", ["weighed", *OF_SOLVES])
-def test_the_gradient_through_a_solve_is_that_of_central_differences(name: str) -> None:
+def test_gradients_through_a_solve_are_central_differences(name: str) -> None:
     """Of penalties on steps, paths and times.
 
     The gradients of local ones are cut at the start of their step, and those of ``error`` hold the steps fixed.
@@ -400,7 +400,7 @@ def test_penalties_of_steps_in_every_interface_that_shows_them(face: str) -> Non
 
 
 @pytest.mark.parametrize("face", [face for face in FACES if "odeint" not in face and face != "regularize"])
-def test_local_penalties_in_every_interface_that_has_its_own_solver(face: str) -> None:
+def test_local_penalties_in_every_interface_with_a_solver(face: str) -> None:
     """One extra step of a linear field ``z' = -3 z``, whose stiffness is 3 and whose error one of ``z`` alone."""
     field = linear_field(2, layers=1).double()
     with torch.no_grad():

@@ -108,7 +108,7 @@ def test_signs_are_exact_for_a_diagonal_jacobian(dims: int, field: Callable[...,
     assert not torch.allclose(gaussian.dlogdet, exact.dlogdet, rtol=0.1)  # pyright: ignore[reportArgumentType]
 
 
-def test_the_estimator_of_evaluations_has_signs_and_the_same_probes() -> None:
+def test_the_estimator_of_evaluations_keeps_its_probes() -> None:
     given = Hutchinson("gaussian", probes=3)
     assert repr(given.for_evaluation) == "Hutchinson('rademacher', probes=3)"
     assert given.noise == "gaussian"
@@ -134,7 +134,7 @@ def test_more_probes_have_less_variance() -> None:
 
 
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_a_field_with_its_own_autograd_function_has_right_higher_derivatives(context: type) -> None:
+def test_a_field_with_an_autograd_function_has_derivatives(context: type) -> None:
     a = Wave().a.detach()
     t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
     names = ["total_derivative", "taylor:3", "taylor:4", "curl", diagonal]
@@ -204,7 +204,7 @@ def stack() -> nn.Module:
 
 
 @pytest.mark.parametrize("field", [Wave(), stack()], ids=["autograd", "stack"])
-def test_a_result_that_is_read_without_gradients_keeps_them_for_others(field: nn.Module) -> None:
+def test_a_result_read_without_gradients_keeps_them(field: nn.Module) -> None:
     def relative(at: FieldEvaluation) -> Tensor:
         with torch.no_grad():
             scale = at.squared_frobenius() + at.total_derivative().square().sum(1)
@@ -221,7 +221,7 @@ def test_a_result_that_is_read_without_gradients_keeps_them_for_others(field: nn
     torch.testing.assert_close(*gradients)
 
 
-def test_a_result_that_a_regularizer_writes_into_is_computed_again_for_others() -> None:
+def test_a_result_that_a_regularizer_changes_is_computed_again() -> None:
     def change(at: FieldEvaluation) -> Tensor:
         v = torch.ones_like(at.z)
         before = at.vjp(v).clone()
@@ -507,7 +507,7 @@ def test_the_rest_of_a_state_moves_in_its_accelerations(layout: str, sensitivity
             torch.testing.assert_close(one, other, rtol=1e-3 if adjoint else 1e-6, atol=1e-4, msg=name)
 
 
-def test_the_acceleration_of_a_part_repeats_the_masks_of_dropout() -> None:
+def test_the_acceleration_of_a_part_repeats_masks() -> None:
     """Of x' = m y and y' = m, with one mask m for both, the acceleration of x is m^2."""
 
     class Masked(nn.Module):

@@ -52,7 +52,7 @@ def test_straightness_beside_kinetic_and_of_a_straight_path() -> None:
         assert bool(field.weight.grad.isfinite().all())  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def test_straightness_beside_a_function_of_the_users_that_is_called_kinetic() -> None:
+def test_straightness_beside_a_users_function_called_kinetic() -> None:
     """The authors' kinetic energy is half a mean: straightness reads its own, not one of the same name."""
 
     def kinetic(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def test_steer_draws_the_end_in_training_alone() -> None:
         assert model(states(1), span)[0].tolist() == span.tolist()
 
 
-def test_a_solve_without_penalties_draws_no_time_in_training_either() -> None:
+def test_a_solve_without_penalties_draws_no_time() -> None:
     """It keeps a learned end time, which is a part of the model."""
     z, span = states(), torch.tensor([0.0, 1.0], dtype=torch.float64)
     for policy, end in ((Steer(0.4), 1.0), (LearnedEndTime(1.5), 1.5)):

@@ -36,7 +36,7 @@ OTHERS = [
 ]  # fmt: skip
 
 
-def test_a_function_is_divided_by_the_dimensions_if_it_is_a_rate() -> None:
+def test_a_function_is_divided_by_dimensions_if_a_rate() -> None:
     assert rate("mine")(lambda evaluation: evaluation.dz).divided_by_dims
     assert not step_penalty("mine")(lambda step: step.h).divided_by_dims
 
@@ -122,7 +122,7 @@ def test_reductions_and_what_a_step_shows() -> None:
     assert bool((back.penalties["sum"] > 0).all())  # h is a length
 
 
-def test_local_penalties_are_unbiased_for_the_time_average_of_a_step() -> None:
+def test_local_penalties_are_unbiased() -> None:
     """A linear field: the value of a step from any time is known. 150 solves, 4 standard errors."""
     field = Linear(3)
     a, z0 = field.a.detach(), states(1)
@@ -153,7 +153,7 @@ def test_local_penalties_are_unbiased_for_the_time_average_of_a_step() -> None:
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_local_penalties_are_the_same_in_every_mode_and_cut_at_the_start(backward: bool) -> None:
+def test_local_penalties_are_the_same_in_every_mode(backward: bool) -> None:
     span = T.flip(0) if backward else T
     results = []
     for mode in ("autograd", "checkpointed", "adjoint", "interpolated_adjoint"):
@@ -206,7 +206,7 @@ def test_what_cannot_work_together_names_what_does(name: str, solver: str, mode:
         solver_of(solver, gradient=mode).solve(system.start(Wave(), states(), density=False), states(), T)
 
 
-def test_the_error_that_decides_on_a_step_may_not_be_written_into() -> None:
+def test_the_error_of_a_step_may_not_be_written_into() -> None:
     def bad(step: StepRecord) -> Tensor:
         assert step.error is not None
         return step.error.abs_().sum(1)

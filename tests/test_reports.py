@@ -203,7 +203,7 @@ def test_labels(tmp_path: Path, recipes: list[Recipe], labels: list[str]) -> Non
         assert cells(table, one.label)["λ"] == (", ".join(terms) or "none")
 
 
-def test_runs_that_differ_in_a_description_are_one_configuration(tmp_path: Path) -> None:
+def test_a_description_makes_no_other_configuration(tmp_path: Path) -> None:
     """As after an update that rewords a preset, or where the data were copied: nothing that changes a run."""
     facts = Facts(train="a", held_out="b")
     mine = pictures(CATS)
@@ -233,7 +233,7 @@ def test_runs_that_differ_in_a_description_are_one_configuration(tmp_path: Path)
     assert {len(row) for row in rows.values()} == {4}
 
 
-def test_runs_on_other_numbers_of_devices_are_another_configuration(tmp_path: Path) -> None:
+def test_a_number_of_devices_makes_another_configuration(tmp_path: Path) -> None:
     """A step averages a batch of each device, so it takes more samples, as with a larger batch size."""
     for number, (seed, devices) in enumerate([(42, 1), (42, 2), (43, 2)]):
         write_run(tmp_path / str(number), digits(seed=seed), devices=devices, **FEW)
@@ -347,7 +347,7 @@ def test_what_cannot_be_paired_is_not(tmp_path: Path) -> None:
         assert "against none" not in cells(make_table([base, one]), one.label)
 
 
-def test_data_that_were_replaced_at_the_same_place_are_other_data(tmp_path: Path) -> None:
+def test_replaced_data_are_other_data(tmp_path: Path) -> None:
     """Other pictures under the same names, or other rows in the same file: their scores are not compared."""
     old, more, new = Facts(train="a", held_out="b"), Facts(train="c", held_out="b"), Facts(train="d", held_out="e")
     for first, second, parted in (
@@ -413,7 +413,7 @@ def test_the_table(runs: list[Path]) -> None:
     assert none["parameters"] == f"{parameters:,}"
 
 
-def test_a_run_that_is_not_finished_does_not_count_beside_finished_ones(runs: list[Path], tmp_path: Path) -> None:
+def test_an_unfinished_run_does_not_count(runs: list[Path], tmp_path: Path) -> None:
     running = write_run(tmp_path / "r" / "2", digits(seed=44), steps=10, checks=(10,), finished=False)
     found = cells(make_table(configurations_of(*runs, running)), "rnode")
     assert (found["bits/dim, dirty"], found["seeds"]) == ("2.020 ± 0.020 bits/dim", "42, 43")
@@ -432,7 +432,7 @@ def test_steps_without_a_finite_score_count_as_steps(tmp_path: Path, finished: b
     assert (found["steps"], found["state"]) == ("40", state)
 
 
-def test_a_validation_that_is_not_finite_and_a_plugin_that_is_not_here(tmp_path: Path) -> None:
+def test_a_validation_that_is_not_finite_and_a_lost_plugin(tmp_path: Path) -> None:
     path = write_run(tmp_path / "0", digits(penalties=("length",)), checks=range(1, 40, 5), finished=False)
     MetricsTable(path / "metrics.csv", keep=40).add(
         {"epoch": 4.1, "train_seconds": 20.5, "val/bpd": math.inf, "val/nfe": 90}, 41
@@ -627,9 +627,7 @@ def test_a_run_that_is_not_finished_looks_unfinished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("excess", "said"), [(1.0, True), (-1.0, False)])
-def test_the_headline_says_whether_a_flow_is_worse_than_a_gaussian(
-    tmp_path: Path, excess: float, said: bool
-) -> None:
+def test_the_headline_says_if_a_flow_is_worse_than_a_gaussian(tmp_path: Path, excess: float, said: bool) -> None:
     recipe = TABLE
     run = Run(write_run(tmp_path / "0", recipe, **FEW))
     result = run.read().result

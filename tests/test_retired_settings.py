@@ -54,7 +54,7 @@ RETIRED = {("training", "precision"): ("auto", "32-true"), ("training", "compile
 
 
 @pytest.mark.parametrize(("group", "key"), RETIRED)
-def test_a_retired_value_in_a_file_is_read_as_what_stands_for_it(group: str, key: str) -> None:
+def test_a_retired_value_is_read_as_what_stands_for_it(group: str, key: str) -> None:
     recipe = get_recipe("digits")
     plain = recipe.to_plain()
     retired, today = RETIRED[group, key]
@@ -77,7 +77,7 @@ def test_the_packaged_weights_are_read_with_settings_of_today() -> None:
     assert (recipe.training.precision, recipe.training.compile) == ("32-true", False)
 
 
-def test_an_earlier_checkpoint_is_evaluated_with_the_same_weights(stored_run: Path, tmp_path: Path) -> None:
+def test_an_earlier_checkpoint_has_the_same_weights(stored_run: Path, tmp_path: Path) -> None:
     assert json.loads((stored_run / "recipe.json").read_text())["training"]["precision"] == "auto"
     assert read_recipe(stored_run / "recipe.json").training.precision == "32-true"
     flow, recipe, _ = load_with_recipe(stored_run / "checkpoints" / "best.ckpt")

@@ -156,7 +156,7 @@ def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) ->
     assert {each.name for each in run.path.iterdir()} == files
 
 
-def test_numbers_that_are_not_finite_leave_json_that_other_readers_take(run: Run) -> None:
+def test_numbers_that_are_not_finite_leave_valid_json(run: Run) -> None:
     ended = result(IMAGES)
     assert ended.evaluation is not None
     mean = Mean(math.nan, math.inf, None, (math.nan, math.inf, 1.0, 2.0, 3.0))
@@ -274,7 +274,7 @@ def test_the_result_and_its_scores(kind: Kind, tmp_path: Path) -> None:
     assert scores_of(found).tolist() == []
 
 
-def test_a_diagnosis_takes_the_place_of_an_earlier_one_and_goes_with_the_weights(run: Run) -> None:
+def test_a_diagnosis_replaces_an_earlier_one_with_its_weights(run: Run) -> None:
     run.add_diagnosis(DIAGNOSED, {"tolerance.png": b"1", "samples.png": b"1", "samples.svg": b"1"})
     (run.figures / "of-mine.png").touch()
     run.add_diagnosis(DIAGNOSED, {"tolerance.png": b"2"})

@@ -30,7 +30,7 @@ def file(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_file_decides_everything_and_the_folder_is_exactly_that(file: Path, tmp_path: Path) -> None:
+def test_the_file_decides_what_the_folder_is(file: Path, tmp_path: Path) -> None:
     run = tmp_path / "deep" / "here"
     done = train(file, "--run-folder", run)
     assert done.exit_code == 0, done.output
@@ -83,7 +83,7 @@ def test_a_run_goes_on_with_the_optimizer_of_its_new_settings(tmp_path: Path) ->
     assert tuple(group["betas"]) == (0.5, 0.999)
 
 
-def test_a_run_from_a_checkpoint_alone_has_a_best_one_of_its_own(tmp_path: Path) -> None:
+def test_a_run_from_a_checkpoint_has_a_best_one_of_its_own(tmp_path: Path) -> None:
     done = run(tiny_recipe("training.max_steps=1"), tmp_path)
     kept = torch.load(done.run.last, weights_only=True)
     (control,) = (state for state in kept["callbacks"].values() if "best" in state)

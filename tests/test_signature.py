@@ -125,7 +125,7 @@ def test_a_field_without_time_gets_its_args(penalties: list[str]) -> None:
         *((where, "autograd") for where in ("inside", "in place", "function")),
     ],
 )
-def test_compiled_fields_with_penalties_have_the_gradients_of_their_originals(where: str, sensitivity: str) -> None:
+def test_compiled_fields_have_the_gradients_of_their_originals(where: str, sensitivity: str) -> None:
     torch.manual_seed(0)
     x, span = torch.randn(4, 2), torch.linspace(0, 1, 3)
     inner = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
@@ -205,7 +205,7 @@ def test_a_velocity_is_called_by_the_names_of_its_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["(x, t, **extras)", "(x, *, t)", "(sample, timestep)"])
-def test_the_other_order_is_refused_where_the_contract_is_time_first(name: str) -> None:
+def test_the_other_order_is_refused_where_time_is_first(name: str) -> None:
     velocity = VELOCITIES[name]()
     for make in (NeuralODE, CNF, lambda net: RegularizedCNF(net, event_shape=2)):
         with pytest.raises(ConfigError, match="time_first"):
@@ -313,9 +313,7 @@ def of_noise(x: Tensor, noise_level: Tensor) -> Tensor:
         (lambda x, *, t, cond: cond * t * x, r"needs 'cond': .* net\(x, t=t, cond=cond\)"),
     ],
 )
-def test_a_parameter_that_nothing_fills_is_named_at_every_door_of_flow_matching(
-    velocity: Callable[..., Tensor], sentence: str
-) -> None:
+def test_an_unfilled_parameter_is_named_in_flow_matching(velocity: Callable[..., Tensor], sentence: str) -> None:
     z = torch.zeros(5, 2)
     for act in (
         lambda: RegularizedCNF.from_velocity(velocity, event_shape=2),  # pyright: ignore[reportArgumentType]
@@ -327,7 +325,7 @@ def test_a_parameter_that_nothing_fills_is_named_at_every_door_of_flow_matching(
             act()
 
 
-def test_a_parameter_that_nothing_fills_is_named_where_the_contract_is_time_first() -> None:
+def test_an_unfilled_parameter_is_named_where_time_is_first() -> None:
     for make in (NeuralODE, CNF, lambda net: RegularizedCNF(net, event_shape=2)):
         with pytest.raises(ConfigError, match=r"also takes 'noise_level', .* net\(x, t\)\)"):
             make(of_noise)  # pyright: ignore[reportArgumentType]

@@ -54,7 +54,7 @@ def test_times_may_be_numbers(z0: Tensor) -> None:
         tight("rk4").solve(rhs, z0, (1, 1))
 
 
-def test_a_penalty_that_holds_the_fields_parameters_counts_them_once() -> None:
+def test_a_penalty_with_the_fields_parameters_counts_them_once() -> None:
     """The adjoint takes each parameter once, or each of its gradients would be the whole."""
 
     class Weight(nn.Module):
@@ -91,7 +91,7 @@ def test_products_of_a_complex_state_are_refused(options: dict[str, Any], diverg
         )
 
 
-def test_a_tolerance_for_each_entry_has_no_meaning_for_a_log_determinant() -> None:
+def test_a_tolerance_for_each_entry_has_no_log_determinant() -> None:
     z = torch.ones(2, 2, dtype=torch.float64)  # as many samples as dimensions, so that anything could be broadcast
     solver = Adaptive("dopri5", atol=torch.full((2,), 1e-9), rtol=0.0)
     with pytest.raises(ConfigError, match="must be numbers"):
@@ -124,7 +124,7 @@ def test_checkpointed_evaluates_a_step_twice_and_no_more() -> None:
 
 @pytest.mark.parametrize("older", [False, True], ids=["parameters", "parameters of another computation"])
 @pytest.mark.parametrize("names", [["kinetic"], ["kinetic", "jacfrob"]])
-def test_checkpointed_on_a_device_whose_random_states_torch_cannot_read(
+def test_checkpointed_on_a_device_without_random_states(
     monkeypatch: pytest.MonkeyPatch, names: list[str], older: bool
 ) -> None:
     """Such as XLA's; there is no torch.xla, and torch.mps has no contexts of devices."""
@@ -173,7 +173,7 @@ def test_checkpointed_with_parameters_of_another_computation() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
 
 
-def test_checkpointed_with_dropout_and_parameters_read_at_some_times_only() -> None:
+def test_checkpointed_with_dropout_and_seldom_read_parameters() -> None:
     class Pieces(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -474,7 +474,7 @@ def slopes_at(name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("gradient", ["autograd", "checkpointed", "adjoint"])
-def test_the_gradient_by_the_times_is_that_of_central_differences(gradient: str) -> None:
+def test_the_gradient_of_the_times_is_central_differences(gradient: str) -> None:
     """One backward pass for all penalties, each weighed so that none is hidden by another."""
     wanted = {name: slopes_at(name) for name in PENALTIES}
     found, t = penalties_at(TIMES, gradient)

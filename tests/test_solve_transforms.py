@@ -60,7 +60,7 @@ def test_adaptive_steps_inside_of_grad_and_not_inside_of_vmap() -> None:
 
 
 @pytest.mark.parametrize("gradient", ["autograd", "checkpointed"])
-def test_a_fixed_grid_and_its_backward_pass_read_nothing_from_the_device(gradient: str) -> None:
+def test_a_fixed_grid_reads_nothing_from_the_device(gradient: str) -> None:
     """Tensors without numbers refuse every question that has to be answered on the host."""
     field = Wave().to("meta")
     z = torch.empty(2, 3, dtype=torch.float64, device="meta", requires_grad=True)
@@ -74,7 +74,7 @@ def test_a_fixed_grid_and_its_backward_pass_read_nothing_from_the_device(gradien
         Adaptive("dopri5").solve(bound, z, T)
 
 
-def test_samples_of_one_number_keep_their_rates_apart_on_a_device() -> None:
+def test_samples_of_one_number_keep_their_rates_apart() -> None:
     z = torch.empty(5, device="meta", requires_grad=True)
     rhs = System([kinetic, jacfrob]).start(lambda t, z: -z * t, z, probes=torch.empty_like(z))
     rates = rhs(torch.zeros((), device="meta"), z)

@@ -56,9 +56,7 @@ def loss_of(z: Tensor, logdet: Tensor, kin: Tensor, jac: Tensor) -> Tensor:
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("gradient", [*GRADIENTS, Adjoint(Adaptive(atol=1e-10, rtol=1e-10))])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_linear_field_is_solved_and_differentiated_as_in_closed_form(
-    name: str, gradient: str | Adjoint, backward: bool
-) -> None:
+def test_a_linear_field_is_solved_as_in_closed_form(name: str, gradient: str | Adjoint, backward: bool) -> None:
     """By the field's matrix, the state and the times."""
     times = [0.9, 0.55, 0.1] if backward else [0.1, 0.55, 0.9]
     z0 = torch.randn(2, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -110,7 +108,7 @@ def test_a_restarted_adjoint_is_one_with_an_output_at_each_step(name: str, backw
     assert all(not torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(plain, restarted, strict=True))
 
 
-def test_a_density_stops_at_each_output_where_a_state_is_interpolated() -> None:
+def test_a_density_stops_where_a_state_is_interpolated() -> None:
     """An interpolant gives no log-determinant."""
     dopri5 = get_method("dopri5")
     line = dataclasses.replace(
@@ -217,7 +215,7 @@ class Bent(torch.nn.Module):
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("name", ["rk4", "dopri5"])
-def test_another_solve_before_the_backward_pass_changes_no_gradient(name: str, gradient: str) -> None:
+def test_a_solve_before_the_backward_pass_changes_no_gradient(name: str, gradient: str) -> None:
     found, field = [], Bent()
     solver = dataclasses.replace(SOLVERS[name](), gradient=gradient)
     z, times = torch.linspace(-1, 1, 6).double().reshape(2, 3), torch.tensor([0.0, 0.3]).double()
@@ -300,7 +298,7 @@ def test_regularizers_keep_their_order_and_are_sorted_by_kind() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_span_policy_changes_times_and_has_a_penalty_of_its_own(training: bool) -> None:
+def test_a_span_policy_changes_times_and_has_a_penalty(training: bool) -> None:
     times, z = torch.tensor([0.0, 1.0]), torch.ones(3, 2)
     learned = Regularizers.of([kinetic, LearnedEndTime(2.0)])
     assert learned.times(times, training=training).tolist() == [0.0, 2.0]

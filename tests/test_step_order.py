@@ -49,7 +49,7 @@ def test_an_order_goes_on_wherever_it_was_left(done: int) -> None:
     assert order_of(**options).batches_of(done) == whole[done : done + 1]
 
 
-def test_two_devices_and_two_batches_a_step_take_the_images_of_one() -> None:
+def test_devices_and_batches_take_the_images_of_one() -> None:
     one = batches(3, samples=40, batch_size=8)
     parts = [batches(3, samples=40, batch_size=2, accumulate=2, world=2, rank=rank) for rank in (0, 1)]
     first, second = ([part[::2], part[1::2]] for part in parts)

@@ -83,7 +83,7 @@ def test_a_run_folder_of_a_table(file: Path, conditional: Path) -> None:
     assert plain["data"]["columns"] == ["temperature", "dose", "pressure", "yield"]
 
 
-def test_the_nll_of_a_run_is_that_of_its_flow_in_the_unit_of_the_file(file: Path, conditional: Path) -> None:
+def test_the_nll_of_a_run_is_in_the_unit_of_the_file(file: Path, conditional: Path) -> None:
     flow: Any = load_flow(conditional)
     recipe = recipe_of(file, "data.given=temperature,dose")
     data = cast(Table, load_data(recipe))

@@ -122,7 +122,7 @@ ROWS = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.usefixtures("restored")
-def test_solves_of_an_evaluation_and_of_a_diagnosis_see_them_off(recorded: Any) -> None:
+def test_evaluations_and_diagnoses_see_them_off(recorded: Any) -> None:
     flow, seen = recorded
     torch.set_float32_matmul_precision("high")
     before = flags()

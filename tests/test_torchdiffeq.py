@@ -88,7 +88,7 @@ def test_the_nfe_of_a_solve_is_that_of_its_forward_pass() -> None:
         assert found.nfe
 
 
-def test_a_module_outside_of_sys_modules_is_made_after_the_first_block() -> None:
+def test_a_module_outside_of_sys_modules_is_made_later() -> None:
     """The error of the block says so, and what serves the solvers that it does not see."""
     uninstall()
     source = "from torchdiffeq import odeint\ndef solve(field, y0, t): return odeint(field, y0, t)\n"
@@ -194,7 +194,7 @@ def test_the_samples_may_be_another_dimension() -> None:
     torch.testing.assert_close(penalties["kinetic"][2], alone["kinetic"][0], rtol=1e-6, atol=1e-8)
 
 
-def test_a_trajectory_penalty_sees_the_samples_wherever_they_are() -> None:
+def test_a_trajectory_penalty_sees_the_samples() -> None:
     """As columns of a square state, in a tuple, in two tensors, and among other columns."""
     a = torch.tensor([[0.1, 1.0, 0.3], [-0.8, 0.2, 0.0], [0.5, 0.0, -0.4]], dtype=torch.float64)
     y0, still = start(3, 3), torch.zeros(3, 2, dtype=torch.float64)
@@ -349,7 +349,7 @@ class Scaled:
         return self.by * torch.cat([y[:, :1], y[:, :1]], 1)
 
 
-def test_columns_are_looked_for_each_time_in_a_field_without_a_hash() -> None:
+def test_columns_are_looked_for_in_a_field_without_a_hash() -> None:
     for _ in range(2):
         with pytest.warns(UserWarning, match=r"moves the columns \[1\]"):
             odeint(Scaled(-1.0), start(4, 2), SPAN, regularizers="kinetic", method="rk4")
@@ -367,7 +367,7 @@ def test_a_look_at_the_columns_changes_no_bit(call: Any) -> None:
 
 
 @pytest.mark.parametrize("gradients", [True, False])
-def test_a_field_outside_of_torch_is_not_differentiated_for_its_columns(gradients: bool) -> None:
+def test_a_field_outside_of_torch_is_not_differentiated(gradients: bool) -> None:
     calls = [0]
 
     def field(t: Tensor, y: Tensor) -> Tensor:
@@ -524,9 +524,7 @@ def test_samples_in_two_dimensions_have_the_loss_of_batch_dim_0() -> None:
 
 @pytest.mark.parametrize("given", ["a rate", "a method", "a function"])
 @pytest.mark.parametrize("interface", ["odeint", "NeuralODE"])
-def test_the_adjoint_reaches_the_parameters_of_a_rate_and_counts_those_of_the_field_once(
-    interface: str, given: str
-) -> None:
+def test_the_adjoint_reaches_the_parameters_of_a_rate(interface: str, given: str) -> None:
     field = Field()
 
     class OfTheField(Weighed):
@@ -739,7 +737,7 @@ def test_a_controlled_differential_equation() -> None:
     torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-5)  # the adjoint takes its own steps
 
 
-def test_solves_inside_of_a_field_and_of_other_threads_are_left_alone(their_code: ModuleType) -> None:
+def test_nested_solves_and_other_threads_are_left_alone(their_code: ModuleType) -> None:
     field, y0 = Field(), start()
 
     class Nested(Field):
@@ -836,7 +834,7 @@ def test_a_tuple_without_a_rate_is_solved(regularizers: list[str]) -> None:
     assert list(penalties) == regularizers
 
 
-def test_a_module_may_keep_the_penalties_of_a_solve_and_be_copied() -> None:
+def test_a_module_that_keeps_penalties_is_copied() -> None:
     a = torch.tensor(1.0, requires_grad=True)
     _, penalties = odeint(lambda t, y: -a * y, torch.ones(4, 2), SPAN.float(), regularizers=["kinetic"])
     twin = copy.deepcopy(penalties)

@@ -167,7 +167,7 @@ class Fewer(Midpoint, RungeKutta4):
         RungeKutta4.__init__(self)
 
 
-def test_quadrature_weights_that_do_not_fit_the_steps_are_refused() -> None:
+def test_quadrature_weights_that_do_not_fit_are_refused() -> None:
     x, span = torch.ones(2, 3, dtype=torch.float64), torch.linspace(0, 1, 101)
 
     def kinetic(solver: Any) -> Tensor:
@@ -203,7 +203,7 @@ class HeunEuler:
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_a_solver_that_evaluates_its_first_stage_again_has_its_quadrature(backward: bool) -> None:
+def test_a_solver_with_a_repeated_first_stage_has_a_quadrature(backward: bool) -> None:
     x, span = torch.ones(2, 3, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
     sign, found = -1.0 if backward else 1.0, []
     for ignores in (False, True):
@@ -265,7 +265,7 @@ def test_a_dict_of_states_has_no_checkpoints(solver: str) -> None:
         model({"a": torch.ones(2, 2)}, torch.linspace(0, 1, 3))
 
 
-def test_the_noise_of_a_cnf_is_written_under_the_lock_of_its_net() -> None:
+def test_the_noise_of_a_cnf_is_written_under_a_lock() -> None:
     drawn = threading.Event()
 
     class Signs:
@@ -470,7 +470,7 @@ def test_deepcopy_and_pickle_after_use(name: str) -> None:
 
 
 @pytest.mark.parametrize("regularizers", [None, ["kinetic", "jacfrob"]])
-def test_state_dict_has_torchdyns_keys_and_moves_between_the_two(regularizers: list[str] | None) -> None:
+def test_state_dict_moves_between_torchdyn_and_here(regularizers: list[str] | None) -> None:
     for field in (galerkin(), hutchinson(), nn.Linear(3, 3)):
         theirs, ours = TorchdynNeuralODE(copy.deepcopy(field)), NeuralODE(field, regularizers=regularizers)
         assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -484,7 +484,7 @@ def test_state_dict_has_torchdyns_keys_and_moves_between_the_two(regularizers: l
 
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
-def test_a_warm_start_begins_with_the_last_call_in_that_direction(sensitivity: str) -> None:
+def test_a_warm_start_belongs_to_a_direction(sensitivity: str) -> None:
     torch.manual_seed(0)
     x, net, (ahead, back) = torch.randn(8, 4), mlp(4, 16, 4), (torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]))
     options: dict[str, Any] = {"solver": "dopri5", "sensitivity": sensitivity, "atol": 1e-6, "rtol": 1e-6}
@@ -551,7 +551,7 @@ def test_keywords_of_an_older_torchdyn_are_named(keywords: dict[str, Any], words
     assert list(inspect.signature(NeuralODE).parameters)[:3] == ["vector_field", "solver", "order"]
 
 
-def test_code_for_an_older_torchdyn_runs_after_the_changes_of_the_page() -> None:
+def test_code_for_an_older_torchdyn_runs_as_the_page_says() -> None:
     """The five rows of the table, each by its new name."""
     page = (Path(__file__).parents[1] / "docs" / "torchdyn.md").read_text()
     (table,) = re.findall(r"^## Code for torchdyn 0.x$(.*?)^## ", page, re.MULTILINE | re.DOTALL)
@@ -604,7 +604,7 @@ def test_sampled_penalties_follow_torchs_seed() -> None:
         NeuralODE(Wave(), quadrature="sample")
 
 
-def test_nothing_is_computed_without_gradients_or_in_eval_unless_asked() -> None:
+def test_nothing_is_computed_in_eval_unless_asked() -> None:
     torch.manual_seed(0)
     model, x = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"]), torch.randn(3, 4)
     with torch.no_grad():
@@ -696,7 +696,7 @@ def loss_of_a_density(field: nn.Module, x: Tensor, **options: Any) -> Tensor:
     [(loss_of_a_node, {}), (loss_of_a_node, LAMBDAS), (loss_of_a_density, LAMBDAS)],
     ids=["node", "node with penalties", "density with penalties"],
 )
-def test_an_interpolated_adjoint_is_as_accurate_as_its_tolerance(
+def test_an_interpolated_adjoint_keeps_its_tolerance(
     loss: Callable[..., Tensor], lambdas: Any, frequency: float
 ) -> None:
     """More accurate than the gradient of the steps that the same tolerance gives, for a field of time."""
@@ -739,7 +739,7 @@ class Scaled(nn.Module):
         return self.net(x) * self.scale
 
 
-def test_a_closure_that_an_adjoint_cannot_differentiate_is_warned_of() -> None:
+def test_a_closure_under_an_adjoint_is_warned_of() -> None:
     """Its net is not a module of the model, so only a solve through the steps gives it a gradient."""
     net, x = nn.Linear(2, 2), torch.ones(3, 2)
     for sensitivity in ("adjoint", "interpolated_adjoint"):
@@ -763,7 +763,7 @@ def test_a_closure_that_an_adjoint_cannot_differentiate_is_warned_of() -> None:
 
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS[1:])
-def test_a_field_that_marks_its_state_has_a_gradient_by_the_times(sensitivity: str) -> None:
+def test_a_field_that_marks_its_state_has_a_time_gradient(sensitivity: str) -> None:
     """HNN makes a variable of the state that it is given."""
 
     def gradient(sensitivity: str) -> Tensor:

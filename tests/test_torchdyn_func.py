@@ -30,7 +30,7 @@ def make(kind: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 
 @pytest.mark.parametrize("transform", [vmap, lambda f: vmap(grad(f))])
 @pytest.mark.parametrize("kind", ["node", "density"])
-def test_penalties_that_ended_with_their_vmap_are_refused_in_one_sentence(
+def test_penalties_that_ended_with_their_vmap_are_refused(
     kind: str, transform: Callable[[Any], Callable[[Tensor], Tensor]]
 ) -> None:
     model, loss = make(kind)
@@ -74,7 +74,7 @@ def test_noise_follows_the_randomness_of_vmap() -> None:
 
 
 @pytest.mark.parametrize("name", ["steer:0.2", "local_error", "local_stiffness"])
-def test_what_a_solve_draws_once_cannot_differ_between_the_samples_of_a_vmap(name: str) -> None:
+def test_a_draw_of_a_solve_cannot_differ_within_a_vmap(name: str) -> None:
     model = NeuralODE(mlp(2, 6, 2).double(), "rk4", regularizers={name: 1.0, "kinetic": 1.0})
     x = torch.randn(4, 2).double()
 

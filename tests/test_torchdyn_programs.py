@@ -138,7 +138,7 @@ class Hamiltonian(nn.Module):
         return torch.cat([slope[:, 1:], -slope[:, :1]], 1)
 
 
-def test_tutorials_of_hamiltonian_and_lagrangian_fields_read_defunc(model_class: type) -> None:
+def test_tutorials_of_mechanical_fields_read_defunc(model_class: type) -> None:
     """torchdyn 1.0.6 has no ``defunc``, by which these tutorials evaluate the field (torchdyn #172)."""
     torch.manual_seed(0)
     model, x = model_class(Hamiltonian(), solver="rk4"), torch.randn(64, 2)
@@ -171,7 +171,7 @@ def installed(uninstalled: None) -> None:
     rnode_plugin.install()
 
 
-def test_torchdyns_own_class_and_its_subclasses_take_regularizers(installed: None) -> None:
+def test_torchdyns_own_class_takes_regularizers(installed: None) -> None:
     x = torch.randn(3, 2)
     plain = ImportedBefore(nn.Linear(2, 2), "rk4", regularizers={"kinetic": 0.5}, max_nfe=100)
     assert type(plain) is Theirs is torchdyn.core.NeuralODE is torchdyn.core.NeuralDE is torchdyn.models.NeuralODE
@@ -203,7 +203,7 @@ def test_misspelt_arguments_are_type_errors(is_installed: bool) -> None:
         ImportedBefore(nn.Linear(2, 2), regularizers=["kinetic"])
 
 
-def test_torchdiffeq_follows_the_last_install_and_stays_with_its_own() -> None:
+def test_torchdiffeq_follows_the_last_install() -> None:
     def gradient() -> float:
         rate = torch.tensor(1.0, requires_grad=True)
         end: Any = torchdiffeq.odeint(lambda t, y: -rate * y, torch.ones(4, 2), torch.tensor([0.0, 1.0]))[-1]
@@ -304,7 +304,7 @@ def test_exit_code_and_traceback_are_the_scripts(
 
 
 @pytest.mark.parametrize("face", ["autograd", "adjoint", "odeint"])
-def test_the_weight_of_installed_regularizers_where_a_script_scales_its_loss(face: str) -> None:
+def test_the_weight_of_penalties_where_a_script_scales_its_loss(face: str) -> None:
     """What docs/torchdyn.md says: each backward pass through a solution adds the penalties' gradient once."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).double()
@@ -468,9 +468,7 @@ def test_exec_ends_with_the_number_of_penalized_solves(
         assert "rnode_plugin.penalties_at." in done.stderr
 
 
-def test_exec_names_a_copy_of_torchdiffeq_that_the_script_did_not_get(
-    execute: Callable[..., Result], tmp_path: Path
-) -> None:
+def test_exec_names_an_unused_copy_of_torchdiffeq(execute: Callable[..., Result], tmp_path: Path) -> None:
     """exec imports torchdiffeq before the script can change sys.path."""
     copy = tmp_path / "forks" / "torchdiffeq" / "__init__.py"
     copy.parent.mkdir(parents=True)

@@ -59,7 +59,7 @@ def test_the_guess_of_the_first_step_has_no_gradient(face: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["unused", "frozen"])
-def test_an_adjoint_of_a_field_with_an_unused_or_a_frozen_parameter(frozen: bool) -> None:
+def test_an_adjoint_with_an_unused_or_a_frozen_parameter(frozen: bool) -> None:
     class Partly(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -96,7 +96,7 @@ def test_a_submodules_own_attribute_is_no_placeholder(name: str, value: object) 
     torch.testing.assert_close(sol[-1], torch.full((1, 2), 0.7))
 
 
-def test_placeholders_of_a_users_own_layer_are_filled_and_given_back() -> None:
+def test_placeholders_of_a_users_layer_are_filled() -> None:
     """Also those that torchdyn has filled."""
 
     class Clock(nn.Module):
@@ -350,9 +350,7 @@ def test_penalized_columns_leave_out_a_divergence(penalized: Any, trace_noise: s
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
 @pytest.mark.parametrize(("name", "trace_noise"), [("jacfrob", "difference"), ("total_derivative", "gaussian")])
-def test_penalized_columns_leave_the_solutions_gradient_as_it_is(
-    name: str, trace_noise: str, sensitivity: str
-) -> None:
+def test_penalized_columns_leave_the_gradient_as_it_is(name: str, trace_noise: str, sensitivity: str) -> None:
     torch.manual_seed(0)
     net, x, span, found = mlp(4, 8, 4).double(), torch.randn(5, 4).double(), torch.linspace(0, 1, 4), []
     for options in ({}, {"regularizers": [name], "trace_noise": trace_noise, "penalized": slice(0, 3)}):
@@ -445,7 +443,7 @@ def test_a_cnf_whose_trace_estimator_has_arguments_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
-def test_a_penalty_that_writes_never_reaches_the_callers_tensors(sensitivity: str) -> None:
+def test_a_penalty_that_writes_reaches_no_callers_tensor(sensitivity: str) -> None:
     def erase(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
         with torch.no_grad():
             z.zero_()
@@ -613,9 +611,7 @@ class Holder:
     lambda net: functools.partial(lambda net, t, x: net(x), net),
     lambda net: Holder(net).__call__,
 ], ids=["method", "closure", "default", "partial", "object"])  # fmt: skip
-def test_running_statistics_of_a_functions_net_see_each_evaluation_once(
-    make: Callable[[nn.Module], Any], sensitivity: str
-) -> None:
+def test_running_statistics_see_each_evaluation_once(make: Callable[[nn.Module], Any], sensitivity: str) -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm1d(4)
     net = nn.Sequential(nn.Linear(2, 4), norm, nn.Tanh(), nn.Linear(4, 2)).requires_grad_(False)

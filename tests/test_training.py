@@ -138,9 +138,7 @@ def test_the_numbers_of_a_row(whole: FitResult) -> None:
         assert last[f"val/{name}"] == pytest.approx(np.mean(values), rel=1e-4)
 
 
-def test_the_same_seed_gives_the_same_numbers_with_more_validations(
-    recipe: Recipe, whole: FitResult, tmp_path: Path
-) -> None:
+def test_more_validations_change_no_number(recipe: Recipe, whole: FitResult, tmp_path: Path) -> None:
     torch.rand(3)
     often = run(recipe.override(["training.val_every_steps=1", "training.sample_images=0"]), tmp_path)
     assert torch.equal(weights(often.run.path), weights(whole.run.path))
@@ -169,7 +167,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(settings: tuple[str, ...],
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_a_signal_during_the_last_validation_ends_the_run_after_it(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_signal_during_the_last_validation_waits_for_it(recipe: Recipe, tmp_path: Path) -> None:
     class InTheLastValidation(L.Callback):
         def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             if trainer.global_step == 6:
@@ -181,7 +179,7 @@ def test_a_signal_during_the_last_validation_ends_the_run_after_it(recipe: Recip
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
-def test_ffjord_trains_without_penalties_and_still_measures_them(recipe: Recipe, tmp_path: Path) -> None:
+def test_ffjord_measures_penalties_without_training_them(recipe: Recipe, tmp_path: Path) -> None:
     ffjord = recipe.ffjord().override(["solver.atol=1e-3", "solver.rtol=1e-3", "training.max_steps=2"])
     fitted = run(ffjord, tmp_path)
     assert fitted.run.path.parent.name == "digits-ffjord"
@@ -277,9 +275,7 @@ def test_a_checkpoint_of_another_trainer_is_not_resumed(recipe: Recipe, whole: F
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_that_was_killed_during_its_last_evaluation_is_evaluated(
-    recipe: Recipe, whole: FitResult, tmp_path: Path
-) -> None:
+def test_a_run_killed_during_its_evaluation_is_evaluated(recipe: Recipe, whole: FitResult, tmp_path: Path) -> None:
     """Again, if its evaluation has failed, and also with another test solver."""
     fitted = copy_of(whole, tmp_path)
     assert fitted.result.evaluation is not None
@@ -339,9 +335,7 @@ def test_the_first_signal_is_answered(
         assert capfd.readouterr().err == said
 
 
-def test_a_second_signal_ends_a_run_at_once_but_an_echo_of_the_first_does_not(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_signal_ends_at_once_but_no_echo_does(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(after_step_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     for signum, later, ends in (
@@ -356,7 +350,7 @@ def test_a_second_signal_ends_a_run_at_once_but_an_echo_of_the_first_does_not(
             decides.receive(signum)
 
 
-def test_a_run_with_all_of_its_steps_was_not_stopped_by_its_time_limit(recipe: Recipe) -> None:
+def test_a_run_with_all_steps_was_not_stopped_by_its_limit(recipe: Recipe) -> None:
     module: Any = SimpleNamespace(values=dict)
     for step, out_of_time in ((1, True), (6, False)):
         decides = after_step(recipe, max_time=1e-9)
@@ -392,9 +386,7 @@ def test_processes_ask_each_other_about_once_a_second(recipe: Recipe, monkeypatc
     assert not decides.out_of_time
 
 
-def test_what_a_step_logs_is_on_the_cpu_or_where_it_was_computed(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_logs_on_the_cpu_or_where_it_computes(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning copies a number to the device, which waits for it."""
     module, seen = RnodeModule(recipe), dict[str, Any]()
     monkeypatch.setattr(module, "log", lambda name, value, **_: seen.update({name: value}))
@@ -434,7 +426,7 @@ def test_a_first_step_of_minutes_tells_the_time_of_the_run(
 
 
 @pytest.mark.parametrize(("matching", "pace"), [(0, "  2.00 s/step, about 6.0 s left"), (4, "")])
-def test_steps_of_flow_matching_do_not_tell_the_time_of_a_resumed_run(
+def test_steps_of_flow_matching_tell_no_time_of_a_resumed_run(
     recipe: Recipe,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -464,7 +456,7 @@ def test_maximum_likelihood_has_its_own_pace(
      (1, 3, 2, "cuda", "batch 50 x 3 times = 150 images a step"),
      (2, 2, 2, "cpu", "batch 50 x 2 devices x 2 times = 200 images a step")],
 )  # fmt: skip
-def test_the_first_lines_have_the_batch_of_a_step_and_the_threads(
+def test_the_first_lines_have_the_batch_and_the_threads(
     recipe: Recipe,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -500,7 +492,7 @@ def test_the_memory_of_a_step_is_estimated(name: str, settings: tuple[str, ...],
     assert round(needed / 1e9) == gigabytes
 
 
-def test_the_time_of_training_has_the_wait_for_batches_and_no_validation(tmp_path: Path) -> None:
+def test_training_time_has_waits_and_no_validation(tmp_path: Path) -> None:
     class Slow(L.Callback):
         def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             time.sleep(0.4)
@@ -558,9 +550,7 @@ def test_an_evaluation_that_fails_leaves_the_trained_weights(
     load_flow(found)
 
 
-def test_samples_that_cannot_be_drawn_do_not_cost_the_evaluation(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_samples_that_fail_do_not_cost_the_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     far = ["training.max_steps=1", "training.sample_images=1", "training.sample_temperatures=1e38"]
     fitted = run(tiny_recipe(*far), tmp_path)
     assert "no picture of samples of the best weights" in capsys.readouterr().err
@@ -613,7 +603,7 @@ def test_a_run_whose_cooldown_has_not_begun_can_be_made_longer(
 
 
 @pytest.mark.parametrize("seconds", [math.nan, 0.0, -1.0])
-def test_a_time_limit_that_no_clock_reaches_or_that_is_over_is_refused(seconds: float) -> None:
+def test_an_impossible_time_limit_is_refused(seconds: float) -> None:
     with pytest.raises(ConfigError, match=f"max_time must be a number of seconds above 0, not {seconds}"):
         RunOptions(max_time=seconds)
 

@@ -145,7 +145,7 @@ def _work(rank: int, address: str, result: str) -> None:
     dist.destroy_process_group()
 
 
-def test_half_a_batch_in_each_process_gives_the_gradient_of_the_whole(tmp_path: Path) -> None:
+def test_half_batches_give_the_gradient_of_the_whole(tmp_path: Path) -> None:
     """Each model by each gradient, with and without parameters that no value depends on, given the noise."""
     result = tmp_path / "result.pt"
     arguments = str(tmp_path / "rendezvous"), str(result)

@@ -82,9 +82,7 @@ def log_base(name: str, z: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["laplace", "student"])
-def test_through_training_evaluation_diagnosis_samples_and_a_report(
-    name: str, recipe: Recipe, tmp_path: Path
-) -> None:
+def test_it_goes_through_every_command(name: str, recipe: Recipe, tmp_path: Path) -> None:
     recipe = recipe.override([f"model.name={name}"])
     made = run(recipe, tmp_path / "runs").run.path
     flow = load_flow(made)
@@ -119,7 +117,7 @@ def test_through_training_evaluation_diagnosis_samples_and_a_report(
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "image" not in name])
-def test_a_step_a_validation_and_an_evaluation_take_the_density_of_the_model(name: str) -> None:
+def test_every_stage_takes_the_density_of_the_model(name: str) -> None:
     """Its log-density is compared with a dense Jacobian in test_model_contract."""
     grid = FixedGrid("rk4_38", step=0.5)
     model, x, given = make(name, grid)

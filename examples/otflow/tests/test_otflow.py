@@ -122,7 +122,7 @@ class Solution(nn.Module):
         return z.square().sum(1) / (2 * (2 - t) ** 2)
 
 
-def test_hjb_is_zero_for_a_solution_and_its_closed_form_otherwise() -> None:
+def test_hjb_is_zero_for_a_solution_or_its_closed_form() -> None:
     z, t = states(3, 2), torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     model = NeuralODE(Solution(), "dopri5", atol=1e-9, rtol=1e-9, regularizers=["hjb", "straightness"])
     model(z, SPAN)
@@ -191,7 +191,7 @@ class Half(nn.Module):
         return self.inner(t, z / 2) / 2
 
 
-def test_the_rate_is_that_of_the_field_and_not_of_a_module_inside() -> None:
+def test_the_rate_is_of_the_field_and_not_of_a_module_inside() -> None:
     inner, z = PotentialField(2).double(), states(3, 2)
     fields: list[tuple[Any, str]] = [
         (Half(), "not Half"),
