@@ -59,9 +59,9 @@ class SolverError(RnodeError, RuntimeError):
         >>> import torch
         >>> from rnode_plugin import Adaptive, System
         >>> z0 = torch.ones(1, 1)
-        >>> solve = System().start(lambda t, z: z**2, z0, density=False)  # z(t) = 1 / (1 - t)
+        >>> rhs = System().start(lambda t, z: z**2, z0, density=False)  # z(t) = 1 / (1 - t)
         >>> try:
-        ...     _ = Adaptive("dopri5").solve(solve, z0, torch.tensor([0.0, 2.0]))
+        ...     _ = Adaptive("dopri5").solve(rhs, z0, torch.tensor([0.0, 2.0]))
         ... except SolverError as error:
         ...     print(error.reason, round(error.t, 1))
         underflow 1.0

@@ -88,8 +88,8 @@ def penalties_at(
     system = System(rates, trace_noise, part=PartSpec(batch_dim=batch_dim))
     with outside_inference(t, z, velocity, context) as (time, z, velocity, context):
         function = _velocity_of(field, context)
-        solve = system.start(function, z, density=False, user_field=field, velocity=velocity)
-        return solve(time, z).penalties
+        rhs = system.start(function, z, density=False, user_field=field, velocity=velocity)
+        return rhs(time, z).penalties
 
 
 def penalties_along(
@@ -183,8 +183,8 @@ def penalties_along(
         warn_of_flat_state(z0, resolved.needs)
         found: dict[str, list[Tensor]] = {name: [] for name in resolved.rates}
         for t, state, velocity in zip(row.to(z0), path, known, strict=True):
-            solve = system.start(function, state, density=False, user_field=field, velocity=velocity)
-            for name, rate in solve(t, state).penalties.items():
+            rhs = system.start(function, state, density=False, user_field=field, velocity=velocity)
+            for name, rate in rhs(t, state).penalties.items():
                 found[name].append(rate)
         weights = _weights(row).to(z0)[:, None]
         integrals = {name: (weights * torch.stack(rates)).sum(0) for name, rates in found.items()}

@@ -13,7 +13,7 @@ from problems import Wave, solver_of
 from torch import Tensor, nn
 
 from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linearization
-from rnode_plugin.core.system import Derivative, Solve, System
+from rnode_plugin.core.system import Derivative, RightHandSide, System
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
@@ -256,8 +256,8 @@ def test_logdet_takes_part_in_the_error_control() -> None:
 
     z0, t = torch.ones(2, 1, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
     solver = Adaptive("dopri5", atol=1e-8, rtol=1e-8, first_step=1 / 6)
-    followed = solver.solve(Solve(stiff_divergence), z0, t)
-    assert followed.stats.steps > 3 * solver.solve(Solve(without), z0, t).stats.steps
+    followed = solver.solve(RightHandSide(stiff_divergence), z0, t)
+    assert followed.stats.steps > 3 * solver.solve(RightHandSide(without), z0, t).stats.steps
     assert followed.logdet is not None
     torch.testing.assert_close(followed.logdet[-1, 0], torch.sin(40 * t[1]) / 40, rtol=1e-6, atol=1e-8)
 
@@ -267,7 +267,7 @@ def cubes(t: Tensor, z: Tensor) -> Derivative:
     return Derivative(-(z**3), (-3 * z**2).sum(1), {})
 
 
-class _Toy(Solve):
+class _Toy(RightHandSide):
     """``z' = w tanh(z)``, whose penalty ``costly`` counts as one that needs a product, as its trace does."""
 
     def __init__(self, *, divergence: bool = False) -> None:
@@ -404,7 +404,7 @@ def test_explosion_in_finite_time_ends(method: str) -> None:
         return Derivative(z.square(), None, {})
 
     with pytest.raises(SolverError) as caught:
-        solver_of(method).solve(Solve(blow_up), torch.ones(1, 1), torch.tensor([0.0, 2.0]))
+        solver_of(method).solve(RightHandSide(blow_up), torch.ones(1, 1), torch.tensor([0.0, 2.0]))
     assert caught.value.reason in ("underflow", "nonfinite")
     assert abs(caught.value.t - 1) < 1e-3
 
@@ -413,7 +413,7 @@ def test_explosion_in_finite_time_ends(method: str) -> None:
 @pytest.mark.parametrize("times", [[0.0, 1.0], [1.0, 0.0]])
 def test_a_first_step_of_no_length_ends(method: str, times: list[float]) -> None:
     """The speed of z' = 1e30 z overflows in the norm that the first step is chosen by."""
-    field = Solve(lambda t, z: Derivative(1e30 * z, None, {}))
+    field = RightHandSide(lambda t, z: Derivative(1e30 * z, None, {}))
     with pytest.raises(SolverError) as caught:
         solver_of(method).solve(field, torch.full((1, 1), 1e4), torch.tensor(times))
     assert caught.value.reason in ("underflow", "nonfinite")
@@ -432,7 +432,7 @@ def test_several_solves_are_looked_at_together() -> None:
         def rates(t: Tensor, z: Tensor) -> Derivative:
             return Derivative(torch.where(t >= time, torch.nan, z), None, {})
 
-        return Solve(rates)
+        return RightHandSide(rates)
 
     z, times = torch.ones(2, 3), torch.tensor([0.0, 1.0])
     solved = [FixedGrid("euler", step=0.25).solve(fails_at(time), z, times) for time in (2.0, 0.4, 0.0)]

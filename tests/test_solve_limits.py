@@ -13,7 +13,7 @@ from problems import Linear, Wave, linear_closed_form, solver_of
 from torch import Tensor
 
 from rnode_plugin.core.history import History
-from rnode_plugin.core.system import Derivative, Solve, System
+from rnode_plugin.core.system import Derivative, RightHandSide, System
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.regularizers import Rate, StepPenalty, jacfrob, kinetic
@@ -40,7 +40,7 @@ def decay(t: Tensor, z: Tensor, *, rate: float = 1.0) -> Derivative:
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
 def test_a_stiff_field_ends_at_the_default_budget(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rnode_plugin.solvers.adaptive.DEFAULT_MAX_NFE", 300)
-    stiff = Solve(functools.partial(decay, rate=1e5))
+    stiff = RightHandSide(functools.partial(decay, rate=1e5))
     with pytest.raises(SolverError, match=r"budget of 300 evaluations.* max_nfe=3000") as caught:
         solver_of(method).solve(stiff, torch.ones(1, 1, dtype=torch.float64), T)
     assert caught.value.reason == "max_nfe"
@@ -52,7 +52,7 @@ def test_a_stiff_field_ends_at_the_default_budget(method: str, monkeypatch: pyte
 def test_a_budget_of_exactly_the_evaluations_suffices(method: str) -> None:
     def nfe(max_nfe: int | None) -> int:
         solver = solver_of(method, max_nfe=max_nfe)
-        return solver.solve(Solve(decay), torch.ones(1, 1, dtype=torch.float64), T).stats.nfe
+        return solver.solve(RightHandSide(decay), torch.ones(1, 1, dtype=torch.float64), T).stats.nfe
 
     needed = nfe(None)
     assert nfe(needed) == needed
@@ -66,7 +66,7 @@ def test_the_penalty_that_is_not_finite_is_named(method: str) -> None:
         return Derivative(-z, None, {"good": z[:, 0], "bad": (z[:, 0] - 2).log()})
 
     with pytest.raises(SolverError, match="the penalty 'bad' is no longer finite, but the state is") as caught:
-        solver_of(method).solve(Solve(rates), torch.ones(2, 2), T.float()).check()
+        solver_of(method).solve(RightHandSide(rates), torch.ones(2, 2), T.float()).check()
     assert caught.value.reason == "nonfinite"
     assert "exploded" not in str(caught.value)
 
@@ -102,7 +102,7 @@ def test_a_state_that_explodes_is_reported_with_its_time(method: str) -> None:
 
     with pytest.raises(SolverError, match=r"the state .* is no longer finite.* lower the learning rate") as caught:
         solver_of(method, step=0.125, first_step=0.05).solve(
-            Solve(rates),
+            RightHandSide(rates),
             torch.ones(2, 2),
             torch.tensor([0.0, 0.5, 1.0]),
         ).check()
@@ -120,7 +120,7 @@ def test_a_field_that_is_singular_at_an_end_gets_advice(method: str, backward: b
 
     times = torch.tensor([1.0, 0.0] if backward else [0.0, 1.0])
     with pytest.raises(SolverError, match=r"data_time=1e-3 or noise_time=0\.999") as caught:
-        solver_of(method, step=0.5).solve(Solve(rates), torch.ones(2, 2), times).check()
+        solver_of(method, step=0.5).solve(RightHandSide(rates), torch.ones(2, 2), times).check()
     if not backward:
         assert caught.value.step == 0
         assert "exploded" not in str(caught.value)
@@ -173,12 +173,12 @@ def test_the_number_of_steps_forgives_rounding_and_nothing_more() -> None:
         t = torch.tensor([0.8, end], dtype=torch.float64)
         assert float(t[1] - t[0]) > 0.3
         one = torch.ones(1, 1, dtype=torch.float64)
-        assert FixedGrid("rk4", step=0.1).solve(Solve(decay), one, t).stats.steps == steps
+        assert FixedGrid("rk4", step=0.1).solve(RightHandSide(decay), one, t).stats.steps == steps
 
 
 def test_a_step_that_would_not_end_is_refused() -> None:
     with pytest.raises(ConfigError, match="step=1e-09 divides the times of this solve into 1,000,000,000 steps"):
-        FixedGrid("rk4", step=1e-9).solve(Solve(decay), torch.ones(1, 1), T.float())
+        FixedGrid("rk4", step=1e-9).solve(RightHandSide(decay), torch.ones(1, 1), T.float())
 
 
 class Watched(Tensor):
@@ -245,7 +245,7 @@ def test_the_safe_step_is_the_longest_that_would_have_passed() -> None:
 
     method = dataclasses.replace(get_method("dopri5"), advance=advance, weights=None)
     solver = Adaptive(method, atol=1.0, rtol=0.0, first_step=0.5)
-    found = solver.solve(Solve(decay), torch.zeros(1, 1, dtype=torch.float64), T)
+    found = solver.solve(RightHandSide(decay), torch.zeros(1, 1, dtype=torch.float64), T)
     assert found.stats.rejected > 0
     assert found.longest_safe_step == pytest.approx(0.25)
 
@@ -267,7 +267,7 @@ def test_the_longest_safe_first_step_rejects_nothing(method: str, divergence: bo
             solver.solve(bound, z, T, safe_step=wrong)
 
 
-def solve_warm(solver: Solver, bound: Solve, z: Tensor, times: Tensor, history: History) -> Solution:
+def solve_warm(solver: Solver, bound: RightHandSide, z: Tensor, times: Tensor, history: History) -> Solution:
     found = solver.solve(bound, z, times, **history.warm_start(times))
     history.keep_step(found.longest_safe_step, times)
     return found
@@ -309,8 +309,8 @@ def test_a_field_that_has_become_harder_meets_the_tolerance() -> None:
     """A first step 300 times too long is rejected, and the error is at most twice as large as without it."""
     z, history = torch.ones(1, 1, dtype=torch.float64), History(longest_safe_steps={})
     solver = Adaptive("dopri5", atol=1e-8, rtol=1e-8)
-    solve_warm(solver, Solve(functools.partial(decay, rate=0.1)), z, T, history)
-    hard = Solve(functools.partial(decay, rate=30.0))
+    solve_warm(solver, RightHandSide(functools.partial(decay, rate=0.1)), z, T, history)
+    hard = RightHandSide(functools.partial(decay, rate=30.0))
     warm, cold = solve_warm(solver, hard, z, T, history), solver.solve(hard, z, T)
     assert warm.stats.rejected > cold.stats.rejected
     errors = [float((each.z[-1] - math.exp(-30.0)).abs()) for each in (warm, cold)]
@@ -326,7 +326,7 @@ def cubic(t: Tensor, z: Tensor) -> Derivative:
 @pytest.mark.parametrize("first_step", [None, 1e-4])
 def test_a_first_step_that_overflows_is_taken_as_cold(first_step: float | None) -> None:
     z, history = torch.full((2, 1), 0.1), History(longest_safe_steps={})
-    solver, bound, times = Adaptive("dopri5", first_step=first_step), Solve(cubic), T.float()
+    solver, bound, times = Adaptive("dopri5", first_step=first_step), RightHandSide(cubic), T.float()
     solve_warm(solver, bound, z, times, history)
     assert history.warm_start(times)["safe_step"] > 0.01
     warm, cold = solve_warm(solver, bound, 300 * z, times, history), solver.solve(bound, 300 * z, times)
@@ -433,11 +433,13 @@ def test_an_exploded_velocity_in_doubles_ends_in_an_error(rate: float) -> None:
     """Its first step divides the solve into more steps than a whole number of 64 bits counts."""
     solver, z = Adaptive("dopri5", max_nfe=100), torch.ones(2, 2, dtype=torch.float64)
     with pytest.raises(SolverError, match="budget of 100 evaluations"):
-        solver.solve(Solve(functools.partial(decay, rate=rate)), z, T)
+        solver.solve(RightHandSide(functools.partial(decay, rate=rate)), z, T)
 
 
 def test_a_first_step_may_be_as_short_as_a_number_can_be() -> None:
-    found = Adaptive("dopri5", first_step=1e-30).solve(Solve(decay), torch.ones(2, 2, dtype=torch.float64), T)
+    found = Adaptive("dopri5", first_step=1e-30).solve(
+        RightHandSide(decay), torch.ones(2, 2, dtype=torch.float64), T
+    )
     assert float(found.z[-1, 0, 0]) == pytest.approx(math.exp(-1), rel=1e-4)
 
 
@@ -449,5 +451,5 @@ def test_a_velocity_that_is_not_finite_at_the_start_is_named_so(value: float, ba
 
     times = T.flip(0) if backward else T
     with pytest.raises(SolverError, match=r"no longer finite.*Check the input and the parameters") as caught:
-        Adaptive("dopri5").solve(Solve(rates), torch.ones(2, 2, dtype=torch.float64), times)
+        Adaptive("dopri5").solve(RightHandSide(rates), torch.ones(2, 2, dtype=torch.float64), times)
     assert (caught.value.reason, caught.value.t) == ("nonfinite", float(times[0]))

@@ -1,9 +1,9 @@
-"""System and Solve: the right-hand side that is integrated (RNODE), of a model and of one of its solves.
+"""System and RightHandSide: what is integrated (RNODE), of a model and of one of its solves.
 
 A :class:`System` has the settings of a solve: its penalties, its estimator, and the part of the state that the
-penalties measure. A :class:`Solve` is the right-hand side of one call, and the only object that a solver sees. Each
-of its evaluations passes through the field once, and with one probe computes one product with the Jacobian, which
-the density and the penalties share.
+penalties measure. A :class:`RightHandSide` belongs to one call, and is the only object that a solver sees. Each of
+its evaluations passes through the field once, and with one probe computes one product with the Jacobian, which the
+density and the penalties share.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Columns:
         return Derivative(dz, None, penalties)
 
 
-class Solve:
+class RightHandSide:
     """The right-hand side of one solve, and the only object that a solver sees.
 
     This class integrates a function. :meth:`System.start` makes the right-hand side of a field.
@@ -146,7 +146,7 @@ class Solve:
         """The part ``(B, *event)`` that the penalties measure, of a solver's state or of its velocity."""
         return state
 
-    def traceable(self) -> Solve:
+    def traceable(self) -> RightHandSide:
         """This right-hand side in operations that torch.compile can trace, without checks and counters."""
         return self
 
@@ -198,9 +198,9 @@ class System:
         >>> import torch
         >>> from rnode_plugin.regularizers import jacfrob, kinetic
         >>> z = torch.ones(1, 3)
-        >>> solve = System([kinetic, jacfrob], "exact").start(lambda t, z: -z, z)
-        >>> found = solve(torch.tensor(0.0), z)
-        >>> found.dlogdet.item(), found.penalties["kinetic"].item(), found.penalties["jacfrob"].item()
+        >>> rhs = System([kinetic, jacfrob], "exact").start(lambda t, z: -z, z)
+        >>> _, divergence, rates = rhs(torch.tensor(0.0), z)
+        >>> divergence.item(), rates["kinetic"].item(), rates["jacfrob"].item()
         (-3.0, 3.0, 3.0)
     """
 
@@ -251,7 +251,7 @@ class System:
         user_field: object = None,
         columns: Columns | None = None,
         velocity: Tensor | None = None,
-    ) -> FieldSolve:
+    ) -> FieldRightHandSide:
         """Make the right-hand side of one solve, for the field as it is now.
 
         Args:
@@ -298,7 +298,7 @@ class System:
         moves = "jvp" in needs and part is not None and part.leaves_out(whole)
         # a hand-written field computes products without autograd, and differences need none
         by_autograd = isinstance(own, AutogradField) and bool(estimator.wants(probes))
-        return FieldSolve(
+        return FieldRightHandSide(
             divergence=density and not in_column,
             trace=density,
             regularizers=regularizers,
@@ -331,7 +331,7 @@ def _tensor(state: State) -> Tensor:
 
 @final
 @dataclass(eq=False, kw_only=True)
-class FieldSolve(Solve):
+class FieldRightHandSide(RightHandSide):
     """The right-hand side of one solve of a field, made by :meth:`System.start`.
 
     Attributes:
@@ -345,7 +345,7 @@ class FieldSolve(Solve):
         dims: number of dimensions of one sample that the penalties measure.
         trained: returns the tensors with respect to which an adjoint differentiates, without parameters of
             penalties.
-        owner: see :class:`Solve`.
+        owner: see :class:`RightHandSide`.
         counters: attributes of modules whose ``nfe`` counts the evaluations.
     """
 
@@ -418,7 +418,7 @@ class FieldSolve(Solve):
     def repeats(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.evaluator.repeats
 
-    def traceable(self) -> FieldSolve:
+    def traceable(self) -> FieldRightHandSide:
         return replace(self, evaluator=self.evaluator.traceable(), counters=())
 
     def check(self, t: Tensor, state: State) -> str:

@@ -328,10 +328,10 @@ class _Pass:
             z = field.layout(z)
             if noise is not None and noise.shape == z.shape:  # not the noise of several probes
                 noise = field.layout(noise)
-        solve = self._system.start(field, z, density=self._density, probes=noise, one_graph=one_graph)
+        rhs = self._system.start(field, z, density=self._density, probes=noise, one_graph=one_graph)
         block = len(self._flow.fields) - 1 - index if self._backward else index
         times, history = self._times(z), self._flow.history
-        solution = self._solver.solve(solve, z, times, **history.warm_start(times, block=block))
+        solution = self._solver.solve(rhs, z, times, **history.warm_start(times, block=block))
         history.keep_step(solution.longest_safe_step, times, block=block)
         if solution.logdet is not None:
             self._logdets.append(solution.logdet[-1])

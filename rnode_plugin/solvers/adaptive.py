@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.health import health
 from ..core.modes import on_device, read
-from ..core.system import Derivative, Solve
+from ..core.system import Derivative, RightHandSide
 from ..errors import ConfigError, SolverError
 from .controller import StepController
 from .graph import stepper
@@ -112,7 +112,7 @@ def _both_on(device: torch.device, t: Tensor, dt: Tensor) -> tuple[Tensor, Tenso
     return both[:1], both[1:].reshape(dt.shape)
 
 
-def _check_state(solver: Adaptive, rhs: Solve, z: Tensor) -> None:
+def _check_state(solver: Adaptive, rhs: RightHandSide, z: Tensor) -> None:
     """Refuse states and tolerances whose errors cannot be compared (ConfigError)."""
     if z.dtype.to_real().itemsize < 4:
         raise ConfigError(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core.evaluator import random_states, same_states
 from ..core.modes import drop_casts, next_number, without_hooks, without_kept_casts
-from ..core.system import Derivative, Solve
+from ..core.system import Derivative, RightHandSide
 from ..errors import ConfigError
 from .checkpoint import is_complete
 from .solution import Solution, Steps
@@ -45,7 +45,7 @@ class AdjointCall:
         solution: the solution of the forward pass, without a graph.
     """
 
-    rhs: Solve
+    rhs: RightHandSide
     forward: Callable[[Tensor, Tensor], Solution]
     backward: Solver
     restarted: bool
@@ -192,7 +192,7 @@ class _Backward:
             return Derivative(torch.stack([dz, -da]), None, {str(i): self.sign * g for i, g in enumerate(dparams)})
 
         problem = Problem(
-            Solve(adjoint_system), torch.stack([z, a]), torch.stack([t1, t0]), safe_step=self.safe_step
+            RightHandSide(adjoint_system), torch.stack([z, a]), torch.stack([t1, t0]), safe_step=self.safe_step
         )
         solution = self.solver.march(problem).check()
         if solution.longest_safe_step is not None:

@@ -19,13 +19,15 @@ from torch.utils.checkpoint import checkpoint, get_device_states, set_device_sta
 
 from ..core.modes import drop_casts, next_number, number_of, transforms_active, tree, without_hooks
 from ..core.second_derivatives import FUSED_ATTENTION
-from ..core.system import Solve
+from ..core.system import RightHandSide
 from ..errors import ConfigError
 
 _Result = TypeVar("_Result")
 
 
-def checkpointed(function: Callable[..., _Result], rhs: Solve, z: Tensor, t: Tensor) -> Callable[..., _Result]:
+def checkpointed(
+    function: Callable[..., _Result], rhs: RightHandSide, z: Tensor, t: Tensor
+) -> Callable[..., _Result]:
     """``function`` without keeping its activations. Values and gradients stay the same.
 
     Under a transform of torch.func, which records a step in its own way, this is ``function`` itself.
@@ -78,7 +80,7 @@ def _has_states(kind: str) -> bool:
 
 
 def _leaves(
-    rhs: Solve,
+    rhs: RightHandSide,
     as_now: Callable[[], contextlib.AbstractContextManager[object]],
     z: Tensor,
     t: Tensor,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.modes import on_device, read
-from ..core.system import Solve
+from ..core.system import RightHandSide
 from ..errors import ConfigError
 from .step import Step, Tolerance, fail_nonfinite
 from .tableaus import FIXED_METHODS, Method
@@ -142,7 +142,7 @@ class StepController:
         return whole if safe >= whole else self.method.safety * safe
 
     def first_length(
-        self, rhs: Solve, z: Tensor, velocity: Tensor, times: Tensor, nfe: int, *, known: float | None
+        self, rhs: RightHandSide, z: Tensor, velocity: Tensor, times: Tensor, nfe: int, *, known: float | None
     ) -> tuple[Tensor, int]:
         """The length of the first step to try at ``times[0]``, without a graph: ``known``, or else a guess.
 
@@ -175,7 +175,7 @@ class StepController:
                 return self.sign * guess, nfe
         fail_nonfinite(float(times[0]), 0, nfe)
 
-    def _guess(self, rhs: Solve, velocity: Tensor, z: Tensor, t: Tensor, *, mirrored: bool) -> Tensor:
+    def _guess(self, rhs: RightHandSide, velocity: Tensor, z: Tensor, t: Tensor, *, mirrored: bool) -> Tensor:
         """A first step whose error should be about as large as the tolerances, a scalar on the CPU.
 
         This is the rule of Hairer, Norsett and Wanner (1993, section II.4). A small Euler step forward in time,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..core.evaluator import random_states, restore
 from ..core.modes import is_of_compiler, on_device, read, runs_backward, traced
-from ..core.system import Derivative, Solve
+from ..core.system import Derivative, RightHandSide
 from .step import Draw, Problem, Step, Stepper
 from .tableaus import get_method
 
@@ -141,7 +141,7 @@ def _compiled() -> _Taking:
     return torch.compile(types.FunctionType(code, _take.__globals__), fullgraph=True, dynamic=None)
 
 
-def _give_up(rhs: Solve, why: str) -> None:
+def _give_up(rhs: RightHandSide, why: str) -> None:
     """Let a net run without compiled steps from now on, and say why."""
     _steps[rhs.owner] = None
     _warn(why)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.health import HealthCheck, health
 from ..core.modes import differs, drop_casts, refuse_capture
 from ..core.regularizers import ONE_DRAW
-from ..core.system import Solve
+from ..core.system import RightHandSide
 from ..errors import ConfigError
 from .solution import Solution, Steps
 from .step import Problem, Stepper, Tolerance, fail_integrals
@@ -52,7 +52,7 @@ def with_path_penalties(
 
 
 def _local_penalties(
-    rhs: Solve, tolerances: tuple[Tolerance, Tolerance] | None, steps: Steps
+    rhs: RightHandSide, tolerances: tuple[Tolerance, Tolerance] | None, steps: Steps
 ) -> tuple[dict[str, Tensor], int]:
     """The local penalties of one step of tsit5 from a uniformly random time, and the number of its evaluations.
 

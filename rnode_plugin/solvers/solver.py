@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.regularizer import StepPenalty
-    from ..core.system import Solve
+    from ..core.system import RightHandSide
     from .solution import Solution
     from .step import Problem, Step, Tolerance
 
@@ -102,7 +102,7 @@ class Solver(ABC):
 
     def solve(
         self,
-        rhs: Solve,
+        rhs: RightHandSide,
         z0: Tensor,
         t_span: Tensor | Sequence[float],
         *,

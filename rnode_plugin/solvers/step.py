@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.health import HealthCheck
 from ..core.modes import constant, exporting, on_device, on_host, refuse_capture, transforms_active
 from ..core.regularizer import StepRecord
-from ..core.system import Derivative, Solve
+from ..core.system import Derivative, RightHandSide
 from ..errors import ConfigError, SolverError
 from .solution import Solution, SolveStats, Steps
 from .tableaus import Method
@@ -55,7 +55,7 @@ class Step(NamedTuple):
 class Problem(NamedTuple):
     """An initial value problem with the options of :meth:`Solver.solve`."""
 
-    rhs: Solve
+    rhs: RightHandSide
     z: Tensor
     t_span: Tensor
     save_steps: bool = False
@@ -101,7 +101,7 @@ class Stepper:
         forward: whether the steps are known to go forward in time, which saves a product with the sign.
     """
 
-    rhs: Solve
+    rhs: RightHandSide
     method: Method
     tolerances: tuple[Tolerance, Tolerance] | None
     local: bool = False
@@ -191,7 +191,7 @@ class _Stages:
 
     def __init__(
         self,
-        rhs: Solve,
+        rhs: RightHandSide,
         z: Tensor,
         t: Tensor,
         first: Derivative | None,

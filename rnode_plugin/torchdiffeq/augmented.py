@@ -52,7 +52,7 @@ class Augmented:
     Attributes:
         shapes: shapes of the tensors of the user's state, which torchdiffeq integrates ahead of the penalties.
         is_tuple: whether the user's state is a tuple.
-        solve: the right-hand side for the user's state.
+        rhs: the right-hand side for the user's state.
         evaluations: number of evaluations so far.
 
     Raises:
@@ -77,7 +77,7 @@ class Augmented:
         call, self._recorded = _with_record(func, signs)
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # penalties are integrated over |dt|
         self.evaluations = 0
-        self.solve = system.start(AutogradField(call), y0, density=False, user_field=func)
+        self.rhs = system.start(AutogradField(call), y0, density=False, user_field=func)
         # torchdiffeq does not show its stages, so a sampled quadrature draws among consecutive evaluations
         needs = system.regularizers.needs
         self._factors = _one_in_eight() if sampled and needs else itertools.repeat(1)
@@ -89,14 +89,14 @@ class Augmented:
         # a field that calls torchdiffeq itself gets the plain solve
         before, here.evaluating = here.evaluating, True
         try:
-            velocity, _, found = self.solve(t, y, products=factor != 0)
+            velocity, _, found = self.rhs(t, y, products=factor != 0)
         finally:
             here.evaluating = before
         if factor != 1:
             zero = self.z_of(y).new_zeros(len(self.z_of(y)))
             found = {
                 name: factor * found.get(name, zero) if rate.needs else found[name]
-                for name, rate in self.solve.regularizers.rates.items()
+                for name, rate in self.rhs.regularizers.rates.items()
             }
         rates = found.values() if self._sign > 0 else [-rate for rate in found.values()]
         return (*tensors_of(velocity), *rates)
@@ -124,7 +124,7 @@ class Augmented:
         before, here.evaluating = here.evaluating, True
         try:
             with torch.no_grad():
-                self.solve.check_at(t.detach().to(tensors[0].device), state, at_end=True)
+                self.rhs.check_at(t.detach().to(tensors[0].device), state, at_end=True)
         finally:
             here.evaluating = before
 
@@ -267,7 +267,7 @@ def _tolerances(value: Any, system: Augmented, of_penalty: float) -> Any:
         rows = [x.reshape(-1).expand(shape.numel()) for x, shape in zip(rows, system.shapes, strict=True)]
     else:
         rows = [rows[0].expand(system.shapes[0]).reshape(-1)]
-    return (*rows, *(rows[0].new_tensor(of_penalty) for _ in system.solve.regularizers.rates))
+    return (*rows, *(rows[0].new_tensor(of_penalty) for _ in system.rhs.regularizers.rates))
 
 
 def _adjoint(given: Mapping[str, Any], system: Augmented) -> dict[str, Any]:
@@ -280,7 +280,7 @@ def _adjoint(given: Mapping[str, Any], system: Augmented) -> dict[str, Any]:
     if parameters is None and isinstance(system.func, nn.Module):
         parameters = find_parameters(system.func)
     if parameters is not None:  # each only once, because its gradient would otherwise count twice
-        of_penalties = (p for module in system.solve.regularizers.called for p in module.parameters())
+        of_penalties = (p for module in system.rhs.regularizers.called for p in module.parameters())
         parameters = [*parameters, *of_penalties]
         changed["adjoint_params"] = tuple({id(p): p for p in parameters}.values())
     options, own = given["options"], given["adjoint_options"]
@@ -291,7 +291,7 @@ def _adjoint(given: Mapping[str, Any], system: Augmented) -> dict[str, Any]:
         norm = own["norm"]
 
         def of_user(state: Sequence[Tensor]) -> Tensor:
-            n, k = len(system.shapes), len(system.shapes) + len(system.solve.regularizers.rates)
+            n, k = len(system.shapes), len(system.shapes) + len(system.rhs.regularizers.rates)
             # torchdiffeq's order is time, state, adjoint state, parameters; drop the penalties in both states
             time, parts, rest = state[0], state[1 : 1 + 2 * k], state[1 + 2 * k :]
             return norm((time, *parts[:n], *parts[k : k + n], *rest))

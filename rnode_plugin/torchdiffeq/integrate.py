@@ -283,4 +283,4 @@ def solve(
     if regularizers.finished and len(t) > 1:  # torchdiffeq returns y0 for one time alone
         integrals |= regularizers.finish(integrals, z0, augmented.z_of(end), t)
     kept[0], integrals = attach(kept[0], regularizers.with_span_penalty(integrals, z0))
-    return augmented.of_user(kept), Integrals(integrals, regularizers, augmented.solve.dims, augmented.evaluations)
+    return augmented.of_user(kept), Integrals(integrals, regularizers, augmented.rhs.dims, augmented.evaluations)

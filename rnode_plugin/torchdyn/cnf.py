@@ -81,8 +81,8 @@ class CNF(torchdyn_cnf.CNF):
                     "the trace of this CNF needs noise, which rnode_plugin.NeuralODE draws, or a noise_dist=: "
                     "solve it by one of these."
                 )
-            solve = System(estimator=self.trace_estimator).start(self._velocity(args), z, probes=noise)
-            dz, trace, _ = solve(time, z)
+            rhs = System(estimator=self.trace_estimator).start(self._velocity(args), z, probes=noise)
+            dz, trace, _ = rhs(time, z)
             assert trace is not None
         else:
             with torch.enable_grad():

@@ -28,7 +28,7 @@ from ..core.signature import (
     call_of,
     field_takes,
 )
-from ..core.system import Columns, FieldSolve, System
+from ..core.system import Columns, FieldRightHandSide, System
 from ..errors import ConfigError, RnodeError
 from ..fields.recognize import recognize
 from ..fields.stack import AtContext, StackField
@@ -167,7 +167,7 @@ def start_net(
     density: bool,
     one_graph: bool,
     probes: Tensor | None = None,
-) -> FieldSolve:
+) -> FieldRightHandSide:
     """Start a solve of a user's net.
 
     An adjoint also differentiates with respect to the context.
@@ -198,8 +198,8 @@ def start_net(
     if density:
         exact = system.estimator.is_exact and "jvp" not in wants
         function = fastest(function, net, z, context, plain=plain, exact=exact, one_graph=one_graph)
-    solve = system.start(function, z, density=density, probes=probes, one_graph=one_graph, user_field=net)
-    return replace(solve, trained=lambda: tensors_of((net,), context))
+    rhs = system.start(function, z, density=density, probes=probes, one_graph=one_graph, user_field=net)
+    return replace(rhs, trained=lambda: tensors_of((net,), context))
 
 
 def start_torchdyn(
@@ -210,7 +210,7 @@ def start_torchdyn(
     *,
     one_graph: bool,
     hidden_cost: Cost | None = None,
-) -> FieldSolve:
+) -> FieldRightHandSide:
     """Start a solve of torchdyn's wrapped field ``vf``, as it is now.
 
     The state ``x`` consists of the column of a cost, the traces of CNFs, and ``z``. If there is a single CNF, its
@@ -271,26 +271,26 @@ def start_torchdyn(
     columns = None  # of a plain state with penalties, whose velocity has its shape
     if cost or hidden_cost or density or not (system.regularizers.rates and spec.is_all):
         columns = Columns(hidden_cost if cost is None else cost, cost is None, event_shape)
-    solve = system.start(
+    rhs = system.start(
         function, x, density=density, probes=probes, one_graph=one_graph, net=holder,
         user_field=net if order == 1 else None, columns=columns,
     )  # fmt: skip
     return replace(
-        solve, trained=lambda: tensors_of((vf, hidden_cost), args), owner=vf, counters=counters,
+        rhs, trained=lambda: tensors_of((vf, hidden_cost), args), owner=vf, counters=counters,
         inner_autograd=True,  # the field of a user may differentiate inside
     )  # fmt: skip
 
 
-def look_for_columns(solve: FieldSolve, t: Tensor, x: Tensor) -> bool:
+def look_for_columns(rhs: FieldRightHandSide, t: Tensor, x: Tensor) -> bool:
     """Warn about columns that the field moves but never reads. True if the check need not run again."""
-    state = x if solve.columns is None else solve.columns.without_cost(x)
+    state = x if rhs.columns is None else rhs.columns.without_cost(x)
     # a trace or columns may be set apart already
-    signs = signs_for_columns(state) if solve.evaluator.part is None else None
+    signs = signs_for_columns(state) if rhs.evaluator.part is None else None
     if signs is None:
         return True
     try:
         with torch.no_grad(), outside_checkpoints():
-            found = solve.evaluator.repeat(t.to(state.device), state, frozenset({"products"}), signs)
+            found = rhs.evaluator.repeat(t.to(state.device), state, frozenset({"products"}), signs)
     except (RnodeError, RuntimeError):  # no graph, or one that runs once: fine for penalties without a derivative
         return True
     return warn_of_unread_columns(found.dz, found.products, stacklevel=7)

@@ -28,7 +28,7 @@ from ..core.modes import on_host, outside_inference
 from ..core.part import PartSpec, warn_of_flat_state
 from ..core.regularizers import RegularizersLike
 from ..core.signature import refuse_state_first
-from ..core.system import COST, FieldSolve, System
+from ..core.system import COST, FieldRightHandSide, System
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
@@ -471,7 +471,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         prepare(solver, x, times[:1])
         return x, times
 
-    def _check_state(self, x: Tensor, t_span: Tensor, rhs: FieldSolve) -> None:
+    def _check_state(self, x: Tensor, t_span: Tensor, rhs: FieldRightHandSide) -> None:
         """Warn about a state that the penalties of a solve would misread."""
         if self._system.part.batch_dim == 0:
             warn_of_flat_state(x, rhs.regularizers.needs)
@@ -481,7 +481,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
             self._columns_known = not lone or look_for_columns(rhs, t_span[0], x)
 
     def _remember(
-        self, x: Tensor, t_span: Tensor, rhs: FieldSolve, solution: Solution, *, penalties: bool
+        self, x: Tensor, t_span: Tensor, rhs: FieldRightHandSide, solution: Solution, *, penalties: bool
     ) -> Tensor:
         """The states of a solution, tied to the penalties, which are kept for :meth:`reg_loss`."""
         history, integrals = self.history, dict(solution.penalties)
