@@ -40,7 +40,7 @@ DEFAULT_MAX_NFE = 100_000
 
 def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
     """Take all steps of a solve, see :meth:`Solver.march <rnode_plugin.Solver.march>`."""
-    rhs, z, t_span, save_steps, safe_step, *_ = problem
+    rhs, z, t_span, safe_step = problem.rhs, problem.z, problem.t_span, problem.safe_step
     _check_state(solver, rhs, z)
     # Times stay on the CPU, so that comparing them does not wait for the device; t_span.cpu() keeps its graph.
     # In half precision the end of a step would be rounded far off the place that the state has reached.
@@ -58,7 +58,7 @@ def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | Non
     start = on_device(span[0], device)
     begun = rhs(start, z, products=not draw)
     first: Derivative | None = begun
-    totals = Totals([start], [z], knots=[(start, z)] if save_steps else None, nfe=1)
+    totals = Totals([start], [z], knots=[(start, z)] if problem.save_steps else None, nfe=1)
     known = solver.first_step if safe_step is None else control.warm_start(safe_step, span)
     dt, totals.nfe = control.first_length(rhs, z, begun.dz, span, totals.nfe, known=known)
     safe = math.inf  # the longest step that all trials would have accepted

@@ -192,8 +192,9 @@ class _Backward:
             return Derivative(torch.stack([dz, -da]), None, {str(i): self.sign * g for i, g in enumerate(dparams)})
 
         problem = Problem(
-            RightHandSide(adjoint_system), torch.stack([z, a]), torch.stack([t1, t0]), safe_step=self.safe_step
-        )
+            rhs=RightHandSide(adjoint_system), z=torch.stack([z, a]), t_span=torch.stack([t1, t0]),
+            safe_step=self.safe_step,
+        )  # fmt: skip
         solution = self.solver.march(problem).check()
         if solution.longest_safe_step is not None:
             self.safe.append((abs(float(t1 - t0)), solution.longest_safe_step))

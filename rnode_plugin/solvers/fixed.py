@@ -38,7 +38,7 @@ _MOST_STEPS = 1_000_000
 
 def march(solver: FixedGrid, problem: Problem, *, take: Callable[..., Step] | None = None) -> Solution:
     """Take all steps of a solve, see :meth:`Solver.march <rnode_plugin.Solver.march>`."""
-    rhs, z, t_span, save_steps, *_ = problem
+    rhs, z, t_span = problem.rhs, problem.z, problem.t_span
     method = get_method(solver.method)
     counts = _counts(solver, t_span)
     draws = None
@@ -51,7 +51,7 @@ def march(solver: FixedGrid, problem: Problem, *, take: Callable[..., Step] | No
         t_span = t_span.to(z.device)
     with on_host():
         outputs, intervals = _grid(t_span, counts, z.device)
-    totals = Totals([outputs[0]], [z], knots=[(outputs[0], z)] if save_steps else None)
+    totals = Totals([outputs[0]], [z], knots=[(outputs[0], z)] if problem.save_steps else None)
     finite: list[Tensor] = []
     for output, interval in zip(outputs[1:], intervals, strict=True):
         for start, dt, end in interval:

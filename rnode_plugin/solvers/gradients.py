@@ -57,8 +57,8 @@ class Checkpointed(Gradient):
         from .checkpoint import checkpointed
         from .graph import stepper
 
-        rhs, z, t, *_ = problem
-        take = checkpointed(stepper(solver, problem), rhs, z, on_device(t[0], z.device))
+        z = problem.z
+        take = checkpointed(stepper(solver, problem), problem.rhs, z, on_device(problem.t_span[0], z.device))
         return solver.march(problem, take=take)
 
 
@@ -87,18 +87,21 @@ class Adjoint(Gradient):
         from .adjoint import AdjointCall, solve_adjoint
         from .step import Problem
 
-        rhs, z, t, save_steps, safe_step, adjoint_safe_step, keep_adjoint_step, *_ = problem
+        rhs, z, t = problem.rhs, problem.z, problem.t_span
+        save_steps, safe_step = problem.save_steps or self.restarted, problem.safe_step
 
         def forward(z: Tensor, t: Tensor) -> Solution:
-            # built from the arguments: the graph keeps this function, which must not refer to the problem's state
-            problem = Problem(rhs, z, t, save_steps or self.restarted, safe_step)
-            return self.outputs(solver.march(problem), adaptive=solver.adaptive)
+            # the graph keeps this function, which must not refer to the state of the problem above
+            again = Problem(rhs=rhs, z=z, t_span=t, save_steps=save_steps, safe_step=safe_step)
+            return self.outputs(solver.march(again), adaptive=solver.adaptive)
 
         if transforms_active() or not torch.is_grad_enabled():
             return forward(z, t)
         # its steps differentiate by autograd, which a graph cannot
         backward = replace((self.backward or solver).without_interpolation(), compile=False)
-        call = AdjointCall(rhs, forward, backward, self.restarted, adjoint_safe_step, keep_adjoint_step)
+        call = AdjointCall(
+            rhs, forward, backward, self.restarted, problem.adjoint_safe_step, problem.keep_adjoint_step
+        )
         return solve_adjoint(call, z, t.to(z.device) if t.requires_grad else t)
 
     def outputs(self, solution: Solution, *, adaptive: bool) -> Solution:

@@ -161,8 +161,10 @@ class Solver(ABC):
         self.check_steps(regularizers.steps)
         if torch.is_grad_enabled():  # without gradients the values are the same in every mode
             gradient.check_penalties(regularizers.steps)
-        keep_steps = save_steps or regularizers.adds_evaluations
-        problem = Problem(rhs, z0, t_span, keep_steps, safe_step, adjoint_safe_step, keep_adjoint_step)
+        problem = Problem(
+            rhs=rhs, z=z0, t_span=t_span, save_steps=save_steps or regularizers.adds_evaluations,
+            safe_step=safe_step, adjoint_safe_step=adjoint_safe_step, keep_adjoint_step=keep_adjoint_step,
+        )  # fmt: skip
         if self.compile:
             from . import graph
 

@@ -52,8 +52,14 @@ class Step(NamedTuple):
     nfe: int
 
 
-class Problem(NamedTuple):
-    """An initial value problem with the options of :meth:`Solver.solve`."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Problem:
+    """An initial value problem with the options of :meth:`Solver.solve`, which explains them.
+
+    Attributes:
+        z: the state at the first time.
+        save_steps: whether the solution contains the accepted steps.
+    """
 
     rhs: RightHandSide
     z: Tensor
