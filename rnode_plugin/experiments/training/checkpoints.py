@@ -76,9 +76,8 @@ def save_flow(
     recipe, the facts and a checksum of everything.
 
     Weights that are alone in their folder get a model card, the ``README.md`` that the Hugging Face hub shows: the
-    data, the result of ``run``, the recipe, and how to load the file. Hidden files do not count. The next call for
-    the same ``path`` replaces the card. A ``README.md`` that anybody else has written or edited stays, and a line
-    on standard error warns of an edited card, because its figures may be of the weights before.
+    data, the result of ``run``, the recipe, and how to load the file. Hidden files do not count. A ``README.md``
+    that is there stays, and a line on standard error says so, because it may have figures of other weights.
 
     Args:
         flow: the model.
