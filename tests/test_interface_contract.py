@@ -34,7 +34,7 @@ from rnode_plugin import (
     penalties_at,
 )
 from rnode_plugin import torchdiffeq as our_torchdiffeq
-from rnode_plugin.cli.lists import exec_script
+from rnode_plugin.cli.script import exec_script
 from rnode_plugin.core.system import System
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError

@@ -31,7 +31,7 @@ COMMANDS = {
         "info": "lists:info",
     },
     "Run a program": {
-        "exec": "lists:exec_script",
+        "exec": "script:exec_script",
     },
 }
 """Sections of ``rnode-cli --help``, and the place of each command below ``rnode_plugin.cli``."""
