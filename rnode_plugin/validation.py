@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import BeforeValidator, ValidationError
@@ -37,6 +37,8 @@ def _sentence(error: ValidationError, group: str) -> str:
     found = sorted(error.errors(include_url=False), key=lambda each: each["type"] not in unknown)
     path = _path(found[0]["loc"], group)
     if found[0]["type"] in unknown:
+        if (reason := _OF_OTHER_SOLVER.get(found[0]["loc"][-2:])) is not None:
+            return f"{path} has no effect {reason.format(path.rpartition('.')[0])}."
         return f"unknown setting {path!r}."
     own = found[0].get("ctx", {}).get("error")
     if isinstance(own, ConfigError):  # from a check of our own, which may concern several settings
@@ -47,6 +49,18 @@ def _sentence(error: ValidationError, group: str) -> str:
     text = " or ".join(dict.fromkeys(_plain(each) for each in here))
     return f"{path or 'recipe'}: {text}, got {reprlib.repr(found[0]['input'])}."
 
+
+# settings that the other kind of solver has, by the branch that the method has chosen
+_OF_OTHER_SOLVER: Mapping[tuple[int | str, ...], str] = {
+    ("adaptive", "step"): (
+        "on an adaptive method, which chooses its own steps: give {0}.method=rk4_38 too, or {0}.atol and {0}.rtol "
+        "instead"
+    ),
+    **{
+        ("fixed", name): "on the steps of a fixed grid: give {0}.method=dopri5 too, or {0}.step instead"
+        for name in ("atol", "rtol", "first_step")
+    },
+}
 
 _WORDS = {  # of pydantic's types of errors, whose own words are about types of Python
     "bool_parsing": "must be true or false",

@@ -124,13 +124,12 @@ def eval(  # noqa: A001 - the command's name
     from ..experiments.evaluation.likelihood import evaluate
     from ..experiments.evaluation.loading import load_for_evaluation, pick_device
     from ..experiments.quantities import result_rows
-    from ..experiments.recipes.recipe import changed_test_solver
     from ..experiments.recipes.tasks import task_of
     from ..experiments.training.checkpoints import load_with_recipe
 
     flush_denormals()
     flow, recipe, facts = load_with_recipe(path, map_location=pick_device(device))
-    solver, accurate = changed_test_solver(recipe, solver_settings), None
+    solver, accurate = recipe.override(f"test_solver.{each.strip()}" for each in solver_settings).test_solver, None
     if exact and solver.adaptive and not solver_settings:
         step = recipe.solver.step if isinstance(recipe.solver, FixedGrid) else 0.25
         solver, accurate = FixedGrid("rk4_38", step=step), solver

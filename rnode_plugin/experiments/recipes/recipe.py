@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, SupportsFloat
 
 from pydantic import (
-    BeforeValidator,
     Discriminator,
     Field,
     PlainSerializer,
     PlainValidator,
     Tag,
     TypeAdapter,
-    ValidationInfo,
 )
 from pydantic.dataclasses import dataclass
 
@@ -56,7 +54,6 @@ __all__ = [
     "TableModel",
     "Training",
     "as_text",
-    "changed_test_solver",
     "differences",
     "get_recipe",
     "is_recipe_file",
@@ -112,16 +109,6 @@ _AnyData = Annotated[Annotated[Data, Tag("images")] | Annotated[TableData, Tag("
 _AnyModel = Annotated[Annotated[Model, Tag("images")] | Annotated[TableModel, Tag("table")], Discriminator(_tag)]
 
 
-# what a fixed grid and an adaptive solver lack of the settings of the other, and the methods to name in advice
-_SOLVERS: Mapping[str, type[FixedGrid | Adaptive]] = {"fixed": FixedGrid, "adaptive": Adaptive}
-# whether the steps are compiled is a setting of the training
-_OF_SOLVERS = {
-    kind: [each.name for each in dataclasses.fields(solver) if each.name != "compile"]
-    for kind, solver in _SOLVERS.items()
-}
-_SOLVER_SETTINGS = [*dict.fromkeys(key for keys in _OF_SOLVERS.values() for key in keys)]
-
-
 def _kind_of_solver(value: object) -> str:
     """``adaptive`` or ``fixed`` by the method of a solver, as plain data or as an object."""
     if isinstance(value, Solver):
@@ -129,27 +116,18 @@ def _kind_of_solver(value: object) -> str:
     return "adaptive" if isinstance(value, Mapping) and value.get("method") in ADAPTIVE_METHODS else "fixed"
 
 
-def _solver_settings(value: object, info: ValidationInfo) -> object:
-    """Refuse a setting of the other kind of solver in plain data, and a solver that no file can hold."""
-    prefix = f"{info.field_name}." if info.field_name else ""
-    if isinstance(value, Mapping):
-        if "compile" in value:
-            raise ConfigError(f"{prefix}compile is not a setting of a solver: give training.compile.")
-        kind = _kind_of_solver(value)
-        for key in value:
-            if key not in _OF_SOLVERS[kind] and key in _SOLVER_SETTINGS:
-                raise ConfigError(
-                    f"{prefix}{key} has no effect, because {_OTHER_KIND[kind].format(prefix, **value)}"
-                )
-    elif isinstance(value, Solver):
-        if value.compile:
-            raise ConfigError(f"{prefix}compile is not a setting of a recipe's solver: give training.compile=true.")
-        for key, setting in vars(value).items():
-            if not (setting is None or isinstance(setting, (str, int, float))):
-                raise ConfigError(
-                    f"{prefix}{key} of a recipe is a name or a number, which a file can hold, not {setting!r:.60}."
-                )
-    return value
+def solver_settings(solver: Solver) -> dict[str, object]:
+    """The settings of a solver that a recipe has, by name. Whether it is compiled is a setting of the training."""
+    return {name: value for name, value in vars(solver).items() if name != "compile"}
+
+
+_SOLVERS: Mapping[str, Mapping[str, object]] = {
+    "fixed": solver_settings(FixedGrid()),
+    "adaptive": solver_settings(Adaptive()),
+}
+_AnySolver = Annotated[
+    Annotated[FixedGrid, Tag("fixed")] | Annotated[Adaptive, Tag("adaptive")], Discriminator(_kind_of_solver)
+]
 
 
 def _settings_of(group: object) -> Mapping[str, object]:
@@ -157,22 +135,6 @@ def _settings_of(group: object) -> Mapping[str, object]:
     if isinstance(group, Solver):
         return solver_settings(group)
     return group if isinstance(group, Mapping) else vars(group)
-
-
-def solver_settings(solver: Solver) -> dict[str, object]:
-    """The settings of a solver that a recipe has, by name."""
-    return {name: getattr(solver, name) for name in _OF_SOLVERS[_kind_of_solver(solver)]}
-
-
-_OTHER_KIND = {
-    "adaptive": ("{method} chooses its own steps: give {0}method=rk4_38 too, or {0}atol and {0}rtol instead."),
-    "fixed": "{method} takes the steps of a fixed grid: give {0}method=dopri5 too, or {0}step instead.",
-}
-_AnySolver = Annotated[
-    Annotated[FixedGrid, Tag("fixed")] | Annotated[Adaptive, Tag("adaptive")],
-    Discriminator(_kind_of_solver),
-    BeforeValidator(_solver_settings),
-]
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -214,6 +176,13 @@ class Recipe:
             raise ConfigError("training.sample_temperatures: samples of a table have one temperature, such as 1.")
         for name, solver in (("solver", self.solver), ("test_solver", self.test_solver)):
             solver.check_density(name)
+            if solver.compile:
+                raise ConfigError(f"{name}.compile is not a setting of a recipe: give training.compile=true.")
+            for key, value in solver_settings(solver).items():
+                if not (value is None or isinstance(value, (str, int, float))):
+                    raise ConfigError(
+                        f"{name}.{key} of a recipe is a name or a number, which a file can hold, not {value!r:.60}."
+                    )
         # an adaptive solver estimates its error as a difference of two results. In low precision that difference is
         # rounding, which no smaller step removes
         precision = self.training.precision
@@ -271,7 +240,7 @@ class Recipe:
     def _changes(self, assignments: Iterable[str]) -> dict[str, dict[str, str | None]]:
         """Sort the texts by group and key, with None for ``none``, and refuse what is not a setting."""
         changes: dict[str, dict[str, str | None]] = {}
-        of_solvers = [f"{group}.{key}" for group in ("solver", "test_solver") for key in _SOLVER_SETTINGS]
+        of_solvers = [f"{group}.{key}" for group in ("solver", "test_solver") for key in chain(*_SOLVERS.values())]
         known = [*dict.fromkeys([*(path for path, _ in self.settings()), *of_solvers])]
         for assignment in assignments:
             # a regularizer may have options: regularizers.taylor:order=3=0.01
@@ -442,28 +411,6 @@ def differences(*recipes: Recipe) -> list[DifferentSetting]:
     ]
 
 
-def changed_test_solver(recipe: Recipe, assignments: Iterable[str]) -> Solver:
-    """Return the test solver of a recipe with ``key=value`` texts applied, as :meth:`Recipe.override` does.
-
-    Messages name the settings as these texts do, without their group.
-
-    Raises:
-        ConfigError: a setting is unknown or has no effect, or a value is bad.
-    """
-    values: dict[str, str | None] = {}
-    for assignment in assignments:
-        key, equals, text = (each.strip() for each in assignment.partition("="))
-        if not equals:
-            raise ConfigError(f"{assignment!r} is not a setting: write key=value.")
-        check_name(key, _SOLVER_SETTINGS, "setting")
-        values[key] = _text_or_none(text)
-    with refused():
-        solver = TypeAdapter[Solver](_AnySolver).validate_python(_solver_with(recipe.test_solver, values))
-    if "quadrature" in values and solver.quadrature == "sampled":
-        raise ConfigError(f"quadrature has no effect{_FULL_IN_TESTS}")
-    return solver
-
-
 def named_settings(asked: str, known: Iterable[str]) -> list[str]:
     """Find the settings whose last part, or its initials, are those of ``asked``, at most three.
 
@@ -503,9 +450,9 @@ def _text_or_none(text: str) -> str | None:
 
 def _solver_with(old: Solver, values: Mapping[str, str | None]) -> dict[str, object]:
     """The settings of a solver with other ``values``, without those that a method of another kind leaves over."""
-    merged = {**_settings_of(old), **values}
+    merged = {**solver_settings(old), **values}
     check_name(merged["method"], METHODS, "solver method")
-    kept = _OF_SOLVERS[_kind_of_solver(merged)]
+    kept = _SOLVERS[_kind_of_solver(merged)]
     return {key: each for key, each in merged.items() if key in kept or values.get(key) is not None}
 
 
@@ -518,9 +465,6 @@ _NEEDED: Mapping[str, tuple[str, object]] = {
 }
 
 
-_FULL_IN_TESTS = ": validation and evaluation always use the full one. Leave it out."
-
-
 def _without_effect(recipe: Recipe, setting: str) -> str | None:
     """Say why a setting has no effect in a recipe, as the end of a sentence; None if it has one."""
     if setting == "training.warm_start" and not recipe.solver.adaptive:
@@ -529,7 +473,7 @@ def _without_effect(recipe: Recipe, setting: str) -> str | None:
             "leave it out."
         )
     if setting == "test_solver.quadrature" and recipe.test_solver.quadrature == "sampled":
-        return _FULL_IN_TESTS
+        return ": validation and evaluation always use the full one. Leave it out."
     if setting == "optimizer.matching_factor" and not recipe.matching:
         give = "leave training.weights out" if recipe.training.weights else "give training.matching=STEPS too"
         return f", because the run takes no steps of flow matching: {give}."
