@@ -28,13 +28,12 @@ from rnode_plugin.plugins.builtin import COMMANDS
 
 # invalid requests: exit code 2
 REFUSED: dict[str, str] = {
-    "trian digits": "unknown command 'trian'; did you mean 'train'",
+    "trian digits": "No such command 'trian'.",
     "train": "name a RECIPE; `rnode-cli recipes` lists them",
     "train pictures": "name the folder of your pictures: --data-root FOLDER",
     "train digit": "unknown recipe 'digit'; did you mean 'digits'",
     "compare digit": "did you mean 'digits'",
     "recipes show digit": "did you mean 'digits'",
-    "recipes digits": "digits is no command: rnode-cli recipes show digits shows it.",
     "regularizers kinetik": "unknown regularizer 'kinetik'; did you mean 'kinetic'",
     "train digits --lr 0.1": "no such option --lr: a setting is given by --set optimizer.lr=VALUE.",
     "train digits --learning-rate 0.1": "a setting is given by --set optimizer.lr=VALUE.",
@@ -64,9 +63,9 @@ REFUSED: dict[str, str] = {
     "train pictures --data-root pictures --size 64000": "data.size: must be less than or equal to 8192",
     "train digits --ffjord --precision bf16-mixed": "dopri5 cannot train with training.precision=bf16-mixed",
     "train digits --device cuda:1 --devices 2": "--device cuda:1 names one device",
-    "train ./pictures": "is not a recipe: a folder of pictures is trained on by rnode-cli train pictures",
-    "train good.ckpt": "is not a recipe: a new run starts from its weights by --weights good.ckpt",
-    "compare rows.csv": "is not a recipe: a table is trained on by rnode-cli train table --data-root rows.csv",
+    "train ./pictures": "'./pictures' is not a recipe. A run is continued by --resume ./pictures, its weights",
+    "train good.ckpt": "its weights begin a new run by --weights good.ckpt, and",
+    "compare rows.csv": "files are trained on by rnode-cli train table --data-root rows.csv, or",
     "train --resume good.ckpt --ffjord": "--ffjord makes another model of the recipe. It cannot go with --resume",
     "train digits --given a": "--given is for tables, and digits",
     "train table --size 8": "--size is for images, and table is a recipe of a table",
@@ -74,8 +73,8 @@ REFUSED: dict[str, str] = {
     "eval good.ckpt --bound 2 --draws 2": "--bound K takes K draws: leave --draws out",
     "eval good.ckpt --solver rk4": "--solver takes KEY=VALUE, as in --solver method=rk4, not 'rk4'",
     "diagnose good.ckpt --samples 1": "1 is not in the range x>=2",
-    "sample good.ckpt --given-values a=1,b=much": "needs a number for each column, as in b=1.5",
-    "sample good.ckpt --given-values a=1 --given-file x.csv": "with --given-file, not both.",
+    "sample good.ckpt --given-value a=1,b=much": "'a=1,b=much' has no number: write COLUMN=VALUE, as in dose=1.5.",
+    "sample good.ckpt --given-value a=1 --given-file x.csv": "with --given-file, not both.",
     "train digits --callback nothing_of_that_name:Stop": "no module 'nothing_of_that_name' is installed or in",
     "train digits --callback math": "--callback math: write MODULE:NAME.",
     "train table --set data.columns=radius,textur": "data.columns: unknown column 'textur'; did you mean",
@@ -88,7 +87,6 @@ REFUSED: dict[str, str] = {
     "export runs/digits/0 a.safetensors --format torch-export": "must end in .pt2, not 'a.safetensors'.",
     "export runs/digits/0 a.onnx": "and torch-export for programs that run with torch alone (.pt2).",
     "export runs/digits/0 a.safetensors --step 1": "--step and --method are options of programs",
-    "data prepare pictures packed --size 64": "pictures need no preparation: give their folder by --data-root, and",
     "cite runs/digits/0 --json": "No such option",
     "exec --regularizer kinetik=1 script.py": "unknown regularizer 'kinetik'; did you mean 'kinetic'?",
     "report runs/digits/0 --out pictures": "pictures exists already: choose another name, or overwrite it",
@@ -106,8 +104,8 @@ REFUSED_BY_THE_RUN: dict[str, str] = {
     "eval runs/digits/0 --device cuda:77": "the device 'cuda:77' cannot be used: PyTorch",
     "train mnist --resume good.ckpt": "good.ckpt is a run of digits, not of mnist. Leave",
     "sample runs/digits/0 --out x.jpg": "images are written as PNG, and x.jpg has another ending: end its name",
-    "sample runs/table/0 --given-values texture=-1e39": "texture=-1e+39 is outside of 32-bit numbers",
-    "sample runs/table/0 --given-values textur=1": "unknown given column 'textur'; did you mean 'texture'?",
+    "sample runs/table/0 --given-value texture=-1e39": "texture=-1e+39 is outside of 32-bit numbers",
+    "sample runs/table/0 --given-value textur=1": "unknown given column 'textur'; did you mean 'texture'?",
 }
 
 # files that are not there: exit code 1

@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
-import click
 import numpy as np
 import pytest
 import torch
@@ -18,7 +17,6 @@ from tiny_runs import as_options, assert_same, rnode, run, signal_at
 
 from rnode_plugin import get_recipe, hookimpl, load_flow
 from rnode_plugin.analysis.gaussian import gaussian_scores
-from rnode_plugin.cli.runs import Values
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.data.table_files import column_names, read_columns
 from rnode_plugin.experiments.data.tables import Table
@@ -144,23 +142,6 @@ def test_from_a_file_to_samples_and_a_report(file: Path, tmp_path: Path, monkeyp
     assert [len(found["means"][name]["samples"]) for name in ("nll", "gaussian")] == [7, 7]
 
 
-@pytest.mark.parametrize(("text", "found"), [
-    ("a=1,b=2.5", {"a": 1.0, "b": 2.5}),
-    ("temp, mean=3, b=-1e3", {"temp, mean": 3.0, "b": -1000.0}),
-    ("a==1", {"a=": 1.0}),
-    ("a=1,b", "as in b=1.5, or --given-file FILE"),
-    ("a, b", "as in 'a, b=1.5', or --given-file FILE"),
-    ("a, b=x", "as in 'a, b=1.5'."),
-    ("a=1,b=3, a=2", "it has the column 'a' twice"),
-])  # fmt: skip
-def test_given_values(text: str, found: dict[str, float] | str) -> None:
-    if isinstance(found, dict):
-        assert Values().convert(text, None, None) == found
-        return
-    with pytest.raises(click.UsageError, match=re.escape(found)):
-        Values().convert(text, None, None)
-
-
 def test_contexts_outside_of_the_training_rows_are_named(file: Path, conditional: Path, tmp_path: Path) -> None:
     facts = load_with_recipe(conditional)[2]
     assert facts is not None
@@ -177,8 +158,8 @@ def test_contexts_outside_of_the_training_rows_are_named(file: Path, conditional
         assert done.exit_code == 0, done.output
         return done.stderr
 
-    assert said("--given-values", f"temperature={low!r},dose={dose!r}") == ""
-    assert said("--given-values", f"temperature=3000,dose={dose!r}") == (
+    assert said("--given-value", f"temperature={low!r}", "--given-value", f"dose={dose!r}") == ""
+    assert said("--given-value", "temperature=3000", "--given-value", f"dose={dose!r}") == (
         f"warning: temperature=3000 is outside of the training rows ({low:g} to {high:g}), where the density is an "
         "extrapolation.\n"
     )
@@ -190,13 +171,25 @@ def test_contexts_outside_of_the_training_rows_are_named(file: Path, conditional
 def test_the_next_step_of_a_conditional_run_names_its_columns(file: Path, tmp_path: Path) -> None:
     settings = as_options(f"data.root={file}", "data.given=temperature,dose", *SETTINGS, "training.max_steps=1")
     trained = rnode("train", "table", *settings, "--device", "cpu", "--runs", tmp_path)
-    assert f"rnode-cli sample {tmp_path}/table/0 --given-values temperature=VALUE,dose=VALUE\n" in trained.output
+    assert (
+        f"rnode-cli sample {tmp_path}/table/0 --given-value temperature=VALUE --given-value dose=VALUE\n"
+        in trained.output
+    )
 
 
 def test_samples_at_contexts(conditional: Path, tmp_path: Path) -> None:
     values = tmp_path / "values.parquet"
     at = rnode(
-        "sample", str(conditional), "--given-values", "dose=2,temperature=310", "-n", "5", "--out", str(values)
+        "sample",
+        str(conditional),
+        "--given-value",
+        "dose=2",
+        "--given-value",
+        "temperature=310",
+        "-n",
+        "5",
+        "--out",
+        str(values),
     )
     assert at.exit_code == 0, at.output
     names = column_names(values)

@@ -10,7 +10,7 @@ import traceback
 import click
 
 from .._version import __version__
-from ..errors import ConfigError, PluginError, RnodeError, first_line, is_out_of_memory, suggest
+from ..errors import ConfigError, PluginError, RnodeError, first_line, is_out_of_memory
 from ..plugins import builtin, registry
 from .options import loaded
 
@@ -44,13 +44,6 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return _command(cmd_name) if cmd_name in registry.names("commands") else None
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not args[0].startswith("-") and args[0] not in (known := self.list_commands(ctx)):
-            raise click.UsageError(suggest(args[0], known, "command"), ctx)
-        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sentences = dict(loaded("commands", lambda name: _command(name).get_short_help_str(limit=200)))

@@ -19,24 +19,7 @@ _VARIABLES = (
 )  # fmt: skip
 
 
-class _Advising(click.Group):
-    """A group that says what to use in place of a command that people look for in it."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if self.name == "recipes" and args[0] in registry.names("recipes"):
-            raise click.UsageError(f"{args[0]} is no command: rnode-cli recipes show {args[0]} shows it.", ctx)
-        if (self.name, args[0]) == ("data", "prepare"):
-            raise click.UsageError(
-                "pictures need no preparation: give their folder by --data-root, and --set data.workers=2 if there "
-                "are many. examples/imagenet64.py writes the arrays of imagenet64.",
-                ctx,
-            )
-        return super().resolve_command(ctx, args)
-
-
-@click.group(cls=_Advising, invoke_without_command=True)
+@click.group(invoke_without_command=True)
 @click.pass_context
 def recipes(ctx: click.Context) -> None:
     """List the recipes, or show every setting of one."""
@@ -73,7 +56,7 @@ def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool
         click.echo(f"\nThe number of parameters is not known: {first_line(error)}")
 
 
-@click.group(cls=_Advising)
+@click.group()
 def data() -> None:
     """List the data sets, images and tables."""
 

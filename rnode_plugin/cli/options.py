@@ -18,7 +18,6 @@ import click
 
 from ..core.schedules import DEFAULT_LAMBDA
 from ..errors import CheckpointError, ConfigError, RnodeError
-from ..experiments.runs.run import Run
 from ..plugins import registry
 from ..text import to_json
 
@@ -189,29 +188,17 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 
 def refuse_path_as_recipe(name: str) -> None:
-    """Raise a ConfigError if ``name`` is a path, such as a run, a checkpoint or a table, and not a recipe.
-
-    The message names the command or the option that takes such a path. Any other name passes, also an unknown one.
-    """
-    path = Path(name)
-    if name in registry.names("recipes") or not (path.exists() or os.sep in name):
+    """Raise a ConfigError if ``name`` is a path and not a recipe. Any other name passes, also an unknown one."""
+    if name in registry.names("recipes") or not (os.path.exists(name) or os.sep in name):
         return
-    from ..experiments.data.table_files import is_table  # imports numpy, which most names need not wait for
-
+    if not os.path.exists(name):
+        raise ConfigError(f"{name!r} is not a recipe: no such file or folder exists.")
     quoted = shlex.quote(name)
-    if not path.exists():
-        advice = "no such file or folder exists"
-    elif Run(path).is_described or Run(path).has_checkpoints:
-        advice = f"a run is continued by rnode-cli train --resume {quoted}"
-    elif path.suffix in (".ckpt", ".safetensors"):
-        advice = f"a new run starts from its weights by --weights {quoted}"
-    elif path.is_dir():
-        advice = f"a folder of pictures is trained on by rnode-cli train pictures --data-root {quoted}"
-    elif is_table(path):
-        advice = f"a table is trained on by rnode-cli train table --data-root {quoted}"
-    else:
-        return
-    raise ConfigError(f"{name!r} is not a recipe: {advice}. `rnode-cli recipes` lists the recipes.")
+    raise ConfigError(
+        f"{name!r} is not a recipe. A run is continued by --resume {quoted}, its weights begin a new run by "
+        f"--weights {quoted}, and your own files are trained on by rnode-cli train table --data-root {quoted}, or "
+        "train pictures for a folder of pictures."
+    )
 
 
 # values --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -36,29 +35,13 @@ CHECK_FAILED = 3
 """The exit code of ``diagnose`` if a check has failed."""
 
 
-class Values(click.ParamType):
-    """Numbers by column, written as ``COLUMN=VALUE,...``. The name of a column may have commas."""
-
-    name = "values"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, float]:
-        found: dict[str, float] = {}
-        begun = ""  # the part before a comma in the name of a column
-        for part in str(value).split(","):
-            name, equals, number = f"{begun}{part}".rpartition("=")
-            begun = "" if equals else f"{begun}{part},"
-            if begun:
-                continue
-            if (name := name.strip()) in found:
-                self.fail(f"it has the column {name!r} twice.", param, ctx)
-            try:
-                found[name] = float(number)
-            except ValueError:
-                self.fail(f"it needs a number for each column, as in {shlex.quote(f'{name}=1.5')}.", param, ctx)
-        if begun:
-            example = shlex.quote(f"{begun.strip(', ')}=1.5")
-            self.fail(f"it needs a number for each column, as in {example}, or --given-file FILE.", param, ctx)
-        return found
+def _value_of_column(text: str) -> tuple[str, float]:
+    """The column and the number in ``COLUMN=VALUE``."""
+    name, _, number = text.rpartition("=")
+    try:
+        return name.strip(), float(number)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} has no number: write COLUMN=VALUE, as in dose=1.5.") from None
 
 
 @click.command()
@@ -278,8 +261,8 @@ def _warn_if_unfinished(checkpoint: Path) -> None:
 @click.option("--out", metavar="FILE",
               help="File to write, for rows .csv, .tsv, .npy or .parquet. [default: samples.png, samples.csv, or "
                    "samples-1.png, ... if that exists]")  # fmt: skip
-@click.option("--given-values", type=Values(), metavar="COLUMN=VALUE,...",
-              help="Values of the given columns of a conditional density, the same for all rows.")  # fmt: skip
+@click.option("--given-value", "given_values", type=_value_of_column, multiple=True, metavar="COLUMN=VALUE",
+              help="Value of a given column of a conditional density, for all rows. May be repeated.")  # fmt: skip
 @click.option("--given-file", metavar="FILE",
               help="Table with the given columns of a conditional density, a context in each row.")  # fmt: skip
 @force
@@ -295,7 +278,7 @@ def sample(
     count: int | None,
     temperatures: tuple[float, ...],
     out: str | None,
-    given_values: dict[str, float] | None,
+    given_values: tuple[tuple[str, float], ...],
     given_file: str | None,
     force: bool,
     device: str,
@@ -313,7 +296,7 @@ def sample(
     have the given columns in addition to the drawn ones.
     """
     if given_values and given_file:
-        raise ConfigError("give the context with --given-values or with --given-file, not both.")
+        raise ConfigError("give the context with --given-value or with --given-file, not both.")
     checkpoint = find_checkpoint(run)
     if given_file is not None and not Path(given_file).exists():
         raise DataError(missing(given_file))
@@ -326,7 +309,7 @@ def sample(
     request = SampleRequest(
         count=count,
         temperatures=temperatures,
-        given=given_values or given_file,
+        given=dict(given_values) or given_file,
         seed=seed,
         columns=columns,
         batch_size=batch_size,

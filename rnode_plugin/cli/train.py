@@ -301,10 +301,10 @@ def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
     click.echo(f"\n{table(rows)}")
     if next_steps:
         columns = recipe.data.given if isinstance(recipe.data, TableData) else ()
-        given = ",".join(f"{name}=VALUE" for name in columns)
+        given = "".join(f" --given-value {shlex.quote(f'{name}=VALUE')}" for name in columns)
         show_next(
             *([f"rnode-cli train --resume {path}"] if result.out_of_time else []),
-            f"rnode-cli sample {path}" + (f" --given-values {shlex.quote(given)}" if given else ""),
+            f"rnode-cli sample {path}{given}",
             f"rnode-cli diagnose {path}",
             f"rnode-cli report {path}",
         )

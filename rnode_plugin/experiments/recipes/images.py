@@ -107,7 +107,7 @@ class ImageTask(Task[Data, "ImageData"]):
     def check_request(self, request: SampleRequest, path: Path | None) -> None:
         refuse_repeated(request.temperatures, "--temperature")
         if request.given is not None:
-            raise ConfigError("--given-values and --given-file are for tables that were trained with --given.")
+            raise ConfigError("--given-value and --given-file are for tables that were trained with --given.")
         if path is not None and path.suffix.lower() != ".png":
             raise ConfigError(f"images are written as PNG, and {path} has another ending: end its name in .png.")
 

@@ -111,7 +111,7 @@ class RowTask(Task[TableData, "Table"]):
         names = self.settings.given
         if given is not None and not names:
             raise ConfigError(
-                "this run was trained without --given, so its density takes no context: leave --given-values and "
+                "this run was trained without --given, so its density takes no context: leave --given-value and "
                 "--given-file out."
             )
         if isinstance(given, str):  # its columns are checked when the file is read
@@ -120,10 +120,9 @@ class RowTask(Task[TableData, "Table"]):
         if unknown := [name for name in values if name not in names]:
             raise ConfigError(suggest(unknown[0], names, "given column"))
         if missing := [name for name in names if not math.isfinite(values.get(name, math.nan))]:
-            example = ",".join(f"{name}=VALUE" for name in names)
             raise ConfigError(
-                f"this density is given {', '.join(names)}, and {missing[0]} has no value. Name the values with "
-                f"--given-values {example!r}, or a file that has these columns with --given-file FILE."
+                f"this density is given {', '.join(names)}, and {missing[0]} has no value. Name each value by "
+                f"--given-value {f'{missing[0]}=VALUE'!r}, or a file with these columns by --given-file FILE."
             )
         for name in names:
             _check_range(name, values[name])
