@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import base64
 import json
 import re
 import sys
@@ -22,10 +21,6 @@ NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = [ROOT / "benchmarks" / "README.md", RESULTS / "README.md", RESULTS / "penalties.csv"]
 REPEATING = ("README.md", "docs/index.md", "docs/which_penalty.md")
-# a notebook, its picture, the page that shows it, and the figures that the notebook prints and the page repeats
-SHOWN = [
-    ("start/two_moons.ipynb", "two-moons.png", "docs/index.md", r"([\d.]+) nats/dim, NFE (\d+)"),
-]
 COLUMNS = 80  # the site cuts longer lines of code at its right edge
 
 
@@ -73,23 +68,6 @@ def figures() -> Iterator[str]:
                 yield f"{name}: {figure} stands in none of {', '.join(map(_name, MEASURED))}"
 
 
-def shown() -> Iterator[str]:
-    """Pictures and figures of a notebook that the page which shows them has otherwise."""
-    for name, picture, page, pattern in SHOWN:
-        outputs = [output for cell in _cells(ROOT / "docs" / name) for output in cell["outputs"]]
-        drawn = [each["data"]["image/png"] for each in outputs if "image/png" in each.get("data", {})]
-        if base64.b64decode("".join(drawn)) != (ROOT / "docs" / "images" / picture).read_bytes():
-            yield f"docs/images/{picture} is not the picture in docs/{name}"
-        text = (ROOT / page).read_text()
-        found = re.findall(pattern, "".join("".join(each.get("text", "")) for each in outputs))
-        if len(found) < 2:
-            yield f"docs/{name} prints fewer than two figures of the form {pattern}"
-        for number, *rest in found:
-            for figure in (number, ".".join(rest)):
-                if figure not in text:
-                    yield f"{page}: {figure}, which docs/{name} prints, is missing"
-
-
 def listed() -> Iterator[str]:
     """Subpackages that the page on the architecture does not list, and examples that their page does not list."""
     rooms = [f"`{each.parent.name}/`" for each in (ROOT / "rnode_plugin").glob("*/__init__.py")]
@@ -135,7 +113,7 @@ def _name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-CHECKS = links, columns, outputs, figures, shown, listed, messages
+CHECKS = links, columns, outputs, figures, listed, messages
 
 if __name__ == "__main__":
     faults = [each for check in CHECKS for each in check()]

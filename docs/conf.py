@@ -118,6 +118,7 @@ SHOWN = {
     "contributing": ROOT / "CONTRIBUTING.md",
     "ffjord_rates": ROOT / "examples" / "ffjord_rates" / "README.md",
     "gallery": ROOT / "examples" / "README.md",
+    "index": ROOT / "README.md",
     "maf_tables": ROOT / "examples" / "maf_tables" / "README.md",
     "otflow": ROOT / "examples" / "otflow" / "README.md",
     "parquet_pictures": ROOT / "examples" / "parquet_pictures" / "README.md",
@@ -125,8 +126,8 @@ SHOWN = {
     "security": ROOT / "SECURITY.md",
     "third_party_plugin": ROOT / "examples" / "third_party_regularizer" / "README.md",
 }
-LINKED = {**SHOWN, "index": ROOT / "README.md"}
-SHOWS = re.compile(r"^This page is \[.*\]\(.*\)\.$", re.MULTILINE)
+SHOWS = re.compile(r"^This page (?:is|begins with) \[.*\]\(.*\)\.$", re.MULTILINE)
+STORY = re.compile(r"<!-- story -->\n(.*)<!-- end of the story -->", re.DOTALL)  # what the landing page shows
 OPTIONS = re.compile(r"^The site shows every command .*$", re.MULTILINE)
 CLICK = """```{eval-rst}
 .. click:: rnode_plugin.cli:main
@@ -181,7 +182,7 @@ def show_files_from_outside(app: Any, page: str, source: list[str]) -> None:
             if "://" in found[1]:
                 return found[0]
             target = (folder / found[1]).resolve()
-            target = next((DOCS / f"{name}.md" for name, file in LINKED.items() if file == target), target)
+            target = next((DOCS / f"{name}.md" for name, file in SHOWN.items() if file == target), target)
             path = relpath(target, (DOCS / page).parent)
             if target.suffix == ".md" and DOCS not in target.parents:  # not a page of the site
                 return f"](path:{path})"
@@ -192,7 +193,9 @@ def show_files_from_outside(app: Any, page: str, source: list[str]) -> None:
     text = mended(source[0], (DOCS / page).parent)
     if page in SHOWN:
         app.env.note_dependency(str(SHOWN[page]))  # so that a change of the file rebuilds the page
-        shown = mended(SHOWN[page].read_text(), SHOWN[page].parent)
+        shown = SHOWN[page].read_text()
+        story = STORY.search(shown)
+        shown = mended(story[1] if story else shown, SHOWN[page].parent)
         text = SHOWS.sub(lambda _: shown, text)
     text = CODE.sub(reference, text) if page == "mathematics" else text
     text = OPTIONS.sub(CLICK, text)
