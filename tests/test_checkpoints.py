@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import random
-import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -116,10 +115,8 @@ def test_a_small_file_cannot_ask_for_a_huge_model(tmp_path: Path, name: str, set
     header["rnode_plugin"]["recipe"]["model"][setting] = value
     tensors = {key: each.clone() for key, each in recipe.build_flow().state_dict().items()}
     write_safetensors(tmp_path / "x.safetensors", tensors, json.dumps(header["rnode_plugin"]))
-    start = time.monotonic()
     with pytest.raises(CheckpointError, match="does not fit the model of its recipe"):
         load_flow(tmp_path / "x.safetensors")
-    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize(

@@ -251,13 +251,15 @@ if (here / recipe["name"]).exists():
 """
 
 WAITS = """
-import json, signal, sys, time
+import json, signal, sys
 from pathlib import Path
 
 name, here = json.loads(Path(sys.argv[2]).read_text())["name"], Path(HERE)
-signal.signal(signal.SIGTERM, lambda *_: ((here / f"{name}.ended").touch(), sys.exit(143)))
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 (here / f"{name}.begun").touch()
-time.sleep(60)
+signal.sigwait([signal.SIGTERM])
+(here / f"{name}.ended").touch()
+sys.exit(143)
 """
 
 
@@ -491,11 +493,9 @@ def test_a_line_that_cannot_be_printed_ends_all_runs(recipe: Recipe, training: T
                 time.sleep(0.01)
             raise BrokenPipeError(line)
 
-    began = time.monotonic()
     with pytest.raises(BrokenPipeError):
         run(recipe, tmp_path / "c", "none", "kinetic", "rnode", jobs=2, announce=announce)
     assert (tmp_path / "digits-none.ended").exists()
-    assert time.monotonic() - began < 15, "the first run has gone on to its end"
 
 
 # real training -------------------------------------------------------------------------------------------------

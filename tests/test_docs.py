@@ -151,7 +151,7 @@ def test_notebooks_run(path, tmp_path):
 
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    nbclient.NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=800, resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     nfe = [int(count) for count in re.findall(r"NFE (\d+)", printed)]
     assert len(nfe) >= 2 or path.stem in ("image_flow", "table_density")

@@ -98,7 +98,7 @@ def test_a_packed_checkpoint_is_refused_unread(theirs: Run) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with a name")
-@pytest.mark.timeout(60)  # it would wait for a writer for ever
+@pytest.mark.timeout(300)  # it would wait for a writer for ever
 @pytest.mark.parametrize("name", ["metrics.csv", "result.json", "environment.json"])
 def test_a_pipe_is_not_read(theirs: Run, name: str) -> None:
     (theirs.path / name).unlink()

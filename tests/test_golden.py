@@ -174,7 +174,7 @@ def killed_and_resumed(name: str, folder: Path) -> Path:
     for kill_at, code in ((7, -signal.SIGKILL), (None, 0)):
         process = CONTEXT.Process(target=train, args=(name, runs, settings, options, kill_at))
         process.start()
-        process.join(240)
+        process.join(800)
         assert process.exitcode == code
         (options["resume"],) = (runs / name).iterdir()
     return options["resume"]

@@ -33,7 +33,7 @@ class Child:
         self._process.start()
 
     def end(self) -> tuple[int | None, str]:
-        self._process.join(280)
+        self._process.join(800)
         assert not self._process.is_alive(), "it hangs"
         return self._process.exitcode, self._output.read_text()
 
@@ -179,14 +179,14 @@ def train_on_two(folder: Path, before: str = "", *options: str) -> subprocess.Co
     return subprocess.run(
         [*train_digits(*as_options(*SETTINGS, *STEPS)), "--devices", "2", "--callback", "kills:Idle",
          "--runs", "runs", *options],
-        cwd=folder, capture_output=True, text=True, timeout=280, start_new_session=True,
+        cwd=folder, capture_output=True, text=True, timeout=800, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.ddp
-@pytest.mark.timeout(900)  # seven runs
+@pytest.mark.timeout(3600)  # seven runs
 def test_two_processes_killed_between_two_writes(tmp_path: Path) -> None:
     """One run, killed at each place in the order of its steps."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -369,7 +369,7 @@ def penalty_of(model: Any, z: Tensor) -> Tensor:
 
 def test_a_thread_never_reads_the_penalties_of_another_thread() -> None:
     """Both calls begin before either ends."""
-    both, x = threading.Barrier(2, timeout=60), torch.randn(2, 4, 2)
+    both, x = threading.Barrier(2, timeout=600), torch.randn(2, 4, 2)
     model = NeuralODE(field_of_barrier(both), "euler", regularizers={"kinetic": 1.0})
 
     def loss(k: int) -> Tensor | ConfigError:

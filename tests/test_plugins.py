@@ -524,7 +524,7 @@ def test_the_example_is_installed_found_and_a_penalty_of_models(tmp_path: Path) 
     source = shutil.copytree(ROOT / "examples" / "third_party_regularizer", tmp_path / "source")
     options = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet"]
     install = [sys.executable, "-m", "pip", "install", *options, "--target", str(tmp_path / "site"), str(source)]
-    built = subprocess.run(install, capture_output=True, text=True, timeout=240, check=False)
+    built = subprocess.run(install, capture_output=True, text=True, timeout=800, check=False)
     assert built.returncode == 0, built.stderr
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)])}
     done = subprocess.run(

@@ -51,7 +51,7 @@ def test_the_report_in_a_browser(tmp_path: Path, width: int) -> None:
     report, frame = write_report(runs, tmp_path / "out").html, tmp_path / "frame.html"
     frame.write_text(FRAME.format(report=report.as_uri(), width=width))
     command = [str(BROWSER), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1000"]
-    shown = subprocess.run([*command, "--dump-dom", frame.as_uri()], capture_output=True, text=True, timeout=120)
+    shown = subprocess.run([*command, "--dump-dom", frame.as_uri()], capture_output=True, text=True, timeout=800)
     text = re.search(r'<pre id="found">(.+?)</pre>', shown.stdout, re.DOTALL)
     assert text is not None, shown.stderr
     found = json.loads(text[1])

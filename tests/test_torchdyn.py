@@ -278,7 +278,7 @@ def test_the_noise_of_a_cnf_is_written_under_a_lock() -> None:
     with lock_of(model.vf):  # as another thread that evaluates
         thread = threading.Thread(target=model, args=(torch.zeros(3, 3), torch.linspace(0, 1, 2)))
         thread.start()
-        assert drawn.wait(60)
+        assert drawn.wait(600)
         thread.join(0.2)
         assert cnf.noise is None
     thread.join()
