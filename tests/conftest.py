@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 UNIT = frozenset(
     {
@@ -48,6 +49,39 @@ def ctrl_c() -> Iterator[None]:
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, former)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """``finished_run(name)``: the folder of a run of ``tiny_runs.SHARED``, to be read, or copied and then changed.
+
+    All processes of pytest share it. The first one to ask trains it, with one thread, as a test's own process does.
+    """
+    import torch
+    from tiny_runs import SHARED, run, tiny_recipe
+
+    place, known = tmp_path_factory.getbasetemp(), dict[Path, dict[str, tuple[int, int]]]()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+
+    def files(path: Path) -> dict[str, tuple[int, int]]:
+        found = [each for each in path.rglob("*") if each.is_file() and each.name != ".lock"]
+        return {str(each): (each.stat().st_size, each.stat().st_mtime_ns) for each in found}
+
+    def finished_run(name: str) -> Path:
+        path, threads = place / "finished" / name, torch.get_num_threads()
+        path.parent.mkdir(exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not (path / "result.json").exists():
+                torch.set_num_threads(1)
+                run(tiny_recipe(*SHARED[name]), path.parent, run_folder=path)
+                torch.set_num_threads(threads)
+        known.setdefault(path, files(path))
+        return path
+
+    yield finished_run
+    for path, before in known.items():
+        assert files(path) == before, f"tests have changed files of a run that all share, in {path}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from tiny_runs import run as train
-from tiny_runs import tiny_recipe
 
 from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
@@ -28,10 +27,10 @@ from rnode_plugin.text import significant
 UNKNOWN = "No result of these weights is known."
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def trained(finished_run: Callable[[str], Path]) -> Path:
     """A run of eight steps."""
-    return train(tiny_recipe(), tmp_path_factory.mktemp("card") / "runs").run.path
+    return finished_run("images")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -255,18 +255,12 @@ def test_help_and_an_unknown_option(name: str) -> None:
     assert (refused.exit_code, refused.output.count("Error:")) == (2, 1), refused.output
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    runs = tmp_path_factory.mktemp("runs")
-    result = rnode("train", "digits", "--device", "cpu", "--runs", runs, *QUICK)
-    assert result.exit_code == 0, result.output
-    return runs / "digits" / "0"
-
-
 @pytest.mark.parametrize("name", JSON)
-def test_json_is_one_value_on_the_standard_output(trained: Path, tmp_path: Path, name: str) -> None:
+def test_json_is_one_value_on_the_standard_output(
+    finished_run: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
     words, keys = JSON[name]
-    given = [{"RUN": str(trained), "NEW": str(tmp_path / "new")}.get(each, each) for each in words]
+    given = [{"RUN": str(finished_run("images")), "NEW": str(tmp_path / "new")}.get(each, each) for each in words]
     quiet = ["--quiet"] if "quiet" in _parameters(name) else []
     done = rnode(*name.split(), *given, *quiet, "--json")
     assert done.exit_code in ((0, 3) if name == "diagnose" else (0,)), done.output

@@ -44,20 +44,15 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(each.relative_to(folder)): hashlib.sha256(each.read_bytes()).hexdigest() for each in files}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of eight steps with its result, pictures, a diagnosis and three checkpoints of the steps 7 and 8."""
-    finished = run(tiny_recipe(*PICTURES), tmp_path_factory.mktemp("finished")).run
-    finished.add_diagnosis(DIAGNOSED, {"tolerance.png": b"png"})
-    assert read_checkpoint(finished.previous)["global_step"] == 7
-    return finished
-
-
 @pytest.fixture
-def copied(finished: Run, tmp_path: Path) -> Run:
+def copied(finished_run: Callable[[str], Path], tmp_path: Path) -> Run:
+    """A run of eight steps with its result, pictures, a diagnosis and three checkpoints of the steps 7 and 8."""
     path = tmp_path / "runs" / "digits" / "0"
-    shutil.copytree(finished.path, path)
-    return Run(path)
+    shutil.copytree(finished_run("images"), path)
+    copied = Run(path)
+    copied.add_diagnosis(DIAGNOSED, {"tolerance.png": b"png"})
+    assert read_checkpoint(copied.previous)["global_step"] == 7
+    return copied
 
 
 class Raises(L.Callback):

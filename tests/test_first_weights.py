@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from rnode_plugin.experiments.training.datamodule import RecipeDataModule
 from rnode_plugin.experiments.training.module import RnodeModule
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tiny_recipe("training.ema=0.5", "training.max_steps=2"), tmp_path_factory.mktemp("runs")).run.path
+@pytest.fixture
+def trained(finished_run: Callable[[str], Path]) -> Path:
+    return finished_run("averaged")
 
 
 def weights_at_first_step(recipe: Recipe, runs: Path) -> dict[str, torch.Tensor]:

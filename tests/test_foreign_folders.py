@@ -20,23 +20,16 @@ from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
 
-FEW = ("training.max_steps=2", "training.val_every_steps=1")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run(tiny_recipe(*FEW), tmp_path_factory.mktemp("trained")).run
-
 
 @pytest.fixture
-def theirs(trained: Run, tmp_path: Path) -> Run:
-    """A run of two steps, as it comes out of an archive."""
-    shutil.copytree(trained.path, tmp_path / "theirs")
+def theirs(finished_run: Callable[[str], Path], tmp_path: Path) -> Run:
+    """A run of eight steps, as it comes out of an archive."""
+    shutil.copytree(finished_run("images"), tmp_path / "theirs")
     return Run(tmp_path / "theirs")
 
 
-def resume(theirs: Run, steps: int = 3, **options: Any) -> None:
-    run(tiny_recipe(*FEW, f"training.max_steps={steps}"), theirs.path.parent, resume=theirs.path, **options)
+def resume(theirs: Run) -> None:
+    run(tiny_recipe("training.max_steps=9"), theirs.path.parent, resume=theirs.path)
 
 
 def test_links_to_files_are_replaced(theirs: Run, tmp_path: Path) -> None:
@@ -58,16 +51,16 @@ def test_links_to_files_are_replaced(theirs: Run, tmp_path: Path) -> None:
     assert {each.name: each.read_bytes() for each in home.iterdir()} == before
     assert [each.name for each in theirs.path.rglob("*") if each.is_symlink()] == ["notes.txt"]
     found = theirs.read()
-    assert found.metrics.last_step == 3
+    assert found.metrics.last_step == 9
     assert found.result is not None
     assert found.diagnosed == DIAGNOSED
-    assert read_checkpoint(theirs.previous)["global_step"] == 2
+    assert read_checkpoint(theirs.previous)["global_step"] == 8
 
 
 @pytest.mark.parametrize("name", ["samples", "diagnosis", "checkpoints"])
 def test_a_subfolder_that_is_a_link_out_is_refused(theirs: Run, tmp_path: Path, name: str) -> None:
     pictures = tmp_path / "pictures"
-    if name == "checkpoints":
+    if (theirs.path / name).is_dir():
         shutil.move(theirs.path / name, pictures)
     else:
         pictures.mkdir()

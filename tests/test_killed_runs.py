@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,9 @@ def assert_intact(runs: Path, steps: int) -> None:
     assert not [file.name for file in run.rglob("*") if file.name.endswith(".tmp")]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    runs = tmp_path_factory.mktemp("whole") / "runs"
-    assert Child(runs, STEPS).end()[0] == 0
-    return one_run(runs)
+@pytest.fixture
+def whole(finished_run: Callable[[str], Path]) -> Path:
+    return finished_run("images")
 
 
 # Statements that replace a function by one that dies between two writes

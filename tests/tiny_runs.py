@@ -37,6 +37,12 @@ SETTINGS = [
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["rnode_plugin.experiments.training.fit"])
 
+SHARED: dict[str, tuple[str, ...]] = {
+    "images": ("training.sample_images=2",),  # eight steps, with checkpoints of steps 7 and 8
+    "averaged": ("training.ema=0.5", "training.max_steps=2"),
+}
+"""Settings of the runs that the fixture ``finished_run`` trains, by the names of the runs."""
+
 TIMES = {"seconds", "seconds_per_step", "train_seconds"}
 
 
