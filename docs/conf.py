@@ -83,7 +83,7 @@ SIDEBAR = {
     " api/solvers api/fields api/flows api/data api/recipes api/training api/evaluation api/reports api/plugins"
     " api/errors",
     "contributing": "plugins write_a_model third_party_plugin maf_tables parquet_pictures otflow ffjord_rates"
-    " architecture release changelog code_of_conduct security",
+    " architecture changelog code_of_conduct security",
 }
 TITLES = {  # shorter ones, for the sidebar
     "which_penalty": "Penalties",
