@@ -1,21 +1,18 @@
 """Gradients of a solve: through its steps, with or without keeping activations, or by an adjoint.
 
-A solver has one of these objects. The object runs the solver's steps, and refuses penalties and quadratures that
-its gradient cannot have. Importing this needs no torch.
+A solver has one of these objects, which runs the solver's steps. Importing this needs no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from ..errors import ConfigError, check_name
+from ..errors import check_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..core.regularizer import StepPenalty
     from .solution import Solution
     from .solver import Solver
     from .step import Problem
@@ -27,7 +24,8 @@ class Gradient:
     Attributes:
         through_steps: True if backpropagation goes through the forward evaluations. They may then share one graph
             of quantities that depend only on the parameters, such as prepared weights. Otherwise the backward pass
-            evaluates the field again.
+            evaluates the field again, a quadrature cannot be sampled, and there is no gradient of penalties on
+            accepted steps.
     """
 
     through_steps: ClassVar[bool] = True
@@ -35,12 +33,6 @@ class Gradient:
     def solve(self, solver: Solver, problem: Problem) -> Solution:
         """Solve ``problem`` by the steps of ``solver``, and attach this gradient to the solution."""
         return solver.march(problem)
-
-    def check_sampling(self) -> None:
-        """Refuse a sampled quadrature (ConfigError) if this gradient cannot have it."""
-
-    def check_penalties(self, penalties: Sequence[StepPenalty]) -> None:
-        """Refuse step penalties that this gradient cannot have (ConfigError), and name those that work."""
 
 
 @dataclass(frozen=True)
@@ -107,20 +99,6 @@ class Adjoint(Gradient):
     def outputs(self, solution: Solution, *, adaptive: bool) -> Solution:
         """The solution of an adaptive solver or a fixed grid with the outputs that the loss may depend on."""
         return solution
-
-    def check_sampling(self) -> None:
-        raise ConfigError(
-            "quadrature='sampled' needs the gradient of the steps that were drawn, which a continuous adjoint does "
-            "not take: use 'autograd' or 'checkpointed' (sensitivity= of a NeuralODE), or quadrature='full'."
-        )
-
-    def check_penalties(self, penalties: Sequence[StepPenalty]) -> None:
-        for penalty in penalties:
-            if not penalty.local:
-                raise ConfigError(
-                    f"{penalty.name!r} is a penalty on the solver's steps, and a continuous adjoint does not go "
-                    "through them: use 'autograd' or 'checkpointed', or 'local_error' or 'local_stiffness' instead."
-                )
 
 
 _NAMED: dict[str, Gradient] = {

@@ -72,15 +72,13 @@ class Solver(ABC):
 
     def __post_init__(self) -> None:
         get_method(self.method)
-        gradient = get_gradient(self.gradient)
+        get_gradient(self.gradient)
         check_name(self.quadrature, QUADRATURES, "quadrature")
         if self.max_nfe is not None:
             check_count(self.max_nfe, "max_nfe")
         if not isinstance(self.compile, bool):
             raise ConfigError(f"compile must be True or False, not {self.compile!r}.")
-        if self.quadrature == "sampled":
-            gradient.check_sampling()
-            _check_draws(get_method(self.method))
+        refuse(self)
 
     @property
     def name(self) -> str:
@@ -147,20 +145,17 @@ class Solver(ABC):
         from .step import Problem, check_times
 
         refuse_dual_numbers()
-        if rhs.divergence:
-            self.check_density()
+        regularizers, gradient = rhs.regularizers, get_gradient(self.gradient)
+        # without gradients the values are the same in every gradient mode
+        refuse(self, regularizers.steps, density=rhs.divergence, differentiated=torch.is_grad_enabled())
         if not isinstance(t_span, torch.Tensor):
             with on_host():
                 t_span = torch.tensor(t_span, dtype=z0.dtype.to_real())
         check_times(t_span)
-        regularizers, gradient = rhs.regularizers, get_gradient(self.gradient)
         regularizers.check_time_gradient(t_span, through_steps=gradient.through_steps or transforms_active())
         for length in (safe_step, adjoint_safe_step):
             if length is not None and not length > 0:
                 raise ConfigError(f"a safe step must be a length > 0 or None, not {length!r}.")
-        self.check_steps(regularizers.steps)
-        if torch.is_grad_enabled():  # without gradients the values are the same in every mode
-            gradient.check_penalties(regularizers.steps)
         problem = Problem(
             rhs=rhs, z=z0, t_span=t_span, save_steps=save_steps or regularizers.adds_evaluations,
             safe_step=safe_step, adjoint_safe_step=adjoint_safe_step, keep_adjoint_step=keep_adjoint_step,
@@ -189,38 +184,6 @@ class Solver(ABC):
     def without_interpolation(self) -> Self:
         """The same solver, but one that stops at each output time instead of interpolating."""
         return replace(self, method=replace(get_method(self.method), interpolate=None))
-
-    def check_use(self, penalties: Sequence[StepPenalty]) -> None:
-        """Refuse step penalties that the method or the gradient cannot have, where a model is made.
-
-        Raises:
-            ConfigError: names those that work instead.
-        """
-        self.check_steps(penalties)
-        get_gradient(self.gradient).check_penalties(penalties)
-
-    def check_steps(self, penalties: Sequence[StepPenalty]) -> None:
-        """Refuse penalties on accepted steps that the method cannot have, and name those that work."""
-        for penalty in penalties:
-            if penalty.local:
-                continue
-            has = {"error": self.adaptive, "pair": get_method(self.method).pair is not None}
-            for use in penalty.uses:
-                if not has[use]:
-                    what, good = _WITHOUT[use]
-                    raise ConfigError(
-                        f"{penalty.name!r} cannot be computed: the method {self.name!r} {what}; use {good}, or "
-                        f"'local_error' or 'local_stiffness', which take a separate step with any method."
-                    )
-
-    def check_density(self, setting: str = "solver") -> None:
-        """Refuse a sampled quadrature of a density with an adaptive method; ``setting`` names the solver."""
-        if self.adaptive and self.quadrature == "sampled":
-            raise ConfigError(
-                f"{setting}.quadrature='sampled' of a density needs a fixed grid: {self.name} would control an "
-                f"error that the log-determinant does not have. Use one of {', '.join(FIXED_METHODS)}, or "
-                "quadrature='full'."
-            )
 
 
 @dataclass(frozen=True)
@@ -343,13 +306,69 @@ def chosen_solver(solver: object, otherwise: Solver) -> Solver:
     )
 
 
+# checks and texts -----------------------------------------------------------------------------------------------
+
+
 _WITHOUT = {
     "error": ("has no error estimate", "dopri5 or tsit5"),
     "pair": ("has no two stages at one time", "dopri5, tsit5 or rk4"),
 }
 
 
-# checks and texts -----------------------------------------------------------------------------------------------
+def refuse(
+    solver: Solver,
+    penalties: Sequence[StepPenalty] = (),
+    *,
+    density: bool = False,
+    differentiated: bool = True,
+    name: str = "solver",
+) -> None:
+    """Refuse a combination that the method or the gradient of a solver cannot have, and name those that work.
+
+    A solver asks when it is made, a model when it knows its penalties, and each solve.
+
+    Args:
+        solver: the solver.
+        penalties: the step penalties.
+        density: whether the log-determinant is integrated.
+        differentiated: whether gradients are taken.
+        name: the name of the solver in messages.
+
+    Raises:
+        ConfigError: for a sampled quadrature with a continuous adjoint, with stages that cannot be drawn, or of a
+            density with an adaptive method, and for a penalty on accepted steps that the method or the gradient
+            does not have.
+    """
+    method, through_steps = get_method(solver.method), get_gradient(solver.gradient).through_steps
+    if solver.quadrature == "sampled":
+        if not through_steps:
+            raise ConfigError(
+                "quadrature='sampled' needs the gradient of the steps that were drawn, which a continuous adjoint "
+                "does not take: use 'autograd' or 'checkpointed' (sensitivity= of a NeuralODE), or "
+                "quadrature='full'."
+            )
+        _check_draws(method)
+        if density and solver.adaptive:
+            raise ConfigError(
+                f"{name}.quadrature='sampled' of a density needs a fixed grid: {method.name} would control an "
+                f"error that the log-determinant does not have. Use one of {', '.join(FIXED_METHODS)}, or "
+                "quadrature='full'."
+            )
+    on_accepted = [penalty for penalty in penalties if not penalty.local]
+    for penalty in on_accepted:
+        has = {"error": solver.adaptive, "pair": method.pair is not None}
+        for use in penalty.uses:
+            if not has[use]:
+                what, good = _WITHOUT[use]
+                raise ConfigError(
+                    f"{penalty.name!r} cannot be computed: the method {method.name!r} {what}; use {good}, or "
+                    "'local_error' or 'local_stiffness', which take a separate step with any method."
+                )
+    if on_accepted and differentiated and not through_steps:
+        raise ConfigError(
+            f"{on_accepted[0].name!r} is a penalty on the solver's steps, and a continuous adjoint does not go "
+            "through them: use 'autograd' or 'checkpointed', or 'local_error' or 'local_stiffness' instead."
+        )
 
 
 def check_tolerance(value: object, name: str) -> None:

@@ -27,7 +27,7 @@ from ..core.trace_estimators import TraceEstimator, exact_products, get_estimato
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import GRADIENTS, METHODS, Adjoint, FixedGrid, Solver, get_gradient
-from ..solvers.solver import chosen_solver
+from ..solvers.solver import chosen_solver, refuse
 from ..solvers.step import check_times
 from .choice import solver_from
 from .cnf import check_shape
@@ -113,7 +113,7 @@ class RegularizedCNF(OneProcessPerDevice, DensityModel):
         self.history = History(longest_safe_steps={} if warm_start else None)
         self.keep_regularizers(resolve_regularizers(regularizers))
         self.solver = _solver_of(solver, options)
-        self.solver.check_use(self.regularizers.steps)
+        refuse(self.solver, self.regularizers.steps)
         if t_span is None and isinstance(self.solver, FixedGrid) and self.solver.step is None:
             raise ConfigError(
                 f"{self.solver.name} would take one step from the data to the base: give "

@@ -34,7 +34,7 @@ from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import GRADIENTS, Adjoint, Autograd, FixedGrid, Method, Solver, get_gradient
 from ..solvers.solution import Solution
-from ..solvers.solver import check_tolerance
+from ..solvers.solver import check_tolerance, refuse
 from .choice import (
     SolverObject,
     StepwiseAdjoint,
@@ -243,7 +243,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
         if resolved.modules:
             self.regularizer_modules = nn.ModuleList(resolved.modules)
         # resolved now, so that a wrong option fails here and not in the first call
-        self._solver({}).check_use(resolved.steps)
+        refuse(self._solver({}), resolved.steps)
         if sensitivity == "checkpointed":
             # torchdyn's field reads it to decide whether integral_loss is a column of the state
             self.vf.sensitivity = "autograd"

@@ -33,7 +33,7 @@ from ...core.schedules import LinearWarmup, WrittenStrength, final_strength
 from ...errors import ConfigError, PluginError, check_name
 from ...files import check_path_name
 from ...plugins import registry
-from ...solvers.solver import Adaptive, FixedGrid, Solver
+from ...solvers.solver import Adaptive, FixedGrid, Solver, refuse
 from ...solvers.tableaus import ADAPTIVE_METHODS, METHODS
 from ...validation import refused
 from .data import Data, TableData
@@ -175,7 +175,7 @@ class Recipe:
         if len(temperatures) > 1 and not self.kind.has_grid:
             raise ConfigError("training.sample_temperatures: samples of a table have one temperature, such as 1.")
         for name, solver in (("solver", self.solver), ("test_solver", self.test_solver)):
-            solver.check_density(name)
+            refuse(solver, density=True, name=name)
             if solver.compile:
                 raise ConfigError(f"{name}.compile is not a setting of a recipe: give training.compile=true.")
             for key, value in solver_settings(solver).items():
