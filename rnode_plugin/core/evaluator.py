@@ -77,9 +77,14 @@ class Evaluator:
             generators is noted at each evaluation.
         velocity: the velocity at the one point that :meth:`evaluate` is asked for, if the caller has it. An
             evaluation that wants the velocity alone returns it.
+        user_field: the field as the user gave it, for penalties that read it; None where they measure a part of
+            its state.
     """
 
-    __slots__ = ("_draws", "_exclusive", "_field", "_modules", "_velocity", "captured", "net", "part", "repeats")
+    __slots__ = (
+        "_draws", "_exclusive", "_field", "_modules", "_velocity", "captured", "net", "part", "repeats",
+        "user_field",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -89,9 +94,11 @@ class Evaluator:
         part: Part | None = None,
         repeats: bool = False,
         velocity: Tensor | None = None,
+        user_field: object = None,
     ) -> None:
         self._field: Any = field  # Any: with a part it takes the whole state, which may be a tuple
         self.net, self.part, self.repeats, self._velocity = net, part, repeats, velocity
+        self.user_field = user_field
         self.captured = False  # whether evaluations become a part of one compiled step
         self._draws: _States | None = None
         self._modules: list[nn.Module] | None = None

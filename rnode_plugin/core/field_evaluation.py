@@ -4,79 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .derivatives import DirectionalDerivative, total_derivative
+from .derivatives import Linearization, total_derivative
 from .evaluator import Evaluator, explain
 from .part import State, joined, parted
 from .signature import innermost
 from .trace_estimators import Probes, TraceEstimator
 
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 # `wants` of another pass over the field
 _PRODUCTS, _ROWS, _JVP = frozenset({"products"}), frozenset({"rows"}), frozenset({"jvp"})
 
 _MAX_DIMS = 128  # of an exact Jacobian, which takes as many products at each evaluation
-
-
-@dataclass(eq=False, slots=True)  # not frozen, which would slow down each evaluation
-class Record:
-    """One evaluation of the vector field, shared by all regularizers that read it.
-
-    Attributes:
-        t: time, a scalar tensor.
-        state: the state of the solve.
-        z: the part of the state that penalties measure, ``(B, *event)``.
-        dz: velocity of that part, with the same shape.
-        whole: velocity of the state.
-        noise: the probe vectors of the solve; None if there are none.
-        products: the products that the estimator computed along with the velocity; None if they were not wanted.
-        estimator: reduces the products to a divergence or a norm.
-        evaluator: evaluates the field again, for quantities that this evaluation did not compute.
-        jvp, pull: derivatives from the pass that gave the velocity; None if the pass gave none.
-        net: the field as the user gave it; None where penalties measure a part of its state.
-        known: results that a regularizer has computed: key, argument, whether gradients were enabled, value, and
-            versions of argument and value.
-    """
-
-    t: Tensor
-    state: State
-    z: Tensor
-    dz: Tensor
-    whole: State
-    noise: Tensor | None
-    products: Tensor | None
-    estimator: TraceEstimator
-    evaluator: Evaluator
-    jvp: DirectionalDerivative | None
-    pull: Callable[[Tensor], Tensor] | None
-    net: object
-    known: list[tuple[object, object, bool, Any, list[int]]] = field(default_factory=list)
-
-    def divergence(self) -> Tensor:
-        """``div f (B,)`` from the products."""
-        assert self.products is not None
-        return self.estimator.divergence(self.products, self.noise)
-
-    def once(self, key: object, compute: Callable[[], _Found], of: object = None) -> _Found:
-        """The result of ``compute``, kept for all regularizers of this evaluation, by a key and an argument ``of``.
-
-        If one of them has modified the result in place, it is computed again.
-        """
-        # a result that one regularizer reads under no_grad lacks the graph that another one needs
-        graph = torch.is_grad_enabled()
-        for known, argument, with_graph, value, versions in self.known:
-            if known == key and argument is of and with_graph == graph and _versions(of, value) == versions:
-                return value
-        value = compute()
-        self.known.append((key, of, graph, value, _versions(of, value)))
-        return value
 
 
 class FieldEvaluation:
@@ -88,32 +33,72 @@ class FieldEvaluation:
     :meth:`probes`, :meth:`jacobian` and :meth:`vjp`, ``"jvp"`` for :meth:`jvp` and :meth:`total_derivative`,
     ``"field"`` for :meth:`velocity` and :attr:`net`. A method whose need is not declared raises a ConfigError, even
     if another regularizer has declared that need.
-
-    Attributes:
-        t: time, a scalar tensor.
-        z: state ``(B, *event)``.
-        dz: velocity ``f(t, z)``, with the same shape.
-        noise: the probe vector of the solve, with the same shape, or several, ``(k, B, *event)``; None if there is
-            none.
     """
 
-    __slots__ = ("_name", "_needs", "_record", "dz", "noise", "t", "z")
+    __slots__ = (
+        "_dz", "_estimator", "_evaluator", "_known", "_linearization", "_name", "_needs", "_noise", "_products",
+        "_state", "_t", "_z",
+    )  # fmt: skip
 
-    def __init__(self, record: Record, needs: Collection[str], name: str) -> None:
-        self._record, self._needs, self._name = record, needs, name
-        self.t, self.z, self.dz, self.noise = record.t, record.z, record.dz, record.noise
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        estimator: TraceEstimator,
+        noise: Tensor | None,
+        t: Tensor,
+        state: State,
+        linearization: Linearization,
+    ) -> None:
+        self._evaluator, self._estimator, self._noise = evaluator, estimator, noise
+        self._t, self._state, self._linearization = t, state, linearization
+        self._z = z = evaluator.z_of(state)
+        # under autocast the field runs in low precision, but integrals are summed in the precision of the state
+        self._dz = evaluator.z_of(linearization.dz).to(z.dtype)
+        products = linearization.products if linearization.rows is None else linearization.rows
+        self._products = None if products is None else products.to(z.dtype)
+        # the solve itself may read the products
+        self._name, self._needs = "", frozenset({"vjp"})
+        # what a regularizer has computed: key, argument, whether gradients were enabled, value, and versions of
+        # argument and value
+        self._known: list[tuple[object, object, bool, Any, list[int]]] = []
+
+    @property
+    def t(self) -> Tensor:
+        """The time, a scalar tensor."""
+        return self._t
+
+    @property
+    def z(self) -> Tensor:
+        """The state ``(B, *event)``."""
+        return self._z
+
+    @property
+    def dz(self) -> Tensor:
+        """The velocity ``f(t, z)``, with the same shape."""
+        return self._dz
+
+    @property
+    def noise(self) -> Tensor | None:
+        """The probe vector of the solve, with the same shape, or several, ``(k, B, *event)``; or None."""
+        return self._noise
+
+    def read_by(self, name: str, needs: Collection[str]) -> Self:
+        """This evaluation, from now on for the regularizer ``name``, which has declared its ``needs``."""
+        self._name, self._needs = name, needs
+        return self
+
+    @property
+    def shown(self) -> list[Tensor]:
+        """The tensors that all regularizers are shown, and none may write into."""
+        return [x for x in (self._z, self._dz, self._noise, self._products) if x is not None]
 
     def divergence(self) -> Tensor:
         """``div f (B,)``, exact (eq. 3) or estimated (eq. 5), in nats per unit of time."""
-        self._require("vjp")
-        return self._record.divergence()
+        return self._estimator.divergence(self._shared_products(), self.noise)
 
     def squared_frobenius(self) -> Tensor:
         """``||df/dz||_F^2 (B,)``, exact (eq. 13) or estimated (eq. 16)."""
-        self._require("vjp")
-        record = self._record
-        assert record.products is not None
-        return record.estimator.squared_frobenius(record.products, self.noise)
+        return self._estimator.squared_frobenius(self._shared_products(), self.noise)
 
     def probes(self) -> Probes:
         """The probe vectors ``v_i``, their weight and the shared products ``v_i^T df/dz``.
@@ -121,15 +106,13 @@ class FieldEvaluation:
         Raises:
             ConfigError: for the estimator ``"difference"``, which has no such products.
         """
-        self._require("vjp")
-        record, products = self._record, self._record.products
-        assert products is not None
-        return record.once("probes", lambda: record.estimator.pair(products, self.noise))
+        products = self._shared_products()
+        return self._once("probes", lambda: self._estimator.pair(products, self.noise))
 
     @property
     def has_jacobian(self) -> bool:
         """Whether the products that came along with the velocity are the rows of the Jacobian."""
-        return self._record.products is not None and "rows" in self._record.estimator.wants(self.noise)
+        return self._products is not None and "rows" in self._estimator.wants(self.noise)
 
     def jacobian(self) -> Tensor:
         """The exact ``df/dz (B, D, D)``, whatever the estimator; row i is the gradient of component i.
@@ -138,44 +121,42 @@ class FieldEvaluation:
             ConfigError: for more than 128 dimensions, unless the estimator is exact.
         """
         self._require("vjp")
-        if self._record.products is not None and self.has_jacobian:
-            return _matrices(self._record.products)
+        if self._products is not None and self.has_jacobian:
+            return _matrices(self._products)
         dims = math.prod(self.z.shape[1:])
-        if dims > _MAX_DIMS and not self._record.estimator.is_exact:
+        if dims > _MAX_DIMS and not self._estimator.is_exact:
             raise ConfigError(
                 f"an exact Jacobian takes one product per dimension, too many for {dims} dimensions (the limit is "
                 f"{_MAX_DIMS}): use a penalty that estimates, such as 'jacfrob', 'curl' or 'strain'."
             )
-        return _matrices(self._record.once("rows", self._rows))
+        return _matrices(self._once("rows", self._rows))
 
     def vjp(self, v: Tensor) -> Tensor:
         """``v^T df/dz``, with the shape of ``z``, for any ``v (B, *event)``."""
         self._require("vjp")
-        record = self._record
-        if v is self.noise and record.products is not None and "products" in record.estimator.wants(v):
-            return record.products
+        if v is self.noise and self._products is not None and "products" in self._estimator.wants(v):
+            return self._products
 
         def compute() -> Tensor:
-            if record.pull is None:
+            if self._linearization.pull is None:
                 return self._product(v)
             try:
-                return record.pull(v).to(self.z.dtype)
+                return self._linearization.pull(v).to(self.z.dtype)
             except AttributeError as error:  # from a layer whose backward pass runs only once
                 explain(error)
 
-        return record.once("vjp", compute, v)
+        return self._once("vjp", compute, v)
 
     def jvp(self, v: Tensor, dt: float = 0.0) -> Tensor:
         """``df/dz v + df/dt dt``, with the shape of ``z``, for any ``v (B, *event)``."""
         self._require("jvp")
 
         def compute() -> Tensor:
-            record = self._record
-            jvp = record.jvp or record.evaluator.repeat(self.t, record.state, _JVP).jvp
+            jvp = self._linearization.jvp or self._evaluator.repeat(self.t, self._state, _JVP).jvp
             assert jvp is not None
             return jvp(v, dt).to(self.z.dtype)
 
-        return self._record.once(("jvp", dt), compute, v)
+        return self._once(("jvp", dt), compute, v)
 
     def total_derivative(self, order: int = 2) -> Tensor:
         """``d^order z / dt^order`` along the trajectory, with the shape of ``z``.
@@ -189,7 +170,7 @@ class FieldEvaluation:
         if order == 2 and not self._is_part:
             return self.jvp(self.dz, 1.0)
         self._require("jvp")
-        evaluator, state = self._record.evaluator, self._record.state
+        evaluator, state = self._evaluator, self._state
 
         def again(t: Tensor, whole: Tensor) -> Tensor:
             return joined(evaluator.repeat(t, parted(whole, state)).dz)
@@ -198,10 +179,11 @@ class FieldEvaluation:
             return evaluator.z_of(parted(velocity, state))
 
         def compute() -> Tensor:
-            found = total_derivative(again, self.t, joined(state), order, part=part, captured=evaluator.captured)
-            return found.to(self.z.dtype)
+            return total_derivative(again, self.t, joined(state), order, part=part, captured=evaluator.captured).to(
+                self.z.dtype
+            )
 
-        return self._record.once(("total", order), compute)
+        return self._once(("total", order), compute)
 
     def velocity(self, t: Tensor, z: Tensor) -> Tensor:
         """``f(t, z)`` at another time and state ``(B, *event)``, with the random draws of this evaluation.
@@ -209,19 +191,19 @@ class FieldEvaluation:
         If ``z`` is a part of the state, the rest of it moves on by its own velocity up to the time ``t``.
         """
         self._require("field")
-        record = self._record
-        evaluator, state = record.evaluator, record.state
+        evaluator, state = self._evaluator, self._state
         if self._is_part:
             whole = joined(state)
             later = t.to(whole.device) - self.t.to(whole.device)
-            state = parted(whole + later.to(whole.dtype) * joined(record.whole).to(whole.dtype), state)
+            velocity = joined(self._linearization.dz).to(whole.dtype)
+            state = parted(whole + later.to(whole.dtype) * velocity, state)
         return evaluator.z_of(evaluator.repeat(t, state, z=z).dz).to(z.dtype)
 
     @property
     def _is_part(self) -> bool:
         """Whether the state has more than ``z``."""
-        part = self._record.evaluator.part
-        return part is not None and part.leaves_out(self._record.state)
+        part = self._evaluator.part
+        return part is not None and part.leaves_out(self._state)
 
     @property
     def net(self) -> Any:
@@ -233,7 +215,7 @@ class FieldEvaluation:
             ConfigError: if the field is not a module, or penalties measure a part of its state.
         """
         self._require("field")
-        net = innermost(self._record.net)
+        net = innermost(self._evaluator.user_field)
         if not isinstance(net, nn.Module):
             raise ConfigError(
                 f"the regularizer {self._name!r} reads the module of the vector field, but this field is not a "
@@ -244,22 +226,42 @@ class FieldEvaluation:
 
     def _product(self, v: Tensor) -> Tensor:
         """``v^T df/dz`` from another pass over the field."""
-        products = self._record.evaluator.repeat(self.t, self._record.state, _PRODUCTS, v).products
+        products = self._evaluator.repeat(self.t, self._state, _PRODUCTS, v).products
         assert products is not None
         return products.to(self.z.dtype)
 
     def _rows(self) -> Tensor:
         """The rows of ``df/dz`` from another pass over the field."""
-        rows = self._record.evaluator.repeat(self.t, self._record.state, _ROWS).rows
+        rows = self._evaluator.repeat(self.t, self._state, _ROWS).rows
         assert rows is not None
         return rows.to(self.z.dtype)
+
+    def _shared_products(self) -> Tensor:
+        """The products that the estimator computed along with the velocity."""
+        self._require("vjp")
+        assert self._products is not None
+        return self._products
 
     def _require(self, need: str) -> None:
         if need not in self._needs:
             raise ConfigError(
-                f"the regularizer {self._name!r} reads {need!r} of an evaluation and has not declared it: it must "
-                f'declare `needs={{"{need}"}}`.'
+                f"the regularizer {self._name!r} reads {need!r} of an evaluation and has not declared it: it "
+                f'must declare `needs={{"{need}"}}`.'
             )
+
+    def _once(self, key: object, compute: Callable[[], _Result], of: object = None) -> _Result:
+        """The result of ``compute``, kept for all regularizers of this evaluation, by a key and an argument ``of``.
+
+        If one of them has modified the result in place, it is computed again.
+        """
+        # a result that one regularizer reads under no_grad lacks the graph that another one needs
+        graph = torch.is_grad_enabled()
+        for known, argument, with_graph, value, versions in self._known:
+            if known == key and argument is of and with_graph == graph and _versions(of, value) == versions:
+                return value
+        value = compute()
+        self._known.append((key, of, graph, value, _versions(of, value)))
+        return value
 
 
 def _versions(*found: object) -> list[int]:

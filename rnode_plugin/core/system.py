@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .derivatives import AutogradField, Field, Velocity, as_field
 from .evaluator import Evaluator, random_states, same_states
-from .field_evaluation import FieldEvaluation, Record
+from .field_evaluation import FieldEvaluation
 from .modes import unseen
 from .modules import module_of
 from .part import PartSpec, State
@@ -307,13 +307,13 @@ class System:
             evaluator=Evaluator(
                 own, module_of(user_field) if net is None else net, part=part, velocity=velocity,
                 repeats=velocity is None and (estimator.repeats or regularizers.repeats or moves),
+                user_field=user_field if part is None else None,
             ),
             estimator=estimator,
             probes=probes,
             wants=self.wants(density=density, probes=probes),
             by_estimator=products and type(estimator).linearize is not TraceEstimator.linearize,
             columns=columns,
-            user_field=user_field if part is None else None,
             dims=z.shape[1:].numel(),
             trained=lambda: _parameters(field),
             owner=user_field,
@@ -341,7 +341,7 @@ class FieldRightHandSide(RightHandSide):
         estimator, probes: for the products with the Jacobian that the divergence and the penalties read.
         wants: names of the quantities that the field computes at an evaluation.
         by_estimator: whether the estimator has its own way to evaluate the field, such as differences.
-        columns, user_field: see :meth:`System.start`.
+        columns: see :meth:`System.start`.
         dims: number of dimensions of one sample that the penalties measure.
         trained: returns the tensors with respect to which an adjoint differentiates, without parameters of
             penalties.
@@ -360,7 +360,6 @@ class FieldRightHandSide(RightHandSide):
     wants: frozenset[str]
     by_estimator: bool
     columns: Columns | None
-    user_field: object
     dims: int
     trained: Callable[[], Iterable[Tensor]]
     owner: object
@@ -374,31 +373,24 @@ class FieldRightHandSide(RightHandSide):
             state = columns.z_of(given)
             products = products or self.trace  # a trace in a column is a part of the state
         if not products:  # a stage without them in a sampled quadrature, or a guess of the first step
-            found = self.evaluator.evaluate(t, state)
+            linearization = self.evaluator.evaluate(t, state)
         elif self.by_estimator:
-            found = self.estimator.linearize(self.evaluator, t, state, self.probes, self.wants)
+            linearization = self.estimator.linearize(self.evaluator, t, state, self.probes, self.wants)
         else:
-            found = self.evaluator.evaluate(t, state, self.wants, self.probes)
-        dz, dlogdet, penalties, rates = found.dz, None, {}, self.regularizers.rates
+            linearization = self.evaluator.evaluate(t, state, self.wants, self.probes)
+        dz, dlogdet, penalties, rates = linearization.dz, None, {}, self.regularizers.rates
         if self.trace or rates:
-            z, dz = self.evaluator.z_of(state), self.evaluator.z_of(dz)
-            _check_shape(dz, z)
-            # under autocast the field runs in low precision, but integrals are summed in the precision of the state
-            dz = dz.to(z.dtype)
-            computed = found.products if found.rows is None else found.rows
-            evaluation = Record(
-                t=t, state=state, z=z, dz=dz, whole=found.dz, noise=self.probes,
-                products=None if computed is None else computed.to(z.dtype), estimator=self.estimator,
-                evaluator=self.evaluator, jvp=found.jvp, pull=found.pull, net=self.user_field,
-            )  # fmt: skip
+            evaluation = FieldEvaluation(self.evaluator, self.estimator, self.probes, t, state, linearization)
+            z, trace, shown = evaluation.z, linearization.trace, evaluation.shown
+            if self.evaluator.part is None:
+                dz = evaluation.dz
+            _check_shape(evaluation.dz, z)
             if self.trace and products:
-                dlogdet = evaluation.divergence() if found.trace is None else found.trace.to(z.dtype)
-            untouched = [x for x in (z, dz, self.probes, evaluation.products) if x is not None]
+                dlogdet = evaluation.divergence() if trace is None else trace.to(z.dtype)
             for name, rate in rates.items():
                 if products or not rate.needs:
-                    seen = (FieldEvaluation(evaluation, rate.needs, name),)
-                    penalties[name] = checked(name, rate.of, seen, untouched, z)
-            dz = dz if self.evaluator.part is None else found.dz
+                    seen = (evaluation.read_by(name, rate.needs),)
+                    penalties[name] = checked(name, rate.of, seen, shown, z)
         elif columns is None and isinstance(state, Tensor):  # torchdiffeq checks the tensors of a tuple
             _check_shape(dz, state)
             dz = dz.to(state.dtype)
