@@ -11,7 +11,6 @@ whose training part all of these weights were trained on.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import subprocess
 from typing import Any
@@ -20,10 +19,10 @@ import torch
 from safetensors.torch import load, save
 
 from rnode_plugin import get_recipe, load_flow
+from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.data.hashes import NONE, hashes_in, united
 from rnode_plugin.experiments.recipes.pretrained import PRETRAINED, pretrained_file
 from rnode_plugin.experiments.recipes.recipe import Recipe
-from rnode_plugin.experiments.recipes.tasks import load_data, task_of
 from rnode_plugin.experiments.training.checkpoints import TRAINED_ON, checksum, facts_of, header_with
 
 KEY, CHECKSUM = "rnode_plugin", "sha256"
@@ -44,9 +43,9 @@ def main() -> None:
         hashes = {key: tensors.pop(key) for key in [TRAINED_ON] if key in tensors}
         facts = facts_of({KEY: old, **hashes})
         if options.data_root is not None:
-            data = load_data(recipe.at_root(options.data_root), all_val=True)
+            data = recipe.at_root(options.data_root).load_data(all_val=True)
             trained_on = united(NONE, hashes_in(data.train))
-            facts = dataclasses.replace(task_of(recipe.data).facts(data), trained_on=trained_on)
+            facts = Facts.of(data, recipe.data.given, trained_on=trained_on)
         beside = header_with(recipe, facts)
         header = json.dumps(beside.pop(KEY))
         beside |= tensors

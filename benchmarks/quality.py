@@ -36,7 +36,6 @@ from rnode_plugin import MultiscaleFlow, get_recipe, objective
 from rnode_plugin.errors import RnodeError
 from rnode_plugin.experiments.data import ImageData
 from rnode_plugin.experiments.recipes.recipe import Recipe
-from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.experiments.reports.configurations import GRAY
 from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.fit import fit
@@ -102,20 +101,20 @@ class UsualLoss:
 
     def __init__(self, experiment: Experiment, *, penalties: bool, **solver: Any) -> None:
         assert isinstance(experiment.flow, MultiscaleFlow)
-        self._flow, self._task = experiment.flow, experiment.task
+        self._flow, self._recipe = experiment.flow, experiment.recipe
         self._usual = UsualFlow(self._flow, penalties=penalties, **solver)
         self._lambdas = experiment.recipe.lambdas if penalties else {}
 
     def __call__(self, batch: Tensor, step: int) -> StepTerms:
-        x = self._task.training_inputs(batch).x
+        x = self._recipe.kind.training_inputs(self._recipe.data, batch).x
         output = self._usual(x, noise=self._flow.draw_noise(len(x)))
         log_prob = self._flow.log_prob_of(output)
         dims = self._flow.dims
         loss = objective(log_prob, output.regularization, lambdas=self._lambdas, dims=dims).loss
         means = {name: value.detach().mean() / dims for name, value in output.regularization.items()}
-        score = self._task.scores(log_prob.detach()).mean()
+        score = self._recipe.kind.scores(self._recipe.data, log_prob.detach()).mean()
         return StepTerms(
-            loss, {"loss": loss.detach(), self._task.kind.metric: score, "nfe": float(output.nfe), **means}
+            loss, {"loss": loss.detach(), self._recipe.kind.metric: score, "nfe": float(output.nfe), **means}
         )
 
 
@@ -287,7 +286,7 @@ def main(data: str, out: str, assignments: tuple[str, ...], **options: Any) -> N
         "training.max_epochs=none", "training.sample_images=0",
     ])  # fmt: skip
     whole = recipe.override(["data.shape=1,28,28"]) if data == "mnist14" else recipe
-    images = cast("ImageData", load_data(whole))
+    images = cast("ImageData", whole.load_data())
     images = halved(images) if data == "mnist14" else images
     same = {"data": data, "steps": str(steps), "settings": " ".join(assignments)}
     rows: list[Any] = []

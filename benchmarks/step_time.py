@@ -99,7 +99,7 @@ def build(recipe_name: str, case: str, batch: int, device: str, *, dtype: torch.
         data.shape,
         hidden=model.hidden,
         layers=model.layers,
-        alpha=model.options["alpha"],
+        alpha=vars(model)["alpha"],
         levels=data.levels,
     )
     fields: list[Any] = list(flow.fields)

@@ -11,8 +11,7 @@ from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from pytorch_lightning.loggers import CSVLogger
 
 from rnode_plugin import ImageDataModule, RnodeModule, get_recipe
-from rnode_plugin.experiments.recipes.task import SampleRequest
-from rnode_plugin.experiments.recipes.tasks import task_of
+from rnode_plugin.experiments.recipes.kind import SampleRequest
 
 
 def main():
@@ -45,7 +44,7 @@ def main():
         print(f"bits/dim   {scores['val/bpd']:.3f} on {recipe.training.val_images} held-out digits")
         print(f"NFE        {scores['val/nfe']:.0f} per batch, all blocks together")
         request = SampleRequest(count=16, temperatures=(0.6, 0.8, 1.0), columns=16)
-        task_of(recipe.data).write_samples(module.flow, Path(options.output), request)
+        recipe.kind.write_samples(recipe.data, module.flow, Path(options.output), request)
 
 
 if __name__ == "__main__":

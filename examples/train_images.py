@@ -8,8 +8,7 @@ from pathlib import Path
 
 from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.experiments.recipes.task import SampleRequest
-from rnode_plugin.experiments.recipes.tasks import task_of
+from rnode_plugin.experiments.recipes.kind import SampleRequest
 from rnode_plugin.experiments.training.fit import fit
 from rnode_plugin.experiments.training.plan import RunOptions
 
@@ -35,9 +34,9 @@ def main():
     elif options.steps:
         settings += [f"training.max_steps={options.steps}", "training.max_epochs=none"]
     recipe = get_recipe(options.recipe).override(settings)
-    task, request = task_of(recipe.data), SampleRequest(count=16, temperatures=(0.6, 0.8, 1.0), columns=16)
+    request = SampleRequest(count=16, temperatures=(0.6, 0.8, 1.0), columns=16)
     try:
-        task.check_request(request, Path(options.output))
+        recipe.kind.check_request(recipe.data, request, Path(options.output))
     except ConfigError as error:  # now, not after the training
         parser.error(f"no samples of {recipe.name} can be drawn: {error}")
     run, result, first_process, _ = fit(
@@ -58,7 +57,7 @@ def main():
     print(f"run                {run.path}")
 
     flow = load_flow(run.path)  # the best weights, on the CPU
-    task.write_samples(flow, Path(options.output), request)
+    recipe.kind.write_samples(recipe.data, flow, Path(options.output), request)
 
 
 if __name__ == "__main__":

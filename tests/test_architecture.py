@@ -36,7 +36,7 @@ LIGHT = [
             {"torch"},
         ),
         (
-            "from rnode_plugin.experiments.recipes.task import SampleRequest\n"
+            "from rnode_plugin.experiments.recipes.kind import SampleRequest\n"
             "SampleRequest(); get_recipe('digits').override(['data.batch_size=5']).kind.samples",
             {"torch", "numpy"},
         ),

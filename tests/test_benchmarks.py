@@ -13,8 +13,6 @@ from click.testing import CliRunner
 from run_folders import write_run
 from tiny_runs import tiny_recipe
 
-from rnode_plugin.experiments.recipes.tasks import load_data
-
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
@@ -26,7 +24,7 @@ def test_the_usual_formulation_trains_the_flow_of_an_experiment() -> None:
     grid = ("solver.method=rk4_38", "solver.quadrature=full", "solver.step=0.25")
     recipe = tiny_recipe(*grid, "model.layers=3", "test_solver.method=dopri5")
     usual = Method(ADAM, usual={"method": "rk4", "options": {"step_size": 0.25}})
-    data = load_data(recipe)
+    data = recipe.load_data()
     gradients = []
     for method in (Method(grid), usual):
         experiment = experiment_of(recipe, data, method)  # pyright: ignore[reportArgumentType]

@@ -33,7 +33,6 @@ from rnode_plugin.experiments.comparison.compare import Comparison, command_line
 from rnode_plugin.experiments.comparison.configurations import configured_recipes
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.recipes.recipe import Recipe
-from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.experiments.runs.metrics import MetricsTable
 from rnode_plugin.experiments.runs.run import training_lock
 from rnode_plugin.experiments.training.checkpoints import header_with
@@ -202,7 +201,7 @@ def test_a_run_that_cannot_be_compared(
     recipe: Recipe, tmp_path: Path, changed: dict[str, Any] | None, message: str | None
 ) -> None:
     (one,) = configured_recipes(recipe, ("none",))
-    folder = write_run(tmp_path / "runs" / "digits-none" / "42", one, steps=1, facts=Facts.of(load_data(recipe)))
+    folder = write_run(tmp_path / "runs" / "digits-none" / "42", one, steps=1, facts=Facts.of(recipe.load_data()))
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "last.ckpt").touch()
     if changed is None:

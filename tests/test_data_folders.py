@@ -30,7 +30,6 @@ from rnode_plugin.experiments.data import ImageData, folders, get_dataset
 from rnode_plugin.experiments.data.batches import ArrayDataset, keep_batch, leave_signals_to_parent
 from rnode_plugin.experiments.data.folders import ImageFiles, PackedImages, decode
 from rnode_plugin.experiments.data.images import Selection
-from rnode_plugin.experiments.recipes.tasks import load_data
 
 
 def _write(where, images, split="train", suffix=".png"):
@@ -181,7 +180,7 @@ def test_a_recipe_takes_the_shape_of_the_pictures(tmp_path, shape, options, foun
         write_picture(tmp_path / f"{i}.png", image)
     recipe = get_recipe("pictures").override([f"data.root={tmp_path}", *options])
     assert (recipe.data.event, recipe.data.model_options) == (found, {"levels": 256})
-    data = load_data(recipe, all_val=True)
+    data = recipe.load_data(all_val=True)
     assert isinstance(data, ImageData)
     assert (data.shape, len(data.train) + len(data.val)) == (found, 30)
     assert data.described() == f"folder: images of {'x'.join(map(str, found))}, 256 levels"
@@ -189,7 +188,7 @@ def test_a_recipe_takes_the_shape_of_the_pictures(tmp_path, shape, options, foun
     for name in ("mnist", "digits", "celebahq256"):  # of 256, 17 and 32 levels
         other = get_recipe(name).override(["data.name=folder", f"data.root={tmp_path}", *options])
         assert (other.data.event, other.data.model_options) == (found, {"levels": 256})
-        load_data(other)
+        other.load_data()
     assert other.override(["data.levels=32"]).data.model_options == {"levels": 32}
     published = vars(other.override(["data.name=cifar10"]).data)
     assert (published["root"], published["size"]) == (None, None)  # not downloaded into the folder of pictures
@@ -202,7 +201,7 @@ def test_colours_and_sizes_are_those_of_all_pictures(tmp_path):
     recipe = get_recipe("pictures").override([f"data.root={tmp_path}"])
     assert recipe.data.event == (3, 8, 8)
     write_picture(tmp_path / "train" / "z.png", random_images(1, (3, 9, 8))[0])
-    for load in (lambda: load_data(recipe), lambda: get_recipe("pictures").override([f"data.root={tmp_path}"])):
+    for load in (lambda: recipe.load_data(), lambda: get_recipe("pictures").override([f"data.root={tmp_path}"])):
         with pytest.raises(DataError, match=r"the pictures differ in size: .*z\.png.*9x8.*--size"):
             load()
     assert get_dataset("folder", root=str(tmp_path), size=8).train.shape == (4, 3, 8, 8)
@@ -217,7 +216,7 @@ def test_pictures_of_a_camera_need_a_size(tmp_path):
 
 def test_a_recipe_for_another_shape_says_what_to_add():
     with pytest.raises(DataError, match=r"1x8x8 with 17 levels.*--set data\.shape=1,8,8 --set data\.levels=17"):
-        load_data(get_recipe("mnist").override(["data.name=digits"]))
+        get_recipe("mnist").override(["data.name=digits"]).load_data()
 
 
 # ---- packed arrays

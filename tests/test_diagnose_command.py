@@ -18,7 +18,6 @@ from rnode_plugin import get_recipe
 from rnode_plugin.analysis.result import Check
 from rnode_plugin.cli.runs import CHECK_FAILED
 from rnode_plugin.experiments.evaluation.loading import held_out_samples
-from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.experiments.reports.diagnosis import draw_check
 from rnode_plugin.experiments.runs.run import Run
 
@@ -121,7 +120,7 @@ def test_the_report_shows_it(trained: Path, diagnosed: Result, tmp_path: Path) -
 
 def test_held_out_samples_are_in_no_order() -> None:
     recipe = tiny_recipe()
-    data = load_data(recipe, all_val=True)
+    data = recipe.load_data(all_val=True)
     images = held_out_samples(recipe, data, 20).x
     assert images.shape == (20, 1, 8, 8)
     assert images.dtype is torch.float32

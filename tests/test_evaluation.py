@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,11 +20,9 @@ from rnode_plugin.core.trace_estimators import Exact, Hutchinson
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.evaluation.likelihood import evaluate, nfe_batches
 from rnode_plugin.experiments.quantities import result_rows
-from rnode_plugin.experiments.recipes.images import ImageTask
-from rnode_plugin.experiments.recipes.kinds import IMAGES
-from rnode_plugin.experiments.recipes.recipe import Data, TableData
-from rnode_plugin.experiments.recipes.rows import RowTask
-from rnode_plugin.experiments.recipes.task import FlowInput
+from rnode_plugin.experiments.recipes.images import Images, settings_of
+from rnode_plugin.experiments.recipes.kind import FlowInput, Kind
+from rnode_plugin.experiments.recipes.recipe import KINDS, Data, TableData
 from rnode_plugin.experiments.samples import sample_images, save_grid
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.plugins.registry import get_regularizer
@@ -53,7 +51,7 @@ class Known(DensityModel):
         raise NotImplementedError
 
 
-KNOWN = ImageTask(Data("known", (1, 2, 2), levels=4))
+KNOWN = Data("known", (1, 2, 2), levels=4)
 
 
 def images(count: int, levels: int = 4, shape: tuple[int, int, int] = (1, 2, 2)) -> np.ndarray:
@@ -62,7 +60,7 @@ def images(count: int, levels: int = 4, shape: tuple[int, int, int] = (1, 2, 2))
 
 def test_means_and_standard_errors_are_over_images_not_batches() -> None:
     flow = Known(lambda x: x.flatten(1).sum(1), [*[7, 9] * 9, 20])
-    result = evaluate(flow, images(10), task=KNOWN, batch_size=4, draws=3, seed=5)
+    result = evaluate(flow, images(10), settings=KNOWN, batch_size=4, draws=3, seed=5)
     assert [len(x) for x in flow.seen] == [*[4, 4, 2] * 6, 10]  # and once more for NFE
     assert (result.nfe_mean, result.nfe_batches, result.nfe_batch_size) == (20, 1, 10)
     # draws alternate dirty and clean, three batches each
@@ -91,7 +89,7 @@ class Noisy(Known):
 def test_draws_make_the_noise_small_against_the_images(noise: float, draws: int) -> None:
     """Levels 0 to 3 have variance 1.25. The noise may have a quarter of it: noise² / 0.3125 draws, at most 8."""
     pictures = images(4000)
-    found = evaluate(Noisy(1.0, noise), pictures, task=KNOWN, batch_size=4000)
+    found = evaluate(Noisy(1.0, noise), pictures, settings=KNOWN, batch_size=4000)
     assert found.draws == draws, found.draws
     own = np.var(pictures[:, 0, 0, 0])
     for bits in (found.means["dirty"], found.means["clean"]):
@@ -102,7 +100,7 @@ def test_draws_make_the_noise_small_against_the_images(noise: float, draws: int)
 def test_the_first_images_are_drawn_twice_and_the_others_once() -> None:
     flow = Noisy(1.0, 0.3)
     calls: list[tuple[int, int]] = []
-    evaluate(flow, images(100), task=KNOWN, batch_size=20, progress=lambda *done: calls.append(done))
+    evaluate(flow, images(100), settings=KNOWN, batch_size=20, progress=lambda *done: calls.append(done))
     assert len(flow.seen) == 2 * (5 + 2) + 1  # clean and dirty, five batches, two of them twice; NFE
     assert calls == [(done, 14) for done in range(1, 15)]
 
@@ -126,12 +124,13 @@ def test_the_norm_is_of_the_whole_jacobian_where_it_says_so(columns: int, trace_
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    task, rows = RowTask(TableData("rows", tuple(f"c{k}" for k in range(columns)))), torch.randn(4, columns)
-    one, other = (evaluate(flow, rows, task=task, draws=1, seed=seed) for seed in (0, 1))
+    settings = TableData("rows", tuple(f"c{k}" for k in range(columns)))
+    rows = torch.randn(4, columns)
+    one, other = (evaluate(flow, rows, settings=settings, draws=1, seed=seed) for seed in (0, 1))
     assert one.whole_jacobian == other.whole_jacobian == whole
     assert (one.penalties == other.penalties) == whole
     # with an exact trace there is nothing to draw twice
-    exact = evaluate(flow, rows, task=task, draws=2, exact=True)
+    exact = evaluate(flow, rows, settings=settings, draws=2, exact=True)
     assert (exact.draws, exact.means["nll"].stderr_noise) == (1, None)
     # colors of a stack of convolutions give the trace without noise, and an estimate of the norm
     pictures = images(4, 17, (1, 8, 8))
@@ -196,7 +195,7 @@ def test_the_bound_of_draws_approaches_the_mass_of_a_bin() -> None:
     mass = (math.exp(slope / 4) - 1) / (slope / 4)  # of a bin with 4 levels, over its density at the lower edge
     nats = slope * pictures.reshape(3, 4).sum(1) / 4 + 4 * math.log(mass)
     wanted = 2 - nats / (4 * math.log(2))
-    solver: dict[str, Any] = {"task": KNOWN, "batch_size": 2, "solver": RK4}
+    solver: dict[str, Any] = {"settings": KNOWN, "batch_size": 2, "solver": RK4}
     found = evaluate(flow, pictures, bound=3000, **solver)
     assert found.bound is not None
     assert found.draws == 3000
@@ -230,7 +229,7 @@ def test_the_bound_of_a_flow_is_of_its_exact_densities() -> None:
     assert found.bound.samples == pytest.approx(wanted.tolist(), abs=2e-5)
     assert found.bound.mean < found.means["dirty"].mean
     assert found.gap is not None
-    headings = dict(result_rows(found, IMAGES, RK4))
+    headings = dict(result_rows(found, Images(), RK4))
     assert headings["bits/dim, bound of 3"].startswith(f"{found.bound.mean:.4f} ±")
     plain = found.to_plain()
     assert plain["bound"] == {"mean": found.bound.mean, "stderr": found.bound.stderr, "stderr_noise": None}
@@ -238,10 +237,10 @@ def test_the_bound_of_a_flow_is_of_its_exact_densities() -> None:
 
 def test_a_bound_that_would_be_none_is_refused() -> None:
     flow, pictures = active_flow((1, 8, 8), "gaussian"), images(2, 17, (1, 8, 8))
-    rows = RowTask(TableData("rows", ("a", "b")))
+    rows = TableData("rows", ("a", "b"))
     cases: list[tuple[dict[str, Any], str]] = [
         ({"draws": 2}, "its own number of draws"),
-        ({"task": rows}, "one of discrete images.*, not of a"),
+        ({"settings": rows}, "one of discrete images.*, not of a"),
     ]
     for options, words in cases:
         with pytest.raises(ConfigError, match=words):
@@ -321,13 +320,13 @@ def test_nfe_is_that_of_separate_solves_of_the_same_batches() -> None:
     """One checkpoint has one NFE, for all draws and batch sizes."""
     flow, pictures = active_flow((1, 2, 2), "gaussian"), images(350, 17, (1, 2, 2))
     solver = Adaptive("dopri5", atol=1e-3, rtol=1e-3)
-    settings: tuple[dict[str, Any], ...] = ({"draws": 1, "batch_size": 350}, {"draws": 2, "batch_size": 175})
-    found = [evaluate(flow, pictures, solver=solver, **options) for options in settings]
+    options_of: tuple[dict[str, Any], ...] = ({"draws": 1, "batch_size": 350}, {"draws": 2, "batch_size": 175})
+    found = [evaluate(flow, pictures, solver=solver, **options) for options in options_of]
     assert (found[0].nfe_batches, found[0].nfe_batch_size) == (3, 100)
-    flow.estimator, inputs, apart = Exact(), ImageTask.of(flow).inputs, []
+    flow.estimator, settings, apart = Exact(), settings_of(flow), []
     for index, batch in enumerate(nfe_batches(len(pictures), flow.dims)):
         with seeded(0, Stream.VALIDATE, 0, 0, index), torch.no_grad():
-            x, _ = inputs(torch.from_numpy(pictures[batch]))
+            x, _ = Images().inputs(settings, torch.from_numpy(pictures[batch]))
             apart.append(flow.encode(x, solver=solver).nfe)
     for each in found:
         assert (each.nfe_mean, each.nfe_min, each.nfe_max) == (np.mean(apart), min(apart), max(apart))
@@ -355,11 +354,11 @@ class Scaling(nn.Module):
         return self.rate * z
 
 
-class Double(ImageTask):
+class Double(Images):
     """Images in double precision."""
 
-    def inputs(self, batch: Tensor, quantity: str | None = None) -> FlowInput:
-        return FlowInput(super().inputs(batch, quantity).x.double())
+    def inputs(self, settings: Data, batch: Tensor, quantity: str | None = None) -> FlowInput:
+        return FlowInput(super().inputs(settings, batch, quantity).x.double())
 
 
 def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +376,8 @@ def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form(monkeypatch: pytes
         return output
 
     monkeypatch.setattr(flow, "encode", counted)
-    found = evaluate(flow, pictures, task=Double.of(flow), batch_size=3, draws=1, solver=tight,
+    monkeypatch.setitem(cast("dict[str, Kind]", KINDS), "images", Double())
+    found = evaluate(flow, pictures, batch_size=3, draws=1, solver=tight,
                      training_solver=euler)  # fmt: skip
 
     def latent(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

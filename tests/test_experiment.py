@@ -23,7 +23,6 @@ from rnode_plugin.core.distribution import DensityModel
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.recipes.recipe import Recipe
-from rnode_plugin.experiments.recipes.tasks import load_data, task_of
 from rnode_plugin.experiments.training.after_step import AfterStep, Folder, SampleGrids
 from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.module import RnodeModule
@@ -161,12 +160,11 @@ def validated(*settings: str) -> tuple[DensityModel, dict[str, float]]:
     """A flow with fields that are not zero, and what a validation measures of it."""
     recipe = tiny_recipe(*settings)
     torch.manual_seed(0)
-    flow, batch = recipe.build_flow(), torch.from_numpy(load_data(recipe).val[:4])
+    flow, batch = recipe.build_flow(), torch.from_numpy(recipe.load_data().val[:4])
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-        task = task_of(recipe.data)
-        row = measure_batch(flow, task, batch, seed=42, index=0, training_solver=recipe.solver)
+        row = measure_batch(flow, recipe, batch, index=0)
     return flow, {name: float(value) for name, value in row.items()}
 
 

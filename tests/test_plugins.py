@@ -29,7 +29,6 @@ from rnode_plugin.cli import main
 from rnode_plugin.core.regularizers import Regularizers
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.experiments.data import ImageData, Table, get_dataset
-from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.plugins import builtin
 from rnode_plugin.plugins import registry as plugins
 from rnode_plugin.plugins.registry import KINDS, Plugin, Registry, get_regularizer
@@ -369,8 +368,8 @@ def test_the_examples_of_the_hooks_work(example):
     data = get_dataset("noise", size=4)
     assert (data.train.shape, data.val.shape) == ((500, 1, 4, 4), (100, 1, 4, 4))
     named = ["data.name=noise", "data.shape=1,8,8", "data.levels=256"]
-    assert isinstance(load_data(get_recipe("pictures").override(named)), ImageData)
-    table = load_data(get_recipe("table").override(["data.name=ring"]))
+    assert isinstance(get_recipe("pictures").override(named).load_data(), ImageData)
+    table = get_recipe("table").override(["data.name=ring"]).load_data()
     assert isinstance(table, Table)
     assert (table.columns, table.train.shape, len(table.held_out)) == (("x", "y"), (700, 2), 200)
     recipe = get_recipe("mnist-kinetic")

@@ -14,7 +14,6 @@ from torch import nn
 from rnode_plugin import FixedGrid, NeuralODE, get_recipe, load_flow
 from rnode_plugin.analysis.random_streams import Stream, seeded
 from rnode_plugin.core.system import System
-from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.experiments.training import step
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.regularizers import Rate, StepPenalty, kinetic
@@ -27,7 +26,7 @@ def test_bits_per_dim_of_a_field_in_bfloat16() -> None:
     flow: Any = recipe.build_flow()
     for field in flow.fields:  # as smooth as a trained one, and not zero
         field.layers[-1].reset_parameters()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue, reportIndexIssue]
-    x = dequantize(torch.as_tensor(load_data(recipe).val[:32]), 17)
+    x = dequantize(torch.as_tensor(recipe.load_data().val[:32]), 17)
     noise = flow.draw_noise(len(x))
     bits = []
     for bf16 in (False, True):
@@ -127,7 +126,7 @@ def test_validation_of_a_run_in_bfloat16_is_in_float32(tmp_path: Path) -> None:
     (check,) = [row for row in rows(fitted.run.path) if "val/bpd" in row]
     flow: Any = load_flow(fitted.run.last)
     with torch.no_grad(), seeded(recipe.training.seed, Stream.VALIDATE, 0, 0):
-        x = dequantize(torch.as_tensor(load_data(recipe).val), 17)
+        x = dequantize(torch.as_tensor(recipe.load_data().val), 17)
         bits = flow.bits_per_dim(x)
     assert float(check["val/bpd"]) == pytest.approx(float(bits.mean()), abs=1e-5)
     assert 1e-7 < abs(float(check["val/gap"])) < 0.02, "what bfloat16 is off by"

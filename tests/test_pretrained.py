@@ -18,7 +18,6 @@ from rnode_plugin.errors import CheckpointError
 from rnode_plugin.experiments.data.facts import Facts, Overlap
 from rnode_plugin.experiments.data.hashes import digest, hashes_of
 from rnode_plugin.experiments.recipes.pretrained import PRETRAINED, pretrained_file
-from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.experiments.training.checkpoints import TRAINED_ON, checksum, load_with_recipe
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -60,7 +59,7 @@ def test_it_draws_digits_from_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.skipif(not (DATA / "MNIST").exists(), reason="needs the MNIST data set")
 def test_its_facts_are_those_of_the_data_set() -> None:
     _, recipe, facts = load_with_recipe("mnist-pretrained")
-    data = load_data(recipe.at_root(str(DATA)))
+    data = recipe.at_root(str(DATA)).load_data()
     assert Facts.of(data) == facts
     assert facts is not None
     assert facts.trained_on is not None

@@ -57,7 +57,7 @@ def test_settings_of_the_paper(name, shape, levels, batch, epochs, alpha, flip, 
     data: Any = recipe.data
     optimizer = recipe.optimizer
     assert (data.name, data.shape, data.levels, data.batch_size, data.flip) == (name, shape, levels, batch, flip)
-    assert (recipe.model.hidden, recipe.model.layers, recipe.model.options["alpha"]) == (64, 4, alpha)
+    assert (recipe.model.hidden, recipe.model.layers, vars(recipe.model)["alpha"]) == (64, 4, alpha)
     assert recipe.solver.method == method
     assert recipe.regularizers == {"kinetic": 0.01, "jacfrob": 0.01}
     assert (recipe.training.max_epochs, recipe.training.max_steps, recipe.training.seed) == (epochs, None, 42)

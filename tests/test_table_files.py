@@ -17,7 +17,6 @@ from rnode_plugin.errors import ConfigError, DataError, RnodeError
 from rnode_plugin.experiments.data.table_files import check_written, column_names, read_columns, write_rows
 from rnode_plugin.experiments.data.tables import CELLS, Table, check_columns, split_rows, table
 from rnode_plugin.experiments.recipes.recipe import TableData, get_recipe
-from rnode_plugin.experiments.recipes.tasks import load_data, task_of
 
 NAMES = ("temperature (K)", "dose", "a, b")
 ROWS = np.random.default_rng(0).normal(size=(30, 3)) * [50, 1, 1e-3] + [300, 0, 0]
@@ -308,9 +307,9 @@ def test_the_advice_to_leave_columns_out_can_be_pasted(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"'sex' of .* is not numeric: row 1 holds 'f'.*, or leave it out"
     ) as refused:
-        load_data(recipe)
+        recipe.load_data()
     (setting,) = shlex.split(str(refused.value).rpartition("--set ")[2].removesuffix("."))
-    loaded: Any = load_data(recipe.override([setting]))  # also without the other column of texts
+    loaded: Any = recipe.override([setting]).load_data()  # also without the other column of texts
     assert loaded.columns == ("a", "b, mean", "c")
     with pytest.raises(DataError, match=r"Leave it out with --set data\.columns=a,b\.$"):
         _accept(_table(X, Y, 0 * X), 3)
@@ -335,7 +334,7 @@ def test_the_advice_on_a_column_fits(tmp_path: Path) -> None:
     path.write_text("a,sex\n" + "".join(f"{k},f\n" for k in range(40)))
     for given, advice in (("sex", rf"a point, or {without}"), ("a", r"a point\.$")):
         with pytest.raises(DataError, match=advice):
-            load_data(get_recipe("table").override([f"data.root={path}", f"data.given={given}"]))
+            get_recipe("table").override([f"data.root={path}", f"data.given={given}"]).load_data()
 
 
 def test_columns_that_are_only_close() -> None:
@@ -351,7 +350,7 @@ def test_a_recipe_takes_the_columns_of_its_file(tmp_path: Path) -> None:
     assert isinstance(settings, TableData)
     assert (settings.columns, settings.given) == (NAMES, ("dose", "temperature (K)"))
     assert (settings.event, settings.modeled) == (1, ("a, b",))
-    loaded = task_of(settings).load()
+    loaded: Any = recipe.load_data()
     assert loaded.columns == ("a, b", "dose", "temperature (K)")  # those that are given follow the others
     assert loaded.train.dtype == np.float32
     whole = np.concatenate([loaded.train, loaded.val, loaded.held_out])
@@ -369,7 +368,7 @@ def test_the_table_that_comes_along() -> None:
     recipe = get_recipe("table")
     assert isinstance(recipe.data, TableData)
     assert recipe.data.modeled == CELLS == table().columns
-    loaded = load_data(recipe)
+    loaded = recipe.load_data()
     assert (len(loaded.train), len(loaded.val), len(loaded.held_out)) == (398, 57, 114)
     assert recipe.override(["data.root=none"]).data == recipe.data
 
@@ -382,7 +381,7 @@ def test_the_table_that_comes_along() -> None:
     (["data.validation=0"], "data.validation: .*greater than 0"),
     (["data.split_seed=4294967296"], "data.split_seed: .*less than 4294967296"),
     (["data.shape=1,2,3"], "unknown setting 'data.shape'"),
-    (["training.sample_temperatures=0.5,1"], "have one temperature"),
+    (["training.sample_temperatures=0.5,1"], "drawn at one temperature"),
     (["data.name=digits"], "the data set 'digits' holds images"),
 ])  # fmt: skip
 def test_settings_that_cannot_work(tmp_path: Path, settings: list[str], message: str) -> None:
@@ -393,4 +392,4 @@ def test_settings_that_cannot_work(tmp_path: Path, settings: list[str], message:
 
 def test_a_table_is_not_a_set_of_images() -> None:
     with pytest.raises(ConfigError, match="the data set 'table' holds a table"):
-        load_data(get_recipe("digits").override(["data.name=table"]))
+        get_recipe("digits").override(["data.name=table"]).load_data()

@@ -21,7 +21,6 @@ from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.data.table_files import column_names, read_columns
 from rnode_plugin.experiments.data.tables import Table
 from rnode_plugin.experiments.recipes.recipe import Recipe, TableData, read_recipe
-from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.samples import sample_rows
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe, read_checkpoint
@@ -69,7 +68,7 @@ def test_a_run_folder_of_a_table(file: Path, conditional: Path) -> None:
     assert evaluation["samples"] == len(scores) == 40
     whole = np.loadtxt(file, delimiter=",", skiprows=1)
     numbers = [int(row["row"]) for row in scores]  # as in an error message on the file
-    held_out = cast(Table, load_data(recipe_of(file))).held_out
+    held_out = cast(Table, recipe_of(file).load_data()).held_out
     np.testing.assert_allclose(whole[np.array(numbers) - 1], held_out, rtol=1e-6)
     for name in ("nll", "gaussian"):
         values = np.array([float(row[name]) for row in scores])
@@ -84,7 +83,7 @@ def test_a_run_folder_of_a_table(file: Path, conditional: Path) -> None:
 def test_the_nll_of_a_run_is_in_the_unit_of_the_file(file: Path, conditional: Path) -> None:
     flow: Any = load_flow(conditional)
     recipe = recipe_of(file, "data.given=temperature,dose")
-    data = cast(Table, load_data(recipe))
+    data = cast(Table, recipe.load_data())
     assert data.columns == ("pressure", "yield", "temperature", "dose")
     np.testing.assert_allclose(flow.mean, data.train.mean(0), rtol=1e-5)
     np.testing.assert_allclose(flow.scale, data.train.std(0), rtol=1e-4)
@@ -148,7 +147,7 @@ def test_contexts_outside_of_the_training_rows_are_named(file: Path, conditional
     assert facts == Run(conditional).read().facts
     recorded = facts.given_ranges
     assert recorded is not None
-    train = cast(Table, load_data(recipe_of(file, "data.given=temperature,dose"))).train[:, 2:]
+    train = cast(Table, recipe_of(file, "data.given=temperature,dose").load_data()).train[:, 2:]
     assert [list(each) for each in recorded] == np.stack([train.min(0), train.max(0)], 1).tolist()
     (low, high), dose = recorded[0], recorded[1][1]
     place = tmp_path / "values.csv"
@@ -222,7 +221,7 @@ def test_a_table_that_has_changed_is_not_split_again(file: Path, tmp_path: Path)
         assert refused.exit_code != 0
         assert re.search(rf"{line} In the data of the run these were 0 .*--data-root", refused.output)
         new = read_recipe(folder / "recipe.json")
-        assert cast(Table, load_data(new)).rows == len(changed) - 1, "a new run takes the new rows"
+        assert cast(Table, new.load_data()).rows == len(changed) - 1, "a new run takes the new rows"
     elsewhere = path.rename(tmp_path / "changed.csv")
     other = rnode("eval", folder, "--data-root", elsewhere).output
     assert re.search(line, other)
@@ -246,9 +245,9 @@ def test_a_table_of_a_plugin_with_a_split_of_its_own(file: Path, register: Any) 
 
     register(Plugin(), "ring")
     recipe = get_recipe("table").override(["data.name=ring"])  # whose own share of held-out rows is 0.2
-    assert (recipe.data.event, len(load_data(recipe).train)) == (2, 40)
+    assert (recipe.data.event, len(recipe.load_data().train)) == (2, 40)
     with pytest.raises(ConfigError, match="has a fixed split"):
-        load_data(recipe.override(["data.held_out=0.3"]))
+        recipe.override(["data.held_out=0.3"]).load_data()
     other = recipe_of(file).override(["data.name=ring"]).data
     assert isinstance(other, TableData)
     assert (other.root, other.modeled) == (None, ("x", "y")), "it is not in the user's file"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,16 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rnode_plugin import Adaptive, FixedGrid, TableFlow, diagnose
+from rnode_plugin import Adaptive, FixedGrid, TableFlow, diagnose, get_recipe
 from rnode_plugin.core.tf32 import without_tf32
 from rnode_plugin.experiments.evaluation.likelihood import evaluate
 from rnode_plugin.experiments.recipes.recipe import TableData
-from rnode_plugin.experiments.recipes.rows import RowTask
 from rnode_plugin.experiments.training.step import measure_batch
 
 BACKENDS: Any = torch.backends
 HAS_PARTS = hasattr(BACKENDS.cuda.matmul, "fp32_precision")
-TASK = RowTask(TableData("known", ("a", "b")))
+TABLE = TableData("known", ("a", "b"))
 
 
 def flags() -> dict[str, object]:
@@ -127,7 +127,7 @@ def test_evaluations_and_diagnoses_see_them_off(recorded: Any) -> None:
     torch.set_float32_matmul_precision("high")
     before = flags()
     for measure in (
-        lambda: evaluate(flow, ROWS, task=TASK, training_solver=FixedGrid("rk4", step=0.5)),
+        lambda: evaluate(flow, ROWS, settings=TABLE, training_solver=FixedGrid("rk4", step=0.5)),
         lambda: diagnose(flow, ROWS, samples=8),
     ):
         seen.clear()
@@ -143,7 +143,8 @@ def test_a_validation_sees_them_off_but_for_the_training_solver(recorded: Any) -
     torch.set_float32_matmul_precision("high")
     for solver, expected in ((flow.solver, {False}), (FixedGrid("rk4", step=0.5), {False, True})):
         seen.clear()
+        recipe = dataclasses.replace(get_recipe("table"), data=TABLE, solver=solver)
         with torch.no_grad():
-            measure_batch(flow, TASK, ROWS[:20], seed=0, index=0, training_solver=solver)
+            measure_batch(flow, recipe, ROWS[:20], index=0)
         assert {each["products"] for each in seen} == expected
         assert flags()["products"] is True

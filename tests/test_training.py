@@ -32,7 +32,6 @@ from rnode_plugin.analysis.random_streams import Stream, seeded
 from rnode_plugin.errors import CheckpointError, ConfigError, RnodeError, SolverError, TrainingError
 from rnode_plugin.experiments.data.batches import ArrayDataset
 from rnode_plugin.experiments.recipes.recipe import Optimizer, Recipe
-from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.training import after_step as after_step_module
 from rnode_plugin.experiments.training import fit as fit_module
@@ -116,7 +115,7 @@ def test_the_numbers_of_a_row(whole: FitResult) -> None:
             assert float(row["train/loss"]) == pytest.approx(nll + weight, abs=1e-5)
     recipe, flow = tiny_recipe(*SETTINGS), load_flow(whole.run.last)
     coarse = dataclasses.replace(recipe.solver, quadrature="full")  # not the random products of a step
-    held_out = load_data(recipe).val[:60]
+    held_out = recipe.load_data().val[:60]
     bits, gaps, costs = [], [], []
     penalties: dict[str, list[float]] = {"kinetic": [], "jacfrob": []}
     for index, batch in enumerate((held_out[:40], held_out[40:])):
@@ -290,7 +289,7 @@ def test_a_run_killed_during_its_evaluation_is_evaluated(recipe: Recipe, whole: 
 
 
 def after_step(recipe: Recipe, *, devices: int = 1, validated: slice = slice(60), **options: Any) -> AfterStep:
-    plan, data = RunPlan.of(recipe, 200, devices), SimpleNamespace(val=load_data(recipe).val[validated])
+    plan, data = RunPlan.of(recipe, 200, devices), SimpleNamespace(val=recipe.load_data().val[validated])
     experiment: Any = SimpleNamespace(recipe=recipe, data=data, resumed=None)
     return AfterStep(experiment, plan, **options)
 
@@ -565,7 +564,7 @@ def test_the_scores_of_some_held_out_images_have_their_numbers(recipe: Recipe, w
     with (whole.run.path / "images.csv").open() as file:
         numbers = [int(row["image"]) for row in csv.DictReader(file)]
     assert len(numbers) == 60  # of 297
-    some, every = load_data(recipe), load_data(recipe, all_val=True)
+    some, every = recipe.load_data(), recipe.load_data(all_val=True)
     np.testing.assert_array_equal(every.val[np.array(numbers)], some.val[:])
 
 

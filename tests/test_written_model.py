@@ -23,8 +23,7 @@ from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.experiments.data.tables import Table
 from rnode_plugin.experiments.evaluation.likelihood import evaluate
 from rnode_plugin.experiments.recipes.recipe import Recipe, TableData
-from rnode_plugin.experiments.recipes.rows import RowTask
-from rnode_plugin.experiments.recipes.tasks import load_data
+from rnode_plugin.experiments.recipes.rows import Rows
 from rnode_plugin.experiments.training.checkpoints import save_flow
 from rnode_plugin.experiments.training.step import LikelihoodLoss, measure_batch
 
@@ -87,7 +86,7 @@ def test_it_goes_through_every_command(name: str, recipe: Recipe, tmp_path: Path
     made = run(recipe, tmp_path / "runs").run.path
     flow = load_flow(made)
     assert isinstance(flow, LaplaceFlow if name == "laplace" else HeavyTails)
-    data = load_data(recipe)
+    data = recipe.load_data()
     assert isinstance(data, Table)
     torch.testing.assert_close(flow.mean, torch.from_numpy(data.train.mean(0)), rtol=1e-4, atol=0)
 
@@ -121,10 +120,10 @@ def test_every_stage_takes_the_density_of_the_model(name: str) -> None:
     """Its log-density is compared with a dense Jacobian in test_model_contract."""
     grid = FixedGrid("rk4_38", step=0.5)
     model, x, given = make(name, grid)
-    task = RowTask(TableData("rows", ("a", "b", "c", "d")[: 4 if given else 2], ("c", "d") if given else ()))
+    table = TableData("rows", ("a", "b", "c", "d")[: 4 if given else 2], ("c", "d") if given else ())
     settings: Any = SimpleNamespace(
-        data=task.settings, regularizers={"kinetic": 0.1}, measured=(), training=get_recipe("table").training,
-        solver=grid,
+        kind=Rows(), data=table, regularizers={"kinetic": 0.1}, measured=(),
+        training=get_recipe("table").training, solver=grid,
     )  # fmt: skip
     batch = torch.cat([x, *given.values()], 1)
     nll = -model.log_prob(x, **given)
@@ -137,13 +136,14 @@ def test_every_stage_takes_the_density_of_the_model(name: str) -> None:
         torch.testing.assert_close(found, exact)
     model.eval()
     with torch.no_grad():
-        row = measure_batch(model, task, batch, seed=42, index=0, training_solver=FixedGrid("euler", step=0.5))
+        settings.solver = FixedGrid("euler", step=0.5)
+        row = measure_batch(model, settings, batch, index=0)
         coarse = -model.log_prob_of(model.encode(x, **given, solver=FixedGrid("euler", step=0.5)))
     assert float(row["nll"]) == pytest.approx(float(nll.mean()), rel=1e-9)
     assert float(row["gap"]) == pytest.approx(float((coarse - nll).mean()), rel=1e-9)
     assert float(row["kinetic"]) == pytest.approx(float(kinetic.mean()) / 2, rel=1e-9)
     followed = model.encode(x, **given, penalties=True).regularization["kinetic"]
-    result = evaluate(model, batch, task=task, batch_size=2)
+    result = evaluate(model, batch, settings=table, batch_size=2)
     if isinstance(model, RegularizedCNF):  # an evaluation does not count for its reg_loss
         assert torch.equal(model.regularization["kinetic"], followed)
     assert result.means["nll"].samples == pytest.approx(nll.tolist(), rel=1e-9)

@@ -164,8 +164,6 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         ConfigError: an unknown name or setting, a value that cannot work, or an option of another kind of data.
         DataError: a table or a folder that is named cannot be read.
     """
-    from ..experiments.recipes.kinds import IMAGES  # pydantic, which the help need not wait for
-
     kind, penalties = recipe.kind, changes.get("regularizers", ())
     texts = [
         f"regularizers.{each}" if "=" in each else f"regularizers.{each}={DEFAULT_LAMBDA}" for each in penalties
@@ -177,13 +175,11 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
             continue
         if name == "data":
             registry.check_name("datasets", value)
-        if (other := kind.options_of_other_kind.get(name)) is not None:
+        if (other := kind.refused_options.get(name)) is not None:
             raise ConfigError(f"--{name} is for {other}, and {recipe.name} is a recipe of {kind.data}.")
         texts.append(f"{setting.format(samples=kind.samples)}={value}")
     new = recipe.override([*texts, *changes["assignments"]])
-    # a table by default comes with scikit-learn
-    if kind is IMAGES and new.data.has_own_files and new.data.root is None:
-        raise ConfigError("name the folder of your pictures: --data-root FOLDER.")
+    kind.check_root(new.data)
     return new
 
 

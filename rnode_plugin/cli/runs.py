@@ -107,7 +107,6 @@ def eval(  # noqa: A001 - the command's name
     from ..experiments.evaluation.likelihood import evaluate
     from ..experiments.evaluation.loading import load_for_evaluation, pick_device
     from ..experiments.quantities import result_rows
-    from ..experiments.recipes.tasks import task_of
     from ..experiments.training.checkpoints import load_with_recipe
 
     flush_denormals()
@@ -120,11 +119,10 @@ def eval(  # noqa: A001 - the command's name
             click.echo(f"solving by {solver.text}, because an adaptive solver takes more evaluations", err=True)
     data, overlap = load_for_evaluation(recipe, facts, root=data_root, download=download, quiet=quiet)
     data = data.measured_on(limit)
-    task = task_of(recipe.data)
     result = evaluate(
         flow,
         data.held_out,
-        task=task,
+        settings=recipe.data,
         batch_size=batch_size or recipe.data.val_batch_size,
         draws=draws,
         solver=solver,
@@ -137,7 +135,7 @@ def eval(  # noqa: A001 - the command's name
     )
     result = dataclasses.replace(result, overlap=overlap)
     if facts is None or facts.describe(data):  # else they would be fitted to other rows than the flow
-        result = result.with_baselines(task, data)
+        result = result.with_baselines(recipe.data, data)
     head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
     head["solver"] = solver.text
     if exact:
@@ -302,8 +300,7 @@ def sample(
         raise DataError(missing(given_file))
     check_folder(Path(out or "samples").parent)
     from ..experiments.evaluation.loading import pick_device
-    from ..experiments.recipes.task import SampleRequest
-    from ..experiments.recipes.tasks import task_of
+    from ..experiments.recipes.kind import SampleRequest
     from ..experiments.training.checkpoints import load_with_recipe
 
     request = SampleRequest(
@@ -318,7 +315,7 @@ def sample(
     flow, recipe, facts = load_with_recipe(checkpoint, map_location=pick_device(device))
     _warn_if_unfinished(checkpoint)
     target = free_path(out, recipe.kind.samples_file, force=force)
-    drawn = task_of(recipe.data).write_samples(flow, target, request, facts=facts)
+    drawn = recipe.kind.write_samples(recipe.data, flow, target, request, facts=facts)
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
     drawn_at = ", ".join(f"{each:g}" for each in temperatures)
     click.echo(f"{count_of(drawn, recipe.kind.sample)} at temperature {drawn_at}{averaged}: {target}")

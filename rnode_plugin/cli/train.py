@@ -277,7 +277,6 @@ def _callback(name: str) -> Callback:
 
 def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> None:
     from ..experiments.quantities import TRAINING_TIME, result_rows
-    from ..experiments.recipes.data import TableData
 
     run, result, samples = fitted.run, fitted.result, fitted.samples
     path = shlex.quote(str(run.path))
@@ -300,8 +299,7 @@ def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
     ]
     click.echo(f"\n{table(rows)}")
     if next_steps:
-        columns = recipe.data.given if isinstance(recipe.data, TableData) else ()
-        given = "".join(f" --given-value {shlex.quote(f'{name}=VALUE')}" for name in columns)
+        given = "".join(f" --given-value {shlex.quote(f'{name}=VALUE')}" for name in recipe.data.given)
         show_next(
             *([f"rnode-cli train --resume {path}"] if result.out_of_time else []),
             f"rnode-cli sample {path}{given}",

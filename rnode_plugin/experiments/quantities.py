@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..solvers import Solver
     from .data.facts import Overlap
     from .evaluation.measures import Evaluation, Mean
-    from .recipes.kinds import AnyKind
+    from .recipes.kind import Kind
     from .runs.contents import RunContents
 
 
@@ -76,7 +76,7 @@ NFE_TRAINING = Entry(
 
 
 def table_of(
-    kind: AnyKind,
+    kind: Kind,
     *,
     penalties: Iterable[str],
     solvers: Iterable[Solver],
@@ -210,7 +210,7 @@ def state_of(run: RunContents) -> str:
     return f"step {run.result.steps:,} of {run.result.planned:,}{limit}"
 
 
-def progress_text(values: Mapping[str, SupportsFloat], kind: AnyKind) -> str:
+def progress_text(values: Mapping[str, SupportsFloat], kind: Kind) -> str:
     """Write the logged ``values`` that a line of progress shows, by their names in ``metrics.csv``."""
     shown = {
         f"train/{kind.metric}": (kind.likelihood, 4),
@@ -227,7 +227,7 @@ def progress_text(values: Mapping[str, SupportsFloat], kind: AnyKind) -> str:
 
 def result_rows(
     evaluation: Evaluation,
-    kind: AnyKind,
+    kind: Kind,
     solver: Solver,
     *,
     compared: tuple[str, str] = ("the training solver", "the test solver"),
@@ -264,18 +264,18 @@ def result_rows(
     return [*rows, ("evaluation", duration(evaluation.seconds))]
 
 
-def overlap_text(overlap: Overlap | None, kind: AnyKind) -> str:
+def overlap_text(overlap: Overlap | None, kind: Kind) -> str:
     """Write how many held-out samples the weights were trained on: ``0 of 297 held-out images``."""
     return f"unknown {kind.samples}" if overlap is None else overlap.text(kind.samples)
 
 
-def _with_errors(mean: Mean, kind: AnyKind) -> str:
+def _with_errors(mean: Mean, kind: Kind) -> str:
     errors = [] if mean.stderr is None else [f"± {significant(mean.stderr, 2)} ({kind.samples})"]
     errors += [] if mean.stderr_noise is None else [f"± {significant(mean.stderr_noise, 2)} (noise)"]
     return " ".join([f"{mean.mean:.4f}", *errors])
 
 
-def worse_than_baseline(evaluations: Sequence[Evaluation], kind: AnyKind) -> str | None:
+def worse_than_baseline(evaluations: Sequence[Evaluation], kind: Kind) -> str | None:
     """Say that a model is worse than a baseline in each of its ``evaluations``, one for each seed.
 
     None if that may be chance, sample by sample, or if the scores of the samples are unknown, as in a run without

@@ -12,7 +12,6 @@ import pytest
 from rnode_plugin import get_recipe
 from rnode_plugin.errors import ConfigError, DataError
 from rnode_plugin.experiments.data import get_table
-from rnode_plugin.experiments.recipes.tasks import load_data
 from rnode_plugin.plugins import registry
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -106,9 +105,9 @@ def test_recipes_and_what_is_said_of_a_missing_file(name: str, tmp_path: Path) -
     recipe = get_recipe(name).override([f"data.root={tmp_path}"])
     assert recipe.data.event == COLUMNS[name]
     with pytest.raises(DataError, match=rf"{name} is missing: {tmp_path}.*zenodo\.org/records/1161203"):
-        load_data(recipe)
+        recipe.load_data()
     with pytest.raises(ConfigError, match=r"fixed split"):
-        load_data(recipe.override(["data.held_out=0.3"]))
+        recipe.override(["data.held_out=0.3"]).load_data()
 
 
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:

@@ -27,9 +27,7 @@ from ...errors import CheckpointError, ConfigError, TrainingError
 from ...files import write_atomically
 from ..data.facts import Facts
 from ..evaluation.loading import check_device
-from ..recipes.data import AnyData
 from ..recipes.recipe import Recipe, Training, differences
-from ..recipes.tasks import load_data, task_of
 from ..reports import Report, write_report
 from ..reports.runs import data_name
 from ..runs.results import Result
@@ -160,11 +158,11 @@ def _planned(
     """
     check_device(accelerator)
     RunOptions(max_time=max_time)  # refuses it as each run would
-    known: dict[AnyData, Facts] = {}
+    known: dict[object, Facts] = {}
     planned: dict[Path, Recipe] = {}
     for one in recipes:
         if one.data not in known:
-            known[one.data] = task_of(one.data).facts(load_data(one, download=download))
+            known[one.data] = Facts.of(one.load_data(download=download), one.data.given)
         folder = out / "runs" / one.name / str(one.training.seed)
         if folder in planned:
             raise ConfigError(f"two recipes have the name {one.name} and the seed {one.training.seed}.")

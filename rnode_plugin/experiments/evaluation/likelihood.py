@@ -23,13 +23,14 @@ from ...core.trace_estimators import Exact, Hutchinson
 from ...errors import ConfigError, check_count
 from ...solvers import Adaptive
 from ..data.images import ImageArray
-from ..recipes.images import ImageTask
-from ..recipes.kinds import AnyKind
-from ..recipes.task import AnyTask
+from ..recipes.images import settings_of
+from ..recipes.kind import Kind
+from ..recipes.recipe import KINDS
 from .measures import Evaluation, Mean
 
 if TYPE_CHECKING:
     from ...solvers import Solver
+    from ..recipes.recipe import Data, TableData
 
 _PILOT = 32  # samples. At least this many are drawn twice to measure the noise
 _FEWEST_TO_JUDGE = 8  # samples. With fewer, the variance over samples is too uncertain to compare the noise with
@@ -44,7 +45,7 @@ def evaluate(
     flow: DensityModel,
     samples: ImageArray | Tensor,
     *,
-    task: AnyTask | None = None,
+    settings: Data | TableData | None = None,
     batch_size: int = 200,
     draws: int | None = None,
     solver: Solver | None = None,
@@ -63,8 +64,8 @@ def evaluate(
             probes, which have the smallest variance among probes with independent entries.
         samples: the raw data, array or tensor ``(N, ...)``: uint8 images ``(N, C, H, W)`` with values in
             0..levels-1, or rows of a table.
-        task: the task of a recipe. None takes the task of a :class:`~rnode_plugin.MultiscaleFlow`, which has
-            images with its shape and levels.
+        settings: the data settings of a recipe, ``recipe.data``. None stands for images with the shape and levels
+            of a :class:`~rnode_plugin.MultiscaleFlow`.
         batch_size: samples per solve. An adaptive solver chooses its steps for a whole batch, and begins with the
             longest safe step of the previous batch.
         draws: noise draws per sample. None chooses between one and eight, so that the error from the noise is at
@@ -88,22 +89,23 @@ def evaluate(
         separate solves of the batches of :func:`nfe_batches`, which do not reuse the steps of another solve.
 
     Raises:
-        ConfigError: there are no samples or no draws, or no ``task`` for a model other than a
-            ``MultiscaleFlow``; a ``bound`` with ``draws`` or for inputs without noise.
+        ConfigError: there are no samples or no draws, or no ``settings`` for a model other than
+            a ``MultiscaleFlow``; a ``bound`` with ``draws`` or for inputs without noise.
         SolverError: the integration failed.
     """
     if not len(samples):
         raise ConfigError("an evaluation needs at least one row or image.")
     start = time.monotonic()
-    if task is None:
-        task = ImageTask.of(flow)
+    if settings is None:
+        settings = settings_of(flow)
+    kind = KINDS[settings.kind]
     used: Solver = solver or flow.solver
     if bound is not None:
-        _check_bound(draws, task)
+        _check_bound(draws, kind)
         exact, draws = True, bound
         accurate_solver = accurate_solver or Adaptive("dopri5", atol=1e-6, rtol=1e-6)
     solves = _Solves(
-        task, flow, samples, batch_size=batch_size, solver=used, seed=seed, exact=exact, progress=progress
+        settings, flow, samples, batch_size=batch_size, solver=used, seed=seed, exact=exact, progress=progress
     )
     draws = solves.choose_draws(draws)
     solves.take(range(draws), len(solves.batches))
@@ -121,7 +123,7 @@ def evaluate(
     )
     return Evaluation(
         samples=len(samples),
-        means={quantity.name: solves.mean(draws, index) for index, quantity in enumerate(task.kind.quantities)},
+        means={quantity.name: solves.mean(draws, index) for index, quantity in enumerate(kind.quantities)},
         draws=draws,
         nfe_mean=float(np.mean(nfe)),
         nfe_min=min(nfe),
@@ -163,7 +165,7 @@ class _Solves:
 
     def __init__(
         self,
-        task: AnyTask,
+        settings: Data | TableData,
         flow: DensityModel,
         samples: ImageArray | Tensor,
         *,
@@ -173,26 +175,27 @@ class _Solves:
         exact: bool,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self._task, self._samples, self._solver = task, samples, solver
+        self._settings, self._kind = settings, KINDS[settings.kind]
+        self._samples, self._solver = samples, solver
         self._seed, self._progress = seed, progress
-        self.flow = _with_least_noise(flow, task.kind, exact=exact, warm_start=True)
+        self.flow = _with_least_noise(flow, self._kind, exact=exact, warm_start=True)
         # probes count the evaluations of a fixed grid and compare two solvers with the same noise, at a lower price
         self._probed = self.flow
         if exact:
-            self._probed = _with_least_noise(flow, task.kind, exact=False, warm_start=False)
+            self._probed = _with_least_noise(flow, self._kind, exact=False, warm_start=False)
         self.batches = [slice(first, first + batch_size) for first in range(0, len(samples), batch_size)]
         self.scores: dict[tuple[int, int, int], Tensor] = {}
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
         self._pilot = min(len(self.batches), math.ceil(_PILOT / batch_size))
         # with an exact trace, a quantity whose inputs have no noise is the same in each draw
-        self._drawn = [not exact or each.noisy for each in task.kind.quantities]
+        self._drawn = [not exact or each.noisy for each in self._kind.quantities]
 
     def choose_draws(self, asked: int | None) -> int:
         """Choose the number of draws: 1 without any noise, else as ``asked``.
 
         If none is asked for, it is one that makes the noise small enough, from two draws of the first samples.
         """
-        if not self._task.kind.quantities[0].noisy and self.flow.estimator.is_exact:
+        if not self._kind.quantities[0].noisy and self.flow.estimator.is_exact:
             return 1
         if asked is not None:
             return check_count(asked, "the number of draws")
@@ -262,12 +265,12 @@ class _Solves:
                 # copied, because a slice of a mapped file is read-only, and torch warns about such memory
                 samples = torch.from_numpy(np.array(samples))
             samples = samples.to(next(flow.parameters()).device)
-            x, context = self._task.inputs(samples, self._task.kind.quantities[noise[1]].name)
+            x, context = self._kind.inputs(self._settings, samples, self._kind.quantities[noise[1]].name)
             return flow.encode(x, context=context, solver=solver.full_quadrature, penalties=penalties)
 
     def _scores_of(self, output: FlowOutput) -> Tensor:
         """Return the scores ``(B,)`` of a solve, in double precision on the CPU, where they are averaged."""
-        return self._task.scores(self.flow.log_prob_of(output)).cpu().double()
+        return self._kind.scores(self._settings, self.flow.log_prob_of(output)).cpu().double()
 
     def mean(self, draws: int, quantity: int) -> Mean:
         """Average the scores of all samples, with the standard errors of the mean."""
@@ -286,7 +289,7 @@ class _Solves:
     def bound(self, draws: int) -> Mean:
         """The bound of several draws of the first quantity, whose scores are linear in the log-densities."""
         scores = self._rows(range(draws), 0, len(self.batches))
-        one, zero = self._task.scores(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
+        one, zero = self._kind.scores(self._settings, torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
         scale = one - zero  # of a score in nats, negative
         bounds = scale * ((scores / scale).logsumexp(0) - math.log(draws))
         of_samples = float(bounds.std() / len(bounds) ** 0.5) if len(bounds) > 1 else None
@@ -304,18 +307,18 @@ class _Solves:
         return torch.stack(rows)
 
 
-def _check_bound(draws: int | None, task: AnyTask) -> None:
+def _check_bound(draws: int | None, kind: Kind) -> None:
     """Refuse a bound of several draws that would be none (ConfigError)."""
     if draws is not None:
         raise ConfigError("a bound has its own number of draws: leave draws out.")
-    if not task.kind.quantities[0].noisy:
+    if not kind.quantities[0].noisy:
         raise ConfigError(
             f"the bound of several draws is one of discrete images with uniform noise in each bin, not of "
-            f"{task.kind.data}."
+            f"{kind.data}."
         )
 
 
-def _with_least_noise(flow: DensityModel, kind: AnyKind, *, exact: bool, warm_start: bool) -> DensityModel:
+def _with_least_noise(flow: DensityModel, kind: Kind, *, exact: bool, warm_start: bool) -> DensityModel:
     """Return a copy of the flow, which shares its parameters, with the trace estimator for an evaluation."""
     estimator = flow.estimator
     if not estimator.is_exact:
@@ -324,7 +327,7 @@ def _with_least_noise(flow: DensityModel, kind: AnyKind, *, exact: bool, warm_st
     return flow.solved_with(estimator=estimator, regularizers=flow.regularizers, warm_start=warm_start)
 
 
-def is_exact(flow: DensityModel, kind: AnyKind) -> bool:
+def is_exact(flow: DensityModel, kind: Kind) -> bool:
     """Whether an evaluation takes the exact trace, and the penalty ``jacfrob`` the norm of the whole Jacobian."""
     return flow.estimator.is_exact or flow.dims <= kind.exact_dims
 

@@ -14,9 +14,8 @@ from ...errors import ConfigError, first_line
 from ...text import batch_counter, count_of
 from ..data import ImageData, Table
 from ..data.facts import Facts, Overlap, doubt
+from ..recipes.kind import FlowInput
 from ..recipes.recipe import Recipe
-from ..recipes.task import FlowInput
-from ..recipes.tasks import load_data, task_of
 
 
 def load_for_evaluation(
@@ -35,9 +34,9 @@ def load_for_evaluation(
         quiet: print no progress.
 
     Raises:
-        DataError, ConfigError: see :func:`~rnode_plugin.experiments.recipes.tasks.load_data`.
+        DataError, ConfigError: see :meth:`~rnode_plugin.experiments.recipes.recipe.Recipe.load_data`.
     """
-    data = load_data(recipe.at_root(root), download=download, all_val=True)
+    data = recipe.at_root(root).load_data(download=download, all_val=True)
     progress = None if quiet else batch_counter("comparing the pictures")
     overlap = Overlap.of(facts, data, workers=recipe.data.workers, progress=progress)
     if (said := doubt(facts, data, overlap)) is not None:
@@ -100,4 +99,4 @@ def held_out_samples(recipe: Recipe, data: ImageData | Table, count: int, *, see
         # in the order of the file, so that a mapped file is read in one sweep, and then in random order again: a
         # caller that takes the first few must not get only the beginning of a folder
         batch = torch.from_numpy(np.ascontiguousarray(held_out[chosen.sort().values.numpy()]))
-        return task_of(recipe.data).inputs(batch[torch.randperm(len(batch))])
+        return recipe.kind.inputs(recipe.data, batch[torch.randperm(len(batch))])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from ...validation import NULL_IS_NAN
-from ..data import ImageData, Table
 from ..data.facts import Overlap
-from ..recipes.task import AnyTask
+from ..recipes.recipe import KINDS
+
+if TYPE_CHECKING:
+    from ..data import ImageData, Table
+    from ..recipes.recipe import Data, TableData
 
 _Number = Annotated[float, NULL_IS_NAN]
 
@@ -42,8 +45,8 @@ class Evaluation:
 
     Attributes:
         samples: number of held-out samples.
-        means: the mean scores in the unit of the task, by the name of their
-            :class:`~rnode_plugin.experiments.recipes.kinds.Quantity`.
+        means: the mean scores in the unit of the data, by the name of their
+            :class:`~rnode_plugin.experiments.recipes.kind.Quantity`.
         draws: number of noise draws per sample.
         nfe_mean, nfe_min, nfe_max: evaluations of the vector fields in one solve, summed over all blocks. They are
             measured in separate solves of the first ``nfe_batches`` batches with ``nfe_batch_size`` samples each,
@@ -78,9 +81,10 @@ class Evaluation:
     bound: Mean | None = None
     overlap: Overlap | None = None
 
-    def with_baselines(self, task: AnyTask, data: ImageData | Table) -> Evaluation:
+    def with_baselines(self, settings: Data | TableData, data: ImageData | Table) -> Evaluation:
         """Return this evaluation with the means of the baselines, which are fitted to the training data."""
-        means = {name: mean_of(each) for name, each in task.baseline_scores(data, self.samples).items()}
+        scores = KINDS[settings.kind].baseline_scores(settings, data, self.samples)
+        means = {name: mean_of(each) for name, each in scores.items()}
         return dataclasses.replace(self, means={**self.means, **means})
 
     def to_plain(self, *, samples: bool = False) -> dict[str, Any]:

@@ -30,19 +30,21 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from ...core.schedules import LinearWarmup, WrittenStrength, final_strength
-from ...errors import ConfigError, PluginError, check_name
-from ...files import check_path_name
+from ...errors import ConfigError, DataError, PluginError, check_name
+from ...files import check_path_name, missing
 from ...plugins import registry
 from ...solvers.solver import Adaptive, FixedGrid, Solver, refuse
 from ...solvers.tableaus import ADAPTIVE_METHODS, METHODS
 from ...validation import refused
-from .data import Data, TableData
 from .fields import CONFIG, KeptBy, listed, marks_of
-from .kinds import IMAGES, ROWS, AnyKind, at_root, refuse_repeated
-from .settings import Model, Optimizer, TableModel, Training
+from .images import Data, Images, Model
+from .kind import Kind, SampleRequest
+from .rows import Rows, TableData, TableModel
+from .settings import Optimizer, Training
 
 if TYPE_CHECKING:
     from ...core.distribution import DensityModel
+    from ..data import ImageData, Table
 
 __all__ = [
     "Data",
@@ -92,21 +94,23 @@ _Strength = Annotated[
 ]
 
 
-_OF_TABLE = (TableData, TableModel)
+KINDS: Mapping[str, Kind] = {"images": Images(), "table": Rows()}
+"""What a recipe can model, by the ``kind`` of its settings."""
 
 
-def _tag(value: object) -> str:
-    """Tell settings of images from settings of a table, as plain data or as an object.
+def _kind_of(value: object) -> str:
+    """The kind of settings, as plain data or as an object. Plain settings of images do not name theirs.
 
-    With the tag pydantic tries one class alone, and its message does not list what the other class would have
-    wanted.
+    With it pydantic tries one class alone, and its message does not list what the other class would have wanted.
     """
-    of_table = value.get("kind") == "table" if isinstance(value, Mapping) else isinstance(value, _OF_TABLE)
-    return "table" if of_table else "images"
+    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    return "table" if kind == "table" else "images"
 
 
-_AnyData = Annotated[Annotated[Data, Tag("images")] | Annotated[TableData, Tag("table")], Discriminator(_tag)]
-_AnyModel = Annotated[Annotated[Model, Tag("images")] | Annotated[TableModel, Tag("table")], Discriminator(_tag)]
+_AnyData = Annotated[Annotated[Data, Tag("images")] | Annotated[TableData, Tag("table")], Discriminator(_kind_of)]
+_AnyModel = Annotated[
+    Annotated[Model, Tag("images")] | Annotated[TableModel, Tag("table")], Discriminator(_kind_of)
+]
 
 
 def _kind_of_solver(value: object) -> str:
@@ -168,12 +172,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_path_name(self.name, "recipe")
-        if isinstance(self.data, TableData) != isinstance(self.model, TableModel):
+        if self.data.kind != self.model.kind:
             raise ConfigError("the data and the model of a recipe must both be of images or both of a table.")
-        temperatures = self.training.sample_temperatures
-        refuse_repeated(temperatures, "training.sample_temperatures")
-        if len(temperatures) > 1 and not self.kind.has_grid:
-            raise ConfigError("training.sample_temperatures: samples of a table have one temperature, such as 1.")
+        self.kind.check_temperatures(self.training.sample_temperatures, "training.sample_temperatures")
         for name, solver in (("solver", self.solver), ("test_solver", self.test_solver)):
             refuse(solver, density=True, name=name)
             if solver.compile:
@@ -199,8 +200,9 @@ class Recipe:
 
         The assignments are applied together, because two settings may be valid only together.
 
-        Another data set brings its columns or its shape, see :mod:`~rnode_plugin.experiments.recipes.kinds`. A
-        method of the other kind takes the settings that both kinds have, and the defaults of its kind for the rest.
+        Another data set brings its columns or its shape, see
+        :meth:`Kind.resolve <rnode_plugin.experiments.recipes.kind.Kind.resolve>`. A method of the other kind takes
+        the settings that both kinds have, and the defaults of its kind for the rest.
 
         Raises:
             ConfigError: a setting or regularizer is unknown, a value is bad, or another setting leaves an assigned
@@ -259,8 +261,11 @@ class Recipe:
                 )
             elif path == "model.name":
                 registry.check_name("models", text)  # before the data are loaded
-            elif path == "training.weights" and os.path.exists(text):  # not the name of weights in the package
-                text = os.path.abspath(text)  # so that a command in another folder finds them, as data.root
+            # so that a command in another folder finds the data, and weights that are not those of the package
+            elif (path == "data.root" and _text_or_none(text)) or (
+                path == "training.weights" and os.path.exists(text)
+            ):
+                text = os.path.abspath(text)
             changes.setdefault(group, {})[key] = _text_or_none(text)
         return changes
 
@@ -308,18 +313,45 @@ class Recipe:
             return TypeAdapter(Recipe).validate_python(_as_of_now(plain) if isinstance(plain, Mapping) else plain)
 
     @property
-    def kind(self) -> AnyKind:
-        """What the recipe models, images or rows of a table, with its words and units."""
-        return ROWS if isinstance(self.data, TableData) else IMAGES
+    def kind(self) -> Kind:
+        """What the recipe models, images or rows of a table."""
+        return KINDS[self.data.kind]
 
     def at_root(self, root: str | None) -> Recipe:
-        """Return the recipe with its data at another place. A table keeps its columns, and may be another table.
+        """Return the recipe with its data at another path. A table keeps its columns, and may be another table.
 
         Raises:
-            ConfigError: the data come with a package, so they have no place.
+            ConfigError: the data come with a package, so they have no path.
             DataError: the table or folder does not exist.
         """
-        return dataclasses.replace(self, data=at_root(self.data, root))
+        data = self.data
+        if root is None or os.path.abspath(root) == data.root:
+            return self
+        if data.has_own_files and root and not os.path.exists(root):
+            raise DataError(missing(os.path.abspath(root)))
+        with refused("data"):
+            data = dataclasses.replace(data, root=root and os.path.abspath(root))  # an empty one is refused
+        return dataclasses.replace(self, data=data)
+
+    def load_data(self, *, download: bool = False, all_val: bool = False) -> ImageData | Table:
+        """Load the images or the table, with as many samples as the recipe says.
+
+        Args:
+            download: fetch them if they are missing.
+            all_val: ignore ``training.val_images`` and keep all samples for validation.
+
+        Raises:
+            DataError, ConfigError: see :meth:`Kind.load <rnode_plugin.experiments.recipes.kind.Kind.load>`.
+        """
+        return self.kind.load(self.data, download=download, val=None if all_val else self.training.val_images)
+
+    @property
+    def pictured(self) -> SampleRequest:
+        """The samples in a picture of a run."""
+        training = self.training
+        return SampleRequest(
+            count=training.sample_images, temperatures=training.sample_temperatures, seed=training.seed
+        )
 
     @property
     def lambdas(self) -> dict[str, float]:
@@ -354,7 +386,7 @@ class Recipe:
             "models",
             self.model.name,
             self.data.event,
-            **self.model.options,
+            **{name: value for name, value in vars(self.model).items() if name not in ("name", "kind")},
             **self.data.model_options,
             solver=self.test_solver,
             regularizers=self.measured,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -31,69 +31,6 @@ def _known_precision(name: str) -> str:
         raise ConfigError(f"unknown precision {name!r}; did you mean {meant!r}?")
     check_name(name, _PRECISIONS, "precision")
     return name
-
-
-class _Options:
-    """Gives the settings of a model to its constructor. All of them are options, except for its name and kind."""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of the model."""
-        return {name: value for name, value in vars(self).items() if name not in ("name", "kind")}
-
-
-@dataclass(frozen=True, config=CONFIG)
-class Model(_Options):
-    """Settings of the flow for images.
-
-    Attributes:
-        name: a model that is registered with the plugin host; ``MultiscaleFlow`` is the paper's.
-        hidden: channels of the hidden convolutions of a block's field.
-        layers: convolutions of a block's field.
-        alpha: margin of the logit transform, ``y = logit(alpha + (1 - 2 alpha) x)``.
-        trace_noise: distribution of the noise of the divergence estimate while training. The paper's recipes have
-            ``gaussian``. Evaluations take signs, ``rademacher``, in either case.
-    """
-
-    name: Annotated[Text, KeptBy.WEIGHTS] = "MultiscaleFlow"
-    hidden: Annotated[PositiveInt, KeptBy.WEIGHTS] = 64
-    layers: Annotated[PositiveInt, KeptBy.WEIGHTS] = 4
-    alpha: Annotated[float, Field(gt=0, lt=0.5), KeptBy.RESUME] = 0.05
-    trace_noise: Literal["rademacher", "gaussian"] = "rademacher"
-
-    @property
-    def total_layers(self) -> int:
-        """Number of layers that a file can ask for with these settings. The shape decides the number of blocks."""
-        return self.layers
-
-
-@dataclass(frozen=True, config=CONFIG)
-class TableModel(_Options):
-    """Settings of the flow for a table.
-
-    Attributes:
-        name: a model that is registered with the plugin host; ``TableFlow`` comes with the package.
-        hidden: width of a block's field, a multilayer perceptron.
-        layers: linear layers of the perceptron.
-        activation: activation function of the perceptron: ``softplus``, ``tanh``, ``elu``, ``silu`` or ``gelu``.
-        blocks: flows one after the other, each with its own field.
-        trace_noise: ``exact`` for the exact divergence, or the distribution of the noise in its estimate while
-            training. ``auto`` is exact for up to 16 columns, else ``rademacher``.
-        kind: marks the settings of a table's model.
-    """
-
-    name: Annotated[Text, KeptBy.WEIGHTS] = "TableFlow"
-    hidden: Annotated[PositiveInt, KeptBy.WEIGHTS] = 64
-    layers: Annotated[PositiveInt, KeptBy.WEIGHTS] = 3
-    activation: Annotated[Literal["softplus", "tanh", "elu", "silu", "gelu"], KeptBy.WEIGHTS] = "softplus"
-    blocks: Annotated[PositiveInt, KeptBy.WEIGHTS] = 1
-    trace_noise: Literal["auto", "exact", "gaussian", "rademacher"] = "auto"
-    kind: Literal["table"] = "table"
-
-    @property
-    def total_layers(self) -> int:
-        """Number of layers of all blocks."""
-        return self.layers * self.blocks
 
 
 @dataclass(frozen=True, config=CONFIG)

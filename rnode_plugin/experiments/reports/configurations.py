@@ -17,7 +17,7 @@ from ...errors import RnodeError
 from ..evaluation.likelihood import has_whole_jacobian
 from ..evaluation.measures import Evaluation, mean_of
 from ..quantities import numbers_of, scores_of
-from ..recipes.kinds import AnyKind
+from ..recipes.kind import Kind
 from ..recipes.recipe import Recipe
 from ..runs.contents import RunContents
 from .runs import configuration_of, data_name, data_text, given_name, penalties_of, settings_of
@@ -52,7 +52,7 @@ class Configuration:
         return self.runs[0].recipe
 
     @property
-    def kind(self) -> AnyKind:
+    def kind(self) -> Kind:
         """What the runs of a report model, with its words and units. All have one kind."""
         return self.recipe.kind
 

@@ -18,7 +18,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ...analysis.result import VERDICTS, Check
 from ..quantities import state_of
 from ..recipes.recipe import as_text
-from ..recipes.tasks import task_of
 from ..runs.contents import Picture, RunContents
 from .configurations import Configuration
 from .diagnosis import draw_check
@@ -152,8 +151,8 @@ def _diagnoses(configurations: Sequence[Configuration]) -> Iterator[_Diagnosed]:
 
 def _units(one: Configuration, dims: int) -> str:
     """How the NLL of a diagnosis becomes a score, which is linear in it, and which solvers its NFE belong to."""
-    kind, task = one.kind, task_of(one.recipe.data)
-    zero, unit = task.scores(torch.tensor([0.0, -dims], dtype=torch.float64)).tolist()
+    kind = one.kind
+    zero, unit = kind.scores(one.recipe.data, torch.tensor([0.0, -dims], dtype=torch.float64)).tolist()
     score = kind.unit if kind.unit == kind.likelihood else f"{kind.likelihood} [{kind.unit}]"
     shift = f"{zero:.4f} + " if zero else ""
     return (

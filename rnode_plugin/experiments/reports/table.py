@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ...core.schedules import strength_text
 from ...text import change_with_error
 from ..quantities import Entry, overlap_text, state_of, steps_of, table_of, worse_than_baseline
-from ..recipes.kinds import AnyKind
+from ..recipes.kind import Kind
 from ..runs.contents import RunContents
 from .configurations import Configuration, Difference, base_of, paired_difference
 
@@ -117,7 +117,7 @@ def _compared(one: Configuration, base: Configuration) -> Difference | None:
     return None if one is base else paired_difference(one, base)
 
 
-def _change(found: Difference, kind: AnyKind) -> str:
+def _change(found: Difference, kind: Kind) -> str:
     return f"{change_with_error(found.mean, found.error)} {kind.short_unit}"
 
 

@@ -86,7 +86,7 @@ def read_metrics(path: Path, metric: str) -> Metrics:
 
     Args:
         path: a ``metrics.csv``.
-        metric: the score of the task, ``bpd`` or ``nll``.
+        metric: the score of the kind, ``bpd`` or ``nll``.
 
     Raises:
         ConfigError: the file cannot be read, or does not hold a table.

@@ -391,15 +391,8 @@ class SampleGrids(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         module = cast("RnodeModule", pl_module)
-        training = module.recipe.training
+        recipe, path = module.recipe, self._after_step.run.picture(trainer.global_step)
         try:
-            module.task.save_picture(
-                module.flow,
-                self._after_step.run.picture(trainer.global_step),
-                count=training.sample_images,
-                temperatures=training.sample_temperatures,
-                seed=training.seed,
-                data=None,
-            )
+            recipe.kind.save_picture(recipe.data, module.flow, path, recipe.pictured)
         except SolverError as error:  # a latent far out may fail where no image does, so training continues
             print(f"no grid of samples at step {trainer.global_step}: {error}", file=sys.stderr)

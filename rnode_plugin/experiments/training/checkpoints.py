@@ -31,7 +31,6 @@ from ...solvers import FixedGrid
 from ...text import batch_counter
 from ..data import ImageData, Table
 from ..data.facts import Facts, Overlap, doubt
-from ..recipes.data import AnyData, TableData
 from ..recipes.recipe import Recipe
 from ..runs.contents import RunContents
 from ..runs.run import LAST, checkpoint_files, find_checkpoint
@@ -235,7 +234,7 @@ def load_weights(
     contents = read_checkpoint(file)
     there, here = recipe_of(contents, file).data, recipe.data
     # the weights include the mean and deviation of each column, which would scale other columns without an error
-    if _columns(there) != _columns(here):
+    if (there.modeled, there.given) != (here.modeled, here.given):
         raise CheckpointError(f"the weights of {file} are of other data: {there.text} there and {here.text} here.")
     put_weights(flow, contents, f"the weights of {file} do not fit this model")
     facts = facts_of(contents)
@@ -253,11 +252,6 @@ def overlap_at_start(facts: Facts | None, data: ImageData | Table, recipe: Recip
     if facts is None or (data.held_out_hashes is None and facts.describe(data)):
         return None
     return Overlap.of(facts, data, workers=recipe.data.workers, progress=batch_counter("comparing the pictures"))
-
-
-def _columns(data: AnyData) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """Return the modeled and the given columns of a table; None for images."""
-    return (data.modeled, data.given) if isinstance(data, TableData) else None
 
 
 def _state_in(contents: Contents) -> dict[str, object]:

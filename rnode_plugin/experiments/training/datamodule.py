@@ -17,8 +17,7 @@ from ...errors import ConfigError
 from ..data import ImageArray, ImageData, Table
 from ..data.batches import ArrayDataset, keep_batch, leave_signals_to_parent, signals_held_back
 from ..recipes.recipe import Recipe
-from ..recipes.tasks import load_data
-from .plan import batch_size, steps_per_epoch
+from .plan import steps_per_epoch
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset, Sampler
@@ -177,13 +176,13 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
             DataError: the data set is missing or does not fit the recipe.
         """
         if self._data is None:
-            self._data = cast("D", load_data(self.recipe))
+            self._data = cast("D", self.recipe.load_data())
         return self._data
 
     def prepare_data(self) -> None:
         """Download the data set if it is missing. Lightning calls this in one process per machine."""
         if self._data is None and self._download:
-            load_data(self.recipe, download=True)
+            self.recipe.load_data(download=True)
 
     def setup(self, stage: str) -> None:
         """Refuse samples that fill no step, and a Trainer that takes them in another order.
@@ -204,7 +203,7 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
         world, rank, accumulate = self._share
         order = StepOrder(
             len(self.data.train),
-            batch_size=batch_size(self.recipe, len(self.data.train)),
+            batch_size=self.recipe.kind.batch_size(self.recipe.data, len(self.data.train)),
             seed=self.recipe.training.seed,
             accumulate=accumulate,
             world=world,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -14,8 +13,6 @@ from ..data import ImageData, Table
 from ..data.facts import Facts
 from ..data.hashes import NONE
 from ..recipes.recipe import Recipe
-from ..recipes.task import AnyTask
-from ..recipes.tasks import load_data, task_of
 from .checkpoints import load_weights
 from .plan import Resumed, RunPlan
 from .step import Loss, loss_of
@@ -81,10 +78,10 @@ class Experiment:
             PluginError: a plugin failed.
         """
         if data is None:
-            data = load_data(recipe, download=download)
+            data = recipe.load_data(download=download)
         flow = new_flow(recipe)
         # before the weights, because a checkpoint brings its own means and deviations and must have the last word
-        task_of(recipe.data).fit_statistics(flow, data)
+        recipe.kind.fit_statistics(flow, data)
         before: Facts | None = Facts(trained_on=NONE)
         if resumed is not None:
             resumed = resumed.put_into(flow, data, recipe)
@@ -110,17 +107,12 @@ class Experiment:
     @functools.cached_property
     def facts(self) -> Facts:
         """The facts of the data, and of what the weights of the first step were trained on."""
-        return dataclasses.replace(self.task.facts(self.data), trained_on=self.trained_on)
+        return Facts.of(self.data, self.recipe.data.given, trained_on=self.trained_on)
 
     @property
     def done(self) -> int:
         """The number of steps that the run has taken before."""
         return 0 if self.resumed is None else self.resumed.done
-
-    @functools.cached_property
-    def task(self) -> AnyTask:
-        """What the recipe models, which loads, scores and draws samples."""
-        return task_of(self.recipe.data)
 
 
 def new_flow(recipe: Recipe) -> DensityModel:

@@ -17,14 +17,14 @@ from ...solvers import FixedGrid, get_method
 from ...text import batch_counter
 from ..data.facts import Overlap
 from ..evaluation.likelihood import evaluate
-from ..recipes.recipe import Data, Model, Recipe
+from ..recipes.recipe import Recipe
 from ..runs.results import Result
 from ..runs.run import Run, training_lock
 from .checkpoints import load_with_recipe
 from .experiment import Experiment
 from .failures import ended_with_first_process, translate_errors
 from .loggers import check_loggers, make_logger
-from .plan import Resumed, RunOptions, RunPlan, batch_size
+from .plan import Resumed, RunOptions, RunPlan
 
 if TYPE_CHECKING:
     import pytorch_lightning as L
@@ -199,7 +199,7 @@ def _announce(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, run: Ru
     if data.held_out is not data.val:  # the data of a table have three parts
         counts += f", {len(data.val):,} to choose the weights by"
     device, world = trainer.strategy.root_device, trainer.world_size
-    batch, accumulate = batch_size(recipe, len(data.train)), recipe.training.accumulate
+    batch, accumulate = recipe.kind.batch_size(recipe.data, len(data.train)), recipe.training.accumulate
     size = f"batch {batch}"
     if (whole := batch * world * accumulate) > batch:  # by which a learning rate and the figures of a paper go
         size += f" x {world} devices" if world > 1 else ""
@@ -223,19 +223,13 @@ def _announce(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, run: Ru
 
 
 def _step_memory(recipe: Recipe, batch: int) -> float:
-    """Estimate the bytes that a step keeps for its backward pass; 0 for models and solvers without an estimate.
-
-    A MultiscaleFlow keeps 18 to 20 arrays of the size of a hidden layer for an image and evaluation, by the memory
-    of steps of ``mnist`` and ``cifar10``.
-    """
-    data, model, solver = recipe.data, recipe.model, recipe.solver
-    if not (isinstance(data, Data) and isinstance(model, Model) and model.name == Model.name):
-        return 0.0
+    """Estimate the bytes that a step keeps for its backward pass; 0 for models and solvers without an estimate."""
+    solver = recipe.solver
     if not (isinstance(solver, FixedGrid) and solver.gradient == "autograd"):
         return 0.0
     steps = 1 if solver.step is None else math.ceil(round(1 / solver.step, 6))
     evaluations = steps * get_method(solver.method).stages
-    return 20.0 * 4 * model.hidden * math.prod(data.shape[1:]) * evaluations * batch
+    return recipe.kind.memory(recipe.data, recipe.model) * evaluations * batch
 
 
 def _conclude(
@@ -247,7 +241,7 @@ def _conclude(
         TrainingError: a solve of held-out samples failed. The weights stay, and the message has the command that
             evaluates them again.
     """
-    recipe, data, task = experiment.recipe, experiment.data, experiment.task
+    recipe, data = experiment.recipe, experiment.data
     # from the file, because the flow that was trained has the last weights
     flow, _, facts = load_with_recipe(run.best, map_location=device)
     comparing = batch_counter("comparing the pictures") if progress else None
@@ -256,13 +250,13 @@ def _conclude(
         evaluation = evaluate(
             flow,
             data.held_out,
-            task=task,
+            settings=recipe.data,
             batch_size=recipe.data.val_batch_size,
             solver=recipe.test_solver,  # a run that was resumed may name another one than its best weights
             seed=recipe.training.seed,
             training_solver=recipe.solver,
             progress=batch_counter("evaluating the best weights") if progress else None,
-        ).with_baselines(task, data)
+        ).with_baselines(recipe.data, data)
     except SolverError as error:
         raise TrainingError(
             f"training is done, but its best weights could not be evaluated: {error} They are in {run.best}; "
@@ -272,14 +266,7 @@ def _conclude(
     if recipe.training.sample_images:
         try:
             picture = run.picture()
-            task.save_picture(
-                flow,
-                picture,
-                count=recipe.training.sample_images,
-                temperatures=recipe.training.sample_temperatures,
-                seed=recipe.training.seed,
-                data=data,
-            )
+            recipe.kind.save_picture(recipe.data, flow, picture, recipe.pictured, data=data)
             samples = picture
         except SolverError as error:  # a latent far out may fail where no held-out sample does
             print(f"no picture of samples of the best weights: {error}", file=sys.stderr)

@@ -21,7 +21,6 @@ from ...errors import ConfigError, LocalError, SolverError, TrainingError
 from ..data.facts import Facts, Overlap, doubt
 from ..data.hashes import NONE, hashes_of, united
 from ..recipes.recipe import Recipe, as_text
-from ..recipes.tasks import task_of
 from .checkpoints import facts_of, header_with, load_weights, overlap_at_start
 from .datamodule import RecipeDataModule, RecipeLoader
 from .experiment import new_flow
@@ -78,7 +77,6 @@ class RnodeModule(L.LightningModule):
         flow, loss: the model and the loss.
         facts: the facts of the training data, with the hashes up to the last checkpoint; None before training, or
             if the Trainer was given loaders.
-        task: the task of the recipe.
         own_values: what the last step has logged, as means over its batches on this device. Some are tensors, and
             reading them waits for the device.
 
@@ -107,7 +105,7 @@ class RnodeModule(L.LightningModule):
             recipe = Recipe.from_plain(recipe)
         # as plain data, because a checkpoint with an object of ours could only be read by running code
         self.save_hyperparameters({"recipe": recipe.to_plain()})
-        self.recipe, self.task = recipe, task_of(recipe.data)
+        self.recipe = recipe
         self.flow = new_flow(recipe) if flow is None else flow
         self.loss = loss_of(self.flow, recipe) if loss is None else loss
         self.facts, self._compares = facts, facts is None  # the caller has compared the facts with the data
@@ -192,7 +190,7 @@ class RnodeModule(L.LightningModule):
             # Lightning repeats the last value of a name in each later step, where it would look measured
             values = {**values, "train/matching": math.nan}
         for name, value in values.items():
-            shown = name in (f"train/{self.task.kind.metric}", "train/matching", "train/nfe")
+            shown = name in (f"train/{self.recipe.kind.metric}", "train/matching", "train/nfe")
             # as a tensor on the CPU: Lightning would copy a number to the device, which waits for the device
             value = value if isinstance(value, Tensor) else torch.tensor(float(value))
             self.log(name, value, prog_bar=shown, logger=self._to_loggers)
@@ -236,7 +234,7 @@ class RnodeModule(L.LightningModule):
         self._refuse_precision()
         self._refuse_other_runs(data)
         if self._is_fresh and data is not None:
-            self.task.fit_statistics(self.flow, data)
+            self.recipe.kind.fit_statistics(self.flow, data)
 
     def _refuse_precision(self) -> None:
         """Refuse a Trainer that rounds the samples, and say what else it decides other than the recipe.
@@ -274,7 +272,7 @@ class RnodeModule(L.LightningModule):
         if data is not None:
             own["the number of training samples"] = f"{len(data.train):,}"
             own["the number of held-out samples"] = f"{len(data.held_out):,}"
-            own["the hash of the data"] = "/".join(map(str, self.task.facts(data).identity))
+            own["the hash of the data"] = "/".join(map(str, Facts.of(data, self.recipe.data.given).identity))
         first, *others = self._of_all(own)
         for rank, other in enumerate(others, start=1):
             for what in {**first, **other}:
@@ -302,7 +300,7 @@ class RnodeModule(L.LightningModule):
                 self._print(doubt(before, data, overlap_at_start(before, data, self.recipe)))
         known = before and before.trained_on
         if data is not None and self._compares:
-            self.facts = dataclasses.replace(self.task.facts(data), trained_on=known)
+            self.facts = dataclasses.replace(Facts.of(data, self.recipe.data.given), trained_on=known)
         elif (
             data is None and self.facts is not None
         ):  # loaders of the user, whose samples are not those of a data set
@@ -381,9 +379,8 @@ class RnodeModule(L.LightningModule):
             # autograd, which that mode does not allow, and a tensor that was made in it has to be cloned
             with torch.inference_mode(False), torch.no_grad():
                 row = measure_batch(
-                    self.flow, self.task, batch.clone(), seed=self.recipe.training.seed,
+                    self.flow, self.recipe, batch.clone(),
                     index=batch_idx * self.trainer.world_size + self.global_rank,
-                    training_solver=self.recipe.solver,
                 )  # fmt: skip
         except SolverError as error:
             where = f"in the validation at training step {self.global_step}"
@@ -398,7 +395,7 @@ class RnodeModule(L.LightningModule):
             found = [(row[name], samples) for row, samples in measured if name in row]
             # fsum is exact, whatever the order, so the mean does not depend on the number of devices
             mean = math.fsum(value * samples for value, samples in found) / sum(samples for _, samples in found)
-            shown = name == self.task.kind.metric
+            shown = name == self.recipe.kind.metric
             # all processes have the same mean, which Lightning's own mean over them could round
             several = self.trainer.world_size > 1
             self.log(
@@ -409,12 +406,12 @@ class RnodeModule(L.LightningModule):
         """Warn once if the error of the training solver is larger than the kind allows."""
         gap = float(self.trainer.callback_metrics.get("val/gap", 0.0))
         matched = self.global_step <= self.recipe.matching != 0  # flow matching trains without any solver
-        if abs(gap) <= self.task.kind.max_gap or self._warned or matched or self.trainer.sanity_checking:
+        if abs(gap) <= self.recipe.kind.max_gap or self._warned or matched or self.trainer.sanity_checking:
             return
         self._warned = True
         rounds = "mixed" in str(self.trainer.precision)
         self._print(
-            f"warning: at step {self.global_step} the training solver is off by {gap:+.3f} {self.task.kind.unit} "
+            f"warning: at step {self.global_step} the training solver is off by {gap:+.3f} {self.recipe.kind.unit} "
             "from the accurate one (val/gap), so the model learns its errors: lower solver.step"
             f"{', train in 32-true' if rounds else ''}, or raise the lambdas."
         )

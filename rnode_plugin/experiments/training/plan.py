@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from ...errors import CheckpointError, ConfigError, first_line
 from ..data.facts import Facts, doubt, refuse_leak
 from ..recipes.fields import KeptBy
-from ..recipes.kinds import ROWS
 from ..recipes.recipe import Recipe, differences
 from ..runs.run import Run
 from .checkpoints import (
@@ -141,22 +140,13 @@ class RunPlan:
         return {first: what for first, end, what in sorted(found) if end > done}
 
 
-def batch_size(recipe: Recipe, samples: int) -> int:
-    """Return the number of samples in a batch of one device.
-
-    A step takes full batches only, so a table with fewer training rows than a batch is one batch.
-    """
-    size = recipe.data.batch_size
-    return min(size, samples) if recipe.kind is ROWS else size
-
-
 def steps_per_epoch(recipe: Recipe, samples: int, devices: int = 1) -> int:
     """Count the optimizer steps of one pass through the training samples.
 
     Raises:
         ConfigError: the samples do not fill one step.
     """
-    batch, accumulate = batch_size(recipe, samples), recipe.training.accumulate
+    batch, accumulate = recipe.kind.batch_size(recipe.data, samples), recipe.training.accumulate
     if steps := samples // (batch * devices * accumulate):
         return steps
     each = f" on each of {devices} devices" if devices > 1 else ""

@@ -17,8 +17,6 @@ from ...core.tf32 import without_tf32
 from ...errors import ConfigError, SolverError
 from ...solvers import HealthCheck, Solver, all_finite, check_all
 from ..recipes.settings import Training
-from ..recipes.task import AnyTask
-from ..recipes.tasks import task_of
 
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
@@ -76,14 +74,15 @@ class LikelihoodLoss:
     """
 
     def __init__(self, flow: DensityModel, recipe: Recipe) -> None:
-        self._flow, self._measured, self._task = flow, recipe.measured, task_of(recipe.data)
+        self._flow, self._recipe, self._measured = flow, recipe, recipe.measured
         solver = replace(recipe.solver, compile=recipe.training.compile)
         self._options: dict[str, Any] = {"solver": solver, "check": False}
         self._lambdas = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
 
     def __call__(self, batch: Tensor, step: int) -> StepTerms:
-        inputs = self._task.training_inputs(batch)
-        dims, metric = self._flow.dims, self._task.kind.metric
+        kind, data = self._recipe.kind, self._recipe.data
+        inputs = kind.training_inputs(data, batch)
+        dims, metric = self._flow.dims, kind.metric
         # without a positive lambda a step integrates no penalties. Validations measure them in any case
         penalized = bool(self._lambdas)
         try:
@@ -108,7 +107,7 @@ class LikelihoodLoss:
         if output.health:
             usable = usable & all_finite(output.health)
         one = torch.where(usable, 1.0, torch.nan).to(goal.loss.dtype)
-        loss, score = one * goal.loss, one * self._task.scores(log_prob.detach()).mean()
+        loss, score = one * goal.loss, one * kind.scores(data, log_prob.detach()).mean()
         means = {name: value.detach().mean() for name, value in output.regularization.items()}
         penalties = {name: one * mean for name, mean in per_dim(means, dims=dims, undivided=whole).items()}
         row = {"loss": loss.detach(), metric: score, "nfe": float(output.nfe), **penalties}
@@ -119,10 +118,10 @@ class MatchingLoss:
     """Computes flow matching, the squared error of the velocity per dimension, by one evaluation of each block."""
 
     def __init__(self, flow: FlowOfBlocks, recipe: Recipe) -> None:
-        self._flow, self._task = flow, task_of(recipe.data)
+        self._flow, self._recipe = flow, recipe
 
     def __call__(self, batch: Tensor, step: int) -> StepTerms:
-        inputs = self._task.training_inputs(batch)
+        inputs = self._recipe.kind.training_inputs(self._recipe.data, batch)
         loss = self._flow.matching_loss(inputs.x, context=inputs.context).mean() / inputs.x[0].numel()
         loss = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan) * loss
         return StepTerms(loss, {"matching": loss.detach(), "nfe": float(len(self._flow.block_shapes))})
@@ -160,32 +159,31 @@ def loss_of(flow: DensityModel, recipe: Recipe) -> Loss:
 
 def measure_batch(
     flow: DensityModel,
-    task: AnyTask,
+    recipe: Recipe,
     batch: Tensor,
     *,
-    seed: int,
     index: int,
-    training_solver: Solver,
 ) -> dict[str, Tensor | float]:
     """Measure a batch of held-out samples with the flow's own solver and random signs, as means over its samples.
 
     These are the score in its unit, ``nfe`` without evaluations that only a penalty asks for, and each
     penalty, per dimension where the objective divides it. For the first batch there is also ``gap``, the score with
-    ``training_solver`` minus the score with the accurate solver, if the former is a fixed grid. The noise is a
-    function of the seed and the number of the batch, so that two validations differ by the weights alone.
+    the training solver minus the score with the accurate one, if the former is a fixed grid. The noise is a
+    function of the recipe's seed and the number of the batch, so that two validations differ by the weights alone.
 
     Raises:
         SolverError: the accurate integration failed.
     """
+    kind, training_solver, seed = recipe.kind, recipe.solver, recipe.training.seed
     # whatever noise the flow trains with
     flow = flow.solved_with(estimator=flow.estimator.for_evaluation, regularizers=flow.regularizers)
 
     def scored(solver: Solver | None = None, *, penalties: bool) -> tuple[Tensor, FlowOutput]:
         with seeded(seed, Stream.VALIDATE, 0, index):  # an evaluation has three numbers, so other noise
-            x, context = task.inputs(batch)
+            x, context = kind.inputs(recipe.data, batch)
             solver = (solver or flow.solver).full_quadrature
             output = flow.encode(x, context=context, solver=solver, penalties=penalties)
-        return task.scores(flow.log_prob_of(output)), output
+        return kind.scores(recipe.data, flow.log_prob_of(output)), output
 
     # score and NFE come from a solve that no penalty has changed, so some penalties take another solve
     apart = flow.regularizers.adds_evaluations
@@ -196,7 +194,7 @@ def measure_batch(
         integrals = (scored(penalties=True)[1] if apart else output).regularization
     whole = flow.regularizers.undivided
     means = {name: value.mean() for name, value in integrals.items()}
-    row = {task.kind.metric: scores.mean(), "nfe": float(output.nfe)}
+    row = {kind.metric: scores.mean(), "nfe": float(output.nfe)}
     row |= per_dim(means, dims=flow.dims, undivided=whole)
     if index == 0 and not training_solver.adaptive:
         gap = measure_solver_gap(
