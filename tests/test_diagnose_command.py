@@ -104,9 +104,8 @@ def test_weights_outside_of_a_run(trained: Path, tmp_path: Path, monkeypatch: py
 
 def test_the_report_shows_it(trained: Path, diagnosed: Result, tmp_path: Path) -> None:
     assert diagnosed.exit_code == CHECK_FAILED
-    of_run = Run(trained).read().diagnosed
-    assert of_run is not None
-    found = of_run.diagnosis
+    found = Run(trained).read().diagnosed
+    assert found is not None
     assert [check.name for check in found.checks] == NAMES
     result = rnode("report", str(trained), "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output

@@ -666,8 +666,7 @@ def test_an_axis_of_evaluations_has_whole_numbers() -> None:
 ])  # fmt: skip
 def test_a_diagnosis_is_related_to_the_results(tmp_path: Path, recipe: Recipe, dims: int, conversion: str) -> None:
     run = Run(write_run(tmp_path / "0", recipe, **FEW))
-    diagnosis = dataclasses.replace(DIAGNOSED.diagnosis, checks=DIAGNOSED.diagnosis.checks[1:], dims=dims)
-    run.add_diagnosis(dataclasses.replace(DIAGNOSED, diagnosis=diagnosis), {})
+    run.add_diagnosis(dataclasses.replace(DIAGNOSED, checks=DIAGNOSED.checks[1:], dims=dims), {})
     text = write_report([run.path], tmp_path / "out").html.read_text()
     assert conversion in text
     assert f"The NFE of the results are by {recipe.test_solver.text}." in text

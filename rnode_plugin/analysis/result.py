@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import TypeAdapter
 
@@ -70,17 +70,14 @@ class Diagnosis:
 
     def to_plain(self) -> dict[str, object]:
         """Convert to dictionaries, lists, numbers and texts for JSON; a number that is not finite becomes None."""
-        return json.loads(_PLAIN.dump_json(self))
+        return json.loads(TypeAdapter(type(self)).dump_json(self))
 
-    @staticmethod
-    def from_plain(plain: Any) -> Diagnosis:
+    @classmethod
+    def from_plain(cls, plain: Any) -> Self:
         """The inverse of :meth:`to_plain`; None becomes NaN.
 
         Raises:
             ConfigError: if ``plain`` is not a diagnosis.
         """
         with refused("diagnosis"):
-            return _PLAIN.validate_python(plain)
-
-
-_PLAIN = TypeAdapter(Diagnosis)
+            return TypeAdapter(cls).validate_python(plain)

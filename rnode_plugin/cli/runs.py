@@ -216,7 +216,7 @@ def diagnose(
     target = Run(Path(out))
     _warn_if_unfinished(path)
     held_out = held_out_samples(recipe, data, samples or compared_for(flow.dims), seed=seed)
-    diagnosis = diagnose(
+    found = diagnose(
         flow,
         held_out.x.to(torch_device),
         context=None if held_out.context is None else held_out.context.to(torch_device),
@@ -225,12 +225,12 @@ def diagnose(
         seed=seed,
         progress=None if quiet else lambda name: click.echo(f"checking: {name}", err=True),
     )
-    diagnosed = DiagnosedWeights(
-        checkpoint=str(path), recipe=recipe.name, weights=recipe.weights, diagnosis=diagnosis, overlap=overlap
+    diagnosis = DiagnosedWeights(
+        **vars(found), checkpoint=str(path), recipe=recipe.name, weights=recipe.weights, overlap=overlap
     )
-    save_diagnosis(diagnosed, target)
+    save_diagnosis(diagnosis, target)
     if as_json:
-        print_json(diagnosed.to_plain())
+        print_json(diagnosis.to_plain())
     else:
         text = click.HelpFormatter(width=min(120, shutil.get_terminal_size().columns))
         text.write_dl([(f"{check.name}: {check.verdict}", check.sentence) for check in diagnosis.checks])

@@ -66,8 +66,7 @@ class Facts:
 
     def to_plain(self) -> dict[str, Any]:
         """Convert the identity of the data to dictionaries, lists, numbers and texts, for JSON and checkpoints."""
-        plain = _FACTS.dump_python(dataclasses.replace(self, trained_on=None), mode="json")
-        return {name: value for name, value in plain.items() if value is not None}
+        return _FACTS.dump_python(self, mode="json", exclude={"trained_on"}, exclude_none=True)
 
     @property
     def identity(self) -> tuple[str | None, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from ...validation import NULL_IS_NAN
 from ..data.facts import Overlap
@@ -89,13 +90,8 @@ class Evaluation:
 
     def to_plain(self, *, samples: bool = False) -> dict[str, Any]:
         """Convert the results to plain data for JSON. ``samples`` adds the values of all samples to the means."""
-        plain = dataclasses.asdict(self)
-        if self.bound is None:
-            del plain["bound"]
-        bounds = [] if self.bound is None else [plain["bound"]]
-        for mean in [*plain["means"].values(), *bounds] if not samples else ():
-            del mean["samples"]
-        return plain
+        left_out: dict[str, Any] = {"means": {"__all__": {"samples"}}, "bound": {"samples"}}
+        return TypeAdapter(Evaluation).dump_python(self, exclude=None if samples else left_out)
 
 
 def mean_of(scores: np.ndarray) -> Mean:

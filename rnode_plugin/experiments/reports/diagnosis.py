@@ -25,7 +25,7 @@ _Painter = Callable[["Figure", Check], None]
 def save_diagnosis(diagnosed: DiagnosedWeights, run: Run) -> None:
     """Write a diagnosis and its figures into the folder of a run."""
     figures: dict[str, bytes] = {}
-    for check in diagnosed.diagnosis.checks:
+    for check in diagnosed.checks:
         drawing = draw_check(check, check.file_name)
         figures |= {} if drawing is None else drawing.files(check.file_name)
     run.add_diagnosis(diagnosed, figures)

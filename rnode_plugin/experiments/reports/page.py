@@ -141,12 +141,11 @@ def _diagnoses(configurations: Sequence[Configuration]) -> Iterator[_Diagnosed]:
         if run.diagnosed is not None
     ]
     for number, (one, run, diagnosed) in enumerate(runs, 1):
-        found = diagnosed.diagnosis
         label = one.label if len(one.measured_runs) == 1 else f"{one.label}, seed {run.recipe.training.seed}"
-        names = [f"diagnosis-{number}-{check.file_name}" for check in found.checks]
-        checks = zip(found.checks, names, strict=True)
+        names = [f"diagnosis-{number}-{check.file_name}" for check in diagnosed.checks]
+        checks = zip(diagnosed.checks, names, strict=True)
         drawn = [(each, name, draw_check(each, name)) for each, name in checks]
-        yield _Diagnosed(label, found.samples, _units(one, found.dims), drawn)
+        yield _Diagnosed(label, diagnosed.samples, _units(one, diagnosed.dims), drawn)
 
 
 def _units(one: Configuration, dims: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -73,29 +72,10 @@ class Environment:
         plain = dataclasses.asdict(self)
         return {**plain.pop("packages"), **plain}
 
-    @staticmethod
-    def from_plain(plain: object) -> Environment:
-        """Make an environment from what :meth:`to_plain` gives.
-
-        Raises:
-            ValueError: ``plain`` is not an environment.
-        """
-        found = _OBJECT.validate_python(plain)
-        # a run of another version may have recorded other packages, so every name other than a field is a package
-        own = {field.name for field in dataclasses.fields(Environment)}
-        packages = {name: value for name, value in found.items() if name not in own}
-        return _ENVIRONMENT.validate_python({**found, "packages": packages})
-
-
-_KEY = "facts"
-_OBJECT = TypeAdapter(dict[str, object])
-_ENVIRONMENT = TypeAdapter(Environment)
-
 
 def write_environment(path: Path, environment: Environment, facts: Facts | None) -> None:
     """Write an ``environment.json``, with a copy of the facts in the checkpoints of the run."""
-    plain = None if facts is None else facts.to_plain()
-    write_json(path, {**environment.to_plain(), _KEY: plain})
+    write_json(path, {**environment.to_plain(), "facts": None if facts is None else facts.to_plain()})
 
 
 def read_environment(path: Path) -> tuple[Environment | None, Facts | None]:
@@ -107,6 +87,9 @@ def read_environment(path: Path) -> tuple[Environment | None, Facts | None]:
     with reading(path) as text:
         if text is None:
             return None, None
-        plain = _OBJECT.validate_python(json.loads(text))
-        facts = Facts.from_plain(plain.pop(_KEY, None))
-        return Environment.from_plain(plain), facts
+        plain = TypeAdapter(dict[str, object]).validate_json(text)
+        facts = Facts.from_plain(plain.pop("facts", None))
+        # a run of another version may have recorded other packages, so every name other than a field is a package
+        own = {field.name for field in dataclasses.fields(Environment)}
+        packages = {name: value for name, value in plain.items() if name not in own}
+        return TypeAdapter(Environment).validate_python({**plain, "packages": packages}), facts

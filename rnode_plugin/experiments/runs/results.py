@@ -126,46 +126,20 @@ def refuse_cut_off(path: Path, unit: str, found: int, expected: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiagnosedWeights:
-    """A diagnosis, and the weights that were diagnosed.
+class DiagnosedWeights(Diagnosis):
+    """A diagnosis of the weights in a file.
 
     Attributes:
         checkpoint: the file of the weights.
         recipe: name of their recipe.
         weights: which weights they are, ``as trained`` or an average.
-        diagnosis: all checks.
         overlap: the number of held-out samples that the weights were trained on; None if it is not known.
     """
 
     checkpoint: str
     recipe: str
     weights: str
-    diagnosis: Diagnosis
     overlap: Overlap | None = None
-
-    def to_plain(self) -> dict[str, object]:
-        """Convert to plain data for JSON, the weights first and then what :meth:`Diagnosis.to_plain` gives."""
-        return {
-            "checkpoint": self.checkpoint,
-            "recipe": self.recipe,
-            "weights": self.weights,
-            "overlap": None if self.overlap is None else dataclasses.asdict(self.overlap),
-            **self.diagnosis.to_plain(),
-        }
-
-    @staticmethod
-    def from_plain(plain: object) -> DiagnosedWeights:
-        """Make a diagnosis of weights from what :meth:`to_plain` gives.
-
-        Raises:
-            ValueError: ``plain`` is not a diagnosis.
-        """
-        diagnosis = Diagnosis.from_plain(plain)
-        return _DIAGNOSED.validate_python({**_FACTS.validate_python(plain), "diagnosis": diagnosis})
-
-
-_FACTS = TypeAdapter(dict[str, object])
-_DIAGNOSED = TypeAdapter(DiagnosedWeights)
 
 
 def write_diagnosis(path: Path, diagnosed: DiagnosedWeights) -> None:

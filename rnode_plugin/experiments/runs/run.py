@@ -302,7 +302,7 @@ class Run:
         from .results import write_diagnosis
 
         self.replace_links()
-        for check in diagnosed.diagnosis.checks:  # one that has no figure now may have had one before
+        for check in diagnosed.checks:  # one that has no figure now may have had one before
             for suffix in ("png", "svg"):
                 (self.figures / f"{check.file_name}.{suffix}").unlink(missing_ok=True)
         for name, contents in figures.items():
