@@ -707,6 +707,8 @@ def test_the_last_of_several_runs_knows_all_sets(tmp_path: Path) -> None:
     assert json.loads(rnode("eval", alone, "--quiet", "--json", "--summary").stdout)["overlap"] is None
     assert re.search("^trained on +unknown rows$", rnode("eval", alone, "--quiet").stdout, re.M)
     assert "does not say on which rows" in (alone.parent / "README.md").read_text()
+    assert "README.md stays as it is" in said("export", third, alone, "--trained-on", "--force")
+    (alone.parent / "README.md").unlink()
     assert said("export", third, alone, "--trained-on", "--force") == ""
     assert "whoever has the row of a person can test" in (alone.parent / "README.md").read_text()
     assert counted in said("eval", alone, "--quiet")
