@@ -1,4 +1,7 @@
-"""The figures of a report: likelihood against NFE, NFE during training, and the paper's figures 2 and 5."""
+"""The figures of a report: likelihood against NFE, both during training, and NFE against the Frobenius norm.
+
+The last one is figure 2 of the paper.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ if TYPE_CHECKING:
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -30,10 +32,7 @@ _FEWEST = 3  # points of a curve. Two would be a straight line
 STYLE = "rnode_plugin.plots"
 """The style sheet of all figures, for ``matplotlib.style.use``."""
 
-PANELS = (
-    "score-nfe", "nfe-training", "score-training", "score-validation", "nfe-jacfrob", "jacfrob-training",
-    "kinetic-training",
-)  # fmt: skip
+PANELS = ("score-nfe", "nfe-training", "score-validation", "nfe-jacfrob")
 """The names of all panels that a report may have."""
 
 
@@ -80,81 +79,60 @@ def finish(axes: Axes, x: str, y: str) -> None:
     legend(axes)
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """A figure on the page.
 
     Attributes:
         name: the name of its files, without a suffix.
         title: its heading.
         caption: how to read it.
-        section: the heading above this figure and others.
         drawing: the figure.
     """
 
     name: str
     title: str
     caption: str
-    section: str
     drawing: Drawing
 
 
 def make_panels(configurations: Sequence[Configuration]) -> list[Panel]:
     """All panels that the runs have numbers for. Panels that compare need two configurations."""
-    return list(_panels(configurations))
-
-
-def _panels(configurations: Sequence[Configuration]) -> Iterator[Panel]:
-    kind = configurations[0].kind
-    likelihood, samples = kind.likelihood, kind.samples
-    table = quantities(configurations, validated=True)
-    both = kind.quantities[0].name, "nfe_test"
-    points = [one for one in configurations if all(math.isfinite(one.mean(name)) for name in both)]
-    if len(points) > 1:
-        caption = (
-            f"Each mark is a configuration, measured with the test solver on the held-out {samples}. Marks further "
-            f"down have the better {likelihood}, marks further left need fewer evaluations. Bars are standard "
-            f"errors, over the seeds or, with one seed, over the {samples}."
-        )
-        drawing = draw("score-nfe", lambda figure: _trade_off(figure.subplots(), points))
-        title, section = f"Held-out {likelihood} against NFE", "What the penalties buy"
-        yield Panel("score-nfe", title, caption, section, drawing)
-
+    kind, table = configurations[0].kind, quantities(configurations, validated=True)
     seconds = max(run.metrics.steps["train_seconds"].max(initial=0) for one in configurations for run in one.runs)
     unit, name = next((size, name) for least, size, name in _SPAN_UNITS if seconds >= least)
     time = f"training time [{name}]"  # of all curves, so that a moment lies in the same place in each
-    averaged = "the mean over the training batches in a window of a twentieth of the steps"
-    check = f"Each mark is a validation on held-out {samples} with the test solver."
-    solvers = [" or ".join(dict.fromkeys(each)) for each in (
+    by, by_test = (" or ".join(dict.fromkeys(each)) for each in (
         [one.recipe.solver.text for one in configurations], [one.recipe.test_solver.text for one in configurations],
-    )]  # fmt: skip
-    caption = (
-        f"Lines: training solver ({solvers[0]}), {averaged}. Marks: test solver ({solvers[1]}), at each validation "
-        f"on held-out {samples}."
-    )
-    during = "During training"
-    curves = [
-        _Curve("nfe-training", "NFE during training", "train_seconds", ("train/nfe", "val/nfe"), time, "NFE",
-               during, caption, unit),
-        _Curve("score-training", f"Training {likelihood}", "train_seconds", (f"train/{kind.metric}",), time,
-               f"training batches, {kind.score}", during, f"Each line is a run: {averaged}.", unit, falls=True),
-        _Curve("score-validation", f"Held-out {likelihood}", "train_seconds", (f"val/{kind.metric}",), time,
-               f"held-out, {kind.score}", during, check, unit, falls=True),
+    ))  # fmt: skip
+    lines = f"Lines: training solver ({by}), the mean over the batches in a window of a twentieth of the steps."
+    marks = f"Marks: test solver ({by_test}), at each validation on held-out {kind.samples}."
+    figures = [
+        _Curve("nfe-training", "NFE during training", f"{lines} {marks}", "train_seconds", ("train/nfe", "val/nfe"),
+               time, "NFE", unit),
+        _Curve("score-validation", f"Held-out {kind.likelihood} during training", marks, "train_seconds",
+               (f"val/{kind.metric}",), time, f"held-out, {kind.score}", unit, falls=True),
     ]  # fmt: skip
+    panels: list[Panel] = []
     if len(configurations) > 1:
-        section = "What the penalties do during training"
-        for name in ("jacfrob", "kinetic"):
-            heading, caption = table[name].heading, f"{table[name].meaning}. {check}"
-            if name == "jacfrob":
-                curves.append(_Curve("nfe-jacfrob", f"NFE against {heading}", "val/jacfrob", ("val/nfe",), heading,
-                                     table["nfe_test"].heading, section, caption))  # fmt: skip
-            curves.append(_Curve(f"{name}-training", heading, "train_seconds", (f"val/{name}",), time, heading,
-                                 section, caption, unit))  # fmt: skip
-    for curve in curves:
+        norm = table["jacfrob"]
+        figures.append(_Curve("nfe-jacfrob", f"NFE against {norm.heading}", f"{norm.meaning}. {marks}",
+                              "val/jacfrob", ("val/nfe",), norm.heading, table["nfe_test"].heading))  # fmt: skip
+        both = kind.quantities[0].name, "nfe_test"
+        points = [one for one in configurations if all(math.isfinite(one.mean(name)) for name in both)]
+        if len(points) > 1:
+            caption = (
+                f"Marks: test solver ({by_test}), a configuration each, on the held-out {kind.samples}. Further "
+                f"down is the better {kind.likelihood}, further left are fewer evaluations. Bars are standard "
+                f"errors, over the seeds or, with one seed, over the {kind.samples}."
+            )
+            drawing = draw("score-nfe", lambda figure: _trade_off(figure.subplots(), points))
+            panels.append(Panel("score-nfe", f"Held-out {kind.likelihood} against NFE", caption, drawing))
+    for each in figures:
         # one finite point shows nothing, and two are a straight line
-        if any(len(x) >= _FEWEST for one in configurations for _, x, _ in curve.points(one)):
-            drawing = draw(curve.name, lambda figure, curve=curve: curve.paint(figure.subplots(), configurations))
-            yield Panel(curve.name, curve.title, curve.caption, curve.section, drawing)
+        if any(len(x) >= _FEWEST for one in configurations for _, x, _ in each.points(one)):
+            drawing = draw(each.name, lambda figure, each=each: each.paint(figure.subplots(), configurations))
+            panels.append(Panel(each.name, each.title, each.caption, drawing))
+    return panels
 
 
 class _Curve(NamedTuple):
@@ -167,12 +145,11 @@ class _Curve(NamedTuple):
 
     name: str
     title: str
+    caption: str
     x: str
     ys: tuple[str, ...]
     x_label: str
     y_label: str
-    section: str
-    caption: str
     unit: float = 1.0
     falls: bool = False
 
