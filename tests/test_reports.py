@@ -176,14 +176,15 @@ LR = [digits(f"optimizer.lr={lr}", f"model.layers={layers}") for lr, layers in (
     # an adaptive solver alone makes no FFJORD baseline
     ([ADAPTIVE, PLAIN, digits()], ["none (solver.method=dopri5)", "none (solver.method=rk4_38)", "rnode"]),
     # columns "none" and "rnode" of different data would look like an ablation
-    ([PLAIN, pictures(CATS)], ["none on digits", "rnode on cats"]),
-    ([PLAIN, pictures(CATS, ())], ["none on digits", "none on cats"]),
+    ([PLAIN, pictures(CATS)], ["none (data=digits)", "rnode (data=cats)"]),
+    ([PLAIN, digits(), pictures(CATS)], ["none (data=digits)", "rnode (data=digits)", "rnode (data=cats)"]),
+    ([PLAIN, pictures(CATS, ())], ["none (data=digits)", "none (data=cats)"]),
     ([pictures(CATS, ()), pictures(CATS)], ["none", "rnode"]),
     ([pictures(CATS, ()), pictures("/your/cats")],
-     ["none on /my/cats (1x8x8, 17 levels)", "rnode on /your/cats (1x8x8, 17 levels)"]),
-    ([PLAIN, COARSE], ["none on digits (1x8x8, 17 levels)", "rnode on digits (1x8x8, 2 levels)"]),
+     ["none (data.root=/my/cats)", "rnode (data.root=/your/cats)"]),
+    ([PLAIN, COARSE], ["none (data.levels=17)", "rnode (data.levels=2)"]),
     ([get_recipe("table").override([f"data.columns={columns}"]) for columns in ("area,radius", "area,texture")],
-     ["rnode on table (area, radius)", "rnode on table (area, texture)"]),
+     ["rnode (data.columns=area,radius)", "rnode (data.columns=area,texture)"]),
     # the names of a comparison, or the settings that differ
     ([named("weak", 0.01), named("strong", 1.0), PLAIN], ["none", "weak", "strong"]),
     (LR[:2], ["rnode (optimizer.lr=1.0)", "rnode (optimizer.lr=2.0)"]),
@@ -191,7 +192,7 @@ LR = [digits(f"optimizer.lr={lr}", f"model.layers={layers}") for lr, layers in (
     (LR, [f"rnode (model.layers={n}, optimizer.lr={lr})" for n, lr in ((2, "1.0"), (2, "2.0"), (3, "2.0"))]),
     # a sweep is in the order of its lambdas
     ([dataclasses.replace(digits(), regularizers={"kinetic": each}) for each in (1.0, linear_warmup(10, 0.1), 0.1)],
-     ["kinetic=0.1", "kinetic=linear_warmup(10)*0.1", "kinetic=1"]),
+     [f"kinetic (regularizers.kinetic={each})" for each in ("0.1", "linear_warmup(10)*0.1", "1.0")]),
 ])  # fmt: skip
 def test_labels(tmp_path: Path, recipes: list[Recipe], labels: list[str]) -> None:
     paths = [write_run(tmp_path / str(number), each, **FEW) for number, each in enumerate(recipes)]
@@ -360,7 +361,7 @@ def test_replaced_data_are_other_data(tmp_path: Path) -> None:
         plain = write_run(runs / "v", digits(penalties=()), images=[1.0, 2.0], facts=first)
         base, one = configurations_of(plain, write_run(runs / "r", digits(), images=[1.5, 2.0], facts=second))
         assert (paired(one, base) is None) == parted
-        hashes = [f" on digits (1x8x8, 17 levels), hash {facts.measured}" for facts in (first, second)]
+        hashes = [f" (hash={facts.measured})" for facts in (first, second)]
         assert [base.label, one.label] == [f"{name}{end if parted else ''}" for name, end in
                                            zip(("none", "rnode"), hashes, strict=True)]  # fmt: skip
         # on other data, another seed makes no second run of the configuration, and the same seed repeats nothing

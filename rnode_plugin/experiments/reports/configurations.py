@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...core.distribution import DensityModel
-from ...core.schedules import final_strength, strength_text
+from ...core.schedules import final_strength
 from ...errors import RnodeError
 from ..evaluation.likelihood import has_whole_jacobian
 from ..evaluation.measures import Evaluation, mean_of
@@ -20,7 +20,7 @@ from ..quantities import numbers_of, scores_of
 from ..recipes.kind import Kind
 from ..recipes.recipe import Recipe
 from ..runs.contents import RunContents
-from .runs import configuration_of, data_name, data_text, given_name, penalties_of, settings_of
+from .runs import configuration_of, data_name, given_name, penalties_of, settings_of
 
 _LEVEL = 0.95
 _RESOLUTION = 1e-5  # bits/dim or nats; single precision does not resolve smaller differences
@@ -148,61 +148,54 @@ def _by_strength(recipe: Recipe) -> list[tuple[str, float, str]]:
 def _labels(runs: Sequence[RunContents]) -> list[str]:
     """A label for each run that no other run has: the name that ``compare`` gave it, or the one of its penalties.
 
-    Labels name the data if these differ, because scores on different data would look like an ablation. Runs with
-    the same label are told apart by their lambdas, or else by the settings that differ.
+    The first setting that differs is added, between any data, because scores on different data would look like an
+    ablation, and between runs that would have the same label.
     """
     if len(runs) == 1:
         return [runs[0].recipe.name]
-    recipes = [run.recipe for run in runs]
     # a copy at another place has the name of the first one, because two names would look like two data sets
     first: dict[object, Recipe] = {}
     places = [first.setdefault((run.facts and run.facts.identity) or run, run.recipe) for run in runs]
-    names, texts = ([f" on {text(place)}" for place in places] for text in (data_name, data_text))
-    # data that have changed at the same place, under the same names, differ in the hash alone
-    hashed = [f"{text}, hash {_measured(run) or 'unknown'}" for text, run in zip(texts, runs, strict=True)]
-    data = _told_apart([""] * len(runs), names, texts, hashed)
-    short = [f"{given_name(one) or penalties_of(one)}{on}" for one, on in zip(recipes, data, strict=True)]
-    long = [f"{_with_lambdas(one)}{on}" for one, on in zip(recipes, data, strict=True)]
-    labels = _told_apart(short, long)
-    twins = [[run for run, other in zip(runs, labels, strict=True) if other == label] for label in labels]
-    settings = [_difference(run, group) for run, group in zip(runs, twins, strict=True)]
-    return _told_apart(labels, [f"{label} ({each})" for label, each in zip(labels, settings, strict=True)])
+    texts = [
+        {
+            "name": run.recipe.name,
+            "data": data_name(place),
+            **settings_of(run),
+            "devices": str(run.devices),
+            "hash": _measured(run) or "unknown",
+            "training hash": (run.facts and run.facts.train) or "unknown",
+        }
+        for run, place in zip(runs, places, strict=True)
+    ]
+    of_data = [{path: text for path, text in each.items() if _is_of_data(path)} for each in texts]
+    names = [given_name(run.recipe) or penalties_of(run.recipe) for run in runs]
+    labels = [f"{name}{what}" for name, what in zip(names, _differences(of_data), strict=True)]
+    for label in set(labels):
+        twins = [number for number, each in enumerate(labels) if each == label]
+        for number, what in zip(twins, _differences([texts[each] for each in twins]), strict=True):
+            labels[number] += what
+    return labels
 
 
-def _told_apart(*texts: Sequence[str]) -> list[str]:
-    """A text for each run: its first one, or a later one if that tells apart runs which are equal up to there."""
-    labels, *longer = texts
-    for each in longer:
-        pairs = list(zip(labels, each, strict=True))
-        labels = [
-            text if len({other for own, other in pairs if own == label}) > 1 else label for label, text in pairs
-        ]
-    return list(labels)
+def _is_of_data(path: str) -> bool:
+    """Whether a setting decides which samples are scored."""
+    group, _, key = path.partition(".")
+    return path == "hash" or (group == "data" and key not in (*_OF_TRAINING, "val_batch_size"))
 
 
-def _difference(run: RunContents, twins: Sequence[RunContents]) -> str:
-    """The first setting that no other of the ``twins`` has, as ``solver.step=0.5``, or all settings that differ."""
-    settings = [settings_of(each) for each in twins]
-    texts = {"name": [each.recipe.name for each in twins]}
-    paths = dict.fromkeys(itertools.chain(*settings))
-    texts |= {path: [each.get(path, "none") for each in settings] for path in paths}
-    texts["devices"] = [str(each.devices) for each in twins]
-    texts["data"] = [str(each.facts and (each.facts.checksum or each.facts.train)) for each in twins]
-    differ = [name for name, each in texts.items() if len(set(each)) > 1]
-    alone = [name for name in differ if len(set(texts[name])) == len(twins)][:1]
-    place = next(number for number, each in enumerate(twins) if each is run)
-    return ", ".join(f"{name}={texts[name][place]}" for name in alone or differ)
+def _differences(texts: Sequence[Mapping[str, str]]) -> list[str]:
+    """The first setting by which all that differ do so, as `` (solver.step=0.5)``, else each that differs."""
+    paths = dict.fromkeys(itertools.chain(*texts))
+    values = {path: [each.get(path, "none") for each in texts] for path in paths}
+    differ = [path for path in paths if len(set(values[path])) > 1]
+    distinct = len({tuple(each.items()) for each in texts})
+    chosen = [path for path in differ if len(set(values[path])) == distinct][:1] or differ
+    shown = [", ".join(f"{path}={values[path][number]}" for path in chosen) for number in range(len(texts))]
+    return [f" ({each})" if each else "" for each in shown]
 
 
 def _measured(run: RunContents) -> str | None:
     return None if run.facts is None else run.facts.measured
-
-
-def _with_lambdas(recipe: Recipe) -> str:
-    """``kinetic=0.01+jacfrob=0.1``, or ``none`` or ``ffjord`` without penalties."""
-    used = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
-    terms = [f"{name}={strength_text(strength)}" for name, strength in used.items()]
-    return "+".join(terms) or penalties_of(recipe)
 
 
 # ---- differences ----

@@ -55,13 +55,6 @@ def data_name(recipe: Recipe) -> str:
     return own_data(recipe) or recipe.data.name
 
 
-def data_text(recipe: Recipe) -> str:
-    """The data of a recipe with all that makes scores comparable, as ``mnist (1x28x28, 256 levels)``."""
-    data = recipe.data
-    place = data.root if own_data(recipe) else data.name
-    return f"{place} ({data.text})"
-
-
 def settings_of(run: RunContents) -> dict[str, str]:
     """The text of each setting in which runs of two configurations may differ.
 
