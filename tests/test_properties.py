@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rnode_plugin import get_recipe
 from rnode_plugin.errors import ConfigError, DataError
-from rnode_plugin.experiments.data.folders import assign, split_named
+from rnode_plugin.experiments.data.folders import assign
 from rnode_plugin.experiments.recipes.recipe import Recipe, as_text
 from rnode_plugin.files import check_path_name
 from rnode_plugin.text import duration, significant
@@ -115,11 +115,10 @@ def test_times_as_text_have_no_sixty(seconds: float) -> None:
     )
 )
 def test_every_picture_is_in_one_part(names: list[str]) -> None:
-    splits = [split_named(name) for name in names]
     try:
-        parts = assign(splits, names, where="here")
+        parts = assign(names, where="here")
     except DataError:
         return
     assert len(parts) == len(names)
     assert {"train", "val"} <= set(parts) <= {"train", "val", None}
-    assert parts == assign(splits, names, where="here")
+    assert parts == assign(names, where="here")

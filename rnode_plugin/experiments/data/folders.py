@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -94,7 +94,7 @@ def _read(name: str, where: Path, *, size: int | None, channels: int | None, bit
         parts = [PackedImages(where / file, shift=8 - bits) for file in (TRAIN_FILE, VAL_FILE)]
     else:
         names = _pictures(where, notice=True)
-        splits = assign([split_named(n) for n in names], names, where=str(where))
+        splits = assign(names, where=str(where))
         chosen = [[n for n, split in zip(names, splits, strict=True) if split == part] for part in ("train", "val")]
         options = {"size": size, "channels": channels or 3, "shift": 8 - bits}
         parts = [ImageFiles(where, part, **options).in_memory() for part in chosen]
@@ -137,7 +137,7 @@ def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int
             gray = gray and image.mode in _GRAY
         first = (name, found) if first is None else first
         if size is None and found != first[1]:
-            raise different(name, found, *first)
+            raise _different(name, found, *first)
     assert first is not None  # _pictures refuses a folder without any
     h, w = first[1] if size is None else (size, size)
     if size is None and max(h, w) > _LARGEST:
@@ -155,9 +155,12 @@ def _is_packed(where: Path) -> bool:
 
 def _pictures(where: Path, *, notice: bool = False) -> list[str]:
     """List the pictures below a folder. ``notice`` prints that other files are left out."""
-    names, others = separated(where, is_picture)
-    if notice:
-        notice_left_out(where, others)
+    files = list(_files_in(where))
+    names = [name for name in files if PurePosixPath(name).suffix.lower() in _SUFFIXES]
+    others = [name for name in files if PurePosixPath(name).suffix.lower() not in _SUFFIXES]
+    if notice and others:  # the folder may hold pictures in a format that is not read
+        left_out = f"{count_of(len(others), 'file')} without a known suffix of pictures, such as {others[0]}"
+        print(f"{where}: left out {left_out}", file=sys.stderr)
     if not names:
         raise DataError(
             f"the folder {where} holds neither pictures (png, jpg, webp, ...) nor {TRAIN_FILE}. Unpack an archive, "
@@ -166,7 +169,7 @@ def _pictures(where: Path, *, notice: bool = False) -> list[str]:
     return names
 
 
-def different(name: str, found: tuple[int, ...], other: str, size: tuple[int, ...]) -> DataError:
+def _different(name: str, found: tuple[int, ...], other: str, size: tuple[int, ...]) -> DataError:
     """Make the error for pictures of different sizes."""
     return DataError(
         f"the pictures differ in size: {name} is {shown(found)}, {other} is {shown(size)}. Give the height and "
@@ -183,7 +186,7 @@ _FOLDERS = {
 }
 
 
-def split_named(name: str) -> str | None:
+def _split_named(name: str) -> str | None:
     """Read ``"train"``, ``"val"`` or ``"test"`` from the first three folders of a path; None if they do not say."""
     *folders, _ = PurePosixPath(name).parts
     return next((_FOLDERS[each.lower()] for each in folders[:3] if each.lower() in _FOLDERS), None)
@@ -193,8 +196,8 @@ _HELD_OUT = 0.1  # share of the pictures, if no folders split them
 _SALT = "\x000"  # of the hashes that split them; another text would give another split
 
 
-def assign(splits: Sequence[str | None], names: Sequence[str], *, where: str) -> list[str | None]:
-    """Assign ``"train"``, ``"val"`` or None (left out) to each picture, from its :func:`split_named`.
+def assign(names: Sequence[str], *, where: str) -> list[str | None]:
+    """Assign ``"train"``, ``"val"`` or None (left out) to each picture.
 
     If there are folders for both, they decide, and ``test`` counts only if there is no ``val``. Otherwise a hash of
     the name holds out about a tenth of the pictures, so adding pictures to a folder does not move the others
@@ -203,6 +206,7 @@ def assign(splits: Sequence[str | None], names: Sequence[str], *, where: str) ->
     Raises:
         DataError: a picture lies outside of the folders that decide, or there is only one picture.
     """
+    splits = [_split_named(name) for name in names]
     found = Counter(splits)
     held_out = "val" if found["val"] else "test"
     if found["train"] and found[held_out]:
@@ -235,12 +239,7 @@ _GRAY = {"1", "L", "LA"}
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 
-def is_picture(name: str) -> bool:
-    """Whether a file has the suffix of a picture."""
-    return PurePosixPath(name).suffix.lower() in _SUFFIXES
-
-
-def files_in(folder: Path) -> Iterator[str]:
+def _files_in(folder: Path) -> Iterator[str]:
     """Yield the names of the files below a folder, relative, with ``/``, sorted folder by folder."""
 
     def refuse(error: OSError) -> None:
@@ -255,22 +254,6 @@ def files_in(folder: Path) -> Iterator[str]:
             # file managers and archivers leave hidden files, and reading a pipe could wait for ever
             if path.is_file() and not any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
                 yield name
-
-
-def separated(folder: Path, wanted: Callable[[str], bool]) -> tuple[list[str], list[str]]:
-    """Return the names in :func:`files_in` that are wanted, and the others."""
-    chosen: list[str] = []
-    others: list[str] = []
-    for name in files_in(folder):
-        (chosen if wanted(name) else others).append(name)
-    return chosen, others
-
-
-def notice_left_out(where: object, others: Sequence[object]) -> None:
-    """Print that files are left out, because a folder may hold pictures in a format that is not read."""
-    if others:
-        left_out = f"{count_of(len(others), 'file')} without a known suffix of pictures, such as {others[0]}"
-        print(f"{where}: left out {left_out}", file=sys.stderr)
 
 
 @contextmanager
@@ -346,7 +329,7 @@ class ImageFiles:
         for position, out in zip(positions.flat, images.reshape(-1, *shape), strict=True):
             image = self._read(int(position))
             if image.shape != shape:
-                raise different(self._names[int(position)], image.shape, self._names[0], shape)
+                raise _different(self._names[int(position)], image.shape, self._names[0], shape)
             np.right_shift(image, self._shift, out=out)
         return images
 
