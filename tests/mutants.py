@@ -38,8 +38,8 @@ MUTANTS = [
     Mutant(
         "penalties are integrated over dt, not over |dt|",
         "solvers/step.py",
-        "integrals = _weigh(rows, weights, dt.abs(), draw)",
-        "integrals = _weigh(rows, weights, dt, draw)",
+        "integrals = _integrate_rows(rows, weights, dt.abs(), draw)",
+        "integrals = _integrate_rows(rows, weights, dt, draw)",
         "test_solver_contract.py::test_a_linear_field_is_solved_as_in_closed_form",
     ),
     Mutant(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnode_plugin.fields.kernels import Columns, Convolution, LayerMap
+from rnode_plugin.fields.kernels import Convolution, ConvolutionByColumns, LayerMap
 
 # batch, in, out, H, W: one channel, a single pixel, sizes that differ
 SHAPES = [(2, 5, 3, 8, 12), (3, 4, 7, 14, 13), (2, 9, 2, 3, 5), (1, 2, 2, 1, 1), (2, 1, 6, 9, 4)]
@@ -26,15 +26,15 @@ def exact(x: Tensor, weight: Tensor, v: Tensor) -> dict[str, Tensor]:
     ("make", "dtype", "tolerance"),
     [
         (Convolution, torch.float64, 5e-15),
-        (Columns, torch.float64, 5e-15),
-        (Columns, torch.float32, 2e-6),
-        (Columns, torch.bfloat16, 3.5e-3),  # its unit of rounding is 3.9e-3
+        (ConvolutionByColumns, torch.float64, 5e-15),
+        (ConvolutionByColumns, torch.float32, 2e-6),
+        (ConvolutionByColumns, torch.bfloat16, 3.5e-3),  # its unit of rounding is 3.9e-3
     ],
     ids=str,
 )
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_are_those_of_a_convolution(
-    make: type[Convolution | Columns],
+    make: type[Convolution | ConvolutionByColumns],
     shape: tuple[int, ...],
     dtype: torch.dtype,
     tolerance: float,
@@ -57,10 +57,10 @@ def test_products_are_those_of_a_convolution(
 @pytest.mark.parametrize(
     ("channels", "dtype", "wanted"),
     [
-        ((64, 1), torch.float32, Columns),
-        ((4, 64), torch.float32, Columns),
+        ((64, 1), torch.float32, ConvolutionByColumns),
+        ((4, 64), torch.float32, ConvolutionByColumns),
         ((64, 64), torch.float32, Convolution),
-        ((64, 1), torch.bfloat16, Columns),
+        ((64, 1), torch.bfloat16, ConvolutionByColumns),
         ((64, 4), torch.bfloat16, Convolution),
     ],
     ids=str,

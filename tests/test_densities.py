@@ -191,7 +191,7 @@ def conditional(context_shape: int = 3) -> RegularizedCNF:
 
 
 def probing(probes: int) -> RegularizedCNF:
-    return cnf(trace_estimator=Hutchinson("gaussian", probes=probes)).double()
+    return cnf(trace_estimator=Hutchinson("gaussian", count=probes)).double()
 
 
 def test_the_solver_of_a_model_keeps_its_times() -> None:

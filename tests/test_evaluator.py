@@ -406,7 +406,7 @@ def test_differences_over_all_signs_give_trace_and_norm(dtype: torch.dtype) -> N
     """The mean over all sign vectors is exact for every field up to the truncation of the difference."""
     net, z = Net(torch.sin, dims=3).to(dtype), states(4, 3).to(dtype)
     signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)), dtype=dtype)
-    estimator, evaluator = Difference(probes=8), Evaluator(AutogradField(net), net, repeats=True)
+    estimator, evaluator = Difference(count=8), Evaluator(AutogradField(net), net, repeats=True)
     noise = signs[:, None].expand(8, 4, 3)
     t = torch.tensor(0.2, dtype=dtype)
     products = estimator.linearize(evaluator, t, z, noise).products

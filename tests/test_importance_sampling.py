@@ -77,7 +77,7 @@ def test_log_densities_have_no_noise(dims: int, estimator: Any) -> None:
     assert model.nfe == 4
 
 
-@pytest.mark.parametrize("estimator", [Hutchinson(), Hutchinson(probes=DIMS), Difference()], ids=repr)
+@pytest.mark.parametrize("estimator", [Hutchinson(), Hutchinson(count=DIMS), Difference()], ids=repr)
 def test_a_noisy_trace_of_many_dimensions_is_refused(estimator: Any) -> None:
     model, exact = density(A, estimator)
     with pytest.raises(ConfigError, match=r"without noise.*of 66 dimensions.*'exact'.*jacobian='map'"):

@@ -167,9 +167,7 @@ def test_the_base_has_whole_samples_and_follows_the_model(name: str) -> None:
     torch.testing.assert_close(model.log_prob(x.float(), **single), before.float(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "estimator", [Exact(), Hutchinson("rademacher"), Hutchinson("gaussian", probes=2)], ids=str
-)
+@pytest.mark.parametrize("estimator", [Exact(), Hutchinson("rademacher"), Hutchinson("gaussian", count=2)], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_noise_has_an_entry_for_each_block_and_repeats_a_value(name: str, estimator: Any) -> None:
     model, x, given = make(name, QUICK)
@@ -181,7 +179,7 @@ def test_noise_has_an_entry_for_each_block_and_repeats_a_value(name: str, estima
             assert each is None
         else:
             assert each is not None
-            assert each.shape == (*[2][: estimator.probes - 1], 3, *shape)
+            assert each.shape == (*[2][: estimator.count - 1], 3, *shape)
     first, second = (model.log_prob(x, **given, noise=noise) for _ in range(2))
     assert torch.equal(first, second)
     z = model.encode(x, **given).z.detach()
@@ -350,7 +348,7 @@ def test_the_weights_of_its_own_density_are_one(name: str) -> None:
 def test_another_solver_shares_the_parameters(name: str) -> None:
     model, x, given = make(name)
     other = model.solved_with(solver=FixedGrid("euler", step=0.5), estimator="rademacher:2")
-    assert repr(other.estimator) == repr(Hutchinson("rademacher", probes=2))
+    assert repr(other.estimator) == repr(Hutchinson("rademacher", count=2))
     before, blocks = model.log_prob(x, **given), len(model.block_shapes)
     assert other.encode(x, **given).nfe == 2 * blocks
     with torch.no_grad():

@@ -156,7 +156,7 @@ def test_each_need_is_read_and_an_undeclared_one_is_refused(name: str, need: str
 READS: dict[str, tuple[str, Callable[[FieldEvaluation], Tensor]]] = {
     "divergence": ("vjp", lambda e: e.divergence()),
     "squared_frobenius": ("vjp", lambda e: e.squared_frobenius()),
-    "probes": ("vjp", lambda e: e.probes().weight * e.z[:, 0]),
+    "probed_products": ("vjp", lambda e: e.probed_products().weight * e.z[:, 0]),
     "jacobian": ("vjp", lambda e: e.jacobian()[:, 0, 0]),
     "vjp": ("vjp", lambda e: e.vjp(e.z)[:, 0]),
     "jvp": ("jvp", lambda e: e.jvp(e.z)[:, 0]),

@@ -17,7 +17,7 @@ from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linear
 from rnode_plugin.core.field_evaluation import FieldEvaluation
 from rnode_plugin.core.objective import bits_per_dim, objective, standard_normal_log_prob
 from rnode_plugin.core.system import Derivative, System
-from rnode_plugin.core.trace_estimators import Exact, Hutchinson, Probes, TraceEstimator, get_estimator
+from rnode_plugin.core.trace_estimators import Exact, Hutchinson, ProbedProducts, TraceEstimator, get_estimator
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.fields import linear_field
 from rnode_plugin.flows.multiscale import dequantize
@@ -109,8 +109,8 @@ def test_signs_are_exact_for_a_diagonal_jacobian(dims: int, field: Callable[...,
 
 
 def test_the_estimator_of_evaluations_keeps_its_probes() -> None:
-    given = Hutchinson("gaussian", probes=3)
-    assert repr(given.for_evaluation) == "Hutchinson('rademacher', probes=3)"
+    given = Hutchinson("gaussian", count=3)
+    assert repr(given.for_evaluation) == "Hutchinson('rademacher', count=3)"
     assert given.noise == "gaussian"
     for spec in ("exact", "rademacher:2", "difference:2"):
         estimator = get_estimator(spec)
@@ -129,7 +129,7 @@ def test_more_probes_have_less_variance() -> None:
         assert found is not None
         return found
 
-    one, four = draws(Hutchinson("gaussian")).var(), draws(Hutchinson("gaussian", probes=4)).var()
+    one, four = draws(Hutchinson("gaussian")).var(), draws(Hutchinson("gaussian", count=4)).var()
     assert 3 < one / four < 5.3
 
 
@@ -268,9 +268,9 @@ class OwnEstimator(TraceEstimator):
     ) -> Tensor | None:
         return torch.ones_like(z) if self.draws else None
 
-    def pair(self, products: Tensor, noise: Tensor | None) -> Probes:
+    def probed(self, products: Tensor, noise: Tensor | None) -> ProbedProducts:
         assert noise is not None
-        return Probes(1.0, (noise,), (products,))
+        return ProbedProducts(1.0, (noise,), (products,))
 
 
 def test_an_estimator_that_drew_no_noise_is_told_so() -> None:

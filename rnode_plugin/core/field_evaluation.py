@@ -14,7 +14,7 @@ from .derivatives import Linearization, total_derivative
 from .evaluator import Evaluator, explain
 from .part import State, joined, parted
 from .signature import innermost
-from .trace_estimators import Probes, TraceEstimator
+from .trace_estimators import ProbedProducts, TraceEstimator
 
 _Result = TypeVar("_Result")
 
@@ -30,9 +30,9 @@ class FieldEvaluation:
     All regularizers share the products with the Jacobian, so each product is computed once per evaluation.
 
     A regularizer declares its reads in ``needs``: ``"vjp"`` for :meth:`divergence`, :meth:`squared_frobenius`,
-    :meth:`probes`, :meth:`jacobian` and :meth:`vjp`, ``"jvp"`` for :meth:`jvp` and :meth:`total_derivative`,
-    ``"field"`` for :meth:`velocity` and :attr:`net`. A method whose need is not declared raises a ConfigError, even
-    if another regularizer has declared that need.
+    :meth:`probed_products`, :meth:`jacobian` and :meth:`vjp`, ``"jvp"`` for :meth:`jvp` and
+    :meth:`total_derivative`, ``"field"`` for :meth:`velocity` and :attr:`net`. A method whose need is not declared
+    raises a ConfigError, even if another regularizer has declared that need.
     """
 
     __slots__ = (
@@ -100,14 +100,14 @@ class FieldEvaluation:
         """``||df/dz||_F^2 (B,)``, exact (eq. 13) or estimated (eq. 16)."""
         return self._estimator.squared_frobenius(self._shared_products(), self.noise)
 
-    def probes(self) -> Probes:
+    def probed_products(self) -> ProbedProducts:
         """The probe vectors ``v_i``, their weight and the shared products ``v_i^T df/dz``.
 
         Raises:
             ConfigError: for the estimator ``"difference"``, which has no such products.
         """
         products = self._shared_products()
-        return self._once("probes", lambda: self._estimator.pair(products, self.noise))
+        return self._once("probed", lambda: self._estimator.probed(products, self.noise))
 
     @property
     def has_jacobian(self) -> bool:

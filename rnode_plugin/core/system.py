@@ -45,7 +45,7 @@ class Derivative(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Columns:
+class TorchdynColumns:
     """Quantities that torchdyn integrates in columns of a state ``(B, ...)``, ahead of ``z``.
 
     A velocity of such a state may have another shape, if it broadcasts, as in torchdyn.
@@ -249,7 +249,7 @@ class System:
         one_graph: bool = True,
         net: nn.Module | None = None,
         user_field: object = None,
-        columns: Columns | None = None,
+        columns: TorchdynColumns | None = None,
         velocity: Tensor | None = None,
     ) -> FieldRightHandSide:
         """Make the right-hand side of one solve, for the field as it is now.
@@ -359,7 +359,7 @@ class FieldRightHandSide(RightHandSide):
     probes: Tensor | None
     wants: frozenset[str]
     by_estimator: bool
-    columns: Columns | None
+    columns: TorchdynColumns | None
     dims: int
     trained: Callable[[], Iterable[Tensor]]
     owner: object

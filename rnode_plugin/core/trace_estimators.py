@@ -33,7 +33,7 @@ _PRODUCTS, _ROWS = frozenset({"products"}), frozenset({"rows"})
 _NOISES = ("gaussian", "rademacher")
 
 
-class Probes(NamedTuple):
+class ProbedProducts(NamedTuple):
     """Probe vectors with ``E[w sum_i v_i v_i^T] = I``.
 
     So ``w sum_i g(v_i)`` is an unbiased estimate of the trace of any quadratic form ``g``.
@@ -123,21 +123,21 @@ class TraceEstimator(ABC):
         return evaluator.evaluate(t, state, self.wants(noise) if wants is None else wants, noise)
 
     @abstractmethod
-    def pair(self, products: Tensor, noise: Tensor | None) -> Probes:
+    def probed(self, products: Tensor, noise: Tensor | None) -> ProbedProducts:
         """The probe vectors, their weight, and the ``products`` that :meth:`linearize` computed with ``noise``."""
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         """``div f (B,)`` (eq. 3) or an unbiased estimate (eq. 5), in nats per unit of time.
 
-        ``products`` and ``noise`` are as for :meth:`pair`.
+        ``products`` and ``noise`` are as for :meth:`probed`.
         """
-        weight, vectors, rows = self.pair(products, noise)
+        weight, vectors, rows = self.probed(products, noise)
         terms = (weight * sum_products(v, row) for v, row in zip(vectors, rows, strict=True))
         return torch.stack(list(terms)).sum(0)
 
     def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        """``||df/dz||_F^2 (B,)`` (eq. 13), or an unbiased estimate (eq. 16); arguments as for :meth:`pair`."""
-        weight, _, rows = self.pair(products, noise)
+        """``||df/dz||_F^2 (B,)`` (eq. 13), or an unbiased estimate (eq. 16); arguments as for :meth:`probed`."""
+        weight, _, rows = self.probed(products, noise)
         return torch.stack([weight * sum_squares(row) for row in rows]).sum(0)
 
 
@@ -148,7 +148,7 @@ class Hutchinson(TraceEstimator):
         noise: ``"rademacher"`` (random signs), or ``"gaussian"`` (the paper's). With ``S = (J + J^T) / 2`` the
             variance of one probe's divergence is ``2 sum_(i != j) S_ij^2`` for signs, which are exact in one
             dimension and for a diagonal Jacobian, and ``2 ||S||_F^2`` for Gaussian noise, which is never smaller.
-        probes: number k of probe vectors. The variance falls as 1 / k, and the cost grows as k.
+        count: number k of probe vectors. The variance falls as 1 / k, and the cost grows as k.
 
     The noise of one probe has the shape of the state, the noise of k probes ``(k, B, *event)``.
 
@@ -168,13 +168,13 @@ class Hutchinson(TraceEstimator):
         tensor([3., 3., 3.])
     """
 
-    def __init__(self, noise: str = "rademacher", *, probes: int = 1) -> None:
+    def __init__(self, noise: str = "rademacher", *, count: int = 1) -> None:
         check_name(noise, _NOISES, "trace noise")
         self.noise = noise
-        self.probes = check_count(probes, "a trace estimator's probes")
+        self.count = check_count(count, "a trace estimator's probes")
 
     def __repr__(self) -> str:
-        return f"Hutchinson({self.noise!r}{f', probes={self.probes}' if self.probes > 1 else ''})"
+        return f"Hutchinson({self.noise!r}{f', count={self.count}' if self.count > 1 else ''})"
 
     @property
     def for_evaluation(self) -> Self:
@@ -186,22 +186,22 @@ class Hutchinson(TraceEstimator):
         return twin
 
     def draw(self, z: Tensor, *, radius: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        shape = z.shape if self.probes == 1 else torch.Size([self.probes, *z.shape])
+        shape = z.shape if self.count == 1 else torch.Size([self.count, *z.shape])
         return _draw(self.noise, shape, z, generator)
 
-    def pair(self, products: Tensor, noise: Tensor | None) -> Probes:
+    def probed(self, products: Tensor, noise: Tensor | None) -> ProbedProducts:
         assert noise is not None
-        if self.probes == 1:
-            return Probes(1.0, (noise,), (products,))
-        return Probes(1 / self.probes, tuple(noise), tuple(products))
+        if self.count == 1:
+            return ProbedProducts(1.0, (noise,), (products,))
+        return ProbedProducts(1 / self.count, tuple(noise), tuple(products))
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        if self.probes > 1 or noise is None:
+        if self.count > 1 or noise is None:
             return super().divergence(products, noise)
         return sum_products(products, noise)
 
     def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        return sum_squares(products) if self.probes == 1 else super().squared_frobenius(products, noise)
+        return sum_squares(products) if self.count == 1 else super().squared_frobenius(products, noise)
 
 
 class Exact(TraceEstimator):
@@ -283,9 +283,9 @@ class Exact(TraceEstimator):
     def wants(self, noise: Tensor | None) -> frozenset[str]:
         return _ROWS if noise is None else _PRODUCTS
 
-    def pair(self, products: Tensor, noise: Tensor | None) -> Probes:
+    def probed(self, products: Tensor, noise: Tensor | None) -> ProbedProducts:
         vectors = unit_vectors(products[0]).expand_as(products) if noise is None else noise
-        return Probes(1.0, tuple(vectors), tuple(products))
+        return ProbedProducts(1.0, tuple(vectors), tuple(products))
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         if noise is None:
@@ -333,7 +333,7 @@ class Difference(TraceEstimator):
     under autocast, are refused.
 
     Args:
-        probes: number of probe vectors; each takes two more evaluations.
+        count: number of probe vectors; each takes two more evaluations.
 
     The noise has the shape that :class:`Hutchinson` describes. Penalties that compare ``e^T J`` with ``J e``
     (``curl``, ``strain``) need products and are refused.
@@ -357,14 +357,14 @@ class Difference(TraceEstimator):
 
     repeats = True
 
-    def __init__(self, *, probes: int = 1) -> None:
-        self.probes = check_count(probes, "a trace estimator's probes")
+    def __init__(self, *, count: int = 1) -> None:
+        self.count = check_count(count, "a trace estimator's probes")
 
     def __repr__(self) -> str:
-        return f"Difference({f'probes={self.probes}' if self.probes > 1 else ''})"
+        return f"Difference({f'count={self.count}' if self.count > 1 else ''})"
 
     def draw(self, z: Tensor, *, radius: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        shape = z.shape if self.probes == 1 else torch.Size([self.probes, *z.shape])
+        shape = z.shape if self.count == 1 else torch.Size([self.count, *z.shape])
         return _draw("rademacher", shape, z, generator)
 
     def wants(self, noise: Tensor | None) -> frozenset[str]:
@@ -404,10 +404,10 @@ class Difference(TraceEstimator):
             later, before = map(evaluator.z_of, ends)
             return (later - before) / (2 * step)
 
-        products = along(noise) if self.probes == 1 else torch.stack([along(e) for e in noise])
+        products = along(noise) if self.count == 1 else torch.stack([along(e) for e in noise])
         return found._replace(products=products)
 
-    def pair(self, products: Tensor, noise: Tensor | None) -> Probes:
+    def probed(self, products: Tensor, noise: Tensor | None) -> ProbedProducts:
         raise ConfigError(
             "the estimator 'difference' has J e and no products e^T J, which 'curl' and 'strain' need: use "
             "'gaussian' or 'rademacher' for them."
@@ -415,12 +415,12 @@ class Difference(TraceEstimator):
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         assert noise is not None
-        if self.probes == 1:
+        if self.count == 1:
             return sum_products(products, noise)
         return torch.stack([sum_products(d, e) for d, e in zip(products, noise, strict=True)]).mean(0)
 
     def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        return sum_squares(products) if self.probes == 1 else torch.stack(list(map(sum_squares, products))).mean(0)
+        return sum_squares(products) if self.count == 1 else torch.stack(list(map(sum_squares, products))).mean(0)
 
 
 def _draw(kind: str, shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -446,6 +446,6 @@ def get_estimator(spec: str | TraceEstimator) -> TraceEstimator:
         return Exact()
     if name in (*_NOISES, "difference") and (option.isdecimal() or ":" not in str(spec)):
         if name == "difference":
-            return Difference(probes=int(option or 1))
-        return Hutchinson(name, probes=int(option or 1))
+            return Difference(count=int(option or 1))
+        return Hutchinson(name, count=int(option or 1))
     raise ConfigError(suggest(str(spec), ("exact", *_NOISES, "difference"), "trace estimator"))

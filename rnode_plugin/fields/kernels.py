@@ -157,7 +157,7 @@ class Convolution(LayerMap):
     @classmethod
     def prepared(cls, weight: Tensor) -> LayerMap:
         few = min(weight.shape[:2]) <= _FEW.get(weight.dtype, 0)
-        return Columns(weight) if few and weight.device.type == "cpu" else Convolution(weight)
+        return ConvolutionByColumns(weight) if few and weight.device.type == "cpu" else Convolution(weight)
 
     @staticmethod
     def split(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +204,7 @@ class Convolution(LayerMap):
         return row.view(1, *event, outputs).permute(0, 3, 1, 2)
 
 
-class Columns(Convolution):
+class ConvolutionByColumns(Convolution):
     """The same map, computed as a matrix product, for few channels of the inputs or of the outputs.
 
     Results with many channels are ``channels_last``, and arguments with many channels are fastest in that layout.

@@ -211,7 +211,7 @@ def _with_transpose(evaluation: FieldEvaluation, sign: float) -> Tensor:
     if evaluation.has_jacobian:
         jacobian = evaluation.jacobian()
         return (jacobian + sign * jacobian.mT).square().sum((1, 2))
-    weight, vectors, rows = evaluation.probes()
+    weight, vectors, rows = evaluation.probed_products()
     pairs = zip(vectors, rows, strict=True)
     first, *others = [weight * sum_squares(row + sign * evaluation.jvp(v)) for v, row in pairs]
     return sum(others, first)

@@ -170,9 +170,9 @@ class Stepper:
         dlogdet = dlogdet_error = None
         if source.dlogdet is not None:
             traces = [each.dlogdet for each in derivatives]
-            rows.append(traces)  # weighed together with the penalties, to save operations
+            rows.append(traces)  # integrated together with the penalties, to save operations
             if with_error and method.error_weights is not None:
-                dlogdet_error = _weigh([traces], method.error_weights, dt.detach())[0]
+                dlogdet_error = _integrate_rows([traces], method.error_weights, dt.detach())[0]
         if rows and (len(derivatives) < len(weights) or abs(sum(weights) - 1) > 1e-3):
             raise ConfigError(  # a user's method, whose integrals would be wrong
                 f"a step of {method.name} evaluates the field {len(derivatives)} times, and its {len(weights)} "
@@ -180,7 +180,7 @@ class Stepper:
                 "in a step, that sum to 1."
             )
         # penalties are integrated over |dt|, so that they are not negative backward in time; the trace over dt
-        integrals = _weigh(rows, weights, dt.abs(), draw)
+        integrals = _integrate_rows(rows, weights, dt.abs(), draw)
         if source.dlogdet is not None:
             dlogdet = integrals.pop() if self.forward else integrals.pop() * dt.sign().to(source.dlogdet.dtype)
         return dlogdet, dlogdet_error, dict(zip(source.penalties, integrals, strict=True))
@@ -233,7 +233,7 @@ def draw_stage(method: Method) -> Draw | None:
     return {int(torch.multinomial(weights, 1)): 1.0}
 
 
-def _weigh(
+def _integrate_rows(
     rows: Sequence[Sequence[Any]], weights: Sequence[float], dt: Tensor, draw: Draw | None = None
 ) -> list[Tensor]:
     """``dt`` times the weighted sum over the stages in each row.
@@ -248,12 +248,12 @@ def _weigh(
             parts = [values[stage] * (dt * share) for stage, share in draw.items()]
             found[place] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         elif values[0].ndim == 1:
-            # rows of another dtype or shape are weighed one by one
+            # rows of another dtype or shape are integrated one by one
             first: Tensor = values[0]
             like = first if like is None else like
             if first.dtype is like.dtype and first.shape == like.shape:
                 together.append(place)
-    # Launching operations dominates the time of small problems, so all rows of one shape are weighed as one matrix.
+    # Launching operations dominates the time of small problems, so all rows of one shape are one matrix.
     # torch.compile fuses the operations by itself.
     if like is not None and not torch.compiler.is_compiling():
         count = min(len(weights), len(rows[together[0]]))
@@ -269,10 +269,10 @@ def _weigh(
         if product.dtype is like.dtype:  # else autocast has rounded it
             parts = (product,) if alone else product.view(len(together), like.shape[0]).unbind()
             found |= zip(together, parts, strict=True)
-    return [found[k] if k in found else _weigh_row(values, weights, dt) for k, values in enumerate(rows)]
+    return [found[k] if k in found else _integrate_row(values, weights, dt) for k, values in enumerate(rows)]
 
 
-def _weigh_row(values: Sequence[Tensor], weights: Sequence[float], dt: Tensor) -> Tensor:
+def _integrate_row(values: Sequence[Tensor], weights: Sequence[float], dt: Tensor) -> Tensor:
     total: Tensor | None = None
     for value, weight in zip(values, weights, strict=False):
         if weight:

@@ -28,7 +28,7 @@ from ..core.signature import (
     call_of,
     field_takes,
 )
-from ..core.system import Columns, FieldRightHandSide, System
+from ..core.system import FieldRightHandSide, System, TorchdynColumns
 from ..errors import ConfigError, RnodeError
 from ..fields.recognize import recognize
 from ..fields.stack import AtContext, StackField
@@ -270,7 +270,7 @@ def start_torchdyn(
         function = fastest(function, net, z, plain=plain, exact=exact, one_graph=one_graph)
     columns = None  # of a plain state with penalties, whose velocity has its shape
     if cost or hidden_cost or density or not (system.regularizers.rates and spec.is_all):
-        columns = Columns(hidden_cost if cost is None else cost, cost is None, event_shape)
+        columns = TorchdynColumns(hidden_cost if cost is None else cost, cost is None, event_shape)
     rhs = system.start(
         function, x, density=density, probes=probes, one_graph=one_graph, net=holder,
         user_field=net if order == 1 else None, columns=columns,
