@@ -172,20 +172,20 @@ class DiffusionVelocity(nn.Module):
         time = (t * self.time_scale).to(x.dtype)
         if isinstance(self.alpha, _Discrete):
             time = time.clamp(max=_largest(self.time_scale, x.dtype))
-        found = self.net(time, x, *context)
-        if not isinstance(found, Tensor) or found.shape != x.shape:
-            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        output = self.net(time, x, *context)
+        if not isinstance(output, Tensor) or output.shape != x.shape:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ConfigError(
                 f"the network returned {got} for states {tuple(x.shape)}: give a call= that picks the prediction, "
                 "such as lambda net, t, x: net(x, t).sample, or net(x, t).chunk(2, 1)[0] with a learned variance."
             )
         alpha, sigma = _rows(alpha, x), _rows(sigma, x)
         if self.predicts == "data":
-            return found, (x - alpha * found) / sigma
+            return output, (x - alpha * output) / sigma
         if self.predicts == "v":  # solve x_t = alpha x + sigma e and v = alpha e - sigma x for x and e
             square = alpha**2 + sigma**2
-            return (alpha * x - sigma * found) / square, (sigma * x + alpha * found) / square
-        noise = found if self.predicts == "noise" else -sigma * found
+            return (alpha * x - sigma * output) / square, (sigma * x + alpha * output) / square
+        noise = output if self.predicts == "noise" else -sigma * output
         return (x - sigma * noise) / alpha, noise
 
     def _levels(self, t: float) -> tuple[float, float]:
@@ -211,8 +211,8 @@ class DiffusionVelocity(nn.Module):
 def _with_rates(levels: Callable[[Tensor], Any], t: Tensor) -> tuple[Any, Any]:
     """The levels at ``t`` and their derivatives, from forward mode, also for one time per sample."""
     with outside_inference(t) as (time,):  # in inference mode, torch 2.6 returns zeros for the derivatives
-        found: Any = torch.func.jvp(levels, (time,), (torch.ones_like(time),))
-    return found
+        levels_and_rates: Any = torch.func.jvp(levels, (time,), (torch.ones_like(time),))
+    return levels_and_rates
 
 
 def _time_of(t: Tensor | float, x: Tensor) -> Tensor:

@@ -238,11 +238,11 @@ class ODESolver:
         )  # fmt: skip
         density.solver, density.t_span = _solver(method, step_size, atol, rtol), grid
         with torch.set_grad_enabled(enable_grad):
-            found = density.encode(x_1, penalties=enable_grad)
+            output = density.encode(x_1, penalties=enable_grad)
             if enable_grad:
-                self.history.add(Integrals(found.regularization, regularizers, density.dims, found.nfe))
-            log_prob = check_log_density(log_p0(found.z), len(x_1), "log_p0") + found.logdet
-            path, self.nfe = found.z, found.nfe
+                self.history.add(Integrals(output.regularization, regularizers, density.dims, output.nfe))
+            log_prob = check_log_density(log_p0(output.z), len(x_1), "log_p0") + output.logdet
+            path, self.nfe = output.z, output.nfe
             if return_intermediates:  # a second solve, because the solution of a density has no states between
                 path = density.trajectory(x_1)
                 self.nfe += density.nfe

@@ -181,13 +181,13 @@ def penalties_along(
         part = system.part.part(path[0])
         z0, z1 = (tensors_of(x)[0] if part is None else part.take(x) for x in (path[0], path[-1]))
         warn_of_flat_state(z0, resolved.needs)
-        found: dict[str, list[Tensor]] = {name: [] for name in resolved.rates}
+        by_name: dict[str, list[Tensor]] = {name: [] for name in resolved.rates}
         for t, state, velocity in zip(row.to(z0), path, known, strict=True):
             rhs = system.start(function, state, density=False, user_field=field, velocity=velocity)
             for name, rate in rhs(t, state).penalties.items():
-                found[name].append(rate)
+                by_name[name].append(rate)
         weights = _weights(row).to(z0)[:, None]
-        integrals = {name: (weights * torch.stack(rates)).sum(0) for name, rates in found.items()}
+        integrals = {name: (weights * torch.stack(rates)).sum(0) for name, rates in by_name.items()}
         integrals |= resolved.finish(integrals, z0, z1, row)
     nfe = 0 if velocities is not None and not system.wants(density=False) else len(row)
     return Integrals(integrals, resolved, z0.shape[1:].numel(), nfe)

@@ -34,20 +34,20 @@ def refused(group: str = "") -> Iterator[None]:
 def _sentence(error: ValidationError, group: str) -> str:
     """One sentence with pydantic's findings about the first setting that is wrong."""
     unknown = ("unexpected_keyword_argument", "extra_forbidden")
-    found = sorted(error.errors(include_url=False), key=lambda each: each["type"] not in unknown)
-    path = _path(found[0]["loc"], group)
-    if found[0]["type"] in unknown:
-        if (reason := _OF_OTHER_SOLVER.get(found[0]["loc"][-2:])) is not None:
+    errors = sorted(error.errors(include_url=False), key=lambda each: each["type"] not in unknown)
+    path = _path(errors[0]["loc"], group)
+    if errors[0]["type"] in unknown:
+        if (reason := _OF_OTHER_SOLVER.get(errors[0]["loc"][-2:])) is not None:
             return f"{path} has no effect {reason.format(path.rpartition('.')[0])}."
         return f"unknown setting {path!r}."
-    own = found[0].get("ctx", {}).get("error")
+    own = errors[0].get("ctx", {}).get("error")
     if isinstance(own, ConfigError):  # from a check of our own, which may concern several settings
         return str(own) if path in str(own) else f"{path}: {own}"
-    here = [each for each in found if _path(each["loc"], group) == path]
+    here = [each for each in errors if _path(each["loc"], group) == path]
     if len(here) > 1:  # pydantic counts the entries of a list without those that are wrong
         here = [each for each in here if each["type"] != "too_short"]
     text = " or ".join(dict.fromkeys(_plain(each) for each in here))
-    return f"{path or 'recipe'}: {text}, got {reprlib.repr(found[0]['input'])}."
+    return f"{path or 'recipe'}: {text}, got {reprlib.repr(errors[0]['input'])}."
 
 
 # settings that the other kind of solver has, by the branch that the method has chosen

@@ -164,8 +164,8 @@ MUTANTS = [
     Mutant(
         "the sign of the data in a prediction of v",
         "diffusion.py",
-        "(alpha * x - sigma * found) / square, (sigma",
-        "(alpha * x + sigma * found) / square, (sigma",
+        "(alpha * x - sigma * output) / square, (sigma",
+        "(alpha * x + sigma * output) / square, (sigma",
         "test_diffusion.py::test_the_log_density_is_that_of_the_mixture",
     ),
     # the application

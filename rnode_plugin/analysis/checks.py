@@ -68,17 +68,17 @@ def solver_gap(subject: Subject, data: HeldOut, training: Solver | None = None) 
     """Measure the NLL by the training solver (None: the model's) minus the NLL by an accurate solver."""
     coarse_solver = training or subject.model.solver
     exact = subject.encode(data, solver=accurate(data.x.dtype))
-    found = measure_solver_gap(
+    gap = measure_solver_gap(
         lambda solver: subject.encode(data, solver=solver), lambda encoded: encoded.nll, coarse_solver, exact.nll
     )
-    words = {"solver": coarse_solver.text, "failure": str(found.failure)}
-    if found.output is None:
+    words = {"solver": coarse_solver.text, "failure": str(gap.failure)}
+    if gap.output is None:
         return _check(SOLVER_GAP, "failed", "fails", words, {}, nfe_accurate=exact.nfe)
-    coarse, severity = found.output, _severity(found.typical, GAP)
+    coarse, severity = gap.output, _severity(gap.typical, GAP)
     return _check(
         SOLVER_GAP, _VERDICTS[severity], ("small", "visible", "large")[severity], words,
         {"nll": coarse.nll.tolist(), "nll_accurate": exact.nll.tolist()},
-        gap=found.mean, gap_error=found.error, typical_gap=found.typical, nfe=coarse.nfe, nfe_accurate=exact.nfe,
+        gap=gap.mean, gap_error=gap.error, typical_gap=gap.typical, nfe=coarse.nfe, nfe_accurate=exact.nfe,
     )  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def gradient(subject: Subject, data: HeldOut) -> Check:
     try:
         with torch.inference_mode(False), torch.enable_grad():
             copied.requires_grad_(True)
-            found = torch.autograd.grad(log_prob(), parameters, allow_unused=True)
+            gradients = torch.autograd.grad(log_prob(), parameters, allow_unused=True)
     except (ConfigError, RuntimeError) as error:
         return _check(GRADIENT, "failed", "refused", {"failure": str(error)}, {})
     generator = torch.Generator().manual_seed(data.seed)
@@ -214,7 +214,7 @@ def gradient(subject: Subject, data: HeldOut) -> Check:
                 torch.randn(p.shape, generator=generator).to(p) * p.square().mean().sqrt().clamp(min=0.01)
                 for p in starts
             ]
-            slopes = [float((g * way).sum()) for g, way in zip(found, ways, strict=True) if g is not None]
+            slopes = [float((g * way).sum()) for g, way in zip(gradients, ways, strict=True) if g is not None]
             by_autograd.append(sum(slopes))
             for quotients, length in ((fine, 0.005), (coarse, 0.01)):
                 quotients.append((moved(ways, length) - moved(ways, -length)) / (2 * length))
@@ -290,8 +290,8 @@ def _classify(features: Tensor, n: int, seed: int) -> Tensor:
     halves = KFold(FOLDS, shuffle=True, random_state=seed).split(np.arange(n))
     folds = [(np.concatenate([a, a + n]), np.concatenate([b, b + n])) for a, b in halves]
     labels = np.repeat([0, 1], n)
-    found: Any = cross_val_predict(forest, features.numpy(), labels, cv=folds, method="predict_proba")
-    return torch.from_numpy(found[:, 1])
+    probabilities: Any = cross_val_predict(forest, features.numpy(), labels, cv=folds, method="predict_proba")
+    return torch.from_numpy(probabilities[:, 1])
 
 
 def gaussian(subject: Subject, data: HeldOut, everything: HeldOut) -> Check:

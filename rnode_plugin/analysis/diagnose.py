@@ -92,7 +92,7 @@ def diagnose(
         SAMPLES: lambda: checks.samples(subject, everything),
         GAUSSIAN: lambda: checks.gaussian(subject, data, everything),
     }
-    found: list[Check] = []
+    results: list[Check] = []
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -101,11 +101,11 @@ def diagnose(
                 progress(name)
             try:
                 with data.noise():  # the same noise in each check, whichever checks ran before
-                    found.append(measure())
+                    results.append(measure())
             except SolverError as error:
-                found.append(Check(name, "failed", FAILED.format(failure=error)))
+                results.append(Check(name, "failed", FAILED.format(failure=error)))
     finally:
         for module, training in modes:
             module.training = training
     seconds = time.monotonic() - start
-    return Diagnosis(tuple(found), len(data.x), subject.dims, subject.solver_text, seed, seconds)
+    return Diagnosis(tuple(results), len(data.x), subject.dims, subject.solver_text, seed, seconds)

@@ -108,9 +108,9 @@ def importance_sample(
     Example:
         >>> import math
         >>> from rnode_plugin import TableFlow
-        >>> found = importance_sample(TableFlow(2), lambda x: -x.square().sum(1), 1000)
-        >>> error = found.log_z - math.log(math.pi)  # the integral of exp(-x^2 - y^2)
-        >>> bool(error.abs() < 5 * found.log_z_error), bool(found.ess > 500)
+        >>> result = importance_sample(TableFlow(2), lambda x: -x.square().sum(1), 1000)
+        >>> error = result.log_z - math.log(math.pi)  # the integral of exp(-x^2 - y^2)
+        >>> bool(error.abs() < 5 * result.log_z_error), bool(result.ess > 500)
         (True, True)
     """
     check_name(jacobian, get_args(Jacobian), "jacobian")

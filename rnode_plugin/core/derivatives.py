@@ -246,8 +246,8 @@ class AutogradField(Field):
             outside = cast("Callable[..., Linearization]", torch.compiler.disable(self.linearize))
             return outside(t, z, probes, wants, peek=peek)
         if transforms_active():
-            found, seen, keep = self._in_transform(t, z, probes, wants, elsewhere)
-            return self._checked(found, seen, wants, probes, keep=keep)
+            linearization, seen, keep = self._in_transform(t, z, probes, wants, elsewhere)
+            return self._checked(linearization, seen, wants, probes, keep=keep)
         refuse_dual_numbers()
         along, later = "jvp" in wants, "pull" in wants
         # Products need a graph even if the caller wants none, so gradients are enabled here in any case. `keep` is
@@ -277,11 +277,11 @@ class AutogradField(Field):
             products, rows, trace = _products(wants, z, probes, pull)
             jvp = _double_reverse(dz, t, z, keep=keep, zero=lambda: checks.zero(seen)) if along else None
             pull_later = functools.partial(_later, pull, keep) if later else None
-            found = Linearization(dz, products, rows, trace, jvp, pull_later)
-            found = self._checked(found, seen, wants, probes, keep=keep)
+            linearization = Linearization(dz, products, rows, trace, jvp, pull_later)
+            linearization = self._checked(linearization, seen, wants, probes, keep=keep)
         if keep:
-            return found
-        return found._replace(
+            return linearization
+        return linearization._replace(
             dz=without_graph(dz),
             products=None if products is None else without_graph(products),
             rows=None if rows is None else without_graph(rows),
@@ -289,7 +289,7 @@ class AutogradField(Field):
 
     def _checked(
         self,
-        found: Linearization,
+        linearization: Linearization,
         seen: Evaluated,
         wants: frozenset[str],
         probes: Tensor | None,
@@ -298,11 +298,11 @@ class AutogradField(Field):
     ) -> Linearization:
         """The linearization of an evaluation, after the checks of the field."""
         apart, radius = self._relies_on(wants, probes, seen.z)
-        along = found.jvp is not None
+        along = linearization.jvp is not None
         self.checks.after(seen, keep=keep, along=along, apart=apart, radius=radius)
-        if found.jvp is not None and keep and (why := self.checks.third_derivative):
-            return found._replace(jvp=functools.partial(_without_gradient, found.jvp, why))
-        return found
+        if linearization.jvp is not None and keep and (why := self.checks.third_derivative):
+            return linearization._replace(jvp=functools.partial(_without_gradient, linearization.jvp, why))
+        return linearization
 
     def _relies_on(self, wants: frozenset[str], probes: Tensor | None, z: Tensor) -> tuple[bool, int | None]:
         """Whether the products rely on samples that are apart, and the radius by which they are taken."""
@@ -327,8 +327,8 @@ class AutogradField(Field):
             graph[:] = dz.grad_fn, z  # of the level of this vjp, whose graph begins at the state
             return dz
 
-        found = by_vjp(noted, t, z, probes, wants | {"pull"})
-        product = found.pull
+        linearization = by_vjp(noted, t, z, probes, wants | {"pull"})
+        product = linearization.pull
         assert product is not None
 
         def pull(v: Tensor) -> Tensor | None:
@@ -336,13 +336,13 @@ class AutogradField(Field):
                 return product(v) if reached else None
 
         seen = Evaluated(
-            t, z, found.dz, *graph, start=0, depends=True, pull=pull, elsewhere=elsewhere, field=self._field
+            t, z, linearization.dz, *graph, start=0, depends=True, pull=pull, elsewhere=elsewhere, field=self._field
         )
         # by the path, not by a product of zero, which a mask of dropout may make
         reached = reaches_state(seen)
         if not reached:
             self.checks.zero(seen)
-        return found, seen, keep
+        return linearization, seen, keep
 
     def check_at(
         self,
@@ -407,18 +407,18 @@ class AutogradField(Field):
             return part.take(elsewhere(t, cast("Tensor", part.put(state, z))))
 
         field = AutogradField(of_part, checks=self.checks, captured=self.captured, radius=self.radius)
-        found = field.linearize(t, part.take(state), probes, wants, peek=of_part_elsewhere)
+        linearization = field.linearize(t, part.take(state), probes, wants, peek=of_part_elsewhere)
         whole = velocities[0]
         if not torch.is_grad_enabled():  # the graph was for the products, the caller wants none
             whole = tuple(map(without_graph, whole)) if part.is_tuple else without_graph(whole)
-        return found._replace(dz=cast("Tensor", whole))
+        return linearization._replace(dz=cast("Tensor", whole))
 
 
 def _later(pull: Callable[[Tensor], Tensor], keep: bool, v: Tensor) -> Tensor:
     """Call ``pull`` after its evaluation has ended, in any grad mode."""
     with torch.inference_mode(False), torch.enable_grad():
-        found = pull(v)
-    return found if keep else without_graph(found)
+        product = pull(v)
+    return product if keep else without_graph(product)
 
 
 def by_vjp(f: Velocity, t: Tensor, z: Tensor, probes: Tensor | None, wants: frozenset[str]) -> Linearization:
@@ -478,8 +478,8 @@ def total_derivative(
         return derivative(t, z).to(z.dtype)
     keep = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     with torch.inference_mode(False), torch.enable_grad():
-        found = derivative(*_as_variables(t, z, keep=keep)).to(z.dtype)
-    return found if keep else without_graph(found)
+        total = derivative(*_as_variables(t, z, keep=keep)).to(z.dtype)
+    return total if keep else without_graph(total)
 
 
 def without_graph(x: Tensor) -> Tensor:
@@ -539,8 +539,8 @@ def _double_reverse(
 
     def jvp(v: Tensor, dt: float = 0.0) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            found = push(_usable(v), dt)
-        return found if keep else without_graph(found)
+            derivative = push(_usable(v), dt)
+        return derivative if keep else without_graph(derivative)
 
     def push(v: Tensor, dt: float) -> Tensor:
         if not dz.requires_grad:

@@ -43,8 +43,12 @@ class StandardNormal(Independent):
     def log_prob(self, value: Tensor) -> Tensor:
         """``log N(value; 0, I)`` in nats, ``(...)`` for ``value (..., *event)``."""
         value = value.to(torch.promote_types(value.dtype, self.mean.dtype))  # half precision has too few digits
-        found = standard_normal_log_prob(value.flatten(value.ndim - len(self.event_shape)))
-        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape)) if self.batch_shape else found
+        log_density = standard_normal_log_prob(value.flatten(value.ndim - len(self.event_shape)))
+        return (
+            log_density.expand(torch.broadcast_shapes(log_density.shape, self.batch_shape))
+            if self.batch_shape
+            else log_density
+        )
 
     def sample(self, sample_shape: Sequence[int] = _ONE, generator: torch.Generator | None = None) -> Tensor:
         """Draws ``(*sample_shape, *event)`` from a ``generator`` on this device; None: torch's global one."""
@@ -584,21 +588,21 @@ def _batch_shape_of(context: Tensor | None, shape: torch.Size | None) -> torch.S
     return context.shape[: -len(shape)]
 
 
-def check_log_density(found: object, n: int, name: str) -> Tensor:
+def check_log_density(log_prob: object, n: int, name: str) -> Tensor:
     """Return what a user's function ``name`` has returned for n samples, if it can be a log-density of each.
 
     Raises:
         ConfigError: unless these are real numbers ``(n,)`` without NaN and +inf. Inside of ``torch.func.vmap``
             their values are not known, and are not looked at.
     """
-    if not isinstance(found, Tensor):
-        got = type(found).__name__
-    elif found.shape != (n,) or not found.is_floating_point():
-        got = f"shape {tuple(found.shape)}, {found.dtype}"
-    elif wrong := read((~(found < math.inf)).sum()):  # NaN is not below it either
+    if not isinstance(log_prob, Tensor):
+        got = type(log_prob).__name__
+    elif log_prob.shape != (n,) or not log_prob.is_floating_point():
+        got = f"shape {tuple(log_prob.shape)}, {log_prob.dtype}"
+    elif wrong := read((~(log_prob < math.inf)).sum()):  # NaN is not below it either
         got = f"NaN or +inf for {wrong} of {n} samples"
     else:
-        return found
+        return log_prob
     raise ConfigError(
         f"{name} must return one real number per sample, a tensor of floats ({n},) that are summed over the event, "
         f"with -inf where the density is zero, but it returned {got}."

@@ -174,7 +174,7 @@ class Evaluator:
                     restore(self._draws)
                 # a call can be differentiated any number of times, a linearization perhaps only once
                 call = None if wants else self._field(t, state)
-                found = self._linearize(t, state, probes, wants) if call is None else Linearization(call)
+                linearization = self._linearize(t, state, probes, wants) if call is None else Linearization(call)
                 # no draws were noted, so those inside were new ones
                 if before is not None and not self.repeats and not same_states(before, random_states(x)):
                     raise ConfigError(
@@ -182,21 +182,25 @@ class Evaluator:
                         "the two evaluations would have different masks: declare `repeats=True` of the "
                         "regularizer, or leave out the velocity= of penalties_at."
                     )
-                return found
+                return linearization
         except (RuntimeError, AttributeError) as error:
             explain(error)
 
     def _linearize(self, t: Tensor, state: State, probes: Tensor | None, wants: frozenset[str]) -> Linearization:
         """The result of the field, with all that is wanted, which a user's :class:`Field` may leave out."""
-        found = self._field.linearize(t, state, probes, wants, peek=self.peek)
+        linearization = self._field.linearize(t, state, probes, wants, peek=self.peek)
         for name in ("products", "rows", "trace", "jvp"):  # a `pull` only saves another evaluation
-            if name in wants and getattr(found, name) is None and (name != "trace" or found.rows is None):
+            if (
+                name in wants
+                and getattr(linearization, name) is None
+                and (name != "trace" or linearization.rows is None)
+            ):
                 raise ConfigError(
                     f"linearize of the Field {type(self._field).__name__} was asked for {name!r} and left it out: "
                     "compute each of `wants`, or return AutogradField(self).linearize(...) for those that you do "
                     "not compute."
                 )
-        return found
+        return linearization
 
     def peek(self, t: Tensor, state: State) -> Tensor:
         """The velocity, with no effect on buffers and random generators. Two calls in a row draw the same."""

@@ -264,11 +264,11 @@ class FieldEvaluation:
         return value
 
 
-def _versions(*found: object) -> list[int]:
+def _versions(*tensors: object) -> list[int]:
     """The number of writes into each tensor; torch does not count them in inference mode."""
     versions: list[int] = []  # torch.compile cannot trace list[int]()
     if not torch.compiler.is_compiling():
-        for x in found:
+        for x in tensors:
             if isinstance(x, Tensor) and not x.is_inference():
                 versions.append(x._version)
     return versions

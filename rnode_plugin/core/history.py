@@ -122,9 +122,9 @@ class History(Mapping[str, Tensor]):
             t_span: the times of the solve, ``(T,)``.
             block: the number of the neural ODE in the model.
         """
-        if (found := self._steps_of(t_span, block)) is None:
+        if (place := self._steps_of(t_span, block)) is None:
             return {}
-        steps, way = found
+        steps, way = place
         adjoint = f"{way} adjoint"
         return {
             "safe_step": steps.get(way),
@@ -134,8 +134,8 @@ class History(Mapping[str, Tensor]):
 
     def keep_step(self, step: float | None, t_span: Tensor | Sequence[float], *, block: int = 0) -> None:
         """Keep the ``longest_safe_step`` of a solution; arguments as for :meth:`warm_start`."""
-        if step is not None and (found := self._steps_of(t_span, block)) is not None:
-            steps, way = found
+        if step is not None and (place := self._steps_of(t_span, block)) is not None:
+            steps, way = place
             steps[way] = step
 
     def _steps_of(self, t_span: Tensor | Sequence[float], block: int) -> tuple[dict[str, float], str] | None:

@@ -69,8 +69,8 @@ def private(path: str) -> Any:
     def refuse(*args: object, **options: object) -> NoReturn:
         refuse_torch(path)
 
-    found = find_private(path)
-    return refuse if found is None else found
+    value = find_private(path)
+    return refuse if value is None else value
 
 
 def refuse_torch(name: str) -> NoReturn:
@@ -362,14 +362,14 @@ def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
     The outer one runs them with the whole gradient. A hook that scales it would otherwise scale it twice. Another
     thread whose backward pass ends meanwhile does not run them either.
     """
-    found = [hooks for x in tensors if (hooks := hooks_of(x))]
-    saved = [dict(hooks) for hooks in found]
-    for hooks in found:
+    tables = [hooks for x in tensors if (hooks := hooks_of(x))]
+    saved = [dict(hooks) for hooks in tables]
+    for hooks in tables:
         hooks.clear()
     try:
         yield
     finally:
-        for hooks, each in zip(found, saved, strict=True):
+        for hooks, each in zip(tables, saved, strict=True):
             hooks.update(each)
 
 

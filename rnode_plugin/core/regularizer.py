@@ -299,6 +299,6 @@ def _check(made: Rate | StepPenalty) -> None:
 
 def _names(name: str, attribute: str, given: Collection[str], allowed: Collection[str]) -> frozenset[str]:
     if not set(given) <= set(allowed):
-        found, choices = ("{" + ", ".join(sorted(map(repr, names))) + "}" for names in (given, allowed))
-        raise ConfigError(f"{attribute} of {name!r} must be a set of names in {choices}, not {found}.")
+        wrong, choices = ("{" + ", ".join(sorted(map(repr, names))) + "}" for names in (given, allowed))
+        raise ConfigError(f"{attribute} of {name!r} must be a set of names in {choices}, not {wrong}.")
     return frozenset(given)

@@ -119,14 +119,14 @@ class Regularizers:
             given: Any = spec
             several = isinstance(given, Iterable) and not isinstance(given, str) and not callable(given)
             items = [(entry, None) for entry in (given if several else [given])]
-        found: dict[str, Regularizer] = {}
+        resolved: dict[str, Regularizer] = {}
         strengths: dict[str, Strength] = {}
         for entry, strength in items:
             one = _resolved(entry, by_name)
-            if one.name in found:
+            if one.name in resolved:
                 raise ConfigError(f"the regularizer {one.name!r} is named twice; name each once.")
-            found[one.name], strengths[one.name] = one, _checked_strength(one, strength)
-        return cls(found, strengths)
+            resolved[one.name], strengths[one.name] = one, _checked_strength(one, strength)
+        return cls(resolved, strengths)
 
     def __iter__(self) -> Iterator[Regularizer]:
         return iter(self.by_name.values())
@@ -298,12 +298,12 @@ class Regularizers:
             ConfigError, PluginError: as :func:`checked`.
         """
         length = (times[-1] - times[0]).abs().to(z0.device)
-        found: dict[str, Tensor] = {}
+        penalties: dict[str, Tensor] = {}
         for rate in self.finished:
             seen = integrals[rate.name], z0, z1, length
             assert rate.finish is not None
-            found[rate.name] = checked(rate.name, rate.finish, seen, seen, z0)
-        return found
+            penalties[rate.name] = checked(rate.name, rate.finish, seen, seen, z0)
+        return penalties
 
     def with_span_penalty(self, integrals: Mapping[str, Tensor], z: Tensor) -> dict[str, Tensor]:
         """Add the span policy's penalty for ``z (B, *event)`` to the integrals ``(B,)`` by name of a whole model.
@@ -328,18 +328,18 @@ class Regularizers:
             solves: number of solves, the last one included.
             share: number of steps in the last solve, as a fraction of all steps, between 0 and 1.
         """
-        found: dict[str, Tensor] = {}
+        penalties: dict[str, Tensor] = {}
         for each in self.penalties:
             value, sum_of = last[each.name], before.get(each.name)
             if sum_of is None:
-                found[each.name] = value
+                penalties[each.name] = value
             elif isinstance(each, Rate) or each.reduction == "sum":
-                found[each.name] = sum_of + value
+                penalties[each.name] = sum_of + value
             elif each.reduction == "max":
-                found[each.name] = sum_of.maximum(value)
+                penalties[each.name] = sum_of.maximum(value)
             else:  # a running mean: over the solves, which have one local step each, or else over their steps
-                found[each.name] = sum_of + (value - sum_of) * (1 / solves if each.local else share)
-        return found
+                penalties[each.name] = sum_of + (value - sum_of) * (1 / solves if each.local else share)
+        return penalties
 
 
 NONE = Regularizers()

@@ -43,10 +43,10 @@ class LinearWarmup:
             ValueError: for another text.
             ConfigError: as :func:`linear_warmup`.
         """
-        found = re.fullmatch(r"linear_warmup\(\s*(\d+)\s*\)\s*(?:\*\s*(\S+))?", text.strip())
-        if found is None:
+        match = re.fullmatch(r"linear_warmup\(\s*(\d+)\s*\)\s*(?:\*\s*(\S+))?", text.strip())
+        if match is None:
             raise ValueError(f"expected {cls.spelling}")
-        return linear_warmup(int(found[1]), float(found[2] or DEFAULT_LAMBDA))
+        return linear_warmup(int(match[1]), float(match[2] or DEFAULT_LAMBDA))
 
 
 WrittenStrength = float | LinearWarmup

@@ -107,7 +107,7 @@ def wrong_third_derivative(seen: Evaluated) -> str:
     """
     if seen.root is None or seen.unseen:
         return ""
-    pending, found = [seen.root], {seen.root}
+    pending, visited = [seen.root], {seen.root}
     while pending:
         node = pending.pop()
         name = node.name()
@@ -121,8 +121,8 @@ def wrong_third_derivative(seen: Evaluated) -> str:
                     "values without a gradient are right."
                 )
         for below, _ in node.next_functions:
-            if below is not None and below not in found and number_of(below) >= seen.start:
-                found.add(below)
+            if below is not None and below not in visited and number_of(below) >= seen.start:
+                visited.add(below)
                 pending.append(below)
     return ""
 
@@ -188,29 +188,29 @@ def check_second_derivative(seen: Evaluated, *, jvp: bool) -> bool:
     if not new or half:
         return True
     with outside_checkpoints():
-        found = _compare(seen)
-    if found is False:
+        agrees = _compare(seen)
+    if agrees is False:
         names = " and ".join(sorted({foreign[each] for each in new}))
         raise ConfigError(
             f"the backward pass of {names} cannot be differentiated: a derivative that autograd takes through it "
             "differs from a difference quotient, so that the gradient of jacfrob or of a log-density, or the value "
             f"of a derivative along a direction, would be wrong. {_WAYS}"
         )
-    if found:
+    if agrees:
         known |= new
-    return bool(found)
+    return bool(agrees)
 
 
 def reaches_state(seen: Evaluated) -> bool:
     """Whether the graph of the velocity reaches the state, where that is a leaf, as in ``torch.func.vjp``."""
-    pending, found = [seen.root], {seen.root}
+    pending, visited = [seen.root], {seen.root}
     while pending:
         if (node := pending.pop()) is None:
             continue
         if getattr(node, "variable", None) is seen.variable:
             return True
-        new = {below for below, _ in node.next_functions} - found
-        found |= new
+        new = {below for below, _ in node.next_functions} - visited
+        visited |= new
         pending += new
     return False
 
@@ -297,9 +297,9 @@ def _compare(seen: Evaluated) -> bool | None:
             exact = torch.func.vjp(product, point)[1](w)[0]
         else:
             state = point.requires_grad_()
-            found = product(state, again=True)
-            if found is not None and found.requires_grad:
-                exact = torch.autograd.grad(found, state, w, allow_unused=True)[0]
+            first = product(state, again=True)
+            if first is not None and first.requires_grad:
+                exact = torch.autograd.grad(first, state, w, allow_unused=True)[0]
     except RuntimeError:
         return False
     exact = torch.zeros_like(point) if exact is None else exact

@@ -163,8 +163,8 @@ class Hutchinson(TraceEstimator):
         >>> evaluator = Evaluator(AutogradField(lambda t, z: torch.tensor([1.0, 2.0]) * z))
         >>> z = torch.ones(3, 2)
         >>> noise = estimator.draw(z)
-        >>> found = estimator.linearize(evaluator, torch.tensor(0.0), z, noise)
-        >>> estimator.divergence(found.products, noise)  # signs are exact if the Jacobian is diagonal
+        >>> linearization = estimator.linearize(evaluator, torch.tensor(0.0), z, noise)
+        >>> estimator.divergence(linearization.products, noise)  # signs are exact if the Jacobian is diagonal
         tensor([3., 3., 3.])
     """
 
@@ -379,8 +379,8 @@ class Difference(TraceEstimator):
         wants: frozenset[str] | None = None,
     ) -> Linearization:
         assert noise is not None
-        found, z = super().linearize(evaluator, t, state, None, wants), evaluator.z_of(state)
-        dz = evaluator.z_of(found.dz)
+        linearization, z = super().linearize(evaluator, t, state, None, wants), evaluator.z_of(state)
+        dz = evaluator.z_of(linearization.dz)
         # autocast may round a velocity to half precision before it is returned in float32, and leaves float64 alone
         cast = dz.dtype is torch.float32 and autocasts(dz)
         if dz.dtype.itemsize < 4 or cast:
@@ -405,7 +405,7 @@ class Difference(TraceEstimator):
             return (later - before) / (2 * step)
 
         products = along(noise) if self.count == 1 else torch.stack([along(e) for e in noise])
-        return found._replace(products=products)
+        return linearization._replace(products=products)
 
     def probed(self, products: Tensor, noise: Tensor | None) -> ProbedProducts:
         raise ConfigError(

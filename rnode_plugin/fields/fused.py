@@ -193,9 +193,13 @@ class Stack(Field):
             field = AutogradField(self, checks=checks, captured=self._captured)
             return field.linearize(t, z, probes, wants, peek=peek)
         if "rows" in wants or "trace" in wants:
-            found = self._with_rows(t, z, wants)
+            linearization = self._with_rows(t, z, wants)
             # one more pass for the products
-            return found._replace(products=self._products(t, z, probes)[1]) if "products" in wants else found
+            return (
+                linearization._replace(products=self._products(t, z, probes)[1])
+                if "products" in wants
+                else linearization
+            )
         dz, products = self._products(t, z, probes if "products" in wants else None)
         return Linearization(dz, products)
 
@@ -435,8 +439,8 @@ def _by_autograd(
     if not given:  # only the time requires a gradient, and no layer takes the time
         return [None] * len(arguments)
     ends, seeds = zip(*given, strict=True)
-    found = iter(torch.autograd.grad(ends, inputs, seeds, create_graph=True, allow_unused=True))
-    return [None if x is None or not x.requires_grad else next(found) for x in arguments]
+    gradients = iter(torch.autograd.grad(ends, inputs, seeds, create_graph=True, allow_unused=True))
+    return [None if x is None or not x.requires_grad else next(gradients) for x in arguments]
 
 
 # equations (4) to (6), without a graph ---------------------------------------------------------------------------

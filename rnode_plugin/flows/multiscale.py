@@ -293,8 +293,8 @@ def _range_check(x: Tensor, margin: float) -> HealthCheck:
     low, high = x.detach().aminmax()
 
     def fail(_: int) -> NoReturn:
-        found = "NaN" if bool(low.isnan()) else f"[{float(low):.6g}, {float(high):.6g}]"
-        raise ConfigError(f"the images must lie in [0, 1], but have {found}: divide pixel values by the levels.")
+        limits = "NaN" if bool(low.isnan()) else f"[{float(low):.6g}, {float(high):.6g}]"
+        raise ConfigError(f"the images must lie in [0, 1], but have {limits}: divide pixel values by the levels.")
 
     inside = (low >= -margin) & (high <= 1 + margin)  # False for NaN
     return HealthCheck(torch.where(inside, 0.0, math.inf)[None], fail)

@@ -86,13 +86,13 @@ class Plugin:
         for kind, names in self.registers.items():
             hook = f"rnode_register_{kind}"
             with self._noting(hook):
-                for found in getattr(manager.hook, hook)():
-                    if not (isinstance(found, Mapping) and all(isinstance(name, str) for name in found)):
-                        shown = reprlib.repr(found)
+                for registered in getattr(manager.hook, hook)():
+                    if not (isinstance(registered, Mapping) and all(isinstance(name, str) for name in registered)):
+                        shown = reprlib.repr(registered)
                         raise PluginError(f"it must map names to callables or to 'module:attribute', not {shown}")
-                    if kind == "regularizers" and (bad := next((each for each in found if ":" in each), None)):
+                    if kind == "regularizers" and (bad := next((each for each in registered if ":" in each), None)):
                         raise PluginError(f"the name {bad!r} has a colon, which stands before options")
-                    names.update(found)
+                    names.update(registered)
 
     @contextmanager
     def guarded(self, what: str, *, passing: type[Exception] | tuple[()] = ()) -> Iterator[None]:
@@ -172,10 +172,10 @@ class Registry:
         Raises:
             PluginError: if the object raised another error.
         """
-        owner, found = self.check_name(kind, name), self.get(kind, name)
+        owner, make = self.check_name(kind, name), self.get(kind, name)
         passing = Exception if owner.distribution == "rnode-plugin" else RnodeError if kind != "recipes" else ()
         with owner.guarded(f"the {KINDS[kind]} {name!r} of {owner} failed", passing=passing):
-            return found(*arguments, **options)
+            return make(*arguments, **options)
 
     def names(self, kind: str) -> list[str]:
         """List all names of one kind, sorted; a ConfigError for a kind that does not exist."""
@@ -225,12 +225,12 @@ class Registry:
 def _installed() -> Iterator[tuple[Plugin, metadata.EntryPoint]]:
     """The entry points of other packages, by distribution and name."""
     blocked = {_normal(part) for part in os.environ.get("RNODE_PLUGINS_BLOCK", "").split(",")}
-    found = {
+    entries = {
         (_normal(each.dist.name), _normal(each.name)): (each.dist, each)
         for each in metadata.entry_points(group=hookspecs.PROJECT)
         if each.dist is not None and each.value != builtin.__name__
     }
-    for keys, (distribution, each) in sorted(found.items(), key=lambda item: item[0]):
+    for keys, (distribution, each) in sorted(entries.items(), key=lambda item: item[0]):
         status = "blocked" if blocked & {*keys, "*"} else "loaded"
         yield Plugin(each.name, distribution.name, distribution.version, status), each
 

@@ -241,9 +241,9 @@ class _Backward:
                         "'autograd'.",
                         stacklevel=2,
                     )
-            found: Sequence[Tensor | None] = [None] * len(inputs)
+            gradients: Sequence[Tensor | None] = [None] * len(inputs)
             if total.requires_grad:  # a constant field has no graph
                 with without_hooks(self.params):
-                    found = torch.autograd.grad(total, inputs, allow_unused=True)
-        filled = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+                    gradients = torch.autograd.grad(total, inputs, allow_unused=True)
+        filled = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
         return [derivative.dz.detach(), *filled]

@@ -93,12 +93,12 @@ def _leaves(
         start = next_number(state)
         # a clone, because torch refuses a field that changes a leaf in place
         derivative = rhs(t.detach(), state.clone())
-    found = _find_leaves([x for x in tree("tree_leaves")(derivative) if isinstance(x, Tensor)], start)
-    if found is None:  # a replay would run through that other graph at each step
+    leaves = _find_leaves([x for x in tree("tree_leaves")(derivative) if isinstance(x, Tensor)], start)
+    if leaves is None:  # a replay would run through that other graph at each step
         return None
     # add all parameters, because a module may read some of them at other times only
     known = [p for p in rhs.inputs() if p.requires_grad]
-    return list({id(x): x for x in [*found, *known] if x is not state}.values())
+    return list({id(x): x for x in [*leaves, *known] if x is not state}.values())
 
 
 def _find_leaves(outputs: Sequence[Tensor], start: int, known: Sequence[object] = ()) -> list[Tensor] | None:
@@ -192,12 +192,12 @@ class _Replay(torch.autograd.Function):
                 )
             pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None and x.requires_grad]
             sources = [x for x, need in zip(known, needed, strict=True) if need]
-            found: Sequence[Tensor | None] = [None] * len(sources)
+            computed: Sequence[Tensor | None] = [None] * len(sources)
             if pairs and sources:
                 reached, incoming = zip(*pairs, strict=True)
                 try:
                     with without_hooks(leaves):
-                        found = torch.autograd.grad(
+                        computed = torch.autograd.grad(
                             reached, sources, incoming, create_graph=again, allow_unused=True
                         )
                 except RuntimeError as error:
@@ -205,7 +205,7 @@ class _Replay(torch.autograd.Function):
                     if "scaled_dot_product" in str(error):
                         raise ConfigError(FUSED_ATTENTION) from error
                     raise
-            rest = iter(found)
+            rest = iter(computed)
             return [next(rest) if need else None for need in needed]
 
         if not torch.is_grad_enabled():

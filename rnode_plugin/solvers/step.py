@@ -212,16 +212,16 @@ class _Stages:
 
     def __call__(self, time: Tensor, state: Tensor, args: object = None) -> Tensor:
         """The velocity. A user's solver passes on its ``args``, which the field has received already."""
-        found = self.derivatives
-        if self.given and state is self.z and len(found) == 1 and bool(time == self.t):
+        derivatives = self.derivatives
+        if self.given and state is self.z and len(derivatives) == 1 and bool(time == self.t):
             # a user's method evaluates its first stage although it was given, so this one takes its place
             self.given = False
-            found.clear()
+            derivatives.clear()
             self.places.clear()
         if self.keep_places:
             self.places.append((time, state))
-        found.append(self.rhs(time, state, products=self.draw is None or len(found) in self.draw))
-        return found[-1].dz
+        derivatives.append(self.rhs(time, state, products=self.draw is None or len(derivatives) in self.draw))
+        return derivatives[-1].dz
 
 
 def draw_stage(method: Method) -> Draw | None:
@@ -240,13 +240,13 @@ def _integrate_rows(
 
     If a row has stages without a value (None), it is the weighted sum over the drawn stages instead.
     """
-    found: dict[int, Tensor] = {}
+    integrals: dict[int, Tensor] = {}
     together: list[int] = []
     like: Tensor | None = None
     for place, values in enumerate(rows):
         if draw is not None and any(value is None for value in values[: len(weights)]):
             parts = [values[stage] * (dt * share) for stage, share in draw.items()]
-            found[place] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+            integrals[place] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         elif values[0].ndim == 1:
             # rows of another dtype or shape are integrated one by one
             first: Tensor = values[0]
@@ -268,8 +268,10 @@ def _integrate_rows(
             product = (row[:, None] * table.view(count, len(together) * like.shape[0])).sum(0)
         if product.dtype is like.dtype:  # else autocast has rounded it
             parts = (product,) if alone else product.view(len(together), like.shape[0]).unbind()
-            found |= zip(together, parts, strict=True)
-    return [found[k] if k in found else _integrate_row(values, weights, dt) for k, values in enumerate(rows)]
+            integrals |= zip(together, parts, strict=True)
+    return [
+        integrals[k] if k in integrals else _integrate_row(values, weights, dt) for k, values in enumerate(rows)
+    ]
 
 
 def _integrate_row(values: Sequence[Tensor], weights: Sequence[float], dt: Tensor) -> Tensor:

@@ -89,16 +89,16 @@ class Augmented:
         # a field that calls torchdiffeq itself gets the plain solve
         before, here.evaluating = here.evaluating, True
         try:
-            velocity, _, found = self.rhs(t, y, products=factor != 0)
+            velocity, _, by_name = self.rhs(t, y, products=factor != 0)
         finally:
             here.evaluating = before
         if factor != 1:
             zero = self.z_of(y).new_zeros(len(self.z_of(y)))
-            found = {
-                name: factor * found.get(name, zero) if rate.needs else found[name]
+            by_name = {
+                name: factor * by_name.get(name, zero) if rate.needs else by_name[name]
                 for name, rate in self.rhs.regularizers.rates.items()
             }
-        rates = found.values() if self._sign > 0 else [-rate for rate in found.values()]
+        rates = by_name.values() if self._sign > 0 else [-rate for rate in by_name.values()]
         return (*tensors_of(velocity), *rates)
 
     def z_of(self, y: State) -> Tensor:
@@ -154,16 +154,16 @@ class Augmented:
                 _known.add(self.func)
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.func, name)
+        attribute = getattr(self.func, name)
         if not name.startswith("callback_"):
-            return found
+            return attribute
         # a user's callback expects the state without penalties
         if not name.endswith("_adjoint"):
-            return lambda t, state, dt: found(t, self.of_user(state), dt)
+            return lambda t, state, dt: attribute(t, self.of_user(state), dt)
 
         def of_adjoint(t: Tensor, state: Sequence[Tensor], dt: Tensor) -> object:
             time, y, adjoint, *rest = state
-            return found(t, (time, self.flat_of_user(y), self.flat_of_user(adjoint), *rest), dt)
+            return attribute(t, (time, self.flat_of_user(y), self.flat_of_user(adjoint), *rest), dt)
 
         return of_adjoint
 

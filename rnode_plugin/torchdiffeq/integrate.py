@@ -191,15 +191,15 @@ def is_sampled(quadrature: str) -> bool:
 
 def _by_name(name: str) -> Regularizer:
     """The regularizer of a name; a ConfigError for one with parameters, which no optimizer could have."""
-    found = get_regularizer(name)
-    code = code_of(found)
+    regularizer = get_regularizer(name)
+    code = code_of(regularizer)
     if isinstance(code, nn.Module) and next(code.parameters(), None) is not None:
         raise ConfigError(
             f"the regularizer {name!r} has parameters, which nothing would train, because each use of the name "
             "makes new ones: give the object, such as LearnedEndTime(2.0) from rnode_plugin.regularizers, and give "
             "its parameters to the optimizer."
         )
-    return found
+    return regularizer
 
 
 def _with_penalties(

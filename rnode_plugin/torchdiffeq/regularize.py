@@ -107,7 +107,7 @@ def regularize(
     spec = regularizers[0] if len(regularizers) == 1 else list(regularizers)
     system = system_of(spec, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise)
     sampled = is_sampled(quadrature)
-    found = History(system.regularizers, absent=_NOT_SEEN, of_one_thread=False)
+    history = History(system.regularizers, absent=_NOT_SEEN, of_one_thread=False)
     trains = False
 
     def collect(name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given) -> Any:
@@ -120,14 +120,14 @@ def regularize(
         solution, integrals = solve(name, func, y0, t, given, system, sampled=sampled)
         if with_gradients and not trains:  # the first solve with gradients discards the solves without
             trains = True
-            found.begin()
-        found.add(integrals)
+            history.begin()
+        history.add(integrals)
         return solution
 
     _bind()
     here.penalized_solve = collect
     try:
-        yield found
+        yield history
     finally:
         here.penalized_solve = None
 

@@ -51,10 +51,10 @@ def run_script(script: Path, args: Sequence[str], counter: SolveCounter | None) 
 def _copy_passed_over(name: str) -> str:
     """The file of a package that sys.path finds first, if it is another one than the imported one; else ``""``."""
     # a script may have removed the module, to import another copy later
-    found, imported = PathFinder.find_spec(name, sys.path), getattr(sys.modules.get(name), "__file__", None)
-    if found is None or found.origin is None or imported is None:
+    spec, imported = PathFinder.find_spec(name, sys.path), getattr(sys.modules.get(name), "__file__", None)
+    if spec is None or spec.origin is None or imported is None:
         return ""
-    return "" if os.path.realpath(found.origin) == os.path.realpath(imported) else found.origin
+    return "" if os.path.realpath(spec.origin) == os.path.realpath(imported) else spec.origin
 
 
 def _penalized_solves(counter: SolveCounter) -> str:

@@ -115,8 +115,8 @@ class Slots:
                     self.borrowed.append(_Slot(module, CONTROL))
             if isinstance(module, GalLayer):
                 self.results += [_Slot(module, name) for name in ("weight", "bias") if name in own]
-        self.found = bool(self.times or self.values or self.results)
-        self.lock = lock_of(modules[0] if self.found else None)
+        self.has_any = bool(self.times or self.values or self.results)
+        self.lock = lock_of(modules[0] if self.has_any else None)
 
     def filling(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """``function``, with the placeholders filled during each evaluation."""
@@ -290,10 +290,10 @@ def look_for_columns(rhs: FieldRightHandSide, t: Tensor, x: Tensor) -> bool:
         return True
     try:
         with torch.no_grad(), outside_checkpoints():
-            found = rhs.evaluator.repeat(t.to(state.device), state, frozenset({"products"}), signs)
+            linearization = rhs.evaluator.repeat(t.to(state.device), state, frozenset({"products"}), signs)
     except (RnodeError, RuntimeError):  # no graph, or one that runs once: fine for penalties without a derivative
         return True
-    return warn_of_unread_columns(found.dz, found.products, stacklevel=7)
+    return warn_of_unread_columns(linearization.dz, linearization.products, stacklevel=7)
 
 
 def function_of(
@@ -321,9 +321,9 @@ def function_of(
         function = call_of(function, args, takes)
     if order > 1:
         function = first_order_system(function, order)
-    if slots.found:
+    if slots.has_any:
         function = slots.filling(function)
-    return function, plain and order == 1 and not slots.found
+    return function, plain and order == 1 and not slots.has_any
 
 
 def _unwrapped(vf: Any) -> tuple[Any, int, Sequence[dict[str, Any]]]:
@@ -386,9 +386,9 @@ def adds_time(module: nn.Module) -> bool:
 
 def tensors_of(parts: Iterable[object], args: object) -> list[Tensor]:
     """The tensors with respect to which an adjoint differentiates: parameters in ``parts``, tensors in ``args``."""
-    found = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
+    parameters = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
     given = [x for x in tree("tree_leaves")(args) if isinstance(x, Tensor) and x.requires_grad]
-    return list({id(x): x for x in [*found, *given]}.values())
+    return list({id(x): x for x in [*parameters, *given]}.values())
 
 
 def is_cnf(module: nn.Module) -> bool:
