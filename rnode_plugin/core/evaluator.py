@@ -129,12 +129,11 @@ class Evaluator:
         if self.repeats:  # before the field draws, so that `repeat` can repeat the draws
             self._draws = random_states(self.z_of(state)) or self._draws
         try:
-            if self._exclusive is None:
-                return self._linearize(t, state, probes, wants)
-            with self._exclusive:
-                return self._linearize(t, state, probes, wants)
+            with self._exclusive or nullcontext():
+                linearization = self._field.linearize(t, state, probes, wants, peek=self.peek)
         except (RuntimeError, AttributeError) as error:
             explain(error)
+        return self._complete(linearization, wants)
 
     def traceable(self) -> Evaluator:
         """An evaluator that torch.compile can trace, which holds no lock and makes no checks."""
@@ -172,9 +171,10 @@ class Evaluator:
             with self.without_effects(x) as before:
                 if self._draws is not None:
                     restore(self._draws)
-                # a call can be differentiated any number of times, a linearization perhaps only once
-                call = None if wants else self._field(t, state)
-                linearization = self._linearize(t, state, probes, wants) if call is None else Linearization(call)
+                if wants:
+                    linearization = self._field.linearize(t, state, probes, wants, peek=self.peek)
+                else:  # a call can be differentiated any number of times, a linearization perhaps only once
+                    linearization = Linearization(self._field(t, state))
                 # no draws were noted, so those inside were new ones
                 if before is not None and not self.repeats and not same_states(before, random_states(x)):
                     raise ConfigError(
@@ -182,13 +182,12 @@ class Evaluator:
                         "the two evaluations would have different masks: declare `repeats=True` of the "
                         "regularizer, or leave out the velocity= of penalties_at."
                     )
-                return linearization
         except (RuntimeError, AttributeError) as error:
             explain(error)
+        return self._complete(linearization, wants)
 
-    def _linearize(self, t: Tensor, state: State, probes: Tensor | None, wants: frozenset[str]) -> Linearization:
-        """The result of the field, with all that is wanted, which a user's :class:`Field` may leave out."""
-        linearization = self._field.linearize(t, state, probes, wants, peek=self.peek)
+    def _complete(self, linearization: Linearization, wants: frozenset[str]) -> Linearization:
+        """The linearization, with all that is wanted, which a user's :class:`Field` may have left out."""
         for name in ("products", "rows", "trace", "jvp"):  # a `pull` only saves another evaluation
             if (
                 name in wants

@@ -37,7 +37,7 @@ class FieldEvaluation:
 
     __slots__ = (
         "_dz", "_estimator", "_evaluator", "_known", "_linearization", "_name", "_needs", "_noise", "_products",
-        "_state", "_t", "_z",
+        "_state", "_t", "_z", "shown",
     )  # fmt: skip
 
     def __init__(
@@ -56,6 +56,8 @@ class FieldEvaluation:
         self._dz = evaluator.z_of(linearization.dz).to(z.dtype)
         products = linearization.products if linearization.rows is None else linearization.rows
         self._products = None if products is None else products.to(z.dtype)
+        # the tensors that all regularizers are shown, and none may write into
+        self.shown = [x for x in (z, self._dz, noise, self._products) if x is not None]
         # the solve itself may read the products
         self._name, self._needs = "", frozenset({"vjp"})
         # what a regularizer has computed: key, argument, whether gradients were enabled, value, and versions of
@@ -86,11 +88,6 @@ class FieldEvaluation:
         """This evaluation, from now on for the regularizer ``name``, which has declared its ``needs``."""
         self._name, self._needs = name, needs
         return self
-
-    @property
-    def shown(self) -> list[Tensor]:
-        """The tensors that all regularizers are shown, and none may write into."""
-        return [x for x in (self._z, self._dz, self._noise, self._products) if x is not None]
 
     def divergence(self) -> Tensor:
         """``div f (B,)``, exact (eq. 3) or estimated (eq. 5), in nats per unit of time."""

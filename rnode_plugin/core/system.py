@@ -381,7 +381,7 @@ class FieldRightHandSide(RightHandSide):
         dz, dlogdet, penalties, rates = linearization.dz, None, {}, self.regularizers.rates
         if self.trace or rates:
             evaluation = FieldEvaluation(self.evaluator, self.estimator, self.probes, t, state, linearization)
-            z, trace, shown = evaluation.z, linearization.trace, evaluation.shown
+            z, trace = evaluation.z, linearization.trace
             if self.evaluator.part is None:
                 dz = evaluation.dz
             _check_shape(evaluation.dz, z)
@@ -390,7 +390,7 @@ class FieldRightHandSide(RightHandSide):
             for name, rate in rates.items():
                 if products or not rate.needs:
                     seen = (evaluation.read_by(name, rate.needs),)
-                    penalties[name] = checked(name, rate.of, seen, shown, z)
+                    penalties[name] = checked(name, rate.of, seen, evaluation.shown, z)
         elif columns is None and isinstance(state, Tensor):  # torchdiffeq checks the tensors of a tuple
             _check_shape(dz, state)
             dz = dz.to(state.dtype)
