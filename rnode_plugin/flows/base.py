@@ -237,18 +237,18 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         check_all(health)
         # Passes that change no state record y, e and k in the shape of each block's state, because squeezes and
         # leaving channels rearrange coordinates between the blocks.
-        data, noise, blocks = _SeenStates(), _SeenStates(), _SeenStates()
-        self._push(y, data)
-        self._pull(torch.randn(len(x), self.dims, dtype=x.dtype, device=x.device), noise)
-        self._pull(torch.tensor([self.latent_depths], dtype=x.dtype).to(x.device), blocks)
+        data, noise, blocks = list[Tensor](), list[Tensor](), list[Tensor]()
+        self._push(y, _record(data))
+        self._pull(torch.randn(len(x), self.dims, dtype=x.dtype, device=x.device), _record(noise))
+        self._pull(torch.tensor([self.latent_depths], dtype=x.dtype).to(x.device), _record(blocks))
         # drawn on the CPU, so that one seed gives the same times on every device
-        times = torch.rand(len(data.seen), dtype=x.dtype).to(x.device)
+        times = torch.rand(len(data), dtype=x.dtype).to(x.device)
         # each block covers its part of the path until the end of its solve, which a learned end time changes
         end = self.regularizers.times(torch.tensor([0.0, 1.0], dtype=x.dtype))[-1].detach()
         error, width = x.new_zeros(len(x)), _WIDTH * torch.rand(len(x), dtype=x.dtype, device=x.device)
         for index, field in enumerate(self._fields_at(rows)):
             # _pull passes the blocks in reverse
-            y, e, k = data.seen[index], noise.seen[-1 - index], blocks.seen[-1 - index]
+            y, e, k = data[index], noise[-1 - index], blocks[-1 - index]
             share = (index + times[index]) / k  # block `index` covers this part of the path of k blocks
             offset = width.view(-1, *[1] * (y.ndim - 1)) * torch.randn_like(y)
             velocity = field(end * times[index], y + share * (e - y) + offset)
@@ -274,15 +274,14 @@ class BlockFlow(OneProcessPerDevice, DensityModel):
         return super().check_inputs(x, context=context, noise=noise, latents=latents)
 
 
-class _SeenStates:
-    """A stand-in for the blocks that changes no state and records all states."""
+def _record(states: list[Tensor]) -> _Through:
+    """A stand-in for the blocks that changes no state and appends all of them to ``states``."""
 
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def __call__(self, z: Tensor) -> Tensor:
-        self.seen.append(z)
+    def keep(z: Tensor) -> Tensor:
+        states.append(z)
         return z
+
+    return keep
 
 
 class _Pass:

@@ -117,7 +117,7 @@ def finite_difference(eps: float = 0.01, *, name: str = "finite_difference") -> 
 
 @dataclass(frozen=True)
 class _FiniteDifference:
-    """A class, because pickle takes no closure."""
+    """A class, because pickle takes no closure, and no two partials are equal."""
 
     eps: float
 
@@ -154,7 +154,7 @@ def taylor(order: int = 3, *, name: str = "") -> Rate:
 
 @dataclass(frozen=True)
 class _Taylor:
-    """A class, because pickle takes no closure."""
+    """A class, because pickle takes no closure, and no two partials are equal."""
 
     order: int
 

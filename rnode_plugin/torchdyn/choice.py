@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
@@ -226,7 +227,7 @@ def method_from_torchdyn(
     adaptive = solver.stepping_class == "adaptive"
     interpolate = None
     if adaptive and interpolator is not None and not isinstance(solver, Tsitouras45):
-        interpolate = _Interpolate(interpolator)
+        interpolate = functools.partial(_interpolate, interpolator=interpolator)
     return Method(
         name=title,
         advance=_Step(solver, name, {}),
@@ -268,10 +269,16 @@ class _Step:
             with on_host():
                 backward = not bool(dt > 0)
             if backward:
-                mirrored = _Mirrored(f)
+                pairs: list[tuple[Tensor, Tensor]] = []  # each velocity of the mirrored field with the original
+
+                def mirrored(t: Tensor, x: Tensor) -> Tensor:
+                    velocity = f(-t, x)
+                    pairs.append((-velocity, velocity))
+                    return pairs[-1][0]
+
                 k1 = None if k1 is None else -k1
-                new_velocity, new, error, *_ = solver.step(mirrored, x, -t, -dt, k1=k1, args=self.args)
-                return mirrored.original(new_velocity), new, error
+                last, new, error, *_ = solver.step(mirrored, x, -t, -dt, k1=k1, args=self.args)
+                return next((velocity for opposite, velocity in pairs if opposite is last), None), new, error
         return solver.step(f, x, t, dt, k1=k1, args=self.args)
 
     def solver_like(self, x: Tensor, t: Tensor) -> SolverObject:
@@ -290,41 +297,25 @@ class _Step:
         return solver
 
 
-class _Mirrored:
-    """A field with time reversed, ``-f(-t, x)``, which stores the original velocities."""
-
-    def __init__(self, field: Velocity) -> None:
-        self._field = field
-        self._pairs: list[tuple[Tensor, Tensor]] = []
-
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        velocity = self._field(-t, x)
-        self._pairs.append((-velocity, velocity))
-        return self._pairs[-1][0]
-
-    def original(self, mirrored: Tensor | None) -> Tensor | None:
-        """The original of a mirrored velocity; None for any other tensor."""
-        return next((velocity for opposite, velocity in self._pairs if opposite is mirrored), None)
-
-
-class _Interpolate:
+def _interpolate(
+    step: Any,
+    z: Tensor,
+    first: Any,
+    t: Tensor,
+    dt: Tensor,
+    times: Sequence[Tensor],
+    *,
+    interpolator: str | Callable[..., object],
+) -> list[Tensor]:
     """torchdyn's fourth-order interpolant as a function of one of our steps."""
-
-    def __init__(self, interpolator: str | Callable[..., object]) -> None:
-        self._interpolator = interpolator
-
-    def __call__(
-        self, step: Any, z: Tensor, first: Any, t: Tensor, dt: Tensor, times: Sequence[Tensor]
-    ) -> list[Tensor]:
-        if not times:
-            return []
-        given = self._interpolator
-        interpolant: Any = str_to_interp(given, z.dtype) if isinstance(given, str) else given
-        interpolant.sync_device_dtype(z, t)
-        # the state in the middle of the step, by torchdyn's weights for it
-        middle = z + dt * sum(w * k for w, k in zip(interpolant.bmid, step.stages, strict=True))
-        coefficients = interpolant.fit(dt, first.dz, step.last.dz, z, step.z, middle)
-        return [interpolant.evaluate(coefficients, t, t + dt, time) for time in times]
+    if not times:
+        return []
+    interpolant: Any = str_to_interp(interpolator, z.dtype) if isinstance(interpolator, str) else interpolator
+    interpolant.sync_device_dtype(z, t)
+    # the state in the middle of the step, by torchdyn's weights for it
+    middle = z + dt * sum(w * k for w, k in zip(interpolant.bmid, step.stages, strict=True))
+    coefficients = interpolant.fit(dt, first.dz, step.last.dz, z, step.z, middle)
+    return [interpolant.evaluate(coefficients, t, t + dt, time) for time in times]
 
 
 class StepwiseAdjoint(Adjoint):
