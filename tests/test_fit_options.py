@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ import pytorch_lightning as L
 import torch
 from click.testing import Result
 from filelock import FileLock
-from pytorch_lightning.callbacks import EarlyStopping, GradientAccumulationScheduler, LearningRateMonitor
+from pytorch_lightning.callbacks import GradientAccumulationScheduler, LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 from tiny_runs import SETTINGS, BeforeStep, as_options, rnode, rows, run, signal_at, tiny_recipe
 
@@ -48,28 +49,11 @@ def logged(folder: Path) -> tuple[CSVLogger, Callable[[], list[dict[str, str]]]]
 # callbacks, loggers, Trainer options --------------------------------------------------------------------------
 
 
-def test_given_callbacks_and_loggers(tmp_path: Path) -> None:
-    seen: list[int] = []
-    logger, read = logged(tmp_path)
-    early = EarlyStopping("val/bpd", stopping_threshold=100.0)
-    callbacks = [BeforeStep(lambda module, step: seen.append(step)), early]
-    fitted = run(tiny_recipe(), tmp_path / "runs", callbacks=callbacks, loggers=[logger], profiler="simple")
-    assert (fitted.result.stopped, fitted.result.steps, fitted.result.planned) == ("early", 4, 8)
-    assert seen == [1, 2, 3, 4]
-    assert fitted.result.evaluation is not None
-    assert json.loads(fitted.run.result.read_text())["stopped"] == "early"
-    every = read()
-    found = [row for row in every if row["train/loss"]]
-    assert len(found) == 4
-    ours = [row for row in rows(fitted.run.path) if "train/loss" in row]
-    for theirs, mine in zip(found, ours, strict=True):
-        for name in ("train/bpd", "epoch"):
-            assert float(theirs[name]) == pytest.approx(float(mine[name]), rel=1e-6)
-    assert [float(row["epoch"]) for row in every if row["val/bpd"]] == [1.0]
+def test_loggers_get_the_rows_of_the_table(tmp_path: Path) -> None:
+    """In each part of a run that is stopped after a step, and with what a callback logs.
 
-
-def test_what_a_callback_logs_has_the_epoch_of_the_run(tmp_path: Path) -> None:
-    """Lightning would give it the epoch of its loop, which stays 0."""
+    Lightning alone would count the epochs of each part from 0, and repeat the last value of flow matching for ever.
+    """
 
     class Own(L.Callback):
         def on_train_batch_end(
@@ -80,40 +64,23 @@ def test_what_a_callback_logs_has_the_epoch_of_the_run(tmp_path: Path) -> None:
         def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
             pl_module.log("validated", 10.0 * trainer.global_step)
 
-    logger, read = logged(tmp_path)
-    run(tiny_recipe(), tmp_path / "runs", callbacks=[Own()], loggers=[logger])
-    for name, steps in (("mine", range(1, 9)), ("validated", (4, 8))):
-        found = [(float(row[name]) / 10, float(row["epoch"])) for row in read() if row[name]]
-        assert found == [(step, step / 4) for step in steps]
-
-
-def test_loggers_of_a_resumed_run_get_the_steps_of_the_table(tmp_path: Path) -> None:
-    recipe = tiny_recipe("training.log_every=2")
-    first = run(recipe.override(["training.max_steps=4"]), tmp_path / "runs")
-    logger, read = logged(tmp_path)
-    fitted = run(recipe, tmp_path / "runs", resume=first.run.path, loggers=[logger])
-    found = [row for row in read() if row["train/loss"]]
-    ours = [row for row in rows(fitted.run.path) if "train/loss" in row][2:]
-    assert [row["step"] for row in ours] == ["6", "8"]
-    for name in ("train/bpd", "epoch"):
-        assert [float(row[name]) for row in found] == pytest.approx([float(row[name]) for row in ours], rel=1e-6)
-    assert [row["step"] for row in found] == ["5", "7"]  # Lightning counts from 0
-
-
-def test_loggers_have_the_row_of_a_step_that_was_saved(tmp_path: Path) -> None:
-    logger, read = logged(tmp_path)
-    part = run(tiny_recipe(), tmp_path / "runs", callbacks=[signal_at(3)], loggers=[logger])
-    assert part.result.steps == 3
-    assert [row["step"] for row in read()] == ["0", "1", "2"]
-
-
-def test_loggers_get_no_value_of_flow_matching_after_its_end(tmp_path: Path) -> None:
-    """Lightning would give its loggers the last value of a name in each later step."""
-    logger, read = logged(tmp_path)
-    run(tiny_recipe("training.log_every=1", "training.matching=3"), tmp_path / "runs", loggers=[logger])
-    found = [(row["train/matching"], row["train/loss"]) for row in read() if row["lr"]]
-    assert [matching != "" for matching, _ in found] == 3 * [True] + 5 * [False]
-    assert [loss != "" for _, loss in found] == 3 * [False] + 5 * [True]
+    recipe, theirs = tiny_recipe("training.log_every=1", "training.matching=2"), list[dict[str, str]]()
+    part = None
+    for folder, callbacks in (("a", [Own(), signal_at(3)]), ("b", [Own()])):
+        logger, read = logged(tmp_path / folder)
+        resume = None if part is None else part.run.path
+        part = run(recipe, tmp_path / "runs", resume=resume, callbacks=callbacks, loggers=[logger])
+        theirs += read()
+    assert part is not None
+    ours = [row for row in rows(part.run.path) if "lr" in row]
+    steps = [row for row in theirs if row["lr"]]
+    assert [row["step"] for row in steps] == list("01234567")  # Lightning counts from 0
+    for name in ("train/matching", "train/bpd", "train/loss", "epoch"):
+        mine, other = ([float(row.get(name) or math.nan) for row in each] for each in (steps, ours))
+        assert mine == pytest.approx(other, rel=1e-6, nan_ok=True)
+    for name, at in (("mine", (1, 2, 4, 5, 6, 7, 8)), ("validated", (4, 8))):  # but for the end of a part
+        found = [(float(row[name]) / 10, float(row["epoch"])) for row in theirs if row.get(name)]
+        assert found == [(step, step / 4) for step in at]
 
 
 @pytest.mark.parametrize(("options", "named"), [

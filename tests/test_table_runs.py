@@ -13,14 +13,14 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from tiny_runs import as_options, assert_same, rnode, run, signal_at
+from tiny_runs import as_options, rnode, run
 
 from rnode_plugin import get_recipe, hookimpl, load_flow
 from rnode_plugin.analysis.gaussian import gaussian_scores
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.data.table_files import column_names, read_columns
 from rnode_plugin.experiments.data.tables import Table
-from rnode_plugin.experiments.recipes.recipe import Recipe, TableData, read_recipe
+from rnode_plugin.experiments.recipes.recipe import Recipe, TableData
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.samples import sample_rows
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe, read_checkpoint
@@ -94,18 +94,6 @@ def test_the_nll_of_a_run_is_in_the_unit_of_the_file(file: Path, conditional: Pa
     assert evaluation["means"]["nll"]["mean"] == pytest.approx(float(nll.mean()), abs=1e-4)
 
 
-def test_a_resumed_run_is_the_same_to_the_bit(file: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(file, "data.given=dose", "training.ema=0.9")
-    whole = run(recipe, tmp_path / "whole")
-    part = run(recipe, tmp_path / "part", callbacks=[signal_at(5)])
-    assert (part.result.stopped, part.result.steps) == ("SIGTERM", 5)
-    done = run(recipe, tmp_path / "part", resume=part.run.path)
-    assert_same(whole.run.path, done.run.path)
-    assert done.result.evaluation is not None
-    assert whole.result.evaluation is not None
-    assert done.result.evaluation.means["nll"] == whole.result.evaluation.means["nll"]
-
-
 def test_a_table_smaller_than_a_batch_is_one_batch(file: Path, tmp_path: Path) -> None:
     recipe = recipe_of(file, "data.batch_size=500", "training.max_steps=2", "training.val_every_steps=2")
     fitted = run(recipe, tmp_path)
@@ -177,19 +165,8 @@ def test_the_next_step_of_a_conditional_run_names_its_columns(file: Path, tmp_pa
 
 
 def test_samples_at_contexts(conditional: Path, tmp_path: Path) -> None:
-    values = tmp_path / "values.parquet"
-    at = rnode(
-        "sample",
-        str(conditional),
-        "--given-value",
-        "dose=2",
-        "--given-value",
-        "temperature=310",
-        "-n",
-        "5",
-        "--out",
-        str(values),
-    )
+    values, given = tmp_path / "values.parquet", ["--given-value", "dose=2", "--given-value", "temperature=310"]
+    at = rnode("sample", conditional, *given, "-n", 5, "--out", values)
     assert at.exit_code == 0, at.output
     names = column_names(values)
     assert names == ("temperature", "dose", "pressure", "yield")
@@ -204,29 +181,15 @@ def test_samples_at_contexts(conditional: Path, tmp_path: Path) -> None:
 # a file that changes
 
 
-def test_a_table_that_has_changed_is_not_split_again(file: Path, tmp_path: Path) -> None:
-    """Rows that were trained on would be held out."""
-    path = tmp_path / "measurements.csv"
+def test_a_gaussian_is_fitted_to_the_rows_of_the_run_alone(file: Path, conditional: Path, tmp_path: Path) -> None:
+    """``test_facts`` has the other commands on a table that has changed."""
     lines = file.read_text().splitlines()
-    path.write_text("\n".join(lines) + "\n")
-    folder = run(recipe_of(path), tmp_path / "runs").run.path
-    before = rnode("eval", str(folder), "--json")
-    path.rename(tmp_path / "moved.csv")
-    assert json.loads((folder / "environment.json").read_text())["facts"]["rows"] == 200
-    line = r"[1-9]\d* of \d+ held-out rows and \d+ of \d+ rows that choose the weights of .* were trained on\."
-    for changed in ([lines[0], *sorted(lines[1:])], [*lines, *(f"{300 + k},{k},5,{k}" for k in range(20))]):
-        path.write_text("\n".join(changed) + "\n")
-        assert re.search(line, rnode("eval", folder, "--quiet").stderr)
-        refused = rnode("train", "--resume", folder)
-        assert refused.exit_code != 0
-        assert re.search(rf"{line} In the data of the run these were 0 .*--data-root", refused.output)
-        new = read_recipe(folder / "recipe.json")
-        assert cast(Table, new.load_data()).rows == len(changed) - 1, "a new run takes the new rows"
-    elsewhere = path.rename(tmp_path / "changed.csv")
-    other = rnode("eval", folder, "--data-root", elsewhere).output
-    assert re.search(line, other)
+    (changed := tmp_path / "changed.csv").write_text("\n".join([lines[0], *sorted(lines[1:])]) + "\n")
+    other = rnode("eval", conditional, "--data-root", changed).output
+    assert re.search(r"[1-9]\d* of \d+ held-out rows and \d+ of \d+ rows that choose the weights", other)
     assert "Gaussian" not in other, "it would be fitted to other rows than the flow"
-    again = rnode("eval", str(folder), "--json", "--data-root", str(tmp_path / "moved.csv"))
+    (moved := tmp_path / "moved.csv").write_text("\n".join(lines) + "\n")
+    again, before = (rnode("eval", conditional, "--json", *given) for given in (("--data-root", moved), ()))
     assert again.stderr == ""
     assert json.loads(again.stdout)["means"] == json.loads(before.stdout)["means"]
     assert json.loads(again.stdout)["means"].keys() == {"nll", "gaussian"}
