@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import test_checks_in_modes as modes
@@ -373,53 +373,22 @@ class Detached(nn.Module):
         return self.net(z.detach())
 
 
-class Mixing(Detached):
-    def forward(self, z: Tensor) -> Tensor:
-        return torch.tanh(self.net(z)) - z.mean(0)
-
-
-class Kernel(torch.autograd.Function):
-    """A function whose backward pass is a kernel, which cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore
-        (x,) = ctx.saved_tensors
-        return gradient * x.detach().cos()
-
-
-class WithKernel(Detached):
-    def forward(self, z: Tensor) -> Tensor:
-        return Kernel.apply(self.net(z))  # pyright: ignore
-
-
 def normed() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2))
 
 
-class Refused(NamedTuple):
-    make: Callable[[Solver], Any]
-    message: str
-
-
-def refused_density(net: Callable[[], nn.Module], **options: Any) -> Callable[[Solver], Any]:
-    return lambda solver: density(net(), solver=solver, **options)
-
-
-REFUSED = {
-    "detached": Refused(refused_density(Detached), "without a graph"),
-    "mixing": Refused(refused_density(Mixing, trace_estimator="exact"), "depends on other samples"),
-    "kernel": Refused(refused_density(WithKernel), "cannot be differentiated"),
-    "third derivative": Refused(refused_density(normed, regularizers=["curl"]), "wrong third derivative"),
-    "shape of a rate": Refused(
-        refused_density(plain(), trace_estimator="difference", regularizers=[Rate("bad", lambda e: e.dz)]),
+# the net, the options of its density, and the message
+REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
+    **{name: (make, {"trace_estimator": "exact"}, message) for name, (make, message) in modes.BAD.items()},
+    "third derivative": (normed, {"regularizers": ["curl"]}, "wrong third derivative"),
+    "shape of a rate": (
+        plain(), {"trace_estimator": "difference", "regularizers": [Rate("bad", lambda e: e.dz)]},
         "one real number per sample",
     ),
-}
+    "shape of a step": (
+        plain(), {"regularizers": [StepPenalty("bad", lambda record: record.z1)]}, "one real number per sample",
+    ),
+}  # fmt: skip
 SOLVERS = {
     "grid": grid(True),
     "adaptive": adaptive(True),
@@ -430,17 +399,18 @@ SOLVERS = {
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_as_without(name: str, solver: str) -> None:
+    make, options, message = REFUSED[name]
     if name == "mixing" and solver == "sampled grid":
         pytest.skip("a log-density has the full quadrature")
-    model = REFUSED[name].make(SOLVERS[solver])
+    model = density(net := make(), solver=SOLVERS[solver], **options)
 
     def train() -> None:
-        output = model.encode(torch.randn(4, 2))
+        output = model.encode(torch.randn(4, 2).to(next(net.parameters())))
         (output.logdet.sum() + model.reg_loss()).backward()
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", FALLS_BACK)
-        with pytest.raises(ConfigError, match=REFUSED[name].message):
+        with pytest.raises(ConfigError, match=message):
             train()
     assert graphs() <= 1
 
@@ -451,15 +421,6 @@ def test_penalties_alone_are_refused_as_without(solver: str, quadrature: str) ->
     model = NeuralODE(Detached(), solver=solver, regularizers=["jacfrob"], quadrature=quadrature, compile=True)
     with pytest.raises(ConfigError, match="without a graph"):
         model(torch.randn(4, 2), torch.linspace(0, 1, 3))
-
-
-def test_a_step_penalty_of_a_wrong_shape_is_refused() -> None:
-    penalty = StepPenalty("bad", lambda record: record.z1)
-    model = density(solver=grid(True), regularizers=[penalty])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", FALLS_BACK)
-        with pytest.raises(ConfigError, match="one real number per sample"):
-            loss_of(model)
 
 
 @pytest.mark.parametrize("solver", [grid(True), adaptive(True)], ids=["grid", "adaptive"])

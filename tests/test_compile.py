@@ -28,40 +28,30 @@ needs_compiler = pytest.mark.skipif(
 
 _NUMBERS = "test_the_numbers_are_those_of_eager_steps"
 _GROUPS = {
+    "quick": f"not {_NUMBERS} or grid] or tsit5 or context or local or checkpointed or (stack and curl) or rk4]",
     "estimators": f"{_NUMBERS} and (grid or exact or probes or difference)",
     "rates": f"{_NUMBERS} and (rate or derivative or curl or taylor or repeated or local or steps])",
     "nets": f"{_NUMBERS} and (depth or context or frozen or float64 or autocast or dropout)",
     "solvers": f"{_NUMBERS} and (adaptive or tsit5 or sampled or checkpointed or adjoint)",
     "stacks": f"{_NUMBERS} and (stack or convolutions)",
     "nodes": f"{_NUMBERS} and node",
-    "graphs": "graph or compile",
-    "refusals": "refused or radius",
-    "fallbacks": "eager and not numbers or limit",
 }
-"""Expressions that choose the tests of one process, together all of them."""
+"""Expressions that choose the tests of one process, together all of them. The first one has a case of each kind."""
 
 
 def _pytest(*options: str, backend: str) -> None:
     file = Path(__file__).with_name("compiled_steps.py")
     environment = {**os.environ, "COMPILE_BACKEND": backend, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--show-capture=no",
-        str(file),
-        *options,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", str(file)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("group", _GROUPS)
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "group", [pytest.param(each, marks=[] if each == "quick" else [pytest.mark.slow]) for each in _GROUPS]
+)
 def test_compiled_steps(group: str) -> None:
     _pytest("-k", _GROUPS[group], backend="aot_eager")
 
