@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from density_models import MODELS, HeavyTails, make
+from density_models import MODELS, make
 from scipy import stats
 from tiny_runs import rnode, rows, run
 from torch.distributions import Distribution, Normal
@@ -47,7 +47,6 @@ class Plugin:
     def rnode_register_models(self) -> dict[str, Any]:
         return {
             "laplace": LaplaceFlow,
-            "student": HeavyTails,
             "reading": Reading,
             "own solver": lambda columns, *, regularizers, **others: LaplaceFlow(
                 columns, regularizers=regularizers
@@ -74,18 +73,11 @@ def recipe(tmp_path: Path) -> Recipe:
     return get_recipe("table").override([f"data.root={tmp_path / 'rows.csv'}", *SETTINGS])
 
 
-def log_base(name: str, z: np.ndarray) -> np.ndarray:
-    """The log-density of the latents by scipy."""
-    base: Any = stats.laplace() if name == "laplace" else stats.t(4)
-    return base.logpdf(z).sum(1)
-
-
-@pytest.mark.parametrize("name", ["laplace", "student"])
-def test_it_goes_through_every_command(name: str, recipe: Recipe, tmp_path: Path) -> None:
-    recipe = recipe.override([f"model.name={name}"])
+def test_it_goes_through_every_command(recipe: Recipe, tmp_path: Path) -> None:
+    recipe = recipe.override(["model.name=laplace"])
     made = run(recipe, tmp_path / "runs").run.path
     flow = load_flow(made)
-    assert isinstance(flow, LaplaceFlow if name == "laplace" else HeavyTails)
+    assert isinstance(flow, LaplaceFlow)
     data = recipe.load_data()
     assert isinstance(data, Table)
     torch.testing.assert_close(flow.mean, torch.from_numpy(data.train.mean(0)), rtol=1e-4, atol=0)
@@ -93,7 +85,7 @@ def test_it_goes_through_every_command(name: str, recipe: Recipe, tmp_path: Path
     def nll(rows: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             output = flow.encode(torch.from_numpy(rows))
-        return -(log_base(name, output.z.numpy()) + output.logdet.numpy())
+        return -(stats.laplace.logpdf(output.z.numpy()).sum(1) + output.logdet.numpy())
 
     expected = nll(data.held_out)
     result = json.loads((made / "result.json").read_text())["evaluation"]
