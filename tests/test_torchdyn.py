@@ -456,19 +456,6 @@ def solution(model: nn.Module) -> Tensor:
     return model(torch.ones(4, 3))[1]
 
 
-@pytest.mark.parametrize("name", COPIED)
-def test_deepcopy_and_pickle_after_use(name: str) -> None:
-    torch.manual_seed(0)
-    model = called(COPIED[name]())
-    for other in (how(model) for how in COPIES.values()):
-        assert torch.equal(solution(other), solution(model))
-        with torch.no_grad():
-            for parameter in other.parameters():
-                parameter.add_(1)
-        assert not torch.equal(solution(other), solution(model))
-        other.reg_loss().backward()
-
-
 @pytest.mark.parametrize("regularizers", [None, ["kinetic", "jacfrob"]])
 def test_state_dict_moves_between_torchdyn_and_here(regularizers: list[str] | None) -> None:
     for field in (galerkin(), hutchinson(), nn.Linear(3, 3)):

@@ -648,24 +648,6 @@ def test_dropout_under_an_adjoint_is_warned_of(make: Callable[..., nn.Module], s
 # --- several solves per loss ---
 
 
-@pytest.mark.parametrize("sensitivity", GRADIENTS)
-def test_collected_penalties_are_the_sum_over_calls(sensitivity: str) -> None:
-    torch.manual_seed(0)
-    model = NeuralODE(mlp(2, 8, 2), "rk4", sensitivity=sensitivity, regularizers=BOTH, trace_noise="exact")
-    batches = [torch.randn(3, 2) for _ in range(3)]
-    with model.collect_penalties():
-        end = torch.stack([model(x)[1][-1] for x in batches]).sum()
-    total, integral = model.reg_loss(kinetic=0.5), model.regularization["kinetic"]
-    found = [total, integral, *torch.autograd.grad(total + end, list(model.parameters()))]
-    end, total, integral = torch.zeros(()), torch.zeros(()), torch.zeros(3)
-    for x in batches:
-        end = end + model(x)[1][-1].sum()
-        total = total + model.reg_loss(kinetic=0.5)
-        integral = integral + model.regularization["kinetic"]
-    expected = [total, integral, *torch.autograd.grad(total + end, list(model.parameters()))]
-    torch.testing.assert_close(found, expected)
-
-
 def test_what_a_collection_holds_and_for_how_long() -> None:
     torch.manual_seed(0)
     model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"])
