@@ -196,12 +196,12 @@ def test_the_bound_of_draws_approaches_the_mass_of_a_bin() -> None:
     nats = slope * pictures.reshape(3, 4).sum(1) / 4 + 4 * math.log(mass)
     wanted = 2 - nats / (4 * math.log(2))
     solver: dict[str, Any] = {"settings": KNOWN, "batch_size": 2, "solver": RK4}
-    found = evaluate(flow, pictures, bound=3000, **solver)
+    found = evaluate(flow, pictures, bound=800, **solver)
     assert found.bound is not None
-    assert found.draws == 3000
+    assert found.draws == 800
     assert found.bound.samples == pytest.approx(wanted, abs=0.02)
     assert found.means["dirty"].mean > found.bound.mean + 0.02
-    x = torch.cat([each for each in flow.seen if len(each) == 2][: 2 * 3000 : 2])[:2]  # the first draws
+    x = torch.cat([each for each in flow.seen if len(each) == 2][: 2 * 800 : 2])[:2]  # the first draws
     one = evaluate(Known(lambda x: slope * x.flatten(1).sum(1)), pictures, bound=1, **solver)
     assert one.bound is not None
     assert one.bound.samples == pytest.approx(one.means["dirty"].samples, rel=1e-12)

@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import time
@@ -299,11 +298,7 @@ def test_another_validation_chooses_the_best_weights_again(recipe: Recipe) -> No
     before.best = 1.0
     # a validation takes signs whatever the training does
     same = after_step(recipe.override(["training.max_steps=9", "model.trace_noise=gaussian"]))
-    settings = (
-        "training.val_images=30",
-        "test_solver.step=0.5",
-        "data.val_batch_size=5",
-    )
+    settings = ("training.val_images=30", "test_solver.step=0.5", "data.val_batch_size=5")
     others = [after_step(recipe.override([each])) for each in settings]
     assert after_step(recipe, devices=2).state_dict()["validation"] == before.state_dict()["validation"]
     others += [after_step(recipe, validated=slice(59)), after_step(recipe, validated=slice(59, None, -1))]
@@ -396,16 +391,6 @@ def test_a_step_logs_on_the_cpu_or_where_it_computes(recipe: Recipe, monkeypatch
         "train/loss": "meta", "train/nfe": "cpu", "train/grad_norm": "meta", "train/skipped": "cpu", "lr": "cpu",
     }  # fmt: skip
     assert seen["train/nfe"] == 8.0
-
-
-def test_progress_has_the_time_that_is_left(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(progress, "_INTERVAL", math.inf)  # the first line alone
-    monkeypatch.setattr(progress, "_FIRST_LINE", 2)
-    run(tiny_recipe("training.max_steps=4"), tmp_path, progress=True)
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("step 3/4"))
-    assert re.fullmatch(r"step 3/4  bits/dim \d\.\d{4}  NFE 24  \d+\.\d\d s/step, about \d.* left", line)
 
 
 @pytest.mark.parametrize(("matching", "ends", "last"), [
