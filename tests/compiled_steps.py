@@ -389,11 +389,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         plain(), {"regularizers": [StepPenalty("bad", lambda record: record.z1)]}, "one real number per sample",
     ),
 }  # fmt: skip
-SOLVERS = {
-    "grid": grid(True),
-    "adaptive": adaptive(True),
-    "sampled grid": grid(True, quadrature="sampled"),
-}
+SOLVERS = {"grid": grid(True), "adaptive": adaptive(True), "sampled grid": grid(True, quadrature="sampled")}
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -438,11 +434,7 @@ def test_fields_refused_under_a_users_own_compile(name: str, of: str) -> None:
     model: Any
     x = torch.randn(4, 2, dtype=torch.float64)
     if name == "radius":
-        model, x, message = (
-            modes.images(modes.Squeeze()),
-            x.new_ones(2, 1, 8, 8),
-            "more than 1 rows or columns",
-        )
+        model, x, message = (modes.images(modes.Squeeze()), x.new_ones(2, 1, 8, 8), "more than 1 rows or columns")
     else:
         make, message = modes.BAD.get(name, (modes.Field, ""))
         model = modes.density(make())[0]

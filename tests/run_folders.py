@@ -94,13 +94,7 @@ def write_run(
 
 
 def _result(
-    steps: int,
-    stopped: str,
-    bits: float,
-    jacfrob: float,
-    nfe: int,
-    images: Sequence[float],
-    whole_jacobian: bool,
+    steps: int, stopped: str, bits: float, jacfrob: float, nfe: int, images: Sequence[float], whole_jacobian: bool
 ) -> Result:
     evaluation = Evaluation(
         samples=len(images) or 297,

@@ -218,12 +218,7 @@ def net(*between: nn.Module, kind: type[Any] = nn.Conv2d, channels: int = 2, **o
 
 @pytest.mark.parametrize(
     ("kind", "shape"),
-    [
-        (nn.Conv1d, (3, 2, 17)),
-        (nn.Conv2d, (3, 2, 9, 7)),
-        (nn.Conv2d, (3, 2, 5, 4)),
-        (nn.Conv3d, (2, 2, 7, 5, 4)),
-    ],
+    [(nn.Conv1d, (3, 2, 17)), (nn.Conv2d, (3, 2, 9, 7)), (nn.Conv2d, (3, 2, 5, 4)), (nn.Conv3d, (2, 2, 7, 5, 4))],
 )
 def test_a_user_names_the_radius(kind: type[Any], shape: tuple[int, ...]) -> None:
     field, z = net(kind=kind), state(*shape)

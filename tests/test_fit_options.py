@@ -289,11 +289,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (
-            OSError(28, "No space left on device", "last.ckpt"),
-            LocalError,
-            "refused: No space left on device (las",
-        ),
+        (OSError(28, "No space left on device", "last.ckpt"), LocalError, "refused: No space left on device (las"),
         (OSError("broken"), LocalError, "the system refused: broken."),
         (MemoryError(), LocalError, "out of memory: MemoryError. Give --set solver.gradient=checkpointed"),
         (torch.OutOfMemoryError("CUDA out of memory.\nMore"), LocalError, "memory: CUDA out of memory. Give --set"),

@@ -142,10 +142,7 @@ def test_bits_of_a_density_that_is_known() -> None:
         # the middle of a bin has the mean of a linear density over the bin
         ("clean", -((2 * batch + 1).double() / LEVELS**2).log2().mean((1, 2, 3))),
         # the integral of -log2(2 (k + u) / levels**2) over u from 0 to 1
-        (
-            "dirty",
-            -(_entropy(batch + 1) - _entropy(batch) - 1 + np.log(2 / LEVELS**2)).mean((1, 2, 3)) / np.log(2),
-        ),
+        ("dirty", -(_entropy(batch + 1) - _entropy(batch) - 1 + np.log(2 / LEVELS**2)).mean((1, 2, 3)) / np.log(2)),
     ):
         torch.manual_seed(0)
         x = torch.stack([kind.inputs(settings, batch, quantity).x for _ in range(2000)]).double()

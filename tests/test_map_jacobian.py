@@ -288,10 +288,7 @@ def weigh(model: Any, jacobian: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda m, z: map_log_prob(m.solved_with(solver=Adaptive("dopri5")), z),
-            "dopri5 chooses its steps",
-        ),
+        (lambda m, z: map_log_prob(m.solved_with(solver=Adaptive("dopri5")), z), "dopri5 chooses its steps"),
         (lambda m, z: weigh(m, jacobian="maps"), "did you mean 'map'"),
         (lambda m, z: weigh(m, jacobian="no"), "unknown jacobian"),
         (lambda m, z: map_log_prob(m, z[:, :2]), r"\(B, \*\(3,\)\)"),

@@ -23,12 +23,7 @@ RECIPE = get_recipe("digits")
 PATHS = [path for path, _ in RECIPE.settings()]
 
 settings.register_profile(
-    "ours",
-    max_examples=50,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
+    "ours", max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("ours")
 

@@ -15,14 +15,7 @@ import torch
 import torchdiffeq
 from field_table import active
 from problems import difference, directions, slope
-from regularizer_table import (
-    RATES,
-    UNDIVIDED,
-    Longer,
-    detour,
-    lengths,
-    longest,
-)
+from regularizer_table import RATES, UNDIVIDED, Longer, detour, lengths, longest
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
@@ -32,13 +25,7 @@ from rnode_plugin.core.system import System
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import conv_field, linear_field
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.regularizers import (
-    BUILTIN,
-    LearnedEndTime,
-    Rate,
-    Regularizer,
-    StepPenalty,
-)
+from rnode_plugin.regularizers import BUILTIN, LearnedEndTime, Rate, Regularizer, StepPenalty
 from rnode_plugin.torchdiffeq import odeint, odeint_adjoint, regularize
 
 theirs: Any = torchdiffeq  # its functions have no annotations

@@ -243,10 +243,7 @@ def test_a_result_that_a_regularizer_changes_is_computed_again() -> None:
 
 @pytest.mark.parametrize(
     ("estimator", "write"),
-    [
-        ("exact", lambda at: at.jacobian().mul_(2).sum((1, 2))),
-        ("gaussian", lambda at: at.noise.div_(2).sum(1)),
-    ],
+    [("exact", lambda at: at.jacobian().mul_(2).sum((1, 2))), ("gaussian", lambda at: at.noise.div_(2).sum(1))],
 )
 def test_what_a_density_reads_too_may_not_be_written_into(
     estimator: str, write: Callable[[FieldEvaluation], Tensor]

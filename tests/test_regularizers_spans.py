@@ -225,11 +225,7 @@ class Later(SpanPolicy):
         (Later(None, lambda t: t.missing), PluginError, "`times` of the regularizer 'later' raised AttributeError"),
         (Later(None, lambda t: t.flip(0)), ConfigError, "'later' must return finite times .* increasing here"),
         (Later(None, lambda t: t * torch.nan), ConfigError, "'later' must return finite times"),
-        (
-            Later(None, lambda t: t[[0, 0, -1]]),
-            ConfigError,
-            r"'later' must return.*like.*\(2,\).*not \(3,\)",
-        ),
+        (Later(None, lambda t: t[[0, 0, -1]]), ConfigError, r"'later' must return.*like.*\(2,\).*not \(3,\)"),
         (Later(None, lambda t: t.float()), ConfigError, r"'later' must return a tensor like.*not .*float32"),
         (Later(None, lambda t: t.tolist()), ConfigError, r"'later' must return a tensor like.*not \[0\.0, 1\.0\]"),
     ],

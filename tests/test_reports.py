@@ -208,11 +208,7 @@ def test_a_description_makes_no_other_configuration(tmp_path: Path) -> None:
     """As after an update that rewords a preset, or where the data were copied: nothing that changes a run."""
     facts = Facts(train="a", held_out="b")
     mine = pictures(CATS)
-    others = (
-        mine,
-        dataclasses.replace(mine, description="reworded", name="pictures-mine"),
-        pictures("/your/dogs"),
-    )
+    others = (mine, dataclasses.replace(mine, description="reworded", name="pictures-mine"), pictures("/your/dogs"))
     for number, (one, seed) in enumerate(itertools.product(others, (42, 43))):
         training = dataclasses.replace(one.training, seed=seed)
         write_run(tmp_path / str(number), dataclasses.replace(one, training=training), facts=facts, **FEW)
@@ -447,10 +443,7 @@ def test_a_validation_that_is_not_finite_and_a_lost_plugin(tmp_path: Path) -> No
 def test_the_error_of_a_baseline_is_over_the_rows(tmp_path: Path) -> None:
     """A Gaussian does not depend on the seed, so its deviation over the seeds is not an error."""
     for seed in (1, 2):
-        path = write_run(
-            tmp_path / str(seed),
-            TABLE.override([f"training.seed={seed}"]),
-        )
+        path = write_run(tmp_path / str(seed), TABLE.override([f"training.seed={seed}"]))
         result = json.loads((path / "result.json").read_text())
         means = {"nll": {"mean": 1.0 + seed, "stderr": 0.4}, "gaussian": {"mean": 2.5, "stderr": 0.49}}
         result["evaluation"]["means"] = means

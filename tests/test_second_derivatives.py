@@ -48,11 +48,7 @@ def assert_gradient_of_a_gradient(loss: Callable[[], Tensor], wanted: list[Tenso
 @pytest.mark.parametrize("mode", ["autograd", "checkpointed"])
 @pytest.mark.parametrize(
     ("names", "noise", "solver"),
-    [
-        ([], "exact", "rk4_38"),
-        (["jacfrob"], "exact", "dopri5"),
-        (["jacfrob", "directional"], "gaussian", "rk4"),
-    ],
+    [([], "exact", "rk4_38"), (["jacfrob"], "exact", "dopri5"), (["jacfrob", "directional"], "gaussian", "rk4")],
 )
 def test_a_model(mode: str, names: list[str], noise: str, solver: str) -> None:
     field = perceptron()

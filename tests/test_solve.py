@@ -132,10 +132,7 @@ def test_checkpointed_on_a_device_without_random_states(
     monkeypatch.setattr(checkpoint, "checkpoint", None)
     monkeypatch.setattr(checkpoint, "get_device_states", None)
     seed = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
-    z, penalties = (
-        torch.ones(2, 3, dtype=torch.float64),
-        resolve_regularizers(names),
-    )
+    z, penalties = (torch.ones(2, 3, dtype=torch.float64), resolve_regularizers(names))
     gradients = []
     for gradient in ("autograd", "checkpointed"):
         weights = torch.outer(seed, seed.sin()) if older else seed

@@ -102,9 +102,7 @@ def test_a_state_that_explodes_is_reported_with_its_time(method: str) -> None:
 
     with pytest.raises(SolverError, match=r"the state .* is no longer finite.* lower the learning rate") as caught:
         solver_of(method, step=0.125, first_step=0.05).solve(
-            RightHandSide(rates),
-            torch.ones(2, 2),
-            torch.tensor([0.0, 0.5, 1.0]),
+            RightHandSide(rates), torch.ones(2, 2), torch.tensor([0.0, 0.5, 1.0])
         ).check()
     assert caught.value.reason == "nonfinite"
     assert 0.3 < caught.value.t < 0.65

@@ -22,15 +22,7 @@ from torchdyn.numerics.solvers.ode import DormandPrince45
 from torchdyn_fields import WithTime, mlp
 
 import rnode_plugin
-from rnode_plugin import (
-    CNF,
-    Exact,
-    FixedGrid,
-    NeuralODE,
-    RegularizedCNF,
-    SolverError,
-    penalties_at,
-)
+from rnode_plugin import CNF, Exact, FixedGrid, NeuralODE, RegularizedCNF, SolverError, penalties_at
 from rnode_plugin.core.system import System
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.solvers import GRADIENTS
@@ -333,10 +325,7 @@ def test_penalized_columns_leave_out_a_divergence(penalized: Any, trace_noise: s
     torch.manual_seed(0)
     net, x = mlp(2, 8, 2), torch.randn(5, 2)
     span, found = torch.linspace(0, 1, 3), []
-    for field, state, columns in (
-        (net, x, None),
-        (Wrapper(net), torch.cat([x, torch.zeros(5, 1)], 1), penalized),
-    ):
+    for field, state, columns in ((net, x, None), (Wrapper(net), torch.cat([x, torch.zeros(5, 1)], 1), penalized)):
         torch.manual_seed(1)
         model = NeuralODE(
             field, "rk4", sensitivity=sensitivity, regularizers=MANY, trace_noise=trace_noise, penalized=columns
