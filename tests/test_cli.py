@@ -24,7 +24,7 @@ from tiny_runs import as_options, rnode
 
 from rnode_plugin import __version__, cli, get_recipe, hookimpl
 from rnode_plugin.cli import main
-from rnode_plugin.cli.options import Duration, print_json
+from rnode_plugin.cli.options import print_json, span_of_time
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe, save_flow
 from rnode_plugin.plugins import registry as plugins
 from rnode_plugin.text import duration, table
@@ -309,10 +309,10 @@ def test_a_refusal_of_the_module_is_one_line_and_an_exit_code() -> None:
 ])  # fmt: skip
 def test_spans_of_time(text: str, seconds: float | None) -> None:
     if seconds is not None:
-        assert Duration().convert(text, None, None) == seconds
+        assert span_of_time(text) == seconds
         return
     with pytest.raises(click.UsageError, match="not a span of time"):
-        Duration().convert(text, None, None)
+        span_of_time(text)
 
 
 def test_more_devices_than_cores_where_no_gpu_was_found(monkeypatch: pytest.MonkeyPatch) -> None:

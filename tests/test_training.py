@@ -413,9 +413,7 @@ def test_a_line_of_progress_has_the_pace_of_its_stage(
     terminal = progress.Terminal(recipe.override([f"training.matching={matching}"]), RunPlan(4, 8, 4))
     for step, spent in ends:
         monkeypatch.setattr(progress, "_INTERVAL", 0.0 if matching == 0 or step == 5 else math.inf)
-        terminal(
-            progress.StepEnd(step, {"train/bpd": 3.5}, spent, validates=False, ends=False, seconds_left=math.inf)
-        )
+        terminal(step, {"train/bpd": 3.5}, train_seconds=spent, validates=False, ends=False, seconds_left=math.inf)
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 

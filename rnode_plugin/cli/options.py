@@ -53,41 +53,26 @@ class InSections(click.Command):
             formatter.write_dl(list(rows.values()))
 
 
-class Duration(click.ParamType):
-    """A number of seconds, written as ``90``, ``20m`` or ``1h30m``."""
-
-    name = "time"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        text, seconds = str(value).strip().lower(), 0.0
-        # not 1h30, whose 30 may be minutes, and not 1h1h or 5m3h, in which a letter may be wrong
-        if re.fullmatch(r"{0}|({0}d)?({0}h)?({0}m)?({0}s)?".format(r"\d+(\.\d+)?"), text):
-            seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd]?)", text))
-        if not 0 < seconds < math.inf:
-            self.fail(f"{value!r} is not a span of time: write 90 (seconds), 20m or 1h30m.", param, ctx)
-        return seconds
+def span_of_time(text: str) -> float:
+    """The seconds in ``90``, ``20m`` or ``1h30m``."""
+    short, seconds = text.strip().lower(), 0.0
+    # not 1h30, whose 30 may be minutes, and not 1h1h or 5m3h, in which a letter may be wrong
+    if re.fullmatch(r"{0}|({0}d)?({0}h)?({0}m)?({0}s)?".format(r"\d+(\.\d+)?"), short):
+        seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd]?)", short))
+    if not 0 < seconds < math.inf:
+        raise click.BadParameter(f"{text!r} is not a span of time: write 90 (seconds), 20m or 1h30m.")
+    return seconds
 
 
-class DeviceName(click.ParamType):
-    """The name of a device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``."""
+def written_as(pattern: str, message: str) -> Callable[[str], str]:
+    """A type of an option whose text must match ``pattern``. The ``message`` for another one has a place for it."""
 
-    name = "device"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text := str(value)):
-            self.fail(f"{text!r} is not a device: write auto, cpu, cuda, cuda:1 or mps.", param, ctx)
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise click.BadParameter(message.format(text))
         return text
 
-
-class Devices(click.ParamType):
-    """How many devices, or which ones: ``auto``, ``4`` or ``0,2``."""
-
-    name = "devices"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not re.fullmatch(r"auto|[1-9]\d*|\d+(,\d+)+|\d+,", text := str(value)):
-            self.fail(f"--devices takes a number (4), indices (0,2) or auto, not {text!r}.", param, ctx)
-        return text
+    return check
 
 
 # options -------------------------------------------------------------------------------------------------------
@@ -107,7 +92,8 @@ download = click.option(
     help="Fetch the data set if it is missing or damaged.",
 )  # fmt: skip
 device = click.option(
-    "--device", type=DeviceName(), default="auto", show_default=True, metavar="NAME",
+    "--device", default="auto", show_default=True, metavar="NAME",
+    type=written_as(r"auto|cpu|mps|cuda(:\d+)?", "{!r} is not a device: write auto, cpu, cuda, cuda:1 or mps."),
     help="Device to use: cpu, cuda, cuda:1, mps or auto.",
 )  # fmt: skip
 as_json = click.option(

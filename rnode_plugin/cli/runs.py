@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -273,16 +273,12 @@ def _warn_if_unfinished(checkpoint: Path) -> None:
 def sample(
     *,
     run: str,
-    count: int | None,
-    temperatures: tuple[float, ...],
     out: str | None,
     given_values: tuple[tuple[str, float], ...],
     given_file: str | None,
     force: bool,
     device: str,
-    seed: int,
-    columns: int | None,
-    batch_size: int | None,
+    **how: Any,
 ) -> None:
     """Draw images from RUN, a run folder or a checkpoint, into one PNG, or rows of a table into a file.
 
@@ -303,21 +299,14 @@ def sample(
     from ..experiments.recipes.kind import SampleRequest
     from ..experiments.training.checkpoints import load_with_recipe
 
-    request = SampleRequest(
-        count=count,
-        temperatures=temperatures,
-        given=dict(given_values) or given_file,
-        seed=seed,
-        columns=columns,
-        batch_size=batch_size,
-    )
+    request = SampleRequest(given=dict(given_values) or given_file, **how)
     flush_denormals()
     flow, recipe, facts = load_with_recipe(checkpoint, map_location=pick_device(device))
     _warn_if_unfinished(checkpoint)
     target = free_path(out, recipe.kind.samples_file, force=force)
     drawn = recipe.kind.write_samples(recipe.data, flow, target, request, facts=facts)
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
-    drawn_at = ", ".join(f"{each:g}" for each in temperatures)
+    drawn_at = ", ".join(f"{each:g}" for each in request.temperatures)
     click.echo(f"{count_of(drawn, recipe.kind.sample)} at temperature {drawn_at}{averaged}: {target}")
 
 

@@ -21,8 +21,6 @@ from ..experiments.runs.run import LAST, Run, find_checkpoint
 from ..experiments.training.loggers import LOGGERS, check_loggers
 from ..text import count_of, table
 from .options import (
-    Devices,
-    Duration,
     InSections,
     as_json,
     changed,
@@ -37,6 +35,8 @@ from .options import (
     settings,
     short,
     show_next,
+    span_of_time,
+    written_as,
 )
 
 if TYPE_CHECKING:
@@ -57,13 +57,17 @@ if TYPE_CHECKING:
 })  # fmt: skip
 @click.argument("recipe", required=False)
 @short("data", "data-root", "size", "max-steps", "max-epochs")
-@click.option("--max-time", type=Duration(), help="Stop after 90 (seconds), 20m or 1h30m of this call.")
+@click.option(
+    "--max-time", type=span_of_time, metavar="TIME", help="Stop after 90 (seconds), 20m or 1h30m of this call."
+)
 @regularizers_option
 @settings
 @short("batch-size", "seed")
 @click.option("--resume", type=click.Path(), metavar="RUN", help="Continue a run or a checkpoint.")
 @device
-@click.option("--devices", type=Devices(), default="auto", show_default=True, metavar="N",
+@click.option("--devices", default="auto", show_default=True, metavar="N",
+              type=written_as(r"auto|[1-9]\d*|\d+(,\d+)+|\d+,",
+                              "--devices takes a number (4), indices (0,2) or auto, not {!r}."),
               help="How many devices, or which: 4, or 0,2.")  # fmt: skip
 @quiet
 @as_json
@@ -317,7 +321,9 @@ def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
                    "rnode]")  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs of each configuration.")
 @short("max-steps")
-@click.option("--max-time", type=Duration(), help="Limit for each run: 90 (seconds), 20m or 1h30m.")
+@click.option(
+    "--max-time", type=span_of_time, metavar="TIME", help="Limit for each run: 90 (seconds), 20m or 1h30m."
+)
 @settings
 @short("data-root", "given")
 @device

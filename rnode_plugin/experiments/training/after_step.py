@@ -29,7 +29,7 @@ from ..runs.metrics import MetricsTable
 from ..runs.run import Run
 from .loggers import make_logger
 from .plan import AFTER_STEP
-from .progress import StepEnd, Terminal
+from .progress import Terminal
 
 if TYPE_CHECKING:
     from .experiment import Experiment
@@ -238,8 +238,14 @@ class AfterStep(Checkpoint):
     def print_progress(self, trainer: L.Trainer, values: Mapping[str, Tensor | float], *, validates: bool) -> None:
         """Print a line on the terminal if it is due."""
         if self._terminal is not None:
-            left = max(self._limit - time.monotonic(), 0.0)
-            self._terminal(StepEnd(self._step, values, self.training_seconds, validates, trainer.should_stop, left))
+            self._terminal(
+                self._step,
+                values,
+                train_seconds=self.training_seconds,
+                validates=validates,
+                ends=trainer.should_stop,
+                seconds_left=max(self._limit - time.monotonic(), 0.0),
+            )
 
     def _log_epoch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         # To what other callbacks log, Lightning would add the epoch of its loop, which stays 0. They may log in the
