@@ -3,13 +3,13 @@
     python benchmarks/peers.py --threads 1 --repeats 11
     python benchmarks/peers.py --field 2-50 --batch-size 256 --threads 1 --repeats 11
 
-The field is a multilayer perceptron with two hidden layers (2-50 with one). Three groups of cases solve the same
+The field is a multilayer perceptron with two hidden layers (2-50 with one). Four groups of cases solve the same
 problem from the same weights and starts, with the same method and tolerances: a plain field by torchdyn's and our
-NeuralODE, the same by torchdiffeq's and our odeint, and torchdyn's and our CNF with the exact trace. The cases of
-a group take the same steps, so their errors are equal. The exception is dopri5 in the case by hand, whose
-penalties enter the error norm. Only ours and the case by hand integrate penalties. Times are processor time, and
-ratios are to the first case of a group. "memory" is what one training step adds to the process. work_precision.py
-compares packages that choose other steps.
+NeuralODE, the same by torchdiffeq's and our odeint, torchdyn's and our CNF with the exact trace, and both
+penalties of our NeuralODE with each gradient mode. The cases of a group take the same steps, so their errors are
+equal. The exception is dopri5 in the case by hand, whose penalties enter the error norm. Only ours and the case by
+hand integrate penalties. Times are processor time, and ratios are to the first case of a group. "memory" is what
+one training step adds to the process. work_precision.py compares packages that choose other steps.
 """
 
 from __future__ import annotations
@@ -63,7 +63,11 @@ DENSITIES: dict[str, dict[str, Any]] = {
     "our CNF, none": {"regularizers": None},
     "our CNF, both": {"regularizers": BOTH},
 }
-GROUPS = (PLAIN, DIFFEQ, DENSITIES)
+MODES: dict[str, dict[str, Any]] = {
+    f"ours, both, {mode}": {"regularizers": BOTH, "sensitivity": mode}
+    for mode in ("autograd", "checkpointed", "adjoint", "interpolated_adjoint")
+}
+GROUPS = (PLAIN, DIFFEQ, DENSITIES, MODES)
 
 
 class Plain(nn.Module):
@@ -125,9 +129,9 @@ def by_hand_case(net: nn.Module, solve: str, steps: int, x: Tensor) -> Callable[
 def node_case(field: nn.Module, ours: dict[str, Any], solve: str, steps: int, x: Tensor) -> Callable[[], Tensor]:
     """A forward pass of torchdyn's NeuralODE, or of ours with its options."""
     span = torch.linspace(0, 1, steps + 1 if solve == "rk4" else 2).to(x)
-    options: dict[str, Any] = {**SOLVES[solve], "sensitivity": "autograd", "return_t_eval": False}
+    options: dict[str, Any] = {**SOLVES[solve], "sensitivity": "autograd", "return_t_eval": False, **ours}
     with redirect_stdout(StringIO()):  # torchdyn prints that it wraps a field
-        ode: Any = (NeuralODE if ours else TorchdynNeuralODE)(field, **ours, **options)
+        ode: Any = (NeuralODE if ours else TorchdynNeuralODE)(field, **options)
 
     def run() -> Tensor:
         loss = ode(x, span)[-1].square().mean()
@@ -183,7 +187,7 @@ def training_step(group: int, field: str, solve: str, steps: int, batch: int, ca
         run = density_case(net, case, solve, steps, x)
     else:
         net = Plain(net)
-        make = node_case if group == 0 else odeint_case
+        make = odeint_case if group == 1 else node_case
         run = make(net, GROUPS[group][case], solve, steps, x)
 
     def step() -> None:
@@ -196,12 +200,20 @@ def training_step(group: int, field: str, solve: str, steps: int, batch: int, ca
 @click.command(help=__doc__)
 @click.option("--field", "fields", multiple=True, type=click.Choice(list(FIELDS)), default=("2-64", "16-128"))
 @click.option("--solve", "solves", multiple=True, type=click.Choice(list(SOLVES)), default=tuple(SOLVES))
+@click.option(
+    "--group",
+    "groups",
+    multiple=True,
+    type=click.IntRange(0, len(GROUPS) - 1),
+    default=range(len(GROUPS)),
+    help="Number of a group, from 0.",
+)
 @click.option("--steps", default=8, show_default=True, help="Steps of rk4.")
 @click.option("--batch-size", default=512, show_default=True)
 @click.option("--calls", default=5, show_default=True, help="Training steps in one timed run.")
 @threads_option
 @repeats_option
-def main(fields: tuple[str, ...], solves: tuple[str, ...], **options: Any) -> None:
+def main(fields: tuple[str, ...], solves: tuple[str, ...], groups: tuple[int, ...], **options: Any) -> None:
     device, steps, batch = set_up("cpu", options["threads"]), options["steps"], options["batch_size"]
     print_environment(device)
     click.echo(f"tanh, batch {batch}, {options['repeats']} alternating runs of {options['calls']} steps\n")
@@ -212,7 +224,7 @@ def main(fields: tuple[str, ...], solves: tuple[str, ...], **options: Any) -> No
             built = {
                 case: (k, field, solve, steps, batch, case)
                 for k, group in enumerate(GROUPS)
-                if k < 2 or field == "2-64"
+                if k in groups and (k != 2 or field == "2-64")
                 for case in group
             }
             timed = {case: training_step(*given) for case, given in built.items()}
