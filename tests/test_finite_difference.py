@@ -9,7 +9,7 @@ import torch
 from problems import Wave
 from torch import Tensor, nn
 
-from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
+from rnode_plugin import NeuralODE, penalties_at
 from rnode_plugin.regularizers import finite_difference
 from rnode_plugin.torchdiffeq import odeint, odeint_adjoint
 
@@ -80,11 +80,6 @@ def test_a_part_of_the_state_keeps_its_velocity() -> None:
     plain = NeuralODE(field, "rk4_38")(X, SPAN)[1]
     model = NeuralODE(field, "rk4_38", regularizers=["finite_difference:0.5"], penalized=slice(1, None))
     torch.testing.assert_close(model(X, SPAN)[1], plain)
-
-
-def test_a_density() -> None:
-    model = RegularizedCNF(Wave(), event_shape=3, regularizers={"finite_difference": 0.1}).double()
-    (-model.log_prob(X).mean() + model.reg_loss()).backward()
 
 
 def test_a_known_velocity_is_not_evaluated_again() -> None:

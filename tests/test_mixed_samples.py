@@ -43,13 +43,6 @@ class Graph(nn.Module):
         }  # fmt: skip
 
 
-class Late(nn.Module):
-    """Samples do not mix at time 0, where nothing moves."""
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        return t * (x - 3 * x.mean(0))
-
-
 class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -78,15 +71,6 @@ def test_an_exact_jacobian_of_mixed_samples_is_refused(make: type[nn.Module]) ->
         odeint(make(), X, SPAN, regularizers=[diagonal])
     with pytest.raises(ConfigError, match="depends on other samples"):
         RegularizedCNF(make(), event_shape=3, trace_estimator="exact", regularizers=()).log_prob(X)
-
-
-def test_samples_that_begin_to_mix_are_refused() -> None:
-    """The Jacobian at the first time is zero, and shows nothing."""
-    field = Late()
-    with pytest.raises(ConfigError, match="depends on other samples"):
-        RegularizedCNF(field, event_shape=3, trace_estimator="exact", regularizers=()).log_prob(X)
-    with pytest.raises(ConfigError, match="depends on other samples"):
-        NeuralODE(field, "rk4", regularizers=["jacfrob"], trace_noise="exact")(X, SPAN)
 
 
 def test_what_a_solve_finds_does_not_hold_for_the_next_one() -> None:

@@ -392,12 +392,6 @@ def test_bad_estimators_are_refused(spec: str) -> None:
 # --- the objective and its units ---
 
 
-def test_rademacher_noise_is_signs() -> None:
-    eps = Hutchinson("rademacher").draw(torch.zeros(50, 20))
-    assert set(eps.unique().tolist()) == {-1.0, 1.0}
-    assert abs(float(eps.mean())) < 4 / 1000**0.5
-
-
 def test_objective_is_equation_17() -> None:
     log_prob = torch.tensor([-10.0, -30.0])
     penalties = {"kinetic": torch.tensor([1.0, 3.0]), "jacfrob": torch.tensor([4.0, 8.0])}
