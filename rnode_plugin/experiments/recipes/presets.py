@@ -4,7 +4,8 @@ The paper's numbers are in its Table 1. Those that it does not give are taken fr
 scripts: the logit margins, the warm-up, the flips, the seed and the epochs of the two large sets. So is the first
 step of the adaptive solver, 1/6, where section 6 of the paper has 1e-2. Our choices are the number of held-out
 images in a validation while training, the logs and the samples, and everything in ``digits``, ``pictures``,
-``mnist-fast`` and ``cifar10-fast`` other than the paper's models and objective.
+``table``, ``mnist-fast`` and ``cifar10-fast`` other than the paper's models and objective. The runs that decided
+these are in ``benchmarks/results/README.md``, "Settings of our recipes".
 """
 
 from __future__ import annotations
@@ -19,14 +20,10 @@ _RK4 = FixedGrid("rk4_38", step=0.25)
 _PAPERS = Model(trace_noise="gaussian")
 _SAMPLED = FixedGrid("rk4_38", step=0.5, quadrature="sampled")
 _MUON = Optimizer(name="muon", lr=2e-2, vector_lr=1e-2, warmup=20, schedule="cosine")
-# With a step of 0.5 a large flow overfits the solver: in 500 steps of Muon from a trained MNIST flow the training
-# bits/dim fell to 0.07 while the accurate ones rose to 1.60
+# with a step of 0.5 a large flow overfits the solver
 _SAMPLED_QUARTER = dataclasses.replace(_SAMPLED, step=0.25)
-# At the rate of digits, 2e-2, the full MNIST model diverges within 40 steps, also with the small solver step. A
-# cooldown over half of the steps ends at the same bits/dim as a cosine on 14x14 MNIST, and a run that is stopped
-# before its cooldown can be made longer. Clipping: one batch of photographs at 98 bits/dim gave a gradient of norm
-# 12,485 where 1.5 is usual, and the momentum kept it, so that the loss rose from 3.3 to 4.3 bits/dim over the next
-# 13 steps. With the bound the loss stays
+# a large flow diverges at the rate of digits. A run that is stopped before its cooldown can be made longer, and one
+# batch of photographs without a bound on its gradient spoils the momentum of many steps
 _MUON_LARGE = dataclasses.replace(_MUON, lr=5e-3, vector_lr=2.5e-3, schedule="cooldown", cooldown=0.5, clip=1.0)
 # the backward pass of the two large models computes the activations of a solve again, because keeping them takes
 # memory for each evaluation of the field
@@ -41,8 +38,6 @@ def digits() -> Recipe:
         model=Model(hidden=32),
         solver=_SAMPLED,
         test_solver=_DOPRI5,
-        # 1.938 bits/dim (dirty, seed 42). With Gaussian noise 1.958 to 1.963 (three seeds), and Adam at 5e-3 took
-        # 600 steps to 1.998
         optimizer=_MUON,
         training=Training(max_epochs=None, max_steps=200, val_every_steps=100, log_every=1, sample_images=16),
     )
@@ -125,9 +120,8 @@ def table() -> Recipe:
         description="your table (--data-root FILE), or cell nuclei of scikit-learn: about two minutes on a core",
         data=TableData("table", CELLS),
         model=TableModel(),
-        solver=dataclasses.replace(_RK4, step=0.125),  # on the nuclei 0.25 is off by 0.065 nats, and warns
+        solver=dataclasses.replace(_RK4, step=0.125),  # at 0.25 a validation warns
         test_solver=_DOPRI5,
-        # on the nuclei -2.85 nats; Adam at 5e-3 took 600 steps to -2.51 (seed 42)
         optimizer=_MUON,
         training=Training(
             max_epochs=None,
@@ -142,20 +136,16 @@ def table() -> Recipe:
 
 def _fast(recipe: Recipe) -> Recipe:
     """Return the model and the objective of one of the paper's recipes, with everything that speeds up training."""
-    # on MNIST 240 steps of likelihood after 24,000 of matching reach what 800 reach after 6,000, but take longer in
-    # all
     matching, likelihood = 6_000, 2_400
     return dataclasses.replace(
         recipe,
         name=f"{recipe.name}-fast",
         description=f"the model of {recipe.name}, trained fast: Muon, sampled products, a start by flow matching",
         model=dataclasses.replace(recipe.model, trace_noise=Model.trace_noise),
-        # matching learns from many small steps: on 14x14 MNIST the same images in batches of 100, 50 and 25 ended
-        # at 1.871, 1.819 and 1.795 bits/dim (three seeds)
+        # matching learns from many small steps
         data=dataclasses.replace(recipe.data, batch_size=25),
         solver=_SAMPLED_QUARTER,
-        # on MNIST the field became too rough for the solver's step after 40 steps of likelihood at 5e-3, and after
-        # 230 at 2e-3. The training bits/dim fell below the accurate ones by 0.44, and jacfrob rose from 0.5 to 4
+        # at higher rates the field becomes too rough for the solver's step
         optimizer=dataclasses.replace(_MUON_LARGE, lr=1e-3, vector_lr=5e-4, matching_factor=5),
         training=dataclasses.replace(
             recipe.training,
