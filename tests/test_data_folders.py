@@ -242,7 +242,7 @@ def test_celebahq256_is_five_bits_from_packed_and_from_pictures(tmp_path):
         assert np.array_equal(data.train[:], images // 8)
         assert np.array_equal(data.val[:], images[:2] // 8)
         assert isinstance(data.train, np.ndarray) == (source == "pictures")  # packed ones are mapped, not loaded
-        assert data.limit(3).train.shape == (3, 3, 256, 256)
+        assert data.limit(train=3).train.shape == (3, 3, 256, 256)
 
 
 @pytest.mark.parametrize(("train", "val", "message"), [

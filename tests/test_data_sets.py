@@ -351,7 +351,7 @@ def test_a_shape_that_is_no_tuple_equals_that_of_a_recipe():
 def test_limit_draws_the_same_images_from_the_whole_set():
     images = np.repeat(np.arange(200, dtype=np.uint8), 16).reshape(200, 1, 4, 4)
     data = _data(train=images, val=images, levels=256)
-    few, more = data.limit(20), data.limit(60, 5)
+    few, more = data.limit(train=20), data.limit(train=60, val=5)
     assert few.train.shape == (20, 1, 4, 4)
     assert few.val is data.val
     assert more.val.shape == (5, 1, 4, 4)
@@ -359,27 +359,30 @@ def test_limit_draws_the_same_images_from_the_whole_set():
     assert len(set(chosen)) == 20
     assert set(chosen) < set(larger)
     assert chosen.min() < 60 < 140 < chosen.max()  # not only one end of a set sorted by class
-    assert data.limit(1000).train is images
+    assert data.limit(train=1000).train is images
     with pytest.raises(ConfigError, match="at least 1"):
-        data.limit(0)
+        data.limit(train=0)
 
 
 def test_held_out_samples_are_drawn_from_all_of_them():
     """Also rows, which a published table may have in an order, such as the one of their times."""
     rows = np.linspace(0, 1, 200)[:, None]
     table = Table("t", ("a",), rows, rows, rows)
-    few, numbered = table.measured_on(20), dataclasses.replace(table, numbers=np.arange(1, 201)).measured_on(20)
+    few, numbered = (
+        table.limit(held_out=20),
+        dataclasses.replace(table, numbers=np.arange(1, 201)).limit(held_out=20),
+    )
     assert len(few.held_out) == 20
     assert few.held_out.min() < 0.3 < 0.7 < few.held_out.max()
     assert (few.checksum, few.numbers) == (table.checksum, None)
     assert Table("t", ("a",), rows, rows[:90], np.concatenate([rows[90:], rows])).checksum != table.checksum
     assert numbered.numbers is not None
     np.testing.assert_array_equal(rows[numbered.numbers - 1], few.held_out)
-    assert table.measured_on(None) is table.measured_on(200) is table
+    assert table.limit().held_out is table.limit(held_out=200).held_out is rows
     images = np.arange(200, dtype=np.uint8).repeat(16).reshape(200, 1, 4, 4)
-    some = _data(train=images, val=images, levels=256).measured_on(60)
+    some = _data(train=images, val=images, levels=256).limit(held_out=60)
     np.testing.assert_array_equal(images[some.numbers], some.val[:])
-    fewer = some.measured_on(20)
+    fewer = some.limit(held_out=20)
     np.testing.assert_array_equal(images[fewer.numbers], fewer.val[:])
 
 

@@ -298,7 +298,9 @@ def test_each_held_out_picture_that_was_trained_on_is_counted(tmp_path: Path, nu
     before = load(root)
     now = load(change(root) or root)
     assert (equal_samples(before, now), verdict(trained(before), now)) == (count, (count, said))
-    assert verdict(trained(before), now.limit(10, 2)) == (count, said), "of all of them, whatever the limit is"
+    assert verdict(trained(before), now.limit(train=10, val=2)) == (count, said), (
+        "of all of them, whatever the limit is"
+    )
     assert verdict(None, now) == (None, "silent"), "nothing is known"
 
 
@@ -328,9 +330,9 @@ def test_each_held_out_row_that_was_trained_on_is_counted(
 ) -> None:
     before, now = table(ROWS), table(rows, **split)
     assert verdict(trained(before), now) == (equal_samples(before, now), said)
-    assert verdict(trained(before), now.limit(30, 5).measured_on(3))[0] == equal_samples(before, now)
+    assert verdict(trained(before), now.limit(train=30, val=5, held_out=3))[0] == equal_samples(before, now)
     known = {row.tobytes() for row in before.train}
-    overlap = Overlap.of(trained(before), now.limit(30, 5))
+    overlap = Overlap.of(trained(before), now.limit(train=30, val=5))
     assert overlap is not None
     assert (overlap.val, overlap.all_val) == (sum(row.tobytes() in known for row in now.val), len(now.val))
     # without the hashes, what is said is that they are other data
@@ -361,7 +363,8 @@ def test_what_is_said() -> None:
     assert Overlap(1, 20).text("images") == "1 of 20 held-out images"
     other = dataclasses.replace(images, train=IMAGES[120:200], pixels=("", ""))
     assert doubt(Facts.of(other), images, None) == (
-        "The weights were trained on other images. Some that were trained on may be held out now."
+        "mine has other images than the data of the training, or another split. If the two share images, some that "
+        "were trained on may be held out now."
     )
     said = doubt(trained(other), images, Overlap(0, 20))
     assert said is not None
@@ -379,7 +382,7 @@ def test_data_have_the_identity_of_all_their_held_out_samples(place: int) -> Non
     other = IMAGES[:100].copy()
     other[place] ^= 1
     now = ImageData("mine", train=IMAGES[100:], val=other, shape=(1, 8, 8))
-    assert Facts.of(data.limit(10, 3)) == Facts.of(data) == trained(data) != Facts.of(now)
+    assert Facts.of(data.limit(train=10, val=3)) == Facts.of(data) == trained(data) != Facts.of(now)
     assert Facts.of(data).measured != Facts.of(now).measured
 
 
@@ -394,7 +397,9 @@ def test_pictures_on_disk_are_decoded_only_where_it_counts(tmp_path: Path, monke
     assert (facts.trained_on == trained(in_memory).trained_on).all()
     moved(5)(root)
     now = load(root)
-    overlap = Overlap.of(facts, now.limit(3, 3), workers=2, progress=lambda done, of: seen.append((done, of)))
+    overlap = Overlap.of(
+        facts, now.limit(train=3, val=3), workers=2, progress=lambda done, of: seen.append((done, of))
+    )
     assert (overlap, seen) == (Overlap(5, 25), [(1, 1)])
     # their identity has the names, the sizes of all files, and the pixels of some
     same = Facts.of(data)

@@ -118,7 +118,7 @@ def eval(  # noqa: A001 - the command's name
         if not quiet:
             click.echo(f"solving by {solver.text}, because an adaptive solver takes more evaluations", err=True)
     data, overlap = load_for_evaluation(recipe, facts, root=data_root, download=download, quiet=quiet)
-    data = data.measured_on(limit)
+    data = data.limit(held_out=limit)
     result = evaluate(
         flow,
         data.held_out,

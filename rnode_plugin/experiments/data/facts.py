@@ -47,11 +47,7 @@ class Facts:
     @staticmethod
     def of(data: ImageData | Table, given: Sequence[str] = (), *, trained_on: np.ndarray | None = None) -> Facts:
         """Return the facts of ``data``, with the ranges of its columns ``given``."""
-        if isinstance(data, Table):
-            columns = data.train[:, [data.columns.index(name) for name in given]]
-            ranges = tuple(zip(columns.min(0).tolist(), columns.max(0).tolist(), strict=True))
-            return Facts(data.rows, data.checksum, ranges or None, trained_on=trained_on)
-        return Facts(train=data.pixels[0], held_out=data.pixels[1], trained_on=trained_on)
+        return Facts(**data.facts(given), trained_on=trained_on)
 
     @staticmethod
     def from_plain(plain: object) -> Facts | None:
@@ -126,11 +122,8 @@ class Overlap:
             from .batches import hashes_on_disk
 
             hashes = hashes_on_disk(data.all_held_out, workers=workers, progress=progress)
-        found = int(are_in(hashes, facts.trained_on).sum())
-        if not isinstance(data, Table):
-            return Overlap(found, len(hashes))
-        val = are_in(hashes_of(data.all_val), facts.trained_on)
-        return Overlap(found, len(hashes), int(val.sum()), len(val))
+        held_out, val = are_in(hashes, facts.trained_on), are_in(data.val_hashes, facts.trained_on)
+        return Overlap(int(held_out.sum()), len(held_out), int(val.sum()), len(val))
 
     def text(self, samples: str) -> str:
         """``29 of 40 held-out rows and 3 of 20 rows that choose the weights``; ``samples`` is the noun."""
@@ -153,7 +146,7 @@ def doubt(facts: Facts | None, data: ImageData | Table, overlap: Overlap | None)
     Returns:
         A sentence; None if the held-out samples were not trained on, or nothing is known.
     """
-    samples = "rows" if isinstance(data, Table) else "images"
+    samples = data.noun
     if overlap is not None and (overlap.held_out or overlap.val):
         return f"{overlap.text(samples)} of {data.name} were trained on."
     if facts is None or facts.describe(data):
@@ -169,12 +162,10 @@ def doubt(facts: Facts | None, data: ImageData | Table, overlap: Overlap | None)
         )
     if facts.identity == (None, None, None):
         return None
-    if isinstance(data, Table):
-        return (
-            f"{data.name} has other rows than the table of the training, or another split. If the two share rows, "
-            "some that were trained on may be held out now."
-        )
-    return "The weights were trained on other images. Some that were trained on may be held out now."
+    return (
+        f"{data.name} has other {samples} than the data of the training, or another split. If the two share "
+        f"{samples}, some that were trained on may be held out now."
+    )
 
 
 def refuse_leak(
@@ -196,16 +187,16 @@ def refuse_leak(
     """
     advice = "Put the old data back, name them with --data-root, or train a new run on these."
     if overlap is not None and overlap.held_out > (before or 0):
-        samples = "rows" if isinstance(data, Table) else "images"
         raise DataError(
-            f"{overlap.text(samples)} of {data.name} were trained on. In the data of the run these were "
+            f"{overlap.text(data.noun)} of {data.name} were trained on. In the data of the run these were "
             f"{before or 0:,} held-out ones. {advice}"
         )
-    if facts is None or facts.trained_on is not None or not isinstance(data, Table):
+    if facts is None or facts.trained_on is not None:
         return
-    if facts.checksum not in (None, data.checksum):
-        now = f"{data.rows:,} rows" if data.rows != facts.rows else "as many rows, but not the same"
+    now = Facts.of(data)
+    if facts.checksum not in (None, now.checksum):
+        has = f"{now.rows:,} rows" if now.rows != facts.rows else "as many rows, but not the same"
         raise DataError(
-            f"{data.name} has changed since the training: it had {facts.rows:,} rows, and has {now} now. In a new "
+            f"{data.name} has changed since the training: it had {facts.rows:,} rows, and has {has} now. In a new "
             f"split, rows that were trained on could be held out. {advice}"
         )

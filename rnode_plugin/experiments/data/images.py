@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Any, ClassVar, Protocol, overload
 
 import numpy as np
 
 from ...errors import ConfigError, DataError, RnodeError
 from ...files import missing
-from .hashes import are_in, digest, fingerprint, hashes_in, hashes_of
+from .hashes import NONE, are_in, digest, fingerprint, hashes_in, hashes_of
 
 Index = int | slice | Sequence[int] | np.ndarray
 """What selects samples along the first dimension of an array."""
@@ -59,13 +59,13 @@ class ImageArray(Protocol):
 def _check_reads(images: ImageArray, what: str) -> None:
     """Refuse an array, such as a plugin's, that returns other images than its shape and dtype promise.
 
-    A batch would take one image for each of its places, or cut numbers off, without an error.
+    A batch would take one image for each of its indices, or cut numbers off, without an error.
     """
     indices = np.array([0, len(images) - 1])
-    found = images[indices]
+    read = images[indices]
     wanted = (len(indices), *images.shape[1:])
-    if not isinstance(found, np.ndarray) or (found.shape, found.dtype) != (wanted, images.dtype):
-        got = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else type(found).__name__
+    if not isinstance(read, np.ndarray) or (read.shape, read.dtype) != (wanted, images.dtype):
+        got = f"{read.dtype} {read.shape}" if isinstance(read, np.ndarray) else type(read).__name__
         raise DataError(
             f"{what} return {got} for {len(indices)} indices, but they promise {images.dtype} {wanted}."
         )
@@ -97,12 +97,14 @@ class ImageData:
         train, val: images ``(N, C, H, W)``, uint8, values ``0 .. levels - 1``.
         shape: (C, H, W) of each image, a tuple or what becomes one.
         levels: number of values that a pixel can take, 256 for 8 bits.
-        numbers: the place of each image of ``val`` among all held-out images, from 0; None if ``val`` is all of
-            them. A table has the places of its rows in the file.
+        numbers: the index of each image of ``val`` among all held-out images; None if ``val`` is all of them.
         pixels: a hash of some training images (:func:`~rnode_plugin.experiments.data.hashes.fingerprint`), and one
             of the held-out images: of all if they are in memory or in an array file, else of some. They are
             computed if they are not given. :meth:`limit` keeps them, because they describe the whole data set.
         unlimited: the held-out images that :meth:`limit` has drawn ``val`` from; None if ``val`` is all of them.
+        noun: what the samples are called.
+        val_hashes: the hashes of samples that only choose the weights. There are none, because the held-out images
+            do that too.
 
     Raises:
         DataError: the arrays are not such images. Values of arrays on disk are not checked.
@@ -116,6 +118,8 @@ class ImageData:
     numbers: np.ndarray | None = None
     pixels: tuple[str, str] = ("", "")
     unlimited: ImageArray | None = None
+    noun: ClassVar[str] = "images"
+    val_hashes: ClassVar[np.ndarray] = NONE
 
     def __post_init__(self) -> None:
         if not 2 <= self.levels <= 256:
@@ -125,9 +129,9 @@ class ImageData:
             what = f"{self.name}: the {part} images"
             is_array = hasattr(images, "dtype")
             if not is_array or images.dtype != np.uint8 or images.shape[1:] != self.shape or len(images) == 0:
-                found = f"{images.dtype} {images.shape}" if is_array else type(images).__name__
+                given = f"{images.dtype} {images.shape}" if is_array else type(images).__name__
                 wanted = ", ".join(map(str, self.shape))
-                raise DataError(f"{what} are {found}, but they must be uint8 arrays (N, {wanted}).")
+                raise DataError(f"{what} are {given}, but they must be uint8 arrays (N, {wanted}).")
             if isinstance(images, np.ndarray) and self.levels < 256 and images.max() >= self.levels:
                 raise DataError(f"{what} hold the value {images.max()}, which {self.levels} levels do not reach.")
         if not all(self.pixels):
@@ -159,32 +163,33 @@ class ImageData:
             return text
         return text + repeated(self.train, self.val, "image")
 
+    def facts(self, given: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the attributes of :class:`~rnode_plugin.experiments.data.facts.Facts` that identify the images."""
+        return {"train": self.pixels[0], "held_out": self.pixels[1]}
+
     @property
     def held_out(self) -> ImageArray:
         """The images that measure the result. They are ``val``, because published sets have only two parts."""
         return self.val
 
-    def limit(self, n_train: int | None = None, n_val: int | None = None) -> ImageData:
-        """Return the data set with at most ``n_train`` and ``n_val`` images, the same ones in each call.
+    def limit(self, *, train: int | None = None, val: int | None = None, held_out: int | None = None) -> ImageData:
+        """Return the data set with at most so many images in its parts, the same ones in each call; None for all.
 
         They are drawn from the whole set, because folders are often sorted by class. A smaller limit draws a subset
-        of a larger one.
+        of a larger one. ``val`` and ``held_out`` are the same images here, so the smaller limit holds.
 
         Raises:
             ConfigError: a limit below 1.
         """
-        places = np.arange(len(self.val)) if self.numbers is None else self.numbers
+        measured = min((each for each in (val, held_out) if each is not None), default=None)
+        numbers = np.arange(len(self.val)) if self.numbers is None else self.numbers
         return replace(
             self,
-            train=limited(self.train, n_train),
-            val=limited(self.val, n_val),
-            numbers=limited(places, n_val),
+            train=limited(self.train, train),
+            val=limited(self.val, measured),
+            numbers=limited(numbers, measured),
             unlimited=self.all_held_out,
         )
-
-    def measured_on(self, n: int | None) -> ImageData:
-        """Return the data set with at most ``n`` held-out images, drawn as in :meth:`limit`; None for all."""
-        return self.limit(None, n)
 
 
 def repeated(train: np.ndarray, held_out: np.ndarray, sample: str) -> str:
@@ -192,9 +197,9 @@ def repeated(train: np.ndarray, held_out: np.ndarray, sample: str) -> str:
 
     A flow may have memorized them. ``sample`` is the noun.
     """
-    found = int(are_in(hashes_of(held_out), np.sort(hashes_of(train))).sum())
-    equal = "equals" if found == 1 else "equal"
-    return f"\n{found:,} of {len(held_out):,} held-out {sample}s {equal} a training {sample}" if found else ""
+    count = int(are_in(hashes_of(held_out), np.sort(hashes_of(train))).sum())
+    equal = "equals" if count == 1 else "equal"
+    return f"\n{count:,} of {len(held_out):,} held-out {sample}s {equal} a training {sample}" if count else ""
 
 
 def shuffled(n: int) -> np.ndarray:
@@ -213,7 +218,7 @@ def limited(samples: ImageArray, n: int | None) -> ImageArray: ...
 def limited(samples: ImageArray, n: int | None) -> ImageArray:
     """Draw at most ``n`` of the images or rows from all of them, the same ones in each call.
 
-    Arrays of equal length keep the same places, so samples and their numbers stay together.
+    Arrays of equal length keep the same entries, so samples and their numbers stay together.
 
     Raises:
         ConfigError: ``n`` is below 1.

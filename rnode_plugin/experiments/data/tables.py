@@ -7,7 +7,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -35,8 +35,9 @@ class Table:
         held_out: rows that measure the result.
         rows, checksum: number of rows in all parts, and a hash of their values and of the split. They are computed
             if they are not given. :meth:`limit` and :meth:`single` keep them, because they describe the file.
-        numbers: the place of each held-out row in the file, from 1; None for a table that comes in parts.
+        numbers: the number of each held-out row in the file, from 1; None for a table that comes in parts.
         unlimited: the rows that ``val`` and ``held_out`` were drawn from by a limit; None if they are all of them.
+        noun: what the samples are called.
 
     Raises:
         DataError: the arrays are not such rows.
@@ -51,25 +52,26 @@ class Table:
     checksum: str = ""
     numbers: np.ndarray | None = None
     unlimited: tuple[np.ndarray, np.ndarray] | None = None
+    noun: ClassVar[str] = "rows"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", tuple(self.columns))
         for part, rows in self._parts.items():
             is_array = isinstance(rows, np.ndarray)
             if not is_array or rows.dtype.kind != "f" or rows.shape[1:] != (len(self.columns),) or len(rows) == 0:
-                found = f"{rows.dtype} {rows.shape}" if is_array else type(rows).__name__
+                given = f"{rows.dtype} {rows.shape}" if is_array else type(rows).__name__
                 raise DataError(
-                    f"{self.name}: the {part} rows are {found}; they must be a NumPy array of floating-point "
+                    f"{self.name}: the {part} rows are {given}; they must be a NumPy array of floating-point "
                     f"numbers of shape (N, {len(self.columns)})."
                 )
         if not self.checksum:
-            found = hashlib.sha256()
+            hashed = hashlib.sha256()
             for part in self._parts.values():
                 # one byte order and precision, so that every machine computes the same hash
                 rows = np.ascontiguousarray(part, dtype="<f8")
-                found.update(f"{rows.shape}".encode())  # the border between two parts is part of the split
-                found.update(rows.data)
-            object.__setattr__(self, "checksum", found.hexdigest()[:16])
+                hashed.update(f"{rows.shape}".encode())  # the border between two parts is part of the split
+                hashed.update(rows.data)
+            object.__setattr__(self, "checksum", hashed.hexdigest()[:16])
             object.__setattr__(self, "rows", sum(map(len, self._parts.values())))
 
     @property
@@ -77,8 +79,7 @@ class Table:
         return {"train": self.train, "val": self.val, "held_out": self.held_out}
 
     @property
-    def all_val(self) -> np.ndarray:
-        """The rows that choose the weights, whatever their limit is."""
+    def _all_val(self) -> np.ndarray:
         return self.val if self.unlimited is None else self.unlimited[0]
 
     @property
@@ -90,6 +91,20 @@ class Table:
     def held_out_hashes(self) -> np.ndarray:
         """The hash of each row in ``all_held_out``."""
         return hashes_of(self.all_held_out)
+
+    @property
+    def val_hashes(self) -> np.ndarray:
+        """The hash of each row that chooses the weights, whatever their limit is."""
+        return hashes_of(self._all_val)
+
+    def facts(self, given: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the attributes of :class:`~rnode_plugin.experiments.data.facts.Facts` that identify the table.
+
+        They have the ranges of its columns ``given``.
+        """
+        columns = self.train[:, [self.columns.index(name) for name in given]]
+        ranges = tuple(zip(columns.min(0).tolist(), columns.max(0).tolist(), strict=True))
+        return {"rows": self.rows, "checksum": self.checksum, "given_ranges": ranges or None}
 
     def _each(self, change: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
         """Change the rows of all parts, also those that a limit has left out."""
@@ -111,20 +126,16 @@ class Table:
         parts = self._each(lambda rows: np.ascontiguousarray(rows[:, at]))
         return dataclasses.replace(self, columns=tuple(columns), rows=0, checksum="", **parts)
 
-    def limit(self, n_train: int | None = None, n_val: int | None = None) -> Table:
-        """Return the table with at most ``n_train`` training and ``n_val`` validation rows, drawn as for images."""
-        unlimited = self.all_val, self.all_held_out
-        train, val = limited(self.train, n_train), limited(self.val, n_val)
-        return dataclasses.replace(self, train=train, val=val, unlimited=unlimited)
-
-    def measured_on(self, n: int | None) -> Table:
-        """Return the table with at most ``n`` held-out rows, drawn as in :meth:`limit`; None for all."""
-        rows = limited(self.held_out, n)
-        if rows is self.held_out:
-            return self
-        numbers = None if self.numbers is None else limited(self.numbers, n)
-        unlimited = self.all_val, self.all_held_out
-        return dataclasses.replace(self, held_out=rows, numbers=numbers, unlimited=unlimited)
+    def limit(self, *, train: int | None = None, val: int | None = None, held_out: int | None = None) -> Table:
+        """Return the table with at most so many rows in its parts, drawn as for images; None for all."""
+        return dataclasses.replace(
+            self,
+            train=limited(self.train, train),
+            val=limited(self.val, val),
+            held_out=limited(self.held_out, held_out),
+            numbers=None if self.numbers is None else limited(self.numbers, held_out),
+            unlimited=(self._all_val, self.all_held_out),
+        )
 
     def check_finite(self) -> None:
         """Refuse missing and infinite values, which only a table of a plugin can have.
@@ -183,8 +194,8 @@ def split_rows(
         DataError: too few rows, or shares that leave none to train on.
     """
     if len(rows) < _FEWEST:
-        found = count_of(len(rows), "row")
-        raise DataError(f"{name} has {found}, but a density needs at least {_FEWEST}, better hundreds.")
+        count = count_of(len(rows), "row")
+        raise DataError(f"{name} has {count}, but a density needs at least {_FEWEST}, better hundreds.")
     order = np.random.RandomState(seed).permutation(len(rows))  # a stream that NumPy keeps for good
     n_held_out, n_val = (max(1, round(share * len(rows))) for share in (held_out, validation))
     if n_held_out + n_val >= len(rows):

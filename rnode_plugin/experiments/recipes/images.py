@@ -222,7 +222,7 @@ class Images(Kind):
                 f"the images of {settings.name} are {shown(data.shape)} with {data.levels} levels, but the recipe "
                 f"is for {shown(settings.shape)} with {settings.levels}. {advice}"
             )
-        return data.limit(settings.train_images, val)
+        return data.limit(train=settings.train_images, val=val)
 
     def fit_statistics(self, flow: DensityModel, data: ImageData) -> None:
         """Do nothing, because the range of pixels is known without the data."""

@@ -205,7 +205,7 @@ class Rows(Kind):
         table = get_table(settings.name, root=settings.root, download=download, **options).select(columns)
         # limited before it is checked, because a column may be constant in the rows that are left, and checked in
         # double precision, in which a nearly constant column still shows its deviation
-        table = table.limit(settings.train_rows, val)
+        table = table.limit(train=settings.train_rows, val=val)
         check_columns(table, len(settings.modeled))
         return table.single()
 
