@@ -27,7 +27,7 @@ from rnode_plugin.experiments.training.after_step import AfterStep, Folder, Samp
 from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.experiments.training.step import LikelihoodLoss, StagedLoss, StepTerms, measure_batch
-from rnode_plugin.experiments.training.trainer import find_place
+from rnode_plugin.experiments.training.trainer import find_devices
 
 SHORT = ("training.max_steps=4",)
 
@@ -221,7 +221,7 @@ def test_slurm_has_a_task_for_each_device(
     for name, value in environment.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     if accepted:
-        assert find_place({"accelerator": "cpu", "devices": 2}).world == 2
+        assert find_devices({"accelerator": "cpu", "devices": 2}).world == 2
         return
     with pytest.raises(ConfigError, match=r"SLURM has started .* for 2 devices\. Start the command with srun"):
         run(tiny_recipe(), tmp_path, devices=2)
@@ -229,7 +229,7 @@ def test_slurm_has_a_task_for_each_device(
 
 
 def test_the_devices_of_a_call_are_found_before_its_trainer() -> None:
-    place = find_place({"accelerator": "cpu", "devices": 2})
-    assert (place.device.type, place.world) == ("cpu", 2)
+    devices = find_devices({"accelerator": "cpu", "devices": 2})
+    assert (devices.device.type, devices.world) == ("cpu", 2)
     with pytest.raises(ConfigError, match=re.escape("this device cannot be used")):
-        find_place({"accelerator": "cpu", "devices": 0})
+        find_devices({"accelerator": "cpu", "devices": 0})

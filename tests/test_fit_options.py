@@ -29,7 +29,7 @@ from rnode_plugin.experiments.runs.run import training_lock
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe, read_checkpoint
 from rnode_plugin.experiments.training.failures import translate_errors
 from rnode_plugin.experiments.training.fit import fit
-from rnode_plugin.experiments.training.trainer import find_place
+from rnode_plugin.experiments.training.trainer import find_devices
 
 
 def train(*arguments: object) -> Result:
@@ -118,7 +118,7 @@ def test_tasks_of_slurm_that_the_run_does_not_use(
     named = {"NTASKS": tasks, "NTASKS_PER_NODE": tasks, "PROCID": "0", "JOB_NAME": "train"}
     for name, value in named.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert find_place({"accelerator": "cpu", "devices": 1}).world == 1
+    assert find_devices({"accelerator": "cpu", "devices": 1}).world == 1
     assert ("One run on all of them needs --devices 2" in capsys.readouterr().err) == said
 
 

@@ -47,11 +47,11 @@ def sample_images(
         ConfigError: a temperature is not positive.
         SolverError: the integration failed.
     """
-    return {each: _drawn(flow, count, each, seed, batch_size) for each in temperatures}
+    return {each: _draw(flow, count, each, seed, batch_size) for each in temperatures}
 
 
 @torch.no_grad()
-def _drawn(
+def _draw(
     flow: DensityModel, count: int, temperature: float, seed: int, batch_size: int, context: Tensor | None = None
 ) -> Tensor:
     """Draw samples ``(count, *event_shape)`` in batches, and collect them on the CPU."""
@@ -113,7 +113,7 @@ def sample_rows(
         SolverError: the integration failed.
     """
     given = None if context is None else torch.from_numpy(context).to(next(flow.parameters()).device)
-    return _drawn(flow, count, temperature, seed, batch_size, given).numpy()
+    return _draw(flow, count, temperature, seed, batch_size, given).numpy()
 
 
 _MOST = 8  # columns in a figure, beyond which its panels are too small to read

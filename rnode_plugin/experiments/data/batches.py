@@ -106,14 +106,14 @@ def hashes_on_disk(
         num_workers=workers,
         worker_init_fn=leave_signals_to_parent,
     )
-    found: list[np.ndarray] = []
+    hashes: list[np.ndarray] = []
     with signals_held_back():
         started = iter(batches)
     for batch in started:
-        found.append(hashes_of(batch.numpy()))
+        hashes.append(hashes_of(batch.numpy()))
         if progress is not None:
-            progress(len(found), len(batches))
-    return np.concatenate(found)
+            progress(len(hashes), len(batches))
+    return np.concatenate(hashes)
 
 
 def leave_signals_to_parent(worker: int) -> None:
@@ -134,7 +134,7 @@ def leave_signals_to_parent(worker: int) -> None:
 def _end_for_parent() -> None:
     parent = parent_process()  # the one that has started the worker, where os.getppid() may be a fork server
     assert parent is not None
-    while (found := signal.sigtimedwait([signal.SIGTERM], 1.0)) is None or found.si_pid != parent.pid:
-        if found is None and not parent.is_alive():
+    while (received := signal.sigtimedwait([signal.SIGTERM], 1.0)) is None or received.si_pid != parent.pid:
+        if received is None and not parent.is_alive():
             break
     os._exit(0)

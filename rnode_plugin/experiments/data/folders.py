@@ -169,10 +169,10 @@ def _pictures(where: Path, *, notice: bool = False) -> list[str]:
     return names
 
 
-def _different(name: str, found: tuple[int, ...], other: str, size: tuple[int, ...]) -> DataError:
+def _different(name: str, shape: tuple[int, ...], other: str, size: tuple[int, ...]) -> DataError:
     """Make the error for pictures of different sizes."""
     return DataError(
-        f"the pictures differ in size: {name} is {shown(found)}, {other} is {shown(size)}. Give the height and "
+        f"the pictures differ in size: {name} is {shown(shape)}, {other} is {shown(size)}. Give the height and "
         "width that all of them are scaled to, such as --size 32."
     )
 
@@ -207,27 +207,27 @@ def assign(names: Sequence[str], *, where: str) -> list[str | None]:
         DataError: a picture lies outside of the folders that decide, or there is only one picture.
     """
     splits = [_split_named(name) for name in names]
-    found = Counter(splits)
-    held_out = "val" if found["val"] else "test"
-    if found["train"] and found[held_out]:
-        if found[None]:
+    counts = Counter(splits)
+    held_out = "val" if counts["val"] else "test"
+    if counts["train"] and counts[held_out]:
+        if counts[None]:
             stray = names[splits.index(None)]
             raise DataError(
                 f"{where}: {stray} lies outside of the folders for training and validation "
-                f"({found[None]} such files). Move them into one of the folders, or away."
+                f"({counts[None]} such files). Move them into one of the folders, or away."
             )
         return ["train" if s == "train" else "val" if s == held_out else None for s in splits]
     if len(splits) < 2:
         raise DataError(f"{where}: one picture is too few to hold one out.")
-    places: list[float] = []  # of each picture, evenly spread over [0, 1)
+    hashes: list[float] = []  # of each picture, evenly spread over [0, 1)
     for name in names:
         # file names on Linux need not be valid UTF-8
         digest = hashlib.sha256(f"{name}{_SALT}".encode("utf-8", "surrogateescape")).digest()
-        places.append(int.from_bytes(digest[:6], "big") / 2**48)
-    # in a small folder all places may lie on one side of the tenth, so the lowest is always held out and the
+        hashes.append(int.from_bytes(digest[:6], "big") / 2**48)
+    # in a small folder all hashes may lie on one side of the tenth, so the lowest is always held out and the
     # highest always trained on: both parts have an image
-    lowest, highest = min(places), max(places)
-    return ["val" if place == lowest or place < min(_HELD_OUT, highest) else "train" for place in places]
+    lowest, highest = min(hashes), max(hashes)
+    return ["val" if each == lowest or each < min(_HELD_OUT, highest) else "train" for each in hashes]
 
 
 # Picture files --------------------------------------------------------------------------------------------------
@@ -313,11 +313,11 @@ class ImageFiles:
 
     def checksum(self) -> str:
         """Hash the names and sizes of the files and the pixels of some: to decode all would take minutes."""
-        found = hashlib.sha256(fingerprint(self).encode())
+        hashed = hashlib.sha256(fingerprint(self).encode())
         for name in self._names:
             # file names on Linux need not be valid UTF-8
-            found.update(f"\n{(self._folder / name).stat().st_size} {name}".encode("utf-8", "surrogateescape"))
-        return found.hexdigest()[:16]
+            hashed.update(f"\n{(self._folder / name).stat().st_size} {name}".encode("utf-8", "surrogateescape"))
+        return hashed.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._names)

@@ -49,12 +49,12 @@ def hashes_of(samples: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
             samples = samples.astype("<f4") + np.float32(0)  # which turns -0.0 into 0.0
     start = hashlib.blake2b(str(samples.shape[1:]).encode(), digest_size=8)
-    found: list[bytes] = []
+    digests: list[bytes] = []
     for sample in np.ascontiguousarray(samples).reshape(len(samples), -1).view(np.uint8):
         each = start.copy()
         each.update(sample.data)
-        found.append(each.digest())
-    return np.frombuffer(b"".join(found), dtype="<u8").astype(np.uint64, copy=False)
+        digests.append(each.digest())
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64, copy=False)
 
 
 def hashes_in(samples: Samples) -> np.ndarray:
@@ -80,5 +80,5 @@ def are_in(hashes: np.ndarray, known: np.ndarray) -> np.ndarray:
     if not len(known):
         return np.zeros(len(hashes), dtype=bool)
     # NumPy's isin would sort the known ones again, which takes 50 times as long
-    places = np.searchsorted(known, hashes)
-    return known[np.minimum(places, len(known) - 1)] == hashes
+    indices = np.searchsorted(known, hashes)
+    return known[np.minimum(indices, len(known) - 1)] == hashes

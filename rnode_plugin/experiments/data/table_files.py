@@ -230,8 +230,8 @@ def _read_parquet(path: Path, rows: int | None) -> pd.DataFrame:
     else:  # a file has its names and the number of its rows at its end, so no value is read
         from pyarrow import dataset
 
-        found = dataset.dataset(path, format="parquet", partitioning="hive")
-        frame = found.schema.empty_table().to_pandas().reindex(range(min(rows, found.count_rows())))
+        parts = dataset.dataset(path, format="parquet", partitioning="hive")
+        frame = parts.schema.empty_table().to_pandas().reindex(range(min(rows, parts.count_rows())))
     return frame.set_axis(frame.columns.map(str), axis=1)
 
 
@@ -286,9 +286,9 @@ def is_table(path: Path) -> bool:
 
 
 def _format_of(path: Path) -> _Format:
-    found = _FORMATS.get(path.suffix.lower())
-    if found is None:
+    known = _FORMATS.get(path.suffix.lower())
+    if known is None:
         raise ConfigError(f"{path} is not a table: its name must end in {', '.join(_FORMATS)}.")
     if path.suffix.lower() == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError("parquet files need pyarrow: pip install pyarrow.")
-    return found
+    return known

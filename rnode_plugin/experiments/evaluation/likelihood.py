@@ -188,7 +188,7 @@ class _Solves:
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
         self._pilot = min(len(self.batches), math.ceil(_PILOT / batch_size))
         # with an exact trace, a quantity whose inputs have no noise is the same in each draw
-        self._drawn = [not exact or each.noisy for each in self._kind.quantities]
+        self._is_redrawn = [not exact or each.noisy for each in self._kind.quantities]
 
     def choose_draws(self, asked: int | None) -> int:
         """Choose the number of draws: 1 without any noise, else as ``asked``.
@@ -200,15 +200,15 @@ class _Solves:
         if asked is not None:
             return check_count(asked, "the number of draws")
         # one draw of everything, and the second draw of the first samples
-        total = len(self._drawn) * len(self.batches) + sum(self._drawn) * self._pilot
+        total = len(self._is_redrawn) * len(self.batches) + sum(self._is_redrawn) * self._pilot
         self.take(range(2), self._pilot, total=total)
-        drawn = [quantity for quantity, each in enumerate(self._drawn) if each]
-        return max(_draws_needed(self._rows(range(2), quantity, self._pilot)) for quantity in drawn)
+        redrawn = [quantity for quantity, each in enumerate(self._is_redrawn) if each]
+        return max(_draws_needed(self._rows(range(2), quantity, self._pilot)) for quantity in redrawn)
 
     def take(self, draws: range, batches: int, *, total: int | None = None) -> None:
         """Solve these draws of the first batches, except where that was done before."""
-        every = itertools.product(draws, range(len(self._drawn)), range(batches))
-        keys = [key for key in every if key not in self.scores and (key[0] == 0 or self._drawn[key[1]])]
+        every = itertools.product(draws, range(len(self._is_redrawn)), range(batches))
+        keys = [key for key in every if key not in self.scores and (key[0] == 0 or self._is_redrawn[key[1]])]
         total = total or len(self.scores) + len(keys)
         # scores come from a solve in which no penalty takes part, so some penalties take a separate solve
         separate_penalty_solve = self.flow.regularizers.adds_evaluations
@@ -241,13 +241,13 @@ class _Solves:
         scores = self.scores[first]
         if self._probed is not self.flow:
             scores = self._scores_of(self._encode(self._probed, accurate, first, batch))
-        found = measure_solver_gap(
+        gap = measure_solver_gap(
             lambda each: self._encode(self._probed, each, first, batch),
             self._scores_of,
             coarse,
             scores,
         )
-        return found.mean
+        return gap.mean
 
     def _encode(
         self,
@@ -274,7 +274,7 @@ class _Solves:
 
     def mean(self, draws: int, quantity: int) -> Mean:
         """Average the scores of all samples, with the standard errors of the mean."""
-        draws = draws if self._drawn[quantity] else 1
+        draws = draws if self._is_redrawn[quantity] else 1
         scores = self._rows(range(draws), quantity, len(self.batches))
         count = scores.shape[1]
         several, noise = scores, None

@@ -62,9 +62,9 @@ def check_device(name: str, *, processes: int = 1) -> None:
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind)
     if count is None or (int(index) if index.isdecimal() else 0) < count:
         return
-    found = "none" if count == 0 else f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
+    available = "none" if count == 0 else f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
     raise ConfigError(
-        f"the device {name!r} cannot be used: PyTorch {torch.__version__} finds {found}. Leave --device out, "
+        f"the device {name!r} cannot be used: PyTorch {torch.__version__} finds {available}. Leave --device out, "
         "or give --device cpu."
     )
 

@@ -512,8 +512,8 @@ def _without_effect(recipe: Recipe, setting: str) -> str | None:
     if setting in _NEEDED:
         other, needed = _NEEDED[setting]
         if (value := attrgetter(other)(recipe)) != needed:
-            found, wanted = (f"{other}={as_text(each)}" for each in (value, needed))
-            return f" with {found}: give {wanted} too."
+            present, wanted = (f"{other}={as_text(each)}" for each in (value, needed))
+            return f" with {present}: give {wanted} too."
     return None
 
 

@@ -163,7 +163,7 @@ class Rows(Kind):
             assigned = {"root": None, **assigned}
         name, root = assigned.get("name", settings.name), assigned.get("root", settings.root)
         derived: dict[str, tuple[str, ...]] = {}
-        # a published table at another place is the same table. The file of a user is not
+        # a published table at another path is the same table. The file of a user is not
         published = name == settings.name and not settings.has_own_files
         if (name, root) != (settings.name, settings.root) and "columns" not in assigned and not published:
             from ..data.catalog import table_columns  # numpy, which a bad value does not wait for

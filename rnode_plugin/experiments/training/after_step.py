@@ -185,8 +185,8 @@ class AfterStep(Checkpoint):
         if trainer.sanity_checking:
             return
         self._agree(trainer, 0.0)  # a validation is long, and a signal may have come meanwhile
-        found = trainer.callback_metrics.items()
-        scores = {name: float(value) for name, value in found if name.startswith("val/")}
+        metrics = trainer.callback_metrics.items()
+        scores = {name: float(value) for name, value in metrics if name.startswith("val/")}
         if trainer.is_global_zero:
             row = self.row(scores)
             self.log_row(row)
@@ -355,8 +355,8 @@ def _largest_in_any_process(trainer: L.Trainer, *values: float) -> list[float]:
     """The largest of each value in all processes of the run, 0 or 1 of a bool. All have to call this together."""
     if trainer.world_size == 1:
         return list(map(float, values))
-    found = torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device)
-    return cast("Tensor", trainer.strategy.reduce(found, reduce_op="max")).tolist()
+    own = torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device)
+    return cast("Tensor", trainer.strategy.reduce(own, reduce_op="max")).tolist()
 
 
 class Folder(Callback):

@@ -322,7 +322,7 @@ def read_checkpoint(path: Path) -> Contents:
     """
     read = _read_safetensors if path.suffix == SAFETENSORS else _read
     try:
-        found = read(path)
+        loaded = read(path)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path} is not a checkpoint of rnode-plugin: it holds more than tensors and plain values, and such a "
@@ -334,7 +334,7 @@ def read_checkpoint(path: Path) -> Contents:
         raise CheckpointError(
             f"{path} cannot be read. It is truncated or not a checkpoint: {first_line(error).rstrip('.')}."
         ) from None
-    contents = cast("Contents", found) if isinstance(found, dict) else {}
+    contents = cast("Contents", loaded) if isinstance(loaded, dict) else {}
     header = contents.get(_KEY)
     if not isinstance(header, Mapping) or "recipe" not in header or "state_dict" not in contents:
         raise CheckpointError(f"{path} is not a checkpoint of rnode-plugin: it holds no recipe.")
@@ -394,13 +394,13 @@ def facts_of(contents: Mapping[str, Any]) -> Facts | None:
         facts, hashes = Facts.from_plain(header.get("facts")), contents.get(TRAINED_ON)
         if hashes is None:
             return facts
-        found = cast("Tensor", hashes).numpy()
-        if found.dtype != np.int64 or found.ndim != 1:
+        trained_on = cast("Tensor", hashes).numpy()
+        if trained_on.dtype != np.int64 or trained_on.ndim != 1:
             raise ValueError("what was trained on are no hashes")
-        found = found.view(np.uint64)
-        if not (found[1:] > found[:-1]).all():  # a search among others would find too few
+        trained_on = trained_on.view(np.uint64)
+        if not (trained_on[1:] > trained_on[:-1]).all():  # a search among others would find too few
             raise ValueError("the hashes of what was trained on are not sorted")
-        return dataclasses.replace(facts or Facts(), trained_on=found)
+        return dataclasses.replace(facts or Facts(), trained_on=trained_on)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         version, reason = header.get("version"), first_line(error)
         raise CheckpointError(f"rnode-plugin {version} has written facts that cannot be read: {reason}") from None

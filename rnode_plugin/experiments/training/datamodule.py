@@ -88,8 +88,8 @@ class StepOrder(DistributedSampler[list[int]]):
         # The samples of a step lie side by side in the order of the pass, batch by batch, and in each of these
         # device by device. One device with `accumulate` batches cuts them as so many devices with one batch do
         of_step = self._accumulate * self.num_replicas * size
-        number, place = divmod(step, self._steps)
-        of_all = self._order(number)[place * of_step : (place + 1) * of_step].tolist()
+        number, index = divmod(step, self._steps)
+        of_all = self._order(number)[index * of_step : (index + 1) * of_step].tolist()
         firsts = ((part * self.num_replicas + self.rank) * size for part in range(self._accumulate))
         return [of_all[first : first + size] for first in firsts]
 
@@ -133,7 +133,7 @@ class RecipeLoader(DataLoader[Tensor]):
     """Loads the batches of a :class:`RecipeDataModule`, and lets Lightning resume in the middle of an epoch.
 
     Lightning warns about other loaders, because they would begin the epoch again. This one has no state to save,
-    because its sampler finds its place from the step.
+    because its sampler knows its position from the step.
     """
 
     def __iter__(self) -> Any:  # the iterator of PyTorch, whose class has no public name

@@ -36,9 +36,9 @@ def add_resume_hint(after_step: AfterStep, trainer: L.Trainer) -> Iterator[None]
             raise TrainingError(f"training stopped: the folder of the run, {run.path}, was removed.") from error
         left = "No checkpoint had been written yet."
         # last.ckpt is missing if a full disk had room for the best.ckpt of the first validation alone
-        if run is not None and (found := run.checkpoints(LAST)):
-            best = f", --resume {run.best} from the best one" if run.best in found[1:] else ""
-            left = f"The last good checkpoint is {found[0]}; --resume {run.path} continues from it{best}."
+        if run is not None and (intact := run.checkpoints(LAST)):
+            best = f", --resume {run.best} from the best one" if run.best in intact[1:] else ""
+            left = f"The last good checkpoint is {intact[0]}; --resume {run.path} continues from it{best}."
         if after_step.replaced is not None:
             left += f" The result of step {after_step.replaced} was removed when the run went on."
         # the constructor of a SolverError takes other arguments than a message
@@ -69,8 +69,8 @@ def translate_errors() -> Iterator[None]:
     except RnodeError:
         raise
     except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        raise LocalError(f"the system refused: {error.strerror or error}{place}.") from error
+        file = f" ({error.filename})" if error.filename else ""
+        raise LocalError(f"the system refused: {error.strerror or error}{file}.") from error
     except torch.distributed.DistError as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error):
             port = os.environ.get("MASTER_PORT", "of the run")

@@ -93,19 +93,19 @@ def fit(
         experiment = begin(experiment, options, names)
         # Lightning is imported only now, because that takes seconds, and most refusals do not need it
         from .after_step import AfterStep
-        from .train import in_order, train
-        from .trainer import find_place, make_trainer, quiet
+        from .train import callbacks_in_order, train
+        from .trainer import find_devices, make_trainer, quiet
 
         with quiet():
-            place = find_place(trainer_options)
-            plan = experiment.plan(place.world)
+            devices = find_devices(trainer_options)
+            plan = experiment.plan(devices.world)
             # the time limit begins now, after the data were loaded
             after_step = AfterStep(experiment, plan, max_time=options.max_time, progress=options.progress)
             trainer = make_trainer(
                 experiment.recipe,
                 plan,
-                place,
-                callbacks=in_order(experiment, callbacks, after_step, loggers=names),
+                devices,
+                callbacks=callbacks_in_order(experiment, callbacks, after_step, loggers=names),
                 loggers=[each for each in loggers if not isinstance(each, str)],
                 options=trainer_options,
             )
@@ -120,7 +120,7 @@ def fit(
                 result = train(experiment, plan, trainer, after_step)
                 if result.by_signal or not is_first:
                     return FitResult(after_step.run, result, is_first)
-                return _conclude(after_step.run, result, experiment, place.device, progress=options.progress)
+                return _conclude(after_step.run, result, experiment, devices.device, progress=options.progress)
 
 
 def begin(given: Experiment | Recipe, options: RunOptions, loggers: Sequence[str] = ()) -> Experiment:

@@ -39,7 +39,7 @@ def make_logger(name: str, folder: Path) -> Logger:
     if name == "wandb":
         return WandbLogger(name=run, project="rnode", save_dir=folder)
     if (server := os.environ.get("MLFLOW_TRACKING_URI")) is None:  # newer versions refuse plain files without one
-        place = folder / "mlflow"
-        place.mkdir(exist_ok=True)
-        server = f"sqlite:///{(place / 'mlflow.db').resolve()}"
+        store = folder / "mlflow"
+        store.mkdir(exist_ok=True)
+        server = f"sqlite:///{(store / 'mlflow.db').resolve()}"
     return MLFlowLogger("rnode", run_name=run, tracking_uri=server, save_dir=str(folder / "mlflow"))

@@ -216,10 +216,10 @@ class RnodeModule(L.LightningModule):
 
     def _of_all(self, value: T) -> list[T]:
         """List a value of each process by its rank. All processes have to call this together."""
-        found = [value] * self.trainer.world_size
-        if len(found) > 1:
-            torch.distributed.all_gather_object(found, value)
-        return found
+        gathered = [value] * self.trainer.world_size
+        if len(gathered) > 1:
+            torch.distributed.all_gather_object(gathered, value)
+        return gathered
 
     # before the first step, in Lightning's order ---------------------------------------------------------------
 
@@ -265,7 +265,7 @@ class RnodeModule(L.LightningModule):
         Raises:
             ConfigError: a process has others than the first one.
         """
-        # each machine may have its own place for the same files
+        # each machine may have its own path of the same files
         own = {path: as_text(value) for path, value in self.recipe.settings() if path != "data.root"}
         own["training.weights"] = "given" if self.recipe.training.weights else "none"
         own["the version of rnode-plugin"] = __version__
@@ -392,9 +392,9 @@ class RnodeModule(L.LightningModule):
         measured = [each for of_process in self._of_all(self._measured) for each in of_process]
         for name in dict.fromkeys(name for row, _ in measured for name in row):
             # a last batch is smaller, and `val/gap` is only in the first row, so each value counts its own samples
-            found = [(row[name], samples) for row, samples in measured if name in row]
+            values = [(row[name], samples) for row, samples in measured if name in row]
             # fsum is exact, whatever the order, so the mean does not depend on the number of devices
-            mean = math.fsum(value * samples for value, samples in found) / sum(samples for _, samples in found)
+            mean = math.fsum(value * samples for value, samples in values) / sum(samples for _, samples in values)
             shown = name == self.recipe.kind.metric
             # all processes have the same mean, which Lightning's own mean over them could round
             several = self.trainer.world_size > 1
@@ -445,9 +445,9 @@ class RnodeModule(L.LightningModule):
         rank, world = self.global_rank, self.trainer.world_size
         is_known = self.facts is not None and self.facts.trained_on is not None
         own = {device: each for device, each in self._safe_steps.items() if device % world == rank}
-        found = self._of_all((own, np.concatenate([NONE, *self._given]) if is_known else None))
-        safe_steps = {device: steps for each, _ in found for device, steps in each.items()}
-        self._unite([given for _, given in found])
+        gathered = self._of_all((own, np.concatenate([NONE, *self._given]) if is_known else None))
+        safe_steps = {device: steps for each, _ in gathered for device, steps in each.items()}
+        self._unite([given for _, given in gathered])
         progress = {
             "skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "safe_steps": safe_steps,
             "repeated": self._repeated(),

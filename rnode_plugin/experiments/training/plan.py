@@ -131,13 +131,13 @@ class RunPlan:
         It is empty for a run whose steps are all of one kind.
         """
         matching, optimizer = recipe.matching, recipe.optimizer
-        found = [(0, matching, "flow matching"), (matching, self.total, "maximum likelihood")] if matching else []
+        stages = [(0, matching, "flow matching"), (matching, self.total, "maximum likelihood")] if matching else []
         if optimizer.schedule == "cooldown":
             # each stage has its own cooldown. A set, because without matching both stages are the whole run
             for first, end in {(0, matching or self.total), (matching, self.total)}:
                 if steps := math.floor(optimizer.cooldown * (end - first)):
-                    found.append((end - steps, end, f"the learning rate falls until step {end}"))
-        return {first: what for first, end, what in sorted(found) if end > done}
+                    stages.append((end - steps, end, f"the learning rate falls until step {end}"))
+        return {first: what for first, end, what in sorted(stages) if end > done}
 
 
 def steps_per_epoch(recipe: Recipe, samples: int, devices: int = 1) -> int:

@@ -27,7 +27,7 @@ from .module import RnodeModule
 from .plan import RunPlan, unlike_a_run
 
 
-def in_order(
+def callbacks_in_order(
     experiment: Experiment, callbacks: Sequence[Callback], after_step: AfterStep, *, loggers: Sequence[str] = ()
 ) -> list[Callback]:
     """List all callbacks of a run in the order in which Lightning calls them.
@@ -38,15 +38,15 @@ def in_order(
     4. ``AfterStep`` writes the state that all of these have reached.
     """
     recipe = experiment.recipe
-    found = [Folder(after_step, loggers), *callbacks]
+    ordered = [Folder(after_step, loggers), *callbacks]
     if recipe.training.sample_images and recipe.kind.has_grid:
-        found.append(SampleGrids(after_step))
+        ordered.append(SampleGrids(after_step))
     if (decay := recipe.training.ema) is not None:
         # After each step, average = decay * average + (1 - decay) * weights. Lightning swaps the average in for a
         # validation. In a checkpoint `state_dict` holds the average, so that a loaded model has it, and
         # `current_model_state` holds the weights that training continues from
-        found.append(WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay)))
-    return [*found, after_step]
+        ordered.append(WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay)))
+    return [*ordered, after_step]
 
 
 def train(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, after_step: AfterStep) -> Result:

@@ -38,7 +38,7 @@ _CHANGES_RESULTS = (
 """Options of Lightning's Trainer that would silently change the numbers of a run, or its end."""
 
 
-class Place(NamedTuple):
+class Devices(NamedTuple):
     """The devices of a run.
 
     Attributes:
@@ -52,7 +52,7 @@ class Place(NamedTuple):
     world: int
 
 
-def find_place(options: TrainerOptions) -> Place:
+def find_devices(options: TrainerOptions) -> Devices:
     """Find the devices that options of Lightning's Trainer name.
 
     Under torchrun ``devices="auto"`` means as many as torchrun starts.
@@ -76,7 +76,7 @@ def find_place(options: TrainerOptions) -> Place:
             f"One run on all of them needs --devices {tasks}, or their number on a node and --num-nodes.",
             file=sys.stderr,
         )
-    return Place(where, fabric.strategy.root_device, fabric.world_size)
+    return Devices(where, fabric.strategy.root_device, fabric.world_size)
 
 
 def _refuse_other_tasks(devices: int, nodes: int) -> None:
@@ -98,7 +98,7 @@ def _refuse_other_tasks(devices: int, nodes: int) -> None:
 def make_trainer(
     recipe: Recipe,
     plan: RunPlan,
-    place: Place,
+    devices: Devices,
     *,
     callbacks: Sequence[Callback],
     loggers: Sequence[Logger],
@@ -137,8 +137,8 @@ def make_trainer(
         # a requeued job continues by --resume, and Lightning's requeueing writes other files elsewhere
         plugins.append(SLURMEnvironment(auto_requeue=False))
     with _refusing("Lightning refuses this run"):
-        trainer = L.Trainer(**{**defaults, **options, **place.options, **ours, "plugins": plugins})
-    if trainer.world_size != place.world:
+        trainer = L.Trainer(**{**defaults, **options, **devices.options, **ours, "plugins": plugins})
+    if trainer.world_size != devices.world:
         raise ConfigError("the plugins start another number of processes than devices times num_nodes.")
     if settings.precision.startswith("16") and str(trainer.precision).startswith("bf16"):
         raise ConfigError(
