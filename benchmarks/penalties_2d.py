@@ -160,12 +160,12 @@ def main(
     base = found["none", None]
     click.echo(table(["penalty", "λ", *heads], [row(*case, found[case], base) for case in cases]))
     if figure is not None:
-        drawing = draw(
+        files = draw(
             "penalties-2d",
             lambda figure: paint(figure.subplots(ncols=len(DATA), sharey=True), found),
             size=(10, 3.6),
         )
-        figure.write_bytes(drawing.png)
+        figure.write_bytes(files["penalties-2d.png"])
 
 
 if __name__ == "__main__":

@@ -397,8 +397,8 @@ def main(*, points: int, steps: int, seed: int, redraw: bool, figure: Path | Non
     click.echo(f"{results['machine']}, {results['peers']}\n")
     click.echo(summary(results["rows"]))
     if figure is not None:
-        drawing = draw("work-precision", lambda canvas: paint(canvas, results["rows"]), size=(9, 7.5))
-        figure.write_bytes(drawing.png)
+        files = draw("work-precision", lambda canvas: paint(canvas, results["rows"]), size=(9, 7.5))
+        figure.write_bytes(files["work-precision.png"])
 
 
 if __name__ == "__main__":

@@ -135,4 +135,4 @@ def test_a_check_that_could_not_measure_has_no_figure() -> None:
         Check("tolerance", "failed", "gave up", {"failed_at": 1e-2}, {"tolerance": [], "nfe": []}),
         Check("unknown", "ok", "fine", {}, {"a": [1.0]}),
     )
-    assert [draw_check(check, "a") for check in checks] == [None, None, None]
+    assert [draw_check(check, "a") for check in checks] == [{}, {}, {}]

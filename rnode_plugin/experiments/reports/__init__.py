@@ -16,7 +16,7 @@ from .configurations import group_runs
 from .figures import PANELS
 from .page import make_page
 from .runs import read_runs
-from .table import Table
+from .table import Table, make_table
 
 __all__ = ["Report", "write_report"]
 
@@ -68,7 +68,9 @@ def write_report(
         CheckpointError: there is no run at one of the places, or the report cannot be written.
     """
     found, left_out = read_runs(runs)
-    html, table, pictures = make_page(group_runs(found), title, left_out, Path(out))
+    configurations = group_runs(found)
+    table = make_table(configurations)
+    html, pictures = make_page(configurations, table, title, left_out, Path(out))
     files = {Path(out) / "figures" / name: contents for name, contents in pictures.items()}
     place, is_new = Path(out) / "report.html", not Path(out).exists()
     try:

@@ -17,7 +17,7 @@ from ...analysis.result import Check
 from ..runs.results import DiagnosedWeights
 from ..runs.run import Run
 from .configurations import GRAY
-from .figures import Drawing, draw, finish, legend
+from .figures import draw, finish, legend
 
 _Painter = Callable[["Figure", Check], None]
 
@@ -26,16 +26,15 @@ def save_diagnosis(diagnosed: DiagnosedWeights, run: Run) -> None:
     """Write a diagnosis and its figures into the folder of a run."""
     figures: dict[str, bytes] = {}
     for check in diagnosed.checks:
-        drawing = draw_check(check, check.file_name)
-        figures |= {} if drawing is None else drawing.files(check.file_name)
+        figures |= draw_check(check, check.file_name)
     run.add_diagnosis(diagnosed, figures)
 
 
-def draw_check(check: Check, name: str) -> Drawing | None:
-    """The figure of a check, in files of this name; None for a check without curves."""
+def draw_check(check: Check, name: str) -> dict[str, bytes]:
+    """The figure of a check, in files of this name; empty for a check without curves."""
     paint = _PAINTERS.get(check.name)
     if paint is None or not any(map(len, check.curves.values())):
-        return None
+        return {}
     return draw(name, lambda figure: paint(figure, check))
 
 

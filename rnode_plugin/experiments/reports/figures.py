@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -36,21 +36,15 @@ PANELS = ("score-nfe", "nfe-training", "score-validation", "nfe-jacfrob")
 """The names of all panels that a report may have."""
 
 
-class Drawing(NamedTuple):
-    """A figure in two formats, on a transparent background."""
-
-    png: bytes
-    svg: bytes
-
-    def files(self, name: str) -> dict[str, bytes]:
-        """The contents of ``NAME.png`` and ``NAME.svg``."""
-        return {f"{name}.{suffix}": contents for suffix, contents in self._asdict().items()}
-
-
-def draw(name: str, paint: Callable[[Figure], object], *, size: tuple[float, float] = (4.8, 3.5)) -> Drawing:
-    """Draw a figure by ``paint``, which gets it empty. The same name and content give the same bytes again.
+def draw(
+    name: str, paint: Callable[[Figure], object], *, size: tuple[float, float] = (4.8, 3.5)
+) -> dict[str, bytes]:
+    """Draw a figure by ``paint``, which gets it empty, on a transparent background.
 
     The default size, in inches, suits the width of a phone.
+
+    Returns:
+        The contents of ``NAME.png`` and ``NAME.svg``. The same name and content give the same bytes again.
     """
     from matplotlib import rc_context, style
     from matplotlib.figure import Figure
@@ -61,7 +55,7 @@ def draw(name: str, paint: Callable[[Figure], object], *, size: tuple[float, flo
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", dpi=160)
         figure.savefig(svg, format="svg", metadata={"Date": None})
-    return Drawing(png.getvalue(), svg.getvalue())
+    return {f"{name}.png": png.getvalue(), f"{name}.svg": svg.getvalue()}
 
 
 def legend(axes: Axes) -> None:
@@ -86,13 +80,13 @@ class Panel(NamedTuple):
         name: the name of its files, without a suffix.
         title: its heading.
         caption: how to read it.
-        drawing: the figure.
+        files: the figure, by the names of its files.
     """
 
     name: str
     title: str
     caption: str
-    drawing: Drawing
+    files: Mapping[str, bytes]
 
 
 def make_panels(configurations: Sequence[Configuration]) -> list[Panel]:
@@ -125,13 +119,13 @@ def make_panels(configurations: Sequence[Configuration]) -> list[Panel]:
                 f"down is the better {kind.likelihood}, further left are fewer evaluations. Bars are standard "
                 f"errors, over the seeds or, with one seed, over the {kind.samples}."
             )
-            drawing = draw("score-nfe", lambda figure: _trade_off(figure.subplots(), points))
-            panels.append(Panel("score-nfe", f"Held-out {kind.likelihood} against NFE", caption, drawing))
+            files = draw("score-nfe", lambda figure: _trade_off(figure.subplots(), points))
+            panels.append(Panel("score-nfe", f"Held-out {kind.likelihood} against NFE", caption, files))
     for each in figures:
         # one finite point shows nothing, and two are a straight line
         if any(len(x) >= _FEWEST for one in configurations for _, x, _ in each.points(one)):
-            drawing = draw(each.name, lambda figure, each=each: each.paint(figure.subplots(), configurations))
-            panels.append(Panel(each.name, each.title, each.caption, drawing))
+            files = draw(each.name, lambda figure, each=each: each.paint(figure.subplots(), configurations))
+            panels.append(Panel(each.name, each.title, each.caption, files))
     return panels
 
 

@@ -21,17 +21,9 @@ from ..recipes.recipe import as_text
 from ..runs.contents import Picture, RunContents
 from .configurations import Configuration
 from .diagnosis import draw_check
-from .figures import Drawing, make_panels
+from .figures import make_panels
 from .runs import data_name, own_data, recipe_name
-from .table import Table, lambdas_text, make_table, summary
-
-
-class Page(NamedTuple):
-    """The text of ``report.html``, its table, and its pictures by the names of their files."""
-
-    html: str
-    table: Table
-    pictures: Mapping[str, bytes]
+from .table import Table, lambdas_text, summary
 
 
 class _Grid(NamedTuple):
@@ -49,7 +41,7 @@ class _Grid(NamedTuple):
 
 
 class _Diagnosed(NamedTuple):
-    """The diagnosis of a run: each check with the name of its figure, and the figure, if it has one.
+    """The diagnosis of a run: each check with the name of its figure and with its files, if it has one.
 
     ``units`` explains its NLL and its NFE next to the results.
     """
@@ -57,7 +49,7 @@ class _Diagnosed(NamedTuple):
     label: str
     samples: int
     units: str
-    checks: list[tuple[Check, str, Drawing | None]]
+    checks: list[tuple[Check, str, dict[str, bytes]]]
 
     @property
     def verdicts(self) -> list[tuple[str, int]]:
@@ -67,13 +59,16 @@ class _Diagnosed(NamedTuple):
 
 
 def make_page(
-    configurations: Sequence[Configuration], title: str | None, left_out: Sequence[str], out: Path
-) -> Page:
-    """The page of some configurations, for the folder ``out``.
+    configurations: Sequence[Configuration], table: Table, title: str | None, left_out: Sequence[str], out: Path
+) -> tuple[str, dict[str, bytes]]:
+    """The page of some configurations with their table, for the folder ``out``.
 
     A browser fetches nothing for it, because everything is in the file. Its links are for a reader to follow.
+
+    Returns:
+        The text of ``report.html``, and its pictures by the names of their files.
     """
-    facts, table, panels = _facts(configurations), make_table(configurations), make_panels(configurations)
+    facts, panels = _facts(configurations), make_panels(configurations)
     grids, diagnoses = list(_grids(configurations)), list(_diagnoses(configurations))
     environment = Environment(
         loader=PackageLoader("rnode_plugin.experiments.reports"), undefined=StrictUndefined, autoescape=True
@@ -96,12 +91,10 @@ def make_page(
         panels=panels,
         configurations=configurations,
     )
-    drawings = [(panel.name, panel.drawing) for panel in panels]
-    drawings += [(name, drawing) for each in diagnoses for _, name, drawing in each.checks if drawing is not None]
     pictures = {f"{grid.name}.png": grid.png for grid in grids}
-    for name, drawing in drawings:
-        pictures |= drawing.files(name)
-    return Page(html, table, pictures)
+    for files in (*(panel.files for panel in panels), *(each[2] for one in diagnoses for each in one.checks)):
+        pictures |= files
+    return html, pictures
 
 
 def _link(path: Path, out: Path) -> str:

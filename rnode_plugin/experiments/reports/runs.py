@@ -47,7 +47,7 @@ def given_name(recipe: Recipe) -> str:
 def own_data(recipe: Recipe) -> str | None:
     """The name of the user's file or folder that a recipe trains on; None for a data set with a name."""
     data = recipe.data
-    return Path(data.root).name if data.root is not None and data.name in ("table", "folder") else None
+    return Path(data.root).name if data.root is not None and data.has_own_files else None
 
 
 def data_name(recipe: Recipe) -> str:
