@@ -17,7 +17,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 
 from ..errors import ConfigError, check_count
 from .citations import citation
-from .history import History
+from .history import History, refuse_data_parallel
 from .integrals import Integrals
 from .modes import read
 from .objective import FlowOutput, standard_normal_log_prob
@@ -100,6 +100,7 @@ class DensityModel(nn.Module, ABC):
     regularizers: Regularizers = NONE
     nfe: int = 0
     trained_steps: int = 0
+    _replicate_for_data_parallel = refuse_data_parallel
 
     @functools.cached_property
     def history(self) -> History:

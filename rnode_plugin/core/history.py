@@ -269,11 +269,12 @@ class SolveCounter:
         return {name: float(total) / max(1, self._samples[name]) for name, total in self._sums.items()}
 
 
-class OneProcessPerDevice:
-    """A module that refuses DataParallel, whose copies run in threads, because penalties and NFE would be lost."""
+def refuse_data_parallel(self: object) -> NoReturn:
+    """Refuse DataParallel for a module, since its copies run in threads, and penalties and NFE would be lost.
 
-    def _replicate_for_data_parallel(self) -> NoReturn:  # torch's DataParallel calls it for each module inside
-        raise ConfigError(
-            f"{type(self).__name__} does not work under DataParallel. Use one process per device: "
-            "DistributedDataParallel, Lightning's strategy='ddp', or rnode-cli train --devices N."
-        )
+    A class of modules has it as ``_replicate_for_data_parallel``, which torch calls for each module inside.
+    """
+    raise ConfigError(
+        f"{type(self).__name__} does not work under DataParallel. Use one process per device: "
+        "DistributedDataParallel, Lightning's strategy='ddp', or rnode-cli train --devices N."
+    )

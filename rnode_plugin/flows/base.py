@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 
 from ..core.derivatives import Field, radius_of
 from ..core.distribution import DensityModel, StandardNormal
-from ..core.history import History, OneProcessPerDevice
+from ..core.history import History
 from ..core.modes import on_host
 from ..core.objective import FlowOutput
 from ..core.regularizer import Regularizer
@@ -31,7 +31,7 @@ _WIDTH = 0.1
 _Through = Callable[[Tensor], Tensor]  # maps a state to the state after the next block
 
 
-class BlockFlow(OneProcessPerDevice, DensityModel):
+class BlockFlow(DensityModel):
     """Base class of flows whose blocks are consecutive neural ODEs, from data to a standard normal latent.
 
     A subclass sets :attr:`event_shape`, and :attr:`context_shape` if it has contexts, makes :attr:`fields`, one for

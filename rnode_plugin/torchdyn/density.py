@@ -16,7 +16,7 @@ from torch.distributions.transforms import Transform
 
 from ..core.derivatives import radius_of
 from ..core.distribution import DensityModel, StandardNormal
-from ..core.history import History, OneProcessPerDevice
+from ..core.history import History
 from ..core.integrals import attach
 from ..core.modes import outside_inference
 from ..core.objective import FlowOutput
@@ -34,7 +34,7 @@ from .cnf import check_shape
 from .field import start_net
 
 
-class RegularizedCNF(OneProcessPerDevice, DensityModel):
+class RegularizedCNF(DensityModel):
     """A density of ``x`` that a vector field maps to a base distribution (eq. 4), with torchdyn's options.
 
     It is a flow with one block. Add :meth:`reg_loss` to the loss after each :meth:`log_prob`::

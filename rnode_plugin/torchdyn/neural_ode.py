@@ -22,7 +22,7 @@ from torchdyn.numerics.interpolators import INTERP_DICT
 from torchdyn.numerics.solvers.ode import RungeKutta4
 
 from ..core.citations import citation
-from ..core.history import History, OneProcessPerDevice, SolveCounter
+from ..core.history import History, SolveCounter, refuse_data_parallel
 from ..core.integrals import Integrals, attach
 from ..core.modes import on_host, outside_inference
 from ..core.part import PartSpec, warn_of_flat_state
@@ -82,7 +82,7 @@ def _names_new_keywords(init: Callable[_P, None]) -> Callable[_P, None]:
     return wrapped
 
 
-class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
+class NeuralODE(torchdyn_neuralde.NeuralODE):
     """torchdyn's neural ODE with penalties on its vector field (sections 4 and 5 of the paper).
 
     Without new arguments its results equal the results of torchdyn's class, bitwise if the coefficients of the
@@ -173,6 +173,7 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
     _compile: bool = False
     _resolved: tuple[list[object], Solver] | None = None
     _columns_known: bool = False
+    _replicate_for_data_parallel = refuse_data_parallel
 
     @_names_new_keywords
     def __init__(
@@ -552,11 +553,11 @@ class NeuralODE(OneProcessPerDevice, torchdyn_neuralde.NeuralODE):
 
 
 # install() changes torchdyn's class itself, not the names that refer to it. So modules that have imported it,
-# subclasses, isinstance and pickle all keep working. The class gets all attributes of our class and of
-# OneProcessPerDevice, except those that Python puts into every class.
+# subclasses, isinstance and pickle all keep working. The class gets all attributes of our class, except those that
+# Python puts into every class.
 _BEHAVIOR = {
     name: value
-    for name, value in {**vars(OneProcessPerDevice), **vars(NeuralODE)}.items()
+    for name, value in vars(NeuralODE).items()
     if name == "__init__" or not name.startswith(("__", "_abc_"))
 }
 
