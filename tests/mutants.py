@@ -314,8 +314,8 @@ MUTANTS = [
     Mutant(
         "the checksum of a table ignores the split",
         "experiments/data/tables.py",
-        'found.update(f"{rows.shape}".encode())',
-        'found.update(b"")',
+        'hashed.update(f"{rows.shape}".encode())',
+        'hashed.update(b"")',
         "test_data_sets.py::test_held_out_samples_are_drawn_from_all_of_them",
     ),
 ]
