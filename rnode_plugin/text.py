@@ -88,3 +88,8 @@ def batch_counter(what: str) -> Callable[[int, int], None]:
             print(f"{what}, batch {done} of {total}", file=sys.stderr, flush=True)
 
     return show
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """Write a shape for a message, as in ``3x32x32``."""
+    return "x".join(map(str, shape))

@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader
 from rnode_plugin import ImageDataModule, get_recipe
 from rnode_plugin.errors import ConfigError, DataError
 from rnode_plugin.experiments.data import ImageData, folders, get_dataset
+from rnode_plugin.experiments.data.arrays import Selection
 from rnode_plugin.experiments.data.batches import ArrayDataset, keep_batch, leave_signals_to_parent
 from rnode_plugin.experiments.data.folders import ImageFiles, PackedImages, decode
-from rnode_plugin.experiments.data.images import Selection
 
 
 def _write(where, images, split="train", suffix=".png"):

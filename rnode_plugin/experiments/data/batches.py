@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .arrays import ImageArray
 from .hashes import hashes_of
-from .images import ImageArray
 
 T = TypeVar("T")
 

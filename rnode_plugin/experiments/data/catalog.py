@@ -9,7 +9,6 @@ from typing import TypeVar
 from ...errors import ConfigError, DataError, PluginError
 from ...plugins import registry
 from . import tables
-from .folders import folder_shape
 from .images import ImageData
 from .sets import one_download
 from .tables import Table
@@ -71,11 +70,6 @@ def table_columns(name: str, *, root: str | None = None) -> tuple[str, ...]:
         ConfigError, DataError, PluginError: see :func:`get_table`.
     """
     return tables.table_columns(root) if name == "table" else get_table(name, root=root).columns
-
-
-def image_shape(name: str, *, root: str | None, size: int | None = None) -> tuple[int, int, int] | None:
-    """Find (C, H, W) of the pictures in a folder; None for a data set whose shape does not depend on its files."""
-    return None if name != "folder" or root is None else folder_shape(root, size=size)
 
 
 def _load(

@@ -16,9 +16,10 @@ from PIL import Image, ImageOps
 
 from ...errors import ConfigError, DataError
 from ...files import missing, walk
-from ...text import count_of
+from ...text import count_of, shape_text
+from .arrays import ImageArray, Index, naming
 from .hashes import fingerprint
-from .images import ImageArray, ImageData, Index, naming, shown
+from .images import ImageData
 
 DEFAULT_ROOT = Path("data")
 """The folder of the data sets unless another one is named."""
@@ -105,8 +106,8 @@ def _read(name: str, where: Path, *, size: int | None, channels: int | None, bit
     for images in parts:
         if images.shape[1:] != wanted:
             raise DataError(
-                f"{name}: {where} holds images of {shown(images.shape[1:])}, not {shown(wanted)}. Scale pictures "
-                "with --size, and arrays before you write them."
+                f"{name}: {where} holds images of {shape_text(images.shape[1:])}, not {shape_text(wanted)}. Scale "
+                "pictures with --size, and arrays before you write them."
             )
     pixels = (fingerprint(train), val.checksum()) if isinstance(val, ImageFiles) else ("", "")
     return ImageData(name=name, train=train, val=val, shape=(c, h, w), levels=2**bits, pixels=pixels)
@@ -142,8 +143,8 @@ def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int
     h, w = first[1] if size is None else (size, size)
     if size is None and max(h, w) > _LARGEST:
         raise DataError(
-            f"the pictures are {shown((h, w))}, too large to train on: the largest of the paper are 256x256. Give "
-            "the height and width that all of them are scaled to, such as --size 32."
+            f"the pictures are {shape_text((h, w))}, too large to train on: the largest of the paper are 256x256. "
+            "Give the height and width that all of them are scaled to, such as --size 32."
         )
     return (1 if gray else 3), h, w
 
@@ -172,8 +173,8 @@ def _pictures(where: Path, *, notice: bool = False) -> list[str]:
 def _different(name: str, shape: tuple[int, ...], other: str, size: tuple[int, ...]) -> DataError:
     """Make the error for pictures of different sizes."""
     return DataError(
-        f"the pictures differ in size: {name} is {shown(shape)}, {other} is {shown(size)}. Give the height and "
-        "width that all of them are scaled to, such as --size 32."
+        f"the pictures differ in size: {name} is {shape_text(shape)}, {other} is {shape_text(size)}. Give the "
+        "height and width that all of them are scaled to, such as --size 32."
     )
 
 

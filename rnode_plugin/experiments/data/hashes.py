@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
 
 import numpy as np
 
-
-class Samples(Protocol):
-    """Images or rows that can be indexed like a NumPy array, along the first dimension."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: slice | np.ndarray, /) -> np.ndarray: ...
-
+from .arrays import ImageArray
 
 NONE = np.empty(0, dtype=np.uint64)
 """The hashes of no sample."""
@@ -22,13 +15,13 @@ SPREAD = 64  # samples that stand for all of them, because pictures on disk are 
 _CHUNK = 1000  # samples that are read at once
 
 
-def spread(samples: Samples) -> np.ndarray:
+def spread(samples: ImageArray) -> np.ndarray:
     """Return at most 64 of the images or rows, evenly spread."""
     count = min(len(samples), SPREAD)
     return np.ascontiguousarray(samples[np.arange(count) * len(samples) // count])
 
 
-def fingerprint(samples: Samples) -> str:
+def fingerprint(samples: ImageArray) -> str:
     """Hash the number of images or rows and some of them, evenly spread, which tells other samples from these."""
     some = spread(samples)
     return hashlib.sha256(f"{len(samples)} {some.shape}".encode() + some.tobytes()).hexdigest()[:16]
@@ -57,7 +50,7 @@ def hashes_of(samples: np.ndarray) -> np.ndarray:
     return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64, copy=False)
 
 
-def hashes_in(samples: Samples) -> np.ndarray:
+def hashes_in(samples: ImageArray) -> np.ndarray:
     """Hash the images of an array on disk, a part of it at a time."""
     firsts = range(0, len(samples), _CHUNK)
     return np.concatenate([hashes_of(samples[first : first + _CHUNK]) for first in firsts])

@@ -3,57 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar, Protocol, overload
+from typing import Any, ClassVar
 
 import numpy as np
 
-from ...errors import ConfigError, DataError, RnodeError
-from ...files import missing
+from ...errors import DataError
+from ...text import shape_text
+from .arrays import ImageArray, limited
 from .hashes import NONE, are_in, digest, fingerprint, hashes_in, hashes_of
-
-Index = int | slice | Sequence[int] | np.ndarray
-"""What selects samples along the first dimension of an array."""
-
-
-@contextmanager
-def naming(what: object, advice: str = "") -> Iterator[None]:
-    """Turn any exception of a file's reader into a DataError that names the file and the cause."""
-    try:
-        yield
-    except (RnodeError, MemoryError):  # they name the cause already, and a full memory does not lie in the file
-        raise
-    except FileNotFoundError as error:
-        own = missing(what) if isinstance(what, Path) and not advice else f"{what} does not exist.{advice}"
-        raise DataError(own) from error
-    except Exception as error:  # PIL, NumPy and pandas raise many types for a damaged file
-        cause = error.strerror.lower() if isinstance(error, OSError) and error.strerror else _DAMAGED
-        raise DataError(f"{what} cannot be read: {cause}.{advice}") from error
-
-
-_DAMAGED = "the file is damaged, or its format is not the one that its name promises"
-
-
-def shown(shape: tuple[int, ...]) -> str:
-    """Write a shape for a message, as in ``3x32x32``."""
-    return "x".join(map(str, shape))
-
-
-class ImageArray(Protocol):
-    """Images that can be indexed like a NumPy array ``(N, C, H, W)`` of uint8, in memory or on disk.
-
-    ``images[indices]``, with a slice or a 1-D integer array, returns an array of these images.
-    """
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> np.dtype: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: Index, /) -> np.ndarray: ...
 
 
 def _check_reads(images: ImageArray, what: str) -> None:
@@ -69,23 +28,6 @@ def _check_reads(images: ImageArray, what: str) -> None:
         raise DataError(
             f"{what} return {got} for {len(indices)} indices, but they promise {images.dtype} {wanted}."
         )
-
-
-class Selection:
-    """Selects some images of another array, and reads them when they are indexed.
-
-    Indexing the other array with ``indices`` at once would read a file of many gigabytes into memory.
-    """
-
-    def __init__(self, images: ImageArray, indices: np.ndarray) -> None:
-        self._images, self._indices = images, indices
-        self.shape, self.dtype = (len(indices), *images.shape[1:]), images.dtype
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: Index, /) -> np.ndarray:
-        return self._images[self._indices[index]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +100,7 @@ class ImageData:
 
         A second line counts the held-out images that equal a training image, if all are in memory.
         """
-        text = f"{self.name}: images of {shown(self.shape)}, {self.levels} levels"
+        text = f"{self.name}: images of {shape_text(self.shape)}, {self.levels} levels"
         if not isinstance(self.train, np.ndarray) or not isinstance(self.val, np.ndarray):
             return text
         return text + repeated(self.train, self.val, "image")
@@ -200,34 +142,3 @@ def repeated(train: np.ndarray, held_out: np.ndarray, sample: str) -> str:
     count = int(are_in(hashes_of(held_out), np.sort(hashes_of(train))).sum())
     equal = "equals" if count == 1 else "equal"
     return f"\n{count:,} of {len(held_out):,} held-out {sample}s {equal} a training {sample}" if count else ""
-
-
-def shuffled(n: int) -> np.ndarray:
-    """Return a permutation of ``range(n)`` that is the same in every call and every version.
-
-    NumPy promises never to change the stream of RandomState, but may change its newer generators in any release.
-    A split that changes with an update would hold out images that a run has trained on.
-    """
-    return np.random.RandomState(0).permutation(n)
-
-
-@overload
-def limited(samples: np.ndarray, n: int | None) -> np.ndarray: ...
-@overload
-def limited(samples: ImageArray, n: int | None) -> ImageArray: ...
-def limited(samples: ImageArray, n: int | None) -> ImageArray:
-    """Draw at most ``n`` of the images or rows from all of them, the same ones in each call.
-
-    Arrays of equal length keep the same entries, so samples and their numbers stay together.
-
-    Raises:
-        ConfigError: ``n`` is below 1.
-    """
-    if n is None or n >= len(samples):
-        return samples
-    if n < 1:
-        raise ConfigError(f"a limit on the number of images or rows must be at least 1, not {n}.")
-    # a prefix of one permutation makes smaller limits subsets of larger ones, and sorted indices keep the order of
-    # the files
-    chosen = np.sort(shuffled(len(samples))[:n])
-    return samples[chosen] if isinstance(samples, np.ndarray) else Selection(samples, chosen)

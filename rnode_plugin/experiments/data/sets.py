@@ -18,8 +18,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ...errors import ConfigError, DataError, first_line
+from .arrays import shuffled
 from .folders import DEFAULT_ROOT
-from .images import ImageData, shuffled
+from .images import ImageData
 
 _HELD_OUT_DIGITS = 297
 _LOCK = ".download.lock"

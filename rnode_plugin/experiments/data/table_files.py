@@ -22,7 +22,7 @@ import numpy as np
 from ...errors import ConfigError, DataError, first_line, suggest
 from ...files import write_atomically
 from ...text import count_of
-from .images import naming
+from .arrays import naming
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,8 +13,9 @@ import numpy as np
 
 from ...errors import DataError, suggest
 from ...text import count_of
+from .arrays import limited
 from .hashes import hashes_of
-from .images import limited, repeated
+from .images import repeated
 from .table_files import column_names, leave_out, read_columns
 
 CELLS = ("radius", "texture", "perimeter", "area", "smoothness", "compactness", "symmetry", "fractal dimension")

@@ -22,7 +22,7 @@ from ...core.tf32 import without_tf32
 from ...core.trace_estimators import Exact, Hutchinson
 from ...errors import ConfigError, check_count
 from ...solvers import Adaptive
-from ..data.images import ImageArray
+from ..data.arrays import ImageArray
 from ..recipes.images import settings_of
 from ..recipes.kind import Kind
 from ..recipes.recipe import KINDS

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from ...errors import ConfigError, DataError
+from ...text import shape_text
 from .fields import CONFIG, KeptBy, Text, listed
 from .kind import FlowInput, Kind, Quantity, SampleRequest
 
@@ -94,7 +95,7 @@ class Data:
     @property
     def text(self) -> str:
         """What is modeled, in a message: ``1x28x28, 256 levels``."""
-        return f"{'x'.join(map(str, self.shape))}, {self.levels} levels"
+        return f"{shape_text(self.shape)}, {self.levels} levels"
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -128,12 +129,12 @@ class Images(Kind):
     """Models uint8 images ``(B, C, H, W)``, scored in bits/dim."""
 
     data = "images"
-    sample = "image"
+    sample, samples = "image", "images"
     metric = "bpd"
     short_unit = "bits/dim"
     likelihood = "bits/dim"
     score = "dirty [bits/dim]"
-    samples_file = "samples.png"
+    samples_file, scores_file = "samples.png", "images.csv"
     has_grid = True
     max_gap = 0.02
     exact_dims = 16  # the exact trace costs one product per dimension, so beyond this an estimate is cheaper
@@ -168,17 +169,19 @@ class Images(Kind):
         new = dataclasses.replace(settings, **{**derived, **assigned})
         if "shape" in assigned or not assigned.keys() & {"name", "root", "size"}:
             return new
-        from ..data.catalog import accepted_options, image_shape  # numpy, which a bad value does not wait for
+        from ..data.catalog import accepted_options  # numpy, which a bad value does not wait for
 
         if new.size is not None and not accepted_options(new.name, {"size": new.size}):
             raise ConfigError(
                 f"the images of {new.name} have one size: leave --size out. It scales the pictures of a folder, as "
                 f"in rnode-cli train pictures --data-root FOLDER --size {new.size}."
             )
-        shape = image_shape(new.name, root=new.root, size=new.size)
-        if shape is None and new.size is not None:
-            shape = (new.shape[0], new.size, new.size)
-        return new if shape is None else dataclasses.replace(new, shape=shape)
+        shape = new.shape if new.size is None else (new.shape[0], new.size, new.size)
+        if new.has_own_files and new.root is not None:
+            from ..data.folders import folder_shape
+
+            shape = folder_shape(new.root, size=new.size)
+        return dataclasses.replace(new, shape=shape)
 
     def check_temperatures(self, temperatures: tuple[float, ...], setting: str) -> None:
         """Refuse equal temperatures, whose samples would be the same, because they scale the same latents."""
@@ -201,7 +204,6 @@ class Images(Kind):
 
     def load(self, settings: Data, *, download: bool = False, val: int | None = None) -> ImageData:
         from ..data.catalog import accepted_options, get_dataset
-        from ..data.images import shown
 
         self.check_root(settings)
         # pictures in a folder are read with the channels and bits of the recipe. Other data sets have fixed ones,
@@ -219,8 +221,8 @@ class Images(Kind):
             if settings.has_own_files and data.levels == settings.levels:
                 advice = "Give pictures of that size, or train a new run on these."
             raise DataError(
-                f"the images of {settings.name} are {shown(data.shape)} with {data.levels} levels, but the recipe "
-                f"is for {shown(settings.shape)} with {settings.levels}. {advice}"
+                f"the images of {settings.name} are {shape_text(data.shape)} with {data.levels} levels, but the "
+                f"recipe is for {shape_text(settings.shape)} with {settings.levels}. {advice}"
             )
         return data.limit(train=settings.train_images, val=val)
 

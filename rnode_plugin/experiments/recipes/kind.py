@@ -93,13 +93,14 @@ class Kind(ABC):
 
     Attributes:
         data: what is modeled, in a message: ``images`` or ``a table``.
-        sample: what one sample is called: ``image`` or ``row``.
+        sample, samples: what one sample is called, ``image`` or ``row``, and several.
         metric: name of the score in the logs: ``train/METRIC``, ``val/METRIC``.
         short_unit: the unit of a score next to a number, ``bits/dim`` or ``nats``.
         per_sample: what :attr:`unit` adds to it, with a space in front; empty for ``bits/dim``.
         likelihood: what a score is called in a sentence of a report: ``bits/dim`` or ``NLL``.
         score: the label of a score on the axis of a figure, with its unit.
         samples_file: the default file of drawn samples.
+        scores_file: the file in the folder of a run with the scores of all held-out samples.
         has_grid: whether a picture of samples is a grid of images, with rows for each temperature, which each
             validation draws. Otherwise it is a corner plot at one temperature, which takes as long as several steps
             and is drawn once, at the end of the run.
@@ -112,12 +113,14 @@ class Kind(ABC):
 
     data: ClassVar[str]
     sample: ClassVar[str]
+    samples: ClassVar[str]
     metric: ClassVar[str]
     short_unit: ClassVar[str]
     per_sample: ClassVar[str] = ""
     likelihood: ClassVar[str]
     score: ClassVar[str]
     samples_file: ClassVar[str]
+    scores_file: ClassVar[str]
     has_grid: ClassVar[bool]
     max_gap: ClassVar[float]
     exact_dims: ClassVar[int]
@@ -129,16 +132,6 @@ class Kind(ABC):
     def unit(self) -> str:
         """The unit of a score, such as ``nats per row``."""
         return self.short_unit + self.per_sample
-
-    @property
-    def samples(self) -> str:
-        """What several samples are called: ``images`` or ``rows``."""
-        return f"{self.sample}s"
-
-    @property
-    def scores_file(self) -> str:
-        """The file in the folder of a run that holds the scores of all held-out samples."""
-        return f"{self.samples}.csv"
 
     # settings --------------------------------------------------------------------------------------------------
 

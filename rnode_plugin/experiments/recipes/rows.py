@@ -135,13 +135,13 @@ class Rows(Kind):
     """Models rows ``(B, C)``, float, scored in nats per row, with the modeled columns before the given ones."""
 
     data = "a table"
-    sample = "row"
+    sample, samples = "row", "rows"
     metric = "nll"
     short_unit = "nats"
     per_sample = " per row"
     likelihood = "NLL"
     score = "NLL [nats per row]"
-    samples_file = "samples.csv"
+    samples_file, scores_file = "samples.csv", "rows.csv"
     has_grid = False
     max_gap = 0.05
     exact_dims = 64  # rows are cheap, and an exact trace leaves no noise
@@ -171,9 +171,9 @@ class Rows(Kind):
             derived["columns"] = table_columns(name or "", root=root)
         new = dataclasses.replace(settings, **assigned, **derived)
         if "columns" in assigned and new.has_own_files:
-            from ..data.tables import table_columns
+            from ..data.catalog import table_columns
 
-            known = table_columns(new.root)
+            known = table_columns(new.name, root=new.root)
             if unknown := [each for each in new.columns if each not in known]:
                 raise ConfigError(f"data.columns: {suggest(unknown[0], known, 'column')}")
         return new
