@@ -14,8 +14,8 @@ import torch
 from rnode_plugin import Adaptive, FixedGrid
 from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.experiments.recipes.fields import KeptBy, marks_of
 from rnode_plugin.experiments.recipes.recipe import Recipe, as_text, differences, get_recipe, read_recipe
+from rnode_plugin.experiments.recipes.settings import KeptBy, marks_of
 from rnode_plugin.solvers import Adjoint, get_method
 
 

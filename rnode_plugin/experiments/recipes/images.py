@@ -15,8 +15,8 @@ from pydantic.dataclasses import dataclass
 
 from ...errors import ConfigError, DataError
 from ...text import shape_text
-from .fields import CONFIG, KeptBy, Text, listed
 from .kind import FlowInput, Kind, Quantity, SampleRequest
+from .settings import CONFIG, KeptBy, Text, listed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -36,11 +36,10 @@ from ...plugins import registry
 from ...solvers.solver import Adaptive, FixedGrid, Solver, refuse
 from ...solvers.tableaus import ADAPTIVE_METHODS, METHODS
 from ...validation import refused
-from .fields import CONFIG, KeptBy, listed, marks_of
 from .images import Data, Images, Model
 from .kind import Kind, SampleRequest
 from .rows import Rows, TableData, TableModel
-from .settings import Optimizer, Training
+from .settings import CONFIG, KeptBy, Optimizer, Training, listed, marks_of
 
 if TYPE_CHECKING:
     from ...core.distribution import DensityModel

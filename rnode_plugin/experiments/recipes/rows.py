@@ -13,8 +13,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from ...errors import ConfigError, suggest
-from .fields import CONFIG, Fraction, KeptBy, Names, Text
 from .kind import FlowInput, Kind, Quantity, SampleRequest
+from .settings import CONFIG, Fraction, KeptBy, Names, Text
 
 if TYPE_CHECKING:
     import numpy as np

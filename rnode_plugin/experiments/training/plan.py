@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError, ConfigError, first_line
 from ..data.facts import Facts, doubt, refuse_leak
-from ..recipes.fields import KeptBy
 from ..recipes.recipe import Recipe, differences
+from ..recipes.settings import KeptBy
 from ..runs.run import Run
 from .checkpoints import (
     Contents,
