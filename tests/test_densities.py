@@ -43,7 +43,7 @@ from rnode_plugin.core.distribution import FlowDistribution
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flow_matching import ODESolver
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.regularizers import LearnedEndTime, Steer, l1
+from rnode_plugin.regularizers import LearnedEndTime, Steer
 from rnode_plugin.solvers import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS, Adjoint
 
 
@@ -464,22 +464,6 @@ def test_rsample_has_the_gradient_of_the_closed_form() -> None:
     for ours, true in zip(*(torch.autograd.grad(loss, inputs) for loss in losses), strict=True):
         torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-6)
     assert kl_divergence(exact, target.expand((3,))).shape == (3,)
-
-
-def test_a_copy_keeps_the_lambdas_of_the_model() -> None:
-    model = RegularizedCNF(
-        mlp(2, 4, 2),
-        event_shape=2,
-        solver="rk4",
-        t_span=(0.0, 1.0),
-        regularizers={"kinetic": 0.5, "learned_end_time": 5.0},
-    )
-    twin = model.solved_with(regularizers=[model.regularizers.by_name["kinetic"], l1])
-    x = torch.randn(3, 2)
-    for each in (model, twin):
-        each.log_prob(x, noise=[torch.ones(3, 2)])
-    added = 0.01 * twin.regularization["l1"].mean() / 2  # the default of a penalty that the model does not have
-    torch.testing.assert_close(twin.reg_loss(), model.reg_loss() + added)
 
 
 def test_penalties_of_what_a_distribution_solves() -> None:

@@ -577,7 +577,12 @@ def test_what_install_returns_and_its_copies_keep_the_counts(uninstalled: None) 
         assert each.solves == 1
         assert each.means == counter.means
         assert each.means["kinetic"] > 0
-    copy.deepcopy(model)(torch.ones(3, 2))[1].sum().backward()
+    twin: Any = copy.deepcopy(model)
+    twin(torch.ones(3, 2))[1].sum().backward()
+    assert counter.solves == 2
+    torch.func.grad(lambda x: twin(x)[1].sum())(torch.ones(3, 2))
+    frozen: Any = TorchdynNeuralODE(nn.Linear(2, 2).requires_grad_(False), "rk4")
+    frozen(torch.ones(3, 2))
     assert counter.solves == 2
 
 

@@ -33,7 +33,7 @@ from torchdyn.numerics.solvers.ode import DormandPrince45, Euler, MSZero, RungeK
 from torchdyn_fields import WithTime, mlp
 
 import rnode_plugin
-from rnode_plugin import CNF, Adaptive, Exact, NeuralODE, RegularizedCNF, SolverError
+from rnode_plugin import CNF, Adaptive, NeuralODE, RegularizedCNF, SolverError
 from rnode_plugin.core.evaluator import lock_of
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.solvers import GRADIENTS, Adjoint
@@ -908,16 +908,6 @@ def test_the_parameters_gradient_is_the_same_in_all_modes(make: Callable[[nn.Mod
             assert relative(b, a) < 1e-6
 
 
-class ConvWithTime(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 2, 3, padding=1).double()
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        time = torch.ones_like(z[:, :1]) * t
-        return torch.tanh(self.conv(torch.cat([z, time], 1)))
-
-
 def dense(field: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
     """Trace and squared Frobenius norm of the Jacobian, sample by sample."""
     jacobians = [
@@ -925,21 +915,6 @@ def dense(field: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]
         for each in z
     ]
     return torch.stack([j.trace() for j in jacobians]), torch.stack([j.square().sum() for j in jacobians])
-
-
-@pytest.mark.parametrize("estimator", [None, "exact", autograd_trace, Exact()])
-def test_exact_trace_of_flat_and_image_shaped_events(estimator: Any) -> None:
-    torch.manual_seed(0)
-    t = torch.tensor(0.3, dtype=torch.float64)
-    net, conv = mlp(3, 8, 3).double(), ConvWithTime()
-    flat, images = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 2, 4, 4, dtype=torch.float64)
-    for cnf, z, field in (
-        (CNF(net, estimator), flat, net),
-        (CNF(conv, estimator, event_shape=(2, 4, 4)), images, lambda z: conv(t, z)),
-    ):
-        out = cnf(t, torch.cat([torch.zeros(2, 1, dtype=torch.float64), z.flatten(1)], 1))
-        torch.testing.assert_close(out[:, 0], -dense(field, z)[0])
-        torch.testing.assert_close(out[:, 1:], field(z).flatten(1))
 
 
 class TimesState(nn.Module):
