@@ -110,25 +110,17 @@ class Field(ABC):
                 unchanged, and draws from the generators as they are. None: the field itself evaluates.
         """
 
-    def check_at(
-        self,
-        t: Tensor,
-        z: Tensor,
-        probes: Tensor | None,
-        wants: frozenset[str],
-        *,
-        peek: Velocity,
-        at_end: bool = False,
+    def check_end(
+        self, t: Tensor, z: Tensor, probes: Tensor | None, wants: frozenset[str], *, peek: Velocity
     ) -> None:
-        """Check at one time and state what :meth:`linearize` checks, with no effect and no result.
+        """Check at the end of a solve what may have been zero before, without effects.
 
-        A field that computes its own products has nothing to check.
+        This is the coupling of samples, and of pixels beyond the radius. Nothing is evaluated where products do not
+        rely on these. A field that computes its own products has nothing to check.
 
         Args:
             t, z, probes, wants: as for :meth:`linearize`.
             peek: evaluates this field without effects, see there.
-            at_end: whether to check at the end of a solve only what may have been zero before, the coupling of
-                samples and of pixels beyond the radius. Nothing is evaluated where products do not rely on these.
 
         Raises:
             ConfigError: as :meth:`linearize`.
@@ -344,31 +336,21 @@ class AutogradField(Field):
             self.checks.zero(seen)
         return linearization, seen, keep
 
-    def check_at(
-        self,
-        t: Tensor,
-        z: Tensor,
-        probes: Tensor | None,
-        wants: frozenset[str],
-        *,
-        peek: Velocity,
-        at_end: bool = False,
+    def check_end(
+        self, t: Tensor, z: Tensor, probes: Tensor | None, wants: frozenset[str], *, peek: Velocity
     ) -> None:
         part, state = self.part, z
         z = state if part is None else part.take(state)
         apart, radius = self._relies_on(wants, probes, z)
-        if not wants or (at_end and not apart):
+        if not apart:
             return
 
         def f(t: Tensor, z: Tensor) -> Tensor:
             return peek(t, z) if part is None else part.take(peek(t, cast("Tensor", part.put(state, z))))
 
-        field = AutogradField(f, checks=self.checks, radius=self.radius)
-        if not at_end:
-            field.linearize(t, z, probes, wants)
-            return
         with torch.inference_mode(False), torch.no_grad():
             if transforms_active():
+                field = AutogradField(f, checks=self.checks, radius=self.radius)
                 seen = field._in_transform(t, z, None, _PULL, f)[1]
             else:
                 z = _as_variable(z, keep=False)

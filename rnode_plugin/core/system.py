@@ -135,8 +135,8 @@ class RightHandSide:
         """
         return self._function(t, _tensor(state))
 
-    def check_at(self, t: Tensor, state: State, *, at_end: bool = False) -> None:
-        """Check the field at one time and state, without effects; see :meth:`Field.check_at`.
+    def check_end(self, t: Tensor, state: State) -> None:
+        """Check the field at the end of a solve, without effects; see :meth:`Field.check_end`.
 
         Raises:
             ConfigError: as a call.
@@ -398,13 +398,13 @@ class FieldRightHandSide(RightHandSide):
             return Derivative(dz, dlogdet, penalties)
         return columns.derivative(t, _tensor(given), dz, dlogdet, penalties)
 
-    def check_at(self, t: Tensor, state: State, *, at_end: bool = False) -> None:
+    def check_end(self, t: Tensor, state: State) -> None:
         if self.columns is not None:
             state = self.columns.z_of(self.columns.without_cost(_tensor(state)))
         if unseen(self.evaluator.z_of(state)):
             return
         given: Any = state
-        self.field.check_at(t, given, self.probes, self.wants, peek=cast(Any, self.evaluator.peek), at_end=at_end)
+        self.field.check_end(t, given, self.probes, self.wants, peek=cast(Any, self.evaluator.peek))
 
     @property
     def repeats(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

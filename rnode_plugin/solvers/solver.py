@@ -167,7 +167,7 @@ class Solver(ABC):
         else:
             solution = gradient.solve(self, problem)
         with torch.no_grad():
-            rhs.check_at(solution.t[-1].detach(), solution.z[-1].detach(), at_end=True)
+            rhs.check_end(solution.t[-1].detach(), solution.z[-1].detach())
         if regularizers.finished or regularizers.adds_evaluations:
             solution = with_path_penalties(solution, problem, self.tolerances)
         return solution if save_steps or solution.steps is None else replace(solution, steps=None)

@@ -118,13 +118,13 @@ class Augmented:
         return own if self.is_tuple else own.view(self.shapes[0])
 
     def check_end(self, t: Tensor, end: State) -> None:
-        """Check the field at the end of a solve; see :meth:`Field.check_at`."""
+        """Check the field at the end of a solve; see :meth:`Field.check_end`."""
         tensors = tuple(x.detach() for x in tensors_of(end))
         state = tensors if self.is_tuple else tensors[0]
         before, here.evaluating = here.evaluating, True
         try:
             with torch.no_grad():
-                self.rhs.check_at(t.detach().to(tensors[0].device), state, at_end=True)
+                self.rhs.check_end(t.detach().to(tensors[0].device), state)
         finally:
             here.evaluating = before
 
