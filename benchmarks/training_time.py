@@ -1,6 +1,7 @@
 """The processor time of whole trainings without and with penalties: three programs of examples/, by turns.
 
     OMP_NUM_THREADS=1 python benchmarks/training_time.py
+    OMP_NUM_THREADS=1 python benchmarks/training_time.py --program classifier.py
 
 Each row is one configuration of one program. Its seconds are processor time of the training steps, the median over
 ``--repeats`` trainings that take turns with those of the other rows. NFE and accuracy are those that the program
@@ -25,6 +26,7 @@ import classifier
 import drop_in_classifier
 import torchdiffeq_moons
 
+PROGRAMS = ("classifier.py", "torchdiffeq_moons.py", "drop_in_classifier.py")
 Training = Callable[[int], tuple[list[int], float, int, float]]  # seed -> NFE of steps, seconds, NFE, accuracy
 KINETIC = {f"kinetic at {strength}": {"kinetic": strength} for strength in (0.01, 0.1)}
 BOTH = {f"both, sampled, at {strength}": {"kinetic": strength, "jacfrob": strength} for strength in (0.01, 0.1)}
@@ -55,13 +57,18 @@ def trainings() -> Mapping[str, Mapping[str, Training]]:
 
 
 @click.command(help=__doc__)
+@click.option(
+    "--program", "programs", multiple=True, help="Measure these programs only.", type=click.Choice(PROGRAMS)
+)
 @click.option("--seed", "seeds", multiple=True, default=(0, 1, 2), show_default=True, help="Seeds, each a value.")
 @repeats_option
-def main(*, seeds: tuple[int, ...], repeats: int) -> None:
+def main(*, programs: tuple[str, ...], seeds: tuple[int, ...], repeats: int) -> None:
     torch.set_num_threads(1)
     print_environment(torch.device("cpu"))
     print(table(["program", "penalties", "NFE", "accuracy, %", "seconds", "of the time without"], []), flush=True)
     for program, cases in trainings().items():
+        if program not in (programs or PROGRAMS):
+            continue
         seconds: dict[tuple[str, int], list[float]] = {(name, seed): [] for name in cases for seed in seeds}
         ends = {}
         for _ in range(repeats):
