@@ -87,11 +87,15 @@ def regularizers(*, name: str | None, as_json: bool) -> None:
     for plugin in plugins:
         for each in sorted(plugin.registers["regularizers"]) if name is None else [name]:
             try:
-                found = registry.get_regularizer(each)
-                needs = sorted(found.needs) if isinstance(found, Rate) else ()
-                about = found.about.or_of(type(found)) if isinstance(found, SpanPolicy) else found.about
+                regularizer = registry.get_regularizer(each)
+                needs = sorted(regularizer.needs) if isinstance(regularizer, Rate) else ()
+                about = (
+                    regularizer.about.or_of(type(regularizer))
+                    if isinstance(regularizer, SpanPolicy)
+                    else regularizer.about
+                )
                 row = {
-                    "kind": found.kind,
+                    "kind": regularizer.kind,
                     "formula": about.formula,
                     "cost": about.cost or ", ".join(needs) or "none",
                     "source": str(about.source),

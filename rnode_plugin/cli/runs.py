@@ -216,7 +216,7 @@ def diagnose(
     target = Run(Path(out))
     _warn_if_unfinished(path)
     held_out = held_out_samples(recipe, data, samples or compared_for(flow.dims), seed=seed)
-    found = diagnose(
+    result = diagnose(
         flow,
         held_out.x.to(torch_device),
         context=None if held_out.context is None else held_out.context.to(torch_device),
@@ -226,7 +226,7 @@ def diagnose(
         progress=None if quiet else lambda name: click.echo(f"checking: {name}", err=True),
     )
     diagnosis = DiagnosedWeights(
-        **vars(found), checkpoint=str(path), recipe=recipe.name, weights=recipe.weights, overlap=overlap
+        **vars(result), checkpoint=str(path), recipe=recipe.name, weights=recipe.weights, overlap=overlap
     )
     save_diagnosis(diagnosis, target)
     if as_json:

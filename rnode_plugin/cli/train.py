@@ -192,30 +192,30 @@ def _chosen(
     if resume is not None and ffjord:
         raise click.UsageError("--ffjord makes another model of the recipe. It cannot go with --resume.")
     if name is not None and is_recipe_file(name):
-        found = read_recipe(name)
+        recipe = read_recipe(name)
     elif resume is not None:
         find_checkpoint(resume, prefer=LAST)  # refuses a missing run before torch is imported
         from ..experiments.training.checkpoints import newest_intact, recipe_of
 
         path, contents = newest_intact(resume)
-        found = recipe_of(contents, path)
-        if name not in (None, found.name):
-            raise click.UsageError(f"{resume} is a run of {found.name}, not of {name}. Leave the recipe out.")
+        recipe = recipe_of(contents, path)
+        if name not in (None, recipe.name):
+            raise click.UsageError(f"{resume} is a run of {recipe.name}, not of {name}. Leave the recipe out.")
         resume = str(path)
     elif name is not None:
         refuse_path_as_recipe(name)
-        found = get_recipe(name)
+        recipe = get_recipe(name)
     else:
         raise click.UsageError("name a RECIPE; `rnode-cli recipes` lists them.")
     if ffjord:
-        found = found.ffjord()
+        recipe = recipe.ffjord()
     if resume is not None:  # the same columns, or the same shape, as the run has, in another file or folder
-        found = found.at_root(changes["data_root"])
+        recipe = recipe.at_root(changes["data_root"])
         changes = {**changes, "data_root": None}
-    found = changed(found, changes)
-    if resume is None and found.training.weights is not None:
-        find_checkpoint(found.training.weights)
-    return found, resume
+    recipe = changed(recipe, changes)
+    if resume is None and recipe.training.weights is not None:
+        find_checkpoint(recipe.training.weights)
+    return recipe, resume
 
 
 def _folder_of(resume: str | None) -> Path | None:
@@ -269,8 +269,8 @@ def _callback(name: str) -> Callback:
     from pytorch_lightning.callbacks import Callback
 
     try:
-        found = pkgutil.resolve_name(name)
-        made = found if isinstance(found, Callback) else found()
+        named = pkgutil.resolve_name(name)
+        made = named if isinstance(named, Callback) else named()
     except Exception as error:  # the user's module or constructor may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"--callback {name} cannot be made: {reason}.") from error

@@ -136,14 +136,14 @@ def penalty(name: str, undivided: Iterable[str] = (), *, whole_jacobian: bool) -
     ``undivided`` names penalties that are not divided by the number of dimensions, for a plugin that is not here.
     """
     try:
-        found = get_regularizer(name)
+        regularizer = get_regularizer(name)
     except RnodeError:  # of a plugin that is not installed here
         meaning, is_divided = "test solver", name not in undivided
     else:
-        about = found.about
+        about = regularizer.about
         formula = about.formula if whole_jacobian or not about.estimate else about.estimate
-        integral = ", integrated over time" if isinstance(found, Rate) else ""
-        meaning, is_divided = f"{formula}{integral}, test solver", found.divided_by_dims
+        integral = ", integrated over time" if isinstance(regularizer, Rate) else ""
+        meaning, is_divided = f"{formula}{integral}, test solver", regularizer.divided_by_dims
     return Entry(heading=f"{name} / dim" if is_divided else name, meaning=meaning, folded=True)
 
 
@@ -157,13 +157,13 @@ def numbers_of(run: RunContents) -> dict[str, float]:
     """
     metrics, kind, result = run.metrics, run.recipe.kind, run.result
     validated = {name.removeprefix("val/"): values for name, values in metrics.validations.items()}
-    if result is not None and (found := run.evaluation) is not None:
+    if result is not None and (evaluation := run.evaluation) is not None:
         # JSON has no infinity, which the gap of a training solver is that fails
-        gap = math.inf if found.gap is None and not run.recipe.solver.adaptive else found.gap
+        gap = math.inf if evaluation.gap is None and not run.recipe.solver.adaptive else evaluation.gap
         measured = {
-            **found.penalties,
-            **{name: mean.mean for name, mean in found.means.items()},
-            "nfe_test": found.nfe_mean,
+            **evaluation.penalties,
+            **{name: mean.mean for name, mean in evaluation.means.items()},
+            "nfe_test": evaluation.nfe_mean,
             "gap": math.nan if gap is None else gap,
             "training_seconds": result.training_seconds,
         }

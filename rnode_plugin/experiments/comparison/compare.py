@@ -307,8 +307,8 @@ def _slots(accelerator: str, jobs: int) -> list[dict[str, str]]:
     count = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = (visible.split(",") if visible else [str(number) for number in range(count)])[:count]
-    found = [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {} for number in range(jobs)]
-    return [{**_threads(jobs), **each} for each in found]
+    variables = [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {} for number in range(jobs)]
+    return [{**_threads(jobs), **each} for each in variables]
 
 
 def _train(

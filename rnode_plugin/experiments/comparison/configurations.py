@@ -69,8 +69,8 @@ def _read(recipe: Recipe, text: str) -> Iterator[tuple[str, Recipe]]:
     elif text in named:
         yield text, named[text]()
     else:
-        (found,) = registry.resolve_regularizers([text]).strengths.values()
-        strength = recipe.regularizers.get(text, read_strength(found))
+        (default,) = registry.resolve_regularizers([text]).strengths.values()
+        strength = recipe.regularizers.get(text, read_strength(default))
         yield text, dataclasses.replace(recipe, regularizers={text: strength})
 
 

@@ -65,17 +65,17 @@ def write_report(
 
     Raises:
         ConfigError: a run cannot be read, or nothing is left to report.
-        CheckpointError: there is no run at one of the places, or the report cannot be written.
+        CheckpointError: there is no run at one of the paths, or the report cannot be written.
     """
-    found, left_out = read_runs(runs)
-    configurations = group_runs(found)
+    readable, left_out = read_runs(runs)
+    configurations = group_runs(readable)
     table = make_table(configurations)
     html, pictures = make_page(configurations, table, title, left_out, Path(out))
     files = {Path(out) / "figures" / name: contents for name, contents in pictures.items()}
-    place, is_new = Path(out) / "report.html", not Path(out).exists()
+    page, is_new = Path(out) / "report.html", not Path(out).exists()
     try:
         # "replace", because the name of a folder need not be valid text
-        for path, contents in {**files, place: html.encode(errors="replace")}.items():
+        for path, contents in {**files, page: html.encode(errors="replace")}.items():
             write_atomically(path, lambda file, contents=contents: file.write(contents))
     except CheckpointError:
         if is_new:  # figures without a page, which would keep the next report from this name
@@ -86,4 +86,4 @@ def write_report(
     for figure in (Path(out) / "figures").glob("*"):
         if figure not in files and ours.fullmatch(figure.name):
             figure.unlink()
-    return Report(place, tuple(path for path in files if path.suffix == ".png"), table, tuple(left_out))
+    return Report(page, tuple(path for path in files if path.suffix == ".png"), table, tuple(left_out))

@@ -77,8 +77,10 @@ class Configuration:
     @functools.cached_property
     def numbers(self) -> Mapping[str, Sequence[float]]:
         """Each quantity of the measured runs, by its key, with NaN for a run that has not measured it."""
-        found = [numbers_of(run) for run in self.measured_runs]
-        return {key: [each.get(key, math.nan) for each in found] for key in dict.fromkeys(itertools.chain(*found))}
+        of_runs = [numbers_of(run) for run in self.measured_runs]
+        return {
+            key: [each.get(key, math.nan) for each in of_runs] for key in dict.fromkeys(itertools.chain(*of_runs))
+        }
 
     def mean(self, key: str) -> float:
         """The mean of a quantity over the measured runs; NaN if one of them has not measured it."""
@@ -153,19 +155,19 @@ def _labels(runs: Sequence[RunContents]) -> list[str]:
     """
     if len(runs) == 1:
         return [runs[0].recipe.name]
-    # a copy at another place has the name of the first one, because two names would look like two data sets
+    # a copy at another path has the name of the first one, because two names would look like two data sets
     first: dict[object, Recipe] = {}
-    places = [first.setdefault((run.facts and run.facts.identity) or run, run.recipe) for run in runs]
+    recipes = [first.setdefault((run.facts and run.facts.identity) or run, run.recipe) for run in runs]
     texts = [
         {
             "name": run.recipe.name,
-            "data": data_name(place),
+            "data": data_name(recipe),
             **settings_of(run),
             "devices": str(run.devices),
             "hash": _measured(run) or "unknown",
             "training hash": (run.facts and run.facts.train) or "unknown",
         }
-        for run, place in zip(runs, places, strict=True)
+        for run, recipe in zip(runs, recipes, strict=True)
     ]
     of_data = [{path: text for path, text in each.items() if _is_of_data(path)} for each in texts]
     names = [given_name(run.recipe) or penalties_of(run.recipe) for run in runs]
@@ -262,8 +264,8 @@ def _same_samples(one: RunContents, other: RunContents) -> bool:
     """Whether both evaluated the same samples with the same noise and the same solver."""
 
     def shown(run: RunContents) -> tuple[object, ...]:
-        # the noise depends on the seed and on the place of a sample in its batch, hence on the size of a batch
-        # pictures may be replaced by others at the same place, under the same names, and a copy is the same data
+        # the noise depends on the seed and on the position of a sample in its batch, hence on the size of a batch
+        # pictures may be replaced by others at the same path, under the same names, and a copy is the same data
         left_out = _OF_TRAINING if run.facts is None else (*_OF_TRAINING, "root")
         data = {name: value for name, value in vars(run.recipe.data).items() if name not in left_out}
         training = run.recipe.training

@@ -58,8 +58,8 @@ def _invertibility(figure: Figure, check: Check) -> None:
     error = np.maximum(check.curves["error"], 1e-12)
     axes.step(error, np.linspace(0, 100, len(error) + 1)[1:], where="post", color="C0")
     axes.set_xscale("log")
-    for place, text, color in zip(LOST, ("warning", "failed"), (GRAY, "C1"), strict=True):
-        axes.axvline(place, color=color, linestyle=":", label=f"{text}, if the root mean square is larger")
+    for lost, text, color in zip(LOST, ("warning", "failed"), (GRAY, "C1"), strict=True):
+        axes.axvline(lost, color=color, linestyle=":", label=f"{text}, if the root mean square is larger")
     finish(axes, "error after the round trip / spread of the data", "samples with a smaller error [%]")
 
 

@@ -100,10 +100,10 @@ def make_page(
 def _link(path: Path, out: Path) -> str:
     """A link from the page in the folder ``out`` to a file or a folder, for as long as both stay where they are."""
     try:
-        place = os.path.relpath(path, out)
+        relative = os.path.relpath(path, out)
     except ValueError:  # on another drive of Windows
         return path.resolve().as_uri()
-    return urllib.parse.quote(os.fsencode(Path(place).as_posix()))
+    return urllib.parse.quote(os.fsencode(Path(relative).as_posix()))
 
 
 def _facts(configurations: Sequence[Configuration]) -> dict[str, str]:
@@ -159,8 +159,8 @@ def _grids(configurations: Sequence[Configuration]) -> Iterator[_Grid]:
         known = next(((run, *shown) for run in one.measured_runs if (shown := _picture(run)) is not None), None)
         if known is None:
             continue
-        run, found, png = known
-        origin = "best weights" if found.step is None else f"weights of step {found.step}"
+        run, picture, png = known
+        origin = "best weights" if picture.step is None else f"weights of step {picture.step}"
         label = re.sub(r"[^a-z0-9._]+", "-", one.label.lower())[:60].strip("-.")  # file systems limit the length
         temperatures = one.recipe.training.sample_temperatures if one.kind.has_grid else ()
         yield _Grid(f"samples-{number}-{label}", one.label, run, png, temperatures, origin)
@@ -171,8 +171,8 @@ def _picture(run: RunContents) -> tuple[Picture, bytes] | None:
 
     In a folder from somebody else the name may belong to a link, and any file of this machine would be in the page.
     """
-    found = run.picture
-    if found is None or not found.path.resolve().is_relative_to(run.path.resolve()):
+    picture = run.picture
+    if picture is None or not picture.path.resolve().is_relative_to(run.path.resolve()):
         return None
-    png = found.path.read_bytes()
-    return (found, png) if png.startswith(b"\x89PNG\r\n\x1a\n") else None
+    png = picture.path.read_bytes()
+    return (picture, png) if png.startswith(b"\x89PNG\r\n\x1a\n") else None

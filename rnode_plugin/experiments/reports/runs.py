@@ -58,7 +58,7 @@ def data_name(recipe: Recipe) -> str:
 def settings_of(run: RunContents) -> dict[str, str]:
     """The text of each setting in which runs of two configurations may differ.
 
-    The seed is left out, whether the steps are compiled, and the place of the data too if the facts of the run
+    The seed is left out, whether the steps are compiled, and the path of the data too if the facts of the run
     identify them: a copy is the same.
     """
     left_out = {"training.seed", "training.compile"} | (set() if run.facts is None else {"data.root"})

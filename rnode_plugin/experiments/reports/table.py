@@ -109,16 +109,16 @@ def _known(key: str, entry: Entry) -> _Cell:
 
 
 def _difference(one: Configuration, base: Configuration) -> str:
-    found = _compared(one, base)
-    return "" if found is None else f"{_change(found, one.kind)}: {found.verdict}"
+    difference = _compared(one, base)
+    return "" if difference is None else f"{_change(difference, one.kind)}: {difference.verdict}"
 
 
 def _compared(one: Configuration, base: Configuration) -> Difference | None:
     return None if one is base else paired_difference(one, base)
 
 
-def _change(found: Difference, kind: Kind) -> str:
-    return f"{change_with_error(found.mean, found.error)} {kind.short_unit}"
+def _change(difference: Difference, kind: Kind) -> str:
+    return f"{change_with_error(difference.mean, difference.error)} {kind.short_unit}"
 
 
 def _each(text: Callable[[RunContents], object]) -> _Cell:
@@ -203,7 +203,7 @@ def _sentence(one: Configuration, table: Mapping[str, Entry], base: Configuratio
         f"{kind.samples} with {known('nfe_test')} evaluations for a solve, after {known('training_seconds')} of "
         "training"
     )
-    if (found := _compared(one, base)) is not None:
-        text += f", {_change(found, kind)} against {base.label} ({found.verdict})"
+    if (difference := _compared(one, base)) is not None:
+        text += f", {_change(difference, kind)} against {base.label} ({difference.verdict})"
     warning = worse_than_baseline(one.evaluations, kind)
     return f"{text}." if warning is None else f"{text}. It is {warning}."

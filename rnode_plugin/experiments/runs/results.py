@@ -110,7 +110,7 @@ def read_result(path: Path, scores: Path, sample: str) -> Result | None:
     return dataclasses.replace(result, evaluation=dataclasses.replace(evaluation, means=means))
 
 
-def refuse_cut_off(path: Path, unit: str, found: int, expected: int) -> None:
+def refuse_cut_off(path: Path, unit: str, last: int, expected: int) -> None:
     """Refuse a file of a finished run with fewer samples or steps (``unit``) than it must have.
 
     A file without any counts as missing.
@@ -118,8 +118,8 @@ def refuse_cut_off(path: Path, unit: str, found: int, expected: int) -> None:
     Raises:
         ConfigError: the file is cut off, as by a copy that was interrupted.
     """
-    if 0 < found < expected:
-        raise ConfigError(f"{path} is cut off: it ends with {unit} {found} of {expected}.")
+    if 0 < last < expected:
+        raise ConfigError(f"{path} is cut off: it ends with {unit} {last} of {expected}.")
 
 
 # diagnosis -----------------------------------------------------------------------------------------------------

@@ -160,8 +160,8 @@ class Run:
 
     def _pictures(self) -> dict[int, Path]:
         """Find the pictures that validations have drawn, by step."""
-        found = ((re.fullmatch(r"step-(\d+)\.png", each.name), each) for each in self.samples.glob("step-*.png"))
-        return {int(match[1]): each for match, each in found if match}
+        matches = ((re.fullmatch(r"step-(\d+)\.png", each.name), each) for each in self.samples.glob("step-*.png"))
+        return {int(match[1]): each for match, each in matches if match}
 
     # ---- writing ----
 
