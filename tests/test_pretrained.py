@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from rnode_plugin import FixedGrid, load_flow
@@ -39,9 +41,12 @@ def test_weights_are_small_and_carry_their_recipe(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_a_new_header_leaves_the_tensors(name: str) -> None:
-    """.ci/pretrained.py writes the file again whenever the form of a recipe changes."""
+    """.ci/pretrained.py writes the file again when the form of a recipe has changed."""
     file = pretrained_file(name)
     assert file is not None
+    with safe_open(str(file), framework="pt") as opened:
+        header = json.loads(opened.metadata()["rnode_plugin"])
+    assert header["recipe"] == load_with_recipe(name)[1].to_plain(), "the header has the form of today"
     tensors = load_file(file)
     assert digest(tensors.pop(TRAINED_ON).numpy()) == "02a5d92e0fe0b333"
     assert checksum(tensors, "") == "b7b82dbb00592d0889a01fa55e068155fcb679496c90ae2efff6b6f2e2db30c9"

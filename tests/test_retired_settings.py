@@ -17,12 +17,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from tiny_runs import rnode, rows
 
 from rnode_plugin import get_recipe
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.experiments.recipes.pretrained import pretrained_file
 from rnode_plugin.experiments.recipes.recipe import Recipe, read_recipe
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe, read_checkpoint
 
@@ -66,15 +64,6 @@ def test_a_retired_value_is_read_as_what_stands_for_it(group: str, key: str) -> 
     plain[group][key] = "sometimes"
     with pytest.raises(ConfigError, match="sometimes"):
         Recipe.from_plain(plain)
-
-
-def test_the_packaged_weights_are_read_with_settings_of_today() -> None:
-    file = pretrained_file("mnist-pretrained")
-    assert file is not None
-    with safe_open(str(file), framework="pt") as opened:
-        assert '"compile": "auto"' in str(opened.metadata())
-    recipe = load_with_recipe("mnist-pretrained")[1]
-    assert (recipe.training.precision, recipe.training.compile) == ("32-true", False)
 
 
 def test_an_earlier_checkpoint_has_the_same_weights(stored_run: Path, tmp_path: Path) -> None:
