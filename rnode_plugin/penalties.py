@@ -22,6 +22,7 @@ from .core.system import System
 from .core.trace_estimators import TraceEstimator
 from .errors import ConfigError
 from .plugins.registry import resolve_regularizers
+from .solvers.step import check_times
 
 
 def penalties_at(
@@ -222,11 +223,7 @@ def _row_of(times: Tensor | Iterable[float | Tensor]) -> Tensor:
             "have times of its own, as in torchode, solve to times that all samples share."
         )
     row = times if times.is_floating_point() else times.double()
-    steps = row.detach().diff()
-    if len(row) < 2 or not bool(((steps > 0).all() | (steps < 0).all()) & torch.isfinite(row).all()):
-        raise ConfigError(
-            f"times must be two or more finite times, strictly increasing or decreasing, not {times.tolist()}."
-        )
+    check_times(row, "times")
     return row
 
 

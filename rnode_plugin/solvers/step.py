@@ -70,8 +70,8 @@ class Problem:
     keep_adjoint_step: Callable[[float], None] | None = None
 
 
-def check_times(t_span: Tensor) -> None:
-    """Refuse times that are not a finite, strictly monotonic row of at least two (ConfigError)."""
+def check_times(t_span: Tensor, name: str = "t_span") -> None:
+    """Refuse times, by this name, that are not a finite, strictly monotonic row of two or more (ConfigError)."""
     if exporting() and type(t_span) not in (Tensor, nn.Parameter):  # it stands for an input, without values
         raise ConfigError(
             "a solve in a program takes its times as numbers, (0.0, 1.0), not as a tensor of the call"
@@ -83,7 +83,7 @@ def check_times(t_span: Tensor) -> None:
             good = bool(((steps > 0).all() | (steps < 0).all()) & torch.isfinite(t_span.detach()).all())
     if not good:
         raise ConfigError(
-            "t_span must be finite and strictly increasing or decreasing, a row of at least two floating-point "
+            f"{name} must be finite and strictly increasing or decreasing, a row of at least two floating-point "
             f"times, not {t_span.tolist()}: where it turns back or stands still, start another solve from the last "
             "state."
         )
