@@ -248,8 +248,7 @@ def test_a_note_says_that_seeds_were_stopped_at_different_steps(tmp_path: Path) 
     paths = [write_run(tmp_path / str(seed), digits(seed=seed), steps=steps, checks=(1,)) for seed, steps in ends]
     said = "The runs of “digits” were trained for different numbers of steps (8, 30)."
     for chosen, noted in ((paths, True), (paths[1:], False), (paths[:1], False)):
-        notes = make_table(configurations_of(*chosen)).notes
-        assert any(note.startswith(said) for note in notes) == noted
+        assert (said in write_report(chosen, tmp_path / "out").html.read_text()) == noted
 
 
 def test_penalties_are_worded_by_their_estimator(tmp_path: Path) -> None:
@@ -451,7 +450,8 @@ def test_the_error_of_a_baseline_is_over_the_rows(tmp_path: Path) -> None:
     table = make_table(group_runs(read_runs([tmp_path])[0]))
     found = cells(table, "table")
     assert (found["NLL"], found["NLL of a Gaussian"]) == ("2.50 ± 0.50 nats", "2.50 ± 0.49 nats")
-    assert "The error of “NLL of a Gaussian” is over the rows." in table.notes[0]
+    page = write_report([tmp_path], tmp_path / "out").html.read_text()
+    assert "The error of “NLL of a Gaussian” is over the rows." in page
 
 
 def test_other_penalties_have_their_rows(tmp_path: Path) -> None:

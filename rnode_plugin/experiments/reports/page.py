@@ -16,14 +16,14 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ...analysis.result import VERDICTS, Check
-from ..quantities import state_of
+from ..quantities import state_of, steps_of, worse_than_baseline
 from ..recipes.recipe import as_text
 from ..runs.contents import Picture, RunContents
-from .configurations import Configuration
+from .configurations import Configuration, base_of
 from .diagnosis import draw_check
 from .figures import make_panels
 from .runs import data_name, own_data, recipe_name
-from .table import Table, lambdas_text, summary
+from .table import Table, change, compared, known, lambdas_text, quantities, trained_on
 
 
 class _Grid(NamedTuple):
@@ -78,10 +78,17 @@ def make_page(
         "base64": lambda contents: base64.b64encode(contents).decode(),
         "as_text": as_text,
         "state": state_of,
+        "steps": steps_of,
+        "compared": compared,
+        "change": change,
+        "trained_on": trained_on,
+        "worse_than_baseline": worse_than_baseline,
     }
+    measured = quantities(configurations)
     html = environment.get_template("page.html").render(
         title=title or _title(configurations, facts),
-        summary=summary(configurations),
+        base=base_of(configurations),
+        known=lambda one, key: known(one, key, measured[key]),
         facts=facts,
         diagnoses=diagnoses,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

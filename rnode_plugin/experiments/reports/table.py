@@ -1,14 +1,15 @@
-"""The table of a report, with a column for each configuration, and the sentences around it."""
+"""The table of a report, with a column for each configuration."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ...core.schedules import strength_text
 from ...text import change_with_error
-from ..quantities import Entry, overlap_text, state_of, steps_of, table_of, worse_than_baseline
+from ..quantities import Entry, overlap_text, state_of, table_of
 from ..recipes.kind import Kind
 from ..runs.contents import RunContents
 from .configurations import Configuration, Difference, base_of, paired_difference
@@ -33,11 +34,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The labels of the columns, the rows, and the notes below them."""
+    """The labels of the columns, and the rows."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
-    notes: tuple[str, ...]
 
 
 _Cell = Callable[[Configuration], str]
@@ -54,7 +54,7 @@ def make_table(configurations: Sequence[Configuration]) -> Table:
             cells = tuple(cell(each) for each in configurations)
             if any(cells):
                 rows.append(Row(name, meaning, cells, detail))
-    return Table(tuple(each.label for each in configurations), tuple(rows), tuple(_notes(configurations, base)))
+    return Table(tuple(each.label for each in configurations), tuple(rows))
 
 
 def quantities(configurations: Sequence[Configuration], *, validated: bool = False) -> dict[str, Entry]:
@@ -75,7 +75,7 @@ def _main_lines(configurations: Sequence[Configuration], base: Configuration) ->
     kind = base.kind
     for key, entry in quantities(configurations).items():
         if not entry.folded:
-            yield entry.heading, entry.meaning, _known(key, entry)
+            yield entry.heading, entry.meaning, partial(known, key=key, entry=entry)
         if key == kind.quantities[0].name:
             meaning = f"{entry.heading}, {kind.sample} by {kind.sample}"
             yield f"against {base.label}", meaning, lambda one: _difference(one, base)
@@ -86,14 +86,14 @@ def _detail_lines(configurations: Sequence[Configuration]) -> Iterator[_Line]:
     """The rows that a reader unfolds, in their order."""
     for key, entry in quantities(configurations).items():
         if entry.folded:
-            yield entry.heading, entry.meaning, _known(key, entry)
+            yield entry.heading, entry.meaning, partial(known, key=key, entry=entry)
     yield "parameters", "", _parameters
     yield "training solver", "", lambda one: one.recipe.solver.text
     yield "test solver", "", lambda one: one.recipe.test_solver.text
     yield "weights", "that are measured", lambda one: one.recipe.weights
     yield "seeds", "", lambda one: ", ".join(str(run.recipe.training.seed) for run in one.measured_runs)
     yield f"held-out {configurations[0].kind.samples}", "measured for the scores and penalties", _held_out
-    yield "trained on", "held-out samples that the weights have seen", _trained_on
+    yield "trained on", "held-out samples that the weights have seen", trained_on
     yield "device", "of each run", _each(lambda run: run.environment.device if run.environment else "")
     yield "devices", "that train a run together", _each(lambda run: run.devices if run.environment else "")
     yield "threads", "of each run", _each(lambda run: run.environment.threads if run.environment else "")
@@ -103,21 +103,23 @@ def _detail_lines(configurations: Sequence[Configuration]) -> Iterator[_Line]:
 # cells ---------------------------------------------------------------------------------------------------------
 
 
-def _known(key: str, entry: Entry) -> _Cell:
-    """A cell with the mean of a quantity, empty if it was not measured."""
-    return lambda one: entry.text(one.mean(key), one.error(key, over_samples=entry.over_samples))
+def known(one: Configuration, key: str, entry: Entry) -> str:
+    """The mean of a quantity with its error, empty if it was not measured."""
+    return entry.text(one.mean(key), one.error(key, over_samples=entry.over_samples))
 
 
 def _difference(one: Configuration, base: Configuration) -> str:
-    difference = _compared(one, base)
-    return "" if difference is None else f"{_change(difference, one.kind)}: {difference.verdict}"
+    difference = compared(one, base)
+    return "" if difference is None else f"{change(difference, one.kind)}: {difference.verdict}"
 
 
-def _compared(one: Configuration, base: Configuration) -> Difference | None:
+def compared(one: Configuration, base: Configuration) -> Difference | None:
+    """The difference of two configurations; None for one and itself, or if they cannot be paired."""
     return None if one is base else paired_difference(one, base)
 
 
-def _change(difference: Difference, kind: Kind) -> str:
+def change(difference: Difference, kind: Kind) -> str:
+    """A difference with its error, in the unit of the kind."""
     return f"{change_with_error(difference.mean, difference.error)} {kind.short_unit}"
 
 
@@ -130,7 +132,8 @@ def _held_out(one: Configuration) -> str:
     return " or ".join(dict.fromkeys(f"{each.samples:,}" for each in one.evaluations))
 
 
-def _trained_on(one: Configuration) -> str:
+def trained_on(one: Configuration) -> str:
+    """How many held-out samples the weights of each run were trained on."""
     return "; ".join(dict.fromkeys(overlap_text(each.overlap, one.kind) for each in one.evaluations))
 
 
@@ -142,68 +145,3 @@ def lambdas_text(one: Configuration) -> str:
     """``kinetic 0.01, jacfrob 0.01``, or ``none``."""
     terms = [f"{name} {strength_text(strength)}" for name, strength in one.recipe.regularizers.items()]
     return ", ".join(terms) or "none"
-
-
-# sentences around the table ------------------------------------------------------------------------------------
-
-
-def _notes(configurations: Sequence[Configuration], base: Configuration) -> Iterator[str]:
-    kind, samples = base.kind, base.kind.samples
-    over_samples = "".join(f" The error of “{each.heading}” is over the {samples}." for each in kind.baselines)
-    yield (
-        f"± is the standard error over the seeds, or over the held-out {samples} if there is one seed."
-        f"{over_samples} Scores, test NFE and penalties are measured with the weights that have the lowest "
-        f"validation {kind.likelihood}. A run that is not finished counts only if its configuration has no "
-        "finished one, with its last validation and without a standard error. Lower is better."
-    )
-    for one in configurations:
-        if len(steps := {steps_of(run) for run in one.measured_runs}) > 1:
-            numbers = ", ".join(f"{each:,}" for each in sorted(steps))
-            yield (
-                f"The runs of “{one.label}” were trained for different numbers of steps ({numbers}). Its means and "
-                "errors therefore show more than the luck of a seed. --resume continues a run."
-            )
-    for one in configurations:
-        if any(each.overlap is None for each in one.evaluations):
-            yield f"It is not known how many of the held-out {samples} of “{one.label}” were trained on."
-        elif any(each.overlap and (each.overlap.held_out or each.overlap.val) for each in one.evaluations):
-            yield f"{_trained_on(one)} of “{one.label}” were trained on, so its scores promise too much."
-    if any(_compared(one, base) for one in configurations):
-        yield (
-            f"The row “against {base.label}” compares two configurations {kind.sample} by {kind.sample}. Errors "
-            "that both share drop out of it. It reads “better” or “worse” if the 95 % interval of the mean "
-            f"difference excludes zero. The interval covers the choice of the {samples}. With one seed it does not "
-            "cover the luck of a training run. Train several seeds (--seeds 3) to cover both."
-        )
-
-
-def summary(configurations: Sequence[Configuration]) -> list[str]:
-    """A sentence on the result of each configuration."""
-    base, table = base_of(configurations), quantities(configurations)
-    return [_sentence(one, table, base) for one in configurations]
-
-
-def _sentence(one: Configuration, table: Mapping[str, Entry], base: Configuration) -> str:
-    """A sentence on the scores of a configuration and on its price, or on how far it has come."""
-    kind, score, states = one.kind, one.kind.quantities[0].name, ", ".join(map(state_of, one.measured_runs))
-
-    def known(key: str) -> str:
-        return _known(key, table[key])(one)
-
-    if not known(score):
-        return f"{one.label} has not been validated yet ({states})."
-    if not one.evaluations:
-        return (
-            f"{one.label} is {states}. The last validation of its training has {known(score)}{kind.per_sample} on "
-            f"held-out {kind.samples} at {known('nfe_test')} evaluations for a solve, without a standard error."
-        )
-    limited = any(run.result is not None and run.result.out_of_time for run in one.measured_runs)
-    text = (
-        f"{one.label}{f' ({states})' if limited else ''} reaches {known(score)}{kind.per_sample} on held-out "
-        f"{kind.samples} with {known('nfe_test')} evaluations for a solve, after {known('training_seconds')} of "
-        "training"
-    )
-    if (difference := _compared(one, base)) is not None:
-        text += f", {_change(difference, kind)} against {base.label} ({difference.verdict})"
-    warning = worse_than_baseline(one.evaluations, kind)
-    return f"{text}." if warning is None else f"{text}. It is {warning}."
