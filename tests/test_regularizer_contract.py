@@ -12,24 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-import torchdiffeq
 from field_table import active
+from interfaces import DOUBLE, FACES, TIGHT, theirs, times
 from problems import difference, directions, slope
 from regularizer_table import RATES, UNDIVIDED, Longer, detour, lengths, longest
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from rnode_plugin import Adaptive, FixedGrid, NeuralODE, RegularizedCNF, TableFlow, penalties_at
+from rnode_plugin import NeuralODE, TableFlow, penalties_at
 from rnode_plugin.core.field_evaluation import FieldEvaluation
 from rnode_plugin.core.system import System
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import conv_field, linear_field
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import BUILTIN, LearnedEndTime, Rate, Regularizer, StepPenalty
-from rnode_plugin.torchdiffeq import odeint, odeint_adjoint, regularize
+from rnode_plugin.torchdiffeq import odeint
 
-theirs: Any = torchdiffeq  # its functions have no annotations
-DOUBLE = torch.float64
 NEEDS = ("vjp", "jvp", "field")
 
 
@@ -261,57 +259,13 @@ def test_gradients_through_a_solve_are_central_differences(name: str) -> None:
 
 # every interface -------------------------------------------------------------------------------------------------
 
-GRID = torch.linspace(0, 1, 5, dtype=DOUBLE)
-TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
+GRID = times(5, (0.0, 1.0))
+INTERFACES = ["autograd", "checkpointed", "adjoint", "density", "flow", "odeint", "odeint_adjoint", "regularize"]
 
 
-def by_neural_ode(sensitivity: str) -> Callable[..., Any]:
-    def solve(field: nn.Module, z: Tensor, given: list[Any], method: str) -> Any:
-        options = TIGHT if method == "dopri5" else {}
-        model = NeuralODE(
-            field, method, sensitivity=sensitivity, regularizers=given, trace_noise="exact", **options
-        )  # fmt: skip
-        model(z, GRID)
-        return model.regularization
-
-    return solve
-
-
-def by_density(field: nn.Module, z: Tensor, given: list[Any], method: str) -> Any:
-    model = RegularizedCNF(
-        field, event_shape=2, t_span=GRID, solver=method, regularizers=given, trace_estimator="exact",
-        **(TIGHT if method == "dopri5" else {}),
-    ).double()  # fmt: skip
-    return model.encode(z).regularization
-
-
-def by_flow(field: nn.Module, z: Tensor, given: list[Any], method: str) -> Any:
-    random = torch.get_rng_state()  # the weights of a new flow are drawn
-    solver = FixedGrid(method, step=0.25) if method == "euler" else Adaptive(method, **TIGHT)
-    flow = TableFlow(2, solver=solver, regularizers=given, trace_noise="exact").double()
-    flow.fields[0] = field
-    torch.set_rng_state(random)
-    return flow.encode(z).regularization
-
-
-def by_torchdiffeq(ode: Any) -> Callable[..., Any]:
-    def solve(field: nn.Module, z: Tensor, given: list[Any], method: str) -> Any:
-        return ode(field, z, GRID, method=method, **TIGHT, regularizers=given, trace_noise="exact")[1]
-
-    return solve
-
-
-def by_block(field: nn.Module, z: Tensor, given: list[Any], method: str) -> Any:
-    with regularize(given, trace_noise="exact") as penalties:
-        theirs.odeint(field, z, GRID, method=method, **TIGHT)
-    return penalties
-
-
-FACES: dict[str, Callable[..., Any]] = {
-    **{f"NeuralODE, {mode}": by_neural_ode(mode) for mode in ("autograd", "checkpointed", "adjoint")},
-    "density": by_density, "flow": by_flow, "odeint": by_torchdiffeq(odeint),
-    "odeint_adjoint": by_torchdiffeq(odeint_adjoint), "regularize": by_block,
-}  # fmt: skip
+def penalties_by(name: str, field: nn.Module, given: list[Any], method: str) -> Any:
+    """The penalties of a solve from 0 to 1 by an interface."""
+    return FACES[name].make(field, given, method, span=(0.0, 1.0))(states())[1]
 
 
 @functools.cache
@@ -325,10 +279,10 @@ def by_euler(name: str) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("face", INTERFACES)
 def test_the_integral_of_a_rate_in_every_interface(face: str) -> None:
     """Of all together, by Euler's method, which a sum of dense rates repeats to rounding."""
-    found = FACES[face](perceptron(), states(), [copy.deepcopy(ALL[name]) for name in OF_RATES], "euler")
+    found = penalties_by(face, perceptron(), [copy.deepcopy(ALL[name]) for name in OF_RATES], "euler")
     assert set(found) == set(OF_RATES)
     for name in OF_RATES:
         torch.testing.assert_close(found[name].detach(), by_euler(name), rtol=1e-9, atol=1e-12, msg=name)
@@ -343,15 +297,15 @@ def of_the_path() -> dict[str, Tensor]:
     return {"straightness": energy - chord / 1.5, "detour": energy * 1.5 - chord}
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("face", INTERFACES)
 def test_penalties_of_the_path_and_the_times_in_every_interface(face: str) -> None:
-    field, z, wanted = perceptron(), states(), of_the_path()
-    found = FACES[face](field, z, ["straightness", LearnedEndTime(1.5), detour], "dopri5")
+    field, wanted = perceptron(), of_the_path()
+    found = penalties_by(face, field, ["straightness", LearnedEndTime(1.5), detour], "dopri5")
     assert set(found) == {*wanted, "learned_end_time"}
     for name, value in wanted.items():
         torch.testing.assert_close(found[name].detach(), value, rtol=1e-6, atol=1e-8, msg=name)
     for policy, end, value in ((LearnedEndTime(1.5), 1.5, 1.125), (Longer(), 2.0, 4.0)):
-        found = FACES[face](field, z, ["kinetic", policy], "dopri5")
+        found = penalties_by(face, field, ["kinetic", policy], "dopri5")
         torch.testing.assert_close(found["kinetic"].detach(), path_energy(end), rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(found[policy.name].detach(), torch.full((3,), value, dtype=DOUBLE))
 
@@ -365,20 +319,20 @@ def path_energy(end: float) -> Tensor:
         dz = field(t, y[0])
         return dz, dz.square().sum(1)
 
-    times = torch.tensor([0.0, end], dtype=DOUBLE)
-    return theirs.odeint(augmented, (z, z.new_zeros(len(z))), times, rtol=1e-11, atol=1e-11)[1][-1].detach()
+    start = z, z.new_zeros(len(z))
+    return theirs.odeint(augmented, start, times(2, (0.0, end)), rtol=1e-11, atol=1e-11)[1][-1].detach()
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("face", INTERFACES)
 def test_penalties_of_steps_in_every_interface_that_shows_them(face: str) -> None:
     """By Euler's method. torchdiffeq shows no steps, and an adjoint has none in its graph."""
     field, z = perceptron(), states()
     given: list[Any] = [lengths, longest]
     if "odeint" in face or face == "regularize" or "adjoint" in face:
         with pytest.raises(ConfigError, match="'lengths'"):
-            FACES[face](field, z, given, "euler")
+            penalties_by(face, field, given, "euler")
         return
-    found, squares, x = FACES[face](field, z, given, "euler"), [], z
+    found, squares, x = penalties_by(face, field, given, "euler"), [], z
     for t, h in zip(GRID[:-1], GRID.diff(), strict=True):
         squares.append((h * field(t, x)).square().sum(1).detach())
         x = x + h * field(t, x).detach()
@@ -386,13 +340,13 @@ def test_penalties_of_steps_in_every_interface_that_shows_them(face: str) -> Non
     torch.testing.assert_close(found["longest"].detach(), torch.stack(squares).amax(0))
 
 
-@pytest.mark.parametrize("face", [face for face in FACES if "odeint" not in face and face != "regularize"])
+@pytest.mark.parametrize("face", [face for face in INTERFACES if "odeint" not in face and face != "regularize"])
 def test_local_penalties_in_every_interface_with_a_solver(face: str) -> None:
     """One extra step of a linear field ``z' = -3 z``, whose stiffness is 3 and whose error one of ``z`` alone."""
     field = linear_field(2, layers=1).double()
     with torch.no_grad():
         field.layers[0].weight[:, 1:] = -3 * torch.eye(2)  # pyright: ignore
-    found = FACES[face](field, states(), ["local_stiffness", "local_error"], "euler")
+    found = penalties_by(face, field, ["local_stiffness", "local_error"], "euler")
     torch.testing.assert_close(found["local_stiffness"].detach(), torch.full((3,), 3.0, dtype=DOUBLE))
     sizes = states().square().mean(1).sqrt()
     ratio = found["local_error"].detach() / sizes
