@@ -360,6 +360,7 @@ def test_what_is_said() -> None:
     with pytest.raises(DataError, match="it had 200 rows, and has 201 rows now"):
         refuse_leak(Facts.of(data), table(np.concatenate([ROWS, ROWS[:1]])), None, before=None)
     images = ImageData("mine", train=IMAGES[:100], val=IMAGES[100:120], shape=(1, 8, 8))
+    refuse_leak(Facts(rows=3, checksum="of a table"), images, None, before=None)  # a damaged file refuses nothing
     assert Overlap(1, 20).text("images") == "1 of 20 held-out images"
     other = dataclasses.replace(images, train=IMAGES[120:200], pixels=("", ""))
     assert doubt(Facts.of(other), images, None) == (

@@ -194,7 +194,7 @@ def refuse_leak(
     if facts is None or facts.trained_on is not None:
         return
     now = Facts.of(data)
-    if facts.checksum not in (None, now.checksum):
+    if None not in (facts.checksum, now.checksum) and facts.checksum != now.checksum:
         has = f"{now.rows:,} rows" if now.rows != facts.rows else "as many rows, but not the same"
         raise DataError(
             f"{data.name} has changed since the training: it had {facts.rows:,} rows, and has {has} now. In a new "
