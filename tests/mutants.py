@@ -349,7 +349,8 @@ def run_tests(tree: Path, nodes: list[str], output: Path) -> None:
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     os.environ["PYTHONPATH"] = str(tree)  # of processes that a test starts
-    sys.exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *(f"tests/{node}" for node in nodes)])))
+    options = ["-q", "-x", "-m", "", "-p", "no:cacheprovider"]  # slow tests too
+    sys.exit(int(pytest.main([*options, *(f"tests/{node}" for node in nodes)])))
 
 
 def exit_code(tree: Path, nodes: list[str], output: Path) -> int | None:

@@ -147,7 +147,7 @@ def test_more_validations_change_no_number(recipe: Recipe, whole: FitResult, tmp
 @pytest.mark.parametrize("settings", [
     # in single precision are runs of test_killed_runs and test_table_runs
     ("training.precision=64-true",),
-    ("solver.method=dopri5", "solver.quadrature=full", "training.accumulate=2"),  # which begins warm
+    ("solver.method=dopri5", "solver.quadrature=full", "training.accumulate=2", "training.warm_start=true"),
 ])  # fmt: skip
 def test_interrupted_and_resumed_equals_uninterrupted(settings: tuple[str, ...], tmp_path: Path) -> None:
     recipe = tiny_recipe("training.ema=0.9", "optimizer.name=muon", "training.matching=4", *settings)
