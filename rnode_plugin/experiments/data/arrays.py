@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Protocol, overload
 
 import numpy as np
 
-from ...errors import ConfigError, DataError, RnodeError
-from ...files import missing
+from ...errors import ConfigError
 
 Index = int | slice | Sequence[int] | np.ndarray
 """What selects samples along the first dimension of an array."""
@@ -76,21 +73,3 @@ def limited(samples: ImageArray, n: int | None) -> ImageArray:
     # the files
     chosen = np.sort(shuffled(len(samples))[:n])
     return samples[chosen] if isinstance(samples, np.ndarray) else Selection(samples, chosen)
-
-
-@contextmanager
-def naming(what: object, advice: str = "") -> Iterator[None]:
-    """Turn any exception of a file's reader into a DataError that names the file and the cause."""
-    try:
-        yield
-    except (RnodeError, MemoryError):  # they name the cause already, and a full memory does not lie in the file
-        raise
-    except FileNotFoundError as error:
-        own = missing(what) if isinstance(what, Path) and not advice else f"{what} does not exist.{advice}"
-        raise DataError(own) from error
-    except Exception as error:  # PIL, NumPy and pandas raise many types for a damaged file
-        cause = error.strerror.lower() if isinstance(error, OSError) and error.strerror else _DAMAGED
-        raise DataError(f"{what} cannot be read: {cause}.{advice}") from error
-
-
-_DAMAGED = "the file is damaged, or its format is not the one that its name promises"

@@ -17,9 +17,9 @@ from PIL import Image, ImageOps
 from ...errors import ConfigError, DataError
 from ...files import missing, walk
 from ...text import count_of, shape_text
-from .arrays import ImageArray, Index, naming
+from .arrays import ImageArray, Index
 from .hashes import fingerprint
-from .images import ImageData
+from .images import ImageData, naming
 
 DEFAULT_ROOT = Path("data")
 """The folder of the data sets unless another one is named."""

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ...errors import DataError
+from ...errors import DataError, RnodeError
+from ...files import missing
 from ...text import shape_text
 from .arrays import ImageArray, limited
 from .hashes import NONE, are_in, digest, fingerprint, hashes_in, hashes_of
+
+
+@contextmanager
+def naming(what: object, advice: str = "") -> Iterator[None]:
+    """Turn any exception of a file's reader into a DataError that names the file and the cause."""
+    try:
+        yield
+    except (RnodeError, MemoryError):  # they name the cause already, and a full memory does not lie in the file
+        raise
+    except FileNotFoundError as error:
+        own = missing(what) if isinstance(what, Path) and not advice else f"{what} does not exist.{advice}"
+        raise DataError(own) from error
+    except Exception as error:  # PIL, NumPy and pandas raise many types for a damaged file
+        cause = error.strerror.lower() if isinstance(error, OSError) and error.strerror else _DAMAGED
+        raise DataError(f"{what} cannot be read: {cause}.{advice}") from error
+
+
+_DAMAGED = "the file is damaged, or its format is not the one that its name promises"
 
 
 def _check_reads(images: ImageArray, what: str) -> None:

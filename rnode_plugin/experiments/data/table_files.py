@@ -22,7 +22,7 @@ import numpy as np
 from ...errors import ConfigError, DataError, first_line, suggest
 from ...files import write_atomically
 from ...text import count_of
-from .arrays import naming
+from .images import naming
 
 if TYPE_CHECKING:
     import pandas as pd
