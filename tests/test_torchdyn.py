@@ -591,32 +591,6 @@ def test_sampled_penalties_follow_torchs_seed() -> None:
         NeuralODE(Wave(), quadrature="sample")
 
 
-def test_nothing_is_computed_in_eval_unless_asked() -> None:
-    torch.manual_seed(0)
-    model, x = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"]), torch.randn(3, 4)
-    with torch.no_grad():
-        model(x)
-    with pytest.raises(ConfigError, match="did not integrate kinetic"):
-        model.reg_loss()
-    model.eval()
-    model(x)
-    with pytest.raises(ConfigError, match="penalties=True"):
-        _ = model.regularization
-    with torch.no_grad():
-        model(x, penalties=True)
-    asked = model.reg_loss()
-    model.train()
-    model(x)
-    torch.testing.assert_close(model.reg_loss(), asked)
-    model(x, penalties=False)
-    with pytest.raises(ConfigError):
-        model.reg_loss()
-    plain = NeuralODE(WithTime())
-    plain(x)
-    assert float(plain.reg_loss()) == 0
-    assert plain.regularization == {}
-
-
 @pytest.mark.parametrize("sensitivity", ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"])
 def test_stale_penalties_are_refused(sensitivity: str) -> None:
     model = NeuralODE(WithTime(), "rk4", sensitivity=sensitivity, regularizers=["kinetic"])

@@ -637,42 +637,13 @@ def test_dropout_under_an_adjoint_is_warned_of(make: Callable[..., nn.Module], s
 # --- several solves per loss ---
 
 
-def test_what_a_collection_holds_and_for_how_long() -> None:
-    torch.manual_seed(0)
-    model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"])
-    with pytest.raises(ConfigError, match="call the model"), model.collect_penalties():
-        model.reg_loss()
-    with model.collect_penalties():
-        model(torch.randn(3, 4))
-        model(torch.randn(5, 4))
-        with pytest.raises(ConfigError, match="already collecting"), model.collect_penalties():
-            pass
-    assert float(model.reg_loss().detach()) > 0
-    with pytest.raises(ConfigError, match="no sum per sample"):
-        _ = model.regularization
-    other = pickle.loads(pickle.dumps(copy.deepcopy(model)))
-    with pytest.raises(ConfigError, match="call the model"):
-        other.reg_loss()
-    model.reg_loss().backward()
-    x = torch.randn(3, 4)
-    model(x)  # a call after the block stands alone again
-    alone = model.reg_loss()
-    model(x)
-    assert torch.equal(model.reg_loss(), alone)
-    with model.collect_penalties():
-        model(x)
-        model(x, penalties=False)
-    with pytest.raises(ConfigError, match="did not integrate"):
-        model.reg_loss()
-
-
-def test_a_call_for_a_log_line_leaves_a_collection_as_it_is() -> None:
+def test_calls_inside_and_beside_a_collection() -> None:
     torch.manual_seed(0)
     model, x = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"]), torch.randn(3, 4)
     with model.collect_penalties():
         model(x)
     alone = model.reg_loss()
-    with model.collect_penalties():
+    with model.collect_penalties():  # a call for a log line counts nothing
         with torch.no_grad():
             model(torch.randn(5, 4))
         model(x)
@@ -684,39 +655,86 @@ def test_a_call_for_a_log_line_leaves_a_collection_as_it_is() -> None:
         model(x)
         model(x, penalties=True)  # one that was asked for counts
     torch.testing.assert_close(model.reg_loss(), alone.detach())
-    with model.collect_penalties(), torch.no_grad():
+    with model.collect_penalties():
         model(x)
-    with pytest.raises(ConfigError, match="did not integrate kinetic"):
-        model.reg_loss()
+        model(torch.randn(5, 4))
+        with pytest.raises(ConfigError, match="already collecting"), model.collect_penalties():
+            pass
+    assert float(model.reg_loss().detach()) > float(alone.detach())
+    with pytest.raises(ConfigError, match="no sum per sample"):
+        _ = model.regularization
+    with pytest.raises(ConfigError, match="call the model"):
+        pickle.loads(pickle.dumps(copy.deepcopy(model))).reg_loss()
+    model.reg_loss().backward()
+    model(x)  # a call after the block stands alone again
+    torch.testing.assert_close(model.reg_loss(), alone)
+    model.eval()
+    with torch.no_grad():
+        model(x, penalties=True)
+    torch.testing.assert_close(model.reg_loss(), alone.detach())
 
 
-def test_why_there_are_no_penalties() -> None:
-    x, broken = torch.randn(3, 2), [False]
+Act = Callable[[NeuralODE, Tensor], object]
 
-    def field(t: Tensor, z: Tensor) -> Tensor:
-        return z * torch.nan if broken[0] else -z
 
-    density = RegularizedCNF(nn.Linear(2, 2), event_shape=2, regularizers=[])
-    for model in (NeuralODE(field, "dopri5"), density):
-        for called in (False, True):  # a model without regularizers has no penalties, called or not
-            if called:
-                model(x)
-            assert model.regularization == {}
-            assert float(model.reg_loss()) == 0
-            with pytest.raises(ConfigError, match="unknown penalty 'kinetic'"):
-                model.reg_loss(kinetic=0.1)
-    model = NeuralODE(field, "dopri5", regularizers=["kinetic"])
-    for each in (model, copy.deepcopy(model)):
-        each.trajectory(x, torch.linspace(0, 1, 2))
-        with pytest.raises(ConfigError, match=r"no penalties yet: call the model first. trajectory\(\) .*block"):
-            each.reg_loss()
+def blind(model: NeuralODE, x: Tensor) -> None:
+    with torch.no_grad():
+        model(x)
+
+
+def failing(model: NeuralODE, x: Tensor) -> None:
     model(x)
-    broken[0] = True
     with pytest.raises(SolverError):
-        model(x)
+        model(x, torch.tensor([2.0, 3.0]))
+
+
+def collected(*acts: Act) -> Act:
+    def act(model: NeuralODE, x: Tensor) -> None:
+        with model.collect_penalties():
+            for each in acts:
+                each(model, x)
+
+    return act
+
+
+WITHOUT: dict[str, tuple[Act, str]] = {
+    "no call": (lambda model, x: None, "call the model"),
+    "a trajectory": (
+        lambda model, x: model.trajectory(x, torch.linspace(0, 1, 2)),
+        r"no penalties yet: call the model first. trajectory\(\) .*block",
+    ),
+    "without gradients": (blind, "did not integrate kinetic"),
+    "in evaluation": (lambda model, x: model.eval()(x), "penalties=True"),
+    "left out": (lambda model, x: model(x, penalties=False), "did not integrate"),
+    "an error": (failing, "the last call ended in an error"),
+    "an empty collection": (collected(), "call the model"),
+    "one left out": (
+        collected(lambda model, x: model(x), lambda model, x: model(x, penalties=False)), "did not integrate",
+    ),
+    "collected without gradients": (collected(blind), "did not integrate kinetic"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_why_there_are_no_penalties(name: str) -> None:
+    act, message = WITHOUT[name]
+    model, x = NeuralODE(lambda t, z: z * torch.nan if t > 1 else -z, regularizers=["kinetic"]), torch.randn(3, 2)
+    act(model, x)
     for read in (model.reg_loss, lambda: model.regularization):
-        with pytest.raises(ConfigError, match="the last call ended in an error"):
+        with pytest.raises(ConfigError, match=message):
             read()
-    broken[0] = False
+    model.train()
     model(x)
     assert float(model.reg_loss().detach()) > 0
+
+
+@pytest.mark.parametrize("make", [NeuralODE, lambda net: RegularizedCNF(net, event_shape=2, regularizers=[])])
+def test_a_model_without_regularizers_has_no_penalties(make: Any) -> None:
+    model = make(nn.Linear(2, 2))
+    for called in (False, True):
+        if called:
+            model(torch.randn(3, 2))
+        assert model.regularization == {}
+        assert float(model.reg_loss()) == 0
+        with pytest.raises(ConfigError, match="unknown penalty 'kinetic'"):
+            model.reg_loss(kinetic=0.1)
