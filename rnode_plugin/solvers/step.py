@@ -37,7 +37,7 @@ class Step(NamedTuple):
         dlogdet_error: error estimate of this increment.
         penalties: increment of the integral of each rate by name, ``(B,)``.
         path: reduction and value of each step penalty by name.
-        stages: stage velocities, if the method returns them.
+        stages: stage velocities, which an interpolant reads; None for a method without one.
         nfe: number of evaluations in this step.
     """
 
@@ -155,7 +155,9 @@ class Stepper:
             of_path = regularizers.of_step(record, self.rhs.z_of, local=self.local)
         return Step(
             z=new, error=error, last=last, dlogdet=dlogdet, dlogdet_error=dlogdet_error, penalties=penalties,
-            path=of_path, stages=velocities[0] if velocities else None, nfe=len(derivatives) - stages.given,
+            path=of_path, nfe=len(derivatives) - stages.given,
+            # only an interpolant reads them, and a graph would compute the gradient of each of its outputs
+            stages=velocities[0] if velocities and self.method.interpolate is not None else None,
         )  # fmt: skip
 
     def _integrate(
