@@ -8,7 +8,7 @@ density and the penalties share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast, final
@@ -165,9 +165,9 @@ class RightHandSide:
     def count(self, evaluations: int) -> None:
         """Count evaluations of the traceable right-hand side."""
 
-    def inputs(self) -> list[Tensor]:
+    def inputs(self) -> Iterator[Tensor]:
         """The tensors with respect to which a continuous adjoint differentiates, as they are now, each once."""
-        return []
+        return iter(())
 
     def as_now(self) -> Callable[[], AbstractContextManager[object]]:
         """Return a function whose contexts let a backward pass evaluate the system as now, without side effects.
@@ -426,9 +426,18 @@ class FieldRightHandSide(RightHandSide):
         for counter in self.counters:
             counter["nfe"] += evaluations
 
-    def inputs(self) -> list[Tensor]:
-        of_penalties = (p for module in self.regularizers.called for p in module.parameters())
-        return list({id(x): x for x in (*self.trained(), *self.field.inputs(), *of_penalties)}.values())
+    def inputs(self) -> Iterator[Tensor]:
+        def tensors() -> Iterator[Tensor]:  # a caller may stop early, before the penalties are searched
+            yield from self.trained()
+            yield from self.field.inputs()
+            for module in self.regularizers.called:
+                yield from module.parameters()
+
+        known: set[int] = set()
+        for x in tensors():
+            if id(x) not in known:
+                known.add(id(x))
+                yield x
 
     def as_now(self) -> Callable[[], AbstractContextManager[object]]:
         cost = None if self.columns is None else self.columns.cost

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from inspect import isfunction
 from typing import Any, NamedTuple
@@ -384,11 +384,12 @@ def adds_time(module: nn.Module) -> bool:
     return type(module) is DepthCat and module.idx_cat in (1, -1)
 
 
-def tensors_of(parts: Iterable[object], args: object) -> list[Tensor]:
+def tensors_of(parts: Iterable[object], args: object) -> Iterator[Tensor]:
     """The tensors with respect to which an adjoint differentiates: parameters in ``parts``, tensors in ``args``."""
-    parameters = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
-    given = [x for x in tree("tree_leaves")(args) if isinstance(x, Tensor) and x.requires_grad]
-    return list({id(x): x for x in [*parameters, *given]}.values())
+    for part in parts:
+        if isinstance(part, nn.Module):
+            yield from part.parameters()
+    yield from (x for x in tree("tree_leaves")(args) if isinstance(x, Tensor) and x.requires_grad)
 
 
 def is_cnf(module: nn.Module) -> bool:
