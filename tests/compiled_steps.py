@@ -320,6 +320,51 @@ def test_weights_that_are_loaded_keep_the_graph() -> None:
     assert graphs() == 1
 
 
+class Changing(nn.Module):
+    """A field that calls functions under global names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(2, 4), nn.Linear(4, 2)
+
+    def bent(self, x: Tensor) -> Tensor:
+        return SCALE * curve(x) + alias(x)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.outer(self.bent(self.inner(z)))
+
+
+SCALE, alias = 1.0, torch.tanh
+
+
+def curve(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+def other(*args: Any) -> Tensor:
+    return args[-1].square()
+
+
+CHANGES: dict[str, Callable[[pytest.MonkeyPatch, Any], object]] = {
+    "a number": lambda patch, net: patch.setitem(globals(), "SCALE", 2.0),
+    "a function": lambda patch, net: patch.setitem(globals(), "curve", other),
+    "a function of torch": lambda patch, net: patch.setitem(globals(), "alias", torch.sin),
+    "a method of one net": lambda patch, net: patch.setattr(net, "bent", other),
+    "a layer": lambda patch, net: patch.setattr(net, "outer", nn.Linear(4, 2, bias=False)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_user_changes_shows_in_the_next_solve(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    net = Changing()
+    model, eager = density(net), density(net, solver=grid(False))
+    before = loss_of(model)
+    CHANGES[change](monkeypatch, net)
+    after = loss_of(model)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, loss_of(eager))
+
+
 def test_copies_have_the_setting_and_their_own_graph() -> None:
     model = density()
     loss_of(model).backward()

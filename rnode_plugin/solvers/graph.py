@@ -10,9 +10,10 @@ field, and evaluations are counted after a step.
 from __future__ import annotations
 
 import itertools
+import re
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,17 +96,16 @@ class _GraphStepper:
         self._plain = plain
         self._traceable = replace(plain, rhs=plain.rhs.traceable())
         self._trains = any(x.requires_grad for x in plain.rhs.inputs())
+        self._graphs = _steps.setdefault(plain.rhs.owner, {})
         self._taken = 0
 
     def __call__(self, z: Tensor, t: Tensor, dt: Tensor, first: Derivative | None, draw: Draw | None) -> Step:
-        rhs = self._plain.rhs
-        steps = _steps.setdefault(rhs.owner, {})
-        if steps is None:
+        if self._graphs is None:
             return self._plain(z, t, dt, first, draw)
         drawn = None if draw is None else frozenset(draw)
-        take = steps.get(drawn)
+        take = self._graphs.get(drawn)
         if take is None:
-            take = steps[drawn] = _compiled()
+            take = self._graphs[drawn] = _compiled()
         # A number in the arguments would be a constant of the graph. The first state of a solve requires no
         # gradient, and the first length of an adaptive solve has no dimension, which would give other graphs.
         dt = dt.reshape(t.shape)
@@ -119,12 +119,13 @@ class _GraphStepper:
         except Exception as error:
             if not is_of_compiler(error):
                 raise
-            _give_up(rhs, f"torch.compile cannot trace them: {_reason(error)}")
+            _give_up(self._plain.rhs, f"torch.compile cannot trace them: {_reason(error)}")
+            self._graphs = None
             if self._taken and not runs_backward():
                 raise _UntracedError from None
             return self._plain(z, t, dt, first, draw)
         self._taken += 1
-        rhs.count(step.nfe)
+        self._plain.rhs.count(step.nfe)
         return step
 
 
@@ -138,7 +139,31 @@ def _compiled() -> _Taking:
     # Dynamo keeps at most eight graphs for a code object, and learns from it which sizes change. So each net has
     # code of its own, under a name of its own.
     code = _take.__code__.replace(co_name=f"{_take.__name__}_{next(_numbers)}")
-    return torch.compile(types.FunctionType(code, _take.__globals__), fullgraph=True, dynamic=None)
+    # torch has the option since it has these helper functions, and takes it out of a dictionary that it is given
+    known = hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe")
+    options: Any = {"guard_filter_fn": _needed} if known else None
+    return torch.compile(types.FunctionType(code, _take.__globals__), fullgraph=True, dynamic=None, options=options)
+
+
+_LIBRARY = re.compile(r"G\['__(import_(torch|rnode_plugin)(_dot_|'\])|builtins_)|__import__\('torch'\)")
+_FIXED = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
+
+
+def _needed(guards: Sequence[Any]) -> list[bool]:
+    """For each guard of a graph, whether Dynamo needs to check it before each step.
+
+    A tenth of a small step would go into guards. A fifth of them asks whether functions, classes and modules that
+    torch, this package and Python have under global names are still the same, which they are. All that belongs to
+    the user is checked, and so are all values, such as torch's flags and the hooks of all modules.
+    """
+
+    def fixed(guard: Any) -> bool:  # a version of torch whose guards look different checks all of them
+        value, name = getattr(guard, "value", None), getattr(guard, "name", "")
+        # by a duplicate the user's name of an object of torch is checked too
+        duplicate = getattr(guard, "guard_type", "") == "DUPLICATE_INPUT"
+        return isinstance(value, _FIXED) and bool(_LIBRARY.match(name)) and not duplicate
+
+    return [not fixed(guard) for guard in guards]
 
 
 def _give_up(rhs: RightHandSide, why: str) -> None:
