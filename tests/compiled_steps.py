@@ -351,6 +351,7 @@ CHANGES: dict[str, Callable[[pytest.MonkeyPatch, Any], object]] = {
     "a function of torch": lambda patch, net: patch.setitem(globals(), "alias", torch.sin),
     "a method of one net": lambda patch, net: patch.setattr(net, "bent", other),
     "a layer": lambda patch, net: patch.setattr(net, "outer", nn.Linear(4, 2, bias=False)),
+    "a hook": lambda patch, net: net.inner.register_forward_hook(other),
 }
 
 
@@ -363,6 +364,40 @@ def test_what_a_user_changes_shows_in_the_next_solve(monkeypatch: pytest.MonkeyP
     after = loss_of(model)
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, loss_of(eager))
+
+
+def test_a_hook_of_all_modules_shows_in_the_next_solve() -> None:
+    model = density()
+    before = loss_of(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, result: 2 * result)
+    try:
+        after = loss_of(model)
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(after, loss_of(density(copy.deepcopy(model.net), solver=grid(False))))
+    finally:
+        handle.remove()
+    torch.testing.assert_close(loss_of(model), before)
+    assert graphs() == 2
+
+
+def test_hooks_that_come_and_go_end_in_eager_steps() -> None:
+    net = plain()()
+    model = density(net, solver=grid(True, method="euler", step=1.0), trace_estimator="difference")
+    expected = loss_of(model)
+
+    def hooked() -> None:
+        handle = net.register_forward_hook(lambda module, args, result: result)
+        torch.testing.assert_close(loss_of(model), expected)
+        handle.remove()
+
+    for _ in range(graph._MOST - 1):  # one graph is that of no hook
+        hooked()
+    with pytest.warns(UserWarning, match="hooks of its modules change"):
+        hooked()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", FALLS_BACK)
+        hooked()
+    assert graphs() == graph._MOST
 
 
 def test_copies_have_the_setting_and_their_own_graph() -> None:

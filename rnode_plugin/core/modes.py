@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -143,6 +144,26 @@ def has_hooks(module: nn.Module) -> bool:
                 return True
     # a forward that was assigned to this one instance, as offloading tools do
     return "forward" in vars(module)
+
+
+def hook_numbers(module: nn.Module) -> tuple[int, ...]:
+    """The numbers of the hooks that a call of ``module`` runs, also in its submodules; no two hooks have the same.
+
+    Of the hooks that are registered for all modules torch's own are left out, as in :func:`has_hooks`.
+    """
+    hooks = [
+        each
+        for part in module.modules()
+        for each in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+        if each
+    ]
+    of_all = [
+        number
+        for each in _HOOKS_OF_ALL
+        for number, hook in ({} if each is None else each).items()
+        if not getattr(hook, "__module__", "").startswith("torch.")
+    ]
+    return (*itertools.chain.from_iterable(hooks), *of_all)
 
 
 def hooks_of(x: Tensor) -> Any:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ..core.evaluator import random_states, restore
-from ..core.modes import is_of_compiler, on_device, read, runs_backward, traced
+from ..core.modes import hook_numbers, is_of_compiler, on_device, read, runs_backward, traced
+from ..core.modules import module_of
 from ..core.system import Derivative, RightHandSide
 from .step import Draw, Problem, Step, Stepper
 from .tableaus import get_method
@@ -34,8 +35,11 @@ if TYPE_CHECKING:
 
 _Taking = Callable[..., Step]
 
-_steps: WeakKeyDictionary[object, dict[frozenset[int] | None, _Taking] | None] = WeakKeyDictionary()
-"""The compiled steps of each net, by the stages that are drawn; None for a net whose steps cannot be traced."""
+_Key = tuple[frozenset[int] | None, tuple[int, ...]]
+_steps: WeakKeyDictionary[object, dict[_Key, _Taking] | None] = WeakKeyDictionary()
+"""The compiled steps of each net, by the stages that are drawn and the numbers of the net's hooks, whose coming and
+going Dynamo does not notice; None for a net whose steps cannot be traced."""
+_MOST = 8  # sets of hooks of a net, as many as torch keeps graphs
 _numbers = itertools.count()
 
 
@@ -97,15 +101,21 @@ class _GraphStepper:
         self._traceable = replace(plain, rhs=plain.rhs.traceable())
         self._trains = any(x.requires_grad for x in plain.rhs.inputs())
         self._graphs = _steps.setdefault(plain.rhs.owner, {})
+        net = module_of(plain.rhs.owner)
+        self._hooks = () if net is None else hook_numbers(net)
         self._taken = 0
 
     def __call__(self, z: Tensor, t: Tensor, dt: Tensor, first: Derivative | None, draw: Draw | None) -> Step:
         if self._graphs is None:
             return self._plain(z, t, dt, first, draw)
-        drawn = None if draw is None else frozenset(draw)
-        take = self._graphs.get(drawn)
+        key = None if draw is None else frozenset(draw), self._hooks
+        take = self._graphs.get(key)
         if take is None:
-            take = self._graphs[drawn] = _compiled()
+            if len({self._hooks, *(hooks for _, hooks in self._graphs)}) > _MOST:
+                _give_up(self._plain.rhs, "the hooks of its modules change too often")
+                self._graphs = None
+                return self._plain(z, t, dt, first, draw)
+            take = self._graphs[key] = _compiled()
         # A number in the arguments would be a constant of the graph. The first state of a solve requires no
         # gradient, and the first length of an adaptive solve has no dimension, which would give other graphs.
         dt = dt.reshape(t.shape)
