@@ -380,6 +380,16 @@ def test_a_hook_of_all_modules_shows_in_the_next_solve() -> None:
     assert graphs() == 2
 
 
+def test_a_hook_of_a_penalty_shows_in_the_next_solve() -> None:
+    net, potential = Timed(), Potential()
+    model, eager = (density(net, solver=grid(compile), regularizers=potential) for compile in (True, False))
+    before = loss_of(model)
+    potential.net.register_forward_hook(lambda module, args, result: result + 10)
+    after = loss_of(model)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, loss_of(eager))
+
+
 def test_hooks_that_come_and_go_end_in_eager_steps() -> None:
     net = plain()()
     model = density(net, solver=grid(True, method="euler", step=1.0), trace_estimator="difference")

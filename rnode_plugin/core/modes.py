@@ -146,13 +146,14 @@ def has_hooks(module: nn.Module) -> bool:
     return "forward" in vars(module)
 
 
-def hook_numbers(module: nn.Module) -> tuple[int, ...]:
-    """The numbers of the hooks that a call of ``module`` runs, also in its submodules; no two hooks have the same.
+def hook_numbers(modules: Iterable[nn.Module]) -> tuple[int, ...]:
+    """The numbers of the hooks that calls of ``modules`` run, also in submodules; no two hooks have the same.
 
     Of the hooks that are registered for all modules torch's own are left out, as in :func:`has_hooks`.
     """
     hooks = [
         each
+        for module in modules
         for part in module.modules()
         for each in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
         if each

@@ -37,9 +37,9 @@ _Taking = Callable[..., Step]
 
 _Key = tuple[frozenset[int] | None, tuple[int, ...]]
 _steps: WeakKeyDictionary[object, dict[_Key, _Taking] | None] = WeakKeyDictionary()
-"""The compiled steps of each net, by the stages that are drawn and the numbers of the net's hooks, whose coming and
-going Dynamo does not notice; None for a net whose steps cannot be traced."""
-_MOST = 8  # sets of hooks of a net, as many as torch keeps graphs
+"""The compiled steps of each net, by the stages that are drawn and the numbers of the hooks of the net and of
+penalties, whose coming and going Dynamo does not notice; None for a net whose steps cannot be traced."""
+_MOST = 8  # sets of hooks for a net, as many as torch keeps graphs
 _numbers = itertools.count()
 
 
@@ -102,7 +102,7 @@ class _GraphStepper:
         self._trains = any(x.requires_grad for x in plain.rhs.inputs())
         self._graphs = _steps.setdefault(plain.rhs.owner, {})
         net = module_of(plain.rhs.owner)
-        self._hooks = () if net is None else hook_numbers(net)
+        self._hooks = hook_numbers([*([] if net is None else [net]), *plain.rhs.regularizers.called])
         self._taken = 0
 
     def __call__(self, z: Tensor, t: Tensor, dt: Tensor, first: Derivative | None, draw: Draw | None) -> Step:
