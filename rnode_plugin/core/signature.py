@@ -110,9 +110,9 @@ def call_of(field: Callable[..., Tensor], args: object = None, takes: Takes | No
 def original(field: Any) -> Any:
     """The module or function that was passed to ``torch.compile``; ``field`` itself if it is not compiled."""
     for name in (COMPILED_MODULE, COMPILED_FUNCTION):
-        method = getattr(field, name, None)
-        if method is not None:
-            return original(method)
+        inner = getattr(field, name, None)
+        if inner is not None:
+            return original(inner)
     return field
 
 
