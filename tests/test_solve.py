@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -250,8 +251,8 @@ class _Toy(RightHandSide):
         self.w = torch.tensor([[1.5, -0.7]], dtype=torch.float64, requires_grad=True)
         self.calls = {True: 0, False: 0}  # with and without products
 
-    def inputs(self) -> list[Tensor]:
-        return [self.w]
+    def inputs(self) -> Iterator[Tensor]:
+        return iter((self.w,))
 
     def __call__(self, t: Tensor, state: Any, *, products: bool = True) -> Derivative:
         z: Tensor = state
