@@ -162,9 +162,10 @@ _FIXED = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
 def _needed(guards: Sequence[Any]) -> list[bool]:
     """For each guard of a graph, whether Dynamo needs to check it before each step.
 
-    A tenth of a small step would go into guards. A fifth of them asks whether functions, classes and modules that
-    torch, this package and Python have under global names are still the same, which they are. All that belongs to
-    the user is checked, and so are all values, such as torch's flags and the hooks of all modules.
+    All guards take a tenth of a small step. A fifth of them ask whether functions, classes and modules that torch,
+    this package and Python have under global names are still the same. Those are left out, so a function that a
+    user replaces inside of torch goes unnoticed. All that belongs to the user is checked, and so are all values,
+    such as torch's flags and the hooks that are registered for all modules.
     """
 
     def fixed(guard: Any) -> bool:  # a version of torch whose guards look different checks all of them
