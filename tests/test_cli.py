@@ -142,7 +142,7 @@ def test_info_has_what_a_bug_report_needs(monkeypatch: pytest.MonkeyPatch, regis
 
 @pytest.mark.parametrize(("words", "begun", "expected"), [
     ([], "tr", {"train"}), (["train", "digits"], "--max-s", {"--max-steps"}), (["recipes"], "sh", {"show"}),
-    (["sample"], "runs/", {"runs/"}),  # the shell completes the path
+    (["trian"], "eva", {"eval"}), (["sample"], "runs/", {"runs/"}),  # the shell completes the path
 ])  # fmt: skip
 def test_a_shell_completes(words: list[str], begun: str, expected: set[str]) -> None:
     found = ShellComplete(main, {}, "rnode-cli", "_RNODE_CLI_COMPLETE").get_completions(words, begun)

@@ -28,7 +28,7 @@ from rnode_plugin.plugins.builtin import COMMANDS
 
 # invalid requests: exit code 2
 REFUSED: dict[str, str] = {
-    "trian digits": "No such command 'trian'.",
+    "trian digits": "unknown command 'trian'; did you mean 'train'?",
     "train": "name a RECIPE; `rnode-cli recipes` lists them",
     "train pictures": "name the folder of your pictures: --data-root FOLDER",
     "train digit": "unknown recipe 'digit'; did you mean 'digits'",

@@ -43,7 +43,10 @@ class _Commands(click.Group):
         return registry.names("commands")
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return _command(cmd_name) if cmd_name in registry.names("commands") else None
+        if ctx.resilient_parsing and cmd_name not in registry.names("commands"):
+            return None  # of a line that is still typed, which a shell completes
+        # refuses an unknown name: click's own refusal could name neither the commands nor a plugin that failed
+        return _command(cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sentences = dict(loaded("commands", lambda name: _command(name).get_short_help_str(limit=200)))
