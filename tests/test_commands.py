@@ -74,6 +74,8 @@ REFUSED: dict[str, str] = {
     "eval good.ckpt --solver rk4": "--solver takes KEY=VALUE, as in --solver method=rk4, not 'rk4'",
     "diagnose good.ckpt --samples 1": "1 is not in the range x>=2",
     "sample good.ckpt --given-value a=1,b=much": "'a=1,b=much' has no number: write COLUMN=VALUE, as in dose=1.5.",
+    "sample good.ckpt --given-value 1.5": "'1.5' has no column: write COLUMN=VALUE, as in dose=1.5.",
+    "sample good.ckpt --given-value a=1 --given-value a=2": "--given-value gives a column twice",
     "sample good.ckpt --given-value a=1 --given-file x.csv": "with --given-file, not both.",
     "train digits --callback nothing_of_that_name:Stop": "no module 'nothing_of_that_name' is installed or in",
     "train digits --callback math": "--callback math: write MODULE:NAME.",

@@ -39,9 +39,12 @@ def _value_of_column(text: str) -> tuple[str, float]:
     """The column and the number in ``COLUMN=VALUE``."""
     name, _, number = text.rpartition("=")
     try:
-        return name.strip(), float(number)
+        value = float(number)
     except ValueError:
         raise click.BadParameter(f"{text!r} has no number: write COLUMN=VALUE, as in dose=1.5.") from None
+    if not (name := name.strip()):
+        raise click.BadParameter(f"{text!r} has no column: write COLUMN=VALUE, as in dose=1.5.")
+    return name, value
 
 
 @click.command()
@@ -289,6 +292,8 @@ def sample(
     Each temperature is a block of rows of images, made from the same latents. The rows of a conditional density
     have the given columns in addition to the drawn ones.
     """
+    if len(dict(given_values)) < len(given_values):
+        raise ConfigError("--given-value gives a column twice: give one value, or many in a table by --given-file.")
     if given_values and given_file:
         raise ConfigError("give the context with --given-value or with --given-file, not both.")
     checkpoint = find_checkpoint(run)
