@@ -60,7 +60,11 @@ def write_card(
     if any(each.name not in (path.name, CARD) and not each.name.startswith(".") for each in path.parent.iterdir()):
         return None
     if os.path.lexists(card):
-        print(f"{card} stays as it is: remove it to get a model card of these weights.", file=sys.stderr)
+        print(
+            f"{card} stays as it is, and may describe another file. For a card of {path.name}, remove it and "
+            "export again.",
+            file=sys.stderr,
+        )
         return None
     text = model_card(flow, path.name, recipe=recipe, facts=facts, run=run)
     write_atomically(card, lambda file: file.write(text.encode()))
