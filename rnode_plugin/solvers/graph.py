@@ -149,7 +149,7 @@ def _compiled() -> _Taking:
     # Dynamo keeps at most eight graphs for a code object, and learns from it which sizes change. So each net has
     # code of its own, under a name of its own.
     code = _take.__code__.replace(co_name=f"{_take.__name__}_{next(_numbers)}")
-    # torch has the option since it has these helper functions, and takes it out of a dictionary that it is given
+    # A torch with this helper has the option, and removes it from the dictionary, so each call has its own.
     known = hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe")
     options: Any = {"guard_filter_fn": _needed} if known else None
     return torch.compile(types.FunctionType(code, _take.__globals__), fullgraph=True, dynamic=None, options=options)
