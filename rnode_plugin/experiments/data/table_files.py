@@ -280,11 +280,6 @@ _FORMATS = {
 }
 
 
-def is_table(path: Path) -> bool:
-    """Whether the name of a file has the ending of a table."""
-    return path.suffix.lower() in _FORMATS
-
-
 def _format_of(path: Path) -> _Format:
     known = _FORMATS.get(path.suffix.lower())
     if known is None:
