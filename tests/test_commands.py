@@ -90,6 +90,8 @@ REFUSED: dict[str, str] = {
     "export runs/digits/0 a.onnx": "and torch-export for programs that run with torch alone (.pt2).",
     "export runs/digits/0 a.safetensors --step 1": "--step and --method are options of programs",
     "cite runs/digits/0 --json": "No such option",
+    "exec --penalized y script.py": "'y' is no index: write 3 or 0,1 for tensors, or :2 for columns.",
+    "exec --batch-dim first script.py": "'first' is no dimension: write a number, as 0, or none.",
     "exec --regularizer kinetik=1 script.py": "unknown regularizer 'kinetik'; did you mean 'kinetic'?",
     "report runs/digits/0 --out pictures": "pictures exists already: choose another name, or overwrite it",
 }

@@ -16,14 +16,20 @@ from .options import read_regularizers
 
 
 def _penalized(text: str) -> slice | tuple[int, ...]:
-    """The tensors or the columns that ``--penalized`` names. click turns a ValueError into a message."""
-    if ":" in text:
-        return slice(*(int(each) if each.strip() else None for each in text.split(":", 1)))
-    return tuple(int(each) for each in text.split(","))
+    """The tensors or the columns that ``--penalized`` names."""
+    try:
+        if ":" in text:
+            return slice(*(int(each) if each.strip() else None for each in text.split(":", 1)))
+        return tuple(int(each) for each in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no index: write 3 or 0,1 for tensors, or :2 for columns.") from None
 
 
 def _batch_dim(text: str) -> int | None:
-    return None if text == "none" else int(text)
+    try:
+        return None if text == "none" else int(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no dimension: write a number, as 0, or none.") from None
 
 
 @click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
