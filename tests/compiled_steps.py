@@ -383,8 +383,12 @@ def test_a_hook_of_all_modules_shows_in_the_next_solve() -> None:
 def test_a_hook_of_a_penalty_shows_in_the_next_solve() -> None:
     net, potential = Timed(), Potential()
     model, eager = (density(net, solver=grid(compile), regularizers=potential) for compile in (True, False))
+
+    def add(module: nn.Module, arguments: Any, result: Tensor) -> Tensor:
+        return result + 10
+
     before = loss_of(model)
-    potential.net.register_forward_hook(lambda module, args, result: result + 10)
+    potential.net.register_forward_hook(add)
     after = loss_of(model)
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, loss_of(eager))
