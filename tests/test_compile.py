@@ -28,7 +28,7 @@ needs_compiler = pytest.mark.skipif(
 
 _NUMBERS = "test_the_numbers_are_those_of_eager_steps"
 _GROUPS = {
-    "quick": f"not {_NUMBERS} or grid] or tsit5 or context or local or checkpointed or (stack and curl) or rk4]",
+    "others": f"not {_NUMBERS}",
     "estimators": f"{_NUMBERS} and (grid or exact or probes or difference)",
     "rates": f"{_NUMBERS} and (rate or derivative or curl or taylor or repeated or local or steps])",
     "nets": f"{_NUMBERS} and (depth or context or frozen or float64 or autocast or dropout)",
@@ -36,7 +36,7 @@ _GROUPS = {
     "stacks": f"{_NUMBERS} and (stack or convolutions)",
     "nodes": f"{_NUMBERS} and node",
 }
-"""Expressions that choose the tests of one process, together all of them. The first one has a case of each kind."""
+"""Expressions that choose the tests of one process, together all of them."""
 
 
 def _pytest(*options: str, backend: str) -> None:
@@ -49,9 +49,7 @@ def _pytest(*options: str, backend: str) -> None:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    "group", [pytest.param(each, marks=[] if each == "quick" else [pytest.mark.slow]) for each in _GROUPS]
-)
+@pytest.mark.parametrize("group", _GROUPS)
 def test_compiled_steps(group: str) -> None:
     _pytest("-k", _GROUPS[group], backend="aot_eager")
 
