@@ -9,7 +9,7 @@ import importlib
 import inspect
 import itertools
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
@@ -134,14 +134,8 @@ def has_hooks(module: nn.Module) -> bool:
 
     Hooks that are registered for all modules count too, except torch's own, which only count operations.
     """
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if any(_own_hooks(module)) or None in _HOOKS_OF_ALL or any(True for _ in _hooks_of_all()):
         return True
-    for hooks in _HOOKS_OF_ALL:
-        if hooks is None:
-            return True
-        for hook in hooks.values():
-            if not getattr(hook, "__module__", "").startswith("torch."):
-                return True
     # a forward that was assigned to this one instance, as offloading tools do
     return "forward" in vars(module)
 
@@ -151,20 +145,22 @@ def hook_numbers(modules: Iterable[nn.Module]) -> tuple[int, ...]:
 
     Of the hooks that are registered for all modules torch's own are left out, as in :func:`has_hooks`.
     """
-    hooks = [
-        each
-        for module in modules
-        for part in module.modules()
-        for each in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-        if each
-    ]
-    of_all = [
-        number
-        for each in _HOOKS_OF_ALL
-        for number, hook in ({} if each is None else each).items()
-        if not getattr(hook, "__module__", "").startswith("torch.")
-    ]
-    return (*itertools.chain.from_iterable(hooks), *of_all)
+    parts = itertools.chain.from_iterable(module.modules() for module in modules)
+    own = itertools.chain.from_iterable(map(_own_hooks, parts))
+    return (*itertools.chain.from_iterable(own), *_hooks_of_all())
+
+
+def _own_hooks(module: nn.Module) -> tuple[Mapping[int, object], ...]:
+    """The hooks that are registered for this module, by their numbers."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def _hooks_of_all() -> Iterator[int]:
+    """The numbers of the hooks that are registered for all modules, without torch's own."""
+    for hooks in _HOOKS_OF_ALL:
+        for number, hook in ({} if hooks is None else hooks).items():
+            if not getattr(hook, "__module__", "").startswith("torch."):
+                yield number
 
 
 def hooks_of(x: Tensor) -> Any:
