@@ -104,6 +104,8 @@ class _GraphStepper:
         net = module_of(plain.rhs.owner)
         self._hooks = hook_numbers([*([] if net is None else [net]), *plain.rhs.regularizers.called])
         self._taken = 0
+        if self._graphs is not None and len({self._hooks, *(hooks for _, hooks in self._graphs)}) > _MOST:
+            self._give_up("the hooks of its modules change too often")
 
     def __call__(self, z: Tensor, t: Tensor, dt: Tensor, first: Derivative | None, draw: Draw | None) -> Step:
         if self._graphs is None:
@@ -111,10 +113,6 @@ class _GraphStepper:
         key = None if draw is None else frozenset(draw), self._hooks
         take = self._graphs.get(key)
         if take is None:
-            if len({self._hooks, *(hooks for _, hooks in self._graphs)}) > _MOST:
-                _give_up(self._plain.rhs, "the hooks of its modules change too often")
-                self._graphs = None
-                return self._plain(z, t, dt, first, draw)
             take = self._graphs[key] = _compiled()
         # A number in the arguments would be a constant of the graph. The first state of a solve requires no
         # gradient, and the first length of an adaptive solve has no dimension, which would give other graphs.
@@ -129,14 +127,17 @@ class _GraphStepper:
         except Exception as error:
             if not is_of_compiler(error):
                 raise
-            _give_up(self._plain.rhs, f"torch.compile cannot trace them: {_reason(error)}")
-            self._graphs = None
+            self._give_up(f"torch.compile cannot trace them: {_reason(error)}")
             if self._taken and not runs_backward():
                 raise _UntracedError from None
             return self._plain(z, t, dt, first, draw)
         self._taken += 1
         self._plain.rhs.count(step.nfe)
         return step
+
+    def _give_up(self, why: str) -> None:
+        _give_up(self._plain.rhs, why)
+        self._graphs = None
 
 
 def _take(
