@@ -156,9 +156,9 @@ def _is_packed(where: Path) -> bool:
 
 def _pictures(where: Path, *, notice: bool = False) -> list[str]:
     """List the pictures below a folder. ``notice`` prints that other files are left out."""
-    files = list(_files_in(where))
-    names = [name for name in files if PurePosixPath(name).suffix.lower() in _SUFFIXES]
-    others = [name for name in files if PurePosixPath(name).suffix.lower() not in _SUFFIXES]
+    names, others = list[str](), list[str]()
+    for name in _files_in(where):
+        (names if PurePosixPath(name).suffix.lower() in _SUFFIXES else others).append(name)
     if notice and others:  # the folder may hold pictures in a format that is not read
         left_out = f"{count_of(len(others), 'file')} without a known suffix of pictures, such as {others[0]}"
         print(f"{where}: left out {left_out}", file=sys.stderr)
