@@ -34,21 +34,28 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def with_error(value: float, error: float | None) -> str:
-    """Format a value as ``2.971 ± 0.012``, with two significant digits of the error; None: the value alone."""
-    if not error:
-        return _rounded(value, 4) + ("" if error is None else " ± 0")
-    places = _places(error)
-    return f"{_rounded(value, places)} ± {error:.{places}f}"
+    """Format a value as ``2.971 ± 0.012``, with two significant digits of the error; None: the value alone.
+
+    There are six decimal places at most.
+    """
+    places = 4
+    if error and math.isfinite(error):
+        places = min(max(0, 1 - math.floor(math.log10(error))), 6)
+    text = f"{round(value, places) + 0.0:.{places}f}"  # adding 0.0 turns -0.0 into 0.0
+    if error is None:
+        return text
+    return f"{text} ± {error:.{places}f}" if error else f"{text} ± 0"
 
 
 def change_with_error(value: float, error: float) -> str:
     """Format a change as ``−0.021 ± 0.003``, like :func:`with_error`, but always with a sign."""
-    return _with_sign(with_error(value, error))
+    text = with_error(value, error)
+    return text.replace("-", "−") if text.startswith("-") else f"+{text}"
 
 
 def signed(value: float) -> str:
     """Format a number with its sign, as ``+0.0123`` or ``−0.0123``."""
-    return _with_sign(_rounded(value, 4))
+    return f"{round(value, 4) + 0.0:+.4f}".replace("-", "−")  # adding 0.0 turns -0.0 into 0.0
 
 
 def count_of(number: int, noun: str) -> str:
@@ -62,19 +69,6 @@ def table(rows: Iterable[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)) for row in cells)
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _with_sign(text: str) -> str:
-    return text.replace("-", "−") if text.startswith("-") else f"+{text}"
-
-
-def _rounded(value: float, places: int) -> str:
-    return f"{round(value, places) + 0.0:.{places}f}"  # adding 0.0 turns -0.0 into 0.0
-
-
-def _places(error: float) -> int:
-    """The number of decimal places that show two significant digits of an error, six at most."""
-    return min(max(0, 1 - math.floor(math.log10(error))), 6) if math.isfinite(error) else 4
 
 
 def batch_counter(what: str) -> Callable[[int, int], None]:
