@@ -146,20 +146,26 @@ def is_draft(path: Path) -> bool:
 
 
 def write_atomically(
-    path: str | os.PathLike[str], write: Callable[[BinaryIO], object], *, keep: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    contents: bytes | Callable[[BinaryIO], object],
+    *,
+    keep: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Call ``write`` on a :class:`Draft` of ``path`` and publish it, so that ``path`` never holds half a file.
+    """Write a :class:`Draft` of ``path`` and publish it, so that ``path`` never holds half a file.
 
     Args:
         path: the file.
-        write: writes the contents into an open binary file.
+        contents: the contents, or a function that writes them into an open binary file.
         keep: new name for a file that was at ``path`` before; None replaces it.
 
     Raises:
         CheckpointError: if the file cannot be written, for example on a full disk; no partial file remains.
     """
     with _reporting(path), Draft(path) as draft:
-        write(draft.file)
+        if isinstance(contents, bytes):
+            draft.file.write(contents)
+        else:
+            contents(draft.file)
         draft.finish()
         draft.publish(keep=keep)
 

@@ -15,10 +15,6 @@ from rnode_plugin.files import check_path_name, missing, write_atomically
 posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and signals of POSIX")
 
 
-def put(path: Path | str, content: bytes, **options) -> None:
-    write_atomically(path, lambda file: file.write(content), **options)
-
-
 def names(folder: Path) -> list[str]:
     return sorted(each.name for each in folder.iterdir())
 
@@ -31,8 +27,8 @@ def test_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "links" / "near").symlink_to("../data/real")
     (tmp_path / "links" / "far").symlink_to("near")
     (tmp_path / "links" / "dangling").symlink_to("../data/new")
-    put(tmp_path / "links" / "far", b"new")
-    put(tmp_path / "links" / "dangling", b"first")
+    write_atomically(tmp_path / "links" / "far", b"new")
+    write_atomically(tmp_path / "links" / "dangling", b"first")
     assert (tmp_path / "data" / "real").read_bytes() == b"new"
     assert (tmp_path / "data" / "new").read_bytes() == b"first"
     assert all((tmp_path / "links" / name).is_symlink() for name in ("near", "far", "dangling"))
@@ -47,21 +43,21 @@ def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "to_device").symlink_to("/dev/null")
     for name in (tmp_path / "pipe", tmp_path / "to_device", tmp_path / "folder", ".", "..", "/"):
         with pytest.raises(CheckpointError, match=r"cannot write .*: only regular files"):
-            put(name, b"x")
+            write_atomically(name, b"x")
     assert (tmp_path / "pipe").is_fifo()
     assert names(tmp_path) == ["folder", "pipe", "to_device"]
 
 
 def test_what_was_there_can_be_kept(tmp_path: Path) -> None:
     for content in (b"1", b"2", b"3"):
-        put(tmp_path / "last", content, keep=tmp_path / "previous")
+        write_atomically(tmp_path / "last", content, keep=tmp_path / "previous")
     assert (tmp_path / "last").read_bytes() == b"3"
     assert (tmp_path / "previous").read_bytes() == b"2"
     assert names(tmp_path) == ["last", "previous"]
 
 
 def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
-    put(tmp_path / "a", b"old")
+    write_atomically(tmp_path / "a", b"old")
 
     def fail(file) -> None:
         file.write(b"half")

@@ -248,8 +248,7 @@ def _left(
                     )
         out = folder.parents[2]  # above runs/NAME/SEED
         file = out / "recipes" / f"{recipe.name}-{recipe.training.seed}.json"
-        text = json.dumps(recipe.to_plain()).encode()
-        write_atomically(file, lambda draft, text=text: draft.write(text))  # a process may be reading it
+        write_atomically(file, json.dumps(recipe.to_plain()).encode())  # a process may be reading it
         # --no-next because the comparison itself shows the next steps at its end
         left.append(_Left(title, name, folder, ["train", str(file), *options, *device, "--no-next"]))
     return left, busy

@@ -76,7 +76,7 @@ def write_report(
     try:
         # "replace", because the name of a folder need not be valid text
         for path, contents in {**files, page: html.encode(errors="replace")}.items():
-            write_atomically(path, lambda file, contents=contents: file.write(contents))
+            write_atomically(path, contents)
     except CheckpointError:
         if is_new:  # figures without a page, which would keep the next report from this name
             shutil.rmtree(out, ignore_errors=True)

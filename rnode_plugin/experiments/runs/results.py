@@ -18,9 +18,10 @@ from pydantic import TypeAdapter
 
 from ...analysis.result import Diagnosis
 from ...errors import ConfigError
+from ...files import write_atomically
 from ..data.facts import Overlap
 from ..evaluation.measures import Evaluation
-from .texts import known_rows, numbers, reading, write_json, write_text
+from .texts import known_rows, numbers, reading, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,8 @@ def write_result(path: Path, result: Result, scores: Path, sample: str, numbers:
     means = result.evaluation.means
     table = pandas.DataFrame({name: mean.samples for name, mean in means.items()}, index=numbers)
     # a result.json marks a run as finished, so it comes last, when the other file is complete
-    write_text(scores, table.to_csv(index_label=sample, na_rep="nan", lineterminator="\n"))
+    text = table.to_csv(index_label=sample, na_rep="nan", lineterminator="\n")
+    write_atomically(scores, text.encode())
     write_json(path, result.to_plain())
 
 

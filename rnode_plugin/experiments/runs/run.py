@@ -225,7 +225,7 @@ class Run:
                 contents = file.read_bytes() if file.is_file() else None
                 file.unlink()
                 if contents is not None:
-                    write_atomically(file, lambda draft, contents=contents: draft.write(contents))
+                    write_atomically(file, contents)
 
     @property
     def _subfolders(self) -> tuple[Path, ...]:
@@ -281,9 +281,8 @@ class Run:
         if checkpoint.name != LAST:
             # the checkpoint that was the newest is kept as the previous one, unless that name belongs to the one
             # that the run goes back to
-            contents = checkpoint.read_bytes()
             keep = None if checkpoint.name == PREVIOUS else self.previous
-            write_atomically(self.last, lambda file: file.write(contents), keep=keep)
+            write_atomically(self.last, checkpoint.read_bytes(), keep=keep)
 
     def conclude(self, result: Result, recipe: Recipe, numbers: np.ndarray | None = None) -> None:
         """Write the result and the scores by held-out sample (``images.csv`` or ``rows.csv``).
@@ -306,7 +305,7 @@ class Run:
             for suffix in ("png", "svg"):
                 (self.figures / f"{check.file_name}.{suffix}").unlink(missing_ok=True)
         for name, contents in figures.items():
-            write_atomically(self.figures / name, lambda file, contents=contents: file.write(contents))
+            write_atomically(self.figures / name, contents)
         write_diagnosis(self.diagnosis, diagnosed)
 
     # ---- reading ----

@@ -22,14 +22,9 @@ if TYPE_CHECKING:
     """Columns of numbers by their name, all with the same length."""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all, because a run may be killed while it writes."""
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
 def write_json(path: Path, contents: Mapping[str, object]) -> None:
     """Write plain data as JSON, whole or not at all, with null for a number that is not finite."""
-    write_text(path, to_json(contents) + "\n")
+    write_atomically(path, f"{to_json(contents)}\n".encode())
 
 
 @contextmanager
@@ -85,7 +80,7 @@ def numbers(text: str) -> pandas.DataFrame:
     # as texts first, because pandas would give a column with one bad cell another type, and older versions of it do
     # not read the last bit
     table = pandas.read_csv(io.StringIO(whole), dtype=str)
-    return pandas.DataFrame({name: [_number(cell) for cell in cells] for name, cells in table.items()}, dtype=float)
+    return pandas.DataFrame({name: cells.map(_number) for name, cells in table.items()}, dtype=float)
 
 
 def _number(cell: str | float) -> float:

@@ -67,7 +67,7 @@ def write_card(
         )
         return None
     text = model_card(flow, path.name, recipe=recipe, facts=facts, run=run)
-    write_atomically(card, lambda file: file.write(text.encode()))
+    write_atomically(card, text.encode())
     return card
 
 

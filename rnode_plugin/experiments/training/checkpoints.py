@@ -110,8 +110,7 @@ def save_flow(
         header = json.dumps(beside.pop(_KEY))
         tensors |= beside
         metadata = {"format": "pt", _KEY: header, _CHECKSUM: checksum(tensors, header)}
-        encoded = save(tensors, metadata=metadata)
-        write_atomically(path, lambda file: file.write(encoded))
+        write_atomically(path, save(tensors, metadata=metadata))
     else:
         state = {_PREFIX + name: tensor for name, tensor in flow.state_dict().items()}
         contents = {**beside, "state_dict": state}
