@@ -31,7 +31,7 @@ class MetricsTable:
         self._path, self._names = Path(path), list[str]()
         if self._path.is_file():
             self._names, rows = self._read()
-            self._replace([row for row in rows if row["step"].isdecimal() and int(row["step"]) <= keep])
+            self._replace([row for row in rows if (step := row.get("step", "")).isdecimal() and int(step) <= keep])
 
     def add(self, row: Mapping[str, float], step: int) -> None:
         """Write a row. It is in the file when this returns, so that a report can be made while the run trains."""
@@ -48,16 +48,15 @@ class MetricsTable:
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
         """Read names and rows as texts, so that a row that stays keeps each digit. Nothing in a file is refused."""
         text = self._path.read_text(encoding="utf-8", errors="replace")
-        reader = csv.DictReader(io.StringIO(whole_lines(text), newline=""))
-        names = list(reader.fieldnames or [])
-        return names, [{name: row.get(name) or "" for name in {*names, "step"}} for row in reader]
+        reader = csv.DictReader(io.StringIO(whole_lines(text), newline=""), restval="")
+        return list(reader.fieldnames or []), list(reader)
 
     def _replace(self, rows: list[dict[str, str]]) -> None:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self._names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-        write_atomically(self._path, lambda file: file.write(text.getvalue().encode()))
+        write_atomically(self._path, text.getvalue().encode())
 
 
 class Metrics(NamedTuple):
@@ -93,7 +92,10 @@ def read_metrics(path: Path, metric: str) -> Metrics:
     """
     with reading(path) as text:
         table = numbers(text or "")
-    axes = [name for name in _AXES if name in table]
+    axes = table.columns.intersection(_AXES)
     table[axes] = table[axes].where(np.isfinite(table[axes]))  # a score may be infinite, a time cannot
-    scores = (), (f"train/{metric}",), (f"val/{metric}",)
-    return Metrics(*(known_rows(table, [*_AXES, *score]) for score in scores))
+    return Metrics(
+        rows=known_rows(table, _AXES),
+        steps=known_rows(table, [*_AXES, f"train/{metric}"]),
+        validations=known_rows(table, [*_AXES, f"val/{metric}"]),
+    )
