@@ -85,8 +85,18 @@ class AfterStep(Checkpoint):
         self.folder: Run | None = None
         self.begun, self.replaced = False, None
         self.best, self.training_seconds, self.out_of_time = math.inf, 0.0, False
-        self._experiment, self._recipe, self._plan, self._progress = experiment, experiment.recipe, plan, progress
-        self._validated = fingerprint(experiment.data.val)
+        self._experiment, self._plan, self._progress = experiment, plan, progress
+        self._recipe = recipe = experiment.recipe
+        # what the score of a validation depends on, other than the weights. Its noise is a function of the seed and
+        # the number of the batch, and has signs in place of Gaussian noise
+        noise = recipe.model.trace_noise
+        self._validation: dict[str, object] = {
+            **solver_settings(recipe.test_solver),
+            "seed": recipe.training.seed,
+            "batch": recipe.data.val_batch_size,
+            "trace_noise": "rademacher" if noise == "gaussian" else noise,
+            "samples": fingerprint(experiment.data.val),
+        }
         # all three in the first process alone
         self._locked = False
         self._table: MetricsTable | None = None
@@ -159,13 +169,11 @@ class AfterStep(Checkpoint):
         validates = trainer.should_stop or step % self._plan.val_every == 0
         # a callback may end the run in a validation, and the last step has a row
         logged = validates or step % self._recipe.training.log_every == 0
-        values = module.values() if logged else module.own_values
+        means = module.values() if logged else None
         if trainer.is_global_zero:
-            if logged:
-                row = self.row(values, seconds_per_step=seconds)
-                self.log_row(row)
-                self.send_to_loggers(trainer, row)
-            self.print_progress(trainer, values, validates=validates)
+            if means is not None:
+                self.log_row(trainer, means, seconds_per_step=seconds)
+            self.print_progress(trainer, module.own_values if means is None else means, validates=validates)
         self._log_epoch(trainer, module)
         # Lightning validates next, and `on_validation_end` saves. A run that was resumed from a checkpoint of this
         # moment would skip the validation
@@ -188,9 +196,7 @@ class AfterStep(Checkpoint):
         metrics = trainer.callback_metrics.items()
         scores = {name: float(value) for name, value in metrics if name.startswith("val/")}
         if trainer.is_global_zero:
-            row = self.row(scores)
-            self.log_row(row)
-            self.send_to_loggers(trainer, row)
+            self.log_row(trainer, scores)
             self.print_progress(trainer, scores, validates=False)
         metric = self._recipe.kind.metric
         # before the checkpoints are saved, so that neither of them holds these weights
@@ -217,18 +223,15 @@ class AfterStep(Checkpoint):
             self._signal = self.received or signal.SIGTERM.name
         return time_is_up > 0
 
-    def row(self, values: Mapping[str, Tensor | float], **times: float) -> dict[str, float]:
-        """Make the row of ``metrics.csv`` for the values of this step, or of the validation after it."""
-        times |= {"epoch": self._plan.epochs_at(self._step), "train_seconds": self.training_seconds}
-        return {name: float(value) for name, value in values.items()} | times | {"seconds": self.run_seconds}
+    def log_row(self, trainer: L.Trainer, values: Mapping[str, float], **times: float) -> None:
+        """Write the row of this step, or of the validation after it, and hand it to the loggers.
 
-    def log_row(self, row: Mapping[str, float]) -> None:
-        """Write a row of the metrics. It is on the disk when this returns."""
+        It is on the disk when this returns.
+        """
         assert self._table is not None
+        times |= {"epoch": self._plan.epochs_at(self._step), "train_seconds": self.training_seconds}
+        row = {**values, **times, "seconds": self.run_seconds}
         self._table.add(row, self._step)
-
-    def send_to_loggers(self, trainer: L.Trainer, row: Mapping[str, float]) -> None:
-        """Hand a row of the metrics to the loggers."""
         # The module's `log` would hand a row over after the checkpoint of its step, with the last value of each
         # name that is no longer logged
         for logger in trainer.loggers:
@@ -335,17 +338,6 @@ class AfterStep(Checkpoint):
         # a score by another solver or noise, or of other samples, cannot be compared with those that follow
         if state_dict["validation"] == self._validation:
             self.best = state_dict["best"]
-
-    @property
-    def _validation(self) -> dict[str, object]:
-        """What the score of a validation depends on, other than the weights."""
-        recipe = self._recipe
-        # the noise is a function of the seed and the number of the batch
-        noise = {"seed": recipe.training.seed, "batch": recipe.data.val_batch_size}
-        # a validation has signs in place of Gaussian noise
-        estimator = recipe.model.trace_noise
-        noise |= {"trace_noise": "rademacher" if estimator == "gaussian" else estimator}
-        return {**solver_settings(recipe.test_solver), **noise, "samples": self._validated}
 
 
 _ASK_AGAIN = 1.0  # seconds
