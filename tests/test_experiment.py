@@ -164,8 +164,7 @@ def validated(*settings: str) -> tuple[DensityModel, dict[str, float]]:
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-        row = measure_batch(flow, recipe, batch, index=0)
-    return flow, {name: float(value) for name, value in row.items()}
+        return flow, measure_batch(flow, recipe, batch, index=0)
 
 
 def test_a_validation_counts_no_evaluation_of_a_penalty() -> None:

@@ -131,9 +131,9 @@ def test_every_stage_takes_the_density_of_the_model(name: str) -> None:
         settings.solver = FixedGrid("euler", step=0.5)
         row = measure_batch(model, settings, batch, index=0)
         coarse = -model.log_prob_of(model.encode(x, **given, solver=FixedGrid("euler", step=0.5)))
-    assert float(row["nll"]) == pytest.approx(float(nll.mean()), rel=1e-9)
-    assert float(row["gap"]) == pytest.approx(float((coarse - nll).mean()), rel=1e-9)
-    assert float(row["kinetic"]) == pytest.approx(float(kinetic.mean()) / 2, rel=1e-9)
+    assert row["nll"] == pytest.approx(float(nll.mean()), rel=1e-9)
+    assert row["gap"] == pytest.approx(float((coarse - nll).mean()), rel=1e-9)
+    assert row["kinetic"] == pytest.approx(float(kinetic.mean()) / 2, rel=1e-9)
     followed = model.encode(x, **given, penalties=True).regularization["kinetic"]
     result = evaluate(model, batch, settings=table, batch_size=2)
     if isinstance(model, RegularizedCNF):  # an evaluation does not count for its reg_loss

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -157,13 +159,7 @@ def loss_of(flow: DensityModel, recipe: Recipe) -> Loss:
     return StagedLoss(MatchingLoss(flow, recipe), recipe.matching, likelihood)
 
 
-def measure_batch(
-    flow: DensityModel,
-    recipe: Recipe,
-    batch: Tensor,
-    *,
-    index: int,
-) -> dict[str, Tensor | float]:
+def measure_batch(flow: DensityModel, recipe: Recipe, batch: Tensor, *, index: int) -> dict[str, float]:
     """Measure a batch of held-out samples with the flow's own solver and random signs, as means over its samples.
 
     These are the score in its unit, ``nfe`` without evaluations that only a penalty asks for, and each
@@ -197,8 +193,6 @@ def measure_batch(
     row = {kind.metric: scores.mean(), "nfe": float(output.nfe)}
     row |= per_dim(means, dims=flow.dims, undivided=whole)
     if index == 0 and not training_solver.adaptive:
-        gap = measure_solver_gap(
-            lambda solver: scored(solver, penalties=False)[0], lambda coarse: coarse, training_solver, scores
-        )
-        row["gap"] = gap.mean
-    return row
+        solved = partial(scored, penalties=False)
+        row["gap"] = measure_solver_gap(solved, itemgetter(0), training_solver, scores).mean
+    return {name: float(value) for name, value in row.items()}
