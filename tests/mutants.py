@@ -186,15 +186,15 @@ MUTANTS = [
     Mutant(
         "the log sums accumulated batches",
         "experiments/training/module.py",
-        "sum(row[name] / len(rows) for row in rows)",
-        "sum(row[name] for row in rows)",
+        "sum(each.row[name] / len(self._terms) for each in self._terms)",
+        "sum(each.row[name] for each in self._terms)",
         "test_training.py::test_a_lambda_that_warms_up_follows_the_steps_of_likelihood",
     ),
     Mutant(
         "a smaller last batch of a validation counts in full",
         "experiments/training/module.py",
-        "self._measured.append(({name: float(value) for name, value in row.items()}, len(batch)))",
-        "self._measured.append(({name: float(value) for name, value in row.items()}, 1))",
+        "self._measured.append((row, len(batch)))",
+        "self._measured.append((row, 1))",
         "test_training.py::test_the_numbers_of_a_row",
     ),
     Mutant(

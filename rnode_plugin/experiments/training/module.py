@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -131,36 +133,26 @@ class RnodeModule(L.LightningModule):
         # With accumulation one device takes in turn the batches that several devices would take at once. It draws
         # the noise that they would draw, so both give the same step
         device = part * self._world + self.global_rank
-        terms = self._terms_of(batch, device)
+        # seeded in each step, so a resumed run needs no saved state of a generator
+        seed_everything(self.recipe.training.seed, Stream.TRAIN, device, self.global_step)
+        history = self.flow.history
+        before = history.longest_safe_steps
+        if self.recipe.solver.adaptive and self.recipe.training.warm_start:
+            # in this step alone, so that validations and samples neither begin warm nor change its solves
+            history.longest_safe_steps = self._safe_steps.setdefault(device, {})
+        try:
+            terms = self.loss(batch, self.global_step)
+        finally:
+            history.longest_safe_steps = before
         # the terms are kept until the step is logged, and with its graph the loss would keep the whole solve
         detached = dataclasses.replace(terms, loss=terms.loss.detach())
         self._terms = [*(self._terms if part else ()), detached]
         return terms.loss
 
-    def _terms_of(self, batch: Tensor, device: int) -> StepTerms:
-        """Compute the loss of a batch, with the noise of this step on the device with this number."""
-        # seeded in each step, so a resumed run needs no saved state of a generator
-        seed_everything(self.recipe.training.seed, Stream.TRAIN, device, self.global_step)
-        if not (self.recipe.solver.adaptive and self.recipe.training.warm_start):
-            return self.loss(batch, self.global_step)
-        # in this call alone, so that validations and samples neither begin warm nor change the steps of training
-        history = self.flow.history
-        before, history.longest_safe_steps = history.longest_safe_steps, self._safe_steps.setdefault(device, {})
-        try:
-            return self.loss(batch, self.global_step)
-        finally:
-            history.longest_safe_steps = before
-
     # Lightning calls this after the last backward pass of a step, when the gradient is averaged over the batches
     # and devices, and is no longer scaled for 16-mixed
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._log_step(optimizer, norm=self._clip_or_skip(optimizer))
-
-    def _clip_or_skip(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Clip the gradient to the recipe's bound, or drop a gradient that is not finite.
-
-        Returns:
-            The norm of the gradient before clipping.
+        """Clip the gradient to the recipe's bound, or drop a gradient that is not finite, and log the step.
 
         Raises:
             TrainingError: too many steps in a row had no finite gradient.
@@ -170,19 +162,20 @@ class RnodeModule(L.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), bound)
         if norm.isfinite():  # the only value that a step reads from the device
             self.skipped_in_row = 0
-            return norm
-        # zero_grad sets each gradient to None, and an optimizer passes over such parameters. It changes neither the
-        # weights nor its own state, while the step still counts
-        optimizer.zero_grad()
-        self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
-        if self.skipped_in_row >= self.recipe.training.max_skipped:
-            raise TrainingError(self._why_skipped())
-        return norm
+        else:
+            # zero_grad sets each gradient to None, and an optimizer passes over such parameters. It changes neither
+            # the weights nor its own state, while the step still counts
+            optimizer.zero_grad()
+            self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+            if self.skipped_in_row >= self.recipe.training.max_skipped:
+                raise TrainingError(self._why_skipped())
+        self._log_step(optimizer, norm=norm)
 
     def _log_step(self, optimizer: torch.optim.Optimizer, *, norm: Tensor) -> None:
         """Log the values of a step, averaged over its batches on this device."""
-        rows = [terms.row for terms in self._terms]
-        self.own_values = {f"train/{name}": sum(row[name] / len(rows) for row in rows) for name in rows[0]}
+        self.own_values = {}
+        for name in self._terms[0].row:
+            self.own_values[f"train/{name}"] = sum(each.row[name] / len(self._terms) for each in self._terms)
         self.own_values |= {"train/grad_norm": norm, "train/skipped": float(self.skipped)}
         self.own_values["lr"] = optimizer.param_groups[0]["lr"]
         values = self.own_values
@@ -265,8 +258,8 @@ class RnodeModule(L.LightningModule):
         Raises:
             ConfigError: a process has others than the first one.
         """
-        # each machine may have its own path of the same files
-        own = {path: as_text(value) for path, value in self.recipe.settings() if path != "data.root"}
+        own = dict(self.recipe.settings())
+        del own["data.root"]  # each machine may have its own path of the same files
         own["training.weights"] = "given" if self.recipe.training.weights else "none"
         own["the version of rnode-plugin"] = __version__
         if data is not None:
@@ -279,9 +272,9 @@ class RnodeModule(L.LightningModule):
                 here, there = first.get(what, "not set"), other.get(what, "not set")
                 if here != there:
                     raise ConfigError(
-                        f"process {rank} of this run trains another one than process 0: {what} is {there} in "
-                        f"process {rank} and {here} in process 0. Give all processes the same command, the same "
-                        "data and the same version of rnode-plugin."
+                        f"process {rank} of this run trains another one than process 0: {what} is "
+                        f"{as_text(there)} in process {rank} and {as_text(here)} in process 0. Give all processes "
+                        "the same command, the same data and the same version of rnode-plugin."
                     )
 
     def _data(self) -> ImageData | Table | None:
@@ -344,14 +337,14 @@ class RnodeModule(L.LightningModule):
         if len(self._given) == _BATCHES:  # each sample once, or a long run would fill the memory
             self._given = [np.unique(np.concatenate(self._given))]
 
-    def _unite(self, given: Sequence[np.ndarray | None]) -> None:
-        """Add the hashes that all processes have given, each None if it does not know what it was trained on."""
+    def _unite(self, given: np.ndarray | None) -> None:
+        """Add the hashes that all processes have given; None if one does not know what it was trained on."""
         facts, data = self.facts, self._data()
         if facts is None or facts.trained_on is None:
             return
         known: np.ndarray | None = None
-        if data is not None and all(each is not None for each in given):
-            known = united(facts.trained_on, np.concatenate([NONE, *(each for each in given if each is not None)]))
+        if data is not None and given is not None:
+            known = united(facts.trained_on, given)
             if len(known) - self._known > len(data.train):  # something has changed samples on their way to a step
                 known = None
         self.facts, self._given = dataclasses.replace(facts, trained_on=known), []
@@ -385,16 +378,19 @@ class RnodeModule(L.LightningModule):
         except SolverError as error:
             where = f"in the validation at training step {self.global_step}"
             raise LocalError(f"the solver failed {where}: {error}") from error
-        self._measured.append(({name: float(value) for name, value in row.items()}, len(batch)))
+        self._measured.append((row, len(batch)))
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all samples on all devices."""
-        measured = [each for of_process in self._of_all(self._measured) for each in of_process]
-        for name in dict.fromkeys(name for row, _ in measured for name in row):
-            # a last batch is smaller, and `val/gap` is only in the first row, so each value counts its own samples
-            values = [(row[name], samples) for row, samples in measured if name in row]
+        # a last batch is smaller, and `val/gap` is only in the first row, so each value counts its own samples
+        values, samples = defaultdict[str, list[float]](list), Counter[str]()
+        for row, size in itertools.chain.from_iterable(self._of_all(self._measured)):
+            for name, value in row.items():
+                values[name].append(value * size)
+                samples[name] += size
+        for name, each in values.items():
             # fsum is exact, whatever the order, so the mean does not depend on the number of devices
-            mean = math.fsum(value * samples for value, samples in values) / sum(samples for _, samples in values)
+            mean = math.fsum(each) / samples[name]
             shown = name == self.recipe.kind.metric
             # all processes have the same mean, which Lightning's own mean over them could round
             several = self.trainer.world_size > 1
@@ -442,25 +438,24 @@ class RnodeModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         # the header makes Lightning's checkpoint one of ours, from which load_flow rebuilds the model
         # Lightning calls this in all processes, and the first one writes
-        rank, world = self.global_rank, self.trainer.world_size
+        world, data = self.trainer.world_size, self._data()
         is_known = self.facts is not None and self.facts.trained_on is not None
-        own = {device: each for device, each in self._safe_steps.items() if device % world == rank}
-        gathered = self._of_all((own, np.concatenate([NONE, *self._given]) if is_known else None))
-        safe_steps = {device: steps for each, _ in gathered for device, steps in each.items()}
-        self._unite([given for _, given in gathered])
+        own = (self._safe_steps, np.concatenate([NONE, *self._given]) if is_known else None)
+        safe_steps: dict[int, dict[int, dict[str, float]]] = {}
+        given: np.ndarray | None = NONE
+        for rank, (steps, hashes) in enumerate(self._of_all(own)):
+            for device, each in steps.items():
+                if device % world == rank:
+                    safe_steps[device] = each
+            given = None if given is None or hashes is None else np.concatenate([given, hashes])
+        self._unite(given)
+        # the held-out samples that equal one that was trained on, unless they would have to be decoded
+        overlap = None if data is None or data.held_out_hashes is None else Overlap.of(self.facts, data)
         progress = {
             "skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "safe_steps": safe_steps,
-            "repeated": self._repeated(),
+            "repeated": None if overlap is None else overlap.held_out,
         }  # fmt: skip
         checkpoint.update(header_with(self.recipe, self.facts), progress=progress)
-
-    def _repeated(self) -> int | None:
-        """Count the held-out samples that equal one that was trained on; None if they would have to be decoded."""
-        data = self._data()
-        if data is None or data.held_out_hashes is None:
-            return None
-        overlap = Overlap.of(self.facts, data)
-        return None if overlap is None else overlap.held_out
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
         progress = cast("dict[str, Any]", checkpoint["progress"])
