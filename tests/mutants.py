@@ -172,8 +172,8 @@ MUTANTS = [
     Mutant(
         "Muon looks ahead the wrong way",
         "experiments/training/optimizers.py",
-        "return kernel.grad.lerp(mean, momentum)",
-        "return mean.lerp(kernel.grad, momentum)",
+        'ahead = kernel.grad.lerp(state["mean"], momentum)',
+        'ahead = state["mean"].lerp(kernel.grad, momentum)',
         "test_optimizers.py::test_kernels_are_pytorchs_muon",
     ),
     Mutant(

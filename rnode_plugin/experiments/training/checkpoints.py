@@ -276,20 +276,18 @@ def _compare(flow: torch.nn.Module, state: Mapping[str, object], problem: str) -
     Raises:
         CheckpointError: a tensor differs. The message names the first one.
     """
-    here, there = _shapes(flow.state_dict()), _shapes(state)
-    if differ := [name for name in {**here, **there} if here.get(name) != there.get(name)]:
+    own = flow.state_dict()
+    if differ := [name for name in {**own, **state} if _shape(own.get(name)) != _shape(state.get(name))]:
         name, more = differ[0], f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
-        shapes = f"{there.get(name, 'missing')} there and {here.get(name, 'missing')} in the model"
+        shapes = f"{_shape(state.get(name))} there and {_shape(own.get(name))} in the model"
         raise CheckpointError(f"{problem}: {name} is {shapes}{more}.")
 
 
-def _shapes(state: Mapping[str, object]) -> dict[str, str]:
-    """Write the shape of each tensor for a comparison and a message."""
-    return {
-        name: ("complex " if each.is_complex() else "") + ("x".join(map(str, each.shape)) or "a number")
-        for name, each in state.items()
-        if isinstance(each, Tensor)
-    }
+def _shape(entry: object) -> str:
+    """Write the shape of an entry of a state dict for a comparison and a message."""
+    if not isinstance(entry, Tensor):
+        return "missing"
+    return ("complex " if entry.is_complex() else "") + ("x".join(map(str, entry.shape)) or "a number")
 
 
 def newest_intact(path: str | os.PathLike[str]) -> tuple[Path, Contents]:

@@ -90,7 +90,7 @@ class StepOrder(DistributedSampler[list[int]]):
         of_step = self._accumulate * self.num_replicas * size
         number, index = divmod(step, self._steps)
         of_all = self._order(number)[index * of_step : (index + 1) * of_step].tolist()
-        firsts = ((part * self.num_replicas + self.rank) * size for part in range(self._accumulate))
+        firsts = range(self.rank * size, of_step, self.num_replicas * size)
         return [of_all[first : first + size] for first in firsts]
 
     def _order(self, number: int) -> torch.Tensor:

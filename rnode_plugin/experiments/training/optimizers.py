@@ -144,24 +144,21 @@ class Muon(torch.optim.Optimizer):
     def _step_kernels(self, kernels: list[Tensor], lr: float, momentum: float) -> None:
         # all kernels of one shape go through one batched product, because the blocks of a flow have equal shapes,
         # and many small products leave a GPU idle
-        by_shape: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
+        by_shape: dict[tuple[torch.Size, torch.dtype], dict[Tensor, Tensor]] = defaultdict(dict)
         for kernel in kernels:
-            by_shape[kernel.shape, kernel.dtype].append(kernel)
+            assert kernel.grad is not None
+            state = self.state[kernel]
+            if not state:
+                state["mean"] = torch.zeros_like(kernel)
+            state["mean"].lerp_(kernel.grad, 1 - momentum)
+            # Nesterov's direction looks ahead from the mean by the present gradient
+            ahead = kernel.grad.lerp(state["mean"], momentum)
+            by_shape[kernel.shape, kernel.dtype][kernel] = ahead.flatten(1)
         for same_shape in by_shape.values():
-            directions = torch.stack([self._nesterov(kernel, momentum).flatten(1) for kernel in same_shape])
+            directions = orthogonalized(torch.stack([*same_shape.values()]))
             scale = lr * 0.2 * max(directions.shape[1:]) ** 0.5
-            for kernel, direction in zip(same_shape, orthogonalized(directions), strict=True):
+            for kernel, direction in zip(same_shape, directions, strict=True):
                 kernel.add_(direction.reshape(kernel.shape), alpha=-scale)
-
-    def _nesterov(self, kernel: Tensor, momentum: float) -> Tensor:
-        """Update the mean of a kernel's gradients, and look ahead from it by the present gradient."""
-        assert kernel.grad is not None
-        state = self.state[kernel]
-        if "mean" not in state:
-            state["mean"] = torch.zeros_like(kernel)
-        mean: Tensor = state["mean"]
-        mean.lerp_(kernel.grad, 1 - momentum)
-        return kernel.grad.lerp(mean, momentum)
 
     def _step_vectors(self, vectors: list[Tensor], lr: float, beta1: float, beta2: float) -> None:
         for vector in vectors:

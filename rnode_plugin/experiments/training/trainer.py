@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,11 +174,11 @@ _KNOWN_WARNINGS = (
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep Lightning's messages below level WARNING and the known warnings off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.fabric", "lightning_fabric")]
     with warnings.catch_warnings(), ExitStack() as stack:
         for message in _KNOWN_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
-        for logger in loggers:
+        for name in ("pytorch_lightning", "lightning.fabric", "lightning_fabric"):
+            logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.WARNING)
         yield
@@ -192,7 +193,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         # a file can be written whole and still be damaged on a disk that fails, so the one before it is kept
         keep = path.with_name(PREVIOUS) if path.name == LAST else None
-        write_atomically(path, lambda file: torch.save(checkpoint, file), keep=keep)
+        write_atomically(path, partial(torch.save, checkpoint), keep=keep)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: object = "cpu", weights_only: bool | None = None
