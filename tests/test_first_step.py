@@ -172,7 +172,7 @@ def test_an_error_before_the_first_step_leaves_no_folder(
     def raises(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("rnode_plugin.experiments.training.train._train", raises)
+    monkeypatch.setattr("rnode_plugin.experiments.training.trainer._train", raises)
     with pytest.raises(type(error)):
         run(tiny_recipe(), tmp_path)
     assert list((tmp_path / "digits").iterdir()) == []

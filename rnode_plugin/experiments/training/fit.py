@@ -93,8 +93,7 @@ def fit(
         experiment = begin(experiment, options, names)
         # Lightning is imported only now, because that takes seconds, and most refusals do not need it
         from .after_step import AfterStep
-        from .train import callbacks_in_order, train
-        from .trainer import find_devices, make_trainer, quiet
+        from .trainer import callbacks_in_order, find_devices, make_trainer, quiet, train
 
         with quiet():
             devices = find_devices(trainer_options)
