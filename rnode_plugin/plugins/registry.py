@@ -150,12 +150,11 @@ class Registry:
 
     def check_name(self, kind: str, name: str) -> Plugin:
         """Find the plugin that registers a name, without importing the object; errors as for :meth:`get`."""
-        known = self.names(kind)
-        owners = [plugin for plugin in self._plugins if name in plugin.registers[kind]]
+        owners = [plugin for plugin in self.report() if name in plugin.registers.get(kind, ())]
         if not owners:
             absent = [f"{plugin} ({plugin.status})" for plugin in self._plugins if plugin.status != "loaded"]
             note = f" Not available: {', '.join(absent)}." if absent else ""
-            raise ConfigError(suggest(name, known, KINDS[kind]) + note)
+            raise ConfigError(suggest(name, self.names(kind), KINDS[kind]) + note)
         if len(owners) > 1:
             raise PluginError(
                 f"the {KINDS[kind]} {name!r} is registered by {' and by '.join(map(str, owners))}. Uninstall one "
