@@ -119,9 +119,13 @@ def _kind_of_solver(value: object) -> str:
     return "adaptive" if isinstance(value, Mapping) and value.get("method") in ADAPTIVE_METHODS else "fixed"
 
 
+_LEFT_OUT = {"solver": {"compile"}, "test_solver": {"compile"}}
+"""Attributes that are no settings of a recipe. Whether a solver is compiled is a setting of the training."""
+
+
 def solver_settings(solver: Solver) -> dict[str, object]:
-    """The settings of a solver that a recipe has, by name. Whether it is compiled is a setting of the training."""
-    return {name: value for name, value in vars(solver).items() if name != "compile"}
+    """The settings of a solver that a recipe has, by name."""
+    return {name: value for name, value in vars(solver).items() if name not in _LEFT_OUT["solver"]}
 
 
 _SOLVERS: Mapping[str, Mapping[str, object]] = {
@@ -131,13 +135,6 @@ _SOLVERS: Mapping[str, Mapping[str, object]] = {
 _AnySolver = Annotated[
     Annotated[FixedGrid, Tag("fixed")] | Annotated[Adaptive, Tag("adaptive")], Discriminator(_kind_of_solver)
 ]
-
-
-def _settings_of(group: object) -> Mapping[str, object]:
-    """The settings of a group of a recipe, by name."""
-    if isinstance(group, Solver):
-        return solver_settings(group)
-    return group if isinstance(group, Mapping) else vars(group)
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -178,7 +175,7 @@ class Recipe:
             refuse(solver, density=True, name=name)
             if solver.compile:
                 raise ConfigError(f"{name}.compile is not a setting of a recipe: give training.compile=true.")
-            for key, value in solver_settings(solver).items():
+            for key, value in vars(solver).items():
                 if not (value is None or isinstance(value, (str, int, float))):
                     raise ConfigError(
                         f"{name}.{key} of a recipe is a name or a number, which a file can hold, not {value!r:.60}."
@@ -186,7 +183,7 @@ class Recipe:
         # an adaptive solver estimates its error as a difference of two results. In low precision that difference is
         # rounding, which no smaller step removes
         precision = self.training.precision
-        rounding = next((eps for name, eps in _ROUNDING.items() if precision.startswith(name)), 0.0)
+        rounding = _ROUNDING.get(precision, 0.0)
         if self.solver.tolerances is not None and min(self.solver.tolerances) < rounding:
             raise ConfigError(
                 f"{self.solver.name} cannot train with training.precision={precision}: rounding of the field, "
@@ -293,13 +290,13 @@ class Recipe:
             (f"{group}.{key}", entry)
             for group, value in vars(self).items()
             if not isinstance(value, str)  # name and description
-            for key, entry in _settings_of(value).items()
+            for key, entry in (value if isinstance(value, Mapping) else vars(value)).items()
+            if key not in _LEFT_OUT.get(group, ())
         ]
 
     def to_plain(self) -> dict[str, Any]:
         """Convert the recipe to dictionaries, lists, numbers and texts, for JSON and checkpoints."""
-        left_out = {group: {"compile"} for group in ("solver", "test_solver")}
-        return TypeAdapter(Recipe).dump_python(self, mode="json", exclude=left_out)
+        return TypeAdapter(Recipe).dump_python(self, mode="json", exclude=_LEFT_OUT)
 
     @staticmethod
     def from_plain(plain: object) -> Recipe:
@@ -516,7 +513,7 @@ def _without_effect(recipe: Recipe, setting: str) -> str | None:
     return None
 
 
-_ROUNDING = {"bf16": 2.0**-8, "16": 2.0**-11}  # relative error, by the first letters of a precision's name
+_ROUNDING = {"bf16-mixed": 2.0**-8, "16-mixed": 2.0**-11}  # relative error, by the name of a precision
 
 # these two cost next to nothing once the divergence is integrated, and every report shows them
 _ALWAYS_MEASURED = ("kinetic", "jacfrob")
@@ -605,7 +602,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
 def as_text(value: object) -> str:
     """Write a value so that :meth:`Recipe.override` reads it back."""
     if isinstance(value, tuple):
-        texts = [as_text(each) for each in value]
+        texts = list(map(as_text, value))
         text = ",".join(texts)
         return text if listed(text) == texts else json.dumps(texts)
     if value is None or isinstance(value, bool):
