@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -202,8 +203,11 @@ class _Solves:
         # one draw of everything, and the second draw of the first samples
         total = len(self._is_redrawn) * len(self.batches) + sum(self._is_redrawn) * self._pilot
         self.take(range(2), self._pilot, total=total)
-        redrawn = [quantity for quantity, each in enumerate(self._is_redrawn) if each]
-        return max(_draws_needed(self._rows(range(2), quantity, self._pilot)) for quantity in redrawn)
+        return max(
+            _draws_needed(self._rows(range(2), quantity, self._pilot))
+            for quantity, is_redrawn in enumerate(self._is_redrawn)
+            if is_redrawn
+        )
 
     def take(self, draws: range, batches: int, *, total: int | None = None) -> None:
         """Solve these draws of the first batches, except where that was done before."""
@@ -241,13 +245,8 @@ class _Solves:
         scores = self.scores[first]
         if self._probed is not self.flow:
             scores = self._scores_of(self._encode(self._probed, accurate, first, batch))
-        gap = measure_solver_gap(
-            lambda each: self._encode(self._probed, each, first, batch),
-            self._scores_of,
-            coarse,
-            scores,
-        )
-        return gap.mean
+        solved = partial(self._encode, self._probed, noise=first, batch=batch)
+        return measure_solver_gap(solved, self._scores_of, coarse, scores).mean
 
     def _encode(
         self,
@@ -297,14 +296,16 @@ class _Solves:
 
     def integrals(self, draws: int) -> dict[str, float]:
         """Average the integral of each penalty over samples and draws."""
-        solves = [self._integrals[each] for each in itertools.product(range(draws), range(len(self.batches)))]
-        count = len(self._samples) * draws
-        return {name: sum(each[name] for each in solves) / count for name in solves[0]}
+        sums = defaultdict[str, list[float]](list)
+        for solve in itertools.product(range(draws), range(len(self.batches))):
+            for name, value in self._integrals[solve].items():
+                sums[name].append(value)
+        return {name: sum(each) / (len(self._samples) * draws) for name, each in sums.items()}
 
     def _rows(self, draws: range, quantity: int, batches: int) -> Tensor:
         """Return the scores of the first ``batches`` batches as ``(draws, samples)``."""
-        rows = [torch.cat([self.scores[draw, quantity, index] for index in range(batches)]) for draw in draws]
-        return torch.stack(rows)
+        scores = [self.scores[draw, quantity, index] for draw in draws for index in range(batches)]
+        return torch.cat(scores).reshape(len(draws), -1)
 
 
 def _check_bound(draws: int | None, kind: Kind) -> None:
