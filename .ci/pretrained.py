@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 
 from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.experiments.data.facts import Facts
-from rnode_plugin.experiments.data.hashes import NONE, hashes_in, united
+from rnode_plugin.experiments.data.hashes import NONE, hashes_of, united
 from rnode_plugin.experiments.recipes.pretrained import PRETRAINED, pretrained_file
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.training.checkpoints import TRAINED_ON, checksum, facts_of, header_with
@@ -44,7 +44,7 @@ def main() -> None:
         facts = facts_of({KEY: old, **hashes})
         if options.data_root is not None:
             data = recipe.at_root(options.data_root).load_data(all_val=True)
-            trained_on = united(NONE, hashes_in(data.train))
+            trained_on = united(NONE, hashes_of(data.train))
             facts = Facts.of(data, recipe.data.given, trained_on=trained_on)
         beside = header_with(recipe, facts)
         header = json.dumps(beside.pop(KEY))

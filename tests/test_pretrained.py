@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rnode_plugin import FixedGrid, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError
 from rnode_plugin.experiments.data.facts import Facts, Overlap
-from rnode_plugin.experiments.data.hashes import digest, hashes_of
+from rnode_plugin.experiments.data.hashes import hashes_of
 from rnode_plugin.experiments.recipes.pretrained import PRETRAINED, pretrained_file
 from rnode_plugin.experiments.training.checkpoints import TRAINED_ON, checksum, load_with_recipe
 
@@ -48,7 +49,7 @@ def test_a_new_header_leaves_the_tensors(name: str) -> None:
         header = json.loads(opened.metadata()["rnode_plugin"])
     assert header["recipe"] == load_with_recipe(name)[1].to_plain(), "the header has the form of today"
     tensors = load_file(file)
-    assert digest(tensors.pop(TRAINED_ON).numpy()) == "02a5d92e0fe0b333"
+    assert sha256(tensors.pop(TRAINED_ON).numpy().tobytes()).hexdigest()[:16] == "02a5d92e0fe0b333"
     assert checksum(tensors, "") == "b7b82dbb00592d0889a01fa55e068155fcb679496c90ae2efff6b6f2e2db30c9"
 
 

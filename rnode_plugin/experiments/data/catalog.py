@@ -95,22 +95,18 @@ def _load(
     except TypeError as error:
         raise ConfigError(f"data set {name!r}: {error}. It takes: {', '.join(signature.parameters)}.") from error
 
-    def loaded() -> D:
-        data = registry.call("datasets", name, **arguments)
-        if isinstance(data, kind):
-            return data
-        if isinstance(data, (ImageData, Table)):
-            what = "images" if kind is Table else "a table"
-            raise ConfigError(f"the data set {name!r} holds {what}: use it with a recipe for {what}.")
-        raise PluginError(f"data set {name!r}: its plugin returned {type(data).__name__}, not {kind.__name__}.")
-
     # tried without a download first, so that a data set which is there takes no lock and writes nothing, also on a
     # read-only disk. A plugin's loader reports missing files in its own way
     try:
-        return loaded()
+        data = registry.call("datasets", name, **arguments)
     except (DataError, PluginError):
         if not download or "download" not in arguments:
             raise
-        arguments["download"] = True
-    with one_download(root):
-        return loaded()
+        with one_download(root):
+            data = registry.call("datasets", name, **{**arguments, "download": True})
+    if isinstance(data, kind):
+        return data
+    if isinstance(data, (ImageData, Table)):
+        what = "images" if kind is Table else "a table"
+        raise ConfigError(f"the data set {name!r} holds {what}: use it with a recipe for {what}.")
+    raise PluginError(f"data set {name!r}: its plugin returned {type(data).__name__}, not {kind.__name__}.")

@@ -57,7 +57,8 @@ class Facts:
             ValueError: ``plain`` is neither.
         """
         if isinstance(plain, dict):
-            plain = {name: value for name, value in plain.items() if name != "pictures"}  # of earlier files
+            plain = dict(plain)
+            plain.pop("pictures", None)  # of earlier files
         return _FACTS.validate_python(plain)
 
     def to_plain(self) -> dict[str, Any]:

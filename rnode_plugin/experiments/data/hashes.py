@@ -27,8 +27,8 @@ def fingerprint(samples: ImageArray) -> str:
     return hashlib.sha256(f"{len(samples)} {some.shape}".encode() + some.tobytes()).hexdigest()[:16]
 
 
-def hashes_of(samples: np.ndarray) -> np.ndarray:
-    """Hash the shape and the values of each sample.
+def hashes_of(samples: ImageArray) -> np.ndarray:
+    """Hash the shape and the values of each sample. Of an array on disk, a part is read at a time.
 
     Args:
         samples: images ``(N, C, H, W)``, uint8, or rows ``(N, C)``, float, which count as 32-bit numbers, in which
@@ -38,27 +38,18 @@ def hashes_of(samples: np.ndarray) -> np.ndarray:
         64 bits for each sample, ``(N,)``, uint64. The chance that any two of a million different samples have the
         same hash is 3e-8.
     """
-    if samples.dtype.kind == "f":
-        with np.errstate(over="ignore"):
-            samples = samples.astype("<f4") + np.float32(0)  # which turns -0.0 into 0.0
     start = hashlib.blake2b(str(samples.shape[1:]).encode(), digest_size=8)
     digests: list[bytes] = []
-    for sample in np.ascontiguousarray(samples).reshape(len(samples), -1).view(np.uint8):
-        each = start.copy()
-        each.update(sample.data)
-        digests.append(each.digest())
+    for first in range(0, len(samples), _CHUNK):
+        some = samples[first : first + _CHUNK]
+        if some.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                some = some.astype("<f4") + np.float32(0)  # which turns -0.0 into 0.0
+        for sample in np.ascontiguousarray(some).reshape(len(some), -1).view(np.uint8):
+            each = start.copy()
+            each.update(sample.data)
+            digests.append(each.digest())
     return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64, copy=False)
-
-
-def hashes_in(samples: ImageArray) -> np.ndarray:
-    """Hash the images of an array on disk, a part of it at a time."""
-    firsts = range(0, len(samples), _CHUNK)
-    return np.concatenate([hashes_of(samples[first : first + _CHUNK]) for first in firsts])
-
-
-def digest(hashes: np.ndarray) -> str:
-    """Hash the hashes of all samples, in their order."""
-    return hashlib.sha256(hashes.astype("<u8").tobytes()).hexdigest()[:16]
 
 
 def united(known: np.ndarray, more: np.ndarray) -> np.ndarray:

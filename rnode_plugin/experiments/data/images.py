@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from ...errors import DataError, RnodeError
 from ...files import missing
 from ...text import shape_text
 from .arrays import ImageArray, limited
-from .hashes import NONE, are_in, digest, fingerprint, hashes_in, hashes_of
+from .hashes import NONE, are_in, fingerprint, hashes_of
 
 
 @contextmanager
@@ -101,7 +102,10 @@ class ImageData:
             for part, images in (("train", self.train), ("val", self.val)):
                 _check_reads(images, f"{self.name}: the {part} images")
             hashes = self.held_out_hashes
-            held_out = fingerprint(self.all_held_out) if hashes is None else digest(hashes)
+            if hashes is None:
+                held_out = fingerprint(self.all_held_out)
+            else:
+                held_out = hashlib.sha256(hashes.astype("<u8").tobytes()).hexdigest()[:16]
             object.__setattr__(self, "pixels", (fingerprint(self.train), held_out))
 
     @property
@@ -114,7 +118,7 @@ class ImageData:
         """The hash of each image in ``all_held_out``; None for pictures that would have to be decoded for it."""
         images = self.all_held_out
         is_quick = isinstance(images, np.ndarray) or getattr(images, "is_stored", False)
-        return hashes_in(images) if is_quick else None
+        return hashes_of(images) if is_quick else None
 
     def described(self) -> str:
         """Describe the images by shape and levels, in one line at the start of a run.
