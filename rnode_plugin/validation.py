@@ -34,7 +34,11 @@ def refused(group: str = "") -> Iterator[None]:
 def _sentence(error: ValidationError, group: str) -> str:
     """One sentence with pydantic's findings about the first setting that is wrong."""
     unknown = ("unexpected_keyword_argument", "extra_forbidden")
-    errors = sorted(error.errors(include_url=False), key=lambda each: each["type"] not in unknown)
+    # a wrong kind comes first, because it decides which settings are known
+    errors = sorted(
+        error.errors(include_url=False),
+        key=lambda each: (each["loc"][-1:] != ("kind",), each["type"] not in unknown),
+    )
     path = _path(errors[0]["loc"], group)
     if errors[0]["type"] in unknown:
         if (reason := _OF_OTHER_SOLVER.get(errors[0]["loc"][-2:])) is not None:

@@ -117,8 +117,9 @@ def test_a_run_keeps_the_absolute_paths_of_its_inputs(name, tmp_path, monkeypatc
         assert moved.data.root == str(tmp_path / "data.csv")
     assert recipe.override(["data.root=none"]).data.root is None
     assert recipe.at_root(None) == recipe
-    with pytest.raises(ConfigError, match=r"data\.root: must not be empty"):
-        recipe.at_root("")
+    for empty in (lambda: recipe.at_root(""), lambda: recipe.override(["data.root="])):
+        with pytest.raises(ConfigError, match=r"^data\.root: must not be empty, got ''\.$"):
+            empty()
     (tmp_path / "runs").mkdir()
     for weights, kept in (("runs", str(tmp_path / "runs")), ("mnist-pretrained", "mnist-pretrained")):
         assert recipe.override(["training.matching=0", f"training.weights={weights}"]).training.weights == kept
@@ -223,6 +224,15 @@ def test_a_recipe_holds_names_and_numbers() -> None:
 def test_bad_overrides_are_refused(assignment: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         get_recipe("mnist").override([assignment])
+
+
+@pytest.mark.parametrize("group", ["data", "model"])
+def test_a_wrong_kind_is_named(group: str) -> None:
+    """It decides which settings are known, so these are not named in its place."""
+    plain = get_recipe("table").to_plain()
+    plain[group]["kind"] = "tabel"
+    with pytest.raises(ConfigError, match=rf"^{group}\.kind: must be 'table', got 'tabel'\.$"):
+        Recipe.from_plain(plain)
 
 
 @pytest.mark.parametrize(("setting", "value", "others"), [

@@ -101,9 +101,10 @@ def _kind_of(value: object) -> str:
     """The kind of settings, as plain data or as an object. Plain settings of images do not name theirs.
 
     With it pydantic tries one class alone, and its message does not list what the other class would have wanted.
+    Settings of a table refuse any other kind by its name.
     """
-    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
-    return "table" if kind == "table" else "images"
+    kind = value.get("kind", "images") if isinstance(value, Mapping) else getattr(value, "kind", "images")
+    return "images" if kind == "images" else "table"
 
 
 _AnyData = Annotated[Annotated[Data, Tag("images")] | Annotated[TableData, Tag("table")], Discriminator(_kind_of)]

@@ -165,7 +165,8 @@ class Rows(Kind):
         derived: dict[str, tuple[str, ...]] = {}
         # a published table at another path is the same table. The file of a user is not
         published = name == settings.name and not settings.has_own_files
-        if (name, root) != (settings.name, settings.root) and "columns" not in assigned and not published:
+        is_other = (name, root) != (settings.name, settings.root) and not published
+        if is_other and "columns" not in assigned and root != "":  # which is refused below
             from ..data.catalog import table_columns  # numpy, which a bad value does not wait for
 
             derived["columns"] = table_columns(name or "", root=root)
