@@ -98,11 +98,12 @@ REFUSED: dict[str, str] = {
 
 # what is refused by the recipe in a checkpoint, which only torch can read: exit code 2
 REFUSED_BY_THE_RUN: dict[str, str] = {
-    "eval runs/digits/0 --solver metod=rk4": "unknown setting 'test_solver.metod'. Did you mean test_solver.method",
+    "eval runs/digits/0 --solver metod=rk4": "unknown setting '--solver metod'. Did you mean --solver method",
     "eval runs/digits/0 --solver method=rk5": "unknown solver method 'rk5'; did you mean 'rk4'?",
     "eval runs/digits/0 --data-root nowhere": "so --data-root has no effect",
     "diagnose runs/digits/0 --data-root nowhere": "so --data-root has no effect",
-    "eval runs/digits/0 --solver method=dopri5 --solver step=0.1": "test_solver.step has no effect on an adaptive",
+    "eval runs/digits/0 --solver method=dopri5 --solver step=0.1": "--solver step has no effect on an adaptive",
+    "eval runs/digits/0 --solver atol=-1": "--solver: atol must be a number >= 0, not -1.0.",
     "eval runs/digits/0 --data-root ''": "data.root: must not be empty",
     "eval runs/digits/0 --data-root \udcff": "data.root: must be",
     "eval runs/digits/0 --device cuda:77": "the device 'cuda:77' cannot be used: PyTorch",

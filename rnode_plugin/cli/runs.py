@@ -114,7 +114,12 @@ def eval(  # noqa: A001 - the command's name
 
     flush_denormals()
     flow, recipe, facts = load_with_recipe(path, map_location=pick_device(device))
-    solver, accurate = recipe.override(f"test_solver.{each.strip()}" for each in solver_settings).test_solver, None
+    try:
+        solver = recipe.override(f"test_solver.{each.strip()}" for each in solver_settings).test_solver
+    except ConfigError as error:  # in the words of the option
+        said = str(error).replace("test_solver.", "--solver ").replace("test_solver", "--solver")
+        raise ConfigError(said) from None
+    accurate = None
     if exact and solver.adaptive and not solver_settings:
         step = recipe.solver.step if isinstance(recipe.solver, FixedGrid) else 0.25
         solver, accurate = FixedGrid("rk4_38", step=step), solver
