@@ -41,9 +41,21 @@ _CHECKPOINTS = "checkpoints"
 _LOCK = ".lock"  # held while a run is trained
 
 
-@dataclass(frozen=True)
+@dataclass(init=False)
 class Run:
     """The folder of a run, which need not exist yet.
+
+    Attributes:
+        path: the folder.
+        best: the checkpoint with the lowest validation score, in bits/dim, or in nats per row of a table.
+        last: the newest checkpoint, from which a run continues.
+        previous: the second newest checkpoint, from which a run continues if a crash has damaged the newest.
+        metrics: the file of the logged metrics, a :class:`~rnode_plugin.experiments.runs.metrics.MetricsTable`.
+        samples: the folder with the pictures of samples.
+        result: the file with the end of the run and the scores of its best weights. It is absent while the run
+            trains and after an interruption.
+        diagnosis: the file with the diagnosis of the best weights.
+        figures: the folder with the figures of the diagnosis.
 
     Example:
         >>> from pathlib import Path
@@ -54,6 +66,21 @@ class Run:
     """
 
     path: Path
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._recipe = path / _RECIPE
+        self._environment = path / "environment.json"
+        self.metrics = path / "metrics.csv"
+        self._checkpoints = path / _CHECKPOINTS
+        self.best = self._checkpoints / BEST
+        self.last = self._checkpoints / LAST
+        self.previous = self._checkpoints / PREVIOUS
+        self.samples = path / "samples"
+        self.result = path / "result.json"  # with a file of scores, whose name depends on the kind of the recipe
+        self.diagnosis = path / "diagnosis.json"
+        self.figures = path / "diagnosis"
+        self._lock = path / _LOCK
 
     # ---- finding ----
 
@@ -87,81 +114,29 @@ class Run:
         run = Run(checkpoint.parent.parent)
         return run if checkpoint.parent.name == _CHECKPOINTS and run.is_described else None
 
-    # ---- paths ----
-
     @property
     def is_described(self) -> bool:
         """Whether the folder holds a run, which its recipe shows."""
-        return (self.path / _RECIPE).is_file()
+        return self._recipe.is_file()
 
     @property
     def has_checkpoints(self) -> bool:
         """Whether the folder holds weights, with any name."""
-        return any((self.path / _CHECKPOINTS).glob("*.ckpt"))
-
-    @property
-    def best(self) -> Path:
-        """The checkpoint with the lowest validation score, in bits/dim, or in nats per row of a table."""
-        return self.path / _CHECKPOINTS / BEST
-
-    @property
-    def last(self) -> Path:
-        """The newest checkpoint, from which a run continues."""
-        return self.path / _CHECKPOINTS / LAST
-
-    @property
-    def previous(self) -> Path:
-        """The second newest checkpoint, from which a run continues if a crash has damaged the newest."""
-        return self.path / _CHECKPOINTS / PREVIOUS
+        return any(self._checkpoints.glob("*.ckpt"))
 
     def checkpoints(self, prefer: str) -> list[Path]:
         """List the checkpoints that exist, the one called ``prefer`` before the others, newest first."""
         names = dict.fromkeys((prefer, LAST, PREVIOUS, BEST))
-        return [file for file in (self.path / _CHECKPOINTS / name for name in names) if file.is_file()]
-
-    @property
-    def metrics(self) -> Path:
-        """The file of the logged metrics, a :class:`~rnode_plugin.experiments.runs.metrics.MetricsTable`."""
-        return self.path / "metrics.csv"
-
-    @property
-    def samples(self) -> Path:
-        """The folder with the pictures of samples."""
-        return self.path / "samples"
+        return [file for file in (self._checkpoints / name for name in names) if file.is_file()]
 
     def picture(self, step: int | None = None) -> Path:
         """Return the picture of samples from the weights after a step, or from the best weights for None."""
         return self.samples / ("best.png" if step is None else f"step-{step:07d}.png")
 
-    @property
-    def result(self) -> Path:
-        """The file with the end of the run and the scores of its best weights.
-
-        It is absent while the run trains and after an interruption.
-        """
-        return self.path / "result.json"
-
-    @property
-    def diagnosis(self) -> Path:
-        """The file with the diagnosis of the best weights."""
-        return self.path / "diagnosis.json"
-
-    @property
-    def figures(self) -> Path:
-        """The folder with the figures of the diagnosis."""
-        return self.path / "diagnosis"
-
-    @property
-    def _environment(self) -> Path:
-        return self.path / "environment.json"
-
-    def _scores(self, recipe: Recipe) -> Path:
-        return self.path / recipe.kind.scores_file
-
     def _pictures(self) -> dict[int, Path]:
         """Find the pictures that validations have drawn, by step."""
-        matches = ((re.fullmatch(r"step-(\d+)\.png", each.name), each) for each in self.samples.glob("step-*.png"))
-        return {int(match[1]): each for match, each in matches if match}
+        found = self.samples.glob("step-*.png")
+        return {int(match[1]): each for each in found if (match := re.fullmatch(r"step-(\d+)\.png", each.name))}
 
     # ---- writing ----
 
@@ -190,9 +165,9 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         # another run that has just claimed the folder holds its lock, and may have written nothing else yet
         with training_lock(path):
-            if (taken := next((each for each in path.iterdir() if each.name != _LOCK), None)) is not None:
+            if taken := {*os.listdir(path)} - {_LOCK}:
                 raise ConfigError(
-                    f"the run folder {path} is not empty: it holds {taken.name}. --resume continues a run."
+                    f"the run folder {path} is not empty: it holds {min(taken)}. --resume continues a run."
                 )
         return Run(path)
 
@@ -202,7 +177,7 @@ class Run:
         Raises:
             ConfigError: a subfolder of the run is a link out of it.
         """
-        for folder in self._subfolders:
+        for folder in (self._checkpoints, self.samples, self.figures):
             if folder.is_symlink() and not folder.resolve().is_relative_to(self.path.resolve()):
                 raise ConfigError(
                     f"{folder} is a link out of the run folder, to {os.readlink(folder)}: put a folder in its "
@@ -216,10 +191,9 @@ class Run:
             ConfigError: a subfolder of the run is a link out of it.
         """
         self.refuse_links()
-        names = {_RECIPE, self._environment.name, self.metrics.name, self.result.name, self.diagnosis.name}
-        files = [self.path / name for name in sorted(names)] + [
-            each for folder in self._subfolders for each in sorted(folder.glob("*"))
-        ]
+        files = [self.diagnosis, self._environment, self.metrics, self._recipe, self.result]
+        for folder in (self._checkpoints, self.samples, self.figures):
+            files += sorted(folder.glob("*"))
         for file in files:
             if file.is_symlink() and not file.is_dir():
                 contents = file.read_bytes() if file.is_file() else None
@@ -227,13 +201,9 @@ class Run:
                 if contents is not None:
                     write_atomically(file, contents)
 
-    @property
-    def _subfolders(self) -> tuple[Path, ...]:
-        return self.path / _CHECKPOINTS, self.samples, self.figures
-
     def remove_drafts(self) -> None:
         """Remove half-written files of a killed process. Only the process that holds the lock may call this."""
-        for folder in (self.path, self.path / _CHECKPOINTS, self.samples):
+        for folder in (self.path, self._checkpoints, self.samples):
             remove_drafts(folder)
 
     def result_steps(self) -> int | None:
@@ -248,10 +218,10 @@ class Run:
         from .environment import write_environment
 
         # all of these describe best weights that the run is about to replace
-        for each in (self.result, self.picture(), self.diagnosis, self._scores(recipe)):
+        for each in (self.result, self.picture(), self.diagnosis, self.path / recipe.kind.scores_file):
             each.unlink(missing_ok=True)
         shutil.rmtree(self.figures, ignore_errors=True)
-        write_json(self.path / _RECIPE, recipe.to_plain())
+        write_json(self._recipe, recipe.to_plain())
         write_environment(self._environment, environment, facts)
 
     def discard(self) -> list[Path]:
@@ -263,7 +233,7 @@ class Run:
             everything else in the folder, because of which nothing was removed: files of somebody else, links,
             checkpoints and results.
         """
-        own = {self.path / _RECIPE, self._environment, self.path / _LOCK, self.metrics, *self._pictures().values()}
+        own = {self._recipe, self._environment, self._lock, self.metrics, *self._pictures().values()}
         if self.path.is_symlink():
             return [self.path]
         others = [
@@ -291,7 +261,8 @@ class Run:
         """
         from .results import write_result
 
-        write_result(self.result, result, self._scores(recipe), recipe.kind.sample, numbers)
+        scores = self.path / recipe.kind.scores_file
+        write_result(self.result, result, scores, recipe.kind.sample, numbers)
         # a diagnosis that was made while the run trained may be of other weights
         self.diagnosis.unlink(missing_ok=True)
         shutil.rmtree(self.figures, ignore_errors=True)
@@ -318,7 +289,7 @@ class Run:
         """
         from ..recipes.recipe import Recipe
 
-        with reading(self.path / _RECIPE) as text:
+        with reading(self._recipe) as text:
             return Recipe.from_plain(json.loads(text or ""))  # without a file, JSON refuses the empty text
 
     def read(self) -> RunContents:
@@ -334,7 +305,7 @@ class Run:
 
         recipe = self.recipe()
         metrics = read_metrics(self.metrics, recipe.kind.metric)
-        result = read_result(self.result, self._scores(recipe), recipe.kind.sample)
+        result = read_result(self.result, self.path / recipe.kind.scores_file, recipe.kind.sample)
         # a result promises all rows. Without this check a copy that was cut off would give shorter curves in
         # silence
         if result is not None:
