@@ -65,7 +65,7 @@ class Entry:
         return self.heading, f"{text}  {self.meaning}"
 
 
-STEPS = Entry(heading="steps", form=lambda steps: f"{steps:,.0f}", folded=True)
+STEPS = Entry(heading="steps", form="{:,.0f}".format, folded=True)
 TRAINING_TIME = Entry(heading="training time", meaning="without validation", form=duration)
 STEP_TIME = Entry(heading="time per step", meaning="median", unit=" s", folded=True)
 NFE_TRAINING = Entry(
@@ -177,7 +177,8 @@ def numbers_of(run: RunContents) -> dict[str, float]:
         }
     # the NFE of an adaptive solver grow while a model trains, so the last tenth of the steps describes its end. The
     # median of the times leaves out the first steps, which compile and warm up
-    nfe, times = (metrics.steps.get(name, np.array([])) for name in ("train/nfe", "seconds_per_step"))
+    nfe = metrics.steps.get("train/nfe", np.array([]))
+    times = metrics.steps.get("seconds_per_step", np.array([]))
     return {
         **measured,
         "nfe_train": float(np.mean(nfe[-max(1, len(nfe) // 10) :])) if len(nfe) else math.nan,

@@ -15,9 +15,8 @@ from ...core.distribution import DensityModel
 from ...core.schedules import final_strength
 from ...errors import RnodeError
 from ..evaluation.likelihood import has_whole_jacobian
-from ..evaluation.measures import Evaluation, mean_of
+from ..evaluation.measures import mean_of
 from ..quantities import numbers_of, scores_of
-from ..recipes.kind import Kind
 from ..recipes.recipe import Recipe
 from ..runs.contents import RunContents
 from .runs import configuration_of, data_name, given_name, penalties_of, settings_of
@@ -32,7 +31,6 @@ GRAY = "#767c85"
 _ORDER = ("none", "ffjord", "kinetic", "jacfrob", "rnode")  # as in the paper's ablation
 
 
-@dataclass(frozen=True, kw_only=True)
 class Configuration:
     """Runs that have the same settings, except for the seed, the same data, and the same number of devices.
 
@@ -40,21 +38,23 @@ class Configuration:
         label: a name that no other configuration of the report has.
         runs: one run for each seed.
         look: the color, the marker and the line style of its curves, as keywords of ``Axes.plot``.
+        recipe: the settings that its runs share. The seed is the one of the first run.
+        kind: what the runs of a report model, with its words and units. All have one kind.
+        measured_runs: the runs that have a result, or all runs if none has one. Means and errors are over these.
+        evaluations: the evaluation of each run that has a result.
+        numbers: each quantity of the measured runs, by its key, with NaN for a run that has not measured it.
     """
 
-    label: str
-    runs: tuple[RunContents, ...]
-    look: Mapping[str, Any]
-
-    @property
-    def recipe(self) -> Recipe:
-        """The settings that its runs share. The seed is the one of the first run."""
-        return self.runs[0].recipe
-
-    @property
-    def kind(self) -> Kind:
-        """What the runs of a report model, with its words and units. All have one kind."""
-        return self.recipe.kind
+    def __init__(self, label: str, runs: Sequence[RunContents], look: Mapping[str, Any]) -> None:
+        self.label, self.runs, self.look = label, runs, look
+        self.recipe = runs[0].recipe
+        self.kind = self.recipe.kind
+        self.measured_runs = [run for run in runs if run.result is not None] or runs
+        self.evaluations = [run.evaluation for run in runs if run.evaluation is not None]
+        self.numbers: dict[str, list[float]] = {}
+        for place, run in enumerate(self.measured_runs):
+            for key, number in numbers_of(run).items():
+                self.numbers.setdefault(key, [math.nan] * len(self.measured_runs))[place] = number
 
     @functools.cached_property
     def flow(self) -> DensityModel | None:
@@ -63,24 +63,6 @@ class Configuration:
             return self.recipe.build_flow()
         except RnodeError:
             return None
-
-    @property
-    def measured_runs(self) -> tuple[RunContents, ...]:
-        """The runs that have a result, or all runs if none has one. Means and errors are over these."""
-        return tuple(run for run in self.runs if run.result is not None) or self.runs
-
-    @property
-    def evaluations(self) -> tuple[Evaluation, ...]:
-        """The evaluation of each run that has a result."""
-        return tuple(run.evaluation for run in self.runs if run.evaluation is not None)
-
-    @functools.cached_property
-    def numbers(self) -> Mapping[str, Sequence[float]]:
-        """Each quantity of the measured runs, by its key, with NaN for a run that has not measured it."""
-        of_runs = [numbers_of(run) for run in self.measured_runs]
-        return {
-            key: [each.get(key, math.nan) for each in of_runs] for key in dict.fromkeys(itertools.chain(*of_runs))
-        }
 
     def mean(self, key: str) -> float:
         """The mean of a quantity over the measured runs; NaN if one of them has not measured it."""
@@ -116,17 +98,18 @@ def group_runs(runs: Sequence[RunContents]) -> list[Configuration]:
     groups: dict[tuple[object, ...], list[RunContents]] = {}
     for run in runs:
         groups.setdefault(configuration_of(run), []).append(run)
-    order = list(dict.fromkeys([*_ORDER, *(penalties_of(group[0].recipe) for group in groups.values())]))
-    members = sorted(
-        groups.values(),
-        key=lambda group: (order.index(penalties_of(group[0].recipe)), _by_strength(group[0].recipe)),
-    )
-    labels = _labels([group[0] for group in members])
+    order: list[str] = [*_ORDER]
+    ranked = []
+    for number, group in enumerate(groups.values()):
+        penalties, regularizers = penalties_of(group[0].recipe), group[0].recipe.regularizers
+        if penalties not in order:
+            order.append(penalties)
+        # a schedule counts as its last value
+        strengths = sorted((name, final_strength(each), str(each)) for name, each in regularizers.items())
+        ranked.append((order.index(penalties), strengths, number, group))
+    members = [group for *_, group in sorted(ranked)]
     looks = _looks([penalties_of(group[0].recipe) in _WITHOUT for group in members])
-    return [
-        Configuration(label=label, runs=tuple(group), look=look)
-        for label, group, look in zip(labels, members, looks, strict=True)
-    ]
+    return list(map(Configuration, _labels([group[0] for group in members]), members, looks))
 
 
 def _looks(without: Sequence[bool]) -> list[dict[str, Any]]:
@@ -140,11 +123,6 @@ def _looks(without: Sequence[bool]) -> list[dict[str, Any]]:
         }
         for number, plain in enumerate(without)
     ]
-
-
-def _by_strength(recipe: Recipe) -> list[tuple[str, float, str]]:
-    """A key that sorts recipes with the same penalties by lambda. A schedule counts as its last value."""
-    return sorted((name, final_strength(each), str(each)) for name, each in recipe.regularizers.items())
 
 
 def _labels(runs: Sequence[RunContents]) -> list[str]:
@@ -235,7 +213,10 @@ def base_of(configurations: Sequence[Configuration]) -> Configuration:
     """
     plain = [each for each in configurations if penalties_of(each.recipe) == "none"] or list(configurations)
     solvers = [each.recipe.solver for each in configurations if penalties_of(each.recipe) != "none"]
-    return next((each for each in plain if each.recipe.solver in solvers), plain[0])
+    for each in plain:
+        if each.recipe.solver in solvers:
+            return each
+    return plain[0]
 
 
 def paired_difference(one: Configuration, base: Configuration) -> Difference | None:
