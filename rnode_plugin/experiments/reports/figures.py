@@ -95,9 +95,8 @@ def make_panels(configurations: Sequence[Configuration]) -> list[Panel]:
     seconds = max(run.metrics.steps["train_seconds"].max(initial=0) for one in configurations for run in one.runs)
     unit, name = next((size, name) for least, size, name in _SPAN_UNITS if seconds >= least)
     time = f"training time [{name}]"  # of all curves, so that a moment lies in the same place in each
-    by, by_test = (" or ".join(dict.fromkeys(each)) for each in (
-        [one.recipe.solver.text for one in configurations], [one.recipe.test_solver.text for one in configurations],
-    ))  # fmt: skip
+    by = " or ".join(dict.fromkeys(one.recipe.solver.text for one in configurations))
+    by_test = " or ".join(dict.fromkeys(one.recipe.test_solver.text for one in configurations))
     lines = f"Lines: training solver ({by}), the mean over the batches in a window of a twentieth of the steps."
     marks = f"Marks: test solver ({by_test}), at each validation on held-out {kind.samples}."
     figures = [

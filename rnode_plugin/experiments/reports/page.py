@@ -7,8 +7,9 @@ import os
 import re
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def make_page(
         loader=PackageLoader("rnode_plugin.experiments.reports"), undefined=StrictUndefined, autoescape=True
     )
     environment.filters |= {
-        "link": lambda path: _link(path, out),
+        "link": partial(_link, out=out),
         "base64": lambda contents: base64.b64encode(contents).decode(),
         "as_text": as_text,
         "state": state_of,
@@ -84,11 +85,10 @@ def make_page(
         "trained_on": trained_on,
         "worse_than_baseline": worse_than_baseline,
     }
-    measured = quantities(configurations)
     html = environment.get_template("page.html").render(
         title=title or _title(configurations, facts),
         base=base_of(configurations),
-        known=lambda one, key: known(one, key, measured[key]),
+        known=partial(known, entries=quantities(configurations)),
         facts=facts,
         diagnoses=diagnoses,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -99,8 +99,11 @@ def make_page(
         configurations=configurations,
     )
     pictures = {f"{grid.name}.png": grid.png for grid in grids}
-    for files in (*(panel.files for panel in panels), *(each[2] for one in diagnoses for each in one.checks)):
-        pictures |= files
+    for panel in panels:
+        pictures |= panel.files
+    for diagnosed in diagnoses:
+        for _, _, files in diagnosed.checks:
+            pictures |= files
     return html, pictures
 
 
@@ -115,14 +118,18 @@ def _link(path: Path, out: Path) -> str:
 
 def _facts(configurations: Sequence[Configuration]) -> dict[str, str]:
     """What was trained, for the head of the page."""
-    facts: dict[str, Iterable[str]] = {
-        "recipe": dict.fromkeys(recipe_name(one.recipe) for one in configurations),
-        "data": dict.fromkeys(data_name(one.recipe) for one in configurations),
-        "λ": [lambdas_text(one) for one in configurations] if len(configurations) == 1 else [],
-        "seed": sorted({str(run.recipe.training.seed) for one in configurations for run in one.measured_runs}),
+    recipes: dict[str, None] = {}
+    data: dict[str, None] = {}
+    seeds: set[str] = set()
+    for one in configurations:
+        recipes[recipe_name(one.recipe)] = data[data_name(one.recipe)] = None
+        seeds.update(str(run.recipe.training.seed) for run in one.measured_runs)
+    return {
+        "recipe": ", ".join(recipes),
+        "data": ", ".join(data),
+        **({"λ": lambdas_text(configurations[0])} if len(configurations) == 1 else {}),
+        "seed": ", ".join(sorted(seeds)),
     }
-    texts = {name: ", ".join(values) for name, values in facts.items()}
-    return {name: text for name, text in texts.items() if text}
 
 
 def _title(configurations: Sequence[Configuration], facts: Mapping[str, str]) -> str:
@@ -134,18 +141,18 @@ def _title(configurations: Sequence[Configuration], facts: Mapping[str, str]) ->
 
 
 def _diagnoses(configurations: Sequence[Configuration]) -> Iterator[_Diagnosed]:
-    runs = [
-        (one, run, run.diagnosed)
-        for one in configurations
-        for run in one.measured_runs
-        if run.diagnosed is not None
-    ]
-    for number, (one, run, diagnosed) in enumerate(runs, 1):
-        label = one.label if len(one.measured_runs) == 1 else f"{one.label}, seed {run.recipe.training.seed}"
-        names = [f"diagnosis-{number}-{check.file_name}" for check in diagnosed.checks]
-        checks = zip(diagnosed.checks, names, strict=True)
-        drawn = [(each, name, draw_check(each, name)) for each, name in checks]
-        yield _Diagnosed(label, diagnosed.samples, _units(one, diagnosed.dims), drawn)
+    number = 0
+    for one in configurations:
+        for run in one.measured_runs:
+            if (diagnosed := run.diagnosed) is None:
+                continue
+            number += 1
+            label = one.label if len(one.measured_runs) == 1 else f"{one.label}, seed {run.recipe.training.seed}"
+            checks: list[tuple[Check, str, dict[str, bytes]]] = []
+            for check in diagnosed.checks:
+                name = f"diagnosis-{number}-{check.file_name}"
+                checks.append((check, name, draw_check(check, name)))
+            yield _Diagnosed(label, diagnosed.samples, _units(one, diagnosed.dims), checks)
 
 
 def _units(one: Configuration, dims: int) -> str:
@@ -163,14 +170,14 @@ def _units(one: Configuration, dims: int) -> str:
 
 def _grids(configurations: Sequence[Configuration]) -> Iterator[_Grid]:
     for number, one in enumerate(configurations, 1):
-        known = next(((run, *shown) for run in one.measured_runs if (shown := _picture(run)) is not None), None)
-        if known is None:
-            continue
-        run, picture, png = known
-        origin = "best weights" if picture.step is None else f"weights of step {picture.step}"
         label = re.sub(r"[^a-z0-9._]+", "-", one.label.lower())[:60].strip("-.")  # file systems limit the length
         temperatures = one.recipe.training.sample_temperatures if one.kind.has_grid else ()
-        yield _Grid(f"samples-{number}-{label}", one.label, run, png, temperatures, origin)
+        for run in one.measured_runs:
+            if (found := _picture(run)) is not None:
+                picture, png = found
+                origin = "best weights" if picture.step is None else f"weights of step {picture.step}"
+                yield _Grid(f"samples-{number}-{label}", one.label, run, png, temperatures, origin)
+                break
 
 
 def _picture(run: RunContents) -> tuple[Picture, bytes] | None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from ...core.schedules import strength_text
 from ...text import change_with_error
 from ..quantities import Entry, overlap_text, state_of, table_of
 from ..recipes.kind import Kind
-from ..runs.contents import RunContents
 from .configurations import Configuration, Difference, base_of, paired_difference
 
 
@@ -40,21 +38,20 @@ class Table:
     rows: tuple[Row, ...]
 
 
-_Cell = Callable[[Configuration], str]
-_Line = tuple[str, str, _Cell]
-"""The name and the meaning of a row, and the function that gives its cell for a configuration."""
+_Line = tuple[bool, str, str, str]
+"""Whether a row is a detail, its name and its meaning, and its cell for a configuration."""
 
 
 def make_table(configurations: Sequence[Configuration]) -> Table:
     """The table of some configurations. A quantity that none of them has measured has no row."""
-    base = base_of(configurations)
+    base, entries = base_of(configurations), quantities(configurations)
     rows: list[Row] = []
-    for detail, lines in ((False, _main_lines(configurations, base)), (True, _detail_lines(configurations))):
-        for name, meaning, cell in lines:
-            cells = tuple(cell(each) for each in configurations)
-            if any(cells):
-                rows.append(Row(name, meaning, cells, detail))
-    return Table(tuple(each.label for each in configurations), tuple(rows))
+    for lines in zip(*(_column(one, base, entries) for one in configurations), strict=True):
+        detail, name, meaning, _ = lines[0]
+        cells = tuple(cell for *_, cell in lines)
+        if any(cells):
+            rows.append(Row(name, meaning, cells, detail))
+    return Table(tuple(one.label for one in configurations), tuple(rows))
 
 
 def quantities(configurations: Sequence[Configuration], *, validated: bool = False) -> dict[str, Entry]:
@@ -70,47 +67,43 @@ def quantities(configurations: Sequence[Configuration], *, validated: bool = Fal
     )
 
 
-def _main_lines(configurations: Sequence[Configuration], base: Configuration) -> Iterator[_Line]:
-    """The rows that are always shown, in their order."""
-    kind = base.kind
-    for key, entry in quantities(configurations).items():
+def _column(one: Configuration, base: Configuration, entries: Mapping[str, Entry]) -> Iterator[_Line]:
+    """The cells of a configuration, row by row; an empty one for what is not known of it."""
+    kind, recipe = one.kind, one.recipe
+    for key, entry in entries.items():
         if not entry.folded:
-            yield entry.heading, entry.meaning, partial(known, key=key, entry=entry)
+            yield False, entry.heading, entry.meaning, known(one, key, entries)
         if key == kind.quantities[0].name:
-            meaning = f"{entry.heading}, {kind.sample} by {kind.sample}"
-            yield f"against {base.label}", meaning, lambda one: _difference(one, base)
-    yield "λ", "weights of the penalties", lambdas_text
-
-
-def _detail_lines(configurations: Sequence[Configuration]) -> Iterator[_Line]:
-    """The rows that a reader unfolds, in their order."""
-    for key, entry in quantities(configurations).items():
+            difference = compared(one, base)
+            text = "" if difference is None else f"{change(difference, kind)}: {difference.verdict}"
+            yield False, f"against {base.label}", f"{entry.heading}, {kind.sample} by {kind.sample}", text
+    yield False, "λ", "weights of the penalties", lambdas_text(one)
+    for key, entry in entries.items():
         if entry.folded:
-            yield entry.heading, entry.meaning, partial(known, key=key, entry=entry)
-    yield "parameters", "", _parameters
-    yield "training solver", "", lambda one: one.recipe.solver.text
-    yield "test solver", "", lambda one: one.recipe.test_solver.text
-    yield "weights", "that are measured", lambda one: one.recipe.weights
-    yield "seeds", "", lambda one: ", ".join(str(run.recipe.training.seed) for run in one.measured_runs)
-    yield f"held-out {configurations[0].kind.samples}", "measured for the scores and penalties", _held_out
-    yield "trained on", "held-out samples that the weights have seen", trained_on
-    yield "device", "of each run", _each(lambda run: run.environment.device if run.environment else "")
-    yield "devices", "that train a run together", _each(lambda run: run.devices if run.environment else "")
-    yield "threads", "of each run", _each(lambda run: run.environment.threads if run.environment else "")
-    yield "state", "", _each(state_of)
+            yield True, entry.heading, entry.meaning, known(one, key, entries)
+    count = "" if one.flow is None else f"{sum(each.numel() for each in one.flow.parameters()):,}"
+    yield True, "parameters", "", count
+    yield True, "training solver", "", recipe.solver.text
+    yield True, "test solver", "", recipe.test_solver.text
+    yield True, "weights", "that are measured", recipe.weights
+    yield True, "seeds", "", ", ".join(str(run.recipe.training.seed) for run in one.measured_runs)
+    samples = " or ".join(dict.fromkeys(f"{each.samples:,}" for each in one.evaluations))
+    yield True, f"held-out {kind.samples}", "measured for the scores and penalties", samples
+    yield True, "trained on", "held-out samples that the weights have seen", trained_on(one)
+    places = [run.environment for run in one.runs]
+    device = dict.fromkeys(each.device if each else "" for each in places)
+    devices = dict.fromkeys(str(each.devices) if each else "" for each in places)
+    threads = dict.fromkeys(str(each.threads) if each else "" for each in places)
+    yield True, "device", "of each run", "; ".join(device)
+    yield True, "devices", "that train a run together", "; ".join(devices)
+    yield True, "threads", "of each run", "; ".join(threads)
+    yield True, "state", "", "; ".join(dict.fromkeys(map(state_of, one.runs)))
 
 
-# cells ---------------------------------------------------------------------------------------------------------
-
-
-def known(one: Configuration, key: str, entry: Entry) -> str:
+def known(one: Configuration, key: str, entries: Mapping[str, Entry]) -> str:
     """The mean of a quantity with its error, empty if it was not measured."""
+    entry = entries[key]
     return entry.text(one.mean(key), one.error(key, over_samples=entry.over_samples))
-
-
-def _difference(one: Configuration, base: Configuration) -> str:
-    difference = compared(one, base)
-    return "" if difference is None else f"{change(difference, one.kind)}: {difference.verdict}"
 
 
 def compared(one: Configuration, base: Configuration) -> Difference | None:
@@ -123,22 +116,9 @@ def change(difference: Difference, kind: Kind) -> str:
     return f"{change_with_error(difference.mean, difference.error)} {kind.short_unit}"
 
 
-def _each(text: Callable[[RunContents], object]) -> _Cell:
-    """A cell with the text of each run, where equal texts stand once."""
-    return lambda one: "; ".join(dict.fromkeys(str(text(run)) for run in one.runs))
-
-
-def _held_out(one: Configuration) -> str:
-    return " or ".join(dict.fromkeys(f"{each.samples:,}" for each in one.evaluations))
-
-
 def trained_on(one: Configuration) -> str:
     """How many held-out samples the weights of each run were trained on."""
     return "; ".join(dict.fromkeys(overlap_text(each.overlap, one.kind) for each in one.evaluations))
-
-
-def _parameters(one: Configuration) -> str:
-    return "" if one.flow is None else f"{sum(each.numel() for each in one.flow.parameters()):,}"
 
 
 def lambdas_text(one: Configuration) -> str:
