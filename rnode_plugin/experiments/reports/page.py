@@ -71,9 +71,8 @@ def make_page(
     """
     facts, panels = _facts(configurations), make_panels(configurations)
     grids, diagnoses = list(_grids(configurations)), list(_diagnoses(configurations))
-    environment = Environment(
-        loader=PackageLoader("rnode_plugin.experiments.reports"), undefined=StrictUndefined, autoescape=True
-    )
+    templates = PackageLoader("rnode_plugin.experiments.reports")
+    environment = Environment(loader=templates, undefined=StrictUndefined, autoescape=True)
     environment.filters |= {
         "link": partial(_link, out=out),
         "base64": lambda contents: base64.b64encode(contents).decode(),
@@ -86,6 +85,7 @@ def make_page(
         "worse_than_baseline": worse_than_baseline,
     }
     html = environment.get_template("page.html").render(
+        style=templates.get_source(environment, "style.css")[0].rstrip(),
         title=title or _title(configurations, facts),
         base=base_of(configurations),
         known=partial(known, entries=quantities(configurations)),
