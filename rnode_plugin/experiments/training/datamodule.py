@@ -89,16 +89,13 @@ class StepOrder(DistributedSampler[list[int]]):
         # device by device. One device with `accumulate` batches cuts them as so many devices with one batch do
         of_step = self._accumulate * self.num_replicas * size
         number, index = divmod(step, self._steps)
-        of_all = self._order(number)[index * of_step : (index + 1) * of_step].tolist()
-        firsts = range(self.rank * size, of_step, self.num_replicas * size)
-        return [of_all[first : first + size] for first in firsts]
-
-    def _order(self, number: int) -> torch.Tensor:
-        """Shuffle the samples for a pass, which only the seed and the number of the pass decide."""
+        # the seed and the number of a pass alone decide its order
         if self._known is None or self._known[0] != number:
             generator = torch.Generator().manual_seed(stream_seed(self.seed, Stream.ORDER, number))
             self._known = number, torch.randperm(self._samples, generator=generator)
-        return self._known[1]
+        of_all = self._known[1][index * of_step : (index + 1) * of_step].tolist()
+        firsts = range(self.rank * size, of_step, self.num_replicas * size)
+        return [of_all[first : first + size] for first in firsts]
 
 
 class ValidationOrder(DistributedSampler[list[int]]):
