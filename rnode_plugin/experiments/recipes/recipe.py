@@ -62,7 +62,6 @@ __all__ = [
     "read_recipe",
     "read_strength",
     "similar_settings",
-    "solver_settings",
 ]  # fmt: skip
 
 
@@ -124,14 +123,14 @@ _LEFT_OUT = {"solver": {"compile"}, "test_solver": {"compile"}}
 """Attributes that are no settings of a recipe. Whether a solver is compiled is a setting of the training."""
 
 
-def solver_settings(solver: Solver) -> dict[str, object]:
+def _solver_settings(solver: Solver) -> dict[str, object]:
     """The settings of a solver that a recipe has, by name."""
     return {name: value for name, value in vars(solver).items() if name not in _LEFT_OUT["solver"]}
 
 
 _SOLVERS: Mapping[str, Mapping[str, object]] = {
-    "fixed": solver_settings(FixedGrid()),
-    "adaptive": solver_settings(Adaptive()),
+    "fixed": _solver_settings(FixedGrid()),
+    "adaptive": _solver_settings(Adaptive()),
 }
 _AnySolver = Annotated[
     Annotated[FixedGrid, Tag("fixed")] | Annotated[Adaptive, Tag("adaptive")], Discriminator(_kind_of_solver)
@@ -479,7 +478,7 @@ def _text_or_none(text: str) -> str | None:
 
 def _solver_with(old: Solver, values: Mapping[str, str | None]) -> dict[str, object]:
     """The settings of a solver with other ``values``, without those that a method of another kind leaves over."""
-    merged = {**solver_settings(old), **values}
+    merged = {**_solver_settings(old), **values}
     check_name(merged["method"], METHODS, "solver method")
     kept = _SOLVERS[_kind_of_solver(merged)]
     return {key: each for key, each in merged.items() if key in kept or values.get(key) is not None}

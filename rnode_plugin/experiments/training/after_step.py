@@ -23,7 +23,6 @@ from ...errors import SolverError, TrainingError
 from ...text import batch_counter
 from ..data.batches import SIGNALS
 from ..data.hashes import fingerprint
-from ..recipes.recipe import solver_settings
 from ..runs.environment import Environment
 from ..runs.metrics import MetricsTable
 from ..runs.run import Run
@@ -91,7 +90,7 @@ class AfterStep(Checkpoint):
         # the number of the batch, and has signs in place of Gaussian noise
         noise = recipe.model.trace_noise
         self._validation: dict[str, object] = {
-            **solver_settings(recipe.test_solver),
+            **recipe.to_plain()["test_solver"],
             "seed": recipe.training.seed,
             "batch": recipe.data.val_batch_size,
             "trace_noise": "rademacher" if noise == "gaussian" else noise,

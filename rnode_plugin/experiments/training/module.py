@@ -310,7 +310,7 @@ class RnodeModule(L.LightningModule):
             scheduler = cast("LambdaLR", self.lr_schedulers())
             groups = self._optimizer().param_groups
             for group, own, factor in zip(groups, self._groups, scheduler.lr_lambdas, strict=True):
-                group.update(own)
+                group.update({**own, "params": group["params"]})
                 group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
             scheduler.base_lrs = [group["initial_lr"] for group in groups]
 
@@ -419,7 +419,7 @@ class RnodeModule(L.LightningModule):
         factor = learning_rate_factor(self.recipe.optimizer, self._planned_steps, matching=self.recipe.matching)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         # kept for `on_train_start`, before a checkpoint replaces them
-        self._groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        self._groups = optimizer.state_dict()["param_groups"]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _planned_steps(self) -> float:
