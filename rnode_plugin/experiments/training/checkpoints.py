@@ -346,9 +346,10 @@ def read_checkpoint(path: Path) -> Contents:
 def _read(path: Path) -> object:
     # torch.save writes zip archives. Older files are bare pickles, which are refused unread
     with zipfile.ZipFile(path) as archive:
-        # a few bytes that are unpacked to a thousand times as many would fill the memory, and torch never packs
-        if packed := [each.filename for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED]:
-            raise zipfile.BadZipFile(f"{packed[0]} in it is compressed")
+        for each in archive.infolist():
+            # a few bytes that are unpacked to a thousand times as many would fill the memory, and torch never packs
+            if each.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{each.filename} in it is compressed")
         if (bad := archive.testzip()) is not None:  # torch does not check the checksums of its archives
             raise zipfile.BadZipFile(f"the checksum of {bad} in it differs")
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -160,10 +160,11 @@ def make_trainer(
         raise ConfigError(
             f"fit does not take Lightning's {refused[0]}: the settings of the recipe and RunOptions decide."
         )
-    if any(
-        isinstance(each, GradientAccumulationScheduler) for each in callbacks
-    ):  # steps, epochs count by the recipe
-        raise ConfigError("fit does not take a GradientAccumulationScheduler: training.accumulate decides that.")
+    for each in callbacks:
+        if isinstance(each, GradientAccumulationScheduler):  # steps and epochs count by the recipe
+            raise ConfigError(
+                "fit does not take a GradientAccumulationScheduler: training.accumulate decides that."
+            )
     # by default no sanity check, which would validate for a while before the first step
     defaults = {"num_sanity_val_steps": 0, "enable_progress_bar": False, "enable_model_summary": False}
     plugins = options.get("plugins") or []
