@@ -237,6 +237,10 @@ def test_eval_exact(trained: Path) -> None:
     assert re.search(r"^solver +rk4_38, step 0.5$", found.stdout, re.M)
     gap = r"^solver gap .* bits/dim by this solver minus bits/dim by dopri5, tolerance 1e-05, first batch"
     assert re.search(gap, found.stdout, re.M)
+    options += ["--json", "--quiet"]
+    found = json.loads(rnode("eval", trained / "adaptive.safetensors", *options).stdout)
+    difference = found["means"]["dirty"]["mean"] - chosen["means"]["dirty"]["mean"]
+    assert found["gap"] == pytest.approx(difference, rel=1e-4), "the first batch has all images"
 
 
 def test_eval_repeats_the_numbers_of_train(trained: Path) -> None:
