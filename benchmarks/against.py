@@ -193,7 +193,7 @@ def compare(mine: Worker, theirs: Worker, name: str, repeats: int) -> str:
 
 @click.command()
 @click.argument("commit", default="HEAD")
-@click.option("--repeats", default=15, show_default=True, help="Turns of each case.")
+@click.option("--repeats", default=15, type=click.IntRange(min=2), show_default=True, help="Turns of each case.")
 @click.option("--case", "chosen", multiple=True, type=click.Choice(NAMES), help="Only this case.")
 @click.option("--work", "working", is_flag=True, hidden=True)
 def main(commit: str, repeats: int, chosen: tuple[str, ...], working: bool) -> None:
