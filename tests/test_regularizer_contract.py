@@ -166,6 +166,18 @@ def test_a_read_is_declared_by_its_own_need_and_no_other(read: str, others: list
                 penalties_at(perceptron(), 0.3, states(), [*others, regularizer])
 
 
+def test_each_regularizer_reads_an_evaluation_of_its_own() -> None:
+    kept: dict[str, FieldEvaluation] = {}
+
+    def keeping(name: str, needs: set[str]) -> Rate:
+        return Rate(name, lambda at: kept.setdefault(name, at).z[:, 0], needs=needs)
+
+    penalties_at(perceptron(), 0.3, states(), [keeping("first", {"vjp"}), keeping("last", set())])
+    assert kept["first"].divergence().shape == (3,)
+    with pytest.raises(ConfigError, match="'last' reads 'vjp'"):
+        kept["last"].divergence()
+
+
 def test_a_step_lends_what_the_method_has() -> None:
     """What a penalty uses is known before a solve, so another method is refused where the model is made."""
 

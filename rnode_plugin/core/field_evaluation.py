@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from typing import Any, Self, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ _PRODUCTS, _ROWS, _JVP = frozenset({"products"}), frozenset({"rows"}), frozenset
 _MAX_DIMS = 128  # of an exact Jacobian, which takes as many products at each evaluation
 
 
+@final
+@dataclass(slots=True, eq=False, kw_only=True)
 class FieldEvaluation:
     """An evaluation of the vector field, as one regularizer reads it.
 
@@ -33,69 +36,43 @@ class FieldEvaluation:
     :meth:`probed_products`, :meth:`jacobian` and :meth:`vjp`, ``"jvp"`` for :meth:`jvp` and
     :meth:`total_derivative`, ``"field"`` for :meth:`velocity` and :attr:`net`. A method whose need is not declared
     raises a ConfigError, even if another regularizer has declared that need.
+
+    Attributes:
+        t: the time, a scalar tensor.
+        z: the state ``(B, *event)``.
+        dz: the velocity ``f(t, z)``, with the same shape.
+        noise: the probe vector of the solve, with the same shape, or several, ``(k, B, *event)``; or None.
     """
 
-    __slots__ = (
-        "_dz", "_estimator", "_evaluator", "_known", "_linearization", "_name", "_needs", "_noise", "_products",
-        "_state", "_t", "_z", "shown",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        estimator: TraceEstimator,
-        noise: Tensor | None,
-        t: Tensor,
-        state: State,
-        linearization: Linearization,
-    ) -> None:
-        self._evaluator, self._estimator, self._noise = evaluator, estimator, noise
-        self._t, self._state, self._linearization = t, state, linearization
-        self._z = z = evaluator.z_of(state)
-        # under autocast the field runs in low precision, but integrals are summed in the precision of the state
-        self._dz = evaluator.z_of(linearization.dz).to(z.dtype)
-        products = linearization.products if linearization.rows is None else linearization.rows
-        self._products = None if products is None else products.to(z.dtype)
-        # the tensors that all regularizers are shown, and none may write into
-        self.shown = [x for x in (z, self._dz, noise, self._products) if x is not None]
-        # the solve itself may read the products
-        self._name, self._needs = "", frozenset({"vjp"})
-        # what a regularizer has computed: key, argument, whether gradients were enabled, value, and versions of
-        # argument and value
-        self._known: list[tuple[object, object, bool, Any, list[int]]] = []
-
-    @property
-    def t(self) -> Tensor:
-        """The time, a scalar tensor."""
-        return self._t
-
-    @property
-    def z(self) -> Tensor:
-        """The state ``(B, *event)``."""
-        return self._z
-
-    @property
-    def dz(self) -> Tensor:
-        """The velocity ``f(t, z)``, with the same shape."""
-        return self._dz
-
-    @property
-    def noise(self) -> Tensor | None:
-        """The probe vector of the solve, with the same shape, or several, ``(k, B, *event)``; or None."""
-        return self._noise
-
-    def read_by(self, name: str, needs: Collection[str]) -> Self:
-        """This evaluation, from now on for the regularizer ``name``, which has declared its ``needs``."""
-        self._name, self._needs = name, needs
-        return self
+    t: Tensor
+    z: Tensor
+    dz: Tensor
+    noise: Tensor | None
+    _name: str
+    """The regularizer that reads it."""
+    _needs: Collection[str]
+    """What this regularizer has declared."""
+    _products: Tensor | None
+    """The products that the estimator computed along with the velocity, in the dtype of ``z``."""
+    _linearization: Linearization
+    _state: State
+    _evaluator: Evaluator
+    _estimator: TraceEstimator
+    _known: list[tuple[object, object, bool, Any, list[int]]]
+    """What the regularizers have computed: key, argument, whether gradients were enabled, value, and versions of
+    argument and value. All regularizers of an evaluation share this list."""
 
     def divergence(self) -> Tensor:
         """``div f (B,)``, exact (eq. 3) or estimated (eq. 5), in nats per unit of time."""
-        return self._estimator.divergence(self._shared_products(), self.noise)
+        self._require("vjp")
+        assert self._products is not None
+        return self._estimator.divergence(self._products, self.noise)
 
     def squared_frobenius(self) -> Tensor:
         """``||df/dz||_F^2 (B,)``, exact (eq. 13) or estimated (eq. 16)."""
-        return self._estimator.squared_frobenius(self._shared_products(), self.noise)
+        self._require("vjp")
+        assert self._products is not None
+        return self._estimator.squared_frobenius(self._products, self.noise)
 
     def probed_products(self) -> ProbedProducts:
         """The probe vectors ``v_i``, their weight and the shared products ``v_i^T df/dz``.
@@ -103,7 +80,9 @@ class FieldEvaluation:
         Raises:
             ConfigError: for the estimator ``"difference"``, which has no such products.
         """
-        products = self._shared_products()
+        self._require("vjp")
+        products = self._products
+        assert products is not None
         return self._once("probed", lambda: self._estimator.probed(products, self.noise))
 
     @property
@@ -232,12 +211,6 @@ class FieldEvaluation:
         rows = self._evaluator.repeat(self.t, self._state, _ROWS).rows
         assert rows is not None
         return rows.to(self.z.dtype)
-
-    def _shared_products(self) -> Tensor:
-        """The products that the estimator computed along with the velocity."""
-        self._require("vjp")
-        assert self._products is not None
-        return self._products
 
     def _require(self, need: str) -> None:
         if need not in self._needs:

@@ -277,9 +277,7 @@ class Regularizers:
             velocities=[z_of(v) for v in record.velocities],
             error=None if record.error is None else z_of(record.error),
         )
-        untouched = [seen.z0, seen.z1, *seen.states, *seen.velocities]
-        if seen.error is not None:
-            untouched.append(seen.error)
+        untouched = [seen.z0, seen.z1, *seen.states, *seen.velocities, seen.error]
         return {
             each.name: (each.reduction, checked(each.name, each.of, (seen,), untouched, seen.z0))
             for each in self.steps
@@ -422,7 +420,7 @@ _WRITES = (
 
 
 def checked(
-    name: str, call: Callable[..., Tensor], seen: Sequence[Any], untouched: Sequence[Tensor], like: Tensor
+    name: str, call: Callable[..., Tensor], seen: Sequence[Any], untouched: Sequence[Tensor | None], like: Tensor
 ) -> Tensor:
     """``call(*seen)``, a real floating-point tensor ``(B,)``; an error names the regularizer.
 
@@ -440,8 +438,29 @@ def checked(
         ConfigError: for another result, and for a regularizer that writes into ``untouched``.
         PluginError: if the regularizer raises another error.
     """
-    # a graph is traced after the same call was made for the checks of a solve, and cannot count writes
-    value = call(*seen) if torch.compiler.is_compiling() else _watched(name, call, seen, untouched)
+    if torch.compiler.is_compiling():  # after the same call was made for the checks of a solve
+        value = call(*seen)
+    else:
+        # torch counts writes into a tensor in its version; tensors made in inference mode have none
+        versions: list[tuple[Tensor, int]] = []
+        for x in untouched:
+            if x is not None and not x.is_inference():
+                versions.append((x, x._version))
+        try:
+            value = call(*seen)
+        except Exception as error:
+            if _passes(error):
+                raise
+            text = _one_line(error)
+            if "appears to not have been used in the graph" in text or "does not require grad" in text:
+                text += (
+                    ". If the regularizer differentiates dz with respect to z, let it declare needs={'vjp'}, as in "
+                    "Rate(name, function, needs={'vjp'}), and read evaluation.vjp(v)"
+                )
+            raise PluginError(f"the regularizer {name!r} raised {text}") from error
+        for x, before in versions:
+            if x._version != before:
+                raise ConfigError(_WRITES.format(name))
     if not isinstance(value, Tensor) or value.shape != like.shape[:1] or not value.is_floating_point():
         got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise ConfigError(
@@ -450,28 +469,6 @@ def checked(
         )
     # torch.compile cannot trace `like.dtype.to_real()`
     return value.to(torch.promote_types(value.dtype, like.real.dtype))
-
-
-def _watched(name: str, call: Callable[..., Tensor], seen: Sequence[Any], untouched: Sequence[Tensor]) -> Tensor:
-    """``call(*seen)``, with the errors of :func:`checked` for what the call raises and writes."""
-    # torch counts writes into a tensor in its version; tensors made in inference mode have none
-    versions = [None if x.is_inference() else x._version for x in untouched]
-    try:
-        value = call(*seen)
-    except Exception as error:
-        if _passes(error):
-            raise
-        text = _one_line(error)
-        if "appears to not have been used in the graph" in text or "does not require grad" in text:
-            text += (
-                ". If the regularizer differentiates dz with respect to z, let it declare needs={'vjp'}, as in "
-                "Rate(name, function, needs={'vjp'}), and read evaluation.vjp(v)"
-            )
-        raise PluginError(f"the regularizer {name!r} raised {text}") from error
-    for x, before in zip(untouched, versions, strict=True):
-        if before is not None and x._version != before:
-            raise ConfigError(_WRITES.format(name))
-    return value
 
 
 def _times_of(policy: SpanPolicy, times: Tensor, *, training: bool) -> Tensor:

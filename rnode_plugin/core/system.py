@@ -133,7 +133,8 @@ class RightHandSide:
                 ``(B,)`` or writes into a tensor that it is shown.
             PluginError: if a regularizer raises another error.
         """
-        return self._function(t, _tensor(state))
+        assert isinstance(state, Tensor)
+        return self._function(t, state)
 
     def check_end(self, t: Tensor, state: State) -> None:
         """Check the field at the end of a solve, without effects; see :meth:`Field.check_end`.
@@ -274,10 +275,12 @@ class System:
         """
         regularizers, estimator = self.regularizers.integrated, self.estimator
         in_column = columns is not None and columns.event_shape is not None
-        whole = state if columns is None else columns.without_cost(_tensor(state))
+        whole: Any = state
+        if columns is not None:
+            whole = columns.without_cost(whole)
         looks = bool(regularizers.penalties) or not isinstance(whole, Tensor)
         part = self.part.part(whole) if looks and not in_column else None
-        z = _tensor(whole) if part is None else part.take(whole)
+        z: Tensor = whole if part is None else part.take(whole)
         z = z if columns is None else columns.z_of(z)
         needs = regularizers.needs
         products = density or "vjp" in needs
@@ -324,11 +327,6 @@ def _parameters(field: object) -> Iterable[Tensor]:
     return field.parameters() if isinstance(field, nn.Module) else ()
 
 
-def _tensor(state: State) -> Tensor:
-    assert isinstance(state, Tensor)
-    return state
-
-
 @final
 @dataclass(eq=False, kw_only=True)
 class FieldRightHandSide(RightHandSide):
@@ -366,44 +364,64 @@ class FieldRightHandSide(RightHandSide):
     counters: Sequence[dict[str, Any]] = ()
 
     def __call__(self, t: Tensor, state: State, *, products: bool = True) -> Derivative:
-        self.count(1)
-        columns, given = self.columns, state
+        for counter in self.counters:
+            counter["nfe"] += 1
+        columns, evaluator = self.columns, self.evaluator
+        given: Any = state
         if columns is not None:
-            given = columns.without_cost(_tensor(state))
+            given = columns.without_cost(given)
             state = columns.z_of(given)
             products = products or self.trace  # a trace in a column is a part of the state
         if not products:  # a stage without them in a sampled quadrature, or a guess of the first step
-            linearization = self.evaluator.evaluate(t, state)
+            linearization = evaluator.evaluate(t, state)
         elif self.by_estimator:
-            linearization = self.estimator.linearize(self.evaluator, t, state, self.probes, self.wants)
+            linearization = self.estimator.linearize(evaluator, t, state, self.probes, self.wants)
         else:
-            linearization = self.evaluator.evaluate(t, state, self.wants, self.probes)
+            linearization = evaluator.evaluate(t, state, self.wants, self.probes)
         dz, dlogdet, penalties, rates = linearization.dz, None, {}, self.regularizers.rates
-        if self.trace or rates:
-            evaluation = FieldEvaluation(self.evaluator, self.estimator, self.probes, t, state, linearization)
-            z, trace = evaluation.z, linearization.trace
-            if self.evaluator.part is None:
-                dz = evaluation.dz
-            _check_shape(evaluation.dz, z)
+        z: Any = state
+        velocity, measured = dz, self.trace or bool(rates)
+        if measured:
+            z, velocity = evaluator.z_of(state), evaluator.z_of(dz)
+        if measured or (columns is None and isinstance(z, Tensor)):  # torchdiffeq checks the tensors of a tuple
+            if velocity.shape != z.shape:
+                raise ConfigError(
+                    f"the vector field returned shape {tuple(velocity.shape)} for a state of shape "
+                    f"{tuple(z.shape)}; f(t, z) must have the shape of z."
+                )
+            # under autocast the field runs in low precision, but integrals are summed in the precision of the state
+            velocity = velocity.to(z.dtype)
+            if not measured or evaluator.part is None:
+                dz = velocity
+        if measured:
+            shared = linearization.products if linearization.rows is None else linearization.rows
+            shared = None if shared is None else shared.to(z.dtype)
             if self.trace and products:
-                dlogdet = evaluation.divergence() if trace is None else trace.to(z.dtype)
+                if linearization.trace is not None:
+                    dlogdet = linearization.trace.to(z.dtype)
+                else:
+                    assert shared is not None
+                    dlogdet = self.estimator.divergence(shared, self.probes)
+            known: list[Any] = []  # what the regularizers compute of this evaluation
             for name, rate in rates.items():
                 if products or not rate.needs:
-                    seen = (evaluation.read_by(name, rate.needs),)
-                    penalties[name] = checked(name, rate.of, seen, evaluation.shown, z)
-        elif columns is None and isinstance(state, Tensor):  # torchdiffeq checks the tensors of a tuple
-            _check_shape(dz, state)
-            dz = dz.to(state.dtype)
+                    evaluation = FieldEvaluation(
+                        t=t, z=z, dz=velocity, noise=self.probes, _name=name, _needs=rate.needs, _products=shared,
+                        _linearization=linearization, _state=state, _evaluator=evaluator,
+                        _estimator=self.estimator, _known=known,
+                    )  # fmt: skip
+                    shown = z, velocity, self.probes, shared
+                    penalties[name] = checked(name, rate.of, (evaluation,), shown, z)
         if columns is None:
             return Derivative(dz, dlogdet, penalties)
-        return columns.derivative(t, _tensor(given), dz, dlogdet, penalties)
+        return columns.derivative(t, given, dz, dlogdet, penalties)
 
     def check_end(self, t: Tensor, state: State) -> None:
-        if self.columns is not None:
-            state = self.columns.z_of(self.columns.without_cost(_tensor(state)))
-        if unseen(self.evaluator.z_of(state)):
-            return
         given: Any = state
+        if self.columns is not None:
+            given = self.columns.z_of(self.columns.without_cost(given))
+        if unseen(self.evaluator.z_of(given)):
+            return
         self.field.check_end(t, given, self.probes, self.wants, peek=cast(Any, self.evaluator.peek))
 
     @property
@@ -414,7 +432,8 @@ class FieldRightHandSide(RightHandSide):
         return replace(self, evaluator=self.evaluator.traceable(), counters=())
 
     def check(self, t: Tensor, state: State) -> str:
-        z = self.z_of(_tensor(state))
+        assert isinstance(state, Tensor)
+        z = self.z_of(state)
         with self.evaluator.without_effects(z) as before:
             replace(self, counters=())(t, state)
             draws = before is not None and not same_states(before, random_states(z))
@@ -447,11 +466,3 @@ class FieldRightHandSide(RightHandSide):
         if self.columns is not None:
             state = self.columns.z_of(self.columns.without_cost(state))
         return self.evaluator.z_of(state)
-
-
-def _check_shape(dz: Tensor, z: Tensor) -> None:
-    if dz.shape != z.shape:
-        raise ConfigError(
-            f"the vector field returned shape {tuple(dz.shape)} for a state of shape {tuple(z.shape)}; f(t, z) "
-            "must have the shape of z."
-        )
