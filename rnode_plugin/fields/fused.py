@@ -111,21 +111,28 @@ class Stack(Field):
         self.dtype = z.dtype
         if z.dtype is torch.float32 and autocasts(z):
             self.dtype = torch.get_autocast_dtype(z.device.type)
-        self._timed = any(time is not None for time, _, _ in layers)
+        self._timed = False
+        self.shapes: list[torch.Size] = []
+        self.bias_sizes: list[int] = []  # number of entries of each layer's bias
         rows: list[Tensor] = []  # torch.compile cannot trace list[Tensor]()
+        flat: list[Tensor] = []
+        sizes: list[int] = []
         with _without_autocast(z):
             for time, weight, bias in layers:
+                self._timed = self._timed or time is not None
                 time = weight.new_zeros(weight.shape[0], 1, *weight.shape[2:]) if time is None else time
                 bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
                 rows.append(kind.bias_rows(time, bias, self.event))
+                self.bias_sizes.append(rows[-1].shape[1])
+                flat.append(kind.flat(weight))
+                self.shapes.append(weight.shape)
+                sizes.append(weight.numel())
         # one row for all layers, so that one addcmul adds t times the response of all of them
         b_and_r = torch.cat(rows, 1)
-        flat = [kind.flat(weight) for _, weight, _ in layers]
         self.theta = torch.cat([(b_and_r if self._timed else b_and_r[0]).reshape(-1), *flat])
-        self.shapes = [weight.shape for _, weight, _ in layers]
         self.activations = len(layers) - 1  # their number, L - 1
         self.start = b_and_r.shape[1] * (1 + self._timed)  # index of the first weight in theta
-        self._sizes = [b_and_r.shape[1]] * (1 + self._timed) + [each.numel() for each in flat]
+        self._sizes = [b_and_r.shape[1]] * (1 + self._timed) + sizes
         self._W_L = kind.unflat(flat[-1], self.shapes[-1])
         self._plain: Layers | None = None
         self._captured = False
@@ -133,7 +140,7 @@ class Stack(Field):
         if fast:
             # detached: the hand-written nodes take theta as an input and return its gradient themselves
             b, r, weights = self._pieces(self.theta.detach())
-            self.fast = Layers([kind.prepared(W_k.to(self.dtype)) for W_k in weights], b, r)
+            self.fast = Layers(list(map(kind.prepared, weights)), b, r)
         # several noises of convolutions are evaluated as one larger batch, see _several
         several = noise is not None and noise.ndim > 2 + len(self.event)
         self._noise = None if several and kind is not Dense else noise
@@ -152,14 +159,7 @@ class Stack(Field):
     def layers_of(self, theta: Tensor) -> Layers:
         """The layers with parameters ``theta``, in operations that autograd and torch.func can differentiate."""
         b, r, weights = self._pieces(theta)
-        return Layers([_PlainMap(self.kind, W_k.to(self.dtype)) for W_k in weights], b, r)
-
-    def biases(self, row: Tensor) -> list[Tensor]:
-        """Cut one row with all biases into the biases of each layer, ``(1, out, ...)``, as views."""
-        pixels = torch.Size(self.event).numel()
-        outputs = [shape[0] for shape in self.shapes]
-        rows = row.to(self.dtype).split([n * pixels for n in outputs])
-        return [self.kind.unflat_bias(each, n, self.event) for each, n in zip(rows, outputs, strict=True)]
+        return Layers([_PlainMap(self.kind, W_k) for W_k in weights], b, r)
 
     def traceable(self) -> Stack:
         stack = copy.copy(self)
@@ -173,8 +173,8 @@ class Stack(Field):
 
     def __call__(self, t: Tensor | float, z: Tensor, /) -> Tensor:
         """The velocity ``(B, *event)``, differentiable any number of times."""
-        z = self._with_context(z)
-        return _plain(self, _as_time(t, z), z, None)[0]
+        t, x = _as_time(t, z), z if self._context is None else torch.cat([z, self._context.to(z.dtype)], 1)
+        return _plain(self, t, x, None)[0]
 
     def linearize(
         self,
@@ -210,15 +210,13 @@ class Stack(Field):
         g = None
         if probes is not None:
             g = self._g if probes is self._noise and self._g is not None else self._g_of(probes)
-        dz, products = self._pass(t, self._with_context(z), g)
-        return dz, self._without_context(z, products)
+        return self._pass(t, z, g)
 
     def _with_rows(self, t: Tensor, z: Tensor, wants: frozenset[str]) -> Linearization:
         """The velocity, the rows of the Jacobian and, if it is wanted, its trace."""
         if self.kind is Dense:
             # equation (2) for the unit vectors e: the rows of W_L, the same for all samples
-            dz, rows = self._pass(t, self._with_context(z), self._W_L.unsqueeze(1))
-            rows = self._without_context(z, rows)
+            dz, rows = self._pass(t, z, self._W_L.unsqueeze(1))
         else:
             dz, rows = self._several(t, z, unit_vectors(z).expand(-1, *z.shape))
         assert rows is not None
@@ -242,11 +240,16 @@ class Stack(Field):
         ``g`` is the ``g_{L-1}`` of the noise. With ``(K, B, ...)`` or ``(K, 1, ...)`` for linear layers there are K
         products, ``(K, B, ...)``.
         """
+        # for the layers the context is more columns of the state
+        x = z if self._context is None else torch.cat([z, self._context.to(z.dtype)], 1)
+        outputs: Any
         # the product of a single layer does not depend on the state, so the hand-written pass has nothing to do
         if self.fast is None or (g is not None and not self.activations) or traced():
-            return _plain(self, t, z, g)
-        outputs: Any = _Evaluation.apply(self, t, z, g, self.theta)
-        return outputs
+            outputs = _plain(self, t, x, g)
+        else:
+            outputs = _Evaluation.apply(self, t, x, g, self.theta)
+        dz, products = outputs
+        return dz, products if self._context is None or products is None else products[..., : z.shape[1]]
 
     def _g_of(self, e: Tensor) -> Tensor:
         """Equation (2): ``g_{L-1}`` of the noise ``e``. It is the same at all times of a solve.
@@ -258,18 +261,12 @@ class Stack(Field):
             g = self.kind.transposed(self.cast(e), self._W_L.to(self.dtype))
             return self.kind.layout(g).to(e.dtype)
 
-    def _with_context(self, z: Tensor) -> Tensor:
-        return z if self._context is None else torch.cat([z, self._context.to(z.dtype)], 1)
-
-    def _without_context(self, z: Tensor, products: Tensor | None) -> Tensor | None:
-        """The products with respect to ``z`` alone: for the layers the context is more columns of the state."""
-        return products if self._context is None or products is None else products[..., : z.shape[1]]
-
     def _pieces(self, theta: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Biases and responses (None without time) of all layers, and the weight of each layer, as views."""
+        """Biases and responses (None without time) of all layers, and the weight that each computes with."""
         b, *rest = theta.split(self._sizes)
         r = rest.pop(0) if self._timed else None
-        return b, r, [self.kind.unflat(row, shape) for row, shape in zip(rest, self.shapes, strict=True)]
+        weights = zip(rest, self.shapes, strict=True)
+        return b, r, [self.kind.unflat(row, shape).to(self.dtype) for row, shape in weights]
 
 
 @dataclass(frozen=True)
@@ -331,18 +328,18 @@ def _velocity(
     stack: Stack, layers: Layers, t: Tensor, z: Tensor, a: list[Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Equation (1): the velocity ``f`` and the list ``y``. A given list ``a`` receives ``a_1 ... a_{L-1}``."""
-    (W, b, r), s = layers, stack.activation
+    (W, b, r), s, (*hidden, last) = layers, stack.activation, stack.shapes
     b_and_t_r = b if r is None else torch.addcmul(b, r, t.to(b.dtype))
-    *biases, last_bias = stack.biases(b_and_t_r)
+    rows = b_and_t_r.to(stack.dtype).split(stack.bias_sizes)  # the bias of each layer
     u = stack.cast(z)
     y: list[Tensor] = []  # torch.compile cannot trace list[Tensor]()
-    for W_k, bias in zip(W[:-1], biases, strict=True):
-        a_k = W_k.apply(u, bias)
+    for W_k, row, shape in zip(W, rows, hidden, strict=False):  # W_L remains
+        a_k = W_k.apply(u, stack.kind.unflat_bias(row, shape[0], stack.event))
         u = s.value(a_k)
         y.append(u if s.keeps_output else a_k)
         if a is not None:
             a.append(a_k)
-    return W[-1].apply(u, last_bias), y
+    return W[-1].apply(u, stack.kind.unflat_bias(rows[-1], last[0], stack.event)), y
 
 
 def _product(
@@ -402,7 +399,8 @@ class _Evaluation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         stack: Stack = ctx.stack
-        if all(each is None for each in grad_outputs):
+        of_velocity, of_product = grad_outputs
+        if of_velocity is None and of_product is None:
             return (None,) * 5
         saved = ctx.saved_tensors  # read once, because torch's checkpoint unpacks saved tensors only once
         inputs, rest = saved[:4], saved[4:]

@@ -329,7 +329,10 @@ class _Pass:
                 noise = field.layout(noise)
         rhs = self._system.start(field, z, density=self._density, probes=noise, one_graph=one_graph)
         block = len(self._flow.fields) - 1 - index if self._backward else index
-        times, history = self._times(z), self._flow.history
+        with on_host():  # times on the CPU, where the host reads them without waiting for the device
+            times = torch.tensor((0.0, 1.0), dtype=z.dtype)
+        times = self._flow.regularizers.times(times, training=self._draws_times, backward=self._backward)
+        history = self._flow.history
         solution = self._solver.solve(rhs, z, times, **history.warm_start(times, block=block))
         history.keep_step(solution.longest_safe_step, times, block=block)
         if solution.logdet is not None:
@@ -341,12 +344,6 @@ class _Pass:
             self._totals, solution.penalties, solves=index + 1, share=solution.stats.steps / self._steps
         )
         return solution.z[-1]
-
-    def _times(self, z: Tensor) -> Tensor:
-        """The times of one block ``(2,)``, on the CPU, where the host reads them without waiting for the device."""
-        with on_host():
-            times = torch.tensor((0.0, 1.0), dtype=z.dtype)
-        return self._flow.regularizers.times(times, training=self._draws_times, backward=self._backward)
 
     def output(self, x: Tensor, z: Tensor, logdet: Tensor, health: tuple[HealthCheck, ...] = ()) -> FlowOutput:
         """The output of a pass between ``x`` and ``z``; ``logdet`` belongs to the direction of the pass."""

@@ -200,13 +200,13 @@ class MultiscaleFlow(BlockFlow):
             raise ConfigError(f"alpha must be between 0 and 0.5 (both excluded), not {alpha!r}.")
         self.alpha, self.levels = alpha, check_count(levels, "levels")
         self.stages = plan_stages(self.image_shape)
-
-        def default(shape: Shape) -> nn.Module:
-            return conv_field(shape[0], hidden=hidden, layers=layers, activation=activation)
-
-        self.fields = nn.ModuleList(map(field or default, self.block_shapes))
-        for each in self.fields:
-            refuse_state_first(each, "MultiscaleFlow")
+        self.fields = nn.ModuleList()
+        for each in self.block_shapes:
+            if field is None:
+                self.fields.append(conv_field(each[0], hidden=hidden, layers=layers, activation=activation))
+            else:
+                self.fields.append(field(each))
+                refuse_state_first(self.fields[-1], "MultiscaleFlow")
 
     @property
     def block_shapes(self) -> list[Shape]:
