@@ -18,7 +18,6 @@ from ..core.modes import on_device, read
 from ..core.system import Derivative, RightHandSide
 from ..errors import ConfigError, SolverError
 from .controller import StepController
-from .graph import stepper
 from .solution import Solution
 from .step import (
     Problem,
@@ -49,7 +48,7 @@ def march(solver: Adaptive, problem: Problem, *, take: Callable[..., Step] | Non
     method, sampled = get_method(solver.method), solver.quadrature == "sampled"
     # an interpolant gives states alone, so a density stops at each output
     interpolate = None if rhs.divergence else method.interpolate
-    take = stepper(solver, problem) if take is None else take
+    take = problem.stepper(method, solver.tolerances) if take is None else take
     budget = int(solver.max_nfe or DEFAULT_MAX_NFE)
     sign = 1.0 if bool(span[-1] >= span[0]) else -1.0
     control = StepController(method, solver.atol, solver.rtol, sign)

@@ -16,7 +16,6 @@ from torch import Tensor
 from ..core.health import HealthCheck, health
 from ..core.modes import on_host, read, refuse_capture
 from ..errors import ConfigError
-from .graph import stepper
 from .solution import Solution
 from .step import (
     Draw,
@@ -45,16 +44,16 @@ def march(solver: FixedGrid, problem: Problem, *, take: Callable[..., Step] | No
     # A density draws one stage in each step, below. Penalties alone draw fewer evaluations, over the whole solve.
     if solver.quadrature == "sampled" and not rhs.divergence:
         draws = _draw_stages(method, _lengths(t_span, counts))
-    take = stepper(solver, problem) if take is None else take
+    take = problem.stepper(method, solver.tolerances) if take is None else take
     # times on the CPU stay there, so that step lengths are numbers for the host, unless they require a gradient
     if t_span.device.type != "cpu" or t_span.requires_grad:
         t_span = t_span.to(z.device)
     with on_host():
-        outputs, intervals = _grid(t_span, counts, z.device)
+        outputs, grid = _grid(t_span, counts, z.device)
     totals = Totals([outputs[0]], [z], knots=[(outputs[0], z)] if problem.save_steps else None)
-    finite: list[Tensor] = []
-    for output, interval in zip(outputs[1:], intervals, strict=True):
-        for start, dt, end in interval:
+    finite, steps = list[Tensor](), iter(grid)
+    for output, count in zip(outputs[1:], counts, strict=True):
+        for start, dt, end in itertools.islice(steps, count):
             draw = None
             if solver.quadrature == "sampled":
                 draw = draw_stage(method) if draws is None else draws[totals.steps]
@@ -66,7 +65,7 @@ def march(solver: FixedGrid, problem: Problem, *, take: Callable[..., Step] | No
             if solver.max_nfe is not None and totals.nfe > solver.max_nfe:
                 fail_max_nfe(float(end.detach()), totals.steps, totals.nfe, int(solver.max_nfe))
         totals.save(output, z)
-    return totals.solution(health=(_health_of(totals, z, finite, intervals),))
+    return totals.solution(health=(_health_of(totals, z, finite, grid),))
 
 
 def _counts(solver: FixedGrid, t_span: Tensor) -> list[int]:
@@ -85,7 +84,7 @@ def _counts(solver: FixedGrid, t_span: Tensor) -> list[int]:
 
 
 def _health_of(
-    totals: Totals, z: Tensor, finite: list[Tensor], intervals: Sequence[Sequence[tuple[Tensor, Tensor, Tensor]]]
+    totals: Totals, z: Tensor, finite: list[Tensor], grid: Sequence[tuple[Tensor, Tensor, Tensor]]
 ) -> HealthCheck:
     """The check that a solve stayed finite, up to the state ``z`` at its end.
 
@@ -93,18 +92,17 @@ def _health_of(
         totals: the whole solve.
         z: its last state.
         finite: the health of the state after each step.
-        intervals: start, length and end of each step in each interval of the times.
+        grid: start, length and end of each step.
     """
     # the check outlives the solve, and must not refer to its outputs
     logdet, penalties, steps, evaluations = totals.logdet, totals.penalties, totals.steps, totals.nfe
     # an integral that is not finite once never is again, so one check at the end is enough
-    integrals = [x for x in (logdet, *penalties.values()) if x is not None]
+    integrals = [*penalties.values()] if logdet is None else [logdet, *penalties.values()]
     if integrals:
-        finite[-1] = health(torch.cat([finite[-1].reshape(1), *(x.flatten() for x in integrals)]))
+        finite[-1] = health(torch.cat([finite[-1].reshape(1), *map(torch.flatten, integrals)]))
 
     def fail(bad: int) -> NoReturn:
-        start, *_ = [*itertools.chain(*intervals)][bad]
-        t = float(start.detach())
+        t = float(grid[bad][0].detach())
         nfe = (bad + 1) * evaluations // steps  # all steps of a grid cost the same
         if bad < steps - 1:
             fail_nonfinite(t, bad, nfe)
@@ -115,8 +113,8 @@ def _health_of(
 
 def _grid(
     t_span: Tensor, counts: Sequence[int], device: torch.device
-) -> tuple[list[Tensor], list[list[tuple[Tensor, Tensor, Tensor]]]]:
-    """The times of ``t_span`` on ``device``, and of each interval between them the steps: start, length and end.
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
+    """The times of ``t_span`` on ``device``, and the steps between them: start, length and end.
 
     Starts and ends are on ``device``, lengths where ``t_span`` is. With one step per interval this is bitwise
     torchdyn's grid, in which the length of a step is the time left to the next output.
@@ -133,8 +131,7 @@ def _grid(
     if t_span.device != device:
         moved = _on_device(torch.cat([t_span, torch.stack(times)]), device)
         outputs, times = moved[: len(t_span)], moved[len(t_span) :]
-    steps = iter(zip(times, lengths, times[1:], strict=False))
-    return outputs, [list(itertools.islice(steps, count)) for count in counts]
+    return outputs, list(zip(times, lengths, times[1:], strict=False))
 
 
 def _on_device(times: Tensor, device: torch.device) -> list[Tensor]:

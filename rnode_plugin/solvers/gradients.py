@@ -5,10 +5,11 @@ A solver has one of these objects, which runs the solver's steps. Importing this
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import check_name
+from .tableaus import get_method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,10 +48,9 @@ class Checkpointed(Gradient):
     def solve(self, solver: Solver, problem: Problem) -> Solution:
         from ..core.modes import on_device
         from .checkpoint import checkpointed
-        from .graph import stepper
 
-        z = problem.z
-        take = checkpointed(stepper(solver, problem), problem.rhs, z, on_device(problem.t_span[0], z.device))
+        z, plain = problem.z, problem.stepper(get_method(solver.method), solver.tolerances)
+        take = checkpointed(plain, problem.rhs, z, on_device(problem.t_span[0], z.device))
         return solver.march(problem, take=take)
 
 
@@ -80,17 +80,18 @@ class Adjoint(Gradient):
         from .step import Problem
 
         rhs, z, t = problem.rhs, problem.z, problem.t_span
-        save_steps, safe_step = problem.save_steps or self.restarted, problem.safe_step
+        save_steps, safe_step, compiled = problem.save_steps or self.restarted, problem.safe_step, problem.compiled
 
         def forward(z: Tensor, t: Tensor) -> Solution:
             # the graph keeps this function, which must not refer to the state of the problem above
-            again = Problem(rhs=rhs, z=z, t_span=t, save_steps=save_steps, safe_step=safe_step)
+            again = Problem(
+                rhs=rhs, z=z, t_span=t, save_steps=save_steps, safe_step=safe_step, compiled=compiled
+            )  # fmt: skip
             return self.outputs(solver.march(again), adaptive=solver.adaptive)
 
         if transforms_active() or not torch.is_grad_enabled():
             return forward(z, t)
-        # its steps differentiate by autograd, which a graph cannot
-        backward = replace((self.backward or solver).without_interpolation(), compile=False)
+        backward = (self.backward or solver).without_interpolation()
         call = AdjointCall(
             rhs, forward, backward, self.restarted, problem.adjoint_safe_step, problem.keep_adjoint_step
         )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..core.evaluator import random_states, restore
-from ..core.modes import hook_numbers, is_of_compiler, on_device, read, runs_backward, traced
+from ..core.modes import hook_numbers, is_of_compiler, on_device, runs_backward, traced
 from ..core.modules import module_of
 from ..core.system import Derivative, RightHandSide
 from .step import Draw, Problem, Step, Stepper
@@ -52,41 +52,33 @@ def solve(solver: Solver, problem: Problem, run: Callable[[Solver, Problem], Sol
     Args:
         solver: the solver with ``compile``.
         problem: the problem.
-        run: solves the problem by a solver, without or with compiled steps.
+        run: solves a problem by a solver.
     """
-    rhs, z, t, plain = problem.rhs, problem.z, problem.t_span, replace(solver, compile=False)
+    rhs, z, t = problem.rhs, problem.z, problem.t_span
     asked = torch.is_grad_enabled() and not (traced() or torch.compiler.is_compiling() or z.is_meta)
     if not asked:
-        return run(plain, problem)
+        return run(solver, problem)
     try:
         known = _steps.get(rhs.owner, {})
     except TypeError:  # an object that cannot be referred to weakly
         _warn(f"{type(rhs.owner).__name__} objects cannot keep a graph")
         known = None
     if known is None:
-        return run(plain, problem)
+        return run(solver, problem)
     why = "" if get_method(solver.method).traceable else "torch.compile cannot trace this solver object"
     # a full adaptive solve evaluates its first stage before it takes a step
     if not why and not (solver.adaptive and solver.quadrature == "full" and not rhs.repeats):
         why = rhs.check(on_device(t[0].detach(), z.device), z)
     if why:
         _give_up(rhs, why)
-        return run(plain, problem)
+        return run(solver, problem)
     before = random_states(z)
     try:
-        return run(solver, problem)
+        return run(solver, replace(problem, compiled=_GraphStepper))
     except _UntracedError:
         if before is not None:
             restore(before)
-        return run(plain, problem)
-
-
-def stepper(solver: Solver, problem: Problem) -> _Taking:
-    """The function that takes the steps of a solver: a :class:`Stepper`, or its graph."""
-    times = read(problem.t_span) if problem.t_span.is_cpu else None
-    forward = times is not None and times[-1] > times[0]
-    plain = Stepper(problem.rhs, get_method(solver.method), solver.tolerances, forward=forward)
-    return _GraphStepper(plain) if solver.compile else plain
+        return run(solver, problem)
 
 
 class _UntracedError(Exception):

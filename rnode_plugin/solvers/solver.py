@@ -272,13 +272,13 @@ class Adaptive(Solver):
             )
         check_tolerance(self.atol, "atol")
         check_tolerance(self.rtol, "rtol")
-        if all(isinstance(x, (int, float)) and x == 0 for x in self.tolerances):
+        if _is_number(self.atol) and _is_number(self.rtol) and self.atol == self.rtol == 0:
             raise ConfigError("atol and rtol are both 0, which no step can meet: raise one of them.")
         _check_positive(self.first_step, "first_step")
 
     @property
     def text(self) -> str:
-        absolute, relative = (_tolerance_text(each) for each in self.tolerances)
+        absolute, relative = map(_tolerance_text, self.tolerances)
         both = f"tolerance {absolute}" if absolute == relative else f"atol {absolute}, rtol {relative}"
         return f"{self.name}, {both}"
 
@@ -355,8 +355,11 @@ def refuse(
                 f"error that the log-determinant does not have. Use one of {', '.join(FIXED_METHODS)}, or "
                 "quadrature='full'."
             )
-    on_accepted = [penalty for penalty in penalties if not penalty.local]
-    for penalty in on_accepted:
+    on_accepted = ""  # the name of the first such penalty
+    for penalty in penalties:
+        if penalty.local:
+            continue
+        on_accepted = on_accepted or penalty.name
         has = {"error": solver.adaptive, "pair": method.pair is not None}
         for use in penalty.uses:
             if not has[use]:
@@ -367,7 +370,7 @@ def refuse(
                 )
     if on_accepted and differentiated and not through_steps:
         raise ConfigError(
-            f"{on_accepted[0].name!r} is a penalty on the solver's steps, and a continuous adjoint does not go "
+            f"{on_accepted!r} is a penalty on the solver's steps, and a continuous adjoint does not go "
             "through them: use 'autograd' or 'checkpointed', or 'local_error' or 'local_stiffness' instead."
         )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.health import HealthCheck
-from ..core.modes import constant, exporting, on_device, on_host, refuse_capture, transforms_active
+from ..core.modes import constant, exporting, on_device, on_host, read, refuse_capture, transforms_active
 from ..core.regularizer import StepRecord
 from ..core.system import Derivative, RightHandSide
 from ..errors import ConfigError, SolverError
@@ -59,6 +59,7 @@ class Problem:
     Attributes:
         z: the state at the first time.
         save_steps: whether the solution contains the accepted steps.
+        compiled: makes a graph of the steps that a :class:`Stepper` takes; None: it takes them itself.
     """
 
     rhs: RightHandSide
@@ -68,6 +69,14 @@ class Problem:
     safe_step: float | None = None
     adjoint_safe_step: float | None = None
     keep_adjoint_step: Callable[[float], None] | None = None
+    compiled: Callable[[Stepper], Callable[..., Step]] | None = None
+
+    def stepper(self, method: Method, tolerances: tuple[Tolerance, Tolerance] | None) -> Callable[..., Step]:
+        """The function that takes the steps: a :class:`Stepper` with these arguments, or its graph."""
+        times = read(self.t_span) if self.t_span.is_cpu else None
+        forward = times is not None and times[-1] > times[0]
+        plain = Stepper(self.rhs, method, tolerances, forward=forward)
+        return plain if self.compiled is None else self.compiled(plain)
 
 
 def check_times(t_span: Tensor, name: str = "t_span") -> None:
