@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import itertools
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
@@ -129,15 +128,20 @@ def custom_function(node: Any) -> type | None:
     return known.get("autograd_function", function)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module has its hooks, by their numbers."""
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of ``module`` may do more than its class does, through hooks or a replaced ``forward``.
 
     Hooks that are registered for all modules count too, except torch's own, which only count operations.
     """
-    if any(_own_hooks(module)) or None in _HOOKS_OF_ALL or any(True for _ in _hooks_of_all()):
-        return True
+    for hooks in _HOOKS:
+        if getattr(module, hooks):
+            return True
     # a forward that was assigned to this one instance, as offloading tools do
-    return "forward" in vars(module)
+    return "forward" in vars(module) or None in _HOOKS_OF_ALL or bool(hook_numbers(()))
 
 
 def hook_numbers(modules: Iterable[nn.Module]) -> tuple[int, ...]:
@@ -145,22 +149,16 @@ def hook_numbers(modules: Iterable[nn.Module]) -> tuple[int, ...]:
 
     Of the hooks that are registered for all modules torch's own are left out, as in :func:`has_hooks`.
     """
-    parts = itertools.chain.from_iterable(module.modules() for module in modules)
-    own = itertools.chain.from_iterable(map(_own_hooks, parts))
-    return (*itertools.chain.from_iterable(own), *_hooks_of_all())
-
-
-def _own_hooks(module: nn.Module) -> tuple[Mapping[int, object], ...]:
-    """The hooks that are registered for this module, by their numbers."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-
-
-def _hooks_of_all() -> Iterator[int]:
-    """The numbers of the hooks that are registered for all modules, without torch's own."""
-    for hooks in _HOOKS_OF_ALL:
-        for number, hook in ({} if hooks is None else hooks).items():
+    numbers: list[int] = []
+    for module in modules:
+        for part in module.modules():
+            for hooks in _HOOKS:
+                numbers.extend(getattr(part, hooks))
+    for of_all in _HOOKS_OF_ALL:
+        for number, hook in ({} if of_all is None else of_all).items():
             if not getattr(hook, "__module__", "").startswith("torch."):
-                yield number
+                numbers.append(number)
+    return tuple(numbers)
 
 
 def hooks_of(x: Tensor) -> Any:
