@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-
-T = TypeVar("T")
 
 # where PyTorch from 2.9 on keeps a precision; earlier versions have the two older flags alone
 _PARTS = ("cudnn.conv", "cudnn.rnn", "cuda.matmul", "mkldnn.conv", "mkldnn.rnn", "mkldnn.matmul")
@@ -25,16 +23,22 @@ def without_tf32() -> Iterator[None]:
     the end they are what they were.
     """
     backends = torch.backends
-    parts = [part for part in map(_part, _PARTS) if part is not None]
-    kept = [part.fp32_precision for part in parts]
+    parts: list[tuple[Any, str]] = []
+    for name in _PARTS:
+        with suppress(AttributeError):  # this version has no such part, or no precision of it
+            part = attrgetter(name)(backends)
+            parts.append((part, part.fp32_precision))
     # PyTorch refuses to read an older flag that says something else than the newer ones, so both are set. A program
     # that has set one of them alone cannot read it, and then neither can this
-    convolutions = _read(lambda: backends.cudnn.allow_tf32)
-    products = _read(torch.get_float32_matmul_precision)
+    convolutions = products = None
+    with suppress(RuntimeError):
+        convolutions = backends.cudnn.allow_tf32
+    with suppress(RuntimeError):
+        products = torch.get_float32_matmul_precision()
     try:
         backends.cudnn.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
-        for part in parts:
+        for part, _ in parts:
             part.fp32_precision = "ieee"
         yield
     finally:
@@ -42,19 +46,5 @@ def without_tf32() -> Iterator[None]:
             backends.cudnn.allow_tf32 = convolutions
         if products is not None:
             torch.set_float32_matmul_precision(products)
-        for part, precision in zip(parts, kept, strict=True):
+        for part, precision in parts:
             part.fp32_precision = precision
-
-
-def _part(name: str) -> Any:
-    """The part of PyTorch's backends with this name; None if it has no precision of its own in this version."""
-    with suppress(AttributeError):
-        part = attrgetter(name)(torch.backends)
-        return part if hasattr(part, "fp32_precision") else None
-    return None
-
-
-def _read(flag: Callable[[], T]) -> T | None:
-    with suppress(RuntimeError):
-        return flag()
-    return None
