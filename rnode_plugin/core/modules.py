@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
 from contextlib import suppress
 
 from torch import nn
@@ -18,35 +17,35 @@ def module_of(function: object) -> nn.Module | None:
     functions and callable objects that are found there), or one that it reads from global names. Several modules
     become one ModuleList.
     """
-    modules = list({id(module): module for module in _modules_of(function, set())}.values())
-    return modules[0] if len(modules) == 1 else nn.ModuleList(modules) if modules else None
-
-
-def _modules_of(value: object, seen: set[int]) -> Iterator[nn.Module]:
-    """The modules that a callable refers to. ``seen`` has the ids of the objects that were searched already."""
-    if isinstance(value, nn.Module):
-        yield value
-        return
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    parts: list[object] = []
-    if isinstance(value, functools.partial):
-        parts = [value.func, *value.args, *value.keywords.values()]
-    elif inspect.ismethod(value):
-        owner = value.__self__
-        parts = [owner]
-        if not isinstance(owner, nn.Module):
-            parts = [value.__func__, *getattr(owner, "__dict__", {}).values()]
-    elif inspect.isfunction(value):
-        parts = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        for cell in value.__closure__ or ():
-            with suppress(ValueError):  # a cell is empty until its name has a value
-                parts.append(cell.cell_contents)
-        # not of functions with global names, which would lead into whole libraries
-        read = (value.__globals__.get(name) for name in value.__code__.co_names)
-        parts += [each for each in read if isinstance(each, nn.Module)]
-    elif callable(value) and inspect.isfunction(call := type(value).__call__):
-        parts = [call, *getattr(value, "__dict__", {}).values()]
-    for each in parts:
-        yield from _modules_of(each, seen)
+    modules: dict[int, nn.Module] = {}
+    seen: dict[int, object] = {}  # the callables that were searched, which keeps their ids
+    pending = [function]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, nn.Module):
+            modules[id(value)] = value
+            continue
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        parts: list[object] = []
+        if isinstance(value, functools.partial):
+            parts = [value.func, *value.args, *value.keywords.values()]
+        elif inspect.ismethod(value):
+            owner = value.__self__
+            parts = [owner]
+            if not isinstance(owner, nn.Module):
+                parts = [value.__func__, *getattr(owner, "__dict__", {}).values()]
+        elif inspect.isfunction(value):
+            parts = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+            for cell in value.__closure__ or ():
+                with suppress(ValueError):  # a cell is empty until its name has a value
+                    parts.append(cell.cell_contents)
+            # not of functions with global names, which would lead into whole libraries
+            read = (value.__globals__.get(name) for name in value.__code__.co_names)
+            parts += [each for each in read if isinstance(each, nn.Module)]
+        elif callable(value) and inspect.isfunction(call := type(value).__call__):
+            parts = [call, *getattr(value, "__dict__", {}).values()]
+        pending += reversed(parts)  # in their order, each with all that it refers to
+    found = list(modules.values())
+    return found[0] if len(found) == 1 else nn.ModuleList(found) if found else None
