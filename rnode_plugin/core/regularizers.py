@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,7 +16,7 @@ from ..errors import ConfigError, PluginError, RnodeError, is_out_of_memory, sug
 from .modes import differs, on_host, read
 from .modules import module_of
 from .regularizer import Rate, Regularizer, SpanPolicy, StepPenalty, StepRecord, code_of
-from .schedules import DEFAULT_LAMBDA, Strength, check_lambda, strength_at
+from .schedules import DEFAULT_LAMBDA, Strength, checked_lambda, strength_at
 from .signature import accepts
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Regularizers:
             through the steps of a solve, and with respect to the first time in any case.
         adds_evaluations: whether a solve with them takes more evaluations than a solve without them, for the extra
             step of a local penalty.
+        undivided: names of those whose penalty the objective does not divide by the number of dimensions.
 
     Raises:
         ConfigError: for an object of none of the three kinds, and for two span policies.
@@ -63,14 +65,20 @@ class Regularizers:
     repeats: bool = field(init=False)
     no_time_gradient: tuple[str, ...] = field(init=False)
     adds_evaluations: bool = field(init=False)
+    undivided: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         penalties: list[Rate | StepPenalty] = []
         rates: dict[str, Rate] = {}
         steps: list[StepPenalty] = []
         span: SpanPolicy | None = None
-        needs: set[str] = set()
+        finished: list[Rate] = []
+        no_time_gradient: list[str] = []
+        needs, undivided = set[str](), set[str]()
+        repeats = adds_evaluations = False
         for each in self.by_name.values():
+            if not each.divided_by_dims:
+                undivided.add(each.name)
             if isinstance(each, SpanPolicy):
                 if span is not None:
                     raise ConfigError(f"{span.name} and {each.name} both change the times of a solve: choose one.")
@@ -80,14 +88,19 @@ class Regularizers:
             if isinstance(each, Rate):
                 rates[each.name] = each
                 needs.update(each.needs)
+                repeats = repeats or each.repeats
+                if each.finish is not None:
+                    finished.append(each)
+                if not each.time_gradient:
+                    no_time_gradient.append(each.name)
             else:
                 steps.append(each)
+                adds_evaluations = adds_evaluations or each.local
         derived: dict[str, object] = {
-            "penalties": tuple(penalties), "rates": rates, "steps": tuple(steps), "span": span,
-            "finished": tuple(rate for rate in rates.values() if rate.finish is not None),
-            "needs": frozenset(needs), "repeats": "field" in needs or any(rate.repeats for rate in rates.values()),
-            "no_time_gradient": tuple(name for name, rate in rates.items() if not rate.time_gradient),
-            "adds_evaluations": any(each.local for each in steps),
+            "penalties": tuple(penalties), "rates": rates, "finished": tuple(finished), "steps": tuple(steps),
+            "span": span, "needs": frozenset(needs), "repeats": repeats or "field" in needs,
+            "no_time_gradient": tuple(no_time_gradient), "adds_evaluations": adds_evaluations,
+            "undivided": frozenset(undivided),
         }  # fmt: skip
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -113,12 +126,12 @@ class Regularizers:
         if spec is None:
             return cls()
         if isinstance(spec, Mapping):
-            items = list(spec.items())
+            items = spec.items()
         else:
             # a string is iterable, and so may be a regularizer, such as a module list with a call
             given: Any = spec
             several = isinstance(given, Iterable) and not isinstance(given, str) and not callable(given)
-            items = [(entry, None) for entry in (given if several else [given])]
+            items = zip(given if several else [given], itertools.repeat(None))
         resolved: dict[str, Regularizer] = {}
         strengths: dict[str, Strength] = {}
         for entry, strength in items:
@@ -137,8 +150,10 @@ class Regularizers:
     @property
     def code(self) -> tuple[object, ...]:
         """The function or module of each penalty, and the span policy, in order."""
-        code = map(code_of, self)
-        return tuple(each.function if isinstance(each, _OfPlainFunction) else each for each in code)
+        code: list[object] = []  # not an attribute, because pickle refuses a function whose name means its penalty
+        for each in map(code_of, self):
+            code.append(each.function if isinstance(each, _OfPlainFunction) else each)
+        return tuple(code)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -152,11 +167,6 @@ class Regularizers:
         An owner does not become a submodule of the model, because it may contain it, as a LightningModule does.
         """
         return [each for each in map(module_of, self.code) if each is not None]
-
-    @property
-    def undivided(self) -> frozenset[str]:
-        """Names of those whose penalty the objective does not divide by the number of dimensions."""
-        return frozenset(each.name for each in self if not each.divided_by_dims)
 
     # strengths ---------------------------------------------------------------------------------------------------
 
@@ -385,9 +395,12 @@ class _OfPlainFunction:
 
 
 def _checked_strength(regularizer: Regularizer, strength: Strength | None) -> Strength:
+    given = DEFAULT_LAMBDA if strength is None else strength
+    if not callable(given):  # a schedule is checked at each step
+        given = checked_lambda(regularizer.name, given)
     if not isinstance(regularizer, SpanPolicy) or regularizer.penalized:
-        return check_lambda(regularizer.name, DEFAULT_LAMBDA if strength is None else strength)
-    if strength is not None and check_lambda(regularizer.name, strength) != 1:
+        return given
+    if strength is not None and given != 1:
         raise ConfigError(
             f"{regularizer.name!r} has no penalty and takes no lambda: give None, or 1 in a recipe and on the "
             f"command line, {regularizer.name}=1. Its strength is an option, as in 'steer:0.25'."

@@ -65,12 +65,7 @@ def linear_warmup(steps: int, strength: float = DEFAULT_LAMBDA) -> LinearWarmup:
     """
     if not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"a warm-up takes a whole number of steps, at least 1, not {steps!r}.")
-    return LinearWarmup(steps, _number("linear_warmup", strength))
-
-
-def check_lambda(name: str, strength: Strength) -> Strength:
-    """The strength if it is a function, or a finite number >= 0 as a float; a ConfigError for anything else."""
-    return strength if callable(strength) else _number(name, strength)
+    return LinearWarmup(steps, checked_lambda("linear_warmup", strength))
 
 
 def strength_at(name: str, strength: Strength, step: int | None) -> float:
@@ -88,7 +83,7 @@ def strength_at(name: str, strength: Strength, step: int | None) -> float:
         raise ConfigError(
             f"lambda of {name!r} depends on the optimizer's step: give it, reg_loss(step=n), n = 0 at the first."
         )
-    return _number(name, strength(step))
+    return checked_lambda(name, strength(step))
 
 
 def final_strength(strength: WrittenStrength) -> float:
@@ -101,7 +96,8 @@ def strength_text(strength: WrittenStrength) -> str:
     return str(strength) if isinstance(strength, LinearWarmup) else f"{strength:g}"
 
 
-def _number(name: str, strength: Any) -> float:
+def checked_lambda(name: str, strength: Any) -> float:
+    """A strength as a float; a ConfigError unless it is finite and not negative."""
     try:
         value = float(strength)
     except (TypeError, ValueError):
