@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .modes import any_of
+from .modes import any_of, unseen
 from .second_derivatives import Evaluated, check_second_derivative, wrong_third_derivative
 
 
@@ -134,7 +134,7 @@ def refuse_mixed_samples(seen: Evaluated, *, known: Tensor | None = None) -> boo
         ConfigError: for samples that depend on each other.
     """
     z, dz = seen.z, seen.dz
-    if seen.unseen or len(z) < 2:  # in this order, since len() freezes a program's batch
+    if unseen(z) or len(z) < 2:  # in this order, since len() freezes a program's batch
         return False
     powers = np.random.default_rng(0).integers(8, size=len(z))
     powers[:8] = np.arange(8)[: len(z)]  # samples of a small batch all differ
@@ -180,7 +180,7 @@ def _refuse_wider(seen: Evaluated, radius: int, *, offset: int = 0) -> bool:
         ConfigError: for a field with a larger radius.
     """
     z, dz = seen.z, seen.dz
-    if seen.unseen:
+    if unseen(z):
         return False
     space, conclusive = z.shape[2:], list[bool]()
     signs = torch.from_numpy(np.random.default_rng(0).integers(2, size=tuple(z.shape[:2])) * 2 - 1)

@@ -88,11 +88,6 @@ class Evaluated:
 
         return cls(t, z, dz, dz.grad_fn, z, start, z.grad_fn is not None, pull, elsewhere, field)
 
-    @property
-    def unseen(self) -> bool:
-        """Whether the host cannot read values, so that checks are left out."""
-        return unseen(self.z)
-
 
 def wrong_third_derivative(seen: Evaluated) -> str:
     """Return a message that names a layer whose third derivative torch computes wrongly; ``""`` if there is none.
@@ -105,7 +100,7 @@ def wrong_third_derivative(seen: Evaluated) -> str:
     Args:
         seen: the evaluation.
     """
-    if seen.root is None or seen.unseen:
+    if seen.root is None or unseen(seen.z):
         return ""
     pending, visited = [seen.root], {seen.root}
     while pending:
@@ -171,7 +166,7 @@ def check_second_derivative(seen: Evaluated, *, jvp: bool) -> bool:
     Raises:
         ConfigError: if the comparison fails, and for an attention kernel without a second derivative.
     """
-    if seen.root is None or seen.unseen:
+    if seen.root is None or unseen(seen.z):
         return seen.root is not None
     foreign, depends = _functions(seen, seen.root)
     # without parameters and with a state that is a leaf, no gradient of a product is ever taken

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -56,16 +57,22 @@ def field_takes(field: object) -> Takes:
     :data:`TIME_NAMES` is the time.
     """
     function = _function(field)
-    parameters = _parameters(function)
-    positional = [p.name for p in parameters if p.kind in _POSITIONAL]
-    required = [p.name for p in parameters if p.kind in _POSITIONAL and p.default is p.empty]
-    starred = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    args = any(p.kind is p.VAR_KEYWORD for p in parameters) or any(
-        p.name == "args" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters
-    )
     # a time that functools.partial has filled is no longer an argument
     given = function.keywords if isinstance(function, functools.partial) else {}
-    time = next((p.name for p in parameters if p.name in TIME_NAMES and p.name not in given), "")
+    parameters, time, args, starred = _parameters(function), "", False, False
+    positional, required, only_keywords = list[str](), list[str](), list[str]()
+    for p in parameters:
+        if p.kind in _POSITIONAL:
+            positional.append(p.name)
+            if p.default is p.empty:
+                required.append(p.name)
+        elif p.kind is p.KEYWORD_ONLY and p.default is p.empty:
+            only_keywords.append(p.name)
+        starred = starred or p.kind is p.VAR_POSITIONAL
+        by_keyword = p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        args = args or p.kind is p.VAR_KEYWORD or (by_keyword and p.name == "args")
+        if not time and p.name in TIME_NAMES and p.name not in given:
+            time = p.name
     if time in positional:
         place = positional.index(time)
         order = "t, x" if place == 0 else "x, t" if place == 1 else "..., t"
@@ -77,8 +84,7 @@ def field_takes(field: object) -> Takes:
         unnamed = (starred and not positional) or (len(required) > 1 and not named) or not parameters
         order = "?" if unnamed else "x"
     filled = {time, "args", *positional[: 2 if order in ("t, x", "x, t", "?") else 1]}
-    only_keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    rest = (name for name in (*required, *only_keywords) if name not in filled)
+    rest = itertools.filterfalse(filled.__contains__, (*required, *only_keywords))
     return Takes(order, args, time, tuple(rest))
 
 
@@ -107,18 +113,12 @@ def call_of(field: Callable[..., Tensor], args: object = None, takes: Takes | No
     return function if takes.order == "t, x" else lambda t, x: function(x)
 
 
-def original(field: Any) -> Any:
-    """The module or function that was passed to ``torch.compile``; ``field`` itself if it is not compiled."""
+def innermost(field: Any) -> Any:
+    """The module or function that runs with the arguments of a call of ``field``, inside of wrappers."""
     for name in (COMPILED_MODULE, COMPILED_FUNCTION):
         inner = getattr(field, name, None)
         if inner is not None:
-            return original(inner)
-    return field
-
-
-def innermost(field: Any) -> Any:
-    """The module or function that runs with the arguments of a call of ``field``, inside of wrappers."""
-    field = original(field)
+            return innermost(inner)
     # DistributedDataParallel and AveragedModel keep the wrapped module there
     inner = getattr(field, "module", None) if isinstance(field, nn.Module) else None
     if isinstance(inner, nn.Module):
