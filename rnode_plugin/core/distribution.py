@@ -303,10 +303,10 @@ class DensityModel(nn.Module, ABC):
             warm_start: whether the copy begins warm, see :attr:`history`. It has no steps yet.
         """
         resolved, mine = self._resolved(regularizers), self.regularizers.strengths
-        strengths = dict(resolved.strengths)
+        by_name, strengths, policy = dict(resolved.by_name), dict(resolved.strengths), self.regularizers.span
         if not isinstance(regularizers, Mapping):
-            strengths = {name: mine.get(name, default) for name, default in strengths.items()}
-        by_name, policy = dict(resolved.by_name), self.regularizers.span
+            for name in strengths.keys() & mine.keys():
+                strengths[name] = mine[name]
         if policy is not None and policy.name not in by_name:
             by_name[policy.name], strengths[policy.name] = policy, mine[policy.name]
         model = copy.copy(self)

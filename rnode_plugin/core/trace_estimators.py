@@ -25,7 +25,6 @@ from .derivatives import Linearization, trace_of_rows, unit_vectors
 from .evaluator import Evaluator
 from .modes import autocasts, traced
 from .part import State
-from .sums import sum_event, sum_products, sum_squares
 
 # what a field computes
 _PRODUCTS, _ROWS = frozenset({"products"}), frozenset({"rows"})
@@ -449,3 +448,21 @@ def get_estimator(spec: str | TraceEstimator) -> TraceEstimator:
             return Difference(count=int(option or 1))
         return Hutchinson(name, count=int(option or 1))
     raise ConfigError(suggest(str(spec), ("exact", *_NOISES, "difference"), "trace estimator"))
+
+
+# sums over an event ----------------------------------------------------------------------------------------------
+
+
+def sum_event(x: Tensor) -> Tensor:
+    """Sum over all but the first dimension, ``(B, *event)`` to ``(B,)``. ``(B,)`` is returned unchanged."""
+    return x if x.ndim == 1 else x.flatten(1).sum(1)
+
+
+def sum_products(x: Tensor, y: Tensor) -> Tensor:
+    """``sum x y`` over all but the first dimension, for two ``(B, *event)``; the result is ``(B,)``."""
+    return sum_event(x * y)
+
+
+def sum_squares(x: Tensor) -> Tensor:
+    """``sum x^2`` over all but the first dimension, ``(B, *event)`` to ``(B,)``."""
+    return sum_event(x.square())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.regularizer import About, Rate, Source, rate
-from ..core.sums import sum_event, sum_squares
+from ..core.trace_estimators import sum_event, sum_squares
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
