@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .field_checks import FieldChecks
-from .modes import dual_numbers, next_number, refuse_dual_numbers, transforms_active
+from .modes import dual_numbers, next_number, refuse_dual_numbers, transforms_active, unseen
 from .part import Part
 from .second_derivatives import Evaluated, WithoutGradient, reaches_state
 
@@ -116,7 +116,8 @@ class Field(ABC):
         """Check at the end of a solve what may have been zero before, without effects.
 
         This is the coupling of samples, and of pixels beyond the radius. Nothing is evaluated where products do not
-        rely on these. A field that computes its own products has nothing to check.
+        rely on these, and where the host cannot read values. A field that computes its own products has nothing to
+        check.
 
         Args:
             t, z, probes, wants: as for :meth:`linearize`.
@@ -342,7 +343,7 @@ class AutogradField(Field):
         part, state = self.part, z
         z = state if part is None else part.take(state)
         apart, radius = self._relies_on(wants, probes, z)
-        if not apart:
+        if not apart or unseen(z):
             return
 
         def f(t: Tensor, z: Tensor) -> Tensor:

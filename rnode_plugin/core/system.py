@@ -20,7 +20,6 @@ from ..errors import ConfigError
 from .derivatives import AutogradField, Field, Velocity, as_field
 from .evaluator import Evaluator, random_states, same_states
 from .field_evaluation import FieldEvaluation
-from .modes import unseen
 from .modules import module_of
 from .part import PartSpec, State
 from .regularizers import NONE, Regularizers, RegularizersLike, checked
@@ -420,8 +419,6 @@ class FieldRightHandSide(RightHandSide):
         given: Any = state
         if self.columns is not None:
             given = self.columns.z_of(self.columns.without_cost(given))
-        if unseen(self.evaluator.z_of(given)):
-            return
         self.field.check_end(t, given, self.probes, self.wants, peek=cast(Any, self.evaluator.peek))
 
     @property
