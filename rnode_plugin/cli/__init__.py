@@ -23,6 +23,12 @@ _WAITING = (
 )  # they set how a thread of OpenMP waits
 
 
+class _Misuse(click.ClickException):
+    """An invalid request, which ends with exit code 2."""
+
+    exit_code = 2
+
+
 def _command(name: str) -> click.Command:
     command = registry.get("commands", name)
     if not isinstance(command, click.Command):
@@ -63,10 +69,7 @@ class _Commands(click.Group):
             if ctx.params.get("debug"):
                 traceback.print_exception(error)
             hint = "" if not isinstance(error, PluginError) else " `rnode-cli --debug ...` shows the traceback."
-            shown = click.ClickException(f"{error}{hint}")
-            if isinstance(error, ConfigError):
-                shown.exit_code = 2  # an invalid request
-            raise shown from error
+            raise (_Misuse if isinstance(error, ConfigError) else click.ClickException)(f"{error}{hint}") from error
         except (RuntimeError, MemoryError) as error:  # from a device; `fit` explains more of them itself
             if ctx.params.get("debug") or not is_out_of_memory(error):
                 raise
