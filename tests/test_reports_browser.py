@@ -13,6 +13,7 @@ from run_folders import write_run
 from test_reports import digits
 
 from rnode_plugin.experiments.reports import write_report
+from rnode_plugin.experiments.reports.figures import PANELS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = [
@@ -57,10 +58,10 @@ def test_the_report_in_a_browser(tmp_path: Path, width: int) -> None:
     found = json.loads(text[1])
     assert found["title"] == "3 configurations on digits"
     assert found["scroll"] == width  # nothing makes the page wider than the screen
-    assert len(found["figures"]) == 10
+    assert len(found["figures"]) == len(PANELS) + len(runs)  # with a picture of samples for each run
     for left, right, _, _ in found["figures"]:
         assert 0 <= left < right <= width
-    assert len(found["svgs"]) == 7
+    assert len(found["svgs"]) == len(PANELS)
     for _, _, shown_width, shown_height in found["svgs"]:
         assert shown_width >= 280
         assert shown_height == pytest.approx(shown_width * 3.5 / 4.8, rel=0.02)
