@@ -64,15 +64,11 @@ class FieldEvaluation:
 
     def divergence(self) -> Tensor:
         """``div f (B,)``, exact (eq. 3) or estimated (eq. 5), in nats per unit of time."""
-        self._require("vjp")
-        assert self._products is not None
-        return self._estimator.divergence(self._products, self.noise)
+        return self._estimator.divergence(self._shared_products(), self.noise)
 
     def squared_frobenius(self) -> Tensor:
         """``||df/dz||_F^2 (B,)``, exact (eq. 13) or estimated (eq. 16)."""
-        self._require("vjp")
-        assert self._products is not None
-        return self._estimator.squared_frobenius(self._products, self.noise)
+        return self._estimator.squared_frobenius(self._shared_products(), self.noise)
 
     def probed_products(self) -> ProbedProducts:
         """The probe vectors ``v_i``, their weight and the shared products ``v_i^T df/dz``.
@@ -80,9 +76,7 @@ class FieldEvaluation:
         Raises:
             ConfigError: for the estimator ``"difference"``, which has no such products.
         """
-        self._require("vjp")
-        products = self._products
-        assert products is not None
+        products = self._shared_products()
         return self._once("probed", lambda: self._estimator.probed(products, self.noise))
 
     @property
@@ -211,6 +205,11 @@ class FieldEvaluation:
         rows = self._evaluator.repeat(self.t, self._state, _ROWS).rows
         assert rows is not None
         return rows.to(self.z.dtype)
+
+    def _shared_products(self) -> Tensor:
+        self._require("vjp")
+        assert self._products is not None
+        return self._products
 
     def _require(self, need: str) -> None:
         if need not in self._needs:

@@ -363,8 +363,7 @@ class FieldRightHandSide(RightHandSide):
     counters: Sequence[dict[str, Any]] = ()
 
     def __call__(self, t: Tensor, state: State, *, products: bool = True) -> Derivative:
-        for counter in self.counters:
-            counter["nfe"] += 1
+        self.count(1)
         columns, evaluator = self.columns, self.evaluator
         given: Any = state
         if columns is not None:
@@ -378,21 +377,11 @@ class FieldRightHandSide(RightHandSide):
         else:
             linearization = evaluator.evaluate(t, state, self.wants, self.probes)
         dz, dlogdet, penalties, rates = linearization.dz, None, {}, self.regularizers.rates
-        z: Any = state
-        velocity, measured = dz, self.trace or bool(rates)
-        if measured:
-            z, velocity = evaluator.z_of(state), evaluator.z_of(dz)
-        if measured or (columns is None and isinstance(z, Tensor)):  # torchdiffeq checks the tensors of a tuple
-            if velocity.shape != z.shape:
-                raise ConfigError(
-                    f"the vector field returned shape {tuple(velocity.shape)} for a state of shape "
-                    f"{tuple(z.shape)}; f(t, z) must have the shape of z."
-                )
-            # under autocast the field runs in low precision, but integrals are summed in the precision of the state
-            velocity = velocity.to(z.dtype)
-            if not measured or evaluator.part is None:
+        if self.trace or rates:
+            z = evaluator.z_of(state)
+            velocity = _checked_velocity(evaluator.z_of(dz), z)
+            if evaluator.part is None:
                 dz = velocity
-        if measured:
             shared = linearization.products if linearization.rows is None else linearization.rows
             shared = None if shared is None else shared.to(z.dtype)
             if self.trace and products:
@@ -411,6 +400,8 @@ class FieldRightHandSide(RightHandSide):
                     )  # fmt: skip
                     shown = z, velocity, self.probes, shared
                     penalties[name] = checked(name, rate.of, (evaluation,), shown, z)
+        elif columns is None and isinstance(state, Tensor):  # torchdiffeq checks the tensors of a tuple
+            dz = _checked_velocity(dz, state)
         if columns is None:
             return Derivative(dz, dlogdet, penalties)
         return columns.derivative(t, given, dz, dlogdet, penalties)
@@ -463,3 +454,14 @@ class FieldRightHandSide(RightHandSide):
         if self.columns is not None:
             state = self.columns.z_of(self.columns.without_cost(state))
         return self.evaluator.z_of(state)
+
+
+def _checked_velocity(dz: Tensor, z: Tensor) -> Tensor:
+    """The velocity in the dtype of the state ``z``; a ConfigError for another shape."""
+    if dz.shape != z.shape:
+        raise ConfigError(
+            f"the vector field returned shape {tuple(dz.shape)} for a state of shape {tuple(z.shape)}; f(t, z) "
+            "must have the shape of z."
+        )
+    # under autocast the field runs in low precision, but integrals are summed in the precision of the state
+    return dz.to(z.dtype)

@@ -173,8 +173,7 @@ class Stack(Field):
 
     def __call__(self, t: Tensor | float, z: Tensor, /) -> Tensor:
         """The velocity ``(B, *event)``, differentiable any number of times."""
-        t, x = _as_time(t, z), z if self._context is None else torch.cat([z, self._context.to(z.dtype)], 1)
-        return _plain(self, t, x, None)[0]
+        return _plain(self, _as_time(t, z), self._with_context(z), None)[0]
 
     def linearize(
         self,
@@ -240,8 +239,7 @@ class Stack(Field):
         ``g`` is the ``g_{L-1}`` of the noise. With ``(K, B, ...)`` or ``(K, 1, ...)`` for linear layers there are K
         products, ``(K, B, ...)``.
         """
-        # for the layers the context is more columns of the state
-        x = z if self._context is None else torch.cat([z, self._context.to(z.dtype)], 1)
+        x = self._with_context(z)
         outputs: Any
         # the product of a single layer does not depend on the state, so the hand-written pass has nothing to do
         if self.fast is None or (g is not None and not self.activations) or traced():
@@ -260,6 +258,10 @@ class Stack(Field):
         with _without_autocast(e):
             g = self.kind.transposed(self.cast(e), self._W_L.to(self.dtype))
             return self.kind.layout(g).to(e.dtype)
+
+    def _with_context(self, z: Tensor) -> Tensor:
+        """The input of the layers, for which the context is more columns of the state."""
+        return z if self._context is None else torch.cat([z, self._context.to(z.dtype)], 1)
 
     def _pieces(self, theta: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Biases and responses (None without time) of all layers, and the weight that each computes with."""

@@ -226,8 +226,7 @@ class ConvolutionByColumns(Convolution):
 
     def gradient(self, x: Tensor, v: Tensor) -> Tensor:
         few, many = (v, x) if self._outputs_are_few else (x, v)
-        rows = many.permute(0, 2, 3, 1).flatten(0, 2)  # (B * H * W, many)
-        taps = (_neighbors(few) @ rows).unflatten(0, (3, 3, self._few)).permute(3, 2, 0, 1)
+        taps = (_neighbors(few) @ _rows(many)).unflatten(0, (3, 3, self._few)).permute(3, 2, 0, 1)
         return taps.transpose(0, 1).flip(2, 3) if self._outputs_are_few else taps
 
     def _widen(self, few: Tensor) -> Tensor:
@@ -236,7 +235,7 @@ class ConvolutionByColumns(Convolution):
 
     def _narrow(self, many: Tensor) -> Tensor:
         batch, _, h, w = many.shape
-        parts = self._weight @ many.permute(0, 2, 3, 1).flatten(0, 2).t()
+        parts = self._weight @ _rows(many).t()
         if parts.dtype is torch.bfloat16:  # the nine parts are rounded already, so sum them in float32
             parts = parts.float()
         parts = parts.view(3, 3, self._few, batch, h, w)
@@ -254,6 +253,11 @@ def _neighbors(few: Tensor) -> Tensor:
     """``(9 * channels, B * H * W)`` of ``few (B, channels, H, W)``."""
     windows = F.pad(few.transpose(0, 1), (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # (channels, B, H, W, 3, 3)
     return windows.permute(4, 5, 0, 1, 2, 3).reshape(9 * few.shape[1], -1)
+
+
+def _rows(many: Tensor) -> Tensor:
+    """``(B * H * W, channels)`` of ``many (B, channels, H, W)``."""
+    return many.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 @lru_cache(maxsize=64)
