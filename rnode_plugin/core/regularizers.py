@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -72,13 +71,8 @@ class Regularizers:
         rates: dict[str, Rate] = {}
         steps: list[StepPenalty] = []
         span: SpanPolicy | None = None
-        finished: list[Rate] = []
-        no_time_gradient: list[str] = []
-        needs, undivided = set[str](), set[str]()
-        repeats = adds_evaluations = False
+        needs: set[str] = set()
         for each in self.by_name.values():
-            if not each.divided_by_dims:
-                undivided.add(each.name)
             if isinstance(each, SpanPolicy):
                 if span is not None:
                     raise ConfigError(f"{span.name} and {each.name} both change the times of a solve: choose one.")
@@ -88,19 +82,15 @@ class Regularizers:
             if isinstance(each, Rate):
                 rates[each.name] = each
                 needs.update(each.needs)
-                repeats = repeats or each.repeats
-                if each.finish is not None:
-                    finished.append(each)
-                if not each.time_gradient:
-                    no_time_gradient.append(each.name)
             else:
                 steps.append(each)
-                adds_evaluations = adds_evaluations or each.local
         derived: dict[str, object] = {
-            "penalties": tuple(penalties), "rates": rates, "finished": tuple(finished), "steps": tuple(steps),
-            "span": span, "needs": frozenset(needs), "repeats": repeats or "field" in needs,
-            "no_time_gradient": tuple(no_time_gradient), "adds_evaluations": adds_evaluations,
-            "undivided": frozenset(undivided),
+            "penalties": tuple(penalties), "rates": rates, "steps": tuple(steps), "span": span,
+            "finished": tuple(rate for rate in rates.values() if rate.finish is not None),
+            "needs": frozenset(needs), "repeats": "field" in needs or any(rate.repeats for rate in rates.values()),
+            "no_time_gradient": tuple(name for name, rate in rates.items() if not rate.time_gradient),
+            "adds_evaluations": any(each.local for each in steps),
+            "undivided": frozenset(each.name for each in self if not each.divided_by_dims),
         }  # fmt: skip
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -126,12 +116,12 @@ class Regularizers:
         if spec is None:
             return cls()
         if isinstance(spec, Mapping):
-            items = spec.items()
+            items = list(spec.items())
         else:
             # a string is iterable, and so may be a regularizer, such as a module list with a call
             given: Any = spec
             several = isinstance(given, Iterable) and not isinstance(given, str) and not callable(given)
-            items = zip(given if several else [given], itertools.repeat(None))
+            items = [(entry, None) for entry in (given if several else [given])]
         resolved: dict[str, Regularizer] = {}
         strengths: dict[str, Strength] = {}
         for entry, strength in items:
@@ -150,10 +140,9 @@ class Regularizers:
     @property
     def code(self) -> tuple[object, ...]:
         """The function or module of each penalty, and the span policy, in order."""
-        code: list[object] = []  # not an attribute, because pickle refuses a function whose name means its penalty
-        for each in map(code_of, self):
-            code.append(each.function if isinstance(each, _OfPlainFunction) else each)
-        return tuple(code)
+        # not an attribute, because pickle refuses a function whose name means its penalty
+        code = map(code_of, self)
+        return tuple(each.function if isinstance(each, _OfPlainFunction) else each for each in code)
 
     @property
     def modules(self) -> list[nn.Module]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -84,8 +83,8 @@ def field_takes(field: object) -> Takes:
         unnamed = (starred and not positional) or (len(required) > 1 and not named) or not parameters
         order = "?" if unnamed else "x"
     filled = {time, "args", *positional[: 2 if order in ("t, x", "x, t", "?") else 1]}
-    rest = itertools.filterfalse(filled.__contains__, (*required, *only_keywords))
-    return Takes(order, args, time, tuple(rest))
+    rest = tuple(name for name in (*required, *only_keywords) if name not in filled)
+    return Takes(order, args, time, rest)
 
 
 def accepts(field: object, *positional: object) -> bool:

@@ -46,7 +46,7 @@ class StackField(nn.Module, Field):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self._activation = get_activation(activation)
-        kinds: set[Any] = set(map(type, self.layers))
+        kinds: set[type] = {type(layer) for layer in self.layers}
         if kinds not in ({ConcatConv2d}, {ConcatLinear}):
             raise ConfigError("a stack needs ConcatConv2d or ConcatLinear layers, all of one kind.")
         self._kind: type[LayerMap] = kinds.pop().kind

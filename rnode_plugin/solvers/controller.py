@@ -64,18 +64,19 @@ class StepController:
         if self.method.fit is not None:
             dt = self.method.fit(dt, (end if stop is None else stop) - t, self.sign)
         wanted, uncut = dt, None
-        for goal in (end, stop):
-            if goal is None or self.before(t + dt, goal):
-                continue
-            cut_off, rest = self.before(goal, t + dt), goal - t
-            if goal is stop:
-                dt = dt.detach()
-                uncut = dt if cut_off else None
-            # A step that ends there without being cut off, as a warm start's, keeps its value and has the graph of
-            # that time. The one that is left may differ in the last digit, and a repeated call would then take
-            # other steps.
-            dt = rest if cut_off else dt + (rest - rest.detach())
+        if not self.before(t + dt, end):
+            dt = self._ending(dt, t, end)
+        if stop is not None and not self.before(t + dt, stop):
+            uncut = dt.detach() if self.before(stop, t + dt) else None
+            dt = self._ending(dt.detach(), t, stop)
         return Trial(dt, wanted, uncut)
+
+    def _ending(self, dt: Tensor, t: Tensor, goal: Tensor) -> Tensor:
+        """The length ``dt``, which reaches the time ``goal`` from ``t``, with the graph of that time."""
+        rest = goal - t
+        # A step that ends there without being cut off, as a warm start's, keeps its value. The one that is left
+        # may differ in the last digit, and a repeated call would then take other steps.
+        return rest if self.before(goal, t + dt) else dt + (rest - rest.detach())
 
     @torch.no_grad()
     def next_length(self, trial: Trial, t: Tensor, error_ratio: Tensor) -> Tensor:

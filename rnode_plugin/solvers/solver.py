@@ -355,11 +355,8 @@ def refuse(
                 f"error that the log-determinant does not have. Use one of {', '.join(FIXED_METHODS)}, or "
                 "quadrature='full'."
             )
-    on_accepted = ""  # the name of the first such penalty
-    for penalty in penalties:
-        if penalty.local:
-            continue
-        on_accepted = on_accepted or penalty.name
+    on_accepted = [penalty for penalty in penalties if not penalty.local]
+    for penalty in on_accepted:
         has = {"error": solver.adaptive, "pair": method.pair is not None}
         for use in penalty.uses:
             if not has[use]:
@@ -370,7 +367,7 @@ def refuse(
                 )
     if on_accepted and differentiated and not through_steps:
         raise ConfigError(
-            f"{on_accepted!r} is a penalty on the solver's steps, and a continuous adjoint does not go "
+            f"{on_accepted[0].name!r} is a penalty on the solver's steps, and a continuous adjoint does not go "
             "through them: use 'autograd' or 'checkpointed', or 'local_error' or 'local_stiffness' instead."
         )
 
