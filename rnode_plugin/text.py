@@ -41,7 +41,7 @@ def with_error(value: float, error: float | None) -> str:
     places = 4
     if error and math.isfinite(error):
         places = min(max(0, 1 - math.floor(math.log10(error))), 6)
-    text = f"{round(value, places) + 0.0:.{places}f}"  # adding 0.0 turns -0.0 into 0.0
+    text = _rounded(value, places)
     if error is None:
         return text
     return f"{text} ± {error:.{places}f}" if error else f"{text} ± 0"
@@ -49,13 +49,12 @@ def with_error(value: float, error: float | None) -> str:
 
 def change_with_error(value: float, error: float) -> str:
     """Format a change as ``−0.021 ± 0.003``, like :func:`with_error`, but always with a sign."""
-    text = with_error(value, error)
-    return text.replace("-", "−") if text.startswith("-") else f"+{text}"
+    return _with_sign(with_error(value, error))
 
 
 def signed(value: float) -> str:
     """Format a number with its sign, as ``+0.0123`` or ``−0.0123``."""
-    return f"{round(value, 4) + 0.0:+.4f}".replace("-", "−")  # adding 0.0 turns -0.0 into 0.0
+    return _with_sign(_rounded(value, 4))
 
 
 def count_of(number: int, noun: str) -> str:
@@ -69,6 +68,14 @@ def table(rows: Iterable[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)) for row in cells)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _with_sign(text: str) -> str:
+    return text.replace("-", "−") if text.startswith("-") else f"+{text}"
+
+
+def _rounded(value: float, places: int) -> str:
+    return f"{round(value, places) + 0.0:.{places}f}"  # adding 0.0 turns -0.0 into 0.0
 
 
 def batch_counter(what: str) -> Callable[[int, int], None]:

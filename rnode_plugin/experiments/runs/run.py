@@ -81,6 +81,7 @@ class Run:
         self.diagnosis = path / "diagnosis.json"
         self.figures = path / "diagnosis"
         self._lock = path / _LOCK
+        self._subfolders = (self._checkpoints, self.samples, self.figures)
 
     # ---- finding ----
 
@@ -177,7 +178,7 @@ class Run:
         Raises:
             ConfigError: a subfolder of the run is a link out of it.
         """
-        for folder in (self._checkpoints, self.samples, self.figures):
+        for folder in self._subfolders:
             if folder.is_symlink() and not folder.resolve().is_relative_to(self.path.resolve()):
                 raise ConfigError(
                     f"{folder} is a link out of the run folder, to {os.readlink(folder)}: put a folder in its "
@@ -192,7 +193,7 @@ class Run:
         """
         self.refuse_links()
         files = [self.diagnosis, self._environment, self.metrics, self._recipe, self.result]
-        for folder in (self._checkpoints, self.samples, self.figures):
+        for folder in self._subfolders:
             files += sorted(folder.glob("*"))
         for file in files:
             if file.is_symlink() and not file.is_dir():
