@@ -3,14 +3,13 @@
     python benchmarks/against.py b00e4e6
 
 The other commit is checked out into a temporary worktree. Each tree has a process, and the two take turns, so that
-both meet the same slow and fast moments of a machine. A ratio below 1 means that this checkout is faster. "equal"
-compares outputs and gradients to the bit.
+both meet the same slow and fast moments of a machine. A ratio below 1 means that this checkout is faster. Outputs and
+gradients are "equal" to the bit, or the row has their largest difference, relative to the largest number of a tensor.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import inspect
 import os
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,6 +33,9 @@ def cases() -> dict[str, Callable[[], list[object]]]:
 
     from rnode_plugin import NeuralODE, RegularizedCNF, TableFlow, get_recipe, objective
     from rnode_plugin.torchdiffeq import odeint
+
+    older = "trace_noise" in inspect.signature(odeint).parameters
+    trace = "trace_noise" if older else "trace_estimator"  # the argument's name in this tree
 
     class Field(nn.Module):
         def __init__(self, dims: int, given: int = 0) -> None:
@@ -52,9 +55,8 @@ def cases() -> dict[str, Callable[[], list[object]]]:
         return [loss.detach(), *more, *(p.grad for p in module.parameters())]
 
     def neural_ode(solver: str, sensitivity: str, names: list[str], **options: Any) -> Callable[[], list[object]]:
-        model = NeuralODE(
-            Field(2), solver=solver, sensitivity=sensitivity, regularizers=names, trace_noise="gaussian", **options
-        )
+        settings: dict[str, Any] = {trace: "gaussian", **options}
+        model = NeuralODE(Field(2), solver=solver, sensitivity=sensitivity, regularizers=names, **settings)
 
         def run() -> list[object]:
             torch.manual_seed(1)
@@ -80,13 +82,14 @@ def cases() -> dict[str, Callable[[], list[object]]]:
     def torchdiffeq() -> list[object]:
         field = Field(2)
         torch.manual_seed(1)
-        y, penalties = odeint(field, x, times, rtol=1e-3, atol=1e-3, method="dopri5", options={"first_step": 0.1},
-                              regularizers=["kinetic", "jacfrob"], trace_noise="gaussian")  # fmt: skip
+        settings: dict[str, Any] = {"options": {"first_step": 0.1}, trace: "gaussian"}
+        y, penalties = odeint(field, x, times, rtol=1e-3, atol=1e-3, method="dopri5",
+                              regularizers=["kinetic", "jacfrob"], **settings)  # fmt: skip
         return [y.detach(), *(value.detach() for value in penalties.values())]
 
     def flow(name: str, batch: int, shape: tuple[int, ...], **changes: Any) -> Callable[[], list[object]]:
         recipe = get_recipe(name)
-        settings = {"model.trace_noise": "gaussian", **changes}  # the same in all commits, whatever their defaults
+        settings = {f"model.{trace}": "gaussian", **changes}  # the same in all commits, whatever their defaults
         recipe = recipe.override([f"{key}={value}" for key, value in settings.items()])
         torch.manual_seed(0)
         model = recipe.build_flow()
@@ -132,38 +135,45 @@ def cases() -> dict[str, Callable[[], list[object]]]:
     }
 
 
-def work() -> None:
-    """Answer each line, the name of a case, with its seconds and a digest of its values."""
+def work(folder: Path) -> None:
+    """Answer each line, the name of a case, with its seconds; keep the values of its first run in ``folder``."""
     import torch
 
     torch.set_num_threads(1)
-    known = cases()
+    calls = cases()
     for line in sys.stdin:
+        name = line.strip()
         started = time.process_time()
-        values = known[line.strip()]()
+        values = calls[name]()
         seconds = time.process_time() - started
-        digest = hashlib.sha256()
-        for value in values:
-            digest.update(value.detach().numpy().tobytes() if isinstance(value, torch.Tensor) else b"-")
-        print(json.dumps([seconds, digest.hexdigest()]), flush=True)
+        if not (path := folder / f"{name}.npz").exists():
+            np.savez(path, *(value.numpy() if isinstance(value, torch.Tensor) else np.empty(0) for value in values))
+        print(seconds, flush=True)
 
 
 class Worker:
-    """A process that runs the cases of one tree."""
+    """A process that runs the cases of one tree, and keeps their values in ``folder``."""
 
-    def __init__(self, tree: Path) -> None:
+    def __init__(self, tree: Path, folder: Path) -> None:
+        folder.mkdir()
         environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, str(Path(__file__).resolve()), "--work"]
+        command = [sys.executable, str(Path(__file__).resolve()), "--work", str(folder)]
         pipe = subprocess.PIPE
+        self._folder = folder
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=tree)
 
-    def run(self, name: str) -> tuple[float, str]:
+    def run(self, name: str) -> float:
+        """The processor time of one call of a case, in seconds."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(name + "\n")
         self._process.stdin.flush()
-        seconds, digest = json.loads(self._process.stdout.readline())
-        return seconds, digest
+        return float(self._process.stdout.readline())
+
+    def values(self, name: str) -> list[np.ndarray]:
+        """Outputs and gradients of the first call of a case, empty where a parameter has no gradient."""
+        with np.load(self._folder / f"{name}.npz") as arrays:
+            return [arrays[key] for key in arrays.files]
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -177,35 +187,45 @@ NAMES = (
 )  # fmt: skip
 
 
+def difference(mine: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+    """The largest difference, relative to the largest number of its tensor; 0 if all are equal to the bit."""
+    largest = 0.0
+    for a, b in zip(mine, theirs, strict=True):
+        if a.tobytes() != b.tobytes():
+            largest = np.maximum(largest, np.abs(a - b).max() / np.abs(b).max())
+    return float(largest)
+
+
 def compare(mine: Worker, theirs: Worker, name: str, repeats: int) -> str:
     """One row: the median ratio, its quartiles, and whether the values are equal."""
-    first = [worker.run(name)[1] for worker in (mine, theirs)]
-    for worker in (mine, theirs):
+    for worker in (mine, theirs) * 2:
         worker.run(name)
+    apart = difference(mine.values(name), theirs.values(name))
     ratios: list[float] = []
     for turn in range(repeats):
         order: Iterable[Worker] = (mine, theirs) if turn % 2 else (theirs, mine)
-        seconds = {id(worker): worker.run(name)[0] for worker in order}
+        seconds = {id(worker): worker.run(name) for worker in order}
         ratios.append(seconds[id(mine)] / seconds[id(theirs)])
     low, median, high = statistics.quantiles(ratios, n=4)
-    return f"{name:30} {median:6.3f}  ({low:.3f} to {high:.3f})  {'equal' if len({*first}) == 1 else 'DIFFERENT'}"
+    values = f"DIFFER by {apart:.1e}" if apart != 0 else "equal"
+    return f"{name:30} {median:6.3f}  ({low:.3f} to {high:.3f})  {values}"
 
 
 @click.command()
 @click.argument("commit", default="HEAD")
 @click.option("--repeats", default=15, type=click.IntRange(min=2), show_default=True, help="Turns of each case.")
 @click.option("--case", "chosen", multiple=True, type=click.Choice(NAMES), help="Only this case.")
-@click.option("--work", "working", is_flag=True, hidden=True)
-def main(commit: str, repeats: int, chosen: tuple[str, ...], working: bool) -> None:
+@click.option("--work", "values", type=click.Path(path_type=Path), hidden=True)
+def main(commit: str, repeats: int, chosen: tuple[str, ...], values: Path | None) -> None:
     """Compare this checkout with COMMIT."""
-    if working:
-        work()
+    if values is not None:
+        work(values)
         return
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         subprocess.run(["git", "worktree", "add", "--detach", "-q", str(tree), commit], cwd=ROOT, check=True)
         try:
-            mine, theirs = Worker(ROOT), Worker(tree)
+            mine, theirs = Worker(ROOT, Path(folder) / "mine"), Worker(tree, Path(folder) / "theirs")
             print(f"{'case':30}  ratio  (quartiles)        values, this checkout against {commit}")
             for name in chosen or NAMES:
                 print(compare(mine, theirs, name, repeats), flush=True)
