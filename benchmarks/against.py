@@ -3,8 +3,9 @@
     python benchmarks/against.py b00e4e6
 
 The other commit is checked out into a temporary worktree. Each tree has a process, and the two take turns, so that
-both meet the same slow and fast moments of a machine. A ratio below 1 means that this checkout is faster. Outputs and
-gradients are "equal" to the bit, or the row has their largest difference, relative to the largest number of a tensor.
+both meet the same slow and fast moments of a machine. A ratio below 1 means that this checkout is faster. The
+values of a row, outputs and gradients, are equal to the bit, or it has their largest difference, relative to the
+largest number of its tensor.
 """
 
 from __future__ import annotations
