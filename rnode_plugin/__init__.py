@@ -37,8 +37,6 @@ _PUBLIC = {
     "TableDataModule": "experiments.training.datamodule",
     "load_flow": "experiments.training.checkpoints",
     "diagnose": "analysis.diagnose",
-    "export_program": "export",
-    "save_program": "export",
     "penalties_along": "penalties",
     "penalties_at": "penalties",
     "velocity_from_noise": "diffusion",
@@ -65,7 +63,6 @@ if TYPE_CHECKING:
     from .experiments.training.checkpoints import load_flow
     from .experiments.training.datamodule import ImageDataModule, TableDataModule
     from .experiments.training.module import RnodeModule
-    from .export import export_program, save_program
     from .flows.multiscale import MultiscaleFlow
     from .flows.table import TableFlow
     from .penalties import penalties_along, penalties_at

@@ -6,16 +6,13 @@ import contextlib
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 from .errors import CheckpointError, ConfigError, first_line
-
-PROGRAM = ".pt2"
-"""The suffix of a program of torch.export."""
 
 SAFETENSORS = ".safetensors"
 """The suffix of weights in the format that many programs read."""
@@ -168,24 +165,6 @@ def write_atomically(
             contents(draft.file)
         draft.finish()
         draft.publish(keep=keep)
-
-
-def write_together(writes: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
-    """Write files like :func:`write_atomically`, where a file that cannot be written leaves all of them unchanged.
-
-    Raises:
-        CheckpointError: for the first such file.
-    """
-    with ExitStack() as stack:
-        drafts: dict[Path, Draft] = {}
-        for path, write in writes.items():
-            with _reporting(path):
-                drafts[path] = stack.enter_context(Draft(path))
-                write(drafts[path].file)
-                drafts[path].finish()
-        for path, draft in drafts.items():
-            with _reporting(path):
-                draft.publish()
 
 
 @contextmanager

@@ -85,10 +85,7 @@ REFUSED: dict[str, str] = {
     "compare digits --configuration bad.json": "It is not JSON: Expecting ',' delimiter: line 1 column 11",
     "compare digits --configuration rnode --seeds 0": "0 is not in the range x>=1",
     "compare digits --jobs 0": "0 is not in the range x>=1",
-    "export runs/digits/0 model.pt": "a file of --format safetensors must end in .safetensors, not 'model.pt'.",
-    "export runs/digits/0 a.safetensors --format torch-export": "must end in .pt2, not 'a.safetensors'.",
-    "export runs/digits/0 a.onnx": "and torch-export for programs that run with torch alone (.pt2).",
-    "export runs/digits/0 a.safetensors --step 1": "--step and --method are options of programs",
+    "export runs/digits/0 model.pt": "the file must end in .safetensors, not 'model.pt'.",
     "cite runs/digits/0 --json": "No such option",
     "exec --penalized y script.py": "'y' is no index: write 3 or 0,1 for tensors, or :2 for columns.",
     "exec --batch-dim first script.py": "'first' is no dimension: write a number, as 0, or none.",
@@ -182,7 +179,6 @@ UNWRITABLE: dict[str, str] = {
     "diagnose runs/digits/0 --out script.py/d": "cannot write into script.py/d",
     "sample runs/digits/0 --out script.py/x.png": "cannot write into script.py",
     "export runs/digits/0 script.py/x.safetensors": "cannot write into script.py",
-    "export runs/digits/0 script.py/x.pt2 --format torch-export": "cannot write into script.py",
     "report runs/digits/0 --out script.py/r": "cannot write into script.py/r",
 }
 

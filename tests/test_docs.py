@@ -204,11 +204,7 @@ PUBLIC = {name: getattr(rnode_plugin, name) for name in rnode_plugin.__all__}
 WITH_EXAMPLES = [path for path in sorted((ROOT / "rnode_plugin").rglob("*.py")) if ">>> " in path.read_text()]
 
 
-@pytest.mark.parametrize("path", [
-    # test_export_programs exports smaller models
-    pytest.param(path, id=str(path.relative_to(ROOT)), marks=[pytest.mark.slow] * (path.name == "export.py"))
-    for path in WITH_EXAMPLES
-])  # fmt: skip
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_examples_in_docstrings_run(path):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     # with the public names alone. An example imports everything else.

@@ -718,8 +718,6 @@ def test_the_last_of_several_runs_knows_all_sets(tmp_path: Path) -> None:
     assert counted in said("eval", alone, "--quiet")
     train = ["train", "table", "--data-root", tmp_path / "t.csv", *as_options(*FEW, "data.split_seed=1")]
     assert counted in said(*train, "--quiet", "--weights", alone, "--run-folder", tmp_path / "d")
-    refused = said("export", third, tmp_path / "p.pt2", "--format", "torch-export", "--trained-on", code=2)
-    assert "leave --trained-on out" in refused
 
 
 def test_data_that_were_moved_or_scaled_are_named(trained_run: Path, tmp_path: Path) -> None:

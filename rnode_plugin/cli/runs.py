@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import ConfigError, DataError
 from ..experiments.runs.run import BEST, Run, find_checkpoint
-from ..files import PROGRAM, SAFETENSORS, missing
-from ..solvers import FIXED_METHODS, FixedGrid
+from ..files import SAFETENSORS, missing
+from ..solvers import FixedGrid
 from ..text import batch_counter, count_of, duration, table
 from .options import (
     as_json,
@@ -323,23 +323,14 @@ def sample(
 @click.command()
 @run_argument
 @click.argument("file", metavar="FILE")
-@click.option("--format", "kind", type=click.Choice(["safetensors", "torch-export"]), default="safetensors",
-              show_default=True, help="Write the weights, or programs for torch.export.load.")  # fmt: skip
-@click.option("--step", type=click.FloatRange(0, min_open=True),
-              help="Longest step of a program's grid. A block of a flow takes one unit of time.")  # fmt: skip
-@click.option("--method", type=click.Choice(FIXED_METHODS),
-              help="Method of a program's steps. [default: rk4_38]")  # fmt: skip
 @click.option("--trained-on", is_flag=True,
               help="Write the hashes of the samples that the weights were trained on too.")  # fmt: skip
 @force
-def export(
-    *, run: str, file: str, kind: str, force: bool, step: float | None, method: str | None, trained_on: bool
-) -> None:
-    """Write the weights of RUN, a run folder or a checkpoint, as FILE.safetensors, or as programs that run alone.
+def export(*, run: str, file: str, force: bool, trained_on: bool) -> None:
+    """Write the weights of RUN, a run folder or a checkpoint, as FILE.safetensors.
 
     \b
     rnode-cli export runs/digits/0 digits.safetensors
-    rnode-cli export runs/digits/0 digits.pt2 --format torch-export --step 0.25
 
     The metadata of the weights contain the recipe. `load_flow`, `eval` and `sample` take the file like a run
     folder, and any program that reads safetensors gets the weights.
@@ -350,43 +341,21 @@ def export(
     With --trained-on an evaluation of the file counts the held-out samples that its weights were trained on.
     Whoever has the record of a person can then test whether it was trained on, so without this option the file
     does not have these hashes.
-
-    With `--format torch-export`, write the sampler and the log-density as two programs on a fixed grid, which need
-    torch alone: FILE-sampler.pt2 and FILE-log_prob.pt2 for FILE.pt2.
     """
     path = Path(file)
-    suffix = SAFETENSORS if kind == "safetensors" else PROGRAM
-    if path.suffix != suffix:
-        raise ConfigError(
-            f"a file of --format {kind} must end in {suffix}, not {file!r}. The formats are safetensors for the "
-            f"weights, and torch-export for programs that run with torch alone ({PROGRAM})."
-        )
-    if kind == "safetensors" and (step or method):
-        raise ConfigError("--step and --method are options of programs: give --format torch-export too.")
-    if kind != "safetensors" and trained_on:
-        raise ConfigError("programs have no hashes of samples: leave --trained-on out.")
-    if method is not None and step is None:
-        raise ConfigError("--method needs a --step.")
+    if path.suffix != SAFETENSORS:
+        raise ConfigError(f"the file must end in {SAFETENSORS}, not {file!r}.")
     source = find_checkpoint(run)
     check_folder(path.parent)
     # what cannot work was refused before torch is imported here
     from ..experiments.training.checkpoints import load_with_recipe, save_flow
-    from ..export import Which, export_program, save_programs
 
-    programs = {} if kind == "safetensors" else {w: path.with_stem(f"{path.stem}-{w}") for w in get_args(Which)}
-    for target in programs.values() or [path]:
-        free_path(str(target), "", force=force)
+    free_path(file, "", force=force)
     flow, recipe, facts = load_with_recipe(source)
     averaged = "" if recipe.training.ema is None else f" ({recipe.weights})"
     click.echo(f"{recipe.name}, weights of {source}{averaged}:")
-    if not programs:
-        card = save_flow(flow, path, recipe=recipe, facts=facts, run=_run_of_best(source), trained_on=trained_on)
-        click.echo(file if card is None else f"{file}, with its model card {card}")
-        return
-    grid = flow.solver if step is None else FixedGrid(method or "rk4_38", step=step)
-    save_programs({target: export_program(flow, which, solver=grid) for which, target in programs.items()})
-    for target in programs.values():
-        click.echo(f"{target} ({grid.text}, {target.stat().st_size / 1e6:.1f} MB)")
+    card = save_flow(flow, path, recipe=recipe, facts=facts, run=_run_of_best(source), trained_on=trained_on)
+    click.echo(file if card is None else f"{file}, with its model card {card}")
 
 
 def _run_of_best(checkpoint: Path) -> RunContents | None:

@@ -442,10 +442,9 @@ class DensityModel(nn.Module, ABC):
                 f"{type(noise).__name__} of {len(noise)}."
             )
         for k, (probe, shape) in enumerate(zip(noise, shapes, strict=True)):
-            # the estimator knows the shape of its noise; ask for one sample, since torch.export cannot draw a batch
-            one = self.estimator.draw(x.new_empty(1, *shape, device="meta"))
-            many = None if one is None else (*one.shape[: -1 - len(shape)], x.shape[0], *shape)
-            expected = None if many is None else (many, x.dtype, x.device)
+            # the estimator knows the shape of its noise
+            like = self.estimator.draw(x.new_empty(len(x), *shape, device="meta"))
+            expected = None if like is None else (tuple(like.shape), x.dtype, x.device)
             got = None if probe is None else (tuple(probe.shape), probe.dtype, probe.device)
             if got != expected:
                 raise ConfigError(

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .derivatives import VELOCITY, Field, Linearization
-from .modes import exporting
 from .part import Part, State
 
 _NO_GRADIENTS = (
@@ -310,9 +309,9 @@ class _States(NamedTuple):
 def random_states(z: Tensor) -> _States | None:
     """The states of the generators that an evaluation on the device of ``z`` draws from.
 
-    They are None where they cannot be read, as in a captured program and on the device meta.
+    They are None where they cannot be read, as in a captured CUDA graph and on the device meta.
     """
-    if torch.compiler.is_compiling() or exporting() or z.is_meta:
+    if torch.compiler.is_compiling() or z.is_meta:
         return None
     if z.is_cuda and torch.cuda.is_current_stream_capturing():
         return None

@@ -134,7 +134,7 @@ def refuse_mixed_samples(seen: Evaluated, *, known: Tensor | None = None) -> boo
         ConfigError: for samples that depend on each other.
     """
     z, dz = seen.z, seen.dz
-    if unseen(z) or len(z) < 2:  # in this order, since len() freezes a program's batch
+    if unseen(z) or len(z) < 2:
         return False
     powers = np.random.default_rng(0).integers(8, size=len(z))
     powers[:8] = np.arange(8)[: len(z)]  # samples of a small batch all differ

@@ -1,4 +1,4 @@
-"""The modes in which torch runs the operations of this thread: transforms, captured programs and inference mode.
+"""The modes in which torch runs the operations of this thread: transforms, captured graphs and inference mode.
 
 It is also the only module that uses names of torch that are not public.
 """
@@ -10,7 +10,6 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -19,8 +18,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..errors import ConfigError, is_out_of_memory
-
-_recording: ContextVar[bool] = ContextVar("_recording", default=False)
 
 # names of torch that are not public ------------------------------------------------------------------------------
 
@@ -40,8 +37,6 @@ NAMES = {
     "torch._C._current_graph_task_id": "a checkpointed step that only its second run cannot trace raises an error",
     "torch._dynamo.exc": "a step that cannot be compiled raises torch's error",
     "torch._dynamo.convert_frame": "some steps that cannot be compiled raise torch's error",
-    "torch.utils._python_dispatch._disable_current_modes": "exports are refused",
-    "torch.fx.experimental.proxy_tensor.make_fx": "exports are refused",
     "torch.utils._pytree": "checkpointed solves and inference mode are refused",
     "torch.nn.modules.module._global_forward_hooks": "all layers count as having hooks, which autograd serves",
     "torch.nn.modules.module._global_forward_pre_hooks": "all layers count as having hooks, which autograd serves",
@@ -89,9 +84,6 @@ _is_wrapped: Callable[[Tensor], bool] = private("torch._C._functorch.is_functorc
 _is_batched: Callable[[Tensor], bool] = private("torch._C._functorch.is_batchedtensor")
 _current_level: Callable[[], int | None] = private("torch._C._functorch.maybe_current_level")
 _level: Callable[[Tensor], int | None] = private("torch._C._functorch.maybe_get_level")
-_without_modes: Callable[[], AbstractContextManager[object]] = private(
-    "torch.utils._python_dispatch._disable_current_modes"
-)
 _executes: Callable[[Any], bool] = find_private("torch._C._will_engine_execute_node") or (lambda node: True)
 _graph_task: Callable[[], int] = find_private("torch._C._current_graph_task_id") or (lambda: -1)
 _CustomNode: Any = find_private("torch.autograd.function.BackwardCFunction")
@@ -99,7 +91,6 @@ _pytree: Any = find_private("torch.utils._pytree")
 _HOOKS_OF_ALL: Any = tuple(
     find_private(f"torch.nn.modules.module._global_forward_{kind}") for kind in ("hooks", "pre_hooks")
 )
-make_fx: Callable[..., Callable[..., Any]] = private("torch.fx.experimental.proxy_tensor.make_fx")
 
 
 def tree(name: str) -> Callable[..., Any]:
@@ -169,7 +160,7 @@ def hooks_of(x: Tensor) -> Any:
         refuse_torch("_backward_hooks of a tensor")
 
 
-# transforms, programs and forward mode ---------------------------------------------------------------------------
+# transforms, captured graphs and forward mode --------------------------------------------------------------------
 
 
 def unwrapped(x: Tensor) -> Tensor:
@@ -188,7 +179,7 @@ def any_of(x: Tensor) -> bool:
 def unseen(x: Tensor) -> bool:
     """Whether the host cannot read values, so that checks are left out."""
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return x.is_meta or capturing or exporting() or torch.compiler.is_compiling()
+    return x.is_meta or capturing or torch.compiler.is_compiling()
 
 
 def escaped(x: Tensor) -> bool:
@@ -200,32 +191,6 @@ def escaped(x: Tensor) -> bool:
             return True
         x = _get_unwrapped(x)
     return False
-
-
-def exporting() -> bool:
-    """Whether the operations of this thread are captured as a program, so that values of inputs are unknown."""
-    # torch.compile cannot trace a context variable, and compiled operations are never recorded
-    return not torch.compiler.is_compiling() and _recording.get()
-
-
-@contextmanager
-def recording() -> Iterator[None]:
-    """Context for operations that are captured as a program."""
-    token = _recording.set(True)
-    try:
-        yield
-    finally:
-        _recording.reset(token)
-
-
-def on_host() -> AbstractContextManager[object]:
-    """Context for operations that a captured program must not contain. Their results enter it as constants."""
-    return _without_modes() if exporting() else nullcontext()
-
-
-def traced() -> bool:
-    """Whether a transform of torch.func or an export is active."""
-    return transforms_active() or exporting()
 
 
 def dual_numbers() -> bool:
@@ -251,17 +216,17 @@ def refuse_dual_numbers() -> None:
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as a tensor, cached because every step needs them. Do not write into the result."""
     # a tensor made in inference mode could not serve a later backward pass
-    with on_host(), torch.inference_mode(False):
+    with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)
 
 
 def read(x: Tensor) -> Any:
     """The numbers in ``x``, as ``x.tolist()`` gives them, for which the host waits; None if they do not exist.
 
-    They do not exist on the device ``meta``, in an export, and inside ``torch.func.vmap``, where they differ from
-    sample to sample.
+    They do not exist on the device ``meta``, and inside ``torch.func.vmap``, where they differ from sample to
+    sample.
     """
-    if x.is_meta or exporting():
+    if x.is_meta:
         return None
     try:
         return x.detach().tolist()
@@ -276,7 +241,7 @@ def read(x: Tensor) -> Any:
 
 def differs(x: Tensor) -> bool:
     """Whether a number that a solve has once differs between the samples of a ``torch.func.vmap`` around it."""
-    return transforms_active() and not x.is_meta and not exporting() and read(x) is None
+    return transforms_active() and not x.is_meta and read(x) is None
 
 
 def next_number(x: Tensor) -> int:

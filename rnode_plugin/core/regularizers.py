@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..errors import ConfigError, PluginError, RnodeError, is_out_of_memory, suggest
-from .modes import differs, on_host, read
+from .modes import differs, read
 from .modules import module_of
 from .regularizer import Rate, Regularizer, SpanPolicy, StepPenalty, StepRecord, code_of
 from .schedules import DEFAULT_LAMBDA, Strength, checked_lambda, strength_at
@@ -207,14 +207,13 @@ class Regularizers:
                 samples of a ``torch.func.vmap``.
             PluginError: if the policy raises another error.
         """
-        with on_host():  # a captured program has the times as constants
-            times = t_span if like is None else t_span.to(like.dtype)
-            times = times if like is None or times.requires_grad else times.cpu()
-            times = times.flip(0) if backward else times
-            if (span := self.span) is None:
-                return times
-            own = next(span.parameters(), times) if isinstance(span, nn.Module) else times
-            return _times_of(span, times.to(own.device), training=training)
+        times = t_span if like is None else t_span.to(like.dtype)
+        times = times if like is None or times.requires_grad else times.cpu()
+        times = times.flip(0) if backward else times
+        if (span := self.span) is None:
+            return times
+        own = next(span.parameters(), times) if isinstance(span, nn.Module) else times
+        return _times_of(span, times.to(own.device), training=training)
 
     @property
     def integrated(self) -> Regularizers:

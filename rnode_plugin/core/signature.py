@@ -250,7 +250,7 @@ def _in_shape(t: Tensor, x: Tensor, name: str) -> Tensor:
     """A time, or one time for each sample of ``x``, in a shape of :data:`TIME_SHAPES` or as a scalar."""
     if name == SCALAR:
         return t.reshape(())
-    shape = (x.shape[0], 1)[: TIME_SHAPES[name]]  # not len(x), which freezes the size of the batch in a program
+    shape = (len(x), 1)[: TIME_SHAPES[name]]
     return t.reshape(-1, *shape[1:]).expand(shape)
 
 

@@ -64,7 +64,7 @@ from ..core.derivatives import (
     unit_vectors,
 )
 from ..core.field_checks import FieldChecks
-from ..core.modes import autocasts, reaches, traced
+from ..core.modes import autocasts, reaches, transforms_active
 from ..errors import ConfigError
 from .activations import Activation
 from .kernels import Dense, LayerMap
@@ -88,7 +88,6 @@ class Stack(Field):
         z: a state. The layers compute in autocast's dtype if it is float32, else in its dtype.
         noise: the probe vectors of the solve, for which equation (2) is computed here.
         context: ``(B, C)``, for layers that take it after the state.
-        fast: whether evaluations use the hand-written backward pass.
     """
 
     def __init__(
@@ -100,7 +99,6 @@ class Stack(Field):
         *,
         noise: Tensor | None = None,
         context: Tensor | None = None,
-        fast: bool = False,
     ) -> None:
         self.kind, self.activation, self.event = kind, activation, tuple(z.shape[2:])
         if len(self.event) != (0 if kind is Dense else 2):
@@ -136,11 +134,9 @@ class Stack(Field):
         self._W_L = kind.unflat(flat[-1], self.shapes[-1])
         self._plain: Layers | None = None
         self._captured = False
-        self.fast: Layers | None = None
-        if fast:
-            # detached: the hand-written nodes take theta as an input and return its gradient themselves
-            b, r, weights = self._pieces(self.theta.detach())
-            self.fast = Layers(list(map(kind.prepared, weights)), b, r)
+        # detached: the hand-written nodes take theta as an input and return its gradient themselves
+        b, r, weights = self._pieces(self.theta.detach())
+        self.fast: Layers | None = Layers(list(map(kind.prepared, weights)), b, r)  # None in a traceable stack
         # several noises of convolutions are evaluated as one larger batch, see _several
         several = noise is not None and noise.ndim > 2 + len(self.event)
         self._noise = None if several and kind is not Dense else noise
@@ -224,7 +220,7 @@ class Stack(Field):
     def _several(self, t: Tensor, z: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Several products of convolutions, computed as one batch, since a convolution has one batch dimension."""
         graph = torch.is_grad_enabled() and any(x.requires_grad for x in (t, z, vectors, self.theta))
-        if self.fast is not None and not graph and not traced():
+        if self.fast is not None and not graph and not transforms_active():
             with _without_autocast(z):
                 return _colors(self, self.fast, t, z, vectors)
         count, batch = len(vectors), z.shape[0]
@@ -242,7 +238,7 @@ class Stack(Field):
         x = self._with_context(z)
         outputs: Any
         # the product of a single layer does not depend on the state, so the hand-written pass has nothing to do
-        if self.fast is None or (g is not None and not self.activations) or traced():
+        if self.fast is None or (g is not None and not self.activations) or transforms_active():
             outputs = _plain(self, t, x, g)
         else:
             outputs = _Evaluation.apply(self, t, x, g, self.theta)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.modes import on_host, transforms_active
+from ..core.modes import transforms_active
 
 # channels up to which a convolution is faster as one product of matrices
 _FEW = {torch.float64: 8, torch.float32: 8, torch.bfloat16: 3}
@@ -263,7 +263,7 @@ def _rows(many: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def _bias_basis(h: int, w: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``(2 H W, 10)``: the map that a bias of 1 adds, and below it the maps that the nine taps add at time 1."""
-    with on_host(), torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         patches = F.unfold(torch.ones(1, 1, h, w, dtype=dtype, device=device), 3, padding=1)[0].t()
         one, zero = torch.ones_like(patches[:, :1]), torch.zeros_like(patches)
         return torch.cat([torch.cat([one, zero], 1), torch.cat([zero[:, :1], patches], 1)])

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.modes import exporting, has_hooks
+from ..core.modes import has_hooks
 from .activations import get_activation
 from .fused import Stack
 from .kernels import Dense
@@ -52,8 +52,7 @@ def recognize(
         return None
     parameters = [(*_split(each.weight, last), each.bias) for each, last in zip(linear, timed, strict=True)]
     activation = activations.pop() if activations else get_activation("tanh")
-    # the hand-written backward pass is of no use in an exported program, which has none
-    return Stack(Dense, activation, parameters, z, fast=not exporting())
+    return Stack(Dense, activation, parameters, z)
 
 
 def _split(weight: Tensor, timed: bool) -> tuple[Tensor | None, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.derivatives import VELOCITY, AutogradField, Field, Linearization, Velocity
-from ..core.modes import exporting, has_hooks, outside_inference
+from ..core.modes import has_hooks, outside_inference
 from ..errors import ConfigError, check_count
 from .activations import get_activation
 from .fused import Stack
@@ -124,7 +124,7 @@ class StackField(nn.Module, Field):
             return AutogradField(lambda t, z: self(t, z, context))
         # a penalty may differentiate with respect to the state, through tensors that are made here
         with outside_inference():
-            return self._stack(z, noise=noise, context=context, fast=not exporting())
+            return self._stack(z, noise=noise, context=context)
 
     def _stack(self, z: Tensor, **options: Any) -> Stack:
         layers: list[Any] = list(self.layers)

@@ -13,7 +13,6 @@ from torch.distributions import Distribution
 from ..core.derivatives import Field, radius_of
 from ..core.distribution import DensityModel, StandardNormal
 from ..core.history import History
-from ..core.modes import on_host
 from ..core.objective import FlowOutput
 from ..core.regularizer import Regularizer
 from ..core.regularizers import Regularizers, RegularizersLike
@@ -329,8 +328,7 @@ class _Pass:
                 noise = field.layout(noise)
         rhs = self._system.start(field, z, density=self._density, probes=noise, one_graph=one_graph)
         block = len(self._flow.fields) - 1 - index if self._backward else index
-        with on_host():  # times on the CPU, where the host reads them without waiting for the device
-            times = torch.tensor((0.0, 1.0), dtype=z.dtype)
+        times = torch.tensor((0.0, 1.0), dtype=z.dtype)  # on the CPU, where the host need not wait for the device
         times = self._flow.regularizers.times(times, training=self._draws_times, backward=self._backward)
         history = self._flow.history
         solution = self._solver.solve(rhs, z, times, **history.warm_start(times, block=block))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.health import HealthCheck, health
-from ..core.modes import on_host, read, refuse_capture
+from ..core.modes import read, refuse_capture
 from ..errors import ConfigError
 from .solution import Solution
 from .step import (
@@ -48,8 +48,7 @@ def march(solver: FixedGrid, problem: Problem, *, take: Callable[..., Step] | No
     # times on the CPU stay there, so that step lengths are numbers for the host, unless they require a gradient
     if t_span.device.type != "cpu" or t_span.requires_grad:
         t_span = t_span.to(z.device)
-    with on_host():
-        outputs, grid = _grid(t_span, counts, z.device)
+    outputs, grid = _grid(t_span, counts, z.device)
     totals = Totals([outputs[0]], [z], knots=[(outputs[0], z)] if problem.save_steps else None)
     finite, steps = list[Tensor](), iter(grid)
     for output, count in zip(outputs[1:], counts, strict=True):
@@ -72,9 +71,7 @@ def _counts(solver: FixedGrid, t_span: Tensor) -> list[int]:
     """The number of steps in each interval of the times."""
     if solver.step is None:
         return [1] * (len(t_span) - 1)
-    # in a captured program `read` gives None, but times that are constants of the program can be listed
-    times = read(t_span) or t_span.tolist()
-    counts = [count_steps(b - a, float(solver.step)) for a, b in itertools.pairwise(times)]
+    counts = [count_steps(b - a, float(solver.step)) for a, b in itertools.pairwise(t_span.tolist())]
     if sum(counts) > _MOST_STEPS:
         raise ConfigError(
             f"step={solver.step:g} divides the times of this solve into {sum(counts):,} steps, and more than "

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..core.evaluator import random_states, restore
-from ..core.modes import hook_numbers, is_of_compiler, on_device, runs_backward, traced
+from ..core.modes import hook_numbers, is_of_compiler, on_device, runs_backward, transforms_active
 from ..core.modules import module_of
 from ..core.system import Derivative, RightHandSide
 from .step import Draw, Problem, Step, Stepper
@@ -46,8 +46,8 @@ _numbers = itertools.count()
 def solve(solver: Solver, problem: Problem, run: Callable[[Solver, Problem], Solution]) -> Solution:
     """Solve by compiled steps where gradients are enabled, else by the steps themselves.
 
-    Inside of a transform, an export and another ``torch.compile`` the steps are those of a solver without
-    ``compile``. So are all steps of a net that cannot be traced, about which one warning is given.
+    Inside of a transform and another ``torch.compile`` the steps are those of a solver without ``compile``. So are
+    all steps of a net that cannot be traced, about which one warning is given.
 
     Args:
         solver: the solver with ``compile``.
@@ -55,7 +55,7 @@ def solve(solver: Solver, problem: Problem, run: Callable[[Solver, Problem], Sol
         run: solves a problem by a solver.
     """
     rhs, z, t = problem.rhs, problem.z, problem.t_span
-    asked = torch.is_grad_enabled() and not (traced() or torch.compiler.is_compiling() or z.is_meta)
+    asked = torch.is_grad_enabled() and not (transforms_active() or torch.compiler.is_compiling() or z.is_meta)
     if not asked:
         return run(solver, problem)
     try:

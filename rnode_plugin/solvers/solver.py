@@ -116,8 +116,7 @@ class Solver(ABC):
             rhs: the right-hand side, such as ``System(...).start(field, z0)``.
             z0: state ``(B, *event)`` at ``t_span[0]``.
             t_span: times ``(T,)``, increasing or decreasing. If they are on the CPU, they are read without waiting
-                for the device. Numbers take the precision of ``z0``. An exported program has the times as
-                constants, so a model that makes them during a call gives numbers.
+                for the device. Numbers take the precision of ``z0``.
             safe_step: the ``longest_safe_step`` of an earlier solution of the same field in the same direction of
                 time. An adaptive solver first tries it, times the safety factor of its method unless the whole step
                 reaches the end of the solve. None: the solver's ``first_step``, which a solve also takes where the
@@ -141,7 +140,7 @@ class Solver(ABC):
         """
         import torch
 
-        from ..core.modes import on_host, refuse_dual_numbers, transforms_active
+        from ..core.modes import refuse_dual_numbers, transforms_active
         from .path_penalties import with_path_penalties
         from .step import Problem, check_times
 
@@ -150,8 +149,7 @@ class Solver(ABC):
         # without gradients the values are the same in every gradient mode
         refuse(self, regularizers.steps, density=rhs.divergence, differentiated=torch.is_grad_enabled())
         if not isinstance(t_span, torch.Tensor):
-            with on_host():
-                t_span = torch.tensor(t_span, dtype=z0.dtype.to_real())
+            t_span = torch.tensor(t_span, dtype=z0.dtype.to_real())
         check_times(t_span)
         regularizers.check_time_gradient(t_span, through_steps=gradient.through_steps or transforms_active())
         for length in (safe_step, adjoint_safe_step):

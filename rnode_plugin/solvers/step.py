@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.health import HealthCheck
-from ..core.modes import constant, exporting, on_device, on_host, read, refuse_capture, transforms_active
+from ..core.modes import constant, on_device, read, refuse_capture, transforms_active
 from ..core.regularizer import StepRecord
 from ..core.system import Derivative, RightHandSide
 from ..errors import ConfigError, SolverError
@@ -81,15 +81,10 @@ class Problem:
 
 def check_times(t_span: Tensor, name: str = "t_span") -> None:
     """Refuse times, by this name, that are not a finite, strictly monotonic row of two or more (ConfigError)."""
-    if exporting() and type(t_span) not in (Tensor, nn.Parameter):  # it stands for an input, without values
-        raise ConfigError(
-            "a solve in a program takes its times as numbers, (0.0, 1.0), not as a tensor of the call"
-        )
     good = t_span.ndim == 1 and len(t_span) >= 2 and t_span.is_floating_point()
     if good:
-        with on_host():
-            steps = t_span.detach().diff()
-            good = bool(((steps > 0).all() | (steps < 0).all()) & torch.isfinite(t_span.detach()).all())
+        steps = t_span.detach().diff()
+        good = bool(((steps > 0).all() | (steps < 0).all()) & torch.isfinite(t_span.detach()).all())
     if not good:
         raise ConfigError(
             f"{name} must be finite and strictly increasing or decreasing, a row of at least two floating-point "

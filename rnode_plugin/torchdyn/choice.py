@@ -25,7 +25,7 @@ from torchdyn.numerics.solvers.ode import (
 from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDiffeqSolver
 
 from ..core.derivatives import Velocity
-from ..core.modes import on_host, transforms_active
+from ..core.modes import transforms_active
 from ..errors import ConfigError, check_name
 from ..solvers import (
     Adaptive,
@@ -265,20 +265,17 @@ class _Step:
                 "the steps of torchdyn's implicit Euler have no gradient, because an optimizer finds each new "
                 "state: use sensitivity='adjoint', or torch.no_grad() for values alone."
             )
-        if not self.known:
-            with on_host():
-                backward = not bool(dt > 0)
-            if backward:
-                pairs: list[tuple[Tensor, Tensor]] = []  # each velocity of the mirrored field with the original
+        if not self.known and not bool(dt > 0):
+            pairs: list[tuple[Tensor, Tensor]] = []  # each velocity of the mirrored field with the original
 
-                def mirrored(t: Tensor, x: Tensor) -> Tensor:
-                    velocity = f(-t, x)
-                    pairs.append((-velocity, velocity))
-                    return pairs[-1][0]
+            def mirrored(t: Tensor, x: Tensor) -> Tensor:
+                velocity = f(-t, x)
+                pairs.append((-velocity, velocity))
+                return pairs[-1][0]
 
-                k1 = None if k1 is None else -k1
-                last, new, error, *_ = solver.step(mirrored, x, -t, -dt, k1=k1, args=self.args)
-                return next((velocity for opposite, velocity in pairs if opposite is last), None), new, error
+            k1 = None if k1 is None else -k1
+            last, new, error, *_ = solver.step(mirrored, x, -t, -dt, k1=k1, args=self.args)
+            return next((velocity for opposite, velocity in pairs if opposite is last), None), new, error
         return solver.step(f, x, t, dt, k1=k1, args=self.args)
 
     def solver_like(self, x: Tensor, t: Tensor) -> SolverObject:
@@ -286,12 +283,11 @@ class _Step:
         like, solver = self._ready
         if like == (x.dtype, x.device):
             return solver
-        with on_host():
-            solver = self.solver
-            if self.name is not None:
-                solver = _build(self.name, torch.float64 if x.dtype is torch.float64 else torch.float32)
-            if sync := getattr(solver, "sync_device_dtype", None):
-                sync(x, t)
+        solver = self.solver
+        if self.name is not None:
+            solver = _build(self.name, torch.float64 if x.dtype is torch.float64 else torch.float32)
+        if sync := getattr(solver, "sync_device_dtype", None):
+            sync(x, t)
         if self.name is not None and not transforms_active():  # tensors made in a transform must not outlive it
             self._ready = (x.dtype, x.device), solver
         return solver

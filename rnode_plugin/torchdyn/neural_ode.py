@@ -24,7 +24,7 @@ from torchdyn.numerics.solvers.ode import RungeKutta4
 from ..core.citations import citation
 from ..core.history import History, SolveCounter, refuse_data_parallel
 from ..core.integrals import Integrals, attach
-from ..core.modes import on_host, outside_inference
+from ..core.modes import outside_inference
 from ..core.part import PartSpec, warn_of_flat_state
 from ..core.regularizers import RegularizersLike
 from ..core.signature import refuse_state_first
@@ -449,26 +449,23 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
             )
         x = x.clone() if x.is_floating_point() or x.is_complex() else x.to(torch.get_default_dtype())
         precision = x.real.dtype
-        with on_host():
-            try:
-                times = t_span
-                if not isinstance(t_span, Tensor):
-                    entries = list(t_span)
-                    row = bool(entries) and all(isinstance(t, Tensor) for t in entries)
-                    times = (
-                        torch.cat([t.reshape(1) for t in entries])
-                        if row
-                        else torch.tensor(entries, dtype=precision)
-                    )
-            except (TypeError, ValueError, RuntimeError):
-                raise ConfigError(f"t_span must be a row of times, not {t_span!r}.") from None
-            if times.is_complex() or times.dtype == torch.bool:
-                raise ConfigError(f"t_span must have real times, not {times.dtype}.")
-            # the steps of an adaptive solve take the precision of the times: a lower one would round their sums,
-            # and a higher one would promote the state
-            times = times.to(precision) if solver.adaptive or not times.is_floating_point() else times
-            # on the CPU, so that the host knows the steps without waiting for the device
-            times = times.to(x.device if times.requires_grad else "cpu", copy=True)
+        try:
+            times = t_span
+            if not isinstance(t_span, Tensor):
+                entries = list(t_span)
+                row = bool(entries) and all(isinstance(t, Tensor) for t in entries)
+                times = (
+                    torch.cat([t.reshape(1) for t in entries]) if row else torch.tensor(entries, dtype=precision)
+                )
+        except (TypeError, ValueError, RuntimeError):
+            raise ConfigError(f"t_span must be a row of times, not {t_span!r}.") from None
+        if times.is_complex() or times.dtype == torch.bool:
+            raise ConfigError(f"t_span must have real times, not {times.dtype}.")
+        # the steps of an adaptive solve take the precision of the times: a lower one would round their sums,
+        # and a higher one would promote the state
+        times = times.to(precision) if solver.adaptive or not times.is_floating_point() else times
+        # on the CPU, so that the host knows the steps without waiting for the device
+        times = times.to(x.device if times.requires_grad else "cpu", copy=True)
         prepare(solver, x, times[:1])
         return x, times
 
