@@ -70,7 +70,7 @@ if not os.environ.get("DOCS_ONLINE"):
 
 # The sidebar: the pages of the first level, and the pages below each. Here, so that GitHub shows plain Markdown.
 SIDEBAR = {
-    "start/first_steps": "start/install start/torchdyn start/torchdiffeq start/flow_matching start/diffusion"
+    "start/first_steps": "start/install start/torchdyn start/torchdiffeq start/flow_matching"
     " start/any_solver start/hand_written",
     "gallery": "start/two_moons notebooks/classifier notebooks/flow_matching notebooks/table_density"
     " notebooks/image_flow",
@@ -79,7 +79,7 @@ SIDEBAR = {
     "torchdyn": "compile diagnose export",
     "images": "exact_images tables training scaling reports reproduce",
     "faq": "troubleshooting cli glossary",
-    "api/index": "api/types api/torchdyn api/torchdiffeq api/penalties api/flow_matching api/diffusion api/core"
+    "api/index": "api/types api/torchdyn api/torchdiffeq api/penalties api/flow_matching api/core"
     " api/solvers api/fields api/flows api/data api/recipes api/training api/evaluation api/reports api/plugins"
     " api/errors",
     "contributing": "plugins write_a_model third_party_plugin maf_tables parquet_pictures otflow ffjord_rates"

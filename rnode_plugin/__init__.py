@@ -39,7 +39,6 @@ _PUBLIC = {
     "diagnose": "analysis.diagnose",
     "penalties_along": "penalties",
     "penalties_at": "penalties",
-    "velocity_from_noise": "diffusion",
     "install": "torchdyn.neural_ode",
     "uninstall": "torchdyn.neural_ode",
     "hookimpl": "plugins.hookspecs",
@@ -57,7 +56,6 @@ if TYPE_CHECKING:
     from .core.objective import FlowOutput, bits_per_dim, objective
     from .core.system import System
     from .core.trace_estimators import Exact, Hutchinson
-    from .diffusion import velocity_from_noise
     from .errors import RnodeError, SolverError
     from .experiments.recipes.recipe import get_recipe
     from .experiments.training.checkpoints import load_flow

@@ -43,8 +43,8 @@ def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, *, noise_time:
         The score ``(B, *event)``.
 
     Raises:
-        ConfigError: for another ``noise_time``, for times outside of [0, 1] or where the state has less than 1e-4
-            of the noise, and for the velocity of a diffusion model, whose paths are not straight.
+        ConfigError: for another ``noise_time``, and for times outside of [0, 1] or where the state has less than
+            1e-4 of the noise.
 
     Example:
         >>> import torch
@@ -55,11 +55,6 @@ def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, *, noise_time:
     """
     if noise_time not in (0, 1):
         raise ConfigError(f"noise_time must be 0 or 1, not {noise_time!r}: the paths are straight between these.")
-    if hasattr(v, "check_ends"):
-        raise ConfigError(
-            "the paths of a diffusion model are not straight: its score is -noise / sigma(t), with the noise from "
-            "v.data_and_noise(t, x)."
-        )
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     velocity = call_of(time_first(v))(t, x)
     noise = t if noise_time == 1 else 1 - t
@@ -93,8 +88,7 @@ class ODESolver:
             shares the product of the divergence.
 
     Raises:
-        ConfigError: for the velocity of a diffusion model, whose data are at time 0, for an unknown regularizer,
-            and for a span policy, because ``time_grid`` determines the times.
+        ConfigError: for an unknown regularizer, and for a span policy, because ``time_grid`` determines the times.
 
     Attributes:
         nfe: number of evaluations of the velocity in the last call.
@@ -122,11 +116,6 @@ class ODESolver:
         regularizers: RegularizersLike = None,
         trace_noise: str | TraceEstimator = "rademacher",
     ) -> None:
-        if hasattr(velocity_model, "check_ends"):
-            raise ConfigError(
-                "ODESolver has the noise at time 0 and the data at 1, and a diffusion model the other way round: "
-                "give its velocity to RegularizedCNF.from_velocity, with data_time= and noise_time=."
-            )
         resolved = resolve_regularizers(regularizers)
         if resolved.span is not None:
             raise ConfigError(

@@ -12,11 +12,10 @@ from problems import Linear, Plain, Wave
 from torch import Tensor, nn
 from torchdyn.nn import Augmenter, DataControl, DepthCat
 
-from rnode_plugin import NeuralODE, velocity_from_noise
+from rnode_plugin import NeuralODE
 from rnode_plugin.core.derivatives import Field, as_field
 from rnode_plugin.core.signature import time_first
 from rnode_plugin.core.system import System
-from rnode_plugin.diffusion import cosine
 from rnode_plugin.fields import StackField, conv_field, linear_field
 from rnode_plugin.fields.activations import ACTIVATIONS
 from rnode_plugin.fields.recognize import recognize
@@ -230,18 +229,6 @@ def accelerated(module: Any, start: Tensor) -> Velocity:
     return lambda t, z: torch.cat([z[:, 2:], module(z)], 1)
 
 
-def diffused(module: Any, start: Tensor) -> Velocity:
-    """``alpha' (z - sigma e) / alpha + sigma' e`` of the cosine schedule."""
-
-    def velocity(t: Tensor, z: Tensor) -> Tensor:
-        angle = torch.pi / 2 * t
-        noise = module.net(t, z)
-        data = (z - angle.sin() * noise) / angle.cos()
-        return torch.pi / 2 * (angle.cos() * noise - angle.sin() * data)
-
-    return velocity
-
-
 @dataclass(frozen=True)
 class Case:
     """A user's field.
@@ -302,7 +289,6 @@ FIELDS: dict[str, Case] = {
     ),
     "state first": Case(StateFirst, state_first, called_state_first),
     "one time per sample": Case(StateFirst, with_time_per_sample, called_state_first),
-    "velocity of a diffusion": Case(lambda: velocity_from_noise(StateFirst(), *cosine()), plain=diffused),
     "torchdyn's layers": Case(control, in_neural_ode, by_its_layers),
     "torchdyn's layers in a density": Case(
         lambda: perceptron(nn.Linear(4, 6), nn.Tanh(), DepthCat(1), nn.Linear(7, 4)), in_density, by_its_layers

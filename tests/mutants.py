@@ -161,13 +161,6 @@ MUTANTS = [
         "values.std(0, unbiased=True)",
         "test_table_runs.py::test_the_nll_of_a_run_is_in_the_unit_of_the_file",
     ),
-    Mutant(
-        "the sign of the data in a prediction of v",
-        "diffusion.py",
-        "(alpha * x - sigma * output) / square, (sigma",
-        "(alpha * x + sigma * output) / square, (sigma",
-        "test_diffusion.py::test_the_log_density_is_that_of_the_mixture",
-    ),
     # the application
     Mutant(
         "Muon looks ahead the wrong way",

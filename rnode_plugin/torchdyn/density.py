@@ -148,7 +148,7 @@ class RegularizedCNF(DensityModel):
                 parameters decide how it is called: ``t``, ``time``, ``timestep`` or ``timesteps`` is the time, and
                 ``x``, ``z``, ``y``, ``u``, ``h``, ``state`` or ``sample`` is the state. With other names it is
                 called ``net(t, x)``.
-            data_time: the time at which paths arrive at the data: 1 for flow matching, 0 for diffusion models.
+            data_time: the time of the data, 1 as in flow matching, or 0 if paths go from the data to the noise.
             noise_time: the time at which paths are distributed as the base; None: ``1 - data_time``.
             steps: number of steps between the two times; a fixed-step solver needs it, unless it is an object with
                 a ``step``. An adaptive solver also stops at the times between the steps.
@@ -159,11 +159,8 @@ class RegularizedCNF(DensityModel):
             options: further arguments of the class, such as ``event_shape`` or ``base``. The default of
                 ``regularizers`` is none.
 
-        If the net has a method ``check_ends(data_time, noise_time, *, base=None)``, it is called first and may
-        refuse the times. :func:`~rnode_plugin.velocity_from_noise` refuses times at which the velocity is singular.
-
         Raises:
-            ConfigError: for everything that the class or the net refuses, for a fixed-step solver without
+            ConfigError: for everything that the class refuses, for a fixed-step solver without
                 ``steps``, for ``t_span``, which ``data_time``, ``noise_time`` and ``steps`` determine, and for a
                 velocity whose parameter names do not determine how it is called.
         """
@@ -173,8 +170,6 @@ class RegularizedCNF(DensityModel):
                 "steps=, the steps of a fixed-step solver between them."
             )
         noise_time = 1.0 - data_time if noise_time is None else noise_time
-        if (check_ends := getattr(net, "check_ends", None)) is not None:
-            check_ends(data_time, noise_time, base=options.get("base"))
         options = {"regularizers": (), **options}  # a velocity from flow matching usually is trained already
         context = options.get("context_shape") is not None
         net = time_first(net, call=call, time_shape=time_shape or SCALAR, with_context=context)
