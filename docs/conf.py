@@ -71,7 +71,7 @@ if not os.environ.get("DOCS_ONLINE"):
 # The sidebar: the pages of the first level, and the pages below each. Here, so that GitHub shows plain Markdown.
 SIDEBAR = {
     "start/first_steps": "start/install start/torchdyn start/torchdiffeq start/flow_matching"
-    " start/any_solver start/hand_written",
+    " start/any_solver start/unchanged_code start/hand_written",
     "gallery": "start/two_moons notebooks/classifier notebooks/flow_matching notebooks/table_density"
     " notebooks/image_flow",
     "which_penalty": "regularizers mathematics comparison",

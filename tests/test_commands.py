@@ -87,9 +87,6 @@ REFUSED: dict[str, str] = {
     "compare digits --jobs 0": "0 is not in the range x>=1",
     "export runs/digits/0 model.pt": "the file must end in .safetensors, not 'model.pt'.",
     "cite runs/digits/0 --json": "No such option",
-    "exec --penalized y script.py": "'y' is no index: write 3 or 0,1 for tensors, or :2 for columns.",
-    "exec --batch-dim first script.py": "'first' is no dimension: write a number, as 0, or none.",
-    "exec --regularizer kinetik=1 script.py": "unknown regularizer 'kinetik'; did you mean 'kinetic'?",
     "report runs/digits/0 --out pictures": "pictures exists already: choose another name, or overwrite it",
 }
 

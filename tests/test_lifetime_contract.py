@@ -5,8 +5,6 @@ A call reads modules, attributes and solver objects as they are then, and a back
 
 from __future__ import annotations
 
-import copy
-import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import torchdiffeq
 from density_models import MODELS
 from density_models import make as make_density
 from problems import COPIES, Wave
@@ -552,38 +549,6 @@ def test_objects_made_before_install_and_after(uninstalled: None) -> None:
     rnode_plugin.uninstall()
     assert torch.equal(before(x)[1], plain[0])
     assert torch.equal(model(x)[1], made_with)
-
-
-def test_install_keeps_the_entries_of_a_generator(uninstalled: None) -> None:
-    names = ["kinetic", "jacfrob"]
-    rnode_plugin.install(torchdiffeq=True, regularizers=(name for name in names))
-    for _ in range(2):  # each model has both
-        model: Any = TorchdynNeuralODE(nn.Linear(2, 2), "rk4")
-        model(torch.ones(3, 2))
-        assert list(model.regularization) == names
-    weight = torch.ones((), requires_grad=True)
-    plain = torchdiffeq.odeint(lambda t, y: weight * y, torch.ones(3, 2), SPAN)
-    plain[0].sum().backward()  # the start does not depend on the weight, the penalties do
-    assert weight.grad is not None
-    assert weight.grad > 0
-
-
-def test_what_install_returns_and_its_copies_keep_the_counts(uninstalled: None) -> None:
-    counter = rnode_plugin.install(regularizers=["kinetic"])
-    assert counter
-    model: Any = TorchdynNeuralODE(nn.Linear(2, 2), "rk4")
-    model(torch.ones(3, 2))[1].sum().backward()
-    for each in (counter, copy.deepcopy(counter), pickle.loads(pickle.dumps(counter))):
-        assert each.solves == 1
-        assert each.means == counter.means
-        assert each.means["kinetic"] > 0
-    twin: Any = copy.deepcopy(model)
-    twin(torch.ones(3, 2))[1].sum().backward()
-    assert counter.solves == 2
-    torch.func.grad(lambda x: twin(x)[1].sum())(torch.ones(3, 2))
-    frozen: Any = TorchdynNeuralODE(nn.Linear(2, 2).requires_grad_(False), "rk4")
-    frozen(torch.ones(3, 2))
-    assert counter.solves == 2
 
 
 # backward passes after their call --------------------------------------------------------------------------------

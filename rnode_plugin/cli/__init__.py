@@ -99,18 +99,10 @@ def _named_as_setting(error: click.NoSuchOption) -> click.UsageError:
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="rnode-cli")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.pass_context
-def main(ctx: click.Context, *, debug: bool) -> None:
+def main(*, debug: bool) -> None:
     """Train, evaluate and sample regularized neural ODE flows (RNODE)."""
-    if ctx.invoked_subcommand != "exec":  # a script must run as it does without this package
-        _wait_briefly()
-
-
-def _wait_briefly() -> None:
-    """Let OpenMP's threads sleep soon when they wait for each other, after a hundredth of libgomp's usual spinning.
-
-    On a busy machine, a spinning thread holds the core that the thread it waits for needs. libgomp reads the
-    variable when torch loads it. If the user has set one of these variables, nothing changes.
-    """
+    # Let OpenMP's threads sleep soon when they wait for each other, after a hundredth of libgomp's usual spinning:
+    # on a busy machine, a spinning thread holds the core that the thread it waits for needs. libgomp reads the
+    # variable when torch loads it. If the user has set one of these variables, nothing changes.
     if "torch" not in sys.modules and not any(name in os.environ for name in _WAITING):
         os.environ["GOMP_SPINCOUNT"] = "3000"

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -184,13 +184,6 @@ def refuse_path_as_recipe(name: str) -> None:
 
 
 # values --------------------------------------------------------------------------------------------------------
-
-
-def read_regularizers(texts: Iterable[str]) -> dict[str, str | None]:
-    """Lambdas by name from texts ``NAME=LAMBDA``, where a name may have options; None for a ``NAME`` alone."""
-    # the last equals sign, because of names such as taylor:order=3
-    parts = (each.rpartition("=") for each in texts)
-    return {name or last: last if name else None for name, _, last in parts}
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -20,7 +19,7 @@ from .regularizers import NONE, Regularizers
 
 
 class History(Mapping[str, Tensor]):
-    """The penalties and step lengths that a model, a block of solves, or an ``install`` keeps of its solves.
+    """The penalties and step lengths that a model or a block of solves keeps of its solves.
 
     As a mapping it is the integral of each penalty ``(B,)`` by name, differentiable, for the last solve or summed
     over several. From the history of a model, a thread reads only solves that it ran itself. A copied or unpickled
@@ -28,13 +27,12 @@ class History(Mapping[str, Tensor]):
 
     Args:
         regularizers: the regularizers of the model or the block.
-        counted_in: of a model that an ``install`` penalizes, the counter that ``install`` has returned, of the
-            solves of all such models and their copies.
         longest_safe_steps: see below.
         absent: advice for the error that is raised before the first solve.
         of_one_thread: whether a thread reads only its own solves.
 
     Attributes:
+        is_collecting: whether a :meth:`collecting` block is open, in which each solve counts.
         longest_safe_steps: of a model that begins warm, the longest step that would have passed in the last solve
             of an adaptive solver, ``{block: {direction: step}}``, from which the next such solve of this block
             begins. The directions of time are ``"forward"`` and ``"backward"``, and ``"forward adjoint"`` and
@@ -47,40 +45,28 @@ class History(Mapping[str, Tensor]):
         self,
         regularizers: Regularizers = NONE,
         *,
-        counted_in: SolveCounter | None = None,
         longest_safe_steps: dict[int, dict[str, float]] | None = None,
         absent: str = "call the model first.",
         of_one_thread: bool = True,
     ) -> None:
-        self.regularizers, self.counted_in = regularizers, counted_in
-        self.longest_safe_steps = longest_safe_steps
+        self.regularizers, self.longest_safe_steps = regularizers, longest_safe_steps
         self._absent, self._of_one_thread = absent, of_one_thread
         self._kept: list[Integrals] = []
-        self._collecting = False
+        self.is_collecting = False
         self._begun: int | None = None  # the thread of a solve that has begun but not ended
         self._announced = False  # whether a solve has ever begun
 
     # both leave out the solves, because deepcopy refuses tensors with a graph
     def __deepcopy__(self, memo: dict[int, object]) -> History:
         steps = copy.deepcopy(self.longest_safe_steps, memo)
-        return History(
-            copy.deepcopy(self.regularizers, memo), counted_in=self.counted_in, longest_safe_steps=steps,
-            absent=self._absent,
-        )  # fmt: skip
+        return History(copy.deepcopy(self.regularizers, memo), longest_safe_steps=steps, absent=self._absent)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        kept = {
-            "counted_in": self.counted_in, "longest_safe_steps": self.longest_safe_steps, "absent": self._absent
-        }  # fmt: skip
+        kept = {"longest_safe_steps": self.longest_safe_steps, "absent": self._absent}
         return functools.partial(History, **kept), (self.regularizers,)
 
     def __repr__(self) -> str:
         return f"History({', '.join(self)})"
-
-    @property
-    def counts_all(self) -> bool:
-        """Whether each solve with gradients counts, also a trajectory: in a block, and for an ``install``."""
-        return self._collecting or self.counted_in is not None
 
     @contextmanager
     def collecting(self) -> Iterator[History]:
@@ -91,23 +77,23 @@ class History(Mapping[str, Tensor]):
         Raises:
             ConfigError: inside another such block.
         """
-        if self._collecting:
+        if self.is_collecting:
             raise ConfigError("a block is already collecting these penalties; leave it first.")
-        self._kept, self._collecting = [], True
+        self._kept, self.is_collecting = [], True
         try:
             yield self
         finally:
-            self._collecting = False
+            self.is_collecting = False
 
     def begin(self) -> None:
         """Start a new solve and discard the previous one, unless a ``collecting`` block is active."""
         self._begun, self._announced = threading.get_ident(), True
-        if not self._collecting:
+        if not self.is_collecting:
             self._kept = []
 
     def add(self, integrals: Integrals) -> None:
         """Keep the integrals of a solve. This ends the solve that :meth:`begin` has started."""
-        if self._of_one_thread and not (self._announced or self._collecting):  # a model that never calls `begin`
+        if self._of_one_thread and not (self._announced or self.is_collecting):  # a model that never calls `begin`
             self._kept = []
         self._begun = None
         self._kept.append(integrals)
@@ -224,49 +210,6 @@ class History(Mapping[str, Tensor]):
             ConfigError: as :meth:`as_dict` does with regularizers.
         """
         return sum(solve.nfe for solve in self._solves())
-
-
-class SolveCounter:
-    """Counts the solves that an ``install`` has penalized, with the means of their penalties. Copies keep both.
-
-    Attributes:
-        solves: the number of solves whose penalties took part in a backward pass. Solves inside a transform of
-            ``torch.func`` are not counted.
-    """
-
-    def __init__(self) -> None:
-        self.solves = 0
-        self._sums: dict[str, Tensor | int] = defaultdict(int)  # stay on the device: only `means` waits for them
-        self._samples: dict[str, int] = defaultdict(int)
-
-    def __repr__(self) -> str:
-        return f"SolveCounter(solves={self.solves})"
-
-    def count(self, integrals: Integrals) -> Tensor:
-        """The weighted sum of ``integrals``, which counts as one solve when a backward pass reaches it.
-
-        Its gradient must be added by the caller, for example by :func:`~rnode_plugin.core.integrals.attach`.
-        """
-        cost = integrals.loss()
-        if not cost.requires_grad or transforms_active():
-            return cost
-        # a list, so that the hook can empty it: the hook lives as long as the graph, the values need not
-        values = [{name: each.detach() for name, each in integrals.items()}]
-
-        def count(gradient: Tensor) -> None:
-            if values:  # empty in a second backward pass through the same graph
-                self.solves += 1
-                for name, each in values.pop().items():
-                    self._sums[name] += each.sum()
-                    self._samples[name] += each.numel()
-
-        cost.register_hook(count)
-        return cost
-
-    @property
-    def means(self) -> dict[str, float]:
-        """The mean of each penalty's integral over all samples of the counted :attr:`solves`, by name."""
-        return {name: float(total) / max(1, self._samples[name]) for name, total in self._sums.items()}
 
 
 def refuse_data_parallel(self: object) -> NoReturn:

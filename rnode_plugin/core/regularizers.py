@@ -177,15 +177,6 @@ class Regularizers:
             strengths[name] = _checked_strength(self.by_name[name], strength)
         return {name: strength_at(name, strength, step) for name, strength in strengths.items()}
 
-    def refuse_schedules(self) -> None:
-        """Refuse a lambda that is a function of the optimizer's step, for an ``install``, which has no step."""
-        for name, strength in self.strengths.items():
-            if callable(strength):
-                raise ConfigError(
-                    f"lambda of {name!r} depends on the optimizer's step, which install() does not know: give a "
-                    "number, or add reg_loss(step=n), or penalties.loss(step=n) in torchdiffeq, to the loss."
-                )
-
     # a solve -----------------------------------------------------------------------------------------------------
 
     def times(

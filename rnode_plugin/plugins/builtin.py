@@ -30,9 +30,6 @@ COMMANDS = {
         "plugins": "lists:plugins",
         "info": "lists:info",
     },
-    "Run a program": {
-        "exec": "script:exec_script",
-    },
 }
 """Sections of ``rnode-cli --help``, and the place of each command below ``rnode_plugin.cli``."""
 

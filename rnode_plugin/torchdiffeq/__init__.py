@@ -8,7 +8,7 @@ try:
     from torchdiffeq import odeint_event  # noqa: F401  (a copy that lacks it is too old)
 
     from .integrate import odeint, odeint_adjoint
-    from .regularize import install, regularize, uninstall
+    from .regularize import regularize
 except ImportError as error:
     if not (error.name or "").startswith("torchdiffeq"):
         raise
@@ -18,4 +18,4 @@ except ImportError as error:
         "rnode_plugin alone."
     ) from None
 
-__all__ = ["install", "odeint", "odeint_adjoint", "regularize", "uninstall"]
+__all__ = ["odeint", "odeint_adjoint", "regularize"]

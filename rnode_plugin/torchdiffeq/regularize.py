@@ -1,10 +1,9 @@
-"""Penalties in code that cannot be changed: replaces torchdiffeq's functions in a block or until ``uninstall``."""
+"""Penalties in code that cannot be changed: a block in which torchdiffeq's functions integrate them."""
 
 from __future__ import annotations
 
 import functools
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,52 +13,40 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from ..core.history import History, SolveCounter
-from ..core.integrals import attach
+from ..core.history import History
 from ..core.part import State
-from ..core.regularizers import RegularizersLike
 from ..errors import ConfigError
-from . import integrate
 from .augmented import here
 from .integrate import PLAIN, Given, Penalized, is_sampled, solve, system_of
 
-PenalizedSolve = Callable[[str, Callable[..., State], State, Tensor, Given], Any]
-"""``(name, func, y0, t, given)`` to the result of torchdiffeq's function ``name``; it integrates penalties too."""
-
-_OURS = ("regularizers", "penalized", "batch_dim", "trace_noise", "quadrature")
-
 _NOT_SEEN = (
     "this regularize() block saw no solve by torchdiffeq that came to its end. It sees calls of odeint and "
-    "odeint_adjoint in its own thread and process, except solves that end by event_fn. A model that kept the "
-    "function before the first block (self.odeint = odeint, functools.partial), and a module that is not in "
-    "sys.modules, have to be made after rnode_plugin.torchdiffeq.install(). Other solvers: NeuralODE and ODESolver "
-    "of this package take regularizers= themselves, and rnode_plugin.penalties_along integrates penalties along "
-    "the states from torchdyn.numerics.odeint, ODEProblem or any solver."
+    "odeint_adjoint in its own thread and process, except solves that end by event_fn. An object that keeps the "
+    "function (self.odeint = odeint, functools.partial), and a module that is not in sys.modules, have to be made "
+    "inside of a block. Other solvers: NeuralODE and ODESolver of this package take regularizers= themselves, and "
+    "rnode_plugin.penalties_along integrates penalties along the states from torchdyn.numerics.odeint, ODEProblem "
+    "or any solver."
 )
-
-_installed: PenalizedSolve | None = None
 
 
 def _replacement(name: str) -> Callable[..., Any]:
-    """The replacement for torchdiffeq's function ``name``. Outside of blocks and ``install`` it only calls that."""
-    plain, with_penalties = PLAIN[name], getattr(integrate, name)
-    defaults = {key: value for key, value in with_penalties.__kwdefaults__.items() if key not in _OURS}
+    """The replacement for torchdiffeq's function ``name``, which only calls that one outside of blocks."""
+    plain: Any = PLAIN[name]
 
     @functools.wraps(plain)
     def replacement(func: Callable[..., State], y0: State, t: Tensor, **given: Any) -> Any:
-        if given.get("regularizers") is not None:
-            return with_penalties(func, y0, t, **given)
-        given = {key: value for key, value in given.items() if key not in _OURS}
-        penalized_solve = here.penalized_solve or _installed
-        if penalized_solve is None or here.evaluating:  # a solve inside a field is part of the field
+        if here.penalized_solve is None or here.evaluating:  # a solve inside a field is part of the field
             return plain(func, y0, t, **given)
-        return penalized_solve(name, func, y0, t, {**defaults, **given})
+        return here.penalized_solve(name, func, y0, t, {**plain.__kwdefaults__, **given})
 
+    # pickle finds a function by these names, also outside of blocks
+    replacement.__module__, replacement.__qualname__ = __name__, name
     return replacement
 
 
-# made once, so that uninstall() can recognize them
-_REPLACEMENTS = {name: _replacement(name) for name in PLAIN}
+# made once, because an object that is made inside of one block keeps the function for the next
+odeint = _replacement("odeint")
+odeint_adjoint = _replacement("odeint_adjoint")
 
 
 @contextmanager
@@ -76,10 +63,10 @@ def regularize(
     by ``event_fn`` are not penalized, with a warning. Solves under ``torch.no_grad()`` count if no solve in the
     block has gradients, so a block can also measure an evaluation.
 
-    The first block rebinds every name that a loaded module has for torchdiffeq's ``odeint`` or ``odeint_adjoint``
-    to a function that only calls torchdiffeq outside of blocks; :func:`uninstall` restores the names. A model that
-    keeps the function as an attribute, and a module that is not in ``sys.modules``, have to be made after the first
-    block, or after :func:`install`.
+    At its entry the block rebinds every name that a loaded module has for torchdiffeq's ``odeint`` or
+    ``odeint_adjoint``, and at its exit it restores them. An object that keeps the function as an attribute, and a
+    module that is not in ``sys.modules``, have to be made inside of a block. What they keep calls torchdiffeq
+    outside of blocks, and integrates the penalties of every later block.
 
     Args:
         regularizers: names, objects or functions, or one mapping from these to lambda, as for
@@ -90,7 +77,7 @@ def regularize(
         The penalties by name, ``(B,)``, summed over the solves, with the weighted sum in eq. 17 as ``loss()``.
 
     Raises:
-        ConfigError: inside another such block, and as :func:`~rnode_plugin.torchdiffeq.odeint` does.
+        ConfigError: while another such block is open, and as :func:`~rnode_plugin.torchdiffeq.odeint` does.
 
     Example:
         >>> import torch
@@ -102,8 +89,6 @@ def regularize(
         >>> round(penalties["kinetic"][0].item(), 4)
         0.8647
     """
-    if here.penalized_solve is not None:
-        raise ConfigError("regularize() inside of another regularize() block: give all penalties to one of them.")
     spec = regularizers[0] if len(regularizers) == 1 else list(regularizers)
     system = system_of(spec, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise)
     sampled = is_sampled(quadrature)
@@ -124,78 +109,14 @@ def regularize(
         history.add(integrals)
         return solution
 
-    _bind()
+    names = _bind()
     here.penalized_solve = collect
     try:
         yield history
     finally:
         here.penalized_solve = None
-
-
-def install(
-    regularizers: RegularizersLike = None, *, counter: SolveCounter | None = None, **options: Any
-) -> SolveCounter:
-    """Give torchdiffeq's ``odeint`` and ``odeint_adjoint`` the arguments of the functions in this module's package.
-
-    With ``regularizers`` every solve with gradients enabled integrates them, and the gradient of the weighted sum
-    in eq. 17 is added whenever backward passes through the solution. The loss that the code prints does not contain
-    the penalties, but its gradient does. Blocks of :func:`regularize` take precedence. A solve that ends by
-    ``event_fn`` is not penalized, with a warning.
-
-    Each backward pass adds the gradient once, so the effective lambda depends on how the code scales its loss. With
-    k accumulated batches of ``loss / k`` it is k lambda (give lambda / k), with two backward passes through one
-    solution 2 lambda, and with a loss that is multiplied by s, for example by a ``GradScaler``, lambda / s (use
-    bf16, or add ``penalties.loss()`` to the loss). A gradient with respect to the input that passes through a
-    solution contains the gradient of the penalties too.
-
-    Args:
-        regularizers: as for :func:`~rnode_plugin.torchdiffeq.odeint`; None: only the arguments are added.
-        counter: counts the solves; None for a new one.
-        options: ``penalized``, ``batch_dim``, ``trace_noise`` and ``quadrature``, as for
-            :func:`~rnode_plugin.torchdiffeq.odeint`.
-
-    Returns:
-        SolveCounter: the number of solves that were penalized so far, ``solves``, and the mean of each penalty,
-            ``means``.
-
-    Raises:
-        ConfigError: for a regularizer or an option that :func:`~rnode_plugin.torchdiffeq.odeint` refuses, and for a
-            lambda that is a function of the step.
-    """
-    global _installed
-    sampled = is_sampled(options.pop("quadrature", "full"))
-    system, counter = system_of(regularizers, **options), SolveCounter() if counter is None else counter
-    system.regularizers.refuse_schedules()
-
-    def add_gradient(name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given) -> Any:
-        if not system.regularizers or not torch.is_grad_enabled() or _ends_by_event(given):
-            return PLAIN[name](func, y0, t, **given)
-        solution, integrals = solve(name, func, y0, t, given, system, sampled=sampled)
-        return _with_cost(solution, counter.count(integrals))
-
-    _bind()
-    _installed = add_gradient
-    return counter
-
-
-def uninstall() -> None:
-    """Restore torchdiffeq's own functions."""
-    global _installed
-    _installed = None
-    with _lock:
-        for place, key, value in _bound:
-            if place.get(key) in _REPLACEMENTS.values():
-                place[key] = value
-        _bound.clear()
-
-
-def _with_cost(solution: Any, cost: Tensor) -> Any:
-    """The solution, tied to ``cost``, which gets a gradient of 1 when backward passes through the solution."""
-    if isinstance(solution, Tensor):
-        return attach(solution, {}, cost)[0]
-    first, *rest = solution
-    first, others = attach(first, {str(i): x for i, x in enumerate(rest)}, cost)
-    return (first, *others.values())
+        for namespace, key, value in names:
+            namespace[key] = value
 
 
 def _ends_by_event(given: Given) -> bool:
@@ -206,27 +127,25 @@ def _ends_by_event(given: Given) -> bool:
     return True
 
 
-_lock = threading.Lock()
-_bound: list[tuple[dict[str, object], str, object]] = []
+def _bind() -> list[tuple[dict[str, object], str, object]]:
+    """Rebind the names that loaded modules have for torchdiffeq's functions to the replacements.
 
-
-def _bind() -> None:
-    """Rebind the names that loaded modules have for torchdiffeq's functions to the replacements, until `uninstall`.
-
-    Once is enough, because modules that are loaded later find the replacements in torchdiffeq.
+    Returns:
+        The namespace, name and former value of each.
     """
-    with _lock:
-        if _bound:
-            return
-        of = {id(PLAIN[name]): replacement for name, replacement in _REPLACEMENTS.items()}
-        modules = [(getattr(m, "__name__", ""), getattr(m, "__dict__", None)) for m in list(sys.modules.values())]
-        # leave out this package and the module whose odeint_adjoint calls `odeint`, which would add penalties twice
-        own = (__package__ or "rnode_plugin", "torchdiffeq._impl.adjoint")
-        places = [place for name, place in modules if isinstance(place, dict) and not str(name).startswith(own)]
-        defaults: Any = torchdiffeq.odeint_event.__kwdefaults__  # odeint_event has odeint as a default argument
-        for place in (*places, defaults):
-            if not of.keys().isdisjoint(map(id, list(place.values()))):
-                for key, value in list(place.items()):
-                    if id(value) in of:
-                        _bound.append((place, key, value))
-                        place[key] = of[id(value)]
+    if torchdiffeq.odeint is odeint:
+        raise ConfigError("another regularize() block is open: give all penalties to one of them.")
+    by_id = {id(PLAIN["odeint"]): odeint, id(PLAIN["odeint_adjoint"]): odeint_adjoint}
+    modules = [(getattr(m, "__name__", ""), getattr(m, "__dict__", None)) for m in list(sys.modules.values())]
+    # leave out this package and the module whose odeint_adjoint calls `odeint`, which would add penalties twice
+    own = (__package__ or "rnode_plugin", "torchdiffeq._impl.adjoint")
+    namespaces = [names for name, names in modules if isinstance(names, dict) and not str(name).startswith(own)]
+    defaults: Any = torchdiffeq.odeint_event.__kwdefaults__  # odeint_event has odeint as a default argument
+    rebound: list[tuple[dict[str, object], str, object]] = []
+    for namespace in (*namespaces, defaults):
+        if not by_id.keys().isdisjoint(map(id, list(namespace.values()))):
+            for key, value in list(namespace.items()):
+                if id(value) in by_id:
+                    rebound.append((namespace, key, value))
+                    namespace[key] = by_id[id(value)]
+    return rebound

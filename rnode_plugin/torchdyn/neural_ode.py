@@ -7,9 +7,9 @@ import functools
 import io
 import operator
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ParamSpec
 
 import torch
@@ -22,7 +22,7 @@ from torchdyn.numerics.interpolators import INTERP_DICT
 from torchdyn.numerics.solvers.ode import RungeKutta4
 
 from ..core.citations import citation
-from ..core.history import History, SolveCounter, refuse_data_parallel
+from ..core.history import History, refuse_data_parallel
 from ..core.integrals import Integrals, attach
 from ..core.modes import outside_inference
 from ..core.part import PartSpec, warn_of_flat_state
@@ -202,8 +202,7 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
         warm_start: bool = False,
         compile: bool = False,
     ) -> None:
-        given = _installed if regularizers is None else _Installed(regularizers)
-        resolved = resolve_regularizers(given.regularizers)
+        resolved = resolve_regularizers(regularizers)
         order = check_count(order, "order")
         if isinstance(interpolator, str) and interpolator not in INTERP_DICT:
             raise ConfigError(suggest(interpolator, ("4th",), "interpolator"))
@@ -233,7 +232,7 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
                 return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
             )  # fmt: skip
         self.solver_adjoint, steps = backward, {} if warm_start else None
-        self.history = History(resolved, counted_in=given.counter, longest_safe_steps=steps, absent=_NO_CALL)
+        self.history = History(resolved, longest_safe_steps=steps, absent=_NO_CALL)
         self._system = System(resolved, get_estimator(trace_noise), part=spec)
         self._max_nfe, self._quadrature = max_nfe, quadrature
         self._compile = compile  # `compile` is a method of every module
@@ -348,14 +347,14 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
         Args:
             x: initial state ``(B, ...)``.
             t_span: times ``(T,)``, increasing or decreasing.
-            penalties: whether to integrate the penalties. None means yes inside of :meth:`collect_penalties`, and
-                for penalties from :func:`install`, both in training mode with gradients enabled.
+            penalties: whether to integrate the penalties. None means yes inside of :meth:`collect_penalties`, in
+                training mode with gradients enabled.
 
         Raises:
             ConfigError, SolverError: as for :meth:`forward`.
         """
         history, training = self.history, torch.is_grad_enabled() and self.training
-        penalties = training and history.counts_all if penalties is None else penalties
+        penalties = training and history.is_collecting if penalties is None else penalties
         if penalties:
             history.begin()
         with outside_inference(x, t_span) as (x, t_span):
@@ -483,18 +482,14 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
     ) -> Tensor:
         """The states of a solution, tied to the penalties, which are kept for :meth:`reg_loss`."""
         history, integrals = self.history, dict(solution.penalties)
-        of_solve = history.regularizers, rhs.dims, solution.stats.nfe
         cost = integrals.pop(COST, None)
         if cost is not None and bool(t_span[-1] < t_span[0]):
             cost = -cost  # penalties are integrated over |dt|, but torchdyn's column for the cost over dt
         if penalties:
             z = x if self._system.part.batch_dim == 0 else x.unsqueeze(0)
             integrals = history.regularizers.with_span_penalty(integrals, z)
-        if history.counted_in is not None and integrals:  # install(regularizers=): backward adds the penalties
-            added = history.counted_in.count(Integrals(integrals, *of_solve))
-            cost = added if cost is None else cost.sum() + added
         sol, integrals = attach(solution.z, integrals, cost)
-        history.add(Integrals(integrals, *of_solve))
+        history.add(Integrals(integrals, history.regularizers, rhs.dims, solution.stats.nfe))
         return sol
 
     def _solver(self, args: object) -> Solver:
@@ -559,60 +554,21 @@ _BEHAVIOR = {
 }
 
 
-@dataclass(frozen=True)
-class _Installed:
-    """The changes of :func:`install` in addition to torchdyn's class.
-
-    Attributes:
-        regularizers: for models that name none; unresolved, because each model gets its own objects.
-        counter: counts the solves that they penalize.
-        torchdiffeq: whether torchdiffeq's functions are replaced too.
-    """
-
-    regularizers: RegularizersLike = None
-    counter: SolveCounter | None = None
-    torchdiffeq: bool = False
-
-
-_installed = _Installed()
-
-
-def install(*, torchdiffeq: bool = False, regularizers: RegularizersLike = None) -> SolveCounter:
+def install() -> None:
     """Give torchdyn's ``NeuralODE`` the arguments and the behavior of :class:`~rnode_plugin.NeuralODE`.
 
     From then on every object of that class, also one that was made before, is solved by rnode_plugin: with the same
     values, with correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``batch_dim=``,
-    ``quadrature=``, ``warm_start=``, ``compile=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second
-    call replaces the ``regularizers``.
+    ``quadrature=``, ``warm_start=``, ``compile=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second call
+    changes nothing.
 
-    It affects this process only. ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed. Solves
-    by ``torchdyn.numerics.odeint`` and ``ODEProblem`` stay torchdyn's: take ``NeuralODE`` in the place of
-    ``ODEProblem``, or :func:`~rnode_plugin.penalties_along` along the states.
-
-    Args:
-        torchdiffeq: whether to replace torchdiffeq's ``odeint`` and ``odeint_adjoint`` by the functions in
-            :mod:`rnode_plugin.torchdiffeq`, also under the names that loaded modules have bound.
-        regularizers: penalties for code that names none, as for ``NeuralODE``. They apply to each ``NeuralODE``
-            that is made after this call, and with ``torchdiffeq`` to each solve by torchdiffeq. Their gradient (eq.
-            17) is added whenever backward passes through a solution; the losses that the code computes and prints
-            do not contain them. So the effective lambda depends on how the code scales its loss. With k accumulated
-            batches of ``loss / k`` it is k lambda (give lambda / k), with two backward passes through one solution
-            2 lambda, and with a loss that is multiplied by s, for example by a ``GradScaler``, lambda / s (use
-            bf16, or add ``reg_loss()`` to the loss). A gradient with respect to the input that passes through a
-            solution contains the gradient of the penalties too.
-
-    Returns:
-        SolveCounter: the number of solves that these ``regularizers`` have penalized so far, ``solves``, and the
-            mean of each penalty, ``means``.
-
-    Raises:
-        ConfigError: for ``regularizers`` that ``NeuralODE`` refuses, and for a lambda that is a function of the
-            step.
+    It affects this process only. Solves by ``torchdyn.numerics.odeint`` and ``ODEProblem`` stay torchdyn's: take
+    ``NeuralODE`` in the place of ``ODEProblem``, or :func:`~rnode_plugin.penalties_along` along the states.
 
     Example:
         >>> import torch
         >>> from torchdyn.core import NeuralODE
-        >>> _ = install()
+        >>> install()
         >>> from rnode_plugin.fields import linear_field
         >>> model = NeuralODE(linear_field(2), solver="rk4", regularizers=["kinetic"])
         >>> _ = model(torch.randn(8, 2), torch.linspace(0, 1, 5))
@@ -620,19 +576,8 @@ def install(*, torchdiffeq: bool = False, regularizers: RegularizersLike = None)
         (8,)
         >>> uninstall()
     """
-    global _installed
-    if isinstance(regularizers, Iterator):  # which gives its entries once, and each model resolves them
-        regularizers = list(regularizers)
-    resolve_regularizers(regularizers).refuse_schedules()
-    counter, both = SolveCounter(), torchdiffeq or _installed.torchdiffeq
-    if both:
-        from ..torchdiffeq import install as install_torchdiffeq
-
-        install_torchdiffeq(regularizers, counter=counter)
-    _installed = _Installed(regularizers, counter, both)
     for name, value in _BEHAVIOR.items():
         setattr(_Torchdyn, name, value)
-    return counter
 
 
 def uninstall() -> None:
@@ -644,19 +589,13 @@ def uninstall() -> None:
     Example:
         >>> import inspect
         >>> from torchdyn.core import NeuralODE
-        >>> _ = install()
+        >>> install()
         >>> uninstall()
         >>> "regularizers" in inspect.signature(NeuralODE.__init__).parameters
         False
     """
-    global _installed
     for name in _BEHAVIOR.keys() & vars(_Torchdyn).keys():
         if name in _THEIRS:
             setattr(_Torchdyn, name, _THEIRS[name])
         else:
             delattr(_Torchdyn, name)
-    if _installed.torchdiffeq:
-        from ..torchdiffeq import uninstall as uninstall_torchdiffeq
-
-        uninstall_torchdiffeq()
-    _installed = _Installed()
