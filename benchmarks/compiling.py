@@ -92,7 +92,7 @@ def flow(model: Any, x: Tensor, solver: Solver) -> Step:
 
 
 def table_flow(estimator: str, solver: Solver) -> Step:
-    model = TableFlow(6, trace_noise=estimator, regularizers=["kinetic", "jacfrob"])
+    model = TableFlow(6, trace_estimator=estimator, regularizers=["kinetic", "jacfrob"])
     return flow(model, torch.randn(1000, 6), solver)
 
 

@@ -46,9 +46,9 @@ PLAIN: dict[str, dict[str, Any]] = {
     "ours, kinetic": {"regularizers": ["kinetic"]},
     "ours, both": {"regularizers": BOTH},
     "ours, both, sampled": {"regularizers": BOTH, "quadrature": "sampled"},
-    "ours, both, exact": {"regularizers": BOTH, "trace_noise": "exact"},
+    "ours, both, exact": {"regularizers": BOTH, "trace_estimator": "exact"},
     "ours, both, exact, sampled": {
-        "regularizers": BOTH, "trace_noise": "exact", "quadrature": "sampled",
+        "regularizers": BOTH, "trace_estimator": "exact", "quadrature": "sampled",
     },
 }  # fmt: skip
 DIFFEQ: dict[str, dict[str, Any]] = {

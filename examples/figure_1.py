@@ -114,7 +114,7 @@ def measure(field, x, *, points=201):
 
 @torch.no_grad()
 def log_density(field, x):
-    return log_prob(TEST.solve(System(estimator="exact").start(field, x), x, SPAN))
+    return log_prob(TEST.solve(System(trace_estimator="exact").start(field, x), x, SPAN))
 
 
 def paint_line(axes, field, x, label, color):

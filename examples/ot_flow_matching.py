@@ -45,7 +45,7 @@ def train(regularizers, steps):
         x_t = x0 + t[:, None] * (x1 - x0)
         loss = (velocity(x_t, t) - (x1 - x0)).square().mean()
         if regularizers:
-            rates = penalties_at(velocity, t, x_t, list(regularizers), trace_noise="gaussian")
+            rates = penalties_at(velocity, t, x_t, list(regularizers), trace_estimator="gaussian")
             loss = loss + sum(strength * rates[name].mean() / 2 for name, strength in regularizers.items())
         optimizer.zero_grad()
         loss.backward()

@@ -31,7 +31,7 @@ T_SPAN = torch.linspace(0, 1, 2)
 def train(regularizers, x, y, *, steps, seed):
     torch.manual_seed(seed)
     field = linear_field(2, activation="tanh")
-    model = NeuralODE(field, solver="dopri5", regularizers=regularizers, trace_noise="exact")
+    model = NeuralODE(field, solver="dopri5", regularizers=regularizers, trace_estimator="exact")
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(steps):
         _, path = model(x, T_SPAN)
@@ -59,7 +59,7 @@ def main():
     for (name, regularizers), axes in zip(CONFIGURATIONS.items(), panels, strict=True):
         field = train(regularizers, x, y, steps=options.steps, seed=options.seed)
         # the same field, with both integrals followed
-        model = NeuralODE(field, solver="dopri5", regularizers=[slow, incompressible], trace_noise="exact")
+        model = NeuralODE(field, solver="dopri5", regularizers=[slow, incompressible], trace_estimator="exact")
         with torch.no_grad():
             _, path = model(new, T_SPAN, penalties=True)
         error = (path[-1] - new @ MAP.T).square().sum(1).mean().sqrt()

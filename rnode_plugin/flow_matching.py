@@ -84,8 +84,8 @@ class ODESolver:
         regularizers: penalties, as for :class:`~rnode_plugin.NeuralODE`. A call with ``enable_grad=True``
             integrates them, for :meth:`reg_loss`. Another call, such as samples for a plot, leaves those of the
             last one.
-        trace_noise: noise of the product that ``jacfrob`` needs in :meth:`sample`. In :meth:`compute_likelihood` it
-            shares the product of the divergence.
+        trace_estimator: noise of the product that ``jacfrob`` needs in :meth:`sample`. In
+            :meth:`compute_likelihood` it shares the product of the divergence.
 
     Raises:
         ConfigError: for an unknown regularizer, and for a span policy, because ``time_grid`` determines the times.
@@ -114,7 +114,7 @@ class ODESolver:
         *,
         time_shape: str | None = None,
         regularizers: RegularizersLike = None,
-        trace_noise: str | TraceEstimator = "rademacher",
+        trace_estimator: str | TraceEstimator = "rademacher",
     ) -> None:
         resolved = resolve_regularizers(regularizers)
         if resolved.span is not None:
@@ -123,7 +123,7 @@ class ODESolver:
                 "use RegularizedCNF.from_velocity for it."
             )
         self.velocity_model, self.time_shape = velocity_model, time_shape
-        self.nfe, self.estimator = 0, get_estimator(trace_noise)
+        self.nfe, self.estimator = 0, get_estimator(trace_estimator)
         self.history = History(resolved, absent="call sample or compute_likelihood with enable_grad=True first.")
 
     def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:

@@ -31,7 +31,7 @@ def penalties_at(
     z: Tensor,
     regularizers: RegularizersLike,
     *,
-    trace_noise: str | TraceEstimator = "rademacher",
+    trace_estimator: str | TraceEstimator = "rademacher",
     batch_dim: int | None = 0,
     velocity: Tensor | None = None,
     context: Tensor | None = None,
@@ -47,8 +47,8 @@ def penalties_at(
         z: states ``(B, *event)``.
         regularizers: names, objects or functions of rates, as for :class:`~rnode_plugin.NeuralODE`, but without
             lambdas, which you apply to the result.
-        trace_noise: noise for the product that ``jacfrob`` needs, signs if it is not given. Each call draws once
-            from torch's generator.
+        trace_estimator: noise for the product that ``jacfrob`` needs, signs if it is not given. Each call draws
+            once from torch's generator.
         batch_dim: 0, the dimension of the samples. None: all of ``z`` is one sample, for a field that mixes the
             rows of its state, such as the nodes of a graph.
         velocity: ``field`` at ``t`` and ``z``, if the loss has computed it already. Penalties without a derivative,
@@ -68,7 +68,7 @@ def penalties_at(
         >>> import torch
         >>> from rnode_plugin import penalties_at
         >>> z = torch.ones(3, 2)
-        >>> rates = penalties_at(lambda t, x: -2 * x, 0.5, z, ["kinetic", "jacfrob"], trace_noise="exact")
+        >>> rates = penalties_at(lambda t, x: -2 * x, 0.5, z, ["kinetic", "jacfrob"], trace_estimator="exact")
         >>> {name: rate.tolist() for name, rate in rates.items()}
         {'kinetic': [8.0, 8.0, 8.0], 'jacfrob': [8.0, 8.0, 8.0]}
     """
@@ -86,7 +86,7 @@ def penalties_at(
             raise ConfigError(
                 f"{each.name!r} is not a rate alone: it needs a solve, which penalties_at does not make."
             )
-    system = System(rates, trace_noise, part=PartSpec(batch_dim=batch_dim))
+    system = System(rates, trace_estimator, part=PartSpec(batch_dim=batch_dim))
     with outside_inference(t, z, velocity, context) as (time, z, velocity, context):
         function = _velocity_of(field, context)
         rhs = system.start(function, z, density=False, user_field=field, velocity=velocity)
@@ -99,7 +99,7 @@ def penalties_along(
     states: State,
     regularizers: RegularizersLike,
     *,
-    trace_noise: str | TraceEstimator = "rademacher",
+    trace_estimator: str | TraceEstimator = "rademacher",
     batch_dim: int | None = 0,
     penalized: Any = None,
     velocities: State | None = None,
@@ -126,7 +126,7 @@ def penalties_along(
             as torchdiffeq returns them. The times come first: ``ys.transpose(0, 1)`` for torchode's ``(B, T, D)``.
         regularizers: names, objects or functions of rates, or a mapping from these to lambda, as for
             :class:`~rnode_plugin.NeuralODE`.
-        trace_noise: noise for the product that ``jacfrob`` needs, drawn at each time from torch's generator.
+        trace_estimator: noise for the product that ``jacfrob`` needs, drawn at each time from torch's generator.
         batch_dim: dimension of the samples in the state of one time. None: the whole state is one sample, for a
             field that mixes the rows of its state, such as the nodes of a graph; integrals are then ``(1,)``.
         penalized: the tensors of a tuple, or the columns of a state, that the penalties measure, as for
@@ -175,7 +175,7 @@ def penalties_along(
         net = module_of(field)
         if net is not None and any(p.requires_grad for p in net.parameters()):
             warnings.warn(_NO_GRAPH, stacklevel=2)
-    system = System(resolved, trace_noise, part=PartSpec.of(penalized, batch_dim))
+    system = System(resolved, trace_estimator, part=PartSpec.of(penalized, batch_dim))
     with outside_inference(row, states, velocities, context) as (row, states, velocities, context):
         function, path = _velocity_of(field, context), _each_time(states)
         known: list[Any] = [None] * len(row) if velocities is None else _each_time(velocities)

@@ -565,7 +565,7 @@ def node(net: Callable[[], nn.Module], **options: Any) -> Callable[[bool], Any]:
 UNTRACEABLE = {
     "a number that is read": (node(Reading, solver="rk4"), r"compiled_steps\.py, line \d+"),
     "batch norm": (node(plain(lambda: nn.BatchNorm1d(6)), solver="rk4"), "in-place"),
-    "a user's solver": (node(Detached, solver=UserEuler(), trace_noise="difference"), "solver object"),
+    "a user's solver": (node(Detached, solver=UserEuler(), trace_estimator="difference"), "solver object"),
     "repeated draws": (
         lambda c: density(
             plain(lambda: nn.Dropout(0.5))(), solver=grid(c, method="euler"), regularizers=["finite_difference"]
@@ -665,7 +665,9 @@ def test_the_method_compile_of_a_module_still_works() -> None:
 
 def test_flows_compile_each_block() -> None:
     torch.manual_seed(0)
-    flow = TableFlow(2, blocks=2, hidden=5, trace_noise="rademacher", solver=grid(True), regularizers=["kinetic"])
+    flow = TableFlow(
+        2, blocks=2, hidden=5, trace_estimator="rademacher", solver=grid(True), regularizers=["kinetic"]
+    )
     eager = copy.deepcopy(flow)
     eager.solver = grid(False)
     x = torch.randn(5, 2)

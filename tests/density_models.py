@@ -53,10 +53,10 @@ MODELS: dict[str, Callable[[], DensityModel]] = {
     "cnf with contexts": lambda: cnf(Conditional(), 2, context_shape=2),
     "cnf of images": lambda: cnf(nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Tanh()), (1, 2, 2)),
     "image flow": lambda: MultiscaleFlow(
-        (1, 4, 4), hidden=3, layers=2, alpha=0.05, trace_noise=Exact(frobenius=True)
+        (1, 4, 4), hidden=3, layers=2, alpha=0.05, trace_estimator=Exact(frobenius=True)
     ),
     "image flow by colors": lambda: MultiscaleFlow(
-        (1, 6, 6), hidden=3, layers=2, alpha=0.05, trace_noise=Exact(frobenius=True)
+        (1, 6, 6), hidden=3, layers=2, alpha=0.05, trace_estimator=Exact(frobenius=True)
     ),
     "table flow": lambda: TableFlow(2, hidden=5, blocks=2),
     "table flow with contexts": lambda: TableFlow(2, hidden=5, context=2),

@@ -69,7 +69,7 @@ def in_second_order(module: Any, z: Tensor) -> Field:
 
 
 def in_density(module: Any, z: Tensor) -> Field:
-    return start_net(System(estimator="exact"), module, z, None, density=True, one_graph=True).field
+    return start_net(System(trace_estimator="exact"), module, z, None, density=True, one_graph=True).field
 
 
 def state_first(module: Any, z: Tensor) -> Field:

@@ -87,7 +87,7 @@ def neural_ode(mode: str, installed: bool = False) -> Callable[..., Model]:
         adjoint = {"atol_adjoint": 1e-10, "rtol_adjoint": 1e-10}
         options = {**tolerances(field, method), **adjoint}
         return Model(
-            made(field, method, sensitivity=mode, regularizers=given, trace_noise=noise, **options),
+            made(field, method, sensitivity=mode, regularizers=given, trace_estimator=noise, **options),
             functools.partial(through, span=span),
         )
 
@@ -121,14 +121,14 @@ def velocity(field: nn.Module, given: Any, method: str, noise: str = "exact", sp
 
 def flow(field: nn.Module, given: Any, method: str, noise: str = "exact", span: Span = SPAN) -> Model:
     solver = Adaptive(method, **TIGHT) if method == "dopri5" else FixedGrid(method, step=0.25)
-    model = TableFlow(2, solver=solver, regularizers=given, trace_noise=noise).double()
+    model = TableFlow(2, solver=solver, regularizers=given, trace_estimator=noise).double()
     model.fields[0] = field
     return FlowModel(model, density_of)
 
 
 def torchdiffeqs(ode: Any) -> Callable[..., Call]:
     def make(field: nn.Module, given: Any, method: str, noise: str = "exact", span: Span = SPAN) -> Call:
-        options: dict[str, Any] = {"method": method, **tolerances(field, method), "trace_noise": noise}
+        options: dict[str, Any] = {"method": method, **tolerances(field, method), "trace_estimator": noise}
         return lambda z: ode(field, z, times(5, span), regularizers=given, **options)
 
     return make
@@ -136,7 +136,7 @@ def torchdiffeqs(ode: Any) -> Callable[..., Call]:
 
 def block(field: nn.Module, given: Any, method: str, noise: str = "exact", span: Span = SPAN) -> Call:
     def call(z: Tensor) -> Found:
-        with regularize(given, trace_noise=noise) as penalties:
+        with regularize(given, trace_estimator=noise) as penalties:
             values = theirs.odeint(field, z, times(5, span), method=method, **tolerances(field, method))
         return values, penalties
 

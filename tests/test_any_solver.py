@@ -90,7 +90,7 @@ def test_the_table_has_the_errors_of_the_quadrature() -> None:
     rows = re.findall(r"^\| (\d+) \| (\S+), (\S+) \| (\S+), (\S+) \|$", MEASURED, re.MULTILINE)
     assert [int(count) for count, *_ in rows] == [5, 10, 20, 40]
     given: dict[str, Any] = {"atol": 1e-12, "rtol": 1e-12}
-    both: dict[str, Any] = {"regularizers": ["kinetic", "jacfrob"], "trace_noise": "exact"}
+    both: dict[str, Any] = {"regularizers": ["kinetic", "jacfrob"], "trace_estimator": "exact"}
     with torch.no_grad():
         found: dict[int, list[float]] = {int(count): [] for count, *_ in rows}
         for field, x in fields:

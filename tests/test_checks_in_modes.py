@@ -87,7 +87,7 @@ def density(net: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 
 
 def node(net: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    model = NeuralODE(net, "rk4", regularizers=["jacfrob"], trace_noise="exact")
+    model = NeuralODE(net, "rk4", regularizers=["jacfrob"], trace_estimator="exact")
 
     def penalty(x: Tensor) -> Tensor:
         model(x, SPAN)
@@ -266,13 +266,18 @@ SOLVES: dict[str, Callable[[nn.Module], object]] = {
     "samples and densities": lambda net: RegularizedCNF(
         net, event_shape=2, trace_estimator="exact", solver=Adaptive(gradient="adjoint"), t_span=(1.0, 0.0)
     ).inverse_and_log_prob(X),
-    "node": lambda net: NeuralODE(net, "rk4", regularizers=["jacfrob"], trace_noise="exact")(X, SPAN),
+    "node": lambda net: NeuralODE(net, "rk4", regularizers=["jacfrob"], trace_estimator="exact")(X, SPAN),
     "checkpointed": lambda net: NeuralODE(
-        net, "rk4", regularizers=["jacfrob"], trace_noise="exact", sensitivity="checkpointed"
+        net, "rk4", regularizers=["jacfrob"], trace_estimator="exact", sensitivity="checkpointed"
     )(X, SPAN),
-    "odeint": lambda net: odeint(net, X, SPAN, method="rk4", regularizers=["jacfrob"], trace_noise="exact"),
+    "odeint": lambda net: odeint(net, X, SPAN, method="rk4", regularizers=["jacfrob"], trace_estimator="exact"),
     "odeint of a tuple": lambda net: odeint(
-        lambda t, y: (net(t, y[0]), y[1]), (X, X), SPAN, method="rk4", regularizers=["jacfrob"], trace_noise="exact"
+        lambda t, y: (net(t, y[0]), y[1]),
+        (X, X),
+        SPAN,
+        method="rk4",
+        regularizers=["jacfrob"],
+        trace_estimator="exact",
     ),
     "grad": lambda net: grad(lambda x: density(net)[1](x).sum())(X),
 }
@@ -281,7 +286,7 @@ SOLVES: dict[str, Callable[[nn.Module], object]] = {
 def regularized(net: nn.Module) -> object:
     import torchdiffeq
 
-    with regularize("jacfrob", trace_noise="exact"):
+    with regularize("jacfrob", trace_estimator="exact"):
         return torchdiffeq.odeint(net, X, SPAN, method="rk4")
 
 

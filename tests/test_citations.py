@@ -43,7 +43,7 @@ def test_each_declared_paper_has_an_entry() -> None:
     (lambda: RegularizedCNF(torch.nn.Conv2d(1, 1, 3, padding=1), event_shape=(1, 4, 4), regularizers=(),
                             trace_estimator=Exact(radius=1)),
      ["chen2018neural", "grathwohl2019ffjord", "curtis1974estimation", "dormand1980family"]),
-    (lambda: MultiscaleFlow((1, 4, 4), hidden=2, trace_noise="gaussian:3", solver=Adaptive("dopri5")),
+    (lambda: MultiscaleFlow((1, 4, 4), hidden=2, trace_estimator="gaussian:3", solver=Adaptive("dopri5")),
      ["chen2018neural", "grathwohl2019ffjord", "finlay2020how", "hutchinson1989stochastic", "dormand1980family"]),
 ])  # fmt: skip
 def test_a_model_cites_its_penalties_estimator_and_solver(model: Any, expected: list[str]) -> None:

@@ -92,7 +92,7 @@ class Wide(nn.Module):
 
 def by_neural_ode(field: nn.Module, name: str, penalized: slice | None = None) -> Callable[[Tensor], Outputs]:
     def outputs(x: Tensor) -> Outputs:
-        model = NeuralODE(field, "rk4_38", regularizers=[name], trace_noise="exact", penalized=penalized)
+        model = NeuralODE(field, "rk4_38", regularizers=[name], trace_estimator="exact", penalized=penalized)
         end = model(x, SPAN, penalties=True)[1][-1]
         return end, model.regularization[name]
 
@@ -101,7 +101,7 @@ def by_neural_ode(field: nn.Module, name: str, penalized: slice | None = None) -
 
 def by_odeint(name: str) -> Callable[[Tensor], Outputs]:
     def outputs(x: Tensor) -> Outputs:
-        y, penalties = odeint(Timed(), x, SPAN, method="rk4", regularizers=[name], trace_noise="exact")
+        y, penalties = odeint(Timed(), x, SPAN, method="rk4", regularizers=[name], trace_estimator="exact")
         return y[-1], penalties[name]
 
     return outputs
@@ -115,7 +115,7 @@ def by_density(x: Tensor) -> Outputs:
 
 
 def at_points(name: str) -> Callable[[Tensor], Outputs]:
-    return lambda x: (penalties_at(Timed(), 0.3, x, [name], trace_noise="exact")[name],)
+    return lambda x: (penalties_at(Timed(), 0.3, x, [name], trace_estimator="exact")[name],)
 
 
 CASES = {

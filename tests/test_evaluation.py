@@ -105,22 +105,24 @@ def test_the_first_images_are_drawn_twice_and_the_others_once() -> None:
     assert calls == [(done, 14) for done in range(1, 15)]
 
 
-def active_flow(shape: tuple[int, int, int], trace_noise: str) -> MultiscaleFlow:
+def active_flow(shape: tuple[int, int, int], trace_estimator: str) -> MultiscaleFlow:
     torch.manual_seed(0)
-    flow = MultiscaleFlow(shape, hidden=4, levels=17, alpha=0.05, solver=RK4, trace_noise=trace_noise)
+    flow = MultiscaleFlow(shape, hidden=4, levels=17, alpha=0.05, solver=RK4, trace_estimator=trace_estimator)
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return flow
 
 
-@pytest.mark.parametrize(("columns", "trace_noise", "whole"), [
+@pytest.mark.parametrize(("columns", "trace_estimator", "whole"), [
     (3, "rademacher", True), (70, "rademacher", False), (70, "exact", True),
 ])  # fmt: skip
-def test_the_norm_is_of_the_whole_jacobian_where_it_says_so(columns: int, trace_noise: str, whole: bool) -> None:
+def test_the_norm_is_of_the_whole_jacobian_where_it_says_so(
+    columns: int, trace_estimator: str, whole: bool
+) -> None:
     """The inputs of a table have no noise, so only an estimate of the norm depends on the seed."""
     torch.manual_seed(0)
-    flow = TableFlow(columns, hidden=8, solver=RK4, trace_noise=trace_noise, regularizers=["jacfrob"])
+    flow = TableFlow(columns, hidden=8, solver=RK4, trace_estimator=trace_estimator, regularizers=["jacfrob"])
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -222,7 +224,7 @@ def test_the_bound_of_a_flow_is_of_its_exact_densities() -> None:
     for draw in range(draws):
         with seeded(0, Stream.VALIDATE, draw, 0, 0), torch.no_grad():
             x = dequantize(torch.from_numpy(pictures), 17)
-            rows.append(flow.solved_with(estimator="exact").log_prob(x).double())
+            rows.append(flow.solved_with(trace_estimator="exact").log_prob(x).double())
     nats = torch.stack(rows).logsumexp(0) - math.log(draws)
     wanted = math.log2(17) - nats / (64 * math.log(2))
     assert found.bound is not None
@@ -265,7 +267,7 @@ def test_evaluations_of_a_penalty_of_its_own_are_not_the_flows() -> None:
 
 
 def test_evaluation_leaves_generators_gradients_and_noise_alone() -> None:
-    flow = MultiscaleFlow((1, 8, 8), hidden=4, levels=17, solver=RK4, trace_noise="gaussian")
+    flow = MultiscaleFlow((1, 8, 8), hidden=4, levels=17, solver=RK4, trace_estimator="gaussian")
     torch.manual_seed(3)
     wanted = torch.rand(4)
     torch.manual_seed(3)
@@ -363,7 +365,9 @@ class Double(Images):
 
 def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     field = Scaling()
-    flow = MultiscaleFlow((1, 2, 2), alpha=0.05, levels=17, trace_noise="exact", field=lambda shape: field).double()
+    flow = MultiscaleFlow(
+        (1, 2, 2), alpha=0.05, levels=17, trace_estimator="exact", field=lambda shape: field
+    ).double()
     blocks, pictures = len(flow.fields), images(5, 17, (1, 2, 2))
     euler, tight = FixedGrid("euler", step=0.5), Adaptive("dopri5", atol=1e-10, rtol=1e-10)
     calls: list[int] = []

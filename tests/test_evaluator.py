@@ -147,7 +147,7 @@ def test_every_product_has_the_mask_of_its_evaluation() -> None:
     """``f = s z`` with ``s`` 0 or 2: for one mask all of these are powers of ``s``."""
     drop, z = nn.Dropout(0.5), torch.ones(1000, 1)
     names = ["kinetic", *AGAIN, "directional", "jacfrob"]
-    found = penalties_at(lambda t, z: drop(z), 0.0, z, names, trace_noise="exact")
+    found = penalties_at(lambda t, z: drop(z), 0.0, z, names, trace_estimator="exact")
     s = found["kinetic"].sqrt()
     assert set(s.tolist()) == {0.0, 2.0}
     for name, power in (("finite_difference:0.5", 4), ("directional_vjp", 4), ("total_derivative", 4),
@@ -159,7 +159,7 @@ def test_every_product_has_the_mask_of_its_evaluation() -> None:
 def test_probes_that_evaluate_again_have_the_mask_too(estimator: str) -> None:
     drop, z = nn.Dropout(0.5), torch.ones(500, 2)
     found = penalties_at(lambda t, z: drop(z[:, :1]) * z, 0.0, z, ["kinetic", diagonal, "jacfrob"],
-                         trace_noise=estimator)  # fmt: skip
+                         trace_estimator=estimator)  # fmt: skip
     dropped = found["kinetic"] == 0
     assert 100 < int(dropped.sum()) < 400
     assert torch.equal(found["diagonal"] == 0, dropped)
@@ -178,7 +178,7 @@ def test_a_penalty_leaves_the_random_numbers_of_the_solve(name: str) -> None:
 
     def after(names: list[str] | None) -> tuple[Tensor, Tensor]:
         torch.manual_seed(5)
-        model = NeuralODE(net, solver="rk4", regularizers=names, trace_noise="exact")
+        model = NeuralODE(net, solver="rk4", regularizers=names, trace_estimator="exact")
         return model(states(), torch.linspace(0, 1, 3))[1], torch.rand(3)
 
     for found, expected in zip(after([name]), after(None), strict=True):
@@ -274,7 +274,7 @@ class Kinked(torch.autograd.Function):
 
 
 def rate_at(net: nn.Module, penalty: Any, noise: str = "rademacher") -> Tensor:
-    (values,) = penalties_at(net, 0.3, states(), [penalty], trace_noise=noise).values()
+    (values,) = penalties_at(net, 0.3, states(), [penalty], trace_estimator=noise).values()
     return values
 
 
@@ -471,7 +471,7 @@ def test_a_compiled_net_stays_compiled() -> None:
 
     net = Net(torch.sin)
     compiled = torch.compile(net, backend=backend, dynamic=False)
-    model = NeuralODE(compiled, solver="rk4", regularizers=["jacfrob"], trace_noise="difference")
+    model = NeuralODE(compiled, solver="rk4", regularizers=["jacfrob"], trace_estimator="difference")
     model(states(), SPAN)  # this call also looks for columns that the net never reads
     before = len(runs)
     model(states(), SPAN)
@@ -481,14 +481,14 @@ def test_a_compiled_net_stays_compiled() -> None:
 def test_differences_refuse_half_precision_and_transposes() -> None:
     z = states().bfloat16()
     with pytest.raises(ConfigError, match="float32 or float64"):
-        penalties_at(Net().bfloat16(), 0.0, z, ["jacfrob"], trace_noise="difference")
+        penalties_at(Net().bfloat16(), 0.0, z, ["jacfrob"], trace_estimator="difference")
     # the layers of this field are rounded to 8 bits, and its velocity has the dtype of the state
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ConfigError, match="under autocast"):
-        penalties_at(linear_field(2), 0.0, states().float(), ["jacfrob"], trace_noise="difference")
+        penalties_at(linear_field(2), 0.0, states().float(), ["jacfrob"], trace_estimator="difference")
     with torch.autocast("cpu", torch.bfloat16):  # autocast leaves float64 alone
-        penalties_at(Net().double(), 0.0, states().double(), ["jacfrob"], trace_noise="difference")
+        penalties_at(Net().double(), 0.0, states().double(), ["jacfrob"], trace_estimator="difference")
     with pytest.raises(ConfigError, match=r"'curl' and 'strain'"):
-        penalties_at(Net(), 0.0, states(), ["curl"], trace_noise="difference")
+        penalties_at(Net(), 0.0, states(), ["curl"], trace_estimator="difference")
 
 
 # grad modes, events, hooks, columns, needs ----------------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_a_loss_is_a_function_of_its_arguments_and_the_seed() -> None:
 def test_probes_are_independent_of_the_pixels_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """A probe that follows the dequantization noise would bias the divergence of what is trained on."""
     # squares of Gaussian noise vary, squares of signs do not
-    experiment = Experiment.of(tiny_recipe("model.hidden=2", "model.trace_noise=gaussian"))
+    experiment = Experiment.of(tiny_recipe("model.hidden=2", "model.trace_estimator=gaussian"))
     flow, levels = experiment.flow, experiment.recipe.data.model_options["levels"]
     assert isinstance(flow, MultiscaleFlow)
     drawn, draw, encode = [], flow.draw_noise, flow.encode
@@ -178,7 +178,7 @@ def test_a_validation_counts_no_evaluation_of_a_penalty() -> None:
 def test_a_validation_leaves_the_noise_of_the_training() -> None:
     rows = []
     for noise in ("gaussian", "rademacher"):
-        flow, row = validated(f"model.trace_noise={noise}")
+        flow, row = validated(f"model.trace_estimator={noise}")
         rows.append(row)
         assert isinstance(flow.estimator, Hutchinson)
         assert flow.estimator.noise == noise

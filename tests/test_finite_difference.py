@@ -99,6 +99,6 @@ def test_a_known_velocity_is_not_evaluated_again() -> None:
         for name in names:
             torch.testing.assert_close(found[name].sum(), expected[name].sum())
             torch.testing.assert_close(gradients(found[name].sum(), field), gradients(expected[name].sum(), field))
-    exact = penalties_at(field, 0.3, X, ["jacfrob"], trace_noise="exact")
-    again = penalties_at(field, 0.3, X, ["jacfrob"], trace_noise="exact", velocity=velocity)
+    exact = penalties_at(field, 0.3, X, ["jacfrob"], trace_estimator="exact")
+    again = penalties_at(field, 0.3, X, ["jacfrob"], trace_estimator="exact", velocity=velocity)
     torch.testing.assert_close(again, exact)

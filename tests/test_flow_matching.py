@@ -58,7 +58,7 @@ def test_penalties_at_points_with_times_are_dense_derivatives() -> None:
     """At one time for all they are in ``test_regularizer_contract``."""
     field, z, times = Velocity(), points(5, 3), torch.linspace(0, 1, 5, dtype=torch.float64)
     names = ["kinetic", "jacfrob", "total_derivative", "curl"]
-    found = penalties_at(field, times, z, names, trace_noise="exact")
+    found = penalties_at(field, times, z, names, trace_estimator="exact")
     dense = [
         dense_rates(lambda t, z: field(z[None], t)[0], *each, highest=2) for each in zip(times, z, strict=True)
     ]
@@ -72,8 +72,8 @@ def test_penalties_at_points_with_times_are_dense_derivatives() -> None:
 def test_times_at_points_may_have_the_networks_shape() -> None:
     field, z, t = Velocity(), points(5, 3), torch.linspace(0, 1, 5, dtype=torch.float64)
     names = ["kinetic", "jacfrob", "total_derivative", "finite_difference:0.1"]
-    found = penalties_at(lambda t, x: field(x, t.squeeze(1)), t[:, None], z, names, trace_noise="exact")
-    torch.testing.assert_close(found, penalties_at(field, t, z, names, trace_noise="exact"))
+    found = penalties_at(lambda t, x: field(x, t.squeeze(1)), t[:, None], z, names, trace_estimator="exact")
+    torch.testing.assert_close(found, penalties_at(field, t, z, names, trace_estimator="exact"))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_an_odesolver_integrates_penalties_with_gradients(method: str) -> None:
     model, x, lambdas = Velocity(), points(5, 3), {"kinetic": 0.3, "jacfrob": 0.1}
     given: dict[str, Any] = {"method": method, "step_size": 0.1 if method == "midpoint" else None}
     tight: dict[str, Any] = {} if method == "midpoint" else {"atol": 1e-9, "rtol": 1e-9}
-    solver = ODESolver(model, regularizers=lambdas, trace_noise="exact")
+    solver = ODESolver(model, regularizers=lambdas, trace_estimator="exact")
     plain, weights = ODESolver(model), list(model.parameters())
     density = RegularizedCNF.from_velocity(
         model, event_shape=3, trace_estimator="exact", regularizers=lambdas, solver=method,
@@ -203,7 +203,7 @@ def test_an_odesolver_integrates_penalties_with_gradients(method: str) -> None:
         assert torch.equal(solver.sample(x, **options), plain.sample(x, **options))
         ode = NeuralODE(
             lambda t, x: model(x, t), "midpoint" if method == "midpoint" else "dopri5", regularizers=lambdas,
-            trace_noise="exact", **tight,
+            trace_estimator="exact", **tight,
         )  # fmt: skip
         ode(x, torch.linspace(0, 1, 11 if method == "midpoint" else 2).double())
         torch.testing.assert_close(solver.reg_loss(), ode.reg_loss(), rtol=1e-7, atol=0)
@@ -359,9 +359,12 @@ def test_the_score_is_the_gradient_of_the_log_density(t: float, noise_time: int)
 def test_a_velocity_that_is_a_gradient_works_without_gradients(mode: Any) -> None:
     """As in NeuralODE, and whichever penalties read its derivatives."""
     field, z, names = Energy(), points(5, 4), ["kinetic", "finite_difference", "jacfrob"]
-    wanted = penalties_at(field, 0.3, z, names, trace_noise="exact"), ODESolver(field).sample(z, step_size=0.5)
+    wanted = penalties_at(field, 0.3, z, names, trace_estimator="exact"), ODESolver(field).sample(z, step_size=0.5)
     with mode():
-        found = penalties_at(field, 0.3, z, names, trace_noise="exact"), ODESolver(field).sample(z, step_size=0.5)
+        found = (
+            penalties_at(field, 0.3, z, names, trace_estimator="exact"),
+            ODESolver(field).sample(z, step_size=0.5),
+        )
         alone = penalties_at(field, 0.3, z, ["kinetic"])["kinetic"]
     torch.testing.assert_close((*found, alone), (*wanted, wanted[0]["kinetic"]))
 
@@ -426,7 +429,7 @@ def test_the_likelihood_of_an_attention_is_exact() -> None:
     x = 2 * points(7, 2)
     with torch.no_grad():
         torch.testing.assert_close(model.log_prob(x), log_mean_of_modes(x, velocity.modes), rtol=0, atol=1e-6)
-    with pytest.raises(ConfigError, match="trace_noise='difference'"):
+    with pytest.raises(ConfigError, match="trace_estimator='difference'"):
         model.log_prob(x)
 
 

@@ -70,7 +70,7 @@ def test_the_terms_of_the_loss_are_equal(name: str) -> None:
     theirs = C * formula(z, net(z), jacobian).mean()
     # one step of Euler over [0, 1] integrates the rate at its start
     _, found = odeint(
-        lambda t, y: net(y), z, SPAN, method="euler", regularizers=ours(from_the_page()), trace_noise="exact"
+        lambda t, y: net(y), z, SPAN, method="euler", regularizers=ours(from_the_page()), trace_estimator="exact"
     )
     weights = list(net.parameters())
     torch.testing.assert_close(found.loss(), theirs)
@@ -89,7 +89,7 @@ def test_the_jacobian_norm_is_that_of_the_papers_code() -> None:
     (product,) = torch.autograd.grad(net(state), state, noise)
     torch.manual_seed(1)
     _, found = odeint(
-        lambda t, y: net(y), z, SPAN, method="euler", regularizers={"jacfrob": C}, trace_noise="gaussian"
+        lambda t, y: net(y), z, SPAN, method="euler", regularizers={"jacfrob": C}, trace_estimator="gaussian"
     )
     torch.testing.assert_close(found.loss().detach(), C * product.pow(2).mean())
 
@@ -103,7 +103,7 @@ def test_the_kinetic_energy_of_a_graph_is_grands() -> None:
     assert isinstance(divergence, Tensor)
     torch.testing.assert_close(divergence, links.sum(0) * weight.trace())
     _, found = odeint(
-        lambda t, y: links @ y @ weight, z, SPAN, method="euler", trace_noise="exact", batch_dim=None,
+        lambda t, y: links @ y @ weight, z, SPAN, method="euler", trace_estimator="exact", batch_dim=None,
         regularizers={"kinetic": C / 2, "jacfrob": 0.0},
     )  # fmt: skip
     torch.testing.assert_close(found.loss(), C * (0.5 * f.pow(2).mean(1)).mean())

@@ -93,7 +93,7 @@ def test_images_have_weights_without_noise() -> None:
     for p in flow.parameters():
         torch.nn.init.normal_(p, std=0.2)
     assert (flow.dims, flow.exact_products) == (96, 36)
-    rows = flow.solved_with(estimator=Exact(frobenius=True))  # another spacing
+    rows = flow.solved_with(trace_estimator=Exact(frobenius=True))  # another spacing
     torch.manual_seed(1)
     found = importance_sample(flow, lambda x: x.new_zeros(3), 3)
     torch.manual_seed(1)

@@ -391,7 +391,7 @@ def test_a_thread_never_reads_the_penalties_of_another_thread() -> None:
 def test_a_model_for_each_thread_has_its_own_penalties() -> None:
     """They share a net, and each model has the penalties of its calls, also of those that it collects."""
     net, x = Wave(), torch.randn(3, 4, 3, dtype=torch.float64)
-    models = [NeuralODE(net, "rk4", regularizers=BOTH, trace_noise="exact") for _ in x]
+    models = [NeuralODE(net, "rk4", regularizers=BOTH, trace_estimator="exact") for _ in x]
     wanted = [penalty_of(model, z) for model, z in zip(models, x, strict=True)]
 
     def losses(k: int) -> list[Tensor]:
@@ -569,7 +569,7 @@ def test_replaced_parameters_are_those_of_the_backward_pass(
             "rk4_38",
             sensitivity=sensitivity,
             regularizers=[weighed()] if regularizers == "weighed" else regularizers,
-            trace_noise="exact",
+            trace_estimator="exact",
         )
         given = {name: torch.randn_like(p).requires_grad_() for name, p in model.named_parameters()}
         own = dict(model.named_parameters())
@@ -608,7 +608,7 @@ def test_a_buffer_that_the_caller_sets_belongs_to_the_solve(sensitivity: str) ->
 def test_a_tangent_outside_of_torch_func_is_refused(what: str, sensitivity: str) -> None:
     """A tangent that was dropped would be a derivative of zero."""
     net = Wave()
-    model = NeuralODE(net, "rk4", sensitivity=sensitivity, regularizers=BOTH, trace_noise="exact")
+    model = NeuralODE(net, "rk4", sensitivity=sensitivity, regularizers=BOTH, trace_estimator="exact")
     start = torch.randn(3, 3, dtype=torch.float64)
     name = next(name for name, p in model.named_parameters() if p is net.w)
 

@@ -53,7 +53,7 @@ class Normed(nn.Module):
 
 
 def rates(field: nn.Module, penalty: Any, batch_dim: int | None = 0) -> Tensor:
-    (values,) = penalties_at(field, 0.0, X, [penalty], trace_noise="exact", batch_dim=batch_dim).values()
+    (values,) = penalties_at(field, 0.0, X, [penalty], trace_estimator="exact", batch_dim=batch_dim).values()
     return values
 
 
@@ -62,8 +62,8 @@ def test_an_exact_jacobian_of_mixed_samples_is_refused(make: type[nn.Module]) ->
     for name in ("jacfrob", diagonal):
         for act in (
             lambda name=name: rates(make(), name),
-            lambda name=name: odeint(make(), X, SPAN, regularizers=[name], trace_noise="exact"),
-            lambda name=name: NeuralODE(make(), "euler", regularizers=[name], trace_noise="exact")(X, SPAN),
+            lambda name=name: odeint(make(), X, SPAN, regularizers=[name], trace_estimator="exact"),
+            lambda name=name: NeuralODE(make(), "euler", regularizers=[name], trace_estimator="exact")(X, SPAN),
         ):
             with pytest.raises(ConfigError, match="batch_dim=None"):
                 act()
@@ -91,21 +91,21 @@ def test_samples_that_are_apart_are_not_refused() -> None:
     net = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Tanh(), nn.Conv2d(8, 2, 3, padding=1))
     for scale in (1e-3, 1.0, 1e3):
         x = scale * torch.randn(9, 2, 4, 4)
-        penalties_at(lambda t, x: net(x), 0.0, x, ["jacfrob"], trace_noise="exact")
+        penalties_at(lambda t, x: net(x), 0.0, x, ["jacfrob"], trace_estimator="exact")
         with torch.autocast("cpu", torch.bfloat16):
-            penalties_at(lambda t, x: net(x), 0.0, x, ["jacfrob"], trace_noise="exact")
+            penalties_at(lambda t, x: net(x), 0.0, x, ["jacfrob"], trace_estimator="exact")
     rates(Normed().eval(), diagonal)
 
 
 def by_neural_ode(field: nn.Module) -> dict[str, Tensor]:
-    model = NeuralODE(field, "rk4", regularizers=PENALTIES, trace_noise="exact", batch_dim=None)
+    model = NeuralODE(field, "rk4", regularizers=PENALTIES, trace_estimator="exact", batch_dim=None)
     model(X, SPAN)
     return model.regularization
 
 
 def by_adjoint(field: nn.Module) -> dict[str, Tensor]:
     model = NeuralODE(
-        field, "dopri5", regularizers=PENALTIES, trace_noise="exact", batch_dim=None, sensitivity="adjoint",
+        field, "dopri5", regularizers=PENALTIES, trace_estimator="exact", batch_dim=None, sensitivity="adjoint",
         atol=1e-9, rtol=1e-9, atol_adjoint=1e-9, rtol_adjoint=1e-9,
     )  # fmt: skip
     model(X, SPAN)
@@ -113,7 +113,7 @@ def by_adjoint(field: nn.Module) -> dict[str, Tensor]:
 
 
 def by_odeint(field: nn.Module) -> dict[str, Tensor]:
-    penalties = odeint(field, X, SPAN, regularizers=PENALTIES, trace_noise="exact", batch_dim=None)[1]
+    penalties = odeint(field, X, SPAN, regularizers=PENALTIES, trace_estimator="exact", batch_dim=None)[1]
     return dict(penalties)
 
 
@@ -124,7 +124,7 @@ def by_tuple(field: nn.Module) -> dict[str, Tensor]:
 
     y0 = (X[:, :1], X[:, 1:])
     penalties = odeint(
-        func, y0, SPAN, regularizers=PENALTIES, trace_noise="exact", batch_dim=None, penalized=(0, 1)
+        func, y0, SPAN, regularizers=PENALTIES, trace_estimator="exact", batch_dim=None, penalized=(0, 1)
     )[1]  # fmt: skip
     return dict(penalties)
 
@@ -155,9 +155,9 @@ def test_rates_at_points_as_one_sample() -> None:
 
 
 def test_the_loss_divides_by_the_elements_of_the_state() -> None:
-    _, penalties = odeint(Graph(), X, SPAN, regularizers={"jacfrob": 2.0}, trace_noise="exact", batch_dim=None)
+    _, penalties = odeint(Graph(), X, SPAN, regularizers={"jacfrob": 2.0}, trace_estimator="exact", batch_dim=None)
     torch.testing.assert_close(penalties.loss(), 2 * penalties["jacfrob"][0] / 12)
-    model = NeuralODE(Graph(), "rk4", regularizers={"jacfrob": 2.0}, trace_noise="exact", batch_dim=None)
+    model = NeuralODE(Graph(), "rk4", regularizers={"jacfrob": 2.0}, trace_estimator="exact", batch_dim=None)
     model(X, SPAN)
     torch.testing.assert_close(model.reg_loss(), 2 * model.regularization["jacfrob"][0] / 12)
 

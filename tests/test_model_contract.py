@@ -171,7 +171,7 @@ def test_the_base_has_whole_samples_and_follows_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_noise_has_an_entry_for_each_block_and_repeats_a_value(name: str, estimator: Any) -> None:
     model, x, given = make(name, QUICK)
-    model = model.solved_with(estimator=estimator)
+    model = model.solved_with(trace_estimator=estimator)
     noise = model.draw_noise(3)
     assert len(noise) == len(model.block_shapes)
     for each, shape in zip(noise, model.block_shapes, strict=True):
@@ -347,7 +347,7 @@ def test_the_weights_of_its_own_density_are_one(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_another_solver_shares_the_parameters(name: str) -> None:
     model, x, given = make(name)
-    other = model.solved_with(solver=FixedGrid("euler", step=0.5), estimator="rademacher:2")
+    other = model.solved_with(solver=FixedGrid("euler", step=0.5), trace_estimator="rademacher:2")
     assert repr(other.estimator) == repr(Hutchinson("rademacher", count=2))
     before, blocks = model.log_prob(x, **given), len(model.block_shapes)
     assert other.encode(x, **given).nfe == 2 * blocks

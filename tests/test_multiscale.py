@@ -88,9 +88,9 @@ def test_fresh_flow_is_the_logit_map_and_parts_leave_in_order() -> None:
 
 
 def test_all_unit_vectors_as_noise_add_up_to_the_exact_flow() -> None:
-    exact, flow = make_flow(trace_noise=Exact(frobenius=True)), make_flow()
+    exact, flow = make_flow(trace_estimator=Exact(frobenius=True)), make_flow()
     x = images(1)
-    expected, colored = exact(x), make_flow(trace_noise="exact")(x)
+    expected, colored = exact(x), make_flow(trace_estimator="exact")(x)
     # copy k of the image has unit vector k as its noise; a block of fewer dimensions has none for the last copies
     sizes = [(shape, torch.Size(shape).numel()) for shape in flow.block_shapes]
     units = flow(x.expand(64, *SHAPE), noise=[torch.eye(64, n).double().view(64, *shape) for shape, n in sizes])

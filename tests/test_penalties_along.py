@@ -94,7 +94,7 @@ def test_integrals_along_exact_states_converge_with_order_four(backward: bool) -
     for count in (41, 81, 161):
         times = row(count, end)
         states = linear_closed_form(field.a, z, times).z
-        found = penalties_along(field, times, states, BOTH, trace_noise="exact")
+        found = penalties_along(field, times, states, BOTH, trace_estimator="exact")
         torch.testing.assert_close(found["jacfrob"], exact.jacfrob)
         errors.append(float((found["kinetic"] - exact.kinetic).detach().abs().max()))
     orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
@@ -105,7 +105,7 @@ def test_all_rates_are_the_integrals_of_dense_derivatives() -> None:
     field, z, span = Wave(3), starts(2, 3), (0.2, 1.0)
     wanted = integrals(lambda t, z: field(t, z[None])[0], z, span)
     times = torch.linspace(*span, 61, dtype=DOUBLE)
-    found = penalties_along(field, times, solved(field, z, times), list(wanted), trace_noise="exact")
+    found = penalties_along(field, times, solved(field, z, times), list(wanted), trace_estimator="exact")
     assert list(found) == list(wanted)
     for name, value in found.items():
         torch.testing.assert_close(value, wanted[name], rtol=2e-5, atol=1e-7)
@@ -122,7 +122,7 @@ def test_gradients_of_parameters_starts_and_times_are_exact() -> None:
     def along(a: Tensor, z: Tensor, times: Tensor) -> tuple[Tensor, ...]:
         states = linear_closed_form(a, z, times).z
         field = lambda t, z: (1 + t) * z @ a.T  # noqa: E731  # it need not be the field of the states
-        return tuple(penalties_along(field, times, states, regularizers, trace_noise="exact").values())
+        return tuple(penalties_along(field, times, states, regularizers, trace_estimator="exact").values())
 
     inputs = (Linear(2).a.detach().requires_grad_(), starts(2, 2).requires_grad_(), times.requires_grad_())
     assert torch.autograd.gradcheck(along, inputs)
@@ -155,7 +155,7 @@ class Net(nn.Module):
 def test_loss_and_gradient_are_those_of_a_solve_with_penalties(end: float) -> None:
     """Along the states of torchdyn's functional interface, to the error of 21 times."""
     field, x, lambdas = Net(), starts(32, 2), {"kinetic": 0.3, "jacfrob": 0.1}
-    model = NeuralODE(field, "dopri5", **TIGHT, regularizers=lambdas, trace_noise="exact")
+    model = NeuralODE(field, "dopri5", **TIGHT, regularizers=lambdas, trace_estimator="exact")
     model(x, row(2, end))
     weights = list(field.parameters())
     wanted = model.reg_loss()
@@ -164,7 +164,7 @@ def test_loss_and_gradient_are_those_of_a_solve_with_penalties(end: float) -> No
     _, states = torchdyn_odeint(field, x, times.abs(), solver="dopri5", **TIGHT) if end > 0 else (
         times, solved(field, x, times)
     )  # fmt: skip
-    found = penalties_along(field, times, states, lambdas, trace_noise="exact")
+    found = penalties_along(field, times, states, lambdas, trace_estimator="exact")
     torch.testing.assert_close(found.loss(), wanted, rtol=1e-6, atol=0)
     for one, other in zip(torch.autograd.grad(found.loss(), weights), gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-5, atol=1e-8)
@@ -207,7 +207,7 @@ class Oscillator(nn.Module):
 @pytest.mark.parametrize("name", ["kinetic", "jacfrob", "total_derivative"])
 def test_tuples_are_integrated_as_by_torchdiffeq(name: str, penalized: Any) -> None:
     field, y0, times = Oscillator(), (starts(4, 2), 2 * starts(4, 2)), row(61)
-    given: dict[str, Any] = {"penalized": penalized, "trace_noise": "exact"}
+    given: dict[str, Any] = {"penalized": penalized, "trace_estimator": "exact"}
     states, wanted = odeint(field, y0, times, **TIGHT, regularizers=[name], **given)
     found = penalties_along(field, times, states, [name], **given)
     assert found.dims == (4 if penalized == (0, 1) else 2)
@@ -225,8 +225,8 @@ def test_tuples_are_integrated_as_by_torchdiffeq(name: str, penalized: Any) -> N
 )
 def test_parts_are_integrated_as_by_torchdiffeq(shape: Any, options: dict[str, Any]) -> None:
     field, y0, times = Oscillator(), starts(*shape), row(33)
-    states, wanted = odeint(field, y0, times, **TIGHT, regularizers=BOTH, trace_noise="exact", **options)
-    found = penalties_along(field, times, states, BOTH, trace_noise="exact", **options)
+    states, wanted = odeint(field, y0, times, **TIGHT, regularizers=BOTH, trace_estimator="exact", **options)
+    found = penalties_along(field, times, states, BOTH, trace_estimator="exact", **options)
     assert found.dims == wanted.dims
     for name in BOTH:
         assert found[name].shape == ((1,) if "batch_dim" in options else (4,))
@@ -236,8 +236,12 @@ def test_parts_are_integrated_as_by_torchdiffeq(shape: Any, options: dict[str, A
 def test_samples_may_lie_along_another_dimension() -> None:
     field, z, times = Linear(3), starts(), row(9)
     states = solved(field, z, times)
-    found = penalties_along(lambda t, z: field(t, z.T).T, times, states.mT, BOTH, batch_dim=1, trace_noise="exact")
-    torch.testing.assert_close(dict(found), dict(penalties_along(field, times, states, BOTH, trace_noise="exact")))
+    found = penalties_along(
+        lambda t, z: field(t, z.T).T, times, states.mT, BOTH, batch_dim=1, trace_estimator="exact"
+    )
+    torch.testing.assert_close(
+        dict(found), dict(penalties_along(field, times, states, BOTH, trace_estimator="exact"))
+    )
 
 
 def test_known_velocities_spare_the_calls_of_the_field() -> None:
@@ -265,8 +269,8 @@ def test_a_context_is_the_third_argument() -> None:
     field, times, context = Net(), row(9), starts(4, 1)
     closed = lambda t, x: field(t, x, context)  # noqa: E731
     states = solved(closed, starts(4, 2), times)
-    wanted = penalties_along(closed, times, states, BOTH, trace_noise="exact")
-    given: dict[str, Any] = {"context": context, "trace_noise": "exact"}
+    wanted = penalties_along(closed, times, states, BOTH, trace_estimator="exact")
+    given: dict[str, Any] = {"context": context, "trace_estimator": "exact"}
     torch.testing.assert_close(dict(penalties_along(field, times, states, BOTH, **given)), dict(wanted))
     by_name = lambda x, c, *, timestep: field(timestep, x, c)  # noqa: E731
     torch.testing.assert_close(dict(penalties_along(by_name, times, states, BOTH, **given)), dict(wanted))

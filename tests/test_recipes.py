@@ -74,7 +74,7 @@ def test_the_reproduction_page_has_the_figures_of_the_paper() -> None:
 @pytest.mark.parametrize("name", FAST)
 def test_fast_recipes_have_model_and_objective_of_the_papers(name: str) -> None:
     recipe, papers = get_recipe(name), get_recipe(name.removesuffix("-fast"))
-    assert recipe.model == dataclasses.replace(papers.model, trace_noise="rademacher")
+    assert recipe.model == dataclasses.replace(papers.model, trace_estimator="rademacher")
     for group in ("regularizers", "test_solver"):
         assert getattr(recipe, group) == getattr(papers, group)
     assert dataclasses.replace(recipe.data, batch_size=200) == papers.data
@@ -88,7 +88,7 @@ def test_solvers_and_the_ffjord_baseline(name: str) -> None:
     for solver in (recipe.test_solver, *([recipe.solver] if recipe.solver.adaptive else [])):
         assert isinstance(solver, Adaptive)
         assert (solver.method, solver.atol, solver.rtol, solver.first_step) == ("dopri5", 1e-5, 1e-5, 1 / 6)
-    assert recipe.model.trace_noise == ("gaussian" if name in PAPER else "rademacher")
+    assert recipe.model.trace_estimator == ("gaussian" if name in PAPER else "rademacher")
     if name in PAPER:
         assert isinstance(recipe.solver, Adaptive) or recipe.solver.step == 0.25
     assert Recipe.from_plain(json.loads(json.dumps(recipe.to_plain()))) == recipe
@@ -318,7 +318,7 @@ def test_bad_plain_recipes_are_refused(change: dict[str, object], message: str) 
         ("training.compile=true", True), ("training.compile=no", False), ("optimizer.lr=3", 3.0),
         ("training.weights=007", "007"), ("training.seed=1234567890123456789", 1234567890123456789),
         ("data.shape=3, 16,16", (3, 16, 16)), ("training.sample_temperatures=[0.5, 1]", (0.5, 1.0)),
-        ("model.trace_noise=gaussian", "gaussian"), ("regularizers.jacfrob=0", 0.0),
+        ("model.trace_estimator=gaussian", "gaussian"), ("regularizers.jacfrob=0", 0.0),
     ],
 )  # fmt: skip
 def test_a_text_is_typed_by_its_setting(assignment: str, wanted: object) -> None:

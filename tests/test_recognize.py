@@ -48,7 +48,7 @@ def results(net: nn.Module, *, cnf: str | None, noise: str, sensitivity: str, so
     x.requires_grad_()
     tolerances: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-6} if solver == "dopri5" else {}
     ode = NeuralODE(
-        field, solver, sensitivity=sensitivity, regularizers=penalties, trace_noise=noise,
+        field, solver, sensitivity=sensitivity, regularizers=penalties, trace_estimator=noise,
         return_t_eval=False, **tolerances,
     )  # fmt: skip
     end = ode(x, torch.linspace(0, 1, 4, dtype=torch.float64))[-1]

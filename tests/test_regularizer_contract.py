@@ -84,7 +84,7 @@ PLACES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 def test_a_rate_is_that_of_dense_derivatives(name: str, place: str) -> None:
     field, z = PLACES[place]()
     t = torch.tensor(0.3, dtype=DOUBLE)
-    (found,) = penalties_at(field, t, z, [ALL[name]], trace_noise="exact").values()
+    (found,) = penalties_at(field, t, z, [ALL[name]], trace_estimator="exact").values()
     assert (found.shape, found.dtype) == ((len(z),), DOUBLE)
     torch.testing.assert_close(found, dense(name, field, t, z), rtol=1e-9, atol=1e-12)
 
@@ -131,7 +131,9 @@ def test_each_need_is_read_and_an_undeclared_one_is_refused(name: str, need: str
     for call in (
         lambda: penalties_at(field, 0.3, states(), [*others, shy]),
         lambda: NeuralODE(field, "euler", regularizers=[*others, shy])(states()),
-        lambda: TableFlow(2, regularizers=[*others, shy], trace_noise="gaussian")(states().float(), penalties=True),
+        lambda: TableFlow(2, regularizers=[*others, shy], trace_estimator="gaussian")(
+            states().float(), penalties=True
+        ),
         lambda: odeint(field, states(), torch.tensor([0.0, 1.0]), method="euler", regularizers=[*others, shy]),
     ):
         with pytest.raises(ConfigError, match=f"'{re.escape(shy.name)}'.*needs={{\"{need}\"}}"):
@@ -203,7 +205,8 @@ def neural_ode(name: str) -> NeuralODE:
     regularizer = copy.deepcopy(ALL[name])
     solver = {"error": "dopri5", "stiffness": "rk4"}.get(name, "rk4_38")
     return NeuralODE(
-        field, solver, regularizers={regularizer: None if name.startswith("steer") else 1.0}, trace_noise="exact",
+        field, solver, trace_estimator="exact",
+        regularizers={regularizer: None if name.startswith("steer") else 1.0},
     )  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def test_the_variance_of_the_divergence_is_the_formula(noise: str) -> None:
     s = (a + a.T) / 2
     wanted = 2 * (s.square().sum() - (s.diag().square().sum() if noise == "rademacher" else 0))
     torch.manual_seed(1)
-    found = System(estimator=noise).start(lambda t, z: z @ a.T, z := torch.zeros(many, 4).double())(
+    found = System(trace_estimator=noise).start(lambda t, z: z @ a.T, z := torch.zeros(many, 4).double())(
         torch.tensor(0.0), z
     )
     assert found.dlogdet is not None
@@ -124,7 +124,7 @@ def test_more_probes_have_less_variance() -> None:
 
     def draws(estimator: object) -> Tensor:
         torch.manual_seed(0)
-        system = System(estimator=estimator)  # pyright: ignore[reportArgumentType]
+        system = System(trace_estimator=estimator)  # pyright: ignore[reportArgumentType]
         found = system.start(lambda t, z: z @ a.T, z)(t, z).dlogdet
         assert found is not None
         return found

@@ -180,7 +180,7 @@ def test_all_are_zero_with_a_finite_gradient_at_f_equal_to_zero(estimator: str) 
     nn.init.zeros_(field.weight)
     nn.init.zeros_(field.bias)
     names = [*OTHERS[:-1], *OF_STEPS]
-    model = NeuralODE(field, "dopri5", regularizers=dict.fromkeys(names, 1.0), trace_noise=estimator)
+    model = NeuralODE(field, "dopri5", regularizers=dict.fromkeys(names, 1.0), trace_estimator=estimator)
     model(states())
     for name in names:
         assert not model.regularization[name].any(), name
@@ -281,7 +281,7 @@ def test_images_have_the_penalties_of_flat_states(mode: str) -> None:
     found: list[tuple[dict[str, Tensor], list[Tensor]]] = []
     for build, start in ((lambda f: f, z), (Reshaped, z.reshape(3, 1, 2, 2))):
         field = Wave(4)
-        model = NeuralODE(build(field), "dopri5", sensitivity=mode, regularizers=names, trace_noise="exact")
+        model = NeuralODE(build(field), "dopri5", sensitivity=mode, regularizers=names, trace_estimator="exact")
         start = start.clone().requires_grad_()
         torch.manual_seed(0)
         model(start, torch.tensor([0.0, 1.0], dtype=torch.float64))

@@ -54,7 +54,7 @@ def test_a_model(mode: str, names: list[str], noise: str, solver: str) -> None:
     field = perceptron()
     x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     model = NeuralODE(
-        field, solver, sensitivity=mode, regularizers=names, trace_noise=noise, return_t_eval=False,
+        field, solver, sensitivity=mode, regularizers=names, trace_estimator=noise, return_t_eval=False,
         max_nfe=1000,
     )  # fmt: skip
 

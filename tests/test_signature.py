@@ -141,7 +141,12 @@ def test_compiled_fields_have_the_gradients_of_their_originals(where: str, sensi
         extra: dict[str, Any] = {} if where != "function" else {"optimizable_params": list(inner.parameters())}
         torch.manual_seed(1)
         model = NeuralODE(
-            field, "rk4", sensitivity=sensitivity, regularizers=["kinetic", "jacfrob"], trace_noise="exact", **extra
+            field,
+            "rk4",
+            sensitivity=sensitivity,
+            regularizers=["kinetic", "jacfrob"],
+            trace_estimator="exact",
+            **extra,
         )
         _, sol = model(x, span)
         loss = sol[-1].square().sum() + model.reg_loss()

@@ -82,7 +82,7 @@ def test_a_penalty_with_the_fields_parameters_counts_them_once() -> None:
 
 @pytest.mark.parametrize(("options", "divergence"), [({}, True), ({"regularizers": [jacfrob]}, False)])
 def test_products_of_a_complex_state_are_refused(options: dict[str, Any], divergence: bool) -> None:
-    system = System(estimator="exact", **options)
+    system = System(trace_estimator="exact", **options)
     with pytest.raises(ConfigError, match="view_as_real"):
         FixedGrid("rk4").solve(
             system.start(lambda t, z: 1j * z, torch.ones(2, 3, dtype=torch.complex128), density=divergence),
@@ -95,7 +95,7 @@ def test_a_tolerance_for_each_entry_has_no_log_determinant() -> None:
     z = torch.ones(2, 2, dtype=torch.float64)  # as many samples as dimensions, so that anything could be broadcast
     solver = Adaptive("dopri5", atol=torch.full((2,), 1e-9), rtol=0.0)
     with pytest.raises(ConfigError, match="must be numbers"):
-        solver.solve(System(estimator="exact").start(Wave(2), z), z, torch.tensor([0.0, 1.0]).double())
+        solver.solve(System(trace_estimator="exact").start(Wave(2), z), z, torch.tensor([0.0, 1.0]).double())
     solver.solve(System().start(Wave(2), z, density=False), z, torch.tensor([0.0, 1.0]).double())
 
 

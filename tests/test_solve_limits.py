@@ -252,7 +252,7 @@ def test_the_safe_step_is_the_longest_that_would_have_passed() -> None:
 @pytest.mark.parametrize("divergence", [False, True])
 def test_the_longest_safe_first_step_rejects_nothing(method: str, divergence: bool) -> None:
     z = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    bound = System(estimator="exact").start(Wave(), z, density=divergence)
+    bound = System(trace_estimator="exact").start(Wave(), z, density=divergence)
     solver = Adaptive(method, atol=1e-9, rtol=1e-9, first_step=1.0)
     first = solver.solve(bound, z, T)
     assert first.stats.rejected > 0
@@ -275,7 +275,7 @@ def solve_warm(solver: Solver, bound: RightHandSide, z: Tensor, times: Tensor, h
 def test_safe_steps_are_kept_by_direction(method: str) -> None:
     """To the bit a solve by a solver that has this first step, shortened for safety or by the end of the solve."""
     z = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    bound = System(estimator="exact").start(Wave(), z)
+    bound = System(trace_estimator="exact").start(Wave(), z)
     solver, known = Adaptive(method, atol=1e-6, rtol=1e-6), dict[str, float]()
     history = History(longest_safe_steps={0: known})
     safety = get_method(method).safety
@@ -299,7 +299,7 @@ def test_safe_steps_are_kept_by_direction(method: str) -> None:
     assert set(known) == {"forward", "backward"}
     before = dict(known)
     solve_warm(FixedGrid(), bound, z, T, history)
-    solve_warm(solver, System(estimator="exact").start(Wave(), z[:0]), z[:0], T, history)  # shows no error
+    solve_warm(solver, System(trace_estimator="exact").start(Wave(), z[:0]), z[:0], T, history)  # shows no error
     assert before == known
 
 

@@ -116,7 +116,7 @@ def test_a_density_stops_where_a_state_is_interpolated() -> None:
     )
     z, times = torch.ones(1, 2, dtype=torch.float64), torch.linspace(0, 1, 9, dtype=torch.float64)
     for divergence in (False, True):
-        rhs = System(estimator="exact").start(lambda t, z: -z, z, density=divergence)
+        rhs = System(trace_estimator="exact").start(lambda t, z: -z, z, density=divergence)
         solution = Adaptive(line, first_step=0.5).solve(rhs, z, times)
         steps = Adaptive(dopri5, first_step=0.5).solve(rhs, z, times).stats.steps
         assert len(solution.t) == 9

@@ -106,7 +106,7 @@ def loss_and_gradient(ode: Any, t: Tensor, method: str, **given: Any) -> list[Te
     field, y0, t = Field(), start().requires_grad_(), t.clone().requires_grad_()
     options: Any = {"step_size": 0.05} if method == "rk4" else None
     y, penalties = ode(
-        field, y0, t, rtol=1e-8, atol=1e-8, method=method, options=options, **given, trace_noise="exact",
+        field, y0, t, rtol=1e-8, atol=1e-8, method=method, options=options, **given, trace_estimator="exact",
         regularizers={"kinetic": 1.0, "jacfrob": 2.0, "straightness": 4.0},
     )  # fmt: skip
     loss = y[-1].square().mean() + penalties.loss()
@@ -169,7 +169,7 @@ def test_several_tensors_are_penalized_together() -> None:
 
     state = (start(4, 2), start(4, 3), start(5), start(4))
     names = ["kinetic", "jacfrob"]
-    _, both = odeint(func, state, SPAN, regularizers=names, penalized=(0, 1, -1), trace_noise="exact")
+    _, both = odeint(func, state, SPAN, regularizers=names, penalized=(0, 1, -1), trace_estimator="exact")
     moved = sum(x.reshape(4, -1).square().sum(1) for x in (state[0], state[1], state[3]))
     expected = (1 - torch.exp(torch.tensor(-2.0))) / 2 * moved
     torch.testing.assert_close(both["kinetic"], expected, rtol=1e-5, atol=1e-6)
@@ -235,7 +235,7 @@ def test_columns_of_one_tensor_are_penalized(name: str, penalized: Any) -> None:
     """Context counts neither in the integrals nor in the dimensions."""
     field, y0 = WithContext(), start(2, 4)
     tight: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
-    given: dict[str, Any] = {"regularizers": {"kinetic": 1.0, "jacfrob": 1.0}, "trace_noise": "exact", **tight}
+    given: dict[str, Any] = {"regularizers": {"kinetic": 1.0, "jacfrob": 1.0}, "trace_estimator": "exact", **tight}
     found, penalties = BOTH[name](field, y0, SPAN, **given, penalized=penalized)
     assert torch.equal(found, PLAIN[name](field, y0, SPAN, **tight))
     moving = lambda t, y: field(t, torch.cat([y, y0[:, 2:]], 1))[:, :2]  # noqa: E731
@@ -476,7 +476,7 @@ def test_a_sampled_penalty_is_unbiased_in_value_and_gradient(method: str) -> Non
     field, y0 = Field(), start()
     arguments: dict[str, Any] = {
         "rtol": 1e-2, "atol": 1e-2, "method": method, "options": {"step_size": 0.5} if method == "rk4" else None,
-        "regularizers": {"kinetic": 1.0, "jacfrob": 1.0}, "trace_noise": "exact",
+        "regularizers": {"kinetic": 1.0, "jacfrob": 1.0}, "trace_estimator": "exact",
     }  # fmt: skip
     span = SPAN[[0, -1]]
 
@@ -508,7 +508,7 @@ def test_second_derivatives_through_an_adjoint_are_refused() -> None:
 
 def test_samples_in_two_dimensions_have_the_loss_of_batch_dim_0() -> None:
     """As the refusal of a ``batch_dim`` with two dimensions says."""
-    y0, given = start(3, 5, 2), {"regularizers": {"kinetic": 1.0, "jacfrob": 1.0}, "trace_noise": "exact"}
+    y0, given = start(3, 5, 2), {"regularizers": {"kinetic": 1.0, "jacfrob": 1.0}, "trace_estimator": "exact"}
     losses = [odeint(Field(), y, SPAN, **given)[1].loss() for y in (y0, y0.flatten(0, 1))]
     torch.testing.assert_close(*losses)
 
@@ -673,11 +673,11 @@ def test_a_controlled_differential_equation() -> None:
 
     matrix, z0, times = Matrix(), start(), path.interval
     given: dict[str, Any] = {"method": "rk4", "options": {"step_size": 0.1}}
-    with regularize({"kinetic": 1.0, "jacfrob": 1.0}, trace_noise="exact") as penalties:
+    with regularize({"kinetic": 1.0, "jacfrob": 1.0}, trace_estimator="exact") as penalties:
         torchcde.cdeint(path, matrix, z0, times, adjoint=True, **given)
     _, expected = odeint(
         lambda t, z: (matrix(t, z) @ path.derivative(t).unsqueeze(-1)).squeeze(-1), z0, times, **given,
-        regularizers={"kinetic": 1.0, "jacfrob": 1.0}, trace_noise="exact",
+        regularizers={"kinetic": 1.0, "jacfrob": 1.0}, trace_estimator="exact",
     )  # fmt: skip
     torch.testing.assert_close(penalties.loss(), expected.loss())
     (found,), (reference,) = (torch.autograd.grad(p.loss(), [matrix.net.weight]) for p in (penalties, expected))
@@ -738,7 +738,7 @@ def test_one_time_alone_is_no_solve(name: str, t: Tensor) -> None:
         (torch.tensor(1.0), {}, "batch_dim"),
         (start(), {"regularizers": ["error"]}, "NeuralODE"),
         (start(), {"regularizers": {"learned_end_time": 0.1}}, r"LearnedEndTime\(2.0\)"),
-        (start(), {"trace_noise": "gausian"}, "gaussian"),
+        (start(), {"trace_estimator": "gausian"}, "gaussian"),
         (start(), {"quadrature": "samples"}, "sampled"),
         (start(), {"quadrature": "sampled", "method": "scipy_solver"}, "scipy_solver"),
         ((start(), start(3, 2)), {"penalized": (0, 1)}, "samples"),

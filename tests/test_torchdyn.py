@@ -306,8 +306,8 @@ def test_options_without_effect_warn_as_torchdyns_do() -> None:
         ({"solver_adjoint": "rk5"}, "solver_adjoint"),
         ({"sensitivity": "adjiont"}, "did you mean 'adjoint'"),
         ({"sensitivity": Adjoint(Adaptive("dopri5", atol=1e-9))}, "is a name .* solver_adjoint=, atol_adjoint="),
-        ({"trace_noise": "normal"}, "trace estimator"),
-        ({"trace_noise": "hutch++:3"}, "'hutch\\+\\+:3': use 'exact', or more probes"),
+        ({"trace_estimator": "normal"}, "trace estimator"),
+        ({"trace_estimator": "hutch++:3"}, "'hutch\\+\\+:3': use 'exact', or more probes"),
         ({"max_nfe": 0}, "max_nfe"),
         ({"atol": -1}, "atol"),
         ({"rtol": torch.tensor([1e-3, float("nan")])}, "rtol"),
@@ -578,7 +578,7 @@ def test_sampled_penalties_follow_torchs_seed() -> None:
     z, t = torch.randn(5, 3, dtype=torch.float64), torch.linspace(0, 1, 8).double()
 
     def jacfrob(quadrature: str, seed: int = 0) -> Tensor:
-        model = NeuralODE(Wave(), "rk4", trace_noise="exact", quadrature=quadrature, regularizers=BOTH)
+        model = NeuralODE(Wave(), "rk4", trace_estimator="exact", quadrature=quadrature, regularizers=BOTH)
         torch.manual_seed(seed)
         model(z, t)
         return model.regularization["jacfrob"]
@@ -642,7 +642,7 @@ class Oscillating(nn.Module):
 
 
 def loss_of_a_node(field: nn.Module, x: Tensor, **options: Any) -> Tensor:
-    model = NeuralODE(field, "dopri5", trace_noise="exact", **options)
+    model = NeuralODE(field, "dopri5", trace_estimator="exact", **options)
     return model(x, torch.tensor([0.0, 1.0]).double())[1][-1].square().mean() + model.reg_loss()
 
 

@@ -24,7 +24,7 @@ def make(kind: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     if kind == "density":
         density = RegularizedCNF(net, event_shape=2, trace_estimator="exact", solver="rk4", t_span=SPAN).double()
         return density, lambda x: density.log_prob(x).sum() + density.reg_loss()
-    model = NeuralODE(net, "rk4", regularizers=["kinetic", "jacfrob"], trace_noise="exact")
+    model = NeuralODE(net, "rk4", regularizers=["kinetic", "jacfrob"], trace_estimator="exact")
     return model, lambda x: model(x, SPAN)[1][-1].sin().sum() + model.reg_loss()
 
 
@@ -60,7 +60,7 @@ def test_second_derivatives_by_nested_transforms(kind: str) -> None:
 
 def test_noise_follows_the_randomness_of_vmap() -> None:
     # two signs of two dimensions may be the same in two samples
-    model = NeuralODE(mlp(2, 6, 2).double(), "rk4", regularizers=["jacfrob"], trace_noise="gaussian")
+    model = NeuralODE(mlp(2, 6, 2).double(), "rk4", regularizers=["jacfrob"], trace_estimator="gaussian")
     x = torch.zeros(4, 2).double()
 
     def rate(x: Tensor) -> Tensor:

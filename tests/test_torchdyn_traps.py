@@ -285,7 +285,7 @@ def test_complex_states_have_gradients_in_every_mode(solver: str, sensitivity: s
 def test_batches_without_samples(solver: str, noise: str, sensitivity: str) -> None:
     net = mlp(2, 4, 2)
     for field, x in ((net, torch.zeros(0, 2)), (CNF(net, noise), torch.zeros(0, 3))):
-        model = NeuralODE(field, solver, sensitivity=sensitivity, regularizers=BOTH, trace_noise=noise)
+        model = NeuralODE(field, solver, sensitivity=sensitivity, regularizers=BOTH, trace_estimator=noise)
         _, sol = model(x, torch.linspace(0, 1, 3))
         assert sol.shape == (3, *x.shape)
         assert model.regularization["jacfrob"].shape == (0,)
@@ -318,16 +318,22 @@ class Wrapper(nn.Module):
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
 @pytest.mark.parametrize(
-    ("trace_noise", "penalized"), [("exact", slice(None, -1)), ("rademacher:2", torch.tensor([True, True, False]))]
+    ("trace_estimator", "penalized"),
+    [("exact", slice(None, -1)), ("rademacher:2", torch.tensor([True, True, False]))],
 )
-def test_penalized_columns_leave_out_a_divergence(penalized: Any, trace_noise: str, sensitivity: str) -> None:
+def test_penalized_columns_leave_out_a_divergence(penalized: Any, trace_estimator: str, sensitivity: str) -> None:
     torch.manual_seed(0)
     net, x = mlp(2, 8, 2), torch.randn(5, 2)
     span, found = torch.linspace(0, 1, 3), []
     for field, state, columns in ((net, x, None), (Wrapper(net), torch.cat([x, torch.zeros(5, 1)], 1), penalized)):
         torch.manual_seed(1)
         model = NeuralODE(
-            field, "rk4", sensitivity=sensitivity, regularizers=MANY, trace_noise=trace_noise, penalized=columns
+            field,
+            "rk4",
+            sensitivity=sensitivity,
+            regularizers=MANY,
+            trace_estimator=trace_estimator,
+            penalized=columns,
         )
         model(state, span)
         loss = model.reg_loss()
@@ -337,11 +343,11 @@ def test_penalized_columns_leave_out_a_divergence(penalized: Any, trace_noise: s
 
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
-@pytest.mark.parametrize(("name", "trace_noise"), [("jacfrob", "difference"), ("total_derivative", "gaussian")])
-def test_penalized_columns_leave_the_gradient_as_it_is(name: str, trace_noise: str, sensitivity: str) -> None:
+@pytest.mark.parametrize(("name", "trace_estimator"), [("jacfrob", "difference"), ("total_derivative", "gaussian")])
+def test_penalized_columns_leave_the_gradient_as_it_is(name: str, trace_estimator: str, sensitivity: str) -> None:
     torch.manual_seed(0)
     net, x, span, found = mlp(4, 8, 4).double(), torch.randn(5, 4).double(), torch.linspace(0, 1, 4), []
-    for options in ({}, {"regularizers": [name], "trace_noise": trace_noise, "penalized": slice(0, 3)}):
+    for options in ({}, {"regularizers": [name], "trace_estimator": trace_estimator, "penalized": slice(0, 3)}):
         model: Any = NeuralODE(net, "rk4", sensitivity=sensitivity, **options)
         start = x.clone().requires_grad_()
         found.append(torch.autograd.grad(model(start, span)[1][-1].square().sum(), [start, *net.parameters()]))
@@ -367,7 +373,7 @@ def test_penalties_are_those_of_z_alone() -> None:
     """Neither a CNF's trace nor an integral loss counts, nor the columns that penalized= leaves out."""
     torch.manual_seed(0)
     net, x, zero = mlp(2, 8, 2), torch.randn(5, 2), torch.zeros(5, 1)
-    options: dict[str, Any] = {"regularizers": MANY, "trace_noise": "exact"}
+    options: dict[str, Any] = {"regularizers": MANY, "trace_estimator": "exact"}
     plain = NeuralODE(net, "rk4", **options)
     plain(x)
     cost: dict[str, Any] = {"integral_loss": lambda t, x: x.square().sum(1)}
@@ -397,7 +403,7 @@ def test_penalized_columns_that_are_not_there(penalized: Any) -> None:
 def test_penalties_of_a_row_are_those_of_its_column(noise: str) -> None:
     """Each entry is a sample of one dimension, whose Jacobian ``-2 x`` is a number."""
     names, x = ["jacfrob", diagonal, "curl", "strain"], torch.tensor([1.0, 2.0])
-    model = NeuralODE(lambda t, x: -(x**2), "rk4", regularizers=names, trace_noise=noise)
+    model = NeuralODE(lambda t, x: -(x**2), "rk4", regularizers=names, trace_estimator=noise)
     model(x[:, None])
     column = model.regularization
     with pytest.warns(UserWarning, match="2 samples of one dimension"):
@@ -421,7 +427,7 @@ def test_a_cnf_whose_trace_estimator_has_arguments_of_its_own() -> None:
             return torch.cat([-trace[:, None], self.net(x[:, 1:])], 1)
 
     net, x = nn.Linear(2, 2), torch.randn(5, 3)
-    model = NeuralODE(Project(net), "euler", regularizers=["jacfrob", "kinetic"], trace_noise="exact")
+    model = NeuralODE(Project(net), "euler", regularizers=["jacfrob", "kinetic"], trace_estimator="exact")
     model(x)
     torch.testing.assert_close(model.regularization["jacfrob"], net.weight.square().sum().expand(5))
     torch.testing.assert_close(model.regularization["kinetic"], net(x[:, 1:]).square().sum(1))
@@ -499,7 +505,7 @@ def test_a_field_without_a_graph_has_no_jacobian_to_estimate(how: str) -> None:
         with pytest.raises(ConfigError, match="without a graph"):
             penalties_at(cut, times[0], x, [name])
     with pytest.raises(ConfigError, match="without a graph"):
-        FixedGrid().solve(System(estimator="exact").start(cut, x), x, times)
+        FixedGrid().solve(System(trace_estimator="exact").start(cut, x), x, times)
 
 
 def test_a_field_that_ignores_its_state_has_a_jacobian_of_zero() -> None:
@@ -530,8 +536,8 @@ def test_a_trajectory_in_a_block_counts_as_a_call(solver: str, options: dict[str
     if "integral_loss" in options:
         net, x = mlp(3, 16, 3), torch.randn(3, 4)
     given: dict[str, Any] = {"solver": solver, "regularizers": {"kinetic": 1.0, "jacfrob": 0.1}, **options}
-    by_call = NeuralODE(net, trace_noise="exact", **{**given, "sensitivity": "autograd"})
-    model = NeuralODE(net, trace_noise="exact", **given)
+    by_call = NeuralODE(net, trace_estimator="exact", **{**given, "sensitivity": "autograd"})
+    model = NeuralODE(net, trace_estimator="exact", **given)
     plain = model.trajectory(x, times)
     by_call(x, times)
     with model.collect_penalties():

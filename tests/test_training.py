@@ -297,7 +297,7 @@ def test_another_validation_chooses_the_best_weights_again(recipe: Recipe) -> No
     before = after_step(recipe)
     before.best = 1.0
     # a validation takes signs whatever the training does
-    same = after_step(recipe.override(["training.max_steps=9", "model.trace_noise=gaussian"]))
+    same = after_step(recipe.override(["training.max_steps=9", "model.trace_estimator=gaussian"]))
     settings = ("training.val_images=30", "test_solver.step=0.5", "data.val_batch_size=5")
     others = [after_step(recipe.override([each])) for each in settings]
     assert after_step(recipe, devices=2).state_dict()["validation"] == before.state_dict()["validation"]

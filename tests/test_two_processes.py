@@ -88,7 +88,7 @@ def density(field: nn.Module, mode: str, **options: Any) -> RegularizedCNF:
 
 
 MODELS: dict[str, tuple[Callable[[str, bool], Any], tuple[int, ...]]] = {
-    "NeuralODE": (lambda mode, unused: ode(Field(unused=unused), mode, trace_noise=Given()), (3,)),
+    "NeuralODE": (lambda mode, unused: ode(Field(unused=unused), mode, trace_estimator=Given()), (3,)),
     "learned": (
         lambda mode, unused: ode(Field(unused=unused), mode, regularizers={Rate("learned", Learned()): 0.3}),
         (3,),

@@ -119,8 +119,8 @@ def importance_sample(
     if not (by_map or exact or few):
         raise ConfigError(
             f"importance weights need a log-density without noise, and {model.estimator!r} estimates the trace of "
-            f"{model.dims} dimensions. Make it exact (trace_estimator='exact' of a RegularizedCNF, "
-            "trace_noise='exact' of a flow), which takes a product for each dimension, or Exact(radius=) for a net "
+            f"{model.dims} dimensions. Make it exact (trace_estimator='exact'), "
+            "which takes a product for each dimension, or Exact(radius=) for a net "
             "of convolutions, which takes fewer, or take the density of the discrete map by jacobian='map' (of a "
             "fixed grid, in at most 256 dimensions)."
         )
@@ -128,7 +128,7 @@ def importance_sample(
     if by_map:
         x, log_prob = map_log_prob(model, z, context=context)
     else:
-        weighed = model if exact else model.solved_with(estimator=Exact(radius=model.estimator.radius))
+        weighed = model if exact else model.solved_with(trace_estimator=Exact(radius=model.estimator.radius))
         x, log_prob = weighed.inverse_and_log_prob(z, context=context)
         model.nfe = weighed.nfe
     log_target_x = check_log_density(log_target(x), n, "log_target")

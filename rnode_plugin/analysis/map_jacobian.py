@@ -89,7 +89,7 @@ def map_log_prob(model: DensityModel, z: Tensor, *, context: Tensor | None = Non
         if not parts and jacobian.count_nonzero() == jacobian.diagonal(dim1=1, dim2=2).count_nonzero():
             first = None if given is None else given[:1]
             with torch.no_grad():
-                model.solved_with(estimator=Hutchinson()).decode(part[:1], context=first, penalties=False)
+                model.solved_with(trace_estimator=Hutchinson()).decode(part[:1], context=first, penalties=False)
         parts.append((x, *log_abs_det(jacobian)))
     # signs of all chunks together, because a fold shows as determinants of both signs
     x, logdet, sign = (torch.cat(each) for each in zip(*parts, strict=True))

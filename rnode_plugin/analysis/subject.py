@@ -82,7 +82,9 @@ class Subject:
 
         The noise is signs, also for a model that trains with Gaussian noise. ``estimator`` replaces the model's.
         """
-        model = self.model.solved_with(solver=solver, estimator=estimator or self.model.estimator.for_evaluation)
+        model = self.model.solved_with(
+            solver=solver, trace_estimator=estimator or self.model.estimator.for_evaluation
+        )
         with data.noise():
             outputs = [
                 model.encode(part, context=given, penalties=False, solver=model.solver.full_quadrature)

@@ -286,7 +286,7 @@ class DensityModel(nn.Module, ABC):
         self,
         *,
         solver: Any = None,
-        estimator: str | TraceEstimator | None = None,
+        trace_estimator: str | TraceEstimator | None = None,
         regularizers: RegularizersLike = (),
         warm_start: bool = False,
     ) -> Self:
@@ -296,7 +296,7 @@ class DensityModel(nn.Module, ABC):
 
         Args:
             solver: a :class:`~rnode_plugin.Solver`; None: the model's.
-            estimator: the estimator of the trace, or its name; None: the model's.
+            trace_estimator: the estimator of the trace, or its name; None: the model's.
             regularizers: the penalties that the copy integrates, one or several, or a mapping from these to lambda.
                 Without a mapping those that the model has keep its lambda. A span policy of the model, such as a
                 learned end time, stays.
@@ -314,7 +314,7 @@ class DensityModel(nn.Module, ABC):
         model._modules, model._buffers = dict(self._modules), dict(self._buffers)
         model.solver = solver or self.solver
         model.history = History(longest_safe_steps={} if warm_start else None)
-        model.estimator = self.estimator if estimator is None else get_estimator(estimator)
+        model.estimator = self.estimator if trace_estimator is None else get_estimator(trace_estimator)
         model.keep_regularizers(replace(resolved, by_name=by_name, strengths=strengths))
         return model
 

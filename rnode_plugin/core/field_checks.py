@@ -156,7 +156,7 @@ def refuse_mixed_samples(seen: Evaluated, *, known: Tensor | None = None) -> boo
         raise ConfigError(
             "the velocity of one sample depends on other samples, as in a graph or under batch norm, so the exact "
             "Jacobian of one sample does not exist. Give batch_dim=None, which makes the whole state one sample, "
-            "to NeuralODE, odeint, regularize or penalties_at, or estimate by a random trace_noise."
+            "to NeuralODE, odeint, regularize or penalties_at, or estimate by a random trace estimator."
         )
     return any_of(plain != 0)
 

@@ -33,7 +33,7 @@ from .modules import module_of
 _right: WeakKeyDictionary[nn.Module, set[type]] = WeakKeyDictionary()  # functions that passed, by net
 
 _WAYS = (
-    "Use trace_noise='difference' (trace_estimator= of a density), which needs no product, the penalty "
+    "Use trace_estimator='difference', which needs no product, the penalty "
     "'finite_difference', or the layer without its kernel or checkpoint. Values under torch.no_grad() are right."
 )
 

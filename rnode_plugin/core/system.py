@@ -187,7 +187,7 @@ class System:
     Args:
         regularizers: rates and step penalties, or all regularizers of a model, resolved, whose span policy the
             model applies to the times of a solve.
-        estimator: ``"rademacher"``, ``"gaussian"``, ``"exact"``, see
+        trace_estimator: ``"rademacher"``, ``"gaussian"``, ``"exact"``, see
             :func:`~rnode_plugin.core.trace_estimators.get_estimator`, or an object.
         part: the part of a state that the penalties measure; None: all of it.
 
@@ -209,7 +209,7 @@ class System:
     def __init__(
         self,
         regularizers: RegularizersLike = (),
-        estimator: str | TraceEstimator = "rademacher",
+        trace_estimator: str | TraceEstimator = "rademacher",
         *,
         part: PartSpec | None = None,
     ) -> None:
@@ -219,7 +219,7 @@ class System:
                 f"{resolved.span.name!r} changes the times of a solve, which System does not choose: give it to "
                 "NeuralODE, RegularizedCNF or a flow, or call its `times(t_span, training=...)`."
             )
-        self.estimator = get_estimator(estimator)
+        self.estimator = get_estimator(trace_estimator)
         self.part = PartSpec() if part is None else part
 
     def wants(self, *, density: bool, probes: Tensor | None = None) -> frozenset[str]:

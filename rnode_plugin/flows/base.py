@@ -41,7 +41,7 @@ class BlockFlow(DensityModel):
         solver: the integrator, kept as the attribute :attr:`solver`; None: the default :class:`FixedGrid`.
         regularizers: penalties to integrate: names, objects or functions. A mapping sets each lambda, for
             :meth:`reg_loss`, otherwise it is 0.01. The output of :meth:`encode` has integrals without a lambda.
-        trace_noise: ``"rademacher"``, ``"gaussian"`` or ``"exact"``, or an estimator.
+        trace_estimator: ``"rademacher"``, ``"gaussian"`` or ``"exact"``, or an estimator.
         warm_start: whether each solve begins with the longest step that would have passed in the last one; see
             :class:`~rnode_plugin.core.history.History`.
     """
@@ -55,12 +55,12 @@ class BlockFlow(DensityModel):
         *,
         solver: Solver | None,
         regularizers: RegularizersLike,
-        trace_noise: str | TraceEstimator,
+        trace_estimator: str | TraceEstimator,
         warm_start: bool = False,
     ) -> None:
         super().__init__()
         self.solver = chosen_solver(solver, FixedGrid())
-        self.estimator = get_estimator(trace_noise)
+        self.estimator = get_estimator(trace_estimator)
         self.history = History(longest_safe_steps={} if warm_start else None)
         self.keep_regularizers(self._resolved(regularizers))
 
@@ -71,14 +71,14 @@ class BlockFlow(DensityModel):
         self,
         *,
         solver: Solver | None = None,
-        estimator: str | TraceEstimator | None = None,
+        trace_estimator: str | TraceEstimator | None = None,
         regularizers: RegularizersLike = (),
         warm_start: bool = False,
     ) -> Self:
         """As :meth:`DensityModel.solved_with`."""
         return super().solved_with(
-            solver=chosen_solver(solver, self.solver), estimator=estimator, regularizers=regularizers,
-            warm_start=warm_start,
+            solver=chosen_solver(solver, self.solver), trace_estimator=trace_estimator,
+            regularizers=regularizers, warm_start=warm_start,
         )  # fmt: skip
 
     @property

@@ -146,7 +146,7 @@ class MultiscaleFlow(BlockFlow):
         solver: the integrator of calls that give none, kept as the attribute :attr:`solver`; None: the default
             :class:`~rnode_plugin.FixedGrid`.
         regularizers: penalties to integrate: names, objects or functions.
-        trace_noise: ``"rademacher"`` (signs), ``"gaussian"`` (the paper's), or ``"exact"``, whose price
+        trace_estimator: ``"rademacher"`` (signs), ``"gaussian"`` (the paper's), or ``"exact"``, whose price
             :class:`~rnode_plugin.Exact` names.
         field: makes the field of a block from the shape of its state, in place of the paper's field.
         warm_start: whether each solve of an adaptive solver begins with the longest step that would have passed
@@ -185,11 +185,13 @@ class MultiscaleFlow(BlockFlow):
         levels: int = 256,
         solver: Solver | None = None,
         regularizers: RegularizersLike = (kinetic, jacfrob),
-        trace_noise: str | TraceEstimator = "rademacher",
+        trace_estimator: str | TraceEstimator = "rademacher",
         field: Callable[[Shape], nn.Module] | None = None,
         warm_start: bool = False,
     ) -> None:
-        super().__init__(solver=solver, regularizers=regularizers, trace_noise=trace_noise, warm_start=warm_start)
+        super().__init__(
+            solver=solver, regularizers=regularizers, trace_estimator=trace_estimator, warm_start=warm_start
+        )
         shape = tuple(image_shape)
         if len(shape) != 3 or not all(isinstance(n, int) and n >= 1 for n in shape):
             raise ConfigError(

@@ -38,7 +38,7 @@ class TableFlow(BlockFlow):
         solver: the integrator of calls that give none, kept as the attribute :attr:`solver`; None: the default
             :class:`~rnode_plugin.FixedGrid`.
         regularizers: penalties to integrate: names, objects or functions.
-        trace_noise: ``"exact"``, ``"rademacher"`` (signs) or ``"gaussian"``. ``"auto"`` is exact for up to 16
+        trace_estimator: ``"exact"``, ``"rademacher"`` (signs) or ``"gaussian"``. ``"auto"`` is exact for up to 16
             columns, and signs otherwise.
         warm_start: whether each solve of an adaptive solver begins with the longest step that would have passed
             in the last one; see :attr:`DensityModel.history`.
@@ -76,7 +76,7 @@ class TableFlow(BlockFlow):
         blocks: int = 1,
         solver: Solver | None = None,
         regularizers: RegularizersLike = (kinetic, jacfrob),
-        trace_noise: str | TraceEstimator = "auto",
+        trace_estimator: str | TraceEstimator = "auto",
         warm_start: bool = False,
     ) -> None:
         for name, value, least in (("columns", columns, 1), ("context", context, 0), ("blocks", blocks, 1)):
@@ -86,9 +86,11 @@ class TableFlow(BlockFlow):
                 )
         if field is not None and not callable(field):
             raise ConfigError(f"a TableFlow's field must be a function that makes a module, not {field!r}.")
-        if trace_noise == "auto":
-            trace_noise = "exact" if columns <= _EXACT_COLUMNS else "rademacher"
-        super().__init__(solver=solver, regularizers=regularizers, trace_noise=trace_noise, warm_start=warm_start)
+        if trace_estimator == "auto":
+            trace_estimator = "exact" if columns <= _EXACT_COLUMNS else "rademacher"
+        super().__init__(
+            solver=solver, regularizers=regularizers, trace_estimator=trace_estimator, warm_start=warm_start
+        )
         self.event_shape, self.context = torch.Size([columns]), context
         self.context_shape = torch.Size([context]) if context else None
 

@@ -19,6 +19,7 @@ from ..core.part import PartSpec, State, tensors_of, warn_of_flat_state
 from ..core.regularizer import Regularizer, code_of
 from ..core.regularizers import Regularizers, RegularizersLike
 from ..core.system import System
+from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError, check_name
 from ..plugins.registry import get_regularizer
 from ..solvers import QUADRATURES
@@ -50,7 +51,7 @@ def odeint(
     regularizers: RegularizersLike = None,
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
-    trace_noise: str = "rademacher",
+    trace_estimator: str | TraceEstimator = "rademacher",
     quadrature: str = "full",
 ) -> Any:
     """torchdiffeq's ``odeint`` with penalties on the vector field (sections 4 and 5 of the paper).
@@ -82,9 +83,9 @@ def odeint(
             (``total_derivative``, ``taylor``, ``finite_difference``), which then take further evaluations.
         batch_dim: dimension of the samples in this tensor. None: the whole state is one sample, for a field that
             mixes the rows of its state, such as the nodes of a graph.
-        trace_noise: noise of the product that ``jacfrob`` needs, such as ``"rademacher"`` (signs),
-            ``"gaussian:4"`` or ``"exact"``. It is drawn once per solve from torch's generator, so random numbers
-            that are drawn later differ from a run with the plain call.
+        trace_estimator: noise of the product that ``jacfrob`` needs, such as ``"rademacher"`` (signs),
+            ``"gaussian:4"`` or ``"exact"``, or an estimator. It is drawn once per solve from torch's generator, so
+            random numbers that are drawn later differ from a run with the plain call.
         quadrature: ``"full"``, or ``"sampled"``, with which one evaluation in eight, drawn at random, computes the
             products with the Jacobian and counts eight times. This is unbiased, and penalties that read the
             velocity alone stay full. ``odeint_adjoint`` and ``"scipy_solver"`` do not offer it, since their error
@@ -114,7 +115,7 @@ def odeint(
     given = {"rtol": rtol, "atol": atol, "method": method, "options": options, "event_fn": event_fn}
     if regularizers is None:
         return torchdiffeq.odeint(func, y0, t, **given)
-    system = system_of(regularizers, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise)
+    system = system_of(regularizers, penalized=penalized, batch_dim=batch_dim, trace_estimator=trace_estimator)
     return _with_penalties("odeint", func, y0, t, given, system, sampled=is_sampled(quadrature))
 
 
@@ -136,7 +137,7 @@ def odeint_adjoint(
     regularizers: RegularizersLike = None,
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
-    trace_noise: str = "rademacher",
+    trace_estimator: str | TraceEstimator = "rademacher",
 ) -> Any:
     """torchdiffeq's ``odeint_adjoint`` with penalties on the vector field; see :func:`odeint`.
 
@@ -162,7 +163,7 @@ def odeint_adjoint(
     }  # fmt: skip
     if regularizers is None:
         return torchdiffeq.odeint_adjoint(func, y0, t, **given)
-    system = system_of(regularizers, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise)
+    system = system_of(regularizers, penalized=penalized, batch_dim=batch_dim, trace_estimator=trace_estimator)
     return _with_penalties("odeint_adjoint", func, y0, t, given, system)
 
 
@@ -171,7 +172,7 @@ def system_of(
     *,
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
-    trace_noise: str = "rademacher",
+    trace_estimator: str | TraceEstimator = "rademacher",
 ) -> System:
     """Check the arguments that :func:`odeint` adds, as far as this is possible without a state."""
     resolved = Regularizers.of(regularizers, by_name=_by_name)
@@ -180,7 +181,7 @@ def system_of(
             f"{resolved.steps[0].name!r} is a penalty on the solver's steps, which torchdiffeq does not show: use "
             "rnode_plugin.NeuralODE for it, or a rate such as 'kinetic' and 'jacfrob' here."
         )
-    return System(resolved, trace_noise, part=PartSpec.of(penalized, batch_dim))
+    return System(resolved, trace_estimator, part=PartSpec.of(penalized, batch_dim))
 
 
 def is_sampled(quadrature: str) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.history import History
 from ..core.part import State
+from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
 from .augmented import here
 from .integrate import PLAIN, Given, Penalized, is_sampled, solve, system_of
@@ -54,7 +55,7 @@ def regularize(
     *regularizers: Any,
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
-    trace_noise: str = "rademacher",
+    trace_estimator: str | TraceEstimator = "rademacher",
     quadrature: str = "full",
 ) -> Iterator[History]:
     """Integrate penalties in all solves by torchdiffeq within a block, for code that cannot be changed.
@@ -71,7 +72,7 @@ def regularize(
     Args:
         regularizers: names, objects or functions, or one mapping from these to lambda, as for
             :func:`~rnode_plugin.torchdiffeq.odeint`.
-        penalized, batch_dim, trace_noise, quadrature: as there.
+        penalized, batch_dim, trace_estimator, quadrature: as there.
 
     Yields:
         The penalties by name, ``(B,)``, summed over the solves, with the weighted sum in eq. 17 as ``loss()``.
@@ -90,7 +91,7 @@ def regularize(
         0.8647
     """
     spec = regularizers[0] if len(regularizers) == 1 else list(regularizers)
-    system = system_of(spec, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise)
+    system = system_of(spec, penalized=penalized, batch_dim=batch_dim, trace_estimator=trace_estimator)
     sampled = is_sampled(quadrature)
     history = History(system.regularizers, absent=_NOT_SEEN, of_one_thread=False)
     trains = False

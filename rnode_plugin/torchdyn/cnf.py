@@ -81,7 +81,7 @@ class CNF(torchdyn_cnf.CNF):
                     "the trace of this CNF needs noise, which rnode_plugin.NeuralODE draws, or a noise_dist=: "
                     "solve it by one of these."
                 )
-            rhs = System(estimator=self.trace_estimator).start(self._velocity(args), z, probes=noise)
+            rhs = System(trace_estimator=self.trace_estimator).start(self._velocity(args), z, probes=noise)
             dz, trace, _ = rhs(time, z)
             assert trace is not None
         else:

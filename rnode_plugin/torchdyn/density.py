@@ -187,7 +187,7 @@ class RegularizedCNF(DensityModel):
         self,
         *,
         solver: Solver | None = None,
-        estimator: str | TraceEstimator | None = None,
+        trace_estimator: str | TraceEstimator | None = None,
         regularizers: RegularizersLike = (),
         warm_start: bool = False,
     ) -> RegularizedCNF:
@@ -198,7 +198,7 @@ class RegularizedCNF(DensityModel):
         """
         solver, times = self._on_grid(solver)
         model = super().solved_with(
-            solver=solver, estimator=estimator, regularizers=regularizers, warm_start=warm_start
+            solver=solver, trace_estimator=trace_estimator, regularizers=regularizers, warm_start=warm_start
         )
         model.t_span = times
         return model

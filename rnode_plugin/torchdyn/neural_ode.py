@@ -111,7 +111,7 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
         regularizers: names (``"kinetic"``, ``"jacfrob"``, names from plugins), regularizer objects or functions
             ``rate(t, z, dz) -> (B,)``, or a mapping from these to lambda. A module among them becomes a submodule,
             but not the owner of a method, whose parameters you give to the optimizer yourself.
-        trace_noise: noise for the product that ``jacfrob`` needs if no CNF computes one: ``"rademacher"``
+        trace_estimator: noise for the product that ``jacfrob`` needs if no CNF computes one: ``"rademacher"``
             (signs), ``"gaussian"`` (the paper's), ``"exact"`` for the whole Jacobian, ``"difference"`` for layers
             without a second derivative, or an estimator.
         max_nfe: most evaluations of the field that one solve may use; None: 100,000 for an adaptive solver, no
@@ -194,7 +194,7 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
         optimizable_params: Iterable[nn.Parameter] | Generator[nn.Parameter, None, None] = (),
         *,
         regularizers: RegularizersLike = None,
-        trace_noise: str | TraceEstimator = "rademacher",
+        trace_estimator: str | TraceEstimator = "rademacher",
         max_nfe: int | None = None,
         penalized: slice | Tensor | Iterable[bool] | None = None,
         batch_dim: int | None = 0,
@@ -233,7 +233,7 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
             )  # fmt: skip
         self.solver_adjoint, steps = backward, {} if warm_start else None
         self.history = History(resolved, longest_safe_steps=steps, absent=_NO_CALL)
-        self._system = System(resolved, get_estimator(trace_noise), part=spec)
+        self._system = System(resolved, get_estimator(trace_estimator), part=spec)
         self._max_nfe, self._quadrature = max_nfe, quadrature
         self._compile = compile  # `compile` is a method of every module
         built = ((forward, solver), (backward, solver_adjoint))
@@ -436,7 +436,7 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
     def _system_of(self, *, penalties: bool) -> System:
         """The system of one solve, with the penalties of the model or without."""
         system = self._system
-        return system if penalties else System(estimator=system.estimator, part=system.part)
+        return system if penalties else System(trace_estimator=system.estimator, part=system.part)
 
     def _start(self, x: object, t_span: Any, solver: Solver) -> tuple[Tensor, Tensor]:
         """Check the state and the times of a solve, and copy them, because a field or a penalty may change them."""
@@ -558,9 +558,9 @@ def install() -> None:
     """Give torchdyn's ``NeuralODE`` the arguments and the behavior of :class:`~rnode_plugin.NeuralODE`.
 
     From then on every object of that class, also one that was made before, is solved by rnode_plugin: with the same
-    values, with correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``batch_dim=``,
-    ``quadrature=``, ``warm_start=``, ``compile=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second call
-    changes nothing.
+    values, with correct gradients, and with ``regularizers=``, ``trace_estimator=``, ``penalized=``,
+    ``batch_dim=``, ``quadrature=``, ``warm_start=``, ``compile=``, ``max_nfe=`` and ``sensitivity="checkpointed"``.
+    A second call changes nothing.
 
     It affects this process only. Solves by ``torchdyn.numerics.odeint`` and ``ODEProblem`` stay torchdyn's: take
     ``NeuralODE`` in the place of ``ODEProblem``, or :func:`~rnode_plugin.penalties_along` along the states.

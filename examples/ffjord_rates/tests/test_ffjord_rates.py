@@ -49,7 +49,7 @@ def test_the_rates_are_those_of_a_dense_jacobian(shape: tuple[int, ...], noise: 
     z = torch.randn(shape, dtype=torch.float64)
     dims = z[0].numel()
     field = Field(dims)
-    found = penalties_at(field, TIME, z, NAMES, trace_noise=noise)
+    found = penalties_at(field, TIME, z, NAMES, trace_estimator=noise)
     for k, sample in enumerate(z):
         jacobian = torch.func.jacrev(lambda x: field(TIME, x[None])[0])(sample).reshape(dims, dims)
         diagonal = jacobian.diagonal().square().sum()

@@ -53,7 +53,7 @@ def _published(name: str, what: str, columns: int | tuple[str, ...], *, batch_si
         name=name,
         description=f"{what}, {len(names)} columns, from the files of the MAF paper",
         data=TableData(name, names, batch_size=batch_size, val_batch_size=10_000),
-        model=TableModel(trace_noise="gaussian", **model),
+        model=TableModel(trace_estimator="gaussian", **model),
         solver=_FFJORD,
         test_solver=_FFJORD,
         optimizer=Optimizer(lr=1e-3, warmup=0, weight_decay=1e-6),

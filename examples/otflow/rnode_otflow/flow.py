@@ -18,7 +18,7 @@ class OTFlow(TableFlow):
     Args:
         columns: number of columns that are modeled.
         hidden, layers: width and number of layers of the potential's network.
-        options: as for ``TableFlow``. ``trace_noise`` and ``activation`` have no effect, and a ``context`` is
+        options: as for ``TableFlow``. ``trace_estimator`` and ``activation`` have no effect, and a ``context`` is
             refused.
 
     Raises:
@@ -28,5 +28,5 @@ class OTFlow(TableFlow):
     def __init__(self, columns: int, *, hidden: int = 32, layers: int = 2, **options: Any) -> None:
         if options.get("context"):
             raise ConfigError("otflow has no conditional densities: leave given columns out.")
-        options["trace_noise"] = "exact"
+        options["trace_estimator"] = "exact"
         super().__init__(columns, field=lambda: PotentialField(columns, hidden=hidden, layers=layers), **options)

@@ -233,7 +233,7 @@ class _Solves:
     def nfe(self, batches: Sequence[slice]) -> list[int]:
         """Count the evaluations of one solve of each of these batches, which begins with its own first step."""
         flow = self.flow if self._solver.adaptive else self._probed
-        cold = flow.solved_with(estimator=flow.estimator, regularizers=flow.regularizers, warm_start=False)
+        cold = flow.solved_with(trace_estimator=flow.estimator, regularizers=flow.regularizers, warm_start=False)
         return [self._encode(cold, self._solver, (0, 0, index), batch).nfe for index, batch in enumerate(batches)]
 
     def gap(self, coarse: Solver, accurate: Solver) -> float:
@@ -325,7 +325,7 @@ def _with_least_noise(flow: DensityModel, kind: Kind, *, exact: bool, warm_start
     if not estimator.is_exact:
         many = Exact() if exact else Hutchinson()
         estimator = Exact(frobenius=True) if is_exact(flow, kind) else many
-    return flow.solved_with(estimator=estimator, regularizers=flow.regularizers, warm_start=warm_start)
+    return flow.solved_with(trace_estimator=estimator, regularizers=flow.regularizers, warm_start=warm_start)
 
 
 def is_exact(flow: DensityModel, kind: Kind) -> bool:

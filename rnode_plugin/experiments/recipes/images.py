@@ -107,8 +107,8 @@ class Model:
         hidden: channels of the hidden convolutions of a block's field.
         layers: convolutions of a block's field.
         alpha: margin of the logit transform, ``y = logit(alpha + (1 - 2 alpha) x)``.
-        trace_noise: distribution of the noise of the divergence estimate while training. The paper's recipes have
-            ``gaussian``. Evaluations take signs, ``rademacher``, in either case.
+        trace_estimator: distribution of the noise in the divergence's estimate while training. The paper's recipes
+            have ``gaussian``. Evaluations take signs, ``rademacher``, in either case.
         kind: the kind of the settings, which files do not have.
     """
 
@@ -116,7 +116,7 @@ class Model:
     hidden: Annotated[PositiveInt, KeptBy.WEIGHTS] = 64
     layers: Annotated[PositiveInt, KeptBy.WEIGHTS] = 4
     alpha: Annotated[float, Field(gt=0, lt=0.5), KeptBy.RESUME] = 0.05
-    trace_noise: Literal["rademacher", "gaussian"] = "rademacher"
+    trace_estimator: Literal["rademacher", "gaussian"] = "rademacher"
     kind: ClassVar[str] = "images"
 
     @property

@@ -17,7 +17,7 @@ from .recipe import Data, Model, Optimizer, Recipe, TableData, TableModel, Train
 
 _DOPRI5 = Adaptive("dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6)
 _RK4 = FixedGrid("rk4_38", step=0.25)
-_PAPERS = Model(trace_noise="gaussian")
+_PAPERS = Model(trace_estimator="gaussian")
 _SAMPLED = FixedGrid("rk4_38", step=0.5, quadrature="sampled")
 _MUON = Optimizer(name="muon", lr=2e-2, vector_lr=1e-2, warmup=20, schedule="cosine")
 # with a step of 0.5 a large flow overfits the solver
@@ -141,7 +141,7 @@ def _fast(recipe: Recipe) -> Recipe:
         recipe,
         name=f"{recipe.name}-fast",
         description=f"the model of {recipe.name}, trained fast: Muon, sampled products, a start by flow matching",
-        model=dataclasses.replace(recipe.model, trace_noise=Model.trace_noise),
+        model=dataclasses.replace(recipe.model, trace_estimator=Model.trace_estimator),
         # matching learns from many small steps
         data=dataclasses.replace(recipe.data, batch_size=25),
         solver=_SAMPLED_QUARTER,

@@ -109,7 +109,7 @@ class TableModel:
         layers: linear layers of the perceptron.
         activation: activation function of the perceptron: ``softplus``, ``tanh``, ``elu``, ``silu`` or ``gelu``.
         blocks: flows one after the other, each with its own field.
-        trace_noise: ``exact`` for the exact divergence, or the distribution of the noise in its estimate while
+        trace_estimator: ``exact`` for the exact divergence, or the distribution of the noise in its estimate while
             training. ``auto`` is exact for up to 16 columns, else ``rademacher``.
         kind: marks the settings of a table's model.
     """
@@ -119,7 +119,7 @@ class TableModel:
     layers: Annotated[PositiveInt, KeptBy.WEIGHTS] = 3
     activation: Annotated[Literal["softplus", "tanh", "elu", "silu", "gelu"], KeptBy.WEIGHTS] = "softplus"
     blocks: Annotated[PositiveInt, KeptBy.WEIGHTS] = 1
-    trace_noise: Literal["auto", "exact", "gaussian", "rademacher"] = "auto"
+    trace_estimator: Literal["auto", "exact", "gaussian", "rademacher"] = "auto"
     kind: Literal["table"] = "table"
 
     @property

@@ -88,12 +88,12 @@ class AfterStep(Checkpoint):
         self._recipe = recipe = experiment.recipe
         # what the score of a validation depends on, other than the weights. Its noise is a function of the seed and
         # the number of the batch, and has signs in place of Gaussian noise
-        noise = recipe.model.trace_noise
+        noise = recipe.model.trace_estimator
         self._validation: dict[str, object] = {
             **recipe.to_plain()["test_solver"],
             "seed": recipe.training.seed,
             "batch": recipe.data.val_batch_size,
-            "trace_noise": "rademacher" if noise == "gaussian" else noise,
+            "trace_estimator": "rademacher" if noise == "gaussian" else noise,
             "samples": fingerprint(experiment.data.val),
         }
         # all three in the first process alone

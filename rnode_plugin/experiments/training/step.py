@@ -172,7 +172,7 @@ def measure_batch(flow: DensityModel, recipe: Recipe, batch: Tensor, *, index: i
     """
     kind, training_solver, seed = recipe.kind, recipe.solver, recipe.training.seed
     # whatever noise the flow trains with
-    flow = flow.solved_with(estimator=flow.estimator.for_evaluation, regularizers=flow.regularizers)
+    flow = flow.solved_with(trace_estimator=flow.estimator.for_evaluation, regularizers=flow.regularizers)
 
     def scored(solver: Solver | None = None, *, penalties: bool) -> tuple[Tensor, FlowOutput]:
         with seeded(seed, Stream.VALIDATE, 0, index):  # an evaluation has three numbers, so other noise
