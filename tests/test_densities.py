@@ -41,7 +41,6 @@ from rnode_plugin import (
 )
 from rnode_plugin.core.distribution import FlowDistribution
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.flow_matching import ODESolver
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import LearnedEndTime, Steer
 from rnode_plugin.solvers import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS, Adjoint
@@ -281,8 +280,6 @@ WEIGHT = nn.Parameter(torch.ones(2))
     (lambda: cnf().sample(0), "whole number"),
     (lambda: TableFlow(2).sample(1.5), "whole number"),  # pyright: ignore
     (lambda: cnf().log_prob(X.long()), "floating-point"),
-    (lambda: ODESolver(mlp(2, 4, 2)).sample(X.long(), step_size=0.5), "floating-point"),
-    (lambda: ODESolver(mlp(2, 4, 2)).compute_likelihood(X.long(), torch.sum), "floating-point"),
 ])  # fmt: skip
 def test_mistakes(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

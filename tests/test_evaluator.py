@@ -20,7 +20,6 @@ from rnode_plugin.core.evaluator import Evaluator
 from rnode_plugin.core.trace_estimators import Difference, Exact
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import linear_field
-from rnode_plugin.flow_matching import ODESolver
 from rnode_plugin.regularizers import Rate
 from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdiffeq import odeint, odeint_adjoint
@@ -295,13 +294,6 @@ def by_density(net: nn.Module) -> Tensor:
     return RegularizedCNF(net, event_shape=2, trace_estimator="exact", regularizers=()).log_prob(states()).mean()
 
 
-def by_flow_matching(net: nn.Module) -> Tensor:
-    solver = ODESolver(net)
-    return solver.compute_likelihood(
-        states(), lambda z: -z.square().sum(1), method="rk4", step_size=0.5, exact_divergence=True, enable_grad=True
-    )[1].mean()  # fmt: skip
-
-
 def by_odeint(net: nn.Module) -> Tensor:
     return odeint(net, states(), SPAN, method="rk4", regularizers=["jacfrob"])[1]["jacfrob"].mean()
 
@@ -310,7 +302,7 @@ PRODUCTS: dict[str, Callable[[nn.Module], Tensor]] = {
     **{name: by_points(name) for name in ("jacfrob", "total_derivative", "curl", "directional_vjp")},
     "diagonal": by_points(diagonal),
     "NeuralODE": by_solve("autograd"), "checkpointed": by_solve("checkpointed"), "adjoint": by_solve("adjoint"),
-    "density": by_density, "ODESolver": by_flow_matching, "odeint": by_odeint,
+    "density": by_density, "odeint": by_odeint,
 }  # fmt: skip
 
 

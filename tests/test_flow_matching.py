@@ -1,11 +1,9 @@
-"""Penalties at given points, and flow_matching's ODESolver over our solver, against independent references."""
+"""Penalties and scores at points, and densities of velocities, against independent references."""
 
 from __future__ import annotations
 
 import math
-import re
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +13,10 @@ from field_table import Energy
 from problems import difference, directions, slope
 from torch import Tensor, nn
 
-from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
+from rnode_plugin import RegularizedCNF, penalties_at
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields.stack import linear_field
-from rnode_plugin.flow_matching import ODESolver, score
+from rnode_plugin.flow_matching import score
 
 SCALES = torch.tensor([0.5, -0.3, 1.0], dtype=torch.float64)
 
@@ -91,46 +89,50 @@ def test_bad_points_are_refused(t: Any, names: Any, words: str) -> None:
         penalties_at(Velocity(), t, points(5, 3), names)
 
 
-@pytest.mark.parametrize("step", [None, 0.125])
-@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4"])
-def test_samples_are_flow_matchings(method: str, step: float | None) -> None:
-    solver = pytest.importorskip("flow_matching.solver")
-    model, x = Velocity(), points(4, 3)
-    arguments: dict[str, Any] = {"step_size": step, "method": method, "time_grid": torch.linspace(0, 1, 5).double()}
-    theirs = solver.ODESolver(model).sample(x, **arguments, return_intermediates=True, scale=0.5)
-    ours = ODESolver(model).sample(x, **arguments, return_intermediates=True, scale=0.5)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
-    assert not ours.requires_grad
+def from_velocity(velocity: Any, **options: Any) -> RegularizedCNF:
+    return RegularizedCNF.from_velocity(velocity, event_shape=3, trace_estimator="exact", **options).double()
 
 
-def test_likelihoods_are_flow_matchings() -> None:
+@pytest.mark.parametrize(("theirs", "ours"), [("euler", "euler"), ("midpoint", "midpoint"), ("rk4", "rk4_38")])
+def test_samples_are_flow_matchings(theirs: str, ours: str) -> None:
     solver = pytest.importorskip("flow_matching.solver")
-    model, x = Velocity(), points(4, 3)
+    velocity, x, grid = Velocity(), points(4, 3), torch.linspace(0, 1, 5).double()
+    expected = solver.ODESolver(velocity).sample(x, step_size=None, method=theirs, time_grid=grid)
+    found = from_velocity(velocity, solver=ours, steps=4).inverse(x)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_likelihoods_are_flow_matchings_and_have_gradients() -> None:
+    """Those of flow_matching 1.0.10 have none."""
+    solver = pytest.importorskip("flow_matching.solver")
+    velocity, x = Velocity(), points(4, 3)
     arguments: dict[str, Any] = {"step_size": 0.05, "method": "midpoint", "exact_divergence": True}
-    theirs = solver.ODESolver(model).compute_likelihood(x, normal, **arguments)
-    ours = ODESolver(model).compute_likelihood(x, normal, **arguments)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)
+    _, expected = solver.ODESolver(velocity).compute_likelihood(x, normal, **arguments, enable_grad=True)
+    found = from_velocity(velocity, solver="midpoint", steps=20).log_prob(x)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-6)
+    assert found.requires_grad
+    if version("flow_matching") == "1.0.10":
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            expected.sum().backward()
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_likelihoods_are_exact_for_a_linear_velocity(exact: bool) -> None:
+@pytest.mark.parametrize("trace_estimator", ["exact", "rademacher"])
+def test_likelihoods_are_exact_for_a_linear_velocity(trace_estimator: str) -> None:
     x = points(6, 3)
-    arguments: dict[str, Any] = {"method": "dopri5", "atol": 1e-8, "rtol": 1e-8, "exact_divergence": exact}
-    source, found = ODESolver(linear).compute_likelihood(x, normal, **arguments)
+    model = RegularizedCNF.from_velocity(
+        linear, event_shape=3, trace_estimator=trace_estimator, atol=1e-8, rtol=1e-8
+    ).double()  # fmt: skip
+    output = model.encode(x)
     # signs are exact for a diagonal Jacobian
-    torch.testing.assert_close(found, exact_log_prob(x), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(source, x * torch.exp(-SCALES), rtol=1e-6, atol=1e-6)
-    assert not found.requires_grad
+    torch.testing.assert_close(model.log_prob_of(output), exact_log_prob(x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(output.z, x * torch.exp(-SCALES), rtol=1e-6, atol=1e-6)
 
 
 def test_states_of_a_likelihood_are_at_the_times_of_the_grid() -> None:
     x, grid = points(6, 3), torch.tensor([1.0, 0.3, 0.0])
-    arguments: dict[str, Any] = {"method": "rk4", "step_size": 0.05, "time_grid": grid}
-    path, log_prob = ODESolver(linear).compute_likelihood(x, normal, **arguments, return_intermediates=True)
+    path = from_velocity(linear, solver="rk4_38", steps=20).trajectory(x, grid)
     expected = torch.stack([x * torch.exp(SCALES * (t - 1)) for t in grid.tolist()])
     torch.testing.assert_close(path, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(log_prob, exact_log_prob(x), rtol=1e-6, atol=1e-6)
 
 
 def test_a_known_velocity_with_dropout_has_no_second_evaluation() -> None:
@@ -155,95 +157,15 @@ def test_evaluations_of_the_velocity_are_counted(method: str) -> None:
         calls.append(t)
         return model(x, t)
 
-    solver, x = ODESolver(counted), points(4, 3)
-    density = RegularizedCNF.from_velocity(model, event_shape=3, call=lambda net, t, x: counted(x, t)).double()
-    given: dict[str, Any] = {"method": method, "step_size": 0.25 if method == "rk4" else None}
-    for counter, act in (
-        (solver, lambda: solver.sample(x, **given)),
-        (solver, lambda: solver.compute_likelihood(x, normal, **given)),
-        (solver, lambda: solver.compute_likelihood(x, normal, **given, return_intermediates=True)),
-        (density, lambda: density.sample(4)),
-        (density, lambda: density.log_prob(x)),
-    ):
+    density = RegularizedCNF.from_velocity(
+        model, event_shape=3, call=lambda net, t, x: counted(x, t),
+        solver=method, steps=4 if method == "rk4" else None,
+    ).double()  # fmt: skip
+    x = points(4, 3)
+    for act in (lambda: density.sample(4), lambda: density.log_prob(x), lambda: density.trajectory(x)):
         calls.clear()
         act()
-        assert counter.nfe == len(calls) > 0
-
-
-@pytest.mark.parametrize("method", ["midpoint", "dopri5"])
-def test_an_odesolver_integrates_penalties_with_gradients(method: str) -> None:
-    """Likelihoods as a density, samples as a NeuralODE; the values stay equal to the bit."""
-    model, x, lambdas = Velocity(), points(5, 3), {"kinetic": 0.3, "jacfrob": 0.1}
-    given: dict[str, Any] = {"method": method, "step_size": 0.1 if method == "midpoint" else None}
-    tight: dict[str, Any] = {} if method == "midpoint" else {"atol": 1e-9, "rtol": 1e-9}
-    solver = ODESolver(model, regularizers=lambdas, trace_estimator="exact")
-    plain, weights = ODESolver(model), list(model.parameters())
-    density = RegularizedCNF.from_velocity(
-        model, event_shape=3, trace_estimator="exact", regularizers=lambdas, solver=method,
-        steps=10 if method == "midpoint" else None, **tight,
-    ).double()  # fmt: skip
-    density.log_prob(x)
-    wanted = density.reg_loss()
-    options: dict[str, Any] = {**given, **tight, "exact_divergence": True, "enable_grad": True}
-    found = solver.compute_likelihood(x, normal, **options)
-    for one, other in zip(found, plain.compute_likelihood(x, normal, **options), strict=True):
-        assert torch.equal(one, other)
-    torch.testing.assert_close(solver.reg_loss(), wanted, rtol=1e-8, atol=0)
-    for one, other in zip(
-        torch.autograd.grad(solver.reg_loss(), weights, retain_graph=True), torch.autograd.grad(wanted, weights),
-        strict=True,
-    ):  # fmt: skip
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-12)
-    assert solver.history.nfe == solver.nfe == plain.nfe
-    before = solver.reg_loss()
-    solver.sample(x, **given)  # a plot
-    assert torch.equal(solver.reg_loss(), before)
-    for intermediates in (False, True):
-        options = {**given, **tight, "enable_grad": True, "return_intermediates": intermediates}
-        assert torch.equal(solver.sample(x, **options), plain.sample(x, **options))
-        ode = NeuralODE(
-            lambda t, x: model(x, t), "midpoint" if method == "midpoint" else "dopri5", regularizers=lambdas,
-            trace_estimator="exact", **tight,
-        )  # fmt: skip
-        ode(x, torch.linspace(0, 1, 11 if method == "midpoint" else 2).double())
-        torch.testing.assert_close(solver.reg_loss(), ode.reg_loss(), rtol=1e-7, atol=0)
-
-
-def test_penalties_of_an_odesolver_are_never_lost_in_silence() -> None:
-    model, x = Velocity(), points(5, 3)
-
-    def swallows(x: Tensor, t: Tensor, **extras: Any) -> Tensor:
-        return model(x, t)
-
-    solver = ODESolver(swallows, regularizers=["kinetic"])
-    given: dict[str, Any] = {"step_size": 0.5}
-    for act in (solver.sample, lambda x, **options: solver.compute_likelihood(x, normal, **options)):
-        with pytest.raises(ConfigError, match=r"given once, ODESolver\(model, regularizers="):
-            act(x, **given, regularizers=["kinetic"])
-        act(x, **given)
-        with pytest.raises(ConfigError, match="call sample or compute_likelihood with enable_grad=True first"):
-            solver.reg_loss()
-    for name in ("steer", "learned_end_time"):
-        with pytest.raises(ConfigError, match=f"{name!r} changes the times of a solve"):
-            ODESolver(Velocity(), regularizers=[name])
-    assert float(ODESolver(Velocity()).reg_loss()) == 0
-    with pytest.raises(ConfigError, match="'error' cannot be computed: the method 'euler'"):
-        ODESolver(Velocity(), regularizers=["error"]).sample(x, **given, enable_grad=True)
-
-
-def test_the_maximum_likelihood_of_the_page_trains() -> None:
-    """As the notebook of flow_matching does, whose release 1.0.10 gives a likelihood no gradient."""
-    page = (Path(__file__).parents[1] / "docs" / "start" / "flow_matching.md").read_text()
-    (program,) = (each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "make_moons" in each)
-    names: dict[str, Any] = {}
-    exec(program, names)
-    assert names["losses"][-1] < names["losses"][0]
-    if pytest.importorskip("flow_matching") and version("flow_matching") == "1.0.10":
-        line = "from rnode_plugin.flow_matching import ODESolver"
-        program = program.replace(line, "from flow_matching.solver import ODESolver")
-        program = re.sub(r", regularizers=.*?}", "", program).replace(" + solver.reg_loss()", "")
-        with pytest.raises(RuntimeError, match="does not require grad"):
-            exec(program, {})
+        assert density.nfe == len(calls) > 0
 
 
 class Estimator(nn.Module):
@@ -271,37 +193,15 @@ def test_exact_traces_of_images_have_gradients() -> None:
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return torch.tanh(conv(x)) * (1 + t)
 
-        arguments: dict[str, Any] = {"step_size": 0.5, "method": "midpoint", "exact_divergence": True}
-        return ODESolver(velocity).compute_likelihood(x, normal, **arguments, enable_grad=True)[1].sum()
+        return RegularizedCNF.from_velocity(
+            velocity, event_shape=(3, 8, 8), trace_estimator="exact", solver="midpoint", steps=2
+        ).log_prob(x).sum()  # fmt: skip
 
     weights = list(conv.parameters())
     along = directions(weights)
     torch.testing.assert_close(
         slope(log_prob(), weights, along), difference(log_prob, weights, along, 1e-6), rtol=1e-5, atol=0
     )
-
-
-def test_wrong_arguments_are_one_sentence() -> None:
-    with pytest.raises(ConfigError, match="midpoint"):
-        ODESolver(linear).sample(points(2, 3), method="midpiont")
-    with pytest.raises(ConfigError, match=r"'heun3'.* Known: dopri5, euler, .* its own ODESolver"):
-        ODESolver(linear).sample(points(2, 3), 0.1, method="heun3")
-    with pytest.raises(ConfigError, match="from 1 to 0"):
-        ODESolver(linear).compute_likelihood(points(2, 3), normal, time_grid=torch.tensor([0.0, 1.0]))
-    for log_p0, got in (
-        (lambda z: normal(z).sum(), r"shape \(\), torch.float64"),
-        (lambda z: normal(z)[:, None], r"shape \(2, 1\), torch.float64"),
-        (lambda z: torch.complex(normal(z), normal(z)), r"shape \(2,\), torch.complex128"),
-        (lambda z: 0.0, "float"),
-        (lambda z: normal(z) * torch.tensor([1, math.nan]), "NaN or [+]inf for 1 of 2 samples"),
-        (lambda z: normal(z) + math.inf, "NaN or [+]inf for 2 of 2 samples"),
-    ):
-        log_density: Any = log_p0
-        with pytest.raises(ConfigError, match=f"log_p0 must return one real number per .* returned {got}[.]$"):
-            ODESolver(linear).compute_likelihood(points(2, 3), log_density, step_size=0.5)
-    for act in (ODESolver(linear).sample, lambda x: ODESolver(linear).compute_likelihood(x, normal)):
-        with pytest.raises(ConfigError, match=r"euler would take one step.* or method='dopri5'"):
-            act(points(2, 3))
 
 
 def test_velocities_of_this_package_take_one_time_for_all() -> None:
@@ -359,12 +259,10 @@ def test_the_score_is_the_gradient_of_the_log_density(t: float, noise_time: int)
 def test_a_velocity_that_is_a_gradient_works_without_gradients(mode: Any) -> None:
     """As in NeuralODE, and whichever penalties read its derivatives."""
     field, z, names = Energy(), points(5, 4), ["kinetic", "finite_difference", "jacfrob"]
-    wanted = penalties_at(field, 0.3, z, names, trace_estimator="exact"), ODESolver(field).sample(z, step_size=0.5)
+    model = RegularizedCNF.from_velocity(field, event_shape=4, solver="euler", steps=2).double()
+    wanted = penalties_at(field, 0.3, z, names, trace_estimator="exact"), model.inverse(z)
     with mode():
-        found = (
-            penalties_at(field, 0.3, z, names, trace_estimator="exact"),
-            ODESolver(field).sample(z, step_size=0.5),
-        )
+        found = penalties_at(field, 0.3, z, names, trace_estimator="exact"), model.inverse(z)
         alone = penalties_at(field, 0.3, z, ["kinetic"])["kinetic"]
     torch.testing.assert_close((*found, alone), (*wanted, wanted[0]["kinetic"]))
 

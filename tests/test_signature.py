@@ -16,7 +16,6 @@ import rnode_plugin
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF, penalties_at
 from rnode_plugin.core.signature import Takes, field_takes, time_first
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.flow_matching import ODESolver
 from rnode_plugin.solvers import ADAPTIVE_METHODS, METHODS
 
 
@@ -203,8 +202,6 @@ def test_a_velocity_is_called_by_the_names_of_its_parameters(name: str) -> None:
     )
     torch.testing.assert_close(model.encode(z).z, z + 1.5)
     torch.testing.assert_close(model.inverse(z), z - 1.5)
-    solver = ODESolver(VELOCITIES[name](), time_shape=SHAPES.get(name))
-    torch.testing.assert_close(solver.sample(z, 0.5, "midpoint"), z + 1.5)
     first = time_first(VELOCITIES[name](), time_shape=SHAPES.get(name))
     torch.testing.assert_close(NeuralODE(first, "midpoint")(z)[1][-1], z + 1.5)
 
@@ -254,10 +251,8 @@ def test_a_velocity_gets_scalar_times_from_every_method(method: str, size: int) 
             shapes.add(tuple(t.shape))
             return x * (t if t.dim() else t.expand(len(x)))[:, None]
 
-    x, step = torch.ones(size, 2), None if method in ADAPTIVE_METHODS else 0.5
-    ODESolver(OneTime()).sample(x, step, method)
-    ODESolver(OneTime()).compute_likelihood(x, lambda z: -z.square().sum(1), step, method)
-    model = RegularizedCNF.from_velocity(OneTime(), event_shape=2, solver=method, steps=None if step is None else 2)
+    x, steps = torch.ones(size, 2), None if method in ADAPTIVE_METHODS else 2
+    model = RegularizedCNF.from_velocity(OneTime(), event_shape=2, solver=method, steps=steps)
     model.log_prob(x)
     model.inverse(x)
     RegularizedCNF.from_velocity(
@@ -279,13 +274,12 @@ def test_a_time_that_was_passed_as_the_state_is_named() -> None:
         words = r"shape .* at states of shape \(3, 2\)\..* If the state is first, .*=lambda net, t, x: net\(x, t\)"
         for act in (
             RegularizedCNF.from_velocity(net, event_shape=2).log_prob,
-            lambda x: ODESolver(net).sample(x, step_size=0.5),  # noqa: B023
             lambda x: penalties_at(net, 0.5, x, ["kinetic"]),  # noqa: B023
         ):
             with pytest.raises(ConfigError, match=words):
                 act(torch.zeros(3, 2))
     with pytest.raises(ConfigError, match=r"'sigma', .* is not known as a time"):
-        RegularizedCNF.from_velocity(lambda xt, sigma: xt / sigma, event_shape=2)  # pyright: ignore
+        RegularizedCNF.from_velocity(lambda xt, sigma: xt / sigma, event_shape=2)
 
 
 def test_what_names_cannot_decide_is_refused_at_construction() -> None:
@@ -295,8 +289,6 @@ def test_what_names_cannot_decide_is_refused_at_construction() -> None:
 
     with pytest.raises(ConfigError, match="'time' is neither the first nor the second parameter"):
         RegularizedCNF.from_velocity(OfSbi(), event_shape=2)
-    given = ODESolver(OfSbi()).sample(torch.zeros(5, 2), 0.5, "midpoint", condition=torch.ones(2))
-    torch.testing.assert_close(given, torch.full((5, 2), 1.5))
     with pytest.raises(ConfigError, match="time_shape must be one of"):
         RegularizedCNF.from_velocity(StateFirst(), event_shape=2, time_shape="(N,)")
     condition = torch.ones(2)
@@ -321,9 +313,7 @@ def of_noise(x: Tensor, noise_level: Tensor) -> Tensor:
 def test_an_unfilled_parameter_is_named_in_flow_matching(velocity: Callable[..., Tensor], sentence: str) -> None:
     z = torch.zeros(5, 2)
     for act in (
-        lambda: RegularizedCNF.from_velocity(velocity, event_shape=2),  # pyright: ignore[reportArgumentType]
-        lambda: ODESolver(velocity).sample(z, 0.5, "midpoint"),
-        lambda: ODESolver(velocity).compute_likelihood(z, lambda x: x.sum(1), 0.5, "midpoint"),
+        lambda: RegularizedCNF.from_velocity(velocity, event_shape=2),
         lambda: penalties_at(velocity, 0.5, z, ["kinetic"]),
     ):
         with pytest.raises(ConfigError, match=sentence):
@@ -349,7 +339,7 @@ def test_a_field_that_fails_is_not_called_again() -> None:
 
     for act in (
         lambda: penalties_at(velocity, torch.rand(5), torch.randn(5, 2), ["kinetic"]),
-        lambda: ODESolver(velocity).sample(torch.randn(5, 2), method="dopri5"),
+        lambda: RegularizedCNF.from_velocity(velocity, event_shape=2).sample(5),
     ):
         with pytest.raises(RuntimeError, match=r"^a fault inside"):
             act()

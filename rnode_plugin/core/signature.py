@@ -204,8 +204,8 @@ def _refuse_unclear(takes: Takes, *, with_context: bool) -> None:
         names = " and ".join(map(repr, rest))
         given = ", ".join(f"{name}={name}" for name in rest)
         raise ConfigError(
-            f"this velocity also needs {names}: {_write(f'net({first}, {given})')}. The methods of ODESolver take "
-            "further arguments by keyword, and from_velocity a context_shape= for one that belongs to each sample."
+            f"this velocity also needs {names}: {_write(f'net({first}, {given})')}. from_velocity also has a "
+            "context_shape=, for an argument that belongs to each sample."
         )
 
 

@@ -24,7 +24,7 @@ _NOT_SEEN = (
     "this regularize() block saw no solve by torchdiffeq that came to its end. It sees calls of odeint and "
     "odeint_adjoint in its own thread and process, except solves that end by event_fn. An object that keeps the "
     "function (self.odeint = odeint, functools.partial), and a module that is not in sys.modules, have to be made "
-    "inside of a block. Other solvers: NeuralODE and ODESolver of this package take regularizers= themselves, and "
+    "inside of a block. Other solvers: NeuralODE of this package takes regularizers= itself, and "
     "rnode_plugin.penalties_along integrates penalties along the states from torchdyn.numerics.odeint, ODEProblem "
     "or any solver."
 )

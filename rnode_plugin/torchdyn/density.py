@@ -129,7 +129,7 @@ class RegularizedCNF(DensityModel):
     @classmethod
     def from_velocity(
         cls,
-        net: nn.Module,
+        net: Callable[..., Tensor],
         data_time: float = 1.0,
         *,
         noise_time: float | None = None,
@@ -172,10 +172,10 @@ class RegularizedCNF(DensityModel):
         noise_time = 1.0 - data_time if noise_time is None else noise_time
         options = {"regularizers": (), **options}  # a velocity from flow matching usually is trained already
         context = options.get("context_shape") is not None
-        net = time_first(net, call=call, time_shape=time_shape or SCALAR, with_context=context)
+        velocity: Any = time_first(net, call=call, time_shape=time_shape or SCALAR, with_context=context)
         count = 1 if steps is None else check_count(steps, "steps")
-        times = torch.linspace(data_time, noise_time, count + 1, dtype=_precision(net))
-        model = cls(net, t_span=times, **options)
+        times = torch.linspace(data_time, noise_time, count + 1, dtype=_precision(velocity))
+        model = cls(velocity, t_span=times, **options)
         if steps is None and isinstance(model.solver, FixedGrid) and model.solver.step is None:
             raise ConfigError(
                 f"{model.solver.name} would take one step from the data to the noise: give steps=, or "
