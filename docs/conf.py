@@ -74,7 +74,7 @@ SIDEBAR = {
     " start/any_solver start/unchanged_code start/hand_written",
     "gallery": "start/two_moons notebooks/classifier notebooks/flow_matching notebooks/table_density"
     " notebooks/image_flow",
-    "which_penalty": "regularizers mathematics comparison",
+    "which_penalty": "regularizers mathematics comparison papers",
     "benchmarks": "results",
     "torchdyn": "compile diagnose export",
     "images": "exact_images tables training scaling reports reproduce",

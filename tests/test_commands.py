@@ -86,7 +86,6 @@ REFUSED: dict[str, str] = {
     "compare digits --configuration rnode --seeds 0": "0 is not in the range x>=1",
     "compare digits --jobs 0": "0 is not in the range x>=1",
     "export runs/digits/0 model.pt": "the file must end in .safetensors, not 'model.pt'.",
-    "cite runs/digits/0 --json": "No such option",
     "report runs/digits/0 --out pictures": "pictures exists already: choose another name, or overwrite it",
 }
 
@@ -121,7 +120,6 @@ ABSENT: dict[str, str] = {
     "eval mnist-pretraned": "did you mean 'mnist-pretrained'?",
     "diagnose mnist-pretraned": "did you mean 'mnist-pretrained'?",
     "export mnist-pretraned a.safetensors": "did you mean 'mnist-pretrained'?",
-    "cite mnist-pretraned": "did you mean 'mnist-pretrained'?",
     "eval digits": "no checkpoint at digits: digits is a recipe, which rnode-cli train digits trains. Give a run",
     "report digits": "no run at digits: digits is a recipe, which rnode-cli train digits trains. Give a run folder",
     "report runs/digit/0": "no run at runs/digit/0; did you mean 'runs/digits/0'? Give a run folder",

@@ -26,6 +26,7 @@ from rnode_plugin.cli import main
 from rnode_plugin.experiments.evaluation.measures import Evaluation
 from rnode_plugin.plugins import hookspecs
 from rnode_plugin.plugins import registry as plugins
+from rnode_plugin.regularizers import Source
 
 ROOT = Path(__file__).parents[1]
 DOCS = [
@@ -179,6 +180,22 @@ def test_each_field_of_an_evaluation_is_explained():
 
 def test_the_citation_file_has_the_version():
     assert f"\nversion: {rnode_plugin.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_each_declared_paper_has_an_entry():
+    page = (ROOT / "docs" / "papers.md").read_text()
+    # an entry ends at the first brace that stands alone on its line
+    entries = {entry[1]: entry[0] for entry in re.finditer(r"^@\w+\{(\w+),.*?^\}$", page, re.M | re.S)}
+    for entry in entries.values():
+        assert entry.count("{") == entry.count("}")
+        assert {"title", "author", "year"} <= set(re.findall(r"^  (\w+) = ", entry, re.MULTILINE))
+    assert set(re.findall(r"`(\w+\d{4}\w+)`", page)) <= entries.keys()
+    declared = [plugins.get_regularizer(name).about.source for name in plugins.names("regularizers")]
+    sources = [source for source in declared if isinstance(source, Source)]
+    assert len(sources) > 10
+    for source in sources:
+        assert f"year = {{{source.year}}}" in entries[source.key]
+        assert source.authors.split()[0] in entries[source.key]
 
 
 def test_the_hooks_of_plugins_are_listed():

@@ -1,4 +1,4 @@
-"""Commands on runs: ``eval``, ``diagnose``, ``sample``, ``export``, ``report`` and ``cite``."""
+"""Commands on runs: ``eval``, ``diagnose``, ``sample``, ``export`` and ``report``."""
 
 from __future__ import annotations
 
@@ -401,24 +401,3 @@ def report(*, runs: tuple[str, ...], out: str | None, title: str | None, force: 
         print_json(written.to_plain())
     else:
         click.echo(f"{written.as_text()}\n\n{written.html}")
-
-
-@click.command()
-@click.argument("run", required=False, type=click.Path())
-def cite(*, run: str | None) -> None:
-    """Print BibTeX of the papers behind the penalties, the trace estimator and the solver of RUN.
-
-    RUN is a run folder or a checkpoint. Without it, the papers behind `kinetic` and `jacfrob` are printed.
-    """
-    checkpoint = None if run is None else find_checkpoint(run)
-    from ..core.citations import citation
-    from ..experiments.training.checkpoints import load_with_recipe
-    from ..regularizers import jacfrob, kinetic
-
-    if checkpoint is None:
-        click.echo(citation([kinetic, jacfrob]))
-        return
-    flow, recipe, _ = load_with_recipe(checkpoint)
-    used = [each for each in flow.regularizers if recipe.lambdas.get(each.name, 0) > 0]
-    methods = recipe.solver.name, recipe.test_solver.name
-    click.echo(citation(used, estimator=flow.estimator, methods=methods, density=True))

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, constraints
 
 from ..errors import ConfigError, check_count
-from .citations import citation
 from .history import History, refuse_data_parallel
 from .integrals import Integrals
 from .modes import read
@@ -321,10 +320,6 @@ class DensityModel(nn.Module, ABC):
     def _resolved(self, regularizers: RegularizersLike) -> Regularizers:
         """The regularizers of an argument. Our own models also know names, which a registry has (ConfigError)."""
         return Regularizers.of(regularizers, by_name=_refuse_name)
-
-    def citation(self) -> str:
-        """BibTeX entries of the papers behind the penalties, the trace estimator and the solver of this model."""
-        return citation(self.regularizers, estimator=self.estimator, methods=[self.solver.name], density=True)
 
     @property
     def dims(self) -> int:

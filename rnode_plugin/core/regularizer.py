@@ -46,7 +46,7 @@ class Source(NamedTuple):
         method: the name of the method, such as ``"RNODE"``; ``""`` if it has none.
         authors: the paper's authors, such as ``"Finlay et al."``.
         year: year of the paper.
-        key: key of the paper's BibTeX entry.
+        key: key of the paper's BibTeX entry; the page *Papers* has those of this package's regularizers.
         place: where the paper defines it, such as ``"eq. 9a"``, or ``"code"`` for the authors' code.
     """
 
@@ -68,7 +68,7 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class About:
-    """The description of a regularizer in lists and citations. No solve reads it.
+    """The description of a regularizer in lists. No solve reads it.
 
     Attributes:
         formula: the penalized quantity, in one line; the first line of the function's docstring, without its full
@@ -111,7 +111,7 @@ class Rate:
             over the event.
         finish: None, or a function that makes the penalty ``(B,)`` of one solve from the integral ``(B,)``, the
             states ``(B, *event)`` at both ends of the solve, and the length of the solve in time.
-        about: its formula, cost and source, for lists and citations.
+        about: its formula, cost and source, for lists.
 
     Copies and pickles of a rate that :func:`rate` made refer to it by name.
 
@@ -162,7 +162,7 @@ class StepPenalty:
             is an unbiased estimate of the time average. The start of the extra step is detached.
         divided_by_dims: whether the objective divides the penalty by the number of dimensions. By default it does
             not, because a solver's error norm is a mean over the dimensions.
-        about: its formula, cost and source, for lists and citations.
+        about: its formula, cost and source, for lists.
 
     Copies and pickles of a penalty that :func:`step_penalty` made refer to it by name.
 
@@ -200,7 +200,7 @@ class SpanPolicy(ABC):
         name: the key of its penalty in every result.
         penalized: whether it has a penalty and therefore takes a lambda.
         divided_by_dims: whether the objective divides the penalty by the number of dimensions.
-        about: its formula, cost and source, for lists and citations.
+        about: its formula, cost and source, for lists.
     """
 
     kind: ClassVar[str] = "span"

@@ -21,7 +21,6 @@ COMMANDS = {
         "report": "runs:report",
         "diagnose": "runs:diagnose",
         "export": "runs:export",
-        "cite": "runs:cite",
     },
     "Look up": {
         "recipes": "lists:recipes",

@@ -21,7 +21,6 @@ from torchdyn.core.problems import ODEProblem
 from torchdyn.numerics.interpolators import INTERP_DICT
 from torchdyn.numerics.solvers.ode import RungeKutta4
 
-from ..core.citations import citation
 from ..core.history import History, refuse_data_parallel
 from ..core.integrals import Integrals, attach
 from ..core.modes import outside_inference
@@ -45,7 +44,6 @@ from .choice import (
     refuse_leapfrog,
     resolve_solver,
     solver_from,
-    solver_name,
     with_args,
 )
 from .field import Cost, look_for_columns, start_torchdyn
@@ -408,12 +406,6 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
                 strength that is negative or not finite.
         """
         return self.history.loss(step=step, **lambdas)
-
-    def citation(self) -> str:
-        """BibTeX entries of the papers behind the penalties, the trace estimator and the solver of this model."""
-        regularizers = self.history.regularizers
-        estimator = self._system.estimator if "vjp" in regularizers.needs else None
-        return citation(regularizers, estimator=estimator, methods=[solver_name(self.solver)])
 
     @property
     def vf_params(self) -> Tensor:
