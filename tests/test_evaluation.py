@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,13 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, TableFlow
+from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, TableFlow, get_recipe
 from rnode_plugin.analysis.random_streams import Stream, seeded, stream_seed
 from rnode_plugin.core.distribution import DensityModel, StandardNormal
 from rnode_plugin.core.objective import FlowOutput
 from rnode_plugin.core.trace_estimators import Exact, Hutchinson
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.evaluation.likelihood import evaluate, nfe_batches
+from rnode_plugin.experiments.evaluation.measures import Evaluation, Mean
 from rnode_plugin.experiments.quantities import result_rows
 from rnode_plugin.experiments.recipes.images import Images, settings_of
 from rnode_plugin.experiments.recipes.kind import FlowInput, Kind
@@ -414,3 +416,20 @@ def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form(monkeypatch: pytes
     # the field at the end of a block
     assert calls[-2:] == [found.nfe_mean + blocks, 2 * blocks + blocks]
     assert (found.nfe_batches, found.nfe_batch_size) == (1, 5)
+
+
+def test_a_result_without_its_file_of_scores_is_not_compared() -> None:
+    """A run folder may have lost ``rows.csv``. Whether its density beats a Gaussian is then unknown."""
+    means = {"nll": Mean(2.0, 0.1), "gaussian": Mean(1.0, 0.1)}
+    counts = {"nfe_mean": 8.0, "nfe_min": 8, "nfe_max": 8, "nfe_batches": 1, "nfe_batch_size": 9}
+    measured: Any = {"samples": 9, "means": means, "draws": 1, "penalties": {}, "seconds": 1.0, **counts}
+    measured["whole_jacobian"] = True
+    kind, solver = get_recipe("table").kind, get_recipe("table").test_solver
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # numpy warns of the mean of nothing
+        assert "warning" not in dict(result_rows(Evaluation(**measured), kind, solver))
+    means |= {name: Mean(mean.mean, 0.1, samples=(mean.mean,) * 9) for name, mean in means.items()}
+    assert (
+        "worse than a Gaussian (1.00 nats per row)"
+        in dict(result_rows(Evaluation(**measured), kind, solver))["warning"]
+    )

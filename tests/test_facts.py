@@ -656,12 +656,6 @@ def test_each_command_that_reads_weights_counts(trained_run: Path, tmp_path: Pat
     said("report", new, "--out", tmp_path / "r")
     page = (tmp_path / "r" / "report.html").read_text()
     assert f"{n} of {of} held-out images of “pictures” were trained on" in page
-    assert f"{n} of {of} held-out images" in _card(new, tmp_path / "card" / "new.safetensors")
-
-
-def _card(run: Path, file: Path) -> str:
-    assert said("export", run, file) == ""
-    return (file.parent / "README.md").read_text()
 
 
 def test_a_run_that_goes_on_with_other_images_forgets_no_part(tmp_path: Path) -> None:
@@ -702,19 +696,15 @@ def test_the_last_of_several_runs_knows_all_sets(tmp_path: Path) -> None:
         assert counted in said(*words, "--quiet")
     assert counted in said("diagnose", third, "--quiet", "--samples", 10)
     assert f"trained on: {counted}" in rnode("diagnose", third, "--quiet", "--samples", 10).stdout
-    assert counted in _card(third, tmp_path / "card" / "c.safetensors")
     report = json.loads(rnode("report", third, "--out", tmp_path / "r", "--json").stdout)
     assert list(report["table"]["trained on"].values()) == [counted]
     assert "so its scores promise too much" in (tmp_path / "r" / "report.html").read_text()
     # a file of the weights has the hashes only if they are asked for
-    alone = tmp_path / "card" / "c.safetensors"
+    alone = tmp_path / "c.safetensors"
+    assert said("export", third, alone) == ""
     assert json.loads(rnode("eval", alone, "--quiet", "--json", "--summary").stdout)["overlap"] is None
     assert re.search("^trained on +unknown rows$", rnode("eval", alone, "--quiet").stdout, re.M)
-    assert "does not say on which rows" in (alone.parent / "README.md").read_text()
-    assert "README.md stays as it is" in said("export", third, alone, "--trained-on", "--force")
-    (alone.parent / "README.md").unlink()
     assert said("export", third, alone, "--trained-on", "--force") == ""
-    assert "whoever has the row of a person can test" in (alone.parent / "README.md").read_text()
     assert counted in said("eval", alone, "--quiet")
     train = ["train", "table", "--data-root", tmp_path / "t.csv", *as_options(*FEW, "data.split_seed=1")]
     assert counted in said(*train, "--quiet", "--weights", alone, "--run-folder", tmp_path / "d")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -27,9 +27,6 @@ from .options import (
     run_argument,
     short,
 )
-
-if TYPE_CHECKING:
-    from ..experiments.runs.contents import RunContents
 
 CHECK_FAILED = 3
 """The exit code of ``diagnose`` if a check has failed."""
@@ -335,9 +332,6 @@ def export(*, run: str, file: str, force: bool, trained_on: bool) -> None:
     The metadata of the weights contain the recipe. `load_flow`, `eval` and `sample` take the file like a run
     folder, and any program that reads safetensors gets the weights.
 
-    Weights that are alone in their folder, as with FILE my-flow/model.safetensors, get a model card with the result
-    of RUN, README.md. In a folder with other files none is written. A README.md of yours stays, also with --force.
-
     With --trained-on an evaluation of the file counts the held-out samples that its weights were trained on.
     Whoever has the record of a person can then test whether it was trained on, so without this option the file
     does not have these hashes.
@@ -354,21 +348,8 @@ def export(*, run: str, file: str, force: bool, trained_on: bool) -> None:
     flow, recipe, facts = load_with_recipe(source)
     averaged = "" if recipe.training.ema is None else f" ({recipe.weights})"
     click.echo(f"{recipe.name}, weights of {source}{averaged}:")
-    card = save_flow(flow, path, recipe=recipe, facts=facts, run=_run_of_best(source), trained_on=trained_on)
-    click.echo(file if card is None else f"{file}, with its model card {card}")
-
-
-def _run_of_best(checkpoint: Path) -> RunContents | None:
-    """Read the run whose best weights ``checkpoint`` holds.
-
-    None for other weights, and with a line on standard error for a run with a damaged file.
-    """
-    run = Run.of_checkpoint(checkpoint) if checkpoint.name == BEST else None
-    try:
-        return None if run is None else run.read()
-    except ConfigError as error:
-        click.echo(f"the model card has no result: {error}", err=True)
-        return None
+    save_flow(flow, path, recipe=recipe, facts=facts, trained_on=trained_on)
+    click.echo(file)
 
 
 @click.command()

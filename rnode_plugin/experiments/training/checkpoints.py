@@ -32,9 +32,7 @@ from ...text import batch_counter
 from ..data import ImageData, Table
 from ..data.facts import Facts, Overlap, doubt
 from ..recipes.recipe import Recipe
-from ..runs.contents import RunContents
 from ..runs.run import LAST, checkpoint_files, find_checkpoint
-from .card import write_card
 
 Contents = dict[str, Any]
 """The contents of a checkpoint, plain values and tensors by name. Some names are ours, the others Lightning's."""
@@ -66,17 +64,12 @@ def save_flow(
     *,
     recipe: Recipe,
     facts: Facts | None = None,
-    run: RunContents | None = None,
     trained_on: bool = False,
-) -> Path | None:
+) -> None:
     """Write the weights of ``flow`` and the recipe that builds it. :func:`load_flow` reads the file.
 
     A ``path`` that ends in ``.safetensors`` gets that format, which many programs read. Its metadata hold the
     recipe, the facts and a checksum of everything.
-
-    Weights that are alone in their folder get a model card, the ``README.md`` that the Hugging Face hub shows: the
-    data, the result of ``run``, the recipe, and how to load the file. Hidden files do not count. A ``README.md``
-    that is there stays, and a line on standard error says so, because it may have figures of other weights.
 
     Args:
         flow: the model.
@@ -84,18 +77,13 @@ def save_flow(
         recipe: the settings that build the model.
         facts: the facts of the data that it was trained on, by which commands notice other data. None if they are
             not known.
-        run: what ``Run(folder).read()`` gives for the run whose best weights ``flow`` has. Its result is in the
-            card. With None the card has no figures.
         trained_on: also write the hashes of the samples that the weights were trained on, which ``facts`` have, so
             that an evaluation of the file counts those among held-out samples. Whoever has a sample can then test
             whether it was trained on.
 
-    Returns:
-        The model card; None if there is no new one.
-
     Raises:
         CheckpointError: the recipe builds another model, so that the file would not give ``flow`` back, or the file
-            or its card cannot be written. An earlier file stays unchanged if the weights are not written.
+            cannot be written. An earlier file then stays unchanged.
         ConfigError: ``trained_on`` is asked for, and the facts do not have these hashes.
     """
     if trained_on and (facts is None or facts.trained_on is None):
@@ -115,7 +103,6 @@ def save_flow(
         state = {_PREFIX + name: tensor for name, tensor in flow.state_dict().items()}
         contents = {**beside, "state_dict": state}
         write_atomically(path, lambda file: torch.save(contents, file))
-    return write_card(flow, Path(path), recipe=recipe, facts=facts, run=run)
 
 
 def _refuse_another(flow: DensityModel, recipe: Recipe) -> None:
@@ -176,7 +163,7 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
         >>> from rnode_plugin.experiments.training.checkpoints import save_flow
         >>> recipe = get_recipe("digits")
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     card = save_flow(recipe.build_flow(), f"{folder}/flow.ckpt", recipe=recipe)
+        ...     save_flow(recipe.build_flow(), f"{folder}/flow.ckpt", recipe=recipe)
         ...     flow = load_flow(f"{folder}/flow.ckpt")
         >>> tuple(flow.sample(1).shape)
         (1, 1, 8, 8)
