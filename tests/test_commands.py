@@ -70,7 +70,6 @@ REFUSED: dict[str, str] = {
     "train digits --given a": "--given is for tables, and digits",
     "train table --size 8": "--size is for images, and table is a recipe of a table",
     "eval good.ckpt --summary": "--summary shortens the JSON: add --json",
-    "eval good.ckpt --bound 2 --draws 2": "--bound K takes K draws: leave --draws out",
     "eval good.ckpt --solver rk4": "--solver takes KEY=VALUE, as in --solver method=rk4, not 'rk4'",
     "diagnose good.ckpt --samples 1": "1 is not in the range x>=2",
     "sample good.ckpt --given-value a=1,b=much": "'a=1,b=much' has no number: write COLUMN=VALUE, as in dose=1.5.",

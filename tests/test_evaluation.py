@@ -192,67 +192,9 @@ def test_the_gap_of_an_exact_evaluation_is_of_its_own_grid() -> None:
     assert found.gap == pytest.approx(by_grid - accurate, abs=0.1 * abs(by_grid - accurate))
 
 
-def test_the_bound_of_draws_approaches_the_mass_of_a_bin() -> None:
-    """The density is ``exp(3 sum(x))`` up to a constant, whose mass in each bin is known."""
-    pictures, slope = images(3), 3.0
-    flow = Known(lambda x: slope * x.flatten(1).sum(1))
-    mass = (math.exp(slope / 4) - 1) / (slope / 4)  # of a bin with 4 levels, over its density at the lower edge
-    nats = slope * pictures.reshape(3, 4).sum(1) / 4 + 4 * math.log(mass)
-    wanted = 2 - nats / (4 * math.log(2))
-    solver: dict[str, Any] = {"settings": KNOWN, "batch_size": 2, "solver": RK4}
-    found = evaluate(flow, pictures, bound=800, **solver)
-    assert found.bound is not None
-    assert found.draws == 800
-    assert found.bound.samples == pytest.approx(wanted, abs=0.02)
-    assert found.means["dirty"].mean > found.bound.mean + 0.02
-    x = torch.cat([each for each in flow.seen if len(each) == 2][: 2 * 800 : 2])[:2]  # the first draws
-    one = evaluate(Known(lambda x: slope * x.flatten(1).sum(1)), pictures, bound=1, **solver)
-    assert one.bound is not None
-    assert one.bound.samples == pytest.approx(one.means["dirty"].samples, rel=1e-12)
-    assert one.bound.samples[:2] == pytest.approx((2 - slope * x.flatten(1).sum(1) / (4 * math.log(2))).tolist())
-    assert evaluate(flow, pictures, draws=1, **solver).bound is None
-
-
-def test_the_bound_of_a_flow_is_of_its_exact_densities() -> None:
-    """The same images by several draws of a flow with an exact trace, whose log-densities are averaged by hand."""
-    shape, draws = (1, 8, 8), 3
-    flow, pictures = active_flow(shape, "gaussian"), images(4, 17, shape)
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.mul_(0.4)  # densities of the draws that are of one order
-    sampled = FixedGrid("rk4", step=0.5, quadrature="sampled")  # whose noise no evaluation has
-    found = evaluate(flow, pictures, bound=draws, solver=sampled)
-    rows = []
-    for draw in range(draws):
-        with seeded(0, Stream.VALIDATE, draw, 0, 0), torch.no_grad():
-            x = dequantize(torch.from_numpy(pictures), 17)
-            rows.append(flow.solved_with(trace_estimator="exact").log_prob(x).double())
-    nats = torch.stack(rows).logsumexp(0) - math.log(draws)
-    wanted = math.log2(17) - nats / (64 * math.log(2))
-    assert found.bound is not None
-    assert found.bound.samples == pytest.approx(wanted.tolist(), abs=2e-5)
-    assert found.bound.mean < found.means["dirty"].mean
-    assert found.gap is not None
-    headings = dict(result_rows(found, Images(), RK4))
-    assert headings["bits/dim, bound of 3"].startswith(f"{found.bound.mean:.4f} ±")
-    plain = found.to_plain()
-    assert plain["bound"] == {"mean": found.bound.mean, "stderr": found.bound.stderr, "stderr_noise": None}
-
-
-def test_a_bound_that_would_be_none_is_refused() -> None:
-    flow, pictures = active_flow((1, 8, 8), "gaussian"), images(2, 17, (1, 8, 8))
-    rows = TableData("rows", ("a", "b"))
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({"draws": 2}, "its own number of draws"),
-        ({"settings": rows}, "one of discrete images.*, not of a"),
-    ]
-    for options, words in cases:
-        with pytest.raises(ConfigError, match=words):
-            evaluate(flow, pictures, bound=2, **options)
-    none: tuple[dict[str, Any], ...] = ({"bound": 0}, {"draws": 0})
-    for options in none:
-        with pytest.raises(ConfigError, match="number of draws must be a whole number of at least 1, not 0"):
-            evaluate(flow, pictures, **options)
+def test_a_number_of_draws_below_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match="number of draws must be a whole number of at least 1, not 0"):
+        evaluate(active_flow((1, 8, 8), "gaussian"), images(2, 17, (1, 8, 8)), draws=0)
 
 
 def test_evaluations_of_a_penalty_of_its_own_are_not_the_flows() -> None:

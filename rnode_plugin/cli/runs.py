@@ -60,8 +60,6 @@ def _value_of_column(text: str) -> tuple[str, float]:
 @click.option("--exact", is_flag=True,
               help="Take the exact trace in any number of dimensions. The method rk4_38 with the step of the "
                    "training then replaces an adaptive solver. --solver takes another solver.")  # fmt: skip
-@click.option("--bound", type=click.IntRange(1), metavar="K",
-              help="Also measure the bound of K draws on the likelihood of images, as with --exact.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), metavar="N",
               help="Images or rows per solve. [default: the recipe's]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), metavar="N",
@@ -79,7 +77,6 @@ def eval(  # noqa: A001 - the command's name
     summary: bool,
     draws: int | None,
     exact: bool,
-    bound: int | None,
     batch_size: int | None,
     seed: int | None,
     download: bool,
@@ -101,9 +98,7 @@ def eval(  # noqa: A001 - the command's name
         raise click.UsageError("--summary shortens the JSON: add --json.")
     if wrong := [each for each in solver_settings if "=" not in each]:
         raise click.UsageError(f"--solver takes KEY=VALUE, as in --solver method=rk4, not {wrong[0]!r}.")
-    if bound is not None and draws is not None:
-        raise click.UsageError("--bound K takes K draws: leave --draws out.")
-    path, exact = find_checkpoint(run), exact or bound is not None
+    path = find_checkpoint(run)
     from ..experiments.evaluation.likelihood import evaluate
     from ..experiments.evaluation.loading import load_for_evaluation, pick_device
     from ..experiments.quantities import result_rows
@@ -134,7 +129,6 @@ def eval(  # noqa: A001 - the command's name
         training_solver=recipe.solver,
         exact=exact,
         accurate_solver=accurate,
-        bound=bound,
         seed=recipe.training.seed if seed is None else seed,
         progress=None if quiet else batch_counter("evaluating"),
     )
@@ -149,8 +143,8 @@ def eval(  # noqa: A001 - the command's name
         print_json({**head, **result.to_plain(samples=not summary)})
     else:
         compared = "the training solver", "the test solver"
-        if accurate is not None or bound is not None:
-            compared = "this solver", "an accurate solver" if accurate is None else accurate.text
+        if accurate is not None:
+            compared = "this solver", accurate.text
         click.echo(table([*head.items(), *result_rows(result, recipe.kind, solver, compared=compared)]))
 
 

@@ -252,9 +252,6 @@ def result_rows(
         for key, entry in table.items()
         if key in evaluation.means
     ]
-    if (bound := evaluation.bound) is not None:
-        text = f"{_with_errors(bound, kind)}  log of the mean density of the draws: no score of one draw"
-        rows.append((f"{kind.unit}, bound of {evaluation.draws}", text))
     if (warning := worse_than_baseline([evaluation], kind)) is not None:
         rows.append(("warning", warning))
     few, many, nfe = evaluation.nfe_min, evaluation.nfe_max, table["nfe_test"]

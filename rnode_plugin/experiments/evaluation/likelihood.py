@@ -22,7 +22,6 @@ from ...core.objective import FlowOutput, per_dim
 from ...core.tf32 import without_tf32
 from ...core.trace_estimators import Exact, Hutchinson
 from ...errors import ConfigError, check_count
-from ...solvers import Adaptive
 from ..data.arrays import ImageArray
 from ..recipes.images import settings_of
 from ..recipes.kind import Kind
@@ -54,7 +53,6 @@ def evaluate(
     training_solver: Solver | None = None,
     exact: bool = False,
     accurate_solver: Solver | None = None,
-    bound: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure the likelihood, NFE and penalties of ``flow`` on samples, without the rounding of TF32.
@@ -79,10 +77,6 @@ def evaluate(
             Quantities whose inputs have no noise are then drawn once. The NFE of a fixed grid and the solver gap
             are measured with Rademacher probes.
         accurate_solver: compare ``solver`` with it, in place of ``training_solver`` with ``solver``.
-        bound: a number K of draws, for the bound ``log P(x) >= E log (1/K) sum_k p(x + u_k)`` on the likelihood of
-            discrete images (Hoogeboom, Cohen and Tomczak, 2020), which is tighter than the mean over draws. It
-            takes the exact trace, because any noise of a trace would move it upward: the logarithm of a mean of
-            exponentials is convex. An error of the solver moves it too, so the gap is measured with it.
         progress: called with the number of batches that are done and the number of all batches.
 
     Returns:
@@ -91,7 +85,7 @@ def evaluate(
 
     Raises:
         ConfigError: there are no samples or no draws, or no ``settings`` for a model other than
-            a ``MultiscaleFlow``; a ``bound`` with ``draws`` or for inputs without noise.
+            a ``MultiscaleFlow``.
         SolverError: the integration failed.
     """
     if not len(samples):
@@ -101,10 +95,6 @@ def evaluate(
         settings = settings_of(flow)
     kind = KINDS[settings.kind]
     used: Solver = solver or flow.solver
-    if bound is not None:
-        _check_bound(draws, kind)
-        exact, draws = True, bound
-        accurate_solver = accurate_solver or Adaptive("dopri5", atol=1e-6, rtol=1e-6)
     solves = _Solves(
         settings, flow, samples, batch_size=batch_size, solver=used, seed=seed, exact=exact, progress=progress
     )
@@ -116,12 +106,8 @@ def evaluate(
     nfe = solves.nfe(batches)
     whole = flow.regularizers.undivided
     coarse = training_solver if accurate_solver is None else used
-    # an adaptive solver has errors below those of other figures, but a bound states its own
-    gap = (
-        None
-        if coarse is None or (coarse.adaptive and bound is None)
-        else solves.gap(coarse, accurate_solver or used)
-    )
+    # an adaptive solver has errors below those of other figures
+    gap = None if coarse is None or coarse.adaptive else solves.gap(coarse, accurate_solver or used)
     return Evaluation(
         samples=len(samples),
         means={quantity.name: solves.mean(draws, index) for index, quantity in enumerate(kind.quantities)},
@@ -135,7 +121,6 @@ def evaluate(
         undivided=tuple(sorted(whole)),
         whole_jacobian=has_whole_jacobian(solves.flow),
         gap=gap,
-        bound=None if bound is None else solves.bound(draws),
         seconds=time.monotonic() - start,
     )
 
@@ -285,15 +270,6 @@ class _Solves:
         of_samples = float(scores.mean(0).std() / count**0.5) if count > 1 else None
         return Mean(float(scores.mean()), of_samples, noise, tuple(scores.mean(0).tolist()))
 
-    def bound(self, draws: int) -> Mean:
-        """The bound of several draws of the first quantity, whose scores are linear in the log-densities."""
-        scores = self._rows(range(draws), 0, len(self.batches))
-        one, zero = self._kind.scores(self._settings, torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
-        scale = one - zero  # of a score in nats, negative
-        bounds = scale * ((scores / scale).logsumexp(0) - math.log(draws))
-        of_samples = float(bounds.std() / len(bounds) ** 0.5) if len(bounds) > 1 else None
-        return Mean(float(bounds.mean()), of_samples, None, tuple(bounds.tolist()))
-
     def integrals(self, draws: int) -> dict[str, float]:
         """Average the integral of each penalty over samples and draws."""
         sums = defaultdict[str, list[float]](list)
@@ -306,17 +282,6 @@ class _Solves:
         """Return the scores of the first ``batches`` batches as ``(draws, samples)``."""
         scores = [self.scores[draw, quantity, index] for draw in draws for index in range(batches)]
         return torch.cat(scores).reshape(len(draws), -1)
-
-
-def _check_bound(draws: int | None, kind: Kind) -> None:
-    """Refuse a bound of several draws that would be none (ConfigError)."""
-    if draws is not None:
-        raise ConfigError("a bound has its own number of draws: leave draws out.")
-    if not kind.quantities[0].noisy:
-        raise ConfigError(
-            f"the bound of several draws is one of discrete images with uniform noise in each bin, not of "
-            f"{kind.data}."
-        )
 
 
 def _with_least_noise(flow: DensityModel, kind: Kind, *, exact: bool, warm_start: bool) -> DensityModel:

@@ -61,8 +61,6 @@ class Evaluation:
         gap: mean score with the training solver minus the mean score with the accurate one, on the first batch with
             the same noise. Infinite if the training solver fails there; None if it is not a fixed grid. With exact
             traces by a grid, of this grid in place of the training solver.
-        bound: the bound of ``draws`` draws on the likelihood of discrete images; None if it was not asked for. It
-            is not to be compared with scores of one draw, which are the means.
         overlap: the number of held-out samples that the weights were trained on; None if it is not known.
     """
 
@@ -79,7 +77,6 @@ class Evaluation:
     whole_jacobian: bool
     seconds: float
     gap: float | None = None
-    bound: Mean | None = None
     overlap: Overlap | None = None
 
     def with_baselines(self, settings: Data | TableData, data: ImageData | Table) -> Evaluation:
@@ -90,8 +87,8 @@ class Evaluation:
 
     def to_plain(self, *, samples: bool = False) -> dict[str, Any]:
         """Convert the results to plain data for JSON. ``samples`` adds the values of all samples to the means."""
-        left_out: dict[str, Any] = {"means": {"__all__": {"samples"}}, "bound": {"samples"}}
-        return TypeAdapter(Evaluation).dump_python(self, exclude=None if samples else left_out)
+        left_out = None if samples else {"means": {"__all__": {"samples"}}}
+        return TypeAdapter(Evaluation).dump_python(self, exclude=left_out)
 
 
 def mean_of(scores: np.ndarray) -> Mean:
