@@ -303,14 +303,6 @@ def test_requests_that_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_of_samples(case: Case, tmp_path: Path) -> None:
-    path, of_images = tmp_path / "picture.png", isinstance(case.data, ImageData)
-    temperatures = (0.5, 1.0) if of_images else (1.0,)
-    request = SampleRequest(count=5, temperatures=temperatures)
-    case.kind.save_picture(case.settings, case.flow, path, request, data=case.data)
-    assert Image.open(path).width > 100
-
-
 # words ---------------------------------------------------------------------------------------------------------
 
 

@@ -381,7 +381,6 @@ def test_the_table_that_comes_along() -> None:
     (["data.validation=0"], "data.validation: .*greater than 0"),
     (["data.split_seed=4294967296"], "data.split_seed: .*less than 4294967296"),
     (["data.shape=1,2,3"], "unknown setting 'data.shape'"),
-    (["training.sample_temperatures=0.5,1"], "drawn at one temperature"),
     (["data.name=digits"], "the data set 'digits' holds images"),
 ])  # fmt: skip
 def test_settings_that_cannot_work(tmp_path: Path, settings: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Draws samples of a flow and their pictures, images in a grid and rows of a table in a corner plot."""
+"""Draws samples of a flow, images or rows of a table, and writes a grid of images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,8 +16,6 @@ from ..analysis.random_streams import Stream, seeded
 from ..files import write_atomically
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from ..core.distribution import DensityModel
 
 _SHOWN = 64  # pixels. Smaller images are enlarged by a whole factor
@@ -114,70 +112,3 @@ def sample_rows(
     """
     given = None if context is None else torch.from_numpy(context).to(next(flow.parameters()).device)
     return _draw(flow, count, temperature, seed, batch_size, given).numpy()
-
-
-_MOST = 8  # columns in a figure, beyond which its panels are too small to read
-_DATA, _SAMPLES = "C1", "C0"  # colors of the style sheet
-_INSIDE = 0.5, 99.5  # a panel shows the data between these percentiles, and a margin
-
-
-def save_corner(
-    path: str | os.PathLike[str], columns: Sequence[str], data: np.ndarray, samples: np.ndarray
-) -> None:
-    """Write a corner plot as one PNG, with histograms of the first 8 columns and points for each pair of them.
-
-    ``data`` and ``samples`` are rows ``(N, len(columns))``.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
-    from matplotlib import rc_context, style
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    shown = min(len(columns), _MOST)
-    names = [name.replace("$", r"\$") for name in columns]  # between dollars matplotlib reads mathematics
-    ranges = [_range(data[:, k], samples[:, k]) for k in range(shown)]
-    side = max(3.5, 1.45 * shown + 0.6)
-    small = rc_context({"font.size": 8, "axes.labelsize": 8, "axes.linewidth": 0.6, "axes.grid": False})
-    with style.context("rnode_plugin.plots"), small:
-        figure = Figure(figsize=(side, side), layout="constrained")
-        grid = figure.subplots(shown, shown, squeeze=False, sharex="col")
-        for row, column in np.ndindex(shown, shown):
-            axes = cast("Axes", grid[row, column])
-            low, high = ranges[column]
-            if column > row:
-                axes.set_axis_off()
-                continue
-            if column == row:
-                bins = np.linspace(low, high, min(40, max(10, round(1.5 * len(data) ** 0.5)))).tolist()
-                axes.hist(samples[:, row], bins, density=True, color=_SAMPLES, alpha=0.35)
-                axes.hist(data[:, row], bins, density=True, color=_DATA, histtype="step", linewidth=1)
-                axes.set_yticks([])
-            else:
-                for points, color, alpha in ((samples, _SAMPLES, 0.35), (data, _DATA, 0.8)):
-                    axes.plot(points[:, column], points[:, row], ".", color=color, alpha=alpha, markersize=2.7,
-                              markeredgewidth=0, rasterized=True)  # fmt: skip
-                axes.set_ylim(*ranges[row])
-                axes.yaxis.set_major_locator(MaxNLocator(3))
-                axes.set_ylabel(names[row] if column == 0 else "")
-                axes.tick_params(labelleft=column == 0)
-            axes.set_xlim(low, high)
-            axes.xaxis.set_major_locator(MaxNLocator(3))
-            axes.set_xlabel(names[column] if row == shown - 1 else "")
-        counts = (_DATA, f"{len(data):,} held-out rows"), (_SAMPLES, f"{len(samples):,} samples")
-        handles = [figure.axes[0].plot([], [], color=color, label=label)[0] for color, label in counts]
-        title = f"the first {shown} of {len(columns)} columns" if shown < len(columns) else None
-        corner = "upper right" if shown > 1 else "outside upper center"
-        figure.legend(handles=handles, loc=corner, frameon=False, fontsize=9, title=title)
-        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-
-
-def _range(data: np.ndarray, samples: np.ndarray) -> tuple[float, float]:
-    """Choose the limits of a panel. They leave out a few distant points, which would squeeze the others."""
-    low, high = np.percentile(data, _INSIDE)
-    # the bulk of the samples is shown even if it lies elsewhere, because that is what such a plot is to reveal
-    inner = np.percentile(samples, (5, 95))
-    low, high = min(low, inner[0]), max(high, inner[1])
-    margin = 0.08 * (high - low) or 1.0
-    return float(low - margin), float(high + margin)

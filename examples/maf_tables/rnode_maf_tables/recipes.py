@@ -61,7 +61,5 @@ def _published(name: str, what: str, columns: int | tuple[str, ...], *, batch_si
             max_epochs=100,
             val_every_steps=200,
             val_images=10_000,
-            sample_temperatures=(1.0,),
-            sample_images=1000,
         ),
     )

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from ...errors import ConfigError, DataError
 from ...text import shape_text
 from .kind import FlowInput, Kind, Quantity, SampleRequest
-from .settings import CONFIG, KeptBy, Text, listed
+from .settings import CONFIG, KeptBy, Text, listed, refuse_repeated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,12 +183,6 @@ class Images(Kind):
             shape = folder_shape(new.root, size=new.size)
         return dataclasses.replace(new, shape=shape)
 
-    def check_temperatures(self, temperatures: tuple[float, ...], setting: str) -> None:
-        """Refuse equal temperatures, whose samples would be the same, because they scale the same latents."""
-        for each in temperatures:
-            if temperatures.count(each) > 1:
-                raise ConfigError(f"{setting} has {each:g} twice, which would draw the same images: give it once.")
-
     def check_root(self, settings: Data) -> None:
         if settings.has_own_files and settings.root is None:
             raise ConfigError("name the folder of your pictures: --data-root FOLDER.")
@@ -248,13 +242,8 @@ class Images(Kind):
 
         return bits_per_dim(log_prob, dims=math.prod(settings.shape), levels=settings.levels)
 
-    def save_picture(
-        self, settings: Data, flow: DensityModel, path: Path, request: SampleRequest, *, data: object = None
-    ) -> None:
-        self.write_samples(settings, flow, path, dataclasses.replace(request, columns=request.count))
-
     def check_request(self, settings: Data, request: SampleRequest, path: Path | None) -> None:
-        self.check_temperatures(request.temperatures, "--temperature")
+        refuse_repeated(request.temperatures, "--temperature")
         if request.given is not None:
             raise ConfigError("--given-value and --given-file are for tables that were trained with --given.")
         if path is not None and path.suffix.lower() != ".png":

@@ -101,9 +101,7 @@ class Kind(ABC):
         score: the label of a score on the axis of a figure, with its unit.
         samples_file: the default file of drawn samples.
         scores_file: the file in the folder of a run with the scores of all held-out samples.
-        has_grid: whether a picture of samples is a grid of images, with rows for each temperature, which each
-            validation draws. Otherwise it is a corner plot at one temperature, which takes as long as several steps
-            and is drawn once, at the end of the run.
+        has_grid: whether each validation, and the end of a run, draws samples as a grid of images.
         max_gap: a validation warns if the error of the training solver, in the unit, is above this.
         exact_dims: largest number of dimensions for which an evaluation computes the trace exactly.
         quantities: the likelihoods that an evaluation measures. Training, validation and comparison use the first.
@@ -143,14 +141,6 @@ class Kind(ABC):
             ValidationError: a value is bad.
             ConfigError: there is no such data set, or it does not have what is assigned.
             DataError: the user's files cannot be read.
-        """
-
-    @abstractmethod
-    def check_temperatures(self, temperatures: tuple[float, ...], setting: str) -> None:
-        """Refuse temperatures that a picture of samples cannot have; ``setting`` is their name in the message.
-
-        Raises:
-            ConfigError: the temperatures are refused.
         """
 
     def check_root(self, settings: Any) -> None:
@@ -220,24 +210,6 @@ class Kind(ABC):
         return {}
 
     # samples ---------------------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def save_picture(
-        self, settings: Any, flow: DensityModel, path: Path, request: SampleRequest, *, data: Any = None
-    ) -> None:
-        """Draw samples and write them as one PNG.
-
-        Args:
-            settings: of the data.
-            flow: the model.
-            path: the PNG, which is written whole or not at all.
-            request: the samples, with their number.
-            data: the data of the run. A corner plot shows held-out rows next to the drawn ones; a grid needs none.
-
-        Raises:
-            SolverError: a latent cannot be integrated.
-            CheckpointError: the file cannot be written.
-        """
 
     @abstractmethod
     def check_request(self, settings: Any, request: SampleRequest, path: Path | None) -> None:

@@ -128,8 +128,6 @@ def table() -> Recipe:
             max_steps=500,
             val_every_steps=50,
             log_every=5,
-            sample_temperatures=(1.0,),
-            sample_images=1000,
         ),
     )
 

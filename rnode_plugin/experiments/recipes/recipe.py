@@ -170,7 +170,6 @@ class Recipe:
         check_path_name(self.name, "recipe")
         if self.data.kind != self.model.kind:
             raise ConfigError("the data and the model of a recipe must both be of images or both of a table.")
-        self.kind.check_temperatures(self.training.sample_temperatures, "training.sample_temperatures")
         for name, solver in (("solver", self.solver), ("test_solver", self.test_solver)):
             refuse(solver, density=True, name=name)
             if solver.compile:
@@ -343,10 +342,11 @@ class Recipe:
 
     @property
     def pictured(self) -> SampleRequest:
-        """The samples in a picture of a run."""
+        """The samples in a grid of a run, with a row for each temperature."""
         training = self.training
+        count = training.sample_images
         return SampleRequest(
-            count=training.sample_images, temperatures=training.sample_temperatures, seed=training.seed
+            count=count, temperatures=training.sample_temperatures, columns=count, seed=training.seed
         )
 
     @property

@@ -179,11 +179,6 @@ class Rows(Kind):
                 raise ConfigError(f"data.columns: {suggest(unknown[0], known, 'column')}")
         return new
 
-    def check_temperatures(self, temperatures: tuple[float, ...], setting: str) -> None:
-        """Refuse several temperatures, because a corner plot and a file of rows have one."""
-        if len(temperatures) > 1:
-            raise ConfigError(f"{setting}: rows of a table are drawn at one temperature, such as 1.")
-
     def batch_size(self, settings: TableData, samples: int) -> int:
         """Return the number of rows in a batch. A table with fewer training rows is one batch."""
         return min(settings.batch_size, samples)
@@ -229,32 +224,11 @@ class Rows(Kind):
 
         return {"gaussian": gaussian_scores(data.train, data.held_out[:count], settings.event)}
 
-    def save_picture(
-        self,
-        settings: TableData,
-        flow: DensityModel,
-        path: Path,
-        request: SampleRequest,
-        *,
-        data: Table | None = None,
-    ) -> None:
-        """Write a corner plot of held-out rows and of samples. A conditional density is drawn at their contexts."""
-        from ..samples import sample_rows, save_corner
-
-        if data is None or request.count is None:
-            raise ValueError("a corner plot shows a number of samples next to held-out rows: give both.")
-        shown, dims = data.held_out[: request.count], settings.event
-        context = shown[:, dims:] if settings.given else None
-        # a sample for each context; without contexts as many as asked for, even if fewer rows are held out
-        drawn = request.count if context is None else len(shown)
-        (temperature,) = request.temperatures
-        rows = sample_rows(flow, drawn, context=context, temperature=temperature, seed=request.seed)
-        save_corner(path, settings.modeled, shown[:, :dims], rows)
-
     def check_request(self, settings: TableData, request: SampleRequest, path: Path | None) -> None:
         from ..data.table_files import check_written
 
-        self.check_temperatures(request.temperatures, "--temperature")
+        if len(request.temperatures) > 1:
+            raise ConfigError("--temperature: rows of a table are drawn at one temperature, such as 1.")
         if request.columns:
             raise ConfigError("rows of a table are in no grid: leave --columns out.")
         if path is not None:

@@ -46,6 +46,17 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+def refuse_repeated(temperatures: tuple[float, ...], name: str) -> None:
+    """Refuse equal temperatures, whose samples would be the same, because they scale the same latents.
+
+    Raises:
+        ConfigError: the message begins with ``name``, the setting or option.
+    """
+    for each in temperatures:
+        if temperatures.count(each) > 1:
+            raise ConfigError(f"{name} has {each:g} twice, which would draw the same images: give it once.")
+
+
 # what a resumed run keeps ---------------------------------------------------------------------------------------
 
 
@@ -170,9 +181,8 @@ class Training:
             evaluation and sampling; None for the trained weights themselves.
         max_skipped: steps in a row without a usable gradient after which training stops.
         save_every: steps between two checkpoints. Each validation saves one, too.
-        sample_temperatures: standard deviations of latents in the grids, one row of images each. A table has one.
-        sample_images: images per temperature in the grids, or held-out rows and samples in a table's corner plot;
-            0 for none.
+        sample_temperatures: standard deviations of latents in the grids, one row of images each.
+        sample_images: images per temperature in the grids; 0 for none. A run on a table draws none.
     """
 
     max_epochs: PositiveInt | None = 100
@@ -197,3 +207,4 @@ class Training:
     def __post_init__(self) -> None:
         if self.max_epochs is None and self.max_steps is None:
             raise ConfigError("training.max_epochs and training.max_steps cannot both be none: give one of them.")
+        refuse_repeated(self.sample_temperatures, "training.sample_temperatures")

@@ -28,9 +28,9 @@ from .table import Table, change, compared, known, lambdas_text, quantities, tra
 
 
 class _Grid(NamedTuple):
-    """A picture of samples: a grid with a row of images for each temperature, or the corner plot of a table.
+    """A grid of samples, with a row of images for each of the ``temperatures``.
 
-    A corner plot has no ``temperatures``. ``origin`` names the weights that the samples were drawn with.
+    ``origin`` names the weights that the samples were drawn with.
     """
 
     name: str
@@ -171,7 +171,7 @@ def _units(one: Configuration, dims: int) -> str:
 def _grids(configurations: Sequence[Configuration]) -> Iterator[_Grid]:
     for number, one in enumerate(configurations, 1):
         label = re.sub(r"[^a-z0-9._]+", "-", one.label.lower())[:60].strip("-.")  # file systems limit the length
-        temperatures = one.recipe.training.sample_temperatures if one.kind.has_grid else ()
+        temperatures = one.recipe.training.sample_temperatures
         for run in one.measured_runs:
             if (found := _picture(run)) is not None:
                 picture, png = found

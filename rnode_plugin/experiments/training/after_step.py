@@ -390,6 +390,6 @@ class SampleGrids(Callback):
         module = cast("RnodeModule", pl_module)
         recipe, path = module.recipe, self._after_step.run.picture(trainer.global_step)
         try:
-            recipe.kind.save_picture(recipe.data, module.flow, path, recipe.pictured)
+            recipe.kind.write_samples(recipe.data, module.flow, path, recipe.pictured)
         except SolverError as error:  # a latent far out may fail where no image does, so training continues
             print(f"no grid of samples at step {trainer.global_step}: {error}", file=sys.stderr)

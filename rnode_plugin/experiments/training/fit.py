@@ -262,10 +262,10 @@ def _conclude(
             f"rnode-cli eval {run.path} tries again, with another solver by --solver KEY=VALUE."
         ) from error
     samples = None
-    if recipe.training.sample_images:
+    if recipe.training.sample_images and recipe.kind.has_grid:
         try:
             picture = run.picture()
-            recipe.kind.save_picture(recipe.data, flow, picture, recipe.pictured, data=data)
+            recipe.kind.write_samples(recipe.data, flow, picture, recipe.pictured)
             samples = picture
         except SolverError as error:  # a latent far out may fail where no held-out sample does
             print(f"no picture of samples of the best weights: {error}", file=sys.stderr)
