@@ -83,7 +83,6 @@ REFUSED: dict[str, str] = {
     "compare digits --configuration none.json": "none.json cannot be read: No such file",
     "compare digits --configuration bad.json": "It is not JSON: Expecting ',' delimiter: line 1 column 11",
     "compare digits --configuration rnode --seeds 0": "0 is not in the range x>=1",
-    "compare digits --jobs 0": "0 is not in the range x>=1",
     "export runs/digits/0 model.pt": "the file must end in .safetensors, not 'model.pt'.",
     "report runs/digits/0 --out pictures": "pictures exists already: choose another name, or overwrite it",
 }
@@ -184,7 +183,7 @@ JSON: dict[str, tuple[list[str], set[str]]] = {
         {"folder", "checkpoint", "samples", "stopped", "steps", "planned", "training_seconds", "evaluation"},
     ),
     "compare": (
-        ["digits", "--configuration", "none", "--jobs", "1", "--device", "cpu", "--out", "NEW", *QUICK],
+        ["digits", "--configuration", "none", "--device", "cpu", "--out", "NEW", *QUICK],
         {"runs", "failed", "html", "figures", "table"},
     ),
     "eval": (

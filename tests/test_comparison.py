@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -148,7 +147,6 @@ def test_configurations_that_are_refused(recipe: Recipe, tmp_path: Path, text: s
     ("max_time", 1, None, None),
     ("max_time", 120, "--resume", "118.500"),
     ("max_time", None, "--resume", None),
-    ("locked", 90, None, None),
 ])  # fmt: skip
 def test_the_line_of_a_run(
     recipe: Recipe, tmp_path: Path, state: str, limit: float | None, option: str | None, left: str | None
@@ -169,12 +167,10 @@ def test_the_line_of_a_run(
     if state == "damaged":
         os.truncate(folder / "checkpoints" / "last.ckpt", 10)
     said: list[str] = []
-    with training_lock(folder) if state == "locked" else nullcontext():
-        found = command_lines([one], out=out, accelerator="cpu", max_time=limit, jobs=2, announce=said.append)
-    share = max(1, torch.get_num_threads() // 2)
+    found = command_lines([one], out=out, accelerator="cpu", max_time=limit, announce=said.append)
     file = out / "recipes" / "digits-none-42.json"
     wanted = [
-        f"OMP_NUM_THREADS={share}", "rnode-cli", "train", file, option, folder,
+        "rnode-cli", "train", file, option, folder,
         *(["--max-time", left] if left else []), "--device", "cpu", "--devices", "1", "--no-next",
     ]  # fmt: skip
     assert list(map(shlex.split, found)) == ([] if option is None else [list(map(str, wanted))])
@@ -182,7 +178,6 @@ def test_the_line_of_a_run(
         assert Recipe.from_plain(json.loads(file.read_text())) == one
     why = {
         "begun": "it ended before its first checkpoint",
-        "locked": "trained by another process",
         "max_time": "done, in",
         "finished": "done, in",
     }
@@ -238,9 +233,8 @@ from pathlib import Path
 here = Path(HERE)
 _, file, option, folder = sys.argv[1:5]
 recipe = json.loads(Path(file).read_text())
-variables = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")]
 with (here / "calls").open("a") as calls:
-    calls.write(json.dumps([variables, sys.argv[1:]]) + "\\n")
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
 print("the progress of a run")
 shutil.copytree(here / "run", folder, dirs_exist_ok=True)
 (Path(folder) / "recipe.json").write_text(json.dumps(recipe))
@@ -263,7 +257,7 @@ sys.exit(143)
 
 
 class Training:
-    """A stand-in for ``rnode-cli train``, which copies a run folder, and what it was called with."""
+    """A stand-in for ``rnode-cli train``, which copies a run folder, and the words it was called with."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -271,12 +265,12 @@ class Training:
         self.program = folder / "rnode_cli.py"
         self.program.write_text(PROGRAM.replace("HERE", repr(str(folder))))
 
-    def calls(self) -> list[list[list[str]]]:
-        """The variables and words of each call since the last question, sorted by them."""
+    def calls(self) -> list[list[str]]:
+        """The words of each call since the last question."""
         log = self.folder / "calls"
         lines = log.read_text().splitlines() if log.is_file() else []
         log.unlink(missing_ok=True)
-        return sorted(map(json.loads, lines), key=lambda call: call[1])
+        return list(map(json.loads, lines))
 
 
 @pytest.fixture
@@ -296,22 +290,18 @@ def test_a_comparison_runs_its_lines_and_continues(
     recipe: Recipe,
     training: Training,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    recipes, options = configured_recipes(recipe, ("none", "rnode"), seeds=2), {"max_time": 90.0, "jobs": 2}
-    lines = command_lines(recipes, out=tmp_path / "c", accelerator="cpu", **options)
-    result = compare(recipes, out=tmp_path / "c", accelerator="cpu", **options)
+    recipes = configured_recipes(recipe, ("none", "rnode"), seeds=2)
+    lines = command_lines(recipes, out=tmp_path / "c", accelerator="cpu", max_time=90.0)
+    result = compare(recipes, out=tmp_path / "c", accelerator="cpu", max_time=90.0)
     assert result.failed == ()
     assert ["/".join(path.parts[-2:]) for path in result.runs] == [
         "digits-none/42", "digits-rnode/42", "digits-none/43", "digits-rnode/43",
     ]  # fmt: skip
-    variables, words = zip(*training.calls(), strict=True)
-    assert sorted(words) == sorted(shlex.split(line)[2:] for line in lines)
-    assert all(each == ["3", os.environ.get("CUDA_VISIBLE_DEVICES")] for each in variables)
+    assert training.calls() == [shlex.split(line)[1:] for line in lines]
     assert list(result.report.table.columns) == ["none", "rnode"]
-    assert sorted(capfd.readouterr().out.splitlines()) == [
+    assert [line for line in capfd.readouterr().out.splitlines() if "run " in line and "of 4" in line] == [
         f"run {number} of 4: {path.parent.name}, seed {path.name}" for number, path in enumerate(result.runs, 1)
     ]
     killed = write_run(tmp_path / "c" / "runs" / "digits-kinetic" / "42", recipes[0], finished=False, **FEW)
@@ -319,7 +309,7 @@ def test_a_comparison_runs_its_lines_and_continues(
     (killed / "metrics.csv").write_text("of the first step")
     again = run(recipe, tmp_path / "c", "none", "kinetic", announce=print)
     assert (killed / "metrics.csv").read_bytes() == (training.folder / "run" / "metrics.csv").read_bytes()
-    assert [call[1][1] for call in training.calls()] == [str(tmp_path / "c" / "recipes" / "digits-kinetic-42.json")]
+    assert [call[1] for call in training.calls()] == [str(tmp_path / "c" / "recipes" / "digits-kinetic-42.json")]
     assert again.runs[0] == result.runs[0]
     shown = capfd.readouterr().out
     assert f"run 1 of 2: digits-none, seed 42: done, in {again.runs[0]}\n" in shown
@@ -328,8 +318,8 @@ def test_a_comparison_runs_its_lines_and_continues(
 
 def test_a_run_that_fails_leaves_the_others_alone(recipe: Recipe, training: Training, tmp_path: Path) -> None:
     (training.folder / "digits-none").touch()
-    result = run(recipe, tmp_path / "c", "none", "rnode", jobs=2)
-    assert result.failed == ("digits-none, seed 42: its process ended with exit code 1.",)
+    result = run(recipe, tmp_path / "c", "none", "rnode")
+    assert result.failed == ("run 1 of 2: digits-none, seed 42: its process ended with exit code 1.",)
     assert [path.parent.name for path in result.runs] == ["digits-none", "digits-rnode"]
     assert "not finished: step 1" in result.report.html.read_text()
     shutil.rmtree(training.folder / "run")
@@ -358,83 +348,31 @@ def test_files_of_a_user_stop_a_comparison(
     assert {each.name for each in theirs.rglob("*") if each.is_file()} >= {"lab.txt", "model.safetensors"}
 
 
-@pytest.mark.parametrize(("jobs", "advice"), [(1, " digits-rnode"), (2, " A lower --jobs trains fewer runs")])
-def test_a_run_that_was_killed(recipe: Recipe, training: Training, tmp_path: Path, jobs: int, advice: str) -> None:
+def test_a_run_that_was_killed(recipe: Recipe, training: Training, tmp_path: Path) -> None:
     training.program.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    with pytest.raises(TrainingError, match=rf"exit code -9\. It was killed: [^.]*\.{advice}"):
-        run(recipe, tmp_path / "c", "none", "rnode", jobs=jobs)
+    with pytest.raises(TrainingError, match=r"exit code -9\. It was killed: [^.]*\. run 2"):
+        run(recipe, tmp_path / "c", "none", "rnode")
 
 
-def test_a_run_that_another_process_has_finished_is_no_failure(
-    recipe: Recipe, training: Training, tmp_path: Path
-) -> None:
-    """A process that a killed comparison has left may not have its lock yet when the next comparison looks."""
-    training.program.write_text(training.program.read_text() + "sys.exit('Error: it is not empty.')\n")
-    assert run(recipe, tmp_path / "c", "none").failed == ()
+@pytest.mark.parametrize("act", [compare, command_lines])
+def test_a_run_of_another_process_is_refused(recipe: Recipe, training: Training, tmp_path: Path, act: Any) -> None:
+    recipes = configured_recipes(recipe, ("kinetic", "none"))
+    busy = write_run(tmp_path / "c" / "runs" / "digits-none" / "42", recipes[1], finished=False, **FEW)
+    with (
+        training_lock(busy),
+        pytest.raises(ConfigError, match="digits-none/42 is being trained"),
+    ):
+        act(recipes, out=tmp_path / "c", accelerator="cpu")
+    assert training.calls() == []
 
 
-@pytest.mark.parametrize("begun", [True, False])
-def test_a_run_of_another_process_is_waited_for_last(
-    recipe: Recipe, training: Training, tmp_path: Path, begun: bool
-) -> None:
-    """A comparison that was killed by SIGKILL leaves a process that trains, maybe in its first step."""
-    one, other_recipe = configured_recipes(recipe, ("none", "kinetic"))
-    folder, said = tmp_path / "c" / "runs" / "digits-none" / "42", list[str]()
-    whole = write_run(tmp_path / "whole", one, **FEW)
-    if begun:
-        shutil.copytree(whole, folder)
-        (folder / "result.json").unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    holds = f"from filelock import FileLock\nwith FileLock({str(folder / '.lock')!r}): print('held'); input()"
-    with subprocess.Popen(
-        [sys.executable, "-u", "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"held\n"
-
-        def end() -> None:
-            shutil.copytree(whole, folder, dirs_exist_ok=True)
-            other.communicate(b"\n")
-
-        def announce(line: str) -> None:
-            said.append(line)
-            if "waiting" in line:
-                threading.Timer(0.3, end).start()
-
-        result = compare([one, other_recipe], out=tmp_path / "c", accelerator="cpu", announce=announce)
-    title = "run 1 of 2: digits-none, seed 42"
-    assert said == [
-        "run 2 of 2: digits-kinetic, seed 42",
-        f"{title}: another process trains it, waiting for its end",
-        f"{title}: done, in {folder}",
-    ]
-    assert (result.runs[0], result.failed, len(training.calls())) == (folder, (), 1)
-
-
-@pytest.mark.parametrize(("accelerator", "jobs", "visible", "gpus"), [
-    ("gpu", 3, None, ["0", "1", "0"]),
-    ("auto", 1, None, ["0"]),
-    ("gpu", 2, "5,GPU-3", ["5", "GPU-3"]),
-    ("cpu", 2, None, [None, None]),
-    ("cuda:1", 2, None, [None, None]),
-])  # fmt: skip
-def test_each_job_has_a_gpu(
-    recipe: Recipe,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    accelerator: str,
-    jobs: int,
-    visible: str | None,
-    gpus: list[str | None],
+@pytest.mark.parametrize(("accelerator", "words"), [("gpu", "gpu --devices 1"), ("cuda:1", "cuda:1")])
+def test_a_run_takes_one_device(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerator: str, words: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [slot.get("CUDA_VISIBLE_DEVICES") for slot in comparison._slots(accelerator, jobs)] == gpus
-    (line,) = command_lines([recipe], out=tmp_path, accelerator=accelerator, jobs=jobs)
-    # `train` takes one GPU by its index without --devices
-    assert f"--device {accelerator}{'' if ':' in accelerator else ' --devices 1'} --no-next" in line
+    (line,) = command_lines([recipe], out=tmp_path, accelerator=accelerator)
+    assert f"--device {words} --no-next" in line
 
 
 def test_the_command(training: Training, tmp_path: Path) -> None:
@@ -458,42 +396,47 @@ def test_the_command(training: Training, tmp_path: Path) -> None:
     assert "run 1 of 2: digits-ffjord, seed 42: done" in printed.stderr
     failed = rnode("compare", "digits", *chosen, *options)
     assert failed.exit_code == 1
-    assert "Error: digits-l1, seed 42: its process ended with exit code 1." in failed.output
+    assert "Error: run 2 of 2: digits-l1, seed 42: its process ended with exit code 1." in failed.output
 
 
 @pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize(("signum", "jobs"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
-def test_its_end_is_the_end_of_its_runs(training: Training, tmp_path: Path, signum: int, jobs: int) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_its_end_is_the_end_of_its_run(training: Training, tmp_path: Path, signum: int) -> None:
     training.program.write_text(WAITS.replace("HERE", repr(str(tmp_path))))
 
     def end_when_begun() -> None:
-        while len(list(tmp_path.glob("*.begun"))) < jobs:
+        while not list(tmp_path.glob("*.begun")):
             time.sleep(0.01)
         os.kill(os.getpid(), signum)
 
     threading.Thread(target=end_when_begun, daemon=True).start()
-    options = ["--device", "cpu", "--jobs", jobs, "--out", tmp_path / "c"]
-    chosen = [word for name in ("none", "kinetic", "rnode") for word in ("--configuration", name)]
-    result = rnode("compare", "digits", *chosen, *options)
+    chosen = [word for name in ("none", "kinetic") for word in ("--configuration", name)]
+    result = rnode("compare", "digits", *chosen, "--device", "cpu", "--out", tmp_path / "c")
     assert result.exit_code == 128 + signum
-    assert "The same command continues them." in result.output
+    assert "The same command continues it." in result.output
     assert "exit code" not in result.output, "a run that was ended has not failed"
-    names = ["digits-none", "digits-kinetic"][:jobs]
-    assert {each.stem for each in tmp_path.glob("*.ended")} == set(names)
+    assert {each.stem for each in tmp_path.glob("*.ended")} == {"digits-none"}
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_line_that_cannot_be_printed_ends_all_runs(recipe: Recipe, training: Training, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_line_that_cannot_be_printed_leaves_no_process(
+    recipe: Recipe, training: Training, tmp_path: Path
+) -> None:
     training.program.write_text(WAITS.replace("HERE", repr(str(tmp_path))))
 
     def announce(line: str) -> None:
         if "run 1" not in line:
-            while not (tmp_path / "digits-none.begun").exists():
-                time.sleep(0.01)
             raise BrokenPipeError(line)
+        threading.Thread(target=interrupt_when_begun, daemon=True).start()
+
+    def interrupt_when_begun() -> None:
+        while not (tmp_path / "digits-none.begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(BrokenPipeError):
-        run(recipe, tmp_path / "c", "none", "kinetic", "rnode", jobs=2, announce=announce)
+        run(recipe, tmp_path / "c", "none", "rnode", announce=announce)
     assert (tmp_path / "digits-none.ended").exists()
 
 

@@ -327,8 +327,6 @@ def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
 @settings
 @short("data-root", "given")
 @device
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="N",
-              help="Runs that train at the same time, each on a GPU or with its share of the threads.")  # fmt: skip
 @click.option("--print", "as_lines", is_flag=True,
               help="Train nothing; print the command of each missing run, for xargs or a job array.")  # fmt: skip
 @click.option("--out", metavar="FOLDER", help="Folder of the runs and the report. [default: comparison/RECIPE]")
@@ -342,7 +340,6 @@ def compare(
     seeds: int,
     max_time: float | None,
     device: str,
-    jobs: int,
     as_lines: bool,
     out: str | None,
     quiet: bool,
@@ -363,8 +360,7 @@ def compare(
     A FILE maps names to penalties: {"weak": {"kinetic": 0.001}, "sweep": {"kinetic": [0.01, 0.1]}}. A list of
     lambdas makes a configuration of each.
 
-    Without --jobs the runs are trained one after the other. Runs that train at the same time on a CPU take longer
-    steps than one alone.
+    The runs are trained one after the other. With --print a scheduler, or xargs, trains several at a time.
     """
     from ..experiments.comparison.configurations import configured_recipes
     from ..experiments.recipes.recipe import get_recipe
@@ -377,12 +373,12 @@ def compare(
     # what cannot work was refused before these imports, which take seconds
     from ..experiments.comparison.compare import command_lines, compare
 
-    options = {"max_time": max_time, "out": out, "accelerator": device, "jobs": jobs, "download": download}
+    options = {"max_time": max_time, "out": out, "accelerator": device, "download": download}
     if as_lines:
         for line in command_lines(recipes, **options, announce=lambda line: click.echo(line, err=True)):
             click.echo(line)
         return
-    # the default handler would end this process and leave the processes of its runs alone
+    # the default handler would end this process and leave the process of its run alone
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     click.get_current_context().call_on_close(lambda: signal.signal(signal.SIGTERM, before))
     result = compare(recipes, **options, announce=None if quiet or as_json else click.echo)

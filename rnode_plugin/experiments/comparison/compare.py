@@ -10,18 +10,13 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event, Lock
-from typing import NamedTuple
-
-import torch
 
 from ...errors import CheckpointError, ConfigError, TrainingError
 from ...files import write_atomically
@@ -54,32 +49,21 @@ class Comparison:
     failed: tuple[str, ...]
 
 
-class _Left(NamedTuple):
-    """A run that is left to do: its title, its name, its folder, and the words that follow ``rnode-cli``."""
-
-    title: str
-    name: str
-    folder: Path
-    words: list[str]
-
-
 def compare(
     recipes: Sequence[Recipe],
     *,
     max_time: float | None = None,
     out: str | os.PathLike[str] = "comparison",
     accelerator: str = "auto",
-    jobs: int = 1,
     download: bool = False,
     announce: Callable[[str], object] | None = print,
 ) -> Comparison:
-    """Train all recipes and write one report.
+    """Train all recipes one after the other, and write one report.
 
     Each run is a process of ``rnode-cli train`` on one device, so a penalty, a model or a data set of a plugin must
     be installed. The same call in the same folder continues: it keeps finished runs and resumes interrupted ones.
-    If a process of an earlier call still trains one of the runs, its end is waited for after all others have been
-    trained. A run that fails does not end the others. An exception in this call, such as KeyboardInterrupt, ends
-    the running processes with a checkpoint.
+    A run that fails does not end the others. An exception in this call, such as KeyboardInterrupt, ends the running
+    process with a checkpoint.
 
     Args:
         recipes: what to train, as :func:`~rnode_plugin.experiments.comparison.configurations.configured_recipes`
@@ -87,10 +71,9 @@ def compare(
         max_time: seconds for the training of each run, validations included.
         out: folder for ``runs/``, ``recipes/`` and the report.
         accelerator: an accelerator of Lightning's Trainer, or one GPU, such as ``cuda:1``.
-        jobs: number of runs that train at the same time, each on a GPU, or with its share of the threads.
         download: fetch the data set if it is missing.
-        announce: called with a line at the beginning of each run, for a run that is waited for, and for an
-            interruption. If it is None, or ``jobs`` is above 1, the runs do not show their progress.
+        announce: called with a line at the beginning of each run, and for an interruption. If it is None, the runs
+            do not show their progress.
 
     Raises:
         ConfigError: settings that cannot work, runs with other settings or on other data in the folder, or another
@@ -100,20 +83,13 @@ def compare(
     """
     out, tell = Path(out), announce or (lambda line: None)
     planned = _planned(recipes, out, accelerator, max_time, download=download)
+    failed: list[str] = []
     with training_lock(out):
-        failed: list[str] = []
-        folders = list(planned)
-        while folders:
-            left, busy = _left(planned, folders, accelerator, max_time, tell, begin=True)
-            codes = _train(left, _slots(accelerator, jobs), tell, progress=announce is not None and jobs == 1)
-            failed += [
-                f"{run.name}: its process ended with exit code {code}.{_hint(code, jobs)}"
-                for run, code in zip(left, codes, strict=True)
-                if code and not _was_done_by_another(run, max_time, tell)
-            ]
-            for folder, title in busy.items():
-                _wait_for(folder, title, tell)
-            folders = list(busy)  # a process that was killed has left something to do
+        for title, words in _left(planned, accelerator, max_time, tell, begin=True).items():
+            tell(title)
+            if code := _train(words, tell, progress=announce is not None):
+                hint = " It was killed: the memory may not have sufficed." if code == -signal.SIGKILL else ""
+                failed.append(f"{title}: its process ended with exit code {code}.{hint}")
         runs = [folder for folder in planned if Run(folder).is_described]
         if not any(Run(folder).read().has_begun for folder in runs):
             raise TrainingError(" ".join(failed) or "the runs ended before a step was logged.")
@@ -127,25 +103,21 @@ def command_lines(
     max_time: float | None = None,
     out: str | os.PathLike[str] = "comparison",
     accelerator: str = "auto",
-    jobs: int = 1,
     download: bool = False,
     announce: Callable[[str], object] = lambda line: None,
 ) -> list[str]:
     """Return a line of shell for each run that :func:`compare` would train, and train nothing.
 
-    The lines can run in any order, on several machines that share the folder. ``CUDA_VISIBLE_DEVICES`` is left to
-    the caller. A run has no line if another process trains it at this moment, or if it ended before its first
-    checkpoint, since nothing is removed here. When all have ended, :func:`compare` writes the report. Arguments and
-    errors are the same, and ``announce`` is called for the runs without a line.
+    The lines can run in any order, on several machines that share the folder. ``CUDA_VISIBLE_DEVICES`` and
+    ``OMP_NUM_THREADS`` are left to the caller. A run that ended before its first checkpoint has no line, since
+    nothing is removed here. When all have ended, :func:`compare` writes the report. Arguments and errors are the
+    same, and ``announce`` is called for the runs without a line.
     """
     out = Path(out)
     planned = _planned(recipes, out, accelerator, max_time, download=download)
-    variables = [f"{name}={value}" for name, value in _threads(jobs).items()]
     with training_lock(out):
-        left, busy = _left(planned, list(planned), accelerator, max_time, announce, begin=False)
-    for title in busy.values():
-        announce(f"{title}: it is being trained by another process")
-    return [shlex.join([*variables, "rnode-cli", *run.words]) for run in left]
+        left = _left(planned, accelerator, max_time, announce, begin=False)
+    return [shlex.join(["rnode-cli", *words]) for words in left.values()]
 
 
 def _planned(
@@ -203,34 +175,22 @@ def _refuse_other(folder: Path, recipe: Recipe, facts: Facts) -> None:
 
 def _left(
     planned: Mapping[Path, Recipe],
-    folders: Sequence[Path],
     accelerator: str,
     max_time: float | None,
     announce: Callable[[str], object],
     *,
     begin: bool,
-) -> tuple[list[_Left], dict[Path, str]]:
-    """List the runs in ``folders`` that are left to do, and the titles of those that another process trains.
+) -> dict[str, list[str]]:
+    """List the runs that are left to do: their titles, and the words that follow ``rnode-cli``.
 
-    ``planned`` has all runs of the comparison, by which they are numbered. With ``begin``, what a run without a
-    checkpoint has left is removed, so that it can begin again.
+    With ``begin``, what a run without a checkpoint has left is removed, so that it can begin again.
     """
     # of several GPUs `train` would take all, with the recipe's batch on each
     device = ["--device", accelerator, *([] if ":" in accelerator else ["--devices", "1"])]
-    left: list[_Left] = []
-    busy: dict[Path, str] = {}
+    left: dict[str, list[str]] = {}
     for number, (folder, recipe) in enumerate(planned.items(), 1):
-        if folder not in folders:
-            continue
-        name = f"{recipe.name}, seed {recipe.training.seed}"
-        title = f"run {number} of {len(planned)}: {name}"
-        with ExitStack() as stack:
-            if folder.exists():
-                try:
-                    stack.enter_context(training_lock(folder))
-                except ConfigError:
-                    busy[folder] = title
-                    continue
+        title = f"run {number} of {len(planned)}: {recipe.name}, seed {recipe.training.seed}"
+        with training_lock(folder) if folder.exists() else nullcontext():
             if (options := _options(Run(folder), max_time)) is None:
                 announce(f"{title}: done, in {folder}")
                 continue
@@ -250,15 +210,8 @@ def _left(
         file = out / "recipes" / f"{recipe.name}-{recipe.training.seed}.json"
         write_atomically(file, json.dumps(recipe.to_plain()).encode())  # a process may be reading it
         # --no-next because the comparison itself shows the next steps at its end
-        left.append(_Left(title, name, folder, ["train", str(file), *options, *device, "--no-next"]))
-    return left, busy
-
-
-def _wait_for(folder: Path, title: str, announce: Callable[[str], object]) -> None:
-    """Wait for the end of another process that trains a run."""
-    waiting = f"{title}: another process trains it, waiting for its end"
-    with training_lock(folder, waiting=lambda: announce(waiting)):
-        pass
+        left[title] = ["train", str(file), *options, *device, "--no-next"]
+    return left
 
 
 def _options(run: Run, max_time: float | None) -> list[str] | None:
@@ -293,85 +246,20 @@ def _spent(run: Run) -> float:
         return 0.0
 
 
-def _threads(jobs: int) -> dict[str, str]:
-    # processes that together have more threads than the machine has cores wait for each other in every step
-    return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+def _train(words: Sequence[str], announce: Callable[[str], object], *, progress: bool) -> int:
+    """Run a process of ``rnode-cli`` and return its exit code.
 
-
-def _slots(accelerator: str, jobs: int) -> list[dict[str, str]]:
-    """Variables of the environment for each of the runs that train at the same time: its threads, and its GPU.
-
-    If there are more jobs than GPUs, the GPUs are assigned in turn.
+    An exception in this thread, such as KeyboardInterrupt, ends the process by SIGTERM, which it answers with a
+    checkpoint, and its end is waited for. After a Ctrl-C in a terminal it has got SIGINT before, which does not
+    matter to it.
     """
-    count = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = (visible.split(",") if visible else [str(number) for number in range(count)])[:count]
-    variables = [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {} for number in range(jobs)]
-    return [{**_threads(jobs), **each} for each in variables]
-
-
-def _train(
-    runs: Sequence[_Left],
-    slots: Sequence[Mapping[str, str]],
-    announce: Callable[[str], object],
-    *,
-    progress: bool,
-) -> list[int]:
-    """Train each run in the first slot that is free, and return the exit codes of the processes.
-
-    An exception in this thread, such as KeyboardInterrupt, ends the processes by SIGTERM, which they answer with a
-    checkpoint, and their end is waited for. After a Ctrl-C in a terminal they have got SIGINT before, which does
-    not matter to them.
-    """
-    free: SimpleQueue[Mapping[str, str]] = SimpleQueue()
-    for slot in slots:
-        free.put(slot)
-    processes: list[subprocess.Popen[bytes]] = []
-    stopped, starting = Event(), Lock()
-
-    def train(run: _Left) -> int:
-        slot = free.get()
-        try:
-            with starting:  # so that each process has either not begun, or is in the list, when all are ended
-                if stopped.is_set():
-                    return 0
-                announce(run.title)
-                process = subprocess.Popen(
-                    [*_RNODE_CLI, *run.words],
-                    stdin=subprocess.DEVNULL,
-                    stdout=None if progress else subprocess.DEVNULL,
-                    env={**os.environ, **slot},
-                )
-                processes.append(process)
-            return process.wait()
-        finally:  # also after an exception, because the thread may wait for a slot again
-            free.put(slot)
-
-    with ThreadPoolExecutor(len(slots)) as pool:
-        try:
-            futures = [pool.submit(train, run) for run in runs]
-            for each in as_completed(futures):  # so that an exception in any thread is noticed at once
-                each.result()
-            return [each.result() for each in futures]
-        except BaseException:
-            with starting:
-                stopped.set()
-                for process in processes:
-                    process.terminate()
-            announce("Stopping the runs. The same command continues them.")  # last, because it may fail
-            raise  # after the threads of the pool, which wait for the processes
-
-
-def _was_done_by_another(run: _Left, max_time: float | None, announce: Callable[[str], object]) -> bool:
-    """Whether a run whose process failed is done all the same, because another process has trained it."""
-    if not run.folder.exists():
-        return False
-    _wait_for(run.folder, run.title, announce)
-    return _options(Run(run.folder), max_time) is None
-
-
-def _hint(code: int, jobs: int) -> str:
-    if code != -9:
-        return ""
-    advice = " A lower --jobs trains fewer runs at the same time." if jobs > 1 else ""
-    return f" It was killed: the memory may not have sufficed.{advice}"
+    output = None if progress else subprocess.DEVNULL
+    process = subprocess.Popen([*_RNODE_CLI, *words], stdin=subprocess.DEVNULL, stdout=output)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        announce("Stopping the run. The same command continues it.")
+        raise
+    finally:
+        process.wait()

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -370,15 +370,14 @@ def _if_recipe(path: Path) -> str:
 
 
 @contextmanager
-def training_lock(folder: Path, *, waiting: Callable[[], object] | None = None) -> Iterator[bool]:
+def training_lock(folder: Path) -> Iterator[bool]:
     """Lock the run in ``folder`` for this process, and give whether the lock was taken.
 
-    If another process trains the run, ``waiting`` is called, and the end of that process is waited for. The system
-    frees the lock of a process that ends, even if it is killed. A file system without locks cannot notice two
-    processes that train one run, so a line on standard error warns about it.
+    The system frees the lock of a process that ends, even if it is killed. A file system without locks cannot
+    notice two processes that train one run, so a line on standard error warns about it.
 
     Raises:
-        ConfigError: another process trains the run, and ``waiting`` is None.
+        ConfigError: another process trains the run.
     """
     from filelock import FileLock, Timeout  # a fifth of the time of `rnode-cli --help`
 
@@ -386,12 +385,7 @@ def training_lock(folder: Path, *, waiting: Callable[[], object] | None = None) 
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        if waiting is None:
-            raise ConfigError(
-                f"{folder} is being trained by another process: wait for its end, or stop it."
-            ) from None
-        waiting()
-        lock.acquire()
+        raise ConfigError(f"{folder} is being trained by another process: wait for its end, or stop it.") from None
     except (OSError, NotImplementedError) as error:  # no locks here, or a folder that cannot be written
         print(f"{folder} cannot be locked ({error}): start no other process that trains it.", file=sys.stderr)
     try:
