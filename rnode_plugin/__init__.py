@@ -37,6 +37,7 @@ _PUBLIC = {
     "TableDataModule": "experiments.training.datamodule",
     "load_flow": "experiments.training.checkpoints",
     "diagnose": "analysis.diagnose",
+    "check_field": "core.checks",
     "penalties_along": "penalties",
     "penalties_at": "penalties",
     "install": "torchdyn.neural_ode",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from .analysis.diagnose import diagnose
     from .analysis.importance_sampling import importance_sample
     from .analysis.map_jacobian import map_log_prob
+    from .core.checks import check_field
     from .core.distribution import DensityModel
     from .core.objective import FlowOutput, bits_per_dim, objective
     from .core.system import System
