@@ -136,7 +136,7 @@ class Stack(Field):
         self._captured = False
         # detached: the hand-written nodes take theta as an input and return its gradient themselves
         b, r, weights = self._pieces(self.theta.detach())
-        self.fast: Layers | None = Layers(list(map(kind.prepared, weights)), b, r)  # None in a traceable stack
+        self.fast: Layers | None = Layers(list(map(kind, weights)), b, r)  # None in a traceable stack
         # several noises of convolutions are evaluated as one larger batch, see _several
         several = noise is not None and noise.ndim > 2 + len(self.event)
         self._noise = None if several and kind is not Dense else noise

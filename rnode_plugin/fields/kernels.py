@@ -2,10 +2,6 @@
 
 All layers of a kind share its static methods. An instance is one layer prepared for the evaluations in one solve,
 without a graph.
-
-Between few channels and many, a 3x3 convolution on a CPU is computed as one product of two matrices: the nine
-neighbors of each pixel in the few channels, side by side, times the weights. The libraries' convolutions are made
-for many channels on both sides and are up to ten times slower there.
 """
 
 from __future__ import annotations
@@ -19,9 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.modes import transforms_active
-
-# channels up to which a convolution is faster as one product of matrices
-_FEW = {torch.float64: 8, torch.float32: 8, torch.bfloat16: 3}
 
 
 class LayerMap(ABC):
@@ -54,11 +47,6 @@ class LayerMap(ABC):
     @abstractmethod
     def transposed(v: Tensor, weight: Tensor) -> Tensor:
         """``W^T v`` in such operations."""
-
-    @classmethod
-    def prepared(cls, weight: Tensor) -> LayerMap:
-        """The fastest map of this kind for a weight, its device and its dtype."""
-        return cls(weight)
 
     @staticmethod
     def split(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +117,7 @@ class Dense(LayerMap):
 
 
 class Convolution(LayerMap):
-    """A 3x3 convolution with ``weight (out, in, 3, 3)`` and zero padding 1, by torch's convolutions."""
+    """A 3x3 convolution with ``weight (out, in, 3, 3)`` and zero padding 1."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.detach()
@@ -153,11 +141,6 @@ class Convolution(LayerMap):
     @staticmethod
     def transposed(v: Tensor, weight: Tensor) -> Tensor:
         return F.conv_transpose2d(Convolution.layout(v), weight, padding=1)
-
-    @classmethod
-    def prepared(cls, weight: Tensor) -> LayerMap:
-        few = min(weight.shape[:2]) <= _FEW.get(weight.dtype, 0)
-        return ConvolutionByColumns(weight) if few and weight.device.type == "cpu" else Convolution(weight)
 
     @staticmethod
     def split(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,62 +185,6 @@ class Convolution(LayerMap):
     @staticmethod
     def unflat_bias(row: Tensor, outputs: int, event: Sequence[int]) -> Tensor:
         return row.view(1, *event, outputs).permute(0, 3, 1, 2)
-
-
-class ConvolutionByColumns(Convolution):
-    """The same map, computed as a matrix product, for few channels of the inputs or of the outputs.
-
-    Results with many channels are ``channels_last``, and arguments with many channels are fastest in that layout.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        self._outputs_are_few = weight.shape[0] < weight.shape[1]
-        # With few outputs, the transpose takes the neighbors of the few channels, and its kernel is flipped.
-        taps = weight.detach().flip(2, 3).transpose(0, 1) if self._outputs_are_few else weight.detach()
-        self._few = taps.shape[1]
-        self._weight = taps.permute(2, 3, 1, 0).flatten(0, 2).contiguous()  # (9 * few, many)
-
-    def apply(self, x: Tensor, b: Tensor | None = None) -> Tensor:
-        y = self._narrow(x) if self._outputs_are_few else self._widen(x)
-        return y if b is None else y.add_(b)
-
-    def transpose(self, v: Tensor) -> Tensor:
-        return self._widen(v) if self._outputs_are_few else self._narrow(v)
-
-    def gradient(self, x: Tensor, v: Tensor) -> Tensor:
-        few, many = (v, x) if self._outputs_are_few else (x, v)
-        taps = (_neighbors(few) @ _rows(many)).unflatten(0, (3, 3, self._few)).permute(3, 2, 0, 1)
-        return taps.transpose(0, 1).flip(2, 3) if self._outputs_are_few else taps
-
-    def _widen(self, few: Tensor) -> Tensor:
-        batch, _, h, w = few.shape
-        return (_neighbors(few).t() @ self._weight).view(batch, h, w, -1).permute(0, 3, 1, 2)
-
-    def _narrow(self, many: Tensor) -> Tensor:
-        batch, _, h, w = many.shape
-        parts = self._weight @ _rows(many).t()
-        if parts.dtype is torch.bfloat16:  # the nine parts are rounded already, so sum them in float32
-            parts = parts.float()
-        parts = parts.view(3, 3, self._few, batch, h, w)
-        # each pixel receives the parts that its neighbors computed for it: first along rows, then along columns
-        before, out, after = parts.unbind(1)
-        out[..., :-1].add_(before[..., 1:])
-        out[..., 1:].add_(after[..., :-1])
-        above, out, below = out.unbind(0)
-        out[..., :-1, :].add_(above[..., 1:, :])
-        out[..., 1:, :].add_(below[..., :-1, :])
-        return out.transpose(0, 1).to(many.dtype).contiguous()
-
-
-def _neighbors(few: Tensor) -> Tensor:
-    """``(9 * channels, B * H * W)`` of ``few (B, channels, H, W)``."""
-    windows = F.pad(few.transpose(0, 1), (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # (channels, B, H, W, 3, 3)
-    return windows.permute(4, 5, 0, 1, 2, 3).reshape(9 * few.shape[1], -1)
-
-
-def _rows(many: Tensor) -> Tensor:
-    """``(B * H * W, channels)`` of ``many (B, channels, H, W)``."""
-    return many.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 @lru_cache(maxsize=64)
