@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from rnode_plugin import NeuralODE, RegularizedCNF
+from rnode_plugin import Adaptive, NeuralODE, RegularizedCNF
 
 
 class Velocity(nn.Module):
@@ -44,7 +44,7 @@ def matching_loss(velocity):
 
 def density(velocity, regularizers, tolerance=1e-5):
     """The field as a density: a likelihood runs from the data at t = 1 back to the noise at t = 0."""
-    options = {"event_shape": 2, "t_span": [1.0, 0.0], "solver": "dopri5", "atol": tolerance, "rtol": tolerance}
+    options = {"event_shape": 2, "t_span": [1.0, 0.0], "solver": Adaptive(atol=tolerance, rtol=tolerance)}
     return RegularizedCNF(velocity, trace_estimator="exact", regularizers=regularizers, **options)
 
 

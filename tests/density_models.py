@@ -14,7 +14,7 @@ from written_model import LaplaceFlow
 from rnode_plugin import Adaptive, DensityModel, Exact, MultiscaleFlow, RegularizedCNF, Solver, TableFlow
 
 ACCURATE = Adaptive("dopri5", atol=1e-8, rtol=1e-8)
-TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
+TIGHT = Adaptive("dopri5", atol=1e-10, rtol=1e-10)
 
 
 def linear(matrix: Tensor) -> nn.Module:

@@ -14,7 +14,7 @@ from torchdyn.core import NeuralODE as TorchdynNeuralODE
 
 import rnode_plugin
 from rnode_plugin import Adaptive, FixedGrid, NeuralODE, RegularizedCNF, TableFlow
-from rnode_plugin.solvers import GRADIENTS
+from rnode_plugin.solvers import GRADIENTS, Solver, get_solver
 from rnode_plugin.torchdiffeq import odeint, odeint_adjoint, regularize
 
 theirs: Any = torchdiffeq  # its functions have no annotations
@@ -50,6 +50,12 @@ def tolerances(field: nn.Module, method: str) -> dict[str, Any]:
     if method != "dopri5":
         return {}
     return TIGHT if next(field.parameters()).dtype is DOUBLE else {"atol": 1e-5, "rtol": 1e-5}
+
+
+def solver_of(field: nn.Module, method: str) -> Solver:
+    """The solver of a density, with one step for each interval of its times."""
+    options = tolerances(field, method)
+    return Adaptive(method, **options) if options else get_solver(method, step=None)
 
 
 class Model:
@@ -102,8 +108,8 @@ def by_torchdyn(field: nn.Module, z: Tensor, method: str) -> Tensor:
 def density(field: nn.Module, given: Any, method: str, noise: str = "exact", span: Span = SPAN) -> Model:
     return Model(
         RegularizedCNF(
-            field, event_shape=2, t_span=times(5, span), solver=method, regularizers=given, trace_estimator=noise,
-            **tolerances(field, method),
+            field, event_shape=2, t_span=times(5, span), solver=solver_of(field, method), regularizers=given,
+            trace_estimator=noise,
         ).double(),
         density_of,
     )  # fmt: skip
@@ -113,7 +119,7 @@ def velocity(field: nn.Module, given: Any, method: str, noise: str = "exact", sp
     return Model(
         RegularizedCNF.from_velocity(
             field, data_time=span[1], noise_time=span[0], steps=None if method == "dopri5" else 4, event_shape=2,
-            solver=method, regularizers=given, trace_estimator=noise, **tolerances(field, method),
+            solver=solver_of(field, method), regularizers=given, trace_estimator=noise,
         ).double(),
         density_of,
     )  # fmt: skip

@@ -252,7 +252,8 @@ def test_a_tolerance_that_is_converged_loose_or_out_of_reach() -> None:
     assert right.numbers["last_change"] == right.curves["distance"][-2]
     double = of("tolerance", density(Linear(MATRIX.double())).double(), X.double())
     assert min(double.curves["tolerance"]) == checks.accurate(torch.float64).atol == 1e-9
-    loose = of("tolerance", density(Linear(20 * MATRIX), atol=1.0, rtol=1.0), gaussian(20 * MATRIX, 100))
+    coarse = density(Linear(20 * MATRIX), solver=Adaptive(atol=1.0, rtol=1.0))
+    loose = of("tolerance", coarse, gaussian(20 * MATRIX, 100))
     assert loose.verdict in ("warning", "failed")
     assert "The tolerance 1 of the model" in loose.sentence
     blows = of("tolerance", density(Blows()), torch.full((10, 2), 3.0))

@@ -13,7 +13,7 @@ from field_table import Energy
 from problems import difference, directions, slope
 from torch import Tensor, nn
 
-from rnode_plugin import RegularizedCNF, penalties_at
+from rnode_plugin import Adaptive, RegularizedCNF, penalties_at
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields.stack import linear_field
 from rnode_plugin.flow_matching import score
@@ -120,7 +120,8 @@ def test_likelihoods_are_flow_matchings_and_have_gradients() -> None:
 def test_likelihoods_are_exact_for_a_linear_velocity(trace_estimator: str) -> None:
     x = points(6, 3)
     model = RegularizedCNF.from_velocity(
-        linear, event_shape=3, trace_estimator=trace_estimator, atol=1e-8, rtol=1e-8
+        linear, event_shape=3, trace_estimator=trace_estimator,
+        solver=Adaptive(atol=1e-8, rtol=1e-8),
     ).double()  # fmt: skip
     output = model.encode(x)
     # signs are exact for a diagonal Jacobian
@@ -177,8 +178,8 @@ class Estimator(nn.Module):
 
 def test_a_posterior_of_sbi_is_a_density_by_one_call() -> None:
     model = RegularizedCNF.from_velocity(
-        Estimator(), data_time=0, event_shape=3, context_shape=3, trace_estimator="exact", atol=1e-8, rtol=1e-8,
-        call=lambda net, t, x, context: net.ode_fn(x, context, t),
+        Estimator(), data_time=0, event_shape=3, context_shape=3, trace_estimator="exact",
+        solver=Adaptive(atol=1e-8, rtol=1e-8), call=lambda net, t, x, context: net.ode_fn(x, context, t),
     )  # fmt: skip
     x = points(6, 3)
     torch.testing.assert_close(model.log_prob(x, context=SCALES), exact_log_prob(x), rtol=1e-6, atol=1e-6)
@@ -318,7 +319,7 @@ def log_mean_of_modes(x: Tensor, modes: Tensor) -> Tensor:
 def density_of_attention(estimator: str) -> tuple[ModesByAttention, RegularizedCNF]:
     velocity = ModesByAttention()
     return velocity, RegularizedCNF.from_velocity(
-        velocity, event_shape=2, trace_estimator=estimator, regularizers=[], atol=1e-8, rtol=1e-8
+        velocity, event_shape=2, trace_estimator=estimator, regularizers=[], solver=Adaptive(atol=1e-8, rtol=1e-8)
     )
 
 

@@ -24,7 +24,7 @@ STEPS = torch.linspace(0, 1, 3)
 def test_weights_of_a_known_ratio() -> None:
     """The density is N(0, e^-2a) and the target 3 N(0, s^2): each weight and log Z = log 3 are known."""
     a = torch.diag(torch.tensor([0.2, -0.3], dtype=torch.float64))
-    model = RegularizedCNF(linear(a), event_shape=2, trace_estimator="exact", **TIGHT).double()
+    model = RegularizedCNF(linear(a), event_shape=2, trace_estimator="exact", solver=TIGHT).double()
     own = Independent(Normal(torch.zeros(2).double(), torch.exp(-a.diagonal())), 1)
     target = Independent(Normal(torch.zeros(2).double(), 0.8), 1)
     torch.manual_seed(0)

@@ -30,8 +30,11 @@ def back(a: Tensor, solver: str, steps: int) -> Tensor:
     return torch.linalg.matrix_power(torch.as_tensor(step), steps)
 
 
-def of_linear(a: Tensor, solver: str = "midpoint", steps: int = 2, **options: Any) -> RegularizedCNF:
+def of_linear(
+    a: Tensor, method: str = "midpoint", steps: int = 2, *, gradient: str = "autograd", **options: Any
+) -> RegularizedCNF:
     times = torch.linspace(0, 1, steps + 1)
+    solver = FixedGrid(method, step=None, gradient=gradient)
     return RegularizedCNF(linear(a), event_shape=len(a), solver=solver, t_span=times, **options).double()
 
 
@@ -56,7 +59,7 @@ def test_the_determinant_of_each_model(name: str) -> None:
 def test_gradients_of_the_closed_form_in_every_mode(sensitivity: str) -> None:
     """Also where the solver has an adjoint, which is not the gradient of the discrete map."""
     torch.manual_seed(0)
-    model = of_linear(MATRIX, sensitivity=sensitivity)
+    model = of_linear(MATRIX, gradient=sensitivity)
     z = torch.randn(4, 3).double().requires_grad_()
     a = model.net.weight
     weights = torch.linspace(1, 2, 4).double()

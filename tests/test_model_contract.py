@@ -13,8 +13,10 @@ from density_models import ACCURATE, MODELS, make
 from problems import COPIES
 from regularizer_table import weighed
 from torch import Tensor, nn
+from torchdyn.numerics.solvers.ode import RungeKutta4
 
 from rnode_plugin import (
+    Adaptive,
     Exact,
     FixedGrid,
     FlowOutput,
@@ -224,20 +226,20 @@ def test_a_recipe_holds_a_solver_for_every_place_that_takes_one(name: str) -> No
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "model of a third party"])
-def test_a_name_is_refused_where_a_solver_object_is_wanted(name: str) -> None:
+def test_a_name_is_a_solver_with_its_defaults(name: str) -> None:
     model, x, given = make(name, QUICK)
-    solver: Any = "rk4_38"
     z = model.encode(x, **given).z.detach()
+    grid = FixedGrid(step=None if name.startswith("cnf") else 0.25)
     for act in (
-        lambda: model.solved_with(solver=solver).encode(x, **given),
-        lambda: model.encode(x, **given, solver=solver),
-        lambda: model.decode(z, **given, solver=solver),
-        lambda: model.inverse(z, **given, solver=solver),
+        lambda solver: model.solved_with(solver=solver).encode(x, **given).z,
+        lambda solver: model.encode(x, **given, solver=solver).z,
+        lambda solver: model.decode(z, **given, solver=solver).x,
+        lambda solver: model.inverse(z, **given, solver=solver),
     ):
-        with pytest.raises(
-            ConfigError, match=r"solver= takes a FixedGrid or an Adaptive object here, not 'rk4_38'"
-        ):
-            act()
+        assert torch.equal(act("rk4_38"), act(grid))
+        assert torch.equal(act("dopri5"), act(Adaptive()))
+        with pytest.raises(ConfigError, match="belong in NeuralODE"):
+            act(RungeKutta4())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -267,8 +269,6 @@ def test_a_copy_takes_its_regularizers_in_every_form(name: str) -> None:
         return
     for names in ("kinetic", ["kinetic"]):
         assert model.solved_with(regularizers=names).regularizers.strengths == {"kinetic": 0.3}
-    with pytest.raises(ConfigError, match=r"solver= takes a FixedGrid or an Adaptive object here, not 'dopri5'"):
-        model.solved_with(solver="dopri5")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("image flow")])

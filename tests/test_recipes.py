@@ -177,6 +177,14 @@ def test_a_method_of_the_other_kind_keeps_what_both_kinds_have() -> None:
         assert Recipe.from_plain(json.loads(json.dumps(each.to_plain()))) == each
 
 
+def test_the_name_of_a_method_is_a_solver_with_its_defaults() -> None:
+    plain = get_recipe("digits").to_plain()
+    recipe = Recipe.from_plain({**plain, "solver": "rk4", "test_solver": "tsit5"})
+    assert (recipe.solver, recipe.test_solver) == (FixedGrid("rk4"), Adaptive("tsit5"))
+    with pytest.raises(ConfigError, match="unknown solver method 'rk5'"):
+        Recipe.from_plain({**plain, "solver": "rk5"})
+
+
 def test_a_recipe_holds_names_and_numbers() -> None:
     recipe = get_recipe("mnist")
     for solver, message in (

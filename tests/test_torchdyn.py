@@ -33,10 +33,10 @@ from torchdyn.numerics.solvers.ode import DormandPrince45, Euler, MSZero, RungeK
 from torchdyn_fields import WithTime, mlp
 
 import rnode_plugin
-from rnode_plugin import CNF, Adaptive, NeuralODE, RegularizedCNF, SolverError
+from rnode_plugin import CNF, Adaptive, FixedGrid, NeuralODE, RegularizedCNF, SolverError
 from rnode_plugin.core.evaluator import lock_of
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.solvers import GRADIENTS, Adjoint
+from rnode_plugin.solvers import GRADIENTS, Adjoint, Solver
 from rnode_plugin.torchdiffeq import odeint
 
 BOTH = ["kinetic", "jacfrob"]
@@ -293,6 +293,13 @@ def test_options_without_effect_warn_as_torchdyns_do() -> None:
         NeuralODE(WithTime(), "dopri5")(torch.randn(2, 4), torch.linspace(0, 1, 3), [1.0])
 
 
+OPTIONS: dict[str, Any] = {
+    "atol": torch.tensor(1e-3), "rtol": 1e-5, "sensitivity": "adjoint", "solver_adjoint": "rk4",
+    "atol_adjoint": 1e-5, "rtol_adjoint": 1e-5, "interpolator": "4th", "max_nfe": 100,
+    "quadrature": "sampled", "compile": True,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -316,11 +323,53 @@ def test_options_without_effect_warn_as_torchdyns_do() -> None:
         ({"interpolator": "5th"}, "did you mean '4th'"),
         ({"penalized": 3}, "penalized="),
         ({"penalized": [1, 0]}, "penalized="),
+        *[({"solver": Adaptive(), name: value}, f"^{name}= belongs to") for name, value in OPTIONS.items()],
     ],
 )
 def test_mistakes_are_refused_at_construction(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         NeuralODE(WithTime(), **options)
+
+
+@pytest.mark.parametrize("mode", GRADIENTS)
+@pytest.mark.parametrize(
+    ("name", "make", "close"),
+    [
+        ("rk4_38", functools.partial(FixedGrid, step=None), 0.0),
+        ("midpoint", functools.partial(FixedGrid, "midpoint", step=None), 1e-12),
+        ("tsit5", functools.partial(Adaptive, "tsit5", atol=1e-9, rtol=1e-9), 1e-7),
+    ],
+)
+def test_a_solver_is_the_method_of_its_name(
+    name: str, make: Callable[..., Solver], close: float, mode: str
+) -> None:
+    """In values, penalties and gradients, and with a running cost, which an adjoint does not put into the state."""
+    options: dict[str, Any] = {"regularizers": ["kinetic", "jacfrob"], "trace_estimator": "exact"}
+    tight = dict.fromkeys(("atol", "rtol", "atol_adjoint", "rtol_adjoint"), 1e-9) if name == "tsit5" else {}
+    x, span = torch.randn(3, 4).double(), torch.linspace(0, 1, 4).double()
+
+    def result(solver: Any, **more: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = WithTime().double()
+        start = torch.cat([x, torch.zeros(3, 1).double()], 1) if not mode.endswith("adjoint") else x
+        model = NeuralODE(net, solver, integral_loss=lambda t, z: z.square().mean(1), **options, **more)
+        model = copy.deepcopy(model)
+        end = model(start, span)[1][-1]
+        (end.sin().sum() + model.reg_loss()).backward()
+        return [end.detach(), *model.regularization.values(), *(p.grad for p in model.vf.parameters())]
+
+    torch.testing.assert_close(
+        result(make(gradient=mode)), result(name, sensitivity=mode, **tight), rtol=close, atol=close
+    )
+
+
+def test_the_step_of_a_grid_divides_the_intervals() -> None:
+    model = NeuralODE(WithTime(), FixedGrid("rk4", step=0.25))
+    assert model(torch.randn(2, 4), torch.tensor([0.0, 1.0]))[1].shape == (2, 2, 4)
+    assert model.vf.nfe == 16
+    model.solver = FixedGrid("euler", step=0.5)  # as every attribute
+    model(torch.randn(2, 4), torch.tensor([0.0, 1.0]))
+    assert model.vf.nfe == 18
 
 
 def called_model(*others: str) -> NeuralODE:
@@ -340,6 +389,7 @@ def two_cnfs() -> nn.Module:
         (lambda: called_model().reg_loss(jacfrob=1.0), "unknown penalty 'jacfrob'"),
         (lambda: called_model("steer").reg_loss(steer=5.0), "has no penalty and takes no lambda"),
         (lambda: called_model()({"a": torch.randn(2, 4)}), "one tensor"),
+        (lambda: NeuralODE(WithTime(), Adaptive())({"a": torch.randn(2, 4)}), "one tensor"),
         (lambda: NeuralODE(two_cnfs(), regularizers=["kinetic"])(torch.randn(2, 4)), "2 CNF modules"),
         (lambda: CNF(nn.Linear(2, 2), "hutch"), "trace estimator"),
         (lambda: CNF(nn.Linear(2, 2), order=0), "order"),
@@ -646,8 +696,11 @@ def loss_of_a_node(field: nn.Module, x: Tensor, **options: Any) -> Tensor:
     return model(x, torch.tensor([0.0, 1.0]).double())[1][-1].square().mean() + model.reg_loss()
 
 
-def loss_of_a_density(field: nn.Module, x: Tensor, **options: Any) -> Tensor:
-    model = RegularizedCNF(field, event_shape=3, trace_estimator="exact", **options)
+def loss_of_a_density(
+    field: nn.Module, x: Tensor, sensitivity: str, regularizers: Any, atol: float, **options: float
+) -> Tensor:
+    solver = Adaptive(atol=atol, rtol=atol, gradient=sensitivity)
+    model = RegularizedCNF(field, event_shape=3, trace_estimator="exact", solver=solver, regularizers=regularizers)
     return model.log_prob(x).mean() + model.reg_loss()
 
 

@@ -8,6 +8,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from torchdyn_fields import WithTime, mlp
 from rnode_plugin import CNF, Exact, FixedGrid, NeuralODE, RegularizedCNF, SolverError, penalties_at
 from rnode_plugin.core.system import System
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.solvers import GRADIENTS
+from rnode_plugin.solvers import GRADIENTS, get_solver
 from rnode_plugin.torchdiffeq import odeint
 
 
@@ -290,9 +291,8 @@ def test_batches_without_samples(solver: str, noise: str, sensitivity: str) -> N
         assert sol.shape == (3, *x.shape)
         assert model.regularization["jacfrob"].shape == (0,)
         (sol.sum() + model.reg_loss()).backward()
-    flow = RegularizedCNF(
-        net, event_shape=2, solver=solver, t_span=(0.0, 1.0), trace_estimator=noise, sensitivity=sensitivity
-    )
+    of_density = replace(get_solver(solver), gradient=sensitivity)
+    flow = RegularizedCNF(net, event_shape=2, solver=of_density, trace_estimator=noise)
     assert flow.log_prob(torch.zeros(0, 2)).shape == (0,)
     assert float(flow.reg_loss().detach()) == 0
     assert flow.inverse(torch.zeros(0, 2)).shape == (0, 2)
@@ -598,7 +598,7 @@ def functional(net: nn.Module, p: float) -> Callable[[Tensor], Tensor]:
     lambda net, p, mode: NeuralODE(nn.Sequential(net, nn.Dropout(p)), "rk4", sensitivity=mode),
     lambda net, p, mode: NeuralODE(functional(net, p), "rk4", sensitivity=mode, optimizable_params=[net.weight]),
     lambda net, p, mode: RegularizedCNF(
-        nn.Sequential(net, nn.Dropout(p)), event_shape=2, solver="rk4", t_span=(0.0, 1.0), sensitivity=mode
+        nn.Sequential(net, nn.Dropout(p)), event_shape=2, solver=FixedGrid("rk4", step=None, gradient=mode)
     ),
 ], ids=["NeuralODE", "function", "RegularizedCNF"])  # fmt: skip
 def test_dropout_under_an_adjoint_is_warned_of(make: Callable[..., nn.Module], sensitivity: str) -> None:

@@ -21,7 +21,7 @@ from tiny_runs import SETTINGS, as_options, rows, train_digits, weights
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
-from rnode_plugin import CNF, NeuralODE, RegularizedCNF, get_recipe
+from rnode_plugin import CNF, FixedGrid, NeuralODE, RegularizedCNF, get_recipe
 from rnode_plugin.core.objective import objective
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.experiments.runs.run import Run
@@ -83,7 +83,7 @@ def ode(field: nn.Module, mode: str, **options: Any) -> NeuralODE:
 
 def density(field: nn.Module, mode: str, **options: Any) -> RegularizedCNF:
     return RegularizedCNF(
-        field, trace_estimator=Given(), solver="rk4_38", sensitivity=mode, regularizers=BOTH, **options
+        field, trace_estimator=Given(), solver=FixedGrid(step=None, gradient=mode), regularizers=BOTH, **options
     )
 
 

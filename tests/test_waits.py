@@ -128,7 +128,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "NeuralODE, rk4": (lambda: of_torchdyn("rk4"), HEALTH),
     "NeuralODE, rk4, checkpointed": (lambda: of_torchdyn("rk4", "checkpointed"), HEALTH),
     "NeuralODE, dopri5": (lambda: of_torchdyn("dopri5"), STEPS),
-    "density, adaptive, checkpointed": (lambda: density("dopri5", sensitivity="checkpointed"), STEPS),
+    "density, adaptive, checkpointed": (lambda: density(Adaptive(gradient="checkpointed")), STEPS),
     # the backward pass of an adjoint reads its stops from the device
     "NeuralODE, rk4, adjoint": (
         lambda: of_torchdyn("rk4", "adjoint"),

@@ -19,8 +19,7 @@ from ..core.regularizers import Regularizers, RegularizersLike
 from ..core.system import System
 from ..core.trace_estimators import TraceEstimator, exact_products, get_estimator
 from ..errors import ConfigError
-from ..solvers import FixedGrid, HealthCheck, Solver, check_all, get_gradient
-from ..solvers.solver import chosen_solver
+from ..solvers import FixedGrid, HealthCheck, Solver, check_all, get_gradient, get_solver
 
 # Images lie near a low-dimensional set. A field trained only on the paths is unconstrained elsewhere: after 600
 # steps on 32x32 images, a quarter of the held-out images diverged. Noise of one width prevents this but blurs the
@@ -53,13 +52,13 @@ class BlockFlow(DensityModel):
     def __init__(
         self,
         *,
-        solver: Solver | None,
+        solver: str | Solver | None,
         regularizers: RegularizersLike,
         trace_estimator: str | TraceEstimator,
         warm_start: bool = False,
     ) -> None:
         super().__init__()
-        self.solver = chosen_solver(solver, FixedGrid())
+        self.solver = FixedGrid() if solver is None else get_solver(solver)
         self.estimator = get_estimator(trace_estimator)
         self.history = History(longest_safe_steps={} if warm_start else None)
         self.keep_regularizers(self._resolved(regularizers))
@@ -70,14 +69,14 @@ class BlockFlow(DensityModel):
     def solved_with(
         self,
         *,
-        solver: Solver | None = None,
+        solver: str | Solver | None = None,
         trace_estimator: str | TraceEstimator | None = None,
         regularizers: RegularizersLike = (),
         warm_start: bool = False,
     ) -> Self:
         """As :meth:`DensityModel.solved_with`."""
         return super().solved_with(
-            solver=chosen_solver(solver, self.solver), trace_estimator=trace_estimator,
+            solver=None if solver is None else get_solver(solver), trace_estimator=trace_estimator,
             regularizers=regularizers, warm_start=warm_start,
         )  # fmt: skip
 
@@ -133,7 +132,7 @@ class BlockFlow(DensityModel):
         context: Tensor | None = None,
         noise: Sequence[Tensor | None] | None = None,
         penalties: bool | None = None,
-        solver: Solver | None = None,
+        solver: str | Solver | None = None,
         check: bool = True,
     ) -> FlowOutput:
         """Map samples to latents, and compute the log-determinant and the penalties for training.
@@ -159,7 +158,7 @@ class BlockFlow(DensityModel):
         """
         self.history.begin()  # first, so that an error below leaves no penalties of an earlier solve
         rows = self.check_inputs(x, context=context, noise=noise)
-        solver = chosen_solver(solver, self.solver)
+        solver = self.solver if solver is None else get_solver(solver)
         y, logdet, health = self._enter(x, solver)
         noise = self.draw_noise(x.shape[0]) if noise is None else noise
         blocks = zip(self._fields_at(rows), noise, strict=True)
@@ -175,7 +174,7 @@ class BlockFlow(DensityModel):
         context: Tensor | None = None,
         noise: Sequence[Tensor | None] | None = None,
         penalties: bool | None = None,
-        solver: Solver | None = None,
+        solver: str | Solver | None = None,
         check: bool = True,
     ) -> FlowOutput:
         """Map latents ``z (B, D)`` back to samples; see :meth:`DensityModel.decode`.
@@ -189,14 +188,14 @@ class BlockFlow(DensityModel):
         noise = self.draw_noise(z.shape[0]) if noise is None else noise
         # noise is in the order of the blocks in both directions, so encode and decode can share it
         blocks = reversed(list(zip(self._fields_at(rows), noise, strict=True)))
-        solver = chosen_solver(solver, self.solver)
+        solver = self.solver if solver is None else get_solver(solver)
         through = _Pass(self, blocks, solver, backward=True, penalties=penalties)
         x, logdet = self._leave(self._pull(z, through))
         output = through.output(x, z, logdet)
         self.nfe = output.nfe
         return self.keep_output(output.check() if check else output)
 
-    def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Solver | None = None) -> Tensor:
+    def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: str | Solver | None = None) -> Tensor:
         """The samples ``(B, *event_shape)`` of latents ``z (B, D)``.
 
         Only the state is integrated, backward in time, without products with the Jacobian. Images lie in [0, 1] if
@@ -204,7 +203,7 @@ class BlockFlow(DensityModel):
         """
         rows = self.check_inputs(z, context=context, latents=True)
         blocks = ((field, None) for field in reversed(self._fields_at(rows)))
-        solver = chosen_solver(solver, self.solver)
+        solver = self.solver if solver is None else get_solver(solver)
         through = _Pass(self, blocks, solver, backward=True, density=False)
         y = self._pull(z, through)
         check_all(through.health)

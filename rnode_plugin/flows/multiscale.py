@@ -183,7 +183,7 @@ class MultiscaleFlow(BlockFlow):
         activation: str = "softplus",
         alpha: float = 1e-5,
         levels: int = 256,
-        solver: Solver | None = None,
+        solver: str | Solver | None = None,
         regularizers: RegularizersLike = (kinetic, jacfrob),
         trace_estimator: str | TraceEstimator = "rademacher",
         field: Callable[[Shape], nn.Module] | None = None,

@@ -74,7 +74,7 @@ class TableFlow(BlockFlow):
         layers: int = 3,
         activation: str = "softplus",
         blocks: int = 1,
-        solver: Solver | None = None,
+        solver: str | Solver | None = None,
         regularizers: RegularizersLike = (kinetic, jacfrob),
         trace_estimator: str | TraceEstimator = "auto",
         warm_start: bool = False,

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from .gradients import GRADIENTS, Adjoint, Autograd, Checkpointed, Gradient, get_gradient
-from .solver import QUADRATURES, Adaptive, FixedGrid, Solver
+from .solver import QUADRATURES, Adaptive, FixedGrid, Solver, get_solver
 from .tableaus import ADAPTIVE_METHODS, FIXED_METHODS, METHODS, Method, get_method
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ __all__ = [
     "check_all",
     "get_gradient",
     "get_method",
+    "get_solver",
 ]
 
 # loaded when they are asked for: they need torch, and a recipe does not

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias, TypeGuard
 
 from ..errors import ConfigError, check_count, check_name
 from .gradients import Gradient, get_gradient
-from .tableaus import ADAPTIVE_METHODS, FIXED_METHODS, Method, get_method
+from .tableaus import ADAPTIVE_METHODS, FIXED_METHODS, METHODS, Method, get_method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -290,19 +290,24 @@ class Adaptive(Solver):
         return march(self, problem, take=take)
 
 
-def chosen_solver(solver: object, otherwise: Solver) -> Solver:
-    """``solver``, or ``otherwise`` for None.
+def get_solver(solver: str | Solver, *, step: float | None = 0.25) -> Solver:
+    """The solver of a method's name, with the defaults of its class; a solver is returned unchanged.
+
+    Args:
+        solver: a name, or a solver.
+        step: longest step of a fixed grid that is given by its name; None: one step for each interval of the times.
 
     Raises:
-        ConfigError: for any other object, such as a name.
+        ConfigError: for an unknown name and any other object.
     """
-    chosen = otherwise if solver is None else solver
-    if isinstance(chosen, Solver):
-        return chosen
-    raise ConfigError(
-        f"solver= takes a FixedGrid or an Adaptive object here, not {chosen!r:.60}: write FixedGrid('rk4_38', "
-        "step=...) or Adaptive('dopri5', ...)."
-    )
+    if isinstance(solver, Solver):
+        return solver
+    if not isinstance(solver, str):
+        raise ConfigError(
+            f"solver= is a name ({', '.join(METHODS)}), a FixedGrid or an Adaptive solver, not "
+            f"{type(solver).__name__}: torchdyn's solver objects, a hypersolver and your own belong in NeuralODE."
+        )
+    return Adaptive(solver) if get_method(solver).adaptive else FixedGrid(solver, step=step)
 
 
 # checks and texts -----------------------------------------------------------------------------------------------

@@ -103,8 +103,8 @@ def resolve_solver(solver: str | nn.Module, role: str = "solver") -> SolverObjec
         if _is_solver(solver):
             return solver
         raise ConfigError(
-            f"{role}={solver!r} is not a solver: give a name, or an object with `step(f, x, t, dt, k1, args)` and "
-            "`stepping_class` ('fixed' or 'adaptive')."
+            f"{role}={solver!r} is not a solver: give a name, a FixedGrid, an Adaptive, or an object with "
+            "`step(f, x, t, dt, k1, args)` and `stepping_class` ('fixed' or 'adaptive')."
         )
     return _build(solver, torch.float32, role)
 
@@ -128,16 +128,6 @@ def refuse_leapfrog(solver: object) -> None:
             "torchdyn's leapfrog evaluates the field on half of the state, so that no penalties can be integrated: "
             "use a Runge-Kutta method such as 'dopri5' or 'rk4'."
         )
-
-
-def solver_name(solver: SolverObject) -> str:
-    """The name of a solver object's family; for a user's solver ``"dopri5"`` if adaptive, else ``"euler"``."""
-    for kind, name in _FAMILIES.items():
-        if isinstance(solver, kind):
-            return name
-    if isinstance(solver, RungeKutta38):
-        return "rk4_38"
-    return "dopri5" if solver.stepping_class == "adaptive" else "euler"
 
 
 def kept_times(t_span: Tensor, save_at: Tensor | Sequence[float]) -> list[int]:
@@ -212,7 +202,7 @@ def method_from_torchdyn(
     """
     if type(solver) is RungeKutta38:
         return get_method("rk4_38")
-    family = get_method(solver_name(solver)) if isinstance(solver, tuple(_FAMILIES)) else None
+    family = next((get_method(known) for kind, known in _FAMILIES.items() if isinstance(solver, kind)), None)
     weights, error_weights, draws, nodes = None, None, None, None
     if family is not None:
         weights, error_weights, draws, nodes = family.weights, family.error_weights, family.draws, family.nodes

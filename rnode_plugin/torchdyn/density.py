@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,12 +22,11 @@ from ..core.regularizers import Regularizers, RegularizersLike
 from ..core.signature import SCALAR, accepts, refuse_state_first, time_first
 from ..core.system import System
 from ..core.trace_estimators import TraceEstimator, exact_products, get_estimator
-from ..errors import ConfigError, check_count, suggest
+from ..errors import ConfigError, check_count
 from ..plugins.registry import resolve_regularizers
-from ..solvers import GRADIENTS, METHODS, Adjoint, FixedGrid, Solver, get_gradient
-from ..solvers.solver import chosen_solver, refuse
+from ..solvers import FixedGrid, Solver, get_gradient, get_solver
+from ..solvers.solver import refuse
 from ..solvers.step import check_times
-from .choice import solver_from
 from .cnf import check_shape
 from .field import start_net
 
@@ -61,13 +58,11 @@ class RegularizedCNF(DensityModel):
         t_span: times of the solve from data to base; None: 0 to 1. A fixed-step solver takes one step per interval
             and needs them, unless it is an object with a ``step``.
         solver: a :class:`~rnode_plugin.FixedGrid` or :class:`~rnode_plugin.Adaptive` object, or the name of its
-            method. In contrast to :class:`~rnode_plugin.NeuralODE`, ``"rk4"`` is the classical method, of order 4
-            for a field that depends on time too. The attribute ``solver`` is the object.
+            method, for its defaults and one step of a grid for each interval of ``t_span``. In contrast to
+            :class:`~rnode_plugin.NeuralODE`, ``"rk4"`` is the classical method, of order 4 for a field that depends
+            on time too. The attribute ``solver`` is the object.
         warm_start: whether each solve of an adaptive solver begins with the longest step that would have passed
             in the last one; see :attr:`DensityModel.history`. :meth:`trajectory` does not take part.
-        options: of a solver that is given by its name: ``atol`` and ``rtol`` of an adaptive solver, 1e-5, the
-            paper's, unless given; ``sensitivity``, ``solver_adjoint``, ``atol_adjoint``, ``rtol_adjoint``,
-            ``max_nfe`` and ``compile`` as in :class:`~rnode_plugin.NeuralODE`.
 
     Raises:
         ConfigError: for shapes that do not fit together, a base that requires a gradient, times that are not
@@ -101,7 +96,6 @@ class RegularizedCNF(DensityModel):
         t_span: Tensor | Sequence[float] | None = None,
         solver: str | Solver = "dopri5",
         warm_start: bool = False,
-        **options: Any,
     ) -> None:
         super().__init__()
         self.base, self.event_shape = _base_and_shape(base, event_shape, net)
@@ -112,7 +106,7 @@ class RegularizedCNF(DensityModel):
         self.net, self.estimator = net, get_estimator(trace_estimator)
         self.history = History(longest_safe_steps={} if warm_start else None)
         self.keep_regularizers(resolve_regularizers(regularizers))
-        self.solver = _solver_of(solver, options)
+        self.solver = get_solver(solver, step=None)
         refuse(self.solver, self.regularizers.steps)
         if t_span is None and isinstance(self.solver, FixedGrid) and self.solver.step is None:
             raise ConfigError(
@@ -186,7 +180,7 @@ class RegularizedCNF(DensityModel):
     def solved_with(
         self,
         *,
-        solver: Solver | None = None,
+        solver: str | Solver | None = None,
         trace_estimator: str | TraceEstimator | None = None,
         regularizers: RegularizersLike = (),
         warm_start: bool = False,
@@ -218,7 +212,7 @@ class RegularizedCNF(DensityModel):
         context: Tensor | None = None,
         noise: Sequence[Tensor | None] | None = None,
         penalties: bool | None = None,
-        solver: Solver | None = None,
+        solver: str | Solver | None = None,
         check: bool = True,
     ) -> FlowOutput:
         """Latents ``(B, *event_shape)`` of samples ``x``; see :meth:`DensityModel.encode`.
@@ -243,7 +237,7 @@ class RegularizedCNF(DensityModel):
         context: Tensor | None = None,
         noise: Sequence[Tensor | None] | None = None,
         penalties: bool | None = None,
-        solver: Solver | None = None,
+        solver: str | Solver | None = None,
         check: bool = True,
     ) -> FlowOutput:
         """Samples ``(B, *event_shape)`` of latents ``z``; arguments and errors as for :meth:`encode`."""
@@ -265,7 +259,7 @@ class RegularizedCNF(DensityModel):
         output = self.encode(x, context=context, noise=noise, penalties=penalties, solver=solver)
         return self.log_prob_of(output)
 
-    def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Solver | None = None) -> Tensor:
+    def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: str | Solver | None = None) -> Tensor:
         """The samples of latents ``z``, without products with the Jacobian; errors as for :meth:`encode`.
 
         It does not integrate penalties. :meth:`reg_loss` still belongs to the solve before, as after
@@ -333,12 +327,12 @@ class RegularizedCNF(DensityModel):
         precision = _parameter_of(self.net).dtype
         return z.to(precision) if precision.itemsize < 4 and z.is_floating_point() else z
 
-    def _on_grid(self, solver: Solver | None) -> tuple[Solver, Tensor]:
+    def _on_grid(self, solver: str | Solver | None) -> tuple[Solver, Tensor]:
         """The solver for a call and its times."""
         own = self.solver
         if solver is None or solver is own:
             return own, self.t_span
-        solver = chosen_solver(solver, own)
+        solver = get_solver(solver, step=None)
         # a solver that differs in the gradient or the quadrature alone must compute the model's map
         steps = (None, own.step if isinstance(own, FixedGrid) else None)
         steps_at_times = isinstance(solver, FixedGrid) and solver.step in steps
@@ -350,7 +344,7 @@ class RegularizedCNF(DensityModel):
         context: Tensor | None,
         noise: Sequence[Tensor | None] | None,
         penalties: bool | None,
-        solver: Solver | None,
+        solver: str | Solver | None,
         *,
         check: bool,
         backward: bool,
@@ -408,63 +402,6 @@ class RegularizedCNF(DensityModel):
             history.keep_step(solution.longest_safe_step, times)
             self.nfe = solution.stats.nfe
             return solution.z
-
-
-_OPTIONS: dict[str, Any] = {
-    "sensitivity": "autograd", "solver_adjoint": None, "atol": 1e-5, "rtol": 1e-5, "atol_adjoint": 1e-4,
-    "rtol_adjoint": 1e-4, "max_nfe": None, "compile": False,
-}  # fmt: skip
-"""The options of a solver that is given by its name, and their defaults."""
-
-
-def _solver_of(solver: object, options: Mapping[str, Any]) -> Solver:
-    """The solver of a density: the object that was given, or the one that a name and ``options`` describe."""
-    for name in options.keys() - _OPTIONS.keys():
-        known = {*_OPTIONS, *inspect.signature(RegularizedCNF).parameters} - {"net", "options"}
-        raise ConfigError(suggest(f"{name}=", [f"{each}=" for each in known], "option of a density"))
-    if isinstance(solver, Solver):
-        for name in options:
-            raise ConfigError(f"{name}= belongs to a solver's name: give {name}= to {type(solver).__name__}(...).")
-        return solver
-    if not isinstance(solver, str):
-        raise ConfigError(
-            f"solver= of a density is a name ({', '.join(METHODS)}), a FixedGrid or an Adaptive solver, not "
-            f"{type(solver).__name__}: torchdyn's solver objects, a hypersolver and your own belong in NeuralODE."
-        )
-    chosen = {**_OPTIONS, **options}
-    for name in ("atol", "rtol"):
-        if isinstance(chosen[name], Tensor):
-            raise ConfigError(f"{name} of a density must be a number, which bounds the log-density's error too.")
-    backward = solver if chosen["solver_adjoint"] is None else chosen["solver_adjoint"]
-    if not isinstance(backward, str):
-        raise ConfigError(
-            f"solver_adjoint= of a density is a name ({', '.join(METHODS)}), not {type(backward).__name__}: give "
-            "solver=FixedGrid(..., gradient=Adjoint(backward)) with a solver object for the adjoint."
-        )
-    mode, limit = chosen["sensitivity"], chosen["max_nfe"]
-    if not isinstance(mode, str):  # an adjoint of another solver would lose it
-        raise ConfigError(
-            f"sensitivity= of a density is a name ({', '.join(GRADIENTS)}), not {type(mode).__name__}: give "
-            "solver=FixedGrid(..., gradient=...) or solver=Adaptive(..., gradient=...) with a gradient object."
-        )
-    gradient = get_gradient(mode)
-    adjoint = solver_from(backward, atol=chosen["atol_adjoint"], rtol=chosen["rtol_adjoint"], max_nfe=limit)
-    if isinstance(gradient, Adjoint):
-        gradient = dataclasses.replace(gradient, backward=adjoint)
-    made = solver_from(
-        solver,
-        atol=chosen["atol"],
-        rtol=chosen["rtol"],
-        max_nfe=limit,
-        gradient=gradient,
-        compile=chosen["compile"],
-    )
-    if made.adaptive and not adjoint.adaptive and isinstance(gradient, Adjoint) and not gradient.restarted:
-        raise ConfigError(
-            f"the adjoint of {solver} would take one step of {backward} over the whole solve: give an adaptive "
-            "method as solver_adjoint=, or solver=Adaptive(..., gradient=Adjoint(FixedGrid(..., step=...)))."
-        )
-    return made
 
 
 def _parameter_of(net: object) -> Tensor:

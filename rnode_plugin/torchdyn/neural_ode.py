@@ -7,7 +7,7 @@ import functools
 import io
 import operator
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ParamSpec
@@ -52,6 +52,19 @@ _NO_CALL = (
     "call the model first. trajectory() integrates them in a block of collect_penalties(), or by penalties=True."
 )
 
+_OPTIONS: Mapping[str, tuple[str, object]] = {
+    "atol": ("atol", 1e-3),
+    "rtol": ("rtol", 1e-3),
+    "sensitivity": ("sensalg", "autograd"),
+    "atol_adjoint": ("atol_adjoint", 1e-4),
+    "rtol_adjoint": ("rtol_adjoint", 1e-4),
+    "interpolator": ("interpolator", None),
+    "max_nfe": ("_max_nfe", None),
+    "quadrature": ("_quadrature", "full"),
+    "compile": ("_compile", False),
+}
+"""The options of a solver that torchdyn knows: the attribute and the default of each keyword."""
+
 _P = ParamSpec("_P")
 _Torchdyn = torchdyn_neuralde.NeuralODE
 _THEIRS = dict(vars(_Torchdyn))  # from before install() can replace them
@@ -91,9 +104,11 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
 
     Args:
         vector_field: a module or function ``(x)`` or ``(t, x)``, either with ``args``; see :doc:`/torchdyn`.
-        solver: a name or object from torchdyn, or ``"rk4_38"``, the 3/8 rule. torchdyn's ``"rk4"`` evaluates stages
-            2 to 4 of a time-dependent field at t, t + h/2 and t + h/2 instead of t + h/2, t + h/2 and t + h, which
-            lowers its order. ``"rk4"`` keeps this behavior, so that results do not change.
+        solver: a name or object from torchdyn, ``"rk4_38"``, the 3/8 rule, or a :class:`~rnode_plugin.FixedGrid` or
+            :class:`~rnode_plugin.Adaptive` object, which has its own tolerances and gradient: ``atol`` and the like
+            are refused beside it. torchdyn's ``"rk4"`` evaluates stages 2 to 4 of a time-dependent field at t,
+            t + h/2 and t + h/2 instead of t + h/2, t + h/2 and t + h, which lowers its order. ``"rk4"`` keeps this
+            behavior, so that results do not change; ``FixedGrid("rk4", step=None)`` is the classical method.
         order: order of the differential equation; the state ``(B, order * D)`` is position, velocity, and so on.
         atol, rtol: tolerances of an adaptive solver.
         sensitivity: ``"autograd"``, ``"adjoint"``, ``"interpolated_adjoint"`` or ``"checkpointed"`` (autograd's
@@ -177,7 +192,7 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
     def __init__(
         self,
         vector_field: Callable[..., Any] | nn.Module,
-        solver: str | nn.Module = "tsit5",
+        solver: str | Solver | nn.Module = "tsit5",
         order: int = 1,
         atol: float = 1e-3,
         rtol: float = 1e-3,
@@ -221,7 +236,7 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
         }  # fmt: skip
         for name, value in tolerances.items():
             check_tolerance(float(value.min()) if isinstance(value, Tensor) else value, name)
-        forward = resolve_solver(solver)
+        forward: Any = solver if isinstance(solver, Solver) else resolve_solver(solver)
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
         with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints remarks on fields without time or weights
             _THEIRS["__init__"](
@@ -242,9 +257,9 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
             self.regularizer_modules = nn.ModuleList(resolved.modules)
         # resolved now, so that a wrong option fails here and not in the first call
         refuse(self._solver({}), resolved.steps)
-        if sensitivity == "checkpointed":
-            # torchdyn's field reads it to decide whether integral_loss is a column of the state
-            self.vf.sensitivity = "autograd"
+        # torchdyn's field reads it to decide whether integral_loss is a column of the state
+        through_steps = get_gradient(self._solver({}).gradient).through_steps
+        self.vf.sensitivity = "autograd" if through_steps else "adjoint"
 
     @functools.cached_property
     def history(self) -> History:
@@ -300,10 +315,10 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
         if isinstance(x, dict):
             if history.regularizers:
                 raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
-            if self.sensalg == "checkpointed":  # torchdyn solves a dict, and does not know this gradient
+            if self.sensalg == "checkpointed" or isinstance(self.solver, Solver):  # torchdyn solves a dict
                 raise ConfigError(
-                    "sensitivity='checkpointed' needs a state that is one tensor (B, ...), not a dict of them: use "
-                    "'autograd'."
+                    "a FixedGrid, an Adaptive and sensitivity='checkpointed' need a state that is one tensor "
+                    "(B, ...), not a dict of them: use torchdyn's solvers and 'autograd'."
                 )
             return ODEProblem.odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
         penalties = training if penalties is None else penalties
@@ -500,12 +515,29 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
             known = self._resolved = key, self._resolve()
         return known[1] if isinstance(args, dict) and not args else with_args(known[1], args)
 
+    def _refuse_options(self, solver: Solver) -> None:
+        """Refuse the options of torchdyn's solvers beside ``solver``, which has its own."""
+        given = [] if isinstance(self.solver_adjoint, Solver) else ["solver_adjoint"]
+        for name, (attribute, default) in _OPTIONS.items():
+            value = getattr(self, attribute)
+            if isinstance(value, Tensor) or value != default:
+                given.append(name)
+        if given:
+            raise ConfigError(
+                f"{given[0]}= belongs to a solver that is given by its name: {type(solver).__name__}(...) has "
+                "options of its own, and gradient= in place of sensitivity= and the adjoint's."
+            )
+
     def _resolve(self) -> Solver:
         """The solver that torchdyn's attributes describe now, which takes the steps of its solver objects.
 
         Raises:
             ConfigError: for an unknown sensitivity, a number out of range, and options that the method cannot have.
         """
+
+        if isinstance(self.solver, Solver):
+            self._refuse_options(self.solver)
+            return self.solver
 
         def method(solver: SolverObject, interpolator: Any = None) -> Method:
             name = next((name for made, name in self._named if made is solver), None)

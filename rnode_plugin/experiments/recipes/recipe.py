@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, SupportsFloat
 
 from pydantic import (
+    BeforeValidator,
     Discriminator,
     Field,
     PlainSerializer,
@@ -33,7 +34,7 @@ from ...core.schedules import LinearWarmup, WrittenStrength, final_strength
 from ...errors import ConfigError, DataError, PluginError, check_name
 from ...files import check_path_name, missing
 from ...plugins import registry
-from ...solvers.solver import Adaptive, FixedGrid, Solver, refuse
+from ...solvers.solver import Adaptive, FixedGrid, Solver, get_solver, refuse
 from ...solvers.tableaus import ADAPTIVE_METHODS, METHODS
 from ...validation import refused
 from .images import Data, Images, Model
@@ -133,7 +134,9 @@ _SOLVERS: Mapping[str, Mapping[str, object]] = {
     "adaptive": _solver_settings(Adaptive()),
 }
 _AnySolver = Annotated[
-    Annotated[FixedGrid, Tag("fixed")] | Annotated[Adaptive, Tag("adaptive")], Discriminator(_kind_of_solver)
+    Annotated[FixedGrid, Tag("fixed")] | Annotated[Adaptive, Tag("adaptive")],
+    Discriminator(_kind_of_solver),
+    BeforeValidator(lambda value: get_solver(value) if isinstance(value, str) else value),
 ]
 
 
@@ -146,7 +149,7 @@ class Recipe:
         description: one line for the list of recipes.
         data, model: settings for images, or both for a table.
         solver: the integrator while training, a :class:`~rnode_plugin.FixedGrid` or an
-            :class:`~rnode_plugin.Adaptive` solver with names and numbers alone.
+            :class:`~rnode_plugin.Adaptive` solver with names and numbers alone, or the name of its method.
         test_solver: the integrator of validation, evaluation and sampling.
         regularizers: lambda by name (eq. 17), a number or ``linear_warmup(STEPS)*LAMBDA``. A penalty with lambda 0
             is measured and not trained on.
