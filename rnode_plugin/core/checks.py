@@ -20,7 +20,7 @@ from ..errors import ConfigError, first_line, is_out_of_memory
 from .modules import module_of
 
 _WAYS = (
-    "Use trace_noise='difference' (trace_estimator= of a density), which needs no product, the penalty "
+    "Use trace_estimator='difference', which needs no product, the penalty "
     "'finite_difference', or the layer without its kernel or checkpoint. Values under torch.no_grad() are right."
 )
 
@@ -341,7 +341,7 @@ def _refuse_mixed_samples(here: _Evaluation) -> bool:
         raise ConfigError(
             "the velocity of one sample depends on other samples, as in a graph or under batch norm, so the exact "
             "Jacobian of one sample does not exist. Give batch_dim=None, which makes the whole state one sample, "
-            "to NeuralODE, odeint, regularize or penalties_at, or estimate by a random trace_noise."
+            "to NeuralODE, odeint, regularize or penalties_at, or estimate by a random trace estimator."
         )
     return len(z) > 1 and bool(plain.any())
 
