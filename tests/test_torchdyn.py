@@ -261,7 +261,7 @@ def test_save_at_return_t_eval_and_default_times() -> None:
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
 def test_a_dict_of_states_has_no_checkpoints(solver: str) -> None:
     model = NeuralODE(lambda t, x: {"a": -x["a"]}, solver, sensitivity="checkpointed")
-    with pytest.raises(ConfigError, match=r"'checkpointed' needs a state that is one tensor.*use 'autograd'"):
+    with pytest.raises(ConfigError, match=r"'checkpointed' need a state that is one tensor.*'autograd'"):
         model({"a": torch.ones(2, 2)}, torch.linspace(0, 1, 3))
 
 

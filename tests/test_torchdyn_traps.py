@@ -598,7 +598,7 @@ def functional(net: nn.Module, p: float) -> Callable[[Tensor], Tensor]:
     lambda net, p, mode: NeuralODE(nn.Sequential(net, nn.Dropout(p)), "rk4", sensitivity=mode),
     lambda net, p, mode: NeuralODE(functional(net, p), "rk4", sensitivity=mode, optimizable_params=[net.weight]),
     lambda net, p, mode: RegularizedCNF(
-        nn.Sequential(net, nn.Dropout(p)), event_shape=2, solver=FixedGrid("rk4", step=None, gradient=mode)
+        nn.Sequential(net, nn.Dropout(p)), event_shape=2, solver=FixedGrid("rk4", step=1.0, gradient=mode)
     ),
 ], ids=["NeuralODE", "function", "RegularizedCNF"])  # fmt: skip
 def test_dropout_under_an_adjoint_is_warned_of(make: Callable[..., nn.Module], sensitivity: str) -> None:

@@ -317,8 +317,8 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
                 raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
             if self.sensalg == "checkpointed" or isinstance(self.solver, Solver):  # torchdyn solves a dict
                 raise ConfigError(
-                    "a FixedGrid, an Adaptive and sensitivity='checkpointed' need a state that is one tensor "
-                    "(B, ...), not a dict of them: use torchdyn's solvers and 'autograd'."
+                    "a FixedGrid, an Adaptive and the sensitivity 'checkpointed' need a state that is one tensor "
+                    "(B, ...), not a dict of them: use a name or torchdyn's solver, and 'autograd'."
                 )
             return ODEProblem.odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
         penalties = training if penalties is None else penalties
