@@ -179,6 +179,92 @@ def test_plugins_can_be_kept_out(install, monkeypatch, value, status):
     assert (module in sys.modules) == (status == "loaded") == ("speed" in registry.names("regularizers"))
 
 
+ENTRIES = """
+    import torch
+    from rnode_plugin import NeuralODE
+    from rnode_plugin.regularizers import Rate
+
+    class Huber(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.width = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, t, z, dz):
+            return self.width * t * dz.abs().sum(1)
+
+    def huber(t, z, dz):
+        "The l1 norm, later more."
+        return t * dz.abs().sum(1)
+
+    trained, ready = Huber(), Rate("ready", lambda at: at.dz.abs().sum(1))
+
+    def power(exponent=1, *, name):
+        return Rate(name, lambda at: at.t * at.dz.abs().pow(exponent).sum(1))
+"""
+LISTED = """[torchdyn.regularizers]
+huber = t_mine:huber
+trained = t_mine:trained
+ready = t_mine:ready
+power = t_mine:power
+gone = t_mine:gone
+kinetic = t_mine:huber
+[torchdyn.models]
+ode = t_mine:NeuralODE
+wide = rnode_plugin.flows.multiscale:MultiscaleFlow
+flow = t_mine:power
+"""
+
+
+@pytest.fixture
+def entries(install, monkeypatch) -> Registry:
+    install("mine", ENTRIES, entry_points=LISTED)
+    registry = Registry()
+    for name in ("report", "names", "check_name", "get", "call"):
+        monkeypatch.setattr(plugins, name, getattr(registry, name))
+    return registry
+
+
+@pytest.mark.usefixtures("entries")
+def test_entry_points_are_regularizers():
+    names = ["huber", "trained", "power", "power:2"]
+    model = NeuralODE(lambda t, z: torch.full_like(z, 3.0), solver="dopri5", regularizers=[*names, "ready"])
+    model(torch.zeros(4, 2), torch.tensor([0.0, 1.0]))
+    for name, value in {"huber": 3, "trained": 3, "power": 3, "power:2": 9, "ready": 6}.items():
+        torch.testing.assert_close(model.regularization[name], torch.full((4,), float(value)))
+    assert any(name.endswith("width") for name, _ in model.named_parameters())
+    assert get_regularizer("huber").about.formula == "The l1 norm, later more"
+    with pytest.raises(ConfigError, match="'huber' takes no options"):
+        get_regularizer("huber:2")
+    with pytest.raises(PluginError, match=r"plugin 'builtin' of rnode-plugin \S+ and by plugin 'kinetic' of mine"):
+        get_regularizer("kinetic")
+
+
+def test_a_broken_entry_point_is_listed_alone(entries):
+    with pytest.raises(PluginError, match=r"'gone' of plugin 'gone' of mine 1\.2 cannot be imported"):
+        get_regularizer("gone")
+    listed = CliRunner().invoke(main, ["plugins"]).stdout
+    assert "huber (mine 1.2)\n  regularizers: huber\n" in listed
+    assert re.search(r"^gone \(mine 1.2\)\n  regularizers: gone\n  error: .*cannot be imported", listed, re.M)
+    assert "ode (mine 1.2)\n  models: ode\n" in listed
+    rows = json.loads(CliRunner().invoke(main, ["regularizers", "--json"]).output)
+    assert {"huber", "gone", "jacfrob"} <= {row["name"] for row in rows}
+    assert "wide" not in entries.names("models"), "an entry of this package is skipped"
+
+
+@pytest.mark.parametrize("blocked", ["mine", "huber", "*"])
+def test_entry_points_can_be_kept_out(install, monkeypatch, blocked):
+    install("mine", ENTRIES, entry_points=LISTED)
+    monkeypatch.setenv("RNODE_PLUGINS_BLOCK", blocked)
+    assert "huber" not in Registry().names("regularizers")
+    assert ("trained" in Registry().names("regularizers")) == (blocked == "huber")
+
+
+@pytest.mark.usefixtures("entries")
+def test_a_model_that_no_recipe_can_train_is_refused():
+    with pytest.raises(PluginError, match="'ode': its plugin gives a NeuralODE, not a DensityModel"):
+        get_recipe("digits").override(["model.name=ode"]).build_flow()
+
+
 class Offers:
     """A plugin of this process with some regularizers."""
 
@@ -442,7 +528,7 @@ def wrong(register):
     (["recipes", "show", "bad-recipe"], "the recipe 'bad-recipe' of .*name '' cannot name a folder"),
     (["train", "digits", "--data", "wrong-data"], "'wrong-data': its plugin returned list, not ImageData"),
     (["train", "digits", "--data", "failing-data"], "the data set 'failing-data' of plugin 'wrong'.* not here"),
-    (["train", "digits", "--set", "model.name=nothing"], "NoneType, not a DensityModel.*Write a model"),
+    (["train", "digits", "--set", "model.name=nothing"], "NoneType, not a DensityModel, .*Write a model"),
     (["train", "digits", "--set", "model.name=unbuilt"], "the model 'unbuilt' of plugin 'wrong'.* not here"),
 ])  # fmt: skip
 def test_a_failure_inside_a_plugin_is_a_message_that_names_it(wrong, arguments, message, tmp_path, monkeypatch):

@@ -124,12 +124,18 @@ def plugins() -> None:
     """
     for each in registry.report():
         click.echo(f"{each.name} ({each.distribution} {each.version})")
+        errors = list(each.errors)
         if each.status == "blocked":
             click.echo("  not loaded: blocked")
         for kind, values in each.registers.items():
             if values:
                 click.echo(f"  {kind}: {', '.join(sorted(values))}")
-        for error in each.errors:
+            for name in values if each.distribution != "rnode-plugin" else ():
+                try:
+                    registry.get(kind, name)
+                except RnodeError as error:
+                    errors.append(str(error))
+        for error in errors:
             click.echo(f"  error: {error}")
 
 

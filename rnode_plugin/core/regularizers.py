@@ -360,7 +360,12 @@ def _resolved(entry: Any, by_name: Callable[[str], Regularizer] | None) -> Regul
             f"Rate({name!r}, function), from rnode_plugin.regularizers, and one that makes a regularizer is called "
             "first, such as taylor(3)."
         )
-    return Rate(name, _OfPlainFunction(entry))
+    return rate_of(entry, name)
+
+
+def rate_of(function: Callable[..., Any], name: str) -> Rate:
+    """The rate ``function(t, z, dz) -> (B,)``, described by the function's docstring."""
+    return Rate(name, _OfPlainFunction(function))
 
 
 @dataclass(frozen=True)
@@ -368,6 +373,9 @@ class _OfPlainFunction:
     """A function of ``(t, z, dz)`` as a function of an evaluation; a class, because pickle takes no closure."""
 
     function: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "__doc__", self.function.__doc__)
 
     def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
         return self.function(evaluation.t, evaluation.z, evaluation.dz)

@@ -1,5 +1,8 @@
 """The hooks by which a plugin registers its objects. docs/plugins.md has an example for each hook.
 
+A single regularizer or model needs no hook: an entry point in the group ``torchdyn.regularizers`` or
+``torchdyn.models``, ``NAME = "module:object"``, registers its object under its name as the hook of that kind does.
+
 A plugin is a module, or any object, whose functions are marked by :data:`hookimpl`. Its package lists the module
 under the entry-point group ``rnode_plugin``. Each hook takes no argument and returns a mapping from names to
 objects, or to texts ``"module:attribute"``, which are imported when the name is first used. Prefer texts, so that
@@ -32,8 +35,9 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 def rnode_register_regularizers() -> Mapping[str, object]:
     """Regularizers for ``regularizers=["length"]`` and for the ``regularizers`` group of a recipe.
 
-    A regularizer is an object of one of the three kinds whose ``name`` is the registered one, or a function or
-    class that makes one from options and ``name=``, for names like ``"taylor:3"``. :mod:`rnode_plugin.regularizers`
+    A regularizer is an object of one of the three kinds whose ``name`` is the registered one, or a function
+    ``(t, z, dz)``, which becomes a rate, or a function or class that makes a regularizer from options and
+    ``name=``, for names like ``"taylor:3"``. :mod:`rnode_plugin.regularizers`
     states the contract of each kind. The function of a rate maps an evaluation of the field to the rate per unit of
     time for each sample, ``(B,)``, as a sum over the event, not a mean.
     """

@@ -1,6 +1,7 @@
 """The registry of all plugins, and of the regularizers, models, data sets, recipes and commands that they register.
 
-All plugins are loaded at the first look-up, never at import. A plugin that cannot be loaded, or that misuses a
+Entry points of the groups ``rnode_plugin``, ``torchdyn.regularizers`` and ``torchdyn.models`` are the plugins, read
+at the first look-up, never at import. A plugin that cannot be loaded, or that misuses a
 hook, is reported and skipped, and everything else works. docs/plugins.md shows how to write a plugin.
 
 The environment variable ``RNODE_PLUGINS_BLOCK="name,..."`` excludes plugins of other packages whose distribution or
@@ -22,7 +23,9 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -43,6 +46,9 @@ KINDS = {
     "commands": "command",
 }
 """Kinds of registered objects, and their names in messages."""
+
+_GROUPS = {hookspecs.PROJECT: "", "torchdyn.regularizers": "regularizers", "torchdyn.models": "models"}
+"""Groups of entry points, and the kind of their objects; ``""`` for modules with hooks."""
 
 _log = logging.getLogger(__name__)
 
@@ -186,8 +192,8 @@ class Registry:
         """List all plugins: the built-in one, then by distribution, then objects registered in this process."""
         if not self._plugins:
             self._add(Plugin("builtin", "rnode-plugin", __version__), lambda: builtin)
-            for plugin, entry_point in _installed():
-                self._add(plugin, entry_point.load)
+            for plugin, load in _installed():
+                self._add(plugin, load)
         return list(self._plugins)
 
     def register(self, plugin: object, *, name: str) -> None:
@@ -221,17 +227,26 @@ class Registry:
             plugin.load(load)
 
 
-def _installed() -> Iterator[tuple[Plugin, metadata.EntryPoint]]:
-    """The entry points of other packages, by distribution and name."""
+def _installed() -> Iterator[tuple[Plugin, Callable[[], object]]]:
+    """The entry points of other packages, by distribution and name, each with the function that loads it."""
     blocked = {_normal(part) for part in os.environ.get("RNODE_PLUGINS_BLOCK", "").split(",")}
     entries = {
-        (_normal(each.dist.name), _normal(each.name)): (each.dist, each)
-        for each in metadata.entry_points(group=hookspecs.PROJECT)
-        if each.dist is not None and each.value != builtin.__name__
+        (_normal(each.dist.name), _normal(each.name), kind): (each.dist, each)
+        for group, kind in _GROUPS.items()
+        for each in metadata.entry_points(group=group)
+        # our own objects are registered by the built-in plugin
+        if each.dist is not None and not each.value.startswith("rnode_plugin.")
     }
-    for keys, (distribution, each) in sorted(entries.items(), key=lambda item: item[0]):
-        status = "blocked" if blocked & {*keys, "*"} else "loaded"
-        yield Plugin(each.name, distribution.name, distribution.version, status), each
+    for (package, name, kind), (distribution, each) in sorted(entries.items(), key=lambda item: item[0]):
+        status = "blocked" if blocked & {package, name, "*"} else "loaded"
+        load = each.load if not kind else partial(_hook_of, kind, each)
+        yield Plugin(each.name, distribution.name, distribution.version, status), load
+
+
+def _hook_of(kind: str, entry: metadata.EntryPoint) -> object:
+    """A plugin with one hook, which registers the object of an entry point under its name."""
+    hook = hookspecs.hookimpl(lambda: {entry.name: entry.value})
+    return SimpleNamespace(**{f"rnode_register_{kind}": hook})
 
 
 def _normal(name: str) -> str:
@@ -261,7 +276,8 @@ def get_regularizer(name: str) -> Regularizer:
 
     Options are numbers or ``key=number``, separated by commas: ``"taylor:3"``, ``"taylor:order=3"``. Only a
     registered factory, a function or a class, takes options; it also receives the whole text as ``name=``. A
-    registered object is copied, so that each model trains its own parameters and keeps its own state.
+    registered function ``(t, z, dz)`` becomes a rate. A registered object is copied, so that each model trains its
+    own parameters and keeps its own state.
 
     Raises:
         ConfigError: for an unknown name, for options of a regularizer that takes none, and for options that the
@@ -269,8 +285,13 @@ def get_regularizer(name: str) -> Regularizer:
         PluginError: for an object that neither is a regularizer nor makes one or cannot be copied, and if the name
             of the regularizer is not the registered one, or its factory takes no ``name=`` or fails.
     """
+    from ..core.regularizers import rate_of  # imports torch
+    from ..core.signature import accepts
+
     base, _, options = name.partition(":")
     made: Any = get("regularizers", base)
+    if not isinstance(made, Regularizer | type) and not _takes_name(made) and accepts(made, None, None, None):
+        made = rate_of(made, base)
     if isinstance(made, Regularizer):
         if base != name:
             raise ConfigError(f"the regularizer {base!r} takes no options: write {base!r}, not {name!r}.")
@@ -282,6 +303,16 @@ def get_regularizer(name: str) -> Regularizer:
     if (own := getattr(made, "name", None)) != name:  # it is the key of the penalty in every result
         raise PluginError(f"the regularizer registered as {name!r} calls itself {own!r}: the two must agree.")
     return made
+
+
+def _takes_name(factory: object) -> bool:
+    """Whether a callable takes ``name=``, as a factory does. A module would take every keyword."""
+    from torch import nn
+
+    if isinstance(factory, nn.Module) or not callable(factory):
+        return False
+    parameters = inspect.signature(factory).parameters.values()
+    return any(p.name == "name" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _made_regularizer(factory: Callable[..., Any], base: str, options: str, name: str) -> Any:
@@ -302,20 +333,14 @@ def _made_regularizer(factory: Callable[..., Any], base: str, options: str, name
             positional.append(number)
     wrong = PluginError(
         f"the regularizer {base!r} of {check_name('regularizers', base)} must be a Rate, a StepPenalty or a "
-        "SpanPolicy of rnode_plugin.regularizers, or a function or class that makes one and takes name=, the text "
-        f"that the user wrote. A function of an evaluation becomes one by Rate({base!r}, function), and a class "
-        "without options is registered as an object."
+        "SpanPolicy of rnode_plugin.regularizers, a function (t, z, dz), or a function or class that makes one and "
+        f"takes name=, the text that the user wrote. A function of an evaluation becomes one by Rate({base!r}, "
+        "function), and a class without options is registered as an object."
     )
-    from torch import nn
-
-    signature = inspect.signature(factory)
-    # a module takes every keyword
-    if isinstance(factory, nn.Module) or not any(
-        p.name == "name" or p.kind is p.VAR_KEYWORD for p in signature.parameters.values()
-    ):
+    if not _takes_name(factory):
         raise wrong
     try:
-        signature.bind(*positional, **named, name=name)
+        inspect.signature(factory).bind(*positional, **named, name=name)
     except TypeError as error:
         raise ConfigError(f"the regularizer {base!r} does not take the options {options!r}: {error}.") from error
     made = call("regularizers", base, *positional, **named, name=name)

@@ -380,6 +380,16 @@ class Recipe:
         """
         from ...core.distribution import DensityModel
 
+        def refuse_other(kind: type) -> None:
+            if not issubclass(kind, DensityModel):
+                raise PluginError(
+                    f"model {self.model.name!r}: its plugin gives a {kind.__name__}, not a DensityModel, which a "
+                    "recipe trains. See 'Write a model' in the docs."
+                )
+
+        make = registry.get("models", self.model.name)
+        if isinstance(make, type):
+            refuse_other(make)
         # a plugin's model is called with the same arguments, so it can take the place of ours in any recipe
         flow = registry.call(
             "models",
@@ -390,11 +400,7 @@ class Recipe:
             solver=self.test_solver,
             regularizers=self.measured,
         )
-        if not isinstance(flow, DensityModel):
-            raise PluginError(
-                f"model {self.model.name!r}: its plugin returned {type(flow).__name__}, not a DensityModel. See "
-                "'Write a model' in the docs."
-            )
+        refuse_other(type(flow))
         # a result names the solver of the recipe, and a step trains on its penalties
         for option, is_kept in (
             ("solver= (the attribute solver)", getattr(flow, "solver", None) == self.test_solver),
