@@ -1,12 +1,11 @@
-"""The contract of interfaces: the library's values, exact penalties and gradients, modes, copies, threads, vmap."""
+"""The contract of interfaces: the library's values, exact penalties and gradients, modes, copies, vmap."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import pickle
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -229,31 +228,6 @@ def test_data_parallel_is_refused_with_the_remedy(name: str) -> None:
     outer = nn.Sequential(model.module)
     with pytest.raises(ConfigError, match=r"does not work under DataParallel\. Use one process per device"):
         [each._replicate_for_data_parallel() for each in outer.modules()]  # as torch's replicate does on devices
-
-
-@pytest.mark.parametrize("name", [name for name in FACES if name != "regularize"])  # one block in a process
-def test_threads_have_their_own_penalties(name: str) -> None:
-    """They share one net. A model belongs to one thread, and a function to all.
-
-    The thread that gave them their work may read the penalties.
-    """
-    net = Wave(2)
-    # torch 2.13 takes the GIL inside of a lock while it makes the accumulator of a parameter, which can stop two
-    # threads that make the same one for ever. These nodes keep the accumulators alive
-    kept = [x.expand_as(x).grad_fn for x in net.parameters()]
-    assert all(kept)
-    calls = [FACES[name].make(net, BOTH, "rk4") for _ in range(3 if name in MODELS else 1)]
-    starts = [k * states() for k in range(1, 4)]
-    expected = [[x.detach() for x in calls[0](z)[1].values()] for z in starts]
-
-    def solve(k: int) -> list[Mapping[str, Tensor]]:
-        call = calls[k % len(calls)]
-        return [call(starts[k])[1] for _ in range(3)]
-
-    with ThreadPoolExecutor(3) as pool:
-        for found, wanted in zip(pool.map(solve, range(3)), expected, strict=True):
-            for each in found:
-                torch.testing.assert_close([x.detach() for x in each.values()], wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", FIXED)

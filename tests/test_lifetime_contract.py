@@ -1,14 +1,11 @@
-"""The contract of a model between its calls: later changes, threads, copies, install, twins, replaced parameters.
+"""The contract of a model between its calls: later changes, copies, install, twins, replaced parameters.
 
 A call reads modules, attributes and solver objects as they are then, and a backward pass as they were in its call.
 """
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -282,128 +279,6 @@ def test_a_change_after_the_first_call_is_that_of_a_new_model(name: str) -> None
     found = numbers(model, later.columns)
     torch.testing.assert_close(found, numbers(new, later.columns), rtol=0, atol=0)
     assert same(found, before) != later.moves
-
-
-# threads ---------------------------------------------------------------------------------------------------------
-
-
-def in_threads(work: Callable[[int], object], count: int = 3) -> list[Any]:
-    """The results of ``work(k)``, which run at the same time."""
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(work, range(count)))
-
-
-@pytest.mark.parametrize("layer", [DataControl, DepthCat])
-def test_threads_with_one_model_keep_their_control_and_time(layer: Any) -> None:
-    control = layer is DataControl
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Linear(4, 4), layer() if control else layer(1), nn.Linear(8 if control else 5, 16), nn.Tanh(),
-        nn.Linear(16, 4),
-    )  # fmt: skip
-    model = NeuralODE(net, solver="rk4", return_t_eval=False)
-    starts = [torch.randn(200, 4) for _ in range(4)]
-    spans = [torch.linspace(0, 0.2 + k, 9) for k in range(4)]
-    with torch.no_grad():
-        expected = [model(x, t)[-1] for x, t in zip(starts, spans, strict=True)]
-
-    @torch.no_grad()
-    def solves(k: int) -> list[bool]:
-        return [torch.equal(model(starts[k], spans[k])[-1], expected[k]) for _ in range(10)]
-
-    assert in_threads(solves, 4) == [[True] * 10] * 4
-
-
-class Slow(nn.Module):
-    """A layer that counts its calls in a buffer and lets other threads run meanwhile."""
-
-    calls: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        before = self.calls.clone()
-        time.sleep(1e-3)
-        self.calls.copy_(before + 1)
-        return torch.sin(x)
-
-
-def test_threads_with_one_net_move_its_buffers_once() -> None:
-    """Each thread has another model. The penalty evaluates the field again, with copies of the buffers."""
-    slow = Slow()
-    net = nn.Sequential(nn.Linear(3, 3), slow)
-    makers: list[Callable[[], Any]] = [
-        lambda: NeuralODE(net, "euler", regularizers=["finite_difference"]),
-        lambda: NeuralODE(nn.Sequential(net), "euler", regularizers=["finite_difference"]),
-        lambda: NeuralODE(lambda t, x: net(x), "euler", regularizers=["finite_difference"]),
-    ]
-
-    def solve(k: int) -> None:
-        makers[k]()(torch.randn(4, 3), torch.linspace(0, 1, 11))
-
-    solve(0)
-    alone = float(slow.calls)
-    slow.calls.zero_()
-    in_threads(solve, 3)
-    assert float(slow.calls) == 3 * alone
-
-
-def field_of_barrier(both: threading.Barrier) -> Callable[[Tensor, Tensor], Tensor]:
-    def field(t: Tensor, z: Tensor) -> Tensor:
-        if float(t) == 0:
-            both.wait()
-        return -z
-
-    return field
-
-
-def penalty_of(model: Any, z: Tensor) -> Tensor:
-    model(z, torch.tensor([0.0, 1.0]))
-    return model.reg_loss()
-
-
-def test_a_thread_never_reads_the_penalties_of_another_thread() -> None:
-    """Both calls begin before either ends."""
-    both, x = threading.Barrier(2, timeout=600), torch.randn(2, 4, 2)
-    model = NeuralODE(field_of_barrier(both), "euler", regularizers={"kinetic": 1.0})
-
-    def loss(k: int) -> Tensor | ConfigError:
-        model(x[k], torch.tensor([0.0, 1.0]))
-        both.wait()
-        try:
-            return model.reg_loss()
-        except ConfigError as error:
-            return error
-
-    for found in in_threads(loss, 2):
-        assert "make a model for each thread" in str(found)
-    with pytest.raises(ConfigError, match="another thread has called this model"):
-        _ = model.regularization
-    alone = NeuralODE(lambda t, z: -z, "euler", regularizers={"kinetic": 1.0})
-    for k in range(2):  # in two threads, one after the other
-        torch.testing.assert_close(in_threads(lambda _: penalty_of(alone, x[k]), 1)[0], x[k].square().mean())  # noqa: B023
-    with pytest.raises(ConfigError, match="another thread has called this model"):
-        alone.reg_loss()
-
-
-def test_a_model_for_each_thread_has_its_own_penalties() -> None:
-    """They share a net, and each model has the penalties of its calls, also of those that it collects."""
-    net, x = Wave(), torch.randn(3, 4, 3, dtype=torch.float64)
-    models = [NeuralODE(net, "rk4", regularizers=BOTH, trace_estimator="exact") for _ in x]
-    wanted = [penalty_of(model, z) for model, z in zip(models, x, strict=True)]
-
-    def losses(k: int) -> list[Tensor]:
-        alone = [penalty_of(models[k], x[k]) for _ in range(10)]
-        with models[k].collect_penalties():
-            models[k](x[k], torch.tensor([0.0, 1.0]))
-            models[k](x[k], torch.tensor([0.0, 1.0]))
-        return [*alone, models[k].reg_loss() / 2]
-
-    for found, exact in zip(in_threads(losses), wanted, strict=True):
-        for each in found:
-            torch.testing.assert_close(each, exact)
 
 
 # copies and twins ------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import gc
 import inspect
 import math
 import re
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -34,7 +33,6 @@ from torchdyn_fields import WithTime, mlp
 
 import rnode_plugin
 from rnode_plugin import CNF, Adaptive, FixedGrid, NeuralODE, RegularizedCNF, SolverError
-from rnode_plugin.core.evaluator import lock_of
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.solvers import GRADIENTS, Adjoint, Solver
 from rnode_plugin.torchdiffeq import odeint
@@ -263,27 +261,6 @@ def test_a_dict_of_states_has_no_checkpoints(solver: str) -> None:
     model = NeuralODE(lambda t, x: {"a": -x["a"]}, solver, sensitivity="checkpointed")
     with pytest.raises(ConfigError, match=r"'checkpointed' need a state that is one tensor.*'autograd'"):
         model({"a": torch.ones(2, 2)}, torch.linspace(0, 1, 3))
-
-
-def test_the_noise_of_a_cnf_is_written_under_a_lock() -> None:
-    drawn = threading.Event()
-
-    class Signs:
-        def sample(self, shape: tuple[int, ...]) -> Tensor:
-            drawn.set()
-            return torch.ones(*shape, 2)
-
-    cnf = CNF(nn.Linear(2, 2), "rademacher", noise_dist=Signs())
-    model = NeuralODE(cnf, "rk4")
-    with lock_of(model.vf):  # as another thread that evaluates
-        thread = threading.Thread(target=model, args=(torch.zeros(3, 3), torch.linspace(0, 1, 2)))
-        thread.start()
-        assert drawn.wait(600)
-        thread.join(0.2)
-        assert cnf.noise is None
-    thread.join()
-    assert cnf.noise is not None
-    assert torch.equal(cnf.noise, torch.ones(3, 2))
 
 
 def test_options_without_effect_warn_as_torchdyns_do() -> None:

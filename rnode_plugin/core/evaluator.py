@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, NoReturn, final
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -31,27 +29,6 @@ _RUNS_ONCE = (
     "evaluation needs it again: take one product, as of 'jacfrob' with a random trace ('gaussian' or "
     "'rademacher'), or run the layer without it."
 )
-
-
-_locks: WeakKeyDictionary[nn.Module, AbstractContextManager[object]] = WeakKeyDictionary()
-_making = threading.Lock()
-
-
-def lock_of(module: nn.Module | None) -> AbstractContextManager[object]:
-    """The lock of a net, shared by all models of this net; without a net, a context that does nothing.
-
-    It is the lock of the net's first layer, which the wrappers of a net share. It is not an attribute, because a
-    deepcopy of the layer would fail. A call of the net or one evaluation holds it, but not a whole solve: on a GPU
-    torch runs the backward passes of all threads in one thread, which may wait for the lock while a solve that
-    holds it waits for that thread.
-    """
-    # torch.compile cannot trace a lock, and the compiled code runs after the tracing
-    if module is None or torch.compiler.is_compiling():
-        return nullcontext()
-    while (layer := next(module.children(), None)) is not None:
-        module = layer
-    with _making:
-        return _locks.setdefault(module, threading.RLock())
 
 
 @final
@@ -81,7 +58,7 @@ class Evaluator:
     """
 
     __slots__ = (
-        "_draws", "_exclusive", "_field", "_modules", "_velocity", "captured", "net", "part", "repeats",
+        "_draws", "_field", "_modules", "_velocity", "captured", "net", "part", "repeats",
         "user_field",
     )  # fmt: skip
 
@@ -101,9 +78,6 @@ class Evaluator:
         self.captured = False  # whether evaluations become a part of one compiled step
         self._draws: _States | None = None
         self._modules: list[nn.Module] | None = None
-        # the lock to hold while an evaluation writes into buffers, which another thread may have replaced by copies
-        shared = repeats and net is not None and net.training and next(net.buffers(), None) is not None
-        self._exclusive = lock_of(net) if shared else None
 
     def evaluate(
         self, t: Tensor, state: State, wants: frozenset[str] = VELOCITY, probes: Tensor | None = None
@@ -128,16 +102,15 @@ class Evaluator:
         if self.repeats:  # before the field draws, so that `repeat` can repeat the draws
             self._draws = random_states(self.z_of(state)) or self._draws
         try:
-            with self._exclusive or nullcontext():
-                linearization = self._field.linearize(t, state, probes, wants, peek=self.peek)
+            linearization = self._field.linearize(t, state, probes, wants, peek=self.peek)
         except (RuntimeError, AttributeError) as error:
             explain(error)
         return self._complete(linearization, wants)
 
     def traceable(self) -> Evaluator:
-        """An evaluator that torch.compile can trace, which holds no lock and makes no checks."""
+        """An evaluator that torch.compile can trace, which makes no checks."""
         traceable = copy.copy(self)
-        traceable._field, traceable._exclusive, traceable._draws = self._field.traceable(), None, None
+        traceable._field, traceable._draws = self._field.traceable(), None
         traceable.captured = True
         return traceable
 
@@ -210,9 +183,8 @@ class Evaluator:
 
         A backward pass evaluates inside of such a context, with the noted parameters and buffers, and leaves them
         as they are. Without it, it might find different ones: ``torch.func.functional_call`` replaces them during
-        one call, and a caller may set a buffer, such as a context, before each of several solves. A context that
-        replaces some holds the net's lock. Only gradients that need the contexts call this, because it walks over
-        all modules.
+        one call, and a caller may set a buffer, such as a context, before each of several solves. Only gradients
+        that need the contexts call this, because it walks over all modules.
         """
         modules = [part for each in (self.net, *others) if isinstance(each, nn.Module) for part in each.modules()]
         noted = [(table, dict(table)) for part in modules for table in (part._parameters, part._buffers) if table]
@@ -227,7 +199,7 @@ class Evaluator:
             for name, x in entries.items()
             if name in table and table[name] is not x
         ]
-        with lock_of(self.net) if others else nullcontext(), _replaced(others), self._copied_buffers():
+        with _replaced(others), self._copied_buffers():
             yield
 
     @contextmanager
@@ -255,16 +227,15 @@ class Evaluator:
             yield
             return
         # Copies during the block, not restored values after it: the graph of an earlier evaluation may refer to
-        # the original buffers, and a write into them would invalidate it. Other threads must not see the copies.
-        with lock_of(self.net):
-            copies = [
-                (part._buffers, name, x.clone())
-                for part in changing
-                for name, x in part._buffers.items()
-                if x is not None and not x.requires_grad  # else a net computed it, and a copy would lose its graph
-            ]
-            with _replaced(copies):
-                yield
+        # the original buffers, and a write into them would invalidate it
+        copies = [
+            (part._buffers, name, x.clone())
+            for part in changing
+            for name, x in part._buffers.items()
+            if x is not None and not x.requires_grad  # else a net computed it, and a copy would lose its graph
+        ]
+        with _replaced(copies):
+            yield
 
     def z_of(self, state: State) -> Tensor:
         """The part of a state or a velocity that penalties measure."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -22,14 +21,13 @@ class History(Mapping[str, Tensor]):
     """The penalties and step lengths that a model or a block of solves keeps of its solves.
 
     As a mapping it is the integral of each penalty ``(B,)`` by name, differentiable, for the last solve or summed
-    over several. From the history of a model, a thread reads only solves that it ran itself. A copied or unpickled
-    history contains no solve, which also keeps graphs out of a deepcopy of the model.
+    over several. A copied or unpickled history contains no solve, which also keeps graphs out of a deepcopy of the
+    model.
 
     Args:
         regularizers: the regularizers of the model or the block.
         longest_safe_steps: see below.
         absent: advice for the error that is raised before the first solve.
-        of_one_thread: whether a thread reads only its own solves.
 
     Attributes:
         is_collecting: whether a :meth:`collecting` block is open, in which each solve counts.
@@ -47,13 +45,12 @@ class History(Mapping[str, Tensor]):
         *,
         longest_safe_steps: dict[int, dict[str, float]] | None = None,
         absent: str = "call the model first.",
-        of_one_thread: bool = True,
     ) -> None:
         self.regularizers, self.longest_safe_steps = regularizers, longest_safe_steps
-        self._absent, self._of_one_thread = absent, of_one_thread
+        self._absent = absent
         self._kept: list[Integrals] = []
         self.is_collecting = False
-        self._begun: int | None = None  # the thread of a solve that has begun but not ended
+        self._begun = False  # whether a solve has begun but not ended
         self._announced = False  # whether a solve has ever begun
 
     # both leave out the solves, because deepcopy refuses tensors with a graph
@@ -79,7 +76,8 @@ class History(Mapping[str, Tensor]):
         """
         if self.is_collecting:
             raise ConfigError("a block is already collecting these penalties; leave it first.")
-        self._kept, self.is_collecting = [], True
+        self.discard()
+        self.is_collecting = True
         try:
             yield self
         finally:
@@ -87,15 +85,19 @@ class History(Mapping[str, Tensor]):
 
     def begin(self) -> None:
         """Start a new solve and discard the previous one, unless a ``collecting`` block is active."""
-        self._begun, self._announced = threading.get_ident(), True
+        self._begun = self._announced = True
         if not self.is_collecting:
-            self._kept = []
+            self.discard()
+
+    def discard(self) -> None:
+        """Forget the solves so far."""
+        self._kept = []
 
     def add(self, integrals: Integrals) -> None:
         """Keep the integrals of a solve. This ends the solve that :meth:`begin` has started."""
-        if self._of_one_thread and not (self._announced or self.is_collecting):  # a model that never calls `begin`
-            self._kept = []
-        self._begun = None
+        if not (self._announced or self.is_collecting):  # a model that never calls `begin`
+            self.discard()
+        self._begun = False
         self._kept.append(integrals)
 
     def warm_start(self, t_span: Tensor | Sequence[float], *, block: int = 0) -> dict[str, Any]:
@@ -183,16 +185,10 @@ class History(Mapping[str, Tensor]):
         return [solve.check() for solve in self._solves()] if self.regularizers else []
 
     def _solves(self) -> list[Integrals]:
-        """The solves that count, which this thread may read."""
-        kept, begun = self._kept, self._begun
-        threads = {solve.thread for solve in kept} if kept or begun is None else {begun}
-        if self._of_one_thread and threads - {threading.get_ident()}:
-            raise ConfigError(
-                "another thread has called this model, and the penalties of its call belong to that thread: make "
-                "a model for each thread. They may share one net."
-            )
+        """The solves that count."""
+        kept = self._kept
         if not kept:
-            if begun is not None:
+            if self._begun:
                 raise ConfigError(
                     "there are no penalties: the last call ended in an error before they were complete. Its error "
                     "names the cause. Call the model again."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,7 +28,6 @@ class Integrals(Mapping[str, Tensor]):
             evaluations that a penalty adds (``finite_difference``) and those of a backward pass are not in it.
         with_gradients: whether gradients were enabled in the solve.
         transformed: whether the solve was inside a transform of ``torch.func``.
-        thread: the thread of the solve.
     """
 
     by_name: Mapping[str, Tensor]
@@ -38,7 +36,6 @@ class Integrals(Mapping[str, Tensor]):
     nfe: int
     with_gradients: bool = field(default_factory=torch.is_grad_enabled)
     transformed: bool = field(default_factory=transforms_active)
-    thread: int = field(default_factory=threading.get_ident)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Integrals:
         # without the graph, which deepcopy refuses, so that a module may keep them as an attribute

@@ -340,8 +340,7 @@ def without_kept_casts() -> Iterator[None]:
 def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Context in which the hooks of tensors do not run, for a backward pass inside of another backward pass.
 
-    The outer one runs them with the whole gradient. A hook that scales it would otherwise scale it twice. Another
-    thread whose backward pass ends meanwhile does not run them either.
+    The outer one runs them with the whole gradient. A hook that scales it would otherwise scale it twice.
     """
     tables = [hooks for x in tensors if (hooks := hooks_of(x))]
     saved = [dict(hooks) for hooks in tables]

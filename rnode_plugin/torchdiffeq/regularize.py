@@ -93,7 +93,7 @@ def regularize(
     spec = regularizers[0] if len(regularizers) == 1 else list(regularizers)
     system = system_of(spec, penalized=penalized, batch_dim=batch_dim, trace_estimator=trace_estimator)
     sampled = is_sampled(quadrature)
-    history = History(system.regularizers, absent=_NOT_SEEN, of_one_thread=False)
+    history = History(system.regularizers, absent=_NOT_SEEN)
     trains = False
 
     def collect(name: str, func: Callable[..., State], y0: State, t: Tensor, given: Given) -> Any:
@@ -106,14 +106,15 @@ def regularize(
         solution, integrals = solve(name, func, y0, t, given, system, sampled=sampled)
         if with_gradients and not trains:  # the first solve with gradients discards the solves without
             trains = True
-            history.begin()
+            history.discard()
         history.add(integrals)
         return solution
 
     names = _bind()
     here.penalized_solve = collect
     try:
-        yield history
+        with history.collecting():
+            yield history
     finally:
         here.penalized_solve = None
         for namespace, key, value in names:

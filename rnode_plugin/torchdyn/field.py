@@ -16,7 +16,6 @@ from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
 from ..core.derivatives import AutogradField, Field, Velocity
-from ..core.evaluator import lock_of
 from ..core.modes import has_hooks, outside_checkpoints, tree
 from ..core.modules import module_of
 from ..core.part import signs_for_columns, warn_of_unread_columns
@@ -79,9 +78,6 @@ class Slots:
         x: the initial state.
         ahead: number of columns of ``x`` in front of the control, 1 for the column of a cost.
         cnf: the CNF whose net the solve calls directly.
-
-    Attributes:
-        lock: to be held while the placeholders are filled, because two threads may solve one model.
     """
 
     def __init__(
@@ -116,19 +112,16 @@ class Slots:
             if isinstance(module, GalLayer):
                 self.results += [_Slot(module, name) for name in ("weight", "bias") if name in own]
         self.has_any = bool(self.times or self.values or self.results)
-        self.lock = lock_of(modules[0] if self.has_any else None)
 
     def filling(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """``function``, with the placeholders filled during each evaluation."""
 
         def evaluate(t: Tensor, z: Tensor) -> Tensor:
-            # torch.compile cannot trace a lock, and the compiled code reads no placeholder
-            with contextlib.nullcontext() if torch.compiler.is_compiling() else self.lock:
-                self.fill(t)
-                try:
-                    return function(t, z)
-                finally:
-                    self.clear(t)
+            self.fill(t)
+            try:
+                return function(t, z)
+            finally:
+                self.clear(t)
 
         return evaluate
 
@@ -254,8 +247,7 @@ def start_torchdyn(
     if density:
         z = net.event(state) if type(net) is CNF else state[:, 1:]
         probes = noise_of(net, z)
-        with lock_of(modules[0]):  # which an evaluation holds that has filled the placeholders
-            vars(net)["noise"] = probes
+        vars(net)["noise"] = probes
         cnf: Any = net
         net, order, event_shape = cnf.net, cnf.order, z.shape[1:]
     else:
