@@ -25,7 +25,7 @@ from rnode_plugin.solvers import Adaptive, FixedGrid
 NAMES = [
     "kinetic", "jacfrob", "kinetic+jacfrob", "total_derivative", "finite_difference", "directional",
     "directional_vjp", "taylor:3", "taylor:4", "l1", "curl", "strain", "error",
-    "stiffness", "local_error", "local_stiffness", "straightness", "steer:0.25", "learned_end_time",
+    "stiffness", "local_error", "local_stiffness", "straightness", "steer:0.25",
 ]  # fmt: skip
 _NOT_FOR_IMAGES = {"taylor:4"}  # sixteen evaluations are too many
 _METHODS = {"error": "dopri5", "stiffness": "rk4"}

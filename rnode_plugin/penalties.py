@@ -170,7 +170,6 @@ def penalties_along(
         shapes, wanted = ([tuple(x.shape) for x in tensors_of(each)] for each in (velocities, states))
         if shapes != wanted:
             raise ConfigError(f"velocities must have the shape of states, {wanted}, not {shapes}.")
-    resolved.check_time_gradient(row, through_steps=True)
     if torch.is_grad_enabled() and not transforms_active() and not any(x.requires_grad for x in tensors_of(states)):
         net = module_of(field)
         if net is not None and any(p.requires_grad for p in net.parameters()):

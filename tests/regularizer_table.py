@@ -95,6 +95,22 @@ def detour(evaluation: Any) -> Tensor:
     return evaluation.dz.flatten(1).square().sum(1)
 
 
+class TrainedEnd(nn.Module, SpanPolicy):
+    """An end time that is a parameter. Its penalty is half its square."""
+
+    name = "trained_end"
+
+    def __init__(self, end: float) -> None:
+        super().__init__()
+        self.end = nn.Parameter(torch.tensor(end))
+
+    def times(self, t_span: Tensor, /, *, training: bool) -> Tensor:
+        return t_span * (self.end / t_span.max()).to(t_span)  # a span that starts or ends at 0
+
+    def penalty(self, z: Tensor, /) -> Tensor:
+        return (self.end.square() / 2).to(z).expand(len(z))
+
+
 class Longer(SpanPolicy):
     """A solve of twice the length."""
 
@@ -150,8 +166,7 @@ RATES: dict[str, tuple[Callable[[], Any], Dense]] = {
     "late_speed": (lambda: late_speed, lambda f, t, z: t * f(t, z).square().sum()),
 }  # fmt: skip
 UNDIVIDED = {
-    "along_the_state", "error", "stiffness", "local_error", "local_stiffness", "lengths", "learned_end_time",
-    "longer",
+    "along_the_state", "error", "stiffness", "local_error", "local_stiffness", "lengths", "longer",
 }  # fmt: skip
 """What the objective does not divide by the number of dimensions."""
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from density_models import MODELS, TIGHT, linear, make
 from problems import Wave
+from regularizer_table import TrainedEnd
 from torch import Tensor, nn
 from torch.distributions import (
     AffineTransform,
@@ -42,7 +43,7 @@ from rnode_plugin import (
 from rnode_plugin.core.distribution import FlowDistribution
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.regularizers import LearnedEndTime, Steer
+from rnode_plugin.regularizers import Steer
 from rnode_plugin.solvers import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS
 
 
@@ -94,7 +95,7 @@ def test_base_follows_the_model(name: str) -> None:
     torch.testing.assert_close(model.base.log_prob(z), before)
 
 
-@pytest.mark.parametrize("policy", [LearnedEndTime(2.0), Steer(0.5)], ids=["learned", "steer"])
+@pytest.mark.parametrize("policy", [TrainedEnd(2.0), Steer(0.5)], ids=["trained", "steer"])
 def test_samples_run_through_the_time_of_the_density(policy: Any) -> None:
     torch.manual_seed(0)
     net = linear(0.3 * torch.randn(2, 2))
@@ -105,7 +106,7 @@ def test_samples_run_through_the_time_of_the_density(policy: Any) -> None:
     for training in (False, True):  # a random end is for the penalized solves of training alone
         model.train(training)
         torch.testing.assert_close(model.inverse(z), x, rtol=1e-7, atol=1e-7)
-    if isinstance(policy, LearnedEndTime):
+    if isinstance(policy, TrainedEnd):
         torch.testing.assert_close(copy.deepcopy(model).inverse(z), x, rtol=1e-7, atol=1e-7)
         torch.testing.assert_close(model.trajectory(x, torch.tensor([0.0, 1.0]))[-1], z, rtol=1e-7, atol=1e-7)
         model.inverse(z).sum().backward()

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from regularizer_table import TrainedEnd
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import jacfwd, jvp
 
 from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.regularizers import LearnedEndTime, Regularizer
+from rnode_plugin.regularizers import Regularizer
 from rnode_plugin.torchdiffeq import odeint
 
 DOUBLE = torch.float64
@@ -59,7 +60,7 @@ def test_times_with_a_graph_change_no_value_in_odeint(method: str) -> None:
         return torch.stack([penalties["total_derivative"], penalties["taylor:3"]])
 
     torch.testing.assert_close(values(t.clone().requires_grad_()), values(t))
-    torch.testing.assert_close(values(t, LearnedEndTime(1.4)), values(t))
+    torch.testing.assert_close(values(t, TrainedEnd(1.4)), values(t))
 
 
 @pytest.mark.parametrize("solver", ["rk4_38", "dopri5"])

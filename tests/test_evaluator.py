@@ -22,7 +22,7 @@ from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import linear_field
 from rnode_plugin.regularizers import Rate
 from rnode_plugin.solvers import GRADIENTS
-from rnode_plugin.torchdiffeq import odeint, odeint_adjoint
+from rnode_plugin.torchdiffeq import odeint
 
 SPAN = torch.tensor([0.0, 1.0])
 AGAIN: list[Any] = ["finite_difference:0.5", "directional_vjp", "total_derivative", "taylor:3", diagonal]
@@ -54,64 +54,6 @@ def gradient(loss: Tensor, net: nn.Module) -> Tensor:
 
 
 # the times of a solve -------------------------------------------------------------------------------------------
-
-
-def penalty_to(end: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-    return torch.autograd.grad(call(torch.linspace(0, 1, 5).double() * end), end)[0]
-
-
-@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
-def test_a_finite_difference_at_the_end_is_its_rate_or_refused(solver: str) -> None:
-    net, z, end = Net().double(), states(5).double(), torch.tensor(1.2, dtype=torch.float64, requires_grad=True)
-
-    def node(sensitivity: str) -> Callable[[Tensor], Tensor]:
-        model = NeuralODE(
-            net, solver=solver, sensitivity=sensitivity, regularizers=["finite_difference:0.05"],
-            atol=1e-8, rtol=1e-8, atol_adjoint=1e-8, rtol_adjoint=1e-8,
-        )  # fmt: skip
-
-        def call(times: Tensor) -> Tensor:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model(z, times)
-            return model.regularization["finite_difference:0.05"].sum()
-
-        return call
-
-    for mode in ("autograd", "checkpointed"):
-        with pytest.raises(ConfigError, match="no gradient with respect to the times"):
-            penalty_to(end, node(mode))
-    with pytest.raises(ConfigError, match="odeint_adjoint"):
-        odeint(net, z, SPAN.double() * end, method=solver, regularizers=["finite_difference"])
-    model = NeuralODE(net, solver=solver, atol=1e-8, rtol=1e-8)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        last = model(z, torch.linspace(0, 1.2, 41).double())[1][-1]
-    rate = penalties_at(net, end.detach(), last, ["finite_difference:0.05"])["finite_difference:0.05"].sum()
-    found = penalty_to(end, node("adjoint"))
-    assert torch.allclose(found, rate, rtol=2e-3)
-
-
-def test_finite_difference_has_no_gradient_by_the_start() -> None:
-    net, z, span = Net().double(), states().double(), SPAN.double()
-    model = NeuralODE(net, solver="rk4", sensitivity="adjoint", regularizers=["finite_difference"])
-    for times in (span.clone().requires_grad_(), span - torch.ones((), dtype=span.dtype, requires_grad=True)):
-        with pytest.raises(ConfigError, match="time at which a solve starts"):
-            model(z, times)
-        with pytest.raises(ConfigError, match="time at which a solve starts"):
-            odeint_adjoint(net, z, times, method="rk4", regularizers=["finite_difference"])
-    with torch.no_grad():
-        model(z, span.clone().requires_grad_(), penalties=True)
-
-
-def test_finite_difference_beside_a_learned_end_time_is_refused() -> None:
-    names = ["finite_difference", "learned_end_time"]
-    with pytest.raises(ConfigError, match="learned_end_time"):
-        NeuralODE(Net(), solver="rk4", regularizers=names)(states(), SPAN)
-    model = NeuralODE(Net(), solver="rk4", sensitivity="adjoint", regularizers=names)
-    model(states(), SPAN)
-    with pytest.raises(ConfigError, match="learned_end_time in a solve backward"):
-        model(states(), SPAN.flip(0))
 
 
 # buffers and random numbers -------------------------------------------------------------------------------------

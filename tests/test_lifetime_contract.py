@@ -14,7 +14,7 @@ import torch
 from density_models import MODELS
 from density_models import make as make_density
 from problems import COPIES, Wave
-from regularizer_table import Weighed, WeighedFunction, weighed
+from regularizer_table import TrainedEnd, Weighed, WeighedFunction, weighed
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributions import Independent, MultivariateNormal, Normal
@@ -34,7 +34,7 @@ from rnode_plugin.core.history import History
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import linear_field
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.regularizers import LearnedEndTime, Rate, l1
+from rnode_plugin.regularizers import Rate, l1
 from rnode_plugin.solvers import GRADIENTS
 
 SPAN = torch.linspace(0, 1, 5)
@@ -314,7 +314,7 @@ def test_a_copy_has_its_own_parameters_of_penalties(penalty: Callable[[], Any], 
 def test_a_twin_has_the_parameters_of_its_penalties(name: str) -> None:
     """An optimizer of the twin moves them, and so does ``to``."""
     model, x, given = make_density(name, FixedGrid("rk4_38", step=0.5))
-    end, penalty = LearnedEndTime(1.0), Weighed()
+    end, penalty = TrainedEnd(1.0), Weighed()
     twin = model.solved_with(regularizers=[end, Rate("weighed", penalty)])
     ours = {id(p) for each in (end, penalty) for p in each.parameters()}
     assert ours <= {id(p) for p in twin.parameters()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from regularizer_table import TrainedEnd
 from tiny_runs import run, tiny_recipe
 from torch import Tensor, nn
 
@@ -17,7 +18,6 @@ from rnode_plugin.experiments.training.checkpoints import read_checkpoint
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.flows.multiscale import logit
 from rnode_plugin.flows.table import TableFlow
-from rnode_plugin.regularizers import LearnedEndTime
 
 SIGMA, BLOCKS = 1.7, 3
 VARIANCE = 0.1**2 / 3  # of the noise around the paths, over samples
@@ -109,7 +109,7 @@ def test_blocks_that_end_later_are_slower() -> None:
     """Of y = 0 and a block until T, E (t - e / T)^2 = T^2 / 3 + 1 / T^2 for uniform t: five standard errors."""
     torch.manual_seed(0)
     end = 2.0
-    flow = TableFlow(1, blocks=1, regularizers=[LearnedEndTime(end)]).double()
+    flow = TableFlow(1, blocks=1, regularizers=[TrainedEnd(end)]).double()
     flow.fields = nn.ModuleList([_Clock()])
     x = torch.zeros(16, 1, dtype=torch.float64)
     found = torch.stack([flow.matching_loss(x).mean() for _ in range(3000)])
@@ -193,10 +193,12 @@ def test_a_field_gets_the_time_as_in_a_solve() -> None:
 def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"training\.matching=8 leaves none of 8 steps"):
         run(tiny_recipe("training.matching=8"), tmp_path)
-    with pytest.raises(ConfigError, match="regularizers without parameters"):
-        RnodeModule(tiny_recipe("training.matching=1", "regularizers.learned_end_time=0.01"))
     assert tiny_recipe("training.matching=1", "training.weights=mnist-pretrained").matching == 0
     recipe = tiny_recipe("training.matching=1")
+    table = TableFlow(1, blocks=1, regularizers=[TrainedEnd(2.0)])
+    monkeypatch.setattr(type(recipe), "build_flow", lambda self: table)
+    with pytest.raises(ConfigError, match="regularizers without parameters"):
+        RnodeModule(recipe)
     cnf = RegularizedCNF(nn.Linear(2, 2), event_shape=2)
     monkeypatch.setattr(type(recipe), "build_flow", lambda self: cnf)
     with pytest.raises(ConfigError, match=r"training\.matching=1 needs a flow of blocks.*: leave it at 0"):

@@ -163,7 +163,7 @@ def test_the_loss_divides_by_the_elements_of_the_state() -> None:
 
 
 def test_columns_step_penalties_and_paths_of_one_sample() -> None:
-    names = ["jacfrob", "stiffness", "straightness", "learned_end_time"]
+    names = ["jacfrob", "stiffness", "straightness"]
     whole, part = (
         NeuralODE(Graph(), "dopri5", regularizers=names, batch_dim=None, penalized=columns)
         for columns in (None, slice(0, 2))
@@ -171,7 +171,7 @@ def test_columns_step_penalties_and_paths_of_one_sample() -> None:
     whole(X, SPAN)
     part(X, SPAN)
     assert {v.shape for m in (whole, part) for v in m.regularization.values()} == {(1,)}
-    torch.testing.assert_close(part.reg_loss(stiffness=0, straightness=0, learned_end_time=0) * 8,
+    torch.testing.assert_close(part.reg_loss(stiffness=0, straightness=0) * 8,
                                0.01 * part.regularization["jacfrob"][0])  # fmt: skip
 
 

@@ -18,7 +18,6 @@ from torchdyn.numerics import odeint as torchdyn_odeint
 from rnode_plugin import Adaptive, NeuralODE, System, penalties_along
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.penalties import _weights
-from rnode_plugin.regularizers import LearnedEndTime
 from rnode_plugin.torchdiffeq import odeint
 
 DOUBLE = torch.float64
@@ -312,7 +311,6 @@ def test_times_are_any_row_of_numbers() -> None:
         ({"regularizers": ["error"]}, "'error' reads or changes the steps or the times of a solve"),
         ({"regularizers": ["local_error"]}, "'local_error' reads or changes"),
         ({"regularizers": ["steer"]}, "'steer' reads or changes"),
-        ({"regularizers": [LearnedEndTime(1.0)]}, "'learned_end_time' reads or changes"),
         ({"regularizers": ["kinetik"]}, "kinetic"),
         ({"times": row(2).expand(4, 2)}, r"one row \(T,\) for all samples, not of shape \(4, 2\)"),
         ({"times": [0.0, 1.0, 1.0]}, "times must be finite and strictly increasing or decreasing"),

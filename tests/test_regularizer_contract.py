@@ -15,7 +15,7 @@ import torch
 from field_table import active
 from interfaces import DOUBLE, FACES, TIGHT, theirs, times
 from problems import difference, directions, slope
-from regularizer_table import RATES, UNDIVIDED, Longer, detour, lengths, longest
+from regularizer_table import RATES, UNDIVIDED, Longer, TrainedEnd, detour, lengths, longest
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
@@ -25,7 +25,7 @@ from rnode_plugin.core.system import System
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import conv_field, linear_field
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.regularizers import BUILTIN, LearnedEndTime, Rate, Regularizer, StepPenalty
+from rnode_plugin.regularizers import BUILTIN, Rate, Regularizer, StepPenalty
 from rnode_plugin.torchdiffeq import odeint
 
 NEEDS = ("vjp", "jvp", "field")
@@ -315,11 +315,11 @@ def of_the_path() -> dict[str, Tensor]:
 @pytest.mark.parametrize("face", INTERFACES)
 def test_penalties_of_the_path_and_the_times_in_every_interface(face: str) -> None:
     field, wanted = perceptron(), of_the_path()
-    found = penalties_by(face, field, ["straightness", LearnedEndTime(1.5), detour], "dopri5")
-    assert set(found) == {*wanted, "learned_end_time"}
+    found = penalties_by(face, field, ["straightness", TrainedEnd(1.5), detour], "dopri5")
+    assert set(found) == {*wanted, "trained_end"}
     for name, value in wanted.items():
         torch.testing.assert_close(found[name].detach(), value, rtol=1e-6, atol=1e-8, msg=name)
-    for policy, end, value in ((LearnedEndTime(1.5), 1.5, 1.125), (Longer(), 2.0, 4.0)):
+    for policy, end, value in ((TrainedEnd(1.5), 1.5, 1.125), (Longer(), 2.0, 4.0)):
         found = penalties_by(face, field, ["kinetic", policy], "dopri5")
         torch.testing.assert_close(found["kinetic"].detach(), path_energy(end), rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(found[policy.name].detach(), torch.full((3,), value, dtype=DOUBLE))

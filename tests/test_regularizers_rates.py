@@ -22,7 +22,7 @@ from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.fields import linear_field
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.regularizers import LearnedEndTime, Rate, StepPenalty, taylor
+from rnode_plugin.regularizers import Rate, Steer, StepPenalty, taylor
 from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdiffeq import odeint, odeint_adjoint
 
@@ -350,16 +350,15 @@ def test_what_an_evaluation_cannot_have() -> None:
         ({"kinetic": float("nan")}, "finite number >= 0"),
         ({"kinetic": "much"}, "finite number >= 0"),
         ([3], "is not a regularizer"),
-        ([LearnedEndTime], "is not a regularizer"),
+        ([Steer], "is not a regularizer"),
         ([taylor], r"is called first, such as taylor\(3\)"),
         (3, "is not a regularizer"),
         ([lambda evaluation: evaluation.dz.sum(1)], r"must take \(t, z, dz\).*Rate"),
         ([Rate("plain", lambda t, z, dz: dz.sum(1))], "one argument, an evaluation"),  # pyright: ignore
         ("finite_difference:0", "step > 0"),
         ({"steer": 0.3}, "takes no lambda"),
-        (["steer", "learned_end_time"], "both change the times of a solve"),
+        (["steer", "steer:0.5"], "both change the times of a solve"),
         ("steer:0", "width"),
-        ("learned_end_time:nan", "finite number"),
     ],
 )
 def test_what_is_no_regularizer_is_refused(spec: Any, words: str) -> None:

@@ -32,7 +32,7 @@ STEPS = [error, stiffness]
 OF_STEPS = ["error", "stiffness"]  # they need the steps in the graph
 OTHERS = [
     "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "taylor:3", "l1", "curl",
-    "strain", "local_error", "local_stiffness", "straightness", "learned_end_time",
+    "strain", "local_error", "local_stiffness", "straightness",
 ]  # fmt: skip
 
 

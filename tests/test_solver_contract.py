@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 from problems import Linear, Wave, linear_closed_form, solver_of
+from regularizer_table import TrainedEnd
 from torch import Tensor
 
 from rnode_plugin import Adaptive, FixedGrid, Solver, System
 from rnode_plugin.core.regularizers import Regularizers
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import (
-    LearnedEndTime,
     Steer,
     error,
     finite_difference,
@@ -273,16 +273,16 @@ def test_regularizers_keep_their_order_and_are_sorted_by_kind() -> None:
     assert list(found) == [error, steer, jacfrob, straightness, kinetic]
     assert found.penalties == (error, jacfrob, straightness, kinetic)
     assert (found.steps, found.span, found.finished) == ((error,), steer, (straightness,))
-    assert (found.needs, found.no_time_gradient, found.repeats) == ({"vjp"}, (), False)
+    assert (found.needs, found.repeats) == ({"vjp"}, False)
     assert list(found.rates) == ["jacfrob", "straightness", "kinetic"]
     assert list(found.strengths.items()) == [
         ("error", 0.5), ("steer", 1.0), ("jacfrob", 0.01), ("straightness", 2.0), ("kinetic", 0.0),
     ]  # fmt: skip
     assert found.undivided == {"error", "steer"}
     again = Regularizers.of([finite_difference(), kinetic])
-    assert (again.needs, again.no_time_gradient, again.repeats) == ({"field"}, ("finite_difference",), True)
-    with pytest.raises(ConfigError, match="steer and learned_end_time both change the times"):
-        Regularizers.of([steer, LearnedEndTime()])
+    assert (again.needs, again.repeats) == ({"field"}, True)
+    with pytest.raises(ConfigError, match="steer and trained_end both change the times"):
+        Regularizers.of([steer, TrainedEnd(2.0)])
     with pytest.raises(ConfigError, match="'kinetic' is not a regularizer"):
         Regularizers.of(["kinetic"])  # nothing looks names up
 
@@ -290,12 +290,12 @@ def test_regularizers_keep_their_order_and_are_sorted_by_kind() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_a_span_policy_changes_times_and_has_a_penalty(training: bool) -> None:
     times, z = torch.tensor([0.0, 1.0]), torch.ones(3, 2)
-    learned = Regularizers.of([kinetic, LearnedEndTime(2.0)])
+    learned = Regularizers.of([kinetic, TrainedEnd(2.0)])
     assert learned.times(times, training=training).tolist() == [0.0, 2.0]
     assert learned.times(times, backward=True, like=z.double()).tolist() == [2.0, 0.0]
     found = learned.with_span_penalty({"kinetic": z[:, 0]}, z)
-    assert list(found) == ["kinetic", "learned_end_time"]
-    torch.testing.assert_close(found["learned_end_time"], torch.full((3,), 2.0))
+    assert list(found) == ["kinetic", "trained_end"]
+    torch.testing.assert_close(found["trained_end"], torch.full((3,), 2.0))
     assert torch.equal(Regularizers.of([Steer()]).times(times, training=training), times) != training
     plain = Regularizers.of([kinetic])
     assert plain.times(times, training=training) is times
@@ -303,7 +303,7 @@ def test_a_span_policy_changes_times_and_has_a_penalty(training: bool) -> None:
 
 
 def test_a_solve_integrates_no_span_policy() -> None:
-    given = Regularizers.of({kinetic: 0.5, LearnedEndTime(2.0): 1.0})
+    given = Regularizers.of({kinetic: 0.5, TrainedEnd(2.0): 1.0})
     assert list(given.integrated) == [kinetic]
     assert given.integrated.strengths == {"kinetic": 0.5}
     plain = Regularizers.of([kinetic, error])

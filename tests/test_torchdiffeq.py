@@ -737,7 +737,6 @@ def test_one_time_alone_is_no_solve(name: str, t: Tensor) -> None:
         (start(), {"batch_dim": True}, "an int or None"),
         (torch.tensor(1.0), {}, "batch_dim"),
         (start(), {"regularizers": ["error"]}, "NeuralODE"),
-        (start(), {"regularizers": {"learned_end_time": 0.1}}, r"LearnedEndTime\(2.0\)"),
         (start(), {"trace_estimator": "gausian"}, "gaussian"),
         (start(), {"quadrature": "samples"}, "sampled"),
         (start(), {"quadrature": "sampled", "method": "scipy_solver"}, "scipy_solver"),

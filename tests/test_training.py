@@ -247,7 +247,6 @@ def test_epochs_of_other_batches_count_in_full_after_a_resume(tmp_path: Path) ->
 
 @pytest.mark.parametrize(("settings", "message"), [
     (["model.hidden=9", "model.alpha=0.1"], r"model\.hidden is 8 there and 9 here, model\.alpha is 0\.05 there"),
-    (["regularizers.learned_end_time=0.01", "training.max_steps=9"], "do not fit this model"),
     (["training.matching=7", "training.max_steps=9"], r"settings: training\.matching is 0 there and 7 here"),
     (["training.weights=mnist-pretrained"], r"settings: training\.weights is None there"),
     (["data.name=mnist"], r"data\.name is digits there and mnist here"),  # before a download

@@ -297,8 +297,7 @@ class DensityModel(nn.Module, ABC):
             solver: a :class:`~rnode_plugin.Solver`; None: the model's.
             trace_estimator: the estimator of the trace, or its name; None: the model's.
             regularizers: the penalties that the copy integrates, one or several, or a mapping from these to lambda.
-                Without a mapping those that the model has keep its lambda. A span policy of the model, such as a
-                learned end time, stays.
+                Without a mapping those that the model has keep its lambda. A span policy of the model stays.
             warm_start: whether the copy begins warm, see :attr:`history`. It has no steps yet.
         """
         resolved, mine = self._resolved(regularizers), self.regularizers.strengths

@@ -104,9 +104,6 @@ class Rate:
         repeats: whether it evaluates the field again, for ``jacobian()`` with a random estimator or for a
             ``total_derivative()`` above order 2. Then the state of the random generators is noted at each
             evaluation, as it is for the need ``"field"``.
-        time_gradient: whether backpropagation through the steps of a solve gives the correct gradient with respect
-            to the times of the solve. Set it to False for a rate that detaches a part of itself; then only a
-            continuous adjoint gives a gradient, and only with respect to the end.
         divided_by_dims: whether the objective divides the penalty by the number of dimensions, as it must for a sum
             over the event.
         finish: None, or a function that makes the penalty ``(B,)`` of one solve from the integral ``(B,)``, the
@@ -132,7 +129,6 @@ class Rate:
     _: KW_ONLY
     needs: Collection[str] = frozenset()
     repeats: bool = False
-    time_gradient: bool = True
     divided_by_dims: bool = True
     finish: Finish | None = None
     about: About = About()

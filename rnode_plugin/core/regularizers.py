@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..errors import ConfigError, PluginError, RnodeError, is_out_of_memory, suggest
 from .modes import differs, read
@@ -43,8 +42,6 @@ class Regularizers:
         span: the one span policy; None if there is none.
         needs: names of the quantities that an evaluation must provide for the rates.
         repeats: whether a rate evaluates the field again.
-        no_time_gradient: names of the rates whose gradient with respect to the times is wrong if it is taken
-            through the steps of a solve, and with respect to the first time in any case.
         adds_evaluations: whether a solve with them takes more evaluations than a solve without them, for the extra
             step of a local penalty.
         undivided: names of those whose penalty the objective does not divide by the number of dimensions.
@@ -62,7 +59,6 @@ class Regularizers:
     span: SpanPolicy | None = field(init=False)
     needs: frozenset[str] = field(init=False)
     repeats: bool = field(init=False)
-    no_time_gradient: tuple[str, ...] = field(init=False)
     adds_evaluations: bool = field(init=False)
     undivided: frozenset[str] = field(init=False)
 
@@ -88,7 +84,6 @@ class Regularizers:
             "penalties": tuple(penalties), "rates": rates, "steps": tuple(steps), "span": span,
             "finished": tuple(rate for rate in rates.values() if rate.finish is not None),
             "needs": frozenset(needs), "repeats": "field" in needs or any(rate.repeats for rate in rates.values()),
-            "no_time_gradient": tuple(name for name, rate in rates.items() if not rate.time_gradient),
             "adds_evaluations": any(each.local for each in steps),
             "undivided": frozenset(each.name for each in self if not each.divided_by_dims),
         }  # fmt: skip
@@ -182,7 +177,7 @@ class Regularizers:
     def times(
         self, t_span: Tensor, *, training: bool = False, like: Tensor | None = None, backward: bool = False
     ) -> Tensor:
-        """The times ``(T,)`` of a solve, with penalties or without, since a learned end time is part of a model.
+        """The times ``(T,)`` of a solve, with penalties or without: a policy is part of a model.
 
         Args:
             t_span: the times of the model, ``(T,)``.
@@ -213,36 +208,6 @@ class Regularizers:
             return self
         rest = {each.name: each for each in self.penalties}
         return replace(self, by_name=rest, strengths={name: self.strengths[name] for name in rest})
-
-    def check_time_gradient(self, t: Tensor, *, through_steps: bool) -> None:
-        """Refuse times with a gradient that a rate cannot give, because it detaches a part of itself.
-
-        Through the steps of a solve, such a rate has no gradient with respect to any time. A continuous adjoint has
-        its gradient with respect to the end, but not to the start.
-
-        Args:
-            t: the times of the solve, ``(T,)``.
-            through_steps: whether the solve is differentiated through its steps.
-
-        Raises:
-            ConfigError: if there is such a rate, and ``t`` needs a gradient that it does not have.
-        """
-        if not self.no_time_gradient:
-            return
-        name = self.no_time_gradient[0]
-        if through_steps and (t.requires_grad or forward_ad.unpack_dual(t).tangent is not None):
-            raise ConfigError(
-                f"{name!r} has no gradient with respect to the times of a solve that is differentiated through its "
-                "steps, and these times require one (learned_end_time, or t_span with a graph): use the "
-                "sensitivity 'adjoint' (odeint_adjoint) if only the end requires it, the penalty "
-                "'total_derivative', or times without a gradient (t.detach())."
-            )
-        if not through_steps and t.requires_grad and _has_derivative(t[0]):
-            raise ConfigError(
-                f"{name!r} has no gradient with respect to the time at which a solve starts, and this time "
-                "requires one (t_span with a graph, or learned_end_time in a solve backward in time): use the "
-                "penalty 'total_derivative', or a first time without a gradient (t[0].detach())."
-            )
 
     def of_step(
         self, record: StepRecord, z_of: Callable[[Tensor], Tensor], *, local: bool
@@ -279,7 +244,7 @@ class Regularizers:
         Args:
             integrals: of all rates by name.
             z0, z1: the part ``(B, *event)`` of the state that they measure, at both ends of the solve.
-            times: of the solve, ``(T,)``. Their graph leads to a learned end time.
+            times: of the solve, ``(T,)``. They may have a graph.
 
         Raises:
             ConfigError, PluginError: as :func:`checked`.
@@ -393,22 +358,6 @@ def _checked_strength(regularizer: Regularizer, strength: Strength | None) -> St
             f"command line, {regularizer.name}=1. Its strength is an option, as in 'steer:0.25'."
         )
     return 1.0
-
-
-def _has_derivative(x: Tensor) -> bool:
-    """Whether a number has a derivative other than zero with respect to a tensor that requires a gradient."""
-    nodes: list[Any] = [x.grad_fn]
-    leaves, seen = list[Tensor](), set[Any]()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):  # the node of a leaf
-            leaves.append(node.variable)
-        nodes += [each for each, _ in node.next_functions]
-    gradients = torch.autograd.grad(x, leaves, retain_graph=True, allow_unused=True) if leaves else ()
-    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
 # calls of user code -----------------------------------------------------------------------------------------

@@ -241,7 +241,7 @@ class BlockFlow(DensityModel):
         self._pull(torch.tensor([self.latent_depths], dtype=x.dtype).to(x.device), _record(blocks))
         # drawn on the CPU, so that one seed gives the same times on every device
         times = torch.rand(len(data), dtype=x.dtype).to(x.device)
-        # each block covers its part of the path until the end of its solve, which a learned end time changes
+        # each block covers its part of the path until the end of its solve, which a span policy changes
         end = self.regularizers.times(torch.tensor([0.0, 1.0], dtype=x.dtype))[-1].detach()
         error, width = x.new_zeros(len(x)), _WIDTH * torch.rand(len(x), dtype=x.dtype, device=x.device)
         for index, field in enumerate(self._fields_at(rows)):

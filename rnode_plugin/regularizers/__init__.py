@@ -36,7 +36,6 @@ BUILTIN = {
     "local_error": "steps:local_error",
     "local_stiffness": "steps:local_stiffness",
     "steer": "spans:Steer",
-    "learned_end_time": "spans:LearnedEndTime",
 }
 _MODULES = {attribute: module for module, _, attribute in (place.partition(":") for place in BUILTIN.values())}
 

@@ -93,10 +93,7 @@ def finite_difference(eps: float = 0.01, *, name: str = "finite_difference") -> 
     have the same dropout mask. In low precision they differ by rounding. Under bf16 autocast take eps 0.1, because
     at 0.01 the rounding error of the field exceeds the difference that the acceleration causes.
 
-    Because the later evaluation has no gradient, a gradient with respect to the times would be wrong if it is taken
-    through the steps of a solve, and a gradient with respect to the start in every mode. Both are refused. So times
-    with a gradient and ``learned_end_time`` need a continuous adjoint, which gives the gradient with respect to the
-    end.
+    Because the later evaluation has no gradient, the gradient with respect to the times is not that of the penalty.
 
     Args:
         eps: the step of the difference in time.
@@ -112,7 +109,7 @@ def finite_difference(eps: float = 0.01, *, name: str = "finite_difference") -> 
         cost="one evaluation without a gradient",
         source=Source("Iso-FM", "Khan", 2026, "khan2026isokinetic"),
     )
-    return Rate(name, _FiniteDifference(eps), needs={"field"}, time_gradient=False, about=about)
+    return Rate(name, _FiniteDifference(eps), needs={"field"}, about=about)
 
 
 @dataclass(frozen=True)

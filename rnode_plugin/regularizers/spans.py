@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.modes import refuse_capture
 from ..core.regularizer import About, Source, SpanPolicy
@@ -74,43 +74,3 @@ class Steer(SpanPolicy):
 
     def penalty(self, z: Tensor, /) -> Tensor:
         return z.new_zeros(len(z))
-
-
-class LearnedEndTime(nn.Module, SpanPolicy):
-    """Makes the end time T a parameter, in evaluation too, with penalty ``T^2 / 2`` (SNOpt; Liu et al., 2021).
-
-    Lambda is the paper's c. Times between the ends move in proportion. Every solve, with any ``t_span``, ends at
-    T, or starts at T if it runs backward in time. The objective does not divide the penalty by D.
-
-    Args:
-        end: initial value of T.
-        name: the policy's key; ``"learned_end_time"`` if left out.
-
-    Raises:
-        ConfigError: for an end that is not a finite number; when solving, for a T that has fallen to the start.
-    """
-
-    about = About(
-        "the end time T is a parameter, also in evaluation",
-        cost="penalty T²/2, not divided by D",
-        source=Source("SNOpt", "Liu et al.", 2021, "liu2021second"),
-    )
-
-    def __init__(self, end: float = 1.0, *, name: str = "learned_end_time") -> None:
-        super().__init__()
-        if isinstance(end, bool) or not isinstance(end, (int, float)) or not math.isfinite(end):
-            raise ConfigError(f"learned_end_time: the first end time must be a finite number, not {end!r}.")
-        self.name = name
-        self.end = nn.Parameter(torch.tensor(float(end)))
-
-    def times(self, t_span: Tensor, /, *, training: bool) -> Tensor:
-        if bool(self.end.detach() <= t_span.detach().min()):
-            raise ConfigError(
-                f"learned_end_time: the end time has fallen to {self.end.item():.6g}, the start of the solve; "
-                "lower its lambda or its learning rate."
-            )
-        return with_end_time(t_span, self.end)
-
-    def penalty(self, z: Tensor, /) -> Tensor:
-        """``T^2 / 2`` for each sample, ``(B,)``."""
-        return (self.end.square() / 2).to(z).expand(len(z))

@@ -140,7 +140,7 @@ class Solver(ABC):
         """
         import torch
 
-        from ..core.modes import refuse_dual_numbers, transforms_active
+        from ..core.modes import refuse_dual_numbers
         from .path_penalties import with_path_penalties
         from .step import Problem, check_times
 
@@ -151,7 +151,6 @@ class Solver(ABC):
         if not isinstance(t_span, torch.Tensor):
             t_span = torch.tensor(t_span, dtype=z0.dtype.to_real())
         check_times(t_span)
-        regularizers.check_time_gradient(t_span, through_steps=gradient.through_steps or transforms_active())
         for length in (safe_step, adjoint_safe_step):
             if length is not None and not length > 0:
                 raise ConfigError(f"a safe step must be a length > 0 or None, not {length!r}.")

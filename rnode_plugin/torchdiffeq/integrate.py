@@ -99,8 +99,8 @@ def odeint(
     Raises:
         ConfigError: for a state that is complex or neither a tensor nor a tuple of tensors; for a ``penalized`` or
             ``batch_dim`` that the state does not have; for a regularizer that is unknown, given twice or measures
-            the solver's steps; for the name of a regularizer with parameters, such as ``learned_end_time``, instead
-            of an object; for ``regularizers`` with an ``event_fn`` or with fewer than two times.
+            the solver's steps; for the name of a regularizer with parameters instead of an object; and for
+            ``regularizers`` with an ``event_fn`` or with fewer than two times.
 
     Example:
         >>> import torch
@@ -197,8 +197,7 @@ def _by_name(name: str) -> Regularizer:
     if isinstance(code, nn.Module) and next(code.parameters(), None) is not None:
         raise ConfigError(
             f"the regularizer {name!r} has parameters, which nothing would train, because each use of the name "
-            "makes new ones: give the object, such as LearnedEndTime(2.0) from rnode_plugin.regularizers, and give "
-            "its parameters to the optimizer."
+            "makes new ones: give the object, and give its parameters to the optimizer."
         )
     return regularizer
 
@@ -271,7 +270,6 @@ def solve(
     augmented = Augmented(func, system, y0, t, sampled=sampled)
     z0 = augmented.z_of(y0)
     warn_of_flat_state(z0, regularizers.needs)
-    regularizers.check_time_gradient(t, through_steps=name == "odeint")
     state = (*tensors_of(y0), *(z0.new_zeros(len(z0)) for _ in regularizers.rates))
     full = PLAIN[name](augmented, state, t, **extended(given, augmented))
     count = len(augmented.shapes)
