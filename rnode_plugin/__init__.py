@@ -17,7 +17,7 @@ _PUBLIC = {
     "RegularizedCNF": "torchdyn.density",
     "MultiscaleFlow": "flows.multiscale",
     "TableFlow": "flows.table",
-    "DensityModel": "core.distribution",
+    "DensityModel": "flows.density",
     "FlowOutput": "core.objective",
     "importance_sample": "analysis.importance_sampling",
     "map_log_prob": "analysis.map_jacobian",
@@ -40,8 +40,8 @@ _PUBLIC = {
     "check_field": "core.checks",
     "penalties_along": "penalties",
     "penalties_at": "penalties",
-    "install": "torchdyn.neural_ode",
-    "uninstall": "torchdyn.neural_ode",
+    "install": "torchdyn.install",
+    "uninstall": "torchdyn.install",
     "hookimpl": "plugins.hookspecs",
     "RnodeError": "errors",
     "SolverError": "errors",
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from .analysis.importance_sampling import importance_sample
     from .analysis.map_jacobian import map_log_prob
     from .core.checks import check_field
-    from .core.distribution import DensityModel
     from .core.objective import FlowOutput, bits_per_dim, objective
     from .core.system import System
     from .core.trace_estimators import Exact, Hutchinson
@@ -63,6 +62,7 @@ if TYPE_CHECKING:
     from .experiments.training.checkpoints import load_flow
     from .experiments.training.datamodule import ImageDataModule, TableDataModule
     from .experiments.training.module import RnodeModule
+    from .flows.density import DensityModel
     from .flows.multiscale import MultiscaleFlow
     from .flows.table import TableFlow
     from .penalties import penalties_along, penalties_at
@@ -72,7 +72,8 @@ if TYPE_CHECKING:
     from .solvers.solver import Adaptive, FixedGrid, Solver
     from .torchdyn.cnf import CNF
     from .torchdyn.density import RegularizedCNF
-    from .torchdyn.neural_ode import NeuralODE, install, uninstall
+    from .torchdyn.install import install, uninstall
+    from .torchdyn.neural_ode import NeuralODE
 
 
 def __getattr__(name: str) -> object:

@@ -40,8 +40,8 @@ from rnode_plugin import (
     importance_sample,
     map_log_prob,
 )
-from rnode_plugin.core.distribution import FlowDistribution
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.flows.density import FlowDistribution
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import Steer
 from rnode_plugin.solvers import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, TableFlow, get_recipe
 from rnode_plugin.analysis.random_streams import Stream, seeded, stream_seed
-from rnode_plugin.core.distribution import DensityModel, StandardNormal
 from rnode_plugin.core.objective import FlowOutput
 from rnode_plugin.core.trace_estimators import Exact, Hutchinson
 from rnode_plugin.errors import ConfigError
@@ -26,6 +25,7 @@ from rnode_plugin.experiments.recipes.images import Images, settings_of
 from rnode_plugin.experiments.recipes.kind import FlowInput, Kind
 from rnode_plugin.experiments.recipes.recipe import KINDS, Data, TableData
 from rnode_plugin.experiments.samples import sample_images, save_grid
+from rnode_plugin.flows.density import DensityModel, StandardNormal
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.plugins.registry import get_regularizer
 

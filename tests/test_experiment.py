@@ -19,7 +19,6 @@ from torch import Tensor
 
 from rnode_plugin import MultiscaleFlow, get_recipe
 from rnode_plugin.analysis.random_streams import Stream, seed_everything, seeded
-from rnode_plugin.core.distribution import DensityModel
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.recipes.recipe import Recipe
@@ -28,6 +27,7 @@ from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.experiments.training.step import LikelihoodLoss, StagedLoss, StepTerms, measure_batch
 from rnode_plugin.experiments.training.trainer import find_devices
+from rnode_plugin.flows.density import DensityModel
 
 SHORT = ("training.max_steps=4",)
 

@@ -18,7 +18,6 @@ from scipy import stats
 from torch import Tensor
 
 from rnode_plugin import Adaptive, FixedGrid, MultiscaleFlow, TableFlow
-from rnode_plugin.core.distribution import DensityModel
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.data import ImageData, Table
 from rnode_plugin.experiments.data.facts import Facts
@@ -28,6 +27,7 @@ from rnode_plugin.experiments.quantities import result_rows
 from rnode_plugin.experiments.recipes.kind import Kind, SampleRequest
 from rnode_plugin.experiments.recipes.recipe import KINDS, Data, TableData
 from rnode_plugin.experiments.samples import sample_images, sample_rows, save_grid
+from rnode_plugin.flows.density import DensityModel
 
 RK4 = FixedGrid("rk4", step=0.5)
 LEVELS = 5

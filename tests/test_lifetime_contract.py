@@ -29,10 +29,10 @@ from torchdyn_fields import mlp
 
 import rnode_plugin
 from rnode_plugin import FixedGrid, Hutchinson, NeuralODE, RegularizedCNF, TableFlow, objective
-from rnode_plugin.core.distribution import StandardNormal
 from rnode_plugin.core.history import History
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import linear_field
+from rnode_plugin.flows.density import StandardNormal
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import Rate, l1
 from rnode_plugin.solvers import GRADIENTS

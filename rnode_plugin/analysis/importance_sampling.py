@@ -10,9 +10,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..core.distribution import DensityModel, check_log_density
 from ..core.trace_estimators import Exact
 from ..errors import ConfigError, check_count, check_name
+from ..flows.density import DensityModel, check_log_density
 from .map_jacobian import map_log_prob
 
 EXACT_DIMS = 64

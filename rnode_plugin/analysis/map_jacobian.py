@@ -14,13 +14,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..core.distribution import DensityModel
 from ..core.field_checks import refuse_mixed_samples
 from ..core.modes import differs, next_number, transforms_active
 from ..core.objective import FlowOutput
 from ..core.second_derivatives import Evaluated, check_second_derivative
 from ..core.trace_estimators import Hutchinson
 from ..errors import ConfigError
+from ..flows.density import DensityModel
 
 MOST_DIMS = 256
 """Most dimensions of a map whose Jacobian is taken, since each takes one backward pass through the solve."""

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.distribution import DensityModel
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
+from ..flows.density import DensityModel
 from ..solvers import Solver
 from .random_streams import Stream, seeded
 
@@ -60,14 +60,14 @@ class Subject:
         batch_size: number of samples in one solve.
 
     Raises:
-        ConfigError: if the model is not a :class:`~rnode_plugin.core.distribution.DensityModel`.
+        ConfigError: if the model is not a :class:`~rnode_plugin.flows.density.DensityModel`.
     """
 
     def __init__(self, model: Any) -> None:
         if not isinstance(model, DensityModel):
             raise ConfigError(
                 f"{type(model).__name__} cannot be diagnosed: give a RegularizedCNF, a MultiscaleFlow, a TableFlow "
-                "or a subclass of rnode_plugin.core.distribution.DensityModel."
+                "or a subclass of rnode_plugin.flows.density.DensityModel."
             )
         self.model, self.dims = model, model.event_shape.numel()
         self.batch_size = max(1, min(_MAX_BATCH, _BATCH_NUMBERS // self.dims))

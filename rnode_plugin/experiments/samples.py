@@ -16,7 +16,7 @@ from ..analysis.random_streams import Stream, seeded
 from ..files import write_atomically
 
 if TYPE_CHECKING:
-    from ..core.distribution import DensityModel
+    from ..flows.density import DensityModel
 
 _SHOWN = 64  # pixels. Smaller images are enlarged by a whole factor
 

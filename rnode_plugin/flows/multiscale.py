@@ -18,7 +18,7 @@ from ..errors import ConfigError, check_count
 from ..fields import conv_field
 from ..regularizers import jacfrob, kinetic
 from ..solvers import HealthCheck, Solver, check_all
-from .base import BlockFlow
+from .block import BlockFlow
 
 Shape = tuple[int, int, int]
 

@@ -15,7 +15,7 @@ from ..fields import linear_field
 from ..fields.stack import AtContext, StackField
 from ..regularizers import jacfrob, kinetic
 from ..solvers import HealthCheck, Solver
-from .base import BlockFlow
+from .block import BlockFlow
 
 _EXACT_COLUMNS = 16  # the whole Jacobian takes a product per column; beyond this, estimates are cheaper
 

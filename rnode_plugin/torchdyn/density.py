@@ -13,7 +13,6 @@ from torch.distributions import Distribution
 from torch.distributions.transforms import Transform
 
 from ..core.derivatives import radius_of
-from ..core.distribution import DensityModel, StandardNormal
 from ..core.history import History
 from ..core.integrals import attach
 from ..core.modes import outside_inference
@@ -23,6 +22,7 @@ from ..core.signature import SCALAR, accepts, refuse_state_first, time_first
 from ..core.system import System
 from ..core.trace_estimators import TraceEstimator, exact_products, get_estimator
 from ..errors import ConfigError, check_count
+from ..flows.density import DensityModel, StandardNormal
 from ..plugins.registry import resolve_regularizers
 from ..solvers import FixedGrid, Solver, get_gradient, get_solver
 from ..solvers.solver import refuse

@@ -1,4 +1,4 @@
-"""NeuralODE, torchdyn's class with ``regularizers=`` and gradients that are right in every mode; and install()."""
+"""NeuralODE, torchdyn's class with ``regularizers=`` and gradients that are right in every mode."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ from ..plugins.registry import resolve_regularizers
 from ..solvers import GRADIENTS, Adjoint, Autograd, FixedGrid, Method, Solver, get_gradient
 from ..solvers.solution import Solution
 from ..solvers.solver import check_tolerance, refuse
-from .choice import (
+from .field import Cost, look_for_columns, start_torchdyn
+from .solver_objects import (
     SolverObject,
     StepwiseAdjoint,
     constants_of,
@@ -46,7 +47,6 @@ from .choice import (
     solver_from,
     with_args,
 )
-from .field import Cost, look_for_columns, start_torchdyn
 
 _NO_CALL = (
     "call the model first. trajectory() integrates them in a block of collect_penalties(), or by penalties=True."
@@ -66,8 +66,8 @@ _OPTIONS: Mapping[str, tuple[str, object]] = {
 """The options of a solver that torchdyn knows: the attribute and the default of each keyword."""
 
 _P = ParamSpec("_P")
-_Torchdyn = torchdyn_neuralde.NeuralODE
-_THEIRS = dict(vars(_Torchdyn))  # from before install() can replace them
+THEIRS = dict(vars(torchdyn_neuralde.NeuralODE))
+"""The attributes of torchdyn's class, from before ``install()`` can replace them."""
 
 
 _OF_TORCHDYN_0 = {
@@ -239,7 +239,7 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
         forward: Any = solver if isinstance(solver, Solver) else resolve_solver(solver)
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
         with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints remarks on fields without time or weights
-            _THEIRS["__init__"](
+            THEIRS["__init__"](
                 self, vector_field, solver=forward, order=order, sensitivity=sensitivity,
                 interpolator=interpolator, integral_loss=integral_loss, seminorm=seminorm,
                 return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
@@ -566,60 +566,3 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
             method(self.solver, self.interpolator), atol=self.atol, rtol=self.rtol, gradient=gradient,
             max_nfe=self._max_nfe, quadrature=self._quadrature, compile=self._compile,
         )  # fmt: skip
-
-
-# install() changes torchdyn's class itself, not the names that refer to it. So modules that have imported it,
-# subclasses, isinstance and pickle all keep working. The class gets all attributes of our class, except those that
-# Python puts into every class.
-_BEHAVIOR = {
-    name: value
-    for name, value in vars(NeuralODE).items()
-    if name == "__init__" or not name.startswith(("__", "_abc_"))
-}
-
-
-def install() -> None:
-    """Give torchdyn's ``NeuralODE`` the arguments and the behavior of :class:`~rnode_plugin.NeuralODE`.
-
-    From then on every object of that class, also one that was made before, is solved by rnode_plugin: with the same
-    values, with correct gradients, and with ``regularizers=``, ``trace_estimator=``, ``penalized=``,
-    ``batch_dim=``, ``quadrature=``, ``warm_start=``, ``compile=``, ``max_nfe=`` and ``sensitivity="checkpointed"``.
-    A second call changes nothing.
-
-    It affects this process only. Solves by ``torchdyn.numerics.odeint`` and ``ODEProblem`` stay torchdyn's: take
-    ``NeuralODE`` in the place of ``ODEProblem``, or :func:`~rnode_plugin.penalties_along` along the states.
-
-    Example:
-        >>> import torch
-        >>> from torchdyn.core import NeuralODE
-        >>> install()
-        >>> from rnode_plugin.fields import linear_field
-        >>> model = NeuralODE(linear_field(2), solver="rk4", regularizers=["kinetic"])
-        >>> _ = model(torch.randn(8, 2), torch.linspace(0, 1, 5))
-        >>> tuple(model.regularization["kinetic"].shape)
-        (8,)
-        >>> uninstall()
-    """
-    for name, value in _BEHAVIOR.items():
-        setattr(_Torchdyn, name, value)
-
-
-def uninstall() -> None:
-    """Undo everything that :func:`install` did; without an install, do nothing.
-
-    Objects remain usable, but arguments beyond torchdyn's lose their effect. Objects with
-    ``sensitivity="checkpointed"``, which torchdyn does not have, must be made again.
-
-    Example:
-        >>> import inspect
-        >>> from torchdyn.core import NeuralODE
-        >>> install()
-        >>> uninstall()
-        >>> "regularizers" in inspect.signature(NeuralODE.__init__).parameters
-        False
-    """
-    for name in _BEHAVIOR.keys() & vars(_Torchdyn).keys():
-        if name in _THEIRS:
-            setattr(_Torchdyn, name, _THEIRS[name])
-        else:
-            delattr(_Torchdyn, name)

@@ -17,11 +17,11 @@ from torch import Tensor
 from ...analysis.random_streams import Stream, seeded
 from ...analysis.solver_gap import measure_solver_gap
 from ...core.derivatives import Field
-from ...core.distribution import DensityModel
 from ...core.objective import FlowOutput, per_dim
 from ...core.tf32 import without_tf32
 from ...core.trace_estimators import Exact, Hutchinson
 from ...errors import ConfigError, check_count
+from ...flows.density import DensityModel
 from ..data.arrays import ImageArray
 from ..recipes.images import settings_of
 from ..recipes.kind import Kind

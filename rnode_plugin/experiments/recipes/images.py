@@ -21,7 +21,7 @@ from .settings import CONFIG, KeptBy, Text, listed, refuse_repeated
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...core.distribution import DensityModel
+    from ...flows.density import DensityModel
     from ..data import ImageData
     from ..data.facts import Facts
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ...core.distribution import DensityModel
+    from ...flows.density import DensityModel
     from ..data.facts import Facts
 
 

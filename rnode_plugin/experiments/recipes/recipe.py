@@ -43,7 +43,7 @@ from .rows import Rows, TableData, TableModel
 from .settings import CONFIG, KeptBy, Optimizer, Training, listed, marks_of
 
 if TYPE_CHECKING:
-    from ...core.distribution import DensityModel
+    from ...flows.density import DensityModel
     from ..data import ImageData, Table
 
 __all__ = [
@@ -378,7 +378,7 @@ class Recipe:
             PluginError: the plugin that offers the model failed, returned something else, or made a model without
                 the recipe's solver or penalties.
         """
-        from ...core.distribution import DensityModel
+        from ...flows.density import DensityModel
 
         def refuse_other(kind: type) -> None:
             if not issubclass(kind, DensityModel):

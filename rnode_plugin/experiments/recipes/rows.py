@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ...core.distribution import DensityModel
+    from ...flows.density import DensityModel
     from ..data import Table
     from ..data.facts import Facts
 

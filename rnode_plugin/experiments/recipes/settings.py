@@ -157,7 +157,7 @@ class Training:
         seed: seed of the weights, the data order and all noise.
         matching: number of steps of flow matching at the start of the run. In these steps all fields learn at once
             to carry data straight to noise, with one evaluation each and no likelihood
-            (:meth:`~rnode_plugin.flows.base.BlockFlow.matching_loss`). They count among ``max_steps``, and the
+            (:meth:`~rnode_plugin.flows.block.BlockFlow.matching_loss`). They count among ``max_steps``, and the
             optimizer and its schedule begin again after them. A run from ``weights`` takes none.
         warm_start: whether each step begins the solves of an adaptive solver with the longest step that would have
             passed in the step before, see

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ...core.distribution import DensityModel
 from ...core.schedules import final_strength
 from ...errors import RnodeError
+from ...flows.density import DensityModel
 from ..evaluation.likelihood import has_whole_jacobian
 from ..evaluation.measures import mean_of
 from ..quantities import numbers_of, scores_of

@@ -24,9 +24,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..._version import __version__
-from ...core.distribution import DensityModel
 from ...errors import CheckpointError, ConfigError, PluginError, first_line
 from ...files import SAFETENSORS, write_atomically
+from ...flows.density import DensityModel
 from ...solvers import FixedGrid
 from ...text import batch_counter
 from ..data import ImageData, Table

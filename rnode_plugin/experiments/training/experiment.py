@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...analysis.random_streams import Stream, seeded
-from ...core.distribution import DensityModel
+from ...flows.density import DensityModel
 from ..data import ImageData, Table
 from ..data.facts import Facts
 from ..data.hashes import NONE

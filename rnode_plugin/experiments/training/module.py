@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..._version import __version__
 from ...analysis.random_streams import Stream, seed_everything
-from ...core.distribution import DensityModel
 from ...errors import ConfigError, LocalError, SolverError, TrainingError
+from ...flows.density import DensityModel
 from ..data.facts import Facts, Overlap, doubt
 from ..data.hashes import NONE, hashes_of, united
 from ..recipes.recipe import Recipe, as_text

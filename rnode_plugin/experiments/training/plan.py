@@ -28,7 +28,7 @@ from .checkpoints import (
 )
 
 if TYPE_CHECKING:
-    from ...core.distribution import DensityModel
+    from ...flows.density import DensityModel
     from ..data import ImageData, Table
 
 # key of the state of our callback in a checkpoint, which Lightning would take from the name of its class

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ...analysis.random_streams import Stream, seeded
 from ...analysis.solver_gap import measure_solver_gap
-from ...core.distribution import DensityModel, FlowOfBlocks
 from ...core.objective import FlowOutput, objective, per_dim
 from ...core.schedules import final_strength, strength_at
 from ...core.tf32 import without_tf32
 from ...errors import ConfigError, SolverError
+from ...flows.density import DensityModel, FlowOfBlocks
 from ...solvers import HealthCheck, Solver, all_finite, check_all
 from ..recipes.settings import Training
 
@@ -144,7 +144,7 @@ def loss_of(flow: DensityModel, recipe: Recipe) -> Loss:
 
     Raises:
         ConfigError: the recipe has flow matching for a model that is no
-            :class:`~rnode_plugin.core.distribution.FlowOfBlocks`, or for regularizers that learn.
+            :class:`~rnode_plugin.flows.density.FlowOfBlocks`, or for regularizers that learn.
     """
     likelihood = LikelihoodLoss(flow, recipe)
     if not recipe.matching:

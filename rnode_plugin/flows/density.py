@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, constraints
 
+from ..core.history import History, refuse_data_parallel
+from ..core.integrals import Integrals
+from ..core.modes import read
+from ..core.objective import FlowOutput, standard_normal_log_prob
+from ..core.regularizers import NONE, Regularizers, RegularizersLike
+from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, check_count
-from .history import History, refuse_data_parallel
-from .integrals import Integrals
-from .modes import read
-from .objective import FlowOutput, standard_normal_log_prob
-from .regularizers import NONE, Regularizers, RegularizersLike
-from .trace_estimators import TraceEstimator, get_estimator
+from ..solvers import Solver, get_solver
 
 _ONE = torch.Size()
 
@@ -284,7 +285,7 @@ class DensityModel(nn.Module, ABC):
     def solved_with(
         self,
         *,
-        solver: Any = None,
+        solver: str | Solver | None = None,
         trace_estimator: str | TraceEstimator | None = None,
         regularizers: RegularizersLike = (),
         warm_start: bool = False,
@@ -294,7 +295,7 @@ class DensityModel(nn.Module, ABC):
         Since submodules are shared, ``train()`` and ``eval()`` of the copy act on the submodules of both.
 
         Args:
-            solver: a :class:`~rnode_plugin.Solver`; None: the model's.
+            solver: a :class:`~rnode_plugin.Solver`, or the name of its method; None: the model's.
             trace_estimator: the estimator of the trace, or its name; None: the model's.
             regularizers: the penalties that the copy integrates, one or several, or a mapping from these to lambda.
                 Without a mapping those that the model has keep its lambda. A span policy of the model stays.
@@ -310,7 +311,7 @@ class DensityModel(nn.Module, ABC):
         model = copy.copy(self)
         # nn.Module keeps submodules in a dict, which a shallow copy would share: assignments must stay in the copy
         model._modules, model._buffers = dict(self._modules), dict(self._buffers)
-        model.solver = solver or self.solver
+        model.solver = self.solver if solver is None else get_solver(solver)
         model.history = History(longest_safe_steps={} if warm_start else None)
         model.estimator = self.estimator if trace_estimator is None else get_estimator(trace_estimator)
         model.keep_regularizers(replace(resolved, by_name=by_name, strengths=strengths))
@@ -459,7 +460,7 @@ class FlowOfBlocks(Protocol):
     """What flow matching needs of a model beyond :class:`DensityModel`.
 
     ``training.matching`` calls :meth:`matching_loss`. Models that derive from
-    :class:`~rnode_plugin.flows.base.BlockFlow` have it.
+    :class:`~rnode_plugin.flows.block.BlockFlow` have it.
     """
 
     @property

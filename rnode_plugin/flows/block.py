@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..core.derivatives import Field, radius_of
-from ..core.distribution import DensityModel, StandardNormal
 from ..core.history import History
 from ..core.objective import FlowOutput
 from ..core.regularizer import Regularizer
@@ -20,6 +18,7 @@ from ..core.system import System
 from ..core.trace_estimators import TraceEstimator, exact_products, get_estimator
 from ..errors import ConfigError
 from ..solvers import FixedGrid, HealthCheck, Solver, check_all, get_gradient, get_solver
+from .density import DensityModel, StandardNormal
 
 # Images lie near a low-dimensional set. A field trained only on the paths is unconstrained elsewhere: after 600
 # steps on 32x32 images, a quarter of the held-out images diverged. Noise of one width prevents this but blurs the
@@ -65,20 +64,6 @@ class BlockFlow(DensityModel):
 
     def _resolved(self, regularizers: RegularizersLike) -> Regularizers:
         return Regularizers.of(regularizers, by_name=_registered)
-
-    def solved_with(
-        self,
-        *,
-        solver: str | Solver | None = None,
-        trace_estimator: str | TraceEstimator | None = None,
-        regularizers: RegularizersLike = (),
-        warm_start: bool = False,
-    ) -> Self:
-        """As :meth:`DensityModel.solved_with`."""
-        return super().solved_with(
-            solver=None if solver is None else get_solver(solver), trace_estimator=trace_estimator,
-            regularizers=regularizers, warm_start=warm_start,
-        )  # fmt: skip
 
     @property
     @abstractmethod
