@@ -25,9 +25,9 @@ from tiny_runs import as_options, rnode
 from rnode_plugin import __version__, cli, get_recipe, hookimpl
 from rnode_plugin.cli import main
 from rnode_plugin.cli.options import print_json, span_of_time
+from rnode_plugin.experiments.text import duration, table
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe, save_flow
 from rnode_plugin.plugins import registry as plugins
-from rnode_plugin.text import duration, table
 
 TINY = [
     "--batch-size", "50", "--limit-train", "200", "--limit-val", "40", "--device", "cpu", "--devices", "1",

@@ -31,12 +31,12 @@ from rnode_plugin.experiments.comparison import compare as comparison
 from rnode_plugin.experiments.comparison.compare import Comparison, command_lines, compare
 from rnode_plugin.experiments.comparison.configurations import configured_recipes
 from rnode_plugin.experiments.data.facts import Facts
+from rnode_plugin.experiments.files import check_path_name
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.metrics import MetricsTable
 from rnode_plugin.experiments.runs.run import training_lock
 from rnode_plugin.experiments.training.checkpoints import header_with
 from rnode_plugin.experiments.training.plan import AFTER_STEP
-from rnode_plugin.files import check_path_name
 
 
 @pytest.fixture

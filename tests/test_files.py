@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rnode_plugin.errors import CheckpointError
-from rnode_plugin.files import check_path_name, missing, write_atomically
+from rnode_plugin.experiments.files import check_path_name, missing, write_atomically
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and signals of POSIX")
 

@@ -66,7 +66,7 @@ def whole(finished_run: Callable[[str], Path]) -> Path:
 
 # Statements that replace a function by one that dies between two writes
 _BEFORE = """
-import rnode_plugin.files as files
+import rnode_plugin.experiments.files as files
 from rnode_plugin.experiments.runs.metrics import MetricsTable
 add, publish, calls = MetricsTable.add, files.Draft.publish, []
 

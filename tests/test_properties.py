@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from rnode_plugin import get_recipe
 from rnode_plugin.errors import ConfigError, DataError
 from rnode_plugin.experiments.data.folders import assign
+from rnode_plugin.experiments.files import check_path_name
 from rnode_plugin.experiments.recipes.recipe import Recipe, as_text
-from rnode_plugin.files import check_path_name
-from rnode_plugin.text import duration, significant
+from rnode_plugin.experiments.text import duration, significant
 
 RECIPE = get_recipe("digits")
 PATHS = [path for path, _ in RECIPE.settings()]

@@ -25,6 +25,7 @@ from rnode_plugin.core.schedules import Strength, linear_warmup, strength_text
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.evaluation.measures import Mean
+from rnode_plugin.experiments.files import write_atomically
 from rnode_plugin.experiments.quantities import penalty
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.reports import Report, figures, write_report
@@ -43,9 +44,8 @@ from rnode_plugin.experiments.reports.table import Table, make_table, quantities
 from rnode_plugin.experiments.runs.environment import write_environment
 from rnode_plugin.experiments.runs.metrics import MetricsTable
 from rnode_plugin.experiments.runs.run import Run
-from rnode_plugin.files import write_atomically
+from rnode_plugin.experiments.text import change_with_error, significant, with_error
 from rnode_plugin.solvers import Adaptive
-from rnode_plugin.text import change_with_error, significant, with_error
 
 
 def digits(*settings: str, penalties: tuple[str, ...] = ("kinetic", "jacfrob"), seed: int = 42) -> Recipe:

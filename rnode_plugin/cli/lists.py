@@ -9,8 +9,8 @@ import click
 
 from ..core.regularizer import Rate, SpanPolicy
 from ..errors import RnodeError, first_line
+from ..experiments.text import table
 from ..plugins import registry
-from ..text import table
 from .options import as_json, loaded, print_json, settings
 
 _VARIABLES = (

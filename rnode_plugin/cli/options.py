@@ -18,8 +18,8 @@ import click
 
 from ..core.schedules import DEFAULT_LAMBDA
 from ..errors import CheckpointError, ConfigError, RnodeError
+from ..experiments.text import to_json
 from ..plugins import registry
-from ..text import to_json
 
 if TYPE_CHECKING:
     from ..experiments.recipes.recipe import Recipe
@@ -250,7 +250,7 @@ def _json_alone(ctx: click.Context) -> bool:
 
 
 def print_json(value: object) -> None:
-    """Print a value as JSON, see :func:`~rnode_plugin.text.to_json`."""
+    """Print a value as JSON, see :func:`~rnode_plugin.experiments.text.to_json`."""
     click.echo(to_json(value), file=click.get_current_context().meta.get(_OUTPUT))
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from ..errors import ConfigError, DataError
+from ..experiments.files import SAFETENSORS, missing
 from ..experiments.runs.run import BEST, Run, find_checkpoint
-from ..files import SAFETENSORS, missing
+from ..experiments.text import batch_counter, count_of, duration, table
 from ..solvers import FixedGrid
-from ..text import batch_counter, count_of, duration, table
 from .options import (
     as_json,
     check_folder,

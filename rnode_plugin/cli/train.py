@@ -18,8 +18,8 @@ import click
 
 from ..errors import ConfigError, RnodeError, TrainingError
 from ..experiments.runs.run import LAST, Run, find_checkpoint
+from ..experiments.text import count_of, table
 from ..experiments.training.loggers import LOGGERS, check_loggers
-from ..text import count_of, table
 from .options import (
     InSections,
     as_json,

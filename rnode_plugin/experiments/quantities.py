@@ -16,8 +16,8 @@ import numpy as np
 from ..core.regularizer import Rate
 from ..errors import RnodeError
 from ..plugins.registry import get_regularizer
-from ..text import duration, signed, significant, with_error
 from .evaluation.measures import mean_of
+from .text import duration, signed, significant, with_error
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.random_streams import Stream, seeded
-from ..files import write_atomically
+from .files import write_atomically
 
 if TYPE_CHECKING:
     from ..flows.density import DensityModel

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import CheckpointError, ConfigError, TrainingError
-from ...files import write_atomically
 from ..data.facts import Facts
 from ..evaluation.loading import check_device
+from ..files import write_atomically
 from ..recipes.recipe import Recipe, Training, differences
 from ..reports import Report, write_report
 from ..reports.runs import data_name

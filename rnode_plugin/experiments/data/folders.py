@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ...errors import ConfigError, DataError
-from ...files import missing, walk
-from ...text import count_of, shape_text
+from ..files import missing, walk
+from ..text import count_of, shape_text
 from .arrays import ImageArray, Index
 from .hashes import fingerprint
 from .images import ImageData, naming

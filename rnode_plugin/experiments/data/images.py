@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...errors import DataError, RnodeError
-from ...files import missing
-from ...text import shape_text
+from ..files import missing
+from ..text import shape_text
 from .arrays import ImageArray, limited
 from .hashes import NONE, are_in, fingerprint, hashes_of
 

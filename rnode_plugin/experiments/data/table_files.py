@@ -20,8 +20,8 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from ...errors import ConfigError, DataError, first_line, suggest
-from ...files import write_atomically
-from ...text import count_of
+from ..files import write_atomically
+from ..text import count_of
 from .images import naming
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 
 from ...errors import DataError, suggest
-from ...text import count_of
+from ..text import count_of
 from .arrays import limited
 from .hashes import hashes_of
 from .images import repeated

@@ -11,11 +11,11 @@ import torch
 
 from ...analysis.random_streams import Stream, seeded
 from ...errors import ConfigError, first_line
-from ...text import batch_counter, count_of
 from ..data import ImageData, Table
 from ..data.facts import Facts, Overlap, doubt
 from ..recipes.kind import FlowInput
 from ..recipes.recipe import Recipe
+from ..text import batch_counter, count_of
 
 
 def load_for_evaluation(

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from ...errors import ConfigError, DataError
-from ...text import shape_text
+from ..text import shape_text
 from .kind import FlowInput, Kind, Quantity, SampleRequest
 from .settings import CONFIG, KeptBy, Text, listed, refuse_repeated
 

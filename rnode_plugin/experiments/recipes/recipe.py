@@ -32,11 +32,11 @@ from pydantic.dataclasses import dataclass
 
 from ...core.schedules import LinearWarmup, WrittenStrength, final_strength
 from ...errors import ConfigError, DataError, PluginError, check_name
-from ...files import check_path_name, missing
 from ...plugins import registry
 from ...solvers.solver import Adaptive, FixedGrid, Solver, get_solver, refuse
 from ...solvers.tableaus import ADAPTIVE_METHODS, METHODS
 from ...validation import refused
+from ..files import check_path_name, missing
 from .images import Data, Images, Model
 from .kind import Kind, SampleRequest
 from .rows import Rows, TableData, TableModel

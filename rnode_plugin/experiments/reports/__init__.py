@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import CheckpointError
-from ...files import write_atomically
-from ...text import table as text_table
+from ..files import write_atomically
+from ..text import table as text_table
 from .configurations import group_runs
 from .figures import PANELS
 from .page import make_page

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...core.schedules import strength_text
-from ...text import change_with_error
 from ..quantities import Entry, overlap_text, state_of, table_of
 from ..recipes.kind import Kind
+from ..text import change_with_error
 from .configurations import Configuration, Difference, base_of, paired_difference
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ...files import write_atomically
+from ..files import write_atomically
 from .texts import known_rows, numbers, reading, whole_lines
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from pydantic import TypeAdapter
 
 from ...analysis.result import Diagnosis
 from ...errors import ConfigError
-from ...files import write_atomically
 from ..data.facts import Overlap
 from ..evaluation.measures import Evaluation
+from ..files import write_atomically
 from .texts import known_rows, numbers, reading, write_json
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError, ConfigError
-from ...files import is_draft, remove_drafts, walk, write_atomically
 from ...plugins import registry
+from ..files import is_draft, remove_drafts, walk, write_atomically
 from ..recipes.pretrained import PRETRAINED, pretrained_file
 from .texts import reading, write_json
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
-from ...files import write_atomically
-from ...text import to_json
+from ..files import write_atomically
+from ..text import to_json
 
 if TYPE_CHECKING:
     import numpy as np

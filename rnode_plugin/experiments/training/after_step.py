@@ -20,12 +20,12 @@ from pytorch_lightning.callbacks import Callback, Checkpoint
 from torch import Tensor
 
 from ...errors import SolverError, TrainingError
-from ...text import batch_counter
 from ..data.batches import SIGNALS
 from ..data.hashes import fingerprint
 from ..runs.environment import Environment
 from ..runs.metrics import MetricsTable
 from ..runs.run import Run
+from ..text import batch_counter
 from .loggers import make_logger
 from .plan import AFTER_STEP
 from .progress import Terminal

@@ -25,14 +25,14 @@ from torch import Tensor
 
 from ..._version import __version__
 from ...errors import CheckpointError, ConfigError, PluginError, first_line
-from ...files import SAFETENSORS, write_atomically
 from ...flows.density import DensityModel
 from ...solvers import FixedGrid
-from ...text import batch_counter
 from ..data import ImageData, Table
 from ..data.facts import Facts, Overlap, doubt
+from ..files import SAFETENSORS, write_atomically
 from ..recipes.recipe import Recipe
 from ..runs.run import LAST, checkpoint_files, find_checkpoint
+from ..text import batch_counter
 
 Contents = dict[str, Any]
 """The contents of a checkpoint, plain values and tensors by name. Some names are ours, the others Lightning's."""

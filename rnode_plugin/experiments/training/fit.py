@@ -14,12 +14,12 @@ import torch
 
 from ...errors import ConfigError, SolverError, TrainingError
 from ...solvers import FixedGrid, get_method
-from ...text import batch_counter
 from ..data.facts import Overlap
 from ..evaluation.likelihood import evaluate
 from ..recipes.recipe import Recipe
 from ..runs.results import Result
 from ..runs.run import Run, training_lock
+from ..text import batch_counter
 from .checkpoints import load_with_recipe
 from .experiment import Experiment
 from .failures import ended_with_first_process, translate_errors

@@ -6,9 +6,9 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ...text import duration
 from ..quantities import progress_text
 from ..recipes.recipe import Recipe
+from ..text import duration
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -29,11 +29,11 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ...errors import CheckpointError, ConfigError, RnodeError, TrainingError
-from ...files import write_atomically
-from ...text import count_of
+from ..files import write_atomically
 from ..recipes.recipe import Recipe
 from ..runs.results import Result
 from ..runs.run import LAST, PREVIOUS, Run
+from ..text import count_of
 from .after_step import AfterStep, Folder, SampleGrids, TrainingInterrupted
 from .checkpoints import newest_intact, read_checkpoint
 from .datamodule import RecipeDataModule

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from .errors import CheckpointError, ConfigError, first_line
+from ..errors import CheckpointError, ConfigError, first_line
 
 SAFETENSORS = ".safetensors"
 """The suffix of weights in the format that many programs read."""
