@@ -1,9 +1,8 @@
-"""The checks of a field inside torch.func and at the end of a solve."""
+"""The checks of a field inside torch.func and before a compiled step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -11,13 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from rnode_plugin import Adaptive, Exact, FixedGrid, NeuralODE, RegularizedCNF
+from rnode_plugin import FixedGrid, NeuralODE, RegularizedCNF
 from rnode_plugin.core.derivatives import AutogradField, Linearization
-from rnode_plugin.core.field_checks import _pixels_to_check
 from rnode_plugin.core.system import System
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import jacfrob, total_derivative
-from rnode_plugin.torchdiffeq import odeint, regularize
 
 SPAN = torch.linspace(0, 1, 3, dtype=torch.float64)
 GRID = FixedGrid("rk4_38", step=0.5)
@@ -216,137 +213,9 @@ def test_a_wrong_third_derivative_inside_torch_func() -> None:
             transformed(x[0])
 
 
-# a user's own torch.compile --------------------------------------------------------------------------------------
-
-
-class Squeeze(nn.Module):
-    """A convolution with a mean over the image, whose share is ``gate(t)``."""
-
-    def __init__(self, gate: Callable[[Tensor], Any] = lambda t: 1.0) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.gate = nn.Conv2d(1, 1, 3, padding=1).double(), gate
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return self.conv(z).tanh() * (1 + self.gate(t) * (3 * z.mean((2, 3), keepdim=True)).tanh())
-
-
-def images(net: nn.Module) -> RegularizedCNF:
-    return RegularizedCNF(net, event_shape=(1, 8, 8), trace_estimator=Exact(radius=1), solver=GRID, regularizers=())
-
-
-# the end of a solve ----------------------------------------------------------------------------------------------
-
-
-class Gated(nn.Module):
-    """Samples that are coupled by ``gate(t)`` times a function of their mean."""
-
-    def __init__(self, gate: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear, self.gate, self.calls = nn.Linear(2, 2).double(), gate, 0
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        self.calls += 1
-        return self.linear(z).tanh() + self.gate(t) * z.mean(0, keepdim=True).tanh().expand_as(z)
-
-
-def at_the_end(t: Tensor) -> Any:
-    return (t - 0.5).relu()
-
-
-def in_the_middle(t: Tensor) -> Any:
-    return (0.1 - (t - 0.5).abs()).relu()
-
+# a step that is compiled as a whole ------------------------------------------------------------------------------
 
 X = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-SOLVES: dict[str, Callable[[nn.Module], object]] = {
-    "density": lambda net: RegularizedCNF(net, event_shape=2, trace_estimator="exact", solver=GRID).log_prob(X),
-    "density, dopri5": lambda net: RegularizedCNF(net, event_shape=2, trace_estimator="exact").log_prob(X),
-    "samples and densities": lambda net: RegularizedCNF(
-        net, event_shape=2, trace_estimator="exact", solver=Adaptive(gradient="adjoint"), t_span=(1.0, 0.0)
-    ).inverse_and_log_prob(X),
-    "node": lambda net: NeuralODE(net, "rk4", regularizers=["jacfrob"], trace_estimator="exact")(X, SPAN),
-    "checkpointed": lambda net: NeuralODE(
-        net, "rk4", regularizers=["jacfrob"], trace_estimator="exact", sensitivity="checkpointed"
-    )(X, SPAN),
-    "odeint": lambda net: odeint(net, X, SPAN, method="rk4", regularizers=["jacfrob"], trace_estimator="exact"),
-    "odeint of a tuple": lambda net: odeint(
-        lambda t, y: (net(t, y[0]), y[1]),
-        (X, X),
-        SPAN,
-        method="rk4",
-        regularizers=["jacfrob"],
-        trace_estimator="exact",
-    ),
-    "grad": lambda net: grad(lambda x: density(net)[1](x).sum())(X),
-}
-
-
-def regularized(net: nn.Module) -> object:
-    import torchdiffeq
-
-    with regularize("jacfrob", trace_estimator="exact"):
-        return torchdiffeq.odeint(net, X, SPAN, method="rk4")
-
-
-SOLVES["regularize"] = regularized
-
-
-@pytest.mark.parametrize("name", SOLVES)
-def test_a_coupling_that_opens_within_a_solve_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="depends on other samples"):
-        SOLVES[name](Gated(at_the_end))
-    SOLVES[name](Gated(lambda t: 0.0))
-    SOLVES[name](Gated(in_the_middle))  # zero at both ends, as the docstring of Exact says
-
-
-def test_random_traces_and_one_more_call_for_exact_ones() -> None:
-    def calls(estimator: str, gate: Callable[[Tensor], Any]) -> tuple[int, int]:
-        net = Gated(gate)
-        model = RegularizedCNF(net, event_shape=2, trace_estimator=estimator, solver=GRID)
-        model.log_prob(X)
-        return net.calls, model.nfe
-
-    assert calls("rademacher", at_the_end) == (8, 8)
-    assert calls("exact", lambda t: 0.0) == (9, 8)
-
-
-def test_a_reach_of_pixels_that_opens_within_a_solve_is_refused() -> None:
-    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
-    for gate in (lambda t: 1.0, lambda t: t, at_the_end):
-        with pytest.raises(ConfigError, match="more than 1 rows or columns away"):
-            images(Squeeze(gate)).log_prob(x)
-    images(Squeeze(lambda t: 0.0)).log_prob(x)
-
-
-def test_the_end_of_a_solve_is_checked_at_other_pixels() -> None:
-    """A coupling of one pixel that no product of the first lattice looks at shows on the second one."""
-
-    class Pair(Squeeze):
-        def forward(self, t: Tensor, z: Tensor) -> Tensor:
-            far = torch.zeros_like(z)
-            far[..., 0, 1] = z[..., 3, 4].square()
-            return self.conv(z).tanh() + far
-
-    looked_at = [
-        any(0 in rows and 1 in columns for rows, columns in _pixels_to_check((8, 8), 1, offset))
-        for offset in (0, 1)
-    ]
-    assert looked_at == [False, True]
-    with pytest.raises(ConfigError, match="more than 1 rows or columns away"):
-        images(Pair()).log_prob(torch.randn(2, 1, 8, 8, dtype=torch.float64))
-
-
-def test_a_solve_that_explodes_keeps_its_own_error() -> None:
-    model = images(Squeeze())
-    model.net = nn.Conv2d(1, 1, 3, padding=1).double()
-    nn.init.constant_(model.net.weight, 1e200)
-    with pytest.raises(Exception, match="no longer finite"):
-        model.log_prob(torch.ones(2, 1, 8, 8, dtype=torch.float64))
-
-
-# a step that is compiled as a whole ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wants", [{"products"}, {"rows", "trace"}, {"jvp"}, {"products", "jvp", "pull"}])
@@ -391,10 +260,7 @@ def test_checks_around_a_solve_have_no_effects(name: str) -> None:
     state = torch.get_rng_state()
     with pytest.raises(ConfigError, match=message):
         rhs.check(SPAN[0], X)
-    with suppress(ConfigError):  # only a coupling of samples shows there
-        rhs.check_end(SPAN[-1], X)
     assert net.calls == 0
     assert torch.equal(torch.get_rng_state(), state)
     rhs = System([jacfrob], "exact").start(Field(), X)
     assert rhs.check(SPAN[0], X) == ""
-    rhs.check_end(SPAN[-1], X)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from field_table import SHAPES, active, make_field
 from torch import Tensor, nn
 
-from rnode_plugin import NeuralODE, RegularizedCNF
+from rnode_plugin import Exact, FixedGrid, NeuralODE, RegularizedCNF
 from rnode_plugin.core.derivatives import AutogradField, Field
 from rnode_plugin.core.system import System
 from rnode_plugin.errors import ConfigError
@@ -317,6 +317,19 @@ def test_a_field_whose_reach_is_not_known_has_no_radius() -> None:
     z = make_inputs("conv")[1]
     for field in (*changed, *(each.prepared(z) for each in changed), make_field("linear"), AutogradField(hooked)):
         assert field.radius is None
+
+
+def test_a_radius_that_is_too_small_is_refused() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1)).double()
+    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+
+    def log_prob(radius: int | None) -> Tensor:
+        exact, grid = Exact(radius=radius), FixedGrid("rk4_38", step=0.5)
+        return RegularizedCNF(net, event_shape=(1, 8, 8), trace_estimator=exact, solver=grid).log_prob(x)
+
+    torch.testing.assert_close(log_prob(2), log_prob(None))
+    with pytest.raises(ConfigError, match="pixels more than 1 rows or columns away"):
+        log_prob(1)
 
 
 class Counted(StackField):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .field_checks import FieldChecks
-from .modes import dual_numbers, next_number, refuse_dual_numbers, transforms_active, unseen
+from .modes import dual_numbers, next_number, refuse_dual_numbers, transforms_active
 from .part import Part
 from .second_derivatives import Evaluated, WithoutGradient, reaches_state
 
@@ -109,24 +109,6 @@ class Field(ABC):
             peek: evaluates this field at other points, for checks. It leaves buffers and random generators
                 unchanged, and draws from the generators as they are. None: the field itself evaluates.
         """
-
-    def check_end(
-        self, t: Tensor, z: Tensor, probes: Tensor | None, wants: frozenset[str], *, peek: Velocity
-    ) -> None:
-        """Check at the end of a solve what may have been zero before, without effects.
-
-        This is the coupling of samples, and of pixels beyond the radius. Nothing is evaluated where products do not
-        rely on these, and where the host cannot read values. A field that computes its own products has nothing to
-        check.
-
-        Args:
-            t, z, probes, wants: as for :meth:`linearize`.
-            peek: evaluates this field without effects, see there.
-
-        Raises:
-            ConfigError: as :meth:`linearize`.
-        """
-        return
 
     def prepared(self, z: Tensor, probes: Tensor | None = None, *, one_graph: bool = True) -> Field:
         """This field for one solve from ``z (B, *event)``, with all constants of the solve computed; or itself.
@@ -337,28 +319,6 @@ class AutogradField(Field):
             self.checks.zero(seen)
         return linearization, seen, keep
 
-    def check_end(
-        self, t: Tensor, z: Tensor, probes: Tensor | None, wants: frozenset[str], *, peek: Velocity
-    ) -> None:
-        part, state = self.part, z
-        z = state if part is None else part.take(state)
-        apart, radius = self._relies_on(wants, probes, z)
-        if not apart or unseen(z):
-            return
-
-        def f(t: Tensor, z: Tensor) -> Tensor:
-            return peek(t, z) if part is None else part.take(peek(t, cast("Tensor", part.put(state, z))))
-
-        with torch.inference_mode(False), torch.no_grad():
-            if transforms_active():
-                field = AutogradField(f, checks=self.checks, radius=self.radius)
-                seen = field._in_transform(t, z, None, _PULL, f)[1]
-            else:
-                z = _as_variable(z, keep=False)
-                with torch.enable_grad():
-                    seen = Evaluated.of_graph(t, z, f(_usable(t), z), 0, f, f)
-            self.checks.at_end(seen, radius=radius)
-
     def traceable(self) -> AutogradField:
         return AutogradField(
             self._field, *self._extra, part=self.part, checks=self.checks, captured=True, radius=self.radius
@@ -483,7 +443,7 @@ def unit_vectors(z: Tensor) -> Tensor:
     return torch.eye(dims, dtype=z.dtype, device=z.device).reshape(dims, 1, *z.shape[1:])
 
 
-_JVP, _PULL = frozenset({"jvp"}), frozenset({"pull"})
+_JVP = frozenset({"jvp"})
 
 
 def _along(field: Velocity, derivative: Velocity, *, captured: bool) -> Velocity:

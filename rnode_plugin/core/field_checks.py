@@ -71,20 +71,6 @@ class FieldChecks:
         if radius is not None and not self.radius_holds:
             self.radius_holds = _refuse_wider(seen, radius)
 
-    def at_end(self, seen: Evaluated, *, radius: int | None) -> None:
-        """Check the coupling of samples, and of pixels beyond the ``radius``, once more at the end of a solve.
-
-        A coupling that is zero at the first time shows here. The pixels are others than at the first time.
-
-        Raises:
-            ConfigError: for a field that mixes samples or has a larger radius.
-        """
-        if any_of(~torch.isfinite(seen.dz)):  # the solve fails with an error of its own
-            return
-        refuse_mixed_samples(seen)
-        if radius is not None:
-            _refuse_wider(seen, radius, offset=1)
-
     def zero(self, seen: Evaluated) -> Tensor:
         """The product with the Jacobian of a field whose graph does not reach its state: zero.
 
@@ -161,7 +147,7 @@ def refuse_mixed_samples(seen: Evaluated, *, known: Tensor | None = None) -> boo
     return any_of(plain != 0)
 
 
-def _refuse_wider(seen: Evaluated, radius: int, *, offset: int = 0) -> bool:
+def _refuse_wider(seen: Evaluated, radius: int) -> bool:
     """Refuse a field whose velocity at a pixel depends on pixels beyond ``radius``, which colors would add up.
 
     The products of some pixels, with random signs on all channels, must be exactly zero outside of their radius: a
@@ -170,7 +156,6 @@ def _refuse_wider(seen: Evaluated, radius: int, *, offset: int = 0) -> bool:
     Args:
         seen: the evaluation, of velocities ``(B, C, *space)``.
         radius: in pixels.
-        offset: with another one other pixels are checked, see :func:`_pixels_to_check`.
 
     Returns:
         True if the check was conclusive, so that it need not run again. It is not for a Jacobian of zero, which a
@@ -185,7 +170,7 @@ def _refuse_wider(seen: Evaluated, radius: int, *, offset: int = 0) -> bool:
     space, conclusive = z.shape[2:], list[bool]()
     signs = torch.from_numpy(np.random.default_rng(0).integers(2, size=tuple(z.shape[:2])) * 2 - 1)
     signs = signs.to(dz.device, dz.dtype).reshape(*z.shape[:2], *(1 for _ in space))
-    for pixels in _pixels_to_check(space, radius, offset):
+    for pixels in _pixels_to_check(space, radius):
         at = torch.ones(space, dtype=torch.bool, device=z.device)
         far = ~at
         for dim, (places, size) in enumerate(zip(pixels, space, strict=True)):
@@ -208,23 +193,14 @@ def _refuse_wider(seen: Evaluated, radius: int, *, offset: int = 0) -> bool:
     return all(conclusive)
 
 
-def _pixels_to_check(space: Sequence[int], radius: int, offset: int = 0) -> Iterator[list[Sequence[int]]]:
-    """The pixels of each product that checks a ``radius``, by their places along each dimension of ``space``.
-
-    With an ``offset`` above 0 the lattice is shifted between the dimensions, and the pixels that are alone in their
-    product are others, those in the middle of the edges of the image.
-    """
+def _pixels_to_check(space: Sequence[int], radius: int) -> Iterator[list[Sequence[int]]]:
+    """The pixels of each product that checks a ``radius``, by their places along each dimension of ``space``."""
     corners = itertools.product(*({0, size - 1} for size in space))  # circular padding shows there alone
     middle = tuple(size // 2 for size in space)
-    alone = [*corners, middle]
-    if offset:
-        alone = [
-            (*middle[:dim], end, *middle[dim + 1 :]) for dim, size in enumerate(space) for end in {0, size - 1}
-        ]
-    for pixel in alone:
+    for pixel in (*corners, middle):
         yield [[place] for place in pixel]
     # With strides the reach of a pixel depends on its place. So check pixels in all rows and columns, many at once,
     # with two pixels between their surroundings, at which wider ones show.
     apart = 2 * radius + 3
     for first in range(min(apart, max(space))):
-        yield [range((first + offset * dim) % min(size, apart), size, apart) for dim, size in enumerate(space)]
+        yield [range(first % min(size, apart), size, apart) for size in space]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -134,13 +134,6 @@ class RightHandSide:
         """
         assert isinstance(state, Tensor)
         return self._function(t, state)
-
-    def check_end(self, t: Tensor, state: State) -> None:
-        """Check the field at the end of a solve, without effects; see :meth:`Field.check_end`.
-
-        Raises:
-            ConfigError: as a call.
-        """
 
     def z_of(self, state: Tensor) -> Tensor:
         """The part ``(B, *event)`` that the penalties measure, of a solver's state or of its velocity."""
@@ -405,12 +398,6 @@ class FieldRightHandSide(RightHandSide):
         if columns is None:
             return Derivative(dz, dlogdet, penalties)
         return columns.derivative(t, given, dz, dlogdet, penalties)
-
-    def check_end(self, t: Tensor, state: State) -> None:
-        given: Any = state
-        if self.columns is not None:
-            given = self.columns.z_of(self.columns.without_cost(given))
-        self.field.check_end(t, given, self.probes, self.wants, peek=cast(Any, self.evaluator.peek))
 
     @property
     def repeats(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

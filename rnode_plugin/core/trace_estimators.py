@@ -222,9 +222,8 @@ class Exact(TraceEstimator):
     channels): choose ``gradient="checkpointed"``.
 
     A field whose samples depend on each other is refused, and a field that reaches beyond its radius: at the first
-    evaluations of each solve until the products there are not zero, and once more at the end of the solve, which
-    takes one more call of the field. The radius is checked at some pixels in all rows and columns, at others at the
-    end. A coupling that is zero at both ends, or between pixels that are not looked at, is not seen:
+    evaluations of each solve until the products there are not zero. The radius is checked at some pixels in all
+    rows and columns. A coupling that is zero at the start, or between pixels that are not looked at, is not seen:
     :func:`~rnode_plugin.diagnose` compares the density with one that relies on neither.
 
     Args:

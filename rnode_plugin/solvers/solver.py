@@ -164,8 +164,6 @@ class Solver(ABC):
             solution = graph.solve(self, problem, gradient.solve)
         else:
             solution = gradient.solve(self, problem)
-        with torch.no_grad():
-            rhs.check_end(solution.t[-1].detach(), solution.z[-1].detach())
         if regularizers.finished or regularizers.adds_evaluations:
             solution = with_path_penalties(solution, problem, self.tolerances)
         return solution if save_steps or solution.steps is None else replace(solution, steps=None)

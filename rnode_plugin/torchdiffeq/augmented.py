@@ -117,17 +117,6 @@ class Augmented:
         own = flat[: sum(shape.numel() for shape in self.shapes)]
         return own if self.is_tuple else own.view(self.shapes[0])
 
-    def check_end(self, t: Tensor, end: State) -> None:
-        """Check the field at the end of a solve; see :meth:`Field.check_end`."""
-        tensors = tuple(x.detach() for x in tensors_of(end))
-        state = tensors if self.is_tuple else tensors[0]
-        before, here.evaluating = here.evaluating, True
-        try:
-            with torch.no_grad():
-                self.rhs.check_end(t.detach().to(tensors[0].device), state)
-        finally:
-            here.evaluating = before
-
     def warn_of_constant_part(self, y0: State, end: State) -> None:
         """Warn if a solve from ``y0`` to ``end`` moved the state, but not the part that the penalties measure."""
         part = self._part

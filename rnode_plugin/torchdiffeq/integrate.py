@@ -276,7 +276,6 @@ def solve(
     integrals = {key: value[-1] for key, value in zip(regularizers.rates, full[count:], strict=True)}
     kept = list(full[:count])
     end = augmented.of_user([x[-1] for x in kept])
-    augmented.check_end(t[-1], end)
     augmented.warn_of_constant_part(y0, end)
     augmented.warn_of_unread_columns()
     if regularizers.finished and len(t) > 1:  # torchdiffeq returns y0 for one time alone
