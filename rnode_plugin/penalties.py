@@ -14,7 +14,7 @@ from .core.derivatives import Velocity
 from .core.integrals import Integrals
 from .core.modes import differs, outside_inference, refuse_dual_numbers, transforms_active
 from .core.modules import module_of
-from .core.part import PartSpec, State, tensors_of, warn_of_flat_state
+from .core.part import PartSpec, State, tensors_of
 from .core.regularizer import Rate
 from .core.regularizers import RegularizersLike
 from .core.signature import accepts, call_of, field_takes, time_first
@@ -180,7 +180,6 @@ def penalties_along(
         known: list[Any] = [None] * len(row) if velocities is None else _each_time(velocities)
         part = system.part.part(path[0])
         z0, z1 = (tensors_of(x)[0] if part is None else part.take(x) for x in (path[0], path[-1]))
-        warn_of_flat_state(z0, resolved.needs)
         by_name: dict[str, list[Tensor]] = {name: [] for name in resolved.rates}
         for t, state, velocity in zip(row.to(z0), path, known, strict=True):
             rhs = system.start(function, state, density=False, user_field=field, velocity=velocity)

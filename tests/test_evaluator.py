@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -406,7 +405,7 @@ def test_a_compiled_net_stays_compiled() -> None:
     net = Net(torch.sin)
     compiled = torch.compile(net, backend=backend, dynamic=False)
     model = NeuralODE(compiled, solver="rk4", regularizers=["jacfrob"], trace_estimator="difference")
-    model(states(), SPAN)  # this call also looks for columns that the net never reads
+    model(states(), SPAN)
     before = len(runs)
     model(states(), SPAN)
     assert len(runs) - before == 4 * 3  # each stage and its two differences
@@ -470,34 +469,6 @@ def test_hooks_of_all_modules_are_seen_in_a_recognized_stack() -> None:
     last.weight.data *= 2
     assert not torch.allclose(doubled, plain, atol=1e-3)
     assert torch.allclose(doubled, model.log_prob(z), atol=1e-5)
-
-
-class Accumulating(nn.Module):
-    """A field that accumulates a cost in the first columns."""
-
-    def __init__(self, columns: int) -> None:
-        super().__init__()
-        self.net, self.columns = Net(), columns
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        dz = self.net(t, x[:, self.columns :])
-        cost = dz.square().sum(1, keepdim=True).expand(-1, self.columns)
-        return torch.cat([cost, dz], 1)
-
-
-@pytest.mark.parametrize("columns", [1, 2])
-def test_columns_that_the_field_never_reads_are_named_once(columns: int) -> None:
-    x = torch.cat([torch.zeros(16, columns), states()], 1)
-    model = NeuralODE(Accumulating(columns), solver="rk4", regularizers=["kinetic"])
-    with pytest.warns(UserWarning, match=rf"penalized=slice\({columns}, None\)"):
-        model(x, SPAN)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(x, SPAN)
-        NeuralODE(Accumulating(columns), solver="rk4", regularizers=["kinetic"], penalized=slice(columns, None))(
-            x, SPAN
-        )
-        NeuralODE(Net(), solver="rk4", regularizers=["kinetic"])(states(), SPAN)
 
 
 def test_a_rate_that_differentiates_is_told_what_to_declare() -> None:

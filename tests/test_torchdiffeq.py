@@ -8,8 +8,6 @@ import pickle
 import sys
 import threading
 import types
-import warnings
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +17,6 @@ import torch
 import torchdiffeq
 from regularizer_table import Weighed
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchdiffeq._impl.odeint import SOLVERS
 
 from rnode_plugin import NeuralODE
@@ -253,108 +250,6 @@ def test_a_mask_chooses_entries_of_several_dimensions() -> None:
     _, whole = odeint(field, y0, SPAN, regularizers=["kinetic"], batch_dim=1)
     torch.testing.assert_close(masked["kinetic"], whole["kinetic"])
     torch.testing.assert_close(masked.loss(kinetic=1.0), 2 * whole.loss(kinetic=1.0))  # 6 entries for 12
-
-
-def test_a_penalized_tensor_that_stays_is_a_warning() -> None:
-    def field(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(state[0]), -state[1]
-
-    state = (start(4), start())
-    with pytest.warns(UserWarning, match="penalized="):
-        odeint(field, state, SPAN, regularizers=["kinetic"])
-    with pytest.warns(UserWarning, match="penalized="):
-        odeint(WithContext(), start(4, 4), SPAN, regularizers=["kinetic"], penalized=slice(2, 4))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        odeint(field, state, SPAN, regularizers=["kinetic"], penalized=1)
-        odeint(lambda t, y: (0 * y[0], 0 * y[1]), state, SPAN, regularizers=["kinetic"], penalized=1)  # all stay
-
-
-class WithCost(Field):
-    """The last column accumulates a cost that the field never reads."""
-
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        dy = super().forward(t, y[:, :2])
-        return torch.cat([dy, dy.square().sum(1, keepdim=True)], 1)
-
-
-def by_block(field: Any, y0: Tensor, t: Tensor, regularizers: Any, **given: Any) -> None:
-    with regularize(regularizers):
-        theirs.odeint(field, y0, t, **given)
-
-
-def under_a_checkpoint(field: Any, y0: Tensor, t: Tensor, **given: Any) -> None:
-    y0 = y0.clone().requires_grad_()
-    checkpoint(lambda y: odeint(field, y, t, **given)[1].loss(), y0, use_reentrant=False).backward()
-
-
-@pytest.mark.parametrize("spec", ["kinetic", "jacfrob"])
-@pytest.mark.parametrize("gradients", [True, False])
-@pytest.mark.parametrize("call", [odeint, odeint_adjoint, by_block, under_a_checkpoint])
-def test_columns_that_the_field_never_reads_are_named_once(call: Any, gradients: bool, spec: str) -> None:
-    """No evaluation more, unless a checkpoint around the solve runs a part of it again for the product."""
-    field, y0 = WithCost(), start(4, 3)
-    given: dict[str, Any] = {"regularizers": spec, "method": "rk4"}
-    with torch.set_grad_enabled(gradients or call is under_a_checkpoint):
-        with pytest.warns(UserWarning, match=r"moves the columns \[2\].*a mask") as caught:
-            call(field, y0, SPAN, **given)
-        assert [each.filename for each in caught] == [__file__]
-        first, field.nfe = field.nfe, 0
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            call(field, y0, SPAN, **given)
-            odeint(WithCost(), y0, SPAN, **given, penalized=slice(0, 2))
-            odeint(WithContext(), start(4, 4), SPAN, **given)  # what never moves is read, or is a context
-        assert field.nfe == first or call is under_a_checkpoint
-
-
-@pytest.mark.parametrize(
-    ("shape", "batch_dim"), [((2, 4, 3), 0), ((2, 4, 3), 1), ((2, 4, 3), None), ((4, 3), None)]
-)
-@pytest.mark.parametrize("spec", ["kinetic", "jacfrob"])
-def test_unread_columns_of_every_layout_are_named(shape: tuple[int, ...], batch_dim: int | None, spec: str) -> None:
-    """The advice leaves them out, and a state without such columns gets none."""
-
-    def field(t: Tensor, y: Tensor) -> Tensor:
-        dy = torch.tanh(y[..., :2])
-        return torch.cat([dy, dy.square().sum(-1, keepdim=True)], -1)
-
-    given: dict[str, Any] = {"regularizers": spec, "method": "rk4", "batch_dim": batch_dim}
-    sample = [size for dim, size in enumerate(shape) if dim != batch_dim]
-    mask = torch.tensor([True, True, False]).expand(sample)
-    with pytest.warns(UserWarning, match=r"moves the columns \[2\].*a mask of the other"):
-        odeint(field, start(*shape), SPAN, **given)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        odeint(field, start(*shape), SPAN, **given, penalized=mask)
-        odeint(lambda t, y: -y, start(*shape), SPAN, **given)
-
-
-@dataclass
-class Scaled:
-    """A field that no set can hold, since it has no hash."""
-
-    by: float
-
-    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.by * torch.cat([y[:, :1], y[:, :1]], 1)
-
-
-def test_columns_are_looked_for_in_a_field_without_a_hash() -> None:
-    for _ in range(2):
-        with pytest.warns(UserWarning, match=r"moves the columns \[1\]"):
-            odeint(Scaled(-1.0), start(4, 2), SPAN, regularizers="kinetic", method="rk4")
-
-
-@pytest.mark.parametrize("call", [odeint, odeint_adjoint])
-def test_a_look_at_the_columns_changes_no_bit(call: Any) -> None:
-    field, found = Field(), list[list[Tensor]]()
-    for _ in range(2):  # only the first solve looks
-        torch.manual_seed(0)
-        y, penalties = call(field, start(), SPAN, regularizers=["kinetic", "jacfrob"], method="rk4")
-        loss = y[-1].square().mean() + penalties.loss()
-        found.append([y, loss, *torch.autograd.grad(loss, [*field.parameters()])])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("gradients", [True, False])

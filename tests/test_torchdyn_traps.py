@@ -156,22 +156,10 @@ def test_tableaus_are_torchdyns_to_the_bit() -> None:
             assert argument[1 : 1 + len(row)].tolist() == row.tolist()
 
 
-def test_a_state_without_a_batch_axis_and_a_tuple() -> None:
+def test_a_tuple_is_a_state_of_other_interfaces() -> None:
     model = NeuralODE(torch.nn.Linear(2, 2), solver="rk4", regularizers=["jacfrob"])
     with pytest.raises(ConfigError, match=r"CNF .*penalized= .*rnode_plugin\.torchdiffeq"):
         model((torch.ones(3, 2), torch.zeros(3)))
-    field = torch.nn.Tanh()
-    with pytest.warns(UserWarning, match=r"counts as 2 samples"):
-        NeuralODE(field, solver="rk4", regularizers=["jacfrob"])(torch.ones(2))
-    with pytest.warns(UserWarning, match=r"counts as 2 samples"):
-        odeint(lambda t, y: field(y), torch.ones(2), torch.tensor([0.0, 1.0]), regularizers=["jacfrob"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        NeuralODE(field, solver="rk4", regularizers=["kinetic"])(torch.ones(2))
-        flat = NeuralODE(lambda t, x: -x, "dopri5", regularizers=["error"])
-        flat(torch.ones(2))
-        assert flat.regularization["error"].shape == (2,)
-        model(torch.ones(1, 2))
 
 
 BOTH = {"kinetic": 0.3, "jacfrob": 0.2}
@@ -406,8 +394,7 @@ def test_penalties_of_a_row_are_those_of_its_column(noise: str) -> None:
     model = NeuralODE(lambda t, x: -(x**2), "rk4", regularizers=names, trace_estimator=noise)
     model(x[:, None])
     column = model.regularization
-    with pytest.warns(UserWarning, match="2 samples of one dimension"):
-        model(x)
+    model(x)
     torch.testing.assert_close(model.regularization, column)
     rows = torch.stack([-2 * x])  # (D, B)
     torch.testing.assert_close(Exact().divergence(rows, None), -2 * x)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .modes import transforms_active
 
 State = Tensor | tuple[Tensor, ...]
 """The state of a solve: a tensor, or a tuple of tensors."""
@@ -208,63 +206,3 @@ def parted(row: Tensor, like: State) -> State:
 def samples_first(x: Tensor, batch_dim: int | None) -> Tensor:
     """``x`` with the samples along dimension 0."""
     return x.unsqueeze(0) if batch_dim is None else x.movedim(batch_dim, 0)
-
-
-# warnings about the state ----------------------------------------------------------------------------------------
-
-
-def warn_of_flat_state(z: Tensor, needs: Collection[str]) -> None:
-    """Warn about a state of shape ``(D,)`` if a penalty reads derivatives, so that there are ``needs``.
-
-    Such a state is read as D samples of one number, so a Jacobian penalty misses the coupling between the entries.
-    """
-    if z.ndim == 1 and len(z) > 1 and needs:
-        warnings.warn(  # Python shows it once
-            f"a state of shape {tuple(z.shape)} counts as {len(z)} samples of one dimension, which must not depend "
-            "on each other: give one sample as (1, D), or batch_dim=None.",
-            stacklevel=5,
-        )
-
-
-def signs_for_columns(z: Tensor) -> Tensor | None:
-    """Random signs, whose product with the Jacobian shows which columns of a state a field reads.
-
-    Returns:
-        Tensor: signs of the shape of ``z``; None for a state of fewer than two columns.
-    """
-    if z.ndim < 2 or z.shape[-1] < 2 or transforms_active() or z.is_meta:
-        return None
-    return torch.randint(2, z.shape, generator=torch.Generator().manual_seed(0)).to(z) * 2 - 1
-
-
-def warn_of_unread_columns(velocity: Tensor, product: Tensor | None, *, stacklevel: int) -> bool:
-    """Warn about columns that a field moves but never reads, such as a trace or a cost that it accumulates.
-
-    The penalties would count such columns as a part of ``z``.
-
-    Args:
-        velocity: the velocity ``(B, ..., D)`` at a state.
-        product: the product of :func:`signs_for_columns` with the Jacobian there; None for a field without a graph.
-        stacklevel: as for ``warnings.warn``, counted from the caller.
-
-    Returns:
-        True if the check was conclusive, so that it need not run again. It is not for a velocity of zero, which a
-        fresh net may have.
-    """
-    if product is None:
-        return True
-    unread = (product == 0).flatten(0, -2).all(0)
-    if velocity.numel() == 0 or bool(unread.all()):
-        return False
-    places = (unread & (velocity != 0).flatten(0, -2).any(0)).nonzero().flatten().tolist()
-    if places:
-        ahead = places == list(range(len(places))) and velocity.ndim == 2
-        entries = "columns" if velocity.ndim == 2 else f"entries, {tuple(velocity.shape[1:])}"
-        choice = f"slice({len(places)}, None)" if ahead else f"a mask of the other {entries}"
-        warnings.warn(
-            f"the vector field moves the columns {places} of the state but never reads them, so they look like a "
-            "trace or a cost that it accumulates. The penalties count them as a part of z: give "
-            f"penalized={choice}, or penalized=slice(None) if they are one.",
-            stacklevel=stacklevel + 1,
-        )
-    return True

@@ -5,18 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from ..core.derivatives import AutogradField
-from ..core.modes import outside_checkpoints, refuse_capture, transforms_active
-from ..core.part import State, signs_for_columns, tensors_of, warn_of_unread_columns
+from ..core.modes import refuse_capture
+from ..core.part import State, tensors_of
 from ..core.system import System
 from ..errors import ConfigError
 from .names import find_parameters, mixed_norm, rms_norm
@@ -68,16 +65,9 @@ class Augmented:
             raise ConfigError(f"y0 must be a tensor or a tuple of tensors, not a {type(y0).__name__}{inner}.")
         self.func, self.shapes, self.is_tuple = func, tuple(x.shape for x in tensors), tensors is y0
         self._part = system.part.part(y0)
-        records = bool(system.regularizers.penalties) and not _is_known(func)
-        signs = None
-        if records and not self.is_tuple and (self._part is None or self._part.entries is None):
-            signs = signs_for_columns(self.z_of(y0))
-            if signs is not None and self._part is not None:
-                signs = self._part.put(y0, signs)
-        call, self._recorded = _with_record(func, signs)
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # penalties are integrated over |dt|
         self.evaluations = 0
-        self.rhs = system.start(AutogradField(call), y0, density=False, user_field=func)
+        self.rhs = system.start(AutogradField(func), y0, density=False, user_field=func)
         # torchdiffeq does not show its stages, so a sampled quadrature draws among consecutive evaluations
         needs = system.regularizers.needs
         self._factors = _one_in_eight() if sampled and needs else itertools.repeat(1)
@@ -117,31 +107,6 @@ class Augmented:
         own = flat[: sum(shape.numel() for shape in self.shapes)]
         return own if self.is_tuple else own.view(self.shapes[0])
 
-    def warn_of_constant_part(self, y0: State, end: State) -> None:
-        """Warn if a solve from ``y0`` to ``end`` moved the state, but not the part that the penalties measure."""
-        part = self._part
-        if part is None or transforms_active():
-            return
-        if part.entries is None and len(self.shapes) == len(part.tensors):  # there is nothing else
-            return
-        z0, z1 = part.take(y0), part.take(end)
-        if _equal(z0, z1) and not all(map(_equal, tensors_of(y0), tensors_of(end))):
-            warnings.warn(
-                f"the part of the state that the penalties measure (shape {tuple(z0.shape)}) stayed constant in "
-                "this solve, but other parts did move: choose the tensor or the columns that move by penalized=.",
-                stacklevel=5,
-            )
-
-    def warn_of_unread_columns(self) -> None:
-        """Warn after a solve about columns of the state that the field moves but never reads."""
-        recorded = self._recorded()
-        if recorded is None:
-            return
-        velocity, product = self.z_of(recorded[0]), None if recorded[1] is None else self.z_of(recorded[1])
-        if warn_of_unread_columns(velocity, product, stacklevel=5):
-            with suppress(TypeError):  # some objects take no weak reference
-                _known.add(self.func)
-
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self.func, name)
         if not name.startswith("callback_"):
@@ -155,66 +120,6 @@ class Augmented:
             return attribute(t, (time, self.flat_of_user(y), self.flat_of_user(adjoint), *rest), dt)
 
         return of_adjoint
-
-
-_known: WeakSet[Any] = WeakSet()  # fields whose columns were checked by an earlier solve
-
-
-def _is_known(func: object) -> bool:
-    try:
-        return func in _known
-    except TypeError:
-        return False
-
-
-def _with_record(
-    func: Callable[..., Any], signs: Any
-) -> tuple[Callable[..., Any], Callable[[], tuple[Tensor, Tensor | None] | None]]:
-    """``func``, with a record of one evaluation that shows which columns of the state it reads.
-
-    It is an evaluation that the solve asks for: the first one whose state has a graph, or that no gradient passes
-    through. The graph of another one must not change, since ``torch.utils.checkpoint`` counts its saved tensors.
-
-    Args:
-        func: the field.
-        signs: the vectors of the product with the Jacobian; None: nothing is recorded.
-
-    Returns:
-        The field, and a function that returns a velocity and its product; None before they are known.
-    """
-    recorded: tuple[Tensor, Tensor | None] | None = None
-    if signs is None:
-        return func, lambda: recorded
-    waiting, without_graph = True, False
-
-    def product(velocity: Tensor, z: Tensor) -> Tensor | None:
-        with suppress(RuntimeError):  # a graph that runs once
-            v = signs.to(velocity.dtype)
-            return torch.autograd.grad(velocity, z, v, retain_graph=True, allow_unused=True)[0]
-        return None
-
-    def evaluate(t: Tensor, y: Tensor) -> Tensor:
-        nonlocal recorded, waiting, without_graph
-        if not waiting or torch.compiler.is_compiling():
-            return func(t, y)
-        if torch.is_grad_enabled() and not without_graph:
-            velocity = func(t, y)
-            without_graph = not velocity.requires_grad
-            if y.requires_grad and not without_graph:
-                waiting = False  # before the product, for which a checkpoint runs the solve once more
-                recorded = velocity.detach(), product(velocity, y)
-            return velocity
-        waiting = False
-        try:
-            with torch.inference_mode(False), torch.enable_grad(), outside_checkpoints():
-                z = y.clone().detach().requires_grad_()
-                velocity = func(t.clone(), z.clone())
-                recorded = velocity.detach(), product(velocity, z) if velocity.requires_grad else None
-        except RuntimeError:  # a field that takes no variable, such as one that runs in numpy
-            return func(t, y)
-        return velocity.detach()
-
-    return evaluate, lambda: recorded
 
 
 def extended(given: Mapping[str, Any], system: Augmented) -> dict[str, Any]:
@@ -295,9 +200,3 @@ def _one_in_eight() -> Iterator[int]:
         refuse_capture("the evaluation of a sampled quadrature")
         chosen = int(torch.randint(8, ()))
         yield from (8 if i == chosen else 0 for i in range(8))
-
-
-def _equal(start: Tensor, end: Tensor) -> bool:
-    """Whether two tensors are equal up to rounding, since interpolation of a constant may round."""
-    start, end = start.detach().to(end), end.detach()
-    return torch.allclose(start, end, rtol=100 * torch.finfo(end.dtype).eps, atol=0)

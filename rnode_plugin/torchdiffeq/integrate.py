@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.integrals import Integrals, attach
 from ..core.modes import refuse_dual_numbers
-from ..core.part import PartSpec, State, tensors_of, warn_of_flat_state
+from ..core.part import PartSpec, State, tensors_of
 from ..core.regularizer import Regularizer, code_of
 from ..core.regularizers import Regularizers, RegularizersLike
 from ..core.system import System
@@ -78,9 +78,10 @@ def odeint(
             are joined; None: the first, or all of a ``y0`` that is one tensor. A slice or a mask of booleans
             selects columns of one tensor, or of the first tensor in a tuple: a slice along dimension 1 of ``(B, D,
             ...)``, a mask over the first dimensions of a sample. A slice or a mask ``(D,)`` of a state ``(N, D)``
-            that is one sample selects columns too. The rest of the state counts as constant in derivatives with
-            respect to ``z``, as of ``jacfrob``, and moves by its own velocity in derivatives along the trajectory
-            (``total_derivative``, ``taylor``, ``finite_difference``), which then take further evaluations.
+            that is one sample selects columns too. A column that only accumulates, such as a trace or a cost, has
+            to be left out here. The rest of the state counts as constant in derivatives with respect to ``z``, as
+            of ``jacfrob``, and moves by its own velocity in derivatives along the trajectory (``total_derivative``,
+            ``taylor``, ``finite_difference``), which then take further evaluations.
         batch_dim: dimension of the samples in this tensor. None: the whole state is one sample, for a field that
             mixes the rows of its state, such as the nodes of a graph.
         trace_estimator: noise of the product that ``jacfrob`` needs, such as ``"rademacher"`` (signs),
@@ -269,15 +270,12 @@ def solve(
     t = regularizers.times(t, training=torch.is_grad_enabled() and getattr(func, "training", True))
     augmented = Augmented(func, system, y0, t, sampled=sampled)
     z0 = augmented.z_of(y0)
-    warn_of_flat_state(z0, regularizers.needs)
     state = (*tensors_of(y0), *(z0.new_zeros(len(z0)) for _ in regularizers.rates))
     full = PLAIN[name](augmented, state, t, **extended(given, augmented))
     count = len(augmented.shapes)
     integrals = {key: value[-1] for key, value in zip(regularizers.rates, full[count:], strict=True)}
     kept = list(full[:count])
     end = augmented.of_user([x[-1] for x in kept])
-    augmented.warn_of_constant_part(y0, end)
-    augmented.warn_of_unread_columns()
     if regularizers.finished and len(t) > 1:  # torchdiffeq returns y0 for one time alone
         integrals |= regularizers.finish(integrals, z0, augmented.z_of(end), t)
     kept[0], integrals = attach(kept[0], regularizers.with_span_penalty(integrals, z0))

@@ -16,9 +16,8 @@ from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
 from ..core.derivatives import AutogradField, Field, Velocity
-from ..core.modes import has_hooks, outside_checkpoints, tree
+from ..core.modes import has_hooks, tree
 from ..core.modules import module_of
-from ..core.part import signs_for_columns, warn_of_unread_columns
 from ..core.signature import (
     COMPILED_FUNCTION,
     COMPILED_IN_PLACE,
@@ -28,7 +27,7 @@ from ..core.signature import (
     field_takes,
 )
 from ..core.system import FieldRightHandSide, System, TorchdynColumns
-from ..errors import ConfigError, RnodeError
+from ..errors import ConfigError
 from ..fields.recognize import recognize
 from ..fields.stack import AtContext, StackField
 from .cnf import CNF, estimator_of, first_order_system, noise_of
@@ -271,21 +270,6 @@ def start_torchdyn(
         rhs, trained=lambda: tensors_of((vf, hidden_cost), args), owner=vf, counters=counters,
         inner_autograd=True,  # the field of a user may differentiate inside
     )  # fmt: skip
-
-
-def look_for_columns(rhs: FieldRightHandSide, t: Tensor, x: Tensor) -> bool:
-    """Warn about columns that the field moves but never reads. True if the check need not run again."""
-    state = x if rhs.columns is None else rhs.columns.without_cost(x)
-    # a trace or columns may be set apart already
-    signs = signs_for_columns(state) if rhs.evaluator.part is None else None
-    if signs is None:
-        return True
-    try:
-        with torch.no_grad(), outside_checkpoints():
-            linearization = rhs.evaluator.repeat(t.to(state.device), state, frozenset({"products"}), signs)
-    except (RnodeError, RuntimeError):  # no graph, or one that runs once: fine for penalties without a derivative
-        return True
-    return warn_of_unread_columns(linearization.dz, linearization.products, stacklevel=7)
 
 
 def function_of(

@@ -24,7 +24,7 @@ from torchdyn.numerics.solvers.ode import RungeKutta4
 from ..core.history import History, refuse_data_parallel
 from ..core.integrals import Integrals, attach
 from ..core.modes import outside_inference
-from ..core.part import PartSpec, warn_of_flat_state
+from ..core.part import PartSpec
 from ..core.regularizers import RegularizersLike
 from ..core.signature import refuse_state_first
 from ..core.system import COST, FieldRightHandSide, System
@@ -34,7 +34,7 @@ from ..plugins.registry import resolve_regularizers
 from ..solvers import GRADIENTS, Adjoint, Autograd, FixedGrid, Method, Solver, get_gradient
 from ..solvers.solution import Solution
 from ..solvers.solver import check_tolerance, refuse
-from .field import Cost, look_for_columns, start_torchdyn
+from .field import Cost, start_torchdyn
 from .solver_objects import (
     SolverObject,
     StepwiseAdjoint,
@@ -130,12 +130,12 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
         max_nfe: most evaluations of the field that one solve may use; None: 100,000 for an adaptive solver, no
             limit for fixed steps.
         penalized: the columns (dimension 1) of the state that the penalties measure, a slice or a mask ``(D,)`` of
-            booleans, for a custom field that keeps a divergence or a cost in the state. They are counted without
-            the column of an ``integral_loss``. None: all columns except the column of an ``integral_loss`` and the
-            trace of a CNF, which are recognized (a module with an attribute ``noise_dist`` counts as a CNF).
-            Columns that are left out count as constants in derivatives with respect to ``z``, as of ``jacfrob``.
-            In derivatives along the trajectory (``total_derivative``, ``taylor``, ``finite_difference``) they move
-            by their own velocity, which takes further evaluations.
+            booleans, for a custom field that keeps a divergence or a cost in the state, which would otherwise count
+            as a part of ``z``. They are counted without the column of an ``integral_loss``. None: all columns
+            except the column of an ``integral_loss`` and the trace of a CNF, which are recognized (a module with an
+            attribute ``noise_dist`` counts as a CNF). Columns that are left out count as constants in derivatives
+            with respect to ``z``, as of ``jacfrob``. In derivatives along the trajectory (``total_derivative``,
+            ``taylor``, ``finite_difference``) they move by their own velocity, which takes further evaluations.
         batch_dim: 0, the dimension of the samples. None: the whole state is one sample, for a field that mixes the
             rows of its state, such as the nodes of a graph.
         quadrature: ``"full"``, or ``"sampled"`` to compute the products that penalties such as ``jacfrob`` need in
@@ -185,7 +185,6 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
     _quadrature: str = "full"
     _compile: bool = False
     _resolved: tuple[list[object], Solver] | None = None
-    _columns_known: bool = False
     _replicate_for_data_parallel = refuse_data_parallel
 
     @_names_new_keywords
@@ -342,7 +341,6 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
             rhs = start_torchdyn(
                 self._system_of(penalties=penalties), self.vf, x, args, one_graph=through_steps, hidden_cost=hidden
             )  # fmt: skip
-            self._check_state(x, t_span, rhs)
             nfe = self.vf.nfe
             solution = solver.solve(rhs, x, t_span, **history.warm_start(t_span)).check()
             history.keep_step(solution.longest_safe_step, t_span)
@@ -375,7 +373,6 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
             x, t_span = self._start(x, t_span, solver)
             t_span = history.regularizers.times(t_span, training=training and penalties)
             rhs = start_torchdyn(self._system_of(penalties=penalties), self.vf, x, one_graph=True)
-            self._check_state(x, t_span, rhs)
             solution = solver.solve(rhs, x, t_span).check()
             return self._remember(x, t_span, rhs, solution, penalties=True) if penalties else solution.z
 
@@ -474,15 +471,6 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
         times = times.to(x.device if times.requires_grad else "cpu", copy=True)
         prepare(solver, x, times[:1])
         return x, times
-
-    def _check_state(self, x: Tensor, t_span: Tensor, rhs: FieldRightHandSide) -> None:
-        """Warn about a state that the penalties of a solve would misread."""
-        if self._system.part.batch_dim == 0:
-            warn_of_flat_state(x, rhs.regularizers.needs)
-        # once for each model, because the check takes one more evaluation
-        if not self._columns_known and rhs.regularizers and x.ndim == 2:
-            lone = not rhs.trace and self._system.part.is_all
-            self._columns_known = not lone or look_for_columns(rhs, t_span[0], x)
 
     def _remember(
         self, x: Tensor, t_span: Tensor, rhs: FieldRightHandSide, solution: Solution, *, penalties: bool
