@@ -15,17 +15,16 @@ import torch
 from field_table import active
 from interfaces import DOUBLE, FACES, TIGHT, theirs, times
 from problems import difference, directions, slope
-from regularizer_table import RATES, UNDIVIDED, Longer, TrainedEnd, detour, lengths, longest
+from regularizer_table import RATES, UNDIVIDED, Longer, TrainedEnd, detour, lengths, longest, squared_divergence
 from torch import Tensor, nn
-from torch.autograd import gradcheck
 
 from rnode_plugin import NeuralODE, TableFlow, penalties_at
 from rnode_plugin.core.field_evaluation import FieldEvaluation
-from rnode_plugin.core.system import System
-from rnode_plugin.errors import ConfigError
-from rnode_plugin.fields import conv_field, linear_field
+from rnode_plugin.errors import ConfigError, PluginError
+from rnode_plugin.fields import linear_field
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import BUILTIN, Rate, Regularizer, StepPenalty
+from rnode_plugin.testing import check_regularizer
 from rnode_plugin.torchdiffeq import odeint
 
 NEEDS = ("vjp", "jvp", "field")
@@ -73,43 +72,75 @@ def dense(name: str, field: Any, t: Tensor, z: Tensor) -> Tensor:
     return torch.stack([RATES[name][1](alone, t, each.flatten()) for each in z])
 
 
-PLACES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
-    "flat": lambda: (perceptron(), states(3, 2)),
-    "images": lambda: (active(conv_field(2, hidden=4, layers=2)), states(2, 2, 2, 2)),
+@pytest.mark.parametrize("name", [name for name in RATES if not name.startswith("finite_difference")])
+def test_a_rate_is_checked_by_its_formula(name: str) -> None:
+    make, formula = RATES[name]
+    check_regularizer(make(), formula)
+
+
+@pytest.mark.parametrize("name", ["jacfrob", "directional_vjp", "curl", "taylor:3", squared_divergence, "l1"])
+def test_dense_evaluations_have_the_quantities_of_a_field(name: Any) -> None:
+    check_regularizer(name)
+
+
+def test_the_gradient_of_a_difference_in_time_holds_the_later_velocity_fixed() -> None:
+    field, z = perceptron(), states(2, 2).requires_grad_()
+    t = torch.tensor(0.3, dtype=DOUBLE, requires_grad=True)
+    (found,) = penalties_at(field, t, z, ["finite_difference:0.1"]).values()
+    later = field(t + 0.1, z + 0.1 * field(t, z)).detach()
+    wanted = (field(t, z) - later).square().sum(1) / 0.01
+    torch.testing.assert_close(found, wanted)
+    variables = [t, z, *field.parameters()]
+    ours, exact = (torch.autograd.grad(each.sum(), variables) for each in (found, wanted))
+    torch.testing.assert_close(ours, exact)
+
+
+def speed(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+    return dz.flatten(1).square().sum(1)
+
+
+def energy(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+    return dz.flatten(1).square().sum(1)
+
+
+class HeldFixed(torch.autograd.Function):
+    """The square, whose second derivative is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * gradients[0] * x.detach()
+
+
+WRONG: dict[str, tuple[Any, Any, str]] = {
+    "one number": (lambda t, z, dz: dz.square().sum(), None, "one real number per sample"),
+    "another dtype": (lambda t, z, dz: speed(t, z, dz).double(), None, "must be one number per sample"),
+    "a mean over samples": (lambda t, z, dz: speed(t, z, dz) + dz.mean(), None, "each sample alone"),
+    "another formula": (speed, lambda f, t, z: f(t, z).abs().sum(), "not the rate of dense derivatives"),
+    "detached": (lambda t, z, dz: speed(t, z, dz) * z.detach().flatten(1).sum(1), None, "first derivatives"),
+    "no second derivative": (lambda t, z, dz: HeldFixed.apply(dz.flatten(1)).sum(1), None, "second derivatives"),
+    "a root": (lambda t, z, dz: speed(t, z, dz).sqrt(), None, "no finite gradient where the field is zero"),
+    "a lost name": (Rate("lost", functools.wraps(states)(lambda at: speed(at.t, at.z, at.dz))), None, "be pickled"),
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", OF_RATES)
-def test_a_rate_is_that_of_dense_derivatives(name: str, place: str) -> None:
-    field, z = PLACES[place]()
-    t = torch.tensor(0.3, dtype=DOUBLE)
-    (found,) = penalties_at(field, t, z, [ALL[name]], trace_estimator="exact").values()
-    assert (found.shape, found.dtype) == ((len(z),), DOUBLE)
-    torch.testing.assert_close(found, dense(name, field, t, z), rtol=1e-9, atol=1e-12)
+@pytest.mark.parametrize("case", WRONG)
+def test_the_check_finds_a_wrong_rate(case: str) -> None:
+    regularizer, formula, message = WRONG[case]
+    with pytest.raises((AssertionError, ConfigError, PluginError), match=message):
+        check_regularizer(regularizer, formula)
 
 
-@pytest.mark.parametrize("estimator", ["exact", "gaussian"])
-@pytest.mark.parametrize("name", OF_RATES)
-def test_the_gradient_of_a_rate_passes_gradcheck(name: str, estimator: str) -> None:
-    """By state, time and parameters; of a difference in time with the later velocity held fixed."""
-    field, z = perceptron(), states(2, 2).requires_grad_()
-    t = torch.tensor(0.3, dtype=DOUBLE, requires_grad=True)
-    variables = [t, z, *field.parameters()]
-    if name.startswith("finite_difference"):
-        (found,) = penalties_at(field, t, z, [name]).values()
-        later = field(t + 0.1, z + 0.1 * field(t, z)).detach()
-        wanted = (field(t, z) - later).square().sum(1) / 0.01
-        ours, exact = (torch.autograd.grad(each.sum(), variables) for each in (found, wanted))
-        torch.testing.assert_close(ours, exact)
-        return
-    noise = states(2, 2).flip(0) if estimator == "gaussian" else None
-    system = System([ALL[name]], estimator)
-
-    def value(t: Tensor, z: Tensor, *_: Tensor) -> Tensor:
-        return system.start(field, z, density=False, probes=noise)(t, z).penalties[name]
-
-    assert gradcheck(value, variables, fast_mode=True)
+def test_the_check_is_of_rates() -> None:
+    check_regularizer(energy)
+    check_regularizer(detour)
+    with pytest.raises(ConfigError, match="'lengths' is a StepPenalty"):
+        check_regularizer(lengths)
 
 
 # what a regularizer sees -----------------------------------------------------------------------------------------
