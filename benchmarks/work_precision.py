@@ -263,10 +263,10 @@ def torch_cases(field: TimeField, x: Tensor) -> dict[tuple[str, float], tuple[Co
             span = torch.linspace(0, 1, steps + 1).to(x)
             found[f"ours, {method}", steps] = counted, ours(counted, x, solver=method, t_span=span)
     for tolerance in TOLERANCES:
-        options: dict[str, Any] = {"solver": "dopri5", "atol": tolerance, "rtol": tolerance}
+        solver = Adaptive(atol=tolerance, rtol=tolerance)
         makers: dict[str, tuple[type[Counted], Callable[[Counted], LogProb]]] = {
-            "ours, dopri5 cold": (Counted, functools.partial(ours, x=x, **options)),
-            "ours, dopri5 warm": (Counted, functools.partial(ours, x=x, warm=True, **options)),
+            "ours, dopri5 cold": (Counted, functools.partial(ours, x=x, solver=solver)),
+            "ours, dopri5 warm": (Counted, functools.partial(ours, x=x, warm=True, solver=solver)),
             "torchdyn": (WithoutTime, functools.partial(by_torchdyn, x=x, tolerance=tolerance)),
             "torchdiffeq": (Counted, functools.partial(by_torchdiffeq, x=x, tolerance=tolerance)),
         }
