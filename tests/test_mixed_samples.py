@@ -185,10 +185,8 @@ def test_columns_of_one_sample_are_the_same_in_both_interfaces(columns: Any) -> 
     torch.testing.assert_close(penalties["kinetic"], model.regularization["kinetic"])
 
 
-def test_other_dimensions_and_densities_are_refused() -> None:
+def test_other_dimensions_are_refused() -> None:
     with pytest.raises(ConfigError, match="batch_dim must be 0"):
         NeuralODE(Graph(), "euler", batch_dim=1)
     with pytest.raises(ConfigError, match="batch_dim must be 0"):
         penalties_at(Graph(), 0.0, X, ["kinetic"], batch_dim=1)
-    with pytest.raises(ConfigError, match="option of a density 'batch_dim='"):
-        RegularizedCNF(Graph(), event_shape=3, batch_dim=None)
