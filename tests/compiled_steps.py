@@ -566,12 +566,6 @@ UNTRACEABLE = {
     "a number that is read": (node(Reading, solver="rk4"), r"compiled_steps\.py, line \d+"),
     "batch norm": (node(plain(lambda: nn.BatchNorm1d(6)), solver="rk4"), "in-place"),
     "a user's solver": (node(Detached, solver=UserEuler(), trace_estimator="difference"), "solver object"),
-    "repeated draws": (
-        lambda c: density(
-            plain(lambda: nn.Dropout(0.5))(), solver=grid(c, method="euler"), regularizers=["finite_difference"]
-        ),
-        "random draws",
-    ),
 }
 
 

@@ -23,7 +23,7 @@ def _squared_divergence(evaluation: Any) -> Tensor:
 squared_divergence = Rate("squared_divergence", _squared_divergence, needs={"vjp"})
 
 
-@rate("diagonal", needs={"vjp"}, repeats=True)
+@rate("diagonal", needs={"vjp"})
 def diagonal(evaluation: Any) -> Tensor:
     """``sum_i J_ii^2``, by the rows of the whole Jacobian."""
     return evaluation.jacobian().diagonal(dim1=1, dim2=2).square().sum(1)

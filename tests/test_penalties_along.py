@@ -325,7 +325,6 @@ def test_times_are_any_row_of_numbers() -> None:
         ({"velocities": starts(3, 4, 1)}, r"velocities must have the shape of states, .*4, 2.* not .*4, 1"),
         ({"penalized": (0, 1)}, "the state is one tensor"),
         ({"batch_dim": 2}, "batch_dim=2 is not a dimension"),
-        ({"regularizers": ["finite_difference"], "times": row(3).requires_grad_()}, "no gradient with respect to"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_one_sentence(change: dict[str, Any], words: str) -> None:

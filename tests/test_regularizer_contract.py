@@ -190,7 +190,7 @@ READS: dict[str, tuple[str, Callable[[FieldEvaluation], Tensor]]] = {
 def test_a_read_is_declared_by_its_own_need_and_no_other(read: str, others: list[str]) -> None:
     need, function = READS[read]
     for needs in ({need}, set(NEEDS) - {need}):
-        regularizer = Rate("reading", function, needs=needs, repeats=True)
+        regularizer = Rate("reading", function, needs=needs)
         if need in needs:
             found = penalties_at(perceptron(), 0.3, states(), [*others, regularizer])["reading"]
             assert found.shape == (3,)

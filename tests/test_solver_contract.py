@@ -273,14 +273,14 @@ def test_regularizers_keep_their_order_and_are_sorted_by_kind() -> None:
     assert list(found) == [error, steer, jacfrob, straightness, kinetic]
     assert found.penalties == (error, jacfrob, straightness, kinetic)
     assert (found.steps, found.span, found.finished) == ((error,), steer, (straightness,))
-    assert (found.needs, found.repeats) == ({"vjp"}, False)
+    assert found.needs == {"vjp"}
     assert list(found.rates) == ["jacfrob", "straightness", "kinetic"]
     assert list(found.strengths.items()) == [
         ("error", 0.5), ("steer", 1.0), ("jacfrob", 0.01), ("straightness", 2.0), ("kinetic", 0.0),
     ]  # fmt: skip
     assert found.undivided == {"error", "steer"}
     again = Regularizers.of([finite_difference(), kinetic])
-    assert (again.needs, again.repeats) == ({"field"}, True)
+    assert again.needs == {"field"}
     with pytest.raises(ConfigError, match="steer and trained_end both change the times"):
         Regularizers.of([steer, TrainedEnd(2.0)])
     with pytest.raises(ConfigError, match="'kinetic' is not a regularizer"):

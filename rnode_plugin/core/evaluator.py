@@ -41,16 +41,14 @@ class Evaluator:
     - :meth:`evaluate` is the evaluation that the solver asks for. It updates buffers and draws random numbers, as
       a call of the net does.
     - :meth:`repeat` evaluates the same function once more, for a penalty that needs another point or another
-      product. It repeats the random draws of the last :meth:`evaluate`, because with other masks the field is
-      another function. Buffers and generators stay as they are.
+      product. It refuses a field that draws random numbers, because with other masks the field is another function.
+      Buffers stay as they are.
     - :meth:`peek` has no effect at all, for a check.
 
     Args:
         field: the field of the whole state.
         net: the module that the field calls; None: none is known.
         part: the part of the state that penalties measure; None: all of it.
-        repeats: whether :meth:`repeat` may be called for a field that draws random numbers. If so, the state of the
-            generators is noted at each evaluation.
         velocity: the velocity at the one point that :meth:`evaluate` is asked for, if the caller has it. An
             evaluation that wants the velocity alone returns it.
         user_field: the field as the user gave it, for penalties that read it; None where they measure a part of
@@ -58,8 +56,7 @@ class Evaluator:
     """
 
     __slots__ = (
-        "_draws", "_field", "_modules", "_velocity", "captured", "net", "part", "repeats",
-        "user_field",
+        "_field", "_modules", "_velocity", "captured", "net", "part", "user_field",
     )  # fmt: skip
 
     def __init__(
@@ -68,15 +65,13 @@ class Evaluator:
         net: nn.Module | None = None,
         *,
         part: Part | None = None,
-        repeats: bool = False,
         velocity: Tensor | None = None,
         user_field: object = None,
     ) -> None:
         self._field: Any = field  # Any: with a part it takes the whole state, which may be a tuple
-        self.net, self.part, self.repeats, self._velocity = net, part, repeats, velocity
+        self.net, self.part, self._velocity = net, part, velocity
         self.user_field = user_field
         self.captured = False  # whether evaluations become a part of one compiled step
-        self._draws: _States | None = None
         self._modules: list[nn.Module] | None = None
 
     def evaluate(
@@ -99,8 +94,6 @@ class Evaluator:
         """
         if self._velocity is not None and not wants:
             return Linearization(self._velocity)
-        if self.repeats:  # before the field draws, so that `repeat` can repeat the draws
-            self._draws = random_states(self.z_of(state)) or self._draws
         try:
             linearization = self._field.linearize(t, state, probes, wants, peek=self.peek)
         except (RuntimeError, AttributeError) as error:
@@ -110,7 +103,7 @@ class Evaluator:
     def traceable(self) -> Evaluator:
         """An evaluator that torch.compile can trace, which makes no checks."""
         traceable = copy.copy(self)
-        traceable._field, traceable._draws = self._field.traceable(), None
+        traceable._field = self._field.traceable()
         traceable.captured = True
         return traceable
 
@@ -133,26 +126,24 @@ class Evaluator:
             Linearization: as from :meth:`evaluate`.
 
         Raises:
-            ConfigError: as for :meth:`evaluate`; for a field that draws random numbers, if ``repeats`` is False;
-                and for a layer whose backward pass runs only once.
+            ConfigError: as for :meth:`evaluate`; for a field that draws random numbers; and for a layer whose
+                backward pass runs only once.
         """
         if z is not None:
             state = z if self.part is None else self.part.put(state, z)
         x = self.z_of(state)
         try:
             with self.without_effects(x) as before:
-                if self._draws is not None:
-                    restore(self._draws)
                 if wants:
                     linearization = self._field.linearize(t, state, probes, wants, peek=self.peek)
                 else:  # a call can be differentiated any number of times, a linearization perhaps only once
                     linearization = Linearization(self._field(t, state))
-                # no draws were noted, so those inside were new ones
-                if before is not None and not self.repeats and not same_states(before, random_states(x)):
+                if before is not None and not same_states(before, random_states(x)):
                     raise ConfigError(
-                        "a regularizer evaluates the vector field again, which draws random numbers (dropout), so "
-                        "the two evaluations would have different masks: declare `repeats=True` of the "
-                        "regularizer, or leave out the velocity= of penalties_at."
+                        "a penalty or the trace estimator 'difference' evaluates the vector field again, which "
+                        "draws random numbers, as dropout does in training, so that the two evaluations have "
+                        "different masks: call eval() of the layers that draw, or choose another penalty or "
+                        "trace_estimator=."
                     )
         except (RuntimeError, AttributeError) as error:
             explain(error)

@@ -131,9 +131,9 @@ class FieldEvaluation:
     def total_derivative(self, order: int = 2) -> Tensor:
         """``d^order z / dt^order`` along the trajectory, with the shape of ``z``.
 
-        Order 1 is the velocity. Order 2 is ``df/dz f + df/dt`` (eq. 7). A regularizer that reads a higher order
-        must declare ``repeats=True``, because the field is evaluated again. If ``z`` is a part of the state, the
-        rest of it moves by its own velocity, and the field is evaluated again at order 2 too.
+        Order 1 is the velocity. Order 2 is ``df/dz f + df/dt`` (eq. 7). A higher order evaluates the field again.
+        If ``z`` is a part of the state, the rest of it moves by its own velocity, and the field is evaluated again
+        at order 2 too.
         """
         if order == 1:
             return self.dz
@@ -156,7 +156,7 @@ class FieldEvaluation:
         return self._once(("total", order), compute)
 
     def velocity(self, t: Tensor, z: Tensor) -> Tensor:
-        """``f(t, z)`` at another time and state ``(B, *event)``, with the random draws of this evaluation.
+        """``f(t, z)`` at another time and state ``(B, *event)``.
 
         If ``z`` is a part of the state, the rest of it moves on by its own velocity up to the time ``t``.
         """

@@ -101,9 +101,6 @@ class Rate:
         needs: the quantities of an evaluation that it reads beyond ``t, z, dz, noise``: any of ``"vjp"``, ``"jvp"``
             and ``"field"``. If no rate needs one and no log-determinant is integrated, an evaluation computes no
             product with the Jacobian.
-        repeats: whether it evaluates the field again, for ``jacobian()`` with a random estimator or for a
-            ``total_derivative()`` above order 2. Then the state of the random generators is noted at each
-            evaluation, as it is for the need ``"field"``.
         divided_by_dims: whether the objective divides the penalty by the number of dimensions, as it must for a sum
             over the event.
         finish: None, or a function that makes the penalty ``(B,)`` of one solve from the integral ``(B,)``, the
@@ -128,7 +125,6 @@ class Rate:
     of: Callable[[FieldEvaluation], Tensor]
     _: KW_ONLY
     needs: Collection[str] = frozenset()
-    repeats: bool = False
     divided_by_dims: bool = True
     finish: Finish | None = None
     about: About = About()

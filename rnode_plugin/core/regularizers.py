@@ -41,7 +41,6 @@ class Regularizers:
         steps: the step penalties.
         span: the one span policy; None if there is none.
         needs: names of the quantities that an evaluation must provide for the rates.
-        repeats: whether a rate evaluates the field again.
         adds_evaluations: whether a solve with them takes more evaluations than a solve without them, for the extra
             step of a local penalty.
         undivided: names of those whose penalty the objective does not divide by the number of dimensions.
@@ -58,7 +57,6 @@ class Regularizers:
     steps: tuple[StepPenalty, ...] = field(init=False)
     span: SpanPolicy | None = field(init=False)
     needs: frozenset[str] = field(init=False)
-    repeats: bool = field(init=False)
     adds_evaluations: bool = field(init=False)
     undivided: frozenset[str] = field(init=False)
 
@@ -83,7 +81,7 @@ class Regularizers:
         derived: dict[str, object] = {
             "penalties": tuple(penalties), "rates": rates, "steps": tuple(steps), "span": span,
             "finished": tuple(rate for rate in rates.values() if rate.finish is not None),
-            "needs": frozenset(needs), "repeats": "field" in needs or any(rate.repeats for rate in rates.values()),
+            "needs": frozenset(needs),
             "adds_evaluations": any(each.local for each in steps),
             "undivided": frozenset(each.name for each in self if not each.divided_by_dims),
         }  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .derivatives import AutogradField, Field, Velocity, as_field
-from .evaluator import Evaluator, random_states, same_states
+from .evaluator import Evaluator
 from .field_evaluation import FieldEvaluation
 from .modules import module_of
 from .part import PartSpec, State
@@ -102,7 +102,6 @@ class RightHandSide:
         divergence: whether the log-determinant is integrated, so that derivatives have one.
         regularizers: the rates and step penalties of the solve.
         inner_autograd: whether an evaluation differentiates inside, which a checkpoint must allow for.
-        repeats: whether an evaluation evaluates the field more than once, with the same random draws.
         owner: the net or function that is evaluated, which keeps the compiled steps of its solves.
 
     Args:
@@ -112,7 +111,6 @@ class RightHandSide:
     divergence: bool = False
     regularizers: Regularizers = NONE
     inner_autograd: bool = True
-    repeats: bool = False
     owner: object
 
     def __init__(self, function: Callable[[Tensor, Tensor], Derivative]) -> None:
@@ -259,8 +257,7 @@ class System:
             net: the module that the field calls; None: the one that is found in ``user_field``.
             user_field: the field as the user gave it, for penalties that read it; None: ``field``.
             columns: columns of the state ahead of ``z``; None: there are none.
-            velocity: the velocity at the one point where the result is evaluated, if it is known. Another
-                evaluation cannot repeat the random draws behind it.
+            velocity: the velocity at the one point where the result is evaluated, if it is known.
 
         Raises:
             ConfigError: for a state that has no such part, or that penalties cannot measure.
@@ -289,8 +286,6 @@ class System:
                 "the trace needs noise, which draw() of an estimator returns if its `needs_noise` is True."
             )
         own = own.prepared(z, probes, one_graph=one_graph)
-        # an acceleration of a part, while the rest moves too, takes another pass over the field
-        moves = "jvp" in needs and part is not None and part.leaves_out(whole)
         # a hand-written field computes products without autograd, and differences need none
         by_autograd = isinstance(own, AutogradField) and bool(estimator.wants(probes))
         return FieldRightHandSide(
@@ -301,7 +296,6 @@ class System:
             field=own,
             evaluator=Evaluator(
                 own, module_of(user_field) if net is None else net, part=part, velocity=velocity,
-                repeats=velocity is None and (estimator.repeats or regularizers.repeats or moves),
                 user_field=user_field if part is None else None,
             ),
             estimator=estimator,
@@ -399,21 +393,14 @@ class FieldRightHandSide(RightHandSide):
             return Derivative(dz, dlogdet, penalties)
         return columns.derivative(t, given, dz, dlogdet, penalties)
 
-    @property
-    def repeats(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.evaluator.repeats
-
     def traceable(self) -> FieldRightHandSide:
         return replace(self, evaluator=self.evaluator.traceable(), counters=())
 
     def check(self, t: Tensor, state: State) -> str:
         assert isinstance(state, Tensor)
         z = self.z_of(state)
-        with self.evaluator.without_effects(z) as before:
+        with self.evaluator.without_effects(z):
             replace(self, counters=())(t, state)
-            draws = before is not None and not same_states(before, random_states(z))
-        if draws and self.repeats:
-            return "a penalty repeats the random draws of the field, as of dropout, which a graph cannot"
         return self.field.untraceable
 
     def count(self, evaluations: int) -> None:

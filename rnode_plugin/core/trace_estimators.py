@@ -58,13 +58,11 @@ class TraceEstimator(ABC):
         needs_noise: whether an evaluation needs the noise that :meth:`draw` returns.
         is_exact: whether :meth:`divergence` is the exact trace, in place of which a field may give its own.
         radius: the radius of a field without a known one, as its user gives it; None: no more is known.
-        repeats: whether :meth:`linearize` evaluates the field more than once.
     """
 
     needs_noise: bool = True
     is_exact: bool = False
     radius: int | None = None
-    repeats: bool = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -352,8 +350,6 @@ class Difference(TraceEstimator):
         >>> bool(torch.allclose(estimator.divergence(products, noise), torch.full((3,), 3.0), atol=1e-4))
         True
     """
-
-    repeats = True
 
     def __init__(self, *, count: int = 1) -> None:
         self.count = check_count(count, "a trace estimator's probes")

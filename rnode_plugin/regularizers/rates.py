@@ -89,9 +89,9 @@ def finite_difference(eps: float = 0.01, *, name: str = "finite_difference") -> 
 
     Its value tends to ``total_derivative`` as eps goes to 0. Its gradient is about
     ``-2 (d^2 z/dt^2)^T df / eps``, so lambda depends on eps. It needs one more evaluation and no product, so it
-    works where a field has no second derivative, such as fused attention or a compiled network. Both evaluations
-    have the same dropout mask. In low precision they differ by rounding. Under bf16 autocast take eps 0.1, because
-    at 0.01 the rounding error of the field exceeds the difference that the acceleration causes.
+    works where a field has no second derivative, such as fused attention or a compiled network. In low precision
+    the two evaluations differ by rounding. Under bf16 autocast take eps 0.1, because at 0.01 the rounding error of
+    the field exceeds the difference that the acceleration causes.
 
     Because the later evaluation has no gradient, the gradient with respect to the times is not that of the penalty.
 
@@ -146,7 +146,7 @@ def taylor(order: int = 3, *, name: str = "") -> Rate:
         cost="K − 1 nested jvps, each about three times the one before",
         source=Source("TayNODE", "Kelly et al.", 2020, "kelly2020learning"),
     )
-    return Rate(name or f"taylor:{order}", _Taylor(order), needs={"jvp"}, repeats=True, about=about)
+    return Rate(name or f"taylor:{order}", _Taylor(order), needs={"jvp"}, about=about)
 
 
 @dataclass(frozen=True)

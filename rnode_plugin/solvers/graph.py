@@ -67,7 +67,7 @@ def solve(solver: Solver, problem: Problem, run: Callable[[Solver, Problem], Sol
         return run(solver, problem)
     why = "" if get_method(solver.method).traceable else "torch.compile cannot trace this solver object"
     # a full adaptive solve evaluates its first stage before it takes a step
-    if not why and not (solver.adaptive and solver.quadrature == "full" and not rhs.repeats):
+    if not why and not (solver.adaptive and solver.quadrature == "full"):
         why = rhs.check(on_device(t[0].detach(), z.device), z)
     if why:
         _give_up(rhs, why)

@@ -16,8 +16,7 @@ _COST = "D products, for small D"
 _FFJORD = Source("FFJORD", "Grathwohl et al.", 2019, "grathwohl2019ffjord", "code")
 
 
-# `repeats`: without an exact trace, the rows of the Jacobian come from further evaluations of the field
-@rate("jacdiag", needs={"vjp"}, repeats=True, about=About("Σ J_ii²", cost=_COST, source=_FFJORD))
+@rate("jacdiag", needs={"vjp"}, about=About("Σ J_ii²", cost=_COST, source=_FFJORD))
 def jacdiag(evaluation: FieldEvaluation) -> Tensor:
     """``sum_i J_ii^2``, summed over the event.
 
@@ -26,7 +25,7 @@ def jacdiag(evaluation: FieldEvaluation) -> Tensor:
     return evaluation.jacobian().diagonal(dim1=1, dim2=2).square().sum(1)
 
 
-@rate("jacoffdiag", needs={"vjp"}, repeats=True, about=About("Σ J_ij² over i ≠ j", cost=_COST, source=_FFJORD))
+@rate("jacoffdiag", needs={"vjp"}, about=About("Σ J_ij² over i ≠ j", cost=_COST, source=_FFJORD))
 def jacoffdiag(evaluation: FieldEvaluation) -> Tensor:
     """``sum_{i != j} J_ij^2``, summed over the event. FFJORD's code takes the mean."""
     squares = evaluation.jacobian().square()
