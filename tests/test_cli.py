@@ -30,8 +30,9 @@ from rnode_plugin.experiments.training.checkpoints import load_with_recipe, save
 from rnode_plugin.plugins import registry as plugins
 
 TINY = [
-    "--batch-size", "50", "--limit-train", "200", "--limit-val", "40", "--device", "cpu", "--devices", "1",
+    "--batch-size", "50", "--device", "cpu", "--devices", "1",
     *as_options(
+        "data.train_images=200", "training.val_images=40",
         "model.hidden=8", "model.layers=2", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none",
         "training.sample_images=2", "training.val_every_steps=none", "training.val_every=1",
     ),
@@ -199,7 +200,7 @@ def test_the_next_steps_of_a_run(tmp_path: Path) -> None:
     model = failure(rnode("train", "--resume", run, "--set", "model.hidden=16", *options), 1)
     assert "model.hidden is 8 there and 16 here. Leave these settings out, or train a new run without" in model
     assert "--weights" not in model
-    other = failure(rnode("train", "--resume", run, "--accumulate", "2", *options), 1)
+    other = failure(rnode("train", "--resume", run, "--set", "training.accumulate=2", *options), 1)
     assert "last.ckpt in place of --resume starts a new run from it." in other
     within = rnode("train", "--resume", run, "--max-steps", "2", "--no-next", *options)
     assert (within.exit_code, "Next:" in within.output) == (0, False), within.output

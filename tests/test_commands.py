@@ -47,10 +47,10 @@ REFUSED: dict[str, str] = {
     "train digits --devices 99999 --device cpu": "--devices 99999 is more than the",
     "train digits --devices x": "--devices takes a number (4), indices (0,2) or auto, not 'x'.",
     "train digits --num-nodes 0": "0 is not in the range x>=1",
-    "train digits --precision fp16": "unknown precision 'fp16'; did you mean '16-mixed'?",
+    "train digits --set training.precision=fp16": "unknown precision 'fp16'; did you mean '16-mixed'?",
     "train digits --seed abc": "training.seed: must be a whole number, got 'abc'.",
     "train digits --max-steps 0": "training.max_steps: must be greater than 0, got '0'.",
-    "train digits --precision fp8": "unknown precision 'fp8'. Known: 16-mixed, 32-true, 64-true, bf16-mixed.",
+    "train digits --set training.precision=fp8": "unknown precision 'fp8'. Known: 16-mixed, 32-true",
     "train digits --logger wandbb": "unknown logger 'wandbb'; did you mean 'wandb'",
     "train digits --set data.shape=1,2": "data.shape: an image has three numbers C,H,W (channels, height, width), "
     "as in 1,28,28, got '1,2'.",
@@ -61,7 +61,7 @@ REFUSED: dict[str, str] = {
     "train digits --data-root nowhere": "the digits come with scikit-learn, so --data-root has no effect.",
     "train digits --data-root pictures": "To train on your pictures: rnode-cli train pictures --data-root pic",
     "train pictures --data-root pictures --size 64000": "data.size: must be less than or equal to 8192",
-    "train digits --ffjord --precision bf16-mixed": "dopri5 cannot train with training.precision=bf16-mixed",
+    "train digits --ffjord --set training.precision=bf16-mixed": "dopri5 cannot train with training.precision=",
     "train digits --device cuda:1 --devices 2": "--device cuda:1 names one device",
     "train ./pictures": "'./pictures' is not a recipe. A run is continued by --resume ./pictures, its weights",
     "train good.ckpt": "its weights begin a new run by --weights good.ckpt, and",
@@ -128,14 +128,14 @@ ABSENT: dict[str, str] = {
 # what needs the data, and therefore torch: exit code 2
 REFUSED_BY_THE_DATA: dict[str, str] = {
     "train digits --device cpu --batch-size 1501": "1500 training images do not fill one batch of 1501",
-    "train digits --device cpu --batch-size 800 --accumulate 2": "of 800, 2 times: use a smaller --batch-size",
+    "train digits --device cpu --batch-size 800 --set training.accumulate=2": "of 800, 2 times: use a smaller",
     "train digits --device cpu --max-steps 3 --set training.matching=3": "=3 leaves none of 3 steps for maximum",
     "train --resume runs/digits/0 --device cpu --max-steps 3": "has done 3 of 3 steps: raise --max-steps.",
 }
 
 # what needs the devices, and therefore Lightning: exit code 2
 REFUSED_BY_THE_DEVICES: dict[str, str] = {
-    "train digits --device cpu --precision 16-mixed": "=16-mixed needs a GPU: on a CPU use 32-true or bf16-mixed",
+    "train digits --device cpu --set training.precision=16-mixed": "=16-mixed needs a GPU: on a CPU use 32-true",
     "train digits --device cpu --batch-size 800 --devices 2": "of 800 on each of 2 devices: use a smaller",
 }
 

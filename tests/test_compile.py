@@ -115,7 +115,7 @@ def test_without_a_compiler_a_run_trains_eagerly(tmp_path: Path) -> None:
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    command = train_digits(*settings, "--compile", "--runs", str(tmp_path / "b"))
+    command = train_digits(*settings, "--set", "training.compile=true", "--runs", str(tmp_path / "b"))
     done = subprocess.run(command, capture_output=True, text=True, timeout=800, env=environment)
     assert done.returncode == 0, done.stderr
     assert "run without compile=True" in done.stderr

@@ -433,7 +433,7 @@ def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path, place: 
 
 # the recipe's flow with fewer channels and longer steps, so that two steps take seconds on a CPU
 SMALL = [
-    "--batch-size", "4", "--limit-val", "4", "--max-steps", "1", "--device", "cpu", "--devices", "1",
+    "--batch-size", "4", "--set", "training.val_images=4", "--max-steps", "1", "--device", "cpu", "--devices", "1",
     *as_options("model.hidden=8", "model.layers=2", "solver.step=1", "test_solver.method=rk4_38",
                 "test_solver.step=1", "training.sample_images=0", "data.val_batch_size=4"),
 ]  # fmt: skip

@@ -104,7 +104,7 @@ def test_from_a_file_to_samples_and_a_report(file: Path, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     settings = [*as_options(*SETTINGS), "--device", "cpu"]
     trained = rnode("train", "table", "--data-root", os.path.relpath(file), *settings,
-                    "--limit-train", "100", "--limit-val", "10")  # fmt: skip
+                    *as_options("data.train_rows=100", "training.val_images=10"))  # fmt: skip
     assert trained.exit_code == 0, trained.output
     assert "200 rows, columns temperature, dose, pressure, yield" in trained.output
     assert "100 training and 40 held-out rows, 10 to choose the weights by" in trained.output

@@ -180,7 +180,7 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
     two = train(tmp_path / "two", "--devices", "2", *settings)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("held-out images  31") == 1  # one process reports
-    one = train(tmp_path / "one", "--devices", "1", "--accumulate", "2", *settings)
+    one = train(tmp_path / "one", "--devices", "1", "--set", "training.accumulate=2", *settings)
     assert one.returncode == 0, one.stderr
     a, b = tmp_path / "two" / "digits" / "0", tmp_path / "one" / "digits" / "0"
     torch.testing.assert_close(weights(a), weights(b), rtol=1e-4, atol=1e-6)

@@ -112,17 +112,11 @@ _SHORT: dict[str, tuple[str, str, str]] = {
     "size": ("data.size", "N", "Scale the pictures of a folder to this height and width."),
     "given": ("data.given", "COLUMN,COLUMN", "Model the density of the other columns of a table, given these."),
     "batch-size": ("data.batch_size", "N", "Images, or rows, per device and step. [default: the recipe's]"),
-    "accumulate": ("training.accumulate", "N", "Average the gradients of N batches for one step."),
-    "limit-train": ("data.train_{samples}", "N", "Train on N images or rows only."),
-    "limit-val": ("training.val_images", "N", "Validate on N images or rows only. The result for images is "
-                  "measured on these N, too."),
     "max-steps": ("training.max_steps", "N", "Stop after N steps of the run."),
     "max-epochs": ("training.max_epochs", "N", "Stop after N epochs of the run."),
-    "val-every": ("training.val_every_steps", "N", "Validate every N steps. [default: the recipe's]"),
     "seed": ("training.seed", "N", "Seed of the weights, the data order and all noise."),
     "weights": ("training.weights", "RUN", "Start from the weights of a run, a file or a packaged flow. Everything "
                 "else starts fresh."),
-    "precision": ("training.precision", "NAME", "Precision, as Lightning names it: 32-true or bf16-mixed."),
 }  # fmt: skip
 
 
@@ -143,8 +137,8 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
     Args:
         recipe: the recipe to change, which stays as it is.
-        changes: the options ``--set``, ``--regularizer``, ``--compile`` and those of :func:`short`, by the names
-            of their parameters.
+        changes: the options ``--set``, ``--regularizer`` and those of :func:`short`, by the names of their
+            parameters.
 
     Raises:
         ConfigError: an unknown name or setting, a value that cannot work, or an option of another kind of data.
@@ -154,8 +148,6 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     texts = [
         f"regularizers.{each}" if "=" in each else f"regularizers.{each}={DEFAULT_LAMBDA}" for each in penalties
     ]
-    if (compiled := changes.get("compile")) is not None:
-        texts.append(f"training.compile={str(compiled).lower()}")
     for name, (setting, *_) in _SHORT.items():
         if (value := changes.get(name.replace("-", "_"))) is None:
             continue
@@ -163,7 +155,7 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
             registry.check_name("datasets", value)
         if (other := kind.refused_options.get(name)) is not None:
             raise ConfigError(f"--{name} is for {other}, and {recipe.name} is a recipe of {kind.data}.")
-        texts.append(f"{setting.format(samples=kind.samples)}={value}")
+        texts.append(f"{setting}={value}")
     new = recipe.override([*texts, *changes["assignments"]])
     kind.check_root(new.data)
     return new

@@ -47,11 +47,11 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=InSections, sections={
-    "Data": ("data", "data_root", "size", "given", "limit_train", "limit_val", "download"),
-    "Length": ("max_steps", "max_epochs", "max_time", "batch_size", "accumulate", "val_every"),
+    "Data": ("data", "data_root", "size", "given", "download"),
+    "Length": ("max_steps", "max_epochs", "max_time", "batch_size"),
     "Penalties and other settings": ("regularizers", "ffjord", "assignments", "seed"),
     "Where to begin": ("resume", "weights"),
-    "Devices": ("device", "devices", "num_nodes", "precision", "compile"),
+    "Devices": ("device", "devices", "num_nodes"),
     "Files": ("runs", "run_folder", "loggers", "callbacks"),
     "Output": ("quiet", "as_json", "next_steps"),
 })  # fmt: skip
@@ -73,8 +73,7 @@ if TYPE_CHECKING:
 @as_json
 @click.option("--ffjord", is_flag=True,
               help="Train the FFJORD baseline: no penalties, no flow matching, dopri5 at 1e-5.")  # fmt: skip
-@short("given", "weights", "accumulate", "limit-train", "limit-val", "val-every", "precision")
-@click.option("--compile/--no-compile", default=None, help="Use torch.compile, which takes minutes at first.")
+@short("given", "weights")
 @click.option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Folder of all runs.")
 @click.option("--run-folder", metavar="FOLDER", help="Folder of a new run, instead of one under --runs.")
 @click.option("--logger", "loggers", multiple=True, metavar="|".join(LOGGERS),

@@ -85,7 +85,7 @@ def translate_errors() -> Iterator[None]:
         if is_out_of_memory(error):
             raise LocalError(
                 f"out of memory: {first_line(error).rstrip('.')}. Give --set solver.gradient=checkpointed, or "
-                "lower --batch-size and, in a new run, raise --accumulate by the same factor."
+                "lower --batch-size and, in a new run, raise training.accumulate by the same factor."
             ) from error
         # A worker died, or there is a bug, maybe in a user's callback: PyTorch tells these apart by the text alone
         raise LocalError(
