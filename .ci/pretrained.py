@@ -3,9 +3,8 @@
 Run it whenever the form of a recipe, of the facts or of the header changes. It reads each file as git has it in
 COMMIT, which the last change of the form has written, and needs no code of that commit. The tensors stay the same
 to the bit. Settings that recipes no longer have are left out, and are listed together with the new ones: if a
-setting has got another name or another meaning, change its value in `_recipe_of`. Facts of the data stay, and so do
-the hashes of the samples that the weights were trained on. With FOLDER both are made again from the data set in it,
-whose training part all of these weights were trained on.
+setting has got another name or another meaning, change its value in `_recipe_of`. Facts of the data stay. With
+FOLDER they are made again from the data set in it, on which alone these weights were trained.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ from safetensors.torch import load, save
 
 from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.experiments.data.facts import Facts
-from rnode_plugin.experiments.data.hashes import NONE, hashes_of, united
 from rnode_plugin.experiments.recipes.pretrained import PRETRAINED, pretrained_file
 from rnode_plugin.experiments.recipes.recipe import Recipe
-from rnode_plugin.experiments.training.checkpoints import TRAINED_ON, checksum, facts_of, header_with
+from rnode_plugin.experiments.training.checkpoints import checksum, facts_of, header_with
 
 KEY, CHECKSUM = "rnode_plugin", "sha256"
 
@@ -40,22 +38,19 @@ def main() -> None:
         tensors, metadata = load(before), _metadata(before)
         old = json.loads(metadata[KEY])
         recipe = _recipe_of(old["recipe"])
-        hashes = {key: tensors.pop(key) for key in [TRAINED_ON] if key in tensors}
-        facts = facts_of({KEY: old, **hashes})
-        if options.data_root is not None:
+        tensors.pop("rnode_plugin.trained_on", None)
+        if options.data_root is None:
+            facts = facts_of({KEY: old})
+        else:
             data = recipe.at_root(options.data_root).load_data(all_val=True)
-            trained_on = united(NONE, hashes_of(data.train))
-            facts = Facts.of(data, recipe.data.given, trained_on=trained_on)
-        beside = header_with(recipe, facts)
-        header = json.dumps(beside.pop(KEY))
-        beside |= tensors
-        written = save(beside, {"format": "pt", KEY: header, CHECKSUM: checksum(beside, header)})
+            facts = Facts.of(data, recipe.data.given, trained_on=())
+        header = json.dumps(header_with(recipe, facts)[KEY])
+        written = save(tensors, {"format": "pt", KEY: header, CHECKSUM: checksum(tensors, header)})
         file.write_bytes(written)
         after = load(written)
         assert all(torch.equal(after[key], tensor) for key, tensor in tensors.items())
         load_flow(name)
         print(f"{file}: {old['format']} -> {json.loads(header)['format']}, facts {facts}")
-        print(f"{0 if facts is None or facts.trained_on is None else len(facts.trained_on):,} hashes of samples")
 
 
 def _metadata(contents: bytes) -> dict[str, str]:

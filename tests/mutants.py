@@ -305,11 +305,11 @@ MUTANTS = [
         "test_reports.py::test_the_table",
     ),
     Mutant(
-        "the checksum of a table ignores the split",
-        "experiments/data/tables.py",
-        'hashed.update(f"{rows.shape}".encode())',
+        "the identity of a table ignores the split",
+        "experiments/data/identity.py",
+        'hashed.update(f"{tuple(samples.shape)}".encode())',
         'hashed.update(b"")',
-        "test_data_sets.py::test_held_out_samples_are_drawn_from_all_of_them",
+        "test_facts.py::test_rows_and_their_split_count",
     ),
 ]
 

@@ -300,7 +300,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
     here = tmp_path_factory.mktemp("refusals")
     for name, changes in (("digits", ["model.hidden=2"]), ("table", ["data.given=texture"])):
         run, recipe = Run(here / "runs" / name / "0"), get_recipe(name).override(changes)
-        save_flow(recipe.build_flow(), run.best, recipe=recipe, facts=Facts(rows=3, checksum="of others"))
+        save_flow(recipe.build_flow(), run.best, recipe=recipe, facts=Facts("of", "others"))
         # as a run with three steps leaves it, whose weights and optimizer are read later
         plan = dataclasses.asdict(RunPlan(steps_per_epoch=30, total=3, val_every=3))
         begun = {"optimizer_states": [], "global_step": 3, "callbacks": {AFTER_STEP: {"plan": plan}}}

@@ -188,7 +188,7 @@ def test_the_line_of_a_run(
 
 @pytest.mark.parametrize(("changed", "message"), [
     ({"optimizer": {"lr": 1e-4}}, r"other settings \(optimizer.lr is 0.0001 there and "),
-    ({"facts": Facts(train="of others").to_plain()}, "trained on other data"),
+    ({"facts": Facts("of", "others").to_plain()}, "trained on other data"),
     (None, r"has checkpoints, but no recipe\.json"),
     ({}, None),
 ])  # fmt: skip

@@ -261,7 +261,7 @@ def test_samples_at_the_contexts_of_a_file(tmp_path: Path, capsys: pytest.Captur
     case, contexts, path = rows(GIVEN), tmp_path / "contexts.csv", tmp_path / "drawn.csv"
     contexts.write_text('"d, e",other,c\n-1,7,0.5\n0,8,1.5\n')
     request = SampleRequest(count=2, given=str(contexts))
-    facts = Facts(given_ranges=((0, 1), (-2, 2)))
+    facts = Facts("a", "b", ((0, 1), (-2, 2)))
     assert case.kind.write_samples(case.settings, case.flow, path, request, facts=facts) == 4
     wanted = [[0.5, -1], [0.5, -1], [1.5, 0], [1.5, 0]]
     assert _read(path, [*GIVEN, *NAMES])[:, :2].tolist() == wanted

@@ -350,13 +350,12 @@ def test_replaced_data_are_other_data(tmp_path: Path) -> None:
         (old, old, False),
         (old, more, False),  # pictures were added to the training part
         (old, new, True),
-        (Facts(rows=9, checksum="a"), Facts(rows=9, checksum="b"), True),
     ):
-        runs = tmp_path / f"{first.measured}{second.measured}{second.train}"
+        runs = tmp_path / f"{first.held_out}{second.held_out}{second.train}"
         plain = write_run(runs / "v", digits(penalties=()), images=[1.0, 2.0], facts=first)
         base, one = configurations_of(plain, write_run(runs / "r", digits(), images=[1.5, 2.0], facts=second))
         assert (paired(one, base) is None) == parted
-        hashes = [f" (hash={facts.measured})" for facts in (first, second)]
+        hashes = [f" (hash={facts.held_out})" for facts in (first, second)]
         assert [base.label, one.label] == [f"{name}{end if parted else ''}" for name, end in
                                            zip(("none", "rnode"), hashes, strict=True)]  # fmt: skip
         # on other data, another seed makes no second run of the configuration, and the same seed repeats nothing

@@ -120,7 +120,7 @@ def run(tmp_path: Path) -> Run:
 def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) -> None:
     run = Run.create(tmp_path, kind.recipe)
     assert run.path == tmp_path / kind.recipe.name / "0"
-    facts = Facts(rows=40, checksum="c5", given_ranges=((0.1, 2.0),)) if kind is TABLE else Facts(train="b")
+    facts = Facts("a", "b", ((0.1, 2.0),) if kind is TABLE else None)
     run.describe(kind.recipe, ENVIRONMENT, facts)
     log(run, kind, range(1, 7))
     if state == "resumed":  # from step 5, and what was known of other weights is gone

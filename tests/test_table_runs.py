@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -106,7 +105,7 @@ def test_from_a_file_to_samples_and_a_report(file: Path, tmp_path: Path, monkeyp
     trained = rnode("train", "table", "--data-root", os.path.relpath(file), *settings,
                     *as_options("data.train_rows=100", "training.val_images=10"))  # fmt: skip
     assert trained.exit_code == 0, trained.output
-    assert "200 rows, columns temperature, dose, pressure, yield" in trained.output
+    assert ": columns temperature, dose, pressure, yield" in trained.output
     assert "100 training and 40 held-out rows, 10 to choose the weights by" in trained.output
     assert "nats per row, in the unit of the data" in trained.output
     assert "NLL of a Gaussian" in trained.output
@@ -181,7 +180,7 @@ def test_a_gaussian_is_fitted_to_the_rows_of_the_run_alone(file: Path, condition
     lines = file.read_text().splitlines()
     (changed := tmp_path / "changed.csv").write_text("\n".join([lines[0], *sorted(lines[1:])]) + "\n")
     other = rnode("eval", conditional, "--data-root", changed).output
-    assert re.search(r"[1-9]\d* of \d+ held-out rows and \d+ of \d+ rows that choose the weights", other)
+    assert "are others than those of the training" in other
     assert "Gaussian" not in other, "it would be fitted to other rows than the flow"
     (moved := tmp_path / "moved.csv").write_text("\n".join(lines) + "\n")
     again, before = (rnode("eval", conditional, "--json", *given) for given in (("--data-root", moved), ()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -117,7 +116,7 @@ def eval(  # noqa: A001 - the command's name
         solver, accurate = FixedGrid("rk4_38", step=step), solver
         if not quiet:
             click.echo(f"solving by {solver.text}, because an adaptive solver takes more evaluations", err=True)
-    data, overlap = load_for_evaluation(recipe, facts, root=data_root, download=download, quiet=quiet)
+    data = load_for_evaluation(recipe, facts, root=data_root, download=download)
     data = data.limit(held_out=limit)
     result = evaluate(
         flow,
@@ -132,7 +131,6 @@ def eval(  # noqa: A001 - the command's name
         seed=recipe.training.seed if seed is None else seed,
         progress=None if quiet else batch_counter("evaluating"),
     )
-    result = dataclasses.replace(result, overlap=overlap)
     if facts is None or facts.describe(data):  # else they would be fitted to other rows than the flow
         result = result.with_baselines(recipe.data, data)
     head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
@@ -194,9 +192,7 @@ def diagnose(
     if out is not None:
         check_folder(out)
     from ..analysis.diagnose import compared_for, diagnose
-    from ..experiments.data.facts import Facts
     from ..experiments.evaluation.loading import held_out_samples, load_for_evaluation, pick_device
-    from ..experiments.quantities import overlap_text
     from ..experiments.reports.diagnosis import save_diagnosis
     from ..experiments.runs.results import DiagnosedWeights
     from ..experiments.training.checkpoints import load_with_recipe
@@ -204,12 +200,11 @@ def diagnose(
     flush_denormals()
     torch_device = pick_device(device)
     flow, recipe, facts = load_with_recipe(path, map_location=torch_device)
-    data, overlap = load_for_evaluation(recipe, facts, root=data_root, download=download, quiet=quiet)
+    data = load_for_evaluation(recipe, facts, root=data_root, download=download)
     if out is None:
         own = Run.of_checkpoint(path)
         # a report shows the diagnosis in the folder as one on the data of the run
-        measured = facts and facts.measured
-        fits = path.name == BEST and measured == Facts.of(data).measured
+        fits = path.name == BEST and facts is not None and facts.held_out == data.identity[1]
         out = str(own.path if own and fits else free_path(None, "diagnosis", force=False))
         check_folder(out)
     target = Run(Path(out))
@@ -224,9 +219,7 @@ def diagnose(
         seed=seed,
         progress=None if quiet else lambda name: click.echo(f"checking: {name}", err=True),
     )
-    diagnosis = DiagnosedWeights(
-        **vars(result), checkpoint=str(path), recipe=recipe.name, weights=recipe.weights, overlap=overlap
-    )
+    diagnosis = DiagnosedWeights(**vars(result), checkpoint=str(path), recipe=recipe.name, weights=recipe.weights)
     save_diagnosis(diagnosis, target)
     if as_json:
         print_json(diagnosis.to_plain())
@@ -235,7 +228,6 @@ def diagnose(
         text.write_dl([(f"{check.name}: {check.verdict}", check.sentence) for check in diagnosis.checks])
         click.echo(text.getvalue().rstrip())
         used = f"{diagnosis.samples} held-out {recipe.kind.samples} (--samples N changes that)"
-        used += f", trained on: {overlap_text(overlap, recipe.kind)}"
         click.echo(f"\n{used}, {duration(diagnosis.seconds)}\n{target.diagnosis}\n{target.figures}")
     if diagnosis.failed:
         ctx.exit(CHECK_FAILED)
@@ -314,10 +306,8 @@ def sample(
 @click.command()
 @run_argument
 @click.argument("file", metavar="FILE")
-@click.option("--trained-on", is_flag=True,
-              help="Write the hashes of the samples that the weights were trained on too.")  # fmt: skip
 @force
-def export(*, run: str, file: str, force: bool, trained_on: bool) -> None:
+def export(*, run: str, file: str, force: bool) -> None:
     """Write the weights of RUN, a run folder or a checkpoint, as FILE.safetensors.
 
     \b
@@ -325,10 +315,6 @@ def export(*, run: str, file: str, force: bool, trained_on: bool) -> None:
 
     The metadata of the weights contain the recipe. `load_flow`, `eval` and `sample` take the file like a run
     folder, and any program that reads safetensors gets the weights.
-
-    With --trained-on an evaluation of the file counts the held-out samples that its weights were trained on.
-    Whoever has the record of a person can then test whether it was trained on, so without this option the file
-    does not have these hashes.
     """
     path = Path(file)
     if path.suffix != SAFETENSORS:
@@ -342,7 +328,7 @@ def export(*, run: str, file: str, force: bool, trained_on: bool) -> None:
     flow, recipe, facts = load_with_recipe(source)
     averaged = "" if recipe.training.ema is None else f" ({recipe.weights})"
     click.echo(f"{recipe.name}, weights of {source}{averaged}:")
-    save_flow(flow, path, recipe=recipe, facts=facts, trained_on=trained_on)
+    save_flow(flow, path, recipe=recipe, facts=facts)
     click.echo(file)
 
 

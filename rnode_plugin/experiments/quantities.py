@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..solvers import Solver
-    from .data.facts import Overlap
     from .evaluation.measures import Evaluation, Mean
     from .recipes.kind import Kind
     from .runs.contents import RunContents
@@ -243,10 +242,7 @@ def result_rows(
         compared=compared,
     )
     draws = f", {evaluation.draws} draws of noise" if evaluation.draws > 1 else ""
-    rows = [
-        (f"held-out {kind.samples}", f"{evaluation.samples:,}{draws}"),
-        ("trained on", overlap_text(evaluation.overlap, kind)),
-    ]
+    rows = [(f"held-out {kind.samples}", f"{evaluation.samples:,}{draws}")]
     rows += [
         entry.row(_with_errors(evaluation.means[key], kind))
         for key, entry in table.items()
@@ -260,11 +256,6 @@ def result_rows(
         rows.append(table["gap"].row(table["gap"].text(evaluation.gap)))
     rows += [table[name].row(table[name].text(value)) for name, value in evaluation.penalties.items()]
     return [*rows, ("evaluation", duration(evaluation.seconds))]
-
-
-def overlap_text(overlap: Overlap | None, kind: Kind) -> str:
-    """Write how many held-out samples the weights were trained on: ``0 of 297 held-out images``."""
-    return f"unknown {kind.samples}" if overlap is None else overlap.text(kind.samples)
 
 
 def _with_errors(mean: Mean, kind: Kind) -> str:

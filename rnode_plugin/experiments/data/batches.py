@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import parent_process
 from typing import TypeVar
@@ -13,14 +13,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .arrays import ImageArray
-from .hashes import hashes_of
 
 T = TypeVar("T")
-
-_DECODED = 100  # pictures that are decoded in a row
 
 SIGNALS = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 """The signals that ask a program to end; Windows has no SIGHUP."""
@@ -84,36 +81,6 @@ def signals_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def hashes_on_disk(
-    images: ImageArray, *, workers: int = 0, progress: Callable[[int, int], None] | None = None
-) -> np.ndarray:
-    """Hash pictures that have to be decoded, in a number of processes.
-
-    Args:
-        images: the pictures.
-        workers: number of processes; 0 for this one.
-        progress: called with the number of batches that are done and the number of all batches.
-
-    Returns:
-        Their hashes ``(N,)`` in their order, see :func:`~rnode_plugin.experiments.data.hashes.hashes_of`.
-    """
-    batches: DataLoader[Tensor] = DataLoader(
-        ArrayDataset(images),
-        batch_size=_DECODED,
-        collate_fn=keep_batch,
-        num_workers=workers,
-        worker_init_fn=leave_signals_to_parent,
-    )
-    hashes: list[np.ndarray] = []
-    with signals_held_back():
-        started = iter(batches)
-    for batch in started:
-        hashes.append(hashes_of(batch.numpy()))
-        if progress is not None:
-            progress(len(hashes), len(batches))
-    return np.concatenate(hashes)
 
 
 def leave_signals_to_parent(worker: int) -> None:

@@ -18,7 +18,7 @@ from ...errors import ConfigError, DataError
 from ..files import missing, walk
 from ..text import count_of, shape_text
 from .arrays import ImageArray, Index
-from .hashes import fingerprint
+from .identity import of_files
 from .images import ImageData, naming
 
 DEFAULT_ROOT = Path("data")
@@ -90,16 +90,16 @@ def _read(name: str, where: Path, *, size: int | None, channels: int | None, bit
         raise ConfigError(
             f"{name}: bits must be 1 to 8, channels 1 or 3, the size at least 1, not {bits}, {channels} and {size}."
         )
-    parts: list[ImageArray]
+    arrays: Sequence[ImageFiles | PackedImages]
     if _is_packed(where):
-        parts = [PackedImages(where / file, shift=8 - bits) for file in (TRAIN_FILE, VAL_FILE)]
+        arrays = [PackedImages(where / file, shift=8 - bits) for file in (TRAIN_FILE, VAL_FILE)]
     else:
         names = _pictures(where, notice=True)
         splits = assign(names, where=str(where))
         chosen = [[n for n, split in zip(names, splits, strict=True) if split == part] for part in ("train", "val")]
         options = {"size": size, "channels": channels or 3, "shift": 8 - bits}
-        parts = [ImageFiles(where, part, **options).in_memory() for part in chosen]
-    train, val = parts
+        arrays = [ImageFiles(where, part, **options) for part in chosen]
+    train, val = parts = [each.in_memory() if isinstance(each, ImageFiles) else each for each in arrays]
     _, c, h, w = train.shape
     # a request that was left open takes the shape of the training images, so the held-out ones are checked as well
     wanted = (channels or c, size or h, size or w)
@@ -109,8 +109,8 @@ def _read(name: str, where: Path, *, size: int | None, channels: int | None, bit
                 f"{name}: {where} holds images of {shape_text(images.shape[1:])}, not {shape_text(wanted)}. Scale "
                 "pictures with --size, and arrays before you write them."
             )
-    pixels = (fingerprint(train), val.checksum()) if isinstance(val, ImageFiles) else ("", "")
-    return ImageData(name=name, train=train, val=val, shape=(c, h, w), levels=2**bits, pixels=pixels)
+    identity = arrays[0].identity(), arrays[1].identity()
+    return ImageData(name=name, train=train, val=val, shape=(c, h, w), levels=2**bits, identity=identity)
 
 
 def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int, int]:
@@ -312,13 +312,9 @@ class ImageFiles:
         """Decode all pictures if they fit into memory; otherwise return this array, which decodes on demand."""
         return self[:] if np.prod(self.shape, dtype=np.int64) <= _IN_MEMORY_BYTES else self
 
-    def checksum(self) -> str:
-        """Hash the names and sizes of the files and the pixels of some: to decode all would take minutes."""
-        hashed = hashlib.sha256(fingerprint(self).encode())
-        for name in self._names:
-            # file names on Linux need not be valid UTF-8
-            hashed.update(f"\n{(self._folder / name).stat().st_size} {name}".encode("utf-8", "surrogateescape"))
-        return hashed.hexdigest()[:16]
+    def identity(self) -> str:
+        """Hash the names and the contents of the files, which takes seconds where decoding them takes minutes."""
+        return of_files(self._folder, self._names)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -355,8 +351,6 @@ class PackedImages:
         DataError: the file is missing or damaged, or does not hold such images.
     """
 
-    is_stored = True  # nothing has to be decoded
-
     def __init__(self, path: Path, *, shift: int = 0) -> None:
         self._path, self._shift = path, shift
         with naming(path, " Write it again."):
@@ -383,6 +377,10 @@ class PackedImages:
     def __getitem__(self, index: Index, /) -> np.ndarray:
         # without bits to drop this still copies, because a tensor can be written to and a mapped file cannot
         return np.right_shift(self._array[index], self._shift)
+
+    def identity(self) -> str:
+        """Hash the name and the contents of the file."""
+        return of_files(self._path.parent, [self._path.name])
 
     def __reduce__(self) -> tuple[partial[PackedImages], tuple[()]]:
         return partial(PackedImages, self._path, shift=self._shift), ()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,7 +14,7 @@ from ...errors import DataError, RnodeError
 from ..files import missing
 from ..text import shape_text
 from .arrays import ImageArray, limited
-from .hashes import NONE, are_in, fingerprint, hashes_of
+from .identity import identity_of
 
 
 @contextmanager
@@ -62,13 +60,10 @@ class ImageData:
         shape: (C, H, W) of each image, a tuple or what becomes one.
         levels: number of values that a pixel can take, 256 for 8 bits.
         numbers: the index of each image of ``val`` among all held-out images; None if ``val`` is all of them.
-        pixels: a hash of some training images (:func:`~rnode_plugin.experiments.data.hashes.fingerprint`), and one
-            of the held-out images: of all if they are in memory or in an array file, else of some. They are
-            computed if they are not given. :meth:`limit` keeps them, because they describe the whole data set.
-        unlimited: the held-out images that :meth:`limit` has drawn ``val`` from; None if ``val`` is all of them.
+        identity: a hash of all training images, and one of all held-out images. They are computed if they are not
+            given, by the ``identity()`` of an array that offers it. :meth:`limit` keeps them, because they describe
+            the whole data set.
         noun: what the samples are called.
-        val_hashes: the hashes of samples that only choose the weights. There are none, because the held-out images
-            do that too.
 
     Raises:
         DataError: the arrays are not such images. Values of arrays on disk are not checked.
@@ -80,10 +75,8 @@ class ImageData:
     shape: tuple[int, int, int]
     levels: int = 256
     numbers: np.ndarray | None = None
-    pixels: tuple[str, str] = ("", "")
-    unlimited: ImageArray | None = None
+    identity: tuple[str, str] = ("", "")
     noun: ClassVar[str] = "images"
-    val_hashes: ClassVar[np.ndarray] = NONE
 
     def __post_init__(self) -> None:
         if not 2 <= self.levels <= 256:
@@ -98,27 +91,10 @@ class ImageData:
                 raise DataError(f"{what} are {given}, but they must be uint8 arrays (N, {wanted}).")
             if isinstance(images, np.ndarray) and self.levels < 256 and images.max() >= self.levels:
                 raise DataError(f"{what} hold the value {images.max()}, which {self.levels} levels do not reach.")
-        if not all(self.pixels):
+        if not all(self.identity):
             for part, images in (("train", self.train), ("val", self.val)):
                 _check_reads(images, f"{self.name}: the {part} images")
-            hashes = self.held_out_hashes
-            if hashes is None:
-                held_out = fingerprint(self.all_held_out)
-            else:
-                held_out = hashlib.sha256(hashes.astype("<u8").tobytes()).hexdigest()[:16]
-            object.__setattr__(self, "pixels", (fingerprint(self.train), held_out))
-
-    @property
-    def all_held_out(self) -> ImageArray:
-        """The held-out images, whatever their limit is."""
-        return self.val if self.unlimited is None else self.unlimited
-
-    @functools.cached_property
-    def held_out_hashes(self) -> np.ndarray | None:
-        """The hash of each image in ``all_held_out``; None for pictures that would have to be decoded for it."""
-        images = self.all_held_out
-        is_quick = isinstance(images, np.ndarray) or getattr(images, "is_stored", False)
-        return hashes_of(images) if is_quick else None
+            object.__setattr__(self, "identity", (identity_of(self.train), identity_of(self.val)))
 
     def described(self) -> str:
         """Describe the images by shape and levels, in one line at the start of a run.
@@ -129,10 +105,6 @@ class ImageData:
         if not isinstance(self.train, np.ndarray) or not isinstance(self.val, np.ndarray):
             return text
         return text + repeated(self.train, self.val, "image")
-
-    def facts(self, given: Sequence[str] = ()) -> dict[str, Any]:
-        """Return the attributes of :class:`~rnode_plugin.experiments.data.facts.Facts` that identify the images."""
-        return {"train": self.pixels[0], "held_out": self.pixels[1]}
 
     @property
     def held_out(self) -> ImageArray:
@@ -155,7 +127,6 @@ class ImageData:
             train=limited(self.train, train),
             val=limited(self.val, measured),
             numbers=limited(numbers, measured),
-            unlimited=self.all_held_out,
         )
 
 
@@ -164,6 +135,7 @@ def repeated(train: np.ndarray, held_out: np.ndarray, sample: str) -> str:
 
     A flow may have memorized them. ``sample`` is the noun.
     """
-    count = int(are_in(hashes_of(held_out), np.sort(hashes_of(train))).sum())
+    known = {each.tobytes() for each in train}
+    count = sum(each.tobytes() in known for each in held_out)
     equal = "equals" if count == 1 else "equal"
     return f"\n{count:,} of {len(held_out):,} held-out {sample}s {equal} a training {sample}" if count else ""

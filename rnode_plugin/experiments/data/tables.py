@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -14,7 +12,7 @@ import numpy as np
 from ...errors import DataError, suggest
 from ..text import count_of
 from .arrays import limited
-from .hashes import hashes_of
+from .identity import of_samples
 from .images import repeated
 from .table_files import column_names, leave_out, read_columns
 
@@ -34,10 +32,9 @@ class Table:
         train: rows ``(N, len(columns))``, float.
         val: rows whose likelihood chooses the best weights.
         held_out: rows that measure the result.
-        rows, checksum: number of rows in all parts, and a hash of their values and of the split. They are computed
+        identity: a hash of all rows in ``train`` and ``val``, and one of those in ``held_out``. They are computed
             if they are not given. :meth:`limit` and :meth:`single` keep them, because they describe the file.
         numbers: the number of each held-out row in the file, from 1; None for a table that comes in parts.
-        unlimited: the rows that ``val`` and ``held_out`` were drawn from by a limit; None if they are all of them.
         noun: what the samples are called.
 
     Raises:
@@ -49,10 +46,8 @@ class Table:
     train: np.ndarray
     val: np.ndarray
     held_out: np.ndarray
-    rows: int = 0
-    checksum: str = ""
+    identity: tuple[str, str] = ("", "")
     numbers: np.ndarray | None = None
-    unlimited: tuple[np.ndarray, np.ndarray] | None = None
     noun: ClassVar[str] = "rows"
 
     def __post_init__(self) -> None:
@@ -65,57 +60,24 @@ class Table:
                     f"{self.name}: the {part} rows are {given}; they must be a NumPy array of floating-point "
                     f"numbers of shape (N, {len(self.columns)})."
                 )
-        if not self.checksum:
-            hashed = hashlib.sha256()
-            for part in self._parts.values():
-                # one byte order and precision, so that every machine computes the same hash
-                rows = np.ascontiguousarray(part, dtype="<f8")
-                hashed.update(f"{rows.shape}".encode())  # the border between two parts is part of the split
-                hashed.update(rows.data)
-            object.__setattr__(self, "checksum", hashed.hexdigest()[:16])
-            object.__setattr__(self, "rows", sum(map(len, self._parts.values())))
+        if not all(self.identity):
+            identity = of_samples(self.train, self.val), of_samples(self.held_out)
+            object.__setattr__(self, "identity", identity)
 
     @property
     def _parts(self) -> dict[str, np.ndarray]:
         return {"train": self.train, "val": self.val, "held_out": self.held_out}
 
-    @property
-    def _all_val(self) -> np.ndarray:
-        return self.val if self.unlimited is None else self.unlimited[0]
-
-    @property
-    def all_held_out(self) -> np.ndarray:
-        """The held-out rows, whatever their limit is."""
-        return self.held_out if self.unlimited is None else self.unlimited[1]
-
-    @functools.cached_property
-    def held_out_hashes(self) -> np.ndarray:
-        """The hash of each row in ``all_held_out``."""
-        return hashes_of(self.all_held_out)
-
-    @property
-    def val_hashes(self) -> np.ndarray:
-        """The hash of each row that chooses the weights, whatever their limit is."""
-        return hashes_of(self._all_val)
-
-    def facts(self, given: Sequence[str] = ()) -> dict[str, Any]:
-        """Return the attributes of :class:`~rnode_plugin.experiments.data.facts.Facts` that identify the table.
-
-        They have the ranges of its columns ``given``.
-        """
-        columns = self.train[:, [self.columns.index(name) for name in given]]
-        ranges = tuple(zip(columns.min(0).tolist(), columns.max(0).tolist(), strict=True))
-        return {"rows": self.rows, "checksum": self.checksum, "given_ranges": ranges or None}
+    def ranges(self, columns: Sequence[str]) -> tuple[tuple[float, float], ...]:
+        """Return the smallest and the largest value of each of these columns in the training rows."""
+        rows = self.train[:, [self.columns.index(name) for name in columns]]
+        return tuple(zip(rows.min(0).tolist(), rows.max(0).tolist(), strict=True))
 
     def _each(self, change: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
-        """Change the rows of all parts, also those that a limit has left out."""
-        rows: dict[str, Any] = {part: change(each) for part, each in self._parts.items()}
-        if self.unlimited is not None:
-            rows["unlimited"] = tuple(map(change, self.unlimited))
-        return rows
+        return {part: change(rows) for part, rows in self._parts.items()}
 
     def select(self, columns: Sequence[str]) -> Table:
-        """Return the same rows with these columns, in this order, and a checksum of them alone.
+        """Return the same rows with these columns, in this order, and the identity of them alone.
 
         Raises:
             DataError: the table does not have one of them.
@@ -125,7 +87,7 @@ class Table:
                 raise DataError(f"{self.name}: {suggest(name, self.columns, 'column')}")
         at = [self.columns.index(name) for name in columns]
         parts = self._each(lambda rows: np.ascontiguousarray(rows[:, at]))
-        return dataclasses.replace(self, columns=tuple(columns), rows=0, checksum="", **parts)
+        return dataclasses.replace(self, columns=tuple(columns), identity=("", ""), **parts)
 
     def limit(self, *, train: int | None = None, val: int | None = None, held_out: int | None = None) -> Table:
         """Return the table with at most so many rows in its parts, drawn as for images; None for all."""
@@ -135,7 +97,6 @@ class Table:
             val=limited(self.val, val),
             held_out=limited(self.held_out, held_out),
             numbers=None if self.numbers is None else limited(self.numbers, held_out),
-            unlimited=(self._all_val, self.all_held_out),
         )
 
     def check_finite(self) -> None:
@@ -174,8 +135,8 @@ class Table:
         A second line counts the held-out rows that equal a training row, because a flow may have memorized them.
         """
         columns = ", ".join(self.columns[:20]) + (", ..." if len(self.columns) > 20 else "")
-        text = f"{self.name}: {self.rows:,} rows, columns {columns}"
-        return text + repeated(self.train, self.held_out, "row")
+        text = f"{self.name}: columns {columns}"
+        return text + repeated(self.train + 0, self.held_out + 0, "row")  # which turns -0.0 into 0.0
 
 
 def split_rows(

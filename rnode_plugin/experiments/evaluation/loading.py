@@ -12,36 +12,32 @@ import torch
 from ...analysis.random_streams import Stream, seeded
 from ...errors import ConfigError, first_line
 from ..data import ImageData, Table
-from ..data.facts import Facts, Overlap, doubt
+from ..data.facts import Facts, doubt
 from ..recipes.kind import FlowInput
 from ..recipes.recipe import Recipe
-from ..text import batch_counter, count_of
+from ..text import count_of
 
 
 def load_for_evaluation(
-    recipe: Recipe, facts: Facts | None, *, root: str | None = None, download: bool = False, quiet: bool = False
-) -> tuple[ImageData | Table, Overlap | None]:
+    recipe: Recipe, facts: Facts | None, *, root: str | None = None, download: bool = False
+) -> ImageData | Table:
     """Load the data of a recipe, perhaps from another file or folder, with all of its validation samples.
 
-    Held-out samples that the weights were trained on are counted. A line on standard error warns of them, and of
-    other data among which they cannot be recognized.
+    A line on standard error says if the held-out samples are others than those of the training.
 
     Args:
         recipe: of the weights.
         facts: of the data that they were trained on; None if they are not known.
         root: another file or folder.
         download: fetch the data set if it is missing.
-        quiet: print no progress.
 
     Raises:
         DataError, ConfigError: see :meth:`~rnode_plugin.experiments.recipes.recipe.Recipe.load_data`.
     """
     data = recipe.at_root(root).load_data(download=download, all_val=True)
-    progress = None if quiet else batch_counter("comparing the pictures")
-    overlap = Overlap.of(facts, data, workers=recipe.data.workers, progress=progress)
-    if (said := doubt(facts, data, overlap)) is not None:
+    if (said := doubt(facts, data)) is not None:
         print(said, file=sys.stderr)
-    return data, overlap
+    return data
 
 
 def check_device(name: str, *, processes: int = 1) -> None:

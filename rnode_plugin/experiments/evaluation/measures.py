@@ -10,7 +10,6 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from ...validation import NULL_IS_NAN
-from ..data.facts import Overlap
 from ..recipes.recipe import KINDS
 
 if TYPE_CHECKING:
@@ -61,7 +60,6 @@ class Evaluation:
         gap: mean score with the training solver minus the mean score with the accurate one, on the first batch with
             the same noise. Infinite if the training solver fails there; None if it is not a fixed grid. With exact
             traces by a grid, of this grid in place of the training solver.
-        overlap: the number of held-out samples that the weights were trained on; None if it is not known.
     """
 
     samples: int
@@ -77,7 +75,6 @@ class Evaluation:
     whole_jacobian: bool
     seconds: float
     gap: float | None = None
-    overlap: Overlap | None = None
 
     def with_baselines(self, settings: Data | TableData, data: ImageData | Table) -> Evaluation:
         """Return this evaluation with the means of the baselines, which are fitted to the training data."""

@@ -175,7 +175,7 @@ def _differences(texts: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _measured(run: RunContents) -> str | None:
-    return None if run.facts is None else run.facts.measured
+    return None if run.facts is None else run.facts.held_out
 
 
 # ---- differences ----

@@ -24,7 +24,7 @@ from .configurations import Configuration, base_of
 from .diagnosis import draw_check
 from .figures import make_panels
 from .runs import data_name, own_data, recipe_name
-from .table import Table, change, compared, known, lambdas_text, quantities, trained_on
+from .table import Table, change, compared, known, lambdas_text, quantities
 
 
 class _Grid(NamedTuple):
@@ -81,7 +81,6 @@ def make_page(
         "steps": steps_of,
         "compared": compared,
         "change": change,
-        "trained_on": trained_on,
         "worse_than_baseline": worse_than_baseline,
     }
     html = environment.get_template("page.html").render(

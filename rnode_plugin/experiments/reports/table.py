@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...core.schedules import strength_text
-from ..quantities import Entry, overlap_text, state_of, table_of
+from ..quantities import Entry, state_of, table_of
 from ..recipes.kind import Kind
 from ..text import change_with_error
 from .configurations import Configuration, Difference, base_of, paired_difference
@@ -89,7 +89,6 @@ def _column(one: Configuration, base: Configuration, entries: Mapping[str, Entry
     yield True, "seeds", "", ", ".join(str(run.recipe.training.seed) for run in one.measured_runs)
     samples = " or ".join(dict.fromkeys(f"{each.samples:,}" for each in one.evaluations))
     yield True, f"held-out {kind.samples}", "measured for the scores and penalties", samples
-    yield True, "trained on", "held-out samples that the weights have seen", trained_on(one)
     places = [run.environment for run in one.runs]
     device = dict.fromkeys(each.device if each else "" for each in places)
     devices = dict.fromkeys(str(each.devices) if each else "" for each in places)
@@ -114,11 +113,6 @@ def compared(one: Configuration, base: Configuration) -> Difference | None:
 def change(difference: Difference, kind: Kind) -> str:
     """A difference with its error, in the unit of the kind."""
     return f"{change_with_error(difference.mean, difference.error)} {kind.short_unit}"
-
-
-def trained_on(one: Configuration) -> str:
-    """How many held-out samples the weights of each run were trained on."""
-    return "; ".join(dict.fromkeys(overlap_text(each.overlap, one.kind) for each in one.evaluations))
 
 
 def lambdas_text(one: Configuration) -> str:

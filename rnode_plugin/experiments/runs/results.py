@@ -18,7 +18,6 @@ from pydantic import TypeAdapter
 
 from ...analysis.result import Diagnosis
 from ...errors import ConfigError
-from ..data.facts import Overlap
 from ..evaluation.measures import Evaluation
 from ..files import write_atomically
 from .texts import known_rows, numbers, reading, write_json
@@ -135,13 +134,11 @@ class DiagnosedWeights(Diagnosis):
         checkpoint: the file of the weights.
         recipe: name of their recipe.
         weights: which weights they are, ``as trained`` or an average.
-        overlap: the number of held-out samples that the weights were trained on; None if it is not known.
     """
 
     checkpoint: str
     recipe: str
     weights: str
-    overlap: Overlap | None = None
 
 
 def write_diagnosis(path: Path, diagnosed: DiagnosedWeights) -> None:

@@ -1,4 +1,4 @@
-"""Writes and reads checkpoints: a recipe and facts of the data as plain data, hashes of samples, and a state dict.
+"""Writes and reads checkpoints: a recipe and facts of the data as plain data, and a state dict.
 
 Reading a file runs no code.
 """
@@ -6,7 +6,6 @@ Reading a file runs no code.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import json
 import os
@@ -17,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -28,43 +26,31 @@ from ...errors import CheckpointError, ConfigError, PluginError, first_line
 from ...flows.density import DensityModel
 from ...solvers import FixedGrid
 from ..data import ImageData, Table
-from ..data.facts import Facts, Overlap, doubt
+from ..data.facts import Facts, doubt
 from ..files import SAFETENSORS, write_atomically
 from ..recipes.recipe import Recipe
 from ..runs.run import LAST, checkpoint_files, find_checkpoint
-from ..text import batch_counter
 
 Contents = dict[str, Any]
 """The contents of a checkpoint, plain values and tensors by name. Some names are ours, the others Lightning's."""
 
 _FORMAT = 3
 _KEY, _CHECKSUM = "rnode_plugin", "sha256"
-TRAINED_ON = "rnode_plugin.trained_on"
-"""The name of the tensor of hashes in a file, beside the weights."""
 _PREFIX = "flow."  # Lightning saves the state of RnodeModule, whose attribute `flow` is the model
 _MAX_UNCHECKED_LAYERS = 1000  # a model with at most this many layers may be built before its file is checked
 
 
 def header_with(recipe: Recipe, facts: Facts | None = None) -> Contents:
-    """Make what a file has beside its weights: the header, and the hashes of what they were trained on, if known.
+    """Make the header that a file has beside its weights.
 
-    The header is plain data: the format, the version that writes it, the recipe, and the identity of the data.
+    It is plain data: the format, the version that writes it, the recipe, and the facts of the data.
     """
     plain = None if facts is None else facts.to_plain()
-    header = {"format": _FORMAT, "version": __version__, "recipe": recipe.to_plain(), "facts": plain}
-    if facts is None or facts.trained_on is None:
-        return {_KEY: header}
-    # as signed numbers, because safetensors of earlier versions of torch know no others of 64 bits
-    return {_KEY: header, TRAINED_ON: torch.from_numpy(facts.trained_on.view(np.int64).copy())}
+    return {_KEY: {"format": _FORMAT, "version": __version__, "recipe": recipe.to_plain(), "facts": plain}}
 
 
 def save_flow(
-    flow: DensityModel,
-    path: str | os.PathLike[str],
-    *,
-    recipe: Recipe,
-    facts: Facts | None = None,
-    trained_on: bool = False,
+    flow: DensityModel, path: str | os.PathLike[str], *, recipe: Recipe, facts: Facts | None = None
 ) -> None:
     """Write the weights of ``flow`` and the recipe that builds it. :func:`load_flow` reads the file.
 
@@ -77,26 +63,17 @@ def save_flow(
         recipe: the settings that build the model.
         facts: the facts of the data that it was trained on, by which commands notice other data. None if they are
             not known.
-        trained_on: also write the hashes of the samples that the weights were trained on, which ``facts`` have, so
-            that an evaluation of the file counts those among held-out samples. Whoever has a sample can then test
-            whether it was trained on.
 
     Raises:
         CheckpointError: the recipe builds another model, so that the file would not give ``flow`` back, or the file
             cannot be written. An earlier file then stays unchanged.
-        ConfigError: ``trained_on`` is asked for, and the facts do not have these hashes.
     """
-    if trained_on and (facts is None or facts.trained_on is None):
-        raise ConfigError("it is not known which samples these weights were trained on: leave their hashes out.")
-    if facts is not None and not trained_on:
-        facts = dataclasses.replace(facts, trained_on=None)
     _refuse_another(flow, recipe)
     beside = header_with(recipe, facts)
     if Path(path).suffix == SAFETENSORS:
         # copies: the format refuses tensors that share memory or have unusual strides
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in flow.state_dict().items()}
-        header = json.dumps(beside.pop(_KEY))
-        tensors |= beside
+        header = json.dumps(beside[_KEY])
         metadata = {"format": "pt", _KEY: header, _CHECKSUM: checksum(tensors, header)}
         write_atomically(path, save(tensors, metadata=metadata))
     else:
@@ -206,8 +183,8 @@ def load_weights(
 ) -> Facts | None:
     """Give ``flow``, which ``recipe`` has built, the weights in a run, a file, or the package.
 
-    A line on standard error warns if the weights were trained on held-out samples of ``data``, the data of the new
-    training; None for no comparison.
+    A line on standard error says if the held-out samples of ``data``, the data of the new training, are others than
+    those of the weights; None for no comparison.
 
     Returns:
         The facts of the data that the weights were trained on; None if the file has none.
@@ -224,20 +201,9 @@ def load_weights(
         raise CheckpointError(f"the weights of {file} are of other data: {there.text} there and {here.text} here.")
     put_weights(flow, contents, f"the weights of {file} do not fit this model")
     facts = facts_of(contents)
-    if data is not None and (said := doubt(facts, data, overlap_at_start(facts, data, recipe))) is not None:
+    if data is not None and (said := doubt(facts, data)) is not None:
         print(f"{file}: {said}", file=sys.stderr)
     return facts
-
-
-def overlap_at_start(facts: Facts | None, data: ImageData | Table, recipe: Recipe) -> Overlap | None:
-    """Count the held-out samples that the weights with which a run begins were trained on.
-
-    Pictures on disk are decoded for it only if they are others than those that the weights were trained with. The
-    end of the run counts them in any case.
-    """
-    if facts is None or (data.held_out_hashes is None and facts.describe(data)):
-        return None
-    return Overlap.of(facts, data, workers=recipe.data.workers, progress=batch_counter("comparing the pictures"))
 
 
 def _state_in(contents: Contents) -> dict[str, object]:
@@ -351,8 +317,7 @@ def _read_safetensors(path: Path) -> Contents:
         return {}
     if metadata.get(_CHECKSUM) != checksum(state, header):
         raise ValueError("the checksum in its metadata differs from its contents")
-    beside = {TRAINED_ON: state.pop(TRAINED_ON)} if TRAINED_ON in state else {}
-    return {_KEY: json.loads(header), **beside, "state_dict": state}
+    return {_KEY: json.loads(header), "state_dict": state}
 
 
 def recipe_of(contents: Contents, path: Path) -> Recipe:
@@ -369,23 +334,14 @@ def recipe_of(contents: Contents, path: Path) -> Recipe:
 
 
 def facts_of(contents: Mapping[str, Any]) -> Facts | None:
-    """Read the facts of the training data in the contents of a checkpoint, with the hashes; None if it has none.
+    """Read the facts of the training data in the contents of a checkpoint; None if it has none.
 
     Raises:
         CheckpointError: this version does not understand them.
     """
     header = contents[_KEY]
     try:
-        facts, hashes = Facts.from_plain(header.get("facts")), contents.get(TRAINED_ON)
-        if hashes is None:
-            return facts
-        trained_on = cast("Tensor", hashes).numpy()
-        if trained_on.dtype != np.int64 or trained_on.ndim != 1:
-            raise ValueError("what was trained on are no hashes")
-        trained_on = trained_on.view(np.uint64)
-        if not (trained_on[1:] > trained_on[:-1]).all():  # a search among others would find too few
-            raise ValueError("the hashes of what was trained on are not sorted")
-        return dataclasses.replace(facts or Facts(), trained_on=trained_on)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        return Facts.from_plain(header.get("facts"))
+    except (ValueError, RecursionError) as error:
         version, reason = header.get("version"), first_line(error)
         raise CheckpointError(f"rnode-plugin {version} has written facts that cannot be read: {reason}") from None

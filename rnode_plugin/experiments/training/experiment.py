@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-import numpy as np
+import torch
 
 from ...analysis.random_streams import Stream, seeded
 from ...flows.density import DensityModel
 from ..data import ImageData, Table
 from ..data.facts import Facts
-from ..data.hashes import NONE
 from ..recipes.recipe import Recipe
 from .checkpoints import load_weights
 from .plan import Resumed, RunPlan
@@ -31,8 +30,7 @@ class Experiment:
         loss: what a step minimizes, a function of a batch and the number of earlier steps. It holds ``flow``, so a
             new flow needs a new loss.
         resumed: the checkpoint that the weights are from, of the run that continues; None for a new run.
-        trained_on: the hashes of the samples that these weights were trained on, none of them for fresh weights;
-            None if they are not known.
+        before: the facts of the weights that the run begins with; None if they have none.
 
     Example:
         >>> import torch
@@ -51,7 +49,7 @@ class Experiment:
     flow: DensityModel
     loss: Loss
     resumed: Resumed | None = None
-    trained_on: np.ndarray | None = None
+    before: Facts | None = None
 
     @classmethod
     def of(
@@ -72,8 +70,8 @@ class Experiment:
 
         Raises:
             ConfigError: the model refuses a setting.
-            DataError: the data set is missing, does not fit the recipe, or surely holds out other samples than the
-                resumed run.
+            DataError: the data set is missing, does not fit the recipe, or is another one than that of the resumed
+                run.
             CheckpointError: the weights are missing, or belong to another model.
             PluginError: a plugin failed.
         """
@@ -82,15 +80,14 @@ class Experiment:
         flow = new_flow(recipe)
         # before the weights, because a checkpoint brings its own means and deviations and must have the last word
         recipe.kind.fit_statistics(flow, data)
-        before: Facts | None = Facts(trained_on=NONE)
+        before: Facts | None = None
         if resumed is not None:
-            resumed = resumed.put_into(flow, data, recipe)
+            resumed = resumed.put_into(flow, data)
             before = resumed.facts
         elif recipe.training.weights is not None:
             before = load_weights(flow, recipe.training.weights, recipe=recipe, data=data)
-        known = before and before.trained_on
         loss = loss_of(flow, recipe)
-        return cls(recipe=recipe, data=data, flow=flow, loss=loss, resumed=resumed, trained_on=known)
+        return cls(recipe=recipe, data=data, flow=flow, loss=loss, resumed=resumed, before=before)
 
     def plan(self, devices: int = 1) -> RunPlan:
         """Plan the steps of a run on a number of devices, each with ``data.batch_size`` samples in a step.
@@ -106,8 +103,10 @@ class Experiment:
 
     @functools.cached_property
     def facts(self) -> Facts:
-        """The facts of the data, and of what the weights of the first step were trained on."""
-        return Facts.of(self.data, self.recipe.data.given, trained_on=self.trained_on)
+        """The facts of the data, and of what the weights of the first step were trained on before."""
+        before = self.before
+        known = () if before is None and is_new(self.flow, self.recipe) else before and before.trained_on
+        return Facts.of(self.data, self.recipe.data.given, trained_on=known)
 
     @property
     def done(self) -> int:
@@ -119,3 +118,12 @@ def new_flow(recipe: Recipe) -> DensityModel:
     """Build the model of a recipe. Its fresh weights depend on the seed alone, so all devices build the same."""
     with seeded(recipe.training.seed, Stream.WEIGHTS):
         return recipe.build_flow()
+
+
+def is_new(flow: torch.nn.Module, recipe: Recipe) -> bool:
+    """Whether ``flow`` has the parameters of :func:`new_flow`, so that it was trained on nothing.
+
+    What the weights of another one were trained on is not known.
+    """
+    own, new = (dict(each.named_parameters()) for each in (flow, new_flow(recipe)))
+    return own.keys() == new.keys() and all(torch.equal(own[name].cpu(), new[name].cpu()) for name in own)

@@ -14,7 +14,6 @@ import torch
 
 from ...errors import ConfigError, SolverError, TrainingError
 from ...solvers import FixedGrid, get_method
-from ..data.facts import Overlap
 from ..evaluation.likelihood import evaluate
 from ..recipes.recipe import Recipe
 from ..runs.results import Result
@@ -133,7 +132,7 @@ def begin(given: Experiment | Recipe, options: RunOptions, loggers: Sequence[str
     Raises:
         ConfigError: a setting or a logger cannot work, the experiment was trained already, or a folder is given for
             a run that has one.
-        DataError: the data set is missing, does not fit, or surely holds out other samples than the resumed run.
+        DataError: the data set is missing, does not fit, or is another one than that of the resumed run.
         CheckpointError: there is nothing to continue from, or the checkpoint belongs to another model.
     """
     if not isinstance(given, (Recipe, Experiment)):
@@ -148,9 +147,8 @@ def begin(given: Experiment | Recipe, options: RunOptions, loggers: Sequence[str
     if isinstance(given, Recipe):
         experiment = Experiment.of(given, download=options.download, resumed=resumed)
     elif resumed is not None:
-        known = resumed.facts and resumed.facts.trained_on
-        resumed = resumed.put_into(given.flow, given.data, recipe)
-        experiment = dataclasses.replace(given, resumed=resumed, trained_on=known)
+        resumed = resumed.put_into(given.flow, given.data)
+        experiment = dataclasses.replace(given, resumed=resumed, before=resumed.facts)
     elif given.flow.trained_steps:
         raise ConfigError(
             "the flow of this experiment was trained by another run, so it has no fresh weights: make a new "
@@ -242,9 +240,7 @@ def _conclude(
     """
     recipe, data = experiment.recipe, experiment.data
     # from the file, because the flow that was trained has the last weights
-    flow, _, facts = load_with_recipe(run.best, map_location=device)
-    comparing = batch_counter("comparing the pictures") if progress else None
-    overlap = Overlap.of(facts, data, workers=recipe.data.workers, progress=comparing)
+    flow, _, _ = load_with_recipe(run.best, map_location=device)
     try:
         evaluation = evaluate(
             flow,
@@ -269,6 +265,6 @@ def _conclude(
             samples = picture
         except SolverError as error:  # a latent far out may fail where no held-out sample does
             print(f"no picture of samples of the best weights: {error}", file=sys.stderr)
-    result = dataclasses.replace(result, evaluation=dataclasses.replace(evaluation, overlap=overlap))
+    result = dataclasses.replace(result, evaluation=evaluation)
     run.conclude(result, recipe, data.numbers)
     return FitResult(run, result, True, samples)

@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import numpy as np
 import pytorch_lightning as L
 import torch
 from torch import Tensor
@@ -20,12 +19,11 @@ from ..._version import __version__
 from ...analysis.random_streams import Stream, seed_everything
 from ...errors import ConfigError, LocalError, SolverError, TrainingError
 from ...flows.density import DensityModel
-from ..data.facts import Facts, Overlap, doubt
-from ..data.hashes import NONE, hashes_of, united
+from ..data.facts import Facts, doubt
 from ..recipes.recipe import Recipe, as_text
-from .checkpoints import facts_of, header_with, load_weights, overlap_at_start
-from .datamodule import RecipeDataModule, RecipeLoader
-from .experiment import new_flow
+from .checkpoints import facts_of, header_with, load_weights
+from .datamodule import RecipeDataModule
+from .experiment import is_new, new_flow
 from .optimizers import learning_rate_factor, make_optimizer
 from .step import Loss, StepTerms, loss_of, measure_batch
 
@@ -36,8 +34,6 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-
-_BATCHES = 1000  # whose hashes are kept until each of them is kept once
 
 
 class RnodeModule(L.LightningModule):
@@ -71,14 +67,12 @@ class RnodeModule(L.LightningModule):
         loss: what a step minimizes, a function of a batch and the number of earlier steps. By default this is flow
             matching and equation 17, as the recipe says.
         facts: the facts of the training data, and of what the weights were trained on before. By default they are
-            read from the checkpoint that the Trainer continues from, or else describe its data module. Checkpoints
-            keep them with the hash of each sample that a step was given since then.
+            read from the checkpoint that the Trainer continues from, or else describe its data module.
         to_loggers: whether the loggers of the Trainer get what is logged. Callbacks get it in any case.
 
     Attributes:
         flow, loss: the model and the loss.
-        facts: the facts of the training data, with the hashes up to the last checkpoint; None before training, or
-            if the Trainer was given loaders.
+        facts: the facts of the training data; None before training, or if the Trainer was given loaders.
         own_values: what the last step has logged, as means over its batches on this device. Some are tensors, and
             reading them waits for the device.
 
@@ -111,8 +105,6 @@ class RnodeModule(L.LightningModule):
         self.flow = new_flow(recipe) if flow is None else flow
         self.loss = loss_of(self.flow, recipe) if loss is None else loss
         self.facts, self._compares = facts, facts is None  # the caller has compared the facts with the data
-        self._given: list[np.ndarray] = []  # hashes of the samples that steps were given since the last checkpoint
-        self._known = 0  # the number of hashes before the first step on these data
         self._to_loggers = to_loggers
         # steps without a usable gradient, in the whole run, and since the last usable one
         self.skipped = self.skipped_in_row = 0
@@ -284,21 +276,17 @@ class RnodeModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         weights, data = self.recipe.training.weights, self._data()
-        if self._is_fresh:
-            fresh = Facts(trained_on=NONE)
-            before = load_weights(self.flow, weights, recipe=self.recipe, data=data) if weights else fresh
-        else:  # of a checkpoint, or of the first fit
-            before = self.facts
-            if data is not None and self._compares:
-                self._print(doubt(before, data, overlap_at_start(before, data, self.recipe)))
-        known = before and before.trained_on
-        if data is not None and self._compares:
-            self.facts = dataclasses.replace(Facts.of(data, self.recipe.data.given), trained_on=known)
-        elif (
-            data is None and self.facts is not None
-        ):  # loaders of the user, whose samples are not those of a data set
-            self.facts = dataclasses.replace(self.facts, trained_on=None)
-        self._compares, self._known = True, 0 if known is None else len(known)
+        before = self.facts  # of a checkpoint, or of the first fit
+        if self._is_fresh and weights:
+            before = load_weights(self.flow, weights, recipe=self.recipe, data=data)
+        elif before is not None and data is not None and self._compares:
+            self._print(doubt(before, data))
+        known = () if before is None and is_new(self.flow, self.recipe) else before and before.trained_on
+        if data is None:  # loaders of the user, whose samples are not those of a data set
+            self.facts = None
+        elif self._compares:
+            self.facts = Facts.of(data, self.recipe.data.given, trained_on=known)
+        self._compares = True
         self._is_fresh = False  # a second fit continues from the weights of the first
         if self.recipe.training.compile:
             self._print("the steps of the solver are compiled: the first training step takes longer")
@@ -320,34 +308,6 @@ class RnodeModule(L.LightningModule):
         # loss, would steer its first steps
         if batch_idx % self._batches == 0 and 0 < self.global_step == self.recipe.matching:
             self._optimizer().state.clear()
-        self._remember(batch)
-
-    def _remember(self, batch: Tensor) -> None:
-        """Hash the samples that a step is given, before it may change the weights.
-
-        What was trained on is not known from here on if they come from a loader that is not ours, or were rounded.
-        """
-        if self.facts is None or self.facts.trained_on is None:
-            return
-        ours = isinstance(self.trainer.train_dataloader, RecipeLoader)
-        if not ours or getattr(batch, "dtype", None) not in (torch.uint8, torch.float32, torch.float64):
-            self.facts = dataclasses.replace(self.facts, trained_on=None)
-            return
-        self._given.append(hashes_of(batch.numpy(force=True)))
-        if len(self._given) == _BATCHES:  # each sample once, or a long run would fill the memory
-            self._given = [np.unique(np.concatenate(self._given))]
-
-    def _unite(self, given: np.ndarray | None) -> None:
-        """Add the hashes that all processes have given; None if one does not know what it was trained on."""
-        facts, data = self.facts, self._data()
-        if facts is None or facts.trained_on is None:
-            return
-        known: np.ndarray | None = None
-        if data is not None and given is not None:
-            known = united(facts.trained_on, given)
-            if len(known) - self._known > len(data.train):  # something has changed samples on their way to a step
-                known = None
-        self.facts, self._given = dataclasses.replace(facts, trained_on=known), []
 
     # Lightning types optimizers and schedulers as unions with lists, for modules with several of them
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -438,23 +398,13 @@ class RnodeModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         # the header makes Lightning's checkpoint one of ours, from which load_flow rebuilds the model
         # Lightning calls this in all processes, and the first one writes
-        world, data = self.trainer.world_size, self._data()
-        is_known = self.facts is not None and self.facts.trained_on is not None
-        own = (self._safe_steps, np.concatenate([NONE, *self._given]) if is_known else None)
+        world = self.trainer.world_size
         safe_steps: dict[int, dict[int, dict[str, float]]] = {}
-        given: np.ndarray | None = NONE
-        for rank, (steps, hashes) in enumerate(self._of_all(own)):
+        for rank, steps in enumerate(self._of_all(self._safe_steps)):
             for device, each in steps.items():
                 if device % world == rank:
                     safe_steps[device] = each
-            given = None if given is None or hashes is None else np.concatenate([given, hashes])
-        self._unite(given)
-        # the held-out samples that equal one that was trained on, unless they would have to be decoded
-        overlap = None if data is None or data.held_out_hashes is None else Overlap.of(self.facts, data)
-        progress = {
-            "skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "safe_steps": safe_steps,
-            "repeated": None if overlap is None else overlap.held_out,
-        }  # fmt: skip
+        progress = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "safe_steps": safe_steps}
         checkpoint.update(header_with(self.recipe, self.facts), progress=progress)
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
@@ -462,5 +412,5 @@ class RnodeModule(L.LightningModule):
         self.skipped, self.skipped_in_row = progress["skipped"], progress["skipped_in_row"]
         self._safe_steps = progress["safe_steps"]
         if self._compares:
-            self.facts, self._given = facts_of(checkpoint), []
+            self.facts = facts_of(checkpoint)
         self._is_fresh = False

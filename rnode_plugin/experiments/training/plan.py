@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import CheckpointError, ConfigError, first_line
-from ..data.facts import Facts, doubt, refuse_leak
+from ...errors import CheckpointError, ConfigError, DataError, first_line
+from ..data.facts import Facts
 from ..recipes.recipe import Recipe, differences
 from ..recipes.settings import KeptBy
 from ..runs.run import Run
@@ -21,7 +21,6 @@ from .checkpoints import (
     Contents,
     facts_of,
     newest_intact,
-    overlap_at_start,
     put_weights,
     read_checkpoint,
     recipe_of,
@@ -177,23 +176,23 @@ class Resumed:
     run: Run | None
     contents: Contents | None = None
 
-    def put_into(self, flow: DensityModel, data: ImageData | Table, recipe: Recipe) -> Resumed:
-        """Give ``flow`` the weights in the checkpoint, to train on with ``data`` by ``recipe``.
-
-        A line on standard error warns if ``data`` hold out samples that the run was trained on, or may do so.
+    def put_into(self, flow: DensityModel, data: ImageData | Table) -> Resumed:
+        """Give ``flow`` the weights in the checkpoint, to train on with ``data``.
 
         Returns:
             this without the contents of the file, which Lightning reads again when the training starts.
 
         Raises:
             CheckpointError: the weights belong to another model.
-            DataError: ``data`` hold out more samples that the run was trained on than its own data do.
+            DataError: ``data`` are not those that the run was trained on.
         """
         contents = self.contents or read_checkpoint(self.checkpoint)
-        overlap = overlap_at_start(self.facts, data, recipe)
-        refuse_leak(self.facts, data, overlap, before=contents.get("progress", {}).get("repeated"))
-        if (said := doubt(self.facts, data, overlap)) is not None:
-            print(said, file=sys.stderr)
+        if self.facts is not None and not self.facts.describe(data):
+            raise DataError(
+                f"{data.name} has other {data.noun} than the training of {self.checkpoint}, or another split: put "
+                "the old data back, name them with --data-root, or start a new run with --weights "
+                f"{self.checkpoint}."
+            )
         put_weights(flow, contents, f"the weights of {self.checkpoint} do not fit this model")
         return dataclasses.replace(self, contents=None)
 
