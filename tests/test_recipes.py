@@ -14,7 +14,7 @@ import torch
 from rnode_plugin import Adaptive, FixedGrid
 from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.experiments.recipes.recipe import Recipe, as_text, differences, get_recipe, read_recipe
+from rnode_plugin.experiments.recipes.recipe import Recipe, as_text, differences, get_recipe
 from rnode_plugin.experiments.recipes.settings import KeptBy, marks_of
 from rnode_plugin.solvers import Adjoint, get_method
 
@@ -195,7 +195,7 @@ def test_a_recipe_holds_names_and_numbers() -> None:
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(recipe, solver=solver)
     plain = recipe.to_plain()
-    plain["solver"]["atol"] = 1e-5  # a file of an earlier version had the settings of both kinds
+    plain["solver"]["atol"] = 1e-5
     with pytest.raises(
         ConfigError, match=r"^solver\.atol has no effect on the steps of a fixed grid: give solver.method=dopri5"
     ):
@@ -241,28 +241,6 @@ def test_a_wrong_kind_is_named(group: str) -> None:
     plain[group]["kind"] = "tabel"
     with pytest.raises(ConfigError, match=rf"^{group}\.kind: must be 'table', got 'tabel'\.$"):
         Recipe.from_plain(plain)
-
-
-@pytest.mark.parametrize(("setting", "value", "others"), [
-    ("training.weight_gradients", "all", ["half", ["all"], None]),
-    ("solver.error_norm", "rms", ["worst", {}]),
-    ("test_solver.error_norm", "rms", ["worst", 1]),
-])  # fmt: skip
-def test_retired_settings_of_files(tmp_path: Path, setting: str, value: str, others: list[object]) -> None:
-    """They are dropped at the value that is left, else refused by name, and are no settings of this version."""
-    recipe = get_recipe("mnist").override(["solver.method=dopri5", "solver.quadrature=full"])
-    (group, key), file = setting.split("."), tmp_path / "recipe.json"
-    for given in (value, *others):
-        plain = recipe.to_plain()
-        plain[group][key] = given
-        file.write_text(json.dumps(plain))
-        if given == value:
-            assert read_recipe(file) == Recipe.from_plain(plain) == recipe
-            continue
-        with pytest.raises(ConfigError, match=rf"{setting}=.* an earlier version.* as with {setting}={value}\."):
-            read_recipe(file)
-    with pytest.raises(ConfigError, match=f"unknown setting '{setting}'"):
-        recipe.override([f"{setting}={value}"])
 
 
 @pytest.mark.parametrize(("assignments", "message"), [

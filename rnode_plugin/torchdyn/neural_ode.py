@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 import torchsde
@@ -65,32 +65,8 @@ _OPTIONS: Mapping[str, tuple[str, object]] = {
 }
 """The options of a solver that torchdyn knows: the attribute and the default of each keyword."""
 
-_P = ParamSpec("_P")
 THEIRS = dict(vars(torchdyn_neuralde.NeuralODE))
 """The attributes of torchdyn's class, from before ``install()`` can replace them."""
-
-
-_OF_TORCHDYN_0 = {
-    "func": "vector_field=",
-    "s_span": "t_span, an argument of the call, model(x, t_span)",
-    "intloss": "integral_loss=",
-}
-"""The keywords of torchdyn 0.x that its present class lacks, and what they are now."""
-
-
-def _names_new_keywords(init: Callable[_P, None]) -> Callable[_P, None]:
-    """Make the keywords of torchdyn 0.x an error that names the present ones.
-
-    A decorator, because ``**kwargs`` of the constructor would accept every misspelled keyword.
-    """
-
-    @functools.wraps(init)
-    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        for name in _OF_TORCHDYN_0.keys() & kwargs.keys():
-            raise ConfigError(f"{name}= of torchdyn 0.x is now {_OF_TORCHDYN_0[name]}.")
-        init(*args, **kwargs)
-
-    return wrapped
 
 
 class NeuralODE(torchdyn_neuralde.NeuralODE):
@@ -187,7 +163,6 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
     _resolved: tuple[list[object], Solver] | None = None
     _replicate_for_data_parallel = refuse_data_parallel
 
-    @_names_new_keywords
     def __init__(
         self,
         vector_field: Callable[..., Any] | nn.Module,

@@ -302,13 +302,13 @@ class Recipe:
 
     @staticmethod
     def from_plain(plain: object) -> Recipe:
-        """Make a recipe from what :meth:`to_plain` gives, in this version or in an earlier one.
+        """Make a recipe from what :meth:`to_plain` gives.
 
         Raises:
             ConfigError: a setting is unknown, or a value is bad or no longer possible.
         """
         with refused():
-            return TypeAdapter(Recipe).validate_python(_as_of_now(plain) if isinstance(plain, Mapping) else plain)
+            return TypeAdapter(Recipe).validate_python(plain)
 
     @property
     def kind(self) -> Kind:
@@ -554,42 +554,6 @@ def get_recipe(name: str) -> Recipe:
 def is_recipe_file(name: str) -> bool:
     """Whether ``name`` means a file and not the name of a recipe."""
     return name.endswith(".json")
-
-
-_RETIRED: Mapping[str, Mapping[object, object]] = {
-    "training.precision": {"auto": "32-true"},
-    "training.compile": {"auto": False},
-    "training.weight_gradients": {"all": None},
-    "solver.error_norm": {"rms": None},
-    "test_solver.error_norm": {"rms": None},
-}
-"""Settings of earlier versions, and their values by what a file has; None: this version has no such setting."""
-
-
-def _as_of_now(plain: Mapping[str, object]) -> dict[str, object]:
-    """Plain data of a recipe without retired settings and values.
-
-    Raises:
-        ConfigError: a retired setting has a value that this version cannot have.
-    """
-    now = dict(plain)
-    for path, values in _RETIRED.items():
-        group, _, key = path.partition(".")
-        settings: Any = now.get(group)
-        if not isinstance(settings, Mapping) or key not in settings:
-            continue
-        given = settings[key]
-        # compared one by one, because a file may hold a list there, which no dictionary can look up
-        replaced = [new for old, new in values.items() if old == given]
-        if replaced:
-            rest = {name: each for name, each in settings.items() if name != key}
-            now[group] = rest if replaced[0] is None else {**settings, key: replaced[0]}
-        elif None in values.values():
-            raise ConfigError(
-                f"{path}={given} is a setting of an earlier version, which this version does not have: it trains "
-                f"as with {path}={next(iter(values))}."
-            )
-    return now
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
