@@ -139,4 +139,4 @@ def test_a_net_that_cannot_keep_graphs_runs_eagerly() -> None:
     assert torch.equal(
         found.z, replace(solver, compile=False).solve(System().start(Velocity(), z), z, (0.0, 1.0)).z
     )
-    assert not any(isinstance(each, Velocity) for each in graph._steps)
+    assert not any(isinstance(each, Velocity) for each in graph._graphs)

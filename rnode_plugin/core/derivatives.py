@@ -129,11 +129,6 @@ class Field(ABC):
         """This field in operations that torch.compile can trace, without checks; by default the field itself."""
         return self
 
-    @property
-    def untraceable(self) -> str:
-        """What the checks of an evaluation have found that :meth:`traceable` leaves out; empty if nothing."""
-        return ""
-
     def inputs(self) -> Sequence[Tensor]:
         """Further tensors with respect to which an adjoint differentiates, such as a context; by default none."""
         return ()
@@ -323,10 +318,6 @@ class AutogradField(Field):
         return AutogradField(
             self._field, *self._extra, part=self.part, checks=self.checks, captured=True, radius=self.radius
         )
-
-    @property
-    def untraceable(self) -> str:
-        return self.checks.third_derivative or ""
 
     def _of_part(
         self,

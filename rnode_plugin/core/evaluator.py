@@ -102,6 +102,7 @@ class Evaluator:
 
     def traceable(self) -> Evaluator:
         """An evaluator that torch.compile can trace, which makes no checks."""
+        self._with_buffers()  # what a step notes in its first call would make another graph of the second
         traceable = copy.copy(self)
         traceable._field = self._field.traceable()
         traceable.captured = True
@@ -207,13 +208,17 @@ class Evaluator:
                 if before is not None:
                     restore(before)
 
-    @contextmanager
-    def _copied_buffers(self) -> Iterator[None]:
-        """Context for evaluations that write into copies of the buffers of layers in training mode."""
+    def _with_buffers(self) -> list[nn.Module]:
+        """The modules that have buffers, which are searched once."""
         if self._modules is None:
             modules = () if self.net is None else self.net.modules()
             self._modules = [part for part in modules if part._buffers]
-        changing = [part for part in self._modules if part.training]
+        return self._modules
+
+    @contextmanager
+    def _copied_buffers(self) -> Iterator[None]:
+        """Context for evaluations that write into copies of the buffers of layers in training mode."""
+        changing = [part for part in self._with_buffers() if part.training]
         if not changing:
             yield
             return

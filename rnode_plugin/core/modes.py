@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..errors import ConfigError, is_out_of_memory
+from ..errors import ConfigError
 
 # names of torch that are not public ------------------------------------------------------------------------------
 
@@ -34,9 +33,6 @@ NAMES = {
     "torch.autograd.forward_ad._current_level": "solves are refused, or would drop dual numbers in silence",
     "torch.autograd.function.BackwardCFunction": "all layers count as custom functions, compared by differences",
     "torch._C._will_engine_execute_node": "a backward pass computes the gradients of all weights",
-    "torch._C._current_graph_task_id": "a checkpointed step that only its second run cannot trace raises an error",
-    "torch._dynamo.exc": "a step that cannot be compiled raises torch's error",
-    "torch._dynamo.convert_frame": "some steps that cannot be compiled raise torch's error",
     "torch.utils._pytree": "checkpointed solves and inference mode are refused",
     "torch.nn.modules.module._global_forward_hooks": "all layers count as having hooks, which autograd serves",
     "torch.nn.modules.module._global_forward_pre_hooks": "all layers count as having hooks, which autograd serves",
@@ -85,7 +81,6 @@ _is_batched: Callable[[Tensor], bool] = private("torch._C._functorch.is_batchedt
 _current_level: Callable[[], int | None] = private("torch._C._functorch.maybe_current_level")
 _level: Callable[[Tensor], int | None] = private("torch._C._functorch.maybe_get_level")
 _executes: Callable[[Any], bool] = find_private("torch._C._will_engine_execute_node") or (lambda node: True)
-_graph_task: Callable[[], int] = find_private("torch._C._current_graph_task_id") or (lambda: -1)
 _CustomNode: Any = find_private("torch.autograd.function.BackwardCFunction")
 _pytree: Any = find_private("torch.utils._pytree")
 _HOOKS_OF_ALL: Any = tuple(
@@ -132,24 +127,13 @@ def has_hooks(module: nn.Module) -> bool:
         if getattr(module, hooks):
             return True
     # a forward that was assigned to this one instance, as offloading tools do
-    return "forward" in vars(module) or None in _HOOKS_OF_ALL or bool(hook_numbers(()))
+    return "forward" in vars(module) or None in _HOOKS_OF_ALL or _has_hooks_of_all()
 
 
-def hook_numbers(modules: Iterable[nn.Module]) -> tuple[int, ...]:
-    """The numbers of the hooks that calls of ``modules`` run, also in submodules; no two hooks have the same.
-
-    Of the hooks that are registered for all modules torch's own are left out, as in :func:`has_hooks`.
-    """
-    numbers: list[int] = []
-    for module in modules:
-        for part in module.modules():
-            for hooks in _HOOKS:
-                numbers.extend(getattr(part, hooks))
-    for of_all in _HOOKS_OF_ALL:
-        for number, hook in ({} if of_all is None else of_all).items():
-            if not getattr(hook, "__module__", "").startswith("torch."):
-                numbers.append(number)
-    return tuple(numbers)
+def _has_hooks_of_all() -> bool:
+    """Whether hooks other than torch's own are registered for all modules."""
+    hooks = [hook for of_all in _HOOKS_OF_ALL if of_all is not None for hook in of_all.values()]
+    return any(not getattr(hook, "__module__", "").startswith("torch.") for hook in hooks)
 
 
 def hooks_of(x: Tensor) -> Any:
@@ -263,23 +247,6 @@ def reaches(node: Any) -> bool:
     """
     # torch.compile traces a backward pass before it runs
     return torch.compiler.is_compiling() or _executes(node)
-
-
-def runs_backward() -> bool:
-    """Whether this thread runs a backward pass, as where a checkpointed step is taken again."""
-    return _graph_task() != -1
-
-
-def is_of_compiler(error: Exception) -> bool:
-    """Whether an error says that torch.compile cannot compile a function, and not that the function has failed."""
-    names = ("TorchDynamoException", "FailOnRecompileLimitHit", "FailOnCacheLimitHit")  # the last of torch 2.6
-    known = find_private("torch._dynamo.exc")
-    if isinstance(error, tuple(kind for name in names if (kind := getattr(known, name, None)) is not None)):
-        return not is_out_of_memory(error)
-    # Dynamo lets some errors of its own pass as they are
-    file = getattr(find_private("torch._dynamo.convert_frame"), "__file__", "")
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(frame.f_code.co_filename == file for frame, _ in frames)
 
 
 def refuse_capture(what: str) -> None:

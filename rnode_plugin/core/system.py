@@ -141,18 +141,6 @@ class RightHandSide:
         """This right-hand side in operations that torch.compile can trace, without checks and counters."""
         return self
 
-    def check(self, t: Tensor, state: State) -> str:
-        """Evaluate once without effects, for the checks that a traceable right-hand side does not make.
-
-        Returns:
-            The reason why steps of the traceable right-hand side would differ from the others; empty if none would.
-
-        Raises:
-            ConfigError, PluginError: as an evaluation.
-        """
-        self(t, state)
-        return ""
-
     def count(self, evaluations: int) -> None:
         """Count evaluations of the traceable right-hand side."""
 
@@ -395,13 +383,6 @@ class FieldRightHandSide(RightHandSide):
 
     def traceable(self) -> FieldRightHandSide:
         return replace(self, evaluator=self.evaluator.traceable(), counters=())
-
-    def check(self, t: Tensor, state: State) -> str:
-        assert isinstance(state, Tensor)
-        z = self.z_of(state)
-        with self.evaluator.without_effects(z):
-            replace(self, counters=())(t, state)
-        return self.field.untraceable
 
     def count(self, evaluations: int) -> None:
         for counter in self.counters:

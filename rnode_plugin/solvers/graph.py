@@ -3,29 +3,32 @@
 A step is traced as a whole: its stages, the products with the Jacobian, which ``torch.func.vjp`` takes inside of
 the graph, the rates and their quadrature. So no double backward is left for the gradient of a product.
 
-What a graph cannot do is done outside of it. Each solve begins with one evaluation that makes the checks of a
-field, and evaluations are counted after a step.
+What a graph cannot do is done outside of it: the first step of a graph is compared with a plain one, and
+evaluations are counted after a step.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import types
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 
-from ..core.evaluator import random_states, restore
-from ..core.modes import hook_numbers, is_of_compiler, on_device, runs_backward, transforms_active
+from ..core.derivatives import AutogradField
+from ..core.modes import autocasts, outside_checkpoints
 from ..core.modules import module_of
-from ..core.system import Derivative, RightHandSide
+from ..core.system import Derivative, FieldRightHandSide, RightHandSide
 from .step import Draw, Problem, Step, Stepper
 from .tableaus import get_method
 
@@ -33,103 +36,176 @@ if TYPE_CHECKING:
     from .solution import Solution
     from .solver import Solver
 
-_Taking = Callable[..., Step]
+_Take = Callable[..., Step]
+_DIFFERS = "its compiled steps have other values or gradients, as with a torch.autograd.Function of one's own"
 
-_Key = tuple[frozenset[int] | None, tuple[int, ...]]
-_steps: WeakKeyDictionary[object, dict[_Key, _Taking] | None] = WeakKeyDictionary()
-"""The compiled steps of each net, by the stages that are drawn and the numbers of the hooks of the net and of
-penalties, whose coming and going Dynamo does not notice; None for a net whose steps cannot be traced."""
-_MOST = 8  # sets of hooks for a net, as many as torch keeps graphs
+
+@dataclass(frozen=True, eq=False)
+class _Graph:
+    """The compiled step of a net, and the uses in which it agreed with a plain step."""
+
+    take: _Take
+    uses: set[tuple[object, ...]] = field(default_factory=set[tuple[object, ...]])
+
+
+_graphs: WeakKeyDictionary[object, dict[frozenset[int] | None, _Graph] | None] = WeakKeyDictionary()
+"""The graphs of each net, by the stages that are drawn; None for a net that runs without them."""
 _numbers = itertools.count()
 
 
 def solve(solver: Solver, problem: Problem, run: Callable[[Solver, Problem], Solution]) -> Solution:
     """Solve by compiled steps where gradients are enabled, else by the steps themselves.
 
-    Inside of a transform and another ``torch.compile`` the steps are those of a solver without ``compile``. So are
-    all steps of a net that cannot be traced, about which one warning is given.
+    Inside of another ``torch.compile`` the steps are those of a solver without ``compile``. So are all steps of a
+    net that torch.compile cannot trace or traces wrongly, about which one warning is given.
 
     Args:
         solver: the solver with ``compile``.
         problem: the problem.
         run: solves a problem by a solver.
     """
-    rhs, z, t = problem.rhs, problem.z, problem.t_span
-    asked = torch.is_grad_enabled() and not (transforms_active() or torch.compiler.is_compiling() or z.is_meta)
-    if not asked:
+    owner = problem.rhs.owner
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return run(solver, problem)
     try:
-        known = _steps.get(rhs.owner, {})
+        graphs = _graphs.setdefault(owner, {})
     except TypeError:  # an object that cannot be referred to weakly
-        _warn(f"{type(rhs.owner).__name__} objects cannot keep a graph")
-        known = None
-    if known is None:
+        _warn(f"{type(owner).__name__} objects cannot keep a graph")
         return run(solver, problem)
-    why = "" if get_method(solver.method).traceable else "torch.compile cannot trace this solver object"
-    # a full adaptive solve evaluates its first stage before it takes a step
-    if not why and not (solver.adaptive and solver.quadrature == "full"):
-        why = rhs.check(on_device(t[0].detach(), z.device), z)
-    if why:
-        _give_up(rhs, why)
+    if graphs is None:
         return run(solver, problem)
-    before = random_states(z)
-    try:
-        return run(solver, replace(problem, compiled=_GraphStepper))
-    except _UntracedError:
-        if before is not None:
-            restore(before)
+    if not get_method(solver.method).traceable:
+        _give_up(problem.rhs, "torch.compile cannot trace this solver object")
         return run(solver, problem)
-
-
-class _UntracedError(Exception):
-    """A step after the first one cannot be traced, so the solve starts again without compiled steps."""
+    return run(solver, replace(problem, compiled=_GraphStepper))
 
 
 class _GraphStepper:
-    """A stepper whose steps are graphs. Where the first one cannot be traced, it takes all of them by itself."""
+    """A stepper whose steps are graphs. From a step that cannot be one, it takes all steps by itself.
+
+    The first step of each use of a graph is taken twice more, by the graph and by the plain stepper. torch.compile
+    may trace a field wrongly without an error, for instance a custom ``autograd.Function`` whose gradient is
+    differentiated again, so values and gradients are compared before the graph is used.
+    """
 
     def __init__(self, plain: Stepper) -> None:
         self._plain = plain
         self._traceable = replace(plain, rhs=plain.rhs.traceable())
         self._trains = any(x.requires_grad for x in plain.rhs.inputs())
-        self._graphs = _steps.setdefault(plain.rhs.owner, {})
-        net = module_of(plain.rhs.owner)
-        self._hooks = hook_numbers([*([] if net is None else [net]), *plain.rhs.regularizers.called])
-        self._taken = 0
-        if self._graphs is not None and len({self._hooks, *(hooks for _, hooks in self._graphs)}) > _MOST:
-            self._give_up("the hooks of its modules change too often")
+        self._net = module_of(plain.rhs.owner)
 
     def __call__(self, z: Tensor, t: Tensor, dt: Tensor, first: Derivative | None, draw: Draw | None) -> Step:
-        if self._graphs is None:
+        graphs = _graphs[self._plain.rhs.owner]
+        if graphs is None:
             return self._plain(z, t, dt, first, draw)
-        key = None if draw is None else frozenset(draw), self._hooks
-        take = self._graphs.get(key)
-        if take is None:
-            take = self._graphs[key] = _compiled()
+        stages = None if draw is None else frozenset(draw)
+        if stages not in graphs:
+            graphs[stages] = _Graph(_compiled())
+        graph = graphs[stages]
         # A number in the arguments would be a constant of the graph. The first state of a solve requires no
         # gradient, and the first length of an adaptive solve has no dimension, which would give other graphs.
-        dt = dt.reshape(t.shape)
+        length = dt.reshape(t.shape)
         shares = None if draw is None else {stage: dt.new_tensor(share) for stage, share in draw.items()}
-        if not torch.is_grad_enabled():
-            state = z.detach()
-        else:
-            state = z.detach().requires_grad_() if self._trains and not z.requires_grad else z
+        differentiated = torch.is_grad_enabled()
+        state = z if differentiated else z.detach()
+        if differentiated and self._trains and not z.requires_grad:
+            state = z.detach().requires_grad_()
+        use = z.shape, z.dtype, z.device, self._net is not None and self._net.training
+        why = ""
         try:
-            step = take(self._traceable, state, t, dt, first, shares)
+            if (
+                differentiated
+                and use not in graph.uses
+                and not self._agrees(graph.take, (state, t, length, first, shares))
+            ):
+                why = _DIFFERS
+            else:
+                step = graph.take(self._traceable, state, t, length, first, shares)
+                graph.uses.add(use)
+                self._plain.rhs.count(step.nfe)
+                return step
         except Exception as error:
-            if not is_of_compiler(error):
-                raise
-            self._give_up(f"torch.compile cannot trace them: {_reason(error)}")
-            if self._taken and not runs_backward():
-                raise _UntracedError from None
-            return self._plain(z, t, dt, first, draw)
-        self._taken += 1
-        self._plain.rhs.count(step.nfe)
+            why = f"torch.compile cannot trace them: {_reason(error)}"
+        step = self._plain(z, t, dt, first, draw)  # raises what is an error of the field, and not of the compiler
+        _give_up(self._plain.rhs, why)
         return step
 
-    def _give_up(self, why: str) -> None:
-        _give_up(self._plain.rhs, why)
-        self._graphs = None
+    def _agrees(self, take: _Take, arguments: tuple[Any, ...]) -> bool:
+        """Whether values and gradients of a graph are those of the plain step, as far as they can be compared.
+
+        Where the field draws random numbers, a graph may draw others.
+        """
+        z = arguments[0]
+        with _without_effects(self._net, z), outside_checkpoints():
+            before = _generator(z)
+            expected, nfe = self._differentiated(self._plain, *arguments)
+            draws = not torch.equal(before, _generator(z))
+        self._plain.rhs.count(-nfe)
+        # torch.compile may fail and leave hooks of saved tensors disabled, which this context enables again
+        with _without_effects(self._net, z), disable_saved_tensors_hooks("torch.compile traces a step"):
+            actual, _ = self._differentiated(functools.partial(take, self._traceable), *arguments)
+        precision = z.dtype.to_real()
+        if autocasts(z):
+            precision = torch.get_autocast_dtype(z.device.type)
+        tolerance = 30 * torch.finfo(precision).eps ** 0.5
+        return draws or all(_close(a, b, tolerance) for a, b in zip(actual, expected, strict=True))
+
+    def _differentiated(
+        self, take: _Take, z: Tensor, t: Tensor, dt: Tensor, first: Derivative | None, shares: Any
+    ) -> tuple[list[Tensor], int]:
+        """What a step computes, and the gradient of a fixed combination of it by the state and the parameters.
+
+        Returns:
+            These tensors, and the number of evaluations.
+        """
+        state = _leaf(z)
+        if first is not None:  # apart from the graph of the step that has evaluated it
+            penalties = {name: _leaf(x) for name, x in first.penalties.items()}
+            first = Derivative(_leaf(first.dz), None if first.dlogdet is None else _leaf(first.dlogdet), penalties)
+        step = take(state, t, dt, first, shares)
+        values = [step.z, *step.penalties.values(), *(value for _, value in step.path.values())]
+        values += [] if step.dlogdet is None else [step.dlogdet]
+        rhs, inputs = self._plain.rhs, [state] if state.requires_grad else []
+        if isinstance(rhs, FieldRightHandSide) and isinstance(rhs.field, AutogradField):
+            # other fields prepare their parameters outside of the step, by a graph that the other steps need
+            inputs += [x for x in rhs.inputs() if x.requires_grad]
+        outputs = [x for x in values if x.requires_grad]
+        gradients: Sequence[Tensor | None] = ()
+        if inputs and outputs:
+            weights = [torch.linspace(1, 2, x.numel(), device=x.device).to(x.dtype).view_as(x) for x in outputs]
+            gradients = torch.autograd.grad(outputs, inputs, weights, allow_unused=True)
+        zeros = [
+            torch.zeros_like(x) if gradient is None else gradient
+            for gradient, x in zip(gradients, inputs, strict=False)
+        ]
+        return [x.detach() for x in (*values, *zeros)], step.nfe
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_(x.requires_grad)
+
+
+def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+    scale = expected.abs().max() if expected.numel() else 0
+    if not torch.isfinite(torch.as_tensor(scale)):
+        return True  # the solve will say that it is not finite
+    return bool(((actual - expected).abs() <= tolerance * scale + torch.finfo(expected.dtype).tiny).all())
+
+
+def _generator(z: Tensor) -> Tensor:
+    return torch.cuda.get_rng_state(z.device) if z.is_cuda else torch.get_rng_state()
+
+
+@contextmanager
+def _without_effects(net: nn.Module | None, z: Tensor) -> Iterator[None]:
+    """Context whose evaluations leave random generators and buffers as they are."""
+    buffers = [] if net is None else [(buffer, buffer.clone()) for buffer in net.buffers()]
+    with torch.random.fork_rng([z.device] if z.is_cuda else []):
+        yield
+    with torch.no_grad():
+        for buffer, before in buffers:
+            if not torch.equal(buffer, before):  # a write would invalidate the graph of an earlier evaluation
+                buffer.copy_(before)
 
 
 def _take(
@@ -138,7 +214,7 @@ def _take(
     return stepper(z, t, dt, first, draw)
 
 
-def _compiled() -> _Taking:
+def _compiled() -> _Take:
     # Dynamo keeps at most eight graphs for a code object, and learns from it which sizes change. So each net has
     # code of its own, under a name of its own.
     code = _take.__code__.replace(co_name=f"{_take.__name__}_{next(_numbers)}")
@@ -172,7 +248,7 @@ def _needed(guards: Sequence[Any]) -> list[bool]:
 
 def _give_up(rhs: RightHandSide, why: str) -> None:
     """Let a net run without compiled steps from now on, and say why."""
-    _steps[rhs.owner] = None
+    _graphs[rhs.owner] = None
     _warn(why)
 
 
