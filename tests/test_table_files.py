@@ -103,11 +103,10 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
         "row 1 has 3 cells, .* 2 names.*row.names",
     ),
     "R write.csv": ('"","a","b"\n' + text_of(PAIRS, start='"{k}",'), "column has no name.*index=False"),
-    "pandas, read and written again": ("Unnamed: 0,a,b\n" + text_of(PAIRS, start="{k},"), "column has no name"),
     "a pivot table": ("site,2020\n" + text_of(PAIRS), "first line holds the number 2020"),
     "Excel with empty rows": (
         "a,b\n" + text_of(PAIRS) + ",\n" * 3,
-        "in 3 of 43 rows, the first of which is row 41",
+        "'a' .* finite numbers, and row 41 holds 'nan'",
     ),
     "a separator at the end of rows": (
         "a;b\n" + text_of(PAIRS, ";").replace("\n", ";\n"),
@@ -124,15 +123,13 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "decimal commas": ("a,b\n" + text_of(PAIRS, decimal=","), "4 cells, but .*points in decimals"),
     "decimal commas and tabs": ("a\tb\n" + text_of(PAIRS, "\t", decimal=","), "row 1 holds '0,126'.*with a point"),
     "thousands": ('a,b\n"1,234",2\n', "row 1 holds '1,234'"),
-    "a row of the word nan": ("a,b\n1,2\nnan,nan\n3,4\n", "'a'.*missing or infinite in 1 of 3 rows.* row 2"),
-    "infinite": ("a,b\n1,2\ninf,2\n", "'a'.*missing or infinite in 1 of 2 rows"),
-    "dates": ("day,a\n2020-01-01,1.5\n2020-01-02,2.5\n", "'day'.*not numeric: row 1 holds '2020-01-01'"),
-    "underscores": ("a,b\n1,2\n1_000,2\n", "'a' .*not numeric: row 2 holds '1_000'"),
+    "a row of the word nan": ("a,b\n1,2\nnan,nan\n3,4\n", "'a' .*row 2 holds 'nan'"),
+    "infinite": ("a,b\n1,2\ninf,2\n", "'a' .*row 2 holds 'inf'"),
+    "dates": ("day,a\n2020-01-01,1.5\n2020-01-02,2.5\n", "'day' .*row 1 holds '2020-01-01'"),
+    "underscores": ("a,b\n1,2\n1_000,2\n", "'a' .*row 2 holds '1_000'"),
     "a header alone": ("a,b\n", "no rows"),
     "two columns of one name": ("a,b,a\n1,2,3\n", "2 columns have the name 'a'"),
-    "two columns that look alike": ("\u00e9,e\u0301\n1,2\n", "look alike, '\u00e9' in two forms of Unicode"),
-    "a comment": ("# a,b\n1,2\n", "begins with #"),
-    "an empty row of one column": ("a\n1\n\n3\n", "missing or infinite in 1 of 3 rows.* row 2"),
+    "an empty row of one column": ("a\n1\n\n3\n", "row 2 holds 'nan'"),
     "nothing": ("", "first line is empty"),
     "Latin-1": (b"a,b\n1,\xff\n", "not text in UTF-8"),
 }
@@ -160,8 +157,8 @@ def test_missing_cells_in_a_column_that_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("array", "message"), [
     (np.zeros(5), r"holds float64 \(5,\), but a table is an array \(rows, columns\)"),
     (np.zeros(30, dtype=[("q", "f8"), ("r", "f8")]), r"but a table is an array \(rows, columns\)"),
-    (np.zeros((30, 2), dtype=complex), "'column_1' .*not numeric"),
-    (np.array([["x", "y"]]), r"'column_1' .*not numeric: row 1 holds 'x'"),
+    (np.zeros((30, 2), dtype=complex), "'column_1' .*row 1 holds '0j'"),
+    (np.array([["x", "y"]]), r"'column_1' .*row 1 holds 'x'"),
     (np.array([[None]], dtype=object), "cannot be read"),
 ])  # fmt: skip
 def test_arrays_that_are_refused(array: np.ndarray, message: str, tmp_path: Path) -> None:
@@ -183,8 +180,8 @@ def test_parquet_of_pandas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert column_names(path) == tuple(frame.columns)
     read = read_columns(path, ["a", "flag", "small"])
     assert np.array_equal(read, frame[["a", "flag", "small"]].to_numpy(float))
-    for name, message in (("whole", "missing or infinite in 20 of 40"), ("label", "row 1 holds 'x'"),
-                          ("day", "not numeric"), ("list", "not numeric")):  # fmt: skip
+    for name, message in (("whole", "row 2 holds"), ("label", "row 1 holds 'x'"), ("day", "row 1 holds '2026"),
+                          ("list", "row 1 holds")):  # fmt: skip
         with pytest.raises(DataError, match=f"'{name}' .*{message}"):
             read_columns(path, ["a", name])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -304,16 +301,14 @@ def test_the_advice_to_leave_columns_out_can_be_pasted(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text('a,sex,"b, mean",c,kind\n' + "".join(f"{k},f,{k % 7},{k * k % 11},x\n" for k in range(40)))
     recipe = get_recipe("table").override([f"data.root={path}"])
-    with pytest.raises(
-        DataError, match=r"'sex' of .* is not numeric: row 1 holds 'f'.*, or leave it out"
-    ) as refused:
+    with pytest.raises(DataError, match=r"'sex' of .*row 1 holds 'f'.*, or leave it out") as refused:
         recipe.load_data()
     (setting,) = shlex.split(str(refused.value).rpartition("--set ")[2].removesuffix("."))
     loaded: Any = recipe.override([setting]).load_data()  # also without the other column of texts
     assert loaded.columns == ("a", "b, mean", "c")
     with pytest.raises(DataError, match=r"Leave it out with --set data\.columns=a,b\.$"):
         _accept(_table(X, Y, 0 * X), 3)
-    with pytest.raises(DataError, match=r"'sex' .*not numeric: [^,]*Write plain numbers with a point\.$"):
+    with pytest.raises(DataError, match=r"'sex' .*fill in or remove rows without one\.$"):
         read_columns(path, ["a", "sex"])  # given columns, which sampling needs
 
 
@@ -332,7 +327,7 @@ def test_the_advice_on_a_column_fits(tmp_path: Path) -> None:
             _accept(_table(*columns), modeled)
     path = tmp_path / "labels.csv"
     path.write_text("a,sex\n" + "".join(f"{k},f\n" for k in range(40)))
-    for given, advice in (("sex", rf"a point, or {without}"), ("a", r"a point\.$")):
+    for given, advice in (("sex", rf"without one, or {without}"), ("a", r"without one\.$")):
         with pytest.raises(DataError, match=advice):
             get_recipe("table").override([f"data.root={path}", f"data.given={given}"]).load_data()
 

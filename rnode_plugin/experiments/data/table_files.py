@@ -9,9 +9,9 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import math
 import os
 import shlex
-import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,58 +74,41 @@ def read_columns(
 
     Raises:
         ConfigError: see :func:`column_names`.
-        DataError: see :func:`column_names`; a column is missing or not numeric, or a value is missing or infinite.
+        DataError: see :func:`column_names`; a column is missing, or a cell holds no finite number.
     """
     frame = _frame(Path(path))
     for name in wanted:
         if name not in frame.columns:
             raise DataError(f"{path}: {suggest(name, frame.columns, 'column')}")
     columns = {name: _as_numbers(cast("pd.Series", frame[name])) for name in wanted}
-    numeric = [name for name, (_, fault) in columns.items() if not fault]
-    for name, (_, fault) in columns.items():
-        if fault:
-            left = optional and set(numeric) - set(given)
-            advice = f", or {leave_out(numeric, given=name in given)}" if left else ""
-            raise DataError(
-                f"the column {name!r} of {path} is not numeric: {fault}. Write plain numbers with a point{advice}."
-            )
-    return np.stack(
-        [_finite(f"the column {name!r} of {path}", each) for name, (each, _) in columns.items()], axis=1
-    )
-
-
-def _as_numbers(column: pd.Series) -> tuple[pd.Series, str]:
-    """Return a column and its first value that is not a number, in words; empty words for a numeric column."""
-    import pandas
-
-    if column.dtype.kind in "fiub":
-        return column, ""
-    if column.dtype.kind != "O":
-        return column, f"it is {column.dtype}"
-    # texts, also of whole numbers with more than 64 bits. to_numeric only finds what cannot be read, because it
-    # rounds some last bits wrongly. `_finite` converts the texts themselves
-    numbers = pandas.Series(pandas.to_numeric(column, errors="coerce"))
-    wrong = np.flatnonzero(numbers.isna() & column.notna())
-    return column, f"row {wrong[0] + 1} holds {str(column.iloc[wrong[0]])[:40]!r}" if len(wrong) else ""
-
-
-def _finite(what: str, column: pd.Series) -> np.ndarray:
-    """Convert a column to float64, and refuse values that are missing or infinite with the row of the first one."""
-    values = column.to_numpy(dtype=np.float64, na_value=np.nan)
-    if len(gaps := np.flatnonzero(~np.isfinite(values))):
+    finite = [name for name, values in columns.items() if np.isfinite(values).all()]
+    for name, values in columns.items():
+        if name in finite:
+            continue
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        left = optional and set(finite) - set(given)
+        advice = f", or {leave_out(finite, given=name in given)}" if left else ""
         raise DataError(
-            f"{what} is missing or infinite in {len(gaps)} of {len(values)} rows, the first of which is row "
-            f"{gaps[0] + 1}. Remove these rows, or fill them in."
+            f"the column {name!r} of {path} must hold finite numbers, and row {row + 1} holds "
+            f"{str(frame[name].iloc[row])[:40]!r}. Write plain numbers with a point, and fill in or remove rows "
+            f"without one{advice}."
         )
-    return values
+    return np.stack(list(columns.values()), axis=1)
 
 
-def _is_number(text: str) -> bool:
+def _as_numbers(column: pd.Series) -> np.ndarray:
+    """Convert a column to float64, with NaN for each cell that is not a number."""
+    if column.dtype.kind in "fiub":
+        return column.to_numpy(dtype=np.float64, na_value=np.nan)
+    return np.array([_number(cell) for cell in column])
+
+
+def _number(cell: object) -> float:
+    # Python also reads 1_000, which a program may have written for 1.000
     try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        return math.nan if isinstance(cell, str) and "_" in cell else float(cast("float", cell))
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _frame(path: Path, rows: int | None = None) -> pd.DataFrame:
@@ -136,12 +119,10 @@ def _frame(path: Path, rows: int | None = None) -> pd.DataFrame:
         frame = read(path, rows)
     names = list(frame.columns)
     for name in names:
-        if not name or name.startswith("Unnamed: ") or name == "...1":  # pandas' and R's names for no name
+        if not name:
             raise _refused(path, "a column has no name")
         if names.count(name) > 1:
             raise _refused(path, f"{names.count(name)} columns have the name {name!r}")
-        if (composed := unicodedata.normalize("NFC", name)) != name and composed in names:
-            raise _refused(path, f"two columns have names that look alike, {composed!r} in two forms of Unicode")
     if frame.empty:
         raise DataError(f"{path} has {'columns, but no rows' if names else 'no columns'}.")
     return frame
@@ -203,12 +184,9 @@ def _header(path: Path, line: str) -> tuple[list[str], str]:
     tabs = path.suffix.lower() == ".tsv"
     separator = "\t" if tabs else next((each for each in "\t,;|" if each in line), " ")
     names = [cell.strip() for cell in next(csv.reader([line], delimiter=separator, skipinitialspace=True))]
-    # float() reads the names `nan` and `inf`, which a column may have. Any other number means that the file has no
-    # line of names, and its first row would be lost
-    if numbers := [name for name in names if _is_number(name) and not name.isalpha()]:
+    # a number means that the file has no line of names, and its first row would be lost
+    if numbers := [name for name in names if math.isfinite(_number(name))]:
         raise _refused(path, f"its first line holds the number {numbers[0]}")
-    if names[0].startswith("#"):
-        raise _refused(path, "its first line begins with #, like a comment")
     return names, r"\s+" if separator == " " else separator
 
 
