@@ -224,19 +224,6 @@ class Counts(L.Callback):
 """
 
 
-def test_another_process_names_itself_in_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends with an error, so that the first one never waits for it, which gets the time to print its own."""
-    monkeypatch.setattr("rnode_plugin.cli.train._SECONDS_TO_SPEAK", 0.3)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    start = time.monotonic()
-    done = rnode("train", "digits", "--device", "cpu", "--runs", tmp_path, "--callback", "mine")
-    assert (done.exit_code, done.stderr) == (2, "process 1: --callback mine: write MODULE:NAME.\n")
-    assert time.monotonic() - start > 0.3
-    monkeypatch.setenv("RANK", "5")  # as torchrun counts on a second machine
-    done = rnode("train", "digits", "--device", "cpu", "--runs", tmp_path, "--callback", "mine")
-    assert done.stderr.startswith("process 5: ")
-
-
 @pytest.mark.ddp
 @pytest.mark.slow
 @pytest.mark.timeout(3600)

@@ -8,15 +8,13 @@ import pkgutil
 import shlex
 import signal
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ConfigError, RnodeError, TrainingError
+from ..errors import ConfigError, TrainingError
 from ..experiments.runs.run import LAST, Run, find_checkpoint
 from ..experiments.text import count_of, table
 from ..experiments.training.loggers import LOGGERS, check_loggers
@@ -118,28 +116,27 @@ def train(
     metrics, checkpoints and samples. With --resume, RECIPE may be left out. Settings that are given again change
     from there on, and a recipe.json changes all of them.
     """
-    with _reported_by_process(ctx):
-        check_loggers(loggers)
-        for name in callbacks:
-            _check_callback(name)
-        chosen, resume = _chosen(recipe, resume, changes, ffjord=ffjord)
-        check_folder(_folder_of(resume) or run_folder or runs)
-        used = _devices(device, devices)
-        flush_denormals()
-        # what cannot work was refused before these imports, which take seconds
-        from ..experiments.training.fit import fit
-        from ..experiments.training.plan import RunOptions
+    check_loggers(loggers)
+    for name in callbacks:
+        _check_callback(name)
+    chosen, resume = _chosen(recipe, resume, changes, ffjord=ffjord)
+    check_folder(_folder_of(resume) or run_folder or runs)
+    used = _devices(device, devices)
+    flush_denormals()
+    # what cannot work was refused before these imports, which take seconds
+    from ..experiments.training.fit import fit
+    from ..experiments.training.plan import RunOptions
 
-        options = RunOptions(
-            runs=runs,
-            run_folder=run_folder,
-            resume=resume,
-            max_time=max_time,
-            download=download,
-            progress=not (quiet or as_json),
-        )
-        made = [_callback(name) for name in callbacks]
-        fitted = fit(chosen, options, callbacks=made, loggers=loggers, num_nodes=num_nodes, **used)
+    options = RunOptions(
+        runs=runs,
+        run_folder=run_folder,
+        resume=resume,
+        max_time=max_time,
+        download=download,
+        progress=not (quiet or as_json),
+    )
+    made = [_callback(name) for name in callbacks]
+    fitted = fit(chosen, options, callbacks=made, loggers=loggers, num_nodes=num_nodes, **used)
     if not fitted.first_process:
         return
     if as_json:
@@ -151,31 +148,6 @@ def train(
         _print_result(fitted, chosen, next_steps=next_steps)
     if fitted.result.by_signal:
         ctx.exit(128 + signal.Signals[fitted.result.stopped])
-
-
-@contextmanager
-def _reported_by_process(ctx: click.Context) -> Iterator[None]:
-    """Let the other processes of a distributed run name themselves in an error, and end after the first one."""
-    try:
-        yield
-    except RnodeError as error:
-        first = all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_PROCID"))
-        if first or type(error) not in (ConfigError, TrainingError):  # another error may be in this process only
-            raise
-        ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-        rank = next(each for each in ranks if each is not None)
-        click.echo(f"process {rank}: {error}", err=True)
-        # An exit code other than 0 lets the launcher kill the first process, which may meet the same error: it gets
-        # the time to print its own, with its advice. Without the exit code it could wait here for half an hour
-        from ..experiments.training.failures import FIRST_PROCESS  # torch
-
-        parent, end = os.environ.get(FIRST_PROCESS, str(os.getppid())), time.monotonic() + _SECONDS_TO_SPEAK
-        while str(os.getppid()) == parent and time.monotonic() < end:
-            time.sleep(0.1)
-        ctx.exit(2 if isinstance(error, ConfigError) else 1)
-
-
-_SECONDS_TO_SPEAK = 20.0
 
 
 def _chosen(

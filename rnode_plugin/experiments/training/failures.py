@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -114,34 +113,3 @@ def let_others_end(trainer: L.Trainer) -> None:
     """
     if trainer.is_global_zero and (launcher := trainer.strategy.launcher) is not None:
         getattr(launcher, "procs", []).clear()
-
-
-FIRST_PROCESS = "RNODE_FIRST_PROCESS"
-"""The variable of the environment with the number of the process that has started this one for another device."""
-
-
-@contextmanager
-def ended_with_first_process() -> Iterator[None]:
-    """End this process within a second if the first one, which has started it, was killed.
-
-    It would wait for the first one until PyTorch's time limit of half an hour if they had not met yet. The first
-    process leaves its number in the environment of those that it starts. Another launcher ends processes itself.
-    """
-    first, done = os.environ.get(FIRST_PROCESS), threading.Event()
-
-    def watch() -> None:
-        while str(os.getppid()) == first:
-            if done.wait(1.0):
-                return
-        os._exit(1)
-
-    if is_other := first is not None and os.environ.get("LOCAL_RANK", "0") != "0":
-        threading.Thread(target=watch, daemon=True).start()
-    else:
-        os.environ[FIRST_PROCESS] = str(os.getpid())
-    try:
-        yield
-    finally:
-        done.set()
-        if not is_other:
-            os.environ.pop(FIRST_PROCESS, None)

@@ -21,7 +21,7 @@ from ..runs.run import Run, training_lock
 from ..text import batch_counter
 from .checkpoints import load_with_recipe
 from .experiment import Experiment
-from .failures import ended_with_first_process, translate_errors
+from .failures import translate_errors
 from .loggers import check_loggers, make_logger
 from .plan import Resumed, RunOptions, RunPlan
 
@@ -88,7 +88,7 @@ def fit(
     """
     options = options or RunOptions()
     names = [each for each in loggers if isinstance(each, str)]
-    with translate_errors(), ended_with_first_process():
+    with translate_errors():
         experiment = begin(experiment, options, names)
         # Lightning is imported only now, because that takes seconds, and most refusals do not need it
         from .after_step import AfterStep
