@@ -11,8 +11,8 @@ from torch import nn
 from torchdyn.datasets import ToyDataset
 
 from rnode_plugin import Adaptive, FixedGrid, System, objective
-from rnode_plugin.analysis.random_streams import Stream, seeded
 from rnode_plugin.core.objective import standard_normal_log_prob
+from rnode_plugin.experiments.random_streams import Stream, seeded
 from rnode_plugin.regularizers import jacfrob, kinetic
 
 MEANS, DEVIATION = torch.tensor([-1.5, 1.5]), 0.35

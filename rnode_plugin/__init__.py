@@ -19,8 +19,7 @@ _PUBLIC = {
     "TableFlow": "flows.table",
     "DensityModel": "flows.density",
     "FlowOutput": "core.objective",
-    "importance_sample": "analysis.importance_sampling",
-    "map_log_prob": "analysis.map_jacobian",
+    "map_log_prob": "flows.map_jacobian",
     "Solution": "solvers.solution",
     "Adaptive": "solvers.solver",
     "FixedGrid": "solvers.solver",
@@ -36,7 +35,7 @@ _PUBLIC = {
     "ImageDataModule": "experiments.training.datamodule",
     "TableDataModule": "experiments.training.datamodule",
     "load_flow": "experiments.training.checkpoints",
-    "diagnose": "analysis.diagnose",
+    "diagnose": "experiments.evaluation.diagnose",
     "check_field": "core.checks",
     "penalties_along": "penalties",
     "penalties_at": "penalties",
@@ -50,19 +49,18 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from .analysis.diagnose import diagnose
-    from .analysis.importance_sampling import importance_sample
-    from .analysis.map_jacobian import map_log_prob
     from .core.checks import check_field
     from .core.objective import FlowOutput, bits_per_dim, objective
     from .core.system import System
     from .core.trace_estimators import Exact, Hutchinson
     from .errors import RnodeError, SolverError
+    from .experiments.evaluation.diagnose import diagnose
     from .experiments.recipes.recipe import get_recipe
     from .experiments.training.checkpoints import load_flow
     from .experiments.training.datamodule import ImageDataModule, TableDataModule
     from .experiments.training.module import RnodeModule
     from .flows.density import DensityModel
+    from .flows.map_jacobian import map_log_prob
     from .flows.multiscale import MultiscaleFlow
     from .flows.table import TableFlow
     from .penalties import penalties_along, penalties_at

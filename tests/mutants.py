@@ -127,13 +127,6 @@ MUTANTS = [
         "test_finite_difference.py::test_the_limit_is_the_exact_acceleration_of_first_order",
     ),
     Mutant(
-        "the error of log Z is divided by n, not by n - 1",
-        "analysis/importance_sampling.py",
-        "/ (n - 1)).sqrt()",
-        "/ n).sqrt()",
-        "test_importance_sampling.py::test_the_error_of_log_z_is_that_of_a_mean_of_three_weights",
-    ),
-    Mutant(
         "a warm-up begins one step early",
         "core/schedules.py",
         "min(1.0, step / self.steps)",

@@ -19,12 +19,12 @@ from rnode_plugin.solvers import ADAPTIVE_METHODS
 
 
 class Linear(nn.Module):
-    """``f(t, z) = A z``, on states of any event shape; the event is flattened."""
+    """``f(t, z) = A z``, on states of any event shape; the event is flattened. A is random unless it is given."""
 
-    def __init__(self, dims: int = 3, *, seed: int = 0, scale: float = 0.6) -> None:
+    def __init__(self, dims: int = 3, *, seed: int = 0, scale: float = 0.6, matrix: Tensor | None = None) -> None:
         super().__init__()
         draw = torch.randn(dims, dims, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        self.a = nn.Parameter(scale * draw / dims**0.5)
+        self.a = nn.Parameter(scale * draw / dims**0.5 if matrix is None else matrix)
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         return (z.reshape(z.shape[0], -1) @ self.a.T).reshape(z.shape)

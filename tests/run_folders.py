@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rnode_plugin.analysis.result import Check
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.evaluation.measures import Evaluation, Mean
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.environment import Environment
 from rnode_plugin.experiments.runs.metrics import MetricsTable
-from rnode_plugin.experiments.runs.results import DiagnosedWeights, Result
+from rnode_plugin.experiments.runs.results import Result
 from rnode_plugin.experiments.runs.run import Run
 
 ENVIRONMENT = Environment(
@@ -28,21 +27,6 @@ ENVIRONMENT = Environment(
     cuda=None,
     threads=2,
     cpus=None,
-)
-
-DIAGNOSED = DiagnosedWeights(
-    checkpoint="a/checkpoints/best.ckpt",
-    recipe="digits",
-    weights="average of 0.99",
-    checks=(
-        Check("tolerance", "warning", "It is coarse.", {"nll": 0.1 + 0.2, "nfe": 3}, {"nfe": [1, 2.5]}),
-        Check("samples", "left out", "Too few."),
-    ),
-    samples=24,
-    dims=64,
-    solver="rk4",
-    seed=3,
-    seconds=1 / 3,
 )
 
 FEW: Any = {"steps": 1, "checks": (1,)}

@@ -169,7 +169,6 @@ UNWRITABLE: dict[str, str] = {
     "train digits --runs script.py/runs": "cannot write into script.py/runs: not a directory",
     "train digits --run-folder script.py/0": "cannot write into script.py/0",
     "compare digits --out script.py/c": "cannot write into script.py/c",
-    "diagnose runs/digits/0 --out script.py/d": "cannot write into script.py/d",
     "sample runs/digits/0 --out script.py/x.png": "cannot write into script.py",
     "export runs/digits/0 script.py/x.safetensors": "cannot write into script.py",
     "report runs/digits/0 --out script.py/r": "cannot write into script.py/r",
@@ -191,7 +190,7 @@ JSON: dict[str, tuple[list[str], set[str]]] = {
         {"checkpoint", "recipe", "weights", "solver", "samples", "means", "nfe_mean", "penalties", "seconds"},
     ),
     "report": (["RUN", "--out", "NEW"], {"html", "figures", "left_out", "table"}),
-    "diagnose": (["RUN", "--out", "NEW", "--samples", "4"], {"checkpoint", "recipe", "weights", "checks", "seed"}),
+    "diagnose": (["RUN", "--samples", "4"], {"checkpoint", "recipe", "samples", "findings", "seed"}),
     "recipes show": (["digits"], {"name", "data", "model", "solver", "regularizers", "training"}),
     "regularizers": ([], {"name", "kind", "formula", "cost", "source", "installed_from"}),
 }

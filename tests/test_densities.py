@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +36,6 @@ from rnode_plugin import (
     NeuralODE,
     RegularizedCNF,
     TableFlow,
-    importance_sample,
     map_log_prob,
 )
 from rnode_plugin.errors import ConfigError
@@ -225,7 +223,6 @@ def controlled() -> RegularizedCNF:
 
 
 X = torch.zeros(4, 2)
-NOWHERE: Any = lambda x: x.new_full((len(x),), -math.inf)  # noqa: E731
 WEIGHT = nn.Parameter(torch.ones(2))
 
 
@@ -255,18 +252,6 @@ WEIGHT = nn.Parameter(torch.ones(2))
     (lambda: RegularizedCNF(nn.Linear(2, 2), (2,)), r"base= takes a distribution .* not \(2,\): .* event_shape="),  # pyright: ignore
     (lambda: controlled().log_prob(X), "DataControl"),
     (lambda: controlled().sample(3), "DataControl"),
-    *(
-        (lambda f=f: importance_sample(cnf(), f, 3), rf"one real number per sample.* it returned {got}\.$")
-        for f, got in (
-            (lambda x: x, r"shape \(3, 2\), torch.float32"),
-            (lambda x: torch.complex(x, x).sum(1), r"shape \(3,\), torch.complex64"),
-            (lambda x: x[:, 0] > 0, r"shape \(3,\), torch.bool"),
-            (lambda x: x.sum(1).tolist(), "list"),
-            (lambda x: x.sum(1).numpy(), "ndarray"),
-            (lambda x: torch.tensor([0, math.nan, math.inf]), r"NaN or \+inf for 2 of 3 samples"),
-        )
-    ),
-    (lambda: importance_sample(cnf(), NOWHERE, 3), "none of the 3 samples lies inside the target"),
     (lambda: cnf().log_prob(X, noise=X), "list of 1"),  # pyright: ignore
     (lambda: make("cnf", FixedGrid())[0].log_prob(X.double(), noise=[X.double()]), "exact trace takes none"),
     (lambda: probing(1).log_prob(X.double(), noise=probing(4).draw_noise(4)), r"\(\(4, 2\), .*not \(\(4, 4, 2\)"),

@@ -18,9 +18,9 @@ from tiny_runs import assert_same, rows, run, signal_at, tiny_recipe, weights
 from torch import Tensor
 
 from rnode_plugin import MultiscaleFlow, get_recipe
-from rnode_plugin.analysis.random_streams import Stream, seed_everything, seeded
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.experiments.random_streams import Stream, seed_everything, seeded
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.training.after_step import AfterStep, Folder, SampleGrids
 from rnode_plugin.experiments.training.experiment import Experiment

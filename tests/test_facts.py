@@ -310,7 +310,7 @@ def test_each_command_that_reads_weights_names_other_data(trained_run: Path, tmp
     before = {file: file.read_bytes() for file in mine.rglob("*") if file.is_file()}
     line = f"the held-out images of folder {OTHERS}: some of them may have been trained on.\n"
     assert said(*evaluate) == line
-    assert line in said("diagnose", mine, *root, "--samples", 2, "--quiet", "--out", tmp_path / "d")
+    assert line in said("diagnose", mine, *root, "--samples", 2)
     refused = said("train", "--resume", mine, *root, "--max-steps", 12, "--quiet", code=1)
     assert "folder has other images than the training of" in refused
     assert "--weights" in refused
@@ -333,8 +333,8 @@ def test_the_last_of_several_runs_knows_all_data(tmp_path: Path) -> None:
     train[1:1] = as_options("data.split_seed=1")
     for name, before in (("b", "a"), ("c", "b")):
         assert OTHERS in said(*train, tmp_path / name, "--weights", tmp_path / before)
-    for words in (("eval", tmp_path / "c"), ("diagnose", tmp_path / "c", "--samples", 10)):
-        assert OTHERS in said(*words, "--quiet")
+    for words in (("eval", tmp_path / "c", "--quiet"), ("diagnose", tmp_path / "c", "--samples", 10)):
+        assert OTHERS in said(*words)
     said("export", tmp_path / "c", tmp_path / "c.safetensors")
     assert OTHERS in said("eval", tmp_path / "c.safetensors", "--quiet")
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as L
 from pytorch_lightning.callbacks import LearningRateMonitor
-from run_folders import DIAGNOSED
 from tiny_runs import (
     SETTINGS,
     BeforeStep,
@@ -46,11 +45,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def copied(finished_run: Callable[[str], Path], tmp_path: Path) -> Run:
-    """A run of eight steps with its result, pictures, a diagnosis and three checkpoints of the steps 7 and 8."""
+    """A run of eight steps with its result, pictures and three checkpoints of the steps 7 and 8."""
     path = tmp_path / "runs" / "digits" / "0"
     shutil.copytree(finished_run("images"), path)
     copied = Run(path)
-    copied.add_diagnosis(DIAGNOSED, {"tolerance.png": b"png"})
     assert read_checkpoint(copied.previous)["global_step"] == 7
     return copied
 
@@ -86,7 +84,7 @@ def test_a_refused_resume_leaves_every_file(copied: Run, tmp_path: Path, why: st
     """A run that goes back would remove the best weights and write older ones in place of the newest."""
     make, kind, words = REFUSALS[why]
     before = digests(copied.path)
-    assert {"result.json", "images.csv", "samples/best.png", "diagnosis.json"} < before.keys()
+    assert {"result.json", "images.csv", "samples/best.png"} < before.keys()
     longer = tiny_recipe(*PICTURES, "training.max_steps=9", "optimizer.lr=1e-3")
     with pytest.raises(kind, match=words) as caught:
         run(longer, tmp_path / "runs", resume=copied.path / checkpoint, callbacks=[make()])
@@ -122,7 +120,6 @@ def test_a_run_without_a_step_left_is_described(copied: Run, tmp_path: Path) -> 
     (copied.samples / ".step.png.1.tmp").touch()
     run(tiny_recipe(*PICTURES, "test_solver.step=0.5"), tmp_path / "runs", resume=copied.path)
     assert copied.recipe().test_solver == FixedGrid("midpoint", step=0.5)
-    assert not copied.diagnosis.exists()
     assert copied.result.exists()
     assert not list(copied.samples.glob(".*"))
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from run_folders import DIAGNOSED, write_run
+from run_folders import write_run
 from tiny_runs import rnode, run, tiny_recipe
 
 from rnode_plugin import get_recipe
@@ -33,10 +33,10 @@ def resume(theirs: Run) -> None:
 
 
 def test_links_to_files_are_replaced(theirs: Run, tmp_path: Path) -> None:
-    """A run is resumed and diagnosed, and the files of the user that its links name stay."""
+    """A run is resumed, and the files of the user that its links name stay."""
     home = tmp_path / "home"
     home.mkdir()
-    for name in ("environment.json", "diagnosis.json", "metrics.csv", "checkpoints/last.ckpt"):
+    for name in ("environment.json", "metrics.csv", "checkpoints/last.ckpt"):
         link = theirs.path / name
         target = home / link.name
         target.write_bytes(link.read_bytes() if link.exists() else b"mine")
@@ -47,32 +47,25 @@ def test_links_to_files_are_replaced(theirs: Run, tmp_path: Path) -> None:
     (theirs.path / "notes.txt").symlink_to(home / "environment.json")
     before = {each.name: each.read_bytes() for each in home.iterdir()}
     resume(theirs)
-    theirs.add_diagnosis(DIAGNOSED, {})
     assert {each.name: each.read_bytes() for each in home.iterdir()} == before
     assert [each.name for each in theirs.path.rglob("*") if each.is_symlink()] == ["notes.txt"]
     found = theirs.read()
     assert found.metrics.last_step == 9
     assert found.result is not None
-    assert found.diagnosed == DIAGNOSED
     assert read_checkpoint(theirs.previous)["global_step"] == 8
 
 
-@pytest.mark.parametrize("name", ["samples", "diagnosis", "checkpoints"])
+@pytest.mark.parametrize("name", ["samples", "checkpoints"])
 def test_a_subfolder_that_is_a_link_out_is_refused(theirs: Run, tmp_path: Path, name: str) -> None:
     pictures = tmp_path / "pictures"
-    if (theirs.path / name).is_dir():
-        shutil.move(theirs.path / name, pictures)
-    else:
-        pictures.mkdir()
+    shutil.move(theirs.path / name, pictures)
     (pictures / "step-0000900.png").touch()
     (theirs.path / name).symlink_to(pictures)
     before = (theirs.path / "result.json").read_bytes()
-    for act in (lambda: resume(theirs), lambda: theirs.add_diagnosis(DIAGNOSED, {"tolerance.png": b"png"})):
-        with pytest.raises(ConfigError, match=rf"{name} is a link out of the run folder, to "):
-            act()
+    with pytest.raises(ConfigError, match=rf"{name} is a link out of the run folder, to "):
+        resume(theirs)
     assert (theirs.path / "result.json").read_bytes() == before
     assert (pictures / "step-0000900.png").exists()
-    assert not (pictures / "tolerance.png").exists()
 
 
 def test_a_packed_checkpoint_is_refused_unread(theirs: Run) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import picture_bytes, random_images
-from run_folders import DIAGNOSED, write_run
+from run_folders import write_run
 
 from rnode_plugin import get_recipe
 from rnode_plugin.errors import RnodeError
@@ -20,7 +20,7 @@ from rnode_plugin.experiments.data.table_files import column_names, read_columns
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.training.checkpoints import load_flow, save_flow
 
-FILES_OF_A_RUN = "recipe.json", "environment.json", "result.json", "diagnosis.json", "metrics.csv", "images.csv"
+FILES_OF_A_RUN = "recipe.json", "environment.json", "result.json", "metrics.csv", "images.csv"
 IMAGES = random_images(12, (3, 8, 8))
 ROWS = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)
 RECIPE = get_recipe("digits").override(["model.hidden=2", "model.layers=2", "test_solver.method=rk4"])
@@ -54,7 +54,7 @@ def flow(folder: Path) -> None:
 
 
 def whole_run(folder: Path) -> None:
-    Run(write_run(folder / "run", RECIPE, images=[2.0] * 30)).add_diagnosis(DIAGNOSED, {})
+    write_run(folder / "run", RECIPE, images=[2.0] * 30)
 
 
 def dataset(file: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.func import grad, jvp, vmap
 
-from rnode_plugin import Adaptive, DensityModel, FixedGrid, RegularizedCNF, importance_sample, map_log_prob
-from rnode_plugin.analysis import map_jacobian
+from rnode_plugin import Adaptive, DensityModel, FixedGrid, RegularizedCNF, map_log_prob
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.flows import map_jacobian
 from rnode_plugin.solvers import GRADIENTS
 
 QUICK = FixedGrid("rk4_38", step=0.5)
@@ -93,22 +92,7 @@ def test_gradients_of_flows_are_those_of_finite_differences(name: str) -> None:
     assert (values[0] - values[1]) / (2 * h) == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
 
 
-# --- importance sampling, distributions, penalties ---
-
-
-def test_weights_of_a_coarse_sampler_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The target is three times the density of the samples: all weights are 3, in batches too."""
-    model, m = of_linear(MATRIX, steps=1), back(MATRIX, "midpoint", 1)
-    own = MultivariateNormal(torch.zeros(3).double(), m @ m.T)
-    torch.manual_seed(0)
-    found = importance_sample(model, lambda x: own.log_prob(x) + math.log(3), 50, jacobian="map")
-    three = torch.full((50,), math.log(3), dtype=torch.float64)
-    torch.testing.assert_close(found.log_weights, three, rtol=0, atol=1e-12)
-    assert model.nfe == 2
-    monkeypatch.setattr(map_jacobian, "_BATCH", 7)
-    torch.manual_seed(0)
-    again = importance_sample(model, lambda x: own.log_prob(x) + math.log(3), 50, jacobian="map")
-    torch.testing.assert_close((again.x, again.log_weights), (found.x, found.log_weights))
+# --- batches, distributions, penalties ---
 
 
 def test_contexts_are_cut_with_the_latents(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,10 +104,15 @@ def test_contexts_are_cut_with_the_latents(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(map_log_prob(model, z, **given), whole)
 
 
-def test_draws_of_the_base_have_the_density_of_the_map() -> None:
+def test_draws_of_the_base_have_the_density_of_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
     model, m = of_linear(MATRIX), back(MATRIX, "midpoint", 2)
-    x, log_prob = map_log_prob(model, model.base.rsample(torch.Size([8])))
+    z = model.base.rsample(torch.Size([8]))
+    x, log_prob = map_log_prob(model, z)
     torch.testing.assert_close(log_prob, MultivariateNormal(torch.zeros(3).double(), m @ m.T).log_prob(x))
+    monkeypatch.setattr(map_jacobian, "_BATCH", 3)
+    with torch.no_grad():
+        torch.testing.assert_close(map_log_prob(model, z), (x, log_prob))
+    assert model.nfe == 4
 
 
 def test_penalties_of_another_solve_stay() -> None:
@@ -167,7 +156,8 @@ def test_layers_without_a_second_or_a_forward_derivative() -> None:
     for tanh in (torch.tanh, Once.apply):
         model = RegularizedCNF(Kernel(tanh), event_shape=2, solver="rk4", t_span=(0.0, 1.0)).double()
         torch.manual_seed(0)
-        found.append(importance_sample(model, lambda x: -x.square().sum(1), 5, jacobian="map").log_weights)
+        with torch.no_grad():
+            found.append(map_log_prob(model, torch.linspace(-1, 1, 10).double().reshape(5, 2)))
     torch.testing.assert_close(found[0], found[1])
     with pytest.raises(ConfigError, match="backward pass of Once cannot be differentiated"):
         map_log_prob(model, torch.randn(3, 2).double())
@@ -192,8 +182,8 @@ def test_a_map_that_folds_is_refused_and_a_finer_one_is_not() -> None:
     fewer = min(folded, 101 - folded)
     with pytest.raises(ConfigError, match=rf"other sign at {fewer} of 101 samples.*Take a finer step"):
         map_log_prob(model, z)
-    with pytest.raises(ConfigError, match="of 2,500 samples"):
-        importance_sample(model, lambda x: -x.square().sum(1), 2500, jacobian="map")
+    with torch.no_grad(), pytest.raises(ConfigError, match="of 2,500 samples"):
+        map_log_prob(model, torch.linspace(-1, 1, 2500).double()[:, None])
     finer = model.solved_with(solver=FixedGrid("euler", step=1 / 16))
     map_log_prob(finer, z)
 
@@ -260,8 +250,6 @@ def test_a_field_without_a_graph_is_refused(graph: bool) -> None:
     ).double()
     with torch.set_grad_enabled(graph), pytest.raises(ConfigError, match="runs without a graph"):
         map_log_prob(model, torch.randn(3, 2).double())
-    with pytest.raises(ConfigError, match="runs without a graph"):
-        importance_sample(model, lambda x: -x.square().sum(1), 5, jacobian="map")
     a = torch.diag(torch.tensor([0.5, -0.3], dtype=torch.float64))
     model, z = of_linear(a), torch.randn(3, 2).double()
     with torch.set_grad_enabled(graph):
@@ -284,21 +272,15 @@ def by_map(model: Any, z: Tensor) -> Tensor:
     return map_log_prob(model, z)[1]
 
 
-def weigh(model: Any, jacobian: Any) -> None:
-    importance_sample(model, lambda x: x.sum(1), 2, jacobian=jacobian)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda m, z: map_log_prob(m.solved_with(solver=Adaptive("dopri5")), z), "dopri5 chooses its steps"),
-        (lambda m, z: weigh(m, jacobian="maps"), "did you mean 'map'"),
-        (lambda m, z: weigh(m, jacobian="no"), "unknown jacobian"),
         (lambda m, z: map_log_prob(m, z[:, :2]), r"\(B, \*\(3,\)\)"),
         (lambda m, z: vmap(lambda each: by_map(m, each[None]))(z), "outside of vmap, jvp"),
         (lambda m, z: vmap(grad(lambda each: by_map(m, each[None]).sum()))(z), "outside of vmap, jvp"),
         (lambda m, z: jvp(lambda each: by_map(m, each), (z,), (z,)), "outside of vmap, jvp"),
-        (lambda m, z: weigh(wide(), jacobian="map"), "256 dimensions.*257"),
+        (lambda m, z: map_log_prob(wide(), torch.zeros(2, 257)), "256 dimensions.*257"),
     ],
 )
 def test_mistakes(call: Any, message: str) -> None:

@@ -25,7 +25,6 @@ from rnode_plugin import (
     RegularizedCNF,
     TableFlow,
     get_recipe,
-    importance_sample,
 )
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
@@ -334,14 +333,6 @@ def test_gradients_are_those_of_autograd_in_every_mode(name: str) -> None:
         found.append([torch.zeros(()) if g is None else g for g in gradients])
         close = 1e-10 if mode == "checkpointed" else 1e-4
         torch.testing.assert_close(found[-1], found[0], rtol=close, atol=close, check_dtype=False)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_weights_of_its_own_density_are_one(name: str) -> None:
-    model, _, given = make(name)
-    found = importance_sample(model, lambda x: model.log_prob(x, **given), 3, **given)
-    assert found.x.shape == (3, *model.event_shape)
-    torch.testing.assert_close(found.log_weights, torch.zeros(3).double(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)

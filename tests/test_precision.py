@@ -12,8 +12,8 @@ from tiny_runs import rows, run, tiny_recipe
 from torch import nn
 
 from rnode_plugin import FixedGrid, NeuralODE, get_recipe, load_flow
-from rnode_plugin.analysis.random_streams import Stream, seeded
 from rnode_plugin.core.system import System
+from rnode_plugin.experiments.random_streams import Stream, seeded
 from rnode_plugin.experiments.training import step
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.regularizers import Rate, StepPenalty, kinetic

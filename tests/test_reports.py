@@ -16,7 +16,7 @@ from urllib.parse import unquote
 import matplotlib.figure
 import pytest
 from PIL import Image
-from run_folders import DIAGNOSED, ENVIRONMENT, FEW, write_run
+from run_folders import ENVIRONMENT, FEW, write_run
 from tiny_runs import rnode
 
 from rnode_plugin import get_recipe, hookimpl
@@ -586,7 +586,7 @@ def test_a_single_run_has_no_sections_that_compare(runs: list[Path], tmp_path: P
         assert part in head
     assert f">{runs[1]}</a>" in head
     assert "NFE during training" in text
-    for absent in ("against NFE", "NFE against", "Diagnosis"):
+    for absent in ("against NFE", "NFE against"):
         assert absent not in text
     assert re.findall(r"<(?:title|h1)>(.*)</", text) == ["Recipe digits"] * 2
 
@@ -648,18 +648,6 @@ def test_an_axis_of_evaluations_has_whole_numbers() -> None:
         assert high - low >= fewest
         assert low < min(values) <= max(values) < high
         assert all(tick == round(tick) for tick in axes.get_yticks())
-
-
-@pytest.mark.parametrize(("recipe", "dims", "conversion"), [
-    (digits(), 64, "bits/dim = 4.0875 + 1.4427 × NLL [nats/dim]."),  # log2(17), and 1 / ln 2
-    (TABLE, 2, "NLL [nats per row] = 2 × NLL [nats/dim]."),
-])  # fmt: skip
-def test_a_diagnosis_is_related_to_the_results(tmp_path: Path, recipe: Recipe, dims: int, conversion: str) -> None:
-    run = Run(write_run(tmp_path / "0", recipe, **FEW))
-    run.add_diagnosis(dataclasses.replace(DIAGNOSED, checks=DIAGNOSED.checks[1:], dims=dims), {})
-    text = write_report([run.path], tmp_path / "out").html.read_text()
-    assert conversion in text
-    assert f"The NFE of the results are by {recipe.test_solver.text}." in text
 
 
 @pytest.mark.parametrize(("penalties", "title"), [

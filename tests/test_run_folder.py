@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from run_folders import DIAGNOSED, ENVIRONMENT, write_run
+from run_folders import ENVIRONMENT, write_run
 
 from rnode_plugin import get_recipe
 from rnode_plugin.errors import CheckpointError, ConfigError
@@ -116,7 +116,7 @@ def run(tmp_path: Path) -> Run:
 
 
 @KINDS
-@pytest.mark.parametrize("state", ["new", "resumed", "finished", "max_time", "diagnosed"])
+@pytest.mark.parametrize("state", ["new", "resumed", "finished", "max_time"])
 def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) -> None:
     run = Run.create(tmp_path, kind.recipe)
     assert run.path == tmp_path / kind.recipe.name / "0"
@@ -125,7 +125,6 @@ def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) ->
     log(run, kind, range(1, 7))
     if state == "resumed":  # from step 5, and what was known of other weights is gone
         run.conclude(result(kind), kind.recipe)
-        run.add_diagnosis(DIAGNOSED, {"tolerance.png": b"png"})
         run.describe(kind.recipe, ENVIRONMENT, facts)
         log(run, kind, range(6, 9), keep=5)
     steps = 8 if state == "resumed" else 6
@@ -133,14 +132,10 @@ def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) ->
     if state not in ("new", "resumed"):
         ended = result(kind, stopped="max_time" if state == "max_time" else "finished", steps=steps)
         run.conclude(ended, kind.recipe)
-    if state == "diagnosed":
-        run.add_diagnosis(DIAGNOSED, {"tolerance.png": b"png"})
-        assert (run.figures / "tolerance.png").read_bytes() == b"png"
     found = run.read()
     assert (found.path, found.recipe) == (run.path, kind.recipe)
     assert (found.environment, found.facts) == (ENVIRONMENT, facts)
     assert found.result == ended
-    assert found.diagnosed == (DIAGNOSED if state == "diagnosed" else None)
     assert found.picture is None
     assert found.has_begun
     measured = None if ended is None else ended.evaluation
@@ -148,11 +143,10 @@ def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) ->
     assert_logged(run, kind, steps)
     assert state_of(found) == {
         "new": "not finished: step 6", "resumed": "not finished: step 8", "finished": "step 6 of 8",
-        "max_time": "step 6 of 8, stopped by its time limit", "diagnosed": "step 6 of 8",
+        "max_time": "step 6 of 8, stopped by its time limit",
     }[state]  # fmt: skip
     files = {"recipe.json", "environment.json", "metrics.csv"}
     files |= set() if ended is None else {"result.json", kind.file}
-    files |= {"diagnosis.json", "diagnosis"} if state == "diagnosed" else set()
     assert {each.name for each in run.path.iterdir()} == files
 
 
@@ -163,9 +157,7 @@ def test_numbers_that_are_not_finite_leave_valid_json(run: Run) -> None:
     means, penalties = {**ended.evaluation.means, "clean": mean}, {"kinetic": math.inf, "l1": 1.0}
     evaluation = dataclasses.replace(ended.evaluation, means=means, penalties=penalties, gap=math.inf)
     run.conclude(dataclasses.replace(ended, evaluation=evaluation), IMAGES.recipe)
-    run.add_diagnosis(DIAGNOSED, {})
-    for path in (run.result, run.diagnosis):
-        json.loads(path.read_text(), parse_constant=pytest.fail)
+    json.loads(run.result.read_text(), parse_constant=pytest.fail)
     found = run.read()
     assert math.isnan(numbers_of(found)["clean"])
     assert math.isnan(numbers_of(found)["kinetic"])
@@ -272,17 +264,6 @@ def test_the_result_and_its_scores(kind: Kind, tmp_path: Path) -> None:
         ended.evaluation.means[kind.means[0]], samples=()
     )
     assert scores_of(found).tolist() == []
-
-
-def test_a_diagnosis_replaces_an_earlier_one_with_its_weights(run: Run) -> None:
-    run.add_diagnosis(DIAGNOSED, {"tolerance.png": b"1", "samples.png": b"1", "samples.svg": b"1"})
-    (run.figures / "of-mine.png").touch()
-    run.add_diagnosis(DIAGNOSED, {"tolerance.png": b"2"})
-    assert sorted(each.name for each in run.figures.iterdir()) == ["of-mine.png", "tolerance.png"]
-    assert json.loads(run.diagnosis.read_text()) == DIAGNOSED.to_plain()
-    run.conclude(result(IMAGES), IMAGES.recipe)  # a diagnosis that was made in the meantime is of other weights
-    assert run.read().diagnosed is None
-    assert not run.figures.exists()
 
 
 @pytest.mark.parametrize(
@@ -410,7 +391,7 @@ def test_runs_behind_a_link_are_found_once(tmp_path: Path) -> None:
     ("result.json", ('"stderr": 0.02', '"stderr": "a"'),
      "does not hold what a run writes: evaluation.means.dirty.stderr: "),
     ("result.json", ('"evaluation"', '"evaluated"'), "does not hold what a run writes: it has no evaluation."),
-    ("diagnosis.json", '{"a":' * 100_000, "does not hold what a run writes: maximum recursion depth"),
+    ("result.json", '{"a":' * 100_000, "does not hold what a run writes: maximum recursion depth"),
     ("metrics.csv", None, "cannot be read: "),
 ])  # fmt: skip
 def test_a_file_that_no_run_writes(
@@ -418,7 +399,6 @@ def test_a_file_that_no_run_writes(
 ) -> None:
     """A number of lines, another text, a part of it, or a folder; ``test_fuzz`` has random damage of each file."""
     run = Run(write_run(tmp_path / "run", IMAGES.recipe, images=[2.0] * 30))
-    run.add_diagnosis(DIAGNOSED, {})
     file = run.path / name
     text = file.read_text()
     file.unlink()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diagnosed_models import Linear
+from problems import Linear
 from torch import Tensor, nn
 
 from rnode_plugin import Adaptive
@@ -23,7 +23,7 @@ def rows(*shape: int) -> Tensor:
 def test_a_linear_field_has_a_gaussian_density() -> None:
     flow = TableFlow(3, solver=TIGHT).double()
     a = 0.5 * rows(3, 3)
-    flow.fields = nn.ModuleList([Linear(a)])
+    flow.fields = nn.ModuleList([Linear(matrix=a)])
     data = rows(40, 3) @ rows(3, 3) * torch.tensor([0.01, 1.0, 300.0]) + torch.tensor([5.0, 0.0, -200.0])
     flow.standardize(data)
     # x = mean + scale * exp(-A) z with a standard normal z

@@ -14,10 +14,10 @@ import torch
 from tiny_runs import as_options, rnode, run
 
 from rnode_plugin import get_recipe, hookimpl, load_flow
-from rnode_plugin.analysis.gaussian import gaussian_scores
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.data.table_files import column_names, read_columns
 from rnode_plugin.experiments.data.tables import Table
+from rnode_plugin.experiments.recipes.gaussian import gaussian_scores
 from rnode_plugin.experiments.recipes.recipe import Recipe, TableData
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.samples import sample_rows

@@ -27,9 +27,9 @@ from tiny_runs import BeforeStep, SpoiltGradient, assert_same, run, signal_at, t
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnode_plugin import get_recipe, load_flow
-from rnode_plugin.analysis.random_streams import Stream, seeded
 from rnode_plugin.errors import CheckpointError, ConfigError, RnodeError, SolverError, TrainingError
 from rnode_plugin.experiments.data.batches import ArrayDataset
+from rnode_plugin.experiments.random_streams import Stream, seeded
 from rnode_plugin.experiments.recipes.recipe import Optimizer, Recipe
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.training import after_step as after_step_module
@@ -214,7 +214,6 @@ def test_going_back_discards_what_later_steps_have_left(
     """The score of a run is one of its steps, also where an abandoned continuation was better."""
     folder = copy_of(whole, tmp_path).run
     assert read_checkpoint(folder.best)["global_step"] == 6
-    (folder.path / "diagnosis").mkdir()
     worse = recipe.override(["training.max_steps=7", "optimizer.lr=0.12"])
     copied = shutil.copy(folder.last.with_name("previous.ckpt"), tmp_path / "copied.ckpt")
     fitted = run(worse, tmp_path, resume=folder.last.with_name("previous.ckpt"))
@@ -223,7 +222,6 @@ def test_going_back_discards_what_later_steps_have_left(
     assert len(scores) == 2
     assert scores[1] > scores[0]  # the best of the steps up to the checkpoint
     assert not list(folder.samples.glob("step-0000006.png"))
-    assert not (folder.path / "diagnosis").exists()
     elsewhere = run(worse, tmp_path, resume=copied)  # without the best weights of its steps
     assert read_checkpoint(elsewhere.run.best)["global_step"] == 7
     os.truncate(folder.best, 100)  # with which the run could not end

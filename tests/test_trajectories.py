@@ -9,12 +9,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diagnosed_models import Linear, Rotation
+from problems import Linear
+from torch import Tensor, nn
 
 figure_1 = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "examples" / "figure_1.py")))
 
 
-SHRINK = Linear(-torch.eye(1))  # every point goes straight to the origin, slower and slower
+class Rotation(nn.Module):
+    """``f(t, z)`` turns by ``angle`` in one unit of time."""
+
+    def __init__(self, angle: float) -> None:
+        super().__init__()
+        self.angle = angle
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.angle * torch.stack([-z[:, 1], z[:, 0]], 1)
+
+
+SHRINK = Linear(matrix=-torch.eye(1))  # every point goes straight to the origin, slower and slower
 
 
 def test_a_rotation_is_even_and_not_straight() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import click
 
 from ..errors import ConfigError, DataError
 from ..experiments.files import SAFETENSORS, missing
-from ..experiments.runs.run import BEST, Run, find_checkpoint
-from ..experiments.text import batch_counter, count_of, duration, table
+from ..experiments.runs.run import Run, find_checkpoint
+from ..experiments.text import batch_counter, count_of, table
 from ..solvers import FixedGrid
 from .options import (
     as_json,
@@ -149,15 +148,10 @@ def eval(  # noqa: A001 - the command's name
 @click.command()
 @run_argument
 @click.option("--samples", type=click.IntRange(2), metavar="N",
-              help="Held-out samples to use. [default: 256 for solves, fewer for large images; all, at most 10000, "
-                   "to compare with samples]")  # fmt: skip
+              help="Held-out samples to use. [default: 256, fewer for large images]")  # fmt: skip
 @short("data-root")
 @device
-@quiet
 @as_json
-@click.option("--out", metavar="FOLDER",
-              help="Folder of diagnosis.json and the figures. [default: the run's folder, or the folder diagnosis "
-                   "for other weights than its best, or for other data]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
               help="Seed of all noise.")  # fmt: skip
 @download
@@ -169,9 +163,7 @@ def diagnose(
     samples: int | None,
     data_root: str | None,
     device: str,
-    quiet: bool,
     as_json: bool,
-    out: str | None,
     seed: int,
     download: bool,
 ) -> None:
@@ -180,55 +172,38 @@ def diagnose(
     \b
     rnode-cli diagnose runs/digits/0
 
-    Seven checks on held-out images or rows: the training solver against an accurate one, the NLL against the
-    tolerance, the error after a round trip through the latent, the log-determinant against the Jacobian of the
-    map, the gradient against difference quotients, a classifier that separates samples from data, and the score
-    against a Gaussian. Each check has a verdict and a sentence with its meaning and advice.
-
-    Writes diagnosis.json and diagnosis/ (PNG and SVG). `rnode-cli report` shows the diagnosis of the best weights
-    of a run. The exit code is 3 if a check failed.
+    Four numbers on held-out images or rows, each with a verdict: the error after a round trip through the latent,
+    the NLL by the training solver against an accurate one, the log-density against the Jacobian of the map that
+    runs, and the random trace against the exact one. Nothing is written. The exit code is 3 if a finding failed.
     """
     path = find_checkpoint(run)
-    if out is not None:
-        check_folder(out)
-    from ..analysis.diagnose import compared_for, diagnose
+    from ..experiments.evaluation.diagnose import diagnose
     from ..experiments.evaluation.loading import held_out_samples, load_for_evaluation, pick_device
-    from ..experiments.reports.diagnosis import save_diagnosis
-    from ..experiments.runs.results import DiagnosedWeights
     from ..experiments.training.checkpoints import load_with_recipe
 
     flush_denormals()
     torch_device = pick_device(device)
     flow, recipe, facts = load_with_recipe(path, map_location=torch_device)
     data = load_for_evaluation(recipe, facts, root=data_root, download=download)
-    if out is None:
-        own = Run.of_checkpoint(path)
-        # a report shows the diagnosis in the folder as one on the data of the run
-        fits = path.name == BEST and facts is not None and facts.held_out == data.identity[1]
-        out = str(own.path if own and fits else free_path(None, "diagnosis", force=False))
-        check_folder(out)
-    target = Run(Path(out))
     _warn_if_unfinished(path)
-    held_out = held_out_samples(recipe, data, samples or compared_for(flow.dims), seed=seed)
-    result = diagnose(
+    held_out = held_out_samples(recipe, data, samples or max(8, min(256, 50_000 // flow.dims)), seed=seed)
+    diagnosis = diagnose(
         flow,
         held_out.x.to(torch_device),
         context=None if held_out.context is None else held_out.context.to(torch_device),
         training_solver=recipe.solver,
-        samples=samples,
         seed=seed,
-        progress=None if quiet else lambda name: click.echo(f"checking: {name}", err=True),
     )
-    diagnosis = DiagnosedWeights(**vars(result), checkpoint=str(path), recipe=recipe.name, weights=recipe.weights)
-    save_diagnosis(diagnosis, target)
+    findings, used = diagnosis.to_plain(), len(held_out.x)
     if as_json:
-        print_json(diagnosis.to_plain())
+        print_json({"checkpoint": path, "recipe": recipe.name, "samples": used, "seed": seed, "findings": findings})
     else:
-        text = click.HelpFormatter(width=min(120, shutil.get_terminal_size().columns))
-        text.write_dl([(f"{check.name}: {check.verdict}", check.sentence) for check in diagnosis.checks])
-        click.echo(text.getvalue().rstrip())
-        used = f"{diagnosis.samples} held-out {recipe.kind.samples} (--samples N changes that)"
-        click.echo(f"\n{used}, {duration(diagnosis.seconds)}\n{target.diagnosis}\n{target.figures}")
+        rows = [["finding", "value", "verdict", "warning above", "failed above"]]
+        for name, each in findings.items():
+            limits = f"{each['warning']:g}", f"{each['failure']:g}"
+            rows.append([name.replace("_", " "), f"{each['value']:.2g}", each["verdict"], *limits])
+        click.echo(table(rows))
+        click.echo(f"{used} held-out {recipe.kind.samples} (--samples N changes that)")
     if diagnosis.failed:
         ctx.exit(CHECK_FAILED)
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..analysis.random_streams import Stream, seeded
 from .files import write_atomically
+from .random_streams import Stream, seeded
 
 if TYPE_CHECKING:
     from ..flows.density import DensityModel

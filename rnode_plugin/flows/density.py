@@ -17,7 +17,6 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 
 from ..core.history import History, refuse_data_parallel
 from ..core.integrals import Integrals
-from ..core.modes import read
 from ..core.objective import FlowOutput, standard_normal_log_prob
 from ..core.regularizers import NONE, Regularizers, RegularizersLike
 from ..core.trace_estimators import TraceEstimator, get_estimator
@@ -59,8 +58,8 @@ class StandardNormal(Independent):
 class DensityModel(nn.Module, ABC):
     """A density ``p(x)`` or ``p(x | context)`` that a flow maps to a base distribution.
 
-    All models here derive from this class. Training by likelihood, evaluation, diagnosis, importance sampling and
-    export call only the methods that are documented here. To write your own model, set the attributes and implement
+    All models here derive from this class. Training by likelihood, evaluation, diagnosis and export
+    call only the methods that are documented here. To write your own model, set the attributes and implement
     :meth:`encode` and :meth:`decode`; the other methods follow from these two. The page "Write a model" has an
     example.
 
@@ -581,24 +580,3 @@ def _batch_shape_of(context: Tensor | None, shape: torch.Size | None) -> torch.S
             f"(B, *{tuple(shape)}), not {got}."
         )
     return context.shape[: -len(shape)]
-
-
-def check_log_density(log_prob: object, n: int, name: str) -> Tensor:
-    """Return what a user's function ``name`` has returned for n samples, if it can be a log-density of each.
-
-    Raises:
-        ConfigError: unless these are real numbers ``(n,)`` without NaN and +inf. Inside of ``torch.func.vmap``
-            their values are not known, and are not looked at.
-    """
-    if not isinstance(log_prob, Tensor):
-        got = type(log_prob).__name__
-    elif log_prob.shape != (n,) or not log_prob.is_floating_point():
-        got = f"shape {tuple(log_prob.shape)}, {log_prob.dtype}"
-    elif wrong := read((~(log_prob < math.inf)).sum()):  # NaN is not below it either
-        got = f"NaN or +inf for {wrong} of {n} samples"
-    else:
-        return log_prob
-    raise ConfigError(
-        f"{name} must return one real number per sample, a tensor of floats ({n},) that are summed over the event, "
-        f"with -inf where the density is zero, but it returned {got}."
-    )

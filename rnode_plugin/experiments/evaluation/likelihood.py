@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...analysis.random_streams import Stream, seeded
-from ...analysis.solver_gap import measure_solver_gap
 from ...core.derivatives import Field
 from ...core.objective import FlowOutput, per_dim
 from ...core.tf32 import without_tf32
@@ -23,10 +21,12 @@ from ...core.trace_estimators import Exact, Hutchinson
 from ...errors import ConfigError, check_count
 from ...flows.density import DensityModel
 from ..data.arrays import ImageArray
+from ..random_streams import Stream, seeded
 from ..recipes.images import settings_of
 from ..recipes.kind import Kind
 from ..recipes.recipe import KINDS
 from .measures import Evaluation, Mean
+from .solver_gap import measure_solver_gap
 
 if TYPE_CHECKING:
     from ...solvers import Solver
@@ -230,8 +230,10 @@ class _Solves:
         scores = self.scores[first]
         if self._probed is not self.flow:
             scores = self._scores_of(self._encode(self._probed, accurate, first, batch))
-        solved = partial(self._encode, self._probed, noise=first, batch=batch)
-        return measure_solver_gap(solved, self._scores_of, coarse, scores).mean
+        gaps = measure_solver_gap(
+            lambda solver: self._scores_of(self._encode(self._probed, solver, first, batch)), coarse, scores
+        )
+        return float(gaps.mean())
 
     def _encode(
         self,

@@ -9,10 +9,10 @@ import textwrap
 import numpy as np
 import torch
 
-from ...analysis.random_streams import Stream, seeded
 from ...errors import ConfigError, first_line
 from ..data import ImageData, Table
 from ..data.facts import Facts, doubt
+from ..random_streams import Stream, seeded
 from ..recipes.kind import FlowInput
 from ..recipes.recipe import Recipe
 from ..text import count_of

@@ -220,7 +220,7 @@ class Rows(Kind):
 
     def baseline_scores(self, settings: TableData, data: Table, count: int) -> dict[str, np.ndarray]:
         """Fit a Gaussian to the modeled columns, given the others."""
-        from ...analysis.gaussian import gaussian_scores
+        from .gaussian import gaussian_scores
 
         return {"gaussian": gaussian_scores(data.train, data.held_out[:count], settings.event)}
 

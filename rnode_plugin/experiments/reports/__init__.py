@@ -82,7 +82,7 @@ def write_report(
             shutil.rmtree(out, ignore_errors=True)
         raise
     # a figure of an earlier report would look like one of these runs. A user may keep other pictures here
-    ours = re.compile(rf"((samples|diagnosis)-\d+-.+|{'|'.join(PANELS)})\.(png|svg)")
+    ours = re.compile(rf"(samples-\d+-.+|{'|'.join(PANELS)})\.(png|svg)")
     for figure in (Path(out) / "figures").glob("*"):
         if figure not in files and ours.fullmatch(figure.name):
             figure.unlink()

@@ -6,22 +6,18 @@ import base64
 import os
 import re
 import urllib.parse
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ...analysis.result import VERDICTS, Check
 from ..quantities import state_of, steps_of, worse_than_baseline
 from ..recipes.recipe import as_text
 from ..runs.contents import Picture, RunContents
 from .configurations import Configuration, base_of
-from .diagnosis import draw_check
 from .figures import make_panels
 from .runs import data_name, own_data, recipe_name
 from .table import Table, change, compared, known, lambdas_text, quantities
@@ -41,24 +37,6 @@ class _Grid(NamedTuple):
     origin: str
 
 
-class _Diagnosed(NamedTuple):
-    """The diagnosis of a run: each check with the name of its figure and with its files, if it has one.
-
-    ``units`` explains its NLL and its NFE next to the results.
-    """
-
-    label: str
-    samples: int
-    units: str
-    checks: list[tuple[Check, str, dict[str, bytes]]]
-
-    @property
-    def verdicts(self) -> list[tuple[str, int]]:
-        """Each verdict with the number of checks that have it, from the worst to the best."""
-        counts = Counter(check.verdict for check, _, _ in self.checks)
-        return [(verdict, counts[verdict]) for verdict in reversed(VERDICTS) if counts[verdict]]
-
-
 def make_page(
     configurations: Sequence[Configuration], table: Table, title: str | None, left_out: Sequence[str], out: Path
 ) -> tuple[str, dict[str, bytes]]:
@@ -70,7 +48,7 @@ def make_page(
         The text of ``report.html``, and its pictures by the names of their files.
     """
     facts, panels = _facts(configurations), make_panels(configurations)
-    grids, diagnoses = list(_grids(configurations)), list(_diagnoses(configurations))
+    grids = list(_grids(configurations))
     templates = PackageLoader("rnode_plugin.experiments.reports")
     environment = Environment(loader=templates, undefined=StrictUndefined, autoescape=True)
     environment.filters |= {
@@ -89,7 +67,6 @@ def make_page(
         base=base_of(configurations),
         known=partial(known, entries=quantities(configurations)),
         facts=facts,
-        diagnoses=diagnoses,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         table=table,
         left_out=left_out,
@@ -100,9 +77,6 @@ def make_page(
     pictures = {f"{grid.name}.png": grid.png for grid in grids}
     for panel in panels:
         pictures |= panel.files
-    for diagnosed in diagnoses:
-        for _, _, files in diagnosed.checks:
-            pictures |= files
     return html, pictures
 
 
@@ -137,34 +111,6 @@ def _title(configurations: Sequence[Configuration], facts: Mapping[str, str]) ->
     recipe = configurations[0].recipe
     own = own_data(recipe)
     return f"Recipe {recipe.name}" if own is None else f"{own}, recipe {recipe.name}"
-
-
-def _diagnoses(configurations: Sequence[Configuration]) -> Iterator[_Diagnosed]:
-    number = 0
-    for one in configurations:
-        for run in one.measured_runs:
-            if (diagnosed := run.diagnosed) is None:
-                continue
-            number += 1
-            label = one.label if len(one.measured_runs) == 1 else f"{one.label}, seed {run.recipe.training.seed}"
-            checks: list[tuple[Check, str, dict[str, bytes]]] = []
-            for check in diagnosed.checks:
-                name = f"diagnosis-{number}-{check.file_name}"
-                checks.append((check, name, draw_check(check, name)))
-            yield _Diagnosed(label, diagnosed.samples, _units(one, diagnosed.dims), checks)
-
-
-def _units(one: Configuration, dims: int) -> str:
-    """How the NLL of a diagnosis becomes a score, which is linear in it, and which solvers its NFE belong to."""
-    kind = one.kind
-    zero, unit = kind.scores(one.recipe.data, torch.tensor([0.0, -dims], dtype=torch.float64)).tolist()
-    score = kind.unit if kind.unit == kind.likelihood else f"{kind.likelihood} [{kind.unit}]"
-    shift = f"{zero:.4f} + " if zero else ""
-    return (
-        f"{score} = {shift}{unit - zero:.5g} × NLL [nats/dim]. The NFE of a check are by the solvers and at the "
-        f"tolerances that it names, where an accurate solver has 1e-6. The NFE of the results are by "
-        f"{one.recipe.test_solver.text}."
-    )
 
 
 def _grids(configurations: Sequence[Configuration]) -> Iterator[_Grid]:

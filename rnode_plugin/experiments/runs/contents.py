@@ -11,7 +11,7 @@ from ..evaluation.measures import Evaluation
 from ..recipes.recipe import Recipe
 from .environment import Environment
 from .metrics import Metrics
-from .results import DiagnosedWeights, Result
+from .results import Result
 
 
 class Picture(NamedTuple):
@@ -33,7 +33,6 @@ class RunContents:
         metrics: what was logged.
         result: the end of the run and the evaluation of its best weights; None for a run that has not ended.
         picture: the newest picture of samples; None if there is none.
-        diagnosed: the result of ``rnode-cli diagnose``; None for a run that was not diagnosed.
     """
 
     path: Path
@@ -43,7 +42,6 @@ class RunContents:
     metrics: Metrics
     result: Result | None
     picture: Picture | None
-    diagnosed: DiagnosedWeights | None
 
     @property
     def devices(self) -> int:

@@ -1,8 +1,4 @@
-"""Writes and reads what is known about the best weights of a run, its result and its diagnosis.
-
-``result.json`` has the end of the run and the means, a CSV file the scores by sample, and ``diagnosis.json`` the
-checks of ``rnode-cli diagnose``.
-"""
+"""Writes and reads the result of a run: its end and the means, ``result.json``, and the scores by sample."""
 
 from __future__ import annotations
 
@@ -16,7 +12,6 @@ import numpy as np
 import pandas
 from pydantic import TypeAdapter
 
-from ...analysis.result import Diagnosis
 from ...errors import ConfigError
 from ..evaluation.measures import Evaluation
 from ..files import write_atomically
@@ -121,36 +116,3 @@ def refuse_cut_off(path: Path, unit: str, last: int, expected: int) -> None:
     """
     if 0 < last < expected:
         raise ConfigError(f"{path} is cut off: it ends with {unit} {last} of {expected}.")
-
-
-# diagnosis -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiagnosedWeights(Diagnosis):
-    """A diagnosis of the weights in a file.
-
-    Attributes:
-        checkpoint: the file of the weights.
-        recipe: name of their recipe.
-        weights: which weights they are, ``as trained`` or an average.
-    """
-
-    checkpoint: str
-    recipe: str
-    weights: str
-
-
-def write_diagnosis(path: Path, diagnosed: DiagnosedWeights) -> None:
-    """Write a ``diagnosis.json``."""
-    write_json(path, diagnosed.to_plain())
-
-
-def read_diagnosis(path: Path) -> DiagnosedWeights | None:
-    """Read the diagnosis in a file; None if there is no file.
-
-    Raises:
-        ConfigError: the file cannot be read, or does not hold a diagnosis.
-    """
-    with reading(path) as text:
-        return None if text is None else DiagnosedWeights.from_plain(json.loads(text))

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
     from .contents import RunContents
     from .environment import Environment
-    from .results import DiagnosedWeights, Result
+    from .results import Result
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 
@@ -54,8 +54,6 @@ class Run:
         samples: the folder with the pictures of samples.
         result: the file with the end of the run and the scores of its best weights. It is absent while the run
             trains and after an interruption.
-        diagnosis: the file with the diagnosis of the best weights.
-        figures: the folder with the figures of the diagnosis.
 
     Example:
         >>> from pathlib import Path
@@ -78,10 +76,8 @@ class Run:
         self.previous = self._checkpoints / PREVIOUS
         self.samples = path / "samples"
         self.result = path / "result.json"  # with a file of scores, whose name depends on the kind of the recipe
-        self.diagnosis = path / "diagnosis.json"
-        self.figures = path / "diagnosis"
         self._lock = path / _LOCK
-        self._subfolders = (self._checkpoints, self.samples, self.figures)
+        self._subfolders = (self._checkpoints, self.samples)
 
     # ---- finding ----
 
@@ -192,7 +188,7 @@ class Run:
             ConfigError: a subfolder of the run is a link out of it.
         """
         self.refuse_links()
-        files = [self.diagnosis, self._environment, self.metrics, self._recipe, self.result]
+        files = [self._environment, self.metrics, self._recipe, self.result]
         for folder in self._subfolders:
             files += sorted(folder.glob("*"))
         for file in files:
@@ -219,9 +215,8 @@ class Run:
         from .environment import write_environment
 
         # all of these describe best weights that the run is about to replace
-        for each in (self.result, self.picture(), self.diagnosis, self.path / recipe.kind.scores_file):
+        for each in (self.result, self.picture(), self.path / recipe.kind.scores_file):
             each.unlink(missing_ok=True)
-        shutil.rmtree(self.figures, ignore_errors=True)
         write_json(self._recipe, recipe.to_plain())
         write_environment(self._environment, environment, facts)
 
@@ -264,21 +259,6 @@ class Run:
 
         scores = self.path / recipe.kind.scores_file
         write_result(self.result, result, scores, recipe.kind.sample, numbers)
-        # a diagnosis that was made while the run trained may be of other weights
-        self.diagnosis.unlink(missing_ok=True)
-        shutil.rmtree(self.figures, ignore_errors=True)
-
-    def add_diagnosis(self, diagnosed: DiagnosedWeights, figures: Mapping[str, bytes]) -> None:
-        """Write a diagnosis, and its figures by the names of their files, in place of an earlier one."""
-        from .results import write_diagnosis
-
-        self.replace_links()
-        for check in diagnosed.checks:  # one that has no figure now may have had one before
-            for suffix in ("png", "svg"):
-                (self.figures / f"{check.file_name}.{suffix}").unlink(missing_ok=True)
-        for name, contents in figures.items():
-            write_atomically(self.figures / name, contents)
-        write_diagnosis(self.diagnosis, diagnosed)
 
     # ---- reading ----
 
@@ -302,7 +282,7 @@ class Run:
         from .contents import Picture, RunContents
         from .environment import read_environment
         from .metrics import read_metrics
-        from .results import read_diagnosis, read_result, refuse_cut_off
+        from .results import read_result, refuse_cut_off
 
         recipe = self.recipe()
         metrics = read_metrics(self.metrics, recipe.kind.metric)
@@ -322,7 +302,6 @@ class Run:
             metrics=metrics,
             result=result,
             picture=Picture(self.picture(), None) if self.picture().is_file() else newest,
-            diagnosed=read_diagnosis(self.diagnosis),
         )
 
 

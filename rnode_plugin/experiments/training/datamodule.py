@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from ...analysis.random_streams import Stream, stream_seed
 from ...errors import ConfigError
 from ..data import ImageArray, ImageData, Table
 from ..data.batches import ArrayDataset, keep_batch, leave_signals_to_parent, signals_held_back
+from ..random_streams import Stream, stream_seed
 from ..recipes.recipe import Recipe
 from .plan import steps_per_epoch
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ...analysis.random_streams import Stream, seeded
 from ...flows.density import DensityModel
 from ..data import ImageData, Table
 from ..data.facts import Facts
+from ..random_streams import Stream, seeded
 from ..recipes.recipe import Recipe
 from .checkpoints import load_weights
 from .plan import Resumed, RunPlan

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..._version import __version__
-from ...analysis.random_streams import Stream, seed_everything
 from ...errors import ConfigError, LocalError, SolverError, TrainingError
 from ...flows.density import DensityModel
 from ..data.facts import Facts, doubt
+from ..random_streams import Stream, seed_everything
 from ..recipes.recipe import Recipe, as_text
 from .checkpoints import facts_of, header_with, load_weights
 from .datamodule import RecipeDataModule

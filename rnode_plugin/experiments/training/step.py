@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ...analysis.random_streams import Stream, seeded
-from ...analysis.solver_gap import measure_solver_gap
 from ...core.objective import FlowOutput, objective, per_dim
 from ...core.schedules import final_strength, strength_at
 from ...core.tf32 import without_tf32
 from ...errors import ConfigError, SolverError
 from ...flows.density import DensityModel, FlowOfBlocks
 from ...solvers import HealthCheck, Solver, all_finite, check_all
+from ..evaluation.solver_gap import measure_solver_gap
+from ..random_streams import Stream, seeded
 from ..recipes.settings import Training
 
 if TYPE_CHECKING:
@@ -193,6 +191,6 @@ def measure_batch(flow: DensityModel, recipe: Recipe, batch: Tensor, *, index: i
     row = {kind.metric: scores.mean(), "nfe": float(output.nfe)}
     row |= per_dim(means, dims=flow.dims, undivided=whole)
     if index == 0 and not training_solver.adaptive:
-        solved = partial(scored, penalties=False)
-        row["gap"] = measure_solver_gap(solved, itemgetter(0), training_solver, scores).mean
+        gaps = measure_solver_gap(lambda solver: scored(solver, penalties=False)[0], training_solver, scores)
+        row["gap"] = gaps.mean()
     return {name: float(value) for name, value in row.items()}
