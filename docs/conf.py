@@ -76,7 +76,7 @@ SIDEBAR = {
     " notebooks/image_flow",
     "which_penalty": "regularizers mathematics comparison papers",
     "benchmarks": "results",
-    "torchdyn": "compile diagnose export",
+    "torchdyn": "fields compile diagnose export",
     "images": "exact_images tables training scaling reports reproduce",
     "faq": "troubleshooting cli glossary",
     "api/index": "api/types api/torchdyn api/torchdiffeq api/penalties api/flow_matching api/core"

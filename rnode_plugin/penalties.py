@@ -90,6 +90,7 @@ def penalties_at(
     with outside_inference(t, z, velocity, context) as (time, z, velocity, context):
         function = _velocity_of(field, context)
         rhs = system.start(function, z, density=False, user_field=field, velocity=velocity)
+        rhs.check_field(time, z)
         return rhs(time, z).penalties
 
 
@@ -181,8 +182,10 @@ def penalties_along(
         part = system.part.part(path[0])
         z0, z1 = (tensors_of(x)[0] if part is None else part.take(x) for x in (path[0], path[-1]))
         by_name: dict[str, list[Tensor]] = {name: [] for name in resolved.rates}
-        for t, state, velocity in zip(row.to(z0), path, known, strict=True):
+        for i, (t, state, velocity) in enumerate(zip(row.to(z0), path, known, strict=True)):
             rhs = system.start(function, state, density=False, user_field=field, velocity=velocity)
+            if i == len(row) // 2:
+                rhs.check_field(t, state)
             for name, rate in rhs(t, state).penalties.items():
                 by_name[name].append(rate)
         weights = _weights(row).to(z0)[:, None]

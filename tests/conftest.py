@@ -53,6 +53,13 @@ def register() -> Iterator[Callable[[object, str], None]]:
 
 
 @pytest.fixture
+def without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No field is checked before a solve, for tests that count the calls of a field."""
+    for module in ("core.evaluator", "flows.map_jacobian"):
+        monkeypatch.setattr(f"rnode_plugin.{module}.once", lambda owner, use, check: None)
+
+
+@pytest.fixture
 def ctrl_c() -> Iterator[None]:
     """Ctrl-C interrupts, also in a shell that ignores it, as for a command in the background of a script."""
     former = signal.signal(signal.SIGINT, signal.default_int_handler)

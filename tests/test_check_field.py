@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rnode_plugin import (
+    CNF,
+    Adaptive,
+    Exact,
+    FixedGrid,
+    NeuralODE,
+    Rate,
+    RegularizedCNF,
+    penalties_along,
+    penalties_at,
+)  # fmt: skip
 from rnode_plugin.core.checks import check_field, once
-from rnode_plugin.errors import ConfigError
+from rnode_plugin.errors import ConfigError, SolverError
+from rnode_plugin.torchdiffeq import odeint, odeint_adjoint, regularize
 
 SEEDS = 20
 T = torch.tensor(0.4)
@@ -517,3 +530,149 @@ def test_owners_without_weak_references_are_checked_each_time() -> None:
     for _ in range(4):
         once((), "use", lambda: runs.append(True) or True)
     assert len(runs) == 4
+
+
+# before a solve ---------------------------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """Samples that are coupled by ``gate(t)`` times a function of their mean."""
+
+    def __init__(self, gate: Callable[[Tensor], Any] = lambda t: 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.gate, self.calls = nn.Linear(2, 2).double(), gate, 0
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        self.calls += 1
+        return self.linear(z).tanh() + self.gate(t) * z.mean(0, keepdim=True).tanh().expand_as(z)
+
+
+SPAN = torch.linspace(0, 1, 3, dtype=torch.float64)
+X = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+GRID = FixedGrid("rk4_38", step=0.5)
+JACFROB: Any = {"regularizers": ["jacfrob"], "trace_estimator": "exact"}
+
+
+def by_node(**options: Any) -> Callable[[nn.Module], object]:
+    return lambda net: NeuralODE(net, "rk4", **JACFROB, **options)(X, SPAN)
+
+
+def by_block(net: nn.Module) -> object:
+    import torchdiffeq
+
+    with regularize("jacfrob", trace_estimator="exact"):
+        return torchdiffeq.odeint(net, X, SPAN, method="rk4")
+
+
+def by_tuple(net: nn.Module) -> object:
+    return odeint(lambda t, y: (net(t, y[0]), y[1]), (X, X), SPAN, method="rk4", **JACFROB)
+
+
+def by_cnf(net: nn.Module) -> object:
+    return NeuralODE(CNF(net, "exact"), "rk4")(torch.cat([X[:, :1] * 0, X], 1), SPAN)
+
+
+def by_flow(solver: Any) -> Callable[[nn.Module], object]:
+    return lambda net: RegularizedCNF(net, event_shape=2, trace_estimator="exact", solver=solver).log_prob(X)
+
+
+SOLVES: dict[str, Callable[[nn.Module], object]] = {
+    "density": by_flow(GRID),
+    "density, dopri5": by_flow(Adaptive()),
+    "density, adjoint": by_flow(Adaptive(gradient="adjoint")),
+    "NeuralODE": by_node(),
+    "checkpointed": by_node(sensitivity="checkpointed"),
+    "adjoint": by_node(sensitivity="adjoint"),
+    "interpolated_adjoint": by_node(sensitivity="interpolated_adjoint"),
+    "CNF": by_cnf,
+    "odeint": lambda net: odeint(net, X, SPAN, method="rk4", **JACFROB),
+    "odeint_adjoint": lambda net: odeint_adjoint(net, X, SPAN, method="rk4", **JACFROB),
+    "odeint of a tuple": by_tuple,
+    "regularize": by_block,
+    "penalties_at": lambda net: penalties_at(net, 0.7, X, ["jacfrob"], trace_estimator="exact"),
+    "penalties_along": lambda net: penalties_along(
+        net, SPAN + 0.2, torch.stack([X, X, X]), ["jacfrob"], trace_estimator="exact"
+    ),
+}  # fmt: skip
+
+
+def at_the_end(t: Tensor) -> Any:
+    return (t - 0.5).relu()
+
+
+@pytest.mark.parametrize("name", SOLVES)
+def test_each_interface_checks_a_field_once(name: str) -> None:
+    """At a time inside of the solve, since a gate may be closed at its start."""
+    with pytest.raises(ConfigError, match=MIXED):
+        SOLVES[name](Gated(at_the_end))
+    with pytest.raises(ConfigError, match=DETACHED):
+        SOLVES[name](Wrap(lambda t, z: t * z.detach().sin()))
+    net = Gated()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of states without a graph
+        calls = []
+        for _ in range(3):
+            SOLVES[name](net)
+            calls.append(net.calls - sum(calls))
+    assert calls[0] >= calls[1] + 5
+    assert calls[1] == calls[2]
+
+
+@pytest.mark.parametrize("name", SOLVES)
+def test_a_kernel_is_refused_once_gradients_are_taken(name: str) -> None:
+    net = Wrap(lambda t, z: Kernel.apply(z), nn.Linear(1, 1).double())  # its weights are trained
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.no_grad():
+            SOLVES[name](net)
+        with pytest.raises(ConfigError, match=NOT_TWICE):
+            SOLVES[name](net)
+
+
+def test_calls_of_a_check_are_not_in_the_nfe() -> None:
+    net = Gated()
+    model = RegularizedCNF(net, event_shape=2, trace_estimator="exact", solver=GRID)
+    model.log_prob(X)
+    assert (net.calls, model.nfe) == (8 + 5, 8)
+
+
+@pytest.mark.parametrize("penalties", [["kinetic"], []])
+def test_solves_without_products_check_nothing(penalties: list[str]) -> None:
+    net = Wrap(lambda t, z: z.detach().sin())
+    NeuralODE(net, "rk4", regularizers=penalties)(X, SPAN)
+    odeint(net, X, SPAN, method="rk4", regularizers=penalties)
+    NeuralODE(net, "rk4", regularizers=["jacfrob"], trace_estimator="difference")(X, SPAN)
+
+
+def test_a_field_without_trained_weights_needs_no_second_derivative() -> None:
+    net = Wrap(lambda t, z: Kernel.apply(z), nn.Linear(1, 1)).requires_grad_(False)
+    by_node()(net)
+    with pytest.raises(ConfigError, match=NOT_TWICE):
+        NeuralODE(net, "rk4", **JACFROB)(X.clone().requires_grad_(), SPAN)
+
+
+def test_another_use_of_a_net_is_checked_anew() -> None:
+    """Another function of it, its training mode, and the exact Jacobian that a rate asks for."""
+    net = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).double().eval()
+    model = RegularizedCNF(net, event_shape=2, trace_estimator="exact", regularizers=())
+    model.log_prob(X)
+    penalties_at(lambda t, x: net(x), 0.0, X, ["jacfrob"])
+    exact = Rate("diagonal", lambda e: e.jacobian().diagonal(dim1=1, dim2=2).square().sum(1), needs={"vjp"})
+    for penalty in (exact, "jacfrob"):
+        estimator = "exact" if penalty == "jacfrob" else "rademacher"
+        with pytest.raises(ConfigError, match=MIXED):
+            penalties_at(lambda t, x: net(x - 2 * x.mean(0)), 0.0, X, [penalty], trace_estimator=estimator)
+    net.train()
+    with pytest.raises(ConfigError, match=MIXED):
+        model.log_prob(X)
+
+
+def test_a_solve_that_explodes_keeps_its_own_error() -> None:
+    net = nn.Conv2d(1, 1, 3, padding=1).double()
+    nn.init.constant_(net.weight, 1e200)
+    model = RegularizedCNF(
+        net, event_shape=(1, 8, 8), trace_estimator=Exact(radius=1), solver=GRID, regularizers=()
+    )
+    with pytest.raises(SolverError, match="no longer finite"):
+        model.log_prob(torch.ones(2, 1, 8, 8, dtype=torch.float64))

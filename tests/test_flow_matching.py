@@ -150,6 +150,7 @@ def test_a_known_velocity_with_dropout_has_no_second_evaluation() -> None:
     torch.testing.assert_close(*both)
 
 
+@pytest.mark.usefixtures("without_checks")
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
 def test_evaluations_of_the_velocity_are_counted(method: str) -> None:
     model, calls = Velocity(), []

@@ -70,6 +70,7 @@ class Counted(nn.Module):
 # values ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("without_checks")
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_values_and_evaluations_are_the_librarys(name: str, method: str) -> None:

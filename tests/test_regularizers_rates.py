@@ -172,10 +172,10 @@ def test_each_product_is_made_once() -> None:
 
     class Counting(Wave, Field):
         def linearize(
-            self, t: Tensor, z: Tensor, probes: Any = None, wants: frozenset[str] = VELOCITY, *, peek: Any = None
+            self, t: Tensor, z: Tensor, probes: Any = None, wants: frozenset[str] = VELOCITY
         ) -> Linearization:
             calls.append(("pass", 0.0))
-            found = AutogradField(self.forward).linearize(t, z, probes, wants, peek=peek)
+            found = AutogradField(self.forward).linearize(t, z, probes, wants)
 
             def jvp(v: Tensor, dt: float) -> Tensor:
                 calls.append(("jvp", dt))

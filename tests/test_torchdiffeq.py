@@ -51,6 +51,7 @@ def start(*shape: int) -> Tensor:
     return torch.randn(*(shape or (4, 2)), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.usefixtures("without_checks")
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_penalties_change_neither_values_nor_evaluations(method: str, backward: bool) -> None:

@@ -931,6 +931,7 @@ class Affine(nn.Module):
 NOISE = MultivariateNormal(torch.zeros(3), torch.eye(3))
 
 
+@pytest.mark.usefixtures("without_checks")
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
 @pytest.mark.parametrize("regularizers", [None, ["kinetic"], ["jacfrob"], ["kinetic", "jacfrob"]])
 @pytest.mark.parametrize("make", [

@@ -10,15 +10,13 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast, final
+from typing import NamedTuple, cast, final
 
 import torch
 from torch import Tensor
 
-from .field_checks import FieldChecks
-from .modes import dual_numbers, next_number, refuse_dual_numbers, transforms_active
+from .modes import refuse_dual_numbers, transforms_active
 from .part import Part
-from .second_derivatives import Evaluated, WithoutGradient, reaches_state
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """A vector field ``f(t, z)``. It maps a scalar time and a state ``(B, *event)`` to a velocity ``(B, *event)``."""
@@ -74,11 +72,11 @@ class Field(ABC):
         ...     def forward(self, t, z):
         ...         return -t * z
         ...
-        ...     def linearize(self, t, z, probes=None, wants=frozenset(), *, peek=None):
+        ...     def linearize(self, t, z, probes=None, wants=frozenset()):
         ...         if wants <= {"products", "trace"}:
         ...             products = None if probes is None else -t * probes
         ...             return Linearization(self(t, z), products, trace=-t * z[0].numel() * z.new_ones(z.shape[0]))
-        ...         return AutogradField(self).linearize(t, z, probes, wants, peek=peek)
+        ...         return AutogradField(self).linearize(t, z, probes, wants)
         >>> Decay().linearize(torch.tensor(2.0), torch.ones(1, 3), None, frozenset({"trace"})).trace
         tensor([-6.])
     """
@@ -91,13 +89,7 @@ class Field(ABC):
 
     @abstractmethod
     def linearize(
-        self,
-        t: Tensor,
-        z: Tensor,
-        probes: Tensor | None = None,
-        wants: frozenset[str] = VELOCITY,
-        *,
-        peek: Velocity | None = None,
+        self, t: Tensor, z: Tensor, probes: Tensor | None = None, wants: frozenset[str] = VELOCITY
     ) -> Linearization:
         """The velocity and the quantities that ``wants`` names.
 
@@ -106,8 +98,6 @@ class Field(ABC):
             probes: the probe vectors, ``(B, *event)``, or ``(k, B, *event)`` for k of them.
             wants: names of attributes of :class:`Linearization`: ``"products"`` (with the probes), ``"rows"``,
                 ``"trace"``, ``"jvp"``, ``"pull"``. Only a ``"pull"`` may be left out.
-            peek: evaluates this field at other points, for checks. It leaves buffers and random generators
-                unchanged, and draws from the generators as they are. None: the field itself evaluates.
         """
 
     def prepared(self, z: Tensor, probes: Tensor | None = None, *, one_graph: bool = True) -> Field:
@@ -168,15 +158,8 @@ class AutogradField(Field):
         part: the part of the state to differentiate with respect to, whose velocity is differentiated; None: all of
             it. The ``dz`` of :meth:`linearize` is the velocity of the whole state, everything else belongs to the
             part.
-        checks: the checks of the function in this solve, with earlier results, which need not run again; None: new
-            ones.
         captured: whether evaluations become a part of one compiled step, in which nothing can be checked.
         radius: the :attr:`Field.radius` of the part, which is checked; None: it is not known.
-
-    Raises:
-        ConfigError: from :meth:`linearize`, for a field that cuts its graph, for the exact Jacobian of a field that
-            mixes samples, for several probes with a field beyond its radius, and for layers whose backward pass
-            cannot be differentiated.
     """
 
     def __init__(
@@ -184,40 +167,29 @@ class AutogradField(Field):
         field: Callable[..., Tensor],
         *extra: Tensor,
         part: Part | None = None,
-        checks: FieldChecks | None = None,
         captured: bool = False,
         radius: int | None = None,
     ) -> None:
         self._field, self._extra, self.part, self.radius = field, extra, part, radius
         self.captured = captured
-        self.checks = FieldChecks() if checks is None else checks
 
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
         return self._field(t, z, *self._extra)
 
     def linearize(
-        self,
-        t: Tensor,
-        z: Tensor,
-        probes: Tensor | None = None,
-        wants: frozenset[str] = VELOCITY,
-        *,
-        peek: Velocity | None = None,
+        self, t: Tensor, z: Tensor, probes: Tensor | None = None, wants: frozenset[str] = VELOCITY
     ) -> Linearization:
-        f, extra, checks, elsewhere = self._field, self._extra, self.checks, self if peek is None else peek
+        f, extra = self._field, self._extra
         if not wants:
             return Linearization(f(t, z, *extra))
         if self.part is not None:
-            return self._of_part(self.part, t, z, probes, wants, elsewhere)
-        if self.captured:
+            return self._of_part(self.part, t, z, probes, wants)
+        if self.captured or transforms_active():
             return by_vjp(self, t, z, probes, wants)
         if torch.compiler.is_dynamo_compiling():
-            # a user's own torch.compile leaves this evaluation out of its graph, in which nothing could be checked
+            # a user's own torch.compile cannot trace autograd.grad, so its graph leaves this evaluation out
             outside = cast("Callable[..., Linearization]", torch.compiler.disable(self.linearize))
-            return outside(t, z, probes, wants, peek=peek)
-        if transforms_active():
-            linearization, seen, keep = self._in_transform(t, z, probes, wants, elsewhere)
-            return self._checked(linearization, seen, wants, probes, keep=keep)
+            return outside(t, z, probes, wants)
         refuse_dual_numbers()
         along, later = "jvp" in wants, "pull" in wants
         # Products need a graph even if the caller wants none, so gradients are enabled here in any case. `keep` is
@@ -229,10 +201,7 @@ class AutogradField(Field):
                 t, z = _as_variables(t, z, keep=keep)
             else:
                 t, z = _usable(t), _as_variable(z, keep=keep)
-            # nodes with a lower number are older than this evaluation
-            start = next_number(z) if checks.walks(keep=keep, along=along) else 0
             dz = f(t, z, *extra)
-            seen = Evaluated.of_graph(t, z, dz, start, elsewhere, f)
 
             def pull(v: Tensor) -> Tensor:
                 """``v^T d(dz)/dz``; zero for a field that ignores its state."""
@@ -242,13 +211,12 @@ class AutogradField(Field):
                     retain = keep or several or along or later
                     v = _usable(v).to(dz.dtype)
                     vjp = torch.autograd.grad(dz, z, v, retain, create_graph=keep, allow_unused=True)[0]
-                return checks.zero(seen) if vjp is None else vjp
+                return torch.zeros_like(z) if vjp is None else vjp
 
             products, rows, trace = _products(wants, z, probes, pull)
-            jvp = _double_reverse(dz, t, z, keep=keep, zero=lambda: checks.zero(seen)) if along else None
+            jvp = _double_reverse(dz, t, z, keep=keep) if along else None
             pull_later = functools.partial(_later, pull, keep) if later else None
-            linearization = Linearization(dz, products, rows, trace, jvp, pull_later)
-            linearization = self._checked(linearization, seen, wants, probes, keep=keep)
+        linearization = Linearization(dz, products, rows, trace, jvp, pull_later)
         if keep:
             return linearization
         return linearization._replace(
@@ -257,76 +225,11 @@ class AutogradField(Field):
             rows=None if rows is None else without_graph(rows),
         )
 
-    def _checked(
-        self,
-        linearization: Linearization,
-        seen: Evaluated,
-        wants: frozenset[str],
-        probes: Tensor | None,
-        *,
-        keep: bool,
-    ) -> Linearization:
-        """The linearization of an evaluation, after the checks of the field."""
-        apart, radius = self._relies_on(wants, probes, seen.z)
-        along = linearization.jvp is not None
-        self.checks.after(seen, keep=keep, along=along, apart=apart, radius=radius)
-        if linearization.jvp is not None and keep and (why := self.checks.third_derivative):
-            return linearization._replace(jvp=functools.partial(_without_gradient, linearization.jvp, why))
-        return linearization
-
-    def _relies_on(self, wants: frozenset[str], probes: Tensor | None, z: Tensor) -> tuple[bool, int | None]:
-        """Whether the products rely on samples that are apart, and the radius by which they are taken."""
-        whole = "rows" in wants or "trace" in wants
-        radius = self.radius if not whole and probes is not None and probes.ndim > z.ndim else None
-        return whole or radius is not None, radius
-
-    def _in_transform(
-        self, t: Tensor, z: Tensor, probes: Tensor | None, wants: frozenset[str], elsewhere: Velocity
-    ) -> tuple[Linearization, Evaluated, bool]:
-        """Linearize inside a transform of torch.func, where autograd's own functions fail.
-
-        Returns:
-            The linearization, the evaluation for the checks, and whether the results may be differentiated.
-        """
-        # inside of vjp gradients are always enabled
-        keep = torch.is_grad_enabled() or dual_numbers()
-        graph: list[Any] = []
-
-        def noted(t: Tensor, z: Tensor) -> Tensor:
-            dz = self(t, z)
-            graph[:] = dz.grad_fn, z  # of the level of this vjp, whose graph begins at the state
-            return dz
-
-        linearization = by_vjp(noted, t, z, probes, wants | {"pull"})
-        product = linearization.pull
-        assert product is not None
-
-        def pull(v: Tensor) -> Tensor | None:
-            with torch.no_grad():
-                return product(v) if reached else None
-
-        seen = Evaluated(
-            t, z, linearization.dz, *graph, start=0, depends=True, pull=pull, elsewhere=elsewhere, field=self._field
-        )
-        # by the path, not by a product of zero, which a mask of dropout may make
-        reached = reaches_state(seen)
-        if not reached:
-            self.checks.zero(seen)
-        return linearization, seen, keep
-
     def traceable(self) -> AutogradField:
-        return AutogradField(
-            self._field, *self._extra, part=self.part, checks=self.checks, captured=True, radius=self.radius
-        )
+        return AutogradField(self._field, *self._extra, part=self.part, captured=True, radius=self.radius)
 
     def _of_part(
-        self,
-        part: Part,
-        t: Tensor,
-        state: Tensor,
-        probes: Tensor | None,
-        wants: frozenset[str],
-        elsewhere: Velocity,
+        self, part: Part, t: Tensor, state: Tensor, probes: Tensor | None, wants: frozenset[str]
     ) -> Linearization:
         """Linearize with the part as the only variable: the rest of the state enters as a constant."""
         # The velocity of the whole state is stored by the call, since a second evaluation would cost as much and
@@ -337,11 +240,8 @@ class AutogradField(Field):
             velocities.append(self(t, cast("Tensor", part.put(state, z))))
             return part.take(velocities[-1])
 
-        def of_part_elsewhere(t: Tensor, z: Tensor) -> Tensor:
-            return part.take(elsewhere(t, cast("Tensor", part.put(state, z))))
-
-        field = AutogradField(of_part, checks=self.checks, captured=self.captured, radius=self.radius)
-        linearization = field.linearize(t, part.take(state), probes, wants, peek=of_part_elsewhere)
+        field = AutogradField(of_part, captured=self.captured, radius=self.radius)
+        linearization = field.linearize(t, part.take(state), probes, wants)
         whole = velocities[0]
         if not torch.is_grad_enabled():  # the graph was for the products, the caller wants none
             whole = tuple(map(without_graph, whole)) if part.is_tuple else without_graph(whole)
@@ -379,11 +279,6 @@ def by_vjp(f: Velocity, t: Tensor, z: Tensor, probes: Tensor | None, wants: froz
         return transpose((torch.full_like(t, dt), v.to(z.dtype)))[0]
 
     return Linearization(dz, *_products(wants, z, probes, pull_second), jvp=jvp, pull=pull_second)
-
-
-def _without_gradient(jvp: DirectionalDerivative, why: str, v: Tensor, dt: float = 0.0) -> Tensor:
-    """A derivative along a direction, whose gradient raises an error with the given text."""
-    return WithoutGradient.apply(jvp(v, dt), why)
 
 
 def total_derivative(
@@ -462,10 +357,8 @@ def _products(
     return products, rows if "rows" in wants else None, trace
 
 
-def _double_reverse(
-    dz: Tensor, t: Tensor, z: Tensor, *, keep: bool, zero: Callable[[], Tensor]
-) -> DirectionalDerivative:
-    """Derivatives along directions from the graph of ``dz``; ``zero()`` where that does not reach ``z``.
+def _double_reverse(dz: Tensor, t: Tensor, z: Tensor, *, keep: bool) -> DirectionalDerivative:
+    """Derivatives along directions from the graph of ``dz``; zero where that does not reach ``z``.
 
     ``u^T J`` is linear in ``u``, so its derivative with respect to ``u``, pulled back with ``v``, is ``J v`` for
     any ``u``.
@@ -478,13 +371,11 @@ def _double_reverse(
 
     def push(v: Tensor, dt: float) -> Tensor:
         if not dz.requires_grad:
-            return zero()
+            return torch.zeros_like(z)
         u = torch.zeros_like(dz).requires_grad_()
         u = _Variables.apply(z, u)[1] if keep else u  # younger than z, which keeps the walk back to it short
         inputs, tangents = ((z,), (v,)) if dt == 0 else ((z, t), (v, torch.full_like(t, dt)))
         pulled = torch.autograd.grad(dz, inputs, u, create_graph=True, allow_unused=True)
-        if pulled[0] is None:
-            zero()  # for its check alone: df/dt may still contribute
         pairs = [(p, w.to(p.dtype)) for p, w in zip(pulled, tangents, strict=True) if p is not None]
         # a function that is linear in u and does not depend on u is zero
         pairs = [(p, w) for p, w in pairs if p.requires_grad]

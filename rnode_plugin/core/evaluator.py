@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .derivatives import VELOCITY, Field, Linearization
+from .checks import check_field, once
+from .derivatives import VELOCITY, AutogradField, Field, Linearization
+from .modes import transforms_active
 from .part import Part, State
 
 _NO_GRADIENTS = (
@@ -33,7 +35,7 @@ _RUNS_ONCE = (
 
 @final
 class Evaluator:
-    """Evaluates the field of one solve, for the solver, for penalties and for checks.
+    """Evaluates the field of one solve, for the solver and for penalties.
 
     The running statistics of batch norm, the vectors of spectral norm and the masks of dropout are neither
     arguments nor results of a field. The methods differ in how they treat these:
@@ -43,7 +45,6 @@ class Evaluator:
     - :meth:`repeat` evaluates the same function once more, for a penalty that needs another point or another
       product. It refuses a field that draws random numbers, because with other masks the field is another function.
       Buffers stay as they are.
-    - :meth:`peek` has no effect at all, for a check.
 
     Args:
         field: the field of the whole state.
@@ -53,10 +54,11 @@ class Evaluator:
             evaluation that wants the velocity alone returns it.
         user_field: the field as the user gave it, for penalties that read it; None where they measure a part of
             its state.
+        owner: the field as the user gave it, to which the results of checks belong.
     """
 
     __slots__ = (
-        "_field", "_modules", "_velocity", "captured", "net", "part", "user_field",
+        "_field", "_modules", "_owner", "_velocity", "captured", "net", "part", "user_field",
     )  # fmt: skip
 
     def __init__(
@@ -67,10 +69,11 @@ class Evaluator:
         part: Part | None = None,
         velocity: Tensor | None = None,
         user_field: object = None,
+        owner: object = None,
     ) -> None:
         self._field: Any = field  # Any: with a part it takes the whole state, which may be a tuple
         self.net, self.part, self._velocity = net, part, velocity
-        self.user_field = user_field
+        self.user_field, self._owner = user_field, owner
         self.captured = False  # whether evaluations become a part of one compiled step
         self._modules: list[nn.Module] | None = None
 
@@ -95,13 +98,64 @@ class Evaluator:
         if self._velocity is not None and not wants:
             return Linearization(self._velocity)
         try:
-            linearization = self._field.linearize(t, state, probes, wants, peek=self.peek)
+            linearization = self._field.linearize(t, state, probes, wants)
         except (RuntimeError, AttributeError) as error:
             explain(error)
         return self._complete(linearization, wants)
 
+    def check(
+        self,
+        t: Tensor,
+        state: State,
+        wants: frozenset[str],
+        probes: Tensor | None = None,
+        *,
+        gradients: bool = True,
+    ) -> None:
+        """Check the derivatives that :meth:`evaluate` takes by autograd, once for each net and use.
+
+        A field that computes its own products is not checked.
+
+        Args:
+            t, state, wants, probes: as for :meth:`evaluate`.
+            gradients: whether results are differentiated, if gradients are enabled.
+
+        Raises:
+            ConfigError: as :func:`~rnode_plugin.core.checks.check_field`.
+        """
+        field, part, net, owner = self._field, self.part, self.net, self._owner
+        if not wants or not isinstance(field, AutogradField) or self.captured or transforms_active():
+            return
+        if torch.compiler.is_dynamo_compiling():  # of a user's own torch.compile
+            outside: Any = torch.compiler.disable(self.check)
+            outside(t, state, wants, probes, gradients=gradients)
+            return
+        z = self.z_of(state)
+
+        def of_part(t: Tensor, z: Tensor) -> Tensor:
+            whole: Any = z if part is None else part.put(state, z)
+            return self.z_of(field(t, whole))
+
+        exact = bool(wants & {"rows", "trace"})
+        radius = None if exact or probes is None or probes.ndim == z.ndim else field.radius
+        options: dict[str, Any] = {
+            "gradients": gradients and torch.is_grad_enabled(), "along": "jvp" in wants,
+            "apart": exact or radius is not None, "radius": radius,
+        }  # fmt: skip
+        # another function may call the same net in another way
+        use = (
+            *options.values(), z.dtype, z.device, len(z) > 1, getattr(net, "training", None),
+            getattr(owner, "__code__", None),
+        )  # fmt: skip
+        if net is not None and not isinstance(owner, nn.Module):
+            owner = net[0] if isinstance(net, nn.ModuleList) else net  # several modules become a new list each time
+        try:
+            once(owner, use, lambda: check_field(of_part, t, z, net=net, **options))
+        except AttributeError as error:  # from a layer whose backward pass runs only once
+            explain(error)
+
     def traceable(self) -> Evaluator:
-        """An evaluator that torch.compile can trace, which makes no checks."""
+        """An evaluator that torch.compile can trace."""
         self._with_buffers()  # what a step notes in its first call would make another graph of the second
         traceable = copy.copy(self)
         traceable._field = self._field.traceable()
@@ -136,7 +190,7 @@ class Evaluator:
         try:
             with self.without_effects(x) as before:
                 if wants:
-                    linearization = self._field.linearize(t, state, probes, wants, peek=self.peek)
+                    linearization = self._field.linearize(t, state, probes, wants)
                 else:  # a call can be differentiated any number of times, a linearization perhaps only once
                     linearization = Linearization(self._field(t, state))
                 if before is not None and not same_states(before, random_states(x)):
@@ -164,11 +218,6 @@ class Evaluator:
                     "not compute."
                 )
         return linearization
-
-    def peek(self, t: Tensor, state: State) -> Tensor:
-        """The velocity, with no effect on buffers and random generators. Two calls in a row draw the same."""
-        with self.without_effects(self.z_of(state)):
-            return self._field(t, state)
 
     def as_now(self, others: Iterable[object] = ()) -> Callable[[], AbstractContextManager[None]]:
         """Note the parameters and buffers of the net and of ``others``; return a function that makes contexts.

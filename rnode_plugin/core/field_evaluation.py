@@ -202,6 +202,7 @@ class FieldEvaluation:
 
     def _rows(self) -> Tensor:
         """The rows of ``df/dz`` from another pass over the field."""
+        self._evaluator.check(self.t, self._state, _ROWS)  # which the declared needs do not tell before the solve
         rows = self._evaluator.repeat(self.t, self._state, _ROWS).rows
         assert rows is not None
         return rows.to(self.z.dtype)

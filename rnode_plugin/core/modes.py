@@ -6,7 +6,6 @@ It is also the only module that uses names of torch that are not public.
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
@@ -31,7 +30,6 @@ NAMES = {
     "torch._C._functorch.maybe_current_level": "penalties of solves inside torch.func are refused",
     "torch._C._functorch.maybe_get_level": "penalties of solves inside torch.func are refused",
     "torch.autograd.forward_ad._current_level": "solves are refused, or would drop dual numbers in silence",
-    "torch.autograd.function.BackwardCFunction": "all layers count as custom functions, compared by differences",
     "torch._C._will_engine_execute_node": "a backward pass computes the gradients of all weights",
     "torch.utils._pytree": "checkpointed solves and inference mode are refused",
     "torch.nn.modules.module._global_forward_hooks": "all layers count as having hooks, which autograd serves",
@@ -40,8 +38,7 @@ NAMES = {
 """The names that torch may change without notice, with what happens in a torch that lacks one.
 
 Attributes of objects have no entry: ``_sequence_nr`` of a node and ``_backward_hooks`` of a tensor, without which
-a solve that needs them is refused, and the closures of the classes that torch.func makes of a custom function,
-without which each of these is compared anew.
+a solve that needs them is refused.
 """
 
 
@@ -81,7 +78,6 @@ _is_batched: Callable[[Tensor], bool] = private("torch._C._functorch.is_batchedt
 _current_level: Callable[[], int | None] = private("torch._C._functorch.maybe_current_level")
 _level: Callable[[Tensor], int | None] = private("torch._C._functorch.maybe_get_level")
 _executes: Callable[[Any], bool] = find_private("torch._C._will_engine_execute_node") or (lambda node: True)
-_CustomNode: Any = find_private("torch.autograd.function.BackwardCFunction")
 _pytree: Any = find_private("torch.utils._pytree")
 _HOOKS_OF_ALL: Any = tuple(
     find_private(f"torch.nn.modules.module._global_forward_{kind}") for kind in ("hooks", "pre_hooks")
@@ -99,19 +95,6 @@ def number_of(node: Any) -> int:
         return node._sequence_nr()
     except AttributeError:
         refuse_torch("_sequence_nr of a node")
-
-
-def custom_function(node: Any) -> type | None:
-    """The ``torch.autograd.Function`` of a node of the graph; None for an operation of torch.
-
-    Inside of ``torch.func`` torch makes a new class for each call, whose functions refer to the user's class.
-    """
-    if _CustomNode is not None and not isinstance(node, _CustomNode):
-        return None
-    function = getattr(type(node), "_forward_cls", type(node))
-    backward = getattr(function, "backward", None)
-    known = inspect.getclosurevars(backward).nonlocals if inspect.isfunction(backward) else {}
-    return known.get("autograd_function", function)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -145,25 +128,6 @@ def hooks_of(x: Tensor) -> Any:
 
 
 # transforms, captured graphs and forward mode --------------------------------------------------------------------
-
-
-def unwrapped(x: Tensor) -> Tensor:
-    """``x`` without the wrappers of torch.func's transforms: of all samples of a ``torch.func.vmap`` at once."""
-    if transforms_active():
-        while _is_wrapped(x):
-            x = _get_unwrapped(x)
-    return x
-
-
-def any_of(x: Tensor) -> bool:
-    """Whether any entry of ``x`` is true; inside ``torch.func.vmap``, of all samples together."""
-    return bool(unwrapped(x).any())
-
-
-def unseen(x: Tensor) -> bool:
-    """Whether the host cannot read values, so that checks are left out."""
-    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return x.is_meta or capturing or torch.compiler.is_compiling()
 
 
 def escaped(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ density and the penalties share.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from .derivatives import AutogradField, Field, Velocity, as_field
 from .evaluator import Evaluator
 from .field_evaluation import FieldEvaluation
 from .modules import module_of
-from .part import PartSpec, State
+from .part import PartSpec, State, tensors_of
 from .regularizers import NONE, Regularizers, RegularizersLike, checked
 from .trace_estimators import TraceEstimator, get_estimator
 
@@ -132,6 +133,17 @@ class RightHandSide:
         """
         assert isinstance(state, Tensor)
         return self._function(t, state)
+
+    def check_field(self, t: Tensor, state: State) -> None:
+        """Check the derivatives that evaluations take of a field, before a solve, once for each net and use.
+
+        Args:
+            t: a time inside of the solve, since a gate may be closed at its start.
+            state: the state at the start.
+
+        Raises:
+            ConfigError: as :func:`~rnode_plugin.core.checks.check_field`.
+        """
 
     def z_of(self, state: Tensor) -> Tensor:
         """The part ``(B, *event)`` that the penalties measure, of a solver's state or of its velocity."""
@@ -283,7 +295,7 @@ class System:
             inner_autograd="jvp" in needs or (products and by_autograd),
             field=own,
             evaluator=Evaluator(
-                own, module_of(user_field) if net is None else net, part=part, velocity=velocity,
+                own, module_of(user_field) if net is None else net, part=part, velocity=velocity, owner=user_field,
                 user_field=user_field if part is None else None,
             ),
             estimator=estimator,
@@ -380,6 +392,16 @@ class FieldRightHandSide(RightHandSide):
         if columns is None:
             return Derivative(dz, dlogdet, penalties)
         return columns.derivative(t, given, dz, dlogdet, penalties)
+
+    def check_field(self, t: Tensor, state: State) -> None:
+        whole: Any = state
+        if self.columns is not None:
+            whole = self.columns.z_of(self.columns.without_cost(whole))
+        # without parameters and with a state that is a leaf, no gradient of a product is ever taken
+        net = self.evaluator.net
+        leaves = itertools.chain((t, *tensors_of(whole)), self.inputs(), () if net is None else net.parameters())
+        gradients = net is None or any(x.requires_grad for x in leaves)
+        self.evaluator.check(t, whole, self.wants, self.probes, gradients=gradients)
 
     def traceable(self) -> FieldRightHandSide:
         return replace(self, evaluator=self.evaluator.traceable(), counters=())

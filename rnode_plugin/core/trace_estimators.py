@@ -219,10 +219,10 @@ class Exact(TraceEstimator):
     all colors of all evaluations stays alive (about 0.6 GB for an image of 28x28 and 16 evaluations of 64 hidden
     channels): choose ``gradient="checkpointed"``.
 
-    A field whose samples depend on each other is refused, and a field that reaches beyond its radius: at the first
-    evaluations of each solve until the products there are not zero. The radius is checked at some pixels in all
-    rows and columns. A coupling that is zero at the start, or between pixels that are not looked at, is not seen:
-    :func:`~rnode_plugin.diagnose` compares the density, in up to 256 dimensions, with one that relies on neither.
+    A field whose samples depend on each other is refused, and a field that reaches beyond its radius, by
+    :func:`~rnode_plugin.check_field`, at some pixels in all rows and columns. A coupling that is zero at the time
+    of the check, or between pixels that are not looked at, is not seen: :func:`~rnode_plugin.diagnose` compares the
+    density, in up to 256 dimensions, with one that relies on neither.
 
     Args:
         radius: the radius r of a field without a known one, such as a net of yours: the velocity at a pixel depends

@@ -59,11 +59,9 @@ from ..core.derivatives import (
     AutogradField,
     Field,
     Linearization,
-    Velocity,
     trace_of_rows,
     unit_vectors,
 )
-from ..core.field_checks import FieldChecks
 from ..core.modes import autocasts, reaches, transforms_active
 from ..errors import ConfigError
 from .activations import Activation
@@ -177,16 +175,11 @@ class Stack(Field):
         z: Tensor,
         probes: Tensor | None = None,
         wants: frozenset[str] = VELOCITY,
-        *,
-        peek: Velocity | None = None,
     ) -> Linearization:
         """Implement :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`."""
         t = _as_time(t, z)
         if "jvp" in wants:
-            # samples stay apart in these layers, and torch can differentiate them three times
-            checks = FieldChecks(samples_are_apart=True, twice_differentiable=True, third_derivative="")
-            field = AutogradField(self, checks=checks, captured=self._captured)
-            return field.linearize(t, z, probes, wants, peek=peek)
+            return AutogradField(self, captured=self._captured).linearize(t, z, probes, wants)
         if "rows" in wants or "trace" in wants:
             linearization = self._with_rows(t, z, wants)
             # one more pass for the products

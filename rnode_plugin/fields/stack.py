@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.derivatives import VELOCITY, AutogradField, Field, Linearization, Velocity
+from ..core.derivatives import VELOCITY, AutogradField, Field, Linearization
 from ..core.modes import has_hooks, outside_inference
 from ..errors import ConfigError, check_count
 from .activations import get_activation
@@ -87,12 +87,11 @@ class StackField(nn.Module, Field):
         probes: Tensor | None = None,
         wants: frozenset[str] = VELOCITY,
         *,
-        peek: Velocity | None = None,
         context: Tensor | None = None,
     ) -> Linearization:
         """Implement :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`."""
         t = t if isinstance(t, Tensor) else z.new_tensor(t)
-        return self._of_one_graph(z, None, context).linearize(t, z, probes, wants, peek=peek)
+        return self._of_one_graph(z, None, context).linearize(t, z, probes, wants)
 
     def traceable(self) -> Field:
         """Implement :meth:`Field.traceable <rnode_plugin.core.derivatives.Field.traceable>`.
@@ -161,11 +160,9 @@ class AtContext(nn.Module, Field):
         z: Tensor,
         probes: Tensor | None = None,
         wants: frozenset[str] = VELOCITY,
-        *,
-        peek: Velocity | None = None,
     ) -> Linearization:
         """Implement :meth:`~rnode_plugin.core.derivatives.Field.linearize`, with respect to ``z``."""
-        return self.field.linearize(t, z, probes, wants, peek=peek, context=self._context)
+        return self.field.linearize(t, z, probes, wants, context=self._context)
 
 
 def conv_field(channels: int, *, hidden: int = 64, layers: int = 4, activation: str = "softplus") -> StackField:

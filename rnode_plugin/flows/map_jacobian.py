@@ -14,11 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..core.field_checks import refuse_mixed_samples
-from ..core.modes import differs, next_number, transforms_active
+from ..core.checks import check_field, once
+from ..core.modes import differs, transforms_active
 from ..core.objective import FlowOutput
-from ..core.second_derivatives import Evaluated, check_second_derivative
-from ..core.trace_estimators import Hutchinson
 from ..errors import ConfigError
 from ..flows.density import DensityModel
 
@@ -83,13 +81,7 @@ def map_log_prob(model: DensityModel, z: Tensor, *, context: Tensor | None = Non
     parts = []
     for part, given in zip(z.split(size), contexts, strict=False):
         decode = functools.partial(model.inverse, context=given, solver=solver)
-        x, jacobian = jacobian_of(decode, part, graph=graph, net=model, apart=bool(parts))
-        # A field without a graph counts as a constant, which leaves this Jacobian diagonal. The products of a trace
-        # refuse such a field.
-        if not parts and jacobian.count_nonzero() == jacobian.diagonal(dim1=1, dim2=2).count_nonzero():
-            first = None if given is None else given[:1]
-            with torch.no_grad():
-                model.solved_with(trace_estimator=Hutchinson()).decode(part[:1], context=first, penalties=False)
+        x, jacobian = jacobian_of(decode, part, graph=graph, net=model)
         parts.append((x, *log_abs_det(jacobian)))
     # signs of all chunks together, because a fold shows as determinants of both signs
     x, logdet, sign = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -103,7 +95,6 @@ def jacobian_of(
     *,
     graph: bool = False,
     net: nn.Module | None = None,
-    apart: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute the values and the Jacobian of a map that does not mix samples.
 
@@ -114,40 +105,40 @@ def jacobian_of(
         function: the map, ``(B, *event)`` to ``(B, *other)`` with as many numbers.
         z: the points ``(B, *event)``.
         graph: whether the results have gradients with respect to ``z`` and all else that the map depends on.
-        net: the module of the map, whose layers are checked once for second derivatives.
-        apart: whether it is known that the map does not mix samples, as from an earlier call.
+        net: the module of the map, for which the map is checked once; None: it is checked.
 
     Returns:
         The values ``(B, *other)`` and the Jacobians ``(B, D, D)``, with the gradient of output i in row i.
 
     Raises:
-        ConfigError: for a map that mixes samples; with ``graph``, for a layer whose backward pass cannot be
-            differentiated; inside of a transform of torch.func other than a gradient with respect to ``z``.
+        ConfigError: for a map that mixes samples or has no graph; with ``graph``, for a layer whose backward
+            pass cannot be differentiated; inside of a transform of torch.func other than a gradient with respect to
+            ``z``.
     """
     if transforms_active() and not (graph and z.requires_grad):
         raise ConfigError(_TRANSFORMED)
+
+    def of_state(_: Tensor, z: Tensor) -> Tensor:
+        return function(z).reshape(z.shape)
+
     with torch.inference_mode(False), torch.enable_grad():
         if not (graph and z.requires_grad):
             z = z.detach().clone().requires_grad_()
-        start = next_number(z) if graph else 0
+        if not transforms_active():
+
+            def check() -> bool:
+                return check_field(of_state, z.new_zeros(()), z, net=net, gradients=graph, apart=True)
+
+            once(net, ("map", graph, z.dtype, z.device, len(z) > 1, getattr(net, "training", None)), check)
         x = function(z)
         if differs(x):
             raise ConfigError(_TRANSFORMED)
-
-        def elsewhere(_: Tensor, z: Tensor) -> Tensor:
-            return function(z).reshape(z.shape)
-
-        seen = Evaluated.of_graph(z.new_zeros(()), z, x.reshape(z.shape), start, elsewhere, net)
-        if graph:
-            check_second_derivative(seen, jvp=False)
         # if samples do not mix, the gradient of a sum over the batch has one row for each sample
         rows = [
             torch.autograd.grad(each.sum(), z, retain_graph=True, create_graph=graph)[0].flatten(1)
             for each in x.flatten(1).unbind(1)
         ]
         jacobian = torch.stack(rows, 1)
-        if not apart:
-            refuse_mixed_samples(seen, known=jacobian.detach().sum(1).reshape(z.shape))
         return x if graph else x.detach(), jacobian
 
 

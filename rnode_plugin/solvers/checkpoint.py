@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
+from ..core.checks import FUSED_ATTENTION
 from ..core.modes import drop_casts, next_number, number_of, transforms_active, tree, without_hooks
-from ..core.second_derivatives import FUSED_ATTENTION
 from ..core.system import RightHandSide
 from ..errors import ConfigError
 

@@ -142,7 +142,7 @@ class Solver(ABC):
 
         from ..core.modes import refuse_dual_numbers
         from .path_penalties import with_path_penalties
-        from .step import Problem, check_times
+        from .step import Problem, check_times, inside
 
         refuse_dual_numbers()
         regularizers, gradient = rhs.regularizers, get_gradient(self.gradient)
@@ -154,6 +154,7 @@ class Solver(ABC):
         for length in (safe_step, adjoint_safe_step):
             if length is not None and not length > 0:
                 raise ConfigError(f"a safe step must be a length > 0 or None, not {length!r}.")
+        rhs.check_field(inside(t_span, z0.device), z0)
         problem = Problem(
             rhs=rhs, z=z0, t_span=t_span, save_steps=save_steps or regularizers.adds_evaluations,
             safe_step=safe_step, adjoint_safe_step=adjoint_safe_step, keep_adjoint_step=keep_adjoint_step,

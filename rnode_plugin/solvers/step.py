@@ -93,6 +93,12 @@ def check_times(t_span: Tensor, name: str = "t_span") -> None:
         )
 
 
+def inside(t_span: Tensor, device: torch.device) -> Tensor:
+    """A time inside of a solve, on a device, for a check of the field, whose gates may be closed at both ends."""
+    first, last = t_span[0], t_span[-1]
+    return on_device(first + 0.618 * (last - first), device)
+
+
 Draw = dict[int, float]
 """The stages of a step that compute products with the Jacobian in a sampled quadrature. The value of a stage is the
 weight of its rates, relative to the length of the step."""

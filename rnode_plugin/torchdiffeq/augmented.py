@@ -16,6 +16,7 @@ from ..core.modes import refuse_capture
 from ..core.part import State, tensors_of
 from ..core.system import System
 from ..errors import ConfigError
+from ..solvers.step import inside
 from .names import find_parameters, mixed_norm, rms_norm
 
 
@@ -106,6 +107,14 @@ class Augmented:
         """The user's part of a flattened state. For a tuple it stays flat, as in torchdiffeq."""
         own = flat[: sum(shape.numel() for shape in self.shapes)]
         return own if self.is_tuple else own.view(self.shapes[0])
+
+    def check_field(self, t: Tensor, y0: State) -> None:
+        """Check the field before a solve, see :meth:`RightHandSide.check_field`."""
+        before, here.evaluating = here.evaluating, True
+        try:
+            self.rhs.check_field(inside(t, tensors_of(y0)[0].device), y0)
+        finally:
+            here.evaluating = before
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self.func, name)

@@ -270,6 +270,7 @@ def solve(
     t = regularizers.times(t, training=torch.is_grad_enabled() and getattr(func, "training", True))
     augmented = Augmented(func, system, y0, t, sampled=sampled)
     z0 = augmented.z_of(y0)
+    augmented.check_field(t, y0)
     state = (*tensors_of(y0), *(z0.new_zeros(len(z0)) for _ in regularizers.rates))
     full = PLAIN[name](augmented, state, t, **extended(given, augmented))
     count = len(augmented.shapes)

@@ -82,6 +82,7 @@ class CNF(torchdyn_cnf.CNF):
                     "solve it by one of these."
                 )
             rhs = System(trace_estimator=self.trace_estimator).start(self._velocity(args), z, probes=noise)
+            rhs.check_field(time, z)
             dz, trace, _ = rhs(time, z)
             assert trace is not None
         else:

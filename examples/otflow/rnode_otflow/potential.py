@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linearization, Velocity
+from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linearization
 from rnode_plugin.core.modes import has_hooks
 from rnode_plugin.errors import ConfigError, check_count
 
@@ -76,8 +76,6 @@ class PotentialField(nn.Module, Field):
         z: Tensor,
         probes: Tensor | None = None,
         wants: frozenset[str] = VELOCITY,
-        *,
-        peek: Velocity | None = None,
     ) -> Linearization:
         """``-grad Phi`` and what ``wants`` names, in closed form; the Jacobian, ``-Hess Phi``, is symmetric.
 
@@ -85,7 +83,7 @@ class PotentialField(nn.Module, Field):
         come from automatic differentiation.
         """
         if type(self).forward is not PotentialField.forward or has_hooks(self):
-            return AutogradField(lambda t, z: self(t, z)).linearize(t, z, probes, wants, peek=peek)
+            return AutogradField(lambda t, z: self(t, z)).linearize(t, z, probes, wants)
         s = self._joined(t, z)
         layers, _ = self._run(s)
         gradient, pulled = self._gradient(s, layers)
