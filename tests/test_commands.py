@@ -36,7 +36,6 @@ REFUSED: dict[str, str] = {
     "recipes show digit": "did you mean 'digits'",
     "regularizers kinetik": "unknown regularizer 'kinetik'; did you mean 'kinetic'",
     "train digits --lr 0.1": "no such option --lr: a setting is given by --set optimizer.lr=VALUE.",
-    "train digits --learning-rate 0.1": "a setting is given by --set optimizer.lr=VALUE.",
     "train digits --max-step 3": "No such option",
     "train digits --max-time soon": "not a span of time",
     "train digits --set optimizer.rl=1": "Did you mean optimizer.lr",

@@ -12,7 +12,6 @@ import difflib
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from operator import attrgetter
@@ -62,7 +61,6 @@ __all__ = [
     "named_settings",
     "read_recipe",
     "read_strength",
-    "similar_settings",
 ]  # fmt: skip
 
 
@@ -252,7 +250,7 @@ class Recipe:
             if group == "regularizers" and key:
                 registry.check_name("regularizers", key.partition(":")[0])  # before `override` imports torch for it
             elif path not in known:
-                near = " or ".join(similar_settings(path, known))
+                near = " or ".join(named_settings(path, known) or difflib.get_close_matches(path, known, n=1))
                 hint = f" Did you mean {near}?" if near else ""
                 raise ConfigError(
                     f"unknown setting {path!r}.{hint} `rnode-cli recipes show {self.name}` lists all settings."
@@ -449,36 +447,15 @@ def differences(*recipes: Recipe) -> list[DifferentSetting]:
 
 
 def named_settings(asked: str, known: Iterable[str]) -> list[str]:
-    """Find the settings whose last part, or its initials, are those of ``asked``, at most three.
+    """Find the settings whose last part is that of ``asked``, at most three.
 
     Example:
         >>> from rnode_plugin.experiments.recipes.recipe import named_settings
-        >>> named_settings("learning_rate", ["optimizer.lr", "optimizer.vector_lr"])
-        ['optimizer.lr']
+        >>> named_settings("precision", ["training.precision", "training.seed"])
+        ['training.precision']
     """
     key = asked.rpartition(".")[2]
-    initials = "".join(word[:1] for word in key.split("_"))
-    meant = {key} if len(initials) < 2 else {key, initials}
-    return [each for each in known if each.rpartition(".")[2] in meant][:3]
-
-
-def similar_settings(asked: str, known: Iterable[str]) -> list[str]:
-    """Find the settings that an unknown one may mean, at most three, the best first.
-
-    These are the :func:`named_settings`. Without any, the share of its words that a setting has is as important as
-    how similar the two are.
-    """
-    if named := named_settings(asked, known := list(known)):
-        return named
-
-    def score(setting: str) -> float:
-        there = re.split(r"[._]", setting)
-        words = re.split(r"[._]", asked)
-        # `val` stands for `validation`, but one letter stands for nothing
-        shared = sum(any(len(w) > 2 and (t.startswith(w) or w.startswith(t)) for t in there) for w in words)
-        return shared / len(words) + difflib.SequenceMatcher(None, asked, setting).ratio()
-
-    return [each for each in sorted(known, key=score, reverse=True) if score(each) >= 0.7][:3]
+    return [each for each in known if each.rpartition(".")[2] == key][:3]
 
 
 def _text_or_none(text: str) -> str | None:
