@@ -43,20 +43,6 @@ def parity(recipe: str, device: torch.device, *, batch: int) -> list[list[str]]:
     return rows
 
 
-def graphed(step: Callable[[], object]) -> Callable[[], object]:
-    """The step as one CUDA graph, by torch's own capture."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def stacked(recipe: str, device: torch.device, *, batch: int, repeats: int) -> list[list[object]]:
     """Images a second, memory and differences of each technique, one after the other on the same images."""
     cuda = device.type == "cuda"
@@ -65,11 +51,6 @@ def stacked(recipe: str, device: torch.device, *, batch: int, repeats: int) -> l
     exact = steps[EXACT].run()
     rows: list[list[object]] = []
     cases: dict[str, Callable[[], object]] = {name: step.run for name, step in steps.items()}
-    if cuda:
-        try:
-            cases[f"{EXACT}, CUDA graph"] = graphed(steps[EXACT].run)
-        except RuntimeError as error:
-            rows.append([recipe, f"{EXACT}, CUDA graph", str(error).strip().splitlines()[0]])
     times = alternate(cases, repeats=repeats, device=device)
     for name, time in times.items():
         difference, memory = "", ""

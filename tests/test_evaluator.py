@@ -119,7 +119,7 @@ def test_a_penalty_in_odeint_belongs_to_the_step_that_was_taken() -> None:
     assert torch.allclose(found["kinetic"], (y[-1] - 1).square()[:, 0])
 
 
-@pytest.mark.parametrize("name", ["directional_vjp", "total_derivative", diagonal], ids=str)
+@pytest.mark.parametrize("name", ["directional_vjp", "total_derivative", diagonal], ids=["vjp", "jvp", "rows"])
 def test_a_penalty_leaves_the_random_numbers_of_the_solve(name: Any) -> None:
     net = Net(nn.Dropout(0.3))
 

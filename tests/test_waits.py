@@ -20,9 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rnode_plugin
 from rnode_plugin import Adaptive, FixedGrid, NeuralODE, RegularizedCNF, TableFlow
 from rnode_plugin.core import modes
-from rnode_plugin.errors import ConfigError
 from rnode_plugin.solvers import adaptive, adjoint, checkpoint, fixed, path_penalties
-from rnode_plugin.torchdiffeq import odeint
 
 LAZY = (adaptive, adjoint, checkpoint, fixed, path_penalties)  # else a solve imports them with what is patched
 ROOT = Path(rnode_plugin.__file__).parent
@@ -149,37 +147,3 @@ def test_a_training_step_waits_for_its_device_where_it_may(case: str, waits: Wai
     nfe = evaluations() - (before if case.startswith("NeuralODE") else 0)
     trials = (nfe - 2) // 6  # after the first evaluation and the guess of the first step
     assert waits.seen == {name: 2 + trials if count == "trials" else count for name, count in allowed.items()}
-
-
-def solved(solver: str, *regularizers: str, **options: Any) -> object:
-    return NeuralODE(net(), solver, regularizers=list(regularizers), **options)(torch.ones(4, 2), SPAN)
-
-
-SPAN = torch.linspace(0, 1, 9)
-SAMPLED: dict[str, Any] = {"quadrature": "sampled"}
-DRAWS: dict[str, tuple[Callable[[], object], str]] = {
-    "grid": (lambda: solved("rk4", "jacfrob", **SAMPLED), "the stage of a sampled quadrature"),
-    "steps": (lambda: solved("dopri5", "jacfrob", **SAMPLED), "the stage of a sampled quadrature"),
-    "density": (
-        lambda: TableFlow(2, solver=FixedGrid(quadrature="sampled")).encode(torch.ones(4, 2)),
-        "the stage of a sampled quadrature",
-    ),
-    "end time": (lambda: solved("rk4", "steer"), "the end time of 'steer'"),
-    "local penalty": (lambda: solved("rk4", "local_error"), "the step of a local penalty"),
-    "torchdiffeq": (
-        lambda: odeint(lambda t, y: -y, torch.ones(4, 2), SPAN, regularizers=["jacfrob"], **SAMPLED),
-        "the evaluation of a sampled quadrature",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", DRAWS)
-def test_a_draw_is_refused_while_a_graph_is_captured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replay of a CUDA graph would repeat it."""
-    draw, what = DRAWS[name]
-    draw()
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(ConfigError, match=f"{what} is drawn on the CPU"):
-        draw()
-    solved("rk4", "kinetic")  # which draws nothing

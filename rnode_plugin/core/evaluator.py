@@ -325,11 +325,9 @@ class _States(NamedTuple):
 def random_states(z: Tensor) -> _States | None:
     """The states of the generators that an evaluation on the device of ``z`` draws from.
 
-    They are None where they cannot be read, as in a captured CUDA graph and on the device meta.
+    They are None where they cannot be read: in a graph of torch.compile and on the device meta.
     """
     if torch.compiler.is_compiling() or z.is_meta:
-        return None
-    if z.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     return _States(torch.get_rng_state(), torch.cuda.get_rng_state(z.device) if z.is_cuda else None, z.device)
 

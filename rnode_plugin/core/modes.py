@@ -1,4 +1,4 @@
-"""The modes in which torch runs the operations of this thread: transforms, captured graphs and inference mode.
+"""The modes in which torch runs the operations of this thread: transforms, forward mode and inference mode.
 
 It is also the only module that uses names of torch that are not public.
 """
@@ -127,7 +127,7 @@ def hooks_of(x: Tensor) -> Any:
         refuse_torch("_backward_hooks of a tensor")
 
 
-# transforms, captured graphs and forward mode --------------------------------------------------------------------
+# transforms and forward mode -------------------------------------------------------------------------------------
 
 
 def escaped(x: Tensor) -> bool:
@@ -213,23 +213,10 @@ def reaches(node: Any) -> bool:
     return torch.compiler.is_compiling() or _executes(node)
 
 
-def refuse_capture(what: str) -> None:
-    """Refuse a draw on the CPU while a CUDA graph is captured, because each replay would repeat it in silence.
-
-    Raises:
-        ConfigError: with the name of what is drawn.
-    """
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        raise ConfigError(
-            f"{what} is drawn on the CPU, and each replay of the CUDA graph that is captured here would repeat the "
-            "draw: capture a solve with quadrature='full' and without local penalties and 'steer'."
-        )
-
-
 def on_device(x: Tensor, device: torch.device) -> Tensor:
     """A time ``x``, one number, on a device. From the CPU it gets there without a copy unless it has a graph.
 
-    A copy waits for the device, and a CUDA graph cannot capture one.
+    A copy waits for the device.
     """
     if x.device == device:
         return x

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.modes import refuse_capture
 from ..core.regularizer import About, Source, SpanPolicy
 from ..errors import ConfigError
 
@@ -67,7 +66,6 @@ class Steer(SpanPolicy):
             raise ConfigError(
                 f"steer: the width {self.width} must be smaller than the solve's length, {float(last - first):.6g}."
             )
-        refuse_capture("the end time of 'steer'")
         # drawn on the CPU, so that one seed gives the same end on every device
         shift = (2 * torch.rand((), dtype=torch.float64) - 1) * self.width
         return with_end_time(t_span, t_span.max() + shift.to(t_span))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.health import HealthCheck, health
-from ..core.modes import read, refuse_capture
+from ..core.modes import read
 from ..errors import ConfigError
 from .solution import Solution
 from .step import (
@@ -136,7 +136,7 @@ def _on_device(times: Tensor, device: torch.device) -> list[Tensor]:
     known = read(times) if times.device.type == "cpu" else None
     if known is None:
         return list(times.to(device).unbind())
-    # fill each time by a separate kernel: a copy from the host would synchronize, and a CUDA graph cannot have it
+    # fill each time by a separate kernel: a copy from the host would synchronize
     made = {time: torch.full((), time, dtype=times.dtype, device=device) for time in {*known}}
     return [made[time] for time in known]
 
@@ -157,7 +157,6 @@ def _draw_stages(method: Method, lengths: Sequence[float]) -> list[Draw | None]:
     stages = method.stages
     if method.draws is None or stages == 1:
         return [None] * len(lengths)
-    refuse_capture("the stage of a sampled quadrature")
     count = max(1, round(len(lengths) * stages / 8))
     size = sum(lengths) / count  # method.draws sums to one in each step, so the line is as long as the solve
     if max(lengths) > (stages - 2) * size and min(method.draws) > 0:

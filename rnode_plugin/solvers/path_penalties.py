@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.health import HealthCheck, health
-from ..core.modes import differs, drop_casts, refuse_capture
+from ..core.modes import differs, drop_casts
 from ..core.regularizers import ONE_DRAW
 from ..core.system import RightHandSide
 from ..errors import ConfigError
@@ -59,7 +59,6 @@ def _local_penalties(
     The step starts, detached, on the cubic interpolant of the accepted states, and has the length of the accepted
     step there, or less if the solve ends earlier.
     """
-    refuse_capture("the step of a local penalty")
     knots = steps.t.detach()
     start, end = knots[0], knots[-1]
     # drawn on the CPU, so that one seed gives the same time on every device

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.health import HealthCheck
-from ..core.modes import constant, on_device, read, refuse_capture, transforms_active
+from ..core.modes import constant, on_device, read, transforms_active
 from ..core.regularizer import StepRecord
 from ..core.system import Derivative, RightHandSide
 from ..errors import ConfigError, SolverError
@@ -240,7 +240,6 @@ def draw_stage(method: Method) -> Draw | None:
     """Draw one stage to represent its step, by the weights of a quadrature; None if they are not known."""
     if method.draws is None:
         return None
-    refuse_capture("the stage of a sampled quadrature")
     weights = constant(method.draws, torch.float64, _CPU)
     return {int(torch.multinomial(weights, 1)): 1.0}
 
