@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.errors import CheckpointError, ConfigError, RnodeError, SolverError, TrainingError
 from rnode_plugin.experiments.data.batches import ArrayDataset
+from rnode_plugin.experiments.data.identity import of_samples
 from rnode_plugin.experiments.random_streams import Stream, seeded
 from rnode_plugin.experiments.recipes.recipe import Optimizer, Recipe
 from rnode_plugin.experiments.runs.run import Run
@@ -284,7 +285,8 @@ def test_a_run_killed_during_its_evaluation_is_evaluated(recipe: Recipe, whole: 
 
 
 def after_step(recipe: Recipe, *, devices: int = 1, validated: slice = slice(60), **options: Any) -> AfterStep:
-    plan, data = RunPlan.of(recipe, 200, devices), SimpleNamespace(val=recipe.load_data().val[validated])
+    plan, val = RunPlan.of(recipe, 200, devices), recipe.load_data().val[validated]
+    data = SimpleNamespace(val=val, identity=("of the training", of_samples(val)))
     experiment: Any = SimpleNamespace(recipe=recipe, data=data, resumed=None)
     return AfterStep(experiment, plan, **options)
 
@@ -305,10 +307,10 @@ def test_another_validation_chooses_the_best_weights_again(recipe: Recipe) -> No
 
 
 def test_a_process_with_another_checkpoint_is_refused(recipe: Recipe) -> None:
-    """Each machine of a run may have its own copy."""
-    strategy = SimpleNamespace(broadcast=lambda step: 20)
+    """Each machine of a run may have its own copy, of the same step or of another one."""
+    strategy = SimpleNamespace(broadcast=lambda sha256: "of the first process")
     trainer: Any = SimpleNamespace(global_step=10, world_size=1, strategy=strategy)
-    with pytest.raises(TrainingError, match="from step 10, the first one from step 20"):
+    with pytest.raises(TrainingError, match="from different checkpoints: copy the newest"):
         after_step(recipe).on_train_start(trainer, RnodeModule(recipe))
 
 

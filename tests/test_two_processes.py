@@ -198,6 +198,36 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
     assert best[0] == best[1]
 
 
+def _as_on_two_machines(*commands: list[str]) -> tuple[int, str]:
+    """Run a command for each process of a run; the exit code and the standard error of the first one."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    together |= {"TORCHELASTIC_RUN_ID": "run", "GROUP_RANK": "0"}
+    processes = []
+    for rank, command in enumerate(commands):
+        env = {**ENVIRONMENT, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, env=env, **pipes))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    (_, first), _ = (process.communicate() for process in processes)
+    return processes[0].returncode, first
+
+
+@pytest.mark.slow
+def test_processes_with_other_checkpoints_are_refused(tmp_path: Path) -> None:
+    """Weights of the same step, and gradients at both were averaged without a word."""
+    for name in "ab":
+        done = train(tmp_path / name, "--set", "optimizer.lr=0.1" if name == "a" else "optimizer.lr=0.2")
+        assert done.returncode == 0, done.stderr
+    runs = [tmp_path / name / "digits" / "0" for name in "ab"]
+    start = COMMAND[: COMMAND.index("train") + 1]
+    common = ["--max-steps", "9", "--device", "cpu", "--set", "optimizer.lr=0.05"]
+    code, first = _as_on_two_machines(*([*start, "--resume", str(run), *common] for run in runs))
+    assert code == 1, first
+    assert "the processes of this run continue from different checkpoints" in " ".join(first.split())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("settings", "what"), [
     (["--set", "optimizer.lr=0.5"], "optimizer.lr is 0.5 in process 1 and 0.002 in process 0"),
@@ -205,19 +235,8 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_processes_with_other_commands_are_refused(settings: list[str], what: str, tmp_path: Path) -> None:
     """Started as on two machines. The gradients of both were averaged without a word."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    together |= {"TORCHELASTIC_RUN_ID": "run", "GROUP_RANK": "0"}
-    processes = []
-    for rank in (0, 1):
-        env = {**ENVIRONMENT, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [*COMMAND, str(tmp_path), *(settings if rank else [])]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=env, **pipes))  # pyright: ignore[reportCallIssue, reportArgumentType]
-    (_, first), _ = (process.communicate() for process in processes)
-    assert processes[0].returncode == 2, first
+    code, first = _as_on_two_machines([*COMMAND, str(tmp_path)], [*COMMAND, str(tmp_path), *settings])
+    assert code == 2, first
     assert f"process 1 of this run trains another one than process 0: {what}" in " ".join(first.split())
     assert "Traceback" not in first
     assert not list(tmp_path.rglob("recipe.json"))

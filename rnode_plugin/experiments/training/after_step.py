@@ -93,7 +93,7 @@ class AfterStep(Checkpoint):
             "seed": recipe.training.seed,
             "batch": recipe.data.val_batch_size,
             "trace_estimator": "rademacher" if noise == "gaussian" else noise,
-            "samples": len(experiment.data.val),
+            "samples": [*experiment.data.identity, len(experiment.data.val)],
         }
         # all three in the first process alone
         self._locked = False
@@ -281,17 +281,17 @@ class AfterStep(Checkpoint):
     # before the first step -------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._step = step = trainer.global_step  # above 0 in a run that is resumed
-        # each machine reads its own copy of the checkpoint, and gradients at different weights would be averaged in
-        # silence
-        (differ,) = _largest_in_any_process(trainer, (first := trainer.strategy.broadcast(step)) != step)
+        self._step = trainer.global_step  # above 0 in a run that is resumed
+        # each machine reads its own copy of the checkpoint, and gradients at different weights, or by other moments
+        # of the optimizer, would be averaged in silence
+        resumed = self._experiment.resumed
+        own = "" if resumed is None else resumed.sha256
+        (differ,) = _largest_in_any_process(trainer, trainer.strategy.broadcast(own) != own)
         if differ:
             raise TrainingError(
-                f"this process continues from step {step}, the first one from step {first}, and others may "
-                "differ: copy the newest checkpoint to all machines."
+                "the processes of this run continue from different checkpoints: copy the newest to all machines."
             )
         # without a best.ckpt that stays, the next validation has to write one, whatever its score
-        resumed = self._experiment.resumed
         kept = resumed is not None and trainer.is_global_zero and resumed.keeps_best
         self.best = trainer.strategy.broadcast(self.best if kept else math.inf)
         # Lightning registers its own handlers just before this hook, and they would end a run between a step and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 import sys
@@ -164,6 +165,7 @@ class Resumed:
         checkpoint: the file.
         done: the number of steps that the run has taken.
         epochs: the epochs that the run has passed.
+        sha256: of the file, by which processes of one run notice that they read different ones.
         facts: the facts of the data that the run was trained on; None if they are not known.
         run: the run that the file lies in, which continues there; None for a file elsewhere.
         contents: the contents of the file, until :meth:`put_into` has given them to a flow.
@@ -172,6 +174,7 @@ class Resumed:
     checkpoint: Path
     done: int
     epochs: float
+    sha256: str
     facts: Facts | None
     run: Run | None
     contents: Contents | None = None
@@ -273,7 +276,9 @@ class Resumed:
             if any(each.kept is KeptBy.WEIGHTS for each in differ):
                 advice = "Leave these settings out, or train a new run without --resume"
             raise CheckpointError(f"{path} cannot continue with other settings: {what}. {advice}.")
-        return Resumed(path, done, epochs, facts_of(contents), Run.of_checkpoint(path), contents)
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return Resumed(path, done, epochs, sha256, facts_of(contents), Run.of_checkpoint(path), contents)
 
 
 def unlike_a_run(checkpoint: Path, error: Exception) -> CheckpointError:
