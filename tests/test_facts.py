@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,39 @@ def test_files_have_the_hash_of_names_and_contents(tmp_path: Path) -> None:
     assert of_files(tmp_path / "y", names) == expected, "a copy is the same data"
     assert expected not in (of_files(tmp_path / "z", names), of_files(tmp_path / "x", names[::-1]))
     assert of_files(tmp_path / "x", names[:1]) != expected
+
+
+def test_the_hash_of_files_is_kept_until_one_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file, reads = tmp_path / "a.png", []
+    usual = identity._of_contents
+
+    def counted(folder: Path, names: list[str]) -> str:
+        reads.append(names)
+        return usual(folder, names)
+
+    monkeypatch.setattr(identity, "_of_contents", counted)
+
+    def hashed(*, is_settled: bool) -> str:
+        now = max(file.stat().st_mtime_ns, file.stat().st_ctime_ns) + (3 if is_settled else 1) * 10**9
+        monkeypatch.setattr(identity, "time", SimpleNamespace(time_ns=lambda: now))
+        return of_files(tmp_path, ["a.png"])
+
+    file.write_text("one")
+    first = hashed(is_settled=False)
+    assert not (tmp_path / "cache").exists(), "it may change again within the resolution of the clock"
+    assert [hashed(is_settled=True) for _ in range(3)] == [first] * 3
+    assert len(reads) == 2
+    before = file.stat()
+    file.write_text("two")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # ctime shows the change
+    second = hashed(is_settled=True)
+    assert second != first
+    (kept,) = [each for each in (tmp_path / "cache" / "rnode-plugin").iterdir() if each.read_text() == second]
+    kept.write_text("cut off")
+    assert hashed(is_settled=True) == second
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # which is no folder
+    assert hashed(is_settled=True) == second
 
 
 @pytest.mark.parametrize("place", [0, 63, 159])

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ...errors import CheckpointError
+from ..files import write_atomically
 from .arrays import ImageArray
 
 _CHUNK = 1000  # samples that are read at once
 _DIGITS = 16  # of 64, which no two data sets share by chance
+_SETTLED = 2e9  # nanoseconds
 
 
 def identity_of(samples: ImageArray) -> str:
@@ -38,10 +44,38 @@ def of_samples(*parts: ImageArray) -> str:
 def of_files(folder: Path, names: Sequence[str]) -> str:
     """Compute the SHA-256 of the names and the contents of files, as 16 hexadecimal digits.
 
+    The result is kept in the user's cache (``$XDG_CACHE_HOME/rnode-plugin``, else ``~/.cache/rnode-plugin``) under
+    a hash of the path, size, times and inode of each file. It is not kept if one has changed within the last two
+    seconds, because a second change need not show in its times.
+
     Args:
         folder: their folder, which does not count, so that a copy is the same data.
         names: their paths in it.
     """
+    states, newest = hashlib.sha256(str(folder.resolve()).encode("utf-8", "surrogateescape")), 0
+    for name in names:
+        state = (folder / name).stat()
+        times = state.st_mtime_ns, state.st_ctime_ns
+        newest = max(newest, *times)
+        text = f"\n{name}\n{state.st_size} {times} {state.st_ino}"
+        states.update(text.encode("utf-8", "surrogateescape"))
+    kept, now = _cache() / states.hexdigest(), time.time_ns()
+    with contextlib.suppress(OSError, ValueError):
+        if len(identity := kept.read_text(encoding="ascii")) == _DIGITS:
+            return identity
+    identity = _of_contents(folder, names)
+    if now - newest > _SETTLED:
+        with contextlib.suppress(OSError, CheckpointError):  # a cache that cannot be written costs time alone
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, identity.encode())
+    return identity
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "rnode-plugin")
+
+
+def _of_contents(folder: Path, names: Sequence[str]) -> str:
     hashed = hashlib.sha256()
     for name in names:
         with (folder / name).open("rb") as file:
