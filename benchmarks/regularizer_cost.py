@@ -23,7 +23,7 @@ from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.solvers import Adaptive, FixedGrid
 
 NAMES = [
-    "kinetic", "jacfrob", "kinetic+jacfrob", "total_derivative", "finite_difference", "directional",
+    "kinetic", "jacfrob", "kinetic+jacfrob", "total_derivative", "directional",
     "directional_vjp", "taylor:3", "taylor:4", "l1", "curl", "strain", "error",
     "stiffness", "local_error", "local_stiffness", "straightness", "steer:0.25",
 ]  # fmt: skip

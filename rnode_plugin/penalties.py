@@ -52,7 +52,7 @@ def penalties_at(
         batch_dim: 0, the dimension of the samples. None: all of ``z`` is one sample, for a field that mixes the
             rows of its state, such as the nodes of a graph.
         velocity: ``field`` at ``t`` and ``z``, if the loss has computed it already. Penalties without a derivative,
-            such as ``kinetic`` and ``finite_difference``, then do not evaluate it a second time. A penalty with a
+            such as ``kinetic``, then do not evaluate it a second time. A penalty with a
             derivative evaluates the field itself, with its own dropout mask.
         context: a third argument of the field, ``field(t, z, context)``, passed on as it is.
 

@@ -24,6 +24,7 @@ import pytest
 import test_checks_in_modes as modes
 import torch
 import torch.utils.checkpoint
+from regularizer_table import difference_in_time
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
@@ -240,7 +241,7 @@ MATRIX = {
     "total_derivative": Case(Timed, {"regularizers": ["total_derivative"]}),
     "curl and strain": Case(with_depth, {"regularizers": ["curl", "strain"]}),
     "taylor": Case(Timed, {"regularizers": ["taylor:3"]}),
-    "repeated": Case(Timed, {"regularizers": ["finite_difference", "directional"]}),
+    "repeated": Case(Timed, {"regularizers": [difference_in_time, "directional"]}),
     "local": Case(Timed, {"regularizers": ["local_error", "local_stiffness"]}),
     "steps": Case(Timed, _ERRORS, x=_X.double(), loss=1e-9, gradient=1e-7),
     "sampled": Case(Timed, _SAMPLED, graphs=4),

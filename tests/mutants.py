@@ -120,13 +120,6 @@ MUTANTS = [
         "test_regularizers_spans.py::test_straightness_beside_kinetic_and_of_a_straight_path",
     ),
     Mutant(
-        "finite_difference is divided by eps, not by its square",
-        "regularizers/rates.py",
-        "/ self.eps**2",
-        "/ self.eps",
-        "test_finite_difference.py::test_the_limit_is_the_exact_acceleration_of_first_order",
-    ),
-    Mutant(
         "a warm-up begins one step early",
         "core/schedules.py",
         "min(1.0, step / self.steps)",

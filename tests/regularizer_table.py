@@ -61,6 +61,14 @@ def along_the_state(evaluation: Any) -> Tensor:
     return evaluation.jvp(evaluation.z).flatten(1).square().sum(1)
 
 
+@rate("difference_in_time", needs={"field"})
+def difference_in_time(evaluation: Any) -> Tensor:
+    """The squared difference to a later velocity without a gradient, by the square of the time between them."""
+    with torch.no_grad():
+        later = evaluation.velocity(evaluation.t + 0.1, evaluation.z + 0.1 * evaluation.dz)
+    return (evaluation.dz - later.detach()).flatten(1).square().sum(1) / 0.01
+
+
 @rate("of_the_net", needs={"field"})
 def of_the_net(evaluation: Any) -> Tensor:
     """``||f||^2`` by the module of the solve."""
@@ -138,7 +146,7 @@ def known(name: str) -> Dense:
     return rate
 
 
-def difference_in_time(f: Function, t: Tensor, z: Tensor) -> Tensor:
+def later_difference(f: Function, t: Tensor, z: Tensor) -> Tensor:
     dz = f(t, z)
     return (dz - f(t + 0.1, z + 0.1 * dz).detach()).square().sum() / 0.01
 
@@ -151,7 +159,7 @@ RATES: dict[str, tuple[Callable[[], Any], Dense]] = {
             "taylor:2", "taylor:3", "taylor:4",
         )
     },
-    "finite_difference:0.1": (lambda: "finite_difference:0.1", difference_in_time),
+    "difference_in_time": (lambda: difference_in_time, later_difference),
     "squared_divergence": (
         lambda: squared_divergence, lambda f, t, z: torch.func.jacrev(f, argnums=1)(t, z).trace().square()
     ),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from regularizer_table import diagonal
+from regularizer_table import diagonal, difference_in_time
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -24,7 +24,7 @@ from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdiffeq import odeint
 
 SPAN = torch.tensor([0.0, 1.0])
-AGAIN: list[Any] = ["finite_difference:0.5", "directional_vjp", "total_derivative", "taylor:3", diagonal]
+AGAIN: list[Any] = [difference_in_time, "directional_vjp", "total_derivative", "taylor:3", diagonal]
 
 
 later = Rate("later", lambda at: at.velocity(at.t + 0.1, at.z).square().sum(1), needs={"field"})
@@ -291,7 +291,7 @@ def test_a_backward_pass_that_runs_once_gives_one_product(penalty: Any, noise: s
 
 @pytest.mark.parametrize("kernel", [Kernel, Once])
 def test_kinetic_and_differences_need_no_second_derivative(kernel: Any) -> None:
-    for name in ("kinetic", "finite_difference"):
+    for name in ("kinetic", difference_in_time):
         found, expected = (
             gradient(by_points(name)(net), net) for net in (Net(kernel.apply), Net(nn.functional.silu))
         )

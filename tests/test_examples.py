@@ -30,7 +30,7 @@ TABLES = {
     ),
     "drop_in_classifier": (2, ["none", r"\['kinetic', 'jacfrob'\]", r"\{'kinetic': 1, 'jacfrob': 1\}"]),
     "fine_tune_flow_matching": (1, ["flow matching", "fine-tuned, no penalty", "fine-tuned, both penalties"]),
-    "few_steps": (2, ["none +0", r"total_derivative +2", r"finite_difference:0.1 +2"]),
+    "few_steps": (2, ["none +0", r"total_derivative +2", r"difference +2"]),
     "figure_1": (2, ["negative log-likelihood", "path length / displacement", "NFE"]),
     "importance_sampling": (
         2,

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from field_table import SHAPES, active, make_field
+from regularizer_table import difference_in_time
 from torch import Tensor, nn
 
 from rnode_plugin import Exact, FixedGrid, NeuralODE, RegularizedCNF
@@ -19,7 +20,7 @@ from rnode_plugin.core.system import System
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import ConcatConv2d, ConcatLinear, StackField, activations, conv_field, linear_field
 from rnode_plugin.fields.activations import ACTIVATIONS
-from rnode_plugin.regularizers import finite_difference, taylor
+from rnode_plugin.regularizers import taylor
 
 PRODUCTS = frozenset({"products"})
 
@@ -140,7 +141,7 @@ def test_what_cannot_work_is_refused(build: object, message: str) -> None:
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_an_evaluation_without_gradients_leaves_them_later(layers: int) -> None:
-    """A prepared field serves a whole solve, in which ``finite_difference`` evaluates it under ``no_grad``."""
+    """A prepared field serves a whole solve, in which a difference in time evaluates it under ``no_grad``."""
     field = active(linear_field(4, hidden=3, layers=layers))
     t, z, noise = make_inputs("linear")
     expected = gradients(*plain(field, t, z, noise), list(field.parameters()))
@@ -152,9 +153,9 @@ def test_an_evaluation_without_gradients_leaves_them_later(layers: int) -> None:
     for a, b in zip(gradients(prepared(t, z), product, list(field.parameters())), expected, strict=True):
         assert relative(a, b) < 1e-12
     wanted = list(field.parameters())
-    by_name = {each.name: each for each in (finite_difference(), taylor(3))}
+    by_name = {each.name: each for each in (difference_in_time, taylor(3))}
     found: list[tuple[Tensor, ...]] = []
-    for names in (["taylor:3"], ["finite_difference", "taylor:3"]):
+    for names in (["taylor:3"], ["difference_in_time", "taylor:3"]):
         regularizers = [by_name[name] for name in names]
         system = System(regularizers)
         rate = system.start(field.prepared(z), z, density=False)(t, z).penalties["taylor:3"]

@@ -11,6 +11,7 @@ import torch
 from dense_rates import dense_rates
 from field_table import Energy
 from problems import difference, directions, slope
+from regularizer_table import difference_in_time
 from torch import Tensor, nn
 
 from rnode_plugin import Adaptive, RegularizedCNF, penalties_at
@@ -55,7 +56,7 @@ def exact_log_prob(x: Tensor) -> Tensor:
 def test_penalties_at_points_with_times_are_dense_derivatives() -> None:
     """At one time for all they are in ``test_regularizer_contract``."""
     field, z, times = Velocity(), points(5, 3), torch.linspace(0, 1, 5, dtype=torch.float64)
-    names = ["kinetic", "jacfrob", "total_derivative", "curl"]
+    names: list[Any] = ["kinetic", "jacfrob", "total_derivative", "curl"]
     found = penalties_at(field, times, z, names, trace_estimator="exact")
     dense = [
         dense_rates(lambda t, z: field(z[None], t)[0], *each, highest=2) for each in zip(times, z, strict=True)
@@ -69,7 +70,7 @@ def test_penalties_at_points_with_times_are_dense_derivatives() -> None:
 
 def test_times_at_points_may_have_the_networks_shape() -> None:
     field, z, t = Velocity(), points(5, 3), torch.linspace(0, 1, 5, dtype=torch.float64)
-    names = ["kinetic", "jacfrob", "total_derivative", "finite_difference:0.1"]
+    names: list[Any] = ["kinetic", "jacfrob", "total_derivative", difference_in_time]
     found = penalties_at(lambda t, x: field(x, t.squeeze(1)), t[:, None], z, names, trace_estimator="exact")
     torch.testing.assert_close(found, penalties_at(field, t, z, names, trace_estimator="exact"))
 
@@ -144,9 +145,9 @@ def test_a_known_velocity_with_dropout_has_no_second_evaluation() -> None:
     found = penalties_at(field, 0.3, z, ["kinetic"], velocity=v)["kinetic"]
     torch.testing.assert_close(found, v.square().sum(1))
     with pytest.raises(ConfigError, match="leave out the velocity="):
-        penalties_at(field, 0.3, z, ["finite_difference"], velocity=v)
+        penalties_at(field, 0.3, z, [difference_in_time], velocity=v)
     net.eval()
-    both = [penalties_at(field, 0.3, z, ["finite_difference"], velocity=v) for v in (None, field(0.3, z))]
+    both = [penalties_at(field, 0.3, z, [difference_in_time], velocity=v) for v in (None, field(0.3, z))]
     torch.testing.assert_close(*both)
 
 
@@ -260,7 +261,7 @@ def test_the_score_is_the_gradient_of_the_log_density(t: float, noise_time: int)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_velocity_that_is_a_gradient_works_without_gradients(mode: Any) -> None:
     """As in NeuralODE, and whichever penalties read its derivatives."""
-    field, z, names = Energy(), points(5, 4), ["kinetic", "finite_difference", "jacfrob"]
+    field, z, names = Energy(), points(5, 4), ["kinetic", difference_in_time, "jacfrob"]
     model = RegularizedCNF.from_velocity(field, event_shape=4, solver="euler", steps=2).double()
     wanted = penalties_at(field, 0.3, z, names, trace_estimator="exact"), model.inverse(z)
     with mode():

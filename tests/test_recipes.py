@@ -129,11 +129,11 @@ def test_a_lambda_may_be_a_schedule_and_a_name_may_have_options() -> None:
     recipe = get_recipe("digits").override(
         [
             "regularizers.kinetic=linear_warmup(1000)*0.01", "regularizers.jacfrob= linear_warmup( 5 ) ",
-            "regularizers.finite_difference:0.1=5", "regularizers.taylor:order=3=linear_warmup(7)*1e-3",
+            "regularizers.taylor:2=5", "regularizers.taylor:order=3=linear_warmup(7)*1e-3",
         ]
     )  # fmt: skip
     assert recipe.regularizers == {
-        "kinetic": linear_warmup(1000, 0.01), "jacfrob": linear_warmup(5), "finite_difference:0.1": 5.0,
+        "kinetic": linear_warmup(1000, 0.01), "jacfrob": linear_warmup(5), "taylor:2": 5.0,
         "taylor:order=3": linear_warmup(7, 0.001),
     }  # fmt: skip
     plain = json.loads(json.dumps(recipe.to_plain()))

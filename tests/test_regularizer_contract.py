@@ -15,7 +15,17 @@ import torch
 from field_table import active
 from interfaces import DOUBLE, FACES, TIGHT, theirs, times
 from problems import difference, directions, slope
-from regularizer_table import RATES, UNDIVIDED, Longer, TrainedEnd, detour, lengths, longest, squared_divergence
+from regularizer_table import (
+    RATES,
+    UNDIVIDED,
+    Longer,
+    TrainedEnd,
+    detour,
+    difference_in_time,
+    lengths,
+    longest,
+    squared_divergence,
+)
 from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, TableFlow, penalties_at
@@ -46,7 +56,7 @@ def resolved(spec: Any) -> Regularizer:
 def declared() -> dict[str, Regularizer]:
     """One of each, the built-in ones by their names."""
     given = [make() for make, _ in RATES.values()]
-    others = [name for name in BUILTIN if name not in RATES and name not in ("taylor", "finite_difference")]
+    others = [name for name in BUILTIN if name not in RATES and name != "taylor"]
     found = [resolved(each) for each in (*given, *others, lengths, longest, detour, Longer())]
     return {each.name: each for each in found}
 
@@ -72,7 +82,7 @@ def dense(name: str, field: Any, t: Tensor, z: Tensor) -> Tensor:
     return torch.stack([RATES[name][1](alone, t, each.flatten()) for each in z])
 
 
-@pytest.mark.parametrize("name", [name for name in RATES if not name.startswith("finite_difference")])
+@pytest.mark.parametrize("name", [name for name in RATES if name != "difference_in_time"])
 def test_a_rate_is_checked_by_its_formula(name: str) -> None:
     make, formula = RATES[name]
     check_regularizer(make(), formula)
@@ -86,7 +96,7 @@ def test_dense_evaluations_have_the_quantities_of_a_field(name: Any) -> None:
 def test_the_gradient_of_a_difference_in_time_holds_the_later_velocity_fixed() -> None:
     field, z = perceptron(), states(2, 2).requires_grad_()
     t = torch.tensor(0.3, dtype=DOUBLE, requires_grad=True)
-    (found,) = penalties_at(field, t, z, ["finite_difference:0.1"]).values()
+    (found,) = penalties_at(field, t, z, [difference_in_time]).values()
     later = field(t + 0.1, z + 0.1 * field(t, z)).detach()
     wanted = (field(t, z) - later).square().sum(1) / 0.01
     torch.testing.assert_close(found, wanted)
@@ -151,21 +161,21 @@ def test_the_check_is_of_rates() -> None:
     [(name, need) for name in OF_RATES for need in NEEDS if need in ALL[name].needs],  # pyright: ignore
 )
 @pytest.mark.parametrize(
-    "others", [[], ["jacfrob", "total_derivative", "finite_difference"]], ids=["alone", "with others"]
+    "others", [[], ["jacfrob", "total_derivative", "difference_in_time"]], ids=["alone", "with others"]
 )
 def test_each_need_is_read_and_an_undeclared_one_is_refused(name: str, need: str, others: list[str]) -> None:
     """Under a random estimator, with which the exact Jacobian of curl and strain is not at hand."""
     given = ALL[name]
     assert isinstance(given, Rate)
     field, shy = perceptron(), dataclasses.replace(given, needs=frozenset(given.needs) - {need})
-    others = [each for each in others if each != name]
+    beside = [ALL[each] for each in others if each != name]
     for call in (
-        lambda: penalties_at(field, 0.3, states(), [*others, shy]),
-        lambda: NeuralODE(field, "euler", regularizers=[*others, shy])(states()),
-        lambda: TableFlow(2, regularizers=[*others, shy], trace_estimator="gaussian")(
+        lambda: penalties_at(field, 0.3, states(), [*beside, shy]),
+        lambda: NeuralODE(field, "euler", regularizers=[*beside, shy])(states()),
+        lambda: TableFlow(2, regularizers=[*beside, shy], trace_estimator="gaussian")(
             states().float(), penalties=True
         ),
-        lambda: odeint(field, states(), torch.tensor([0.0, 1.0]), method="euler", regularizers=[*others, shy]),
+        lambda: odeint(field, states(), torch.tensor([0.0, 1.0]), method="euler", regularizers=[*beside, shy]),
     ):
         with pytest.raises(ConfigError, match=f"'{re.escape(shy.name)}'.*needs={{\"{need}\"}}"):
             call()

@@ -20,7 +20,7 @@ from rnode_plugin.regularizers import (
     Regularizer,
     SpanPolicy,
     Steer,
-    finite_difference,
+    kinetic,
     linear_warmup,
     straightness,
 )
@@ -186,7 +186,7 @@ def test_a_lambda_may_depend_on_the_step() -> None:
 
 
 def test_objects_and_what_is_refused_when_called() -> None:
-    resolved = resolve_regularizers({straightness: 0.1, finite_difference(0.1): 5.0, Steer(0.1): None})
+    resolved = resolve_regularizers({straightness: 0.1, kinetic: 5.0, Steer(0.1): None})
     assert list(resolved.strengths.values()) == [0.1, 5.0, 1.0]
     with pytest.raises(ConfigError, match="must be smaller than the solve's length"):
         NeuralODE(Linear(3), "rk4", regularizers=["steer:1.5"])(states())

@@ -21,9 +21,9 @@ from rnode_plugin import Adaptive, FixedGrid, Solver, System
 from rnode_plugin.core.regularizers import Regularizers
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import (
+    Rate,
     Steer,
     error,
-    finite_difference,
     jacfrob,
     kinetic,
     straightness,
@@ -279,7 +279,7 @@ def test_regularizers_keep_their_order_and_are_sorted_by_kind() -> None:
         ("error", 0.5), ("steer", 1.0), ("jacfrob", 0.01), ("straightness", 2.0), ("kinetic", 0.0),
     ]  # fmt: skip
     assert found.undivided == {"error", "steer"}
-    again = Regularizers.of([finite_difference(), kinetic])
+    again = Regularizers.of([Rate("later", lambda at: at.velocity(at.t, at.z).sum(1), needs={"field"}), kinetic])
     assert again.needs == {"field"}
     with pytest.raises(ConfigError, match="steer and trained_end both change the times"):
         Regularizers.of([steer, TrainedEnd(2.0)])

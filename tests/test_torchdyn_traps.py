@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from regularizer_table import diagonal
+from regularizer_table import diagonal, difference_in_time
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE as Torchdyn
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
@@ -569,10 +569,10 @@ def test_running_statistics_see_each_evaluation_once(make: Callable[[nn.Module],
     norm = nn.BatchNorm1d(4)
     net = nn.Sequential(nn.Linear(2, 4), norm, nn.Tanh(), nn.Linear(4, 2)).requires_grad_(False)
     x, span = torch.randn(8, 2, requires_grad=True), torch.linspace(0, 1, 5)
-    model = NeuralODE(make(net), "euler", sensitivity=sensitivity, regularizers=["finite_difference"])
+    model = NeuralODE(make(net), "euler", sensitivity=sensitivity, regularizers=[difference_in_time])
     model(x, span)[1].sum().backward()
     assert norm.num_batches_tracked == 4
-    odeint(Holder(net), x, span, method="euler", regularizers=["finite_difference"])
+    odeint(Holder(net), x, span, method="euler", regularizers=[difference_in_time])
     assert norm.num_batches_tracked == 8
 
 

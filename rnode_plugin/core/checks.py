@@ -20,8 +20,8 @@ from ..errors import ConfigError, first_line, is_out_of_memory
 from .modules import module_of
 
 _WAYS = (
-    "Use trace_estimator='difference', which needs no product, the penalty "
-    "'finite_difference', or the layer without its kernel or checkpoint. Values under torch.no_grad() are right."
+    "Use trace_estimator='difference', which needs no product, or the layer without its kernel or checkpoint. "
+    "Values under torch.no_grad() are right."
 )
 
 _WITHOUT_GRAPH = (
@@ -45,8 +45,8 @@ _NOT_TWICE = (
 _NOT_THREE_TIMES = (
     "torch computes a wrong third derivative of the vector field, as of LayerNorm and of batch norm in training. "
     "The gradient of total_derivative, directional, taylor, curl and strain takes that derivative. For states "
-    "(B, D) torch.nn.GroupNorm(1, D) computes the same as LayerNorm(D); put batch norm into evaluation mode. The "
-    "penalty 'finite_difference' takes the place of total_derivative, and values without a gradient are right."
+    "(B, D) torch.nn.GroupNorm(1, D) computes the same as LayerNorm(D); put batch norm into evaluation mode. "
+    "Values without a gradient are right."
 )
 
 FUSED_ATTENTION = (

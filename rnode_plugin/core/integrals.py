@@ -25,7 +25,7 @@ class Integrals(Mapping[str, Tensor]):
         regularizers: the regularizers of the model or the block, with their strengths.
         dims: number of dimensions of one sample.
         nfe: number of evaluations of the field that the solve asked for, rejected steps included. The
-            evaluations that a penalty adds (``finite_difference``) and those of a backward pass are not in it.
+            evaluations that a penalty adds and those of a backward pass are not in it.
         with_gradients: whether gradients were enabled in the solve.
         transformed: whether the solve was inside a transform of ``torch.func``.
     """

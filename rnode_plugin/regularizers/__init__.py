@@ -25,7 +25,6 @@ BUILTIN = {
     "total_derivative": "rates:total_derivative",
     "directional": "rates:directional",
     "directional_vjp": "rates:directional_vjp",
-    "finite_difference": "rates:finite_difference",
     "taylor": "rates:taylor",
     "l1": "rates:l1",
     "curl": "rates:curl",

@@ -6,11 +6,9 @@ Each rate is ``(B,)``, summed over the event. Only the objective divides by D.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ..core.regularizer import About, Rate, Source, rate
@@ -51,18 +49,27 @@ def jacfrob(evaluation: FieldEvaluation) -> Tensor:
     return evaluation.squared_frobenius()
 
 
-@rate(
+@dataclass(frozen=True)
+class _Taylor:
+    """A class, because pickle takes no closure, and no two partials are equal."""
+
+    order: int
+
+    def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
+        return sum_squares(evaluation.total_derivative(self.order))
+
+
+total_derivative = Rate(
     "total_derivative",
+    _Taylor(2),
     needs={"jvp"},
     about=About("‖J f + ∂f/∂t‖², the squared acceleration", cost="one jvp", source=_RNODE.at("eq. 7")),
 )
-def total_derivative(evaluation: FieldEvaluation) -> Tensor:
-    """``||J f + df/dt||^2 = ||d^2 z/dt^2||^2``, the squared acceleration (RNODE, eq. 7).
+"""``||J f + df/dt||^2 = ||d^2 z/dt^2||^2``, the squared acceleration (RNODE, eq. 7), which ``taylor(2)`` is too.
 
-    It needs one jvp along (f, 1). The authors' code takes half the mean of ``(J^T f + df/dt)^2``. Its transposed
-    product does not give the second derivative, and it fails for a field that ignores time.
-    """
-    return sum_squares(evaluation.total_derivative(2))
+It needs one jvp along (f, 1). The authors' code takes half the mean of ``(J^T f + df/dt)^2``. Its transposed
+product does not give the second derivative, and it fails for a field that ignores time.
+"""
 
 
 @rate("directional", needs={"jvp"}, about=About("‖J f‖², without ∂f/∂t", cost="one jvp", source=_RNODE.at("eq. 7")))
@@ -82,47 +89,6 @@ def directional_vjp(evaluation: FieldEvaluation) -> Tensor:
     It needs one vjp with f. FFJORD's code takes the root of the mean square.
     """
     return sum_squares(evaluation.vjp(evaluation.dz))
-
-
-def finite_difference(eps: float = 0.01, *, name: str = "finite_difference") -> Rate:
-    """``||f(t, z) - sg[f(t + eps, z + eps f)]||^2 / eps^2``, where ``sg`` stops the gradient (Iso-FM; Khan, 2026).
-
-    Its value tends to ``total_derivative`` as eps goes to 0. Its gradient is about
-    ``-2 (d^2 z/dt^2)^T df / eps``, so lambda depends on eps. It needs one more evaluation and no product, so it
-    works where a field has no second derivative, such as fused attention or a compiled network. In low precision
-    the two evaluations differ by rounding. Under bf16 autocast take eps 0.1, because at 0.01 the rounding error of
-    the field exceeds the difference that the acceleration causes.
-
-    Because the later evaluation has no gradient, the gradient with respect to the times is not that of the penalty.
-
-    Args:
-        eps: the step of the difference in time.
-        name: the key of its penalty.
-
-    Raises:
-        ConfigError: for a step that is not a positive number.
-    """
-    if isinstance(eps, bool) or not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps > 0):
-        raise ConfigError(f"finite_difference takes a step > 0, not {eps!r}: 'finite_difference:0.01'.")
-    about = About(
-        "‖f(t, z) − sg[f(t + ε, z + ε f)]‖² / ε², sg without a gradient: `finite_difference:0.01`",
-        cost="one evaluation without a gradient",
-        source=Source("Iso-FM", "Khan", 2026, "khan2026isokinetic"),
-    )
-    return Rate(name, _FiniteDifference(eps), needs={"field"}, about=about)
-
-
-@dataclass(frozen=True)
-class _FiniteDifference:
-    """A class, because pickle takes no closure, and no two partials are equal."""
-
-    eps: float
-
-    def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
-        t, z, dz = (x.detach() for x in (evaluation.t, evaluation.z, evaluation.dz))
-        with torch.no_grad():
-            later = evaluation.velocity(t + self.eps, z + self.eps * dz).detach()  # forward mode sees no_grad
-        return sum_squares(evaluation.dz - later) / self.eps**2
 
 
 def taylor(order: int = 3, *, name: str = "") -> Rate:
@@ -147,16 +113,6 @@ def taylor(order: int = 3, *, name: str = "") -> Rate:
         source=Source("TayNODE", "Kelly et al.", 2020, "kelly2020learning"),
     )
     return Rate(name or f"taylor:{order}", _Taylor(order), needs={"jvp"}, about=about)
-
-
-@dataclass(frozen=True)
-class _Taylor:
-    """A class, because pickle takes no closure, and no two partials are equal."""
-
-    order: int
-
-    def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
-        return sum_squares(evaluation.total_derivative(self.order))
 
 
 @rate("l1", about=About("‖f‖₁", source=_FFJORD))

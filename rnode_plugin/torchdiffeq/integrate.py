@@ -81,7 +81,7 @@ def odeint(
             that is one sample selects columns too. A column that only accumulates, such as a trace or a cost, has
             to be left out here. The rest of the state counts as constant in derivatives with respect to ``z``, as
             of ``jacfrob``, and moves by its own velocity in derivatives along the trajectory (``total_derivative``,
-            ``taylor``, ``finite_difference``), which then take further evaluations.
+            ``taylor``), which then take further evaluations.
         batch_dim: dimension of the samples in this tensor. None: the whole state is one sample, for a field that
             mixes the rows of its state, such as the nodes of a graph.
         trace_estimator: noise of the product that ``jacfrob`` needs, such as ``"rademacher"`` (signs),

@@ -111,7 +111,7 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
             except the column of an ``integral_loss`` and the trace of a CNF, which are recognized (a module with an
             attribute ``noise_dist`` counts as a CNF). Columns that are left out count as constants in derivatives
             with respect to ``z``, as of ``jacfrob``. In derivatives along the trajectory (``total_derivative``,
-            ``taylor``, ``finite_difference``) they move by their own velocity, which takes further evaluations.
+            ``taylor``) they move by their own velocity, which takes further evaluations.
         batch_dim: 0, the dimension of the samples. None: the whole state is one sample, for a field that mixes the
             rows of its state, such as the nodes of a graph.
         quadrature: ``"full"``, or ``"sampled"`` to compute the products that penalties such as ``jacfrob`` need in
