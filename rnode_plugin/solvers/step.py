@@ -366,15 +366,13 @@ _SINGULAR = "give times a little inside, such as data_time=1e-3 or noise_time=0.
 def fail_nonfinite(t: float, step: int, nfe: int) -> NoReturn:
     advice = (
         "The dynamics have exploded: lower the learning rate, raise lambda of 'jacfrob' or 'kinetic', shorten the "
-        "step or tighten the tolerances. If the field is singular at an end of the times, as a diffusion's can be, "
-        f"{_SINGULAR}."
+        f"step or tighten the tolerances. If the field is singular at an end of the times, {_SINGULAR}."
     )
     if step == 0:  # no earlier step can have exploded
         advice = (
             "The solve failed in its first step. Check the input and the parameters for NaN, and the field at this "
-            f"time: if it is singular there, as a diffusion's can be at an end of its schedule, {_SINGULAR}. If "
-            "all are finite, the step is too long for this field: shorten it, tighten the tolerances, or train "
-            "with a lower learning rate."
+            f"time: if it is singular there, {_SINGULAR}. If all are finite, the step is too long for this field: "
+            "shorten it, tighten the tolerances, or train with a lower learning rate."
         )
     raise SolverError(
         "nonfinite",
