@@ -101,4 +101,4 @@ def test_the_project_says_up_to_which_versions_it_was_tested() -> None:
     assert f"torch up to {modes.TESTED}" in text
     assert f"torchdiffeq up to {names.TESTED}" in text
     required = tomllib.loads(text)["project"]["dependencies"]
-    assert {"torch>=2.6", "torchdiffeq>=0.2.3"} <= set(required)
+    assert {"torch>=2.9", "torchdiffeq>=0.2.3"} <= set(required)

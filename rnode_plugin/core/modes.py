@@ -64,7 +64,7 @@ def private(path: str) -> Any:
 def refuse_torch(name: str) -> NoReturn:
     """Refuse a torch that lacks a name (ConfigError)."""
     raise ConfigError(
-        f"torch {torch.__version__} has no {name}, which this call needs: install a torch from 2.6 to {TESTED}, "
+        f"torch {torch.__version__} has no {name}, which this call needs: install a torch from 2.9 to {TESTED}, "
         "with which rnode-plugin was tested."
     )
 
