@@ -232,7 +232,8 @@ def _check_copies(regularizers: Regularizers, field: nn.Module, z: Tensor) -> No
     t = torch.tensor(0.3, dtype=z.dtype)
     (rate,), (code,) = regularizers, regularizers.code
     copies = {"copy": copy.deepcopy(regularizers)}
-    if "<" not in getattr(code, "__qualname__", type(code).__qualname__):  # neither local nor a lambda
+    name, module = getattr(code, "__qualname__", type(code).__qualname__), getattr(code, "__module__", None)
+    if "<" not in name and module != "__main__":  # neither local, nor a lambda, nor of an interactive session
         try:
             copies["pickle"] = pickle.loads(pickle.dumps(regularizers))
         except Exception as error:  # pickle raises many classes

@@ -477,3 +477,31 @@ def test_a_rate_that_differentiates_is_told_what_to_declare() -> None:
 
     with pytest.raises(Exception, match=r"needs=\{'vjp'\}"):
         penalties_at(Net(), 0.0, states(), [rate])
+
+
+def test_a_part_of_the_state_keeps_its_velocity() -> None:
+    """The second evaluation, at another state, must not become the velocity of the solve."""
+    net, x = Net(dims=3), states(dims=3)
+    plain = NeuralODE(net, "rk4_38")(x, SPAN)[1]
+    model = NeuralODE(net, "rk4_38", regularizers=[difference_in_time], penalized=slice(1, None))
+    torch.testing.assert_close(model(x, SPAN)[1], plain)
+
+
+def test_a_velocity_of_the_caller_is_not_evaluated_again() -> None:
+    net, calls, x = Net().double(), [], states().double()
+
+    def counted(t: Tensor, z: Tensor) -> Tensor:
+        calls.append(z)
+        return net(t, z)
+
+    penalties: list[Any] = ["kinetic", difference_in_time]
+    expected = penalties_at(net, 0.3, x, penalties)
+    velocity = net(torch.tensor(0.3, dtype=torch.float64), x)
+    found = penalties_at(counted, 0.3, x, penalties, velocity=velocity)
+    assert len(calls) == 1
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values)
+        of_found, of_values = (
+            torch.autograd.grad(y.sum(), net.first, retain_graph=True) for y in (found[name], values)
+        )
+        torch.testing.assert_close(of_found, of_values)
