@@ -184,7 +184,8 @@ def test_rates_change_no_step_and_each_stage_is_one_evaluation(name: str) -> Non
         calls.append(t)
         return torch.sin(5 * t) * z.roll(1, 1) - z**3
 
-    z, times = torch.tensor([[1.0, 2.0, -1.0]]).double(), torch.tensor([0.0, 0.7]).double()
+    z = torch.tensor([[1.0, 2.0, -1.0], [0.5, -1.0, 1.5]]).double()
+    times = torch.tensor([0.0, 0.7]).double()
     options: dict[str, Any] = {"atol": 1e-4} if name in ADAPTIVE_METHODS else {"step": 0.1}
     solver, of_steps = solver_of(name, **options), error if name in ADAPTIVE_METHODS else kinetic
     for divergence in (False, True):

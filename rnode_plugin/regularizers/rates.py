@@ -49,27 +49,18 @@ def jacfrob(evaluation: FieldEvaluation) -> Tensor:
     return evaluation.squared_frobenius()
 
 
-@dataclass(frozen=True)
-class _Taylor:
-    """A class, because pickle takes no closure, and no two partials are equal."""
-
-    order: int
-
-    def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
-        return sum_squares(evaluation.total_derivative(self.order))
-
-
-total_derivative = Rate(
+@rate(
     "total_derivative",
-    _Taylor(2),
     needs={"jvp"},
     about=About("‖J f + ∂f/∂t‖², the squared acceleration", cost="one jvp", source=_RNODE.at("eq. 7")),
 )
-"""``||J f + df/dt||^2 = ||d^2 z/dt^2||^2``, the squared acceleration (RNODE, eq. 7), which ``taylor(2)`` is too.
+def total_derivative(evaluation: FieldEvaluation) -> Tensor:
+    """``||J f + df/dt||^2 = ||d^2 z/dt^2||^2``, the squared acceleration (RNODE, eq. 7), as ``taylor(2)``.
 
-It needs one jvp along (f, 1). The authors' code takes half the mean of ``(J^T f + df/dt)^2``. Its transposed
-product does not give the second derivative, and it fails for a field that ignores time.
-"""
+    It needs one jvp along (f, 1). The authors' code takes half the mean of ``(J^T f + df/dt)^2``. Its transposed
+    product does not give the second derivative, and it fails for a field that ignores time.
+    """
+    return sum_squares(evaluation.total_derivative(2))
 
 
 @rate("directional", needs={"jvp"}, about=About("‖J f‖², without ∂f/∂t", cost="one jvp", source=_RNODE.at("eq. 7")))
@@ -112,7 +103,18 @@ def taylor(order: int = 3, *, name: str = "") -> Rate:
         cost="K − 1 nested jvps, each about three times the one before",
         source=Source("TayNODE", "Kelly et al.", 2020, "kelly2020learning"),
     )
-    return Rate(name or f"taylor:{order}", _Taylor(order), needs={"jvp"}, about=about)
+    of = total_derivative.of if order == 2 else _Taylor(order)
+    return Rate(name or f"taylor:{order}", of, needs={"jvp"}, about=about)
+
+
+@dataclass(frozen=True)
+class _Taylor:
+    """A class, because pickle takes no closure, and no two partials are equal."""
+
+    order: int
+
+    def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
+        return sum_squares(evaluation.total_derivative(self.order))
 
 
 @rate("l1", about=About("‖f‖₁", source=_FFJORD))
