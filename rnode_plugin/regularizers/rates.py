@@ -103,8 +103,7 @@ def taylor(order: int = 3, *, name: str = "") -> Rate:
         cost="K − 1 nested jvps, each about three times the one before",
         source=Source("TayNODE", "Kelly et al.", 2020, "kelly2020learning"),
     )
-    of = total_derivative.of if order == 2 else _Taylor(order)
-    return Rate(name or f"taylor:{order}", of, needs={"jvp"}, about=about)
+    return Rate(name or f"taylor:{order}", _Taylor(order), needs={"jvp"}, about=about)
 
 
 @dataclass(frozen=True)
