@@ -217,6 +217,17 @@ def test_contents_that_do_not_fit_are_one_message(
         load_flow(tmp_path / "last.ckpt")
 
 
+@pytest.mark.parametrize("place", ["state_dict", "callbacks"])
+def test_a_tensor_claims_no_more_than_its_storage(file: Path, tmp_path: Path, place: str) -> None:
+    """A stride of 0 would let a file of a few kilobytes ask for a tensor of any size."""
+    contents = torch.load(file, weights_only=True)
+    contents.setdefault(place, {})["hashes"] = [torch.zeros(1, dtype=torch.int64).expand(10**9)]
+    torch.save(contents, tmp_path / "last.ckpt")
+    assert (tmp_path / "last.ckpt").stat().st_size < 100_000
+    with pytest.raises(CheckpointError, match="1000000000"):
+        read_checkpoint(tmp_path / "last.ckpt")
+
+
 def test_a_model_that_no_memory_holds(tmp_path: Path) -> None:
     with pytest.raises(RnodeError, match=r"out of memory: .*allocate.* lower --batch-size"):
         run(tiny_recipe("model.hidden=2000000", "model.layers=3"), tmp_path / "runs")

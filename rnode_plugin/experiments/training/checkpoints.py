@@ -305,7 +305,22 @@ def _read(path: Path) -> object:
                 raise zipfile.BadZipFile(f"{each.filename} in it is compressed")
         if (bad := archive.testzip()) is not None:  # torch does not check the checksums of its archives
             raise zipfile.BadZipFile(f"the checksum of {bad} in it differs")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    _refuse_claims(loaded)
+    return loaded
+
+
+def _refuse_claims(value: object) -> None:
+    """Refuse a tensor with more numbers than its storage has: stride 0 lets a few bytes stand for any size."""
+    if isinstance(value, Tensor):
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"a tensor {tuple(value.shape)} in it has fewer values than its shape claims")
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            _refuse_claims(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            _refuse_claims(entry)
 
 
 def _read_safetensors(path: Path) -> Contents:
