@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
+import os
 import random
 import shlex
 from pathlib import Path
@@ -14,6 +16,7 @@ import pandas as pd
 import pytest
 
 from rnode_plugin.errors import ConfigError, DataError, RnodeError
+from rnode_plugin.experiments.data.folders import folder
 from rnode_plugin.experiments.data.table_files import check_written, column_names, read_columns, write_rows
 from rnode_plugin.experiments.data.tables import CELLS, Table, check_columns, split_rows, table
 from rnode_plugin.experiments.recipes.recipe import TableData, get_recipe
@@ -216,6 +219,17 @@ def test_other_files_under_the_name_of_a_table(suffix: str, tmp_path: Path) -> N
         read_columns(path, column_names(path))
     with pytest.raises(ConfigError, match="must end in"):
         column_names(path.rename(tmp_path / "data.xlsx"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with a name")
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["pipe.csv", "pipe.npy", "pipe.parquet", "folder.csv", "train.npy"])
+def test_no_reader_waits_for_a_pipe(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.mkdir() if name.startswith("folder") else os.mkfifo(path)
+    read = functools.partial(folder, root=str(tmp_path)) if name == "train.npy" else lambda: column_names(path)
+    with pytest.raises(DataError, match=name):
+        read()
 
 
 # tables

@@ -19,7 +19,7 @@ from ..files import missing, walk
 from ..text import count_of, shape_text
 from .arrays import ImageArray, Index
 from .identity import of_files
-from .images import ImageData, naming
+from .images import ImageData, naming, refuse_special
 
 DEFAULT_ROOT = Path("data")
 """The folder of the data sets unless another one is named."""
@@ -354,6 +354,7 @@ class PackedImages:
     def __init__(self, path: Path, *, shift: int = 0) -> None:
         self._path, self._shift = path, shift
         with naming(path, " Write it again."):
+            refuse_special(path)
             array = np.lib.format.open_memmap(path, mode="r")
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
             raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,17 @@ def naming(what: object, advice: str = "") -> Iterator[None]:
     except Exception as error:  # PIL, NumPy and pandas raise many types for a damaged file
         cause = error.strerror.lower() if isinstance(error, OSError) and error.strerror else _DAMAGED
         raise DataError(f"{what} cannot be read: {cause}.{advice}") from error
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse a pipe or a device, from which a reader could wait for ever, and a missing file.
+
+    Raises:
+        DataError: it is neither a regular file nor a folder.
+        OSError: nothing has this name.
+    """
+    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+        raise DataError(f"{path} is a pipe or a device: name a file.")
 
 
 _DAMAGED = "the file is damaged, or its format is not the one that its name promises"

@@ -22,7 +22,7 @@ import numpy as np
 from ...errors import ConfigError, DataError, first_line, suggest
 from ..files import write_atomically
 from ..text import count_of
-from .images import naming
+from .images import naming, refuse_special
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,7 +115,7 @@ def _frame(path: Path, rows: int | None = None) -> pd.DataFrame:
     """Read a table with checked names, or at least its first ``rows`` rows."""
     read = _format_of(path).read
     with naming(path):
-        path.stat()  # a missing file is refused before pandas is imported
+        refuse_special(path)  # also a missing file, before pandas is imported
         frame = read(path, rows)
     names = list(frame.columns)
     for name in names:
