@@ -213,7 +213,9 @@ from pytorch_lightning import loggers
 from pytorch_lightning.callbacks import LearningRateMonitor
 
 # a logger of Lightning's own, which needs no package, by the name of another one
-loggers.TensorBoardLogger = lambda folder, name, version: loggers.CSVLogger(folder, name=name, version=version)
+loggers.TensorBoardLogger = lambda folder, name, version, purge_step: loggers.CSVLogger(
+    folder, name=name, version=version
+)
 
 class Counts(L.Callback):
     def setup(self, trainer, module, stage):

@@ -149,6 +149,21 @@ def test_loggers_by_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "digits" / "0" / name).is_dir()
 
 
+def test_tensorboard_forgets_steps_that_are_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    purged: list[int] = []
+
+    def make(folder: Path, *, name: str, version: str, purge_step: int) -> CSVLogger:
+        purged.append(purge_step)
+        return CSVLogger(folder, name=name, version=version)
+
+    (tmp_path / "tensorboard.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("pytorch_lightning.loggers.TensorBoardLogger", make)
+    done = run(tiny_recipe("training.max_steps=2"), tmp_path, loggers=["tensorboard"])
+    run(tiny_recipe("training.max_steps=4"), tmp_path, loggers=["tensorboard"], resume=str(done.run.path))
+    assert purged == [0, 2]
+
+
 def test_a_callback_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_callbacks.py").write_text(
         "import torch, pytorch_lightning as L\n"

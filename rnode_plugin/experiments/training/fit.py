@@ -112,7 +112,8 @@ def fit(
             is_first = trainer.is_global_zero
             with _opened(experiment, options, after_step) if is_first else nullcontext() as run:
                 if run is not None:
-                    trainer.loggers += [make_logger(name, run.path) for name in names]  # they write into the folder
+                    # they write into the folder
+                    trainer.loggers += [make_logger(name, run.path, done=experiment.done) for name in names]
                     if options.progress:
                         _announce(experiment, plan, trainer, run)
                 result = train(experiment, plan, trainer, after_step)

@@ -29,12 +29,13 @@ def check_loggers(names: Iterable[str]) -> None:
             raise ConfigError(f"{name} is not installed: pip install {name}.")
 
 
-def make_logger(name: str, folder: Path) -> Logger:
-    """Make the logger with that name for the folder of a run."""
+def make_logger(name: str, folder: Path, *, done: int = 0) -> Logger:
+    """Make the logger with that name for the folder of a run, which continues after ``done`` steps."""
     from pytorch_lightning.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
     if name == "tensorboard":
-        return TensorBoardLogger(folder, name="", version="tensorboard")
+        # a resumed run takes the steps after its checkpoint once more. Lightning counts them from 0
+        return TensorBoardLogger(folder, name="", version="tensorboard", purge_step=done)
     run = "-".join(folder.parts[-2:])  # RECIPE-VERSION
     if name == "wandb":
         return WandbLogger(name=run, project="rnode", save_dir=folder)
