@@ -18,7 +18,7 @@ import click
 import pytest
 import torch
 from click.shell_completion import ShellComplete
-from click.testing import Result
+from click.testing import CliRunner, Result
 from PIL import Image
 from tiny_runs import as_options, rnode
 
@@ -37,6 +37,12 @@ TINY = [
         "training.sample_images=2", "training.val_every_steps=none", "training.val_every=1",
     ),
 ]  # fmt: skip
+
+
+def test_a_terminal_without_a_character_ends_no_command() -> None:
+    done = CliRunner(charset="latin-1").invoke(main, ["regularizers", "kinetic"])
+    assert done.exit_code == 0, done.exception
+    assert "?" in done.output
 
 
 def failure(result: Result, code: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -106,3 +107,6 @@ def main(*, debug: bool) -> None:
     # variable when torch loads it. If the user has set one of these variables, nothing changes.
     if "torch" not in sys.modules and not any(name in os.environ for name in _WAITING):
         os.environ["GOMP_SPINCOUNT"] = "3000"
+    # a terminal that cannot show a character, such as Latin-1, gets a question mark, and the command goes on
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
