@@ -50,8 +50,8 @@ class AfterStep(Checkpoint):
     """Agrees with all devices after each step on the end of the run, writes the step down, saves, and ends the run.
 
     This is a ``Checkpoint``, and Lightning calls such callbacks last. So a checkpoint holds the state that all
-    other callbacks have reached, and raising :class:`TrainingInterrupted` loses nothing. The row of a step is on
-    the disk before the checkpoint of the step. Only the first process writes.
+    other callbacks have reached, and raising :class:`TrainingInterrupted` loses nothing. The row of a step is in
+    its file before the checkpoint of the step. Only the first process writes.
 
     After its last step, and when its time is up, Lightning validates a run once more. A signal ends the run after a
     checkpoint, and a second signal at once, both by :class:`TrainingInterrupted`. A SIGTERM within one second of
@@ -224,7 +224,7 @@ class AfterStep(Checkpoint):
     def log_row(self, trainer: L.Trainer, values: Mapping[str, float], **times: float) -> None:
         """Write the row of this step, or of the validation after it, and hand it to the loggers.
 
-        It is on the disk when this returns.
+        It is in the file when this returns.
         """
         assert self._table is not None
         times |= {"epoch": self._plan.epochs_at(self._step), "train_seconds": self.training_seconds}
