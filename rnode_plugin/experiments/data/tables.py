@@ -14,7 +14,7 @@ from ..text import count_of
 from .arrays import limited
 from .identity import of_samples
 from .images import repeated
-from .table_files import column_names, leave_out, read_columns
+from .table_files import column_names, read_columns
 
 CELLS = ("radius", "texture", "perimeter", "area", "smoothness", "compactness", "symmetry", "fractal dimension")
 """Columns of the table of scikit-learn: means over the cell nuclei in an image, in the units of the file."""
@@ -175,7 +175,6 @@ def table(
     *,
     root: str | None = None,
     columns: Sequence[str] = (),
-    given: Sequence[str] = (),
     validation: float = 0.1,
     held_out: float = 0.2,
     split_seed: int = 0,
@@ -188,7 +187,6 @@ def table(
         root: a ``.csv``, ``.tsv``, ``.txt``, ``.npy`` or ``.parquet`` file; None for the table of scikit-learn
             (Wisconsin Diagnostic, 8 columns that are real numbers without repeated zeros).
         columns: names of the columns to read; empty for all.
-        given: those that condition the density, for the advice in an error.
         validation, held_out: shares of the rows, see :class:`~rnode_plugin.experiments.data.Table`.
         split_seed: seed of the split.
 
@@ -199,7 +197,7 @@ def table(
     if root is None:
         return split_rows("table", CELLS, _cells(), **split).select(columns or CELLS)
     columns = columns or column_names(root)
-    return split_rows(str(root), columns, read_columns(root, columns, optional=True, given=given), **split)
+    return split_rows(str(root), columns, read_columns(root, columns), **split)
 
 
 def table_columns(root: str | None) -> tuple[str, ...]:
@@ -219,6 +217,7 @@ def _cells() -> np.ndarray:
 
 _RESOLVED = 1e-5  # least deviation over size. Of the seven digits of 32-bit numbers, it leaves two to the variation
 _DEPENDENT = 1e-6  # least share of a column's deviation that the other columns do not determine
+_LEAVE_OUT = "Leave it out: name the other columns by --set data.columns=NAME,NAME"
 _ROWS = 100_000  # more rows find no further dependent column, and the QR decomposition takes longer
 
 
@@ -242,13 +241,10 @@ def check_columns(table: Table, modeled: int) -> None:
     scaled = rows / largest  # to at most 1, because squares of large values would overflow in the deviation
     for name, column, size, unit in zip(table.columns, scaled.T, sizes, largest, strict=True):
         if column.std() < _RESOLVED or size < smallest:
-            way = "subtract its mean, which changes no likelihood"
-            if size < smallest:
-                way = "multiply it by a constant c, which raises its NLL by log(c)"
             raise DataError(
                 f"the column {name!r} of {table.name} is {unit * column.mean():.10g} ± {unit * column.std():.2g}, "
-                "constant or nearly so for 32-bit numbers. "
-                + _advice(name, table, modeled, way=way if column.min() < column.max() else "")
+                f"constant or nearly so for 32-bit numbers. {_LEAVE_OUT}, or, if its values differ, subtract its "
+                "mean or give it another unit."
             )
     deviation = scaled.std(0)
     standard = (scaled - scaled.mean(0)) / deviation
@@ -262,17 +258,5 @@ def check_columns(table: Table, modeled: int) -> None:
         if share < max(_DEPENDENT, np.finfo(np.float32).eps / deviation[index]) and index < modeled:
             raise DataError(
                 f"the column {table.columns[index]!r} of {table.name} is a linear function of the others, or "
-                "nearly so for 32-bit numbers. So the rows have no density together. "
-                f"{_advice(table.columns[index], table, modeled)}"
+                f"nearly so for 32-bit numbers. So the rows have no density together. {_LEAVE_OUT}."
             )
-
-
-def _advice(name: str, table: Table, modeled: int, *, way: str = "") -> str:
-    """Say what to do about a column without a density: leave it out, or go the ``way`` that its values allow."""
-    others = [each for each in table.columns if each != name]
-    given = name in table.columns[modeled:]
-    ways = [way] if way else []
-    # a density needs a column that is modeled
-    ways += [leave_out(others, given=given)] if given or modeled > 1 else []
-    advice = ", or ".join(ways) or "a density needs a column that varies, and that the given ones do not determine"
-    return f"{advice[0].upper()}{advice[1:]}."

@@ -193,7 +193,7 @@ class Rows(Kind):
 
         self.check_root(settings)
         columns = (*settings.modeled, *settings.given)
-        asked = {"columns": columns, "given": settings.given, **{name: vars(settings)[name] for name in _SPLIT}}
+        asked = {"columns": columns, **{name: vars(settings)[name] for name in _SPLIT}}
         options = accepted_options(settings.name, asked)
         for name, default in _SPLIT.items():
             if name not in options and vars(settings)[name] != default:
