@@ -115,6 +115,7 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "a plan of another kind": lambda file: file["callbacks"]["rnode_plugin.after_step"].update(plan={"a": 1}),
     "no best score": lambda file: file["callbacks"]["rnode_plugin.after_step"].pop("run_seconds"),
     "no loops": lambda file: file.update(loops={}),
+    "no count of skipped steps": lambda file: file["progress"].pop("skipped"),
     "no optimizer": lambda file: file.update(optimizer_states=[{}]),
 }
 

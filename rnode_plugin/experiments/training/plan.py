@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -256,11 +257,11 @@ class Resumed:
                 f"--weights {path} starts a new run from it."
             )
         try:
-            if type(done := contents["global_step"]) is not int:
-                raise TypeError(f"global_step is {done!r}")
+            _check_states(contents)
+            done = contents["global_step"]
             epochs = RunPlan(**callbacks[AFTER_STEP]["plan"]).epochs_at(done)
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-            raise unlike_a_run(path, error) from error
+            raise _unlike_a_run(path, error) from error
         former = recipe_of(contents, path)
         # the end of flow matching may be moved while the run has reached neither the old nor the new one
         ends = former.training.matching, recipe.training.matching
@@ -281,7 +282,18 @@ class Resumed:
         return Resumed(path, done, epochs, sha256, facts_of(contents), Run.of_checkpoint(path), contents)
 
 
-def unlike_a_run(checkpoint: Path, error: Exception) -> CheckpointError:
+def _check_states(contents: Contents) -> None:
+    """Look up what Lightning and our callbacks restore, in whose hooks a missing value would look like a bug."""
+    if type(contents["global_step"]) is not int:
+        raise TypeError(f"global_step is {contents['global_step']!r}")
+    itemgetter("best", "validation", "plan", "run_seconds", "training_seconds")(contents["callbacks"][AFTER_STEP])
+    itemgetter("skipped", "skipped_in_row", "safe_steps")(contents["progress"])
+    itemgetter("state_dict", "epoch_progress", "epoch_loop.batch_progress")(contents["loops"]["fit_loop"])
+    for state in contents["optimizer_states"]:
+        itemgetter("state", "param_groups")(state)
+
+
+def _unlike_a_run(checkpoint: Path, error: Exception) -> CheckpointError:
     """Make the error for a checkpoint that can be read, and whose values no run has written."""
     return CheckpointError(
         f"{checkpoint} does not hold what a run writes ({type(error).__name__}: {first_line(error).rstrip('.')}) "

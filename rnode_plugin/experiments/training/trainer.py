@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,11 +23,10 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler, WeightAveraging
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from pytorch_lightning.trainer.connectors import checkpoint_connector
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ...errors import CheckpointError, ConfigError, RnodeError, TrainingError
+from ...errors import CheckpointError, ConfigError, TrainingError
 from ..files import write_atomically
 from ..recipes.recipe import Recipe
 from ..runs.results import Result
@@ -40,7 +38,7 @@ from .datamodule import RecipeDataModule
 from .experiment import Experiment
 from .failures import add_resume_hint, end_other_processes, let_others_end, translate_errors
 from .module import RnodeModule
-from .plan import RunPlan, unlike_a_run
+from .plan import RunPlan
 
 TrainerOptions = Mapping[str, Any]
 """Options of Lightning's Trainer by name. Lightning checks their types."""
@@ -300,10 +298,6 @@ def _train(module: RnodeModule, experiment: Experiment, trainer: L.Trainer, afte
         return (signal.SIGINT if by_ctrl_c else signal.SIGTERM).name
     except MisconfigurationException as error:
         raise ConfigError(f"Lightning refuses this run: {' '.join(str(error).split())}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        if resumed is None or isinstance(error, RnodeError) or not _in_restore(error):
-            raise
-        raise unlike_a_run(resumed.checkpoint, error) from error
     finally:
         if trainer.global_step:
             experiment.flow.trained_steps = trainer.global_step
@@ -316,12 +310,6 @@ def _train(module: RnodeModule, experiment: Experiment, trainer: L.Trainer, afte
     if after_step.out_of_time:
         return "max_time"
     return "finished" if trainer.global_step >= trainer.max_steps else "early"
-
-
-def _in_restore(error: Exception) -> bool:
-    """Whether an error was raised while Lightning restored a checkpoint, and not in a step or another hook."""
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(frame.f_globals.get("__name__") == checkpoint_connector.__name__ for frame in frames)
 
 
 def _saved_steps(run: Run) -> int:
