@@ -13,7 +13,6 @@ from run_folders import write_run
 from test_reports import digits
 
 from rnode_plugin.experiments.reports import write_report
-from rnode_plugin.experiments.reports.figures import PANELS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = [
@@ -49,7 +48,8 @@ def test_the_report_in_a_browser(tmp_path: Path, width: int) -> None:
         write_run(tmp_path / name, digits(penalties=penalties), bits=2 + 0.1 * number, jacfrob=4.0 - number)
         for number, (name, penalties) in enumerate(configurations.items())
     ]
-    report, frame = write_report(runs, tmp_path / "out").html, tmp_path / "frame.html"
+    written, frame = write_report(runs, tmp_path / "out"), tmp_path / "frame.html"
+    report, panels = written.html, len(written.figures) - len(runs)  # with a picture of samples for each run
     frame.write_text(FRAME.format(report=report.as_uri(), width=width))
     command = [str(BROWSER), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1000"]
     shown = subprocess.run([*command, "--dump-dom", frame.as_uri()], capture_output=True, text=True, timeout=800)
@@ -58,10 +58,10 @@ def test_the_report_in_a_browser(tmp_path: Path, width: int) -> None:
     found = json.loads(text[1])
     assert found["title"] == "3 configurations on digits"
     assert found["scroll"] == width  # nothing makes the page wider than the screen
-    assert len(found["figures"]) == len(PANELS) + len(runs)  # with a picture of samples for each run
+    assert len(found["figures"]) == len(written.figures)
     for left, right, _, _ in found["figures"]:
         assert 0 <= left < right <= width
-    assert len(found["svgs"]) == len(PANELS)
+    assert len(found["svgs"]) == panels
     for _, _, shown_width, shown_height in found["svgs"]:
         assert shown_width >= 280
         assert shown_height == pytest.approx(shown_width * 3.5 / 4.8, rel=0.02)

@@ -1,4 +1,4 @@
-"""The figures of a report: likelihood against NFE, both during training, and NFE against the Frobenius norm.
+"""The figures of a report: curves of a training, and NFE against likelihood and against the Frobenius norm.
 
 The last one is figure 2 of the paper.
 """
@@ -12,15 +12,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 import io
+import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas
 from numpy.typing import NDArray
 
-from .configurations import Configuration
+from .configurations import GRAY, Configuration
 from .table import quantities
 
 Vector = NDArray[np.float64]
@@ -32,8 +34,8 @@ _FEWEST = 3  # points of a curve. Two would be a straight line
 STYLE = "rnode_plugin.plots"
 """The style sheet of all figures, for ``matplotlib.style.use``."""
 
-PANELS = ("score-nfe", "nfe-training", "score-validation", "nfe-jacfrob")
-"""The names of all panels that a report may have."""
+PANELS = ("score-nfe", "score-training", "penalty-.+", "nfe-training", "score-validation", "nfe-jacfrob")
+"""The names of all panels that a report may have, as regular expressions."""
 
 
 def draw(
@@ -92,24 +94,36 @@ class Panel(NamedTuple):
 def make_panels(configurations: Sequence[Configuration]) -> list[Panel]:
     """All panels that the runs have numbers for. Panels that compare need two configurations."""
     kind, table = configurations[0].kind, quantities(configurations, validated=True)
-    seconds = max(run.metrics.steps["train_seconds"].max(initial=0) for one in configurations for run in one.runs)
-    unit, name = next((size, name) for least, size, name in _SPAN_UNITS if seconds >= least)
-    time = f"training time [{name}]"  # of all curves, so that a moment lies in the same place in each
     by = " or ".join(dict.fromkeys(one.recipe.solver.text for one in configurations))
     by_test = " or ".join(dict.fromkeys(one.recipe.test_solver.text for one in configurations))
     lines = f"Lines: training solver ({by}), the mean over the batches in a window of a twentieth of the steps."
     marks = f"Marks: test solver ({by_test}), at each validation on held-out {kind.samples}."
+    parts, solvers = ("training batches", f"held-out {kind.samples}"), ("training solver", "test solver")
     figures = [
-        _Curve("nfe-training", "NFE during training", f"{lines} {marks}", "train_seconds", ("train/nfe", "val/nfe"),
-               time, "NFE", unit),
-        _Curve("score-validation", f"Held-out {kind.likelihood} during training", marks, "train_seconds",
-               (f"val/{kind.metric}",), time, f"held-out, {kind.score}", unit, falls=True),
+        _Curve("score-training", f"{kind.likelihood[0].upper()}{kind.likelihood[1:]} by step", f"{lines} {marks}",
+               "step", _both(kind.metric, parts), "step", kind.score, falls=True),
+        *(
+            _Curve(f"penalty-{re.sub('[^a-z0-9]+', '-', name.lower())}", f"{table[name].heading} by step",
+                   f"{table[name].meaning.removesuffix(', test solver')}. {lines} {marks}",
+                   "step", _both(name, parts), "step", table[name].heading)
+            for name in dict.fromkeys(itertools.chain(*(one.recipe.measured for one in configurations)))
+        ),
+        _Curve("nfe-training", "NFE by step", f"{lines} {marks} Evaluations that stay the same are left out.",
+               "step", _both("nfe", solvers), "step", "NFE", varies=True),
     ]  # fmt: skip
     panels: list[Panel] = []
     if len(configurations) > 1:
+        columns = [run.metrics.steps["train_seconds"] for one in configurations for run in one.runs]
+        seconds = max(column.max(initial=0) for column in columns)
+        unit, name = next((size, name) for least, size, name in _SPAN_UNITS if seconds >= least)
         norm = table["jacfrob"]
-        figures.append(_Curve("nfe-jacfrob", f"NFE against {norm.heading}", f"{norm.meaning}. {marks}",
-                              "val/jacfrob", ("val/nfe",), norm.heading, table["nfe_test"].heading))  # fmt: skip
+        figures += [
+            _Curve("score-validation", f"Held-out {kind.likelihood} by training time", marks, "train_seconds",
+                   {f"val/{kind.metric}": ""}, f"training time [{name}]", f"held-out, {kind.score}", unit,
+                   falls=True),
+            _Curve("nfe-jacfrob", f"NFE against {norm.heading}", f"{norm.meaning}. {marks}",
+                   "val/jacfrob", {"val/nfe": ""}, norm.heading, table["nfe_test"].heading),
+        ]  # fmt: skip
         both = kind.quantities[0].name, "nfe_test"
         points = [one for one in configurations if all(math.isfinite(one.mean(name)) for name in both)]
         if len(points) > 1:
@@ -120,59 +134,65 @@ def make_panels(configurations: Sequence[Configuration]) -> list[Panel]:
             )
             files = draw("score-nfe", lambda figure: _trade_off(figure.subplots(), points))
             panels.append(Panel("score-nfe", f"Held-out {kind.likelihood} against NFE", caption, files))
-    for each in figures:
+    for curve in figures:
         # one finite point shows nothing, and two are a straight line
-        if any(len(x) >= _FEWEST for one in configurations for _, x, _ in each.points(one)):
-            files = draw(each.name, lambda figure, each=each: each.paint(figure.subplots(), configurations))
-            panels.append(Panel(each.name, each.title, each.caption, files))
+        if any(len(x) >= _FEWEST for one in configurations for _, x, _ in curve.points(one)):
+            files = draw(curve.name, lambda figure, curve=curve: curve.paint(figure.subplots(), configurations))
+            panels.append(Panel(curve.name, curve.title, curve.caption, files))
     return panels
+
+
+def _both(name: str, labels: tuple[str, str]) -> dict[str, str]:
+    """The columns of a value in the steps and in the validations, with what the legend calls them."""
+    return {f"train/{name}": labels[0], f"val/{name}": labels[1]}
 
 
 class _Curve(NamedTuple):
     """A figure that draws columns of the metrics of each run against another one.
 
     A column of the training steps is a line, and one of the validations is marks, with a line between them if the
-    figure has no other. Values of ``x`` are divided by ``unit``. If the curve ``falls`` steeply at first, the axis
-    shows its values after the first tenth.
+    figure has no other. ``ys`` has what the legend calls each column. Values of ``x`` are divided by ``unit``. If
+    the curve ``falls`` steeply at first, the axis shows its values after the first tenth. If it shows what
+    ``varies``, a column of equal values is left out.
     """
 
     name: str
     title: str
     caption: str
     x: str
-    ys: tuple[str, ...]
+    ys: Mapping[str, str]
     x_label: str
     y_label: str
     unit: float = 1.0
     falls: bool = False
+    varies: bool = False
 
     def points(self, one: Configuration) -> Iterator[tuple[str, Vector, Vector]]:
         """The column and its points for each run that has it, averaged over a window if it has a value a step."""
         for run in one.runs:
             for name in self.ys:
                 columns = run.metrics.validations if name.startswith("val/") else run.metrics.steps
-                if columns.keys() >= {self.x, name} and len(columns[name]):
-                    x, y = columns[self.x] / self.unit, columns[name]
+                if not columns.keys() >= {self.x, name}:
+                    continue
+                x, y = columns[self.x] / self.unit, columns[name]
+                if (finite := y[np.isfinite(y)]).size and (not self.varies or np.ptp(finite) > 0):
                     yield name, x, y if name.startswith("val/") else smooth(y, max(1, len(y) // _WINDOWS))
 
     def paint(self, axes: Axes, configurations: Sequence[Configuration]) -> None:
-        """Draw the runs. The first run of each configuration has its label."""
-        late = [np.array([])]
-        for one in configurations:
-            label = _plain_text(one.label)
-            for name, x, y in self.points(one):
-                look = dict(one.look)
-                # validations have no order along another value, and stand next to the line of the training steps
-                if self.x.startswith("val/") or (name.startswith("val/") and len(self.ys) > 1):
-                    look["linestyle"] = "none"
-                if not name.startswith("val/"):
-                    look["marker"] = "none"
-                axes.plot(x, y, linewidth=1.8, markersize=4.5, markeredgewidth=0, **look)
-                late += [y[x >= x.max() / 10]] if self.falls and len(x) > 5 else []
-                if label:
-                    shown = one.look if len(self.ys) > 1 else look
-                    axes.plot([], [], label=label, linewidth=1.8, markersize=4.5, markeredgewidth=0, **shown)
-                    label = ""
+        """Draw the runs. The legend has the configurations, and what ``ys`` calls the columns."""
+        size = {"linewidth": 1.8, "markersize": 4.5, "markeredgewidth": 0}
+        curves = [(one, *points) for one in configurations for points in self.points(one)]
+        names, late = [name for name in self.ys if name in {curve[1] for curve in curves}], [np.array([])]
+        for one, name, x, y in curves:
+            look = {**one.look, **({"color": f"C{names.index(name)}"} if len(configurations) == 1 else {})}
+            axes.plot(x, y, **size, **self._form(name, look, names))
+            late += [y[x >= x.max() / 10]] if self.falls and len(x) > 5 else []
+        for one in dict.fromkeys(curve[0] for curve in curves) if len(configurations) > 1 else ():
+            axes.plot([], [], label=_plain_text(one.label), **size, **one.look)
+        for number, name in enumerate(names) if all(self.ys.values()) else ():
+            color = f"C{number}" if len(configurations) == 1 else GRAY
+            look = {"color": color, "marker": "o", "linestyle": "-"}
+            axes.plot([], [], label=self.ys[name], **size, **self._form(name, look, names))
         values = np.concatenate(late)
         values = values[np.isfinite(values)]
         if len(values):  # leave out the first tenth, whose steep fall would flatten all later differences
@@ -181,6 +201,13 @@ class _Curve(NamedTuple):
         if any(name.endswith("/nfe") for name in self.ys):
             whole_numbers(axes, "y")
         finish(axes, self.x_label, self.y_label)
+
+    def _form(self, name: str, look: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """The look of a column: a line for steps, marks for validations."""
+        if not name.startswith("val/"):
+            return {**look, "marker": "none"}
+        # validations have no order along another value, and stand next to the line of the training steps
+        return {**look, "linestyle": "none"} if self.x.startswith("val/") or len(names) > 1 else dict(look)
 
 
 def whole_numbers(axes: Axes, which: Literal["x", "y"]) -> None:
