@@ -139,7 +139,8 @@ def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) ->
     assert found.picture is None
     assert found.has_begun
     measured = None if ended is None else ended.evaluation
-    assert scores_of(found).tolist() == ([] if measured is None else list(measured.means[kind.means[0]].samples))
+    scores = () if measured is None else measured.means[kind.means[0]].samples
+    assert scores_of(found, kind.means[0]).tolist() == list(scores)
     assert_logged(run, kind, steps)
     assert state_of(found) == {
         "new": "not finished: step 6", "resumed": "not finished: step 8", "finished": "step 6 of 8",
@@ -263,7 +264,7 @@ def test_the_result_and_its_scores(kind: Kind, tmp_path: Path) -> None:
     assert found.evaluation.means[kind.means[0]] == dataclasses.replace(
         ended.evaluation.means[kind.means[0]], samples=()
     )
-    assert scores_of(found).tolist() == []
+    assert scores_of(found, kind.means[0]).tolist() == []
 
 
 @pytest.mark.parametrize(

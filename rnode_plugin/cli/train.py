@@ -16,7 +16,7 @@ import click
 
 from ..errors import ConfigError, TrainingError
 from ..experiments.runs.run import LAST, Run, find_checkpoint
-from ..experiments.text import count_of, table
+from ..experiments.text import count_of, duration, table
 from ..experiments.training.loggers import LOGGERS, check_loggers
 from .options import (
     InSections,
@@ -251,7 +251,7 @@ def _callback(name: str) -> Callback:
 
 
 def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> None:
-    from ..experiments.quantities import TRAINING_TIME, result_rows
+    from ..experiments.quantities import result_rows
 
     run, result, samples = fitted.run, fitted.result, fitted.samples
     path = shlex.quote(str(run.path))
@@ -266,7 +266,7 @@ def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
     skipped = f", {result.skipped} of them without a usable gradient" if result.skipped else ""
     rows = [
         ("steps", f"{result.steps} of {result.planned}{limit}{skipped}"),
-        TRAINING_TIME.row(TRAINING_TIME.text(result.training_seconds)),
+        ("training time", f"{duration(result.training_seconds)}  without validation"),
         *result_rows(result.evaluation, recipe.kind, recipe.test_solver),
         ("checkpoint", str(run.best)),
         ("metrics", str(run.metrics)),

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, SupportsFloat
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, SupportsFloat
 
 import numpy as np
 
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from .runs.contents import RunContents
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
+class Entry(NamedTuple):
     """A quantity, as everything that shows it names, explains and writes it.
 
     Attributes:
@@ -37,41 +36,20 @@ class Entry:
         meaning: what it measures.
         unit: the unit behind a value, with a space in front; empty for a number without one.
         form: writes a value without its unit.
-        has_error: whether a standard error belongs to it, as to a score.
-        over_samples: whether the error is over the held-out samples also with several seeds, as for a baseline,
-            which does not depend on the seed.
-        folded: whether the page of a report shows its row only when a reader unfolds it.
     """
 
     heading: str
     meaning: str = ""
     unit: str = ""
     form: Callable[[float], str] = significant
-    has_error: bool = False
-    over_samples: bool = False
-    folded: bool = False
 
     def text(self, value: float, error: float | None = None) -> str:
-        """Write a value and its standard error, if it has one; empty for NaN."""
+        """Write a value, with its standard error if one is given; empty for NaN."""
         if math.isnan(value):
             return ""
         if math.isinf(value):
             return "infinite"
-        return f"{with_error(value, error) if self.has_error else self.form(value)}{self.unit}"
-
-    def row(self, text: str) -> tuple[str, str]:
-        """A row for a terminal, with the value as text in front of its meaning."""
-        return self.heading, f"{text}  {self.meaning}"
-
-
-STEPS = Entry(heading="steps", form="{:,.0f}".format, folded=True)
-TRAINING_TIME = Entry(heading="training time", meaning="without validation", form=duration)
-STEP_TIME = Entry(heading="time per step", meaning="median", unit=" s", folded=True)
-NFE_TRAINING = Entry(
-    heading="NFE, training",
-    meaning="all blocks, training solver, mean over the last tenth of the steps",
-    folded=True,
-)
+        return f"{self.form(value) if error is None else with_error(value, error)}{self.unit}"
 
 
 def table_of(
@@ -83,7 +61,7 @@ def table_of(
     whole_jacobian: bool,
     compared: tuple[str, str] = ("the training solver", "the test solver"),
 ) -> dict[str, Entry]:
-    """The table of quantities of some runs of one kind, by key and in the order of a page.
+    """The quantities of some runs of one kind, by key and in the order of a page.
 
     Args:
         kind: of the runs, with its scores and baselines and their units.
@@ -93,39 +71,25 @@ def table_of(
         whole_jacobian: see :class:`~rnode_plugin.experiments.evaluation.measures.Evaluation`.
         compared: the two solvers of the gap.
     """
-    unit, by = f" {kind.short_unit}", " or ".join(dict.fromkeys(each.text for each in solvers))
-    batches = dict.fromkeys((each.nfe_batches, each.nfe_batch_size) for each in evaluations)
+    unit, by = f" {kind.short_unit}", " or ".join(dict.fromkeys(solver.text for solver in solvers))
+    batches = dict.fromkeys((result.nfe_batches, result.nfe_batch_size) for result in evaluations)
     of = " or ".join(f"{count} of {size} {kind.samples}" for count, size in batches)
-    undivided = {name for each in evaluations for name in each.undivided}
-    likelihood = kind.likelihood
-    scores = {
-        each.name: Entry(
-            heading=each.heading,
-            meaning=each.meaning,
-            unit=unit,
-            has_error=True,
-            over_samples=each in kind.baselines,
-        )
-        for each in (*kind.quantities, *kind.baselines)
-    }
+    alone = f", batches solved alone: {of}" if of else ""
+    undivided = {name for result in evaluations for name in result.undivided}
+    gap = f"{kind.likelihood} by {compared[0]} minus {kind.likelihood} by {compared[1]}, first batch"
+    plain = partial(with_error, error=None)
     return {
-        **scores,
-        "nfe_test": Entry(
-            heading="NFE, test",
-            meaning=f"all blocks, test solver ({by}){f', batches solved alone: {of}' if of else ''}",
-        ),
-        "training_seconds": TRAINING_TIME,
-        "seconds_per_step": STEP_TIME,
-        "nfe_train": NFE_TRAINING,
+        **{
+            quantity.name: Entry(quantity.heading, quantity.meaning, unit, plain)
+            for quantity in (*kind.quantities, *kind.baselines)
+        },
+        "nfe_test": Entry("NFE, test", f"all blocks, test solver ({by}){alone}"),
+        "training_seconds": Entry("training time", "without validation", form=duration),
+        "seconds_per_step": Entry("time per step", "median", " s"),
+        "nfe_train": Entry("NFE, training", "all blocks, training solver, mean over the last tenth of the steps"),
         **{name: penalty(name, undivided, whole_jacobian=whole_jacobian) for name in penalties},
-        "gap": Entry(
-            heading="solver gap",
-            meaning=f"{likelihood} by {compared[0]} minus {likelihood} by {compared[1]}, first batch",
-            unit=unit,
-            form=signed,
-            folded=True,
-        ),
-        "steps": STEPS,
+        "gap": Entry("solver gap", gap, unit, signed),
+        "steps": Entry("steps", form="{:,.0f}".format),
     }
 
 
@@ -137,13 +101,12 @@ def penalty(name: str, undivided: Iterable[str] = (), *, whole_jacobian: bool) -
     try:
         regularizer = get_regularizer(name)
     except RnodeError:  # of a plugin that is not installed here
-        meaning, is_divided = "test solver", name not in undivided
-    else:
-        about = regularizer.about
-        formula = about.formula if whole_jacobian or not about.estimate else about.estimate
-        integral = ", integrated over time" if isinstance(regularizer, Rate) else ""
-        meaning, is_divided = f"{formula}{integral}, test solver", regularizer.divided_by_dims
-    return Entry(heading=f"{name} / dim" if is_divided else name, meaning=meaning, folded=True)
+        return Entry(name if name in undivided else f"{name} / dim", "test solver")
+    about = regularizer.about
+    formula = about.formula if whole_jacobian or not about.estimate else about.estimate
+    integral = ", integrated over time" if isinstance(regularizer, Rate) else ""
+    heading = f"{name} / dim" if regularizer.divided_by_dims else name
+    return Entry(heading, f"{formula}{integral}, test solver")
 
 
 # the numbers of a run ------------------------------------------------------------------------------------------
@@ -190,10 +153,9 @@ def _last(values: NDArray[np.float64] | None) -> float:
     return float(values[-1]) if values is not None and len(values) else math.nan
 
 
-def scores_of(run: RunContents) -> NDArray[np.float64]:
-    """The score of each held-out sample, as the first quantity of the kind; empty if unknown."""
-    means = {} if run.evaluation is None else run.evaluation.means
-    mean = means.get(run.recipe.kind.quantities[0].name)
+def scores_of(run: RunContents, name: str) -> NDArray[np.float64]:
+    """The score ``name`` of each held-out sample; empty if unknown."""
+    mean = None if run.evaluation is None else run.evaluation.means.get(name)
     return np.array([] if mean is None else mean.samples)
 
 
@@ -242,19 +204,17 @@ def result_rows(
         compared=compared,
     )
     draws = f", {evaluation.draws} draws of noise" if evaluation.draws > 1 else ""
+    few, many = evaluation.nfe_min, evaluation.nfe_max
+    values = {
+        **{name: _with_errors(mean, kind) for name, mean in evaluation.means.items()},
+        "nfe_test": table["nfe_test"].text(evaluation.nfe_mean) + ("" if few == many else f" ({few} to {many})"),
+        "gap": "" if evaluation.gap is None else table["gap"].text(evaluation.gap),
+        **{name: table[name].text(value) for name, value in evaluation.penalties.items()},
+    }
     rows = [(f"held-out {kind.samples}", f"{evaluation.samples:,}{draws}")]
-    rows += [
-        entry.row(_with_errors(evaluation.means[key], kind))
-        for key, entry in table.items()
-        if key in evaluation.means
-    ]
+    rows += [(entry.heading, f"{values[key]}  {entry.meaning}") for key, entry in table.items() if values.get(key)]
     if (warning := worse_than_baseline([evaluation], kind)) is not None:
         rows.append(("warning", warning))
-    few, many, nfe = evaluation.nfe_min, evaluation.nfe_max, table["nfe_test"]
-    rows.append(nfe.row(nfe.text(evaluation.nfe_mean) + ("" if few == many else f" ({few} to {many})")))
-    if evaluation.gap is not None:
-        rows.append(table["gap"].row(table["gap"].text(evaluation.gap)))
-    rows += [table[name].row(table[name].text(value)) for name, value in evaluation.penalties.items()]
     return [*rows, ("evaluation", duration(evaluation.seconds))]
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas
+
 from ...errors import CheckpointError
 from ..files import write_atomically
 from ..text import table as text_table
@@ -16,7 +18,7 @@ from .configurations import group_runs
 from .figures import PANELS
 from .page import make_page
 from .runs import read_runs
-from .table import Table, make_table
+from .table import make_table
 
 __all__ = ["Report", "write_report"]
 
@@ -28,22 +30,24 @@ class Report:
     Attributes:
         html: the page.
         figures: the PNG files. Each one but the pictures of samples is there as SVG too.
-        table: the table of the page.
+        table: the table of the page, see :func:`~rnode_plugin.experiments.reports.table.make_table`.
         left_out: a message for each run that was left out.
     """
 
     html: Path
     figures: tuple[Path, ...]
-    table: Table
+    table: pandas.DataFrame
     left_out: tuple[str, ...]
 
     def as_text(self) -> str:
         """The table for a terminal."""
-        return text_table([["", *self.table.columns], *([row.name, *row.cells] for row in self.table.rows)])
+        return text_table(
+            [["", *self.table.columns], *([index[0], *row] for index, *row in self.table.itertuples())]
+        )
 
     def to_plain(self) -> dict[str, object]:
         """The files and the table as ``{row: {column: text}}``, for JSON."""
-        rows = {row.name: dict(zip(self.table.columns, row.cells, strict=True)) for row in self.table.rows}
+        rows = self.table.droplevel(["meaning", "detail"]).to_dict("index")
         return {"html": self.html, "figures": self.figures, "left_out": self.left_out, "table": rows}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas
 
 from ...core.schedules import final_strength
 from ...errors import RnodeError
@@ -42,7 +43,7 @@ class Configuration:
         kind: what the runs of a report model, with its words and units. All have one kind.
         measured_runs: the runs that have a result, or all runs if none has one. Means and errors are over these.
         evaluations: the evaluation of each run that has a result.
-        numbers: each quantity of the measured runs, by its key, with NaN for a run that has not measured it.
+        numbers: the numbers of the measured runs, a row each, with the keys of the quantities as columns.
     """
 
     def __init__(self, label: str, runs: Sequence[RunContents], look: Mapping[str, Any]) -> None:
@@ -51,10 +52,7 @@ class Configuration:
         self.kind = self.recipe.kind
         self.measured_runs = [run for run in runs if run.result is not None] or runs
         self.evaluations = [run.evaluation for run in runs if run.evaluation is not None]
-        self.numbers: dict[str, list[float]] = {}
-        for place, run in enumerate(self.measured_runs):
-            for key, number in numbers_of(run).items():
-                self.numbers.setdefault(key, [math.nan] * len(self.measured_runs))[place] = number
+        self.numbers = pandas.DataFrame(map(numbers_of, self.measured_runs))
 
     @functools.cached_property
     def flow(self) -> DensityModel | None:
@@ -66,19 +64,19 @@ class Configuration:
 
     def mean(self, key: str) -> float:
         """The mean of a quantity over the measured runs; NaN if one of them has not measured it."""
-        return float(np.mean(self.numbers.get(key, math.nan)))
+        return float(np.mean(np.asarray(self.numbers[key]))) if key in self.numbers else math.nan
 
-    def error(self, key: str, *, over_samples: bool = False) -> float | None:
+    def error(self, key: str) -> float | None:
         """Standard error of a score or of ``nfe_test``, over the seeds, or over the samples if there is one seed.
 
-        ``over_samples`` is for a baseline, which does not depend on the seed. None for runs that are not finished,
-        and for the NFE of one seed.
+        It is over the samples also for a baseline, which does not depend on the seed. None for another quantity,
+        for runs that are not finished, and for the NFE of one seed.
         """
-        if not self.evaluations:
+        scores, baselines = ({score.name for score in some} for some in (self.kind.quantities, self.kind.baselines))
+        if not self.evaluations or key not in {*scores, *baselines, "nfe_test"}:
             return None
-        values = self.numbers.get(key, ())
-        if len(values) > 1 and not over_samples:
-            return mean_of(np.array(values)).stderr
+        if len(self.numbers) > 1 and key not in baselines and key in self.numbers:
+            return mean_of(np.asarray(self.numbers[key])).stderr
         score = self.evaluations[0].means.get(key)
         return None if score is None else score.stderr
 
@@ -189,16 +187,24 @@ class Difference:
         mean: the mean, negative if the configuration is better than the one that it is compared with.
         error: standard error of the mean, from the choice of samples and, with several seeds, from the seeds.
         freedom: degrees of freedom of the error.
+        seeds: number of seeds that both have.
     """
 
     mean: float
     error: float
     freedom: float
+    seeds: int
 
     @property
     def verdict(self) -> str:
-        """``better`` or ``worse`` if the 95 % interval (Student's t) excludes 0, else ``no difference shown``."""
+        """``better`` or ``worse`` if the 95 % interval (Student's t) excludes 0, else ``no difference shown``.
+
+        It is ``one seed`` if the runs of no other seed show what is the luck of a training.
+        """
         from scipy.stats import t
+
+        if self.seeds < 2:
+            return "one seed"
 
         limit = max(_RESOLUTION, float(t.ppf((1 + _LEVEL) / 2, self.freedom)) * self.error)
         if not abs(self.mean) > limit:  # "not >" also holds for NaN
@@ -219,16 +225,16 @@ def base_of(configurations: Sequence[Configuration]) -> Configuration:
     return plain[0]
 
 
-def paired_difference(one: Configuration, base: Configuration) -> Difference | None:
+def paired_difference(one: Configuration, base: Configuration, name: str) -> Difference | None:
     """Scores of ``one`` minus scores of ``base`` on the same held-out samples with the same noise and test solver.
 
-    The scores are the first quantity of the kind, which is dirty bits/dim for images. The error is over the
+    The scores are the quantity ``name`` of the kind, such as dirty bits/dim of images. The error is over the
     samples, each with its mean difference over the seeds that both have. With several seeds the error over the
     seeds is added in quadrature, with the degrees of freedom of Welch and Satterthwaite. None if nothing can be
     paired.
     """
-    pairs = [(run, other) for run in one.runs for other in base.runs if _same_samples(run, other)]
-    changes = [scores_of(run) - scores_of(other) for run, other in pairs]
+    pairs = [(run, other) for run in one.runs for other in base.runs if _same_samples(run, other, name)]
+    changes = [scores_of(run, name) - scores_of(other, name) for run, other in pairs]
     # seeds may have different numbers of samples if a folder of pictures has changed between two runs
     if not changes or len(changes[0]) < 2 or len({len(each) for each in changes}) > 1:
         return None
@@ -238,13 +244,13 @@ def paired_difference(one: Configuration, base: Configuration) -> Difference | N
     total = sum(variances)
     below = sum(each**2 / (len(part) - 1) for each, part in zip(variances, parts, strict=True))
     freedom = total**2 / below if below > 0 else len(parts[-1]) - 1.0  # without a spread any number is right
-    return Difference(float(np.mean(changes)), math.sqrt(total), freedom)
+    return Difference(float(np.mean(changes)), math.sqrt(total), freedom, len(changes))
 
 
-def _same_samples(one: RunContents, other: RunContents) -> bool:
+def _same_samples(one: RunContents, other: RunContents, name: str) -> bool:
     """Whether both evaluated the same samples with the same noise and the same solver."""
 
-    def shown(run: RunContents) -> tuple[object, ...]:
+    def identity(run: RunContents) -> tuple[object, ...]:
         # the noise depends on the seed and on the position of a sample in its batch, hence on the size of a batch
         # pictures may be replaced by others at the same path, under the same names, and a copy is the same data
         left_out = _OF_TRAINING if run.facts is None else (*_OF_TRAINING, "root")
@@ -255,8 +261,8 @@ def _same_samples(one: RunContents, other: RunContents) -> bool:
             _measured(run),
             training.val_images,
             training.seed,
-            len(scores_of(run)),
+            len(scores_of(run, name)),
             run.recipe.test_solver,
         )
 
-    return len(scores_of(one)) > 0 and shown(one) == shown(other)
+    return len(scores_of(one, name)) > 0 and identity(one) == identity(other)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..quantities import state_of, steps_of, worse_than_baseline
@@ -20,7 +21,7 @@ from ..runs.contents import Picture, RunContents
 from .configurations import Configuration, base_of
 from .figures import make_panels
 from .runs import data_name, own_data, recipe_name
-from .table import Table, change, compared, known, lambdas_text, quantities
+from .table import change, compared, lambdas_text, measured, quantities
 
 
 class _Grid(NamedTuple):
@@ -38,7 +39,11 @@ class _Grid(NamedTuple):
 
 
 def make_page(
-    configurations: Sequence[Configuration], table: Table, title: str | None, left_out: Sequence[str], out: Path
+    configurations: Sequence[Configuration],
+    table: pandas.DataFrame,
+    title: str | None,
+    left_out: Sequence[str],
+    out: Path,
 ) -> tuple[str, dict[str, bytes]]:
     """The page of some configurations with their table, for the folder ``out``.
 
@@ -57,7 +62,7 @@ def make_page(
         "as_text": as_text,
         "state": state_of,
         "steps": steps_of,
-        "compared": compared,
+        "compared": partial(compared, key=configurations[0].kind.quantities[0].name),
         "change": change,
         "worse_than_baseline": worse_than_baseline,
     }
@@ -65,10 +70,11 @@ def make_page(
         style=templates.get_source(environment, "style.css")[0].rstrip(),
         title=title or _title(configurations, facts),
         base=base_of(configurations),
-        known=partial(known, entries=quantities(configurations)),
+        measured=partial(measured, entries=quantities(configurations)),
         facts=facts,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        table=table,
+        columns=list(table.columns),
+        rows=[(*index, texts) for index, *texts in table.itertuples()],
         left_out=left_out,
         grids=grids,
         panels=panels,
