@@ -26,37 +26,34 @@ needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
 )
 
-_NUMBERS = "test_the_numbers_are_those_of_eager_steps"
-_GROUPS = {
-    "numbers of nodes": f"{_NUMBERS} and node",
-    "numbers of densities": f"{_NUMBERS} and not node",
-    "others": f"not {_NUMBERS}",
-}
-"""Expressions that choose the tests of one process, each test once."""
-
 
 def _pytest(*options: str, backend: str) -> None:
     file = Path(__file__).with_name("compiled_steps.py")
     environment = {**os.environ, "COMPILE_BACKEND": backend, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", str(file)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, env=environment)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no"]
+    tests = [f"{file}{option}" for option in options if option.startswith("::")] or [str(file), *options]
+    done = subprocess.run([*command, *tests], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.timeout(900)
+def test_compiled_steps() -> None:
+    _pytest("-m", "not slow", backend="aot_eager")
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("group", _GROUPS)
-def test_compiled_steps(group: str) -> None:
-    _pytest("-k", _GROUPS[group], backend="aot_eager")
+def test_longer_compiled_steps() -> None:
+    _pytest("-m", "slow", backend="aot_eager")
 
 
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("case", ["grid", "adaptive", "depth", "curl strain", "sampled", "stack", "node rk4"])
-def test_machine_code(case: str) -> None:
-    words = " and ".join(word for word in case.split() if word != "and")
-    _pytest("-k", f"{_NUMBERS} and {words}]", backend="inductor")
+def test_machine_code() -> None:
+    names = ["grid", "adaptive", "curl and strain", "sampled", "stack", "node rk4"]
+    _pytest(*(f"::test_the_numbers_are_those_of_eager_steps[{name}]" for name in names), backend="inductor")
 
 
 # in training ------------------------------------------------------------------------------------------------------
