@@ -15,7 +15,7 @@ UNIT = frozenset(
         "test_convolutions", "test_declared_regularizers", "test_field_contract", "test_fields", "test_multiscale",
         "test_recognize", "test_regularizer_contract", "test_regularizers_spans",
         "test_regularizers_rates", "test_regularizers_steps", "test_solve", "test_solve_limits",
-        "test_solve_transforms", "test_table_flow",
+        "test_table_flow",
     }
 )  # fmt: skip
 """The quick tests of core, solvers, fields and flows: ``pytest -m unit``."""
@@ -30,8 +30,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pytest_configure(config: pytest.Config) -> None:
     """Let pytest-xdist take the files in the order of their names, so that they end at about the same time.
 
-    By default it begins with the files of most tests, and so ends with test_compile, which takes a third of the
-    time in three tests. Its option ``--no-loadscope-reorder`` says the same, but pytest refuses it without xdist.
+    By default it begins with the files of most tests, and so ends with test_compile, which takes long in one test. Its option ``--no-loadscope-reorder`` says the same, but pytest refuses it without xdist.
     """
     config.option.loadscopereorder = False
 

@@ -235,32 +235,6 @@ def test_the_values_are_the_same_without_gradients(name: str, made: Any, mode: A
         assert_close(value.clone(), wanted[each].detach(), 1e-12, each)
 
 
-@pytest.mark.parametrize("name", [name for name, case in FIELDS.items() if case.transforms and not case.draws])
-def test_the_transforms_of_torch_func(name: str) -> None:
-    """A vjp of the product, and for samples that are apart a vmap over states."""
-    case = FIELDS[name]
-    module, (t, z, noise) = case.make(), (x.detach() for x in inputs_of(case))
-    field = case.solved(module, z)
-
-    def product(z: Tensor) -> Tensor:
-        products = field.linearize(t, z, noise, PRODUCTS).products
-        jvp = field.linearize(t, z, None, ALONG).jvp
-        assert products is not None
-        assert jvp is not None
-        return products + jvp(noise, 1.0)
-
-    x = z.clone().requires_grad_()
-    wanted = product(x)
-    reached = wanted.requires_grad and torch.autograd.grad(wanted, x, noise, allow_unused=True)[0]
-    gradient = reached if isinstance(reached, Tensor) else torch.zeros_like(x)  # of a linear field
-    found, pull = torch.func.vjp(product, z)[:2]
-    assert_close(found, wanted.detach(), 1e-12, name)
-    assert_close(pull(noise)[0], gradient, 1e-12, name)
-    if not case.mixes:
-        many = torch.stack([z, 2 * z])
-        assert_close(torch.func.vmap(product)(many), torch.stack([product(each) for each in many]), 1e-12, name)
-
-
 # purity ----------------------------------------------------------------------------------------------------------
 
 OF_TORCHDYN = ("t", "_control")  # torchdyn's own layers keep what they were given last

@@ -14,7 +14,6 @@ from dense_rates import integrals
 from interfaces import DOUBLE, FACES, SPAN, Model, by_torchdyn, theirs
 from problems import Wave, difference, directions, slope
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torchdyn.models.cnf import hutch_trace
 
 import rnode_plugin
@@ -43,7 +42,6 @@ def states(*shape: int) -> Tensor:
 
 LIBRARIES = [name for name, face in FACES.items() if face.library is not None]
 MODELS = [name for name in FACES if "odeint" not in name and name != "regularize"]
-FIXED = [name for name in MODELS if name != "interpolated_adjoint"]
 
 
 @pytest.fixture(autouse=True)
@@ -227,52 +225,6 @@ def test_data_parallel_is_refused_with_the_remedy(name: str) -> None:
     outer = nn.Sequential(model.module)
     with pytest.raises(ConfigError, match=r"does not work under DataParallel\. Use one process per device"):
         [each._replicate_for_data_parallel() for each in outer.modules()]  # as torch's replicate does on devices
-
-
-@pytest.mark.parametrize("name", FIXED)
-def test_the_transforms_of_torch_func_over_fixed_steps(name: str) -> None:
-    """Single samples by vmap, derivatives with respect to state and parameters, and other parameters."""
-    # inside of a transform an adjoint differentiates the steps
-    of_steps = {"adjoint": "autograd", "torchdyn's class, adjoint": "torchdyn's class"}.get(name, name)
-    plain, model = (FACES[each].make(Wave(2), BOTH, "rk4") for each in (of_steps, name))
-    assert isinstance(plain, Model)
-    assert isinstance(model, Model)
-
-    def loss(z: Tensor, model: Model = model) -> Tensor:
-        values, penalties = model(z)
-        end = end_of(name, values)
-        return end.sin().reshape(len(z), -1).sum(1) + sum(penalties.values())
-
-    start = states().requires_grad_()
-    wanted, *by_parameters = torch.autograd.grad(loss(start, plain).sum(), [start, *plain.module.parameters()])
-    z = states()
-    torch.testing.assert_close(vmap(lambda x: loss(x[None])[0])(z), loss(z))
-    torch.testing.assert_close(grad(lambda z: loss(z).sum())(z), wanted)
-    torch.testing.assert_close(vmap(grad(lambda x: loss(x[None])[0]))(z), wanted)
-    for transform in (jacrev, jacfwd):
-        torch.testing.assert_close(transform(loss)(z).sum(0), wanted)
-    torch.testing.assert_close(jvp(loss, (z,), (z,))[1], (wanted * z).sum(1))  # samples do not mix
-
-    class Loss(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = model.module
-
-        def forward(self, z: Tensor) -> Tensor:
-            return loss(z)
-
-    whole = Loss()
-    own = {key: x.detach() for key, x in whole.named_parameters()}
-    found = grad(lambda p: functional_call(whole, p, (z,)).sum())(own)
-    torch.testing.assert_close(list(found.values()), by_parameters)
-    doubled = {key: 2 * x for key, x in own.items()}
-    found = functional_call(whole, doubled, (z,))
-    before = loss(z)
-    with torch.no_grad():
-        for parameter in whole.parameters():
-            parameter.mul_(2)
-    torch.testing.assert_close(found, loss(z))
-    assert not torch.allclose(before, found)
 
 
 # the noise of an interface that is not given one ------------------------------------------------------------

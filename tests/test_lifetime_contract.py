@@ -16,7 +16,6 @@ from density_models import make as make_density
 from problems import COPIES, Wave
 from regularizer_table import TrainedEnd, Weighed, WeighedFunction, weighed
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.distributions import Independent, MultivariateNormal, Normal
 from torch.func import functional_call
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
@@ -458,43 +457,3 @@ def test_replaced_parameters_are_those_of_the_backward_pass(
     torch.testing.assert_close(
         gradient(sensitivity), gradient("autograd"), rtol=1e-9 if exact else 1e-4, atol=1e-9 if exact else 1e-6
     )
-
-
-@pytest.mark.parametrize("sensitivity", GRADIENTS[1:])
-def test_a_buffer_that_the_caller_sets_belongs_to_the_solve(sensitivity: str) -> None:
-    """Two solves with a context each, and one backward pass, which finds the second context in the field."""
-
-    def gradient(sensitivity: str) -> Tensor:
-        torch.manual_seed(0)
-        field = WithContext().double()
-        model = NeuralODE(field, "rk4_38", sensitivity=sensitivity)
-        loss = torch.zeros(())
-        for context in torch.tensor([[0.5], [-2.0]], dtype=torch.float64):
-            field.context = context
-            loss = loss + model(torch.ones(3, 3).double(), torch.linspace(0, 1, 21))[1][-1].square().sum()
-        loss.backward()
-        return torch.cat([p.grad.flatten() for p in field.parameters() if p.grad is not None])
-
-    torch.testing.assert_close(gradient(sensitivity), gradient("autograd"), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("sensitivity", GRADIENTS)
-@pytest.mark.parametrize("what", ["state", "times", "parameters"])
-def test_a_tangent_outside_of_torch_func_is_refused(what: str, sensitivity: str) -> None:
-    """A tangent that was dropped would be a derivative of zero."""
-    net = Wave()
-    model = NeuralODE(net, "rk4", sensitivity=sensitivity, regularizers=BOTH, trace_estimator="exact")
-    start = torch.randn(3, 3, dtype=torch.float64)
-    name = next(name for name, p in model.named_parameters() if p is net.w)
-
-    def value(x: Tensor, times: Tensor, w: Tensor) -> Tensor:
-        solution = functional_call(model, {name: w}, (x, times), {"penalties": True})[1]
-        return solution[-1].sin().sum() + model.reg_loss()
-
-    given = [start, SPAN.double(), net.w.detach()]
-    place = ["state", "times", "parameters"].index(what)
-    direction = torch.randn_like(given[place])
-    with forward_ad.dual_level():
-        duals = [forward_ad.make_dual(x, direction) if k == place else x for k, x in enumerate(given)]
-        with pytest.raises(ConfigError, match=r"torch\.func\.jvp"):
-            value(*duals)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rnode_plugin import FixedGrid, MultiscaleFlow, NeuralODE
-from rnode_plugin.errors import ConfigError
+from rnode_plugin import NeuralODE
 
 SPAN = torch.linspace(0, 1, 3, dtype=torch.float64)
 
@@ -65,32 +64,3 @@ def test_a_model(mode: str, names: list[str], noise: str, solver: str) -> None:
         return (end**3).sum() + sum(penalties, torch.zeros(4)).sum()
 
     assert_gradient_of_a_gradient(loss, [x, *field.parameters()])
-
-
-@pytest.mark.parametrize("mode", ["autograd", "checkpointed"])
-def test_an_image_flow(mode: str) -> None:
-    torch.manual_seed(0)
-    flow = MultiscaleFlow((1, 2, 2), hidden=2, regularizers=["jacfrob", "directional"]).double()
-    for parameter in flow.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    x, noise = torch.rand(2, 1, 2, 2, dtype=torch.float64), flow.draw_noise(2)
-
-    def loss() -> Tensor:
-        output = flow(x, noise=noise, solver=FixedGrid("rk4_38", step=0.5, gradient=mode))
-        return output.logdet.sum() + sum(output.regularization.values(), torch.zeros(2)).sum() + output.z.sum() ** 2
-
-    assert_gradient_of_a_gradient(loss, list(flow.parameters()))
-
-
-@pytest.mark.parametrize("mode", ["adjoint", "interpolated_adjoint"])
-def test_a_continuous_adjoint_gives_first_derivatives_alone(mode: str) -> None:
-    model = NeuralODE(perceptron(), "rk4", sensitivity=mode, return_t_eval=False)
-
-    def value(x: Tensor) -> Tensor:
-        return (model(x, SPAN)[-1] ** 3).sum()
-
-    x = torch.ones(2, 2, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(ConfigError, match="first derivatives"):
-        torch.autograd.grad(value(x), x, create_graph=True)
-    with pytest.raises(ConfigError, match="'autograd' or 'checkpointed'"):
-        torch.autograd.functional.hessian(value, x.detach())

@@ -6,8 +6,6 @@ import copy
 import functools
 import pickle
 import sys
-import threading
-import types
 from types import ModuleType
 from typing import Any
 
@@ -83,48 +81,6 @@ def test_the_nfe_of_a_solve_is_that_of_its_forward_pass() -> None:
         assert found.nfe == 2 * nfe
     with regularize("kinetic") as found, pytest.raises(ConfigError, match="saw no solve"):
         assert found.nfe
-
-
-def test_a_module_outside_of_sys_modules_is_made_in_a_block() -> None:
-    """The error of a block says so, and what serves the solvers that it does not see."""
-    source = "from torchdiffeq import odeint\ndef solve(field, y0, t): return odeint(field, y0, t)\n"
-    outside, inside = (types.ModuleType("loaded_by_a_file") for _ in range(2))
-    exec(source, vars(outside))
-    with regularize("kinetic") as penalties:
-        outside.solve(Field(), start(), SPAN)
-        exec(source, vars(inside))
-    with pytest.raises(ConfigError, match=r"not in sys\.modules, have to be made inside .*penalties_along"):
-        penalties.loss()
-    with regularize("kinetic") as penalties:
-        inside.solve(Field(), start(), SPAN)
-    assert float(penalties.loss().detach()) > 0
-
-
-def loss_and_gradient(ode: Any, t: Tensor, method: str, **given: Any) -> list[Tensor]:
-    field, y0, t = Field(), start().requires_grad_(), t.clone().requires_grad_()
-    options: Any = {"step_size": 0.05} if method == "rk4" else None
-    y, penalties = ode(
-        field, y0, t, rtol=1e-8, atol=1e-8, method=method, options=options, **given, trace_estimator="exact",
-        regularizers={"kinetic": 1.0, "jacfrob": 2.0, "straightness": 4.0},
-    )  # fmt: skip
-    loss = y[-1].square().mean() + penalties.loss()
-    return [loss, *torch.autograd.grad(loss, [y0, t, *field.parameters()])]
-
-
-@pytest.mark.parametrize(
-    ("t", "given"),
-    [
-        (SPAN, {}),
-        (SPAN.flip(0), {}),
-        (SPAN, {"adjoint_method": "dopri8", "adjoint_rtol": 1e-10, "adjoint_atol": 1e-10}),
-    ],
-    ids=["forward", "backward", "another method"],
-)
-def test_the_adjoints_gradient_is_that_of_the_steps(t: Tensor, given: dict[str, Any]) -> None:
-    steps = loss_and_gradient(odeint, t, "rk4")
-    adjoint = loss_and_gradient(odeint_adjoint, t, "dopri5", **given)
-    for a, b in zip(steps, adjoint, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -391,17 +347,6 @@ def test_a_sampled_penalty_is_unbiased_in_value_and_gradient(method: str) -> Non
     assert (off.abs() <= 4.5 * error + 1e-12).all()
 
 
-def test_second_derivatives_through_an_adjoint_are_refused() -> None:
-    y0 = start().requires_grad_()
-    for state in (y0, (y0, 2 * y0)):
-        field: Any = Field() if state is y0 else lambda t, y: (-y[0], -y[1])
-        y, penalties = odeint_adjoint(field, state, SPAN, regularizers="kinetic", adjoint_params=())
-        for loss in ((y if state is y0 else y[1])[-1].sum(), penalties.loss()):
-            torch.autograd.grad(loss, y0, retain_graph=True)
-            with pytest.raises(ConfigError, match=r"first derivatives only.* use odeint"):
-                torch.autograd.grad(loss, y0, create_graph=True)
-
-
 def test_samples_in_two_dimensions_have_the_loss_of_batch_dim_0() -> None:
     """As the refusal of a ``batch_dim`` with two dimensions says."""
     y0, given = start(3, 5, 2), {"regularizers": {"kinetic": 1.0, "jacfrob": 1.0}, "trace_estimator": "exact"}
@@ -578,24 +523,6 @@ def test_a_controlled_differential_equation() -> None:
     torch.testing.assert_close(penalties.loss(), expected.loss())
     (found,), (reference,) = (torch.autograd.grad(p.loss(), [matrix.net.weight]) for p in (penalties, expected))
     torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-5)  # the adjoint takes its own steps
-
-
-def test_nested_solves_and_other_threads_are_left_alone(their_code: ModuleType) -> None:
-    field, y0 = Field(), start()
-
-    class Nested(Field):
-        def forward(self, t: Tensor, y: Tensor) -> Tensor:
-            inner = their_code.odeint(lambda t, y: torch.ones_like(y), y, SPAN, method="euler")[-1]
-            return super().forward(t, y) + 0 * inner
-
-    elsewhere = threading.Thread(target=lambda: their_code.odeint(field, 10 * y0, SPAN))
-    with regularize("kinetic") as penalties:
-        y = their_code.odeint_adjoint(Nested(), y0, SPAN)
-        y[-1].mean().backward()
-        elsewhere.start()
-        elsewhere.join()
-    expected = odeint(field, y0, SPAN, regularizers=["kinetic"])[1]["kinetic"]
-    torch.testing.assert_close(penalties["kinetic"], expected)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------

@@ -7,18 +7,15 @@ import functools
 import gc
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from field_table import OwnTanh
 from problems import COPIES, Linear, Wave, counted_products, linear_closed_form
 from torch import Tensor, nn
-from torch.distributions import Independent, MultivariateNormal, Normal
-from torch.utils.checkpoint import checkpoint
+from torch.distributions import MultivariateNormal
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
 from torchdyn.core.defunc import SDEFunc
 from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
@@ -678,144 +675,6 @@ def test_an_interpolated_adjoint_keeps_its_tolerance(
         assert error < of_steps, (tolerance, error)
 
 
-class WithNumpy(nn.Module):
-    """Reads the time as numbers, which a time that requires a gradient would refuse."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(2, 2).double()
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.net(x) * float(t.numpy().sum())
-
-
-class Scaled(nn.Module):
-    """A field with a buffer that the caller computes."""
-
-    scale: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", None)
-        self.net = nn.Linear(2, 2)
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.net(x) * self.scale
-
-
-def test_a_closure_under_an_adjoint_is_warned_of() -> None:
-    """Its net is not a module of the model, so only a solve through the steps gives it a gradient."""
-    net, x = nn.Linear(2, 2), torch.ones(3, 2)
-    for sensitivity in ("adjoint", "interpolated_adjoint"):
-        with pytest.warns(UserWarning, match="not a parameter of it"):
-            NeuralODE(lambda t, x: net(x), "dopri5", sensitivity=sensitivity)(x)[1][-1].sum().backward()
-    assert net.weight.grad is None
-    scaled = Scaled()
-    scaled.scale = net(x)  # a computed buffer, whose gradient is not lost in silence in training mode either
-    with pytest.warns(UserWarning, match="not a parameter of it"):
-        NeuralODE(scaled, "dopri5", sensitivity="adjoint")(x)[1][-1].sum().backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        encoded = nn.Linear(2, 2)(x)  # the result of another computation, handed over as the solve's argument
-        field: Any = lambda t, x, args: net(x) * args["scale"]  # noqa: E731
-        node = NeuralODE(field, "dopri5", sensitivity="adjoint", optimizable_params=net.parameters())
-        node(x, args={"scale": encoded})[1][-1].sum().backward()
-        for field, name in ((WithNumpy(), "kinetic"), (Wave(2), "total_derivative")):
-            forced = NeuralODE(field, "dopri5", sensitivity="adjoint", regularizers=[name])
-            (forced(x.double())[1][-1].sum() + forced.reg_loss()).backward()
-    assert net.weight.grad is not None
-
-
-@pytest.mark.parametrize("sensitivity", GRADIENTS[1:])
-def test_a_field_that_marks_its_state_has_a_time_gradient(sensitivity: str) -> None:
-    """HNN makes a variable of the state that it is given."""
-
-    def gradient(sensitivity: str) -> Tensor:
-        torch.manual_seed(0)
-        t = torch.linspace(0, 1, 21, dtype=torch.float64).requires_grad_()
-        model = NeuralODE(HNN(mlp(4, 8, 1)).double(), "rk4_38", sensitivity=sensitivity)
-        model(torch.randn(3, 4).double(), t)[1][-1].square().sum().backward()
-        assert t.grad is not None
-        return t.grad[[0, -1]]
-
-    torch.testing.assert_close(gradient(sensitivity), gradient("autograd"), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("sensitivity", GRADIENTS)
-def test_hooks_of_parameters_run_once_with_the_whole_gradient(sensitivity: str) -> None:
-    """A backward pass that differentiates each step or each evaluation would scale the gradient twice."""
-    torch.manual_seed(0)
-    net, x = mlp(2, 8, 2).double(), torch.randn(4, 2).double()
-    model = NeuralODE(net, "rk4_38", sensitivity=sensitivity, regularizers=["kinetic"])
-    weight: Any = net[0].weight
-    whole = list[Tensor]()
-
-    def scale(gradient: Tensor) -> Tensor:
-        whole.append(gradient)
-        return 0.1 * gradient
-
-    found = list[Any]()
-    for hook in (None, scale):
-        if hook is not None:
-            weight.register_hook(hook)
-        weight.grad = None
-        (model(x, torch.linspace(0, 1, 3))[1][-1].square().sum() + model.reg_loss()).backward()
-        found.append(weight.grad)
-    assert len(whole) == 1
-    torch.testing.assert_close(whole[0], found[0])
-    torch.testing.assert_close(found[1], 0.1 * found[0])
-
-
-class HandWritten(nn.Module):
-    """With a function whose second derivative is checked at the first evaluation of the net."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(2, 6), nn.Linear(6, 2)
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.two(OwnTanh.apply(self.one(x)))  # pyright: ignore[reportArgumentType]
-
-
-@pytest.mark.parametrize("sensitivity", GRADIENTS)
-def test_a_first_call_inside_of_torchs_checkpoint(sensitivity: str) -> None:
-    """Checks that run once save no tensors which the second run, without the checks, would have to save too."""
-    x = torch.randn(4, 2).double().requires_grad_()
-
-    def gradients(run: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        torch.manual_seed(0)
-        model = NeuralODE(HandWritten().double(), "rk4", sensitivity=sensitivity, regularizers=BOTH)
-        loss = run(lambda x: model(x, torch.linspace(0, 1, 3))[1][-1].square().sum() + model.reg_loss(), x)
-        return torch.autograd.grad(loss, [x, *model.parameters()])
-
-    plain = gradients(lambda call, x: call(x))
-    torch.testing.assert_close(gradients(functools.partial(checkpoint, use_reentrant=False)), plain)
-
-
-@pytest.mark.parametrize("sensitivity", GRADIENTS)
-@pytest.mark.parametrize("kind", ["control", "noise"])
-def test_a_second_forward_before_backward_changes_nothing(kind: str, sensitivity: str) -> None:
-    torch.manual_seed(0)
-    if kind == "control":
-        field: nn.Module = nn.Sequential(DataControl(), nn.Linear(6, 3), nn.Tanh())
-    else:
-        field = TorchdynCNF(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)), hutch_trace,
-                            Independent(Normal(torch.zeros(2), torch.ones(2)), 1))  # fmt: skip
-    model = NeuralODE(field, "rk4", sensitivity=sensitivity, regularizers=LAMBDAS)
-    x, other = torch.randn(4, 3), torch.randn(4, 3)
-    gradients = []
-    for disturbed in (False, True):
-        torch.manual_seed(7)
-        _, sol = model(x)
-        loss = sol[-1].square().sum() + model.reg_loss()
-        if disturbed:
-            model(other)
-            model.trajectory(other, torch.linspace(0, 1, 3))
-        gradients.append(torch.autograd.grad(loss, list(field.parameters())))
-    for a, b in zip(*gradients, strict=True):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0)], ids=["forward", "reversed"])
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
 def test_integral_loss_has_its_whole_gradient(sensitivity: str, span: tuple[float, float]) -> None:
@@ -883,15 +742,6 @@ def test_the_parameters_gradient_is_the_same_in_all_modes(make: Callable[[nn.Mod
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
             assert relative(b, a) < 1e-6
-
-
-def dense(field: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    """Trace and squared Frobenius norm of the Jacobian, sample by sample."""
-    jacobians = [
-        torch.autograd.functional.jacobian(lambda s: field(s[None])[0], each).reshape(each.numel(), -1)
-        for each in z
-    ]
-    return torch.stack([j.trace() for j in jacobians]), torch.stack([j.square().sum() for j in jacobians])
 
 
 class TimesState(nn.Module):

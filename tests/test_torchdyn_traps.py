@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import pickle
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from regularizer_table import diagonal, difference_in_time
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE as Torchdyn
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
@@ -22,8 +19,7 @@ from torchdyn.models.cnf import autograd_trace
 from torchdyn.numerics.solvers.ode import DormandPrince45
 from torchdyn_fields import WithTime, mlp
 
-from rnode_plugin import CNF, Exact, FixedGrid, NeuralODE, RegularizedCNF, SolverError, penalties_at
-from rnode_plugin.core.system import System
+from rnode_plugin import CNF, NeuralODE, RegularizedCNF, SolverError
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.solvers import GRADIENTS, get_solver
 from rnode_plugin.torchdiffeq import odeint
@@ -48,22 +44,6 @@ def test_the_guess_of_the_first_step_has_no_gradient(face: str) -> None:
         return torch.cat([g.flatten() for g in torch.autograd.grad(end.square().sum(), [*net.parameters()])])
 
     torch.testing.assert_close(gradient(detached=True), gradient(detached=False))
-
-
-@pytest.mark.parametrize("frozen", [False, True], ids=["unused", "frozen"])
-def test_an_adjoint_with_an_unused_or_a_frozen_parameter(frozen: bool) -> None:
-    class Partly(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.other = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(not frozen)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.used(self.other(x) if frozen else x)
-
-    field = Partly()
-    model = NeuralODE(field, "rk4", sensitivity="adjoint")
-    model(torch.randn(3, 2), torch.linspace(0, 1, 3))[1][-1].sum().backward()
-    assert field.used.weight.grad is not None
 
 
 class Damped(nn.Module):
@@ -129,31 +109,6 @@ def test_integral_loss_of_a_second_order_field_with_autograd() -> None:
     state, t = torch.tensor([[0.0, 1.0, 2.0]]), torch.linspace(0, 1, 2)
     sol = NeuralODE(lambda t, x: 0 * x[:, :1], "midpoint", order=2, integral_loss=cost)(state, t)[1]
     torch.testing.assert_close(sol[-1], torch.tensor([[2.0, 3.0, 2.0]]))  # x = 1 + 2 t
-
-
-def test_tableaus_are_torchdyns_to_the_bit() -> None:
-    from torchdyn.numerics.solvers._constants import construct_dopri5, construct_rk4, construct_tsit5
-
-    from rnode_plugin.solvers import get_method
-
-    constructors = {"rk4": construct_rk4, "dopri5": construct_dopri5, "tsit5": construct_tsit5}
-    for name, construct in constructors.items():
-        _, rows, b, error = construct(torch.float64)
-        method = get_method(name)
-        assert method.weights == tuple(b.tolist())
-        assert method.error_weights == (tuple(error.tolist()) if method.adaptive else None)
-        probes = torch.eye(len(b) + 1, dtype=torch.float64)  # k_i = e_i: a step shows its coefficients
-        stages = iter(probes[1:])
-        arguments: list[torch.Tensor] = []
-
-        def field(t: torch.Tensor, x: torch.Tensor, stages=stages, arguments=arguments) -> torch.Tensor:
-            arguments.append(x)
-            return next(stages)
-
-        one = torch.ones(1, dtype=torch.float64)
-        method.advance(field, probes[0], 0 * one, one, None)
-        for argument, row in zip(arguments[1:], rows, strict=True):
-            assert argument[1 : 1 + len(row)].tolist() == row.tolist()
 
 
 def test_a_tuple_is_a_state_of_other_interfaces() -> None:
@@ -387,19 +342,6 @@ def test_penalized_columns_that_are_not_there(penalized: Any) -> None:
         model(torch.randn(2, 4))
 
 
-@pytest.mark.parametrize("noise", ["exact", "rademacher"])
-def test_penalties_of_a_row_are_those_of_its_column(noise: str) -> None:
-    """Each entry is a sample of one dimension, whose Jacobian ``-2 x`` is a number."""
-    names, x = ["jacfrob", diagonal, "curl", "strain"], torch.tensor([1.0, 2.0])
-    model = NeuralODE(lambda t, x: -(x**2), "rk4", regularizers=names, trace_estimator=noise)
-    model(x[:, None])
-    column = model.regularization
-    model(x)
-    torch.testing.assert_close(model.regularization, column)
-    rows = torch.stack([-2 * x])  # (D, B)
-    torch.testing.assert_close(Exact().divergence(rows, None), -2 * x)
-
-
 def test_a_cnf_whose_trace_estimator_has_arguments_of_its_own() -> None:
     """A public project's class: named as torchdyn's, called with the model, the batch and a device."""
 
@@ -424,24 +366,6 @@ def test_a_cnf_whose_trace_estimator_has_arguments_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
-def test_a_penalty_that_writes_reaches_no_callers_tensor(sensitivity: str) -> None:
-    def erase(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
-        with torch.no_grad():
-            z.zero_()
-            t.zero_()
-        return dz.square().sum(1)
-
-    x, span = torch.ones(3, 4), torch.linspace(1, 2, 3)
-    model = NeuralODE(WithTime(), "rk4", sensitivity=sensitivity, regularizers=[erase])
-    try:  # noqa: SIM105
-        model(x, span)
-    except (ConfigError, RuntimeError):
-        pass
-    assert torch.equal(x, torch.ones(3, 4))
-    assert torch.equal(span, torch.linspace(1, 2, 3))
-
-
-@pytest.mark.parametrize("sensitivity", GRADIENTS)
 def test_the_solution_may_be_changed_in_place(sensitivity: str) -> None:
     torch.manual_seed(0)
     field, x, found = mlp(2, 8, 2), torch.randn(3, 2), []
@@ -455,44 +379,6 @@ def test_the_solution_may_be_changed_in_place(sensitivity: str) -> None:
         loss = sol.sum() + penalties.sum()
         found.append([loss, *torch.autograd.grad(loss, list(field.parameters()))])
     torch.testing.assert_close(*found)
-
-
-class Cut(nn.Module):
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.linear, self.how = nn.Linear(2, 2), how
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        if self.how == "detach":
-            return self.linear(x).detach()
-        if self.how == "detached state":
-            return self.linear(x.detach())
-        with torch.no_grad():
-            return self.linear(x)
-
-
-@pytest.mark.parametrize("how", ["no_grad", "detach", "detached state"])
-def test_a_field_without_a_graph_has_no_jacobian_to_estimate(how: str) -> None:
-    x = torch.randn(3, 2)
-    state = torch.cat([torch.zeros(3, 1), x], 1)
-    NeuralODE(Cut(how), "rk4", regularizers=["kinetic"])(x)
-    both: list[dict[str, Any]] = [{}, {"penalized": slice(0, 1)}]
-    for options in both:
-        for sensitivity in GRADIENTS:
-            with pytest.raises(ConfigError, match="without a graph"):
-                NeuralODE(Cut(how), "rk4", sensitivity=sensitivity, regularizers=["jacfrob"], **options)(x)
-    with pytest.raises(ConfigError, match="without a graph"):
-        NeuralODE(CNF(Cut(how)), "rk4")(state)
-    with torch.no_grad(), pytest.raises(ConfigError, match="without a graph"):
-        NeuralODE(CNF(Cut(how)), "rk4")(state)
-    cut, times = Cut(how), torch.tensor([0.0, 1.0])
-    with pytest.raises(ConfigError, match="without a graph"):
-        odeint(cut, x, times, method="rk4", regularizers=["jacfrob"])
-    for name in ("jacfrob", "total_derivative"):
-        with pytest.raises(ConfigError, match="without a graph"):
-            penalties_at(cut, times[0], x, [name])
-    with pytest.raises(ConfigError, match="without a graph"):
-        FixedGrid().solve(System(trace_estimator="exact").start(cut, x), x, times)
 
 
 def test_a_field_that_ignores_its_state_has_a_jacobian_of_zero() -> None:
@@ -544,58 +430,6 @@ def test_a_trajectory_in_a_block_counts_as_a_call(solver: str, options: dict[str
         model.trajectory(x, times)
         model.trajectory(x, times)
     torch.testing.assert_close(model.reg_loss(), 2 * by_call.reg_loss())
-
-
-class Holder:
-    """A plain object that calls a net."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self.net = net
-
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-@pytest.mark.parametrize("sensitivity", ["autograd", "checkpointed", "adjoint"])
-@pytest.mark.parametrize("make", [
-    lambda net: net.forward,
-    lambda net: lambda t, x: net(x),
-    lambda net: lambda t, x, call=lambda x: net(x): call(x),
-    lambda net: functools.partial(lambda net, t, x: net(x), net),
-    lambda net: Holder(net).__call__,
-], ids=["method", "closure", "default", "partial", "object"])  # fmt: skip
-def test_running_statistics_see_each_evaluation_once(make: Callable[[nn.Module], Any], sensitivity: str) -> None:
-    torch.manual_seed(0)
-    norm = nn.BatchNorm1d(4)
-    net = nn.Sequential(nn.Linear(2, 4), norm, nn.Tanh(), nn.Linear(4, 2)).requires_grad_(False)
-    x, span = torch.randn(8, 2, requires_grad=True), torch.linspace(0, 1, 5)
-    model = NeuralODE(make(net), "euler", sensitivity=sensitivity, regularizers=[difference_in_time])
-    model(x, span)[1].sum().backward()
-    assert norm.num_batches_tracked == 4
-    odeint(Holder(net), x, span, method="euler", regularizers=[difference_in_time])
-    assert norm.num_batches_tracked == 8
-
-
-def functional(net: nn.Module, p: float) -> Callable[[Tensor], Tensor]:
-    return lambda x: nn.functional.dropout(net(x), p)
-
-
-@pytest.mark.parametrize("sensitivity", GRADIENTS)
-@pytest.mark.parametrize("make", [
-    lambda net, p, mode: NeuralODE(nn.Sequential(net, nn.Dropout(p)), "rk4", sensitivity=mode),
-    lambda net, p, mode: NeuralODE(functional(net, p), "rk4", sensitivity=mode, optimizable_params=[net.weight]),
-    lambda net, p, mode: RegularizedCNF(
-        nn.Sequential(net, nn.Dropout(p)), event_shape=2, solver=FixedGrid("rk4", step=1.0, gradient=mode)
-    ),
-], ids=["NeuralODE", "function", "RegularizedCNF"])  # fmt: skip
-def test_dropout_under_an_adjoint_is_warned_of(make: Callable[..., nn.Module], sensitivity: str) -> None:
-    x = torch.randn(3, 2).requires_grad_()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        make(nn.Linear(2, 2), 0.0, sensitivity)(x)
-        assert not caught
-        make(nn.Linear(2, 2), 0.3, sensitivity)(x)
-    assert ["another mask" in str(each.message) for each in caught] == [True] * sensitivity.endswith("adjoint")
 
 
 # --- several solves per loss ---
