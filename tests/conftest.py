@@ -30,7 +30,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pytest_configure(config: pytest.Config) -> None:
     """Let pytest-xdist take the files in the order of their names, so that they end at about the same time.
 
-    By default it begins with the files of most tests, and so ends with test_compile, which takes long in one test. Its option ``--no-loadscope-reorder`` says the same, but pytest refuses it without xdist.
+    By default it begins with the files of most tests, and so ends with test_compile, which takes long in one test.
+    Its option ``--no-loadscope-reorder`` says the same, but pytest refuses it without xdist.
     """
     config.option.loadscopereorder = False
 

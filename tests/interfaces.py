@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,11 @@ SPAN = (0.0, 0.4)
 TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
 Found = tuple[Tensor, Mapping[str, Tensor]]
 Call = Callable[[Tensor], Found]
-Span = tuple[float, float]
+Span = Sequence[Any]  # two numbers or tensors
 
 
 def times(number: int = 2, span: Span = SPAN) -> Tensor:
-    return torch.linspace(*span, number, dtype=DOUBLE)
+    return span[0] + (span[1] - span[0]) * torch.linspace(0, 1, number, dtype=DOUBLE)
 
 
 @dataclass(frozen=True)

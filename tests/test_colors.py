@@ -185,17 +185,6 @@ def test_torchdyns_cnf_takes_colors() -> None:
     close(-found[-1, :, 0], wanted.logdet)
 
 
-def test_transforms_take_all_products() -> None:
-    """A transform may not draw signs."""
-    model = RegularizedCNF(
-        stack(1, 2), event_shape=(1, 5, 5), trace_estimator="exact", solver="euler",
-        t_span=torch.linspace(0, 1, 3), regularizers=(),
-    ).double()  # fmt: skip
-    x = state(3, 1, 5, 5)
-    found = torch.func.vmap(lambda each: model.log_prob(each[None])[0])(x)
-    torch.testing.assert_close(found, model.log_prob(x), rtol=1e-12, atol=0)
-
-
 # nets of a user --------------------------------------------------------------------------------------------------
 
 
@@ -239,60 +228,9 @@ def up() -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(2, 2, 4, stride=2, padding=1)
 
 
-LIES: dict[str, Callable[[], tuple[Net, int]]] = {
-    "one layer too few": lambda: (net(), 1),
-    "a dilation": lambda: (Net(nn.Conv2d(2, 2, 3, padding=2, dilation=2)).double(), 1),
-    "a normalization": lambda: (net(nn.InstanceNorm2d(4)), 2),
-    "circular padding": lambda: (net(padding_mode="circular"), 2),
-    "a mean": lambda: (net(nn.AdaptiveAvgPool2d(1), nn.Upsample((10, 10))), 2),
-    # the corners and the pixel in the middle reach less far than others
-    "a stride": lambda: (Net(down(), nn.Tanh(), up()).double(), 2),
-    "two strides": lambda: (Net(down(), nn.Tanh(), down(), nn.Tanh(), up(), up()).double(), 7),
-}
-
-
 def test_a_radius_of_strides_is_the_widest_of_all_pixels() -> None:
     field, z = Net(down(), nn.Tanh(), up()).double(), state(2, 2, 10, 12)
     close(System((), Exact(radius=3)).start(field, z)(T, z).dlogdet, trace_of(dense(field, z)))
-
-
-@pytest.mark.parametrize("lie", LIES)
-@pytest.mark.parametrize("graph", [False, True], ids=["no graph", "graph"])
-def test_a_radius_that_is_too_small_is_refused(lie: str, graph: bool) -> None:
-    field, radius = LIES[lie]()
-    z = state(2, 2, 24, 24) if lie == "two strides" else state(2, 2, 10, 10)
-    solve = System((), Exact(radius=radius)).start(field, z)
-    with torch.set_grad_enabled(graph), pytest.raises(ConfigError, match=rf"more than {radius} rows.*too small"):
-        solve.check_field(T, z)
-
-
-def test_a_small_image_shows_a_small_radius() -> None:
-    """The surroundings of all pixels that are looked at cover it together, but not one by one."""
-    z = state(2, 2, 5, 5)
-    with pytest.raises(ConfigError, match="too small"):
-        System((), Exact(radius=1)).start(net(), z).check_field(T, z)
-
-
-def test_a_fresh_net_is_looked_at_until_it_shows_something() -> None:
-    """Its Jacobian is zero, whatever the layers read."""
-    field, z = net(nn.InstanceNorm2d(4)), state(2, 2, 9, 10)
-    last: Any = field.layers[-1]
-    weight = last.weight.detach().clone()
-    nn.init.zeros_(last.weight)
-    solve = System((), Exact(radius=2)).start(field, z)
-    with torch.no_grad():
-        solve.check_field(T, z)
-        last.weight.copy_(weight)
-        with pytest.raises(ConfigError, match="too small"):
-            solve.check_field(T, z)
-
-
-def test_samples_that_mix_are_refused() -> None:
-    field, z = net(nn.BatchNorm2d(4)), state(3, 2, 9, 10)
-    with pytest.raises(ConfigError, match="depends on other samples"):
-        System((), Exact(radius=2)).start(field, z).check_field(T, z)
-    field.eval()
-    close(System((), Exact(radius=2)).start(field, z)(T, z).dlogdet, trace_of(dense(field, z)))
 
 
 def test_the_radius_of_a_stack_is_its_own() -> None:

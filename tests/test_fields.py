@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +13,11 @@ from field_table import SHAPES, active, make_field
 from regularizer_table import difference_in_time
 from torch import Tensor, nn
 
-from rnode_plugin import Exact, FixedGrid, NeuralODE, RegularizedCNF
+from rnode_plugin import NeuralODE, RegularizedCNF
 from rnode_plugin.core.derivatives import AutogradField, Field
 from rnode_plugin.core.system import System
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.fields import ConcatConv2d, ConcatLinear, StackField, activations, conv_field, linear_field
+from rnode_plugin.fields import ConcatConv2d, ConcatLinear, StackField, conv_field, linear_field
 from rnode_plugin.fields.activations import ACTIVATIONS
 from rnode_plugin.regularizers import taylor
 
@@ -182,27 +181,6 @@ def test_a_velocity_saves_half_of_what_autograd_saves() -> None:
     assert hidden_tensors_saved(AutogradField(make_field("conv").prepared(z)), t, z) == 6
 
 
-@pytest.mark.parametrize("kind", SHAPES)
-def test_torch_func_differentiates_by_the_parameters(kind: str) -> None:
-    field = make_field(kind)
-    t, z, _ = (x.detach() for x in make_inputs(kind))
-
-    def loss(parameters: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(field, parameters, (t, z)).square().sum()
-
-    found = torch.func.grad(loss)({name: p.detach() for name, p in field.named_parameters()})
-    direct = torch.autograd.grad(field.prepared(z).linearize(t, z).dz.square().sum(), list(field.parameters()))
-    for a, b in zip(found.values(), direct, strict=True):
-        assert relative(a, b) < 1e-12
-
-
-def test_a_first_call_in_nested_transforms_leaves_nothing() -> None:
-    field, z, t = make_field("conv"), torch.randn(2, 2, 3, 11, dtype=torch.float64), torch.tensor(0.3)
-    second = torch.func.jacrev(lambda z: torch.func.jvp(lambda z: field(t, z), (z,), (z,))[1])
-    assert second(z).shape == (*z.shape, *z.shape)
-    assert field(t, z).shape == z.shape
-
-
 # --- products, and derivatives along directions ---
 
 
@@ -259,18 +237,6 @@ def test_gradients_of_the_state_take_no_product_for_weights(kind: str, monkeypat
     assert taken
 
 
-@pytest.mark.parametrize("kind", SHAPES)
-def test_forward_mode_over_products(kind: str) -> None:
-    field: Any = make_field(kind)
-    t, z, noise = (x.detach() for x in make_inputs(kind))
-
-    def second(z: Tensor) -> Tensor:
-        dz, product = field.linearize(t, z, noise, PRODUCTS)[:2]
-        return product + field.linearize(t, z, None, frozenset({"jvp"})).jvp(dz, 1.0)
-
-    assert relative(torch.func.jacfwd(second)(z), torch.func.jacrev(second)(z)) < 1e-12
-
-
 def test_autocast_keeps_the_states_dtype() -> None:
     field, inputs = make_field("conv", dtype=torch.float32), make_inputs("conv", dtype=torch.float32)
     wanted = [*inputs[1:], *field.parameters()]
@@ -320,19 +286,6 @@ def test_a_field_whose_reach_is_not_known_has_no_radius() -> None:
         assert field.radius is None
 
 
-def test_a_radius_that_is_too_small_is_refused() -> None:
-    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1)).double()
-    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
-
-    def log_prob(radius: int | None) -> Tensor:
-        exact, grid = Exact(radius=radius), FixedGrid("rk4_38", step=0.5)
-        return RegularizedCNF(net, event_shape=(1, 8, 8), trace_estimator=exact, solver=grid).log_prob(x)
-
-    torch.testing.assert_close(log_prob(2), log_prob(None))
-    with pytest.raises(ConfigError, match="pixels more than 1 rows or columns away"):
-        log_prob(1)
-
-
 class Counted(StackField):
     calls = 0
 
@@ -362,18 +315,3 @@ def test_products_with_slopes_broadcast(name: str, dtype: torch.dtype) -> None:
         expected = one * activation.slope(kept.clone())
         torch.testing.assert_close(activation.backward(one, kept), expected)
         torch.testing.assert_close(activation.backward_over(one, other.clone(), kept), expected)
-
-
-def test_a_device_whose_softplus_backward_does_not_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As XLA's."""
-
-    def strict(x: Tensor, a: Tensor, *options: float, **over: Tensor) -> Tensor:
-        assert x.shape == a.shape
-        assert not over
-        return torch.ops.aten.softplus_backward(x, a, *options)
-
-    softplus, generator = ACTIVATIONS["softplus"], torch.Generator().manual_seed(0)
-    x, a = torch.randn(2, 3, 4, generator=generator), torch.randn(3, 4, generator=generator)
-    expected = softplus.backward(x, softplus.value(a))
-    monkeypatch.setattr(activations, "_aten", SimpleNamespace(softplus_backward=strict))
-    torch.testing.assert_close(softplus.backward_over(x, a, softplus.value(a)), expected)

@@ -13,6 +13,7 @@ import torch
 from dense_rates import integrals
 from interfaces import DOUBLE, FACES, SPAN, Model, by_torchdyn, theirs
 from problems import Wave, difference, directions, slope
+from regularizer_table import Weighed
 from torch import Tensor, nn
 from torchdyn.models.cnf import hutch_trace
 
@@ -29,7 +30,7 @@ from rnode_plugin import (
 from rnode_plugin.core.system import System
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.regularizers import jacfrob
+from rnode_plugin.regularizers import Rate, jacfrob
 from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdiffeq import odeint, odeint_adjoint, regularize
 
@@ -168,9 +169,11 @@ def test_penalties_and_gradients_equal_scipy_and_differences(name: str) -> None:
 
 @pytest.mark.parametrize("name", FACES)
 def test_gradients_of_values_and_penalties_are_differences(name: str) -> None:
-    """By state and parameters, of a loss of both."""
-    field, z = Wave(2), states().requires_grad_()
-    model, variables = FACES[name].make(field, BOTH, "dopri5"), [z, *field.parameters()]
+    """By state, times, and the parameters of the field and of a penalty, of a loss of all of them."""
+    field, z, penalty = Wave(2), states().requires_grad_(), Weighed()
+    span = [torch.tensor(t, dtype=DOUBLE, requires_grad=FACES[name].library is not None) for t in SPAN]
+    model = FACES[name].make(field, [*BOTH, Rate("weighed", penalty)], "dopri5", span=span)
+    variables = [z, *field.parameters(), penalty.weight, *(t for t in span if t.requires_grad)]
 
     def value() -> Tensor:
         values, penalties = model(z)

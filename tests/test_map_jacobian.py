@@ -9,7 +9,6 @@ import torch
 from density_models import MODELS, linear, make
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
-from torch.func import grad, jvp, vmap
 
 from rnode_plugin import Adaptive, DensityModel, FixedGrid, RegularizedCNF, map_log_prob
 from rnode_plugin.errors import ConfigError
@@ -151,18 +150,6 @@ class Kernel(nn.Module):
         return self.tanh(self.linear(z))
 
 
-def test_layers_without_a_second_or_a_forward_derivative() -> None:
-    found = []
-    for tanh in (torch.tanh, Once.apply):
-        model = RegularizedCNF(Kernel(tanh), event_shape=2, solver="rk4", t_span=(0.0, 1.0)).double()
-        torch.manual_seed(0)
-        with torch.no_grad():
-            found.append(map_log_prob(model, torch.linspace(-1, 1, 10).double().reshape(5, 2)))
-    torch.testing.assert_close(found[0], found[1])
-    with pytest.raises(ConfigError, match="backward pass in the vector field cannot be differentiated"):
-        map_log_prob(model, torch.randn(3, 2).double())
-
-
 # --- refusals ---
 
 
@@ -196,18 +183,6 @@ def test_a_map_that_reflects_all_samples_is_not_refused() -> None:
     torch.testing.assert_close((x, log_prob), (-z, model.base.log_prob(z)))
 
 
-@pytest.mark.parametrize("graph", [True, False])
-def test_a_map_that_mixes_samples_is_refused(graph: bool) -> None:
-    net = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
-    model, z = (
-        RegularizedCNF(net, event_shape=2, solver="rk4", t_span=(0.0, 1.0)).double(),
-        torch.randn(6, 2).double(),
-    )
-    with torch.set_grad_enabled(graph), pytest.raises(ConfigError, match="depends on other samples"):
-        map_log_prob(model, z)
-    map_log_prob(model.eval(), z)
-
-
 @pytest.mark.usefixtures("without_checks")
 def test_a_jacobian_takes_one_backward_pass_a_dimension() -> None:
     passes: list[Tensor] = []
@@ -236,29 +211,6 @@ def test_rounding_of_rows_is_no_mixed_sample() -> None:
         torch.testing.assert_close(low, map_log_prob(model, z)[1], rtol=0, atol=0.1)
 
 
-class WithoutGraph(Kernel):
-    """The same field, as code for inference often has it."""
-
-    @torch.no_grad()
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return super().forward(t, z)
-
-
-@pytest.mark.parametrize("graph", [True, False])
-def test_a_field_without_a_graph_is_refused(graph: bool) -> None:
-    model = RegularizedCNF(
-        WithoutGraph(torch.tanh), event_shape=2, solver="rk4", t_span=(0.0, 1.0), regularizers=()
-    ).double()
-    with torch.set_grad_enabled(graph), pytest.raises(ConfigError, match="runs without a graph"):
-        map_log_prob(model, torch.randn(3, 2).double())
-    a = torch.diag(torch.tensor([0.5, -0.3], dtype=torch.float64))
-    model, z = of_linear(a), torch.randn(3, 2).double()
-    with torch.set_grad_enabled(graph):
-        log_prob = map_log_prob(model, z)[1]
-    torch.testing.assert_close(log_prob, model.base.log_prob(z) - back(a, "midpoint", 2).logdet())
-    assert model.nfe == 4
-
-
 def test_a_singular_map_is_refused() -> None:
     model = of_linear(torch.tensor([[1.0]]).double(), "euler", 1)  # x = 0
     with pytest.raises(ConfigError, match="singular or not finite at 4 of 4 samples"):
@@ -269,18 +221,11 @@ def wide() -> DensityModel:
     return RegularizedCNF(nn.Linear(257, 257), event_shape=257, solver="rk4", t_span=(0.0, 1.0))
 
 
-def by_map(model: Any, z: Tensor) -> Tensor:
-    return map_log_prob(model, z)[1]
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda m, z: map_log_prob(m.solved_with(solver=Adaptive("dopri5")), z), "dopri5 chooses its steps"),
         (lambda m, z: map_log_prob(m, z[:, :2]), r"\(B, \*\(3,\)\)"),
-        (lambda m, z: vmap(lambda each: by_map(m, each[None]))(z), "outside of vmap, jvp"),
-        (lambda m, z: vmap(grad(lambda each: by_map(m, each[None]).sum()))(z), "outside of vmap, jvp"),
-        (lambda m, z: jvp(lambda each: by_map(m, each), (z,), (z,)), "outside of vmap, jvp"),
         (lambda m, z: map_log_prob(wide(), torch.zeros(2, 257)), "256 dimensions.*257"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from regularizer_table import diagonal
 from torch import Tensor, nn
 
-from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
+from rnode_plugin import NeuralODE, penalties_at
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.torchdiffeq import odeint
 
@@ -43,58 +43,9 @@ class Graph(nn.Module):
         }  # fmt: skip
 
 
-class Normed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 def rates(field: nn.Module, penalty: Any, batch_dim: int | None = 0) -> Tensor:
     (values,) = penalties_at(field, 0.0, X, [penalty], trace_estimator="exact", batch_dim=batch_dim).values()
     return values
-
-
-@pytest.mark.parametrize("make", [Graph, Normed])
-def test_an_exact_jacobian_of_mixed_samples_is_refused(make: type[nn.Module]) -> None:
-    for name in ("jacfrob", diagonal):
-        for act in (
-            lambda name=name: rates(make(), name),
-            lambda name=name: odeint(make(), X, SPAN, regularizers=[name], trace_estimator="exact"),
-            lambda name=name: NeuralODE(make(), "euler", regularizers=[name], trace_estimator="exact")(X, SPAN),
-        ):
-            with pytest.raises(ConfigError, match="batch_dim=None"):
-                act()
-    with pytest.raises(ConfigError, match="batch_dim=None"):  # it takes the exact Jacobian with every noise
-        odeint(make(), X, SPAN, regularizers=[diagonal])
-    with pytest.raises(ConfigError, match="depends on other samples"):
-        RegularizedCNF(make(), event_shape=3, trace_estimator="exact", regularizers=()).log_prob(X)
-
-
-def test_what_a_solve_finds_does_not_hold_for_the_next_one() -> None:
-    """In evaluation mode batch norm keeps samples apart, and another function of the same net may mix them."""
-    net = Normed().eval()
-    model = RegularizedCNF(net, event_shape=3, trace_estimator="exact", regularizers=())
-    model.log_prob(X)
-    penalties_at(lambda t, x: net(t, x), 0.0, X, [diagonal])
-    with pytest.raises(ConfigError, match="depends on other samples"):
-        penalties_at(lambda t, x: net(t, x - 2 * x.mean(0)), 0.0, X, [diagonal])
-    net.train()
-    with pytest.raises(ConfigError, match="depends on other samples"):
-        model.log_prob(X)
-
-
-def test_samples_that_are_apart_are_not_refused() -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Tanh(), nn.Conv2d(8, 2, 3, padding=1))
-    for scale in (1e-3, 1.0, 1e3):
-        x = scale * torch.randn(9, 2, 4, 4)
-        penalties_at(lambda t, x: net(x), 0.0, x, ["jacfrob"], trace_estimator="exact")
-        with torch.autocast("cpu", torch.bfloat16):
-            penalties_at(lambda t, x: net(x), 0.0, x, ["jacfrob"], trace_estimator="exact")
-    rates(Normed().eval(), diagonal)
 
 
 def by_neural_ode(field: nn.Module) -> dict[str, Tensor]:

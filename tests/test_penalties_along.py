@@ -280,23 +280,6 @@ def test_a_context_is_the_third_argument() -> None:
             penalties_along(short, times, states, BOTH, **given)
 
 
-def test_values_under_vmap_and_in_the_precision_of_the_state() -> None:
-    field, z, times = Linear(3), starts(), row(9)
-    states = linear_closed_form(field.a, z, times).z.detach()
-    field.requires_grad_(False)
-    wanted = penalties_along(field, times, states, ["kinetic"])["kinetic"]
-    one = lambda path: penalties_along(field, times, path[:, None], ["kinetic"])["kinetic"][0]  # noqa: E731
-    torch.testing.assert_close(torch.func.vmap(one, in_dims=1)(states), wanted)
-    rows = times[:, None].expand(-1, 5)
-    with pytest.raises(ConfigError, match="one row"):
-        torch.func.vmap(
-            lambda t, path: penalties_along(field, t, path[:, None], "kinetic")["kinetic"][0], in_dims=1
-        )(rows, states)
-    low = penalties_along(field.float(), times, states.float(), ["kinetic"])["kinetic"]
-    assert low.dtype == torch.float32
-    torch.testing.assert_close(low.double(), wanted, rtol=1e-5, atol=0)
-
-
 def test_times_are_any_row_of_numbers() -> None:
     z = torch.ones(3, 4, 2)
     wanted = penalties_along(lambda t, x: t * x, torch.tensor([0.0, 1.0, 2.0]), z, ["kinetic"])["kinetic"]

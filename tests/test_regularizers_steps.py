@@ -206,16 +206,6 @@ def test_what_cannot_work_together_names_what_does(name: str, solver: str, mode:
         solver_of(solver, gradient=mode).solve(system.start(Wave(), states(), density=False), states(), T)
 
 
-def test_the_error_of_a_step_may_not_be_written_into() -> None:
-    def bad(step: StepRecord) -> Tensor:
-        assert step.error is not None
-        return step.error.abs_().sum(1)
-
-    system = System([StepPenalty("bad", bad, uses={"error"})])
-    with pytest.raises(ConfigError, match="'bad' writes into"):
-        TIGHT.solve(system.start(Wave(), states(), density=False), states(), T)
-
-
 @pytest.mark.parametrize("kind", ["name", "hyper"])
 def test_stages_at_one_time_are_found_in_torchdyns_rk4(kind: str) -> None:
     seen: list[StepRecord] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,31 +26,10 @@ from rnode_plugin.solvers import (
     FixedGrid,
     Solver,
     check_all,
-    checkpoint,
     get_method,
 )
 
 # the step at which each fixed method's error on these problems is far below the tolerance that it is held to
-FINE = {"midpoint": 1 / 200, "rk4": 1 / 20, "rk4_38": 1 / 20}
-T = torch.tensor([0.0, 1.0], dtype=torch.float64)
-
-
-def tight(method: str, gradient: str = "autograd", **changes: object) -> Solver:
-    settings: dict[str, Any] = {"method": method, "gradient": gradient, "atol": 1e-10, "rtol": 1e-10}
-    return solver_of(**{**settings, "step": FINE.get(method, 0.25), **changes})
-
-
-@pytest.mark.parametrize(
-    "z0", [torch.ones(2, 3).double(), torch.ones(2, 3, dtype=torch.complex64)], ids=["real", "complex"]
-)
-def test_times_may_be_numbers(z0: Tensor) -> None:
-    rhs = System().start(lambda t, z: -z * t, z0, density=False)
-    exact = torch.tensor([0, 0.5, 1], dtype=z0.real.dtype)
-    found, expected = (tight("rk4").solve(rhs, z0, times) for times in ((0, 0.5, 1), exact))
-    assert torch.equal(found.z, expected.z)
-    assert torch.equal(found.t, expected.t)
-    with pytest.raises(ConfigError, match="strictly increasing or decreasing"):
-        tight("rk4").solve(rhs, z0, (1, 1))
 
 
 def test_a_penalty_with_the_fields_parameters_counts_them_once() -> None:
@@ -78,17 +56,6 @@ def test_a_penalty_with_the_fields_parameters_counts_them_once() -> None:
         s.penalties["weight"].sum().backward()
         gradients.append([p.grad for p in field.parameters()])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(("options", "divergence"), [({}, True), ({"regularizers": [jacfrob]}, False)])
-def test_products_of_a_complex_state_are_refused(options: dict[str, Any], divergence: bool) -> None:
-    system = System(trace_estimator="exact", **options)
-    with pytest.raises(ConfigError, match="view_as_real"):
-        FixedGrid("rk4").solve(
-            system.start(lambda t, z: 1j * z, torch.ones(2, 3, dtype=torch.complex128), density=divergence),
-            torch.ones(2, 3, dtype=torch.complex128),
-            torch.tensor([0.0, 1.0]),
-        )
 
 
 def test_a_tolerance_for_each_entry_has_no_log_determinant() -> None:
@@ -121,38 +88,6 @@ def test_checkpointed_evaluates_a_step_twice_and_no_more() -> None:
         assert s.stats.nfe == 16
         s.z[-1].sum().backward()
         assert calls == expected
-
-
-@pytest.mark.parametrize("older", [False, True], ids=["parameters", "parameters of another computation"])
-@pytest.mark.parametrize("names", [["kinetic"], ["kinetic", "jacfrob"]])
-def test_checkpointed_on_a_device_without_random_states(
-    monkeypatch: pytest.MonkeyPatch, names: list[str], older: bool
-) -> None:
-    """Such as XLA's; there is no torch.xla, and torch.mps has no contexts of devices."""
-    assert [checkpoint._has_states(kind) for kind in ("cpu", "cuda", "xla", "mps")] == [True, True, False, False]
-    monkeypatch.setattr(checkpoint, "_has_states", lambda kind: False)
-    monkeypatch.setattr(checkpoint, "checkpoint", None)
-    monkeypatch.setattr(checkpoint, "get_device_states", None)
-    seed = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
-    z, penalties = (torch.ones(2, 3, dtype=torch.float64), resolve_regularizers(names))
-    gradients = []
-    for gradient in ("autograd", "checkpointed"):
-        weights = torch.outer(seed, seed.sin()) if older else seed
-        system = System(penalties)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            s = FixedGrid("rk4", gradient=gradient).solve(
-                system.start(
-                    lambda t, z, w=weights: torch.tanh(z * w.sum(0)), z, density=False, probes=torch.ones_like(z)
-                ),
-                z,
-                T,
-            )
-        assert [str(each.message)[:20] for each in caught] == ["torch cannot repeat "] * (
-            gradient == "checkpointed"
-        )
-        gradients += torch.autograd.grad(s.z[-1].sum() + sum(x.sum() for x in s.penalties.values()), seed)
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
 
 
 def test_checkpointed_with_dropout_and_seldom_read_parameters() -> None:
@@ -394,14 +329,6 @@ def test_a_first_step_of_no_length_ends(method: str, times: list[float]) -> None
     with pytest.raises(SolverError) as caught:
         solver_of(method).solve(field, torch.full((1, 1), 1e4), torch.tensor(times))
     assert caught.value.reason in ("underflow", "nonfinite")
-
-
-@pytest.mark.parametrize("times", [[0.0], [0.0, 1.0, 0.5], [0.0, 0.0], [0, 1], [0.0, torch.nan], [[0.0, 1.0]]])
-def test_bad_times_are_refused(times: Any) -> None:
-    with pytest.raises(ConfigError, match="t_span"):
-        FixedGrid().solve(
-            System().start(Wave(), torch.ones(1, 3), probes=torch.ones(1, 3)), torch.ones(1, 3), torch.tensor(times)
-        )
 
 
 def test_several_solves_are_looked_at_together() -> None:

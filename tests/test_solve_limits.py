@@ -275,10 +275,14 @@ def solve_warm(solver: Solver, bound: RightHandSide, z: Tensor, times: Tensor, h
 
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
 def test_safe_steps_are_kept_by_direction(method: str) -> None:
-    """To the bit a solve by a solver that has this first step, shortened for safety or by the end of the solve."""
+    """To the bit a solve by a solver that has this first step, shortened for safety or by the end of the solve.
+
+    Steps that are not made even show each factor of the first one.
+    """
     z = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     bound = System(trace_estimator="exact").start(Wave(), z)
-    solver, known = Adaptive(method, atol=1e-6, rtol=1e-6), dict[str, float]()
+    uneven = dataclasses.replace(get_method(method), fit=lambda dt, rest, sign: dt)
+    solver, known = Adaptive(uneven, atol=1e-6, rtol=1e-6), dict[str, float]()
     history = History(longest_safe_steps={0: known})
     safety = get_method(method).safety
 
@@ -377,9 +381,6 @@ def test_a_step_that_ends_at_a_time_has_its_gradient(method: str, gradient: str,
     torch.testing.assert_close(of_logdet, len(z) * torch.trace(a) * of_length)
     energy = velocity[-1].square().sum() * (t[-1] - t[0]).sign() * of_length[-1]
     torch.testing.assert_close(of_kinetic, energy, rtol=1e-3, atol=1e-3)
-    if gradient == "autograd":  # and in forward mode nothing changes when all times move together
-        for moved in torch.func.jvp(values, (t,), (torch.ones_like(t),))[1]:
-            torch.testing.assert_close(moved, torch.zeros_like(moved), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("restarted", [False, True])

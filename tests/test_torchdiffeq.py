@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import pickle
 import sys
 from types import ModuleType
 from typing import Any
@@ -13,13 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torchdiffeq
-from regularizer_table import Weighed, difference_in_time
+from regularizer_table import difference_in_time
 from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS
 
-from rnode_plugin import NeuralODE
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.regularizers import Rate
 from rnode_plugin.torchdiffeq import odeint, odeint_adjoint, regularize
 
 theirs: Any = torchdiffeq  # its functions have no annotations
@@ -209,19 +204,6 @@ def test_a_mask_chooses_entries_of_several_dimensions() -> None:
     torch.testing.assert_close(masked.loss(kinetic=1.0), 2 * whole.loss(kinetic=1.0))  # 6 entries for 12
 
 
-@pytest.mark.parametrize("gradients", [True, False])
-def test_a_field_outside_of_torch_is_not_differentiated(gradients: bool) -> None:
-    calls = [0]
-
-    def field(t: Tensor, y: Tensor) -> Tensor:
-        calls[0] += 1
-        return torch.from_numpy(-y.numpy())
-
-    with torch.set_grad_enabled(gradients):
-        y, _ = odeint(field, start(), SPAN, regularizers="kinetic", method="rk4")
-        assert torch.equal(y, theirs.odeint(field, start(), SPAN, method="rk4"))
-
-
 def test_tensors_of_a_tuple_may_differ_in_precision() -> None:
     state = (start().float(), start(4))
     y, penalties = odeint(lambda t, y: (-y[0], -y[1]), state, SPAN, regularizers={"kinetic": 1.0, "jacfrob": 1.0})
@@ -298,15 +280,6 @@ def test_torchs_seed_repeats_the_noise(quadrature: str) -> None:
     torch.testing.assert_close(two(), [first, second], rtol=0, atol=0)
 
 
-def test_a_penalty_without_products_draws_nothing() -> None:
-    field = Field()
-    torch.manual_seed(3)
-    odeint(field, start(), SPAN, regularizers=["kinetic", "total_derivative"])
-    after = torch.rand(1)
-    torch.manual_seed(3)
-    assert torch.equal(after, torch.rand(1))
-
-
 def test_callbacks_see_the_users_state() -> None:
     seen: list[tuple[int, ...]] = []
 
@@ -345,54 +318,6 @@ def test_a_sampled_penalty_is_unbiased_in_value_and_gradient(method: str) -> Non
     # 16 numbers: 3 standard errors for the typical one
     assert (off.abs() <= 3 * error + 1e-12).double().mean() > 0.9
     assert (off.abs() <= 4.5 * error + 1e-12).all()
-
-
-def test_samples_in_two_dimensions_have_the_loss_of_batch_dim_0() -> None:
-    """As the refusal of a ``batch_dim`` with two dimensions says."""
-    y0, given = start(3, 5, 2), {"regularizers": {"kinetic": 1.0, "jacfrob": 1.0}, "trace_estimator": "exact"}
-    losses = [odeint(Field(), y, SPAN, **given)[1].loss() for y in (y0, y0.flatten(0, 1))]
-    torch.testing.assert_close(*losses)
-
-
-@pytest.mark.parametrize("given", ["a rate", "a method", "a function"])
-@pytest.mark.parametrize("interface", ["odeint", "NeuralODE"])
-def test_the_adjoint_reaches_the_parameters_of_a_rate(interface: str, given: str) -> None:
-    field = Field()
-
-    class OfTheField(Weighed):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = field.net[0]
-
-        def forward(self, evaluation: Any) -> Tensor:
-            return self.weight * self.layer(evaluation.z).square().sum(1)
-
-        def finish(self, integral: Tensor, z0: Tensor, z1: Tensor, length: Tensor) -> Tensor:
-            return self.weight * integral + (z1 - z0).square().sum(1) / length
-
-        def of_state(self, t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
-            return self.weight * self.layer(z).square().sum(1)
-
-    module = OfTheField()
-    penalty: Any = {
-        "a rate": Rate("weighed", module, finish=module.finish),
-        "a method": module.of_state,
-        "a function": lambda t, z, dz: module.of_state(t, z, dz),
-    }[given]
-
-    def gradients(*, adjoint: bool) -> tuple[Tensor, ...]:
-        if interface == "odeint":
-            ode = odeint_adjoint if adjoint else odeint
-            loss = ode(field, start(), SPAN, regularizers={penalty: 1.0})[1].loss()
-        else:
-            tight: Any = dict.fromkeys(("atol", "rtol", "atol_adjoint", "rtol_adjoint"), 1e-10)
-            mode = "adjoint" if adjoint else "autograd"
-            model = NeuralODE(field, "dopri5", sensitivity=mode, regularizers={penalty: 1.0}, **tight)
-            model(start(), SPAN)
-            loss = model.reg_loss()
-        return torch.autograd.grad(loss, [module.weight, *field.parameters()])
-
-    torch.testing.assert_close(gradients(adjoint=True), gradients(adjoint=False), rtol=1e-5, atol=1e-7)
 
 
 # --- code that cannot be changed --------------------------------------------------------------------------------
@@ -457,15 +382,6 @@ def test_names_are_bound_at_the_entry_and_restored_at_the_exit(their_code: Modul
         with regularize("kinetic"):
             assert not set(before[:4]) & set(bound())
         assert bound() == before
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_an_object_made_in_a_block_is_pickled_outside(their_code: ModuleType, name: str) -> None:
-    with regularize("kinetic"):
-        kept = functools.partial(getattr(their_code, name), method="euler")
-    loaded = pickle.loads(pickle.dumps(kept))
-    assert loaded.func is kept.func
-    assert torch.equal(loaded(Field(), start(), SPAN), PLAIN[name](Field(), start(), SPAN, method="euler"))
 
 
 def test_what_a_block_leaves_behind_is_torchdiffeqs_function(their_code: ModuleType) -> None:
@@ -586,19 +502,3 @@ def test_tolerances_of_columns_are_torchdiffeqs() -> None:
     tolerances = torch.tensor([1e-3, 1e-9], dtype=torch.float64)
     plain = PLAIN["odeint"](Field(), start(), SPAN, atol=tolerances)
     assert torch.equal(odeint(Field(), start(), SPAN, atol=tolerances, regularizers=["kinetic"])[0], plain)
-
-
-@pytest.mark.parametrize("regularizers", [[], ["steer"]])
-def test_a_tuple_without_a_rate_is_solved(regularizers: list[str]) -> None:
-    y0, field = (torch.ones(2, 2), torch.ones(2, 3)), lambda t, y: (-y[0], y[1])
-    found, penalties = odeint(field, y0, SPAN.float(), regularizers=regularizers, method="rk4")
-    assert [x.shape for x in found] == [(len(SPAN), 2, 2), (len(SPAN), 2, 3)]
-    assert list(penalties) == regularizers
-
-
-def test_a_module_that_keeps_penalties_is_copied() -> None:
-    a = torch.tensor(1.0, requires_grad=True)
-    _, penalties = odeint(lambda t, y: -a * y, torch.ones(4, 2), SPAN.float(), regularizers=["kinetic"])
-    twin = copy.deepcopy(penalties)
-    assert torch.equal(twin["kinetic"], penalties["kinetic"])
-    assert not twin["kinetic"].requires_grad

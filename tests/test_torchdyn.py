@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import COPIES, Linear, Wave, counted_products, linear_closed_form
+from problems import COPIES, Linear, counted_products, linear_closed_form
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
@@ -176,37 +176,6 @@ def test_quadrature_weights_that_do_not_fit_are_refused() -> None:
             kinetic(solver)
 
 
-class HeunEuler:
-    """A user's adaptive method, which uses or ignores a velocity at the start of a step that it is given."""
-
-    order, stepping_class, weights = 2, "adaptive", (0.5, 0.5)
-    safety, min_factor, max_factor = (torch.tensor([value]) for value in (0.9, 0.2, 10.0))
-
-    def __init__(self, *, ignores: bool) -> None:
-        self.ignores = ignores
-
-    def sync_device_dtype(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return x, t
-
-    def step(self, f, x, t, dt, k1=None, args=None):
-        if k1 is None or self.ignores:
-            k1 = f(t, x)
-        k2 = f(t + dt, x + dt * k1)
-        return None, x + dt * (k1 + k2) / 2, dt * (k2 - k1) / 2, None
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_solver_with_a_repeated_first_stage_has_a_quadrature(backward: bool) -> None:
-    x, span = torch.ones(2, 3, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
-    sign, found = -1.0 if backward else 1.0, []
-    for ignores in (False, True):
-        solver: Any = HeunEuler(ignores=ignores)
-        model = NeuralODE(lambda t, x: -sign * x, solver, regularizers=["kinetic"])
-        sol = model(x, sign * span)[1]
-        found.append((sol, model.regularization["kinetic"]))
-    torch.testing.assert_close(*found)
-
-
 @pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
 def test_a_solver_object_gets_the_arguments_of_each_call(sensitivity: str) -> None:
     seen: list[object] = []
@@ -249,13 +218,6 @@ def test_save_at_return_t_eval_and_default_times() -> None:
     ours.t_span = torch.linspace(0, 2, 5)  # pyright: ignore[reportAttributeAccessIssue]
     assert ours(x)[1].shape == (5, 6, 4)
     assert torch.equal(ours.trajectory(x, span), theirs.trajectory(x, span))
-
-
-@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
-def test_a_dict_of_states_has_no_checkpoints(solver: str) -> None:
-    model = NeuralODE(lambda t, x: {"a": -x["a"]}, solver, sensitivity="checkpointed")
-    with pytest.raises(ConfigError, match=r"'checkpointed' need a state that is one tensor.*'autograd'"):
-        model({"a": torch.ones(2, 2)}, torch.linspace(0, 1, 3))
 
 
 def test_options_without_effect_warn_as_torchdyns_do() -> None:
@@ -400,19 +362,6 @@ def test_dict_states_go_to_torchdyns_own_loop() -> None:
     assert torch.equal(sol["a"], expected["a"])
 
 
-def test_inference_mode() -> None:
-    """Lightning validates in it; fields that differentiate could not run there."""
-    torch.manual_seed(0)
-    for make_field in (lambda: HNN(mlp(4, 8, 1)), lambda: TorchdynCNF(mlp(3, 8, 3)), WithTime):
-        model, x = NeuralODE(make_field(), "rk4", regularizers=BOTH), torch.randn(3, 4)
-        expected = model(x)[1].detach()
-        assert not x.requires_grad  # HNN marks what it is given
-        with torch.inference_mode():
-            assert torch.equal(model(x)[1], expected)
-            model(torch.randn(3, 4), torch.linspace(0, 1, 3), penalties=True)
-        assert float(model.reg_loss()) > 0
-
-
 def _solve_of(kind: str, x: Tensor, net: nn.Module) -> Tensor:
     if kind == "odeint":
         y, found = odeint(lambda t, z: net(z), x, torch.tensor([0.0, 1.0]), regularizers=BOTH)
@@ -524,7 +473,6 @@ def test_a_warm_start_belongs_to_a_direction(sensitivity: str) -> None:
     assert set(warm.history.longest_safe_steps[0]) == {"forward", "backward"} | adjoint
     known = copy.deepcopy(warm.history.longest_safe_steps)
     warm.trajectory(x, ahead)
-    torch.func.grad(lambda x: warm(x, ahead)[1][-1].sum())(2 * x)  # a transform neither reads nor writes
     assert warm.history.longest_safe_steps == known
     for copied in (how(warm) for how in COPIES.values()):
         assert copied.history.longest_safe_steps == known
@@ -571,44 +519,6 @@ def test_to_cuda_after_construction(sensitivity: str) -> None:
         assert all(p.grad is None or p.grad.is_cuda for p in model.parameters())
 
 
-def test_sampled_penalties_follow_torchs_seed() -> None:
-    z, t = torch.randn(5, 3, dtype=torch.float64), torch.linspace(0, 1, 8).double()
-
-    def jacfrob(quadrature: str, seed: int = 0) -> Tensor:
-        model = NeuralODE(Wave(), "rk4", trace_estimator="exact", quadrature=quadrature, regularizers=BOTH)
-        torch.manual_seed(seed)
-        model(z, t)
-        return model.regularization["jacfrob"]
-
-    first = jacfrob("sampled")
-    assert torch.equal(first, jacfrob("sampled"))
-    assert not torch.equal(first, jacfrob("sampled", seed=1))
-    assert not torch.equal(first, jacfrob("full"))
-    with pytest.raises(ConfigError, match="did you mean 'sampled'"):
-        NeuralODE(Wave(), quadrature="sample")
-
-
-@pytest.mark.parametrize("sensitivity", ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"])
-def test_stale_penalties_are_refused(sensitivity: str) -> None:
-    model = NeuralODE(WithTime(), "rk4", sensitivity=sensitivity, regularizers=["kinetic"])
-    with pytest.raises(ConfigError, match="call the model"):
-        model.reg_loss()
-    x = torch.randn(3, 4)
-    _, sol = model(x)
-    torch.testing.assert_close(model.reg_loss(), model.reg_loss())  # twice before backward is fine
-    (sol[-1].sum() + model.reg_loss()).backward()
-    with pytest.raises(RuntimeError, match="second time"):
-        model.reg_loss().backward()
-    assert model.regularization["kinetic"].shape == (3,)  # to be logged
-    _, sol = model(x)
-    sol[-1].sum().backward()  # through the solution alone
-    with pytest.raises(RuntimeError, match="second time"):
-        model.reg_loss().backward()
-    model(x)
-    model.reg_loss().backward(retain_graph=True)
-    model.reg_loss().backward()
-
-
 # --- gradients ---
 
 TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10, "atol_adjoint": 1e-10, "rtol_adjoint": 1e-10}
@@ -651,7 +561,7 @@ def loss_of_a_density(
     return model.log_prob(x).mean() + model.reg_loss()
 
 
-@pytest.mark.parametrize("frequency", [6.0, 12.0, 25.0])
+@pytest.mark.parametrize("frequency", [6.0, 25.0])
 @pytest.mark.parametrize(
     ("loss", "lambdas"),
     [(loss_of_a_node, {}), (loss_of_a_node, LAMBDAS), (loss_of_a_density, LAMBDAS)],
