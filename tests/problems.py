@@ -87,6 +87,15 @@ def counted_products() -> Iterator[list[int]]:
         yield calls
 
 
+@contextmanager
+def refuses(error: type[Exception], *names: str) -> Iterator[pytest.ExceptionInfo[Exception]]:
+    """Inside, an error of this class must come whose message holds these names (golden/messages.txt)."""
+    with pytest.raises(error) as caught:
+        yield caught
+    missing = [name for name in names if name not in str(caught.value)]
+    assert not missing, f"{missing} not in: {caught.value}"
+
+
 def directions(parameters: Sequence[Tensor], seed: int = 3) -> list[Tensor]:
     """A direction in the space of the parameters."""
     g = torch.Generator().manual_seed(seed)

@@ -330,8 +330,7 @@ def test_more_devices_than_cores_where_no_gpu_was_found(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     result = rnode("train", "digits", "--devices", "99998")
     assert result.exit_code == 2
-    found = f"no GPU was found (torch {torch.__version__}), and 99998 processes are more than the"
-    assert found in " ".join(result.output.split())
+    assert f"no GPU was found (torch {torch.__version__})" in " ".join(result.output.split())
 
 
 def test_tables() -> None:
