@@ -39,7 +39,6 @@ from rnode_plugin import (
     map_log_prob,
 )
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.flows.density import FlowDistribution
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import Steer
 from rnode_plugin.solvers import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS
@@ -357,10 +356,6 @@ def test_a_fixed_grid_between_data_and_noise_needs_its_steps(solver: Any) -> Non
 QUICK = FixedGrid("rk4_38", step=0.5)
 
 
-def plain() -> Any:
-    return make("cnf", QUICK)[0]
-
-
 OF_CONTEXTS = [("cnf with contexts", ()), ("cnf with contexts", (4, 3))]
 
 
@@ -401,20 +396,6 @@ def test_samples_and_distributions(name: str, batch: tuple[int, ...] | None) -> 
             d.expand((7,))
 
 
-def test_values_are_checked_as_torch_checks_them() -> None:
-    d = FlowDistribution(plain(), validate_args=True)  # torch's compiler turns the default off
-    for value in (torch.tensor([float("nan"), 0.0]).double(), torch.zeros(3).double()):
-        with pytest.raises(ValueError, match=r"(?i)value|support|event"):
-            d.log_prob(value)
-    unchecked = FlowDistribution(plain(), validate_args=False)
-    assert unchecked.expand((2,))._validate_args is False
-    assert d.support.event_dim == 1
-    with pytest.raises(NotImplementedError):
-        _ = d.mean
-    with pytest.raises(NotImplementedError):
-        d.entropy()
-
-
 def test_rsample_has_the_gradient_of_the_closed_form() -> None:
     """``x = e^-s z - m (1 - e^-s) / s`` of the same noise; and of KL(model || target) with a single sample each."""
     torch.manual_seed(0)
@@ -444,19 +425,6 @@ def test_a_base_that_cannot_be_reparametrized() -> None:
     assert d.sample((3,)).shape == (3, 2)
     with pytest.raises(NotImplementedError):
         d.rsample()
-
-
-def test_inside_of_torchs_own_machinery() -> None:
-    """As a component, with transforms on top, and as a base of another flow."""
-    torch.manual_seed(0)
-    d = plain().distribution()
-    scaled = torch.distributions.TransformedDistribution(d, [torch.distributions.AffineTransform(1.0, 2.0)])
-    x: Tensor = scaled.rsample((4,))
-    scale = torch.log(torch.tensor(2.0)).double()
-    torch.testing.assert_close(scaled.log_prob(x), d.log_prob((x - 1) / 2) - 2 * scale)
-    outer = Independent(d.expand((3,)), 1)
-    assert outer.event_shape == (3, 2)
-    assert outer.log_prob(outer.sample((5,))).shape == (5,)
 
 
 @pytest.mark.parametrize("span", [[0, 1], [0.0, 0.5, 1.0], [0.0, 0.3]])

@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 from dense_rates import dense_rates
-from field_table import Energy
-from problems import difference, directions, slope
+from problems import slope
 from regularizer_table import difference_in_time
 from torch import Tensor, nn
 
 from rnode_plugin import Adaptive, RegularizedCNF, penalties_at
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.fields.stack import linear_field
 from rnode_plugin.flow_matching import score
 
 SCALES = torch.tensor([0.5, -0.3, 1.0], dtype=torch.float64)
@@ -117,58 +115,11 @@ def test_likelihoods_are_flow_matchings_and_have_gradients() -> None:
             expected.sum().backward()
 
 
-@pytest.mark.parametrize("trace_estimator", ["exact", "rademacher"])
-def test_likelihoods_are_exact_for_a_linear_velocity(trace_estimator: str) -> None:
-    x = points(6, 3)
-    model = RegularizedCNF.from_velocity(
-        linear, event_shape=3, trace_estimator=trace_estimator,
-        solver=Adaptive(atol=1e-8, rtol=1e-8),
-    ).double()  # fmt: skip
-    output = model.encode(x)
-    # signs are exact for a diagonal Jacobian
-    torch.testing.assert_close(model.log_prob_of(output), exact_log_prob(x), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(output.z, x * torch.exp(-SCALES), rtol=1e-6, atol=1e-6)
-
-
 def test_states_of_a_likelihood_are_at_the_times_of_the_grid() -> None:
     x, grid = points(6, 3), torch.tensor([1.0, 0.3, 0.0])
     path = from_velocity(linear, solver="rk4_38", steps=20).trajectory(x, grid)
     expected = torch.stack([x * torch.exp(SCALES * (t - 1)) for t in grid.tolist()])
     torch.testing.assert_close(path, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_a_known_velocity_with_dropout_has_no_second_evaluation() -> None:
-    """The mask of the known velocity cannot be drawn again, so a difference to it would be one of two masks."""
-    net = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Dropout(0.5), nn.Linear(64, 2)).double()
-    z, field = points(5, 2), lambda t, x: net(x)
-    v = field(0.3, z)
-    found = penalties_at(field, 0.3, z, ["kinetic"], velocity=v)["kinetic"]
-    torch.testing.assert_close(found, v.square().sum(1))
-    with pytest.raises(ConfigError, match=r"draws random numbers, as dropout does"):
-        penalties_at(field, 0.3, z, [difference_in_time], velocity=v)
-    net.eval()
-    both = [penalties_at(field, 0.3, z, [difference_in_time], velocity=v) for v in (None, field(0.3, z))]
-    torch.testing.assert_close(*both)
-
-
-@pytest.mark.usefixtures("without_checks")
-@pytest.mark.parametrize("method", ["rk4", "dopri5"])
-def test_evaluations_of_the_velocity_are_counted(method: str) -> None:
-    model, calls = Velocity(), []
-
-    def counted(x: Tensor, t: Tensor) -> Tensor:
-        calls.append(t)
-        return model(x, t)
-
-    density = RegularizedCNF.from_velocity(
-        model, event_shape=3, call=lambda net, t, x: counted(x, t),
-        solver=method, steps=4 if method == "rk4" else None,
-    ).double()  # fmt: skip
-    x = points(4, 3)
-    for act in (lambda: density.sample(4), lambda: density.log_prob(x), lambda: density.trajectory(x)):
-        calls.clear()
-        act()
-        assert density.nfe == len(calls) > 0
 
 
 class Estimator(nn.Module):
@@ -185,33 +136,6 @@ def test_a_posterior_of_sbi_is_a_density_by_one_call() -> None:
     )  # fmt: skip
     x = points(6, 3)
     torch.testing.assert_close(model.log_prob(x, context=SCALES), exact_log_prob(x), rtol=1e-6, atol=1e-6)
-
-
-def test_exact_traces_of_images_have_gradients() -> None:
-    torch.manual_seed(1)
-    conv = nn.Conv2d(3, 3, 3, padding=1).double()
-    x = 0.5 * points(2, 3, 8, 8)
-
-    def log_prob() -> Tensor:
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return torch.tanh(conv(x)) * (1 + t)
-
-        return RegularizedCNF.from_velocity(
-            velocity, event_shape=(3, 8, 8), trace_estimator="exact", solver="midpoint", steps=2
-        ).log_prob(x).sum()  # fmt: skip
-
-    weights = list(conv.parameters())
-    along = directions(weights)
-    torch.testing.assert_close(
-        slope(log_prob(), weights, along), difference(log_prob, weights, along, 1e-6), rtol=1e-5, atol=0
-    )
-
-
-def test_velocities_of_this_package_take_one_time_for_all() -> None:
-    field, z = linear_field(2, hidden=31), torch.randn(64, 2)  # 64 units in all: times would go along them
-    with pytest.raises(ConfigError, match="one time for all samples"):
-        penalties_at(field, torch.rand(64), z, ["kinetic"])
-    assert penalties_at(field, 0.5, z, ["kinetic"])["kinetic"].shape == (64,)
 
 
 def test_a_velocity_without_time() -> None:
@@ -256,18 +180,6 @@ def test_the_score_is_the_gradient_of_the_log_density(t: float, noise_time: int)
     noise = torch.tensor(t if noise_time else 1 - t, dtype=torch.float64)
     (expected,) = torch.autograd.grad(mixture_on_straight_paths(noise).log_prob(x).sum(), x)
     torch.testing.assert_close(score(velocity, t, x, noise_time=noise_time), expected)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_velocity_that_is_a_gradient_works_without_gradients(mode: Any) -> None:
-    """As in NeuralODE, and whichever penalties read its derivatives."""
-    field, z, names = Energy(), points(5, 4), ["kinetic", difference_in_time, "jacfrob"]
-    model = RegularizedCNF.from_velocity(field, event_shape=4, solver="euler", steps=2).double()
-    wanted = penalties_at(field, 0.3, z, names, trace_estimator="exact"), model.inverse(z)
-    with mode():
-        found = penalties_at(field, 0.3, z, names, trace_estimator="exact"), model.inverse(z)
-        alone = penalties_at(field, 0.3, z, ["kinetic"])["kinetic"]
-    torch.testing.assert_close((*found, alone), (*wanted, wanted[0]["kinetic"]))
 
 
 def test_a_score_at_one_time_per_sample() -> None:

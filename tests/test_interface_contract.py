@@ -276,3 +276,15 @@ def test_the_noise_is_signs_unless_it_is_given(name: str, monkeypatch: pytest.Mo
     INTERFACES[name](torch.randn(3, 2))
     assert drawn
     assert all((noise.abs() == 1).all() for noise in drawn)
+
+
+def test_a_solve_through_its_steps_is_differentiated_twice() -> None:
+    """By the state and the parameters of the field, of a loss of the state and of an exact penalty."""
+    field = Wave(2)
+    model = NeuralODE(field, "rk4", regularizers=["jacfrob"], trace_estimator="exact")
+
+    def loss(z: Tensor, *_: Tensor) -> Tensor:
+        end = model(z, torch.linspace(*SPAN, 3, dtype=DOUBLE))[1][-1]
+        return (end**3).sum() + model.reg_loss()
+
+    assert torch.autograd.gradgradcheck(loss, (states().requires_grad_(), *field.parameters()))

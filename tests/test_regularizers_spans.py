@@ -11,13 +11,11 @@ from problems import Linear, Wave
 from regularizer_table import TrainedEnd
 from torch import Tensor, nn
 
-from rnode_plugin import FixedGrid, MultiscaleFlow, NeuralODE, RegularizedCNF, TableFlow
+from rnode_plugin import FixedGrid, NeuralODE, RegularizedCNF, TableFlow
 from rnode_plugin.core.system import System
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import (
-    Rate,
-    Regularizer,
     SpanPolicy,
     Steer,
     kinetic,
@@ -125,25 +123,6 @@ def test_a_policy_with_a_parameter_has_its_gradient(mode: str) -> None:
     assert backward[[0, -1]].tolist() == [1.5, 0.0]
 
 
-def small_flow(*regularizers: str | Regularizer) -> MultiscaleFlow:
-    torch.manual_seed(0)
-    flow = MultiscaleFlow((1, 4, 4), hidden=4, solver=FixedGrid("rk4", step=0.5), regularizers=regularizers)
-    for field in flow.fields:
-        for parameter in field.parameters():
-            nn.init.normal_(parameter, std=0.2)
-    return flow
-
-
-def test_steer_in_the_image_flow_is_for_training_alone() -> None:
-    flow, x = small_flow("steer:0.5"), torch.rand(2, 1, 4, 4)
-    torch.manual_seed(0)
-    first, second = flow(x).z.detach(), flow(x).z.detach()
-    assert not torch.equal(first, second)
-    flow.eval()
-    assert torch.equal(flow(x, penalties=True).z, flow(x, penalties=True).z)
-    assert flow(x, penalties=True).regularization["steer:0.5"].tolist() == [0.0, 0.0]
-
-
 def test_a_lambda_may_depend_on_the_step() -> None:
     model = NeuralODE(Linear(3), "rk4", regularizers={"kinetic": linear_warmup(10, 0.5), "l1": 0.1})
     model(states())
@@ -215,20 +194,3 @@ def test_a_bad_span_policy_is_named(policy: SpanPolicy, error: type, words: str,
     }  # fmt: skip
     with pytest.raises(error, match=words):
         calls[interface]()
-
-
-@pytest.mark.parametrize(
-    ("finish", "error", "words"),
-    [
-        (lambda integral, z0, z1, length: integral.mul_(2), ConfigError, "'bad' writes into"),
-        (lambda integral, z0, z1, length: z1 - z0, ConfigError, r"'bad' returned shape \(3, 3\)"),
-        (lambda integral: integral, PluginError, "'bad' raised TypeError"),
-    ],
-    ids=["writes", "columns", "arguments"],
-)
-def test_a_bad_end_of_a_rate_is_named(finish: Any, error: type, words: str) -> None:
-    bad = Rate("bad", lambda evaluation: evaluation.dz.square().sum(1), finish=finish)
-    for call in (lambda: NeuralODE(Linear(3), "rk4", regularizers=[bad])(states()),
-                 lambda: odeint(Linear(3), states(), torch.tensor([0.0, 1.0]), regularizers=[bad])):  # fmt: skip
-        with pytest.raises(error, match=words):
-            call()

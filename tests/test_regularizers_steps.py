@@ -252,41 +252,6 @@ def test_means_and_maxima_of_a_flow_are_those_of_all_its_steps(method: str) -> N
 # --- images and one extra step ---
 
 
-class Reshaped(nn.Module):
-    """A field of flat states on images."""
-
-    def __init__(self, field: nn.Module) -> None:
-        super().__init__()
-        self.field = field
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return self.field(t, z.flatten(1)).reshape(z.shape)
-
-
-@pytest.mark.parametrize("mode", ["autograd", "adjoint"])
-def test_images_have_the_penalties_of_flat_states(mode: str) -> None:
-    """To the rounding: values and gradients of every penalty that a mode supports, except rates."""
-    names = [*OTHERS[-5:], *([] if mode.endswith("adjoint") else OF_STEPS)]
-    z = torch.randn(3, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    found: list[tuple[dict[str, Tensor], list[Tensor]]] = []
-    for build, start in ((lambda f: f, z), (Reshaped, z.reshape(3, 1, 2, 2))):
-        field = Wave(4)
-        model = NeuralODE(build(field), "dopri5", sensitivity=mode, regularizers=names, trace_estimator="exact")
-        start = start.clone().requires_grad_()
-        torch.manual_seed(0)
-        model(start, torch.tensor([0.0, 1.0], dtype=torch.float64))
-        assert set(model.regularization) == set(names)
-        # each weighed so that none is hidden by another
-        loss: Any = sum(v.sum() / v.detach().sum().abs().clamp(min=1e-12) for v in model.regularization.values())
-        gradients = torch.autograd.grad(loss, [start, *field.parameters()])
-        values = {name: value.detach() for name, value in model.regularization.items()}
-        found.append((values, [gradients[0].flatten(1), *gradients[1:]]))
-    (flat, flat_gradients), (image, image_gradients) = found
-    for name in names:
-        torch.testing.assert_close(image[name], flat[name], rtol=1e-10, atol=1e-14, msg=name)
-    torch.testing.assert_close(image_gradients, flat_gradients, rtol=1e-8, atol=1e-10)
-
-
 def test_gradients_of_local_penalties_against_a_frozen_start() -> None:
     """The extra step again from the state that it started from, with parameters moved: that state stays."""
     seen: list[StepRecord] = []

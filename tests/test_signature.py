@@ -117,43 +117,6 @@ def test_a_field_without_time_gets_its_args(penalties: list[str]) -> None:
     torch.testing.assert_close(sol[-1], x * math.exp(-2), rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("where", "sensitivity"),
-    [
-        *(("whole", mode) for mode in ("autograd", "adjoint")),
-        *((where, "autograd") for where in ("inside", "in place", "function")),
-    ],
-)
-def test_compiled_fields_have_the_gradients_of_their_originals(where: str, sensitivity: str) -> None:
-    torch.manual_seed(0)
-    x, span = torch.randn(4, 2), torch.linspace(0, 1, 3)
-    inner = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
-    found = []
-    for compiling in (False, True):
-        field: Any = inner
-        if compiling and where == "in place":
-            inner.compile(backend="aot_eager")
-        elif compiling and where == "function":
-            field = torch.compile(lambda t, x: inner(x), backend="aot_eager")
-        elif compiling:
-            field = compile_lightly(inner) if where == "whole" else nn.Sequential(compile_lightly(inner))
-        extra: dict[str, Any] = {} if where != "function" else {"optimizable_params": list(inner.parameters())}
-        torch.manual_seed(1)
-        model = NeuralODE(
-            field,
-            "rk4",
-            sensitivity=sensitivity,
-            regularizers=["kinetic", "jacfrob"],
-            trace_estimator="exact",
-            **extra,
-        )
-        _, sol = model(x, span)
-        loss = sol[-1].square().sum() + model.reg_loss()
-        found.append([loss, *torch.autograd.grad(loss, list(inner.parameters()))])
-    for ours, expected in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected)
-
-
 # --- velocities of other projects: u = 3 t, which takes 0 to 1.5 ---
 
 
@@ -328,19 +291,3 @@ def test_an_unfilled_parameter_is_named_where_time_is_first() -> None:
             make(nameless)  # pyright: ignore[reportArgumentType]
     model = NeuralODE(time_first(of_noise, call=lambda net, t, x: net(x, t)), "midpoint")
     torch.testing.assert_close(model(torch.zeros(5, 2))[1][-1], torch.full((5, 2), 1.5))
-
-
-def test_a_field_that_fails_is_not_called_again() -> None:
-    calls: list[object] = []
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        calls.append(t)
-        raise RuntimeError("a fault inside")
-
-    for act in (
-        lambda: penalties_at(velocity, torch.rand(5), torch.randn(5, 2), ["kinetic"]),
-        lambda: RegularizedCNF.from_velocity(velocity, event_shape=2).sample(5),
-    ):
-        with pytest.raises(RuntimeError, match=r"^a fault inside"):
-            act()
-    assert len(calls) == 2

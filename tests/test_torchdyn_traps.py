@@ -373,17 +373,6 @@ def test_a_field_that_ignores_its_state_has_a_jacobian_of_zero() -> None:
     assert torch.equal(model.regularization["jacfrob"], torch.zeros(3))
 
 
-def test_a_trajectory_leaves_the_penalties_of_the_last_call() -> None:
-    torch.manual_seed(0)
-    model, x = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"]), torch.randn(3, 4)
-    model(x)
-    before = model.reg_loss()
-    model.trajectory(x + 5, torch.linspace(0, 1, 3))
-    assert torch.equal(model.reg_loss(), before)
-    model.trajectory(x + 5, torch.linspace(0, 1, 3), penalties=True)
-    assert not torch.equal(model.reg_loss(), before)
-
-
 @pytest.mark.parametrize("options", [
     {}, {"sensitivity": "adjoint"}, {"order": 2}, {"integral_loss": lambda t, x: x.square().sum(1)},
 ], ids=["plain", "adjoint", "order", "cost"])  # fmt: skip
@@ -420,95 +409,117 @@ def test_a_trajectory_in_a_block_is_a_call_by_steps(solver: str, options: dict[s
 # --- several solves per loss ---
 
 
-def test_calls_inside_and_beside_a_collection() -> None:
-    torch.manual_seed(0)
-    model, x = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"]), torch.randn(3, 4)
-    with model.collect_penalties():
-        model(x)
-    alone = model.reg_loss()
-    with model.collect_penalties():  # a call for a log line counts nothing
-        with torch.no_grad():
-            model(torch.randn(5, 4))
-        model(x)
-        with torch.inference_mode():
-            model(x)
-    torch.testing.assert_close(model.reg_loss(), alone)
-    assert model.regularization["kinetic"].shape == (3,)
-    with model.collect_penalties(), torch.no_grad():
-        model(x)
-        model(x, penalties=True)  # one that was asked for counts
-    torch.testing.assert_close(model.reg_loss(), alone.detach())
-    with model.collect_penalties():
-        model(x)
-        model(torch.randn(5, 4))
-        with pytest.raises(ConfigError, match="already collecting"), model.collect_penalties():
-            pass
-    assert float(model.reg_loss().detach()) > float(alone.detach())
-    with pytest.raises(ConfigError, match="no sum per sample"):
-        _ = model.regularization
-    with pytest.raises(ConfigError, match="call the model"):
-        pickle.loads(pickle.dumps(copy.deepcopy(model))).reg_loss()
-    model.reg_loss().backward()
-    model(x)  # a call after the block stands alone again
-    torch.testing.assert_close(model.reg_loss(), alone)
-    model.eval()
-    with torch.no_grad():
-        model(x, penalties=True)
-    torch.testing.assert_close(model.reg_loss(), alone.detach())
-
-
 Act = Callable[[NeuralODE, Tensor], object]
 
 
-def blind(model: NeuralODE, x: Tensor) -> None:
-    with torch.no_grad():
-        model(x)
+def call(model: NeuralODE, x: Tensor) -> None:
+    model(x)
+
+
+def asked(model: NeuralODE, x: Tensor) -> None:
+    model(x, penalties=True)
+
+
+def left_out(model: NeuralODE, x: Tensor) -> None:
+    model(x, penalties=False)
+
+
+def twice_as_many(model: NeuralODE, x: Tensor) -> None:
+    """With the same mean over the samples."""
+    model(torch.cat([x, x]))
+
+
+def plot(model: NeuralODE, x: Tensor) -> None:
+    model.trajectory(x, torch.linspace(0, 1, 2))
+
+
+def ending(t: Tensor, z: Tensor) -> Tensor:
+    """A field that is not finite after the time 1."""
+    return z * torch.nan if t > 1 else -z
 
 
 def failing(model: NeuralODE, x: Tensor) -> None:
-    model(x)
     with pytest.raises(SolverError):
         model(x, torch.tensor([2.0, 3.0]))
 
 
-def collected(*acts: Act) -> Act:
-    def act(model: NeuralODE, x: Tensor) -> None:
+def under(context: Callable[[], Any], act: Act) -> Act:
+    def inside(model: NeuralODE, x: Tensor) -> None:
+        with context():
+            act(model, x)
+
+    return inside
+
+
+def block(*acts: Act) -> Act:
+    def inside(model: NeuralODE, x: Tensor) -> None:
         with model.collect_penalties():
-            for each in acts:
-                each(model, x)
+            for act in acts:
+                act(model, x)
 
-    return act
-
-
-WITHOUT: dict[str, tuple[Act, str]] = {
-    "no call": (lambda model, x: None, "call the model"),
-    "a trajectory": (
-        lambda model, x: model.trajectory(x, torch.linspace(0, 1, 2)),
-        r"no penalties yet: call the model first. trajectory\(\) .*block",
-    ),
-    "without gradients": (blind, "did not integrate kinetic"),
-    "in evaluation": (lambda model, x: model.eval()(x), "penalties=True"),
-    "left out": (lambda model, x: model(x, penalties=False), "did not integrate"),
-    "an error": (failing, "the last call ended in an error"),
-    "an empty collection": (collected(), "call the model"),
-    "one left out": (
-        collected(lambda model, x: model(x), lambda model, x: model(x, penalties=False)), "did not integrate",
-    ),
-    "collected without gradients": (collected(blind), "did not integrate kinetic"),
-}  # fmt: skip
+    return inside
 
 
-@pytest.mark.parametrize("name", WITHOUT)
-def test_why_there_are_no_penalties(name: str) -> None:
-    act, message = WITHOUT[name]
-    model, x = NeuralODE(lambda t, z: z * torch.nan if t > 1 else -z, regularizers=["kinetic"]), torch.randn(3, 2)
-    act(model, x)
-    for read in (model.reg_loss, lambda: model.regularization):
-        with pytest.raises(ConfigError, match=message):
-            read()
-    model.train()
-    model(x)
-    assert float(model.reg_loss().detach()) > 0
+def evaluated(act: Act) -> Act:
+    def inside(model: NeuralODE, x: Tensor) -> None:
+        act(model.eval(), x)
+        model.train()
+
+    return inside
+
+
+blind, inferred = under(torch.no_grad, call), under(torch.inference_mode, call)
+# how many times the loss of a single call there is then, or a word of the refusal
+ACTS: dict[str, tuple[list[Act], int | str]] = {
+    "the last of two": ([twice_as_many, call], 1),
+    "a call and a plot": ([call, plot], 1),
+    "in evaluation, asked for": ([evaluated(asked)], 1),
+    "without gradients, asked for": ([under(torch.no_grad, asked)], 1),
+    "a block of two": ([block(call, call)], 2),
+    "a block of two sizes": ([block(call, twice_as_many)], 2),
+    "a block with a plot": ([block(call, plot)], 2),
+    "a block with log lines": ([block(blind, call, inferred)], 1),
+    "a block without gradients, asked for": ([block(blind, under(torch.no_grad, asked))], 1),
+    "a call and a block": ([call, block(call, call)], 2),
+    "a block and a call": ([block(call, call), call], 1),
+    "no call": ([], "call the model"),
+    "a plot": ([plot], "trajectory"),
+    "without gradients": ([call, blind], "did not integrate kinetic"),
+    "in evaluation": ([evaluated(call)], "penalties=True"),
+    "left out": ([left_out], "did not integrate"),
+    "an error": ([call, failing], "error"),
+    "an empty block": ([call, block()], "call the model"),
+    "a block, one left out": ([block(call, left_out)], "did not integrate"),
+    "a block without gradients": ([block(blind)], "did not integrate kinetic"),
+    "a block in a block": ([block(lambda model, x: block(call)(model, x))], "already collecting"),
+}
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_what_a_sequence_of_calls_leaves(name: str) -> None:
+    torch.manual_seed(0)
+    acts, expected = ACTS[name]
+    x, field = torch.randn(3, 2), lambda t, z: z * torch.nan if t > 1 else -z
+    of_one_call, model = (NeuralODE(field, regularizers=["kinetic"]) for _ in range(2))
+    of_one_call(x)
+
+    def loss() -> Tensor:
+        for act in acts:
+            act(model, x)
+        return model.reg_loss()
+
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            loss()
+        return
+    torch.testing.assert_close(loss(), expected * of_one_call.reg_loss())
+    if "sizes" in name:
+        with pytest.raises(ConfigError, match="no sum per sample"):
+            _ = model.regularization
+    else:
+        assert model.regularization["kinetic"].shape == (3,)
+    with pytest.raises(ConfigError, match="call the model"):
+        pickle.loads(pickle.dumps(copy.deepcopy(model))).reg_loss()
 
 
 @pytest.mark.parametrize("make", [NeuralODE, lambda net: RegularizedCNF(net, event_shape=2, regularizers=[])])
