@@ -31,7 +31,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def unit(session: nox.Session) -> None:
     """Run the quick tests of core, solvers, fields and flows (1 min of a core)."""
-    session.run("pytest", "-q", "-m", "unit", *session.posargs)
+    session.run("pytest", "-q", "-m", "unit and not slow", *session.posargs)
 
 
 @nox.session

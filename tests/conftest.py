@@ -1,4 +1,4 @@
-"""Settings of all tests: the marker ``unit``, and one thread where several processes of pytest share the cores."""
+"""Settings and fixtures of all tests, with one thread where several processes of pytest share the cores."""
 
 from __future__ import annotations
 
@@ -9,16 +9,6 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-
-UNIT = frozenset(
-    {
-        "test_convolutions", "test_declared_regularizers", "test_field_contract", "test_fields", "test_multiscale",
-        "test_recognize", "test_regularizer_contract", "test_regularizers_spans",
-        "test_regularizers_rates", "test_regularizers_steps", "test_solve", "test_solve_limits",
-        "test_table_flow",
-    }
-)  # fmt: skip
-"""The quick tests of core, solvers, fields and flows: ``pytest -m unit``."""
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
@@ -98,12 +88,3 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     yield finished_run
     for path, before in known.items():
         assert files(path) == before, f"tests have changed files of a run that all share, in {path}"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the files in :data:`UNIT`, but for slow ones, those of many draws and those with scipy."""
-    for item in items:
-        long = any(word in item.name for word in ("unbiased", "scipy"))
-        quick = item.get_closest_marker("slow") is None and not long
-        if Path(item.fspath).stem in UNIT and quick:
-            item.add_marker(pytest.mark.unit)

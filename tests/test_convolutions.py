@@ -9,6 +9,8 @@ from torch import Tensor
 
 from rnode_plugin.fields.kernels import Convolution
 
+pytestmark = pytest.mark.unit
+
 # batch, in, out, H, W: one channel, a single pixel, sizes that differ
 SHAPES = [(2, 5, 3, 8, 12), (3, 4, 7, 14, 13), (2, 9, 2, 3, 5), (1, 2, 2, 1, 1), (2, 1, 6, 9, 4)]
 

@@ -40,6 +40,8 @@ from rnode_plugin.regularizers import (
     straightness,
 )
 
+pytestmark = pytest.mark.unit
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 

@@ -20,6 +20,8 @@ from rnode_plugin.core.trace_estimators import Difference
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.regularizers import jacfrob, kinetic, total_derivative
 
+pytestmark = pytest.mark.unit
+
 APART = [name for name, case in FIELDS.items() if not case.mixes]
 MIXED = [name for name, case in FIELDS.items() if case.mixes]
 

@@ -21,6 +21,8 @@ from rnode_plugin.fields import ConcatConv2d, ConcatLinear, StackField, conv_fie
 from rnode_plugin.fields.activations import ACTIVATIONS
 from rnode_plugin.regularizers import taylor
 
+pytestmark = pytest.mark.unit
+
 PRODUCTS = frozenset({"products"})
 
 

@@ -24,6 +24,8 @@ from rnode_plugin.flows.multiscale import (
 )
 from rnode_plugin.solvers import FixedGrid
 
+pytestmark = pytest.mark.unit
+
 SHAPE = (1, 8, 8)
 
 

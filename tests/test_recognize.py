@@ -15,6 +15,8 @@ from rnode_plugin import CNF, NeuralODE
 from rnode_plugin.fields.recognize import recognize
 from rnode_plugin.torchdyn.field import adds_time
 
+pytestmark = pytest.mark.unit
+
 
 def softplus() -> nn.Softplus:
     """Without torch's kink of 2e-9 at its threshold of 20, which the stacks do not have."""

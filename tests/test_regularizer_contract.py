@@ -37,6 +37,8 @@ from rnode_plugin.regularizers import BUILTIN, Rate, Regularizer, StepPenalty
 from rnode_plugin.testing import check_regularizer
 from rnode_plugin.torchdiffeq import odeint
 
+pytestmark = pytest.mark.unit
+
 NEEDS = ("vjp", "jvp", "field")
 
 

@@ -26,6 +26,8 @@ from rnode_plugin.regularizers import Rate, Steer, StepPenalty, taylor
 from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdiffeq import odeint, odeint_adjoint
 
+pytestmark = pytest.mark.unit
+
 ESTIMATED = ["jacfrob", "curl", "strain"]
 
 

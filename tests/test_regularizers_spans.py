@@ -25,6 +25,8 @@ from rnode_plugin.regularizers import (
 from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdiffeq import odeint
 
+pytestmark = pytest.mark.unit
+
 SPAN = torch.tensor([0.0, 1.0], dtype=torch.float64)
 TIGHT: dict[str, Any] = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
 

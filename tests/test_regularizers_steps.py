@@ -26,6 +26,8 @@ from rnode_plugin.regularizers import (
     stiffness,
 )
 
+pytestmark = pytest.mark.unit
+
 T = torch.tensor([0.0, 2.0], dtype=torch.float64)
 TIGHT = Adaptive("dopri5", atol=1e-6, rtol=1e-6)
 STEPS = [error, stiffness]

@@ -29,6 +29,8 @@ from rnode_plugin.solvers import (
     get_method,
 )
 
+pytestmark = pytest.mark.unit
+
 # the step at which each fixed method's error on these problems is far below the tolerance that it is held to
 
 

@@ -30,6 +30,8 @@ from rnode_plugin.solvers import (
     get_method,
 )
 
+pytestmark = pytest.mark.unit
+
 T = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
 

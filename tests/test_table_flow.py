@@ -13,6 +13,8 @@ from rnode_plugin import Adaptive
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flows.table import TableFlow
 
+pytestmark = pytest.mark.unit
+
 TIGHT = Adaptive("dopri5", atol=1e-10, rtol=1e-10)
 
 
