@@ -265,12 +265,6 @@ def test_a_part_of_a_state_has_a_radius(radius: int) -> None:
         close(solve(T, at).penalties["jacfrob"], dense(field, z).square().sum((1, 2)))
 
 
-@pytest.mark.parametrize("radius", [-1, 1.0, True, "4"])
-def test_a_radius_is_a_whole_number(radius: Any) -> None:
-    with pytest.raises(ConfigError, match="radius of an exact trace must be a whole number"):
-        Exact(radius=radius)
-
-
 def test_samples_without_space_have_no_radius() -> None:
     z = state(2, 6)
     with pytest.raises(ConfigError, match=r"not of \(6,\)"):

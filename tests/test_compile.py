@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_runs import SETTINGS, as_options, run, tiny_recipe, train_digits
 
-from rnode_plugin import Adaptive, FixedGrid, get_recipe
+from rnode_plugin import FixedGrid, get_recipe
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.reports.runs import configuration_of
@@ -95,12 +95,6 @@ def test_a_solver_of_a_recipe_has_no_such_setting(group: str) -> None:
         Recipe.from_plain({**recipe.to_plain(), group: {"method": "rk4_38", "compile": True}})
     with pytest.raises(ValueError, match=r"training\.compile=true"):
         replace(recipe, **{group: FixedGrid("rk4_38", compile=True)})
-
-
-@pytest.mark.parametrize("kind", [FixedGrid, Adaptive])
-def test_the_option_is_true_or_false(kind: Any) -> None:
-    with pytest.raises(ConfigError, match="compile must be True or False, not 'auto'"):
-        kind(compile="auto")
 
 
 @pytest.mark.slow

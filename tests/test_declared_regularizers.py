@@ -10,7 +10,6 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -19,10 +18,9 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from rnode_plugin import NeuralODE, System, TableFlow, hookimpl, regularizers
+from rnode_plugin import NeuralODE, hookimpl, regularizers
 from rnode_plugin.cli import main
 from rnode_plugin.core.regularizers import Regularizers
-from rnode_plugin.errors import ConfigError
 from rnode_plugin.plugins.registry import get_regularizer, register, unregister
 from rnode_plugin.regularizers import (
     BUILTIN,
@@ -188,25 +186,6 @@ def test_a_plugins_regularizer_is_listed_as_it_declares_itself() -> None:
     assert shown["plain"] == ["one", "none", "two"]
     assert shown["waiting"] == ["Nothing changes", "none", ""]
     assert pickle.loads(pickle.dumps(length)) is length
-
-
-class OfNoKind:
-    name = "lost"
-
-    def __call__(self, record: object, /) -> Tensor: ...
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda lost: NeuralODE(nn.Linear(2, 2), regularizers=[lost]),
-        lambda lost: System([lost]),
-        lambda lost: TableFlow(2, regularizers=[lost]),
-    ],
-)
-def test_a_regularizer_of_no_kind_is_refused(make: Callable[[OfNoKind], object]) -> None:
-    with pytest.raises(ConfigError, match=r"is not a regularizer: .* a Rate, a StepPenalty or a SpanPolicy"):
-        make(OfNoKind())
 
 
 def test_penalties_of_solves_are_joined_by_their_reduction() -> None:

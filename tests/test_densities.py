@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,18 +23,13 @@ from torch.distributions import (
     TransformedDistribution,
     kl_divergence,
 )
-from torchdyn.nn import DataControl
-from torchdyn.numerics.solvers.ode import RungeKutta4
-from torchdyn_fields import mlp
 
 from rnode_plugin import (
     Adaptive,
     FixedGrid,
     FlowOutput,
-    Hutchinson,
     NeuralODE,
     RegularizedCNF,
-    TableFlow,
     map_log_prob,
 )
 from rnode_plugin.errors import ConfigError
@@ -188,10 +182,6 @@ def conditional(context_shape: int = 3) -> RegularizedCNF:
     return RegularizedCNF(Affine(), event_shape=2, context_shape=context_shape).double()
 
 
-def probing(probes: int) -> RegularizedCNF:
-    return cnf(trace_estimator=Hutchinson("gaussian", count=probes)).double()
-
-
 def test_the_solver_of_a_model_keeps_its_times() -> None:
     model = RegularizedCNF(Wave(2), event_shape=2, t_span=torch.linspace(0, 1, 6), trace_estimator="exact").double()
     x = torch.randn(4, 2).double()
@@ -215,54 +205,6 @@ def test_a_grid_of_the_models_step_keeps_its_times() -> None:
     assert torch.equal(map_log_prob(model, z)[0], own.x)
     ends = [model.decode(z, solver=FixedGrid("midpoint", step=step)).nfe for step in (0.4, 0.5, 0.35)]
     assert [own.nfe, *ends] == [8, 8, 4, 6]
-
-
-def controlled() -> RegularizedCNF:
-    return RegularizedCNF(nn.Sequential(DataControl(), nn.Linear(4, 2)), event_shape=2)
-
-
-X = torch.zeros(4, 2)
-WEIGHT = nn.Parameter(torch.ones(2))
-
-
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: conditional().log_prob(X.double()), "density is conditional"),
-    (lambda: conditional().sample(3), "density is conditional"),
-    (lambda: conditional().distribution(), "density is conditional"),
-    (lambda: conditional().log_prob(X.double(), context=X.double()), r"must be a tensor of shape \(3,\)"),
-    (lambda: conditional().sample(3, context=torch.zeros(2, 3)), "for 3 samples"),
-    (lambda: conditional(context_shape=0), "context_shape"),
-    (lambda: cnf().log_prob(X, context=torch.zeros(4, 3)), "takes no context"),
-    (lambda: cnf().encode(X[:, :1]), r"^samples must be a tensor \(B, \*\(2,\)\)"),
-    (lambda: cnf().decode(X[:, :1]), r"^latents must be a tensor \(B, \*\(2,\)\)"),
-    (lambda: cnf().decode(X.long()), "^latents must be floating-point numbers"),
-    (lambda: cnf(context_shape=3), r"net\(t, z, context\)"),
-    (lambda: RegularizedCNF.from_velocity(mlp(2, 4, 2), 0.5, event_shape=2), "stands still"),
-    (lambda: cnf(t_span=[0, 1, 0.5]), "strictly increasing"),
-    (lambda: RegularizedCNF(nn.Linear(2, 2)), "event_shape="),
-    (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2.5), "event_shape"),  # pyright: ignore
-    (lambda: cnf(around(WEIGHT)), "base= requires a gradient"),
-    (lambda: cnf(around(2 * WEIGHT)), "base= requires"),
-    (lambda: cnf(Normal(torch.zeros(2), 1.0)), "Independent"),
-    (lambda: cnf(BASES["normal"](), event_shape=3), "differ"),
-    (lambda: cnf(solver=RungeKutta4()), "belong in NeuralODE"),
-    (lambda: cnf(solver="rk4"), "rk4 would take one step"),
-    (lambda: cnf(solver="rk4", regularizers=["error"]), "dopri5"),
-    (lambda: RegularizedCNF(nn.Linear(2, 2), (2,)), r"base= takes a distribution .* not \(2,\): .* event_shape="),  # pyright: ignore
-    (lambda: controlled().log_prob(X), "DataControl"),
-    (lambda: controlled().sample(3), "DataControl"),
-    (lambda: cnf().log_prob(X, noise=X), "list of 1"),  # pyright: ignore
-    (lambda: make("cnf", FixedGrid())[0].log_prob(X.double(), noise=[X.double()]), "exact trace takes none"),
-    (lambda: probing(1).log_prob(X.double(), noise=probing(4).draw_noise(4)), r"\(\(4, 2\), .*not \(\(4, 4, 2\)"),
-    (lambda: probing(4).log_prob(X.double(), noise=probing(1).draw_noise(4)), r"\(\(4, 4, 2\), .*not \(\(4, 2\)"),
-    (lambda: cnf().sample(2, 0.0), "temperature"),
-    (lambda: cnf().sample(0), "whole number"),
-    (lambda: TableFlow(2).sample(1.5), "whole number"),  # pyright: ignore
-    (lambda: cnf().log_prob(X.long()), "floating-point"),
-])  # fmt: skip
-def test_mistakes(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make()
 
 
 # --- densities of flow-matching models ---

@@ -73,21 +73,6 @@ def test_times_at_points_may_have_the_networks_shape() -> None:
     torch.testing.assert_close(found, penalties_at(field, t, z, names, trace_estimator="exact"))
 
 
-@pytest.mark.parametrize(
-    ("t", "names", "words"),
-    [
-        (torch.zeros(4), ["kinetic"], "shape"),
-        (torch.zeros(5, 2), ["kinetic"], "shape"),
-        (0.5, ["straightness"], "rate"),
-        (0.5, ["kinetik"], "kinetic"),
-        (0.5, {"kinetic": 0.01}, "applies no lambda"),
-    ],
-)
-def test_bad_points_are_refused(t: Any, names: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        penalties_at(Velocity(), t, points(5, 3), names)
-
-
 def from_velocity(velocity: Any, **options: Any) -> RegularizedCNF:
     return RegularizedCNF.from_velocity(velocity, event_shape=3, trace_estimator="exact", **options).double()
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import library_calls
 import pytest
 import torch
 from image_files import random_images, write_picture
@@ -294,6 +295,7 @@ SETTINGS = (
 
 CALLS: dict[str, dict[str, Callable[[], object]]] = {
     "settings": {words: overridden(*words.split()) for words in SETTINGS},
+    **library_calls.CALLS,
 }
 """Calls that are refused, by heading and name."""
 

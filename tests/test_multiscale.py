@@ -129,33 +129,6 @@ def test_samples_compute_no_products(monkeypatch: pytest.MonkeyPatch) -> None:
     flow.sample(2)
 
 
-class StateFirst(nn.Module):
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return x + t
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda f: f(torch.rand(2, 1, 8, 9).double()), r"shape \(B, 1, 8, 8\) with B >= 1.*not \(2, 1, 8, 9\)"),
-        (lambda f: f(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)), "dequantize"),
-        (lambda f: f(torch.rand(2, 1, 8, 8)), r"torch.float64 on cpu, not .* torch.float32"),
-        (lambda f: f(255 * images(2)), r"lie in \[0, 1\], but have \[.*divide"),
-        (lambda f: f(images(2).fill_(torch.nan)), "have NaN"),
-        (lambda f: f(images(2), noise=f.draw_noise(3)), r"noise of block 0 .*\(2, 1, 8, 8\)"),
-        (lambda f: f.inverse(torch.zeros(2, 63).double()), r"shape \(B, 64\)"),
-        (lambda f: MultiscaleFlow((1, 8, 0)), "three positive integers"),
-        (lambda f: MultiscaleFlow(SHAPE, alpha=0.5), "alpha must be between"),
-        (lambda f: MultiscaleFlow(SHAPE, levels=0), "levels must be a whole number of at least 1, not 0"),
-        (lambda f: MultiscaleFlow(SHAPE, levels="x"), "levels must be a whole number"),  # pyright: ignore[reportArgumentType]
-        (lambda f: MultiscaleFlow(SHAPE, field=lambda shape: StateFirst()), "the time is not the first parameter"),
-    ],
-)
-def test_what_cannot_work_is_refused(call: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        call(make_flow())
-
-
 # --- transforms of images ---
 
 

@@ -286,31 +286,3 @@ def test_times_are_any_row_of_numbers() -> None:
     torch.testing.assert_close(wanted, torch.full((4,), 16 / 3))  # the integral of 2 t^2 from 0 to 2
     for times in ([0, 1, 2], (0.0, torch.tensor(1.0), 2.0), torch.tensor([0, 1, 2])):
         assert torch.equal(penalties_along(lambda t, x: t * x, times, z, ["kinetic"])["kinetic"], wanted)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"regularizers": ["error"]}, "'error' reads or changes the steps or the times of a solve"),
-        ({"regularizers": ["local_error"]}, "'local_error' reads or changes"),
-        ({"regularizers": ["steer"]}, "'steer' reads or changes"),
-        ({"regularizers": ["kinetik"]}, "kinetic"),
-        ({"times": row(2).expand(4, 2)}, r"one row \(T,\) for all samples, not of shape \(4, 2\)"),
-        ({"times": [0.0, 1.0, 1.0]}, "times must be finite and strictly increasing or decreasing"),
-        ({"times": [0.0, 1.0, 0.5]}, "times must be finite and strictly increasing or decreasing"),
-        ({"times": [0.0, 1.0, math.nan]}, "a row of at least two floating-point times"),
-        ({"times": [0.5], "states": starts(1, 4, 2)}, "a row of at least two floating-point times"),
-        ({"times": [], "states": starts(0, 4, 2)}, "a row of at least two floating-point times"),
-        ({"states": [starts(4, 2)] * 3}, "not a list: torch.stack makes a tensor of a list"),
-        ({"states": (starts(3, 4, 2), None)}, "must be a tensor"),
-        ({"states": starts(4, 3, 2)}, r"3 times along their first dimension, not the shape .* states.transpose"),
-        ({"velocities": starts(4, 3, 2)}, "velocities must have the 3 times"),
-        ({"velocities": starts(3, 4, 1)}, r"velocities must have the shape of states, .*4, 2.* not .*4, 1"),
-        ({"penalized": (0, 1)}, "the state is one tensor"),
-        ({"batch_dim": 2}, "batch_dim=2 is not a dimension"),
-    ],
-)  # fmt: skip
-def test_wrong_arguments_are_one_sentence(change: dict[str, Any], words: str) -> None:
-    given: dict[str, Any] = {"times": row(3), "states": starts(3, 4, 2), "regularizers": BOTH, **change}
-    with pytest.raises(ConfigError, match=words):
-        penalties_along(lambda t, x: -x, **given)

@@ -265,24 +265,6 @@ def of_noise(x: Tensor, noise_level: Tensor) -> Tensor:
     return 3 * noise_level * torch.ones_like(x)
 
 
-@pytest.mark.parametrize(
-    ("velocity", "sentence"),
-    [
-        (of_noise, r"'noise_level', .* is not known as a time: .* net\(x, t\)"),
-        (lambda x, t, cond: cond * t * x, r"needs 'cond': .* net\(x, t, cond=cond\)"),
-        (lambda x, *, t, cond: cond * t * x, r"needs 'cond': .* net\(x, t=t, cond=cond\)"),
-    ],
-)
-def test_an_unfilled_parameter_is_named_in_flow_matching(velocity: Callable[..., Tensor], sentence: str) -> None:
-    z = torch.zeros(5, 2)
-    for act in (
-        lambda: RegularizedCNF.from_velocity(velocity, event_shape=2),
-        lambda: penalties_at(velocity, 0.5, z, ["kinetic"]),
-    ):
-        with pytest.raises(ConfigError, match=sentence):
-            act()
-
-
 def test_an_unfilled_parameter_is_named_where_time_is_first() -> None:
     for make in (NeuralODE, CNF, lambda net: RegularizedCNF(net, event_shape=2)):
         with pytest.raises(ConfigError, match=r"also takes 'noise_level', .* net\(x, t\)\)"):

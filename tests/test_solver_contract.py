@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import pickle
 import subprocess
 import sys
@@ -225,42 +224,6 @@ def test_a_gradient_by_name_is_the_object(gradient: str) -> None:
     kinds = {"autograd": Autograd(), "checkpointed": Checkpointed(), "adjoint": Adjoint()}
     assert get_gradient(gradient) == kinds.get(gradient, Adjoint(restarted=True))
     assert FixedGrid(gradient=gradient).gradient == gradient
-
-
-def drawing(kind: Callable[..., Solver], name: str, draws: tuple[float, ...]) -> Solver:
-    return kind(dataclasses.replace(get_method(name), draws=draws), quadrature="sampled")
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: FixedGrid("dopri5"), r"dopri5 chooses its own steps.*Adaptive\('dopri5'\)"),
-        (lambda: Adaptive("rk4"), r"rk4 has no error estimate.*FixedGrid\('rk4', step=...\)"),
-        (lambda: FixedGrid("rk5"), "unknown solver method 'rk5'; did you mean 'rk4'"),
-        (lambda: Adaptive("dopri"), "did you mean 'dopri5'"),
-        (lambda: FixedGrid(step=0), "step must be a number > 0 or None, not 0"),
-        (lambda: FixedGrid(step=math.nan), "step must be a number > 0"),
-        (lambda: Adaptive(atol=-1), "atol must be a number >= 0, not -1"),
-        (lambda: Adaptive(atol=0, rtol=0), "atol and rtol are both 0"),
-        (lambda: Adaptive(first_step=-1), "first_step must be a number > 0"),
-        (lambda: Adaptive(max_nfe=0), "max_nfe must be a whole number of at least 1, not 0"),
-        (lambda: Adaptive(max_nfe=1.5), "max_nfe must be a whole number"),  # pyright: ignore[reportArgumentType]
-        (lambda: FixedGrid(gradient="adjiont"), "unknown gradient mode 'adjiont'; did you mean 'adjoint'"),
-        (lambda: FixedGrid(gradient=3), "unknown gradient mode '3'"),  # pyright: ignore[reportArgumentType]
-        (lambda: FixedGrid(Solver), "unknown solver method"),  # pyright: ignore[reportArgumentType]
-        (lambda: FixedGrid(quadrature="half"), "unknown quadrature 'half'"),
-        (lambda: Adaptive(rtol=None), "rtol must be a number >= 0"),  # pyright: ignore[reportArgumentType]
-        (lambda: Adaptive(max_nfe=math.inf), "max_nfe must"),  # pyright: ignore[reportArgumentType]
-        (lambda: FixedGrid(gradient="adjoint", quadrature="sampled"), "gradient of the steps that were drawn"),
-        (lambda: drawing(FixedGrid, "midpoint", (1.0,)), "method 'midpoint': they are 1, and the step has 2"),
-        (lambda: drawing(FixedGrid, "midpoint", (0.5, 0.25)), "not probabilities with the sum 1"),
-        (lambda: drawing(FixedGrid, "midpoint", (1.5, -0.5)), "not probabilities with the sum 1"),
-        (lambda: drawing(Adaptive, "dopri5", (0.5, 0.5, *5 * (0.0,))), "the first one must be 0"),
-    ],
-)
-def test_what_cannot_be_is_refused_where_it_is_made(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make()
 
 
 # the regularizers of a solve ------------------------------------------------------------------------------------

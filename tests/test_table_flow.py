@@ -10,7 +10,6 @@ from problems import Linear
 from torch import Tensor, nn
 
 from rnode_plugin import Adaptive
-from rnode_plugin.errors import ConfigError
 from rnode_plugin.flows.table import TableFlow
 
 pytestmark = pytest.mark.unit
@@ -54,23 +53,3 @@ def test_a_shift_by_the_context_has_a_closed_form() -> None:
 def test_an_exact_trace_up_to_16_columns() -> None:
     assert repr(TableFlow(16).estimator) == "Exact()"
     assert repr(TableFlow(17).estimator) == "Hutchinson('rademacher')"
-
-
-@pytest.mark.parametrize(
-    ("act", "message"),
-    [
-        (lambda: TableFlow(0), "columns must be a whole number of at least 1, not 0"),
-        (lambda: TableFlow(2, blocks=0), "blocks must be a whole number of at least 1"),
-        (lambda: TableFlow(2, field="mlp"), "must be a function that makes a module, not 'mlp'"),  # pyright: ignore
-        (lambda: TableFlow(2, context=1, field=lambda: torch.nn.Linear(2, 2)), "needs a StackField"),
-        (lambda: TableFlow(2)(torch.zeros(3, 3)), r"rows must be of shape \(B, 2\).*not \(3, 3\)"),
-        (lambda: TableFlow(2)(torch.zeros(3, 2).double()), "torch.float32 on cpu, not"),
-        (lambda: TableFlow(2, context=2).sample(3, context=torch.zeros(4, 2)), r"has shape \(4, 2\)|not \(4, 2\)"),
-        (lambda: TableFlow(2).standardize(torch.zeros(4, 2)), "a column is constant"),
-        (lambda: TableFlow(2).standardize(torch.zeros(4, 3)), r"takes rows \(N, 2\)"),
-        (lambda: TableFlow(2, regularizers=["hjb"]), "'hjb': install the plugin in examples/otflow"),
-    ],
-)  # fmt: skip
-def test_refusals(act: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        act()

@@ -456,37 +456,6 @@ def test_one_time_alone_is_no_solve(name: str, t: Tensor) -> None:
         assert not any(bool(value.any()) for value in penalties.values())
 
 
-@pytest.mark.parametrize(
-    ("y0", "options", "words"),
-    [
-        ([start()], {}, "tensor or a tuple"),
-        ("state", {}, "tensor or a tuple"),
-        (start().to(torch.complex128), {}, "real"),
-        (start(), {"penalized": 0}, r"the state is one tensor: leave it out .* slice\(0, 1\)"),
-        (start(), {"penalized": (0, 1)}, r"the state is one tensor: .* slice\(0, 2\)"),
-        ((start(),), {"penalized": 1}, "a tensor that a state with 1"),
-        (start(), {"penalized": "first"}, "penalized"),
-        (start(), {"penalized": slice(5, 9)}, "selects nothing"),
-        (start(), {"penalized": [True, False, True]}, "selects nothing"),
-        (start(4), {"penalized": slice(0, 1)}, "selects nothing"),
-        ((start(), (start(),)), {}, "a tuple of Tensor, tuple"),
-        (start(), {"penalized": torch.tensor(True)}, "mask of booleans"),
-        (start(), {"batch_dim": 2}, "batch_dim"),
-        (start(2, 3, 2), {"batch_dim": (0, 1)}, "an int or None.* 0 gives the same loss"),
-        (start(), {"batch_dim": True}, "an int or None"),
-        (torch.tensor(1.0), {}, "batch_dim"),
-        (start(), {"regularizers": ["error"]}, "NeuralODE"),
-        (start(), {"trace_estimator": "gausian"}, "gaussian"),
-        (start(), {"quadrature": "samples"}, "sampled"),
-        (start(), {"quadrature": "sampled", "method": "scipy_solver"}, "scipy_solver"),
-        ((start(), start(3, 2)), {"penalized": (0, 1)}, "samples"),
-    ],
-)
-def test_bad_input_ends_in_one_sentence(y0: Any, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        odeint(lambda t, y: y, y0, SPAN, **{"regularizers": ["kinetic"], **options})
-
-
 def test_a_random_end_time_beside_other_penalties() -> None:
     """It changes the times and has no integral, and the others can be read."""
     y0 = torch.ones(3, 2, dtype=torch.float64)

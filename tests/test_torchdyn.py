@@ -17,19 +17,18 @@ from problems import COPIES, Linear, counted_products, linear_closed_form
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
-from torchdyn.core.defunc import SDEFunc
 from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.models import HNN
 from torchdyn.models.cnf import autograd_trace, hutch_trace
 from torchdyn.nn import DataControl, DepthCat, Fourier, GalLinear
 from torchdyn.numerics.solvers.hyper import HyperEuler
-from torchdyn.numerics.solvers.ode import DormandPrince45, Euler, MSZero, RungeKutta4
+from torchdyn.numerics.solvers.ode import DormandPrince45, Euler, RungeKutta4
 from torchdyn_fields import WithTime, mlp
 
 import rnode_plugin
 from rnode_plugin import CNF, Adaptive, FixedGrid, NeuralODE, RegularizedCNF, SolverError
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.solvers import GRADIENTS, Adjoint, Solver
+from rnode_plugin.solvers import GRADIENTS, Solver
 from rnode_plugin.torchdiffeq import odeint
 
 BOTH = ["kinetic", "jacfrob"]
@@ -227,44 +226,6 @@ def test_options_without_effect_warn_as_torchdyns_do() -> None:
         NeuralODE(WithTime(), "dopri5")(torch.randn(2, 4), torch.linspace(0, 1, 3), [1.0])
 
 
-OPTIONS: dict[str, Any] = {
-    "atol": torch.tensor(1e-3), "rtol": 1e-5, "sensitivity": "adjoint", "solver_adjoint": "rk4",
-    "atol_adjoint": 1e-5, "rtol_adjoint": 1e-5, "interpolator": "4th", "max_nfe": 100,
-    "quadrature": "sampled", "compile": True,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"regularizers": ["kinetics"]}, "did you mean 'kinetic'"),
-        ({"regularizers": ["kinetic", "kinetic"]}, "twice"),
-        ({"regularizers": {"kinetic": -1.0}}, "lambda"),
-        ({"solver": "dopri6"}, "did you mean 'dopri5'"),
-        ({"solver": MSZero()}, "multiple-shooting"),
-        ({"solver": "alf", "regularizers": ["kinetic"]}, "half of the state"),
-        ({"solver": 3}, "not a solver"),
-        ({"solver_adjoint": "rk5"}, "solver_adjoint"),
-        ({"sensitivity": "adjiont"}, "did you mean 'adjoint'"),
-        ({"sensitivity": Adjoint(Adaptive("dopri5", atol=1e-9))}, "is a name .* solver_adjoint=, atol_adjoint="),
-        ({"trace_estimator": "normal"}, "trace estimator"),
-        ({"trace_estimator": "hutch++:3"}, "'hutch\\+\\+:3': use 'exact', or more probes"),
-        ({"max_nfe": 0}, "max_nfe"),
-        ({"atol": -1}, "atol"),
-        ({"rtol": torch.tensor([1e-3, float("nan")])}, "rtol"),
-        ({"rtol_adjoint": float("inf")}, "rtol_adjoint"),
-        *[({"order": value}, "order must be a whole number") for value in (0, 1.5)],
-        ({"interpolator": "5th"}, "did you mean '4th'"),
-        ({"penalized": 3}, "penalized="),
-        ({"penalized": [1, 0]}, "penalized="),
-        *[({"solver": Adaptive(), name: value}, f"^{name}= belongs to") for name, value in OPTIONS.items()],
-    ],
-)
-def test_mistakes_are_refused_at_construction(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        NeuralODE(WithTime(), **options)
-
-
 @pytest.mark.parametrize("mode", GRADIENTS)
 @pytest.mark.parametrize(
     ("name", "make", "close"),
@@ -304,36 +265,6 @@ def test_the_step_of_a_grid_divides_the_intervals() -> None:
     model.solver = FixedGrid("euler", step=0.5)  # as every attribute
     model(torch.randn(2, 4), torch.tensor([0.0, 1.0]))
     assert model.vf.nfe == 18
-
-
-def called_model(*others: str) -> NeuralODE:
-    model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic", *others])
-    model(torch.randn(2, 4))
-    return model
-
-
-def two_cnfs() -> nn.Module:
-    return nn.Sequential(TorchdynCNF(mlp(3, 4, 3)), TorchdynCNF(mlp(3, 4, 3)))
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: NeuralODE(SDEFunc(lambda t, x: x, lambda t, x: x)), "SDE"),
-        (lambda: called_model().reg_loss(jacfrob=1.0), "unknown penalty 'jacfrob'"),
-        (lambda: called_model("steer").reg_loss(steer=5.0), "has no penalty and takes no lambda"),
-        (lambda: called_model()({"a": torch.randn(2, 4)}), "one tensor"),
-        (lambda: NeuralODE(WithTime(), Adaptive())({"a": torch.randn(2, 4)}), "one tensor"),
-        (lambda: NeuralODE(two_cnfs(), regularizers=["kinetic"])(torch.randn(2, 4)), "2 CNF modules"),
-        (lambda: CNF(nn.Linear(2, 2), "hutch"), "trace estimator"),
-        (lambda: CNF(nn.Linear(2, 2), order=0), "order"),
-        (lambda: CNF(nn.Linear(2, 2), "gaussian")(torch.zeros(()), torch.zeros(4, 3)), "needs noise"),
-        (lambda: CNF(TimesState())(torch.zeros(4, 3)), "no time"),
-    ],
-)
-def test_mistakes(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make()
 
 
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])

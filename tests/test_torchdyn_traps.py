@@ -111,12 +111,6 @@ def test_integral_loss_of_a_second_order_field_with_autograd() -> None:
     torch.testing.assert_close(sol[-1], torch.tensor([[2.0, 3.0, 2.0]]))  # x = 1 + 2 t
 
 
-def test_a_tuple_is_a_state_of_other_interfaces() -> None:
-    model = NeuralODE(torch.nn.Linear(2, 2), solver="rk4", regularizers=["jacfrob"])
-    with pytest.raises(ConfigError, match=r"CNF .*penalized= .*rnode_plugin\.torchdiffeq"):
-        model((torch.ones(3, 2), torch.zeros(3)))
-
-
 BOTH = {"kinetic": 0.3, "jacfrob": 0.2}
 OTHERS = ["total_derivative", "taylor:3", "curl", "directional_vjp", "straightness"]
 MANY = {**BOTH, **dict.fromkeys(OTHERS, 0.1)}
@@ -134,25 +128,6 @@ def test_whole_numbers_are_times(span: Any, solver: str) -> None:
     floats = torch.tensor(list(span), dtype=torch.float32)
     assert torch.equal(t, floats)
     assert torch.equal(sol, NeuralODE(field, solver)(x, floats)[1])
-
-
-@pytest.mark.parametrize(
-    ("span", "message"),
-    [
-        ([0.0, 1.0, 0.5], "turns back"),
-        ([0.0, 0.5, 0.5, 1.0], "stands still"),
-        ([0.0, float("nan")], "finite"),
-        (torch.tensor([0.0]), "at least two"),
-        ([], "at least two"),
-        (3.0, "row of times"),
-        ("ab", "row of times"),
-        (torch.tensor([0.0, 1.0j]), "real times"),
-    ],
-)
-@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
-def test_times_that_cannot_be_walked(span: Any, message: str, solver: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        NeuralODE(WithTime(), solver)(torch.randn(3, 4), span)
 
 
 def test_states_of_integers_and_without_a_batch() -> None:
@@ -319,13 +294,6 @@ def test_penalties_are_those_of_z_alone() -> None:
         model(torch.cat(state, 1))
         torch.testing.assert_close(model.regularization, plain.regularization)
         torch.testing.assert_close(model.reg_loss(), plain.reg_loss())
-
-
-@pytest.mark.parametrize("penalized", [slice(5, 9), [True, False], [False] * 4], ids=str)
-def test_penalized_columns_that_are_not_there(penalized: Any) -> None:
-    model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"], penalized=penalized)
-    with pytest.raises(ConfigError, match="selects nothing"):
-        model(torch.randn(2, 4))
 
 
 def test_a_cnf_whose_trace_estimator_has_arguments_of_its_own() -> None:
