@@ -407,7 +407,7 @@ MUTANTS = [
         "of_samples",
         'f"{tuple(samples.shape)}".encode()',
         'b""',
-        "test_facts.py::test_rows_and_their_split_count",
+        "test_facts.py::test_samples_have_the_hash_of_shapes_and_bytes",
     ),
 ]
 

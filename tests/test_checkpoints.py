@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from problems import refuses
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_runs import run, tiny_recipe
@@ -66,7 +67,7 @@ def test_there_and_back(file: Path, recipe: Recipe, tmp_path: Path, suffix: str)
 def test_a_run_folder_means_its_best_checkpoint_else_its_last(file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"no checkpoint at .*best\.ckpt"):
+    with refuses(CheckpointError, "best.ckpt"):
         find_checkpoint(run)
     last = run / "checkpoints" / "last.ckpt"
     last.write_bytes(file.read_bytes())
@@ -89,10 +90,10 @@ class _Bomb:
 def test_nothing_in_the_file_is_executed(file: Path, tmp_path: Path) -> None:
     contents = read_checkpoint(file)
     torch.save({**contents, "extra": _Bomb(tmp_path / "ran")}, file)
-    with pytest.raises(CheckpointError, match="could run code"):
+    with refuses(CheckpointError, "code"):
         load_flow(file)
     file.write_bytes(pickle.dumps(_Bomb(tmp_path / "ran")))
-    with pytest.raises(CheckpointError, match="not a zip"):
+    with refuses(CheckpointError, "zip"):
         load_flow(file)
     assert not (tmp_path / "ran").exists()
 
@@ -115,7 +116,7 @@ def test_a_small_file_cannot_ask_for_a_huge_model(tmp_path: Path, name: str, set
     header["rnode_plugin"]["recipe"]["model"][setting] = value
     tensors = {key: each.clone() for key, each in recipe.build_flow().state_dict().items()}
     write_safetensors(tmp_path / "x.safetensors", tensors, json.dumps(header["rnode_plugin"]))
-    with pytest.raises(CheckpointError, match="does not fit the model of its recipe"):
+    with refuses(CheckpointError, "recipe"):
         load_flow(tmp_path / "x.safetensors")
 
 
@@ -137,7 +138,7 @@ def test_a_flow_that_its_recipe_does_not_build_is_not_saved(
     for parameter in flow.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     before = torch.get_rng_state()
-    with pytest.raises(CheckpointError, match=f"recipe '{name}' does not build this flow: .*{message}"):
+    with refuses(CheckpointError, name):
         save_flow(flow, tmp_path / "flow.ckpt", recipe=recipe)
     assert not list(tmp_path.iterdir())
     save_flow(flow, tmp_path / "flow.ckpt", recipe=other)
@@ -166,7 +167,7 @@ def test_complex_weights_are_refused(file: Path, recipe: Recipe, tmp_path: Path)
         write_safetensors(tmp_path / "x.safetensors", state, header)
     except KeyError:
         pytest.skip("safetensors before 0.7 knows no complex numbers")
-    with pytest.raises(CheckpointError, match=f"{name} is complex .* there and .* in the model"):
+    with refuses(CheckpointError, name):
         load_flow(tmp_path / "x.safetensors")
 
 
@@ -175,18 +176,18 @@ def test_a_file_that_may_not_be_read_is_not_called_truncated(file: Path, monkeyp
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("zipfile.ZipFile", refuse)
-    with pytest.raises(CheckpointError, match=r"cannot be read: permission denied\.$"):
+    with refuses(CheckpointError, "permission"):
         load_flow(file)
 
 
 def test_foreign(tmp_path: Path) -> None:
     for contents in ({"state_dict": {}}, [1, 2], {"rnode_plugin": 1, "state_dict": {}}, torch.zeros(3)):
         torch.save(contents, tmp_path / "x.ckpt")
-        with pytest.raises(CheckpointError, match="holds no recipe"):
+        with refuses(CheckpointError, "recipe"):
             load_flow(tmp_path / "x.ckpt")
     for header in (None, '"text"', "{}"):
         write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(2)}, header)
-        with pytest.raises(CheckpointError, match="holds no recipe"):
+        with refuses(CheckpointError, "recipe"):
             load_flow(tmp_path / "x.safetensors")
 
 
@@ -229,6 +230,6 @@ def test_a_tensor_claims_no_more_than_its_storage(file: Path, tmp_path: Path, pl
 
 
 def test_a_model_that_no_memory_holds(tmp_path: Path) -> None:
-    with pytest.raises(RnodeError, match=r"out of memory: .*allocate.* lower --batch-size"):
+    with refuses(RnodeError, "--batch-size"):
         run(tiny_recipe("model.hidden=2000000", "model.layers=3"), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+from problems import refuses
 from test_messages import REQUESTS
 from tiny_runs import SETTINGS, as_options, rnode
 
@@ -120,5 +121,5 @@ def test_a_folder_is_checked_without_a_trace(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refused = [tmp_path / "file", tmp_path / "file" / "a", *([Path("/proc")] if sys.platform == "linux" else [])]
     for each in refused:  # nobody can write into /proc, not even a user whom permissions do not stop
-        with pytest.raises(CheckpointError, match=f"cannot write into {each}: .*Choose a folder"):
+        with refuses(CheckpointError, str(each)):
             check_folder(each)

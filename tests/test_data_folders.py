@@ -22,6 +22,7 @@ import pytest
 import torch
 from image_files import picture_bytes, random_images, write_picture
 from PIL import Image
+from problems import refuses
 from torch.utils.data import DataLoader
 
 from rnode_plugin import ImageDataModule, get_recipe
@@ -156,16 +157,16 @@ def test_links_in_circles_and_pipes_do_not_hang(tmp_path):
 def test_empty_missing_and_unclear_folders(tmp_path):
     with pytest.raises(ConfigError, match="--data-root"):
         get_dataset("folder")
-    with pytest.raises(DataError, match="nowhere does not exist"):
+    with refuses(DataError, "nowhere"):
         get_dataset("folder", root=str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match="holds neither pictures"):
+    with refuses(DataError, "train.npy"):
         get_dataset("folder", root=str(tmp_path))
     write_picture(tmp_path / "one.png", random_images(1)[0])
-    with pytest.raises(DataError, match="too few to hold one out"):
+    with refuses(DataError, str(tmp_path)):
         get_dataset("folder", root=str(tmp_path))
     _write(tmp_path, random_images(2), "train")
     _write(tmp_path, random_images(2), "val")
-    with pytest.raises(DataError, match=r"one\.png lies outside of the folders"):
+    with refuses(DataError, "one.png"):
         get_dataset("folder", root=str(tmp_path))
 
 
@@ -202,20 +203,20 @@ def test_colours_and_sizes_are_those_of_all_pictures(tmp_path):
     assert recipe.data.event == (3, 8, 8)
     write_picture(tmp_path / "train" / "z.png", random_images(1, (3, 9, 8))[0])
     for load in (lambda: recipe.load_data(), lambda: get_recipe("pictures").override([f"data.root={tmp_path}"])):
-        with pytest.raises(DataError, match=r"the pictures differ in size: .*z\.png.*9x8.*--size"):
+        with refuses(DataError, "z.png", "9x8", "--size"):
             load()
     assert get_dataset("folder", root=str(tmp_path), size=8).train.shape == (4, 3, 8, 8)
 
 
 def test_pictures_of_a_camera_need_a_size(tmp_path):
     write_picture(tmp_path / "a.png", random_images(1, (3, 300, 200))[0])
-    with pytest.raises(DataError, match=r"300x200, too large .*--size 32"):
+    with refuses(DataError, "300x200", "--size 32"):
         get_recipe("pictures").override([f"data.root={tmp_path}"])
     assert get_recipe("pictures").override([f"data.root={tmp_path}", "data.size=32"]).data.event == (3, 32, 32)
 
 
 def test_a_recipe_for_another_shape_says_what_to_add():
-    with pytest.raises(DataError, match=r"1x8x8 with 17 levels.*--set data\.shape=1,8,8 --set data\.levels=17"):
+    with refuses(DataError, "--set data.shape=1,8,8 --set data.levels=17"):
         get_recipe("mnist").override(["data.name=digits"]).load_data()
 
 
@@ -229,7 +230,7 @@ def _pack(where, train, val=None):
 
 
 def test_celebahq256_is_five_bits_from_packed_and_from_pictures(tmp_path):
-    with pytest.raises(DataError, match=rf"CelebAMask-HQ\.zip .* to {tmp_path}/celebahq256\.$"):
+    with refuses(DataError, "CelebAMask-HQ.zip", f"{tmp_path}/celebahq256"):
         get_dataset("celebahq256", root=str(tmp_path), download=True)
     images = random_images(4, (3, 256, 256))
     _pack(tmp_path / "packed" / "celebahq256", images, images[:2])
@@ -256,17 +257,21 @@ def test_arrays_that_are_no_packed_images(tmp_path, train, val, message):
     _pack(tmp_path, train, val)
     with pytest.raises(DataError, match=message):
         get_dataset("folder", root=str(tmp_path))
+
+
+def test_packed_images_need_both_files(tmp_path):
+    _pack(tmp_path, random_images(4))
     (tmp_path / "val.npy").unlink()
-    with pytest.raises(DataError, match=r"val\.npy does not exist.*Write it again|train\.npy"):
+    with refuses(DataError, "val.npy"):
         get_dataset("folder", root=str(tmp_path))
 
 
 def test_a_published_set_is_read_with_its_shape_and_bits(tmp_path):
     _pack(tmp_path / "imagenet64", random_images(4, (3, 32, 32)))
-    with pytest.raises(DataError, match=r"images of 3x32x32, not 3x64x64"):
+    with refuses(DataError, "3x32x32", "3x64x64"):
         get_dataset("imagenet64", root=str(tmp_path))
     _pack(tmp_path / "celebahq256", random_images(4, (3, 256, 256)) // 8)
-    with pytest.raises(DataError, match=r"seems to hold 5 bits already.*Multiply it by 8"):
+    with refuses(DataError, "8"):
         get_dataset("celebahq256", root=str(tmp_path))
 
 
@@ -295,7 +300,7 @@ def test_the_program_that_the_message_names_writes_imagenet64(tmp_path, monkeypa
     # a batch of another size or kind leaves both arrays as they were
     for wrong in (np.zeros((4, 3 * 32 * 32), np.uint8), np.zeros((2, 3 * 64 * 64), np.float32)):
         np.savez(tmp_path / "train_data_batch_10.npz", data=wrong, labels=np.arange(len(wrong)))
-        with pytest.raises(SystemExit, match=r"train_data_batch_10\.npz holds .*download it again"):
+        with refuses(SystemExit, "train_data_batch_10.npz"):
             runpy.run_path(str(path), run_name="__main__")
         assert np.array_equal(np.load(tmp_path / "imagenet64" / "val.npy"), parts["val"])
 
@@ -420,8 +425,8 @@ def test_a_picture_that_breaks_while_training_is_named(tmp_path):
         write_picture(tmp_path / name, random_images(1)[0])
     files = ImageFiles(tmp_path, names, size=None, channels=3)
     (tmp_path / "b.png").write_bytes(b"gone")
-    with pytest.raises(DataError, match=r"b\.png cannot be read: "):
+    with refuses(DataError, "b.png"):
         ArrayDataset(files).__getitems__([0, 1])
     (tmp_path / "b.png").unlink()
-    with pytest.raises(DataError, match=r"b\.png does not exist"):
+    with refuses(DataError, "b.png"):
         files[1:2]

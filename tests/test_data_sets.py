@@ -27,6 +27,7 @@ import pytest
 import scipy.io
 import torchvision.datasets
 from image_files import random_images, real_data
+from problems import refuses
 from tiny_runs import as_options, rnode
 
 from rnode_plugin.errors import ConfigError, DataError
@@ -248,7 +249,7 @@ def test_a_damaged_file_is_refused_and_fetched_again(published, tmp_path):
     file = tmp_path / FILES[name][1]
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=f"{name} is missing or damaged"):
+    with refuses(DataError, name):
         get_dataset(name, root=str(tmp_path))
     assert_right(name, get_dataset(name, root=str(tmp_path), download=True))
     assert file.read_bytes() == whole
@@ -259,7 +260,7 @@ def test_what_is_sent_must_be_the_published_file(published, tmp_path):
     first = next(file for file in files if "labels" not in file)
     whole = files[first]
     files[first] = b"<html>Please log in</html>"
-    with pytest.raises(DataError, match=f"{name} cannot be downloaded: .*did not send"):
+    with refuses(DataError, name):
         get_dataset(name, root=str(tmp_path / "data"), download=True)
     files[first] = whole
     assert_right(name, get_dataset(name, root=str(tmp_path / "data"), download=True))
@@ -293,18 +294,18 @@ def test_a_torchvision_that_is_broken_is_no_missing_server(tmp_path, monkeypatch
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    with pytest.raises(ConfigError, match="torchvision, which cannot be imported: operator torchvision::nms does"):
+    with refuses(ConfigError, "torchvision::nms"):
         get_dataset("mnist", root=str(tmp_path), download=download)
 
 
 def test_unknown_names_and_options_list_the_known_ones():
-    with pytest.raises(ConfigError, match="unknown data set 'mnits'; did you mean 'mnist'"):
+    with refuses(ConfigError, "'mnist'"):
         get_dataset("mnits")
-    with pytest.raises(ConfigError, match=r"'table': .*'colums'"):
+    with refuses(ConfigError, "'colums'"):
         get_table("table", colums=("radius",))
-    with pytest.raises(ConfigError, match=r"'digits': .*'bits'.* It takes: root"):
+    with refuses(ConfigError, "'bits'", "root"):
         get_dataset("digits", bits=5)
-    with pytest.raises(ConfigError, match=r"'cifar10': .*'size'.* It takes: root, download"):
+    with refuses(ConfigError, "'size'", "download"):
         get_dataset("cifar10", size=20)
 
 
@@ -360,7 +361,7 @@ def test_limit_draws_the_same_images_from_the_whole_set():
     assert set(chosen) < set(larger)
     assert chosen.min() < 60 < 140 < chosen.max()  # not only one end of a set sorted by class
     assert data.limit(train=1000).train is images
-    with pytest.raises(ConfigError, match="at least 1"):
+    with refuses(ConfigError, "1"):
         data.limit(train=0)
 
 
@@ -403,7 +404,7 @@ def test_a_process_does_not_wait_for_ever(
         assert holder.stdout is not None
         assert holder.stdout.readline() == "holds\n"
         monkeypatch.setattr(sets, "_WAIT_SECONDS", 0.2)
-        with pytest.raises(DataError, match="has been downloading for an hour"), one_download(tmp_path):
+        with refuses(DataError, str(tmp_path)), one_download(tmp_path):
             pytest.fail("two hold it")
         assert f"Waiting for another process that downloads to {tmp_path}" in capsys.readouterr().err
     finally:
@@ -423,7 +424,7 @@ def test_a_file_system_without_locks_takes_a_download(tmp_path: Path, monkeypatc
 def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("in the way")
     root = place.replace("FILE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match=r"nothing can be downloaded to .*--data-root names another folder"):
+    with refuses(DataError, "--data-root"):
         get_dataset("mnist", root=root, download=True)
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 

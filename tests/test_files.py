@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import refuses
 
 from rnode_plugin.errors import CheckpointError
 from rnode_plugin.experiments.files import check_path_name, missing, write_atomically
@@ -42,7 +43,7 @@ def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "to_device").symlink_to("/dev/null")
     for name in (tmp_path / "pipe", tmp_path / "to_device", tmp_path / "folder", ".", "..", "/"):
-        with pytest.raises(CheckpointError, match=r"cannot write .*: only regular files"):
+        with refuses(CheckpointError, "regular"):
             write_atomically(name, b"x")
     assert (tmp_path / "pipe").is_fifo()
     assert names(tmp_path) == ["folder", "pipe", "to_device"]
@@ -63,7 +64,7 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match=r"cannot write .*a: No space left on device\.$"):
+    with refuses(CheckpointError, "No space left"):
         write_atomically(tmp_path / "a", fail)
     assert (tmp_path / "a").read_bytes() == b"old"
     assert names(tmp_path) == ["a"]
@@ -88,7 +89,7 @@ def test_a_full_disk_is_called_that_by_torch_s_writer_too(tmp_path: Path) -> Non
         full: Any = Full(file)
         torch.save({"w": torch.zeros(10**6)}, full)
 
-    with pytest.raises(CheckpointError, match=r"weights: File too large\.$"):
+    with refuses(CheckpointError, "weights", "File too large"):
         write_atomically(tmp_path / "weights", write)
     assert names(tmp_path) == []
 

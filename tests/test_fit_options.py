@@ -20,6 +20,7 @@ import pytorch_lightning as L
 import torch
 from click.testing import Result
 from filelock import FileLock
+from problems import refuses
 from pytorch_lightning.callbacks import GradientAccumulationScheduler, LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 from tiny_runs import SETTINGS, BeforeStep, as_options, rnode, rows, run, signal_at, tiny_recipe
@@ -100,7 +101,7 @@ def test_options_that_the_recipe_decides(tmp_path: Path, options: dict[str, Any]
 
 
 def test_a_name_is_no_recipe() -> None:
-    with pytest.raises(ConfigError, match=r"fit takes a Recipe, such as get_recipe\('digits'\), .* not 'table'"):
+    with refuses(ConfigError, "Recipe", "'table'"):
         fit("table")  # pyright: ignore[reportArgumentType]
 
 
@@ -123,12 +124,12 @@ def test_tasks_of_slurm_that_the_run_does_not_use(
 
 
 def test_a_run_without_a_step_has_no_weights(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"took no step, .* No checkpoint had been written yet\."):
+    with refuses(TrainingError, "step"):
         run(tiny_recipe(), tmp_path, limit_train_batches=0)
 
 
 def test_what_lightning_refuses_is_not_blamed_on_the_devices(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"Lightning refuses this run: Cannot use `LearningRateMonitor`"):
+    with refuses(ConfigError, "LearningRateMonitor"):
         run(tiny_recipe(), tmp_path, callbacks=[LearningRateMonitor()])
     assert list((tmp_path / "digits").iterdir()) == []  # the folder of the run is gone
 
@@ -238,7 +239,7 @@ def test_an_average_begins_in_the_middle_of_a_run(tmp_path: Path) -> None:
     moved = sum(float((end[name] - start[name]).norm()) for name in start)
     whole_way = sum(float((raw[name] - start[name]).norm()) for name in start)
     assert moved == pytest.approx(0.1 * whole_way, rel=1e-3)
-    with pytest.raises(CheckpointError, match=r"training\.ema is 0\.9 there and None here"):
+    with refuses(CheckpointError, "training.ema"):
         run(tiny_recipe("training.max_steps=9"), tmp_path, resume=later.run.path)
 
 

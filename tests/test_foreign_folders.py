@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from problems import refuses
 from run_folders import write_run
 from tiny_runs import rnode, run, tiny_recipe
 
@@ -62,7 +63,7 @@ def test_a_subfolder_that_is_a_link_out_is_refused(theirs: Run, tmp_path: Path, 
     (pictures / "step-0000900.png").touch()
     (theirs.path / name).symlink_to(pictures)
     before = (theirs.path / "result.json").read_bytes()
-    with pytest.raises(ConfigError, match=rf"{name} is a link out of the run folder, to "):
+    with refuses(ConfigError, name):
         resume(theirs)
     assert (theirs.path / "result.json").read_bytes() == before
     assert (pictures / "step-0000900.png").exists()
@@ -77,7 +78,7 @@ def test_a_packed_checkpoint_is_refused_unread(theirs: Run) -> None:
         for each in a.infolist():
             b.writestr(each.filename, a.read(each))
     assert packed.stat().st_size < 100_000 < stored.stat().st_size
-    with pytest.raises(CheckpointError, match=r"packed\.ckpt cannot be read.* in it is compressed"):
+    with refuses(CheckpointError, "packed.ckpt"):
         read_checkpoint(packed)
     shutil.copy(stored, plain := theirs.path / "plain.ckpt")
     assert read_checkpoint(plain)["more"].shape == (10**6,)
@@ -89,7 +90,7 @@ def test_a_packed_checkpoint_is_refused_unread(theirs: Run) -> None:
 def test_a_pipe_is_not_read(theirs: Run, name: str) -> None:
     (theirs.path / name).unlink()
     os.mkfifo(theirs.path / name)
-    with pytest.raises(ConfigError, match=rf"{name} cannot be read: it is not a regular file\."):
+    with refuses(ConfigError, name):
         theirs.read()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from problems import refuses
 from tiny_runs import CONTEXT, SETTINGS, TIMES, as_options, assert_same, repr_exact, rows, train, train_digits
 
 from rnode_plugin.errors import CheckpointError
@@ -241,7 +242,7 @@ def test_killed_in_a_step_with_a_truncated_newest_checkpoint(
     assert_same(whole, run)
     for name in ("last", "previous", "best"):
         os.truncate(run / "checkpoints" / f"{name}.ckpt", 0)
-    with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read"):
+    with refuses(CheckpointError, "last.ckpt"):
         newest_intact(run)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import refuses
 from regularizer_table import TrainedEnd
 from tiny_runs import run, tiny_recipe
 from torch import Tensor, nn
@@ -191,15 +192,15 @@ def test_a_field_gets_the_time_as_in_a_solve() -> None:
 
 
 def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"training\.matching=8 leaves none of 8 steps"):
+    with refuses(ConfigError, "training.matching"):
         run(tiny_recipe("training.matching=8"), tmp_path)
     assert tiny_recipe("training.matching=1", "training.weights=mnist-pretrained").matching == 0
     recipe = tiny_recipe("training.matching=1")
     table = TableFlow(1, blocks=1, regularizers=[TrainedEnd(2.0)])
     monkeypatch.setattr(type(recipe), "build_flow", lambda self: table)
-    with pytest.raises(ConfigError, match="regularizers without parameters"):
+    with refuses(ConfigError, "parameters"):
         RnodeModule(recipe)
     cnf = RegularizedCNF(nn.Linear(2, 2), event_shape=2)
     monkeypatch.setattr(type(recipe), "build_flow", lambda self: cnf)
-    with pytest.raises(ConfigError, match=r"training\.matching=1 needs a flow of blocks.*: leave it at 0"):
+    with refuses(ConfigError, "training.matching"):
         RnodeModule(recipe)

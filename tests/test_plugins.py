@@ -23,6 +23,7 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
+from problems import refuses
 
 from rnode_plugin import NeuralODE, get_recipe, hookimpl
 from rnode_plugin.cli import main
@@ -148,7 +149,7 @@ def test_a_broken_plugin_is_named_and_skipped(install, caplog, source, status, m
     (warning,) = caplog.messages
     assert re.search(f"plugin 'bad-ep' of bad 1.2: .*{message}", warning)
     assert ("mine" in registry.names("recipes")) == (status == "loaded")
-    with pytest.raises(ConfigError, match=r"did you mean 'kinetic'") as caught:
+    with refuses(ConfigError, "'kinetic'") as caught:
         registry.get("regularizers", "kinetik")
     assert ("plugin 'bad-ep' of bad 1.2 (failed)" in str(caught.value)) == (status == "failed")
 
@@ -233,14 +234,14 @@ def test_entry_points_are_regularizers():
         torch.testing.assert_close(model.regularization[name], torch.full((4,), float(value)))
     assert any(name.endswith("width") for name, _ in model.named_parameters())
     assert get_regularizer("huber").about.formula == "The l1 norm, later more"
-    with pytest.raises(ConfigError, match="'huber' takes no options"):
+    with refuses(ConfigError, "'huber'"):
         get_regularizer("huber:2")
-    with pytest.raises(PluginError, match=r"plugin 'builtin' of rnode-plugin \S+ and by plugin 'kinetic' of mine"):
+    with refuses(PluginError, "plugin 'builtin'", "plugin 'kinetic'"):
         get_regularizer("kinetic")
 
 
 def test_a_broken_entry_point_is_listed_alone(entries):
-    with pytest.raises(PluginError, match=r"'gone' of plugin 'gone' of mine 1\.2 cannot be imported"):
+    with refuses(PluginError, "plugin 'gone' of mine 1.2"):
         get_regularizer("gone")
     listed = CliRunner().invoke(main, ["plugins"]).stdout
     assert "huber (mine 1.2)\n  regularizers: huber\n" in listed
@@ -261,7 +262,7 @@ def test_entry_points_can_be_kept_out(install, monkeypatch, blocked):
 
 @pytest.mark.usefixtures("entries")
 def test_a_model_that_no_recipe_can_train_is_refused():
-    with pytest.raises(PluginError, match="'ode': its plugin gives a NeuralODE, not a DensityModel"):
+    with refuses(PluginError, "'ode'", "DensityModel"):
         get_recipe("digits").override(["model.name=ode"]).build_flow()
 
 
@@ -286,14 +287,14 @@ def test_objects_of_this_process():
     for _ in range(2):
         registry.register(Offers(speed=abs), name="mine")
         assert registry.get("regularizers", "speed") is abs
-        with pytest.raises(PluginError, match="a plugin 'mine' is registered already"):
+        with refuses(PluginError, "'mine'"):
             registry.register(Offers(), name="mine")
         registry.unregister("mine")
-        with pytest.raises(ConfigError, match="unknown regularizer 'speed'"):
+        with refuses(ConfigError, "'speed'"):
             registry.get("regularizers", "speed")
-    with pytest.raises(ConfigError, match="unknown plugin of this process 'mine'"):
+    with refuses(ConfigError, "'mine'"):
         registry.unregister("mine")
-    with pytest.raises(ConfigError, match="unknown kind of plugin 'regularizer'; did you mean 'regularizers'"):
+    with refuses(ConfigError, "'regularizers'"):
         registry.names("regularizer")
     for plugin, message in (
         (Unknown(), "unknown hook 'rnode_before_solve'"),

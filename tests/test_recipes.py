@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from problems import refuses
 
 from rnode_plugin import Adaptive, FixedGrid
 from rnode_plugin.core.schedules import linear_warmup
@@ -101,7 +102,7 @@ def test_solvers_and_the_ffjord_baseline(name: str) -> None:
     assert ffjord.training == dataclasses.replace(kept, matching=0)
     warm = dataclasses.replace(recipe, training=dataclasses.replace(kept, warm_start=True))
     assert warm.ffjord().training == dataclasses.replace(kept, matching=0, warm_start=True)
-    with pytest.raises(ConfigError, match=r"unknown setting 'solver.warm_start'. Did you mean training.warm_start"):
+    with refuses(ConfigError, "training.warm_start"):
         recipe.override(["solver.warm_start=false"])
     assert ffjord.name == f"{name}-ffjord" == ffjord.ffjord().name
     limited = recipe.override(["solver.max_nfe=500"]).ffjord().solver
@@ -147,7 +148,7 @@ def test_settings_that_belong_together_change_together() -> None:
     # sampled quadrature is refused with dopri5, so the method must not change first and be checked alone
     recipe = get_recipe("digits").override(["solver.method=dopri5", "solver.quadrature=full"])
     assert recipe.solver == Adaptive("dopri5")
-    with pytest.raises(ConfigError, match="fixed grid"):
+    with refuses(ConfigError, "solver.quadrature"):
         get_recipe("digits").override(["solver.method=dopri5"])
     # other images may not be mirrored
     for texts, flip in (
@@ -181,7 +182,7 @@ def test_the_name_of_a_method_is_a_solver_with_its_defaults() -> None:
     plain = get_recipe("digits").to_plain()
     recipe = Recipe.from_plain({**plain, "solver": "rk4", "test_solver": "tsit5"})
     assert (recipe.solver, recipe.test_solver) == (FixedGrid("rk4"), Adaptive("tsit5"))
-    with pytest.raises(ConfigError, match="unknown solver method 'rk5'"):
+    with refuses(ConfigError, "'rk5'"):
         Recipe.from_plain({**plain, "solver": "rk5"})
 
 
@@ -207,7 +208,7 @@ def test_a_wrong_kind_is_named(group: str) -> None:
     """It decides which settings are known, so these are not named in its place."""
     plain = get_recipe("table").to_plain()
     plain[group]["kind"] = "tabel"
-    with pytest.raises(ConfigError, match=rf"^{group}\.kind: must be 'table', got 'tabel'\.$"):
+    with refuses(ConfigError, f"{group}.kind"):
         Recipe.from_plain(plain)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
+from problems import refuses
 from tiny_runs import rnode, rows, run, tiny_recipe
 
 from rnode_plugin.errors import ConfigError
@@ -56,7 +57,7 @@ def test_the_file_decides_what_the_folder_is(file: Path, tmp_path: Path) -> None
 
     # an experiment may bring the run that it continues
     experiment = Experiment.of(longer, resumed=Resumed.of(run, longer))
-    with pytest.raises(ConfigError, match="either run_folder or resume"):
+    with refuses(ConfigError, "run_folder", "resume"):
         begin(experiment, RunOptions(run_folder=tmp_path / "other"))
     # a checkpoint outside of a run has no folder, so its run gets the one that is named
     lone = Run(run).last.rename(tmp_path / "lone.ckpt")
@@ -70,7 +71,7 @@ def test_a_file_that_is_not_a_recipe(tmp_path: Path, text: str | None) -> None:
     file = tmp_path / "recipe.json"
     if text is not None:
         file.write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ConfigError, match="does not hold a recipe"):
+    with refuses(ConfigError, "recipe"):
         read_recipe(file)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from problems import refuses
 
 from rnode_plugin.errors import ConfigError, DataError, RnodeError
 from rnode_plugin.experiments.data.folders import folder
@@ -152,7 +153,7 @@ def test_missing_cells_in_a_column_that_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
     path.write_text("a,b\n1,\n2,x\n3,4\n4\n")  # in the last row also the separator is missing
     assert read_columns(path, ["a"])[:, 0].tolist() == [1, 2, 3, 4]
-    with pytest.raises(DataError, match=r"unknown column 'd'.*Known: a, b"):
+    with refuses(DataError, "'d'", "a, b"):
         read_columns(path, ["d"])
 
 
@@ -187,9 +188,9 @@ def test_parquet_of_pandas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(DataError, match=f"'{name}' .*{message}"):
             read_columns(path, ["a", name])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"need pyarrow: pip install pyarrow"):
+    with refuses(ConfigError, "pyarrow"):
         column_names(path)
-    with pytest.raises(ConfigError, match="need pyarrow: pip install pyarrow"):
+    with refuses(ConfigError, "pyarrow"):
         check_written(path)  # before any row is drawn
 
 
@@ -206,19 +207,19 @@ def test_names_of_parquet_are_found_without_its_values(tmp_path: Path, monkeypat
     assert column_names(tmp_path / "data.parquet") == column_names(folder) == ("a", "b")
     assert column_names(tmp_path / "empty.parquet") == ("a", "b")
     monkeypatch.undo()
-    with pytest.raises(DataError, match="has 0 rows"):
+    with refuses(DataError, "empty.parquet"):
         table(root=str(tmp_path / "empty.parquet"))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_other_files_under_the_name_of_a_table(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"data{suffix}"
-    with pytest.raises(DataError, match="does not exist"):
+    with refuses(DataError, "data"):
         column_names(path)
     path.write_bytes(b"PK\x03\x04" + bytes(300))
     with pytest.raises(RnodeError, match="data"):
         read_columns(path, column_names(path))
-    with pytest.raises(ConfigError, match="must end in"):
+    with refuses(ConfigError, "data.xlsx"):
         column_names(path.rename(tmp_path / "data.xlsx"))
 
 
@@ -247,11 +248,11 @@ def test_the_split_is_a_function_of_its_seed() -> None:
     assert np.array_equal(rows[one.numbers - 1], one.held_out)
     assert np.array_equal(one.held_out, same.held_out)
     assert not np.array_equal(one.held_out, other.held_out)
-    with pytest.raises(DataError, match="t has 19 rows, but a density needs at least 20"):
+    with refuses(DataError, "19", "20"):
         split_rows("t", ["a"], rows[:19], validation=0.1, held_out=0.1, seed=0)
-    with pytest.raises(DataError, match=r"20 rows, of which data.held_out=0.5 takes 10 and data.val"):
+    with refuses(DataError, "data.held_out", "data.validation"):
         split_rows("t", ["a"], rows[:20], validation=0.49, held_out=0.5, seed=0)
-    with pytest.raises(DataError, match="t has 1 row, but"):
+    with refuses(DataError, "t has 1 row"):
         split_rows("t", ["a"], rows[:1], validation=0.1, held_out=0.1, seed=0)
 
 
@@ -298,14 +299,14 @@ def test_rows_that_are_not_whole() -> None:
     """A file with such rows is refused when it is read, so only a table of a plugin can have them."""
     for value in (np.nan, np.inf):
         bad = np.where(np.arange(50) == 3, value, X)
-        with pytest.raises(DataError, match=r"column 'b' of t is missing or infinite in 1 of 50 train rows"):
+        with refuses(DataError, "'b'", "1 of 50"):
             check_columns(_table(Y, bad), 2)
 
 
 def test_frames_of_pandas_are_refused_and_their_columns_taken() -> None:
     frame = pd.DataFrame({"a": X, "b": Y})
     rows = frame.to_numpy()
-    with pytest.raises(DataError, match="the train rows are DataFrame; they must be a NumPy array"):
+    with refuses(DataError, "DataFrame"):
         Table("t", ("a", "b"), *[frame] * 3)  # pyright: ignore[reportArgumentType]
     table = Table("t", frame.columns, rows, rows, rows)  # pyright: ignore[reportArgumentType]
     assert table.columns == ("a", "b")
@@ -333,7 +334,7 @@ def test_a_recipe_takes_the_columns_of_its_file(tmp_path: Path) -> None:
     chosen = get_recipe("table").override([f"data.root={path}", "data.columns=dose,temperature (K)"])
     assert isinstance(chosen.data, TableData)
     assert chosen.data.modeled == ("dose", "temperature (K)")
-    with pytest.raises(ConfigError, match=r"data\.columns: unknown column 'doze'; did you mean 'dose'"):
+    with refuses(ConfigError, "data.columns", "'dose'"):
         recipe.override(["data.columns=doze", "data.given="])
     assert recipe.override(["training.seed=3"]).data == recipe.data
     assert type(recipe).from_plain(recipe.to_plain()) == recipe
@@ -365,5 +366,5 @@ def test_settings_that_cannot_work(tmp_path: Path, settings: list[str], message:
 
 
 def test_a_table_is_not_a_set_of_images() -> None:
-    with pytest.raises(ConfigError, match="the data set 'table' holds a table"):
+    with refuses(ConfigError, "'table'"):
         get_recipe("digits").override(["data.name=table"]).load_data()

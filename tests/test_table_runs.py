@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from problems import refuses
 from tiny_runs import as_options, rnode, run
 
 from rnode_plugin import get_recipe, hookimpl, load_flow
@@ -203,7 +204,7 @@ def test_a_table_of_a_plugin_with_a_split_of_its_own(file: Path, register: Any) 
     register(Plugin(), "ring")
     recipe = get_recipe("table").override(["data.name=ring"])  # whose own share of held-out rows is 0.2
     assert (recipe.data.event, len(recipe.load_data().train)) == (2, 40)
-    with pytest.raises(ConfigError, match="has a fixed split"):
+    with refuses(ConfigError, "split"):
         recipe.override(["data.held_out=0.3"]).load_data()
     other = recipe_of(file).override(["data.name=ring"]).data
     assert isinstance(other, TableData)
@@ -215,9 +216,9 @@ def test_a_table_of_a_plugin_with_a_split_of_its_own(file: Path, register: Any) 
 
 def test_weights_of_other_columns_are_refused(tmp_path: Path, file: Path, conditional: Path) -> None:
     settings = ["data.given=yield,pressure", f"training.weights={conditional}"]
-    with pytest.raises(CheckpointError, match=r"of other data: .*yield"):
+    with refuses(CheckpointError, "yield"):
         run(recipe_of(file, *settings), tmp_path)
-    with pytest.raises(CheckpointError, match=r"of other data: 1x28x28, .* there and .* given yield"):
+    with refuses(CheckpointError, "1x28x28", "yield"):
         run(recipe_of(file, settings[0], "training.weights=mnist-pretrained"), tmp_path)
     assert not list(tmp_path.iterdir())
 
