@@ -95,10 +95,6 @@ class Method:
     interpolate: Interpolate | None = None
     traceable: bool = True
 
-    def __reduce__(self) -> Any:
-        """Pickle a built-in method by its name, because its step is a local function."""
-        return (get_method, (self.name,)) if _BY_NAME.get(self.name) is self else super().__reduce__()
-
     @functools.cached_property
     def stages(self) -> int:
         """Number of evaluations that a step needs at most."""
@@ -112,17 +108,70 @@ class Method:
         return same[-1] if same else None
 
 
-def _increment(dt: Tensor, row: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
+def length_of(dt: Tensor) -> Tensor | float:
+    """The length of a step as a number, which takes fewer operations on tensors, where the host has it."""
+    import torch
+
+    from ..core.modes import transforms_active
+
+    if torch.compiler.is_compiling() or not dt.is_cpu or dt.requires_grad or transforms_active():
+        return dt
+    return dt.item()
+
+
+def _increment(dt: Tensor | float, row: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
     """``dt sum_j row_j k_j`` for the velocities ``k_j`` of the first stages."""
+    length, rest = (dt, None) if isinstance(dt, (int, float)) else (1.0, dt)
     total: Tensor | None = None
     for weight, stage in zip(row, stages, strict=False):  # a row may be shorter, and later stages unknown
         if weight:
-            total = stage * weight if total is None else total.add(stage, alpha=weight)
+            scale = length * weight
+            total = stage * scale if total is None else total.add(stage, alpha=scale)
     assert total is not None
-    return total * dt.to(total.dtype)
+    return total if rest is None else total * rest.to(total.dtype)
 
 
-def _explicit(
+@dataclass(frozen=True)
+class _ExplicitStep:
+    """A step of an explicit Runge-Kutta method.
+
+    Attributes:
+        a: row i belongs to stage i + 1.
+        b: weights of the new state.
+        nodes: time of each stage but the first as a fraction of the step.
+        error: weights of the error estimate of the new state; None without one.
+    """
+
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    nodes: tuple[float, ...]
+    error: tuple[float, ...] | None
+
+    def __call__(self, f: Velocity, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
+        length = length_of(dt)
+        stages = [f(t, x) if k1 is None else k1]
+        argument = x  # after the loop, the state of the last stage, which is the new state of an FSAL method
+        for node, row in zip(self.nodes, self.a, strict=True):
+            argument = _moved(x, length, row, stages)
+            stages.append(f(t + node * dt if node else t, argument))
+        new = argument if self.fsal else _moved(x, length, self.b, stages)
+        estimate = None if self.error is None else _increment(length, self.error, stages)
+        return (stages[-1] if self.fsal else None), new, estimate, stages
+
+    @functools.cached_property
+    def fsal(self) -> bool:
+        """First same as last: the last stage is taken at the new state, so its velocity begins the next step."""
+        return len(self.a) == len(self.b) - 1 and self.a[-1:] == (self.b[:-1],) and self.b[-1] == 0
+
+
+def _moved(x: Tensor, dt: Tensor | float, row: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
+    """``x + dt sum_j row_j k_j``, in one operation where one stage has a weight and the host has the length."""
+    if isinstance(dt, (int, float)) and row[-1] and not any(row[:-1]):
+        return x.add(stages[len(row) - 1], alpha=dt * row[-1])
+    return x + _increment(dt, row, stages)
+
+
+def explicit(
     name: str,
     order: int,
     a: tuple[tuple[float, ...], ...],
@@ -137,21 +186,8 @@ def _explicit(
     The time of a stage, as a fraction of the step, is the sum of its row unless ``c`` gives it.
     """
     nodes = tuple(sum(row) for row in a) if c is None else c
-    # first same as last: the last stage is taken at the new state, so its velocity is the first one of the next
-    # step
-    fsal = len(a) == len(b) - 1 and a[-1:] == (b[:-1],) and b[-1] == 0
-
-    def advance(f: Velocity, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
-        stages = [f(t, x) if k1 is None else k1]
-        argument = x  # after the loop, the state of the last stage, which is the new state of an FSAL method
-        for node, row in zip(nodes, a, strict=True):
-            argument = x + _increment(dt, row, stages)
-            stages.append(f(t + node * dt, argument))
-        new = argument if fsal else x + _increment(dt, b, stages)
-        estimate = None if error is None else _increment(dt, error, stages)
-        return (stages[-1] if fsal else None), new, estimate, stages
-
-    return Method(name, advance, order, error is not None, b, error, draws or b, nodes=(0.0, *nodes))
+    step = _ExplicitStep(a, b, nodes, error)
+    return Method(name, step, order, error is not None, b, error, draws or b, nodes=(0.0, *nodes))
 
 
 _DOPRI5_B = (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0)
@@ -186,17 +222,17 @@ _TSIT5_A = (
 # are negative, so their draws are the non-negative weights of third-order quadratures on the same stages. The first
 # stage has weight 0 there, because the previous step has evaluated it already.
 _METHODS = [
-    _explicit("euler", 1, (), (1.0,)),
-    _explicit("midpoint", 2, ((0.5,),), (0.0, 1.0)),
-    _explicit("rk4", 4, ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
-    _explicit(
+    explicit("euler", 1, (), (1.0,)),
+    explicit("midpoint", 2, ((0.5,),), (0.0, 1.0)),
+    explicit("rk4", 4, ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
+    explicit(
         "rk4_38",
         4,
         ((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
         (1 / 8, 3 / 8, 3 / 8, 1 / 8),
         c=(1 / 3, 2 / 3, 1.0),
     ),
-    _explicit(
+    explicit(
         "dopri5",
         5,
         _DOPRI5_A,
@@ -204,7 +240,7 @@ _METHODS = [
         error=tuple(b - b4 for b, b4 in zip(_DOPRI5_B, _DOPRI5_B4, strict=True)),
         draws=(0.0, 0.0, 2 / 3, 1 / 6, 0.0, 0.0, 1 / 6),
     ),
-    _explicit(
+    explicit(
         "tsit5",
         5,
         _TSIT5_A,

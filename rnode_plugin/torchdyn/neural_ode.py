@@ -72,9 +72,9 @@ THEIRS = dict(vars(torchdyn_neuralde.NeuralODE))
 class NeuralODE(torchdyn_neuralde.NeuralODE):
     """torchdyn's neural ODE with penalties on its vector field (sections 4 and 5 of the paper).
 
-    Without new arguments its results equal the results of torchdyn's class, bitwise if the coefficients of the
-    solver are the same. torchdyn rounds the coefficients of a solver given by name to single precision. This class
-    does so only for a state in single precision.
+    Without new arguments its results equal the results of torchdyn's class up to rounding, with the same number of
+    evaluations. torchdyn rounds the coefficients of a solver given by name to single precision. This class does so
+    only for an adaptive solver and a state in single precision.
 
     The arguments before ``regularizers`` are torchdyn's, in its order.
 
