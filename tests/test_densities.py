@@ -32,10 +32,9 @@ from rnode_plugin import (
     RegularizedCNF,
     map_log_prob,
 )
-from rnode_plugin.errors import ConfigError
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.regularizers import Steer
-from rnode_plugin.solvers import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS
+from rnode_plugin.solvers import GRADIENTS
 
 
 def test_samples_and_temperature() -> None:
@@ -254,42 +253,6 @@ def test_density_of_a_flow_matching_model(data_time: float) -> None:
     ).double()
     torch.testing.assert_close(fixed.log_prob(x), target.log_prob(x), rtol=1e-5, atol=1e-5)
     assert fixed.regularization == {}
-
-
-SOLVERS = [
-    *(FixedGrid(method, step=0.1) for method in FIXED_METHODS),
-    *(Adaptive(name) for name in ADAPTIVE_METHODS),
-]
-
-
-@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.name)
-def test_a_solver_object_means_one_method_in_every_density(solver: Any) -> None:
-    """Its values and evaluations do not depend on the solver with which the model was made."""
-    x = torch.randn(5, 2, dtype=torch.float64)
-    expected = RegularizedCNF(
-        Wave(2), event_shape=2, trace_estimator="exact", solver=solver, t_span=(0.0, 1.0)
-    ).double()
-    values = expected.log_prob(x)
-    for made in METHODS:
-        model = RegularizedCNF(
-            Wave(2), event_shape=2, trace_estimator="exact", solver=made, t_span=(0.0, 1.0)
-        ).double()
-        assert torch.equal(model.solved_with(solver=solver).log_prob(x), values)
-        output = model.encode(x, solver=solver)
-        assert torch.equal(model.log_prob_of(output), values)
-        assert output.nfe == expected.nfe
-
-
-@pytest.mark.parametrize("solver", ["euler", "rk4", "rk4_38", FixedGrid("rk4", step=None)])
-def test_a_fixed_grid_between_data_and_noise_needs_its_steps(solver: Any) -> None:
-    """One step gives a log-density that is wrong, and that training exploits."""
-    given: dict[str, Any] = {"event_shape": 2, "solver": solver}
-    with pytest.raises(ConfigError, match=r"would take one step .* give steps=, or solver='dopri5'"):
-        RegularizedCNF.from_velocity(GaussianToGaussian(), **given)
-    model = RegularizedCNF.from_velocity(GaussianToGaussian(), steps=4, **given)
-    torch.testing.assert_close(model.t_span, torch.linspace(1, 0, 5, dtype=model.t_span.dtype))
-    with pytest.raises(ConfigError, match="steps must be a whole number of at least 1, not 0"):
-        RegularizedCNF.from_velocity(GaussianToGaussian(), steps=0, **given)
 
 
 # --- distribution() ---

@@ -24,7 +24,6 @@ from rnode_plugin import (
     MultiscaleFlow,
     RegularizedCNF,
     TableFlow,
-    get_recipe,
 )
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
@@ -207,21 +206,6 @@ def test_arguments_that_do_not_fit_are_refused(name: str) -> None:
         ):
             with pytest.raises(ConfigError):
                 carry(each, **options)
-
-
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "model of a third party"])
-def test_a_recipe_holds_a_solver_for_every_place_that_takes_one(name: str) -> None:
-    given_by_recipe, made = get_recipe("mnist").override(["solver.step=0.5"]).solver, FixedGrid("rk4_38", step=0.5)
-    model, x, given = make(name)
-    z = model.encode(x, **given).z.detach()
-    for act in (
-        lambda solver: make(name, solver)[0].encode(x, **given).z,
-        lambda solver: model.solved_with(solver=solver).encode(x, **given).z,
-        lambda solver: model.encode(x, **given, solver=solver).z,
-        lambda solver: model.decode(z, **given, solver=solver).x,
-        lambda solver: model.inverse(z, **given, solver=solver),
-    ):
-        assert torch.equal(act(given_by_recipe), act(made))
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "model of a third party"])

@@ -235,7 +235,7 @@ def test_stages_are_drawn_by_the_weights_of_a_quadrature(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "divergence"),
-    [("rk4", False), ("rk4_38", True), pytest.param("dopri5", False, marks=pytest.mark.slow)],
+    [("rk4", False), ("rk4_38", True)],
 )
 def test_a_sampled_integral_is_unbiased(method: str, divergence: bool) -> None:
     """Means of value and gradients are the full ones within 3 standard errors, which are below 10 percent.
@@ -250,8 +250,7 @@ def test_a_sampled_integral_is_unbiased(method: str, divergence: bool) -> None:
     error = draws.std(0) / count**0.5
     assert bool((draws.std(0) > 1e-6 * full.abs()).all()), "without noise this test shows nothing"
     assert bool((3 * error < 0.1 * full.abs()).all()), "a wrong weight would not be seen"
-    # the quadrature that dopri5 draws from has an error too
-    assert bool(((draws.mean(0) - full).abs() < 3 * error + 1e-3 * full.abs()).all())
+    assert bool(((draws.mean(0) - full).abs() < 3 * error).all())
 
 
 @pytest.mark.parametrize("method", ["rk4_38", "dopri5"])

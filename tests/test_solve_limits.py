@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from problems import Linear, Wave, linear_closed_form, solver_of
-from torch import Tensor
+from torch import Tensor, nn
 
+from rnode_plugin import NeuralODE, RegularizedCNF, TableFlow
 from rnode_plugin.core.history import History
 from rnode_plugin.core.system import Derivative, RightHandSide, System
 from rnode_plugin.core.trace_estimators import Exact
@@ -209,6 +211,55 @@ def test_each_attempted_step_reads_one_number(method: str) -> None:
         assert first_step is None or s.stats.rejected > 0
         attempts = s.stats.steps + s.stats.rejected
         assert Watched.reads == attempts + more + 1  # and one look at the penalties
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def by_node(solver: str, mode: str = "autograd") -> Any:
+    return NeuralODE(perceptron(), solver, sensitivity=mode, regularizers=["kinetic", "jacfrob"])
+
+
+def by_density(solver: Solver) -> Any:
+    return RegularizedCNF(perceptron(), event_shape=2, solver=solver)
+
+
+# a model, and how many numbers a training step reads: one says that all was finite, a table of a run leaves it out
+READS: dict[str, tuple[Callable[[], Any], int | None]] = {
+    "table": (lambda: TableFlow(2, solver=FixedGrid()), 0),
+    "table, sampled": (lambda: TableFlow(2, solver=FixedGrid(quadrature="sampled")), 0),
+    "table, adaptive": (lambda: TableFlow(2, solver=Adaptive()), None),
+    "density": (lambda: by_density(FixedGrid()), 1),
+    "density, checkpointed": (lambda: by_density(FixedGrid(gradient="checkpointed")), 1),
+    "density, adaptive": (lambda: by_density(Adaptive(gradient="checkpointed")), None),
+    "NeuralODE": (lambda: by_node("rk4"), 1),
+    "NeuralODE, checkpointed": (lambda: by_node("rk4", "checkpointed"), 1),
+    "NeuralODE, adjoint": (lambda: by_node("rk4", "adjoint"), 1),
+    "NeuralODE, adaptive": (lambda: by_node("dopri5"), None),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_training_step_waits_for_its_device_where_it_may(name: str) -> None:
+    """A GPU works while Python prepares the next operations, until the host reads a number of the state."""
+    make, reads = READS[name]
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(4, 2).as_subclass(Watched)
+    for _ in range(2):  # the first step checks the field
+        Watched.reads = 0
+        if isinstance(model, TableFlow):
+            output = model.encode(x, check=False)
+            loss = sum(
+                (value.mean() for value in output.regularization.values()), -model.log_prob_of(output).mean()
+            )
+        elif isinstance(model, RegularizedCNF):
+            loss = -model.log_prob(x).mean() + model.reg_loss()
+        else:
+            loss = model(x, torch.linspace(0, 1, 3))[1][-1].square().mean() + model.reg_loss()
+        loss.backward()
+    # each trial reads one, the guess of the first step two, and one look at the penalties
+    assert Watched.reads == ((model.history.nfe - 2) // 6 + 3 if reads is None else reads)
 
 
 def step_lengths(t: Tensor, method: Method) -> list[float]:

