@@ -88,7 +88,7 @@ def counted_products() -> Iterator[list[int]]:
 
 
 @contextmanager
-def refuses(error: type[Exception], *names: str) -> Iterator[pytest.ExceptionInfo[Exception]]:
+def refuses(error: type[BaseException], *names: str) -> Iterator[pytest.ExceptionInfo[BaseException]]:
     """Inside, an error of this class must come whose message holds these names (golden/messages.txt)."""
     with pytest.raises(error) as caught:
         yield caught

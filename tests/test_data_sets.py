@@ -31,7 +31,7 @@ from problems import refuses
 from tiny_runs import as_options, rnode
 
 from rnode_plugin.errors import ConfigError, DataError
-from rnode_plugin.experiments.data import ImageData, Table, catalog, get_dataset, get_table, one_download, sets
+from rnode_plugin.experiments.data import ImageData, Table, catalog, get_dataset, one_download, sets
 
 
 def test_digits_are_the_real_ones_with_a_fixed_split():
@@ -298,51 +298,9 @@ def test_a_torchvision_that_is_broken_is_no_missing_server(tmp_path, monkeypatch
         get_dataset("mnist", root=str(tmp_path), download=download)
 
 
-def test_unknown_names_and_options_list_the_known_ones():
-    with refuses(ConfigError, "'mnist'"):
-        get_dataset("mnits")
-    with refuses(ConfigError, "'colums'"):
-        get_table("table", colums=("radius",))
-    with refuses(ConfigError, "'bits'", "root"):
-        get_dataset("digits", bits=5)
-    with refuses(ConfigError, "'size'", "download"):
-        get_dataset("cifar10", size=20)
-
-
 def _data(**changes) -> ImageData:
     images = np.zeros((10, 1, 4, 4), np.uint8)
     return ImageData(**{"name": "x", "train": images, "val": images, "shape": (1, 4, 4), "levels": 17, **changes})
-
-
-class _Unfaithful:
-    """A plugin's array, which returns something else than its shape and dtype say."""
-
-    shape, dtype = (10, 1, 4, 4), np.dtype(np.uint8)
-
-    def __init__(self, found: object) -> None:
-        self.found = found
-
-    def __len__(self) -> int:
-        return 10
-
-    def __getitem__(self, index: object) -> object:
-        return self.found
-
-
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"train": _Unfaithful(np.zeros((1, 1, 4, 4), np.uint8))}, r"train images return uint8 \(1, 1, 4, 4\) for 2"),
-    ({"val": _Unfaithful(np.zeros((2, 1, 4, 4)))}, r"val images return float64 .* promise uint8 \(2, 1, 4, 4\)"),
-    ({"val": _Unfaithful([0, 1])}, "val images return list for 2 indices"),
-    ({"train": np.zeros((10, 1, 4, 4), np.float32)}, "train images are float32 .* must be uint8"),
-    ({"val": np.zeros((10, 4, 4), np.uint8)}, r"val images are uint8 \(10, 4, 4\).*\(N, 1, 4, 4\)"),
-    ({"train": np.zeros((0, 1, 4, 4), np.uint8)}, r"train images are uint8 \(0"),
-    ({"train": np.full((10, 1, 4, 4), 17, np.uint8)}, "hold the value 17, which 17 levels"),
-    ({"train": [[0]]}, r"train images are list, but they must be uint8 arrays \(N, 1, 4, 4\)"),
-    ({"levels": 257}, "levels must be 2 to 256"),
-])  # fmt: skip
-def test_arrays_that_are_no_such_images_are_refused(changes, message):
-    with pytest.raises(DataError, match=message):
-        _data(**changes)
 
 
 def test_a_shape_that_is_no_tuple_equals_that_of_a_recipe():

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import application_calls
 import library_calls
 import pytest
 import torch
@@ -295,6 +296,7 @@ SETTINGS = (
 
 CALLS: dict[str, dict[str, Callable[[], object]]] = {
     "settings": {words: overridden(*words.split()) for words in SETTINGS},
+    **application_calls.CALLS,
     **library_calls.CALLS,
 }
 """Calls that are refused, by heading and name."""

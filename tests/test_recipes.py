@@ -251,20 +251,6 @@ def test_a_sampled_test_solver_is_refused() -> None:
         get_recipe("mnist-fast").override(["optimizer.matching_factor=1", "training.weights=mnist-pretrained"])
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"colour": 1}, "unknown setting 'colour'"),
-    ({"data": {"name": "mnist", "shape": [1, 2, 2], "depth": 3}}, "unknown setting 'data.depth'"),
-    ({"data": {"name": "mnist"}}, "data.shape: "),
-    ({"data": [1, 2]}, "data: .*dictionary"),
-    ({"regularizers": {"kinetic": "much"}}, "regularizers.kinetic: expected a finite number"),
-    ({"optimizer": {"warmup": 0.5}}, "optimizer.warmup"),
-    ({"test_solver": {"method": "tsit5", "atol": -1}}, r"^test_solver: .*atol must be a number >= 0"),
-])  # fmt: skip
-def test_bad_plain_recipes_are_refused(change: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Recipe.from_plain({**get_recipe("mnist").to_plain(), **change})
-
-
 @pytest.mark.parametrize(
     ("assignment", "wanted"),
     [
