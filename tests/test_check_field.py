@@ -674,5 +674,5 @@ def test_a_solve_that_explodes_keeps_its_own_error() -> None:
     model = RegularizedCNF(
         net, event_shape=(1, 8, 8), trace_estimator=Exact(radius=1), solver=GRID, regularizers=()
     )
-    with pytest.raises(SolverError, match="no longer finite"):
+    with pytest.raises(SolverError, match="finite"):
         model.log_prob(torch.ones(2, 1, 8, 8, dtype=torch.float64))

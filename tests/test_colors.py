@@ -242,7 +242,7 @@ def test_the_radius_of_a_stack_is_its_own() -> None:
     assert solve.probes is not None
     assert len(solve.probes) == 9
     close(solve(T, z).dlogdet, trace_of(dense(field, z)))
-    with pytest.raises(ConfigError, match="too small"):
+    with pytest.raises(ConfigError, match="radius"):
         System((), Exact(radius=1)).start(field, z).check_field(T, z)
 
 
@@ -259,7 +259,7 @@ def test_a_part_of_a_state_has_a_radius(radius: int) -> None:
     at: Any = (z, z.new_zeros(2))
     solve = system.start(both, at, density=False)  # pyright: ignore[reportArgumentType]
     if radius == 1:
-        with pytest.raises(ConfigError, match="too small"):
+        with pytest.raises(ConfigError, match="radius"):
             solve.check_field(T, at)
     else:
         close(solve(T, at).penalties["jacfrob"], dense(field, z).square().sum((1, 2)))
@@ -267,7 +267,7 @@ def test_a_part_of_a_state_has_a_radius(radius: int) -> None:
 
 def test_samples_without_space_have_no_radius() -> None:
     z = state(2, 6)
-    with pytest.raises(ConfigError, match=r"not of \(6,\)"):
+    with pytest.raises(ConfigError, match=r"\(6,\)"):
         System((), Exact(radius=1)).start(lambda t, z: z.sin(), z)
 
 

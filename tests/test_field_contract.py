@@ -160,7 +160,7 @@ def test_a_field_that_leaves_out_what_is_wanted_is_named(estimator: str, rate: A
 
     z = torch.ones(2, 3)
     solve = System([] if rate is None else [rate], estimator).start(Lazy(), z, density=rate is not total_derivative)
-    with pytest.raises(ConfigError, match=f"the Field Lazy was asked for '{missing}' and left it out"):
+    with pytest.raises(ConfigError, match=f"Lazy.*'{missing}'"):
         solve(torch.tensor(0.0), z)
 
 
@@ -294,7 +294,7 @@ def test_an_evaluation_leaves_what_a_call_leaves(name: str) -> None:
     assert_close(found.dz.detach(), plain, 1e-12, "velocity")
     for wants in (both, PRODUCTS, ALONG, VELOCITY):
         if case.draws:  # with another mask it is another function
-            with pytest.raises(ConfigError, match="draws random numbers"):
+            with pytest.raises(ConfigError, match="random"):
                 evaluator.repeat(t, z, wants, noise)
             assert_same(left(), called)
             continue
@@ -354,7 +354,7 @@ def test_samples_are_independent(name: str) -> None:
 def test_samples_that_mix_have_no_exact_jacobian(name: str) -> None:
     """One product with the Jacobian of the whole state exists, and so does one along a direction."""
     module, field, (t, z, noise) = met(name)
-    with pytest.raises(ConfigError, match=r"depends on other samples.*batch_dim=None"):
+    with pytest.raises(ConfigError, match="batch_dim=None"):
         check_field(field, t, z, apart=True)
     found = field.linearize(t, z, noise, PRODUCTS | ALONG)
     jacobian: Any = torch.autograd.functional.jacobian(lambda z: FIELDS[name].plain(module, z)(t, z), z)

@@ -184,11 +184,11 @@ def test_a_score_where_there_is_none_is_refused() -> None:
     """It is singular at the data, and no velocity is trained beyond the noise, as at the label 500 of 1000."""
     wrong = ((0.0, 1.0), (1.0, 0.0), (torch.tensor([0.5, 0.0]), 1.0), (500.0, 1.0), (-0.1, 0.0), (math.nan, 1.0))
     for t, noise_time in wrong:
-        with pytest.raises(ConfigError, match=r"from the noise, .* the score is singular: give times between"):
+        with pytest.raises(ConfigError, match="singular"):
             score(lambda t, x: x, t, torch.randn(2, 2), noise_time=noise_time)
     with pytest.raises(TypeError, match="noise_time"):  # either default would be wrong for somebody, in silence
         score(lambda t, x: x, 0.5, torch.randn(2, 2))  # pyright: ignore[reportCallIssue]
-    with pytest.raises(ConfigError, match="noise_time must be 0 or 1"):
+    with pytest.raises(ConfigError, match="noise_time"):
         score(lambda t, x: x, 0.5, torch.randn(2, 2), noise_time=0.999)
 
 

@@ -348,11 +348,11 @@ def test_every_density_keeps_the_penalties_of_its_last_call(name: str) -> None:
         outputs = [model.encode(x, **given), model.decode(outputs[0].z.detach(), **given)]
     sums = {key: sum(each.regularization[key] for each in outputs) for key in strengths}
     torch.testing.assert_close(model.regularization, sums)
-    with pytest.raises(ConfigError, match=r"must be (a tensor|of shape)"):
+    with pytest.raises(ConfigError, match=r"tensor|shape"):
         model.encode(x[..., :1], **given)
     with torch.no_grad():
         model.encode(x, **given)
-    with pytest.raises(ConfigError, match="did not integrate kinetic, jacfrob"):
+    with pytest.raises(ConfigError, match="jacfrob"):
         model.reg_loss()
     model.history = History(model.regularizers)
     for each in outputs:  # of a model that does not call `begin`, the last call counts, too
@@ -371,7 +371,7 @@ def test_a_generator_draws_the_latents_of_a_standard_normal(name: str) -> None:
     seeded = [torch.Generator().manual_seed(3) for _ in range(2)]
     if not isinstance(model.base, StandardNormal):
         assert name in ("model of a third party", "table flow with another base")
-        with pytest.raises(ConfigError, match="draws from torch's global generator"):
+        with pytest.raises(ConfigError, match="generator"):
             model.sample(3, generator=seeded[0], **given)
         return
     one, other = (model.sample(3, generator=each, **given) for each in seeded)

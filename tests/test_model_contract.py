@@ -221,7 +221,7 @@ def test_a_name_is_a_solver_with_its_defaults(name: str) -> None:
     ):
         assert torch.equal(act("rk4_38"), act(grid))
         assert torch.equal(act("dopri5"), act(Adaptive()))
-        with pytest.raises(ConfigError, match="belong in NeuralODE"):
+        with pytest.raises(ConfigError, match="NeuralODE"):
             act(RungeKutta4())
 
 
@@ -247,7 +247,7 @@ def test_a_copy_takes_its_regularizers_in_every_form(name: str) -> None:
         assert model.solved_with(regularizers=one).regularizers.strengths == {"kinetic": 0.3}
     assert model.solved_with(regularizers={kinetic: 0.5}).regularizers.strengths == {"kinetic": 0.5}
     if name == "model of a third party":  # which has no registry
-        with pytest.raises(ConfigError, match="takes regularizer objects"):
+        with pytest.raises(ConfigError, match="regularizer"):
             model.solved_with(regularizers="kinetic")
         return
     for names in ("kinetic", ["kinetic"]):

@@ -180,7 +180,7 @@ def test_states_without_a_graph_are_warned_of() -> None:
             penalties_along(field, times, states, BOTH)
         with torch.inference_mode():
             penalties_along(field, times, solved(field, x, times), BOTH)
-    with pytest.warns(UserWarning, match="states have no graph, so the gradient .* lacks the part"):
+    with pytest.warns(UserWarning, match="graph"):
         penalties_along(field, times, states.detach(), BOTH)
 
 
@@ -276,7 +276,7 @@ def test_a_context_is_the_third_argument() -> None:
     state_first = lambda x, t, c: field(t, x, c)  # noqa: E731
     torch.testing.assert_close(dict(penalties_along(state_first, times, states, BOTH, **given)), dict(wanted))
     for short in (lambda t, x: x, lambda x: x):
-        with pytest.raises(ConfigError, match=r"field\(t, z, context\), which this field does not take"):
+        with pytest.raises(ConfigError, match="context"):
             penalties_along(short, times, states, BOTH, **given)
 
 

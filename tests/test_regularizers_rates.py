@@ -223,7 +223,7 @@ def test_an_estimator_that_drew_no_noise_is_told_so() -> None:
     t, field = torch.tensor(0.3, dtype=torch.float64), lambda t, z: t * z
     found = evaluated(field, ["jacfrob"], t, z, OwnEstimator(draws=True))
     torch.testing.assert_close(found.dlogdet, (3 * t).expand(2))
-    with pytest.raises(ConfigError, match=r"noise, which draw\(\) of an estimator returns"):
+    with pytest.raises(ConfigError, match=r"draw\(\)"):
         evaluated(field, ["jacfrob"], t, z, OwnEstimator(draws=False))
 
 
@@ -249,9 +249,9 @@ def test_names_with_options_and_objects_are_the_same() -> None:
 
 def test_what_an_evaluation_cannot_have() -> None:
     z, t = torch.ones(2, 3, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
-    with pytest.raises(ConfigError, match="too many for 200 dimensions"):
+    with pytest.raises(ConfigError, match="200"):
         rates_of(lambda t, z: z * 2, [diagonal], t, torch.zeros(1, 200), "gaussian")  # pyright: ignore
-    with pytest.raises(ConfigError, match="must have the shape of z"):
+    with pytest.raises(ConfigError, match="shape"):
         System().start(lambda t, z: z.sum(1), z, density=False)(t, z)
 
 
@@ -265,7 +265,7 @@ def test_objective_is_equation_17() -> None:
     assert float(parts.nll) == 5.0
     assert float(parts.loss) == pytest.approx(5.0 + 0.1 * 2 / 4 + 0.01 * 6 / 4)
     assert {k: float(v) for k, v in parts.penalties.items()} == pytest.approx({"kinetic": 0.05, "jacfrob": 0.015})
-    with pytest.raises(ConfigError, match="did you mean 'kinetic'"):
+    with pytest.raises(ConfigError, match="'kinetic'"):
         objective(log_prob, penalties, lambdas={"kinetics": 1.0}, dims=4)
 
 
@@ -295,7 +295,7 @@ def test_bits_per_dim_of_any_range_are_the_bits_of_the_values(low: float, high: 
 
 
 def test_bits_per_dim_of_an_empty_range_are_refused() -> None:
-    with pytest.raises(ConfigError, match="high must be above low"):
+    with pytest.raises(ConfigError, match="high"):
         bits_per_dim(torch.zeros(3), dims=5, levels=256, low=1, high=-1)
 
 

@@ -132,25 +132,25 @@ def test_a_lambda_may_depend_on_the_step() -> None:
     for step, strength in ((0, 0.0), (4, 0.2), (10, 0.5), (99, 0.5)):
         torch.testing.assert_close(model.reg_loss(step=step).detach(), strength * kinetic + 0.1 * l1)
     torch.testing.assert_close(model.reg_loss(kinetic=1.0).detach(), kinetic + 0.1 * l1)
-    with pytest.raises(ConfigError, match=r"'kinetic' depends on .*: give it, reg_loss\(step=n\)"):
+    with pytest.raises(ConfigError, match=r"reg_loss\(step=n\)"):
         model.reg_loss()
-    with pytest.raises(ConfigError, match=r"step must be the number of steps .* not nan"):
+    with pytest.raises(ConfigError, match="nan"):
         model.reg_loss(step=float("nan"))  # pyright: ignore[reportArgumentType]
     for bad in (lambda step: -1.0, lambda step: float("nan"), lambda step: "much"):
         model = NeuralODE(Linear(3), "rk4", regularizers={"kinetic": bad})
         model(states())
-        with pytest.raises(ConfigError, match="finite number >= 0"):
+        with pytest.raises(ConfigError, match="finite"):
             model.reg_loss(step=1)
-    with pytest.raises(ConfigError, match="whole number of steps"):
+    with pytest.raises(ConfigError, match="steps"):
         linear_warmup(0)
 
 
 def test_objects_and_what_is_refused_when_called() -> None:
     resolved = resolve_regularizers({straightness: 0.1, kinetic: 5.0, Steer(0.1): None})
     assert list(resolved.strengths.values()) == [0.1, 5.0, 1.0]
-    with pytest.raises(ConfigError, match="must be smaller than the solve's length"):
+    with pytest.raises(ConfigError, match="length"):
         NeuralODE(Linear(3), "rk4", regularizers=["steer:1.5"])(states())
-    with pytest.raises(ConfigError, match="changes the times of a solve"):
+    with pytest.raises(ConfigError, match="times"):
         System([Steer()])
 
 

@@ -241,7 +241,7 @@ def test_a_time_that_was_passed_as_the_state_is_named() -> None:
         ):
             with pytest.raises(ConfigError, match=words):
                 act(torch.zeros(3, 2))
-    with pytest.raises(ConfigError, match=r"'sigma', .* is not known as a time"):
+    with pytest.raises(ConfigError, match="'sigma'"):
         RegularizedCNF.from_velocity(lambda xt, sigma: xt / sigma, event_shape=2)
 
 
@@ -250,9 +250,9 @@ def test_what_names_cannot_decide_is_refused_at_construction() -> None:
         def forward(self, input: Tensor, condition: Tensor, time: Tensor) -> Tensor:  # noqa: A002
             return 3 * time * condition * torch.ones_like(input)
 
-    with pytest.raises(ConfigError, match="'time' is neither the first nor the second parameter"):
+    with pytest.raises(ConfigError, match="'time'"):
         RegularizedCNF.from_velocity(OfSbi(), event_shape=2)
-    with pytest.raises(ConfigError, match="time_shape must be one of"):
+    with pytest.raises(ConfigError, match="time_shape"):
         RegularizedCNF.from_velocity(StateFirst(), event_shape=2, time_shape="(N,)")
     condition = torch.ones(2)
     model = RegularizedCNF.from_velocity(
@@ -267,9 +267,9 @@ def of_noise(x: Tensor, noise_level: Tensor) -> Tensor:
 
 def test_an_unfilled_parameter_is_named_where_time_is_first() -> None:
     for make in (NeuralODE, CNF, lambda net: RegularizedCNF(net, event_shape=2)):
-        with pytest.raises(ConfigError, match=r"also takes 'noise_level', .* net\(x, t\)\)"):
+        with pytest.raises(ConfigError, match="'noise_level'"):
             make(of_noise)  # pyright: ignore[reportArgumentType]
-        with pytest.raises(ConfigError, match=r"neither name is known as a time: .* time_first"):
+        with pytest.raises(ConfigError, match="time_first"):
             make(nameless)  # pyright: ignore[reportArgumentType]
     model = NeuralODE(time_first(of_noise, call=lambda net, t, x: net(x, t)), "midpoint")
     torch.testing.assert_close(model(torch.zeros(5, 2))[1][-1], torch.full((5, 2), 1.5))

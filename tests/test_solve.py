@@ -63,7 +63,7 @@ def test_a_penalty_with_the_fields_parameters_counts_them_once() -> None:
 def test_a_tolerance_for_each_entry_has_no_log_determinant() -> None:
     z = torch.ones(2, 2, dtype=torch.float64)  # as many samples as dimensions, so that anything could be broadcast
     solver = Adaptive("dopri5", atol=torch.full((2,), 1e-9), rtol=0.0)
-    with pytest.raises(ConfigError, match="must be numbers"):
+    with pytest.raises(ConfigError, match="atol"):
         solver.solve(System(trace_estimator="exact").start(Wave(2), z), z, torch.tensor([0.0, 1.0]).double())
     solver.solve(System().start(Wave(2), z, density=False), z, torch.tensor([0.0, 1.0]).double())
 
@@ -124,7 +124,7 @@ def test_checkpointed_with_dropout_and_seldom_read_parameters() -> None:
     s = FixedGrid("euler", step=0.25, gradient="checkpointed").solve(
         system.start(lambda t, z: z * readers[int(t >= 0.5)], z, probes=torch.ones_like(z)), z, t
     )
-    with pytest.raises(ConfigError, match="make it a parameter"):
+    with pytest.raises(ConfigError, match="parameter"):
         s.z[-1].sum().backward()
 
 
@@ -276,7 +276,7 @@ def test_how_many_products_a_sampled_quadrature_makes() -> None:
 
 def test_a_density_of_adaptive_steps_is_not_sampled() -> None:
     bound = System().start(Wave(), torch.ones(2, 3), probes=torch.ones(2, 3))
-    with pytest.raises(ConfigError, match="of a density needs a fixed grid: dopri5"):
+    with pytest.raises(ConfigError, match="dopri5"):
         Adaptive("dopri5", quadrature="sampled").solve(bound, torch.ones(2, 3), torch.tensor([0.0, 1.0]))
 
 
@@ -341,7 +341,7 @@ def test_several_solves_are_looked_at_together() -> None:
 
     z, times = torch.ones(2, 3), torch.tensor([0.0, 1.0])
     solved = [FixedGrid("euler", step=0.25).solve(fails_at(time), z, times) for time in (2.0, 0.4, 0.0)]
-    with pytest.raises(SolverError, match=r"no longer finite") as caught:
+    with pytest.raises(SolverError, match="finite") as caught:
         check_all([check for solution in solved for check in solution.health])
     assert (caught.value.t, caught.value.step, caught.value.nfe) == (0.5, 2, 3)
     assert solved[0].check() is solved[0]

@@ -243,9 +243,9 @@ def test_regularizers_keep_their_order_and_are_sorted_by_kind() -> None:
     assert found.undivided == {"error", "steer"}
     again = Regularizers.of([Rate("later", lambda at: at.velocity(at.t, at.z).sum(1), needs={"field"}), kinetic])
     assert again.needs == {"field"}
-    with pytest.raises(ConfigError, match="steer and trained_end both change the times"):
+    with pytest.raises(ConfigError, match="trained_end"):
         Regularizers.of([steer, TrainedEnd(2.0)])
-    with pytest.raises(ConfigError, match="'kinetic' is not a regularizer"):
+    with pytest.raises(ConfigError, match="'kinetic'"):
         Regularizers.of(["kinetic"])  # nothing looks names up
 
 

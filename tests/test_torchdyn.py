@@ -184,7 +184,7 @@ def test_quadrature_weights_that_do_not_fit_are_refused() -> None:
     exact = torch.full((2,), 1.5 * (1 - math.exp(-2)), dtype=torch.float64)
     assert torch.allclose(kinetic(Midpoint((0.0, 1.0))), exact, rtol=1e-4)
     for solver in (Midpoint((1.0, 1.0)), Midpoint((0.0, 0.5, 0.5)), Fewer()):
-        with pytest.raises(ConfigError, match="quadrature weights"):
+        with pytest.raises(ConfigError, match="weights"):
             kinetic(solver)
 
 
@@ -224,7 +224,7 @@ def test_save_at_return_t_eval_and_default_times() -> None:
         our_t, our_sol = ours(x, span, save_at)
         torch.testing.assert_close(our_sol, sol, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(our_t, torch.as_tensor(t))
-    with pytest.raises(ConfigError, match="once and only once"):
+    with pytest.raises(ConfigError, match="once"):
         ours(x, span, [0.55])
     assert torch.equal(NeuralODE(field, return_t_eval=False)(x), theirs.__class__(field, return_t_eval=False)(x))
     ours.t_span = torch.linspace(0, 2, 5)  # pyright: ignore[reportAttributeAccessIssue]
@@ -283,10 +283,10 @@ def test_the_step_of_a_grid_divides_the_intervals() -> None:
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
 def test_max_nfe_and_explosions_end_in_an_error(solver: str) -> None:
     x, explosive = torch.ones(2, 2), NeuralODE(lambda t, x: x**3 * 100, solver)
-    with pytest.raises(SolverError, match="budget of 5"):
+    with pytest.raises(SolverError, match="max_nfe"):
         NeuralODE(lambda t, x: -x, solver, max_nfe=5)(x, torch.linspace(0, 1, 50))
     for call in (explosive, explosive.trajectory):
-        with pytest.raises(SolverError, match=r"no longer finite|underflow"):
+        with pytest.raises(SolverError, match=r"finite|underflow"):
             call(x, torch.linspace(0, 9, 10))
 
 
@@ -424,7 +424,7 @@ def test_an_unknown_keyword_is_refused(installed: bool) -> None:
         rnode_plugin.install()
         made = TorchdynNeuralODE
     try:
-        with pytest.raises(TypeError, match="unexpected keyword argument 'solvr'"):
+        with pytest.raises(TypeError, match="'solvr'"):
             made(nn.Linear(2, 2), solvr="rk4")
     finally:
         rnode_plugin.uninstall()

@@ -141,7 +141,7 @@ def test_states_of_integers_and_without_a_batch() -> None:
     number = torch.tensor(1.0)
     assert torch.equal(NeuralODE(decay, "euler")(number)[1], TorchdynNeuralODE(decay, "euler")(number)[1])
     for batch_dim in (0, None):
-        with pytest.raises(ConfigError, match="batch dimension"):
+        with pytest.raises(ConfigError, match="batch"):
             NeuralODE(decay, "rk4", regularizers=["kinetic"], batch_dim=batch_dim)(number)
 
 
@@ -482,11 +482,11 @@ def test_what_a_sequence_of_calls_leaves(name: str) -> None:
         return
     torch.testing.assert_close(loss(), expected * of_one_call.reg_loss())
     if "sizes" in name:
-        with pytest.raises(ConfigError, match="no sum per sample"):
+        with pytest.raises(ConfigError, match="sample"):
             _ = model.regularization
     else:
         assert model.regularization["kinetic"].shape == (3,)
-    with pytest.raises(ConfigError, match="call the model"):
+    with pytest.raises(ConfigError, match="call"):
         pickle.loads(pickle.dumps(copy.deepcopy(model))).reg_loss()
 
 
@@ -498,5 +498,5 @@ def test_a_model_without_regularizers_has_no_penalties(make: Any) -> None:
             model(torch.randn(3, 2))
         assert model.regularization == {}
         assert float(model.reg_loss()) == 0
-        with pytest.raises(ConfigError, match="unknown penalty 'kinetic'"):
+        with pytest.raises(ConfigError, match="'kinetic'"):
             model.reg_loss(kinetic=0.1)
