@@ -18,6 +18,7 @@ from test_table_files import PAIRS, text_of, write
 
 from rnode_plugin import get_recipe
 from rnode_plugin.errors import RnodeError
+from rnode_plugin.experiments.comparison.configurations import configured_recipes
 from rnode_plugin.experiments.data import ImageData, get_dataset, get_table
 from rnode_plugin.experiments.data.table_files import column_names, read_columns
 from rnode_plugin.experiments.data.tables import Table, check_columns
@@ -236,9 +237,41 @@ def read_plain(changes: dict[str, object]) -> Callable[[], object]:
     return lambda: Recipe.from_plain({**get_recipe("mnist").to_plain(), **changes})
 
 
+CONFIGURATIONS = [
+    "",
+    "taylor:9",
+    "none",
+    "{",
+    "[" * 100_000,
+    '{"a": 1}',
+    '{"a": {"kinetic": 1}, "a": {"kinetic": 2}}',
+    '{"a": {"kinetic": 1, "kinetic": 2}}',
+    '{"a": {} "kinetic": 1}',
+    '{"": {}}',
+    "{}",
+    '{"a": {"kinetic": 1}, "b": {"kinetic": [], "l1": [1]}}',
+    '{"a": {"kinetic": -1}}',
+    '{"a:b": {"kinetic": 1}, "a-b": {"kinetic": 2}}',
+    '{"../a": {"kinetic": 1}}',
+    '{"a": {"kinetics": 1}}',
+    '{"a": {"kinetic": 1}, "b": {"kinetic": 1}}',
+]  # fmt: skip
+
+
+def configure(text: str) -> Callable[[], object]:
+    def act(here: Path) -> None:
+        if text.startswith(("[", "{")):
+            (here / "a.json").write_text(text)
+        name = str(here / "a.json") if text.startswith(("[", "{")) else text
+        configured_recipes(get_recipe("digits"), ("none", name))
+
+    return in_folder(act)
+
+
 CALLS: dict[str, dict[str, Callable[[], object]]] = {
     "recipes in JSON": {f"mnist with {changes}": read_plain(changes) for changes in PLAIN},
     "settings of a table": {f"table {' '.join(settings)}": override_table(settings) for settings in TABLE_SETTINGS},
+    "configurations": {f"configuration {text[:60]!r}": configure(text) for text in CONFIGURATIONS},
     "texts of tables": {name: read_text(text) for name, text in TEXTS.items()},
     "arrays of tables": {name: read_array(array) for name, array in ARRAYS.items()},
     "columns without a density": {name: accept(*columns) for name, columns in COLUMNS.items()},

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -103,33 +102,6 @@ def test_penalties_by_name_and_in_a_file(recipe: Recipe, tmp_path: Path) -> None
     assert list(found)[3:5] == ["digits-sweep-kinetic=0.001", "digits-sweep-kinetic=0.1"]
     for name in found:
         assert check_path_name(name, "configuration") == name
-
-
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "unknown configuration ''"),
-    ("taylor:9", "order from 2 to 5"),
-    ("none", "none and none have the same name"),
-    ("{", "must be JSON that maps names to penalties, such as"),
-    ("[" * 100_000, "must be JSON that maps names to penalties"),
-    ('{"a": 1}', "must be JSON that maps names to penalties"),
-    ('{"a": {"kinetic": 1}, "a": {"kinetic": 2}}', "a.json has the name 'a' twice"),
-    ('{"a": {"kinetic": 1, "kinetic": 2}}', "a.json has the name 'kinetic' twice"),
-    ('{"a": {} "kinetic": 1}', r"It is not JSON: Expecting ',' delimiter: line 1 column 10"),
-    ('{"": {}}', "a.json has a configuration without a name"),
-    ("{}", "a.json has no configuration"),
-    ('{"a": {"kinetic": 1}, "b": {"kinetic": [], "l1": [1]}}', "a sweep without a lambda"),
-    ('{"a": {"kinetic": -1}}', "a.json, a: regularizers.kinetic: expected a finite number"),
-    ('{"a:b": {"kinetic": 1}, "a-b": {"kinetic": 2}}', "a:b and a-b have the same name"),
-    ('{"../a": {"kinetic": 1}}', "recipe name 'digits-../a' cannot name a folder"),
-    ('{"a": {"kinetics": 1}}', "a: unknown regularizer 'kinetics'; did you mean 'kinetic'"),
-    ('{"a": {"kinetic": 1}, "b": {"kinetic": 1}}', "a and b have the same settings"),
-])  # fmt: skip
-def test_configurations_that_are_refused(recipe: Recipe, tmp_path: Path, text: str, message: str) -> None:
-    if text.startswith(("[", "{")):
-        (tmp_path / "a.json").write_text(text)
-        text = str(tmp_path / "a.json")
-    with pytest.raises(ConfigError, match=message):
-        configured_recipes(recipe, ("none", text))
 
 
 # the line of a run follows from its folder ---------------------------------------------------------------------
@@ -342,8 +314,7 @@ def test_files_of_a_user_stop_a_comparison(
     if linked:
         folder.parent.mkdir(parents=True)
         folder.symlink_to(theirs)
-    named = re.escape(str(folder)) if linked else r"model\.safetensors and 1 more"
-    with refuses(TrainingError, named):
+    with refuses(TrainingError, str(folder) if linked else "model.safetensors and 1 more"):
         run(recipe, tmp_path / "c", "none", "rnode")
     assert training.calls() == []
     assert {each.name for each in theirs.rglob("*") if each.is_file()} >= {"lab.txt", "model.safetensors"}
