@@ -73,7 +73,7 @@ class Counted(nn.Module):
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_values_and_evaluations_are_the_librarys(name: str, method: str) -> None:
-    """To the bit, for torchdyn in single precision, to which it rounds its coefficients.
+    """Torchdiffeq's to the bit, and torchdyn's to rounding, in the precision to which it rounds its coefficients.
 
     An interpolated adjoint has the states at its steps too. Checkpoints take one evaluation to prepare a replay.
     """
@@ -91,7 +91,8 @@ def test_values_and_evaluations_are_the_librarys(name: str, method: str) -> None
         torch.testing.assert_close(values[-1], wanted[-1])
         return
     assert field.calls == calls
-    assert torch.equal(values, wanted)
+    rounding = 1e-6 if face.library is by_torchdyn else 0.0
+    torch.testing.assert_close(values, wanted, rtol=rounding, atol=rounding)
     if name != "regularize":
         plain = face.make(field, None, method)
         found = plain.call(plain.module, z) if isinstance(plain, Model) else plain(z)

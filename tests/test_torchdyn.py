@@ -56,6 +56,10 @@ FIELDS = {
     "second_order": (lambda: mlp(4, 16, 2), {"order": 2}),
     "fourth_order": (lambda: mlp(4, 16, 1), {"order": 4}),
     "integral_loss": (lambda: mlp(3, 16, 3), {"integral_loss": lambda t, x: x.square().sum(1)}),
+    "control_beside_a_cost": (
+        lambda: nn.Sequential(DataControl(), mlp(6, 16, 3)),
+        {"integral_loss": lambda t, x: x.square().sum(1)},
+    ),
     "function": (lambda: lambda t, x, args=None: -x * t, {}),
 }
 
