@@ -241,8 +241,8 @@ def refusals(here: Path) -> dict[str, tuple[int, str, list[str]]]:
 def sentence(output: str, here: Path) -> str:
     """What a command says after ``Error:``, in one line."""
     said = " ".join(output.partition("Error:")[2].split())
-    for folder, name in ((here, "HERE"), (ROOT, "ROOT")):
-        said = said.replace(str(folder), name)
+    for text, name in ((str(here), "HERE"), (str(ROOT), "ROOT"), (torch.__version__, "VERSION")):
+        said = said.replace(text, name)
     return said
 
 
