@@ -133,7 +133,6 @@ def test_the_line_of_a_run(
         # steps after the checkpoint, which are taken again
         MetricsTable(folder / "metrics.csv", keep=100).add({"train/matching": 0.1, "seconds": 40.0}, 2)
     if state not in ("new", "begun"):
-        (folder / "checkpoints").mkdir()
         callbacks = {} if state == "foreign" else {AFTER_STEP: {"run_seconds": 1.5}}
         contents = {**header_with(get_recipe("digits")), "state_dict": {}, "callbacks": callbacks}
         torch.save(contents, folder / "checkpoints" / "last.ckpt")
@@ -170,7 +169,6 @@ def test_a_run_that_cannot_be_compared(
 ) -> None:
     (one,) = configured_recipes(recipe, ("none",))
     folder = write_run(tmp_path / "runs" / "digits-none" / "42", one, steps=1, facts=Facts.of(recipe.load_data()))
-    (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "last.ckpt").touch()
     if changed is None:
         (folder / "recipe.json").unlink()

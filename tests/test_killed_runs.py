@@ -67,9 +67,9 @@ def whole(finished_run: Callable[[str], Path]) -> Path:
 
 # Statements that replace a function by one that dies between two writes
 _BEFORE = """
-import rnode_plugin.experiments.files as files
+from pathlib import Path
 from rnode_plugin.experiments.runs.metrics import MetricsTable
-add, publish, calls = MetricsTable.add, files.Draft.publish, []
+add, replace, calls = MetricsTable.add, Path.replace, []
 
 def die():
     os.kill(os.getpid() if {alone} else 0, signal.SIGKILL)  # 0 is the group of all processes of the run
@@ -79,13 +79,13 @@ def die():
 def published(name: str, count: int, *, before: bool = False) -> str:
     """Statements that die right after, or before, a file with this name is published for the time ``count``."""
     return f"""
-def dying(self, **options):
-    calls.append(self._path.name)
-    now = self._path.name == "{name}" and calls.count("{name}") == {count}
+def dying(self, target):
+    calls.append(Path(target).name)
+    now = calls[-1] == "{name}" and calls.count("{name}") == {count}
     if now and {before}: die()
-    publish(self, **options)
+    replace(self, target)
     if now: die()
-files.Draft.publish = dying
+Path.replace = dying
 """
 
 
@@ -121,11 +121,10 @@ MetricsTable.add = dying
     "before the wider header": published("metrics.csv", 2, before=True),
     "after the wider header": published("metrics.csv", 2),
     "between previous and last": """
-replace = files.Path.replace
 def dying(self, target):
-    if self.name.startswith(".last.ckpt") and files.Path(target).with_name("previous.ckpt").exists(): die()
+    if self.name.startswith(".last.ckpt") and Path(target).with_name("previous.ckpt").exists(): die()
     return replace(self, target)
-files.Path.replace = dying
+Path.replace = dying
 """,
 }
 

@@ -105,12 +105,17 @@ def assert_logged(run: Run, kind: Kind, steps: int) -> None:
     assert found.last_step == steps
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
+def begun(path: Path) -> Run:
     """A run of images that has begun."""
-    run = Run(tmp_path / "run")
+    path.mkdir(parents=True)
+    run = Run(path)
     run.describe(IMAGES.recipe, ENVIRONMENT)
     return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return begun(tmp_path / "run")
 
 
 # a run from its beginning to its end ---------------------------------------------------------------------------
@@ -147,7 +152,7 @@ def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) ->
         "new": "not finished: step 6", "resumed": "not finished: step 8", "finished": "step 6 of 8",
         "max_time": "step 6 of 8, stopped by its time limit",
     }[state]  # fmt: skip
-    files = {"recipe.json", "environment.json", "metrics.csv"}
+    files = {"recipe.json", "environment.json", "metrics.csv", "checkpoints"}
     files |= set() if ended is None else {"result.json", kind.file}
     assert {each.name for each in run.path.iterdir()} == files
 
@@ -176,11 +181,10 @@ def test_the_run_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run = Run(tmp_path / "a")
     assert not run.is_described
     assert Run.of_checkpoint(run.best) is None
-    run.describe(IMAGES.recipe, ENVIRONMENT)
+    begun(run.path)
     assert run.is_described
     assert Run.of_checkpoint(run.last) == run
     assert Run.of_checkpoint(run.path / "elsewhere" / LAST) is None
-    run.last.parent.mkdir()
     monkeypatch.chdir(run.last.parent)
     assert Run.of_checkpoint(Path(LAST)) == run
 
@@ -270,15 +274,13 @@ def test_the_result_and_its_scores(kind: Kind, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("left", "own"),
-    [("", True), ("metrics.csv", True), ("samples/step-0000004.png", True), ("checkpoints/.last.ckpt.7.tmp", True),
+    [("", True), ("metrics.csv", True), ("samples/step-0000004.png", True), ("checkpoints/.last.ckpt.tmp", True),
      ("checkpoints/best.ckpt", False), ("tensorboard/events", False), ("of-mine/recipe.json", False),
      ("samples/mine.png", False), ("result.json", False), ("model.safetensors", False)],
 )  # fmt: skip
 def test_a_run_is_discarded_with_its_own_files_alone(tmp_path: Path, left: str, own: bool) -> None:
     """A logger, a callback or a user may have written into the folder, and weights and results stay."""
-    run = Run(tmp_path / "0")
-    run.describe(IMAGES.recipe, ENVIRONMENT)
-    (run.path / "checkpoints").mkdir()
+    run = begun(tmp_path / "0")
     with training_lock(run.path):
         if left:
             (run.path / left).parent.mkdir(exist_ok=True)
@@ -289,8 +291,7 @@ def test_a_run_is_discarded_with_its_own_files_alone(tmp_path: Path, left: str, 
 
 
 def test_a_run_with_links_is_not_discarded(tmp_path: Path) -> None:
-    run, theirs = Run(tmp_path / "0"), tmp_path / "theirs"
-    run.describe(IMAGES.recipe, ENVIRONMENT)
+    run, theirs = begun(tmp_path / "0"), tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "metrics.csv").touch()
     (link := tmp_path / "1").symlink_to(run.path)
@@ -310,7 +311,6 @@ def test_pictures_and_what_later_steps_have_left(run: Run) -> None:
     for step in (9, 10_000_000, 12):
         run.picture(step).touch()
     assert run.read().picture == (run.picture(10_000_000), 10_000_000)
-    run.last.parent.mkdir()
     for checkpoint in (run.last, run.previous, run.best):
         checkpoint.write_text(checkpoint.name)
     run.go_back(run.last, 12)
@@ -354,7 +354,7 @@ def test_new_folders(tmp_path: Path) -> None:
     with training_lock(claimed.path), refuses(ConfigError, str(claimed.path)):
         Run.claim(claimed.path)
     claimed.describe(IMAGES.recipe, ENVIRONMENT)
-    with pytest.raises(ConfigError, match=r"is not empty: it holds \w+\.json\. --resume continues a run"):
+    with pytest.raises(ConfigError, match=r"is not empty: it holds [\w.]+\. --resume continues a run"):
         Run.claim(claimed.path)
 
 
@@ -362,7 +362,7 @@ def test_finding_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     paths = [Path("runs") / "digits" / name for name in ("0", "1")]
     for path in paths:
-        Run(path).describe(IMAGES.recipe, ENVIRONMENT)
+        begun(path)
     assert Run.here() == [str(path) for path in paths]
     assert Run.find(Path("runs")) == [Run(path) for path in paths]
     assert Run.find(paths[1]) == [Run(paths[1])]
@@ -374,7 +374,7 @@ def test_finding_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_runs_behind_a_link_are_found_once(tmp_path: Path) -> None:
-    Run(tmp_path / "disk" / "0").describe(IMAGES.recipe, ENVIRONMENT)
+    begun(tmp_path / "disk" / "0")
     runs = tmp_path / "runs"
     runs.mkdir()
     (runs / "a").symlink_to(tmp_path / "disk")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..errors import ConfigError, DataError
-from ..experiments.files import SAFETENSORS, missing
+from ..experiments.files import SAFETENSORS, make_folder, missing
 from ..experiments.runs.run import Run, find_checkpoint
 from ..experiments.text import batch_counter, count_of, table
 from ..solvers import FixedGrid
@@ -272,6 +272,7 @@ def sample(
     flow, recipe, facts = load_with_recipe(checkpoint, map_location=pick_device(device))
     _warn_if_unfinished(checkpoint)
     target = free_path(out, recipe.kind.samples_file, force=force)
+    make_folder(target.parent)
     drawn = recipe.kind.write_samples(recipe.data, flow, target, request, facts=facts)
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
     drawn_at = ", ".join(f"{each:g}" for each in request.temperatures)

@@ -1,15 +1,13 @@
-"""Writes files whole or not at all (``Draft``, ``write_atomically``), checks names, and finds files in folders."""
+"""Writes files whole or not at all, checks names, and finds files in folders."""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 from ..errors import CheckpointError, ConfigError, first_line
@@ -77,69 +75,14 @@ def walk(
         yield Path(here), sorted(files)
 
 
-class Draft:
-    """A file that is written next to ``path`` and renamed to ``path`` when it is complete.
-
-    As a context manager it opens ``file`` for writing, and removes the written data unless :meth:`publish` was
-    called. Links are followed. Only regular files are replaced, never a device, a pipe or a folder.
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder, and those above it, where they are missing.
 
     Raises:
-        OSError: from this class and all of its methods, if the operating system refuses.
+        CheckpointError: the system refuses.
     """
-
-    file: BinaryIO
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
-
-    def __enter__(self) -> Draft:
-        self._target = Path(os.path.realpath(self._path))
-        if self._target.exists() and not self._target.is_file():
-            raise OSError("only regular files are replaced, not folders, devices or pipes; name another file")
-        self._target.parent.mkdir(parents=True, exist_ok=True)
-        # in the same folder, because a rename is atomic only within one file system
-        self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}.tmp")
-        self.file = self._temporary.open("wb")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(OSError):  # closing flushes, which fails again if writing has failed
-            self.file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def finish(self) -> None:
-        """Write everything to the disk and close the file."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-
-    def publish(self, *, keep: str | os.PathLike[str] | None = None) -> None:
-        """Rename the finished file to its path atomically. A file that was there before gets the name ``keep``."""
-        if keep is not None and self._target.exists():
-            self._target.replace(keep)
-        self._temporary.replace(self._target)
-        # sync the folder too, so that the rename survives a crash; Windows cannot open a folder
-        if os.name == "posix":
-            folder = os.open(self._target.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-
-
-def remove_drafts(folder: Path) -> None:
-    """Remove the drafts that processes have left in a folder when they were killed.
-
-    No other process may write into the folder meanwhile.
-    """
-    for each in folder.glob(".*.tmp"):
-        if is_draft(each):
-            each.unlink(missing_ok=True)
-
-
-def is_draft(path: Path) -> bool:
-    """Whether a file has the name of a draft."""
-    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
+    with _reporting(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
 
 
 def write_atomically(
@@ -148,23 +91,44 @@ def write_atomically(
     *,
     keep: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write a :class:`Draft` of ``path`` and publish it, so that ``path`` never holds half a file.
+    """Write a file under a hidden name beside ``path`` and rename it to ``path``, which never holds half a file.
+
+    The hidden name, ``.NAME.tmp``, is the same each time, so what a killed process has left is written anew. A link
+    is replaced, and what it points to stays. Only one process at a time may write ``path``.
 
     Args:
-        path: the file.
+        path: the file, in a folder that exists.
         contents: the contents, or a function that writes them into an open binary file.
         keep: new name for a file that was at ``path`` before; None replaces it.
 
     Raises:
-        CheckpointError: if the file cannot be written, for example on a full disk; no partial file remains.
+        CheckpointError: ``path`` is no regular file, or it cannot be written, for example on a full disk. Every
+            file then stays as it was.
     """
-    with _reporting(path), Draft(path) as draft:
-        if isinstance(contents, bytes):
-            draft.file.write(contents)
-        else:
-            contents(draft.file)
-        draft.finish()
-        draft.publish(keep=keep)
+    path = Path(path)
+    with _reporting(path):
+        if path.exists() and not path.is_file():
+            raise OSError("only regular files are replaced, not folders, devices or pipes; name another file")
+        draft = path.with_name(f".{path.name}.tmp")  # a rename is atomic only within one file system
+        try:
+            with draft.open("wb") as file:
+                if isinstance(contents, bytes):
+                    file.write(contents)
+                else:
+                    contents(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                path.replace(keep)
+            draft.replace(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        # sync the folder too, so that the rename survives a crash; Windows cannot open a folder
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from pathlib import Path
 from ...errors import CheckpointError, ConfigError, TrainingError
 from ..data.facts import Facts
 from ..evaluation.loading import check_device
-from ..files import write_atomically
+from ..files import make_folder, write_atomically
 from ..recipes.recipe import Recipe, Training, differences
 from ..reports import Report, write_report
 from ..reports.runs import data_name
@@ -140,7 +140,7 @@ def _planned(
             raise ConfigError(f"two recipes have the name {one.name} and the seed {one.training.seed}.")
         planned[folder] = _with_validations(one)
         _refuse_other(folder, planned[folder], known[one.data])
-    (out / "recipes").mkdir(parents=True, exist_ok=True)
+    make_folder(out / "recipes")
     return planned
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import CheckpointError
-from ..files import write_atomically
+from ..files import make_folder, write_atomically
 from .arrays import ImageArray
 
 _CHUNK = 1000  # samples that are read at once
@@ -65,8 +65,8 @@ def of_files(folder: Path, names: Sequence[str]) -> str:
             return identity
     identity = _of_contents(folder, names)
     if now - newest > _SETTLED:
-        with contextlib.suppress(OSError, CheckpointError):  # a cache that cannot be written costs time alone
-            kept.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(CheckpointError):  # a cache that cannot be written costs time alone
+            make_folder(kept.parent)
             write_atomically(kept, identity.encode())
     return identity
 

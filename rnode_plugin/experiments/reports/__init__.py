@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas
 
 from ...errors import CheckpointError
-from ..files import write_atomically
+from ..files import make_folder, write_atomically
 from ..text import table as text_table
 from .configurations import group_runs
 from .figures import PANELS
@@ -78,6 +78,7 @@ def write_report(
     files = {Path(out) / "figures" / name: contents for name, contents in pictures.items()}
     page, is_new = Path(out) / "report.html", not Path(out).exists()
     try:
+        make_folder(Path(out) / "figures")
         # "replace", because the name of a folder need not be valid text
         for path, contents in {**files, page: html.encode(errors="replace")}.items():
             write_atomically(path, contents)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError, ConfigError
 from ...plugins import registry
-from ..files import is_draft, remove_drafts, walk, write_atomically
+from ..files import walk, write_atomically
 from ..recipes.pretrained import PRETRAINED, pretrained_file
 from .texts import reading, write_json
 
@@ -77,7 +77,6 @@ class Run:
         self.samples = path / "samples"
         self.result = path / "result.json"  # with a file of scores, whose name depends on the kind of the recipe
         self._lock = path / _LOCK
-        self._subfolders = (self._checkpoints, self.samples)
 
     # ---- finding ----
 
@@ -168,41 +167,6 @@ class Run:
                 )
         return Run(path)
 
-    def refuse_links(self) -> None:
-        """Refuse a folder whose files would be written elsewhere, as an archive from somebody else may make it.
-
-        Raises:
-            ConfigError: a subfolder of the run is a link out of it.
-        """
-        for folder in self._subfolders:
-            if folder.is_symlink() and not folder.resolve().is_relative_to(self.path.resolve()):
-                raise ConfigError(
-                    f"{folder} is a link out of the run folder, to {os.readlink(folder)}: put a folder in its "
-                    "place."
-                )
-
-    def replace_links(self) -> None:
-        """Put a copy in place of each link to a file that a run writes, so that what it points to stays as it is.
-
-        Raises:
-            ConfigError: a subfolder of the run is a link out of it.
-        """
-        self.refuse_links()
-        files = [self._environment, self.metrics, self._recipe, self.result]
-        for folder in self._subfolders:
-            files += sorted(folder.glob("*"))
-        for file in files:
-            if file.is_symlink() and not file.is_dir():
-                contents = file.read_bytes() if file.is_file() else None
-                file.unlink()
-                if contents is not None:
-                    write_atomically(file, contents)
-
-    def remove_drafts(self) -> None:
-        """Remove half-written files of a killed process. Only the process that holds the lock may call this."""
-        for folder in (self.path, self._checkpoints, self.samples):
-            remove_drafts(folder)
-
     def result_steps(self) -> int | None:
         """Read after how many steps the result was written; None without a result, or for one that is damaged."""
         try:
@@ -217,6 +181,7 @@ class Run:
         # all of these describe best weights that the run is about to replace
         for each in (self.result, self.picture(), self.path / recipe.kind.scores_file):
             each.unlink(missing_ok=True)
+        self._checkpoints.mkdir(exist_ok=True)
         write_json(self._recipe, recipe.to_plain())
         write_environment(self._environment, environment, facts)
 
@@ -234,7 +199,7 @@ class Run:
             return [self.path]
         others = [
             each for each in sorted(self.path.rglob("*"))
-            if each.is_symlink() or not (each in own or each.is_dir() or is_draft(each))
+            if each.is_symlink() or not (each in own or each.is_dir() or re.fullmatch(r"\..+\.tmp", each.name))
         ]  # fmt: skip
         if not others:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -349,8 +314,8 @@ def _if_recipe(path: Path) -> str:
 
 
 @contextmanager
-def training_lock(folder: Path) -> Iterator[bool]:
-    """Lock the run in ``folder`` for this process, and give whether the lock was taken.
+def training_lock(folder: Path) -> Iterator[None]:
+    """Lock the run in ``folder`` for this process.
 
     The system frees the lock of a process that ends, even if it is killed. A file system without locks cannot
     notice two processes that train one run, so a line on standard error warns about it.
@@ -368,6 +333,6 @@ def training_lock(folder: Path) -> Iterator[bool]:
     except (OSError, NotImplementedError) as error:  # no locks here, or a folder that cannot be written
         print(f"{folder} cannot be locked ({error}): start no other process that trains it.", file=sys.stderr)
     try:
-        yield lock.is_locked
+        yield
     finally:
         lock.release()

@@ -95,8 +95,7 @@ class AfterStep(Checkpoint):
             "trace_estimator": "rademacher" if noise == "gaussian" else noise,
             "samples": [*experiment.data.identity, len(experiment.data.val)],
         }
-        # all three in the first process alone
-        self._locked = False
+        # both in the first process alone
         self._table: MetricsTable | None = None
         self._terminal: Terminal | None = None
         self._step = 0  # the step that this was called for last
@@ -119,23 +118,20 @@ class AfterStep(Checkpoint):
         """Wall-clock time of the run so far, including the parts before it was resumed."""
         return self._seconds_before + time.monotonic() - self._began
 
-    def open(self, folder: Run, *, locked: bool) -> None:
-        """Tell the first process the folder of the run, and whether this process holds its lock."""
-        self.folder, self._locked = folder, locked
+    def open(self, folder: Run) -> None:
+        """Tell the first process the folder of the run."""
+        self.folder = folder
         self._terminal = Terminal(self._recipe, self._plan) if self._progress else None
 
     def begin(self, trainer: L.Trainer) -> None:
         """Let the first process change the folder, once, when nothing can refuse the run any more.
 
         This comes after the first step of a call, because Lightning, a callback, the memory or a broken picture may
-        refuse the run until then. The half-written files of a killed process go, a run that is resumed goes back to
-        its checkpoint, the results of its earlier part go, and recipe and environment are written.
+        refuse the run until then. A run that is resumed goes back to its checkpoint, the results of its earlier
+        part go, and recipe and environment are written.
         """
         if not self.begun and trainer.is_global_zero:
             run, experiment = self.run, self._experiment
-            run.replace_links()
-            if self._locked:
-                run.remove_drafts()
             if experiment.resumed is not None:
                 experiment.resumed.go_back()
             self.replaced = run.result_steps()
@@ -388,6 +384,7 @@ class SampleGrids(Callback):
             return
         module = cast("RnodeModule", pl_module)
         recipe, path = module.recipe, self._after_step.run.picture(trainer.global_step)
+        path.parent.mkdir(exist_ok=True)
         try:
             recipe.kind.write_samples(recipe.data, module.flow, path, recipe.pictured)
         except SolverError as error:  # a latent far out may fail where no image does, so training continues

@@ -27,7 +27,7 @@ from ...flows.density import DensityModel
 from ...solvers import FixedGrid
 from ..data import ImageData, Table
 from ..data.facts import Facts, doubt
-from ..files import SAFETENSORS, write_atomically
+from ..files import SAFETENSORS, make_folder, write_atomically
 from ..recipes.recipe import Recipe
 from ..runs.run import LAST, checkpoint_files, find_checkpoint
 
@@ -70,6 +70,7 @@ def save_flow(
     """
     _refuse_another(flow, recipe)
     beside = header_with(recipe, facts)
+    make_folder(Path(path).parent)
     if Path(path).suffix == SAFETENSORS:
         # copies: the format refuses tensors that share memory or have unusual strides
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in flow.state_dict().items()}

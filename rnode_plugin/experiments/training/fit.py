@@ -169,8 +169,7 @@ def _opened(experiment: Experiment, options: RunOptions, after_step: AfterStep) 
     an error or a signal, is removed, unless a logger or a callback has left a file in it.
 
     Raises:
-        ConfigError: another process trains the run, the folder for a new run is not empty, or a subfolder of the
-            run is a link out of it.
+        ConfigError: another process trains the run, or the folder for a new run is not empty.
     """
     former = None if experiment.resumed is None else experiment.resumed.run
     if former is not None:
@@ -179,9 +178,8 @@ def _opened(experiment: Experiment, options: RunOptions, after_step: AfterStep) 
         run = Run.claim(options.run_folder)
     else:
         run = Run.create(options.runs, experiment.recipe)
-    run.refuse_links()
-    with training_lock(run.path) as locked:
-        after_step.open(run, locked=locked)
+    with training_lock(run.path):
+        after_step.open(run)
         try:
             yield run
         finally:
@@ -262,6 +260,7 @@ def _conclude(
     if recipe.training.sample_images and recipe.kind.has_grid:
         try:
             picture = run.picture()
+            picture.parent.mkdir(exist_ok=True)
             recipe.kind.write_samples(recipe.data, flow, picture, recipe.pictured)
             samples = picture
         except SolverError as error:  # a latent far out may fail where no held-out sample does
