@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import csv
 import json
 import re
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,30 @@ PAGES = [
 NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = [ROOT / "benchmarks" / "README.md", RESULTS / "README.md", RESULTS / "penalties.csv"]
-REPEATING = ("README.md", "docs/index.md", "docs/which_penalty.md")
+REPEATING = ("docs/index.md", "docs/which_penalty.md")
+FRESH, TRAININGS, REVERSED = "fresh_weights_28x28.csv", "whole_trainings.csv", "reversed_solve.csv"
+MOONS, MOONS_TOO, DIGITS = (
+    tuple(f"{program},{penalties}" for penalties in ("none", "kinetic at 0.01", "kinetic at 0.1"))
+    for program in ("classifier.py", "torchdiffeq_moons.py", "drop_in_classifier.py")
+)
+STEPS, NFE, TIME, ACCURACY = ("bits_per_dim", "nfe", "steps"), ("NFE",), ("of the time without",), ("accuracy, %",)
+AFTER = ("loss after 200 steps",)
+FIGURES = (  # a text of README, the file of its numbers, and their rows and columns
+    ("no penalties | {} | {} | {:,.0f} |", FRESH, ("ffjord,14409",), STEPS),
+    ("λ = 0.01 | {} | {} | {:,.0f} |", FRESH, ("rnode,14401",), STEPS),
+    ("torchdyn, two moons | {:.0f} → {:.0f}, {:.0f} |", TRAININGS, MOONS, NFE),
+    ("torchdiffeq, two moons | {:.0f} → {:.0f}, {:.0f} |", TRAININGS, MOONS_TOO, NFE),
+    ("torchdyn, digits | {:.0f} → {:.0f}, {:.0f} |", TRAININGS, DIGITS, NFE),
+    (" {:.2f}, {:.2f} | 99.7 →", TRAININGS, MOONS[1:], TIME),
+    (" {:.2f}, {:.2f} | 99.8, 90.4, 97.7 →", TRAININGS, MOONS_TOO[1:], TIME),
+    (" {:.2f}, {:.2f} | 96.8 →", TRAININGS, DIGITS[1:], TIME),
+    ("| {:.1f} → {:.1f}, {:.1f} |", TRAININGS, MOONS, ACCURACY),
+    ("| {} → {:.1f}, {:.1f} |", TRAININGS, MOONS_TOO, ACCURACY),
+    ("| {:.1f} → {:.1f}, {:.1f} |", TRAININGS, DIGITS, ACCURACY),
+    ("`adjoint` is off by {} %", REVERSED, ("torchdyn,adjoint",), ("error, %",)),
+    ("raises the loss to {}.", REVERSED, ("torchdyn,adjoint",), AFTER),
+    ("the loss falls to {}.", REVERSED, ("this package,adjoint",), AFTER),
+)
 COLUMNS = 80  # the site cuts longer lines of code at its right edge
 
 
@@ -57,15 +82,38 @@ def outputs() -> Iterator[str]:
 
 
 def figures() -> Iterator[str]:
-    """Figures "without → with", and some of MNIST, that a page repeats and no page of benchmarks has."""
+    """Numbers of README that are not those of their file, and figures "without → with" of other pages."""
+    text = left = " ".join(_plain((ROOT / "README.md").read_text()).split())
+    for template, file, rows, columns in FIGURES:
+        figure = template.format(*(_cell(file, row, column) for row in rows for column in columns))
+        left = left.replace(figure.strip("| "), "")
+        if figure not in text:
+            yield f"README.md: {file} has: {figure}"
+    for cell in re.findall(r"\| ([\d.,]+(?: → [\d., ]+)?) (?=\|)", left):
+        yield f"README.md: FIGURES in .ci/pages.py has not: {cell}"
     source = _plain("".join(page.read_text() for page in MEASURED))
     for name in REPEATING:
         text = _plain((ROOT / name).read_text())
         found = re.findall(r"(?<!, )\b[\d.]+ → [\d.]*\d", text)
         found += re.findall(r"[\d.]+, [\d.]+, [\d.]+ → [\d.]+, [\d.]+, [\d.]*\d", text)
-        for figure in [*found, *re.findall(r"0\.994|1\.053|10\.7 hours|0\.0023", text)]:
+        found += re.findall(r"[\d.]+ hours", text)
+        for figure in found:
             if figure not in source:
                 yield f"{name}: {figure} stands in none of {', '.join(map(_name, MEASURED))}"
+
+
+class Cell(str):
+    """A cell of a table. With a format such as ``.2f`` it is the mean of the numbers in it."""
+
+    def __format__(self, spec: str) -> str:
+        return format(statistics.mean(map(float, self.split(", "))), spec) if spec else str(self)
+
+
+def _cell(file: str, row: str, column: str) -> Cell:
+    """The cell of the row whose first cells are ``row``."""
+    with (RESULTS / file).open(newline="") as stream:
+        (line,) = (line for line in csv.DictReader(stream) if ",".join(line.values()).startswith(f"{row},"))
+    return Cell(line[column])
 
 
 def listed() -> Iterator[str]:
