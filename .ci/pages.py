@@ -126,9 +126,9 @@ def listed() -> Iterator[str]:
 
 
 def messages() -> Iterator[str]:
-    """Headings of the troubleshooting page that the package does not have as a message."""
+    """Headings of the page of error messages that the package does not have as a message."""
     constants = [text for path in (ROOT / "rnode_plugin").rglob("*.py") for text in _texts(path)]
-    page = ROOT / "docs" / "troubleshooting.md"
+    page = ROOT / "docs" / "faq.md"
     quoted = re.findall(r"^### `(.+)`$", page.read_text(), re.MULTILINE)
     if not quoted:
         yield f"{_name(page)}: no heading is a message"

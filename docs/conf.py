@@ -76,13 +76,13 @@ SIDEBAR = {
     " notebooks/image_flow",
     "which_penalty": "regularizers mathematics comparison papers",
     "benchmarks": "results",
-    "torchdyn": "fields compile diagnose export",
-    "images": "exact_images tables training scaling reports reproduce",
-    "faq": "troubleshooting cli glossary",
+    "torchdyn": "fields diagnose export",
+    "images": "tables training scaling reports reproduce",
+    "faq": "cli glossary",
     "api/index": "api/types api/torchdyn api/torchdiffeq api/penalties api/flow_matching api/core"
     " api/solvers api/fields api/flows api/data api/recipes api/training api/evaluation api/reports api/plugins"
     " api/errors",
-    "contributing": "plugins write_a_model third_party_plugin maf_tables parquet_pictures otflow ffjord_rates"
+    "contributing": "plugins third_party_plugin maf_tables parquet_pictures otflow ffjord_rates"
     " architecture changelog code_of_conduct security",
 }
 TITLES = {  # shorter ones, for the sidebar
@@ -92,12 +92,11 @@ TITLES = {  # shorter ones, for the sidebar
     "faq": "Help",
     "training": "Training and resume",
     "tables": "Tables",
-    "scaling": "GPU, devices, machines",
+    "scaling": "Compiled steps, devices",
     "diagnose": "Diagnose",
     "results": "All measurements",
     "export": "Export",
     "mathematics": "Mathematics",
-    "troubleshooting": "Error messages",
     "third_party_plugin": "Example: a regularizer",
     "maf_tables": "Example: data sets and recipes",
     "parquet_pictures": "Example: parquet pictures",

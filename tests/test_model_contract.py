@@ -1,4 +1,4 @@
-"""The contract of density models, which docs/write_a_model.md states, held by each model."""
+"""The contract of density models, which docs/plugins.md states, held by each model."""
 
 from __future__ import annotations
 

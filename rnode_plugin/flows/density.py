@@ -60,8 +60,8 @@ class DensityModel(nn.Module, ABC):
 
     All models here derive from this class. Training by likelihood, evaluation, diagnosis and export
     call only the methods that are documented here. To write your own model, set the attributes and implement
-    :meth:`encode` and :meth:`decode`; the other methods follow from these two. The page "Write a model" has an
-    example.
+    :meth:`encode` and :meth:`decode`; the other methods follow from these two. The page "Writing a plugin" has
+    an example.
 
     Attributes:
         event_shape: shape of one sample.

@@ -49,7 +49,7 @@ def rnode_register_models() -> Mapping[str, object]:
     """Models that a recipe can name.
 
     A model is a callable that takes the shape of an image or the number of columns, and the recipe's settings as
-    keyword arguments. It returns a :class:`~rnode_plugin.DensityModel`. The page "Write a model" states the
+    keyword arguments. It returns a :class:`~rnode_plugin.DensityModel`. The page "Writing a plugin" states the
     contract.
     """
     ...
