@@ -105,11 +105,15 @@ def test_a_name_is_no_recipe() -> None:
         fit("table")  # pyright: ignore[reportArgumentType]
 
 
-def test_a_folder_that_was_removed_is_named(tmp_path: Path) -> None:
-    remove = BeforeStep(lambda module, step: shutil.rmtree(tmp_path / "digits" / "0") if step == 3 else None)
-    message = r"^training stopped: the folder of the run, .*digits.0, was removed\.$"
+@pytest.mark.parametrize("log_every", [1, 100])  # the next file is that of the metrics, or a checkpoint
+@pytest.mark.parametrize("change", [shutil.rmtree, lambda folder: folder.rename(folder.with_name("renamed"))])
+def test_a_folder_that_is_gone_is_named(tmp_path: Path, change: Callable[[Path], object], log_every: int) -> None:
+    """It is not made again, because the run would lie in two halves."""
+    act = BeforeStep(lambda module, step: change(tmp_path / "digits" / "0") if step == 3 else None)
+    message = r"^training stopped: the folder of the run, .*digits.0, was removed or renamed\.$"
     with pytest.raises(TrainingError, match=message):
-        run(tiny_recipe("training.log_every=1"), tmp_path, callbacks=[remove])
+        run(tiny_recipe(f"training.log_every={log_every}"), tmp_path, callbacks=[act])
+    assert not (tmp_path / "digits" / "0").exists()
 
 
 @pytest.mark.parametrize(("tasks", "said"), [("1", False), ("2", True)])

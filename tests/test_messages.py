@@ -21,10 +21,12 @@ import library_calls
 import pytest
 import torch
 from image_files import random_images, write_picture
+from run_folders import result_of
 
 from rnode_plugin import get_recipe
 from rnode_plugin.errors import RnodeError
 from rnode_plugin.experiments.data.facts import Facts
+from rnode_plugin.experiments.files import sha256_of
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint, save_flow
@@ -214,7 +216,7 @@ def make_files(here: Path) -> None:
             "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {}, "epoch_loop.batch_progress": {}}},
         }
         torch.save({**read_checkpoint(run.best), **begun}, run.last)
-        run.result.touch()
+        run.conclude(dataclasses.replace(result_of(3), best_sha256=sha256_of(run.best)), recipe)
         (run.path / "recipe.json").write_text(json.dumps(recipe.to_plain()))
     good = (here / "runs" / "digits" / "0" / "checkpoints" / "best.ckpt").read_bytes()
     for file, contents in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from rnode_plugin import get_recipe
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.evaluation.measures import Evaluation, Mean
+from rnode_plugin.experiments.files import sha256_of
 from rnode_plugin.experiments.quantities import numbers_of, scores_of, state_of, steps_of
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.environment import Environment
@@ -129,8 +131,8 @@ def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) ->
     facts = Facts("a", "b", ((0.1, 2.0),) if kind is TABLE else None)
     run.describe(kind.recipe, ENVIRONMENT, facts)
     log(run, kind, range(1, 7))
-    if state == "resumed":  # from step 5, and what was known of other weights is gone
-        run.conclude(result(kind), kind.recipe)
+    if state == "resumed":  # from step 5, and the result of other weights does not count
+        run.conclude(result(kind, steps=6), kind.recipe)
         run.describe(kind.recipe, ENVIRONMENT, facts)
         log(run, kind, range(6, 9), keep=5)
     steps = 8 if state == "resumed" else 6
@@ -153,7 +155,7 @@ def test_what_is_written_is_read_back(kind: Kind, state: str, tmp_path: Path) ->
         "max_time": "step 6 of 8, stopped by its time limit",
     }[state]  # fmt: skip
     files = {"recipe.json", "environment.json", "metrics.csv", "checkpoints"}
-    files |= set() if ended is None else {"result.json", kind.file}
+    files |= set() if state == "new" else {"result.json", kind.file}
     assert {each.name for each in run.path.iterdir()} == files
 
 
@@ -310,12 +312,17 @@ def test_pictures_and_what_later_steps_have_left(run: Run) -> None:
     assert run.read().picture is None
     for step in (9, 10_000_000, 12):
         run.picture(step).touch()
+    assert run.read().picture is None, "their steps have no row"
+    log(run, IMAGES, [9, 12, 10_000_000])
     assert run.read().picture == (run.picture(10_000_000), 10_000_000)
     for checkpoint in (run.last, run.previous, run.best):
         checkpoint.write_text(checkpoint.name)
     run.go_back(run.last, 12)
+    MetricsTable(run.metrics, keep=12)
     assert run.read().picture == (run.picture(12), 12)
     run.picture().touch()
+    assert run.read().picture == (run.picture(12), 12)
+    run.conclude(dataclasses.replace(result(IMAGES, steps=12), best_sha256=sha256_of(run.best)), IMAGES.recipe)
     assert run.read().picture == (run.picture(), None)
     run.go_back(run.best, 9)
     assert sorted(each.name for each in run.samples.glob("*.png")) == [
@@ -325,8 +332,44 @@ def test_pictures_and_what_later_steps_have_left(run: Run) -> None:
     run.previous.write_text(PREVIOUS)
     run.go_back(run.previous, 9)
     assert [each.read_text() for each in (run.last, run.previous)] == [PREVIOUS, PREVIOUS]
-    run.describe(IMAGES.recipe, ENVIRONMENT)
+    MetricsTable(run.metrics, keep=9)
     assert run.read().picture == (run.picture(9), 9)
+
+
+@pytest.mark.parametrize(("rows", "best", "counts"), [
+    (8, "of the result", True),
+    (8, None, True),  # a copy without weights
+    (None, "of the result", True),
+    (8, "of another part", False),  # the run has taken its last step again
+    (9, "of the result", False),
+    (7, "of the result", False),
+    (8, "a folder", True),
+])  # fmt: skip
+def test_a_result_counts_where_its_run_and_weights_are_the_same(
+    run: Run, rows: int | None, best: str | None, counts: bool
+) -> None:
+    """A run that goes on changes no file of its result, and the scores and the picture count with it."""
+    if rows is not None:
+        log(run, IMAGES, range(1, rows + 1))
+    if best == "a folder":
+        run.best.mkdir()
+    elif best is not None:
+        run.best.write_text(best)
+    sha256 = hashlib.sha256(b"of the result").hexdigest()
+    ended = dataclasses.replace(result(IMAGES), best_step=8, best_sha256=sha256)
+    run.conclude(ended, IMAGES.recipe)
+    run.samples.mkdir()
+    run.picture().touch()
+    found = run.read()
+    assert (found.result == ended, found.picture is not None, run.is_finished) == (counts,) * 3
+    assert (found.result is None) == (not counts)
+    (run.path / "images.csv").write_text("image,dirty,clean\n0,1,2\n")
+    if counts:
+        with refuses(ConfigError, "images.csv"):
+            run.read()
+    else:
+        assert run.read().result is None
+    assert not run.is_finished
 
 
 def test_checkpoints_in_the_order_in_which_they_are_tried(tmp_path: Path) -> None:
@@ -387,7 +430,6 @@ def test_runs_behind_a_link_are_found_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "damaged", "message"), [
-    ("metrics.csv", 43, "is cut off: it ends with step 39 of 40."),
     ("images.csv", 4, "is cut off: it ends with image 3 of 30."),
     ("recipe.json", '{"name": "x", "colour": 1}', "does not hold what a run writes: unknown setting 'colour'."),
     ("result.json", ('"stderr": 0.02', '"stderr": "a"'),

@@ -669,7 +669,7 @@ def test_an_error_names_the_checkpoint_that_a_resumed_run_finds(
     for name in files:
         (folder.last.parent / name).touch()
     trainer: Any = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(launcher=None))
-    written: Any = SimpleNamespace(folder=folder, begun=True, replaced=None)
+    written: Any = SimpleNamespace(folder=folder, begun=True)
     with pytest.raises(TrainingError) as caught, add_resume_hint(written, trainer):
         raise TrainingError("the disk is full.")
     paths = {"best": folder.best, "last": folder.last, "run": folder.path}

@@ -210,7 +210,7 @@ def diagnose(
 
 def _warn_if_unfinished(checkpoint: Path) -> None:
     run = Run.of_checkpoint(checkpoint)
-    if run is not None and not run.result.is_file():
+    if run is not None and not run.is_finished:
         click.echo(f"{run.path} has not finished: these are its weights so far.", err=True)
 
 

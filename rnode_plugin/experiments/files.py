@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -51,6 +52,16 @@ def missing(path: str | os.PathLike[str]) -> str:
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
     hint = f"; did you mean {str(path.with_name(near[0]))!r}?" if near else "."
     return f"{path} does not exist{hint}"
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Compute the SHA-256 of the contents of a file, as 64 hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def walk(

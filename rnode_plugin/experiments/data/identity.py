@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import CheckpointError
-from ..files import make_folder, write_atomically
+from ..files import make_folder, sha256_of, write_atomically
 from .arrays import ImageArray
 
 _CHUNK = 1000  # samples that are read at once
@@ -78,8 +78,6 @@ def _cache() -> Path:
 def _of_contents(folder: Path, names: Sequence[str]) -> str:
     hashed = hashlib.sha256()
     for name in names:
-        with (folder / name).open("rb") as file:
-            contents = hashlib.file_digest(file, "sha256").hexdigest()
         # file names on Linux need not be valid UTF-8
-        hashed.update(f"{contents} {name}\n".encode("utf-8", "surrogateescape"))
+        hashed.update(f"{sha256_of(folder / name)} {name}\n".encode("utf-8", "surrogateescape"))
     return hashed.hexdigest()[:_DIGITS]

@@ -30,6 +30,8 @@ class Result:
         training_seconds: time of all steps of the run, without validations.
         run_seconds: wall-clock time of the whole run, without the final evaluation.
         skipped: steps without a usable gradient, which changed nothing.
+        best_step, best_sha256: the step of the best weights, and the SHA-256 of their file, ``best.ckpt``; None
+            without an evaluation.
         evaluation: likelihoods, NFE and penalties on the held-out samples. None after a signal, which a run
             continues from, and in the processes of a distributed run that do not report. Such a result is not
             written to a file.
@@ -41,6 +43,8 @@ class Result:
     training_seconds: float
     run_seconds: float
     skipped: int
+    best_step: int | None = None
+    best_sha256: str | None = None
     evaluation: Evaluation | None = None
 
     @property
@@ -81,38 +85,33 @@ def write_result(path: Path, result: Result, scores: Path, sample: str, numbers:
     write_json(path, result.to_plain())
 
 
-def read_result(path: Path, scores: Path, sample: str) -> Result | None:
-    """Read the result that :func:`write_result` has written; None if there is none.
-
-    The means have no scores by sample if the file of the scores is missing or empty.
+def read_result(path: Path) -> Result | None:
+    """Read the result that :func:`write_result` has written, without scores by sample; None if there is none.
 
     Raises:
-        ConfigError: one of the two files cannot be read, does not hold what a run writes, or is cut off.
+        ConfigError: the file cannot be read, or does not hold what a run writes.
     """
     with reading(path) as text:
         result = None if text is None else _RESULT.validate_python(json.loads(text))
-        evaluation = None if result is None else result.evaluation
-        if result is not None and evaluation is None:
+        if result is not None and result.evaluation is None:
             raise ValueError("it has no evaluation")
+    return result
+
+
+def with_scores(result: Result, scores: Path, sample: str) -> Result:
+    """Add the scores by sample to a result. It has none if their file is missing or empty.
+
+    Raises:
+        ConfigError: the file cannot be read, does not hold what a run writes, or is cut off.
+    """
+    evaluation = result.evaluation
+    assert evaluation is not None
     with reading(scores) as text:
         table = known_rows(numbers(text or ""), [sample])
-    if result is None or evaluation is None:
-        return None
-    refuse_cut_off(scores, sample, len(table[sample]), evaluation.samples)
+    if 0 < (last := len(table[sample])) < evaluation.samples:
+        raise ConfigError(f"{scores} is cut off: it ends with {sample} {last} of {evaluation.samples}.")
     means = {
         name: dataclasses.replace(mean, samples=tuple(table[name].tolist() if name in table else ()))
         for name, mean in evaluation.means.items()
     }
     return dataclasses.replace(result, evaluation=dataclasses.replace(evaluation, means=means))
-
-
-def refuse_cut_off(path: Path, unit: str, last: int, expected: int) -> None:
-    """Refuse a file of a finished run with fewer samples or steps (``unit``) than it must have.
-
-    A file without any counts as missing.
-
-    Raises:
-        ConfigError: the file is cut off, as by a copy that was interrupted.
-    """
-    if 0 < last < expected:
-        raise ConfigError(f"{path} is cut off: it ends with {unit} {last} of {expected}.")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError, ConfigError
 from ...plugins import registry
-from ..files import walk, write_atomically
+from ..files import sha256_of, walk, write_atomically
 from ..recipes.pretrained import PRETRAINED, pretrained_file
 from .texts import reading, write_json
 
@@ -52,8 +52,8 @@ class Run:
         previous: the second newest checkpoint, from which a run continues if a crash has damaged the newest.
         metrics: the file of the logged metrics, a :class:`~rnode_plugin.experiments.runs.metrics.MetricsTable`.
         samples: the folder with the pictures of samples.
-        result: the file with the end of the run and the scores of its best weights. It is absent while the run
-            trains and after an interruption.
+        result: the file with the end of the run and the scores of its best weights. It stays when the run goes on,
+            and counts again if nothing has changed, see :meth:`read`.
 
     Example:
         >>> from pathlib import Path
@@ -116,6 +116,14 @@ class Run:
         return self._recipe.is_file()
 
     @property
+    def is_finished(self) -> bool:
+        """Whether the folder has a result that counts, and can be read."""
+        try:
+            return self.read().result is not None
+        except ConfigError:
+            return False
+
+    @property
     def has_checkpoints(self) -> bool:
         """Whether the folder holds weights, with any name."""
         return any(self._checkpoints.glob("*.ckpt"))
@@ -167,20 +175,10 @@ class Run:
                 )
         return Run(path)
 
-    def result_steps(self) -> int | None:
-        """Read after how many steps the result was written; None without a result, or for one that is damaged."""
-        try:
-            return int(json.loads(self.result.read_text(encoding="utf-8"))["steps"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return None
-
     def describe(self, recipe: Recipe, environment: Environment, facts: Facts | None = None) -> None:
-        """Write recipe, environment and the facts of the data, and remove the results of an earlier part."""
+        """Write recipe, environment and the facts of the data."""
         from .environment import write_environment
 
-        # all of these describe best weights that the run is about to replace
-        for each in (self.result, self.picture(), self.path / recipe.kind.scores_file):
-            each.unlink(missing_ok=True)
         self._checkpoints.mkdir(exist_ok=True)
         write_json(self._recipe, recipe.to_plain())
         write_environment(self._environment, environment, facts)
@@ -241,24 +239,29 @@ class Run:
     def read(self) -> RunContents:
         """Read everything in the folder, whose run may still be training. Missing files count as empty.
 
+        A result counts if the run has taken no step since, which its metrics show, and if its weights are those in
+        ``best.ckpt``, where that file is there. The file of scores and the picture of the best weights count beside
+        such a result. Pictures of steps that have no row yet do not count.
+
         Raises:
             ConfigError: a file cannot be read, or does not hold what a run writes. The message names it.
         """
         from .contents import Picture, RunContents
         from .environment import read_environment
         from .metrics import read_metrics
-        from .results import read_result, refuse_cut_off
+        from .results import read_result, with_scores
 
         recipe = self.recipe()
         metrics = read_metrics(self.metrics, recipe.kind.metric)
-        result = read_result(self.result, self.path / recipe.kind.scores_file, recipe.kind.sample)
-        # a result promises all rows. Without this check a copy that was cut off would give shorter curves in
-        # silence
-        if result is not None:
-            refuse_cut_off(self.metrics, "step", metrics.last_step, result.steps)
+        result = read_result(self.result)
+        if result is None or metrics.last_step not in (0, result.steps) or not self._has_best(result.best_sha256):
+            result = None
+        else:
+            result = with_scores(result, self.path / recipe.kind.scores_file, recipe.kind.sample)
         environment, facts = read_environment(self._environment)
-        pictures = self._pictures()
+        pictures = {step: path for step, path in self._pictures().items() if step <= metrics.last_step}
         newest = Picture(pictures[max(pictures)], max(pictures)) if pictures else None
+        best = Picture(self.picture(), None) if result is not None and self.picture().is_file() else None
         return RunContents(
             path=self.path,
             recipe=recipe,
@@ -266,8 +269,15 @@ class Run:
             facts=facts,
             metrics=metrics,
             result=result,
-            picture=Picture(self.picture(), None) if self.picture().is_file() else newest,
+            picture=best or newest,
         )
+
+    def _has_best(self, sha256: str | None) -> bool:
+        """Whether ``best.ckpt`` has these contents, or is missing, as in a copy without weights."""
+        try:
+            return not self.best.is_file() or sha256_of(self.best) == sha256
+        except OSError:
+            return False
 
 
 def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path:

@@ -68,7 +68,6 @@ class AfterStep(Checkpoint):
     Attributes:
         folder: the folder of the run; None before the first process has made it.
         begun: whether the run has taken a step in this call, after which :meth:`begin` has changed the folder.
-        replaced: the steps of the result that :meth:`begin` has removed; None if there was none.
         best: the lowest score of the validations so far.
         training_seconds: time of all steps of the run, including the parts before it was resumed. A step lasts
             from the end of the step before it, so waiting for its batches counts. Validations and writing
@@ -81,7 +80,7 @@ class AfterStep(Checkpoint):
         self, experiment: Experiment, plan: RunPlan, *, max_time: float | None = None, progress: bool = False
     ) -> None:
         self.folder: Run | None = None
-        self.begun, self.replaced = False, None
+        self.begun = False
         self.best, self.training_seconds, self.out_of_time = math.inf, 0.0, False
         self._experiment, self._plan, self._progress = experiment, plan, progress
         self._recipe = recipe = experiment.recipe
@@ -127,14 +126,13 @@ class AfterStep(Checkpoint):
         """Let the first process change the folder, once, when nothing can refuse the run any more.
 
         This comes after the first step of a call, because Lightning, a callback, the memory or a broken picture may
-        refuse the run until then. A run that is resumed goes back to its checkpoint, the results of its earlier
-        part go, and recipe and environment are written.
+        refuse the run until then. A run that is resumed goes back to its checkpoint, and recipe and environment
+        are written.
         """
         if not self.begun and trainer.is_global_zero:
             run, experiment = self.run, self._experiment
             if experiment.resumed is not None:
                 experiment.resumed.go_back()
-            self.replaced = run.result_steps()
             environment = Environment.of(trainer.strategy.root_device, devices=trainer.world_size)
             run.describe(self._recipe, environment, experiment.facts)
             self._table = MetricsTable(run.metrics, keep=experiment.done)

@@ -157,7 +157,17 @@ def load_with_recipe(
     Arguments and errors are the same. The facts are None if the file has none.
     """
     file = find_checkpoint(path)
-    contents = read_checkpoint(file)
+    return flow_of(read_checkpoint(file), file, map_location=map_location)
+
+
+def flow_of(
+    contents: Contents, file: Path, *, map_location: str | torch.device = "cpu"
+) -> tuple[DensityModel, Recipe, Facts | None]:
+    """Make what :func:`load_with_recipe` returns from the contents of the checkpoint ``file``.
+
+    Raises:
+        CheckpointError: the weights do not fit the model that the recipe describes.
+    """
     recipe, state = recipe_of(contents, file), _state_in(contents)
     problem = f"{file} does not fit the model of its recipe"
     # The recipe in a file from elsewhere may describe a model of any size. One with more layers than the file has

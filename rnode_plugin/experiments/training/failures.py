@@ -32,14 +32,13 @@ def add_resume_hint(after_step: AfterStep, trainer: L.Trainer) -> Iterator[None]
         # a process that waits in a reduction would never notice that this one has left
         end_other_processes(trainer)
         if (run := after_step.folder) is not None and not run.path.is_dir():
-            raise TrainingError(f"training stopped: the folder of the run, {run.path}, was removed.") from error
+            gone = f"the folder of the run, {run.path}, was removed or renamed."
+            raise TrainingError(f"training stopped: {gone}") from error
         left = "No checkpoint had been written yet."
         # last.ckpt is missing if a full disk had room for the best.ckpt of the first validation alone
         if run is not None and (intact := run.checkpoints(LAST)):
             best = f", --resume {run.best} from the best one" if run.best in intact[1:] else ""
             left = f"The last good checkpoint is {intact[0]}; --resume {run.path} continues from it{best}."
-        if after_step.replaced is not None:
-            left += f" The result of step {after_step.replaced} was removed when the run went on."
         # the constructor of a SolverError takes other arguments than a message
         kind = TrainingError if isinstance(error, SolverError) else type(error)
         what = "training stopped" if after_step.begun else "training did not begin"

@@ -15,11 +15,12 @@ import torch
 from ...errors import ConfigError, SolverError, TrainingError
 from ...solvers import FixedGrid, get_method
 from ..evaluation.likelihood import evaluate
+from ..files import sha256_of
 from ..recipes.recipe import Recipe
 from ..runs.results import Result
 from ..runs.run import Run, training_lock
 from ..text import batch_counter
-from .checkpoints import load_with_recipe
+from .checkpoints import flow_of, read_checkpoint
 from .experiment import Experiment
 from .failures import translate_errors
 from .loggers import check_loggers, make_logger
@@ -239,7 +240,8 @@ def _conclude(
     """
     recipe, data = experiment.recipe, experiment.data
     # from the file, because the flow that was trained has the last weights
-    flow, _, _ = load_with_recipe(run.best, map_location=device)
+    contents = read_checkpoint(run.best)
+    flow, _, _ = flow_of(contents, run.best, map_location=device)
     try:
         evaluation = evaluate(
             flow,
@@ -258,13 +260,16 @@ def _conclude(
         ) from error
     samples = None
     if recipe.training.sample_images and recipe.kind.has_grid:
+        picture = run.picture()
         try:
-            picture = run.picture()
             picture.parent.mkdir(exist_ok=True)
             recipe.kind.write_samples(recipe.data, flow, picture, recipe.pictured)
             samples = picture
         except SolverError as error:  # a latent far out may fail where no held-out sample does
             print(f"no picture of samples of the best weights: {error}", file=sys.stderr)
-    result = dataclasses.replace(result, evaluation=evaluation)
+            picture.unlink(missing_ok=True)  # of earlier weights
+    result = dataclasses.replace(
+        result, best_step=contents["global_step"], best_sha256=sha256_of(run.best), evaluation=evaluation
+    )
     run.conclude(result, recipe, data.numbers)
     return FitResult(run, result, True, samples)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
 import os
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError, ConfigError, DataError, first_line
 from ..data.facts import Facts
+from ..files import sha256_of
 from ..recipes.recipe import Recipe, differences
 from ..recipes.settings import KeptBy
 from ..runs.run import Run
@@ -206,7 +206,7 @@ class Resumed:
         Raises:
             ConfigError: the run is finished. The message names the limits that ``recipe`` would have to raise.
         """
-        evaluated = self.run is None or self.run.result.exists()
+        evaluated = self.run is None or self.run.is_finished
         if self.done > plan.total or (self.done == plan.total and evaluated):
             raise ConfigError(
                 f"{self.checkpoint} has done {self.done} of {plan.total} steps: raise {plan.limited_by(recipe)}."
@@ -277,9 +277,7 @@ class Resumed:
             if any(each.kept is KeptBy.WEIGHTS for each in differ):
                 advice = "Leave these settings out, or train a new run without --resume"
             raise CheckpointError(f"{path} cannot continue with other settings: {what}. {advice}.")
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return Resumed(path, done, epochs, sha256, facts_of(contents), Run.of_checkpoint(path), contents)
+        return Resumed(path, done, epochs, sha256_of(path), facts_of(contents), Run.of_checkpoint(path), contents)
 
 
 def _check_states(contents: Contents) -> None:
