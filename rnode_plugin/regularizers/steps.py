@@ -52,8 +52,8 @@ def stiffness(step: StepRecord) -> Tensor:
 
     It is ``||f(b) - f(a)|| / ||b - a||`` for two stages a, b at one time (SRNODE; Pal et al., 2021): the last two
     stages of dopri5 and tsit5, or the two at the midpoint of rk4. torchdyn's rk4 evaluates its last two stages at
-    the midpoint, so its value differs. The paper adds the steps up. Where the stages coincide, as at f = 0, value and
-    gradient are 0.
+    the midpoint, so its value differs. The paper adds the steps up. Where the stages coincide, as at f = 0, value
+    and gradient are 0.
     """
     assert step.pair is not None
     a, b = step.pair
