@@ -104,5 +104,12 @@ def result_of(
         gap=-0.002,
         seconds=1.0,
     )
-    times = {"training_seconds": steps / 2, "run_seconds": float(steps)}
-    return Result(stopped=stopped, steps=steps, planned=steps, skipped=0, evaluation=evaluation, **times)
+    return Result(
+        stopped=stopped,
+        steps=steps,
+        planned=steps,
+        skipped=0,
+        evaluation=evaluation,
+        training_seconds=steps / 2,
+        run_seconds=float(steps),
+    )
