@@ -252,8 +252,8 @@ def test_temperatures_share_their_latents() -> None:
 
 def test_a_grid_shows_each_image_in_its_bin(tmp_path: Path) -> None:
     x = torch.tensor([0.0, 0.24, 0.26, 0.999, 1.0]).reshape(5, 1, 1, 1).expand(5, 1, 2, 2)
-    save_grid(tmp_path / "a" / "grid.png", {0.5: x, 1.0: 1 - x}, levels=4)
-    pixels = np.asarray(Image.open(tmp_path / "a" / "grid.png"))[..., 0]
+    save_grid(tmp_path / "grid.png", {0.5: x, 1.0: 1 - x}, levels=4)
+    pixels = np.asarray(Image.open(tmp_path / "grid.png"))[..., 0]
     scale, cell = 32, 66  # enlarged to 64 pixels, with a margin of 2
     assert pixels.shape == (2 * (cell + 2), 5 * cell + 2)
     for row, wanted in enumerate([[0, 0, 85, 255, 255], [255, 255, 170, 0, 0]]):
