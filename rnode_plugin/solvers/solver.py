@@ -52,7 +52,7 @@ class Solver(ABC):
         max_nfe: most evaluations that one solve may use; None: no limit for a fixed grid, 100,000 for an adaptive
             solver.
         compile: whether torch.compile makes one graph of a step, which saves time for small fields and hardly any
-            for image fields on a CPU and exact traces of tables, see :doc:`/compile`.
+            for image fields on a CPU and exact traces of tables, see :doc:`/scaling`.
         adaptive: whether the method chooses the steps.
         name: the method's name.
         text: a short description, such as ``rk4_38, step 0.25``.

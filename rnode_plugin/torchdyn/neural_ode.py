@@ -122,7 +122,7 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
             step, as torchdyn does. :meth:`trajectory` does not take part. ``history.longest_safe_steps[0]`` has
             the steps by direction of time. Copies by deepcopy and pickle keep them, a ``state_dict`` does not have
             them, and ``model.history.longest_safe_steps.clear()`` forgets them.
-        compile: whether torch.compile makes one graph of a step in calls with gradients, see :doc:`/compile`.
+        compile: whether torch.compile makes one graph of a step in calls with gradients, see :doc:`/scaling`.
 
     After a call :attr:`regularization` has the integral of each penalty along the trajectory, and :meth:`reg_loss`
     returns their weighted sum. :meth:`trajectory` keeps those from the last call, except where each solve counts.
