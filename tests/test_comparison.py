@@ -110,7 +110,7 @@ def test_penalties_by_name_and_in_a_file(recipe: Recipe, tmp_path: Path) -> None
 @pytest.mark.parametrize(("state", "limit", "option", "left"), [
     ("new", 90, "--run-folder", "90.000"),
     ("new", math.inf, "--run-folder", None),
-    ("begun", 90, None, None),  # it ended before its first checkpoint
+    ("begun", 90, "--run-folder", "90.000"),  # it ended before its first checkpoint
     ("interrupted", 90, "--resume", "88.500"),  # all runs have the same time
     ("interrupted", 1, "--resume", "0.001"),
     ("interrupted", None, "--resume", None),
@@ -149,7 +149,6 @@ def test_the_line_of_a_run(
     if option is not None:
         assert Recipe.from_plain(json.loads(file.read_text())) == one
     why = {
-        "begun": "it ended before its first checkpoint",
         "max_time": "done, in",
         "finished": "done, in",
     }
@@ -297,25 +296,6 @@ def test_a_run_that_fails_leaves_the_others_alone(recipe: Recipe, training: Trai
     (training.folder / "run").mkdir()
     with pytest.raises(TrainingError, match=r"digits-none, seed 42: its process ended with exit code 1"):
         run(recipe, tmp_path / "d", "none")
-
-
-@pytest.mark.parametrize("linked", [False, True])
-def test_files_of_a_user_stop_a_comparison(
-    recipe: Recipe, training: Training, tmp_path: Path, linked: bool
-) -> None:
-    """They stay, and nothing is trained, even where the run before them could be."""
-    folder = tmp_path / "c" / "runs" / "digits-rnode" / "42"
-    theirs = tmp_path / "theirs" if linked else folder
-    (theirs / "notes").mkdir(parents=True)
-    (theirs / "notes" / "lab.txt").write_text("mine")
-    (theirs / "model.safetensors").write_text("mine")
-    if linked:
-        folder.parent.mkdir(parents=True)
-        folder.symlink_to(theirs)
-    with refuses(TrainingError, str(folder) if linked else "model.safetensors and 1 more"):
-        run(recipe, tmp_path / "c", "none", "rnode")
-    assert training.calls() == []
-    assert {each.name for each in theirs.rglob("*") if each.is_file()} >= {"lab.txt", "model.safetensors"}
 
 
 def test_a_run_that_was_killed(recipe: Recipe, training: Training, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from problems import refuses
 from tiny_runs import CONTEXT, SETTINGS, TIMES, as_options, assert_same, repr_exact, rows, train, train_digits
 
 from rnode_plugin.errors import CheckpointError
+from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.training.checkpoints import newest_intact, read_checkpoint
 
 STEPS = ["training.max_steps=8", "training.val_every_steps=4"]
@@ -245,22 +246,6 @@ def test_killed_in_a_step_with_a_truncated_newest_checkpoint(
         newest_intact(run)
 
 
-def test_an_earlier_checkpoint_becomes_the_newest_one(whole: Path, tmp_path: Path) -> None:
-    """A run that continues from it and is killed soon has no later checkpoint, to which steps would be missing.
-
-    It goes back after its first step, and is killed in the second one.
-    """
-    run = tmp_path / "runs" / "digits" / "0"
-    shutil.copytree(whole, run)
-    longer = [*STEPS, "training.max_steps=10", "training.val_every_steps=10", "training.save_every=100"]
-    die = at(9, "os.kill(os.getpid(), signal.SIGKILL)")
-    resumed = Child(tmp_path / "runs", longer, die, resume=run / "checkpoints" / "previous.ckpt")
-    assert resumed.end()[0] == -signal.SIGKILL
-    assert [row["step"] for row in rows(run)][-2:] == ["7", "8"]
-    assert newest_intact(run)[1]["global_step"] == 7
-    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 7
-
-
 # what the machine takes away -----------------------------------------------------------------------------------
 
 
@@ -272,6 +257,36 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert "last.ckpt" in message
     assert "continues from it" in message
     assert_intact(tmp_path / "runs", 4)
+
+
+@pytest.mark.parametrize("resume", ["in place", "a new run"])
+@pytest.mark.parametrize("size", [0, 600, 2000, 5000, 20_000, 40_000])
+def test_a_full_disk_in_the_first_step_of_a_resume(whole: Path, tmp_path: Path, size: int, resume: str) -> None:
+    """Each file is as before, or newer and whole, and the run goes on when there is room."""
+    run = tmp_path / "runs" / "digits" / "0"
+    shutil.copytree(whole, run)
+    before, contents = {each: each.read_bytes() for each in run.rglob("*") if each.is_file()}, Run(run).read()
+    longer = [*STEPS, "training.max_steps=10", "training.sample_images=2"]
+    first = 9 if resume == "in place" else 8
+    limit = at(first, f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))")
+    checkpoint = run if resume == "in place" else Run(run).previous
+    assert Child(tmp_path / "runs", longer, limit, resume=checkpoint).end()[0] not in (0, None)
+    if resume == "a new run":
+        assert {each: each.read_bytes() for each in before} == before
+        return
+    assert before.keys() <= {each for each in run.rglob("*") if each.is_file()}
+    for name in ("best", "last", "previous"):
+        assert read_checkpoint(run / "checkpoints" / f"{name}.ckpt")["global_step"] >= 7
+    found = Run(run).read()
+    lines = (run / "metrics.csv").read_bytes()
+    (run / "metrics.csv").write_bytes(lines[: lines.rindex(b"\n") + 1])  # a line that is cut off does not count
+    old, new = rows(whole), rows(run)
+    assert (new[: len(old)], found.metrics.last_step) == (old, int(new[-1]["step"]))
+    assert (found.result is not None) == (len(new) == len(old))
+    if found.result is not None:
+        assert (found.result, found.evaluation) == (contents.result, contents.evaluation)
+    assert Child(tmp_path / "runs", longer, resume=run).end()[0] == 0
+    assert [row["step"] for row in rows(run) if "train/loss" in row] == list(map(str, range(1, 11)))
 
 
 def pictures(folder: Path) -> list[str]:

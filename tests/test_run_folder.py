@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.environment import Environment
 from rnode_plugin.experiments.runs.metrics import MetricsTable
 from rnode_plugin.experiments.runs.results import Result
-from rnode_plugin.experiments.runs.run import BEST, LAST, PREVIOUS, Run, training_lock
+from rnode_plugin.experiments.runs.run import BEST, LAST, Run, training_lock
 
 
 class Kind(NamedTuple):
@@ -280,33 +281,33 @@ def test_the_result_and_its_scores(kind: Kind, tmp_path: Path) -> None:
      ("checkpoints/best.ckpt", False), ("tensorboard/events", False), ("of-mine/recipe.json", False),
      ("samples/mine.png", False), ("result.json", False), ("model.safetensors", False)],
 )  # fmt: skip
-def test_a_run_is_discarded_with_its_own_files_alone(tmp_path: Path, left: str, own: bool) -> None:
-    """A logger, a callback or a user may have written into the folder, and weights and results stay."""
+def test_a_run_without_a_checkpoint_begins_again_in_its_folder(tmp_path: Path, left: str, own: bool) -> None:
+    """With the same recipe, and where no other file lies in it, of a logger, a callback or a user."""
     run = begun(tmp_path / "0")
-    with training_lock(run.path):
-        if left:
-            (run.path / left).parent.mkdir(exist_ok=True)
-            (run.path / left).touch()
-        assert run.discard() == ([] if own else [run.path / left])
-    assert run.is_described == run.path.exists() == (not own)
-    assert own or (run.path / left).is_file()
+    if left:
+        (run.path / left).parent.mkdir(exist_ok=True)
+        (run.path / left).touch()
+    with nullcontext() if own else refuses(ConfigError, left):
+        assert Run.claim(run.path, IMAGES.recipe) == run
+    with refuses(ConfigError, str(run.path)):
+        Run.claim(run.path, IMAGES.recipe.override(["optimizer.lr=0.5"]))
+    run.remove_if_empty()
+    assert run.is_described
+    assert not left or (run.path / left).is_file()
 
 
-def test_a_run_with_links_is_not_discarded(tmp_path: Path) -> None:
+def test_a_folder_with_links_is_not_taken_over(tmp_path: Path) -> None:
     run, theirs = begun(tmp_path / "0"), tmp_path / "theirs"
     theirs.mkdir()
-    (theirs / "metrics.csv").touch()
-    (link := tmp_path / "1").symlink_to(run.path)
-    assert Run(link).discard() == [link]
     for name, target in (("samples", theirs), ("metrics.csv", theirs / "metrics.csv")):
         (run.path / name).symlink_to(target)
-        assert run.discard() == [run.path / name]
+        with refuses(ConfigError, name):
+            Run.claim(run.path, IMAGES.recipe)
         (run.path / name).unlink()
-    assert run.discard() == []
-    assert [each.name for each in theirs.iterdir()] == ["metrics.csv"]
+    assert Run.claim(run.path, IMAGES.recipe) == run
 
 
-def test_pictures_and_what_later_steps_have_left(run: Run) -> None:
+def test_pictures_count_with_their_steps(run: Run) -> None:
     run.samples.mkdir()
     (run.samples / "step-of-mine.png").touch()
     assert run.read().picture is None
@@ -315,23 +316,13 @@ def test_pictures_and_what_later_steps_have_left(run: Run) -> None:
     assert run.read().picture is None, "their steps have no row"
     log(run, IMAGES, [9, 12, 10_000_000])
     assert run.read().picture == (run.picture(10_000_000), 10_000_000)
-    for checkpoint in (run.last, run.previous, run.best):
-        checkpoint.write_text(checkpoint.name)
-    run.go_back(run.last, 12)
     MetricsTable(run.metrics, keep=12)
     assert run.read().picture == (run.picture(12), 12)
     run.picture().touch()
     assert run.read().picture == (run.picture(12), 12)
+    run.best.write_text("weights")
     run.conclude(dataclasses.replace(result(IMAGES, steps=12), best_sha256=sha256_of(run.best)), IMAGES.recipe)
     assert run.read().picture == (run.picture(), None)
-    run.go_back(run.best, 9)
-    assert sorted(each.name for each in run.samples.glob("*.png")) == [
-        "best.png", "step-0000009.png", "step-of-mine.png",
-    ]  # fmt: skip
-    assert [each.read_text() for each in (run.last, run.previous)] == [BEST, LAST]
-    run.previous.write_text(PREVIOUS)
-    run.go_back(run.previous, 9)
-    assert [each.read_text() for each in (run.last, run.previous)] == [PREVIOUS, PREVIOUS]
     MetricsTable(run.metrics, keep=9)
     assert run.read().picture == (run.picture(9), 9)
 
@@ -392,13 +383,11 @@ def test_new_folders(tmp_path: Path) -> None:
     for name in ("notes", "0", "7", "²"):  # the last is a digit, and no number
         (tmp_path / "digits" / name).mkdir(parents=True)
     assert Run.create(tmp_path, IMAGES.recipe).path == tmp_path / "digits" / "8"
-    claimed = Run.claim(tmp_path / "a" / "b")
-    assert Run.claim(claimed.path) == claimed  # it holds nothing but its lock
+    claimed = Run.claim(tmp_path / "a" / "b", IMAGES.recipe)
+    assert Run.claim(claimed.path, IMAGES.recipe) == claimed  # it holds nothing but its lock
     with training_lock(claimed.path), refuses(ConfigError, str(claimed.path)):
-        Run.claim(claimed.path)
+        Run.claim(claimed.path, IMAGES.recipe)
     claimed.describe(IMAGES.recipe, ENVIRONMENT)
-    with pytest.raises(ConfigError, match=r"is not empty: it holds [\w.]+\. --resume continues a run"):
-        Run.claim(claimed.path)
 
 
 def test_finding_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ from rnode_plugin.experiments.training.failures import add_resume_hint
 from rnode_plugin.experiments.training.fit import FitResult
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.experiments.training.optimizers import learning_rate_factor
-from rnode_plugin.experiments.training.plan import AFTER_STEP, RunOptions, RunPlan
+from rnode_plugin.experiments.training.plan import AFTER_STEP, Resumed, RunOptions, RunPlan
 from rnode_plugin.experiments.training.step import LikelihoodLoss, StepTerms
 from rnode_plugin.flows.multiscale import dequantize
 
@@ -210,27 +210,53 @@ def test_a_lambda_that_warms_up_follows_the_steps_of_likelihood(tmp_path: Path) 
     assert stored["regularizers"]["l1"] == "linear_warmup(2)*30.0"
 
 
-def test_going_back_discards_what_later_steps_have_left(
-    recipe: Recipe, whole: FitResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_going_back_begins_a_new_run(recipe: Recipe, whole: FitResult, tmp_path: Path) -> None:
     """The score of a run is one of its steps, also where an abandoned continuation was better."""
     folder = copy_of(whole, tmp_path).run
-    assert read_checkpoint(folder.best)["global_step"] == 6
+    before = {each: each.read_bytes() for each in folder.path.rglob("*") if each.is_file()}
     worse = recipe.override(["training.max_steps=7", "optimizer.lr=0.12"])
-    copied = shutil.copy(folder.last.with_name("previous.ckpt"), tmp_path / "copied.ckpt")
-    fitted = run(worse, tmp_path, resume=folder.last.with_name("previous.ckpt"))
-    assert read_checkpoint(folder.best)["global_step"] == fitted.result.steps == 7
-    scores = [float(row["val/bpd"]) for row in rows(fitted) if "val/bpd" in row]
-    assert len(scores) == 2
-    assert scores[1] > scores[0]  # the best of the steps up to the checkpoint
-    assert not list(folder.samples.glob("step-0000006.png"))
-    elsewhere = run(worse, tmp_path, resume=copied)  # without the best weights of its steps
-    assert read_checkpoint(elsewhere.run.best)["global_step"] == 7
-    os.truncate(folder.best, 100)  # with which the run could not end
-    run(worse.override(["training.max_steps=8", "optimizer.lr=0.2"]), tmp_path, resume=folder.path)
+    copied = shutil.copy(folder.previous, tmp_path / "copied.ckpt")
+    fitted = run(worse, tmp_path, resume=folder.previous)
+    assert {each: each.read_bytes() for each in before} == before
+    assert fitted.run.path == tmp_path / "digits" / "1"
+    done = read_checkpoint(folder.previous)["global_step"]
+    kept = [row for row in tiny_runs.rows(folder.path) if int(row["step"]) <= done]
+    assert rows(fitted)[: len(kept)] == kept
+    assert [row["step"] for row in rows(fitted) if "train/loss" in row] == list("1234567")
+    assert read_checkpoint(fitted.run.best)["global_step"] == fitted.result.steps == 7
+    elsewhere = run(worse, tmp_path, resume=copied)
+    assert [row["step"] for row in rows(elsewhere) if "train/loss" in row] == ["6", "7"]
+
+
+def test_damaged_weights_are_written_again(
+    recipe: Recipe, whole: FitResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run could not end with a damaged best.ckpt, nor go on from a damaged last.ckpt."""
+    folder = copy_of(whole, tmp_path).run
+    os.truncate(folder.best, 100)
+    os.truncate(folder.last, 100)
+    seen: list[int] = []
+    looks = BeforeStep(lambda module, step: seen.append(folder.last.stat().st_size))
+    longer = recipe.override(["training.max_steps=8", "training.save_every=100", "optimizer.lr=0.2"])
+    fitted = run(longer, tmp_path, resume=folder.path, callbacks=[looks])
+    assert (fitted.run, fitted.result.steps) == (folder, 8)
+    assert (seen[0], seen[1]) == (100, folder.previous.stat().st_size)
     assert read_checkpoint(folder.best)["global_step"] == 8
     assert "best.ckpt cannot be read" in (said := capsys.readouterr().err)
     assert "zip file. The next validation writes it again." in said
+
+
+def test_the_newest_intact_checkpoint_continues_in_place(recipe: Recipe, whole: FitResult, tmp_path: Path) -> None:
+    folder = copy_of(whole, tmp_path).run
+    for checkpoint, damage, run_of in (
+        (folder.last, None, folder), (folder.previous, None, None), (folder.best, None, None),
+        (folder.previous, lambda: os.truncate(folder.last, 9), folder), (folder.best, None, None),
+        (folder.previous, folder.last.unlink, folder), (folder.best, folder.previous.unlink, folder),
+    ):  # fmt: skip
+        if damage is not None:
+            damage()
+        resumed = Resumed.of(checkpoint, recipe)
+        assert (resumed.run, resumed.metrics) == (run_of, folder.metrics)
 
 
 def test_epochs_of_other_batches_count_in_full_after_a_resume(tmp_path: Path) -> None:
@@ -657,7 +683,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
         ((), "No checkpoint had been written yet."),
         (("best.ckpt",), "The last good checkpoint is {best}; --resume {run} continues from it."),
         (("last.ckpt",), "The last good checkpoint is {last}; --resume {run} continues from it."),
-        (("last.ckpt", "best.ckpt"), "; --resume {run} continues from it, --resume {best} from the best one."),
+        (("last.ckpt", "best.ckpt"), " continues from it, and --resume {best} begins a new run with the best one."),
     ],
 )  # fmt: skip
 def test_an_error_names_the_checkpoint_that_a_resumed_run_finds(

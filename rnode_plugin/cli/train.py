@@ -120,7 +120,7 @@ def train(
     for name in callbacks:
         _check_callback(name)
     chosen, resume = _chosen(recipe, resume, changes, ffjord=ffjord)
-    check_folder(_folder_of(resume) or run_folder or runs)
+    check_folder(run_folder or _folder_of(resume) or runs)
     used = _devices(device, devices)
     flush_denormals()
     # what cannot work was refused before these imports, which take seconds

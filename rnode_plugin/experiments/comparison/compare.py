@@ -79,13 +79,13 @@ def compare(
         ConfigError: settings that cannot work, runs with other settings or on other data in the folder, or another
             process that trains in it.
         DataError: the data set is missing or does not fit a recipe.
-        TrainingError: no run can be reported, or the folder for a run holds files of somebody else.
+        TrainingError: no run can be reported.
     """
     out, tell = Path(out), announce or (lambda line: None)
     planned = _planned(recipes, out, accelerator, max_time, download=download)
     failed: list[str] = []
     with training_lock(out):
-        for title, words in _left(planned, accelerator, max_time, tell, begin=True).items():
+        for title, words in _left(planned, accelerator, max_time, tell).items():
             tell(title)
             if code := _train(words, tell, progress=announce is not None):
                 hint = " It was killed: the memory may not have sufficed." if code == -signal.SIGKILL else ""
@@ -109,14 +109,13 @@ def command_lines(
     """Return a line of shell for each run that :func:`compare` would train, and train nothing.
 
     The lines can run in any order, on several machines that share the folder. ``CUDA_VISIBLE_DEVICES`` and
-    ``OMP_NUM_THREADS`` are left to the caller. A run that ended before its first checkpoint has no line, since
-    nothing is removed here. When all have ended, :func:`compare` writes the report. Arguments and errors are the
-    same, and ``announce`` is called for the runs without a line.
+    ``OMP_NUM_THREADS`` are left to the caller. When all have ended, :func:`compare` writes the report. Arguments
+    and errors are the same, and ``announce`` is called for the runs without a line.
     """
     out = Path(out)
     planned = _planned(recipes, out, accelerator, max_time, download=download)
     with training_lock(out):
-        left = _left(planned, accelerator, max_time, announce, begin=False)
+        left = _left(planned, accelerator, max_time, announce)
     return [shlex.join(["rnode-cli", *words]) for words in left.values()]
 
 
@@ -178,13 +177,8 @@ def _left(
     accelerator: str,
     max_time: float | None,
     announce: Callable[[str], object],
-    *,
-    begin: bool,
 ) -> dict[str, list[str]]:
-    """List the runs that are left to do: their titles, and the words that follow ``rnode-cli``.
-
-    With ``begin``, what a run without a checkpoint has left is removed, so that it can begin again.
-    """
+    """List the runs that are left to do: their titles, and the words that follow ``rnode-cli``."""
     # of several GPUs `train` would take all, with the recipe's batch on each
     device = ["--device", accelerator, *([] if ":" in accelerator else ["--devices", "1"])]
     left: dict[str, list[str]] = {}
@@ -194,18 +188,6 @@ def _left(
             if (options := _options(Run(folder), max_time)) is None:
                 announce(f"{title}: done, in {folder}")
                 continue
-            if folder.exists() and "--resume" not in options:
-                if not begin:
-                    announce(
-                        f"{title}: it ended before its first checkpoint, and {folder} is in the way of another"
-                    )
-                    continue
-                if others := Run(folder).discard():
-                    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-                    raise TrainingError(
-                        f"{folder} is in the way of a run: it holds {others[0]}{more}. Move that away, or choose "
-                        "another --out."
-                    )
         out = folder.parents[2]  # above runs/NAME/SEED
         file = out / "recipes" / f"{recipe.name}-{recipe.training.seed}.json"
         write_atomically(file, json.dumps(recipe.to_plain()).encode())  # a process may be reading it

@@ -24,13 +24,14 @@ class MetricsTable:
     """Writes rows of numbers by step into a CSV file, with a column for each name that it has met.
 
     In a file that exists, rows stay up to step ``keep``, where a resumed run continues. The run takes later steps
-    once more, so their rows are removed.
+    once more, so their rows are removed. A new run that begins with the steps of another takes the rows of its file
+    ``former`` in place of its own.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, keep: int = 0) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, keep: int = 0, former: Path | None = None) -> None:
         self._path, self._names = Path(path), list[str]()
-        if self._path.is_file():
-            self._names, rows = self._read()
+        if (source := former or self._path).is_file():
+            self._names, rows = self._read(source)
             self._replace([row for row in rows if (step := row.get("step", "")).isdecimal() and int(step) <= keep])
 
     def add(self, row: Mapping[str, float], step: int) -> None:
@@ -39,15 +40,16 @@ class MetricsTable:
         # a new name, such as the first validation's, needs a wider header, for which the file is written again. A
         # row with known names is appended
         if new := full.keys() - set(self._names):
-            rows = self._read()[1] if self._path.is_file() else []
+            rows = self._read(self._path)[1] if self._path.is_file() else []
             self._names = sorted({*self._names, *new})
             self._replace(rows)
         with self._path.open("a", newline="") as file:
             csv.DictWriter(file, self._names).writerow(full)
 
-    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
+    @staticmethod
+    def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         """Read names and rows as texts, so that a row that stays keeps each digit. Nothing in a file is refused."""
-        text = self._path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
         reader = csv.DictReader(io.StringIO(whole_lines(text), newline=""), restval="")
         return list(reader.fieldnames or []), list(reader)
 

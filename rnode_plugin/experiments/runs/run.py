@@ -7,11 +7,11 @@ run does not wait for them.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError, ConfigError
 from ...plugins import registry
-from ..files import sha256_of, walk, write_atomically
+from ..files import sha256_of, walk
 from ..recipes.pretrained import PRETRAINED, pretrained_file
 from .texts import reading, write_json
 
@@ -159,59 +159,49 @@ class Run:
                 version += 1
 
     @staticmethod
-    def claim(path: str | os.PathLike[str]) -> Run:
-        """Make a run folder at exactly ``path``, or take an empty folder that exists.
+    def claim(path: str | os.PathLike[str], recipe: Recipe) -> Run:
+        """Make a run folder at exactly ``path``, or take one over.
+
+        That folder is empty, or the same recipe has begun in it and was killed before its first checkpoint.
 
         Raises:
-            ConfigError: another process trains in it, or it is not empty.
+            ConfigError: another process trains in it, or another run or another file is in it.
         """
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
+        run = Run(Path(path))
+        run.path.mkdir(parents=True, exist_ok=True)
         # another run that has just claimed the folder holds its lock, and may have written nothing else yet
-        with training_lock(path):
-            if taken := {*os.listdir(path)} - {_LOCK}:
+        with training_lock(run.path):
+            if others := run._others():
                 raise ConfigError(
-                    f"the run folder {path} is not empty: it holds {min(taken)}. --resume continues a run."
+                    f"the run folder {path} is not empty: it holds {others[0]}. --resume continues a run."
                 )
-        return Run(path)
+            if run.is_described and run.recipe() != recipe:
+                raise ConfigError(f"the run folder {path} has begun with other settings: name another one.")
+        return run
+
+    def _others(self) -> list[Path]:
+        """List what is in the folder, other than what a run writes before its first checkpoint."""
+        own = {self._recipe, self._environment, self._lock, self.metrics, *self._pictures().values()}
+        return [
+            each.relative_to(self.path)
+            for each in sorted(self.path.rglob("*"))
+            if each.is_symlink() or not (each in own or each.is_dir() or re.fullmatch(r"\..+\.tmp", each.name))
+        ]
 
     def describe(self, recipe: Recipe, environment: Environment, facts: Facts | None = None) -> None:
         """Write recipe, environment and the facts of the data."""
         from .environment import write_environment
 
-        self._checkpoints.mkdir(exist_ok=True)
-        write_json(self._recipe, recipe.to_plain())
         write_environment(self._environment, environment, facts)
+        write_json(self._recipe, recipe.to_plain())  # marks the folder as a run, so it comes last
+        self._checkpoints.mkdir(exist_ok=True)
 
-    def discard(self) -> list[Path]:
-        """Remove the folder if it has nothing but what a run writes before its first checkpoint.
-
-        These are its description, its metrics, pictures of its steps, and half-written files.
-
-        Returns:
-            everything else in the folder, because of which nothing was removed: files of somebody else, links,
-            checkpoints and results.
-        """
-        own = {self._recipe, self._environment, self._lock, self.metrics, *self._pictures().values()}
-        if self.path.is_symlink():
-            return [self.path]
-        others = [
-            each for each in sorted(self.path.rglob("*"))
-            if each.is_symlink() or not (each in own or each.is_dir() or re.fullmatch(r"\..+\.tmp", each.name))
-        ]  # fmt: skip
-        if not others:
-            shutil.rmtree(self.path, ignore_errors=True)
-        return others
-
-    def go_back(self, checkpoint: Path, step: int) -> None:
-        """Make a checkpoint in this run the newest one, and remove the pictures of steps after its ``step``."""
-        for later in (path for at, path in self._pictures().items() if at > step):
-            later.unlink()
-        if checkpoint.name != LAST:
-            # the checkpoint that was the newest is kept as the previous one, unless that name belongs to the one
-            # that the run goes back to
-            keep = None if checkpoint.name == PREVIOUS else self.previous
-            write_atomically(self.last, checkpoint.read_bytes(), keep=keep)
+    def remove_if_empty(self) -> None:
+        """Remove the folder if nothing but its lock is in it."""
+        with contextlib.suppress(OSError):
+            if os.listdir(self.path) == [_LOCK]:
+                self._lock.unlink()
+            self.path.rmdir()
 
     def conclude(self, result: Result, recipe: Recipe, numbers: np.ndarray | None = None) -> None:
         """Write the result and the scores by held-out sample (``images.csv`` or ``rows.csv``).

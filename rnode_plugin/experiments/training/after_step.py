@@ -126,16 +126,17 @@ class AfterStep(Checkpoint):
         """Let the first process change the folder, once, when nothing can refuse the run any more.
 
         This comes after the first step of a call, because Lightning, a callback, the memory or a broken picture may
-        refuse the run until then. A run that is resumed goes back to its checkpoint, and recipe and environment
-        are written.
+        refuse the run until then. Recipe and environment are written, and the rows of steps that a
+        resumed run takes again go.
         """
         if not self.begun and trainer.is_global_zero:
             run, experiment = self.run, self._experiment
             if experiment.resumed is not None:
-                experiment.resumed.go_back()
+                experiment.resumed.repair()
             environment = Environment.of(trainer.strategy.root_device, devices=trainer.world_size)
             run.describe(self._recipe, environment, experiment.facts)
-            self._table = MetricsTable(run.metrics, keep=experiment.done)
+            former = None if experiment.resumed is None else experiment.resumed.metrics
+            self._table = MetricsTable(run.metrics, keep=experiment.done, former=former)
             self._step_began = time.monotonic()
         self.begun = True
 

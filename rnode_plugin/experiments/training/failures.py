@@ -37,7 +37,7 @@ def add_resume_hint(after_step: AfterStep, trainer: L.Trainer) -> Iterator[None]
         left = "No checkpoint had been written yet."
         # last.ckpt is missing if a full disk had room for the best.ckpt of the first validation alone
         if run is not None and (intact := run.checkpoints(LAST)):
-            best = f", --resume {run.best} from the best one" if run.best in intact[1:] else ""
+            best = f", and --resume {run.best} begins a new run with the best one" if run.best in intact[1:] else ""
             left = f"The last good checkpoint is {intact[0]}; --resume {run.path} continues from it{best}."
         # the constructor of a SolverError takes other arguments than a message
         kind = TrainingError if isinstance(error, SolverError) else type(error)

@@ -167,16 +167,16 @@ def _opened(experiment: Experiment, options: RunOptions, after_step: AfterStep) 
     """Make or take the folder of the run, and keep other processes out of it.
 
     Nothing in it changes before ``after_step`` has seen a step. The folder of a new run that ends before that, by
-    an error or a signal, is removed, unless a logger or a callback has left a file in it.
+    an error or a signal, is removed, unless there is a file in it.
 
     Raises:
-        ConfigError: another process trains the run, or the folder for a new run is not empty.
+        ConfigError: another process trains the run, or another run or file is in the folder for a new one.
     """
     former = None if experiment.resumed is None else experiment.resumed.run
     if former is not None:
         run = former
     elif options.run_folder is not None:
-        run = Run.claim(options.run_folder)
+        run = Run.claim(options.run_folder, experiment.recipe)
     else:
         run = Run.create(options.runs, experiment.recipe)
     with training_lock(run.path):
@@ -185,7 +185,7 @@ def _opened(experiment: Experiment, options: RunOptions, after_step: AfterStep) 
             yield run
         finally:
             if former is None and not after_step.begun:
-                run.discard()
+                run.remove_if_empty()
 
 
 def _announce(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError, ConfigError, DataError, first_line
 from ..data.facts import Facts
-from ..files import sha256_of
+from ..files import sha256_of, write_atomically
 from ..recipes.recipe import Recipe, differences
 from ..recipes.settings import KeptBy
-from ..runs.run import Run
+from ..runs.run import LAST, Run
 from .checkpoints import (
     Contents,
     facts_of,
@@ -43,8 +44,8 @@ class RunOptions:
     Attributes:
         runs: folder of all runs.
         run_folder: exact folder of a new run, missing or empty, in place of the next free one under ``runs``.
-        resume: run folder or checkpoint to continue from. A run continues in its own folder, and a checkpoint
-            outside of a run folder starts a new one.
+        resume: run folder or checkpoint to continue from. A run continues in its own folder from its newest
+            checkpoint that can be read. Any other checkpoint begins a new run, with the metrics up to its step.
         max_time: seconds after which the call ends with a last validation and a checkpoint. The schedule of the
             learning rate does not change.
         download: fetch the data set if it is missing.
@@ -168,7 +169,8 @@ class Resumed:
         epochs: the epochs that the run has passed.
         sha256: of the file, by which processes of one run notice that they read different ones.
         facts: the facts of the data that the run was trained on; None if they are not known.
-        run: the run that the file lies in, which continues there; None for a file elsewhere.
+        run: the run that continues in its folder, from its newest intact checkpoint; None if a new one begins.
+        metrics: the ``metrics.csv`` of the run that the file lies in; None for a file elsewhere.
         contents: the contents of the file, until :meth:`put_into` has given them to a flow.
     """
 
@@ -178,6 +180,7 @@ class Resumed:
     sha256: str
     facts: Facts | None
     run: Run | None
+    metrics: Path | None
     contents: Contents | None = None
 
     def put_into(self, flow: DensityModel, data: ImageData | Table) -> Resumed:
@@ -216,8 +219,8 @@ class Resumed:
     def keeps_best(self) -> bool:
         """Whether the best weights of the run stay when it continues.
 
-        A best.ckpt from a later step has no validation in the metrics that are left, and the run could end with it
-        as its best weights. With a damaged one it could not end. The next validation writes a missing file.
+        The step of a later best.ckpt is taken again, and its validation writes the file, whatever its score. With a
+        damaged one the run could not end.
         """
         if self.run is None or not self.run.best.is_file():
             return False
@@ -227,17 +230,13 @@ class Resumed:
             print(f"{error} The next validation writes it again.", file=sys.stderr)
             return False
 
-    def go_back(self) -> None:
-        """Make the checkpoint the newest one in its run, if it lies in one, and remove what later steps have left.
+    def repair(self) -> None:
+        """Put the checkpoint in the place of a newer one that is damaged or missing.
 
-        If a checkpoint with more steps stayed the newest, a run that is killed soon would continue from that, and
-        ``metrics.csv`` would lack the steps in between.
+        The next checkpoint would keep a damaged one as the previous one, and a kill could leave no other.
         """
-        if (run := self.run) is None:
-            return
-        if not self.keeps_best:
-            run.best.unlink(missing_ok=True)
-        run.go_back(self.checkpoint, self.done)
+        if self.run is not None and self.checkpoint.name != LAST:
+            write_atomically(self.run.last, self.checkpoint.read_bytes())
 
     @staticmethod
     def of(resume: str | os.PathLike[str], recipe: Recipe) -> Resumed:
@@ -277,7 +276,21 @@ class Resumed:
             if any(each.kept is KeptBy.WEIGHTS for each in differ):
                 advice = "Leave these settings out, or train a new run without --resume"
             raise CheckpointError(f"{path} cannot continue with other settings: {what}. {advice}.")
-        return Resumed(path, done, epochs, sha256_of(path), facts_of(contents), Run.of_checkpoint(path), contents)
+        lies_in = Run.of_checkpoint(path)
+        run = lies_in if lies_in is not None and _is_newest(path, lies_in) else None
+        metrics = None if lies_in is None else lies_in.metrics
+        return Resumed(path, done, epochs, sha256_of(path), facts_of(contents), run, metrics, contents)
+
+
+def _is_newest(checkpoint: Path, run: Run) -> bool:
+    """Whether no newer checkpoint of the run can be read."""
+    for file in run.checkpoints(LAST):
+        if file.samefile(checkpoint):
+            return True
+        with contextlib.suppress(CheckpointError):
+            read_checkpoint(file)
+            return False
+    return False
 
 
 def _check_states(contents: Contents) -> None:
