@@ -36,7 +36,7 @@ from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.metrics import MetricsTable
 from rnode_plugin.experiments.runs.run import training_lock
 from rnode_plugin.experiments.training.checkpoints import header_with
-from rnode_plugin.experiments.training.plan import AFTER_STEP
+from rnode_plugin.experiments.training.plan import ROWS
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_the_line_of_a_run(
         # steps after the checkpoint, which are taken again
         MetricsTable(folder / "metrics.csv", keep=100).add({"train/matching": 0.1, "seconds": 40.0}, 2)
     if state not in ("new", "begun"):
-        callbacks = {} if state == "foreign" else {AFTER_STEP: {"run_seconds": 1.5}}
+        callbacks = {} if state == "foreign" else {ROWS: {"run_seconds": 1.5}}
         contents = {**header_with(get_recipe("digits")), "state_dict": {}, "callbacks": callbacks}
         torch.save(contents, folder / "checkpoints" / "last.ckpt")
     if state == "damaged":

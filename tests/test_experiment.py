@@ -22,10 +22,14 @@ from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.random_streams import Stream, seed_everything, seeded
 from rnode_plugin.experiments.recipes.recipe import Recipe
-from rnode_plugin.experiments.training.after_step import AfterStep, Folder, SampleGrids
 from rnode_plugin.experiments.training.experiment import Experiment
+from rnode_plugin.experiments.training.folder import RunFolder
+from rnode_plugin.experiments.training.grids import SampleGrids
 from rnode_plugin.experiments.training.module import RnodeModule
+from rnode_plugin.experiments.training.rows import Rows
+from rnode_plugin.experiments.training.saves import Checkpoints
 from rnode_plugin.experiments.training.step import LikelihoodLoss, StagedLoss, StepTerms, measure_batch
+from rnode_plugin.experiments.training.stop import StopAt
 from rnode_plugin.experiments.training.trainer import find_devices
 from rnode_plugin.flows.density import DensityModel
 
@@ -207,7 +211,7 @@ def test_callbacks_come_in_the_order_that_is_written_down(tmp_path: Path) -> Non
 
     recipe = tiny_recipe("training.max_steps=1", "training.ema=0.5", "training.sample_images=1")
     run(recipe, tmp_path, callbacks=[Own()], progress=True)
-    assert Own.order == [Folder, Own, SampleGrids, WeightAveraging, AfterStep]
+    assert Own.order == [RunFolder, Own, SampleGrids, WeightAveraging, StopAt, Rows, Checkpoints]
 
 
 @pytest.mark.parametrize(("tasks", "accepted"), [(1, False), (2, True), (4, False)])

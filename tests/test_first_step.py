@@ -27,7 +27,7 @@ from tiny_runs import (
 
 from rnode_plugin.errors import ConfigError, DataError, LocalError, RnodeError
 from rnode_plugin.experiments.runs.run import Run
-from rnode_plugin.experiments.training import after_step as after_step_module
+from rnode_plugin.experiments.training import stop
 from rnode_plugin.experiments.training.checkpoints import newest_intact, read_checkpoint
 from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.plan import Resumed
@@ -185,7 +185,7 @@ def test_what_a_callback_has_written_stays(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_the_command_names_no_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(after_step_module.AfterStep, "on_train_batch_start", sends(signal.SIGINT, signal.SIGINT))
+    monkeypatch.setattr(stop.StopAt, "on_train_batch_start", sends(signal.SIGINT, signal.SIGINT))
     done = rnode("train", "digits", "--device", "cpu", *as_options(*SETTINGS), "--runs", tmp_path, "--json")
     assert done.exit_code == 130, done.output
     assert '"folder": null' in done.stdout

@@ -101,9 +101,9 @@ def test_a_report_shows_pictures_alone(tmp_path: Path, what: str) -> None:
 
 EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "steps that are a text": lambda file: file.update(global_step="x"),
-    "no plan": lambda file: file["callbacks"]["rnode_plugin.after_step"].clear(),
-    "a plan of another kind": lambda file: file["callbacks"]["rnode_plugin.after_step"].update(plan={"a": 1}),
-    "no best score": lambda file: file["callbacks"]["rnode_plugin.after_step"].pop("run_seconds"),
+    "no plan": lambda file: file["callbacks"]["rnode_plugin.rows"].clear(),
+    "a plan of another kind": lambda file: file["callbacks"]["rnode_plugin.rows"].update(plan={"a": 1}),
+    "no best score": lambda file: file["callbacks"]["rnode_plugin.saves"].pop("best"),
     "no loops": lambda file: file.update(loops={}),
     "no count of skipped steps": lambda file: file["progress"].pop("skipped"),
     "no optimizer": lambda file: file.update(optimizer_states=[{}]),

@@ -30,7 +30,7 @@ from rnode_plugin.experiments.files import sha256_of
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint, save_flow
-from rnode_plugin.experiments.training.plan import AFTER_STEP, RunPlan
+from rnode_plugin.experiments.training.plan import ROWS, SAVES, RunPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "tests" / "golden" / "messages.txt"
@@ -207,11 +207,14 @@ def make_files(here: Path) -> None:
         save_flow(recipe.build_flow(), run.best, recipe=recipe, facts=facts)
         # as a run with three steps leaves it, whose weights and optimizer are read later
         plan = dataclasses.asdict(RunPlan(steps_per_epoch=30, total=3, val_every=3))
-        after_step = {"best": 1.0, "validation": {}, "plan": plan, "run_seconds": 1.0, "training_seconds": 1.0}
+        states = {
+            ROWS: {"plan": plan, "run_seconds": 1.0, "training_seconds": 1.0},
+            SAVES: {"best": 1.0, "validation": {}},
+        }
         begun = {
             "optimizer_states": [],
             "global_step": 3,
-            "callbacks": {AFTER_STEP: after_step},
+            "callbacks": states,
             "progress": {"skipped": 0, "skipped_in_row": 0, "safe_steps": {}},
             "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {}, "epoch_loop.batch_progress": {}}},
         }

@@ -23,7 +23,7 @@ from rnode_plugin.experiments.recipes.recipe import Recipe, TableData
 from rnode_plugin.experiments.runs.run import Run
 from rnode_plugin.experiments.samples import sample_rows
 from rnode_plugin.experiments.training.checkpoints import load_with_recipe, read_checkpoint
-from rnode_plugin.experiments.training.plan import AFTER_STEP
+from rnode_plugin.experiments.training.plan import ROWS
 from rnode_plugin.flows.table import TableFlow
 
 SETTINGS = [
@@ -96,7 +96,7 @@ def test_a_table_smaller_than_a_batch_is_one_batch(file: Path, tmp_path: Path) -
     recipe = recipe_of(file, "data.batch_size=500", "training.max_steps=2", "training.val_every_steps=2")
     fitted = run(recipe, tmp_path)
     assert fitted.result.steps == 2
-    plan = read_checkpoint(fitted.run.last)["callbacks"][AFTER_STEP]["plan"]
+    plan = read_checkpoint(fitted.run.last)["callbacks"][ROWS]["plan"]
     assert plan["steps_per_epoch"] == 1, "all 140 training rows are in each step"
 
 

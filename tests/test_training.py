@@ -34,18 +34,20 @@ from rnode_plugin.experiments.data.identity import of_samples
 from rnode_plugin.experiments.random_streams import Stream, seeded
 from rnode_plugin.experiments.recipes.recipe import Optimizer, Recipe
 from rnode_plugin.experiments.runs.run import Run
-from rnode_plugin.experiments.training import after_step as after_step_module
 from rnode_plugin.experiments.training import fit as fit_module
-from rnode_plugin.experiments.training import progress
-from rnode_plugin.experiments.training.after_step import AfterStep, TrainingInterrupted
+from rnode_plugin.experiments.training import processes, progress, stop
 from rnode_plugin.experiments.training.checkpoints import read_checkpoint
 from rnode_plugin.experiments.training.experiment import Experiment
 from rnode_plugin.experiments.training.failures import add_resume_hint
 from rnode_plugin.experiments.training.fit import FitResult
+from rnode_plugin.experiments.training.folder import RunFolder
 from rnode_plugin.experiments.training.module import RnodeModule
 from rnode_plugin.experiments.training.optimizers import learning_rate_factor
-from rnode_plugin.experiments.training.plan import AFTER_STEP, Resumed, RunOptions, RunPlan
+from rnode_plugin.experiments.training.plan import ROWS, Resumed, RunOptions, RunPlan
+from rnode_plugin.experiments.training.saves import Checkpoints
 from rnode_plugin.experiments.training.step import LikelihoodLoss, StepTerms
+from rnode_plugin.experiments.training.stop import StopAt, TrainingInterrupted
+from rnode_plugin.experiments.training.trainer import Hooks
 from rnode_plugin.flows.multiscale import dequantize
 
 SETTINGS = [
@@ -158,8 +160,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(settings: tuple[str, ...],
     part = run(recipe, tmp_path / "b", callbacks=[signal_at(2)])  # inside of the flow matching
     assert (part.result.stopped, part.result.steps, part.result.evaluation) == ("SIGTERM", 2, None)
     assert signal.getsignal(signal.SIGTERM) == before  # the run's own handlers are gone again
-    for stop in (4, 6):  # its last step, which is right before a validation, and after it
-        part = run(recipe, tmp_path, resume=part.run.path, callbacks=[signal_at(stop)])
+    for at in (4, 6):  # its last step, which is right before a validation, and after it
+        part = run(recipe, tmp_path, resume=part.run.path, callbacks=[signal_at(at)])
     rest = run(recipe, tmp_path / "elsewhere", resume=part.run.path)
     assert rest.run == part.run
     assert rest.result.run_seconds > part.result.run_seconds
@@ -290,7 +292,7 @@ def test_a_resume_that_makes_no_sense_is_refused(
 def test_a_checkpoint_of_another_trainer_is_not_resumed(recipe: Recipe, whole: FitResult, tmp_path: Path) -> None:
     """It has neither the epochs nor the best score of the run, which would count as zero and as infinite."""
     contents = read_checkpoint(whole.run.last)
-    del contents["callbacks"][AFTER_STEP]
+    del contents["callbacks"][ROWS]
     torch.save(contents, file := tmp_path / "theirs.ckpt")
     with refuses(CheckpointError, "--weights"):
         run(recipe.override(["training.max_steps=9"]), tmp_path / "runs", resume=file)
@@ -311,58 +313,64 @@ def test_a_run_killed_during_its_evaluation_is_evaluated(recipe: Recipe, whole: 
         assert fitted.run.result.exists()
 
 
-def after_step(recipe: Recipe, *, devices: int = 1, validated: slice = slice(60), **options: Any) -> AfterStep:
+def saves(recipe: Recipe, *, devices: int = 1, validated: slice = slice(60)) -> Checkpoints:
     plan, val = RunPlan.of(recipe, 200, devices), recipe.load_data().val[validated]
     data = SimpleNamespace(val=val, identity=("of the training", of_samples(val)))
     experiment: Any = SimpleNamespace(recipe=recipe, data=data, resumed=None)
-    return AfterStep(experiment, plan, **options)
+    return Hooks.of(experiment, plan, RunOptions(progress=False)).saves
 
 
 def test_another_validation_chooses_the_best_weights_again(recipe: Recipe) -> None:
     """The lowest value of easier images would keep weights that are no longer the best."""
-    before = after_step(recipe)
+    before = saves(recipe)
     before.best = 1.0
     # a validation takes signs whatever the training does
-    same = after_step(recipe.override(["training.max_steps=9", "model.trace_estimator=gaussian"]))
+    same = saves(recipe.override(["training.max_steps=9", "model.trace_estimator=gaussian"]))
     settings = ("training.val_images=30", "test_solver.step=0.5", "data.val_batch_size=5")
-    others = [after_step(recipe.override([each])) for each in settings]
-    assert after_step(recipe, devices=2).state_dict()["validation"] == before.state_dict()["validation"]
-    others += [after_step(recipe, validated=slice(59)), after_step(recipe, validated=slice(59, None, -1))]
+    others = [saves(recipe.override([each])) for each in settings]
+    assert saves(recipe, devices=2).state_dict()["validation"] == before.state_dict()["validation"]
+    others += [saves(recipe, validated=slice(59)), saves(recipe, validated=slice(59, None, -1))]
     for later, best in ((same, 1.0), *((other, math.inf) for other in others)):
         later.load_state_dict(before.state_dict())
         assert later.best == best
 
 
-def test_a_process_with_another_checkpoint_is_refused(recipe: Recipe) -> None:
+def test_a_process_with_another_checkpoint_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each machine of a run may have its own copy, of the same step or of another one."""
-    strategy = SimpleNamespace(broadcast=lambda sha256: "of the first process")
-    trainer: Any = SimpleNamespace(global_step=10, world_size=1, strategy=strategy)
-    with refuses(TrainingError, "checkpoints"):
-        after_step(recipe).on_train_start(trainer, RnodeModule(recipe))
+    monkeypatch.setattr(processes, "of_all", lambda trainer, own: [{"the SHA-256 of its checkpoint": "a"}, own])
+    resumed = SimpleNamespace(sha256="a")
+    experiment: Any = SimpleNamespace(resumed=resumed)
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda run: run))
+    RunFolder(experiment).setup(trainer, trainer, "fit")
+    resumed.sha256 = "b"
+    with refuses(ConfigError, "checkpoint"):
+        RunFolder(experiment).setup(trainer, trainer, "fit")
 
 
 @pytest.mark.parametrize(("signum", "again"), [
     (signal.SIGINT, "Press Ctrl-C again to stop at once."), (signal.SIGTERM, "A second SIGTERM stops it at once."),
 ])  # fmt: skip
 def test_the_first_signal_is_answered(
-    recipe: Recipe, signum: signal.Signals, again: str, capfd: pytest.CaptureFixture[str]
+    signum: signal.Signals, again: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    quiet, progressing = after_step(recipe), after_step(recipe, progress=True)
-    progressing._terminal = progress.Terminal(recipe, RunPlan(4, 8, 4))
-    for each, said in ((quiet, ""), (progressing, f"\nStopping after this step or validation. {again}\n")):
+    plan = RunPlan(4, 8, 4)
+    for each, said in (
+        (StopAt(plan), ""),
+        (StopAt(plan, tells=True), f"\nStopping after this step or validation. {again}\n"),
+    ):
         each.receive(signum)
         assert capfd.readouterr().err == said
 
 
-def test_a_second_signal_ends_at_once_but_no_echo_does(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_signal_ends_at_once_but_no_echo_does(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(after_step_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(stop, "time", SimpleNamespace(monotonic=lambda: now[0]))
     for signum, later, ends in (
         (signal.SIGTERM, 0.0, False),
         (signal.SIGTERM, 2.0, True),
         (signal.SIGINT, 0.0, True),
     ):
-        decides = after_step(recipe)
+        decides = StopAt(RunPlan(4, 8, 4))
         decides.receive(signum)
         now[0] += later
         with pytest.raises(TrainingInterrupted) if ends else nullcontext():
@@ -370,12 +378,10 @@ def test_a_second_signal_ends_at_once_but_no_echo_does(recipe: Recipe, monkeypat
 
 
 def test_a_run_with_all_steps_was_not_stopped_by_its_limit(recipe: Recipe) -> None:
-    module: Any = SimpleNamespace(values=dict)
+    module: Any = None
     for step, out_of_time in ((1, True), (6, False)):
-        decides = after_step(recipe, max_time=1e-9)
-        trainer: Any = SimpleNamespace(
-            global_step=step, world_size=1, is_global_zero=False, should_stop=False, logged_metrics={}
-        )
+        decides = StopAt(RunPlan.of(recipe, 200), max_time=1e-9)
+        trainer: Any = SimpleNamespace(global_step=step, world_size=1, should_stop=False, accumulate_grad_batches=1)
         decides.on_train_batch_end(trainer, module, None, None, 0)
         assert (trainer.should_stop, decides.out_of_time) == (True, out_of_time)
 
@@ -383,17 +389,18 @@ def test_a_run_with_all_steps_was_not_stopped_by_its_limit(recipe: Recipe) -> No
 def test_processes_ask_each_other_about_once_a_second(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the same number of steps in each, by the slowest, before each validation and at the last step."""
     longest, asked, clock = [0.0], list[int](), [0.0]
-    monkeypatch.setattr(after_step_module.time, "monotonic", lambda: clock[0])
-    decides = after_step(recipe.override(["training.max_steps=60", "training.val_every_steps=25"]), devices=2)
+    monkeypatch.setattr(stop.time, "monotonic", lambda: clock[0])
+    longer = recipe.override(["training.max_steps=60", "training.val_every_steps=25"])
+    decides = StopAt(RunPlan.of(longer, 200, 2))
 
     def reduce(values: torch.Tensor, reduce_op: str) -> torch.Tensor:
         assert reduce_op == "max"
         asked.append(trainer.global_step)
         return values.maximum(torch.tensor([0.0, 0.0, longest[0]]))  # of another process
 
-    module: Any = SimpleNamespace(values=dict, own_values={}, skipped_in_row=1)
+    module: Any = None
     trainer: Any = SimpleNamespace(
-        global_step=0, world_size=2, is_global_zero=False, should_stop=False, logged_metrics={},
+        global_step=0, world_size=2, should_stop=False, accumulate_grad_batches=1,
         strategy=SimpleNamespace(reduce=reduce, root_device=torch.device("cpu")),
     )  # fmt: skip
     for step in range(1, 61):
@@ -695,7 +702,7 @@ def test_an_error_names_the_checkpoint_that_a_resumed_run_finds(
     for name in files:
         (folder.last.parent / name).touch()
     trainer: Any = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(launcher=None))
-    written: Any = SimpleNamespace(folder=folder, begun=True)
+    written: Any = SimpleNamespace(opened=folder, begun=True)
     with pytest.raises(TrainingError) as caught, add_resume_hint(written, trainer):
         raise TrainingError("the disk is full.")
     paths = {"best": folder.best, "last": folder.last, "run": folder.path}

@@ -28,7 +28,7 @@ from ..reports.runs import data_name
 from ..runs.results import Result
 from ..runs.run import Run, training_lock
 from ..training.checkpoints import newest_intact
-from ..training.plan import AFTER_STEP, RunOptions
+from ..training.plan import ROWS, RunOptions
 
 _RNODE_CLI = (sys.executable, "-m", "rnode_plugin")
 _VALIDATIONS = 20  # at least, in a run whose recipe has as many steps and chooses no interval
@@ -223,7 +223,7 @@ def _limit(max_time: float | None, *, spent: float = 0.0) -> list[str]:
 def _spent(run: Run) -> float:
     """The wall-clock time of a run up to the checkpoint that it continues from. A kill undoes the time after it."""
     try:
-        return newest_intact(run.path)[1]["callbacks"][AFTER_STEP]["run_seconds"]
+        return newest_intact(run.path)[1]["callbacks"][ROWS]["run_seconds"]
     except (CheckpointError, KeyError):  # damaged, or of another Trainer: the process that resumes it reports this
         return 0.0
 

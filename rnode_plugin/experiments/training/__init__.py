@@ -11,8 +11,10 @@ Read the modules in this order.
 3. ``train`` lets Lightning train. ``trainer`` finds the devices and makes Lightning's Trainer, with ``loggers`` by
    name. ``module`` is what Lightning trains: a step, a validation, and the optimizer from ``optimizers``.
    ``datamodule`` chooses the samples of a step.
-4. After each step Lightning calls ``after_step``, which writes the step down, saves it and ends the run.
-   ``progress`` prints a line of it.
+4. After each step Lightning calls the callbacks in ``stop``, which decides whether the run ends, ``rows``, which
+   writes the step down, with a line by ``progress``, and ``saves``, which writes checkpoints. ``folder`` describes
+   the run when its first row is due, and ``grids`` draws samples at validations. ``processes`` has what the
+   processes of a run have to agree on.
 5. ``checkpoints`` writes and reads files of weights.
 
 Three rules hold everywhere. The noise and the samples of a step are functions of the seed and the number of the

@@ -16,11 +16,11 @@ from ..runs.run import LAST
 if TYPE_CHECKING:
     import pytorch_lightning as L
 
-    from .after_step import AfterStep
+    from .folder import RunFolder
 
 
 @contextmanager
-def add_resume_hint(after_step: AfterStep, trainer: L.Trainer) -> Iterator[None]:
+def add_resume_hint(folder: RunFolder, trainer: L.Trainer) -> Iterator[None]:
     """Add to an error how the run can continue, and end the other processes, which may wait for this one.
 
     Raises:
@@ -31,7 +31,7 @@ def add_resume_hint(after_step: AfterStep, trainer: L.Trainer) -> Iterator[None]
     except RnodeError as error:
         # a process that waits in a reduction would never notice that this one has left
         end_other_processes(trainer)
-        if (run := after_step.folder) is not None and not run.path.is_dir():
+        if (run := folder.opened) is not None and not run.path.is_dir():
             gone = f"the folder of the run, {run.path}, was removed or renamed."
             raise TrainingError(f"training stopped: {gone}") from error
         left = "No checkpoint had been written yet."
@@ -41,7 +41,7 @@ def add_resume_hint(after_step: AfterStep, trainer: L.Trainer) -> Iterator[None]
             left = f"The last good checkpoint is {intact[0]}; --resume {run.path} continues from it{best}."
         # the constructor of a SolverError takes other arguments than a message
         kind = TrainingError if isinstance(error, SolverError) else type(error)
-        what = "training stopped" if after_step.begun else "training did not begin"
+        what = "training stopped" if folder.begun else "training did not begin"
         raise kind(f"{what}: {str(error).rstrip('.')}. {left}") from error
 
 

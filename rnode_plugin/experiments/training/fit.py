@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback
     from pytorch_lightning.loggers import Logger
 
-    from .after_step import AfterStep
+    from .folder import RunFolder
 
 
 class FitResult(NamedTuple):
@@ -92,35 +92,34 @@ def fit(
     with translate_errors():
         experiment = begin(experiment, options, names)
         # Lightning is imported only now, because that takes seconds, and most refusals do not need it
-        from .after_step import AfterStep
-        from .trainer import callbacks_in_order, find_devices, make_trainer, quiet, train
+        from .trainer import Hooks, find_devices, make_trainer, quiet, train
 
         with quiet():
             devices = find_devices(trainer_options)
             plan = experiment.plan(devices.world)
             # the time limit begins now, after the data were loaded
-            after_step = AfterStep(experiment, plan, max_time=options.max_time, progress=options.progress)
+            hooks = Hooks.of(experiment, plan, options, names)
             trainer = make_trainer(
                 experiment.recipe,
                 plan,
                 devices,
-                callbacks=callbacks_in_order(experiment, callbacks, after_step, loggers=names),
+                callbacks=hooks.around(callbacks, experiment.recipe),
                 loggers=[each for each in loggers if not isinstance(each, str)],
                 options=trainer_options,
             )
-            # only the first process has a folder and writes into it. The callback `Folder` tells the others its
+            # only the first process has a folder and writes into it. The callback `RunFolder` tells the others its
             # path
             is_first = trainer.is_global_zero
-            with _opened(experiment, options, after_step) if is_first else nullcontext() as run:
+            with _opened(experiment, options, hooks.folder) if is_first else nullcontext() as run:
                 if run is not None:
                     # they write into the folder
                     trainer.loggers += [make_logger(name, run.path, done=experiment.done) for name in names]
                     if options.progress:
                         _announce(experiment, plan, trainer, run)
-                result = train(experiment, plan, trainer, after_step)
+                result = train(experiment, plan, trainer, hooks)
                 if result.by_signal or not is_first:
-                    return FitResult(after_step.run, result, is_first)
-                return _conclude(after_step.run, result, experiment, devices.device, progress=options.progress)
+                    return FitResult(hooks.folder.run, result, is_first)
+                return _conclude(hooks.folder.run, result, experiment, devices.device, progress=options.progress)
 
 
 def begin(given: Experiment | Recipe, options: RunOptions, loggers: Sequence[str] = ()) -> Experiment:
@@ -163,10 +162,10 @@ def begin(given: Experiment | Recipe, options: RunOptions, loggers: Sequence[str
 
 
 @contextmanager
-def _opened(experiment: Experiment, options: RunOptions, after_step: AfterStep) -> Iterator[Run]:
+def _opened(experiment: Experiment, options: RunOptions, folder: RunFolder) -> Iterator[Run]:
     """Make or take the folder of the run, and keep other processes out of it.
 
-    Nothing in it changes before ``after_step`` has seen a step. The folder of a new run that ends before that, by
+    Nothing in it changes before a step was taken. The folder of a new run that ends before that, by
     an error or a signal, is removed, unless there is a file in it.
 
     Raises:
@@ -180,11 +179,11 @@ def _opened(experiment: Experiment, options: RunOptions, after_step: AfterStep) 
     else:
         run = Run.create(options.runs, experiment.recipe)
     with training_lock(run.path):
-        after_step.open(run)
+        folder.opened = run
         try:
             yield run
         finally:
-            if former is None and not after_step.begun:
+            if former is None and not folder.begun:
                 run.remove_if_empty()
 
 

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..._version import __version__
 from ...errors import ConfigError, LocalError, SolverError, TrainingError
 from ...flows.density import DensityModel
 from ..data.facts import Facts, doubt
 from ..random_streams import Stream, seed_everything
-from ..recipes.recipe import Recipe, as_text
+from ..recipes.recipe import Recipe
 from .checkpoints import facts_of, header_with, load_weights
 from .datamodule import RecipeDataModule
 from .experiment import is_new, new_flow
 from .optimizers import learning_rate_factor, make_optimizer
+from .processes import of_all, refuse_other_runs, refuse_rounding
 from .step import Loss, StepTerms, loss_of, measure_batch
 
 if TYPE_CHECKING:
@@ -199,13 +199,6 @@ class RnodeModule(L.LightningModule):
         means = cast("Tensor", self.trainer.strategy.reduce(values.to(self.device), reduce_op="mean"))
         return dict(zip(own, means.tolist(), strict=True))
 
-    def _of_all(self, value: T) -> list[T]:
-        """List a value of each process by its rank. All processes have to call this together."""
-        gathered = [value] * self.trainer.world_size
-        if len(gathered) > 1:
-            torch.distributed.all_gather_object(gathered, value)
-        return gathered
-
     # before the first step, in Lightning's order ---------------------------------------------------------------
 
     # Lightning calls `setup`, restores the weights of a checkpoint, calls `configure_optimizers` and
@@ -216,58 +209,10 @@ class RnodeModule(L.LightningModule):
         if stage != "fit":
             return
         data = self._data()
-        self._refuse_precision()
-        self._refuse_other_runs(data)
+        refuse_rounding(self.trainer, self.recipe)
+        refuse_other_runs(self.trainer, self.recipe, data)
         if self._is_fresh and data is not None:
             self.recipe.kind.fit_statistics(self.flow, data)
-
-    def _refuse_precision(self) -> None:
-        """Refuse a Trainer that rounds the samples, and say what else it decides other than the recipe.
-
-        Raises:
-            ConfigError: the Trainer has 16 bits without a mixture.
-        """
-        trainer, training = self.trainer, self.recipe.training
-        if (precision := str(trainer.precision)) in ("16-true", "bf16-true"):
-            raise ConfigError(
-                f"precision={precision!r} of the Trainer would round the data themselves: use '32-true' or "
-                f"{precision.replace('true', 'mixed')!r}."
-            )
-        decided = {
-            "accumulate": (trainer.accumulate_grad_batches, training.accumulate),
-            "precision": (precision, training.precision),
-        }
-        for name, (here, there) in decided.items():
-            if here != there:
-                own = "accumulate_grad_batches" if name == "accumulate" else name
-                self._print(f"the Trainer decides: {own}={here}, and training.{name}={there} has no effect.")
-
-    def _refuse_other_runs(self, data: ImageData | Table | None) -> None:
-        """Compare the recipe, the data and the version of the package of all processes.
-
-        The gradients of different runs would be averaged without a word.
-
-        Raises:
-            ConfigError: a process has others than the first one.
-        """
-        own = dict(self.recipe.settings())
-        del own["data.root"]  # each machine may have its own path of the same files
-        own["training.weights"] = "given" if self.recipe.training.weights else "none"
-        own["the version of rnode-plugin"] = __version__
-        if data is not None:
-            own["the number of training samples"] = f"{len(data.train):,}"
-            own["the number of held-out samples"] = f"{len(data.held_out):,}"
-            own["the hash of the data"] = "/".join(map(str, Facts.of(data, self.recipe.data.given).identity))
-        first, *others = self._of_all(own)
-        for rank, other in enumerate(others, start=1):
-            for what in {**first, **other}:
-                here, there = first.get(what, "not set"), other.get(what, "not set")
-                if here != there:
-                    raise ConfigError(
-                        f"process {rank} of this run trains another one than process 0: {what} is "
-                        f"{as_text(there)} in process {rank} and {as_text(here)} in process 0. Give all processes "
-                        "the same command, the same data and the same version of rnode-plugin."
-                    )
 
     def _data(self) -> ImageData | Table | None:
         """Return the samples of the Trainer; None if it was given loaders."""
@@ -344,7 +289,7 @@ class RnodeModule(L.LightningModule):
         """Log the means over all samples on all devices."""
         # a last batch is smaller, and `val/gap` is only in the first row, so each value counts its own samples
         values, samples = defaultdict[str, list[float]](list), Counter[str]()
-        for row, size in itertools.chain.from_iterable(self._of_all(self._measured)):
+        for row, size in itertools.chain.from_iterable(of_all(self.trainer, self._measured)):
             for name, value in row.items():
                 values[name].append(value * size)
                 samples[name] += size
@@ -400,7 +345,7 @@ class RnodeModule(L.LightningModule):
         # Lightning calls this in all processes, and the first one writes
         world = self.trainer.world_size
         safe_steps: dict[int, dict[int, dict[str, float]]] = {}
-        for rank, steps in enumerate(self._of_all(self._safe_steps)):
+        for rank, steps in enumerate(of_all(self.trainer, self._safe_steps)):
             for device, each in steps.items():
                 if device % world == rank:
                     safe_steps[device] = each

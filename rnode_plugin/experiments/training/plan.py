@@ -30,11 +30,13 @@ from .checkpoints import (
 )
 
 if TYPE_CHECKING:
+    import pytorch_lightning as L
+
     from ...flows.density import DensityModel
     from ..data import ImageData, Table
 
-# key of the state of our callback in a checkpoint, which Lightning would take from the name of its class
-AFTER_STEP = "rnode_plugin.after_step"
+# keys of the states of our callbacks in a checkpoint, which Lightning would take from the names of their classes
+ROWS, SAVES = "rnode_plugin.rows", "rnode_plugin.saves"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,14 @@ class RunPlan:
     def epochs_at(self, step: int) -> float:
         """Count the passes through the training samples up to a step, counted from 1."""
         return self.resumed_epochs + (step - self.resumed_step) / self.steps_per_epoch
+
+    def ends_step(self, trainer: L.Trainer, batch_idx: int) -> bool:
+        """Whether the batch was the last one of an optimizer step, which may accumulate several."""
+        return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+    def validates(self, trainer: L.Trainer) -> bool:
+        """Whether Lightning validates after this step."""
+        return trainer.should_stop or trainer.global_step % self.val_every == 0
 
     def stages(self, recipe: Recipe, *, done: int = 0) -> dict[int, str]:
         """Describe what begins after which step, in words, without what has ended by step ``done``.
@@ -250,7 +260,7 @@ class Resumed:
         if "optimizer_states" not in contents:
             raise CheckpointError(f"{path} has only weights, so a training cannot be resumed from it.")
         callbacks = contents.get("callbacks")
-        if not isinstance(callbacks, Mapping) or AFTER_STEP not in callbacks:
+        if not isinstance(callbacks, Mapping) or ROWS not in callbacks:
             raise CheckpointError(
                 f"{path} was written by another Trainer, so its epochs and its best score are not known: "
                 f"--weights {path} starts a new run from it."
@@ -258,7 +268,7 @@ class Resumed:
         try:
             _check_states(contents)
             done = contents["global_step"]
-            epochs = RunPlan(**callbacks[AFTER_STEP]["plan"]).epochs_at(done)
+            epochs = RunPlan(**callbacks[ROWS]["plan"]).epochs_at(done)
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise _unlike_a_run(path, error) from error
         former = recipe_of(contents, path)
@@ -297,7 +307,8 @@ def _check_states(contents: Contents) -> None:
     """Look up what Lightning and our callbacks restore, in whose hooks a missing value would look like a bug."""
     if type(contents["global_step"]) is not int:
         raise TypeError(f"global_step is {contents['global_step']!r}")
-    itemgetter("best", "validation", "plan", "run_seconds", "training_seconds")(contents["callbacks"][AFTER_STEP])
+    itemgetter("plan", "run_seconds", "training_seconds")(contents["callbacks"][ROWS])
+    itemgetter("best", "validation")(contents["callbacks"][SAVES])
     itemgetter("skipped", "skipped_in_row", "safe_steps")(contents["progress"])
     itemgetter("state_dict", "epoch_progress", "epoch_loop.batch_progress")(contents["loops"]["fit_loop"])
     for state in contents["optimizer_states"]:

@@ -32,13 +32,17 @@ from ..recipes.recipe import Recipe
 from ..runs.results import Result
 from ..runs.run import LAST, PREVIOUS, Run
 from ..text import count_of
-from .after_step import AfterStep, Folder, SampleGrids, TrainingInterrupted
 from .checkpoints import newest_intact, read_checkpoint
 from .datamodule import RecipeDataModule
 from .experiment import Experiment
 from .failures import add_resume_hint, end_other_processes, let_others_end, translate_errors
+from .folder import RunFolder
+from .grids import SampleGrids
 from .module import RnodeModule
-from .plan import RunPlan
+from .plan import RunOptions, RunPlan
+from .rows import Rows
+from .saves import Checkpoints
+from .stop import StopAt, TrainingInterrupted
 
 TrainerOptions = Mapping[str, Any]
 """Options of Lightning's Trainer by name. Lightning checks their types."""
@@ -106,26 +110,40 @@ def _refuse_other_tasks(devices: int, nodes: int) -> None:
         )
 
 
-def callbacks_in_order(
-    experiment: Experiment, callbacks: Sequence[Callback], after_step: AfterStep, *, loggers: Sequence[str] = ()
-) -> list[Callback]:
-    """List all callbacks of a run in the order in which Lightning calls them.
+class Hooks(NamedTuple):
+    """The callbacks of a run that write it down, save it, and end it."""
 
-    1. ``Folder`` makes the ``loggers``, which callbacks may need.
-    2. The user's callbacks see the weights as they were trained.
-    3. ``SampleGrids`` draws before ``WeightAveraging`` puts the trained weights back in place of their average.
-    4. ``AfterStep`` writes the state that all of these have reached.
-    """
-    recipe = experiment.recipe
-    ordered = [Folder(after_step, loggers), *callbacks]
-    if recipe.training.sample_images and recipe.kind.has_grid:
-        ordered.append(SampleGrids(after_step))
-    if (decay := recipe.training.ema) is not None:
-        # After each step, average = decay * average + (1 - decay) * weights. Lightning swaps the average in for a
-        # validation. In a checkpoint `state_dict` holds the average, so that a loaded model has it, and
-        # `current_model_state` holds the weights that training continues from
-        ordered.append(WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay)))
-    return [*ordered, after_step]
+    folder: RunFolder
+    stop: StopAt
+    rows: Rows
+    saves: Checkpoints
+
+    @staticmethod
+    def of(experiment: Experiment, plan: RunPlan, options: RunOptions, loggers: Sequence[str] = ()) -> Hooks:
+        """Make the callbacks. The limit on the time of the call begins now."""
+        folder = RunFolder(experiment, loggers)
+        stop = StopAt(plan, max_time=options.max_time, tells=options.progress)
+        rows = Rows(experiment, plan, folder, stop, progress=options.progress)
+        return Hooks(folder, stop, rows, Checkpoints(experiment, plan, folder, rows, stop))
+
+    def around(self, callbacks: Sequence[Callback], recipe: Recipe) -> list[Callback]:
+        """List all callbacks of a run in the order in which Lightning calls them.
+
+        1. ``RunFolder`` makes the loggers, which callbacks may need.
+        2. The user's callbacks see the weights as they were trained.
+        3. ``SampleGrids`` draws before ``WeightAveraging`` puts the trained weights back in place of their average.
+        4. ``StopAt`` decides whether the run ends. ``Rows`` and ``Checkpoints`` write the state that all of these
+           have reached.
+        """
+        ordered = [self.folder, *callbacks]
+        if recipe.training.sample_images and recipe.kind.has_grid:
+            ordered.append(SampleGrids(self.folder))
+        if (decay := recipe.training.ema) is not None:
+            # After each step, average = decay * average + (1 - decay) * weights. Lightning swaps the average in for
+            # a validation. In a checkpoint `state_dict` holds the average, so that a loaded model has it, and
+            # `current_model_state` holds the weights that training continues from
+            ordered.append(WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay)))
+        return [*ordered, self.stop, self.rows, self.saves]
 
 
 def make_trainer(
@@ -237,19 +255,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 # training ------------------------------------------------------------------------------------------------------
 
 
-def train(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, after_step: AfterStep) -> Result:
-    """Train the experiment, whose folder :func:`AfterStep.open` has told the first process.
+def train(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, hooks: Hooks) -> Result:
+    """Train the experiment, whose folder the first process has in ``hooks.folder.opened``.
 
     Raises:
         RnodeError: the training failed. The message names the checkpoint that the run can continue from.
     """
-    with add_resume_hint(after_step, trainer), translate_errors():
-        # AfterStep writes to the loggers
+    with add_resume_hint(hooks.folder, trainer), translate_errors():
+        # `Rows` writes to the loggers
         module = RnodeModule(
             experiment.recipe, flow=experiment.flow, loss=experiment.loss, facts=experiment.facts, to_loggers=False
         )
         # a run that was killed while its best weights were evaluated has no step left, and passes here at once
-        stopped = _train(module, experiment, trainer, after_step)
+        stopped = _train(module, experiment, trainer, hooks)
     let_others_end(trainer)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # a group that still exists when its process ends can abort the process, which would look like a failure
@@ -258,15 +276,15 @@ def train(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, after_step:
         stopped=stopped,
         steps=trainer.global_step,
         planned=plan.total,
-        training_seconds=after_step.training_seconds,
-        run_seconds=after_step.run_seconds,
+        training_seconds=hooks.rows.training_seconds,
+        run_seconds=hooks.rows.run_seconds,
         skipped=module.skipped,
     )
     # a second signal ends a step halfway, so the checkpoint counts, from which the run would continue
-    return dataclasses.replace(result, steps=_saved_steps(after_step.run)) if result.by_signal else result
+    return dataclasses.replace(result, steps=_saved_steps(hooks.folder.run)) if result.by_signal else result
 
 
-def _train(module: RnodeModule, experiment: Experiment, trainer: L.Trainer, after_step: AfterStep) -> str:
+def _train(module: RnodeModule, experiment: Experiment, trainer: L.Trainer, hooks: Hooks) -> str:
     """Train the experiment, and return the reason why the training ended, as in :class:`Result`.
 
     Raises:
@@ -289,7 +307,7 @@ def _train(module: RnodeModule, experiment: Experiment, trainer: L.Trainer, afte
             end_other_processes(trainer)
         return stop.signal_name
     except SystemExit as stop:
-        # Lightning's answer to a signal before `AfterStep` takes the signals over, or after it has given them back.
+        # Lightning's answer to a signal before `StopAt` takes the signals over, or after it has given them back.
         # From then on Ctrl-C would be ignored. Another process ends with its exit code, which ends the first one
         by_ctrl_c = isinstance(stop.__context__, KeyboardInterrupt)
         if not trainer.is_global_zero or not (by_ctrl_c or isinstance(stop, SIGTERMException)):
@@ -301,13 +319,13 @@ def _train(module: RnodeModule, experiment: Experiment, trainer: L.Trainer, afte
     finally:
         if trainer.global_step:
             experiment.flow.trained_steps = trainer.global_step
-    if after_step.received is not None:  # after its last step, when the newest checkpoint was written
-        return after_step.received
-    kept = after_step.run.best.is_file() if after_step.begun else resumed is not None and resumed.keeps_best
+    if hooks.stop.received is not None:  # after its last step, when the newest checkpoint was written
+        return hooks.stop.received
+    kept = hooks.folder.run.best.is_file() if hooks.folder.begun else resumed is not None and resumed.keeps_best
     if trainer.is_global_zero and not kept:
         raise TrainingError("it took no step, so there are no weights to evaluate")
-    after_step.begin(trainer)  # a run without a step left
-    if after_step.out_of_time:
+    hooks.folder.begin(trainer)  # a run without a step left
+    if hooks.stop.out_of_time:
         return "max_time"
     return "finished" if trainer.global_step >= trainer.max_steps else "early"
 
