@@ -119,13 +119,13 @@ def test_waiting_threads_sleep_soon_unless_the_user_has_chosen(
 
 def test_recipes_are_listed_and_shown() -> None:
     assert re.findall(r"^[\w-]+", rnode("recipes").output, re.M) == plugins.names("recipes")
-    shown = rnode("recipes", "show", "digits", "--set", "optimizer.lr=5e-4", "--set", "model.hidden=4").output
+    shown = rnode("recipes", "digits", "--set", "optimizer.lr=5e-4", "--set", "model.hidden=4").output
     assert re.search(r"^optimizer.lr +0.0005$", shown, re.M)
     assert re.search(r"^data.shape +1,8,8$", shown, re.M)
     flow = get_recipe("digits").override(["model.hidden=4"]).build_flow()
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     assert re.search(rf"^{parameters:,} parameters$", shown, re.M)
-    vanilla = json.loads(rnode("recipes", "show", "mnist", "--ffjord", "--json").output)
+    vanilla = json.loads(rnode("recipes", "mnist", "--ffjord", "--json").output)
     assert vanilla["regularizers"] == {}
     assert vanilla["solver"]["method"] == "dopri5"
 
@@ -148,7 +148,7 @@ def test_info_has_what_a_bug_report_needs(monkeypatch: pytest.MonkeyPatch, regis
 
 
 @pytest.mark.parametrize(("words", "begun", "expected"), [
-    ([], "tr", {"train"}), (["train", "digits"], "--max-s", {"--max-steps"}), (["recipes"], "sh", {"show"}),
+    ([], "tr", {"train"}), (["train", "digits"], "--max-s", {"--max-steps"}), (["recipes"], "--js", {"--json"}),
     (["trian"], "eva", {"eval"}), (["sample"], "runs/", {"runs/"}),  # the shell completes the path
 ])  # fmt: skip
 def test_a_shell_completes(words: list[str], begun: str, expected: set[str]) -> None:
@@ -304,7 +304,7 @@ def test_memory_that_is_used_up_is_one_message(trained: Path, error: Exception) 
 
 
 def test_a_refusal_of_the_module_is_one_line_and_an_exit_code() -> None:
-    command = [sys.executable, "-m", "rnode_plugin", "recipes", "show", "nothing"]
+    command = [sys.executable, "-m", "rnode_plugin", "recipes", "nothing"]
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("Error: unknown recipe")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -13,10 +13,10 @@ from problems import refuses
 from test_messages import REQUESTS
 from tiny_runs import SETTINGS, as_options, rnode
 
-from rnode_plugin.cli import main
 from rnode_plugin.cli.options import check_folder
 from rnode_plugin.errors import CheckpointError
 from rnode_plugin.plugins.builtin import COMMANDS
+from rnode_plugin.plugins.registry import get
 
 QUICK = as_options(*SETTINGS, "training.max_steps=1", "training.val_every_steps=1")
 # the arguments of a command with --json, and some keys of its value
@@ -35,7 +35,7 @@ JSON: dict[str, tuple[list[str], set[str]]] = {
     ),
     "report": (["RUN", "--out", "NEW"], {"html", "figures", "left_out", "table"}),
     "diagnose": (["RUN", "--samples", "4"], {"checkpoint", "recipe", "samples", "findings", "seed"}),
-    "recipes show": (["digits"], {"name", "data", "model", "solver", "regularizers", "training"}),
+    "recipes": (["digits"], {"name", "data", "model", "solver", "regularizers", "training"}),
     "regularizers": ([], {"name", "kind", "formula", "cost", "source", "installed_from"}),
 }
 
@@ -43,18 +43,7 @@ _WRITES = {"out", "runs", "run_folder", "file", "target"}  # parameters that nam
 _READS = {"run", "resume", "weights", "data_root"}  # and what it reads
 
 
-def _leaves(group: click.Group, names: list[str]) -> Iterator[tuple[str, click.Command]]:
-    for name in names:
-        command = group.get_command(click.Context(group, **group.context_settings), name)
-        assert command is not None
-        inner = isinstance(command, click.Group)
-        if not inner or command.invoke_without_command:
-            yield name, command
-        if inner:
-            yield from ((f"{name} {leaf}", each) for leaf, each in _leaves(command, list(command.commands)))
-
-
-ALL = dict(_leaves(main, [name for section in COMMANDS.values() for name in section]))
+ALL = {name: get("commands", name) for section in COMMANDS.values() for name in section}
 
 
 def _parameters(name: str) -> set[str]:

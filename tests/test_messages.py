@@ -57,7 +57,7 @@ REQUESTS = [
         "train pictures",
         "train digit",
         "compare digit",
-        "recipes show digit",
+        "recipes digit",
         "regularizers kinetik",
         "train digits --lr 0.1",
         "train digits --max-step 3",

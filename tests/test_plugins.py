@@ -524,9 +524,9 @@ def wrong(register):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["wrong-command"], "the command 'wrong-command'"),
-    (["recipes", "show", "wrong-recipe"], "recipe 'wrong-recipe': its plugin returned dict, not a Recipe"),
-    (["recipes", "show", "old-recipe"], "the recipe 'old-recipe' of plugin 'wrong' .*'optimizer.rate'"),
-    (["recipes", "show", "bad-recipe"], "the recipe 'bad-recipe' of .*name '' cannot name a folder"),
+    (["recipes", "wrong-recipe"], "recipe 'wrong-recipe': its plugin returned dict, not a Recipe"),
+    (["recipes", "old-recipe"], "the recipe 'old-recipe' of plugin 'wrong' .*'optimizer.rate'"),
+    (["recipes", "bad-recipe"], "the recipe 'bad-recipe' of .*name '' cannot name a folder"),
     (["train", "digits", "--data", "wrong-data"], "'wrong-data': its plugin returned list, not ImageData"),
     (["train", "digits", "--data", "failing-data"], "the data set 'failing-data' of plugin 'wrong'.* not here"),
     (["train", "digits", "--set", "model.name=nothing"], "NoneType, not a DensityModel, .*Write a model"),
@@ -546,7 +546,7 @@ def test_a_failure_leaves_the_lists_and_a_traceback(wrong):
     listed = CliRunner().invoke(main, ["recipes"]).output
     assert re.search(r"^old-recipe +\(cannot be loaded: the recipe 'old-recipe' of plugin", listed, re.MULTILINE)
     assert re.search(r"^digits +8x8", listed, re.MULTILINE)
-    assert "Traceback" in CliRunner().invoke(main, ["--debug", "recipes", "show", "old-recipe"]).output
+    assert "Traceback" in CliRunner().invoke(main, ["--debug", "recipes", "old-recipe"]).output
 
 
 LOUD = """

@@ -150,7 +150,7 @@ def test_a_model_that_needs_values_to_be_made(recipe: Recipe, tmp_path: Path) ->
     assert isinstance(again, Reading)
     for name, value in flow.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
-    shown = rnode("recipes", "show", "table", "--set", "model.name=reading")
+    shown = rnode("recipes", "table", "--set", "model.name=reading")
     assert (shown.exit_code, "model.name" in shown.stdout) == (0, True)
     assert "The number of parameters is not known: the model 'reading'" in shown.stdout
 

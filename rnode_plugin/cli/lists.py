@@ -19,26 +19,20 @@ _VARIABLES = (
 )  # fmt: skip
 
 
-@click.group(invoke_without_command=True)
-@click.pass_context
-def recipes(ctx: click.Context) -> None:
-    """List the recipes, or show every setting of one."""
-    if ctx.invoked_subcommand is not None:
-        return
-    from ..experiments.recipes.recipe import get_recipe
-
-    click.echo(table(loaded("recipes", lambda name: get_recipe(name).description)))
-
-
-@recipes.command(short_help="Show every setting of a recipe.")
-@click.argument("name")
+@click.command()
+@click.argument("name", required=False)
 @click.option("--ffjord", is_flag=True, help="Show the FFJORD baseline of the recipe.")
 @settings
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as in the recipe.json of a run.")
-def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool) -> None:
-    """Print every setting of the recipe NAME, as --set takes it, and the number of its parameters."""
+def recipes(*, name: str | None, ffjord: bool, assignments: tuple[str, ...], as_json: bool) -> None:
+    """List the recipes, or show every setting of one, as --set takes it, and the number of its parameters."""
     from ..experiments.recipes.recipe import as_text, get_recipe
 
+    if name is None:
+        if ffjord or assignments or as_json:
+            raise click.UsageError("name a recipe to show; without options, the command lists them.")
+        click.echo(table(loaded("recipes", lambda name: get_recipe(name).description)))
+        return
     recipe = get_recipe(name)
     recipe = (recipe.ffjord() if ffjord else recipe).override(assignments)
     if as_json:
@@ -56,14 +50,9 @@ def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool
         click.echo(f"\nThe number of parameters is not known: {first_line(error)}")
 
 
-@click.group()
+@click.command()
 def data() -> None:
-    """List the data sets, images and tables."""
-
-
-@data.command("list", short_help="Show the data sets that can be used.")
-def list_datasets() -> None:
-    """Show the data sets that a recipe or --set data.name=NAME can use."""
+    """List the data sets that a recipe or --set data.name=NAME can use, images and tables."""
 
     def summary(name: str) -> str:
         return (inspect.getdoc(registry.get("datasets", name)) or "").partition("\n")[0]

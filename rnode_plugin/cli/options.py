@@ -53,6 +53,12 @@ class InSections(click.Command):
             formatter.write_dl(list(rows.values()))
 
 
+class WholeNumber(click.IntRange):
+    """A range of integers. click calls another text "not a valid integer range"."""
+
+    name = "whole number"
+
+
 def span_of_time(text: str) -> float:
     """The seconds in ``90``, ``20m`` or ``1h30m``."""
     short, seconds = text.strip().lower(), 0.0
@@ -80,7 +86,7 @@ def written_as(pattern: str, message: str) -> Callable[[str], str]:
 run_argument = click.argument("run", type=click.Path())  # the shell completes paths
 settings = click.option(
     "--set", "assignments", multiple=True, metavar="GROUP.KEY=VALUE",
-    help="Change a setting of the recipe. `rnode-cli recipes show NAME` lists them. May be repeated.",
+    help="Change a setting of the recipe. `rnode-cli recipes NAME` lists them. May be repeated.",
 )  # fmt: skip
 regularizers_option = click.option(
     "--regularizer", "regularizers", multiple=True, metavar="NAME[=LAMBDA]",
@@ -156,7 +162,14 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         if (other := kind.refused_options.get(name)) is not None:
             raise ConfigError(f"--{name} is for {other}, and {recipe.name} is a recipe of {kind.data}.")
         texts.append(f"{setting}={value}")
-    new = recipe.override([*texts, *changes["assignments"]])
+    try:
+        new = recipe.override([*texts, *changes["assignments"]])
+    except ConfigError as error:  # in the words of the options
+        message = str(error)
+        for name, (setting, *_) in _SHORT.items():
+            if changes.get(name.replace("-", "_")) is not None:
+                message = message.replace(f"{setting}:", f"--{name}:")
+        raise ConfigError(message) from None
     kind.check_root(new.data)
     return new
 

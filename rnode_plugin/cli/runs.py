@@ -13,6 +13,7 @@ from ..experiments.runs.run import Run, find_checkpoint
 from ..experiments.text import batch_counter, count_of, table
 from ..solvers import FixedGrid
 from .options import (
+    WholeNumber,
     as_json,
     check_folder,
     device,
@@ -44,7 +45,7 @@ def _value_of_column(text: str) -> tuple[str, float]:
 
 @click.command()
 @run_argument
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Use N of the held-out images or rows.")
+@click.option("--limit", type=WholeNumber(1), metavar="N", help="Use N of the held-out images or rows.")
 @click.option("--solver", "solver_settings", multiple=True, metavar="KEY=VALUE",
               help="Change a setting of test_solver, as method=rk4 or atol=1e-6. May be repeated.")  # fmt: skip
 @short("data-root")
@@ -52,15 +53,15 @@ def _value_of_column(text: str) -> tuple[str, float]:
 @quiet
 @as_json
 @click.option("--summary", is_flag=True, help="Leave the value of each image or row out of the JSON.")
-@click.option("--draws", type=click.IntRange(1), metavar="N",
+@click.option("--draws", type=WholeNumber(1), metavar="N",
               help="Draws of noise per sample. [default: as many, up to 8, as make the error of the noise at "
                    "most half of the error of the samples]")  # fmt: skip
 @click.option("--exact", is_flag=True,
               help="Take the exact trace in any number of dimensions. The method rk4_38 with the step of the "
                    "training then replaces an adaptive solver. --solver takes another solver.")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(1), metavar="N",
+@click.option("--batch-size", type=WholeNumber(1), metavar="N",
               help="Images or rows per solve. [default: the recipe's]")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), metavar="N",
+@click.option("--seed", type=WholeNumber(0), metavar="N",
               help="Seed of the noise. [default: the run's]")  # fmt: skip
 @download
 def eval(  # noqa: A001 - the command's name
@@ -147,12 +148,12 @@ def eval(  # noqa: A001 - the command's name
 
 @click.command()
 @run_argument
-@click.option("--samples", type=click.IntRange(2), metavar="N",
+@click.option("--samples", type=WholeNumber(2), metavar="N",
               help="Held-out samples to use. [default: 256, fewer for large images]")  # fmt: skip
 @short("data-root")
 @device
 @as_json
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
+@click.option("--seed", type=WholeNumber(0), default=0, show_default=True,
               help="Seed of all noise.")  # fmt: skip
 @download
 @click.pass_context
@@ -216,7 +217,7 @@ def _warn_if_unfinished(checkpoint: Path) -> None:
 
 @click.command()
 @run_argument
-@click.option("--count", "-n", type=click.IntRange(1), metavar="N",
+@click.option("--count", "-n", type=WholeNumber(1), metavar="N",
               help="Images per temperature, or rows (of each context of a file). [default: 64 images, 1000 rows, "
                    "1 of each context]")  # fmt: skip
 @click.option("-t", "--temperature", "temperatures", type=click.FloatRange(0, min_open=True), multiple=True,
@@ -231,10 +232,10 @@ def _warn_if_unfinished(checkpoint: Path) -> None:
               help="Table with the given columns of a conditional density, a context in each row.")  # fmt: skip
 @force
 @device
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
+@click.option("--seed", type=WholeNumber(0), default=0, show_default=True,
               help="Seed of the latents.")  # fmt: skip
-@click.option("--columns", type=click.IntRange(1), metavar="N", help="Images in a row of the grid.")
-@click.option("--batch-size", type=click.IntRange(1), metavar="N",
+@click.option("--columns", type=WholeNumber(1), metavar="N", help="Images in a row of the grid.")
+@click.option("--batch-size", type=WholeNumber(1), metavar="N",
               help="Images or rows per solve. [default: 256, 10000]")  # fmt: skip
 def sample(
     *,

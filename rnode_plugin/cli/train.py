@@ -20,6 +20,7 @@ from ..experiments.text import count_of, duration, table
 from ..experiments.training.loggers import LOGGERS, check_loggers
 from .options import (
     InSections,
+    WholeNumber,
     as_json,
     changed,
     check_folder,
@@ -78,7 +79,7 @@ if TYPE_CHECKING:
               help="Also log to this service, in addition to metrics.csv. May be repeated.")  # fmt: skip
 @click.option("--callback", "callbacks", multiple=True, metavar="MODULE:NAME",
               help="Use a callback of Lightning: an object, a class or a function. May be repeated.")  # fmt: skip
-@click.option("--num-nodes", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+@click.option("--num-nodes", type=WholeNumber(1), default=1, show_default=True, metavar="N",
               help="Machines of a distributed run.")  # fmt: skip
 @download
 @click.option("--next/--no-next", "next_steps", default=True, help="Show commands that can follow.")
@@ -290,7 +291,7 @@ def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
                    "penalties of the recipe), a penalty such as kinetic or taylor:3, or a JSON file of penalties "
                    "and lambdas, also for sweeps. May be repeated. [default: none, each penalty of the recipe, "
                    "rnode]")  # fmt: skip
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs of each configuration.")
+@click.option("--seeds", type=WholeNumber(1), default=1, show_default=True, help="Runs of each configuration.")
 @short("max-steps")
 @click.option(
     "--max-time", type=span_of_time, metavar="TIME", help="Limit for each run: 90 (seconds), 20m or 1h30m."

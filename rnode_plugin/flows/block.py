@@ -18,7 +18,7 @@ from ..core.system import System
 from ..core.trace_estimators import TraceEstimator, exact_products, get_estimator
 from ..errors import ConfigError
 from ..solvers import FixedGrid, HealthCheck, Solver, check_all, get_gradient, get_solver
-from .density import DensityModel, StandardNormal
+from .density import DensityModel, StandardNormal, batched
 
 # Images lie near a low-dimensional set. A field trained only on the paths is unconstrained elsewhere: after 600
 # steps on 32x32 images, a quarter of the held-out images diverged. Noise of one width prevents this but blurs the
@@ -251,7 +251,7 @@ class BlockFlow(DensityModel):
         fits = isinstance(x, Tensor) and x.shape[1:] == shape and x.shape[0] > 0
         if isinstance(x, Tensor) and not (fits and (x.dtype, x.device) == (like.dtype, like.device)):
             raise ConfigError(
-                f"{'latents' if latents else self.called} must be of shape (B, {', '.join(map(str, shape))}) with "
+                f"{'latents' if latents else self.called} must be of shape {batched(shape)} with "
                 f"B >= 1, {like.dtype} on {like.device}, not {tuple(x.shape)}, {x.dtype} on {x.device}."
             )
         return super().check_inputs(x, context=context, noise=noise, latents=latents)

@@ -389,7 +389,7 @@ class DensityModel(nn.Module, ABC):
         shape, what = (self._latent_shape, "latents") if latents else (self.event_shape, "samples")
         if not isinstance(x, Tensor) or x.shape[1:] != shape:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ConfigError(f"{what} must be a tensor (B, *{tuple(shape)}), not {got}.")
+            raise ConfigError(f"{what} must be a tensor {batched(shape)}, not {got}.")
         if not x.is_floating_point():  # the times of a solve take the precision of its samples
             raise ConfigError(f"{what} must be floating-point numbers, not {x.dtype}: give x.float().")
         if noise is not None:
@@ -560,6 +560,11 @@ class FlowDistribution(Distribution):
         return self.context.expand(shape + own).reshape(shape.numel(), *own)
 
 
+def batched(shape: Sequence[int]) -> str:
+    """The shape of a batch of samples for a message, as in ``(B, 2)``."""
+    return f"({', '.join(['B', *map(str, shape)])})"
+
+
 def _refuse_name(name: str) -> NoReturn:
     raise ConfigError(
         "this density takes regularizer objects, such as kinetic of rnode_plugin.regularizers, not a name: "
@@ -577,6 +582,6 @@ def _batch_shape_of(context: Tensor | None, shape: torch.Size | None) -> torch.S
         got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
         raise ConfigError(
             f"this density is conditional: context= must be a tensor of shape {tuple(shape)} or "
-            f"(B, *{tuple(shape)}), not {got}."
+            f"{batched(shape)}, not {got}."
         )
     return context.shape[: -len(shape)]

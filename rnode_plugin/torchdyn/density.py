@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -356,7 +357,7 @@ class RegularizedCNF(DensityModel):
         training = self.training and torch.is_grad_enabled()
         penalties = training if penalties is None else penalties
         solver, times = self._on_grid(solver)
-        with outside_inference(start, rows, noise) as (x, rows, noise):
+        with _dtypes_named(self.net, start), outside_inference(start, rows, noise) as (x, rows, noise):
             regularizers = self.regularizers
             times = regularizers.times(times, training=training and penalties, like=x, backward=backward)
             rhs = start_net(
@@ -395,13 +396,26 @@ class RegularizedCNF(DensityModel):
     ) -> Tensor:
         """The states at ``times``, without density and penalties; a solve with a ``history`` begins warm."""
         rows, history = self.check_inputs(x, context=context), History() if history is None else history
-        with outside_inference(x, rows, times) as (x, rows, times):
+        with _dtypes_named(self.net, x), outside_inference(x, rows, times) as (x, rows, times):
             one_graph = get_gradient(solver.gradient).through_steps
             rhs = start_net(System(), self.net, x, rows, density=False, one_graph=one_graph)
             solution = solver.solve(rhs, x.clone(), times, **history.warm_start(times)).check()
             history.keep_step(solution.longest_safe_step, times)
             self.nfe = solution.stats.nfe
             return solution.z
+
+
+@contextlib.contextmanager
+def _dtypes_named(net: object, x: Tensor) -> Iterator[None]:
+    """Add to torch's error how the samples and the net differ in their dtype, if they do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if x.dtype is not (dtype := _parameter_of(net).dtype):
+            error.add_note(
+                f"The samples are {x.dtype} and the net is {dtype}: give x.to({dtype}), or use net.double()."
+            )
+        raise
 
 
 def _parameter_of(net: object) -> Tensor:

@@ -22,7 +22,7 @@ def get_dataset(
     """Load a data set of images.
 
     Args:
-        name: one that ``rnode-cli data list`` shows.
+        name: one that ``rnode-cli data`` shows.
         root: the folder that holds the data; None for ``data`` in the working directory.
         download: fetch it if it is missing or damaged. If several processes want it at the same time, one of them
             fetches it. Nothing is written if it exists already.
@@ -44,7 +44,7 @@ def get_table(name: str, *, root: str | None = None, download: bool = False, **o
     """Load a table, as :func:`get_dataset` loads images.
 
     Args:
-        name: one that ``rnode-cli data list`` shows.
+        name: one that ``rnode-cli data`` shows.
         root: the file or folder of the data; None for the table's own default.
         download: see :func:`get_dataset`.
         **options: further options of this table, such as ``columns`` for ``table``.

@@ -138,13 +138,13 @@ def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int
             gray = gray and image.mode in _GRAY
         first = (name, found) if first is None else first
         if size is None and found != first[1]:
-            raise _different(name, found, *first)
+            raise _different(where, name, found, *first)
     assert first is not None  # _pictures refuses a folder without any
     h, w = first[1] if size is None else (size, size)
     if size is None and max(h, w) > _LARGEST:
         raise DataError(
-            f"the pictures are {shape_text((h, w))}, too large to train on: the largest of the paper are 256x256. "
-            "Give the height and width that all of them are scaled to, such as --size 32."
+            f"{where / first[0]} has {shape_text((h, w))} pixels, too large to train on: the largest of the "
+            "paper are 256x256. Give the height and width that all of them are scaled to, such as --size 32."
         )
     return (1 if gray else 3), h, w
 
@@ -170,11 +170,11 @@ def _pictures(where: Path, *, notice: bool = False) -> list[str]:
     return names
 
 
-def _different(name: str, shape: tuple[int, ...], other: str, size: tuple[int, ...]) -> DataError:
+def _different(where: Path, name: str, shape: tuple[int, ...], other: str, size: tuple[int, ...]) -> DataError:
     """Make the error for pictures of different sizes."""
     return DataError(
-        f"the pictures differ in size: {name} is {shape_text(shape)}, {other} is {shape_text(size)}. Give the "
-        "height and width that all of them are scaled to, such as --size 32."
+        f"the pictures of {where} differ in size: {name} is {shape_text(shape)}, {other} is {shape_text(size)}. "
+        "Give the height and width that all of them are scaled to, such as --size 32."
     )
 
 
@@ -326,7 +326,7 @@ class ImageFiles:
         for position, out in zip(positions.flat, images.reshape(-1, *shape), strict=True):
             image = self._read(int(position))
             if image.shape != shape:
-                raise _different(self._names[int(position)], image.shape, self._names[0], shape)
+                raise _different(self._folder, self._names[int(position)], image.shape, self._names[0], shape)
             np.right_shift(image, self._shift, out=out)
         return images
 

@@ -41,7 +41,7 @@ class Data:
     """Settings of the images that a run uses, and of its batches.
 
     Attributes:
-        name: a data set that ``rnode-cli data list`` shows.
+        name: a data set that ``rnode-cli data`` shows.
         shape: (channels, height, width) of one image.
         levels: number of values that a pixel can take, 256 for 8 bits.
         batch_size: images per device and step.

@@ -253,7 +253,7 @@ class Recipe:
                 near = " or ".join(named_settings(path, known) or difflib.get_close_matches(path, known, n=1))
                 hint = f" Did you mean {near}?" if near else ""
                 raise ConfigError(
-                    f"unknown setting {path!r}.{hint} `rnode-cli recipes show {self.name}` lists all settings."
+                    f"unknown setting {path!r}.{hint} `rnode-cli recipes {self.name}` lists all settings."
                 )
             elif path == "model.name":
                 registry.check_name("models", text)  # before the data are loaded

@@ -33,7 +33,7 @@ class TableData:
     """Settings of the table and the columns that a run uses, and of its batches.
 
     Attributes:
-        name: a data set that ``rnode-cli data list`` shows; ``table`` is your file.
+        name: a data set that ``rnode-cli data`` shows; ``table`` is your file.
         columns: names of the columns that are used. The other columns of the file are left out.
         given: columns that condition the density. The other columns are modeled.
         root: the file of ``table``, or the folder of another data set; None for the table that comes with

@@ -292,9 +292,7 @@ def read_checkpoint(path: Path) -> Contents:
     except (PermissionError, IsADirectoryError) as error:
         raise CheckpointError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from None
     except Exception as error:  # a damaged file can make the reader fail in any way
-        raise CheckpointError(
-            f"{path} cannot be read. It is truncated or not a checkpoint: {first_line(error).rstrip('.')}."
-        ) from None
+        raise CheckpointError(f"{path} cannot be read: it is truncated, or not a checkpoint.") from error
     contents = cast("Contents", loaded) if isinstance(loaded, dict) else {}
     header = contents.get(_KEY)
     if not isinstance(header, Mapping) or "recipe" not in header or "state_dict" not in contents:
