@@ -18,6 +18,7 @@ from tiny_runs import tiny_recipe
 from rnode_plugin import ImageDataModule, RnodeModule, load_flow
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.experiments.recipes.recipe import Recipe
+from rnode_plugin.experiments.training import processes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -150,9 +151,9 @@ def test_options_of_a_trainer_that_cannot_work_are_refused(
 def test_a_process_that_trains_another_run_is_named(
     what: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def of_all(self: RnodeModule, value: Any) -> list[Any]:
+    def of_all(trainer: L.Trainer, value: Any) -> list[Any]:
         return [value, {**value, what: "5.0"}]
 
-    monkeypatch.setattr(RnodeModule, "_of_all", of_all)
+    monkeypatch.setattr(processes, "of_all", of_all)
     with pytest.raises(ConfigError, match=message):
         train(tiny_recipe(), tmp_path, max_steps=1)

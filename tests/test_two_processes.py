@@ -224,7 +224,7 @@ def test_processes_with_other_checkpoints_are_refused(tmp_path: Path) -> None:
     start = COMMAND[: COMMAND.index("train") + 1]
     common = ["--max-steps", "9", "--device", "cpu", "--set", "optimizer.lr=0.05"]
     code, first = _as_on_two_machines(*([*start, "--resume", str(run), *common] for run in runs))
-    assert code == 1, first
+    assert code == 2, first
     assert "the SHA-256 of its checkpoint is" in " ".join(first.split())
 
 
